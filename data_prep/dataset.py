@@ -1,0 +1,424 @@
+"""The dataset directory: the contract between preparation and training.
+
+::
+
+    DIR/train.array_record-00000 ...  ArrayRecord shards, one record = one slice, also validation.* and test.*
+    DIR/volumes.csv                   one row a volume (`VOLUME_COLUMNS`)
+    DIR/rejected.csv                  one row a series that was not taken (`REJECTED_COLUMNS`)
+    DIR/dataset_info.json             TFDS metadata, with features.json:
+                                      `tfds.builder_from_directory(DIR).as_data_source("train[:50%]")`
+    DIR/preparation.json              how it was made; written last: its presence means "complete"
+
+A record is a serialised `tf.train.Example` with the features `image` (uint8, [H, W, C] in C order),
+`volume_id`, `slice_index` (int32, counts within the volume), `position_mm` (float32, along the slice normal,
+grows towards superior) and `pair_valid` (the next record is the neighbouring slice of the same volume, no
+gap between). The slices of a volume are consecutive records, ordered towards superior. Image rows run to
+posterior, columns to the patient's left. `first_record` in `volumes.csv` counts within the split.
+
+Record messages are encoded here, not by the protobuf library, whose map order is not promised: equal slices
+must give equal bytes on every machine. TFDS reads them; TensorFlow is needed nowhere.
+"""
+
+import bisect
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation", "test")
+WRITER_OPTIONS = "group_size:1,zstd:1"
+PREPARATION_FILE = "preparation.json"
+VOLUMES_FILE = "volumes.csv"
+REJECTED_FILE = "rejected.csv"
+
+# Name -> type of the columns of volumes.csv. An empty cell reads as None ("" in text columns).
+VOLUME_COLUMNS: dict[str, type] = {
+    "volume_id": str,
+    "patient_id": str,
+    "split": str,
+    "first_record": int,  # within the split
+    "num_slices": int,
+    "num_files": int,  # source files that the slices came from
+    "num_dropped_files": int,  # of the same series and not in the volume (duplicates, ...)
+    "source_rows": int,  # matrix before resizing
+    "source_columns": int,
+    "pixel_spacing_row_mm": float,  # of the source, in the orientation of the dataset
+    "pixel_spacing_column_mm": float,
+    "slice_thickness_mm": float,
+    "slice_spacing_mm": float,  # median
+    "gap_positions": str,  # "12 57": no pair between slices 12 and 13, nor between 57 and 58
+    "gantry_tilt_degrees": float,
+    "manufacturer": str,
+    "kernel": str,
+    "tube_voltage_kvp": float,
+    "contrast": bool,  # an agent is named in the headers
+    "age": int,  # whole years, 90 stands for everything above 89
+    "sex": str,  # F, M, O
+    "ethnic_group": str,
+    "synthetic": bool,  # a phantom, not a person
+    "middle_slice": int,
+    "first_lung_slice": int,
+    "last_lung_slice": int,
+    "lung_box": str,  # "top left bottom right" of the lungs over all slices, pixels of the dataset's images
+    "notes": str,  # names of what is unusual, separated by a blank
+}
+REJECTED_COLUMNS = ("series_id", "num_files", "reason", "detail")
+
+
+class DatasetError(ValueError):
+    """A dataset directory that can't be used; the message is one line and names the remedy."""
+
+
+# ---- records -----------------------------------------------------------------------------------------------
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    """A length-delimited protobuf field."""
+    return bytes([number << 3 | 2]) + _varint(len(payload)) + payload
+
+
+def _feature(name: str, kind: int, values: bytes) -> bytes:
+    """An entry of the feature map of a tf.train.Example; kind 1: bytes, 2: float, 3: int64."""
+    return _field(1, _field(1, name.encode()) + _field(2, _field(kind, _field(1, values))))
+
+
+def encode_record(
+    image: np.ndarray, volume_id: str, slice_index: int, position_mm: float, pair_valid: bool
+) -> bytes:
+    """The record of one slice (a serialised tf.train.Example, features in alphabetical order).
+
+    `image` is [H, W, C] uint8.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3:
+        raise ValueError(f"a record holds uint8 [H, W, C], not {image.dtype} {list(image.shape)}")
+    return _field(
+        1,
+        _feature("image", 1, image.tobytes())
+        + _feature("pair_valid", 3, _varint(int(pair_valid)))
+        + _feature("position_mm", 2, struct.pack("<f", position_mm))
+        + _feature("slice_index", 3, _varint(slice_index))
+        + _feature("volume_id", 1, volume_id.encode()),
+    )
+
+
+def _fields(message: memoryview) -> Iterable[tuple[int, memoryview]]:
+    """The (field number, payload) of a message that holds length-delimited fields only."""
+    at = 0
+    while at < len(message):
+        number, shift, size = message[at] >> 3, 0, 0
+        if message[at] & 7 != 2:
+            raise DatasetError("a record is damaged: unexpected field type; run data_prep.describe --verify")
+        while True:
+            at += 1
+            size |= (message[at] & 0x7F) << shift
+            shift += 7
+            if message[at] < 0x80:
+                break
+        at += 1
+        yield number, message[at : at + size]
+        at += size
+
+
+def decode_record(record: bytes, image_shape: Sequence[int]) -> dict[str, Any]:
+    """The inverse of `encode_record`: `image` is a read-only [H, W, C] uint8 view, the rest are scalars."""
+    features = {}
+    for _, feature_map in _fields(memoryview(record)):
+        for _, entry in _fields(feature_map):
+            (_, name), (_, feature) = _fields(entry)
+            ((kind, values),) = _fields(feature)
+            ((_, payload),) = _fields(values)
+            features[bytes(name).decode()] = (kind, payload)
+    slice_index = 0
+    for place, byte in enumerate(features["slice_index"][1]):
+        slice_index |= (byte & 0x7F) << 7 * place
+    return {
+        "image": np.frombuffer(features["image"][1], np.uint8).reshape(image_shape),
+        "volume_id": bytes(features["volume_id"][1]).decode(),
+        "slice_index": slice_index,
+        "position_mm": struct.unpack("<f", features["position_mm"][1])[0],
+        "pair_valid": features["pair_valid"][1][0] == 1,
+    }
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file that is there in full or not at all, whenever the process is killed."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames inside a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_records(path: Path, records: Iterable[bytes]) -> int:
+    """Writes an ArrayRecord file, present in full or not at all; returns the number of records.
+
+    The bytes of the file depend on the records only.
+    """
+    from array_record.python import array_record_module
+
+    temporary = path.with_name(path.name + ".partial")
+    temporary.unlink(missing_ok=True)
+    writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+    number = 0
+    for record in records:
+        writer.write(record)
+        number += 1
+    writer.close()
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_directory(path.parent)
+    return number
+
+
+def read_records(path: Path) -> Iterable[bytes]:
+    """The records of an ArrayRecord file in order, a few in memory at a time."""
+    from array_record.python import array_record_module
+
+    reader = array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0")
+    try:
+        for index in range(reader.num_records()):
+            yield reader.read([index])[0]
+    finally:
+        reader.close()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_name(split: str, index: int) -> str:
+    """No total count in the name: a grown archive appends shards without renaming any."""
+    return f"{split}.array_record-{index:05d}"
+
+
+def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a CSV table: None is an empty cell, booleans are yes / no, floats keep all their digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(value) for name, value in row.items()})
+    write_file(path, text.getvalue().encode())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, float | np.floating):
+        return repr(round(float(value), 6))
+    return "" if value is None else value
+
+
+def write_tfds_metadata(
+    dataset_dir: Path,
+    image_shape: Sequence[int],
+    shard_lengths: Mapping[str, Sequence[int]],
+    description: str,
+) -> None:
+    """Writes dataset_info.json and features.json. `shard_lengths`: records of each shard, by split."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import naming
+
+    template = naming.ShardedFileTemplate(
+        data_dir=dataset_dir,
+        template="{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
+        dataset_name="chest_ct",
+        filetype_suffix="array_record",
+    )
+    splits = []
+    for split, lengths in shard_lengths.items():
+        num_bytes = sum(
+            (dataset_dir / shard_name(split, shard)).stat().st_size for shard in range(len(lengths))
+        )
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=list(lengths), num_bytes=num_bytes, filename_template=template
+            )
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=dataset_dir,
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Tensor(shape=tuple(image_shape), dtype=np.uint8, encoding="bytes"),
+                "volume_id": tfds.features.Text(),
+                "slice_index": np.int32,
+                "position_mm": np.float32,
+                "pair_valid": np.bool_,
+            }
+        ),
+        split_infos=splits,
+        filename_template=template,
+        check_data=False,  # True needs TensorFlow
+        description=description,
+    )
+
+
+def dataset_fingerprint(checksums: Mapping[str, str]) -> str:
+    """SHA-256 over the checksums of the shards and of volumes.csv: equal fingerprints mean equal data."""
+    names = sorted(name for name in checksums if ".array_record-" in name or name == VOLUMES_FILE)
+    return hashlib.sha256("".join(f"{name} {checksums[name]}\n" for name in names).encode()).hexdigest()
+
+
+def write_preparation(dataset_dir: Path, preparation: Mapping[str, Any]) -> None:
+    """Writes preparation.json, the last file of a dataset."""
+    write_file(dataset_dir / PREPARATION_FILE, (json.dumps(preparation, indent=2) + "\n").encode())
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:
+    """preparation.json of a complete dataset.
+
+    Raises DatasetError if the directory is absent, incomplete or of another format version.
+    """
+    dataset_dir = Path(dataset_dir)
+    if not dataset_dir.is_dir():
+        raise DatasetError(f"{dataset_dir}: no such directory; make one with python -m data_prep.prepare")
+    path = dataset_dir / PREPARATION_FILE
+    if not path.is_file():
+        raise DatasetError(
+            f"{dataset_dir}: not a complete dataset (no {PREPARATION_FILE}); "
+            "run data_prep.prepare, again if it was stopped"
+        )
+    try:
+        preparation = json.loads(path.read_text())
+    except ValueError as error:
+        raise DatasetError(f"{path}: damaged ({error}); prepare the dataset again") from None
+    version = preparation.get("format_version") if isinstance(preparation, dict) else None
+    if version != FORMAT_VERSION:
+        raise DatasetError(
+            f"{path}: format_version {version}, this program reads {FORMAT_VERSION}; "
+            "prepare the dataset again"
+        )
+    return preparation
+
+
+def read_volumes(dataset_dir: str | os.PathLike, split: str | None = None) -> list[dict[str, Any]]:
+    """The rows of volumes.csv (of one split, if named), typed by `VOLUME_COLUMNS`; empty cells are None."""
+    path = Path(dataset_dir) / VOLUMES_FILE
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such file; run data_prep.prepare, again if it was stopped")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    volumes = []
+    for line, row in enumerate(rows, start=2):
+        try:
+            volumes.append({name: _value(row[name], kind) for name, kind in VOLUME_COLUMNS.items()})
+        except (KeyError, ValueError, TypeError) as error:
+            raise DatasetError(f"{path}, line {line}: {error!r}; prepare the dataset again") from None
+    return [volume for volume in volumes if split is None or volume["split"] == split]
+
+
+def _value(cell: str, kind: type) -> Any:
+    if kind is str:
+        return cell
+    if cell == "":
+        return None
+    return {"yes": True, "no": False}[cell] if kind is bool else kind(cell)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A shard file as preparation.json lists it."""
+
+    name: str
+    num_records: int
+
+
+def split_shards(preparation: Mapping[str, Any], split: str) -> list[Shard]:
+    """The shards of a split in order."""
+    if split not in preparation["splits"]:
+        raise DatasetError(
+            f"split {split!r} is not in this dataset (it has {', '.join(preparation['splits'])}); "
+            "prepare it with other --splits or --holdout_volumes"
+        )
+    lengths = preparation["splits"][split]["shard_lengths"]
+    return [Shard(shard_name(split, index), length) for index, length in enumerate(lengths)]
+
+
+class SliceSource:
+    """Random access to the slices of a split: `source[n]` is the decoded record n.
+
+    Files are opened at first use, so that a source is cheap to make and can be pickled. Thread-safe. The repr
+    holds the dataset's fingerprint and nothing of the machine.
+    """
+
+    def __init__(self, dataset_dir: str | os.PathLike, split: str):
+        preparation = read_preparation(dataset_dir)
+        self._dataset_dir = Path(dataset_dir)
+        self._shards = split_shards(preparation, split)
+        self._ends = np.cumsum([shard.num_records for shard in self._shards]).tolist()
+        size, channels = preparation["image_size"], preparation["channels"]
+        self.image_shape = (size, size, channels)
+        self._repr = f"SliceSource({split!r}, fingerprint={preparation['fingerprint']!r})"
+        self._readers: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`image` [H, W, C] uint8 and the scalars `volume_id`, `slice_index`, `position_mm`, `pair_valid`."""
+        index = index.__index__()
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, index)
+        within = index - (self._ends[shard - 1] if shard else 0)
+        return decode_record(self._reader(shard).read([within])[0], self.image_shape)
+
+    def _reader(self, shard: int) -> Any:
+        reader = self._readers.get(shard)
+        if reader is None:
+            from array_record.python import array_record_module
+
+            path = self._dataset_dir / self._shards[shard].name
+            if not path.is_file():
+                raise DatasetError(f"{path}: a shard is missing; copy the dataset again or prepare it again")
+            opened = array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0")
+            reader = self._readers.setdefault(shard, opened)  # two threads may open it: the first one stays
+        return reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_readers": {}}
+
+    def __repr__(self) -> str:
+        return self._repr
+
+
+def open_split(dataset_dir: str | os.PathLike, split: str) -> SliceSource:
+    """Random access to the decoded records of a split. Raises DatasetError if there is no such split."""
+    return SliceSource(dataset_dir, split)

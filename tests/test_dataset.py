@@ -1,0 +1,123 @@
+"""The dataset directory: records, tables, metadata, and what its readers say about a bad one."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data_prep import dataset
+from tests.example_dataset import write_example_dataset
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    return write_example_dataset(tmp_path_factory.mktemp("dataset") / "example")
+
+
+def test_records_survive_a_round_trip():
+    image = np.random.default_rng(0).integers(0, 256, (7, 7, 3), np.uint8)
+    for slice_index, position, pair_valid in (
+        (0, -12.25, True),
+        (128, 1e3, True),
+        (70000, 0.5, False),
+    ):
+        record = dataset.encode_record(image, "abc", slice_index, position, pair_valid)
+        decoded = dataset.decode_record(record, image.shape)
+        np.testing.assert_array_equal(decoded.pop("image"), image)
+        expected = {"slice_index": slice_index, "position_mm": position, "pair_valid": pair_valid}
+        assert decoded == expected | {"volume_id": "abc"}
+
+
+def test_a_float_image_is_refused():
+    with pytest.raises(ValueError, match="uint8"):
+        dataset.encode_record(np.zeros((4, 4, 1)), "abc", 0, 0.0, True)
+
+
+def test_tfds_opens_it_without_tensorflow(example):
+    """In a process of its own, so that nothing else can have imported TensorFlow."""
+    program = f"""
+import sys
+import tensorflow_datasets as tfds
+source = tfds.builder_from_directory({str(example)!r}).as_data_source("train[:50%]")
+records = [source[0], source[29]]
+print(len(source), "tensorflow" in sys.modules)
+print([(r["slice_index"], r["volume_id"].decode(), r["position_mm"]) for r in records])
+print([(r["pair_valid"], int(r["image"].sum()), r["image"].shape) for r in records])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    ours = dataset.open_split(example, "train")
+    records = [ours[0], ours[29]]
+    assert result.stdout.splitlines() == [
+        f"{len(ours) // 2} False",
+        str([(r["slice_index"], r["volume_id"], r["position_mm"]) for r in records]),
+        str([(r["pair_valid"], int(r["image"].sum()), r["image"].shape) for r in records]),
+    ]
+
+
+def test_source_reads_across_shards(example):
+    source = dataset.open_split(example, "train")
+    assert len(source) == 60
+    for volume in dataset.read_volumes(example, "train"):
+        for index in (0, 5, volume["num_slices"] - 1):
+            record = source[volume["first_record"] + index]
+            assert (record["volume_id"], record["slice_index"]) == (volume["volume_id"], index)
+            assert record["pair_valid"] == (index == 0)
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy[59]["image"], source[59]["image"])
+    assert repr(copy) == repr(source) and str(example) not in repr(source)
+    with pytest.raises(IndexError):
+        source[60]
+
+
+def test_volumes_are_typed(example):
+    volume = dataset.read_volumes(example)[0]
+    assert (volume["num_slices"], volume["synthetic"], volume["age"]) == (12, True, 60)
+    assert volume["tube_voltage_kvp"] is None and volume["manufacturer"] == "" and volume["contrast"] is None
+
+
+def test_metadata_hold_no_path_and_no_time(example, tmp_path):
+    other = write_example_dataset(tmp_path / "elsewhere")
+    names = sorted(path.name for path in example.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        assert (other / name).read_bytes() == (example / name).read_bytes(), name
+        assert str(example).encode() not in (example / name).read_bytes()
+
+
+def test_reading_side_does_not_import_the_dicom_side():
+    program = (
+        "import sys, data_prep.dataset; print({'pydicom', 'jax', 'tensorflow_datasets'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.rename(d.with_name("gone")), "no such directory"),
+        (lambda d: (d / "preparation.json").unlink(), "not a complete dataset"),
+        (lambda d: (d / "preparation.json").write_text("{"), "damaged"),
+        (
+            lambda d: (d / "preparation.json").write_text('{"format_version": 9}'),
+            "format_version 9",
+        ),
+    ],
+)
+def test_unusable_directories_are_refused_in_one_line(tmp_path, damage, message):
+    dataset_dir = write_example_dataset(tmp_path / "d", volumes_per_split={"train": 1})
+    damage(dataset_dir)
+    with pytest.raises(dataset.DatasetError, match=message) as error:
+        dataset.read_preparation(dataset_dir)
+    assert "\n" not in str(error.value) and str(dataset_dir) in str(error.value)
+
+
+def test_missing_split_and_missing_shard_are_named(tmp_path):
+    dataset_dir = write_example_dataset(tmp_path / "d", volumes_per_split={"train": 1})
+    with pytest.raises(dataset.DatasetError, match=r"'test' is not in this dataset \(it has train\)"):
+        dataset.open_split(dataset_dir, "test")
+    (dataset_dir / "train.array_record-00000").unlink()
+    with pytest.raises(dataset.DatasetError, match="shard is missing"):
+        dataset.open_split(dataset_dir, "train")[0]
