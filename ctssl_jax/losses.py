@@ -1,0 +1,34 @@
+"""Loss terms as pure functions. Each returns one value an example, [B] float32, so that the caller weights
+and averages."""
+
+import jax
+import jax.numpy as jnp
+
+
+def mse(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean squared error over all pixels and channels: [B, H, W, C] twice -> [B] float32."""
+    difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+    return jnp.mean(jnp.square(difference), axis=(1, 2, 3))
+
+
+def masked_mse(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean squared error over the masked pixels, all channels.
+
+    Args:
+        prediction, target: [B, H, W, C].
+        mask: [B, H, W, 1], 1 where the pixel counts, else 0.
+
+    Returns:
+        [B] float32; 0 for an example whose mask is empty.
+    """
+    difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+    total = jnp.sum(jnp.square(difference) * mask, axis=(1, 2, 3))
+    count = jnp.sum(mask, axis=(1, 2, 3)) * prediction.shape[-1]
+    return total / jnp.maximum(count, 1)
+
+
+def vector_quantization_loss(
+    codebook_loss: jax.Array, commitment_loss: jax.Array, beta: float = 0.25
+) -> jax.Array:
+    """codebook_loss + beta * commitment_loss, each [B] -> [B] (van den Oord et al. 2017, equation 3)."""
+    return codebook_loss + beta * commitment_loss

@@ -1,0 +1,165 @@
+"""Vector quantization with a straight-through gradient (van den Oord et al. 2017)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+KMEANS_ITERATIONS = 10
+
+
+class CodebookState(nnx.Variable):
+    """The codebook under EMA updates and the statistics that move it: state that no gradient reaches."""
+
+
+def nearest_codes(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Index of the code nearest to each vector, by squared distance: [N, D] and [K, D] -> [N] int32.
+
+    |z - e|^2 without its constant term |z|^2: one matrix product, in full float32 on every device.
+    """
+    products = jnp.dot(vectors, codebook.T, precision="highest")
+    return jnp.argmin(jnp.sum(jnp.square(codebook), axis=1) - 2 * products, axis=1).astype(jnp.int32)
+
+
+def _counts_and_sums(vectors: jax.Array, codes: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
+    """Number [K] and sum [K, D] of the vectors [N, D] assigned to each code."""
+    assignment = jax.nn.one_hot(codes, num_codes, dtype=jnp.float32)
+    return jnp.sum(assignment, axis=0), jnp.dot(assignment.T, vectors, precision="highest")
+
+
+def _random_vectors(key: jax.Array, vectors: jax.Array, count: int) -> jax.Array:
+    """`count` random rows of vectors [N, D], different ones while N suffices."""
+    rows = jax.random.choice(key, len(vectors), (count,), replace=len(vectors) < count)
+    return vectors[rows]
+
+
+def kmeans(
+    key: jax.Array, vectors: jax.Array, num_codes: int, iterations: int = KMEANS_ITERATIONS
+) -> jax.Array:
+    """Lloyd's k-means from random vectors: [N, D] -> [num_codes, D]. A centre that attracts nothing stays
+    where it is."""
+
+    def step(_, centres):
+        counts, sums = _counts_and_sums(vectors, nearest_codes(vectors, centres), num_codes)
+        return jnp.where(counts[:, None] > 0, sums / jnp.maximum(counts, 1)[:, None], centres)
+
+    return jax.lax.fori_loop(0, iterations, step, _random_vectors(key, vectors, num_codes))
+
+
+class VectorQuantizer(nnx.Module):
+    """Replaces each latent by its nearest code.
+
+    update="gradient": `codebook` is an `nnx.Param`, trained by the codebook loss.
+    update="ema": `codebook` is a `CodebookState`; after each training batch it becomes the running mean of
+    the latents assigned to each code (running sums / running counts; a code without any stays where it is).
+    With init="data" the first training batch places the codes by k-means. With revive_every = N, every N-th
+    training step moves each code whose running count is below revive_below of an equal share onto a random
+    latent of the batch. The result depends on parameters, state, batch and key only; under jit over a
+    sharded batch it is that of the global batch.
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        embedding_dim: int,
+        *,
+        update: str = "gradient",
+        ema_decay: float = 0.99,
+        init: str = "uniform",
+        revive_every: int = 0,
+        revive_below: float = 0.05,
+        rngs: nnx.Rngs,
+    ):
+        bound = 1 / num_codes
+        values = jax.random.uniform(rngs.params(), (num_codes, embedding_dim), jnp.float32, -bound, bound)
+        self.update, self.ema_decay = update, ema_decay
+        self.revive_every, self.revive_below = revive_every, revive_below
+        self.needs_key = init == "data" or revive_every > 0
+        if update == "gradient":
+            self.codebook = nnx.Param(values)
+            return
+        self.codebook = CodebookState(values)
+        self.counts = CodebookState(jnp.zeros(num_codes, jnp.float32))
+        self.sums = CodebookState(jnp.zeros((num_codes, embedding_dim), jnp.float32))
+        self.steps = CodebookState(jnp.zeros((), jnp.int32))
+        self.initialised = CodebookState(jnp.asarray(init == "uniform"))
+
+    def __call__(
+        self, latents: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Quantize.
+
+        Args:
+            latents: [B, h, w, D] float32.
+            train: update the codebook's state (EMA); False changes nothing.
+            key: for data-dependent start and revival; needed in training with either.
+
+        Returns:
+            quantized [B, h, w, D] float32 with the gradient passed straight to `latents`; codes [B, h, w]
+            int32; codebook_loss [B] and commitment_loss [B] float32 (the first is 0 under EMA).
+
+        Raises:
+            ValueError: the key is missing.
+        """
+        vectors = jax.lax.stop_gradient(latents).reshape(-1, latents.shape[-1])
+        if train and self.update == "ema":
+            codes, codebook = self._learn(vectors, key)
+        else:
+            codebook = self.codebook[...]
+            codes = nearest_codes(vectors, jax.lax.stop_gradient(codebook))
+        # Selecting by a matrix product with one-hot rows is exact, and its gradient is a deterministic
+        # product, not a scatter.
+        assignment = jax.nn.one_hot(codes, len(codebook), dtype=jnp.float32)
+        selected = jnp.dot(assignment, codebook, precision="highest").reshape(latents.shape)
+
+        commitment_loss = jnp.mean(jnp.square(latents - jax.lax.stop_gradient(selected)), axis=(1, 2, 3))
+        if self.update == "gradient":
+            codebook_loss = jnp.mean(jnp.square(jax.lax.stop_gradient(latents) - selected), axis=(1, 2, 3))
+        else:
+            codebook_loss = jnp.zeros_like(commitment_loss)
+        # Exactly the selected codes, since the difference is 0, with the gradient of the latents.
+        quantized = jax.lax.stop_gradient(selected) + (latents - jax.lax.stop_gradient(latents))
+        return quantized, codes.reshape(latents.shape[:-1]), codebook_loss, commitment_loss
+
+    def _learn(self, vectors: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Assign vectors [N, D] and move the stored codebook; returns codes [N] and the codebook [K, D]
+        they refer to."""
+        num_codes = len(self.codebook[...])
+        codebook = self.codebook[...]
+        if self.needs_key:
+            if key is None:
+                raise ValueError('training with vq_init="data" or vq_revive_every needs a key')
+            init_key, revive_key = jax.random.split(key)
+            codebook = jax.lax.cond(
+                self.initialised[...], lambda: codebook, lambda: kmeans(init_key, vectors, num_codes)
+            )
+        codes = nearest_codes(vectors, codebook)
+        batch_counts, batch_sums = _counts_and_sums(vectors, codes, num_codes)
+        counts = self.ema_decay * self.counts[...] + (1 - self.ema_decay) * batch_counts
+        sums = self.ema_decay * self.sums[...] + (1 - self.ema_decay) * batch_sums
+        moved = jnp.where(counts[:, None] > 1e-6, sums / jnp.maximum(counts, 1e-6)[:, None], codebook)
+        steps = self.steps[...] + 1
+
+        if self.revive_every:
+            # Running counts start at 0: after t steps they hold 1 - decay^t of their final weight.
+            weight = 1 - self.ema_decay**steps
+            dead = counts < self.revive_below * weight * len(vectors) / num_codes
+
+            def revive(moved, counts, sums):
+                fresh = _random_vectors(revive_key, vectors, num_codes)
+                return (
+                    jnp.where(dead[:, None], fresh, moved),
+                    jnp.where(dead, 1.0, counts),
+                    jnp.where(dead[:, None], fresh, sums),
+                )
+
+            def keep(moved, counts, sums):
+                return moved, counts, sums
+
+            moved, counts, sums = jax.lax.cond(
+                steps % self.revive_every == 0, revive, keep, moved, counts, sums
+            )
+
+        self.codebook[...], self.counts[...], self.sums[...] = moved, counts, sums
+        self.steps[...] = steps
+        self.initialised[...] = jnp.ones((), bool)
+        return codes, codebook
