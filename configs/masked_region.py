@@ -1,0 +1,68 @@
+"""Masked region prediction with the paper's model (section II): 101 million parameters, slices of 512 x 512.
+
+    python -m ctssl_jax.train --config=configs/masked_region.py \
+        --config.dataset=DATASET --workdir=RUN --config.dtype=bfloat16
+
+needs an accelerator (a step is about 10 TFLOP a slice). The same code at a size that a laptop trains in minutes:
+`configs/masked_region_small.py`. Every field can be overridden on the command line as `--config.FIELD=VALUE`.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The default recipe: the paper's values or, where it is silent or contradicts itself, those of README's table."""
+    config = ml_collections.ConfigDict()
+    config.task = "masked_region"
+    config.dataset = ""  # dataset directory made by data_prep.prepare; required
+    config.windows = ()  # ((level, width), ...) in HU: channels of a multi-window dataset; () takes all
+    config.image_size = 512  # must be the dataset's
+    config.seed = 0  # of weights, order of slices and masks
+
+    config.mask = ml_collections.ConfigDict()
+    config.mask.fraction = 0.2  # 0.05, 0.10, 0.20, 0.33 in the paper
+    config.mask.unit = "area"  # area: share of the image area (the paper's text); side: share of its side (the release)
+    config.mask.margin = 0  # rows and columns at the bottom and right where no mask may lie; 100 in the release
+    config.mask.fill = 0.0  # grey value of the masked region
+    config.normalize = "window"  # window: same HU, same grey; slice_minmax: stretch every slice (the release)
+
+    config.model = ml_collections.ConfigDict()
+    config.model.in_channels = 1  # 3 for weights of the authors' shape
+    config.model.hidden = (256, 512)
+    config.model.depth = 18  # residual blocks in the encoder, and again in the decoder
+    config.model.embedding_dim = 64
+    config.model.num_codes = 512
+    config.model.drop_rate = 0.0
+    config.model.output_activation = "unit_tanh"  # (tanh + 1) / 2; tanh for weights of the authors' shape
+    config.model.vq_update = "gradient"  # gradient (the paper) or ema
+    config.model.vq_ema_decay = 0.99
+    config.model.vq_init = "uniform"  # uniform (the release) or data: from the latents of the first batch
+    config.model.vq_revive_every = 0  # steps between revivals of unused codes; 0 never
+    config.model.vq_revive_below = 0.05  # see VQVAEConfig
+
+    config.loss = ml_collections.ConfigDict()  # weights of the composite loss
+    config.loss.mse = 0.2
+    config.loss.masked_mse = 0.2
+    config.loss.vq = 0.8
+    config.loss.ssim = 0.1  # subtracted
+    config.commitment = 0.25  # beta: share of the commitment loss in the VQ loss
+    config.ssim_rescale = False  # True stretches each prediction to [0, 1] before SSIM (the release)
+
+    config.optimizer = "radam"  # radam or adamw
+    config.learning_rate = 1e-3
+    config.schedule = "constant"  # constant or cosine (to zero at num_steps)
+    config.warmup_steps = 0
+    config.weight_decay = 0.0
+    config.gradient_clip = 0.0  # global norm; 0 is off
+
+    config.num_steps = 100_000
+    config.batch_size = 16  # slices a step, over all devices
+    config.microbatches = 1  # the batch is worked off in this many parts, one after the other
+    config.dtype = "float32"  # bfloat16 on accelerators: convolutions only; weights, statistics and losses stay float32
+    config.remat = False  # recompute residual blocks in the backward pass: less memory, more time
+
+    config.log_every = 50  # steps
+    config.eval_every = 2_000  # steps: validation, pictures and a checkpoint
+    config.num_pictures = 4  # validation slices in each picture
+    config.reading_threads = 4
+    return config

@@ -1,0 +1,46 @@
+"""What every command line of this package does alike: user errors in one line, JAX settings, version report."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot work. The message is one line: what is wrong, where, and the remedy."""
+
+
+class RunFailed(RuntimeError):
+    """A run that could not go on, through no fault of its inputs. The message is one line."""
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Run `main` under absl; an `InputError` (or one of the dataset's) becomes one line on stderr and exit code 2."""
+
+    def guarded(argv: list[str]) -> int:
+        if len(argv) > 1:
+            print(f"error: unexpected argument {argv[1]!r}; options begin with --", file=sys.stderr)
+            return 2
+        from data_prep.dataset import DatasetError
+
+        try:
+            return main(argv) or 0
+        except (InputError, DatasetError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except RunFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    app.run(guarded)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs (in `$JAX_COMPILATION_CACHE_DIR`, else in the user's cache folder)."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "ctssl_jax", "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)

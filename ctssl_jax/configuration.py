@@ -1,0 +1,161 @@
+"""Configurations: what must hold before any work starts, and what may change when a run goes on."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from ctssl_jax import data
+from ctssl_jax.checkpoint import write_json
+from ctssl_jax.command_line import InputError
+from ctssl_jax.models.vqvae import Encoder
+from ctssl_jax.tasks import get_task, model_config
+from data_prep import dataset as dataset_directory
+
+CHOICES = {
+    "normalize": ("window", "slice_minmax"),
+    "optimizer": ("radam", "adamw"),
+    "schedule": ("constant", "cosine"),
+    "dtype": ("float32", "bfloat16"),
+}
+AT_LEAST_ONE = (
+    "batch_size",
+    "microbatches",
+    "num_steps",
+    "log_every",
+    "eval_every",
+    "num_pictures",
+    "reading_threads",
+)
+AT_LEAST_ZERO = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "commitment")
+
+# A run may go on with other values of these; everything else is part of what the run is.
+MAY_CHANGE = ("dataset", "num_steps", "log_every", "eval_every", "num_pictures", "reading_threads", "remat")
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A configuration as JSON would give it back (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_json(content: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The inverse of `to_json`."""
+    return ml_collections.ConfigDict(content)
+
+
+def check_config(config: ml_collections.ConfigDict, num_devices: int, num_processes: int) -> None:
+    """Refuse a configuration that cannot work on this machine.
+
+    Raises:
+      InputError: names the field and the remedy.
+    """
+    if not config.dataset:
+        raise InputError("config.dataset is empty; give --config.dataset=DIR, made by python -m data_prep.prepare")
+    for name, allowed in CHOICES.items():
+        if config[name] not in allowed:
+            raise InputError(f"config.{name}={config[name]!r}: choose one of {', '.join(allowed)}")
+    for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+        for name in names:
+            if not (math.isfinite(config[name]) and config[name] >= least):
+                raise InputError(f"config.{name}={config[name]}: must be {least} or more")
+    part = num_devices * config.microbatches
+    if config.batch_size % part:
+        raise InputError(
+            f"config.batch_size={config.batch_size} is not divisible by {num_devices} devices x "
+            f"{config.microbatches} microbatches; choose a multiple of {part}"
+        )
+    if config.batch_size % num_processes:
+        raise InputError(f"config.batch_size={config.batch_size} is not divisible by {num_processes} processes")
+    if config.image_size % Encoder.stride:
+        raise InputError(
+            f"config.image_size={config.image_size} is not divisible by the encoder's stride {Encoder.stride}; "
+            f"prepare with an --image_size that is"
+        )
+    model_config(config)
+    get_task(config.task).check(config, config.image_size)
+
+
+def check_dataset(config: ml_collections.ConfigDict, splits: tuple[str, ...]) -> tuple[dict, tuple[int, ...]]:
+    """Refuse a dataset that was prepared for something else.
+
+    Args:
+      config: a configuration that passed `check_config`.
+      splits: the splits that will be read.
+
+    Returns:
+      The contents of `preparation.json`, and the channels that `config.windows` selects.
+
+    Raises:
+      InputError: another image size or window, a channel number that the model does not take, or a missing split.
+      data_prep.dataset.DatasetError: not a complete dataset directory.
+    """
+    preparation = dataset_directory.read_preparation(config.dataset)
+    if preparation["image_size"] != config.image_size:
+        raise InputError(
+            f"the dataset {config.dataset} holds images of {preparation['image_size']} pixels, config.image_size is "
+            f"{config.image_size}; set --config.image_size={preparation['image_size']} or prepare it again with "
+            f"--image_size={config.image_size}"
+        )
+    channels = data.select_channels(preparation, config.windows)
+    if len(channels) not in (1, config.model.in_channels):
+        raise InputError(
+            f"{len(channels)} windows are selected, but config.model.in_channels is {config.model.in_channels}; set it "
+            f"to {len(channels)}, or choose one window by --config.windows"
+        )
+    for split in splits:
+        if not preparation["splits"].get(split, {}).get("num_slices"):
+            raise InputError(
+                f"the dataset {config.dataset} has no {split} slices; prepare it again with --splits that give {split} "
+                "a share (that takes three patients or more)"
+            )
+    return preparation, channels
+
+
+def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparation: dict) -> None:
+    """Refuse to go on with a run under another configuration or on other data; accept a new or empty folder.
+
+    Raises:
+      InputError: names the first field that differs, or says that the folder holds something else.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        if workdir.is_dir() and any(workdir.iterdir()):
+            raise InputError(f"--workdir={workdir} holds files but no run; give a new or empty folder")
+        return
+    old, new = json.loads(path.read_text()), to_json(config)
+    for name, value in _flat(old).items():
+        other = _flat(new).get(name)
+        if other != value and name.split(".")[0] not in MAY_CHANGE:
+            raise InputError(
+                f"--workdir={workdir} holds a run with config.{name}={value}, not {other}; use another --workdir, "
+                f"or --config.{name}={value}"
+            )
+    fingerprint = json.loads((workdir / "preparation.json").read_text())["fingerprint"]
+    if fingerprint != preparation["fingerprint"]:
+        raise InputError(
+            f"--workdir={workdir} holds a run on other data than {config.dataset} (dataset fingerprints differ); give "
+            "the dataset that it began with, or another --workdir"
+        )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def open_workdir(workdir: Path, config: ml_collections.ConfigDict, preparation: dict) -> None:
+    """Create a run directory with its `config.json` and `preparation.json`.
+
+    Raises:
+      InputError: the folder cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "preparation.json", preparation)
+        write_json(workdir / "config.json", to_json(config))
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None

@@ -1,0 +1,95 @@
+"""Devices, hosts and interruptions: the mesh, how arrays lie on it, and stopping at a step that all hosts share.
+
+Parameters are replicated and batches split along the one mesh axis `data`; under `jit` gradients, losses and
+BatchNorm statistics are then global sums that XLA inserts, so that N devices compute what one device computes.
+"""
+
+import signal
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ctssl_jax.command_line import InputError
+
+
+def initialize(distributed: bool, coordinator_address: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Join the processes of a multi-host run; does nothing when `distributed` is false.
+
+    On TPU pods and under Slurm or MPI the three last arguments are found by JAX itself; elsewhere all three are
+    needed (`host:port` of process 0, the number of processes, this process's number).
+
+    Raises:
+      InputError: the explicit settings are incomplete, or the cluster could not be detected or joined.
+    """
+    explicit = (bool(coordinator_address), num_processes > 0, process_id >= 0)
+    if not distributed:
+        if any(explicit):
+            raise InputError("--coordinator_address, --num_processes and --process_id need --distributed")
+        return
+    if any(explicit) and not all(explicit):
+        raise InputError("--coordinator_address, --num_processes and --process_id are given together or not at all")
+    try:
+        if all(explicit):
+            jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        else:
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise InputError(
+            f"--distributed: could not join the other processes ({first_line}); outside TPU pods and Slurm give "
+            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
+        ) from error
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """One-axis mesh (`data`) over `devices`, by default all devices of all hosts."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_along_batch(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over the devices of the mesh."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def to_devices(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Put this process's share of a batch on its devices, as part of one global batch.
+
+    Args:
+      mesh: the device mesh.
+      batch: arrays `[B / processes, ...]`; every process passes equal shapes.
+
+    Returns:
+      Global arrays `[B, ...]`, split along the first axis.
+    """
+    sharding = split_along_batch(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def stop_requests() -> Callable[[int], bool]:
+    """Listen for SIGTERM (preemption, `scancel`, `kill`) and SIGINT (Ctrl-C).
+
+    Returns:
+      `should_stop(step)`, to be called at every step: true when this process, or in a multi-host run any process,
+      was asked to stop; all hosts get the answer true at the same step. A second Ctrl-C interrupts at once.
+    """
+    asked = []
+
+    def note(signal_number: int, frame: object) -> None:
+        if asked and signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal_number)
+
+    signal.signal(signal.SIGINT, note)
+    if jax.process_count() > 1:  # SIGTERM is JAX's own preemption notice there, and reaches all hosts
+        return multihost_utils.reached_preemption_sync_point
+    signal.signal(signal.SIGTERM, note)
+    return lambda step: bool(asked)

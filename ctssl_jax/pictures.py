@@ -1,0 +1,62 @@
+"""Pictures of what a model does: strips of input, target, prediction and difference."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLUMNS = ("input", "target", "prediction", "difference")
+_HEADER = 16
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    """[H, W, C] float32 in [0, 1] -> [H, W, 3] uint8, of the first channel."""
+    values = np.rint(255 * np.clip(image[..., 0], 0, 1)).astype(np.uint8)
+    return np.repeat(values[..., None], 3, axis=-1)
+
+
+def difference(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Signed difference as colour: grey is equal, red too bright, blue too dark; full colour at half the window.
+
+    Args:
+      prediction: [H, W, C] float32 in [0, 1]; the first channel is shown.
+      target: like `prediction`.
+
+    Returns:
+      [H, W, 3] uint8.
+    """
+    signed = np.clip(2 * (prediction[..., 0] - target[..., 0]), -1, 1)
+    red, blue = np.maximum(signed, 0), np.maximum(-signed, 0)
+    channels = np.stack([0.5 + red / 2 - blue / 2, 0.5 - red / 2 - blue / 2, 0.5 + blue / 2 - red / 2], axis=-1)
+    return np.rint(255 * channels).astype(np.uint8)
+
+
+def strip(pictures: dict[str, np.ndarray], label: str = "") -> Image.Image:
+    """One row a slice: input | target | prediction | difference.
+
+    Args:
+      pictures: `input`, `target`, `prediction`, each [N, H, W, C] float32 in [0, 1].
+      label: written at the top left, e.g. "SYNTHETIC".
+    """
+    gap = 2
+    number, height, width, _ = pictures["target"].shape
+    scale = max(1, 192 // height)
+    cell_height, cell_width = height * scale, width * scale
+    sheet = Image.new("RGB", (4 * (cell_width + gap) - gap, _HEADER + number * (cell_height + gap) - gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, name in enumerate(COLUMNS):
+        text = f"{name}  {label}" if column == 0 and label else name
+        draw.text((column * (cell_width + gap) + 3, 2), text, fill="black")
+    for row in range(number):
+        cells = [grey(pictures[name][row]) for name in COLUMNS[:3]]
+        cells.append(difference(pictures["prediction"][row], pictures["target"][row]))
+        for column, cell in enumerate(cells):
+            image = Image.fromarray(cell).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+            sheet.paste(image, (column * (cell_width + gap), _HEADER + row * (cell_height + gap)))
+    return sheet
+
+
+def save_strip(path: Path, pictures: dict[str, np.ndarray], label: str = "") -> None:
+    """Write `strip` as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    strip(pictures, label).save(path)

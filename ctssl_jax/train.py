@@ -1,0 +1,184 @@
+r"""Pretrain a model.
+
+    python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET --workdir=RUN
+
+Run it again to go on where it stopped: checkpoints hold everything, the order of the data included. SIGTERM and Ctrl-C
+save and end with exit code 0. On several hosts start one process on each with `--distributed`.
+"""
+
+import time
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from ctssl_jax import command_line
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: made, or gone on with.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, where it cannot be detected.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, where it cannot be detected.")
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
+    """Train, or go on training, until `config.num_steps`.
+
+    Args:
+      config: a recipe, see `configs/masked_region.py`.
+      workdir: the run directory, see `ctssl_jax.checkpoint`.
+
+    Returns:
+      True if the run is complete, False if it was asked to stop before.
+
+    Raises:
+      InputError: something in the configuration, the dataset or the run directory cannot work.
+      TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before.
+    """
+    import jax
+
+    from ctssl_jax import configuration, data, distributed, metrics, pictures, training
+    from ctssl_jax.checkpoint import Checkpoints, restore
+    from ctssl_jax.models.vqvae import flops_per_slice
+    from ctssl_jax.reports import Reports, duration, say
+    from ctssl_jax.tasks import get_task, model_config
+
+    # ---- What is asked for, and can it work? ------------------------------------------------------------------------
+    workdir = Path(workdir)
+    num_devices, num_processes, process = jax.device_count(), jax.process_count(), jax.process_index()
+    configuration.check_config(config, num_devices, num_processes)
+    preparation, channels = configuration.check_dataset(config, ("train", "validation"))
+    configuration.check_resumable(workdir, config, preparation)
+    task = get_task(config.task)
+    train_source = data.open_source(config.dataset, "train", channels, task.offsets)
+    validation_source = data.open_source(config.dataset, "validation", channels, task.offsets)
+    if process == 0:
+        configuration.open_workdir(workdir, config, preparation)
+
+    # ---- The program and what it will cost --------------------------------------------------------------------------
+    mesh = distributed.make_mesh()
+    program = training.make_program(config, task, len(channels), mesh)
+    _, abstract_params, _ = training.abstract_model(config, task)
+    abstract_state = jax.eval_shape(program.initial_state)
+    part_size = config.batch_size // config.microbatches
+    batch_shapes = training.abstract_batch(config, task, len(channels), part_size)
+
+    encoder_size = training.count_parameters(abstract_params["encoder"])
+    flops = flops_per_slice(model_config(config), config.image_size)
+    kind = jax.devices()[0].device_kind
+    say(f"devices      {num_devices} x {kind} in {num_processes} process(es), jax {jax.__version__}")
+    say(f"model        {training.count_parameters(abstract_params):,} trainable parameters ({encoder_size:,} encoder)")
+    say(f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {3 * flops / 1e9:,.2f} with the backward pass")
+    say(
+        f"batch        {config.batch_size} slices = {num_devices} device(s) x {config.microbatches} microbatch(es) x "
+        f"{part_size // num_devices}, {config.dtype}"
+    )
+    say(
+        f"data         {len(train_source):,} training slices of {len(train_source.volumes)} volumes, "
+        f"{len(validation_source):,} validation slices of {len(validation_source.volumes)}; {config.num_steps:,} steps "
+        f"are {config.num_steps * config.batch_size / len(train_source):.1f} epochs"
+        + ("; SYNTHETIC" if preparation["synthetic"] else "")
+    )
+    started = time.time()
+    program, memory = training.compile_step(program, config, abstract_state, batch_shapes)
+    say(f"compiled     in {time.time() - started:.1f} s; XLA expects {memory / 2**30:.2f} GiB a device")
+
+    # ---- Start or go on ---------------------------------------------------------------------------------------------
+    checkpoints = Checkpoints(workdir)
+    start_step = checkpoints.last_step or 0
+    if start_step:
+        shardings = distributed.replicated(mesh)
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings), abstract_state
+        )
+        state = restore(workdir, start_step, like)
+        say(f"going on     from step {start_step:,} of {workdir}")
+    else:
+        state = program.initial_state()
+    share = dict(process_index=process, process_count=num_processes, num_threads=config.reading_threads)
+    batches = data.training_batches(train_source, config.batch_size, config.seed, start_batch=start_step, **share)
+    fixed_slices = data.picture_batch(validation_source, part_size // num_processes, config.num_pictures)
+    num_pictures = min(config.num_pictures, part_size // num_processes)
+    label = "SYNTHETIC" if preparation["synthetic"] else ""
+    reports = Reports(workdir, start_step)
+    should_stop = distributed.stop_requests()
+    metadata = {"config": configuration.to_json(config), "preparation": preparation}
+
+    def validate(step: int) -> float:
+        scores, code_counts = training.evaluate_split(
+            program, state, data.evaluation_batches(validation_source, part_size, **share)
+        )
+        means = {name: float(value.mean()) for name, value in scores.items() if name != "record_index"}
+        means |= {
+            "perplexity": metrics.perplexity(code_counts),
+            "used_codes": metrics.used_codes(code_counts),
+        }
+        reports.write("validation", step, means)
+        shown = training.render_pictures(program, state, fixed_slices, num_pictures)
+        if process == 0:
+            pictures.save_strip(workdir / "pictures" / f"step_{step:08d}.png", shown, label)
+        say(f"validation   step {step:,}  " + "  ".join(f"{name} {value:.4g}" for name, value in means.items()))
+        return means["loss"]
+
+    # ---- Evaluate, save, fetch the next batch, step -----------------------------------------------------------------
+    step, finished = start_step, False
+    clock, clock_step = time.time(), step
+    loop_started = time.time()
+    try:
+        while True:
+            at_end, stopping = step >= config.num_steps, should_stop(step)
+            due = at_end or step % config.eval_every == 0
+            if due or stopping:
+                training.check_finite(state, workdir, checkpoints.last_step)
+            if due and (step > start_step or step == 0):
+                loss = validate(step)
+                checkpoints.save(step, state, metadata, loss)
+            elif stopping and step > start_step:
+                checkpoints.save(step, state, metadata, None)
+            if at_end or stopping:
+                finished = at_end
+                break
+            state = training.run_step(program, config, state, next(batches))
+            step += 1
+            if step % config.log_every == 0:
+                training.check_finite(state, workdir, checkpoints.last_step)
+                state, means, code_counts = training.take_report(state)
+                now = time.time()
+                speed = (step - clock_step) * config.batch_size / (now - clock)
+                clock, clock_step = now, step
+                means |= {
+                    "perplexity": metrics.perplexity(code_counts),
+                    "used_codes": metrics.used_codes(code_counts),
+                }
+                reports.write("train", step, {**means, "slices_per_second": speed})
+                left = (config.num_steps - step) * (now - loop_started) / (step - start_step)
+                say(
+                    f"step {step:,}/{config.num_steps:,}  loss {means['loss']:.4g}  "
+                    + "  ".join(f"{name} {means[name]:.4g}" for name in task.reported)
+                    + f"  codes {means['used_codes']}  {speed:.1f} slices/s  {duration(left)} left"
+                )
+    finally:
+        checkpoints.close()
+        reports.close()
+    say(f"{'finished' if finished else 'stopped'}     at step {step:,}; checkpoints in {workdir}")
+    return finished
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    if _CONFIG.value is None or not _WORKDIR.value:
+        raise command_line.InputError("give --config=configs/RECIPE.py and --workdir=DIR")
+    command_line.use_compilation_cache()
+    from ctssl_jax import distributed
+
+    distributed.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    train(_CONFIG.value, _WORKDIR.value)
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

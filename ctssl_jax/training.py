@@ -1,0 +1,338 @@
+"""The training state, the step and the evaluation of a split: everything that runs on the devices.
+
+The state is a plain tree; a step is a pure function of (state, batch) under `jax.jit` over a mesh. Randomness comes
+from the seed, the step and each slice's record index alone, so a run that goes on from a checkpoint repeats exactly.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from ctssl_jax import distributed
+from ctssl_jax.command_line import RunFailed
+from ctssl_jax.corruptions import example_keys
+from ctssl_jax.tasks import Task
+
+
+class TrainingDiverged(RunFailed):
+    """The loss or a gradient was not finite. The message is one line."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint holds.
+
+    step: int32, optimizer steps taken.
+    params: trainable parameters.
+    variables: the model's other state: BatchNorm statistics, a codebook that follows by moving averages.
+    optimizer: optax state.
+    sums: sums over examples since the last report (scores, loss, weight, code counts), so that reports, too, go on
+      where they were.
+    nonfinite_step: int32, the first step whose gradient was not finite, or -1.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    variables: nnx.State
+    optimizer: Any
+    sums: dict[str, jax.Array]
+    nonfinite_step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Compiled-once functions of one run, all under the mesh.
+
+    initial_state: () -> TrainState
+    zero_gradients: () -> zeros like the parameters
+    train_step: (state, batch) -> state, for one microbatch
+    accumulate: (state, gradients, batch) -> (state, gradients), for more microbatches
+    apply_gradients: (state, gradients) -> state
+    evaluate_batch: (state, batch) -> (per-slice scores, code counts, pictures); the pictures stay split along the batch
+    replicate: copy a split tree to every device of every host
+    """
+
+    mesh: Mesh
+    initial_state: Callable[[], TrainState]
+    zero_gradients: Callable
+    train_step: Callable
+    accumulate: Callable
+    apply_gradients: Callable
+    evaluate_batch: Callable
+    replicate: Callable
+
+
+def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up, then constant or a cosine to zero at `num_steps`."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(config.num_steps - warmup, 1))
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """RAdam (the release's) or AdamW, with optional clipping of the gradient's global norm."""
+    schedule = learning_rate_schedule(config)
+    if config.optimizer == "radam":
+        decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()
+        optimizer = optax.chain(optax.scale_by_radam(), decay, optax.scale_by_learning_rate(schedule))
+    else:
+        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
+    if config.gradient_clip > 0:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
+    return optimizer
+
+
+def abstract_model(config: ml_collections.ConfigDict, task: Task) -> tuple[Any, nnx.State, nnx.State]:
+    """The model's structure without its numbers: graph definition, parameters and other variables as shapes."""
+    model = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(params=config.seed)))
+    graph, params, variables = nnx.split(model, nnx.Param, ...)
+    return graph, nnx.as_pure(params), nnx.as_pure(variables)
+
+
+def count_parameters(params: Any) -> int:
+    """Number of trainable scalars."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def abstract_batch(config: ml_collections.ConfigDict, task: Task, channels: int, size: int) -> dict[str, Any]:
+    """Shapes of a batch of `size` items from a dataset with `channels` channels."""
+    image = (size, len(task.offsets), config.image_size, config.image_size, channels)
+    return {
+        "images": jax.ShapeDtypeStruct(image, jnp.uint8),
+        "record_index": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "weight": jax.ShapeDtypeStruct((size,), jnp.float32),
+    }
+
+
+def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, mesh: Mesh) -> Program:
+    """Build the functions of a run.
+
+    Args:
+      config: a checked training configuration.
+      task: the task that `config.task` names.
+      channels: channels of the dataset's images that are read.
+      mesh: the devices.
+    """
+    graph, *abstract_state = abstract_model(config, task)
+    optimizer = make_optimizer(config)
+    everywhere = distributed.replicated(mesh)
+    along_batch = distributed.split_along_batch(mesh)
+    train_key, model_key, evaluation_key = jax.random.split(jax.random.key(config.seed), 3)
+
+    def initial_state() -> TrainState:
+        model = task.build(config, nnx.Rngs(params=config.seed))
+        _, params, variables = nnx.split(model, nnx.Param, ...)
+        params, variables = nnx.as_pure(params), nnx.as_pure(variables)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            variables=variables,
+            optimizer=optimizer.init(params),
+            sums=zero_sums(),
+            nonfinite_step=jnp.full((), -1, jnp.int32),
+        )
+
+    def zero_sums() -> dict[str, jax.Array]:
+        batch = abstract_batch(config, task, channels, config.batch_size // config.microbatches)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        _, (_, sums) = jax.eval_shape(loss_of, *abstract_state, batch, step)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
+
+    def loss_of(params, variables, batch, step) -> tuple[jax.Array, tuple]:
+        model = nnx.merge(graph, params, variables, copy=True)
+        keys = example_keys(train_key, batch["record_index"], step)
+        weight = batch["weight"]
+        step_key = jax.random.fold_in(jax.random.fold_in(model_key, step), batch["record_index"][0])
+        output = task.apply(model, batch["images"], weight, keys, step_key, config, train=True)
+        loss = jnp.sum(output.loss * weight) / (jnp.sum(weight) * config.microbatches)
+        _, _, variables = nnx.split(model, nnx.Param, ...)
+        sums = {name: jnp.sum(value * weight) for name, value in output.scores.items()}
+        sums |= {
+            "loss": jnp.sum(output.loss * weight),
+            "weight": jnp.sum(weight),
+            "code_counts": output.code_counts,
+        }
+        sums["gradient_norm"] = jnp.zeros(())  # added once a step, in apply_gradients
+        return loss, (nnx.as_pure(variables), sums)
+
+    def gradients_of(state: TrainState, batch: dict) -> tuple[TrainState, Any]:
+        (_, (variables, sums)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params, state.variables, batch, state.step
+        )
+        return state.replace(variables=variables, sums=jax.tree.map(jnp.add, state.sums, sums)), gradients
+
+    def apply_gradients(state: TrainState, gradients: Any) -> TrainState:
+        updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.params)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(norm)
+        first = jnp.where((state.nonfinite_step < 0) & ~finite, state.step + 1, state.nonfinite_step)
+        return state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            optimizer=new_optimizer,
+            sums=state.sums | {"gradient_norm": state.sums["gradient_norm"] + norm * config.batch_size},
+            nonfinite_step=first,
+        )
+
+    def train_step(state: TrainState, batch: dict) -> TrainState:
+        return apply_gradients(*gradients_of(state, batch))
+
+    def accumulate(state: TrainState, total: Any, batch: dict) -> tuple[TrainState, Any]:
+        state, gradients = gradients_of(state, batch)
+        return state, jax.tree.map(jnp.add, total, gradients)
+
+    def evaluate_batch(state: TrainState, batch: dict) -> tuple[dict, jax.Array, dict]:
+        model = nnx.merge(graph, state.params, state.variables, copy=True)
+        keys = example_keys(evaluation_key, batch["record_index"])
+        output = task.apply(model, batch["images"], batch["weight"], keys, evaluation_key, config, train=False)
+        index = {name: batch[name] for name in ("record_index", "weight")}
+        return {"loss": output.loss, **output.scores, **index}, output.code_counts, output.pictures
+
+    return Program(
+        mesh=mesh,
+        initial_state=jax.jit(initial_state, out_shardings=everywhere),
+        zero_gradients=jax.jit(
+            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_state[0]),
+            out_shardings=everywhere,
+        ),
+        train_step=jax.jit(
+            train_step, in_shardings=(everywhere, along_batch), out_shardings=everywhere, donate_argnums=0
+        ),
+        accumulate=jax.jit(
+            accumulate,
+            in_shardings=(everywhere, everywhere, along_batch),
+            out_shardings=everywhere,
+            donate_argnums=(0, 1),
+        ),
+        apply_gradients=jax.jit(
+            apply_gradients, in_shardings=everywhere, out_shardings=everywhere, donate_argnums=(0, 1)
+        ),
+        evaluate_batch=jax.jit(
+            evaluate_batch,
+            in_shardings=(everywhere, along_batch),
+            out_shardings=(everywhere, everywhere, along_batch),
+        ),
+        replicate=jax.jit(lambda tree: tree, out_shardings=everywhere),
+    )
+
+
+def compile_step(
+    program: Program, config: ml_collections.ConfigDict, abstract_state: TrainState, batch_shapes: dict
+) -> tuple[Program, int]:
+    """Compile the training step ahead of the first batch.
+
+    Returns:
+      The program with the compiled step in place, and the bytes a device that XLA expects it to need.
+    """
+    if config.microbatches == 1:
+        compiled = program.train_step.lower(abstract_state, batch_shapes).compile()
+        program = dataclasses.replace(program, train_step=compiled)
+    else:
+        compiled = program.accumulate.lower(abstract_state, abstract_state.params, batch_shapes).compile()
+        program = dataclasses.replace(program, accumulate=compiled)
+    memory = compiled.memory_analysis()
+    parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    return program, sum(parts) - memory.alias_size_in_bytes
+
+
+def check_finite(state: TrainState, workdir: Any, last_checkpoint: int | None) -> None:
+    """Stop a run whose numbers are no longer finite, before it saves them.
+
+    Raises:
+      TrainingDiverged: names the step, the checkpoint that is still good, and what to try.
+    """
+    step = int(state.nonfinite_step)
+    if step >= 0:
+        kept = f"the checkpoint of step {last_checkpoint} is kept" if last_checkpoint else "there is no checkpoint yet"
+        raise TrainingDiverged(
+            f"the loss or its gradient was not finite at step {step} of {workdir}; {kept}; lower "
+            "config.learning_rate or set config.gradient_clip=1, with another --workdir"
+        )
+
+
+def split_microbatches(batch: dict[str, np.ndarray], parts: int) -> list[dict[str, np.ndarray]]:
+    """A process's share of a batch in `parts` equal pieces, in order."""
+    size = len(batch["weight"]) // parts
+    return [{name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(parts)]
+
+
+def run_step(
+    program: Program, config: ml_collections.ConfigDict, state: TrainState, batch: dict[str, np.ndarray]
+) -> TrainState:
+    """One optimizer step on one global batch, in `config.microbatches` parts.
+
+    Gradient accumulation is a host loop over one compiled function: a scan over microbatches would make convolutions
+    inside it slow on CPU, and an unrolled loop would multiply the compile time.
+
+    Args:
+      program: from `make_program`.
+      config: the configuration.
+      state: donated; use the returned one.
+      batch: this process's share, arrays `[B / processes, ...]`.
+    """
+    if config.microbatches == 1:
+        return program.train_step(state, distributed.to_devices(program.mesh, batch))
+    gradients = program.zero_gradients()
+    for part in split_microbatches(batch, config.microbatches):
+        state, gradients = program.accumulate(state, gradients, distributed.to_devices(program.mesh, part))
+    return program.apply_gradients(state, gradients)
+
+
+def take_report(state: TrainState) -> tuple[TrainState, dict[str, float], np.ndarray]:
+    """Means over the examples since the last report, the code counts, and the state with its sums set to zero."""
+    sums = jax.device_get(state.sums)
+    weight = max(float(sums["weight"]), 1.0)
+    means = {name: float(value) / weight for name, value in sums.items() if name not in ("weight", "code_counts")}
+    zeros = jax.tree.map(lambda leaf: jax.device_put(np.zeros_like(leaf), leaf.sharding), state.sums)
+    return state.replace(sums=zeros), means, sums["code_counts"]
+
+
+def evaluate_split(
+    program: Program, state: TrainState, batches: Iterable[dict[str, np.ndarray]]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Score every slice of a split.
+
+    Args:
+      program: from `make_program`.
+      state: the model.
+      batches: this process's share, from `data.evaluation_batches`.
+
+    Returns:
+      Per-slice values on every process, sorted by record: `record_index` [N] int and `loss` and the task's scores, each
+      [N] float32; and the code counts [num_codes] over the split.
+    """
+    pending, scores, counts = None, [], 0
+    for batch in batches:
+        running = program.evaluate_batch(state, distributed.to_devices(program.mesh, batch))[:2]
+        if pending is not None:  # fetch one batch behind, so that the devices never wait for the host
+            host_scores, host_counts = jax.device_get(pending)
+            scores.append(host_scores)
+            counts = counts + host_counts
+        pending = running
+    host_scores, host_counts = jax.device_get(pending)
+    scores.append(host_scores)
+    columns = {name: np.concatenate([batch_scores[name] for batch_scores in scores]) for name in host_scores}
+    kept = columns.pop("weight") > 0
+    order = np.argsort(columns["record_index"][kept], kind="stable")
+    return {name: value[kept][order] for name, value in columns.items()}, counts + host_counts
+
+
+def render_pictures(
+    program: Program, state: TrainState, batch: dict[str, np.ndarray], number: int
+) -> dict[str, np.ndarray]:
+    """Input, target and prediction of the first `number` slices of a batch: [number, H, W, C] float32 in [0, 1]."""
+    _, _, pictures = program.evaluate_batch(state, distributed.to_devices(program.mesh, batch))
+    first = jax.tree.map(lambda images: images[:number], program.replicate(pictures))
+    return jax.device_get(first)
