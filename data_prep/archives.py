@@ -1,0 +1,151 @@
+"""The files of an archive: any directory tree, with zip files read in place.
+
+Nothing is assumed of names or extensions. Every file is yielded exactly once, in an order that depends on the
+names alone, either as a `Source` that `read_bytes` can read or as an `Unreadable` entry that says why it was left.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+MAX_FILE_BYTES = 4 << 30  # the largest DICOM file taken: an enhanced multi-frame CT of 8,000 slices
+MAX_COMPRESSION_RATIO = 200  # deflate cannot pass 1032; CT slices stay below 10, blank ones below 100
+_RATIO_FREE_BYTES = 16 << 20  # members up to this size are harmless whatever their ratio
+_ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
+
+
+class Source(NamedTuple):
+    """One file of the archive."""
+
+    path: str  # relative to the input directory, with forward slashes
+    member: str  # "" for a plain file, or the name inside the zip file at `path`
+    size: int  # bytes, uncompressed
+
+
+class Unreadable(NamedTuple):
+    """A file that is left alone, with the reason (a name of `data_prep.dicom.REASONS`)."""
+
+    source: Source
+    reason: str
+    detail: str
+
+
+def list_sources(input_dir: Path) -> Iterator[Source | Unreadable]:
+    """Every file below `input_dir`, sorted by path, zip files expanded in place.
+
+    Directory links are not followed (a loop cannot arise, and what they point to is listed where it lies, or is
+    outside the archive); file links are followed only to files inside `input_dir`.
+
+    Raises:
+        FileNotFoundError: `input_dir` does not exist.
+        NotADirectoryError: `input_dir` is not a directory.
+    """
+    input_dir = Path(input_dir)
+    if not input_dir.exists():
+        raise FileNotFoundError(f"{input_dir}: no such directory; give the folder that holds the scans")
+    if not input_dir.is_dir():
+        raise NotADirectoryError(f"{input_dir}: not a directory; give the folder that holds the scans")
+    yield from _walk(input_dir, "", input_dir.resolve())
+
+
+def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreadable]:
+    try:
+        entries = sorted(os.scandir(input_dir / folder), key=lambda entry: entry.name)
+    except OSError as error:
+        yield Unreadable(Source(folder, "", 0), "unreadable", error.strerror or "cannot list the directory")
+        return
+    for entry in entries:
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        try:
+            path.encode("utf-8")
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(input_dir, path, root)
+                continue
+            if entry.is_symlink():
+                target = Path(entry.path).resolve()
+                if target.is_dir() or not target.is_relative_to(root):
+                    yield Unreadable(Source(path, "", 0), "outside_archive", "link to a folder or out of it")
+                    continue
+            status = entry.stat()
+            source = Source(path, "", status.st_size)
+            if not stat.S_ISREG(status.st_mode):
+                yield Unreadable(source, "unreadable", "not a regular file")
+            elif source.size > MAX_FILE_BYTES and not _is_zip(entry.path):
+                yield Unreadable(source, "too_large", f"{source.size} bytes")
+            elif _is_zip(entry.path):
+                yield from _zip_members(entry.path, source)
+            else:
+                yield source
+        except UnicodeEncodeError:
+            yield Unreadable(
+                Source(path.encode("utf-8", "replace").decode(), "", 0), "unreadable", "file name is not UTF-8"
+            )
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+            yield Unreadable(Source(path, "", 0), "unreadable", getattr(error, "strerror", None) or str(error))
+
+
+def _is_zip(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in _ZIP_SIGNATURES
+
+
+def _zip_members(path: str, source: Source) -> Iterator[Source | Unreadable]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = sorted(archive.infolist(), key=lambda member: member.filename)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        yield Unreadable(source, "bad_zip", str(error))
+        return
+    previous = None
+    for member in members:
+        if member.is_dir():
+            continue
+        item = Source(source.path, member.filename, member.file_size)
+        parts = PurePosixPath(member.filename.replace("\\", "/")).parts
+        if member.filename == previous:
+            yield Unreadable(item, "bad_zip", "a second member of the same name")
+        elif ".." in parts or member.filename.startswith(("/", "\\")):
+            yield Unreadable(item, "outside_archive", "the member's name points out of the zip file")
+        elif member.flag_bits & 0x1:
+            yield Unreadable(item, "encrypted", "zip member protected by a password")
+        elif member.file_size > MAX_FILE_BYTES:
+            yield Unreadable(item, "too_large", f"{member.file_size} bytes")
+        elif member.file_size > max(_RATIO_FREE_BYTES, MAX_COMPRESSION_RATIO * member.compress_size):
+            yield Unreadable(item, "too_large", f"expands {member.compress_size} to {member.file_size} bytes")
+        elif member.filename.lower().endswith(".zip"):
+            yield Unreadable(item, "nested_zip", "zip file inside a zip file; unpack it first")
+        else:
+            yield item
+        previous = member.filename
+
+
+def read_bytes(input_dir: Path, source: Source) -> bytes:
+    """The whole content of one source.
+
+    Raises:
+        OSError: the file is gone, cannot be read, or is a damaged zip member (the message names it).
+    """
+    path = os.path.join(input_dir, source.path)
+    if not source.member:
+        with open(path, "rb") as file:
+            return file.read(MAX_FILE_BYTES)
+    status = os.stat(path)
+    try:
+        archive = _open_zip(path, status.st_mtime_ns, status.st_size, os.getpid())
+        with archive.open(source.member) as file:
+            return file.read(source.size + 1)  # a member that lies about its size ends here
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise OSError(f"{source.path}: {source.member}: damaged zip member: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _open_zip(path: str, mtime_ns: int, size: int, process: int) -> zipfile.ZipFile:
+    """An open zip file; its directory is parsed once, and a forked process opens its own."""
+    return zipfile.ZipFile(path)

@@ -1,0 +1,94 @@
+"""DICOM files -> series -> volumes in Hounsfield units, or a named reason why not.
+
+    sources = list_sources(input_dir)                 # data_prep.archives
+    headers = [read_header(input_dir, s) for s in sources]
+    planned = plan_series(headers, rules)             # SeriesCandidate or Rejection
+    volume = load_volume(input_dir, candidate, rules) # Volume or Rejection
+
+The parts live in `headers`, `series`, `volume` and `pixels`; this module gathers their names, and holds the list of
+reasons.
+"""
+
+from data_prep.archives import Source, Unreadable, list_sources, read_bytes
+from data_prep.headers import Header, NotAnImage, read_header
+from data_prep.series import (
+    Rejection,
+    Rules,
+    SeriesCandidate,
+    plan_series,
+    select_reconstructions,
+)
+from data_prep.volume import Volume, load_volume
+
+__all__ = [
+    "NOTES",
+    "REASONS",
+    "Header",
+    "NotAnImage",
+    "Rejection",
+    "Rules",
+    "SeriesCandidate",
+    "Source",
+    "Unreadable",
+    "Volume",
+    "list_sources",
+    "load_volume",
+    "plan_series",
+    "read_bytes",
+    "read_header",
+    "select_reconstructions",
+]
+
+REASONS = {
+    # files that hold no image
+    "not_dicom": "The file is no DICOM file.",
+    "dicomdir": "The file is a DICOMDIR index; the images it lists are read where they lie.",
+    "no_pixel_data": "The file is a DICOM object without an image, such as a dose report.",
+    "unreadable": "The file or its DICOM header cannot be read.",
+    "bad_zip": "The zip file is damaged, or of two members with one name this is the second.",
+    "encrypted": "The zip member is protected by a password.",
+    "nested_zip": "The zip file lies inside another zip file; unpack it first.",
+    "too_large": "The file is larger, or more strongly compressed, than any CT.",
+    "outside_archive": "The link or zip member points out of the input directory, or to a folder.",
+    # images and series, judged by their headers
+    "missing_series_uid": "The Series Instance UID is missing, so the slices cannot be told apart.",
+    "not_ct": "The Modality is not CT.",
+    "localizer": "The image is a localizer (scout, topogram).",
+    "not_axial": "The image is sagittal, coronal or oblique.",
+    "unknown_orientation": "Image Orientation (Patient) is missing or invalid.",
+    "missing_position": "Image Position (Patient) is missing.",
+    "missing_pixel_spacing": "Pixel Spacing is missing.",
+    "secondary_capture": "The image is a secondary capture.",
+    "derived_image": "The image is derived and holds no CT numbers (reformat, projection, map).",
+    "not_grey": "The image is not monochrome.",
+    "burned_in_annotation": "Burned In Annotation says YES.",
+    "no_chest": "The volume does not cover the chest: too little lung between soft tissue, or another body part.",
+    "grid_varies": "The slices differ in matrix or pixel spacing.",
+    "other_grid": "The slice's matrix or pixel spacing is not that of nearly all others.",
+    "too_few_slices": "The series has too few slices.",
+    "too_thick": "The slices are thicker than the limit.",
+    "too_many_lost": "More slices are missing than the limit.",
+    "irregular": "The volume has gaps or uneven spacing, and irregular volumes are refused.",
+    "other_reconstruction": "Another reconstruction of the exam was taken.",
+    # pixels
+    "undecodable_pixels": "The pixel data cannot be decoded.",
+    "unsupported_transfer_syntax": "No decoder reads the transfer syntax.",
+    "truncated_pixel_data": "The pixel data ends early.",
+    "missing_rescale": "Rescale Slope or Intercept is missing, and the stored values are no plausible HU.",
+    "implausible_hu": "The values are no plausible HU.",
+    "contradictory_duplicates": "Different images lie at one position.",
+    "duplicate_slice": "The same image lies at the same position once more.",
+}
+NOTES = {
+    "no_patient_id": "The Patient ID is missing; the Study Instance UID stands in.",
+    "no_slice_thickness": "Slice Thickness is missing; the median spacing stands in.",
+    "gaps": "Slices are missing; no pair crosses a gap.",
+    "uneven_spacing": "The spacing of the slices varies by more than a tenth.",
+    "gantry_tilt": "The gantry was tilted; the volume is not sheared upright.",
+    "split_by_acquisition": "The series holds several acquisitions at the same positions; this is one.",
+    "other_grid_dropped": "Slices of another matrix or pixel spacing were dropped.",
+    "slices_lost": "Slices that could not be decoded were dropped.",
+    "duplicates_dropped": "Identical slices at one position were dropped.",
+    "no_rescale_tags": "Rescale tags are missing; the stored values are plausible as HU and were taken so.",
+    "fractional_hu": "Some values are no whole HU or beyond 16 bits; the volume is float32.",
+}

@@ -1,0 +1,109 @@
+"""Stored pixel values of one slice, whatever the transfer syntax.
+
+Uncompressed files (nearly all archives) are read straight from the bytes at the offset that the header reading noted.
+Compressed files go through pydicom's decoders, backed by imagecodecs: pydicom finds the frame among its fragments
+and honours bits stored and pixel representation.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.pixels import pixel_array
+
+from data_prep.archives import Source, read_bytes
+from data_prep.headers import NATIVE_SYNTAXES, Header
+
+MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
+
+
+class PixelError(ValueError):
+    """Pixels that cannot be had. `reason` is a name of `data_prep.dicom.REASONS`; the message is the detail."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+class PixelReader:
+    """Reads the stored values of slices; keeps the last file, for the further frames of a multi-frame one."""
+
+    def __init__(self, input_dir: Path):
+        self._input_dir = input_dir
+        self._source: Source | None = None
+        self._data = b""
+        self._dataset: pydicom.Dataset | None = None
+
+    def read(self, header: Header) -> np.ndarray:
+        """The stored pixel values [rows, columns] of one slice: an integer array with the sign that Pixel
+        Representation gives; possibly read-only.
+
+        Raises:
+            PixelError: unsupported, undecodable or truncated pixel data.
+            OSError: the file cannot be read.
+        """
+        if header.rows * header.columns > MAX_PIXELS:
+            raise PixelError("undecodable_pixels", f"matrix of {header.rows} x {header.columns}")
+        if self._source != header.source:
+            self._data = read_bytes(self._input_dir, header.source)
+            self._source, self._dataset = header.source, None
+        if header.transfer_syntax in NATIVE_SYNTAXES and header.bits_allocated in (8, 16, 32):
+            return _native(self._data, header)
+        return self._decode(header)
+
+    def _decode(self, header: Header) -> np.ndarray:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if self._dataset is None:
+                    self._dataset = pydicom.dcmread(io.BytesIO(self._data), force=True)
+                values = pixel_array(self._dataset, index=header.frame, raw=True)
+        except Exception as error:  # decoders raise what they like on damaged bytes
+            raise PixelError("undecodable_pixels", type(error).__name__) from error
+        if values.shape != (header.rows, header.columns) or values.dtype.kind not in "iu":
+            raise PixelError("undecodable_pixels", "decoded to another shape than Rows x Columns")
+        return values
+
+
+def _native(data: bytes, header: Header) -> np.ndarray:
+    big = header.transfer_syntax == NATIVE_SYNTAXES[2]
+    start, end = _native_extent(data, header, ">" if big else "<")
+    count = header.rows * header.columns
+    bytes_a_value = header.bits_allocated // 8
+    start += header.frame * count * bytes_a_value
+    if start + count * bytes_a_value > end:
+        raise PixelError("truncated_pixel_data", f"{max(0, end - start)} of {count * bytes_a_value} bytes")
+    kind = "i" if header.pixel_representation else "u"
+    values = np.frombuffer(data, f"{'>' if big else '<'}{kind}{bytes_a_value}", count, start)
+    if big:
+        values = values.astype(values.dtype.newbyteorder("="))
+    return _mask_unused_bits(values.reshape(header.rows, header.columns), header)
+
+
+def _native_extent(data: bytes, header: Header, order: str) -> tuple[int, int]:
+    """Where the value of the (7FE0,0010) element begins and ends."""
+    offset = header.pixel_data_offset
+    explicit = header.transfer_syntax != NATIVE_SYNTAXES[0]
+    start = (offset or 0) + (12 if explicit else 8)
+    if offset is None or len(data) < start or data[offset : offset + 4] != struct.pack(order + "HH", 0x7FE0, 0x0010):
+        raise PixelError("truncated_pixel_data", "no pixel data behind the header")
+    length = struct.unpack(order + "I", data[start - 4 : start])[0]
+    if length == 0xFFFFFFFF:
+        raise PixelError("undecodable_pixels", "compressed pixel data under an uncompressed transfer syntax")
+    return start, min(len(data), start + length)
+
+
+def _mask_unused_bits(values: np.ndarray, header: Header) -> np.ndarray:
+    """Drops what lies above High Bit (old overlays) or below the stored bits, and extends the sign."""
+    bits = header.bits_allocated
+    stored = header.bits_stored
+    if stored == bits:
+        return values
+    if not 0 < stored <= header.high_bit + 1 <= bits:
+        raise PixelError("undecodable_pixels", f"bits stored {stored}, high bit {header.high_bit}, of {bits}")
+    return (values << (bits - 1 - header.high_bit)) >> (bits - stored)

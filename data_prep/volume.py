@@ -1,0 +1,233 @@
+"""From a planned series to a volume in Hounsfield units, canonically oriented, or a named reason why not."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.anatomy import ChestSummary, covers_chest, summarise
+from data_prep.geometry import Axes, canonical_axes, measure_stack, orient
+from data_prep.headers import Header
+from data_prep.pixels import PixelError, PixelReader
+from data_prep.series import Rejection, Rules, SeriesCandidate, irregularity
+
+AIR_HU = -1000
+_BELOW_ANY_TISSUE_HU = -1500  # scanners pad outside the field of view with -2000 or less, declared or not
+_SAMPLE_STEP = 8  # plausibility is judged on every 8th pixel of both directions
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """A CT volume: rows to posterior, columns to the patient's left, slices to superior."""
+
+    candidate: SeriesCandidate
+    headers: tuple[Header, ...]  # of the slices, in their order
+    hu: np.ndarray  # [S, H, W] int16; float32 where a value is fractional or beyond int16
+    position_mm: np.ndarray  # [S] float64, along the slice normal, increasing
+    pair_valid: np.ndarray  # [S] bool: the next slice is the neighbour, with no gap between
+    pixel_spacing_mm: tuple[float, float]  # between rows, between columns, after orientation
+    slice_spacing_mm: float  # median
+    slice_thickness_mm: float
+    gantry_tilt_degrees: float
+    chest: ChestSummary
+    notes: tuple[str, ...]  # names of `data_prep.dicom.NOTES`
+    dropped: tuple[tuple[Header, str], ...]  # headers that are not in the volume, each with its reason
+
+
+def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Volume | Rejection:
+    """Reads the pixels of a candidate, once. Never raises for what the files hold; holds one volume in memory.
+
+    Slices that cannot be decoded are dropped, up to `rules.max_lost_fraction`; identical slices at one position count
+    once. Padding and what lies below -1500 HU become air, -1000 HU. The volume must be plausible as HU and, with
+    `rules.require_lung`, cover the chest.
+
+    Raises:
+        OSError: the archive cannot be read any more.
+    """
+
+    def reject(reason: str, detail: str) -> Rejection:
+        return Rejection(candidate.series_key, candidate.all_headers, reason, detail)
+
+    tagged = {has_rescale(header) for header in candidate.headers}
+    if len(tagged) == 2:
+        return reject("missing_rescale", "some slices have rescale tags and some have none")
+    axes = canonical_axes(candidate.headers[0].orientation)
+    loader = _SliceLoader(PixelReader(Path(input_dir)), axes, len(candidate.headers))
+    kept: list[int] = []
+    lost: list[tuple[Header, str]] = []
+    repeated: list[tuple[Header, str]] = []
+    used: list[Header] = []
+    for i, group in enumerate(zip(candidate.headers, candidate.duplicates, strict=True)):
+        taken = None
+        for header in (group[0], *group[1]):
+            try:
+                if taken is None:
+                    loader.add(header)
+                    taken = header
+                elif loader.equals_last(header):
+                    repeated.append((header, "duplicate_slice"))
+                else:
+                    return reject("contradictory_duplicates", f"different images at slice {i + 1}")
+            except PixelError as error:
+                lost.append((header, error.reason))
+        if taken is not None:
+            kept.append(i)
+            used.append(taken)
+
+    total = len(candidate.headers)
+    if total - len(kept) > rules.max_lost_fraction * total or not kept:
+        reason = collections.Counter(reason for _, reason in lost).most_common(1)[0][0]
+        return reject(reason, f"{total - len(kept)} of {total} slices")
+    position_mm = np.array(candidate.position_mm)[kept]
+    measured = measure_stack(position_mm)
+    if fault := irregularity(measured, len(kept), rules):
+        return reject(*fault)
+    if len(kept) < rules.min_slices:
+        return reject("too_few_slices", f"{len(kept)} slices, at least {rules.min_slices} asked")
+    if fault := loader.implausible():
+        reason = "implausible_hu" if tagged == {True} else "missing_rescale"
+        return reject(reason, fault)
+
+    spacing = candidate.headers[0].pixel_spacing
+    pixel_spacing_mm = (spacing[1], spacing[0]) if axes.transpose else (spacing[0], spacing[1])
+    hu = loader.volume()
+    chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)
+    if rules.require_lung and not covers_chest(chest):
+        return reject("no_chest", f"{chest.lung_volume_ml:.0f} ml of lung")
+    flags = {
+        "gaps": measured.missing > 0,
+        "uneven_spacing": measured.uneven,
+        "slices_lost": len(kept) < total,
+        "duplicates_dropped": bool(repeated),
+        "no_rescale_tags": tagged == {False},
+        "fractional_hu": hu.dtype != np.int16,
+    }
+    return Volume(
+        candidate=candidate,
+        headers=tuple(used),
+        hu=hu,
+        position_mm=position_mm,
+        pair_valid=measured.pair_valid,
+        pixel_spacing_mm=pixel_spacing_mm,
+        slice_spacing_mm=measured.spacing_mm,
+        slice_thickness_mm=candidate.slice_thickness_mm,
+        gantry_tilt_degrees=candidate.gantry_tilt_degrees,
+        chest=chest,
+        notes=(*candidate.notes, *(name for name, raised in flags.items() if raised)),
+        dropped=(*candidate.dropped, *repeated, *lost),
+    )
+
+
+def has_rescale(header: Header) -> bool:
+    """Whether Rescale Slope and Intercept are both there."""
+    return header.rescale_slope is not None and header.rescale_intercept is not None
+
+
+class _SliceLoader:
+    """Decodes slices one after the other into one array, and keeps the counts that plausibility is judged on."""
+
+    def __init__(self, reader: PixelReader, axes: Axes, num_slices: int):
+        self._reader = reader
+        self._axes = axes
+        self._num_slices = num_slices
+        self._hu: np.ndarray | None = None
+        self._count = 0
+        self._sampled = np.zeros(4, dtype=np.int64)  # pixels: all, air or lung, soft tissue, beyond 4000 HU
+
+    def add(self, header: Header) -> None:
+        """Appends a slice.
+
+        Raises:
+            PixelError: no pixels; nothing is appended.
+        """
+        stored = self._reader.read(header)
+        image = orient(to_hu(stored, header), self._axes)
+        if self._hu is None:
+            self._hu = np.empty((self._num_slices, *image.shape), dtype=image.dtype)
+        elif image.dtype != self._hu.dtype:
+            self._hu = self._hu.astype(np.float32)
+        self._hu[self._count] = image
+        self._count += 1
+        self._sample(stored[::_SAMPLE_STEP, ::_SAMPLE_STEP], header)
+
+    def equals_last(self, header: Header) -> bool:
+        """Whether this slice is the same image as the last one added."""
+        image = orient(to_hu(self._reader.read(header), header), self._axes)
+        return np.array_equal(image, self._hu[self._count - 1])
+
+    def volume(self) -> np.ndarray:
+        return self._hu[: self._count]
+
+    def _sample(self, stored: np.ndarray, header: Header) -> None:
+        slope, intercept = rescale(header)
+        hu = (stored * slope + intercept)[~is_padding(stored, header)]
+        hu = hu[hu >= _BELOW_ANY_TISSUE_HU]
+        self._sampled += (
+            stored.size,
+            np.count_nonzero((hu >= -1100) & (hu < -500)),
+            np.count_nonzero((hu >= -200) & (hu < 300)),
+            np.count_nonzero(hu > 4000),
+        )
+
+    def implausible(self) -> str | None:
+        """What is wrong with the values as HU: every CT has some air, some soft tissue and hardly anything above
+        4000 HU."""
+        total, air, soft, dense = self._sampled
+        if dense > 0.01 * total:
+            return f"{100 * dense / total:.0f} % of the pixels are above 4000 HU"
+        if soft < 0.01 * total:
+            return "no soft tissue between -200 and 300 HU"
+        if air < 0.002 * total:
+            return "no air or lung between -1100 and -500 HU"
+        return None
+
+
+def rescale(header: Header) -> tuple[float, float]:
+    """Rescale Slope and Intercept; 1 and 0 where both are missing.
+
+    Raises:
+        PixelError: only one is there, or the slope is 0.
+    """
+    if header.rescale_slope is None and header.rescale_intercept is None:
+        return 1.0, 0.0
+    if not has_rescale(header) or header.rescale_slope == 0:
+        raise PixelError("missing_rescale", "one of Rescale Slope and Intercept is missing, or the slope is 0")
+    return header.rescale_slope, header.rescale_intercept
+
+
+def is_padding(stored: np.ndarray, header: Header) -> np.ndarray:
+    """Where stored values are the declared padding, a value or a range; a value that would be tissue is not believed
+    (some writers declare 0 for images where 0 is water)."""
+    value = header.padding_value
+    if value is None:
+        return np.zeros(stored.shape, dtype=bool)
+    limit = value if header.padding_limit is None else header.padding_limit
+    slope, intercept = rescale(header)
+    low, high = min(value, limit), max(value, limit)
+    if any(-900 < bound * slope + intercept < 4000 for bound in (low, high)):
+        return np.zeros(stored.shape, dtype=bool)
+    return stored == low if low == high else (stored >= low) & (stored <= high)
+
+
+def to_hu(stored: np.ndarray, header: Header) -> np.ndarray:
+    """Stored values [H, W] in HU: int16, or float32 if any is fractional or beyond int16. Padding becomes air.
+
+    MONOCHROME1 says how to display and changes no value.
+
+    Raises:
+        PixelError: see `rescale`.
+    """
+    slope, intercept = rescale(header)
+    air = is_padding(stored, header)
+    if slope == 1 and intercept == int(intercept) and stored.dtype.itemsize <= 2:
+        hu = stored.astype(np.int32) + np.int32(intercept)
+    else:
+        hu = stored * slope + intercept
+    air |= hu < _BELOW_ANY_TISSUE_HU
+    hu[air] = AIR_HU
+    if hu.max() <= 32767 and (hu.dtype == np.int32 or np.array_equal(hu, np.rint(hu))):
+        return hu.astype(np.int16)
+    return hu.astype(np.float32)
