@@ -1,0 +1,291 @@
+"""The anatomy of a synthetic patient: parameters, outlines of body, lungs and diaphragm, skeleton, vessel trees.
+
+Everything is defined in a reference space (x to the patient's left, y to posterior, z to superior, mm, z = 0 at the
+carina of an average adult) and scaled per patient by `Patient.scale`.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from data_prep import phantom_vessels
+from data_prep.phantom_shapes import (
+    FAR,
+    Capsules,
+    ellipse,
+    ellipsoid,
+    join,
+    polyline,
+    smooth_max,
+    smooth_min,
+    tube_distance,
+)
+
+APEX_Z, BASE_Z = 108.0, -196.0
+VERTEBRA_HEIGHT = 23.0
+DISC_Z = 8.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Patient:
+    """Parameters of one synthetic patient. Lengths in mm of the reference space unless said; angles in degrees."""
+
+    age: int
+    sex: str
+    scale: tuple[float, float, float]  # build: factors along x, y, z from the reference space to the patient
+    fat_mm: float  # subcutaneous fat at the flank
+    muscle: float  # 1 is average
+    heart_scale: float
+    dome_right_z: float  # top of the right dome of the diaphragm (inspiration depth)
+    dome_left_z: float
+    breast_mm: float  # radius of a breast; 0 for none
+    breast_density: float  # share of fibroglandular tissue
+    bone_hu: float  # trabecular bone of the vertebrae
+    aorta_scale: float
+    aortic_calcification: float  # 0 to 1
+    lung_hu: float
+    scoliosis_mm: float
+    kyphosis: float
+    seed: int  # of the vessel trees and textures
+
+    @property
+    def chest_extent_mm(self) -> tuple[float, float]:
+        """z of the lowest and the highest slice that cover the lungs from base to apex, mm of the patient."""
+        return BASE_Z * self.scale[2], APEX_Z * self.scale[2]
+
+    @property
+    def body_width_mm(self) -> float:
+        """Approximate width of the body at the lung base, mm of the patient."""
+        return (2 * 152 + 2 * self.fat_mm) * self.scale[0]
+
+
+def sample_patient(rng: np.random.Generator) -> Patient:
+    """Draws a patient: adults, both sexes, builds and body fat over the range seen in chest CT."""
+    sex = str(rng.choice(["F", "M"]))
+    age = int(np.clip(rng.normal(60, 15), 19, 94))
+    height = rng.normal(0.95 if sex == "F" else 1.03, 0.05)
+    girth = rng.normal(0, 0.05)
+    lung_shift = float(np.clip(rng.normal(0, 12), -26, 20))
+    return Patient(
+        age=age,
+        sex=sex,
+        scale=(
+            float(np.clip(height * (1 + girth), 0.82, 1.16)),
+            float(np.clip(height * (1 + girth + rng.normal(0, 0.04)), 0.82, 1.18)),
+            float(np.clip(height * (1 + rng.normal(0, 0.03)), 0.85, 1.14)),
+        ),
+        fat_mm=float(np.clip(rng.lognormal(2.6, 0.5), 5, 42)),
+        muscle=float(np.clip(rng.normal(1.0 if sex == "M" else 0.82, 0.12) - 0.003 * (age - 60), 0.5, 1.4)),
+        heart_scale=float(np.clip(rng.normal(1.0, 0.07) + 0.001 * (age - 60), 0.85, 1.25)),
+        dome_right_z=-92 + lung_shift,
+        dome_left_z=-102 + lung_shift + float(rng.normal(0, 5)),
+        breast_mm=float(np.clip(rng.normal(50, 9), 32, 72)) if sex == "F" else 0.0,
+        breast_density=float(np.clip(rng.beta(2, 3) - 0.005 * (age - 55), 0.05, 0.9)),
+        bone_hu=float(np.clip(rng.normal(205 - 1.8 * (age - 45), 30), 60, 280)),
+        aorta_scale=float(np.clip(rng.normal(1.0, 0.07) + 0.004 * (age - 60), 0.8, 1.35)),
+        aortic_calcification=float(np.clip((age - 52) / 35 + rng.normal(0, 0.2), 0, 1)),
+        lung_hu=float(rng.normal(-858, 16)),
+        scoliosis_mm=float(rng.normal(0, 4)),
+        kyphosis=float(np.clip(rng.normal(1.0, 0.18) + 0.004 * (age - 60), 0.6, 1.6)),
+        seed=int(rng.integers(2**31)),
+    )
+
+
+def _profile(*knots: tuple[float, float]) -> PchipInterpolator:
+    return PchipInterpolator(*np.array(sorted(knots), float).T)
+
+
+# Half widths and front and back borders (mm) of the muscular body wall and of the pleural space along z.
+BODY_HALF_WIDTH = _profile((-230, 146), (-150, 149), (-60, 152), (0, 159), (45, 170), (80, 180), (130, 176))
+BODY_FRONT = _profile((-230, -112), (-140, -116), (-90, -113), (0, -97), (50, -80), (90, -62), (130, -50))
+PLEURA_FRONT = _profile((-230, -96), (-120, -98), (-60, -93), (0, -80), (50, -62), (100, -40), (130, -34))
+PLEURA_HALF_WIDTH = _profile((-230, 134), (-150, 137), (-90, 136), (-40, 131), (0, 124))
+
+
+@dataclasses.dataclass(frozen=True)
+class Anatomy:
+    """A patient with all that is made once: skeleton and vessel trees, in reference space."""
+
+    patient: Patient
+    ribs: Capsules
+    cartilage: Capsules
+    clavicles: Capsules
+    vessels: phantom_vessels.Vessels
+
+
+def spine_y(z: np.ndarray | float, patient: Patient) -> np.ndarray:
+    """y of the middle of the vertebral bodies at z."""
+    z = np.asarray(z, float)
+    return 60 - patient.kyphosis * np.where(z > -50, 0.0014 * (z + 50) ** 2, 0.0010 * (z + 50) ** 2)
+
+
+def spine_x(z: np.ndarray | float, patient: Patient) -> np.ndarray:
+    """Sideways displacement of the whole anatomy at z: mild scoliosis."""
+    return patient.scoliosis_mm * np.sin((np.asarray(z, float) + 60) / 70)
+
+
+def body_back(z: np.ndarray | float, patient: Patient) -> np.ndarray:
+    """y of the back muscles' surface."""
+    return spine_y(z, patient) * 0.7 + 20 + 41
+
+
+def pleura_outline(z: np.ndarray | float, patient: Patient) -> tuple[np.ndarray, ...]:
+    """(half width, front y, widest y, back y) of the pleural space at z; it closes to two domes at the apices."""
+    z = np.asarray(z, float)
+    closing = np.sqrt(1 - np.clip((z + 45) / 143, 0, 0.9999) ** 2.7)
+    spine = spine_y(z, patient)
+    top_y = spine - 8
+    half_width = 50 + (PLEURA_HALF_WIDTH(np.minimum(z, 0)) - 50) * closing
+    front = top_y + (PLEURA_FRONT(z) - top_y) * closing**0.8
+    back = top_y + (spine + 37 - top_y) * closing**0.7
+    return half_width, front, front + 0.56 * (back - front), back
+
+
+def egg(x: np.ndarray, y: np.ndarray, outline: tuple, front_power: float, back_power: float) -> np.ndarray:
+    """Signed distance to a closed outline of two half superellipses: (half width, front y, widest y, back y)."""
+    half_width, front, middle, back = (np.float32(v) for v in outline)
+    v = y - middle
+    ahead = v < 0
+    power = np.where(ahead, np.float32(front_power), np.float32(back_power))
+    u, w = np.abs(x) / half_width, np.abs(v) / np.where(ahead, middle - front, back - middle)
+    value = (u**power + w**power) ** (1 / power) + np.float32(1e-6)
+    radius = np.hypot(x, v)
+    slope = np.hypot(u / half_width, w / np.where(ahead, middle - front, back - middle)) / value
+    return (value - 1) / np.maximum(slope, value / np.maximum(radius, 1))
+
+
+def diaphragm(x: np.ndarray, y: np.ndarray, z: float, patient: Patient, right: bool) -> np.ndarray:
+    """Signed distance to a dome of the diaphragm: negative below it."""
+    top = patient.dome_right_z if right else patient.dome_left_z
+    below = np.clip((top - z) / 96.0, 0, 1)
+    opening = max(np.sqrt(1 - (1 - below) ** 2), 1e-3)
+    if top <= z:
+        return np.full(x.shape, z - top + 1, np.float32)
+    centre_x = -66 if right else 70
+    front = ellipse(x, y, (centre_x, -10), (80 * opening, 108 * opening))
+    back = ellipse(x, y, (centre_x, -10), (80 * opening, 96 * opening))
+    return np.where(y < -10, front, back)
+
+
+def mediastinum(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, heart: np.ndarray) -> np.ndarray:
+    """Signed distance to what lies between the lungs, given the distance to the heart with its fat."""
+    patient = anatomy.patient
+    spine = float(spine_y(z, patient))
+    closing = float(np.sqrt(1 - np.clip((z + 45) / 143, 0, 0.9999) ** 2.7))
+    half = 5 + 12 * np.exp(-(((y - spine + 45) / 34) ** 2)) + 40 * (1 - closing) ** 1.1
+    if z < -90:
+        half = half + np.float32(min((-90 - z) * 0.25, 14)) * np.exp(-(((y + 30) / 50) ** 2))
+    lean = 6 * np.exp(-(((z + 60) / 50) ** 2))
+    distance = np.abs(x - np.float32(lean)) - half
+    distance = smooth_min(distance, ellipse(x, y, (0, spine + 16), (31, 36)), 12)
+    distance = smooth_min(distance, heart, 10)
+    return smooth_min(distance, tube_distance(x, y, z, anatomy.vessels.mediastinal) - 2.5, 10).astype(np.float32)
+
+
+def heart_chambers(patient: Patient) -> dict[str, tuple]:
+    """Chambers of the heart as (centre, radii, axis) of ellipsoids."""
+    s = patient.heart_scale
+    base = np.array([4.0, -22.0, -62.0])
+
+    def place(x, y, height):
+        return tuple(base + s * (np.array([x, y, height]) - base))
+
+    return {
+        "right_atrium": (place(-30, -22, -64), (33 * s, 23 * s, 25 * s), (0.1, 0.2, 1)),
+        "right_ventricle": (place(8, -54, -76), (45 * s, 23 * s, 31 * s), (0.85, -0.1, -0.45)),
+        "left_ventricle": (place(44, -28, -80), (45 * s, 26 * s, 26 * s), (0.72, -0.5, -0.42)),
+        "left_atrium": (place(4, 12, -48), (32 * s, 19 * s, 21 * s), (1, 0.05, 0.1)),
+    }
+
+
+def heart_distance(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> np.ndarray:
+    """Signed distance to the outside of the heart muscle."""
+    distance = np.full(x.shape, FAR, np.float32)
+    for centre, radii, axis in heart_chambers(patient).values():
+        if abs(z - centre[2]) < max(radii) + 25:
+            distance = smooth_min(distance, ellipsoid(x, y, z, centre, radii, axis), 14)
+    return distance
+
+
+def lungs(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, between: np.ndarray) -> np.ndarray:
+    """Signed distance to the aerated lungs of a slice, given the mediastinum's."""
+    patient = anatomy.patient
+    pleura = egg(x, y, pleura_outline(z, patient), 2.25, 2.5)
+    distance = smooth_max(pleura, -between, 6)
+    for right in (True, False):
+        dome = diaphragm(x, y, z, patient, right)
+        distance = smooth_max(distance, -dome, 3) if z < patient.dome_right_z + 5 or z < -85 else distance
+    return distance.astype(np.float32)
+
+
+def build_anatomy(patient: Patient) -> Anatomy:
+    """Skeleton and vessel trees of a patient. The trees fill the patient's own lungs."""
+    great = phantom_vessels.great_vessels(patient, lambda z: spine_y(z, patient))
+    anatomy = Anatomy(patient, *_ribs(patient), _clavicles(patient), great)
+    return dataclasses.replace(anatomy, vessels=phantom_vessels.grow_trees(great, _lung_points(anatomy), patient))
+
+
+def _lung_points(anatomy: Anatomy) -> np.ndarray:
+    """Points [N, 3] float32 spread evenly over both lungs, 3 mm or more inside."""
+    rng = np.random.default_rng(anatomy.patient.seed)
+    points = []
+    for z in np.arange(-190.0, 98.0, 4.5):
+        x, y = np.meshgrid(np.arange(-140.0, 141, 6), np.arange(-105.0, 106, 6))
+        x = (x + rng.uniform(-3, 3, x.shape)).astype(np.float32)
+        y = (y + rng.uniform(-3, 3, x.shape)).astype(np.float32)
+        between = mediastinum(x, y, z, anatomy, heart_distance(x, y, z, anatomy.patient))
+        inside = lungs(x, y, z, anatomy, between) < -2
+        heights = z + rng.uniform(-2, 2, inside.sum())
+        points.append(np.stack([x[inside], y[inside], heights], axis=1))
+    return np.concatenate(points).astype(np.float32)
+
+
+def _on_pleura(angle: np.ndarray, z: np.ndarray, patient: Patient, outward_mm: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points (x, y) at an angle from posterior (0) to anterior (pi) on the pleura at z, moved outward."""
+    half_width, front, middle, back = pleura_outline(np.minimum(z, 40), patient)
+    power = np.where(angle > np.pi / 2, 2.25, 2.5)
+    sin, cos = np.abs(np.sin(angle)), np.cos(angle)
+    x = (half_width + outward_mm) * sin ** (2 / power)
+    reach = np.where(cos < 0, middle - front, back - middle) + outward_mm
+    return x, middle + np.sign(cos) * reach * np.abs(cos) ** (2 / power)
+
+
+def _ribs(patient: Patient) -> tuple[Capsules, Capsules]:
+    """Twelve pairs of ribs and the cartilage that joins the upper ten to the sternum."""
+    bone, cartilage = [], []
+    for number in range(1, 13):
+        head_z = 84 - 23.0 * (number - 1)
+        drop = np.interp(number, [1, 2, 4, 7, 10, 12], [28, 52, 76, 100, 104, 70])
+        last = np.interp(number, [1, 7, 8, 10, 11, 12], [2.65, 2.62, 2.45, 2.2, 1.8, 1.25])
+        angle = np.linspace(0.36, last, 22)
+        z = head_z + 2 - drop * ((1 - np.cos(angle)) / 2) ** 0.85
+        x, y = _on_pleura(angle, z, patient, 5.5)
+        if number <= 2:
+            # The first ribs arch over the apices, inside the outline of the lower ones.
+            shrink = (0.56, 0.8)[number - 1]
+            x, y = x * shrink, y * shrink + (1 - shrink) * spine_y(z, patient) * 0.6
+        spine = float(spine_y(head_z, patient))
+        head = [(19, spine + 9, head_z), (30, spine + 20, head_z + 2)]
+        points = np.concatenate([head, np.stack([x, y, z], axis=1)])
+        radius = np.concatenate([[4.2, 3.8], np.full(len(x), 4.0)])
+        for side in (1, -1):
+            bone.append(polyline(points * [side, 1, 1], radius))
+        if number <= 10:
+            start = points[-1]
+            goal_z = np.interp(number, [1, 2, 7, 10], [48, 36, -74, -90])
+            goal_y = float(PLEURA_FRONT(goal_z)) - 4
+            goal = np.array([np.interp(number, [1, 7, 8, 10], [22, 14, 30, 52]), goal_y, goal_z])
+            middle = (start + goal) / 2 + [0, -3, -4]
+            for side in (1, -1):
+                curve = np.array([start, middle, goal]) * [side, 1, 1]
+                cartilage.append(polyline(curve, [4.2, 5.0, 5.0]))
+    return join(bone), join(cartilage)
+
+
+def _clavicles(patient: Patient) -> Capsules:
+    """Collar bones, raised with the arms."""
+    front = float(PLEURA_FRONT(58)) - 8
+    inner, outer = (24, front, 54), (118, front + 44, 112)
+    points = np.array([inner, (48, front - 3, 66), (82, front + 14, 88), outer])
+    return join([polyline(points * [side, 1, 1], [8.0, 6.5, 5.5, 6.5]) for side in (1, -1)])

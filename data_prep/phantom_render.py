@@ -1,0 +1,344 @@
+"""Renders a synthetic patient's anatomy into HU volumes: organ by organ, slice by slice, then noise."""
+
+import dataclasses
+
+import numpy as np
+
+from data_prep import phantom_bones
+from data_prep.phantom_anatomy import (
+    BODY_FRONT,
+    BODY_HALF_WIDTH,
+    Anatomy,
+    body_back,
+    diaphragm,
+    egg,
+    heart_chambers,
+    heart_distance,
+    lungs,
+    mediastinum,
+    pleura_outline,
+    spine_x,
+    spine_y,
+)
+from data_prep.phantom_noise import noise_tiles, texture_tile
+from data_prep.phantom_shapes import Canvas, ellipse, ellipsoid, smooth_max, smooth_min
+
+FAT, MUSCLE, SKIN = -102.0, 56.0, 18.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """One acquisition and reconstruction. `z_mm` are slice positions towards superior in the patient's mm.
+
+    `contrast` is "none", "pulmonary" (arterial, dense pulmonary arteries) or "venous"; `kernel` is "soft" or "sharp";
+    `noise_hu` the standard deviation of a soft reconstruction's noise inside the body.
+    """
+
+    image_size: int
+    field_of_view_mm: float
+    centre_mm: tuple[float, float]
+    z_mm: tuple[float, ...]
+    slice_spacing_mm: float
+    slice_thickness_mm: float
+    contrast: str
+    kernel: str
+    noise_hu: float
+    rotation_degrees: float
+    circular: bool
+    prone: bool
+    flat_table: bool
+
+    @property
+    def pixel_spacing_mm(self) -> float:
+        return self.field_of_view_mm / self.image_size
+
+    @property
+    def first_voxel_mm(self) -> tuple[float, float]:
+        """(x, y) of the centre of pixel (0, 0)."""
+        half = (self.image_size - 1) / 2 * self.pixel_spacing_mm
+        return round(self.centre_mm[0] - half, 4), round(self.centre_mm[1] - half, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Enhancement:
+    """HU of blood and organs at a contrast phase."""
+
+    pulmonary_artery: float
+    left_heart: float
+    aorta: float
+    superior_cava: float
+    right_heart: float
+    muscle: float
+    liver: float
+    liver_vessels: float
+    spleen: float
+    kidney: float
+    thyroid: float
+
+
+ENHANCEMENTS = {
+    "none": Enhancement(41, 41, 41, 41, 41, 44, 56, 44, 48, 34, 95),
+    "pulmonary": Enhancement(390, 320, 260, 480, 400, 85, 66, 60, 95, 110, 150),
+    "venous": Enhancement(165, 165, 170, 160, 160, 105, 108, 165, 122, 185, 150),
+}
+
+
+def outside_field_of_view(scan: Scan) -> np.ndarray:
+    """[H, W] bool: the pixels beyond the circular field of view, if the scanner has one."""
+    offset = (np.arange(scan.image_size) - (scan.image_size - 1) / 2) / (scan.image_size / 2)
+    return (np.hypot(offset[:, None], offset[None, :]) > 1) & scan.circular
+
+
+def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.ndarray:
+    """The scan of a patient: [S, H, W] int16 HU, slices to superior, rows to posterior, columns to the left."""
+    patient = anatomy.patient
+    pixel = scan.pixel_spacing_mm
+    sharp = scan.kernel == "sharp"
+    scale = patient.scale
+    in_plane = (scale[0] * scale[1]) ** 0.5
+    canvas = Canvas(
+        scan.image_size,
+        pixel,
+        scan.centre_mm,
+        np.deg2rad(scan.rotation_degrees),
+        (scale[0], scale[1]),
+        max(pixel, 0.75 if sharp else 1.25) / in_plane,
+    )
+    tiles = noise_tiles(scan.image_size, pixel, sharp, rng)
+    sigma = scan.noise_hu * (2.2 if sharp else 1.0) * min(1.0, 0.75 / pixel) ** 0.3
+    texture = texture_tile(canvas.size, pixel, patient.seed)
+    # Photons are fewest in the middle of the body.
+    loudness = np.exp(-0.5 * (np.hypot(canvas.x, canvas.y * 1.3) / 150) ** 2)
+    loudness = (sigma * (0.45 + 0.75 * loudness)).astype(np.float32)
+    table = table_layer(anatomy, scan)
+    volume = np.empty((len(scan.z_mm), scan.image_size, scan.image_size), np.int16)
+    noise = np.empty_like(canvas.hu)
+    for index, z_mm in enumerate(scan.z_mm):
+        z = z_mm / scale[2]
+        canvas.move_to(float(spine_x(z, patient)))
+        canvas.hu += table
+        render_slice(canvas, anatomy, z, ENHANCEMENTS[scan.contrast], texture)
+        tile = tiles[int(rng.integers(len(tiles)))]
+        top, left = rng.integers(0, tile.shape[0] - scan.image_size + 1, 2)
+        patch = tile[top : top + scan.image_size, left : left + scan.image_size]
+        patch = patch[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
+        np.multiply(patch, loudness, out=noise)
+        noise += canvas.hu
+        np.clip(noise, -1024, 3071, out=noise)
+        volume[index] = np.rint(noise, out=noise)
+    return volume
+
+
+def render_slice(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement, texture: np.ndarray) -> None:
+    """Paints one slice of the anatomy on the canvas, from the skin inward."""
+    patient = anatomy.patient
+    x, y = canvas.coarse_x, canvas.coarse_y
+    pleura = egg(x, y, pleura_outline(z, patient), 2.25, 2.5)
+    heart = heart_distance(x, y, z, patient)
+    between = mediastinum(x, y, z, anatomy, heart - 5)
+    lung = lungs(x, y, z, anatomy, between)
+    paint_body_wall(canvas, anatomy, z, pleura)
+    canvas.paint(pleura, FAT + 6)
+    paint_abdomen(canvas, anatomy, z, blood, pleura, texture)
+    paint_heart(canvas, anatomy, z, blood, heart)
+    paint_lungs(canvas, anatomy, z, blood, lung, texture)
+    paint_great_vessels(canvas, anatomy, z, blood)
+    phantom_bones.paint_skeleton(canvas, anatomy, z, texture)
+
+
+def body_outlines(
+    x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signed distances to (muscle, skin, breasts) of a slice."""
+    patient = anatomy.patient
+    back = float(body_back(z, patient))
+    front = float(BODY_FRONT(z)) - 2 * (patient.muscle - 1) * 3
+    half_width = float(BODY_HALF_WIDTH(z)) + 8 * (patient.muscle - 1)
+    muscle = egg(x, y, (half_width, front, front + 0.58 * (back - front), back), 2.3, 2.7)
+    # The back muscles bulge on both sides of the spinous processes.
+    muscle = muscle - 5 * np.exp(-(((np.abs(x) - 30) / 22) ** 2)) * (y > 0)
+    belly = 1 + 0.5 * np.clip((-80 - z) / 100, 0, 1)
+    aspect = np.hypot(x / half_width, 0.3)
+    skin = muscle - patient.fat_mm * belly * (0.45 + 0.55 * np.clip(aspect, 0, 1.2)) - 3
+    breasts = np.full(x.shape, 60, np.float32)
+    if patient.breast_mm:
+        r = patient.breast_mm
+        centre = (78, front + 18, -48)
+        breasts = ellipsoid(np.abs(x), y, z, centre, (r * 1.05, r * 0.85, r * 1.15), (0.9, 0.35, 0))
+        skin = smooth_min(skin, breasts, 16)
+    return muscle.astype(np.float32), skin.astype(np.float32), breasts
+
+
+def paint_body_wall(canvas: Canvas, anatomy: Anatomy, z: float, pleura: np.ndarray) -> None:
+    """Skin, subcutaneous fat, breasts and the muscles with the fat between them."""
+    patient = anatomy.patient
+    x, y = canvas.coarse_x, canvas.coarse_y
+    muscle, skin, breasts = body_outlines(x, y, z, anatomy)
+    canvas.paint(skin, SKIN)
+    canvas.paint(skin + 2.2, FAT)
+    if patient.breast_mm:
+        wave = 7 * np.sin(x / 7.3 + z / 11) * np.sin(y / 6.1 - z / 9) + 5 * np.sin((x + y) / 4.7 + z / 6)
+        gland = np.maximum(breasts, skin) + 14 + 26 * (1 - patient.breast_density) + wave
+        canvas.paint(np.maximum(gland, -muscle - 1), 25, edge_mm=3)
+    canvas.paint(muscle, MUSCLE)
+    # Fat planes between the layers of muscle, where the wall is thick.
+    depth = np.clip(pleura, 0, 200)
+    thick = muscle + pleura
+    outer = -muscle
+    plane = np.abs(outer - 0.45 * thick * 0 - 13 - 4 * np.sin(x / 23 + z / 31)) - 1.3
+    plane = np.maximum(plane, 12 - depth)
+    canvas.paint(np.maximum(plane, muscle + 3), FAT + 15, edge_mm=2.5)
+    deep = np.abs(outer - 30 - 6 * np.sin(y / 17 - z / 41)) - 1.8
+    canvas.paint(np.maximum(deep, 14 - depth), FAT + 15, edge_mm=2.5)
+
+
+def paint_lungs(canvas, anatomy: Anatomy, z: float, blood: Enhancement, lung: np.ndarray, texture: np.ndarray) -> None:
+    """Aerated lung, denser where it is dependent, with its bronchi and vessels."""
+    patient = anatomy.patient
+    refined = canvas.refine(lung)
+    if refined is None:
+        return
+    box, distance = refined
+    value = patient.lung_hu + 0.28 * canvas.y[box] + 14 * texture[box]
+    value += 60 * np.exp(np.clip(distance, -30, 0) / 4)
+    whole = np.empty_like(canvas.hu)
+    whole[box] = value
+    canvas.fill(box, distance, whole, edge_mm=canvas.edge_mm * 1.2)
+    vessels = anatomy.vessels
+    thin = 0.6
+    airways = canvas.tubes(vessels.airways_tree, z)
+    if airways is not None:
+        canvas.fill(airways[0], airways[1] - 1.0, -150, opacity=0.8)
+    for tree, hu in ((vessels.veins_tree, blood.left_heart), (vessels.arteries_tree, blood.pulmonary_artery)):
+        tubes = canvas.tubes(tree, z, thin)
+        if tubes is not None:
+            canvas.fill(tubes[0], np.maximum(tubes[1], _around(distance, box, tubes[0]) - 2), hu, opacity=0.92)
+    if airways is not None:
+        canvas.fill(airways[0], airways[1], -960)
+
+
+def _around(distance: np.ndarray, box: tuple[slice, slice], wanted: tuple[slice, slice]) -> np.ndarray:
+    """A field known in `box`, cut to `wanted`; 60 where it is unknown."""
+    shape = (wanted[0].stop - wanted[0].start, wanted[1].stop - wanted[1].start)
+    result = np.full(shape, 60, np.float32)
+    r0, r1 = max(box[0].start, wanted[0].start), min(box[0].stop, wanted[0].stop)
+    c0, c1 = max(box[1].start, wanted[1].start), min(box[1].stop, wanted[1].stop)
+    if r1 > r0 and c1 > c0:
+        result[r0 - wanted[0].start : r1 - wanted[0].start, c0 - wanted[1].start : c1 - wanted[1].start] = distance[
+            r0 - box[0].start : r1 - box[0].start, c0 - box[1].start : c1 - box[1].start
+        ]
+    return result
+
+
+def paint_heart(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement, heart: np.ndarray) -> None:
+    """Pericardium, fat, heart muscle and the chambers' blood."""
+    x, y = canvas.coarse_x, canvas.coarse_y
+    canvas.paint(heart - 4.6, 30)
+    canvas.paint(heart - 3.4, FAT + 12)
+    canvas.paint(heart, blood.muscle)
+    walls = {"right_atrium": 3, "right_ventricle": 4, "left_ventricle": 12, "left_atrium": 3}
+    for name, (centre, radii, axis) in heart_chambers(anatomy.patient).items():
+        inner = tuple(radius - walls[name] for radius in radii)
+        if abs(z - centre[2]) < max(inner):
+            hu = blood.left_heart if name.startswith("left") else blood.right_heart
+            canvas.paint(ellipsoid(x, y, z, centre, inner, axis), hu, edge_mm=3)
+    # Fat in the groove between the atria and the ventricles.
+    if anatomy.patient.age > 40 and -95 < z < -40:
+        groove = ellipsoid(x, y, z, (-8, -50, -58), (22, 5, 14), (1, -0.8, 0))
+        canvas.paint(np.maximum(groove, heart), FAT + 20, edge_mm=3)
+
+
+def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement) -> None:
+    """Oesophagus, veins, arteries, trachea, in this order, and calcium in the aortic wall."""
+    vessels = anatomy.vessels
+    tubes = (
+        (vessels.oesophagus, 42.0),
+        (vessels.caval_veins, blood.superior_cava if z > -60 else blood.muscle),
+        (vessels.pulmonary_veins, blood.left_heart),
+        (vessels.pulmonary_arteries, blood.pulmonary_artery),
+        (vessels.aorta, blood.aorta),
+    )
+    for capsules, hu in tubes:
+        found = canvas.tubes(capsules, z)
+        if found is not None:
+            canvas.fill(found[0], found[1] - 1.2, 40)
+            canvas.fill(*found, hu)
+            if capsules is vessels.aorta and anatomy.patient.aortic_calcification > 0.1:
+                box, distance = found
+                angle = np.arctan2(canvas.y[box], canvas.x[box])
+                patchy = np.sin(angle * 37 + z / 5) + np.sin(angle * 23 - z / 7 + anatomy.patient.seed % 7)
+                plaque = (
+                    np.abs(distance + 0.4) - 1.0 + 3.0 * (1.95 - 0.8 * anatomy.patient.aortic_calcification - patchy)
+                )
+                canvas.fill(box, plaque.astype(np.float32), 620)
+    found = canvas.tubes(vessels.trachea, z)
+    if found is not None:
+        canvas.fill(found[0], found[1] - 1.6, 40)
+        canvas.fill(*found, -985)
+
+
+def paint_abdomen(
+    canvas, anatomy: Anatomy, z: float, blood: Enhancement, pleura: np.ndarray, texture: np.ndarray
+) -> None:
+    """Diaphragm, liver, stomach, spleen and kidneys below the domes."""
+    patient = anatomy.patient
+    if z > max(patient.dome_right_z, patient.dome_left_z) + 2:
+        return
+    x, y = canvas.coarse_x, canvas.coarse_y
+    right = diaphragm(x, y, z, patient, right=True)
+    left = diaphragm(x, y, z, patient, right=False)
+    spine = float(spine_y(z, patient))
+    for dome in (right, left):
+        canvas.paint(np.maximum(dome, pleura), MUSCLE)
+        canvas.paint(np.maximum(dome, pleura) + 3.0, FAT)
+    inside = np.minimum(right, left)
+    centre = patient.dome_left_z - 48
+    stomach = smooth_max(ellipsoid(x, y, z, (58, -22, centre), (46, 36, 40), (0.8, -0.5, -0.3)), left + 5, 4)
+    spleen = smooth_max(ellipsoid(x, y, z, (94, 44, centre - 6), (44, 26, 44), (0.5, -0.8, 0)), left + 4, 4)
+    spleen = smooth_max(spleen, -(stomach - 4), 4)
+    lobe = ellipsoid(x, y, z, (8, -46, patient.dome_right_z - 52), (78, 34, 44), (1, -0.15, -0.1))
+    liver = smooth_min(right + 3.2, smooth_max(lobe, inside + 3, 3), 8)
+    cava_side = ellipse(x, y, (-6, spine - 22), (24, 22))
+    liver = smooth_max(smooth_max(liver, pleura + 4, 4), -cava_side, 6)
+    kidneys = ellipsoid(np.abs(x), y, z, (58, spine - 2, -206), (46, 27, 25), (0.1, 0.1, 1))
+    liver = smooth_max(liver, -(kidneys - 7), 6)
+    liver = smooth_max(liver, -(stomach - 4), 4)
+    canvas.paint(liver, (blood.liver + 5 * texture).astype(np.float32))
+    branch = np.abs(np.sin(x / 26 + z / 19 + 0.6) * 14 + np.sin(y / 31 + z / 23) * 9) - 1.6
+    canvas.paint(np.maximum(branch, liver + 9), blood.liver_vessels, edge_mm=3)
+    canvas.paint(spleen, blood.spleen)
+    canvas.paint(stomach, 48)
+    contents = stomach + 4.5
+    canvas.paint(contents, 18)
+    canvas.paint(smooth_max(contents, y + 38, 2), -970)
+    canvas.paint(kidneys, blood.kidney)
+    canvas.paint(kidneys + 12, FAT + 30, edge_mm=4)
+    crus = np.abs(ellipse(x, y, (4, spine - 14), (26, 24))) - 2.2
+    canvas.paint(np.maximum(crus, y - np.float32(spine)), MUSCLE)
+
+
+def table_layer(anatomy: Anatomy, scan: Scan) -> np.ndarray:
+    """[H, W] float32: HU above air of the patient table and its mattress; below the patient, whoever lies prone."""
+    along = (np.arange(scan.image_size) - (scan.image_size - 1) / 2) * scan.pixel_spacing_mm
+    x, y = along[None, :] + scan.centre_mm[0], along[:, None] + scan.centre_mm[1]
+    patient = anatomy.patient
+    z = np.array(scan.z_mm) / patient.scale[2]
+    if scan.prone:
+        y = -y
+        contact = -(BODY_FRONT(z).min() - patient.fat_mm * 0.7) * patient.scale[1]
+        contact += 0.6 * patient.breast_mm
+    else:
+        contact = (body_back(z, patient).max() + patient.fat_mm * 0.6 + 6) * patient.scale[1]
+    sag = 0 if scan.flat_table else 0.0011
+    pad = y - contact - 8 + sag * x**2
+    shell = pad - 14 - (0 if scan.flat_table else 6)
+    edge = max(scan.pixel_spacing_mm, 1.2)
+
+    def cover(distance):
+        return np.clip(0.5 - distance / edge, 0, 1)
+
+    inside = cover(np.abs(x) - 205)
+    layer = 55 * cover(np.abs(pad) - 1.0) + 40 * cover(np.abs(pad - 8) - 8)
+    layer += 760 * cover(np.abs(shell - 6) - 1.4) + 60 * cover(np.abs(shell - 22) - 14)
+    layer += 520 * cover(np.abs(shell - 37) - 1.2)
+    return (layer * inside).astype(np.float32)

@@ -1,0 +1,273 @@
+"""Shapes of the phantom as signed distances, and the canvas that paints them with antialiased edges.
+
+A signed distance is in mm, negative inside. All shapes live in the reference space of `phantom_anatomy`: x to the
+patient's left, y to posterior, z to superior, mm of a patient of average build.
+"""
+
+import dataclasses
+
+import numpy as np
+
+FAR = np.float32(60.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capsules:
+    """Tapered tubes: segments from `start` [N, 3] to `end` [N, 3] with radii `start_radius`, `end_radius` [N], mm."""
+
+    start: np.ndarray
+    end: np.ndarray
+    start_radius: np.ndarray
+    end_radius: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def select(self, keep: np.ndarray) -> "Capsules":
+        """The segments that an index or mask [N] keeps."""
+        return Capsules(self.start[keep], self.end[keep], self.start_radius[keep], self.end_radius[keep])
+
+    def inflate(self, by_mm: float) -> "Capsules":
+        """The same tubes, thicker."""
+        return dataclasses.replace(self, start_radius=self.start_radius + by_mm, end_radius=self.end_radius + by_mm)
+
+
+def polyline(points: np.ndarray, radii: np.ndarray | float) -> Capsules:
+    """A tube through points [N, 3] with radii [N] or one radius."""
+    points = np.asarray(points, np.float32)
+    radii = np.broadcast_to(np.asarray(radii, np.float32), len(points))
+    return Capsules(points[:-1], points[1:], radii[:-1], radii[1:])
+
+
+def join(parts: list[Capsules]) -> Capsules:
+    """All segments of all parts."""
+    return Capsules(
+        *(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Capsules))
+    )
+
+
+def smooth_min(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
+    """Union of two signed distances whose seam is filleted over `blend_mm`."""
+    h = np.clip(0.5 + (b - a) * np.float32(0.5 / blend_mm), 0, 1)
+    return b + (a - b) * h - np.float32(blend_mm) * h * (1 - h)
+
+
+def smooth_max(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
+    """Intersection of two signed distances with a rounded seam."""
+    return -smooth_min(-a, -b, blend_mm)
+
+
+def ellipse(x: np.ndarray, y: np.ndarray, centre: tuple, radii: tuple) -> np.ndarray:
+    """First-order signed distance to an ellipse."""
+    u, v = (x - np.float32(centre[0])), (y - np.float32(centre[1]))
+    a, b = np.float32(1 / radii[0]), np.float32(1 / radii[1])
+    value = np.sqrt((u * a) ** 2 + (v * b) ** 2) + np.float32(1e-6)
+    slope = np.sqrt((u * a * a) ** 2 + (v * b * b) ** 2) + np.float32(1e-6)
+    return value * (value - 1) / slope
+
+
+def ellipsoid(x: np.ndarray, y: np.ndarray, z: float, centre: tuple, radii: tuple, axis: tuple) -> np.ndarray:
+    """First-order signed distance to an ellipsoid whose first radius lies along `axis`."""
+    first = np.asarray(axis, float) / np.linalg.norm(axis)
+    second = np.cross((0.0, 0.0, 1.0) if abs(first[2]) < 0.9 else (0.0, 1.0, 0.0), first)
+    second /= np.linalg.norm(second)
+    u, v, w = x - np.float32(centre[0]), y - np.float32(centre[1]), float(z - centre[2])
+    total, slope = np.float32(1e-6), np.float32(1e-6)
+    for direction, radius in zip((first, second, np.cross(first, second)), radii, strict=True):
+        component = (
+            u * np.float32(direction[0] / radius)
+            + v * np.float32(direction[1] / radius)
+            + np.float32(w * direction[2] / radius)
+        )
+        component *= component
+        total = total + component
+        slope = slope + component * np.float32(radius**-2)
+    value = np.sqrt(total)
+    return value * (value - 1) / np.sqrt(slope)
+
+
+def segment(x: np.ndarray, y: np.ndarray, start: tuple, end: tuple) -> np.ndarray:
+    """Distance to a segment in the plane."""
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    u, v = x - np.float32(start[0]), y - np.float32(start[1])
+    t = np.clip((u * np.float32(dx) + v * np.float32(dy)) / np.float32(dx * dx + dy * dy + 1e-9), 0, 1)
+    return np.hypot(u - t * np.float32(dx), v - t * np.float32(dy))
+
+
+class Canvas:
+    """One slice in HU, with the reference coordinates of its pixels and of a coarse grid for the large organs.
+
+    `x`, `y` [H, W] and `coarse_x`, `coarse_y` [h, w] are float32 reference coordinates; `hu` [H, W] float32.
+    `edge_mm` is the width over which an edge changes from one HU to the other.
+    """
+
+    def __init__(self, size: int, pixel_mm: float, centre_mm: tuple, rotation: float, scale: tuple, edge_mm: float):
+        self.size, self.pixel_mm, self.edge_mm = size, pixel_mm, edge_mm
+        self.centre_mm, self.rotation, self.scale = centre_mm, rotation, scale
+        self.step = max(1, int(3.2 / pixel_mm))
+        nodes = np.arange(-self.step, size + 2 * self.step, self.step)
+        self.x, self.y = self._reference(np.arange(size))
+        self.coarse_x, self.coarse_y = self._reference(nodes)
+        self.weights = _interpolation(np.arange(size), nodes, self.step)
+        self.shift = 0.0
+        self.hu = np.full((size, size), -1000, np.float32)
+
+    def _reference(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        along = (indices - (self.size - 1) / 2) * self.pixel_mm
+        column, row = along + self.centre_mm[0], along + self.centre_mm[1]
+        cos, sin = np.cos(self.rotation), np.sin(self.rotation)
+        x = (column[None, :] * cos + row[:, None] * sin) / self.scale[0]
+        y = (row[:, None] * cos - column[None, :] * sin) / self.scale[1]
+        return x.astype(np.float32), y.astype(np.float32)
+
+    def _pixel(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Reference coordinates -> (row, column), fractional."""
+        x, y = (x + self.shift) * self.scale[0], y * self.scale[1]
+        cos, sin = np.cos(self.rotation), np.sin(self.rotation)
+        middle = (self.size - 1) / 2
+        column = (x * cos - y * sin - self.centre_mm[0]) / self.pixel_mm + middle
+        row = (x * sin + y * cos - self.centre_mm[1]) / self.pixel_mm + middle
+        return row, column
+
+    def move_to(self, shift: float) -> None:
+        """Starts another slice whose anatomy is displaced by `shift` mm to the patient's left."""
+        delta = np.float32(shift - self.shift)
+        self.x -= delta
+        self.coarse_x -= delta
+        self.shift = shift
+        self.hu.fill(-1000)
+
+    def box(self, x: float, y: float, reach_mm: float) -> tuple[slice, slice]:
+        """The pixels within `reach_mm` of a point, as (rows, columns)."""
+        row, column = self._pixel(np.float64(x), np.float64(y))
+        reach = reach_mm * max(self.scale) / self.pixel_mm + 2
+        return (
+            slice(max(0, int(row - reach)), max(0, min(self.size, int(row + reach) + 1))),
+            slice(max(0, int(column - reach)), max(0, min(self.size, int(column + reach) + 1))),
+        )
+
+    def refine(self, coarse: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray] | None:
+        """The part of a coarse signed distance that is not far outside, at full resolution: (box, distance)."""
+        near = coarse < self.edge_mm + 1.5 * self.step * self.pixel_mm
+        rows, columns = np.flatnonzero(near.any(axis=1)), np.flatnonzero(near.any(axis=0))
+        if not len(rows):
+            return None
+        last = coarse.shape[0]
+        r0, r1 = max(rows[0] - 2, 0), min(rows[-1] + 3, last)
+        c0, c1 = max(columns[0] - 2, 0), min(columns[-1] + 3, last)
+        box = (
+            slice(max(r0 * self.step, 0), max(min((r1 - 3) * self.step, self.size), 0)),
+            slice(max(c0 * self.step, 0), max(min((c1 - 3) * self.step, self.size), 0)),
+        )
+        if self.step == 1:
+            return box, coarse[1:-2, 1:-2][box]
+        across = coarse[r0:r1, c0:c1] @ self.weights[box[1], c0:c1].T
+        return box, self.weights[box[0], r0:r1] @ across
+
+    def paint(self, coarse: np.ndarray, value: float | np.ndarray, edge_mm: float | None = None) -> None:
+        """Fills a coarse signed distance with a HU, or with HU per pixel [H, W]."""
+        refined = self.refine(coarse)
+        if refined is not None:
+            self.fill(refined[0], refined[1], value, edge_mm)
+
+    def fill(
+        self,
+        box: tuple[slice, slice],
+        distance: np.ndarray,
+        value: float | np.ndarray,
+        edge_mm: float | None = None,
+        opacity: float = 1.0,
+    ) -> None:
+        """Fills a full-resolution signed distance of a box; `value` is a HU or HU per pixel [H, W]."""
+        cover = distance * np.float32(-1 / (edge_mm or self.edge_mm))
+        cover += np.float32(0.5)
+        np.clip(cover, 0, 1, out=cover)
+        if opacity != 1.0:
+            cover *= np.float32(opacity)
+        target = self.hu[box]
+        wanted = value[box] if isinstance(value, np.ndarray) else np.float32(value)
+        target += (wanted - target) * cover
+
+    def tubes(
+        self, capsules: Capsules, z: float, z_scale: float = 1.0
+    ) -> tuple[tuple[slice, slice], np.ndarray] | None:
+        """Signed distance of the slice at z to tubes: (box, distance), `FAR` away from them; None if none is near.
+
+        A `z_scale` below 1 stretches the tubes' cross-section along z.
+        """
+        reach = np.maximum(capsules.start_radius, capsules.end_radius) + np.float32(2 * self.edge_mm)
+        low = np.minimum(capsules.start[:, 2], capsules.end[:, 2]) - reach / z_scale
+        high = np.maximum(capsules.start[:, 2], capsules.end[:, 2]) + reach / z_scale
+        near = np.flatnonzero((low < z) & (high > z))
+        if not len(near):
+            return None
+        part, reach = capsules.select(near), reach[near]
+        # The stretch of each segment that can touch the slice, and the square of pixels around it.
+        run = part.end - part.start
+        rise = np.where(np.abs(run[:, 2]) < 1e-3, np.float32(1e-3), run[:, 2])
+        t = np.stack([(z - reach / z_scale - part.start[:, 2]) / rise, (z + reach / z_scale - part.start[:, 2]) / rise])
+        t = np.clip(np.sort(t, axis=0), 0, 1)
+        ends = part.start[None] + t[..., None] * run[None]
+        row, column = self._pixel(ends[..., 0], ends[..., 1])
+        half = np.ptp(np.stack([row, column]), axis=1).max(axis=0) / 2 + reach * max(self.scale) / self.pixel_mm + 1
+        row, column = row.mean(axis=0), column.mean(axis=0)
+        visible = (row > -half) & (row < self.size + half) & (column > -half) & (column < self.size + half)
+        if not visible.any():
+            return None
+        field = np.full((self.size, self.size), FAR, np.float32)
+        width = np.exp2(np.ceil(np.log2(2 * half + 1) * 2) / 2).astype(int)
+        for size in np.unique(width[visible]):
+            chosen = np.flatnonzero(visible & (width == size))
+            self._stamp(field, part.select(chosen), row[chosen], column[chosen], int(size), z, z_scale)
+        top, left = max(0, int((row - half)[visible].min())), max(0, int((column - half)[visible].min()))
+        bottom, right = int((row + half)[visible].max()) + 1, int((column + half)[visible].max()) + 1
+        box = (slice(top, min(bottom, self.size)), slice(left, min(right, self.size)))
+        return box, field[box]
+
+    def _stamp(self, field, part, row, column, size, z, z_scale):
+        """Takes the minimum of `field` with the distance to each tube, over squares of `size` pixels."""
+        size = min(size, self.size)
+        top = np.clip(np.rint(row - size / 2).astype(int), 0, self.size - size)
+        left = np.clip(np.rint(column - size / 2).astype(int), 0, self.size - size)
+        offset = np.arange(size)
+        rows, columns = (top[:, None] + offset)[:, :, None], (left[:, None] + offset)[:, None, :]
+        stretch = np.array([1, 1, z_scale], np.float32)
+        start, run = part.start, (part.end - part.start) * stretch
+        run = run / (np.square(run).sum(axis=1, keepdims=True) + np.float32(1e-9)), run
+        u = self.x[rows, columns] - start[:, 0, None, None]
+        v = self.y[rows, columns] - start[:, 1, None, None]
+        w = ((z - start[:, 2]) * z_scale).astype(np.float32)
+        along, full = (r[:, :, None, None] for r in run)
+        t = u * along[:, 0] + v * along[:, 1] + w[:, None, None] * along[:, 2]
+        np.clip(t, 0, 1, out=t)
+        square = (u - t * full[:, 0]) ** 2
+        square += (v - t * full[:, 1]) ** 2
+        square += (w[:, None, None] - t * full[:, 2]) ** 2
+        taper = (part.end_radius - part.start_radius)[:, None, None]
+        distance = np.sqrt(square) - part.start_radius[:, None, None] - t * taper
+        for r, c, patch in zip(top, left, distance, strict=True):
+            view = field[r : r + size, c : c + size]
+            np.minimum(view, patch, out=view)
+
+
+def tube_distance(x: np.ndarray, y: np.ndarray, z: float, capsules: Capsules) -> np.ndarray:
+    """Signed distance of points of a slice to a few tubes, everywhere (for the coarse grid)."""
+    result = np.full(x.shape, FAR, np.float32)
+    reach = np.maximum(capsules.start_radius, capsules.end_radius) + 20
+    low, high = np.minimum(capsules.start, capsules.end)[:, 2], np.maximum(capsules.start, capsules.end)[:, 2]
+    for i in np.flatnonzero((low - reach < z) & (high + reach > z)):
+        start, run = capsules.start[i], capsules.end[i] - capsules.start[i]
+        u, v, w = x - start[0], y - start[1], np.float32(z - start[2])
+        t = np.clip((u * run[0] + v * run[1] + w * run[2]) / np.float32(run @ run + 1e-9), 0, 1)
+        distance = np.sqrt((u - t * run[0]) ** 2 + (v - t * run[1]) ** 2 + (w - t * run[2]) ** 2)
+        taper = capsules.end_radius[i] - capsules.start_radius[i]
+        np.minimum(result, distance - capsules.start_radius[i] - t * taper, out=result)
+    return result
+
+
+def _interpolation(wanted: np.ndarray, nodes: np.ndarray, step: int) -> np.ndarray:
+    """Catmull-Rom weights [wanted, nodes] float32."""
+    offset = np.abs((wanted[:, None] - nodes[None, :]) / step)
+    inner = 1.5 * offset**3 - 2.5 * offset**2 + 1
+    outer = -0.5 * offset**3 + 2.5 * offset**2 - 4 * offset + 2
+    return np.where(offset < 1, inner, np.where(offset < 2, outer, 0)).astype(np.float32)
