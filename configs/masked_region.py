@@ -13,6 +13,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     """The default recipe: the paper's values or, where it is silent or contradicts itself, those of README's table."""
     config = ml_collections.ConfigDict()
+    config.recipe = "masked_region"  # name in results and tables
     config.task = "masked_region"
     config.dataset = ""  # dataset directory made by data_prep.prepare; required
     config.windows = ()  # ((level, width), ...) in HU: channels of a multi-window dataset; () takes all

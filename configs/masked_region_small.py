@@ -14,6 +14,7 @@ from configs import masked_region
 def get_config() -> ml_collections.ConfigDict:
     """The default recipe with a small model, a short schedule and a codebook that cannot collapse."""
     config = masked_region.get_config()
+    config.recipe = "masked_region_small"
     config.image_size = 128
     config.model.hidden = (32, 64)
     config.model.depth = 2

@@ -3,6 +3,7 @@
 Layout of a run directory:
 
     config.json           the configuration of the run
+    patients.json         pseudonyms of the patients of the training and validation splits
     preparation.json      how the slices were prepared (window, size, key fingerprint), as the dataset recorded it
     checkpoints/STEP      Orbax checkpoints: the last one and the best one by validation loss
     metrics.jsonl         one line a report: step, losses, slices/s

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from absl import app
+from absl import app, flags, logging
 
 
 class InputError(ValueError):
@@ -23,6 +23,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             print(f"error: unexpected argument {argv[1]!r}; options begin with --", file=sys.stderr)
             return 2
         from data_prep.dataset import DatasetError
+
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # libraries' own notes only on request: --verbosity=0
 
         try:
             return main(argv) or 0

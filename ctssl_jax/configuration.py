@@ -147,8 +147,17 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def open_workdir(workdir: Path, config: ml_collections.ConfigDict, preparation: dict) -> None:
-    """Create a run directory with its `config.json` and `preparation.json`.
+def open_workdir(
+    workdir: Path, config: ml_collections.ConfigDict, preparation: dict, patients: dict[str, list[str]]
+) -> None:
+    """Create a run directory with its `config.json`, `preparation.json` and `patients.json`.
+
+    Args:
+      workdir: the folder.
+      config: the training configuration.
+      preparation: contents of the dataset's `preparation.json`.
+      patients: pseudonyms of the patients of the training and the validation split, so that a later evaluation can
+        tell whom the model has seen.
 
     Raises:
       InputError: the folder cannot be written.
@@ -156,6 +165,7 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict, preparation: 
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "preparation.json", preparation)
+        write_json(workdir / "patients.json", {"key_fingerprint": preparation["key_fingerprint"], **patients})
         write_json(workdir / "config.json", to_json(config))
     except OSError as error:
         raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None

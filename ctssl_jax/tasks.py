@@ -119,7 +119,7 @@ def _apply_masked_region(
     images: jax.Array,
     weight: jax.Array,
     keys: jax.Array,
-    model_key: jax.Array,
+    model_key: jax.Array | None,
     config: ml_collections.ConfigDict,
     *,
     train: bool,
@@ -133,7 +133,7 @@ def _apply_masked_region(
       images: [B, 1, H, W, C] uint8.
       weight: [B] float32, 0 for padding.
       keys: [B] keys, one an example: where the region lies.
-      model_key: key of the model's own randomness (dropout, codebook revival).
+      model_key: key of the model's own randomness (dropout, codebook revival); None in evaluation.
       config: the training configuration.
       train: training or evaluation mode.
     """

@@ -57,7 +57,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
     train_source = data.open_source(config.dataset, "train", channels, task.offsets)
     validation_source = data.open_source(config.dataset, "validation", channels, task.offsets)
     if process == 0:
-        configuration.open_workdir(workdir, config, preparation)
+        patients = {
+            split: sorted({volume["patient_id"] for volume in source.volumes})
+            for split, source in (("train", train_source), ("validation", validation_source))
+        }
+        configuration.open_workdir(workdir, config, preparation, patients)
 
     # ---- The program and what it will cost --------------------------------------------------------------------------
     mesh = distributed.make_mesh()
@@ -126,8 +130,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
 
     # ---- Evaluate, save, fetch the next batch, step -----------------------------------------------------------------
     step, finished = start_step, False
-    clock, clock_step = time.time(), step
-    loop_started = time.time()
+    clock, clock_step, training_seconds = time.time(), step, 0.0
     try:
         while True:
             at_end, stopping = step >= config.num_steps, should_stop(step)
@@ -135,8 +138,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
             if due or stopping:
                 training.check_finite(state, workdir, checkpoints.last_step)
             if due and (step > start_step or step == 0):
+                paused = time.time()
                 loss = validate(step)
                 checkpoints.save(step, state, metadata, loss)
+                clock += time.time() - paused  # slices/s is of training alone
             elif stopping and step > start_step:
                 checkpoints.save(step, state, metadata, None)
             if at_end or stopping:
@@ -149,13 +154,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
                 state, means, code_counts = training.take_report(state)
                 now = time.time()
                 speed = (step - clock_step) * config.batch_size / (now - clock)
+                training_seconds += now - clock
                 clock, clock_step = now, step
                 means |= {
                     "perplexity": metrics.perplexity(code_counts),
                     "used_codes": metrics.used_codes(code_counts),
                 }
                 reports.write("train", step, {**means, "slices_per_second": speed})
-                left = (config.num_steps - step) * (now - loop_started) / (step - start_step)
+                left = (config.num_steps - step) * training_seconds / (step - start_step)
                 say(
                     f"step {step:,}/{config.num_steps:,}  loss {means['loss']:.4g}  "
                     + "  ".join(f"{name} {means[name]:.4g}" for name in task.reported)

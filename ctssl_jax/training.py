@@ -22,6 +22,8 @@ from ctssl_jax.command_line import RunFailed
 from ctssl_jax.corruptions import example_keys
 from ctssl_jax.tasks import Task
 
+EVALUATION_SEED = 0
+
 
 class TrainingDiverged(RunFailed):
     """The loss or a gradient was not finite. The message is one line."""
@@ -106,6 +108,11 @@ def count_parameters(params: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
+def evaluation_keys(record_index: jax.Array) -> jax.Array:
+    """[B] int32 -> [B] keys: a slice is corrupted the same way in every evaluation, whatever the seed of the run."""
+    return example_keys(jax.random.key(EVALUATION_SEED), record_index)
+
+
 def abstract_batch(config: ml_collections.ConfigDict, task: Task, channels: int, size: int) -> dict[str, Any]:
     """Shapes of a batch of `size` items from a dataset with `channels` channels."""
     image = (size, len(task.offsets), config.image_size, config.image_size, channels)
@@ -129,7 +136,7 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
     optimizer = make_optimizer(config)
     everywhere = distributed.replicated(mesh)
     along_batch = distributed.split_along_batch(mesh)
-    train_key, model_key, evaluation_key = jax.random.split(jax.random.key(config.seed), 3)
+    train_key, model_key = jax.random.split(jax.random.key(config.seed))
 
     def initial_state() -> TrainState:
         model = task.build(config, nnx.Rngs(params=config.seed))
@@ -195,8 +202,8 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
 
     def evaluate_batch(state: TrainState, batch: dict) -> tuple[dict, jax.Array, dict]:
         model = nnx.merge(graph, state.params, state.variables, copy=True)
-        keys = example_keys(evaluation_key, batch["record_index"])
-        output = task.apply(model, batch["images"], batch["weight"], keys, evaluation_key, config, train=False)
+        keys = evaluation_keys(batch["record_index"])
+        output = task.apply(model, batch["images"], batch["weight"], keys, None, config, train=False)
         index = {name: batch[name] for name in ("record_index", "weight")}
         return {"loss": output.loss, **output.scores, **index}, output.code_counts, output.pictures
 

@@ -1,0 +1,268 @@
+r"""Measure a trained model on a split of a dataset.
+
+    python -m ctssl_jax.evaluate --workdir=RUN --dataset=DATASET --split=test --output=RESULT.json
+
+Every slice is scored, the slices of a volume are averaged, and the results are mean and standard deviation over
+volumes with a 95 % bootstrap interval by patient. Beside RESULT.json stand RESULT.csv (one row a volume) and RESULT.png
+(input, target, prediction and difference of slices spread over the split).
+"""
+
+import csv
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from absl import flags
+
+from ctssl_jax import command_line
+from ctssl_jax.command_line import InputError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train.")
+_DATASET = flags.DEFINE_string("dataset", None, "Dataset directory; by default the one that the run was trained on.")
+_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
+_OUTPUT = flags.DEFINE_string("output", None, "Results file, ending in .json.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (by validation loss), last, or a step.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's. Changes no result.")
+_BASELINES = flags.DEFINE_bool("baselines", False, "Also score predictors without a model (reads training slices).")
+
+UNITS = {
+    "mse": "mean squared difference of grey values in [0, 1]",
+    "masked_mse": "the same over masked pixels, per-pixel mean",
+    "ssim": "structural similarity, Gaussian 11 x 11, sigma 1.5",
+}
+MEAN_IMAGE_SLICES = 1024
+
+
+def evaluate(
+    workdir: str | Path,
+    dataset: str | Path | None,
+    split: str,
+    output: str | Path,
+    *,
+    checkpoint: str = "best",
+    batch_size: int = 0,
+    baselines: bool = False,
+) -> dict:
+    """Evaluate a run and write RESULT.json, RESULT.csv and RESULT.png.
+
+    Args:
+      workdir: run directory.
+      dataset: dataset directory; None takes the training's.
+      split: `train`, `validation` or `test`.
+      output: path of RESULT.json; its folder is made.
+      checkpoint: `best`, `last` or a step.
+      batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the training's.
+      baselines: also score the mean training slice and the copied input as predictions.
+
+    Returns:
+      The contents of RESULT.json.
+
+    Raises:
+      InputError: no such run or checkpoint, or data prepared otherwise than the run's.
+    """
+    import jax
+
+    from ctssl_jax import checkpoint as checkpoint_files
+    from ctssl_jax import configuration, data, distributed, metrics, pictures, training
+    from ctssl_jax.tasks import get_task
+
+    # ---- What is asked for, and can it work? ----
+    workdir, output = Path(workdir), Path(output)
+    if output.suffix != ".json":
+        raise InputError(f"--output={output} must end in .json")
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
+    config = configuration.from_json(json.loads((workdir / "config.json").read_text()))
+    trained_on = json.loads((workdir / "preparation.json").read_text())
+    step = checkpoint_files.choose_step(workdir, checkpoint)
+    trained_channels = data.select_channels(trained_on, config.windows)
+    config.windows = [[trained_on["windows"][c][name] for name in ("level", "width")] for c in trained_channels]
+    if dataset is not None:
+        config.dataset = str(dataset)
+    preparation, channels = configuration.check_dataset(config, (split, "train") if baselines else (split,))
+    task = get_task(config.task)
+    source = data.open_source(config.dataset, split, channels, task.offsets)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output={output} cannot be written ({error.strerror}); choose another folder") from None
+
+    # ---- The model ----
+    num_devices = jax.device_count()
+    batch_size = batch_size or config.batch_size // config.microbatches
+    batch_size = -(-batch_size // num_devices) * num_devices
+    mesh = distributed.make_mesh()
+    program = training.make_program(config, task, len(channels), mesh)
+    _, params, variables = training.abstract_model(config, task)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=distributed.replicated(mesh)),
+        {"params": params, "variables": variables},
+    )
+    model = checkpoint_files.restore(workdir, step, like)
+    state = training.TrainState(step=(), optimizer=(), sums={}, nonfinite_step=(), **model)
+
+    # ---- Scores: slices, then volumes, then the split ----
+    slices, code_counts = training.evaluate_split(program, state, data.evaluation_batches(source, batch_size))
+    volume_index = _volume_of_records(source.volumes, slices["record_index"])
+    patient_ids = [volume["patient_id"] for volume in source.volumes]
+
+    def summarise(scores: dict) -> tuple[dict, dict]:
+        by_volume = {
+            name: metrics.volume_means(scores[name], volume_index, len(source.volumes)) for name in task.reported
+        }
+        summary = {
+            name: {**metrics.volume_summary(values, patient_ids), "unit": UNITS[name]}
+            for name, values in by_volume.items()
+        }
+        return summary, by_volume
+
+    summary, by_volume = summarise(slices)
+    patients = json.loads((workdir / "patients.json").read_text())
+    comparable = patients["key_fingerprint"] == preparation["key_fingerprint"]
+    seen = len(set(patients["train"]) & set(patient_ids)) if comparable else None
+    result = {
+        "task": config.task,
+        "recipe": config.recipe,
+        "synthetic": preparation["synthetic"],
+        "split": split,
+        "metrics": summary,
+        "codebook": {
+            "perplexity": metrics.perplexity(code_counts),
+            "used_codes": metrics.used_codes(code_counts),
+            "num_codes": len(code_counts),
+        },
+        "num_slices": len(slices["record_index"]),
+        "num_patients_seen_in_training": seen,
+        "checkpoint_step": step,
+        "model_fingerprint": _fingerprint(checkpoint_files.flatten(model["params"])),
+        "dataset_fingerprint": preparation["fingerprint"],
+        "trained_on_fingerprint": trained_on["fingerprint"],
+        "init_from": [],
+        "train_fraction": 1.0,
+        "seed": config.seed,
+        "config": configuration.to_json(config),
+        "preparation": {name: preparation[name] for name in ("archive", "windows", "image_size", "options")},
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
+        "device": f"{num_devices} x {jax.devices()[0].device_kind}",
+        "python": platform.python_version(),
+    }
+    del result["config"]["dataset"]  # a path of this machine
+    if baselines:
+        train_source = data.open_source(config.dataset, "train", channels, task.offsets)
+        scores = _baseline_scores(config, task, source, train_source, batch_size)
+        result["baselines"] = {name: summarise(values)[0] for name, values in scores.items()}
+
+    # ---- Files ----
+    checkpoint_files.write_json(output, result)
+    with open(output.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["volume_id", "patient_id", "num_slices", *task.reported])
+        for index, volume in enumerate(source.volumes):
+            scores = [f"{by_volume[name][index]:.6g}" for name in task.reported]
+            writer.writerow([volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores])
+    number = min(config.num_pictures, batch_size)
+    shown = training.render_pictures(program, state, data.picture_batch(source, batch_size, number), number)
+    pictures.save_strip(output.with_suffix(".png"), shown, "SYNTHETIC" if preparation["synthetic"] else "")
+    return result
+
+
+def table(result: dict) -> str:
+    """The results as lines for the screen."""
+    data = "  SYNTHETIC DATA" if result["synthetic"] else ""
+    lines = [
+        f"{result['recipe']}, step {result['checkpoint_step']:,}, {result['split']} split: {result['num_slices']:,} "
+        f"slices{data}",
+        f"{'':24}{'mean':>9} {'sd':>9}   95 % interval       volumes patients",
+    ]
+    rows = {"model": result["metrics"], **result.get("baselines", {})}
+    for predictor, metrics in rows.items():
+        for name, value in metrics.items():
+            sd = "-" if value["sd"] is None else f"{value['sd']:.5f}"
+            interval = "-" if value["ci95"] is None else f"{value['ci95'][0]:.5f} to {value['ci95'][1]:.5f}"
+            lines.append(
+                f"{predictor + ' ' + name:24}{value['mean']:9.5f} {sd:>9}   {interval:20} {value['num_volumes']:6} "
+                f"{value['num_patients']:8}"
+            )
+    codebook = result["codebook"]
+    lines.append(
+        f"codes used {codebook['used_codes']} of {codebook['num_codes']}, perplexity {codebook['perplexity']:.1f}"
+    )
+    if result["num_patients_seen_in_training"]:
+        lines.append(f"NOTE: {result['num_patients_seen_in_training']} of these patients were in the training data")
+    if result["num_patients_seen_in_training"] is None:
+        lines.append("NOTE: whether these patients were in the training data cannot be checked (other pseudonym key)")
+    return "\n".join(lines)
+
+
+def _volume_of_records(volumes: list[dict], record_index):
+    """Number of the volume that each record belongs to: [N] int."""
+    import numpy as np
+
+    first = np.array([volume["first_record"] for volume in volumes])
+    order = np.argsort(first)
+    return order[np.searchsorted(first[order], record_index, side="right") - 1]
+
+
+def _fingerprint(flat: dict) -> str:
+    """SHA-256 over names and bytes of tensors."""
+    import jax
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for name in sorted(flat):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(jax.device_get(flat[name])).tobytes())
+    return digest.hexdigest()
+
+
+def _baseline_scores(config, task, source, train_source, batch_size: int) -> dict[str, dict]:
+    """Per-slice scores of the task's baselines, in record order: baseline -> score -> [N]."""
+    import jax
+    import numpy as np
+
+    from ctssl_jax import data
+    from ctssl_jax.tasks import to_unit_images
+    from ctssl_jax.training import evaluation_keys
+
+    chosen = np.linspace(0, len(train_source) - 1, min(MEAN_IMAGE_SLICES, len(train_source))).astype(int)
+    total = 0.0
+    for item in chosen:
+        images = train_source[int(item)]["images"]
+        total = total + to_unit_images(images, config.model.in_channels, config.normalize)[0]
+    mean_image = total / len(chosen)
+
+    @jax.jit
+    def score(batch):
+        return task.baselines(batch["images"], evaluation_keys(batch["record_index"]), mean_image, config)
+
+    batches = []
+    for batch in data.evaluation_batches(source, batch_size):
+        scores = jax.device_get(score(batch))
+        batches.append(jax.tree.map(lambda values, kept=batch["weight"] > 0: values[kept], scores))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    for flag in (_WORKDIR, _OUTPUT):
+        if not flag.value:
+            raise InputError(f"give --{flag.name}")
+    command_line.use_compilation_cache()
+    result = evaluate(
+        _WORKDIR.value,
+        _DATASET.value,
+        _SPLIT.value,
+        _OUTPUT.value,
+        checkpoint=_CHECKPOINT.value,
+        batch_size=_BATCH_SIZE.value,
+        baselines=_BASELINES.value,
+    )
+    print(table(result))
+    print(f"written: {_OUTPUT.value} and, beside it, .csv and .png")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)
