@@ -65,7 +65,7 @@ def covers_chest(summary: ChestSummary) -> bool:
 
 def _body(hu: np.ndarray) -> np.ndarray:
     """[S, h, w] bool: in each slice the largest region of tissue, opened, with what it encloses."""
-    tissue = ndimage.binary_opening(hu > _BODY_HU, _IN_PLANE)
+    tissue = _opened(hu > _BODY_HU)
     labels, count = ndimage.label(tissue, _IN_PLANE)
     if count == 0:
         return tissue
@@ -76,6 +76,16 @@ def _body(hu: np.ndarray) -> np.ndarray:
     outside = np.pad(~region, ((0, 0), (1, 1), (1, 1)), constant_values=True)
     outside, _ = ndimage.label(outside, _IN_PLANE)
     return (outside != outside[:, :1, :1])[:, 1:-1, 1:-1]
+
+
+def _opened(mask: np.ndarray) -> np.ndarray:
+    """In-plane opening of [S, h, w] bool by a cross of three pixels; beyond the edge counts as the edge."""
+    for combine in (np.logical_and, np.logical_or):
+        padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)), mode="edge")
+        mask = combine(mask, padded[:, :-2, 1:-1])
+        for shifted in (padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]):
+            combine(mask, shifted, out=mask)
+    return mask
 
 
 def _present(plane: np.ndarray, count: int) -> np.ndarray:

@@ -134,8 +134,8 @@ def read_bytes(input_dir: Path, source: Source) -> bytes:
     """
     path = os.path.join(input_dir, source.path)
     if not source.member:
-        with open(path, "rb") as file:
-            return file.read(MAX_FILE_BYTES)
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     status = os.stat(path)
     try:
         archive = _open_zip(path, status.st_mtime_ns, status.st_size, os.getpid())

@@ -256,7 +256,7 @@ def _frame_fields(groups: list[Elements]) -> dict[str, Any]:
 def _frames(dataset: Dataset, elements: Elements, number_of_frames: int) -> tuple[Frame, ...]:
     """Per-frame values of an enhanced file: per-frame functional groups before shared ones before the top level."""
     per_frame = _items(dataset, 0x52009230)
-    if len(per_frame) < number_of_frames or number_of_frames == 1 and not per_frame:
+    if len(per_frame) < number_of_frames or (number_of_frames == 1 and not per_frame):
         return ()
     shared = [group for item in _items(dataset, 0x52009229) for group in _functional_groups(item)]
     return tuple(

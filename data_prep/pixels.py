@@ -17,6 +17,7 @@ import pydicom
 from pydicom.pixels import pixel_array
 
 from data_prep.archives import Source, read_bytes
+from data_prep.decoders import DECODER_DEPENDENCIES, decode
 from data_prep.headers import NATIVE_SYNTAXES, Header
 
 MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
@@ -62,7 +63,12 @@ class PixelReader:
                 warnings.simplefilter("ignore")
                 if self._dataset is None:
                     self._dataset = pydicom.dcmread(io.BytesIO(self._data), force=True)
-                values = pixel_array(self._dataset, index=header.frame, raw=True)
+                if header.transfer_syntax in DECODER_DEPENDENCIES:
+                    values = decode(self._dataset, header.frame)
+                else:  # deflated, or uncompressed with unusual bits
+                    values = pixel_array(self._dataset, index=header.frame, raw=True)
+        except NotImplementedError as error:
+            raise PixelError("unsupported_transfer_syntax", header.transfer_syntax) from error
         except Exception as error:  # decoders raise what they like on damaged bytes
             raise PixelError("undecodable_pixels", type(error).__name__) from error
         if values.shape != (header.rows, header.columns) or values.dtype.kind not in "iu":

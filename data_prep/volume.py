@@ -11,12 +11,9 @@ import numpy as np
 from data_prep.anatomy import ChestSummary, covers_chest, summarise
 from data_prep.geometry import Axes, canonical_axes, measure_stack, orient
 from data_prep.headers import Header
+from data_prep.hounsfield import PlausibilityCount, has_rescale, to_hu
 from data_prep.pixels import PixelError, PixelReader
 from data_prep.series import Rejection, Rules, SeriesCandidate, irregularity
-
-AIR_HU = -1000
-_BELOW_ANY_TISSUE_HU = -1500  # scanners pad outside the field of view with -2000 or less, declared or not
-_SAMPLE_STEP = 8  # plausibility is judged on every 8th pixel of both directions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +84,7 @@ def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Vo
         return reject(*fault)
     if len(kept) < rules.min_slices:
         return reject("too_few_slices", f"{len(kept)} slices, at least {rules.min_slices} asked")
-    if fault := loader.implausible():
+    if fault := loader.plausibility.fault():
         reason = "implausible_hu" if tagged == {True} else "missing_rescale"
         return reject(reason, fault)
 
@@ -121,21 +118,16 @@ def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Vo
     )
 
 
-def has_rescale(header: Header) -> bool:
-    """Whether Rescale Slope and Intercept are both there."""
-    return header.rescale_slope is not None and header.rescale_intercept is not None
-
-
 class _SliceLoader:
-    """Decodes slices one after the other into one array, and keeps the counts that plausibility is judged on."""
+    """Decodes slices one after the other into one array."""
 
     def __init__(self, reader: PixelReader, axes: Axes, num_slices: int):
+        self.plausibility = PlausibilityCount()
         self._reader = reader
         self._axes = axes
         self._num_slices = num_slices
         self._hu: np.ndarray | None = None
         self._count = 0
-        self._sampled = np.zeros(4, dtype=np.int64)  # pixels: all, air or lung, soft tissue, beyond 4000 HU
 
     def add(self, header: Header) -> None:
         """Appends a slice.
@@ -147,87 +139,21 @@ class _SliceLoader:
         image = orient(to_hu(stored, header), self._axes)
         if self._hu is None:
             self._hu = np.empty((self._num_slices, *image.shape), dtype=image.dtype)
-        elif image.dtype != self._hu.dtype:
+        elif image.dtype == np.float32 and self._hu.dtype == np.int16:
             self._hu = self._hu.astype(np.float32)
         self._hu[self._count] = image
         self._count += 1
-        self._sample(stored[::_SAMPLE_STEP, ::_SAMPLE_STEP], header)
+        self.plausibility.add(stored, header)
 
     def equals_last(self, header: Header) -> bool:
-        """Whether this slice is the same image as the last one added."""
+        """Whether this slice is the same image as the last one added.
+
+        Raises:
+            PixelError: no pixels.
+        """
         image = orient(to_hu(self._reader.read(header), header), self._axes)
         return np.array_equal(image, self._hu[self._count - 1])
 
     def volume(self) -> np.ndarray:
+        """[S, H, W] of the slices added."""
         return self._hu[: self._count]
-
-    def _sample(self, stored: np.ndarray, header: Header) -> None:
-        slope, intercept = rescale(header)
-        hu = (stored * slope + intercept)[~is_padding(stored, header)]
-        hu = hu[hu >= _BELOW_ANY_TISSUE_HU]
-        self._sampled += (
-            stored.size,
-            np.count_nonzero((hu >= -1100) & (hu < -500)),
-            np.count_nonzero((hu >= -200) & (hu < 300)),
-            np.count_nonzero(hu > 4000),
-        )
-
-    def implausible(self) -> str | None:
-        """What is wrong with the values as HU: every CT has some air, some soft tissue and hardly anything above
-        4000 HU."""
-        total, air, soft, dense = self._sampled
-        if dense > 0.01 * total:
-            return f"{100 * dense / total:.0f} % of the pixels are above 4000 HU"
-        if soft < 0.01 * total:
-            return "no soft tissue between -200 and 300 HU"
-        if air < 0.002 * total:
-            return "no air or lung between -1100 and -500 HU"
-        return None
-
-
-def rescale(header: Header) -> tuple[float, float]:
-    """Rescale Slope and Intercept; 1 and 0 where both are missing.
-
-    Raises:
-        PixelError: only one is there, or the slope is 0.
-    """
-    if header.rescale_slope is None and header.rescale_intercept is None:
-        return 1.0, 0.0
-    if not has_rescale(header) or header.rescale_slope == 0:
-        raise PixelError("missing_rescale", "one of Rescale Slope and Intercept is missing, or the slope is 0")
-    return header.rescale_slope, header.rescale_intercept
-
-
-def is_padding(stored: np.ndarray, header: Header) -> np.ndarray:
-    """Where stored values are the declared padding, a value or a range; a value that would be tissue is not believed
-    (some writers declare 0 for images where 0 is water)."""
-    value = header.padding_value
-    if value is None:
-        return np.zeros(stored.shape, dtype=bool)
-    limit = value if header.padding_limit is None else header.padding_limit
-    slope, intercept = rescale(header)
-    low, high = min(value, limit), max(value, limit)
-    if any(-900 < bound * slope + intercept < 4000 for bound in (low, high)):
-        return np.zeros(stored.shape, dtype=bool)
-    return stored == low if low == high else (stored >= low) & (stored <= high)
-
-
-def to_hu(stored: np.ndarray, header: Header) -> np.ndarray:
-    """Stored values [H, W] in HU: int16, or float32 if any is fractional or beyond int16. Padding becomes air.
-
-    MONOCHROME1 says how to display and changes no value.
-
-    Raises:
-        PixelError: see `rescale`.
-    """
-    slope, intercept = rescale(header)
-    air = is_padding(stored, header)
-    if slope == 1 and intercept == int(intercept) and stored.dtype.itemsize <= 2:
-        hu = stored.astype(np.int32) + np.int32(intercept)
-    else:
-        hu = stored * slope + intercept
-    air |= hu < _BELOW_ANY_TISSUE_HU
-    hu[air] = AIR_HU
-    if hu.max() <= 32767 and (hu.dtype == np.int32 or np.array_equal(hu, np.rint(hu))):
-        return hu.astype(np.int16)
-    return hu.astype(np.float32)

@@ -1,0 +1,82 @@
+"""Decoders of compressed pixel data: pydicom's machinery with imagecodecs as its plugin.
+
+pydicom finds a frame among its fragments, shapes it, and honours bits allocated, bits stored and pixel representation;
+imagecodecs (BSD) decodes the frame. The decoders are objects of this module: pydicom's own stay as they are.
+"""
+
+from __future__ import annotations
+
+import imagecodecs
+import numpy as np
+from pydicom.dataset import Dataset
+from pydicom.pixels.decoders.base import Decoder, DecodeRunner
+from pydicom.uid import UID
+
+_JPEG = {
+    "1.2.840.10008.1.2.4.50",  # baseline, 8 bits
+    "1.2.840.10008.1.2.4.51",  # extended, 12 bits
+    "1.2.840.10008.1.2.4.53",  # spectral selection (retired)
+    "1.2.840.10008.1.2.4.55",  # full progression (retired)
+    "1.2.840.10008.1.2.4.57",  # lossless
+    "1.2.840.10008.1.2.4.70",  # lossless, first-order prediction
+}
+_JPEG_LS = {"1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"}
+_JPEG_2000 = {
+    "1.2.840.10008.1.2.4.90",
+    "1.2.840.10008.1.2.4.91",
+    "1.2.840.10008.1.2.4.201",  # high-throughput JPEG 2000
+    "1.2.840.10008.1.2.4.202",
+    "1.2.840.10008.1.2.4.203",
+}
+_RLE = {"1.2.840.10008.1.2.5"}
+DECODER_DEPENDENCIES = {UID(uid): ("imagecodecs",) for uid in _JPEG | _JPEG_LS | _JPEG_2000 | _RLE}
+
+
+def is_available(uid: str) -> bool:
+    """Part of pydicom's plugin interface."""
+    return uid in DECODER_DEPENDENCIES
+
+
+def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
+    """One frame's pixels as bytes; part of pydicom's plugin interface.
+
+    Raises:
+        ValueError: the frame holds another matrix than Rows x Columns, or several channels.
+        RuntimeError: imagecodecs cannot decode it.
+    """
+    syntax = runner.transfer_syntax
+    if syntax in _RLE:
+        sample = np.dtype(f"<u{runner.bits_allocated // 8}")
+        values = np.frombuffer(imagecodecs.dicomrle_decode(frame, sample), sample)
+        if values.size < runner.rows * runner.columns:
+            raise ValueError("too few run-length coded values")
+        values = values[: runner.rows * runner.columns].reshape(runner.rows, runner.columns)
+    elif syntax in _JPEG:
+        values = imagecodecs.jpeg8_decode(frame)
+    elif syntax in _JPEG_LS:
+        values = imagecodecs.jpegls_decode(frame)
+    else:
+        values = imagecodecs.jpeg2k_decode(frame)
+    if values.shape != (runner.rows, runner.columns):
+        raise ValueError(f"the frame is {values.shape}, the header says {(runner.rows, runner.columns)}")
+    runner.set_option("bits_allocated", 8 * values.dtype.itemsize)
+    return values.tobytes()
+
+
+def _make_decoder(uid: UID) -> Decoder:
+    decoder = Decoder(uid)
+    decoder.add_plugin("imagecodecs", (__name__, "decode_frame"))
+    return decoder
+
+
+_DECODERS = {uid: _make_decoder(uid) for uid in DECODER_DEPENDENCIES}
+
+
+def decode(dataset: Dataset, frame: int) -> np.ndarray:
+    """The stored values [rows, columns] of one frame of a compressed data set.
+
+    Raises:
+        Exception: whatever pydicom and imagecodecs raise on pixel data that they cannot decode.
+    """
+    decoder = _DECODERS[dataset.file_meta.TransferSyntaxUID]
+    return decoder.as_array(dataset, index=frame, raw=True)[0]

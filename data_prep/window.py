@@ -1,0 +1,117 @@
+"""Hounsfield units to grey values, and to the image size of a dataset."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+AIR_HU = -1000
+Window = tuple[float, float]  # level, width in HU
+
+
+def window_to_uint8(hu: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
+    """Grey values [..., C] uint8 of `hu` [...], one channel a window: 255 clip((HU - (level - width / 2)) / width, 0, 1),
+    rounded half to even. int16 goes through a table of the same values.
+
+    Raises:
+        ValueError: no window, or a width that is not positive.
+    """
+    if not windows:
+        raise ValueError("no window given; give level,width such as 50,350")
+    for level, width in windows:
+        if not (width > 0 and math.isfinite(width) and math.isfinite(level)):
+            raise ValueError(f"window {level:g},{width:g}: give a finite level and a width above 0")
+    grey = np.empty((*hu.shape, len(windows)), dtype=np.uint8)
+    for channel, (level, width) in enumerate(windows):
+        if hu.dtype == np.int16:
+            bits = np.ascontiguousarray(hu).view(np.uint16)
+            _table(float(level), float(width)).take(bits, mode="clip", out=grey[..., channel])
+        else:
+            grey[..., channel] = _grey(hu, level, width)
+    return grey
+
+
+def _grey(hu: np.ndarray, level: float, width: float) -> np.ndarray:
+    grey = hu.astype(np.float64)
+    grey -= level - width / 2
+    grey /= width
+    np.clip(grey, 0, 1, out=grey)
+    grey *= 255
+    return np.rint(grey, out=grey).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=16)
+def _table(level: float, width: float) -> np.ndarray:
+    """Grey values of all int16, in the order of their bits read as uint16."""
+    return _grey(np.arange(65536, dtype=np.uint16).view(np.int16), level, width)
+
+
+def needs_resize(shape: tuple[int, int], pixel_spacing_mm: tuple[float, float], image_size: int) -> bool:
+    """Whether slices of this matrix have to be resampled to become `image_size` squares."""
+    square_pixels = math.isclose(*pixel_spacing_mm, rel_tol=1e-3)
+    return not (square_pixels and tuple(shape) == (image_size, image_size))
+
+
+def resize_slice(hu: np.ndarray, pixel_spacing_mm: tuple[float, float], image_size: int) -> np.ndarray:
+    """`hu` [H, W] as a square [image_size, image_size] of the same field, undistorted.
+
+    A field that is not square is first padded with air (-1000 HU) around its centre. Then Pillow's bilinear filter in
+    float32, which averages over the whole source area when it shrinks (antialiased); its result depends on
+    nothing but the input. A slice that fits already is returned as it is, in its own type.
+    """
+    if not needs_resize(hu.shape, pixel_spacing_mm, image_size):
+        return hu
+    top, left, rows, columns = _square_field(hu.shape, pixel_spacing_mm)
+    margins = math.ceil(-top), math.ceil(-left)
+    padded = np.full((hu.shape[0] + 2 * margins[0], hu.shape[1] + 2 * margins[1]), AIR_HU, dtype=np.float32)
+    padded[margins[0] : margins[0] + hu.shape[0], margins[1] : margins[1] + hu.shape[1]] = hu
+    y, x = margins[0] + top, margins[1] + left
+    box = (x, y, min(x + columns, padded.shape[1]), min(y + rows, padded.shape[0]))
+    resized = Image.fromarray(padded).resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(resized)
+
+
+def resize_volume(hu: np.ndarray, pixel_spacing_mm: tuple[float, float], image_size: int) -> np.ndarray:
+    """`resize_slice` of each slice of `hu` [S, H, W]; the volume itself where it fits already."""
+    if not needs_resize(hu.shape[1:], pixel_spacing_mm, image_size):
+        return hu
+    resized = np.empty((len(hu), image_size, image_size), dtype=np.float32)
+    for image, out in zip(hu, resized, strict=True):
+        out[:] = resize_slice(image, pixel_spacing_mm, image_size)
+    return resized
+
+
+def resized_spacing_mm(shape: tuple[int, int], pixel_spacing_mm: tuple[float, float], image_size: int) -> float:
+    """Edge of a pixel (mm) after `resize_slice`."""
+    return _square_field(shape, pixel_spacing_mm)[2] * pixel_spacing_mm[0] / image_size
+
+
+def resize_box(
+    box: tuple[int, int, int, int],
+    shape: tuple[int, int],
+    pixel_spacing_mm: tuple[float, float],
+    image_size: int,
+) -> tuple[int, int, int, int]:
+    """A box (first row, row after the last, first column, column after the last) of slices of `shape`, in the pixels
+    of their resized form; every pixel it touches is inside."""
+    if not needs_resize(shape, pixel_spacing_mm, image_size):
+        return box
+    top, left, rows, columns = _square_field(shape, pixel_spacing_mm)
+    edges = (
+        math.floor((box[0] - top) * image_size / rows),
+        math.ceil((box[1] - top) * image_size / rows),
+        math.floor((box[2] - left) * image_size / columns),
+        math.ceil((box[3] - left) * image_size / columns),
+    )
+    return tuple(min(image_size, max(0, edge)) for edge in edges)
+
+
+def _square_field(shape: tuple[int, int], pixel_spacing_mm: tuple[float, float]) -> tuple[float, float, float, float]:
+    """The smallest square field around the image: its top and left (0 or less), rows and columns, in pixels."""
+    field_mm = max(shape[0] * pixel_spacing_mm[0], shape[1] * pixel_spacing_mm[1])
+    rows, columns = field_mm / pixel_spacing_mm[0], field_mm / pixel_spacing_mm[1]
+    return min(0.0, (shape[0] - rows) / 2), min(0.0, (shape[1] - columns) / 2), rows, columns
