@@ -39,11 +39,13 @@ WRITER_OPTIONS = "group_size:1,zstd:1"
 PREPARATION_FILE = "preparation.json"
 VOLUMES_FILE = "volumes.csv"
 REJECTED_FILE = "rejected.csv"
+PARTIAL = ".partial"  # suffix of files that are being written
 
 # Name -> type of the columns of volumes.csv. An empty cell reads as None ("" in text columns).
 VOLUME_COLUMNS: dict[str, type] = {
     "volume_id": str,
     "patient_id": str,
+    "exam_id": str,
     "split": str,
     "first_record": int,  # within the split
     "num_slices": int,
@@ -100,9 +102,7 @@ def _feature(name: str, kind: int, values: bytes) -> bytes:
     return _field(1, _field(1, name.encode()) + _field(2, _field(kind, _field(1, values))))
 
 
-def encode_record(
-    image: np.ndarray, volume_id: str, slice_index: int, position_mm: float, pair_valid: bool
-) -> bytes:
+def encode_record(image: np.ndarray, volume_id: str, slice_index: int, position_mm: float, pair_valid: bool) -> bytes:
     """The record of one slice (a serialised tf.train.Example, features in alphabetical order).
 
     `image` is [H, W, C] uint8.
@@ -161,9 +161,14 @@ def decode_record(record: bytes, image_shape: Sequence[int]) -> dict[str, Any]:
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
+def _temporary(path: Path) -> Path:
+    """Named by the process: a worker that outlives its killed parent by a moment can't meet another run."""
+    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file that is there in full or not at all, whenever the process is killed."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = _temporary(path)
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -188,8 +193,7 @@ def write_records(path: Path, records: Iterable[bytes]) -> int:
     """
     from array_record.python import array_record_module
 
-    temporary = path.with_name(path.name + ".partial")
-    temporary.unlink(missing_ok=True)
+    temporary = _temporary(path)
     writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
     number = 0
     for record in records:
@@ -261,9 +265,7 @@ def write_tfds_metadata(
     )
     splits = []
     for split, lengths in shard_lengths.items():
-        num_bytes = sum(
-            (dataset_dir / shard_name(split, shard)).stat().st_size for shard in range(len(lengths))
-        )
+        num_bytes = sum((dataset_dir / shard_name(split, shard)).stat().st_size for shard in range(len(lengths)))
         splits.append(
             tfds.core.SplitInfo(
                 name=split, shard_lengths=list(lengths), num_bytes=num_bytes, filename_template=template
@@ -322,8 +324,7 @@ def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:
     version = preparation.get("format_version") if isinstance(preparation, dict) else None
     if version != FORMAT_VERSION:
         raise DatasetError(
-            f"{path}: format_version {version}, this program reads {FORMAT_VERSION}; "
-            "prepare the dataset again"
+            f"{path}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the dataset again"
         )
     return preparation
 

@@ -1,0 +1,228 @@
+"""The last act of a preparation: staged volumes -> shards, tables, metadata.
+
+All decisions (splits, order, which volume goes to which shard) are frozen in one file before the first shard is
+written. From then on a killed run only has to be carried on: shards that are finished are known by their sidecars.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep import dataset, deidentify
+from data_prep.conversion import records_path
+from data_prep.splits import assign_splits, cut_into_shards, running_totals
+from data_prep.workers import Progress, WorkerDied, run_tasks
+
+_VERSIONED = ("numpy", "scipy", "pydicom", "imagecodecs", "array_record", "tensorflow-datasets")
+_MEGABYTE = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Everything that the dataset will be."""
+
+    archive_digest: str
+    options: dict[str, Any]
+    key_fingerprint: str
+    splits: dict[str, str]  # patient -> split, also of patients whose scans are gone
+    volumes: list[dict[str, Any]]  # rows of volumes.csv in their order
+    rejected: list[dict[str, Any]]
+    counts: dict[str, Any]
+    shard_lengths: dict[str, list[int]]
+    new_shards: list[dict[str, Any]]  # name, num_records, staged: keys of the staged files in order
+    kept_notes: dict[str, str]  # volume_id -> key of its note, for new volumes
+    old_checksums: dict[str, str]
+
+    def save(self, path: Path) -> None:
+        dataset.write_file(path, json.dumps(dataclasses.asdict(self)).encode())
+
+    @staticmethod
+    def load(path: Path) -> "Frozen":
+        return Frozen(**json.loads(path.read_text()))
+
+
+def freeze(
+    *,
+    options: dict[str, Any],
+    key: bytes,
+    archive_digest: str,
+    new_volumes: Mapping[str, tuple[dict[str, Any], int]],
+    old_volumes: list[dict[str, Any]],
+    old_preparation: dict[str, Any] | None,
+    known_splits: dict[str, str],
+    rejected: list[dict[str, Any]],
+    counts: dict[str, Any],
+) -> Frozen:
+    """Decides splits, order and shards. `new_volumes`: key of the staged file -> (row, bytes).
+
+    Volumes lie in the order of their keyed hash, after those that earlier runs wrote.
+
+    Raises:
+        ValueError: too few patients for the splits.
+    """
+
+    def by_hash(pseudonym: str) -> str:
+        return deidentify.shuffling_number(key, pseudonym)
+
+    volumes_per_patient: dict[str, int] = {}
+    everything = [*old_volumes, *(row for row, _ in new_volumes.values())]
+    for patient in sorted((row["patient_id"] for row in everything), key=by_hash):
+        volumes_per_patient[patient] = volumes_per_patient.get(patient, 0) + 1
+    splits = known_splits | assign_splits(
+        volumes_per_patient, options["splits"], options["holdout_volumes"], known_splits
+    )
+    rows, new_shards, shard_lengths = [], [], {}
+    for split in dataset.SPLITS:
+        present = [row for row in old_volumes if row["split"] == split]
+        added = [name for name, (row, _) in new_volumes.items() if splits[row["patient_id"]] == split]
+        added.sort(key=lambda name: by_hash(new_volumes[name][0]["volume_id"]))
+        if not present and not added:
+            continue
+        lengths = list(old_preparation["splits"].get(split, {}).get("shard_lengths", [])) if old_preparation else []
+        rows += present
+        slices = [new_volumes[name][0]["num_slices"] for name in added]
+        for name, first in zip(added, running_totals(slices), strict=True):
+            rows.append(new_volumes[name][0] | {"split": split, "first_record": sum(lengths) + first})
+        sizes = [new_volumes[name][1] for name in added]
+        for part in cut_into_shards(sizes, int(options["shard_size_mb"] * _MEGABYTE)):
+            num_records = sum(slices[part.start : part.stop])
+            shard = dataset.shard_name(split, len(lengths))
+            staged = added[part.start : part.stop]
+            new_shards.append({"name": shard, "num_records": num_records, "staged": staged})
+            lengths.append(num_records)
+        shard_lengths[split] = lengths
+    return Frozen(
+        archive_digest=archive_digest,
+        options=options,
+        key_fingerprint=deidentify.key_fingerprint(key),
+        splits=dict(sorted(splits.items())),
+        volumes=rows,
+        rejected=sorted(rejected, key=lambda row: tuple(str(value) for value in row.values())),
+        counts=counts,
+        shard_lengths=shard_lengths,
+        new_shards=new_shards,
+        kept_notes={row["volume_id"]: name for name, (row, _) in new_volumes.items()},
+        old_checksums=dict(old_preparation["checksums"]) if old_preparation else {},
+    )
+
+
+def assemble(frozen: Frozen, output_dir: Path, records_dir: Path, num_workers: int) -> dict[str, Any]:
+    """Writes what is missing of a frozen dataset and returns preparation.json, which is written last.
+
+    Raises:
+        OSError: the output can't be written.
+    """
+    (output_dir / dataset.PREPARATION_FILE).unlink(missing_ok=True)  # until the end it is not complete
+    dataset.sync_directory(output_dir)
+    checksums = _write_shards(frozen, output_dir, records_dir, num_workers)
+    checksums = {n: c for n, c in frozen.old_checksums.items() if ".array_record-" in n} | checksums
+    dataset.write_table(output_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, frozen.volumes)
+    dataset.write_table(output_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, frozen.rejected)
+    size = frozen.options["image_size"]
+    channels = len(frozen.options["windows"])
+    synthetic = any(row["synthetic"] for row in frozen.volumes)
+    dataset.write_tfds_metadata(
+        output_dir, (size, size, channels), frozen.shard_lengths, description(frozen.options, synthetic)
+    )
+    for name in (dataset.VOLUMES_FILE, dataset.REJECTED_FILE, "dataset_info.json", "features.json"):
+        checksums[name] = dataset.file_sha256(output_dir / name)
+    preparation = {
+        "format_version": dataset.FORMAT_VERSION,
+        "archive": frozen.options["archive"],
+        "synthetic": synthetic,
+        "windows": [{"level": level, "width": width} for level, width in frozen.options["windows"]],
+        "image_size": size,
+        "channels": channels,
+        "splits": {split: _split_facts(frozen, split, lengths) for split, lengths in frozen.shard_lengths.items()},
+        "key_fingerprint": frozen.key_fingerprint,
+        "fingerprint": dataset.dataset_fingerprint(checksums),
+        "options": frozen.options,
+        "versions": versions(),
+        "counts": frozen.counts,
+        "checksums": dict(sorted(checksums.items())),
+    }
+    dataset.write_preparation(output_dir, preparation)
+    return preparation
+
+
+def description(options: Mapping[str, Any], synthetic: bool) -> str:
+    windows = ", ".join(f"{level:g}/{width:g}" for level, width in options["windows"])
+    kind = "SYNTHETIC chest CT slices (a phantom, no patients)" if synthetic else "Chest CT slices"
+    return f"{kind}, windowed (level/width in HU: {windows}). Not for clinical use."
+
+
+def versions() -> dict[str, str]:
+    """Of what the bytes of a dataset may depend on."""
+    found = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {"python": platform.python_version()} | found
+
+
+def _split_facts(frozen: Frozen, split: str, lengths: list[int]) -> dict[str, Any]:
+    rows = [row for row in frozen.volumes if row["split"] == split]
+    return {
+        "num_volumes": len(rows),
+        "num_patients": len({row["patient_id"] for row in rows}),
+        "num_slices": sum(lengths),
+        "shard_lengths": lengths,
+    }
+
+
+def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, num_workers: int) -> dict[str, str]:
+    checksums = {}
+    tasks = []
+    total = sum(shard["num_records"] for shard in frozen.new_shards)
+    with Progress("writing shards", "slices", total) as progress:
+        for shard in frozen.new_shards:
+            sidecar = _sidecar(records_dir, shard["name"])
+            if sidecar.exists() and (output_dir / shard["name"]).exists():
+                checksums[shard["name"]] = sidecar.read_text()
+                progress.advance(shard["num_records"], already_there=True)
+            else:
+                tasks.append((output_dir / shard["name"], records_dir, shard["staged"], shard["num_records"]))
+        for (path, _, _, num_records), checksum in run_tasks(_write_shard, tasks, num_workers):
+            if isinstance(checksum, WorkerDied):
+                raise OSError(f"{path}: writing the shard was killed; check memory and disk, then run again")
+            checksums[path.name] = checksum
+            progress.advance(num_records)
+    return checksums
+
+
+def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> str:
+    written = dataset.write_records(path, _staged_records(records_dir, staged))
+    if written != num_records:
+        raise OSError(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
+    checksum = dataset.file_sha256(path)
+    dataset.write_file(_sidecar(records_dir, path.name), checksum.encode())
+    for key in staged:
+        records_path(records_dir, key).unlink(missing_ok=True)
+    return checksum
+
+
+def _staged_records(records_dir: Path, staged: list[str]) -> Iterator[bytes]:
+    for key in staged:
+        yield from dataset.read_records(records_path(records_dir, key))
+
+
+def _sidecar(records_dir: Path, shard: str) -> Path:
+    return records_dir / f"{shard}.done"
+
+
+def keep_notes(frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> None:
+    """Moves the notes of the new volumes to where later runs look for them."""
+    kept_notes_dir.mkdir(mode=0o700, exist_ok=True)
+    for volume, key in frozen.kept_notes.items():
+        note = notes_dir / f"{key}.json"
+        if note.exists():
+            os.replace(note, kept_notes_dir / f"{volume}.json")
+    dataset.sync_directory(kept_notes_dir)
+
+
+def remove_tree(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)

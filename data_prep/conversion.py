@@ -1,0 +1,242 @@
+"""One exam: pixels -> HU -> windowed slices in a staged file, with a note of what became of each of its files.
+
+This is what worker processes run. A finished exam leaves `<key>.json` in the private work directory and, if one of its
+candidates was taken, `<key>.array_record` in the other one; the note is written last and is there in full or not at
+all, so that its presence means "done". The key covers the files with their sizes and all options: what an earlier run
+left is used only if it would come out the same.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep import dataset, deidentify
+from data_prep.anatomy import ChestSummary
+from data_prep.archives import Source
+from data_prep.dicom import Rejection, Rules, SeriesCandidate, Volume, load_volume
+from data_prep.window import resize_box, resize_slice, window_to_uint8
+
+# Reasons that arise here, beside `data_prep.dicom.REASONS`.
+REASONS = {
+    "conversion_crashed": "The conversion failed in an unforeseen way; please report it.",
+    "series_changed": "Files came to a series that is in the dataset already; only a new dataset takes them.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What every exam of a run is converted with."""
+
+    input_dir: Path
+    notes_dir: Path  # private: notes name source files
+    records_dir: Path
+    rules: Rules
+    windows: tuple[tuple[float, float], ...]  # (level, width) in HU, one a channel
+    image_size: int
+    key: bytes = dataclasses.field(repr=False)  # of the pseudonyms
+    options_digest: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A row of rejected.csv with the files that it stands for."""
+
+    series_id: str
+    reason: str
+    detail: str
+    sources: list[Source]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExamNote:
+    """What became of an exam."""
+
+    key: str
+    volume: dict[str, Any] | None  # row of volumes.csv but for split and first_record; None: nothing was taken
+    record_bytes: int
+    taken: list[Source]
+    dropped: list[tuple[Source, str]]  # files of the taken series that are not in the volume, with reasons
+    rejected: list[Rejected]
+
+    @property
+    def sources_of_volume(self) -> list[Source]:
+        return [*self.taken, *(source for source, _ in self.dropped)]
+
+
+def exam_key(conversion: Conversion, exam: list[SeriesCandidate]) -> str:
+    """Names the outcome of an exam."""
+    files = [
+        [candidate.series_key, [(*header.source, header.frame) for header in candidate.all_headers]]
+        for candidate in exam
+    ]
+    content = json.dumps([exam[0].exam_key, files])
+    return deidentify.private_digest(conversion.key, conversion.options_digest, content)
+
+
+def note_path(conversion: Conversion, key: str) -> Path:
+    return conversion.notes_dir / f"{key}.json"
+
+
+def records_path(records_dir: Path, key: str) -> Path:
+    return records_dir / f"{key}.array_record"
+
+
+def read_note(path: Path) -> ExamNote:
+    fields = json.loads(path.read_text())
+    return ExamNote(
+        key=fields["key"],
+        volume=fields["volume"],
+        record_bytes=fields["record_bytes"],
+        taken=[Source(*source) for source in fields["taken"]],
+        dropped=[(Source(*source), reason) for source, reason in fields["dropped"]],
+        rejected=[
+            Rejected(row["series_id"], row["reason"], row["detail"], [Source(*s) for s in row["sources"]])
+            for row in fields["rejected"]
+        ],
+    )
+
+
+def write_note(conversion: Conversion, note: ExamNote) -> None:
+    dataset.write_file(note_path(conversion, note.key), json.dumps(dataclasses.asdict(note)).encode())
+
+
+def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
+    """Tries the candidates of an exam in order and stages the first that becomes a volume.
+
+    Raises:
+        OSError: the archive went away, or the output can't be written.
+    """
+    key = exam_key(conversion, exam)
+    outcome: list[tuple[SeriesCandidate, str, str]] = []  # rejections
+    volume, record_bytes = None, 0
+    for candidate in exam:
+        if volume is not None:
+            outcome.append((candidate, "other_reconstruction", ""))
+            continue
+        loaded = _load(conversion, candidate)
+        if isinstance(loaded, Rejection):
+            outcome.append((candidate, loaded.reason, loaded.detail))
+            continue
+        volume = _VolumeFacts(candidate, loaded, conversion)
+        path = records_path(conversion.records_dir, key)
+        dataset.write_records(path, _records(loaded, volume.row["volume_id"], conversion))
+        record_bytes = path.stat().st_size
+        del loaded
+    write_note(conversion, _note(conversion, key, volume, record_bytes, outcome))
+
+
+def note_of_crash(conversion: Conversion, exam: list[SeriesCandidate]) -> ExamNote:
+    """For an exam whose conversion killed its worker."""
+    outcome = [(candidate, "conversion_crashed", "the worker process died") for candidate in exam]
+    return _note(conversion, exam_key(conversion, exam), None, 0, outcome)
+
+
+def volume_id(key: bytes, candidate: SeriesCandidate) -> str:
+    return deidentify.series_pseudonym(key, *candidate.exam_key, candidate.series_key)
+
+
+def exam_id(key: bytes, patient_key: str, study_uid: str) -> str:
+    return deidentify.series_pseudonym(key, patient_key, study_uid, "")
+
+
+def rejected_row(key: bytes, rejection: Rejection) -> Rejected:
+    """A rejection that was made from the headers."""
+    first = rejection.headers[0]
+    series_id = deidentify.series_pseudonym(key, first.patient_key, first.study_instance_uid, rejection.series_key)
+    sources = sorted({header.source for header in rejection.headers})
+    return Rejected(series_id, rejection.reason, rejection.detail, sources)
+
+
+def _load(conversion: Conversion, candidate: SeriesCandidate) -> Volume | Rejection:
+    try:
+        return load_volume(conversion.input_dir, candidate, conversion.rules)
+    except OSError:
+        raise
+    except Exception as error:  # one odd exam in a million must not end the run; it is reported by name
+        detail = type(error).__name__
+        return Rejection(candidate.series_key, candidate.all_headers, "conversion_crashed", detail)
+
+
+class _VolumeFacts:
+    """The part of a volume that stays when its pixels are gone."""
+
+    def __init__(self, candidate: SeriesCandidate, volume: Volume, conversion: Conversion):
+        self.candidate = candidate
+        self.row = _row(candidate, volume, conversion)
+        self.taken = sorted({header.source for header in volume.headers})
+        self.reasons = {header.source: reason for header, reason in volume.dropped}
+
+
+def _row(candidate: SeriesCandidate, volume: Volume, conversion: Conversion) -> dict[str, Any]:
+    chest = volume.chest
+    gaps = np.flatnonzero(~volume.pair_valid[:-1])
+    return {
+        "volume_id": volume_id(conversion.key, candidate),
+        "patient_id": deidentify.patient_pseudonym(conversion.key, candidate.patient_key),
+        "exam_id": exam_id(conversion.key, *candidate.exam_key),
+        "num_slices": len(volume.hu),
+        "source_rows": volume.hu.shape[1],
+        "source_columns": volume.hu.shape[2],
+        "pixel_spacing_row_mm": float(volume.pixel_spacing_mm[0]),
+        "pixel_spacing_column_mm": float(volume.pixel_spacing_mm[1]),
+        "slice_thickness_mm": float(volume.slice_thickness_mm),
+        "slice_spacing_mm": float(volume.slice_spacing_mm),
+        "gap_positions": " ".join(str(index) for index in gaps),
+        "gantry_tilt_degrees": float(volume.gantry_tilt_degrees),
+        **deidentify.public_fields(volume.headers[0]),
+        "middle_slice": chest.middle_slice,
+        "first_lung_slice": chest.first_lung_slice,
+        "last_lung_slice": chest.last_lung_slice,
+        "lung_box": lung_box(chest, volume.hu.shape[1:], volume.pixel_spacing_mm, conversion.image_size),
+        "notes": " ".join(volume.notes),
+    }
+
+
+def lung_box(
+    chest: ChestSummary, shape: tuple[int, int], pixel_spacing_mm: tuple[float, float], image_size: int
+) -> str:
+    """ "top left bottom right" of the lungs in pixels of the resized image (bottom and right not included), or ""."""
+    if chest.lung_box is None:
+        return ""
+    top, bottom, left, right = resize_box(chest.lung_box, shape, pixel_spacing_mm, image_size)
+    return f"{top} {left} {bottom} {right}"
+
+
+def _records(volume: Volume, volume_id: str, conversion: Conversion) -> Iterator[bytes]:
+    for index, hu in enumerate(volume.hu):
+        hu = resize_slice(hu, volume.pixel_spacing_mm, conversion.image_size)
+        yield dataset.encode_record(
+            window_to_uint8(hu, conversion.windows),
+            volume_id,
+            index,
+            float(volume.position_mm[index]),
+            bool(volume.pair_valid[index]),
+        )
+
+
+def _note(
+    conversion: Conversion,
+    key: str,
+    volume: _VolumeFacts | None,
+    record_bytes: int,
+    outcome: list[tuple[SeriesCandidate, str, str]],
+) -> ExamNote:
+    """A file that several stacks share (a multi-frame file) is counted once: with the volume, else with the first."""
+    accounted: set[Source] = set()
+    taken, dropped, row = [], [], None
+    if volume is not None:
+        taken = volume.taken
+        rest = {header.source for header in volume.candidate.all_headers} - set(taken)
+        dropped = [(source, volume.reasons[source]) for source in sorted(rest)]
+        accounted = {*taken, *rest}
+        row = volume.row | {"num_files": len(taken), "num_dropped_files": len(dropped)}
+    rejected = []
+    for candidate, reason, detail in outcome:
+        sources = {header.source for header in candidate.all_headers} - accounted
+        accounted |= sources
+        rejected.append(Rejected(volume_id(conversion.key, candidate), reason, detail, sorted(sources)))
+    return ExamNote(key, row, record_bytes, taken, dropped, rejected)

@@ -1,0 +1,102 @@
+"""Pseudonyms, and what of a header may be published.
+
+A pseudonym is an HMAC-SHA256 under a key that stays with the archive's owner: without the key it cannot be traced back
+by trying patient IDs or UIDs, with the same key it is the same in every run, so that re-runs and grown archives agree.
+Of the headers only `public_fields` leave the archive: no dates, names, UIDs, accession numbers, institutions or
+free-text descriptions.
+"""
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+_PSEUDONYM_LENGTH = 32  # hexadecimal digits: 128 bits
+_SHORTEST_KEY = 16  # bytes
+_NOT_PUBLIC = re.compile(r"[^A-Za-z0-9 .,_+/()-]")
+_LONGEST_TEXT = 48
+
+
+def read_key(path: Path) -> bytes:
+    """The pseudonym key in a file, without surrounding blanks.
+
+    Raises ValueError if the file is absent or too short.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such key file; leave out --pseudonym_key_file to have a key made in the audit directory"
+        )
+    key = path.read_bytes().strip()
+    if len(key) < _SHORTEST_KEY:
+        raise ValueError(f"{path}: a pseudonym key has at least {_SHORTEST_KEY} bytes, this one {len(key)}")
+    return key
+
+
+def make_key(path: Path) -> bytes:
+    """Makes a random key file that only its owner can read, and returns the key; an existing one is read instead."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return read_key(path)
+    with open(descriptor, "w") as file:
+        file.write(secrets.token_hex(32) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return read_key(path)
+
+
+def key_fingerprint(key: bytes) -> str:
+    """Names a key without giving it away: datasets with equal fingerprints have comparable patient pseudonyms."""
+    return _digest(key, "key fingerprint")[:16]
+
+
+def patient_pseudonym(key: bytes, patient_key: str) -> str:
+    """Pseudonym of a patient. `patient_key` is Patient ID (0010,0020) or what stands in for it."""
+    return _digest(key, "patient", patient_key)
+
+
+def series_pseudonym(key: bytes, patient_key: str, study_uid: str, series_key: str) -> str:
+    """Pseudonym of a series, or of one stack of it: the `volume_id` of a volume, the `series_id` of a rejection."""
+    return _digest(key, "series", patient_key, study_uid, series_key)
+
+
+def shuffling_number(key: bytes, pseudonym: str) -> str:
+    """What splits and shards are ordered by: as good as random, and the same in every run."""
+    return _digest(key, "order", pseudonym)
+
+
+def private_digest(key: bytes, *parts: str) -> str:
+    """A name for private facts (file lists) that tells nothing of them."""
+    return _digest(key, "private", *parts)
+
+
+def _digest(key: bytes, kind: str, *parts: str) -> str:
+    message = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in (kind, *parts))
+    return hmac.new(key, message, hashlib.sha256).hexdigest()[:_PSEUDONYM_LENGTH]
+
+
+def clean_text(value: str) -> str:
+    """A free-text header value for publication: at most 48 characters of letters, digits and ` .,_+/()-`."""
+    return " ".join(_NOT_PUBLIC.sub(" ", value).split())[:_LONGEST_TEXT].strip()
+
+
+def public_fields(header: Any) -> dict[str, Any]:
+    """The allow-list: everything that `volumes.csv` takes from a header (`data_prep.headers.Header`) but geometry.
+
+    Manufacturer (0008,0070), Convolution Kernel (0018,1210), KVP (0018,0060), whether Contrast/Bolus Agent (0018,0010)
+    is filled, Patient's Age (0010,1010) in whole years with 90 for everything above 89, Patient's Sex (0010,0040),
+    Ethnic Group (0010,2160), and whether Quality Control Subject (0010,0200) marks a phantom.
+    """
+    return {
+        "manufacturer": clean_text(header.manufacturer),
+        "kernel": clean_text(header.kernel),
+        "tube_voltage_kvp": header.kvp,
+        "contrast": header.contrast_agent.strip().upper() not in ("", "NONE", "NO"),
+        "age": None if header.age is None else min(header.age, 90),
+        "sex": header.sex,
+        "ethnic_group": clean_text(header.ethnic_group),
+        "synthetic": header.quality_control_subject,
+    }

@@ -1,0 +1,153 @@
+"""From the files of an archive to exams to convert, with a bounded part of the headers in memory.
+
+The headers of an archive of millions of files do not fit into memory, and a series may lie in any number of folders.
+So headers are spread over bucket files by the study that they belong to, and each bucket is planned by itself.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import pickle
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.archives import Source, Unreadable, list_sources
+from data_prep.dicom import (
+    Header,
+    NotAnImage,
+    Rejection,
+    Rules,
+    SeriesCandidate,
+    plan_series,
+    read_header,
+    select_reconstructions,
+)
+from data_prep.workers import Progress, WorkerDied, run_tasks
+
+NUM_BUCKETS = 64
+_SOURCES_PER_TASK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketPlan:
+    """What headers say of the files of one bucket."""
+
+    exams: list[list[SeriesCandidate]]  # candidates of an exam in order of preference
+    rejections: list[Rejection]
+    not_images: list[NotAnImage | Unreadable]
+
+
+def list_archive(input_dir: Path) -> tuple[int, str]:
+    """Number of files, and a digest of their names and sizes: equal digests mean that nothing came or went."""
+    digest = hashlib.sha256()
+    number = 0
+    with Progress("listing", "files", None) as progress:
+        for entry in list_sources(input_dir):
+            digest.update(repr(_source(entry)).encode("utf-8", "backslashreplace"))
+            number += 1
+            progress.advance(1)
+    return number, digest.hexdigest()
+
+
+def plan_archive(input_dir: Path, plan_dir: Path, rules: Rules, num_files: int, num_workers: int) -> list[Path]:
+    """Reads all headers and writes one plan file a bucket into `plan_dir`; `read_plan` reads them.
+
+    Raises:
+        OSError: the archive went away.
+    """
+    plan_dir.mkdir(parents=True, exist_ok=True)
+    for stale in plan_dir.iterdir():
+        stale.unlink()
+    _scan(input_dir, plan_dir, num_files, num_workers)
+    tasks = [(bucket, bucket.with_suffix(".plan"), rules) for bucket in sorted(plan_dir.glob("*.headers"))]
+    with Progress("planning", "buckets", len(tasks)) as progress:
+        for _, result in run_tasks(_plan_bucket, tasks, num_workers):
+            if isinstance(result, WorkerDied):
+                raise OSError("planning was killed, probably for memory; run again with a smaller --num_workers")
+            progress.advance(1)
+    return [plan for _, plan, _ in tasks]
+
+
+def read_plan(path: Path) -> BucketPlan:
+    with open(path, "rb") as file:
+        return pickle.load(file)
+
+
+def _scan(input_dir: Path, plan_dir: Path, num_files: int, num_workers: int) -> None:
+    with contextlib.ExitStack() as stack:
+        buckets: dict[int, Any] = {}
+        progress = stack.enter_context(Progress("reading headers", "files", num_files))
+        tasks = ((input_dir, chunk) for chunk in _chunks(list_sources(input_dir), _SOURCES_PER_TASK))
+        for (_, chunk), entries in run_tasks(_read_headers, tasks, num_workers):
+            if isinstance(entries, WorkerDied):
+                entries = list(_read_headers_one_by_one(input_dir, chunk))
+            for entry in entries:
+                number = _bucket_number(entry)
+                if number not in buckets:
+                    path = plan_dir / f"{number:02d}.headers"
+                    buckets[number] = stack.enter_context(open(path, "wb"))
+                pickle.dump(entry, buckets[number], pickle.HIGHEST_PROTOCOL)
+            progress.advance(len(entries))
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[tuple]:
+    items = iter(items)
+    while chunk := tuple(itertools.islice(items, size)):
+        yield chunk
+
+
+def _read_headers(input_dir: Path, entries: tuple[Source | Unreadable, ...]) -> list[Header | NotAnImage | Unreadable]:
+    return [entry if isinstance(entry, Unreadable) else _read_one(input_dir, entry) for entry in entries]
+
+
+def _read_headers_one_by_one(input_dir, entries) -> Iterator[Header | NotAnImage | Unreadable]:
+    """For a chunk that killed its worker: the file that did it is left out, by name."""
+    tasks = [(input_dir, (entry,)) for entry in entries]
+    for (_, (entry,)), result in run_tasks(_read_headers, tasks, 1):
+        if isinstance(result, WorkerDied):
+            yield NotAnImage(_source(entry), "unreadable", "reading the header crashed")
+        else:
+            yield from result
+
+
+def _read_one(input_dir: Path, source: Source) -> Header | NotAnImage:
+    try:
+        return read_header(input_dir, source)
+    except OSError as error:
+        if not input_dir.is_dir():
+            raise OSError(f"{input_dir}: the archive went away; run again to continue") from None
+        return NotAnImage(source, "unreadable", error.strerror or "damaged")
+
+
+def _source(entry: Source | Unreadable | Header | NotAnImage) -> Source:
+    return entry if isinstance(entry, Source) else entry.source
+
+
+def _bucket_number(entry: Header | NotAnImage | Unreadable) -> int:
+    """Files of one study and patient share a bucket; files that are no images are spread by their names."""
+    if isinstance(entry, Header):
+        name = f"{entry.patient_key}|{entry.study_instance_uid}"
+    else:
+        name = repr(entry.source)
+    return hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[0] % NUM_BUCKETS
+
+
+def _plan_bucket(headers_path: Path, plan_path: Path, rules: Rules) -> None:
+    headers, not_images = [], []
+    with open(headers_path, "rb") as file:
+        with contextlib.suppress(EOFError):
+            while True:
+                entry = pickle.load(file)
+                (headers if isinstance(entry, Header) else not_images).append(entry)
+    planned = plan_series(headers, rules)
+    candidates = [entry for entry in planned if isinstance(entry, SeriesCandidate)]
+    plan = BucketPlan(
+        exams=select_reconstructions(candidates, rules),
+        rejections=[entry for entry in planned if isinstance(entry, Rejection)],
+        not_images=not_images,
+    )
+    with open(plan_path, "wb") as file:
+        pickle.dump(plan, file, pickle.HIGHEST_PROTOCOL)
+    headers_path.unlink()

@@ -1,0 +1,174 @@
+r"""DICOM archive -> dataset directory.
+
+    python -m data_prep.prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
+
+SCANS is any tree of files; zip files are read in place. One DATASET serves every task. Killed at any moment, the same
+command continues where it stopped, with the same result to the byte; when scans have come to SCANS it adds them.
+DATASET-audit (--audit_dir) stays with the archive's owner: it links the dataset's pseudonyms to the scans.
+"""
+
+import math
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("archive", "dicom", ["dicom"], "Kind of archive: dicom = any tree of DICOM files.")
+flags.DEFINE_string("input_dir", None, "Directory of the scans.", required=True)
+flags.DEFINE_string("output_dir", None, "Dataset directory to make, continue or add to.", required=True)
+flags.DEFINE_string("audit_dir", None, "Private directory of keys and source paths (default: OUTPUT_DIR-audit).")
+flags.DEFINE_multi_string(
+    "window", ["50,350"], "Grey-level window as level,width in HU; repeat it for several channels."
+)
+flags.DEFINE_integer("image_size", 512, "Height and width of the slices in pixels.", lower_bound=16, upper_bound=4096)
+flags.DEFINE_float("max_slice_thickness_mm", 3.0, "Thicker series are rejected; the limit itself is taken.")
+flags.DEFINE_integer("min_slices", 20, "Series of fewer slices are rejected.", lower_bound=1)
+flags.DEFINE_bool("require_lung", True, "Reject volumes that do not cover the chest.")
+flags.DEFINE_enum("irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing.")
+flags.DEFINE_enum("reconstructions", "one_per_study", ["one_per_study", "all"], "Reconstructions to take of an exam.")
+flags.DEFINE_string("splits", "0.8,0.1,0.1", "Fractions of patients for training, validation and test.")
+flags.DEFINE_integer(
+    "holdout_volumes",
+    0,
+    "Test volumes: whole patients nearest to this number; --splits then divides the rest. 0: go by --splits.",
+    lower_bound=0,
+)
+flags.DEFINE_float("shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut.")
+flags.DEFINE_string(
+    "pseudonym_key_file", None, "File with the secret key of the pseudonyms (default: made in the audit directory)."
+)
+flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
+flags.DEFINE_bool("dry_run", False, "Read headers only, say what would happen, write nothing.")
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C."""
+
+
+def parse_window(text: str) -> tuple[float, float]:
+    """(level, width) of "level,width". Raises ValueError."""
+    try:
+        level, width = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--window={text}: give level,width in HU, such as --window=50,350") from None
+    if not (math.isfinite(level) and math.isfinite(width) and width > 0):
+        raise ValueError(f"--window={text}: the width must be above 0, such as --window=50,350")
+    return level, width
+
+
+def parse_splits(text: str) -> tuple[float, float, float]:
+    """Three fractions that sum to 1, the first above 0. Raises ValueError."""
+    remedy = "give three fractions that sum to 1, such as --splits=0.8,0.1,0.1"
+    try:
+        train, validation, test = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--splits={text}: {remedy}") from None
+    if not (train > 0 and validation >= 0 and test >= 0 and abs(train + validation + test - 1) < 1e-6):
+        raise ValueError(f"--splits={text}: {remedy}, the first above 0")
+    return train, validation, test
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        return _fail(f"unexpected argument {argv[1]!r}; options begin with --")
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _stop)
+    try:
+        return _run()
+    except (ValueError, OSError) as error:
+        return _fail(" ".join(str(error).split()))
+    except Stopped as stopped:
+        print("stopped; run the same command again to continue", file=sys.stderr)
+        return 128 + stopped.args[0]
+
+
+def _stop(signum: int, frame: object) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # the second time it ends at once
+    raise Stopped(signum)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _run() -> int:
+    windows = tuple(parse_window(text) for text in FLAGS.window)
+    splits = parse_splits(FLAGS.splits)
+    if not FLAGS.shard_size_mb > 0:
+        raise ValueError(f"--shard_size_mb={FLAGS.shard_size_mb:g}: give a number of megabytes above 0")
+
+    from data_prep import preparation  # not earlier: --help needs none of it
+    from data_prep.dicom import Rules
+
+    options = preparation.Options(
+        archive=FLAGS.archive,
+        windows=windows,
+        image_size=FLAGS.image_size,
+        rules=Rules(
+            max_slice_thickness_mm=FLAGS.max_slice_thickness_mm,
+            min_slices=FLAGS.min_slices,
+            require_lung=FLAGS.require_lung,
+            irregular=FLAGS.irregular,
+            reconstructions=FLAGS.reconstructions,
+        ),
+        splits=splits,
+        holdout_volumes=FLAGS.holdout_volumes,
+        shard_size_mb=FLAGS.shard_size_mb,
+    )
+    output_dir = Path(FLAGS.output_dir)
+    places = preparation.Places(
+        input_dir=Path(FLAGS.input_dir),
+        output_dir=output_dir,
+        audit_dir=Path(FLAGS.audit_dir) if FLAGS.audit_dir else preparation.default_audit_dir(output_dir),
+    )
+    if FLAGS.dry_run:
+        counts = preparation.dry_run(options, places, num_workers=FLAGS.num_workers)
+        print("Dry run: what the headers say; pixels may refuse more. Nothing was written.")
+        print(
+            f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} slices "
+            f"would be converted, about {counts['bytes'] / 1e6:.0f} MB."
+        )
+        print(summary_table(counts))
+        return 0
+    prepared = preparation.prepare(
+        options,
+        places,
+        num_workers=FLAGS.num_workers,
+        pseudonym_key_file=Path(FLAGS.pseudonym_key_file) if FLAGS.pseudonym_key_file else None,
+    )
+    print(f"{output_dir} is complete{' (SYNTHETIC data)' * prepared['synthetic']}.")
+    for split, facts in prepared["splits"].items():
+        print(
+            f"  {split}: {facts['num_volumes']} volumes of {facts['num_patients']} patients, "
+            f"{facts['num_slices']} slices"
+        )
+    print(summary_table(prepared["counts"]))
+    print(f"Private: {places.audit_dir} links pseudonyms to files; keep it with the scans.")
+    return 0
+
+
+def summary_table(counts: dict[str, Any]) -> str:
+    """What became of the files, by reason; the parts add up to the number of files."""
+    from data_prep.conversion import REASONS as CONVERSION_REASONS
+    from data_prep.dicom import REASONS
+
+    explanations = REASONS | CONVERSION_REASONS
+    lines = [f"{counts['files']:>8} files", f"{counts['files_in_volumes']:>8} in volumes"]
+    for title, name in (
+        ("of the volumes' series, dropped", "files_dropped"),
+        ("in rejected series", "files_rejected"),
+        ("not images", "files_not_images"),
+    ):
+        lines.append(f"{sum(counts[name].values()):>8} {title}")
+        for reason, number in counts[name].items():
+            series = f" in {counts['series_rejected'][reason]} series" if name == "files_rejected" else ""
+            lines.append(f"{number:>16} {reason}{series}: {explanations[reason]}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app.run(main)

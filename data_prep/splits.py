@@ -1,0 +1,125 @@
+"""Training, validation and test split, by patient."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from data_prep.dataset import SPLITS
+
+
+def check_patients(num_patients: int, fractions: Sequence[float], holdout_volumes: int) -> None:
+    """Raises ValueError if there are fewer patients than splits that must not be empty."""
+    wanted = _wanted_splits(fractions, holdout_volumes)
+    if num_patients < len(wanted):
+        raise ValueError(
+            f"{num_patients} patient{'s' * (num_patients != 1)} with a usable scan cannot fill the splits "
+            f"{', '.join(wanted)}; give --splits=1,0,0 (everything is training data), or more patients"
+        )
+
+
+def assign_splits(
+    volumes_per_patient: Mapping[str, int],
+    fractions: Sequence[float],
+    holdout_volumes: int,
+    known: Mapping[str, str],
+) -> dict[str, str]:
+    """The split of every patient.
+
+    Patients that are `known` keep their split. The others are taken in the order of `volumes_per_patient`, which
+    must not depend on anything but the patients (their keyed hash): with `holdout_volumes` 0, each goes to the split
+    that lacks most of its share of patients; else first the test split gets the whole patients whose number of
+    volumes comes nearest to what it lacks, and the rest is shared between training and validation. From as many
+    patients on as there are splits with a share, none of these is empty.
+
+    Args:
+        volumes_per_patient: number of volumes by patient, known ones included.
+        fractions: of the patients in training, validation, test; only the ratio of the first two counts with
+            `holdout_volumes`.
+        holdout_volumes: number of test volumes asked for; 0: go by fractions.
+        known: split by patient, from earlier runs.
+
+    Raises:
+        ValueError: too few patients.
+    """
+    check_patients(len(volumes_per_patient), fractions, holdout_volumes)
+    splits = {patient: known[patient] for patient in volumes_per_patient if patient in known}
+    new = [patient for patient in volumes_per_patient if patient not in known]
+    if holdout_volumes:
+        held = sum(volumes_per_patient[patient] for patient, split in splits.items() if split == "test")
+        lacking = set(_wanted_splits(fractions, holdout_volumes)) - {"test"} - set(splits.values())
+        free = new[len(lacking) :]  # the first patients are kept for splits that would be empty
+        chosen = _nearest_subset([volumes_per_patient[patient] for patient in free], holdout_volumes - held, held == 0)
+        splits |= {free[index]: "test" for index in chosen}
+        fractions = (fractions[0], fractions[1], 0.0)
+    counted = {patient: split for patient, split in splits.items() if not (holdout_volumes and split == "test")}
+    total = len(volumes_per_patient) - (len(splits) - len(counted))
+    counts = {split: list(counted.values()).count(split) for split in SPLITS}
+    shares = _shares(total, fractions)
+    for patient in new:
+        if patient in splits:
+            continue
+        shared = [split for split, fraction in zip(SPLITS, fractions, strict=True) if fraction > 0]
+        empty = [split for split in shared if not counts[split]]
+        choice = max(empty or shared, key=lambda split: shares[split] - counts[split])
+        splits[patient] = choice
+        counts[choice] += 1
+    return {patient: splits[patient] for patient in volumes_per_patient}
+
+
+def _wanted_splits(fractions: Sequence[float], holdout_volumes: int) -> list[str]:
+    wanted = [split for split, fraction in zip(SPLITS, fractions, strict=True) if fraction > 0]
+    return sorted({*wanted, "test"}, key=SPLITS.index) if holdout_volumes else wanted
+
+
+def _shares(total: int, fractions: Sequence[float]) -> dict[str, int]:
+    """Whole numbers near `fractions` of `total` that sum to it, at least 1 where the fraction is not 0 (if `total`
+    suffices): largest remainders."""
+    scale = sum(fractions) or 1.0
+    exact = [total * fraction / scale for fraction in fractions]
+    shares = [max(int(share), 1) if fraction > 0 else 0 for share, fraction in zip(exact, fractions, strict=True)]
+    while sum(shares) < total:
+        shares[max(range(3), key=lambda i: exact[i] - shares[i])] += 1
+    while sum(shares) > total:
+        shares[max(range(3), key=lambda i: (shares[i] > 1, shares[i] - exact[i]))] -= 1
+    return dict(zip(SPLITS, shares, strict=True))
+
+
+def _nearest_subset(sizes: Sequence[int], target: int, at_least_one: bool) -> list[int]:
+    """Indices of a subset of `sizes` whose sum is as near to `target` as any subset's; the smaller sum if two are.
+
+    Of several such subsets the one that comes first is taken: a sum is made of the earliest sizes that reach it.
+    """
+    reached: dict[int, int] = {0: -1}  # sum -> index of the size that reached it first
+    limit = max(target, 0) + max(sizes, default=0)
+    for index, size in enumerate(sizes):
+        if target in reached and target > 0:
+            break
+        for before in list(reached):
+            if before + size <= limit:
+                reached.setdefault(before + size, index)
+    sums = [total for total in reached if total > 0 or not at_least_one]
+    if not sums:
+        return []
+    total = min(sums, key=lambda total: (abs(total - target), total))
+    chosen = []
+    while total > 0:
+        chosen.append(reached[total])
+        total -= sizes[reached[total]]
+    return list(reversed(chosen))
+
+
+def cut_into_shards(sizes: Sequence[int], shard_bytes: int) -> list[range]:
+    """Consecutive ranges of volumes, each of at most `shard_bytes` unless a single volume is larger."""
+    shards, start, filled = [], 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and filled + size > shard_bytes:
+            shards.append(range(start, index))
+            start, filled = index, 0
+        filled += size
+    if start < len(sizes):
+        shards.append(range(start, len(sizes)))
+    return shards
+
+
+def running_totals(values: Sequence[int]) -> list[int]:
+    """The sum of everything before each value."""
+    return [0, *itertools.accumulate(values)][:-1]
