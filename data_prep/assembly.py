@@ -17,7 +17,7 @@ from typing import Any
 from data_prep import dataset, deidentify
 from data_prep.conversion import records_path
 from data_prep.splits import assign_splits, cut_into_shards, running_totals
-from data_prep.workers import Progress, WorkerDied, run_tasks
+from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _VERSIONED = ("numpy", "scipy", "pydicom", "imagecodecs", "array_record", "tensorflow-datasets")
 _MEGABYTE = 1_000_000
@@ -112,7 +112,7 @@ def freeze(
     )
 
 
-def assemble(frozen: Frozen, output_dir: Path, records_dir: Path, num_workers: int) -> dict[str, Any]:
+def assemble(frozen: Frozen, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, Any]:
     """Writes what is missing of a frozen dataset and returns preparation.json, which is written last.
 
     Raises:
@@ -120,7 +120,7 @@ def assemble(frozen: Frozen, output_dir: Path, records_dir: Path, num_workers: i
     """
     (output_dir / dataset.PREPARATION_FILE).unlink(missing_ok=True)  # until the end it is not complete
     dataset.sync_directory(output_dir)
-    checksums = _write_shards(frozen, output_dir, records_dir, num_workers)
+    checksums = _write_shards(frozen, output_dir, records_dir, pool)
     checksums = {n: c for n, c in frozen.old_checksums.items() if ".array_record-" in n} | checksums
     dataset.write_table(output_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, frozen.volumes)
     dataset.write_table(output_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, frozen.rejected)
@@ -173,7 +173,7 @@ def _split_facts(frozen: Frozen, split: str, lengths: list[int]) -> dict[str, An
     }
 
 
-def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, num_workers: int) -> dict[str, str]:
+def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, str]:
     checksums = {}
     tasks = []
     total = sum(shard["num_records"] for shard in frozen.new_shards)
@@ -185,7 +185,7 @@ def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, num_worke
                 progress.advance(shard["num_records"], already_there=True)
             else:
                 tasks.append((output_dir / shard["name"], records_dir, shard["staged"], shard["num_records"]))
-        for (path, _, _, num_records), checksum in run_tasks(_write_shard, tasks, num_workers):
+        for (path, _, _, num_records), checksum in pool.run(_write_shard, tasks):
             if isinstance(checksum, WorkerDied):
                 raise OSError(f"{path}: writing the shard was killed; check memory and disk, then run again")
             checksums[path.name] = checksum

@@ -24,7 +24,7 @@ from data_prep.dicom import (
     read_header,
     select_reconstructions,
 )
-from data_prep.workers import Progress, WorkerDied, run_tasks
+from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 NUM_BUCKETS = 64
 _SOURCES_PER_TASK = 128
@@ -51,7 +51,7 @@ def list_archive(input_dir: Path) -> tuple[int, str]:
     return number, digest.hexdigest()
 
 
-def plan_archive(input_dir: Path, plan_dir: Path, rules: Rules, num_files: int, num_workers: int) -> list[Path]:
+def plan_archive(input_dir: Path, plan_dir: Path, rules: Rules, num_files: int, pool: WorkerPool) -> list[Path]:
     """Reads all headers and writes one plan file a bucket into `plan_dir`; `read_plan` reads them.
 
     Raises:
@@ -60,10 +60,10 @@ def plan_archive(input_dir: Path, plan_dir: Path, rules: Rules, num_files: int, 
     plan_dir.mkdir(parents=True, exist_ok=True)
     for stale in plan_dir.iterdir():
         stale.unlink()
-    _scan(input_dir, plan_dir, num_files, num_workers)
+    _scan(input_dir, plan_dir, num_files, pool)
     tasks = [(bucket, bucket.with_suffix(".plan"), rules) for bucket in sorted(plan_dir.glob("*.headers"))]
     with Progress("planning", "buckets", len(tasks)) as progress:
-        for _, result in run_tasks(_plan_bucket, tasks, num_workers):
+        for _, result in pool.run(_plan_bucket, tasks):
             if isinstance(result, WorkerDied):
                 raise OSError("planning was killed, probably for memory; run again with a smaller --num_workers")
             progress.advance(1)
@@ -75,12 +75,12 @@ def read_plan(path: Path) -> BucketPlan:
         return pickle.load(file)
 
 
-def _scan(input_dir: Path, plan_dir: Path, num_files: int, num_workers: int) -> None:
+def _scan(input_dir: Path, plan_dir: Path, num_files: int, pool: WorkerPool) -> None:
     with contextlib.ExitStack() as stack:
         buckets: dict[int, Any] = {}
         progress = stack.enter_context(Progress("reading headers", "files", num_files))
         tasks = ((input_dir, chunk) for chunk in _chunks(list_sources(input_dir), _SOURCES_PER_TASK))
-        for (_, chunk), entries in run_tasks(_read_headers, tasks, num_workers):
+        for (_, chunk), entries in pool.run(_read_headers, tasks):
             if isinstance(entries, WorkerDied):
                 entries = list(_read_headers_one_by_one(input_dir, chunk))
             for entry in entries:
@@ -105,11 +105,12 @@ def _read_headers(input_dir: Path, entries: tuple[Source | Unreadable, ...]) -> 
 def _read_headers_one_by_one(input_dir, entries) -> Iterator[Header | NotAnImage | Unreadable]:
     """For a chunk that killed its worker: the file that did it is left out, by name."""
     tasks = [(input_dir, (entry,)) for entry in entries]
-    for (_, (entry,)), result in run_tasks(_read_headers, tasks, 1):
-        if isinstance(result, WorkerDied):
-            yield NotAnImage(_source(entry), "unreadable", "reading the header crashed")
-        else:
-            yield from result
+    with WorkerPool(1) as pool:
+        for (_, (entry,)), result in pool.run(_read_headers, tasks):
+            if isinstance(result, WorkerDied):
+                yield NotAnImage(_source(entry), "unreadable", "reading the header crashed")
+            else:
+                yield from result
 
 
 def _read_one(input_dir: Path, source: Source) -> Header | NotAnImage:

@@ -25,7 +25,7 @@ from data_prep.assembly import Frozen, assemble, freeze, keep_notes, remove_tree
 from data_prep.dicom import Rules
 from data_prep.growth import KnownVolumes
 from data_prep.planning import list_archive, plan_archive, read_plan
-from data_prep.workers import Progress, WorkerDied, run_tasks, usable_cores
+from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _SOURCE_COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 _FINGERPRINT_FILE = "archive.json"
@@ -116,8 +116,10 @@ def prepare(
     *,
     num_workers: int | None = None,
     pseudonym_key_file: Path | None = None,
-) -> dict[str, Any]:
-    """Prepares a dataset, or carries on with it, or adds what came to the archive; returns its preparation.json.
+) -> tuple[dict[str, Any], bool]:
+    """Prepares a dataset, or carries on with it, or adds what came to the archive.
+
+    Returns the content of its preparation.json, and whether there was anything to do.
 
     Raises:
         PreparationError, ValueError: unusable directories or options, too few patients.
@@ -131,22 +133,22 @@ def prepare(
             directory.mkdir(mode=mode, parents=True, exist_ok=True)
         except OSError as error:
             raise PreparationError(f"{directory}: cannot make this directory: {error.strerror}") from None
-    with _lock(places.output_dir), _lock(places.audit_dir):
+    with _lock(places.output_dir), _lock(places.audit_dir), WorkerPool(num_workers) as pool:
         places.audit_dir.chmod(0o700)
         if key is None:
             key = deidentify.make_key(places.audit_dir / "pseudonym_key")
-        digest = list_archive(places.input_dir)
+        listed = list_archive(places.input_dir)
         if places.frozen_file.exists():  # an earlier run was killed in its last act
             frozen = Frozen.load(places.frozen_file)
             _refuse_other_options(frozen.options, frozen.key_fingerprint, options, key, places.output_dir)
-            preparation = _finish(frozen, places, num_workers)
+            preparation, changed = _finish(frozen, places, pool), True
         else:
-            preparation = _complete_preparation(options, key, places)
-        if preparation and _known_archive(places) == digest[1]:
+            preparation, changed = _complete_preparation(options, key, places), False
+        if preparation and _known_archive(places) == listed[1]:
             _clean(places)
-            return preparation
-        frozen = _convert_and_freeze(options, key, places, preparation, digest, num_workers)
-        return _finish(frozen, places, num_workers)
+            return preparation, changed
+        frozen = _convert_and_freeze(options, key, places, preparation, listed, pool)
+        return _finish(frozen, places, pool), True
 
 
 def dry_run(options: Options, places: Places, *, num_workers: int | None = None) -> dict[str, Any]:
@@ -160,10 +162,8 @@ def dry_run(options: Options, places: Places, *, num_workers: int | None = None)
     tally = {name: collections.Counter() for name in ("dropped", "rejected", "not_images", "series")}
     files = exams = slices = 0
     patients = set()
-    with tempfile.TemporaryDirectory() as folder:
-        for path in plan_archive(
-            places.input_dir, Path(folder), options.rules, num_files, num_workers or usable_cores()
-        ):
+    with tempfile.TemporaryDirectory() as folder, WorkerPool(num_workers or usable_cores()) as pool:
+        for path in plan_archive(places.input_dir, Path(folder), options.rules, num_files, pool):
             plan = read_plan(path)
             for rejection in plan.rejections:
                 tally["series"][rejection.reason] += 1
@@ -266,7 +266,7 @@ def _convert_and_freeze(
     places: Places,
     preparation: dict[str, Any] | None,
     listed: tuple[int, str],
-    num_workers: int,
+    pool: WorkerPool,
 ) -> Frozen:
     _remove_partial_files(places)
     places.notes_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -289,7 +289,7 @@ def _convert_and_freeze(
         options_digest=options.conversion_digest(),
     )
     num_files, digest = listed
-    plans = plan_archive(places.input_dir, places.work_dir / "plan", options.rules, num_files, num_workers)
+    plans = plan_archive(places.input_dir, places.work_dir / "plan", options.rules, num_files, pool)
     known_splits = _read_splits(places)
     patients = {row["patient_id"] for row in old_volumes}
     expected_slices = 0
@@ -299,7 +299,7 @@ def _convert_and_freeze(
             expected_slices += 0 if known.outcome(exam) else len(exam[0].headers)
     if patients:
         splits.check_patients(len(patients), options.splits, options.holdout_volumes)
-    _convert(run, plans, known, expected_slices, num_workers)
+    _convert(run, plans, known, expected_slices, pool)
     new_volumes, rejected, counts = _collect(run, plans, known, places, num_files)
     if not (new_volumes or old_volumes):
         raise PreparationError(_nothing_taken(places.input_dir, counts))
@@ -325,7 +325,7 @@ def _nothing_taken(input_dir: Path, counts: dict[str, Any]) -> str:
 
 
 def _convert(
-    run: conversion.Conversion, plans: list[Path], known: KnownVolumes, expected_slices: int, num_workers: int
+    run: conversion.Conversion, plans: list[Path], known: KnownVolumes, expected_slices: int, pool: WorkerPool
 ) -> None:
     """Converts every exam that has no note yet."""
     with Progress("converting", "slices", expected_slices) as progress:
@@ -340,7 +340,7 @@ def _convert(
                     else:
                         yield run, exam
 
-        for (_, exam), result in run_tasks(conversion.convert_exam, tasks(), num_workers):
+        for (_, exam), result in pool.run(conversion.convert_exam, tasks()):
             if isinstance(result, WorkerDied):
                 conversion.write_note(run, conversion.note_of_crash(run, exam))
             progress.advance(len(exam[0].headers))
@@ -425,9 +425,9 @@ def check_counts(counts: dict[str, Any]) -> None:
         raise RuntimeError(f"{counts['files']} files, but {counts['files_in_volumes']} + {parts} are accounted for")
 
 
-def _finish(frozen: Frozen, places: Places, num_workers: int) -> dict[str, Any]:
+def _finish(frozen: Frozen, places: Places, pool: WorkerPool) -> dict[str, Any]:
     _remove_partial_files(places)
-    preparation = assemble(frozen, places.output_dir, places.records_dir, num_workers)
+    preparation = assemble(frozen, places.output_dir, places.records_dir, pool)
     _write_private(places.audit_dir / "splits.json", frozen.splits)
     keep_notes(frozen, places.notes_dir, places.kept_notes_dir)
     sources = places.work_dir / "sources.csv"

@@ -134,13 +134,14 @@ def _run() -> int:
         )
         print(summary_table(counts))
         return 0
-    prepared = preparation.prepare(
+    prepared, changed = preparation.prepare(
         options,
         places,
         num_workers=FLAGS.num_workers,
         pseudonym_key_file=Path(FLAGS.pseudonym_key_file) if FLAGS.pseudonym_key_file else None,
     )
-    print(f"{output_dir} is complete{' (SYNTHETIC data)' * prepared['synthetic']}.")
+    state = "is complete" if changed else "is complete already: nothing to do"
+    print(f"{output_dir} {state}{' (SYNTHETIC data)' * prepared['synthetic']}.")
     for split, facts in prepared["splits"].items():
         print(
             f"  {split}: {facts['num_volumes']} volumes of {facts['num_patients']} patients, "

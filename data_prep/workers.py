@@ -24,61 +24,70 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_tasks(function: Callable[..., Any], tasks: Iterable[tuple], num_workers: int) -> Iterator[tuple[tuple, Any]]:
-    """Yields (task, function(*task)) in the order of the tasks, computed on `num_workers` processes.
+class WorkerPool:
+    """Worker processes that outlive their tasks. Use as a context manager."""
 
-    `tasks` is read as workers become free. When a worker is killed (out of memory, a fault in a decoder), the tasks
-    that were under way are run again one by one; the one that kills its worker again yields `WorkerDied()`.
-    Exceptions of `function` are raised here.
-    """
-    tasks = iter(tasks)
-    under_way: collections.deque[tuple[tuple, concurrent.futures.Future]] = collections.deque()
-    pool = _new_pool(num_workers)
-    try:
+    def __init__(self, num_workers: int):
+        self.num_workers = num_workers
+        self._executor = _new_executor(num_workers)
+
+    def run(self, function: Callable[..., Any], tasks: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
+        """Yields (task, function(*task)) in the order of the tasks.
+
+        `tasks` is read as workers become free. When a worker is killed (out of memory, a fault in a decoder), the
+        tasks that were under way are run again one by one; the one that kills its worker again yields `WorkerDied()`.
+        Exceptions of `function` are raised here.
+        """
+        tasks = iter(tasks)
+        under_way: collections.deque[tuple[tuple, concurrent.futures.Future]] = collections.deque()
         while True:
-            while len(under_way) < 2 * num_workers and (task := next(tasks, None)) is not None:
-                under_way.append((task, _submit(pool, function, task)))
+            while len(under_way) < 2 * self.num_workers and (task := next(tasks, None)) is not None:
+                under_way.append((task, _submit(self._executor, function, task)))
             if not under_way:
                 return
             task, future = under_way[0]
             try:
                 result = future.result()
             except BrokenProcessPool:
-                pool.shutdown()
+                self._executor.shutdown()
                 yield from _run_one_by_one(function, under_way)
                 under_way.clear()
-                pool = _new_pool(num_workers)
+                self._executor = _new_executor(self.num_workers)
                 continue
             under_way.popleft()
             yield task, result
-    finally:
-        pool.shutdown(cancel_futures=True)  # waits for what is under way
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._executor.shutdown(cancel_futures=True)  # waits for what is under way
 
 
 def _run_one_by_one(function, under_way) -> Iterator[tuple[tuple, Any]]:
     for task, future in under_way:
         if isinstance(future.exception(), BrokenProcessPool):
-            pool = _new_pool(1)
+            executor = _new_executor(1)
             try:
-                yield task, _submit(pool, function, task).result()
+                yield task, _submit(executor, function, task).result()
             except BrokenProcessPool:
                 yield task, WorkerDied()
             finally:
-                pool.shutdown(cancel_futures=True)
+                executor.shutdown(cancel_futures=True)
         else:
             yield task, future.result()
 
 
-def _submit(pool, function, task) -> concurrent.futures.Future:
+def _submit(executor, function, task) -> concurrent.futures.Future:
     try:
-        return pool.submit(function, *task)
+        return executor.submit(function, *task)
     except BrokenProcessPool as error:
         future = concurrent.futures.Future()
         future.set_exception(error)
         return future
 
 
-def _new_pool(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
+def _new_executor(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
     """Spawned, not forked: a forked worker would hold the parent's locks and pipes open after the parent is killed."""
     return concurrent.futures.ProcessPoolExecutor(
         num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
