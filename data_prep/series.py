@@ -15,8 +15,10 @@ from data_prep.headers import Header
 
 _SAME_POSITION_MM = 0.05
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+_CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}  # plain, enhanced, converted
 _LOCALIZER = {"LOCALIZER", "SCOUT", "SCANOGRAM", "TOPOGRAM", "SURVIEW"}
 _PROJECTED = {"MIP", "MINIP", "MAXIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "VRT", "SSD", "3D", "VOLREN"}
+_EXTRAS = {"secondary_capture", "derived_image", "not_grey"}  # beside the slices of a series, not slices lost
 _NOT_HU_RESCALE = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}
 _NOT_CHEST = {"HEAD", "BRAIN", "SKULL", "ORBIT", "SINUS", "KNEE", "ANKLE", "FOOT", "HAND", "WRIST", "ELBOW"}
 
@@ -146,7 +148,8 @@ def _plan_one(series_key: str, slices: list[Header], rules: Rules) -> list[Serie
     faulty = {id(h): reason for h in images if (reason := _fault(h, rules))}
     good = [h for h in images if id(h) not in faulty]
     faults = [(h, faulty[id(h)]) for h in images if id(h) in faulty]
-    if len(faults) > rules.max_lost_fraction * len(images):
+    lost = sum(reason not in _EXTRAS for _, reason in faults)
+    if lost > rules.max_lost_fraction * (lost + len(good)) or (faults and len(good) < rules.min_slices):
         return [_reject_most_common(series_key, slices, faults)]
 
     stacks = []
@@ -163,7 +166,7 @@ def _plan_one(series_key: str, slices: list[Header], rules: Rules) -> list[Serie
 
 def _foreign(header: Header) -> str | None:
     """Why an image is no axial CT slice at all."""
-    if header.modality not in ("CT", ""):
+    if header.modality != "CT" and (header.modality or header.sop_class_uid not in _CT_IMAGE_STORAGE):
         return "not_ct"
     if _LOCALIZER & set(header.image_type):
         return "localizer"

@@ -14,8 +14,9 @@ Window = tuple[float, float]  # level, width in HU
 
 
 def window_to_uint8(hu: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
-    """Grey values [..., C] uint8 of `hu` [...], one channel a window: 255 clip((HU - (level - width / 2)) / width, 0, 1),
-    rounded half to even. int16 goes through a table of the same values.
+    """Grey values [..., C] uint8 of `hu` [...], one channel a window.
+
+    255 clip((HU - (level - width / 2)) / width, 0, 1), rounded half to even; int16 through a table of these values.
 
     Raises:
         ValueError: no window, or a width that is not positive.
