@@ -46,6 +46,7 @@ class Patient:
     aortic_calcification: float  # 0 to 1
     lung_hu: float
     scoliosis_mm: float
+    asymmetry: tuple[float, float, float]  # amplitude in mm and two phases of a smooth displacement
     kyphosis: float
     seed: int  # of the vessel trees and textures
 
@@ -87,6 +88,7 @@ def sample_patient(rng: np.random.Generator) -> Patient:
         aortic_calcification=float(np.clip((age - 52) / 35 + rng.normal(0, 0.2), 0, 1)),
         lung_hu=float(rng.normal(-858, 16)),
         scoliosis_mm=float(rng.normal(0, 4)),
+        asymmetry=(float(rng.uniform(1.5, 4)), float(rng.uniform(0, 6.3)), float(rng.uniform(0, 6.3))),
         kyphosis=float(np.clip(rng.normal(1.0, 0.18) + 0.004 * (age - 60), 0.6, 1.6)),
         seed=int(rng.integers(2**31)),
     )
@@ -97,10 +99,10 @@ def _profile(*knots: tuple[float, float]) -> PchipInterpolator:
 
 
 # Half widths and front and back borders (mm) of the muscular body wall and of the pleural space along z.
-BODY_HALF_WIDTH = _profile((-230, 146), (-150, 149), (-60, 152), (0, 159), (45, 170), (80, 180), (130, 176))
+BODY_HALF_WIDTH = _profile((-230, 142), (-150, 145), (-60, 145), (0, 147), (45, 158), (80, 174), (130, 174))
 BODY_FRONT = _profile((-230, -112), (-140, -116), (-90, -113), (0, -97), (50, -80), (90, -62), (130, -50))
 PLEURA_FRONT = _profile((-230, -96), (-120, -98), (-60, -93), (0, -80), (50, -62), (100, -40), (130, -34))
-PLEURA_HALF_WIDTH = _profile((-230, 134), (-150, 137), (-90, 136), (-40, 131), (0, 124))
+PLEURA_HALF_WIDTH = _profile((-230, 128), (-150, 131), (-90, 130), (-40, 126), (0, 119))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,7 @@ def pleura_outline(z: np.ndarray | float, patient: Patient) -> tuple[np.ndarray,
     top_y = spine - 8
     half_width = 50 + (PLEURA_HALF_WIDTH(np.minimum(z, 0)) - 50) * closing
     front = top_y + (PLEURA_FRONT(z) - top_y) * closing**0.8
-    back = top_y + (spine + 37 - top_y) * closing**0.7
+    back = top_y + (spine + 35 - top_y) * closing**0.7
     return half_width, front, front + 0.56 * (back - front), back
 
 
@@ -148,24 +150,36 @@ def egg(x: np.ndarray, y: np.ndarray, outline: tuple, front_power: float, back_p
     v = y - middle
     ahead = v < 0
     power = np.where(ahead, np.float32(front_power), np.float32(back_power))
-    u, w = np.abs(x) / half_width, np.abs(v) / np.where(ahead, middle - front, back - middle)
-    value = (u**power + w**power) ** (1 / power) + np.float32(1e-6)
-    radius = np.hypot(x, v)
-    slope = np.hypot(u / half_width, w / np.where(ahead, middle - front, back - middle)) / value
-    return (value - 1) / np.maximum(slope, value / np.maximum(radius, 1))
+    depth = np.where(ahead, middle - front, back - middle)
+    u = np.abs(x) / half_width + np.float32(1e-4)
+    w = np.abs(v) / depth + np.float32(1e-4)
+    value = np.exp(np.log(np.exp(power * np.log(u)) + np.exp(power * np.log(w))) / power)
+    slope = np.hypot(u / half_width, w / depth) / value
+    return (value - 1) / np.maximum(slope, value / np.maximum(np.hypot(x, v), 1))
 
 
-def diaphragm(x: np.ndarray, y: np.ndarray, z: float, patient: Patient, right: bool) -> np.ndarray:
-    """Signed distance to a dome of the diaphragm: negative below it."""
-    top = patient.dome_right_z if right else patient.dome_left_z
-    below = np.clip((top - z) / 96.0, 0, 1)
-    opening = max(np.sqrt(1 - (1 - below) ** 2), 1e-3)
-    if top <= z:
-        return np.full(x.shape, z - top + 1, np.float32)
-    centre_x = -66 if right else 70
-    front = ellipse(x, y, (centre_x, -10), (80 * opening, 108 * opening))
-    back = ellipse(x, y, (centre_x, -10), (80 * opening, 96 * opening))
-    return np.where(y < -10, front, back)
+def pleura_distance(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> np.ndarray:
+    """Signed distance to the inside of the rib cage."""
+    spine = float(spine_y(z, patient))
+    cage = egg(x, y, pleura_outline(z, patient), 2.2, 2.35)
+    return smooth_max(cage, -ellipse(x, y, (0, spine + 38), (43, 37)), 16)
+
+
+def diaphragm(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> np.ndarray:
+    """Signed distance to the diaphragm's two domes and the saddle under the heart: negative below them."""
+    right = _dome(x, y, z, patient.dome_right_z, (-66, -10), (80, 108, 96), 96)
+    left = _dome(x, y, z, patient.dome_left_z, (70, -10), (80, 108, 96), 96)
+    saddle = _dome(x, y, z, patient.dome_right_z - 9, (6, -38), (66, 70, 40), 60)
+    return smooth_min(smooth_min(right, left, 8), saddle, 14)
+
+
+def _dome(x, y, z, top, centre, radii, height):
+    """Upper half of an ellipsoid with its own radii to the sides, to the front and to the back."""
+    below = np.clip((top - z) / height, 0, 1)
+    opening = max(np.sqrt(1 - (1 - below) ** 2), 0.02)
+    front = ellipse(x, y, centre, (radii[0] * opening, radii[1] * opening))
+    back = ellipse(x, y, centre, (radii[0] * opening, radii[2] * opening))
+    return np.where(y < centre[1], front, back) + np.float32(max(z - top, 0))
 
 
 def mediastinum(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, heart: np.ndarray) -> np.ndarray:
@@ -174,11 +188,9 @@ def mediastinum(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, heart:
     spine = float(spine_y(z, patient))
     closing = float(np.sqrt(1 - np.clip((z + 45) / 143, 0, 0.9999) ** 2.7))
     half = 5 + 12 * np.exp(-(((y - spine + 45) / 34) ** 2)) + 40 * (1 - closing) ** 1.1
-    if z < -90:
-        half = half + np.float32(min((-90 - z) * 0.25, 14)) * np.exp(-(((y + 30) / 50) ** 2))
     lean = 6 * np.exp(-(((z + 60) / 50) ** 2))
     distance = np.abs(x - np.float32(lean)) - half
-    distance = smooth_min(distance, ellipse(x, y, (0, spine + 16), (31, 36)), 12)
+    distance = smooth_min(distance, ellipse(x, y, (0, spine + 6), (24, 24)), 9)
     distance = smooth_min(distance, heart, 10)
     return smooth_min(distance, tube_distance(x, y, z, anatomy.vessels.mediastinal) - 2.5, 10).astype(np.float32)
 
@@ -187,14 +199,15 @@ def heart_chambers(patient: Patient) -> dict[str, tuple]:
     """Chambers of the heart as (centre, radii, axis) of ellipsoids."""
     s = patient.heart_scale
     base = np.array([4.0, -22.0, -62.0])
+    sink = 0.45 * (patient.dome_right_z + 92)
 
     def place(x, y, height):
-        return tuple(base + s * (np.array([x, y, height]) - base))
+        return tuple(base + s * (np.array([x, y, height + sink]) - base))
 
     return {
-        "right_atrium": (place(-30, -22, -64), (33 * s, 23 * s, 25 * s), (0.1, 0.2, 1)),
-        "right_ventricle": (place(8, -54, -76), (45 * s, 23 * s, 31 * s), (0.85, -0.1, -0.45)),
-        "left_ventricle": (place(44, -28, -80), (45 * s, 26 * s, 26 * s), (0.72, -0.5, -0.42)),
+        "right_atrium": (place(-30, -22, -68), (36 * s, 23 * s, 25 * s), (0.1, 0.2, 1)),
+        "right_ventricle": (place(8, -54, -82), (46 * s, 23 * s, 34 * s), (0.85, -0.1, -0.4)),
+        "left_ventricle": (place(44, -28, -84), (46 * s, 27 * s, 28 * s), (0.72, -0.5, -0.42)),
         "left_atrium": (place(4, 12, -48), (32 * s, 19 * s, 21 * s), (1, 0.05, 0.1)),
     }
 
@@ -208,14 +221,13 @@ def heart_distance(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> 
     return distance
 
 
-def lungs(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, between: np.ndarray) -> np.ndarray:
-    """Signed distance to the aerated lungs of a slice, given the mediastinum's."""
+def lungs(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, pleura: np.ndarray) -> np.ndarray:
+    """Signed distance to the aerated lungs of a slice, given the pleura's."""
     patient = anatomy.patient
-    pleura = egg(x, y, pleura_outline(z, patient), 2.25, 2.5)
-    distance = smooth_max(pleura, -between, 6)
-    for right in (True, False):
-        dome = diaphragm(x, y, z, patient, right)
-        distance = smooth_max(distance, -dome, 3) if z < patient.dome_right_z + 5 or z < -85 else distance
+    heart = heart_distance(x, y, z, patient) - 5
+    distance = smooth_max(pleura, -mediastinum(x, y, z, anatomy, heart), 6)
+    if z < max(patient.dome_right_z, patient.dome_left_z) + 4:
+        distance = smooth_max(distance, -diaphragm(x, y, z, patient), 3)
     return distance.astype(np.float32)
 
 
@@ -234,17 +246,25 @@ def _lung_points(anatomy: Anatomy) -> np.ndarray:
         x, y = np.meshgrid(np.arange(-140.0, 141, 6), np.arange(-105.0, 106, 6))
         x = (x + rng.uniform(-3, 3, x.shape)).astype(np.float32)
         y = (y + rng.uniform(-3, 3, x.shape)).astype(np.float32)
-        between = mediastinum(x, y, z, anatomy, heart_distance(x, y, z, anatomy.patient))
-        inside = lungs(x, y, z, anatomy, between) < -2
+        inside = lungs(x, y, z, anatomy, pleura_distance(x, y, z, anatomy.patient)) < -2
         heights = z + rng.uniform(-2, 2, inside.sum())
         points.append(np.stack([x[inside], y[inside], heights], axis=1))
     return np.concatenate(points).astype(np.float32)
 
 
+def shoulder_blade(z: float, patient: Patient) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Inner and outer border (x, y) of the left scapula's section at z, for -62 < z < 125."""
+    lift = min((z + 62) / 130, 1.0)
+    spine = float(spine_y(z, patient))
+    x = float(np.interp(z, [-62, 20, 125], [112, 86, 76]))
+    y = spine + float(np.interp(z, [-62, 20, 125], [10, 30, 38]))
+    return (x, y), (x + 10 + 60 * lift, y - 16 - 42 * lift)
+
+
 def _on_pleura(angle: np.ndarray, z: np.ndarray, patient: Patient, outward_mm: float) -> tuple[np.ndarray, np.ndarray]:
     """Points (x, y) at an angle from posterior (0) to anterior (pi) on the pleura at z, moved outward."""
-    half_width, front, middle, back = pleura_outline(np.minimum(z, 40), patient)
-    power = np.where(angle > np.pi / 2, 2.25, 2.5)
+    half_width, front, middle, back = pleura_outline(np.minimum(z, 70), patient)
+    power = np.where(angle > np.pi / 2, 2.2, 2.35)
     sin, cos = np.abs(np.sin(angle)), np.cos(angle)
     x = (half_width + outward_mm) * sin ** (2 / power)
     reach = np.where(cos < 0, middle - front, back - middle) + outward_mm
@@ -259,12 +279,11 @@ def _ribs(patient: Patient) -> tuple[Capsules, Capsules]:
         drop = np.interp(number, [1, 2, 4, 7, 10, 12], [28, 52, 76, 100, 104, 70])
         last = np.interp(number, [1, 7, 8, 10, 11, 12], [2.65, 2.62, 2.45, 2.2, 1.8, 1.25])
         angle = np.linspace(0.36, last, 22)
-        z = head_z + 2 - drop * ((1 - np.cos(angle)) / 2) ** 0.85
+        z = head_z + 2 - drop * ((1 - np.cos(angle)) / 2) ** 0.65
         x, y = _on_pleura(angle, z, patient, 5.5)
-        if number <= 2:
-            # The first ribs arch over the apices, inside the outline of the lower ones.
-            shrink = (0.56, 0.8)[number - 1]
-            x, y = x * shrink, y * shrink + (1 - shrink) * spine_y(z, patient) * 0.6
+        if number == 1:
+            # The first rib arches over the apex, inside the outline of the lower ones.
+            x, y = x * 0.72, y * 0.72 + 0.28 * float(spine_y(60, patient)) * 0.5
         spine = float(spine_y(head_z, patient))
         head = [(19, spine + 9, head_z), (30, spine + 20, head_z + 2)]
         points = np.concatenate([head, np.stack([x, y, z], axis=1)])
@@ -284,8 +303,12 @@ def _ribs(patient: Patient) -> tuple[Capsules, Capsules]:
 
 
 def _clavicles(patient: Patient) -> Capsules:
-    """Collar bones, raised with the arms."""
+    """Collar bones and the heads of the upper arms, raised with the arms."""
     front = float(PLEURA_FRONT(58)) - 8
     inner, outer = (24, front, 54), (118, front + 44, 112)
     points = np.array([inner, (48, front - 3, 66), (82, front + 14, 88), outer])
-    return join([polyline(points * [side, 1, 1], [8.0, 6.5, 5.5, 6.5]) for side in (1, -1)])
+    arm = np.array([(158, front + 66, 116), (190, front + 40, 170)])
+    return join(
+        [polyline(points * [side, 1, 1], [8.0, 6.5, 5.5, 6.5]) for side in (1, -1)]
+        + [polyline(arm * [side, 1, 1], [22.0, 14.0]) for side in (1, -1)]
+    )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_prep.phantom_anatomy import DISC_Z, PLEURA_FRONT, VERTEBRA_HEIGHT, Anatomy, spine_y
+from data_prep.phantom_anatomy import DISC_Z, PLEURA_FRONT, VERTEBRA_HEIGHT, Anatomy, shoulder_blade, spine_y
 from data_prep.phantom_shapes import Canvas, ellipse, segment, smooth_max, smooth_min
 
 CORTEX = 520.0
@@ -22,7 +22,7 @@ def paint_skeleton(canvas: Canvas, anatomy: Anatomy, z: float, texture: np.ndarr
         found = canvas.tubes(bones, z, z_scale)
         if found is not None:
             canvas.fill(*found, CORTEX + 150)
-            canvas.fill(found[0], found[1] + 1.7, marrow + 40)
+            canvas.fill(found[0], found[1] + 1.4, marrow - 50)
     paint_sternum(canvas, z, marrow)
     paint_vertebra(canvas, anatomy, z, marrow)
 
@@ -46,18 +46,12 @@ def paint_shoulder_blades(canvas: Canvas, anatomy: Anatomy, z: float) -> None:
     if not -62 < z < 125:
         return
     lift = (z + 62) / 160
-    spine = float(spine_y(z, anatomy.patient))
-    inner = (
-        float(np.interp(z, [-62, 20, 125], [112, 84, 74])),
-        spine + float(np.interp(z, [-62, 20, 125], [14, 34, 40])),
-    )
-    outer = (inner[0] + 12 + 62 * min(lift * 1.3, 1), inner[1] - 14 - 46 * min(lift * 1.2, 1))
+    inner, outer = shoulder_blade(z, anatomy.patient)
     for side in (1, -1):
         ends = ((side * inner[0], inner[1]), (side * outer[0], outer[1]))
         box = canvas.box((ends[0][0] + ends[1][0]) / 2, (inner[1] + outer[1]) / 2, 62)
         x, y = canvas.x[box], canvas.y[box]
-        bow = canvas.x[box] * 0
-        blade = segment(x, y + bow, *ends) - 2.2
+        blade = segment(x, y, *ends) - 2.2
         blade = smooth_min(blade, np.hypot(x - ends[1][0], y - ends[1][1]) - (4 + 5 * lift), 6)
         if 40 < z < 100:
             tip = (side * (outer[0] - 4), outer[1] + 34)
@@ -95,7 +89,7 @@ def paint_vertebra(canvas: Canvas, anatomy: Anatomy, z: float, marrow: np.ndarra
     if 0.45 < level < 0.85:
         bone = smooth_min(bone, wing, 5)
     canvas.fill(box, bone, CORTEX)
-    canvas.fill(box, bone + 1.9, marrow + 60)
+    canvas.fill(box, bone + 1.6, marrow + 30)
     edge = min(level, 1 - level) * VERTEBRA_HEIGHT
     if edge < 2.3:
         canvas.fill(box, body - 0.5, 82)

@@ -11,8 +11,8 @@ def noise_tiles(size: int, pixel_mm: float, sharp: bool, rng: np.random.Generato
     """
     side = size + max(64, size // 4)
     frequency = np.hypot(np.fft.fftfreq(side, pixel_mm)[:, None], np.fft.rfftfreq(side, pixel_mm)[None, :])
-    # Frequencies in line pairs per mm: a soft kernel falls off at about 0.4, a sharp one near 0.9.
-    cutoff = 0.9 if sharp else 0.42
+    # Frequencies in line pairs per mm: a soft kernel falls off at about 0.35, a sharp one near 0.9.
+    cutoff = 0.9 if sharp else 0.34
     amplitude = np.sqrt(frequency) * np.exp(-((frequency / cutoff) ** 2)) * (1 + (2.5 * frequency if sharp else 0))
     tiles = []
     for _ in range(2):

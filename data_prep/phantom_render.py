@@ -15,13 +15,14 @@ from data_prep.phantom_anatomy import (
     heart_chambers,
     heart_distance,
     lungs,
-    mediastinum,
+    pleura_distance,
     pleura_outline,
+    shoulder_blade,
     spine_x,
     spine_y,
 )
 from data_prep.phantom_noise import noise_tiles, texture_tile
-from data_prep.phantom_shapes import Canvas, ellipse, ellipsoid, smooth_max, smooth_min
+from data_prep.phantom_shapes import Canvas, ellipse, ellipsoid, segment, smooth_max, smooth_min
 
 FAT, MUSCLE, SKIN = -102.0, 56.0, 18.0
 
@@ -102,8 +103,16 @@ def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.
         scan.centre_mm,
         np.deg2rad(scan.rotation_degrees),
         (scale[0], scale[1]),
+        patient.asymmetry,
         max(pixel, 0.75 if sharp else 1.25) / in_plane,
     )
+    vessels = anatomy.vessels
+    vessels = dataclasses.replace(
+        vessels,
+        arteries_tree=vessels.arteries_tree.blurred(canvas.edge_mm),
+        veins_tree=vessels.veins_tree.blurred(canvas.edge_mm),
+    )
+    anatomy = dataclasses.replace(anatomy, vessels=vessels)
     tiles = noise_tiles(scan.image_size, pixel, sharp, rng)
     sigma = scan.noise_hu * (2.2 if sharp else 1.0) * min(1.0, 0.75 / pixel) ** 0.3
     texture = texture_tile(canvas.size, pixel, patient.seed)
@@ -133,14 +142,12 @@ def render_slice(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement,
     """Paints one slice of the anatomy on the canvas, from the skin inward."""
     patient = anatomy.patient
     x, y = canvas.coarse_x, canvas.coarse_y
-    pleura = egg(x, y, pleura_outline(z, patient), 2.25, 2.5)
-    heart = heart_distance(x, y, z, patient)
-    between = mediastinum(x, y, z, anatomy, heart - 5)
-    lung = lungs(x, y, z, anatomy, between)
+    pleura = pleura_distance(x, y, z, patient)
+    lung = lungs(x, y, z, anatomy, pleura)
     paint_body_wall(canvas, anatomy, z, pleura)
     canvas.paint(pleura, FAT + 6)
     paint_abdomen(canvas, anatomy, z, blood, pleura, texture)
-    paint_heart(canvas, anatomy, z, blood, heart)
+    paint_heart(canvas, anatomy, z, blood)
     paint_lungs(canvas, anatomy, z, blood, lung, texture)
     paint_great_vessels(canvas, anatomy, z, blood)
     phantom_bones.paint_skeleton(canvas, anatomy, z, texture)
@@ -157,6 +164,11 @@ def body_outlines(
     muscle = egg(x, y, (half_width, front, front + 0.58 * (back - front), back), 2.3, 2.7)
     # The back muscles bulge on both sides of the spinous processes.
     muscle = muscle - 5 * np.exp(-(((np.abs(x) - 30) / 22) ** 2)) * (y > 0)
+    if -62 < z < 125:
+        # Muscle on both faces of the shoulder blades.
+        bulk = (15 + 5 * patient.muscle) * np.interp(z, [-62, -35, 125], [0.2, 0.9, 1.0])
+        blade = segment(np.abs(x), y, *shoulder_blade(z, patient)) - np.float32(bulk)
+        muscle = smooth_min(muscle, blade, 14)
     belly = 1 + 0.5 * np.clip((-80 - z) / 100, 0, 1)
     aspect = np.hypot(x / half_width, 0.3)
     skin = muscle - patient.fat_mm * belly * (0.45 + 0.55 * np.clip(aspect, 0, 1.2)) - 3
@@ -181,15 +193,22 @@ def paint_body_wall(canvas: Canvas, anatomy: Anatomy, z: float, pleura: np.ndarr
         gland = np.maximum(breasts, skin) + 14 + 26 * (1 - patient.breast_density) + wave
         canvas.paint(np.maximum(gland, -muscle - 1), 25, edge_mm=3)
     canvas.paint(muscle, MUSCLE)
-    # Fat planes between the layers of muscle, where the wall is thick.
-    depth = np.clip(pleura, 0, 200)
-    thick = muscle + pleura
-    outer = -muscle
-    plane = np.abs(outer - 0.45 * thick * 0 - 13 - 4 * np.sin(x / 23 + z / 31)) - 1.3
-    plane = np.maximum(plane, 12 - depth)
-    canvas.paint(np.maximum(plane, muscle + 3), FAT + 15, edge_mm=2.5)
-    deep = np.abs(outer - 30 - 6 * np.sin(y / 17 - z / 41)) - 1.8
-    canvas.paint(np.maximum(deep, 14 - depth), FAT + 15, edge_mm=2.5)
+    # Fat in the armpits, and between the muscles: layers along the surface, each cut into bellies.
+    if -20 < z < 110:
+        side = pleura_outline(min(z, 40), patient)
+        pit = ellipsoid(np.abs(x), y, z, (float(side[0]) + 19, float(side[2]) - 26, 46), (17, 34, 52), (1, -0.25, 0))
+        pit = pit + 3 * np.sin(x / 6 + z / 8) * np.sin(y / 7 - z / 9)
+        canvas.paint(np.maximum(pit, muscle + 9), FAT + 8, edge_mm=3)
+    phase = patient.seed % 7
+    around = np.arctan2(x, -y - 10) * 95
+    depth = 5 * np.sin(around / 37 + z / 43 + phase) + 2.5 * np.sin(around / 13 - z / 29) - muscle
+    layer = np.rint(depth / 17)
+    between_layers = np.abs(depth - 17 * layer)
+    along = (around + 9 * np.sin(depth / 13 + z / 31 + phase)) / 66 + 0.41 * np.floor(depth / 17) + 0.004 * z
+    between_bellies = 66 * np.abs(along - np.rint(along))
+    planes = smooth_min(between_layers, between_bellies, 7) - 0.9 + 0.7 * np.sin(around / 29 - z / 19)
+    planes = np.maximum(np.maximum(planes, muscle + 5), 15 - pleura)
+    canvas.paint(planes.astype(np.float32), FAT + 15, edge_mm=2.5)
 
 
 def paint_lungs(canvas, anatomy: Anatomy, z: float, blood: Enhancement, lung: np.ndarray, texture: np.ndarray) -> None:
@@ -206,7 +225,7 @@ def paint_lungs(canvas, anatomy: Anatomy, z: float, blood: Enhancement, lung: np
     canvas.fill(box, distance, whole, edge_mm=canvas.edge_mm * 1.2)
     vessels = anatomy.vessels
     thin = 0.6
-    airways = canvas.tubes(vessels.airways_tree, z)
+    airways = canvas.tubes(vessels.airways_tree, z, around_mm=1.0)
     if airways is not None:
         canvas.fill(airways[0], airways[1] - 1.0, -150, opacity=0.8)
     for tree, hu in ((vessels.veins_tree, blood.left_heart), (vessels.arteries_tree, blood.pulmonary_artery)):
@@ -230,11 +249,12 @@ def _around(distance: np.ndarray, box: tuple[slice, slice], wanted: tuple[slice,
     return result
 
 
-def paint_heart(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement, heart: np.ndarray) -> None:
+def paint_heart(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement) -> None:
     """Pericardium, fat, heart muscle and the chambers' blood."""
     x, y = canvas.coarse_x, canvas.coarse_y
-    canvas.paint(heart - 4.6, 30)
-    canvas.paint(heart - 3.4, FAT + 12)
+    heart = heart_distance(x, y, z, anatomy.patient)
+    canvas.paint(heart - 4.4, -20)
+    canvas.paint(heart - 3.6, FAT + 12)
     canvas.paint(heart, blood.muscle)
     walls = {"right_atrium": 3, "right_ventricle": 4, "left_ventricle": 12, "left_atrium": 3}
     for name, (centre, radii, axis) in heart_chambers(anatomy.patient).items():
@@ -259,7 +279,7 @@ def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhan
         (vessels.aorta, blood.aorta),
     )
     for capsules, hu in tubes:
-        found = canvas.tubes(capsules, z)
+        found = canvas.tubes(capsules, z, around_mm=1.2)
         if found is not None:
             canvas.fill(found[0], found[1] - 1.2, 40)
             canvas.fill(*found, hu)
@@ -271,7 +291,7 @@ def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhan
                     np.abs(distance + 0.4) - 1.0 + 3.0 * (1.95 - 0.8 * anatomy.patient.aortic_calcification - patchy)
                 )
                 canvas.fill(box, plaque.astype(np.float32), 620)
-    found = canvas.tubes(vessels.trachea, z)
+    found = canvas.tubes(vessels.trachea, z, around_mm=1.6)
     if found is not None:
         canvas.fill(found[0], found[1] - 1.6, 40)
         canvas.fill(*found, -985)
@@ -285,34 +305,34 @@ def paint_abdomen(
     if z > max(patient.dome_right_z, patient.dome_left_z) + 2:
         return
     x, y = canvas.coarse_x, canvas.coarse_y
-    right = diaphragm(x, y, z, patient, right=True)
-    left = diaphragm(x, y, z, patient, right=False)
     spine = float(spine_y(z, patient))
-    for dome in (right, left):
-        canvas.paint(np.maximum(dome, pleura), MUSCLE)
-        canvas.paint(np.maximum(dome, pleura) + 3.0, FAT)
-    inside = np.minimum(right, left)
-    centre = patient.dome_left_z - 48
-    stomach = smooth_max(ellipsoid(x, y, z, (58, -22, centre), (46, 36, 40), (0.8, -0.5, -0.3)), left + 5, 4)
-    spleen = smooth_max(ellipsoid(x, y, z, (94, 44, centre - 6), (44, 26, 44), (0.5, -0.8, 0)), left + 4, 4)
+    inside = smooth_max(diaphragm(x, y, z, patient), pleura, 3)
+    canvas.paint(inside, MUSCLE)
+    canvas.paint(inside + 2.6, FAT)
+    centre = patient.dome_left_z - 50
+    wave = 2.5 * np.sin(x / 9 + z / 13) * np.sin(y / 11 - z / 17 + patient.seed % 5)
+    stomach = smooth_max(ellipsoid(x, y, z, (58, -22, centre), (56, 43, 48), (0.8, -0.5, -0.3)) + wave, inside + 4, 4)
+    spleen = smooth_max(ellipsoid(x, y, z, (94, 44, centre - 6), (50, 30, 54), (0.5, -0.8, 0)) - wave, inside + 3, 4)
     spleen = smooth_max(spleen, -(stomach - 4), 4)
     lobe = ellipsoid(x, y, z, (8, -46, patient.dome_right_z - 52), (78, 34, 44), (1, -0.15, -0.1))
-    liver = smooth_min(right + 3.2, smooth_max(lobe, inside + 3, 3), 8)
+    liver = smooth_min(x + np.float32(14 + 0.2 * z + 18), lobe, 12)
+    liver = smooth_max(liver, inside + 1.4, 3)
     cava_side = ellipse(x, y, (-6, spine - 22), (24, 22))
-    liver = smooth_max(smooth_max(liver, pleura + 4, 4), -cava_side, 6)
-    kidneys = ellipsoid(np.abs(x), y, z, (58, spine - 2, -206), (46, 27, 25), (0.1, 0.1, 1))
-    liver = smooth_max(liver, -(kidneys - 7), 6)
+    liver = smooth_max(liver, -cava_side, 6)
+    kidneys = ellipsoid(np.abs(x), y, z, (58, spine - 2, -214), (46, 27, 23), (0.1, 0.1, 1))
+    liver = smooth_max(liver, -(kidneys - 4), 6)
     liver = smooth_max(liver, -(stomach - 4), 4)
     canvas.paint(liver, (blood.liver + 5 * texture).astype(np.float32))
     branch = np.abs(np.sin(x / 26 + z / 19 + 0.6) * 14 + np.sin(y / 31 + z / 23) * 9) - 1.6
     canvas.paint(np.maximum(branch, liver + 9), blood.liver_vessels, edge_mm=3)
     canvas.paint(spleen, blood.spleen)
     canvas.paint(stomach, 48)
-    contents = stomach + 4.5
-    canvas.paint(contents, 18)
+    contents = stomach + 3.2
+    canvas.paint(contents, (22 + 9 * texture).astype(np.float32))
     canvas.paint(smooth_max(contents, y + 38, 2), -970)
     canvas.paint(kidneys, blood.kidney)
-    canvas.paint(kidneys + 12, FAT + 30, edge_mm=4)
+    sinus = ellipsoid(np.abs(x), y, z, (50, spine - 4, -214), (24, 9, 10), (0.1, 0.1, 1))
+    canvas.paint(sinus, FAT + 30, edge_mm=4)
     crus = np.abs(ellipse(x, y, (4, spine - 14), (26, 24))) - 2.2
     canvas.paint(np.maximum(crus, y - np.float32(spine)), MUSCLE)
 

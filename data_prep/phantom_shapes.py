@@ -31,6 +31,14 @@ class Capsules:
         """The same tubes, thicker."""
         return dataclasses.replace(self, start_radius=self.start_radius + by_mm, end_radius=self.end_radius + by_mm)
 
+    def blurred(self, edge_mm: float) -> "Capsules":
+        """The same tubes with those thinner than the blur shrunk until their peak is that of a blurred thin tube."""
+        return dataclasses.replace(
+            self,
+            start_radius=np.minimum(self.start_radius, 2 * self.start_radius - np.float32(edge_mm / 2)),
+            end_radius=np.minimum(self.end_radius, 2 * self.end_radius - np.float32(edge_mm / 2)),
+        )
+
 
 def polyline(points: np.ndarray, radii: np.ndarray | float) -> Capsules:
     """A tube through points [N, 3] with radii [N] or one radius."""
@@ -101,9 +109,18 @@ class Canvas:
     `edge_mm` is the width over which an edge changes from one HU to the other.
     """
 
-    def __init__(self, size: int, pixel_mm: float, centre_mm: tuple, rotation: float, scale: tuple, edge_mm: float):
+    def __init__(
+        self,
+        size: int,
+        pixel_mm: float,
+        centre_mm: tuple[float, float],
+        rotation: float,
+        scale: tuple[float, float],
+        warp: tuple[float, float, float],
+        edge_mm: float,
+    ):
         self.size, self.pixel_mm, self.edge_mm = size, pixel_mm, edge_mm
-        self.centre_mm, self.rotation, self.scale = centre_mm, rotation, scale
+        self.centre_mm, self.rotation, self.scale, self.warp = centre_mm, rotation, scale, warp
         self.step = max(1, int(3.2 / pixel_mm))
         nodes = np.arange(-self.step, size + 2 * self.step, self.step)
         self.x, self.y = self._reference(np.arange(size))
@@ -118,11 +135,19 @@ class Canvas:
         cos, sin = np.cos(self.rotation), np.sin(self.rotation)
         x = (column[None, :] * cos + row[:, None] * sin) / self.scale[0]
         y = (row[:, None] * cos - column[None, :] * sin) / self.scale[1]
-        return x.astype(np.float32), y.astype(np.float32)
+        dx, dy = self._asymmetry(x, y)
+        return (x + dx).astype(np.float32), (y + dy).astype(np.float32)
+
+    def _asymmetry(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A smooth displacement of (amplitude in mm, two phases) that makes left and right differ."""
+        amplitude, first, second = self.warp
+        return amplitude * np.sin(y / 52 + x / 90 + first), amplitude * np.sin(x / 61 - y / 110 + second)
 
     def _pixel(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Reference coordinates -> (row, column), fractional."""
-        x, y = (x + self.shift) * self.scale[0], y * self.scale[1]
+        x = x + self.shift
+        dx, dy = self._asymmetry(x, y)
+        x, y = (x - dx) * self.scale[0], (y - dy) * self.scale[1]
         cos, sin = np.cos(self.rotation), np.sin(self.rotation)
         middle = (self.size - 1) / 2
         column = (x * cos - y * sin - self.centre_mm[0]) / self.pixel_mm + middle
@@ -189,13 +214,15 @@ class Canvas:
         target += (wanted - target) * cover
 
     def tubes(
-        self, capsules: Capsules, z: float, z_scale: float = 1.0
+        self, capsules: Capsules, z: float, z_scale: float = 1.0, around_mm: float = 0.0
     ) -> tuple[tuple[slice, slice], np.ndarray] | None:
         """Signed distance of the slice at z to tubes: (box, distance), `FAR` away from them; None if none is near.
 
-        A `z_scale` below 1 stretches the tubes' cross-section along z.
+        A `z_scale` below 1 stretches the tubes' cross-section along z. The distance is right up to half an edge, and
+        `around_mm`, outside the tubes.
         """
-        reach = np.maximum(capsules.start_radius, capsules.end_radius) + np.float32(2 * self.edge_mm)
+        reach = np.maximum(capsules.start_radius, capsules.end_radius) + np.float32(0.55 * self.edge_mm + around_mm)
+        reach = np.maximum(reach, np.float32(0.3))
         low = np.minimum(capsules.start[:, 2], capsules.end[:, 2]) - reach / z_scale
         high = np.maximum(capsules.start[:, 2], capsules.end[:, 2]) + reach / z_scale
         near = np.flatnonzero((low < z) & (high > z))
@@ -253,8 +280,12 @@ class Canvas:
 def tube_distance(x: np.ndarray, y: np.ndarray, z: float, capsules: Capsules) -> np.ndarray:
     """Signed distance of points of a slice to a few tubes, everywhere (for the coarse grid)."""
     result = np.full(x.shape, FAR, np.float32)
-    reach = np.maximum(capsules.start_radius, capsules.end_radius) + 20
+    reach = np.maximum(capsules.start_radius, capsules.end_radius) + 12
     low, high = np.minimum(capsules.start, capsules.end)[:, 2], np.maximum(capsules.start, capsules.end)[:, 2]
+    # Points far from all of them stay at FAR.
+    centre = (np.abs(x) < 85) & (np.abs(y + 5) < 80)
+    whole, x, y = result, x[centre], y[centre]
+    result = whole[centre]
     for i in np.flatnonzero((low - reach < z) & (high + reach > z)):
         start, run = capsules.start[i], capsules.end[i] - capsules.start[i]
         u, v, w = x - start[0], y - start[1], np.float32(z - start[2])
@@ -262,7 +293,8 @@ def tube_distance(x: np.ndarray, y: np.ndarray, z: float, capsules: Capsules) ->
         distance = np.sqrt((u - t * run[0]) ** 2 + (v - t * run[1]) ** 2 + (w - t * run[2]) ** 2)
         taper = capsules.end_radius[i] - capsules.start_radius[i]
         np.minimum(result, distance - capsules.start_radius[i] - t * taper, out=result)
-    return result
+    whole[centre] = result
+    return whole
 
 
 def _interpolation(wanted: np.ndarray, nodes: np.ndarray, step: int) -> np.ndarray:

@@ -105,7 +105,7 @@ def great_vessels(patient, spine_y: Callable[[float], float]) -> Vessels:
 def grow_trees(great: Vessels, points: np.ndarray, patient) -> Vessels:
     """`great` with arterial, venous and bronchial trees that reach the points [N, 3] of the lungs."""
     rng = np.random.default_rng(patient.seed + 1)
-    chosen = rng.permutation(len(points))[: min(len(points), 9000)]
+    chosen = rng.permutation(len(points))[:12000]
     arterial, venous = points[chosen[: len(chosen) // 2]], points[chosen[len(chosen) // 2 :]]
     hila = np.array([(-46, 4, -38), (46, 18, -22)], np.float32)
     arteries, supplied, start_offset = _grow(hila, arterial, (arterial[:, 0] > 0).astype(int), rng)
@@ -122,8 +122,7 @@ def _grow(roots: np.ndarray, points: np.ndarray, group: np.ndarray, rng) -> tupl
 
     Returns the segments, the number of points behind each, and the radius of each segment's parent.
     """
-    node, heading = roots, np.zeros_like(roots)
-    total = np.bincount(group, minlength=len(roots))
+    node = roots
     parent_radius = np.full(len(roots), 6.0, np.float32)
     starts, ends, first, last, behind, parents = [], [], [], [], [], []
     for generation in range(18):
@@ -133,10 +132,10 @@ def _grow(roots: np.ndarray, points: np.ndarray, group: np.ndarray, rng) -> tupl
         toward = centroid - node
         length = np.linalg.norm(toward, axis=1, keepdims=True) + 1e-6
         fraction = np.where(count == 1, 0.9, 0.36 if generation < 2 else 0.42)[:, None]
-        jitter = rng.normal(0, 0.05, node.shape) * length
+        jitter = rng.normal(0, 0.03, node.shape) * length
         tip = node + toward * fraction + jitter * (generation > 0)
-        # About 6 mm for a whole lung, half a millimetre for one point.
-        radius = np.maximum(0.5 * count ** (1 / 3.1), 0.42).astype(np.float32)
+        # About 5.5 mm for a whole lung, 0.4 mm for one point.
+        radius = np.maximum(0.36 * count ** (1 / 2.8), 0.36).astype(np.float32)
         radius = np.minimum(radius, parent_radius)
         keep = count > 0
         starts.append(node[keep])
@@ -155,15 +154,17 @@ def _grow(roots: np.ndarray, points: np.ndarray, group: np.ndarray, rng) -> tupl
         widest[np.arange(len(node)), axis.argmax(axis=1)] = 1
         widest += rng.normal(0, 0.25, node.shape)
         normal = widest - 0.6 * (widest * direction).sum(axis=1, keepdims=True) * direction
-        side = np.einsum("nk,nk->n", centred, normal[group]) > 0
+        # An uneven split makes a main branch that runs on and a side branch.
+        along = np.einsum("nk,nk->n", centred, normal[group])
+        reach = np.bincount(group, np.abs(along), len(node)) / np.maximum(count, 1)
+        side = along > (reach * rng.uniform(-0.7, 0.7, len(node)))[group]
         alive = count[group] > 1
         if not alive.any():
             break
         points, group, side = points[alive], group[alive], side[alive]
         key, group = np.unique(2 * group + side, return_inverse=True)
-        node, parent_radius, heading = tip[key // 2].astype(np.float32), radius[key // 2], direction[key // 2]
+        node, parent_radius = tip[key // 2].astype(np.float32), radius[key // 2]
     tree = Capsules(*(np.concatenate(v).astype(np.float32) for v in (starts, ends, first, last)))
-    del total, heading
     return tree, np.concatenate(behind), np.concatenate(parents)
 
 
