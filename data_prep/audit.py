@@ -1,0 +1,254 @@
+"""Search of a dataset for what it must not hold: values of the source headers that could identify someone.
+
+Needles are the values of five characters or more of all elements of the value representations PN, UI, DA, TM, DT, LO,
+SH, LT, ST, UT, UC and AE (names, UIDs, dates and times, IDs, free text), at any depth, private elements included, the
+components of names by themselves, and, from the audit directory, the paths of the sources and the pseudonym key.
+
+The haystack is every byte of the dataset directory, and every record decompressed. Short needles occur by chance: five
+digits in every checksum, any five bytes somewhere in a million pixels. Therefore
+
+- in text, a needle of fewer than 12 characters must stand by itself, between characters that are no letters or digits;
+- in pixels and other binary data, needles of fewer than 12 characters or fewer than 4 different ones are not sought;
+- columns of numbers are not sought in, and the program's own sentences (reasons, notes, descriptions) not for single
+  words of descriptive elements, such as a Series Description "chest";
+- manufacturer, kernel and ethnic group are published on purpose: their cells must be cleaned values of just those
+  elements.
+"""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+
+from data_prep import dataset
+from data_prep.archives import Source, Unreadable, list_sources, read_bytes
+from data_prep.deidentify import clean_text
+from data_prep.workers import Progress, WorkerDied, WorkerPool
+
+SHORTEST_NEEDLE = 5
+LONG_NEEDLE = 12  # characters; found anywhere
+_IDENTIFYING = {"PN", "UI", "DA", "TM", "DT"}
+_DESCRIPTIVE = {"LO", "SH", "LT", "ST", "UT", "UC", "AE"}
+_PUBLISHED = {  # column of volumes.csv -> the elements that it may come from
+    "manufacturer": {0x00080070},
+    "kernel": {0x00181210, 0x00189316},
+    "ethnic_group": {0x00102160},
+}
+_PUBLIC_UIDS = "1.2.840.10008."  # those of the standard itself
+_OWN_COLUMNS = {"reason", "detail", "notes", "split"}
+_FILES_PER_TASK = 64
+
+
+@dataclasses.dataclass
+class SourceValues:
+    """Values found in the headers of an archive."""
+
+    identifying: set[str] = dataclasses.field(default_factory=set)
+    words: set[str] = dataclasses.field(default_factory=set)  # letters only, from descriptive elements
+    published: dict[str, set[str]] = dataclasses.field(default_factory=lambda: {column: set() for column in _PUBLISHED})
+
+    def update(self, other: "SourceValues") -> None:
+        self.identifying |= other.identifying
+        self.words |= other.words
+        for column, values in other.published.items():
+            self.published[column] |= values
+
+
+def read_source_values(input_dir: Path, pool: WorkerPool) -> SourceValues:
+    """The values of all readable DICOM headers of an archive."""
+    values = SourceValues()
+    sources = (entry for entry in list_sources(input_dir) if not isinstance(entry, Unreadable))
+    with Progress("reading headers", "files", None) as progress:
+        chunks = iter(lambda: tuple(itertools.islice(sources, _FILES_PER_TASK)), ())
+        for (_, chunk), found in pool.run(_values_of_files, ((input_dir, chunk) for chunk in chunks)):
+            if isinstance(found, WorkerDied):
+                raise OSError(f"{chunk[0].path} or one of the next {len(chunk)} files: reading it crashed")
+            values.update(found)
+            progress.advance(len(chunk))
+    return values
+
+
+def _values_of_files(input_dir: Path, sources: Iterable[Source]) -> SourceValues:
+    values = SourceValues()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they quote values
+        for source in sources:
+            for element in _elements(read_bytes(input_dir, source)):
+                _add_element(values, element)
+    return values
+
+
+def _elements(content: bytes) -> list[pydicom.DataElement]:
+    """All elements of a header, at any depth; [] for what is no DICOM file."""
+    if content[128:132] != b"DICM" and content[:1] not in (b"\x02", b"\x08", b"\x00"):
+        return []
+    try:
+        header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True)
+        return [*getattr(header, "file_meta", ()), *header.iterall()]
+    except Exception:  # whatever pydicom stumbles over: no readable header
+        return []
+
+
+def _add_element(values: SourceValues, element: pydicom.DataElement) -> None:
+    if element.VR not in _IDENTIFYING | _DESCRIPTIVE or element.value is None:
+        return
+    parts = [element.value] if isinstance(element.value, str) else element.value
+    parts = [parts] if element.VR == "PN" and not isinstance(parts, pydicom.multival.MultiValue) else parts
+    for part in parts:
+        text = str(part).strip(" \0\t\r\n")
+        if element.VR == "PN":
+            values.identifying.update(name for name in re.split(r"[\^=\s]+", text) if len(name) >= SHORTEST_NEEDLE)
+        for column, tags in _PUBLISHED.items():
+            if int(element.tag) in tags:
+                values.published[column].add(clean_text(text))
+        if len(text) < SHORTEST_NEEDLE or text.startswith(_PUBLIC_UIDS):
+            continue
+        if element.VR in _DESCRIPTIVE and text.replace(" ", "").isalpha():
+            values.words.add(text)
+        else:
+            values.identifying.add(text)
+
+
+class Needles:
+    """Finds many strings in bytes at once, by their first five bytes."""
+
+    def __init__(self, values: Iterable[str]):
+        self._by_prefix: dict[bytes, list[bytes]] = {}
+        for value in values:
+            encoded = value.encode("utf-8", "surrogateescape")
+            self._by_prefix.setdefault(encoded[:SHORTEST_NEEDLE], []).append(encoded)
+        self._pairs = np.zeros(65536, dtype=bool)
+        for prefix in self._by_prefix:
+            self._pairs[prefix[0] | prefix[1] << 8] = True
+        self._keys = np.array(sorted(int.from_bytes(prefix, "little") for prefix in self._by_prefix), np.uint64)
+
+    def find(self, data: bytes) -> Iterator[tuple[int, str]]:
+        """(place, needle) of every occurrence."""
+        octets = np.frombuffer(data, dtype=np.uint8)
+        if len(octets) < SHORTEST_NEEDLE or not len(self._keys):
+            return
+        pairs = octets[:-1].astype(np.uint16) | octets[1:].astype(np.uint16) << 8
+        places = np.flatnonzero(self._pairs[pairs[: len(octets) - SHORTEST_NEEDLE + 1]])
+        keys = np.zeros(len(places), dtype=np.uint64)
+        for offset in range(SHORTEST_NEEDLE):
+            keys |= octets[places + offset].astype(np.uint64) << np.uint64(8 * offset)
+        for place in places[np.isin(keys, self._keys)].tolist():
+            for needle in self._by_prefix[data[place : place + SHORTEST_NEEDLE]]:
+                if data.startswith(needle, place):
+                    yield place, needle.decode("utf-8", "surrogateescape")
+
+    def find_in_text(self, text: str) -> Iterator[str]:
+        """Needles in a text: long ones anywhere, short ones where they stand by themselves."""
+        data = text.encode("utf-8", "surrogateescape")
+        for place, needle in self.find(data):
+            end = place + len(needle.encode("utf-8", "surrogateescape"))
+            alone = not _alphanumeric(data[place - 1 : place]) and not _alphanumeric(data[end : end + 1])
+            if alone or len(needle) >= LONG_NEEDLE:
+                yield needle
+
+
+def _alphanumeric(octet: bytes) -> bool:
+    return octet.isalnum() or octet >= b"\x80"
+
+
+def find_leaks(dataset_dir: Path, input_dir: Path, audit_dir: Path, pool: WorkerPool) -> list[str]:
+    """Where the dataset holds what it must not, one line each, naming file and place; [] if nowhere.
+
+    The lines quote no more than the first two characters of a value: they may end up in a log.
+    """
+    values = read_source_values(input_dir, pool)
+    secrets = _audit_secrets(audit_dir)
+    everything = Needles(values.identifying | values.words | secrets)
+    without_words = Needles(values.identifying | secrets)
+    binary = Needles(
+        value
+        for value in values.identifying | values.words | secrets
+        if len(value) >= LONG_NEEDLE and len(set(value)) >= 4
+    )
+    leaks = []
+    shards = []
+    for path in sorted(path for path in dataset_dir.rglob("*") if path.is_file()):
+        name = path.relative_to(dataset_dir).as_posix()
+        leaks += _lines(name, "its name", everything.find_in_text(name))
+        if ".array_record-" in name:
+            shards.append((path, name, binary))
+        elif path.suffix == ".csv":
+            leaks += _table_leaks(path, name, everything, without_words, values)
+        elif path.suffix == ".json":
+            leaks += _json_leaks(path, name, without_words)
+        else:
+            leaks += _lines(name, "its bytes", (needle for _, needle in binary.find(path.read_bytes())))
+    with Progress("searching", "shards", len(shards)) as progress:
+        for (_, name, _), found in pool.run(_shard_leaks, shards):
+            leaks += [f"{name}: searching it crashed"] if isinstance(found, WorkerDied) else found
+            progress.advance(1)
+    return leaks
+
+
+def _audit_secrets(audit_dir: Path) -> set[str]:
+    """Source paths and the key. Raises FileNotFoundError if this is no audit directory."""
+    table = audit_dir / "sources.csv"
+    if not table.is_file():
+        raise FileNotFoundError(
+            f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare"
+        )
+    secrets = set()
+    with open(table, newline="", errors="surrogateescape") as file:
+        for row in csv.DictReader(file):
+            secrets |= {value for value in (row["path"], row["member"]) if len(value) >= LONG_NEEDLE}
+    key = audit_dir / "pseudonym_key"
+    return secrets | ({key.read_text().strip()} if key.is_file() else set())
+
+
+def _table_leaks(
+    path: Path, name: str, everything: Needles, without_words: Needles, values: SourceValues
+) -> Iterator[str]:
+    with open(path, newline="") as file:
+        for line, row in enumerate(csv.DictReader(file), start=2):
+            for column, cell in row.items():
+                if column in _PUBLISHED:
+                    if cell and cell not in values.published[column]:
+                        yield f"{name}: line {line}, {column}: not a {column} of any source"
+                elif dataset.VOLUME_COLUMNS.get(column, str) is str and column != "num_files":
+                    needles = without_words if column in _OWN_COLUMNS else everything
+                    yield from _lines(name, f"line {line}, {column}", needles.find_in_text(cell))
+
+
+def _json_leaks(path: Path, name: str, needles: Needles) -> Iterator[str]:
+    for text in _strings(json.loads(path.read_text())):
+        yield from _lines(name, "a text", needles.find_in_text(text))
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict):
+        yield from node
+        for value in node.values():
+            yield from _strings(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _strings(value)
+
+
+def _shard_leaks(path: Path, name: str, needles: Needles) -> list[str]:
+    leaks = []
+    for number, record in enumerate(dataset.read_records(path)):
+        leaks += _lines(name, f"record {number}", (needle for _, needle in needles.find(record)))
+    return leaks
+
+
+def _lines(name: str, place: str, needles: Iterable[str]) -> list[str]:
+    return [
+        f"{name}: {place}: holds a source value of {len(needle)} characters that begins with {needle[:2]!r}"
+        for needle in needles
+    ]
