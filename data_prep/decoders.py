@@ -29,6 +29,7 @@ _JPEG_2000 = {
     "1.2.840.10008.1.2.4.203",
 }
 _RLE = {"1.2.840.10008.1.2.5"}
+_END_OF_JPEG = b"\xff\xd9"
 DECODER_DEPENDENCIES = {UID(uid): ("imagecodecs",) for uid in _JPEG | _JPEG_LS | _JPEG_2000 | _RLE}
 
 
@@ -41,7 +42,7 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
     """One frame's pixels as bytes; part of pydicom's plugin interface.
 
     Raises:
-        ValueError: the frame holds another matrix than Rows x Columns, or several channels.
+        ValueError: the frame ends early, or holds another matrix than Rows x Columns, or several channels.
         RuntimeError: imagecodecs cannot decode it.
     """
     syntax = runner.transfer_syntax
@@ -52,6 +53,8 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
             raise ValueError("too few run-length coded values")
         values = values[: runner.rows * runner.columns].reshape(runner.rows, runner.columns)
     elif syntax in _JPEG:
+        if not frame.rstrip(b"\0").endswith(_END_OF_JPEG):  # the decoder fills up what is missing, in silence
+            raise ValueError("the frame ends early")
         values = imagecodecs.jpeg8_decode(frame)
     elif syntax in _JPEG_LS:
         values = imagecodecs.jpegls_decode(frame)

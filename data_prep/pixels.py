@@ -63,10 +63,14 @@ class PixelReader:
                 warnings.simplefilter("ignore")
                 if self._dataset is None:
                     self._dataset = pydicom.dcmread(io.BytesIO(self._data), force=True)
+                if "PixelData" not in self._dataset:  # pydicom leaves out an element that does not end
+                    raise PixelError("truncated_pixel_data", "the pixel data do not end within the file")
                 if header.transfer_syntax in DECODER_DEPENDENCIES:
                     values = decode(self._dataset, header.frame)
                 else:  # deflated, or uncompressed with unusual bits
                     values = pixel_array(self._dataset, index=header.frame, raw=True)
+        except PixelError:
+            raise
         except NotImplementedError as error:
             raise PixelError("unsupported_transfer_syntax", header.transfer_syntax) from error
         except Exception as error:  # decoders raise what they like on damaged bytes
@@ -94,9 +98,12 @@ def _native(data: bytes, header: Header) -> np.ndarray:
 def _native_extent(data: bytes, header: Header, order: str) -> tuple[int, int]:
     """Where the value of the (7FE0,0010) element begins and ends."""
     offset = header.pixel_data_offset
-    explicit = header.transfer_syntax != NATIVE_SYNTAXES[0]
-    start = (offset or 0) + (12 if explicit else 8)
-    if offset is None or len(data) < start or data[offset : offset + 4] != struct.pack(order + "HH", 0x7FE0, 0x0010):
+    if offset is None or data[offset : offset + 4] != struct.pack(order + "HH", 0x7FE0, 0x0010):
+        raise PixelError("truncated_pixel_data", "no pixel data behind the header")
+    # by the bytes, not by the transfer syntax, which some files give wrongly; as an implicit length these are odd
+    explicit = data[offset + 4 : offset + 8] in (b"OW\0\0", b"OB\0\0", b"UN\0\0")
+    start = offset + (12 if explicit else 8)
+    if len(data) < start:
         raise PixelError("truncated_pixel_data", "no pixel data behind the header")
     length = struct.unpack(order + "I", data[start - 4 : start])[0]
     if length == 0xFFFFFFFF:

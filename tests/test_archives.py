@@ -1,0 +1,130 @@
+import os
+import zipfile
+
+import pytest
+
+from data_prep.archives import Source, Unreadable, list_sources, read_bytes
+from data_prep.dicom import REASONS
+
+
+def listing(folder):
+    entries = list(list_sources(folder))
+    assert all(entry.reason in REASONS for entry in entries if isinstance(entry, Unreadable))
+    return entries
+
+
+def reasons(folder):
+    return {
+        (entry.source.path, entry.source.member): entry.reason
+        for entry in listing(folder)
+        if isinstance(entry, Unreadable)
+    }
+
+
+def test_any_tree_in_a_fixed_order(tmp_path):
+    for name in ("b/2", "a", "b/1.txt", "c/d/e/f", "B"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    assert listing(tmp_path) == [
+        Source("B", "", 1),
+        Source("a", "", 1),
+        Source("b/1.txt", "", 7),
+        Source("b/2", "", 3),
+        Source("c/d/e/f", "", 7),
+    ]
+    assert [read_bytes(tmp_path, source) for source in listing(tmp_path)] == [
+        b"B",
+        b"a",
+        b"b/1.txt",
+        b"b/2",
+        b"c/d/e/f",
+    ]
+
+
+def test_zip_members_whatever_the_zip_is_called(tmp_path):
+    with zipfile.ZipFile(tmp_path / "scan", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("z/2", b"two" * 1000)
+        archive.writestr("z/1", b"one")
+        archive.mkdir("empty")
+    assert listing(tmp_path) == [Source("scan", "z/1", 3), Source("scan", "z/2", 3000)]
+    assert [read_bytes(tmp_path, source) for source in listing(tmp_path)] == [b"one", b"two" * 1000]
+
+
+def test_zip_file_that_changed_is_opened_anew(tmp_path):
+    for content in (b"first", b"second, longer"):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("m", content)
+        assert read_bytes(tmp_path, listing(tmp_path)[0]) == content
+
+
+def test_suspicious_zip_members_are_left_and_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("../outside", b"x")
+        archive.writestr("/etc/passwd", b"x")
+        archive.writestr("inner.zip", b"x")
+        archive.writestr("bomb", bytes(40 << 20))
+        archive.writestr("good", b"x")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("good", b"y")
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 and nothing more")
+    assert reasons(tmp_path) == {
+        ("a.zip", "../outside"): "outside_archive",
+        ("a.zip", "/etc/passwd"): "outside_archive",
+        ("a.zip", "inner.zip"): "nested_zip",
+        ("a.zip", "bomb"): "too_large",
+        ("a.zip", "good"): "bad_zip",
+        ("broken.zip", ""): "bad_zip",
+    }
+    assert [entry for entry in listing(tmp_path) if isinstance(entry, Source)] == [Source("a.zip", "good", 1)]
+
+
+def test_encrypted_member(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("m", b"secret")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[6] |= 1  # local header's flags
+    data[data.index(b"PK\x01\x02") + 8] |= 1  # central directory's flags
+    (tmp_path / "a.zip").write_bytes(data)
+    assert reasons(tmp_path) == {("a.zip", "m"): "encrypted"}
+
+
+def test_damaged_member_is_an_os_error(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m", os.urandom(1000))
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[100] ^= 0xFF
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(OSError, match=r"a\.zip: m: damaged zip member"):
+        read_bytes(tmp_path, listing(tmp_path)[0])
+
+
+def test_links_cannot_loop_nor_leave(tmp_path):
+    inside = tmp_path / "archive"
+    (inside / "a").mkdir(parents=True)
+    (inside / "a" / "file").write_bytes(b"x")
+    (tmp_path / "outside").write_bytes(b"x")
+    (inside / "a" / "up").symlink_to(inside)
+    (inside / "away").symlink_to(tmp_path / "outside")
+    (inside / "itself").symlink_to(inside / "itself")
+    (inside / "nowhere").symlink_to(inside / "missing")
+    (inside / "same").symlink_to(inside / "a" / "file")
+    os.mkfifo(inside / "pipe")
+    found = reasons(inside)
+    assert {path for path, _ in found} == {"a/up", "away", "itself", "nowhere", "pipe"}
+    assert found["a/up", ""] == found["away", ""] == "outside_archive"
+    assert [entry.path for entry in listing(inside) if isinstance(entry, Source)] == ["a/file", "same"]
+
+
+def test_names_that_are_no_utf8_are_listed(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff\xfe", "wb") as file:
+        file.write(b"x")
+    assert list(reasons(tmp_path).values()) == ["unreadable"]
+
+
+def test_no_such_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        list(list_sources(tmp_path / "missing"))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError, match="not a directory"):
+        list(list_sources(tmp_path / "file"))

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from data_prep.window import needs_resize, resize_box, resize_slice, resize_volume, resized_spacing_mm, window_to_uint8
+
+
+def test_window_values_and_both_ways_agree():
+    hu = np.arange(-32768, 32768).astype(np.int16).reshape(256, 256)
+    windows = [(50, 350), (-600, 1500), (40.5, 80.25)]
+    grey = window_to_uint8(hu, windows)
+    assert grey.shape == (256, 256, 3) and grey.dtype == np.uint8
+    for channel, (level, width) in enumerate(windows):
+        expected = np.rint(255 * np.clip((hu.astype(float) - (level - width / 2)) / width, 0, 1))
+        np.testing.assert_array_equal(grey[..., channel], expected)
+    np.testing.assert_array_equal(window_to_uint8(hu.astype(np.float32), windows), grey)
+    np.testing.assert_array_equal(window_to_uint8(hu[:, ::-1], windows), grey[:, ::-1])  # not contiguous
+    assert window_to_uint8(np.array([-125, 50, 225], np.int16), [(50, 350)])[:, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("windows", [[], [(50, 0)], [(50, -1)], [(float("nan"), 10)]])
+def test_impossible_windows(windows):
+    with pytest.raises(ValueError, match="window"):
+        window_to_uint8(np.zeros(3, np.int16), windows)
+
+
+def test_what_fits_is_untouched():
+    hu = np.arange(16, dtype=np.int16).reshape(1, 4, 4)
+    assert resize_volume(hu, (0.7, 0.7), 4) is hu
+    assert not needs_resize((4, 4), (0.7, 0.7), 4)
+    assert needs_resize((4, 4), (0.7, 0.8), 4) and needs_resize((4, 4), (0.7, 0.7), 8)
+
+
+def test_shrinking_by_two_is_the_antialiased_triangle():
+    hu = np.random.default_rng(0).normal(0, 300, (32, 32)).astype(np.int16)
+    resized = resize_slice(hu, (1, 1), 16)
+    weights = np.zeros((16, 32))
+    for i in range(16):  # triangle of half-width 2 source pixels around the target pixel's centre
+        distance = np.abs(np.arange(32) + 0.5 - 2 * (i + 0.5))
+        weights[i] = np.maximum(0, 1 - distance / 2)
+    weights /= weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(resized, weights @ hu @ weights.T, atol=0.01)
+    assert resized.dtype == np.float32
+
+
+def test_resizing_is_the_same_every_time():
+    hu = np.random.default_rng(0).normal(0, 300, (3, 50, 40)).astype(np.int16)
+    first, second = (resize_volume(hu, (0.8, 0.7), 64) for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+    np.testing.assert_array_equal(first[1], resize_slice(hu[1], (0.8, 0.7), 64))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"), [((60, 40), (1, 1)), ((40, 60), (1, 1)), ((60, 60), (1, 0.5)), ((64, 50), (0.9, 1.3))]
+)
+def test_a_disc_stays_a_disc_in_the_middle(shape, spacing):
+    y, x = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True))
+    radius = 12.0
+    hu = np.where(y[:, None] ** 2 + x**2 < radius**2, 0, -1000).astype(np.int16)
+    resized = resize_slice(hu, spacing, 128)
+    edge = resized_spacing_mm(shape, spacing, 128)
+    inside = resized > -500
+    rows, columns = np.nonzero(inside)
+    assert resized.shape == (128, 128)
+    assert inside.sum() * edge**2 == pytest.approx(np.pi * radius**2, rel=0.06)
+    assert np.ptp(rows) * edge == pytest.approx(2 * radius, abs=1.5)
+    assert np.ptp(columns) * edge == pytest.approx(2 * radius, abs=1.5)
+    assert rows.mean() == pytest.approx(63.5, abs=0.6) and columns.mean() == pytest.approx(63.5, abs=0.6)
+    assert resized[0, 0] == pytest.approx(-1000)
+    assert edge * 128 == pytest.approx(max(shape[0] * spacing[0], shape[1] * spacing[1]))
+
+    box = resize_box((*_extent(hu > -500, 1), *_extent(hu > -500, 0)), shape, spacing, 128)
+    assert box[0] <= rows.min() and rows.max() < box[1] and box[2] <= columns.min() and columns.max() < box[3]
+    assert (box[1] - box[0]) * edge < 2 * radius + 4
+
+
+def _extent(mask, axis):
+    used = np.flatnonzero(mask.any(axis=axis))
+    return used[0], used[-1] + 1
