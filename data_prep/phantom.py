@@ -104,10 +104,12 @@ def sample_scan(
     base, apex = patient.chest_extent_mm
     count = int((apex - base) / spacing) + 1
     start = 0
-    if options.num_slices:
-        # Mostly lung: the margins above the apex and below the domes are left to the whole scans.
-        start = int(rng.integers(0, max(count - options.num_slices, 0) + 1))
-        count = min(count, options.num_slices)
+    if options.num_slices and options.num_slices < count:
+        # A part stays where the lungs are, as far as it fits there.
+        low, high = (int((z - base) / spacing) for z in patient.lung_extent_mm)
+        last = max(low, high - options.num_slices)
+        start = min(int(rng.integers(low, last + 1)), count - options.num_slices)
+        count = options.num_slices
     body_width = patient.body_width_mm
     return phantom_render.Scan(
         image_size=options.image_size,

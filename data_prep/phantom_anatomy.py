@@ -56,6 +56,11 @@ class Patient:
         return BASE_Z * self.scale[2], APEX_Z * self.scale[2]
 
     @property
+    def lung_extent_mm(self) -> tuple[float, float]:
+        """z between which both lungs fill much of the slice, mm of the patient."""
+        return (self.dome_left_z - 32) * self.scale[2], 78 * self.scale[2]
+
+    @property
     def body_width_mm(self) -> float:
         """Approximate width of the body at the lung base, mm of the patient."""
         return (2 * 152 + 2 * self.fat_mm) * self.scale[0]
@@ -83,7 +88,7 @@ def sample_patient(rng: np.random.Generator) -> Patient:
         dome_left_z=-102 + lung_shift + float(rng.normal(0, 5)),
         breast_mm=float(np.clip(rng.normal(50, 9), 32, 72)) if sex == "F" else 0.0,
         breast_density=float(np.clip(rng.beta(2, 3) - 0.005 * (age - 55), 0.05, 0.9)),
-        bone_hu=float(np.clip(rng.normal(205 - 1.8 * (age - 45), 30), 60, 280)),
+        bone_hu=float(np.clip(rng.normal(195 - 1.9 * (age - 40), 26), 55, 260)),
         aorta_scale=float(np.clip(rng.normal(1.0, 0.07) + 0.004 * (age - 60), 0.8, 1.35)),
         aortic_calcification=float(np.clip((age - 52) / 35 + rng.normal(0, 0.2), 0, 1)),
         lung_hu=float(rng.normal(-858, 16)),
@@ -218,7 +223,10 @@ def heart_distance(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> 
     for centre, radii, axis in heart_chambers(patient).values():
         if abs(z - centre[2]) < max(radii) + 25:
             distance = smooth_min(distance, ellipsoid(x, y, z, centre, radii, axis), 14)
-    return distance
+    # The valves' plane and the septum fill the middle.
+    centre, radii, _ = heart_chambers(patient)["right_ventricle"]
+    middle = (centre[0] + 8, centre[1] + 32, centre[2] + 18)
+    return smooth_min(distance, ellipsoid(x, y, z, middle, (34, 30, 32), (1, 0.0, 0.0)), 8)
 
 
 def lungs(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, pleura: np.ndarray) -> np.ndarray:

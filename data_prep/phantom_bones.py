@@ -49,7 +49,7 @@ def paint_shoulder_blades(canvas: Canvas, anatomy: Anatomy, z: float) -> None:
     inner, outer = shoulder_blade(z, anatomy.patient)
     for side in (1, -1):
         ends = ((side * inner[0], inner[1]), (side * outer[0], outer[1]))
-        box = canvas.box((ends[0][0] + ends[1][0]) / 2, (inner[1] + outer[1]) / 2, 62)
+        box = canvas.box((ends[0][0] + ends[1][0]) / 2, (inner[1] + outer[1]) / 2, 22 + 27 * lift)
         x, y = canvas.x[box], canvas.y[box]
         blade = segment(x, y, *ends) - 2.2
         blade = smooth_min(blade, np.hypot(x - ends[1][0], y - ends[1][1]) - (4 + 5 * lift), 6)
@@ -67,7 +67,7 @@ def paint_vertebra(canvas: Canvas, anatomy: Anatomy, z: float, marrow: np.ndarra
     level = ((z - DISC_Z) / VERTEBRA_HEIGHT) % 1.0
     grow = float(np.interp(z, [-200, 110], [1.22, 0.82]))
     spine = float(spine_y(z, patient))
-    box = canvas.box(0, spine + 20, 62)
+    box = canvas.box(0, spine + 22, 46)
     x, y = canvas.x[box], canvas.y[box] - np.float32(spine)
     waist = 1 - 0.09 * np.sin(np.pi * level)
     body = ellipse(x, y, (0, 0), (18.5 * grow * waist, 15.5 * grow * waist))

@@ -122,16 +122,15 @@ def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.
     table = table_layer(anatomy, scan)
     volume = np.empty((len(scan.z_mm), scan.image_size, scan.image_size), np.int16)
     noise = np.empty_like(canvas.hu)
+    room = (tiles[0].shape[0] - scan.image_size + 1,) * 2
     for index, z_mm in enumerate(scan.z_mm):
         z = z_mm / scale[2]
         canvas.move_to(float(spine_x(z, patient)))
         canvas.hu += table
         render_slice(canvas, anatomy, z, ENHANCEMENTS[scan.contrast], texture)
-        tile = tiles[int(rng.integers(len(tiles)))]
-        top, left = rng.integers(0, tile.shape[0] - scan.image_size + 1, 2)
-        patch = tile[top : top + scan.image_size, left : left + scan.image_size]
-        patch = patch[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
-        np.multiply(patch, loudness, out=noise)
+        which, top, left = rng.integers(0, (2 * len(tiles), *room))
+        patch = tiles[which // 2][top : top + scan.image_size, left : left + scan.image_size]
+        np.multiply(patch[:: 1 - 2 * (which % 2)], loudness, out=noise)
         noise += canvas.hu
         np.clip(noise, -1024, 3071, out=noise)
         volume[index] = np.rint(noise, out=noise)
@@ -175,7 +174,7 @@ def body_outlines(
     breasts = np.full(x.shape, 60, np.float32)
     if patient.breast_mm:
         r = patient.breast_mm
-        centre = (78, front + 18, -48)
+        centre = (78, front + 18 - 0.5 * patient.fat_mm, -48)
         breasts = ellipsoid(np.abs(x), y, z, centre, (r * 1.05, r * 0.85, r * 1.15), (0.9, 0.35, 0))
         skin = smooth_min(skin, breasts, 16)
     return muscle.astype(np.float32), skin.astype(np.float32), breasts
@@ -186,8 +185,7 @@ def paint_body_wall(canvas: Canvas, anatomy: Anatomy, z: float, pleura: np.ndarr
     patient = anatomy.patient
     x, y = canvas.coarse_x, canvas.coarse_y
     muscle, skin, breasts = body_outlines(x, y, z, anatomy)
-    canvas.paint(skin, SKIN)
-    canvas.paint(skin + 2.2, FAT)
+    canvas.paint(skin, SKIN, inner=((2.2, FAT),))
     if patient.breast_mm:
         wave = 7 * np.sin(x / 7.3 + z / 11) * np.sin(y / 6.1 - z / 9) + 5 * np.sin((x + y) / 4.7 + z / 6)
         gland = np.maximum(breasts, skin) + 14 + 26 * (1 - patient.breast_density) + wave
@@ -253,9 +251,7 @@ def paint_heart(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement) 
     """Pericardium, fat, heart muscle and the chambers' blood."""
     x, y = canvas.coarse_x, canvas.coarse_y
     heart = heart_distance(x, y, z, anatomy.patient)
-    canvas.paint(heart - 4.4, -20)
-    canvas.paint(heart - 3.6, FAT + 12)
-    canvas.paint(heart, blood.muscle)
+    canvas.paint(heart - 4.4, -20, inner=((0.8, FAT + 12), (4.4, blood.muscle)))
     walls = {"right_atrium": 3, "right_ventricle": 4, "left_ventricle": 12, "left_atrium": 3}
     for name, (centre, radii, axis) in heart_chambers(anatomy.patient).items():
         inner = tuple(radius - walls[name] for radius in radii)
@@ -263,8 +259,8 @@ def paint_heart(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement) 
             hu = blood.left_heart if name.startswith("left") else blood.right_heart
             canvas.paint(ellipsoid(x, y, z, centre, inner, axis), hu, edge_mm=3)
     # Fat in the groove between the atria and the ventricles.
-    if anatomy.patient.age > 40 and -95 < z < -40:
-        groove = ellipsoid(x, y, z, (-8, -50, -58), (22, 5, 14), (1, -0.8, 0))
+    if -95 < z < -40:
+        groove = ellipsoid(x, y, z, (-16, -48, -60), (17, 3.5, 16), (1, -0.8, 0))
         canvas.paint(np.maximum(groove, heart), FAT + 20, edge_mm=3)
 
 
@@ -307,8 +303,7 @@ def paint_abdomen(
     x, y = canvas.coarse_x, canvas.coarse_y
     spine = float(spine_y(z, patient))
     inside = smooth_max(diaphragm(x, y, z, patient), pleura, 3)
-    canvas.paint(inside, MUSCLE)
-    canvas.paint(inside + 2.6, FAT)
+    canvas.paint(inside, MUSCLE, inner=((2.6, FAT),))
     centre = patient.dome_left_z - 50
     wave = 2.5 * np.sin(x / 9 + z / 13) * np.sin(y / 11 - z / 17 + patient.seed % 5)
     stomach = smooth_max(ellipsoid(x, y, z, (58, -22, centre), (56, 43, 48), (0.8, -0.5, -0.3)) + wave, inside + 4, 4)

@@ -5,10 +5,12 @@ patient's left, y to posterior, z to superior, mm of a patient of average build.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
 FAR = np.float32(60.0)
+PATCH_SIZES = np.array([4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +78,9 @@ def ellipse(x: np.ndarray, y: np.ndarray, centre: tuple, radii: tuple) -> np.nda
 
 def ellipsoid(x: np.ndarray, y: np.ndarray, z: float, centre: tuple, radii: tuple, axis: tuple) -> np.ndarray:
     """First-order signed distance to an ellipsoid whose first radius lies along `axis`."""
-    first = np.asarray(axis, float) / np.linalg.norm(axis)
-    second = np.cross((0.0, 0.0, 1.0) if abs(first[2]) < 0.9 else (0.0, 1.0, 0.0), first)
-    second /= np.linalg.norm(second)
     u, v, w = x - np.float32(centre[0]), y - np.float32(centre[1]), float(z - centre[2])
     total, slope = np.float32(1e-6), np.float32(1e-6)
-    for direction, radius in zip((first, second, np.cross(first, second)), radii, strict=True):
+    for direction, radius in zip(_basis(axis), radii, strict=True):
         component = (
             u * np.float32(direction[0] / radius)
             + v * np.float32(direction[1] / radius)
@@ -92,6 +91,15 @@ def ellipsoid(x: np.ndarray, y: np.ndarray, z: float, centre: tuple, radii: tupl
         slope = slope + component * np.float32(radius**-2)
     value = np.sqrt(total)
     return value * (value - 1) / np.sqrt(slope)
+
+
+@functools.lru_cache(maxsize=256)
+def _basis(axis: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three perpendicular unit vectors, the first along `axis`, the second level where it can be."""
+    first = np.asarray(axis, float) / np.linalg.norm(axis)
+    second = np.cross((0.0, 0.0, 1.0) if abs(first[2]) < 0.9 else (0.0, 1.0, 0.0), first)
+    second /= np.linalg.norm(second)
+    return first, second, np.cross(first, second)
 
 
 def segment(x: np.ndarray, y: np.ndarray, start: tuple, end: tuple) -> np.ndarray:
@@ -189,11 +197,21 @@ class Canvas:
         across = coarse[r0:r1, c0:c1] @ self.weights[box[1], c0:c1].T
         return box, self.weights[box[0], r0:r1] @ across
 
-    def paint(self, coarse: np.ndarray, value: float | np.ndarray, edge_mm: float | None = None) -> None:
-        """Fills a coarse signed distance with a HU, or with HU per pixel [H, W]."""
+    def paint(
+        self,
+        coarse: np.ndarray,
+        value: float | np.ndarray,
+        edge_mm: float | None = None,
+        inner: tuple[tuple[float, float], ...] = (),
+    ) -> None:
+        """Fills a coarse signed distance with a HU, or with HU per pixel [H, W]; then what lies deeper inside it by
+        the millimetres and HU of `inner`."""
         refined = self.refine(coarse)
         if refined is not None:
-            self.fill(refined[0], refined[1], value, edge_mm)
+            box, distance = refined
+            self.fill(box, distance, value, edge_mm)
+            for depth, deeper in inner:
+                self.fill(box, distance + np.float32(depth), deeper, edge_mm)
 
     def fill(
         self,
@@ -242,7 +260,7 @@ class Canvas:
         if not visible.any():
             return None
         field = np.full((self.size, self.size), FAR, np.float32)
-        width = np.exp2(np.ceil(np.log2(2 * half + 1) * 2) / 2).astype(int)
+        width = PATCH_SIZES[np.minimum(np.searchsorted(PATCH_SIZES, 2 * half + 1), len(PATCH_SIZES) - 1)]
         for size in np.unique(width[visible]):
             chosen = np.flatnonzero(visible & (width == size))
             self._stamp(field, part.select(chosen), row[chosen], column[chosen], int(size), z, z_scale)
@@ -256,25 +274,43 @@ class Canvas:
         size = min(size, self.size)
         top = np.clip(np.rint(row - size / 2).astype(int), 0, self.size - size)
         left = np.clip(np.rint(column - size / 2).astype(int), 0, self.size - size)
-        offset = np.arange(size)
-        rows, columns = (top[:, None] + offset)[:, :, None], (left[:, None] + offset)[:, None, :]
         stretch = np.array([1, 1, z_scale], np.float32)
         start, run = part.start, (part.end - part.start) * stretch
-        run = run / (np.square(run).sum(axis=1, keepdims=True) + np.float32(1e-9)), run
-        u = self.x[rows, columns] - start[:, 0, None, None]
-        v = self.y[rows, columns] - start[:, 1, None, None]
+        along = run / (np.square(run).sum(axis=1, keepdims=True) + np.float32(1e-9))
+        u, v = (
+            self._patches(plane, top, left, size) - start[:, k, None, None] for k, plane in enumerate((self.x, self.y))
+        )
         w = ((z - start[:, 2]) * z_scale).astype(np.float32)
-        along, full = (r[:, :, None, None] for r in run)
-        t = u * along[:, 0] + v * along[:, 1] + w[:, None, None] * along[:, 2]
+        along, run = along[:, :, None, None], run[:, :, None, None]
+        t = u * along[:, 0]
+        t += v * along[:, 1]
+        t += w[:, None, None] * along[:, 2]
         np.clip(t, 0, 1, out=t)
-        square = (u - t * full[:, 0]) ** 2
-        square += (v - t * full[:, 1]) ** 2
-        square += (w[:, None, None] - t * full[:, 2]) ** 2
-        taper = (part.end_radius - part.start_radius)[:, None, None]
-        distance = np.sqrt(square) - part.start_radius[:, None, None] - t * taper
+        u -= t * run[:, 0]
+        v -= t * run[:, 1]
+        u *= u
+        v *= v
+        u += v
+        u += (w[:, None, None] - t * run[:, 2]) ** 2
+        distance = np.sqrt(u, out=u)
+        distance -= part.start_radius[:, None, None]
+        t *= (part.end_radius - part.start_radius)[:, None, None]
+        distance -= t
         for r, c, patch in zip(top, left, distance, strict=True):
             view = field[r : r + size, c : c + size]
             np.minimum(view, patch, out=view)
+
+    def _patches(self, plane: np.ndarray, top: np.ndarray, left: np.ndarray, size: int) -> np.ndarray:
+        """Squares [N, size, size] of a coordinate plane; small ones are taken as linear, which is much faster."""
+        offset = np.arange(size)
+        if size > 32:
+            return plane[(top[:, None] + offset)[:, :, None], (left[:, None] + offset)[:, None, :]]
+        corner = plane[top, left]
+        down = (plane[top + size - 1, left] - corner) / (size - 1)
+        across = (plane[top, left + size - 1] - corner) / (size - 1)
+        offset = offset.astype(np.float32)
+        rows = corner[:, None] + down[:, None] * offset
+        return rows[:, :, None] + (across[:, None] * offset)[:, None, :]
 
 
 def tube_distance(x: np.ndarray, y: np.ndarray, z: float, capsules: Capsules) -> np.ndarray:
