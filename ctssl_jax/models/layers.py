@@ -49,9 +49,7 @@ def transposed_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
         [B, 2H, 2W, O].
     """
     pads = [(size // 2, size // 2) for size in kernel.shape[:2]]
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), pads, lhs_dilation=(2, 2), dimension_numbers=_DIMENSIONS
-    )
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), pads, lhs_dilation=(2, 2), dimension_numbers=_DIMENSIONS)
 
 
 def _flip_and_swap(kernel: jax.Array) -> jax.Array:
@@ -94,10 +92,26 @@ class TransposedConv(nnx.Module):
         return transposed_convolution(x.astype(self.dtype), kernel) + self.bias[...].astype(self.dtype)
 
 
-def _conv(
-    in_features: int, out_features: int, kernel_size: int, stride: int, use_bias: bool, dtype, rngs
-) -> nnx.Conv:
+class PointwiseConv(nnx.Module):
+    """1 x 1 convolution as a matrix product over pixels, whose weight gradient is several times faster on CPU.
+
+    [B, H, W, I] -> [B, H, W, O]; the kernel has a convolution's shape, [1, 1, I, O].
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool, dtype, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(KERNEL_INIT(rngs.params(), (1, 1, in_features, out_features), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.dot(x.astype(self.dtype), self.kernel[0, 0].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def _conv(in_features: int, out_features: int, kernel_size: int, stride: int, use_bias: bool, dtype, rngs):
     """Convolution padded so that the output is the input size divided by the stride."""
+    if kernel_size == 1:
+        return PointwiseConv(in_features, out_features, use_bias=use_bias, dtype=dtype, rngs=rngs)
     pad = (kernel_size - 1) // 2
     return nnx.Conv(
         in_features,

@@ -14,16 +14,21 @@ class CodebookState(nnx.Variable):
 def nearest_codes(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
     """Index of the code nearest to each vector, by squared distance: [N, D] and [K, D] -> [N] int32.
 
-    |z - e|^2 without its constant term |z|^2: one matrix product, in full float32 on every device.
+    |z - e|^2 without its constant term |z|^2: one matrix product, in full float32 on every device. Of equally
+    near codes the first is taken. (`jnp.argmin` does the same, but several times slower on CPU.)
     """
     products = jnp.dot(vectors, codebook.T, precision="highest")
-    return jnp.argmin(jnp.sum(jnp.square(codebook), axis=1) - 2 * products, axis=1).astype(jnp.int32)
+    distances = jnp.sum(jnp.square(codebook), axis=1) - 2 * products
+    nearest = distances == jnp.min(distances, axis=1, keepdims=True)
+    last = len(codebook) - 1
+    index = jax.lax.broadcasted_iota(jnp.int32, distances.shape, 1)
+    return jnp.min(jnp.where(nearest, index, last), axis=1)
 
 
 def _counts_and_sums(vectors: jax.Array, codes: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
     """Number [K] and sum [K, D] of the vectors [N, D] assigned to each code."""
-    assignment = jax.nn.one_hot(codes, num_codes, dtype=jnp.float32)
-    return jnp.sum(assignment, axis=0), jnp.dot(assignment.T, vectors, precision="highest")
+    counts = jax.ops.segment_sum(jnp.ones(len(codes), jnp.float32), codes, num_codes)
+    return counts, jax.ops.segment_sum(vectors, codes, num_codes)
 
 
 def _random_vectors(key: jax.Array, vectors: jax.Array, count: int) -> jax.Array:
@@ -32,9 +37,7 @@ def _random_vectors(key: jax.Array, vectors: jax.Array, count: int) -> jax.Array
     return vectors[rows]
 
 
-def kmeans(
-    key: jax.Array, vectors: jax.Array, num_codes: int, iterations: int = KMEANS_ITERATIONS
-) -> jax.Array:
+def kmeans(key: jax.Array, vectors: jax.Array, num_codes: int, iterations: int = KMEANS_ITERATIONS) -> jax.Array:
     """Lloyd's k-means from random vectors: [N, D] -> [num_codes, D]. A centre that attracts nothing stays
     where it is."""
 
@@ -83,9 +86,7 @@ class VectorQuantizer(nnx.Module):
         self.steps = CodebookState(jnp.zeros((), jnp.int32))
         self.initialised = CodebookState(jnp.asarray(init == "uniform"))
 
-    def __call__(
-        self, latents: jax.Array, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[jax.Array, ...]:
+    def __call__(self, latents: jax.Array, *, train: bool, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
         """Quantize.
 
         Args:
@@ -106,10 +107,7 @@ class VectorQuantizer(nnx.Module):
         else:
             codebook = self.codebook[...]
             codes = nearest_codes(vectors, jax.lax.stop_gradient(codebook))
-        # Selecting by a matrix product with one-hot rows is exact, and its gradient is a deterministic
-        # product, not a scatter.
-        assignment = jax.nn.one_hot(codes, len(codebook), dtype=jnp.float32)
-        selected = jnp.dot(assignment, codebook, precision="highest").reshape(latents.shape)
+        selected = codebook[codes].reshape(latents.shape)
 
         commitment_loss = jnp.mean(jnp.square(latents - jax.lax.stop_gradient(selected)), axis=(1, 2, 3))
         if self.update == "gradient":
@@ -155,9 +153,7 @@ class VectorQuantizer(nnx.Module):
             def keep(moved, counts, sums):
                 return moved, counts, sums
 
-            moved, counts, sums = jax.lax.cond(
-                steps % self.revive_every == 0, revive, keep, moved, counts, sums
-            )
+            moved, counts, sums = jax.lax.cond(steps % self.revive_every == 0, revive, keep, moved, counts, sums)
 
         self.codebook[...], self.counts[...], self.sums[...] = moved, counts, sums
         self.steps[...] = steps
