@@ -8,7 +8,7 @@ left is used only if it would come out the same.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from data_prep import dataset, deidentify
 from data_prep.anatomy import ChestSummary
 from data_prep.archives import Source
-from data_prep.dicom import Rejection, Rules, SeriesCandidate, Volume, load_volume
+from data_prep.dicom import Header, Rejection, Rules, SeriesCandidate, Volume, load_volume
 from data_prep.window import resize_box, resize_slice, window_to_uint8
 
 # Reasons that arise here, beside `data_prep.dicom.REASONS`.
@@ -147,8 +147,7 @@ def rejected_row(key: bytes, rejection: Rejection) -> Rejected:
     """A rejection that was made from the headers."""
     first = rejection.headers[0]
     series_id = deidentify.series_pseudonym(key, first.patient_key, first.study_instance_uid, rejection.series_key)
-    sources = sorted({header.source for header in rejection.headers})
-    return Rejected(series_id, rejection.reason, rejection.detail, sources)
+    return Rejected(series_id, rejection.reason, rejection.detail, sources_of(rejection.headers))
 
 
 def _load(conversion: Conversion, candidate: SeriesCandidate) -> Volume | Rejection:
@@ -167,7 +166,7 @@ class _VolumeFacts:
     def __init__(self, candidate: SeriesCandidate, volume: Volume, conversion: Conversion):
         self.candidate = candidate
         self.row = _row(candidate, volume, conversion)
-        self.taken = sorted({header.source for header in volume.headers})
+        self.taken = sources_of(volume.headers)
         self.reasons = {header.source: reason for header, reason in volume.dropped}
 
 
@@ -199,7 +198,7 @@ def _row(candidate: SeriesCandidate, volume: Volume, conversion: Conversion) -> 
 def lung_box(
     chest: ChestSummary, shape: tuple[int, int], pixel_spacing_mm: tuple[float, float], image_size: int
 ) -> str:
-    """ "top left bottom right" of the lungs in pixels of the resized image (bottom and right not included), or ""."""
+    """Top, left, bottom and right of the lungs in pixels of the resized image (the last two not included), or ""."""
     if chest.lung_box is None:
         return ""
     top, bottom, left, right = resize_box(chest.lung_box, shape, pixel_spacing_mm, image_size)
@@ -225,18 +224,19 @@ def _note(
     record_bytes: int,
     outcome: list[tuple[SeriesCandidate, str, str]],
 ) -> ExamNote:
-    """A file that several stacks share (a multi-frame file) is counted once: with the volume, else with the first."""
-    accounted: set[Source] = set()
     taken, dropped, row = [], [], None
     if volume is not None:
         taken = volume.taken
         rest = {header.source for header in volume.candidate.all_headers} - set(taken)
         dropped = [(source, volume.reasons[source]) for source in sorted(rest)]
-        accounted = {*taken, *rest}
         row = volume.row | {"num_files": len(taken), "num_dropped_files": len(dropped)}
-    rejected = []
-    for candidate, reason, detail in outcome:
-        sources = {header.source for header in candidate.all_headers} - accounted
-        accounted |= sources
-        rejected.append(Rejected(volume_id(conversion.key, candidate), reason, detail, sorted(sources)))
+    rejected = [
+        Rejected(volume_id(conversion.key, candidate), reason, detail, sources_of(candidate.all_headers))
+        for candidate, reason, detail in outcome
+    ]
     return ExamNote(key, row, record_bytes, taken, dropped, rejected)
+
+
+def sources_of(headers: Iterable[Header]) -> list[Source]:
+    """The files of some headers; a multi-frame file has many headers."""
+    return sorted({header.source for header in headers})

@@ -8,28 +8,25 @@ The private audit directory holds what links pseudonyms to the archive: the key,
 
 import collections
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import hashlib
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep import conversion, dataset, deidentify, splits
+from data_prep.accounting import Account
 from data_prep.assembly import Frozen, assemble, freeze, keep_notes, remove_tree
-from data_prep.dicom import Rules
+from data_prep.dicom import Rejection, Rules
 from data_prep.growth import KnownVolumes
 from data_prep.planning import list_archive, plan_archive, read_plan
 from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
-_SOURCE_COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 _FINGERPRINT_FILE = "archive.json"
-_BYTES_PER_PIXEL = 0.34  # zstd-1 on windowed CT slices, measured
 
 
 class PreparationError(ValueError):
@@ -151,55 +148,6 @@ def prepare(
         return _finish(frozen, places, pool), True
 
 
-def dry_run(options: Options, places: Places, *, num_workers: int | None = None) -> dict[str, Any]:
-    """What the headers say of an archive; writes nothing but temporary files, which it removes.
-
-    Returns counts as in preparation.json, with `exams`, `patients`, `slices` and `bytes` expected: pixels may refuse
-    more.
-    """
-    check_places(places)
-    num_files, _ = list_archive(places.input_dir)
-    tally = {name: collections.Counter() for name in ("dropped", "rejected", "not_images", "series")}
-    files = exams = slices = 0
-    patients = set()
-    with tempfile.TemporaryDirectory() as folder, WorkerPool(num_workers or usable_cores()) as pool:
-        for path in plan_archive(places.input_dir, Path(folder), options.rules, num_files, pool):
-            plan = read_plan(path)
-            for rejection in plan.rejections:
-                tally["series"][rejection.reason] += 1
-                tally["rejected"][rejection.reason] += len({header.source for header in rejection.headers})
-            for exam in plan.exams:
-                accounted = {header.source for header in exam[0].headers}
-                exams, slices, files = exams + 1, slices + len(exam[0].headers), files + len(accounted)
-                patients.add(exam[0].patient_key)
-                dropped = {header.source: reason for header, reason in exam[0].dropped}
-                dropped |= {h.source: "duplicate_slice" for group in exam[0].duplicates for h in group}
-                tally["dropped"].update(reason for source, reason in dropped.items() if source not in accounted)
-                accounted |= set(dropped)
-                for other in exam[1:]:
-                    others = {header.source for header in other.all_headers} - accounted
-                    accounted |= others
-                    tally["series"]["other_reconstruction"] += 1
-                    tally["rejected"]["other_reconstruction"] += len(others)
-            tally["not_images"].update(entry.reason for entry in plan.not_images)
-    counts = _counts(num_files, files, tally)
-    size = slices * options.image_size**2 * len(options.windows) * _BYTES_PER_PIXEL
-    return counts | {"exams": exams, "patients": len(patients), "slices": slices, "bytes": int(size)}
-
-
-def _counts(num_files: int, files_in_volumes: int, tally: dict[str, collections.Counter]) -> dict[str, Any]:
-    counts = {
-        "files": num_files,
-        "files_in_volumes": files_in_volumes,
-        "files_dropped": dict(sorted(tally["dropped"].items())),
-        "files_rejected": dict(sorted(tally["rejected"].items())),
-        "files_not_images": dict(sorted(tally["not_images"].items())),
-        "series_rejected": dict(sorted(tally["series"].items())),
-    }
-    check_counts(counts)
-    return counts
-
-
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[None]:
     """An advisory lock on the directory itself, which ends with the process, however it ends."""
@@ -209,7 +157,7 @@ def _lock(directory: Path) -> Iterator[None]:
         yield
     except BlockingIOError:
         raise PreparationError(
-            f"{directory}: another data_prep.prepare is at work in it; wait for it or stop it"
+            f"{directory}: another run is at work in it; wait for it or stop it"
         ) from None
     finally:
         os.close(descriptor)
@@ -300,9 +248,28 @@ def _convert_and_freeze(
     if patients:
         splits.check_patients(len(patients), options.splits, options.holdout_volumes)
     _convert(run, plans, known, expected_slices, pool)
-    new_volumes, rejected, counts = _collect(run, plans, known, places, num_files)
+    new_volumes: dict[str, tuple[dict[str, Any], int]] = {}
+    with open(places.work_dir / "sources.csv", "w", newline="", errors="backslashreplace") as file:
+        account = Account(file)
+        for plan in map(read_plan, plans):
+            outcomes = [_outcome_of_rejection(known, key, rejection) for rejection in plan.rejections]
+            for exam in plan.exams:
+                note = known.outcome(exam)
+                if note is None:
+                    note = conversion.read_note(conversion.note_path(run, conversion.exam_key(run, exam)))
+                    if note.volume is not None:
+                        new_volumes[note.key] = (note.volume, note.record_bytes)
+                outcomes.append(note)
+            account.add(outcomes, plan.not_images)
+        file.flush()
+        os.fsync(file.fileno())
+    counts = account.counts(num_files)
     if not (new_volumes or old_volumes):
-        raise PreparationError(_nothing_taken(places.input_dir, counts))
+        reasons = [f"{number} {reason}" for reason, number in counts["series_rejected"].items()]
+        reasons += [f"{number} files {reason}" for reason, number in counts["files_not_images"].items()]
+        raise PreparationError(
+            f"--input_dir={places.input_dir}: no usable chest CT in {num_files} files ({', '.join(reasons)})"
+        )
     frozen = freeze(
         options=options.as_dict(),
         key=key,
@@ -311,17 +278,15 @@ def _convert_and_freeze(
         old_volumes=old_volumes,
         old_preparation=preparation,
         known_splits=known_splits,
-        rejected=rejected,
+        rejected=account.rejected,
         counts=counts,
     )
     frozen.save(places.frozen_file)
     return frozen
 
 
-def _nothing_taken(input_dir: Path, counts: dict[str, Any]) -> str:
-    reasons = [f"{number} {reason}" for reason, number in counts["series_rejected"].items()]
-    reasons += [f"{number} files {reason}" for reason, number in counts["files_not_images"].items()]
-    return f"--input_dir={input_dir}: no usable chest CT in {counts['files']} files ({', '.join(reasons) or 'empty'})"
+def _outcome_of_rejection(known: KnownVolumes, key: bytes, rejection: Rejection) -> conversion.ExamNote:
+    return known.outcome_of_rejection(rejection, conversion.rejected_row(key, rejection))
 
 
 def _convert(
@@ -353,76 +318,6 @@ def _is_converted(run: conversion.Conversion, exam: list) -> bool:
         return False
     taken = conversion.read_note(path).volume is not None
     return not taken or conversion.records_path(run.records_dir, key).exists()
-
-
-def _collect(
-    run: conversion.Conversion, plans: list[Path], known: KnownVolumes, places: Places, num_files: int
-) -> tuple[dict[str, tuple[dict[str, Any], int]], list[dict[str, Any]], dict[str, Any]]:
-    """What became of everything: new volumes by staged file, rows of rejected.csv, counts. Writes sources.csv.
-
-    Raises:
-        RuntimeError: a file is not accounted for, or twice.
-    """
-    new_volumes, rejected = {}, []
-    tally = {name: collections.Counter() for name in ("dropped", "rejected", "not_images", "series")}
-    in_volumes = total = 0
-    with open(places.work_dir / "sources.csv", "w", newline="", errors="backslashreplace") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_SOURCE_COLUMNS)
-        for plan in map(read_plan, plans):
-            rows = []
-            outcomes = [
-                known.outcome_of_rejection(rejection, conversion.rejected_row(run.key, rejection))
-                for rejection in plan.rejections
-            ]
-            for exam in plan.exams:
-                note = known.outcome(exam)
-                if note is None:
-                    note = conversion.read_note(conversion.note_path(run, conversion.exam_key(run, exam)))
-                    if note.volume is not None:
-                        new_volumes[note.key] = (note.volume, note.record_bytes)
-                outcomes.append(note)
-            for note in outcomes:
-                volume = note.volume["volume_id"] if note.volume else ""
-                rows += [(*source[:2], "volume", volume, "", "") for source in note.taken]
-                rows += [(*source[:2], "dropped", volume, reason, "") for source, reason in note.dropped]
-                in_volumes += len(note.taken)
-                tally["dropped"].update(reason for _, reason in note.dropped)
-                for row in note.rejected:
-                    rows += [(*source[:2], "rejected", row.series_id, row.reason, row.detail) for source in row.sources]
-                    tally["rejected"][row.reason] += len(row.sources)
-                    tally["series"][row.reason] += 1
-                    rejected.append(
-                        {
-                            "series_id": row.series_id,
-                            "num_files": len(row.sources),
-                            "reason": row.reason,
-                            "detail": row.detail,
-                        }
-                    )
-            for entry in plan.not_images:
-                rows.append((*entry.source[:2], "not_an_image", "", entry.reason, entry.detail))
-                tally["not_images"][entry.reason] += 1
-            if len({row[:2] for row in rows}) != len(rows):
-                twice = collections.Counter(row[:2] for row in rows).most_common(1)[0][0]
-                raise RuntimeError(f"{'/'.join(twice)} is accounted for twice; please report this")
-            writer.writerows(sorted(rows))
-            total += len(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    if total != num_files:
-        raise PreparationError(
-            f"--input_dir={places.input_dir}: {num_files} files were listed and {total} read; "
-            "if files come and go, run again when the archive is at rest"
-        )
-    return new_volumes, rejected, _counts(num_files, in_volumes, tally)
-
-
-def check_counts(counts: dict[str, Any]) -> None:
-    """Raises RuntimeError unless the files in volumes, dropped, rejected and without image are all files."""
-    parts = [sum(counts[name].values()) for name in ("files_dropped", "files_rejected", "files_not_images")]
-    if counts["files_in_volumes"] + sum(parts) != counts["files"]:
-        raise RuntimeError(f"{counts['files']} files, but {counts['files_in_volumes']} + {parts} are accounted for")
 
 
 def _finish(frozen: Frozen, places: Places, pool: WorkerPool) -> dict[str, Any]:

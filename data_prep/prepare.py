@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         signal.signal(signum, _stop)
     try:
         return _run()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         return _fail(" ".join(str(error).split()))
     except Stopped as stopped:
         print("stopped; run the same command again to continue", file=sys.stderr)
@@ -126,7 +126,9 @@ def _run() -> int:
         audit_dir=Path(FLAGS.audit_dir) if FLAGS.audit_dir else preparation.default_audit_dir(output_dir),
     )
     if FLAGS.dry_run:
-        counts = preparation.dry_run(options, places, num_workers=FLAGS.num_workers)
+        from data_prep.dry_run import dry_run
+
+        counts = dry_run(options, places, num_workers=FLAGS.num_workers)
         print("Dry run: what the headers say; pixels may refuse more. Nothing was written.")
         print(
             f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} slices "

@@ -1,0 +1,59 @@
+"""What a preparation would do, from the headers alone."""
+
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from data_prep.accounting import Account
+from data_prep.conversion import ExamNote, Rejected, sources_of
+from data_prep.dicom import Rejection, SeriesCandidate
+from data_prep.planning import list_archive, plan_archive, read_plan
+from data_prep.preparation import Options, Places, check_places
+from data_prep.splits import check_patients
+from data_prep.workers import WorkerPool, usable_cores
+
+_BYTES_PER_PIXEL = 0.34  # zstd-1 on windowed CT slices, measured
+
+
+def dry_run(options: Options, places: Places, *, num_workers: int | None = None) -> dict[str, Any]:
+    """What the headers say of an archive. Writes nothing but temporary files, which it removes.
+
+    Returns the counts of preparation.json with the expected `exams`, `patients`, `slices` and `bytes`. Pixels may
+    refuse more. What lies in the output directory already makes no difference.
+
+    Raises:
+        ValueError: unusable directories, or too few patients for the splits.
+    """
+    check_places(places)
+    num_files, _ = list_archive(places.input_dir)
+    exams = slices = 0
+    patients = set()
+    account = Account(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, WorkerPool(num_workers or usable_cores()) as pool:
+        for path in plan_archive(places.input_dir, Path(folder), options.rules, num_files, pool):
+            plan = read_plan(path)
+            exams += len(plan.exams)
+            slices += sum(len(exam[0].headers) for exam in plan.exams)
+            patients.update(exam[0].patient_key for exam in plan.exams)
+            outcomes = [*map(_of_rejection, plan.rejections), *map(_of_exam, plan.exams)]
+            account.add(outcomes, plan.not_images)
+    if patients:
+        check_patients(len(patients), options.splits, options.holdout_volumes)
+    size = slices * options.image_size**2 * len(options.windows) * _BYTES_PER_PIXEL
+    expected = {"exams": exams, "patients": len(patients), "slices": slices, "bytes": int(size)}
+    return account.counts(num_files) | expected
+
+
+def _of_rejection(rejection: Rejection) -> ExamNote:
+    row = Rejected("", rejection.reason, rejection.detail, sources_of(rejection.headers))
+    return ExamNote("", None, 0, [], [], [row])
+
+
+def _of_exam(exam: list[SeriesCandidate]) -> ExamNote:
+    """If the preferred candidate is taken, as far as its headers tell."""
+    first, *others = exam
+    dropped = [(header.source, reason) for header, reason in first.dropped]
+    dropped += [(header.source, "duplicate_slice") for group in first.duplicates for header in group]
+    rejected = [Rejected("", "other_reconstruction", "", sources_of(other.all_headers)) for other in others]
+    return ExamNote("", None, 0, sources_of(first.headers), dropped, rejected)

@@ -1,0 +1,361 @@
+"""prepare on small generated archives: same bytes however it ran, every file accounted for, growth, refusals."""
+
+import csv
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import dataset
+from data_prep.dicom import Rules
+from data_prep.dry_run import dry_run
+from data_prep.preparation import Options, Places, PreparationError, prepare
+from data_prep.verification import verify
+from data_prep.workers import WorkerPool
+from tests import dicom_files
+
+NUM_SLICES = 21
+OPTIONS = Options(image_size=48, shard_size_mb=0.05)
+
+
+def add_scan(archive: Path, number: int, **attributes) -> None:
+    hu = dicom_files.thorax(NUM_SLICES, seed=number)
+    options = {"study": number, "patient": f"patient-{number}"} | attributes
+    dicom_files.write(archive / f"scan{number}", dicom_files.slices(hu, **options))
+
+
+def places(folder: Path, archive: Path) -> Places:
+    return Places(archive, folder / "dataset", folder / "private")
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory) -> Path:
+    """Five patients; one of them with a second reconstruction and a duplicate; a short series; two other files."""
+    folder = tmp_path_factory.mktemp("archive")
+    for number in range(1, 6):
+        add_scan(folder, number)
+    sharp = dicom_files.slices(dicom_files.thorax(NUM_SLICES, seed=9), series=2, study=1, patient="patient-1")
+    for ds in sharp:
+        ds.ConvolutionKernel = "BONE"
+    dicom_files.write(folder / "scan1", sharp)
+    shutil.copy(folder / "scan2" / "IM0003", folder / "scan2" / "again")
+    short = dicom_files.slices(dicom_files.thorax(5, seed=8), study=8, patient="patient-8")
+    dicom_files.write(folder / "short", short)
+    (folder / "notes.txt").write_text("nothing to see")
+    (folder / "empty").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def key_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("key") / "key"
+    path.write_text("0123456789abcdef0123456789abcdef")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, archive, key_file) -> Places:
+    where = places(tmp_path_factory.mktemp("prepared"), archive)
+    _, changed = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    assert changed
+    return where
+
+
+def test_dataset_is_sound_and_holds_every_exam_once(prepared):
+    with WorkerPool(1) as pool:
+        assert verify(prepared.output_dir, pool) == []
+    volumes = dataset.read_volumes(prepared.output_dir)
+    assert len(volumes) == 5
+    assert {v["kernel"] for v in volumes} == {"STANDARD"}  # not the sharp one
+    assert Counter(v["split"] for v in volumes) == {"train": 3, "validation": 1, "test": 1}
+    assert {(v["num_slices"], v["sex"], v["age"], v["manufacturer"]) for v in volumes} == {
+        (NUM_SLICES, "F", 61, "Example Scanners")
+    }
+    assert len(list(prepared.output_dir.glob("train.*"))) > 1  # shards of about 50 kB
+
+
+def test_every_file_is_accounted_for(prepared, archive):
+    counts = dataset.read_preparation(prepared.output_dir)["counts"]
+    num_files = sum(1 for path in archive.rglob("*") if path.is_file())
+    assert counts == {
+        "files": num_files,
+        "files_in_volumes": 5 * NUM_SLICES,
+        "files_dropped": {"duplicate_slice": 1},
+        "files_rejected": {"other_reconstruction": NUM_SLICES, "too_few_slices": 5},
+        "files_not_images": {"not_dicom": 2},
+        "series_rejected": {"other_reconstruction": 1, "too_few_slices": 1},
+    }
+    with open(prepared.audit_dir / "sources.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    listed = {str(path.relative_to(archive)) for path in archive.rglob("*") if path.is_file()}
+    assert len(rows) == num_files and {row["path"] for row in rows} == listed
+    with open(prepared.output_dir / "rejected.csv", newline="") as file:
+        rejected = list(csv.DictReader(file))
+    assert {(row["reason"], row["num_files"]) for row in rejected} == {
+        ("other_reconstruction", str(NUM_SLICES)),
+        ("too_few_slices", "5"),
+    }
+
+
+def test_private_things_are_private_and_nothing_is_left_over(prepared):
+    assert prepared.audit_dir.stat().st_mode & 0o777 == 0o700
+    expected = {"volumes.csv", "rejected.csv", "dataset_info.json", "features.json", "preparation.json"}
+    names = set(content(prepared.output_dir))
+    assert {name for name in names if ".array_record-" not in name} == expected
+    assert sorted(p.name for p in prepared.audit_dir.iterdir()) == [
+        "archive.json",
+        "notes",
+        "sources.csv",
+        "splits.json",
+    ]
+
+
+def test_same_bytes_with_two_workers_and_from_another_folder(prepared, tmp_path, archive, key_file):
+    copy = tmp_path / "elsewhere" / "scans"
+    shutil.copytree(archive, copy)
+    other = places(tmp_path, copy)
+    prepare(OPTIONS, other, num_workers=2, pseudonym_key_file=key_file)
+    assert content(other.output_dir) == content(prepared.output_dir)
+    assert content(other.audit_dir) == content(prepared.audit_dir)
+
+
+def test_killed_at_random_moments_and_run_again(prepared, tmp_path, archive, key_file):
+    """SIGKILL, later and later, until a run gets through; nothing that a killed run left shows in the result."""
+    where = places(tmp_path, archive)
+    command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={archive}", f"--output_dir={where.output_dir}"]
+    command += [f"--audit_dir={where.audit_dir}", f"--pseudonym_key_file={key_file}", "--num_workers=1"]
+    command += [f"--image_size={OPTIONS.image_size}", f"--shard_size_mb={OPTIONS.shard_size_mb}"]
+    random.seed(0)
+    states = set()
+    for attempt in range(5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        steps = [
+            lambda: where.records_dir.exists(),
+            lambda: any(where.notes_dir.glob("*.json")),
+            lambda: len(list(where.notes_dir.glob("*.json"))) > 3,
+            lambda: where.frozen_file.exists(),
+            lambda: len(list(where.output_dir.glob("*.array_record-*"))) > 1,
+        ]
+        deadline = time.monotonic() + 30
+        while process.poll() is None and not steps[attempt]() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.02))
+        process.kill()
+        process.wait()
+        states.add(tuple(sorted(content(tmp_path))))
+    assert len(states) > 2, "the kills all came at the same moment"
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert content(where.output_dir) == content(prepared.output_dir)
+    assert content(where.audit_dir) == content(prepared.audit_dir)
+
+
+def test_a_killed_run_is_not_taken_for_a_dataset(tmp_path, archive, key_file, monkeypatch):
+    where = places(tmp_path, archive)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "write_tfds_metadata", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    with pytest.raises(dataset.DatasetError, match="not a complete dataset"):
+        dataset.read_preparation(where.output_dir)
+    monkeypatch.undo()
+    with pytest.raises(
+        PreparationError, match="image_size=48, not 64"
+    ):  # decisions are made: other options are refused
+        prepare(Options(image_size=64, shard_size_mb=0.05), where, pseudonym_key_file=key_file)
+
+
+def test_terminated_run_says_how_to_continue(tmp_path, archive):
+    command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={archive}", f"--output_dir={tmp_path / 'd'}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "d" / ".work").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1] == "stopped; run the same command again to continue"
+    assert "Traceback" not in errors
+
+
+def test_complete_dataset_is_left_alone(prepared, key_file):
+    before = {path: path.stat().st_mtime_ns for path in prepared.output_dir.iterdir()}
+    preparation, changed = prepare(OPTIONS, prepared, num_workers=1, pseudonym_key_file=key_file)
+    assert not changed and preparation["counts"]["files_in_volumes"] == 5 * NUM_SLICES
+    assert {path: path.stat().st_mtime_ns for path in prepared.output_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (Options(image_size=64, shard_size_mb=0.05), "image_size=48, not 64"),
+        (
+            Options(image_size=48, shard_size_mb=0.05, windows=((50, 350), (-600, 1500))),
+            "windows=50,350, not 50,350 -600,1500",
+        ),
+        (Options(image_size=48, shard_size_mb=0.05, splits=(1, 0, 0)), "splits=0.8,0.1,0.1, not 1,0,0"),
+        (Options(image_size=48, shard_size_mb=0.05, rules=Rules(min_slices=5)), "min_slices=20, not 5"),
+    ],
+)
+def test_other_options_are_refused_by_name(prepared, key_file, options, named):
+    with pytest.raises(PreparationError) as error:
+        prepare(options, prepared, pseudonym_key_file=key_file)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_another_key_is_refused(prepared, tmp_path):
+    (tmp_path / "key").write_text("another key, another key")
+    with pytest.raises(PreparationError, match="another pseudonym key"):
+        prepare(OPTIONS, prepared, pseudonym_key_file=tmp_path / "key")
+
+
+def test_grown_archive_appends(tmp_path, archive, key_file):
+    """New patients, a new scan of an old patient, a new reconstruction of an old exam, a new file in an old series."""
+    scans = tmp_path / "scans"
+    shutil.copytree(archive, scans)
+    where = places(tmp_path, scans)
+    prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    before = content(where.output_dir)
+    old = {v["volume_id"]: v for v in dataset.read_volumes(where.output_dir)}
+    splits = json.loads((where.audit_dir / "splits.json").read_text())
+
+    for number in (11, 12, 13):
+        add_scan(scans, number)
+    add_scan(scans, 14, patient="patient-3")
+    third = dicom_files.slices(dicom_files.thorax(NUM_SLICES, seed=4), study=4, series=3, patient="patient-4")
+    dicom_files.write(scans / "scan4", third, seed=5)
+    late = dicom_files.slices(dicom_files.thorax(NUM_SLICES + 1, seed=5), study=5, patient="patient-5")[-1:]
+    dicom_files.write(scans / "late", late)
+    preparation, changed = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+
+    assert changed
+    after = content(where.output_dir)
+    for name in before:
+        if ".array_record-" in name:
+            assert after[name] == before[name]
+    volumes = {v["volume_id"]: v for v in dataset.read_volumes(where.output_dir)}
+    assert {name: volumes[name] for name in old} == old
+    assert len(volumes) == 9
+    grown = json.loads((where.audit_dir / "splits.json").read_text())
+    assert {patient: grown[patient] for patient in splits} == splits and len(grown) == 8
+    assert {(v["patient_id"], v["split"]) for v in volumes.values()} == set(grown.items())
+    assert preparation["counts"]["files_rejected"] == {
+        "other_reconstruction": 2 * NUM_SLICES,
+        "series_changed": 1,
+        "too_few_slices": 5,
+    }
+    with WorkerPool(1) as pool:
+        assert verify(where.output_dir, pool) == []
+    assert not prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)[1]
+
+
+def test_too_few_patients_are_refused_before_converting_with_the_remedy(tmp_path, key_file):
+    for number in (1, 2):
+        add_scan(tmp_path / "scans", number)
+    where = places(tmp_path, tmp_path / "scans")
+    with pytest.raises(ValueError, match=r"2 patients .* train, validation, test; give --splits=1,0,0"):
+        prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    assert not list(where.notes_dir.glob("*"))
+    options = Options(image_size=48, splits=(1, 0, 0))
+    preparation, _ = prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
+    assert {split: facts["num_volumes"] for split, facts in preparation["splits"].items()} == {"train": 2}
+
+
+def test_converted_volumes_stay_when_pixels_leave_too_few_patients(tmp_path, key_file):
+    for number in (1, 2):
+        add_scan(tmp_path / "scans", number)
+    water = dicom_files.slices(np.zeros((NUM_SLICES, 64, 64), np.int16), study=3, patient="patient-3")
+    dicom_files.write(tmp_path / "scans" / "water", water)
+    where = places(tmp_path, tmp_path / "scans")
+    with pytest.raises(ValueError, match="2 patients"):
+        prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    staged = {path: path.stat().st_mtime_ns for path in where.records_dir.glob("*.array_record")}
+    assert len(staged) == 2
+    options = Options(image_size=48, shard_size_mb=0.05, splits=(0.5, 0, 0.5))
+    preparation, _ = prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
+    assert list(preparation["splits"]) == ["train", "test"]
+    assert preparation["counts"]["files_rejected"] == {"implausible_hu": NUM_SLICES}
+
+
+def test_archive_without_any_chest_ct_says_what_there_was(tmp_path, archive):
+    shutil.copytree(archive / "short", tmp_path / "scans")
+    with pytest.raises(PreparationError, match=r"no usable chest CT in 5 files \(1 too_few_slices\)"):
+        prepare(OPTIONS, places(tmp_path, tmp_path / "scans"), num_workers=1)
+
+
+def test_dry_run_writes_nothing(tmp_path, archive):
+    where = places(tmp_path, archive)
+    counts = dry_run(OPTIONS, where, num_workers=1)
+    assert list(tmp_path.iterdir()) == []
+    assert (counts["exams"], counts["patients"], counts["slices"]) == (5, 5, 5 * NUM_SLICES)
+    assert counts["files_rejected"] == {"other_reconstruction": NUM_SLICES, "too_few_slices": 5}
+    assert counts["files_dropped"] == {"duplicate_slice": 1}
+
+
+def test_two_runs_on_one_output_are_refused(prepared, key_file):
+    program = (
+        "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(flush=True); "
+        "sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(prepared.output_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(PreparationError, match="another run is at work"):
+            prepare(OPTIONS, prepared, pseudonym_key_file=key_file)
+        holder.stdin.close()
+
+
+def test_slices_are_the_source_through_each_window(tmp_path, key_file):
+    """Every slice against the window formula on the generated HU; slices of one patient are told by their noise."""
+    for number in (1, 2, 3):
+        add_scan(tmp_path / "scans", number)
+    options = Options(image_size=64, windows=((50, 350), (-600, 1500)))
+    where = places(tmp_path, tmp_path / "scans")
+    prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
+    expected = set()
+    for number in (1, 2, 3):
+        hu = dicom_files.thorax(NUM_SLICES, seed=number)[..., None].astype(float)
+        low, width = np.array([-125.0, -1350.0]), np.array([350.0, 1500.0])
+        grey = np.rint(255 * np.clip((hu - low) / width, 0, 1)).astype(np.uint8)
+        expected |= {(index, image.tobytes()) for index, image in enumerate(grey)}
+    records = [record for split in dataset.SPLITS for record in dataset.open_split(where.output_dir, split)]
+    assert {(record["slice_index"], record["image"].tobytes()) for record in records} == expected
+    assert len(records) == 3 * NUM_SLICES and records[0]["image"].shape == (64, 64, 2)
+
+
+def error_line(arguments: list[str]) -> str:
+    command = [sys.executable, "-m", "data_prep.prepare", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+    return result.stderr
+
+
+def test_wrong_flags_end_in_one_line(tmp_path, archive):
+    there, out = f"--input_dir={archive}", f"--output_dir={tmp_path / 'out'}"
+    for arguments, named in (
+        ([f"--input_dir={tmp_path / 'no'}", out], "no such directory; give the folder of the scans"),
+        ([there, f"--output_dir={archive / 'out'}"], "lies inside --input_dir="),
+        ([there, out, "--window=350"], "--window=350: give level,width"),
+        ([there, out, "--splits=0.8,0.1,0.2"], "three fractions that sum to 1"),
+        ([there, out, "--pseudonym_key_file=/no/key"], "/no/key: no such key file"),
+        ([there, out, "--max_slice_thickness_mm=0"], "max_slice_thickness_mm"),
+    ):
+        assert named in error_line(arguments)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    assert "holds other files" in error_line([there, f"--output_dir={tmp_path / 'full'}"])
