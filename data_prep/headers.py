@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import re
 import struct
 import warnings
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ _IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG = (
     "1.2.840.10008.1.2.1",
     "1.2.840.10008.1.2.2",
 )
+CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}  # plain, enhanced, converted
 NATIVE_SYNTAXES = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG)
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote element values
@@ -167,9 +169,12 @@ def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImag
     rows, columns = _integer(elements, 0x00280010) or 0, _integer(elements, 0x00280011) or 0
     bits_allocated = _integer(elements, 0x00280100) or 0
     if not (rows and columns and bits_allocated):
-        if not sop_class and not _text(elements, 0x00080060):
+        modality = _text(elements, 0x00080060)
+        if not sop_class and not modality:
             return NotAnImage(source, "not_dicom", "no SOP Class, no Modality, no image matrix")
-        return NotAnImage(source, "no_pixel_data", _text(elements, 0x00080060)[:16])
+        if sop_class in CT_IMAGE_STORAGE:
+            return NotAnImage(source, "unreadable", "a CT image whose header ends early or is damaged")
+        return NotAnImage(source, "no_pixel_data", modality if re.fullmatch("[A-Z]{2,12}", modality) else "")
     syntax = _transfer_syntax(dataset, meta)
     number_of_frames = max(1, _integer(elements, 0x00280008) or 1)
     if number_of_frames > MAX_FRAMES:
@@ -304,11 +309,13 @@ def _bytes(elements: Elements, tag: int) -> tuple[bytes, str]:
 
 
 def _text(elements: Elements, tag: int) -> str:
-    """The first value of a text element, stripped; bytes that are not UTF-8 are read as Latin-1."""
+    """The first value of a text element, stripped."""
     return texts[0] if (texts := _texts(elements, tag)) else ""
 
 
 def _texts(elements: Elements, tag: int) -> tuple[str, ...]:
+    """All values of a text element, stripped. Bytes that are not UTF-8 are read as Latin-1; with control characters the
+    value is damaged (it may hold parts of other elements) and counts as missing."""
     raw = _bytes(elements, tag)[0]
     if not raw:
         return ()
@@ -316,7 +323,8 @@ def _texts(elements: Elements, tag: int) -> tuple[str, ...]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
-    return tuple(part.strip(" \0\t\r\n") for part in text.split("\\"))
+    parts = tuple(part.strip(" \0\t\r\n") for part in text.split("\\"))
+    return () if any(character < " " for part in parts for character in part) else parts
 
 
 def _numbers(elements: Elements, tag: int) -> tuple[float, ...]:

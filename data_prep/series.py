@@ -11,11 +11,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from data_prep.geometry import canonical_axes, measure_stack
-from data_prep.headers import Header
+from data_prep.headers import CT_IMAGE_STORAGE, Header
 
 _SAME_POSITION_MM = 0.05
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}  # plain, enhanced, converted
 _LOCALIZER = {"LOCALIZER", "SCOUT", "SCANOGRAM", "TOPOGRAM", "SURVIEW"}
 _PROJECTED = {"MIP", "MINIP", "MAXIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "VRT", "SSD", "3D", "VOLREN"}
 _EXTRAS = {"secondary_capture", "derived_image", "not_grey"}  # beside the slices of a series, not slices lost
@@ -166,7 +165,7 @@ def _plan_one(series_key: str, slices: list[Header], rules: Rules) -> list[Serie
 
 def _foreign(header: Header) -> str | None:
     """Why an image is no axial CT slice at all."""
-    if header.modality != "CT" and (header.modality or header.sop_class_uid not in _CT_IMAGE_STORAGE):
+    if header.modality != "CT" and (header.modality or header.sop_class_uid not in CT_IMAGE_STORAGE):
         return "not_ct"
     if _LOCALIZER & set(header.image_type):
         return "localizer"

@@ -62,9 +62,24 @@ def test_random_bytes_behind_a_preamble(tmp_path):
 def test_report_without_pixels(tmp_path, dataset):
     for keyword in ("Rows", "Columns", "PixelData", "BitsAllocated"):
         delattr(dataset, keyword)
-    dataset.Modality = "SR"
+    dataset.Modality, dataset.SOPClassUID = "SR", "1.2.840.10008.5.1.4.1.1.88.67"
     entry = read(tmp_path, files.to_bytes(dataset))
     assert isinstance(entry, NotAnImage) and (entry.reason, entry.detail) == ("no_pixel_data", "SR")
+
+
+def test_ct_image_whose_header_is_cut(tmp_path, dataset):
+    content = files.to_bytes(dataset)
+    entry = read(tmp_path, content[: content.index(struct.pack("<HH", 0x28, 0x10))])
+    assert isinstance(entry, NotAnImage) and entry.reason == "unreadable"
+
+
+def test_damaged_text_holds_no_other_elements(tmp_path, dataset):
+    """A length byte gone wrong joins elements; what they hold must not pass for a manufacturer."""
+    content = bytearray(files.to_bytes(dataset))
+    at = content.index(b"Example Scanners")
+    content[at - 2] = 40
+    entry = read(tmp_path, bytes(content))
+    assert isinstance(entry, NotAnImage) or entry.manufacturer == ""
 
 
 def test_missing_file(tmp_path):
