@@ -118,6 +118,7 @@ class Anatomy:
     ribs: Capsules
     cartilage: Capsules
     clavicles: Capsules
+    colon: Capsules
     vessels: phantom_vessels.Vessels
 
 
@@ -242,7 +243,7 @@ def lungs(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, pleura: np.n
 def build_anatomy(patient: Patient) -> Anatomy:
     """Skeleton and vessel trees of a patient. The trees fill the patient's own lungs."""
     great = phantom_vessels.great_vessels(patient, lambda z: spine_y(z, patient))
-    anatomy = Anatomy(patient, *_ribs(patient), _clavicles(patient), great)
+    anatomy = Anatomy(patient, *_ribs(patient), _clavicles(patient), _colon(patient), great)
     return dataclasses.replace(anatomy, vessels=phantom_vessels.grow_trees(great, _lung_points(anatomy), patient))
 
 
@@ -308,6 +309,13 @@ def _ribs(patient: Patient) -> tuple[Capsules, Capsules]:
                 curve = np.array([start, middle, goal]) * [side, 1, 1]
                 cartilage.append(polyline(curve, [4.2, 5.0, 5.0]))
     return join(bone), join(cartilage)
+
+
+def _colon(patient: Patient) -> Capsules:
+    """The transverse colon up to its splenic flexure, in front of and beside the stomach."""
+    z = patient.dome_left_z
+    points = [(-30, -68, z - 92), (14, -74, z - 84), (58, -72, z - 76), (92, -48, z - 62), (104, -16, z - 58)]
+    return polyline([*points, (108, 8, z - 76), (106, 10, z - 120)], [17, 16, 18, 17, 18, 16, 16])
 
 
 def _clavicles(patient: Patient) -> Capsules:

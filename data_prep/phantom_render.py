@@ -22,7 +22,7 @@ from data_prep.phantom_anatomy import (
     spine_y,
 )
 from data_prep.phantom_noise import noise_tiles, texture_tile
-from data_prep.phantom_shapes import Canvas, ellipse, ellipsoid, segment, smooth_max, smooth_min
+from data_prep.phantom_shapes import FAR, Canvas, ellipse, ellipsoid, segment, smooth_max, smooth_min
 
 FAT, MUSCLE, SKIN = -102.0, 56.0, 18.0
 
@@ -74,13 +74,12 @@ class Enhancement:
     liver_vessels: float
     spleen: float
     kidney: float
-    thyroid: float
 
 
 ENHANCEMENTS = {
-    "none": Enhancement(41, 41, 41, 41, 41, 44, 56, 44, 48, 34, 95),
-    "pulmonary": Enhancement(390, 320, 260, 480, 400, 85, 66, 60, 95, 110, 150),
-    "venous": Enhancement(165, 165, 170, 160, 160, 105, 108, 165, 122, 185, 150),
+    "none": Enhancement(41, 41, 41, 41, 41, 44, 56, 44, 48, 34),
+    "pulmonary": Enhancement(390, 320, 260, 480, 400, 85, 66, 60, 95, 110),
+    "venous": Enhancement(165, 165, 170, 160, 160, 105, 108, 165, 122, 185),
 }
 
 
@@ -221,6 +220,13 @@ def paint_lungs(canvas, anatomy: Anatomy, z: float, blood: Enhancement, lung: np
     whole = np.empty_like(canvas.hu)
     whole[box] = value
     canvas.fill(box, distance, whole, edge_mm=canvas.edge_mm * 1.2)
+    # The oblique fissures, and the horizontal one of the right lung, as thin as they are.
+    x, y = canvas.coarse_x, canvas.coarse_y
+    oblique = (y + np.where(x < 0, 0.85, 0.95) * np.float32(z + 40) - 8 + 0.0016 * (np.abs(x) - 70) ** 2) * 0.75
+    fissure = _around(*reversed(canvas.refine(np.maximum(oblique, -FAR))), box) if oblique.min() < 0 else None
+    if fissure is not None:
+        line = np.maximum(np.abs(fissure) - np.float32(0.25), distance + 2)
+        canvas.fill(box, line, -560, opacity=0.6)
     vessels = anatomy.vessels
     thin = 0.6
     airways = canvas.tubes(vessels.airways_tree, z, around_mm=1.0)
@@ -310,7 +316,7 @@ def paint_abdomen(
     spleen = smooth_max(ellipsoid(x, y, z, (94, 44, centre - 6), (50, 30, 54), (0.5, -0.8, 0)) - wave, inside + 3, 4)
     spleen = smooth_max(spleen, -(stomach - 4), 4)
     lobe = ellipsoid(x, y, z, (8, -46, patient.dome_right_z - 52), (78, 34, 44), (1, -0.15, -0.1))
-    liver = smooth_min(x + np.float32(14 + 0.2 * z + 18), lobe, 12)
+    liver = smooth_min(x + np.float32(22 + 0.17 * z) + 0.004 * (y + 25) ** 2, lobe, 12)
     liver = smooth_max(liver, inside + 1.4, 3)
     cava_side = ellipse(x, y, (-6, spine - 22), (24, 22))
     liver = smooth_max(liver, -cava_side, 6)
@@ -325,6 +331,10 @@ def paint_abdomen(
     contents = stomach + 3.2
     canvas.paint(contents, (22 + 9 * texture).astype(np.float32))
     canvas.paint(smooth_max(contents, y + 38, 2), -970)
+    colon = canvas.tubes(anatomy.colon, z, around_mm=1.0)
+    if colon is not None:
+        canvas.fill(*colon, 42)
+        canvas.fill(colon[0], colon[1] + 2.2, (80 * texture - 10).clip(-700, 110).astype(np.float32))
     canvas.paint(kidneys, blood.kidney)
     sinus = ellipsoid(np.abs(x), y, z, (50, spine - 4, -214), (24, 9, 10), (0.1, 0.1, 1))
     canvas.paint(sinus, FAT + 30, edge_mm=4)

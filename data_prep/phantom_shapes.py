@@ -22,6 +22,12 @@ class Capsules:
     start_radius: np.ndarray
     end_radius: np.ndarray
 
+    @functools.cached_property
+    def extent(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(lowest z, highest z, largest radius) [N] of each segment."""
+        low, high = np.minimum(self.start[:, 2], self.end[:, 2]), np.maximum(self.start[:, 2], self.end[:, 2])
+        return low, high, np.maximum(self.start_radius, self.end_radius)
+
     def __len__(self) -> int:
         return len(self.start)
 
@@ -239,14 +245,15 @@ class Canvas:
         A `z_scale` below 1 stretches the tubes' cross-section along z. The distance is right up to half an edge, and
         `around_mm`, outside the tubes.
         """
-        reach = np.maximum(capsules.start_radius, capsules.end_radius) + np.float32(0.55 * self.edge_mm + around_mm)
-        reach = np.maximum(reach, np.float32(0.3))
-        low = np.minimum(capsules.start[:, 2], capsules.end[:, 2]) - reach / z_scale
-        high = np.maximum(capsules.start[:, 2], capsules.end[:, 2]) + reach / z_scale
-        near = np.flatnonzero((low < z) & (high > z))
+        low, high, radius = capsules.extent
+        margin = np.float32(0.55 * self.edge_mm + around_mm)
+        widest = (radius.max(initial=0) + margin) / z_scale
+        near = np.flatnonzero((low < z + widest) & (high > z - widest))
+        reach = np.maximum(radius[near] + margin, np.float32(0.3))
+        near = near[(low[near] < z + reach / z_scale) & (high[near] > z - reach / z_scale)]
         if not len(near):
             return None
-        part, reach = capsules.select(near), reach[near]
+        part, reach = capsules.select(near), np.maximum(radius[near] + margin, np.float32(0.3))
         # The stretch of each segment that can touch the slice, and the square of pixels around it.
         run = part.end - part.start
         rise = np.where(np.abs(run[:, 2]) < 1e-3, np.float32(1e-3), run[:, 2])
@@ -316,8 +323,8 @@ class Canvas:
 def tube_distance(x: np.ndarray, y: np.ndarray, z: float, capsules: Capsules) -> np.ndarray:
     """Signed distance of points of a slice to a few tubes, everywhere (for the coarse grid)."""
     result = np.full(x.shape, FAR, np.float32)
-    reach = np.maximum(capsules.start_radius, capsules.end_radius) + 12
-    low, high = np.minimum(capsules.start, capsules.end)[:, 2], np.maximum(capsules.start, capsules.end)[:, 2]
+    low, high, reach = capsules.extent
+    reach = reach + 12
     # Points far from all of them stay at FAR.
     centre = (np.abs(x) < 85) & (np.abs(y + 5) < 80)
     whole, x, y = result, x[centre], y[centre]
