@@ -13,6 +13,7 @@ _LUNG_HU = (-970, -400)  # aerated parenchyma; free gas (bowel, sinuses, trachea
 _LUNG_SLICE_FRACTION = 0.1  # of the body's area
 _CHEST_LUNG_ML = 1000.0
 _CHEST_SLICE_FRACTION = 0.5
+_SMALL_REGION = 0.1  # of the largest region of lung
 _IN_PLANE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))], dtype=bool)
 
 
@@ -32,7 +33,8 @@ class ChestSummary:
 def summarise(hu: np.ndarray, pixel_spacing_mm: tuple[float, float], slice_spacing_mm: float) -> ChestSummary:
     """Chest anatomy of a volume [S, H, W] in HU, rows to posterior.
 
-    Body: HU > -300, opened, largest region of each slice, holes filled. Lung: -970 to -400 HU within the body.
+    Body: HU > -300, opened, largest region of each slice, holes filled. Lung: -970 to -400 HU within the body, opened,
+    without regions below a tenth of the largest (streaks between arm and chest, bowel).
     Middle slice: of the lung slices (of all, if there are none) whose body area, median filtered over five slices,
     is within 99.5 % of the largest, the one nearest the volume's centre.
     """
@@ -40,7 +42,7 @@ def summarise(hu: np.ndarray, pixel_spacing_mm: tuple[float, float], slice_spaci
     coarse = hu[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
     pixel_mm2 = steps[0] * pixel_spacing_mm[0] * steps[1] * pixel_spacing_mm[1]
     body = _body(coarse)
-    lung = body & (coarse >= _LUNG_HU[0]) & (coarse <= _LUNG_HU[1])
+    lung = _lung(body & (coarse >= _LUNG_HU[0]) & (coarse <= _LUNG_HU[1]))
     body_area = body.sum(axis=(1, 2)) * pixel_mm2
     lung_area = lung.sum(axis=(1, 2)) * pixel_mm2
     fraction = lung_area / np.maximum(body_area, pixel_mm2)
@@ -76,6 +78,15 @@ def _body(hu: np.ndarray) -> np.ndarray:
     outside = np.pad(~region, ((0, 0), (1, 1), (1, 1)), constant_values=True)
     outside, _ = ndimage.label(outside, _IN_PLANE)
     return (outside != outside[:, :1, :1])[:, 1:-1, 1:-1]
+
+
+def _lung(mask: np.ndarray) -> np.ndarray:
+    """[S, h, w] bool: the mask, opened in plane, without its small regions (in three dimensions)."""
+    mask = _opened(mask)
+    labels, _ = ndimage.label(mask)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return (sizes >= _SMALL_REGION * sizes.max(initial=1))[labels] & mask
 
 
 def _opened(mask: np.ndarray) -> np.ndarray:
