@@ -16,15 +16,15 @@ def get_config() -> ml_collections.ConfigDict:
     config = masked_region.get_config()
     config.recipe = "masked_region_small"
     config.image_size = 128
-    config.model.hidden = (32, 64)
-    config.model.depth = 2
+    config.model.hidden = (16, 32)
+    config.model.depth = 4
     config.model.vq_update = "ema"
     config.model.vq_init = "data"
     config.model.vq_revive_every = 50
-    config.learning_rate = 3e-3
+    config.learning_rate = 3e-2
     config.schedule = "cosine"
     config.warmup_steps = 50
-    config.num_steps = 1_000
+    config.num_steps = 2_500
     config.batch_size = 8
-    config.eval_every = 250
+    config.eval_every = 500
     return config

@@ -8,6 +8,7 @@ stages are kept, unfinished ones go on.
 """
 
 import base64
+import csv
 import html
 import io
 import json
@@ -94,16 +95,18 @@ def improvement(result: dict) -> dict[str, float]:
     return {name: scores["masked_mse"]["mean"] / model for name, scores in result["baselines"].items()}
 
 
-def report_html(result: dict, cohort: str, run: Path, seconds: dict[str, float], curve: bytes, strip: bytes) -> str:
+def report_html(
+    result: dict, cohort: list[dict[str, str]], seconds: dict[str, float], curve: bytes, strip: bytes, sheet: bytes
+) -> str:
     """The report as one self-contained page.
 
     Args:
       result: contents of the results JSON, with baselines.
-      cohort: text of the cohort table.
-      run: run directory.
+      cohort: rows of the cohort table (group, item, value).
       seconds: stage -> time.
       curve: PNG of the loss curve.
       strip: PNG of reconstructions.
+      sheet: PNG of random slices of the dataset.
     """
     synthetic = result["synthetic"]
     banner = "<p class=banner>SYNTHETIC DATA: computer-made scans, no patients. Nothing here is a medical result.</p>"
@@ -118,6 +121,9 @@ def report_html(result: dict, cohort: str, run: Path, seconds: dict[str, float],
     volumes, patients = (result["metrics"]["mse"][name] for name in ("num_volumes", "num_patients"))
     times = ", ".join(f"{stage} {duration:.0f} s" for stage, duration in seconds.items())
     codebook = result["codebook"]
+    facts = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>" for row in cohort
+    )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Chest CT pretraining: quickstart</title>
 <style>
@@ -128,23 +134,24 @@ border-bottom: 1px solid #ddd }} pre {{ background: #f5f5f5; padding: .8rem; ove
 </style>
 <h1>Masked region prediction on chest CT</h1>
 {banner if synthetic else ""}
-<p>A vector-quantized autoencoder saw slices with one square of {100 * mask["fraction"]:g} % of the area blacked out and
-learned to fill it in. Below: {volumes} scan(s) of {patients} held-out patient(s), {result["num_slices"]} slices, that it
-never saw in training. Not for clinical use.</p>
+<p>A vector-quantized autoencoder saw slices with one square of {100 * mask["fraction"]:g} % of the area blacked out
+and learned to fill it in. Below: {volumes} scan(s) of {patients} held-out patient(s), {result["num_slices"]} slices,
+that it never saw in training. Not for clinical use.</p>
 <h2>Held-out reconstructions</h2>
 {_image(strip, "input, target, prediction and difference of held-out slices")}
 <p><small>Difference: grey is equal, red is too bright, blue too dark.</small></p>
 <h2>Scores</h2>
 <table><tr><th></th>{"".join(f"<th>{NAMES[name]}</th>" for name in scores)}</tr>{table}</table>
 <p>Mean ± standard deviation over volumes; below it the 95 % bootstrap interval by patient (none with one patient).
-Inside the masked square the model's error is <b>{factors["mean_image"]:.1f} times</b> smaller than that of the mean slice
-and <b>{factors["copy_input"]:.1f} times</b> smaller than that of the masked input.
+Inside the masked square the model's error is <b>{factors["mean_image"]:.1f} times</b> smaller than that of the mean
+slice and <b>{factors["copy_input"]:.1f} times</b> smaller than that of the masked input.
 Codebook: {codebook["used_codes"]} of {codebook["num_codes"]} codes in use, perplexity {codebook["perplexity"]:.0f}.</p>
 <h2>Training</h2>
 {_image(curve, "loss curves")}
 <p><small>{times}; {html.escape(result["device"])}.</small></p>
 <h2>Data</h2>
-<pre>{html.escape(cohort)}</pre>
+<table>{facts}</table>
+{_image(sheet, "random slices of the dataset")}
 <h2>What next</h2>
 <p>On your own archive, with the paper's model (an accelerator is needed):</p>
 <pre>python -m data_prep.prepare --archive=dicom --input_dir=MY_DICOM --output_dir=DATASET --holdout_volumes=128
@@ -184,6 +191,7 @@ def main(argv: list[str]) -> int:
         f"--input_dir={source or archive}",
         f"--output_dir={dataset}",
         f"--image_size={IMAGE_SIZE}",
+        *([] if source else ["--splits=0.7,0.15,0.15"]),
     )
     run_stage(
         "3 of 5: describe and verify the dataset",
@@ -214,19 +222,21 @@ def main(argv: list[str]) -> int:
     from ctssl_jax.reports import read_reports
 
     result = json.loads(result_file.read_text())
+    with open(output / "cohort" / "cohort.csv", newline="") as file:
+        cohort = list(csv.DictReader(file))
     page = report_html(
         result,
-        (output / "cohort" / "cohort.txt").read_text(),
-        run,
+        cohort,
         seconds,
         loss_curve(read_reports(run, "train"), read_reports(run, "validation")),
         result_file.with_suffix(".png").read_bytes(),
+        (output / "cohort" / "contact_sheet.png").read_bytes(),
     )
     (output / "report.html").write_text(page)
     factors = improvement(result)
     print(
-        f"\nInside the masked square the model's error is {factors['mean_image']:.1f} times smaller than the mean slice's "
-        f"and {factors['copy_input']:.1f} times smaller than the masked input's"
+        f"\nInside the masked square the model's error is {factors['mean_image']:.1f} times smaller than the mean "
+        f"slice's and {factors['copy_input']:.1f} times smaller than the masked input's"
         + (" (SYNTHETIC data)" if result["synthetic"] else "")
         + f".\nReport: {output / 'report.html'}   ({sum(seconds.values()):.0f} s)"
     )

@@ -1,0 +1,108 @@
+"""The project around the code: README's commands, light command lines, one-way imports, no machine named anywhere."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+COMMANDS = (
+    "data_prep.prepare",
+    "data_prep.describe",
+    "data_prep.phantom",
+    "ctssl_jax.train",
+    "ctssl_jax.evaluate",
+    "experiments.quickstart",
+)
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_needs_no_heavy_library(module):
+    """`--help` prints the module's docstring, and neither jax nor TFDS is imported for it."""
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{module}', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('{module}', run_name='__main__')\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "print('HEAVY', [name for name in ('jax', 'tensorflow_datasets', 'matplotlib') if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert "flags:" in result.stdout, result.stderr
+    assert "HEAVY []" in result.stdout
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_an_unknown_flag_is_one_clear_line(module):
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--no_such_flag=1"], cwd=PROJECT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode != 0
+    assert "no_such_flag" in result.stderr and "Traceback" not in result.stderr
+
+
+def _imports(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+    return modules
+
+
+def test_imports_run_one_way():
+    for path in (PROJECT / "data_prep").glob("*.py"):
+        used = _imports(path)
+        assert not any(name.split(".")[0] in ("jax", "flax", "ctssl_jax", "configs", "experiments") for name in used), (
+            path
+        )
+    for path in (PROJECT / "ctssl_jax").rglob("*.py"):
+        used = _imports(path)
+        assert not any(name.split(".")[0] in ("configs", "experiments", "pydicom") for name in used), path
+        from_data_prep = {name for name in used if name.split(".")[0] == "data_prep"}
+        assert all(name == "data_prep" or name.startswith("data_prep.dataset") for name in from_data_prep), path
+
+
+def test_readme_shows_the_commands():
+    readme = (PROJECT / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL)
+    assert any("pip install" in block and "experiments.quickstart" in block for block in blocks)
+    marked = readme.split("<!-- test command -->")[1]
+    command = re.search(r"```bash\n(.*?)```", marked, flags=re.DOTALL).group(1)
+    for part in ("python3 -m venv", "'.[test]'", "ruff check", "ruff format --check", "-m pytest"):
+        assert part in command
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", readme):
+        assert (PROJECT / name).is_file(), f"README shows {name}, which is not there"
+
+
+def test_readme_names_only_flags_and_fields_that_exist():
+    readme = (PROJECT / "README.md").read_text()
+    sources = "\n".join(path.read_text() for path in PROJECT.rglob("*.py") if ".venv" not in path.parts)
+    for flag in set(re.findall(r"--([a-z_]+)(?==|`| |\n)", readme)) - {"check", "worker", "command"}:
+        assert f'"{flag}"' in sources or flag == "config", f"README names --{flag}"
+    from configs import masked_region
+
+    config = masked_region.get_config()
+    for field in re.findall(r"--config\.([a-z_.]+)", readme):
+        node = config
+        for name in field.split("."):
+            assert name in node, f"README names config.{field}"
+            node = node[name]
+
+
+def test_repository_names_no_machine():
+    """No absolute home or workspace path in any tracked text."""
+    listed = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        path = PROJECT / name
+        if path.suffix in (".py", ".md", ".cfg", ".toml", ""):
+            text = path.read_text()
+            found = re.findall(r"(?<![\w.])/(?:home|root|Users|mnt|opt)/\w+", text)
+            assert not found, f"{name}: {found}"
