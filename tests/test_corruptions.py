@@ -1,0 +1,98 @@
+"""Mask corruption: pure function of (key, record), right area, right place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctssl_jax import corruptions
+
+
+def keys_of(count: int, step: int | None = None, start: int = 0) -> jax.Array:
+    return corruptions.example_keys(jax.random.key(0), jnp.arange(start, start + count), step)
+
+
+def first_masked(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First masked row and column of each mask [B, H, W]."""
+    return mask.any(2).argmax(1), mask.any(1).argmax(1)
+
+
+def test_keys_depend_on_run_step_and_record_only():
+    keys = jax.random.key_data(keys_of(6, step=3))
+    assert len(np.unique(keys, axis=0)) == 6
+    np.testing.assert_array_equal(jax.random.key_data(keys_of(3, step=3, start=2)), keys[2:5])
+    assert not np.array_equal(jax.random.key_data(keys_of(6, step=4)), keys)
+    assert not np.array_equal(jax.random.key_data(keys_of(6)), keys)
+    expected = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 3), 5)
+    np.testing.assert_array_equal(keys[5], jax.random.key_data(expected))
+
+
+def test_an_example_is_corrupted_the_same_way_in_any_batch():
+    images = jax.random.uniform(jax.random.key(1), (8, 40, 40, 1))
+    whole, mask = corruptions.mask_region(keys_of(8, step=1), images, fraction=0.1)
+    again, _ = corruptions.mask_region(keys_of(8, step=1), images, fraction=0.1)
+    np.testing.assert_array_equal(again, whole)
+    order = np.array([5, 2, 7])
+    keys = corruptions.example_keys(jax.random.key(0), jnp.asarray(order), 1)
+    part, part_mask = jax.jit(lambda k, x: corruptions.mask_region(k, x, fraction=0.1))(keys, images[order])
+    np.testing.assert_array_equal(part, whole[order])
+    np.testing.assert_array_equal(part_mask, mask[order])
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.10, 0.20, 0.33])
+@pytest.mark.parametrize("size", [64, 512])
+def test_masked_area_is_the_fraction_asked_for(fraction, size):
+    images = jnp.ones((2, size, size, 1))
+    inputs, mask = corruptions.mask_region(keys_of(2), images, fraction=fraction)
+    side = corruptions.mask_side(size, size, fraction=fraction)
+    areas = np.asarray(mask).sum((1, 2, 3))
+    np.testing.assert_array_equal(areas, side**2)
+    assert np.all(np.abs(areas - fraction * size**2) <= side + 0.5)
+    np.testing.assert_array_equal(inputs, images * (1 - mask))
+
+
+def test_side_unit_gives_the_sides_of_the_authors_release():
+    sides = [corruptions.mask_side(512, 512, fraction=f, unit="side") for f in (0.05, 0.10, 0.20, 0.33)]
+    assert sides == [25, 51, 102, 168]
+    assert corruptions.mask_side(100, 100, fraction=0.29, unit="side") == 29
+
+
+def test_mask_is_one_square_anywhere_it_fits():
+    _, mask = corruptions.mask_region(keys_of(2000), jnp.zeros((2000, 12, 16, 1)), fraction=0.5)
+    mask = np.asarray(mask)[..., 0].astype(bool)
+    side = corruptions.mask_side(12, 16, fraction=0.5)
+    assert np.all(mask.any(2).sum(1) == side) and np.all(mask.any(1).sum(1) == side)
+    rows, columns = first_masked(mask)
+    assert set(rows) == set(range(12 - side + 1)) and set(columns) == set(range(16 - side + 1))
+    counts = np.bincount(columns)
+    assert counts.min() > 0.7 * counts.mean()
+
+
+def test_margin_keeps_the_last_rows_and_columns_uncovered():
+    _, mask = corruptions.mask_region(keys_of(500), jnp.zeros((500, 16, 16, 1)), fraction=0.1, margin=6)
+    mask = np.asarray(mask)[..., 0].astype(bool)
+    assert not mask[:, 10:].any() and not mask[:, :, 10:].any()
+    assert mask[:, 9].any() and mask[:, :, 9].any() and mask[:, 0].any() and mask[:, :, 0].any()
+
+
+def test_fill_and_channels():
+    images = jax.random.uniform(jax.random.key(1), (3, 16, 16, 3))
+    inputs, mask = corruptions.mask_region(keys_of(3), images, fraction=0.25, fill=0.5)
+    assert mask.shape == (3, 16, 16, 1) and mask.dtype == jnp.float32
+    np.testing.assert_array_equal(inputs, np.where(mask, 0.5, images))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fraction": 0.0}, "between 0 and 1"),
+        ({"fraction": 1.0}, "between 0 and 1"),
+        ({"fraction": 0.1, "unit": "volume"}, "volume"),
+        ({"fraction": 0.01, "unit": "side"}, "less than a pixel"),
+        ({"fraction": 0.5, "margin": 10}, "does not fit"),
+        ({"fraction": 0.5, "margin": -1}, "margin"),
+    ],
+)
+def test_impossible_masks_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        corruptions.mask_region(keys_of(1), jnp.zeros((1, 16, 16, 1)), **settings)
