@@ -157,11 +157,15 @@ def read_metadata(workdir: Path, step: int) -> dict:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step: a reader sees the old file or the new one, never a part."""
+    """Write JSON in one step, as `write_text`."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

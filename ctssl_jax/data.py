@@ -118,30 +118,36 @@ def training_batches(
     batch_size: int,
     seed: int,
     *,
-    start_batch: int = 0,
+    microbatches: int = 1,
+    start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 4,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless shuffled batches, reshuffled every epoch.
+    """Endless shuffled batches, in `microbatches` parts each, reshuffled every epoch.
+
+    Every process gets one run of consecutive items of each part: joined in the order of the processes they are the
+    part that one process alone would get.
 
     Args:
       source: the slices.
-      batch_size: global batch size, divisible by `process_count`.
+      batch_size: global batch size, divisible by `microbatches * process_count`.
       seed: fixes the order of all epochs.
-      start_batch: number of batches already consumed: the iterator goes on exactly there.
-      process_index: this process's number; it gets every `process_count`-th item of each global batch.
+      microbatches: number of parts that make a batch.
+      start_step: number of batches (not parts) already consumed: the iterator goes on exactly there.
+      process_index: this process's number.
       process_count: number of processes.
       num_threads: reading threads.
 
     Returns:
-      Iterator of `{"images": uint8 [B / process_count, K, H, W, C], "record_index": int32 [...], "weight": float32}`.
+      Iterator of parts `{"images": uint8 [b, K, H, W, C], "record_index": int32 [b], "weight": float32 [b]}` with
+      b = batch_size / microbatches / process_count.
     """
     items = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    batches = items[process_index::process_count].batch(batch_size // process_count)
-    iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=8)))
-    if start_batch:
-        iterator.set_state({"next_index": start_batch})
+    parts = items.batch(batch_size // microbatches // process_count)[process_index::process_count]
+    iterator = iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=8)))
+    if start_step:
+        iterator.set_state({"next_index": start_step * microbatches})
     return iterator
 
 
@@ -155,7 +161,7 @@ def evaluation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every item once, in order; the last batch is padded with items of weight 0, so that all batches have one shape.
 
-    All processes see the same number of batches. Arguments and items as in `training_batches`.
+    All processes see the same number of batches. Arguments and items as in `training_batches`, with one part a batch.
     """
     padded = math.ceil(len(source) / batch_size) * batch_size
 

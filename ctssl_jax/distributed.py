@@ -4,8 +4,10 @@ Parameters are replicated and batches split along the one mesh axis `data`; unde
 BatchNorm statistics are then global sums that XLA inserts, so that N devices compute what one device computes.
 """
 
+import contextlib
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -74,22 +76,47 @@ def to_devices(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
-def stop_requests() -> Callable[[int], bool]:
-    """Listen for SIGTERM (preemption, `scancel`, `kill`) and SIGINT (Ctrl-C).
+@contextlib.contextmanager
+def refusing_together() -> Iterator[None]:
+    """A block of checks that ends with an error on all processes if it does on one, so that none waits for another.
 
-    Returns:
+    Raises:
+      InputError: another process refused; its own message says why.
+    """
+    error = None
+    try:
+        yield
+    except ValueError as caught:
+        error = caught
+    if jax.process_count() > 1:
+        refused = multihost_utils.process_allgather(np.asarray(error is not None))
+        if error is None and refused.any():
+            raise InputError(f"process {int(np.argmax(refused))} of {len(refused)} refused to start; see its message")
+    if error is not None:
+        raise error
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Listen for SIGTERM (preemption, `scancel`, `kill`) and SIGINT (Ctrl-C) within a block of the main thread.
+
+    Yields:
       `should_stop(step)`, to be called at every step: true when this process, or in a multi-host run any process,
       was asked to stop; all hosts get the answer true at the same step. A second Ctrl-C interrupts at once.
     """
+    several = jax.process_count() > 1  # then SIGTERM is JAX's own preemption notice, and reaches all hosts
     asked = []
 
     def note(signal_number: int, frame: object) -> None:
         if asked and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(signal_number)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    signal.signal(signal.SIGINT, note)
-    if jax.process_count() > 1:  # SIGTERM is JAX's own preemption notice there, and reaches all hosts
-        return multihost_utils.reached_preemption_sync_point
-    signal.signal(signal.SIGTERM, note)
-    return lambda step: bool(asked)
+    before = {number: signal.signal(number, note) for number in [signal.SIGINT] + [signal.SIGTERM] * (not several)}
+    try:
+        yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 
+from ctssl_jax.checkpoint import write_text
+
 
 def say(line: str) -> None:
     """Print a line once a run, whatever the number of processes."""
@@ -23,7 +25,8 @@ def duration(seconds: float) -> str:
 class Reports:
     """`metrics.jsonl` and `tensorboard/` of a run directory.
 
-    A run that goes on at `start_step` first drops what an interrupted attempt wrote beyond it.
+    A run that goes on at `start_step` first drops what an interrupted attempt wrote beyond it; one that starts from
+    scratch (-1) drops everything.
     """
 
     def __init__(self, workdir: Path, start_step: int):
@@ -34,7 +37,7 @@ class Reports:
 
         path = workdir / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))
         self._file = open(path, "a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
 

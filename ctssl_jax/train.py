@@ -7,7 +7,9 @@ save and end with exit code 0. On several hosts start one process on each with `
 """
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -25,12 +27,13 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, 
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, where it cannot be detected.")
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
+def train(config: ml_collections.ConfigDict, workdir: str | Path, devices: Sequence[Any] | None = None) -> bool:
     """Train, or go on training, until `config.num_steps`.
 
     Args:
       config: a recipe, see `configs/masked_region.py`.
       workdir: the run directory, see `ctssl_jax.checkpoint`.
+      devices: JAX devices to use, by default all of all processes.
 
     Returns:
       True if the run is complete, False if it was asked to stop before.
@@ -39,6 +42,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
       InputError: something in the configuration, the dataset or the run directory cannot work.
       TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before.
     """
+    from ctssl_jax import distributed
+
+    with distributed.stop_requests() as should_stop:
+        return _train(config, Path(workdir), devices, should_stop)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    devices: Sequence[Any] | None,
+    should_stop: Callable[[int], bool],
+) -> bool:
     import jax
 
     from ctssl_jax import configuration, data, distributed, metrics, pictures, training
@@ -48,23 +63,23 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
     from ctssl_jax.tasks import get_task, model_config
 
     # ---- What is asked for, and can it work? ------------------------------------------------------------------------
-    workdir = Path(workdir)
-    num_devices, num_processes, process = jax.device_count(), jax.process_count(), jax.process_index()
-    configuration.check_config(config, num_devices, num_processes)
-    preparation, channels = configuration.check_dataset(config, ("train", "validation"))
-    configuration.check_resumable(workdir, config, preparation)
-    task = get_task(config.task)
-    train_source = data.open_source(config.dataset, "train", channels, task.offsets)
-    validation_source = data.open_source(config.dataset, "validation", channels, task.offsets)
-    if process == 0:
-        patients = {
-            split: sorted({volume["patient_id"] for volume in source.volumes})
-            for split, source in (("train", train_source), ("validation", validation_source))
-        }
-        configuration.open_workdir(workdir, config, preparation, patients)
+    mesh = distributed.make_mesh(devices)
+    num_devices, num_processes, process = mesh.devices.size, jax.process_count(), jax.process_index()
+    with distributed.refusing_together():
+        configuration.check_config(config, num_devices, num_processes)
+        preparation, channels = configuration.check_dataset(config, ("train", "validation"))
+        task = get_task(config.task)
+        train_source = data.open_source(config.dataset, "train", channels, task.offsets)
+        validation_source = data.open_source(config.dataset, "validation", channels, task.offsets)
+        if process == 0:
+            configuration.check_resumable(workdir, config, preparation)
+            patients = {
+                split: sorted({volume["patient_id"] for volume in source.volumes})
+                for split, source in (("train", train_source), ("validation", validation_source))
+            }
+            configuration.open_workdir(workdir, config, preparation, patients)
 
     # ---- The program and what it will cost --------------------------------------------------------------------------
-    mesh = distributed.make_mesh()
     program = training.make_program(config, task, len(channels), mesh)
     _, abstract_params, _ = training.abstract_model(config, task)
     abstract_state = jax.eval_shape(program.initial_state)
@@ -73,7 +88,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
 
     encoder_size = training.count_parameters(abstract_params["encoder"])
     flops = flops_per_slice(model_config(config), config.image_size)
-    kind = jax.devices()[0].device_kind
+    kind = mesh.devices.flat[0].device_kind
     say(f"devices      {num_devices} x {kind} in {num_processes} process(es), jax {jax.__version__}")
     say(f"model        {training.count_parameters(abstract_params):,} trainable parameters ({encoder_size:,} encoder)")
     say(f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {3 * flops / 1e9:,.2f} with the backward pass")
@@ -93,8 +108,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
 
     # ---- Start or go on ---------------------------------------------------------------------------------------------
     checkpoints = Checkpoints(workdir)
-    start_step = checkpoints.last_step or 0
-    if start_step:
+    fresh = checkpoints.last_step is None
+    start_step = 0 if fresh else checkpoints.last_step
+    if not fresh:
         shardings = distributed.replicated(mesh)
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings), abstract_state
@@ -104,19 +120,26 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
     else:
         state = program.initial_state()
     share = dict(process_index=process, process_count=num_processes, num_threads=config.reading_threads)
-    batches = data.training_batches(train_source, config.batch_size, config.seed, start_batch=start_step, **share)
+    batches = data.training_batches(
+        train_source,
+        config.batch_size,
+        config.seed,
+        microbatches=config.microbatches,
+        start_step=start_step,
+        **share,
+    )
     fixed_slices = data.picture_batch(validation_source, part_size // num_processes, config.num_pictures)
     num_pictures = min(config.num_pictures, part_size // num_processes)
     label = "SYNTHETIC" if preparation["synthetic"] else ""
-    reports = Reports(workdir, start_step)
-    should_stop = distributed.stop_requests()
+    reports = Reports(workdir, -1 if fresh else start_step)
     metadata = {"config": configuration.to_json(config), "preparation": preparation}
 
     def validate(step: int) -> float:
         scores, code_counts = training.evaluate_split(
             program, state, data.evaluation_batches(validation_source, part_size, **share)
         )
-        means = {name: float(value.mean()) for name, value in scores.items() if name != "record_index"}
+        means = {name: float(value.mean(dtype=float)) for name, value in scores.items() if name != "record_index"}
+        training.check_finite(means["loss"], step, workdir, checkpoints.last_step)
         means |= {
             "perplexity": metrics.perplexity(code_counts),
             "used_codes": metrics.used_codes(code_counts),
@@ -130,42 +153,44 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> bool:
 
     # ---- Evaluate, save, fetch the next batch, step -----------------------------------------------------------------
     step, finished = start_step, False
-    clock, clock_step, training_seconds = time.time(), step, 0.0
+    clock, clock_step, training_seconds, waited = time.time(), step, 0.0, 0.0
     try:
         while True:
             at_end, stopping = step >= config.num_steps, should_stop(step)
             due = at_end or step % config.eval_every == 0
-            if due or stopping:
-                training.check_finite(state, workdir, checkpoints.last_step)
-            if due and (step > start_step or step == 0):
+            unsaved = step > start_step or (fresh and not stopping)
+            if unsaved and (due or stopping):
                 paused = time.time()
-                loss = validate(step)
-                checkpoints.save(step, state, metadata, loss)
+                training.check_state(state, workdir, checkpoints.last_step)
+                checkpoints.save(step, state, metadata, validate(step) if due else None)
                 clock += time.time() - paused  # slices/s is of training alone
-            elif stopping and step > start_step:
-                checkpoints.save(step, state, metadata, None)
             if at_end or stopping:
                 finished = at_end
                 break
-            state = training.run_step(program, config, state, next(batches))
+            asked = time.time()
+            microbatches = [next(batches) for _ in range(config.microbatches)]
+            waited += time.time() - asked
+            state = training.run_step(program, state, microbatches)
             step += 1
             if step % config.log_every == 0:
-                training.check_finite(state, workdir, checkpoints.last_step)
+                training.check_state(state, workdir, checkpoints.last_step)
                 state, means, code_counts = training.take_report(state)
                 now = time.time()
                 speed = (step - clock_step) * config.batch_size / (now - clock)
+                means |= {"slices_per_second": speed, "waiting_for_data": waited / (now - clock)}
                 training_seconds += now - clock
-                clock, clock_step = now, step
+                clock, clock_step, waited = now, step, 0.0
                 means |= {
                     "perplexity": metrics.perplexity(code_counts),
                     "used_codes": metrics.used_codes(code_counts),
                 }
-                reports.write("train", step, {**means, "slices_per_second": speed})
+                reports.write("train", step, means)
                 left = (config.num_steps - step) * training_seconds / (step - start_step)
                 say(
                     f"step {step:,}/{config.num_steps:,}  loss {means['loss']:.4g}  "
                     + "  ".join(f"{name} {means[name]:.4g}" for name in task.reported)
-                    + f"  codes {means['used_codes']}  {speed:.1f} slices/s  {duration(left)} left"
+                    + f"  codes {means['used_codes']}  {speed:.1f} slices/s"
+                    + f" ({means['waiting_for_data']:.0%} waiting for data)  {duration(left)} left"
                 )
     finally:
         checkpoints.close()

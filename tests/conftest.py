@@ -5,7 +5,14 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_force_host_platform_device_count=8",
+            "--xla_backend_optimization_level=0",  # tiny models compile longer than they run
+            "--xla_llvm_disable_expensive_passes=true",
+        ]
+    )
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
@@ -21,3 +28,27 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real CT scans: set CTSSL_TEST_DATA to a folder that holds them")
     return folder
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled programs are shared by the tests of a session and the processes that they start."""
+    import jax
+
+    folder = tmp_path_factory.mktemp("compiled")
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset directory of 16 x 16 slices: 60 for training, 24 for validation, 24 for test. Not to be changed."""
+    from example_dataset import write_example_dataset
+
+    return write_example_dataset(tmp_path_factory.mktemp("data") / "tiny", image_size=16)

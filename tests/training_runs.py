@@ -1,0 +1,114 @@
+"""Tiny training runs and what they leave behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from configs import masked_region
+from ctssl_jax import checkpoint, reports, training
+from ctssl_jax.train import train
+
+PROJECT = Path(__file__).resolve().parent.parent
+TINY = {
+    "image_size": 16,
+    "model.hidden": (4, 8),
+    "model.depth": 1,
+    "model.embedding_dim": 4,
+    "model.num_codes": 8,
+    "batch_size": 8,
+    "num_steps": 12,
+    "log_every": 4,
+    "eval_every": 6,
+    "num_pictures": 2,
+    "reading_threads": 2,
+}
+EMA = {"model.vq_update": "ema", "model.vq_init": "data", "model.vq_revive_every": 3}
+
+
+def tiny_config(dataset: Path, **overrides) -> ml_collections.ConfigDict:
+    """The default recipe at the size of a test; `model__depth=2` sets `config.model.depth`."""
+    config = masked_region.get_config()
+    overrides = {name.replace("__", "."): value for name, value in overrides.items()}
+    for name, value in {"dataset": str(dataset), **TINY, **overrides}.items():
+        config.update_from_flattened_dict({name: value})
+    return config
+
+
+def command(dataset: Path, workdir: Path, *flags: str, **overrides) -> list[str]:
+    """The command line of the same run."""
+    settings = {**TINY, **{name.replace("__", "."): value for name, value in overrides.items()}}
+    given = [f"--config.{name}={value}" for name, value in settings.items()]
+    named = [f"--config.dataset={dataset}", f"--workdir={workdir}"]
+    return [sys.executable, "-m", "ctssl_jax.train", "--config=configs/masked_region.py", *named, *given, *flags]
+
+
+def start(arguments: list[str], num_devices: int = 1) -> subprocess.Popen:
+    """Start a command line at the project's root with so many simulated devices; output is caught as text."""
+    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags = " ".join([*kept, f"--xla_force_host_platform_device_count={num_devices}"])
+    return subprocess.Popen(
+        arguments,
+        cwd=PROJECT,
+        env={**os.environ, "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train_on(config: ml_collections.ConfigDict, workdir: Path, num_devices: int = 1) -> bool:
+    """`train` on the first few simulated devices."""
+    return train(config, workdir, jax.devices()[:num_devices])
+
+
+def ask_to_stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next run gets SIGTERM while it takes this step."""
+    run_step, taken = training.run_step, []
+
+    def run_step_and_signal(program, state, microbatches):
+        state = run_step(program, state, microbatches)
+        taken.append(state)
+        del taken[:-1]
+        if int(state.step) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state
+
+    monkeypatch.setattr(training, "run_step", run_step_and_signal)
+
+
+def saved_state(workdir: Path, step: int | str = "last") -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by name."""
+    step = checkpoint.choose_step(workdir, str(step))
+    stored = ocp.checkpointables_metadata((workdir / "checkpoints" / str(step)).resolve()).metadata["state"]
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in stored.items()}
+    return jax.device_get(checkpoint.restore(workdir, step, like))
+
+
+def assert_same_state(workdir: Path, other: Path, step: int | str = "last") -> None:
+    """Two runs' checkpoints are equal bit for bit."""
+    one, two = saved_state(workdir, step), saved_state(other, step)
+    assert one.keys() == two.keys()
+    different = [name for name in one if not np.array_equal(one[name], two[name])]
+    assert not different
+
+
+def numbers(workdir: Path) -> list[dict]:
+    """All reports of a run without what a clock says."""
+    clocks = ("time", "slices_per_second", "waiting_for_data")
+    lines = reports.read_reports(workdir, "train") + reports.read_reports(workdir, "validation")
+    return [{name: value for name, value in line.items() if name not in clocks} for line in lines]
+
+
+def losses(workdir: Path) -> list[float]:
+    """The training losses that a run reported."""
+    return [line["loss"] for line in reports.read_reports(workdir, "train")]
