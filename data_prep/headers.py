@@ -126,14 +126,15 @@ class NotAnImage:
 
 
 def read_header(input_dir: Path, source: Source) -> Header | NotAnImage:
-    """The header of one source, without its pixels. Never raises for what the file holds, nor if it cannot be read."""
-    try:
-        if source.member:
-            return _read(io.BytesIO(read_bytes(input_dir, source)), source)
-        with open(Path(input_dir) / source.path, "rb") as file:
-            return _read(file, source)
-    except OSError as error:
-        return NotAnImage(source, "unreadable", error.strerror or "damaged zip member")
+    """The header of one source, without its pixels. Never raises for what the file holds.
+
+    Raises:
+        OSError: the file cannot be read, or is a damaged zip member.
+    """
+    if source.member:
+        return _read(io.BytesIO(read_bytes(input_dir, source)), source)
+    with open(Path(input_dir) / source.path, "rb") as file:
+        return _read(file, source)
 
 
 def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
@@ -147,6 +148,8 @@ def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
             dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True)
             return _header(dataset, source, file.tell())
     except Exception as error:  # pydicom raises a dozen kinds on damaged bytes; the kind is the detail
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk, not from pydicom
+            raise
         return NotAnImage(source, "unreadable", f"{type(error).__name__} while reading the header")
 
 

@@ -73,7 +73,7 @@ class SeriesCandidate:
     position are its duplicates: `load_volume` compares the pixels.
     """
 
-    series_key: str  # the Series Instance UID, with a suffix where a series holds several stacks
+    series_key: str  # the Series Instance UID, with a suffix where a series holds several stacks; unique in its exam
     exam_key: tuple[str, str]  # patient key, Study Instance UID
     patient_key: str
     headers: tuple[Header, ...]
@@ -105,15 +105,12 @@ def plan_series(headers: Iterable[Header], rules: Rules) -> list[SeriesCandidate
     """
     series = collections.defaultdict(list)
     for header in headers:
-        folder = "" if header.series_instance_uid else posixpath.dirname(_location(header))
-        key = (header.series_instance_uid, header.study_instance_uid, header.patient_key, folder)
-        series[key].extend(slice_headers(header))
-    uses = collections.Counter(key[0] for key in series)
+        series_key = header.series_instance_uid or f"no-series-uid:{posixpath.dirname(_location(header))}"
+        series[series_key, header.study_instance_uid, header.patient_key].extend(slice_headers(header))
     planned = []
     for key in sorted(series):
-        series_key = key[0] if key[0] and uses[key[0]] == 1 else "|".join(key)
         slices = sorted(series[key], key=lambda header: (header.source, header.frame))
-        planned.extend(_plan_one(series_key, slices, rules))
+        planned.extend(_plan_one(key[0], slices, rules))
     return planned
 
 

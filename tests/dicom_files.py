@@ -1,7 +1,8 @@
-"""Small DICOM series for tests: a coarse thorax, and every attribute open to change."""
+"""Small DICOM series for tests: a coarse thorax, every attribute open to change; and the whole path over a folder."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,21 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian
+
+from data_prep.dicom import (
+    NOTES,
+    REASONS,
+    Header,
+    NotAnImage,
+    Rejection,
+    Rules,
+    SeriesCandidate,
+    Volume,
+    list_sources,
+    load_volume,
+    plan_series,
+    read_header,
+)
 
 SPACING_MM = 2.5
 PIXEL_MM = 5.5
@@ -171,3 +187,44 @@ def _picked(ds: Dataset, *keywords: str) -> Dataset:
     for keyword in keywords:
         setattr(picked, keyword, ds[keyword].value)
     return picked
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a folder."""
+
+    volumes: list[Volume]
+    rejections: list[Rejection]
+    not_images: list[NotAnImage]
+    candidates: list[SeriesCandidate]
+
+
+def convert(folder: Path, rules: Rules | None = None) -> Outcome:
+    """Runs the whole path over a folder and checks that every slice is accounted for exactly once."""
+    rules = rules or Rules()
+    read = [read_header(folder, source) for source in list_sources(folder)]
+    headers = [header for header in read if isinstance(header, Header)]
+    planned = plan_series(headers, rules)
+    candidates = [entry for entry in planned if isinstance(entry, SeriesCandidate)]
+    results = [entry if isinstance(entry, Rejection) else load_volume(folder, entry, rules) for entry in planned]
+    volumes = [result for result in results if not isinstance(result, Rejection)]
+    rejections = [result for result in results if isinstance(result, Rejection)]
+    seen = [(h.source, h.frame) for v in volumes for h in (*v.headers, *(h for h, _ in v.dropped))]
+    seen += [(h.source, h.frame) for r in rejections for h in r.headers]
+    assert len(seen) == len(set(seen)) == sum(header.number_of_frames for header in headers)
+    reasons = [r.reason for r in rejections] + [reason for v in volumes for _, reason in v.dropped]
+    assert set(reasons) <= set(REASONS)
+    assert {note for v in volumes for note in v.notes} <= set(NOTES)
+    return Outcome(volumes, rejections, [entry for entry in read if isinstance(entry, NotAnImage)], candidates)
+
+
+def only_volume(outcome: Outcome) -> Volume:
+    assert [r.reason for r in outcome.rejections] == []
+    (volume,) = outcome.volumes
+    return volume
+
+
+def only_rejection(outcome: Outcome) -> Rejection:
+    assert outcome.volumes == []
+    (rejection,) = outcome.rejections
+    return rejection

@@ -1,65 +1,12 @@
 """The corner cases of DICOM series that converters get wrong, from files to volumes."""
 
-import dataclasses
-
 import dicom_files as files
 import numpy as np
 import pydicom
 import pytest
+from dicom_files import convert, only_rejection, only_volume
 
-from data_prep.dicom import (
-    NOTES,
-    REASONS,
-    Header,
-    NotAnImage,
-    Rejection,
-    Rules,
-    SeriesCandidate,
-    list_sources,
-    load_volume,
-    plan_series,
-    read_header,
-    select_reconstructions,
-)
-
-
-@dataclasses.dataclass
-class Outcome:
-    volumes: list
-    rejections: list
-    not_images: list
-    candidates: list
-
-
-def convert(folder, rules=None):
-    """Runs the whole path over a folder and checks that every slice is accounted for exactly once."""
-    rules = rules or Rules()
-    read = [read_header(folder, source) for source in list_sources(folder)]
-    headers = [header for header in read if isinstance(header, Header)]
-    planned = plan_series(headers, rules)
-    candidates = [entry for entry in planned if isinstance(entry, SeriesCandidate)]
-    results = [entry if isinstance(entry, Rejection) else load_volume(folder, entry, rules) for entry in planned]
-    volumes = [result for result in results if not isinstance(result, Rejection)]
-    rejections = [result for result in results if isinstance(result, Rejection)]
-    seen = [(h.source, h.frame) for v in volumes for h in (*v.headers, *(h for h, _ in v.dropped))]
-    seen += [(h.source, h.frame) for r in rejections for h in r.headers]
-    assert len(seen) == len(set(seen)) == sum(header.number_of_frames for header in headers)
-    reasons = [r.reason for r in rejections] + [reason for v in volumes for _, reason in v.dropped]
-    assert set(reasons) <= set(REASONS)
-    assert {note for v in volumes for note in v.notes} <= set(NOTES)
-    return Outcome(volumes, rejections, [entry for entry in read if isinstance(entry, NotAnImage)], candidates)
-
-
-def only_volume(outcome):
-    assert [r.reason for r in outcome.rejections] == []
-    (volume,) = outcome.volumes
-    return volume
-
-
-def only_rejection(outcome):
-    assert outcome.volumes == []
-    (rejection,) = outcome.rejections
-    return rejection
+from data_prep.dicom import Rules, plan_series, select_reconstructions
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import dicom_files as files
 import numpy as np
 import pydicom
 import pytest
+from dicom_files import convert, only_volume
 from pydicom.dataset import Dataset
 from pydicom.fileset import FileSet
-from test_dicom import convert, only_volume
 
 from data_prep.dicom import Header, NotAnImage, Source, read_header
 
@@ -83,7 +83,8 @@ def test_damaged_text_holds_no_other_elements(tmp_path, dataset):
 
 
 def test_missing_file(tmp_path):
-    assert read_header(tmp_path, Source("gone", "", 1)).reason == "unreadable"
+    with pytest.raises(FileNotFoundError, match="gone"):
+        read_header(tmp_path, Source("gone", "", 1))
 
 
 def test_header_is_picklable_and_small(tmp_path, dataset):

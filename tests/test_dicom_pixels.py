@@ -7,7 +7,7 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
-from test_dicom import convert, only_rejection, only_volume
+from dicom_files import convert, only_rejection, only_volume
 
 from data_prep.archives import Source
 from data_prep.decoders import DECODER_DEPENDENCIES
