@@ -63,7 +63,7 @@ class Patient:
     @property
     def body_width_mm(self) -> float:
         """Approximate width of the body at the lung base, mm of the patient."""
-        return (2 * 152 + 2 * self.fat_mm) * self.scale[0]
+        return (2 * 150 + 2.4 * self.fat_mm) * self.scale[0]
 
 
 def sample_patient(rng: np.random.Generator) -> Patient:
@@ -251,12 +251,12 @@ def _lung_points(anatomy: Anatomy) -> np.ndarray:
     """Points [N, 3] float32 spread evenly over both lungs, 3 mm or more inside."""
     rng = np.random.default_rng(anatomy.patient.seed)
     points = []
-    for z in np.arange(-190.0, 98.0, 4.5):
-        x, y = np.meshgrid(np.arange(-140.0, 141, 6), np.arange(-105.0, 106, 6))
-        x = (x + rng.uniform(-3, 3, x.shape)).astype(np.float32)
-        y = (y + rng.uniform(-3, 3, x.shape)).astype(np.float32)
+    for z in np.arange(-188.0, 98.0, 8.0):
+        x, y = np.meshgrid(np.arange(-136.0, 137, 4.6), np.arange(-104.0, 105, 4.6))
+        x = (x + rng.uniform(-2.3, 2.3, x.shape)).astype(np.float32)
+        y = (y + rng.uniform(-2.3, 2.3, x.shape)).astype(np.float32)
         inside = lungs(x, y, z, anatomy, pleura_distance(x, y, z, anatomy.patient)) < -2
-        heights = z + rng.uniform(-2, 2, inside.sum())
+        heights = z + rng.uniform(-4, 4, inside.sum())
         points.append(np.stack([x[inside], y[inside], heights], axis=1))
     return np.concatenate(points).astype(np.float32)
 
@@ -272,7 +272,7 @@ def shoulder_blade(z: float, patient: Patient) -> tuple[tuple[float, float], tup
 
 def _on_pleura(angle: np.ndarray, z: np.ndarray, patient: Patient, outward_mm: float) -> tuple[np.ndarray, np.ndarray]:
     """Points (x, y) at an angle from posterior (0) to anterior (pi) on the pleura at z, moved outward."""
-    half_width, front, middle, back = pleura_outline(np.minimum(z, 70), patient)
+    half_width, front, middle, back = pleura_outline(np.minimum(z, 84), patient)
     power = np.where(angle > np.pi / 2, 2.2, 2.35)
     sin, cos = np.abs(np.sin(angle)), np.cos(angle)
     x = (half_width + outward_mm) * sin ** (2 / power)
@@ -290,9 +290,6 @@ def _ribs(patient: Patient) -> tuple[Capsules, Capsules]:
         angle = np.linspace(0.36, last, 22)
         z = head_z + 2 - drop * ((1 - np.cos(angle)) / 2) ** 0.65
         x, y = _on_pleura(angle, z, patient, 5.5)
-        if number == 1:
-            # The first rib arches over the apex, inside the outline of the lower ones.
-            x, y = x * 0.72, y * 0.72 + 0.28 * float(spine_y(60, patient)) * 0.5
         spine = float(spine_y(head_z, patient))
         head = [(19, spine + 9, head_z), (30, spine + 20, head_z + 2)]
         points = np.concatenate([head, np.stack([x, y, z], axis=1)])

@@ -23,10 +23,14 @@ def noise_tiles(size: int, pixel_mm: float, sharp: bool, rng: np.random.Generato
 
 
 def texture_tile(size: int, pixel_mm: float, seed: int) -> np.ndarray:
-    """[size, size] float32 of unit variance: the grain of lung, liver and bone, a few mm across."""
+    """[2 * size, size] float32 of unit variance: the grain of lung, liver and bone, a few mm across.
+
+    It repeats after `size` rows, so that a window that moves down it with z gives every slice its own grain.
+    """
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(size, pixel_mm)[:, None], np.fft.rfftfreq(size, pixel_mm)[None, :])
     amplitude = np.exp(-((frequency / 0.12) ** 2)) + 0.25 * np.exp(-((frequency / 0.02) ** 2))
     white = np.fft.rfft2(rng.standard_normal((size, size), dtype=np.float32))
     tile = np.fft.irfft2(white * amplitude, (size, size))
+    tile = np.concatenate([tile, tile])
     return (tile / tile.std()).astype(np.float32)

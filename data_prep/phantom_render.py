@@ -22,7 +22,8 @@ from data_prep.phantom_anatomy import (
     spine_y,
 )
 from data_prep.phantom_noise import noise_tiles, texture_tile
-from data_prep.phantom_shapes import FAR, Canvas, ellipse, ellipsoid, segment, smooth_max, smooth_min
+from data_prep.phantom_shapes import FAR, Canvas, ellipse, ellipsoid, join, segment, smooth_max, smooth_min
+from data_prep.phantom_vessels import Vessels
 
 FAT, MUSCLE, SKIN = -102.0, 56.0, 18.0
 
@@ -94,6 +95,7 @@ def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.
     patient = anatomy.patient
     pixel = scan.pixel_spacing_mm
     sharp = scan.kernel == "sharp"
+    blood = ENHANCEMENTS[scan.contrast]
     scale = patient.scale
     in_plane = (scale[0] * scale[1]) ** 0.5
     canvas = Canvas(
@@ -105,13 +107,7 @@ def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.
         patient.asymmetry,
         max(pixel, 0.75 if sharp else 1.25) / in_plane,
     )
-    vessels = anatomy.vessels
-    vessels = dataclasses.replace(
-        vessels,
-        arteries_tree=vessels.arteries_tree.blurred(canvas.edge_mm),
-        veins_tree=vessels.veins_tree.blurred(canvas.edge_mm),
-    )
-    anatomy = dataclasses.replace(anatomy, vessels=vessels)
+    anatomy = dataclasses.replace(anatomy, vessels=_as_seen(anatomy.vessels, blood, canvas.edge_mm))
     tiles = noise_tiles(scan.image_size, pixel, sharp, rng)
     sigma = scan.noise_hu * (2.2 if sharp else 1.0) * min(1.0, 0.75 / pixel) ** 0.3
     texture = texture_tile(canvas.size, pixel, patient.seed)
@@ -126,7 +122,8 @@ def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.
         z = z_mm / scale[2]
         canvas.move_to(float(spine_x(z, patient)))
         canvas.hu += table
-        render_slice(canvas, anatomy, z, ENHANCEMENTS[scan.contrast], texture)
+        grain = int(1.3 * z_mm / pixel) % scan.image_size
+        render_slice(canvas, anatomy, z, blood, texture[grain : grain + scan.image_size])
         which, top, left = rng.integers(0, (2 * len(tiles), *room))
         patch = tiles[which // 2][top : top + scan.image_size, left : left + scan.image_size]
         np.multiply(patch[:: 1 - 2 * (which % 2)], loudness, out=noise)
@@ -134,6 +131,14 @@ def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.
         np.clip(noise, -1024, 3071, out=noise)
         volume[index] = np.rint(noise, out=noise)
     return volume
+
+
+def _as_seen(vessels: Vessels, blood: Enhancement, edge_mm: float) -> Vessels:
+    """The trees with thin branches faded by the blur, and in one piece where arteries and veins look the same."""
+    arteries, veins = vessels.arteries_tree.blurred(edge_mm), vessels.veins_tree.blurred(edge_mm)
+    if blood.pulmonary_artery == blood.left_heart:
+        arteries, veins = join([arteries, veins]), veins.select(np.zeros(0, int))
+    return dataclasses.replace(vessels, arteries_tree=arteries, veins_tree=veins)
 
 
 def render_slice(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement, texture: np.ndarray) -> None:
@@ -231,6 +236,7 @@ def paint_lungs(canvas, anatomy: Anatomy, z: float, blood: Enhancement, lung: np
     thin = 0.6
     airways = canvas.tubes(vessels.airways_tree, z, around_mm=1.0)
     if airways is not None:
+        airways = airways[0], np.maximum(airways[1], _around(distance, box, airways[0]) - 4)
         canvas.fill(airways[0], airways[1] - 1.0, -150, opacity=0.8)
     for tree, hu in ((vessels.veins_tree, blood.left_heart), (vessels.arteries_tree, blood.pulmonary_artery)):
         tubes = canvas.tubes(tree, z, thin)
@@ -287,11 +293,10 @@ def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhan
             canvas.fill(*found, hu)
             if capsules is vessels.aorta and anatomy.patient.aortic_calcification > 0.1:
                 box, distance = found
-                angle = np.arctan2(canvas.y[box], canvas.x[box])
-                patchy = np.sin(angle * 37 + z / 5) + np.sin(angle * 23 - z / 7 + anatomy.patient.seed % 7)
-                plaque = (
-                    np.abs(distance + 0.4) - 1.0 + 3.0 * (1.95 - 0.8 * anatomy.patient.aortic_calcification - patchy)
-                )
+                phase = anatomy.patient.seed % 7
+                patches = np.sin(canvas.x[box] / 6 + z / 9 + phase) + np.sin(canvas.y[box] / 7 - z / 11 - phase)
+                rare = 5 * (1.9 - 0.75 * anatomy.patient.aortic_calcification - patches)
+                plaque = np.maximum(np.abs(distance + np.float32(0.5)) - 1, rare)
                 canvas.fill(box, plaque.astype(np.float32), 620)
     found = canvas.tubes(vessels.trachea, z, around_mm=1.6)
     if found is not None:

@@ -303,6 +303,13 @@ class Canvas:
         distance -= part.start_radius[:, None, None]
         t *= (part.end_radius - part.start_radius)[:, None, None]
         distance -= t
+        if size <= 24:
+            # Many small squares: one scattered minimum beats a loop tenfold.
+            offset = np.arange(size)
+            rows, columns = (top[:, None] + offset) * self.size, left[:, None] + offset
+            index = (rows[:, :, None] + columns[:, None, :]).reshape(-1)
+            np.minimum.at(field.reshape(-1), index, distance.reshape(-1))
+            return
         for r, c, patch in zip(top, left, distance, strict=True):
             view = field[r : r + size, c : c + size]
             np.minimum(view, patch, out=view)

@@ -70,7 +70,7 @@ def great_vessels(patient, spine_y: Callable[[float], float]) -> Vessels:
             polyline([(-25, -30, 46), (-30, -32, 20), (-31, -28, -16), (-30, -24, -50)], [9, 9.5, 9.5, 10]),
             polyline([(-25, -30, 46), (-32, -24, 66), (-44, -14, 84), (-70, -18, 104)], [8, 7, 7, 6]),
             polyline([(-24, -32, 44), (-4, -40, 52), (22, -34, 62), (40, -18, 84), (70, -20, 104)], [7.5, 7, 7, 7, 6]),
-            polyline([(-26, -14, -78), (-24, -6, -100), (-22, 6, -140), (-20, 18, -240)], [12, 12, 12, 11.5]),
+            polyline([(-25, -8, -97), (-24, -4, -108), (-22, 6, -140), (-20, 18, -240)], [12, 12, 12, 11.5]),
             polyline([(-29, -24, -6), (-20, 8, -2), (-10, float(spine_y(-30)) - 20, -22)], [4.5, 4, 4]),
             polyline([(-7, float(spine_y(z)) - 21, z) for z in range(-22, -240, -30)], 3.4),
         ]
@@ -112,8 +112,13 @@ def grow_trees(great: Vessels, points: np.ndarray, patient) -> Vessels:
     low = venous[:, 2] < -52 + 0.55 * (-venous[:, 1])
     ostia = np.array([(-46, -14, -34), (-44, 26, -66), (48, -14, -26), (46, 30, -66)], np.float32)
     veins, _, _ = _grow(ostia, venous, 2 * (venous[:, 0] > 0) + low, rng)
+    roots, airways = _airways(arteries, supplied, start_offset)
     return dataclasses.replace(
-        great, arteries_tree=arteries, veins_tree=veins, airways_tree=_airways(arteries, supplied, start_offset)
+        great,
+        trachea=join([great.trachea, roots]),
+        arteries_tree=arteries,
+        veins_tree=veins,
+        airways_tree=airways,
     )
 
 
@@ -168,8 +173,8 @@ def _grow(roots: np.ndarray, points: np.ndarray, group: np.ndarray, rng) -> tupl
     return tree, np.concatenate(behind), np.concatenate(parents)
 
 
-def _airways(arteries: Capsules, supplied: np.ndarray, parent_radius: np.ndarray) -> Capsules:
-    """Bronchi beside the larger arteries, from the main bronchi on."""
+def _airways(arteries: Capsules, supplied: np.ndarray, parent_radius: np.ndarray) -> tuple[Capsules, Capsules]:
+    """(what leads from the main bronchi into the lungs, bronchi beside the larger arteries)."""
     large = supplied >= 12
     side = np.where(arteries.start[large, :1] > 0, 1.0, -1.0)
     away = np.concatenate([-0.45 * side, np.full_like(side, 0.35), np.full_like(side, 0.7)], axis=1)
@@ -186,4 +191,4 @@ def _airways(arteries: Capsules, supplied: np.ndarray, parent_radius: np.ndarray
             for i in range(2)
         ]
     )
-    return join([roots, tree])
+    return roots, tree
