@@ -45,8 +45,8 @@ def test_ssim_agrees_with_scikit_image(name):
 
 def test_ssim_of_equal_images_is_one_and_its_gradient_is_finite():
     x = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
-    np.testing.assert_allclose(metrics.ssim(x, x), 1, atol=1e-5)
-    gradient = jax.grad(lambda x: metrics.ssim(x, jnp.zeros_like(x)).sum())(x)
+    np.testing.assert_allclose(jax.jit(metrics.ssim)(x, x), 1, atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda x: metrics.ssim(x, jnp.zeros_like(x)).sum()))(x)
     assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
 
 
@@ -93,7 +93,6 @@ def test_summary_over_volumes_and_patients():
     low, high = summary["ci95"]
     assert low < 3 < high and 1.5 <= low and high <= 6
     assert metrics.volume_summary([1.0, 2.0, 3.0, 6.0], ["a", "a", "b", "c"], seed=3) == summary
-    assert metrics.volume_summary([1.0, 2.0, 3.0, 6.0], ["a", "a", "b", "c"], seed=4)["ci95"] != [low, high]
 
 
 def test_interval_is_drawn_by_patient_not_by_volume():
@@ -101,6 +100,7 @@ def test_interval_is_drawn_by_patient_not_by_volume():
     patients = np.repeat([f"patient{i}" for i in range(20)], 10)
     values = np.repeat(rng.standard_normal(20), 10) + 0.01 * rng.standard_normal(200)
     low, high = metrics.volume_summary(values, patients)["ci95"]
+    assert metrics.volume_summary(values, patients, seed=1)["ci95"] != [low, high]
     by_volume = metrics.volume_summary(values, [str(i) for i in range(200)])["ci95"]
     assert high - low > 2 * (by_volume[1] - by_volume[0])
     # Width of the normal approximation for 20 independent patients.
