@@ -5,14 +5,17 @@ Layout of a run directory:
     config.json           the configuration of the run
     patients.json         pseudonyms of the patients of the training and validation splits
     preparation.json      how the slices were prepared (window, size, key fingerprint), as the dataset recorded it
-    checkpoints/STEP      Orbax checkpoints: the last one and the best one by validation loss
+    checkpoints/STEP      Orbax checkpoints: the last two and the best one by validation loss
     metrics.jsonl         one line a report: step, losses, slices/s
     tensorboard/          the same as event files
     pictures/             input | target | prediction | difference of fixed validation slices
 
 A checkpoint is one flat dictionary `name -> array` (`params/encoder/...`, `variables/...`, `optimizer/...`, `step`),
-so that names stay readable and parts can be taken alone; its JSON metadata holds the configuration, the preparation
-and the position in the data order.
+so that names stay readable and parts can be taken alone; its JSON metadata holds the configuration and the preparation.
+The position in the order of the data is the step itself.
+
+Orbax and TensorStore report a full disk or a damaged file by many types of exception, bare `Exception` among them;
+whatever they raise here becomes one line with the remedy.
 """
 
 import json
@@ -23,7 +26,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from ctssl_jax.command_line import InputError
+from ctssl_jax.command_line import InputError, RunFailed
 
 CHECKPOINTS = "checkpoints"
 
@@ -42,16 +45,24 @@ def unflatten(like: Any, flat: dict[str, Any]) -> Any:
 
 
 class Checkpoints:
-    """Asynchronous checkpoints of one run: keeps the last one and the one with the lowest validation loss."""
+    """Asynchronous checkpoints of one run.
 
-    def __init__(self, workdir: Path, keep_last: int = 1):
+    Keeps the one with the lowest validation loss and the last two: should the last one be damaged, one before it is
+    still there.
+
+    Raises:
+      InputError: the folder holds a checkpoint that cannot be read.
+    """
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
         policies = ocp.training.preservation_policies
-        self._checkpointer = ocp.training.Checkpointer(
-            (workdir / CHECKPOINTS).resolve(),
+        self._checkpointer = _open(
+            workdir,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
                 [
-                    policies.LatestN(keep_last),
+                    policies.LatestN(2),
                     policies.BestN(
                         n=1,
                         get_metric_fn=lambda metrics: metrics["loss"],
@@ -70,26 +81,57 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: Any, metadata: dict, validation_loss: float | None) -> None:
-        """Start saving `state`; returns as soon as the device arrays are copied. Skips a step already saved."""
-        if self.last_step is not None and step <= self.last_step:
-            return
-        self._checkpointer.save_checkpointables_async(
-            step,
-            {"state": flatten(state)},
-            metrics=None if validation_loss is None else {"loss": validation_loss},
-            custom_metadata=metadata,
-        )
+        """Start saving `state`; returns as soon as the device arrays are copied.
+
+        Raises:
+          RunFailed: this checkpoint or the one before could not be written.
+        """
+        try:
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {"state": flatten(state)},
+                metrics=None if validation_loss is None else {"loss": validation_loss},
+                custom_metadata=metadata,
+            )
+        except Exception as error:
+            raise self._not_saved(error) from error
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        self._checkpointer.close()
+        """Wait until everything is on disk.
+
+        Raises:
+          RunFailed: the last checkpoint could not be written.
+        """
+        try:
+            self._checkpointer.close()
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def _not_saved(self, error: Exception) -> RunFailed:
+        return RunFailed(
+            f"a checkpoint could not be saved in {self._workdir} ({_first_line(error)}); make room or permit writing "
+            "there and run again: it goes on from the last complete checkpoint"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _open(workdir: Path, **options: Any) -> ocp.training.Checkpointer:
+    folder = workdir / CHECKPOINTS
+    try:
+        return ocp.training.Checkpointer(folder.resolve(), **options)
+    except Exception as error:
+        raise InputError(
+            f"a checkpoint in {folder} is damaged ({_first_line(error)}); remove the newest one and run again"
+        ) from error
 
 
 def _steps(workdir: Path) -> list[Any]:
-    folder = workdir / CHECKPOINTS
-    if not folder.is_dir():
+    if not (workdir / CHECKPOINTS).is_dir():
         return []
-    with ocp.training.Checkpointer(folder.resolve()) as checkpointer:
+    with _open(workdir) as checkpointer:
         return list(checkpointer.checkpoints)
 
 
@@ -124,16 +166,20 @@ def restore(workdir: Path, step: int, like: Any) -> Any:
         devices than the run that saved it. Parts of the checkpoint that `like` lacks are not read.
 
     Raises:
-      InputError: tensors are missing or have another shape; the message names them.
+      InputError: tensors are missing or have another shape, and the message names them; or the checkpoint is damaged.
     """
     path = (workdir / CHECKPOINTS / str(step)).resolve()
     wanted = flatten(like)
-    stored = ocp.checkpointables_metadata(path).metadata["state"]
+    try:
+        stored = ocp.checkpointables_metadata(path).metadata["state"]
+        stored = {name: tuple(stored[name].shape) for name in stored}
+    except Exception as error:
+        raise _damaged(workdir, step, error) from error
     missing = [name for name in wanted if name not in stored]
     shapes = [
-        f"{name} {tuple(stored[name].shape)} instead of {tuple(leaf.shape)}"
+        f"{name} {stored[name]} instead of {tuple(leaf.shape)}"
         for name, leaf in wanted.items()
-        if name in stored and tuple(stored[name].shape) != tuple(leaf.shape)
+        if name in stored and stored[name] != tuple(leaf.shape)
     ]
     if missing or shapes:
         problems = ([f"missing: {', '.join(missing[:5])}"] if missing else []) + (
@@ -145,13 +191,25 @@ def restore(workdir: Path, step: int, like: Any) -> Any:
         )
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
-        loaded = ocp.load_checkpointables(path, {"state": wanted})["state"]
+    try:
+        with context:
+            loaded = ocp.load_checkpointables(path, {"state": wanted})["state"]
+    except Exception as error:
+        raise _damaged(workdir, step, error) from error
     return unflatten(like, loaded)
 
 
+def _damaged(workdir: Path, step: int, error: Exception) -> InputError:
+    others = sorted(int(path.name) for path in (workdir / CHECKPOINTS).iterdir() if path.name.isdigit())
+    others = ", ".join(str(number) for number in others if number != step) or "none"
+    return InputError(
+        f"checkpoint {step} of {workdir} is damaged ({_first_line(error)}); remove {workdir / CHECKPOINTS / str(step)} "
+        f"to use another one (there are: {others})"
+    )
+
+
 def read_metadata(workdir: Path, step: int) -> dict:
-    """The JSON that was saved with a checkpoint: `config`, `preparation`, `data`."""
+    """The JSON that was saved with a checkpoint: `config`, `preparation`."""
     path = (workdir / CHECKPOINTS / str(step)).resolve()
     return dict(ocp.checkpointables_metadata(path).custom_metadata)
 

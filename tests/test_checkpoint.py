@@ -1,0 +1,140 @@
+"""Checkpoints: exact, asynchronous in spite of donated buffers, the right ones kept, damage and full disks named."""
+
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctssl_jax import distributed
+from ctssl_jax.checkpoint import Checkpoints, choose_step, flatten, read_metadata, restore, unflatten
+from ctssl_jax.command_line import InputError, RunFailed
+
+
+def state(seed: int) -> dict:
+    random = np.random.default_rng(seed)
+    return {
+        "params": {"layers": [jnp.asarray(random.random((300, 200), np.float32)), jnp.arange(8.0)]},
+        "step": jnp.asarray(seed, jnp.int32),
+    }
+
+
+def shapes(tree: dict, sharding=None) -> dict:
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("checkpoints") / "run"
+    checkpoints = Checkpoints(workdir)
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, None), (5, 1.5)):
+        checkpoints.save(step, state(step), {"config": {"step": step}}, loss)
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def run(three_checkpoints, tmp_path):
+    return shutil.copytree(three_checkpoints, tmp_path / "run")
+
+
+def test_flat_names_are_readable_and_reversible():
+    tree = state(1)
+    flat = flatten(tree)
+    assert list(flat) == ["params/layers/0", "params/layers/1", "step"]
+    assert jax.tree.structure(unflatten(tree, flat)) == jax.tree.structure(tree)
+
+
+def test_best_and_last_two_are_kept_and_restored_exactly(three_checkpoints):
+    assert sorted(path.name for path in (three_checkpoints / "checkpoints").iterdir()) == ["2", "4", "5"]
+    assert Checkpoints(three_checkpoints).last_step == 5
+    for which, step in (("best", 2), ("last", 5), ("4", 4)):
+        assert choose_step(three_checkpoints, which) == step
+        restored = restore(three_checkpoints, step, shapes(state(0)))
+        jax.tree.map(np.testing.assert_array_equal, restored, state(step))
+        assert read_metadata(three_checkpoints, step) == {"config": {"step": step}}
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_restores_onto_any_number_of_devices_and_in_parts(three_checkpoints, num_devices):
+    mesh = distributed.make_mesh(jax.devices()[:num_devices])
+    like = shapes({"params": state(0)["params"]}, distributed.replicated(mesh))
+    restored = restore(three_checkpoints, 5, like)
+    jax.tree.map(np.testing.assert_array_equal, restored["params"], state(5)["params"])
+    assert restored["params"]["layers"][1].sharding.device_set == set(mesh.devices.flat)
+
+
+def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path):
+    """The training step gives its buffers away while a checkpoint is still being written."""
+    sharding = distributed.replicated(distributed.make_mesh())
+    values = jax.device_put(jnp.zeros((1000, 1000)), sharding)
+    step = jax.jit(lambda values: values + 1, donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path)
+    for number in range(20):
+        if number % 5 == 0:
+            checkpoints.save(number, {"values": values}, {}, float(-number))
+        values = step(values)
+    checkpoints.close()
+    for number in (10, 15):
+        restored = restore(tmp_path, number, shapes({"values": values}, sharding))["values"]
+        np.testing.assert_array_equal(restored, np.full((1000, 1000), number, np.float32))
+
+
+def test_tensors_that_do_not_fit_are_named(three_checkpoints):
+    like = shapes({"params": {"layers": [jnp.zeros((3, 2))]}, "more": jnp.zeros(3)})
+    with pytest.raises(InputError, match=r"missing: more; of another shape: params/layers/0 \(300, 200\) instead of"):
+        restore(three_checkpoints, 5, like)
+
+
+def test_choosing_a_checkpoint_that_is_not_there(three_checkpoints, tmp_path):
+    with pytest.raises(InputError, match="has no checkpoint '3'; there are steps 2, 4, 5, and the names best and last"):
+        choose_step(three_checkpoints, "3")
+    with pytest.raises(InputError, match="holds no checkpoint; give the --workdir of a run"):
+        choose_step(tmp_path, "last")
+
+
+@pytest.mark.parametrize("damage", ["remove", "truncate"])
+@pytest.mark.parametrize(
+    "pattern", ["state/d/*", "state/ocdbt.process_0/d/*", "state/manifest.ocdbt", "state/_METADATA"]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(run, pattern, damage):
+    for path in (run / "checkpoints" / "5").glob(pattern):
+        if damage == "remove":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(
+        InputError, match=r"checkpoint 5 of .* is damaged .*; remove .*checkpoints/5 .*\(there are: 2, 4\)"
+    ):
+        restore(run, 5, shapes(state(0)))
+    shutil.rmtree(run / "checkpoints" / "5")
+    assert choose_step(run, "last") == 4
+    restore(run, 4, shapes(state(0)))
+
+
+def test_a_damaged_list_of_checkpoints_is_named(run):
+    (run / "checkpoints" / "5" / "metrics" / "metrics").write_text('{"loss')
+    for attempt in (lambda: Checkpoints(run), lambda: choose_step(run, "best")):
+        with pytest.raises(InputError, match=r"a checkpoint in .*checkpoints is damaged .*; remove the newest one"):
+            attempt()
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(run):
+    """A limit on file sizes stands for the full disk."""
+    checkpoints = Checkpoints(run)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(RunFailed, match=r"could not be saved in .*run \(.*File too large.*run again: it goes on"):
+            checkpoints.save(6, state(6), {}, 0.5)
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    checkpoints = Checkpoints(run)
+    assert checkpoints.last_step == 5
+    checkpoints.save(6, state(6), {}, 0.5)
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restore(run, 6, shapes(state(0))), state(6))
