@@ -65,17 +65,19 @@ class WorkerPool:
 
 
 def _run_one_by_one(function, under_way) -> Iterator[tuple[tuple, Any]]:
-    for task, future in under_way:
-        if isinstance(future.exception(), BrokenProcessPool):
-            executor = _new_executor(1)
+    executor = _new_executor(1)
+    try:
+        for task, future in under_way:
+            if isinstance(future.exception(), BrokenProcessPool):
+                future = _submit(executor, function, task)
             try:
-                yield task, _submit(executor, function, task).result()
+                yield task, future.result()
             except BrokenProcessPool:
+                executor.shutdown()
+                executor = _new_executor(1)
                 yield task, WorkerDied()
-            finally:
-                executor.shutdown(cancel_futures=True)
-        else:
-            yield task, future.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _submit(executor, function, task) -> concurrent.futures.Future:

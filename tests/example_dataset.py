@@ -38,7 +38,7 @@ def write_example_dataset(
                         np.rint(255 * image).astype(np.uint8),
                         volume_id,
                         index,
-                        2.5 * index,
+                        2.5 * (index + (index > 5)),
                         not last and index != 5,
                     )
                 )
@@ -76,9 +76,7 @@ def write_example_dataset(
         }
     dataset.write_table(dataset_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, rows)
     dataset.write_table(dataset_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, [])
-    dataset.write_tfds_metadata(
-        dataset_dir, (image_size, image_size, channels), shard_lengths, "Synthetic example."
-    )
+    dataset.write_tfds_metadata(dataset_dir, (image_size, image_size, channels), shard_lengths, "Synthetic example.")
     checksums = {path.name: dataset.file_sha256(path) for path in sorted(dataset_dir.iterdir())}
     preparation = {
         "format_version": dataset.FORMAT_VERSION,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import shutil
 import signal
@@ -12,9 +13,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 
-from data_prep import dataset
+from data_prep import conversion, dataset
+from data_prep.conversion import convert_exam
 from data_prep.dicom import Rules
 from data_prep.dry_run import dry_run
 from data_prep.preparation import Options, Places, PreparationError, prepare
@@ -337,6 +340,22 @@ def test_slices_are_the_source_through_each_window(tmp_path, key_file):
     assert len(records) == 3 * NUM_SLICES and records[0]["image"].shape == (64, 64, 2)
 
 
+def convert_unless_patient_2(run, exam):
+    if exam[0].patient_key == "patient-2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    convert_exam(run, exam)
+
+
+def test_an_exam_that_kills_its_worker_is_rejected_and_the_rest_goes_on(tmp_path, key_file, monkeypatch):
+    for number in range(1, 5):
+        add_scan(tmp_path / "scans", number)
+    monkeypatch.setattr(conversion, "convert_exam", convert_unless_patient_2)
+    where = places(tmp_path, tmp_path / "scans")
+    preparation, _ = prepare(OPTIONS, where, num_workers=2, pseudonym_key_file=key_file)
+    assert preparation["counts"]["series_rejected"] == {"conversion_crashed": 1}
+    assert preparation["counts"]["files_in_volumes"] == 3 * NUM_SLICES
+
+
 def error_line(arguments: list[str]) -> str:
     command = [sys.executable, "-m", "data_prep.prepare", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -359,3 +378,39 @@ def test_wrong_flags_end_in_one_line(tmp_path, archive):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     assert "holds other files" in error_line([there, f"--output_dir={tmp_path / 'full'}"])
+
+
+@pytest.fixture(scope="module")
+def real_dataset(tmp_path_factory, real_data) -> Places:
+    where = places(tmp_path_factory.mktemp("real"), real_data)
+    prepare(Options(), where)
+    return where
+
+
+def test_real_scans_that_are_good_are_taken_whole(real_dataset):
+    volumes = dataset.read_volumes(real_dataset.output_dir)
+    assert sorted(v["num_slices"] for v in volumes) == [102, 133, 140]
+    assert {v["split"] for v in volumes} == set(dataset.SPLITS)
+    assert all(v["lung_box"] and v["first_lung_slice"] < v["middle_slice"] + 60 for v in volumes)
+    counts = dataset.read_preparation(real_dataset.output_dir)["counts"]
+    assert counts["series_rejected"]["too_thick"] == 2 and counts["series_rejected"]["missing_series_uid"] == 1
+    assert counts["files_in_volumes"] == 375
+
+
+def test_real_slices_are_the_source_slices(real_dataset, real_data):
+    """A head-first supine scan needs no turning: grey values are those of pydicom's own pixels and rescale, pixel by
+    pixel, in the order of the table positions."""
+    with open(real_dataset.audit_dir / "sources.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["path"].startswith("lidc_0001/")]
+    assert len(rows) == 133 and len({row["pseudonym"] for row in rows}) == 1
+    images = sorted(
+        (pydicom.dcmread(real_data / row["path"]) for row in rows), key=lambda ds: ds.ImagePositionPatient[2]
+    )
+    [volume] = [v for v in dataset.read_volumes(real_dataset.output_dir) if v["volume_id"] == rows[0]["pseudonym"]]
+    source = dataset.open_split(real_dataset.output_dir, volume["split"])
+    for index in (0, 66, 132):
+        ds = images[index]
+        hu = ds.pixel_array * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
+        record = source[volume["first_record"] + index]
+        np.testing.assert_array_equal(record["image"][..., 0], np.rint(255 * np.clip((hu + 125) / 350, 0, 1)))
+        assert record["position_mm"] == pytest.approx(float(ds.ImagePositionPatient[2]), abs=1e-3)

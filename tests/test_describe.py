@@ -1,0 +1,252 @@
+"""describe: the cohort table, the contact sheet, what --verify finds, and the search for identifying values."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import dataset, describe
+from data_prep.audit import Needles, find_leaks
+from data_prep.preparation import Options, Places, prepare
+from data_prep.verification import verify
+from data_prep.workers import WorkerPool
+from tests import dicom_files
+from tests.example_dataset import write_example_dataset
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with WorkerPool(1) as pool:
+        yield pool
+
+
+@pytest.fixture
+def example(tmp_path) -> Path:
+    return write_example_dataset(tmp_path / "example")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Places:
+    folder = tmp_path_factory.mktemp("describe")
+    for number in (1, 2, 3):
+        datasets = dicom_files.slices(dicom_files.thorax(20, seed=number), study=number, patient=f"patient-{number}")
+        for ds in datasets:
+            ds.StudyDate, ds.StudyTime, ds.AccessionNumber = "20010203", "040506.789", f"A{number}7731"
+            ds.InstitutionName, ds.SeriesDescription = "County Hospital", "chest"
+            ds.RequestAttributesSequence = [pydicom_item(f"order for {number} by Dr. Grey")]
+        dicom_files.write(folder / "scans" / str(number), datasets)
+    places = Places(folder / "scans", folder / "dataset", folder / "dataset-audit")
+    prepare(Options(image_size=64), places, num_workers=1)
+    return places
+
+
+def pydicom_item(text: str):
+    from pydicom.dataset import Dataset
+
+    item = Dataset()
+    item.RequestedProcedureDescription = text
+    return item
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "data_prep.describe", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_table_sheet_and_verification_of_a_sound_dataset(prepared, tmp_path):
+    output = tmp_path / "description"
+    result = run(
+        f"--dataset={prepared.output_dir}",
+        f"--output_dir={output}",
+        "--verify",
+        f"--audit_dir={prepared.audit_dir}",
+        f"--input_dir={prepared.input_dir}",
+        "--num_slices=5",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("Verified") == 2
+    with open(output / "cohort.csv", newline="") as file:
+        table = {(row["group"], row["item"]): row["value"] for row in csv.DictReader(file)}
+    assert table["Dataset", "Volumes, slices"] == "3, 60"
+    assert table["Patients", "Age, mean +/- sd"] == "61.0 +/- 0.0 years (of 3 patients)"
+    assert table["Sex", "Female"] == "3"
+    sheet = np.asarray(Image.open(output / "contact_sheet.png"))
+    assert sheet.shape == (192 + 16 + 24, 5 * 192) and sheet.std() > 20
+
+
+def test_table_counts(example):
+    volumes = dataset.read_volumes(example)
+    volumes[0] |= {"slice_thickness_mm": 3.0, "contrast": True, "age": None, "sex": ""}
+    rejected = [{"reason": "too_thick", "num_files": "30"}, {"reason": "too_thick", "num_files": "12"}]
+    table = {(group, item): value for group, item, value in describe.cohort_table(volumes, rejected)}
+    assert table["Dataset", "Slice thickness < 3 mm: volumes, slices"] == "8, 96"
+    assert table["Dataset", "Contrast-enhanced: volumes, slices"] == "1, 12"
+    assert table["Patients", "Patients"] == "9"
+    assert table["Sex", "not recorded"] == "1"
+    assert table["Rejected", "too_thick"] == "2 series, 42 files"
+    assert table["Split", "train: volumes, patients"] == "5, 5"
+
+
+def test_contact_sheet_is_seeded_and_a_synthetic_one_says_so(example):
+    first, again, other = (np.asarray(describe.contact_sheet(example, 6, seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    preparation = json.loads((example / "preparation.json").read_text())
+    dataset.write_preparation(example, preparation | {"synthetic": False})
+    title = np.asarray(describe.contact_sheet(example, 6, 0))[:24]
+    assert (first[:24] > 0).sum() > (title > 0).sum()
+
+
+def damaged_byte(directory: Path) -> None:
+    path = directory / "train.array_record-00000"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+def damaged_table(directory: Path) -> None:
+    path = directory / "volumes.csv"
+    path.write_text(path.read_text().replace("2.5", "2.6", 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (damaged_byte, "train.array_record-00000: checksum"),
+        (damaged_table, "volumes.csv: checksum"),
+        (lambda d: (d / "test.array_record-00000").unlink(), "test.array_record-00000: missing"),
+        (lambda d: (d / "features.json").write_text("{}"), "features.json: checksum"),
+    ],
+)
+def test_verify_names_the_damaged_file(example, pool, damage, name):
+    assert verify(example, pool) == []
+    damage(example)
+    assert any(problem.startswith(name) for problem in verify(example, pool))
+
+
+def rewritten(example: Path, change) -> None:
+    """The first training shard with changed records, and a preparation.json that agrees with it."""
+    path = example / "train.array_record-00000"
+    records = [dict(dataset.decode_record(r, (32, 32, 1))) for r in dataset.read_records(path)]
+    dataset.write_records(path, [dataset.encode_record(**record) for record in change(records)])
+    preparation = json.loads((example / "preparation.json").read_text())
+    preparation["checksums"][path.name] = dataset.file_sha256(path)
+    preparation["fingerprint"] = dataset.dataset_fingerprint(preparation["checksums"])
+    dataset.write_preparation(example, preparation)
+
+
+def swapped(records):
+    records[2], records[3] = records[3], records[2]
+    return records
+
+
+def paired_across_the_gap(records):
+    records[5]["pair_valid"] = True
+    return records
+
+
+def backwards(records):
+    for record in records:
+        record["position_mm"] = -record["position_mm"]
+    return records
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (swapped, "slice_index does not count"),
+        (paired_across_the_gap, "pair_valid does not agree with"),
+        (backwards, "positions do not increase"),
+        (lambda records: records[:-1], "23 records"),
+        (lambda records: records[12:] + records[:12], "another volume's"),
+    ],
+)
+def test_verify_finds_wrong_records_behind_right_checksums(example, pool, change, problem):
+    rewritten(example, change)
+    problems = verify(example, pool)
+    assert any(problem in line and line.startswith("train.array_record-00000") for line in problems), problems
+
+
+def test_needles_are_found_by_length_and_boundary():
+    needles = Needles(["12345", "patient-4711-x", "Meier"])
+    assert list(needles.find_in_text("id=12345; Meier")) == ["12345", "Meier"]
+    assert list(needles.find_in_text("a123456 Meiers")) == []
+    assert list(needles.find_in_text("xxpatient-4711-xyy")) == ["patient-4711-x"]
+    assert list(needles.find(b"\0\0patient-4711-x")) == [(2, "patient-4711-x")]
+    assert list(needles.find(b"1234")) == []
+
+
+def in_pixels(directory: Path) -> None:
+    path = directory / "train.array_record-00000"
+    records = [dict(dataset.decode_record(r, (64, 64, 1))) for r in dataset.read_records(path)]
+    image = bytearray(records[4]["image"].tobytes())
+    hidden = dicom_files.uid(1).encode()
+    image[100 : 100 + len(hidden)] = hidden
+    records[4]["image"] = np.frombuffer(bytes(image), np.uint8).reshape(64, 64, 1)
+    dataset.write_records(path, [dataset.encode_record(**record) for record in records])
+
+
+def in_table(old: str, new: str):
+    def plant(directory: Path) -> None:
+        path = directory / "volumes.csv"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    return plant
+
+
+def in_preparation(text: str):
+    def plant(directory: Path) -> None:
+        preparation = json.loads((directory / "preparation.json").read_text())
+        dataset.write_preparation(directory, preparation | {"comment": text})
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [
+        (in_pixels, "train.array_record-00000: record 4"),
+        (in_table(",train,", ",train Doe^Jane,"), "volumes.csv: line 2, split"),
+        (in_table("Example Scanners", "patient-1"), "volumes.csv: line 2, manufacturer: not a manufacturer"),
+        (in_preparation("made 20010203"), "preparation.json"),
+        (in_preparation("at 040506.789 h"), "preparation.json"),
+        (in_preparation("A27731"), "preparation.json"),
+        (in_preparation("order for 2 by Dr. Grey"), "preparation.json"),
+        (lambda d: (d / "patient-2").write_text(""), "patient-2: its name"),
+        (lambda d: (d / "note.bin").write_bytes(b"\0County Hospital"), "note.bin: its bytes"),
+    ],
+)
+def test_planted_identifiers_are_found(prepared, tmp_path, pool, plant, name):
+    copy = tmp_path / "dataset"
+    shutil.copytree(prepared.output_dir, copy)
+    plant(copy)
+    leaks = find_leaks(copy, prepared.input_dir, prepared.audit_dir, pool)
+    assert leaks and all(leak.startswith(name) for leak in leaks), leaks
+    assert not any("Doe" in leak or "27731" in leak for leak in leaks)  # the report tells no secrets
+
+
+def test_a_clean_dataset_has_no_leaks(prepared, pool):
+    assert find_leaks(prepared.output_dir, prepared.input_dir, prepared.audit_dir, pool) == []
+
+
+def test_a_damaged_dataset_ends_with_exit_code_1(example):
+    damaged_byte(example)
+    result = run(f"--dataset={example}", "--verify")
+    assert result.returncode == 1 and "WRONG train.array_record-00000: checksum" in result.stdout
+
+
+def test_wrong_arguments_end_in_one_line(example, tmp_path):
+    for arguments, message in (
+        ([f"--dataset={tmp_path / 'no'}"], "no such directory"),
+        ([f"--dataset={example}", "--verify", f"--audit_dir={tmp_path}"], "belong together"),
+        ([f"--dataset={example}", "--verify", f"--audit_dir={tmp_path}", f"--input_dir={tmp_path}"], "no sources.csv"),
+    ):
+        result = run(*arguments)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
