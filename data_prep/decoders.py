@@ -29,7 +29,7 @@ _JPEG_2000 = {
     "1.2.840.10008.1.2.4.203",
 }
 _RLE = {"1.2.840.10008.1.2.5"}
-_END_OF_JPEG = b"\xff\xd9"
+_END_OF_IMAGE = b"\xff\xd9"  # the last marker in JPEG, JPEG-LS and JPEG 2000
 DECODER_DEPENDENCIES = {UID(uid): ("imagecodecs",) for uid in _JPEG | _JPEG_LS | _JPEG_2000 | _RLE}
 
 
@@ -46,6 +46,9 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
         RuntimeError: imagecodecs cannot decode it.
     """
     syntax = runner.transfer_syntax
+    if syntax not in _RLE and not frame.rstrip(b"\0").endswith(_END_OF_IMAGE):
+        # of such a frame the JPEG decoder fills up what is missing, in silence, and the JPEG-LS decoder may take minutes
+        raise ValueError("the frame ends early")
     if syntax in _RLE:
         sample = np.dtype(f"<u{runner.bits_allocated // 8}")
         values = np.frombuffer(imagecodecs.dicomrle_decode(frame, sample), sample)
@@ -53,8 +56,6 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
             raise ValueError("too few run-length coded values")
         values = values[: runner.rows * runner.columns].reshape(runner.rows, runner.columns)
     elif syntax in _JPEG:
-        if not frame.rstrip(b"\0").endswith(_END_OF_JPEG):  # the decoder fills up what is missing, in silence
-            raise ValueError("the frame ends early")
         values = imagecodecs.jpeg8_decode(frame)
     elif syntax in _JPEG_LS:
         values = imagecodecs.jpegls_decode(frame)
