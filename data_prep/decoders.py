@@ -47,7 +47,7 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
     """
     syntax = runner.transfer_syntax
     if syntax not in _RLE and not frame.rstrip(b"\0").endswith(_END_OF_IMAGE):
-        # of such a frame the JPEG decoder fills up what is missing, in silence, and the JPEG-LS decoder may take minutes
+        # the JPEG decoder would fill up what is missing, in silence, and the JPEG-LS decoder may take minutes
         raise ValueError("the frame ends early")
     if syntax in _RLE:
         sample = np.dtype(f"<u{runner.bits_allocated // 8}")
