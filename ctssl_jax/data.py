@@ -144,7 +144,8 @@ def training_batches(
       b = batch_size / microbatches / process_count.
     """
     items = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    parts = items.batch(batch_size // microbatches // process_count)[process_index::process_count]
+    share = batch_size // microbatches // process_count
+    parts = items.batch(share, drop_remainder=True)[process_index::process_count]  # endless: nothing is dropped
     iterator = iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=8)))
     if start_step:
         iterator.set_state({"next_index": start_step * microbatches})

@@ -1,0 +1,158 @@
+"""Neighbours, channels, and an order of the slices that depends on the seed alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+from example_dataset import write_example_dataset
+
+from ctssl_jax import data
+from ctssl_jax.command_line import InputError
+from data_prep import dataset
+
+
+def volume(first_record, num_slices, gap_positions=""):
+    return {"first_record": first_record, "num_slices": num_slices, "gap_positions": gap_positions}
+
+
+@pytest.mark.parametrize(
+    ("offsets", "expected"),
+    [
+        ((0,), [[0], [1], [2], [3], [4], [5], [6], [7]]),
+        ((0, 1), [[0, 1], [2, 3], [3, 4], [6, 7]]),
+        ((0, 2), [[2, 4]]),
+        ((-1, 0, 1), [[2, 3, 4]]),
+        ((1, 0), [[1, 0], [3, 2], [4, 3], [7, 6]]),
+        ((0, 3), []),
+    ],
+)
+def test_neighbours_stay_within_a_volume_and_cross_no_gap(offsets, expected):
+    """Slices 0-1, gap, 2-4 of one volume; 5 of another; 6-7 of a third, in one row of records."""
+    volumes = [volume(0, 5, "1"), volume(5, 1), volume(6, 2)]
+    np.testing.assert_array_equal(data.neighbour_table(volumes, offsets), np.reshape(expected, (-1, len(offsets))))
+
+
+def test_several_gaps_and_no_volumes():
+    table = data.neighbour_table([volume(10, 6, "0 3")], (0, 1))
+    np.testing.assert_array_equal(table, [[11, 12], [12, 13], [14, 15]])
+    assert data.neighbour_table([], (0, 1)).shape == (0, 2)
+
+
+def test_neighbours_are_what_the_records_say(tiny_dataset):
+    records = dataset.open_split(tiny_dataset, "train")
+    source = data.open_source(tiny_dataset, "train", (0,), (0, 1))
+    valid = [number for number in range(len(records)) if records[number]["pair_valid"]]
+    np.testing.assert_array_equal(source.table, [[number, number + 1] for number in valid])
+    item = source[7]
+    np.testing.assert_array_equal(item["images"][1], records[int(source.table[7][1])]["image"])
+    assert item["record_index"] == source.table[7][0] and item["weight"] == 1
+
+
+def joined(iterators, number, parts=1):
+    """Record numbers of the next global batches: those of all processes, part by part."""
+    batches = []
+    for _ in range(number):
+        batches.append([
+            index for _ in range(parts) for iterator in iterators for index in next(iterator)["record_index"].tolist()
+        ])  # fmt: skip
+    return batches
+
+
+def training_order(source, *, number=20, seed=3, processes=1, microbatches=1, **options):
+    iterators = [
+        data.training_batches(
+            source, 8, seed, microbatches=microbatches, process_index=index, process_count=processes, **options
+        )
+        for index in range(processes)
+    ]
+    return joined(iterators, number, microbatches)
+
+
+@pytest.fixture(scope="module")
+def source(tiny_dataset):
+    return data.open_source(tiny_dataset, "train", (0,), (0,))
+
+
+def test_every_slice_once_an_epoch_in_another_order_each_time(source):
+    order = list(itertools.chain.from_iterable(training_order(source, number=30)))  # 4 epochs of 60 slices
+    epochs = [order[start : start + 60] for start in range(0, 240, 60)]
+    assert all(sorted(epoch) == list(range(60)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert order[:60] != sorted(order[:60])
+
+
+def test_order_depends_on_the_seed_alone(source):
+    expected = training_order(source)
+    assert training_order(source, seed=4) != expected
+    for options in (
+        {"processes": 2},
+        {"processes": 4},
+        {"num_threads": 1},
+        {"microbatches": 2},
+        {"processes": 2, "microbatches": 4},
+    ):
+        assert training_order(source, **options) == expected, options
+
+
+@pytest.mark.parametrize("start_step", [1, 7, 8, 15])
+def test_goes_on_exactly_where_it_stopped(source, start_step):
+    for options in ({}, {"processes": 2, "microbatches": 2}):
+        rest = training_order(source, number=20 - start_step, start_step=start_step, **options)
+        assert rest == training_order(source)[start_step:]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_reads_everything_once_and_pads_with_weight_0(tiny_dataset, processes):
+    source = data.open_source(tiny_dataset, "validation", (0,), (0,))
+    parts = [
+        list(data.evaluation_batches(source, 10, process_index=index, process_count=processes))
+        for index in range(processes)
+    ]
+    assert [len(batches) for batches in parts] == [3] * processes  # 24 slices, the last batch holds 4
+    batches = list(itertools.chain.from_iterable(parts))
+    assert {batch["images"].shape for batch in batches} == {(10 // processes, 1, 16, 16, 1)}
+    index, weight = (np.concatenate([batch[name] for batch in batches]) for name in ("record_index", "weight"))
+    assert sorted(index[weight == 1]) == list(range(24))
+    assert np.sum(weight == 0) == 6
+
+
+def test_images_travel_as_the_dataset_holds_them(source, tiny_dataset):
+    batch = next(data.training_batches(source, 4, seed=0))
+    records = dataset.open_split(tiny_dataset, "train")
+    assert batch["images"].dtype == np.uint8
+    for image, index in zip(batch["images"], batch["record_index"], strict=True):
+        np.testing.assert_array_equal(image[0], records[int(index)]["image"])
+
+
+def test_picture_batch_is_spread_over_the_split(source):
+    batch = data.picture_batch(source, 8, 4)
+    assert batch["record_index"].tolist() == [7, 22, 37, 52, 52, 52, 52, 52]
+    assert data.picture_batch(source, 2, 4)["record_index"].tolist() == [7, 22]
+
+
+def test_windows_select_channels(tmp_path):
+    folder = write_example_dataset(tmp_path / "two", image_size=16, channels=2, volumes_per_split={"train": 1})
+    preparation = {"windows": [{"level": 50.0, "width": 350.0}, {"level": -600.0, "width": 1500.0}]}
+    assert data.select_channels(preparation, ()) == (0, 1)
+    assert data.select_channels(preparation, ((-600, 1500),)) == (1,)
+    assert data.select_channels(preparation, [[-600, 1500], [50, 350]]) == (1, 0)
+    with pytest.raises(InputError, match=r"level/width 100/700, but the dataset holds 50/350, -600/1500; .*--window"):
+        data.select_channels(preparation, ((100, 700),))
+    whole = data.NeighbourSource(folder, "train", (0, 1), (0,))[3]["images"]
+    assert whole.shape == (1, 16, 16, 2)
+    for channels in ((1,), (1, 0)):
+        chosen = data.NeighbourSource(folder, "train", channels, (0,))[3]["images"]
+        np.testing.assert_array_equal(chosen, whole[..., list(channels)])
+
+
+def test_a_split_without_slices_or_neighbours_is_refused(tiny_dataset, tmp_path):
+    with pytest.raises(InputError, match=r"no slices with neighbours at offsets \(0, 20\)"):
+        data.open_source(tiny_dataset, "train", (0,), (0, 20))
+    folder = write_example_dataset(tmp_path / "one", image_size=16, volumes_per_split={"train": 1})
+    with pytest.raises(InputError, match="has no validation split; prepare it with --splits"):
+        data.open_source(folder, "validation", (0,), (0,))
+
+
+def test_a_source_is_named_by_its_content_not_by_its_place(tiny_dataset, source):
+    assert str(tiny_dataset) not in repr(source)
+    assert repr(source) == repr(data.open_source(tiny_dataset, "train", (0,), (0,)))
