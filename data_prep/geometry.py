@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -27,6 +28,7 @@ class Axes:
     normal: np.ndarray  # [3] float64
 
 
+@functools.lru_cache(maxsize=256)
 def canonical_axes(orientation: tuple[float, ...]) -> Axes | None:
     """Axes of Image Orientation (Patient), or None if the six cosines are no two orthogonal unit vectors."""
     along_columns, along_rows = np.array(orientation[:3]), np.array(orientation[3:])

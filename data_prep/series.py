@@ -144,6 +144,8 @@ def _plan_one(series_key: str, slices: list[Header], rules: Rules) -> list[Serie
     faulty = {id(h): reason for h in images if (reason := _fault(h, rules))}
     good = [h for h in images if id(h) not in faulty]
     faults = [(h, faulty[id(h)]) for h in images if id(h) in faulty]
+    if any(reason == "burned_in_annotation" for _, reason in faults):  # what one slice says, others may not say
+        return [Rejection(series_key, tuple(slices), "burned_in_annotation", "")]
     lost = sum(reason not in _EXTRAS for _, reason in faults)
     if lost > rules.max_lost_fraction * (lost + len(good)) or (faults and len(good) < rules.min_slices):
         return [_reject_most_common(series_key, slices, faults)]
@@ -224,11 +226,13 @@ def _cluster(headers: list[Header], same) -> list[list[Header]]:
 
 
 def _same_orientation(a: Header, b: Header) -> bool:
-    return bool(np.allclose(a.orientation, b.orientation, atol=0.005))  # 0.3 degrees
+    return a.orientation == b.orientation or bool(np.allclose(a.orientation, b.orientation, atol=0.005))  # 0.3 degrees
 
 
 def _same_grid(a: Header, b: Header) -> bool:
-    return (a.rows, a.columns) == (b.rows, b.columns) and np.allclose(a.pixel_spacing, b.pixel_spacing, rtol=0.002)
+    if (a.rows, a.columns) != (b.rows, b.columns):
+        return False
+    return a.pixel_spacing == b.pixel_spacing or bool(np.allclose(a.pixel_spacing, b.pixel_spacing, rtol=0.002))
 
 
 Stack = tuple[list[Header], list[tuple[Header, str]], str]  # slices, dropped with reasons, what it was split by

@@ -363,6 +363,38 @@ def test_refusals(tmp_path, hu, values, reason):
     assert rejection.reason == reason and len(rejection.headers) == 24
 
 
+def test_one_burned_in_annotation_refuses_the_series(tmp_path, hu):
+    datasets = files.slices(hu)
+    datasets[3].BurnedInAnnotation = "YES"
+    assert only_rejection(convert(files.write(tmp_path, datasets))).reason == "burned_in_annotation"
+
+
+def test_captures_beside_the_slices_are_dropped(tmp_path, hu):
+    captures = files.slices(files.thorax(6, seed=1), origin=(-170, -160, 500))
+    for i, ds in enumerate(captures):
+        ds.SOPInstanceUID = files.uid(1, 1, 100 + i)
+        ds.ImageType = ["DERIVED", "SECONDARY"]
+    volume = only_volume(convert(files.write(tmp_path, files.slices(hu) + captures)))
+    np.testing.assert_array_equal(volume.hu, hu)
+    assert {reason for _, reason in volume.dropped} == {"derived_image"} and volume.notes == ()
+
+
+def test_several_stacks_of_one_series(tmp_path, hu):
+    """A neck with the gantry tilted and a chest without, under one Series Instance UID."""
+    angle = np.radians(20)
+    neck = files.slices(hu, orientation=(1, 0, 0, 0, np.cos(angle), -np.sin(angle)), origin=(-170, -160, 100))
+    outcome = convert(files.write(tmp_path, files.slices(hu) + neck))
+    assert sorted(round(v.gantry_tilt_degrees) for v in outcome.volumes) == [0, 20]
+    assert len({c.series_key for c in outcome.candidates}) == 2
+
+
+def test_same_series_uid_of_two_patients(tmp_path, hu):
+    other = files.thorax(seed=1)
+    outcome = convert(files.write(tmp_path, files.slices(hu) + files.slices(other, patient="patient-2")))
+    assert [v.candidate.patient_key for v in outcome.volumes] == ["patient-1", "patient-2"]
+    np.testing.assert_array_equal(outcome.volumes[1].hu, other)
+
+
 def test_no_patient_id(tmp_path, hu):
     volume = only_volume(convert(files.write(tmp_path, edited(hu, PatientID=None))))
     assert volume.candidate.patient_key == f"study:{files.uid(1)}" and volume.notes == ("no_patient_id",)
