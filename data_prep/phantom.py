@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,7 @@ def sample_scan(
         slice_spacing_mm=spacing,
         slice_thickness_mm=thickness,
         contrast=str(rng.choice(["none", "pulmonary", "venous"], p=[0.4, 0.35, 0.25])),
+        bolus=float(rng.uniform(0.7, 1.3)),
         kernel="soft",
         noise_hu=float(rng.uniform(8, 18)),
         rotation_degrees=float(rng.normal(0, 2.0)),
@@ -246,7 +248,7 @@ def main(argv: list[str]) -> None:
     options = Options(FLAGS.seed, FLAGS.image_size, FLAGS.num_slices, FLAGS.slice_spacing_mm)
     try:
         count = make_archive(Path(FLAGS.output_dir), FLAGS.num_patients, options, FLAGS.num_workers)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{count} files written; {FLAGS.output_dir} holds {FLAGS.num_patients} synthetic patients")

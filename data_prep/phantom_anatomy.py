@@ -135,7 +135,7 @@ def spine_x(z: np.ndarray | float, patient: Patient) -> np.ndarray:
 
 def body_back(z: np.ndarray | float, patient: Patient) -> np.ndarray:
     """y of the back muscles' surface."""
-    return spine_y(z, patient) * 0.7 + 20 + 41
+    return spine_y(z, patient) * 0.75 + 66
 
 
 def pleura_outline(z: np.ndarray | float, patient: Patient) -> tuple[np.ndarray, ...]:

@@ -83,8 +83,8 @@ def paint_vertebra(canvas: Canvas, anatomy: Anatomy, z: float, marrow: np.ndarra
         arch = np.maximum(arch, canal_y - 2 - y)
     wing = segment(np.abs(x), y, (10 * grow, canal_y + 4), (33 * grow, canal_y + 13)) - np.float32(4.3)
     run = (0.75 - level) % 1.0
-    start = canal_y + 9 + 16 * run
-    process = segment(x, y, (0, start), (0, start + 15)) - np.float32(2.6 + 1.2 * run)
+    start = canal_y + 6 + 11 * run
+    process = segment(x, y, (0, start), (0, start + 9)) - np.float32(2.6 + 1.2 * run)
     bone = smooth_min(arch, process, 4)
     if 0.45 < level < 0.85:
         bone = smooth_min(bone, wing, 5)
@@ -96,6 +96,6 @@ def paint_vertebra(canvas: Canvas, anatomy: Anatomy, z: float, marrow: np.ndarra
     else:
         plate = float(np.clip((5 - edge) / 2.5, 0, 1))
         canvas.fill(box, body, CORTEX - 60)
-        canvas.fill(box, body + 1.5, marrow + 170 * plate)
+        canvas.fill(box, body + 1.5, marrow + 100 * plate)
     canvas.fill(box, canal, -20)
     canvas.fill(box, canal + 2.2, 32)

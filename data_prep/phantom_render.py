@@ -32,7 +32,8 @@ FAT, MUSCLE, SKIN = -102.0, 56.0, 18.0
 class Scan:
     """One acquisition and reconstruction. `z_mm` are slice positions towards superior in the patient's mm.
 
-    `contrast` is "none", "pulmonary" (arterial, dense pulmonary arteries) or "venous"; `kernel` is "soft" or "sharp";
+    `contrast` is "none", "pulmonary" (arterial, dense pulmonary arteries) or "venous", `bolus` the enhancement relative
+    to the usual; `kernel` is "soft" or "sharp";
     `noise_hu` the standard deviation of a soft reconstruction's noise inside the body.
     """
 
@@ -43,6 +44,7 @@ class Scan:
     slice_spacing_mm: float
     slice_thickness_mm: float
     contrast: str
+    bolus: float
     kernel: str
     noise_hu: float
     rotation_degrees: float
@@ -84,6 +86,13 @@ ENHANCEMENTS = {
 }
 
 
+def enhancement(scan: Scan) -> Enhancement:
+    """HU of blood and organs in this scan."""
+    plain, usual = ENHANCEMENTS["none"], ENHANCEMENTS[scan.contrast]
+    names = [field.name for field in dataclasses.fields(Enhancement)]
+    return Enhancement(*(getattr(plain, n) + scan.bolus * (getattr(usual, n) - getattr(plain, n)) for n in names))
+
+
 def outside_field_of_view(scan: Scan) -> np.ndarray:
     """[H, W] bool: the pixels beyond the circular field of view, if the scanner has one."""
     offset = (np.arange(scan.image_size) - (scan.image_size - 1) / 2) / (scan.image_size / 2)
@@ -95,7 +104,7 @@ def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.
     patient = anatomy.patient
     pixel = scan.pixel_spacing_mm
     sharp = scan.kernel == "sharp"
-    blood = ENHANCEMENTS[scan.contrast]
+    blood = enhancement(scan)
     scale = patient.scale
     in_plane = (scale[0] * scale[1]) ** 0.5
     canvas = Canvas(

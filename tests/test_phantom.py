@@ -61,6 +61,7 @@ def small_scan(**changes) -> phantom_render.Scan:
         slice_spacing_mm=3.0,
         slice_thickness_mm=3.0,
         contrast="none",
+        bolus=1.0,
         kernel="soft",
         noise_hu=8.0,
         rotation_degrees=0.0,
