@@ -20,6 +20,8 @@ from data_prep.archives import Source
 from data_prep.dicom import Header, Rejection, Rules, SeriesCandidate, Volume, load_volume
 from data_prep.window import resize_box, resize_slice, window_to_uint8
 
+_STAGING_OPTIONS = "group_size:1,snappy"  # half the time of the shards' zstd-1 for a fifth more space
+
 # Reasons that arise here, beside `data_prep.dicom.REASONS`.
 REASONS = {
     "conversion_crashed": "The conversion failed in an unforeseen way; please report it.",
@@ -123,7 +125,7 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
             continue
         volume = _VolumeFacts(candidate, loaded, conversion)
         path = records_path(conversion.records_dir, key)
-        dataset.write_records(path, _records(loaded, volume.row["volume_id"], conversion))
+        dataset.write_records(path, _records(loaded, volume.row["volume_id"], conversion), _STAGING_OPTIONS)
         record_bytes = path.stat().st_size
         del loaded
     write_note(conversion, _note(conversion, key, volume, record_bytes, outcome))

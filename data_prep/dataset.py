@@ -92,14 +92,14 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-def _field(number: int, payload: bytes) -> bytes:
-    """A length-delimited protobuf field."""
-    return bytes([number << 3 | 2]) + _varint(len(payload)) + payload
+def _wrap(number: int, parts: list) -> list:
+    """A length-delimited protobuf field around `parts` (bytes or flat buffers), which are not copied."""
+    return [bytes([number << 3 | 2]) + _varint(sum(map(len, parts))), *parts]
 
 
-def _feature(name: str, kind: int, values: bytes) -> bytes:
+def _feature(name: str, kind: int, values) -> list:
     """An entry of the feature map of a tf.train.Example; kind 1: bytes, 2: float, 3: int64."""
-    return _field(1, _field(1, name.encode()) + _field(2, _field(kind, _field(1, values))))
+    return _wrap(1, _wrap(1, [name.encode()]) + _wrap(2, _wrap(kind, _wrap(1, [values]))))
 
 
 def encode_record(image: np.ndarray, volume_id: str, slice_index: int, position_mm: float, pair_valid: bool) -> bytes:
@@ -109,14 +109,14 @@ def encode_record(image: np.ndarray, volume_id: str, slice_index: int, position_
     """
     if image.dtype != np.uint8 or image.ndim != 3:
         raise ValueError(f"a record holds uint8 [H, W, C], not {image.dtype} {list(image.shape)}")
-    return _field(
-        1,
-        _feature("image", 1, image.tobytes())
-        + _feature("pair_valid", 3, _varint(int(pair_valid)))
-        + _feature("position_mm", 2, struct.pack("<f", position_mm))
-        + _feature("slice_index", 3, _varint(slice_index))
-        + _feature("volume_id", 1, volume_id.encode()),
-    )
+    features = [
+        *_feature("image", 1, image.reshape(-1).data),
+        *_feature("pair_valid", 3, _varint(int(pair_valid))),
+        *_feature("position_mm", 2, struct.pack("<f", position_mm)),
+        *_feature("slice_index", 3, _varint(slice_index)),
+        *_feature("volume_id", 1, volume_id.encode()),
+    ]
+    return b"".join(_wrap(1, features))
 
 
 def _fields(message: memoryview) -> Iterable[tuple[int, memoryview]]:
@@ -186,7 +186,7 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_records(path: Path, records: Iterable[bytes]) -> int:
+def write_records(path: Path, records: Iterable[bytes], options: str = WRITER_OPTIONS) -> int:
     """Writes an ArrayRecord file, present in full or not at all; returns the number of records.
 
     The bytes of the file depend on the records only.
@@ -194,7 +194,7 @@ def write_records(path: Path, records: Iterable[bytes]) -> int:
     from array_record.python import array_record_module
 
     temporary = _temporary(path)
-    writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+    writer = array_record_module.ArrayRecordWriter(str(temporary), options)
     number = 0
     for record in records:
         writer.write(record)
