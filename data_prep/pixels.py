@@ -53,7 +53,7 @@ class PixelReader:
         if self._source != header.source:
             self._data = read_bytes(self._input_dir, header.source)
             self._source, self._dataset = header.source, None
-        if header.transfer_syntax in NATIVE_SYNTAXES and header.bits_allocated in (8, 16, 32):
+        if header.transfer_syntax in NATIVE_SYNTAXES and header.bits_allocated in (16, 32):
             return _native(self._data, header)
         return self._decode(header)
 
@@ -67,7 +67,7 @@ class PixelReader:
                     raise PixelError("truncated_pixel_data", "the pixel data do not end within the file")
                 if header.transfer_syntax in DECODER_DEPENDENCIES:
                     values = decode(self._dataset, header.frame)
-                else:  # deflated, or uncompressed with unusual bits
+                else:  # deflated, or uncompressed with other bits allocated
                     values = pixel_array(self._dataset, index=header.frame, raw=True)
         except PixelError:
             raise

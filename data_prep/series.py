@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import posixpath
 import re
 from collections.abc import Iterable
@@ -262,17 +263,11 @@ def _acquisitions_overlap(headers: list[Header]) -> bool:
     """Whether slices of different acquisitions lie at one position."""
     if len({header.acquisition_number for header in headers}) < 2:
         return False
-    order = _order(headers)
+    neighbours = itertools.pairwise(zip(*_order(headers), strict=True))
     return any(
-        _close(positions) and a.acquisition_number != b.acquisition_number
-        for (a, b), positions in zip(
-            zip(order[0], order[0][1:], strict=False), zip(order[1], order[1][1:], strict=False), strict=True
-        )
+        after - before < _SAME_POSITION_MM and a.acquisition_number != b.acquisition_number
+        for (a, before), (b, after) in neighbours
     )
-
-
-def _close(positions: tuple[float, float]) -> bool:
-    return positions[1] - positions[0] < _SAME_POSITION_MM
 
 
 def _order(headers: list[Header]) -> tuple[list[Header], list[float]]:
@@ -286,7 +281,7 @@ def _order(headers: list[Header]) -> tuple[list[Header], list[float]]:
 def _stack_name(stack: list[Header]) -> str:
     """A suffix that stays the same when other stacks join the series."""
     first = stack[0]
-    cosines = ",".join(f"{value:.2f}" for value in first.orientation)
+    cosines = ",".join(f"{value:.4f}" for value in first.orientation)
     return f"acquisition={first.acquisition_number}#orientation={cosines}"
 
 
