@@ -184,7 +184,7 @@ def body_outlines(
     belly = 1 + 0.5 * np.clip((-80 - z) / 100, 0, 1)
     aspect = np.hypot(x / half_width, 0.3)
     skin = muscle - patient.fat_mm * belly * (0.45 + 0.55 * np.clip(aspect, 0, 1.2)) - 3
-    breasts = np.full(x.shape, 60, np.float32)
+    breasts = np.full(x.shape, FAR, np.float32)
     if patient.breast_mm:
         r = patient.breast_mm
         centre = (78, front + 18 - 0.5 * patient.fat_mm, -48)
@@ -234,21 +234,20 @@ def paint_lungs(canvas, anatomy: Anatomy, z: float, blood: Enhancement, lung: np
     whole = np.empty_like(canvas.hu)
     whole[box] = value
     canvas.fill(box, distance, whole, edge_mm=canvas.edge_mm * 1.2)
-    # The oblique fissures, and the horizontal one of the right lung, as thin as they are.
+    # The oblique fissures: sheets much thinner than a voxel.
     x, y = canvas.coarse_x, canvas.coarse_y
     oblique = (y + np.where(x < 0, 0.85, 0.95) * np.float32(z + 40) - 8 + 0.0016 * (np.abs(x) - 70) ** 2) * 0.75
-    fissure = _around(*reversed(canvas.refine(np.maximum(oblique, -FAR))), box) if oblique.min() < 0 else None
-    if fissure is not None:
-        line = np.maximum(np.abs(fissure) - np.float32(0.25), distance + 2)
+    behind = canvas.refine(oblique)
+    if behind is not None:
+        line = np.maximum(np.abs(_around(behind[1], behind[0], box)) - np.float32(0.25), distance + 2)
         canvas.fill(box, line, -560, opacity=0.6)
     vessels = anatomy.vessels
-    thin = 0.6
     airways = canvas.tubes(vessels.airways_tree, z, around_mm=1.0)
     if airways is not None:
         airways = airways[0], np.maximum(airways[1], _around(distance, box, airways[0]) - 4)
         canvas.fill(airways[0], airways[1] - 1.0, -150, opacity=0.8)
     for tree, hu in ((vessels.veins_tree, blood.left_heart), (vessels.arteries_tree, blood.pulmonary_artery)):
-        tubes = canvas.tubes(tree, z, thin)
+        tubes = canvas.tubes(tree, z, z_scale=0.6)
         if tubes is not None:
             canvas.fill(tubes[0], np.maximum(tubes[1], _around(distance, box, tubes[0]) - 2), hu, opacity=0.92)
     if airways is not None:
@@ -256,9 +255,9 @@ def paint_lungs(canvas, anatomy: Anatomy, z: float, blood: Enhancement, lung: np
 
 
 def _around(distance: np.ndarray, box: tuple[slice, slice], wanted: tuple[slice, slice]) -> np.ndarray:
-    """A field known in `box`, cut to `wanted`; 60 where it is unknown."""
+    """A field known in `box`, cut to `wanted`; `FAR` where it is unknown."""
     shape = (wanted[0].stop - wanted[0].start, wanted[1].stop - wanted[1].start)
-    result = np.full(shape, 60, np.float32)
+    result = np.full(shape, FAR, np.float32)
     r0, r1 = max(box[0].start, wanted[0].start), min(box[0].stop, wanted[0].stop)
     c0, c1 = max(box[1].start, wanted[1].start), min(box[1].stop, wanted[1].stop)
     if r1 > r0 and c1 > c0:

@@ -15,8 +15,8 @@ from data_prep.phantom_shapes import Capsules, join, polyline
 
 @dataclasses.dataclass(frozen=True)
 class Vessels:
-    """Tubes by what flows in them, in reference space. `supplied` [N] counts the end points behind each segment of
-    `arteries_tree`; `mediastinal` are the large tubes that push the lungs aside."""
+    """Tubes by what flows in them, in reference space. `mediastinal` are the large tubes that push the lungs aside;
+    `arteries_parent` [N] is the index of the segment that each segment of `arteries_tree` comes from, -1 at a root."""
 
     aorta: Capsules
     pulmonary_arteries: Capsules
@@ -26,6 +26,7 @@ class Vessels:
     trachea: Capsules
     mediastinal: Capsules
     arteries_tree: Capsules
+    arteries_parent: np.ndarray
     veins_tree: Capsules
     airways_tree: Capsules
 
@@ -99,7 +100,7 @@ def great_vessels(patient, spine_y: Callable[[float], float]) -> Vessels:
     # Neck vessels stay out: the mediastinum's own width covers them.
     large = join([aorta.select(np.arange(len(arch) + len(descending) - 1)), arteries, cava, veins, oesophagus, trachea])
     large = large.select(np.maximum(large.start[:, 2], large.end[:, 2]) < 70)
-    return Vessels(aorta, arteries, cava, veins, oesophagus, trachea, large, empty, empty, empty)
+    return Vessels(aorta, arteries, cava, veins, oesophagus, trachea, large, empty, np.zeros(0, int), empty, empty)
 
 
 def grow_trees(great: Vessels, points: np.ndarray, patient) -> Vessels:
@@ -108,15 +109,16 @@ def grow_trees(great: Vessels, points: np.ndarray, patient) -> Vessels:
     chosen = rng.permutation(len(points))[:12000]
     arterial, venous = points[chosen[: len(chosen) // 2]], points[chosen[len(chosen) // 2 :]]
     hila = np.array([(-46, 4, -38), (46, 18, -22)], np.float32)
-    arteries, supplied, start_offset = _grow(hila, arterial, (arterial[:, 0] > 0).astype(int), rng)
+    arteries, parent, supplied = _grow(hila, arterial, (arterial[:, 0] > 0).astype(int), rng)
     low = venous[:, 2] < -52 + 0.55 * (-venous[:, 1])
     ostia = np.array([(-46, -14, -34), (-44, 26, -66), (48, -14, -26), (46, 30, -66)], np.float32)
     veins, _, _ = _grow(ostia, venous, 2 * (venous[:, 0] > 0) + low, rng)
-    roots, airways = _airways(arteries, supplied, start_offset)
+    roots, airways = _airways(arteries, parent, supplied)
     return dataclasses.replace(
         great,
         trachea=join([great.trachea, roots]),
         arteries_tree=arteries,
+        arteries_parent=parent,
         veins_tree=veins,
         airways_tree=airways,
     )
@@ -125,32 +127,32 @@ def grow_trees(great: Vessels, points: np.ndarray, patient) -> Vessels:
 def _grow(roots: np.ndarray, points: np.ndarray, group: np.ndarray, rng) -> tuple[Capsules, np.ndarray, np.ndarray]:
     """One tree a root [G, 3]; point i [N, 3] belongs to the tree `group[i]`, all trees grow together.
 
-    Returns the segments, the number of points behind each, and the radius of each segment's parent.
+    Returns the segments, the index of each one's parent (-1: a root), and the number of points behind each.
     """
     node = roots
-    parent_radius = np.full(len(roots), 6.0, np.float32)
-    starts, ends, first, last, behind, parents = [], [], [], [], [], []
+    parent, parent_radius = np.full(len(roots), -1), np.full(len(roots), 6.0, np.float32)
+    starts, ends, first, last, parents, behind = [], [], [], [], [], []
+    total = 0
     for generation in range(18):
         count = np.bincount(group, minlength=len(node))
         centroid = np.stack([np.bincount(group, points[:, k], len(node)) for k in range(3)], axis=1)
         centroid /= np.maximum(count, 1)[:, None]
         toward = centroid - node
         length = np.linalg.norm(toward, axis=1, keepdims=True) + 1e-6
-        fraction = np.where(count == 1, 0.9, 0.36 if generation < 2 else 0.42)[:, None]
+        fraction = (np.where(count == 1, 0.9, 0.36 if generation < 2 else 0.42) * (count > 0))[:, None]
         jitter = rng.normal(0, 0.03, node.shape) * length
         tip = node + toward * fraction + jitter * (generation > 0)
         # About 5.5 mm for a whole lung, 0.4 mm for one point.
         radius = np.maximum(0.36 * count ** (1 / 2.8), 0.36).astype(np.float32)
         radius = np.minimum(radius, parent_radius)
-        keep = count > 0
-        starts.append(node[keep])
-        ends.append(tip[keep])
-        first.append(np.minimum(parent_radius, radius * 1.15)[keep])
-        last.append(radius[keep])
-        behind.append(count[keep])
-        parents.append(parent_radius[keep])
-        # Split the points of every branch by a plane through its tip that holds its direction and cuts across the
-        # widest spread of what is left; alternate so that the branches fill space.
+        starts.append(node)
+        ends.append(tip)
+        first.append(np.minimum(parent_radius, radius * 1.15))
+        last.append(radius)
+        parents.append(parent)
+        behind.append(count)
+        # Split the points of every branch by a plane along its direction, across an axis that favours their widest
+        # spread.
         direction = toward / length
         centred = points - centroid[group]
         spread = np.stack([np.bincount(group, np.abs(centred[:, k]), len(node)) for k in range(3)], axis=1)
@@ -168,21 +170,22 @@ def _grow(roots: np.ndarray, points: np.ndarray, group: np.ndarray, rng) -> tupl
             break
         points, group, side = points[alive], group[alive], side[alive]
         key, group = np.unique(2 * group + side, return_inverse=True)
-        node, parent_radius = tip[key // 2].astype(np.float32), radius[key // 2]
+        node, parent, parent_radius = tip[key // 2].astype(np.float32), total + key // 2, radius[key // 2]
+        total += len(tip)
     tree = Capsules(*(np.concatenate(v).astype(np.float32) for v in (starts, ends, first, last)))
-    return tree, np.concatenate(behind), np.concatenate(parents)
+    return tree, np.concatenate(parents), np.concatenate(behind)
 
 
-def _airways(arteries: Capsules, supplied: np.ndarray, parent_radius: np.ndarray) -> tuple[Capsules, Capsules]:
+def _airways(arteries: Capsules, parent: np.ndarray, supplied: np.ndarray) -> tuple[Capsules, Capsules]:
     """(what leads from the main bronchi into the lungs, bronchi beside the larger arteries)."""
     large = supplied >= 12
     side = np.where(arteries.start[large, :1] > 0, 1.0, -1.0)
     away = np.concatenate([-0.45 * side, np.full_like(side, 0.35), np.full_like(side, 0.7)], axis=1)
     radius = 0.78 * arteries.end_radius[large]
-    parent = np.minimum(0.78 * parent_radius[large], 5.2)
-    start = arteries.start[large] + away * (2.6 * parent[:, None] + 0.8)
+    before = np.where(parent[large] < 0, 5.2, np.minimum(0.78 * arteries.end_radius[parent[large]], 5.2))
+    start = arteries.start[large] + away * (2.6 * before[:, None] + 0.8)
     end = arteries.end[large] + away * (2.6 * radius[:, None] + 0.8)
-    tree = Capsules(*(v.astype(np.float32) for v in (start, end, np.minimum(parent, radius * 1.2), radius)))
+    tree = Capsules(*(v.astype(np.float32) for v in (start, end, np.minimum(before, radius * 1.2), radius)))
     roots = join(
         [
             polyline([(-34, 14, -22), tree.start[i]], [6.2, 5.0])
