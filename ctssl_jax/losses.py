@@ -27,8 +27,6 @@ def masked_mse(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax
     return total / jnp.maximum(count, 1)
 
 
-def vector_quantization_loss(
-    codebook_loss: jax.Array, commitment_loss: jax.Array, beta: float = 0.25
-) -> jax.Array:
+def vector_quantization_loss(codebook_loss: jax.Array, commitment_loss: jax.Array, beta: float = 0.25) -> jax.Array:
     """codebook_loss + beta * commitment_loss, each [B] -> [B] (van den Oord et al. 2017, equation 3)."""
     return codebook_loss + beta * commitment_loss

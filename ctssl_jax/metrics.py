@@ -24,9 +24,7 @@ def _gaussian_band(size: int) -> jax.Array:
     radius = SSIM_WINDOW // 2
     total = sum(math.exp(-0.5 * (offset / SSIM_SIGMA) ** 2) for offset in range(-radius, radius + 1))
     shape = (size - 2 * radius, size)
-    offset = (
-        jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(jnp.int32, shape, 0) - radius
-    )
+    offset = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(jnp.int32, shape, 0) - radius
     weights = jnp.exp(-0.5 * jnp.square(offset.astype(jnp.float32) / SSIM_SIGMA)) / total
     return jnp.where(jnp.abs(offset) <= radius, weights, 0.0)
 
@@ -95,9 +93,7 @@ def code_counts(codes: jax.Array, num_codes: int, weight: jax.Array | None = Non
         weight: [B], 0 for padded examples; None counts every example once.
     """
     ones = (
-        jnp.ones(codes.shape, jnp.float32)
-        if weight is None
-        else jnp.broadcast_to(weight[:, None, None], codes.shape)
+        jnp.ones(codes.shape, jnp.float32) if weight is None else jnp.broadcast_to(weight[:, None, None], codes.shape)
     )
     return jnp.zeros(num_codes, jnp.float32).at[codes.reshape(-1)].add(ones.reshape(-1).astype(jnp.float32))
 
@@ -166,9 +162,7 @@ def volume_summary(
     """
     values = np.asarray(volume_values, np.float64)
     if len(values) == 0 or len(values) != len(patient_ids):
-        raise ValueError(
-            f"need as many patients as volumes and at least one, got {len(values)} and {len(patient_ids)}"
-        )
+        raise ValueError(f"need as many patients as volumes and at least one, got {len(values)} and {len(patient_ids)}")
     patients, patient_index = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
     num_patients = len(patients)
     sums = np.bincount(patient_index, weights=values, minlength=num_patients)
