@@ -11,11 +11,12 @@ import collections
 import csv
 import io
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
+
+from data_prep import command_line
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
@@ -122,21 +123,7 @@ def contact_sheet(dataset_dir: Path, num_slices: int, seed: int):
     return sheet
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        return _fail(f"unexpected argument {argv[1]!r}; options begin with --")
-    try:
-        return _run()
-    except (ValueError, OSError) as error:
-        return _fail(" ".join(str(error).split()))
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-def _run() -> int:
+def main() -> int:
     from data_prep import dataset
 
     dataset_dir = Path(FLAGS.dataset)
@@ -188,4 +175,4 @@ def _verify(dataset_dir: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -87,7 +87,8 @@ class Places:
 
 
 def default_audit_dir(output_dir: Path) -> Path:
-    return output_dir.with_name(output_dir.name + "-audit")
+    named = output_dir if output_dir.name not in ("", "..") else output_dir.resolve()
+    return named.with_name(named.name + "-audit")
 
 
 def check_places(places: Places) -> None:
@@ -156,9 +157,7 @@ def _lock(directory: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise PreparationError(
-            f"{directory}: another run is at work in it; wait for it or stop it"
-        ) from None
+        raise PreparationError(f"{directory}: another run is at work in it; wait for it or stop it") from None
     finally:
         os.close(descriptor)
 

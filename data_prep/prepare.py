@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
+
+from data_prep import command_line
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("archive", "dicom", ["dicom"], "Kind of archive: dicom = any tree of DICOM files.")
@@ -71,15 +73,11 @@ def parse_splits(text: str) -> tuple[float, float, float]:
     return train, validation, test
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        return _fail(f"unexpected argument {argv[1]!r}; options begin with --")
+def main() -> int:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _stop)
     try:
         return _run()
-    except (ValueError, OSError, RuntimeError) as error:
-        return _fail(" ".join(str(error).split()))
     except Stopped as stopped:
         print("stopped; run the same command again to continue", file=sys.stderr)
         return 128 + stopped.args[0]
@@ -88,11 +86,6 @@ def main(argv: list[str]) -> int:
 def _stop(signum: int, frame: object) -> None:
     signal.signal(signum, signal.SIG_DFL)  # the second time it ends at once
     raise Stopped(signum)
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 def _run() -> int:
@@ -119,12 +112,9 @@ def _run() -> int:
         holdout_volumes=FLAGS.holdout_volumes,
         shard_size_mb=FLAGS.shard_size_mb,
     )
-    output_dir = Path(FLAGS.output_dir)
-    places = preparation.Places(
-        input_dir=Path(FLAGS.input_dir),
-        output_dir=output_dir,
-        audit_dir=Path(FLAGS.audit_dir) if FLAGS.audit_dir else preparation.default_audit_dir(output_dir),
-    )
+    output_dir = Path(FLAGS.output_dir).expanduser()
+    audit_dir = Path(FLAGS.audit_dir).expanduser() if FLAGS.audit_dir else preparation.default_audit_dir(output_dir)
+    places = preparation.Places(Path(FLAGS.input_dir).expanduser(), output_dir, audit_dir)
     if FLAGS.dry_run:
         from data_prep.dry_run import dry_run
 
@@ -140,7 +130,7 @@ def _run() -> int:
         options,
         places,
         num_workers=FLAGS.num_workers,
-        pseudonym_key_file=Path(FLAGS.pseudonym_key_file) if FLAGS.pseudonym_key_file else None,
+        pseudonym_key_file=Path(FLAGS.pseudonym_key_file).expanduser() if FLAGS.pseudonym_key_file else None,
     )
     state = "is complete" if changed else "is complete already: nothing to do"
     print(f"{output_dir} {state}{' (SYNTHETIC data)' * prepared['synthetic']}.")
@@ -174,4 +164,4 @@ def summary_table(counts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -371,6 +371,9 @@ def test_wrong_flags_end_in_one_line(tmp_path, archive):
         ([there, out, "--window=350"], "--window=350: give level,width"),
         ([there, out, "--splits=0.8,0.1,0.2"], "three fractions that sum to 1"),
         ([there, out, "--pseudonym_key_file=/no/key"], "/no/key: no such key file"),
+        ([there, out, "--image_size=9"], "--image_size=9"),
+        ([there, out, "--irregular=maybe"], "keep|refuse"),
+        ([there], "--output_dir must have a value"),
         ([there, out, "--max_slice_thickness_mm=0"], "max_slice_thickness_mm"),
     ):
         assert named in error_line(arguments)
