@@ -1,4 +1,4 @@
-"""Makes a synthetic archive of chest CT: one folder a patient, real DICOM files, no patient behind any of them.
+"""Makes a synthetic archive of chest CT: one folder a patient, genuine DICOM files, no real patient behind them.
 
     python -m data_prep.phantom --output_dir=DIR --num_patients=24 --seed=0
 
@@ -122,7 +122,7 @@ def sample_scan(
         contrast=str(rng.choice(["none", "pulmonary", "venous"], p=[0.4, 0.35, 0.25])),
         bolus=float(rng.uniform(0.7, 1.3)),
         kernel="soft",
-        noise_hu=float(rng.uniform(8, 18)),
+        noise_hu=float(rng.uniform(7, 13)),
         rotation_degrees=float(rng.normal(0, 2.0)),
         circular=vendor.outside is not None,
         prone=False,
