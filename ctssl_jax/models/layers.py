@@ -11,8 +11,8 @@ running values as they are, so weights move between them unchanged.
 
 Initialisation: convolution kernels are uniform with variance 1 / (3 fan_in), PyTorch's default and so that
 of the authors' release; biases are zero. Batch normalisation follows every convolution but the residual
-blocks' last one, so the scale matters there only: at the start each block adds 1/6 to the variance of the residual stream, with Flax's default
-(variance 1 / fan_in) 1/2.
+blocks' last one, so the scale matters there only: at the start each block adds 1/6 to the variance of the
+residual stream, with Flax's default (variance 1 / fan_in) 1/2.
 """
 
 import jax

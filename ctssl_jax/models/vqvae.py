@@ -146,10 +146,7 @@ class Encoder(nnx.Module):
         )
         self.stem = ConvNorm(second, second, 3, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(
-            [
-                ResidualBlock(second, drop_rate=config.drop_rate, dtype=dtype, rngs=rngs)
-                for _ in range(config.depth)
-            ]
+            [ResidualBlock(second, drop_rate=config.drop_rate, dtype=dtype, rngs=rngs) for _ in range(config.depth)]
         )
         self.project = ConvNorm(second, config.embedding_dim, 1, dtype=dtype, rngs=rngs)
 
@@ -242,9 +239,7 @@ class VQVAE(nnx.Module):
         """
         encoder_key, quantizer_key = (None, None) if key is None else jax.random.split(key)
         latents = self.encoder(images, train=train, key=encoder_key)
-        quantized, codes, codebook_loss, commitment_loss = self.quantizer(
-            latents, train=train, key=quantizer_key
-        )
+        quantized, codes, codebook_loss, commitment_loss = self.quantizer(latents, train=train, key=quantizer_key)
         reconstruction = self.decoder(quantized, train=train)
         return VQVAEOutput(reconstruction, latents, quantized, codes, codebook_loss, commitment_loss)
 
@@ -263,14 +258,9 @@ def flops_per_slice(config: VQVAEConfig, image_size: int | tuple[int, int]) -> i
     half, quarter = (height // 2) * (width // 2), (height // 4) * (width // 4)
     latent = config.embedding_dim
     blocks = config.depth * (9 + 1) * second * second * quarter
-    encoder = (
-        16 * config.in_channels * first * half + 16 * first * second * quarter + 9 * second * second * quarter
-    )
+    encoder = 16 * config.in_channels * first * half + 16 * first * second * quarter + 9 * second * second * quarter
     encoder += blocks + second * latent * quarter
     decoder = (
-        9 * latent * second * quarter
-        + blocks
-        + 16 * second * first * quarter
-        + 16 * first * config.in_channels * half
+        9 * latent * second * quarter + blocks + 16 * second * first * quarter + 16 * first * config.in_channels * half
     )
     return 2 * (encoder + decoder + config.num_codes * latent * quarter)
