@@ -36,7 +36,17 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             print(f"error: {error}", file=sys.stderr)
             return 1
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, but a flag or a configuration field that cannot be is one line and exit code 2."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, TypeError, OSError) as error:  # the last three: from --config and its fields
+        message = " ".join(str(error).replace("\\n", " ").split())
+        print(f"error: {message}; --help lists the flags", file=sys.stderr)
+        sys.exit(2)
 
 
 def use_compilation_cache() -> None:

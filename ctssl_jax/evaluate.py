@@ -81,7 +81,10 @@ def evaluate(
     config.windows = [[trained_on["windows"][c][name] for name in ("level", "width")] for c in trained_channels]
     if dataset is not None:
         config.dataset = str(dataset)
-    preparation, channels = configuration.check_dataset(config, (split, "train") if baselines else (split,))
+    try:
+        preparation, channels = configuration.check_dataset(config, (split, "train") if baselines else (split,))
+    except InputError as error:
+        raise InputError(f"--dataset={config.dataset} was prepared otherwise than the run's data: {error}") from None
     task = get_task(config.task)
     source = data.open_source(config.dataset, split, channels, task.offsets)
     try:

@@ -86,6 +86,11 @@ def to_unit_images(images: jax.Array, channels: int, normalize: str) -> jax.Arra
 
 
 def _check_masked_region(config: ml_collections.ConfigDict, image_size: int) -> None:
+    if image_size < metrics.SSIM_WINDOW:
+        raise InputError(
+            f"config.image_size={image_size}: SSIM needs at least {metrics.SSIM_WINDOW} pixels; prepare with a larger "
+            "--image_size"
+        )
     mask = config.mask
     try:
         side = corruptions.mask_side(image_size, image_size, fraction=mask.fraction, unit=mask.unit)

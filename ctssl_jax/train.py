@@ -201,13 +201,19 @@ def _train(
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    if _CONFIG.value is None or not _WORKDIR.value:
+    config = _CONFIG.value
+    if config is None or not _WORKDIR.value:
         raise command_line.InputError("give --config=configs/RECIPE.py and --workdir=DIR")
+    try:
+        config.lock()
+    except OSError:  # what stands for a recipe that could not be loaded raises this at any use
+        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise command_line.InputError(f"--config={name}: no such file; recipes are in configs/") from None
     command_line.use_compilation_cache()
     from ctssl_jax import distributed
 
     distributed.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    train(_CONFIG.value, _WORKDIR.value)
+    train(config, _WORKDIR.value)
     return 0
 
 

@@ -1,0 +1,159 @@
+r"""Measure how many slices a second reach the devices.
+
+    python -m experiments.benchmark_loader --dataset=DATASET
+
+Without --dataset a temporary one is made: 320 noisy slices of 512 x 512. The table compares the loader of the training
+loop with putting one batch on the devices that is ready in memory, the floor. With --training it also runs a small
+recipe for some steps and tells the share of its time that the loop waits for data.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from ctssl_jax import command_line
+
+_DATASET = flags.DEFINE_string("dataset", "", "Dataset directory; empty makes a temporary one.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split that is read.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Slices a batch.")
+_SECONDS = flags.DEFINE_float("seconds", 5.0, "Time a row.")
+_THREADS = flags.DEFINE_list("threads", ["1", "2", "4", "8"], "Numbers of reading threads to try.")
+_TRAINING = flags.DEFINE_bool("training", False, "Also train a small model and tell how long it waits for data.")
+
+
+def noisy_slices(number: int, size: int, seed: int = 0) -> np.ndarray:
+    """[number, size, size, 1] uint8: a body on air with noise of 15 of 255 grey values, about as compressible as CT."""
+    random = np.random.default_rng(seed)
+    rows, columns = np.meshgrid(*[np.linspace(-1, 1, size)] * 2, indexing="ij")
+    body = 110.0 * (np.hypot(rows / 0.7, columns / 0.9) < 1)
+    noise = random.normal(0, 15, (number, size, size)) * (body > 0)
+    return np.clip(body + noise, 0, 255).astype(np.uint8)[..., None]
+
+
+def slices_per_second(step: Callable[[], None], batch_size: int, seconds: float) -> float:
+    """Call `step` for about `seconds`; each call delivers one batch and waits until it has arrived."""
+    for _ in range(3):
+        step()
+    began, calls = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        step()
+        calls += 1
+    return calls * batch_size / (time.perf_counter() - began)
+
+
+def measure(dataset: Path, split: str, batch_size: int, threads: list[int], seconds: float) -> list[tuple[str, float]]:
+    """Rows of the table: (path, slices a second)."""
+    import jax
+
+    from ctssl_jax import data, distributed
+    from data_prep.dataset import read_preparation
+
+    channels = range(read_preparation(dataset)["channels"])
+    source = data.open_source(dataset, split, channels, (0,))
+    mesh = distributed.make_mesh()
+    batch_size = -(-batch_size // mesh.devices.size) * mesh.devices.size
+    ready = next(data.training_batches(source, batch_size, seed=0))
+
+    def put(batch):
+        jax.block_until_ready(distributed.to_devices(mesh, batch))
+
+    rows = [("a ready batch (floor)", slices_per_second(lambda: put(ready), batch_size, seconds))]
+    for number in threads:
+        batches = data.training_batches(source, batch_size, seed=0, num_threads=number)
+        speed = slices_per_second(lambda: put(next(batches)), batch_size, seconds)
+        rows.append((f"loader, {number} thread{'s' * (number > 1)}", speed))
+    return rows
+
+
+def temporary_dataset(folder: Path, number: int = 320, size: int = 512) -> Path:
+    """Write noisy slices as a dataset directory: eight volumes in `train`, one in `validation`."""
+    from data_prep import dataset
+
+    folder.mkdir()
+    volumes, shard_lengths, splits = [], {}, {}
+    for split, num_volumes in (("train", 8), ("validation", 1)):
+        per_volume = number // 8
+        records = []
+        for volume in range(num_volumes):
+            volume_id = f"{split}{volume}"
+            for index, image in enumerate(noisy_slices(per_volume, size, seed=volume)):
+                last = index == per_volume - 1
+                records.append(dataset.encode_record(image, volume_id, index, float(index), not last))
+            row = dict.fromkeys(dataset.VOLUME_COLUMNS) | {
+                "volume_id": volume_id,
+                "patient_id": volume_id,
+                "split": split,
+                "first_record": volume * per_volume,
+                "num_slices": per_volume,
+                "gap_positions": "",
+                "synthetic": True,
+            }
+            volumes.append(row)
+        shard_lengths[split] = [dataset.write_records(folder / dataset.shard_name(split, 0), records)]
+        splits[split] = {
+            "num_volumes": num_volumes,
+            "num_patients": num_volumes,
+            "num_slices": len(records),
+            "shard_lengths": shard_lengths[split],
+        }
+    dataset.write_table(folder / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, volumes)
+    dataset.write_tfds_metadata(folder, (size, size, 1), shard_lengths, "Noise, to measure a loader with.")
+    preparation = {
+        "format_version": dataset.FORMAT_VERSION,
+        "archive": "none",
+        "synthetic": True,
+        "windows": [{"level": 50.0, "width": 350.0}],
+        "image_size": size,
+        "channels": 1,
+        "splits": splits,
+        "key_fingerprint": "0" * 16,
+        "fingerprint": "0" * 64,
+        "options": {},
+        "versions": {},
+        "counts": {},
+        "checksums": {},
+    }
+    dataset.write_preparation(folder, preparation)
+    return folder
+
+
+def waiting_share(dataset: Path, workdir: Path) -> tuple[float, float]:
+    """Train a small model for 40 steps: (slices a second, share of the time spent waiting for data)."""
+    from configs import masked_region_small
+    from ctssl_jax.reports import read_reports
+    from ctssl_jax.train import train
+    from data_prep.dataset import read_preparation
+
+    config = masked_region_small.get_config()
+    config.update(dataset=str(dataset), image_size=read_preparation(dataset)["image_size"])
+    config.update(num_steps=40, log_every=20, eval_every=1000)
+    config.model.update(hidden=(8, 16), depth=1)
+    train(config, workdir)
+    last = read_reports(workdir, "train")[-1]
+    return last["slices_per_second"], last["waiting_for_data"]
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    command_line.use_compilation_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = Path(_DATASET.value) if _DATASET.value else temporary_dataset(Path(folder) / "dataset")
+        threads = [int(number) for number in _THREADS.value]
+        rows = measure(dataset, _SPLIT.value, _BATCH_SIZE.value, threads, _SECONDS.value)
+        print(f"{'path':24}slices/s")
+        for name, speed in rows:
+            print(f"{name:24}{speed:8,.0f}", flush=True)
+        if _TRAINING.value:
+            sys.stdout.flush()
+            speed, share = waiting_share(dataset, Path(folder) / "run")
+            print(f"training a small model: {speed:,.0f} slices/s, {share:.1%} of the time waiting for data")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

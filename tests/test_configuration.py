@@ -1,0 +1,152 @@
+"""What cannot work is refused at once, in one line that names the remedy, and nothing is written."""
+
+import json
+import shutil
+
+import pytest
+from example_dataset import write_example_dataset
+from training_runs import command, start, tiny_config, train_on
+
+from configs import masked_region, masked_region_small
+from ctssl_jax import configuration
+from ctssl_jax.command_line import InputError
+from data_prep.dataset import DatasetError
+
+WRONG_FIELDS = {
+    "dataset": ("", "config.dataset is empty; give --config.dataset=DIR"),
+    "task": ("jigsaw", "config.task='jigsaw' is not known; choose one of masked_region"),
+    "optimizer": ("sgd", "config.optimizer='sgd': choose one of radam, adamw"),
+    "schedule": ("linear", "config.schedule='linear': choose one of constant, cosine"),
+    "normalize": ("none", "config.normalize='none': choose one of window, slice_minmax"),
+    "dtype": ("float16", "config.dtype='float16': choose one of float32, bfloat16"),
+    "batch_size": (0, "config.batch_size=0: must be 1 or more"),
+    "microbatches": (3, "config.batch_size=8 is not divisible by 1 devices x 3 microbatches; choose a multiple of 3"),
+    "num_steps": (-1, "config.num_steps=-1: must be 1 or more"),
+    "learning_rate": (float("nan"), "config.learning_rate=nan: must be 0 or more"),
+    "image_size": (18, "config.image_size=18 is not divisible by the encoder's stride 4; prepare with"),
+    "model.depth": (-1, "config.model: depth must not be negative"),
+    "model.vq_init": ("data", 'config.model: vq_init="data" and vq_revive_every need vq_update="ema"'),
+    "model.in_channels": (0, "config.model: in_channels must be at least 1"),
+    "mask.fraction": (1.5, "config.mask: mask fraction must lie between 0 and 1, got 1.5"),
+    "mask.unit": ("volume", 'config.mask: mask unit must be "area" or "side"'),
+    "mask.margin": (100, "config.mask: a mask of 7 pixels with margin 100 does not fit into 16 pixels; lower"),
+    "windows": (((100, 700),), "level/width 100/700, but the dataset holds 50/350; prepare it again with --window="),
+}
+
+
+@pytest.mark.parametrize("field", WRONG_FIELDS)
+def test_wrong_field_is_named_with_the_remedy(field, tiny_dataset, tmp_path):
+    value, message = WRONG_FIELDS[field]
+    with pytest.raises(InputError) as raised:
+        train_on(tiny_config(tiny_dataset, **{field: value}), tmp_path / "run")
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_must_be_divisible_by_devices_and_processes(tiny_dataset, tmp_path):
+    with pytest.raises(InputError, match="batch_size=12 is not divisible by 8 devices x 1 microbatches; choose a mult"):
+        train_on(tiny_config(tiny_dataset, batch_size=12), tmp_path / "run", num_devices=8)
+    configuration.check_config(tiny_config(tiny_dataset), num_devices=8, num_processes=4)
+
+
+def test_images_too_small_for_ssim_are_refused(tmp_path):
+    folder = write_example_dataset(tmp_path / "data", image_size=8, slices_per_volume=8)
+    with pytest.raises(InputError, match=r"config.image_size=8: SSIM needs at least 11 pixels"):
+        train_on(tiny_config(folder, image_size=8), tmp_path / "run")
+
+
+@pytest.mark.parametrize("recipe", [masked_region, masked_region_small])
+def test_the_recipes_pass_the_checks(recipe):
+    config = recipe.get_config()
+    config.dataset = "somewhere"
+    configuration.check_config(config, num_devices=8, num_processes=2)
+
+
+def test_datasets_that_do_not_fit(tiny_dataset, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(InputError, match=r"images of 16 pixels, config.image_size is 32; set --config.image_size=16"):
+        train_on(tiny_config(tiny_dataset, image_size=32), workdir)
+    with pytest.raises(DatasetError, match=r"no such directory; make one with python -m data_prep.prepare"):
+        train_on(tiny_config(tmp_path / "nowhere"), workdir)
+    partial = shutil.copytree(tiny_dataset, tmp_path / "partial")
+    (partial / "preparation.json").unlink()
+    with pytest.raises(DatasetError, match="not a complete dataset"):
+        train_on(tiny_config(partial), workdir)
+    no_validation = write_example_dataset(tmp_path / "small", image_size=16, volumes_per_split={"train": 2})
+    with pytest.raises(InputError, match="has no validation slices; prepare it again with --splits"):
+        train_on(tiny_config(no_validation), workdir)
+    three_windows = write_example_dataset(tmp_path / "three", image_size=16, channels=3)
+    with pytest.raises(InputError, match=r"3 windows are selected, but config.model.in_channels is 2; set it to 3"):
+        train_on(tiny_config(three_windows, model__in_channels=2), workdir)
+    assert not workdir.exists()
+
+
+def test_folders_that_cannot_be_run_directories(tiny_dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match=r"cannot be written \(.*\); choose another folder"):
+            train_on(tiny_config(tiny_dataset), workdir)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="holds files but no run; give a new or empty folder"):
+        train_on(tiny_config(tiny_dataset), tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "other", "thesis.tex"]
+
+
+@pytest.fixture
+def workdir(tiny_dataset, tmp_path):
+    """A run directory as it is before the first step."""
+    config = tiny_config(tiny_dataset)
+    preparation, _ = configuration.check_dataset(config, ("train",))
+    configuration.open_workdir(tmp_path / "run", config, preparation, {"train": ["a"], "validation": ["b"]})
+    return tmp_path / "run"
+
+
+def test_what_may_change_when_a_run_goes_on(workdir, tiny_dataset, tmp_path):
+    preparation = json.loads((workdir / "preparation.json").read_text())
+
+    def check(**overrides):
+        configuration.check_resumable(workdir, tiny_config(tiny_dataset, **overrides), preparation)
+
+    check()
+    check(num_steps=99, log_every=1, eval_every=3, remat=True, dataset="moved/elsewhere")
+    for name, value in (
+        ("seed", 1),
+        ("batch_size", 16),
+        ("model.depth", 2),
+        ("loss.vq", 0.5),
+        ("model.hidden", (4, 4)),
+    ):
+        with pytest.raises(InputError, match=rf"holds a run with config.{name}=.*; use another --workdir, or --config"):
+            check(**{name: value})
+    other = write_example_dataset(tmp_path / "other", image_size=16, seed=1)
+    with pytest.raises(InputError, match=r"a run on other data than .*other \(dataset fingerprints differ\)"):
+        train_on(tiny_config(other), workdir)
+
+
+def test_configuration_survives_json(tiny_dataset):
+    config = tiny_config(tiny_dataset, windows=((50, 350),))
+    again = configuration.from_json(json.loads(json.dumps(configuration.to_json(config))))
+    assert configuration.to_json(again) == configuration.to_json(config)
+    configuration.check_config(again, 1, 1)
+    assert configuration.check_dataset(again, ("test",))[1] == (0,)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.learningrate=1", 'Did you mean "learning_rate"'),
+        ("--config.batch_size=many", "invalid literal for int"),
+        ("--config=configs/absent.py", "configs/absent.py"),
+        ("--num_processes=2", "need --distributed"),
+        ("leftover", "unexpected argument 'leftover'"),
+    ],
+)
+def test_wrong_flags_are_one_line(flag, message, tiny_dataset, tmp_path):
+    process = start([*command(tiny_dataset, tmp_path / "run"), flag])
+    output, errors = process.communicate()
+    assert process.returncode == 2
+    assert message in errors and errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1 and not output
+    assert not (tmp_path / "run").exists()
