@@ -34,7 +34,7 @@ TINY = {
 EMA = {"model.vq_update": "ema", "model.vq_init": "data", "model.vq_revive_every": 3}
 
 
-def tiny_config(dataset: Path, **overrides) -> ml_collections.ConfigDict:
+def tiny_config(dataset: Path, /, **overrides) -> ml_collections.ConfigDict:
     """The default recipe at the size of a test; `model__depth=2` sets `config.model.depth`."""
     config = masked_region.get_config()
     overrides = {name.replace("__", "."): value for name, value in overrides.items()}
@@ -43,7 +43,7 @@ def tiny_config(dataset: Path, **overrides) -> ml_collections.ConfigDict:
     return config
 
 
-def command(dataset: Path, workdir: Path, *flags: str, **overrides) -> list[str]:
+def command(dataset: Path, workdir: Path, /, *flags: str, **overrides) -> list[str]:
     """The command line of the same run."""
     settings = {**TINY, **{name.replace("__", "."): value for name, value in overrides.items()}}
     given = [f"--config.{name}={value}" for name, value in settings.items()]
