@@ -31,6 +31,7 @@ import pydicom
 
 from data_prep import dataset
 from data_prep.archives import Source, Unreadable, list_sources, read_bytes
+from data_prep.assembly import description
 from data_prep.deidentify import clean_text
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
@@ -174,6 +175,8 @@ def find_leaks(dataset_dir: Path, input_dir: Path, audit_dir: Path, pool: Worker
         for value in values.identifying | values.words | secrets
         if len(value) >= LONG_NEEDLE and len(set(value)) >= 4
     )
+    options = dataset.read_preparation(dataset_dir)["options"]
+    own_sentences = {description(options, synthetic) for synthetic in (False, True)}
     leaks = []
     shards = []
     for path in sorted(path for path in dataset_dir.rglob("*") if path.is_file()):
@@ -184,7 +187,7 @@ def find_leaks(dataset_dir: Path, input_dir: Path, audit_dir: Path, pool: Worker
         elif path.suffix == ".csv":
             leaks += _table_leaks(path, name, everything, without_words, values)
         elif path.suffix == ".json":
-            leaks += _json_leaks(path, name, without_words)
+            leaks += _json_leaks(path, name, without_words, own_sentences)
         else:
             leaks += _lines(name, "its bytes", (needle for _, needle in binary.find(path.read_bytes())))
     with Progress("searching", "shards", len(shards)) as progress:
@@ -223,8 +226,8 @@ def _table_leaks(
                     yield from _lines(name, f"line {line}, {column}", needles.find_in_text(cell))
 
 
-def _json_leaks(path: Path, name: str, needles: Needles) -> Iterator[str]:
-    for text in _strings(json.loads(path.read_text())):
+def _json_leaks(path: Path, name: str, needles: Needles, own_sentences: set[str]) -> Iterator[str]:
+    for text in set(_strings(json.loads(path.read_text()))) - own_sentences:
         yield from _lines(name, "a text", needles.find_in_text(text))
 
 

@@ -136,13 +136,6 @@ def main() -> int:
     rows = cohort_table(volumes, rejected)
     synthetic = " (SYNTHETIC: a phantom, no patients)" * preparation["synthetic"]
     print(table_text(rows, f"{dataset_dir}{synthetic}"))
-    if FLAGS.verify:
-        problems = _verify(dataset_dir)
-        for problem in problems:
-            print(f"WRONG {problem}")
-        if problems:
-            print(f"{len(problems)} problems; a damaged dataset must be copied or prepared again")
-            return 1
     output_dir = Path(FLAGS.output_dir or f"{FLAGS.dataset.rstrip('/')}-description")
     output_dir.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -151,7 +144,10 @@ def main() -> int:
     (output_dir / "cohort.csv").write_text(text.getvalue())
     contact_sheet(dataset_dir, FLAGS.num_slices, FLAGS.seed).save(output_dir / "contact_sheet.png")
     print(f"Written: {output_dir}/cohort.csv, {output_dir}/contact_sheet.png")
-    return 0
+    problems = _verify(dataset_dir) if FLAGS.verify else []
+    for problem in problems:
+        print(f"WRONG {problem}")
+    return 1 if problems else 0
 
 
 def _verify(dataset_dir: Path) -> list[str]:
