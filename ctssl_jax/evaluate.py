@@ -19,14 +19,6 @@ from absl import flags
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train.")
-_DATASET = flags.DEFINE_string("dataset", None, "Dataset directory; by default the one that the run was trained on.")
-_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
-_OUTPUT = flags.DEFINE_string("output", None, "Results file, ending in .json.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (by validation loss), last, or a step.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's. Changes no result.")
-_BASELINES = flags.DEFINE_bool("baselines", False, "Also score predictors without a model (reads training slices).")
-
 UNITS = {
     "mse": "mean squared difference of grey values in [0, 1]",
     "masked_mse": "the same over masked pixels, per-pixel mean",
@@ -247,25 +239,37 @@ def _baseline_scores(config, task, source, train_source, batch_size: int) -> dic
     return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
 
 
+def define_flags() -> None:
+    """Only where this module is the program: another one may define flags of the same names."""
+    flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train.")
+    flags.DEFINE_string("dataset", None, "Dataset directory; by default the one that the run was trained on.")
+    flags.DEFINE_string("split", "test", "train, validation or test.")
+    flags.DEFINE_string("output", None, "Results file, ending in .json.")
+    flags.DEFINE_string("checkpoint", "best", "best (by validation loss), last, or a step.")
+    flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's. Changes no result.")
+    flags.DEFINE_bool("baselines", False, "Also score predictors without a model (reads training slices).")
+
+
 def main(argv: list[str]) -> int:
     """Command line."""
-    for flag in (_WORKDIR, _OUTPUT):
-        if not flag.value:
-            raise InputError(f"give --{flag.name}")
+    for name in ("workdir", "output"):
+        if not flags.FLAGS[name].value:
+            raise InputError(f"give --{name}")
     command_line.use_compilation_cache()
     result = evaluate(
-        _WORKDIR.value,
-        _DATASET.value,
-        _SPLIT.value,
-        _OUTPUT.value,
-        checkpoint=_CHECKPOINT.value,
-        batch_size=_BATCH_SIZE.value,
-        baselines=_BASELINES.value,
+        flags.FLAGS.workdir,
+        flags.FLAGS.dataset,
+        flags.FLAGS.split,
+        flags.FLAGS.output,
+        checkpoint=flags.FLAGS.checkpoint,
+        batch_size=flags.FLAGS.batch_size,
+        baselines=flags.FLAGS.baselines,
     )
     print(table(result))
-    print(f"written: {_OUTPUT.value} and, beside it, .csv and .png")
+    print(f"written: {flags.FLAGS.output} and, beside it, .csv and .png")
     return 0
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

@@ -17,15 +17,6 @@ from ml_collections import config_flags
 
 from ctssl_jax import command_line
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE."
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: made, or gone on with.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, where it cannot be detected.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, where it cannot be detected.")
-
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path, devices: Sequence[Any] | None = None) -> bool:
     """Train, or go on training, until `config.num_steps`.
@@ -199,10 +190,20 @@ def _train(
     return finished
 
 
+def define_flags() -> None:
+    """Only where this module is the program: another one may define flags of the same names."""
+    config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE.")
+    flags.DEFINE_string("workdir", None, "Run directory: made, or gone on with.")
+    flags.DEFINE_bool("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
+    flags.DEFINE_string("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
+    flags.DEFINE_integer("num_processes", 0, "Number of processes, where it cannot be detected.")
+    flags.DEFINE_integer("process_id", -1, "Number of this process, where it cannot be detected.")
+
+
 def main(argv: list[str]) -> int:
     """Command line."""
-    config = _CONFIG.value
-    if config is None or not _WORKDIR.value:
+    config = flags.FLAGS.config
+    if config is None or not flags.FLAGS.workdir:
         raise command_line.InputError("give --config=configs/RECIPE.py and --workdir=DIR")
     try:
         config.lock()
@@ -212,10 +213,13 @@ def main(argv: list[str]) -> int:
     command_line.use_compilation_cache()
     from ctssl_jax import distributed
 
-    distributed.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    train(config, _WORKDIR.value)
+    distributed.initialize(
+        flags.FLAGS.distributed, flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id
+    )
+    train(config, flags.FLAGS.workdir)
     return 0
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)
