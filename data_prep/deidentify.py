@@ -37,14 +37,14 @@ def read_key(path: Path) -> bytes:
 
 def make_key(path: Path) -> bytes:
     """Makes a random key file that only its owner can read, and returns the key; an existing one is read instead."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return read_key(path)
-    with open(descriptor, "w") as file:
-        file.write(secrets.token_hex(32) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    if not path.exists():
+        temporary = path.with_name(path.name + ".partial")
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
     return read_key(path)
 
 

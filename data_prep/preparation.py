@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,13 @@ def _lock(directory: Path) -> Iterator[None]:
     """An advisory lock on the directory itself, which ends with the process, however it ends."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PreparationError(f"{directory}: another run is at work in it; wait for it or stop it") from None
+        except OSError:
+            print(f"{directory}: no locks on this file system; let no two runs write here", file=sys.stderr)
         yield
-    except BlockingIOError:
-        raise PreparationError(f"{directory}: another run is at work in it; wait for it or stop it") from None
     finally:
         os.close(descriptor)
 

@@ -46,8 +46,8 @@ flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable
 flags.DEFINE_bool("dry_run", False, "Read headers only, say what would happen, write nothing.")
 
 
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C."""
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C; like KeyboardInterrupt, nothing that handles errors handles it."""
 
 
 def parse_window(text: str) -> tuple[float, float]:

@@ -38,14 +38,15 @@ def assign_splits(
         known: split by patient, from earlier runs.
 
     Raises:
-        ValueError: too few patients.
+        ValueError: too few patients, or the known ones leave a split empty.
     """
     check_patients(len(volumes_per_patient), fractions, holdout_volumes)
+    wanted = _wanted_splits(fractions, holdout_volumes)
     splits = {patient: known[patient] for patient in volumes_per_patient if patient in known}
     new = [patient for patient in volumes_per_patient if patient not in known]
     if holdout_volumes:
         held = sum(volumes_per_patient[patient] for patient, split in splits.items() if split == "test")
-        lacking = set(_wanted_splits(fractions, holdout_volumes)) - {"test"} - set(splits.values())
+        lacking = set(wanted) - {"test"} - set(splits.values())
         free = new[len(lacking) :]  # the first patients are kept for splits that would be empty
         chosen = _nearest_subset([volumes_per_patient[patient] for patient in free], holdout_volumes - held, held == 0)
         splits |= {free[index]: "test" for index in chosen}
@@ -62,6 +63,12 @@ def assign_splits(
         choice = max(empty or shared, key=lambda split: shares[split] - counts[split])
         splits[patient] = choice
         counts[choice] += 1
+    empty = [split for split in wanted if split not in splits.values()]
+    if empty:
+        raise ValueError(
+            f"no patient is left for the splits {', '.join(empty)}, as splits.json in the audit directory keeps all in "
+            "others; give another --audit_dir to assign them anew"
+        )
     return {patient: splits[patient] for patient in volumes_per_patient}
 
 

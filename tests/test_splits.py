@@ -75,6 +75,11 @@ def test_growth_in_any_steps_keeps_every_split():
     assert abs(counts["test"] - 6) <= 1 and abs(counts["validation"] - 6) <= 1
 
 
+def test_known_patients_that_leave_a_split_empty_are_named():
+    with pytest.raises(ValueError, match=r"splits validation, test, .* another --audit_dir"):
+        assign_splits(patients(1, 1, 1), THIRDS, 0, {"p000": "train", "p001": "train", "p002": "train"})
+
+
 def test_shards_hold_whole_volumes():
     assert cut_into_shards([4, 4, 4, 20, 1, 1], 10) == [range(0, 2), range(2, 3), range(3, 4), range(4, 6)]
     assert cut_into_shards([], 10) == []
