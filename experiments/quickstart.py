@@ -33,7 +33,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the synthetic archive, the weights a
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = "configs/masked_region_small.py"
-IMAGE_SIZE = 128
+IMAGE_SIZE = 64
 NAMES = {"mse": "MSE", "masked_mse": "masked MSE", "ssim": "SSIM"}
 PREDICTORS = {
     "model": "pretrained model",
