@@ -155,8 +155,10 @@ def rejected_row(key: bytes, rejection: Rejection) -> Rejected:
 def _load(conversion: Conversion, candidate: SeriesCandidate) -> Volume | Rejection:
     try:
         return load_volume(conversion.input_dir, candidate, conversion.rules)
-    except OSError:
-        raise
+    except OSError as error:
+        if not conversion.input_dir.is_dir():
+            raise OSError(f"{conversion.input_dir}: the archive went away; run again to continue") from None
+        return Rejection(candidate.series_key, candidate.all_headers, "unreadable", error.strerror or "damaged")
     except Exception as error:  # one odd exam in a million must not end the run; it is reported by name
         detail = type(error).__name__
         return Rejection(candidate.series_key, candidate.all_headers, "conversion_crashed", detail)

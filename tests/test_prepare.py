@@ -17,6 +17,7 @@ import pydicom
 import pytest
 
 from data_prep import conversion, dataset
+from data_prep import preparation as preparation_module
 from data_prep.conversion import convert_exam
 from data_prep.dicom import Rules
 from data_prep.dry_run import dry_run
@@ -353,6 +354,23 @@ def test_an_exam_that_kills_its_worker_is_rejected_and_the_rest_goes_on(tmp_path
     where = places(tmp_path, tmp_path / "scans")
     preparation, _ = prepare(OPTIONS, where, num_workers=2, pseudonym_key_file=key_file)
     assert preparation["counts"]["series_rejected"] == {"conversion_crashed": 1}
+    assert preparation["counts"]["files_in_volumes"] == 3 * NUM_SLICES
+
+
+def test_a_file_that_cannot_be_read_any_more_costs_its_exam_only(tmp_path, key_file, monkeypatch):
+    for number in range(1, 5):
+        add_scan(tmp_path / "scans", number)
+    where = places(tmp_path, tmp_path / "scans")
+    plan_archive = preparation_module.plan_archive
+
+    def plan_and_lose_a_file(*arguments):
+        plans = plan_archive(*arguments)
+        (tmp_path / "scans" / "scan3" / "IM0004").unlink()
+        return plans
+
+    monkeypatch.setattr(preparation_module, "plan_archive", plan_and_lose_a_file)
+    preparation, _ = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    assert preparation["counts"]["series_rejected"] == {"unreadable": 1}
     assert preparation["counts"]["files_in_volumes"] == 3 * NUM_SLICES
 
 
