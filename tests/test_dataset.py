@@ -87,9 +87,7 @@ def test_metadata_hold_no_path_and_no_time(example, tmp_path):
 
 
 def test_reading_side_does_not_import_the_dicom_side():
-    program = (
-        "import sys, data_prep.dataset; print({'pydicom', 'jax', 'tensorflow_datasets'} & set(sys.modules))"
-    )
+    program = "import sys, data_prep.dataset; print({'pydicom', 'jax', 'tensorflow_datasets'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 
