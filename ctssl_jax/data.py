@@ -87,7 +87,8 @@ class NeighbourSource:
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
         records = self.table[item]
-        images = np.stack([self._records[int(record)]["image"] for record in records])
+        images = [self._records[int(record)]["image"] for record in records]
+        images = np.stack(images) if len(images) > 1 else images[0][None]  # a view: the batch copies it once anyway
         if self._channels is not None:
             images = images[..., self._channels]
         return {"images": images, "record_index": np.int32(records[0]), "weight": np.float32(1)}
