@@ -99,3 +99,69 @@ def mask_region(
 
     mask = jax.vmap(mask_one)(keys)[..., None]
     return jnp.where(mask, jnp.asarray(fill, images.dtype), images), mask.astype(jnp.float32)
+
+
+def salt_and_pepper(keys: jax.Array, images: jax.Array, *, fraction: float = 0.5) -> jax.Array:
+    """Turn random pixels white (salt) or black (pepper).
+
+    Every pixel is noisy with probability `fraction`, independently of all others, and a noisy pixel is white or
+    black with equal probability: the share of noisy pixels is `fraction` in expectation and varies from image
+    to image like a binomial. All channels of a pixel share its fate.
+
+    Args:
+        keys: [B] one key an example, from `example_keys`.
+        images: [B, H, W, C] float in [0, 1].
+        fraction: probability that a pixel is noisy.
+
+    Returns:
+        [B, H, W, C]: 1 where white, 0 where black, elsewhere the image.
+
+    Raises:
+        ValueError: fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"noise fraction must lie above 0 and be at most 1, got {fraction}")
+    draw = jax.vmap(lambda key: jax.random.uniform(key, (*images.shape[1:3], 1)))(keys)
+    salt_or_image = jnp.where(draw < fraction, jnp.ones((), images.dtype), images)
+    return jnp.where(draw < fraction / 2, jnp.zeros((), images.dtype), salt_or_image)
+
+
+def random_labels(keys: jax.Array, num_classes: int) -> jax.Array:
+    """A uniformly random class an example: keys [B] -> [B] int32 in [0, num_classes)."""
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes))(keys)
+
+
+def rotate(images: jax.Array, quarter_turns: jax.Array) -> jax.Array:
+    """Rotate each image counterclockwise by multiples of 90 degrees, exactly (no interpolation).
+
+    Args:
+        images: [B, N, N, C].
+        quarter_turns: [B] int32; 0, 1, 2, 3 are 0, 90, 180 and 270 degrees, and 4 is 0 again.
+
+    Returns:
+        [B, N, N, C].
+
+    Raises:
+        ValueError: the images are not square.
+    """
+    _, height, width, _ = images.shape
+    if height != width:
+        raise ValueError(f"only square images can be rotated by 90 degrees, got {height} x {width}")
+    turns = quarter_turns[:, None, None, None] % 4
+    images = jnp.where(turns >= 2, images[:, ::-1, ::-1], images)
+    return jnp.where(turns % 2 == 1, jnp.rot90(images, axes=(1, 2)), images)
+
+
+def flip(images: jax.Array, direction: jax.Array) -> jax.Array:
+    """Mirror each image; flipping again in the same direction undoes it.
+
+    Args:
+        images: [B, H, W, C].
+        direction: [B] int32; 0 leaves the image, 1 flips it horizontally (swaps left and right), 2 vertically.
+
+    Returns:
+        [B, H, W, C].
+    """
+    direction = direction[:, None, None, None]
+    images = jnp.where(direction == 1, images[:, :, ::-1], images)
+    return jnp.where(direction == 2, images[:, ::-1], images)

@@ -113,6 +113,46 @@ def used_codes(counts: jax.Array | np.ndarray) -> int:
     return int(np.count_nonzero(np.asarray(counts) > 0))
 
 
+def codebook_use(counts: jax.Array | np.ndarray | None) -> dict[str, float]:
+    """`perplexity` and `used_codes` of code counts [K]; empty for None, a model without a codebook."""
+    return {} if counts is None else {"perplexity": perplexity(counts), "used_codes": used_codes(counts)}
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve: the probability that a positive example scores higher than a negative one, ties
+    counting half.
+
+    Args:
+        scores: [N] float.
+        positive: [N] bool.
+
+    Returns:
+        In [0, 1]; NaN without a positive or without a negative example.
+    """
+    positive = np.asarray(positive, bool)
+    num_positive, num_negative = np.count_nonzero(positive), np.count_nonzero(~positive)
+    if num_positive == 0 or num_negative == 0:
+        return math.nan
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # from 1, equal scores share their mean rank
+    return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def auroc_one_vs_rest(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over the classes of the AUROC of each class against all others.
+
+    Args:
+        probabilities: [N, K] float.
+        labels: [N] int in [0, K).
+
+    Returns:
+        In [0, 1]; the mean is over the classes for which it is defined, NaN if there is none.
+    """
+    areas = [auroc(probabilities[:, label], labels == label) for label in range(probabilities.shape[1])]
+    defined = [area for area in areas if not math.isnan(area)]
+    return sum(defined) / len(defined) if defined else math.nan
+
+
 def volume_means(
     values: Sequence[float] | np.ndarray, volume_index: Sequence[int] | np.ndarray, num_volumes: int
 ) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Mask corruption: pure function of (key, record), right area, right place."""
+"""Corruptions: pure functions of (key, record), the right share of pixels, the right place, exact transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +99,64 @@ def test_fill_and_channels():
 def test_impossible_masks_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         corruptions.mask_region(keys_of(1), jnp.zeros((1, 16, 16, 1)), **settings)
+
+
+def test_salt_and_pepper_turns_a_quarter_white_and_a_quarter_black():
+    images = jnp.full((6, 100, 100, 3), 0.25)
+    noisy = np.asarray(corruptions.salt_and_pepper(keys_of(6), images))
+    np.testing.assert_array_equal(noisy, np.broadcast_to(noisy[..., :1], noisy.shape))  # one fate for all channels
+    assert set(np.unique(noisy)) == {0, 0.25, 1}
+    for value, share in ((1, 0.25), (0, 0.25), (0.25, 0.5)):
+        assert np.mean(noisy[..., 0] == value) == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 60_000))
+    few = np.asarray(corruptions.salt_and_pepper(keys_of(6), images, fraction=0.1))
+    assert np.mean(few != 0.25) == pytest.approx(0.1, abs=0.01)
+    changed = (noisy != 0.25)[..., 0]
+    neighbours = np.mean(changed[:, :, 1:] & changed[:, :, :-1])
+    assert neighbours == pytest.approx(0.25, abs=0.01)  # independent of the pixel beside it
+    assert np.mean(changed[0] & changed[1]) == pytest.approx(0.25, abs=0.02)  # and of the same pixel elsewhere
+
+
+def test_noise_and_labels_depend_on_the_key_only():
+    images, order = jax.random.uniform(jax.random.key(1), (8, 12, 12, 1)), np.array([5, 2, 7])
+    whole, labels = corruptions.salt_and_pepper(keys_of(8), images), corruptions.random_labels(keys_of(8), 4)
+    keys = corruptions.example_keys(jax.random.key(0), jnp.asarray(order))
+    np.testing.assert_array_equal(corruptions.salt_and_pepper(keys, images[order]), whole[order])
+    np.testing.assert_array_equal(corruptions.random_labels(keys, 4), labels[order])
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5])
+def test_impossible_noise_is_refused(fraction):
+    with pytest.raises(ValueError, match="noise fraction must lie above 0 and be at most 1"):
+        corruptions.salt_and_pepper(keys_of(1), jnp.zeros((1, 8, 8, 1)), fraction=fraction)
+
+
+@pytest.mark.parametrize("num_classes", [3, 4])
+def test_labels_are_balanced(num_classes):
+    labels = np.asarray(corruptions.random_labels(keys_of(6000), num_classes))
+    counts = np.bincount(labels, minlength=num_classes)
+    share = 1 / num_classes
+    assert len(counts) == num_classes and labels.dtype == np.int32
+    assert np.all(np.abs(counts / 6000 - share) < 4 * np.sqrt(share * (1 - share) / 6000))
+
+
+def test_rotation_is_counterclockwise_and_exact():
+    letters = jnp.asarray([[1, 2], [3, 4]], jnp.float32)[None, :, :, None]
+    expected = ([[1, 2], [3, 4]], [[2, 4], [1, 3]], [[4, 3], [2, 1]], [[3, 1], [4, 2]])
+    for turns, rotated in enumerate(expected):
+        np.testing.assert_array_equal(corruptions.rotate(letters, jnp.array([turns]))[0, ..., 0], rotated)
+    images, turns = jax.random.uniform(jax.random.key(1), (8, 5, 5, 2)), jnp.arange(8)
+    rotated = corruptions.rotate(images, turns)
+    for index in range(8):
+        np.testing.assert_array_equal(rotated[index], np.rot90(images[index], index))
+    np.testing.assert_array_equal(corruptions.rotate(rotated, -turns), images)
+    with pytest.raises(ValueError, match="only square images"):
+        corruptions.rotate(jnp.zeros((1, 4, 6, 1)), jnp.array([1]))
+
+
+def test_flips_are_exact_and_undo_themselves():
+    images, direction = jax.random.uniform(jax.random.key(1), (3, 4, 6, 2)), jnp.arange(3)
+    flipped = corruptions.flip(images, direction)
+    np.testing.assert_array_equal(flipped[0], images[0])
+    np.testing.assert_array_equal(flipped[1], np.fliplr(images[1]))
+    np.testing.assert_array_equal(flipped[2], np.flipud(images[2]))
+    np.testing.assert_array_equal(corruptions.flip(flipped, direction), images)

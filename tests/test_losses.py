@@ -32,3 +32,19 @@ def test_losses_are_float32_for_bfloat16_predictions():
 def test_vector_quantization_loss_weights_the_commitment():
     total = losses.vector_quantization_loss(jnp.array([1.0, 0.0]), jnp.array([2.0, 4.0]), beta=0.25)
     np.testing.assert_allclose(total, [1.5, 1.0])
+
+
+def test_cross_entropy_is_the_negative_log_probability_of_the_label():
+    logits, labels = np.array([[1.0, 2.0, -1.0], [0.0, 0.0, 500.0]], np.float32), np.array([0, 1])
+    probability = np.exp(1) / (np.exp(1) + np.exp(2) + np.exp(-1))
+    np.testing.assert_allclose(losses.cross_entropy(logits, labels), [-np.log(probability), 500], rtol=1e-6)
+    gradient = jax.grad(lambda values: losses.cross_entropy(values, labels).sum())(logits)
+    np.testing.assert_allclose(gradient[1], [0, -1, 1], atol=1e-6)
+
+
+def test_double_softmax_has_the_floor_of_the_papers_table():
+    for num_classes, floor in ((4, 0.7437), (3, 0.5514)):
+        certain = 1000 * jnp.eye(num_classes)
+        values = losses.double_softmax_cross_entropy(certain, jnp.arange(num_classes))
+        np.testing.assert_allclose(values, np.log(np.e + num_classes - 1) - 1, rtol=1e-5)
+        np.testing.assert_allclose(values, floor, atol=5e-5)

@@ -117,3 +117,28 @@ def test_summary_of_one_volume_has_neither_spread_nor_interval():
     }
     with pytest.raises(ValueError, match="at least one"):
         metrics.volume_summary([], [])
+
+
+def test_auroc_counts_the_pairs_in_the_right_order():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 6, 40) / 6, rng.random(40) < 0.4  # many ties
+    pairs = scores[positive][:, None] - scores[~positive][None, :]
+    expected = np.mean((pairs > 0) + 0.5 * (pairs == 0))
+    assert metrics.auroc(scores, positive) == pytest.approx(expected, abs=1e-12)
+    assert metrics.auroc(positive * 1.0, positive) == 1 and metrics.auroc(~positive * 1.0, positive) == 0
+    assert np.isnan(metrics.auroc(scores, np.ones(40, bool)))
+
+
+def test_auroc_one_vs_rest_is_the_mean_over_defined_classes():
+    rng = np.random.default_rng(1)
+    probabilities, labels = rng.random((30, 3)), rng.integers(0, 3, 30)
+    areas = [metrics.auroc(probabilities[:, k], labels == k) for k in range(3)]
+    assert metrics.auroc_one_vs_rest(probabilities, labels) == pytest.approx(np.mean(areas))
+    absent = metrics.auroc_one_vs_rest(np.pad(probabilities, ((0, 0), (0, 1))), labels)
+    assert absent == pytest.approx(np.mean(areas))
+    assert np.isnan(metrics.auroc_one_vs_rest(probabilities, np.zeros(30, int)))
+
+
+def test_codebook_use():
+    assert metrics.codebook_use(np.array([2.0, 2.0, 0.0])) == {"perplexity": pytest.approx(2), "used_codes": 2}
+    assert metrics.codebook_use(None) == {}

@@ -244,6 +244,16 @@ class VQVAE(nnx.Module):
         return VQVAEOutput(reconstruction, latents, quantized, codes, codebook_loss, commitment_loss)
 
 
+def encoder_flops(config: VQVAEConfig, image_size: int | tuple[int, int]) -> int:
+    """The encoder's share of `flops_per_slice`."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    first, second = config.hidden
+    half, quarter = (height // 2) * (width // 2), (height // 4) * (width // 4)
+    downsample = 16 * config.in_channels * first * half + 16 * first * second * quarter
+    blocks = config.depth * (9 + 1) * second * second * quarter
+    return 2 * (downsample + 9 * second * second * quarter + blocks + second * config.embedding_dim * quarter)
+
+
 def flops_per_slice(config: VQVAEConfig, image_size: int | tuple[int, int]) -> int:
     """Floating-point operations of one forward pass of one slice, a multiply-add counted as two.
 
@@ -258,9 +268,7 @@ def flops_per_slice(config: VQVAEConfig, image_size: int | tuple[int, int]) -> i
     half, quarter = (height // 2) * (width // 2), (height // 4) * (width // 4)
     latent = config.embedding_dim
     blocks = config.depth * (9 + 1) * second * second * quarter
-    encoder = 16 * config.in_channels * first * half + 16 * first * second * quarter + 9 * second * second * quarter
-    encoder += blocks + second * latent * quarter
     decoder = (
         9 * latent * second * quarter + blocks + 16 * second * first * quarter + 16 * first * config.in_channels * half
     )
-    return 2 * (encoder + decoder + config.num_codes * latent * quarter)
+    return encoder_flops(config, image_size) + 2 * (decoder + config.num_codes * latent * quarter)
