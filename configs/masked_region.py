@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.recipe = "masked_region"  # name in results and tables
     config.task = "masked_region"
     config.dataset = ""  # dataset directory made by data_prep.prepare; required
-    config.windows = ()  # ((level, width), ...) in HU: channels of a multi-window dataset; () takes all
+    config.windows = ((50, 350),)  # (level, width) in HU of each channel that is read; () takes all the dataset has
     config.image_size = 512  # must be the dataset's
     config.seed = 0  # of weights, order of slices and masks
 
@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.vq_update = "gradient"  # gradient (the paper) or ema
     config.model.vq_ema_decay = 0.99
     config.model.vq_init = "uniform"  # uniform (the release) or data: from the latents of the first batch
-    config.model.vq_revive_every = 0  # steps between revivals of unused codes; 0 never
+    config.model.vq_revive_every = 0  # steps (microbatches) between revivals of unused codes; 0 never
     config.model.vq_revive_below = 0.05  # see VQVAEConfig
 
     config.loss = ml_collections.ConfigDict()  # weights of the composite loss
@@ -58,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.num_steps = 100_000
     config.batch_size = 16  # slices a step, over all devices
-    config.microbatches = 1  # the batch is worked off in this many parts, one after the other
+    config.microbatches = 1  # the batch is worked off in this many parts; BatchNorm and EMA codebook see each part
     config.dtype = "float32"  # bfloat16 on accelerators: convolutions only; weights, statistics and losses stay float32
     config.remat = False  # recompute residual blocks in the backward pass: less memory, more time
 

@@ -80,8 +80,16 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    @property
+    def last_is_scored(self) -> bool:
+        """Whether the newest checkpoint has a validation loss; one that was saved on request to stop has none."""
+        latest = self._checkpointer.latest
+        return latest is not None and bool(latest.metrics)
+
     def save(self, step: int, state: Any, metadata: dict, validation_loss: float | None) -> None:
-        """Start saving `state`; returns as soon as the device arrays are copied.
+        """Start saving `state`; returns when the save before is complete and the device arrays are copied.
+
+        A checkpoint of the same step without a validation loss is replaced.
 
         Raises:
           RunFailed: this checkpoint or the one before could not be written.
@@ -92,6 +100,7 @@ class Checkpoints:
                 {"state": flatten(state)},
                 metrics=None if validation_loss is None else {"loss": validation_loss},
                 custom_metadata=metadata,
+                overwrite=step == self.last_step,
             )
         except Exception as error:
             raise self._not_saved(error) from error
@@ -128,8 +137,14 @@ def _open(workdir: Path, **options: Any) -> ocp.training.Checkpointer:
         ) from error
 
 
+def holds_checkpoint(workdir: Path) -> bool:
+    """Whether a run directory holds a complete checkpoint, readable or not."""
+    folder = workdir / CHECKPOINTS
+    return folder.is_dir() and any(item.name.isdigit() for item in folder.iterdir())
+
+
 def _steps(workdir: Path) -> list[Any]:
-    if not (workdir / CHECKPOINTS).is_dir():
+    if not holds_checkpoint(workdir):
         return []
     with _open(workdir) as checkpointer:
         return list(checkpointer.checkpoints)

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from ctssl_jax import data
-from ctssl_jax.checkpoint import write_json
+from ctssl_jax.checkpoint import holds_checkpoint, write_json
 from ctssl_jax.command_line import InputError
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.tasks import get_task, model_config
@@ -31,7 +31,8 @@ AT_LEAST_ONE = (
 )
 AT_LEAST_ZERO = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "commitment")
 
-# A run may go on with other values of these; everything else is part of what the run is.
+# A run may go on with other values of these; everything else is part of what the run is. `num_steps` only under a
+# constant schedule: a cosine depends on it from the first step.
 MAY_CHANGE = ("dataset", "num_steps", "log_every", "eval_every", "num_pictures", "reading_threads", "remat")
 
 
@@ -45,7 +46,7 @@ def from_json(content: dict[str, Any]) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(content)
 
 
-def check_config(config: ml_collections.ConfigDict, num_devices: int, num_processes: int) -> None:
+def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     """Refuse a configuration that cannot work on this machine.
 
     Raises:
@@ -60,14 +61,21 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int, num_proces
         for name in names:
             if not (math.isfinite(config[name]) and config[name] >= least):
                 raise InputError(f"config.{name}={config[name]}: must be {least} or more")
+    for name, value in {"mask.fill": config.mask.fill, **{f"loss.{n}": v for n, v in config.loss.items()}}.items():
+        if not math.isfinite(value):
+            raise InputError(f"config.{name}={value}: must be a finite number")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"config.seed={config.seed}: must be 0 to {2**32 - 1}")
+    if any(not isinstance(window, tuple | list) or len(window) != 2 for window in config.windows):
+        raise InputError(
+            f"config.windows={config.windows}: must hold (level, width) pairs, e.g. --config.windows='((50, 350),)'"
+        )
     part = num_devices * config.microbatches
     if config.batch_size % part:
         raise InputError(
             f"config.batch_size={config.batch_size} is not divisible by {num_devices} devices x "
             f"{config.microbatches} microbatches; choose a multiple of {part}"
         )
-    if config.batch_size % num_processes:
-        raise InputError(f"config.batch_size={config.batch_size} is not divisible by {num_processes} processes")
     if config.image_size % Encoder.stride:
         raise InputError(
             f"config.image_size={config.image_size} is not divisible by the encoder's stride {Encoder.stride}; "
@@ -124,14 +132,22 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
         if workdir.is_dir() and any(workdir.iterdir()):
             raise InputError(f"--workdir={workdir} holds files but no run; give a new or empty folder")
         return
-    old, new = json.loads(path.read_text()), to_json(config)
-    for name, value in _flat(old).items():
-        other = _flat(new).get(name)
-        if other != value and name.split(".")[0] not in MAY_CHANGE:
+    if not holds_checkpoint(workdir):
+        return  # nothing was learned yet: a corrected configuration may take its place
+    old, new = _flat(json.loads(path.read_text())), _flat(to_json(config))
+    may_change = MAY_CHANGE if config.schedule == "constant" else tuple(set(MAY_CHANGE) - {"num_steps"})
+    for name in sorted(old | new):
+        if name.split(".")[0] in may_change or (name in old and name in new and old[name] == new[name]):
+            continue
+        if name in old and name in new:
+            remedy = f"use another --workdir, or --config.{name}={old[name]}"
             raise InputError(
-                f"--workdir={workdir} holds a run with config.{name}={value}, not {other}; use another --workdir, "
-                f"or --config.{name}={value}"
+                f"--workdir={workdir} holds a run with config.{name}={old[name]}, not {new[name]}; {remedy}"
             )
+        raise InputError(
+            f"--workdir={workdir} holds a run of another version of this program (config.{name} is not in both); use "
+            "another --workdir"
+        )
     fingerprint = json.loads((workdir / "preparation.json").read_text())["fingerprint"]
     if fingerprint != preparation["fingerprint"]:
         raise InputError(

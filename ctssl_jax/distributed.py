@@ -5,9 +5,12 @@ BatchNorm statistics are then global sums that XLA inserts, so that N devices co
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -86,7 +89,7 @@ def refusing_together() -> Iterator[None]:
     error = None
     try:
         yield
-    except ValueError as caught:
+    except Exception as caught:  # whatever it is, the others must not wait; it is raised again below
         error = caught
     if jax.process_count() > 1:
         refused = multihost_utils.process_allgather(np.asarray(error is not None))
@@ -94,6 +97,27 @@ def refusing_together() -> Iterator[None]:
             raise InputError(f"process {int(np.argmax(refused))} of {len(refused)} refused to start; see its message")
     if error is not None:
         raise error
+
+
+def require_agreement(what: str, content: Any) -> None:
+    """All processes of a run must hold equal settings; otherwise collectives hang or mix different models.
+
+    Args:
+      what: names the content in the message.
+      content: anything that JSON takes.
+
+    Raises:
+      InputError: on every process, if one differs from process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    differing = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if len(differing):
+        raise InputError(
+            f"process {differing[0]} has another {what} than process 0; start all with the same flags and files"
+        )
 
 
 @contextlib.contextmanager

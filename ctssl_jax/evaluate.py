@@ -22,8 +22,10 @@ from ctssl_jax.command_line import InputError
 UNITS = {
     "mse": "mean squared difference of grey values in [0, 1]",
     "masked_mse": "the same over masked pixels, per-pixel mean",
+    "masked_mse_batch_sum": "16 x masked_mse: the sum over a batch of 16 that the authors' release reports",
     "ssim": "structural similarity, Gaussian 11 x 11, sigma 1.5",
 }
+RELEASE_BATCH_SIZE = 16
 MEAN_IMAGE_SLICES = 1024
 
 
@@ -62,6 +64,8 @@ def evaluate(
 
     # ---- What is asked for, and can it work? ----
     workdir, output = Path(workdir), Path(output)
+    if batch_size < 0:
+        raise InputError(f"--batch_size={batch_size}: must be 0 or more")
     if output.suffix != ".json":
         raise InputError(f"--output={output} must end in .json")
     if not (workdir / "config.json").is_file():
@@ -107,6 +111,8 @@ def evaluate(
         by_volume = {
             name: metrics.volume_means(scores[name], volume_index, len(source.volumes)) for name in task.reported
         }
+        if "masked_mse" in by_volume:
+            by_volume["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * by_volume["masked_mse"]
         summary = {
             name: {**metrics.volume_summary(values, patient_ids), "unit": UNITS[name]}
             for name, values in by_volume.items()
@@ -116,7 +122,8 @@ def evaluate(
     summary, by_volume = summarise(slices)
     patients = json.loads((workdir / "patients.json").read_text())
     comparable = patients["key_fingerprint"] == preparation["key_fingerprint"]
-    seen = len(set(patients["train"]) & set(patient_ids)) if comparable else None
+    known = set(patients["train"]) | (set(patients["validation"]) if split != "validation" else set())
+    seen = len(known & set(patient_ids)) if comparable else None
     result = {
         "task": config.task,
         "recipe": config.recipe,
@@ -131,7 +138,7 @@ def evaluate(
         "num_slices": len(slices["record_index"]),
         "num_patients_seen_in_training": seen,
         "checkpoint_step": step,
-        "model_fingerprint": _fingerprint(checkpoint_files.flatten(model["params"])),
+        "model_fingerprint": _fingerprint(checkpoint_files.flatten(model)),
         "dataset_fingerprint": preparation["fingerprint"],
         "trained_on_fingerprint": trained_on["fingerprint"],
         "init_from": [],
@@ -153,9 +160,9 @@ def evaluate(
     checkpoint_files.write_json(output, result)
     with open(output.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["volume_id", "patient_id", "num_slices", *task.reported])
+        writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
         for index, volume in enumerate(source.volumes):
-            scores = [f"{by_volume[name][index]:.6g}" for name in task.reported]
+            scores = [f"{values[index]:.6g}" for values in by_volume.values()]
             writer.writerow([volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores])
     number = min(config.num_pictures, batch_size)
     shown = training.render_pictures(program, state, data.picture_batch(source, batch_size, number), number)
@@ -169,7 +176,7 @@ def table(result: dict) -> str:
     lines = [
         f"{result['recipe']}, step {result['checkpoint_step']:,}, {result['split']} split: {result['num_slices']:,} "
         f"slices{data}",
-        f"{'':24}{'mean':>9} {'sd':>9}   95 % interval       volumes patients",
+        f"{'':32}{'mean':>9} {'sd':>9}   95 % interval       volumes patients",
     ]
     rows = {"model": result["metrics"], **result.get("baselines", {})}
     for predictor, metrics in rows.items():
@@ -177,7 +184,7 @@ def table(result: dict) -> str:
             sd = "-" if value["sd"] is None else f"{value['sd']:.5f}"
             interval = "-" if value["ci95"] is None else f"{value['ci95'][0]:.5f} to {value['ci95'][1]:.5f}"
             lines.append(
-                f"{predictor + ' ' + name:24}{value['mean']:9.5f} {sd:>9}   {interval:20} {value['num_volumes']:6} "
+                f"{predictor + ' ' + name:32}{value['mean']:9.5f} {sd:>9}   {interval:20} {value['num_volumes']:6} "
                 f"{value['num_patients']:8}"
             )
     codebook = result["codebook"]

@@ -6,6 +6,7 @@ Run it again to go on where it stopped: checkpoints hold everything, the order o
 save and end with exit code 0. On several hosts start one process on each with `--distributed`.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def _train(
     mesh = distributed.make_mesh(devices)
     num_devices, num_processes, process = mesh.devices.size, jax.process_count(), jax.process_index()
     with distributed.refusing_together():
-        configuration.check_config(config, num_devices, num_processes)
+        configuration.check_config(config, num_devices)
         preparation, channels = configuration.check_dataset(config, ("train", "validation"))
         task = get_task(config.task)
         train_source = data.open_source(config.dataset, "train", channels, task.offsets)
@@ -69,6 +70,8 @@ def _train(
                 for split, source in (("train", train_source), ("validation", validation_source))
             }
             configuration.open_workdir(workdir, config, preparation, patients)
+    settings = {name: value for name, value in configuration.to_json(config).items() if name != "dataset"}
+    distributed.require_agreement("configuration or dataset", [settings, preparation["fingerprint"]])
 
     # ---- The program and what it will cost --------------------------------------------------------------------------
     program = training.make_program(config, task, len(channels), mesh)
@@ -101,6 +104,7 @@ def _train(
     checkpoints = Checkpoints(workdir)
     fresh = checkpoints.last_step is None
     start_step = 0 if fresh else checkpoints.last_step
+    distributed.require_agreement("last checkpoint in --workdir", start_step)
     if not fresh:
         shardings = distributed.replicated(mesh)
         like = jax.tree.map(
@@ -119,16 +123,19 @@ def _train(
         start_step=start_step,
         **share,
     )
-    fixed_slices = data.picture_batch(validation_source, part_size // num_processes, config.num_pictures)
     num_pictures = min(config.num_pictures, part_size // num_processes)
+    fixed_slices = data.picture_batch(validation_source, part_size // num_processes, num_pictures)
     label = "SYNTHETIC" if preparation["synthetic"] else ""
     reports = Reports(workdir, -1 if fresh else start_step)
     metadata = {"config": configuration.to_json(config), "preparation": preparation}
 
-    def validate(step: int) -> float:
-        scores, code_counts = training.evaluate_split(
-            program, state, data.evaluation_batches(validation_source, part_size, **share)
-        )
+    def validate(step: int) -> float | None:
+        batches = data.evaluation_batches(validation_source, part_size, **share)
+        if num_processes == 1:  # a request to stop does not wait for the end of a long validation
+            batches = itertools.takewhile(lambda batch: not should_stop(step), batches)
+        scores, code_counts = training.evaluate_split(program, state, batches)
+        if len(scores.get("record_index", ())) < len(validation_source):
+            return None
         means = {name: float(value.mean(dtype=float)) for name, value in scores.items() if name != "record_index"}
         training.check_finite(means["loss"], step, workdir, checkpoints.last_step)
         means |= {
@@ -144,28 +151,33 @@ def _train(
 
     # ---- Evaluate, save, fetch the next batch, step -----------------------------------------------------------------
     step, finished = start_step, False
-    clock, clock_step, training_seconds, waited = time.time(), step, 0.0, 0.0
+    unscored = not checkpoints.last_is_scored and (step % config.eval_every == 0 or step >= config.num_steps)
+    unsaved = fresh or unscored  # a stop may have come just before or within a validation
+    clock, clock_step, training_seconds, waited, validation_seconds = time.time(), step, 0.0, 0.0, 0.0
     try:
         while True:
             at_end, stopping = step >= config.num_steps, should_stop(step)
             due = at_end or step % config.eval_every == 0
-            unsaved = step > start_step or (fresh and not stopping)
             if unsaved and (due or stopping):
-                paused = time.time()
                 training.check_state(state, workdir, checkpoints.last_step)
-                checkpoints.save(step, state, metadata, validate(step) if due else None)
-                clock += time.time() - paused  # slices/s is of training alone
+                paused = time.time()
+                loss = validate(step) if due and not stopping else None
+                stopping = stopping or loss is None
+                if step > 0 or loss is not None:
+                    checkpoints.save(step, state, metadata, loss)
+                unsaved, validation_seconds = False, time.time() - paused
+                clock += validation_seconds  # slices/s is of training alone
             if at_end or stopping:
-                finished = at_end
+                finished = at_end and not stopping
                 break
             asked = time.time()
             microbatches = [next(batches) for _ in range(config.microbatches)]
             waited += time.time() - asked
             state = training.run_step(program, state, microbatches)
-            step += 1
+            step, unsaved = step + 1, True
             if step % config.log_every == 0:
                 training.check_state(state, workdir, checkpoints.last_step)
-                state, means, code_counts = training.take_report(state)
+                state, means, code_counts = training.take_report(program, state)
                 now = time.time()
                 speed = (step - clock_step) * config.batch_size / (now - clock)
                 means |= {"slices_per_second": speed, "waiting_for_data": waited / (now - clock)}
@@ -177,6 +189,7 @@ def _train(
                 }
                 reports.write("train", step, means)
                 left = (config.num_steps - step) * training_seconds / (step - start_step)
+                left += ((config.num_steps - step) // config.eval_every + 1) * validation_seconds
                 say(
                     f"step {step:,}/{config.num_steps:,}  loss {means['loss']:.4g}  "
                     + "  ".join(f"{name} {means[name]:.4g}" for name in task.reported)

@@ -62,6 +62,7 @@ class Program:
     apply_gradients: (state, gradients) -> state
     evaluate_batch: (state, batch) -> (per-slice scores, code counts, pictures); the pictures stay split along the batch
     replicate: copy a split tree to every device of every host
+    zeros_like: a tree -> zeros of its shapes, on every device of every host
     """
 
     mesh: Mesh
@@ -72,6 +73,7 @@ class Program:
     apply_gradients: Callable
     evaluate_batch: Callable
     replicate: Callable
+    zeros_like: Callable
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
@@ -235,6 +237,7 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
             out_shardings=(everywhere, everywhere, along_batch),
         ),
         replicate=jax.jit(lambda tree: tree, out_shardings=everywhere),
+        zeros_like=jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), out_shardings=everywhere),
     )
 
 
@@ -301,13 +304,12 @@ def run_step(program: Program, state: TrainState, microbatches: Sequence[dict[st
     return program.apply_gradients(state, gradients)
 
 
-def take_report(state: TrainState) -> tuple[TrainState, dict[str, float], np.ndarray]:
+def take_report(program: Program, state: TrainState) -> tuple[TrainState, dict[str, float], np.ndarray]:
     """Means over the examples since the last report, the code counts, and the state with its sums set to zero."""
     sums = jax.device_get(state.sums)
     weight = max(float(sums["weight"]), 1.0)
     means = {name: float(value) / weight for name, value in sums.items() if name not in ("weight", "code_counts")}
-    zeros = jax.tree.map(lambda leaf: jax.device_put(np.zeros_like(leaf), leaf.sharding), state.sums)
-    return state.replace(sums=zeros), means, sums["code_counts"]
+    return state.replace(sums=program.zeros_like(state.sums)), means, sums["code_counts"]
 
 
 def evaluate_split(
@@ -322,7 +324,7 @@ def evaluate_split(
 
     Returns:
       Per-slice values on every process, sorted by record: `record_index` [N] int and `loss` and the task's scores, each
-      [N] float32; and the code counts [num_codes] over the split.
+      [N] float32; and the code counts [num_codes] over the split. Both are empty if there was no batch.
     """
     pending, scores, counts = None, [], 0
     for batch in batches:
@@ -332,6 +334,8 @@ def evaluate_split(
             scores.append(host_scores)
             counts = counts + host_counts
         pending = running
+    if pending is None:
+        return {}, np.zeros(0)
     host_scores, host_counts = jax.device_get(pending)
     scores.append(host_scores)
     columns = {name: np.concatenate([batch_scores[name] for batch_scores in scores]) for name in host_scores}

@@ -30,6 +30,9 @@ WRONG_FIELDS = {
     "mask.fraction": (1.5, "config.mask: mask fraction must lie between 0 and 1, got 1.5"),
     "mask.unit": ("volume", 'config.mask: mask unit must be "area" or "side"'),
     "mask.margin": (100, "config.mask: a mask of 7 pixels with margin 100 does not fit into 16 pixels; lower"),
+    "mask.fill": (float("inf"), "config.mask.fill=inf: must be a finite number"),
+    "loss.mse": (float("nan"), "config.loss.mse=nan: must be a finite number"),
+    "seed": (-1, "config.seed=-1: must be 0 to 4294967295"),
     "windows": (((100, 700),), "level/width 100/700, but the dataset holds 50/350; prepare it again with --window="),
 }
 
@@ -47,7 +50,7 @@ def test_wrong_field_is_named_with_the_remedy(field, tiny_dataset, tmp_path):
 def test_batch_must_be_divisible_by_devices_and_processes(tiny_dataset, tmp_path):
     with pytest.raises(InputError, match="batch_size=12 is not divisible by 8 devices x 1 microbatches; choose a mult"):
         train_on(tiny_config(tiny_dataset, batch_size=12), tmp_path / "run", num_devices=8)
-    configuration.check_config(tiny_config(tiny_dataset), num_devices=8, num_processes=4)
+    configuration.check_config(tiny_config(tiny_dataset), num_devices=8)
 
 
 def test_images_too_small_for_ssim_are_refused(tmp_path):
@@ -60,7 +63,7 @@ def test_images_too_small_for_ssim_are_refused(tmp_path):
 def test_the_recipes_pass_the_checks(recipe):
     config = recipe.get_config()
     config.dataset = "somewhere"
-    configuration.check_config(config, num_devices=8, num_processes=2)
+    configuration.check_config(config, num_devices=8)
 
 
 def test_datasets_that_do_not_fit(tiny_dataset, tmp_path):
@@ -78,7 +81,13 @@ def test_datasets_that_do_not_fit(tiny_dataset, tmp_path):
         train_on(tiny_config(no_validation), workdir)
     three_windows = write_example_dataset(tmp_path / "three", image_size=16, channels=3)
     with pytest.raises(InputError, match=r"3 windows are selected, but config.model.in_channels is 2; set it to 3"):
-        train_on(tiny_config(three_windows, model__in_channels=2), workdir)
+        train_on(tiny_config(three_windows, model__in_channels=2, windows=()), workdir)
+    lung = shutil.copytree(tiny_dataset, tmp_path / "lung")
+    preparation = json.loads((lung / "preparation.json").read_text())
+    preparation["windows"] = [{"level": -600.0, "width": 1500.0}]
+    (lung / "preparation.json").write_text(json.dumps(preparation))
+    with pytest.raises(InputError, match=r"asks for level/width 50/350, but the dataset holds -600/1500; prepare it"):
+        train_on(tiny_config(lung), workdir)
     assert not workdir.exists()
 
 
@@ -94,13 +103,41 @@ def test_folders_that_cannot_be_run_directories(tiny_dataset, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "other", "thesis.tex"]
 
 
+def make_workdir(path, config):
+    """A run directory with the name of a checkpoint."""
+    preparation, _ = configuration.check_dataset(config, ("train",))
+    configuration.open_workdir(path, config, preparation, {"train": ["a"], "validation": ["b"]})
+    (path / "checkpoints" / "6").mkdir(parents=True)
+    return preparation
+
+
 @pytest.fixture
 def workdir(tiny_dataset, tmp_path):
-    """A run directory as it is before the first step."""
-    config = tiny_config(tiny_dataset)
-    preparation, _ = configuration.check_dataset(config, ("train",))
-    configuration.open_workdir(tmp_path / "run", config, preparation, {"train": ["a"], "validation": ["b"]})
+    make_workdir(tmp_path / "run", tiny_config(tiny_dataset))
     return tmp_path / "run"
+
+
+def test_before_the_first_checkpoint_a_corrected_configuration_takes_the_place(workdir, tiny_dataset):
+    preparation = json.loads((workdir / "preparation.json").read_text())
+    (workdir / "checkpoints" / "6").rmdir()
+    configuration.check_resumable(workdir, tiny_config(tiny_dataset, microbatches=2, learning_rate=0.5), preparation)
+
+
+def test_the_end_of_a_cosine_schedule_is_fixed(tiny_dataset, tmp_path):
+    preparation = make_workdir(tmp_path / "run", tiny_config(tiny_dataset, schedule="cosine"))
+    with pytest.raises(InputError, match=r"holds a run with config.num_steps=12, not 24"):
+        configuration.check_resumable(
+            tmp_path / "run", tiny_config(tiny_dataset, schedule="cosine", num_steps=24), preparation
+        )
+
+
+def test_a_run_of_another_version_is_told_from_a_changed_field(workdir, tiny_dataset):
+    preparation = json.loads((workdir / "preparation.json").read_text())
+    config = tiny_config(tiny_dataset)
+    with config.unlocked():
+        config.new_field = 1
+    with pytest.raises(InputError, match=r"another version of this program \(config.new_field is not in both\)"):
+        configuration.check_resumable(workdir, config, preparation)
 
 
 def test_what_may_change_when_a_run_goes_on(workdir, tiny_dataset, tmp_path):
@@ -129,7 +166,7 @@ def test_configuration_survives_json(tiny_dataset):
     config = tiny_config(tiny_dataset, windows=((50, 350),))
     again = configuration.from_json(json.loads(json.dumps(configuration.to_json(config))))
     assert configuration.to_json(again) == configuration.to_json(config)
-    configuration.check_config(again, 1, 1)
+    configuration.check_config(again, 1)
     assert configuration.check_dataset(again, ("test",))[1] == (0,)
 
 
@@ -138,6 +175,7 @@ def test_configuration_survives_json(tiny_dataset):
     [
         ("--config.learningrate=1", 'Did you mean "learning_rate"'),
         ("--config.batch_size=many", "invalid literal for int"),
+        ("--config.windows=50,350", "must hold (level, width) pairs, e.g. --config.windows='((50, 350),)'"),
         ("--config=configs/absent.py", "configs/absent.py"),
         ("--num_processes=2", "need --distributed"),
         ("leftover", "unexpected argument 'leftover'"),

@@ -1,6 +1,7 @@
 """Whole runs: exact resumption, interruptions, divergence, checkpoints kept, refusals."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -21,7 +22,7 @@ from training_runs import (
     train_on,
 )
 
-from ctssl_jax import checkpoint, reports
+from ctssl_jax import checkpoint, reports, training
 from ctssl_jax.command_line import InputError
 from ctssl_jax.training import TrainingDiverged
 
@@ -155,6 +156,31 @@ def test_a_checkpoint_goes_on_with_other_numbers_of_devices(straight, tiny_datas
     for num_steps, num_devices in ((4, 8), (8, 2), (12, 1)):
         assert train_on(tiny_config(tiny_dataset, num_steps=num_steps), tmp_path / "run", num_devices)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(expected), rtol=1e-4)
+
+
+def test_a_request_to_stop_does_not_wait_for_a_validation(straight, tiny_dataset, tmp_path, monkeypatch):
+    """SIGTERM within the validation of step 6: saved at once without a score, validated when the run goes on."""
+    expected, evaluate_split = straight("gradient"), training.evaluate_split
+
+    def signal_during_the_second(program, state, batches):
+        def signalling():
+            for number, batch in enumerate(batches):
+                if int(state.step) == 6 and number == 0:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        return evaluate_split(program, state, signalling())
+
+    monkeypatch.setattr(training, "evaluate_split", signal_during_the_second)
+    workdir = tmp_path / "run"
+    assert not train_on(tiny_config(tiny_dataset), workdir)
+    assert [line["step"] for line in reports.read_reports(workdir, "validation")] == [0]
+    assert checkpoint.choose_step(workdir, "last") == 6 and checkpoint.choose_step(workdir, "best") == 0
+    monkeypatch.undo()
+    assert train_on(tiny_config(tiny_dataset), workdir)
+    assert_same_state(workdir, expected)
+    assert numbers(workdir) == numbers(expected)
+    assert checkpoint.choose_step(workdir, "best") == checkpoint.choose_step(expected, "best")
 
 
 def test_nothing_is_started_by_a_signal_before_the_first_step(tiny_dataset, tmp_path, monkeypatch, compilation_cache):
