@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = masked_region.get_config()
     config.recipe = "masked_region_small"
     config.image_size = 64
-    config.model.hidden = (32, 64)
+    config.model.hidden = (24, 48)
     config.model.depth = 6  # the masked square and its surroundings lie within what one output pixel sees
     config.model.vq_update = "ema"
     config.model.vq_init = "data"
@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.learning_rate = 2e-2  # the output layer starts at mid-grey and has far to go to black
     config.schedule = "cosine"
     config.warmup_steps = 50
-    config.num_steps = 2_000
+    config.num_steps = 1_500
     config.batch_size = 16
     config.eval_every = 500
     return config

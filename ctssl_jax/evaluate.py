@@ -262,7 +262,7 @@ def main(argv: list[str]) -> int:
     for name in ("workdir", "output"):
         if not flags.FLAGS[name].value:
             raise InputError(f"give --{name}")
-    command_line.use_compilation_cache()
+    command_line.configure_jax()
     result = evaluate(
         flags.FLAGS.workdir,
         flags.FLAGS.dataset,

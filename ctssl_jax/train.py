@@ -223,7 +223,7 @@ def main(argv: list[str]) -> int:
     except OSError:  # what stands for a recipe that could not be loaded raises this at any use
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise command_line.InputError(f"--config={name}: no such file; recipes are in configs/") from None
-    command_line.use_compilation_cache()
+    command_line.configure_jax()
     from ctssl_jax import distributed
 
     distributed.initialize(

@@ -140,7 +140,7 @@ def waiting_share(dataset: Path, workdir: Path) -> tuple[float, float]:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    command_line.use_compilation_cache()
+    command_line.configure_jax()
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(_DATASET.value) if _DATASET.value else temporary_dataset(Path(folder) / "dataset")
         threads = [int(number) for number in _THREADS.value]
