@@ -10,7 +10,6 @@ import functools
 import os
 import stat
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -51,7 +50,7 @@ def list_sources(input_dir: Path) -> Iterator[Source | Unreadable]:
     if not input_dir.exists():
         raise FileNotFoundError(f"{input_dir}: no such directory; give the folder that holds the scans")
     if not input_dir.is_dir():
-        raise NotADirectoryError(f"{input_dir}: not a directory; give the folder that holds the scans")
+        raise NotADirectoryError(f"{input_dir}: is a file, not a directory; give the folder that holds the scans")
     yield from _walk(input_dir, "", input_dir.resolve())
 
 
@@ -100,7 +99,7 @@ def _zip_members(path: str, source: Source) -> Iterator[Source | Unreadable]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.filename)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+    except Exception as error:  # zipfile raises what its parsing stumbles over
         yield Unreadable(source, "bad_zip", str(error))
         return
     previous = None
@@ -141,7 +140,9 @@ def read_bytes(input_dir: Path, source: Source) -> bytes:
         archive = _open_zip(path, status.st_mtime_ns, status.st_size, os.getpid())
         with archive.open(source.member) as file:
             return file.read(source.size + 1)  # a member that lies about its size ends here
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # zipfile and the decompressors raise a dozen kinds on damaged bytes
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk, not from a decompressor
+            raise
         raise OSError(f"{source.path}: {source.member}: damaged zip member: {error}") from error
 
 

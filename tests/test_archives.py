@@ -99,6 +99,62 @@ def test_damaged_member_is_an_os_error(tmp_path):
         read_bytes(tmp_path, listing(tmp_path)[0])
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_anywhere_in_a_member_is_an_os_error(tmp_path, compression):
+    """One byte changed at a time, everywhere before the central directory: the local header and the data."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("m", b"0123456789" * 10)
+    good = path.read_bytes()
+    damaged = 0
+    for place in range(good.index(b"PK\x01\x02")):
+        for flip in (0x01, 0x10, 0xFF):
+            data = bytearray(good)
+            data[place] ^= flip
+            path.write_bytes(data)
+            os.utime(path, ns=(0, 3 * place + flip))
+            try:
+                content = read_bytes(tmp_path, Source("a.zip", "m", 100))
+            except OSError as error:
+                assert "a.zip: m: damaged zip member" in str(error)
+                damaged += 1
+            else:
+                assert content == b"0123456789" * 10
+    assert damaged > 40
+
+
+@pytest.mark.parametrize("method", [1, 96, 0xFFFF])
+def test_unknown_compression_is_an_os_error(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("m", b"content")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    place = data.index(b"PK\x01\x02") + 10
+    data[place : place + 2] = method.to_bytes(2, "little")
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(OSError, match=r"a\.zip: m: damaged zip member"):
+        read_bytes(tmp_path, listing(tmp_path)[0])
+
+
+def test_damage_anywhere_in_the_directory_of_a_zip_file(tmp_path):
+    """Whatever byte of the central directory is changed, listing ends and every member is read or named."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m", b"content")
+    good = path.read_bytes()
+    for place in range(good.index(b"PK\x01\x02"), len(good)):
+        for flip in (0x01, 0x80, 0xFF):
+            data = bytearray(good)
+            data[place] ^= flip
+            path.write_bytes(data)
+            os.utime(path, ns=(0, 3 * place + flip))
+            for entry in listing(tmp_path):
+                if isinstance(entry, Source):
+                    try:
+                        read_bytes(tmp_path, entry)
+                    except OSError:
+                        pass
+
+
 def test_links_cannot_loop_nor_leave(tmp_path):
     inside = tmp_path / "archive"
     (inside / "a").mkdir(parents=True)
@@ -126,5 +182,5 @@ def test_no_such_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory"):
         list(list_sources(tmp_path / "missing"))
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(NotADirectoryError, match="not a directory"):
+    with pytest.raises(NotADirectoryError, match="file: is a file, not a directory"):
         list(list_sources(tmp_path / "file"))
