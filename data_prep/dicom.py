@@ -78,17 +78,20 @@ REASONS = {
     "implausible_hu": "The values are no plausible HU.",
     "contradictory_duplicates": "Different images lie at one position.",
     "duplicate_slice": "The same image lies at the same position once more.",
+    "acquisitions_meet": "The slice lies where two acquisitions meet; the first acquisition's was taken.",
 }
 NOTES = {
     "no_patient_id": "The Patient ID is missing; the Study Instance UID stands in.",
     "no_slice_thickness": "Slice Thickness is missing; the median spacing stands in.",
     "gaps": "Slices are missing; no pair crosses a gap.",
     "uneven_spacing": "The spacing of the slices varies by more than a tenth.",
+    "in_plane_jump": "The image origin jumps within the plane by more than 1 mm; no pair crosses the jump.",
     "gantry_tilt": "The gantry was tilted; the volume is not sheared upright.",
-    "split_by_acquisition": "The series holds several acquisitions at the same positions; this is one.",
+    "split_by_acquisition": "The series holds several acquisitions of the same range; this is one.",
     "other_grid_dropped": "Slices of another matrix or pixel spacing were dropped.",
     "slices_lost": "Slices that could not be decoded were dropped.",
     "duplicates_dropped": "Identical slices at one position were dropped.",
+    "acquisitions_meet": "Where two acquisitions meet, slices differed at one position; the first one's was taken.",
     "no_rescale_tags": "Rescale tags are missing; the stored values are plausible as HU and were taken so.",
     "fractional_hu": "Some values are no whole HU or beyond 16 bits; the volume is float32.",
 }

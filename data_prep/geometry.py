@@ -11,6 +11,7 @@ import numpy as np
 _AXIAL_COSINE = math.cos(math.radians(35))  # gantries tilt by up to 30 degrees
 _GAP_FACTOR = 1.5  # of the local spacing
 _UNEVEN_FRACTION = 0.1  # of the local spacing
+_JUMP_MM = 1.0  # beside the line through the slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,22 +59,38 @@ class StackMeasure:
     """How the slices of a stack follow each other."""
 
     spacing_mm: float  # median step; 0 for a single slice
-    pair_valid: np.ndarray  # [S] bool: the next slice is the neighbour; False at the end and before a gap
+    pair_valid: np.ndarray  # [S] bool: the next slice is the neighbour; False at the end and before a gap or jump
     missing: int  # slices that fit into the gaps
     uneven: bool  # steps that are neither the spacing nor a gap
+    tilt_degrees: float  # angle between the normal and the line through the slices
+    jumps: bool  # a step leaves that line
 
 
-def measure_stack(position_mm: np.ndarray) -> StackMeasure:
-    """Steps of a sorted stack [S]. A step is a gap if it passes 1.5 times the local spacing, the median of the seven
-    steps around it: so a lasting change of the spacing is a change, not a row of gaps."""
+def measure_stack(position_mm: np.ndarray, origin_mm: np.ndarray | None = None) -> StackMeasure:
+    """Steps of a stack, sorted by `position_mm` [S] along the normal; `origin_mm` [S, 3] is Image Position (Patient).
+
+    A step is a gap if it passes 1.5 times the local spacing, the median of the seven steps around it: so a lasting
+    change of the spacing is a change, not a row of gaps. The line through the slices has the median direction of the
+    steps; a step that ends more than 1 mm beside it is a jump within the plane. Without origins neither tilt nor jumps
+    are measured.
+    """
     steps = np.diff(position_mm)
     pair_valid = np.zeros(len(position_mm), dtype=bool)
     if len(steps) == 0:
-        return StackMeasure(0.0, pair_valid, 0, False)
+        return StackMeasure(0.0, pair_valid, 0, False, 0.0, False)
     local = np.array([np.median(steps[max(0, i - 3) : i + 4]) for i in range(len(steps))])
     gap = steps > _GAP_FACTOR * local
-    pair_valid[:-1] = ~gap
+    tilt, jump = (0.0, np.zeros(len(steps), dtype=bool)) if origin_mm is None else _tilt_and_jumps(steps, origin_mm)
+    pair_valid[:-1] = ~gap & ~jump
     missing = int(np.maximum(1, np.rint(steps[gap] / local[gap]) - 1).sum())
     median = float(np.median(steps))
     uneven = bool(np.any(np.abs(steps[~gap] - median) > _UNEVEN_FRACTION * median))
-    return StackMeasure(median, pair_valid, missing, uneven)
+    return StackMeasure(median, pair_valid, missing, uneven, tilt, bool(jump.any()))
+
+
+def _tilt_and_jumps(steps: np.ndarray, origin_mm: np.ndarray) -> tuple[float, np.ndarray]:
+    """Degrees, and [S-1] bool; `steps` [S-1] are the parts of the origins' shifts along the normal."""
+    shifts = np.diff(origin_mm, axis=0)
+    direction = np.median(shifts / steps[:, None], axis=0)  # 1 mm along the normal, the rest within the plane
+    tilt = math.degrees(math.acos(min(1.0, 1 / float(np.linalg.norm(direction)))))
+    return tilt, np.linalg.norm(shifts - steps[:, None] * direction, axis=1) > _JUMP_MM

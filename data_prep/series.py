@@ -11,10 +11,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_prep.geometry import canonical_axes, measure_stack
+from data_prep.geometry import StackMeasure, canonical_axes, measure_stack
 from data_prep.headers import CT_IMAGE_STORAGE, Header
 
 _SAME_POSITION_MM = 0.05
+_MEETING_SLICES = 1.5  # acquisitions that follow each other share at most so many slice spacings
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _LOCALIZER = {"LOCALIZER", "SCOUT", "SCANOGRAM", "TOPOGRAM", "SURVIEW"}
 _PROJECTED = {"MIP", "MINIP", "MAXIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "VRT", "SSD", "3D", "VOLREN"}
@@ -97,8 +98,9 @@ class SeriesCandidate:
 def plan_series(headers: Iterable[Header], rules: Rules) -> list[SeriesCandidate | Rejection]:
     """Groups images into stacks and checks what headers can tell.
 
-    A series is a Series Instance UID (of one study and patient). It is split by orientation and, where slices of
-    several acquisitions lie at one position, by Acquisition Number. Localizers, reformats in other planes and
+    A series is a Series Instance UID (of one study and patient). It is split by orientation and, where several
+    acquisitions cover the same range, by Acquisition Number; acquisitions that follow each other (step and shoot) stay
+    one stack, even if they share a slice. Localizers, reformats in other planes and
     captures within a series are dropped from it. Of several matrices or pixel spacings in one stack the most frequent
     is kept if the others are fewer than `max_lost_fraction`; otherwise the stack is refused.
 
@@ -212,7 +214,11 @@ def _reject_most_common(series_key: str, slices: list[Header], faults: list[tupl
 
 
 def _too_few(series_key: str, slices: Iterable[Header], count: int, rules: Rules) -> Rejection:
-    return Rejection(series_key, tuple(slices), "too_few_slices", f"{count} slices, at least {rules.min_slices} asked")
+    return Rejection(series_key, tuple(slices), "too_few_slices", too_few_detail(count, rules))
+
+
+def too_few_detail(count: int, rules: Rules) -> str:
+    return f"{count} {'slice' if count == 1 else 'slices'}, at least {rules.min_slices} asked"
 
 
 def _cluster(headers: list[Header], same) -> list[list[Header]]:
@@ -241,7 +247,7 @@ Stack = tuple[list[Header], list[tuple[Header, str]], str]  # slices, dropped wi
 
 def _stacks_of(headers: list[Header], rules: Rules) -> list[Stack]:
     """Slices of one orientation, as stacks; a stack whose grid varies too much comes with `split_by` "grid"."""
-    if _acquisitions_overlap(headers):
+    if _acquisitions_overlap(headers, rules):
         by_acquisition = collections.defaultdict(list)
         for header in headers:
             by_acquisition[header.acquisition_number].append(header)
@@ -259,14 +265,25 @@ def _stacks_of(headers: list[Header], rules: Rules) -> list[Stack]:
     return stacks
 
 
-def _acquisitions_overlap(headers: list[Header]) -> bool:
-    """Whether slices of different acquisitions lie at one position."""
-    if len({header.acquisition_number for header in headers}) < 2:
+def _acquisitions_overlap(headers: list[Header], rules: Rules) -> bool:
+    """Whether the ranges of two acquisitions intersect by more than a slice spacing. A few slices that don't name
+    their acquisition may be of any; many are taken for an acquisition."""
+    positions = collections.defaultdict(list)
+    for header, position in zip(*_order(headers), strict=True):
+        positions[header.acquisition_number].append(position)
+    if len(positions[None]) <= rules.max_lost_fraction * len(headers):
+        del positions[None]
+    if len(positions) < 2:
         return False
-    neighbours = itertools.pairwise(zip(*_order(headers), strict=True))
+    steps = np.concatenate([np.diff(of_one) for of_one in positions.values()])
+    steps = steps[steps >= _SAME_POSITION_MM]
+    if not len(steps):
+        return False
+    ranges = sorted((of_one[0], of_one[-1]) for of_one in positions.values())
+    ends = itertools.accumulate((end for _, end in ranges), max)
+    allowed = _MEETING_SLICES * float(np.median(steps))
     return any(
-        after - before < _SAME_POSITION_MM and a.acquisition_number != b.acquisition_number
-        for (a, before), (b, after) in neighbours
+        min(end_before, end) - start > allowed for end_before, (start, end) in zip(ends, ranges[1:], strict=False)
     )
 
 
@@ -302,12 +319,12 @@ def _check_stack(
             slices.append([header])
             slice_positions.append(position)
     for group in slices:
-        group.sort(key=lambda header: (header.source, header.frame))
+        group.sort(key=lambda header: (header.acquisition_number or 0, header.source, header.frame))
     if len(slices) < rules.min_slices:
         return _too_few(series_key, everything, len(slices), rules)
 
     headers = tuple(group[0] for group in slices)
-    measured = measure_stack(np.array(slice_positions))
+    measured = measure_stack(np.array(slice_positions), np.array([header.position for header in headers]))
     thicknesses = [header.slice_thickness for header in headers if header.slice_thickness is not None]
     thickness = max(thicknesses, default=measured.spacing_mm)
     notes = [f"split_by_{split_by}"] if split_by else []
@@ -323,7 +340,9 @@ def _check_stack(
     fault = irregularity(measured, len(headers), rules)
     if fault:
         return Rejection(series_key, everything, *fault)
-    tilt = _tilt_degrees(headers)
+    tilt = round(measured.tilt_degrees, 3)
+    if tilt < 0.5:  # the line through the slices goes before the tag
+        tilt = abs(headers[0].gantry_tilt or 0.0)
     if tilt >= 0.5:
         notes.append("gantry_tilt")
     first = headers[0]
@@ -343,28 +362,18 @@ def _check_stack(
     )
 
 
-def irregularity(measured, num_slices: int, rules: Rules) -> tuple[str, str] | None:
+def irregularity(measured: StackMeasure, num_slices: int, rules: Rules) -> tuple[str, str] | None:
     """(reason, detail) if a stack lost too many slices, or is irregular and the rules refuse that; else None."""
     total = num_slices + measured.missing
     if measured.missing > rules.max_lost_fraction * total:
-        return "too_many_lost", f"{measured.missing} of {total} slices are missing"
+        return "too_many_lost", f"{measured.missing} of {total} slices missing"
     if rules.irregular == "refuse" and measured.missing:
-        return "irregular", f"{measured.missing} of {total} slices are missing"
+        return "irregular", f"{measured.missing} of {total} slices missing"
     if rules.irregular == "refuse" and measured.uneven:
         return "irregular", "uneven slice spacing"
+    if rules.irregular == "refuse" and measured.jumps:
+        return "irregular", "the origin jumps within the plane"
     return None
-
-
-def _tilt_degrees(headers: tuple[Header, ...]) -> float:
-    """Angle between the slice normal and the line through the slices; Gantry/Detector Tilt where they agree."""
-    shift = np.subtract(headers[-1].position, headers[0].position)
-    length = float(np.linalg.norm(shift))
-    if length > 0:
-        cosine = abs(float(shift @ canonical_axes(headers[0].orientation).normal)) / length
-        angle = float(np.degrees(np.arccos(min(1.0, cosine))))
-        if angle >= 0.5:
-            return round(angle, 3)
-    return abs(headers[0].gantry_tilt or 0.0)
 
 
 def kernel_class(header: Header) -> str:

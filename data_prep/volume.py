@@ -13,7 +13,7 @@ from data_prep.geometry import Axes, canonical_axes, measure_stack, orient
 from data_prep.headers import Header
 from data_prep.hounsfield import PlausibilityCount, has_rescale, to_hu
 from data_prep.pixels import PixelError, PixelReader
-from data_prep.series import Rejection, Rules, SeriesCandidate, irregularity
+from data_prep.series import Rejection, Rules, SeriesCandidate, irregularity, too_few_detail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Volume:
     headers: tuple[Header, ...]  # of the slices, in their order
     hu: np.ndarray  # [S, H, W] int16; float32 where a value is fractional or beyond int16
     position_mm: np.ndarray  # [S] float64, along the slice normal, increasing
-    pair_valid: np.ndarray  # [S] bool: the next slice is the neighbour, with no gap between
+    pair_valid: np.ndarray  # [S] bool: the next slice is the neighbour, with no gap or jump between
     pixel_spacing_mm: tuple[float, float]  # between rows, between columns, after orientation
     slice_spacing_mm: float  # median
     slice_thickness_mm: float
@@ -38,8 +38,10 @@ def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Vo
     """Reads the pixels of a candidate, once. Never raises for what the files hold; holds one volume in memory.
 
     Slices that cannot be decoded are dropped, up to `rules.max_lost_fraction`; identical slices at one position count
-    once. Padding and what lies below -1500 HU become air, -1000 HU. The volume must be plausible as HU and, with
-    `rules.require_lung`, cover the chest.
+    once. Where two acquisitions meet, each may have an image of its own at one position, and none is wrong: the first
+    acquisition's is taken, at up to `rules.max_lost_fraction` of the positions. Different images of one acquisition at
+    one position refuse the volume. Padding and what lies below -1500 HU become air, -1000 HU. The volume must be
+    plausible as HU and, with `rules.require_lung`, cover the chest.
 
     Raises:
         OSError: the archive cannot be read any more.
@@ -56,6 +58,7 @@ def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Vo
     kept: list[int] = []
     lost: list[tuple[Header, str]] = []
     repeated: list[tuple[Header, str]] = []
+    meeting: list[tuple[Header, str]] = []
     used: list[Header] = []
     for i, group in enumerate(zip(candidate.headers, candidate.duplicates, strict=True)):
         taken = None
@@ -66,6 +69,8 @@ def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Vo
                     taken = header
                 elif loader.equals_last(header):
                     repeated.append((header, "duplicate_slice"))
+                elif _acquisitions_differ(header, taken):
+                    meeting.append((header, "acquisitions_meet"))
                 else:
                     return reject("contradictory_duplicates", f"different images at slice {i + 1}")
             except PixelError as error:
@@ -78,12 +83,14 @@ def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Vo
     if total - len(kept) > rules.max_lost_fraction * total or not kept:
         reason = collections.Counter(reason for _, reason in lost).most_common(1)[0][0]
         return reject(reason, f"{total - len(kept)} of {total} slices")
+    if len(meeting) > rules.max_lost_fraction * total:
+        return reject("contradictory_duplicates", f"different images at {len(meeting)} of {total} slices")
     position_mm = np.array(candidate.position_mm)[kept]
-    measured = measure_stack(position_mm)
+    measured = measure_stack(position_mm, np.array([header.position for header in used]))
     if fault := irregularity(measured, len(kept), rules):
         return reject(*fault)
     if len(kept) < rules.min_slices:
-        return reject("too_few_slices", f"{len(kept)} slices, at least {rules.min_slices} asked")
+        return reject("too_few_slices", too_few_detail(len(kept), rules))
     if fault := loader.plausibility.fault():
         reason = "implausible_hu" if tagged == {True} else "missing_rescale"
         return reject(reason, fault)
@@ -97,8 +104,10 @@ def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Vo
     flags = {
         "gaps": measured.missing > 0,
         "uneven_spacing": measured.uneven,
+        "in_plane_jump": measured.jumps,
         "slices_lost": len(kept) < total,
         "duplicates_dropped": bool(repeated),
+        "acquisitions_meet": bool(meeting),
         "no_rescale_tags": tagged == {False},
         "fractional_hu": hu.dtype != np.int16,
     }
@@ -114,8 +123,12 @@ def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Vo
         gantry_tilt_degrees=candidate.gantry_tilt_degrees,
         chest=chest,
         notes=(*candidate.notes, *(name for name, raised in flags.items() if raised)),
-        dropped=(*candidate.dropped, *repeated, *lost),
+        dropped=(*candidate.dropped, *repeated, *meeting, *lost),
     )
+
+
+def _acquisitions_differ(a: Header, b: Header) -> bool:
+    return None not in (a.acquisition_number, b.acquisition_number) and a.acquisition_number != b.acquisition_number
 
 
 class _SliceLoader:

@@ -77,6 +77,38 @@ def test_gantry_tilt(tmp_path, hu):
     assert volume.slice_spacing_mm == pytest.approx(2.5 * np.cos(angle))
 
 
+@pytest.mark.parametrize("angle", [0, 15])
+def test_the_origin_jumps_within_the_plane(tmp_path, hu, angle):
+    radians = np.radians(angle)
+    datasets = files.slices(hu, orientation=(1, 0, 0, 0, np.cos(radians), -np.sin(radians)))
+    for ds in datasets[12:]:
+        ds.ImagePositionPatient[0] = "-140"
+    volume = only_volume(convert(files.write(tmp_path / "a", datasets)))
+    np.testing.assert_array_equal(volume.hu, hu)
+    assert volume.gantry_tilt_degrees == pytest.approx(angle, abs=0.01)
+    assert np.flatnonzero(~volume.pair_valid).tolist() == [11, 23]
+    assert volume.notes == (("gantry_tilt",) if angle else ()) + ("in_plane_jump",)
+    rejection = only_rejection(convert(tmp_path / "a", Rules(irregular="refuse")))
+    assert (rejection.reason, rejection.detail) == ("irregular", "the origin jumps within the plane")
+
+
+def test_in_plane_jitter_is_no_jump(tmp_path, hu):
+    datasets = files.slices(hu)
+    for ds, jitter in zip(datasets, np.random.default_rng(0).uniform(-0.3, 0.3, len(datasets)), strict=True):
+        ds.ImagePositionPatient[0] = f"{-170 + jitter:.6f}"
+    volume = only_volume(convert(files.write(tmp_path, datasets)))
+    assert volume.pair_valid[:-1].all() and "in_plane_jump" not in volume.notes
+
+
+def test_a_jump_across_a_missing_slice_of_a_tilted_gantry(tmp_path, hu):
+    """The step across the gap is twice as long in the plane as well, which is no jump."""
+    angle = np.radians(30)
+    datasets = files.slices(hu, orientation=(1, 0, 0, 0, np.cos(angle), -np.sin(angle)))
+    del datasets[10]
+    volume = only_volume(convert(files.write(tmp_path, datasets)))
+    assert volume.notes == ("gantry_tilt", "gaps") and np.flatnonzero(~volume.pair_valid).tolist() == [9, 22]
+
+
 @pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1)])
 def test_localizer_inside_the_series(tmp_path, hu, orientation):
     localizer = files.slices(hu[:1], orientation=orientation)[0]
@@ -99,6 +131,50 @@ def test_two_acquisitions_at_the_same_positions(tmp_path, hu):
     (exam,) = select_reconstructions(outcome.candidates, Rules())
     assert len(exam) == 2
     assert len(select_reconstructions(outcome.candidates, Rules(reconstructions="all"))) == 2
+
+
+@pytest.mark.parametrize(("shift", "number"), [(0.5, 2), (0.25, 10), (0.5, None)])
+def test_two_acquisitions_between_each_other(tmp_path, hu, shift, number):
+    first = files.slices(hu)
+    second = files.slices(files.thorax(seed=1), origin=(-170, -160, -300 + shift * files.SPACING_MM))
+    for ds in second:
+        ds.AcquisitionNumber = number
+    outcome = convert(files.write(tmp_path, first + second))
+    np.testing.assert_array_equal(outcome.volumes[0].hu, hu)
+    np.testing.assert_array_equal(outcome.volumes[1].hu, files.thorax(seed=1))
+    assert [v.notes for v in outcome.volumes] == [("split_by_acquisition",)] * 2
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize("pixels", ["same", "other"])
+def test_step_and_shoot_acquisitions_stay_together(tmp_path, shared, pixels):
+    hu = files.thorax(40)
+    lower, upper = files.slices(hu)[: 20 + shared], files.slices(hu)[20:]
+    for ds in upper:
+        ds.AcquisitionNumber = 2
+    for ds in upper[:shared]:
+        ds.SOPInstanceUID += ".2"
+        files.set_pixels(ds, files.stored(ds) + (pixels == "other"))
+    volume = only_volume(convert(files.write(tmp_path, lower + upper)))
+    np.testing.assert_array_equal(volume.hu, hu)  # the lower acquisition's slice where they differ
+    reason = "duplicate_slice" if pixels == "same" else "acquisitions_meet"
+    assert [(h.acquisition_number, reason) for h, reason in volume.dropped] == [(2, reason)] * shared
+    assert volume.pair_valid[:-1].all()
+    assert volume.notes == (("duplicates_dropped" if pixels == "same" else "acquisitions_meet",) if shared else ())
+
+
+def test_acquisitions_of_one_slice_that_contradict_everywhere(tmp_path, hu):
+    datasets = files.slices(hu) + files.slices(files.thorax(seed=1))
+    for i, ds in enumerate(datasets):
+        ds.AcquisitionNumber = i + 1
+    assert only_rejection(convert(files.write(tmp_path, datasets))).reason == "contradictory_duplicates"
+
+
+def test_acquisition_number_missing_here_and_there(tmp_path, hu):
+    datasets = files.slices(hu)
+    for i in (5, 15):
+        datasets[i].AcquisitionNumber = None
+    np.testing.assert_array_equal(only_volume(convert(files.write(tmp_path, datasets))).hu, hu)
 
 
 @pytest.mark.parametrize("declared", ["declared", "undeclared", "declared_as_unsigned", "range"])
@@ -416,6 +492,11 @@ def test_no_slice_thickness_and_wide_spacing(tmp_path, hu):
 def test_fewest_slices(tmp_path, hu, limit, taken):
     outcome = convert(files.write(tmp_path, files.slices(hu)), Rules(min_slices=limit))
     assert [r.reason for r in outcome.rejections] == ([] if taken else ["too_few_slices"])
+
+
+@pytest.mark.parametrize(("count", "detail"), [(1, "1 slice, at least 20 asked"), (19, "19 slices, at least 20 asked")])
+def test_detail_of_too_few_slices(tmp_path, hu, count, detail):
+    assert only_rejection(convert(files.write(tmp_path, files.slices(hu[:count])))).detail == detail
 
 
 def test_irregular_volumes_can_be_refused(tmp_path, hu):
