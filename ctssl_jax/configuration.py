@@ -11,7 +11,7 @@ from ctssl_jax import data
 from ctssl_jax.checkpoint import holds_checkpoint, write_json
 from ctssl_jax.command_line import InputError
 from ctssl_jax.models.vqvae import Encoder
-from ctssl_jax.tasks import get_task, model_config
+from ctssl_jax.tasks import check_task
 from data_prep import dataset as dataset_directory
 
 CHOICES = {
@@ -29,7 +29,7 @@ AT_LEAST_ONE = (
     "num_pictures",
     "reading_threads",
 )
-AT_LEAST_ZERO = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "commitment")
+AT_LEAST_ZERO = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip")
 
 # A run may go on with other values of these; everything else is part of what the run is. `num_steps` only under a
 # constant schedule: a cosine depends on it from the first step.
@@ -61,9 +61,6 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         for name in names:
             if not (math.isfinite(config[name]) and config[name] >= least):
                 raise InputError(f"config.{name}={config[name]}: must be {least} or more")
-    for name, value in {"mask.fill": config.mask.fill, **{f"loss.{n}": v for n, v in config.loss.items()}}.items():
-        if not math.isfinite(value):
-            raise InputError(f"config.{name}={value}: must be a finite number")
     if not 0 <= config.seed < 2**32:
         raise InputError(f"config.seed={config.seed}: must be 0 to {2**32 - 1}")
     if any(not isinstance(window, tuple | list) or len(window) != 2 for window in config.windows):
@@ -81,8 +78,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"config.image_size={config.image_size} is not divisible by the encoder's stride {Encoder.stride}; "
             f"prepare with an --image_size that is"
         )
-    model_config(config)
-    get_task(config.task).check(config, config.image_size)
+    check_task(config)
 
 
 def check_dataset(config: ml_collections.ConfigDict, splits: tuple[str, ...]) -> tuple[dict, tuple[int, ...]]:

@@ -24,6 +24,10 @@ UNITS = {
     "masked_mse": "the same over masked pixels, per-pixel mean",
     "masked_mse_batch_sum": "16 x masked_mse: the sum over a batch of 16 that the authors' release reports",
     "ssim": "structural similarity, Gaussian 11 x 11, sigma 1.5",
+    "cross_entropy": "natural units, on logits",
+    "double_softmax_cross_entropy": "natural units, softmax applied twice, as the paper's Table II appears to be",
+    "accuracy": "share of slices",
+    "auroc": "one class against the rest over the slices of a volume, mean over classes",
 }
 RELEASE_BATCH_SIZE = 16
 MEAN_IMAGE_SLICES = 1024
@@ -82,7 +86,7 @@ def evaluate(
     except InputError as error:
         raise InputError(f"--dataset={config.dataset} was prepared otherwise than the run's data: {error}") from None
     task = get_task(config.task)
-    source = data.open_source(config.dataset, split, channels, task.offsets)
+    source = data.open_source(config.dataset, split, channels, task.offsets(config))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,23 +107,27 @@ def evaluate(
     state = training.TrainState(step=(), optimizer=(), sums={}, nonfinite_step=(), **model)
 
     # ---- Scores: slices, then volumes, then the split ----
-    slices, code_counts = training.evaluate_split(program, state, data.evaluation_batches(source, batch_size))
-    volume_index = _volume_of_records(source.volumes, slices["record_index"])
-    patient_ids = [volume["patient_id"] for volume in source.volumes]
+    slices = training.evaluate_split(program, state, data.evaluation_batches(source, batch_size))
+    volumes, volume_index = _volumes_of_records(source.volumes, slices.record_index)
+    patient_ids = [volume["patient_id"] for volume in volumes]
 
-    def summarise(scores: dict) -> tuple[dict, dict]:
-        by_volume = {
-            name: metrics.volume_means(scores[name], volume_index, len(source.volumes)) for name in task.reported
-        }
-        if "masked_mse" in by_volume:
-            by_volume["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * by_volume["masked_mse"]
-        summary = {
+    def volume_values(scores: dict) -> dict:
+        values = {name: metrics.volume_means(scores[name], volume_index, len(volumes)) for name in task.reported}
+        if "masked_mse" in values:
+            values["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * values["masked_mse"]
+        return values
+
+    def summarise(by_volume: dict) -> dict:
+        return {
             name: {**metrics.volume_summary(values, patient_ids), "unit": UNITS[name]}
             for name, values in by_volume.items()
         }
-        return summary, by_volume
 
-    summary, by_volume = summarise(slices)
+    by_volume = volume_values(slices.scores)
+    summary = summarise(by_volume)
+    if slices.classes is not None:
+        by_volume["auroc"] = _volume_aurocs(**slices.classes, volume_index=volume_index, num_volumes=len(volumes))
+        summary["auroc"] = {**_summary_of_defined(by_volume["auroc"], patient_ids), "unit": UNITS["auroc"]}
     patients = json.loads((workdir / "patients.json").read_text())
     comparable = patients["key_fingerprint"] == preparation["key_fingerprint"]
     known = set(patients["train"]) | (set(patients["validation"]) if split != "validation" else set())
@@ -130,12 +138,7 @@ def evaluate(
         "synthetic": preparation["synthetic"],
         "split": split,
         "metrics": summary,
-        "codebook": {
-            "perplexity": metrics.perplexity(code_counts),
-            "used_codes": metrics.used_codes(code_counts),
-            "num_codes": len(code_counts),
-        },
-        "num_slices": len(slices["record_index"]),
+        "num_slices": len(slices.record_index),
         "num_patients_seen_in_training": seen,
         "checkpoint_step": step,
         "model_fingerprint": _fingerprint(checkpoint_files.flatten(model)),
@@ -151,17 +154,21 @@ def evaluate(
         "python": platform.python_version(),
     }
     del result["config"]["dataset"]  # a path of this machine
+    if slices.code_counts is not None:
+        result["codebook"] = {**metrics.codebook_use(slices.code_counts), "num_codes": len(slices.code_counts)}
+    if slices.classes is not None:
+        result["confusion"] = _confusion(**slices.classes)
     if baselines:
-        train_source = data.open_source(config.dataset, "train", channels, task.offsets)
+        train_source = data.open_source(config.dataset, "train", channels, task.offsets(config))
         scores = _baseline_scores(config, task, source, train_source, batch_size)
-        result["baselines"] = {name: summarise(values)[0] for name, values in scores.items()}
+        result["baselines"] = {name: summarise(volume_values(values)) for name, values in scores.items()}
 
     # ---- Files ----
     checkpoint_files.write_json(output, result)
     with open(output.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
-        for index, volume in enumerate(source.volumes):
+        for index, volume in enumerate(volumes):
             scores = [f"{values[index]:.6g}" for values in by_volume.values()]
             writer.writerow([volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores])
     number = min(config.num_pictures, batch_size)
@@ -176,7 +183,7 @@ def table(result: dict) -> str:
     lines = [
         f"{result['recipe']}, step {result['checkpoint_step']:,}, {result['split']} split: {result['num_slices']:,} "
         f"slices{data}",
-        f"{'':32}{'mean':>9} {'sd':>9}   95 % interval       volumes patients",
+        f"{'':34}{'mean':>9} {'sd':>9}   95 % interval       volumes patients",
     ]
     rows = {"model": result["metrics"], **result.get("baselines", {})}
     for predictor, metrics in rows.items():
@@ -184,13 +191,17 @@ def table(result: dict) -> str:
             sd = "-" if value["sd"] is None else f"{value['sd']:.5f}"
             interval = "-" if value["ci95"] is None else f"{value['ci95'][0]:.5f} to {value['ci95'][1]:.5f}"
             lines.append(
-                f"{predictor + ' ' + name:32}{value['mean']:9.5f} {sd:>9}   {interval:20} {value['num_volumes']:6} "
+                f"{predictor + ' ' + name:34}{value['mean']:9.5f} {sd:>9}   {interval:20} {value['num_volumes']:6} "
                 f"{value['num_patients']:8}"
             )
-    codebook = result["codebook"]
-    lines.append(
-        f"codes used {codebook['used_codes']} of {codebook['num_codes']}, perplexity {codebook['perplexity']:.1f}"
-    )
+    if "codebook" in result:
+        codebook = result["codebook"]
+        lines.append(
+            f"codes used {codebook['used_codes']} of {codebook['num_codes']}, perplexity {codebook['perplexity']:.1f}"
+        )
+    if "confusion" in result:
+        counts = "; ".join(" ".join(map(str, row)) for row in result["confusion"])
+        lines.append(f"slices by true class (rows) and predicted class: {counts}")
     if result["num_patients_seen_in_training"]:
         lines.append(f"NOTE: {result['num_patients_seen_in_training']} of these patients were in the training data")
     if result["num_patients_seen_in_training"] is None:
@@ -198,13 +209,49 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _volume_of_records(volumes: list[dict], record_index):
-    """Number of the volume that each record belongs to: [N] int."""
+def _volumes_of_records(volumes: list[dict], record_index):
+    """The volumes that the records [N] belong to, and the place of each record's volume among them, [N] int.
+
+    A volume that is nothing but gaps has no pair of neighbours, and so no record here.
+    """
     import numpy as np
 
     first = np.array([volume["first_record"] for volume in volumes])
     order = np.argsort(first)
-    return order[np.searchsorted(first[order], record_index, side="right") - 1]
+    occurring, place = np.unique(
+        order[np.searchsorted(first[order], record_index, side="right") - 1], return_inverse=True
+    )
+    return [volumes[index] for index in occurring], place
+
+
+def _volume_aurocs(label, probabilities, *, volume_index, num_volumes: int):
+    """One-vs-rest AUROC of each volume's slices, NaN where all slices have one label: [num_volumes] float64."""
+    import numpy as np
+
+    from ctssl_jax import metrics
+
+    of_volume = [volume_index == index for index in range(num_volumes)]
+    return np.array([metrics.auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume])
+
+
+def _summary_of_defined(values, patient_ids: list[str]) -> dict:
+    """`metrics.volume_summary` over the volumes whose value is defined."""
+    import numpy as np
+
+    from ctssl_jax import metrics
+
+    defined = np.flatnonzero(~np.isnan(values))
+    return metrics.volume_summary(values[defined], [patient_ids[index] for index in defined])
+
+
+def _confusion(label, probabilities) -> list[list[int]]:
+    """Number of slices by true class (rows) and most probable class."""
+    import numpy as np
+
+    num_classes = probabilities.shape[1]
+    counts = np.zeros((num_classes, num_classes), int)
+    np.add.at(counts, (label, probabilities.argmax(axis=1)), 1)
+    return counts.tolist()
 
 
 def _fingerprint(flat: dict) -> str:
@@ -225,7 +272,7 @@ def _baseline_scores(config, task, source, train_source, batch_size: int) -> dic
     import numpy as np
 
     from ctssl_jax import data
-    from ctssl_jax.tasks import to_unit_images
+    from ctssl_jax.task_interface import to_unit_images
     from ctssl_jax.training import evaluation_keys
 
     chosen = np.linspace(0, len(train_source) - 1, min(MEAN_IMAGE_SLICES, len(train_source))).astype(int)

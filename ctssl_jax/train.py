@@ -50,9 +50,8 @@ def _train(
 
     from ctssl_jax import configuration, data, distributed, metrics, pictures, training
     from ctssl_jax.checkpoint import Checkpoints, restore
-    from ctssl_jax.models.vqvae import flops_per_slice
     from ctssl_jax.reports import Reports, duration, say
-    from ctssl_jax.tasks import get_task, model_config
+    from ctssl_jax.tasks import get_task
 
     # ---- What is asked for, and can it work? ------------------------------------------------------------------------
     mesh = distributed.make_mesh(devices)
@@ -61,8 +60,8 @@ def _train(
         configuration.check_config(config, num_devices)
         preparation, channels = configuration.check_dataset(config, ("train", "validation"))
         task = get_task(config.task)
-        train_source = data.open_source(config.dataset, "train", channels, task.offsets)
-        validation_source = data.open_source(config.dataset, "validation", channels, task.offsets)
+        train_source = data.open_source(config.dataset, "train", channels, task.offsets(config))
+        validation_source = data.open_source(config.dataset, "validation", channels, task.offsets(config))
         if process == 0:
             configuration.check_resumable(workdir, config, preparation)
             patients = {
@@ -81,7 +80,7 @@ def _train(
     batch_shapes = training.abstract_batch(config, task, len(channels), part_size)
 
     encoder_size = training.count_parameters(abstract_params["encoder"])
-    flops = flops_per_slice(model_config(config), config.image_size)
+    flops = task.flops(config)
     kind = mesh.devices.flat[0].device_kind
     say(f"devices      {num_devices} x {kind} in {num_processes} process(es), jax {jax.__version__}")
     say(f"model        {training.count_parameters(abstract_params):,} trainable parameters ({encoder_size:,} encoder)")
@@ -133,15 +132,12 @@ def _train(
         batches = data.evaluation_batches(validation_source, part_size, **share)
         if num_processes == 1:  # a request to stop does not wait for the end of a long validation
             batches = itertools.takewhile(lambda batch: not should_stop(step), batches)
-        scores, code_counts = training.evaluate_split(program, state, batches)
-        if len(scores.get("record_index", ())) < len(validation_source):
+        result = training.evaluate_split(program, state, batches)
+        if result is None or len(result.record_index) < len(validation_source):
             return None
-        means = {name: float(value.mean(dtype=float)) for name, value in scores.items() if name != "record_index"}
+        means = {name: float(values.mean(dtype=float)) for name, values in result.scores.items()}
         training.check_finite(means["loss"], step, workdir, checkpoints.last_step)
-        means |= {
-            "perplexity": metrics.perplexity(code_counts),
-            "used_codes": metrics.used_codes(code_counts),
-        }
+        means |= metrics.codebook_use(result.code_counts)
         reports.write("validation", step, means)
         shown = training.render_pictures(program, state, fixed_slices, num_pictures)
         if process == 0:
@@ -183,17 +179,15 @@ def _train(
                 means |= {"slices_per_second": speed, "waiting_for_data": waited / (now - clock)}
                 training_seconds += now - clock
                 clock, clock_step, waited = now, step, 0.0
-                means |= {
-                    "perplexity": metrics.perplexity(code_counts),
-                    "used_codes": metrics.used_codes(code_counts),
-                }
+                means |= metrics.codebook_use(code_counts)
                 reports.write("train", step, means)
                 left = (config.num_steps - step) * training_seconds / (step - start_step)
                 left += ((config.num_steps - step) // config.eval_every + 1) * validation_seconds
                 say(
                     f"step {step:,}/{config.num_steps:,}  loss {means['loss']:.4g}  "
                     + "  ".join(f"{name} {means[name]:.4g}" for name in task.reported)
-                    + f"  codes {means['used_codes']}  {speed:.1f} slices/s"
+                    + (f"  codes {means['used_codes']}" if "used_codes" in means else "")
+                    + f"  {speed:.1f} slices/s"
                     + f" ({means['waiting_for_data']:.0%} waiting for data)  {duration(left)} left"
                 )
     finally:

@@ -7,7 +7,7 @@ from the seed, the step and each slice's record index alone, so a run that goes 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ctssl_jax import distributed
 from ctssl_jax.command_line import RunFailed
 from ctssl_jax.corruptions import example_keys
-from ctssl_jax.tasks import Task
+from ctssl_jax.task_interface import Task
 
 EVALUATION_SEED = 0
 
@@ -60,7 +60,7 @@ class Program:
     train_step: (state, batch) -> state, for one microbatch
     accumulate: (state, gradients, batch) -> (state, gradients), for more microbatches
     apply_gradients: (state, gradients) -> state
-    evaluate_batch: (state, batch) -> (per-slice scores, code counts, pictures); the pictures stay split along the batch
+    evaluate_batch: (state, batch) -> (per-slice values, code counts, pictures); the pictures stay split along the batch
     replicate: copy a split tree to every device of every host
     zeros_like: a tree -> zeros of its shapes, on every device of every host
     """
@@ -118,7 +118,7 @@ def evaluation_keys(record_index: jax.Array) -> jax.Array:
 
 def abstract_batch(config: ml_collections.ConfigDict, task: Task, channels: int, size: int) -> dict[str, Any]:
     """Shapes of a batch of `size` items from a dataset with `channels` channels."""
-    image = (size, len(task.offsets), config.image_size, config.image_size, channels)
+    image = (size, len(task.offsets(config)), config.image_size, config.image_size, channels)
     return {
         "images": jax.ShapeDtypeStruct(image, jnp.uint8),
         "record_index": jax.ShapeDtypeStruct((size,), jnp.int32),
@@ -211,8 +211,13 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
         model = nnx.merge(graph, state.params, state.variables, copy=True)
         keys = evaluation_keys(batch["record_index"])
         output = task.apply(model, batch["images"], batch["weight"], keys, None, config, train=False)
-        index = {name: batch[name] for name in ("record_index", "weight")}
-        return {"loss": output.loss, **output.scores, **index}, output.code_counts, output.pictures
+        slices = {
+            "record_index": batch["record_index"],
+            "weight": batch["weight"],
+            "scores": {"loss": output.loss, **output.scores},
+            "classes": output.classes,
+        }
+        return slices, output.code_counts, output.pictures
 
     return Program(
         mesh=mesh,
@@ -304,17 +309,30 @@ def run_step(program: Program, state: TrainState, microbatches: Sequence[dict[st
     return program.apply_gradients(state, gradients)
 
 
-def take_report(program: Program, state: TrainState) -> tuple[TrainState, dict[str, float], np.ndarray]:
-    """Means over the examples since the last report, the code counts, and the state with its sums set to zero."""
+def take_report(program: Program, state: TrainState) -> tuple[TrainState, dict[str, float], np.ndarray | None]:
+    """The state with its sums set to zero, the means over the examples since the last report, and the code counts."""
     sums = jax.device_get(state.sums)
     weight = max(float(sums["weight"]), 1.0)
     means = {name: float(value) / weight for name, value in sums.items() if name not in ("weight", "code_counts")}
     return state.replace(sums=program.zeros_like(state.sums)), means, sums["code_counts"]
 
 
-def evaluate_split(
-    program: Program, state: TrainState, batches: Iterable[dict[str, np.ndarray]]
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+class SplitScores(NamedTuple):
+    """Scores of every slice of a split, sorted by record.
+
+    record_index: [N] int32.
+    scores: `loss` and the task's scores, each [N] float32.
+    classes: `label` [N] int32 and `probabilities` [N, K] float32; None unless the task predicts a label.
+    code_counts: [num_codes] float64, over the split; None without a codebook.
+    """
+
+    record_index: np.ndarray
+    scores: dict[str, np.ndarray]
+    classes: dict[str, np.ndarray] | None
+    code_counts: np.ndarray | None
+
+
+def evaluate_split(program: Program, state: TrainState, batches: Iterable[dict[str, np.ndarray]]) -> SplitScores | None:
     """Score every slice of a split.
 
     Args:
@@ -323,25 +341,22 @@ def evaluate_split(
       batches: this process's share, from `data.evaluation_batches`.
 
     Returns:
-      Per-slice values on every process, sorted by record: `record_index` [N] int and `loss` and the task's scores, each
-      [N] float32; and the code counts [num_codes] over the split. Both are empty if there was no batch.
+      The same on every process; None if there was no batch.
     """
-    pending, scores, counts = None, [], 0
+    pending, fetched = None, []
     for batch in batches:
         running = program.evaluate_batch(state, distributed.to_devices(program.mesh, batch))[:2]
         if pending is not None:  # fetch one batch behind, so that the devices never wait for the host
-            host_scores, host_counts = jax.device_get(pending)
-            scores.append(host_scores)
-            counts = counts + host_counts
+            fetched.append(jax.device_get(pending))
         pending = running
     if pending is None:
-        return {}, np.zeros(0)
-    host_scores, host_counts = jax.device_get(pending)
-    scores.append(host_scores)
-    columns = {name: np.concatenate([batch_scores[name] for batch_scores in scores]) for name in host_scores}
-    kept = columns.pop("weight") > 0
-    order = np.argsort(columns["record_index"][kept], kind="stable")
-    return {name: value[kept][order] for name, value in columns.items()}, counts + host_counts
+        return None
+    fetched.append(jax.device_get(pending))
+    slices = jax.tree.map(lambda *parts: np.concatenate(parts), *[slices for slices, _ in fetched])
+    code_counts = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=float), *[counts for _, counts in fetched])
+    kept = np.flatnonzero(slices.pop("weight") > 0)
+    kept = kept[np.argsort(slices["record_index"][kept], kind="stable")]
+    return SplitScores(**jax.tree.map(lambda values: values[kept], slices), code_counts=code_counts)
 
 
 def render_pictures(

@@ -99,7 +99,8 @@ def test_result_files(run, result, tiny_dataset):
     assert str(tiny_dataset) not in output.read_text() and str(run) not in output.read_text()
     with open(output.with_suffix(".csv"), newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["volume_id", "patient_id", "num_slices", "mse", "masked_mse", "ssim"]
+    scores = ["mse", "masked_mse", "ssim", "masked_mse_batch_sum"]
+    assert list(rows[0]) == ["volume_id", "patient_id", "num_slices", *scores]
     assert [row["volume_id"] for row in rows] == [
         volume["volume_id"] for volume in dataset.read_volumes(tiny_dataset, "test")
     ]

@@ -121,9 +121,9 @@ def test_scores_do_not_depend_on_the_batch_and_padding_counts_nothing(tiny_datas
         result = training.evaluate_split(
             program, program.initial_state(), data.evaluation_batches(source, batch_size, num_threads=1)
         )
-        scores[batch_size], counts[batch_size] = result
+        np.testing.assert_array_equal(result.record_index, np.arange(24))
+        scores[batch_size], counts[batch_size] = result.scores, result.code_counts
     for batch_size in (7, 16, 24):
-        np.testing.assert_array_equal(scores[batch_size]["record_index"], np.arange(24))
         np.testing.assert_array_equal(counts[batch_size], counts[8])
         for name, values in scores[8].items():
             np.testing.assert_allclose(scores[batch_size][name], values, atol=1e-6, err_msg=name)

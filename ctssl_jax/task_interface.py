@@ -1,0 +1,88 @@
+"""What a pretraining task is to the training loop and the evaluation, which know nothing else of it.
+
+All per-example numbers are `[B] float32`, so that padded examples get weight 0 and nothing depends on how a batch was
+put together.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from ctssl_jax import metrics
+from ctssl_jax.command_line import InputError
+
+
+class StepOutput(NamedTuple):
+    """What a task computes from one batch.
+
+    loss: [B] float32, the quantity that is minimised.
+    scores: name -> [B] float32, reported as means over examples.
+    pictures: `input`, `target`, `prediction`, each [B, H, W, C] float32 in [0, 1].
+    code_counts: [num_codes] float32, how often each code was used (weighted by example); None without a codebook.
+    classes: `label` [B] int32 and `probabilities` [B, K] float32, which scores of a whole split need; None unless the
+      task predicts a label.
+    """
+
+    loss: jax.Array
+    scores: dict[str, jax.Array]
+    pictures: dict[str, jax.Array]
+    code_counts: jax.Array | None = None
+    classes: dict[str, jax.Array] | None = None
+
+
+class Task(NamedTuple):
+    """One pretraining strategy.
+
+    fields: the configuration's fields that belong to this task and not to all.
+    offsets: configuration -> slices of one item, relative to each other.
+    reported: the scores that evaluation reports, in the order of the paper's Table II.
+    check: raises `InputError` if the configuration cannot work at its image size.
+    build: makes the model from the configuration.
+    flops: configuration -> floating-point operations of one forward pass of one slice.
+    apply: model and batch -> `StepOutput`.
+    baselines: scores of predictors without a model, on the same corrupted inputs.
+    """
+
+    fields: tuple[str, ...]
+    offsets: Callable[[ml_collections.ConfigDict], tuple[int, ...]]
+    reported: tuple[str, ...]
+    check: Callable[[ml_collections.ConfigDict], None]
+    build: Callable[[ml_collections.ConfigDict, nnx.Rngs], nnx.Module]
+    flops: Callable[[ml_collections.ConfigDict], int]
+    apply: Callable[..., StepOutput]
+    baselines: Callable[..., dict[str, dict[str, jax.Array]]]
+
+
+def to_unit_images(images: jax.Array, channels: int, normalize: str) -> jax.Array:
+    """Grey values to the model's input range.
+
+    Args:
+      images: [B, H, W, C] uint8, windowed: 0 is the lower end of the window, 255 the upper.
+      channels: of the model; one grey channel is copied to three if the model wants three.
+      normalize: `window` keeps the affine map from HU, the same for every slice; `slice_minmax` stretches each slice
+        from its own minimum to its own maximum (the authors' release).
+
+    Returns:
+      [B, H, W, channels] float32 in [0, 1].
+    """
+    unit = images.astype(jnp.float32) / 255
+    if normalize == "slice_minmax":
+        unit = metrics.to_unit_range(unit, rescale=True)
+    return jnp.broadcast_to(unit, (*unit.shape[:-1], channels)) if unit.shape[-1] == 1 else unit
+
+
+def item_slices(images: jax.Array, index: int, config: ml_collections.ConfigDict) -> jax.Array:
+    """One slice of each item: [B, K, H, W, C] uint8 -> [B, H, W, channels] float32 in [0, 1]."""
+    return to_unit_images(images[:, index], config.model.in_channels, config.normalize)
+
+
+def model_config(make: Callable[..., Any], config: ml_collections.ConfigDict, **settings: Any) -> Any:
+    """The model's settings out of a training configuration; `InputError` for one that the model cannot have."""
+    try:
+        return make(**config.model.to_dict(), **settings, dtype=config.dtype, remat=config.remat)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config.model: {error}") from None
