@@ -26,8 +26,8 @@ from ctssl_jax.command_line import InputError
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/quickstart", "Folder for everything that is made.")
 _INPUT_DIR = flags.DEFINE_string("input_dir", "", "Your DICOM archive; by default a synthetic one is made.")
-_NUM_PATIENTS = flags.DEFINE_integer("num_patients", 36, "Patients of the synthetic archive.")
-_NUM_SLICES = flags.DEFINE_integer("num_slices", 32, "Slices of each synthetic scan.")
+_NUM_PATIENTS = flags.DEFINE_integer("num_patients", 48, "Patients of the synthetic archive.")
+_NUM_SLICES = flags.DEFINE_integer("num_slices", 24, "Slices of each synthetic scan.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 0, "Training steps; 0 takes the recipe's.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the synthetic archive, the weights and the order of slices.")
 
