@@ -21,6 +21,7 @@ class Account:
         self._series = collections.Counter()
         self._in_volumes = 0
         self.rejected: list[dict[str, Any]] = []  # rows of rejected.csv
+        self.volumes: set[str] = set()  # those of which there are files
 
     def add(self, outcomes: list[ExamNote], not_images: list[NotAnImage | Unreadable]) -> None:
         """Adds what became of a group of files that share none with any other group.
@@ -31,6 +32,7 @@ class Account:
         for note in outcomes:
             volume = note.volume["volume_id"] if note.volume else ""
             rows |= {source: ("volume", volume, "", "") for source in note.taken}
+            self.volumes |= {volume} if note.taken else set()
         self._in_volumes += len(rows)
         for note in outcomes:
             volume = note.volume["volume_id"] if note.volume else ""

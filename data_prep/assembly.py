@@ -4,6 +4,7 @@ All decisions (splits, order, which volume goes to which shard) are frozen in on
 written. From then on a killed run only has to be carried on: shards that are finished are known by their sidecars.
 """
 
+import collections
 import dataclasses
 import importlib.metadata
 import json
@@ -65,6 +66,7 @@ def freeze(
 
     Raises:
         ValueError: too few patients for the splits.
+        RuntimeError: a volume would be in the dataset twice.
     """
 
     def by_hash(pseudonym: str) -> str:
@@ -72,6 +74,9 @@ def freeze(
 
     volumes_per_patient: dict[str, int] = {}
     everything = [*old_volumes, *(row for row, _ in new_volumes.values())]
+    for name, number in collections.Counter(row["volume_id"] for row in everything).items():
+        if number > 1:
+            raise RuntimeError(f"volume {name} would be in the dataset {number} times; please report this")
     for patient in sorted((row["patient_id"] for row in everything), key=by_hash):
         volumes_per_patient[patient] = volumes_per_patient.get(patient, 0) + 1
     splits = known_splits | assign_splits(
@@ -109,6 +114,16 @@ def freeze(
         new_shards=new_shards,
         kept_notes={row["volume_id"]: name for name, (row, _) in new_volumes.items()},
         old_checksums=dict(old_preparation["checksums"]) if old_preparation else {},
+    )
+
+
+def can_be_assembled(frozen: Frozen, output_dir: Path, records_dir: Path) -> bool:
+    """Whether every shard is written already or has its staged volumes: false if someone removed the output."""
+    old_shards = [name for name in frozen.old_checksums if ".array_record-" in name]
+    return all((output_dir / name).exists() for name in old_shards) and all(
+        (_sidecar(records_dir, shard["name"]).exists() and (output_dir / shard["name"]).exists())
+        or all(records_path(records_dir, key).exists() for key in shard["staged"])
+        for shard in frozen.new_shards
     )
 
 

@@ -22,9 +22,12 @@ from data_prep.window import resize_box, resize_slice, window_to_uint8
 
 _STAGING_OPTIONS = "group_size:1,snappy"  # half the time of the shards' zstd-1 for a fifth more space
 
+FAILED_FOR_NOW = "failed_for_now"  # the one reason that is not final: the next run tries again
+
 # Reasons that arise here, beside `data_prep.dicom.REASONS`.
 REASONS = {
     "conversion_crashed": "The conversion failed in an unforeseen way; please report it.",
+    FAILED_FOR_NOW: "Reading failed (disk, memory, network) or the worker was killed; run again to retry.",
     "series_changed": "Files came to a series that is in the dataset already; only a new dataset takes them.",
 }
 
@@ -63,10 +66,17 @@ class ExamNote:
     taken: list[Source]
     dropped: list[tuple[Source, str]]  # files of the taken series that are not in the volume, with reasons
     rejected: list[Rejected]
+    slices: dict[str, str] = dataclasses.field(default_factory=dict)  # of the volume: `slice_id` -> "" or why dropped
 
     @property
-    def sources_of_volume(self) -> list[Source]:
-        return [*self.taken, *(source for source, _ in self.dropped)]
+    def failed_for_now(self) -> bool:
+        return any(series.reason == FAILED_FOR_NOW for series in self.rejected)
+
+
+def slice_id(key: bytes, header: Header) -> str:
+    """Names a slice wherever its file lies: in a renamed folder, in a zip file."""
+    parts = (header.series_instance_uid, header.sop_instance_uid, str(header.frame), repr(header.position))
+    return deidentify.private_digest(key, "slice", *parts)
 
 
 def exam_key(conversion: Conversion, exam: list[SeriesCandidate]) -> str:
@@ -99,6 +109,7 @@ def read_note(path: Path) -> ExamNote:
             Rejected(row["series_id"], row["reason"], row["detail"], [Source(*s) for s in row["sources"]])
             for row in fields["rejected"]
         ],
+        slices=fields["slices"],
     )
 
 
@@ -108,6 +119,8 @@ def write_note(conversion: Conversion, note: ExamNote) -> None:
 
 def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
     """Tries the candidates of an exam in order and stages the first that becomes a volume.
+
+    Where one fails for now, the whole exam is left for the next run: the preferred reconstruction keeps its turn.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
@@ -120,6 +133,9 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
             outcome.append((candidate, "other_reconstruction", ""))
             continue
         loaded = _load(conversion, candidate)
+        if isinstance(loaded, Rejection) and loaded.reason == FAILED_FOR_NOW:
+            outcome = [(candidate, FAILED_FOR_NOW, loaded.detail) for candidate in exam]
+            break
         if isinstance(loaded, Rejection):
             outcome.append((candidate, loaded.reason, loaded.detail))
             continue
@@ -133,7 +149,7 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
 
 def note_of_crash(conversion: Conversion, exam: list[SeriesCandidate]) -> ExamNote:
     """For an exam whose conversion killed its worker."""
-    outcome = [(candidate, "conversion_crashed", "the worker process died") for candidate in exam]
+    outcome = [(candidate, FAILED_FOR_NOW, "the worker process died") for candidate in exam]
     return _note(conversion, exam_key(conversion, exam), None, 0, outcome)
 
 
@@ -158,7 +174,11 @@ def _load(conversion: Conversion, candidate: SeriesCandidate) -> Volume | Reject
     except OSError as error:
         if not conversion.input_dir.is_dir():
             raise OSError(f"{conversion.input_dir}: the archive went away; run again to continue") from None
-        return Rejection(candidate.series_key, candidate.all_headers, "unreadable", error.strerror or "damaged")
+        if error.errno is None:  # not from the disk: what the file holds
+            return Rejection(candidate.series_key, candidate.all_headers, "unreadable", "damaged")
+        return Rejection(candidate.series_key, candidate.all_headers, FAILED_FOR_NOW, error.strerror or "")
+    except MemoryError:
+        return Rejection(candidate.series_key, candidate.all_headers, FAILED_FOR_NOW, "out of memory")
     except Exception as error:  # one odd exam in a million must not end the run; it is reported by name
         detail = type(error).__name__
         return Rejection(candidate.series_key, candidate.all_headers, "conversion_crashed", detail)
@@ -172,6 +192,8 @@ class _VolumeFacts:
         self.row = _row(candidate, volume, conversion)
         self.taken = sources_of(volume.headers)
         self.reasons = {header.source: reason for header, reason in volume.dropped}
+        self.slices = {slice_id(conversion.key, header): reason for header, reason in volume.dropped}
+        self.slices |= {slice_id(conversion.key, header): "" for header in volume.headers}
 
 
 def _row(candidate: SeriesCandidate, volume: Volume, conversion: Conversion) -> dict[str, Any]:
@@ -238,7 +260,7 @@ def _note(
         Rejected(volume_id(conversion.key, candidate), reason, detail, sources_of(candidate.all_headers))
         for candidate, reason, detail in outcome
     ]
-    return ExamNote(key, row, record_bytes, taken, dropped, rejected)
+    return ExamNote(key, row, record_bytes, taken, dropped, rejected, volume.slices if volume else {})
 
 
 def sources_of(headers: Iterable[Header]) -> list[Source]:

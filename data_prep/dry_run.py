@@ -10,7 +10,7 @@ from data_prep.conversion import ExamNote, Rejected, sources_of
 from data_prep.dicom import Rejection, SeriesCandidate
 from data_prep.planning import list_archive, plan_archive, read_plan
 from data_prep.preparation import Options, Places, check_places
-from data_prep.splits import check_patients
+from data_prep.splits import check_numbers
 from data_prep.workers import WorkerPool, usable_cores
 
 _BYTES_PER_PIXEL = 0.34  # zstd-1 on windowed CT slices, measured
@@ -23,7 +23,7 @@ def dry_run(options: Options, places: Places, *, num_workers: int | None = None)
     refuse more. What lies in the output directory already makes no difference.
 
     Raises:
-        ValueError: unusable directories, or too few patients for the splits.
+        ValueError: unusable directories, no files, or too few patients or volumes for the splits.
     """
     check_places(places)
     num_files, _ = list_archive(places.input_dir)
@@ -39,7 +39,7 @@ def dry_run(options: Options, places: Places, *, num_workers: int | None = None)
             outcomes = [*map(_of_rejection, plan.rejections), *map(_of_exam, plan.exams)]
             account.add(outcomes, plan.not_images)
     if patients:
-        check_patients(len(patients), options.splits, options.holdout_volumes)
+        check_numbers(len(patients), exams, options.splits, options.holdout_volumes)
     size = slices * options.image_size**2 * len(options.windows) * _BYTES_PER_PIXEL
     expected = {"exams": exams, "patients": len(patients), "slices": slices, "bytes": int(size)}
     return account.counts(num_files) | expected

@@ -1,66 +1,83 @@
-"""What an earlier run left in a dataset: such volumes stay as they are when the archive grows."""
+"""What an earlier run left in a dataset: such volumes stay as they are when the archive grows or is rearranged."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from data_prep.archives import Source
-from data_prep.conversion import ExamNote, Rejected, exam_id, read_note, volume_id
-from data_prep.dicom import Rejection, SeriesCandidate
+from data_prep.conversion import ExamNote, Rejected, exam_id, read_note, slice_id, sources_of, volume_id
+from data_prep.dicom import Header, Rejection, SeriesCandidate
 
 
 @dataclasses.dataclass(frozen=True)
 class KnownVolumes:
-    """The volumes of a dataset by exam. `kept_notes_dir` holds the note of each."""
+    """The volumes of a dataset by exam. `kept_notes_dir` holds the note of each.
+
+    Files are known by what they are (`slice_id`), not by where they lie.
+    """
 
     kept_notes_dir: Path
     key: bytes = dataclasses.field(repr=False)
     volumes_of_exam: Mapping[str, list[str]]  # exam_id -> volume_ids
     one_per_study: bool = True
 
-    def outcome(self, exam: list[SeriesCandidate]) -> ExamNote | None:
+    def outcome(self, exam: list[SeriesCandidate]) -> list[ExamNote] | None:
         """What becomes of an exam of which volumes are in the dataset; None: it is to be converted.
 
         The files of a volume count as they did; a file that came to its series since is rejected as `series_changed`.
         """
         notes = self._notes(*exam[0].exam_key)
-        sources = [{header.source for header in candidate.all_headers} for candidate in exam]
-        before = {source for note in notes for source in note.sources_of_volume}
-        if not notes or not (self.one_per_study or before & set().union(*sources)):
+        names = [volume_id(self.key, candidate) for candidate in exam]
+        known = [
+            name in notes or any(self._is_known(header, notes) for header in candidate.all_headers)
+            for name, candidate in zip(names, exam, strict=True)
+        ]
+        if not notes or not (self.one_per_study or any(known)):
             return None
-        rejected, accounted = [], set()
-        for candidate, files in zip(exam, sources, strict=True):
-            new = files - before - accounted
-            accounted |= new
-            changed = bool(files & before)
-            if changed and not new:
-                continue
+        outcomes = []
+        for candidate, name, changed in zip(exam, names, known, strict=True):
             reason = "series_changed" if changed else "other_reconstruction"
-            rejected.append(Rejected(volume_id(self.key, candidate), reason, "", sorted(new)))
-        return _outcome(notes, set().union(*sources), rejected)
+            outcomes += self._account(candidate.all_headers, notes, Rejected(name, reason, "", []))
+        return outcomes
 
-    def outcome_of_rejection(self, rejection: Rejection, row: Rejected) -> ExamNote:
-        """The same for a stack that the header checks refuse: its files may be in a volume from earlier."""
+    def outcome_of_rejection(self, rejection: Rejection, row: Rejected) -> list[ExamNote]:
+        """The same for a stack that the header checks refuse: its slices may be in a volume from earlier."""
         first = rejection.headers[0]
         notes = self._notes(first.patient_key, first.study_instance_uid)
-        before = {source for note in notes for source in note.sources_of_volume}
-        if not before & set(row.sources):
-            return _outcome([], set(), [row])
-        new = sorted(set(row.sources) - before)
-        rejected = [Rejected(row.series_id, "series_changed", "", new)] if new else []
-        return _outcome(notes, set(row.sources), rejected)
+        if row.series_id in notes or any(self._is_known(header, notes) for header in rejection.headers):
+            return self._account(rejection.headers, notes, dataclasses.replace(row, reason="series_changed", detail=""))
+        return [ExamNote("", None, 0, [], [], [row])]
 
-    def _notes(self, patient_key: str, study_uid: str) -> list[ExamNote]:
+    def _is_known(self, header: Header, notes: Mapping[str, ExamNote]) -> bool:
+        name = slice_id(self.key, header)
+        return any(name in note.slices for note in notes.values())
+
+    def _account(self, headers: Iterable[Header], notes: Mapping[str, ExamNote], rest: Rejected) -> Iterable[ExamNote]:
+        """Shares the files of a stack among the volumes that hold its slices and, for new ones, `rest`."""
+        taken = {name: [] for name in notes}
+        dropped = {name: [] for name in notes}
+        seen, new = set(), []
+        for header in sorted(headers, key=lambda header: (header.source, header.frame)):
+            of_header = slice_id(self.key, header)
+            name = next((name for name, note in notes.items() if of_header in note.slices), None)
+            if name is None:
+                new.append(header)
+            elif of_header in seen:
+                dropped[name].append((header.source, "duplicate_slice"))
+            elif reason := notes[name].slices[of_header]:
+                dropped[name].append((header.source, reason))
+            else:
+                taken[name].append(header)
+            seen.add(of_header)
+        outcomes = [
+            ExamNote("", notes[name].volume, 0, sources_of(taken[name]), dropped[name], [])
+            for name in notes
+            if taken[name] or dropped[name]
+        ]
+        if new:
+            rejected = dataclasses.replace(rest, sources=sources_of(new))
+            outcomes.append(ExamNote("", None, 0, [], [], [rejected]))
+        return outcomes
+
+    def _notes(self, patient_key: str, study_uid: str) -> dict[str, ExamNote]:
         volumes = self.volumes_of_exam.get(exam_id(self.key, patient_key, study_uid), ())
-        return [read_note(self.kept_notes_dir / f"{volume}.json") for volume in volumes]
-
-
-def _outcome(notes: Iterable[ExamNote], found: set[Source], rejected: list[Rejected]) -> ExamNote:
-    return ExamNote(
-        key="",
-        volume=None,
-        record_bytes=0,
-        taken=[source for note in notes for source in note.taken if source in found],
-        dropped=[entry for note in notes for entry in note.dropped if entry[0] in found],
-        rejected=rejected,
-    )
+        return {volume: read_note(self.kept_notes_dir / f"{volume}.json") for volume in volumes}

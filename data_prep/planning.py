@@ -4,6 +4,7 @@ The headers of an archive of millions of files do not fit into memory, and a ser
 So headers are spread over bucket files by the study that they belong to, and each bucket is planned by itself.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -11,9 +12,9 @@ import itertools
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from data_prep.archives import Source, Unreadable, list_sources
+from data_prep.conversion import FAILED_FOR_NOW
 from data_prep.dicom import (
     Header,
     NotAnImage,
@@ -26,7 +27,8 @@ from data_prep.dicom import (
 )
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
-NUM_BUCKETS = 64
+_MIN_BUCKETS = 64
+_HEADERS_PER_BUCKET = 5_000  # about, in memory at a time in each worker
 _SOURCES_PER_TASK = 128
 
 
@@ -40,7 +42,13 @@ class BucketPlan:
 
 
 def list_archive(input_dir: Path) -> tuple[int, str]:
-    """Number of files, and a digest of their names and sizes: equal digests mean that nothing came or went."""
+    """Number of files, and a digest of their names and sizes: equal digests mean that nothing came or went.
+
+    A file that is replaced by another of the same size is not noticed. Times are left out: copies have other ones.
+
+    Raises:
+        ValueError: there are no files.
+    """
     digest = hashlib.sha256()
     number = 0
     with Progress("listing", "files", None) as progress:
@@ -48,6 +56,8 @@ def list_archive(input_dir: Path) -> tuple[int, str]:
             digest.update(repr(_source(entry)).encode("utf-8", "backslashreplace"))
             number += 1
             progress.advance(1)
+        if not number:
+            raise ValueError(f"--input_dir={input_dir}: no files in it; give the folder of the scans")
     return number, digest.hexdigest()
 
 
@@ -76,19 +86,19 @@ def read_plan(path: Path) -> BucketPlan:
 
 
 def _scan(input_dir: Path, plan_dir: Path, num_files: int, pool: WorkerPool) -> None:
-    with contextlib.ExitStack() as stack:
-        buckets: dict[int, Any] = {}
-        progress = stack.enter_context(Progress("reading headers", "files", num_files))
+    num_buckets = max(_MIN_BUCKETS, num_files // _HEADERS_PER_BUCKET)
+    with Progress("reading headers", "files", num_files) as progress:
         tasks = ((input_dir, chunk) for chunk in _chunks(list_sources(input_dir), _SOURCES_PER_TASK))
         for (_, chunk), entries in pool.run(_read_headers, tasks):
             if isinstance(entries, WorkerDied):
                 entries = list(_read_headers_one_by_one(input_dir, chunk))
+            by_bucket = collections.defaultdict(list)
             for entry in entries:
-                number = _bucket_number(entry)
-                if number not in buckets:
-                    path = plan_dir / f"{number:02d}.headers"
-                    buckets[number] = stack.enter_context(open(path, "wb"))
-                pickle.dump(entry, buckets[number], pickle.HIGHEST_PROTOCOL)
+                by_bucket[_bucket_number(entry, num_buckets)].append(entry)
+            for number, content in by_bucket.items():
+                with open(plan_dir / f"{number:05d}.headers", "ab") as file:
+                    for entry in content:
+                        pickle.dump(entry, file, pickle.HIGHEST_PROTOCOL)
             progress.advance(len(entries))
 
 
@@ -108,7 +118,7 @@ def _read_headers_one_by_one(input_dir, entries) -> Iterator[Header | NotAnImage
     with WorkerPool(1) as pool:
         for (_, (entry,)), result in pool.run(_read_headers, tasks):
             if isinstance(result, WorkerDied):
-                yield NotAnImage(_source(entry), "unreadable", "reading the header crashed")
+                yield NotAnImage(_source(entry), FAILED_FOR_NOW, "reading the header crashed")
             else:
                 yield from result
 
@@ -119,20 +129,22 @@ def _read_one(input_dir: Path, source: Source) -> Header | NotAnImage:
     except OSError as error:
         if not input_dir.is_dir():
             raise OSError(f"{input_dir}: the archive went away; run again to continue") from None
-        return NotAnImage(source, "unreadable", error.strerror or "damaged")
+        if error.errno is None:  # not from the disk: what the file holds
+            return NotAnImage(source, "unreadable", "damaged")
+        return NotAnImage(source, FAILED_FOR_NOW, error.strerror or "")
 
 
 def _source(entry: Source | Unreadable | Header | NotAnImage) -> Source:
     return entry if isinstance(entry, Source) else entry.source
 
 
-def _bucket_number(entry: Header | NotAnImage | Unreadable) -> int:
+def _bucket_number(entry: Header | NotAnImage | Unreadable, num_buckets: int) -> int:
     """Files of one study and patient share a bucket; files that are no images are spread by their names."""
     if isinstance(entry, Header):
         name = f"{entry.patient_key}|{entry.study_instance_uid}"
     else:
         name = repr(entry.source)
-    return hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[0] % NUM_BUCKETS
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8]) % num_buckets
 
 
 def _plan_bucket(headers_path: Path, plan_path: Path, rules: Rules) -> None:

@@ -21,13 +21,13 @@ from typing import Any
 
 from data_prep import conversion, dataset, deidentify, splits
 from data_prep.accounting import Account
-from data_prep.assembly import Frozen, assemble, freeze, keep_notes, remove_tree
-from data_prep.dicom import Rejection, Rules
+from data_prep.assembly import Frozen, assemble, can_be_assembled, freeze, keep_notes, remove_tree
+from data_prep.dicom import Rules
 from data_prep.growth import KnownVolumes
 from data_prep.planning import list_archive, plan_archive, read_plan
 from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
-_FINGERPRINT_FILE = "archive.json"
+_BOUND_FILE = "archive.json"  # of which archive and which dataset an audit directory is
 
 
 class PreparationError(ValueError):
@@ -94,6 +94,8 @@ def default_audit_dir(output_dir: Path) -> Path:
 
 def check_places(places: Places) -> None:
     """Raises PreparationError for directories that contain one another, are missing or are used otherwise."""
+    if places.input_dir.is_file():
+        raise PreparationError(f"--input_dir={places.input_dir}: is a file; give the folder of the scans")
     if not places.input_dir.is_dir():
         raise PreparationError(f"--input_dir={places.input_dir}: no such directory; give the folder of the scans")
     named = {"--input_dir": places.input_dir, "--output_dir": places.output_dir, "--audit_dir": places.audit_dir}
@@ -127,23 +129,30 @@ def prepare(
     check_places(places)
     num_workers = num_workers or usable_cores()
     key = deidentify.read_key(pseudonym_key_file) if pseudonym_key_file else None
-    for directory, mode in ((places.audit_dir, 0o700), (places.output_dir, 0o777)):
+    for flag, directory, mode in (("output", places.output_dir, 0o777), ("audit", places.audit_dir, 0o700)):
         try:
             directory.mkdir(mode=mode, parents=True, exist_ok=True)
         except OSError as error:
-            raise PreparationError(f"{directory}: cannot make this directory: {error.strerror}") from None
+            raise PreparationError(
+                f"--{flag}_dir={directory}: cannot make this directory: {error.strerror}; choose another"
+            ) from None
     with _lock(places.output_dir), _lock(places.audit_dir), WorkerPool(num_workers) as pool:
         places.audit_dir.chmod(0o700)
+        _refuse_audit_dir_of_another(places)
         if key is None:
             key = deidentify.make_key(places.audit_dir / "pseudonym_key")
         listed = list_archive(places.input_dir)
+        changed = False
         if places.frozen_file.exists():  # an earlier run was killed in its last act
             frozen = Frozen.load(places.frozen_file)
-            _refuse_other_options(frozen.options, frozen.key_fingerprint, options, key, places.output_dir)
-            preparation, changed = _finish(frozen, places, pool), True
-        else:
-            preparation, changed = _complete_preparation(options, key, places), False
-        if preparation and _known_archive(places) == listed[1]:
+            if can_be_assembled(frozen, places.output_dir, places.records_dir):
+                _refuse_other_options(frozen.options, frozen.key_fingerprint, options, key, places.output_dir)
+                _finish(frozen, places, pool)
+                changed = True
+            else:
+                places.frozen_file.unlink()
+        preparation = _complete_preparation(options, key, places)
+        if preparation and _bound(places)["digest"] == listed[1] and not num_failed_for_now(preparation["counts"]):
             _clean(places)
             return preparation, changed
         frozen = _convert_and_freeze(options, key, places, preparation, listed, pool)
@@ -172,7 +181,7 @@ def _complete_preparation(options: Options, key: bytes, places: Places) -> dict[
         return None
     preparation = dataset.read_preparation(places.output_dir)
     _refuse_other_options(preparation["options"], preparation["key_fingerprint"], options, key, places.output_dir)
-    if _known_archive(places) is None:
+    if _bound(places)["fingerprint"] != preparation["fingerprint"]:
         raise PreparationError(
             f"{places.audit_dir}: not the audit directory of {places.output_dir}; "
             "give --audit_dir as it was when the dataset was made"
@@ -206,9 +215,33 @@ def _option_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _known_archive(places: Places) -> str | None:
-    path = places.audit_dir / _FINGERPRINT_FILE
-    return json.loads(path.read_text())["digest"] if path.exists() else None
+def _bound(places: Places) -> dict[str, str]:
+    """The archive's `digest`, the dataset's `fingerprint` and its `output_dir` from here; all "" at first."""
+    path = places.audit_dir / _BOUND_FILE
+    return {"digest": "", "fingerprint": "", "output_dir": ""} | (json.loads(path.read_text()) if path.exists() else {})
+
+
+def _relative_output_dir(places: Places) -> str:
+    return os.path.relpath(places.output_dir.resolve(), places.audit_dir.resolve())
+
+
+def _refuse_audit_dir_of_another(places: Places) -> None:
+    """An audit directory is of one dataset: the one that lies where it lay, or has its fingerprint."""
+    bound = _bound(places)
+    if bound["output_dir"] in ("", _relative_output_dir(places)):
+        return
+    if (places.output_dir / dataset.PREPARATION_FILE).exists():
+        if dataset.read_preparation(places.output_dir)["fingerprint"] == bound["fingerprint"]:
+            return
+    raise PreparationError(
+        f"{places.audit_dir}: is the audit directory of another dataset, not of {places.output_dir}; give another "
+        "--audit_dir, and to share the pseudonyms --pseudonym_key_file with its key file"
+    )
+
+
+def num_failed_for_now(counts: dict[str, Any]) -> int:
+    """Series and files that the next run tries again."""
+    return sum(counts[name].get(conversion.FAILED_FOR_NOW, 0) for name in ("series_rejected", "files_not_images"))
 
 
 def _convert_and_freeze(
@@ -243,35 +276,40 @@ def _convert_and_freeze(
     plans = plan_archive(places.input_dir, places.work_dir / "plan", options.rules, num_files, pool)
     known_splits = _read_splits(places)
     patients = {row["patient_id"] for row in old_volumes}
-    expected_slices = 0
+    expected_slices, expected_volumes = 0, len(old_volumes)
     for plan in map(read_plan, plans):
         for exam in plan.exams:
             patients.add(deidentify.patient_pseudonym(key, exam[0].patient_key))
-            expected_slices += 0 if known.outcome(exam) else len(exam[0].headers)
+            if known.outcome(exam) is None:
+                expected_volumes += 1
+                expected_slices += len(exam[0].headers)
     if patients:
-        splits.check_patients(len(patients), options.splits, options.holdout_volumes)
+        splits.check_numbers(len(patients), expected_volumes, options.splits, options.holdout_volumes)
     _convert(run, plans, known, expected_slices, pool)
     new_volumes: dict[str, tuple[dict[str, Any], int]] = {}
     with open(places.work_dir / "sources.csv", "w", newline="", errors="backslashreplace") as file:
         account = Account(file)
         for plan in map(read_plan, plans):
-            outcomes = [_outcome_of_rejection(known, key, rejection) for rejection in plan.rejections]
+            outcomes = []
+            for rejection in plan.rejections:
+                outcomes += known.outcome_of_rejection(rejection, conversion.rejected_row(key, rejection))
             for exam in plan.exams:
-                note = known.outcome(exam)
-                if note is None:
-                    note = conversion.read_note(conversion.note_path(run, conversion.exam_key(run, exam)))
-                    if note.volume is not None:
-                        new_volumes[note.key] = (note.volume, note.record_bytes)
-                outcomes.append(note)
+                notes = known.outcome(exam)
+                if notes is None:
+                    notes = [conversion.read_note(conversion.note_path(run, conversion.exam_key(run, exam)))]
+                    new_volumes |= {note.key: (note.volume, note.record_bytes) for note in notes if note.volume}
+                outcomes += notes
             account.add(outcomes, plan.not_images)
         file.flush()
         os.fsync(file.fileno())
     counts = account.counts(num_files)
+    counts["volumes_without_files"] = len({row["volume_id"] for row in old_volumes} - account.volumes)
     if not (new_volumes or old_volumes):
         reasons = [f"{number} {reason}" for reason, number in counts["series_rejected"].items()]
         reasons += [f"{number} files {reason}" for reason, number in counts["files_not_images"].items()]
         raise PreparationError(
-            f"--input_dir={places.input_dir}: no usable chest CT in {num_files} files ({', '.join(reasons)})"
+            f"--input_dir={places.input_dir}: no usable chest CT in {num_files} files ({', '.join(reasons)}); "
+            f"the reason of each file is in {places.work_dir / 'sources.csv'}"
         )
     frozen = freeze(
         options=options.as_dict(),
@@ -288,10 +326,6 @@ def _convert_and_freeze(
     return frozen
 
 
-def _outcome_of_rejection(known: KnownVolumes, key: bytes, rejection: Rejection) -> conversion.ExamNote:
-    return known.outcome_of_rejection(rejection, conversion.rejected_row(key, rejection))
-
-
 def _convert(
     run: conversion.Conversion, plans: list[Path], known: KnownVolumes, expected_slices: int, pool: WorkerPool
 ) -> None:
@@ -301,7 +335,7 @@ def _convert(
         def tasks() -> Iterator[tuple]:
             for plan in map(read_plan, plans):
                 for exam in plan.exams:
-                    if known.outcome(exam):
+                    if known.outcome(exam) is not None:
                         continue
                     if _is_converted(run, exam):
                         progress.advance(len(exam[0].headers), already_there=True)
@@ -319,8 +353,10 @@ def _is_converted(run: conversion.Conversion, exam: list) -> bool:
     path = conversion.note_path(run, key)
     if not path.exists():
         return False
-    taken = conversion.read_note(path).volume is not None
-    return not taken or conversion.records_path(run.records_dir, key).exists()
+    note = conversion.read_note(path)
+    if note.failed_for_now:
+        return False
+    return note.volume is None or conversion.records_path(run.records_dir, key).exists()
 
 
 def _finish(frozen: Frozen, places: Places, pool: WorkerPool) -> dict[str, Any]:
@@ -331,7 +367,12 @@ def _finish(frozen: Frozen, places: Places, pool: WorkerPool) -> dict[str, Any]:
     sources = places.work_dir / "sources.csv"
     if sources.exists():
         os.replace(sources, places.audit_dir / "sources.csv")
-    _write_private(places.audit_dir / _FINGERPRINT_FILE, {"digest": frozen.archive_digest})
+    bound = {
+        "digest": frozen.archive_digest,
+        "fingerprint": preparation["fingerprint"],
+        "output_dir": _relative_output_dir(places),
+    }
+    _write_private(places.audit_dir / _BOUND_FILE, bound)
     places.frozen_file.unlink()
     dataset.sync_directory(places.work_dir)
     _clean(places)

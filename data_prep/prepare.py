@@ -4,7 +4,10 @@ r"""DICOM archive -> dataset directory.
 
 SCANS is any tree of files; zip files are read in place. One DATASET serves every task. Killed at any moment, the same
 command continues where it stopped, with the same result to the byte; when scans have come to SCANS it adds them.
-DATASET-audit (--audit_dir) stays with the archive's owner: it links the dataset's pseudonyms to the scans.
+Whether something came is told by names and sizes: a file that is replaced by another of its size goes unnoticed.
+DATASET-audit (--audit_dir) stays with the archive's owner: it links the dataset's pseudonyms to the scans, and is of
+this dataset alone. Datasets can share a --pseudonym_key_file: the same patient then has the same pseudonym in each;
+splits are kept for each dataset by itself.
 """
 
 import math
@@ -35,7 +38,8 @@ flags.DEFINE_string("splits", "0.8,0.1,0.1", "Fractions of patients for training
 flags.DEFINE_integer(
     "holdout_volumes",
     0,
-    "Test volumes: whole patients nearest to this number; --splits then divides the rest. 0: go by --splits.",
+    "Test volumes, at most half of all: whole patients nearest to this number; --splits then divides the rest. "
+    "0: go by --splits.",
     lower_bound=0,
 )
 flags.DEFINE_float("shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut.")
@@ -47,7 +51,7 @@ flags.DEFINE_bool("dry_run", False, "Read headers only, say what would happen, w
 
 
 class Stopped(BaseException):
-    """SIGTERM or Ctrl-C; like KeyboardInterrupt, nothing that handles errors handles it."""
+    """SIGTERM, Ctrl-C or a closed terminal; like KeyboardInterrupt, nothing that handles errors handles it."""
 
 
 def parse_window(text: str) -> tuple[float, float]:
@@ -74,7 +78,7 @@ def parse_splits(text: str) -> tuple[float, float, float]:
 
 
 def main() -> int:
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, _stop)
     try:
         return _run()
@@ -95,6 +99,7 @@ def _run() -> int:
         raise ValueError(f"--shard_size_mb={FLAGS.shard_size_mb:g}: give a number of megabytes above 0")
 
     from data_prep import preparation  # not earlier: --help needs none of it
+    from data_prep.conversion import FAILED_FOR_NOW
     from data_prep.dicom import Rules
 
     options = preparation.Options(
@@ -140,6 +145,10 @@ def _run() -> int:
             f"{facts['num_slices']} slices"
         )
     print(summary_table(prepared["counts"]))
+    if missing := prepared["counts"]["volumes_without_files"]:
+        print(f"{missing:>8} volumes whose files are gone; they stay in the dataset")
+    if failed := preparation.num_failed_for_now(prepared["counts"]):
+        print(f"{failed:>8} series or files could not be read for now ({FAILED_FOR_NOW}); run again to retry")
     print(f"Private: {places.audit_dir} links pseudonyms to files; keep it with the scans.")
     return 0
 

@@ -1,4 +1,9 @@
-"""Training, validation and test split, by patient."""
+"""Training, validation and test split, by patient.
+
+Datasets of one pseudonym key have the same pseudonyms and take patients in the same order. Their splits are the same
+only if they were made at once from the same patients with the same options: what a patient was assigned to is kept in
+each dataset's own audit directory.
+"""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -6,13 +11,20 @@ from collections.abc import Mapping, Sequence
 from data_prep.dataset import SPLITS
 
 
-def check_patients(num_patients: int, fractions: Sequence[float], holdout_volumes: int) -> None:
-    """Raises ValueError if there are fewer patients than splits that must not be empty."""
+def check_numbers(num_patients: int, num_volumes: int, fractions: Sequence[float], holdout_volumes: int) -> None:
+    """Raises ValueError if there are fewer patients than splits that must not be empty, or if the hold-out would be
+    more than half of the volumes."""
     wanted = _wanted_splits(fractions, holdout_volumes)
     if num_patients < len(wanted):
+        shared = f" (all {num_volumes} scans have one Patient ID)" if num_patients == 1 < num_volumes else ""
         raise ValueError(
-            f"{num_patients} patient{'s' * (num_patients != 1)} with a usable scan cannot fill the splits "
+            f"{num_patients} patient{'s' * (num_patients != 1)} with a usable scan{shared} cannot fill the splits "
             f"{', '.join(wanted)}; give --splits=1,0,0 (everything is training data), or more patients"
+        )
+    if 2 * holdout_volumes > num_volumes:
+        raise ValueError(
+            f"--holdout_volumes={holdout_volumes}: more than half of the {num_volumes} usable volumes; "
+            f"give at most {num_volumes // 2}, or 0 to go by --splits"
         )
 
 
@@ -38,9 +50,10 @@ def assign_splits(
         known: split by patient, from earlier runs.
 
     Raises:
-        ValueError: too few patients, or the known ones leave a split empty.
+        ValueError: too few patients or volumes, or the known ones leave a split empty.
     """
-    check_patients(len(volumes_per_patient), fractions, holdout_volumes)
+    num_volumes = sum(volumes_per_patient.values())
+    check_numbers(len(volumes_per_patient), num_volumes, fractions, holdout_volumes)
     wanted = _wanted_splits(fractions, holdout_volumes)
     splits = {patient: known[patient] for patient in volumes_per_patient if patient in known}
     new = [patient for patient in volumes_per_patient if patient not in known]

@@ -1,5 +1,6 @@
 """Checks of a finished dataset: nothing is damaged, every record decodes, neighbours are neighbours."""
 
+import collections
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from data_prep.workers import Progress, WorkerDied, WorkerPool
 def verify(dataset_dir: Path, pool: WorkerPool) -> list[str]:
     """Problems of a dataset, each one line that names the file; [] if it is sound.
 
-    Checksums; the tables agree with the shards and with each other; no patient is in two splits; the records of a
-    volume are consecutive, their positions increase, and `pair_valid` is false exactly at its gaps and its end.
+    Checksums; the tables agree with the shards and with each other; no volume is there twice, no patient in two splits;
+    the records of a volume are consecutive, their positions increase, and `pair_valid` is false exactly at its gaps
+    and its end.
     """
     preparation = dataset.read_preparation(dataset_dir)
     volumes = dataset.read_volumes(dataset_dir)
@@ -48,6 +50,9 @@ def _table_problems(dataset_dir: Path, preparation: dict[str, Any], volumes: lis
             yield f"{name}: checksum differs from preparation.json"
     if dataset.dataset_fingerprint(preparation["checksums"]) != preparation["fingerprint"]:
         yield "preparation.json: the fingerprint is not that of the checksums"
+    for volume, number in collections.Counter(row["volume_id"] for row in volumes).items():
+        if number > 1:
+            yield f"volumes.csv: volume {volume} is there {number} times"
     splits_of_patient: dict[str, set[str]] = {}
     for row in volumes:
         splits_of_patient.setdefault(row["patient_id"], set()).add(row["split"])

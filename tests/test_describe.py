@@ -130,6 +130,13 @@ def test_verify_names_the_damaged_file(example, pool, damage, name):
     assert any(problem.startswith(name) for problem in verify(example, pool))
 
 
+def test_verify_finds_a_volume_that_is_there_twice(example, pool):
+    path = example / "volumes.csv"
+    first, second = (line.split(",")[0] for line in path.read_text().splitlines()[1:3])
+    path.write_text(path.read_text().replace(second, first))
+    assert any(f"volume {first} is there 2 times" in problem for problem in verify(example, pool))
+
+
 def rewritten(example: Path, change) -> None:
     """The first training shard with changed records, and a preparation.json that agrees with it."""
     path = example / "train.array_record-00000"

@@ -1,6 +1,8 @@
 """prepare on small generated archives: same bytes however it ran, every file accounted for, growth, refusals."""
 
 import csv
+import dataclasses
+import errno
 import json
 import os
 import random
@@ -19,7 +21,7 @@ import pytest
 from data_prep import conversion, dataset
 from data_prep import preparation as preparation_module
 from data_prep.conversion import convert_exam
-from data_prep.dicom import Rules
+from data_prep.dicom import Rules, load_volume
 from data_prep.dry_run import dry_run
 from data_prep.preparation import Options, Places, PreparationError, prepare
 from data_prep.verification import verify
@@ -99,6 +101,7 @@ def test_every_file_is_accounted_for(prepared, archive):
         "files_dropped": {"duplicate_slice": 1},
         "files_rejected": {"other_reconstruction": NUM_SLICES, "too_few_slices": 5},
         "files_not_images": {"not_dicom": 2},
+        "volumes_without_files": 0,
         "series_rejected": {"other_reconstruction": 1, "too_few_slices": 1},
     }
     with open(prepared.audit_dir / "sources.csv", newline="") as file:
@@ -267,6 +270,107 @@ def test_grown_archive_appends(tmp_path, archive, key_file):
     assert not prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)[1]
 
 
+def renamed(scans: Path) -> None:
+    (scans / "scan1").rename(scans / "moved")
+
+
+def zipped(scans: Path) -> None:
+    shutil.make_archive(str(scans / "scan1"), "zip", scans / "scan1")
+    shutil.rmtree(scans / "scan1")
+
+
+@pytest.mark.parametrize("reconstructions", ["all", "one_per_study"])
+@pytest.mark.parametrize("rearranged", [renamed, zipped])
+def test_a_rearranged_archive_is_the_same_archive(tmp_path, archive, key_file, reconstructions, rearranged):
+    scans = tmp_path / "scans"
+    shutil.copytree(archive, scans)
+    options = dataclasses.replace(OPTIONS, rules=Rules(reconstructions=reconstructions))
+    where = places(tmp_path, scans)
+    before, _ = prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
+    volumes = dataset.read_volumes(where.output_dir)
+    rearranged(scans)
+    after, changed = prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
+    assert changed and after["counts"] == before["counts"]
+    assert dataset.read_volumes(where.output_dir) == volumes
+    with open(where.audit_dir / "sources.csv", newline="") as file:
+        named = Counter(row["pseudonym"] for row in csv.DictReader(file) if row["outcome"] == "volume")
+    assert named == {volume["volume_id"]: NUM_SLICES for volume in volumes}
+
+
+def test_volumes_whose_files_are_gone_stay_and_are_counted(tmp_path, archive, key_file):
+    shutil.copytree(archive, tmp_path / "scans")
+    where = places(tmp_path, tmp_path / "scans")
+    prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    shutil.rmtree(tmp_path / "scans" / "scan4")
+    preparation, _ = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    assert preparation["counts"]["volumes_without_files"] == 1
+    assert len(dataset.read_volumes(where.output_dir)) == 5
+
+
+def test_an_audit_directory_is_of_one_dataset(tmp_path, archive, key_file):
+    first = places(tmp_path / "a", archive)
+    first.output_dir.parent.mkdir()
+    prepare(OPTIONS, first, num_workers=1, pseudonym_key_file=key_file)
+    made = content(tmp_path / "a")
+    other = Places(archive, tmp_path / "b" / "dataset", first.audit_dir)
+    with pytest.raises(PreparationError, match=r"another dataset, .* --pseudonym_key_file"):
+        prepare(OPTIONS, other, num_workers=1, pseudonym_key_file=key_file)
+    assert content(tmp_path / "a") == made
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert not prepare(OPTIONS, places(tmp_path / "moved", archive), num_workers=1, pseudonym_key_file=key_file)[1]
+    moved = places(tmp_path / "moved", archive)
+    shutil.rmtree(moved.output_dir)
+    prepare(OPTIONS, moved, num_workers=1, pseudonym_key_file=key_file)
+    assert content(tmp_path / "moved") == made
+
+
+def test_an_output_that_was_removed_after_a_kill_is_made_again(tmp_path, archive, prepared, key_file, monkeypatch):
+    where = places(tmp_path, archive)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "write_tfds_metadata", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    monkeypatch.undo()
+    assert where.frozen_file.exists()
+    shutil.rmtree(where.output_dir)
+    prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    assert content(where.output_dir) == content(prepared.output_dir)
+
+
+def test_a_holdout_of_more_than_half_is_refused_before_converting(tmp_path, archive, key_file):
+    options = dataclasses.replace(OPTIONS, holdout_volumes=3)
+    where = places(tmp_path, archive)
+    with pytest.raises(ValueError, match=r"--holdout_volumes=3: more than half of the 5 .* at most 2"):
+        dry_run(options, where, num_workers=1)
+    with pytest.raises(ValueError, match=r"--holdout_volumes=3: more than half of the 5 .* at most 2"):
+        prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
+    assert not list(where.notes_dir.glob("*"))
+
+
+def test_scans_of_one_patient_id_say_so(tmp_path, key_file):
+    for number in (1, 2, 3):
+        add_scan(tmp_path / "scans", number, patient="ANON")
+    with pytest.raises(ValueError, match=r"1 patient .*all 3 scans have one Patient ID"):
+        dry_run(OPTIONS, places(tmp_path, tmp_path / "scans"), num_workers=1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_dry_run_leaves_nothing(tmp_path, archive, signum):
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={archive}", f"--output_dir={tmp_path / 'd'}"]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    process = subprocess.Popen([*command, "--dry_run"], env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("tmp/*/*")):
+        time.sleep(0.002)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signum, errors
+    assert not list((tmp_path / "tmp").iterdir()) and not (tmp_path / "d").exists()
+
+
 def test_too_few_patients_are_refused_before_converting_with_the_remedy(tmp_path, key_file):
     for number in (1, 2):
         add_scan(tmp_path / "scans", number)
@@ -297,7 +401,7 @@ def test_converted_volumes_stay_when_pixels_leave_too_few_patients(tmp_path, key
 
 def test_archive_without_any_chest_ct_says_what_there_was(tmp_path, archive):
     shutil.copytree(archive / "short", tmp_path / "scans")
-    with pytest.raises(PreparationError, match=r"no usable chest CT in 5 files \(1 too_few_slices\)"):
+    with pytest.raises(PreparationError, match=r"no usable chest CT in 5 files \(1 too_few_slices\); .*sources.csv"):
         prepare(OPTIONS, places(tmp_path, tmp_path / "scans"), num_workers=1)
 
 
@@ -341,20 +445,47 @@ def test_slices_are_the_source_through_each_window(tmp_path, key_file):
     assert len(records) == 3 * NUM_SLICES and records[0]["image"].shape == (64, 64, 2)
 
 
-def convert_unless_patient_2(run, exam):
+def killed_at_patient_2(run, exam):
     if exam[0].patient_key == "patient-2":
         os.kill(os.getpid(), signal.SIGKILL)
     convert_exam(run, exam)
 
 
-def test_an_exam_that_kills_its_worker_is_rejected_and_the_rest_goes_on(tmp_path, key_file, monkeypatch):
+def failing_with(error: BaseException):
+    def load(input_dir, candidate, rules):
+        if candidate.patient_key == "patient-2":
+            raise error
+        return load_volume(input_dir, candidate, rules)
+
+    return load
+
+
+def disk_error_at_patient_2(run, exam):
+    conversion.load_volume = failing_with(OSError(errno.EIO, "Input/output error"))  # in the worker process
+    convert_exam(run, exam)
+
+
+def memory_error_at_patient_2(run, exam):
+    conversion.load_volume = failing_with(MemoryError())
+    convert_exam(run, exam)
+
+
+@pytest.mark.parametrize("failing", [killed_at_patient_2, disk_error_at_patient_2, memory_error_at_patient_2])
+def test_a_failure_that_may_pass_leaves_the_exam_to_the_next_run(tmp_path, key_file, monkeypatch, failing):
     for number in range(1, 5):
         add_scan(tmp_path / "scans", number)
-    monkeypatch.setattr(conversion, "convert_exam", convert_unless_patient_2)
     where = places(tmp_path, tmp_path / "scans")
-    preparation, _ = prepare(OPTIONS, where, num_workers=2, pseudonym_key_file=key_file)
-    assert preparation["counts"]["series_rejected"] == {"conversion_crashed": 1}
-    assert preparation["counts"]["files_in_volumes"] == 3 * NUM_SLICES
+    monkeypatch.setattr(conversion, "convert_exam", failing)
+    for _ in range(2):  # the rest is complete, however often it fails
+        preparation, changed = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+        assert changed and preparation["counts"]["series_rejected"] == {"failed_for_now": 1}
+        assert preparation["counts"]["files_in_volumes"] == 3 * NUM_SLICES
+        assert preparation_module.num_failed_for_now(preparation["counts"]) == 1
+    monkeypatch.undo()
+    preparation, _ = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    assert preparation["counts"]["series_rejected"] == {}
+    assert preparation["counts"]["files_in_volumes"] == 4 * NUM_SLICES
+    assert not prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)[1]
 
 
 def test_a_file_that_cannot_be_read_any_more_costs_its_exam_only(tmp_path, key_file, monkeypatch):
@@ -370,7 +501,7 @@ def test_a_file_that_cannot_be_read_any_more_costs_its_exam_only(tmp_path, key_f
 
     monkeypatch.setattr(preparation_module, "plan_archive", plan_and_lose_a_file)
     preparation, _ = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
-    assert preparation["counts"]["series_rejected"] == {"unreadable": 1}
+    assert preparation["counts"]["series_rejected"] == {"failed_for_now": 1}
     assert preparation["counts"]["files_in_volumes"] == 3 * NUM_SLICES
 
 
@@ -383,8 +514,12 @@ def error_line(arguments: list[str]) -> str:
 
 def test_wrong_flags_end_in_one_line(tmp_path, archive):
     there, out = f"--input_dir={archive}", f"--output_dir={tmp_path / 'out'}"
+    (tmp_path / "nothing").mkdir()
     for arguments, named in (
         ([f"--input_dir={tmp_path / 'no'}", out], "no such directory; give the folder of the scans"),
+        ([f"--input_dir={archive / 'notes.txt'}", out], "notes.txt: is a file; give the folder of the scans"),
+        ([f"--input_dir={tmp_path / 'nothing'}", out, "--dry_run"], "nothing: no files in it"),
+        ([there, "--output_dir=/proc/out"], "--output_dir=/proc/out: cannot make this directory"),
         ([there, f"--output_dir={archive / 'out'}"], "lies inside --input_dir="),
         ([there, out, "--window=350"], "--window=350: give level,width"),
         ([there, out, "--splits=0.8,0.1,0.2"], "three fractions that sum to 1"),
