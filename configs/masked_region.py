@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss.vq = 0.8
     config.loss.ssim = 0.1  # subtracted
     config.commitment = 0.25  # beta: share of the commitment loss in the VQ loss
-    config.ssim_rescale = False  # True stretches each prediction to [0, 1] before SSIM (the release)
+    config.ssim_rescale = False  # True stretches each prediction to [0, 1] for the SSIM of the loss (the release)
 
     config.optimizer = "radam"  # radam or adamw
     config.learning_rate = 1e-3

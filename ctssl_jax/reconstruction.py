@@ -49,11 +49,11 @@ def _add_noise(images: jax.Array, keys: jax.Array, config: ml_collections.Config
     return Example(corruptions.salt_and_pepper(keys, target, fraction=config.noise.fraction), target)
 
 
-def _reconstruction_scores(prediction: jax.Array, example: Example, ssim_rescale: bool) -> dict[str, jax.Array]:
+def _reconstruction_scores(prediction: jax.Array, example: Example) -> dict[str, jax.Array]:
     scores = {"mse": losses.mse(prediction, example.target)}
     if example.region is not None:
         scores["masked_mse"] = losses.masked_mse(prediction, example.target, example.region)
-    scores["ssim"] = metrics.ssim(metrics.to_unit_range(prediction, rescale=ssim_rescale), example.target)
+    scores["ssim"] = metrics.ssim(metrics.to_unit_range(prediction), example.target)
     return scores
 
 
@@ -85,13 +85,16 @@ def _reconstruct(
     """
     example = corrupt(images, keys, config)
     output = model(example.inputs, train=train, key=model_key)
-    scores = _reconstruction_scores(output.reconstruction, example, config.ssim_rescale)
+    scores = _reconstruction_scores(output.reconstruction, example)
     scores["vq_loss"] = losses.vector_quantization_loss(output.codebook_loss, output.commitment_loss, config.commitment)
     terms = config.loss
     loss = terms.mse * scores["mse"]
     if example.region is not None:
         loss += terms.masked_mse * scores["masked_mse"]
-    loss = loss + terms.vq * scores["vq_loss"] - terms.ssim * scores["ssim"]
+    similarity = scores["ssim"]
+    if config.ssim_rescale:  # in the loss only: what is reported stays comparable
+        similarity = metrics.ssim(metrics.to_unit_range(output.reconstruction, rescale=True), example.target)
+    loss = loss + terms.vq * scores["vq_loss"] - terms.ssim * similarity
     return StepOutput(
         loss=loss,
         scores=scores,
@@ -125,10 +128,7 @@ def _reconstruction_baselines(
     """
     example = corrupt(images, keys, config)
     predictions = {"mean_image": jnp.broadcast_to(mean_image, example.target.shape), "copy_input": example.inputs}
-    return {
-        name: _reconstruction_scores(prediction, example, ssim_rescale=False)
-        for name, prediction in predictions.items()
-    }
+    return {name: _reconstruction_scores(prediction, example) for name, prediction in predictions.items()}
 
 
 def _check_reconstruction(check: Callable[..., None], config: ml_collections.ConfigDict) -> None:

@@ -46,10 +46,10 @@ def batch():
     return images, training.evaluation_keys(jnp.arange(4))
 
 
-@pytest.mark.parametrize("task", ["next_slice", "denoising"])
-def test_reconstruction_target_and_loss_by_hand(task, batch):
+@pytest.mark.parametrize(("task", "rescale"), [("next_slice", False), ("denoising", False), ("denoising", True)])
+def test_reconstruction_target_and_loss_by_hand(task, rescale, batch):
     images, keys = batch
-    config = tiny("", task, ssim_rescale=False)
+    config = tiny("", task, ssim_rescale=rescale)
     model, output = apply_untrained(config, images, keys)
     unit = images.astype(np.float32) / 255
     inputs, target = unit[:, 0], unit[:, 1 if task == "next_slice" else 0]
@@ -61,6 +61,10 @@ def test_reconstruction_target_and_loss_by_hand(task, batch):
     predicted = model(jnp.asarray(inputs), train=False)
     mse = np.square(np.asarray(predicted.reconstruction) - target).mean((1, 2, 3))
     ssim = metrics.ssim(jnp.clip(predicted.reconstruction, 0, 1), target)
+    np.testing.assert_allclose(output.scores["ssim"], ssim, atol=1e-5)  # whatever the loss uses
+    if rescale:
+        low, high = (f(predicted.reconstruction, (1, 2, 3), keepdims=True) for f in (jnp.min, jnp.max))
+        ssim = metrics.ssim((predicted.reconstruction - low) / (high - low), target)
     vq = predicted.codebook_loss + 0.25 * predicted.commitment_loss
     np.testing.assert_allclose(output.scores["mse"], mse, rtol=1e-4)
     np.testing.assert_allclose(output.loss, 0.2 * mse + 0.8 * vq - 0.1 * ssim, rtol=1e-4)
