@@ -12,7 +12,7 @@ digits in every checksum, any five bytes somewhere in a million pixels. Therefor
 - columns of numbers are not sought in, and the program's own sentences (reasons, notes, descriptions) not for single
   words of descriptive elements, such as a Series Description "chest";
 - manufacturer, kernel and ethnic group are published on purpose: their cells must be cleaned values of just those
-  elements.
+  elements, and hold no name, ID, date or institution, in capitals or not.
 """
 
 import csv
@@ -32,17 +32,22 @@ import pydicom
 from data_prep import dataset
 from data_prep.archives import Source, Unreadable, list_sources, read_bytes
 from data_prep.assembly import description
-from data_prep.deidentify import clean_text
+from data_prep.deidentify import public_ethnic_group, public_kernel, public_manufacturer
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
 LONG_NEEDLE = 12  # characters; found anywhere
 _IDENTIFYING = {"PN", "UI", "DA", "TM", "DT"}
 _DESCRIPTIVE = {"LO", "SH", "LT", "ST", "UT", "UC", "AE"}
-_PUBLISHED = {  # column of volumes.csv -> the elements that it may come from
-    "manufacturer": {0x00080070},
-    "kernel": {0x00181210, 0x00189316},
-    "ethnic_group": {0x00102160},
+_PUBLISHED = {  # column of volumes.csv -> the elements that it may come from, and what is made of them
+    "manufacturer": ({0x00080070}, public_manufacturer),
+    "kernel": ({0x00181210, 0x00189316}, public_kernel),
+    "ethnic_group": ({0x00102160}, public_ethnic_group),
+}
+_PERSONAL_VRS = {"PN", "DA", "TM", "DT"}
+_PERSONAL = {  # elements of other value representations that are sought in the published texts too
+    *(0x00080050, 0x00080080, 0x00080081, 0x00081010, 0x00081040),  # accession number, institution, station, department
+    *(0x00100020, 0x00101000, 0x00101040, 0x00102154, 0x00200010),  # IDs, address, telephone, study ID
 }
 _PUBLIC_UIDS = "1.2.840.10008."  # those of the standard itself
 _OWN_COLUMNS = {"reason", "detail", "notes", "split"}
@@ -55,11 +60,13 @@ class SourceValues:
 
     identifying: set[str] = dataclasses.field(default_factory=set)
     words: set[str] = dataclasses.field(default_factory=set)  # letters only, from descriptive elements
+    personal: set[str] = dataclasses.field(default_factory=set)  # names, IDs, dates, institutions in small letters
     published: dict[str, set[str]] = dataclasses.field(default_factory=lambda: {column: set() for column in _PUBLISHED})
 
     def update(self, other: "SourceValues") -> None:
         self.identifying |= other.identifying
         self.words |= other.words
+        self.personal |= other.personal
         for column, values in other.published.items():
             self.published[column] |= values
 
@@ -107,12 +114,16 @@ def _add_element(values: SourceValues, element: pydicom.DataElement) -> None:
     for part in parts:
         text = str(part).strip(" \0\t\r\n")
         if element.VR == "PN":
-            values.identifying.update(name for name in re.split(r"[\^=\s]+", text) if len(name) >= SHORTEST_NEEDLE)
-        for column, tags in _PUBLISHED.items():
+            names = {name for name in re.split(r"[\^=\s]+", text) if len(name) >= SHORTEST_NEEDLE}
+            values.identifying |= names
+            values.personal |= {name.casefold() for name in names}
+        for column, (tags, public_text) in _PUBLISHED.items():
             if int(element.tag) in tags:
-                values.published[column].add(clean_text(text))
+                values.published[column].add(public_text(text))
         if len(text) < SHORTEST_NEEDLE or text.startswith(_PUBLIC_UIDS):
             continue
+        if element.VR in _PERSONAL_VRS or int(element.tag) in _PERSONAL:
+            values.personal.add(text.casefold())
         if element.VR in _DESCRIPTIVE and text.replace(" ", "").isalpha():
             values.words.add(text)
         else:
@@ -215,12 +226,14 @@ def _audit_secrets(audit_dir: Path) -> set[str]:
 def _table_leaks(
     path: Path, name: str, everything: Needles, without_words: Needles, values: SourceValues
 ) -> Iterator[str]:
+    personal = Needles(values.personal)
     with open(path, newline="") as file:
         for line, row in enumerate(csv.DictReader(file), start=2):
             for column, cell in row.items():
                 if column in _PUBLISHED:
                     if cell and cell not in values.published[column]:
                         yield f"{name}: line {line}, {column}: not a {column} of any source"
+                    yield from _lines(name, f"line {line}, {column}", personal.find_in_text(cell.casefold()))
                 elif dataset.VOLUME_COLUMNS.get(column, str) is str and column != "num_files":
                     needles = without_words if column in _OWN_COLUMNS else everything
                     yield from _lines(name, f"line {line}, {column}", needles.find_in_text(cell))

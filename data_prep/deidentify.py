@@ -17,7 +17,16 @@ from typing import Any
 _PSEUDONYM_LENGTH = 32  # hexadecimal digits: 128 bits
 _SHORTEST_KEY = 16  # bytes
 _NOT_PUBLIC = re.compile(r"[^A-Za-z0-9 .,_+/()-]")
-_LONGEST_TEXT = 48
+_LONGEST_TEXT = 16
+_OTHER = "other"  # stands for what may hold anything
+_VENDORS = set(
+    "siemens ge imatron philips picker marconi elscint toshiba canon hitachi fujifilm shimadzu uih neusoft samsung "
+    "neurologica anke minfound sinovision".split()
+) | {"general electric", "united imaging"}
+_VENDOR_WORDS = set(
+    "ag co company corp corporation ct electronics gmbh healthcare healthineers inc international ltd mec medical "
+    "solutions system systems technologies".split()
+)
 
 
 def read_key(path: Path) -> bytes:
@@ -78,9 +87,32 @@ def _digest(key: bytes, kind: str, *parts: str) -> str:
     return hmac.new(key, message, hashlib.sha256).hexdigest()[:_PSEUDONYM_LENGTH]
 
 
-def clean_text(value: str) -> str:
-    """A free-text header value for publication: at most 48 characters of letters, digits and ` .,_+/()-`."""
-    return " ".join(_NOT_PUBLIC.sub(" ", value).split())[:_LONGEST_TEXT].strip()
+def public_manufacturer(value: str) -> str:
+    """The source's own spelling if it is made of names of CT manufacturers and of words that go with them."""
+    rest = " " + " ".join(re.split(r"[\W_]+", value.casefold())) + " "
+    named = False
+    for vendor in _VENDORS:
+        named |= f" {vendor} " in rest
+        rest = rest.replace(f" {vendor} ", " ")
+    known = named and set(rest.split()) <= _VENDOR_WORDS
+    return _clean(value) if known or not value.strip() else _OTHER
+
+
+def public_kernel(value: str) -> str:
+    """At most 16 letters, digits and ` .,_+/()-`, and nothing like a number of five digits; else "other"."""
+    text = _clean(value)
+    too_many_digits = re.search(r"[0-9]{5}", re.sub(r"[^A-Za-z0-9 ]", "", text))
+    return _OTHER if len(text) > _LONGEST_TEXT or too_many_digits else text
+
+
+def public_ethnic_group(value: str) -> str:
+    """At most 16 letters, blanks and hyphens, or one digit (a code); else "other"."""
+    text = " ".join(value.split())
+    return text if re.fullmatch(rf"|[0-9]|[A-Za-z][A-Za-z -]{{0,{_LONGEST_TEXT - 1}}}", text) else _OTHER
+
+
+def _clean(value: str) -> str:
+    return " ".join(_NOT_PUBLIC.sub(" ", value).split())
 
 
 def public_fields(header: Any) -> dict[str, Any]:
@@ -88,15 +120,16 @@ def public_fields(header: Any) -> dict[str, Any]:
 
     Manufacturer (0008,0070), Convolution Kernel (0018,1210), KVP (0018,0060), whether Contrast/Bolus Agent (0018,0010)
     is filled, Patient's Age (0010,1010) in whole years with 90 for everything above 89, Patient's Sex (0010,0040),
-    Ethnic Group (0010,2160), and whether Quality Control Subject (0010,0200) marks a phantom.
+    Ethnic Group (0010,2160), and whether Quality Control Subject (0010,0200) marks a phantom. The three texts are
+    limited to what such texts look like, since people write anything anywhere.
     """
     return {
-        "manufacturer": clean_text(header.manufacturer),
-        "kernel": clean_text(header.kernel),
+        "manufacturer": public_manufacturer(header.manufacturer),
+        "kernel": public_kernel(header.kernel),
         "tube_voltage_kvp": header.kvp,
         "contrast": header.contrast_agent.strip().upper() not in ("", "NONE", "NO"),
         "age": None if header.age is None else min(header.age, 90),
         "sex": header.sex,
-        "ethnic_group": clean_text(header.ethnic_group),
+        "ethnic_group": public_ethnic_group(header.ethnic_group),
         "synthetic": header.quality_control_subject,
     }

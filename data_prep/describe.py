@@ -87,9 +87,21 @@ def table_text(rows: list[tuple[str, str, str]], title: str) -> str:
     return "\n".join(lines)
 
 
+def choose_slices(volumes: list[dict[str, Any]], number: int, random) -> list[tuple[dict[str, Any], int]]:
+    """(volume, slice index) of random slices, one of each volume in turn; no slice twice before all were there."""
+    order = random.permutation(len(volumes))[:number]
+    chosen = []
+    while len(chosen) < number:
+        left = [(volumes[i], list(random.permutation(volumes[i]["num_slices"]))) for i in order]
+        while left and len(chosen) < number:
+            chosen += [(volume, int(indices.pop())) for volume, indices in left[: number - len(chosen)]]
+            left = [(volume, indices) for volume, indices in left if indices]
+    return chosen
+
+
 def contact_sheet(dataset_dir: Path, num_slices: int, seed: int):
-    """A PIL image of random slices, spread evenly over randomly ordered volumes, each labelled with volume, slice and
-    split; labelled SYNTHETIC where the dataset is. Several windows stand side by side in each tile."""
+    """A PIL image of random slices (`choose_slices`), each labelled with volume, slice and split;
+    labelled SYNTHETIC where the dataset is. Several windows stand side by side in each tile."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
@@ -98,8 +110,7 @@ def contact_sheet(dataset_dir: Path, num_slices: int, seed: int):
     preparation = dataset.read_preparation(dataset_dir)
     volumes = dataset.read_volumes(dataset_dir)
     random = np.random.default_rng(seed)
-    order = random.permutation(len(volumes))
-    chosen = [volumes[order[number % len(order)]] for number in range(num_slices)]
+    chosen = choose_slices(volumes, num_slices, random)
     tile_width = _TILE * preparation["channels"]
     columns = min(max(1, _MAX_COLUMNS // preparation["channels"]), num_slices)
     rows = -(-num_slices // columns)
@@ -110,8 +121,7 @@ def contact_sheet(dataset_dir: Path, num_slices: int, seed: int):
     draw.text((4, 4), title, fill=255, font=ImageFont.load_default(14))
     font = ImageFont.load_default(11)
     sources = {split: dataset.open_split(dataset_dir, split) for split in preparation["splits"]}
-    for number, volume in enumerate(chosen):
-        index = int(random.integers(volume["num_slices"]))
+    for number, (volume, index) in enumerate(chosen):
         image = sources[volume["split"]][volume["first_record"] + index]["image"]
         left = number % columns * tile_width
         top = number // columns * (_TILE + _LABEL_HEIGHT) + 24

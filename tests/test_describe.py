@@ -39,6 +39,7 @@ def prepared(tmp_path_factory) -> Places:
         for ds in datasets:
             ds.StudyDate, ds.StudyTime, ds.AccessionNumber = "20010203", "040506.789", f"A{number}7731"
             ds.InstitutionName, ds.SeriesDescription = "County Hospital", "chest"
+            ds.Manufacturer = "SIEMENS"
             ds.RequestAttributesSequence = [pydicom_item(f"order for {number} by Dr. Grey")]
         dicom_files.write(folder / "scans" / str(number), datasets)
     places = Places(folder / "scans", folder / "dataset", folder / "dataset-audit")
@@ -101,6 +102,16 @@ def test_contact_sheet_is_seeded_and_a_synthetic_one_says_so(example):
     dataset.write_preparation(example, preparation | {"synthetic": False})
     title = np.asarray(describe.contact_sheet(example, 6, 0))[:24]
     assert (first[:24] > 0).sum() > (title > 0).sum()
+
+
+def test_contact_sheet_repeats_no_slice_before_all_are_shown(example):
+    volumes = dataset.read_volumes(example)
+    total = sum(volume["num_slices"] for volume in volumes)
+    chosen = describe.choose_slices(volumes, total, np.random.default_rng(0))
+    assert len({(volume["volume_id"], index) for volume, index in chosen}) == total == len(chosen)
+    few = describe.choose_slices(volumes, len(volumes), np.random.default_rng(0))
+    assert len({volume["volume_id"] for volume, _ in few}) == len(volumes)
+    assert len(describe.choose_slices(volumes, total + 7, np.random.default_rng(0))) == total + 7
 
 
 def damaged_byte(directory: Path) -> None:
@@ -221,7 +232,7 @@ def in_preparation(text: str):
     [
         (in_pixels, "train.array_record-00000: record 4"),
         (in_table(",train,", ",train Doe^Jane,"), "volumes.csv: line 2, split"),
-        (in_table("Example Scanners", "patient-1"), "volumes.csv: line 2, manufacturer: not a manufacturer"),
+        (in_table("SIEMENS", "patient-1"), "volumes.csv: line 2, manufacturer: "),
         (in_preparation("made 20010203"), "preparation.json"),
         (in_preparation("at 040506.789 h"), "preparation.json"),
         (in_preparation("A27731"), "preparation.json"),
@@ -237,6 +248,32 @@ def test_planted_identifiers_are_found(prepared, tmp_path, pool, plant, name):
     leaks = find_leaks(copy, prepared.input_dir, prepared.audit_dir, pool)
     assert leaks and all(leak.startswith(name) for leak in leaks), leaks
     assert not any("Doe" in leak or "27731" in leak for leak in leaks)  # the report tells no secrets
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "kernel"),
+    [
+        ("PatientName", "Greyfield^Anne", "GREYFIELD"),
+        ("PatientID", "ab-47-cd", "AB-47-CD"),
+        ("InstitutionName", "Northwing", "for northwing"),
+        ("StudyDate", "20010203", "2001 0203 20010"),
+    ],
+)
+def test_identifiers_in_the_published_texts_are_found(tmp_path, pool, keyword, value, kernel):
+    """In the kernel, whatever the capitals; what looks like a date isn't even published."""
+    for number in (1, 2, 3):
+        datasets = dicom_files.slices(dicom_files.thorax(20, seed=number), study=number, patient=f"patient-{number}")
+        for ds in datasets:
+            if number == 2:
+                setattr(ds, keyword, value)
+                ds.ConvolutionKernel = kernel
+        dicom_files.write(tmp_path / "scans" / str(number), datasets)
+    places = Places(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
+    prepare(Options(image_size=32), places, num_workers=1)
+    leaks = find_leaks(places.output_dir, places.input_dir, places.audit_dir, pool)
+    published = {volume["kernel"] for volume in dataset.read_volumes(places.output_dir)}
+    assert bool(leaks) == (kernel in published) and all(", kernel: " in leak for leak in leaks), (leaks, published)
+    assert (kernel in published) == (keyword != "StudyDate")
 
 
 def test_a_clean_dataset_has_no_leaks(prepared, pool):
