@@ -18,8 +18,9 @@ import numpy as np
 import pydicom
 import pytest
 
-from data_prep import conversion, dataset
+from data_prep import conversion, dataset, planning
 from data_prep import preparation as preparation_module
+from data_prep.assembly import freeze
 from data_prep.conversion import convert_exam
 from data_prep.dicom import Rules, load_volume
 from data_prep.dry_run import dry_run
@@ -302,9 +303,36 @@ def test_volumes_whose_files_are_gone_stay_and_are_counted(tmp_path, archive, ke
     where = places(tmp_path, tmp_path / "scans")
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     shutil.rmtree(tmp_path / "scans" / "scan4")
-    preparation, _ = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
-    assert preparation["counts"]["volumes_without_files"] == 1
+    command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={tmp_path / 'scans'}"]
+    command += [f"--output_dir={where.output_dir}", f"--audit_dir={where.audit_dir}", "--image_size=48"]
+    command += ["--shard_size_mb=0.05", f"--pseudonym_key_file={key_file}", "--num_workers=1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert "1 volumes whose files are gone" in result.stdout, result.stderr
+    assert dataset.read_preparation(where.output_dir)["counts"]["volumes_without_files"] == 1
     assert len(dataset.read_volumes(where.output_dir)) == 5
+
+
+def test_a_volume_is_never_added_twice():
+    row = {"volume_id": "v", "patient_id": "p", "num_slices": 20, "split": "train"}
+    with pytest.raises(RuntimeError, match="volume v would be in the dataset 2 times"):
+        freeze(
+            options=OPTIONS.as_dict(), key=b"0123456789abcdef", archive_digest="", new_volumes={"a": (row, 1)},
+            old_volumes=[row], old_preparation=None, known_splits={}, rejected=[], counts={},
+        )  # fmt: skip
+
+
+def test_headers_lie_in_as_many_buckets_as_the_archive_needs(tmp_path, archive, monkeypatch):
+    num_files, _ = planning.list_archive(archive)
+    exams = []
+    for headers_per_bucket in (num_files, 1):
+        monkeypatch.setattr(planning, "_MIN_BUCKETS", 1)
+        monkeypatch.setattr(planning, "_HEADERS_PER_BUCKET", headers_per_bucket)
+        with WorkerPool(1) as pool:
+            paths = planning.plan_archive(archive, tmp_path / str(headers_per_bucket), Rules(), num_files, pool)
+        plans = [planning.read_plan(path) for path in paths]
+        exams.append(sorted(exam[0].exam_key for plan in plans for exam in plan.exams))
+        assert (len(plans) == 1) == (headers_per_bucket == num_files)
+    assert exams[0] == exams[1] and len(exams[0]) == 5
 
 
 def test_an_audit_directory_is_of_one_dataset(tmp_path, archive, key_file):
