@@ -90,7 +90,13 @@ def _values_of_files(input_dir: Path, sources: Iterable[Source]) -> SourceValues
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote values
         for source in sources:
-            for element in _elements(read_bytes(input_dir, source)):
+            try:
+                content = read_bytes(input_dir, source)
+            except OSError:
+                if not input_dir.is_dir():
+                    raise
+                continue  # a damaged file gave the dataset nothing
+            for element in _elements(content):
                 _add_element(values, element)
     return values
 

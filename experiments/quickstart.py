@@ -166,7 +166,7 @@ Codebook: {codebook["used_codes"]} of {codebook["num_codes"]} codes in use, perp
 {_image(sheet, "random slices of the dataset")}
 <h2>What next</h2>
 <p>On your own archive, with the paper's model (an accelerator is needed):</p>
-<pre>python -m data_prep.prepare --archive=dicom --input_dir=MY_DICOM --output_dir=DATASET --holdout_volumes=128
+<pre>python -m data_prep.prepare --archive=dicom --input_dir=MY_DICOM --output_dir=DATASET
 python -m data_prep.describe --dataset=DATASET --verify
 python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET --workdir=RUN \\
     --config.dtype=bfloat16

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,27 @@ def test_verify_finds_wrong_records_behind_right_checksums(example, pool, change
     rewritten(example, change)
     problems = verify(example, pool)
     assert any(problem in line and line.startswith("train.array_record-00000") for line in problems), problems
+
+
+def test_jumps_and_damaged_files_are_no_faults_of_the_dataset(tmp_path, pool):
+    """An origin that jumps aside ends a pair; a zip member that cannot be read has nothing to leak."""
+    jumping = dicom_files.slices(dicom_files.thorax(24))
+    for ds in jumping[12:]:
+        ds.ImagePositionPatient[0] = "-140"
+    dicom_files.write(tmp_path / "scans" / "a", jumping)
+    content = bytearray(b"".join(bytes([number % 251]) for number in range(4000)))
+    with zipfile.ZipFile(tmp_path / "scans" / "b.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("member", bytes(content))
+    damaged = bytearray((tmp_path / "scans" / "b.zip").read_bytes())
+    damaged[60:70] = b"\xff" * 10
+    (tmp_path / "scans" / "b.zip").write_bytes(damaged)
+    places = Places(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
+    preparation, _ = prepare(Options(image_size=64, splits=(1, 0, 0)), places, num_workers=1)
+    assert preparation["counts"]["files_in_volumes"] == 24
+    assert sum(preparation["counts"]["files_not_images"].values()) == 1
+    assert dataset.read_volumes(places.output_dir)[0]["gap_positions"] == "11"
+    assert verify(places.output_dir, pool) == []
+    assert find_leaks(places.output_dir, places.input_dir, places.audit_dir, pool) == []
 
 
 def test_needles_are_found_by_length_and_boundary():
