@@ -24,13 +24,6 @@ from absl import flags
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError
 
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/quickstart", "Folder for everything that is made.")
-_INPUT_DIR = flags.DEFINE_string("input_dir", "", "Your DICOM archive; by default a synthetic one is made.")
-_NUM_PATIENTS = flags.DEFINE_integer("num_patients", 48, "Patients of the synthetic archive.")
-_NUM_SLICES = flags.DEFINE_integer("num_slices", 24, "Slices of each synthetic scan.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 0, "Training steps; 0 takes the recipe's.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the synthetic archive, the weights and the order of slices.")
-
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = "configs/masked_region_small.py"
 IMAGE_SIZE = 64
@@ -175,14 +168,24 @@ python -m ctssl_jax.evaluate --workdir=RUN --dataset=DATASET --split=test --outp
 """
 
 
+def define_flags() -> None:
+    """Only where this module is the program: another one may define flags of the same names."""
+    flags.DEFINE_string("output_dir", "runs/quickstart", "Folder for everything that is made.")
+    flags.DEFINE_string("input_dir", "", "Your DICOM archive; by default a synthetic one is made.")
+    flags.DEFINE_integer("num_patients", 48, "Patients of the synthetic archive.")
+    flags.DEFINE_integer("num_slices", 24, "Slices of each synthetic scan.")
+    flags.DEFINE_integer("num_steps", 0, "Training steps; 0 takes the recipe's.")
+    flags.DEFINE_integer("seed", 0, "Of the synthetic archive, the weights and the order of slices.")
+
+
 def main(argv: list[str]) -> int:
     """Command line."""
-    output = Path(_OUTPUT_DIR.value)
-    source = Path(_INPUT_DIR.value) if _INPUT_DIR.value else None
+    output = Path(flags.FLAGS.output_dir)
+    source = Path(flags.FLAGS.input_dir) if flags.FLAGS.input_dir else None
     if source and not source.is_dir():
         raise InputError(f"--input_dir={source}: no such folder")
-    if _NUM_PATIENTS.value < 3:
-        raise InputError(f"--num_patients={_NUM_PATIENTS.value}: three patients or more make three splits")
+    if flags.FLAGS.num_patients < 3:
+        raise InputError(f"--num_patients={flags.FLAGS.num_patients}: three patients or more make three splits")
     archive, dataset, run = output / "dicom", output / "dataset", output / "run"
     result_file = output / "result.json"
     seconds = StageTimes(output / "seconds.json")
@@ -191,10 +194,10 @@ def main(argv: list[str]) -> int:
             "1 of 5: make a synthetic chest CT archive",
             "data_prep.phantom",
             f"--output_dir={archive}",
-            f"--num_patients={_NUM_PATIENTS.value}",
-            f"--num_slices={_NUM_SLICES.value}",
+            f"--num_patients={flags.FLAGS.num_patients}",
+            f"--num_slices={flags.FLAGS.num_slices}",
             f"--image_size={2 * IMAGE_SIZE}",
-            f"--seed={_SEED.value}",
+            f"--seed={flags.FLAGS.seed}",
         )
     seconds["preparation"] = run_stage(
         "2 of 5: DICOM to windowed slices",
@@ -217,8 +220,8 @@ def main(argv: list[str]) -> int:
         "ctssl_jax.train",
         f"--config={PROJECT / RECIPE}",
         f"--config.dataset={dataset}",
-        f"--config.seed={_SEED.value}",
-        *([f"--config.num_steps={_NUM_STEPS.value}"] if _NUM_STEPS.value else []),
+        f"--config.seed={flags.FLAGS.seed}",
+        *([f"--config.num_steps={flags.FLAGS.num_steps}"] if flags.FLAGS.num_steps else []),
         f"--workdir={run}",
     )
     seconds["evaluation"] = run_stage(
@@ -256,4 +259,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)
