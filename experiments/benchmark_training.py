@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from ctssl_jax.command_line import configure_jax
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
 
 LEARNING_RATE = 1e-3
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps timed in each repeat")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args()
+    configure_jax()
     presets = arguments.preset.split(",")
     if unknown := [preset for preset in presets if preset not in PRESETS]:
         parser.error(f"--preset: {unknown[0]} is not one of {', '.join(PRESETS)}")
