@@ -11,10 +11,10 @@ import ml_collections
 from configs import masked_region
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     """The default recipe with noise instead of a mask."""
-    config = masked_region.get_config()
-    config.recipe = "denoising"
+    config = masked_region.get_config(size)
+    config.recipe = config.recipe.replace("masked_region", "denoising")
     config.task = "denoising"
     del config.mask
     del config.loss.masked_mse

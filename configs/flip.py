@@ -11,9 +11,9 @@ import ml_collections
 from configs import rotation
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     """The rotation recipe with flips."""
-    config = rotation.get_config()
-    config.recipe = "flip"
+    config = rotation.get_config(size)
+    config.recipe = config.recipe.replace("rotation", "flip")
     config.task = "flip"
     return config

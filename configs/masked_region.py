@@ -3,15 +3,25 @@
     python -m ctssl_jax.train --config=configs/masked_region.py \
         --config.dataset=DATASET --workdir=RUN --config.dtype=bfloat16
 
-needs an accelerator (a step is about 10 TFLOP a slice). The same code at a size that a laptop trains in minutes:
-`configs/masked_region_small.py`. Every field can be overridden on the command line as `--config.FIELD=VALUE`.
+needs an accelerator (a step is about 10 TFLOP a slice). The same code at a size that a laptop trains in minutes, on a
+dataset prepared with `--image_size=64` (every recipe has it, `configs/rotation.py:small` and so on):
+
+    python -m ctssl_jax.train --config=configs/masked_region.py:small --config.dataset=DATASET --workdir=RUN
+
+On the synthetic archive of `python -m experiments.quickstart` (34 patients for training, 7 for the test) that took
+290 s on two CPU cores and reached masked MSE 0.0386, MSE 0.0125 and SSIM 0.806 on the test patients; the mean training
+slice has a masked MSE of 0.0818. Every field can be overridden on the command line as `--config.FIELD=VALUE`.
 """
 
 import ml_collections
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """The default recipe: the paper's values or, where it is silent or contradicts itself, those of README's table."""
+def get_config(size: str = "reference") -> ml_collections.ConfigDict:
+    """The default recipe: the paper's values or, where it is silent or contradicts itself, those of README's table.
+
+    Args:
+      size: `reference`, or `small` for a 64 x 64 model and a short schedule.
+    """
     config = ml_collections.ConfigDict()
     config.recipe = "masked_region"  # name in results and tables
     config.task = "masked_region"
@@ -19,6 +29,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.windows = ((50, 350),)  # (level, width) in HU of each channel that is read; () takes all the dataset has
     config.image_size = 512  # must be the dataset's
     config.seed = 0  # of weights, order of slices and masks
+
+    config.init_from = ""  # run directory that the weights come from; "" starts from random ones
+    config.init_scope = "model"  # model: all of its tensors, which must fit; encoder: the encoder's alone
+    config.init_checkpoint = "best"  # best, last or a step
 
     config.mask = ml_collections.ConfigDict()
     config.mask.fraction = 0.2  # 0.05, 0.10, 0.20, 0.33 in the paper
@@ -61,9 +75,37 @@ def get_config() -> ml_collections.ConfigDict:
     config.microbatches = 1  # the batch is worked off in this many parts; BatchNorm and EMA codebook see each part
     config.dtype = "float32"  # bfloat16 on accelerators: convolutions only; weights, statistics and losses stay float32
     config.remat = False  # recompute residual blocks in the backward pass: less memory, more time
+    config.scan = False  # residual blocks as one scan: smaller programs and memory on accelerators, slow on CPU
+    config.fsdp_devices = 1  # devices that share one copy of parameters and optimizer state; 1: each has a whole one
 
     config.log_every = 50  # steps
     config.eval_every = 2_000  # steps: validation, pictures and a checkpoint
     config.num_pictures = 4  # validation slices in each picture
     config.reading_threads = 4
+
+    if size == "small":
+        shrink(config)
+    elif size != "reference":
+        raise ValueError(f"size {size!r} is not known; choose reference or small")
     return config
+
+
+def shrink(config: ml_collections.ConfigDict) -> None:
+    """Make a recipe small: minutes on two CPU cores, with a codebook that cannot collapse.
+
+    The codebook follows the latents by moving averages, starts from data and revives unused codes: plain gradient
+    updates let it collapse to a few codes within hundreds of steps.
+    """
+    config.recipe += "_small"
+    config.image_size = 64
+    config.model.hidden = (24, 48)
+    config.model.depth = 6  # the masked square and its surroundings lie within what one output pixel sees
+    config.model.vq_update = "ema"
+    config.model.vq_init = "data"
+    config.model.vq_revive_every = 50
+    config.loss.masked_mse = 1.0
+    config.learning_rate = 2e-2  # the output layer starts at mid-grey and has far to go to black
+    config.schedule = "cosine"
+    config.warmup_steps = 50
+    config.num_steps = 1_500
+    config.eval_every = 500

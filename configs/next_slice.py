@@ -12,10 +12,10 @@ import ml_collections
 from configs import masked_region
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     """The default recipe with the neighbouring slice as target."""
-    config = masked_region.get_config()
-    config.recipe = "next_slice"
+    config = masked_region.get_config(size)
+    config.recipe = config.recipe.replace("masked_region", "next_slice")
     config.task = "next_slice"
     del config.mask
     del config.loss.masked_mse

@@ -12,10 +12,10 @@ import ml_collections
 from configs import masked_region
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     """The default recipe with the classifier and without what only a reconstruction needs."""
-    config = masked_region.get_config()
-    config.recipe = "rotation"
+    config = masked_region.get_config(size)
+    config.recipe = config.recipe.replace("masked_region", "rotation")
     config.task = "rotation"
     for name in ("mask", "loss", "commitment", "ssim_rescale"):
         del config[name]

@@ -4,6 +4,8 @@ Layout of a run directory:
 
     config.json           the configuration of the run
     patients.json         pseudonyms of the patients of the training and validation splits
+    ancestors.json        the runs that its first weights come from, see `ctssl_jax.transplant`
+    transplant.json       which tensors came from there
     preparation.json      how the slices were prepared (window, size, key fingerprint), as the dataset recorded it
     checkpoints/STEP      Orbax checkpoints: the last two and the best one by validation loss
     metrics.jsonl         one line a report: step, losses, slices/s
@@ -185,11 +187,7 @@ def restore(workdir: Path, step: int, like: Any) -> Any:
     """
     path = (workdir / CHECKPOINTS / str(step)).resolve()
     wanted = flatten(like)
-    try:
-        stored = ocp.checkpointables_metadata(path).metadata["state"]
-        stored = {name: tuple(stored[name].shape) for name in stored}
-    except Exception as error:
-        raise _damaged(workdir, step, error) from error
+    stored = stored_shapes(workdir, step)
     missing = [name for name in wanted if name not in stored]
     shapes = [
         f"{name} {stored[name]} instead of {tuple(leaf.shape)}"
@@ -212,6 +210,19 @@ def restore(workdir: Path, step: int, like: Any) -> Any:
     except Exception as error:
         raise _damaged(workdir, step, error) from error
     return unflatten(like, loaded)
+
+
+def stored_shapes(workdir: Path, step: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a checkpoint.
+
+    Raises:
+      InputError: the checkpoint is damaged.
+    """
+    try:
+        stored = ocp.checkpointables_metadata((workdir / CHECKPOINTS / str(step)).resolve()).metadata["state"]
+        return {name: tuple(stored[name].shape) for name in stored}
+    except Exception as error:
+        raise _damaged(workdir, step, error) from error
 
 
 def _damaged(workdir: Path, step: int, error: Exception) -> InputError:

@@ -63,7 +63,7 @@ def _classify(
     target = item_slices(images, 0, config)
     labels = corruptions.random_labels(keys, transformation.num_classes)
     inputs = transformation.apply(target, labels)
-    logits = model(inputs, train=train, key=model_key)
+    logits, latents = model(inputs, train=train, key=model_key)
     scores = _classification_scores(logits, labels)
     return StepOutput(
         loss=scores["cross_entropy"],
@@ -73,6 +73,7 @@ def _classify(
             "target": target,
             "prediction": transformation.undo(inputs, jnp.argmax(logits, axis=-1)),
         },
+        embedding=jnp.mean(latents, axis=(1, 2)),
         classes={"label": labels, "probabilities": jax.nn.softmax(logits)},
     )
 

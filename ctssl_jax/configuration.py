@@ -19,6 +19,7 @@ CHOICES = {
     "optimizer": ("radam", "adamw"),
     "schedule": ("constant", "cosine"),
     "dtype": ("float32", "bfloat16"),
+    "init_scope": ("model", "encoder"),
 }
 AT_LEAST_ONE = (
     "batch_size",
@@ -28,12 +29,16 @@ AT_LEAST_ONE = (
     "eval_every",
     "num_pictures",
     "reading_threads",
+    "fsdp_devices",
 )
 AT_LEAST_ZERO = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip")
 
 # A run may go on with other values of these; everything else is part of what the run is. `num_steps` only under a
 # constant schedule: a cosine depends on it from the first step.
-MAY_CHANGE = ("dataset", "num_steps", "log_every", "eval_every", "num_pictures", "reading_threads", "remat")
+MAY_CHANGE = (
+    *("dataset", "num_steps", "log_every", "eval_every", "num_pictures", "reading_threads"),
+    *("remat", "scan", "fsdp_devices"),
+)
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -72,6 +77,10 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         raise InputError(
             f"config.batch_size={config.batch_size} is not divisible by {num_devices} devices x "
             f"{config.microbatches} microbatches; choose a multiple of {part}"
+        )
+    if num_devices % config.fsdp_devices:
+        raise InputError(
+            f"config.fsdp_devices={config.fsdp_devices} does not divide the {num_devices} devices; choose a divisor"
         )
     if config.image_size % Encoder.stride:
         raise InputError(

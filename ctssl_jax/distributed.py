@@ -1,15 +1,17 @@
 """Devices, hosts and interruptions: the mesh, how arrays lie on it, and stopping at a step that all hosts share.
 
-Parameters are replicated and batches split along the one mesh axis `data`; under `jit` gradients, losses and
-BatchNorm statistics are then global sums that XLA inserts, so that N devices compute what one device computes.
+The mesh has two axes, `data` and `fsdp`, and a batch is split along both; under `jit` gradients, losses and BatchNorm
+statistics are then global sums that XLA inserts, so that N devices compute what one device computes. Parameters and
+optimizer state are replicated along `data` and split along `fsdp`, which has one device by default.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +20,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ctssl_jax.command_line import InputError
+
+SMALLEST_SPLIT_ARRAY = 4096
 
 
 def initialize(distributed: bool, coordinator_address: str = "", num_processes: int = 0, process_id: int = -1) -> None:
@@ -49,10 +53,17 @@ def initialize(distributed: bool, coordinator_address: str = "", num_processes: 
         ) from error
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """One-axis mesh (`data`) over `devices`, by default all devices of all hosts."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp_devices: int = 1) -> Mesh:
+    """Mesh with the axes `data` and `fsdp`.
+
+    Args:
+      devices: by default all devices of all hosts.
+      fsdp_devices: devices that share one copy of parameters and optimizer state; divides the number of devices.
+        Neighbours share: on several hosts a host's own devices, if it has as many.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = (len(devices) // fsdp_devices, fsdp_devices)
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -61,8 +72,34 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_along_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over the devices of the mesh."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The first axis is split over all devices of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def split_parameters(mesh: Mesh, tree: Any) -> Any:
+    """How parameters, gradients or optimizer state lie on the mesh: every large array is split along `fsdp`.
+
+    An array is split along its longest axis that the number of devices divides; arrays of less than
+    `SMALLEST_SPLIT_ARRAY` elements (biases, batch normalisation) stay whole, since fetching them costs more than they
+    take.
+
+    Args:
+      mesh: from `make_mesh`.
+      tree: arrays or shapes.
+
+    Returns:
+      The same tree of `NamedSharding`.
+    """
+    devices = mesh.shape["fsdp"]
+
+    def sharding(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, length in enumerate(leaf.shape) if length % devices == 0]
+        if devices == 1 or not axes or math.prod(leaf.shape) < SMALLEST_SPLIT_ARRAY:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+
+    return jax.tree.map(sharding, tree)
 
 
 def to_devices(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -3,8 +3,8 @@ r"""Measure a trained model on a split of a dataset.
     python -m ctssl_jax.evaluate --workdir=RUN --dataset=DATASET --split=test --output=RESULT.json
 
 Every slice is scored, the slices of a volume are averaged, and the results are mean and standard deviation over
-volumes with a 95 % bootstrap interval by patient. Beside RESULT.json stand RESULT.csv (one row a volume) and RESULT.png
-(input, target, prediction and difference of slices spread over the split).
+volumes with a 95 % bootstrap interval by patient. Beside RESULT.json stand RESULT.csv (one row a volume), RESULT.png
+(input, target, prediction and difference of slices spread over the split) and RESULT.npz (these pictures as arrays).
 """
 
 import csv
@@ -43,7 +43,7 @@ def evaluate(
     batch_size: int = 0,
     baselines: bool = False,
 ) -> dict:
-    """Evaluate a run and write RESULT.json, RESULT.csv and RESULT.png.
+    """Evaluate a run and write RESULT.json, RESULT.csv, RESULT.png and RESULT.npz.
 
     Args:
       workdir: run directory.
@@ -63,7 +63,7 @@ def evaluate(
     import jax
 
     from ctssl_jax import checkpoint as checkpoint_files
-    from ctssl_jax import configuration, data, distributed, metrics, pictures, training
+    from ctssl_jax import configuration, data, distributed, health, metrics, pictures, training, transplant
     from ctssl_jax.tasks import get_task
 
     # ---- What is asked for, and can it work? ----
@@ -128,10 +128,10 @@ def evaluate(
     if slices.classes is not None:
         by_volume["auroc"] = _volume_aurocs(**slices.classes, volume_index=volume_index, num_volumes=len(volumes))
         summary["auroc"] = {**_summary_of_defined(by_volume["auroc"], patient_ids), "unit": UNITS["auroc"]}
-    patients = json.loads((workdir / "patients.json").read_text())
-    comparable = patients["key_fingerprint"] == preparation["key_fingerprint"]
-    known = set(patients["train"]) | (set(patients["validation"]) if split != "validation" else set())
-    seen = len(known & set(patient_ids)) if comparable else None
+    ancestors = transplant.read_ancestors(workdir)
+    learned_from = [json.loads((workdir / "patients.json").read_text()), *[run.pop("patients") for run in ancestors]]
+    seen = _patients_seen(learned_from, preparation["key_fingerprint"], split, set(patient_ids))
+    embedding = health.embedding_use(slices.embedding_moments)
     result = {
         "task": config.task,
         "recipe": config.recipe,
@@ -144,7 +144,7 @@ def evaluate(
         "model_fingerprint": _fingerprint(checkpoint_files.flatten(model)),
         "dataset_fingerprint": preparation["fingerprint"],
         "trained_on_fingerprint": trained_on["fingerprint"],
-        "init_from": [],
+        "init_from": ancestors,
         "train_fraction": 1.0,
         "seed": config.seed,
         "config": configuration.to_json(config),
@@ -153,9 +153,13 @@ def evaluate(
         "device": f"{num_devices} x {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
     }
-    del result["config"]["dataset"]  # a path of this machine
-    if slices.code_counts is not None:
-        result["codebook"] = {**metrics.codebook_use(slices.code_counts), "num_codes": len(slices.code_counts)}
+    for name in ("dataset", "init_from"):  # paths of this machine
+        del result["config"][name]
+    codebook = metrics.codebook_use(slices.code_counts)
+    result["embedding"] = embedding
+    result["warnings"] = health.warnings(embedding | codebook)
+    if codebook:
+        result["codebook"] = {**codebook, "num_codes": len(slices.code_counts)}
     if slices.classes is not None:
         result["confusion"] = _confusion(**slices.classes)
     if baselines:
@@ -173,6 +177,7 @@ def evaluate(
             writer.writerow([volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores])
     number = min(config.num_pictures, batch_size)
     shown = training.render_pictures(program, state, data.picture_batch(source, batch_size, number), number)
+    pictures.save_arrays(output.with_suffix(".npz"), shown)
     pictures.save_strip(output.with_suffix(".png"), shown, "SYNTHETIC" if preparation["synthetic"] else "")
     return result
 
@@ -199,6 +204,9 @@ def table(result: dict) -> str:
         lines.append(
             f"codes used {codebook['used_codes']} of {codebook['num_codes']}, perplexity {codebook['perplexity']:.1f}"
         )
+    embedding = result["embedding"]
+    lines.append(f"embeddings spread over {embedding['effective_rank']:.1f} of {embedding['embedding_dim']} directions")
+    lines += [f"WARNING: {warning}" for warning in result["warnings"]]
     if "confusion" in result:
         counts = "; ".join(" ".join(map(str, row)) for row in result["confusion"])
         lines.append(f"slices by true class (rows) and predicted class: {counts}")
@@ -207,6 +215,18 @@ def table(result: dict) -> str:
     if result["num_patients_seen_in_training"] is None:
         lines.append("NOTE: whether these patients were in the training data cannot be checked (other pseudonym key)")
     return "\n".join(lines)
+
+
+def _patients_seen(learned_from: list[dict], key_fingerprint: str, split: str, evaluated: set[str]) -> int | None:
+    """How many of the evaluated patients the run or one of its ancestors has learned from, or chose a checkpoint by.
+
+    None where that cannot be known: pseudonyms of another key tell nothing. A run's own validation patients do not
+    count when it is the validation split that is evaluated.
+    """
+    if any(patients["key_fingerprint"] != key_fingerprint for patients in learned_from):
+        return None
+    splits = ("train",) if split == "validation" else ("train", "validation")
+    return len(evaluated & {patient for patients in learned_from for name in splits for patient in patients[name]})
 
 
 def _volumes_of_records(volumes: list[dict], record_index):
@@ -320,7 +340,7 @@ def main(argv: list[str]) -> int:
         baselines=flags.FLAGS.baselines,
     )
     print(table(result))
-    print(f"written: {flags.FLAGS.output} and, beside it, .csv and .png")
+    print(f"written: {flags.FLAGS.output} and, beside it, .csv, .png and .npz")
     return 0
 
 

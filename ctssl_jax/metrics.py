@@ -114,8 +114,53 @@ def used_codes(counts: jax.Array | np.ndarray) -> int:
 
 
 def codebook_use(counts: jax.Array | np.ndarray | None) -> dict[str, float]:
-    """`perplexity` and `used_codes` of code counts [K]; empty for None, a model without a codebook."""
-    return {} if counts is None else {"perplexity": perplexity(counts), "used_codes": used_codes(counts)}
+    """`perplexity`, `used_codes`, `dead_codes` of code counts [K]; empty for None, a model without a codebook."""
+    if counts is None:
+        return {}
+    used = used_codes(counts)
+    return {"perplexity": perplexity(counts), "used_codes": used, "dead_codes": len(counts) - used}
+
+
+def moments(embedding: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    """Weighted sums from which `effective_rank` is computed; they add up over batches.
+
+    Args:
+        embedding: [B, D] float32.
+        weight: [B], 0 for padded examples.
+
+    Returns:
+        {"weight": scalar, "first": [D], "second": [D, D]}, sums of w, w x and w x x^T.
+    """
+    weighted = embedding * weight[:, None]
+    return {
+        "weight": jnp.sum(weight),
+        "first": jnp.sum(weighted, axis=0),
+        "second": jnp.dot(weighted.T, embedding, precision="highest"),
+    }
+
+
+def effective_rank(sums: dict[str, np.ndarray]) -> float:
+    """Number of directions that embeddings spread over: the exponential of the entropy of the normalised singular
+    values of the centred embedding matrix [N, D] (Roy and Vetterli 2007).
+
+    Args:
+        sums: added up from `moments`.
+
+    Returns:
+        1 (all on one line) to min(D, N - 1) (spread equally); 0 where all embeddings are equal. A direction whose
+        variance is below 1e-6 of the mean squared length counts as none: it is float32 rounding.
+    """
+    count = float(sums["weight"])
+    if count < 2:
+        return 0.0
+    mean = np.asarray(sums["first"], np.float64) / count
+    second = np.asarray(sums["second"], np.float64) / count
+    variances = np.linalg.eigvalsh(second - np.outer(mean, mean))
+    variances = variances[variances > 1e-6 * np.trace(second)]
+    if len(variances) == 0:
+        return 0.0
+    share = np.sqrt(variances) / np.sqrt(variances).sum()
+    return float(np.exp(-np.sum(share * np.log(share))))
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -129,13 +174,12 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     Returns:
         In [0, 1]; NaN without a positive or without a negative example.
     """
+    from sklearn.metrics import roc_auc_score  # a second of start-up that training does not need
+
     positive = np.asarray(positive, bool)
-    num_positive, num_negative = np.count_nonzero(positive), np.count_nonzero(~positive)
-    if num_positive == 0 or num_negative == 0:
+    if positive.all() or not positive.any():
         return math.nan
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # from 1, equal scores share their mean rank
-    return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+    return float(roc_auc_score(positive, scores))
 
 
 def auroc_one_vs_rest(probabilities: np.ndarray, labels: np.ndarray) -> float:

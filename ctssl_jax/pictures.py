@@ -56,6 +56,18 @@ def strip(pictures: dict[str, np.ndarray], label: str = "") -> Image.Image:
     return sheet
 
 
+def save_arrays(path: Path, pictures: dict[str, np.ndarray]) -> None:
+    """Write pictures as a compressed npz: `input`, `target`, `prediction`, each [N, H, W] uint8, first channel."""
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **{name: grey(images)[..., 0] for name, images in pictures.items()})
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The inverse of `save_arrays`: each [N, H, W, 1] float32 in [0, 1]."""
+    with np.load(path) as arrays:
+        return {name: arrays[name][..., None].astype(np.float32) / 255 for name in arrays.files}
+
+
 def save_strip(path: Path, pictures: dict[str, np.ndarray], label: str = "") -> None:
     """Write `strip` as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)

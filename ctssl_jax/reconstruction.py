@@ -103,6 +103,7 @@ def _reconstruct(
             "target": example.target,
             "prediction": jnp.clip(output.reconstruction, 0, 1),
         },
+        embedding=jnp.mean(output.latents, axis=(1, 2)),
         code_counts=metrics.code_counts(output.codes, config.model.num_codes, weight),
     )
 

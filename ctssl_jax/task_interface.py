@@ -22,6 +22,7 @@ class StepOutput(NamedTuple):
     loss: [B] float32, the quantity that is minimised.
     scores: name -> [B] float32, reported as means over examples.
     pictures: `input`, `target`, `prediction`, each [B, H, W, C] float32 in [0, 1].
+    embedding: [B, D] float32, the encoder's latents averaged over the slice: what a downstream task would be given.
     code_counts: [num_codes] float32, how often each code was used (weighted by example); None without a codebook.
     classes: `label` [B] int32 and `probabilities` [B, K] float32, which scores of a whole split need; None unless the
       task predicts a label.
@@ -30,6 +31,7 @@ class StepOutput(NamedTuple):
     loss: jax.Array
     scores: dict[str, jax.Array]
     pictures: dict[str, jax.Array]
+    embedding: jax.Array
     code_counts: jax.Array | None = None
     classes: dict[str, jax.Array] | None = None
 

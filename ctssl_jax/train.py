@@ -3,7 +3,9 @@ r"""Pretrain a model.
     python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET --workdir=RUN
 
 Run it again to go on where it stopped: checkpoints hold everything, the order of the data included. SIGTERM and Ctrl-C
-save and end with exit code 0. On several hosts start one process on each with `--distributed`.
+save and end with exit code 0. `--config.init_from=OTHER_RUN` starts from the weights of another run. `--estimate` says
+after a few timed steps what the run will cost, and writes nothing. On several hosts start one process on each with
+`--distributed`.
 """
 
 import itertools
@@ -19,13 +21,20 @@ from ml_collections import config_flags
 from ctssl_jax import command_line
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path, devices: Sequence[Any] | None = None) -> bool:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path | None,
+    devices: Sequence[Any] | None = None,
+    *,
+    estimate: bool = False,
+) -> bool:
     """Train, or go on training, until `config.num_steps`.
 
     Args:
       config: a recipe, see `configs/masked_region.py`.
-      workdir: the run directory, see `ctssl_jax.checkpoint`.
+      workdir: the run directory, see `ctssl_jax.checkpoint`; unused by an estimate.
       devices: JAX devices to use, by default all of all processes.
+      estimate: only print what the run will cost; nothing is written.
 
     Returns:
       True if the run is complete, False if it was asked to stop before.
@@ -37,44 +46,51 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, devices: Seque
     from ctssl_jax import distributed
 
     with distributed.stop_requests() as should_stop:
-        return _train(config, Path(workdir), devices, should_stop)
+        return _train(config, None if estimate else Path(workdir), devices, should_stop)
 
 
 def _train(
     config: ml_collections.ConfigDict,
-    workdir: Path,
+    workdir: Path | None,
     devices: Sequence[Any] | None,
     should_stop: Callable[[int], bool],
 ) -> bool:
     import jax
 
-    from ctssl_jax import configuration, data, distributed, metrics, pictures, training
-    from ctssl_jax.checkpoint import Checkpoints, restore
+    from ctssl_jax import configuration, data, distributed, estimate, health, metrics, pictures, training, transplant
+    from ctssl_jax.checkpoint import Checkpoints, holds_checkpoint, restore
     from ctssl_jax.reports import Reports, duration, say
     from ctssl_jax.tasks import get_task
 
     # ---- What is asked for, and can it work? ------------------------------------------------------------------------
-    mesh = distributed.make_mesh(devices)
-    num_devices, num_processes, process = mesh.devices.size, jax.process_count(), jax.process_index()
+    devices = jax.devices() if devices is None else devices
+    num_devices, num_processes, process = len(devices), jax.process_count(), jax.process_index()
     with distributed.refusing_together():
         configuration.check_config(config, num_devices)
         preparation, channels = configuration.check_dataset(config, ("train", "validation"))
         task = get_task(config.task)
         train_source = data.open_source(config.dataset, "train", channels, task.offsets(config))
         validation_source = data.open_source(config.dataset, "validation", channels, task.offsets(config))
-        if process == 0:
+        _, *abstract_model = training.abstract_model(config, task)
+        fresh = workdir is None or not holds_checkpoint(workdir)
+        donor = transplant.find_donor(config, dict(zip(("params", "variables"), abstract_model, strict=True)), fresh)
+        if process == 0 and workdir is not None:
             configuration.check_resumable(workdir, config, preparation)
             patients = {
                 split: sorted({volume["patient_id"] for volume in source.volumes})
                 for split, source in (("train", train_source), ("validation", validation_source))
             }
             configuration.open_workdir(workdir, config, preparation, patients)
-    settings = {name: value for name, value in configuration.to_json(config).items() if name != "dataset"}
+            if fresh:
+                transplant.record(donor, workdir)
+    paths = ("dataset", "init_from")
+    settings = {name: value for name, value in configuration.to_json(config).items() if name not in paths}
     distributed.require_agreement("configuration or dataset", [settings, preparation["fingerprint"]])
 
     # ---- The program and what it will cost --------------------------------------------------------------------------
+    mesh = distributed.make_mesh(devices, config.fsdp_devices)
     program = training.make_program(config, task, len(channels), mesh)
-    _, abstract_params, _ = training.abstract_model(config, task)
+    abstract_params = abstract_model[0]
     abstract_state = jax.eval_shape(program.initial_state)
     part_size = config.batch_size // config.microbatches
     batch_shapes = training.abstract_batch(config, task, len(channels), part_size)
@@ -98,6 +114,15 @@ def _train(
     started = time.time()
     program, memory = training.compile_step(program, config, abstract_state, batch_shapes)
     say(f"compiled     in {time.time() - started:.1f} s; XLA expects {memory / 2**30:.2f} GiB a device")
+    share = dict(process_index=process, process_count=num_processes, num_threads=config.reading_threads)
+    if workdir is None:
+        batches = data.training_batches(
+            train_source, config.batch_size, config.seed, microbatches=config.microbatches, **share
+        )
+        times = estimate.timed_steps(program, batches, config)
+        for line in estimate.lines(times, config, len(train_source), estimate.state_bytes(abstract_state)):
+            say(line)
+        return True
 
     # ---- Start or go on ---------------------------------------------------------------------------------------------
     checkpoints = Checkpoints(workdir)
@@ -105,15 +130,19 @@ def _train(
     start_step = 0 if fresh else checkpoints.last_step
     distributed.require_agreement("last checkpoint in --workdir", start_step)
     if not fresh:
-        shardings = distributed.replicated(mesh)
         like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings), abstract_state
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract_state,
+            program.shardings,
         )
         state = restore(workdir, start_step, like)
         say(f"going on     from step {start_step:,} of {workdir}")
     else:
         state = program.initial_state()
-    share = dict(process_index=process, process_count=num_processes, num_threads=config.reading_threads)
+        if donor is not None:
+            state = transplant.transplant(donor, state)
+            for line in transplant.report(donor):
+                say(line)
     batches = data.training_batches(
         train_source,
         config.batch_size,
@@ -125,6 +154,7 @@ def _train(
     num_pictures = min(config.num_pictures, part_size // num_processes)
     fixed_slices = data.picture_batch(validation_source, part_size // num_processes, num_pictures)
     label = "SYNTHETIC" if preparation["synthetic"] else ""
+    layer_gradient_norms: dict[str, float] = {}
     reports = Reports(workdir, -1 if fresh else start_step)
     metadata = {"config": configuration.to_json(config), "preparation": preparation}
 
@@ -137,12 +167,15 @@ def _train(
             return None
         means = {name: float(values.mean(dtype=float)) for name, values in result.scores.items()}
         training.check_finite(means["loss"], step, workdir, checkpoints.last_step)
-        means |= metrics.codebook_use(result.code_counts)
+        use = metrics.codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)
+        means |= {name: value for name, value in use.items() if name != "embedding_dim"}
         reports.write("validation", step, means)
         shown = training.render_pictures(program, state, fixed_slices, num_pictures)
         if process == 0:
             pictures.save_strip(workdir / "pictures" / f"step_{step:08d}.png", shown, label)
         say(f"validation   step {step:,}  " + "  ".join(f"{name} {value:.4g}" for name, value in means.items()))
+        for warning in health.warnings(use, layer_gradient_norms) if step > 0 else ():
+            say(f"WARNING      step {step:,}: {warning}")
         return means["loss"]
 
     # ---- Evaluate, save, fetch the next batch, step -----------------------------------------------------------------
@@ -173,7 +206,7 @@ def _train(
             step, unsaved = step + 1, True
             if step % config.log_every == 0:
                 training.check_state(state, workdir, checkpoints.last_step)
-                state, means, code_counts = training.take_report(program, state)
+                state, (means, code_counts, layer_gradient_norms) = training.take_report(program, state)
                 now = time.time()
                 speed = (step - clock_step) * config.batch_size / (now - clock)
                 means |= {"slices_per_second": speed, "waiting_for_data": waited / (now - clock)}
@@ -181,6 +214,7 @@ def _train(
                 clock, clock_step, waited = now, step, 0.0
                 means |= metrics.codebook_use(code_counts)
                 reports.write("train", step, means)
+                reports.write("gradient_norm", step, layer_gradient_norms)
                 left = (config.num_steps - step) * training_seconds / (step - start_step)
                 left += ((config.num_steps - step) // config.eval_every + 1) * validation_seconds
                 say(
@@ -201,6 +235,7 @@ def define_flags() -> None:
     """Only where this module is the program: another one may define flags of the same names."""
     config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE.")
     flags.DEFINE_string("workdir", None, "Run directory: made, or gone on with.")
+    flags.DEFINE_bool("estimate", False, "Only say what the run will cost, after a few timed steps; writes nothing.")
     flags.DEFINE_bool("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
     flags.DEFINE_string("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
     flags.DEFINE_integer("num_processes", 0, "Number of processes, where it cannot be detected.")
@@ -210,8 +245,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> int:
     """Command line."""
     config = flags.FLAGS.config
-    if config is None or not flags.FLAGS.workdir:
-        raise command_line.InputError("give --config=configs/RECIPE.py and --workdir=DIR")
+    if config is None or not (flags.FLAGS.workdir or flags.FLAGS.estimate):
+        raise command_line.InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
     try:
         config.lock()
     except OSError:  # what stands for a recipe that could not be loaded raises this at any use
@@ -223,7 +258,7 @@ def main(argv: list[str]) -> int:
     distributed.initialize(
         flags.FLAGS.distributed, flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id
     )
-    train(config, flags.FLAGS.workdir)
+    train(config, flags.FLAGS.workdir, estimate=flags.FLAGS.estimate)
     return 0
 
 

@@ -18,7 +18,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from ctssl_jax import distributed
+from ctssl_jax import distributed, metrics
+from ctssl_jax.checkpoint import flatten
 from ctssl_jax.command_line import RunFailed
 from ctssl_jax.corruptions import example_keys
 from ctssl_jax.task_interface import Task
@@ -38,8 +39,8 @@ class TrainState:
     params: trainable parameters.
     variables: the model's other state: BatchNorm statistics, a codebook that follows by moving averages.
     optimizer: optax state.
-    sums: sums over examples since the last report (scores, loss, weight, code counts), so that reports, too, go on
-      where they were.
+    sums: sums over examples since the last report (scores, loss, weight, code counts) and over steps (gradient norms,
+      of all parameters and of each layer), so that reports, too, go on where they were.
     nonfinite_step: int32, the first step whose loss, gradient or new parameters were not finite, or -1.
     """
 
@@ -55,17 +56,20 @@ class TrainState:
 class Program:
     """Compiled-once functions of one run, all under the mesh.
 
+    shardings: how each array of the state lies on the mesh
     initial_state: () -> TrainState
     zero_gradients: () -> zeros like the parameters
     train_step: (state, batch) -> state, for one microbatch
     accumulate: (state, gradients, batch) -> (state, gradients), for more microbatches
     apply_gradients: (state, gradients) -> state
-    evaluate_batch: (state, batch) -> (per-slice values, code counts, pictures); the pictures stay split along the batch
+    evaluate_batch: (state, batch) -> (per-slice values, sums over the batch, pictures); the pictures stay split along
+      the batch
     replicate: copy a split tree to every device of every host
     zeros_like: a tree -> zeros of its shapes, on every device of every host
     """
 
     mesh: Mesh
+    shardings: TrainState
     initial_state: Callable[[], TrainState]
     zero_gradients: Callable
     train_step: Callable
@@ -97,6 +101,21 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     if config.gradient_clip > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
     return optimizer
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: `encoder/blocks/0/conv3/kernel` -> `encoder/blocks/0`."""
+    parts = name.split("/")
+    return "/".join(parts[:-2]) or parts[0]
+
+
+def layer_norms(gradients: Any) -> dict[str, jax.Array]:
+    """L2 norm of the gradient of each layer's parameters: layer -> float32 scalar."""
+    squares: dict[str, jax.Array] = {}
+    for name, gradient in flatten(gradients).items():
+        square = jnp.sum(jnp.square(gradient.astype(jnp.float32)))
+        squares[layer_of(name)] = squares.get(layer_of(name), 0.0) + square
+    return {layer: jnp.sqrt(square) for layer, square in squares.items()}
 
 
 def abstract_model(config: ml_collections.ConfigDict, task: Task) -> tuple[Any, nnx.State, nnx.State]:
@@ -161,10 +180,15 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
         batch = abstract_batch(config, task, channels, config.batch_size // config.microbatches)
         step = jax.ShapeDtypeStruct((), jnp.int32)
         _, (_, sums) = jax.eval_shape(loss_of, *abstract_state, batch, step)
+        sums["layer_gradient_norms"] = jax.eval_shape(layer_norms, abstract_state[0])
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
 
+    def whole(params):
+        """Each device fetches all parameters for as long as it uses them; their gradients are summed back to parts."""
+        return params if mesh.shape["fsdp"] == 1 else jax.lax.with_sharding_constraint(params, everywhere)
+
     def loss_of(params, variables, batch, step) -> tuple[jax.Array, tuple]:
-        model = nnx.merge(graph, params, variables, copy=True)
+        model = nnx.merge(graph, whole(params), variables, copy=True)
         keys = example_keys(train_key, batch["record_index"], step)
         weight = batch["weight"]
         step_key = jax.random.fold_in(jax.random.fold_in(model_key, step), batch["record_index"][0])
@@ -177,18 +201,19 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
             "weight": jnp.sum(weight),
             "code_counts": output.code_counts,
         }
-        sums["gradient_norm"] = jnp.zeros(())  # added once a step, in apply_gradients
+        sums["gradient_norm"] = jnp.zeros(())  # both added once a step, in apply_gradients
         return loss, (nnx.as_pure(variables), sums)
 
     def gradients_of(state: TrainState, batch: dict) -> tuple[TrainState, Any]:
         (_, (variables, sums)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
             state.params, state.variables, batch, state.step
         )
+        sums["layer_gradient_norms"] = jax.tree.map(jnp.zeros_like, state.sums["layer_gradient_norms"])
         return state.replace(variables=variables, sums=jax.tree.map(jnp.add, state.sums, sums)), gradients
 
     def apply_gradients(state: TrainState, gradients: Any) -> TrainState:
         updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.params)
-        norm = optax.tree.norm(gradients)
+        norm, norms = optax.tree.norm(gradients), layer_norms(gradients)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(norm) & jnp.isfinite(state.sums["loss"]) & jnp.isfinite(optax.tree.norm(params))
         first = jnp.where((state.nonfinite_step < 0) & ~finite, state.step + 1, state.nonfinite_step)
@@ -196,7 +221,13 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
             step=state.step + 1,
             params=params,
             optimizer=new_optimizer,
-            sums=state.sums | {"gradient_norm": state.sums["gradient_norm"] + norm * config.batch_size},
+            sums=state.sums
+            | {
+                "gradient_norm": state.sums["gradient_norm"] + norm * config.batch_size,
+                "layer_gradient_norms": jax.tree.map(
+                    lambda total, value: total + value * config.batch_size, state.sums["layer_gradient_norms"], norms
+                ),
+            },
             nonfinite_step=first,
         )
 
@@ -208,7 +239,7 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
         return state, jax.tree.map(jnp.add, total, gradients)
 
     def evaluate_batch(state: TrainState, batch: dict) -> tuple[dict, jax.Array, dict]:
-        model = nnx.merge(graph, state.params, state.variables, copy=True)
+        model = nnx.merge(graph, whole(state.params), state.variables, copy=True)
         keys = evaluation_keys(batch["record_index"])
         output = task.apply(model, batch["images"], batch["weight"], keys, None, config, train=False)
         slices = {
@@ -217,28 +248,40 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
             "scores": {"loss": output.loss, **output.scores},
             "classes": output.classes,
         }
-        return slices, output.code_counts, output.pictures
+        totals = {
+            "code_counts": output.code_counts,
+            "embedding_moments": metrics.moments(output.embedding, batch["weight"]),
+        }
+        return slices, totals, output.pictures
 
+    shapes = jax.eval_shape(initial_state)
+    shardings = jax.tree.map(lambda leaf: everywhere, shapes).replace(
+        params=distributed.split_parameters(mesh, shapes.params),
+        optimizer=distributed.split_parameters(mesh, shapes.optimizer),
+    )
     return Program(
         mesh=mesh,
-        initial_state=jax.jit(initial_state, out_shardings=everywhere, compiler_options=run_once),
+        shardings=shardings,
+        initial_state=jax.jit(initial_state, out_shardings=shardings, compiler_options=run_once),
         zero_gradients=jax.jit(
             lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_state[0]),
-            out_shardings=everywhere,
+            out_shardings=shardings.params,
         ),
         train_step=jax.jit(
-            train_step, in_shardings=(everywhere, along_batch), out_shardings=everywhere, donate_argnums=0
+            train_step, in_shardings=(shardings, along_batch), out_shardings=shardings, donate_argnums=0
         ),
         accumulate=jax.jit(
             accumulate,
-            in_shardings=(everywhere, everywhere, along_batch),
-            out_shardings=everywhere,
+            in_shardings=(shardings, shardings.params, along_batch),
+            out_shardings=(shardings, shardings.params),
             donate_argnums=(0, 1),
         ),
-        apply_gradients=jax.jit(apply_gradients, in_shardings=everywhere, out_shardings=everywhere, donate_argnums=0),
+        apply_gradients=jax.jit(
+            apply_gradients, in_shardings=(shardings, shardings.params), out_shardings=shardings, donate_argnums=0
+        ),
         evaluate_batch=jax.jit(
             evaluate_batch,
-            in_shardings=(everywhere, along_batch),
+            in_shardings=(None, along_batch),  # the state as it lies: an evaluation may hold a part of it only
             out_shardings=(everywhere, everywhere, along_batch),
         ),
         replicate=jax.jit(lambda tree: tree, out_shardings=everywhere),
@@ -309,12 +352,26 @@ def run_step(program: Program, state: TrainState, microbatches: Sequence[dict[st
     return program.apply_gradients(state, gradients)
 
 
-def take_report(program: Program, state: TrainState) -> tuple[TrainState, dict[str, float], np.ndarray | None]:
-    """The state with its sums set to zero, the means over the examples since the last report, and the code counts."""
+class Report(NamedTuple):
+    """What was learned since the last report.
+
+    means: loss, scores and gradient norm, means over examples.
+    code_counts: [num_codes], how often each code was used; None without a codebook.
+    layer_gradient_norms: layer -> mean over the steps.
+    """
+
+    means: dict[str, float]
+    code_counts: np.ndarray | None
+    layer_gradient_norms: dict[str, float]
+
+
+def take_report(program: Program, state: TrainState) -> tuple[TrainState, Report]:
+    """The state with its sums set to zero, and what they say."""
     sums = jax.device_get(state.sums)
-    weight = max(float(sums["weight"]), 1.0)
-    means = {name: float(value) / weight for name, value in sums.items() if name not in ("weight", "code_counts")}
-    return state.replace(sums=program.zeros_like(state.sums)), means, sums["code_counts"]
+    weight, code_counts, norms = (sums.pop(name) for name in ("weight", "code_counts", "layer_gradient_norms"))
+    weight = max(float(weight), 1.0)
+    means, norms = ({name: float(value) / weight for name, value in values.items()} for values in (sums, norms))
+    return state.replace(sums=program.zeros_like(state.sums)), Report(means, code_counts, norms)
 
 
 class SplitScores(NamedTuple):
@@ -324,12 +381,14 @@ class SplitScores(NamedTuple):
     scores: `loss` and the task's scores, each [N] float32.
     classes: `label` [N] int32 and `probabilities` [N, K] float32; None unless the task predicts a label.
     code_counts: [num_codes] float64, over the split; None without a codebook.
+    embedding_moments: sums over the slices' embeddings, see `metrics.moments`.
     """
 
     record_index: np.ndarray
     scores: dict[str, np.ndarray]
     classes: dict[str, np.ndarray] | None
     code_counts: np.ndarray | None
+    embedding_moments: dict[str, np.ndarray]
 
 
 def evaluate_split(program: Program, state: TrainState, batches: Iterable[dict[str, np.ndarray]]) -> SplitScores | None:
@@ -353,10 +412,10 @@ def evaluate_split(program: Program, state: TrainState, batches: Iterable[dict[s
         return None
     fetched.append(jax.device_get(pending))
     slices = jax.tree.map(lambda *parts: np.concatenate(parts), *[slices for slices, _ in fetched])
-    code_counts = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=float), *[counts for _, counts in fetched])
+    totals = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=float), *[totals for _, totals in fetched])
     kept = np.flatnonzero(slices.pop("weight") > 0)
     kept = kept[np.argsort(slices["record_index"][kept], kind="stable")]
-    return SplitScores(**jax.tree.map(lambda values: values[kept], slices), code_counts=code_counts)
+    return SplitScores(**jax.tree.map(lambda values: values[kept], slices), **totals)
 
 
 def render_pictures(

@@ -56,7 +56,7 @@ def test_training_updates_statistics_and_gradients_reach_every_parameter():
     def gradient(params, variables):
         def loss(params):
             model = nnx.merge(graph, params, variables, copy=True)
-            value = jnp.sum(jnp.square(model(images, train=True, key=jax.random.key(1))))
+            value = jnp.sum(jnp.square(model(images, train=True, key=jax.random.key(1)).logits))
             return value, nnx.split(model, nnx.Param, ...)[2]
 
         return jax.grad(loss, has_aux=True)(params)

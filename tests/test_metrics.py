@@ -140,5 +140,7 @@ def test_auroc_one_vs_rest_is_the_mean_over_defined_classes():
 
 
 def test_codebook_use():
-    assert metrics.codebook_use(np.array([2.0, 2.0, 0.0])) == {"perplexity": pytest.approx(2), "used_codes": 2}
+    assert metrics.codebook_use(np.array([2.0, 2.0, 0.0])) == {
+        "perplexity": pytest.approx(2), "used_codes": 2, "dead_codes": 1,
+    }  # fmt: skip
     assert metrics.codebook_use(None) == {}

@@ -69,6 +69,7 @@ def test_reconstruction_target_and_loss_by_hand(task, rescale, batch):
     np.testing.assert_allclose(output.scores["mse"], mse, rtol=1e-4)
     np.testing.assert_allclose(output.loss, 0.2 * mse + 0.8 * vq - 0.1 * ssim, rtol=1e-4)
     assert set(output.scores) == {"mse", "ssim", "vq_loss"} and output.classes is None
+    np.testing.assert_allclose(output.embedding, np.mean(predicted.latents, axis=(1, 2)), atol=1e-6)
     assert output.code_counts.sum() == 4 * 4 * 4
 
 
@@ -82,7 +83,9 @@ def test_classification_labels_and_loss_by_hand(task, num_classes, batch):
         [transform(image, int(k)) for image, k in zip(images[:, 0] / np.float32(255), labels, strict=True)]
     )
     np.testing.assert_allclose(output.pictures["input"], inputs, atol=1e-6)
-    logits = np.asarray(model(jnp.asarray(inputs), train=False))
+    predicted = model(jnp.asarray(inputs), train=False)
+    logits = np.asarray(predicted.logits)
+    np.testing.assert_allclose(output.embedding, np.mean(predicted.latents, axis=(1, 2)), atol=1e-6)
     assert logits.shape == (4, num_classes)
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(output.classes["probabilities"], probabilities, rtol=1e-4)

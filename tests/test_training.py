@@ -34,8 +34,8 @@ def run(program, config, source, number):
     batches = data.training_batches(source, config.batch_size, config.seed, microbatches=config.microbatches)
     for _ in range(number):
         state = training.run_step(program, state, [next(batches) for _ in range(config.microbatches)])
-        state, means, counts = training.take_report(program, state)
-        reports.append((means, counts))
+        state, report = training.take_report(program, state)
+        reports.append((report.means, report.code_counts))
     return state, reports
 
 

@@ -10,6 +10,7 @@ Names of the modules, which are the keys of checkpoints:
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ class ClassifierConfig:
     Attributes:
         num_classes: number of labels.
         compression: features after each 3 x 3 convolution with stride 2 on the latents.
-        in_channels, hidden, depth, embedding_dim, drop_rate, remat, dtype: of the encoder, as in `VQVAEConfig`; dtype
-            is that of the compression layers, too.
+        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan, dtype: of the encoder, as in `VQVAEConfig`;
+            dtype is that of the compression layers, too.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -42,6 +43,7 @@ class ClassifierConfig:
     embedding_dim: int = 64
     drop_rate: float = 0.0
     remat: bool = False
+    scan: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -62,8 +64,20 @@ class ClassifierConfig:
             embedding_dim=self.embedding_dim,
             drop_rate=self.drop_rate,
             remat=self.remat,
+            scan=self.scan,
             dtype=self.dtype,
         )
+
+
+class ClassifierOutput(NamedTuple):
+    """What the classifier returns for images [B, H, W, C].
+
+    logits: [B, num_classes] float32.
+    latents: [B, H / 4, W / 4, D] float32, the encoder's output.
+    """
+
+    logits: jax.Array
+    latents: jax.Array
 
 
 class Classifier(nnx.Module):
@@ -82,7 +96,7 @@ class Classifier(nnx.Module):
         )
         self.classification = nnx.Linear(widths[-1], config.num_classes, kernel_init=KERNEL_INIT, rngs=rngs)
 
-    def __call__(self, images: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, images: jax.Array, *, train: bool, key: jax.Array | None = None) -> ClassifierOutput:
         """Classify.
 
         Args:
@@ -91,15 +105,15 @@ class Classifier(nnx.Module):
             key: for dropout; needed in training if drop_rate > 0.
 
         Returns:
-            logits [B, num_classes] float32.
+            ClassifierOutput.
 
         Raises:
             ValueError: as `Encoder`.
         """
-        x = self.encoder(images, train=train, key=key)
+        x = latents = self.encoder(images, train=train, key=key)
         for layer in self.compression:
             x = leaky_relu(layer(x, train=train))
-        return self.classification(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))
+        return ClassifierOutput(self.classification(jnp.mean(x.astype(jnp.float32), axis=(1, 2))), latents)
 
 
 def flops_per_slice(config: ClassifierConfig, image_size: int) -> int:

@@ -1,0 +1,73 @@
+"""What a training run will cost, from a few timed steps on the real data."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from ctssl_jax import training
+
+WARM_STEPS = 2
+FEWEST_STEPS = 3
+MOST_STEPS = 50
+SECONDS = 15.0
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all arrays of a state (arrays or shapes): the size of a checkpoint before compression."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def timed_steps(
+    program: training.Program, batches: Iterator[dict[str, np.ndarray]], config: ml_collections.ConfigDict
+) -> dict[str, float]:
+    """Train for a few steps from random weights and throw the result away.
+
+    Returns:
+      `slices_per_second`, `seconds_a_step` and `waiting_for_data` (share of the time), over `num_timed_steps`.
+    """
+    state = program.initial_state()
+    waited, taken, started = 0.0, 0, 0.0
+
+    def step(state):
+        nonlocal waited
+        asked = time.perf_counter()
+        parts = [next(batches) for _ in range(config.microbatches)]
+        waited += time.perf_counter() - asked
+        return jax.block_until_ready(training.run_step(program, state, parts))
+
+    for _ in range(WARM_STEPS):
+        state = step(state)
+    waited, started = 0.0, time.perf_counter()
+    while taken < FEWEST_STEPS or (taken < MOST_STEPS and time.perf_counter() - started < SECONDS):
+        state, taken = step(state), taken + 1
+    seconds = time.perf_counter() - started
+    return {
+        "slices_per_second": taken * config.batch_size / seconds,
+        "seconds_a_step": seconds / taken,
+        "waiting_for_data": waited / seconds,
+        "num_timed_steps": taken,
+    }
+
+
+def lines(times: dict[str, float], config: ml_collections.ConfigDict, num_slices: int, checkpoint_bytes: int) -> list[str]:
+    """The estimate as lines for the screen.
+
+    Args:
+      times: from `timed_steps`.
+      config: the training configuration.
+      num_slices: items of an epoch.
+      checkpoint_bytes: from `state_bytes`.
+    """
+    speed = times["slices_per_second"]
+    return [
+        f"speed        {speed:,.1f} slices/s, {1000 * times['seconds_a_step']:,.0f} ms a step of {config.batch_size} "
+        f"({times['num_timed_steps']} timed; {times['waiting_for_data']:.0%} waiting for data)",
+        f"an epoch     {num_slices / speed / 3600:,.2f} hours for {num_slices:,} slices",
+        f"this run     {config.num_steps * config.batch_size / speed / 3600:,.2f} hours for {config.num_steps:,} steps, "
+        f"{config.num_steps * config.batch_size / num_slices:,.1f} epochs; validation and start-up come on top",
+        f"a checkpoint {checkpoint_bytes / 2**30:,.2f} GiB before compression; up to three are kept",
+    ]

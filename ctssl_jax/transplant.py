@@ -1,0 +1,174 @@
+"""Weights from one run to another: the whole model (the paper's progressive chain) or its encoder alone (any task to any
+other). Nothing is taken in silence: what moves is listed, and what does not fit is refused.
+
+A run remembers where its weights come from in `ancestors.json`: one entry a run, from the first to the one that it
+started from, with the pseudonyms of the patients that each was trained on.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from ctssl_jax import data
+from ctssl_jax.checkpoint import choose_step, flatten, restore, stored_shapes, unflatten, write_json
+from ctssl_jax.command_line import InputError
+
+SCOPES = ("model", "encoder")
+ANCESTORS = "ancestors.json"
+
+
+class Donor(NamedTuple):
+    """A run whose weights another one starts from.
+
+    workdir: its run directory.
+    step: the checkpoint that is taken.
+    moved: names of the tensors that are taken, as in checkpoints (`params/encoder/stem/conv/kernel`).
+    kept: names of the model's tensors that stay as the new run initialises them.
+    left: names of the donor's model tensors that are not taken.
+    ancestors: contents of the new run's `ancestors.json`.
+    """
+
+    workdir: Path
+    step: int
+    moved: tuple[str, ...]
+    kept: tuple[str, ...]
+    left: tuple[str, ...]
+    ancestors: list[dict]
+
+
+def in_scope(name: str, scope: str) -> bool:
+    """Whether a checkpoint's tensor belongs to the part that moves: `params/encoder/...`, `variables/decoder/...`."""
+    kind, part = name.split("/")[:2] if "/" in name else (name, "")
+    return kind in ("params", "variables") and (scope == "model" or part == "encoder")
+
+
+def find_donor(config: ml_collections.ConfigDict, like: Any, fresh: bool = True) -> Donor | None:
+    """Check, before any work, that the weights which `config.init_from` names fit.
+
+    Args:
+      config: the new run's configuration; its `windows` are those that it reads.
+      like: tree with `params` and `variables` of the new model (arrays or shapes).
+      fresh: False for a run that goes on from a checkpoint of its own, which needs no donor any more.
+
+    Returns:
+      None if the run starts from random weights or goes on.
+
+    Raises:
+      InputError: no such run, other windows or grey scale, or tensors that are missing, extra or of another shape.
+    """
+    if not config.init_from or not fresh:
+        return None
+    workdir = Path(config.init_from)
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"config.init_from={workdir} is not a run directory; give the --workdir of a finished run")
+    try:
+        step = choose_step(workdir, str(config.init_checkpoint))
+    except InputError as error:
+        raise InputError(f"config.init_from: {error}") from None
+    donor_config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    preparation = json.loads((workdir / "preparation.json").read_text())
+    _check_grey_values(config, donor_config, preparation, workdir)
+    moved, kept, left = _match(workdir, stored_shapes(workdir, step), flatten(like), config.init_scope)
+    ancestors = [
+        *read_ancestors(workdir),
+        {
+            "recipe": donor_config.recipe,
+            "task": donor_config.task,
+            "checkpoint_step": step,
+            "seed": donor_config.seed,
+            "scope": config.init_scope,
+            "num_tensors_moved": len(moved),
+            "dataset_fingerprint": preparation["fingerprint"],
+            "patients": json.loads((workdir / "patients.json").read_text()),
+        },
+    ]
+    return Donor(workdir, step, moved, kept, left, ancestors)
+
+
+def _check_grey_values(config: ml_collections.ConfigDict, donor: Any, preparation: dict, workdir: Path) -> None:
+    """An encoder is worth nothing on grey values that mean other HU than those it has learned from."""
+    windows = [preparation["windows"][channel] for channel in data.select_channels(preparation, donor.windows)]
+    windows = [(float(window["level"]), float(window["width"])) for window in windows]
+    wanted = [(float(level), float(width)) for level, width in config.windows]
+    if wanted and wanted != windows:
+        have, want = (", ".join(f"{level:g}/{width:g}" for level, width in pairs) for pairs in (windows, wanted))
+        raise InputError(
+            f"config.init_from={workdir} was trained on level/width {have}, this run reads {want}; set config.windows "
+            "to the former (on a dataset that has it), or start from another run"
+        )
+    if donor.normalize != config.normalize:
+        raise InputError(
+            f"config.init_from={workdir} was trained with normalize={donor.normalize}; set "
+            f"--config.normalize={donor.normalize}"
+        )
+
+
+def _match(
+    workdir: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, Any], scope: str
+) -> tuple[tuple[str, ...], ...]:
+    """Names that move, stay and are left behind; refuses anything of the scope that is not on both sides alike."""
+    have = {name: shape for name, shape in stored.items() if in_scope(name, scope)}
+    want = {name: tuple(leaf.shape) for name, leaf in wanted.items() if in_scope(name, scope)}
+    missing = [f"{name} is missing there" for name in want if name not in have]
+    extra = [f"{name} has no place here" for name in have if name not in want]
+    shapes = [
+        f"{name} has shape {have[name]} there, {want[name]} here"
+        for name in want
+        if name in have and have[name] != want[name]
+    ]
+    if missing or extra or shapes:
+        problems = [group[0] for group in (shapes, missing, extra) if group]
+        remedy = "give the runs equal config.model fields"
+        if scope == "model" and not [name for name in want if in_scope(name, "encoder") and want[name] != have.get(name)]:
+            remedy = "the encoder alone fits: --config.init_scope=encoder"
+        raise InputError(
+            f"config.init_from={workdir} does not fit this model ({len(missing)} tensors missing, {len(extra)} extra, "
+            f"{len(shapes)} of another shape; {'; '.join(problems)}); {remedy}"
+        )
+    kept = [name for name in wanted if in_scope(name, "model") and name not in want]
+    left = [name for name in stored if in_scope(name, "model") and name not in have]
+    return tuple(want), tuple(kept), tuple(left)
+
+
+def transplant(donor: Donor, state: Any) -> Any:
+    """The state with the donor's tensors in place of its own; all others, the optimizer's among them, are untouched.
+
+    Args:
+      donor: from `find_donor`.
+      state: tree with `params` and `variables`, arrays on their devices.
+    """
+    leaves = flatten(state)
+    like = {
+        name: jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype, sharding=leaves[name].sharding)
+        for name in donor.moved
+    }
+    return unflatten(state, leaves | restore(donor.workdir, donor.step, like))
+
+
+def record(donor: Donor | None, workdir: Path) -> None:
+    """Write `ancestors.json` and `transplant.json` (every tensor's name) into the directory of a run that starts."""
+    names = {"moved": donor.moved, "initialised": donor.kept, "left_behind": donor.left} if donor else {}
+    write_json(workdir / ANCESTORS, donor.ancestors if donor else [])
+    write_json(workdir / "transplant.json", names)
+
+
+def report(donor: Donor) -> list[str]:
+    """What moved, as lines for the screen: parts of the model with their number of tensors."""
+    lines = [f"start        {len(donor.moved)} tensors of checkpoint {donor.step:,} of {donor.workdir}"]
+    for title, names in (("moved", donor.moved), ("initialised", donor.kept), ("left behind", donor.left)):
+        if names:
+            counts: dict[str, int] = {}
+            for name in names:
+                part = name.split("/")[1]
+                counts[part] = counts.get(part, 0) + 1
+            lines.append(f"{'':13}{title}: " + ", ".join(f"{part} ({number})" for part, number in counts.items()))
+    return lines
+
+
+def read_ancestors(workdir: Path) -> list[dict]:
+    """Contents of a run's `ancestors.json`; empty for one that started from random weights."""
+    path = workdir / ANCESTORS
+    return json.loads(path.read_text()) if path.exists() else []
