@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from absl import app, flags, logging
@@ -16,12 +16,19 @@ class RunFailed(RuntimeError):
     """A run that could not go on, through no fault of its inputs. The message is one line."""
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main` under absl; an `InputError` (or one of the dataset's) becomes one line on stderr and exit code 2."""
+def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> None:
+    """Run `main` under absl; an `InputError` (or one of the dataset's) becomes one line on stderr and exit code 2.
+
+    Args:
+      main: gets the program's name and, if there are any, its verb.
+      verbs: what may stand on the command line beside options, e.g. `plan`, `run` and `draw`.
+    """
 
     def guarded(argv: list[str]) -> int:
-        if len(argv) > 1:
-            print(f"error: unexpected argument {argv[1]!r}; options begin with --", file=sys.stderr)
+        unexpected = [word for word in argv[1:] if word not in verbs] or argv[2:]
+        if unexpected:
+            remedy = f"verbs are {', '.join(verbs)}; options" if verbs else "options"
+            print(f"error: unexpected argument {unexpected[0]!r}; {remedy} begin with --", file=sys.stderr)
             return 2
         from data_prep.dataset import DatasetError
 

@@ -42,6 +42,12 @@ def select_channels(preparation: dict, windows: Sequence[Sequence[float]]) -> tu
     return tuple(prepared.index(window) for window in wanted)
 
 
+def selected_windows(preparation: dict, channels: Sequence[int]) -> list[tuple[float, float]]:
+    """(level, width) in HU of some channels of a dataset."""
+    windows = [preparation["windows"][channel] for channel in channels]
+    return [(float(window["level"]), float(window["width"])) for window in windows]
+
+
 def neighbour_table(volumes: Sequence[dict], offsets: Sequence[int]) -> np.ndarray:
     """Record numbers of every tuple of neighbours that exists within one volume, across no gap.
 

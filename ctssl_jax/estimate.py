@@ -53,7 +53,9 @@ def timed_steps(
     }
 
 
-def lines(times: dict[str, float], config: ml_collections.ConfigDict, num_slices: int, checkpoint_bytes: int) -> list[str]:
+def lines(
+    times: dict[str, float], config: ml_collections.ConfigDict, num_slices: int, checkpoint_bytes: int
+) -> list[str]:
     """The estimate as lines for the screen.
 
     Args:
@@ -62,12 +64,12 @@ def lines(times: dict[str, float], config: ml_collections.ConfigDict, num_slices
       num_slices: items of an epoch.
       checkpoint_bytes: from `state_bytes`.
     """
-    speed = times["slices_per_second"]
+    speed, run_slices = times["slices_per_second"], config.num_steps * config.batch_size
     return [
         f"speed        {speed:,.1f} slices/s, {1000 * times['seconds_a_step']:,.0f} ms a step of {config.batch_size} "
         f"({times['num_timed_steps']} timed; {times['waiting_for_data']:.0%} waiting for data)",
         f"an epoch     {num_slices / speed / 3600:,.2f} hours for {num_slices:,} slices",
-        f"this run     {config.num_steps * config.batch_size / speed / 3600:,.2f} hours for {config.num_steps:,} steps, "
-        f"{config.num_steps * config.batch_size / num_slices:,.1f} epochs; validation and start-up come on top",
+        f"this run     {run_slices / speed / 3600:,.2f} hours for {config.num_steps:,} steps, "
+        f"{run_slices / num_slices:,.1f} epochs; validation and start-up come on top",
         f"a checkpoint {checkpoint_bytes / 2**30:,.2f} GiB before compression; up to three are kept",
     ]

@@ -78,7 +78,7 @@ def evaluate(
     trained_on = json.loads((workdir / "preparation.json").read_text())
     step = checkpoint_files.choose_step(workdir, checkpoint)
     trained_channels = data.select_channels(trained_on, config.windows)
-    config.windows = [[trained_on["windows"][c][name] for name in ("level", "width")] for c in trained_channels]
+    config.windows = [list(window) for window in data.selected_windows(trained_on, trained_channels)]
     if dataset is not None:
         config.dataset = str(dataset)
     try:

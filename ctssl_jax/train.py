@@ -73,7 +73,9 @@ def _train(
         validation_source = data.open_source(config.dataset, "validation", channels, task.offsets(config))
         _, *abstract_model = training.abstract_model(config, task)
         fresh = workdir is None or not holds_checkpoint(workdir)
-        donor = transplant.find_donor(config, dict(zip(("params", "variables"), abstract_model, strict=True)), fresh)
+        windows = data.selected_windows(preparation, channels)
+        like = dict(zip(("params", "variables"), abstract_model, strict=True))
+        donor = transplant.find_donor(config, windows, like, fresh)
         if process == 0 and workdir is not None:
             configuration.check_resumable(workdir, config, preparation)
             patients = {
@@ -240,6 +242,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
     flags.DEFINE_integer("num_processes", 0, "Number of processes, where it cannot be detected.")
     flags.DEFINE_integer("process_id", -1, "Number of this process, where it cannot be detected.")
+    flags.DEFINE_integer("heartbeat_timeout_seconds", 100, "A process that is silent for so long is lost.", 1)
 
 
 def main(argv: list[str]) -> int:
@@ -253,12 +256,17 @@ def main(argv: list[str]) -> int:
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise command_line.InputError(f"--config={name}: no such file; recipes are in configs/") from None
     command_line.configure_jax()
-    from ctssl_jax import distributed
+    from ctssl_jax import distributed, lost_host
 
     distributed.initialize(
-        flags.FLAGS.distributed, flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id
+        flags.FLAGS.distributed,
+        flags.FLAGS.coordinator_address,
+        flags.FLAGS.num_processes,
+        flags.FLAGS.process_id,
+        flags.FLAGS.heartbeat_timeout_seconds,
     )
-    train(config, flags.FLAGS.workdir, estimate=flags.FLAGS.estimate)
+    with lost_host.ending_together(flags.FLAGS.workdir or ""):
+        train(config, flags.FLAGS.workdir, estimate=flags.FLAGS.estimate)
     return 0
 
 

@@ -1,5 +1,5 @@
-"""Weights from one run to another: the whole model (the paper's progressive chain) or its encoder alone (any task to any
-other). Nothing is taken in silence: what moves is listed, and what does not fit is refused.
+"""Weights from one run to another: the whole model (the paper's progressive chain) or its encoder alone (any task to
+any other). Nothing is taken in silence: what moves is listed, and what does not fit is refused.
 
 A run remembers where its weights come from in `ancestors.json`: one entry a run, from the first to the one that it
 started from, with the pseudonyms of the patients that each was trained on.
@@ -45,11 +45,14 @@ def in_scope(name: str, scope: str) -> bool:
     return kind in ("params", "variables") and (scope == "model" or part == "encoder")
 
 
-def find_donor(config: ml_collections.ConfigDict, like: Any, fresh: bool = True) -> Donor | None:
+def find_donor(
+    config: ml_collections.ConfigDict, windows: list[tuple[float, float]], like: Any, fresh: bool = True
+) -> Donor | None:
     """Check, before any work, that the weights which `config.init_from` names fit.
 
     Args:
-      config: the new run's configuration; its `windows` are those that it reads.
+      config: the new run's configuration.
+      windows: (level, width) in HU of each channel that it reads.
       like: tree with `params` and `variables` of the new model (arrays or shapes).
       fresh: False for a run that goes on from a checkpoint of its own, which needs no donor any more.
 
@@ -70,7 +73,7 @@ def find_donor(config: ml_collections.ConfigDict, like: Any, fresh: bool = True)
         raise InputError(f"config.init_from: {error}") from None
     donor_config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
     preparation = json.loads((workdir / "preparation.json").read_text())
-    _check_grey_values(config, donor_config, preparation, workdir)
+    _check_grey_values(config, windows, donor_config, preparation)
     moved, kept, left = _match(workdir, stored_shapes(workdir, step), flatten(like), config.init_scope)
     ancestors = [
         *read_ancestors(workdir),
@@ -88,13 +91,17 @@ def find_donor(config: ml_collections.ConfigDict, like: Any, fresh: bool = True)
     return Donor(workdir, step, moved, kept, left, ancestors)
 
 
-def _check_grey_values(config: ml_collections.ConfigDict, donor: Any, preparation: dict, workdir: Path) -> None:
+def _check_grey_values(
+    config: ml_collections.ConfigDict,
+    windows: list[tuple[float, float]],
+    donor: ml_collections.ConfigDict,
+    preparation: dict,
+) -> None:
     """An encoder is worth nothing on grey values that mean other HU than those it has learned from."""
-    windows = [preparation["windows"][channel] for channel in data.select_channels(preparation, donor.windows)]
-    windows = [(float(window["level"]), float(window["width"])) for window in windows]
-    wanted = [(float(level), float(width)) for level, width in config.windows]
-    if wanted and wanted != windows:
-        have, want = (", ".join(f"{level:g}/{width:g}" for level, width in pairs) for pairs in (windows, wanted))
+    workdir = config.init_from
+    donor_windows = data.selected_windows(preparation, data.select_channels(preparation, donor.windows))
+    if windows != donor_windows:
+        have, want = (", ".join(f"{level:g}/{width:g}" for level, width in pairs) for pairs in (donor_windows, windows))
         raise InputError(
             f"config.init_from={workdir} was trained on level/width {have}, this run reads {want}; set config.windows "
             "to the former (on a dataset that has it), or start from another run"
@@ -121,8 +128,9 @@ def _match(
     ]
     if missing or extra or shapes:
         problems = [group[0] for group in (shapes, missing, extra) if group]
+        encoders = ({name: shape for name, shape in side.items() if in_scope(name, "encoder")} for side in (have, want))
         remedy = "give the runs equal config.model fields"
-        if scope == "model" and not [name for name in want if in_scope(name, "encoder") and want[name] != have.get(name)]:
+        if next(encoders) == next(encoders):
             remedy = "the encoder alone fits: --config.init_scope=encoder"
         raise InputError(
             f"config.init_from={workdir} does not fit this model ({len(missing)} tensors missing, {len(extra)} extra, "

@@ -124,12 +124,12 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512) -> Path:
 
 def waiting_share(dataset: Path, workdir: Path) -> tuple[float, float]:
     """Train a small model for 40 steps: (slices a second, share of the time spent waiting for data)."""
-    from configs import masked_region_small
+    from configs import masked_region
     from ctssl_jax.reports import read_reports
     from ctssl_jax.train import train
     from data_prep.dataset import read_preparation
 
-    config = masked_region_small.get_config()
+    config = masked_region.get_config("small")
     config.update(dataset=str(dataset), image_size=read_preparation(dataset)["image_size"])
     config.update(num_steps=40, log_every=20, eval_every=1000)
     config.model.update(hidden=(8, 16), depth=1)

@@ -12,20 +12,15 @@ import csv
 import html
 import io
 import json
-import os
-import shlex
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from absl import flags
 
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError
+from experiments.study import PROJECT, run_stage
 
-PROJECT = Path(__file__).resolve().parent.parent
-RECIPE = "configs/masked_region_small.py"
+RECIPE = "configs/masked_region.py:small"
 IMAGE_SIZE = 64
 NAMES = {"mse": "MSE", "masked_mse": "masked MSE", "ssim": "SSIM"}
 PREDICTORS = {
@@ -33,22 +28,6 @@ PREDICTORS = {
     "mean_image": "baseline: mean training slice",
     "copy_input": "baseline: the masked input itself",
 }
-
-
-def run_stage(title: str, module: str, *arguments: str) -> float:
-    """Run `python -m module` in a process of its own; returns its seconds.
-
-    Raises:
-      InputError: the stage failed; it has already said why.
-    """
-    command = [sys.executable, "-m", module, *arguments]
-    print(f"\n== {title}\n$ python {shlex.join(command[1:])}", flush=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
-    started = time.time()
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        raise InputError(f"stage '{title}' ended with exit code {code}; its message stands above. Run again to go on")
-    return time.time() - started
 
 
 class StageTimes:

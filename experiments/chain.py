@@ -1,0 +1,127 @@
+r"""The progressive chain of masked region prediction (paper, section II.C.2): 5 -> 10 -> 20 -> 33 % of the area.
+
+    python -m experiments.chain --dataset=DATASET --workdir=STUDY                  # each starts from the one before
+    python -m experiments.chain --dataset=DATASET --workdir=STUDY --nochained      # ablation: each from random weights
+
+The chain confounds a larger mask with longer training: its fourth model has seen four times as many steps as its first.
+The ablation trains each mask size from random weights for as many steps as the chain took to get there, so that the two
+rows of a mask size differ in the way alone. Results of both stay in the same folder and the table shows both.
+
+Without a verb it runs what is missing and draws the table; `plan`, `run` and `draw` do one of the three. It can be
+killed at any moment and started again.
+"""
+
+import csv
+from collections.abc import Sequence
+
+from absl import flags
+
+from ctssl_jax import command_line
+from ctssl_jax.checkpoint import write_text
+from experiments import study
+from experiments.study import Cell, Settings
+
+FRACTIONS = (0.05, 0.10, 0.20, 0.33)
+SCORES = ("masked_mse", "mse", "ssim")
+RECIPE = "masked_region"
+
+
+def cell_name(fraction: float) -> str:
+    """Name of a mask size's cell: 0.05 -> `mask_05`."""
+    return f"mask_{100 * fraction:02.0f}"
+
+
+def chain_cells(settings: Settings) -> list[Cell]:
+    """One training a mask size, each from the last checkpoint of the one before."""
+    cells: list[Cell] = []
+    for fraction in FRACTIONS:
+        after = cells[-1].name if cells else ""
+        cells.append(study.train_cell(settings, cell_name(fraction), RECIPE, after=after, mask__fraction=fraction))
+    return cells
+
+
+def ablation_cells(settings: Settings) -> list[Cell]:
+    """The mask sizes from random weights, each for as many steps as the chain took in all; the first is the chain's."""
+    steps = settings.steps(RECIPE)
+    return [
+        study.train_cell(
+            settings,
+            f"{cell_name(fraction)}_alone",
+            RECIPE,
+            num_steps=(stage + 1) * steps,
+            mask__fraction=fraction,
+        )
+        for stage, fraction in enumerate(FRACTIONS)
+        if stage > 0
+    ]
+
+
+def table_rows(chained: Sequence[Cell], alone: Sequence[Cell], steps: int) -> list[dict[str, str]]:
+    """One row a model, from results JSON; scores of a missing cell are empty."""
+    rows = []
+    for stage, fraction in enumerate(FRACTIONS):
+        ways = [("chained" if stage else "start of both", chained[stage])]
+        ways += [("from random weights", alone[stage - 1])] if stage else []
+        for way, cell in ways:
+            row = {"mask": f"{fraction:.0%}", "training": way, "steps in all": f"{(stage + 1) * steps:,}"}
+            result = study.read_result(cell)
+            for score in SCORES:
+                row[score] = "" if result is None else _score(result["metrics"][score])
+            rows.append(row)
+    return rows
+
+
+def _score(value: dict) -> str:
+    sd = "" if value["sd"] is None else f" ± {value['sd']:.4f}"
+    interval = "" if value["ci95"] is None else f" ({value['ci95'][0]:.4f} to {value['ci95'][1]:.4f})"
+    return f"{value['mean']:.4f}{sd}{interval}"
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Rows with the same columns as a Markdown table; an empty cell is `missing`."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(value or "missing" for value in row.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def draw(settings: Settings) -> str:
+    """Write `chain.md` and `chain.csv` into the study's folder; returns the Markdown."""
+    chained, alone = chain_cells(settings), ablation_cells(settings)
+    rows = table_rows(chained, alone, settings.steps(RECIPE))
+    results = [result for cell in (*chained, *alone) if (result := study.read_result(cell))]
+    if not results:
+        raise command_line.InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
+    caption = study.caption(results)
+    text = f"# Progressive masking, chained and not\n\n{caption}\n\n{markdown(rows)}"
+    write_text(settings.workdir / "chain.md", text)
+    with open(settings.workdir / "chain.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return text
+
+
+def define_flags() -> None:
+    """Only where this module is the program."""
+    study.define_flags()
+    flags.DEFINE_bool("chained", True, "Each from the one before; --nochained: each from random weights.")
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    verb = argv[1] if len(argv) > 1 else ""
+    settings = study.settings_of_flags()
+    chain = chain_cells(settings)
+    cells = chain if flags.FLAGS.chained else [chain[0], *ablation_cells(settings)]
+    if verb == "plan":
+        study.plan(cells, "experiments.chain", settings, [] if flags.FLAGS.chained else ["--nochained"])
+    if verb in ("", "run"):
+        study.run(cells, flags.FLAGS.cells, settings)
+    if verb in ("", "draw"):
+        print(draw(settings))
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main, study.VERBS)

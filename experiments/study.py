@@ -1,0 +1,253 @@
+"""Studies: many trainings and evaluations that together make a table or a figure.
+
+A study is a list of cells. Each is a few commands, complete when its results JSON exists. Every study has three verbs:
+
+    plan    lists the cells, one command each, with what must be complete before: for a Slurm array or several machines
+    run     runs the missing cells here, one after the other; run again after an interruption, it goes on
+    draw    makes tables and figures from the results JSON files alone; what is missing is drawn as missing
+"""
+
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from ctssl_jax.command_line import InputError
+
+PROJECT = Path(__file__).resolve().parent.parent
+VERBS = ("plan", "run", "draw")
+
+
+class Cell(NamedTuple):
+    """One part of a study that can run on a machine of its own.
+
+    name: unique within the study.
+    after: names of the cells that must be complete before.
+    stages: what is run, each `(title, module, arguments...)`; a stage that is complete does nothing when run again.
+    result: the results JSON that the last stage writes.
+    """
+
+    name: str
+    after: tuple[str, ...]
+    stages: tuple[tuple[str, ...], ...]
+    result: Path
+
+
+class Settings(NamedTuple):
+    """What all cells of a study share.
+
+    dataset: dataset directory.
+    workdir: the study's folder.
+    size: of the recipes, `reference` or `small`.
+    num_steps: of each training; 0 takes the recipe's.
+    seed: of weights and data order.
+    overrides: `FIELD=VALUE` of every recipe, e.g. `dtype=bfloat16`.
+    split: that is evaluated.
+    """
+
+    dataset: Path
+    workdir: Path
+    size: str
+    num_steps: int
+    seed: int
+    overrides: tuple[str, ...]
+    split: str
+
+    def steps(self, recipe: str) -> int:
+        """Training steps of a recipe, `config.num_steps`."""
+        return self.num_steps or importlib.import_module(f"configs.{recipe}").get_config(self.size).num_steps
+
+
+def train_cell(
+    settings: Settings, name: str, recipe: str, *, after: str = "", num_steps: int = 0, **fields: Any
+) -> Cell:
+    """Train a recipe and evaluate it.
+
+    Args:
+      settings: of the study.
+      name: of the cell; the run is `WORKDIR/runs/NAME`, the result `WORKDIR/results/NAME.json`.
+      recipe: file in `configs/`.
+      after: cell whose last checkpoint the training starts from.
+      num_steps: training steps, by default the recipe's.
+      fields: further fields of the configuration, `mask__fraction=0.05`.
+    """
+    run, result = settings.workdir / "runs" / name, settings.workdir / "results" / f"{name}.json"
+    fields = {field.replace("__", "."): value for field, value in fields.items()}
+    if after:
+        fields |= {"init_from": settings.workdir / "runs" / after, "init_checkpoint": "last"}
+    fields |= {"dataset": settings.dataset, "seed": settings.seed, "num_steps": num_steps or settings.steps(recipe)}
+    given = [*(f"{field}={value}" for field, value in fields.items()), *settings.overrides]
+    train = (
+        *(f"{name}: train", "ctssl_jax.train", f"--config={PROJECT / 'configs' / recipe}.py:{settings.size}"),
+        *(f"--config.{field}" for field in given),
+        f"--workdir={run}",
+    )
+    evaluate = (
+        *(f"{name}: evaluate", "ctssl_jax.evaluate", f"--workdir={run}", f"--dataset={settings.dataset}"),
+        *(f"--split={settings.split}", f"--output={result}", "--baselines"),
+    )
+    return Cell(name, (after,) if after else (), (train, evaluate), result)
+
+
+def run_stage(title: str, module: str, *arguments: str) -> float:
+    """Run `python -m module` in a process of its own; returns its seconds.
+
+    Raises:
+      InputError: the stage failed; it has already said why.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    print(f"\n== {title}\n$ python {shlex.join(command[1:])}", flush=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
+    started = time.time()
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise InputError(f"stage '{title}' ended with exit code {code}; its message stands above. Run again to go on")
+    return time.time() - started
+
+
+def plan(cells: Sequence[Cell], module: str, settings: Settings, more: Sequence[str] = ()) -> None:
+    """Print the cells: whether complete, what must be complete before, and the command that runs each.
+
+    Args:
+      cells: of the study.
+      module: whose `run` verb runs a cell.
+      settings: of the study.
+      more: flags of this study that choose its cells.
+    """
+    options = [f"--dataset={settings.dataset}", f"--workdir={settings.workdir}", f"--size={settings.size}"]
+    options += [f"--seed={settings.seed}", f"--split={settings.split}"]
+    options += [f"--num_steps={settings.num_steps}"] if settings.num_steps else []
+    options += [*(f"--override={override}" for override in settings.overrides), *more]
+    for cell in cells:
+        state = "complete" if cell.result.exists() else "missing"
+        after = f" after {', '.join(cell.after)}" if cell.after else ""
+        print(f"# {cell.name} [{state}]{after}")
+        print(f"python -m {module} run {shlex.join([*options, f'--cells={cell.name}'])}")
+
+
+def run(cells: Sequence[Cell], chosen: Sequence[str], settings: Settings) -> None:
+    """Run the chosen cells that are not complete (all, if none is named), in order.
+
+    Raises:
+      InputError: an unknown cell, one whose predecessor is missing, a failed stage, or a folder with results of other
+        settings.
+    """
+    known = {cell.name: cell for cell in cells}
+    for name in chosen:
+        if name not in known:
+            raise InputError(f"--cells={name}: there is no such cell; choose from {', '.join(known)}")
+    _record_settings(settings)
+    times_file = settings.workdir / "seconds.json"
+    missing = [cell for cell in cells if (cell.name in chosen or not chosen) and not cell.result.exists()]
+    for number, cell in enumerate(missing, 1):
+        for before in cell.after:
+            if not known[before].result.exists():
+                raise InputError(f"cell {cell.name} needs {before} first; run --cells={before},{cell.name}")
+        print(f"\n==== cell {number} of {len(missing)}: {cell.name}", flush=True)
+        seconds = sum(run_stage(*stage) for stage in cell.stages)
+        times = json.loads(times_file.read_text()) if times_file.exists() else {}
+        times_file.write_text(json.dumps(times | {cell.name: round(seconds, 1)}, indent=2) + "\n")
+    print(f"\n{len(missing)} cell(s) run, {len(cells) - len(missing)} were complete or not chosen", flush=True)
+
+
+def _record_settings(settings: Settings) -> None:
+    """A study's folder holds results of one kind: `study.json` says of which."""
+    from data_prep.dataset import read_preparation
+
+    content = {**settings._asdict(), "dataset_fingerprint": read_preparation(settings.dataset)["fingerprint"]}
+    for name in ("dataset", "workdir"):  # places, not settings
+        del content[name]
+    content["overrides"] = list(content["overrides"])
+    path = settings.workdir / "study.json"
+    if not path.exists():
+        try:
+            settings.workdir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            raise InputError(f"--workdir={settings.workdir} cannot be written ({error.strerror})") from None
+    known = json.loads(path.read_text())
+    for name, value in content.items():
+        if known[name] != value:
+            raise InputError(
+                f"--workdir={settings.workdir} holds a study with {name}={known[name]}, not {value}; use another one"
+            )
+
+
+def read_result(cell: Cell) -> dict | None:
+    """The results of a cell, or None while it is missing."""
+    return json.loads(cell.result.read_text()) if cell.result.exists() else None
+
+
+def caption(results: Sequence[dict]) -> str:
+    """What the results have in common, in words: data, sizes, training. Says so where they have it not."""
+
+    def common(values: Sequence[Any]) -> str:
+        found = list(dict.fromkeys(str(value) for value in values))
+        return found[0] if len(found) == 1 else f"different ones ({', '.join(found)})"
+
+    numbers = [next(iter(result["metrics"].values())) for result in results]
+    size = [f"{result['config']['image_size']} x {result['config']['image_size']} pixels" for result in results]
+    steps = sorted({result["config"]["num_steps"] for result in results})
+    parts = [
+        "**SYNTHETIC DATA: computer-made scans, no patients; nothing here is a medical result.** "
+        if any(result["synthetic"] for result in results)
+        else "",
+        f"{common([result['split'] for result in results])} split, "
+        f"{common([number['num_volumes'] for number in numbers])} volumes of "
+        f"{common([number['num_patients'] for number in numbers])} patients, {common(size)}; ",
+        f"{' / '.join(f'{number:,}' for number in steps)} training steps of batch "
+        f"{common([result['config']['batch_size'] for result in results])}, seed "
+        f"{common([result['seed'] for result in results])}, {common([result['device'] for result in results])}.",
+    ]
+    if len({result["dataset_fingerprint"] for result in results}) > 1:
+        parts.append(" The results are of DIFFERENT datasets.")
+    return "".join(parts)
+
+
+def seconds(settings: Settings) -> dict[str, float]:
+    """Cell -> seconds of its last run here."""
+    path = settings.workdir / "seconds.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def define_flags() -> None:
+    """Flags that all studies share; only where a study is the program."""
+    flags.DEFINE_string("dataset", None, "Dataset directory made by data_prep.prepare.")
+    flags.DEFINE_string("workdir", None, "Folder of the study: runs, results, tables, figures.")
+    flags.DEFINE_enum("size", "small", ["small", "reference"], "Of the recipes: 64 x 64 pixels, or the paper's model.")
+    flags.DEFINE_integer("num_steps", 0, "Steps of each training; 0 takes the recipe's.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of weights and order of slices.")
+    flags.DEFINE_multi_string("override", [], "FIELD=VALUE of every recipe, e.g. dtype=bfloat16; repeatable.")
+    flags.DEFINE_string("split", "test", "Split that is evaluated: train, validation or test.")
+    flags.DEFINE_list("cells", [], "Cells to run, separated by commas; by default all that are missing.")
+
+
+def settings_of_flags() -> Settings:
+    """What the command line asks for.
+
+    Raises:
+      InputError: a flag is missing, or an override is no FIELD=VALUE.
+    """
+    for name in ("dataset", "workdir"):
+        if not flags.FLAGS[name].value:
+            raise InputError(f"give --{name}=DIR")
+    for override in flags.FLAGS.override:
+        if "=" not in override:
+            raise InputError(f"--override={override}: must be FIELD=VALUE, e.g. --override=dtype=bfloat16")
+    return Settings(
+        dataset=Path(flags.FLAGS.dataset),
+        workdir=Path(flags.FLAGS.workdir),
+        size=flags.FLAGS.size,
+        num_steps=flags.FLAGS.num_steps,
+        seed=flags.FLAGS.seed,
+        overrides=tuple(flags.FLAGS.override),
+        split=flags.FLAGS.split,
+    )
