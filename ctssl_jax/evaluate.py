@@ -130,7 +130,7 @@ def evaluate(
         summary["auroc"] = {**_summary_of_defined(by_volume["auroc"], patient_ids), "unit": UNITS["auroc"]}
     ancestors = transplant.read_ancestors(workdir)
     learned_from = [json.loads((workdir / "patients.json").read_text()), *[run.pop("patients") for run in ancestors]]
-    seen = _patients_seen(learned_from, preparation["key_fingerprint"], split, set(patient_ids))
+    seen = transplant.patients_seen(learned_from, preparation["key_fingerprint"], split, set(patient_ids))
     embedding = health.embedding_use(slices.embedding_moments)
     result = {
         "task": config.task,
@@ -215,18 +215,6 @@ def table(result: dict) -> str:
     if result["num_patients_seen_in_training"] is None:
         lines.append("NOTE: whether these patients were in the training data cannot be checked (other pseudonym key)")
     return "\n".join(lines)
-
-
-def _patients_seen(learned_from: list[dict], key_fingerprint: str, split: str, evaluated: set[str]) -> int | None:
-    """How many of the evaluated patients the run or one of its ancestors has learned from, or chose a checkpoint by.
-
-    None where that cannot be known: pseudonyms of another key tell nothing. A run's own validation patients do not
-    count when it is the validation split that is evaluated.
-    """
-    if any(patients["key_fingerprint"] != key_fingerprint for patients in learned_from):
-        return None
-    splits = ("train",) if split == "validation" else ("train", "validation")
-    return len(evaluated & {patient for patients in learned_from for name in splits for patient in patients[name]})
 
 
 def _volumes_of_records(volumes: list[dict], record_index):

@@ -180,3 +180,21 @@ def read_ancestors(workdir: Path) -> list[dict]:
     """Contents of a run's `ancestors.json`; empty for one that started from random weights."""
     path = workdir / ANCESTORS
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def patients_seen(learned_from: list[dict], key_fingerprint: str, split: str, evaluated: set[str]) -> int | None:
+    """How many of the evaluated patients the run or one of its ancestors has learned from, or chose a checkpoint by.
+
+    Args:
+      learned_from: contents of `patients.json` of the run and of its ancestors.
+      key_fingerprint: of the pseudonyms of the evaluated patients.
+      split: that is evaluated; of `validation`, the patients that a checkpoint was chosen by do not count.
+      evaluated: pseudonyms.
+
+    Returns:
+      None where that cannot be known: pseudonyms of another key tell nothing.
+    """
+    if any(patients["key_fingerprint"] != key_fingerprint for patients in learned_from):
+        return None
+    splits = ("train",) if split == "validation" else ("train", "validation")
+    return len(evaluated & {patient for patients in learned_from for name in splits for patient in patients[name]})

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from ctssl_jax import command_line
-from ctssl_jax.checkpoint import write_text
 from experiments import study
 from experiments.study import Cell, Settings
 
@@ -93,7 +92,7 @@ def draw(settings: Settings) -> str:
         raise command_line.InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     caption = study.caption(results)
     text = f"# Progressive masking, chained and not\n\n{caption}\n\n{markdown(rows)}"
-    write_text(settings.workdir / "chain.md", text)
+    (settings.workdir / "chain.md").write_text(text)
     with open(settings.workdir / "chain.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -19,7 +19,6 @@ from pathlib import Path
 from absl import flags
 
 from ctssl_jax import command_line
-from ctssl_jax.checkpoint import write_text
 from experiments import study, table2_figure
 from experiments.chain import FRACTIONS, cell_name, chain_cells, markdown
 from experiments.paper import TABLE2
@@ -186,7 +185,7 @@ def draw(settings: Settings) -> str:
             f"encoder's features, mean ± sd over volumes.\n\n{markdown(cross_rows(cross))}"
         )
     text = "\n".join(parts)
-    write_text(settings.workdir / "table2.md", text)
+    (settings.workdir / "table2.md").write_text(text)
     _write_csv(settings.workdir / "table2.csv", rows)
     _write_csv(settings.workdir / "cross.csv", cross_rows(cross))
     table2_figure.save(

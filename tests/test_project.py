@@ -15,7 +15,10 @@ COMMANDS = (
     "data_prep.phantom",
     "ctssl_jax.train",
     "ctssl_jax.evaluate",
+    "ctssl_jax.probe",
     "experiments.quickstart",
+    "experiments.chain",
+    "experiments.table2",
 )
 
 

@@ -1,0 +1,469 @@
+"""What can be read out of a frozen encoder without training a network: for labels logistic regression and nearest
+neighbours, for images a linear decoder of each latent and the mean of the nearest training slices.
+
+Every encoder is asked for the same things with the same corruptions, whatever task it was trained on. Settings of the
+probes are chosen on the validation split; nothing here is random but `untrained_encoder`'s weights.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.preprocessing import StandardScaler
+
+from ctssl_jax import checkpoint, corruptions, losses, metrics
+from ctssl_jax.models.vqvae import Encoder
+from ctssl_jax.task_interface import Task, to_unit_images
+from ctssl_jax.training import evaluation_keys
+
+REGIONS = 4  # latents are averaged over 4 x 4 regions: the mean of all would lose where things are
+PATCH = Encoder.stride  # pixels a side that one latent stands for
+INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of logistic regression (C), from the strongest penalty
+RIDGE_PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the variance of a standardised feature
+NEIGHBOURS = (64, 16, 4, 1)
+MASK_FRACTION = 0.2  # of the image area
+NOISE_FRACTION = 0.5
+STATISTICS_STEPS = 64  # of the 0 and 1 that batch statistics start from 0.9 ** 64 = 0.1 % is left
+
+
+class LabelTarget(NamedTuple):
+    """A label to be told from a slice: one of `num_classes`; `transform` is (images, labels) -> images."""
+
+    num_classes: int
+    transform: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class ImageTarget(NamedTuple):
+    """A slice to be told from another or a corrupted one.
+
+    offsets: the input and the target, relative to each other; (0,) where they are the same slice.
+    corrupt: (keys, images) -> inputs, and region [B, H, W, 1] float32 (1 where covered) or None.
+    """
+
+    offsets: tuple[int, ...]
+    corrupt: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+
+
+LABELS = {"rotation": LabelTarget(4, corruptions.rotate), "flip": LabelTarget(3, corruptions.flip)}
+IMAGES = {
+    "clean": ImageTarget((0,), lambda keys, images: (images, None)),
+    "masked_region": ImageTarget((0,), functools.partial(corruptions.mask_region, fraction=MASK_FRACTION)),
+    "denoising": ImageTarget(
+        (0,), lambda keys, images: (corruptions.salt_and_pepper(keys, images, fraction=NOISE_FRACTION), None)
+    ),
+    "next_slice": ImageTarget((0, 1), lambda keys, images: (images, None)),
+}
+
+
+class FrozenEncoder(NamedTuple):
+    """An encoder whose numbers no longer change.
+
+    state: its numbers.
+    encode: (state, images [B, H, W, channels] float32) -> latents [B, H / 4, W / 4, D] and pooled [B, F], float32.
+    channels, normalize: of the images that it takes, see `task_interface.to_unit_images`.
+    """
+
+    state: Any
+    encode: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+    channels: int
+    normalize: str
+
+
+# ---- Encoders ----
+
+
+def area_weights(size: int, parts: int) -> np.ndarray:
+    """[parts, size] float32: row i averages the i-th of `parts` equal stretches of `size` pixels."""
+    edges = np.linspace(0, size, parts + 1)
+    pixels = np.arange(size)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (np.maximum(overlap, 0) * parts / size).astype(np.float32)
+
+
+def pool(images: jax.Array, parts: int) -> jax.Array:
+    """Means over parts x parts regions, flattened: [B, H, W, C] -> [B, parts * parts * C] float32."""
+    rows, columns = (area_weights(size, parts) for size in images.shape[1:3])
+    means = jnp.einsum("bhwc,ih,jw->bijc", images, rows, columns, precision="highest")
+    return means.reshape(len(images), -1)
+
+
+def _abstract_encoder(config: ml_collections.ConfigDict, task: Task) -> tuple[Any, Any, Any]:
+    encoder = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(params=config.seed)).encoder)
+    graph, params, variables = nnx.split(encoder, nnx.Param, ...)
+    return graph, nnx.as_pure(params), nnx.as_pure(variables)
+
+
+def _network(config: ml_collections.ConfigDict, graph: Any, state: tuple[Any, Any]) -> FrozenEncoder:
+    def encode(state, images):
+        latents = nnx.merge(graph, *state, copy=True)(images, train=False)
+        return latents, pool(latents, REGIONS)
+
+    return FrozenEncoder(state, jax.jit(encode), config.model.in_channels, config.normalize)
+
+
+def trained_encoder(config: ml_collections.ConfigDict, task: Task, workdir: Path, step: int) -> FrozenEncoder:
+    """The encoder of a checkpoint; nothing else of it is read.
+
+    Raises:
+      InputError: as `checkpoint.restore`.
+    """
+    graph, params, variables = _abstract_encoder(config, task)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        {"params": {"encoder": params}, "variables": {"encoder": variables}},
+    )
+    restored = checkpoint.restore(workdir, step, like)
+    return _network(config, graph, (restored["params"]["encoder"], restored["variables"]["encoder"]))
+
+
+def untrained_encoder(
+    config: ml_collections.ConfigDict, task: Task, batches: Iterator[dict[str, np.ndarray]]
+) -> FrozenEncoder:
+    """The encoder as the run began: random weights by its seed.
+
+    Its batch statistics are those of training slices, set by `STATISTICS_STEPS` passes in training mode: with the 0 and
+    1 that they start from, activations fade from layer to layer, and the comparison would be with rounding.
+
+    Args:
+      config, task: of the run.
+      batches: endless, from `data.training_batches`.
+    """
+    graph, params, variables = nnx.split(task.build(config, nnx.Rngs(params=config.seed)).encoder, nnx.Param, ...)
+
+    @jax.jit
+    def follow(params, variables, images, key):
+        encoder = nnx.merge(graph, params, variables, copy=True)
+        encoder(to_unit_images(images, config.model.in_channels, config.normalize), train=True, key=key)
+        return nnx.as_pure(nnx.split(encoder, nnx.Param, ...)[2])
+
+    params, variables, key = nnx.as_pure(params), nnx.as_pure(variables), jax.random.key(config.seed)
+    for step in range(STATISTICS_STEPS):
+        variables = follow(params, variables, next(batches)["images"][:, 0], jax.random.fold_in(key, step))
+    return _network(config, graph, (params, variables))
+
+
+def pixel_encoder(channels: int, embedding_dim: int) -> FrozenEncoder:
+    """A control without a network.
+
+    Latents are the means of blocks of 4 x 4 pixels, one number a channel: all 16 pixels would make reconstruction of a
+    clean slice perfect, and say nothing. Pooled features are the slice averaged down to as many numbers as the pooled
+    latents of an encoder have, or as near below as a square allows.
+
+    Args:
+      channels: of the dataset.
+      embedding_dim: features of a latent of the encoder that it is compared with.
+    """
+    most = math.isqrt(REGIONS * REGIONS * embedding_dim // channels)
+
+    def encode(state, images):
+        size = images.shape[1]
+        means = pool(images, size // PATCH).reshape(len(images), size // PATCH, size // PATCH, channels)
+        return means, pool(images, max(1, min(most, size)))
+
+    return FrozenEncoder((), jax.jit(encode), channels, "window")
+
+
+def num_features(encoder: FrozenEncoder, image_size: int) -> dict[str, int]:
+    """Numbers that the probes see: `latent`, a position's, and `pooled`, a slice's."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, encoder.channels), jnp.float32)
+    latents, pooled = jax.eval_shape(encoder.encode, encoder.state, images)
+    return {"latent": latents.shape[-1], "pooled": pooled.shape[-1]}
+
+
+# ---- Features of slices ----
+
+
+class LabelFeatures(NamedTuple):
+    """What a label is to be told from: pooled [N, F] float32, label [N] int32, record_index [N] int32."""
+
+    pooled: np.ndarray
+    label: np.ndarray
+    record_index: np.ndarray
+
+
+def labels_of(record_index: np.ndarray, num_classes: int) -> np.ndarray:
+    """The labels that `ctssl_jax.evaluate` gives these records: [N] -> [N] int32."""
+    return np.asarray(corruptions.random_labels(evaluation_keys(record_index), num_classes))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _transform(target: LabelTarget, channels: int, normalize: str, images, record_index):
+    labels = corruptions.random_labels(evaluation_keys(record_index), target.num_classes)
+    return target.transform(to_unit_images(images[:, 0], channels, normalize), labels), labels
+
+
+def label_features(
+    encoder: FrozenEncoder, target: LabelTarget, batches: Iterable[dict[str, np.ndarray]]
+) -> LabelFeatures:
+    """Transform each slice by its label and encode it.
+
+    Args:
+      encoder: the encoder.
+      target: the label.
+      batches: from `data.evaluation_batches`.
+    """
+    parts = []
+    for batch in batches:
+        inputs, label = _transform(target, encoder.channels, encoder.normalize, batch["images"], batch["record_index"])
+        values = (*jax.device_get((encoder.encode(encoder.state, inputs)[1], label)), batch["record_index"])
+        parts.append([value[batch["weight"] > 0] for value in values])
+    return LabelFeatures(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _corrupt(target: ImageTarget, channels: int, normalize: str, images, record_index):
+    return target.corrupt(evaluation_keys(record_index), to_unit_images(images[:, 0], channels, normalize))
+
+
+class ImageFeatures(NamedTuple):
+    """A batch of what an image is to be told from.
+
+    latents: [B, h, w, D] float32.
+    pooled: [B, F] float32.
+    target: [B, H, W, C] uint8.
+    region: [B, H, W, 1] float32, 1 where the input was covered; None if nothing was.
+    record_index: [B] int32.
+    kept: [B] bool, False for padding.
+    """
+
+    latents: np.ndarray
+    pooled: np.ndarray
+    target: np.ndarray
+    region: np.ndarray | None
+    record_index: np.ndarray
+    kept: np.ndarray
+
+
+def image_features(
+    encoder: FrozenEncoder, target: ImageTarget, batches: Iterable[dict[str, np.ndarray]]
+) -> Iterator[ImageFeatures]:
+    """Corrupt each slice and encode it.
+
+    The target is the windowed slice in [0, 1] whatever the encoder's own grey scale, so that errors compare.
+
+    Args:
+      encoder: the encoder.
+      target: what is to be reconstructed.
+      batches: from `data.evaluation_batches` with the target's offsets.
+    """
+    for batch in batches:
+        inputs, region = _corrupt(target, encoder.channels, encoder.normalize, batch["images"], batch["record_index"])
+        latents, pooled, region = jax.device_get((*encoder.encode(encoder.state, inputs), region))
+        images = batch["images"][:, -1]
+        yield ImageFeatures(latents, pooled, images, region, batch["record_index"], batch["weight"] > 0)
+
+
+# ---- Labels ----
+
+
+class Readout(NamedTuple):
+    """A probe that has been fitted: pooled [N, F] -> probabilities [N, K], and the setting that was chosen."""
+
+    probabilities: Callable[[np.ndarray], np.ndarray]
+    chosen: float
+
+
+def _fit(models: dict[float, Any], train: LabelFeatures, validation: LabelFeatures) -> Readout:
+    """The model with the highest AUROC over all validation slices, then the highest accuracy, then the first."""
+    scaler = StandardScaler().fit(train.pooled.astype(np.float64))
+    features = scaler.transform(train.pooled.astype(np.float64))
+    unseen = scaler.transform(validation.pooled.astype(np.float64))
+    scores = {}
+    for setting, model in models.items():
+        probabilities = model.fit(features, train.label).predict_proba(unseen)
+        accuracy = np.mean(probabilities.argmax(axis=1) == validation.label)
+        scores[setting] = (metrics.auroc_one_vs_rest(probabilities, validation.label), accuracy)
+    chosen = max(scores, key=scores.get)
+    return Readout(lambda pooled: models[chosen].predict_proba(scaler.transform(pooled.astype(np.float64))), chosen)
+
+
+def fit_logistic(train: LabelFeatures, validation: LabelFeatures) -> Readout:
+    """Multinomial logistic regression on standardised features.
+
+    Args:
+      train: every class occurs.
+      validation: two classes or more occur; chooses the inverse penalty C.
+    """
+    models = {inverse: LogisticRegression(C=inverse, max_iter=1000) for inverse in INVERSE_PENALTIES}
+    return _fit(models, train, validation)
+
+
+def fit_neighbours(train: LabelFeatures, validation: LabelFeatures) -> Readout:
+    """Shares of the classes among the nearest training slices, by cosine of standardised features; chooses how many."""
+    models = {
+        number: KNeighborsClassifier(number, metric="cosine", algorithm="brute")
+        for number in NEIGHBOURS
+        if number <= len(train.label)
+    }
+    return _fit(models, train, validation)
+
+
+# ---- Images ----
+
+
+def to_patches(images: np.ndarray) -> np.ndarray:
+    """[B, H, W, C] -> [B, H / 4, W / 4, 16 * C]: the pixels that each latent stands for."""
+    size, height, width, channels = images.shape
+    patches = images.reshape(size, height // PATCH, PATCH, width // PATCH, PATCH, channels)
+    return patches.transpose(0, 1, 3, 2, 4, 5).reshape(size, height // PATCH, width // PATCH, -1)
+
+
+def from_patches(patches: np.ndarray) -> np.ndarray:
+    """The inverse of `to_patches`."""
+    size, rows, columns, _ = patches.shape
+    images = patches.reshape(size, rows, columns, PATCH, PATCH, -1).transpose(0, 1, 3, 2, 4, 5)
+    return images.reshape(size, rows * PATCH, columns * PATCH, -1)
+
+
+def gram(features: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """Sums from which `ridge` and `ridge_error` are computed; they add up over batches.
+
+    Args:
+      features: [..., D].
+      outputs: [..., P].
+
+    Returns:
+      [1 + D + P, 1 + D + P] float64: Z^T Z of the rows Z = (1, features, outputs).
+    """
+    ones = np.ones((*features.shape[:-1], 1))
+    rows = np.concatenate([ones, features, outputs], axis=-1, dtype=np.float64).reshape(
+        -1, 1 + features.shape[-1] + outputs.shape[-1]
+    )
+    return rows.T @ rows
+
+
+def ridge(sums: np.ndarray, num_features: int, penalty: float) -> np.ndarray:
+    """Ridge regression on standardised features, in closed form.
+
+    Args:
+      sums: added up from `gram`.
+      num_features: D.
+      penalty: on the squared weights of standardised features, a row of data counting 1 / N (scikit-learn's alpha / N).
+        A constant feature gets weight 0.
+
+    Returns:
+      [1 + D, P] float64: intercept, then the weight of each feature as it is.
+    """
+    mean = sums[0, 1:] / sums[0, 0]
+    covariance = sums[1:, 1:] / sums[0, 0] - np.outer(mean, mean)
+    variance, second = (np.diag(matrix)[:num_features] for matrix in (covariance, sums[1:, 1:] / sums[0, 0]))
+    scale = np.sqrt(np.where(variance > 1e-12 * second, variance, np.inf))
+    correlation = covariance[:num_features, :num_features] / np.outer(scale, scale)
+    weights = np.linalg.solve(
+        correlation + penalty * np.eye(num_features), covariance[:num_features, num_features:] / scale[:, None]
+    )
+    weights = weights / scale[:, None]
+    return np.concatenate([(mean[num_features:] - mean[:num_features] @ weights)[None], weights])
+
+
+def ridge_error(sums: np.ndarray, weights: np.ndarray) -> float:
+    """Mean squared error of `ridge`'s weights [1 + D, P] on the data that `sums` were added up from."""
+    residual = np.concatenate([weights, -np.eye(weights.shape[1])])
+    return float(np.einsum("ip,ij,jp->", residual, sums, residual, optimize=True) / sums[0, 0] / weights.shape[1])
+
+
+def predict_ridge(weights: np.ndarray, latents: np.ndarray) -> np.ndarray:
+    """[1 + D, P] and [B, h, w, D] -> [B, 4h, 4w, P / 16] float32."""
+    return from_patches((weights[0] + latents @ weights[1:]).astype(np.float32))
+
+
+class ImageProbes(NamedTuple):
+    """Both probes of an image, fitted.
+
+    weights: of the linear decoder, [1 + D, 16 * C].
+    penalty: of the linear decoder, as chosen.
+    scaler: standardises pooled features.
+    neighbours: finds the nearest training slices.
+    targets: [N, H, W, C] uint8, of the training slices.
+    number: of neighbours, as chosen.
+    """
+
+    weights: np.ndarray
+    penalty: float
+    scaler: StandardScaler
+    neighbours: NearestNeighbors
+    targets: np.ndarray
+    number: int
+
+
+def _neighbour_means(probes: ImageProbes, pooled: np.ndarray, numbers: Iterable[int]) -> dict[int, np.ndarray]:
+    """Mean target of the nearest so many training slices: number -> [B, H, W, C] float32."""
+    features = probes.scaler.transform(pooled.astype(np.float64))
+    nearest = probes.neighbours.kneighbors(features, max(numbers), return_distance=False)
+    total, means = np.zeros((len(pooled), *probes.targets.shape[1:]), np.float32), {}
+    for rank in range(nearest.shape[1]):
+        total += probes.targets[nearest[:, rank]]
+        if rank + 1 in numbers:
+            means[rank + 1] = total / np.float32(255 * (rank + 1))
+    return means
+
+
+def fit_images(train: Iterable[ImageFeatures], validation: Iterable[ImageFeatures]) -> ImageProbes:
+    """Fit the linear decoder and the nearest neighbours; validation slices choose by MSE.
+
+    The decoder sees one latent at a time and predicts the 4 x 4 pixels that it stands for: what lies around them must
+    be in the latent. Neighbours are nearest by cosine of standardised pooled features.
+
+    Args:
+      train, validation: from `image_features`.
+    """
+    sums, pooled, targets = 0.0, [], []
+    for batch in train:
+        sums = sums + gram(batch.latents[batch.kept], to_patches(batch.target[batch.kept] / np.float64(255)))
+        pooled.append(batch.pooled[batch.kept].astype(np.float64))
+        targets.append(batch.target[batch.kept])
+        num_features = batch.latents.shape[-1]
+    pooled, targets = np.concatenate(pooled), np.concatenate(targets)
+    scaler = StandardScaler().fit(pooled)
+    neighbours = NearestNeighbors(metric="cosine", algorithm="brute").fit(scaler.transform(pooled))
+    probes = ImageProbes(np.zeros(0), 0.0, scaler, neighbours, targets, 0)
+    numbers = [number for number in NEIGHBOURS if number <= len(targets)]
+    errors, unseen = dict.fromkeys(numbers, 0.0), 0.0
+    for batch in validation:
+        target = batch.target[batch.kept] / np.float32(255)
+        unseen = unseen + gram(batch.latents[batch.kept], to_patches(target))
+        for number, means in _neighbour_means(probes, batch.pooled[batch.kept], numbers).items():
+            errors[number] += float(np.square(means - target).sum(dtype=np.float64))
+    decoders = {penalty: ridge(sums, num_features, penalty) for penalty in RIDGE_PENALTIES}
+    penalty = min(decoders, key=lambda penalty: ridge_error(unseen, decoders[penalty]))
+    return probes._replace(weights=decoders[penalty], penalty=penalty, number=min(errors, key=errors.get))
+
+
+@jax.jit
+def _image_scores(prediction: jax.Array, target: jax.Array, region: jax.Array | None) -> dict[str, jax.Array]:
+    target = target.astype(jnp.float32) / 255
+    scores = {"mse": losses.mse(prediction, target)}
+    if region is not None:
+        scores["masked_mse"] = losses.masked_mse(prediction, target, region)
+    return scores | {"ssim": metrics.ssim(metrics.to_unit_range(prediction), target)}
+
+
+def score_images(probes: ImageProbes, batches: Iterable[ImageFeatures]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Score the predictions of both probes.
+
+    Returns:
+      `linear/mse`, `linear/ssim`, `knn/mse`, ..., each [N] float32, and record_index [N] int32.
+    """
+    parts = []
+    for batch in batches:
+        predictions = {
+            "linear": predict_ridge(probes.weights, batch.latents),
+            "knn": _neighbour_means(probes, batch.pooled, [probes.number])[probes.number],
+        }
+        values = {"record_index": batch.record_index}
+        for probe, prediction in predictions.items():
+            scores = jax.device_get(_image_scores(prediction, batch.target, batch.region))
+            values |= {f"{probe}/{name}": value for name, value in scores.items()}
+        parts.append({name: value[batch.kept] for name, value in values.items()})
+    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return scores, scores.pop("record_index")

@@ -1,0 +1,89 @@
+"""Parameters and optimizer state split over devices: the same numbers as replicated, less memory a device."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from training_runs import (
+    ask_to_stop_at,
+    assert_same_state,
+    losses,
+    saved_state,
+    tiny_config,
+    train_on,
+)
+
+from ctssl_jax import checkpoint, distributed, training
+from ctssl_jax.command_line import InputError
+from ctssl_jax.tasks import get_task
+
+WIDE = {"model.hidden": (16, 32), "model.embedding_dim": 8}  # the 3 x 3 kernels are large enough to be split
+SHORT = {**WIDE, "microbatches": 2, "batch_size": 16, "num_steps": 4, "log_every": 1, "eval_every": 4}
+
+
+def built(config, num_devices=8):
+    """The program of a configuration and the memory that XLA expects a device to need, in bytes."""
+    mesh = distributed.make_mesh(jax.devices()[:num_devices], config.fsdp_devices)
+    task = get_task(config.task)
+    program = training.make_program(config, task, 1, mesh)
+    shapes = training.abstract_batch(config, task, 1, config.batch_size // config.microbatches)
+    return training.compile_step(program, config, jax.eval_shape(program.initial_state), shapes)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_dataset, tmp_path_factory, compilation_cache):
+    """Four steps on eight devices: each with all parameters, and two groups of four that share a copy."""
+    folder = tmp_path_factory.mktemp("runs")
+    for fsdp_devices in (1, 4):
+        config = tiny_config(tiny_dataset, **SHORT, fsdp_devices=fsdp_devices)
+        assert train_on(config, folder / str(fsdp_devices), num_devices=8)
+    return folder
+
+
+def test_the_numbers_are_those_of_replicated_parameters(runs):
+    """Sums are added in another order: relative difference of a loss below 1e-4 within 4 steps."""
+    assert losses(runs / "4") == pytest.approx(losses(runs / "1"), rel=1e-4)
+    one, two = saved_state(runs / "1"), saved_state(runs / "4")
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-2, atol=1e-3, err_msg=name)
+
+
+def test_every_device_holds_its_part(tiny_dataset):
+    config = tiny_config(tiny_dataset, **WIDE, fsdp_devices=8)
+    program, memory = built(config)
+    _, memory_replicated = built(tiny_config(tiny_dataset, **WIDE))
+    assert any(
+        leaf.addressable_shards[0].data.size == leaf.size // 8 for leaf in jax.tree.leaves(program.zero_gradients())
+    )
+    state = program.initial_state()
+    leaves = checkpoint.flatten({"params": state.params, "optimizer": state.optimizer})
+    split = {name for name, leaf in leaves.items() if leaf.addressable_shards[0].data.size < leaf.size}
+    assert split == {name for name, leaf in leaves.items() if leaf.size >= distributed.SMALLEST_SPLIT_ARRAY}
+    assert {name.split("/")[0] for name in split} == {"params", "optimizer"}
+    for name in split:
+        assert leaves[name].addressable_shards[0].data.size == leaves[name].size // 8
+    total = sum(leaf.nbytes for leaf in leaves.values())
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves.values())
+    assert held < 0.4 * total  # biases and first layers stay whole
+    assert memory < memory_replicated - 0.5 * (total - held)
+
+
+def test_interrupted_run_is_exact_and_goes_on_with_another_split(runs, tiny_dataset, tmp_path, monkeypatch):
+    config = tiny_config(tiny_dataset, **SHORT, fsdp_devices=4)
+    with monkeypatch.context() as patch:
+        ask_to_stop_at(patch, 3)
+        assert not train_on(config, tmp_path / "again", num_devices=8)
+    shutil.copytree(tmp_path / "again", tmp_path / "otherwise")
+    assert train_on(config, tmp_path / "again", num_devices=8)
+    assert_same_state(tmp_path / "again", runs / "4")
+    config.fsdp_devices = 1
+    assert train_on(config, tmp_path / "otherwise", num_devices=8)
+    assert losses(tmp_path / "otherwise") == pytest.approx(losses(runs / "1"), rel=1e-4)
+
+
+def test_a_number_that_does_not_divide_is_refused(tiny_dataset, tmp_path):
+    with pytest.raises(InputError, match=r"config.fsdp_devices=3 does not divide the 8 devices; choose a divisor"):
+        train_on(tiny_config(tiny_dataset, fsdp_devices=3), tmp_path / "run", num_devices=8)
+    assert not (tmp_path / "run").exists()
