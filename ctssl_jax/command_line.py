@@ -52,7 +52,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, TypeError, OSError) as error:  # the last three: from --config and its fields
-        message = " ".join(str(error).replace("\\n", " ").split())
+        message = str(error).replace("\\n", "\n")
+        if "Traceback" in message:  # a recipe refused its argument, `RECIPE.py:ARGUMENT`: what it says stands last
+            message = f"{message.split(': ')[0]}: {message.strip().splitlines()[-1].split(': ', 1)[-1]}"
+        if isinstance(error, AttributeError):
+            message = f"the recipe has no such field: {message}"
+        message = " ".join(message.replace('"', "").split())
         print(f"error: {message}; --help lists the flags", file=sys.stderr)
         sys.exit(2)
 

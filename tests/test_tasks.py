@@ -198,12 +198,13 @@ def test_copying_the_current_slice_is_a_baseline_of_next_slice(straight, tiny_da
     assert result["baselines"]["copy_input"]["mse"]["mean"] == pytest.approx(np.mean(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("size", ["reference", "small"])
 @pytest.mark.parametrize("task", TASKS)
-def test_the_recipes_pass_the_checks_and_hold_no_field_of_another_task(task):
-    config = importlib.import_module(f"configs.{task}").get_config()
+def test_the_recipes_pass_the_checks_and_hold_no_field_of_another_task(task, size):
+    config = importlib.import_module(f"configs.{task}").get_config(size)
     config.dataset = "somewhere"
     configuration.check_config(config, num_devices=8)
-    assert config.recipe == config.task == task
+    assert config.task == task and config.recipe == task + {"reference": "", "small": "_small"}[size]
     assert ("masked_mse" in config.get("loss", ())) == (task == "masked_region")
     common = {name for name in masked_region.get_config() if name not in TASKS["masked_region"].fields}
     assert set(config) == common | set(TASKS[task].fields)

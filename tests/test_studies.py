@@ -1,0 +1,199 @@
+"""Chain and Table II: plans, order, resumption, and drawing from results JSON alone. Trainings are stood in for."""
+
+import csv
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctssl_jax import pictures
+from ctssl_jax.command_line import InputError
+from experiments import chain, study, table2
+from experiments.paper import TABLE2
+from experiments.study import Settings
+
+
+@pytest.fixture
+def settings(tiny_dataset, tmp_path):
+    """A study in an empty folder."""
+    return Settings(tiny_dataset, tmp_path / "study", "small", 100, 0, (), "test")
+
+
+def result_of(cell, mean=0.5):
+    """A results JSON in `evaluate`'s or `probe`'s form, every number made from `mean`."""
+    value = {"sd": 0.1, "ci95": [mean - 0.1, mean + 0.1], "num_volumes": 7, "num_patients": 6, "unit": "a unit"}
+    names = table2.CROSS if cell.name.startswith("cross_") else (*chain.SCORES, "masked_mse_batch_sum")
+    if cell.name in table2.CLASSIFICATION:
+        names = ("cross_entropy", "double_softmax_cross_entropy", "auroc")
+    if cell.name in ("next_slice", "denoising"):
+        names = ("mse", "ssim")
+    given = {flag.split("=")[0]: flag.split("=")[1] for flag in cell.stages[0] if flag.startswith("--")}
+    return {
+        "metrics": {name: {**value, "mean": mean} for name in names},
+        "synthetic": True,
+        "split": "test",
+        "config": {"image_size": 64, "num_steps": int(given.get("--config.num_steps", 0)), "batch_size": 16},
+        "seed": 0,
+        "device": "1 x cpu",
+        "dataset_fingerprint": "abc",
+        "embedding": {"effective_rank": 10.0, "embedding_dim": 64},
+        "codebook": {"used_codes": 3, "dead_codes": 509, "num_codes": 512, "perplexity": 1.5},
+        "warnings": ["the codebook has collapsed: 3 of 512"] if cell.name == "mask_20" else [],
+    }
+
+
+def complete(cell, mean=0.5):
+    """Leave what a finished cell leaves."""
+    cell.result.parent.mkdir(parents=True, exist_ok=True)
+    cell.result.write_text(json.dumps(result_of(cell, mean)))
+    images = np.linspace(0, 1, 3 * 32 * 32, dtype=np.float32).reshape(3, 32, 32, 1)
+    if not cell.name.startswith("cross_"):
+        shown = {"input": images, "target": images, "prediction": images**2}
+        pictures.save_arrays(cell.result.with_suffix(".npz"), shown)
+
+
+@pytest.fixture
+def stages_run(monkeypatch):
+    """Stages are noted instead of run; the last one of a cell leaves its result."""
+    ran = []
+
+    def run_stage(title, module, *arguments):
+        ran.append((title, module, *arguments))
+        flags = dict(flag.split("=", 1) for flag in arguments if "=" in flag)
+        if "--output" in flags:
+            from pathlib import Path
+
+            name = Path(flags["--output"]).stem
+            train = [stage for stage in ran if stage[0] == f"{name}: train"]
+            complete(study.Cell(name, (), (train or ran)[-1:], Path(flags["--output"])))
+        return 1.5
+
+    monkeypatch.setattr(study, "run_stage", run_stage)
+    return ran
+
+
+def flags_of(stage):
+    return dict(flag.split("=", 1) for flag in stage if flag.startswith("--") and "=" in flag)
+
+
+def test_each_mask_size_starts_from_the_last_checkpoint_of_the_one_before(settings):
+    cells = chain.chain_cells(settings)
+    assert [cell.name for cell in cells] == ["mask_05", "mask_10", "mask_20", "mask_33"]
+    assert [cell.after for cell in cells] == [(), ("mask_05",), ("mask_10",), ("mask_20",)]
+    train = [flags_of(cell.stages[0]) for cell in cells]
+    assert [flags["--config.mask.fraction"] for flags in train] == ["0.05", "0.1", "0.2", "0.33"]
+    assert "--config.init_from" not in train[0]
+    for before, flags in itertools.pairwise(train):
+        assert flags["--config.init_from"] == before["--workdir"] and flags["--config.init_checkpoint"] == "last"
+    assert {flags["--config.num_steps"] for flags in train} == {"100"}
+
+
+def test_the_ablation_trains_for_as_many_steps_in_all(settings):
+    cells = chain.ablation_cells(settings)
+    train = [flags_of(cell.stages[0]) for cell in cells]
+    assert [flags["--config.num_steps"] for flags in train] == ["200", "300", "400"]
+    assert [flags["--config.mask.fraction"] for flags in train] == ["0.1", "0.2", "0.33"]
+    assert not any("--config.init_from" in flags or cell.after for flags, cell in zip(train, cells, strict=True))
+    assert chain.ablation_cells(settings._replace(num_steps=0))[0].stages[0].count("--config.num_steps=3000") == 1
+
+
+def test_plan_lists_a_command_for_every_cell(settings, capsys):
+    cells = [*table2.model_cells(settings), *table2.cross_cells(settings)]
+    complete(cells[0])
+    study.plan(cells, "experiments.table2", settings._replace(overrides=("dtype=bfloat16",)))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * (8 + 10)
+    assert lines[0] == "# mask_05 [complete]" and lines[2] == "# mask_10 [missing] after mask_05"
+    assert lines[3].startswith("python -m experiments.table2 run --dataset=")
+    assert lines[3].endswith("--num_steps=100 --override=dtype=bfloat16 --cells=mask_10")
+    assert not (settings.workdir / "study.json").exists()
+
+
+def test_run_does_what_is_missing_in_order(settings, stages_run):
+    cells = chain.chain_cells(settings)
+    study.run(cells, [], settings)
+    assert [stage[0] for stage in stages_run] == [
+        f"{cell.name}: {do}" for cell in cells for do in ("train", "evaluate")
+    ]
+    study.run(cells, [], settings)
+    assert len(stages_run) == 8
+    cells[2].result.unlink()
+    study.run(cells, [], settings)
+    assert [stage[0] for stage in stages_run[8:]] == ["mask_20: train", "mask_20: evaluate"]
+    assert study.seconds(settings) == dict.fromkeys([cell.name for cell in cells], 3.0)
+
+
+def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_path):
+    cells = chain.chain_cells(settings)
+    with pytest.raises(InputError, match=r"--cells=mask_99: there is no such cell; choose from mask_05, mask_10"):
+        study.run(cells, ["mask_99"], settings)
+    with pytest.raises(InputError, match=r"cell mask_10 needs mask_05 first; run --cells=mask_05,mask_10"):
+        study.run(cells, ["mask_10"], settings)
+    other = settings._replace(num_steps=7)
+    with pytest.raises(InputError, match=r"holds a study with num_steps=100, not 7; use another one"):
+        study.run(chain.chain_cells(other), [], other)
+    assert not stages_run
+    with pytest.raises(InputError, match="holds no results yet; run the study first"):
+        table2.draw(settings)
+    with pytest.raises(InputError, match="holds no results yet; run the study first"):
+        chain.draw(settings)
+
+
+def test_a_failed_stage_stops_the_study(settings, capfd):
+    with pytest.raises(InputError, match=r"stage 'mask_05: train' ended with exit code 2; its message stands above"):
+        study.run(chain.chain_cells(settings), ["mask_05"], settings)  # the dataset's images are of 16 pixels
+    assert "holds images of 16 pixels, config.image_size is 64" in capfd.readouterr().err
+
+
+def test_the_chain_s_table(settings):
+    cells, alone = chain.chain_cells(settings), chain.ablation_cells(settings)
+    for number, cell in enumerate([*cells, *alone[:1]]):
+        complete(cell, 0.1 * number)
+    text = chain.draw(settings)
+    assert "SYNTHETIC DATA" in text and "100 / 200 training steps" in text
+    with open(settings.workdir / "chain.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["mask"], row["training"], row["steps in all"]) for row in rows] == [
+        ("5%", "start of both", "100"),
+        ("10%", "chained", "200"),
+        ("10%", "from random weights", "200"),
+        ("20%", "chained", "300"),
+        ("20%", "from random weights", "300"),
+        ("33%", "chained", "400"),
+        ("33%", "from random weights", "400"),
+    ]
+    assert rows[1]["masked_mse"] == "0.1000 ± 0.1000 (0.0000 to 0.2000)" and rows[2]["mse"].startswith("0.4000")
+    assert rows[4]["ssim"] == "" and "missing" in text
+
+
+def test_table_two_from_results_alone(settings):
+    cells = [*table2.model_cells(settings), *table2.cross_cells(settings)]
+    for cell in cells:
+        if cell.name not in ("flip", "cross_flip"):
+            complete(cell)
+    text = table2.draw(settings)
+    with open(settings.workdir / "table2.csv", newline="") as file:
+        rows = {(row["model"], row["metric"]): row for row in csv.DictReader(file)}
+    assert {model for model, _ in rows} == set(TABLE2)
+    row = rows["mask_20", "masked_mse_batch_sum"]
+    assert (row["mean"], row["ci95_low"], row["num_patients"], row["paper_mean"]) == ("0.5", "0.4", "6", "0.0988")
+    assert rows["mask_20", "masked_mse"]["paper_mean"] == ""
+    assert rows["flip", "auroc"]["mean"] == "" and rows["flip", "auroc"]["paper_mean"] == "0.85"
+    assert text.count("missing") >= 2 and "SYNTHETIC DATA" in text
+    assert "the codebook has collapsed: 3 of 512" in text and "3 of 512 | 2 |" in text
+    assert "(untrained encoder)" in text and "(pixels, no encoder)" in text
+    with open(settings.workdir / "cross.csv", newline="") as file:
+        cross = list(csv.DictReader(file))
+    assert len(cross) == 10 and len(cross[0]) == 1 + 12
+    assert Image.open(settings.workdir / "table2.png").size[0] > 800
+    assert sorted(path.name for path in settings.workdir.iterdir()) == [
+        "cross.csv", "results", "table2.csv", "table2.md", "table2.png",
+    ]  # fmt: skip
+
+
+def test_results_of_different_data_are_not_passed_off_as_one(settings):
+    one, two = result_of(chain.chain_cells(settings)[0]), result_of(chain.chain_cells(settings)[1])
+    two["dataset_fingerprint"] = "other"
+    assert "DIFFERENT datasets" in study.caption([one, two]) and "DIFFERENT" not in study.caption([one, one])
