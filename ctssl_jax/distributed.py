@@ -19,16 +19,25 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ctssl_jax import lost_host
 from ctssl_jax.command_line import InputError
 
 SMALLEST_SPLIT_ARRAY = 4096
 
 
-def initialize(distributed: bool, coordinator_address: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+def initialize(
+    distributed: bool,
+    coordinator_address: str = "",
+    num_processes: int = 0,
+    process_id: int = -1,
+    heartbeat_timeout_seconds: int = 100,
+) -> None:
     """Join the processes of a multi-host run; does nothing when `distributed` is false.
 
-    On TPU pods and under Slurm or MPI the three last arguments are found by JAX itself; elsewhere all three are
-    needed (`host:port` of process 0, the number of processes, this process's number).
+    On TPU pods and under Slurm or MPI the address and the numbers are found by JAX itself; elsewhere all three are
+    needed (`host:port` of process 0, the number of processes, this process's number). A process that is silent for
+    `heartbeat_timeout_seconds` is lost, and ends the others (see `ctssl_jax.lost_host`). JAX waits five minutes for
+    processes that do not come; then this one ends with a line and exit code 2.
 
     Raises:
       InputError: the explicit settings are incomplete, or the cluster could not be detected or joined.
@@ -40,17 +49,36 @@ def initialize(distributed: bool, coordinator_address: str = "", num_processes: 
         return
     if any(explicit) and not all(explicit):
         raise InputError("--coordinator_address, --num_processes and --process_id are given together or not at all")
+    lost_host.at_abort(lambda: f"error: {_not_joined('not all of them came, or one was lost')}\n", exit_code=2)
+    given = (coordinator_address, num_processes, process_id) if all(explicit) else ()
     try:
-        if all(explicit):
-            jax.distributed.initialize(coordinator_address, num_processes, process_id)
-        else:
-            jax.distributed.initialize()
+        jax.distributed.initialize(
+            *given, local_device_ids=_devices_to_use(), heartbeat_timeout_seconds=heartbeat_timeout_seconds
+        )
     except (RuntimeError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise InputError(
-            f"--distributed: could not join the other processes ({first_line}); outside TPU pods and Slurm give "
-            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
-        ) from error
+        raise InputError(_not_joined(str(error).splitlines()[0])) from error
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)  # joined; from here on see `lost_host.ending_together`
+
+
+def _not_joined(why: str) -> str:
+    return (
+        f"--distributed: could not join the other processes ({why}); outside TPU pods and Slurm give "
+        "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
+    )
+
+
+def _devices_to_use() -> list[int] | None:
+    """For `local_device_ids` of JAX, which under Slurm takes one GPU a task: that of the task's number on its node.
+
+    Returns:
+      Empty, for all devices that this process sees, where that would be wrong: Slurm runs one task a node, or shows
+      every task its own GPU only (`--gpus-per-task=1`). None leaves the choice to JAX (and `$JAX_LOCAL_DEVICE_IDS`).
+    """
+    tasks, nodes = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if tasks is None or os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    return [] if tasks == nodes or len(seen) == 1 else None
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp_devices: int = 1) -> Mesh:
