@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from ctssl_jax.command_line import InputError
+from ctssl_jax.command_line import InputError, RunFailed
 
 PROJECT = Path(__file__).resolve().parent.parent
 VERBS = ("plan", "run", "draw")
@@ -100,17 +101,42 @@ def train_cell(
 def run_stage(title: str, module: str, *arguments: str) -> float:
     """Run `python -m module` in a process of its own; returns its seconds.
 
+    A request to stop (SIGTERM, Ctrl-C) is passed on, and the stage may save what it has.
+
     Raises:
       InputError: the stage failed; it has already said why.
+      RunFailed: it was asked to stop.
     """
     command = [sys.executable, "-m", module, *arguments]
     print(f"\n== {title}\n$ python {shlex.join(command[1:])}", flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
-    started = time.time()
-    code = subprocess.run(command, env=environment, check=False).returncode
+    started, asked = time.time(), []
+    process = subprocess.Popen(command, env=environment)
+
+    def pass_on(signal_number: int, frame: object) -> None:
+        asked.append(signal_number)
+        if signal_number == signal.SIGTERM:  # Ctrl-C reaches the stage by itself
+            process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked or (not code and not _training_is_complete(module, arguments)):
+        raise RunFailed(f"stage '{title}' was asked to stop; run again to go on")
     if code:
         raise InputError(f"stage '{title}' ended with exit code {code}; its message stands above. Run again to go on")
     return time.time() - started
+
+
+def _training_is_complete(module: str, arguments: Sequence[str]) -> bool:
+    """Whether a training that ended well has taken its last step: one that was asked to stop ends well, too."""
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if module != "ctssl_jax.train" or "--config.num_steps" not in given:
+        return True
+    return (Path(given["--workdir"]) / "checkpoints" / given["--config.num_steps"]).is_dir()
 
 
 def plan(cells: Sequence[Cell], module: str, settings: Settings, more: Sequence[str] = ()) -> None:
@@ -139,13 +165,13 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], settings: Settings) -> Non
     Raises:
       InputError: an unknown cell, one whose predecessor is missing, a failed stage, or a folder with results of other
         settings.
+      RunFailed: a stage was asked to stop.
     """
     known = {cell.name: cell for cell in cells}
     for name in chosen:
         if name not in known:
             raise InputError(f"--cells={name}: there is no such cell; choose from {', '.join(known)}")
     _record_settings(settings)
-    times_file = settings.workdir / "seconds.json"
     missing = [cell for cell in cells if (cell.name in chosen or not chosen) and not cell.result.exists()]
     for number, cell in enumerate(missing, 1):
         for before in cell.after:
@@ -153,8 +179,8 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], settings: Settings) -> Non
                 raise InputError(f"cell {cell.name} needs {before} first; run --cells={before},{cell.name}")
         print(f"\n==== cell {number} of {len(missing)}: {cell.name}", flush=True)
         seconds = sum(run_stage(*stage) for stage in cell.stages)
-        times = json.loads(times_file.read_text()) if times_file.exists() else {}
-        times_file.write_text(json.dumps(times | {cell.name: round(seconds, 1)}, indent=2) + "\n")
+        (settings.workdir / "seconds").mkdir(exist_ok=True)  # a file a cell: cells may run at the same time
+        (settings.workdir / "seconds" / cell.name).write_text(f"{seconds:.1f}\n")
     print(f"\n{len(missing)} cell(s) run, {len(cells) - len(missing)} were complete or not chosen", flush=True)
 
 
@@ -213,9 +239,8 @@ def caption(results: Sequence[dict]) -> str:
 
 
 def seconds(settings: Settings) -> dict[str, float]:
-    """Cell -> seconds of its last run here."""
-    path = settings.workdir / "seconds.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Cell -> seconds of its last run."""
+    return {path.name: float(path.read_text()) for path in sorted((settings.workdir / "seconds").glob("*"))}
 
 
 def define_flags() -> None:

@@ -3,16 +3,26 @@
 import csv
 import itertools
 import json
+import signal
+import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from training_runs import TINY, start
 
-from ctssl_jax import pictures
+from ctssl_jax import checkpoint, pictures
 from ctssl_jax.command_line import InputError
 from experiments import chain, study, table2
 from experiments.paper import TABLE2
 from experiments.study import Settings
+
+TINY_FIELDS = {
+    name.replace(".", "__"): value
+    for name, value in TINY.items()
+    if name not in ("num_steps", "log_every", "eval_every")
+} | {"log_every": 2, "eval_every": 100_000, "model__vq_revive_every": 0}
 
 
 @pytest.fixture
@@ -145,6 +155,34 @@ def test_a_failed_stage_stops_the_study(settings, capfd):
     with pytest.raises(InputError, match=r"stage 'mask_05: train' ended with exit code 2; its message stands above"):
         study.run(chain.chain_cells(settings), ["mask_05"], settings)  # the dataset's images are of 16 pixels
     assert "holds images of 16 pixels, config.image_size is 64" in capfd.readouterr().err
+
+
+def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny_dataset, tmp_path, compilation_cache):
+    """SIGTERM to the study is passed on; the training saves, ends well, and nothing is evaluated yet."""
+    settings = Settings(tiny_dataset, tmp_path / "study", "small", 100_000, 0, (), "test")
+    cell = study.train_cell(settings, "mask_05", "masked_region", **TINY_FIELDS)
+    program = (
+        "import experiments.study as study, pathlib, sys; from ctssl_jax import command_line; from absl import app\n"
+        f"cell = study.Cell('mask_05', (), {cell.stages!r}, pathlib.Path({str(cell.result)!r}))\n"
+        f"settings = study.Settings(pathlib.Path({str(tiny_dataset)!r}), pathlib.Path({str(settings.workdir)!r}), "
+        "'small', 100000, 0, (), 'test')\n"
+        "sys.argv = ['study']\n"
+        "command_line.run(lambda argv: study.run([cell], [], settings))\n"
+    )
+    process = start([sys.executable, "-c", program])
+    metrics = settings.workdir / "runs" / "mask_05" / "metrics.jsonl"
+    for _ in range(1200):
+        if process.poll() is not None or (metrics.exists() and '"kind": "train"' in metrics.read_text()):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate()
+    assert process.returncode == 1 and errors.endswith(
+        "error: stage 'mask_05: train' was asked to stop; run again to go on\n"
+    )
+    assert "stopped     at step" in output and "evaluate" not in output
+    assert checkpoint.choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
+    assert not cell.result.exists() and not study.seconds(settings)
 
 
 def test_the_chain_s_table(settings):
