@@ -85,6 +85,6 @@ def item_slices(images: jax.Array, index: int, config: ml_collections.ConfigDict
 def model_config(make: Callable[..., Any], config: ml_collections.ConfigDict, **settings: Any) -> Any:
     """The model's settings out of a training configuration; `InputError` for one that the model cannot have."""
     try:
-        return make(**config.model.to_dict(), **settings, dtype=config.dtype, remat=config.remat)
+        return make(**config.model.to_dict(), **settings, dtype=config.dtype, remat=config.remat, scan=config.scan)
     except (TypeError, ValueError) as error:
         raise InputError(f"config.model: {error}") from None

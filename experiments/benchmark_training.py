@@ -1,15 +1,23 @@
-"""Time of a training step of the autoencoder: this project's and the same model in PyTorch, in one run.
+"""Speed and memory of a training step of the autoencoder: this project's and the same model in PyTorch, in one run.
 
     python -m experiments.benchmark_training --preset=64,128
+    python -m experiments.benchmark_training --preset=reference --dtype=bfloat16 --batch_size=4,8,16,32 --sides=jax
 
-A step is the forward pass in training mode, mean squared error + codebook loss + 0.25 commitment loss, the
-backward pass and a RAdam update. Both start from the same weights; the first loss of each is printed, so
-that one sees that they compute the same thing. Repeats alternate between the two, so that a busy machine
-slows both; the median is reported. Without PyTorch (`pip install '.[torch]'`) only this project's time is
-printed.
+A step is the forward pass in training mode, the loss of `configs/masked_region.py` (0.2 MSE + 0.2 masked MSE + 0.8
+vector quantization - 0.1 SSIM), the backward pass and a RAdam update. Both sides start from the same weights and see
+the same images, so their first losses must agree; what differs is what each library does with them.
+
+Repeats alternate between the sides, so that a busy machine slows both; the median is reported, and the spread of the
+middle half. "of peak" is the model's arithmetic (3 x the forward pass, `flops_per_slice`) over the fastest square
+matrix product in the same dtype that either library does in the same run (float32 may be TF32 there, as it is in the
+convolutions). "compiled" is the memory that XLA expects the step to need, "peak" what the device has held at most: for
+JAX since the program began (batch sizes are tried in rising order), for PyTorch within the row; "-" where a backend
+cannot tell. On a GPU both sides share the memory: to find the largest batch of each, run --sides=jax and --sides=torch
+one after the other. Without PyTorch (`pip install '.[torch]'`) only this project is timed.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -18,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +34,15 @@ import numpy as np
 import optax
 from flax import nnx
 
+from ctssl_jax import losses, metrics
 from ctssl_jax.command_line import configure_jax
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
 
 LEARNING_RATE = 1e-3
 BETA = 0.25
+WEIGHTS = {"mse": 0.2, "masked_mse": 0.2, "vq": 0.8, "ssim": 0.1}
+MASKED_AREA = 0.2
+GIB = 2**30
 
 # image side, hidden, depth, batch
 PRESETS = {
@@ -41,69 +54,136 @@ PRESETS = {
 }
 
 
-def make_jax_step(model: VQVAE, images: np.ndarray) -> Callable[[], jax.Array]:
-    """A function that takes one training step on images [B, H, W, C] and returns the loss, not waiting for
-    it."""
-    graph, params, state = nnx.split(model, nnx.Param, ...)
-    optimizer = optax.radam(LEARNING_RATE)
+class Batch(NamedTuple):
+    """inputs, target: [B, S, S, C] float32 in [0, 1]; region: [B, S, S, 1] float32, 1 where the input was covered."""
+
+    inputs: Any
+    target: Any
+    region: Any
+
+
+class Side(NamedTuple):
+    """One library's training: `step` takes a step and returns the loss, not waiting for it; `compiled` bytes that the
+    step is expected to need, `peak` () -> bytes held at most, either None where unknown."""
+
+    step: Callable[[], Any]
+    compiled: int | None
+    peak: Callable[[], int | None]
+
+
+def example_batch(batch_size: int, image_size: int) -> Batch:
+    """Random images with a covered square in the middle, numpy."""
+    target = np.random.default_rng(0).random((batch_size, image_size, image_size, 1), np.float32)
+    side = round(image_size * MASKED_AREA**0.5)
+    begin = (image_size - side) // 2
+    region = np.zeros_like(target)
+    region[:, begin : begin + side, begin : begin + side] = 1
+    return Batch(target * (1 - region), target, region)
+
+
+def loss_of(graph, params, variables, batch: Batch) -> tuple[jax.Array, Any]:
+    """The recipe's loss (scalar) in training mode, and the model's new variables."""
+    model = nnx.merge(graph, params, variables, copy=True)
+    output = model(batch.inputs, train=True)
+    prediction, target = output.reconstruction, batch.target
+    loss = WEIGHTS["mse"] * losses.mse(prediction, target)
+    loss += WEIGHTS["masked_mse"] * losses.masked_mse(prediction, target, batch.region)
+    loss += WEIGHTS["vq"] * losses.vector_quantization_loss(output.codebook_loss, output.commitment_loss, BETA)
+    loss -= WEIGHTS["ssim"] * metrics.ssim(metrics.to_unit_range(prediction), target)
+    return jnp.mean(loss), nnx.state(model, nnx.Not(nnx.Param))
+
+
+def make_train_step(graph) -> Callable:
+    """The jitted step: (params, variables, optimizer_state, batch) -> the first three anew, and the loss."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(params, state, optimizer_state, images):
-        def loss_of(params):
-            model = nnx.merge(graph, params, state, copy=True)
-            output = model(images, train=True)
-            vq_loss = jnp.mean(output.codebook_loss + BETA * output.commitment_loss)
-            loss = jnp.mean(jnp.square(output.reconstruction - images)) + vq_loss
-            return loss, nnx.state(model, nnx.Not(nnx.Param))
+    def train_step(params, variables, optimizer_state, batch):
+        value_and_grad = jax.value_and_grad(functools.partial(loss_of, graph), has_aux=True)
+        (loss, variables), gradients = value_and_grad(params, variables, batch)
+        updates, optimizer_state = optax.radam(LEARNING_RATE).update(gradients, optimizer_state, params)
+        return optax.apply_updates(params, updates), variables, optimizer_state, loss
 
-        (loss, state), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        return optax.apply_updates(params, updates), state, optimizer_state, loss
+    return train_step
 
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+    """Memory that XLA expects a compiled program to need, its arguments and results included."""
+    memory = compiled.memory_analysis()
+    parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    return sum(parts) - memory.alias_size_in_bytes
+
+
+def make_jax_side(model: VQVAE, batch: Batch) -> Side:
+    """Training by JAX from the model's weights, which it copies."""
+    graph, params, variables = nnx.split(model, nnx.Param, ...)
     # Own copies, since the step gives its arguments' memory away.
-    carry = jax.tree.map(jnp.copy, (params, state, optimizer.init(params)))
-    images = jnp.asarray(images)
+    carry = jax.tree.map(jnp.copy, (params, variables, optax.radam(LEARNING_RATE).init(params)))
+    batch = jax.tree.map(jnp.asarray, batch)
+    compiled = make_train_step(graph).lower(*carry, batch).compile()
 
-    def run():
+    def step():
         nonlocal carry
-        *carry, loss = step(*carry, images)
+        *carry, loss = compiled(*carry, batch)
         return loss
 
-    return run
+    return Side(
+        step, compiled_bytes(compiled), lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    )
 
 
-def make_torch_step(model: VQVAE, config: VQVAEConfig, images: np.ndarray, *, use_gpu: bool) -> Callable[[], object]:
-    """The same step in PyTorch (channels last in memory), from the same weights."""
+def make_torch_side(model: VQVAE, config: VQVAEConfig, batch: Batch, *, use_gpu: bool, compiled: bool) -> Side:
+    """The same training in PyTorch (channels last in memory), from the same weights; `compiled` by torch.compile."""
     import torch
+    from torch.nn import functional
 
     from experiments import torch_vqvae
 
     device = torch.device("cuda" if use_gpu else "cpu")
+    if use_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = True  # convolutions, as in JAX; the two matrix products stay exact on both sides
     leaves = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
     twin = torch_vqvae.VQVAE(config)
-    entries = torch_vqvae.to_torch_entries(leaves, config.depth)
-    missing, unexpected = twin.load_state_dict(entries, strict=False)
+    missing, unexpected = twin.load_state_dict(torch_vqvae.to_torch_entries(leaves, config.depth), strict=False)
     if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
         raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = True
     twin = twin.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.RAdam(twin.parameters(), lr=LEARNING_RATE)
-    batch = torch.tensor(images.transpose(0, 3, 1, 2)).to(device, memory_format=torch.channels_last)
+    tensors = (torch.tensor(images.transpose(0, 3, 1, 2)) for images in batch)
+    inputs, target, region = (images.to(device, memory_format=torch.channels_last) for images in tensors)
+    band = torch_vqvae.gaussian_band(target.shape[-1]).to(device)
 
-    def run():
-        optimizer.zero_grad(set_to_none=True)
+    def training_loss():
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            reconstruction, _, codebook_loss, commitment_loss = twin(batch)
-        loss = torch.nn.functional.mse_loss(reconstruction, batch) + codebook_loss + BETA * commitment_loss
+            prediction, _, codebook_loss, commitment_loss = twin(inputs)
+        error = (prediction - target).square()
+        masked = ((error * region).sum((1, 2, 3)) / region.sum((1, 2, 3)).clamp(min=1)).mean()
+        similarity = torch_vqvae.ssim(prediction.clamp(0, 1), target, band).mean()
+        loss = WEIGHTS["mse"] * functional.mse_loss(prediction, target) + WEIGHTS["masked_mse"] * masked
+        return loss + WEIGHTS["vq"] * (codebook_loss + BETA * commitment_loss) - WEIGHTS["ssim"] * similarity
+
+    if compiled:
+        eager_loss, training_loss = training_loss, torch.compile(training_loss)
+        try:
+            training_loss().backward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the compiler lacks; the first line says it
+            print(f"torch.compile failed, PyTorch runs without it: {(str(error).splitlines() or [repr(error)])[0]}")
+            training_loss = eager_loss
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = training_loss()
         loss.backward()
         optimizer.step()
         return loss.detach()
 
-    return run
+    return Side(step, None, torch.cuda.max_memory_allocated if use_gpu else lambda: None)
 
 
-def time_steps(step: Callable[[], object], count: int) -> float:
+def time_steps(step: Callable[[], Any], count: int) -> float:
     """Milliseconds a step, over `count` steps; reading the last loss waits for all of them."""
     start = time.perf_counter()
     for _ in range(count):
@@ -112,87 +192,163 @@ def time_steps(step: Callable[[], object], count: int) -> float:
     return 1000 * (time.perf_counter() - start) / count
 
 
-def benchmark(preset: str, *, dtype: str, remat: bool, repeats: int, steps: int, compare: bool) -> dict:
-    """Time one preset; returns sizes, first losses, the times of all repeats in ms, their medians and the
-    ratio."""
-    image_size, hidden, depth, batch_size = PRESETS[preset]
-    config = VQVAEConfig(hidden=hidden, depth=depth, dtype=dtype, remat=remat)
-    images = np.random.default_rng(0).random((batch_size, image_size, image_size, 1), np.float32)
-    model = VQVAE(config, rngs=nnx.Rngs(0))
-    device = jax.devices()[0]
-    runs = {"jax": make_jax_step(model, images)}
-    if compare:
-        runs["torch"] = make_torch_step(model, config, images, use_gpu=device.platform == "gpu")
+def matmul_peak(side: str, dtype: str, *, use_gpu: bool) -> float:
+    """The most that one square matrix product in this dtype reaches, in FLOP/s, over several sizes and tries."""
+    best = 0.0
+    for size in (4096, 8192, 16384) if use_gpu else (1024, 2048):
+        values = np.random.default_rng(0).standard_normal((size, size), np.float32)
+        if side == "jax":
+            matrix = jnp.asarray(values, dtype)
+            multiply = jax.jit(jnp.dot)
 
-    start = time.perf_counter()
-    first_losses = {name: float(run()) for name, run in runs.items()}
-    first_step_s = time.perf_counter() - start
-    for run in runs.values():
-        time_steps(run, 2)
-    times = {name: [] for name in runs}
+            def product(matrix=matrix, multiply=multiply):
+                return multiply(matrix, matrix)[0, 0]
+        else:
+            import torch
+
+            torch.backends.cuda.matmul.allow_tf32 = True
+            matrix = torch.tensor(values, dtype=getattr(torch, dtype), device="cuda" if use_gpu else "cpu")
+
+            def product(matrix=matrix):
+                return (matrix @ matrix)[0, 0]
+
+        time_steps(product, 1)
+        milliseconds = min(time_steps(product, 10 if use_gpu else 2) for _ in range(5))
+        best = max(best, 2 * size**3 / milliseconds * 1000)
+        if side == "torch":
+            torch.backends.cuda.matmul.allow_tf32 = False
+    return best
+
+
+def benchmark(makers: dict[str, Callable[[], Side]], *, repeats: int, steps: int) -> dict[str, dict]:
+    """Time all sides, alternating.
+
+    Returns:
+        for each side its first loss, the times of all repeats and their median in ms, and memory in bytes; a side that
+        ran out of memory has only {"failed": "out of memory"}.
+    """
+    sides, results = {}, {}
+    for name, make in makers.items():
+        try:
+            side = make()
+            results[name] = {"first_loss": float(side.step()), "times_ms": []}
+            time_steps(side.step, 2)
+            sides[name] = side
+        except Exception as error:  # the libraries have no common type for it
+            if not any(phrase in str(error) for phrase in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")):
+                raise
+            results[name] = {"failed": "out of memory"}
     for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(time_steps(run, steps))
+        for name, side in sides.items():
+            results[name]["times_ms"].append(time_steps(side.step, steps))
+    for name, side in sides.items():
+        results[name] |= {
+            "median_ms": statistics.median(results[name]["times_ms"]),
+            "compiled_bytes": side.compiled,
+            "peak_bytes": side.peak(),
+        }
+    return results
 
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    flops = 3 * flops_per_slice(config, image_size) * batch_size
-    return {
-        "preset": preset,
-        "image_size": image_size,
-        "hidden": hidden,
-        "depth": depth,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "remat": remat,
-        "device": device.device_kind,
-        "cpu_count": os.cpu_count(),
-        "first_loss": first_losses,
-        "first_steps_s": first_step_s,
-        "times_ms": times,
-        "median_ms": medians,
-        "torch_over_jax": medians["torch"] / medians["jax"] if compare else None,
-        "jax_slices_per_s": 1000 * batch_size / medians["jax"],
-        "jax_gflops_per_s": flops / medians["jax"] / 1e6,
-    }
+
+def _row(*cells: Any) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _gib(value: int | None) -> str:
+    return "-" if value is None else f"{value / GIB:.2f}"
+
+
+def run_preset(preset: str, arguments: argparse.Namespace, sides: list[str], peak: float) -> list[dict]:
+    """Time one preset at every batch size that was asked for; prints a line a side and returns them as dicts."""
+    image_size, hidden, depth, batch_size = PRESETS[preset]
+    use_gpu = jax.devices()[0].platform == "gpu"
+    switches = {"dtype": arguments.dtype, "remat": arguments.remat, "scan": arguments.scan}
+    config = VQVAEConfig(hidden=hidden, depth=depth, **switches)
+    model = VQVAE(config, rngs=nnx.Rngs(0))
+    sizes = sorted(int(size) for size in arguments.batch_size.split(",")) if arguments.batch_size else [batch_size]
+    rows = []
+    for size in sizes:
+        batch = example_batch(size, image_size)
+        makers = {
+            "jax": functools.partial(make_jax_side, model, batch),
+            "torch": functools.partial(
+                make_torch_side, model, config, batch, use_gpu=use_gpu, compiled=arguments.torch_compile
+            ),
+        }
+        results = benchmark({side: makers[side] for side in sides}, repeats=arguments.repeats, steps=arguments.steps)
+        for side, result in results.items():
+            row = {"preset": preset, "image_size": image_size, **dataclasses.asdict(config), "batch_size": size}
+            row |= {"side": side, **result}
+            cells = (image_size, hidden, depth, size, arguments.dtype, side)
+            if "failed" in result:
+                print(_row(*cells, result["failed"], *["-"] * 6), flush=True)
+            else:
+                row["slices_per_s"] = 1000 * size / result["median_ms"]
+                row["of_peak"] = 3 * flops_per_slice(config, image_size) * row["slices_per_s"] / peak
+                low, _, high = statistics.quantiles(result["times_ms"], n=4)
+                times = f"{result['median_ms']:.1f} ({low:.1f} to {high:.1f})"
+                speeds = f"{row['slices_per_s']:.1f}", f"{100 * row['of_peak']:.1f} %"
+                memory = _gib(result["compiled_bytes"]), _gib(result["peak_bytes"])
+                print(_row(*cells, times, *speeds, *memory, f"{result['first_loss']:.6f}"), flush=True)
+            rows.append(row)
+        sides = [side for side in sides if "failed" not in results[side]]  # a larger batch fits no better
+    return rows
+
+
+def best_batches(rows: list[dict]) -> list[str]:
+    """For each side the batch size with the most slices a second, and how the sides then compare; one line each."""
+    fastest = {}
+    for row in rows:
+        if row.get("slices_per_s", 0) > fastest.get(row["side"], {}).get("slices_per_s", 0):
+            fastest[row["side"]] = row
+    lines = [
+        f"{side}: {row['slices_per_s']:.1f} slices/s at batch {row['batch_size']}" for side, row in fastest.items()
+    ]
+    if {"jax", "torch"} <= set(fastest):
+        ratio = fastest["jax"]["slices_per_s"] / fastest["torch"]["slices_per_s"]
+        lines.append(f"jax / torch, each at its best batch: {ratio:.2f}")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="64", help=f"one or more of {','.join(PRESETS)}, comma-separated")
+    parser.add_argument("--batch_size", default="", help="batch sizes to try, comma-separated; default: the preset's")
+    parser.add_argument("--sides", default="jax,torch", help="jax, torch or both, comma-separated")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--remat", action="store_true", help="recompute residual blocks in the backward pass (JAX)")
+    parser.add_argument("--scan", action="store_true", help="residual blocks as one loop (JAX)")
+    parser.add_argument("--torch_compile", action="store_true", help="PyTorch through torch.compile")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps timed in each repeat")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to PyTorch
     configure_jax()
-    presets = arguments.preset.split(",")
+    presets, sides = arguments.preset.split(","), arguments.sides.split(",")
     if unknown := [preset for preset in presets if preset not in PRESETS]:
         parser.error(f"--preset: {unknown[0]} is not one of {', '.join(PRESETS)}")
-    compare = importlib.util.find_spec("torch") is not None
-    if not compare:
+    if unknown := [side for side in sides if side not in ("jax", "torch")]:
+        parser.error(f"--sides: {unknown[0]} is neither jax nor torch")
+    if arguments.repeats < 2:
+        parser.error("--repeats: at least 2 are needed for a spread")
+    if "torch" in sides and importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed (pip install '.[torch]'): timing this project only")
+        sides = [side for side in sides if side != "torch"] or ["jax"]
 
-    results = []
+    device = jax.devices()[0]
+    peaks = {side: matmul_peak(side, arguments.dtype, use_gpu=device.platform == "gpu") for side in sides}
+    measured = ", ".join(f"{side} {peak / 1e12:.3f} TFLOP/s" for side, peak in peaks.items())
+    print(f"{device.device_kind}, {os.cpu_count()} CPU cores; fastest {arguments.dtype} matrix product: {measured}\n")
+    titles = ("pixels", "hidden", "depth", "batch", "dtype", "side", "ms a step", "slices/s", "of peak")
+    print(_row(*titles, "compiled GiB", "peak GiB", "first loss"))
+    print(_row(*["---"] * 12))
+    rows = [row for preset in presets for row in run_preset(preset, arguments, sides, max(peaks.values()))]
     for preset in presets:
-        result = benchmark(
-            preset,
-            dtype=arguments.dtype,
-            remat=arguments.remat,
-            repeats=arguments.repeats,
-            steps=arguments.steps,
-            compare=compare,
-        )
-        results.append(result)
-        line = "{image_size} px, hidden {hidden}, depth {depth}, batch {batch_size}, {dtype}, {device}:"
-        line = line.format(**result)
-        line += f" jax {result['median_ms']['jax']:.1f} ms ({result['jax_slices_per_s']:.1f} slices/s)"
-        if compare:
-            line += f", torch {result['median_ms']['torch']:.1f} ms, torch/jax {result['torch_over_jax']:.2f}"
-            line += ", first losses {jax:.6f} {torch:.6f}".format(**result["first_loss"])
-        print(line, flush=True)
+        print("\n".join([f"\n{preset}", *best_batches([row for row in rows if row["preset"] == preset])]))
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        content = {"device": device.device_kind, "cpu_count": os.cpu_count(), "matmul_flops": peaks, "rows": rows}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

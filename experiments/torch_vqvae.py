@@ -1,14 +1,17 @@
-"""The autoencoder of `ctssl_jax.models.vqvae` written in PyTorch, with the entry names of the authors'
-weights.
+"""The autoencoder of `ctssl_jax.models.vqvae` and the loss of its training written in PyTorch, with the entry names of
+the authors' weights.
 
 For comparisons of speed and of numbers. Needs PyTorch (`pip install '.[torch]'`).
 """
+
+import math
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from ctssl_jax import metrics
 from ctssl_jax.models.vqvae import VQVAEConfig
 
 
@@ -85,6 +88,31 @@ class VQVAE(nn.Module):
         if self.output_activation == "unit_tanh":
             reconstruction = (reconstruction + 1) / 2
         return reconstruction, codes, codebook_loss, commitment_loss
+
+
+def gaussian_band(size: int) -> torch.Tensor:
+    """[size - 10, size] float32: row i averages positions i to i + 10 with Gaussian weights, as in `metrics.ssim`."""
+    radius = metrics.SSIM_WINDOW // 2
+    window = [math.exp(-0.5 * (offset / metrics.SSIM_SIGMA) ** 2) for offset in range(-radius, radius + 1)]
+    weights = torch.tensor(window, dtype=torch.float64) / sum(window)
+    band = torch.zeros(size - 2 * radius, size)
+    for row in range(len(band)):
+        band[row, row : row + metrics.SSIM_WINDOW] = weights.float()
+    return band
+
+
+def ssim(x: torch.Tensor, y: torch.Tensor, band: torch.Tensor) -> torch.Tensor:
+    """`metrics.ssim` of square images [B, C, S, S] float32 in [0, 1], with `gaussian_band(S)`: -> [B] float32."""
+    x, y = x - 0.5, y - 0.5
+    moments = band @ (torch.stack([x, y, x * x, y * y, x * y]) @ band.T)
+    mean_x, mean_y = moments[0], moments[1]
+    variances = moments[2] - mean_x * mean_x + moments[3] - mean_y * mean_y
+    covariance = moments[4] - mean_x * mean_y
+    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
+    c1, c2 = metrics.SSIM_K1**2, metrics.SSIM_K2**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
+    structure = (2 * covariance + c2) / (variances + c2)
+    return (luminance * structure).mean((1, 2, 3))
 
 
 def to_torch_entries(leaves: dict[tuple, np.ndarray], depth: int) -> dict[str, torch.Tensor]:

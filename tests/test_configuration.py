@@ -7,7 +7,6 @@ import pytest
 from example_dataset import write_example_dataset
 from training_runs import command, start, tiny_config, train_on
 
-from configs import masked_region
 from ctssl_jax import configuration
 from ctssl_jax.command_line import InputError
 from data_prep.dataset import DatasetError

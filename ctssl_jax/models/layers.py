@@ -38,8 +38,8 @@ def transposed_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Equals `torch.nn.functional.conv_transpose2d(stride=2, padding=(k - 2) // 2)` with the kernel flipped in
     space, and `jax.lax.conv_transpose(strides=(2, 2), padding="SAME")`. Only its gradient is written
     differently: XLA derives a weight gradient that no convolution library runs well (ten times slower on
-        CPU). The adjoint of a
-    transposed convolution is a strided convolution, so both gradients are taken from that one.
+    CPU). The adjoint of a transposed convolution is a strided convolution, so both gradients are taken from
+    that one.
 
     Args:
         x: [B, H, W, I].
@@ -126,6 +126,47 @@ def _conv(in_features: int, out_features: int, kernel_size: int, stride: int, us
     )
 
 
+@jax.custom_vjp
+def normalize_by_batch(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch normalisation by the batch's own statistics, computed in float32.
+
+    Only its gradient is written differently from the one that JAX derives, to the same numbers: it keeps x as
+    it came (bfloat16 if so) and two values a channel for the backward pass, where JAX keeps float32 copies
+    of x. No gradient passes through the returned statistics.
+
+    Args:
+        x: [..., F] float32 or bfloat16.
+        scale, bias: [F] float32.
+
+    Returns:
+        normalised x [..., F] of x's dtype; mean [F] and biased variance [F] float32.
+    """
+    return _normalize_by_batch_forward(x, scale, bias)[0]
+
+
+def _normalize_by_batch_forward(x, scale, bias):
+    values, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
+    mean = jnp.mean(values, axes)
+    var = jnp.maximum(jnp.mean(jnp.square(values), axes) - jnp.square(mean), 0)
+    inverse = jax.lax.rsqrt(var + NORM_EPSILON)
+    y = (values - mean) * (scale * inverse) + bias
+    return (y.astype(x.dtype), mean, var), (x, mean, inverse, scale)
+
+
+def _normalize_by_batch_backward(residuals, gradients):
+    x, mean, inverse, scale = residuals
+    gradient, axes = gradients[0].astype(jnp.float32), tuple(range(x.ndim - 1))
+    normalized = (x.astype(jnp.float32) - mean) * inverse
+    bias_gradient = jnp.sum(gradient, axes)
+    scale_gradient = jnp.sum(gradient * normalized, axes)
+    count = x.size // x.shape[-1]
+    input_gradient = gradient - bias_gradient / count - normalized * (scale_gradient / count)
+    return (input_gradient * (scale * inverse)).astype(x.dtype), scale_gradient, bias_gradient
+
+
+normalize_by_batch.defvjp(_normalize_by_batch_forward, _normalize_by_batch_backward)
+
+
 class BatchNorm(nnx.Module):
     """Batch normalisation over all axes but the last, in float32 whatever the input's dtype.
 
@@ -142,17 +183,13 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """[..., F] -> [..., F] of the same dtype; `train` uses the batch's statistics and updates the
         running ones."""
-        values = x.astype(jnp.float32)
         if train:
-            axes = tuple(range(x.ndim - 1))
-            mean = jnp.mean(values, axes)
-            var = jnp.maximum(jnp.mean(jnp.square(values), axes) - jnp.square(mean), 0)
+            y, mean, var = normalize_by_batch(x, self.scale[...], self.bias[...])
             self.mean[...] = jax.lax.stop_gradient(NORM_DECAY * self.mean[...] + (1 - NORM_DECAY) * mean)
             self.var[...] = jax.lax.stop_gradient(NORM_DECAY * self.var[...] + (1 - NORM_DECAY) * var)
-        else:
-            mean, var = self.mean[...], self.var[...]
-        scale = self.scale[...] * jax.lax.rsqrt(var + NORM_EPSILON)
-        return ((values - mean) * scale + self.bias[...]).astype(x.dtype)
+            return y
+        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + NORM_EPSILON)
+        return ((x.astype(jnp.float32) - self.mean[...]) * scale + self.bias[...]).astype(x.dtype)
 
 
 class ConvNorm(nnx.Module):
@@ -197,23 +234,50 @@ class ResidualBlock(nnx.Module):
         return x + self.conv1(y)
 
 
-def apply_blocks(blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool) -> jax.Array:
+def apply_blocks(blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool, scan: bool) -> jax.Array:
     """Run residual blocks one after the other: [B, H, W, F] -> [B, H, W, F].
 
-    The loop is unrolled: a scan makes the weight gradients 10 to 19 times slower on CPU, and depth 18
-        compiles in seconds.
+    Unrolled is the default: on two busy CPU cores a step was 5 to 15 times slower with a scan (convolutions
+    inside a loop get slow weight gradients), and compiling was no faster (reference model, traced and
+    compiled: 29 s unrolled, 58 s with a scan). A scan is for accelerators, with remat: the loop keeps XLA
+    from undoing the recomputation, as it does on CPU in unrolled blocks.
 
     Args:
+        blocks: list of `ResidualBlock`, all of the same width.
         key: seeds the dropout of each block; needed only if a block drops anything in training.
         train: use and update batch statistics, apply dropout.
         remat: keep only each block's input for the backward pass and compute the rest again; same numbers.
+        scan: one compiled block in a loop instead of one copy of it for each; same numbers and names.
     """
 
     def run(block, x, key):
         return block(x, key, train=train)
 
+    if scan and len(blocks) > 0:
+        return _scan_blocks(blocks, x, key, train=train, remat=remat)
     if remat and train:
         run = nnx.remat(run)
     for index, block in enumerate(blocks):
         x = run(block, x, None if key is None else jax.random.fold_in(key, index))
+    return x
+
+
+def _scan_blocks(blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool) -> jax.Array:
+    """The loop of `apply_blocks` as `jax.lax.scan` over the blocks' stacked parameters and batch statistics."""
+    graph = nnx.graphdef(blocks[0])
+    states = [nnx.as_pure(nnx.state(block)) for block in blocks]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    def body(x, index_and_state):
+        index, state = index_and_state
+        block = nnx.merge(graph, state)
+        x = block(x, None if key is None else jax.random.fold_in(key, index), train=train)
+        return x, nnx.as_pure(nnx.state(block, nnx.BatchStat))
+
+    if remat and train:
+        body = jax.checkpoint(body, prevent_cse=False)  # within a scan nothing can be merged with the first pass
+    x, statistics = jax.lax.scan(body, x, (jnp.arange(len(blocks)), stacked))
+    if train:
+        for index, block in enumerate(blocks):
+            nnx.update(block, jax.tree.map(lambda leaf: leaf[index], statistics))
     return x

@@ -58,6 +58,7 @@ class VQVAEConfig:
             the batch; 0 never does ("ema" only).
         vq_revive_below: a code counts as hardly used below this fraction of an equal share of the latents.
         remat: recompute residual blocks in the backward pass: less memory, more time, same numbers.
+        scan: run the residual blocks as one loop instead of a copy each: same numbers, see `apply_blocks`.
         dtype: of convolutions and activations, "float32" or "bfloat16"; parameters, batch statistics,
             vector quantization, latents and reconstruction are float32 either way.
 
@@ -78,6 +79,7 @@ class VQVAEConfig:
     vq_revive_every: int = 0
     vq_revive_below: float = 0.05
     remat: bool = False
+    scan: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -136,7 +138,7 @@ class Encoder(nnx.Module):
         first, second = config.hidden
         dtype = jnp.dtype(config.dtype)
         self.dtype = dtype
-        self.remat = config.remat
+        self.remat, self.scan = config.remat, config.scan
         self.drop_rate = config.drop_rate
         self.downsample = nnx.List(
             [
@@ -173,7 +175,7 @@ class Encoder(nnx.Module):
         for layer in self.downsample:
             x = leaky_relu(layer(x, train=train))
         x = leaky_relu(self.stem(x, train=train))
-        x = leaky_relu(apply_blocks(self.blocks, x, key, train=train, remat=self.remat))
+        x = leaky_relu(apply_blocks(self.blocks, x, key, train=train, remat=self.remat, scan=self.scan))
         return leaky_relu(self.project(x, train=train)).astype(jnp.float32)
 
 
@@ -184,7 +186,7 @@ class Decoder(nnx.Module):
         first, second = config.hidden
         dtype = jnp.dtype(config.dtype)
         self.dtype = dtype
-        self.remat = config.remat
+        self.remat, self.scan = config.remat, config.scan
         self.output_activation = config.output_activation
         self.stem = ConvNorm(config.embedding_dim, second, 3, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([ResidualBlock(second, dtype=dtype, rngs=rngs) for _ in range(config.depth)])
@@ -198,7 +200,7 @@ class Decoder(nnx.Module):
     def __call__(self, quantized: jax.Array, *, train: bool) -> jax.Array:
         """[B, h, w, D] -> [B, 4h, 4w, C] float32, in [0, 1] ("unit_tanh") or [-1, 1] ("tanh")."""
         x = leaky_relu(self.stem(quantized.astype(self.dtype), train=train))
-        x = leaky_relu(apply_blocks(self.blocks, x, None, train=train, remat=self.remat))
+        x = leaky_relu(apply_blocks(self.blocks, x, None, train=train, remat=self.remat, scan=self.scan))
         x = leaky_relu(self.upsample[0](x, train=train))
         x = jnp.tanh(self.upsample[1](x, train=train).astype(jnp.float32))
         return (x + 1) / 2 if self.output_activation == "unit_tanh" else x
