@@ -144,6 +144,8 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
     for name in sorted(old | new):
         if name.split(".")[0] in may_change or (name in old and name in new and old[name] == new[name]):
             continue
+        if name == "init_from" and bool(old.get(name)) == bool(new[name]):
+            continue  # another spelling of the path; where the weights came from stands in ancestors.json
         if name in old and name in new:
             remedy = f"use another --workdir, or --config.{name}={old[name]}"
             raise InputError(

@@ -117,8 +117,8 @@ def open_source(dataset: str | Path, split: str, channels: Sequence[int], offset
         )
     if not len(source):
         raise InputError(
-            f"the {split} split of {dataset} has no slices with neighbours at offsets {tuple(offsets)}; choose a smaller "
-            "distance, or prepare longer scans"
+            f"the {split} split of {dataset} has no slices with neighbours at offsets {tuple(offsets)}; choose a "
+            "smaller distance, or prepare longer scans"
         )
     return source
 

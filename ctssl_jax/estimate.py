@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ctssl_jax import training
 
@@ -29,22 +30,24 @@ def timed_steps(
     Returns:
       `slices_per_second`, `seconds_a_step` and `waiting_for_data` (share of the time), over `num_timed_steps`.
     """
-    state = program.initial_state()
-    waited, taken, started = 0.0, 0, 0.0
+    state, waited = program.initial_state(), 0.0
 
-    def step(state):
-        nonlocal waited
-        asked = time.perf_counter()
-        parts = [next(batches) for _ in range(config.microbatches)]
-        waited += time.perf_counter() - asked
-        return jax.block_until_ready(training.run_step(program, state, parts))
+    def seconds_of(steps: int) -> float:
+        nonlocal state, waited
+        started = time.perf_counter()
+        for _ in range(steps):
+            asked = time.perf_counter()
+            parts = [next(batches) for _ in range(config.microbatches)]
+            waited += time.perf_counter() - asked
+            state = jax.block_until_ready(training.run_step(program, state, parts))
+        return time.perf_counter() - started
 
-    for _ in range(WARM_STEPS):
-        state = step(state)
-    waited, started = 0.0, time.perf_counter()
-    while taken < FEWEST_STEPS or (taken < MOST_STEPS and time.perf_counter() - started < SECONDS):
-        state, taken = step(state), taken + 1
-    seconds = time.perf_counter() - started
+    seconds_of(WARM_STEPS)
+    waited = 0.0
+    seconds = seconds_of(FEWEST_STEPS)
+    more = min(MOST_STEPS, int(SECONDS * FEWEST_STEPS / seconds)) - FEWEST_STEPS
+    more = max(0, int(multihost_utils.broadcast_one_to_all(np.int32(more))))  # all processes take as many
+    seconds, taken = seconds + seconds_of(more), FEWEST_STEPS + more
     return {
         "slices_per_second": taken * config.batch_size / seconds,
         "seconds_a_step": seconds / taken,

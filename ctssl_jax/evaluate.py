@@ -61,6 +61,7 @@ def evaluate(
       InputError: no such run or checkpoint, or data prepared otherwise than the run's.
     """
     import jax
+    import numpy as np
 
     from ctssl_jax import checkpoint as checkpoint_files
     from ctssl_jax import configuration, data, distributed, health, metrics, pictures, training, transplant
@@ -154,7 +155,7 @@ def evaluate(
         "python": platform.python_version(),
     }
     for name in ("dataset", "init_from"):  # paths of this machine
-        del result["config"][name]
+        result["config"].pop(name, None)
     codebook = metrics.codebook_use(slices.code_counts)
     result["embedding"] = embedding
     result["warnings"] = health.warnings(embedding | codebook)
@@ -168,17 +169,17 @@ def evaluate(
         result["baselines"] = {name: summarise(volume_values(values)) for name, values in scores.items()}
 
     # ---- Files ----
-    checkpoint_files.write_json(output, result)
     with open(output.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
         for index, volume in enumerate(volumes):
-            scores = [f"{values[index]:.6g}" for values in by_volume.values()]
+            scores = ["" if np.isnan(values[index]) else f"{values[index]:.6g}" for values in by_volume.values()]
             writer.writerow([volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores])
     number = min(config.num_pictures, batch_size)
     shown = training.render_pictures(program, state, data.picture_batch(source, batch_size, number), number)
     pictures.save_arrays(output.with_suffix(".npz"), shown)
     pictures.save_strip(output.with_suffix(".png"), shown, "SYNTHETIC" if preparation["synthetic"] else "")
+    checkpoint_files.write_json(output, result)  # last: with it the evaluation is complete
     return result
 
 
@@ -249,6 +250,8 @@ def _summary_of_defined(values, patient_ids: list[str]) -> dict:
     from ctssl_jax import metrics
 
     defined = np.flatnonzero(~np.isnan(values))
+    if not len(defined):
+        raise InputError("no volume of this split has slices of two classes, so no AUROC is defined; give more slices")
     return metrics.volume_summary(values[defined], [patient_ids[index] for index in defined])
 
 

@@ -129,7 +129,7 @@ def trained_encoder(config: ml_collections.ConfigDict, task: Task, workdir: Path
 def untrained_encoder(
     config: ml_collections.ConfigDict, task: Task, batches: Iterator[dict[str, np.ndarray]]
 ) -> FrozenEncoder:
-    """The encoder as the run began: random weights by its seed.
+    """The encoder before it learned anything: random weights by the run's seed, whatever `init_from` says.
 
     Its batch statistics are those of training slices, set by `STATISTICS_STEPS` passes in training mode: with the 0 and
     1 that they start from, activations fade from layer to layer, and the comparison would be with rounding.

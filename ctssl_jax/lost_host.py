@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from ctssl_jax.checkpoint import CHECKPOINTS
-from ctssl_jax.command_line import InputError
+from ctssl_jax.command_line import InputError, RunFailed
 from data_prep.dataset import DatasetError
 
 LEAVING_SECONDS = 5.0  # for a process that failed: the others may be about to end by the same error, and say so
@@ -71,14 +71,16 @@ def ending_together(workdir: str | Path) -> Iterator[None]:
         raise
 
 
-def _sign_of_loss(error: BaseException | None) -> str:
+def _sign_of_loss(error: BaseException | None, signs: tuple[str, ...] = SIGNS) -> str:
     """What an error, or one that led to it, says of a broken connection to another process; empty if it does not."""
-    if error is None:
+    if error is None or isinstance(error, (InputError, DatasetError)):
         return ""
+    if isinstance(error, RunFailed):  # a checkpoint that could not be saved: storage, too, may be UNAVAILABLE
+        signs = tuple(sign for sign in signs if sign != "UNAVAILABLE")
     said = " ".join(str(error).split())
-    if any(sign in said for sign in SIGNS):
+    if any(sign in said for sign in signs):
         return said.removeprefix("INTERNAL: ").replace("Error dispatching computation: ", "")[:300]
-    return _sign_of_loss(error.__cause__) or _sign_of_loss(error.__context__)
+    return _sign_of_loss(error.__cause__, signs) or _sign_of_loss(error.__context__, signs)
 
 
 def _lost_line(workdir: str | Path, sign: str = "") -> str:

@@ -96,7 +96,7 @@ def probe(
     trained_on = json.loads((workdir / "preparation.json").read_text())
     step = checkpoint_files.choose_step(workdir, checkpoint) if encoder == "run" else None
     trained_channels = data.select_channels(trained_on, config.windows)
-    config.windows = [[trained_on["windows"][c][name] for name in ("level", "width")] for c in trained_channels]
+    config.windows = [list(window) for window in data.selected_windows(trained_on, trained_channels)]
     if dataset is not None:
         config.dataset = str(dataset)
     try:
@@ -181,13 +181,13 @@ def probe(
         "device": jax.local_devices()[0].device_kind,
         "python": platform.python_version(),
     }
-    checkpoint_files.write_json(output, result)
     with open(output.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
         for index, volume in enumerate(volumes):
             scores = ["" if math.isnan(values[index]) else f"{values[index]:.6g}" for values in by_volume.values()]
             writer.writerow([volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores])
+    checkpoint_files.write_json(output, result)  # last: with it the probe is complete
     return result
 
 

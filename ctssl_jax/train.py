@@ -73,9 +73,14 @@ def _train(
         validation_source = data.open_source(config.dataset, "validation", channels, task.offsets(config))
         _, *abstract_model = training.abstract_model(config, task)
         fresh = workdir is None or not holds_checkpoint(workdir)
+        starts_from_donor = bool(config.init_from) and fresh
+        if starts_from_donor:
+            transplant.check_is_run(config)
+    with distributed.refusing_together():  # Orbax waits for all processes here, so none may have refused before
         windows = data.selected_windows(preparation, channels)
         like = dict(zip(("params", "variables"), abstract_model, strict=True))
-        donor = transplant.find_donor(config, windows, like, fresh)
+        donor = transplant.find_donor(config, windows, like) if starts_from_donor else None
+    with distributed.refusing_together():
         if process == 0 and workdir is not None:
             configuration.check_resumable(workdir, config, preparation)
             patients = {
@@ -88,6 +93,7 @@ def _train(
     paths = ("dataset", "init_from")
     settings = {name: value for name, value in configuration.to_json(config).items() if name not in paths}
     distributed.require_agreement("configuration or dataset", [settings, preparation["fingerprint"]])
+    distributed.require_agreement("checkpoint of config.init_from", donor and [donor.step, donor.moved])
 
     # ---- The program and what it will cost --------------------------------------------------------------------------
     mesh = distributed.make_mesh(devices, config.fsdp_devices)
@@ -131,6 +137,10 @@ def _train(
     fresh = checkpoints.last_step is None
     start_step = 0 if fresh else checkpoints.last_step
     distributed.require_agreement("last checkpoint in --workdir", start_step)
+    if fresh and config.init_from and donor is None:
+        raise command_line.InputError(
+            f"--workdir={workdir} holds an incomplete checkpoint and nothing else; remove its checkpoints folder"
+        )
     if not fresh:
         like = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

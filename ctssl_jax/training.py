@@ -183,9 +183,20 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
         sums["layer_gradient_norms"] = jax.eval_shape(layer_norms, abstract_state[0])
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
 
+    parts = distributed.split_parameters(mesh, abstract_state[0])
+
+    @jax.custom_vjp
+    def fetch(params):
+        return jax.lax.with_sharding_constraint(params, everywhere)
+
+    fetch.defvjp(
+        lambda params: (fetch(params), None),
+        lambda _, gradients: (jax.lax.with_sharding_constraint(gradients, parts),),
+    )
+
     def whole(params):
-        """Each device fetches all parameters for as long as it uses them; their gradients are summed back to parts."""
-        return params if mesh.shape["fsdp"] == 1 else jax.lax.with_sharding_constraint(params, everywhere)
+        """Each device fetches all parameters for as long as it uses them, and gets its part of the gradients' sum."""
+        return params if mesh.shape["fsdp"] == 1 else fetch(params)
 
     def loss_of(params, variables, batch, step) -> tuple[jax.Array, tuple]:
         model = nnx.merge(graph, whole(params), variables, copy=True)
@@ -256,7 +267,7 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
 
     shapes = jax.eval_shape(initial_state)
     shardings = jax.tree.map(lambda leaf: everywhere, shapes).replace(
-        params=distributed.split_parameters(mesh, shapes.params),
+        params=parts,
         optimizer=distributed.split_parameters(mesh, shapes.optimizer),
     )
     return Program(

@@ -45,28 +45,31 @@ def in_scope(name: str, scope: str) -> bool:
     return kind in ("params", "variables") and (scope == "model" or part == "encoder")
 
 
-def find_donor(
-    config: ml_collections.ConfigDict, windows: list[tuple[float, float]], like: Any, fresh: bool = True
-) -> Donor | None:
-    """Check, before any work, that the weights which `config.init_from` names fit.
+def check_is_run(config: ml_collections.ConfigDict) -> None:
+    """Refuse a `config.init_from` that is no run directory.
+
+    Raises:
+      InputError: says so.
+    """
+    if not (Path(config.init_from) / "config.json").is_file():
+        raise InputError(
+            f"config.init_from={config.init_from} is not a run directory; give the --workdir of a finished run"
+        )
+
+
+def find_donor(config: ml_collections.ConfigDict, windows: list[tuple[float, float]], like: Any) -> Donor:
+    """Check, before any work, that the weights which `config.init_from` names fit. All processes call it together.
 
     Args:
       config: the new run's configuration.
       windows: (level, width) in HU of each channel that it reads.
       like: tree with `params` and `variables` of the new model (arrays or shapes).
-      fresh: False for a run that goes on from a checkpoint of its own, which needs no donor any more.
-
-    Returns:
-      None if the run starts from random weights or goes on.
 
     Raises:
-      InputError: no such run, other windows or grey scale, or tensors that are missing, extra or of another shape.
+      InputError: no such checkpoint, other windows or grey scale, or tensors that are missing, extra or of another
+        shape.
     """
-    if not config.init_from or not fresh:
-        return None
     workdir = Path(config.init_from)
-    if not (workdir / "config.json").is_file():
-        raise InputError(f"config.init_from={workdir} is not a run directory; give the --workdir of a finished run")
     try:
         step = choose_step(workdir, str(config.init_checkpoint))
     except InputError as error:

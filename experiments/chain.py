@@ -11,7 +11,6 @@ Without a verb it runs what is missing and draws the table; `plan`, `run` and `d
 killed at any moment and started again.
 """
 
-import csv
 from collections.abc import Sequence
 
 from absl import flags
@@ -93,10 +92,7 @@ def draw(settings: Settings) -> str:
     caption = study.caption(results)
     text = f"# Progressive masking, chained and not\n\n{caption}\n\n{markdown(rows)}"
     (settings.workdir / "chain.md").write_text(text)
-    with open(settings.workdir / "chain.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    study.write_csv(settings.workdir / "chain.csv", rows)
     return text
 
 
@@ -109,7 +105,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> int:
     """Command line."""
     verb = argv[1] if len(argv) > 1 else ""
-    settings = study.settings_of_flags()
+    settings = study.settings_of_flags(verb)
+    study.check_overrides(settings, [RECIPE])
     chain = chain_cells(settings)
     cells = chain if flags.FLAGS.chained else [chain[0], *ablation_cells(settings)]
     if verb == "plan":
@@ -117,7 +114,7 @@ def main(argv: list[str]) -> int:
     if verb in ("", "run"):
         study.run(cells, flags.FLAGS.cells, settings)
     if verb in ("", "draw"):
-        print(draw(settings))
+        print(draw(study.recorded(settings)))
     return 0
 
 

@@ -7,6 +7,8 @@ A study is a list of cells. Each is a few commands, complete when its results JS
     draw    makes tables and figures from the results JSON files alone; what is missing is drawn as missing
 """
 
+import contextlib
+import csv
 import importlib
 import json
 import os
@@ -14,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +28,11 @@ from ctssl_jax.command_line import InputError, RunFailed
 
 PROJECT = Path(__file__).resolve().parent.parent
 VERBS = ("plan", "run", "draw")
+SETTINGS = "study.json"
+FIXED_FIELDS = (
+    *("dataset", "seed", "num_steps", "image_size", "task", "recipe", "mask.fraction"),
+    *("init_from", "init_scope", "init_checkpoint"),
+)
 
 
 class Cell(NamedTuple):
@@ -104,8 +112,8 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
     A request to stop (SIGTERM, Ctrl-C) is passed on, and the stage may save what it has.
 
     Raises:
-      InputError: the stage failed; it has already said why.
-      RunFailed: it was asked to stop.
+      InputError: the stage refused its input; it has already said why.
+      RunFailed: it failed otherwise, or was asked to stop.
     """
     command = [sys.executable, "-m", module, *arguments]
     print(f"\n== {title}\n$ python {shlex.join(command[1:])}", flush=True)
@@ -127,7 +135,8 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
     if asked or (not code and not _training_is_complete(module, arguments)):
         raise RunFailed(f"stage '{title}' was asked to stop; run again to go on")
     if code:
-        raise InputError(f"stage '{title}' ended with exit code {code}; its message stands above. Run again to go on")
+        failure = InputError if code == 2 else RunFailed
+        raise failure(f"stage '{title}' ended with exit code {code}; its message stands above")
     return time.time() - started
 
 
@@ -136,7 +145,10 @@ def _training_is_complete(module: str, arguments: Sequence[str]) -> bool:
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if module != "ctssl_jax.train" or "--config.num_steps" not in given:
         return True
-    return (Path(given["--workdir"]) / "checkpoints" / given["--config.num_steps"]).is_dir()
+    from ctssl_jax.reports import read_reports
+
+    validated = [report["step"] for report in read_reports(Path(given["--workdir"]), "validation")]
+    return int(given["--config.num_steps"]) in validated
 
 
 def plan(cells: Sequence[Cell], module: str, settings: Settings, more: Sequence[str] = ()) -> None:
@@ -163,9 +175,9 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], settings: Settings) -> Non
     """Run the chosen cells that are not complete (all, if none is named), in order.
 
     Raises:
-      InputError: an unknown cell, one whose predecessor is missing, a failed stage, or a folder with results of other
-        settings.
-      RunFailed: a stage was asked to stop.
+      InputError: an unknown cell, one whose predecessor is missing, a stage that refused its input, or a folder with
+        results of other settings.
+      RunFailed: a stage failed or was asked to stop.
     """
     known = {cell.name: cell for cell in cells}
     for name in chosen:
@@ -185,26 +197,72 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], settings: Settings) -> Non
 
 
 def _record_settings(settings: Settings) -> None:
-    """A study's folder holds results of one kind: `study.json` says of which."""
+    """A study's folder holds results of one kind: `study.json` says of which.
+
+    Cells may start at the same time on several machines: the file appears whole, and the first one stays.
+    """
     from data_prep.dataset import read_preparation
 
     content = {**settings._asdict(), "dataset_fingerprint": read_preparation(settings.dataset)["fingerprint"]}
     for name in ("dataset", "workdir"):  # places, not settings
         del content[name]
     content["overrides"] = list(content["overrides"])
-    path = settings.workdir / "study.json"
-    if not path.exists():
-        try:
-            settings.workdir.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        except OSError as error:
-            raise InputError(f"--workdir={settings.workdir} cannot be written ({error.strerror})") from None
+    path = settings.workdir / SETTINGS
+    try:
+        settings.workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=settings.workdir, prefix=".study") as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            file.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(file.name, path)
+    except OSError as error:
+        raise InputError(f"--workdir={settings.workdir} cannot be written ({error.strerror})") from None
     known = json.loads(path.read_text())
     for name, value in content.items():
         if known[name] != value:
             raise InputError(
                 f"--workdir={settings.workdir} holds a study with {name}={known[name]}, not {value}; use another one"
             )
+
+
+def recorded(settings: Settings) -> Settings:
+    """The settings that the study's cells were run with, whatever the flags say; for drawing.
+
+    Raises:
+      InputError: no study was begun there.
+    """
+    path = settings.workdir / SETTINGS
+    if not path.exists():
+        raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
+    known = json.loads(path.read_text())
+    del known["dataset_fingerprint"]
+    return settings._replace(**known | {"overrides": tuple(known["overrides"])})
+
+
+def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:
+    """Refuse overrides of what a study itself sets, and of fields that one of its recipes lacks.
+
+    Raises:
+      InputError: names the field.
+    """
+    for override in settings.overrides:
+        field = override.split("=")[0]
+        if field in FIXED_FIELDS:
+            raise InputError(f"--override={override}: a study sets {field} itself (see --help for what can be chosen)")
+        for recipe in recipes:
+            node = importlib.import_module(f"configs.{recipe}").get_config(settings.size)
+            for part in field.split("."):
+                if part not in node:
+                    raise InputError(f"--override={override}: configs/{recipe}.py has no field {field}")
+                node = node[part]
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Rows with the same columns as CSV."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_result(cell: Cell) -> dict | None:
@@ -233,6 +291,11 @@ def caption(results: Sequence[dict]) -> str:
         f"{common([result['config']['batch_size'] for result in results])}, seed "
         f"{common([result['seed'] for result in results])}, {common([result['device'] for result in results])}.",
     ]
+    seen = {result["num_patients_seen_in_training"] for result in results}
+    if None in seen:
+        parts.append(" Whether the models were trained on these patients CANNOT BE CHECKED (other pseudonym key).")
+    elif seen != {0}:
+        parts.append(f" NOT HELD OUT: up to {max(seen)} of these patients were in the training data.")
     if len({result["dataset_fingerprint"] for result in results}) > 1:
         parts.append(" The results are of DIFFERENT datasets.")
     return "".join(parts)
@@ -251,28 +314,29 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_steps", 0, "Steps of each training; 0 takes the recipe's.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Of weights and order of slices.")
     flags.DEFINE_multi_string("override", [], "FIELD=VALUE of every recipe, e.g. dtype=bfloat16; repeatable.")
-    flags.DEFINE_string("split", "test", "Split that is evaluated: train, validation or test.")
+    flags.DEFINE_enum("split", "test", ["test", "validation"], "Split that is evaluated.")
     flags.DEFINE_list("cells", [], "Cells to run, separated by commas; by default all that are missing.")
 
 
-def settings_of_flags() -> Settings:
-    """What the command line asks for.
+def settings_of_flags(verb: str) -> Settings:
+    """What the command line asks for; `draw` takes all but the folder from what the study was run with.
 
     Raises:
       InputError: a flag is missing, or an override is no FIELD=VALUE.
     """
-    for name in ("dataset", "workdir"):
+    for name in ("workdir",) if verb == "draw" else ("dataset", "workdir"):
         if not flags.FLAGS[name].value:
             raise InputError(f"give --{name}=DIR")
     for override in flags.FLAGS.override:
         if "=" not in override:
             raise InputError(f"--override={override}: must be FIELD=VALUE, e.g. --override=dtype=bfloat16")
-    return Settings(
-        dataset=Path(flags.FLAGS.dataset),
-        workdir=Path(flags.FLAGS.workdir),
+    settings = Settings(
+        dataset=Path(flags.FLAGS.dataset or "").resolve(),
+        workdir=Path(flags.FLAGS.workdir).resolve(),
         size=flags.FLAGS.size,
         num_steps=flags.FLAGS.num_steps,
         seed=flags.FLAGS.seed,
         overrides=tuple(flags.FLAGS.override),
         split=flags.FLAGS.split,
     )
+    return recorded(settings) if verb == "draw" else settings

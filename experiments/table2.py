@@ -12,9 +12,7 @@ untrained encoder and the pixels themselves, so that encoders are compared on eq
 paper's model.
 """
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -26,6 +24,7 @@ from experiments.study import Cell, Settings
 
 RECONSTRUCTION = ("next_slice", *(cell_name(fraction) for fraction in FRACTIONS), "denoising")
 CLASSIFICATION = ("rotation", "flip")
+OTHER_RECIPES = ("next_slice", "denoising", *CLASSIFICATION)
 TITLES = {
     "next_slice": "Next slice prediction",
     **{cell_name(fraction): f"Masked region prediction, {fraction:.0%} masking" for fraction in FRACTIONS},
@@ -60,7 +59,7 @@ CROSS = {  # columns of the cross table: metric of the probe -> title
 
 def model_cells(settings: Settings) -> list[Cell]:
     """The eight trainings."""
-    others = [study.train_cell(settings, name, name) for name in ("next_slice", "denoising", *CLASSIFICATION)]
+    others = [study.train_cell(settings, name, name) for name in OTHER_RECIPES]
     return [*chain_cells(settings), *others]
 
 
@@ -138,10 +137,12 @@ def health_markdown(results: dict[str, dict | None]) -> str:
     """How much of embedding and codebook each model uses, and what has collapsed."""
     rows = []
     for name, result in results.items():
-        row = dict.fromkeys(("strategy", "effective rank", "codes used", "perplexity", "collapsed"), "")
+        columns = ("strategy", "checkpoint", "effective rank", "codes used", "perplexity", "collapsed")
+        row = dict.fromkeys(columns, "")
         row["strategy"] = TITLES[name]
         if result:
             embedding, codebook = result["embedding"], result.get("codebook")
+            row["checkpoint"] = f"step {result['checkpoint_step']:,}"
             row["effective rank"] = f"{embedding['effective_rank']:.1f} of {embedding['embedding_dim']}"
             row["codes used"] = f"{codebook['used_codes']} of {codebook['num_codes']}" if codebook else "-"
             row["perplexity"] = f"{codebook['perplexity']:.0f}" if codebook else "-"
@@ -177,6 +178,8 @@ def draw(settings: Settings) -> str:
         raise command_line.InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     rows = figure_rows(results)
     caption = study.caption(found)
+    seconds = sum(study.seconds(settings).values())
+    caption += f" All cells together took {seconds / 60:.0f} minutes." if seconds else ""
     parts = [f"# Table II: self-supervised models on held-out volumes\n\n{caption}\n\n{table_markdown(rows)}"]
     parts.append(f"## Representation health\n\n{health_markdown(results)}")
     if any(cross.values()):
@@ -186,8 +189,8 @@ def draw(settings: Settings) -> str:
         )
     text = "\n".join(parts)
     (settings.workdir / "table2.md").write_text(text)
-    _write_csv(settings.workdir / "table2.csv", rows)
-    _write_csv(settings.workdir / "cross.csv", cross_rows(cross))
+    study.write_csv(settings.workdir / "table2.csv", rows)
+    study.write_csv(settings.workdir / "cross.csv", cross_rows(cross))
     table2_figure.save(
         settings.workdir / "table2.png",
         [
@@ -202,13 +205,6 @@ def draw(settings: Settings) -> str:
     return text
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def define_flags() -> None:
     """Only where this module is the program."""
     study.define_flags()
@@ -219,7 +215,8 @@ def main(argv: list[str]) -> int:
     """Command line."""
     if len(argv) < 2:
         raise command_line.InputError(f"give one of {', '.join(study.VERBS)}: python -m experiments.table2 plan ...")
-    settings = study.settings_of_flags()
+    settings = study.settings_of_flags(argv[1])
+    study.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
     cells = [*model_cells(settings), *(cross_cells(settings) if flags.FLAGS.cross else [])]
     if argv[1] == "plan":
         study.plan(cells, "experiments.table2", settings)

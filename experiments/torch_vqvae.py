@@ -43,7 +43,7 @@ class VectorQuantizer(nn.Module):
         channels_last = latents.permute(0, 2, 3, 1).float()
         vectors = channels_last.reshape(-1, channels_last.shape[-1])
         weight = self.embedding.weight
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):  # float32, as in the JAX model
             codes = torch.argmin(weight.square().sum(1) - 2 * vectors @ weight.T, dim=1)
         selected = self.embedding(codes).view(channels_last.shape)
         codebook_loss = functional.mse_loss(selected, channels_last.detach())

@@ -250,3 +250,20 @@ def test_a_refusal_reaches_both(tiny_dataset, tmp_path, compilation_cache):
     assert "process 0 of 2 refused to start" in results[1][2]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
     assert jax.process_count() == 1
+
+
+def test_weights_of_another_run_and_parameters_that_no_process_holds_whole(tiny_dataset, tmp_path, compilation_cache):
+    wide = {"model.hidden": (16, 32), "num_steps": 4, "log_every": 1, "eval_every": 4}
+    donor = tmp_path / "donor"
+    assert train_on(tiny_config(tiny_dataset, **{**wide, "num_steps": 1, "eval_every": 1}), donor)
+    settings = {**wide, "init_from": str(donor), "init_checkpoint": "last", "fsdp_devices": 2}
+    for returncode, _, errors in finish(start_two(tiny_dataset, tmp_path / "two", **settings)):
+        assert returncode == 0, errors
+    assert train_on(tiny_config(tiny_dataset, **settings), tmp_path / "one", num_devices=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    kernel = "params/encoder/stem/conv/kernel"
+    np.testing.assert_array_equal(saved_state(tmp_path / "two", 0)[kernel], saved_state(donor, 1)[kernel])
+    refused = finish(start_two(tiny_dataset, tmp_path / "three", **{**settings, "init_checkpoint": "77"}), timeout=120)
+    for returncode, _, errors in refused:
+        assert returncode == 2 and "config.init_from: " in errors and "has no checkpoint '77'" in errors
+    assert not (tmp_path / "three").exists()

@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 from training_runs import (
+    EMA,
     ask_to_stop_at,
     assert_same_state,
     losses,
+    numbers,
     saved_state,
     tiny_config,
     train_on,
@@ -19,7 +21,10 @@ from ctssl_jax.command_line import InputError
 from ctssl_jax.tasks import get_task
 
 WIDE = {"model.hidden": (16, 32), "model.embedding_dim": 8}  # the 3 x 3 kernels are large enough to be split
-SHORT = {**WIDE, "microbatches": 2, "batch_size": 16, "num_steps": 4, "log_every": 1, "eval_every": 4}
+SHORT = {
+    **{**WIDE, **EMA, "microbatches": 2, "batch_size": 16, "num_steps": 4, "log_every": 1, "eval_every": 4},
+    **{"optimizer": "adamw", "learning_rate": 0.01, "gradient_clip": 1.0},  # RAdam hardly moves in four steps
+}
 
 
 def built(config, num_devices=8):
@@ -44,10 +49,17 @@ def runs(tiny_dataset, tmp_path_factory, compilation_cache):
 def test_the_numbers_are_those_of_replicated_parameters(runs):
     """Sums are added in another order: relative difference of a loss below 1e-4 within 4 steps."""
     assert losses(runs / "4") == pytest.approx(losses(runs / "1"), rel=1e-4)
-    one, two = saved_state(runs / "1"), saved_state(runs / "4")
+    for one, two in zip(numbers(runs / "1"), numbers(runs / "4"), strict=True):
+        assert one.keys() == two.keys()
+        for name in one:  # validation by few slices: one latent between two codes changes it by more
+            loose = 1e-2 if one["kind"] == "validation" else 1e-3
+            assert two[name] == (one[name] if name == "kind" else pytest.approx(one[name], rel=loose)), name
+    one, two, start = saved_state(runs / "1"), saved_state(runs / "4"), saved_state(runs / "4", 0)
     assert one.keys() == two.keys()
     for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-2, atol=1e-3, err_msg=name)
+        if name.endswith("kernel") and name.startswith("params"):
+            moved = np.abs(one[name] - start[name]).max()
+            assert np.abs(two[name] - one[name]).max() < 0.1 * moved, name
 
 
 def test_every_device_holds_its_part(tiny_dataset):

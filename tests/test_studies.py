@@ -48,6 +48,8 @@ def result_of(cell, mean=0.5):
         "seed": 0,
         "device": "1 x cpu",
         "dataset_fingerprint": "abc",
+        "num_patients_seen_in_training": 0,
+        "checkpoint_step": 50,
         "embedding": {"effective_rank": 10.0, "embedding_dim": 64},
         "codebook": {"used_codes": 3, "dead_codes": 509, "num_codes": 512, "perplexity": 1.5},
         "warnings": ["the codebook has collapsed: 3 of 512"] if cell.name == "mask_20" else [],
@@ -183,6 +185,49 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
     assert "stopped     at step" in output and "evaluate" not in output
     assert checkpoint.choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
     assert not cell.result.exists() and not study.seconds(settings)
+
+
+def test_overrides_of_what_the_study_sets_are_refused(settings):
+    def refused(override, match):
+        with pytest.raises(InputError, match=match):
+            study.check_overrides(settings._replace(overrides=(override,)), ["masked_region", "rotation"])
+
+    refused("mask.fraction=0.2", r"--override=mask.fraction=0.2: a study sets mask.fraction itself")
+    refused("num_steps=5", "a study sets num_steps itself")
+    refused("model.vq_update=ema", r"configs/rotation.py has no field model.vq_update")
+    refused("dytpe=bfloat16", r"configs/masked_region.py has no field dytpe")
+    study.check_overrides(
+        settings._replace(overrides=("dtype=bfloat16", "model.depth=2")), ["masked_region", "rotation"]
+    )
+
+
+def test_drawing_takes_the_settings_from_the_study(settings, stages_run):
+    study.run(chain.chain_cells(settings), ["mask_05"], settings)
+    elsewhere = settings._replace(num_steps=0, seed=3, size="reference", split="validation")
+    assert study.recorded(elsewhere) == settings
+    assert sorted(path.name for path in settings.workdir.iterdir()) == ["results", "seconds", "study.json"]
+    with pytest.raises(InputError, match="holds no results yet"):
+        study.recorded(settings._replace(workdir=settings.workdir / "nowhere"))
+
+
+def test_patients_that_were_trained_on_are_said(settings):
+    one, two = result_of(chain.chain_cells(settings)[0]), result_of(chain.chain_cells(settings)[1])
+    assert "NOT HELD OUT" not in study.caption([one, two])
+    two["num_patients_seen_in_training"] = 4
+    assert "NOT HELD OUT: up to 4 of these patients were in the training data" in study.caption([one, two])
+    one["num_patients_seen_in_training"] = None
+    assert "CANNOT BE CHECKED" in study.caption([one, two])
+
+
+def test_a_training_without_its_last_validation_is_not_complete(tmp_path):
+    arguments = ("--config.num_steps=8", f"--workdir={tmp_path}")
+    line = json.dumps({"kind": "validation", "step": 4}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(line)
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    assert not study._training_is_complete("ctssl_jax.train", arguments)
+    (tmp_path / "metrics.jsonl").write_text(line + line.replace("4", "8"))
+    assert study._training_is_complete("ctssl_jax.train", arguments)
+    assert study._training_is_complete("ctssl_jax.evaluate", arguments)
 
 
 def test_the_chain_s_table(settings):

@@ -105,7 +105,7 @@ def assert_same_state(workdir: Path, other: Path, step: int | str = "last") -> N
 def numbers(workdir: Path) -> list[dict]:
     """All reports of a run without what a clock says."""
     clocks = ("time", "slices_per_second", "waiting_for_data")
-    lines = reports.read_reports(workdir, "train") + reports.read_reports(workdir, "validation")
+    lines = [line for kind in ("train", "gradient_norm", "validation") for line in reports.read_reports(workdir, kind)]
     return [{name: value for name, value in line.items() if name not in clocks} for line in lines]
 
 
