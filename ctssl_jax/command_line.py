@@ -57,7 +57,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             message = f"{message.split(': ')[0]}: {message.strip().splitlines()[-1].split(': ', 1)[-1]}"
         if isinstance(error, AttributeError):
             message = f"the recipe has no such field: {message}"
-        message = " ".join(message.replace('"', "").replace("\\", "").split())
+        message = " ".join(message.replace("\\", "").split())
         print(f"error: {message}; --help lists the flags", file=sys.stderr)
         sys.exit(2)
 

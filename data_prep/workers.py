@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 _SECONDS_BETWEEN_LINES = 15
+_REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class WorkerDied:
@@ -81,12 +82,16 @@ def _run_one_by_one(function, under_way) -> Iterator[tuple[tuple, Any]]:
 
 
 def _submit(executor, function, task) -> concurrent.futures.Future:
+    """A request to stop waits until a worker that is being started has been told what it is: else it would complain."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS_TO_STOP)
     try:
         return executor.submit(function, *task)
     except BrokenProcessPool as error:
         future = concurrent.futures.Future()
         future.set_exception(error)
         return future
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _new_executor(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
@@ -97,6 +102,7 @@ def _new_executor(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
 
 
 def _start_worker() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _REQUESTS_TO_STOP)  # a worker inherits what was blocked at its start
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
 

@@ -6,7 +6,7 @@
 The reckoned table adds up, for one device,
 
 * parameters, gradients and the two moments of RAdam, float32, each divided by the number of devices that share them;
-* if they are shared, the parameters gathered for the computation, once, in the dtype of the convolutions;
+* if they are shared, the parameters gathered for the computation, once, float32;
 * what the backward pass keeps of the forward pass: the residuals that JAX saves for the loss of
   `experiments.benchmark_training`, copies of kernels in the convolutions' dtype included, all of them at once;
 * working memory: three float32 arrays as large as the largest activation (a gradient coming in, one going out, and
@@ -119,7 +119,7 @@ def reckon(config: VQVAEConfig, image_size: int, sharing: int) -> tuple[int, int
     """
     one, two = (residual_bytes(config, image_size, batch_size) for batch_size in (1, 2))
     scalars = num_scalars(abstract_model(config)[1])
-    gathered = scalars * jnp.dtype(config.dtype).itemsize if sharing > 1 else 0
+    gathered = 4 * scalars if sharing > 1 else 0
     first, second = config.hidden
     working = 3 * 4 * max(first * (image_size // 2) ** 2, second * (image_size // 4) ** 2)
     block_residuals, block_parameters = _block_bytes(config, image_size)

@@ -25,9 +25,10 @@ def test_one_logit_a_class(num_classes, size):
     graph, state = nnx.split(model)
     apply = jax.jit(lambda images: nnx.merge(graph, state)(images, train=False))
     images = jax.random.uniform(jax.random.key(0), (5, size, size, 1))
-    logits = apply(images)
+    logits, latents = apply(images)
     assert logits.shape == (5, num_classes) and logits.dtype == jnp.float32
-    np.testing.assert_allclose(apply(images[3:4]), logits[3:4], atol=1e-5)  # examples do not mix in evaluation
+    assert latents.shape == (5, size // 4, size // 4, model.config.embedding_dim) and latents.dtype == jnp.float32
+    np.testing.assert_allclose(apply(images[3:4]).logits, logits[3:4], atol=1e-5)  # examples do not mix in evaluation
 
 
 def test_reference_size():

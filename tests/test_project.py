@@ -1,6 +1,7 @@
 """The project around the code: README's commands, light command lines, one-way imports, no machine named anywhere."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -87,20 +88,28 @@ def test_readme_shows_the_commands():
         assert (PROJECT / name).is_file(), f"README shows {name}, which is not there"
 
 
+def _flat(config):
+    """(name, value) of every field, `mask.fraction` and so on."""
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from ((f"{name}.{inner}", one) for inner, one in _flat(value))
+        else:
+            yield name, value
+
+
 def test_readme_names_only_flags_and_fields_that_exist():
     readme = (PROJECT / "README.md").read_text()
     sources = "\n".join(path.read_text() for path in PROJECT.rglob("*.py") if ".venv" not in path.parts)
     for flag in set(re.findall(r"--([a-z_]+)(?==|`| |\n)", readme)) - OTHER_PROGRAMS:
         known = f'"{flag}"' in sources or f'"{flag.removeprefix("no")}"' in sources  # --nochained: a bool is false
         assert known or flag == "config", f"README names --{flag}"
-    from configs import masked_region
-
-    config = masked_region.get_config()
+    recipes = [path.stem for path in (PROJECT / "configs").glob("*.py") if path.stem != "__init__"]
+    fields = set()
+    for recipe in recipes:
+        config = importlib.import_module(f"configs.{recipe}").get_config()
+        fields |= {*config, *(name for name, _ in _flat(config))}
     for field in re.findall(r"--config\.([a-z_.]+)", readme):
-        node = config
-        for name in field.split("."):
-            assert name in node, f"README names config.{field}"
-            node = node[name]
+        assert field in fields, f"README names config.{field}"
 
 
 def test_repository_names_no_machine():
