@@ -30,7 +30,7 @@ def save(
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        len(models), 4, figsize=(10.5, 1.75 * len(models) + 1), width_ratios=(2.6, 1, 1, 1), layout="constrained"
+        len(models), 4, figsize=(9.5, 1.75 * len(models) + 1), width_ratios=(1.9, 1, 1, 1), layout="constrained"
     )
     for axis in axes.flat:
         axis.set_axis_off()
@@ -49,7 +49,7 @@ def save(
         row[1].imshow(pictures.grey(shown["input"][0]))
         row[2].imshow(pictures.grey(shown["prediction"][0]))
         row[3].imshow(pictures.difference(shown["prediction"][0], shown["target"][0]))
-    figure.supxlabel(textwrap.fill(caption.replace("**", ""), 150), fontsize=7.5)
+    figure.supxlabel(textwrap.fill(caption.replace("**", ""), 130), fontsize=7.5)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
