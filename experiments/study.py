@@ -285,8 +285,8 @@ def caption(results: Sequence[dict]) -> str:
         if any(result["synthetic"] for result in results)
         else "",
         f"{common([result['split'] for result in results])} split, "
-        f"{common([number['num_volumes'] for number in numbers])} volumes of "
-        f"{common([number['num_patients'] for number in numbers])} patients, {common(size)}; ",
+        f"{common([number['num_volumes'] for number in numbers])} volume(s) of "
+        f"{common([number['num_patients'] for number in numbers])} patient(s), {common(size)}; ",
         f"{' / '.join(f'{number:,}' for number in steps)} training steps of batch "
         f"{common([result['config']['batch_size'] for result in results])}, seed "
         f"{common([result['seed'] for result in results])}, {common([result['device'] for result in results])}.",
