@@ -36,8 +36,15 @@ AT_LEAST_ZERO = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip
 # A run may go on with other values of these; everything else is part of what the run is. `num_steps` only under a
 # constant schedule: a cosine depends on it from the first step.
 MAY_CHANGE = (
-    *("dataset", "num_steps", "log_every", "eval_every", "num_pictures", "reading_threads"),
-    *("remat", "scan", "fsdp_devices"),
+    "dataset",
+    "num_steps",
+    "log_every",
+    "eval_every",
+    "num_pictures",
+    "reading_threads",
+    "remat",
+    "scan",
+    "fsdp_devices",
 )
 
 

@@ -7,9 +7,7 @@ volumes with a 95 % bootstrap interval by patient. Beside RESULT.json stand RESU
 (input, target, prediction and difference of slices spread over the split) and RESULT.npz (these pictures as arrays).
 """
 
-import csv
 import hashlib
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -18,17 +16,8 @@ from absl import flags
 
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError
+from ctssl_jax.measurement import notes
 
-UNITS = {
-    "mse": "mean squared difference of grey values in [0, 1]",
-    "masked_mse": "the same over masked pixels, per-pixel mean",
-    "masked_mse_batch_sum": "16 x masked_mse: the sum over a batch of 16 that the authors' release reports",
-    "ssim": "structural similarity, Gaussian 11 x 11, sigma 1.5",
-    "cross_entropy": "natural units, on logits",
-    "double_softmax_cross_entropy": "natural units, softmax applied twice, as the paper's Table II appears to be",
-    "accuracy": "share of slices",
-    "auroc": "one class against the rest over the slices of a volume, mean over classes",
-}
 RELEASE_BATCH_SIZE = 16
 MEAN_IMAGE_SLICES = 1024
 
@@ -61,37 +50,20 @@ def evaluate(
       InputError: no such run or checkpoint, or data prepared otherwise than the run's.
     """
     import jax
-    import numpy as np
 
     from ctssl_jax import checkpoint as checkpoint_files
-    from ctssl_jax import configuration, data, distributed, health, metrics, pictures, training, transplant
+    from ctssl_jax import configuration, data, distributed, health, measurement, metrics, pictures, training
     from ctssl_jax.tasks import get_task
 
     # ---- What is asked for, and can it work? ----
     workdir, output = Path(workdir), Path(output)
-    if batch_size < 0:
-        raise InputError(f"--batch_size={batch_size}: must be 0 or more")
-    if output.suffix != ".json":
-        raise InputError(f"--output={output} must end in .json")
-    if not (workdir / "config.json").is_file():
-        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
-    config = configuration.from_json(json.loads((workdir / "config.json").read_text()))
-    trained_on = json.loads((workdir / "preparation.json").read_text())
+    measurement.check_request(output, batch_size)
+    run = measurement.open_run(workdir, dataset, (split, "train") if baselines else (split,))
+    config, preparation, channels = run.config, run.preparation, run.channels
     step = checkpoint_files.choose_step(workdir, checkpoint)
-    trained_channels = data.select_channels(trained_on, config.windows)
-    config.windows = [list(window) for window in data.selected_windows(trained_on, trained_channels)]
-    if dataset is not None:
-        config.dataset = str(dataset)
-    try:
-        preparation, channels = configuration.check_dataset(config, (split, "train") if baselines else (split,))
-    except InputError as error:
-        raise InputError(f"--dataset={config.dataset} was prepared otherwise than the run's data: {error}") from None
     task = get_task(config.task)
     source = data.open_source(config.dataset, split, channels, task.offsets(config))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output={output} cannot be written ({error.strerror}); choose another folder") from None
+    measurement.make_folder(output)
 
     # ---- The model ----
     num_devices = jax.device_count()
@@ -118,34 +90,25 @@ def evaluate(
             values["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * values["masked_mse"]
         return values
 
-    def summarise(by_volume: dict) -> dict:
-        return {
-            name: {**metrics.volume_summary(values, patient_ids), "unit": UNITS[name]}
-            for name, values in by_volume.items()
-        }
-
     by_volume = volume_values(slices.scores)
-    summary = summarise(by_volume)
     if slices.classes is not None:
         by_volume["auroc"] = _volume_aurocs(**slices.classes, volume_index=volume_index, num_volumes=len(volumes))
-        summary["auroc"] = {**_summary_of_defined(by_volume["auroc"], patient_ids), "unit": UNITS["auroc"]}
-    ancestors = transplant.read_ancestors(workdir)
-    learned_from = [json.loads((workdir / "patients.json").read_text()), *[run.pop("patients") for run in ancestors]]
-    seen = transplant.patients_seen(learned_from, preparation["key_fingerprint"], split, set(patient_ids))
     embedding = health.embedding_use(slices.embedding_moments)
     result = {
         "task": config.task,
         "recipe": config.recipe,
         "synthetic": preparation["synthetic"],
         "split": split,
-        "metrics": summary,
+        "metrics": measurement.summaries(by_volume, patient_ids),
         "num_slices": len(slices.record_index),
-        "num_patients_seen_in_training": seen,
+        "num_patients_seen_in_training": measurement.patients_seen(
+            run.learned_from, preparation["key_fingerprint"], split, patient_ids
+        ),
         "checkpoint_step": step,
         "model_fingerprint": _fingerprint(checkpoint_files.flatten(model)),
         "dataset_fingerprint": preparation["fingerprint"],
-        "trained_on_fingerprint": trained_on["fingerprint"],
-        "init_from": ancestors,
+        "trained_on_fingerprint": run.trained_on["fingerprint"],
+        "init_from": run.ancestors,
         "train_fraction": 1.0,
         "seed": config.seed,
         "config": configuration.to_json(config),
@@ -166,15 +129,12 @@ def evaluate(
     if baselines:
         train_source = data.open_source(config.dataset, "train", channels, task.offsets(config))
         scores = _baseline_scores(config, task, source, train_source, batch_size)
-        result["baselines"] = {name: summarise(volume_values(values)) for name, values in scores.items()}
+        result["baselines"] = {
+            name: measurement.summaries(volume_values(values), patient_ids) for name, values in scores.items()
+        }
 
     # ---- Files ----
-    with open(output.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
-        for index, volume in enumerate(volumes):
-            scores = ["" if np.isnan(values[index]) else f"{values[index]:.6g}" for values in by_volume.values()]
-            writer.writerow([volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores])
+    measurement.write_volumes(output.with_suffix(".csv"), volumes, by_volume)
     number = min(config.num_pictures, batch_size)
     shown = training.render_pictures(program, state, data.picture_batch(source, batch_size, number), number)
     pictures.save_arrays(output.with_suffix(".npz"), shown)
@@ -211,11 +171,7 @@ def table(result: dict) -> str:
     if "confusion" in result:
         counts = "; ".join(" ".join(map(str, row)) for row in result["confusion"])
         lines.append(f"slices by true class (rows) and predicted class: {counts}")
-    if result["num_patients_seen_in_training"]:
-        lines.append(f"NOTE: {result['num_patients_seen_in_training']} of these patients were in the training data")
-    if result["num_patients_seen_in_training"] is None:
-        lines.append("NOTE: whether these patients were in the training data cannot be checked (other pseudonym key)")
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes(result)])
 
 
 def _volumes_of_records(volumes: list[dict], record_index):
@@ -241,18 +197,6 @@ def _volume_aurocs(label, probabilities, *, volume_index, num_volumes: int):
 
     of_volume = [volume_index == index for index in range(num_volumes)]
     return np.array([metrics.auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume])
-
-
-def _summary_of_defined(values, patient_ids: list[str]) -> dict:
-    """`metrics.volume_summary` over the volumes whose value is defined."""
-    import numpy as np
-
-    from ctssl_jax import metrics
-
-    defined = np.flatnonzero(~np.isnan(values))
-    if not len(defined):
-        raise InputError("no volume of this split has slices of two classes, so no AUROC is defined; give more slices")
-    return metrics.volume_summary(values[defined], [patient_ids[index] for index in defined])
 
 
 def _confusion(label, probabilities) -> list[list[int]]:

@@ -22,9 +22,6 @@ labels and neighbours, and the mean of each block of 4 x 4 pixels for the linear
 RESULT.csv, one row a volume.
 """
 
-import csv
-import json
-import math
 import platform
 import time
 from importlib.metadata import version
@@ -34,7 +31,7 @@ from absl import flags
 
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError
-from ctssl_jax.evaluate import UNITS
+from ctssl_jax.measurement import notes
 
 ENCODERS = ("run", "untrained", "pixels")
 LEAST_TRAINING_SLICES = 32
@@ -74,7 +71,7 @@ def probe(
     import threadpoolctl
 
     from ctssl_jax import checkpoint as checkpoint_files
-    from ctssl_jax import configuration, data, linear_probes, transplant
+    from ctssl_jax import data, linear_probes, measurement
     from ctssl_jax.metrics import SSIM_WINDOW
     from ctssl_jax.tasks import get_task
 
@@ -86,23 +83,10 @@ def probe(
         raise InputError(f"--split={split}: choose test or validation; the probes are fitted to train")
     if max_slices < LEAST_TRAINING_SLICES:
         raise InputError(f"--max_slices={max_slices}: must be {LEAST_TRAINING_SLICES} or more")
-    if batch_size < 0:
-        raise InputError(f"--batch_size={batch_size}: must be 0 or more")
-    if output.suffix != ".json":
-        raise InputError(f"--output={output} must end in .json")
-    if not (workdir / "config.json").is_file():
-        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
-    config = configuration.from_json(json.loads((workdir / "config.json").read_text()))
-    trained_on = json.loads((workdir / "preparation.json").read_text())
+    measurement.check_request(output, batch_size)
+    run = measurement.open_run(workdir, dataset, ("train", "validation", split))
+    config, preparation, channels = run.config, run.preparation, run.channels
     step = checkpoint_files.choose_step(workdir, checkpoint) if encoder == "run" else None
-    trained_channels = data.select_channels(trained_on, config.windows)
-    config.windows = [list(window) for window in data.selected_windows(trained_on, trained_channels)]
-    if dataset is not None:
-        config.dataset = str(dataset)
-    try:
-        preparation, channels = configuration.check_dataset(config, ("train", "validation", split))
-    except InputError as error:
-        raise InputError(f"--dataset={config.dataset} cannot serve this run: {error}") from None
     if config.image_size < SSIM_WINDOW:
         raise InputError(f"--dataset={config.dataset}: SSIM needs images of {SSIM_WINDOW} pixels or more")
     sources = {
@@ -111,10 +95,7 @@ def probe(
         for name in ("train", "validation", split)
     }
     _check_sources(sources, split)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output={output} cannot be written ({error.strerror}); choose another folder") from None
+    measurement.make_folder(output)
 
     # ---- The encoder ----
     task, batch_size = get_task(config.task), batch_size or config.batch_size // config.microbatches
@@ -147,9 +128,7 @@ def probe(
 
     # ---- Files ----
     patient_ids = [volume["patient_id"] for volume in volumes]
-    ancestors = transplant.read_ancestors(workdir) if encoder == "run" else []
-    learned_from = [json.loads((workdir / "patients.json").read_text())] if encoder == "run" else []
-    learned_from += [run.pop("patients") for run in ancestors]
+    learned = encoder == "run"  # the controls have seen nobody
     result = {
         "kind": "probe",
         "recipe": config.recipe,
@@ -157,7 +136,7 @@ def probe(
         "encoder": encoder,
         "synthetic": preparation["synthetic"],
         "split": split,
-        "metrics": {name: _summary(values, patient_ids, name) for name, values in by_volume.items()},
+        "metrics": measurement.summaries(by_volume, patient_ids),
         "chosen": chosen,
         "num_features": linear_probes.num_features(frozen, config.image_size),
         "corruptions": {
@@ -169,24 +148,19 @@ def probe(
         "num_train_pairs": len(sources["train", (0, 1)]),
         "num_slices": len(sources[split, (0,)]),
         "num_pairs": len(sources[split, (0, 1)]),
-        "num_patients_seen_in_training": transplant.patients_seen(
-            learned_from, preparation["key_fingerprint"], split, set(patient_ids)
+        "num_patients_seen_in_training": measurement.patients_seen(
+            run.learned_from if learned else [], preparation["key_fingerprint"], split, patient_ids
         ),
         "checkpoint_step": step,
-        "init_from": ancestors,
+        "init_from": run.ancestors if learned else [],
         "dataset_fingerprint": preparation["fingerprint"],
-        "trained_on_fingerprint": trained_on["fingerprint"],
+        "trained_on_fingerprint": run.trained_on["fingerprint"],
         "seed": config.seed,
         "versions": {name: version(name) for name in ("jax", "flax", "numpy", "scikit-learn")},
         "device": jax.local_devices()[0].device_kind,
         "python": platform.python_version(),
     }
-    with open(output.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
-        for index, volume in enumerate(volumes):
-            scores = ["" if math.isnan(values[index]) else f"{values[index]:.6g}" for values in by_volume.values()]
-            writer.writerow([volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores])
+    measurement.write_volumes(output.with_suffix(".csv"), volumes, by_volume)
     checkpoint_files.write_json(output, result)  # last: with it the probe is complete
     return result
 
@@ -203,11 +177,7 @@ def table(result: dict) -> str:
         target, probe, score = name.split("/")
         rows.setdefault(f"{target:15}{probe:8}", []).append(f"{score} {value['mean']:.4f}")
     lines += [row + "".join(f"{score:20}" for score in scores).rstrip() for row, scores in rows.items()]
-    if result["num_patients_seen_in_training"]:
-        lines.append(f"NOTE: {result['num_patients_seen_in_training']} of these patients were in the training data")
-    if result["num_patients_seen_in_training"] is None:
-        lines.append("NOTE: whether these patients were in the training data cannot be checked (other pseudonym key)")
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes(result)])
 
 
 def _open(dataset: str, split: str, channels: tuple[int, ...], offsets: tuple[int, ...], most: int):
@@ -308,17 +278,6 @@ def _image_values(frozen, name: str, train, validation, test, volumes: list[dict
         for score, value in scores.items()
     }
     return values, {"linear": {"penalty": probes.penalty}, "knn": {"neighbours": probes.number}}
-
-
-def _summary(values, patient_ids: list[str], name: str) -> dict:
-    """`metrics.volume_summary` over the volumes whose value is defined, with the score's unit."""
-    import numpy as np
-
-    from ctssl_jax import metrics
-
-    defined = np.flatnonzero(~np.isnan(values))
-    summary = metrics.volume_summary(values[defined], [patient_ids[index] for index in defined])
-    return {**summary, "unit": UNITS[name.split("/")[-1]]}
 
 
 def define_flags() -> None:

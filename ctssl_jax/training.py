@@ -180,6 +180,7 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
         batch = abstract_batch(config, task, channels, config.batch_size // config.microbatches)
         step = jax.ShapeDtypeStruct((), jnp.int32)
         _, (_, sums) = jax.eval_shape(loss_of, *abstract_state, batch, step)
+        sums["gradient_norm"] = jax.ShapeDtypeStruct((), jnp.float32)  # both are added once a step
         sums["layer_gradient_norms"] = jax.eval_shape(layer_norms, abstract_state[0])
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
 
@@ -212,19 +213,22 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
             "weight": jnp.sum(weight),
             "code_counts": output.code_counts,
         }
-        sums["gradient_norm"] = jnp.zeros(())  # both added once a step, in apply_gradients
         return loss, (nnx.as_pure(variables), sums)
 
     def gradients_of(state: TrainState, batch: dict) -> tuple[TrainState, Any]:
         (_, (variables, sums)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
             state.params, state.variables, batch, state.step
         )
-        sums["layer_gradient_norms"] = jax.tree.map(jnp.zeros_like, state.sums["layer_gradient_norms"])
-        return state.replace(variables=variables, sums=jax.tree.map(jnp.add, state.sums, sums)), gradients
+        return state.replace(variables=variables, sums=added(state.sums, sums)), gradients
+
+    def added(sums: dict, more: dict) -> dict:
+        """The sums with those of `more` added."""
+        return sums | jax.tree.map(jnp.add, {name: sums[name] for name in more}, more)
 
     def apply_gradients(state: TrainState, gradients: Any) -> TrainState:
         updates, new_optimizer = optimizer.update(gradients, state.optimizer, state.params)
-        norm, norms = optax.tree.norm(gradients), layer_norms(gradients)
+        norm = optax.tree.norm(gradients)
+        norms = {"gradient_norm": norm, "layer_gradient_norms": layer_norms(gradients)}
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(norm) & jnp.isfinite(state.sums["loss"]) & jnp.isfinite(optax.tree.norm(params))
         first = jnp.where((state.nonfinite_step < 0) & ~finite, state.step + 1, state.nonfinite_step)
@@ -232,13 +236,7 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
             step=state.step + 1,
             params=params,
             optimizer=new_optimizer,
-            sums=state.sums
-            | {
-                "gradient_norm": state.sums["gradient_norm"] + norm * config.batch_size,
-                "layer_gradient_norms": jax.tree.map(
-                    lambda total, value: total + value * config.batch_size, state.sums["layer_gradient_norms"], norms
-                ),
-            },
+            sums=added(state.sums, jax.tree.map(lambda value: value * config.batch_size, norms)),
             nonfinite_step=first,
         )
 

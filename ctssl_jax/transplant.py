@@ -5,6 +5,7 @@ A run remembers where its weights come from in `ancestors.json`: one entry a run
 started from, with the pseudonyms of the patients that each was trained on.
 """
 
+import collections
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,6 @@ from ctssl_jax import data
 from ctssl_jax.checkpoint import choose_step, flatten, restore, stored_shapes, unflatten, write_json
 from ctssl_jax.command_line import InputError
 
-SCOPES = ("model", "encoder")
 ANCESTORS = "ancestors.json"
 
 
@@ -171,10 +171,7 @@ def report(donor: Donor) -> list[str]:
     lines = [f"start        {len(donor.moved)} tensors of checkpoint {donor.step:,} of {donor.workdir}"]
     for title, names in (("moved", donor.moved), ("initialised", donor.kept), ("left behind", donor.left)):
         if names:
-            counts: dict[str, int] = {}
-            for name in names:
-                part = name.split("/")[1]
-                counts[part] = counts.get(part, 0) + 1
+            counts = collections.Counter(name.split("/")[1] for name in names)
             lines.append(f"{'':13}{title}: " + ", ".join(f"{part} ({number})" for part, number in counts.items()))
     return lines
 
@@ -183,21 +180,3 @@ def read_ancestors(workdir: Path) -> list[dict]:
     """Contents of a run's `ancestors.json`; empty for one that started from random weights."""
     path = workdir / ANCESTORS
     return json.loads(path.read_text()) if path.exists() else []
-
-
-def patients_seen(learned_from: list[dict], key_fingerprint: str, split: str, evaluated: set[str]) -> int | None:
-    """How many of the evaluated patients the run or one of its ancestors has learned from, or chose a checkpoint by.
-
-    Args:
-      learned_from: contents of `patients.json` of the run and of its ancestors.
-      key_fingerprint: of the pseudonyms of the evaluated patients.
-      split: that is evaluated; of `validation`, the patients that a checkpoint was chosen by do not count.
-      evaluated: pseudonyms.
-
-    Returns:
-      None where that cannot be known: pseudonyms of another key tell nothing.
-    """
-    if any(patients["key_fingerprint"] != key_fingerprint for patients in learned_from):
-        return None
-    splits = ("train",) if split == "validation" else ("train", "validation")
-    return len(evaluated & {patient for patients in learned_from for name in splits for patient in patients[name]})

@@ -64,22 +64,9 @@ def table_rows(chained: Sequence[Cell], alone: Sequence[Cell], steps: int) -> li
             row = {"mask": f"{fraction:.0%}", "training": way, "steps in all": f"{(stage + 1) * steps:,}"}
             result = study.read_result(cell)
             for score in SCORES:
-                row[score] = "" if result is None else _score(result["metrics"][score])
+                row[score] = "" if result is None else study.score(result["metrics"][score])
             rows.append(row)
     return rows
-
-
-def _score(value: dict) -> str:
-    sd = "" if value["sd"] is None else f" ± {value['sd']:.4f}"
-    interval = "" if value["ci95"] is None else f" ({value['ci95'][0]:.4f} to {value['ci95'][1]:.4f})"
-    return f"{value['mean']:.4f}{sd}{interval}"
-
-
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """Rows with the same columns as a Markdown table; an empty cell is `missing`."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(value or "missing" for value in row.values()) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 def draw(settings: Settings) -> str:
@@ -90,7 +77,7 @@ def draw(settings: Settings) -> str:
     if not results:
         raise command_line.InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     caption = study.caption(results)
-    text = f"# Progressive masking, chained and not\n\n{caption}\n\n{markdown(rows)}"
+    text = f"# Progressive masking, chained and not\n\n{caption}\n\n{study.markdown(rows)}"
     (settings.workdir / "chain.md").write_text(text)
     study.write_csv(settings.workdir / "chain.csv", rows)
     return text

@@ -30,8 +30,16 @@ PROJECT = Path(__file__).resolve().parent.parent
 VERBS = ("plan", "run", "draw")
 SETTINGS = "study.json"
 FIXED_FIELDS = (
-    *("dataset", "seed", "num_steps", "image_size", "task", "recipe", "mask.fraction"),
-    *("init_from", "init_scope", "init_checkpoint"),
+    "dataset",
+    "seed",
+    "num_steps",
+    "image_size",
+    "task",
+    "recipe",
+    "mask.fraction",
+    "init_from",
+    "init_scope",
+    "init_checkpoint",
 )
 
 
@@ -257,8 +265,26 @@ def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:
                 node = node[part]
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Rows with the same columns as CSV."""
+def with_spread(mean: float | None, sd: float | None) -> str:
+    """A mean with its standard deviation, if there is one; empty without a mean."""
+    return "" if mean is None else f"{mean:.4f}" + ("" if sd is None else f" ± {sd:.4f}")
+
+
+def score(value: dict) -> str:
+    """A metric of a results JSON: mean, standard deviation and 95 % interval."""
+    interval = "" if value["ci95"] is None else f" ({value['ci95'][0]:.4f} to {value['ci95'][1]:.4f})"
+    return with_spread(value["mean"], value["sd"]) + interval
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Rows with the same columns as a Markdown table; an empty cell is `missing`."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(value or "missing" for value in row.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows with the same columns as CSV; None is empty."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

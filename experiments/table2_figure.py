@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctssl_jax import pictures
+from experiments.study import with_spread
 
 COLUMNS = {"input": "Sample input", "prediction": "Predicted output", "difference": "Difference"}
 
 
 def save(
     path: Path,
-    models: Sequence[tuple[str, list[dict[str, str]], Path]],
+    models: Sequence[tuple[str, list[dict], Path]],
     names: dict[str, str],
     caption: str,
 ) -> None:
@@ -38,7 +39,7 @@ def save(
     for axis, title in zip(axes[0, 1:], COLUMNS.values(), strict=True):
         axis.set_title(title, fontsize=9)
     for row, (title, rows, arrays) in zip(axes, models, strict=True):
-        lines = [f"{names[line['metric']]}: {_ours(line)}{_papers(line)}" for line in rows]
+        lines = [f"{names[line['metric']]}: {_values(line)}" for line in rows]
         row[0].text(0, 0.98, title, fontsize=9, weight="bold", va="top", transform=row[0].transAxes)
         row[0].text(0, 0.8, "\n".join(lines), fontsize=7.5, va="top", transform=row[0].transAxes, linespacing=1.5)
         if not arrays.exists():
@@ -54,13 +55,6 @@ def save(
     plt.close(figure)
 
 
-def _ours(row: dict[str, str]) -> str:
-    if not row["mean"]:
-        return "missing"
-    return f"{float(row['mean']):.4f}" + (f" ± {float(row['sd']):.4f}" if row["sd"] else "")
-
-
-def _papers(row: dict[str, str]) -> str:
-    if not row["paper_mean"]:
-        return ""
-    return f"  ({float(row['paper_mean']):.4f}" + (f" ± {float(row['paper_sd']):.4f})" if row["paper_sd"] else ")")
+def _values(row: dict) -> str:
+    papers = with_spread(row["paper_mean"], row["paper_sd"])
+    return (with_spread(row["mean"], row["sd"]) or "missing") + (f"  ({papers})" if papers else "")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from training_runs import TINY, ask_to_stop_at, assert_same_state, losses, numbers, saved_state, train_on
+from training_runs import ask_to_stop_at, assert_same_state, losses, numbers, saved_state, tiny_recipe, train_on
 
 from configs import masked_region
 from ctssl_jax import configuration, corruptions, data, metrics, training
@@ -19,16 +19,6 @@ from ctssl_jax.tasks import TASKS, get_task
 from data_prep import dataset
 
 NEW = ("next_slice", "denoising", "rotation", "flip")
-
-
-def tiny(dataset_dir, task, **overrides):
-    """The recipe of a task at the size of a test."""
-    config = importlib.import_module(f"configs.{task}").get_config()
-    for name, value in {"dataset": str(dataset_dir), **TINY, **overrides}.items():
-        node = config.model if name.startswith("model.") else config
-        if name.removeprefix("model.") in node:
-            config.update_from_flattened_dict({name: value})
-    return config
 
 
 def apply_untrained(config, images, keys, train=False):
@@ -49,7 +39,7 @@ def batch():
 @pytest.mark.parametrize(("task", "rescale"), [("next_slice", False), ("denoising", False), ("denoising", True)])
 def test_reconstruction_target_and_loss_by_hand(task, rescale, batch):
     images, keys = batch
-    config = tiny("", task, ssim_rescale=rescale)
+    config = tiny_recipe("", task, ssim_rescale=rescale)
     model, output = apply_untrained(config, images, keys)
     unit = images.astype(np.float32) / 255
     inputs, target = unit[:, 0], unit[:, 1 if task == "next_slice" else 0]
@@ -76,7 +66,7 @@ def test_reconstruction_target_and_loss_by_hand(task, rescale, batch):
 @pytest.mark.parametrize(("task", "num_classes"), [("rotation", 4), ("flip", 3)])
 def test_classification_labels_and_loss_by_hand(task, num_classes, batch):
     images, keys = batch
-    model, output = apply_untrained(tiny("", task), images[:, :1], keys)
+    model, output = apply_untrained(tiny_recipe("", task), images[:, :1], keys)
     labels = np.asarray(output.classes["label"])
     transform = np.rot90 if task == "rotation" else (lambda image, k: [image, image[:, ::-1], image[::-1]][k])
     inputs = np.stack(
@@ -108,7 +98,7 @@ def test_labels_are_fixed_in_evaluation_and_new_every_step(batch):
 def test_next_slice_pairs_never_cross_a_gap_or_a_volume(tiny_dataset):
     records = dataset.open_split(tiny_dataset, "train")
     for gap, pairs_a_volume in ((1, 10), (2, 8)):  # 12 slices, a gap after slice 5
-        config = tiny(tiny_dataset, "next_slice", slice_gap=gap)
+        config = tiny_recipe(tiny_dataset, "next_slice", slice_gap=gap)
         source = data.open_source(tiny_dataset, "train", (0,), get_task("next_slice").offsets(config))
         assert len(source) == 5 * pairs_a_volume
         for index in range(len(source)):
@@ -134,7 +124,9 @@ def straight(tiny_dataset, tmp_path_factory, compilation_cache):
 
 
 def learning(dataset_dir, task):
-    return tiny(dataset_dir, task, num_steps=40, log_every=10, eval_every=20, learning_rate=0.01, optimizer="adamw")
+    return tiny_recipe(
+        dataset_dir, task, num_steps=40, log_every=10, eval_every=20, learning_rate=0.01, optimizer="adamw"
+    )
 
 
 @pytest.mark.parametrize("task", NEW)
@@ -232,7 +224,7 @@ def test_the_recipes_pass_the_checks_and_hold_no_field_of_another_task(task, siz
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_line(task, field, value, message, tiny_dataset, tmp_path):
-    config = tiny(tiny_dataset, task)
+    config = tiny_recipe(tiny_dataset, task)
     config.update_from_flattened_dict({field: value})
     with pytest.raises(InputError) as raised:
         train_on(config, tmp_path / "run")

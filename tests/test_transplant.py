@@ -1,6 +1,5 @@
 """Weights from one run to another: what moves, what stays, what is refused, and whom the model has then seen."""
 
-import importlib
 import json
 import shutil
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from example_dataset import write_example_dataset
-from training_runs import TINY, ask_to_stop_at, assert_same_state, saved_state, train_on
+from training_runs import ask_to_stop_at, assert_same_state, saved_state, tiny_recipe, train_on
 
 from ctssl_jax import checkpoint, distributed, training, transplant
 from ctssl_jax.command_line import InputError
@@ -19,14 +18,8 @@ SHORT = {"num_steps": 2, "log_every": 1, "eval_every": 2}
 
 
 def tiny(dataset_dir, task, /, **overrides):
-    """The recipe of a task at the size of a test."""
-    config = importlib.import_module(f"configs.{task}").get_config()
-    overrides = {name.replace("__", "."): value for name, value in overrides.items()}
-    for name, value in {"dataset": str(dataset_dir), **TINY, **SHORT, **overrides}.items():
-        node = config.model if name.startswith("model.") else config
-        if name.removeprefix("model.") in node:
-            config.update_from_flattened_dict({name: value})
-    return config
+    """A recipe of two steps."""
+    return tiny_recipe(dataset_dir, task, **{**SHORT, **overrides})
 
 
 @pytest.fixture(scope="module")

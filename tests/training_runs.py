@@ -1,5 +1,6 @@
 """Tiny training runs and what they leave behind."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,6 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from configs import masked_region
 from ctssl_jax import checkpoint, reports, training
 from ctssl_jax.train import train
 
@@ -34,13 +34,18 @@ TINY = {
 EMA = {"model.vq_update": "ema", "model.vq_init": "data", "model.vq_revive_every": 3}
 
 
-def tiny_config(dataset: Path, /, **overrides) -> ml_collections.ConfigDict:
-    """The default recipe at the size of a test; `model__depth=2` sets `config.model.depth`."""
-    config = masked_region.get_config()
+def tiny_recipe(dataset: Path, task: str, /, **overrides) -> ml_collections.ConfigDict:
+    """The recipe of a task at the size of a test; `model__depth=2` sets `config.model.depth`."""
+    config = importlib.import_module(f"configs.{task}").get_config()
+    tiny = {name: value for name, value in TINY.items() if name.removeprefix("model.") in (*config, *config.model)}
     overrides = {name.replace("__", "."): value for name, value in overrides.items()}
-    for name, value in {"dataset": str(dataset), **TINY, **overrides}.items():
-        config.update_from_flattened_dict({name: value})
+    config.update_from_flattened_dict({"dataset": str(dataset), **tiny, **overrides})
     return config
+
+
+def tiny_config(dataset: Path, /, **overrides) -> ml_collections.ConfigDict:
+    """The default recipe at the size of a test."""
+    return tiny_recipe(dataset, "masked_region", **overrides)
 
 
 def command(dataset: Path, workdir: Path, /, *flags: str, **overrides) -> list[str]:

@@ -1,0 +1,160 @@
+"""What the commands that measure a run (`ctssl_jax.evaluate`, `ctssl_jax.probe`) do alike: open it on data that it was
+made for, average over volumes, say whom it has learned from, and write a row a volume.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ctssl_jax.command_line import InputError
+
+UNITS = {
+    "mse": "mean squared difference of grey values in [0, 1]",
+    "masked_mse": "the same over masked pixels, per-pixel mean",
+    "masked_mse_batch_sum": "16 x masked_mse: the sum over a batch of 16 that the authors' release reports",
+    "ssim": "structural similarity, Gaussian 11 x 11, sigma 1.5",
+    "cross_entropy": "natural units, on logits",
+    "double_softmax_cross_entropy": "natural units, softmax applied twice, as the paper's Table II appears to be",
+    "accuracy": "share of slices",
+    "auroc": "one class against the rest over the slices of a volume, mean over classes",
+}
+
+
+class MeasuredRun(NamedTuple):
+    """A run and the data that it is measured on.
+
+    config: the run's configuration, with `dataset` and `windows` those of the data.
+    trained_on: `preparation.json` of the run's own data.
+    preparation: that of the data.
+    channels: of the data's images that the model reads.
+    ancestors: the runs that its weights come from, without patients.
+    learned_from: `patients.json` of the run and of its ancestors.
+    """
+
+    config: Any
+    trained_on: dict
+    preparation: dict
+    channels: tuple[int, ...]
+    ancestors: list[dict]
+    learned_from: list[dict]
+
+
+def open_run(workdir: Path, dataset: str | Path | None, splits: tuple[str, ...]) -> MeasuredRun:
+    """Open a run directory.
+
+    Args:
+      workdir: run directory.
+      dataset: dataset directory; None takes the training's.
+      splits: that will be read.
+
+    Raises:
+      InputError: no such run, a missing split, or data prepared otherwise than the run's.
+    """
+    from ctssl_jax import configuration, data, transplant
+
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
+    config = configuration.from_json(json.loads((workdir / "config.json").read_text()))
+    trained_on = json.loads((workdir / "preparation.json").read_text())
+    trained_channels = data.select_channels(trained_on, config.windows)
+    config.windows = [list(window) for window in data.selected_windows(trained_on, trained_channels)]
+    if dataset is not None:
+        config.dataset = str(dataset)
+    try:
+        preparation, channels = configuration.check_dataset(config, splits)
+    except InputError as error:
+        raise InputError(f"--dataset={config.dataset} was prepared otherwise than the run's data: {error}") from None
+    ancestors = transplant.read_ancestors(workdir)
+    learned_from = [json.loads((workdir / "patients.json").read_text()), *[run.pop("patients") for run in ancestors]]
+    return MeasuredRun(config, trained_on, preparation, channels, ancestors, learned_from)
+
+
+def check_request(output: Path, batch_size: int) -> None:
+    """Refuse a results file that is no JSON, or a batch size below 0.
+
+    Raises:
+      InputError: names the flag.
+    """
+    if batch_size < 0:
+        raise InputError(f"--batch_size={batch_size}: must be 0 or more")
+    if output.suffix != ".json":
+        raise InputError(f"--output={output} must end in .json")
+
+
+def make_folder(output: Path) -> None:
+    """Make the folder of a results file.
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output={output} cannot be written ({error.strerror}); choose another folder") from None
+
+
+def summaries(by_volume: dict[str, Any], patient_ids: Sequence[str]) -> dict[str, dict]:
+    """`metrics.volume_summary` of each score over the volumes where it is defined, with its unit.
+
+    Args:
+      by_volume: score (`mse`, or `rotation/linear/auroc`) -> [V] float, NaN where undefined.
+      patient_ids: V patients.
+
+    Raises:
+      InputError: a score that is defined for no volume.
+    """
+    import numpy as np
+
+    from ctssl_jax import metrics
+
+    found = {}
+    for name, values in by_volume.items():
+        defined = np.flatnonzero(~np.isnan(values))
+        if not len(defined):
+            raise InputError(f"{name} is defined for no volume of this split; give a --dataset with more slices")
+        summary = metrics.volume_summary(values[defined], [patient_ids[index] for index in defined])
+        found[name] = {**summary, "unit": UNITS[name.split("/")[-1]]}
+    return found
+
+
+def write_volumes(path: Path, volumes: Sequence[dict], by_volume: dict[str, Any]) -> None:
+    """One row a volume as CSV: its pseudonyms, number of slices and scores; empty where undefined."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
+        for index, volume in enumerate(volumes):
+            scores = ["" if math.isnan(values[index]) else f"{values[index]:.6g}" for values in by_volume.values()]
+            writer.writerow([volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores])
+
+
+def patients_seen(
+    learned_from: Sequence[dict], key_fingerprint: str, split: str, evaluated: Sequence[str]
+) -> int | None:
+    """How many of the evaluated patients a run or one of its ancestors has learned from, or chose a checkpoint by.
+
+    Args:
+      learned_from: contents of `patients.json` of the run and of its ancestors.
+      key_fingerprint: of the pseudonyms of the evaluated patients.
+      split: that is evaluated; of `validation`, the patients that a checkpoint was chosen by do not count.
+      evaluated: pseudonyms.
+
+    Returns:
+      None where that cannot be known: pseudonyms of another key tell nothing.
+    """
+    if any(patients["key_fingerprint"] != key_fingerprint for patients in learned_from):
+        return None
+    splits = ("train",) if split == "validation" else ("train", "validation")
+    known = {patient for patients in learned_from for name in splits for patient in patients[name]}
+    return len(known.intersection(evaluated))
+
+
+def notes(result: dict) -> list[str]:
+    """What a reader must know of the patients of a result: lines for the screen, empty if they are held out."""
+    if result["num_patients_seen_in_training"] is None:
+        return ["NOTE: whether these patients were in the training data cannot be checked (other pseudonym key)"]
+    if result["num_patients_seen_in_training"]:
+        return [f"NOTE: {result['num_patients_seen_in_training']} of these patients were in the training data"]
+    return []
