@@ -31,8 +31,11 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     config.seed = 0  # of weights, order of slices and masks
 
     config.init_from = ""  # run directory that the weights come from; "" starts from random ones
-    config.init_scope = "model"  # model: all of its tensors, which must fit; encoder: the encoder's alone
+    config.init_scope = "model"  # all tensors, which must fit; encoder: its alone; compression: its first layers alone
     config.init_checkpoint = "best"  # best, last or a step
+    config.leakage = "refuse"  # weights that learned from this dataset's validation or test patients: refuse; or
+    # allow_unchecked: let pass what cannot be compared (other pseudonym key); allow: let pass all. Results say it.
+    config.train_fraction = 1.0  # share of the training split, by whole studies drawn by the seed
 
     config.mask = ml_collections.ConfigDict()
     config.mask.fraction = 0.2  # 0.05, 0.10, 0.20, 0.33 in the paper
@@ -65,7 +68,8 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
 
     config.optimizer = "radam"  # radam or adamw
     config.learning_rate = 1e-3
-    config.schedule = "constant"  # constant or cosine (to zero at num_steps)
+    config.encoder_learning_rate_factor = 1.0  # of the encoder's steps; 0 freezes it, batch statistics included
+    config.schedule = "constant"  # constant, cosine or linear (to zero at num_steps)
     config.warmup_steps = 0
     config.weight_decay = 0.0
     config.gradient_clip = 0.0  # global norm; 0 is off

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from ctssl_jax import corruptions, losses
+from ctssl_jax.data import Targets
 from ctssl_jax.models.classifier import Classifier, ClassifierConfig, flops_per_slice
 from ctssl_jax.task_interface import StepOutput, Task, item_slices, model_config
 
@@ -38,8 +39,7 @@ def _classification_scores(logits: jax.Array, labels: jax.Array) -> dict[str, ja
 def _classify(
     transformation: Transformation,
     model: Classifier,
-    images: jax.Array,
-    weight: jax.Array,
+    batch: dict[str, jax.Array],
     keys: jax.Array,
     model_key: jax.Array | None,
     config: ml_collections.ConfigDict,
@@ -53,14 +53,13 @@ def _classify(
     Args:
       transformation: rotation or flip.
       model: the classifier; its BatchNorm statistics are updated in place if `train`.
-      images: [B, 1, H, W, C] uint8.
-      weight: unused: what is summed over the batch elsewhere gets its weights there.
+      batch: `images` [B, 1, H, W, C] uint8.
       keys: [B] keys, one an example: its label.
       model_key: key of the model's own randomness (dropout); None in evaluation.
       config: the training configuration.
       train: training or evaluation mode.
     """
-    target = item_slices(images, 0, config)
+    target = item_slices(batch["images"], 0, config)
     labels = corruptions.random_labels(keys, transformation.num_classes)
     inputs = transformation.apply(target, labels)
     logits, latents = model(inputs, train=train, key=model_key)
@@ -79,7 +78,7 @@ def _classify(
 
 
 def _classification_baselines(
-    num_classes: int, images: jax.Array, keys: jax.Array, mean_image: jax.Array, config: ml_collections.ConfigDict
+    num_classes: int, batch: dict[str, jax.Array], keys: jax.Array, mean_image: jax.Array, config: ml_collections.ConfigDict
 ) -> dict[str, dict[str, jax.Array]]:
     """`{"equal_probabilities": {score: [B]}}`: every class is as probable (accuracy: the first one is taken)."""
     labels = corruptions.random_labels(keys, num_classes)
@@ -96,6 +95,7 @@ def _task(transformation: Transformation) -> Task:
     return Task(
         fields=(),
         offsets=lambda config: (0,),
+        targets=lambda config: Targets(),
         reported=("cross_entropy", "double_softmax_cross_entropy", "accuracy"),
         check=check,
         build=lambda config, rngs: Classifier(settings(config), rngs=rngs),

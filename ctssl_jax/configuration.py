@@ -17,9 +17,10 @@ from data_prep import dataset as dataset_directory
 CHOICES = {
     "normalize": ("window", "slice_minmax"),
     "optimizer": ("radam", "adamw"),
-    "schedule": ("constant", "cosine"),
+    "schedule": ("constant", "cosine", "linear"),
     "dtype": ("float32", "bfloat16"),
-    "init_scope": ("model", "encoder"),
+    "init_scope": ("model", "encoder", "compression"),
+    "leakage": ("refuse", "allow_unchecked", "allow"),
 }
 AT_LEAST_ONE = (
     "batch_size",
@@ -31,7 +32,7 @@ AT_LEAST_ONE = (
     "reading_threads",
     "fsdp_devices",
 )
-AT_LEAST_ZERO = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip")
+AT_LEAST_ZERO = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "encoder_learning_rate_factor")
 
 # A run may go on with other values of these; everything else is part of what the run is. `num_steps` only under a
 # constant schedule: a cosine depends on it from the first step.
@@ -73,6 +74,8 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         for name in names:
             if not (math.isfinite(config[name]) and config[name] >= least):
                 raise InputError(f"config.{name}={config[name]}: must be {least} or more")
+    if not 0 < config.train_fraction <= 1:
+        raise InputError(f"config.train_fraction={config.train_fraction}: must lie above 0 and be at most 1")
     if not 0 <= config.seed < 2**32:
         raise InputError(f"config.seed={config.seed}: must be 0 to {2**32 - 1}")
     if any(not isinstance(window, tuple | list) or len(window) != 2 for window in config.windows):
@@ -131,6 +134,45 @@ def check_dataset(config: ml_collections.ConfigDict, splits: tuple[str, ...]) ->
                 "a share (that takes three patients or more)"
             )
     return preparation, channels
+
+
+def check_targets(config: ml_collections.ConfigDict, source: data.NeighbourSource) -> None:
+    """Refuse training slices that cannot teach what the task asks: too few classes, no positive slice.
+
+    Args:
+      config: a configuration that passed `check_config`.
+      source: the training slices, after `config.train_fraction` was taken.
+
+    Raises:
+      InputError: names what is missing, and the remedy.
+    """
+    targets = source.targets
+    if source.positive is None:
+        return
+    studies = len({volume["exam_id"] for volume in source.volumes})
+    which = f"{len(source):,} slices of {studies} training studies"
+    remedy = "prepare a --dataset with more of them"
+    if config.train_fraction < 1:
+        which += f" (config.train_fraction={config.train_fraction:g} of {source.num_studies}, seed {config.seed})"
+        remedy = "choose a larger config.train_fraction or another config.seed"
+    if targets.label:
+        classes = dataset_directory.read_preparation(config.dataset)["labels"][targets.label]["classes"]
+        if len(classes) != config.num_classes:
+            raise InputError(
+                f"config.num_classes={config.num_classes}, but the label {targets.label} has {len(classes)} classes "
+                f"({', '.join(classes[:8])}); set --config.num_classes={len(classes)}"
+            )
+        if config.num_classes == 2 and not source.positive.any():
+            raise InputError(f"none of the {which} is positive for {targets.label}; {remedy}")
+        if len(set(source.labels.tolist())) < 2:
+            raise InputError(f"all of the {which} have one class of {targets.label}; {remedy}")
+    elif not source.positive.any():
+        raise InputError(f"none of the {which} has a mask with foreground; {remedy}")
+    if targets.positive_share and source.positive.all():
+        raise InputError(
+            f"all of the {which} are positive, so config.positive_share={targets.positive_share:g} cannot be kept; "
+            "set --config.positive_share=0"
+        )
 
 
 def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparation: dict) -> None:

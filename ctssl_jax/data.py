@@ -1,14 +1,14 @@
 """Slices from a dataset directory to the devices: grain reads, shuffles and batches; uint8 travels.
 
 A batch item is a tuple of neighbouring slices of one volume, named by their offsets: (0,) for most tasks, (0, 1) for
-next-slice prediction. The order of the slices depends on the seed alone: not on the number of hosts, devices or
-reading threads.
+next-slice prediction, (-1, 0, 1) for three adjacent slices; with it come a label, a mask or a box where a task asks
+for them. The order of the slices depends on the seed alone: not on the number of hosts, devices or reading threads.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -48,13 +48,37 @@ def selected_windows(preparation: dict, channels: Sequence[int]) -> list[tuple[f
     return [(float(window["level"]), float(window["width"])) for window in windows]
 
 
-def neighbour_table(volumes: Sequence[dict], offsets: Sequence[int]) -> np.ndarray:
+class Targets(NamedTuple):
+    """What a task asks for beside the slices, and which slices it takes.
+
+    label: name of a label of the dataset; slices without it are left out. "" asks for none.
+    mask: whether the slice's mask is wanted: 0 background, k the k-th region of its volume.
+    lung_box: whether the box of the volume's lungs is wanted.
+    repeat_edges: a neighbour beyond the volume's end or a gap is replaced by the slice itself, not left out.
+    middle_only: only the middle slice of each volume (its largest body cross-section).
+    positive_share: share of slices with a positive label or with foreground in training batches; of each kind all come
+      once before any comes again. 0 takes the slices as they are.
+    """
+
+    label: str = ""
+    mask: bool = False
+    lung_box: bool = False
+    repeat_edges: bool = False
+    middle_only: bool = False
+    positive_share: float = 0.0
+
+
+def neighbour_table(
+    volumes: Sequence[dict], offsets: Sequence[int], *, repeat_edges: bool = False, middle_only: bool = False
+) -> np.ndarray:
     """Record numbers of every tuple of neighbours that exists within one volume, across no gap.
 
     Args:
-      volumes: rows of `volumes.csv` of one split (`first_record`, `num_slices`, and `gap_positions`: the slice
-        indices, separated by blanks, whose next slice is missing).
-      offsets: slice offsets, e.g. (0, 1).
+      volumes: rows of `volumes.csv` of one split (`first_record`, `num_slices`, `middle_slice`, and `gap_positions`:
+        the slice indices, separated by blanks, whose next slice is missing).
+      offsets: slice offsets, e.g. (0, 1); 0 is among them.
+      repeat_edges: keep tuples whose neighbours do not exist, with the slice at offset 0 in their place.
+      middle_only: only tuples around the middle slice of each volume.
 
     Returns:
       `[N, len(offsets)] int64`, in record order.
@@ -62,62 +86,170 @@ def neighbour_table(volumes: Sequence[dict], offsets: Sequence[int]) -> np.ndarr
     tables = []
     for volume in volumes:
         index = np.arange(volume["num_slices"])
+        if middle_only:
+            index = index[volume["middle_slice"] : volume["middle_slice"] + 1]
         neighbours = index[:, None] + np.asarray(offsets)[None, :]
         starts = np.zeros(volume["num_slices"], np.int64)
         starts[np.array(volume["gap_positions"].split(), np.int64) + 1] = 1
         segment = np.cumsum(starts)
-        inside = ((neighbours >= 0) & (neighbours < volume["num_slices"])).all(axis=1)
-        neighbours = neighbours[inside]
-        unbroken = (segment[neighbours] == segment[neighbours[:, :1]]).all(axis=1)
-        tables.append(neighbours[unbroken] + volume["first_record"])
+        inside = (neighbours >= 0) & (neighbours < volume["num_slices"])
+        exists = inside & (segment[np.where(inside, neighbours, index[:, None])] == segment[index[:, None]])
+        if repeat_edges:
+            neighbours = np.where(exists, neighbours, index[:, None])
+        else:
+            neighbours = neighbours[exists.all(axis=1)]
+        tables.append(neighbours + volume["first_record"])
     return np.concatenate(tables) if tables else np.zeros((0, len(offsets)), np.int64)
+
+
+def training_subset(volumes: Sequence[dict], fraction: float, seed: int) -> list[dict]:
+    """A share of the volumes by whole studies; of one seed, a smaller share is part of every larger one.
+
+    Args:
+      volumes: rows of `volumes.csv` of one split.
+      fraction: of the studies, above 0 and up to 1; rounded up to whole studies.
+      seed: of the order in which studies are taken.
+    """
+    studies = sorted({volume["exam_id"] for volume in volumes})
+    order = np.random.default_rng(seed).permutation(len(studies))
+    taken = {studies[index] for index in order[: math.ceil(round(fraction * len(studies), 9))]}
+    return [volume for volume in volumes if volume["exam_id"] in taken]
 
 
 class NeighbourSource:
     """Random access to tuples of neighbouring slices of one split.
 
     Item `i` is `{"images": uint8 [len(offsets), H, W, C], "record_index": int32, "weight": float32 1}`; the record
-    index is that of the first slice of the tuple, counted within the split.
+    index is that of the slice at offset 0, counted within the split. Targets add `label` int32, `mask` uint8 [H, W],
+    `box` float32 [4] (top, left, bottom, right of the lungs in pixels, the whole slice where no lung was found).
+
+    Attributes:
+      targets: as given.
+      volumes: rows of `volumes.csv` that the items are of.
+      table: [N, len(offsets)] int64 record numbers.
+      labels: [N] int32 class of each item; None without a label.
+      positive: [N] bool, items with a label above 0 or, of a mask, with foreground; None without either.
     """
 
-    def __init__(self, dataset: str | Path, split: str, channels: Sequence[int], offsets: Sequence[int]):
+    def __init__(
+        self,
+        dataset: str | Path,
+        split: str,
+        channels: Sequence[int],
+        offsets: Sequence[int],
+        targets: Targets = Targets(),
+        fraction: float = 1.0,
+        seed: int = 0,
+    ):
         preparation = dataset_directory.read_preparation(dataset)
+        self.targets = targets
         self.volumes = dataset_directory.read_volumes(dataset, split)
-        self.table = neighbour_table(self.volumes, offsets)
+        self.num_studies = len({volume["exam_id"] for volume in self.volumes})
+        if fraction < 1:
+            self.volumes = training_subset(self.volumes, fraction, seed)
+        self.table = neighbour_table(
+            self.volumes, offsets, repeat_edges=targets.repeat_edges, middle_only=targets.middle_only
+        )
+        self._centre = list(offsets).index(0)
+        self.labels = self.positive = None
+        centres = self.table[:, self._centre]
+        if targets.label:
+            labels = _labels_of_records(dataset, preparation, split, targets.label)[centres]
+            self.table, self.labels = self.table[labels >= 0], labels[labels >= 0]
+            self.positive = self.labels > 0
+        elif targets.mask:
+            self.positive = _mask_areas(dataset, split)[centres] > 0
         self._records = dataset_directory.open_split(dataset, split) if len(self.table) else ()
         self._channels = None if tuple(channels) == tuple(range(preparation["channels"])) else list(channels)
-        self._name = f"NeighbourSource({preparation['fingerprint'][:16]}, {split}, {channels}, {offsets})"
+        self._boxes = _lung_boxes(self.volumes, preparation["image_size"]) if targets.lung_box else {}
+        share = f", {fraction:g} of seed {seed}" if fraction < 1 else ""
+        self._name = f"NeighbourSource({preparation['fingerprint'][:16]}, {split}, {channels}, {offsets}{share})"
+        if targets != Targets():
+            self._name = f"{self._name[:-1]}, {targets})"
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
-        records = self.table[item]
-        images = [self._records[int(record)]["image"] for record in records]
+        numbers = self.table[item]
+        records = [self._records[int(number)] for number in numbers]
+        images = [record["image"] for record in records]
         images = np.stack(images) if len(images) > 1 else images[0][None]  # a view: the batch copies it once anyway
         if self._channels is not None:
             images = images[..., self._channels]
-        return {"images": images, "record_index": np.int32(records[0]), "weight": np.float32(1)}
+        centre = records[self._centre]
+        found = {"images": images, "record_index": np.int32(numbers[self._centre]), "weight": np.float32(1)}
+        if self.labels is not None:
+            found["label"] = self.labels[item]
+        if self.targets.mask:
+            found["mask"] = centre["mask"]
+        if self.targets.lung_box:
+            found["box"] = self._boxes[centre["volume_id"]]
+        return found
 
     def __repr__(self) -> str:
         return self._name
 
 
-def open_source(dataset: str | Path, split: str, channels: Sequence[int], offsets: Sequence[int]) -> NeighbourSource:
-    """Open a split.
+def _labels_of_records(dataset: str | Path, preparation: dict, split: str, label: str) -> np.ndarray:
+    """Class of every record of a split, -1 where it is missing: [R] int32."""
+    volumes = dataset_directory.read_volumes(dataset, split)
+    if preparation["labels"][label]["level"] == "slice":
+        values = [row[label] for row in dataset_directory.read_slices(dataset, split)]
+    else:
+        of_volume = {row["volume_id"]: row[label] for row in dataset_directory.read_labels(dataset)}
+        values = [of_volume[volume["volume_id"]] for volume in volumes for _ in range(volume["num_slices"])]
+    return np.array([-1 if value is None else value for value in values], np.int32)
+
+
+def _mask_areas(dataset: str | Path, split: str) -> np.ndarray:
+    """Foreground pixels of every record of a split: [R] int64."""
+    return np.array([row["mask_area_px"] for row in dataset_directory.read_slices(dataset, split)], np.int64)
+
+
+def _lung_boxes(volumes: Sequence[dict], image_size: int) -> dict[str, np.ndarray]:
+    whole = f"0 0 {image_size} {image_size}"
+    return {
+        volume["volume_id"]: np.array((volume["lung_box"] or whole).split(), np.float32) for volume in volumes
+    }
+
+
+def open_source(
+    dataset: str | Path,
+    split: str,
+    channels: Sequence[int],
+    offsets: Sequence[int],
+    targets: Targets = Targets(),
+    *,
+    fraction: float = 1.0,
+    seed: int = 0,
+) -> NeighbourSource:
+    """Open a split, or a share of its studies.
 
     Raises:
-      InputError: the split is empty, or has no tuple of neighbours with these offsets.
+      InputError: the split is empty, has no tuple of neighbours with these offsets, or lacks the targets.
     """
-    source = NeighbourSource(dataset, split, channels, offsets)
+    preparation = dataset_directory.read_preparation(dataset)
+    if targets.label and targets.label not in preparation["labels"]:
+        have = ", ".join(preparation["labels"]) or "none"
+        raise InputError(
+            f"config.label={targets.label}: the dataset {dataset} has no such label (it has {have}); prepare it with "
+            "--labels_csv or another --archive, or choose one that it has"
+        )
+    if targets.mask and not preparation["masks"]:
+        raise InputError(
+            f"the dataset {dataset} has no masks; prepare it with --archive=lidc_idri or with --masks_dir=DIR"
+        )
+    source = NeighbourSource(dataset, split, channels, offsets, targets, fraction, seed)
     if not source.volumes:
         raise InputError(
             f"the dataset {dataset} has no {split} split; prepare it with --splits that give {split} a share "
             "(three patients or more)"
         )
     if not len(source):
+        what = f"slices with the label {targets.label}" if targets.label else "slices"
         raise InputError(
-            f"the {split} split of {dataset} has no slices with neighbours at offsets {tuple(offsets)}; choose a "
+            f"the {split} split of {dataset} has no {what} with neighbours at offsets {tuple(offsets)}; choose a "
             "smaller distance, or prepare longer scans"
         )
     return source
@@ -153,7 +285,15 @@ def training_batches(
       Iterator of parts `{"images": uint8 [b, K, H, W, C], "record_index": int32 [b], "weight": float32 [b]}` with
       b = batch_size / microbatches / process_count.
     """
-    items = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    positive_share = source.targets.positive_share
+    if positive_share:
+        kinds = [
+            grain.MapDataset.source(np.flatnonzero(kind)).seed(seed).shuffle().repeat(None)
+            for kind in (source.positive, ~source.positive)
+        ]
+        items = grain.MapDataset.mix(kinds, [positive_share, 1 - positive_share]).map(source.__getitem__)
+    else:
+        items = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
     share = batch_size // microbatches // process_count
     parts = items.batch(share, drop_remainder=True)[process_index::process_count]  # endless: nothing is dropped
     iterator = iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=8)))
@@ -186,7 +326,11 @@ def evaluation_batches(
 
 
 def picture_batch(source: NeighbourSource, batch_size: int, number: int) -> dict[str, np.ndarray]:
-    """One batch whose first `number` items are spread evenly over the split; the rest repeats the last one."""
-    spread = [int((i + 0.5) * len(source) / number) for i in range(number)]
+    """One batch whose first `number` items are spread evenly over the split, or over its slices with foreground where
+    masks are wanted; the rest repeats the last one."""
+    candidates = np.arange(len(source))
+    if source.targets.mask and source.positive.any():
+        candidates = np.flatnonzero(source.positive)
+    spread = [candidates[int((i + 0.5) * len(candidates) / number)] for i in range(number)]
     items = [source[index] for index in (spread + spread[-1:] * batch_size)[:batch_size]]
     return {name: np.stack([item[name] for item in items]) for name in items[0]}

@@ -7,6 +7,7 @@ volumes with a 95 % bootstrap interval by patient. Beside RESULT.json stand RESU
 (input, target, prediction and difference of slices spread over the split) and RESULT.npz (these pictures as arrays).
 """
 
+import functools
 import hashlib
 import platform
 from importlib.metadata import version
@@ -239,7 +240,7 @@ def _baseline_scores(config, task, source, train_source, batch_size: int) -> dic
 
     @jax.jit
     def score(batch):
-        return task.baselines(batch["images"], evaluation_keys(batch["record_index"]), mean_image, config)
+        return task.baselines(batch, evaluation_keys(batch["record_index"]), mean_image, config)
 
     batches = []
     for batch in data.evaluation_batches(source, batch_size):
@@ -248,34 +249,45 @@ def _baseline_scores(config, task, source, train_source, batch_size: int) -> dic
     return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
 
 
-def define_flags() -> None:
+def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
     """Only where this module is the program: another one may define flags of the same names."""
-    flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train.")
-    flags.DEFINE_string("dataset", None, "Dataset directory; by default the one that the run was trained on.")
-    flags.DEFINE_string("split", "test", "train, validation or test.")
-    flags.DEFINE_string("output", None, "Results file, ending in .json.")
-    flags.DEFINE_string("checkpoint", "best", "best (by validation loss), last, or a step.")
-    flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's. Changes no result.")
-    flags.DEFINE_bool("baselines", False, "Also score predictors without a model (reads training slices).")
+    text = functools.partial(flags.DEFINE_string, flag_values=given)
+    text("workdir", None, "Run directory of ctssl_jax.train.")
+    text("dataset", None, "Dataset directory; by default the one that the run was trained on.")
+    text("split", "test", "train, validation or test.")
+    text("output", None, "Results file, ending in .json.")
+    text("checkpoint", "best", "best (by validation loss), last, or a step.")
+    flags.DEFINE_integer(
+        "batch_size", 0, "Slices at a time; 0 takes the training's. Changes no result.", flag_values=given
+    )
+    flags.DEFINE_bool(
+        "baselines", False, "Also score predictors without a model (reads training slices).", flag_values=given
+    )
+
+
+def start(given: flags.FlagValues) -> bool:
+    """Evaluate as the flags ask, in this process."""
+    for name in ("workdir", "output"):
+        if not given[name].value:
+            raise InputError(f"give --{name}")
+    command_line.configure_jax()
+    result = evaluate(
+        given.workdir,
+        given.dataset,
+        given.split,
+        given.output,
+        checkpoint=given.checkpoint,
+        batch_size=given.batch_size,
+        baselines=given.baselines,
+    )
+    print(table(result))
+    print(f"written: {given.output} and, beside it, .csv, .png and .npz", flush=True)
+    return True
 
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    for name in ("workdir", "output"):
-        if not flags.FLAGS[name].value:
-            raise InputError(f"give --{name}")
-    command_line.configure_jax()
-    result = evaluate(
-        flags.FLAGS.workdir,
-        flags.FLAGS.dataset,
-        flags.FLAGS.split,
-        flags.FLAGS.output,
-        checkpoint=flags.FLAGS.checkpoint,
-        batch_size=flags.FLAGS.batch_size,
-        baselines=flags.FLAGS.baselines,
-    )
-    print(table(result))
-    print(f"written: {flags.FLAGS.output} and, beside it, .csv, .png and .npz")
+    start(flags.FLAGS)
     return 0
 
 

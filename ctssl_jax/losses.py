@@ -45,3 +45,20 @@ def double_softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Ar
     ln(e + K - 1) - 1, which is 0.7437 for four classes (the paper's rotation: 0.7436) and 0.5514 for three.
     """
     return cross_entropy(jax.nn.softmax(logits.astype(jnp.float32)), labels)
+
+
+def binary_cross_entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over pixels of the negative log-probability of the mask: [B, H, W] logits and 0/1 mask -> [B] float32."""
+    logits, mask = logits.astype(jnp.float32), mask.astype(jnp.float32)
+    return jnp.mean(jax.nn.softplus(logits) - logits * mask, axis=(1, 2))
+
+
+def soft_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """1 - (2 sum(p m) + 1) / (sum p + sum m + 1) of probabilities p and 0/1 mask m: [B, H, W] twice -> [B] float32.
+
+    In [0, 1]. The added pixel makes an empty mask count: 0 where nothing is predicted on it, 1 - 1 / (sum p + 1) else.
+    """
+    probabilities, mask = jax.nn.sigmoid(logits.astype(jnp.float32)), mask.astype(jnp.float32)
+    intersection = jnp.sum(probabilities * mask, axis=(1, 2))
+    total = jnp.sum(probabilities, axis=(1, 2)) + jnp.sum(mask, axis=(1, 2))
+    return 1 - (2 * intersection + 1) / (total + 1)

@@ -31,11 +31,18 @@ def difference(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.rint(255 * channels).astype(np.uint8)
 
 
+def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A mask in red over a grey slice: [H, W, C] and [H, W, 1] (0 or 1), float32 -> [H, W, 3] uint8."""
+    share = 0.55 * mask
+    return np.rint((1 - share) * grey(image) + share * np.array([255, 40, 25])).astype(np.uint8)
+
+
 def strip(pictures: dict[str, np.ndarray], label: str = "") -> Image.Image:
     """One row a slice: input | target | prediction | difference.
 
     Args:
-      pictures: `input`, `target`, `prediction`, each [N, H, W, C] float32 in [0, 1].
+      pictures: `input`, `target`, `prediction`, each [N, H, W, C] float32 in [0, 1]; of a segmentation also
+        `target_mask` and `prediction_mask`, [N, H, W, 1], which are drawn over these and whose difference is shown.
       label: written at the top left, e.g. "SYNTHETIC".
     """
     gap = 2
@@ -49,7 +56,12 @@ def strip(pictures: dict[str, np.ndarray], label: str = "") -> Image.Image:
         draw.text((column * (cell_width + gap) + 3, 2), text, fill="black")
     for row in range(number):
         cells = [grey(pictures[name][row]) for name in COLUMNS[:3]]
-        cells.append(difference(pictures["prediction"][row], pictures["target"][row]))
+        compared = [pictures[name][row] for name in ("prediction", "target")]
+        if "target_mask" in pictures:
+            masks = {name: pictures[f"{name}_mask"][row] for name in ("prediction", "target")}
+            cells[1:] = [overlay(pictures[name][row], masks[name]) for name in ("target", "prediction")]
+            compared = list(masks.values())
+        cells.append(difference(*compared))
         for column, cell in enumerate(cells):
             image = Image.fromarray(cell).resize((cell_width, cell_height), Image.Resampling.NEAREST)
             sheet.paste(image, (column * (cell_width + gap), _HEADER + row * (cell_height + gap)))
@@ -57,7 +69,7 @@ def strip(pictures: dict[str, np.ndarray], label: str = "") -> Image.Image:
 
 
 def save_arrays(path: Path, pictures: dict[str, np.ndarray]) -> None:
-    """Write pictures as a compressed npz: `input`, `target`, `prediction`, each [N, H, W] uint8, first channel."""
+    """Write pictures as a compressed npz: each [N, H, W] uint8, first channel."""
     with open(path, "wb") as file:
         np.savez_compressed(file, **{name: grey(images)[..., 0] for name, images in pictures.items()})
 

@@ -13,6 +13,7 @@ import ml_collections
 
 from ctssl_jax import corruptions, losses, metrics
 from ctssl_jax.command_line import InputError
+from ctssl_jax.data import Targets
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
 from ctssl_jax.task_interface import StepOutput, Task, item_slices, model_config
 
@@ -60,8 +61,7 @@ def _reconstruction_scores(prediction: jax.Array, example: Example) -> dict[str,
 def _reconstruct(
     corrupt: Callable[..., Example],
     model: VQVAE,
-    images: jax.Array,
-    weight: jax.Array,
+    batch: dict[str, jax.Array],
     keys: jax.Array,
     model_key: jax.Array | None,
     config: ml_collections.ConfigDict,
@@ -76,14 +76,14 @@ def _reconstruct(
     Args:
       corrupt: the corruption, (images, keys, config) -> `Example`.
       model: the autoencoder; its state (BatchNorm statistics, codebook) is updated in place if `train`.
-      images: [B, K, H, W, C] uint8, one slice for each of the task's offsets.
-      weight: [B] float32, 0 for padding.
+      batch: `images` [B, K, H, W, C] uint8, one slice for each of the task's offsets; `weight` [B] float32, 0 for
+        padding.
       keys: [B] keys, one an example: where the region lies, which pixels are noisy.
       model_key: key of the model's own randomness (dropout, codebook revival); None in evaluation.
       config: the training configuration.
       train: training or evaluation mode.
     """
-    example = corrupt(images, keys, config)
+    example = corrupt(batch["images"], keys, config)
     output = model(example.inputs, train=train, key=model_key)
     scores = _reconstruction_scores(output.reconstruction, example)
     scores["vq_loss"] = losses.vector_quantization_loss(output.codebook_loss, output.commitment_loss, config.commitment)
@@ -104,13 +104,13 @@ def _reconstruct(
             "prediction": jnp.clip(output.reconstruction, 0, 1),
         },
         embedding=jnp.mean(output.latents, axis=(1, 2)),
-        code_counts=metrics.code_counts(output.codes, config.model.num_codes, weight),
+        code_counts=metrics.code_counts(output.codes, config.model.num_codes, batch["weight"]),
     )
 
 
 def _reconstruction_baselines(
     corrupt: Callable[..., Example],
-    images: jax.Array,
+    batch: dict[str, jax.Array],
     keys: jax.Array,
     mean_image: jax.Array,
     config: ml_collections.ConfigDict,
@@ -119,7 +119,7 @@ def _reconstruction_baselines(
 
     Args:
       corrupt: the corruption, (images, keys, config) -> `Example`.
-      images: [B, K, H, W, C] uint8.
+      batch: `images` [B, K, H, W, C] uint8.
       keys: [B] keys, as for the model.
       mean_image: [H, W, C] float32 in [0, 1].
       config: the training configuration.
@@ -127,7 +127,7 @@ def _reconstruction_baselines(
     Returns:
       `{"mean_image": {score: [B]}, "copy_input": {score: [B]}}` with the scores that the task reports.
     """
-    example = corrupt(images, keys, config)
+    example = corrupt(batch["images"], keys, config)
     predictions = {"mean_image": jnp.broadcast_to(mean_image, example.target.shape), "copy_input": example.inputs}
     return {name: _reconstruction_scores(prediction, example) for name, prediction in predictions.items()}
 
@@ -183,6 +183,7 @@ def _task(
     return Task(
         fields=(field, "loss", "commitment", "ssim_rescale"),
         offsets=offsets,
+        targets=lambda config: Targets(),
         reported=reported,
         check=functools.partial(_check_reconstruction, check),
         build=lambda config, rngs: VQVAE(model_config(VQVAEConfig, config), rngs=rngs),

@@ -1,4 +1,4 @@
-"""What a pretraining task is to the training loop and the evaluation, which know nothing else of it.
+"""What a task is to the training loop and the evaluation, which know nothing else of it.
 
 All per-example numbers are `[B] float32`, so that padded examples get weight 0 and nothing depends on how a batch was
 put together.
@@ -14,6 +14,7 @@ from flax import nnx
 
 from ctssl_jax import metrics
 from ctssl_jax.command_line import InputError
+from ctssl_jax.data import Targets
 
 
 class StepOutput(NamedTuple):
@@ -21,7 +22,8 @@ class StepOutput(NamedTuple):
 
     loss: [B] float32, the quantity that is minimised.
     scores: name -> [B] float32, reported as means over examples.
-    pictures: `input`, `target`, `prediction`, each [B, H, W, C] float32 in [0, 1].
+    pictures: `input`, `target`, `prediction`, each [B, H, W, C] float32 in [0, 1]; of a segmentation also
+      `target_mask` and `prediction_mask`, [B, H, W, 1] float32, 0 or 1.
     embedding: [B, D] float32, the encoder's latents averaged over the slice: what a downstream task would be given.
     code_counts: [num_codes] float32, how often each code was used (weighted by example); None without a codebook.
     classes: `label` [B] int32 and `probabilities` [B, K] float32, which scores of a whole split need; None unless the
@@ -37,20 +39,24 @@ class StepOutput(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One pretraining strategy.
+    """One pretraining strategy or downstream application.
 
     fields: the configuration's fields that belong to this task and not to all.
     offsets: configuration -> slices of one item, relative to each other.
+    targets: configuration -> what an item carries beside its slices, and which slices are taken.
     reported: the scores that evaluation reports, in the order of the paper's Table II.
     check: raises `InputError` if the configuration cannot work at its image size.
     build: makes the model from the configuration.
     flops: configuration -> floating-point operations of one forward pass of one slice.
-    apply: model and batch -> `StepOutput`.
-    baselines: scores of predictors without a model, on the same corrupted inputs.
+    apply: (model, batch, keys, model_key, config, train=) -> `StepOutput`; the batch is that of `ctssl_jax.data`, on
+      the devices.
+    baselines: (batch, keys, mean_image, config) -> scores of predictors without a model, on the same inputs; empty if
+      there are none.
     """
 
     fields: tuple[str, ...]
     offsets: Callable[[ml_collections.ConfigDict], tuple[int, ...]]
+    targets: Callable[[ml_collections.ConfigDict], Targets]
     reported: tuple[str, ...]
     check: Callable[[ml_collections.ConfigDict], None]
     build: Callable[[ml_collections.ConfigDict, nnx.Rngs], nnx.Module]

@@ -1,8 +1,8 @@
-"""The pretraining tasks by name (paper, section II.C)."""
+"""The tasks by name: pretraining (paper, section II.C) and downstream (sections II.D and E)."""
 
 import ml_collections
 
-from ctssl_jax import classification, reconstruction
+from ctssl_jax import classification, reconstruction, segmentation, slice_labels
 from ctssl_jax.command_line import InputError
 from ctssl_jax.task_interface import Task
 
@@ -12,6 +12,16 @@ TASKS = {
     "denoising": reconstruction.DENOISING,
     "rotation": classification.ROTATION,
     "flip": classification.FLIP,
+    "slice_label": slice_labels.SLICE_LABEL,
+    "slice_label_se_resnext": slice_labels.SLICE_LABEL_SE_RESNEXT,
+    "segmentation": segmentation.SEGMENTATION,
+    "segmentation_standard_unet": segmentation.SEGMENTATION_STANDARD_UNET,
+}
+_RECIPES = {
+    "slice_label": "pe",
+    "slice_label_se_resnext": "pe_se_resnext",
+    "segmentation": "nodules",
+    "segmentation_standard_unet": "nodules_standard_unet",
 }
 
 
@@ -39,6 +49,6 @@ def check_task(config: ml_collections.ConfigDict) -> None:
     if missing or foreign:
         raise InputError(
             f"config.task={config.task!r} does not fit this recipe ({', '.join(missing + foreign)}); start from "
-            f"--config=configs/{config.task}.py"
+            f"--config=configs/{_RECIPES.get(config.task, config.task)}.py"
         )
     task.check(config)

@@ -1,4 +1,4 @@
-r"""Pretrain a model.
+r"""Train a model: pretraining and downstream.
 
     python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET --workdir=RUN
 
@@ -8,6 +8,7 @@ after a few timed steps what the run will cost, and writes nothing. On several h
 `--distributed`.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -61,6 +62,7 @@ def _train(
     from ctssl_jax.checkpoint import Checkpoints, holds_checkpoint, restore
     from ctssl_jax.reports import Reports, duration, say
     from ctssl_jax.tasks import get_task
+    from data_prep import dataset as dataset_directory
 
     # ---- What is asked for, and can it work? ------------------------------------------------------------------------
     devices = jax.devices() if devices is None else devices
@@ -69,8 +71,12 @@ def _train(
         configuration.check_config(config, num_devices)
         preparation, channels = configuration.check_dataset(config, ("train", "validation"))
         task = get_task(config.task)
-        train_source = data.open_source(config.dataset, "train", channels, task.offsets(config))
-        validation_source = data.open_source(config.dataset, "validation", channels, task.offsets(config))
+        what = (channels, task.offsets(config), task.targets(config))
+        train_source = data.open_source(
+            config.dataset, "train", *what, fraction=config.train_fraction, seed=config.seed
+        )
+        validation_source = data.open_source(config.dataset, "validation", *what)
+        configuration.check_targets(config, train_source)
         _, *abstract_model = training.abstract_model(config, task)
         fresh = workdir is None or not holds_checkpoint(workdir)
         starts_from_donor = bool(config.init_from) and fresh
@@ -80,6 +86,11 @@ def _train(
         windows = data.selected_windows(preparation, channels)
         like = dict(zip(("params", "variables"), abstract_model, strict=True))
         donor = transplant.find_donor(config, windows, like) if starts_from_donor else None
+        let_pass = ""
+        if donor is not None:
+            held_out = {volume["patient_id"] for volume in validation_source.volumes}
+            held_out |= {volume["patient_id"] for volume in dataset_directory.read_volumes(config.dataset, "test")}
+            let_pass = transplant.check_leakage(config, donor, preparation["key_fingerprint"], held_out)
     with distributed.refusing_together():
         if process == 0 and workdir is not None:
             configuration.check_resumable(workdir, config, preparation)
@@ -89,7 +100,7 @@ def _train(
             }
             configuration.open_workdir(workdir, config, preparation, patients)
             if fresh:
-                transplant.record(donor, workdir)
+                transplant.record(donor, workdir, let_pass)
     paths = ("dataset", "init_from")
     settings = {name: value for name, value in configuration.to_json(config).items() if name not in paths}
     distributed.require_agreement("configuration or dataset", [settings, preparation["fingerprint"]])
@@ -103,7 +114,7 @@ def _train(
     part_size = config.batch_size // config.microbatches
     batch_shapes = training.abstract_batch(config, task, len(channels), part_size)
 
-    encoder_size = training.count_parameters(abstract_params["encoder"])
+    encoder_size = training.count_parameters(abstract_params.get("encoder", {}))
     flops = task.flops(config)
     kind = mesh.devices.flat[0].device_kind
     say(f"devices      {num_devices} x {kind} in {num_processes} process(es), jax {jax.__version__}")
@@ -155,6 +166,8 @@ def _train(
             state = transplant.transplant(donor, state)
             for line in transplant.report(donor):
                 say(line)
+            if let_pass:
+                say(f"WARNING      config.leakage={config.leakage}: {let_pass}")
     batches = data.training_batches(
         train_source,
         config.batch_size,
@@ -243,40 +256,51 @@ def _train(
     return finished
 
 
-def define_flags() -> None:
+def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
     """Only where this module is the program: another one may define flags of the same names."""
-    config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE.")
-    flags.DEFINE_string("workdir", None, "Run directory: made, or gone on with.")
-    flags.DEFINE_bool("estimate", False, "Only say what the run will cost, after a few timed steps; writes nothing.")
-    flags.DEFINE_bool("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
-    flags.DEFINE_string("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
-    flags.DEFINE_integer("num_processes", 0, "Number of processes, where it cannot be detected.")
-    flags.DEFINE_integer("process_id", -1, "Number of this process, where it cannot be detected.")
-    flags.DEFINE_integer("heartbeat_timeout_seconds", 100, "A process that is silent for so long is lost.", 1)
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE.", flag_values=given
+    )
+    text, flag, number = (
+        functools.partial(define, flag_values=given)
+        for define in (flags.DEFINE_string, flags.DEFINE_bool, flags.DEFINE_integer)
+    )
+    text("workdir", None, "Run directory: made, or gone on with.")
+    flag("estimate", False, "Only say what the run will cost, after a few timed steps; writes nothing.")
+    flag("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
+    text("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
+    number("num_processes", 0, "Number of processes, where it cannot be detected.")
+    number("process_id", -1, "Number of this process, where it cannot be detected.")
+    number("heartbeat_timeout_seconds", 100, "A process that is silent for so long is lost.", 1)
 
 
-def main(argv: list[str]) -> int:
-    """Command line."""
-    config = flags.FLAGS.config
-    if config is None or not (flags.FLAGS.workdir or flags.FLAGS.estimate):
+def start(given: flags.FlagValues) -> bool:
+    """Train as the flags ask, in this process; True if the run is complete."""
+    config = given.config
+    if config is None or not (given.workdir or given.estimate):
         raise command_line.InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
     try:
         config.lock()
     except OSError:  # what stands for a recipe that could not be loaded raises this at any use
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        name = config_flags.get_config_filename(given["config"])
         raise command_line.InputError(f"--config={name}: no such file; recipes are in configs/") from None
     command_line.configure_jax()
     from ctssl_jax import distributed, lost_host
 
     distributed.initialize(
-        flags.FLAGS.distributed,
-        flags.FLAGS.coordinator_address,
-        flags.FLAGS.num_processes,
-        flags.FLAGS.process_id,
-        flags.FLAGS.heartbeat_timeout_seconds,
+        given.distributed,
+        given.coordinator_address,
+        given.num_processes,
+        given.process_id,
+        given.heartbeat_timeout_seconds,
     )
-    with lost_host.ending_together(flags.FLAGS.workdir or ""):
-        train(config, flags.FLAGS.workdir, estimate=flags.FLAGS.estimate)
+    with lost_host.ending_together(given.workdir or ""):
+        return train(config, given.workdir, estimate=given.estimate)
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    start(flags.FLAGS)
     return 0
 
 

@@ -81,17 +81,20 @@ class Program:
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up, then constant or a cosine to zero at `num_steps`."""
+    """Step -> learning rate: linear warm-up, then constant, or a cosine or a line to zero at `num_steps`."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(config.num_steps - warmup, 1))
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, 0.0, max(config.num_steps - warmup, 1))
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """RAdam (the release's) or AdamW, with optional clipping of the gradient's global norm."""
+    """RAdam (the release's) or AdamW, with optional clipping of the gradient's global norm; the encoder's steps are
+    multiplied by `encoder_learning_rate_factor`."""
     schedule = learning_rate_schedule(config)
     if config.optimizer == "radam":
         decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()
@@ -100,7 +103,16 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
     if config.gradient_clip > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
+    if config.encoder_learning_rate_factor != 1:
+        optimizer = optax.chain(optimizer, _scale_encoder(config.encoder_learning_rate_factor))
     return optimizer
+
+
+def _scale_encoder(factor: float) -> optax.GradientTransformation:
+    def update(updates, params=None):
+        return {**updates, "encoder": jax.tree.map(lambda update: factor * update, updates["encoder"])}
+
+    return optax.stateless(update)
 
 
 def layer_of(name: str) -> str:
@@ -137,12 +149,19 @@ def evaluation_keys(record_index: jax.Array) -> jax.Array:
 
 def abstract_batch(config: ml_collections.ConfigDict, task: Task, channels: int, size: int) -> dict[str, Any]:
     """Shapes of a batch of `size` items from a dataset with `channels` channels."""
-    image = (size, len(task.offsets(config)), config.image_size, config.image_size, channels)
-    return {
-        "images": jax.ShapeDtypeStruct(image, jnp.uint8),
-        "record_index": jax.ShapeDtypeStruct((size,), jnp.int32),
-        "weight": jax.ShapeDtypeStruct((size,), jnp.float32),
+    side, targets = config.image_size, task.targets(config)
+    shapes = {
+        "images": ((size, len(task.offsets(config)), side, side, channels), jnp.uint8),
+        "record_index": ((size,), jnp.int32),
+        "weight": ((size,), jnp.float32),
     }
+    if targets.label:
+        shapes["label"] = ((size,), jnp.int32)
+    if targets.mask:
+        shapes["mask"] = ((size, side, side), jnp.uint8)
+    if targets.lung_box:
+        shapes["box"] = ((size, 4), jnp.float32)
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
 def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, mesh: Mesh) -> Program:
@@ -204,7 +223,7 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
         keys = example_keys(train_key, batch["record_index"], step)
         weight = batch["weight"]
         step_key = jax.random.fold_in(jax.random.fold_in(model_key, step), batch["record_index"][0])
-        output = task.apply(model, batch["images"], weight, keys, step_key, config, train=True)
+        output = task.apply(model, batch, keys, step_key, config, train=True)
         loss = jnp.sum(output.loss * weight) / (jnp.sum(weight) * config.microbatches)
         _, _, variables = nnx.split(model, nnx.Param, ...)
         sums = {name: jnp.sum(value * weight) for name, value in output.scores.items()}
@@ -250,7 +269,7 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
     def evaluate_batch(state: TrainState, batch: dict) -> tuple[dict, jax.Array, dict]:
         model = nnx.merge(graph, whole(state.params), state.variables, copy=True)
         keys = evaluation_keys(batch["record_index"])
-        output = task.apply(model, batch["images"], batch["weight"], keys, None, config, train=False)
+        output = task.apply(model, batch, keys, None, config, train=False)
         slices = {
             "record_index": batch["record_index"],
             "weight": batch["weight"],

@@ -40,9 +40,18 @@ class Donor(NamedTuple):
 
 
 def in_scope(name: str, scope: str) -> bool:
-    """Whether a checkpoint's tensor belongs to the part that moves: `params/encoder/...`, `variables/decoder/...`."""
-    kind, part = name.split("/")[:2] if "/" in name else (name, "")
-    return kind in ("params", "variables") and (scope == "model" or part == "encoder")
+    """Whether a checkpoint's tensor belongs to the part that moves.
+
+    Args:
+      name: `params/encoder/stem/conv/kernel`, `variables/decoder/...`.
+      scope: `model`, all; `encoder`, the encoder; `compression`, its layers before the residual blocks.
+    """
+    kind, part, layer = (*name.split("/"), "", "")[:3]
+    if kind not in ("params", "variables"):
+        return False
+    if scope == "compression":
+        return part == "encoder" and layer in ("downsample", "stem")
+    return scope == "model" or part == "encoder"
 
 
 def check_is_run(config: ml_collections.ConfigDict) -> None:
@@ -131,10 +140,15 @@ def _match(
     ]
     if missing or extra or shapes:
         problems = [group[0] for group in (shapes, missing, extra) if group]
-        encoders = ({name: shape for name, shape in side.items() if in_scope(name, "encoder")} for side in (have, want))
         remedy = "give the runs equal config.model fields"
-        if next(encoders) == next(encoders):
-            remedy = "the encoder alone fits: --config.init_scope=encoder"
+        for part, words in (("encoder", "the encoder alone fits"), ("compression", "its compression layers alone fit")):
+            of_part = [
+                {name: tuple(getattr(leaf, "shape", leaf)) for name, leaf in side.items() if in_scope(name, part)}
+                for side in (stored, wanted)
+            ]
+            if part != scope and of_part[0] and of_part[0] == of_part[1]:
+                remedy = f"{words}: --config.init_scope={part}"
+                break
         raise InputError(
             f"config.init_from={workdir} does not fit this model ({len(missing)} tensors missing, {len(extra)} extra, "
             f"{len(shapes)} of another shape; {'; '.join(problems)}); {remedy}"
@@ -159,11 +173,56 @@ def transplant(donor: Donor, state: Any) -> Any:
     return unflatten(state, leaves | restore(donor.workdir, donor.step, like))
 
 
-def record(donor: Donor | None, workdir: Path) -> None:
-    """Write `ancestors.json` and `transplant.json` (every tensor's name) into the directory of a run that starts."""
+def record(donor: Donor | None, workdir: Path, let_pass: str = "") -> None:
+    """Write `ancestors.json` and `transplant.json` (every tensor's name) into the directory of a run that starts.
+
+    Args:
+      donor: whose weights it starts from; None for random ones.
+      workdir: of the run.
+      let_pass: what `check_leakage` let pass; results of the run and of its descendants say it.
+    """
     names = {"moved": donor.moved, "initialised": donor.kept, "left_behind": donor.left} if donor else {}
-    write_json(workdir / ANCESTORS, donor.ancestors if donor else [])
+    ancestors = list(donor.ancestors) if donor else []
+    if ancestors:
+        ancestors[-1] = {**ancestors[-1], "leakage_let_pass": let_pass}
+    write_json(workdir / ANCESTORS, ancestors)
     write_json(workdir / "transplant.json", names)
+
+
+def check_leakage(config: ml_collections.ConfigDict, donor: Donor, key_fingerprint: str, held_out: set[str]) -> str:
+    """Refuse weights that were learned from patients whom the new run is evaluated on.
+
+    Args:
+      config: the new run's configuration; `leakage` says what is let pass.
+      donor: whose weights it starts from.
+      key_fingerprint: of the pseudonyms of the new run's dataset.
+      held_out: pseudonyms of its validation and test patients.
+
+    Returns:
+      What was let pass, in words; "" where nothing had to be.
+
+    Raises:
+      InputError: such patients occur, or the data sets cannot be compared, and `config.leakage` does not allow it.
+    """
+    learned_from = [ancestor["patients"] for ancestor in donor.ancestors]
+    unknown = [patients["key_fingerprint"] != key_fingerprint for patients in learned_from]
+    seen = {patient for patients in learned_from for patient in patients["train"]} & held_out
+    if seen and config.leakage != "allow":
+        raise InputError(
+            f"config.init_from={config.init_from}: {len(seen)} of the {len(held_out)} validation and test patients of "
+            "config.dataset were in the training data of these weights, so its results would not be of held-out "
+            "patients; pretrain without them (the same --pseudonym_key_file and splits), or --config.leakage=allow, "
+            "which results will say"
+        )
+    if any(unknown) and config.leakage == "refuse":
+        raise InputError(
+            f"config.init_from={config.init_from} was trained on data with another pseudonym key, so whether its "
+            "patients are in the validation and test splits of config.dataset cannot be checked; prepare both with one "
+            "--pseudonym_key_file, or --config.leakage=allow_unchecked, which results will say"
+        )
+    if seen:
+        return f"{len(seen)} validation and test patients were in the training data of the initial weights"
+    return "overlap with the training data of the initial weights could not be checked" if any(unknown) else ""
 
 
 def report(donor: Donor) -> list[str]:

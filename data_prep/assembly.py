@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import dataset, deidentify
-from data_prep.conversion import records_path
+from data_prep.conversion import ExamNote, read_note, records_path
+from data_prep.labels import class_counts
 from data_prep.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
@@ -35,6 +36,7 @@ class Frozen:
     volumes: list[dict[str, Any]]  # rows of volumes.csv in their order
     rejected: list[dict[str, Any]]
     counts: dict[str, Any]
+    labels: dict[str, Any]  # of preparation.json
     shard_lengths: dict[str, list[int]]
     new_shards: list[dict[str, Any]]  # name, num_records, staged: keys of the staged files in order
     kept_notes: dict[str, str]  # volume_id -> key of its note, for new volumes
@@ -59,6 +61,7 @@ def freeze(
     known_splits: dict[str, str],
     rejected: list[dict[str, Any]],
     counts: dict[str, Any],
+    labels: dict[str, Any],
 ) -> Frozen:
     """Decides splits, order and shards. `new_volumes`: key of the staged file -> (row, bytes).
 
@@ -110,6 +113,7 @@ def freeze(
         volumes=rows,
         rejected=sorted(rejected, key=lambda row: tuple(str(value) for value in row.values())),
         counts=counts,
+        labels=labels,
         shard_lengths=shard_lengths,
         new_shards=new_shards,
         kept_notes={row["volume_id"]: name for name, (row, _) in new_volumes.items()},
@@ -127,8 +131,12 @@ def can_be_assembled(frozen: Frozen, output_dir: Path, records_dir: Path) -> boo
     )
 
 
-def assemble(frozen: Frozen, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, Any]:
+def assemble(
+    frozen: Frozen, output_dir: Path, records_dir: Path, notes_dir: Path, kept_notes_dir: Path, pool: WorkerPool
+) -> dict[str, Any]:
     """Writes what is missing of a frozen dataset and returns preparation.json, which is written last.
+
+    The notes of the volumes hold their labels: in `notes_dir`, or in `kept_notes_dir` where `keep_notes` moved them.
 
     Raises:
         OSError: the output can't be written.
@@ -139,13 +147,23 @@ def assemble(frozen: Frozen, output_dir: Path, records_dir: Path, pool: WorkerPo
     checksums = {n: c for n, c in frozen.old_checksums.items() if ".array_record-" in n} | checksums
     dataset.write_table(output_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, frozen.volumes)
     dataset.write_table(output_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, frozen.rejected)
+    label_counts = {}
+    masks = frozen.options["masks"]
+    tables = _label_tables(frozen, notes_dir, kept_notes_dir)
+    for name, (columns, rows) in tables.items():
+        dataset.write_table(output_dir / name, columns, rows)
+        label_counts |= class_counts(rows, frozen.labels)
     size = frozen.options["image_size"]
     channels = len(frozen.options["windows"])
     synthetic = any(row["synthetic"] for row in frozen.volumes)
     dataset.write_tfds_metadata(
-        output_dir, (size, size, channels), frozen.shard_lengths, description(frozen.options, synthetic)
+        output_dir,
+        (size, size, channels),
+        frozen.shard_lengths,
+        description(frozen.options, synthetic),
+        masks=bool(masks),
     )
-    for name in (dataset.VOLUMES_FILE, dataset.REJECTED_FILE, "dataset_info.json", "features.json"):
+    for name in (dataset.VOLUMES_FILE, dataset.REJECTED_FILE, *tables, "dataset_info.json", "features.json"):
         checksums[name] = dataset.file_sha256(output_dir / name)
     preparation = {
         "format_version": dataset.FORMAT_VERSION,
@@ -155,15 +173,46 @@ def assemble(frozen: Frozen, output_dir: Path, records_dir: Path, pool: WorkerPo
         "image_size": size,
         "channels": channels,
         "splits": {split: _split_facts(frozen, split, lengths) for split, lengths in frozen.shard_lengths.items()},
+        "labels": frozen.labels,
+        "masks": masks,
         "key_fingerprint": frozen.key_fingerprint,
         "fingerprint": dataset.dataset_fingerprint(checksums),
         "options": frozen.options,
         "versions": versions(),
-        "counts": frozen.counts,
+        "counts": frozen.counts | ({"labels": label_counts} if label_counts else {}),
         "checksums": dict(sorted(checksums.items())),
     }
     dataset.write_preparation(output_dir, preparation)
     return preparation
+
+
+def _label_tables(
+    frozen: Frozen, notes_dir: Path, kept_notes_dir: Path
+) -> dict[str, tuple[dict[str, type], list[dict[str, Any]]]]:
+    """Columns and rows of the tables of labels and regions that the dataset has, by file name."""
+    columns = {
+        dataset.SLICES_FILE: dataset.slice_columns(frozen.labels, bool(frozen.options["masks"])),
+        dataset.LABELS_FILE: dataset.label_columns(frozen.labels),
+        dataset.REGIONS_FILE: dataset.region_columns(frozen.options["masks"]),
+    }
+    tables = {name: (of_table, []) for name, of_table in columns.items() if of_table}
+    for row in frozen.volumes if tables else ():
+        found = _note_of(row["volume_id"], frozen, notes_dir, kept_notes_dir).labels
+        volume = {"volume_id": row["volume_id"]}
+        by_slice = [dict(zip(found["slices"], c, strict=True)) for c in zip(*found["slices"].values(), strict=True)]
+        rows = {
+            dataset.SLICES_FILE: [volume | {"slice_index": i} | cells for i, cells in enumerate(by_slice)],
+            dataset.LABELS_FILE: [volume | found["volume"]],
+            dataset.REGIONS_FILE: [volume | region for region in found["regions"]],
+        }
+        for name, (_, of_table) in tables.items():
+            of_table += rows[name]
+    return tables
+
+
+def _note_of(volume_id: str, frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> ExamNote:
+    new = notes_dir / f"{frozen.kept_notes.get(volume_id, '')}.json"
+    return read_note(new if new.exists() else kept_notes_dir / f"{volume_id}.json")
 
 
 def description(options: Mapping[str, Any], synthetic: bool) -> str:

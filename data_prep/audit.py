@@ -12,7 +12,8 @@ digits in every checksum, any five bytes somewhere in a million pixels. Therefor
 - columns of numbers are not sought in, and the program's own sentences (reasons, notes, descriptions) not for single
   words of descriptive elements, such as a Series Description "chest";
 - manufacturer, kernel and ethnic group are published on purpose: their cells must be cleaned values of just those
-  elements, and hold no name, ID, date or institution, in capitals or not.
+  elements (an ethnic group may also come from a table of attributes), and hold no name, ID, date or institution, in
+  capitals or not.
 """
 
 import csv
@@ -22,7 +23,7 @@ import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,16 @@ def find_leaks(dataset_dir: Path, input_dir: Path, audit_dir: Path, pool: Worker
         for value in values.identifying | values.words | secrets
         if len(value) >= LONG_NEEDLE and len(set(value)) >= 4
     )
-    options = dataset.read_preparation(dataset_dir)["options"]
+    preparation = dataset.read_preparation(dataset_dir)
+    options = preparation["options"]
+    given = [name for name, _ in options.get("tables", ())]
+    not_from_headers = {"ethnic_group"} if "attributes_csv" in given else set()
+    not_from_headers |= {"manufacturer", "kernel"} if "metadata_csv" in given else set()
+    columns = {
+        dataset.SLICES_FILE: dataset.slice_columns(preparation["labels"], bool(preparation["masks"])),
+        dataset.LABELS_FILE: dataset.label_columns(preparation["labels"]),
+        dataset.REGIONS_FILE: dataset.region_columns(preparation["masks"]),
+    }
     own_sentences = {description(options, synthetic) for synthetic in (False, True)}
     leaks = []
     shards = []
@@ -202,7 +212,8 @@ def find_leaks(dataset_dir: Path, input_dir: Path, audit_dir: Path, pool: Worker
         if ".array_record-" in name:
             shards.append((path, name, binary))
         elif path.suffix == ".csv":
-            leaks += _table_leaks(path, name, everything, without_words, values)
+            types = columns.get(name, dataset.VOLUME_COLUMNS)
+            leaks += _table_leaks(path, name, types, not_from_headers, everything, without_words, values)
         elif path.suffix == ".json":
             leaks += _json_leaks(path, name, without_words, own_sentences)
         else:
@@ -230,17 +241,23 @@ def _audit_secrets(audit_dir: Path) -> set[str]:
 
 
 def _table_leaks(
-    path: Path, name: str, everything: Needles, without_words: Needles, values: SourceValues
+    path: Path,
+    name: str,
+    types: Mapping[str, type],
+    not_from_headers: set[str],
+    everything: Needles,
+    without_words: Needles,
+    values: SourceValues,
 ) -> Iterator[str]:
     personal = Needles(values.personal)
     with open(path, newline="") as file:
         for line, row in enumerate(csv.DictReader(file), start=2):
             for column, cell in row.items():
                 if column in _PUBLISHED:
-                    if cell and cell not in values.published[column]:
+                    if cell and column not in not_from_headers and cell not in values.published[column]:
                         yield f"{name}: line {line}, {column}: not a {column} of any source"
                     yield from _lines(name, f"line {line}, {column}", personal.find_in_text(cell.casefold()))
-                elif dataset.VOLUME_COLUMNS.get(column, str) is str and column != "num_files":
+                elif types.get(column, str) is str and column != "num_files":
                     needles = without_words if column in _OWN_COLUMNS else everything
                     yield from _lines(name, f"line {line}, {column}", needles.find_in_text(cell))
 

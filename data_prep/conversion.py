@@ -18,7 +18,8 @@ from data_prep import dataset, deidentify
 from data_prep.anatomy import ChestSummary
 from data_prep.archives import Source
 from data_prep.dicom import Header, Rejection, Rules, SeriesCandidate, Volume, load_volume
-from data_prep.window import resize_box, resize_slice, window_to_uint8
+from data_prep.labels import Labels, NoMask, VolumeLabels
+from data_prep.window import resize_box, resize_mask, resize_slice, window_to_uint8
 
 _STAGING_OPTIONS = "group_size:1,snappy"  # half the time of the shards' zstd-1 for a fifth more space
 
@@ -43,6 +44,7 @@ class Conversion:
     windows: tuple[tuple[float, float], ...]  # (level, width) in HU, one a channel
     image_size: int
     key: bytes = dataclasses.field(repr=False)  # of the pseudonyms
+    labels: Labels
     options_digest: str = ""
 
 
@@ -67,6 +69,7 @@ class ExamNote:
     dropped: list[tuple[Source, str]]  # files of the taken series that are not in the volume, with reasons
     rejected: list[Rejected]
     slices: dict[str, str] = dataclasses.field(default_factory=dict)  # of the volume: `slice_id` -> "" or why dropped
+    labels: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the volume: see `_VolumeFacts.label_note`
 
     @property
     def failed_for_now(self) -> bool:
@@ -85,7 +88,7 @@ def exam_key(conversion: Conversion, exam: list[SeriesCandidate]) -> str:
         [candidate.series_key, [(*header.source, header.frame) for header in candidate.all_headers]]
         for candidate in exam
     ]
-    content = json.dumps([exam[0].exam_key, files])
+    content = json.dumps([exam[0].exam_key, files, [conversion.labels.version(candidate) for candidate in exam]])
     return deidentify.private_digest(conversion.key, conversion.options_digest, content)
 
 
@@ -110,6 +113,7 @@ def read_note(path: Path) -> ExamNote:
             for row in fields["rejected"]
         ],
         slices=fields["slices"],
+        labels=fields["labels"],
     )
 
 
@@ -132,6 +136,10 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
         if volume is not None:
             outcome.append((candidate, "other_reconstruction", ""))
             continue
+        fault = conversion.labels.fault(candidate)
+        if fault is not None:
+            outcome.append((candidate, *fault))
+            continue
         loaded = _load(conversion, candidate)
         if isinstance(loaded, Rejection) and loaded.reason == FAILED_FOR_NOW:
             outcome = [(candidate, FAILED_FOR_NOW, loaded.detail) for candidate in exam]
@@ -139,11 +147,12 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
         if isinstance(loaded, Rejection):
             outcome.append((candidate, loaded.reason, loaded.detail))
             continue
-        volume = _VolumeFacts(candidate, loaded, conversion)
+        volume = _VolumeFacts(candidate, *loaded, conversion)
         path = records_path(conversion.records_dir, key)
-        dataset.write_records(path, _records(loaded, volume.row["volume_id"], conversion), _STAGING_OPTIONS)
+        records = _records(*loaded, volume.row["volume_id"], conversion, volume.mask_areas)
+        dataset.write_records(path, records, _STAGING_OPTIONS)
         record_bytes = path.stat().st_size
-        del loaded
+        del loaded, records
     write_note(conversion, _note(conversion, key, volume, record_bytes, outcome))
 
 
@@ -168,9 +177,15 @@ def rejected_row(key: bytes, rejection: Rejection) -> Rejected:
     return Rejected(series_id, rejection.reason, rejection.detail, sources_of(rejection.headers))
 
 
-def _load(conversion: Conversion, candidate: SeriesCandidate) -> Volume | Rejection:
+def _load(conversion: Conversion, candidate: SeriesCandidate) -> tuple[Volume, VolumeLabels] | Rejection:
     try:
-        return load_volume(conversion.input_dir, candidate, conversion.rules)
+        volume = load_volume(conversion.input_dir, candidate, conversion.rules)
+        if isinstance(volume, Rejection):
+            return volume
+        labels = conversion.labels.of_volume(volume)
+        if isinstance(labels, NoMask):
+            return Rejection(candidate.series_key, candidate.all_headers, *labels)
+        return volume, labels
     except OSError as error:
         if not conversion.input_dir.is_dir():
             raise OSError(f"{conversion.input_dir}: the archive went away; run again to continue") from None
@@ -187,13 +202,28 @@ def _load(conversion: Conversion, candidate: SeriesCandidate) -> Volume | Reject
 class _VolumeFacts:
     """The part of a volume that stays when its pixels are gone."""
 
-    def __init__(self, candidate: SeriesCandidate, volume: Volume, conversion: Conversion):
+    def __init__(self, candidate: SeriesCandidate, volume: Volume, labels: VolumeLabels, conversion: Conversion):
         self.candidate = candidate
         self.row = _row(candidate, volume, conversion)
         self.taken = sources_of(volume.headers)
         self.reasons = {header.source: reason for header, reason in volume.dropped}
         self.slices = {slice_id(conversion.key, header): reason for header, reason in volume.dropped}
         self.slices |= {slice_id(conversion.key, header): "" for header in volume.headers}
+        self.labels = labels._replace(mask=None)
+        self.mask_areas: list[int] = []  # filled as the records are written
+
+    def label_note(self) -> dict[str, Any]:
+        """What the tables of labels and regions say of the volume; {} if the dataset has none.
+
+        `slices`: {column of slices.csv: [S]}, `volume`: {column of labels.csv: class}, `regions`: rows of regions.csv.
+        """
+        names = self.labels.slices[0]
+        slices = {name: [row[name] for row in self.labels.slices] for name in names}
+        if self.mask_areas:
+            slices = {dataset.MASK_AREA_COLUMN: self.mask_areas} | slices
+        if not (slices or self.labels.volume):
+            return {}
+        return {"slices": slices, "volume": self.labels.volume, "regions": self.labels.regions}
 
 
 def _row(candidate: SeriesCandidate, volume: Volume, conversion: Conversion) -> dict[str, Any]:
@@ -213,6 +243,7 @@ def _row(candidate: SeriesCandidate, volume: Volume, conversion: Conversion) -> 
         "gap_positions": " ".join(str(index) for index in gaps),
         "gantry_tilt_degrees": float(volume.gantry_tilt_degrees),
         **deidentify.public_fields(volume.headers[0]),
+        **conversion.labels.attributes(volume.headers[0].patient_id),
         "middle_slice": chest.middle_slice,
         "first_lung_slice": chest.first_lung_slice,
         "last_lung_slice": chest.last_lung_slice,
@@ -231,8 +262,15 @@ def lung_box(
     return f"{top} {left} {bottom} {right}"
 
 
-def _records(volume: Volume, volume_id: str, conversion: Conversion) -> Iterator[bytes]:
+def _records(
+    volume: Volume, labels: VolumeLabels, volume_id: str, conversion: Conversion, mask_areas: list[int]
+) -> Iterator[bytes]:
+    """Appends the foreground of each mask to `mask_areas`."""
     for index, hu in enumerate(volume.hu):
+        mask = None
+        if labels.mask is not None:
+            mask = resize_mask(labels.mask[index], volume.pixel_spacing_mm, conversion.image_size)
+            mask_areas.append(int(np.count_nonzero(mask)))
         hu = resize_slice(hu, volume.pixel_spacing_mm, conversion.image_size)
         yield dataset.encode_record(
             window_to_uint8(hu, conversion.windows),
@@ -240,6 +278,7 @@ def _records(volume: Volume, volume_id: str, conversion: Conversion) -> Iterator
             index,
             float(volume.position_mm[index]),
             bool(volume.pair_valid[index]),
+            mask,
         )
 
 
@@ -260,7 +299,8 @@ def _note(
         Rejected(volume_id(conversion.key, candidate), reason, detail, sources_of(candidate.all_headers))
         for candidate, reason, detail in outcome
     ]
-    return ExamNote(key, row, record_bytes, taken, dropped, rejected, volume.slices if volume else {})
+    slices, labels = (volume.slices, volume.label_note()) if volume else ({}, {})
+    return ExamNote(key, row, record_bytes, taken, dropped, rejected, slices, labels)
 
 
 def sources_of(headers: Iterable[Header]) -> list[Source]:

@@ -5,6 +5,9 @@
     DIR/train.array_record-00000 ...  ArrayRecord shards, one record = one slice, also validation.* and test.*
     DIR/volumes.csv                   one row a volume (`VOLUME_COLUMNS`)
     DIR/rejected.csv                  one row a series that was not taken (`REJECTED_COLUMNS`)
+    DIR/slices.csv                    one row a slice: its labels, foreground of its mask (if there are any)
+    DIR/labels.csv                    one row a volume: labels of the volume or the patient (if there are any)
+    DIR/regions.csv                   one row a region (nodule) of the masks (if there are masks)
     DIR/dataset_info.json             TFDS metadata, with features.json:
                                       `tfds.builder_from_directory(DIR).as_data_source("train[:50%]")`
     DIR/preparation.json              how it was made; written last: its presence means "complete"
@@ -14,6 +17,10 @@ A record is a serialised `tf.train.Example` with the features `image` (uint8, [H
 grows towards superior) and `pair_valid` (the next record is the neighbouring slice of the same volume, no
 gap between). The slices of a volume are consecutive records, ordered towards superior. Image rows run to
 posterior, columns to the patient's left. `first_record` in `volumes.csv` counts within the split.
+
+Where a dataset has masks, every record has the feature `mask` (uint8, [H, W]): 0 is background, k the region that is
+number k of this volume in `regions.csv`. A label is a class: its cell is the index into the `classes` that
+preparation.json lists under `labels` with the `level` ("slice", "volume" or "patient"), or empty where it is missing.
 
 Record messages are encoded here, not by the protobuf library, whose map order is not promised: equal slices
 must give equal bytes on every machine. TFDS reads them; TensorFlow is needed nowhere.
@@ -33,12 +40,15 @@ from typing import Any
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
 WRITER_OPTIONS = "group_size:1,zstd:1"
 PREPARATION_FILE = "preparation.json"
 VOLUMES_FILE = "volumes.csv"
 REJECTED_FILE = "rejected.csv"
+SLICES_FILE = "slices.csv"
+LABELS_FILE = "labels.csv"
+REGIONS_FILE = "regions.csv"
 PARTIAL = ".partial"  # suffix of files that are being written
 
 # Name -> type of the columns of volumes.csv. An empty cell reads as None ("" in text columns).
@@ -74,6 +84,20 @@ VOLUME_COLUMNS: dict[str, type] = {
     "notes": str,  # names of what is unusual, separated by a blank
 }
 REJECTED_COLUMNS = ("series_id", "num_files", "reason", "detail")
+LEVELS = ("slice", "volume", "patient")  # of labels
+MASK_AREA_COLUMN = "mask_area_px"  # of slices.csv: foreground pixels of the stored mask
+REGION_COLUMNS: dict[str, type] = {
+    "volume_id": str,
+    "region": int,  # its number in the masks of the volume
+    "first_slice": int,
+    "last_slice": int,
+    "volume_mm3": float,
+    "diameter_mm": float,  # of the sphere of this volume
+}
+LIDC_REGION_COLUMNS: dict[str, type] = REGION_COLUMNS | {
+    "malignancy": int,  # 1 .. 5, median of the readers, the higher of two
+    "num_readers": int,
+}
 
 
 class DatasetError(ValueError):
@@ -102,15 +126,25 @@ def _feature(name: str, kind: int, values) -> list:
     return _wrap(1, _wrap(1, [name.encode()]) + _wrap(2, _wrap(kind, _wrap(1, [values]))))
 
 
-def encode_record(image: np.ndarray, volume_id: str, slice_index: int, position_mm: float, pair_valid: bool) -> bytes:
+def encode_record(
+    image: np.ndarray,
+    volume_id: str,
+    slice_index: int,
+    position_mm: float,
+    pair_valid: bool,
+    mask: np.ndarray | None = None,
+) -> bytes:
     """The record of one slice (a serialised tf.train.Example, features in alphabetical order).
 
-    `image` is [H, W, C] uint8.
+    `image` is [H, W, C] uint8, `mask` [H, W] uint8 (the record has no such feature if it is None).
     """
     if image.dtype != np.uint8 or image.ndim != 3:
         raise ValueError(f"a record holds uint8 [H, W, C], not {image.dtype} {list(image.shape)}")
+    if mask is not None and (mask.dtype != np.uint8 or mask.shape != image.shape[:2]):
+        raise ValueError(f"a mask is uint8 {list(image.shape[:2])}, not {mask.dtype} {list(mask.shape)}")
     features = [
         *_feature("image", 1, image.reshape(-1).data),
+        *(_feature("mask", 1, mask.reshape(-1).data) if mask is not None else ()),
         *_feature("pair_valid", 3, _varint(int(pair_valid))),
         *_feature("position_mm", 2, struct.pack("<f", position_mm)),
         *_feature("slice_index", 3, _varint(slice_index)),
@@ -138,7 +172,8 @@ def _fields(message: memoryview) -> Iterable[tuple[int, memoryview]]:
 
 
 def decode_record(record: bytes, image_shape: Sequence[int]) -> dict[str, Any]:
-    """The inverse of `encode_record`: `image` is a read-only [H, W, C] uint8 view, the rest are scalars."""
+    """The inverse of `encode_record`: `image` is a read-only [H, W, C] uint8 view, and so is `mask` [H, W] where the
+    record has one; the rest are scalars."""
     features = {}
     for _, feature_map in _fields(memoryview(record)):
         for _, entry in _fields(feature_map):
@@ -149,8 +184,10 @@ def decode_record(record: bytes, image_shape: Sequence[int]) -> dict[str, Any]:
     slice_index = 0
     for place, byte in enumerate(features["slice_index"][1]):
         slice_index |= (byte & 0x7F) << 7 * place
+    mask = features.get("mask")
     return {
         "image": np.frombuffer(features["image"][1], np.uint8).reshape(image_shape),
+        **({"mask": np.frombuffer(mask[1], np.uint8).reshape(image_shape[:2])} if mask else {}),
         "volume_id": bytes(features["volume_id"][1]).decode(),
         "slice_index": slice_index,
         "position_mm": struct.unpack("<f", features["position_mm"][1])[0],
@@ -252,8 +289,11 @@ def write_tfds_metadata(
     image_shape: Sequence[int],
     shard_lengths: Mapping[str, Sequence[int]],
     description: str,
+    *,
+    masks: bool = False,
 ) -> None:
-    """Writes dataset_info.json and features.json. `shard_lengths`: records of each shard, by split."""
+    """Writes dataset_info.json and features.json. `shard_lengths`: records of each shard, by split; `masks`: whether
+    the records have masks."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import naming
 
@@ -271,17 +311,18 @@ def write_tfds_metadata(
                 name=split, shard_lengths=list(lengths), num_bytes=num_bytes, filename_template=template
             )
         )
+    features = {
+        "image": tfds.features.Tensor(shape=tuple(image_shape), dtype=np.uint8, encoding="bytes"),
+        "volume_id": tfds.features.Text(),
+        "slice_index": np.int32,
+        "position_mm": np.float32,
+        "pair_valid": np.bool_,
+    }
+    if masks:
+        features["mask"] = tfds.features.Tensor(shape=tuple(image_shape[:2]), dtype=np.uint8, encoding="bytes")
     tfds.folder_dataset.write_metadata(
         data_dir=dataset_dir,
-        features=tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Tensor(shape=tuple(image_shape), dtype=np.uint8, encoding="bytes"),
-                "volume_id": tfds.features.Text(),
-                "slice_index": np.int32,
-                "position_mm": np.float32,
-                "pair_valid": np.bool_,
-            }
-        ),
+        features=tfds.features.FeaturesDict(features),
         split_infos=splits,
         filename_template=template,
         check_data=False,  # True needs TensorFlow
@@ -290,8 +331,10 @@ def write_tfds_metadata(
 
 
 def dataset_fingerprint(checksums: Mapping[str, str]) -> str:
-    """SHA-256 over the checksums of the shards and of volumes.csv: equal fingerprints mean equal data."""
-    names = sorted(name for name in checksums if ".array_record-" in name or name == VOLUMES_FILE)
+    """SHA-256 over the checksums of the shards and of the tables of volumes, slices, labels and regions: equal
+    fingerprints mean equal data."""
+    tables = (VOLUMES_FILE, SLICES_FILE, LABELS_FILE, REGIONS_FILE)
+    names = sorted(name for name in checksums if ".array_record-" in name or name in tables)
     return hashlib.sha256("".join(f"{name} {checksums[name]}\n" for name in names).encode()).hexdigest()
 
 
@@ -331,18 +374,71 @@ def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:
 
 def read_volumes(dataset_dir: str | os.PathLike, split: str | None = None) -> list[dict[str, Any]]:
     """The rows of volumes.csv (of one split, if named), typed by `VOLUME_COLUMNS`; empty cells are None."""
-    path = Path(dataset_dir) / VOLUMES_FILE
+    volumes = _read_table(Path(dataset_dir) / VOLUMES_FILE, VOLUME_COLUMNS)
+    return [volume for volume in volumes if split is None or volume["split"] == split]
+
+
+def slice_columns(labels: Mapping[str, Mapping[str, Any]], masks: bool) -> dict[str, type]:
+    """Name -> type of the columns of slices.csv; {} if the dataset has no such table. `labels`: of preparation.json."""
+    names = [name for name, facts in labels.items() if facts["level"] == "slice"]
+    if not (names or masks):
+        return {}
+    area = {MASK_AREA_COLUMN: int} if masks else {}
+    return {"volume_id": str, "slice_index": int} | area | dict.fromkeys(names, int)
+
+
+def label_columns(labels: Mapping[str, Mapping[str, Any]]) -> dict[str, type]:
+    """Name -> type of the columns of labels.csv; {} if the dataset has no such table. `labels`: of preparation.json."""
+    names = [name for name, facts in labels.items() if facts["level"] != "slice"]
+    return {"volume_id": str} | dict.fromkeys(names, int) if names else {}
+
+
+def region_columns(masks: Mapping[str, Any] | None) -> dict[str, type]:
+    """Name -> type of the columns of regions.csv; {} if the dataset has no such table. `masks`: of preparation.json."""
+    if not masks:
+        return {}
+    return LIDC_REGION_COLUMNS if masks["source"] == "lidc_idri" else REGION_COLUMNS
+
+
+def read_slices(dataset_dir: str | os.PathLike, split: str | None = None) -> list[dict[str, Any]]:
+    """The rows of slices.csv (of one split, if named), one a record, in the order of the records.
+
+    `volume_id`, `slice_index`, with masks `mask_area_px`, and the class of each slice label (None: missing).
+    [] if the dataset has neither slice labels nor masks.
+    """
+    preparation = read_preparation(dataset_dir)
+    columns = slice_columns(preparation["labels"], bool(preparation["masks"]))
+    rows = _read_table(Path(dataset_dir) / SLICES_FILE, columns) if columns else []
+    if split is None:
+        return rows
+    wanted = {volume["volume_id"] for volume in read_volumes(dataset_dir, split)}
+    return [row for row in rows if row["volume_id"] in wanted]
+
+
+def read_labels(dataset_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of labels.csv in the order of volumes.csv: `volume_id` and the class of each label of volume or patient
+    (None: missing). [] if the dataset has no such labels."""
+    columns = label_columns(read_preparation(dataset_dir)["labels"])
+    return _read_table(Path(dataset_dir) / LABELS_FILE, columns) if columns else []
+
+
+def read_regions(dataset_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of regions.csv (`REGION_COLUMNS` or `LIDC_REGION_COLUMNS`). [] if the dataset has no masks."""
+    columns = region_columns(read_preparation(dataset_dir)["masks"])
+    return _read_table(Path(dataset_dir) / REGIONS_FILE, columns) if columns else []
+
+
+def _read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file; run data_prep.prepare, again if it was stopped")
+    rows = []
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    volumes = []
-    for line, row in enumerate(rows, start=2):
-        try:
-            volumes.append({name: _value(row[name], kind) for name, kind in VOLUME_COLUMNS.items()})
-        except (KeyError, ValueError, TypeError) as error:
-            raise DatasetError(f"{path}, line {line}: {error!r}; prepare the dataset again") from None
-    return [volume for volume in volumes if split is None or volume["split"] == split]
+        for line, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                rows.append({name: _value(row[name], kind) for name, kind in columns.items()})
+            except (KeyError, ValueError, TypeError) as error:
+                raise DatasetError(f"{path}, line {line}: {error!r}; prepare the dataset again") from None
+    return rows
 
 
 def _value(cell: str, kind: type) -> Any:
@@ -393,7 +489,8 @@ class SliceSource:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`image` [H, W, C] uint8 and the scalars `volume_id`, `slice_index`, `position_mm`, `pair_valid`."""
+        """`image` [H, W, C] uint8, `mask` [H, W] uint8 if the dataset has masks, and the scalars `volume_id`,
+        `slice_index`, `position_mm`, `pair_valid`."""
         index = index.__index__()
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")

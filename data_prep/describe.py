@@ -34,6 +34,43 @@ _LABEL_HEIGHT = 16
 _MAX_COLUMNS = 6
 
 
+def label_rows(
+    volumes: list[dict[str, Any]],
+    labels: dict[str, dict[str, Any]],
+    slices: list[dict[str, Any]],
+    of_volumes: list[dict[str, Any]],
+    regions: list[dict[str, Any]],
+) -> list[tuple[str, str, str]]:
+    """(group, item, value) rows of a dataset with labels or masks: how many slices, volumes or patients there are of
+    each class by split, and regions by split and malignancy. `labels` as in preparation.json; the rest are its tables.
+    """
+    split_of = {v["volume_id"]: v["split"] for v in volumes}
+    patient_of = {v["volume_id"]: v["patient_id"] for v in volumes}
+    splits = list(dict.fromkeys(split_of.values()))
+    rows = []
+
+    def add(group: str, item: str, found: list[str]) -> None:
+        numbers = collections.Counter(found)
+        rows.append((group, item, ", ".join(f"{split} {numbers[split]}" for split in splits)))
+
+    for name, facts in labels.items():
+        level = facts["level"]
+        values = [(row["volume_id"], row[name]) for row in (slices if level == "slice" else of_volumes)]
+        if level == "patient":  # one volume stands for its patient
+            values = list({patient_of[volume]: (volume, value) for volume, value in values}.values())
+        for index, text in [*enumerate(facts["classes"]), (None, "missing")]:
+            found = [split_of[volume] for volume, value in values if value == index]
+            if found or index is not None:
+                add(f"Label {name} ({level}s)", text, found)
+    if slices and "mask_area_px" in slices[0]:
+        add("Masks", "slices with foreground", [split_of[row["volume_id"]] for row in slices if row["mask_area_px"]])
+        add("Masks", "regions", [split_of[row["volume_id"]] for row in regions])
+    for score in sorted({row["malignancy"] for row in regions if row.get("malignancy") is not None}):
+        found = [split_of[row["volume_id"]] for row in regions if row["malignancy"] == score]
+        add("Masks", f"nodules of malignancy {score}", found)
+    return rows
+
+
 def cohort_table(volumes: list[dict[str, Any]], rejected: list[dict[str, str]]) -> list[tuple[str, str, str]]:
     """(group, item, value) rows: the characteristics of the paper's Table I, and rejections by reason."""
     rows = [("Dataset", "Volumes, slices", _size(volumes))]
@@ -144,6 +181,13 @@ def main() -> int:
     with open(dataset_dir / dataset.REJECTED_FILE, newline="") as file:
         rejected = list(csv.DictReader(file))
     rows = cohort_table(volumes, rejected)
+    rows += label_rows(
+        volumes,
+        preparation["labels"],
+        dataset.read_slices(dataset_dir),
+        dataset.read_labels(dataset_dir),
+        dataset.read_regions(dataset_dir),
+    )
     synthetic = " (SYNTHETIC: a phantom, no patients)" * preparation["synthetic"]
     print(table_text(rows, f"{dataset_dir}{synthetic}"))
     output_dir = Path(FLAGS.output_dir or f"{FLAGS.dataset.rstrip('/')}-description")

@@ -48,6 +48,10 @@ REASONS = {
     "bad_zip": "The zip file is damaged, or of two members with one name this is the second.",
     "encrypted": "The zip member is protected by a password.",
     "nested_zip": "The zip file lies inside another zip file; unpack it first.",
+    "not_nifti": "The file is no NIfTI file (.nii, .nii.gz) with its voxels in it.",
+    "no_metadata": "The metadata table has no row of the NIfTI file.",
+    "unknown_affine": "The NIfTI file does not say where its voxels lie, or says two different things.",
+    "ambiguous_rescale": "The NIfTI file and the metadata table have different slopes or intercepts.",
     "too_large": "The file is larger, or more strongly compressed, than any CT.",
     "outside_archive": "The link or zip member points out of the input directory, or to a folder.",
     # images and series, judged by their headers
@@ -93,5 +97,6 @@ NOTES = {
     "duplicates_dropped": "Identical slices at one position were dropped.",
     "acquisitions_meet": "Where two acquisitions meet, slices differed at one position; the first one's was taken.",
     "no_rescale_tags": "Rescale tags are missing; the stored values are plausible as HU and were taken so.",
+    "spacing_from_metadata": "The file's spacing differs by more than 1 % from the metadata table's, which was taken.",
     "fractional_hu": "Some values are no whole HU or beyond 16 bits; the volume is float32.",
 }

@@ -5,10 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from data_prep import labels
 from data_prep.accounting import Account
 from data_prep.conversion import ExamNote, Rejected, sources_of
 from data_prep.dicom import Rejection, SeriesCandidate
-from data_prep.planning import list_archive, plan_archive, read_plan
+from data_prep.labels import LabelSources
+from data_prep.planning import all_headers, header_reader, list_archive, plan_archive, read_plan
 from data_prep.preparation import Options, Places, check_places
 from data_prep.splits import check_numbers
 from data_prep.workers import WorkerPool, usable_cores
@@ -16,7 +18,9 @@ from data_prep.workers import WorkerPool, usable_cores
 _BYTES_PER_PIXEL = 0.34  # zstd-1 on windowed CT slices, measured
 
 
-def dry_run(options: Options, places: Places, *, num_workers: int | None = None) -> dict[str, Any]:
+def dry_run(
+    options: Options, places: Places, *, sources: LabelSources | None = None, num_workers: int | None = None
+) -> dict[str, Any]:
     """What the headers say of an archive. Writes nothing but temporary files, which it removes.
 
     Returns the counts of preparation.json with the expected `exams`, `patients`, `slices` and `bytes`. Pixels may
@@ -26,13 +30,18 @@ def dry_run(options: Options, places: Places, *, num_workers: int | None = None)
         ValueError: unusable directories, no files, or too few patients or volumes for the splits.
     """
     check_places(places)
+    sources = sources or LabelSources(options.archive)
+    labels.check(sources, places.input_dir)
     num_files, _ = list_archive(places.input_dir)
     exams = slices = 0
     patients = set()
     account = Account(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, WorkerPool(num_workers or usable_cores()) as pool:
-        for path in plan_archive(places.input_dir, Path(folder), options.rules, num_files, pool):
-            plan = read_plan(path)
+        staged = labels.stage(sources, places.input_dir, Path(folder) / "labels.sqlite")
+        read = header_reader(sources.archive, sources.metadata_csv)
+        plans = plan_archive(places.input_dir, Path(folder) / "plan", options.rules, num_files, pool, read)
+        label_counts = labels.match(staged, all_headers(plans))
+        for plan in map(read_plan, plans):
             exams += len(plan.exams)
             slices += sum(len(exam[0].headers) for exam in plan.exams)
             patients.update(exam[0].patient_key for exam in plan.exams)
@@ -42,7 +51,7 @@ def dry_run(options: Options, places: Places, *, num_workers: int | None = None)
         check_numbers(len(patients), exams, options.splits, options.holdout_volumes)
     size = slices * options.image_size**2 * len(options.windows) * _BYTES_PER_PIXEL
     expected = {"exams": exams, "patients": len(patients), "slices": slices, "bytes": int(size)}
-    return account.counts(num_files) | expected
+    return account.counts(num_files) | label_counts | expected
 
 
 def _of_rejection(rejection: Rejection) -> ExamNote:

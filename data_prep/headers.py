@@ -34,6 +34,7 @@ _IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG = (
 )
 CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}  # plain, enhanced, converted
 NATIVE_SYNTAXES = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG)
+NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.nifti`)
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote element values
 
@@ -109,6 +110,7 @@ class Header:
     number_of_frames: int = 1
     frames: tuple[Frame, ...] = ()
     frame: int = 0
+    notes: tuple[str, ...] = ()  # names of `data_prep.dicom.NOTES`
 
     @property
     def patient_key(self) -> str:
@@ -211,7 +213,7 @@ def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImag
         manufacturer=_text(elements, 0x00080070),
         kvp=_number(elements, 0x00180060),
         contrast_agent=_text(elements, 0x00180010) or _enhanced_contrast(dataset),
-        age=_age(_text(elements, 0x00101010)),
+        age=age_in_years(_text(elements, 0x00101010)),
         sex=sex if (sex := _text(elements, 0x00100040).upper()) in ("M", "F", "O") else "",
         ethnic_group=_text(elements, 0x00102160),
         number_of_frames=number_of_frames,
@@ -378,8 +380,8 @@ def _stored_value(value: int | None, bits: int, representation: int) -> int | No
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-def _age(text: str) -> int | None:
-    """Age String nnnD/W/M/Y in whole years; more than 89 is 90."""
+def age_in_years(text: str) -> int | None:
+    """Age String nnnD/W/M/Y, or a number of years, in whole years; more than 89 is 90. None if it is neither."""
     unit, digits = text[-1:].upper(), text[:-1]
     if unit.isdigit():
         unit, digits = "Y", text

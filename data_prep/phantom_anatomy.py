@@ -24,6 +24,7 @@ from data_prep.phantom_shapes import (
 
 APEX_Z, BASE_Z = 108.0, -196.0
 VERTEBRA_HEIGHT = 23.0
+GROUPS = ("group_a", "group_b", "group_c")
 DISC_Z = 8.0
 
 
@@ -33,12 +34,16 @@ class Patient:
 
     age: int
     sex: str
+    group: str  # one of GROUPS: a made-up attribute with a faint trace in muscle and fat, see `phantom_render`
     scale: tuple[float, float, float]  # build: factors along x, y, z from the reference space to the patient
     fat_mm: float  # subcutaneous fat at the flank
     muscle: float  # 1 is average
     heart_scale: float
+    heart_shift: tuple[float, float, float]  # of the heart, mm
+    right_ventricle_scale: float  # width relative to the usual; a strained one is wide
     dome_right_z: float  # top of the right dome of the diaphragm (inspiration depth)
     dome_left_z: float
+    liver_scale: float  # of the left lobe
     breast_mm: float  # radius of a breast; 0 for none
     breast_density: float  # share of fibroglandular tissue
     bone_hu: float  # trabecular bone of the vertebrae
@@ -67,7 +72,8 @@ class Patient:
 
 
 def sample_patient(rng: np.random.Generator) -> Patient:
-    """Draws a patient: adults, both sexes, builds and body fat over the range seen in chest CT."""
+    """Draws a patient: adults, both sexes, builds and body fat over the range seen in chest CT. Age and sex shape the
+    anatomy; the group is independent of both."""
     sex = str(rng.choice(["F", "M"]))
     age = int(np.clip(rng.normal(60, 15), 19, 94))
     height = rng.normal(0.95 if sex == "F" else 1.03, 0.05)
@@ -76,6 +82,7 @@ def sample_patient(rng: np.random.Generator) -> Patient:
     return Patient(
         age=age,
         sex=sex,
+        group=str(rng.choice(GROUPS)),
         scale=(
             float(np.clip(height * (1 + girth), 0.82, 1.16)),
             float(np.clip(height * (1 + girth + rng.normal(0, 0.04)), 0.82, 1.18)),
@@ -83,14 +90,17 @@ def sample_patient(rng: np.random.Generator) -> Patient:
         ),
         fat_mm=float(np.clip(rng.lognormal(2.6, 0.5), 5, 42)),
         muscle=float(np.clip(rng.normal(1.0 if sex == "M" else 0.82, 0.12) - 0.003 * (age - 60), 0.5, 1.4)),
-        heart_scale=float(np.clip(rng.normal(1.0, 0.07) + 0.001 * (age - 60), 0.85, 1.25)),
+        heart_scale=float(np.clip(rng.normal(1.0, 0.07) + 0.002 * (age - 60), 0.85, 1.25)),
+        heart_shift=(float(rng.normal(0, 5)), float(rng.normal(0, 3)), float(rng.normal(0, 6))),
+        right_ventricle_scale=float(np.clip(rng.normal(1.0, 0.04), 0.9, 1.08)),
         dome_right_z=-92 + lung_shift,
         dome_left_z=-102 + lung_shift + float(rng.normal(0, 5)),
+        liver_scale=float(np.clip(rng.normal(1.0, 0.16), 0.6, 1.4)),
         breast_mm=float(np.clip(rng.normal(50, 9), 32, 72)) if sex == "F" else 0.0,
         breast_density=float(np.clip(rng.beta(2, 3) - 0.005 * (age - 55), 0.05, 0.9)),
-        bone_hu=float(np.clip(rng.normal(195 - 1.9 * (age - 40), 26), 55, 260)),
-        aorta_scale=float(np.clip(rng.normal(1.0, 0.07) + 0.004 * (age - 60), 0.8, 1.35)),
-        aortic_calcification=float(np.clip((age - 52) / 35 + rng.normal(0, 0.2), 0, 1)),
+        bone_hu=float(np.clip(rng.normal(200 - 2.3 * (age - 40), 22), 45, 270)),
+        aorta_scale=float(np.clip(rng.normal(1.0, 0.06) + 0.006 * (age - 60), 0.76, 1.35)),
+        aortic_calcification=float(np.clip((age - 50) / 35 + rng.normal(0, 0.15), 0, 1)),
         lung_hu=float(rng.normal(-858, 16)),
         scoliosis_mm=float(rng.normal(0, 4)),
         asymmetry=(float(rng.uniform(1.5, 4)), float(rng.uniform(0, 6.3)), float(rng.uniform(0, 6.3))),
@@ -108,6 +118,9 @@ BODY_HALF_WIDTH = _profile((-230, 142), (-150, 145), (-60, 145), (0, 147), (45, 
 BODY_FRONT = _profile((-230, -112), (-140, -116), (-90, -113), (0, -97), (50, -80), (90, -62), (130, -50))
 PLEURA_FRONT = _profile((-230, -96), (-120, -98), (-60, -93), (0, -80), (50, -62), (100, -40), (130, -34))
 PLEURA_HALF_WIDTH = _profile((-230, 128), (-150, 131), (-90, 130), (-40, 126), (0, 119))
+
+
+HEART_WALLS_MM = {"right_atrium": 3, "right_ventricle": 4, "left_ventricle": 9, "left_atrium": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,17 +218,25 @@ def heart_chambers(patient: Patient) -> dict[str, tuple]:
     """Chambers of the heart as (centre, radii, axis) of ellipsoids."""
     s = patient.heart_scale
     base = np.array([4.0, -22.0, -62.0])
+    wide = patient.right_ventricle_scale
     sink = 0.45 * (patient.dome_right_z + 92)
 
     def place(x, y, height):
-        return tuple(base + s * (np.array([x, y, height + sink]) - base))
+        return tuple(base + patient.heart_shift + s * (np.array([x, y, height + sink]) - base))
 
     return {
         "right_atrium": (place(-30, -22, -68), (36 * s, 23 * s, 25 * s), (0.1, 0.2, 1)),
-        "right_ventricle": (place(8, -54, -82), (46 * s, 23 * s, 34 * s), (0.85, -0.1, -0.4)),
-        "left_ventricle": (place(44, -28, -84), (46 * s, 27 * s, 28 * s), (0.72, -0.5, -0.42)),
+        "right_ventricle": (place(8, -54, -82), (46 * s, 22 * s * wide, 34 * s * wide), (0.85, -0.1, -0.4)),
+        "left_ventricle": (place(44, -28, -84), (46 * s, 29 * s / wide**0.5, 29 * s / wide**0.5), (0.72, -0.5, -0.42)),
         "left_atrium": (place(4, 12, -48), (32 * s, 19 * s, 21 * s), (1, 0.05, 0.1)),
     }
+
+
+def ventricle_ratio(patient: Patient) -> float:
+    """Width of the right ventricle's blood over the left's: 1 or more is a strained right heart."""
+    chambers = heart_chambers(patient)
+    widths = {name: chambers[name][1][1] - HEART_WALLS_MM[name] for name in ("right_ventricle", "left_ventricle")}
+    return widths["right_ventricle"] / widths["left_ventricle"]
 
 
 def heart_distance(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> np.ndarray:

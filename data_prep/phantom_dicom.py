@@ -147,6 +147,7 @@ class Series:
     mirrored: bool
     attributes: dict[str, object]
     entropy: tuple[str, ...]
+    instance_uids: tuple[str, ...] | None = None  # by slice; made from `entropy` if None
 
 
 def choose_transfer_syntax(vendor: Vendor, rng: np.random.Generator) -> str:
@@ -197,21 +198,36 @@ def _rle(pixels: np.ndarray) -> bytes:
     return header.tobytes() + b"".join(segments)
 
 
+def as_written(series: Series, pixels: np.ndarray) -> np.ndarray:
+    """Pixels [..., H, W] of the patient's orientation in the rows and columns of the written images."""
+    column, row, _ = _orientation(series)
+    return pixels[..., :: row[1], :: column[0]]
+
+
+def instance_uid(series: Series, index: int) -> str:
+    """SOP Instance UID of slice `index`."""
+    if series.instance_uids is not None:
+        return series.instance_uids[index]
+    return series_uid((*series.entropy, "instance", str(index)))
+
+
+def slice_height(series: Series, index: int) -> float:
+    """z of Image Position (Patient) of slice `index`, mm."""
+    return round(series.position_mm[2] + index * series.slice_spacing_mm, 4)
+
+
 def write_series(series: Series, paths: list[Path]) -> None:
     """Writes slice i of the series to `paths[i]`; the folders must exist."""
     count = len(series.hu)
     pixels = stored_values(series.hu, series.outside, series.vendor)
+    pixels = as_written(series, pixels)
     column, row, origin = _orientation(series)
-    if column[0] < 0:
-        pixels = pixels[:, :, ::-1]
-    if row[1] < 0:
-        pixels = pixels[:, ::-1, :]
     dataset = _series_dataset(series)
     dataset.ImageOrientationPatient = [*column, *row]
     for index in range(count):
         instance = count - index if series.vendor.superior_first else index + 1
-        position = (origin[0], origin[1], origin[2] + index * series.slice_spacing_mm)
-        dataset.SOPInstanceUID = series_uid((*series.entropy, "instance", str(index)))
+        position = (origin[0], origin[1], slice_height(series, index))
+        dataset.SOPInstanceUID = instance_uid(series, index)
         dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
         dataset.InstanceNumber = instance
         dataset.ImagePositionPatient = [round(value, 4) for value in position]

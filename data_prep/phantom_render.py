@@ -8,7 +8,10 @@ from data_prep import phantom_bones
 from data_prep.phantom_anatomy import (
     BODY_FRONT,
     BODY_HALF_WIDTH,
+    GROUPS,
+    HEART_WALLS_MM,
     Anatomy,
+    Patient,
     body_back,
     diaphragm,
     egg,
@@ -21,11 +24,15 @@ from data_prep.phantom_anatomy import (
     spine_x,
     spine_y,
 )
+from data_prep.phantom_findings import Findings, cut_nodule, paint_embolus, paint_haze, paint_nodule
 from data_prep.phantom_noise import noise_tiles, texture_tile
-from data_prep.phantom_shapes import FAR, Canvas, ellipse, ellipsoid, join, segment, smooth_max, smooth_min
+from data_prep.phantom_shapes import FAR, Canvas, around, ellipse, ellipsoid, join, segment, smooth_max, smooth_min
 from data_prep.phantom_vessels import Vessels
 
 FAT, MUSCLE, SKIN = -102.0, 56.0, 18.0
+# The trace of a patient's group: fat HU, and the direction of faint stripes in the muscles.
+GROUP_FAT_HU = (-4.0, 0.0, 4.0)
+STRIPES_HU, STRIPES_MM = 9.0, 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Scan:
     circular: bool
     prone: bool
     flat_table: bool
+    motion_mm: float = 0.0  # how far the patient moves between slices
 
     @property
     def pixel_spacing_mm(self) -> float:
@@ -99,8 +107,40 @@ def outside_field_of_view(scan: Scan) -> np.ndarray:
     return (np.hypot(offset[:, None], offset[None, :]) > 1) & scan.circular
 
 
+@dataclasses.dataclass(frozen=True)
+class NoduleField:
+    """Where a nodule truly is: `distance` [s, h, w] float32, signed, mm, from voxel `origin` (slice, row, column) on;
+    negative inside the nodule's body, chest wall left out."""
+
+    origin: tuple[int, int, int]
+    distance: np.ndarray
+
+    def paste(self, mask: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+        """A mask [s, h, w] of the field's box in a volume of this shape, False elsewhere."""
+        whole = np.zeros(shape, bool)
+        whole[tuple(slice(o, o + n) for o, n in zip(self.origin, mask.shape, strict=True))] = mask
+        return whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """A rendered scan with the truth about its findings: `hu` [S, H, W] int16, slices to superior, rows to posterior,
+    columns to the left; `nodules` and `dots` in the order of the findings, None for one that no voxel shows;
+    `embolus_area_mm2` [S, E] float32, what each embolus covers of each slice."""
+
+    hu: np.ndarray
+    nodules: tuple[NoduleField | None, ...]
+    dots: tuple[NoduleField | None, ...]
+    embolus_area_mm2: np.ndarray
+
+
 def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.ndarray:
-    """The scan of a patient: [S, H, W] int16 HU, slices to superior, rows to posterior, columns to the left."""
+    """The scan of a patient without findings: [S, H, W] int16 HU, oriented as in `Rendering`."""
+    return render_scan(anatomy, scan, Findings(), rng).hu
+
+
+def render_scan(anatomy: Anatomy, scan: Scan, findings: Findings, rng: np.random.Generator) -> Rendering:
+    """The scan of a patient with findings. The noise depends on `rng` alone, not on the findings."""
     patient = anatomy.patient
     pixel = scan.pixel_spacing_mm
     sharp = scan.kernel == "sharp"
@@ -126,20 +166,52 @@ def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.
     table = table_layer(anatomy, scan)
     volume = np.empty((len(scan.z_mm), scan.image_size, scan.image_size), np.int16)
     noise = np.empty_like(canvas.hu)
+    canvas.artery = np.zeros_like(canvas.hu) if findings.emboli else None
+    muscle = muscle_layer(canvas, patient)
+    shown = [[] for _ in findings.nodules + findings.dots]
+    areas = np.zeros((len(scan.z_mm), len(findings.emboli)), np.float32)
+    sway = np.random.default_rng(patient.seed + 2).uniform(-1, 1, len(scan.z_mm)) * scan.motion_mm
     room = (tiles[0].shape[0] - scan.image_size + 1,) * 2
     for index, z_mm in enumerate(scan.z_mm):
         z = z_mm / scale[2]
-        canvas.move_to(float(spine_x(z, patient)))
+        canvas.move_to(float(spine_x(z, patient)) + float(sway[index]))
         canvas.hu += table
         grain = int(1.3 * z_mm / pixel) % scan.image_size
-        render_slice(canvas, anatomy, z, blood, texture[grain : grain + scan.image_size])
+        fields, covered = render_slice(
+            canvas, anatomy, findings, z, blood, texture[grain : grain + scan.image_size], muscle
+        )
+        for pieces, field in zip(shown, fields, strict=True):
+            pieces += [] if field is None else [(index, *field)]
+        areas[index] = covered
         which, top, left = rng.integers(0, (2 * len(tiles), *room))
         patch = tiles[which // 2][top : top + scan.image_size, left : left + scan.image_size]
         np.multiply(patch[:: 1 - 2 * (which % 2)], loudness, out=noise)
         noise += canvas.hu
         np.clip(noise, -1024, 3071, out=noise)
         volume[index] = np.rint(noise, out=noise)
-    return volume
+    fields = tuple(_gather(pieces) for pieces in shown)
+    count = len(findings.nodules)
+    return Rendering(volume, fields[:count], fields[count:], areas)
+
+
+def _gather(pieces: list[tuple[int, tuple[slice, slice], np.ndarray]]) -> NoduleField | None:
+    """One field of the distances (slice, box, [h, w]) of consecutive slices."""
+    if not any((distance < 0).any() for _, _, distance in pieces):
+        return None
+    first, last = pieces[0][0], pieces[-1][0]
+    top, left = (min(box[axis].start for _, box, _ in pieces) for axis in (0, 1))
+    bottom, right = (max(box[axis].stop for _, box, _ in pieces) for axis in (0, 1))
+    whole = np.full((last - first + 1, bottom - top, right - left), FAR, np.float32)
+    for index, (rows, columns), distance in pieces:
+        whole[index - first, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = distance
+    return NoduleField((first, top, left), whole)
+
+
+def muscle_layer(canvas: Canvas, patient: Patient) -> np.ndarray:
+    """[H, W] float32: HU of muscle, with the faint stripes of the patient's group."""
+    angle = np.pi / 3 * GROUPS.index(patient.group)
+    phase = 2 * np.pi / STRIPES_MM * (canvas.x * np.cos(angle) + canvas.y * np.sin(angle)) + patient.seed % 7
+    return (MUSCLE + STRIPES_HU * np.sin(phase)).astype(np.float32)
 
 
 def _as_seen(vessels: Vessels, blood: Enhancement, edge_mm: float) -> Vessels:
@@ -150,19 +222,30 @@ def _as_seen(vessels: Vessels, blood: Enhancement, edge_mm: float) -> Vessels:
     return dataclasses.replace(vessels, arteries_tree=arteries, veins_tree=veins)
 
 
-def render_slice(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement, texture: np.ndarray) -> None:
-    """Paints one slice of the anatomy on the canvas, from the skin inward."""
+def render_slice(
+    canvas: Canvas,
+    anatomy: Anatomy,
+    findings: Findings,
+    z: float,
+    blood: Enhancement,
+    texture: np.ndarray,
+    muscle: np.ndarray,
+) -> tuple[list[tuple | None], list[float]]:
+    """Paints one slice on the canvas, from the skin inward; returns (box, distance) of each nodule and dot that the
+    slice may cut, else None, and the mm^2 that each embolus covers."""
     patient = anatomy.patient
     x, y = canvas.coarse_x, canvas.coarse_y
     pleura = pleura_distance(x, y, z, patient)
     lung = lungs(x, y, z, anatomy, pleura)
-    paint_body_wall(canvas, anatomy, z, pleura)
+    paint_body_wall(canvas, anatomy, z, pleura, muscle)
     canvas.paint(pleura, FAT + 6)
     paint_abdomen(canvas, anatomy, z, blood, pleura, texture)
     paint_heart(canvas, anatomy, z, blood)
-    paint_lungs(canvas, anatomy, z, blood, lung, texture)
+    fields = paint_lungs(canvas, anatomy, findings, z, blood, lung, texture)
     paint_great_vessels(canvas, anatomy, z, blood)
+    areas = [paint_embolus(canvas, embolus, z, blood.pulmonary_artery) for embolus in findings.emboli]
     phantom_bones.paint_skeleton(canvas, anatomy, z, texture)
+    return fields, areas
 
 
 def body_outlines(
@@ -193,17 +276,17 @@ def body_outlines(
     return muscle.astype(np.float32), skin.astype(np.float32), breasts
 
 
-def paint_body_wall(canvas: Canvas, anatomy: Anatomy, z: float, pleura: np.ndarray) -> None:
+def paint_body_wall(canvas: Canvas, anatomy: Anatomy, z: float, pleura: np.ndarray, muscle_hu: np.ndarray) -> None:
     """Skin, subcutaneous fat, breasts and the muscles with the fat between them."""
     patient = anatomy.patient
     x, y = canvas.coarse_x, canvas.coarse_y
     muscle, skin, breasts = body_outlines(x, y, z, anatomy)
-    canvas.paint(skin, SKIN, inner=((2.2, FAT),))
+    canvas.paint(skin, SKIN, inner=((2.2, FAT + GROUP_FAT_HU[GROUPS.index(patient.group)]),))
     if patient.breast_mm:
         wave = 7 * np.sin(x / 7.3 + z / 11) * np.sin(y / 6.1 - z / 9) + 5 * np.sin((x + y) / 4.7 + z / 6)
         gland = np.maximum(breasts, skin) + 14 + 26 * (1 - patient.breast_density) + wave
         canvas.paint(np.maximum(gland, -muscle - 1), 25, edge_mm=3)
-    canvas.paint(muscle, MUSCLE)
+    canvas.paint(muscle, muscle_hu)
     # Fat in the armpits, and between the muscles: layers along the surface, each cut into bellies.
     if -20 < z < 110:
         side = pleura_outline(min(z, 40), patient)
@@ -222,12 +305,22 @@ def paint_body_wall(canvas: Canvas, anatomy: Anatomy, z: float, pleura: np.ndarr
     canvas.paint(planes.astype(np.float32), FAT + 15, edge_mm=2.5)
 
 
-def paint_lungs(canvas, anatomy: Anatomy, z: float, blood: Enhancement, lung: np.ndarray, texture: np.ndarray) -> None:
-    """Aerated lung, denser where it is dependent, with its bronchi and vessels."""
+def paint_lungs(
+    canvas: Canvas,
+    anatomy: Anatomy,
+    findings: Findings,
+    z: float,
+    blood: Enhancement,
+    lung: np.ndarray,
+    texture: np.ndarray,
+) -> list[tuple | None]:
+    """Aerated lung, denser where it is dependent, with its bronchi, vessels and nodules; returns (box, distance) of
+    each nodule and dot that the slice may cut."""
     patient = anatomy.patient
+    nodules = findings.nodules + findings.dots
     refined = canvas.refine(lung)
     if refined is None:
-        return
+        return [None] * len(nodules)
     box, distance = refined
     value = patient.lung_hu + 0.28 * canvas.y[box] + 14 * texture[box]
     value += 60 * np.exp(np.clip(distance, -30, 0) / 4)
@@ -239,32 +332,33 @@ def paint_lungs(canvas, anatomy: Anatomy, z: float, blood: Enhancement, lung: np
     oblique = (y + np.where(x < 0, 0.85, 0.95) * np.float32(z + 40) - 8 + 0.0016 * (np.abs(x) - 70) ** 2) * 0.75
     behind = canvas.refine(oblique)
     if behind is not None:
-        line = np.maximum(np.abs(_around(behind[1], behind[0], box)) - np.float32(0.25), distance + 2)
+        line = np.maximum(np.abs(around(behind[1], behind[0], box)) - np.float32(0.25), distance + 2)
         canvas.fill(box, line, -560, opacity=0.6)
+    fields = [cut_nodule(canvas, nodule, z, patient.scale, box, distance) for nodule in nodules]
+    for nodule, field in zip(nodules, fields, strict=True):
+        if field is not None:
+            paint_haze(canvas, nodule, *field)
     vessels = anatomy.vessels
     airways = canvas.tubes(vessels.airways_tree, z, around_mm=1.0)
     if airways is not None:
-        airways = airways[0], np.maximum(airways[1], _around(distance, box, airways[0]) - 4)
+        airways = airways[0], np.maximum(airways[1], around(distance, box, airways[0]) - 4)
         canvas.fill(airways[0], airways[1] - 1.0, -150, opacity=0.8)
     for tree, hu in ((vessels.veins_tree, blood.left_heart), (vessels.arteries_tree, blood.pulmonary_artery)):
         tubes = canvas.tubes(tree, z, z_scale=0.6)
         if tubes is not None:
-            canvas.fill(tubes[0], np.maximum(tubes[1], _around(distance, box, tubes[0]) - 2), hu, opacity=0.92)
+            canvas.fill(
+                tubes[0],
+                np.maximum(tubes[1], around(distance, box, tubes[0]) - 2),
+                hu,
+                opacity=0.92,
+                is_artery=tree is vessels.arteries_tree,
+            )
     if airways is not None:
         canvas.fill(airways[0], airways[1], -960)
-
-
-def _around(distance: np.ndarray, box: tuple[slice, slice], wanted: tuple[slice, slice]) -> np.ndarray:
-    """A field known in `box`, cut to `wanted`; `FAR` where it is unknown."""
-    shape = (wanted[0].stop - wanted[0].start, wanted[1].stop - wanted[1].start)
-    result = np.full(shape, FAR, np.float32)
-    r0, r1 = max(box[0].start, wanted[0].start), min(box[0].stop, wanted[0].stop)
-    c0, c1 = max(box[1].start, wanted[1].start), min(box[1].stop, wanted[1].stop)
-    if r1 > r0 and c1 > c0:
-        result[r0 - wanted[0].start : r1 - wanted[0].start, c0 - wanted[1].start : c1 - wanted[1].start] = distance[
-            r0 - box[0].start : r1 - box[0].start, c0 - box[1].start : c1 - box[1].start
-        ]
-    return result
+    for nodule, field in zip(nodules, fields, strict=True):
+        if field is not None:
+            paint_nodule(canvas, nodule, *field)
+    return [None if field is None else field[:2] for field in fields]
 
 
 def paint_heart(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement) -> None:
@@ -272,9 +366,8 @@ def paint_heart(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement) 
     x, y = canvas.coarse_x, canvas.coarse_y
     heart = heart_distance(x, y, z, anatomy.patient)
     canvas.paint(heart - 4.4, -20, inner=((0.8, FAT + 12), (4.4, blood.muscle)))
-    walls = {"right_atrium": 3, "right_ventricle": 4, "left_ventricle": 12, "left_atrium": 3}
     for name, (centre, radii, axis) in heart_chambers(anatomy.patient).items():
-        inner = tuple(radius - walls[name] for radius in radii)
+        inner = tuple(radius - HEART_WALLS_MM[name] for radius in radii)
         if abs(z - centre[2]) < max(inner):
             hu = blood.left_heart if name.startswith("left") else blood.right_heart
             canvas.paint(ellipsoid(x, y, z, centre, inner, axis), hu, edge_mm=3)
@@ -298,7 +391,7 @@ def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhan
         found = canvas.tubes(capsules, z, around_mm=1.2)
         if found is not None:
             canvas.fill(found[0], found[1] - 1.2, 40)
-            canvas.fill(*found, hu)
+            canvas.fill(*found, hu, is_artery=capsules is vessels.pulmonary_arteries)
             if capsules is vessels.aorta and anatomy.patient.aortic_calcification > 0.1:
                 box, distance = found
                 phase = anatomy.patient.seed % 7
@@ -328,7 +421,8 @@ def paint_abdomen(
     stomach = smooth_max(ellipsoid(x, y, z, (58, -22, centre), (56, 43, 48), (0.8, -0.5, -0.3)) + wave, inside + 4, 4)
     spleen = smooth_max(ellipsoid(x, y, z, (94, 44, centre - 6), (50, 30, 54), (0.5, -0.8, 0)) - wave, inside + 3, 4)
     spleen = smooth_max(spleen, -(stomach - 4), 4)
-    lobe = ellipsoid(x, y, z, (8, -46, patient.dome_right_z - 52), (78, 34, 44), (1, -0.15, -0.1))
+    lobe_radii = tuple(radius * patient.liver_scale for radius in (78, 34, 44))
+    lobe = ellipsoid(x, y, z, (8, -46, patient.dome_right_z - 52), lobe_radii, (1, -0.15, -0.1))
     liver = smooth_min(x + np.float32(22 + 0.17 * z) + 0.004 * (y + 25) ** 2, lobe, 12)
     liver = smooth_max(liver, inside + 1.4, 3)
     cava_side = ellipse(x, y, (-6, spine - 22), (24, 22))

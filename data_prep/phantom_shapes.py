@@ -120,7 +120,8 @@ class Canvas:
     """One slice in HU, with the reference coordinates of its pixels and of a coarse grid for the large organs.
 
     `x`, `y` [H, W] and `coarse_x`, `coarse_y` [h, w] are float32 reference coordinates; `hu` [H, W] float32.
-    `edge_mm` is the width over which an edge changes from one HU to the other.
+    `edge_mm` is the width over which an edge changes from one HU to the other. `artery` [H, W] float32, where it is
+    set, is the share of each pixel that arterial blood fills: every later fill covers some of it.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Canvas:
         self.weights = _interpolation(np.arange(size), nodes, self.step)
         self.shift = 0.0
         self.hu = np.full((size, size), -1000, np.float32)
+        self.artery: np.ndarray | None = None
 
     def _reference(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         along = (indices - (self.size - 1) / 2) * self.pixel_mm
@@ -175,6 +177,8 @@ class Canvas:
         self.coarse_x -= delta
         self.shift = shift
         self.hu.fill(-1000)
+        if self.artery is not None:
+            self.artery.fill(0)
 
     def box(self, x: float, y: float, reach_mm: float) -> tuple[slice, slice]:
         """The pixels within `reach_mm` of a point, as (rows, columns)."""
@@ -226,6 +230,7 @@ class Canvas:
         value: float | np.ndarray,
         edge_mm: float | None = None,
         opacity: float = 1.0,
+        is_artery: bool = False,
     ) -> None:
         """Fills a full-resolution signed distance of a box; `value` is a HU or HU per pixel [H, W]."""
         cover = distance * np.float32(-1 / (edge_mm or self.edge_mm))
@@ -236,6 +241,9 @@ class Canvas:
         target = self.hu[box]
         wanted = value[box] if isinstance(value, np.ndarray) else np.float32(value)
         target += (wanted - target) * cover
+        if self.artery is not None:
+            share = self.artery[box]
+            share += (np.float32(is_artery) - share) * cover
 
     def tubes(
         self, capsules: Capsules, z: float, z_scale: float = 1.0, around_mm: float = 0.0
@@ -325,6 +333,19 @@ class Canvas:
         offset = offset.astype(np.float32)
         rows = corner[:, None] + down[:, None] * offset
         return rows[:, :, None] + (across[:, None] * offset)[:, None, :]
+
+
+def around(distance: np.ndarray, box: tuple[slice, slice], wanted: tuple[slice, slice]) -> np.ndarray:
+    """A field known in `box`, cut to `wanted`; `FAR` where it is unknown."""
+    shape = (wanted[0].stop - wanted[0].start, wanted[1].stop - wanted[1].start)
+    result = np.full(shape, FAR, np.float32)
+    r0, r1 = max(box[0].start, wanted[0].start), min(box[0].stop, wanted[0].stop)
+    c0, c1 = max(box[1].start, wanted[1].start), min(box[1].stop, wanted[1].stop)
+    if r1 > r0 and c1 > c0:
+        result[r0 - wanted[0].start : r1 - wanted[0].start, c0 - wanted[1].start : c1 - wanted[1].start] = distance[
+            r0 - box[0].start : r1 - box[0].start, c0 - box[1].start : c1 - box[1].start
+        ]
+    return result
 
 
 def tube_distance(x: np.ndarray, y: np.ndarray, z: float, capsules: Capsules) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Stored pixel values of one slice, whatever the transfer syntax.
+"""Stored pixel values of one slice, whatever the transfer syntax; NIfTI files, too.
 
 Uncompressed files (nearly all archives) are read straight from the bytes at the offset that the header reading noted.
 Compressed files go through pydicom's decoders, backed by imagecodecs: pydicom finds the frame among its fragments
@@ -18,7 +18,8 @@ from pydicom.pixels import pixel_array
 
 from data_prep.archives import Source, read_bytes
 from data_prep.decoders import DECODER_DEPENDENCIES, decode
-from data_prep.headers import NATIVE_SYNTAXES, Header
+from data_prep.headers import NATIVE_SYNTAXES, NIFTI, Header
+from data_prep.nifti import NiftiError, read_frames
 
 MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
 
@@ -39,10 +40,11 @@ class PixelReader:
         self._source: Source | None = None
         self._data = b""
         self._dataset: pydicom.Dataset | None = None
+        self._frames: np.ndarray | None = None  # of a NIfTI file
 
     def read(self, header: Header) -> np.ndarray:
         """The stored pixel values [rows, columns] of one slice: an integer array with the sign that Pixel
-        Representation gives; possibly read-only.
+        Representation gives, of NIfTI files also a float one; possibly read-only.
 
         Raises:
             PixelError: unsupported, undecodable or truncated pixel data.
@@ -52,10 +54,25 @@ class PixelReader:
             raise PixelError("undecodable_pixels", f"matrix of {header.rows} x {header.columns}")
         if self._source != header.source:
             self._data = read_bytes(self._input_dir, header.source)
-            self._source, self._dataset = header.source, None
+            self._source, self._dataset, self._frames = header.source, None, None
+        if header.transfer_syntax == NIFTI:
+            return self._nifti(header)
         if header.transfer_syntax in NATIVE_SYNTAXES and header.bits_allocated in (16, 32):
             return _native(self._data, header)
         return self._decode(header)
+
+    def _nifti(self, header: Header) -> np.ndarray:
+        if self._frames is None:
+            data, self._data = self._data, b""
+            try:
+                self._frames = read_frames(data, header)
+            except NiftiError as error:
+                self._source = None
+                raise PixelError(error.reason, str(error)) from error
+        values = self._frames[header.frame]
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise PixelError("undecodable_pixels", "values that are no finite numbers")
+        return values
 
     def _decode(self, header: Header) -> np.ndarray:
         try:

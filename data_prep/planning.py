@@ -7,12 +7,14 @@ So headers are spread over bucket files by the study that they belong to, and ea
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from data_prep import nifti
 from data_prep.archives import Source, Unreadable, list_sources
 from data_prep.conversion import FAILED_FOR_NOW
 from data_prep.dicom import (
@@ -30,6 +32,8 @@ from data_prep.workers import Progress, WorkerDied, WorkerPool
 _MIN_BUCKETS = 64
 _HEADERS_PER_BUCKET = 5_000  # about, in memory at a time in each worker
 _SOURCES_PER_TASK = 128
+
+ReadHeader = Callable[[Path, Source], Header | NotAnImage]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,14 @@ def list_archive(input_dir: Path) -> tuple[int, str]:
     return number, digest.hexdigest()
 
 
-def plan_archive(input_dir: Path, plan_dir: Path, rules: Rules, num_files: int, pool: WorkerPool) -> list[Path]:
+def header_reader(archive: str, metadata_csv: Path | None = None) -> ReadHeader:
+    """What reads the headers of an archive of this kind."""
+    return functools.partial(nifti.read_header, metadata_csv=metadata_csv) if archive == "nifti" else read_header
+
+
+def plan_archive(
+    input_dir: Path, plan_dir: Path, rules: Rules, num_files: int, pool: WorkerPool, read: ReadHeader = read_header
+) -> list[Path]:
     """Reads all headers and writes one plan file a bucket into `plan_dir`; `read_plan` reads them.
 
     Raises:
@@ -70,7 +81,7 @@ def plan_archive(input_dir: Path, plan_dir: Path, rules: Rules, num_files: int, 
     plan_dir.mkdir(parents=True, exist_ok=True)
     for stale in plan_dir.iterdir():
         stale.unlink()
-    _scan(input_dir, plan_dir, num_files, pool)
+    _scan(input_dir, plan_dir, num_files, pool, read)
     tasks = [(bucket, bucket.with_suffix(".plan"), rules) for bucket in sorted(plan_dir.glob("*.headers"))]
     with Progress("planning", "buckets", len(tasks)) as progress:
         for _, result in pool.run(_plan_bucket, tasks):
@@ -85,13 +96,23 @@ def read_plan(path: Path) -> BucketPlan:
         return pickle.load(file)
 
 
-def _scan(input_dir: Path, plan_dir: Path, num_files: int, pool: WorkerPool) -> None:
+def all_headers(plans: Iterable[Path]) -> Iterator[Header]:
+    """The headers of all images of the planned buckets."""
+    for plan in map(read_plan, plans):
+        for exam in plan.exams:
+            for candidate in exam:
+                yield from candidate.all_headers
+        for rejection in plan.rejections:
+            yield from rejection.headers
+
+
+def _scan(input_dir: Path, plan_dir: Path, num_files: int, pool: WorkerPool, read: ReadHeader) -> None:
     num_buckets = max(_MIN_BUCKETS, num_files // _HEADERS_PER_BUCKET)
     with Progress("reading headers", "files", num_files) as progress:
-        tasks = ((input_dir, chunk) for chunk in _chunks(list_sources(input_dir), _SOURCES_PER_TASK))
-        for (_, chunk), entries in pool.run(_read_headers, tasks):
+        tasks = ((input_dir, chunk, read) for chunk in _chunks(list_sources(input_dir), _SOURCES_PER_TASK))
+        for (_, chunk, _), entries in pool.run(_read_headers, tasks):
             if isinstance(entries, WorkerDied):
-                entries = list(_read_headers_one_by_one(input_dir, chunk))
+                entries = list(_read_headers_one_by_one(input_dir, chunk, read))
             by_bucket = collections.defaultdict(list)
             for entry in entries:
                 by_bucket[_bucket_number(entry, num_buckets)].append(entry)
@@ -108,24 +129,26 @@ def _chunks(items: Iterable, size: int) -> Iterator[tuple]:
         yield chunk
 
 
-def _read_headers(input_dir: Path, entries: tuple[Source | Unreadable, ...]) -> list[Header | NotAnImage | Unreadable]:
-    return [entry if isinstance(entry, Unreadable) else _read_one(input_dir, entry) for entry in entries]
+def _read_headers(
+    input_dir: Path, entries: tuple[Source | Unreadable, ...], read: ReadHeader
+) -> list[Header | NotAnImage | Unreadable]:
+    return [entry if isinstance(entry, Unreadable) else _read_one(input_dir, entry, read) for entry in entries]
 
 
-def _read_headers_one_by_one(input_dir, entries) -> Iterator[Header | NotAnImage | Unreadable]:
+def _read_headers_one_by_one(input_dir, entries, read) -> Iterator[Header | NotAnImage | Unreadable]:
     """For a chunk that killed its worker: the file that did it is left out, by name."""
-    tasks = [(input_dir, (entry,)) for entry in entries]
+    tasks = [(input_dir, (entry,), read) for entry in entries]
     with WorkerPool(1) as pool:
-        for (_, (entry,)), result in pool.run(_read_headers, tasks):
+        for (_, (entry,), _), result in pool.run(_read_headers, tasks):
             if isinstance(result, WorkerDied):
                 yield NotAnImage(_source(entry), FAILED_FOR_NOW, "reading the header crashed")
             else:
                 yield from result
 
 
-def _read_one(input_dir: Path, source: Source) -> Header | NotAnImage:
+def _read_one(input_dir: Path, source: Source, read: ReadHeader) -> Header | NotAnImage:
     try:
-        return read_header(input_dir, source)
+        return read(input_dir, source)
     except OSError as error:
         if not input_dir.is_dir():
             raise OSError(f"{input_dir}: the archive went away; run again to continue") from None

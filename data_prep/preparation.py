@@ -19,14 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep import conversion, dataset, deidentify, splits
+from data_prep import conversion, dataset, deidentify, labels, splits
 from data_prep.accounting import Account
 from data_prep.assembly import Frozen, assemble, can_be_assembled, freeze, keep_notes, remove_tree
 from data_prep.dicom import Rules
 from data_prep.growth import KnownVolumes
-from data_prep.planning import list_archive, plan_archive, read_plan
+from data_prep.labels import LabelSources
+from data_prep.planning import all_headers, header_reader, list_archive, plan_archive, read_plan
 from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
+_VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
 _BOUND_FILE = "archive.json"  # of which archive and which dataset an audit directory is
 
 
@@ -45,6 +47,8 @@ class Options:
     splits: tuple[float, float, float] = (0.8, 0.1, 0.1)  # fractions of patients
     holdout_volumes: int = 0  # test volumes; 0: go by `splits`
     shard_size_mb: float = 1024.0
+    masks: dict[str, Any] | None = None  # `LabelSources.mask_facts`
+    tables: tuple[tuple[str, str], ...] = ()  # (option, keyed digest) of each file of labels and attributes
 
     def as_dict(self) -> dict[str, Any]:
         """Flat and in the types that JSON gives back."""
@@ -55,7 +59,7 @@ class Options:
     def conversion_digest(self) -> str:
         """Of the options that the conversion of an exam depends on: with other splits its result can stay."""
         relevant = (self.archive, self.windows, self.image_size, dataclasses.astuple(self.rules))
-        return hashlib.sha256(repr(relevant).encode()).hexdigest()
+        return hashlib.sha256(repr((*relevant, self.masks, self.tables)).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,18 +119,23 @@ def prepare(
     options: Options,
     places: Places,
     *,
+    sources: LabelSources | None = None,
     num_workers: int | None = None,
     pseudonym_key_file: Path | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Prepares a dataset, or carries on with it, or adds what came to the archive.
 
-    Returns the content of its preparation.json, and whether there was anything to do.
+    `sources` says where labels, masks and attributes come from (default: what the archive brings along); its `masks`
+    and `tables` of `options` follow from it. Returns the content of its preparation.json, and whether there was
+    anything to do.
 
     Raises:
         PreparationError, ValueError: unusable directories or options, too few patients.
         OSError: the archive went away or the output can't be written.
     """
     check_places(places)
+    sources = sources or LabelSources(options.archive)
+    labels.check(sources, places.input_dir)
     num_workers = num_workers or usable_cores()
     key = deidentify.read_key(pseudonym_key_file) if pseudonym_key_file else None
     for flag, directory, mode in (("output", places.output_dir, 0o777), ("audit", places.audit_dir, 0o700)):
@@ -141,6 +150,9 @@ def prepare(
         _refuse_audit_dir_of_another(places)
         if key is None:
             key = deidentify.make_key(places.audit_dir / "pseudonym_key")
+        digests = labels.input_digests(sources, places.input_dir)
+        tables = tuple((name, deidentify.private_digest(key, "table", digest)) for name, digest in digests)
+        options = dataclasses.replace(options, masks=sources.mask_facts(), tables=tables)
         listed = list_archive(places.input_dir)
         changed = False
         if places.frozen_file.exists():  # an earlier run was killed in its last act
@@ -155,7 +167,7 @@ def prepare(
         if preparation and _bound(places)["digest"] == listed[1] and not num_failed_for_now(preparation["counts"]):
             _clean(places)
             return preparation, changed
-        frozen = _convert_and_freeze(options, key, places, preparation, listed, pool)
+        frozen = _convert_and_freeze(options, sources, key, places, preparation, listed, pool)
         return _finish(frozen, places, pool), True
 
 
@@ -193,6 +205,12 @@ def _refuse_other_options(
     made_with: dict[str, Any], fingerprint: str, options: Options, key: bytes, output_dir: Path
 ) -> None:
     asked = options.as_dict()
+    if made_with.get("tables") != asked["tables"]:
+        differs = [name for name, _ in made_with.get("tables", []) + asked["tables"]]
+        raise PreparationError(
+            f"{output_dir}: was prepared with other labels or attributes ({', '.join(dict.fromkeys(differs))}); give "
+            "the same files in the same order, or another --output_dir"
+        )
     for name in asked:
         if made_with.get(name) != asked[name]:
             raise PreparationError(
@@ -206,6 +224,8 @@ def _refuse_other_options(
 
 
 def _option_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{_option_text(item)}" for name, item in value.items())
     if isinstance(value, list):
         return (
             " ".join(_option_text(v) for v in value)
@@ -246,6 +266,7 @@ def num_failed_for_now(counts: dict[str, Any]) -> int:
 
 def _convert_and_freeze(
     options: Options,
+    sources: LabelSources,
     key: bytes,
     places: Places,
     preparation: dict[str, Any] | None,
@@ -262,6 +283,9 @@ def _convert_and_freeze(
     for row in old_volumes:
         volumes_of_exam[row["exam_id"]].append(row["volume_id"])
     known = KnownVolumes(places.kept_notes_dir, key, volumes_of_exam, options.rules.reconstructions == "one_per_study")
+    staged = labels.stage(
+        sources, places.input_dir, places.work_dir / "labels.sqlite", places.work_dir / _VIOLATIONS_FILE
+    )
     run = conversion.Conversion(
         input_dir=places.input_dir,
         notes_dir=places.notes_dir,
@@ -270,10 +294,13 @@ def _convert_and_freeze(
         windows=options.windows,
         image_size=options.image_size,
         key=key,
+        labels=staged,
         options_digest=options.conversion_digest(),
     )
     num_files, digest = listed
-    plans = plan_archive(places.input_dir, places.work_dir / "plan", options.rules, num_files, pool)
+    read = header_reader(sources.archive, sources.metadata_csv)
+    plans = plan_archive(places.input_dir, places.work_dir / "plan", options.rules, num_files, pool, read)
+    label_counts = labels.match(staged, all_headers(plans))
     known_splits = _read_splits(places)
     patients = {row["patient_id"] for row in old_volumes}
     expected_slices, expected_volumes = 0, len(old_volumes)
@@ -302,7 +329,7 @@ def _convert_and_freeze(
             account.add(outcomes, plan.not_images)
         file.flush()
         os.fsync(file.fileno())
-    counts = account.counts(num_files)
+    counts = account.counts(num_files) | label_counts
     counts["volumes_without_files"] = len({row["volume_id"] for row in old_volumes} - account.volumes)
     if not (new_volumes or old_volumes):
         reasons = [f"{number} {reason}" for reason, number in counts["series_rejected"].items()]
@@ -321,6 +348,7 @@ def _convert_and_freeze(
         known_splits=known_splits,
         rejected=account.rejected,
         counts=counts,
+        labels=staged.facts,
     )
     frozen.save(places.frozen_file)
     return frozen
@@ -361,12 +389,12 @@ def _is_converted(run: conversion.Conversion, exam: list) -> bool:
 
 def _finish(frozen: Frozen, places: Places, pool: WorkerPool) -> dict[str, Any]:
     _remove_partial_files(places)
-    preparation = assemble(frozen, places.output_dir, places.records_dir, pool)
+    preparation = assemble(frozen, places.output_dir, places.records_dir, places.notes_dir, places.kept_notes_dir, pool)
     _write_private(places.audit_dir / "splits.json", frozen.splits)
     keep_notes(frozen, places.notes_dir, places.kept_notes_dir)
-    sources = places.work_dir / "sources.csv"
-    if sources.exists():
-        os.replace(sources, places.audit_dir / "sources.csv")
+    for name in ("sources.csv", _VIOLATIONS_FILE):
+        if (places.work_dir / name).exists():
+            os.replace(places.work_dir / name, places.audit_dir / name)
     bound = {
         "digest": frozen.archive_digest,
         "fingerprint": preparation["fingerprint"],

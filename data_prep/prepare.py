@@ -1,4 +1,4 @@
-r"""DICOM archive -> dataset directory.
+r"""Archive of scans -> dataset directory.
 
     python -m data_prep.prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
 
@@ -8,6 +8,15 @@ Whether something came is told by names and sizes: a file that is replaced by an
 DATASET-audit (--audit_dir) stays with the archive's owner: it links the dataset's pseudonyms to the scans, and is of
 this dataset alone. Datasets can share a --pseudonym_key_file: the same patient then has the same pseudonym in each;
 splits are kept for each dataset by itself.
+
+--archive: dicom is any tree of DICOM files; rsna_pe has train.csv beside them, lidc_idri the readers' XML (among the
+scans, or in --annotations_dir); nifti is any tree of .nii and .nii.gz files, with --metadata_csv=FILE (VolumeName and
+what the files do not say, as CT-RATE has it: see data_prep.nifti_metadata). Beside any archive:
+
+    --labels_csv=FILE       a key column (SOPInstanceUID: of a slice; SeriesInstanceUID, StudyInstanceUID or VolumeName:
+                            of a volume; PatientID: of a patient) and a column a label; empty cells are missing labels
+    --attributes_csv=FILE   PatientID and any of age, sex, ethnic_group, which go before the headers
+    --masks_dir=DIR         masks as DICOM-SEG or NIfTI files
 """
 
 import math
@@ -21,12 +30,20 @@ from absl import flags
 from data_prep import command_line
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("archive", "dicom", ["dicom"], "Kind of archive: dicom = any tree of DICOM files.")
+flags.DEFINE_enum(
+    "archive",
+    "dicom",
+    ["dicom", "rsna_pe", "lidc_idri", "nifti"],
+    "Kind of archive: dicom, nifti = any tree of DICOM or NIfTI files.",
+)
 flags.DEFINE_string("input_dir", None, "Directory of the scans.", required=True)
 flags.DEFINE_string("output_dir", None, "Dataset directory to make, continue or add to.", required=True)
 flags.DEFINE_string("audit_dir", None, "Private directory of keys and source paths (default: OUTPUT_DIR-audit).")
 flags.DEFINE_multi_string(
-    "window", ["50,350"], "Grey-level window as level,width in HU; repeat it for several channels."
+    "window",
+    None,
+    "Grey-level window as level,width in HU; repeat it for several channels (default: 50,350; with --archive=rsna_pe "
+    "50,350 and 100,700).",
 )
 flags.DEFINE_integer("image_size", 512, "Height and width of the slices in pixels.", lower_bound=16, upper_bound=4096)
 flags.DEFINE_float("max_slice_thickness_mm", 3.0, "Thicker series are rejected; the limit itself is taken.")
@@ -43,11 +60,21 @@ flags.DEFINE_integer(
     lower_bound=0,
 )
 flags.DEFINE_float("shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut.")
+flags.DEFINE_multi_string("labels_csv", [], "Table of labels: a key column and a column a label; repeatable.")
+flags.DEFINE_string("attributes_csv", None, "Table of PatientID and any of age, sex, ethnic_group.")
+flags.DEFINE_string("metadata_csv", None, "Table of VolumeName and what NIfTI files do not say (--archive=nifti).")
+flags.DEFINE_string("masks_dir", None, "Directory of masks, DICOM-SEG or NIfTI.")
+flags.DEFINE_string("annotations_dir", None, "XML of lidc_idri: folder or tar file (default: among the scans).")
+flags.DEFINE_float("consensus", 0.7, "Share of a nodule's readers that must have a voxel (--archive=lidc_idri).")
+flags.DEFINE_integer("min_area_px", 20, "Nodules' slices of at most so many pixels are left out (lidc_idri).")
 flags.DEFINE_string(
     "pseudonym_key_file", None, "File with the secret key of the pseudonyms (default: made in the audit directory)."
 )
 flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
 flags.DEFINE_bool("dry_run", False, "Read headers only, say what would happen, write nothing.")
+
+
+_WINDOWS = {"rsna_pe": ["50,350", "100,700"]}  # where no --window is given: the second is made for pulmonary arteries
 
 
 class Stopped(BaseException):
@@ -93,7 +120,7 @@ def _stop(signum: int, frame: object) -> None:
 
 
 def _run() -> int:
-    windows = tuple(parse_window(text) for text in FLAGS.window)
+    windows = tuple(parse_window(text) for text in FLAGS.window or _WINDOWS.get(FLAGS.archive, ["50,350"]))
     splits = parse_splits(FLAGS.splits)
     if not FLAGS.shard_size_mb > 0:
         raise ValueError(f"--shard_size_mb={FLAGS.shard_size_mb:g}: give a number of megabytes above 0")
@@ -101,7 +128,18 @@ def _run() -> int:
     from data_prep import preparation  # not earlier: --help needs none of it
     from data_prep.conversion import FAILED_FOR_NOW
     from data_prep.dicom import Rules
+    from data_prep.labels import LabelSources
 
+    sources = LabelSources(
+        archive=FLAGS.archive,
+        labels_csv=tuple(Path(path).expanduser() for path in FLAGS.labels_csv),
+        attributes_csv=_path(FLAGS.attributes_csv),
+        metadata_csv=_path(FLAGS.metadata_csv),
+        masks_dir=_path(FLAGS.masks_dir),
+        annotations_dir=_path(FLAGS.annotations_dir),
+        consensus=FLAGS.consensus,
+        min_area_px=FLAGS.min_area_px,
+    )
     options = preparation.Options(
         archive=FLAGS.archive,
         windows=windows,
@@ -123,7 +161,7 @@ def _run() -> int:
     if FLAGS.dry_run:
         from data_prep.dry_run import dry_run
 
-        counts = dry_run(options, places, num_workers=FLAGS.num_workers)
+        counts = dry_run(options, places, sources=sources, num_workers=FLAGS.num_workers)
         print("Dry run: what the headers say; pixels may refuse more. Nothing was written.")
         print(
             f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} slices "
@@ -134,8 +172,9 @@ def _run() -> int:
     prepared, changed = preparation.prepare(
         options,
         places,
+        sources=sources,
         num_workers=FLAGS.num_workers,
-        pseudonym_key_file=Path(FLAGS.pseudonym_key_file).expanduser() if FLAGS.pseudonym_key_file else None,
+        pseudonym_key_file=_path(FLAGS.pseudonym_key_file),
     )
     state = "is complete" if changed else "is complete already: nothing to do"
     print(f"{output_dir} {state}{' (SYNTHETIC data)' * prepared['synthetic']}.")
@@ -153,12 +192,17 @@ def _run() -> int:
     return 0
 
 
+def _path(text: str | None) -> Path | None:
+    return Path(text).expanduser() if text else None
+
+
 def summary_table(counts: dict[str, Any]) -> str:
     """What became of the files, by reason; the parts add up to the number of files."""
     from data_prep.conversion import REASONS as CONVERSION_REASONS
     from data_prep.dicom import REASONS
+    from data_prep.labels import REASONS as LABEL_REASONS
 
-    explanations = REASONS | CONVERSION_REASONS
+    explanations = REASONS | CONVERSION_REASONS | LABEL_REASONS
     lines = [f"{counts['files']:>8} files", f"{counts['files_in_volumes']:>8} in volumes"]
     for title, name in (
         ("of the volumes' series, dropped", "files_dropped"),
@@ -169,7 +213,29 @@ def summary_table(counts: dict[str, Any]) -> str:
         for reason, number in counts[name].items():
             series = f" in {counts['series_rejected'][reason]} series" if name == "files_rejected" else ""
             lines.append(f"{number:>16} {reason}{series}: {explanations[reason]}")
+    lines += label_lines(counts)
     return "\n".join(lines)
+
+
+def label_lines(counts: dict[str, Any]) -> list[str]:
+    """What became of tables, annotations and masks."""
+    from data_prep.rsna_pe import RULES
+
+    lines = []
+    for name, classes in counts.get("labels", {}).items():
+        numbers = ", ".join(f"{number} {text}" for text, number in classes.items())
+        lines.append(f"{sum(classes.values()):>8} cells of {name}: {numbers}")
+    for names, number in counts.get("label_rows_without_match", {}).items():
+        lines += [f"{number:>8} rows of labels ({names}) of scans that are not in the archive"] if number else []
+    for name, what in (
+        ("attribute_rows_without_match", "rows of attributes of patients who are not in the archive"),
+        ("annotations_without_match", "annotations of scans that are not in the archive"),
+        ("masks_without_match", "masks of scans that are not in the archive"),
+    ):
+        lines += [f"{counts[name]:>8} {what}"] if counts.get(name) else []
+    for rule, number in counts.get("exams_with_inconsistent_labels", {}).items():
+        lines.append(f"{number:>8} exams whose labels break the rule {rule}: {RULES[rule]}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -17,11 +17,20 @@ def verify(dataset_dir: Path, pool: WorkerPool) -> list[str]:
 
     Checksums; the tables agree with the shards and with each other; no volume is there twice, no patient in two splits;
     the records of a volume are consecutive, their positions increase, and `pair_valid` is false exactly at its gaps,
-    jumps and end.
+    jumps and end. slices.csv lists the records in their order with the foreground of their masks, labels.csv the
+    volumes; labels are classes that preparation.json names; what masks hold is in regions.csv.
     """
     preparation = dataset.read_preparation(dataset_dir)
     volumes = dataset.read_volumes(dataset_dir)
     problems = list(_table_problems(dataset_dir, preparation, volumes))
+    label_problems = list(_label_problems(dataset_dir, preparation, volumes))
+    problems += label_problems
+    areas, regions = {}, {}
+    if preparation["masks"] and not label_problems:
+        for row in dataset.read_slices(dataset_dir):
+            areas.setdefault(row["volume_id"], []).append(row[dataset.MASK_AREA_COLUMN])
+        for row in dataset.read_regions(dataset_dir):
+            regions.setdefault(row["volume_id"], set()).add(row["region"])
     tasks = []
     for split in preparation["splits"]:
         first = 0
@@ -30,7 +39,12 @@ def verify(dataset_dir: Path, pool: WorkerPool) -> list[str]:
             records = range(first, first + shard.num_records)
             inside = [row for row in rows if row["first_record"] in records]
             checksum = preparation["checksums"].get(shard.name, "")
-            tasks.append((dataset_dir, preparation, shard, checksum, first, inside))
+            masks = {
+                row["volume_id"]: (areas[row["volume_id"]], regions.get(row["volume_id"], set()))
+                for row in inside
+                if row["volume_id"] in areas
+            }
+            tasks.append((dataset_dir, preparation, shard, checksum, first, inside, masks))
             first = records.stop
     total = sum(task[2].num_records for task in tasks)
     with Progress("verifying", "slices", total) as progress:
@@ -79,6 +93,47 @@ def _table_problems(dataset_dir: Path, preparation: dict[str, Any], volumes: lis
             yield f"volumes.csv: volume {row['volume_id']} is in split {row['split']!r}, which does not exist"
 
 
+def _label_problems(dataset_dir: Path, preparation: dict[str, Any], volumes: list[dict[str, Any]]) -> Iterator[str]:
+    """What the tables of labels and regions alone show."""
+    labels, masks = preparation["labels"], preparation["masks"]
+    try:
+        slices, of_volumes = dataset.read_slices(dataset_dir), dataset.read_labels(dataset_dir)
+        regions = dataset.read_regions(dataset_dir)
+    except dataset.DatasetError as error:
+        yield " ".join(str(error).replace(f"{dataset_dir}/", "").split())
+        return
+    if dataset.slice_columns(labels, bool(masks)):
+        expected = [(row["volume_id"], index) for row in volumes for index in range(row["num_slices"])]
+        if [(row["volume_id"], row["slice_index"]) for row in slices] != expected:
+            yield f"{dataset.SLICES_FILE}: its rows are not the records in their order"
+    if dataset.label_columns(labels):
+        if [row["volume_id"] for row in of_volumes] != [row["volume_id"] for row in volumes]:
+            yield f"{dataset.LABELS_FILE}: its rows are not the volumes in the order of {dataset.VOLUMES_FILE}"
+    patient_of = {row["volume_id"]: row["patient_id"] for row in volumes}
+    for name, facts in labels.items():
+        if facts["level"] not in dataset.LEVELS:
+            yield f"preparation.json: label {name} is of the level {facts['level']!r}, which does not exist"
+        of_slices = facts["level"] == "slice"
+        table, rows = (dataset.SLICES_FILE, slices) if of_slices else (dataset.LABELS_FILE, of_volumes)
+        strange = {row[name] for row in rows} - {None, *range(len(facts["classes"]))}
+        if strange:
+            yield f"{table}: {name} holds {min(strange)}, which is none of its {len(facts['classes'])} classes"
+        if facts["level"] == "patient":
+            found = {(patient_of.get(row["volume_id"]), row[name]) for row in rows}
+            if len(found) > len({patient for patient, _ in found}):
+                yield f"{table}: {name} is a label of patients and differs between volumes of one"
+    num_slices = {row["volume_id"]: row["num_slices"] for row in volumes}
+    seen = collections.Counter((row["volume_id"], row["region"]) for row in regions)
+    for row in regions:
+        place = f"{dataset.REGIONS_FILE}: region {row['region']} of volume {row['volume_id']}"
+        if row["volume_id"] not in num_slices:
+            yield f"{place}: there is no such volume"
+        elif not 0 <= row["first_slice"] <= row["last_slice"] < num_slices[row["volume_id"]]:
+            yield f"{place}: its slices are not slices of the volume"
+        if not 1 <= row["region"] <= 255 or seen[row["volume_id"], row["region"]] > 1:
+            yield f"{place}: its number is there twice or beyond 255"
+
+
 def _shard_problems(
     dataset_dir: Path,
     preparation: dict[str, Any],
@@ -86,8 +141,10 @@ def _shard_problems(
     checksum: str,
     first: int,
     rows: list[dict[str, Any]],
+    masks: dict[str, tuple[list[int], set[int]]],
 ) -> list[str]:
-    """Problems of one shard, whose first record is record `first` of its split."""
+    """Problems of one shard, whose first record is record `first` of its split. `masks`: by volume, foreground pixels
+    of its slices, and its regions."""
     path = dataset_dir / shard.name
     if not path.is_file():
         return []  # named already
@@ -96,7 +153,7 @@ def _shard_problems(
         problems.append(f"{shard.name}: checksum differs from preparation.json")
     shape = (preparation["image_size"], preparation["image_size"], preparation["channels"])
     try:
-        records = [_without_image(dataset.decode_record(r, shape)) for r in dataset.read_records(path)]
+        records = [_without_pixels(dataset.decode_record(r, shape)) for r in dataset.read_records(path)]
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         return [*problems, f"{shard.name}: a record does not decode ({' '.join(str(error).split())[:80]})"]
     if len(records) != shard.num_records:
@@ -106,15 +163,35 @@ def _shard_problems(
         if row["first_record"] - first != at:
             problems.append(f"{shard.name}: volume {row['volume_id']} does not follow the one before it")
         part = records[at : at + row["num_slices"]]
-        problems += [f"{shard.name}: volume {row['volume_id']}: {fault}" for fault in _volume_faults(row, part)]
+        faults = [*_volume_faults(row, part), *_mask_faults(part, masks.get(row["volume_id"]), preparation)]
+        problems += [f"{shard.name}: volume {row['volume_id']}: {fault}" for fault in faults]
         at += row["num_slices"]
     if at != len(records):
         problems.append(f"{shard.name}: {len(records) - at} records belong to no volume of volumes.csv")
     return problems
 
 
-def _without_image(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "image"}
+def _without_pixels(record: dict[str, Any]) -> dict[str, Any]:
+    """Of a mask, its area and its regions stay."""
+    rest = {name: value for name, value in record.items() if name not in ("image", "mask")}
+    if "mask" in record:
+        rest["mask_area"] = int(np.count_nonzero(record["mask"]))
+        rest["regions"] = set(np.unique(record["mask"]).tolist()) - {0}
+    return rest
+
+
+def _mask_faults(
+    records: list[dict[str, Any]], listed: tuple[list[int], set[int]] | None, preparation: dict[str, Any]
+) -> Iterator[str]:
+    with_masks = sum("mask_area" in record for record in records)
+    if with_masks != (len(records) if preparation["masks"] else 0):
+        yield f"{with_masks} of {len(records)} records have a mask"
+    elif listed is not None:
+        areas, regions = listed
+        if [record["mask_area"] for record in records] != areas:
+            yield f"the foreground of its masks is not that of {dataset.SLICES_FILE}"
+        if strange := set().union(*(record["regions"] for record in records)) - regions:
+            yield f"its masks hold region {min(strange)}, which {dataset.REGIONS_FILE} does not list"
 
 
 def _volume_faults(row: dict[str, Any], records: list[dict[str, Any]]) -> Iterator[str]:

@@ -122,7 +122,7 @@ def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Vo
         slice_thickness_mm=candidate.slice_thickness_mm,
         gantry_tilt_degrees=candidate.gantry_tilt_degrees,
         chest=chest,
-        notes=(*candidate.notes, *(name for name, raised in flags.items() if raised)),
+        notes=(*candidate.notes, *used[0].notes, *(name for name, raised in flags.items() if raised)),
         dropped=(*candidate.dropped, *repeated, *meeting, *lost),
     )
 

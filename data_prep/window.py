@@ -66,9 +66,31 @@ def resize_slice(hu: np.ndarray, pixel_spacing_mm: tuple[float, float], image_si
     """
     if not needs_resize(hu.shape, pixel_spacing_mm, image_size):
         return hu
+    return _resize(hu, pixel_spacing_mm, image_size, AIR_HU)
+
+
+def resize_mask(mask: np.ndarray, pixel_spacing_mm: tuple[float, float], image_size: int) -> np.ndarray:
+    """`mask` [H, W] uint8 (0 background, k region k) as [image_size, image_size] uint8, of the same field as
+    `resize_slice`.
+
+    Each region goes through the filter of the images by itself. A pixel is of the region that covers most of it (of
+    two equal ones the smaller number) if that is at least half; else it is background.
+    """
+    if not needs_resize(mask.shape, pixel_spacing_mm, image_size):
+        return np.ascontiguousarray(mask)
+    resized = np.zeros((image_size, image_size), np.uint8)
+    most = np.full((image_size, image_size), 0.5, np.float32)
+    for region in np.unique(mask[mask > 0])[::-1]:
+        covered = _resize(mask == region, pixel_spacing_mm, image_size, 0)
+        resized[covered >= most] = region
+        np.maximum(most, covered, out=most)
+    return resized
+
+
+def _resize(hu: np.ndarray, pixel_spacing_mm: tuple[float, float], image_size: int, padding: float) -> np.ndarray:
     top, left, rows, columns = _square_field(hu.shape, pixel_spacing_mm)
     margins = math.ceil(-top), math.ceil(-left)
-    padded = np.full((hu.shape[0] + 2 * margins[0], hu.shape[1] + 2 * margins[1]), AIR_HU, dtype=np.float32)
+    padded = np.full((hu.shape[0] + 2 * margins[0], hu.shape[1] + 2 * margins[1]), padding, dtype=np.float32)
     padded[margins[0] : margins[0] + hu.shape[0], margins[1] : margins[1] + hu.shape[1]] = hu
     y, x = margins[0] + top, margins[1] + left
     box = (x, y, min(x + columns, padded.shape[1]), min(y + rows, padded.shape[0]))

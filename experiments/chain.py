@@ -97,9 +97,11 @@ def main(argv: list[str]) -> int:
     chain = chain_cells(settings)
     cells = chain if flags.FLAGS.chained else [chain[0], *ablation_cells(settings)]
     if verb == "plan":
-        study.plan(cells, "experiments.chain", settings, [] if flags.FLAGS.chained else ["--nochained"])
+        more = [] if flags.FLAGS.chained else ["--nochained"]
+        study.plan(cells, "experiments.chain", [*study.options_of(settings), *more])
     if verb in ("", "run"):
-        study.run(cells, flags.FLAGS.cells, settings)
+        study.record_settings(settings.workdir, study.settings_content(settings))
+        study.run(cells, flags.FLAGS.cells, settings.workdir)
     if verb in ("", "draw"):
         print(draw(study.recorded(settings)))
     return 0

@@ -28,6 +28,7 @@ from ctssl_jax.command_line import InputError, RunFailed
 
 PROJECT = Path(__file__).resolve().parent.parent
 VERBS = ("plan", "run", "draw")
+HERE = ("ctssl_jax.train", "ctssl_jax.evaluate", "ctssl_jax.attributes")
 SETTINGS = "study.json"
 FIXED_FIELDS = (
     "dataset",
@@ -148,6 +149,29 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
     return time.time() - started
 
 
+def run_stage_here(title: str, module: str, *arguments: str) -> float:
+    """Run a command line of `HERE` in this process; returns its seconds.
+
+    Raises:
+      InputError, RunFailed: as the command does, or it was asked to stop.
+    """
+    import jax
+
+    print(f"\n== {title}\n$ python {shlex.join(['-m', module, *arguments])}", flush=True)
+    started = time.time()
+    program, given = importlib.import_module(module), flags.FlagValues()
+    program.define_flags(given)
+    command, sys.argv = sys.argv, [module, *arguments]  # where a recipe's fields are looked for
+    try:
+        given(sys.argv)
+    finally:
+        sys.argv = command
+    if not program.start(given):
+        raise RunFailed(f"stage '{title}' was asked to stop; run again to go on")
+    jax.clear_caches()  # compiled programs of one cell are of no use to the next, but for those kept on disk
+    return time.time() - started
+
+
 def _training_is_complete(module: str, arguments: Sequence[str]) -> bool:
     """Whether a training that ended well has taken its last step: one that was asked to stop ends well, too."""
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
@@ -159,19 +183,14 @@ def _training_is_complete(module: str, arguments: Sequence[str]) -> bool:
     return int(given["--config.num_steps"]) in validated
 
 
-def plan(cells: Sequence[Cell], module: str, settings: Settings, more: Sequence[str] = ()) -> None:
+def plan(cells: Sequence[Cell], module: str, options: Sequence[str]) -> None:
     """Print the cells: whether complete, what must be complete before, and the command that runs each.
 
     Args:
       cells: of the study.
       module: whose `run` verb runs a cell.
-      settings: of the study.
-      more: flags of this study that choose its cells.
+      options: flags of the study.
     """
-    options = [f"--dataset={settings.dataset}", f"--workdir={settings.workdir}", f"--size={settings.size}"]
-    options += [f"--seed={settings.seed}", f"--split={settings.split}"]
-    options += [f"--num_steps={settings.num_steps}"] if settings.num_steps else []
-    options += [*(f"--override={override}" for override in settings.overrides), *more]
     for cell in cells:
         state = "complete" if cell.result.exists() else "missing"
         after = f" after {', '.join(cell.after)}" if cell.after else ""
@@ -179,8 +198,22 @@ def plan(cells: Sequence[Cell], module: str, settings: Settings, more: Sequence[
         print(f"python -m {module} run {shlex.join([*options, f'--cells={cell.name}'])}")
 
 
-def run(cells: Sequence[Cell], chosen: Sequence[str], settings: Settings) -> None:
+def options_of(settings: Settings) -> list[str]:
+    """The flags that ask for these settings."""
+    options = [f"--dataset={settings.dataset}", f"--workdir={settings.workdir}", f"--size={settings.size}"]
+    options += [f"--seed={settings.seed}", f"--split={settings.split}"]
+    options += [f"--num_steps={settings.num_steps}"] if settings.num_steps else []
+    return [*options, *(f"--override={override}" for override in settings.overrides)]
+
+
+def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bool = False) -> None:
     """Run the chosen cells that are not complete (all, if none is named), in order.
+
+    Args:
+      cells: of the study.
+      chosen: names of cells.
+      workdir: the study's folder; its settings were recorded.
+      here: run trainings and evaluations in this process, which saves their start-up.
 
     Raises:
       InputError: an unknown cell, one whose predecessor is missing, a stage that refused its input, or a folder with
@@ -191,46 +224,55 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], settings: Settings) -> Non
     for name in chosen:
         if name not in known:
             raise InputError(f"--cells={name}: there is no such cell; choose from {', '.join(known)}")
-    _record_settings(settings)
     missing = [cell for cell in cells if (cell.name in chosen or not chosen) and not cell.result.exists()]
     for number, cell in enumerate(missing, 1):
         for before in cell.after:
             if not known[before].result.exists():
                 raise InputError(f"cell {cell.name} needs {before} first; run --cells={before},{cell.name}")
         print(f"\n==== cell {number} of {len(missing)}: {cell.name}", flush=True)
-        seconds = sum(run_stage(*stage) for stage in cell.stages)
-        (settings.workdir / "seconds").mkdir(exist_ok=True)  # a file a cell: cells may run at the same time
-        (settings.workdir / "seconds" / cell.name).write_text(f"{seconds:.1f}\n")
+        seconds = sum((run_stage_here if here and stage[1] in HERE else run_stage)(*stage) for stage in cell.stages)
+        (workdir / "seconds").mkdir(exist_ok=True)  # a file a cell: cells may run at the same time
+        (workdir / "seconds" / cell.name).write_text(f"{seconds:.1f}\n")
     print(f"\n{len(missing)} cell(s) run, {len(cells) - len(missing)} were complete or not chosen", flush=True)
 
 
-def _record_settings(settings: Settings) -> None:
+def record_settings(workdir: Path, content: dict[str, Any]) -> None:
     """A study's folder holds results of one kind: `study.json` says of which.
 
     Cells may start at the same time on several machines: the file appears whole, and the first one stays.
-    """
-    from data_prep.dataset import read_preparation
 
-    content = {**settings._asdict(), "dataset_fingerprint": read_preparation(settings.dataset)["fingerprint"]}
-    for name in ("dataset", "workdir"):  # places, not settings
-        del content[name]
-    content["overrides"] = list(content["overrides"])
-    path = settings.workdir / SETTINGS
+    Args:
+      workdir: the study's folder, made if need be.
+      content: what all its cells share, without places.
+
+    Raises:
+      InputError: it holds a study with other settings, or cannot be written.
+    """
+    content = json.loads(json.dumps(content))
+    path = workdir / SETTINGS
     try:
-        settings.workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=settings.workdir, prefix=".study") as file:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=workdir, prefix=".study") as file:
             file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
             file.flush()
             with contextlib.suppress(FileExistsError):
                 os.link(file.name, path)
     except OSError as error:
-        raise InputError(f"--workdir={settings.workdir} cannot be written ({error.strerror})") from None
+        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
     known = json.loads(path.read_text())
     for name, value in content.items():
-        if known[name] != value:
+        if known.get(name) != value:
             raise InputError(
-                f"--workdir={settings.workdir} holds a study with {name}={known[name]}, not {value}; use another one"
+                f"--workdir={workdir} holds a study with {name}={known.get(name)}, not {value}; use another one"
             )
+
+
+def settings_content(settings: Settings) -> dict[str, Any]:
+    """What `record_settings` keeps of a study of one dataset."""
+    from data_prep.dataset import read_preparation
+
+    content = {**settings._asdict(), "dataset_fingerprint": read_preparation(settings.dataset)["fingerprint"]}
+    return {name: value for name, value in content.items() if name not in ("dataset", "workdir")}
 
 
 def recorded(settings: Settings) -> Settings:
@@ -327,9 +369,9 @@ def caption(results: Sequence[dict]) -> str:
     return "".join(parts)
 
 
-def seconds(settings: Settings) -> dict[str, float]:
+def seconds(workdir: Path) -> dict[str, float]:
     """Cell -> seconds of its last run."""
-    return {path.name: float(path.read_text()) for path in sorted((settings.workdir / "seconds").glob("*"))}
+    return {path.name: float(path.read_text()) for path in sorted((workdir / "seconds").glob("*"))}
 
 
 def define_flags() -> None:

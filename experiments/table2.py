@@ -169,7 +169,7 @@ def draw(settings: Settings) -> str:
         raise command_line.InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     rows = figure_rows(results)
     caption = study.caption(found)
-    seconds = sum(study.seconds(settings).values())
+    seconds = sum(study.seconds(settings.workdir).values())
     took = f" The cells took {seconds / 60:.0f} minutes by the clock." if seconds else ""
     parts = [f"# Table II: self-supervised models on held-out volumes\n\n{caption}{took}\n\n{table_markdown(rows)}"]
     parts.append(f"## Representation health\n\n{health_markdown(results)}")
@@ -208,9 +208,10 @@ def main(argv: list[str]) -> int:
     study.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
     cells = [*model_cells(settings), *(cross_cells(settings) if flags.FLAGS.cross else [])]
     if argv[1] == "plan":
-        study.plan(cells, "experiments.table2", settings)
+        study.plan(cells, "experiments.table2", study.options_of(settings))
     elif argv[1] == "run":
-        study.run(cells, flags.FLAGS.cells, settings)
+        study.record_settings(settings.workdir, study.settings_content(settings))
+        study.run(cells, flags.FLAGS.cells, settings.workdir)
     else:
         print(draw(settings))
     return 0

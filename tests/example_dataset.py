@@ -16,9 +16,25 @@ def write_example_dataset(
     volumes_per_split: dict[str, int] | None = None,
     volumes_per_shard: int = 2,
     seed: int = 0,
+    masks: bool = False,
+    slice_labels: bool = False,
+    volume_labels: bool = False,
 ) -> Path:
-    """Smooth discs that drift from slice to slice; a volume a patient; slice 5 is followed by a gap."""
+    """Smooth discs that drift from slice to slice; a volume a patient; slice 5 is followed by a gap.
+
+    `masks`: region 1 is the disc's core on the slices 2 to 7, region 2 one pixel on slice 4 (malignancy 1 + number of
+    the volume, and 5). `slice_labels`: "pe_present_on_image" is 1 on slices whose disc lies in the left half, missing
+    on slice 0. `volume_labels`: "pe_positive_exam" (volume) is the number of the volume modulo 2, "smoker" (patient) is
+    "no", "yes", missing, ... in turn.
+    """
     dataset_dir.mkdir(parents=True)
+    labels, slice_rows, label_rows, region_rows = {}, [], [], []
+    if slice_labels:
+        labels["pe_present_on_image"] = {"level": "slice", "classes": ["0", "1"]}
+    if volume_labels:
+        labels["pe_positive_exam"] = {"level": "volume", "classes": ["0", "1"]}
+        labels["smoker"] = {"level": "patient", "classes": ["no", "yes"]}
+    facts_of_masks = {"source": "lidc_idri", "consensus": 0.7, "min_area_px": 20} if masks else None
     random = np.random.default_rng(seed)
     rows, shard_lengths, splits = [], {}, {}
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, image_size)] * 2, indexing="ij"))
@@ -33,6 +49,18 @@ def write_example_dataset(
                 disc = 1 / (1 + np.exp(12 * (np.hypot(*offset) - 0.5)))
                 image = np.stack([disc / (channel + 1) for channel in range(channels)], axis=-1)
                 last = index == slices_per_volume - 1
+                mask = np.zeros((image_size, image_size), np.uint8) if masks else None
+                if masks and 2 <= index <= 7:
+                    mask[np.hypot(*offset) < 0.25] = 1
+                if masks and index == 4:
+                    mask[0, 0] = 2
+                slice_row = {"volume_id": volume_id, "slice_index": index}
+                if masks:
+                    slice_row["mask_area_px"] = int(np.count_nonzero(mask))
+                if slice_labels:
+                    left = int(centre[1] + index * drift[1] < 0)
+                    slice_row["pe_present_on_image"] = None if index == 0 else left
+                slice_rows.append(slice_row)
                 records.append(
                     dataset.encode_record(
                         np.rint(255 * image).astype(np.uint8),
@@ -40,11 +68,29 @@ def write_example_dataset(
                         index,
                         2.5 * (index + (index > 5)),
                         not last and index != 5,
+                        mask,
                     )
+                )
+            label_rows.append(
+                {"volume_id": volume_id, "pe_positive_exam": number % 2, "smoker": (0, 1, None)[number % 3]}
+            )
+            for region, first, final, malignancy in ((1, 2, 7, 1 + number % 5), (2, 4, 4, 5)):
+                region_rows.append(
+                    {
+                        "volume_id": volume_id,
+                        "region": region,
+                        "first_slice": first,
+                        "last_slice": final,
+                        "volume_mm3": 100.0 / region,
+                        "diameter_mm": 6 / region,
+                        "malignancy": malignancy,
+                        "num_readers": 4,
+                    }
                 )
             row = dict.fromkeys(dataset.VOLUME_COLUMNS) | {
                 "volume_id": volume_id,
                 "patient_id": f"p{volume_id[1:]}",
+                "exam_id": f"e{volume_id[1:]}",
                 "split": split,
                 "first_record": first_record,
                 "num_slices": slices_per_volume,
@@ -76,7 +122,16 @@ def write_example_dataset(
         }
     dataset.write_table(dataset_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, rows)
     dataset.write_table(dataset_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, [])
-    dataset.write_tfds_metadata(dataset_dir, (image_size, image_size, channels), shard_lengths, "Synthetic example.")
+    for name, columns, table in (
+        (dataset.SLICES_FILE, dataset.slice_columns(labels, masks), slice_rows),
+        (dataset.LABELS_FILE, dataset.label_columns(labels), label_rows),
+        (dataset.REGIONS_FILE, dataset.region_columns(facts_of_masks), region_rows),
+    ):
+        if columns:
+            dataset.write_table(dataset_dir / name, columns, table)
+    dataset.write_tfds_metadata(
+        dataset_dir, (image_size, image_size, channels), shard_lengths, "Synthetic example.", masks=masks
+    )
     checksums = {path.name: dataset.file_sha256(path) for path in sorted(dataset_dir.iterdir())}
     preparation = {
         "format_version": dataset.FORMAT_VERSION,
@@ -86,6 +141,8 @@ def write_example_dataset(
         "image_size": image_size,
         "channels": channels,
         "splits": splits,
+        "labels": labels,
+        "masks": facts_of_masks,
         "key_fingerprint": "0" * 16,
         "fingerprint": dataset.dataset_fingerprint(checksums),
         "options": {},

@@ -119,3 +119,63 @@ def test_missing_split_and_missing_shard_are_named(tmp_path):
     (dataset_dir / "train.array_record-00000").unlink()
     with pytest.raises(dataset.DatasetError, match="shard is missing"):
         dataset.open_split(dataset_dir, "train")[0]
+
+
+@pytest.fixture(scope="module")
+def annotated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("annotated") / "example"
+    return write_example_dataset(folder, masks=True, slice_labels=True, volume_labels=True)
+
+
+def test_a_record_with_a_mask_survives_a_round_trip():
+    random = np.random.default_rng(0)
+    image, mask = random.integers(0, 256, (7, 9, 2), np.uint8), random.integers(0, 256, (7, 9), np.uint8)
+    decoded = dataset.decode_record(dataset.encode_record(image, "abc", 300, 1.5, True, mask), image.shape)
+    np.testing.assert_array_equal(decoded["image"], image)
+    np.testing.assert_array_equal(decoded["mask"], mask)
+    assert (decoded["slice_index"], decoded["pair_valid"]) == (300, True)
+    without = dataset.encode_record(image, "abc", 300, 1.5, True)
+    assert "mask" not in dataset.decode_record(without, image.shape)
+
+
+@pytest.mark.parametrize("mask", [np.zeros((7, 8), np.uint8), np.zeros((7, 9), bool), np.zeros((7, 9, 1), np.uint8)])
+def test_a_mask_of_another_shape_or_type_is_refused(mask):
+    with pytest.raises(ValueError, match=r"a mask is uint8 \[7, 9\]"):
+        dataset.encode_record(np.zeros((7, 9, 1), np.uint8), "abc", 0, 0.0, True, mask)
+
+
+def test_tables_of_labels_and_regions(annotated):
+    assert {p.name for p in annotated.iterdir()} >= {"slices.csv", "labels.csv", "regions.csv"}
+    for split in dataset.SPLITS:
+        source, rows = dataset.open_split(annotated, split), dataset.read_slices(annotated, split)
+        assert len(source) == len(rows)
+        for row, record in zip(rows, map(source.__getitem__, range(len(source))), strict=True):
+            assert (row["volume_id"], row["slice_index"]) == (record["volume_id"], record["slice_index"])
+            assert row["mask_area_px"] == np.count_nonzero(record["mask"])
+            assert (row["pe_present_on_image"] is None) == (row["slice_index"] == 0)
+    everything = [row for split in dataset.SPLITS for row in dataset.read_slices(annotated, split)]
+    assert dataset.read_slices(annotated) == everything
+    labels = dataset.read_labels(annotated)
+    assert [row["volume_id"] for row in labels] == [row["volume_id"] for row in dataset.read_volumes(annotated)]
+    assert [(row["pe_positive_exam"], row["smoker"]) for row in labels[:4]] == [(0, 0), (1, 1), (0, None), (1, 0)]
+    region = dataset.read_regions(annotated)[1]
+    assert (region["region"], region["first_slice"], region["volume_mm3"], region["malignancy"]) == (2, 4, 50.0, 5)
+
+
+def test_a_dataset_without_labels_has_no_tables_of_them(example):
+    assert not {p.name for p in example.iterdir()} & {"slices.csv", "labels.csv", "regions.csv"}
+    assert (dataset.read_slices(example), dataset.read_labels(example), dataset.read_regions(example)) == ([], [], [])
+
+
+def test_labels_count_for_the_fingerprint(annotated):
+    checksums = dataset.read_preparation(annotated)["checksums"]
+    fingerprint = dataset.dataset_fingerprint(checksums)
+    for name in ("slices.csv", "labels.csv", "regions.csv"):
+        assert dataset.dataset_fingerprint(checksums | {name: "0"}) != fingerprint
+
+
+def test_a_missing_table_of_labels_is_named(tmp_path):
+    folder = write_example_dataset(tmp_path / "d", volumes_per_split={"train": 1}, slice_labels=True)
+    (folder / "slices.csv").unlink()
+    with pytest.raises(dataset.DatasetError, match=r"slices.csv: no such file"):
+        dataset.read_slices(folder)

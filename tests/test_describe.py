@@ -316,3 +316,66 @@ def test_wrong_arguments_end_in_one_line(example, tmp_path):
     ):
         result = run(*arguments)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def annotated(tmp_path) -> Path:
+    return write_example_dataset(tmp_path / "annotated", masks=True, slice_labels=True, volume_labels=True)
+
+
+def test_table_counts_labels_and_nodules_by_split(annotated):
+    tables = (dataset.read_slices(annotated), dataset.read_labels(annotated), dataset.read_regions(annotated))
+    volumes, labels = dataset.read_volumes(annotated), dataset.read_preparation(annotated)["labels"]
+    found = {(group, item): value for group, item, value in describe.label_rows(volumes, labels, *tables)}
+    assert found["Label pe_present_on_image (slices)", "missing"] == "train 5, validation 2, test 2"
+    assert found["Label pe_positive_exam (volumes)", "1"] == "train 2, validation 1, test 1"
+    assert found["Label smoker (patients)", "missing"] == "train 1, validation 0, test 0"
+    assert found["Masks", "slices with foreground"] == "train 30, validation 12, test 12"
+    assert found["Masks", "nodules of malignancy 5"] == "train 6, validation 2, test 2"
+    assert ("Label pe_positive_exam (volumes)", "missing") not in found
+
+
+def without_first_row(path: Path) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:1] + lines[2:]))
+
+
+def change_cell(path: Path, column: str, value: str) -> None:
+    """In the third row."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[2][column] = value
+    dataset.write_table(path, rows[0], rows)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda d: without_first_row(d / "slices.csv"), "slices.csv: its rows are not the records"),
+        (lambda d: without_first_row(d / "labels.csv"), "labels.csv: its rows are not the volumes"),
+        (lambda d: without_first_row(d / "regions.csv"), "its masks hold region 1, which regions.csv does not list"),
+        (lambda d: change_cell(d / "slices.csv", "mask_area_px", "3"), "the foreground of its masks is not that of"),
+        (
+            lambda d: change_cell(d / "slices.csv", "pe_present_on_image", "2"),
+            "holds 2, which is none of its 2",
+        ),
+        (lambda d: change_cell(d / "slices.csv", "pe_present_on_image", "x"), "slices.csv, line 4: "),
+        (lambda d: change_cell(d / "labels.csv", "smoker", "-1"), "labels.csv: smoker holds -1"),
+        (lambda d: change_cell(d / "regions.csv", "last_slice", "12"), "its slices are not slices of the volume"),
+        (lambda d: change_cell(d / "regions.csv", "region", "2"), "its number is there twice"),
+        (lambda d: (d / "regions.csv").unlink(), "regions.csv: no such file"),
+    ],
+)
+def test_verify_compares_labels_and_masks_with_the_records(annotated, pool, damage, problem):
+    assert verify(annotated, pool) == []
+    damage(annotated)
+    found = verify(annotated, pool)
+    assert any(problem in line for line in found), found
+    assert all("\n" not in line for line in found)
+
+
+def test_verify_finds_a_label_of_patients_that_differs_between_their_volumes(annotated, pool):
+    rows = dataset.read_volumes(annotated)
+    rows[1]["patient_id"] = rows[0]["patient_id"]
+    dataset.write_table(annotated / "volumes.csv", dataset.VOLUME_COLUMNS, rows)
+    assert any("smoker is a label of patients and differs" in line for line in verify(annotated, pool))

@@ -173,7 +173,7 @@ def test_killed_at_random_moments_and_run_again(prepared, tmp_path, archive, key
 def test_a_killed_run_is_not_taken_for_a_dataset(tmp_path, archive, key_file, monkeypatch):
     where = places(tmp_path, archive)
 
-    def killed(*arguments):
+    def killed(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dataset, "write_tfds_metadata", killed)
@@ -317,7 +317,7 @@ def test_a_volume_is_never_added_twice():
     with pytest.raises(RuntimeError, match="volume v would be in the dataset 2 times"):
         freeze(
             options=OPTIONS.as_dict(), key=b"0123456789abcdef", archive_digest="", new_volumes={"a": (row, 1)},
-            old_volumes=[row], old_preparation=None, known_splits={}, rejected=[], counts={},
+            old_volumes=[row], old_preparation=None, known_splits={}, rejected=[], counts={}, labels={},
         )  # fmt: skip
 
 
@@ -355,7 +355,7 @@ def test_an_audit_directory_is_of_one_dataset(tmp_path, archive, key_file):
 def test_an_output_that_was_removed_after_a_kill_is_made_again(tmp_path, archive, prepared, key_file, monkeypatch):
     where = places(tmp_path, archive)
 
-    def killed(*arguments):
+    def killed(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dataset, "write_tfds_metadata", killed)

@@ -151,7 +151,8 @@ def test_inputs_targets_and_labels_equal_those_of_evaluation(task, tiny_dataset)
     @jax.jit  # drops the model: only what goes in and what should come out is asked for
     def evaluated(images, record_index):
         model, keys = task_functions.build(config, nnx.Rngs(params=0)), training.evaluation_keys(record_index)
-        output = task_functions.apply(model, images, jnp.ones(len(images)), keys, None, config, train=False)
+        batch = {"images": images, "weight": jnp.ones(len(images))}
+        output = task_functions.apply(model, batch, keys, None, config, train=False)
         return output.pictures["input"], output.pictures["target"], output.classes and output.classes["label"]
 
     inputs, target, label = jax.device_get(evaluated(batch["images"], batch["record_index"]))

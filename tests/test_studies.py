@@ -114,7 +114,7 @@ def test_the_ablation_trains_for_as_many_steps_in_all(settings):
 def test_plan_lists_a_command_for_every_cell(settings, capsys):
     cells = [*table2.model_cells(settings), *table2.cross_cells(settings)]
     complete(cells[0])
-    study.plan(cells, "experiments.table2", settings._replace(overrides=("dtype=bfloat16",)))
+    study.plan(cells, "experiments.table2", study.options_of(settings._replace(overrides=("dtype=bfloat16",))))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * (8 + 10)
     assert lines[0] == "# mask_05 [complete]" and lines[2] == "# mask_10 [missing] after mask_05"
@@ -125,27 +125,28 @@ def test_plan_lists_a_command_for_every_cell(settings, capsys):
 
 def test_run_does_what_is_missing_in_order(settings, stages_run):
     cells = chain.chain_cells(settings)
-    study.run(cells, [], settings)
+    study.run(cells, [], settings.workdir)
     assert [stage[0] for stage in stages_run] == [
         f"{cell.name}: {do}" for cell in cells for do in ("train", "evaluate")
     ]
-    study.run(cells, [], settings)
+    study.run(cells, [], settings.workdir)
     assert len(stages_run) == 8
     cells[2].result.unlink()
-    study.run(cells, [], settings)
+    study.run(cells, [], settings.workdir)
     assert [stage[0] for stage in stages_run[8:]] == ["mask_20: train", "mask_20: evaluate"]
-    assert study.seconds(settings) == dict.fromkeys([cell.name for cell in cells], 3.0)
+    assert study.seconds(settings.workdir) == dict.fromkeys([cell.name for cell in cells], 3.0)
 
 
 def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_path):
     cells = chain.chain_cells(settings)
     with pytest.raises(InputError, match=r"--cells=mask_99: there is no such cell; choose from mask_05, mask_10"):
-        study.run(cells, ["mask_99"], settings)
+        study.run(cells, ["mask_99"], settings.workdir)
     with pytest.raises(InputError, match=r"cell mask_10 needs mask_05 first; run --cells=mask_05,mask_10"):
-        study.run(cells, ["mask_10"], settings)
+        study.run(cells, ["mask_10"], settings.workdir)
+    study.record_settings(settings.workdir, study.settings_content(settings))
     other = settings._replace(num_steps=7)
     with pytest.raises(InputError, match=r"holds a study with num_steps=100, not 7; use another one"):
-        study.run(chain.chain_cells(other), [], other)
+        study.record_settings(other.workdir, study.settings_content(other))
     assert not stages_run
     with pytest.raises(InputError, match="holds no results yet; run the study first"):
         table2.draw(settings)
@@ -155,7 +156,7 @@ def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_
 
 def test_a_failed_stage_stops_the_study(settings, capfd):
     with pytest.raises(InputError, match=r"stage 'mask_05: train' ended with exit code 2; its message stands above"):
-        study.run(chain.chain_cells(settings), ["mask_05"], settings)  # the dataset's images are of 16 pixels
+        study.run(chain.chain_cells(settings), ["mask_05"], settings.workdir)  # the dataset's images are of 16 pixels
     assert "holds images of 16 pixels, config.image_size is 64" in capfd.readouterr().err
 
 
@@ -169,7 +170,7 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
         f"settings = study.Settings(pathlib.Path({str(tiny_dataset)!r}), pathlib.Path({str(settings.workdir)!r}), "
         "'small', 100000, 0, (), 'test')\n"
         "sys.argv = ['study']\n"
-        "command_line.run(lambda argv: study.run([cell], [], settings))\n"
+        "command_line.run(lambda argv: study.run([cell], [], settings.workdir))\n"
     )
     process = start([sys.executable, "-c", program])
     metrics = settings.workdir / "runs" / "mask_05" / "metrics.jsonl"
@@ -184,7 +185,7 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
     )
     assert "stopped     at step" in output and "evaluate" not in output
     assert checkpoint.choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
-    assert not cell.result.exists() and not study.seconds(settings)
+    assert not cell.result.exists() and not study.seconds(settings.workdir)
 
 
 def test_overrides_of_what_the_study_sets_are_refused(settings):
@@ -202,7 +203,8 @@ def test_overrides_of_what_the_study_sets_are_refused(settings):
 
 
 def test_drawing_takes_the_settings_from_the_study(settings, stages_run):
-    study.run(chain.chain_cells(settings), ["mask_05"], settings)
+    study.record_settings(settings.workdir, study.settings_content(settings))
+    study.run(chain.chain_cells(settings), ["mask_05"], settings.workdir)
     elsewhere = settings._replace(num_steps=0, seed=3, size="reference", split="validation")
     assert study.recorded(elsewhere) == settings
     assert sorted(path.name for path in settings.workdir.iterdir()) == ["results", "seconds", "study.json"]

@@ -91,8 +91,8 @@ def test_microbatches_add_up_to_the_gradient_of_the_batch(tiny_dataset, source, 
     """With batch normalisation in use this holds only approximately, so the loss here is a plain mean of pixels."""
     pixels = TASKS["masked_region"]
 
-    def apply(model, images, weight, keys, key, config, *, train):
-        output = pixels.apply(model, images, weight, keys, key, config, train=False)
+    def apply(model, batch, keys, key, config, *, train):
+        output = pixels.apply(model, batch, keys, key, config, train=False)
         return output._replace(loss=jnp.square(output.loss))
 
     task = pixels._replace(apply=apply)

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from data_prep.window import needs_resize, resize_box, resize_slice, resize_volume, resized_spacing_mm, window_to_uint8
+from data_prep.window import (
+    needs_resize,
+    resize_box,
+    resize_mask,
+    resize_slice,
+    resize_volume,
+    resized_spacing_mm,
+    window_to_uint8,
+)
 
 
 def test_window_values_and_both_ways_agree():
@@ -76,3 +84,32 @@ def test_a_disc_stays_a_disc_in_the_middle(shape, spacing):
 def _extent(mask, axis):
     used = np.flatnonzero(mask.any(axis=axis))
     return used[0], used[-1] + 1
+
+
+def test_a_mask_of_the_image_size_stays_as_it_is():
+    mask = np.random.default_rng(0).integers(0, 4, (8, 8), np.uint8)
+    np.testing.assert_array_equal(resize_mask(mask, (0.7, 0.7), 8), mask)
+
+
+def test_a_shrunk_mask_takes_the_region_that_covers_most_and_at_least_half():
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4, :4] = 1
+    mask[:4, 4:] = 2
+    mask[4:, :4] = 3
+    resized = resize_mask(mask, (1.0, 1.0), 4)
+    assert (resized[0, 0], resized[0, 3], resized[3, 0], resized[3, 3]) == (1, 2, 3, 0)
+    assert set(np.unique(resized)) <= {0, 1, 2, 3} and resized.dtype == np.uint8
+    np.testing.assert_array_equal(resize_mask(mask[:, ::-1], (1.0, 1.0), 4) > 0, resized[:, ::-1] > 0)  # mirror
+    lone = np.zeros((8, 8), np.uint8)
+    lone[3, 3] = 1  # covers a quarter of a pixel at most
+    assert not resize_mask(lone, (1.0, 1.0), 4).any()
+
+
+def test_a_mask_goes_where_the_image_goes():
+    """A field that is not square, pixels that are not square: the bright block stays under its mask."""
+    hu, mask = np.full((40, 60), -1000, np.int16), np.zeros((40, 60), np.uint8)
+    hu[8:28, 30:50], mask[8:28, 30:50] = 1000, 7
+    image = resize_slice(hu, (0.9, 0.7), 32)
+    resized = resize_mask(mask, (0.9, 0.7), 32)
+    np.testing.assert_array_equal(resized == 7, image >= 0)
+    assert 100 < (resized == 7).sum() < 32 * 32 / 2

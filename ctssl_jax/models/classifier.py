@@ -96,13 +96,16 @@ class Classifier(nnx.Module):
         )
         self.classification = nnx.Linear(widths[-1], config.num_classes, kernel_init=KERNEL_INIT, rngs=rngs)
 
-    def __call__(self, images: jax.Array, *, train: bool, key: jax.Array | None = None) -> ClassifierOutput:
+    def __call__(
+        self, images: jax.Array, *, train: bool, key: jax.Array | None = None, frozen_encoder: bool = False
+    ) -> ClassifierOutput:
         """Classify.
 
         Args:
             images: [B, H, W, C] float in [0, 1]; H and W divisible by 4.
             train: use and update batch statistics, apply dropout; False changes no state.
             key: for dropout; needed in training if drop_rate > 0.
+            frozen_encoder: the encoder behaves as in evaluation.
 
         Returns:
             ClassifierOutput.
@@ -110,7 +113,7 @@ class Classifier(nnx.Module):
         Raises:
             ValueError: as `Encoder`.
         """
-        x = latents = self.encoder(images, train=train, key=key)
+        x = latents = self.encoder(images, train=train and not frozen_encoder, key=key)
         for layer in self.compression:
             x = leaky_relu(layer(x, train=train))
         return ClassifierOutput(self.classification(jnp.mean(x.astype(jnp.float32), axis=(1, 2))), latents)

@@ -108,7 +108,9 @@ class PointwiseConv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
-def _conv(in_features: int, out_features: int, kernel_size: int, stride: int, use_bias: bool, dtype, rngs):
+def _conv(
+    in_features: int, out_features: int, kernel_size: int, stride: int, use_bias: bool, dtype, rngs, groups: int = 1
+):
     """Convolution padded so that the output is the input size divided by the stride."""
     if kernel_size == 1:
         return PointwiseConv(in_features, out_features, use_bias=use_bias, dtype=dtype, rngs=rngs)
@@ -120,6 +122,7 @@ def _conv(in_features: int, out_features: int, kernel_size: int, stride: int, us
         strides=stride,
         padding=((pad, pad), (pad, pad)),
         use_bias=use_bias,
+        feature_group_count=groups,
         kernel_init=KERNEL_INIT,
         dtype=dtype,
         rngs=rngs,
@@ -196,9 +199,18 @@ class ConvNorm(nnx.Module):
     """Convolution and batch normalisation: [B, H, W, I] -> [B, H / stride, W / stride, O], no activation."""
 
     def __init__(
-        self, in_features: int, out_features: int, kernel_size: int, *, stride: int = 1, dtype, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        use_bias: bool = True,
+        dtype,
+        rngs: nnx.Rngs,
     ):
-        self.conv = _conv(in_features, out_features, kernel_size, stride, True, dtype, rngs)
+        self.conv = _conv(in_features, out_features, kernel_size, stride, use_bias, dtype, rngs, groups)
         self.norm = BatchNorm(out_features)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

@@ -130,11 +130,14 @@ class VQVAEOutput(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """Images to latents at a quarter of the resolution."""
+    """Images to latents at a quarter of the resolution.
+
+    With `compression_only` it has the layers before the residual blocks alone, and only `compress` can be called.
+    """
 
     stride = 4
 
-    def __init__(self, config: VQVAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VQVAEConfig, *, rngs: nnx.Rngs, compression_only: bool = False):
         first, second = config.hidden
         dtype = jnp.dtype(config.dtype)
         self.dtype = dtype
@@ -147,6 +150,8 @@ class Encoder(nnx.Module):
             ]
         )
         self.stem = ConvNorm(second, second, 3, dtype=dtype, rngs=rngs)
+        if compression_only:
+            return
         self.blocks = nnx.List(
             [ResidualBlock(second, drop_rate=config.drop_rate, dtype=dtype, rngs=rngs) for _ in range(config.depth)]
         )
@@ -166,16 +171,33 @@ class Encoder(nnx.Module):
         Raises:
             ValueError: sides not divisible by 4, or the key is missing.
         """
+        return self.refine(self.compress(images, train=train)[1], train=train, key=key)
+
+    def compress(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """The layers before the residual blocks.
+
+        Args:
+            images: [B, H, W, C] float in [0, 1]; H and W divisible by 4.
+            train: use and update batch statistics.
+
+        Returns:
+            features [B, H / 2, W / 2, hidden[0]] of the first layer and [B, H / 4, W / 4, hidden[1]] of the last.
+
+        Raises:
+            ValueError: sides not divisible by 4.
+        """
         height, width = images.shape[1:3]
         if height % self.stride or width % self.stride:
             raise ValueError(f"image sides must be divisible by {self.stride}, got {height} x {width}")
+        half = leaky_relu(self.downsample[0](images.astype(self.dtype), train=train))
+        quarter = leaky_relu(self.downsample[1](half, train=train))
+        return half, leaky_relu(self.stem(quarter, train=train))
+
+    def refine(self, compressed: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
+        """The residual blocks and the projection: the last output of `compress` -> latents, as `__call__`."""
         if train and self.drop_rate > 0 and key is None:
             raise ValueError("training with drop_rate > 0 needs a key")
-        x = images.astype(self.dtype)
-        for layer in self.downsample:
-            x = leaky_relu(layer(x, train=train))
-        x = leaky_relu(self.stem(x, train=train))
-        x = leaky_relu(apply_blocks(self.blocks, x, key, train=train, remat=self.remat, scan=self.scan))
+        x = leaky_relu(apply_blocks(self.blocks, compressed, key, train=train, remat=self.remat, scan=self.scan))
         return leaky_relu(self.project(x, train=train)).astype(jnp.float32)
 
 
@@ -246,14 +268,17 @@ class VQVAE(nnx.Module):
         return VQVAEOutput(reconstruction, latents, quantized, codes, codebook_loss, commitment_loss)
 
 
-def encoder_flops(config: VQVAEConfig, image_size: int | tuple[int, int]) -> int:
+def encoder_flops(config: VQVAEConfig, image_size: int | tuple[int, int], *, compression_only: bool = False) -> int:
     """The encoder's share of `flops_per_slice`."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     first, second = config.hidden
     half, quarter = (height // 2) * (width // 2), (height // 4) * (width // 4)
     downsample = 16 * config.in_channels * first * half + 16 * first * second * quarter
+    compression = 2 * (downsample + 9 * second * second * quarter)
+    if compression_only:
+        return compression
     blocks = config.depth * (9 + 1) * second * second * quarter
-    return 2 * (downsample + 9 * second * second * quarter + blocks + second * config.embedding_dim * quarter)
+    return compression + 2 * (blocks + second * config.embedding_dim * quarter)
 
 
 def flops_per_slice(config: VQVAEConfig, image_size: int | tuple[int, int]) -> int:

@@ -1,0 +1,140 @@
+"""Classes of patient attributes: sex, ethnic group, age by decades, and the labels of volumes or patients of a dataset.
+
+Which classes there are is decided by the training split alone. A class of fewer training patients than asked for cannot
+be learned: decades of age are joined with their neighbours, and volumes of other small classes are left out.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ctssl_jax.command_line import InputError
+from data_prep import dataset as dataset_directory
+
+OF_VOLUMES = ("age", "sex", "ethnic_group")  # columns of volumes.csv
+SPLITS = dataset_directory.SPLITS
+LEAST_PATIENTS = 10
+
+
+class AttributeLabels(NamedTuple):
+    """An attribute of every volume of a dataset.
+
+    name: of the attribute.
+    classes: K names.
+    labels: split -> [V] int64, the class of each volume in the order of `volumes.csv`; -1 where it is left out.
+    missing: split -> volumes without a value.
+    too_small: class that was left out -> its volumes, of all splits.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: dict[str, np.ndarray]
+    missing: dict[str, int]
+    too_small: dict[str, int]
+
+
+def join_decades(decades: Sequence[int], patient_ids: Sequence[str], least_patients: int) -> list[int]:
+    """First decades of classes of neighbouring decades that have enough patients.
+
+    From the youngest on, decades are joined until a class has enough patients; what is left over at the old end joins
+    the class before it.
+
+    Args:
+      decades: N, floor(age / 10) of each volume.
+      patient_ids: N patients.
+      least_patients: of a class.
+
+    Returns:
+      The first decade of each class but the youngest, rising; empty if all are one class.
+    """
+    starts, patients = [], set()
+    for decade in sorted(set(decades)):
+        if len(patients) >= least_patients:
+            starts.append(decade)
+            patients = set()
+        patients |= {patient for patient, own in zip(patient_ids, decades, strict=True) if own == decade}
+    return starts[:-1] if starts and len(patients) < least_patients else starts
+
+
+def age_classes(starts: Sequence[int]) -> tuple[str, ...]:
+    """Names of the classes that begin at these decades: [5, 7] -> `0-49`, `50-69`, `70+`."""
+    edges = [0, *(10 * start for start in starts)]
+    return (*(f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)), f"{edges[-1]}+")
+
+
+def read_attribute(dataset: str | Path, name: str, least_patients: int = LEAST_PATIENTS) -> AttributeLabels:
+    """The classes of an attribute and the class of every volume.
+
+    Args:
+      dataset: dataset directory.
+      name: `age`, `sex`, `ethnic_group`, or a label of volumes or patients of the dataset.
+      least_patients: of the training split that a class needs.
+
+    Raises:
+      InputError: no such attribute, a label of slices, or fewer than two classes that are large enough.
+    """
+    labels = dataset_directory.read_preparation(dataset)["labels"]
+    by_split = {split: dataset_directory.read_volumes(dataset, split) for split in SPLITS}
+    if name in OF_VOLUMES:
+        values = {split: [_known(volume[name]) for volume in volumes] for split, volumes in by_split.items()}
+    elif name not in labels:
+        of_dataset = [label for label, facts in labels.items() if facts["level"] != "slice"]
+        raise InputError(
+            f"--attributes: the dataset has no attribute {name!r}; choose of {', '.join([*OF_VOLUMES, *of_dataset])}"
+        )
+    elif labels[name]["level"] == "slice":
+        raise InputError(
+            f"--attributes: {name} is a label of slices, not of patients; train on it with --config.label={name}"
+        )
+    else:
+        classes = labels[name]["classes"]
+        of_volume = {row["volume_id"]: row[name] for row in dataset_directory.read_labels(dataset)}
+        indices = {split: [of_volume[volume["volume_id"]] for volume in by_split[split]] for split in SPLITS}
+        values = {
+            split: [None if index is None else classes[index] for index in of_split]
+            for split, of_split in indices.items()
+        }
+    known = [
+        (value, volume["patient_id"])
+        for value, volume in zip(values["train"], by_split["train"], strict=True)
+        if value is not None
+    ]
+    if not known:
+        raise InputError(
+            f"--attributes: no training volume of the dataset has a value of {name}; prepare it again with "
+            "--attributes_csv, or leave the attribute out"
+        )
+    if name == "age":
+        starts = join_decades([age // 10 for age, _ in known], [patient for _, patient in known], least_patients)
+        names, too_small = age_classes(starts), {}
+        found = {
+            split: [-1 if age is None else int(np.searchsorted(starts, age // 10, side="right")) for age in of_split]
+            for split, of_split in values.items()
+        }
+    else:
+        patients = {value: {patient for own, patient in known if own == value} for value, _ in known}
+        names = tuple(sorted(value for value, members in patients.items() if len(members) >= least_patients))
+        others = [
+            value for of_split in values.values() for value in of_split if value is not None and value not in names
+        ]
+        too_small = {value: others.count(value) for value in sorted(set(others))}
+        found = {
+            split: [names.index(value) if value in names else -1 for value in of_split]
+            for split, of_split in values.items()
+        }
+    if len(names) < 2:
+        raise InputError(
+            f"--attributes: {name} has fewer than two classes with {least_patients} training patients; give a smaller "
+            "--min_patients or a --dataset of more patients"
+        )
+    missing = {split: of_split.count(None) for split, of_split in values.items()}
+    return AttributeLabels(
+        name, names, {split: np.array(of_split, np.int64) for split, of_split in found.items()}, missing, too_small
+    )
+
+
+def _known(value: str | int | None) -> str | int | None:
+    return None if value == "" else value

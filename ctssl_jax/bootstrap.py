@@ -1,0 +1,119 @@
+"""Confidence intervals whose unit is the patient.
+
+Slices and volumes of a patient are not independent, so whole patients are drawn with replacement, each with everything
+that is theirs. A draw is a weight for every item: how often its patient was drawn. A statistic is a function of these
+weights, [N] float64 -> name -> value, so that sorting and binning are done once and not in every draw; NaN says that it
+is undefined (a draw with one class only). Such draws are left out of the interval, and counted.
+
+The intervals say how much a result depends on which patients were tested, not on the seed of training: average several
+seeds, and report their spread beside it.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ctssl_jax.command_line import InputError
+
+Statistic = Callable[[np.ndarray], dict[str, float]]
+
+
+def patient_bootstrap(
+    statistic: Statistic, patient_ids: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Evaluate a statistic on the data as they are and on draws of whole patients with replacement.
+
+    Args:
+      statistic: weights [N] float64 -> values; NaN where undefined.
+      patient_ids: N patients, one an item.
+      num_resamples: draws.
+      seed: of the draws; equal seeds and patients give equal draws, whatever the statistic.
+
+    Returns:
+      Values with all weights 1, and name -> [num_resamples] float64 of the draws.
+
+    Raises:
+      InputError: no item.
+    """
+    if len(patient_ids) == 0:
+        raise InputError("no slice or volume to draw patients from; give a split that is not empty")
+    patients, patient_index = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
+    random = np.random.default_rng(seed)
+    estimates = statistic(np.ones(len(patient_index)))
+    draws = {name: np.empty(num_resamples) for name in estimates}
+    for number in range(num_resamples):
+        times_drawn = np.bincount(random.integers(0, len(patients), len(patients)), minlength=len(patients))
+        for name, value in statistic(times_drawn.astype(np.float64)[patient_index]).items():
+            draws[name][number] = value
+    return estimates, draws
+
+
+def interval(draws: np.ndarray) -> tuple[list[float] | None, int]:
+    """The 2.5th to 97.5th percentile of the defined draws [R], None without any; and how many are undefined."""
+    defined = draws[~np.isnan(draws)]
+    bounds = [float(bound) for bound in np.percentile(defined, [2.5, 97.5])] if len(defined) else None
+    return bounds, len(draws) - len(defined)
+
+
+def summaries(
+    statistic: Statistic,
+    patient_ids: Sequence[str],
+    units: Mapping[str, str],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    volume_ids: Sequence[str] | None = None,
+) -> dict[str, dict[str, object]]:
+    """A statistic with its intervals, as results files hold them.
+
+    Args:
+      statistic: weights [N] float64 -> values; NaN where undefined.
+      patient_ids: N patients, one an item.
+      units: name -> what the number is.
+      num_resamples, seed: of `patient_bootstrap`.
+      volume_ids: N volumes if the items are slices; None if each item is a volume.
+
+    Returns:
+      name -> {"mean": the value, None where undefined, "sd": None (there is one value), "ci95": [low, high] or None
+      with one patient, "num_slices" (only with `volume_ids`), "num_volumes", "num_patients", "num_undefined_draws",
+      "unit"}.
+    """
+    estimates, draws = patient_bootstrap(statistic, patient_ids, num_resamples=num_resamples, seed=seed)
+    counts = {"num_volumes": len(patient_ids), "num_patients": len(set(patient_ids))}
+    if volume_ids is not None:
+        counts = {"num_slices": len(patient_ids), **counts, "num_volumes": len(set(volume_ids))}
+    found = {}
+    for name, value in estimates.items():
+        bounds, undefined = interval(draws[name])
+        found[name] = {
+            "mean": None if math.isnan(value) else float(value),
+            "sd": None,
+            "ci95": bounds if counts["num_patients"] > 1 and not math.isnan(value) else None,
+            **counts,
+            "num_undefined_draws": undefined,
+            "unit": units[name],
+        }
+    return found
+
+
+def mean_over(statistics: Sequence[Statistic]) -> Statistic:
+    """The mean of several statistics, such as those of the same arm trained with several seeds."""
+
+    def averaged(weights: np.ndarray) -> dict[str, float]:
+        values = [statistic(weights) for statistic in statistics]
+        return {name: sum(value[name] for value in values) / len(values) for name in values[0]}
+
+    return averaged
+
+
+def weighted_mean(name: str, values: np.ndarray, chosen: np.ndarray | None = None) -> Statistic:
+    """The mean of values [N] (the Dice of each slice, say) as a statistic, or of those that are chosen, [N] bool."""
+    values = np.asarray(values, np.float64)
+    share = np.ones(len(values)) if chosen is None else np.asarray(chosen, np.float64)
+
+    def mean(weights: np.ndarray) -> dict[str, float]:
+        total = weights @ share
+        return {name: float(weights @ (values * share) / total) if total > 0 else math.nan}
+
+    return mean

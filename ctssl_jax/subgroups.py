@@ -1,0 +1,100 @@
+"""Whether a model works alike in groups of patients: sex, age, ethnic group."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ctssl_jax import bootstrap
+from ctssl_jax.binary_metrics import UNITS, binary_statistic
+from ctssl_jax.command_line import InputError
+
+LEAST_PATIENTS = 5  # with a positive, and with a negative, item: below, a group's number says nothing
+
+
+def age_band(age: int | None) -> str:
+    """`60-69` for 60 to 69 whole years; `90+`, since ages above 89 are recorded as 90; "" for None."""
+    if age is None:
+        return ""
+    return "90+" if age >= 90 else f"{age // 10 * 10}-{age // 10 * 10 + 9}"
+
+
+def performance_by_group(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    patient_ids: Sequence[str],
+    groups: Sequence[str],
+    metric: str = "auroc",
+    threshold: float | None = None,
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, object]:
+    """A measure within each group, and the largest difference between groups, with bootstrap intervals by patient.
+
+    Args:
+      labels: [N] 0 or 1.
+      probabilities: [N] in [0, 1].
+      patient_ids: N patients.
+      groups: N names; "" where it is not known, which belongs to no group.
+      metric: of `binary_metrics.UNITS`.
+      threshold: of sensitivity and specificity, from validation data: the same for all groups.
+      num_resamples, seed: of `bootstrap.patient_bootstrap`.
+
+    Returns:
+      {"groups": name -> summary as `bootstrap.summaries`, "gap": that of the highest minus the lowest of them, with
+      "highest" and "lowest" (None with fewer than two groups), "too_small": name -> {"num_positive_patients",
+      "num_negative_patients"} of groups that were left out, "num_without_group": items}. A gap is never below 0, so
+      that its interval cannot show that there is none: groups of equal performance differ by chance, too.
+
+    Raises:
+      InputError: lengths that differ, an unknown measure, or no group that is large enough.
+    """
+    if not len(labels) == len(probabilities) == len(patient_ids) == len(groups) > 0:
+        raise InputError("subgroups need one label, probability, patient and group an item, and at least one item")
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities)
+    patient_ids, groups = np.asarray(patient_ids, str), np.asarray(groups, str)
+    members, too_small = {}, {}
+    for name in sorted(set(groups.tolist()) - {""}):
+        chosen = np.flatnonzero(groups == name)
+        patients = [len(set(patient_ids[chosen][labels[chosen] == label].tolist())) for label in (1, 0)]
+        if min(patients) < LEAST_PATIENTS:
+            too_small[name] = {"num_positive_patients": patients[0], "num_negative_patients": patients[1]}
+        else:
+            members[name] = chosen
+    if not members:
+        raise InputError(
+            f"no group has {LEAST_PATIENTS} patients with a positive and {LEAST_PATIENTS} with a negative item "
+            f"(groups: {', '.join(too_small) or 'none'}); evaluate on a larger split"
+        )
+    statistics = {
+        name: binary_statistic(labels[chosen], probabilities[chosen], threshold, [metric])
+        for name, chosen in members.items()
+    }
+
+    def values(weights: np.ndarray) -> dict[str, float]:
+        found = {}
+        for name, chosen in members.items():
+            inside = weights[chosen]
+            found[name] = statistics[name](inside)[metric] if inside.any() else math.nan
+        spread = list(found.values())
+        gap = math.nan if np.isnan(spread).any() else max(spread) - min(spread)
+        return {**{f"group {name}": value for name, value in found.items()}, "gap": gap}
+
+    units = {**{f"group {name}": UNITS[metric] for name in members}, "gap": f"highest minus lowest {metric} of a group"}
+    summaries = bootstrap.summaries(values, patient_ids, units, num_resamples=num_resamples, seed=seed)
+    gap, by_group = summaries.pop("gap"), {}
+    for name, chosen in members.items():
+        counts = {"num_items": len(chosen), "num_positive": int(np.count_nonzero(labels[chosen] == 1))}
+        summary = summaries[f"group {name}"]
+        summary.pop("num_volumes")
+        by_group[name] = summary | counts | {"num_patients": len(set(patient_ids[chosen].tolist()))}
+    gap.pop("num_volumes")
+    gap["num_patients"] = len(set(patient_ids[np.concatenate(list(members.values()))].tolist()))
+    ordered = sorted(by_group, key=lambda name: by_group[name]["mean"])
+    return {
+        "groups": by_group,
+        "gap": gap | {"highest": ordered[-1], "lowest": ordered[0]} if len(members) > 1 else None,
+        "too_small": too_small,
+        "num_without_group": int(np.count_nonzero(groups == "")),
+    }

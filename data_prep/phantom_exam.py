@@ -1,0 +1,223 @@
+"""A synthetic patient on a scanner: who it is, what is found, and how the scan is taken, all drawn from a seed."""
+
+import dataclasses
+
+import numpy as np
+
+from data_prep import phantom_anatomy, phantom_dicom, phantom_findings, phantom_render
+
+LAYOUTS = ("dicom", "rsna_pe", "lidc_idri")
+# z between which the trunk and the main pulmonary arteries lie, in reference space.
+CENTRAL_ARTERIES_Z = (-46.0, -10.0)
+# How often each layout has no contrast, the pulmonary arterial and the venous phase.
+CONTRAST_SHARES = {"dicom": (0.4, 0.35, 0.25), "rsna_pe": (0, 1, 0), "lidc_idri": (0.55, 0.1, 0.35)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What decides the bytes of a patient's files, beside the patient's number. `num_slices` 0 is the whole chest;
+    `slice_spacing_mm` 0 leaves the spacing to the scanner; `layout` is one of LAYOUTS."""
+
+    seed: int
+    image_size: int
+    num_slices: int
+    slice_spacing_mm: float
+    layout: str = "dicom"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """One patient's study before it is rendered. `position` is Patient Position (0018,5100); `mirrored` and
+    `transfer_syntax` as in `phantom_dicom.Series`; `origin_mm` the centre of the first voxel; `attributes` what all
+    series share; `entropy` names the study; `poor_quality` lists which of "motion" and "contrast" spoil it."""
+
+    anatomy: phantom_anatomy.Anatomy
+    scan: phantom_render.Scan
+    findings: phantom_findings.Findings
+    vendor: phantom_dicom.Vendor
+    position: str
+    mirrored: bool
+    transfer_syntax: str
+    origin_mm: tuple[float, float, float]
+    attributes: dict[str, object]
+    entropy: tuple[str, ...]
+    poor_quality: tuple[str, ...]
+
+
+def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator]:
+    """Patient `index` of an archive, with the random numbers that rendering and writing go on with. Layouts and seeds
+    have different patients. Of each two exams of the rsna_pe layout one has emboli."""
+    layout = LAYOUTS.index(options.layout)
+    rng = np.random.default_rng([options.seed, index] + [layout] * (layout > 0))
+    patient = phantom_anatomy.sample_patient(rng)
+    vendor = phantom_dicom.VENDORS[int(rng.integers(len(phantom_dicom.VENDORS)))]
+    scan = sample_scan(patient, vendor, options, rng)
+    position = str(rng.choice(["HFS", "FFS", "HFP", "FFP"], p=[0.7, 0.17, 0.08, 0.05]))
+    scan = dataclasses.replace(scan, prone=position.endswith("P"))
+    mirrored = position == "FFS" and rng.random() < 0.4
+    if options.layout == "rsna_pe":
+        pair = np.random.default_rng([options.seed, index // 2, 10])
+        with_emboli = int(pair.integers(2)) == index % 2
+    else:
+        with_emboli = options.layout == "dicom" and scan.contrast == "pulmonary" and rng.random() < 0.3
+    strained = bool(with_emboli and rng.random() < 0.4)
+    if strained:
+        patient = dataclasses.replace(patient, right_ventricle_scale=float(rng.uniform(1.1, 1.3)))
+    poor_quality = ()
+    if options.layout == "rsna_pe" and rng.random() < 0.05:
+        poor_quality = (("motion",), ("contrast",), ("motion", "contrast"))[int(rng.integers(3))]
+        scan = dataclasses.replace(
+            scan,
+            motion_mm=4.0 * ("motion" in poor_quality),
+            bolus=scan.bolus * (0.55 if "contrast" in poor_quality else 1.0),
+        )
+    anatomy = phantom_anatomy.build_anatomy(patient)
+    heights = (scan.z_mm[0] / patient.scale[2], scan.z_mm[-1] / patient.scale[2])
+    if options.layout == "lidc_idri":
+        count, dots = int(rng.choice(5, p=[0.04, 0.34, 0.3, 0.2, 0.12])), int(rng.poisson(1.0))
+    else:
+        share = 0.5 if options.layout == "dicom" else 0.2
+        count, dots = int(rng.random() < share) * int(rng.integers(1, 4)), int(rng.random() < 0.3)
+    findings = phantom_findings.sample_nodules(anatomy, heights, count, dots, rng)
+    if with_emboli:
+        emboli = phantom_findings.sample_emboli(anatomy, heights, strained, rng)
+        findings = dataclasses.replace(findings, emboli=emboli)
+    prefix = {"dicom": "PHANTOM", "rsna_pe": "PHANTOM-RSNA", "lidc_idri": "PHANTOM-LIDC"}[options.layout]
+    entropy = ("phantom", *([options.layout] * (layout > 0)), str(options.seed), str(index))
+    exam = Exam(
+        anatomy=anatomy,
+        scan=scan,
+        findings=findings,
+        vendor=vendor,
+        position=position,
+        mirrored=bool(mirrored),
+        transfer_syntax=phantom_dicom.choose_transfer_syntax(vendor, rng),
+        origin_mm=(*scan.first_voxel_mm, scan.z_mm[0] - round(float(rng.uniform(0, 600)), 1)),
+        attributes=_study_attributes(
+            patient, vendor, scan, entropy, f"{prefix}-{options.seed}-{index:04d}", index, rng
+        ),
+        entropy=entropy,
+        poor_quality=poor_quality,
+    )
+    return exam, rng
+
+
+def render_series(
+    exam: Exam, reconstruction: str, number: int, rng: np.random.Generator
+) -> tuple[phantom_dicom.Series, phantom_render.Rendering]:
+    """Series `number` of an exam with the "soft" or the "sharp" kernel, and the rendering that it holds."""
+    scan = dataclasses.replace(exam.scan, kernel=reconstruction)
+    rendering = phantom_render.render_scan(exam.anatomy, scan, exam.findings, rng)
+    kernels = exam.vendor.soft_kernels if reconstruction == "soft" else exam.vendor.sharp_kernels
+    entropy = (*exam.entropy, reconstruction)
+    series = phantom_dicom.Series(
+        hu=rendering.hu,
+        position_mm=exam.origin_mm,
+        pixel_spacing_mm=scan.pixel_spacing_mm,
+        slice_spacing_mm=scan.slice_spacing_mm,
+        slice_thickness_mm=scan.slice_thickness_mm,
+        outside=phantom_render.outside_field_of_view(scan),
+        vendor=exam.vendor,
+        transfer_syntax=exam.transfer_syntax,
+        patient_position=exam.position,
+        mirrored=exam.mirrored,
+        attributes={
+            **exam.attributes,
+            "ConvolutionKernel": str(rng.choice(kernels)).split("\\"),
+            "SeriesInstanceUID": phantom_dicom.series_uid(entropy),
+            "SeriesNumber": number,
+            "SeriesDescription": f"Chest {scan.slice_thickness_mm:g} {reconstruction}",
+        },
+        entropy=entropy,
+    )
+    return series, rendering
+
+
+def sample_scan(
+    patient: phantom_anatomy.Patient,
+    vendor: phantom_dicom.Vendor,
+    options: Options,
+    rng: np.random.Generator,
+) -> phantom_render.Scan:
+    """Slice positions, field of view, contrast and dose of a supine scan with the soft kernel."""
+    thickness, spacing = vendor.collimations[int(rng.integers(len(vendor.collimations)))]
+    if options.slice_spacing_mm:
+        thickness = spacing = options.slice_spacing_mm
+    base, apex = patient.chest_extent_mm
+    count = int((apex - base) / spacing) + 1
+    start = 0
+    if options.num_slices and options.num_slices < count:
+        # A part stays where the lungs are, as far as it fits there.
+        low, high = (int((z - base) / spacing) for z in patient.lung_extent_mm)
+        first, last = low, max(low, high - options.num_slices)
+        if options.layout == "rsna_pe":
+            # It holds the central arteries, or lies within them.
+            arteries = (int((z * patient.scale[2] - base) / spacing) for z in CENTRAL_ARTERIES_Z)
+            first, last = sorted((next(arteries), next(arteries) + 1 - options.num_slices))
+        start = int(np.clip(rng.integers(first, last + 1), 0, count - options.num_slices))
+        count = options.num_slices
+    contrast = str(rng.choice(["none", "pulmonary", "venous"], p=CONTRAST_SHARES[options.layout]))
+    body_width = patient.body_width_mm
+    return phantom_render.Scan(
+        image_size=options.image_size,
+        field_of_view_mm=round(float(np.clip(body_width * rng.uniform(0.95, 1.14), 300, 490))),
+        centre_mm=(float(rng.normal(0, 6)), float(rng.normal(4, 7))),
+        z_mm=tuple(round(base + (start + i) * spacing, 3) for i in range(count)),
+        slice_spacing_mm=spacing,
+        slice_thickness_mm=thickness,
+        contrast=contrast,
+        bolus=float(rng.uniform(0.65, 1.15)) if contrast == "pulmonary" else float(rng.uniform(0.7, 1.3)),
+        kernel="soft",
+        noise_hu=float(np.clip(rng.lognormal(2.35, 0.3), 6, 20)),
+        rotation_degrees=float(rng.normal(0, 2.5)),
+        circular=vendor.outside is not None,
+        prone=False,
+        flat_table=vendor.name in ("Philips", "TOSHIBA"),
+    )
+
+
+def _study_attributes(
+    patient: phantom_anatomy.Patient,
+    vendor: phantom_dicom.Vendor,
+    scan: phantom_render.Scan,
+    study: tuple[str, ...],
+    patient_id: str,
+    index: int,
+    rng: np.random.Generator,
+) -> dict[str, object]:
+    """Patient, study and acquisition attributes, all made up from the seed."""
+    year, month, day = 2008 + int(rng.integers(15)), int(rng.integers(1, 13)), int(rng.integers(1, 29))
+    date = f"{year:04d}{month:02d}{day:02d}"
+    clock = f"{int(rng.integers(7, 20)):02d}{int(rng.integers(60)):02d}{int(rng.integers(60)):02d}"
+    attributes = {
+        "PatientID": patient_id,
+        "PatientName": f"SYNTHETIC^{index:04d}",
+        "PatientSex": patient.sex,
+        "EthnicGroup": patient.group,
+        "PatientAge": f"{patient.age:03d}Y",
+        "PatientBirthDate": f"{year - patient.age:04d}0101",
+        "StudyInstanceUID": phantom_dicom.series_uid((*study, "study")),
+        "FrameOfReferenceUID": phantom_dicom.series_uid((*study, "frame of reference")),
+        "StudyID": str(int(rng.integers(1, 10000))),
+        "StudyDate": date,
+        "SeriesDate": date,
+        "AcquisitionDate": date,
+        "ContentDate": date,
+        "StudyTime": clock,
+        "SeriesTime": clock,
+        "AcquisitionTime": clock,
+        "ContentTime": clock,
+        "AccessionNumber": f"{int(rng.integers(10**7)):08d}",
+        "StudyDescription": "CT CHEST",
+        "ReferringPhysicianName": "SYNTHETIC^REFERRER",
+        "PositionReferenceIndicator": "",
+        "InstitutionName": "SYNTHETIC INSTITUTION",
+        "ManufacturerModelName": str(rng.choice(vendor.models)),
+        "KVP": int(rng.choice(vendor.tube_voltages)),
+        "XRayTubeCurrent": int(rng.integers(80, 400)),
+        "ReconstructionDiameter": scan.field_of_view_mm,
+        "AcquisitionNumber": 1,
+    }
+    if scan.contrast != "none":
+        attributes["ContrastBolusAgent"] = str(rng.choice(["OMNIPAQUE 350", "Ultravist 370", "IV", "CONTRAST"]))
+    return attributes

@@ -1,0 +1,22 @@
+r"""Figure S1: nodule segmentation from masked region prediction with 5, 10, 20 and 33 % of the area covered.
+
+    python -m experiments.figure_s1 run --preset=phantom --workdir=STUDY
+    python -m experiments.figure_s1 draw --preset=phantom --workdir=STUDY
+
+Same cells, data and statistics as `experiments.figure5`; in one --workdir the arms that both have are run once.
+"""
+
+from ctssl_jax import command_line
+from experiments import downstream, figure5, study
+
+ARMS = ("random", *downstream.MASKED)
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    return figure5.main(argv, "figure_s1", "by size of the masked region")
+
+
+if __name__ == "__main__":
+    downstream.define_flags(ARMS)
+    command_line.run(main, study.VERBS)
