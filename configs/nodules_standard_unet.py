@@ -1,6 +1,6 @@
 r"""Nodule segmentation by a standard U-Net of its own, 64 to 1,024 features: a reference beside `configs/nodules.py`.
 
-    python -m ctssl_jax.train --config=configs/nodules_standard_unet.py --config.dataset=DATASET --workdir=RUN
+python -m ctssl_jax.train --config=configs/nodules_standard_unet.py --config.dataset=DATASET --workdir=RUN
 """
 
 import ml_collections

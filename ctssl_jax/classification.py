@@ -78,7 +78,11 @@ def _classify(
 
 
 def _classification_baselines(
-    num_classes: int, batch: dict[str, jax.Array], keys: jax.Array, mean_image: jax.Array, config: ml_collections.ConfigDict
+    num_classes: int,
+    batch: dict[str, jax.Array],
+    keys: jax.Array,
+    mean_image: jax.Array,
+    config: ml_collections.ConfigDict,
 ) -> dict[str, dict[str, jax.Array]]:
     """`{"equal_probabilities": {score: [B]}}`: every class is as probable (accuracy: the first one is taken)."""
     labels = corruptions.random_labels(keys, num_classes)

@@ -136,6 +136,22 @@ def check_dataset(config: ml_collections.ConfigDict, splits: tuple[str, ...]) ->
     return preparation, channels
 
 
+def with_num_classes(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A `config.num_classes` of 0 replaced by the number of classes that `config.label` has in the dataset.
+
+    Raises:
+      InputError: no such label.
+      data_prep.dataset.DatasetError: not a complete dataset directory.
+    """
+    if config.get("num_classes") != 0 or not config.get("label") or not config.dataset:
+        return config
+    classes, _ = data.label_classes(config.dataset, config.label)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.num_classes = len(classes)
+    return config
+
+
 def check_targets(config: ml_collections.ConfigDict, source: data.NeighbourSource) -> None:
     """Refuse training slices that cannot teach what the task asks: too few classes, no positive slice.
 
@@ -156,7 +172,7 @@ def check_targets(config: ml_collections.ConfigDict, source: data.NeighbourSourc
         which += f" (config.train_fraction={config.train_fraction:g} of {source.num_studies}, seed {config.seed})"
         remedy = "choose a larger config.train_fraction or another config.seed"
     if targets.label:
-        classes = dataset_directory.read_preparation(config.dataset)["labels"][targets.label]["classes"]
+        classes, _ = data.label_classes(config.dataset, targets.label)
         if len(classes) != config.num_classes:
             raise InputError(
                 f"config.num_classes={config.num_classes}, but the label {targets.label} has {len(classes)} classes "
@@ -220,9 +236,13 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def open_workdir(
-    workdir: Path, config: ml_collections.ConfigDict, preparation: dict, patients: dict[str, list[str]]
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    preparation: dict,
+    patients: dict[str, list[str]],
+    training_data: dict[str, float],
 ) -> None:
-    """Create a run directory with its `config.json`, `preparation.json` and `patients.json`.
+    """Create a run directory with its `config.json`, `preparation.json`, `patients.json` and `training_data.json`.
 
     Args:
       workdir: the folder.
@@ -230,6 +250,7 @@ def open_workdir(
       preparation: contents of the dataset's `preparation.json`.
       patients: pseudonyms of the patients of the training and the validation split, so that a later evaluation can
         tell whom the model has seen.
+      training_data: share, studies and slices of the training split that the run learns from.
 
     Raises:
       InputError: the folder cannot be written.
@@ -238,6 +259,7 @@ def open_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "preparation.json", preparation)
         write_json(workdir / "patients.json", {"key_fingerprint": preparation["key_fingerprint"], **patients})
+        write_json(workdir / "training_data.json", training_data)
         write_json(workdir / "config.json", to_json(config))
     except OSError as error:
         raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None

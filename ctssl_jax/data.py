@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from ctssl_jax import attribute_labels
 from ctssl_jax.command_line import InputError
 from data_prep import dataset as dataset_directory
 
@@ -191,9 +192,37 @@ class NeighbourSource:
         return self._name
 
 
+def label_classes(dataset: str | Path, label: str) -> tuple[tuple[str, ...], str]:
+    """Names of a label's classes, and its level: `slice`, `volume` or `patient`.
+
+    Beside the dataset's own labels these are `sex`, `ethnic_group` and `age` (decades) of volumes.csv.
+
+    Raises:
+      InputError: no such label, or an attribute with fewer than two classes that are large enough.
+    """
+    labels = dataset_directory.read_preparation(dataset)["labels"]
+    if label in labels:
+        return tuple(labels[label]["classes"]), labels[label]["level"]
+    if label in attribute_labels.OF_VOLUMES:
+        return attribute_labels.read_attribute(dataset, label).classes, "volume"
+    have = ", ".join([*labels, *attribute_labels.OF_VOLUMES])
+    raise InputError(
+        f"config.label={label}: the dataset {dataset} has no such label (it has {have}); prepare it with --labels_csv or "
+        "another --archive, or choose one that it has"
+    )
+
+
+def all_volumes(dataset: str | Path) -> list[dict]:
+    """Rows of `volumes.csv` of all splits."""
+    return [volume for split in dataset_directory.SPLITS for volume in dataset_directory.read_volumes(dataset, split)]
+
+
 def _labels_of_records(dataset: str | Path, preparation: dict, split: str, label: str) -> np.ndarray:
     """Class of every record of a split, -1 where it is missing: [R] int32."""
     volumes = dataset_directory.read_volumes(dataset, split)
+    if label not in preparation["labels"]:
+        of_volumes = attribute_labels.read_attribute(dataset, label).labels[split]
+        return np.repeat(of_volumes, [volume["num_slices"] for volume in volumes]).astype(np.int32)
     if preparation["labels"][label]["level"] == "slice":
         values = [row[label] for row in dataset_directory.read_slices(dataset, split)]
     else:
@@ -209,9 +238,7 @@ def _mask_areas(dataset: str | Path, split: str) -> np.ndarray:
 
 def _lung_boxes(volumes: Sequence[dict], image_size: int) -> dict[str, np.ndarray]:
     whole = f"0 0 {image_size} {image_size}"
-    return {
-        volume["volume_id"]: np.array((volume["lung_box"] or whole).split(), np.float32) for volume in volumes
-    }
+    return {volume["volume_id"]: np.array((volume["lung_box"] or whole).split(), np.float32) for volume in volumes}
 
 
 def open_source(
@@ -230,12 +257,8 @@ def open_source(
       InputError: the split is empty, has no tuple of neighbours with these offsets, or lacks the targets.
     """
     preparation = dataset_directory.read_preparation(dataset)
-    if targets.label and targets.label not in preparation["labels"]:
-        have = ", ".join(preparation["labels"]) or "none"
-        raise InputError(
-            f"config.label={targets.label}: the dataset {dataset} has no such label (it has {have}); prepare it with "
-            "--labels_csv or another --archive, or choose one that it has"
-        )
+    if targets.label:
+        label_classes(dataset, targets.label)
     if targets.mask and not preparation["masks"]:
         raise InputError(
             f"the dataset {dataset} has no masks; prepare it with --archive=lidc_idri or with --masks_dir=DIR"

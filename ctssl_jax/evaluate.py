@@ -5,6 +5,11 @@ r"""Measure a trained model on a split of a dataset.
 Every slice is scored, the slices of a volume are averaged, and the results are mean and standard deviation over
 volumes with a 95 % bootstrap interval by patient. Beside RESULT.json stand RESULT.csv (one row a volume), RESULT.png
 (input, target, prediction and difference of slices spread over the split) and RESULT.npz (these pictures as arrays).
+
+Of a label or a mask the results are those of `ctssl_jax.outcomes`: AUROC, average precision, calibration, sensitivity
+and specificity at a threshold that the validation split fixes, the same of exams, and AUROC by group of patients; Dice
+and IoU of slices, volumes and patients. RESULT.predictions.npz holds what the model said of each slice, so that runs
+can be compared in pairs.
 """
 
 import functools
@@ -53,7 +58,9 @@ def evaluate(
     import jax
 
     from ctssl_jax import checkpoint as checkpoint_files
-    from ctssl_jax import configuration, data, distributed, health, measurement, metrics, pictures, training
+    from ctssl_jax import configuration, data, distributed, health, measurement, metrics, outcomes, pictures
+    from ctssl_jax import predictions as prediction_files
+    from ctssl_jax import training
     from ctssl_jax.tasks import get_task
 
     # ---- What is asked for, and can it work? ----
@@ -63,7 +70,8 @@ def evaluate(
     config, preparation, channels = run.config, run.preparation, run.channels
     step = checkpoint_files.choose_step(workdir, checkpoint)
     task = get_task(config.task)
-    source = data.open_source(config.dataset, split, channels, task.offsets(config))
+    targets = task.targets(config)
+    source = data.open_source(config.dataset, split, channels, task.offsets(config), targets)
     measurement.make_folder(output)
 
     # ---- The model ----
@@ -92,15 +100,33 @@ def evaluate(
         return values
 
     by_volume = volume_values(slices.scores)
-    if slices.classes is not None:
+    if slices.classes is not None and not targets.label:
         by_volume["auroc"] = _volume_aurocs(**slices.classes, volume_index=volume_index, num_volumes=len(volumes))
+    predicted = _predictions(source, slices) if targets.label or targets.mask else None
+    if targets.mask:
+        by_volume |= outcomes.masks_of_volumes(predicted, volume_index, len(volumes))
+    measured, downstream = measurement.summaries(by_volume, patient_ids), {}
+    if targets.mask:
+        measured |= outcomes.mask_metrics(predicted)
+    elif targets.label:
+        classes, level = data.label_classes(config.dataset, targets.label)
+        validation = None
+        if len(classes) == 2:
+            validation = _validation_predictions(program, state, config, task, channels, batch_size)
+        exams = {volume["volume_id"]: volume["exam_id"] for volume in data.all_volumes(config.dataset)}
+        found, thresholds = outcomes.label_metrics(predicted, validation, classes, exams if level == "slice" else None)
+        measured |= found
+        downstream = {"label": targets.label, "classes": list(classes)}
+        if len(classes) == 2:
+            downstream |= {"thresholds": thresholds, "by_group": outcomes.by_group(predicted, volumes)}
     embedding = health.embedding_use(slices.embedding_moments)
     result = {
         "task": config.task,
         "recipe": config.recipe,
         "synthetic": preparation["synthetic"],
         "split": split,
-        "metrics": measurement.summaries(by_volume, patient_ids),
+        "metrics": measured,
+        **downstream,
         "num_slices": len(slices.record_index),
         "num_patients_seen_in_training": measurement.patients_seen(
             run.learned_from, preparation["key_fingerprint"], split, patient_ids
@@ -110,7 +136,7 @@ def evaluate(
         "dataset_fingerprint": preparation["fingerprint"],
         "trained_on_fingerprint": run.trained_on["fingerprint"],
         "init_from": run.ancestors,
-        "train_fraction": 1.0,
+        **measurement.training_data(workdir),
         "seed": config.seed,
         "config": configuration.to_json(config),
         "preparation": {name: preparation[name] for name in ("archive", "windows", "image_size", "options")},
@@ -118,7 +144,7 @@ def evaluate(
         "device": f"{num_devices} x {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
     }
-    for name in ("dataset", "init_from"):  # paths of this machine
+    for name in ("dataset", "init_from", "init_weights"):  # paths of this machine
         result["config"].pop(name, None)
     codebook = metrics.codebook_use(slices.code_counts)
     result["embedding"] = embedding
@@ -128,7 +154,7 @@ def evaluate(
     if slices.classes is not None:
         result["confusion"] = _confusion(**slices.classes)
     if baselines:
-        train_source = data.open_source(config.dataset, "train", channels, task.offsets(config))
+        train_source = data.open_source(config.dataset, "train", channels, task.offsets(config), targets)
         scores = _baseline_scores(config, task, source, train_source, batch_size)
         result["baselines"] = {
             name: measurement.summaries(volume_values(values), patient_ids) for name, values in scores.items()
@@ -136,6 +162,8 @@ def evaluate(
 
     # ---- Files ----
     measurement.write_volumes(output.with_suffix(".csv"), volumes, by_volume)
+    if predicted is not None:
+        prediction_files.write(output, predicted)
     number = min(config.num_pictures, batch_size)
     shown = training.render_pictures(program, state, data.picture_batch(source, batch_size, number), number)
     pictures.save_arrays(output.with_suffix(".npz"), shown)
@@ -157,8 +185,9 @@ def table(result: dict) -> str:
         for name, value in metrics.items():
             sd = "-" if value["sd"] is None else f"{value['sd']:.5f}"
             interval = "-" if value["ci95"] is None else f"{value['ci95'][0]:.5f} to {value['ci95'][1]:.5f}"
+            mean = "undefined" if value["mean"] is None else f"{value['mean']:.5f}"
             lines.append(
-                f"{predictor + ' ' + name:34}{value['mean']:9.5f} {sd:>9}   {interval:20} {value['num_volumes']:6} "
+                f"{predictor + ' ' + name:34}{mean:>9} {sd:>9}   {interval:20} {value['num_volumes']:6} "
                 f"{value['num_patients']:8}"
             )
     if "codebook" in result:
@@ -166,6 +195,8 @@ def table(result: dict) -> str:
         lines.append(
             f"codes used {codebook['used_codes']} of {codebook['num_codes']}, perplexity {codebook['perplexity']:.1f}"
         )
+    for name, groups in result.get("by_group", {}).items():
+        lines.append(_group_line(name, groups))
     embedding = result["embedding"]
     lines.append(f"embeddings spread over {embedding['effective_rank']:.1f} of {embedding['embedding_dim']} directions")
     lines += [f"WARNING: {warning}" for warning in result["warnings"]]
@@ -173,6 +204,46 @@ def table(result: dict) -> str:
         counts = "; ".join(" ".join(map(str, row)) for row in result["confusion"])
         lines.append(f"slices by true class (rows) and predicted class: {counts}")
     return "\n".join([*lines, *notes(result)])
+
+
+def _group_line(name: str, groups: dict) -> str:
+    if "not_measured" in groups:
+        return f"AUROC by {name}: {groups['not_measured']}"
+    values = ", ".join(f"{group} {value['mean']:.3f}" for group, value in groups["groups"].items())
+    gap = groups["gap"]
+    if gap is None or gap["mean"] is None:
+        return f"AUROC by {name}: {values}"
+    interval = "" if gap["ci95"] is None else f" ({gap['ci95'][0]:.3f} to {gap['ci95'][1]:.3f})"
+    return f"AUROC by {name}: {values}; gap {gap['mean']:.3f}{interval}"
+
+
+def _predictions(source, slices):
+    """What was said of each slice: `predictions.Predictions`."""
+    import numpy as np
+
+    from ctssl_jax.predictions import Predictions
+
+    volumes, index = _volumes_of_records(source.volumes, slices.record_index)
+    first = np.array([volume["first_record"] for volume in volumes])
+    counts = {name: np.asarray(slices.scores[name]) for name in Predictions._fields if name in slices.scores}
+    return Predictions(
+        patient_id=np.array([volume["patient_id"] for volume in volumes])[index],
+        volume_id=np.array([volume["volume_id"] for volume in volumes])[index],
+        slice_index=(slices.record_index - first[index]).astype(np.int32),
+        **(slices.classes or {}),
+        **counts,
+    )
+
+
+def _validation_predictions(program, state, config, task, channels, batch_size: int):
+    """Those of the validation split; None where the dataset has none with this label."""
+    from ctssl_jax import data, training
+
+    try:
+        source = data.open_source(config.dataset, "validation", channels, task.offsets(config), task.targets(config))
+    except InputError:
+        return None
+    return _predictions(source, training.evaluate_split(program, state, data.evaluation_batches(source, batch_size)))
 
 
 def _volumes_of_records(volumes: list[dict], record_index):
@@ -281,7 +352,7 @@ def start(given: flags.FlagValues) -> bool:
         baselines=given.baselines,
     )
     print(table(result))
-    print(f"written: {given.output} and, beside it, .csv, .png and .npz", flush=True)
+    print(f"written: {given.output} and, beside it, files of that name and other endings", flush=True)
     return True
 
 

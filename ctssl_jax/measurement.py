@@ -19,6 +19,11 @@ UNITS = {
     "cross_entropy": "natural units, on logits",
     "double_softmax_cross_entropy": "natural units, softmax applied twice, as the paper's Table II appears to be",
     "accuracy": "share of slices",
+    "binary_cross_entropy": "natural units, on logits, mean over pixels",
+    "dice": "2 x intersection / sum of both masks' pixels, at probability .5",
+    "iou": "intersection / union of both masks' pixels, at probability .5",
+    "volume_dice": "the same as dice, of the voxels of a volume",
+    "volume_iou": "the same as iou, of the voxels of a volume",
     "auroc": "one class against the rest over the slices of a volume, mean over classes",
 }
 
@@ -151,8 +156,19 @@ def patients_seen(
     return len(known.intersection(evaluated))
 
 
+def training_data(workdir: Path) -> dict:
+    """What a run was trained on, as results say it: train_fraction, num_train_studies, num_train_slices."""
+    path = workdir / "training_data.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def notes(result: dict) -> list[str]:
     """What a reader must know of the patients of a result: lines for the screen, empty if they are held out."""
+    let_pass = [ancestor["leakage_let_pass"] for ancestor in result["init_from"] if ancestor.get("leakage_let_pass")]
+    return [*_seen(result), *(f"NOTE: let pass by config.leakage: {text}" for text in let_pass)]
+
+
+def _seen(result: dict) -> list[str]:
     if result["num_patients_seen_in_training"] is None:
         return ["NOTE: whether these patients were in the training data cannot be checked (other pseudonym key)"]
     if result["num_patients_seen_in_training"]:

@@ -127,9 +127,7 @@ def _standard_unet_settings(config: ml_collections.ConfigDict) -> unet.StandardU
         raise InputError(f"config.model: {error}") from None
 
 
-SEGMENTATION = _task(
-    _Architecture(_encoder_unet_settings, unet.UNet, _call_encoder_unet, unet.flops_per_slice)
-)
+SEGMENTATION = _task(_Architecture(_encoder_unet_settings, unet.UNet, _call_encoder_unet, unet.flops_per_slice))
 SEGMENTATION_STANDARD_UNET = _task(
     _Architecture(
         settings=_standard_unet_settings,

@@ -31,6 +31,7 @@ class _Architecture(NamedTuple):
     call: (model, inputs, train, key, configuration) -> logits [B, K] and embedding [B, D].
     flops: (settings, image_size) -> operations of one forward pass.
     offsets: slices of one input, its channels.
+    fields: of the configuration, beside those of both.
     """
 
     settings: Callable
@@ -38,6 +39,7 @@ class _Architecture(NamedTuple):
     call: Callable
     flops: Callable
     offsets: tuple[int, ...]
+    fields: tuple[str, ...] = ()
 
 
 def _probabilities(logits: jax.Array) -> jax.Array:
@@ -98,7 +100,7 @@ def _check(architecture: _Architecture, config: ml_collections.ConfigDict) -> No
     if not config.label:
         raise InputError("config.label is empty; name a label of the dataset, e.g. --config.label=pe_present_on_image")
     if config.num_classes < 2:
-        raise InputError(f"config.num_classes={config.num_classes}: must be 2 or more")
+        raise InputError(f"config.num_classes={config.num_classes}: must be 2 or more, or 0 for as many as it has")
     for name, allowed in (("slices", SLICES), ("crop", CROPS)):
         if config[name] not in allowed:
             raise InputError(f"config.{name}={config[name]!r}: choose one of {', '.join(allowed)}")
@@ -126,7 +128,7 @@ def _targets(config: ml_collections.ConfigDict) -> Targets:
 
 def _task(architecture: _Architecture) -> Task:
     return Task(
-        fields=("label", "num_classes", "slices", "positive_share", "crop", "augmentation"),
+        fields=("label", "num_classes", "slices", "positive_share", "crop", "augmentation", *architecture.fields),
         offsets=lambda config: architecture.offsets,
         targets=_targets,
         reported=("cross_entropy", "accuracy"),
@@ -177,5 +179,6 @@ SLICE_LABEL_SE_RESNEXT = _task(
         call=_call_se_resnext,
         flops=se_resnext.flops_per_slice,
         offsets=(-1, 0, 1),
+        fields=("init_weights",),
     )
 )

@@ -9,6 +9,7 @@ after a few timed steps what the run will cost, and writes nothing. On several h
 """
 
 import functools
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -59,7 +60,8 @@ def _train(
     import jax
 
     from ctssl_jax import configuration, data, distributed, estimate, health, metrics, pictures, training, transplant
-    from ctssl_jax.checkpoint import Checkpoints, holds_checkpoint, restore
+    from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore
+    from ctssl_jax.models import imagenet_weights
     from ctssl_jax.reports import Reports, duration, say
     from ctssl_jax.tasks import get_task
     from data_prep import dataset as dataset_directory
@@ -67,6 +69,7 @@ def _train(
     # ---- What is asked for, and can it work? ------------------------------------------------------------------------
     devices = jax.devices() if devices is None else devices
     num_devices, num_processes, process = len(devices), jax.process_count(), jax.process_index()
+    config = configuration.with_num_classes(config)
     with distributed.refusing_together():
         configuration.check_config(config, num_devices)
         preparation, channels = configuration.check_dataset(config, ("train", "validation"))
@@ -82,6 +85,13 @@ def _train(
         starts_from_donor = bool(config.init_from) and fresh
         if starts_from_donor:
             transplant.check_is_run(config)
+        weights_digest = ""
+        if config.get("init_weights") and fresh:
+            if config.init_from:
+                raise command_line.InputError("config.init_weights and config.init_from: give one of them, not both")
+            shapes = flatten(dict(zip(("params", "variables"), abstract_model, strict=True)))
+            imagenet_weights.load_state_dict(imagenet_weights.read_file(config.init_weights), shapes, head=False)
+            weights_digest = hashlib.sha256(Path(config.init_weights).read_bytes()).hexdigest()
     with distributed.refusing_together():  # Orbax waits for all processes here, so none may have refused before
         windows = data.selected_windows(preparation, channels)
         like = dict(zip(("params", "variables"), abstract_model, strict=True))
@@ -98,7 +108,13 @@ def _train(
                 split: sorted({volume["patient_id"] for volume in source.volumes})
                 for split, source in (("train", train_source), ("validation", validation_source))
             }
-            configuration.open_workdir(workdir, config, preparation, patients)
+            training_data = {
+                "train_fraction": config.train_fraction,
+                "num_train_studies": len({volume["exam_id"] for volume in train_source.volumes}),
+                "num_train_slices": len(train_source),
+                "init_weights_sha256": weights_digest,
+            }
+            configuration.open_workdir(workdir, config, preparation, patients, training_data)
             if fresh:
                 transplant.record(donor, workdir, let_pass)
     paths = ("dataset", "init_from")
@@ -168,6 +184,9 @@ def _train(
                 say(line)
             if let_pass:
                 say(f"WARNING      config.leakage={config.leakage}: {let_pass}")
+        elif weights_digest:
+            state = imagenet_weights.load_into(state, config.init_weights)
+            say(f"start        weights of {config.init_weights}")
     batches = data.training_batches(
         train_source,
         config.batch_size,

@@ -106,9 +106,11 @@ def public_kernel(value: str) -> str:
 
 
 def public_ethnic_group(value: str) -> str:
-    """At most 16 letters, blanks and hyphens, or one digit (a code); else "other"."""
+    """At most 16 letters, digits, blanks, hyphens and `_` that begin with a letter and hold two digits at most (a code
+    such as `group_a`), or one digit; else "other"."""
     text = " ".join(value.split())
-    return text if re.fullmatch(rf"|[0-9]|[A-Za-z][A-Za-z -]{{0,{_LONGEST_TEXT - 1}}}", text) else _OTHER
+    short = re.fullmatch(rf"|[0-9]|[A-Za-z][A-Za-z0-9 _-]{{0,{_LONGEST_TEXT - 1}}}", text)
+    return text if short and len(re.findall("[0-9]", text)) < 3 else _OTHER
 
 
 def _clean(value: str) -> str:

@@ -133,9 +133,11 @@ def _same_places(corners: np.ndarray, others: np.ndarray, volume: Volume) -> np.
 
 
 def _read_nifti(path: Path, volume: Volume) -> np.ndarray:
-    values, corners = _canonical_nifti(path)
+    row_mm, column_mm = volume.pixel_spacing_mm
+    corrected = "spacing_from_metadata" in volume.notes
+    values, corners = _canonical_nifti(path, (column_mm, row_mm, volume.slice_spacing_mm) if corrected else None)
     num_slices, height, width = volume.hu.shape
-    if values.shape[1:] != (height, width):
+    if values.shape[1:] != (height, width) or (corrected and len(values) != num_slices):
         stored = " x ".join(map(str, values.shape))
         raise MaskError(
             f"the mask has {stored} voxels (slices, rows, columns), the scan {num_slices} x {height} x {width}"
@@ -152,8 +154,12 @@ def _read_nifti(path: Path, volume: Volume) -> np.ndarray:
     return np.ascontiguousarray(values[places])
 
 
-def _canonical_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Regions [M, H, W] uint8 with rows to posterior, columns to left, slices to superior, and corners [M, 3, 3]."""
+def _canonical_nifti(path: Path, spacing_mm: tuple[float, float, float] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Regions [M, H, W] uint8 with rows to posterior, columns to left, slices to superior, and corners [M, 3, 3].
+
+    `spacing_mm` (of columns, rows, slices) goes before the affine's: a mask shares the wrong spacing of its scan's
+    file, and is corrected the same way.
+    """
     try:
         image = nibabel.load(path)
         stored = np.asarray(image.dataobj)
@@ -168,10 +174,11 @@ def _canonical_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise MaskError(f"the mask has {stored.ndim} dimensions of {stored.dtype}, not 3 of whole numbers")
     if not known or not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6:
         raise MaskError("the mask has no affine (sform or qform)")
-    to_canonical = orientations.ornt_transform(
-        orientations.io_orientation(image.affine), orientations.axcodes2ornt(("L", "P", "S"))
-    )
-    affine = image.affine @ orientations.inv_ornt_aff(to_canonical, stored.shape)
+    axes, affine = orientations.io_orientation(image.affine), image.affine.copy()
+    if spacing_mm is not None:
+        affine[:3, :3] *= np.array(spacing_mm)[axes[:, 0].astype(int)] / np.linalg.norm(affine[:3, :3], axis=0)
+    to_canonical = orientations.ornt_transform(axes, orientations.axcodes2ornt(("L", "P", "S")))
+    affine = affine @ orientations.inv_ornt_aff(to_canonical, stored.shape)
     values = _as_regions(orientations.apply_orientation(stored, to_canonical).transpose(2, 1, 0))
     num_slices, height, width = values.shape
     ends = np.array([[0, 0], [0, height - 1], [width - 1, 0]])  # of columns and rows

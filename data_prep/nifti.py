@@ -151,7 +151,7 @@ def _header(nifti: Any, source: Source, name: str, row: Metadata | None) -> Head
     positions = affine[:3, 3] + np.arange(slices)[:, None] * affine[:3, 2]
     parts = _CT_RATE.fullmatch(name)
     path = posixpath.join(source.path, source.member) if source.member else source.path
-    series = name if parts or row else without_extension(path)  # else names such as ct.nii.gz may recur
+    series = name if row else without_extension(path)  # `nifti_metadata.check` refuses tables whose names recur
     bits = 8 * dtype.itemsize
     return Header(
         source=source,

@@ -1,5 +1,6 @@
 """The table beside a NIfTI archive (--metadata_csv): what the files do not say, in the manner of CT-RATE."""
 
+import collections
 import csv
 import math
 import posixpath
@@ -54,17 +55,23 @@ def without_extension(name: str) -> str:
 
 
 def check(input_dir: Path, metadata_csv: Path) -> None:
-    """Reads the whole table and looks for one file that it names, before long work starts.
+    """Reads the whole table and looks for the files that it names, before long work starts.
 
     Raises:
-        MetadataError: see `read_metadata`, or the table names none of the files.
+        MetadataError: see `read_metadata`, or the table names none of the files, or two by one name.
     """
     metadata = read_metadata(metadata_csv)
-    entries = (entry for entry in list_sources(input_dir) if not isinstance(entry, Unreadable))
-    if not any(volume_name(source) in metadata for source in entries):
+    names = (volume_name(entry) for entry in list_sources(input_dir) if not isinstance(entry, Unreadable))
+    found = collections.Counter(name for name in names if name in metadata)
+    if not found:
         raise MetadataError(
             f"--metadata_csv={metadata_csv}: none of its {len(metadata)} volumes is in {input_dir}; "
             "VolumeName is the name of a .nii or .nii.gz file"
+        )
+    if several := sum(count > 1 for count in found.values()):
+        raise MetadataError(
+            f"--metadata_csv={metadata_csv}: {several} of its volumes have more than one file in {input_dir}; "
+            "leave the copies out or rename the files"
         )
 
 

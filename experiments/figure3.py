@@ -17,11 +17,13 @@ from experiments.downstream import Study
 
 ARMS = ("random", "masked_05", "masked_20", "next_slice", "denoising", "rotation", "flip", "se_resnext")
 PANELS = (
-    learning_curves.Panel("A  Sensitivity (threshold of the validation split)", "sensitivity", ("masked_", "se_resnext")),
+    learning_curves.Panel(
+        "A  Sensitivity (threshold of the validation split)", "sensitivity", ("masked_", "se_resnext")
+    ),
     learning_curves.Panel("B  Specificity (the same threshold)", "specificity", ("masked_", "se_resnext")),
     learning_curves.Panel("C  AUROC over slices", "auroc", ("",)),
 )
-MORE = ("exam_auroc", "average_precision", "brier", "calibration_error")
+MORE = ("exam_auroc", "average_precision", "brier", "ece")
 
 
 def cells_of(asked: Study, arms: list[str]) -> tuple[list[study.Cell], dict[downstream.Point, study.Cell]]:

@@ -74,7 +74,7 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
 
     Intervals and p are of the paired bootstrap by test patient; p is corrected by Holm over all rows.
     """
-    from ctssl_jax import comparisons
+    from ctssl_jax import comparisons, predictions
 
     rows = []
     for arm, fraction, steps in dict.fromkeys((point.arm, point.fraction, point.steps) for point in cells):
@@ -86,7 +86,7 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
         pairs = [pair for pair in pairs if all(result.exists() for result in pair)]
         if not pairs:
             continue
-        ours, reference = ([comparisons.read_predictions(path) for path in side] for side in zip(*pairs, strict=True))
+        ours, reference = ([predictions.read(path) for path in side] for side in zip(*pairs, strict=True))
         found = comparisons.paired_comparison(ours, reference, metric)
         rows.append({"arm": arm, "fraction": fraction, "steps": steps, "num_seeds": len(pairs), **found})
     corrected = comparisons.holm([row["p"] for row in rows])

@@ -343,7 +343,7 @@ def caption(results: Sequence[dict]) -> str:
 
     def common(values: Sequence[Any]) -> str:
         found = list(dict.fromkeys(str(value) for value in values))
-        return found[0] if len(found) == 1 else f"different ones ({', '.join(found)})"
+        return found[0] if len(found) == 1 else ", ".join(found)
 
     numbers = [next(iter(result["metrics"].values())) for result in results]
     size = [f"{result['config']['image_size']} x {result['config']['image_size']} pixels" for result in results]

@@ -67,9 +67,9 @@ def test_kernels_are_short_and_no_numbers():
 
 
 def test_ethnic_groups_are_a_short_word_or_a_code():
-    groups = ("", "Hispanic", "Asian - other", "3", "W")
+    groups = ("", "Hispanic", "Asian - other", "3", "W", "group_a", "Group 12", "A2")
     assert [deidentify.public_ethnic_group(group) for group in groups] == list(groups)
-    for group in ("31", "Jane Doe, Hill Street", "A2", "born in Springfield"):
+    for group in ("31", "Jane Doe, Hill Street", "born in Springfield", "MRN 4711", "A 61-02-03", "_a", "B" * 17):
         assert deidentify.public_ethnic_group(group) == "other"
 
 
