@@ -1,4 +1,4 @@
-r"""Pulmonary embolism on a slice by SE-ResNeXt-50 32x4d: the slice stage of the RSNA challenge's winner (paper, "SOTA").
+r"""Pulmonary embolism on a slice by SE-ResNeXt-50 32x4d: the RSNA challenge winner's slice stage (paper, "SOTA").
 
     python -m ctssl_jax.train --config=configs/pe_se_resnext.py --config.dataset=DATASET --workdir=RUN \
         --config.init_weights=seresnext50_32x4d.safetensors --config.dtype=bfloat16

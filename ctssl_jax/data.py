@@ -69,6 +69,9 @@ class Targets(NamedTuple):
     positive_share: float = 0.0
 
 
+SLICES_ALONE = Targets()
+
+
 def neighbour_table(
     volumes: Sequence[dict], offsets: Sequence[int], *, repeat_edges: bool = False, middle_only: bool = False
 ) -> np.ndarray:
@@ -138,7 +141,7 @@ class NeighbourSource:
         split: str,
         channels: Sequence[int],
         offsets: Sequence[int],
-        targets: Targets = Targets(),
+        targets: Targets = SLICES_ALONE,
         fraction: float = 1.0,
         seed: int = 0,
     ):
@@ -165,7 +168,7 @@ class NeighbourSource:
         self._boxes = _lung_boxes(self.volumes, preparation["image_size"]) if targets.lung_box else {}
         share = f", {fraction:g} of seed {seed}" if fraction < 1 else ""
         self._name = f"NeighbourSource({preparation['fingerprint'][:16]}, {split}, {channels}, {offsets}{share})"
-        if targets != Targets():
+        if targets != SLICES_ALONE:
             self._name = f"{self._name[:-1]}, {targets})"
 
     def __len__(self) -> int:
@@ -207,8 +210,8 @@ def label_classes(dataset: str | Path, label: str) -> tuple[tuple[str, ...], str
         return attribute_labels.read_attribute(dataset, label).classes, "volume"
     have = ", ".join([*labels, *attribute_labels.OF_VOLUMES])
     raise InputError(
-        f"config.label={label}: the dataset {dataset} has no such label (it has {have}); prepare it with --labels_csv or "
-        "another --archive, or choose one that it has"
+        f"config.label={label}: the dataset {dataset} has no such label (it has {have}); prepare it with --labels_csv "
+        "or another --archive, or choose one that it has"
     )
 
 
@@ -246,7 +249,7 @@ def open_source(
     split: str,
     channels: Sequence[int],
     offsets: Sequence[int],
-    targets: Targets = Targets(),
+    targets: Targets = SLICES_ALONE,
     *,
     fraction: float = 1.0,
     seed: int = 0,

@@ -58,9 +58,8 @@ def evaluate(
     import jax
 
     from ctssl_jax import checkpoint as checkpoint_files
-    from ctssl_jax import configuration, data, distributed, health, measurement, metrics, outcomes, pictures
+    from ctssl_jax import configuration, data, distributed, health, measurement, metrics, outcomes, pictures, training
     from ctssl_jax import predictions as prediction_files
-    from ctssl_jax import training
     from ctssl_jax.tasks import get_task
 
     # ---- What is asked for, and can it work? ----

@@ -35,8 +35,8 @@ def label_metrics(
         predictions are averaged over the slices of a volume.
 
     Returns:
-      measures as `bootstrap.summaries`: of two classes those of `binary_metrics.UNITS` and, of slices, the same of exams
-      as `exam_auroc`, ... (an exam's score is its highest slice's); of more classes those of
+      measures as `bootstrap.summaries`: of two classes those of `binary_metrics.UNITS` and, of slices, the same of
+      exams as `exam_auroc`, ... (an exam's score is its highest slice's); of more classes those of
       `binary_metrics.multiclass_statistic`. And the thresholds {"slice" or "volume": p or None, "exam": p or None},
       empty for more than two classes.
     """
@@ -119,7 +119,7 @@ def mask_metrics(predictions: Predictions) -> dict[str, dict]:
 
 
 def masks_of_volumes(predictions: Predictions, volume_index: np.ndarray, num_volumes: int) -> dict[str, np.ndarray]:
-    """Dice and IoU of the voxels of each volume: [num_volumes] float64; `volume_index` [N] int is the slices' volume."""
+    """Dice and IoU of the voxels of each volume, [num_volumes] float64; `volume_index` [N] int names the slices'."""
     counts = (predictions.intersection_px, predictions.predicted_px, predictions.target_px)
     sums = overlap.add_up(*counts, volume_index, num_volumes)
     return {"volume_dice": overlap.dice(*sums), "volume_iou": overlap.iou(*sums)}

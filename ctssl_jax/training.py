@@ -109,10 +109,10 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 
 def _scale_encoder(factor: float) -> optax.GradientTransformation:
-    def update(updates, params=None):
-        return {**updates, "encoder": jax.tree.map(lambda update: factor * update, updates["encoder"])}
+    def scale(path, update):
+        return factor * update if path[0].key == "encoder" else update
 
-    return optax.stateless(update)
+    return optax.stateless(lambda updates, params=None: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def layer_of(name: str) -> str:

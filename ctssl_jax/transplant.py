@@ -206,7 +206,8 @@ def check_leakage(config: ml_collections.ConfigDict, donor: Donor, key_fingerpri
     """
     learned_from = [ancestor["patients"] for ancestor in donor.ancestors]
     unknown = [patients["key_fingerprint"] != key_fingerprint for patients in learned_from]
-    seen = {patient for patients in learned_from for patient in patients["train"]} & held_out
+    comparable = [patients for patients, other in zip(learned_from, unknown, strict=True) if not other]
+    seen = {patient for patients in comparable for patient in patients["train"]} & held_out
     if seen and config.leakage != "allow":
         raise InputError(
             f"config.init_from={config.init_from}: {len(seen)} of the {len(held_out)} validation and test patients of "

@@ -160,6 +160,8 @@ def _canonical_nifti(path: Path, spacing_mm: tuple[float, float, float] | None) 
     `spacing_mm` (of columns, rows, slices) goes before the affine's: a mask shares the wrong spacing of its scan's
     file, and is corrected the same way.
     """
+    with open(path, "rb"):  # nibabel calls it damaged if it cannot be opened
+        pass
     try:
         image = nibabel.load(path)
         stored = np.asarray(image.dataobj)

@@ -33,7 +33,7 @@ TITLES = {
     "se_resnext": "SE-ResNeXt-50 (SOTA)",
     "standard_unet": "standard U-Net",
 }
-# Synthetic patients need no secret. A fixed key gives the same splits everywhere, and patients of all data sets compare.
+# Synthetic patients need no secret; a fixed key gives the same splits everywhere.
 SYNTHETIC_KEY = "the pseudonym key of the synthetic patients of the downstream studies"
 MASKED = {"masked_05": 0.05, "masked_10": 0.10, "masked_20": 0.20, "masked_33": 0.33}
 PRETEXTS = (*MASKED, "next_slice", "denoising", "rotation", "flip")
@@ -162,7 +162,7 @@ def data_cells(asked: Study, names: Sequence[str]) -> list[Cell]:
 
 
 def pretraining_cells(asked: Study, arms: Sequence[str]) -> list[Cell]:
-    """Pretrain the arms that are not given: the chain of mask sizes up to the largest asked for, and single pretexts."""
+    """Pretrain the arms that are not given: the chain of mask sizes up to the largest, and single pretexts."""
     wanted = [arm for arm in arms if arm in PRETEXTS and arm not in asked.pretrained]
     if not asked.sizes.archives:
         if wanted:

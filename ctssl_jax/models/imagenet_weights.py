@@ -47,7 +47,7 @@ def read_file(path: str | Path) -> dict[str, np.ndarray]:
         float arrays by name.
 
     Raises:
-        InputError: the file does not exist, has another ending, cannot be read, or the package that reads it is missing.
+        InputError: the file does not exist, has another ending, cannot be read, or its reader is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,7 +87,7 @@ def load_state_dict(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], 
         tensors: by their names there, either layout.
         like: leaves of our model with a shape, by flat name, e.g. `params/stem/conv/kernel` and
             `variables/stem/norm/mean`; other names than `params/` and `variables/` are left alone.
-        head: whether the linear layer is taken too; without it, the file's may have any number of classes or be missing.
+        head: whether the linear layer is taken too; without it, the file's may have other classes or be missing.
 
     Returns:
         float32 arrays by those flat names, all of `like` but the linear layer's if not head.
@@ -118,8 +118,8 @@ def load_state_dict(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], 
     if missing or extra or shapes:
         problems = "; ".join(group[0] for group in (shapes, missing, extra) if group)
         raise InputError(
-            f"config.init_weights: the file does not fit this model ({len(missing)} tensors missing, {len(extra)} extra, "
-            f"{len(shapes)} of another shape; {problems}); it must be an SE-ResNeXt of the same config.model in timm's "
+            f"config.init_weights: the file does not fit this model ({len(missing)} tensors missing, "
+            f"{len(extra)} extra, {len(shapes)} of another shape; {problems}); it must be an SE-ResNeXt of the same config.model in timm's "
             "or the older layout of names"
         )
     return found
@@ -144,11 +144,9 @@ def load_into(state: Any, path: str | Path, *, head: bool = False) -> Any:
 
 def _our_name(name: str) -> str | None:
     prefix, _, last = name.rpartition(".")
-    for pattern, ours in _PREFIXES:
-        match = re.fullmatch(pattern, prefix + ".")
-        if match:
-            break
-    else:
+    matches = ((re.fullmatch(pattern, prefix + "."), ours) for pattern, ours in _PREFIXES)
+    match, ours = next(((match, ours) for match, ours in matches if match), (None, ""))
+    if match is None:
         return None
     groups = match.groupdict()
     if groups:
