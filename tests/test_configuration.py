@@ -15,7 +15,7 @@ WRONG_FIELDS = {
     "dataset": ("", "config.dataset is empty; give --config.dataset=DIR"),
     "task": ("jigsaw", "config.task='jigsaw' is not known; choose one of masked_region"),
     "optimizer": ("sgd", "config.optimizer='sgd': choose one of radam, adamw"),
-    "schedule": ("linear", "config.schedule='linear': choose one of constant, cosine"),
+    "schedule": ("stepwise", "config.schedule='stepwise': choose one of constant, cosine, linear"),
     "normalize": ("none", "config.normalize='none': choose one of window, slice_minmax"),
     "dtype": ("float16", "config.dtype='float16': choose one of float32, bfloat16"),
     "batch_size": (0, "config.batch_size=0: must be 1 or more"),
@@ -101,7 +101,9 @@ def test_folders_that_cannot_be_run_directories(tiny_dataset, tmp_path):
 def make_workdir(path, config):
     """A run directory with the name of a checkpoint."""
     preparation, _ = configuration.check_dataset(config, ("train",))
-    configuration.open_workdir(path, config, preparation, {"train": ["a"], "validation": ["b"]}, {"train_fraction": 1.0})
+    configuration.open_workdir(
+        path, config, preparation, {"train": ["a"], "validation": ["b"]}, {"train_fraction": 1.0}
+    )
     (path / "checkpoints" / "6").mkdir(parents=True)
     return preparation
 

@@ -17,9 +17,16 @@ COMMANDS = (
     "ctssl_jax.train",
     "ctssl_jax.evaluate",
     "ctssl_jax.probe",
+    "ctssl_jax.attributes",
     "experiments.quickstart",
     "experiments.chain",
     "experiments.table2",
+    "experiments.table1",
+    "experiments.figure3",
+    "experiments.figure4",
+    "experiments.figure5",
+    "experiments.figure_s1",
+    "experiments.figure6",
 )
 OTHER_PROGRAMS = set(  # flags in README that are those of pip, ruff, pytest, Slurm and gcloud
     "array check command dependency dist force gres help nodes parsable recurse requeue signal spot time user worker "

@@ -147,7 +147,9 @@ def test_head_may_be_left_out():
     for tensors in (other, headless):
         loaded = imagenet_weights.load_state_dict(tensors, like, head=False)
         assert loaded.keys() == {name for name in like if "classification" not in name}
-    with pytest.raises(InputError, match=r"2 of another shape; classification/bias has shape \(1000,\) there, \(3,\) here"):
+    with pytest.raises(
+        InputError, match=r"2 of another shape; classification/bias has shape \(1000,\) there, \(3,\) here"
+    ):
         imagenet_weights.load_state_dict(other, like, head=True)
     with pytest.raises(InputError, match=r"2 tensors missing.*classification/"):
         imagenet_weights.load_state_dict(headless, like, head=True)

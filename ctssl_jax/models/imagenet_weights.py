@@ -119,8 +119,8 @@ def load_state_dict(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], 
         problems = "; ".join(group[0] for group in (shapes, missing, extra) if group)
         raise InputError(
             f"config.init_weights: the file does not fit this model ({len(missing)} tensors missing, "
-            f"{len(extra)} extra, {len(shapes)} of another shape; {problems}); it must be an SE-ResNeXt of the same config.model in timm's "
-            "or the older layout of names"
+            f"{len(extra)} extra, {len(shapes)} of another shape; {problems}); it must be an SE-ResNeXt of the same "
+            "config.model in timm's or the older layout of names"
         )
     return found
 
