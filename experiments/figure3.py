@@ -11,6 +11,8 @@ cells, one command each. With your own data:
         --pretrained=masked_20=RUN --pretrained=rotation=RUN --arms=random,masked_20,rotation,se_resnext
 """
 
+from absl import flags
+
 from ctssl_jax import command_line
 from experiments import downstream, learning_curves, study
 from experiments.downstream import Study
@@ -50,4 +52,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
+    flags.adopt_module_key_flags(downstream)
     command_line.run(main, study.VERBS)

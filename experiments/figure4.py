@@ -6,6 +6,8 @@ r"""Figure 4: PE detection from masked region prediction with 5, 10, 20 and 33 %
 Same cells, data and statistics as `experiments.figure3`; in one --workdir the arms that both have are run once.
 """
 
+from absl import flags
+
 from ctssl_jax import command_line
 from experiments import downstream, figure3, learning_curves, study
 
@@ -28,4 +30,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
+    flags.adopt_module_key_flags(downstream)
     command_line.run(main, study.VERBS)

@@ -7,6 +7,8 @@ All arms are one graph, a U-Net whose down branch is the encoder's compression l
 these layers alone. A standard U-Net is a reference beside them.
 """
 
+from absl import flags
+
 from ctssl_jax import command_line
 from experiments import downstream, learning_curves, study
 from experiments.downstream import Study
@@ -49,4 +51,5 @@ def main(argv: list[str], name: str = "figure5", what: str = "by pretext") -> in
 
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
+    flags.adopt_module_key_flags(downstream)
     command_line.run(main, study.VERBS)

@@ -336,5 +336,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
+    flags.adopt_module_key_flags(downstream)
     flags.DEFINE_list("attributes", list(ATTRIBUTES), "Attributes, as `ctssl_jax.attributes` takes them.")
     command_line.run(main, study.VERBS)
