@@ -26,6 +26,7 @@ Names of the modules, which are the keys of checkpoints:
 
 import dataclasses
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,8 @@ from ctssl_jax.models.vqvae import Encoder, VQVAEConfig, encoder_flops
 
 STRIDE = 16
 _NUM_LEVELS = 5
+# Masks are small: without it hundreds of steps pass until the network has learned that nearly all is background.
+FOREGROUND_PRIOR = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +172,13 @@ def _up_branch(widths: tuple[int, ...], skips: tuple[int, ...], dtype, rngs: nnx
     )
 
 
+def _head(in_features: int, rngs: nnx.Rngs) -> PointwiseConv:
+    """Logits that begin around `FOREGROUND_PRIOR`."""
+    head = PointwiseConv(in_features, 1, use_bias=True, dtype=jnp.float32, rngs=rngs)
+    head.bias[...] = jnp.full(1, math.log(FOREGROUND_PRIOR / (1 - FOREGROUND_PRIOR)))
+    return head
+
+
 def _decode(up: nnx.List, head: PointwiseConv, bottom: jax.Array, skips: list[jax.Array], *, train: bool) -> UNetOutput:
     x = bottom
     for stage, skip in zip(reversed(list(up)), reversed(skips), strict=True):
@@ -196,7 +206,7 @@ class UNet(nnx.Module):
         first, second = config.hidden
         widths = config.widths
         self.up = _up_branch(widths, (widths[0], first, second, widths[3]), dtype, rngs)
-        self.head = PointwiseConv(widths[0], 1, use_bias=True, dtype=jnp.float32, rngs=rngs)
+        self.head = _head(widths[0], rngs)
         self.stem = _two_convolutions(config.in_channels, widths[0], dtype, rngs)
         deepest = config.embedding_dim if config.residual_stack else second
         self.pooled = nnx.List(
@@ -249,7 +259,7 @@ class StandardUNet(nnx.Module):
             ]
         )
         self.up = _up_branch(config.widths, config.widths[:-1], dtype, rngs)
-        self.head = PointwiseConv(config.widths[0], 1, use_bias=True, dtype=jnp.float32, rngs=rngs)
+        self.head = _head(config.widths[0], rngs)
 
     def __call__(self, images: jax.Array, *, train: bool) -> UNetOutput:
         """As `UNet`, without randomness."""
