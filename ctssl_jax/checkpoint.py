@@ -6,6 +6,7 @@ Layout of a run directory:
     patients.json         pseudonyms of the patients of the training and validation splits
     ancestors.json        the runs that its first weights come from, see `ctssl_jax.transplant`
     transplant.json       which tensors came from there
+    training_data.json    share, studies and slices of the training split that the run learns from
     preparation.json      how the slices were prepared (window, size, key fingerprint), as the dataset recorded it
     checkpoints/STEP      Orbax checkpoints: the last two and the best one by validation loss
     metrics.jsonl         one line a report: step, losses, slices/s

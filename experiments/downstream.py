@@ -93,7 +93,7 @@ PRESETS = {
         seeds=(0, 1, 2),
         pretraining_steps=500,
         pe_steps=150,
-        nodule_steps=(50, 150),
+        nodule_steps=(150, 300),
         attribute_steps=100,
     ),
     "paper": Preset(
@@ -210,7 +210,11 @@ def trained_cell(
         *(f"--config.{text}" for text in (f"dataset={dataset}", *given, *overrides)),
         f"--workdir={run}",
     )
-    evaluate = (f"{name}: evaluate", "ctssl_jax.evaluate", f"--workdir={run}", f"--output={result}")
+    # The last checkpoint: by the loss on few patients, the best one may be that before any training.
+    evaluate = (
+        *(f"{name}: evaluate", "ctssl_jax.evaluate", f"--workdir={run}", f"--output={result}"),
+        "--checkpoint=last",
+    )
     return Cell(name, after, (train, evaluate), result)
 
 
