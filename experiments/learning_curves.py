@@ -111,7 +111,8 @@ def curve_markdown(rows: Sequence[dict[str, Any]]) -> str:
             lines.append({"weights": TITLES.get(arm, arm), **cells})
         unit = next((row["unit"] for row in chosen if row["unit"]), "")
         after = f" after {steps:,} steps" if steps else ""
-        parts.append(f"### {metric}{after}\n\n{unit}; mean ± sd over seeds.\n\n{study.markdown(lines)}")
+        unit = f"{unit}; " if unit else ""
+        parts.append(f"### {metric}{after}\n\n{unit}mean ± sd over seeds.\n\n{study.markdown(lines)}")
     return "\n".join(parts)
 
 

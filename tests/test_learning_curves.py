@@ -1,0 +1,98 @@
+"""The downstream studies: their cells, what starts from what, and figures from results files alone."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ctssl_jax import predictions
+from ctssl_jax.command_line import InputError
+from ctssl_jax.predictions import Predictions
+from experiments import downstream, figure3, figure5, learning_curves
+from experiments.downstream import PRESETS, Point, Study
+
+PATIENTS = np.repeat([f"p{number}" for number in range(8)], 4)
+LABELS = np.tile([0, 1, 0, 1], 8)
+
+
+@pytest.fixture
+def asked(tmp_path):
+    sizes = PRESETS["phantom"]._replace(fractions=(0.25,), seeds=(0, 1), nodule_steps=(10,), pe_steps=5)
+    return Study("phantom", sizes, tmp_path, tmp_path / "data" / "pe", {})
+
+
+def write_result(cell, probability_of_positive: float, seed: int) -> None:
+    """A result whose positive slices have this probability and whose negative ones 0.5, but for a little noise."""
+    noise = np.random.default_rng(seed).uniform(0, 0.01, len(LABELS))
+    positive = np.where(LABELS == 1, probability_of_positive, 0.5) + noise
+    found = Predictions(
+        PATIENTS, PATIENTS, np.tile(np.arange(4), 8), LABELS, np.stack([1 - positive, positive], axis=-1)
+    )
+    number = {"mean": probability_of_positive, "sd": None, "ci95": [0.1, 0.9], "num_volumes": 8, "num_patients": 8}
+    cell.result.parent.mkdir(exist_ok=True)
+    predictions.write(cell.result, found)
+    content = {
+        "metrics": {name: {**number, "unit": "made up"} for name in ("auroc", "sensitivity", "specificity")},
+        "config": {"image_size": 64, "num_steps": 5, "batch_size": 16},
+        **{"split": "test", "synthetic": True, "seed": seed, "device": "cpu", "num_patients_seen_in_training": 0},
+        **{"num_train_studies": 4, "num_train_slices": 96, "init_from": [], "recipe": "pe", "dataset_fingerprint": "d"},
+    }
+    cell.result.write_text(json.dumps(content))
+
+
+def test_arms_differ_in_their_weights_alone(asked):
+    cells, grid = figure3.cells_of(asked, ["random", "masked_10"])
+    assert [cell.name for cell in cells] == [
+        *("data_pretraining", "data_pe", "pretrain_masked_05", "pretrain_masked_10"),
+        *("pe_random_0.25_s0_5", "pe_masked_10_0.25_s0_5", "pe_random_0.25_s1_5", "pe_masked_10_0.25_s1_5"),
+    ]
+    random, masked = (grid[Point(arm, 0.25, 1, 5)] for arm in ("random", "masked_10"))
+    settings = [set(cell.stages[0][2:]) for cell in (random, masked)]
+    assert {text.split("=")[0] for text in settings[1] ^ settings[0]} == {
+        *("--workdir", "--config.init_from", "--config.init_checkpoint"),
+    }
+    assert "--config.seed=1" in settings[0] and "--config.train_fraction=0.25" in settings[0]
+    assert set(masked.after) == {"data_pe", "pretrain_masked_10"} and random.after == ("data_pe",)
+    chain = next(cell for cell in cells if cell.name == "pretrain_masked_10")
+    assert chain.after == ("pretrain_masked_05",)
+
+
+def test_weights_that_are_not_given_are_asked_for(asked):
+    real = asked._replace(preset="paper", sizes=PRESETS["paper"]._replace(fractions=(0.04,), seeds=(0,)))
+    with pytest.raises(InputError, match=r"no weights for rotation: give --pretrained=rotation=RUN"):
+        figure3.cells_of(real, ["random", "rotation"])
+    cells, _ = figure5.cells_of(real._replace(pretrained={"rotation": asked.workdir}), ["random", "rotation"])
+    assert len(cells) == 2 * len(PRESETS["paper"].nodule_steps)
+
+
+def test_the_comparison_is_paired_and_names_the_better_arm(asked):
+    _, grid = figure3.cells_of(asked, ["random", "masked_10", "rotation"])
+    for point, cell in grid.items():
+        write_result(cell, {"random": 0.5, "masked_10": 0.9, "rotation": 0.5}[point.arm], point.seed)
+    rows = {row["arm"]: row for row in learning_curves.compare_with_random(grid, "auroc")}
+    assert rows.keys() == {"masked_10", "rotation"}
+    assert rows["masked_10"]["num_seeds"] == 2 and rows["masked_10"]["a"] == 1.0
+    assert rows["masked_10"]["ci95"][0] > 0 and rows["masked_10"]["p_holm"] < 0.05
+    assert rows["rotation"]["difference"] == 0 and rows["rotation"]["p_holm"] == 1  # the same predictions
+    assert rows["masked_10"]["p_holm"] == pytest.approx(2 * rows["masked_10"]["p"])
+
+
+def test_figures_come_from_results_and_say_what_is_missing(asked):
+    _, grid = figure3.cells_of(asked, ["random", "masked_10"])
+    draw = dict(name="figure3", title="PE", panels=figure3.PANELS, more=(), note="")
+    with pytest.raises(InputError, match=r"holds no results of figure3 yet"):
+        learning_curves.draw(asked, grid, **draw)
+    for point, cell in list(grid.items())[:3]:
+        write_result(cell, 0.9, point.seed)
+    text = learning_curves.draw(asked, grid, **draw)
+    assert "SYNTHETIC DATA" in text and "3 of 4 cells are there" in text
+    assert "masked region, 10 %" in text and "random weights" in text
+    for suffix in (".md", ".csv", ".png", ".svg"):
+        assert (asked.workdir / f"figure3{suffix}").stat().st_size > 0
+    assert (asked.workdir / "figure3_comparisons.csv").read_text().count("masked_10") == 1
+
+
+def test_names_of_the_studies_archives_are_those_of_the_importers():
+    layouts = {archive.layout for archive in PRESETS["phantom"].archives.values()}
+    assert layouts == {"dicom", "rsna_pe", "lidc_idri"}
+    assert downstream.SYNTHETIC_KEY and len({archive.seed for archive in PRESETS["phantom"].archives.values()}) == 4
