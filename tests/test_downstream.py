@@ -294,3 +294,45 @@ def test_exam_scores_and_thresholds_by_hand():
     )
     assert of_volumes["auroc"]["num_volumes"] == 2
     assert of_volumes["brier"]["mean"] == pytest.approx((0.3**2 + 0.3**2) / 2)
+
+
+def test_weights_of_a_file_are_where_the_training_starts(labelled, tmp_path, compilation_cache):
+    torch = pytest.importorskip("torch")
+    fields = {
+        **{"windows": (), "model__width": 4, "model__groups": 2, "model__layers": (1, 1, 1, 1)},
+        **{"normalize": "window", "crop": "none"},
+    }
+    assert train_on(tiny_recipe(labelled, "pe_se_resnext", **SHORT, **fields, seed=1), tmp_path / "other")
+    names = {"scale": "weight", "bias": "bias", "kernel": "weight", "mean": "running_mean", "var": "running_var"}
+    tensors = {}
+    for name, value in saved_state(tmp_path / "other").items():
+        if not name.startswith(("params/", "variables/")) or "/classification/" in name:
+            continue
+        _, *parts, last = name.split("/")
+        block = "layer0" if parts[0] == "stem" else f"layer{int(parts[1]) + 1}.{parts[2]}"
+        layer = {"stem/conv": "conv1", "stem/norm": "bn1"}.get("/".join(parts))
+        if layer is None:
+            layer = {
+                "squeeze": "se_module.fc1",
+                "excite": "se_module.fc2",
+                "downsample": f"downsample.{int(parts[-1] == 'norm')}",
+            }.get(parts[3], parts[3] if parts[-1] == "conv" else parts[3].replace("conv", "bn"))
+        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value
+        tensors[f"{block}.{layer}.{names[last]}"] = torch.tensor(np.ascontiguousarray(value))
+    torch.save(tensors, tmp_path / "weights.pth")
+    config = tiny_recipe(labelled, "pe_se_resnext", **SHORT, **fields, init_weights=str(tmp_path / "weights.pth"))
+    assert train_on(config, tmp_path / "run")
+    start, given = saved_state(tmp_path / "run", 0), saved_state(tmp_path / "other")
+    model = [name for name in start if name.split("/")[0] in ("params", "variables")]
+    for name in model:
+        same = np.array_equal(start[name], given[name])
+        assert same or "/classification/" in name, name
+    assert not np.array_equal(start["params/classification/kernel"], given["params/classification/kernel"])
+    result = evaluate(tmp_path / "run", None, "test", tmp_path / "result.json")
+    assert len(result["init_weights_sha256"]) == 64 and str(tmp_path) not in json.dumps(result["config"])
+    del tensors["layer1.0.conv1.weight"]
+    torch.save(tensors, tmp_path / "cut.pth")
+    config.init_weights = str(tmp_path / "cut.pth")
+    with pytest.raises(InputError, match=r"stages/0/0/conv1/conv/kernel is missing there"):
+        train_on(config, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
