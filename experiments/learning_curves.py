@@ -143,7 +143,7 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Pan
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(4.3 * columns, 3.5 * lines + 1.1), squeeze=False, layout="constrained"
@@ -154,6 +154,7 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Pan
         if panel is None:
             axis.set_axis_off()
             continue
+        missing: list[str] = []
         for number, arm in enumerate(arms):
             if arm != REFERENCE and not any(arm.startswith(beginning) for beginning in panel.arms):
                 continue
@@ -176,12 +177,16 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Pan
                 linewidth=1.2,
                 linestyle="--" if arm == REFERENCE else "-",
                 color="black" if arm == REFERENCE else colours[arm],
-                label=TITLES.get(arm, arm) + ("" if points else " (missing)"),
+                label=TITLES.get(arm, arm),
             )
+            missing += [] if points else [TITLES.get(arm, arm)]
+        if missing:
+            axis.text(0.5, 0.5, "missing: " + "\n".join(missing), ha="center", fontsize=8, transform=axis.transAxes)
         axis.set(xscale="log", xlabel="share of the training studies", title=panel.title)
         axis.title.set_fontsize(9)
         shares = sorted({row["fraction"] for row in rows})
         axis.set_xticks(shares, [f"{share:.3g}" for share in shares])
+        axis.set_xlim(shares[0] / 1.3, shares[-1] * 1.3)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     labelled: dict[str, Any] = {}
