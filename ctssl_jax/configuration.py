@@ -209,7 +209,7 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
     for name in sorted(old | new):
         if name.split(".")[0] in may_change or (name in old and name in new and old[name] == new[name]):
             continue
-        if name == "init_from" and bool(old.get(name)) == bool(new[name]):
+        if name in ("init_from", "init_weights") and bool(old.get(name)) == bool(new[name]):
             continue  # another spelling of the path; where the weights came from stands in ancestors.json
         if name in old and name in new:
             remedy = f"use another --workdir, or --config.{name}={old[name]}"
@@ -240,9 +240,8 @@ def open_workdir(
     config: ml_collections.ConfigDict,
     preparation: dict,
     patients: dict[str, list[str]],
-    training_data: dict[str, float],
 ) -> None:
-    """Create a run directory with its `config.json`, `preparation.json`, `patients.json` and `training_data.json`.
+    """Create a run directory with its `config.json`, `preparation.json` and `patients.json`.
 
     Args:
       workdir: the folder.
@@ -250,7 +249,6 @@ def open_workdir(
       preparation: contents of the dataset's `preparation.json`.
       patients: pseudonyms of the patients of the training and the validation split, so that a later evaluation can
         tell whom the model has seen.
-      training_data: share, studies and slices of the training split that the run learns from.
 
     Raises:
       InputError: the folder cannot be written.
@@ -259,7 +257,6 @@ def open_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "preparation.json", preparation)
         write_json(workdir / "patients.json", {"key_fingerprint": preparation["key_fingerprint"], **patients})
-        write_json(workdir / "training_data.json", training_data)
         write_json(workdir / "config.json", to_json(config))
     except OSError as error:
         raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None

@@ -60,7 +60,7 @@ def _train(
     import jax
 
     from ctssl_jax import configuration, data, distributed, estimate, health, metrics, pictures, training, transplant
-    from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore
+    from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore, write_json
     from ctssl_jax.models import imagenet_weights
     from ctssl_jax.reports import Reports, duration, say
     from ctssl_jax.tasks import get_task
@@ -108,16 +108,17 @@ def _train(
                 split: sorted({volume["patient_id"] for volume in source.volumes})
                 for split, source in (("train", train_source), ("validation", validation_source))
             }
-            training_data = {
-                "train_fraction": config.train_fraction,
-                "num_train_studies": len({volume["exam_id"] for volume in train_source.volumes}),
-                "num_train_slices": len(train_source),
-                "init_weights_sha256": weights_digest,
-            }
-            configuration.open_workdir(workdir, config, preparation, patients, training_data)
+            configuration.open_workdir(workdir, config, preparation, patients)
             if fresh:
                 transplant.record(donor, workdir, let_pass)
-    paths = ("dataset", "init_from")
+                training_data = {
+                    "train_fraction": config.train_fraction,
+                    "num_train_studies": len({volume["exam_id"] for volume in train_source.volumes}),
+                    "num_train_slices": len(train_source),
+                    "init_weights_sha256": weights_digest,
+                }
+                write_json(workdir / "training_data.json", training_data)
+    paths = ("dataset", "init_from", "init_weights")
     settings = {name: value for name, value in configuration.to_json(config).items() if name not in paths}
     distributed.require_agreement("configuration or dataset", [settings, preparation["fingerprint"]])
     distributed.require_agreement("checkpoint of config.init_from", donor and [donor.step, donor.moved])

@@ -15,25 +15,11 @@ import numpy as np
 import pydicom
 
 from data_prep import phantom_anatomy, phantom_dicom, phantom_exam, phantom_readers
+from data_prep.rsna_pe import COLUMNS as TRAIN_COLUMNS
+from data_prep.rsna_pe import EXAM_LABELS as EXAM_COLUMNS
 
 # An embolus that covers less of a slice than this makes no positive slice.
 MIN_EMBOLUS_MM2 = 12.0
-EXAM_COLUMNS = (
-    "negative_exam_for_pe",
-    "qa_motion",
-    "qa_contrast",
-    "flow_artifact",
-    "rv_lv_ratio_gte_1",
-    "rv_lv_ratio_lt_1",
-    "leftsided_pe",
-    "chronic_pe",
-    "true_filling_defect_not_pe",
-    "rightsided_pe",
-    "acute_and_chronic_pe",
-    "central_pe",
-    "indeterminate",
-)
-TRAIN_COLUMNS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "pe_present_on_image", *EXAM_COLUMNS)
 ATTRIBUTE_COLUMNS = ("PatientID", "age", "sex", "ethnic_group")
 # What each patient of the rsna_pe layout adds to the tables; they are made of it anew when the archive has grown.
 TABLES_FOLDER = ".tables"

@@ -101,9 +101,7 @@ def test_folders_that_cannot_be_run_directories(tiny_dataset, tmp_path):
 def make_workdir(path, config):
     """A run directory with the name of a checkpoint."""
     preparation, _ = configuration.check_dataset(config, ("train",))
-    configuration.open_workdir(
-        path, config, preparation, {"train": ["a"], "validation": ["b"]}, {"train_fraction": 1.0}
-    )
+    configuration.open_workdir(path, config, preparation, {"train": ["a"], "validation": ["b"]})
     (path / "checkpoints" / "6").mkdir(parents=True)
     return preparation
 

@@ -330,6 +330,8 @@ def test_weights_of_a_file_are_where_the_training_starts(labelled, tmp_path, com
     assert not np.array_equal(start["params/classification/kernel"], given["params/classification/kernel"])
     result = evaluate(tmp_path / "run", None, "test", tmp_path / "result.json")
     assert len(result["init_weights_sha256"]) == 64 and str(tmp_path) not in json.dumps(result["config"])
+    assert train_on(config, tmp_path / "run")  # started again: what it began from is still known
+    assert evaluate(tmp_path / "run", None, "test", tmp_path / "result.json")["init_weights_sha256"]
     del tensors["layer1.0.conv1.weight"]
     torch.save(tensors, tmp_path / "cut.pth")
     config.init_weights = str(tmp_path / "cut.pth")

@@ -34,7 +34,7 @@ def save_untrained(config, workdir):
     preparation = dataset.read_preparation(config.dataset)
     patients = {split: [volume["patient_id"] for volume in dataset.read_volumes(config.dataset, split)]
                 for split in ("train", "validation")}  # fmt: skip
-    configuration.open_workdir(workdir, config, preparation, patients, {"train_fraction": 1.0})
+    configuration.open_workdir(workdir, config, preparation, patients)
     _, params, variables = nnx.split(get_task(config.task).build(config, nnx.Rngs(params=1)), nnx.Param, ...)
     checkpoints = checkpoint.Checkpoints(workdir)
     checkpoints.save(2, {"params": nnx.as_pure(params), "variables": nnx.as_pure(variables)}, {}, 0.5)

@@ -236,6 +236,8 @@ class UNet(nnx.Module):
         """
         _check_sides(images)
         encoder_train = train and not frozen_encoder
+        if self.config.residual_stack:
+            self.encoder.check_key(encoder_train, key)  # before any batch statistic changes
         full = _apply_relu(self.stem, images, train=train)
         half, quarter = self.encoder.compress(images, train=encoder_train)
         deepest = quarter

@@ -171,7 +171,7 @@ class Encoder(nnx.Module):
         Raises:
             ValueError: sides not divisible by 4, or the key is missing.
         """
-        self._check_key(train, key)  # before any batch statistic changes
+        self.check_key(train, key)  # before any batch statistic changes
         return self.refine(self.compress(images, train=train)[1], train=train, key=key)
 
     def compress(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -194,13 +194,14 @@ class Encoder(nnx.Module):
         quarter = leaky_relu(self.downsample[1](half, train=train))
         return half, leaky_relu(self.stem(quarter, train=train))
 
-    def _check_key(self, train: bool, key: jax.Array | None) -> None:
+    def check_key(self, train: bool, key: jax.Array | None) -> None:
+        """Refuse training with dropout and without a key, with a ValueError."""
         if train and self.drop_rate > 0 and key is None:
             raise ValueError("training with drop_rate > 0 needs a key")
 
     def refine(self, compressed: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
         """The residual blocks and the projection: the last output of `compress` -> latents, as `__call__`."""
-        self._check_key(train, key)
+        self.check_key(train, key)
         x = leaky_relu(apply_blocks(self.blocks, compressed, key, train=train, remat=self.remat, scan=self.scan))
         return leaky_relu(self.project(x, train=train)).astype(jnp.float32)
 
