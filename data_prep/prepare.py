@@ -106,7 +106,8 @@ def parse_splits(text: str) -> tuple[float, float, float]:
 
 def main() -> int:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, _stop)
+        if signal.getsignal(signum) != signal.SIG_IGN:  # under nohup a closed terminal stops nothing
+            signal.signal(signum, _stop)
     try:
         return _run()
     except Stopped as stopped:

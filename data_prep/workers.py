@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -82,16 +83,39 @@ def _run_one_by_one(function, under_way) -> Iterator[tuple[tuple, Any]]:
 
 
 def _submit(executor, function, task) -> concurrent.futures.Future:
-    """A request to stop waits until a worker that is being started has been told what it is: else it would complain."""
+    with _requests_to_stop_wait():
+        try:
+            return executor.submit(function, *task)
+        except BrokenProcessPool as error:
+            future = concurrent.futures.Future()
+            future.set_exception(error)
+            return future
+
+
+@contextlib.contextmanager
+def _requests_to_stop_wait() -> Iterator[None]:
+    """A request to stop waits until a worker that is being started has been told what it is: else it would complain.
+
+    Blocking the signals serves the worker, which inherits it; it does not keep them from this process, since any other
+    thread (one of a numerical library's) takes them and the main thread then runs the handler.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread only
+        return
+    received: list[int] = []
+    handlers = {signum: signal.getsignal(signum) for signum in _REQUESTS_TO_STOP}
+    handlers = {signum: handler for signum, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS_TO_STOP)
+    for signum in handlers:
+        signal.signal(signum, lambda signum, frame: received.append(signum))
     try:
-        return executor.submit(function, *task)
-    except BrokenProcessPool as error:
-        future = concurrent.futures.Future()
-        future.set_exception(error)
-        return future
+        yield
     finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for signum in received:
+            signal.raise_signal(signum)
 
 
 def _new_executor(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
@@ -102,8 +126,8 @@ def _new_executor(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
 
 
 def _start_worker() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _REQUESTS_TO_STOP)  # a worker inherits what was blocked at its start
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _REQUESTS_TO_STOP)  # a worker inherits what was blocked at its start
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

@@ -1,9 +1,11 @@
 """Worker processes that die."""
 
+import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -60,3 +62,35 @@ def _runs(process: int) -> bool:
             return file.read().split(")")[-1].split()[0] != "Z"  # an orphan that nobody reaps is dead all the same
     except FileNotFoundError:
         return False
+
+
+def test_a_request_to_stop_while_a_worker_is_started_waits(monkeypatch, capfd):
+    """Also where another thread takes the signal, as those of numerical libraries do: they block nothing."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(signum, frame):
+        raise Stopped
+
+    started, end = multiprocessing.util.spawnv_passfds, threading.Event()
+
+    def start_and_be_stopped(*arguments):
+        pid = started(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return pid
+
+    bystander = threading.Thread(target=end.wait)
+    bystander.start()
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", start_and_be_stopped)
+        with pytest.raises(Stopped), WorkerPool(1) as pool:
+            list(pool.run(abs, [(-1,)]))
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        end.set()
+        bystander.join()
+    assert "Traceback" not in capfd.readouterr().err
