@@ -1,0 +1,172 @@
+"""Names and axes of tensors: this package's checkpoints and PyTorch's state_dict, both ways, without PyTorch.
+
+    here                                  PyTorch
+    encoder/downsample/{0,1}/conv|norm    encoder.{0,1}.{0|1}             the authors' layout
+    encoder/stem/conv|norm                encoder.2.{0|1}
+    encoder/blocks/i/conv3|norm|conv1     encoder.{3+i}.resblock.{0|2|4}
+    encoder/project/conv|norm             encoder.{4+d}.{0|1}             d = depth
+    quantizer/codebook                    vq_layer.embedding.weight
+    decoder/stem/conv|norm                decoder.0.{0|1}
+    decoder/blocks/i/conv3|norm|conv1     decoder.{1+i}.resblock.{0|1|3}
+    decoder/upsample/{0,1}/conv|norm      decoder.{2+d,3+d}.{0|1}
+    A/conv, A/norm                        A.0, A.1                        classifier and U-Nets, beside the encoder
+    head, classification                  the same
+    stem/conv, stem/norm                  conv1, bn1                      SE-ResNeXt: timm's layout
+    stages/s/i/conv{k}/conv|norm          layer{s+1}.i.conv{k}|bn{k}
+    stages/s/i/squeeze, excite            layer{s+1}.i.se.fc1, fc2
+    stages/s/i/downsample/conv|norm       layer{s+1}.i.downsample.0|1
+    classification                        fc
+    kernel, bias; scale, bias             weight, bias
+    mean, var                             running_mean, running_var
+
+Kernels of convolutions are HWIO here and OIHW there, of linear layers transposed; those of transposed convolutions are
+IOHW there and mirrored in H and W. PyTorch counts the batches that a norm has seen (`num_batches_tracked`); here the
+checkpoint's step stands for it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+COUNTER = "num_batches_tracked"
+_FIELDS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_CONV_NORM = {"conv": "0", "norm": "1"}
+_RESBLOCK = {"encoder": {"conv3": "0", "norm": "2", "conv1": "4"}, "decoder": {"conv3": "0", "norm": "1", "conv1": "3"}}
+# State of training that PyTorch's layout has no place for: how a codebook follows the latents.
+_TRAINING_ONLY = re.compile(r"quantizer/(counts|sums|steps|initialised)")
+
+
+def is_exported(name: str) -> bool:
+    """Whether a tensor belongs to the model as it is applied."""
+    return not _TRAINING_ONLY.fullmatch(name)
+
+
+def torch_name(name: str, architecture: str, depth: int = 0) -> str:
+    """PyTorch's name of a tensor.
+
+    Args:
+      name: here, without `params/` or `variables/`, e.g. `encoder/stem/conv/kernel`.
+      architecture: `VQVAE`, `Classifier`, `UNet`, `StandardUNet` or `SEResNeXt`.
+      depth: residual blocks of the encoder; without meaning for the last two.
+
+    Raises:
+      KeyError: a name that the architecture has not.
+    """
+    if name == "quantizer/codebook":
+        return "vq_layer.embedding.weight"
+    *module, field = name.split("/")
+    if architecture == "SEResNeXt":
+        return f"{_se_resnext_module(module)}.{_FIELDS[field]}"
+    if module[0] in ("encoder", "decoder") and architecture != "StandardUNet":
+        return f"{_autoencoder_module(module, depth)}.{_FIELDS[field]}"
+    return ".".join([*(_CONV_NORM.get(part, part) for part in module), _FIELDS[field]])
+
+
+def _autoencoder_module(module: list[str], depth: int) -> str:
+    side, kind, *rest = module
+    if kind == "blocks":
+        first = 3 if side == "encoder" else 1
+        return f"{side}.{first + int(rest[0])}.resblock.{_RESBLOCK[side][rest[1]]}"
+    index = {
+        "encoder": {"downsample": 0, "stem": 2, "project": 4 + depth},
+        "decoder": {"stem": 0, "upsample": 2 + depth},
+    }[side][kind]
+    return f"{side}.{index + int(rest[0]) if len(rest) == 2 else index}.{_CONV_NORM[rest[-1]]}"
+
+
+def _se_resnext_module(module: list[str]) -> str:
+    if module == ["classification"]:
+        return "fc"
+    if module[0] == "stem":
+        return {"conv": "conv1", "norm": "bn1"}[module[1]]
+    _, stage, block, part, *rest = module
+    prefix = f"layer{int(stage) + 1}.{block}"
+    if part == "downsample":
+        return f"{prefix}.downsample.{_CONV_NORM[rest[0]]}"
+    if part in ("squeeze", "excite"):
+        return f"{prefix}.se.{'fc1' if part == 'squeeze' else 'fc2'}"
+    return f"{prefix}.{part if rest[0] == 'conv' else part.replace('conv', 'bn')}"
+
+
+def _is_transposed(name: str) -> bool:
+    return "/upsample/" in f"/{name}" and name.endswith("/kernel")
+
+
+def to_torch_axes(value: np.ndarray, name: str) -> np.ndarray:
+    """A tensor with the axes of PyTorch; `name` is ours."""
+    if not name.endswith("/kernel"):
+        return value
+    if value.ndim == 2:
+        return value.T
+    return value[::-1, ::-1].transpose(2, 3, 0, 1) if _is_transposed(name) else value.transpose(3, 2, 0, 1)
+
+
+def from_torch_axes(value: np.ndarray, name: str) -> np.ndarray:
+    """The inverse of `to_torch_axes`."""
+    if not name.endswith("/kernel"):
+        return value
+    if value.ndim == 2:
+        return value.T
+    return value.transpose(2, 3, 0, 1)[::-1, ::-1] if _is_transposed(name) else value.transpose(2, 3, 1, 0)
+
+
+def state_dict(
+    tensors: Mapping[str, np.ndarray], architecture: str, depth: int, num_batches: int | Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """PyTorch's entries of a model, in the order of `torch.nn.Module.state_dict`.
+
+    Args:
+      tensors: float32 arrays by our names, without `params/` or `variables/`.
+      architecture, depth: see `torch_name`.
+      num_batches: for `num_batches_tracked` of every norm, or of each by its entry's name.
+
+    Returns:
+      contiguous arrays by their names there; the counters int64.
+    """
+    entries = {}
+    for name, value in tensors.items():
+        if not is_exported(name):
+            continue
+        there = torch_name(name, architecture, depth)
+        entries[there] = np.ascontiguousarray(to_torch_axes(np.asarray(value), name))
+        if there.endswith(".running_var"):
+            counter = there.replace("running_var", COUNTER)
+            number = num_batches if isinstance(num_batches, int) else num_batches[counter]
+            entries[counter] = np.array(number, np.int64)
+    return entries
+
+
+def from_state_dict(
+    entries: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], architecture: str, depth: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Our tensors out of PyTorch's entries.
+
+    Args:
+      entries: arrays by their names there; counters are left alone.
+      wanted: name -> shape of the tensors that our model has, without `params/` or `variables/`.
+      architecture, depth: see `torch_name`.
+
+    Returns:
+      float32 arrays by our names, and what does not fit, in words: empty if every tensor has its place.
+    """
+    found, problems = {}, {"shape": [], "missing": [], "extra": []}
+    used = set()
+    for name, shape in wanted.items():
+        there = torch_name(name, architecture, depth)
+        used.add(there)
+        if there not in entries:
+            problems["missing"].append(f"{there} is missing")
+            continue
+        value = np.asarray(entries[there])
+        value = from_torch_axes(value, name) if value.ndim == len(shape) else value
+        if value.shape != tuple(shape):
+            problems["shape"].append(f"{there} has shape {tuple(entries[there].shape)}, which does not fit")
+            continue
+        found[name] = np.ascontiguousarray(value, dtype=np.float32)
+    problems["extra"] = [f"{name} has no place" for name in _without_counters(entries) if name not in used]
+    return found, [text for kind in problems.values() for text in kind]
+
+
+def _without_counters(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.endswith(f".{COUNTER}")]
