@@ -65,13 +65,22 @@ def age_classes(starts: Sequence[int]) -> tuple[str, ...]:
     return (*(f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)), f"{edges[-1]}+")
 
 
-def read_attribute(dataset: str | Path, name: str, least_patients: int = LEAST_PATIENTS) -> AttributeLabels:
+def read_attribute(
+    dataset: str | Path,
+    name: str,
+    least_patients: int = LEAST_PATIENTS,
+    *,
+    asked_by: str = "config.label",
+    remedy: str = "choose another label or a dataset of more patients",
+) -> AttributeLabels:
     """The classes of an attribute and the class of every volume.
 
     Args:
       dataset: dataset directory.
       name: `age`, `sex`, `ethnic_group`, or a label of volumes or patients of the dataset.
       least_patients: of the training split that a class needs.
+      asked_by: flag or field that the user named the attribute by, for error messages.
+      remedy: where classes are too small, for error messages.
 
     Raises:
       InputError: no such attribute, a label of slices, or fewer than two classes that are large enough.
@@ -83,11 +92,11 @@ def read_attribute(dataset: str | Path, name: str, least_patients: int = LEAST_P
     elif name not in labels:
         of_dataset = [label for label, facts in labels.items() if facts["level"] != "slice"]
         raise InputError(
-            f"--attributes: the dataset has no attribute {name!r}; choose of {', '.join([*OF_VOLUMES, *of_dataset])}"
+            f"{asked_by}: the dataset has no attribute {name!r}; choose of {', '.join([*OF_VOLUMES, *of_dataset])}"
         )
     elif labels[name]["level"] == "slice":
         raise InputError(
-            f"--attributes: {name} is a label of slices, not of patients; train on it with --config.label={name}"
+            f"{asked_by}: {name} is a label of slices, not of patients; train on it with --config.label={name}"
         )
     else:
         classes = labels[name]["classes"]
@@ -104,8 +113,8 @@ def read_attribute(dataset: str | Path, name: str, least_patients: int = LEAST_P
     ]
     if not known:
         raise InputError(
-            f"--attributes: no training volume of the dataset has a value of {name}; prepare it again with "
-            "--attributes_csv, or leave the attribute out"
+            f"{asked_by}: no training volume of the dataset has a value of {name}; prepare it again with "
+            "--attributes_csv, or choose another one"
         )
     if name == "age":
         starts = join_decades([age // 10 for age, _ in known], [patient for _, patient in known], least_patients)
@@ -127,8 +136,7 @@ def read_attribute(dataset: str | Path, name: str, least_patients: int = LEAST_P
         }
     if len(names) < 2:
         raise InputError(
-            f"--attributes: {name} has fewer than two classes with {least_patients} training patients; give a smaller "
-            "--min_patients or a --dataset of more patients"
+            f"{asked_by}: {name} has fewer than two classes with {least_patients} training patients; {remedy}"
         )
     missing = {split: of_split.count(None) for split, of_split in values.items()}
     return AttributeLabels(

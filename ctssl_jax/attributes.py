@@ -20,8 +20,6 @@ probabilities.
 import csv
 import functools
 import math
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 from absl import flags
@@ -90,7 +88,7 @@ def attributes(
         raise InputError(f"--seed={seed}: must be 0 to {2**32 - 1}")
     measurement.check_request(output, batch_size)
     run = measurement.open_run(workdir, dataset, attribute_labels.SPLITS)
-    config, preparation, channels = run.config, run.preparation, run.channels
+    config, channels = run.config, run.channels
     config.seed = config.seed if seed is None else seed
     step = checkpoint_files.choose_step(workdir, checkpoint) if encoder == "run" else None
     chosen, not_probed = _read_attributes(config.dataset, names, min_patients)
@@ -138,16 +136,19 @@ def attributes(
         print(f"{attribute.name:15}AUROC {summary['auroc']['mean']:.4f}", flush=True)
 
     # ---- Files ----
-    learned = encoder == "run"  # the controls have seen nobody
     result = {
         "kind": "attributes",
-        "recipe": config.recipe,
-        "task": config.task,
+        **measurement.header(
+            run,
+            "test",
+            patients["test"],
+            step,
+            device=jax.local_devices()[0].device_kind,
+            packages=("jax", "flax", "numpy", "scikit-learn"),
+        ),
         "encoder": encoder,
         "pooling_regions": pooling_regions,
         "shuffled_labels": shuffled_labels,
-        "synthetic": preparation["synthetic"],
-        "split": "test",
         "metrics": metrics,
         "chosen": settings,
         "num_features": features["train"].shape[1],
@@ -155,17 +156,6 @@ def attributes(
         "attributes": {attribute.name: _facts(attribute, patients) for attribute in chosen},
         "not_probed": not_probed,
         "num_volumes": {split: len(source) for split, source in sources.items()},
-        "num_patients_seen_in_training": measurement.patients_seen(
-            run.learned_from if learned else [], preparation["key_fingerprint"], "test", patients["test"]
-        ),
-        "checkpoint_step": step,
-        "init_from": run.ancestors if learned else [],
-        "dataset_fingerprint": preparation["fingerprint"],
-        "trained_on_fingerprint": run.trained_on["fingerprint"],
-        "seed": config.seed,
-        "versions": {name: version(name) for name in ("jax", "flax", "numpy", "scikit-learn")},
-        "device": jax.local_devices()[0].device_kind,
-        "python": platform.python_version(),
     }
     _write_volumes(output.with_suffix(".csv"), sources["test"].volumes, chosen, probabilities)
     checkpoint_files.write_json(output, result)  # last: with it the probe is complete
@@ -197,10 +187,13 @@ def _read_attributes(dataset: str, names: list[str] | None, min_patients: int) -
     """The attributes that are asked for; or those of volumes.csv that can be probed, and why others cannot."""
     from ctssl_jax import attribute_labels
 
+    remedy = "give a smaller --min_patients or a --dataset of more patients"
     chosen, refused = [], {}
     for name in attribute_labels.OF_VOLUMES if names is None else dict.fromkeys(names):
         try:
-            attribute = attribute_labels.read_attribute(dataset, name, min_patients)
+            attribute = attribute_labels.read_attribute(
+                dataset, name, min_patients, asked_by="--attributes", remedy=remedy
+            )
             for split, labels in attribute.labels.items():
                 if len(set(labels[labels >= 0].tolist())) < 2:
                     raise InputError(

@@ -21,12 +21,14 @@ Orbax and TensorStore report a full disk or a damaged file by many types of exce
 whatever they raise here becomes one line with the remedy.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from ctssl_jax.command_line import InputError, RunFailed
@@ -45,6 +47,15 @@ def unflatten(like: Any, flat: dict[str, Any]) -> Any:
     paths, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
     return jax.tree_util.tree_unflatten(structure, [flat[name] for name in names])
+
+
+def fingerprint(flat: dict[str, Any]) -> str:
+    """SHA-256 over names and bytes of a model's tensors, the `model_fingerprint` of results."""
+    digest = hashlib.sha256()
+    for name in sorted(flat):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(jax.device_get(flat[name])).tobytes())
+    return digest.hexdigest()
 
 
 class Checkpoints:

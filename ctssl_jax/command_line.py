@@ -1,5 +1,6 @@
 """What every command line of this package does alike: user errors in one line, settings of JAX."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,21 @@ class InputError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run that could not go on, through no fault of its inputs. The message is one line."""
+
+
+def require(package: str, what: str, extra: str) -> None:
+    """Refuse where an optional package is not installed.
+
+    Args:
+      package: name to import.
+      what: that needs it, as the message begins.
+      extra: of this package's installation that brings it.
+
+    Raises:
+      InputError: says how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{what} needs the package {package}: pip install 'ctssl_jax[{extra}]'")
 
 
 def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> None:

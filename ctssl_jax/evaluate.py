@@ -13,9 +13,6 @@ can be compared in pairs.
 """
 
 import functools
-import hashlib
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 from absl import flags
@@ -120,28 +117,21 @@ def evaluate(
             downstream |= {"thresholds": thresholds, "by_group": outcomes.by_group(predicted, volumes)}
     embedding = health.embedding_use(slices.embedding_moments)
     result = {
-        "task": config.task,
-        "recipe": config.recipe,
-        "synthetic": preparation["synthetic"],
-        "split": split,
+        **measurement.header(
+            run,
+            split,
+            patient_ids,
+            step,
+            device=f"{num_devices} x {jax.devices()[0].device_kind}",
+            packages=("jax", "flax", "optax", "numpy"),
+        ),
         "metrics": measured,
         **downstream,
         "num_slices": len(slices.record_index),
-        "num_patients_seen_in_training": measurement.patients_seen(
-            run.learned_from, preparation["key_fingerprint"], split, patient_ids
-        ),
-        "checkpoint_step": step,
-        "model_fingerprint": _fingerprint(checkpoint_files.flatten(model)),
-        "dataset_fingerprint": preparation["fingerprint"],
-        "trained_on_fingerprint": run.trained_on["fingerprint"],
-        "init_from": run.ancestors,
+        "model_fingerprint": checkpoint_files.fingerprint(checkpoint_files.flatten(model)),
         **measurement.training_data(workdir),
-        "seed": config.seed,
         "config": configuration.to_json(config),
         "preparation": {name: preparation[name] for name in ("archive", "windows", "image_size", "options")},
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
-        "device": f"{num_devices} x {jax.devices()[0].device_kind}",
-        "python": platform.python_version(),
     }
     for name in ("dataset", "init_from", "init_weights"):  # paths of this machine
         result["config"].pop(name, None)
@@ -202,6 +192,8 @@ def table(result: dict) -> str:
     if "confusion" in result:
         counts = "; ".join(" ".join(map(str, row)) for row in result["confusion"])
         lines.append(f"slices by true class (rows) and predicted class: {counts}")
+    if result["checkpoint_step"] == 0:  # by the validation loss after few steps, the untrained model may be the best
+        lines.append("NOTE: step 0 is the model before training, nothing was learned; --checkpoint=last takes the last")
     return "\n".join([*lines, *notes(result)])
 
 
@@ -278,18 +270,6 @@ def _confusion(label, probabilities) -> list[list[int]]:
     counts = np.zeros((num_classes, num_classes), int)
     np.add.at(counts, (label, probabilities.argmax(axis=1)), 1)
     return counts.tolist()
-
-
-def _fingerprint(flat: dict) -> str:
-    """SHA-256 over names and bytes of tensors."""
-    import jax
-    import numpy as np
-
-    digest = hashlib.sha256()
-    for name in sorted(flat):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(jax.device_get(flat[name])).tobytes())
-    return digest.hexdigest()
 
 
 def _baseline_scores(config, task, source, train_source, batch_size: int) -> dict[str, dict]:

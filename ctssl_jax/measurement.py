@@ -1,11 +1,13 @@
-"""What the commands that measure a run (`ctssl_jax.evaluate`, `ctssl_jax.probe`) do alike: open it on data that it was
-made for, average over volumes, say whom it has learned from, and write a row a volume.
+"""What the commands that measure a run (`ctssl_jax.evaluate`, `ctssl_jax.probe`, `ctssl_jax.attributes`) do alike: open
+it on data that it was made for, average over volumes, say where a result comes from, and write a row a volume.
 """
 
 import csv
 import json
 import math
+import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,6 +156,39 @@ def patients_seen(
     splits = ("train",) if split == "validation" else ("train", "validation")
     known = {patient for patients in learned_from for name in splits for patient in patients[name]}
     return len(known.intersection(evaluated))
+
+
+def header(
+    run: MeasuredRun, split: str, evaluated: Sequence[str], step: int | None, *, device: str, packages: Sequence[str]
+) -> dict:
+    """Where a result comes from: the fields that all results JSON files have.
+
+    Args:
+      run: what was measured.
+      split: that was evaluated.
+      evaluated: pseudonyms of its patients.
+      step: of the checkpoint; None for a control, which has learned from nobody.
+      device: that it was computed on.
+      packages: whose versions are told.
+    """
+    learned = step is not None
+    return {
+        "recipe": run.config.recipe,
+        "task": run.config.task,
+        "synthetic": run.preparation["synthetic"],
+        "split": split,
+        "num_patients_seen_in_training": patients_seen(
+            run.learned_from if learned else [], run.preparation["key_fingerprint"], split, evaluated
+        ),
+        "checkpoint_step": step,
+        "init_from": run.ancestors if learned else [],
+        "dataset_fingerprint": run.preparation["fingerprint"],
+        "trained_on_fingerprint": run.trained_on["fingerprint"],
+        "seed": run.config.seed,
+        "versions": {name: version(name) for name in packages},
+        "device": device,
+        "python": platform.python_version(),
+    }
 
 
 def training_data(workdir: Path) -> dict:

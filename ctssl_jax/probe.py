@@ -22,9 +22,7 @@ labels and neighbours, and the mean of each block of 4 x 4 pixels for the linear
 RESULT.csv, one row a volume.
 """
 
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from absl import flags
@@ -85,7 +83,7 @@ def probe(
         raise InputError(f"--max_slices={max_slices}: must be {LEAST_TRAINING_SLICES} or more")
     measurement.check_request(output, batch_size)
     run = measurement.open_run(workdir, dataset, ("train", "validation", split))
-    config, preparation, channels = run.config, run.preparation, run.channels
+    config, channels = run.config, run.channels
     step = checkpoint_files.choose_step(workdir, checkpoint) if encoder == "run" else None
     if config.image_size < SSIM_WINDOW:
         raise InputError(f"--dataset={config.dataset}: SSIM needs images of {SSIM_WINDOW} pixels or more")
@@ -128,14 +126,17 @@ def probe(
 
     # ---- Files ----
     patient_ids = [volume["patient_id"] for volume in volumes]
-    learned = encoder == "run"  # the controls have seen nobody
     result = {
         "kind": "probe",
-        "recipe": config.recipe,
-        "task": config.task,
+        **measurement.header(
+            run,
+            split,
+            patient_ids,
+            step,
+            device=jax.local_devices()[0].device_kind,
+            packages=("jax", "flax", "numpy", "scikit-learn"),
+        ),
         "encoder": encoder,
-        "synthetic": preparation["synthetic"],
-        "split": split,
         "metrics": measurement.summaries(by_volume, patient_ids),
         "chosen": chosen,
         "num_features": linear_probes.num_features(frozen, config.image_size),
@@ -148,17 +149,6 @@ def probe(
         "num_train_pairs": len(sources["train", (0, 1)]),
         "num_slices": len(sources[split, (0,)]),
         "num_pairs": len(sources[split, (0, 1)]),
-        "num_patients_seen_in_training": measurement.patients_seen(
-            run.learned_from if learned else [], preparation["key_fingerprint"], split, patient_ids
-        ),
-        "checkpoint_step": step,
-        "init_from": run.ancestors if learned else [],
-        "dataset_fingerprint": preparation["fingerprint"],
-        "trained_on_fingerprint": run.trained_on["fingerprint"],
-        "seed": config.seed,
-        "versions": {name: version(name) for name in ("jax", "flax", "numpy", "scikit-learn")},
-        "device": jax.local_devices()[0].device_kind,
-        "python": platform.python_version(),
     }
     measurement.write_volumes(output.with_suffix(".csv"), volumes, by_volume)
     checkpoint_files.write_json(output, result)  # last: with it the probe is complete

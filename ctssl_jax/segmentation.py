@@ -4,8 +4,6 @@ Two models: the U-Net whose down branch is the pretraining's encoder, and a stan
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +14,11 @@ from ctssl_jax import augmentations, losses, overlap
 from ctssl_jax.command_line import InputError
 from ctssl_jax.data import Targets
 from ctssl_jax.models import unet
-from ctssl_jax.task_interface import StepOutput, Task, item_slices, model_config
-
-
-class _Architecture(NamedTuple):
-    """What differs between the two models.
-
-    settings: configuration -> settings of the model.
-    build: (settings, rngs) -> model.
-    call: (model, inputs, train, key, configuration) -> `UNetOutput`.
-    flops: (settings, image_size) -> operations of one forward pass.
-    """
-
-    settings: Callable
-    build: Callable
-    call: Callable
-    flops: Callable
+from ctssl_jax.task_interface import Architecture, StepOutput, Task, item_slices, model_config
 
 
 def _segment(
-    architecture: _Architecture,
+    architecture: Architecture,
     model: nnx.Module,
     batch: dict[str, jax.Array],
     keys: jax.Array,
@@ -49,7 +32,7 @@ def _segment(
     A correct detection is never penalised: all regions count, whichever made the slice part of the data.
 
     Args:
-      architecture: the model's kind.
+      architecture: the model's kind; it gives a `UNetOutput`.
       model: its BatchNorm statistics are updated in place if `train`.
       batch: `images` [B, 1, H, W, C] uint8, `mask` [B, H, W] uint8 (0 background).
       keys: [B] keys, one an example: its augmentation.
@@ -86,7 +69,7 @@ def _segment(
     )
 
 
-def _check(architecture: _Architecture, config: ml_collections.ConfigDict) -> None:
+def _check(architecture: Architecture, config: ml_collections.ConfigDict) -> None:
     if not 0 <= config.positive_share < 1:
         raise InputError(f"config.positive_share={config.positive_share}: must be 0 or more and below 1")
     augmentations.check(config.augmentation)
@@ -98,7 +81,7 @@ def _check(architecture: _Architecture, config: ml_collections.ConfigDict) -> No
         )
 
 
-def _task(architecture: _Architecture) -> Task:
+def _task(architecture: Architecture) -> Task:
     return Task(
         fields=("positive_share", "augmentation", "loss"),
         offsets=lambda config: (0,),
@@ -127,9 +110,9 @@ def _standard_unet_settings(config: ml_collections.ConfigDict) -> unet.StandardU
         raise InputError(f"config.model: {error}") from None
 
 
-SEGMENTATION = _task(_Architecture(_encoder_unet_settings, unet.UNet, _call_encoder_unet, unet.flops_per_slice))
+SEGMENTATION = _task(Architecture(_encoder_unet_settings, unet.UNet, _call_encoder_unet, unet.flops_per_slice))
 SEGMENTATION_STANDARD_UNET = _task(
-    _Architecture(
+    Architecture(
         settings=_standard_unet_settings,
         build=unet.StandardUNet,
         call=lambda model, images, train, key, config: model(images, train=train),

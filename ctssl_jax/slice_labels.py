@@ -5,8 +5,6 @@ stage of the winner of the RSNA challenge.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +15,10 @@ from ctssl_jax import augmentations, losses
 from ctssl_jax.command_line import InputError
 from ctssl_jax.data import Targets
 from ctssl_jax.models import classifier, se_resnext
-from ctssl_jax.task_interface import StepOutput, Task, model_config, to_unit_images
+from ctssl_jax.task_interface import Architecture, StepOutput, Task, model_config, to_unit_images
 
 SLICES = ("all", "middle")
 CROPS = ("none", "lung_box")
-
-
-class _Architecture(NamedTuple):
-    """What differs between the two models.
-
-    settings: configuration -> settings of the model.
-    build: (settings, rngs) -> model.
-    call: (model, inputs, train, key, configuration) -> logits [B, K] and embedding [B, D].
-    flops: (settings, image_size) -> operations of one forward pass.
-    offsets: slices of one input, its channels.
-    fields: of the configuration, beside those of both.
-    """
-
-    settings: Callable
-    build: Callable
-    call: Callable
-    flops: Callable
-    offsets: tuple[int, ...]
-    fields: tuple[str, ...] = ()
 
 
 def _probabilities(logits: jax.Array) -> jax.Array:
@@ -60,7 +39,7 @@ def _inputs(batch: dict[str, jax.Array], config: ml_collections.ConfigDict) -> j
 
 
 def _predict(
-    architecture: _Architecture,
+    architecture: Architecture,
     model: nnx.Module,
     batch: dict[str, jax.Array],
     keys: jax.Array,
@@ -72,7 +51,7 @@ def _predict(
     """Cross-entropy of the label, of augmented slices in training.
 
     Args:
-      architecture: the model's kind.
+      architecture: the model's kind; it gives logits [B, K] and embedding [B, D].
       model: its BatchNorm statistics are updated in place if `train`.
       batch: `images` [B, K, H, W, C] uint8, `label` [B] int32, with `config.crop` `box` [B, 4] float32.
       keys: [B] keys, one an example: its augmentation.
@@ -96,7 +75,7 @@ def _predict(
     )
 
 
-def _check(architecture: _Architecture, config: ml_collections.ConfigDict) -> None:
+def _check(architecture: Architecture, offsets: tuple[int, ...], config: ml_collections.ConfigDict) -> None:
     if not config.label:
         raise InputError("config.label is empty; name a label of the dataset, e.g. --config.label=pe_present_on_image")
     if config.num_classes < 2:
@@ -109,10 +88,10 @@ def _check(architecture: _Architecture, config: ml_collections.ConfigDict) -> No
     augmentations.check(config.augmentation)
     settings = architecture.settings(config)
     windows = len(config.windows) or 1
-    if architecture.offsets != (0,) and settings.in_channels != windows * len(architecture.offsets):
+    if offsets != (0,) and settings.in_channels != windows * len(offsets):
         raise InputError(
-            f"config.model.in_channels={settings.in_channels}, but {len(architecture.offsets)} adjacent slices of "
-            f"{windows} window(s) make {windows * len(architecture.offsets)} channels"
+            f"config.model.in_channels={settings.in_channels}, but {len(offsets)} adjacent slices of {windows} "
+            f"window(s) make {windows * len(offsets)} channels"
         )
 
 
@@ -126,13 +105,14 @@ def _targets(config: ml_collections.ConfigDict) -> Targets:
     )
 
 
-def _task(architecture: _Architecture) -> Task:
+def _task(architecture: Architecture, offsets: tuple[int, ...], fields: tuple[str, ...] = ()) -> Task:
+    """A model on slices at these offsets, its channels; `fields` of the configuration beside those of both models."""
     return Task(
-        fields=("label", "num_classes", "slices", "positive_share", "crop", "augmentation", *architecture.fields),
-        offsets=lambda config: architecture.offsets,
+        fields=("label", "num_classes", "slices", "positive_share", "crop", "augmentation", *fields),
+        offsets=lambda config: offsets,
         targets=_targets,
         reported=("cross_entropy", "accuracy"),
-        check=functools.partial(_check, architecture),
+        check=functools.partial(_check, architecture, offsets),
         build=lambda config, rngs: architecture.build(architecture.settings(config), rngs=rngs),
         flops=lambda config: architecture.flops(architecture.settings(config), config.image_size),
         apply=functools.partial(_predict, architecture),
@@ -164,21 +144,21 @@ def _call_se_resnext(model, inputs, train, key, config) -> tuple[jax.Array, jax.
 
 
 SLICE_LABEL = _task(
-    _Architecture(
+    Architecture(
         settings=_classifier_settings,
         build=classifier.Classifier,
         call=_call_classifier,
         flops=classifier.flops_per_slice,
-        offsets=(0,),
-    )
+    ),
+    offsets=(0,),
 )
 SLICE_LABEL_SE_RESNEXT = _task(
-    _Architecture(
+    Architecture(
         settings=_se_resnext_settings,
         build=se_resnext.SEResNeXt,
         call=_call_se_resnext,
         flops=se_resnext.flops_per_slice,
-        offsets=(-1, 0, 1),
-        fields=("init_weights",),
-    )
+    ),
+    offsets=(-1, 0, 1),
+    fields=("init_weights",),
 )

@@ -65,6 +65,21 @@ class Task(NamedTuple):
     baselines: Callable[..., dict[str, dict[str, jax.Array]]]
 
 
+class Architecture(NamedTuple):
+    """What differs between the models of a task that has several.
+
+    settings: configuration -> settings of the model; raises `InputError` for what the model cannot have.
+    build: (settings, rngs) -> model.
+    call: (model, inputs, train, key, configuration) -> what the task takes from the model.
+    flops: (settings, image_size) -> floating-point operations of one forward pass of one input.
+    """
+
+    settings: Callable
+    build: Callable
+    call: Callable
+    flops: Callable
+
+
 def to_unit_images(images: jax.Array, channels: int, normalize: str) -> jax.Array:
     """Grey values to the model's input range.
 

@@ -61,9 +61,9 @@ def _train(
 
     from ctssl_jax import configuration, data, distributed, estimate, health, metrics, pictures, training, transplant
     from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore, write_json
-    from ctssl_jax.models import imagenet_weights
     from ctssl_jax.reports import Reports, duration, say
     from ctssl_jax.tasks import get_task
+    from ctssl_jax.torch_bridge import imagenet_weights
     from data_prep import dataset as dataset_directory
 
     # ---- What is asked for, and can it work? ------------------------------------------------------------------------

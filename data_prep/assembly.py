@@ -11,13 +11,12 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import dataset, deidentify
+from data_prep import dataset, dataset_writer, deidentify
 from data_prep.conversion import ExamNote, read_note, records_path
-from data_prep.labels import class_counts
 from data_prep.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
@@ -43,7 +42,7 @@ class Frozen:
     old_checksums: dict[str, str]
 
     def save(self, path: Path) -> None:
-        dataset.write_file(path, json.dumps(dataclasses.asdict(self)).encode())
+        dataset_writer.write_file(path, json.dumps(dataclasses.asdict(self)).encode())
 
     @staticmethod
     def load(path: Path) -> "Frozen":
@@ -142,21 +141,21 @@ def assemble(
         OSError: the output can't be written.
     """
     (output_dir / dataset.PREPARATION_FILE).unlink(missing_ok=True)  # until the end it is not complete
-    dataset.sync_directory(output_dir)
+    dataset_writer.sync_directory(output_dir)
     checksums = _write_shards(frozen, output_dir, records_dir, pool)
     checksums = {n: c for n, c in frozen.old_checksums.items() if ".array_record-" in n} | checksums
-    dataset.write_table(output_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, frozen.volumes)
-    dataset.write_table(output_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, frozen.rejected)
+    dataset_writer.write_table(output_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, frozen.volumes)
+    dataset_writer.write_table(output_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, frozen.rejected)
     label_counts = {}
     masks = frozen.options["masks"]
     tables = _label_tables(frozen, notes_dir, kept_notes_dir)
     for name, (columns, rows) in tables.items():
-        dataset.write_table(output_dir / name, columns, rows)
-        label_counts |= class_counts(rows, frozen.labels)
+        dataset_writer.write_table(output_dir / name, columns, rows)
+        label_counts |= _class_counts(rows, frozen.labels)
     size = frozen.options["image_size"]
     channels = len(frozen.options["windows"])
     synthetic = any(row["synthetic"] for row in frozen.volumes)
-    dataset.write_tfds_metadata(
+    dataset_writer.write_tfds_metadata(
         output_dir,
         (size, size, channels),
         frozen.shard_lengths,
@@ -182,7 +181,7 @@ def assemble(
         "counts": frozen.counts | ({"labels": label_counts} if label_counts else {}),
         "checksums": dict(sorted(checksums.items())),
     }
-    dataset.write_preparation(output_dir, preparation)
+    dataset_writer.write_preparation(output_dir, preparation)
     return preparation
 
 
@@ -208,6 +207,17 @@ def _label_tables(
         for name, (_, of_table) in tables.items():
             of_table += rows[name]
     return tables
+
+
+def _class_counts(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Number of rows (of slices.csv, labels.csv) by class of each label that they hold, and `missing`."""
+    counts: dict[str, Any] = {}
+    for name, fact in facts.items():
+        if rows and name in rows[0]:
+            values = [row[name] for row in rows]
+            by_class = {text: values.count(index) for index, text in enumerate(fact["classes"])}
+            counts[name] = by_class | {"missing": values.count(None)}
+    return counts
 
 
 def _note_of(volume_id: str, frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> ExamNote:
@@ -258,11 +268,11 @@ def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, pool: Wor
 
 
 def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> str:
-    written = dataset.write_records(path, _staged_records(records_dir, staged))
+    written = dataset_writer.write_records(path, _staged_records(records_dir, staged))
     if written != num_records:
         raise OSError(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
     checksum = dataset.file_sha256(path)
-    dataset.write_file(_sidecar(records_dir, path.name), checksum.encode())
+    dataset_writer.write_file(_sidecar(records_dir, path.name), checksum.encode())
     for key in staged:
         records_path(records_dir, key).unlink(missing_ok=True)
     return checksum
@@ -284,7 +294,7 @@ def keep_notes(frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> None:
         note = notes_dir / f"{key}.json"
         if note.exists():
             os.replace(note, kept_notes_dir / f"{volume}.json")
-    dataset.sync_directory(kept_notes_dir)
+    dataset_writer.sync_directory(kept_notes_dir)
 
 
 def remove_tree(directory: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import dataset, deidentify
+from data_prep import dataset, dataset_writer, deidentify
 from data_prep.anatomy import ChestSummary
 from data_prep.archives import Source
 from data_prep.dicom import Header, Rejection, Rules, SeriesCandidate, Volume, load_volume
@@ -118,7 +118,7 @@ def read_note(path: Path) -> ExamNote:
 
 
 def write_note(conversion: Conversion, note: ExamNote) -> None:
-    dataset.write_file(note_path(conversion, note.key), json.dumps(dataclasses.asdict(note)).encode())
+    dataset_writer.write_file(note_path(conversion, note.key), json.dumps(dataclasses.asdict(note)).encode())
 
 
 def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
@@ -150,7 +150,7 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
         volume = _VolumeFacts(candidate, *loaded, conversion)
         path = records_path(conversion.records_dir, key)
         records = _records(*loaded, volume.row["volume_id"], conversion, volume.mask_areas)
-        dataset.write_records(path, records, _STAGING_OPTIONS)
+        dataset_writer.write_records(path, records, _STAGING_OPTIONS)
         record_bytes = path.stat().st_size
         del loaded, records
     write_note(conversion, _note(conversion, key, volume, record_bytes, outcome))
@@ -272,7 +272,7 @@ def _records(
             mask = resize_mask(labels.mask[index], volume.pixel_spacing_mm, conversion.image_size)
             mask_areas.append(int(np.count_nonzero(mask)))
         hu = resize_slice(hu, volume.pixel_spacing_mm, conversion.image_size)
-        yield dataset.encode_record(
+        yield dataset_writer.encode_record(
             window_to_uint8(hu, conversion.windows),
             volume_id,
             index,

@@ -22,15 +22,14 @@ Where a dataset has masks, every record has the feature `mask` (uint8, [H, W]): 
 number k of this volume in `regions.csv`. A label is a class: its cell is the index into the `classes` that
 preparation.json lists under `labels` with the `level` ("slice", "volume" or "patient"), or empty where it is missing.
 
-Record messages are encoded here, not by the protobuf library, whose map order is not promised: equal slices
-must give equal bytes on every machine. TFDS reads them; TensorFlow is needed nowhere.
+Here are its schema and its readers; `data_prep.dataset_writer` writes it. TFDS reads it, too; TensorFlow is needed
+nowhere.
 """
 
 import bisect
 import csv
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import struct
@@ -42,14 +41,12 @@ import numpy as np
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
-WRITER_OPTIONS = "group_size:1,zstd:1"
 PREPARATION_FILE = "preparation.json"
 VOLUMES_FILE = "volumes.csv"
 REJECTED_FILE = "rejected.csv"
 SLICES_FILE = "slices.csv"
 LABELS_FILE = "labels.csv"
 REGIONS_FILE = "regions.csv"
-PARTIAL = ".partial"  # suffix of files that are being written
 
 # Name -> type of the columns of volumes.csv. An empty cell reads as None ("" in text columns).
 VOLUME_COLUMNS: dict[str, type] = {
@@ -104,53 +101,7 @@ class DatasetError(ValueError):
     """A dataset directory that can't be used; the message is one line and names the remedy."""
 
 
-# ---- records -----------------------------------------------------------------------------------------------
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def _wrap(number: int, parts: list) -> list:
-    """A length-delimited protobuf field around `parts` (bytes or flat buffers), which are not copied."""
-    return [bytes([number << 3 | 2]) + _varint(sum(map(len, parts))), *parts]
-
-
-def _feature(name: str, kind: int, values) -> list:
-    """An entry of the feature map of a tf.train.Example; kind 1: bytes, 2: float, 3: int64."""
-    return _wrap(1, _wrap(1, [name.encode()]) + _wrap(2, _wrap(kind, _wrap(1, [values]))))
-
-
-def encode_record(
-    image: np.ndarray,
-    volume_id: str,
-    slice_index: int,
-    position_mm: float,
-    pair_valid: bool,
-    mask: np.ndarray | None = None,
-) -> bytes:
-    """The record of one slice (a serialised tf.train.Example, features in alphabetical order).
-
-    `image` is [H, W, C] uint8, `mask` [H, W] uint8 (the record has no such feature if it is None).
-    """
-    if image.dtype != np.uint8 or image.ndim != 3:
-        raise ValueError(f"a record holds uint8 [H, W, C], not {image.dtype} {list(image.shape)}")
-    if mask is not None and (mask.dtype != np.uint8 or mask.shape != image.shape[:2]):
-        raise ValueError(f"a mask is uint8 {list(image.shape[:2])}, not {mask.dtype} {list(mask.shape)}")
-    features = [
-        *_feature("image", 1, image.reshape(-1).data),
-        *(_feature("mask", 1, mask.reshape(-1).data) if mask is not None else ()),
-        *_feature("pair_valid", 3, _varint(int(pair_valid))),
-        *_feature("position_mm", 2, struct.pack("<f", position_mm)),
-        *_feature("slice_index", 3, _varint(slice_index)),
-        *_feature("volume_id", 1, volume_id.encode()),
-    ]
-    return b"".join(_wrap(1, features))
+# ---- records and shards ------------------------------------------------------------------------------------
 
 
 def _fields(message: memoryview) -> Iterable[tuple[int, memoryview]]:
@@ -172,8 +123,8 @@ def _fields(message: memoryview) -> Iterable[tuple[int, memoryview]]:
 
 
 def decode_record(record: bytes, image_shape: Sequence[int]) -> dict[str, Any]:
-    """The inverse of `encode_record`: `image` is a read-only [H, W, C] uint8 view, and so is `mask` [H, W] where the
-    record has one; the rest are scalars."""
+    """The inverse of `dataset_writer.encode_record`: `image` is a read-only [H, W, C] uint8 view, and so is `mask`
+    [H, W] where the record has one; the rest are scalars."""
     features = {}
     for _, feature_map in _fields(memoryview(record)):
         for _, entry in _fields(feature_map):
@@ -193,55 +144,6 @@ def decode_record(record: bytes, image_shape: Sequence[int]) -> dict[str, Any]:
         "position_mm": struct.unpack("<f", features["position_mm"][1])[0],
         "pair_valid": features["pair_valid"][1][0] == 1,
     }
-
-
-# ---- writing -----------------------------------------------------------------------------------------------
-
-
-def _temporary(path: Path) -> Path:
-    """Named by the process: a worker that outlives its killed parent by a moment can't meet another run."""
-    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file that is there in full or not at all, whenever the process is killed."""
-    temporary = _temporary(path)
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames inside a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_records(path: Path, records: Iterable[bytes], options: str = WRITER_OPTIONS) -> int:
-    """Writes an ArrayRecord file, present in full or not at all; returns the number of records.
-
-    The bytes of the file depend on the records only.
-    """
-    from array_record.python import array_record_module
-
-    temporary = _temporary(path)
-    writer = array_record_module.ArrayRecordWriter(str(temporary), options)
-    number = 0
-    for record in records:
-        writer.write(record)
-        number += 1
-    writer.close()
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_directory(path.parent)
-    return number
 
 
 def read_records(path: Path) -> Iterable[bytes]:
@@ -266,70 +168,6 @@ def shard_name(split: str, index: int) -> str:
     return f"{split}.array_record-{index:05d}"
 
 
-def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a CSV table: None is an empty cell, booleans are yes / no, floats keep all their digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(value) for name, value in row.items()})
-    write_file(path, text.getvalue().encode())
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if isinstance(value, float | np.floating):
-        return repr(round(float(value), 6))
-    return "" if value is None else value
-
-
-def write_tfds_metadata(
-    dataset_dir: Path,
-    image_shape: Sequence[int],
-    shard_lengths: Mapping[str, Sequence[int]],
-    description: str,
-    *,
-    masks: bool = False,
-) -> None:
-    """Writes dataset_info.json and features.json. `shard_lengths`: records of each shard, by split; `masks`: whether
-    the records have masks."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import naming
-
-    template = naming.ShardedFileTemplate(
-        data_dir=dataset_dir,
-        template="{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
-        dataset_name="chest_ct",
-        filetype_suffix="array_record",
-    )
-    splits = []
-    for split, lengths in shard_lengths.items():
-        num_bytes = sum((dataset_dir / shard_name(split, shard)).stat().st_size for shard in range(len(lengths)))
-        splits.append(
-            tfds.core.SplitInfo(
-                name=split, shard_lengths=list(lengths), num_bytes=num_bytes, filename_template=template
-            )
-        )
-    features = {
-        "image": tfds.features.Tensor(shape=tuple(image_shape), dtype=np.uint8, encoding="bytes"),
-        "volume_id": tfds.features.Text(),
-        "slice_index": np.int32,
-        "position_mm": np.float32,
-        "pair_valid": np.bool_,
-    }
-    if masks:
-        features["mask"] = tfds.features.Tensor(shape=tuple(image_shape[:2]), dtype=np.uint8, encoding="bytes")
-    tfds.folder_dataset.write_metadata(
-        data_dir=dataset_dir,
-        features=tfds.features.FeaturesDict(features),
-        split_infos=splits,
-        filename_template=template,
-        check_data=False,  # True needs TensorFlow
-        description=description,
-    )
-
-
 def dataset_fingerprint(checksums: Mapping[str, str]) -> str:
     """SHA-256 over the checksums of the shards and of the tables of volumes, slices, labels and regions: equal
     fingerprints mean equal data."""
@@ -338,12 +176,7 @@ def dataset_fingerprint(checksums: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {checksums[name]}\n" for name in names).encode()).hexdigest()
 
 
-def write_preparation(dataset_dir: Path, preparation: Mapping[str, Any]) -> None:
-    """Writes preparation.json, the last file of a dataset."""
-    write_file(dataset_dir / PREPARATION_FILE, (json.dumps(preparation, indent=2) + "\n").encode())
-
-
-# ---- reading -----------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------
 
 
 def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from data_prep import labels
+from data_prep import label_staging
 from data_prep.accounting import Account
 from data_prep.conversion import ExamNote, Rejected, sources_of
 from data_prep.dicom import Rejection, SeriesCandidate
@@ -31,16 +31,16 @@ def dry_run(
     """
     check_places(places)
     sources = sources or LabelSources(options.archive)
-    labels.check(sources, places.input_dir)
+    label_staging.check(sources, places.input_dir)
     num_files, _ = list_archive(places.input_dir)
     exams = slices = 0
     patients = set()
     account = Account(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, WorkerPool(num_workers or usable_cores()) as pool:
-        staged = labels.stage(sources, places.input_dir, Path(folder) / "labels.sqlite")
+        staged = label_staging.stage(sources, places.input_dir, Path(folder) / "labels.sqlite")
         read = header_reader(sources.archive, sources.metadata_csv)
         plans = plan_archive(places.input_dir, Path(folder) / "plan", options.rules, num_files, pool, read)
-        label_counts = labels.match(staged, all_headers(plans))
+        label_counts = label_staging.match(staged, all_headers(plans))
         for plan in map(read_plan, plans):
             exams += len(plan.exams)
             slices += sum(len(exam[0].headers) for exam in plan.exams)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep import conversion, dataset, deidentify, labels, splits
+from data_prep import conversion, dataset, dataset_writer, deidentify, label_staging, splits
 from data_prep.accounting import Account
 from data_prep.assembly import Frozen, assemble, can_be_assembled, freeze, keep_notes, remove_tree
 from data_prep.dicom import Rules
@@ -135,7 +135,7 @@ def prepare(
     """
     check_places(places)
     sources = sources or LabelSources(options.archive)
-    labels.check(sources, places.input_dir)
+    label_staging.check(sources, places.input_dir)
     num_workers = num_workers or usable_cores()
     key = deidentify.read_key(pseudonym_key_file) if pseudonym_key_file else None
     for flag, directory, mode in (("output", places.output_dir, 0o777), ("audit", places.audit_dir, 0o700)):
@@ -150,7 +150,7 @@ def prepare(
         _refuse_audit_dir_of_another(places)
         if key is None:
             key = deidentify.make_key(places.audit_dir / "pseudonym_key")
-        digests = labels.input_digests(sources, places.input_dir)
+        digests = label_staging.input_digests(sources, places.input_dir)
         tables = tuple((name, deidentify.private_digest(key, "table", digest)) for name, digest in digests)
         options = dataclasses.replace(options, masks=sources.mask_facts(), tables=tables)
         listed = list_archive(places.input_dir)
@@ -283,7 +283,7 @@ def _convert_and_freeze(
     for row in old_volumes:
         volumes_of_exam[row["exam_id"]].append(row["volume_id"])
     known = KnownVolumes(places.kept_notes_dir, key, volumes_of_exam, options.rules.reconstructions == "one_per_study")
-    staged = labels.stage(
+    staged = label_staging.stage(
         sources, places.input_dir, places.work_dir / "labels.sqlite", places.work_dir / _VIOLATIONS_FILE
     )
     run = conversion.Conversion(
@@ -300,7 +300,7 @@ def _convert_and_freeze(
     num_files, digest = listed
     read = header_reader(sources.archive, sources.metadata_csv)
     plans = plan_archive(places.input_dir, places.work_dir / "plan", options.rules, num_files, pool, read)
-    label_counts = labels.match(staged, all_headers(plans))
+    label_counts = label_staging.match(staged, all_headers(plans))
     known_splits = _read_splits(places)
     patients = {row["patient_id"] for row in old_volumes}
     expected_slices, expected_volumes = 0, len(old_volumes)
@@ -402,13 +402,13 @@ def _finish(frozen: Frozen, places: Places, pool: WorkerPool) -> dict[str, Any]:
     }
     _write_private(places.audit_dir / _BOUND_FILE, bound)
     places.frozen_file.unlink()
-    dataset.sync_directory(places.work_dir)
+    dataset_writer.sync_directory(places.work_dir)
     _clean(places)
     return preparation
 
 
 def _write_private(path: Path, content: dict[str, str]) -> None:
-    dataset.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    dataset_writer.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _read_splits(places: Places) -> dict[str, str]:
@@ -423,7 +423,7 @@ def _clean(places: Places) -> None:
 
 def _remove_partial_files(places: Places) -> None:
     for directory in (places.output_dir, places.records_dir, places.audit_dir, places.work_dir, places.notes_dir):
-        for stale in directory.glob(f"*{dataset.PARTIAL}"):
+        for stale in directory.glob(f"*{dataset_writer.PARTIAL}"):
             stale.unlink(missing_ok=True)
 
 

@@ -19,7 +19,6 @@ what the files do not say, as CT-RATE has it: see data_prep.nifti_metadata). Bes
     --masks_dir=DIR         masks as DICOM-SEG or NIfTI files
 """
 
-import math
 import signal
 import sys
 from pathlib import Path
@@ -81,17 +80,6 @@ class Stopped(BaseException):
     """SIGTERM, Ctrl-C or a closed terminal; like KeyboardInterrupt, nothing that handles errors handles it."""
 
 
-def parse_window(text: str) -> tuple[float, float]:
-    """(level, width) of "level,width". Raises ValueError."""
-    try:
-        level, width = (float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--window={text}: give level,width in HU, such as --window=50,350") from None
-    if not (math.isfinite(level) and math.isfinite(width) and width > 0):
-        raise ValueError(f"--window={text}: the width must be above 0, such as --window=50,350")
-    return level, width
-
-
 def parse_splits(text: str) -> tuple[float, float, float]:
     """Three fractions that sum to 1, the first above 0. Raises ValueError."""
     remedy = "give three fractions that sum to 1, such as --splits=0.8,0.1,0.1"
@@ -121,12 +109,14 @@ def _stop(signum: int, frame: object) -> None:
 
 
 def _run() -> int:
+    from data_prep.window import parse_window  # not earlier: --help needs none of it
+
     windows = tuple(parse_window(text) for text in FLAGS.window or _WINDOWS.get(FLAGS.archive, ["50,350"]))
     splits = parse_splits(FLAGS.splits)
     if not FLAGS.shard_size_mb > 0:
         raise ValueError(f"--shard_size_mb={FLAGS.shard_size_mb:g}: give a number of megabytes above 0")
 
-    from data_prep import preparation  # not earlier: --help needs none of it
+    from data_prep import preparation
     from data_prep.conversion import FAILED_FOR_NOW
     from data_prep.dicom import Rules
     from data_prep.labels import LabelSources

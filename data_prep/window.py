@@ -13,6 +13,17 @@ AIR_HU = -1000
 Window = tuple[float, float]  # level, width in HU
 
 
+def parse_window(text: str) -> Window:
+    """(level, width) of "level,width". Raises ValueError."""
+    try:
+        level, width = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--window={text}: give level,width in HU, such as --window=50,350") from None
+    if not (math.isfinite(level) and math.isfinite(width) and width > 0):
+        raise ValueError(f"--window={text}: the width must be above 0, such as --window=50,350")
+    return level, width
+
+
 def window_to_uint8(hu: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
     """Grey values [..., C] uint8 of `hu` [...], one channel a window.
 

@@ -72,7 +72,7 @@ def measure(dataset: Path, split: str, batch_size: int, threads: list[int], seco
 
 def temporary_dataset(folder: Path, number: int = 320, size: int = 512) -> Path:
     """Write noisy slices as a dataset directory: eight volumes in `train`, one in `validation`."""
-    from data_prep import dataset
+    from data_prep import dataset, dataset_writer
 
     folder.mkdir()
     volumes, shard_lengths, splits = [], {}, {}
@@ -83,7 +83,7 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512) -> Path:
             volume_id = f"{split}{volume}"
             for index, image in enumerate(noisy_slices(per_volume, size, seed=volume)):
                 last = index == per_volume - 1
-                records.append(dataset.encode_record(image, volume_id, index, float(index), not last))
+                records.append(dataset_writer.encode_record(image, volume_id, index, float(index), not last))
             row = dict.fromkeys(dataset.VOLUME_COLUMNS) | {
                 "volume_id": volume_id,
                 "patient_id": volume_id,
@@ -94,15 +94,15 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512) -> Path:
                 "synthetic": True,
             }
             volumes.append(row)
-        shard_lengths[split] = [dataset.write_records(folder / dataset.shard_name(split, 0), records)]
+        shard_lengths[split] = [dataset_writer.write_records(folder / dataset.shard_name(split, 0), records)]
         splits[split] = {
             "num_volumes": num_volumes,
             "num_patients": num_volumes,
             "num_slices": len(records),
             "shard_lengths": shard_lengths[split],
         }
-    dataset.write_table(folder / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, volumes)
-    dataset.write_tfds_metadata(folder, (size, size, 1), shard_lengths, "Noise, to measure a loader with.")
+    dataset_writer.write_table(folder / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, volumes)
+    dataset_writer.write_tfds_metadata(folder, (size, size, 1), shard_lengths, "Noise, to measure a loader with.")
     preparation = {
         "format_version": dataset.FORMAT_VERSION,
         "archive": "none",
@@ -118,7 +118,7 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512) -> Path:
         "counts": {},
         "checksums": {},
     }
-    dataset.write_preparation(folder, preparation)
+    dataset_writer.write_preparation(folder, preparation)
     return folder
 
 

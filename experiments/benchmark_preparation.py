@@ -15,7 +15,7 @@ from pathlib import Path
 import pydicom
 from absl import app, flags
 
-from data_prep import conversion, dataset
+from data_prep import conversion, dataset, dataset_writer
 from data_prep.archives import Source, list_sources
 from data_prep.dicom import Header, SeriesCandidate, plan_series, read_header, select_reconstructions
 from data_prep.preparation import Options, Places, prepare
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
 
         def shard_step() -> None:
             staged = sorted(records.glob("*.array_record"))
-            dataset.write_records(
+            dataset_writer.write_records(
                 Path(folder) / "shard", (record for path in staged for record in dataset.read_records(path))
             )
             dataset.file_sha256(Path(folder) / "shard")

@@ -136,30 +136,35 @@ def make_torch_side(model: VQVAE, config: VQVAEConfig, batch: Batch, *, use_gpu:
     import torch
     from torch.nn import functional
 
-    from experiments import torch_vqvae
+    from ctssl_jax.torch_bridge import ctssl_torch, names
+    from experiments import torch_ssim
 
     device = torch.device("cuda" if use_gpu else "cpu")
     if use_gpu:
         torch.cuda.reset_peak_memory_stats()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = True  # convolutions, as in JAX; the two matrix products stay exact on both sides
-    leaves = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
-    twin = torch_vqvae.VQVAE(config)
-    missing, unexpected = twin.load_state_dict(torch_vqvae.to_torch_entries(leaves, config.depth), strict=False)
-    if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
-        raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+    tensors = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    entries = names.state_dict(tensors, "VQVAE", config.depth, 0)
+    twin = ctssl_torch.VQVAE(**names.architecture_settings(config))
+    twin.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in entries.items()})
     twin = twin.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.RAdam(twin.parameters(), lr=LEARNING_RATE)
     tensors = (torch.tensor(images.transpose(0, 3, 1, 2)) for images in batch)
     inputs, target, region = (images.to(device, memory_format=torch.channels_last) for images in tensors)
-    band = torch_vqvae.gaussian_band(target.shape[-1]).to(device)
+    band = torch_ssim.gaussian_band(target.shape[-1]).to(device)
 
     def training_loss():
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            prediction, _, codebook_loss, commitment_loss = twin(inputs)
+            output = twin(inputs)
+        prediction, codebook_loss, commitment_loss = (
+            output.reconstruction,
+            output.codebook_loss,
+            output.commitment_loss,
+        )
         error = (prediction - target).square()
         masked = ((error * region).sum((1, 2, 3)) / region.sum((1, 2, 3)).clamp(min=1)).mean()
-        similarity = torch_vqvae.ssim(prediction.clamp(0, 1), target, band).mean()
+        similarity = torch_ssim.ssim(prediction.clamp(0, 1), target, band).mean()
         loss = WEIGHTS["mse"] * functional.mse_loss(prediction, target) + WEIGHTS["masked_mse"] * masked
         return loss + WEIGHTS["vq"] * (codebook_loss + BETA * commitment_loss) - WEIGHTS["ssim"] * similarity
 

@@ -319,14 +319,24 @@ def study_of_flags(verb: str, kind: str) -> Study:
     return Study(given.preset, sizes, workdir, dataset, pretrained)
 
 
-def act(verb: str, module: str, asked: Study, cells: Sequence[Cell]) -> None:
-    """`plan` or `run` a study's cells."""
+def act(verb: str, module: str, asked: Study, cells: Sequence[Cell], lists: Sequence[str] = ()) -> None:
+    """`plan` or `run` a study's cells.
+
+    Args:
+      verb: `plan` or `run`.
+      module: of the study, whose `run` verb runs a cell.
+      asked: the study.
+      cells: of the study.
+      lists: its flags of comma-separated lists, beside those that all downstream studies share.
+    """
     if verb == "plan":
         given = flags.FLAGS
         options = [f"--preset={asked.preset}", f"--workdir={asked.workdir}", f"--arms={','.join(given.arms)}"]
         options += [f"--dataset={asked.dataset}"] if given.dataset else []
         options += [f"--pretrained={text}" for text in given.pretrained]
-        options += [f"--{name}={','.join(given[name].value)}" for name in ("fractions", "seeds") if given[name].value]
+        options += [
+            f"--{name}={','.join(given[name].value)}" for name in ("fractions", "seeds", *lists) if given[name].value
+        ]
         study.plan(cells, module, options)
     else:
         study.record_settings(asked.workdir, {"preset": asked.preset})

@@ -325,12 +325,7 @@ def main(argv: list[str]) -> int:
         *downstream.pretraining_cells(asked, given.arms),
         *cells_of(models),
     ]
-    if argv[1] == "plan":
-        names = ("preset", "workdir", "dataset", "arms", "attributes", "seeds", "pretrained")
-        texts = [given[name].serialize() for name in names if given[name].present]
-        study.plan(cells, "experiments.figure6", [line for text in texts for line in text.splitlines()])
-    else:
-        downstream.act(argv[1], "experiments.figure6", asked, cells)
+    downstream.act(argv[1], "experiments.figure6", asked, cells, lists=("attributes",))
     return 0
 
 

@@ -1,5 +1,20 @@
 """Figures that the paper prints, to stand beside ours. Nothing else in `experiments/` holds a typed-in result."""
 
+# Table I, column LIDC-IDRI.
+TABLE1 = {
+    "Volumes": 1012,
+    "Slices": 10005,
+    "Cancer: volumes": 388,
+    "Ambiguous: volumes": 547,
+    "No cancer: volumes": 394,
+    "Malignancy score 1: slices": 923,
+    "Malignancy score 2: slices": 1114,
+    "Malignancy score 3: slices": 3473,
+    "Malignancy score 4: slices": 2126,
+    "Malignancy score 5: slices": 2369,
+    "Patients": 840,
+}
+
 # Table II: mean and standard deviation over 128 hold-out volumes. `masked_mse_batch_sum` because the paper's masked
 # MSE is probably the sum over a batch of 16, `double_softmax_cross_entropy` because its cross-entropies equal the floor
 # of a softmax applied twice.

@@ -24,21 +24,8 @@ from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError
 from data_prep import lidc
 from experiments import study
+from experiments.paper import TABLE1
 
-# The paper's Table I, column LIDC-IDRI.
-PAPER = {
-    "Volumes": 1012,
-    "Slices": 10005,
-    "Cancer: volumes": 388,
-    "Ambiguous: volumes": 547,
-    "No cancer: volumes": 394,
-    "Malignancy score 1: slices": 923,
-    "Malignancy score 2: slices": 1114,
-    "Malignancy score 3: slices": 3473,
-    "Malignancy score 4: slices": 2126,
-    "Malignancy score 5: slices": 2369,
-    "Patients": 840,
-}
 _MATRIX = (512, 512)  # of every CT series of the collection
 
 
@@ -121,7 +108,7 @@ def first_scan_votes(
 
 
 def count(patients: Iterable[PatientVotes], consensus: float, min_area_px: int) -> dict[str, int]:
-    """The lines of `PAPER` but the number of volumes, under `lidc.consensus_nodule`'s rule."""
+    """The lines of `TABLE1` but the number of volumes, under `lidc.consensus_nodule`'s rule."""
     slices, volumes, kept = collections.Counter(), collections.defaultdict(set), set()
     for patient in patients:
         for votes in patient.nodules:
@@ -139,11 +126,11 @@ def count(patients: Iterable[PatientVotes], consensus: float, min_area_px: int) 
 
 
 def lidc_rows(counted: dict[str, int], num_series: int) -> list[dict[str, str]]:
-    """A line for each of `PAPER`, ours beside it."""
+    """A line for each of `TABLE1`, ours beside it."""
     ours = {"Volumes": num_series, **counted}
     return [
         {"characteristic": name, "ours": f"{ours[name]:,}", "the paper's": f"{value:,}"}
-        for name, value in PAPER.items()
+        for name, value in TABLE1.items()
     ]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import dataset
+from data_prep import dataset, dataset_writer
 
 
 def write_example_dataset(
@@ -62,7 +62,7 @@ def write_example_dataset(
                     slice_row["pe_present_on_image"] = None if index == 0 else left
                 slice_rows.append(slice_row)
                 records.append(
-                    dataset.encode_record(
+                    dataset_writer.encode_record(
                         np.rint(255 * image).astype(np.uint8),
                         volume_id,
                         index,
@@ -112,7 +112,7 @@ def write_example_dataset(
             first_record += slices_per_volume
             if (number + 1) % volumes_per_shard == 0 or number == num_volumes - 1:
                 path = dataset_dir / dataset.shard_name(split, len(shard_lengths[split]))
-                shard_lengths[split].append(dataset.write_records(path, records))
+                shard_lengths[split].append(dataset_writer.write_records(path, records))
                 records = []
         splits[split] = {
             "num_volumes": num_volumes,
@@ -120,16 +120,16 @@ def write_example_dataset(
             "num_slices": first_record,
             "shard_lengths": shard_lengths[split],
         }
-    dataset.write_table(dataset_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, rows)
-    dataset.write_table(dataset_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, [])
+    dataset_writer.write_table(dataset_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, rows)
+    dataset_writer.write_table(dataset_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, [])
     for name, columns, table in (
         (dataset.SLICES_FILE, dataset.slice_columns(labels, masks), slice_rows),
         (dataset.LABELS_FILE, dataset.label_columns(labels), label_rows),
         (dataset.REGIONS_FILE, dataset.region_columns(facts_of_masks), region_rows),
     ):
         if columns:
-            dataset.write_table(dataset_dir / name, columns, table)
-    dataset.write_tfds_metadata(
+            dataset_writer.write_table(dataset_dir / name, columns, table)
+    dataset_writer.write_tfds_metadata(
         dataset_dir, (image_size, image_size, channels), shard_lengths, "Synthetic example.", masks=masks
     )
     checksums = {path.name: dataset.file_sha256(path) for path in sorted(dataset_dir.iterdir())}
@@ -150,5 +150,5 @@ def write_example_dataset(
         "counts": {},
         "checksums": checksums,
     }
-    dataset.write_preparation(dataset_dir, preparation)
+    dataset_writer.write_preparation(dataset_dir, preparation)
     return dataset_dir

@@ -10,10 +10,11 @@ from example_dataset import write_example_dataset
 from test_probe import save_untrained
 from training_runs import start, tiny_recipe
 
+from ctssl_jax import data
 from ctssl_jax.attribute_labels import age_classes, join_decades, read_attribute
 from ctssl_jax.attributes import attributes, table
 from ctssl_jax.command_line import InputError
-from data_prep import dataset
+from data_prep import dataset, dataset_writer
 
 VOLUMES = {"train": 60, "validation": 24, "test": 30}
 
@@ -23,7 +24,7 @@ def change_volumes(folder, change):
     rows = dataset.read_volumes(folder)
     for number, row in enumerate(rows):
         change(row, number)
-    dataset.write_table(folder / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, rows)
+    dataset_writer.write_table(folder / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, rows)
     return folder
 
 
@@ -99,6 +100,18 @@ def test_small_classes_are_left_out_by_the_training_split(tmp_path):
     assert attribute.labels["test"].tolist() == [-1, 1, -1, -1]
     with pytest.raises(InputError, match="ethnic_group has fewer than two classes with 3 training patients"):
         read_attribute(folder, "ethnic_group", 3)
+
+
+def test_errors_name_the_field_that_the_user_typed(planted, tmp_path):
+    with pytest.raises(
+        InputError, match=r"^config\.label: no training volume .* of ethnic_group; .*--attributes_csv"
+    ) as raised:
+        data.label_classes(planted, "ethnic_group")
+    assert "--attributes:" not in str(raised.value)
+    few = write_example_dataset(tmp_path / "few", image_size=16, slices_per_volume=7)
+    with pytest.raises(InputError, match=r"^config\.label: sex has fewer than two .*; choose another label") as raised:
+        data.label_classes(few, "sex")
+    assert "--min_patients" not in str(raised.value)  # training has no such flag
 
 
 def test_labels_of_the_dataset_are_attributes(planted):
@@ -190,7 +203,7 @@ def test_wrong_requests(run, planted, tmp_path):
         tmp_path / "one", image_size=16, slices_per_volume=7, slice_labels=True,
         volumes_per_split={"train": 4, "validation": 2, "test": 1},
     )  # fmt: skip
-    for data, settings, message in (
+    for folder, settings, message in (
         (planted, {"encoder": "best"}, "choose one of run, untrained, pixels"),
         (planted, {"pooling_regions": 2}, "--pooling_regions=2: choose one of 1, 4"),
         (planted, {"min_patients": 0}, "--min_patients=0: must be 1 or more"),
@@ -199,17 +212,25 @@ def test_wrong_requests(run, planted, tmp_path):
         (
             planted,
             {"names": ["weight"]},
-            "no attribute 'weight'; choose of age, sex, ethnic_group, pe_positive_exam, smo",
+            "^--attributes: the dataset has no attribute 'weight'; choose of age, sex, ethnic_group, pe_positive_exam",
         ),
-        (planted, {"names": ["ethnic_group"]}, "no training volume of the dataset has a value of ethnic_group"),
+        (
+            planted,
+            {"names": ["ethnic_group"]},
+            "^--attributes: no training volume of the dataset has a value of ethnic_group",
+        ),
         (planted, {"names": []}, "--attributes is empty"),
         (planted, {"min_patients": 50}, "no attribute can be probed on .*age has fewer than two classes with 50"),
         (one_class, {"names": ["sex"], "min_patients": 2}, "sex has fewer than two classes in the test split"),
-        (one_class, {"names": ["age"]}, "age has fewer than two classes with 10 training patients"),
-        (one_class, {"names": ["pe_present_on_image"]}, "pe_present_on_image is a label of slices"),
+        (
+            one_class,
+            {"names": ["age"]},
+            "^--attributes: age has fewer .* 10 training patients; give a smaller --min_patients",
+        ),
+        (one_class, {"names": ["pe_present_on_image"]}, "^--attributes: pe_present_on_image is a label of slices"),
     ):
         with pytest.raises(InputError, match=message) as raised:
-            attributes(run, data, output, **settings)
+            attributes(run, folder, output, **settings)
         assert "\n" not in str(raised.value)
     assert not output.exists()
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_prep import dataset
+from data_prep import dataset, dataset_writer
 from tests.example_dataset import write_example_dataset
 
 
@@ -23,7 +23,7 @@ def test_records_survive_a_round_trip():
         (128, 1e3, True),
         (70000, 0.5, False),
     ):
-        record = dataset.encode_record(image, "abc", slice_index, position, pair_valid)
+        record = dataset_writer.encode_record(image, "abc", slice_index, position, pair_valid)
         decoded = dataset.decode_record(record, image.shape)
         np.testing.assert_array_equal(decoded.pop("image"), image)
         expected = {"slice_index": slice_index, "position_mm": position, "pair_valid": pair_valid}
@@ -32,7 +32,7 @@ def test_records_survive_a_round_trip():
 
 def test_a_float_image_is_refused():
     with pytest.raises(ValueError, match="uint8"):
-        dataset.encode_record(np.zeros((4, 4, 1)), "abc", 0, 0.0, True)
+        dataset_writer.encode_record(np.zeros((4, 4, 1)), "abc", 0, 0.0, True)
 
 
 def test_tfds_opens_it_without_tensorflow(example):
@@ -130,18 +130,18 @@ def annotated(tmp_path_factory):
 def test_a_record_with_a_mask_survives_a_round_trip():
     random = np.random.default_rng(0)
     image, mask = random.integers(0, 256, (7, 9, 2), np.uint8), random.integers(0, 256, (7, 9), np.uint8)
-    decoded = dataset.decode_record(dataset.encode_record(image, "abc", 300, 1.5, True, mask), image.shape)
+    decoded = dataset.decode_record(dataset_writer.encode_record(image, "abc", 300, 1.5, True, mask), image.shape)
     np.testing.assert_array_equal(decoded["image"], image)
     np.testing.assert_array_equal(decoded["mask"], mask)
     assert (decoded["slice_index"], decoded["pair_valid"]) == (300, True)
-    without = dataset.encode_record(image, "abc", 300, 1.5, True)
+    without = dataset_writer.encode_record(image, "abc", 300, 1.5, True)
     assert "mask" not in dataset.decode_record(without, image.shape)
 
 
 @pytest.mark.parametrize("mask", [np.zeros((7, 8), np.uint8), np.zeros((7, 9), bool), np.zeros((7, 9, 1), np.uint8)])
 def test_a_mask_of_another_shape_or_type_is_refused(mask):
     with pytest.raises(ValueError, match=r"a mask is uint8 \[7, 9\]"):
-        dataset.encode_record(np.zeros((7, 9, 1), np.uint8), "abc", 0, 0.0, True, mask)
+        dataset_writer.encode_record(np.zeros((7, 9, 1), np.uint8), "abc", 0, 0.0, True, mask)
 
 
 def test_tables_of_labels_and_regions(annotated):

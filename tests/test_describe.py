@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import dataset, describe
+from data_prep import dataset, dataset_writer, describe
 from data_prep.audit import Needles, find_leaks
 from data_prep.preparation import Options, Places, prepare
 from data_prep.verification import verify
@@ -100,7 +100,7 @@ def test_contact_sheet_is_seeded_and_a_synthetic_one_says_so(example):
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     preparation = json.loads((example / "preparation.json").read_text())
-    dataset.write_preparation(example, preparation | {"synthetic": False})
+    dataset_writer.write_preparation(example, preparation | {"synthetic": False})
     title = np.asarray(describe.contact_sheet(example, 6, 0))[:24]
     assert (first[:24] > 0).sum() > (title > 0).sum()
 
@@ -153,11 +153,11 @@ def rewritten(example: Path, change) -> None:
     """The first training shard with changed records, and a preparation.json that agrees with it."""
     path = example / "train.array_record-00000"
     records = [dict(dataset.decode_record(r, (32, 32, 1))) for r in dataset.read_records(path)]
-    dataset.write_records(path, [dataset.encode_record(**record) for record in change(records)])
+    dataset_writer.write_records(path, [dataset_writer.encode_record(**record) for record in change(records)])
     preparation = json.loads((example / "preparation.json").read_text())
     preparation["checksums"][path.name] = dataset.file_sha256(path)
     preparation["fingerprint"] = dataset.dataset_fingerprint(preparation["checksums"])
-    dataset.write_preparation(example, preparation)
+    dataset_writer.write_preparation(example, preparation)
 
 
 def swapped(records):
@@ -229,7 +229,7 @@ def in_pixels(directory: Path) -> None:
     hidden = dicom_files.uid(1).encode()
     image[100 : 100 + len(hidden)] = hidden
     records[4]["image"] = np.frombuffer(bytes(image), np.uint8).reshape(64, 64, 1)
-    dataset.write_records(path, [dataset.encode_record(**record) for record in records])
+    dataset_writer.write_records(path, [dataset_writer.encode_record(**record) for record in records])
 
 
 def in_table(old: str, new: str):
@@ -244,7 +244,7 @@ def in_table(old: str, new: str):
 def in_preparation(text: str):
     def plant(directory: Path) -> None:
         preparation = json.loads((directory / "preparation.json").read_text())
-        dataset.write_preparation(directory, preparation | {"comment": text})
+        dataset_writer.write_preparation(directory, preparation | {"comment": text})
 
     return plant
 
@@ -345,7 +345,7 @@ def change_cell(path: Path, column: str, value: str) -> None:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     rows[2][column] = value
-    dataset.write_table(path, rows[0], rows)
+    dataset_writer.write_table(path, rows[0], rows)
 
 
 @pytest.mark.parametrize(
@@ -377,5 +377,5 @@ def test_verify_compares_labels_and_masks_with_the_records(annotated, pool, dama
 def test_verify_finds_a_label_of_patients_that_differs_between_their_volumes(annotated, pool):
     rows = dataset.read_volumes(annotated)
     rows[1]["patient_id"] = rows[0]["patient_id"]
-    dataset.write_table(annotated / "volumes.csv", dataset.VOLUME_COLUMNS, rows)
+    dataset_writer.write_table(annotated / "volumes.csv", dataset.VOLUME_COLUMNS, rows)
     assert any("smoker is a label of patients and differs" in line for line in verify(annotated, pool))

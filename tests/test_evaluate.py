@@ -106,8 +106,15 @@ def test_result_files(run, result, tiny_dataset):
     ]
     assert Image.open(output.with_suffix(".png")).size[0] > 4 * 16
     printed = table(content)
-    assert "SYNTHETIC DATA" in printed and "copy_input masked_mse" in printed and "NOTE" not in printed
+    assert "SYNTHETIC DATA" in printed and "copy_input masked_mse" in printed and "of these patients" not in printed
     assert content["num_patients_seen_in_training"] == 0
+
+
+def test_the_model_before_training_is_told(result):
+    """After few steps, the validation loss may be lowest before the first one."""
+    note = "NOTE: step 0 is the model before training, nothing was learned; --checkpoint=last takes the last"
+    assert note in table(result[1] | {"checkpoint_step": 0}).splitlines()
+    assert "NOTE" not in table(result[1] | {"checkpoint_step": 3})
 
 
 @pytest.mark.parametrize("batch_size", [5, 24])

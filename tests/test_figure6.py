@@ -154,7 +154,7 @@ def test_plan_prints_commands_that_ask_for_the_same_cells(tmp_path):
     ]
     assert lines[6] == "# probe_rotation_sex [missing] after data_attributes, pretrain_rotation"
     asked_again = lines[7].removeprefix("python -m experiments.figure6 run ").split()
-    assert sorted(asked_again) == sorted([*options, "--cells=probe_rotation_sex"])
+    assert sorted(asked_again) == sorted(["--preset=phantom", *options, "--cells=probe_rotation_sex"])
     assert not any(Path(tmp_path).iterdir())
 
 

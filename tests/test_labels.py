@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import data_prep
-from data_prep import dataset, dicom, dry_run, labels
+from data_prep import dataset, dataset_writer, dicom, dry_run, label_staging
 from data_prep.audit import find_leaks
 from data_prep.label_tables import LabelError
 from data_prep.labels import LabelSources
@@ -171,7 +171,7 @@ def test_interrupted_run_continues_to_the_same_bytes(labelled, archive, tables, 
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset, "write_tfds_metadata", killed)
+    monkeypatch.setattr(dataset_writer, "write_tfds_metadata", killed)
     with pytest.raises(KeyboardInterrupt):
         run(archive, tmp_path, **tables)
     monkeypatch.undo()
@@ -237,7 +237,7 @@ def test_repeated_rows_that_agree_count_once(archive, tmp_path):
 def test_one_label_in_two_tables_is_refused(archive, tmp_path):
     paths = tuple(write_csv(tmp_path / f"{key}.csv", f"{key},x", [(1, 1)]) for key in ("PatientID", "VolumeName"))
     with pytest.raises(LabelError, match="the label x is in two tables"):
-        labels.check(LabelSources(labels_csv=paths), archive)
+        label_staging.check(LabelSources(labels_csv=paths), archive)
 
 
 # ---- RSNA --------------------------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "data_prep.mask_files", fake)
     monkeypatch.setattr(data_prep, "mask_files", fake, raising=False)
     (tmp_path / "seg").write_bytes(b"mask")
-    staged = labels.stage(LabelSources(masks_dir=tmp_path), archive, tmp_path / "db")
+    staged = label_staging.stage(LabelSources(masks_dir=tmp_path), archive, tmp_path / "db")
     assert staged.fault(volume.candidate) is None and len(staged.version(volume.candidate)) == 64
     found = staged.of_volume(volume)
     np.testing.assert_array_equal(found.mask, mask)
@@ -464,9 +464,9 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     assert staged.of_volume(volume).reason == "mask_mismatch"
     (other,), _ = loaded(archive / "2")
     assert staged.fault(other.candidate).reason == "no_annotation"
-    assert labels.match(staged, volume.headers) == {"masks_without_match": 0}
+    assert label_staging.match(staged, volume.headers) == {"masks_without_match": 0}
     with pytest.raises(LabelError, match="none of its 1 masks is of this archive"):
-        labels.match(staged, other.headers)
+        label_staging.match(staged, other.headers)
 
 
 def loaded(folder: Path):
@@ -492,7 +492,7 @@ def loaded(folder: Path):
 )
 def test_options_that_cannot_work_are_refused_in_one_line(archive, options, message):
     with pytest.raises(LabelError, match=message) as error:
-        labels.check(LabelSources(**options), archive)
+        label_staging.check(LabelSources(**options), archive)
     assert "\n" not in str(error.value)
 
 

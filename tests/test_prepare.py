@@ -18,7 +18,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from data_prep import conversion, dataset, planning
+from data_prep import conversion, dataset, dataset_writer, planning
 from data_prep import preparation as preparation_module
 from data_prep.assembly import freeze
 from data_prep.conversion import convert_exam
@@ -176,7 +176,7 @@ def test_a_killed_run_is_not_taken_for_a_dataset(tmp_path, archive, key_file, mo
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset, "write_tfds_metadata", killed)
+    monkeypatch.setattr(dataset_writer, "write_tfds_metadata", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     with pytest.raises(dataset.DatasetError, match="not a complete dataset"):
@@ -358,7 +358,7 @@ def test_an_output_that_was_removed_after_a_kill_is_made_again(tmp_path, archive
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset, "write_tfds_metadata", killed)
+    monkeypatch.setattr(dataset_writer, "write_tfds_metadata", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     monkeypatch.undo()

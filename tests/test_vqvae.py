@@ -324,25 +324,3 @@ def test_a_few_steps_lower_the_loss():
         params = jax.tree.map(lambda p, g: p - 0.05 * g, params, gradients)
         losses.append(float(loss))
     assert np.mean(losses[-3:]) < 0.5 * losses[0]
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_agrees_with_the_same_model_in_pytorch(channels):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
-    from experiments import torch_vqvae
-
-    config = VQVAEConfig(in_channels=channels, **{**TINY, "depth": 2})
-    model = build(config)
-    x = images_of(4, channels=channels)
-    nnx.update(model, forward(*nnx.split(model), x, True)[1])
-    model.quantizer.codebook[...] = jax.random.normal(jax.random.key(3), model.quantizer.codebook[...].shape)
-    leaves = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
-    twin = torch_vqvae.VQVAE(config).eval()
-    missing, unexpected = twin.load_state_dict(torch_vqvae.to_torch_entries(leaves, config.depth), strict=False)
-    assert not unexpected and all(name.endswith("num_batches_tracked") for name in missing)
-    output = evaluate(model, x)
-    with torch.no_grad():
-        reconstruction, codes, codebook_loss, _ = twin(torch.tensor(np.asarray(x)).permute(0, 3, 1, 2))
-    np.testing.assert_array_equal(output.codes, codes.numpy())
-    np.testing.assert_allclose(output.reconstruction, reconstruction.permute(0, 2, 3, 1).numpy(), atol=1e-5)
-    np.testing.assert_allclose(np.mean(output.codebook_loss), float(codebook_loss), rtol=1e-5)

@@ -4,7 +4,7 @@ A 7 x 7 convolution with stride 2 and a max-pooling, then stages of bottleneck b
 the stride, 1 x 1, squeeze and excitation, residual add), mean over pixels, linear layer. Reference size: 25,512,945
 trainable parameters with one class, 27,559,896 with 1,000.
 
-Names of the modules, which are the keys of checkpoints; `imagenet_weights` has those of PyTorch's files beside them:
+Names of the modules, which are the keys of checkpoints; `ctssl_jax.torch_bridge.names` has PyTorch's beside them:
 
     stem.conv|norm
     stages.s.i.conv{1,2,3}.conv|norm      convolutions without bias

@@ -304,12 +304,14 @@ def _two_convolutions(in_features: int, out_features: int) -> nn.Sequential:
 
 
 def _up_branch(widths: Sequence[int], skips: Sequence[int]) -> nn.ModuleList:
-    return nn.ModuleList([_Up(below, skip, here) for here, below, skip in zip(widths[:-1], widths[1:], skips)])
+    return nn.ModuleList(
+        [_Up(below, skip, here) for here, below, skip in zip(widths[:-1], widths[1:], skips, strict=True)]
+    )
 
 
 def _decode(up: nn.ModuleList, head: nn.Module, bottom: Tensor, skips: Sequence[Tensor]) -> UNetOutput:
     x = bottom
-    for stage, skip in zip(reversed(up), reversed(skips)):
+    for stage, skip in zip(reversed(up), reversed(skips), strict=True):
         x = stage(x, skip)
     return UNetOutput(head(x)[:, 0], bottom.float().mean((2, 3)))
 

@@ -24,17 +24,29 @@ IOHW there and mirrored in H and W. PyTorch counts the batches that a norm has s
 checkpoint's step stands for it.
 """
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
+_NOT_ARCHITECTURE = ("remat", "scan", "dtype")
 COUNTER = "num_batches_tracked"
 _FIELDS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _CONV_NORM = {"conv": "0", "norm": "1"}
 _RESBLOCK = {"encoder": {"conv3": "0", "norm": "2", "conv1": "4"}, "decoder": {"conv3": "0", "norm": "1", "conv1": "3"}}
 # State of training that PyTorch's layout has no place for: how a codebook follows the latents.
 _TRAINING_ONLY = re.compile(r"quantizer/(counts|sums|steps|initialised)")
+
+
+def architecture_settings(settings: Any) -> dict[str, Any]:
+    """A model's settings as its PyTorch twin takes them: what decides its tensors and its function."""
+    return {
+        field.name: list(value) if isinstance(value := getattr(settings, field.name), tuple) else value
+        for field in dataclasses.fields(settings)
+        if field.name not in _NOT_ARCHITECTURE and not field.name.startswith("vq_")
+    }
 
 
 def is_exported(name: str) -> bool:
@@ -137,9 +149,26 @@ def state_dict(
     return entries
 
 
+class Misfits(NamedTuple):
+    """What of a state_dict does not fit a model, in words with PyTorch's names."""
+
+    shapes: list[str]
+    missing: list[str]
+    extra: list[str]
+
+    def __bool__(self) -> bool:
+        return any(self[:])
+
+    def text(self) -> str:
+        """Numbers, and the first of each kind."""
+        first = "; ".join(kind[0] for kind in self if kind)
+        counts = f"{len(self.missing)} tensors missing, {len(self.extra)} extra, {len(self.shapes)} of another shape"
+        return f"{counts}; {first}"
+
+
 def from_state_dict(
-    entries: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], architecture: str, depth: int
-) -> tuple[dict[str, np.ndarray], list[str]]:
+    entries: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], architecture: str, depth: int = 0
+) -> tuple[dict[str, np.ndarray], Misfits]:
     """Our tensors out of PyTorch's entries.
 
     Args:
@@ -148,25 +177,19 @@ def from_state_dict(
       architecture, depth: see `torch_name`.
 
     Returns:
-      float32 arrays by our names, and what does not fit, in words: empty if every tensor has its place.
+      float32 arrays by our names, and what does not fit.
     """
-    found, problems = {}, {"shape": [], "missing": [], "extra": []}
-    used = set()
-    for name, shape in wanted.items():
-        there = torch_name(name, architecture, depth)
-        used.add(there)
+    found, misfits = {}, Misfits([], [], [])
+    theirs = {torch_name(name, architecture, depth): name for name in wanted if is_exported(name)}
+    for there, name in theirs.items():
         if there not in entries:
-            problems["missing"].append(f"{there} is missing")
+            misfits.missing.append(f"{there} is missing")
             continue
-        value = np.asarray(entries[there])
-        value = from_torch_axes(value, name) if value.ndim == len(shape) else value
-        if value.shape != tuple(shape):
-            problems["shape"].append(f"{there} has shape {tuple(entries[there].shape)}, which does not fit")
+        shape = to_torch_axes(np.broadcast_to(np.float32(0), wanted[name]), name).shape
+        if entries[there].shape != shape:
+            misfits.shapes.append(f"{there} has shape {tuple(entries[there].shape)} there, {shape} here")
             continue
-        found[name] = np.ascontiguousarray(value, dtype=np.float32)
-    problems["extra"] = [f"{name} has no place" for name in _without_counters(entries) if name not in used]
-    return found, [text for kind in problems.values() for text in kind]
-
-
-def _without_counters(names: Iterable[str]) -> list[str]:
-    return [name for name in names if not name.endswith(f".{COUNTER}")]
+        found[name] = np.ascontiguousarray(from_torch_axes(entries[there], name), dtype=np.float32)
+    known = {name for name in entries if name.endswith(f".{COUNTER}")} | theirs.keys()
+    misfits.extra.extend(f"{name} has no place here" for name in entries if name not in known)
+    return found, misfits

@@ -1,0 +1,435 @@
+r"""Export a checkpoint to PyTorch, safetensors and ONNX, with proof that it is the same model.
+
+    python -m ctssl_jax.export --workdir=RUN --output_dir=FOLDER --format=torch,safetensors,onnx --license=CC-BY-NC-4.0
+
+FOLDER then holds all that a PyTorch user needs:
+
+    ctssl_torch.py        the models, `load`, `preprocess` and a DICOM reader in one file
+    weights.pt            state_dict; an autoencoder's is in the authors' layout
+    weights.safetensors   the same
+    model.onnx            images [batch, C, H, W] in [0, 1] -> the model's outputs
+    manifest.json         architecture, preprocessing, training, data, results, licence, parity, checksums
+    README.md             the same as a model card
+    test_input.npz        synthetic slices and what the model makes of them; `python ctssl_torch.py .` checks it
+
+Nothing of it names a patient. The export fails if any layer of the PyTorch model differs from this package's by more
+than 1e-4 of the layer's largest value.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from ctssl_jax import command_line
+from ctssl_jax.command_line import InputError, RunFailed
+
+FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
+PATHS = ("dataset", "init_from", "init_weights")  # of the configuration: paths of this machine
+
+
+def export(
+    workdir: str | Path,
+    output_dir: str | Path,
+    formats: Sequence[str],
+    licence: str,
+    *,
+    checkpoint: str = "best",
+    results: Sequence[str | Path] = (),
+    num_test_slices: int = 2,
+) -> dict[str, Any]:
+    """Export a run's checkpoint.
+
+    Args:
+      workdir: run directory, of any task.
+      output_dir: folder that is made; it must not exist or be empty.
+      formats: of `FORMATS`.
+      licence: of the weights, as it stands in the manifest.
+      checkpoint: `best`, `last` or a step.
+      results: files of `ctssl_jax.evaluate` of this very model, for the model card.
+      num_test_slices: synthetic slices that parity is measured on.
+
+    Returns:
+      The contents of manifest.json.
+
+    Raises:
+      InputError: no such run or checkpoint, another model's results, a format that is not known, a folder in use, a
+        missing package.
+      RunFailed: the exported model is not the same function.
+    """
+    workdir, output_dir = Path(workdir), Path(output_dir)
+    _check_request(output_dir, formats, licence, num_test_slices)
+    from ctssl_jax import checkpoint as checkpoint_files
+    from ctssl_jax.reports import say
+    from ctssl_jax.torch_bridge import ctssl_torch, model_card, names, onnx_file, parity
+
+    started = time.time()
+    run = open_model(workdir, checkpoint)
+    summaries = [_result(Path(path), run.fingerprint) for path in results]
+    preprocessing = preprocessing_of(run)
+    entries = names.state_dict(run.tensors, run.architecture, run.depth, _counters(workdir, run))
+    manifest = {
+        "format_version": ctssl_torch.FORMAT_VERSION,
+        "name": f"{run.config.recipe}, step {run.step:,}",
+        "architecture": run.architecture,
+        "model": run.settings,
+        "num_parameters": run.num_parameters,
+        "preprocessing": preprocessing,
+        "training": _training(workdir, run),
+        "data": _data(run),
+        "results": summaries,
+        "license": licence,
+        "model_fingerprint": run.fingerprint,
+        "versions": {name: version(name) for name in ("jax", "flax", "torch")},
+    }
+    say(f"model        {run.architecture}, {run.num_parameters:,} parameters, step {run.step:,} of {workdir}")
+
+    # ---- Is it the same model? ----
+    twin = _twin(manifest, entries)
+    images = synthetic_images(preprocessing, len(twin.offsets), num_test_slices)
+    measured, outputs = parity.measure(run.model, twin, images, run.architecture, run.depth)
+    say(
+        f"parity       largest difference of {len(measured.stages)} layers and of the outputs: {measured.worst:.1e} of "
+        "the largest value"
+        + ("" if measured.codes_equal is None else f"; {measured.codes_equal:.4%} of the codes are equal")
+    )
+    if not measured.holds:
+        raise RunFailed(_not_the_same(measured))
+    manifest["parity"] = {
+        "tolerance": parity.TOLERANCE,
+        "input": f"{num_test_slices} synthetic slices, float32",
+        "largest_difference": measured.worst,
+        "outputs": measured.outputs,
+        "stages": measured.stages,
+        "codes_equal": measured.codes_equal,
+        "code_margin": measured.code_margin,
+    }
+
+    # ---- Files, in a folder that takes its name when it is complete ----
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_weights(temporary, formats, entries)
+        _write_test_input(temporary / "test_input.npz", images, outputs)
+        if "onnx" in formats:
+            manifest["onnx"] = onnx_file.write(temporary / FORMATS["onnx"], twin, images, outputs)
+            say(
+                f"ONNX         largest difference {manifest['onnx']['largest_difference']:.1e}, opset {onnx_file.OPSET}"
+            )
+        shutil.copyfile(ctssl_torch.__file__, temporary / "ctssl_torch.py")
+        manifest["files"] = {path.name: _facts(path) for path in sorted(temporary.iterdir())}
+        checkpoint_files.write_text(temporary / "README.md", model_card.text(manifest))
+        checkpoint_files.write_json(temporary / "manifest.json", manifest)
+        if output_dir.is_dir():
+            output_dir.rmdir()  # empty, as was checked
+        temporary.rename(output_dir)
+    except OSError as error:
+        raise InputError(
+            f"--output_dir={output_dir} cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = sum(facts["bytes"] for facts in manifest["files"].values())
+    took = time.time() - started
+    say(f"written      {output_dir}: {', '.join(manifest['files'])} ({size / 1e6:.1f} MB) in {took:.0f} s")
+    return manifest
+
+
+def _check_request(output_dir: Path, formats: Sequence[str], licence: str, num_test_slices: int) -> None:
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise InputError(f"--format={','.join(formats)}: give one or more of {', '.join(FORMATS)}")
+    if not licence:
+        raise InputError(
+            "give --license, e.g. --license=CC-BY-NC-4.0: that of the weights, which follows from the terms of the "
+            "training data and of the weights that the run started from"
+        )
+    if num_test_slices < 1:
+        raise InputError(f"--num_test_slices={num_test_slices}: must be 1 or more")
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise InputError(f"--output_dir={output_dir} is there already; give a new or empty folder")
+    command_line.require("torch", "exports", "torch")
+    for name, packages in (("safetensors", ("safetensors",)), ("onnx", ("onnx", "onnxscript", "onnxruntime"))):
+        for package in packages if name in formats else ():
+            command_line.require(package, f"--format={name}", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunModel:
+    """A checkpoint as a model in float32 on one device.
+
+    config, preparation: of the run.
+    step: of the checkpoint.
+    architecture: `VQVAE`, `Classifier`, `UNet`, `StandardUNet` or `SEResNeXt`.
+    settings: of the architecture, as its PyTorch twin takes them.
+    depth: residual blocks; 0 where there are none.
+    model: in JAX, without remat and scan.
+    tensors: float32 arrays by name, without `params/` or `variables/`.
+    num_parameters: trainable ones.
+    fingerprint: `model_fingerprint` of results.
+    """
+
+    config: Any
+    preparation: dict
+    step: int
+    architecture: str
+    settings: dict[str, Any]
+    depth: int
+    model: Any
+    tensors: dict[str, Any]
+    num_parameters: int
+    fingerprint: str
+
+
+def open_model(workdir: Path, checkpoint: str) -> RunModel:
+    """Read a run's checkpoint.
+
+    Raises:
+      InputError: no such run or checkpoint.
+    """
+    import jax
+    from flax import nnx
+
+    from ctssl_jax import checkpoint as checkpoint_files
+    from ctssl_jax import configuration, training
+    from ctssl_jax.tasks import get_task
+    from ctssl_jax.torch_bridge import names
+
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
+    config = configuration.from_json(json.loads((workdir / "config.json").read_text()))
+    step = checkpoint_files.choose_step(workdir, checkpoint)
+    with config.unlocked():
+        plain = config.copy_and_resolve_references()
+    plain.dtype, plain.remat, plain.scan = "float32", False, False
+    task = get_task(config.task)
+    graph, params, variables = training.abstract_model(plain, task)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        {"params": params, "variables": variables},
+    )
+    state = checkpoint_files.restore(workdir, step, like)
+    model = nnx.merge(graph, state["params"], state["variables"])
+    flat = checkpoint_files.flatten(state)
+    return RunModel(
+        config=config,
+        preparation=json.loads((workdir / "preparation.json").read_text()),
+        step=step,
+        architecture=type(model).__name__,
+        settings=names.architecture_settings(model.config),
+        depth=getattr(model.config, "depth", 0),
+        model=model,
+        tensors={name.split("/", 1)[1]: jax.device_get(value) for name, value in flat.items()},
+        num_parameters=training.count_parameters(params),
+        fingerprint=checkpoint_files.fingerprint(flat),
+    )
+
+
+def preprocessing_of(run: RunModel) -> dict[str, Any]:
+    """How slices become the model's input, as `ctssl_torch.preprocess` takes it.
+
+    Raises:
+      InputError: the run normalises adjacent slices together, which a slice alone cannot reproduce.
+    """
+    from ctssl_jax import data
+
+    windows = data.selected_windows(run.preparation, data.select_channels(run.preparation, run.config.windows))
+    config, num_slices = run.config, 3 if run.architecture == "SEResNeXt" else 1
+    if num_slices > 1 and config.normalize != "window":
+        raise InputError(f"a run with config.normalize={config.normalize} on adjacent slices cannot be exported")
+    return {
+        "windows": [list(map(float, window)) for window in windows],
+        "image_size": config.image_size,
+        "normalize": config.normalize,
+        "in_channels": config.model.in_channels // num_slices,
+        "crop": config.get("crop", "none"),
+        "orientation": "slices to superior, rows to posterior, columns to the patient's left",
+        "value_range": [0.0, 1.0],
+    }
+
+
+def _counters(workdir: Path, run: RunModel) -> int | dict[str, int]:
+    """PyTorch's counters: those that were imported, or the step."""
+    path = workdir / "imported.json"
+    if path.is_file():
+        imported = json.loads(path.read_text())
+        if imported["step"] == run.step and imported["num_batches_tracked"]:
+            return imported["num_batches_tracked"]
+    return run.step
+
+
+def _training(workdir: Path, run: RunModel) -> dict[str, Any]:
+    from ctssl_jax import configuration, measurement, transplant
+
+    config = configuration.to_json(run.config)
+    ancestors = [
+        {name: value for name, value in ancestor.items() if name != "patients"}
+        for ancestor in transplant.read_ancestors(workdir)
+    ]
+    return {
+        "task": config["task"],
+        "recipe": config["recipe"],
+        "checkpoint_step": run.step,
+        **measurement.training_data(workdir),
+        "init_from": ancestors,
+        "config": {name: value for name, value in config.items() if name not in PATHS},
+    }
+
+
+def _data(run: RunModel) -> dict[str, Any]:
+    """Counts only: neither patients nor anything that links to them."""
+    preparation = run.preparation
+    counts = ("num_patients", "num_volumes", "num_slices")
+    splits = preparation.get("splits", {})
+    return {
+        "archive": preparation["archive"],
+        "synthetic": preparation["synthetic"],
+        "dataset_fingerprint": preparation["fingerprint"],
+        "splits": {
+            split: {name: facts[name] for name in counts if name in facts}
+            for split, facts in splits.items()
+            if split in ("train", "validation")
+        },
+    }
+
+
+def _result(path: Path, fingerprint: str) -> dict[str, Any]:
+    """What the model card says of an evaluation.
+
+    Raises:
+      InputError: no results file, or that of another model.
+    """
+    try:
+        result = json.loads(path.read_text())
+        if result["model_fingerprint"] != fingerprint:
+            raise InputError(f"--results={path} is of another model or checkpoint; evaluate this one")
+        names = ("mean", "sd", "ci95", "num_volumes", "num_patients", "unit")
+        return {
+            "split": result["split"],
+            "synthetic": result["synthetic"],
+            "dataset_fingerprint": result["dataset_fingerprint"],
+            "num_patients_seen_in_training": result["num_patients_seen_in_training"],
+            "metrics": {
+                metric: {name: value.get(name) for name in names} for metric, value in result["metrics"].items()
+            },
+        }
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        raise InputError(f"--results={path} is no results file of ctssl_jax.evaluate ({reason})") from None
+
+
+def _twin(manifest: dict[str, Any], entries: dict[str, Any]) -> Any:
+    import torch
+
+    from ctssl_jax.torch_bridge import ctssl_torch
+
+    twin = ctssl_torch.build(manifest)
+    twin.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in entries.items()}, strict=True)
+    return twin.eval()
+
+
+def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int) -> Any:
+    """Adjacent slices in the middle of a synthetic chest, preprocessed: [number, H, W, C] float32 in [0, 1]."""
+    import numpy as np
+
+    from data_prep import phantom_exam
+    from data_prep.window import window_to_uint8
+
+    size = preprocessing["image_size"]
+    options = phantom_exam.Options(seed=0, image_size=size, num_slices=20, slice_spacing_mm=0.0)
+    exam, rng = phantom_exam.sample_exam(0, options)
+    hu = phantom_exam.render_series(exam, "soft", 1, rng)[1].hu
+    unit = window_to_uint8(np.rint(hu).astype(np.int16), preprocessing["windows"]).astype(np.float32) / 255
+    if preprocessing["normalize"] == "slice_minmax":
+        low, high = unit.min((1, 2, 3), keepdims=True), unit.max((1, 2, 3), keepdims=True)
+        unit = (unit - low) / np.maximum(high - low, 1e-8)
+    if unit.shape[-1] == 1:
+        unit = np.repeat(unit, preprocessing["in_channels"], axis=-1)
+    middle = len(unit) // 2 - number // 2 + np.arange(number)
+    offsets = np.arange(num_slices) - num_slices // 2
+    return np.concatenate([unit[np.clip(middle + offset, 0, len(unit) - 1)] for offset in offsets], axis=-1)
+
+
+def _not_the_same(measured: Any) -> str:
+    values = {**measured.stages, **measured.outputs}
+    name = max(values, key=values.get)
+    return (
+        f"the PyTorch model is not the same function: {name} differs by {values[name]:.1e} of its largest value, and "
+        f"codes by a margin of {measured.code_margin:.1e}; nothing was written. Please report it with the run's "
+        "config.json"
+    )
+
+
+def _write_weights(folder: Path, formats: Sequence[str], entries: dict[str, Any]) -> None:
+    if "safetensors" in formats:
+        import safetensors.numpy
+
+        (folder / FORMATS["safetensors"]).write_bytes(safetensors.numpy.save(entries))
+    if "torch" in formats:
+        import torch
+
+        tensors = {name: torch.from_numpy(value.copy()) for name, value in entries.items()}
+        torch.save(tensors, folder / FORMATS["torch"])
+
+
+def _write_test_input(path: Path, images: Any, outputs: dict[str, Any]) -> None:
+    """In PyTorch's axes; the losses and what the codes say already are left out."""
+    import numpy as np
+
+    from ctssl_jax.torch_bridge import onnx_file
+    from ctssl_jax.torch_bridge.parity import channels_first
+
+    kept = {name: channels_first(outputs[name]) for name in onnx_file.output_names(outputs)}
+    np.savez(path, images=channels_first(images), **kept)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def define_flags() -> None:
+    """Only where this module is the program."""
+    flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train or ctssl_jax.import_torch.")
+    flags.DEFINE_string("output_dir", None, "Folder that is made.")
+    flags.DEFINE_list("format", ["torch", "safetensors"], f"Of {', '.join(FORMATS)}, separated by commas.")
+    flags.DEFINE_string(
+        "license", None, "Licence of the weights (required): it follows from the data and from the initial weights."
+    )
+    flags.DEFINE_string("checkpoint", "best", "best (by validation loss), last, or a step.")
+    flags.DEFINE_multi_string("results", [], "Results of ctssl_jax.evaluate for the model card; may be repeated.")
+    flags.DEFINE_integer("num_test_slices", 2, "Synthetic slices that parity is measured on.")
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    given = flags.FLAGS
+    for name in ("workdir", "output_dir"):
+        if not given[name].value:
+            raise InputError(f"give --{name}=DIR")
+    command_line.configure_jax()
+    export(
+        given.workdir,
+        given.output_dir,
+        [name for name in given.format if name],
+        given.license or "",
+        checkpoint=given.checkpoint,
+        results=given.results,
+        num_test_slices=given.num_test_slices,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,83 @@
+"""Files of tensors that others wrote: read without running anything that is in them."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctssl_jax.command_line import InputError, require
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
+_WRAPPERS = ("model_state", "state_dict", "model")  # entries of a checkpoint that hold the tensors
+
+
+def read_tensors(path: str | Path, flag: str) -> dict[str, np.ndarray]:
+    """The tensors of a weights file by their names there.
+
+    Args:
+      path: `.safetensors`, or a file of `torch.save` with tensors by name, alone or in an entry `model_state`,
+        `state_dict` or `model` beside other tensors, numbers and text. A prefix `module.` that all names have is taken
+        off.
+      flag: what the user gave the path with, for messages.
+
+    Returns:
+      arrays by name, floating ones as float32, others as they are.
+
+    Raises:
+      InputError: the file does not exist, has another ending, is damaged, holds code, or its reader is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{flag}={path}: there is no such file")
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{flag}={path}: give a file that ends in {', '.join(SUFFIXES)}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, flag)
+    content = _load_without_code(path, flag)
+    for name in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    import torch
+
+    if not (isinstance(content, Mapping) and content and all(map(torch.is_tensor, content.values()))):
+        raise InputError(f"{flag}={path} does not hold tensors by name; save model.state_dict()")
+    tensors = {
+        str(name): (value.float() if value.is_floating_point() else value).numpy() for name, value in content.items()
+    }
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
+
+
+def _read_safetensors(path: Path, flag: str) -> dict[str, np.ndarray]:
+    require("safetensors", f"{flag}={path}", "torch")
+    import safetensors.numpy
+
+    try:
+        return safetensors.numpy.load_file(path)
+    except Exception as error:  # the reader has exceptions of its own kind
+        raise InputError(f"{flag}={path} is no readable safetensors file, or damaged: {_first_line(error)}") from None
+
+
+def _load_without_code(path: Path, flag: str) -> Any:
+    require("torch", f"{flag}={path}", "torch")
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
+            raise InputError(
+                f"{flag}={path} holds Python objects beside its tensors, which can run code when they are loaded, so "
+                "nothing was loaded; where you trust its source, save the tensors alone: "
+                "torch.save({'model_state': torch.load(FILE, weights_only=False)['model_state']}, NEW_FILE)"
+            ) from None
+        damaged = "is a damaged or no" if zipfile.is_zipfile(path) else "is truncated or no"
+        raise InputError(f"{flag}={path} {damaged} file of torch.save: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

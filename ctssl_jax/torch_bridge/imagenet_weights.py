@@ -1,0 +1,79 @@
+"""Weights of SE-ResNeXt-50 32x4d from a PyTorch file of the user's, in either published layout of names: timm's
+(`seresnext50_32x4d`), see `names`, or the older one (the challenge winner's), which differs in a few words.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ctssl_jax.checkpoint import flatten, unflatten
+from ctssl_jax.command_line import InputError
+from ctssl_jax.torch_bridge.files import read_tensors
+from ctssl_jax.torch_bridge.names import from_state_dict
+
+_OLDER_LAYOUT = ((r"^layer0\.", ""), (r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
+
+
+def read_file(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of `config.init_weights` by their names there, see `files.read_tensors`."""
+    return read_tensors(path, "config.init_weights")
+
+
+def load_state_dict(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], *, head: bool) -> dict[str, np.ndarray]:
+    """Rename and transpose the tensors of a PyTorch `SE-ResNeXt`, every one of them or an error.
+
+    Args:
+        tensors: by their names there, either layout.
+        like: leaves of our model with a shape, by flat name, e.g. `params/stem/conv/kernel` and
+            `variables/stem/norm/mean`; other names than `params/` and `variables/` are left alone.
+        head: whether the linear layer is taken too; without it, the file's may have other classes or be missing.
+
+    Returns:
+        float32 arrays by those flat names, all of `like` but the linear layer's if not head.
+
+    Raises:
+        InputError: a tensor is missing, has no place, or has another shape; the first of each is named.
+    """
+    model = {
+        name.split("/", 1)[1]: name
+        for name in like
+        if name.startswith(("params/", "variables/")) and (head or name.split("/")[1] != "classification")
+    }
+    entries = {_newer_name(name): value for name, value in tensors.items()}
+    if not head:
+        entries = {name: value for name, value in entries.items() if not name.startswith("fc.")}
+    wanted = {name: tuple(like[flat].shape) for name, flat in model.items()}
+    found, misfits = from_state_dict(entries, wanted, "SEResNeXt")
+    if misfits:
+        raise InputError(
+            f"config.init_weights: the file does not fit this model ({misfits.text()}); it must be an SE-ResNeXt of "
+            "the same config.model in timm's or the older layout of names"
+        )
+    return {model[name]: value for name, value in found.items()}
+
+
+def load_into(state: Any, path: str | Path, *, head: bool = False) -> Any:
+    """The state with a file's weights in place of its own; all else, the optimizer's moments among it, is untouched.
+
+    Args:
+        state: tree with `params` and `variables`, arrays on their devices.
+        path: see `read_file`.
+        head: see `load_state_dict`.
+
+    Raises:
+        InputError: as `read_file` and `load_state_dict`.
+    """
+    leaves = flatten(state)
+    loaded = load_state_dict(read_file(path), leaves, head=head)
+    moved = {name: jax.device_put(value, leaves[name].sharding) for name, value in loaded.items()}
+    return unflatten(state, leaves | moved)
+
+
+def _newer_name(name: str) -> str:
+    for pattern, replacement in _OLDER_LAYOUT:
+        name = re.sub(pattern, replacement, name)
+    return name
