@@ -11,11 +11,14 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from ctssl_jax import checkpoint, reports, training
+from ctssl_jax import checkpoint, configuration, reports, training
+from ctssl_jax.tasks import get_task
 from ctssl_jax.train import train
+from data_prep import dataset
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -117,3 +120,37 @@ def numbers(workdir: Path) -> list[dict]:
 def losses(workdir: Path) -> list[float]:
     """The training losses that a run reported."""
     return [line["loss"] for line in reports.read_reports(workdir, "train")]
+
+
+def save_untrained(config: ml_collections.ConfigDict, workdir: Path, step: int = 2, seed: int = 1) -> None:
+    """A run directory as training leaves it, but of a model with random weights: no training step is compiled.
+
+    Its batch statistics are random, too, so that a wrong one shows in any output.
+    """
+    preparation = dataset.read_preparation(config.dataset)
+    patients = {
+        split: [volume["patient_id"] for volume in dataset.read_volumes(config.dataset, split)]
+        for split in ("train", "validation")
+    }
+    configuration.open_workdir(workdir, config, preparation, patients)
+    model = randomised(get_task(config.task).build(config, nnx.Rngs(params=seed)), seed)
+    _, params, variables = nnx.split(model, nnx.Param, ...)
+    checkpoints = checkpoint.Checkpoints(workdir)
+    checkpoints.save(step, {"params": nnx.as_pure(params), "variables": nnx.as_pure(variables)}, {}, 0.5)
+    checkpoints.close()
+
+
+def randomised(model: nnx.Module, seed: int = 0) -> nnx.Module:
+    """The model with random batch statistics, scales, biases and codes."""
+    rng = np.random.default_rng(seed)
+    for path, variable in nnx.iter_graph(model):
+        if not isinstance(variable, nnx.Variable):
+            continue
+        shape, name = variable[...].shape, path[-1]
+        if name in ("var", "scale"):
+            variable[...] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        elif name in ("mean", "bias"):
+            variable[...] = rng.normal(0, 0.1, shape).astype(np.float32)
+        elif name == "codebook":
+            variable[...] = rng.normal(0, 0.3, shape).astype(np.float32)
+    return model

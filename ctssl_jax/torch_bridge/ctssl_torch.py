@@ -613,8 +613,14 @@ def preprocess(hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any]
         [S, C, H, W] float32 in [0, 1]: slices from feet to head, rows to posterior, columns to the patient's left.
 
     Raises:
-        ValueError: shapes do not fit, the volume is not axial, or its values are no Hounsfield units.
+        ValueError: shapes do not fit, the volume is not axial, its values are no Hounsfield units, or the model was
+            trained on cropped slices.
     """
+    if preprocessing.get("crop", "none") != "none":
+        raise ValueError(
+            "this model was trained on slices cropped to the lungs' bounding box, which is not found here; use "
+            "ctssl_jax.embed or ctssl_jax.predict"
+        )
     volume, spacing = to_canonical(hu, affine)
     volume = np.where(volume < _BELOW_ANY_TISSUE_HU, np.asarray(AIR_HU, volume.dtype), volume)
     size, windows = preprocessing["image_size"], preprocessing["windows"]

@@ -59,8 +59,8 @@ def _input(preprocessing: dict[str, Any]) -> str:
     if preprocessing["normalize"] == "slice_minmax":
         lines.append("- each slice is stretched from its own minimum to its own maximum")
     if preprocessing["crop"] != "none":
-        lines.append("- trained on slices cropped to the lungs' bounding box; `preprocess` gives whole slices")
-    return "\n".join(lines) + "\n\n`preprocess` does all of it."
+        lines.append("- slices cropped to the lungs' bounding box, which `preprocess` refuses to guess: use `ctssl_jax.embed`")
+    return "\n".join(lines) + ("\n\n`preprocess` does all of it." if preprocessing["crop"] == "none" else "")
 
 
 def _training(manifest: dict[str, Any]) -> str:

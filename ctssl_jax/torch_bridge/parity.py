@@ -99,10 +99,10 @@ def jax_outputs(model: nnx.Module, images: np.ndarray) -> tuple[dict[str, np.nda
         def run(images):
             with _recorded(model) as layers:
                 output = model(images, train=False)
-            return layers, output._asdict()
+            return layers, output
 
-        layers, outputs = jax.device_get(run(jnp.asarray(images)))
-    return layers, {name: np.asarray(value) for name, value in outputs.items()}
+        layers, output = jax.device_get(run(jnp.asarray(images)))
+    return layers, {name: np.asarray(value) for name, value in output._asdict().items()}
 
 
 def _torch_outputs(
