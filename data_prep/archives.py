@@ -76,10 +76,10 @@ def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreada
             source = Source(path, "", status.st_size)
             if not stat.S_ISREG(status.st_mode):
                 yield Unreadable(source, "unreadable", "not a regular file")
-            elif source.size > MAX_FILE_BYTES and not _is_zip(entry.path):
+            elif source.size > MAX_FILE_BYTES and not is_zip(entry.path):
                 yield Unreadable(source, "too_large", f"{source.size} bytes")
-            elif _is_zip(entry.path):
-                yield from _zip_members(entry.path, source)
+            elif is_zip(entry.path):
+                yield from zip_members(entry.path, source)
             else:
                 yield source
         except UnicodeEncodeError:
@@ -90,12 +90,12 @@ def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreada
             yield Unreadable(Source(path, "", 0), "unreadable", getattr(error, "strerror", None) or str(error))
 
 
-def _is_zip(path: str) -> bool:
+def is_zip(path: str) -> bool:
     with open(path, "rb") as file:
         return file.read(4) in _ZIP_SIGNATURES
 
 
-def _zip_members(path: str, source: Source) -> Iterator[Source | Unreadable]:
+def zip_members(path: str, source: Source) -> Iterator[Source | Unreadable]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.filename)

@@ -110,9 +110,9 @@ def _scan(input_dir: Path, plan_dir: Path, num_files: int, pool: WorkerPool, rea
     num_buckets = max(_MIN_BUCKETS, num_files // _HEADERS_PER_BUCKET)
     with Progress("reading headers", "files", num_files) as progress:
         tasks = ((input_dir, chunk, read) for chunk in _chunks(list_sources(input_dir), _SOURCES_PER_TASK))
-        for (_, chunk, _), entries in pool.run(_read_headers, tasks):
+        for (_, chunk, _), entries in pool.run(read_headers, tasks):
             if isinstance(entries, WorkerDied):
-                entries = list(_read_headers_one_by_one(input_dir, chunk, read))
+                entries = list(read_headers_one_by_one(input_dir, chunk, read))
             by_bucket = collections.defaultdict(list)
             for entry in entries:
                 by_bucket[_bucket_number(entry, num_buckets)].append(entry)
@@ -129,17 +129,22 @@ def _chunks(items: Iterable, size: int) -> Iterator[tuple]:
         yield chunk
 
 
-def _read_headers(
+def read_headers(
     input_dir: Path, entries: tuple[Source | Unreadable, ...], read: ReadHeader
 ) -> list[Header | NotAnImage | Unreadable]:
+    """What the files are, in their order; what could not be listed stays as it is.
+
+    Raises:
+        OSError: the archive went away.
+    """
     return [entry if isinstance(entry, Unreadable) else _read_one(input_dir, entry, read) for entry in entries]
 
 
-def _read_headers_one_by_one(input_dir, entries, read) -> Iterator[Header | NotAnImage | Unreadable]:
+def read_headers_one_by_one(input_dir, entries, read) -> Iterator[Header | NotAnImage | Unreadable]:
     """For a chunk that killed its worker: the file that did it is left out, by name."""
     tasks = [(input_dir, (entry,), read) for entry in entries]
     with WorkerPool(1) as pool:
-        for (_, (entry,), _), result in pool.run(_read_headers, tasks):
+        for (_, (entry,), _), result in pool.run(read_headers, tasks):
             if isinstance(result, WorkerDied):
                 yield NotAnImage(_source(entry), FAILED_FOR_NOW, "reading the header crashed")
             else:

@@ -147,9 +147,7 @@ def test_head_may_be_left_out():
     for tensors in (other, headless):
         loaded = imagenet_weights.load_state_dict(tensors, like, head=False)
         assert loaded.keys() == {name for name in like if "classification" not in name}
-    with pytest.raises(
-        InputError, match=r"2 of another shape; fc\.bias has shape \(1000,\) there, \(3,\) here"
-    ):
+    with pytest.raises(InputError, match=r"2 of another shape; fc\.bias has shape \(1000,\) there, \(3,\) here"):
         imagenet_weights.load_state_dict(other, like, head=True)
     with pytest.raises(InputError, match=r"2 tensors missing.*fc\."):
         imagenet_weights.load_state_dict(headless, like, head=True)
@@ -296,7 +294,7 @@ def test_unreadable_files_are_refused(tmp_path):
         imagenet_weights.read_file(tmp_path / "a.h5")
     pytest.importorskip("torch", reason="PyTorch is not installed")
     (tmp_path / "a.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(InputError, match="is truncated or no file of torch.save"):
+    with pytest.raises(InputError, match=r"is truncated or no file of torch\.save"):
         imagenet_weights.read_file(tmp_path / "a.pth")
 
 

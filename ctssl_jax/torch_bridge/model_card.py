@@ -59,7 +59,9 @@ def _input(preprocessing: dict[str, Any]) -> str:
     if preprocessing["normalize"] == "slice_minmax":
         lines.append("- each slice is stretched from its own minimum to its own maximum")
     if preprocessing["crop"] != "none":
-        lines.append("- slices cropped to the lungs' bounding box, which `preprocess` refuses to guess: use `ctssl_jax.embed`")
+        lines.append(
+            "- slices cropped to the lungs' bounding box, which `preprocess` does not find: use ctssl_jax.embed"
+        )
     return "\n".join(lines) + ("\n\n`preprocess` does all of it." if preprocessing["crop"] == "none" else "")
 
 
