@@ -32,6 +32,7 @@ from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError, RunFailed
 
 FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
+MAX_TEST_SIDE = 256  # larger slices are cut to their middle for the test: nothing in the models depends on the size
 PATHS = ("dataset", "init_from", "init_weights")  # of the configuration: paths of this machine
 
 
@@ -104,7 +105,7 @@ def export(
         raise RunFailed(_not_the_same(measured))
     manifest["parity"] = {
         "tolerance": parity.TOLERANCE,
-        "input": f"{num_test_slices} synthetic slices, float32",
+        "input": f"{num_test_slices} synthetic slices of {images.shape[1]} x {images.shape[2]} pixels, float32",
         "largest_difference": measured.worst,
         "outputs": measured.outputs,
         "stages": measured.stages,
@@ -338,7 +339,10 @@ def _twin(manifest: dict[str, Any], entries: dict[str, Any]) -> Any:
 
 
 def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int) -> Any:
-    """Adjacent slices in the middle of a synthetic chest, preprocessed: [number, H, W, C] float32 in [0, 1]."""
+    """Adjacent slices in the middle of a synthetic chest, preprocessed: [number, H, W, C] float32 in [0, 1].
+
+    Of slices larger than `MAX_TEST_SIDE` the middle is taken.
+    """
     import numpy as np
 
     from data_prep import phantom_exam
@@ -352,6 +356,8 @@ def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int
     if preprocessing["normalize"] == "slice_minmax":
         low, high = unit.min((1, 2, 3), keepdims=True), unit.max((1, 2, 3), keepdims=True)
         unit = (unit - low) / np.maximum(high - low, 1e-8)
+    cut = max(0, size - MAX_TEST_SIDE) // 2
+    unit = unit[:, cut : size - cut, cut : size - cut]
     if unit.shape[-1] == 1:
         unit = np.repeat(unit, preprocessing["in_channels"], axis=-1)
     middle = len(unit) // 2 - number // 2 + np.arange(number)

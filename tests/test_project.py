@@ -104,7 +104,7 @@ def test_readme_shows_the_commands():
     assert any("pip install" in block and "experiments.quickstart" in block for block in blocks)
     marked = readme.split("<!-- test command -->")[1]
     command = re.search(r"```bash\n(.*?)```", marked, flags=re.DOTALL).group(1)
-    for part in ("python3 -m venv", "'.[test]'", "ruff check", "ruff format --check", "-m pytest"):
+    for part in ("python3 -m venv", "'.[test,torch]'", "ruff check", "ruff format --check", "-m pytest"):
         assert part in command
     for name in re.findall(r"!\[.*?\]\((.*?)\)", readme):
         assert (PROJECT / name).is_file(), f"README shows {name}, which is not there"
