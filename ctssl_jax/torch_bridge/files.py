@@ -80,4 +80,4 @@ def _load_without_code(path: Path, flag: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
