@@ -67,6 +67,7 @@ class Preset(NamedTuple):
     nodule_steps: training steps of the segmentation cells, one curve each.
     attribute_steps: of the end-to-end baselines; 0 takes the recipe's.
     overrides: `FIELD=VALUE` of the recipes with an encoder of ours.
+    left_out: arms that are run only where `--arms` names them: a figure on two cores should take less than an hour.
     """
 
     size: str
@@ -78,6 +79,7 @@ class Preset(NamedTuple):
     nodule_steps: tuple[int, ...]
     attribute_steps: int
     overrides: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 PRESETS = {
@@ -95,6 +97,7 @@ PRESETS = {
         pe_steps=150,
         nodule_steps=(150, 300),
         attribute_steps=100,
+        left_out=("next_slice", "denoising", "flip"),
     ),
     "paper": Preset(
         size="reference",
@@ -129,13 +132,6 @@ class Study(NamedTuple):
     def run_of(self, arm: str) -> Path:
         """Run directory of the weights that an arm starts from."""
         return self.pretrained.get(arm, self.workdir / "runs" / f"pretrain_{arm}")
-
-    def content(self) -> dict[str, Any]:
-        """What must be the same for all cells of the folder."""
-        sizes = self.sizes._asdict() | {
-            "archives": {name: archive._asdict() for name, archive in self.sizes.archives.items()}
-        }
-        return {"preset": self.preset, **sizes}
 
 
 def data_cells(asked: Study, names: Sequence[str]) -> list[Cell]:
@@ -275,7 +271,7 @@ def define_flags(arms: Sequence[str]) -> None:
     flags.DEFINE_string("workdir", None, "Folder of the studies: data, runs, results, figures.")
     flags.DEFINE_string("dataset", None, "Downstream dataset directory (--preset=paper).")
     flags.DEFINE_multi_string("pretrained", [], "NAME=RUN: weights of an arm, NAME of --arms or one of your own.")
-    flags.DEFINE_list("arms", list(arms), "Arms, separated by commas.")
+    flags.DEFINE_list("arms", list(arms), "Arms, separated by commas; by default those of the preset.")
     flags.DEFINE_list("fractions", [], "Shares of the training studies; by default the preset's.")
     flags.DEFINE_list("seeds", [], "Seeds; by default the preset's.")
     flags.DEFINE_list("cells", [], "Cells to run, separated by commas; by default all that are missing.")
@@ -301,6 +297,8 @@ def study_of_flags(verb: str, kind: str) -> Study:
         except ValueError:
             raise InputError(f"--{name}={','.join(given[name].value)}: give numbers separated by commas") from None
         sizes = sizes._replace(**{name: values}) if values else sizes
+    if not given["arms"].present:
+        given["arms"].value = [arm for arm in given.arms if arm not in sizes.left_out]
     pretrained = {}
     for text in given.pretrained:
         name, _, run = text.partition("=")
