@@ -1,6 +1,7 @@
 """Shared fixtures. JAX runs on the CPU with eight simulated devices, so that sharding is tested everywhere."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,6 +18,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # processes that tests start and stop shall not inherit that of nohup
 PROJECT = Path(__file__).resolve().parent.parent
 
 

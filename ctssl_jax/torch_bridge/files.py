@@ -69,13 +69,16 @@ def _load_without_code(path: Path, flag: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
+        with open(path, "rb") as file:
+            is_pickle = file.read(1) == b"\x80"  # as torch.save wrote before it wrote zip files
+        is_whole = zipfile.is_zipfile(path) or is_pickle
+        if is_whole and ("weights_only" in str(error).lower() or "Unsupported" in str(error)):
             raise InputError(
                 f"{flag}={path} holds Python objects beside its tensors, which can run code when they are loaded, so "
                 "nothing was loaded; where you trust its source, save the tensors alone: "
                 "torch.save({'model_state': torch.load(FILE, weights_only=False)['model_state']}, NEW_FILE)"
             ) from None
-        damaged = "is a damaged or no" if zipfile.is_zipfile(path) else "is truncated or no"
+        damaged = "is a damaged or no" if is_whole else "is truncated or no"
         raise InputError(f"{flag}={path} {damaged} file of torch.save: {_first_line(error)}") from None
 
 
