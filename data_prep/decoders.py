@@ -6,6 +6,8 @@ imagecodecs (BSD) decodes the frame. The decoders are objects of this module: py
 
 from __future__ import annotations
 
+import struct
+
 import imagecodecs
 import numpy as np
 from pydicom.dataset import Dataset
@@ -49,6 +51,8 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
     if syntax not in _RLE and not frame.rstrip(b"\0").endswith(_END_OF_IMAGE):
         # the JPEG decoder would fill up what is missing, in silence, and the JPEG-LS decoder may take minutes
         raise ValueError("the frame ends early")
+    if syntax not in _RLE:
+        _check_matrix(frame, runner.rows, runner.columns)
     if syntax in _RLE:
         sample = np.dtype(f"<u{runner.bits_allocated // 8}")
         values = np.frombuffer(imagecodecs.dicomrle_decode(frame, sample), sample)
@@ -65,6 +69,30 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
         raise ValueError(f"the frame is {values.shape}, the header says {(runner.rows, runner.columns)}")
     runner.set_option("bits_allocated", 8 * values.dtype.itemsize)
     return values.tobytes()
+
+
+def _check_matrix(frame: bytes, rows: int, columns: int) -> None:
+    """Raises ValueError if a frame names another matrix than the header: decoders allocate what the frame names."""
+    if frame[:2] == b"\xff\xd8":  # JPEG, JPEG-LS: segments up to the start of frame (SOF0 .. SOF15, SOF55)
+        at = 2
+        while at + 9 <= len(frame):
+            marker = frame[at + 1]
+            if frame[at] != 0xFF:
+                break
+            if marker == 0xFF:  # a fill byte
+                at += 1
+                continue
+            if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+                matrix = struct.unpack_from(">HH", frame, at + 5)
+                if matrix != (rows, columns):
+                    raise ValueError(f"the frame is {matrix}, the header says {(rows, columns)}")
+                return
+            at += 2 + struct.unpack_from(">H", frame, at + 2)[0]
+    elif (at := frame.find(b"\xff\x4f\xff\x51")) >= 0 and at + 24 <= len(frame):  # JPEG 2000: SOC, SIZ
+        right, bottom, left, top = struct.unpack_from(">4I", frame, at + 8)
+        if (bottom - top, right - left) == (rows, columns):
+            return
+    raise ValueError("the frame does not name the matrix of the header")
 
 
 def _make_decoder(uid: UID) -> Decoder:

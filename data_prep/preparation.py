@@ -11,11 +11,12 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,14 @@ def prepare(
     sources: LabelSources | None = None,
     num_workers: int | None = None,
     pseudonym_key_file: Path | None = None,
+    beam_options: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Prepares a dataset, or carries on with it, or adds what came to the archive.
 
     `sources` says where labels, masks and attributes come from (default: what the archive brings along); its `masks`
-    and `tables` of `options` follow from it. Returns the content of its preparation.json, and whether there was
-    anything to do.
+    and `tables` of `options` follow from it. `beam_options`: convert and write shards under Apache Beam, with these
+    arguments of its own (`data_prep.beam_runner`); None: on worker processes here. Returns the content of its
+    preparation.json, and whether there was anything to do.
 
     Raises:
         PreparationError, ValueError: unusable directories or options, too few patients.
@@ -137,6 +140,10 @@ def prepare(
     sources = sources or LabelSources(options.archive)
     label_staging.check(sources, places.input_dir)
     num_workers = num_workers or usable_cores()
+    beam_arguments = None
+    if beam_options is not None:
+        beam_arguments = _beam_arguments(beam_options, num_workers)
+        places, sources = _with_absolute_paths(places), _with_absolute_paths(sources)
     key = deidentify.read_key(pseudonym_key_file) if pseudonym_key_file else None
     for flag, directory, mode in (("output", places.output_dir, 0o777), ("audit", places.audit_dir, 0o700)):
         try:
@@ -159,7 +166,7 @@ def prepare(
             frozen = Frozen.load(places.frozen_file)
             if can_be_assembled(frozen, places.output_dir, places.records_dir):
                 _refuse_other_options(frozen.options, frozen.key_fingerprint, options, key, places.output_dir)
-                _finish(frozen, places, pool)
+                _finish(frozen, places, pool, beam_arguments)
                 changed = True
             else:
                 places.frozen_file.unlink()
@@ -167,8 +174,28 @@ def prepare(
         if preparation and _bound(places)["digest"] == listed[1] and not num_failed_for_now(preparation["counts"]):
             _clean(places)
             return preparation, changed
-        frozen = _convert_and_freeze(options, sources, key, places, preparation, listed, pool)
-        return _finish(frozen, places, pool), True
+        frozen = _convert_and_freeze(options, sources, key, places, preparation, listed, pool, beam_arguments)
+        return _finish(frozen, places, pool, beam_arguments), True
+
+
+def _beam_arguments(beam_options: Sequence[str], num_workers: int) -> list[str]:
+    if importlib.util.find_spec("apache_beam") is None:
+        raise PreparationError("--runner=beam needs the package apache-beam: pip install 'ctssl_jax[beam]'")
+    from data_prep import beam_runner  # not earlier: Apache Beam is an extra
+
+    return beam_runner.pipeline_arguments(beam_options, num_workers)
+
+
+def _with_absolute_paths(paths: Any) -> Any:
+    """The same Places or LabelSources for workers that may have another working directory."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(absolute(item) for item in value)
+        return value.absolute() if isinstance(value, Path) else value
+
+    fields = [field.name for field in dataclasses.fields(paths)]
+    return dataclasses.replace(paths, **{name: absolute(getattr(paths, name)) for name in fields})
 
 
 @contextlib.contextmanager
@@ -272,6 +299,7 @@ def _convert_and_freeze(
     preparation: dict[str, Any] | None,
     listed: tuple[int, str],
     pool: WorkerPool,
+    beam_arguments: list[str] | None,
 ) -> Frozen:
     _remove_partial_files(places)
     places.notes_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -312,7 +340,7 @@ def _convert_and_freeze(
                 expected_slices += len(exam[0].headers)
     if patients:
         splits.check_numbers(len(patients), expected_volumes, options.splits, options.holdout_volumes)
-    _convert(run, plans, known, expected_slices, pool)
+    _convert(run, plans, known, expected_slices, pool, places.work_dir, beam_arguments)
     new_volumes: dict[str, tuple[dict[str, Any], int]] = {}
     with open(places.work_dir / "sources.csv", "w", newline="", errors="backslashreplace") as file:
         account = Account(file)
@@ -355,28 +383,46 @@ def _convert_and_freeze(
 
 
 def _convert(
-    run: conversion.Conversion, plans: list[Path], known: KnownVolumes, expected_slices: int, pool: WorkerPool
+    run: conversion.Conversion,
+    plans: list[Path],
+    known: KnownVolumes,
+    expected_slices: int,
+    pool: WorkerPool,
+    work_dir: Path,
+    beam_arguments: list[str] | None,
 ) -> None:
     """Converts every exam that has no note yet."""
     with Progress("converting", "slices", expected_slices) as progress:
 
-        def tasks() -> Iterator[tuple]:
-            for plan in map(read_plan, plans):
-                for exam in plan.exams:
+        def todo() -> Iterator[tuple[Path, int, list]]:
+            for path in plans:
+                for position, exam in enumerate(read_plan(path).exams):
                     if known.outcome(exam) is not None:
                         continue
-                    if _is_converted(run, exam):
+                    if is_converted(run, exam):
                         progress.advance(len(exam[0].headers), already_there=True)
                     else:
-                        yield run, exam
+                        yield path, position, exam
 
-        for (_, exam), result in pool.run(conversion.convert_exam, tasks()):
+        if beam_arguments is not None:
+            from data_prep import beam_runner
+
+            exams_of_plan, num_slices = collections.defaultdict(list), 0
+            for path, position, exam in todo():
+                exams_of_plan[path].append(position)
+                num_slices += len(exam[0].headers)
+            beam_runner.convert(run, exams_of_plan, work_dir, beam_arguments)
+            progress.advance(num_slices)
+            return
+        tasks = ((run, exam) for _, _, exam in todo())
+        for (_, exam), result in pool.run(conversion.convert_exam, tasks):
             if isinstance(result, WorkerDied):
                 conversion.write_note(run, conversion.note_of_crash(run, exam))
             progress.advance(len(exam[0].headers))
 
 
-def _is_converted(run: conversion.Conversion, exam: list) -> bool:
+def is_converted(run: conversion.Conversion, exam: list) -> bool:
+    """Whether an earlier run left the outcome of an exam, and it need not be tried again."""
     key = conversion.exam_key(run, exam)
     path = conversion.note_path(run, key)
     if not path.exists():
@@ -387,8 +433,12 @@ def _is_converted(run: conversion.Conversion, exam: list) -> bool:
     return note.volume is None or conversion.records_path(run.records_dir, key).exists()
 
 
-def _finish(frozen: Frozen, places: Places, pool: WorkerPool) -> dict[str, Any]:
+def _finish(frozen: Frozen, places: Places, pool: WorkerPool, beam_arguments: list[str] | None) -> dict[str, Any]:
     _remove_partial_files(places)
+    if beam_arguments is not None:  # `assemble` then finds the shards written
+        from data_prep import beam_runner
+
+        beam_runner.write_shards(frozen, places.frozen_file, places.output_dir, places.records_dir, beam_arguments)
     preparation = assemble(frozen, places.output_dir, places.records_dir, places.notes_dir, places.kept_notes_dir, pool)
     _write_private(places.audit_dir / "splits.json", frozen.splits)
     keep_notes(frozen, places.notes_dir, places.kept_notes_dir)
@@ -424,7 +474,10 @@ def _clean(places: Places) -> None:
 def _remove_partial_files(places: Places) -> None:
     for directory in (places.output_dir, places.records_dir, places.audit_dir, places.work_dir, places.notes_dir):
         for stale in directory.glob(f"*{dataset_writer.PARTIAL}"):
-            stale.unlink(missing_ok=True)
+            if stale.is_dir():  # of a task under Beam
+                remove_tree(stale)
+            else:
+                stale.unlink(missing_ok=True)
 
 
 def _unlisted_shards(output_dir: Path, preparation: dict[str, Any] | None) -> list[Path]:

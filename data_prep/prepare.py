@@ -17,8 +17,12 @@ what the files do not say, as CT-RATE has it: see data_prep.nifti_metadata). Bes
                             of a volume; PatientID: of a patient) and a column a label; empty cells are missing labels
     --attributes_csv=FILE   PatientID and any of age, sex, ethnic_group, which go before the headers
     --masks_dir=DIR         masks as DICOM-SEG or NIfTI files
+
+--runner=beam converts and writes the shards under Apache Beam, on many machines if --beam_options name some
+(data_prep.beam_runner has the command lines); the dataset is the same to the byte.
 """
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -70,6 +74,8 @@ flags.DEFINE_string(
     "pseudonym_key_file", None, "File with the secret key of the pseudonyms (default: made in the audit directory)."
 )
 flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
+flags.DEFINE_enum("runner", "local", ["local", "beam"], "Worker processes here, or Apache Beam: ctssl_jax[beam].")
+flags.DEFINE_string("beam_options", "", "Options of Apache Beam, as on a command line: see data_prep.beam_runner.")
 flags.DEFINE_bool("dry_run", False, "Read headers only, say what would happen, write nothing.")
 
 
@@ -115,6 +121,7 @@ def _run() -> int:
     splits = parse_splits(FLAGS.splits)
     if not FLAGS.shard_size_mb > 0:
         raise ValueError(f"--shard_size_mb={FLAGS.shard_size_mb:g}: give a number of megabytes above 0")
+    beam_options = _parse_beam_options(FLAGS.runner, FLAGS.beam_options)
 
     from data_prep import preparation
     from data_prep.conversion import FAILED_FOR_NOW
@@ -166,6 +173,7 @@ def _run() -> int:
         sources=sources,
         num_workers=FLAGS.num_workers,
         pseudonym_key_file=_path(FLAGS.pseudonym_key_file),
+        beam_options=beam_options,
     )
     state = "is complete" if changed else "is complete already: nothing to do"
     print(f"{output_dir} {state}{' (SYNTHETIC data)' * prepared['synthetic']}.")
@@ -181,6 +189,18 @@ def _run() -> int:
         print(f"{failed:>8} series or files could not be read for now ({FAILED_FOR_NOW}); run again to retry")
     print(f"Private: {places.audit_dir} links pseudonyms to files; keep it with the scans.")
     return 0
+
+
+def _parse_beam_options(runner: str, text: str) -> list[str] | None:
+    """None: not under Beam."""
+    if runner != "beam":
+        if text:
+            raise ValueError("--beam_options are of --runner=beam; add that or leave them out")
+        return None
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"--beam_options={text}: {error}; quote them as on a command line") from None
 
 
 def _path(text: str | None) -> Path | None:
