@@ -65,7 +65,7 @@ def export(
         missing package.
       RunFailed: the exported model is not the same function.
     """
-    workdir, output_dir = Path(workdir), Path(output_dir)
+    workdir, output_dir = Path(workdir), Path(output_dir).resolve()
     _check_request(output_dir, formats, licence, num_test_slices)
     from ctssl_jax import checkpoint as checkpoint_files
     from ctssl_jax.reports import say
@@ -73,6 +73,11 @@ def export(
 
     started = time.time()
     run = open_model(workdir, checkpoint)
+    theirs = _imported(workdir).get("license")
+    if theirs and theirs != licence:
+        raise InputError(
+            f"--license={licence}, but these weights were imported under {theirs}: give --license={theirs}"
+        )
     summaries = [_result(Path(path), run.fingerprint) for path in results]
     preprocessing = preprocessing_of(run)
     entries = names.state_dict(run.tensors, run.architecture, run.depth, _counters(workdir, run))
@@ -260,12 +265,16 @@ def preprocessing_of(run: RunModel) -> dict[str, Any]:
 
 def _counters(workdir: Path, run: RunModel) -> int | dict[str, int]:
     """PyTorch's counters: those that were imported, or the step."""
-    path = workdir / "imported.json"
-    if path.is_file():
-        imported = json.loads(path.read_text())
-        if imported["step"] == run.step and imported["num_batches_tracked"]:
-            return imported["num_batches_tracked"]
+    imported = _imported(workdir)
+    if imported.get("step") == run.step and imported["num_batches_tracked"]:
+        return imported["num_batches_tracked"]
     return run.step
+
+
+def _imported(workdir: Path) -> dict[str, Any]:
+    """What `ctssl_jax.import_torch` noted; empty for a run that was trained here."""
+    path = workdir / "imported.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _training(workdir: Path, run: RunModel) -> dict[str, Any]:
@@ -281,9 +290,14 @@ def _training(workdir: Path, run: RunModel) -> dict[str, Any]:
         "recipe": config["recipe"],
         "checkpoint_step": run.step,
         **measurement.training_data(workdir),
-        "init_from": ancestors,
+        "init_from": [*_imported(workdir).get("init_from", []), *ancestors],
         "config": {name: value for name, value in config.items() if name not in PATHS},
     }
+
+
+def _label_facts(run: RunModel) -> dict[str, Any] | None:
+    """Classes, in the order of the logits, and level (slice or volume) of the label that the model predicts."""
+    return (run.preparation.get("labels") or {}).get(run.config.get("label"))
 
 
 def _data(run: RunModel) -> dict[str, Any]:
@@ -295,6 +309,7 @@ def _data(run: RunModel) -> dict[str, Any]:
         "archive": preparation["archive"],
         "synthetic": preparation["synthetic"],
         "dataset_fingerprint": preparation["fingerprint"],
+        "labels": {run.config.label: facts} if (facts := _label_facts(run)) else {},
         "splits": {
             split: {name: facts[name] for name in counts if name in facts}
             for split, facts in splits.items()

@@ -64,6 +64,7 @@ def canonical_volume(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray,
         raise InputError("the affine shears the slices; give a volume whose rows and columns are at right angles")
     if not axes.axial:
         raise InputError("the volume is oblique: its slices are no axial ones; resample it along the patient's axes")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)  # NIfTI files may be big-endian
     frames = np.moveaxis(array, (along, row, column), (0, 1, 2))
     if steps[:, along] @ axes.normal < 0:
         frames = frames[::-1]

@@ -87,6 +87,7 @@ def import_weights(checkpoint: str | Path, workdir: str | Path, config: Any, win
         "step": step,
         "num_batches_tracked": counters,
         "license": manifest.get("license", "") if manifest else "",
+        "init_from": manifest["training"].get("init_from", []) if manifest else [],
     }
     checkpoint_files.write_json(workdir / "imported.json", facts)
     checkpoints = checkpoint_files.Checkpoints(workdir)
@@ -106,7 +107,8 @@ def _manifest(checkpoint: Path) -> dict[str, Any] | None:
         if checkpoint.is_dir():
             raise InputError(f"--checkpoint={checkpoint} holds no manifest.json; give a weights file in it")
         return None
-    return manifests.read(path, "--checkpoint")
+    manifest = manifests.read(path, "--checkpoint")
+    return manifest if checkpoint.is_dir() or checkpoint.name in manifest["files"] else None
 
 
 def _weights_of(checkpoint: Path, manifest: Mapping[str, Any]) -> Path:
@@ -140,6 +142,7 @@ def _of_manifest(manifest: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]
         "synthetic": data["synthetic"],
         "fingerprint": data["dataset_fingerprint"],
         "splits": data["splits"],
+        "labels": data.get("labels", {}),
     }
     config.windows = [list(window) for window in manifest["preprocessing"]["windows"]]
     return config, preparation, training["checkpoint_step"]
@@ -160,6 +163,8 @@ def _of_tensors(entries: Mapping[str, Any], config: Any, checkpoint: Path) -> An
             f"--checkpoint={checkpoint} is no autoencoder in the authors' layout ({missing[0]} is missing among its "
             f"{len(entries)} tensors); give one, or a folder of ctssl_jax.export"
         )
+    if any(entries[name].ndim != number for name, number in zip(needed, (4, 4, 2), strict=True)):
+        raise InputError(f"--checkpoint={checkpoint} is no autoencoder in the authors' layout (tensors of other ranks)")
     blocks = [re.fullmatch(r"encoder\.(\d+)\.resblock\.0\.weight", name) for name in entries]
     first, second, codebook = (entries[name] for name in needed)
     config = config.copy_and_resolve_references()
@@ -184,6 +189,8 @@ def _unknown_data(windows: list[list[float]], image_size: int) -> dict[str, Any]
         "key_fingerprint": UNKNOWN_KEY,
         "splits": {},
         "options": {},
+        "labels": {},
+        "masks": None,
     }
 
 
@@ -219,7 +226,7 @@ def main(argv: list[str]) -> int:
         raise InputError(str(error)) from None
     command_line.configure_jax()
     config = None
-    if not (Path(given.checkpoint) / "manifest.json").is_file():
+    if _manifest(Path(given.checkpoint)) is None:
         config = _recipe(given, windows)
     number = import_weights(given.checkpoint, given.workdir, config, windows)
     print(f"{number} tensors of {given.checkpoint} are in {given.workdir}")

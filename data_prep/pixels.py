@@ -125,15 +125,19 @@ def _native_extent(data: bytes, header: Header, order: str) -> tuple[int, int]:
     length = struct.unpack(order + "I", data[start - 4 : start])[0]
     if length == 0xFFFFFFFF:
         raise PixelError("undecodable_pixels", "compressed pixel data under an uncompressed transfer syntax")
+    damaged = length % 2 or (start + length > len(data) and header.transfer_syntax != NATIVE_SYNTAXES[0])
+    if not explicit and damaged:  # a damaged VR read as a length would shift the image by two values
+        raise PixelError("undecodable_pixels", "the pixel data element is damaged")
     return start, min(len(data), start + length)
 
 
 def _mask_unused_bits(values: np.ndarray, header: Header) -> np.ndarray:
-    """Drops what lies above High Bit (old overlays) or below the stored bits, and extends the sign."""
+    """Drops what lies above the stored bits (old overlays), and extends the sign. High Bit must be the last stored bit,
+    as DICOM asks: otherwise one of the two is wrong, and so would be the values."""
     bits = header.bits_allocated
     stored = header.bits_stored
     if stored == bits:
         return values
-    if not 0 < stored <= header.high_bit + 1 <= bits:
+    if not 0 < stored == header.high_bit + 1 <= bits:
         raise PixelError("undecodable_pixels", f"bits stored {stored}, high bit {header.high_bit}, of {bits}")
     return (values << (bits - 1 - header.high_bit)) >> (bits - stored)

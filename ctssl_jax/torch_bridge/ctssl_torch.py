@@ -96,6 +96,11 @@ class Encoder(nn.Sequential):
         super().__init__(*layers)
         self.widths = (first, second, embedding_dim)
 
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-1] % 4 or images.shape[-2] % 4:
+            raise ValueError(f"image sides must be divisible by 4, got {images.shape[-2]} x {images.shape[-1]}")
+        return super().forward(images)
+
     def compress(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """-> features [B, F1, H / 2, W / 2] of the first layer and [B, F2, H / 4, W / 4] of the third."""
         half = self[0](images)
@@ -160,7 +165,7 @@ class ExportedModel(nn.Module):
         """`preprocess` as this model was trained."""
         return preprocess(hu, affine, self.manifest["preprocessing"])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, images: Tensor, batch_size: int = 8) -> Tensor:
         """Embeddings of a scan's slices.
 
@@ -173,15 +178,17 @@ class ExportedModel(nn.Module):
             [S, D] float32, on the CPU.
 
         Raises:
-            ValueError: the model is in training mode.
+            ValueError: the model or a part of it is in training mode, or the images are not [S, C, H, W] in [0, 1].
         """
-        if self.training:
+        if any(module.training for module in self.modules()):
             raise ValueError("the model is in training mode, in which embeddings depend on the batch: call eval()")
-        device = next(self.parameters()).device
+        if images.ndim != 4 or not len(images) or not 0 <= float(images.min()) <= float(images.max()) <= 1:
+            raise ValueError("give images [S, C, H, W] in [0, 1], as preprocess makes them of Hounsfield units")
+        first = next(self.parameters())
         parts = []
         for start in range(0, len(images), batch_size):
             numbers = torch.arange(start, min(start + batch_size, len(images)))
-            batch = neighbours(images, numbers, self.offsets).to(device)
+            batch = neighbours(images, numbers, self.offsets).to(first.device, first.dtype)
             parts.append(self.embedding(batch).float().cpu())
         return torch.cat(parts)
 
@@ -240,7 +247,7 @@ class VQVAE(ExportedModel):
 
     def decode(self, quantized: Tensor) -> Tensor:
         """[B, D, h, w] -> images [B, C, 4h, 4w] in [0, 1], or in [-1, 1] with output_activation="tanh"."""
-        image = self.decoder(quantized).float()
+        image = self.decoder(quantized.to(self.decoder[0][0].weight.dtype)).float()
         return (image + 1) / 2 if self.output_activation == "unit_tanh" else image
 
     def embedding(self, images: Tensor) -> Tensor:
@@ -489,6 +496,8 @@ class FeatureInfo(list):
 class Features(nn.Module):
     """The encoder of a model as a feature extractor in timm's manner, for segmentation and detection libraries.
 
+    The encoder is the model's own, not a copy: what trains one trains the other.
+
     `forward` gives a list of feature maps, from fine to coarse, which `feature_info` describes, as
     `timm.create_model(..., features_only=True)` does; `forward_features`, `forward_head(pre_logits=True)` and
     `num_features` are those of a classification backbone.
@@ -559,12 +568,19 @@ def load(path: str | Path) -> ExportedModel:
         ValueError: the weights are not those that the manifest describes, or are damaged.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
     folder = path if path.is_dir() else path.parent
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"{folder} holds no manifest.json; give a folder that ctssl_jax.export wrote")
     manifest = json.loads((folder / "manifest.json").read_text())
-    model = build(manifest)
-    model.load_state_dict(_read_weights(path if path.is_file() else _weights_in(folder), manifest), strict=True)
+    weights = _read_weights(path if path.is_file() else _weights_in(folder), manifest)
+    try:
+        model = build(manifest)
+        model.load_state_dict(weights, strict=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder}: manifest.json does not describe these weights ({reason})") from None
     return model.eval()
 
 
@@ -728,14 +744,14 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     series: dict[str, list[Any]] = {}
     for name, content in _files(Path(path)):
         try:
-            dataset = pydicom.dcmread(io.BytesIO(content))
-        except pydicom.errors.InvalidDicomError:
+            dataset = pydicom.dcmread(io.BytesIO(content), force=True)  # also without the preamble
+        except Exception:  # a file of another kind may raise anything
             continue
         if dataset.get("Modality") != "CT" or "LOCALIZER" in dataset.get("ImageType", []):
             continue
         if "NumberOfFrames" in dataset:
             raise ValueError(f"{name}: enhanced multi-frame CT is not read here; convert it to single-frame DICOM")
-        missing = [tag for tag in _NEEDED_TAGS if dataset.get(tag) is None]
+        missing = [tag for tag in _NEEDED_TAGS if dataset.get(tag) in (None, "")]
         if missing:
             raise ValueError(f"{name} lacks {', '.join(missing)}")
         series.setdefault(dataset.SeriesInstanceUID, []).append(dataset)
@@ -778,6 +794,11 @@ def _stack(path: Any, slices: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     origins = origins[order]
     if len(slices) < 2 or np.diff(origins @ normal).min() < 1e-3:
         raise ValueError(f"{path}: {'one slice only' if len(slices) < 2 else 'two slices at one position'}")
+    steps = np.diff(origins @ normal)
+    if steps.max() > 1.5 * np.median(steps):
+        raise ValueError(
+            f"{path}: slices are missing (a step of {steps.max():g} mm among steps of {np.median(steps):g} mm)"
+        )
     volume = np.stack([_to_hu(slices[index]) for index in order])
     affine = np.eye(4)
     affine[:3, 0] = (origins[-1] - origins[0]) / (len(slices) - 1)
@@ -832,5 +853,8 @@ def verify(path: str | Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for output_name, difference in verify(sys.argv[1]).items():
+    differences = verify(sys.argv[1] if len(sys.argv) > 1 else ".")
+    for output_name, difference in differences.items():
         print(f"{output_name:16} {difference:.2e}")
+    within_rounding = all(value <= (0.01 if name == "codes" else 1e-3) for name, value in differences.items())
+    sys.exit(0 if within_rounding else "this installation computes something else than what was stored")

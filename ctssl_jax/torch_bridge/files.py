@@ -44,8 +44,21 @@ def read_tensors(path: str | Path, flag: str) -> dict[str, np.ndarray]:
 
     if not (isinstance(content, Mapping) and content and all(map(torch.is_tensor, content.values()))):
         raise InputError(f"{flag}={path} does not hold tensors by name; save model.state_dict()")
+    if any(value.layout != torch.strided for value in content.values()):
+        raise InputError(f"{flag}={path} holds sparse tensors; save dense ones")
+    return _plain(
+        {
+            str(name): (value.float() if value.is_floating_point() else value).detach().numpy()
+            for name, value in content.items()
+        }
+    )
+
+
+def _plain(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without a prefix that all have, and floating ones as float32."""
+    whole = ("i", "u", "b")
     tensors = {
-        str(name): (value.float() if value.is_floating_point() else value).numpy() for name, value in content.items()
+        name: value if value.dtype.kind in whole else value.astype(np.float32) for name, value in tensors.items()
     }
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
@@ -57,7 +70,7 @@ def _read_safetensors(path: Path, flag: str) -> dict[str, np.ndarray]:
     import safetensors.numpy
 
     try:
-        return safetensors.numpy.load_file(path)
+        return _plain(safetensors.numpy.load_file(path))
     except Exception as error:  # the reader has exceptions of its own kind
         raise InputError(f"{flag}={path} is no readable safetensors file, or damaged: {_first_line(error)}") from None
 

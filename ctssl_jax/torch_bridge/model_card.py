@@ -36,6 +36,20 @@ def _summary(manifest: dict[str, Any]) -> str:
 
 
 def _use(manifest: dict[str, Any]) -> str:
+    neighbours, crop = manifest["architecture"] == "SEResNeXt", manifest["preprocessing"]["crop"] != "none"
+    example = "images[:1]"
+    if neighbours:  # the slice below, the slice and the one above
+        example = "ctssl_torch.neighbours(images, torch.arange(1), model.offsets)"
+    if crop:
+        return f"""```python
+import ctssl_torch                              # the file in this folder; needs torch and numpy
+
+model = ctssl_torch.load(".")                   # evaluation mode
+output = model(images)                          # {_OUTPUTS[manifest["architecture"]]}
+```
+
+The model was trained on slices cropped to the lungs, which `preprocess` does not find: `ctssl_jax.embed` and
+`ctssl_jax.predict` do."""
     return f"""```python
 import ctssl_torch                              # the file in this folder; needs torch, numpy, pillow, pydicom
 
@@ -43,7 +57,7 @@ model = ctssl_torch.load(".")                   # evaluation mode
 hu, affine = ctssl_torch.read_dicom("SCAN")     # or nibabel: image.get_fdata(), image.affine
 images = model.preprocess(hu, affine)           # [S, C, H, W] float32
 z = model.embed(images)                         # [S, D], a vector a slice
-output = model(images[:1])                      # {_OUTPUTS[manifest["architecture"]]}
+output = model({example})                      # {_OUTPUTS[manifest["architecture"]]}
 ```
 
 `python ctssl_torch.py .` computes a stored input again and prints how far your installation is from what was stored."""
@@ -75,6 +89,8 @@ def _training(manifest: dict[str, Any]) -> str:
     for split, facts in data["splits"].items():
         counts = ", ".join(f"{number:,} {name.removeprefix('num_')}" for name, number in facts.items())
         lines.append(f"- {split} data: {counts} ({data['archive']} archive)")
+    for label, facts in data.get("labels", {}).items():
+        lines.append(f"- predicts `{label}` of a {facts['level']}; classes in order: {', '.join(facts['classes'])}")
     for ancestor in training["init_from"]:
         lines.append(f"- started from `{ancestor['recipe']}`, step {ancestor['checkpoint_step']:,}")
     if not data["splits"]:

@@ -138,8 +138,11 @@ def channels_last(images: np.ndarray) -> np.ndarray:
 
 
 def relative_difference(value: np.ndarray, expected: np.ndarray) -> float:
-    """Largest absolute difference over the largest absolute expected value; infinite for other shapes."""
-    if value.shape != expected.shape:
+    """Largest absolute difference over the largest absolute expected value.
+
+    Infinite for other shapes, and where a value is not finite: such a model is not known to be the same.
+    """
+    if value.shape != expected.shape or not (np.isfinite(value).all() and np.isfinite(expected).all()):
         return float("inf")
     return float(np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-12))
 
