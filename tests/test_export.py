@@ -131,6 +131,8 @@ def test_round_trip_is_bit_identical(exported, runs, tmp_path):
     before, after = saved_state(runs / "masked_region"), saved_state(tmp_path / "back")
     for name in after:
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    with pytest.raises(InputError, match="imported under CC0"):
+        export(tmp_path / "back", tmp_path / "again", ALL, "MIT")
     export(tmp_path / "back", tmp_path / "again", ALL, "CC0-1.0")
     for name in ("weights.pt", "weights.safetensors", "test_input.npz"):
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
@@ -282,6 +284,11 @@ def test_series_that_cannot_be_read_are_refused(tmp_path):
     dicom_files.write(tmp_path / "doubled", datasets)
     with pytest.raises(ValueError, match="two slices at one position"):
         ctssl_torch.read_dicom(tmp_path / "doubled")
+    dicom_files.write(tmp_path / "gap", [d for i, d in enumerate(dicom_files.slices(hu)) if i != 3])
+    with pytest.raises(ValueError, match="slices are missing"):
+        ctssl_torch.read_dicom(tmp_path / "gap")
+    dicom_files.write(tmp_path / "bare", dicom_files.slices(hu), preamble=False)
+    assert ctssl_torch.read_dicom(tmp_path / "bare")[0].shape == hu.shape
     del datasets[0].RescaleIntercept
     dicom_files.write(tmp_path / "unscaled", datasets[:1])
     with pytest.raises(ValueError, match="lacks RescaleIntercept"):
@@ -358,6 +365,16 @@ def test_a_folder_whose_weights_were_changed_is_refused(exported, tmp_path):
         alone.load(changed)
     with pytest.raises(InputError, match="format_version 99"):
         import_weights(changed, tmp_path / "run", None, [])
+    for content in ({**manifest, "files": []}, {**manifest, "model": {"depth": 9}}):
+        (changed / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="manifest"):
+            alone.load(changed)
+    for content in ({**manifest, "files": []}, {**manifest, "training": None}):
+        (changed / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match="is damaged"):
+            import_weights(changed, tmp_path / "run", None, [])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        alone.load(changed / "weights_v2.pt")
     (changed / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match="manifest"):
         alone.load(changed)

@@ -269,6 +269,8 @@ def test_padding_and_types_of_hu():
         hu, *_ = hu_arrays.canonical_volume(padded.astype(dtype), AFFINE)
         assert hu.dtype == np.int16
         np.testing.assert_array_equal(hu, air)
+    big_endian, *_ = hu_arrays.canonical_volume(HU.astype(">i2"), AFFINE)
+    np.testing.assert_array_equal(big_endian, HU)
     fractional, *_ = hu_arrays.canonical_volume(HU + 0.25, AFFINE)
     assert fractional.dtype == np.float32
     np.testing.assert_array_equal(fractional, HU + np.float32(0.25))

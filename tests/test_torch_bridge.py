@@ -244,3 +244,38 @@ def test_embeddings_in_training_mode_are_refused():
     _, twin, _, _ = built("classifier")
     with pytest.raises(ValueError, match="training mode"):
         twin.train().embed(torch.zeros(1, 1, 32, 32))
+
+
+def test_what_is_not_finite_is_not_the_same():
+    nan = np.array([1.0, np.nan], np.float32)
+    assert parity.relative_difference(nan, nan) == float("inf")
+    assert not parity.Parity({"a": 1e-7, "b": parity.relative_difference(nan, nan)}, {"latents": 1e-7}, 1.0).holds
+
+
+def test_embeddings_feed_a_probe_and_come_in_half_precision():
+    _, twin, _, _ = built("autoencoder")
+    images = torch.rand(3, 1, 32, 32)
+    whole = twin.embed(images)
+    torch.nn.Linear(5, 2)(whole).sum().backward()  # no inference tensors
+    half = twin.bfloat16()
+    torch.testing.assert_close(half.embed(images), whole, rtol=0.1, atol=0.05)
+    with torch.no_grad():
+        assert half(images.bfloat16()).reconstruction.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "images", [torch.full((1, 1, 32, 32), 40.0), torch.zeros(1, 32, 32), torch.zeros(0, 1, 32, 32)]
+)
+def test_images_that_are_no_input_are_refused(images):
+    _, twin, _, _ = built("classifier")
+    with pytest.raises(ValueError, match="in \\[0, 1\\]"):
+        twin.embed(images)
+    with pytest.raises(ValueError, match="divisible by 4, got 30 x 32"):
+        twin.embed(torch.zeros(1, 1, 30, 32))
+
+
+def test_a_part_in_training_mode_is_seen():
+    _, twin, _, _ = built("classifier")
+    ctssl_torch.Features(twin).train()
+    with pytest.raises(ValueError, match="training mode"):
+        twin.embed(torch.zeros(1, 1, 32, 32))

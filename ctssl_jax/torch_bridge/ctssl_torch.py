@@ -751,6 +751,10 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             continue
         if "NumberOfFrames" in dataset:
             raise ValueError(f"{name}: enhanced multi-frame CT is not read here; convert it to single-frame DICOM")
+        if "TransferSyntaxUID" not in dataset.file_meta:  # a file without preamble and meta information
+            explicit = not dataset.original_encoding[0]
+            known = pydicom.uid.ExplicitVRLittleEndian if explicit else pydicom.uid.ImplicitVRLittleEndian
+            dataset.file_meta.TransferSyntaxUID = known
         missing = [tag for tag in _NEEDED_TAGS if dataset.get(tag) in (None, "")]
         if missing:
             raise ValueError(f"{name} lacks {', '.join(missing)}")
