@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -181,8 +182,10 @@ def prepare(
 def _beam_arguments(beam_options: Sequence[str], num_workers: int) -> list[str]:
     if importlib.util.find_spec("apache_beam") is None:
         raise PreparationError("--runner=beam needs the package apache-beam: pip install 'ctssl_jax[beam]'")
-    from data_prep import beam_runner  # not earlier: Apache Beam is an extra
+    logging.disable(logging.WARNING)  # Beam complains that its own extras are not there
+    from data_prep import beam_runner  # not earlier: it is an extra itself
 
+    logging.disable(logging.NOTSET)
     return beam_runner.pipeline_arguments(beam_options, num_workers)
 
 

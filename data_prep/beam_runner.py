@@ -1,0 +1,261 @@
+r"""The expensive steps of a preparation under Apache Beam: the conversion of the exams and the writing of the shards.
+
+    python -m data_prep.prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"     # pip install ctssl_jax[beam]
+
+The workers run the functions of the local runner, and the dataset is the same to the byte; either runner continues what
+the other began. Listing, headers, planning, the frozen decisions and the tables stay with the process that was
+started, on its --num_workers. Without a runner in --beam_options the pipelines run here (Beam's FnApiRunner) with
+--num_workers workers, which tries things out and is no faster than the local runner. On a cluster:
+
+    --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64
+                    --environment_type=EXTERNAL --environment_config=localhost:50000"
+    --beam_options="--runner=SparkRunner --spark_master_url=spark://HOST:7077
+                    --environment_type=EXTERNAL --environment_config=localhost:50000"
+    --beam_options="--runner=DataflowRunner --project=PROJECT --region=REGION --temp_location=gs://BUCKET/tmp
+                    --sdk_container_image=IMAGE"                                  # and pip install 'apache-beam[gcp]'
+
+EXTERNAL: each worker machine of Flink or Spark runs `python -m apache_beam.runners.worker.worker_pool_main
+--service_port=50000` in an activated environment with this package (the pool starts the `python` that is first on
+PATH). IMAGE holds this package and mounts the directories.
+
+All workers, and the machine that starts the job, see input_dir, output_dir, audit_dir and the files of labels and masks
+under the same paths, with atomic renames and symbolic links (NFS, Lustre, GPFS, Filestore), and may write. What goes
+through Beam is paths and numbers: the pseudonym key and whatever names a scan stay in the audit directory, where the
+workers read them.
+
+Beam may run a task again, after a lost worker or for no reason, also while its first run is still at work, perhaps cut
+off and on another machine. So each run of a task writes into a directory of its own and then renames; what is done is
+skipped. Before a job is started again its old one must have been cancelled: the lock that keeps two runs apart is held
+by the process that started the job, not by its workers.
+"""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import pickle
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineState
+
+from data_prep import assembly, conversion, dataset_writer
+from data_prep.dicom import SeriesCandidate
+from data_prep.planning import read_plan
+from data_prep.preparation import is_converted
+from data_prep.workers import WorkerDied, WorkerPool
+
+_HERE = "--runner=FnApiRunner"  # not DirectRunner, which may download another one
+_REMEDY = "what it finished stays: run the same command again to continue (--runner=local goes on with it too)"
+_CONVERSION_FILE = "conversion.pickle"  # private: it holds the pseudonym key
+
+
+def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
+    """Beam's own arguments, with a runner on this machine if `options` names none.
+
+    Raises:
+        ValueError: Beam does not take them; one line.
+    """
+    for name in ("common", "worker", "portability.fn_api_runner", "portability.local_job_service"):  # workers here:
+        logging.getLogger(f"apache_beam.runners.{name}").setLevel(logging.CRITICAL)  # `_run` raises their errors
+    arguments = list(options)
+    if not any(option.split("=")[0] == "--runner" for option in options):
+        arguments = [_HERE, "--direct_running_mode=multi_threading", f"--direct_num_workers={num_workers}", *options]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed = PipelineOptions(arguments)
+            parsed.get_all_options()
+            beam.Pipeline(options=parsed)
+    except (Exception, SystemExit) as error:  # argparse prints and exits, runners raise what they like
+        reason = (complaint.getvalue() or str(error)).strip().splitlines()[-1].rpartition(": error: ")[2]
+        raise ValueError(f"--beam_options={shlex.join(options)}: {reason}") from None
+    return arguments
+
+
+# ---- conversion --------------------------------------------------------------------------------------------
+
+
+def convert(
+    run: conversion.Conversion, todo: Mapping[Path, list[int]], work_dir: Path, arguments: Sequence[str]
+) -> None:
+    """Converts the exams `todo`: files of `planning.plan_archive` and, of each, positions in its `exams`.
+
+    Raises:
+        OSError: the pipeline failed; what it finished stays.
+    """
+    elements = [(str(plan), exams) for plan, exams in todo.items()]
+    if not elements:
+        return
+    _say(f"converting: {sum(map(len, todo.values()))} exams under Apache Beam")
+    conversion_file = work_dir / _CONVERSION_FILE
+    dataset_writer.write_file(conversion_file, pickle.dumps(run))
+    pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
+    _ = (
+        pipeline
+        | "plans" >> beam.Create(elements)
+        | "exams" >> beam.FlatMap(_exams_of_plan)
+        | "spread exams" >> beam.Reshuffle()
+        | "convert" >> beam.ParDo(_Convert(str(conversion_file)))
+    )
+    _run(pipeline)
+
+
+def _exams_of_plan(element: tuple[str, list[int]]) -> list[tuple[str, int]]:
+    plan, exams = element
+    return [(plan, exam) for exam in exams]
+
+
+class _Convert(beam.DoFn):
+    """In a process of its own, like the local runner's: a scan that kills it is noted and takes no other along."""
+
+    def __init__(self, conversion_file: str):
+        self._conversion_file = conversion_file
+
+    def setup(self) -> None:
+        self._run = pickle.loads(Path(self._conversion_file).read_bytes())
+        self._open = contextlib.ExitStack()
+        self._pool = self._open.enter_context(WorkerPool(1))
+
+    def process(self, element: tuple[str, int]) -> None:
+        plan, exam = element
+        convert_once(self._run, read_plan(Path(plan)).exams[exam], self._pool)
+
+    def teardown(self) -> None:
+        self._open.close()
+
+
+def convert_once(run: conversion.Conversion, exam: list[SeriesCandidate], pool: WorkerPool) -> None:
+    """`conversion.convert_exam`, unless that is done, safe against another run of the same task at the same time.
+
+    Raises:
+        OSError: the archive went away, or the output can't be written.
+    """
+    if is_converted(run, exam):
+        return
+    key = conversion.exam_key(run, exam)
+    with _private_directory(run.notes_dir) as notes_dir, _private_directory(run.records_dir) as records_dir:
+        private = dataclasses.replace(run, notes_dir=notes_dir, records_dir=records_dir)
+        for _, result in pool.run(conversion.convert_exam, [(private, exam)]):
+            if isinstance(result, WorkerDied):
+                conversion.write_note(private, conversion.note_of_crash(private, exam))
+        if is_converted(run, exam):  # another run was first; this one may have failed
+            return
+        records = conversion.records_path(records_dir, key)
+        if records.exists():
+            _publish(records, conversion.records_path(run.records_dir, key))
+        _publish(conversion.note_path(private, key), conversion.note_path(run, key))  # last: it means "done"
+
+
+# ---- shards ------------------------------------------------------------------------------------------------
+
+
+def write_shards(
+    frozen: assembly.Frozen, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
+) -> None:
+    """Writes the new shards that are not there yet, with the sidecars by which `assembly.assemble` knows them.
+
+    Raises:
+        OSError: the pipeline failed; what it finished stays.
+    """
+    missing = [
+        i for i, shard in enumerate(frozen.new_shards) if not _is_written(shard["name"], output_dir, records_dir)
+    ]
+    if not missing:
+        return
+    _say(f"writing shards: {len(missing)} shards under Apache Beam")
+    pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
+    _ = (
+        pipeline
+        | "shards" >> beam.Create(missing)
+        | "spread shards" >> beam.Reshuffle()
+        | "write" >> beam.ParDo(_WriteShard(str(frozen_file), str(output_dir), str(records_dir)))
+    )
+    _run(pipeline)
+
+
+class _WriteShard(beam.DoFn):
+    def __init__(self, frozen_file: str, output_dir: str, records_dir: str):
+        self._frozen_file, self._output_dir, self._records_dir = frozen_file, output_dir, records_dir
+
+    def setup(self) -> None:
+        self._shards = assembly.Frozen.load(Path(self._frozen_file)).new_shards
+
+    def process(self, element: int) -> None:
+        shard = self._shards[element]
+        path = Path(self._output_dir) / shard["name"]
+        write_shard_once(path, Path(self._records_dir), shard["staged"], shard["num_records"])
+
+
+def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_records: int) -> None:
+    """Writes a shard of the staged volumes `staged`, unless that is done, safe against another run of the same task.
+
+    Raises:
+        OSError: the shard can't be written, or not all of its records are there.
+    """
+    try:
+        if not _is_written(path.name, path.parent, records_dir):
+            _write_shard(path, records_dir, staged, num_records)
+    except Exception:  # of whatever kind: another run that was first takes the staged volumes away
+        if not _is_written(path.name, path.parent, records_dir):
+            raise
+    for key in staged:
+        conversion.records_path(records_dir, key).unlink(missing_ok=True)
+
+
+def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> None:
+    with _private_directory(records_dir) as private:
+        for key in staged:  # links: the function takes away what it has written, and another run may be reading it
+            conversion.records_path(private, key).symlink_to(conversion.records_path(records_dir, key).absolute())
+        assembly._write_shard(private / path.name, private, staged, num_records)
+        _publish(private / path.name, path)
+        _publish(assembly._sidecar(private, path.name), assembly._sidecar(records_dir, path.name))  # it means "done"
+
+
+def _is_written(name: str, output_dir: Path, records_dir: Path) -> bool:
+    return assembly._sidecar(records_dir, name).exists() and (output_dir / name).exists()
+
+
+# ---- both --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _private_directory(parent: Path) -> Iterator[Path]:
+    """No two runs of a task share it, on whatever machines; what a killed one leaves, the next preparation removes."""
+    with tempfile.TemporaryDirectory(
+        dir=parent, suffix=dataset_writer.PARTIAL, ignore_cleanup_errors=True
+    ) as directory:
+        yield Path(directory)
+
+
+def _publish(source: Path, target: Path) -> None:
+    os.replace(source, target)
+    dataset_writer.sync_directory(target.parent)
+
+
+def _run(pipeline: beam.Pipeline) -> None:
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # tracebacks of workers on this machine, which are raised too
+            state = pipeline.run().wait_until_finish()
+    except Exception as error:  # of any runner
+        raise OSError(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error
+    if state != PipelineState.DONE:
+        raise OSError(f"the Beam pipeline ended in state {state}; {_REMEDY}")
+
+
+def _reason(error: Exception) -> str:
+    """One line; runners hand on the tracebacks of their workers as text."""
+    raised = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", str(error), re.MULTILINE)
+    lines = raised or str(error).strip().split("\n")
+    return lines[-1].split(" [while running")[0].strip() or type(error).__name__
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
