@@ -76,12 +76,7 @@ def evaluate(
     batch_size = -(-batch_size // num_devices) * num_devices
     mesh = distributed.make_mesh()
     program = training.make_program(config, task, len(channels), mesh)
-    _, params, variables = training.abstract_model(config, task)
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=distributed.replicated(mesh)),
-        {"params": params, "variables": variables},
-    )
-    model = checkpoint_files.restore(workdir, step, like)
+    _, model = training.restore_model(workdir, step, config, task, distributed.replicated(mesh))
     state = training.TrainState(step=(), optimizer=(), sums={}, nonfinite_step=(), **model)
 
     # ---- Scores: slices, then volumes, then the split ----

@@ -17,8 +17,8 @@ than 1e-4 of the layer's largest value.
 """
 
 import dataclasses
-import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from absl import flags
 
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError, RunFailed
+from data_prep.dataset import file_sha256
 
 FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
 MAX_TEST_SIDE = 256  # larger slices are cut to their middle for the test: nothing in the models depends on the size
@@ -119,8 +120,7 @@ def export(
     }
 
     # ---- Files, in a folder that takes its name when it is complete ----
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         _write_weights(temporary, formats, entries)
@@ -131,7 +131,10 @@ def export(
                 f"ONNX         largest difference {manifest['onnx']['largest_difference']:.1e}, opset {onnx_file.OPSET}"
             )
         shutil.copyfile(ctssl_torch.__file__, temporary / "ctssl_torch.py")
-        manifest["files"] = {path.name: _facts(path) for path in sorted(temporary.iterdir())}
+        manifest["files"] = {
+            path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+            for path in sorted(temporary.iterdir())
+        }
         checkpoint_files.write_text(temporary / "README.md", model_card.text(manifest))
         checkpoint_files.write_json(temporary / "manifest.json", manifest)
         if output_dir.is_dir():
@@ -213,17 +216,11 @@ def open_model(workdir: Path, checkpoint: str) -> RunModel:
         raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
     config = configuration.from_json(json.loads((workdir / "config.json").read_text()))
     step = checkpoint_files.choose_step(workdir, checkpoint)
-    with config.unlocked():
-        plain = config.copy_and_resolve_references()
+    plain = config.copy_and_resolve_references()
     plain.dtype, plain.remat, plain.scan = "float32", False, False
     task = get_task(config.task)
-    graph, params, variables = training.abstract_model(plain, task)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        {"params": params, "variables": variables},
-    )
-    state = checkpoint_files.restore(workdir, step, like)
+    graph, state = training.restore_model(workdir, step, plain, task, device)
     model = nnx.merge(graph, state["params"], state["variables"])
     flat = checkpoint_files.flatten(state)
     return RunModel(
@@ -235,7 +232,7 @@ def open_model(workdir: Path, checkpoint: str) -> RunModel:
         depth=getattr(model.config, "depth", 0),
         model=model,
         tensors={name.split("/", 1)[1]: jax.device_get(value) for name, value in flat.items()},
-        num_parameters=training.count_parameters(params),
+        num_parameters=training.count_parameters(state["params"]),
         fingerprint=checkpoint_files.fingerprint(flat),
     )
 
@@ -411,12 +408,6 @@ def _write_test_input(path: Path, images: Any, outputs: dict[str, Any]) -> None:
 
     kept = {name: channels_first(outputs[name]) for name in onnx_file.output_names(outputs)}
     np.savez(path, images=channels_first(images), **kept)
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": path.stat().st_size}
 
 
 def define_flags() -> None:

@@ -9,7 +9,6 @@ it, and their defaults are those of the authors' release. The second takes a fol
 which says everything itself. Nothing in a file is run: one with Python objects beside the tensors is refused.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from ml_collections import config_flags
 
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError
+from data_prep.dataset import file_sha256
 
 UNKNOWN_KEY = "unknown"  # in place of the fingerprint of a pseudonym key: nobody knows whom these weights learned from
 
@@ -83,7 +83,7 @@ def import_weights(checkpoint: str | Path, workdir: str | Path, config: Any, win
     configuration.open_workdir(workdir, config, preparation, no_patients)
     checkpoint_files.write_json(workdir / "ancestors.json", [])
     facts = {
-        "sha256": _sha256(path),
+        "sha256": file_sha256(path),
         "step": step,
         "num_batches_tracked": counters,
         "license": manifest.get("license", "") if manifest else "",
@@ -92,7 +92,7 @@ def import_weights(checkpoint: str | Path, workdir: str | Path, config: Any, win
     checkpoint_files.write_json(workdir / "imported.json", facts)
     checkpoints = checkpoint_files.Checkpoints(workdir)
     metadata = {"config": configuration.to_json(config), "preparation": preparation}
-    checkpoints.save(step, {**jax.tree.map(jax.numpy.asarray, state)}, metadata, None)
+    checkpoints.save(step, jax.tree.map(jax.numpy.asarray, state), metadata, None)
     checkpoints.close()
     return len(found)
 
@@ -113,16 +113,12 @@ def _manifest(checkpoint: Path) -> dict[str, Any] | None:
 
 def _weights_of(checkpoint: Path, manifest: Mapping[str, Any]) -> Path:
     """The weights file, whose bytes must be those that the manifest knows."""
-    candidates = (
-        [checkpoint]
-        if checkpoint.is_file()
-        else [checkpoint / name for name in ("weights.safetensors", "weights.pt") if (checkpoint / name).is_file()]
-    )
-    if not candidates:
+    candidates = [checkpoint, checkpoint / "weights.safetensors", checkpoint / "weights.pt"]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
         raise InputError(f"--checkpoint={checkpoint} holds neither weights.safetensors nor weights.pt")
-    path = candidates[0]
     known = manifest["files"].get(path.name)
-    if known is None or _sha256(path) != known["sha256"]:
+    if known is None or file_sha256(path) != known["sha256"]:
         raise InputError(
             f"--checkpoint={path} is not the file that the manifest.json beside it describes (damaged, or of another "
             "export); copy the whole folder again"
@@ -192,11 +188,6 @@ def _unknown_data(windows: list[list[float]], image_size: int) -> dict[str, Any]
         "labels": {},
         "masks": None,
     }
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def define_flags() -> None:

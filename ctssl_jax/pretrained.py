@@ -226,11 +226,7 @@ def load(workdir: str | Path, checkpoint: str = "best", *, batch_size: int = 0) 
     step, task = checkpoint_files.choose_step(workdir, checkpoint), get_task(config.task)
     mesh = distributed.make_mesh(jax.local_devices())
     batch_size = batch_size or config.batch_size // config.microbatches
-    graph, params, variables = training.abstract_model(config, task)
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=distributed.replicated(mesh)),
-        {"params": params, "variables": variables},
-    )
+    graph, state = training.restore_model(workdir, step, config, task, distributed.replicated(mesh))
     downstream = _sees_whole_slices(task, config)
 
     def outputs(state: dict, batch: dict) -> dict[str, jax.Array]:
@@ -252,9 +248,9 @@ def load(workdir: str | Path, checkpoint: str = "best", *, batch_size: int = 0) 
         _task=task,
         _offsets=task.offsets(config) if downstream else (0,),
         _mesh=mesh,
-        state=checkpoint_files.restore(workdir, step, like),
+        state=state,
         _outputs=jitted(outputs),
-        _latents=jitted(latents) if "project" in params.get("encoder", {}) else None,
+        _latents=jitted(latents) if "project" in state["params"].get("encoder", {}) else None,
     )
 
 

@@ -16,10 +16,10 @@ import ml_collections
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from ctssl_jax import distributed, metrics
-from ctssl_jax.checkpoint import flatten
+from ctssl_jax.checkpoint import flatten, restore
 from ctssl_jax.command_line import RunFailed
 from ctssl_jax.corruptions import example_keys
 from ctssl_jax.task_interface import Task
@@ -135,6 +135,32 @@ def abstract_model(config: ml_collections.ConfigDict, task: Task) -> tuple[Any, 
     model = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(params=config.seed)))
     graph, params, variables = nnx.split(model, nnx.Param, ...)
     return graph, nnx.as_pure(params), nnx.as_pure(variables)
+
+
+def restore_model(
+    workdir: Path, step: int, config: ml_collections.ConfigDict, task: Task, sharding: Sharding
+) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint's model without the rest of the training state.
+
+    Args:
+      workdir: run directory.
+      step: a checkpoint that exists.
+      config: the run's configuration.
+      task: the run's task.
+      sharding: of every tensor.
+
+    Returns:
+      The graph definition; `params` and `variables` as arrays.
+
+    Raises:
+      InputError: the checkpoint does not fit the configuration, or is damaged.
+    """
+    graph, params, variables = abstract_model(config, task)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        {"params": params, "variables": variables},
+    )
+    return graph, restore(workdir, step, like)
 
 
 def count_parameters(params: Any) -> int:

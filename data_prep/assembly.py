@@ -124,7 +124,7 @@ def can_be_assembled(frozen: Frozen, output_dir: Path, records_dir: Path) -> boo
     """Whether every shard is written already or has its staged volumes: false if someone removed the output."""
     old_shards = [name for name in frozen.old_checksums if ".array_record-" in name]
     return all((output_dir / name).exists() for name in old_shards) and all(
-        (_sidecar(records_dir, shard["name"]).exists() and (output_dir / shard["name"]).exists())
+        (sidecar_path(records_dir, shard["name"]).exists() and (output_dir / shard["name"]).exists())
         or all(records_path(records_dir, key).exists() for key in shard["staged"])
         for shard in frozen.new_shards
     )
@@ -253,13 +253,13 @@ def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, pool: Wor
     total = sum(shard["num_records"] for shard in frozen.new_shards)
     with Progress("writing shards", "slices", total) as progress:
         for shard in frozen.new_shards:
-            sidecar = _sidecar(records_dir, shard["name"])
+            sidecar = sidecar_path(records_dir, shard["name"])
             if sidecar.exists() and (output_dir / shard["name"]).exists():
                 checksums[shard["name"]] = sidecar.read_text()
                 progress.advance(shard["num_records"], already_there=True)
             else:
                 tasks.append((output_dir / shard["name"], records_dir, shard["staged"], shard["num_records"]))
-        for (path, _, _, num_records), checksum in pool.run(_write_shard, tasks):
+        for (path, _, _, num_records), checksum in pool.run(write_shard, tasks):
             if isinstance(checksum, WorkerDied):
                 raise OSError(f"{path}: writing the shard was killed; check memory and disk, then run again")
             checksums[path.name] = checksum
@@ -267,12 +267,17 @@ def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, pool: Wor
     return checksums
 
 
-def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> str:
+def write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> str:
+    """Writes a shard of staged exams, then its sidecar, then removes what was staged; returns the shard's SHA-256.
+
+    Raises:
+        OSError: it cannot be written, or the exams hold another number of records.
+    """
     written = dataset_writer.write_records(path, _staged_records(records_dir, staged))
     if written != num_records:
         raise OSError(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
     checksum = dataset.file_sha256(path)
-    dataset_writer.write_file(_sidecar(records_dir, path.name), checksum.encode())
+    dataset_writer.write_file(sidecar_path(records_dir, path.name), checksum.encode())
     for key in staged:
         records_path(records_dir, key).unlink(missing_ok=True)
     return checksum
@@ -283,7 +288,8 @@ def _staged_records(records_dir: Path, staged: list[str]) -> Iterator[bytes]:
         yield from dataset.read_records(records_path(records_dir, key))
 
 
-def _sidecar(records_dir: Path, shard: str) -> Path:
+def sidecar_path(records_dir: Path, shard: str) -> Path:
+    """The file that says that a shard is done; it holds the shard's SHA-256."""
     return records_dir / f"{shard}.done"
 
 

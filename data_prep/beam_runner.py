@@ -8,15 +8,15 @@ started, on its --num_workers. Without a runner in --beam_options the pipelines 
 --num_workers workers, which tries things out and is no faster than the local runner. On a cluster:
 
     --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64
-                    --environment_type=EXTERNAL --environment_config=localhost:50000"
+                    --environment_type=EXTERNAL --environment_config=WORKER:50000"
     --beam_options="--runner=SparkRunner --spark_master_url=spark://HOST:7077
-                    --environment_type=EXTERNAL --environment_config=localhost:50000"
+                    --environment_type=EXTERNAL --environment_config=WORKER:50000"
     --beam_options="--runner=DataflowRunner --project=PROJECT --region=REGION --temp_location=gs://BUCKET/tmp
                     --sdk_container_image=IMAGE"                                  # and pip install 'apache-beam[gcp]'
 
 EXTERNAL: each worker machine of Flink or Spark runs `python -m apache_beam.runners.worker.worker_pool_main
 --service_port=50000` in an activated environment with this package (the pool starts the `python` that is first on
-PATH). IMAGE holds this package and mounts the directories.
+PATH); WORKER is the name by which a machine reaches itself. IMAGE holds this package and mounts the directories.
 
 All workers, and the machine that starts the job, see input_dir, output_dir, audit_dir and the files of labels and masks
 under the same paths, with atomic renames and symbolic links (NFS, Lustre, GPFS, Filestore), and may write. What goes
@@ -214,13 +214,15 @@ def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: 
     with _private_directory(records_dir) as private:
         for key in staged:  # links: the function takes away what it has written, and another run may be reading it
             conversion.records_path(private, key).symlink_to(conversion.records_path(records_dir, key).absolute())
-        assembly._write_shard(private / path.name, private, staged, num_records)
+        assembly.write_shard(private / path.name, private, staged, num_records)
         _publish(private / path.name, path)
-        _publish(assembly._sidecar(private, path.name), assembly._sidecar(records_dir, path.name))  # it means "done"
+        _publish(
+            assembly.sidecar_path(private, path.name), assembly.sidecar_path(records_dir, path.name)
+        )  # it means "done"
 
 
 def _is_written(name: str, output_dir: Path, records_dir: Path) -> bool:
-    return assembly._sidecar(records_dir, name).exists() and (output_dir / name).exists()
+    return assembly.sidecar_path(records_dir, name).exists() and (output_dir / name).exists()
 
 
 # ---- both --------------------------------------------------------------------------------------------------

@@ -54,3 +54,11 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from example_dataset import write_example_dataset
 
     return write_example_dataset(tmp_path_factory.mktemp("data") / "tiny", image_size=16)
+
+
+@pytest.fixture(scope="session")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pseudonym key that is the same for all datasets of the tests."""
+    path = tmp_path_factory.mktemp("key") / "key"
+    path.write_text("0123456789abcdef0123456789abcdef")
+    return path

@@ -44,13 +44,6 @@ def archive(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def key_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("key") / "key"
-    path.write_text("0123456789abcdef0123456789abcdef")
-    return path
-
-
-@pytest.fixture(scope="module")
 def local(tmp_path_factory, archive, key_file) -> Places:
     where = places(tmp_path_factory.mktemp("local"), archive)
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
@@ -199,7 +192,7 @@ def test_a_task_that_runs_twice_at_the_same_time(
 ):
     """In the middle of a task the same task is run from start to end, as after a worker was given up for lost."""
     where = places(tmp_path, archive)
-    convert, write = conversion.convert_exam, assembly._write_shard
+    convert, write = conversion.convert_exam, assembly.write_shard
     exams, shards = [], []
 
     def convert_exam(private, exam):
@@ -218,7 +211,7 @@ def test_a_task_that_runs_twice_at_the_same_time(
         return write(path, private, staged, num_records)
 
     monkeypatch.setattr(conversion, "convert_exam", convert_exam)
-    monkeypatch.setattr(assembly, "_write_shard", write_shard)
+    monkeypatch.setattr(assembly, "write_shard", write_shard)
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
     assert len(exams) == NUM_EXAMS and len(shards) == len(list(where.output_dir.glob("*.array_record-*")))
     assert_same(where, local)
@@ -280,7 +273,7 @@ def test_beam_continues_what_the_local_runner_began(
         patched.setattr(beam_runner, "write_shards", killed)
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
     assert num_notes == 2 and sum(kind(target) == "note" for target in published) == NUM_EXAMS - 2
-    run_until_killed(assembly._write_shard, 1)
+    run_until_killed(assembly.write_shard, 1)
     num_sidecars = len(list(where.records_dir.glob("*.done")))
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
     num_shards = len(list(where.output_dir.glob("*.array_record-*")))

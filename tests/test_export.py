@@ -21,7 +21,7 @@ pytest.importorskip("safetensors", reason="safetensors is not installed: pip ins
 from ctssl_jax import export as export_module  # noqa: E402
 from ctssl_jax.export import export  # noqa: E402
 from ctssl_jax.import_torch import import_weights  # noqa: E402
-from ctssl_jax.torch_bridge import ctssl_torch  # noqa: E402
+from ctssl_jax.torch_bridge import ctssl_torch, manifests  # noqa: E402
 
 ALL = ("torch", "safetensors")
 WINDOWS = [[50.0, 350.0]]
@@ -62,6 +62,7 @@ def test_folder(exported, runs, tiny_dataset):
         *("README.md", "ctssl_torch.py", "manifest.json", "test_input.npz", "weights.pt", "weights.safetensors")
     }
     manifest = json.loads((exported / "manifest.json").read_text())
+    assert manifest["format_version"] == ctssl_torch.FORMAT_VERSION == manifests.FORMAT_VERSION
     assert manifest["license"] == "CC0-1.0" and manifest["architecture"] == "VQVAE"
     assert manifest["preprocessing"]["windows"] == WINDOWS and manifest["preprocessing"]["image_size"] == 16
     assert manifest["parity"]["largest_difference"] < 1e-4 and len(manifest["parity"]["stages"]) > 15

@@ -66,13 +66,6 @@ def archive(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def key_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("key") / "key"
-    path.write_text("0123456789abcdef0123456789abcdef")
-    return path
-
-
-@pytest.fixture(scope="session")
 def prepared(tmp_path_factory, archive, key_file) -> Places:
     where = places(tmp_path_factory.mktemp("prepared"), archive)
     _, changed = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)

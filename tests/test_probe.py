@@ -12,7 +12,7 @@ from example_dataset import write_example_dataset
 from flax import nnx
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
-from training_runs import start, tiny_config, tiny_recipe, train_on
+from training_runs import save_untrained, start, tiny_config, tiny_recipe, train_on
 
 from ctssl_jax import checkpoint, configuration, data, linear_probes, training
 from ctssl_jax.command_line import InputError
@@ -27,18 +27,6 @@ SCORES = {
     "masked_region": ("mse", "masked_mse", "ssim"),
 }
 NAMES = {f"{target}/{read}/{score}" for target in SCORES for read in ("linear", "knn") for score in SCORES[target]}
-
-
-def save_untrained(config, workdir):
-    """A run directory as training leaves it, but of a model that has learned nothing: no training step is compiled."""
-    preparation = dataset.read_preparation(config.dataset)
-    patients = {split: [volume["patient_id"] for volume in dataset.read_volumes(config.dataset, split)]
-                for split in ("train", "validation")}  # fmt: skip
-    configuration.open_workdir(workdir, config, preparation, patients)
-    _, params, variables = nnx.split(get_task(config.task).build(config, nnx.Rngs(params=1)), nnx.Param, ...)
-    checkpoints = checkpoint.Checkpoints(workdir)
-    checkpoints.save(2, {"params": nnx.as_pure(params), "variables": nnx.as_pure(variables)}, {}, 0.5)
-    checkpoints.close()
 
 
 @pytest.fixture(scope="module")

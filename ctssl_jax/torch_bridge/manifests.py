@@ -18,23 +18,27 @@ def read(path: Path, flag: str) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(path.read_text())
-        missing = [name for name in _FIELDS if name not in manifest]
         version = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{flag}: {path} is no manifest of ctssl_jax.export, or damaged") from None
-    nested = [name for name in _FIELDS[1:] if name not in missing and not isinstance(manifest[name], dict)]
-    if not nested and not missing:
-        training, preprocessing = manifest["training"], manifest["preprocessing"]
-        try:
-            [(float(level), float(width)) for level, width in preprocessing["windows"]]
-            sound = isinstance(training["config"], dict) and int(training["checkpoint_step"]) >= 0
-            sound = sound and isinstance(training["task"], str) and isinstance(manifest["data"]["splits"], dict)
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        nested = [] if sound else ["training, preprocessing or data"]
-    if nested:
-        raise InputError(f"{flag}: {path} is damaged ({nested[0]} is not as ctssl_jax.export writes it)")
+    missing = [name for name in _FIELDS if name not in manifest]
     if version != FORMAT_VERSION or missing:
         what = f"has format_version {version}" if version != FORMAT_VERSION else f"lacks {missing[0]}"
         raise InputError(f"{flag}: {path} {what}; this version reads {FORMAT_VERSION}: export it again")
+    if not _is_sound(manifest):
+        raise InputError(f"{flag}: {path} is damaged; copy the whole folder again")
     return manifest
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    """Whether what an import reads of the fields is of the kind that an export writes."""
+    training, preprocessing = manifest["training"], manifest["preprocessing"]
+    dictionaries = [manifest[name] for name in _FIELDS[1:]]
+    try:
+        dictionaries += [training["config"], manifest["data"]["splits"]]
+        windows = [(float(level), float(width)) for level, width in preprocessing["windows"]]
+        step, task = training["checkpoint_step"], training["task"]
+    except (KeyError, TypeError, ValueError):
+        return False
+    are_dictionaries = all(isinstance(value, dict) for value in dictionaries)
+    return are_dictionaries and bool(windows) and isinstance(step, int) and step >= 0 and isinstance(task, str)
