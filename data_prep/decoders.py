@@ -6,6 +6,7 @@ imagecodecs (BSD) decodes the frame. The decoders are objects of this module: py
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import imagecodecs
@@ -54,6 +55,7 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
     if syntax not in _RLE:
         _check_matrix(frame, runner.rows, runner.columns)
     if syntax in _RLE:
+        _check_segments(frame, runner.bits_allocated // 8)
         sample = np.dtype(f"<u{runner.bits_allocated // 8}")
         values = np.frombuffer(imagecodecs.dicomrle_decode(frame, sample), sample)
         if values.size < runner.rows * runner.columns:
@@ -93,6 +95,16 @@ def _check_matrix(frame: bytes, rows: int, columns: int) -> None:
         if (bottom - top, right - left) == (rows, columns):
             return
     raise ValueError("the frame does not name the matrix of the header")
+
+
+def _check_segments(frame: bytes, number: int) -> None:
+    """Raises ValueError if the header of a run-length coded frame is no such: the decoder reads where it points to."""
+    if len(frame) < 64:
+        raise ValueError("the frame ends within its header")
+    found, *offsets = struct.unpack_from("<16I", frame)
+    offsets = [*offsets[:number], len(frame)]
+    if found != number or offsets[0] < 64 or any(a >= b for a, b in itertools.pairwise(offsets)):
+        raise ValueError("the segments of the frame are not where its header says")
 
 
 def _make_decoder(uid: UID) -> Decoder:

@@ -1,13 +1,17 @@
 """Short versions of the campaigns under tests/campaigns, and what they found."""
 
+from types import SimpleNamespace
+
 import imagecodecs
 import numpy as np
 import pytest
 
+from data_prep import decoders
 from tests import dicom_files
 from tests.campaigns import mutated_dicom
 
 JPEG_LS = "1.2.840.10008.1.2.4.80"
+RLE = "1.2.840.10008.1.2.5"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,19 @@ def test_a_frame_that_names_a_huge_matrix_is_refused_before_it_is_decoded(tmp_pa
         "rejected undecodable_pixels",
         "pixels undecodable_pixels",
     )
+
+
+@pytest.mark.parametrize(
+    "header", [(2, 64, 8_401_538), (2, 0, 64), (3, 64, 70), (1, 64), (15, *[2**32 - 1] * 15), (2, 70, 70)]
+)
+def test_a_run_length_frame_that_points_outside_itself_is_not_decoded(header, monkeypatch):
+    """The decoder would read there, which ends the process."""
+    monkeypatch.setattr(imagecodecs, "dicomrle_decode", lambda *arguments: pytest.fail("decoded"))
+    frame = np.array([*header, *[0] * (16 - len(header))], "<u4").tobytes() + bytes(100)
+    runner = SimpleNamespace(transfer_syntax=RLE, rows=4, columns=4, bits_allocated=16)
+    for damaged in (frame, frame[:40]):
+        with pytest.raises(ValueError, match=r"segments of the frame|ends within its header"):
+            decoders.decode_frame(damaged, runner)
 
 
 def test_a_high_bit_that_is_not_the_last_stored_bit_is_refused(tmp_path):
