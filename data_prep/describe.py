@@ -19,14 +19,6 @@ from absl import flags
 from data_prep import command_line
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
-flags.DEFINE_string("output_dir", None, "Where the table and the contact sheet go (default: DATASET-description).")
-flags.DEFINE_integer("num_slices", 24, "Slices on the contact sheet.", lower_bound=1, upper_bound=400)
-flags.DEFINE_integer("seed", 0, "Of the choice of slices.")
-flags.DEFINE_bool("verify", False, "Check checksums, records and tables; exit code 1 if anything is wrong.")
-flags.DEFINE_string("audit_dir", None, "With --verify and --input_dir: search the dataset for identifying values.")
-flags.DEFINE_string("input_dir", None, "Directory of the scans that the dataset was made from.")
-flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
 
 _THIN_MM = 3.0
 _TILE = 192
@@ -224,5 +216,18 @@ def _verify(dataset_dir: Path) -> list[str]:
     return problems
 
 
+def define_flags() -> None:
+    """Only where this module is the program: another one may define flags of the same names."""
+    flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
+    flags.DEFINE_string("output_dir", None, "Where the table and the contact sheet go (default: DATASET-description).")
+    flags.DEFINE_integer("num_slices", 24, "Slices on the contact sheet.", lower_bound=1, upper_bound=400)
+    flags.DEFINE_integer("seed", 0, "Of the choice of slices.")
+    flags.DEFINE_bool("verify", False, "Check checksums, records and tables; exit code 1 if anything is wrong.")
+    flags.DEFINE_string("audit_dir", None, "With --verify and --input_dir: search the dataset for identifying values.")
+    flags.DEFINE_string("input_dir", None, "Directory of the scans that the dataset was made from.")
+    flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
+
+
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

@@ -33,50 +33,6 @@ from absl import flags
 from data_prep import command_line
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum(
-    "archive",
-    "dicom",
-    ["dicom", "rsna_pe", "lidc_idri", "nifti"],
-    "Kind of archive: dicom, nifti = any tree of DICOM or NIfTI files.",
-)
-flags.DEFINE_string("input_dir", None, "Directory of the scans.", required=True)
-flags.DEFINE_string("output_dir", None, "Dataset directory to make, continue or add to.", required=True)
-flags.DEFINE_string("audit_dir", None, "Private directory of keys and source paths (default: OUTPUT_DIR-audit).")
-flags.DEFINE_multi_string(
-    "window",
-    None,
-    "Grey-level window as level,width in HU; repeat it for several channels (default: 50,350; with --archive=rsna_pe "
-    "50,350 and 100,700).",
-)
-flags.DEFINE_integer("image_size", 512, "Height and width of the slices in pixels.", lower_bound=16, upper_bound=4096)
-flags.DEFINE_float("max_slice_thickness_mm", 3.0, "Thicker series are rejected; the limit itself is taken.")
-flags.DEFINE_integer("min_slices", 20, "Series of fewer slices are rejected.", lower_bound=1)
-flags.DEFINE_bool("require_lung", True, "Reject volumes that do not cover the chest.")
-flags.DEFINE_enum("irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing.")
-flags.DEFINE_enum("reconstructions", "one_per_study", ["one_per_study", "all"], "Reconstructions to take of an exam.")
-flags.DEFINE_string("splits", "0.8,0.1,0.1", "Fractions of patients for training, validation and test.")
-flags.DEFINE_integer(
-    "holdout_volumes",
-    0,
-    "Test volumes, at most half of all: whole patients nearest to this number; --splits then divides the rest. "
-    "0: go by --splits.",
-    lower_bound=0,
-)
-flags.DEFINE_float("shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut.")
-flags.DEFINE_multi_string("labels_csv", [], "Table of labels: a key column and a column a label; repeatable.")
-flags.DEFINE_string("attributes_csv", None, "Table of PatientID and any of age, sex, ethnic_group.")
-flags.DEFINE_string("metadata_csv", None, "Table of VolumeName and what NIfTI files do not say (--archive=nifti).")
-flags.DEFINE_string("masks_dir", None, "Directory of masks, DICOM-SEG or NIfTI.")
-flags.DEFINE_string("annotations_dir", None, "XML of lidc_idri: folder or tar file (default: among the scans).")
-flags.DEFINE_float("consensus", 0.7, "Share of a nodule's readers that must have a voxel (--archive=lidc_idri).")
-flags.DEFINE_integer("min_area_px", 20, "Nodules' slices of at most so many pixels are left out (lidc_idri).")
-flags.DEFINE_string(
-    "pseudonym_key_file", None, "File with the secret key of the pseudonyms (default: made in the audit directory)."
-)
-flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
-flags.DEFINE_enum("runner", "local", ["local", "beam"], "Worker processes here, or Apache Beam: ctssl_jax[beam].")
-flags.DEFINE_string("beam_options", "", "Options of Apache Beam, as on a command line: see data_prep.beam_runner.")
-flags.DEFINE_bool("dry_run", False, "Read headers only, say what would happen, write nothing.")
 
 
 _WINDOWS = {"rsna_pe": ["50,350", "100,700"]}  # where no --window is given: the second is made for pulmonary arteries
@@ -249,5 +205,58 @@ def label_lines(counts: dict[str, Any]) -> list[str]:
     return lines
 
 
+def define_flags() -> None:
+    """Only where this module is the program: another one may define flags of the same names."""
+    flags.DEFINE_enum(
+        "archive",
+        "dicom",
+        ["dicom", "rsna_pe", "lidc_idri", "nifti"],
+        "Kind of archive: dicom, nifti = any tree of DICOM or NIfTI files.",
+    )
+    flags.DEFINE_string("input_dir", None, "Directory of the scans.", required=True)
+    flags.DEFINE_string("output_dir", None, "Dataset directory to make, continue or add to.", required=True)
+    flags.DEFINE_string("audit_dir", None, "Private directory of keys and source paths (default: OUTPUT_DIR-audit).")
+    flags.DEFINE_multi_string(
+        "window",
+        None,
+        "Grey-level window as level,width in HU; repeat it for several channels (default: 50,350; with "
+        "--archive=rsna_pe 50,350 and 100,700).",
+    )
+    flags.DEFINE_integer(
+        "image_size", 512, "Height and width of the slices in pixels.", lower_bound=16, upper_bound=4096
+    )
+    flags.DEFINE_float("max_slice_thickness_mm", 3.0, "Thicker series are rejected; the limit itself is taken.")
+    flags.DEFINE_integer("min_slices", 20, "Series of fewer slices are rejected.", lower_bound=1)
+    flags.DEFINE_bool("require_lung", True, "Reject volumes that do not cover the chest.")
+    flags.DEFINE_enum("irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing.")
+    flags.DEFINE_enum(
+        "reconstructions", "one_per_study", ["one_per_study", "all"], "Reconstructions to take of an exam."
+    )
+    flags.DEFINE_string("splits", "0.8,0.1,0.1", "Fractions of patients for training, validation and test.")
+    flags.DEFINE_integer(
+        "holdout_volumes",
+        0,
+        "Test volumes, at most half of all: whole patients nearest to this number; --splits then divides the rest. "
+        "0: go by --splits.",
+        lower_bound=0,
+    )
+    flags.DEFINE_float("shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut.")
+    flags.DEFINE_multi_string("labels_csv", [], "Table of labels: a key column and a column a label; repeatable.")
+    flags.DEFINE_string("attributes_csv", None, "Table of PatientID and any of age, sex, ethnic_group.")
+    flags.DEFINE_string("metadata_csv", None, "Table of VolumeName and what NIfTI files do not say (--archive=nifti).")
+    flags.DEFINE_string("masks_dir", None, "Directory of masks, DICOM-SEG or NIfTI.")
+    flags.DEFINE_string("annotations_dir", None, "XML of lidc_idri: folder or tar file (default: among the scans).")
+    flags.DEFINE_float("consensus", 0.7, "Share of a nodule's readers that must have a voxel (--archive=lidc_idri).")
+    flags.DEFINE_integer("min_area_px", 20, "Nodules' slices of at most so many pixels are left out (lidc_idri).")
+    flags.DEFINE_string(
+        "pseudonym_key_file", None, "File with the secret key of the pseudonyms (default: made in the audit directory)."
+    )
+    flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
+    flags.DEFINE_enum("runner", "local", ["local", "beam"], "Worker processes here, or Apache Beam: ctssl_jax[beam].")
+    flags.DEFINE_string("beam_options", "", "Options of Apache Beam, as on a command line: see data_prep.beam_runner.")
+    flags.DEFINE_bool("dry_run", False, "Read headers only, say what would happen, write nothing.")
+
+
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

@@ -98,6 +98,15 @@ def test_imports_run_one_way():
             assert all(name == "data_prep" or name.startswith("data_prep.dataset") for name in from_data_prep), path
 
 
+def test_command_lines_can_be_imported_together():
+    """A module that is not the program defines no flag, or two of the same name would meet."""
+    names = [f"{path.parent.name}.{path.stem}" for folder in ("data_prep", "ctssl_jax")
+             for path in sorted((PROJECT / folder).glob("*.py")) if "beam" not in path.name]  # fmt: skip
+    imports = "; ".join(f"import {name.removesuffix('.__init__')}" for name in names)
+    done = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_readme_shows_the_commands():
     readme = (PROJECT / "README.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL)
