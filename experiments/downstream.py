@@ -95,7 +95,7 @@ PRESETS = {
         seeds=(0, 1, 2),
         pretraining_steps=500,
         pe_steps=150,
-        nodule_steps=(150, 300),
+        nodule_steps=(50, 150),
         attribute_steps=100,
         left_out=("next_slice", "denoising", "flip"),
     ),
