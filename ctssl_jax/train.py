@@ -244,9 +244,10 @@ def _train(
             if at_end or stopping:
                 finished = at_end and not stopping
                 break
-            asked = time.time()
+            asked, idle = time.time(), state.step.is_ready()
             microbatches = [next(batches) for _ in range(config.microbatches)]
-            waited += time.time() - asked
+            if idle or state.step.is_ready():  # else the devices were at work all the while
+                waited += time.time() - asked
             state = training.run_step(program, state, microbatches)
             step, unsaved = step + 1, True
             if step % config.log_every == 0:

@@ -116,11 +116,16 @@ def _make_decoder(uid: UID) -> Decoder:
 _DECODERS = {uid: _make_decoder(uid) for uid in DECODER_DEPENDENCIES}
 
 
-def decode(dataset: Dataset, frame: int) -> np.ndarray:
-    """The stored values [rows, columns] of one frame of a compressed data set.
+def decode(source: Dataset | bytes, syntax: str, frame: int, **properties: str | int) -> np.ndarray:
+    """The stored values [rows, columns] of one frame.
+
+    Args:
+        source: a compressed data set, or the value of its Pixel Data alone.
+        syntax: Transfer Syntax UID.
+        frame: number of the frame, from 0.
+        properties: of the image, where `source` is no data set: pydicom's `rows`, `columns`, `bits_allocated`, ...
 
     Raises:
         Exception: whatever pydicom and imagecodecs raise on pixel data that they cannot decode.
     """
-    decoder = _DECODERS[dataset.file_meta.TransferSyntaxUID]
-    return decoder.as_array(dataset, index=frame, raw=True)[0]
+    return _DECODERS[UID(syntax)].as_array(source, index=frame, raw=True, **properties)[0]

@@ -7,6 +7,7 @@ wrong VR) becomes "missing" and never an exception; pydicom only finds the eleme
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import logging
 import re
@@ -32,6 +33,7 @@ _IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG = (
     "1.2.840.10008.1.2.1",
     "1.2.840.10008.1.2.2",
 )
+_DEFLATED = "1.2.840.10008.1.2.1.99"
 CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}  # plain, enhanced, converted
 NATIVE_SYNTAXES = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG)
 NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.nifti`)
@@ -189,7 +191,7 @@ def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImag
     return Header(
         source=source,
         transfer_syntax=syntax,
-        pixel_data_offset=offset if syntax in NATIVE_SYNTAXES else None,
+        pixel_data_offset=offset if syntax != _DEFLATED else None,
         sop_class_uid=sop_class,
         sop_instance_uid=_text(elements, 0x00080018),
         study_instance_uid=_text(elements, 0x0020000D),
@@ -322,8 +324,11 @@ def _texts(elements: Elements, tag: int) -> tuple[str, ...]:
     """All values of a text element, stripped. Bytes that are not UTF-8 are read as Latin-1; with control characters the
     value is damaged (it may hold parts of other elements) and counts as missing."""
     raw = _bytes(elements, tag)[0]
-    if not raw:
-        return ()
+    return _parse_texts(raw) if raw else ()
+
+
+@functools.lru_cache(maxsize=4096)  # most values are those of the file before
+def _parse_texts(raw: bytes) -> tuple[str, ...]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,8 +1,8 @@
 """Stored pixel values of one slice, whatever the transfer syntax; NIfTI files, too.
 
-Uncompressed files (nearly all archives) are read straight from the bytes at the offset that the header reading noted.
-Compressed files go through pydicom's decoders, backed by imagecodecs: pydicom finds the frame among its fragments
-and honours bits stored and pixel representation.
+Pixel data are read at the offset that the header reading noted, uncompressed ones (nearly all archives) straight from
+the bytes. Compressed ones go through pydicom's decoders, backed by imagecodecs: pydicom finds the frame among its
+fragments and honours bits stored and pixel representation.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.filereader import read_dataset
 from pydicom.pixels import pixel_array
 
 from data_prep.archives import Source, read_bytes
@@ -78,12 +79,17 @@ class PixelReader:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                compressed = header.transfer_syntax in DECODER_DEPENDENCIES
+                single = compressed and header.number_of_frames == 1 and not header.frames
                 if self._dataset is None:
-                    self._dataset = pydicom.dcmread(io.BytesIO(self._data), force=True)
+                    self._dataset = _pixel_data_element(self._data, header) if single else _whole(self._data)
                 if "PixelData" not in self._dataset:  # pydicom leaves out an element that does not end
                     raise PixelError("truncated_pixel_data", "the pixel data do not end within the file")
-                if header.transfer_syntax in DECODER_DEPENDENCIES:
-                    values = decode(self._dataset, header.frame)
+                if single:
+                    value = self._dataset["PixelData"].value
+                    values = decode(value, header.transfer_syntax, 0, **_image_properties(header))
+                elif compressed:
+                    values = decode(self._dataset, header.transfer_syntax, header.frame)
                 else:  # deflated, or uncompressed with other bits allocated
                     values = pixel_array(self._dataset, index=header.frame, raw=True)
         except PixelError:
@@ -95,6 +101,32 @@ class PixelReader:
         if values.shape != (header.rows, header.columns) or values.dtype.kind not in "iu":
             raise PixelError("undecodable_pixels", "decoded to another shape than Rows x Columns")
         return values
+
+
+def _whole(data: bytes) -> pydicom.Dataset:
+    return pydicom.dcmread(io.BytesIO(data), force=True)
+
+
+def _pixel_data_element(data: bytes, header: Header) -> pydicom.Dataset:
+    """The end of a compressed file, from its Pixel Data element on: the rest has been read already."""
+    file = io.BytesIO(data)
+    file.seek(header.pixel_data_offset)
+    return read_dataset(file, is_implicit_VR=False, is_little_endian=True)
+
+
+def _image_properties(header: Header) -> dict[str, str | int]:
+    """What pydicom's decoders have to know of an image."""
+    return {
+        "rows": header.rows,
+        "columns": header.columns,
+        "samples_per_pixel": header.samples_per_pixel,
+        "number_of_frames": 1,
+        "photometric_interpretation": header.photometric,
+        "bits_allocated": header.bits_allocated,
+        "bits_stored": header.bits_stored,
+        "pixel_representation": header.pixel_representation,
+        "pixel_keyword": "PixelData",
+    }
 
 
 def _native(data: bytes, header: Header) -> np.ndarray:

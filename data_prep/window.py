@@ -27,7 +27,8 @@ def parse_window(text: str) -> Window:
 def window_to_uint8(hu: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
     """Grey values [..., C] uint8 of `hu` [...], one channel a window.
 
-    255 clip((HU - (level - width / 2)) / width, 0, 1), rounded half to even; int16 through a table of these values.
+    255 clip((HU - (level - width / 2)) / width, 0, 1) in float64, rounded half to even. For int16 in float32 where that
+    gives the same for every int16, else through a table.
 
     Raises:
         ValueError: no window, or a width that is not positive.
@@ -39,7 +40,9 @@ def window_to_uint8(hu: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
             raise ValueError(f"window {level:g},{width:g}: give a finite level and a width above 0")
     grey = np.empty((*hu.shape, len(windows)), dtype=np.uint8)
     for channel, (level, width) in enumerate(windows):
-        if hu.dtype == np.int16:
+        if hu.dtype == np.int16 and _float32_is_exact(float(level), float(width)):
+            grey[..., channel] = _grey_float32(hu, level, width)
+        elif hu.dtype == np.int16:
             bits = np.ascontiguousarray(hu).view(np.uint16)
             _table(float(level), float(width)).take(bits, mode="clip", out=grey[..., channel])
         else:
@@ -54,6 +57,20 @@ def _grey(hu: np.ndarray, level: float, width: float) -> np.ndarray:
     np.clip(grey, 0, 1, out=grey)
     grey *= 255
     return np.rint(grey, out=grey).astype(np.uint8)
+
+
+def _grey_float32(hu: np.ndarray, level: float, width: float) -> np.ndarray:
+    """Twice as fast as the table."""
+    grey = np.subtract(hu, np.float32(level - width / 2), dtype=np.float32)
+    grey *= np.float32(255 / width)
+    np.clip(grey, 0, 255, out=grey)
+    return np.rint(grey, out=grey).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=16)
+def _float32_is_exact(level: float, width: float) -> bool:
+    bits = np.arange(65536, dtype=np.uint16)
+    return np.array_equal(_grey_float32(bits.view(np.int16), level, width), _table(level, width))
 
 
 @functools.lru_cache(maxsize=16)

@@ -127,8 +127,9 @@ def floor(paths: list[Path], shard: Path) -> None:
     def records() -> Iterator[bytes]:
         for index, path in enumerate(paths):
             ds = pydicom.dcmread(path)
-            if ds.file_meta.TransferSyntaxUID in DECODER_DEPENDENCIES:
-                stored = decode(ds, 0)
+            syntax = ds.file_meta.TransferSyntaxUID
+            if syntax in DECODER_DEPENDENCIES:
+                stored = decode(ds, syntax, 0)
             else:
                 stored = pixel_array(ds, raw=True)
             yield _record(stored.astype(np.int16) + np.int16(-1024), index)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from data_prep.window import (
+    _grey_float32,
     needs_resize,
     resize_box,
     resize_mask,
@@ -23,6 +24,14 @@ def test_window_values_and_both_ways_agree():
     np.testing.assert_array_equal(window_to_uint8(hu.astype(np.float32), windows), grey)
     np.testing.assert_array_equal(window_to_uint8(hu[:, ::-1], windows), grey[:, ::-1])  # not contiguous
     assert window_to_uint8(np.array([-125, 50, 225], np.int16), [(50, 350)])[:, 0].tolist() == [0, 128, 255]
+
+
+def test_where_float32_would_round_otherwise_the_table_decides():
+    hu = np.arange(-32768, 32768).astype(np.int16)
+    level, width = 0.0, 60000.0  # half a grey value off zero every 235 HU: some fall on the other side in float32
+    exact = np.rint(255 * np.clip((hu.astype(float) - (level - width / 2)) / width, 0, 1))
+    assert not np.array_equal(_grey_float32(hu, level, width), exact)
+    np.testing.assert_array_equal(window_to_uint8(hu, [(level, width)])[:, 0], exact)
 
 
 @pytest.mark.parametrize("windows", [[], [(50, 0)], [(50, -1)], [(float("nan"), 10)]])
