@@ -1,5 +1,8 @@
 """Short versions of the campaigns under tests/campaigns, and what they found."""
 
+import random
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import imagecodecs
@@ -8,7 +11,7 @@ import pytest
 
 from data_prep import decoders
 from tests import dicom_files
-from tests.campaigns import mutated_dicom
+from tests.campaigns import kills, mutated_dicom
 
 JPEG_LS = "1.2.840.10008.1.2.4.80"
 RLE = "1.2.840.10008.1.2.5"
@@ -86,3 +89,53 @@ def test_a_damaged_vr_of_the_pixels_does_not_shift_the_image(tmp_path, head):
         "pixels undecodable_pixels",
         "pixels truncated_pixel_data",
     )
+
+
+# ---- kill -9 at random moments: the short version of tests/campaigns/kills.py ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_archive(tmp_path_factory) -> Path:
+    """Four patients of 20 slices."""
+    archive = tmp_path_factory.mktemp("kills") / "archive"
+    for number in range(4):
+        series = dicom_files.slices(dicom_files.thorax(20, seed=number), study=number, patient=f"patient-{number}")
+        dicom_files.write(archive / f"scan{number}", series)
+    return archive
+
+
+def test_a_preparation_that_is_killed_again_and_again(small_archive, tmp_path):
+    kept, completed, wrong = kills.campaign(
+        lambda folder: kills.prepare_stage(folder, small_archive), tmp_path, tmp_path, 3, random.Random(0), warm_up=0
+    )
+    assert (kept.total(), wrong) == (3, []) and completed >= 1
+
+
+def test_a_training_that_is_killed(tiny_dataset, compilation_cache, tmp_path):
+    kept, completed, wrong = kills.campaign(
+        lambda folder: kills.train_stage(folder, tiny_dataset),
+        tmp_path,
+        compilation_cache,
+        1,
+        random.Random(0),
+        warm_up=0,
+    )
+    assert (kept.total(), wrong) == (1, []) and completed >= 1
+
+
+def test_the_campaign_notices_a_lost_and_a_changed_file(small_archive, tmp_path):
+    """A stage whose second run leaves another result."""
+
+    def copying(folder: Path) -> kills.Stage:
+        runs.append(folder)
+        number = min(len(runs), 2)
+        return kills.Stage([["cp", "-r", str(tmp_path / str(number)), str(folder / "copy")]], ())
+
+    runs: list[Path] = []
+    for number in (1, 2):
+        shutil.copytree(small_archive / "scan0", tmp_path / str(number))
+    (tmp_path / "2" / "IM0000").unlink()
+    (tmp_path / "2" / "IM0001").write_bytes(b"half")
+    (tmp_path / "2" / "rest.partial").write_bytes(b"")
+    outcome = kills.campaign(copying, tmp_path / "work", tmp_path, 0, random.Random(0), warm_up=0)
+    assert outcome.wrong == ["differs: copy/IM0001", "left over: copy/rest.partial", "missing: copy/IM0000"]
