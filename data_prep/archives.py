@@ -9,14 +9,17 @@ from __future__ import annotations
 import functools
 import os
 import stat
+import unicodedata
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 MAX_FILE_BYTES = 4 << 30  # the largest DICOM file taken: an enhanced multi-frame CT of 8,000 slices
 MAX_COMPRESSION_RATIO = 200  # deflate cannot pass 1032; CT slices stay below 10, blank ones below 100
 _RATIO_FREE_BYTES = 16 << 20  # members up to this size are harmless whatever their ratio
+_TOTAL_FREE_BYTES = 256 << 20  # and zip files whose members come to no more than this
+_LOCAL_HEADER_BYTES = 30  # of a zip member, at least
 _ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 
 
@@ -96,22 +99,33 @@ def is_zip(path: str) -> bool:
 
 
 def zip_members(path: str, source: Source) -> Iterator[Source | Unreadable]:
+    """The members of a zip file, sorted by name. One that would expand beyond any scan is refused as a whole."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.filename)
+            overlapping = _overlapping(members, archive.start_dir)
     except Exception as error:  # zipfile raises what its parsing stumbles over
         yield Unreadable(source, "bad_zip", str(error))
         return
+    total = sum(member.file_size for member in members)
+    if total > max(_TOTAL_FREE_BYTES, MAX_COMPRESSION_RATIO * source.size):
+        yield Unreadable(source, "too_large", f"its {len(members)} members expand {source.size} to {total} bytes")
+        return
     previous = None
-    for member in members:
-        if member.is_dir():
+    for number, member in enumerate(members):
+        if member.filename.endswith("/"):  # is_dir() fails on a member without a name
             continue
         item = Source(source.path, member.filename, member.file_size)
-        parts = PurePosixPath(member.filename.replace("\\", "/")).parts
+        if not member.filename or any(unicodedata.category(letter) == "Cc" for letter in member.orig_filename):
+            # zipfile cuts names at NUL, and a member without a name would stand for the zip file itself
+            yield Unreadable(item._replace(member=f"member {number}"), "bad_zip", "control characters in its name")
+            continue
         if member.filename == previous:
             yield Unreadable(item, "bad_zip", "a second member of the same name")
-        elif ".." in parts or member.filename.startswith(("/", "\\")):
+        elif _points_outside(member.filename):
             yield Unreadable(item, "outside_archive", "the member's name points out of the zip file")
+        elif member.header_offset in overlapping:
+            yield Unreadable(item, "bad_zip", "its bytes are those of another member, too")
         elif member.flag_bits & 0x1:
             yield Unreadable(item, "encrypted", "zip member protected by a password")
         elif member.file_size > MAX_FILE_BYTES:
@@ -123,6 +137,27 @@ def zip_members(path: str, source: Source) -> Iterator[Source | Unreadable]:
         else:
             yield item
         previous = member.filename
+
+
+def _points_outside(name: str) -> bool:
+    """Whether a member's name leads out of the zip file on any system: `../x`, `/x`, `C:x`, `\\\\server\\share`."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return ".." in parts or bool(PureWindowsPath(name).anchor)
+
+
+def _overlapping(members: list[zipfile.ZipInfo], end_of_members: int) -> set[int]:
+    """Offsets of the members that share bytes with another or with the directory: few bytes that expand many times."""
+    found, last, last_end = set(), 0, 0
+    for member in sorted(members, key=lambda member: member.header_offset):
+        start = member.header_offset
+        end = start + _LOCAL_HEADER_BYTES + member.compress_size
+        if start < last_end:
+            found |= {last, start}
+        if end > end_of_members:
+            found.add(start)
+        if end > last_end:
+            last, last_end = start, end
+    return found
 
 
 def read_bytes(input_dir: Path, source: Source) -> bytes:

@@ -45,7 +45,7 @@ REASONS = {
     "dicomdir": "The file is a DICOMDIR index; the images it lists are read where they lie.",
     "no_pixel_data": "The file is a DICOM object without an image, such as a dose report.",
     "unreadable": "The file or its DICOM header cannot be read.",
-    "bad_zip": "The zip file is damaged, or of two members with one name this is the second.",
+    "bad_zip": "The zip file or its member is damaged, has an unsound or a second name, or shares bytes with another.",
     "encrypted": "The zip member is protected by a password.",
     "nested_zip": "The zip file lies inside another zip file; unpack it first.",
     "not_nifti": "The file is no NIfTI file (.nii, .nii.gz) with its voxels in it.",

@@ -3,6 +3,7 @@ import zipfile
 
 import pytest
 
+from data_prep import archives
 from data_prep.archives import Source, Unreadable, list_sources, read_bytes
 from data_prep.dicom import REASONS
 
@@ -77,6 +78,107 @@ def test_suspicious_zip_members_are_left_and_named(tmp_path):
         ("broken.zip", ""): "bad_zip",
     }
     assert [entry for entry in listing(tmp_path) if isinstance(entry, Source)] == [Source("a.zip", "good", 1)]
+
+
+def test_members_that_are_small_one_by_one_and_huge_together(tmp_path, monkeypatch):
+    """None passes the limit of a single member; the zip file is refused as a whole, before anything is expanded."""
+    monkeypatch.setattr(archives, "_TOTAL_FREE_BYTES", 2 << 20)
+    for name, size in (("bomb.zip", 150_000), ("small.zip", 100_000)):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            for number in range(20):
+                archive.writestr(f"{number:02d}", bytes(size))
+    (detail,) = (entry.detail for entry in listing(tmp_path) if isinstance(entry, Unreadable))
+    assert reasons(tmp_path) == {("bomb.zip", ""): "too_large"}
+    assert detail == f"its 20 members expand {(tmp_path / 'bomb.zip').stat().st_size} to 3000000 bytes"
+    assert sum(isinstance(entry, Source) for entry in listing(tmp_path)) == 20
+
+
+def test_incompressible_members_have_no_total_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_TOTAL_FREE_BYTES", 0)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(3):
+            archive.writestr(str(number), os.urandom(1000))
+    assert reasons(tmp_path) == {}
+
+
+def _with_entries(path, content: bytes, entries: list[tuple[str, int]]) -> None:
+    """A zip file of one stored member, whose directory has further entries: (name, offset of its local header)."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", content)
+        for name, offset in entries:
+            entry = zipfile.ZipInfo(name)
+            entry.header_offset, entry.file_size, entry.compress_size = offset, 5, 5
+            entry.CRC = zipfile.crc32(b"inner")
+            archive.filelist.append(entry)
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+def test_members_that_share_bytes_are_refused(tmp_path, quoted):
+    """Many names for the same bytes, or a member within another: the way to a bomb whose members are all modest."""
+    with zipfile.ZipFile(tmp_path / "inner", "w") as archive:
+        archive.writestr("b", b"inner")
+    inner = (tmp_path / "inner").read_bytes()
+    (tmp_path / "inner").unlink()
+    header_and_name = 31
+    entries = [("b", header_and_name)] if quoted else [("b", 0), ("c", 0)]
+    _with_entries(tmp_path / "a.zip", inner, entries)
+    expected = {("a.zip", name): "bad_zip" for name in ("a", *(name for name, _ in entries))}
+    assert reasons(tmp_path) == expected
+    assert len(listing(tmp_path)) == len(expected)
+
+
+def test_a_member_that_runs_into_the_directory_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a", b"content")
+        archive.writestr("b", b"content")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    at = data.rindex(b"PK\x01\x02") + 20
+    data[at : at + 4] = (500).to_bytes(4, "little")  # Compressed Size, by which its ratio would look modest
+    (tmp_path / "a.zip").write_bytes(data)
+    assert reasons(tmp_path) == {("a.zip", "b"): "bad_zip"}
+
+
+def test_a_zip_file_within_a_zip_file_is_not_opened_whatever_its_name(tmp_path):
+    """So a zip file that holds itself ends at once."""
+    with zipfile.ZipFile(tmp_path / "inner", "w") as archive:
+        archive.writestr("scan", b"x")
+    with zipfile.ZipFile(tmp_path / "outer", "w") as archive:
+        archive.write(tmp_path / "inner", "r.zip")
+        archive.write(tmp_path / "inner", "r.dcm")
+    (tmp_path / "inner").unlink()
+    first, second = listing(tmp_path)
+    assert first.member == "r.dcm" and is_zip_content(read_bytes(tmp_path, first))
+    assert (second.source.member, second.reason) == ("r.zip", "nested_zip")
+
+
+def is_zip_content(data: bytes) -> bool:
+    return data.startswith(b"PK\x03\x04")
+
+
+@pytest.mark.parametrize(
+    "name", ["C:\\x", "C:x", "c:/x", "\\\\server\\share\\x", "//server/share/x", "a\\..\\..\\x", "\\x"]
+)
+def test_member_names_that_lead_outside_on_any_system_are_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(name, b"x")
+        archive.writestr("1.2.840:5/a..b", b"x")  # and what only looks a little like it
+    assert list(reasons(tmp_path).values()) == ["outside_archive"]
+    assert Source("a.zip", "1.2.840:5/a..b", 1) in listing(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["?x", "good?/../../etc/passwd", "a?b", "?"])
+@pytest.mark.parametrize("control", ["\0", "\n", "\r", "\x1b", "\x7f"])
+def test_control_characters_in_member_names_are_refused(tmp_path, name, control):
+    """NUL ends a name for zipfile: `good\\0/../..` would be taken as `good`, and `\\0x` as the zip file itself."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("m", b"x")
+        archive.writestr(name.replace("?", "0"), b"y")
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace(name.replace("?", "0").encode(), name.replace("?", control).encode()))
+    refused = reasons(tmp_path)
+    assert list(refused.values()) == ["bad_zip"]
+    assert all(member.startswith("member ") for _, member in refused)
+    assert Source("a.zip", "m", 1) in listing(tmp_path)
 
 
 def test_encrypted_member(tmp_path):
@@ -163,11 +265,13 @@ def test_links_cannot_loop_nor_leave(tmp_path):
     (inside / "a" / "up").symlink_to(inside)
     (inside / "away").symlink_to(tmp_path / "outside")
     (inside / "itself").symlink_to(inside / "itself")
+    (inside / "one").symlink_to(inside / "other")
+    (inside / "other").symlink_to("one")
     (inside / "nowhere").symlink_to(inside / "missing")
     (inside / "same").symlink_to(inside / "a" / "file")
     os.mkfifo(inside / "pipe")
     found = reasons(inside)
-    assert {path for path, _ in found} == {"a/up", "away", "itself", "nowhere", "pipe"}
+    assert {path for path, _ in found} == {"a/up", "away", "itself", "nowhere", "one", "other", "pipe"}
     assert found["a/up", ""] == found["away", ""] == "outside_archive"
     assert [entry.path for entry in listing(inside) if isinstance(entry, Source)] == ["a/file", "same"]
 
