@@ -1,8 +1,9 @@
 """Search of a dataset for what it must not hold: values of the source headers that could identify someone.
 
 Needles are the values of five characters or more of all elements of the value representations PN, UI, DA, TM, DT, LO,
-SH, LT, ST, UT, UC and AE (names, UIDs, dates and times, IDs, free text), at any depth, private elements included, the
-components of names by themselves, and, from the audit directory, the paths of the sources and the pseudonym key.
+SH, LT, ST, UT, UC and AE (names, UIDs, dates and times, IDs, free text), at any depth, private elements included (those
+of unknown value representation where they are printable), the components of names by themselves, and, from the audit
+directory, the paths of the sources and the pseudonym key.
 
 The haystack is every byte of the dataset directory, and every record decompressed. Short needles occur by chance: five
 digits in every checksum, any five bytes somewhere in a million pixels. Therefore
@@ -53,6 +54,7 @@ _PERSONAL = {  # elements of other value representations that are sought in the 
 _PUBLIC_UIDS = "1.2.840.10008."  # those of the standard itself
 _OWN_COLUMNS = {"reason", "detail", "notes", "split"}
 _FILES_PER_TASK = 64
+_PADDING = " \0\t\r\n"
 
 
 @dataclasses.dataclass
@@ -97,12 +99,12 @@ def _values_of_files(input_dir: Path, sources: Iterable[Source]) -> SourceValues
                 if not input_dir.is_dir():
                     raise
                 continue  # a damaged file gave the dataset nothing
-            for element in _elements(content):
+            for element in header_elements(content):
                 _add_element(values, element)
     return values
 
 
-def _elements(content: bytes) -> list[pydicom.DataElement]:
+def header_elements(content: bytes) -> list[pydicom.DataElement]:
     """All elements of a header, at any depth; [] for what is no DICOM file."""
     if content[128:132] != b"DICM" and content[:1] not in (b"\x02", b"\x08", b"\x00"):
         return []
@@ -113,13 +115,28 @@ def _elements(content: bytes) -> list[pydicom.DataElement]:
         return []
 
 
+def element_texts(element: pydicom.DataElement) -> list[str]:
+    """The values of an element that holds text, one by one and without padding; [] of any other.
+
+    A private element of unknown value representation (UN, as implicit files have them) is text if all of it is
+    printable.
+    """
+    value = element.value
+    if element.VR in ("UN", "OB") and isinstance(value, bytes):
+        plain = value.strip(_PADDING.encode())
+        value = plain.decode().split("\\") if plain.isascii() and plain.decode().isprintable() else None
+    elif element.VR not in _IDENTIFYING | _DESCRIPTIVE | {"CS"}:
+        return []
+    if value is None:
+        return []
+    parts = value if isinstance(value, list | pydicom.multival.MultiValue) else [value]
+    return [str(part).strip(_PADDING) for part in parts]
+
+
 def _add_element(values: SourceValues, element: pydicom.DataElement) -> None:
-    if element.VR not in _IDENTIFYING | _DESCRIPTIVE or element.value is None:
+    if element.VR == "CS":  # terms of the standard
         return
-    parts = [element.value] if isinstance(element.value, str) else element.value
-    parts = [parts] if element.VR == "PN" and not isinstance(parts, pydicom.multival.MultiValue) else parts
-    for part in parts:
-        text = str(part).strip(" \0\t\r\n")
+    for text in element_texts(element):
         if element.VR == "PN":
             names = {name for name in re.split(r"[\^=\s]+", text) if len(name) >= SHORTEST_NEEDLE}
             values.identifying |= names
@@ -131,7 +148,7 @@ def _add_element(values: SourceValues, element: pydicom.DataElement) -> None:
             continue
         if element.VR in _PERSONAL_VRS or int(element.tag) in _PERSONAL:
             values.personal.add(text.casefold())
-        if element.VR in _DESCRIPTIVE and text.replace(" ", "").isalpha():
+        if element.VR in _DESCRIPTIVE | {"UN", "OB"} and text.replace(" ", "").isalpha():
             values.words.add(text)
         else:
             values.identifying.add(text)

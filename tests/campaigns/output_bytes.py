@@ -1,0 +1,137 @@
+"""Every byte of a file as it is stored and as it reads: what is compressed in it, or coded as text, is opened.
+
+ArrayRecord files give their records, pixels apart from the rest; zip, npz, `.pt` and Parquet files their members and
+columns. In all other bytes, and in those, streams of gzip, zlib (PNG) and zstd (Orbax checkpoints) are looked for at
+every place, and base64.
+"""
+
+import base64
+import binascii
+import io
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import imagecodecs
+import pyarrow
+import pyarrow.parquet
+
+from data_prep import dataset
+
+PIXELS = "pixels"
+_DEPTH = 4  # a zlib stream in a PNG in base64 in a zip file
+_MAGIC = re.compile(
+    rb"(?P<gzip>\x1f\x8b\x08)|(?P<zlib>\x78[\x01\x5e\x9c\xda])|(?P<zstd>\x28\xb5\x2f\xfd)"
+    rb"|(?P<base64>(?:[A-Za-z0-9+/]{4}){16,}[A-Za-z0-9+/]{0,4}={0,2})"
+)
+_SHORTEST_STREAM = 8  # bytes; what two chance bytes of a magic number open is shorter
+
+
+def pieces(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(place, bytes) of a file: "bytes" as they are, and what is packed in them."""
+    data = path.read_bytes()
+    yield "bytes", data
+    if ".array_record-" in path.name:
+        for number, record in enumerate(dataset.read_records(path)):
+            pixels, rest = _features(record)
+            yield f"record {number}", rest
+            yield f"record {number}, {PIXELS}", pixels
+    else:
+        yield from unpacked(data)
+
+
+def _features(record: bytes) -> tuple[bytes, bytes]:
+    """The bytes of the images of a record, and all others, in which the images are one blank."""
+    image = dataset.decode_record(record, (-1, 1, 1))["image"].tobytes()
+    return image, record.replace(image, b" ")
+
+
+def unpacked(data: bytes, place: str = "", depth: int = 0) -> Iterator[tuple[str, bytes]]:
+    """(place, bytes) of all that is packed in some bytes, at any depth up to four."""
+    if depth == _DEPTH:
+        return
+    for name, inner in _members(data) if data[:4] in (b"PK\x03\x04", b"PAR1") else _streams(data):
+        where = f"{place}{', ' * bool(place)}{name}"
+        yield where, inner
+        yield from unpacked(inner, where, depth + 1)
+
+
+def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    if data[:4] == b"PAR1":
+        table = pyarrow.parquet.read_table(io.BytesIO(data))
+        plain = io.BytesIO()
+        pyarrow.parquet.write_table(table, plain, compression="none", use_dictionary=False)
+        yield "columns", plain.getvalue()
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for member in archive.infolist():
+            yield f"member {member.filename}", archive.read(member)
+
+
+def _streams(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Compressed streams wherever they begin; bytes that only look like the beginning of one give nothing."""
+    at = 0
+    while match := _MAGIC.search(data, at):
+        kind, at = match.lastgroup, match.start() + 1
+        if kind == "base64":
+            at = match.end()
+            found = _base64(match.group())
+        elif kind == "zstd":
+            end = zstd_frame_end(data, match.start())
+            found = b"" if end is None else _zstd(data[match.start() : end])
+        else:
+            found, used = _inflated(memoryview(data)[match.start() :], 31 if kind == "gzip" else 15)
+            at = max(at, match.start() + used)
+        if len(found) >= _SHORTEST_STREAM:
+            yield f"{kind} at {match.start()}", found
+
+
+def _inflated(data: memoryview, window_bits: int) -> tuple[bytes, int]:
+    """What a whole or cut stream holds, and how many bytes it took; nothing for what is none."""
+    stream = zlib.decompressobj(window_bits)
+    found = b""
+    try:
+        for start in range(0, len(data), 1 << 16):
+            found += stream.decompress(data[start : start + (1 << 16)])
+            if stream.eof:
+                return found, start + len(data[start : start + (1 << 16)]) - len(stream.unused_data)
+    except zlib.error:
+        pass
+    return found, 0
+
+
+def _base64(text: bytes) -> bytes:
+    try:
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+    except binascii.Error:
+        return b""
+
+
+def _zstd(frame: bytes) -> bytes:
+    try:
+        return imagecodecs.zstd_decode(frame)
+    except Exception:  # imagecodecs has an exception of its own for each codec: these bytes are no frame
+        return b""
+
+
+def zstd_frame_end(data: bytes, start: int) -> int | None:
+    """Where the zstd frame that begins at `start` ends (RFC 8878, 3.1.1); None if these bytes are no whole frame."""
+    at = start + 5
+    if at > len(data):
+        return None
+    descriptor = data[start + 4]
+    single_segment, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
+    at += (1 - single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    at += (single_segment, 2, 4, 8)[descriptor >> 6]
+    while at + 3 <= len(data):
+        header = int.from_bytes(data[at : at + 3], "little")
+        last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        at += 3 + (1 if kind == 1 else size)  # a run of one byte is stored once
+        if kind == 3 or at > len(data):
+            return None
+        if last:
+            at += 4 * checksum
+            return at if at <= len(data) else None
+    return None
