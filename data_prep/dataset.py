@@ -12,6 +12,8 @@
                                       `tfds.builder_from_directory(DIR).as_data_source("train[:50%]")`
     DIR/preparation.json              how it was made; written last: its presence means "complete"
 
+The shards of a view (`data_prep.merge`) are links to those of the datasets that preparation.json lists as `parts`.
+
 A record is a serialised `tf.train.Example` with the features `image` (uint8, [H, W, C] in C order),
 `volume_id`, `slice_index` (int32, counts within the volume), `position_mm` (float32, along the slice normal,
 grows towards superior) and `pair_valid` (the next record is the neighbouring slice of the same volume, no
@@ -202,7 +204,31 @@ def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:
         raise DatasetError(
             f"{path}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the dataset again"
         )
+    for _, part_dir, names in linked_parts(dataset_dir, preparation):
+        if (part_dir / PREPARATION_FILE).is_file():  # it is not while the part grows
+            checksums = read_preparation(part_dir)["checksums"]
+            if any(preparation["checksums"][name] != checksums.get(theirs) for name, theirs in names.items()):
+                raise DatasetError(
+                    f"{dataset_dir}: its part {part_dir} was made anew since they were merged; merge again into a new "
+                    "directory"
+                )
     return preparation
+
+
+def linked_parts(
+    dataset_dir: Path, preparation: Mapping[str, Any]
+) -> Iterable[tuple[Mapping[str, Any], Path, dict[str, str]]]:
+    """Of a view (`data_prep.merge`) whose shards are symbolic links: the facts of each part, its directory, and the
+    part's name of each of the view's shards that is the part's. Nothing of another dataset."""
+    num_before = dict.fromkeys(SPLITS, 0)
+    for part in preparation.get("parts", ()):
+        names = {}
+        for split, number in part["num_shards"].items():
+            names |= {shard_name(split, num_before[split] + index): shard_name(split, index) for index in range(number)}
+            num_before[split] += number
+        link = dataset_dir / next(iter(names))
+        if link.is_symlink():
+            yield part, (dataset_dir / link.readlink().parent).resolve(), names
 
 
 def read_volumes(dataset_dir: str | os.PathLike, split: str | None = None) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import collections
 import csv
 import io
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,8 @@ def main() -> int:
     )
     synthetic = " (SYNTHETIC: a phantom, no patients)" * preparation["synthetic"]
     print(table_text(rows, f"{dataset_dir}{synthetic}"))
+    for note in _grown_parts(dataset_dir, preparation):
+        print(f"NOTE {note}")
     output_dir = Path(FLAGS.output_dir or f"{FLAGS.dataset.rstrip('/')}-description")
     output_dir.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -194,6 +197,16 @@ def main() -> int:
     for problem in problems:
         print(f"WRONG {problem}")
     return 1 if problems else 0
+
+
+def _grown_parts(dataset_dir: Path, preparation: dict[str, Any]) -> Iterator[str]:
+    from data_prep import dataset
+
+    for part, part_dir, _ in dataset.linked_parts(dataset_dir, preparation):
+        if not (part_dir / dataset.PREPARATION_FILE).is_file():
+            yield f"its part {part_dir} is not a complete dataset now: being changed, moved or removed"
+        elif dataset.read_preparation(part_dir)["fingerprint"] != part["fingerprint"]:
+            yield f"its part {part_dir} has grown since; data_prep.merge into a new directory takes in what came"
 
 
 def _verify(dataset_dir: Path) -> list[str]:

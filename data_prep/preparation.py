@@ -153,7 +153,7 @@ def prepare(
             raise PreparationError(
                 f"--{flag}_dir={directory}: cannot make this directory: {error.strerror}; choose another"
             ) from None
-    with _lock(places.output_dir), _lock(places.audit_dir), WorkerPool(num_workers) as pool:
+    with lock_directory(places.output_dir), lock_directory(places.audit_dir), WorkerPool(num_workers) as pool:
         places.audit_dir.chmod(0o700)
         _refuse_audit_dir_of_another(places)
         if key is None:
@@ -202,7 +202,7 @@ def _with_absolute_paths(paths: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path) -> Iterator[None]:
     """An advisory lock on the directory itself, which ends with the process, however it ends."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -13,6 +13,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     "data_prep.prepare",
     "data_prep.describe",
+    "data_prep.merge",
     "data_prep.phantom",
     "ctssl_jax.train",
     "ctssl_jax.evaluate",
