@@ -26,6 +26,7 @@ from data_prep.accounting import Account
 from data_prep.assembly import Frozen, assemble, can_be_assembled, freeze, keep_notes, remove_tree
 from data_prep.dicom import Rules
 from data_prep.growth import KnownVolumes
+from data_prep.known_splits import KEY_FILE, KnownSplits, read_known_splits, refuse_other_key, refuse_other_splits
 from data_prep.labels import LabelSources
 from data_prep.planning import all_headers, header_reader, list_archive, plan_archive, read_plan
 from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
@@ -51,11 +52,14 @@ class Options:
     shard_size_mb: float = 1024.0
     masks: dict[str, Any] | None = None  # `LabelSources.mask_facts`
     tables: tuple[tuple[str, str], ...] = ()  # (option, keyed digest) of each file of labels and attributes
+    same_splits_as: tuple[str, ...] = ()  # fingerprints of other datasets, as they were when splits were decided
 
     def as_dict(self) -> dict[str, Any]:
         """Flat and in the types that JSON gives back."""
         fields = dataclasses.asdict(self)
         fields = fields | fields.pop("rules")
+        if not self.same_splits_as:
+            del fields["same_splits_as"]
         return json.loads(json.dumps(fields))
 
     def conversion_digest(self) -> str:
@@ -124,14 +128,16 @@ def prepare(
     sources: LabelSources | None = None,
     num_workers: int | None = None,
     pseudonym_key_file: Path | None = None,
+    same_splits_as: Sequence[Path] = (),
     beam_options: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Prepares a dataset, or carries on with it, or adds what came to the archive.
 
     `sources` says where labels, masks and attributes come from (default: what the archive brings along); its `masks`
-    and `tables` of `options` follow from it. `beam_options`: convert and write shards under Apache Beam, with these
-    arguments of its own (`data_prep.beam_runner`); None: on worker processes here. Returns the content of its
-    preparation.json, and whether there was anything to do.
+    and `tables` of `options` follow from it. `same_splits_as`: datasets of the same pseudonym key, whose patients keep
+    the split that they have there. `beam_options`: convert and write shards under Apache Beam, with these arguments of
+    its own (`data_prep.beam_runner`); None: on worker processes here. Returns the content of its preparation.json, and
+    whether there was anything to do.
 
     Raises:
         PreparationError, ValueError: unusable directories or options, too few patients.
@@ -146,6 +152,10 @@ def prepare(
         beam_arguments = _beam_arguments(beam_options, num_workers)
         places, sources = _with_absolute_paths(places), _with_absolute_paths(sources)
     key = deidentify.read_key(pseudonym_key_file) if pseudonym_key_file else None
+    elsewhere = read_known_splits(same_splits_as)
+    if elsewhere:
+        refuse_other_key(elsewhere, pseudonym_key_file, places.audit_dir)
+        options = dataclasses.replace(options, same_splits_as=elsewhere.fingerprints)
     for flag, directory, mode in (("output", places.output_dir, 0o777), ("audit", places.audit_dir, 0o700)):
         try:
             directory.mkdir(mode=mode, parents=True, exist_ok=True)
@@ -157,7 +167,9 @@ def prepare(
         places.audit_dir.chmod(0o700)
         _refuse_audit_dir_of_another(places)
         if key is None:
-            key = deidentify.make_key(places.audit_dir / "pseudonym_key")
+            key = deidentify.make_key(places.audit_dir / KEY_FILE)
+        if elsewhere:
+            refuse_other_splits(elsewhere, _read_splits(places))
         digests = label_staging.input_digests(sources, places.input_dir)
         tables = tuple((name, deidentify.private_digest(key, "table", digest)) for name, digest in digests)
         options = dataclasses.replace(options, masks=sources.mask_facts(), tables=tables)
@@ -175,7 +187,9 @@ def prepare(
         if preparation and _bound(places)["digest"] == listed[1] and not num_failed_for_now(preparation["counts"]):
             _clean(places)
             return preparation, changed
-        frozen = _convert_and_freeze(options, sources, key, places, preparation, listed, pool, beam_arguments)
+        frozen = _convert_and_freeze(
+            options, sources, key, places, preparation, elsewhere, listed, pool, beam_arguments
+        )
         return _finish(frozen, places, pool, beam_arguments), True
 
 
@@ -241,8 +255,12 @@ def _refuse_other_options(
             f"{output_dir}: was prepared with other labels or attributes ({', '.join(dict.fromkeys(differs))}); give "
             "the same files in the same order, or another --output_dir"
         )
+    if made_with.get("same_splits_as") and "same_splits_as" not in asked:
+        raise PreparationError(
+            f"{output_dir}: was prepared with --same_splits_as; give it again: patients who come may be known there"
+        )
     for name in asked:
-        if made_with.get(name) != asked[name]:
+        if name != "same_splits_as" and made_with.get(name) != asked[name]:  # those datasets may grow, too
             raise PreparationError(
                 f"{output_dir}: was prepared with {name}={_option_text(made_with.get(name))}, "
                 f"not {_option_text(asked[name])}; give the same options or another --output_dir"
@@ -300,6 +318,7 @@ def _convert_and_freeze(
     key: bytes,
     places: Places,
     preparation: dict[str, Any] | None,
+    elsewhere: KnownSplits | None,
     listed: tuple[int, str],
     pool: WorkerPool,
     beam_arguments: list[str] | None,
@@ -341,6 +360,8 @@ def _convert_and_freeze(
             if known.outcome(exam) is None:
                 expected_volumes += 1
                 expected_slices += len(exam[0].headers)
+    if elsewhere:
+        known_splits = {p: split for p, split in elsewhere.split_of.items() if p in patients} | known_splits
     if patients:
         splits.check_numbers(len(patients), expected_volumes, options.splits, options.holdout_volumes)
     _convert(run, plans, known, expected_slices, pool, places.work_dir, beam_arguments)

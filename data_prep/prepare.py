@@ -6,8 +6,9 @@ SCANS is any tree of files; zip files are read in place. One DATASET serves ever
 command continues where it stopped, with the same result to the byte; when scans have come to SCANS it adds them.
 Whether something came is told by names and sizes: a file that is replaced by another of its size goes unnoticed.
 DATASET-audit (--audit_dir) stays with the archive's owner: it links the dataset's pseudonyms to the scans, and is of
-this dataset alone. Datasets can share a --pseudonym_key_file: the same patient then has the same pseudonym in each;
-splits are kept for each dataset by itself.
+this dataset alone. Datasets can share a --pseudonym_key_file: the same patient then has the same pseudonym in each.
+Splits are each dataset's own, but with --same_splits_as=FIRST[,SECOND] patients known there keep the split they have
+there; data_prep.merge makes one dataset of such.
 
 --archive: dicom is any tree of DICOM files; rsna_pe has train.csv beside them, lidc_idri the readers' XML (among the
 scans, or in --annotations_dir); nifti is any tree of .nii and .nii.gz files, with --metadata_csv=FILE (VolumeName and
@@ -112,9 +113,12 @@ def _run() -> int:
     output_dir = Path(FLAGS.output_dir).expanduser()
     audit_dir = Path(FLAGS.audit_dir).expanduser() if FLAGS.audit_dir else preparation.default_audit_dir(output_dir)
     places = preparation.Places(Path(FLAGS.input_dir).expanduser(), output_dir, audit_dir)
+    same_splits_as = [Path(path).expanduser() for path in FLAGS.same_splits_as if path]
     if FLAGS.dry_run:
         from data_prep.dry_run import dry_run
+        from data_prep.known_splits import read_known_splits
 
+        read_known_splits(same_splits_as)
         counts = dry_run(options, places, sources=sources, num_workers=FLAGS.num_workers)
         print("Dry run: what the headers say; pixels may refuse more. Nothing was written.")
         print(
@@ -129,6 +133,7 @@ def _run() -> int:
         sources=sources,
         num_workers=FLAGS.num_workers,
         pseudonym_key_file=_path(FLAGS.pseudonym_key_file),
+        same_splits_as=same_splits_as,
         beam_options=beam_options,
     )
     state = "is complete" if changed else "is complete already: nothing to do"
@@ -240,6 +245,7 @@ def define_flags() -> None:
         "0: go by --splits.",
         lower_bound=0,
     )
+    flags.DEFINE_list("same_splits_as", [], "Datasets of the same key: patients known there keep that split.")
     flags.DEFINE_float("shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut.")
     flags.DEFINE_multi_string("labels_csv", [], "Table of labels: a key column and a column a label; repeatable.")
     flags.DEFINE_string("attributes_csv", None, "Table of PatientID and any of age, sex, ethnic_group.")

@@ -2,7 +2,7 @@
 
 Datasets of one pseudonym key have the same pseudonyms and take patients in the same order. Their splits are the same
 only if they were made at once from the same patients with the same options: what a patient was assigned to is kept in
-each dataset's own audit directory.
+each dataset's own audit directory. `data_prep.known_splits` takes over those of other datasets.
 """
 
 import itertools
@@ -79,8 +79,9 @@ def assign_splits(
     empty = [split for split in wanted if split not in splits.values()]
     if empty:
         raise ValueError(
-            f"no patient is left for the splits {', '.join(empty)}, as splits.json in the audit directory keeps all in "
-            "others; give another --audit_dir to assign them anew"
+            f"no patient is left for the splits {', '.join(empty)}, as splits.json in the audit directory or "
+            "--same_splits_as keeps all in others; give --splits that leave them out, or another --audit_dir to assign "
+            "them anew"
         )
     return {patient: splits[patient] for patient in volumes_per_patient}
 

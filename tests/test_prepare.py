@@ -231,6 +231,7 @@ def test_grown_archive_appends(tmp_path, archive, key_file):
     where = places(tmp_path, scans)
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     before = content(where.output_dir)
+    files = {path.name: path.stat() for path in where.output_dir.glob("*.array_record-*")}
     old = {v["volume_id"]: v for v in dataset.read_volumes(where.output_dir)}
     splits = json.loads((where.audit_dir / "splits.json").read_text())
 
@@ -248,12 +249,19 @@ def test_grown_archive_appends(tmp_path, archive, key_file):
     for name in before:
         if ".array_record-" in name:
             assert after[name] == before[name]
+            status = (where.output_dir / name).stat()
+            assert (status.st_mtime_ns, status.st_ino) == (files[name].st_mtime_ns, files[name].st_ino)
     volumes = {v["volume_id"]: v for v in dataset.read_volumes(where.output_dir)}
     assert {name: volumes[name] for name in old} == old
     assert len(volumes) == 9
     grown = json.loads((where.audit_dir / "splits.json").read_text())
     assert {patient: grown[patient] for patient in splits} == splits and len(grown) == 8
     assert {(v["patient_id"], v["split"]) for v in volumes.values()} == set(grown.items())
+    per_patient = Counter(v["patient_id"] for v in volumes.values())
+    [twice] = [patient for patient, number in per_patient.items() if number == 2]
+    assert twice in splits  # the known patient's new exam
+    ends = {split: max(v["first_record"] for v in old.values() if v["split"] == split) for split in dataset.SPLITS}
+    assert all(v["first_record"] > ends[v["split"]] for name, v in volumes.items() if name not in old)
     assert preparation["counts"]["files_rejected"] == {
         "other_reconstruction": 2 * NUM_SLICES,
         "series_changed": 1,
@@ -262,6 +270,36 @@ def test_grown_archive_appends(tmp_path, archive, key_file):
     with WorkerPool(1) as pool:
         assert verify(where.output_dir, pool) == []
     assert not prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)[1]
+
+
+def test_growth_that_is_killed_touches_nothing_old_and_ends_the_same(tmp_path, archive, key_file, monkeypatch):
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    for name in ("undisturbed", "disturbed"):
+        scans = tmp_path / name / "scans"
+        shutil.copytree(archive, scans)
+        where = places(tmp_path / name, scans)
+        prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+        old = {path: path.stat() for path in where.output_dir.glob("*.array_record-*")}
+        add_scan(scans, 11)
+        add_scan(scans, 14, patient="patient-3")
+        steps = [
+            (preparation_module, "freeze"),
+            (dataset_writer, "write_preparation"),
+            (preparation_module, "keep_notes"),
+        ]
+        for module, step in steps if name == "disturbed" else ():
+            monkeypatch.setattr(module, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+            monkeypatch.undo()
+            assert {path: path.stat().st_mtime_ns for path in old} == {p: s.st_mtime_ns for p, s in old.items()}
+        prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
+    disturbed, undisturbed = (places(tmp_path / name, archive) for name in ("disturbed", "undisturbed"))
+    assert content(disturbed.output_dir) == content(undisturbed.output_dir)
+    assert content(disturbed.audit_dir) == content(undisturbed.audit_dir)
+    assert len(dataset.read_volumes(disturbed.output_dir)) == 7
 
 
 def renamed(scans: Path) -> None:
