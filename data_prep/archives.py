@@ -1,4 +1,4 @@
-"""The files of an archive: any directory tree, with zip files read in place.
+"""The files of an archive: any directory tree, with zip files read in place; on an object store, too.
 
 Nothing is assumed of names or extensions. Every file is yielded exactly once, in an order that depends on the
 names alone, either as a `Source` that `read_bytes` can read or as an `Unreadable` entry that says why it was left.
@@ -13,14 +13,21 @@ import unicodedata
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+
+from data_prep import remote_archives
+from data_prep.remote_archives import RemoteArchive
+from data_prep.stores import StoreReadError, store_failure
 
 MAX_FILE_BYTES = 4 << 30  # the largest DICOM file taken: an enhanced multi-frame CT of 8,000 slices
 MAX_COMPRESSION_RATIO = 200  # deflate cannot pass 1032; CT slices stay below 10, blank ones below 100
 _RATIO_FREE_BYTES = 16 << 20  # members up to this size are harmless whatever their ratio
 _TOTAL_FREE_BYTES = 256 << 20  # and zip files whose members come to no more than this
 _LOCAL_HEADER_BYTES = 30  # of a zip member, at least
-_ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
+ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
+
+
+ArchiveDirectory = Path | RemoteArchive
 
 
 class Source(NamedTuple):
@@ -39,16 +46,26 @@ class Unreadable(NamedTuple):
     detail: str
 
 
-def list_sources(input_dir: Path) -> Iterator[Source | Unreadable]:
+def list_sources(input_dir: ArchiveDirectory) -> Iterator[Source | Unreadable]:
     """Every file below `input_dir`, sorted by path, zip files expanded in place.
 
     Directory links are not followed (a loop cannot arise, and what they point to is listed where it lies, or is
-    outside the archive); file links are followed only to files inside `input_dir`.
+    outside the archive); file links are followed only to files inside `input_dir`. An archive on a store gives the list
+    of its local copy, but for zip files whose names do not end in .zip (see `data_prep.remote_archives`).
 
     Raises:
         FileNotFoundError: `input_dir` does not exist.
         NotADirectoryError: `input_dir` is not a directory.
+        StoreError: a URL that cannot be used.
+        OSError: a store that cannot be listed to the end.
     """
+    if isinstance(input_dir, RemoteArchive):
+        input_dir.check()
+        try:
+            yield from _list_remote(input_dir)
+        except StoreReadError as error:  # a list with holes would be one of another archive
+            raise OSError(f"{input_dir}: cannot be listed ({error.strerror}); run again to continue") from None
+        return
     input_dir = Path(input_dir)
     if not input_dir.exists():
         raise FileNotFoundError(f"{input_dir}: no such directory; give the folder that holds the scans")
@@ -93,18 +110,38 @@ def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreada
             yield Unreadable(Source(path, "", 0), "unreadable", getattr(error, "strerror", None) or str(error))
 
 
+def _list_remote(archive: RemoteArchive) -> Iterator[Source | Unreadable]:
+    for path, size, fault in remote_archives.walk(archive):
+        source = Source(path, "", size)
+        if fault:
+            yield Unreadable(source, "unreadable", fault)
+        elif path.lower().endswith(".zip") and _is_remote_zip(archive, source):
+            yield from zip_members(remote_archives.open_zip_file(archive, path, size), source)
+        elif size > MAX_FILE_BYTES:
+            yield Unreadable(source, "too_large", f"{size} bytes")
+        else:
+            yield source
+
+
+def _is_remote_zip(archive: RemoteArchive, source: Source) -> bool:
+    with remote_archives.open_file(archive, source.path, source.size, block=4) as file:
+        return file.read(4) in ZIP_SIGNATURES
+
+
 def is_zip(path: str) -> bool:
     with open(path, "rb") as file:
-        return file.read(4) in _ZIP_SIGNATURES
+        return file.read(4) in ZIP_SIGNATURES
 
 
-def zip_members(path: str, source: Source) -> Iterator[Source | Unreadable]:
+def zip_members(file: str | BinaryIO, source: Source) -> Iterator[Source | Unreadable]:
     """The members of a zip file, sorted by name. One that would expand beyond any scan is refused as a whole."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.filename)
             overlapping = _overlapping(members, archive.start_dir)
     except Exception as error:  # zipfile raises what its parsing stumbles over
+        if failure := store_failure(error):  # nothing is known of the file
+            raise failure from None
         yield Unreadable(source, "bad_zip", str(error))
         return
     total = sum(member.file_size for member in members)
@@ -160,28 +197,47 @@ def _overlapping(members: list[zipfile.ZipInfo], end_of_members: int) -> set[int
     return found
 
 
-def read_bytes(input_dir: Path, source: Source) -> bytes:
+def open_source(input_dir: ArchiveDirectory, source: Source) -> BinaryIO:
+    """A source that is no zip member, to read its start of. Raises OSError, here or when it is read."""
+    if isinstance(input_dir, RemoteArchive):
+        return remote_archives.open_file(input_dir, source.path, source.size)
+    return open(os.path.join(input_dir, source.path), "rb")
+
+
+def read_bytes(input_dir: ArchiveDirectory, source: Source) -> bytes:
     """The whole content of one source.
 
     Raises:
         OSError: the file is gone, cannot be read, or is a damaged zip member (the message names it).
     """
-    path = os.path.join(input_dir, source.path)
-    if not source.member:
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
-    status = os.stat(path)
+    if isinstance(input_dir, RemoteArchive):
+        if not source.member:
+            return remote_archives.read_file(input_dir, source.path)
+        version = (input_dir, source.path)
+    else:
+        path = os.path.join(input_dir, source.path)
+        if not source.member:
+            with open(path, "rb", buffering=0) as file:
+                return file.read()
+        status = os.stat(path)
+        version = (path, status.st_mtime_ns, status.st_size)
     try:
-        archive = _open_zip(path, status.st_mtime_ns, status.st_size, os.getpid())
+        archive = _open_zip(version, os.getpid())
         with archive.open(source.member) as file:
             return file.read(source.size + 1)  # a member that lies about its size ends here
     except Exception as error:  # zipfile and the decompressors raise a dozen kinds on damaged bytes
+        if isinstance(input_dir, RemoteArchive):
+            _open_zip.cache_clear()  # the next try opens it anew
+            if failure := store_failure(error):
+                raise failure from None
         if isinstance(error, OSError) and error.errno is not None:  # from the disk, not from a decompressor
             raise
         raise OSError(f"{source.path}: {source.member}: damaged zip member: {error}") from error
 
 
 @functools.lru_cache(maxsize=4)
-def _open_zip(path: str, mtime_ns: int, size: int, process: int) -> zipfile.ZipFile:
+def _open_zip(version: tuple, process: int) -> zipfile.ZipFile:
     """An open zip file; its directory is parsed once, and a forked process opens its own."""
-    return zipfile.ZipFile(path)
+    if isinstance(version[0], RemoteArchive):
+        return zipfile.ZipFile(remote_archives.open_zip_file(*version))
+    return zipfile.ZipFile(version[0])

@@ -32,7 +32,7 @@ import numpy as np
 import pydicom
 
 from data_prep import dataset
-from data_prep.archives import Source, Unreadable, list_sources, read_bytes
+from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
 from data_prep.assembly import description
 from data_prep.deidentify import public_ethnic_group, public_kernel, public_manufacturer
 from data_prep.workers import Progress, WorkerDied, WorkerPool
@@ -74,7 +74,7 @@ class SourceValues:
             self.published[column] |= values
 
 
-def read_source_values(input_dir: Path, pool: WorkerPool) -> SourceValues:
+def read_source_values(input_dir: ArchiveDirectory, pool: WorkerPool) -> SourceValues:
     """The values of all readable DICOM headers of an archive."""
     values = SourceValues()
     sources = (entry for entry in list_sources(input_dir) if not isinstance(entry, Unreadable))
@@ -88,7 +88,7 @@ def read_source_values(input_dir: Path, pool: WorkerPool) -> SourceValues:
     return values
 
 
-def _values_of_files(input_dir: Path, sources: Iterable[Source]) -> SourceValues:
+def _values_of_files(input_dir: ArchiveDirectory, sources: Iterable[Source]) -> SourceValues:
     values = SourceValues()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote values
@@ -196,7 +196,7 @@ def _alphanumeric(octet: bytes) -> bool:
     return octet.isalnum() or octet >= b"\x80"
 
 
-def find_leaks(dataset_dir: Path, input_dir: Path, audit_dir: Path, pool: WorkerPool) -> list[str]:
+def find_leaks(dataset_dir: Path, input_dir: ArchiveDirectory, audit_dir: Path, pool: WorkerPool) -> list[str]:
     """Where the dataset holds what it must not, one line each, naming file and place; [] if nowhere.
 
     The lines quote no more than the first two characters of a value: they may end up in a log.

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_prep import dataset, dataset_writer, deidentify
 from data_prep.anatomy import ChestSummary
-from data_prep.archives import Source
+from data_prep.archives import ArchiveDirectory, Source
 from data_prep.dicom import Header, Rejection, Rules, SeriesCandidate, Volume, load_volume
 from data_prep.labels import Labels, NoMask, VolumeLabels
 from data_prep.window import resize_box, resize_mask, resize_slice, window_to_uint8
@@ -37,7 +37,7 @@ REASONS = {
 class Conversion:
     """What every exam of a run is converted with."""
 
-    input_dir: Path
+    input_dir: ArchiveDirectory
     notes_dir: Path  # private: notes name source files
     records_dir: Path
     rules: Rules

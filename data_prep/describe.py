@@ -211,6 +211,7 @@ def _grown_parts(dataset_dir: Path, preparation: dict[str, Any]) -> Iterator[str
 
 def _verify(dataset_dir: Path) -> list[str]:
     from data_prep.audit import find_leaks
+    from data_prep.remote_archives import archive_directory
     from data_prep.verification import verify
     from data_prep.workers import WorkerPool, usable_cores
 
@@ -219,7 +220,7 @@ def _verify(dataset_dir: Path) -> list[str]:
         if not problems:
             print("Verified: checksums, records, order, neighbours, tables.")
         if FLAGS.audit_dir:
-            input_dir = Path(FLAGS.input_dir)
+            input_dir = archive_directory(FLAGS.input_dir)
             if not input_dir.is_dir():
                 raise ValueError(f"--input_dir={input_dir}: no such directory; give the folder of the scans")
             leaks = find_leaks(dataset_dir, input_dir, Path(FLAGS.audit_dir), pool)

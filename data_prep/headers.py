@@ -14,7 +14,6 @@ import re
 import struct
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pydicom
@@ -22,7 +21,7 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
-from data_prep.archives import Source, read_bytes
+from data_prep.archives import ZIP_SIGNATURES, ArchiveDirectory, Source, open_source, read_bytes
 
 MAX_FRAMES = 20_000
 _LARGEST_NUMBER = 1e9
@@ -129,7 +128,7 @@ class NotAnImage:
     detail: str
 
 
-def read_header(input_dir: Path, source: Source) -> Header | NotAnImage:
+def read_header(input_dir: ArchiveDirectory, source: Source) -> Header | NotAnImage:
     """The header of one source, without its pixels. Never raises for what the file holds.
 
     Raises:
@@ -137,13 +136,15 @@ def read_header(input_dir: Path, source: Source) -> Header | NotAnImage:
     """
     if source.member:
         return _read(io.BytesIO(read_bytes(input_dir, source)), source)
-    with open(Path(input_dir) / source.path, "rb") as file:
+    with open_source(input_dir, source) as file:
         return _read(file, source)
 
 
 def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
     start = file.read(140)
     file.seek(0)
+    if start[:4] in ZIP_SIGNATURES:  # on a store: elsewhere it was listed as what is in it
+        return NotAnImage(source, "bad_zip", "a zip file on a store whose name does not end in .zip; rename it")
     if not _looks_like_dicom(start):
         return NotAnImage(source, "not_dicom", "")
     try:

@@ -75,7 +75,7 @@ def input_digests(sources: LabelSources, input_dir: Path) -> tuple[tuple[str, st
     if sources.metadata_csv:
         files.append(("metadata_csv", sources.metadata_csv))
     if sources.archive == "rsna_pe":
-        files.insert(0, ("train.csv", input_dir / rsna_pe.TRAIN_FILE))
+        files.insert(0, ("train.csv", rsna_pe.train_csv(input_dir)))
     digests = []
     for name, path in files:
         with open(path, "rb") as file:

@@ -24,7 +24,7 @@ import nibabel
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from data_prep.archives import MAX_FILE_BYTES, Source, read_bytes
+from data_prep.archives import MAX_FILE_BYTES, ArchiveDirectory, Source, open_source, read_bytes
 from data_prep.geometry import canonical_axes
 from data_prep.headers import MAX_FRAMES, NIFTI, Frame, Header, NotAnImage
 from data_prep.nifti_metadata import Metadata, read_metadata, volume_name, without_extension
@@ -57,7 +57,7 @@ def _read_once(path: Path, mtime_ns: int) -> dict[str, Metadata]:
     return read_metadata(path)
 
 
-def read_header(input_dir: Path, source: Source, metadata_csv: Path | None = None) -> Header | NotAnImage:
+def read_header(input_dir: ArchiveDirectory, source: Source, metadata_csv: Path | None = None) -> Header | NotAnImage:
     """The header of one source, without its voxels. Never raises for what the file holds.
 
     The patient is PatientID of the table or, of a name such as CT-RATE's `train_1_a_2`, `train_1` with the exam
@@ -76,7 +76,7 @@ def read_header(input_dir: Path, source: Source, metadata_csv: Path | None = Non
         if row is None:
             return NotAnImage(source, "no_metadata", "")
     try:
-        nifti = _nifti_header(_start_of(Path(input_dir), source))
+        nifti = _nifti_header(_start_of(input_dir, source))
         return _header(nifti, source, name, row)
     except NiftiError as error:
         return NotAnImage(source, error.reason, str(error))
@@ -88,11 +88,11 @@ def read_header(input_dir: Path, source: Source, metadata_csv: Path | None = Non
         return NotAnImage(source, "unreadable", "damaged")
 
 
-def _start_of(input_dir: Path, source: Source) -> bytes:
+def _start_of(input_dir: ArchiveDirectory, source: Source) -> bytes:
     length = max(_HEADER_BYTES)
     if source.member:
         return _unpacked(read_bytes(input_dir, source), length)
-    with open(input_dir / source.path, "rb") as file:
+    with open_source(input_dir, source) as file:
         return _unpacked(file.read(64 * length), length)
 
 

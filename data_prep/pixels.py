@@ -10,14 +10,13 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.filereader import read_dataset
 from pydicom.pixels import pixel_array
 
-from data_prep.archives import Source, read_bytes
+from data_prep.archives import ArchiveDirectory, Source, read_bytes
 from data_prep.decoders import DECODER_DEPENDENCIES, decode
 from data_prep.headers import NATIVE_SYNTAXES, NIFTI, Header
 from data_prep.nifti import NiftiError, read_frames
@@ -36,7 +35,7 @@ class PixelError(ValueError):
 class PixelReader:
     """Reads the stored values of slices; keeps the last file, for the further frames of a multi-frame one."""
 
-    def __init__(self, input_dir: Path):
+    def __init__(self, input_dir: ArchiveDirectory):
         self._input_dir = input_dir
         self._source: Source | None = None
         self._data = b""

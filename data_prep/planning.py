@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from data_prep import nifti
-from data_prep.archives import Source, Unreadable, list_sources
+from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources
 from data_prep.conversion import FAILED_FOR_NOW
 from data_prep.dicom import (
     Header,
@@ -33,7 +33,7 @@ _MIN_BUCKETS = 64
 _HEADERS_PER_BUCKET = 5_000  # about, in memory at a time in each worker
 _SOURCES_PER_TASK = 128
 
-ReadHeader = Callable[[Path, Source], Header | NotAnImage]
+ReadHeader = Callable[[ArchiveDirectory, Source], Header | NotAnImage]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class BucketPlan:
     not_images: list[NotAnImage | Unreadable]
 
 
-def list_archive(input_dir: Path) -> tuple[int, str]:
+def list_archive(input_dir: ArchiveDirectory) -> tuple[int, str]:
     """Number of files, and a digest of their names and sizes: equal digests mean that nothing came or went.
 
     A file that is replaced by another of the same size is not noticed. Times are left out: copies have other ones.
@@ -71,7 +71,12 @@ def header_reader(archive: str, metadata_csv: Path | None = None) -> ReadHeader:
 
 
 def plan_archive(
-    input_dir: Path, plan_dir: Path, rules: Rules, num_files: int, pool: WorkerPool, read: ReadHeader = read_header
+    input_dir: ArchiveDirectory,
+    plan_dir: Path,
+    rules: Rules,
+    num_files: int,
+    pool: WorkerPool,
+    read: ReadHeader = read_header,
 ) -> list[Path]:
     """Reads all headers and writes one plan file a bucket into `plan_dir`; `read_plan` reads them.
 
@@ -106,7 +111,7 @@ def all_headers(plans: Iterable[Path]) -> Iterator[Header]:
             yield from rejection.headers
 
 
-def _scan(input_dir: Path, plan_dir: Path, num_files: int, pool: WorkerPool, read: ReadHeader) -> None:
+def _scan(input_dir: ArchiveDirectory, plan_dir: Path, num_files: int, pool: WorkerPool, read: ReadHeader) -> None:
     num_buckets = max(_MIN_BUCKETS, num_files // _HEADERS_PER_BUCKET)
     with Progress("reading headers", "files", num_files) as progress:
         tasks = ((input_dir, chunk, read) for chunk in _chunks(list_sources(input_dir), _SOURCES_PER_TASK))
@@ -130,7 +135,7 @@ def _chunks(items: Iterable, size: int) -> Iterator[tuple]:
 
 
 def read_headers(
-    input_dir: Path, entries: tuple[Source | Unreadable, ...], read: ReadHeader
+    input_dir: ArchiveDirectory, entries: tuple[Source | Unreadable, ...], read: ReadHeader
 ) -> list[Header | NotAnImage | Unreadable]:
     """What the files are, in their order; what could not be listed stays as it is.
 
@@ -151,7 +156,7 @@ def read_headers_one_by_one(input_dir, entries, read) -> Iterator[Header | NotAn
                 yield from result
 
 
-def _read_one(input_dir: Path, source: Source, read: ReadHeader) -> Header | NotAnImage:
+def _read_one(input_dir: ArchiveDirectory, source: Source, read: ReadHeader) -> Header | NotAnImage:
     try:
         return read(input_dir, source)
     except OSError as error:

@@ -23,6 +23,7 @@ from typing import Any
 
 from data_prep import conversion, dataset, dataset_writer, deidentify, label_staging, splits
 from data_prep.accounting import Account
+from data_prep.archives import ArchiveDirectory, RemoteArchive
 from data_prep.assembly import Frozen, assemble, can_be_assembled, freeze, keep_notes, remove_tree
 from data_prep.dicom import Rules
 from data_prep.growth import KnownVolumes
@@ -72,7 +73,7 @@ class Options:
 class Places:
     """The directories of a preparation."""
 
-    input_dir: Path
+    input_dir: ArchiveDirectory
     output_dir: Path
     audit_dir: Path
 
@@ -104,11 +105,15 @@ def default_audit_dir(output_dir: Path) -> Path:
 
 def check_places(places: Places) -> None:
     """Raises PreparationError for directories that contain one another, are missing or are used otherwise."""
-    if places.input_dir.is_file():
+    remote = isinstance(places.input_dir, RemoteArchive)
+    if remote:
+        places.input_dir.check("--input_dir")
+    elif places.input_dir.is_file():
         raise PreparationError(f"--input_dir={places.input_dir}: is a file; give the folder of the scans")
-    if not places.input_dir.is_dir():
+    elif not places.input_dir.is_dir():
         raise PreparationError(f"--input_dir={places.input_dir}: no such directory; give the folder of the scans")
-    named = {"--input_dir": places.input_dir, "--output_dir": places.output_dir, "--audit_dir": places.audit_dir}
+    named = {"--output_dir": places.output_dir, "--audit_dir": places.audit_dir}
+    named |= {} if remote else {"--input_dir": places.input_dir}
     for (a, path_a), (b, path_b) in itertools.permutations(named.items(), 2):
         if path_a.resolve().is_relative_to(path_b.resolve()):
             raise PreparationError(f"{a}={path_a} lies inside {b}={path_b}; choose a directory beside it")

@@ -2,9 +2,11 @@ r"""Archive of scans -> dataset directory.
 
     python -m data_prep.prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
 
-SCANS is any tree of files; zip files are read in place. One DATASET serves every task. Killed at any moment, the same
-command continues where it stopped, with the same result to the byte; when scans have come to SCANS it adds them.
-Whether something came is told by names and sizes: a file that is replaced by another of its size goes unnoticed.
+SCANS is any tree of files, here or on a store (gs://BUCKET/DIR with ctssl_jax[gcs], s3://BUCKET/DIR with ctssl_jax[s3],
+see data_prep.stores); zip files are read in place. DATASET is a folder here; one serves every task. Killed at any
+moment, the same command continues where it stopped, with the same result to the byte; when scans have come to SCANS it
+adds them. Whether something came is told by names and sizes: a file that is replaced by another of its size goes
+unnoticed.
 DATASET-audit (--audit_dir) stays with the archive's owner: it links the dataset's pseudonyms to the scans, and is of
 this dataset alone. Datasets can share a --pseudonym_key_file: the same patient then has the same pseudonym in each.
 Splits are each dataset's own, but with --same_splits_as=FIRST[,SECOND] patients known there keep the split they have
@@ -31,10 +33,11 @@ from typing import Any
 
 from absl import flags
 
-from data_prep import command_line
+from data_prep import command_line, stores
+from data_prep.remote_archives import archive_directory
 
 FLAGS = flags.FLAGS
-
+_UPLOAD = "write it to a local disk, then upload it with `gcloud storage cp -r` or `aws s3 cp --recursive`"
 
 _WINDOWS = {"rsna_pe": ["50,350", "100,700"]}  # where no --window is given: the second is made for pulmonary arteries
 
@@ -87,11 +90,11 @@ def _run() -> int:
 
     sources = LabelSources(
         archive=FLAGS.archive,
-        labels_csv=tuple(Path(path).expanduser() for path in FLAGS.labels_csv),
-        attributes_csv=_path(FLAGS.attributes_csv),
-        metadata_csv=_path(FLAGS.metadata_csv),
-        masks_dir=_path(FLAGS.masks_dir),
-        annotations_dir=_path(FLAGS.annotations_dir),
+        labels_csv=tuple(stores.local_path(path, "--labels_csv") for path in FLAGS.labels_csv),
+        attributes_csv=_path("attributes_csv"),
+        metadata_csv=_path("metadata_csv"),
+        masks_dir=_path("masks_dir"),
+        annotations_dir=_path("annotations_dir"),
         consensus=FLAGS.consensus,
         min_area_px=FLAGS.min_area_px,
     )
@@ -110,10 +113,10 @@ def _run() -> int:
         holdout_volumes=FLAGS.holdout_volumes,
         shard_size_mb=FLAGS.shard_size_mb,
     )
-    output_dir = Path(FLAGS.output_dir).expanduser()
-    audit_dir = Path(FLAGS.audit_dir).expanduser() if FLAGS.audit_dir else preparation.default_audit_dir(output_dir)
-    places = preparation.Places(Path(FLAGS.input_dir).expanduser(), output_dir, audit_dir)
-    same_splits_as = [Path(path).expanduser() for path in FLAGS.same_splits_as if path]
+    output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", _UPLOAD)
+    audit_dir = _path("audit_dir", "choose a directory here") or preparation.default_audit_dir(output_dir)
+    places = preparation.Places(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
+    same_splits_as = [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path]
     if FLAGS.dry_run:
         from data_prep.dry_run import dry_run
         from data_prep.known_splits import read_known_splits
@@ -132,7 +135,7 @@ def _run() -> int:
         places,
         sources=sources,
         num_workers=FLAGS.num_workers,
-        pseudonym_key_file=_path(FLAGS.pseudonym_key_file),
+        pseudonym_key_file=_path("pseudonym_key_file"),
         same_splits_as=same_splits_as,
         beam_options=beam_options,
     )
@@ -164,8 +167,9 @@ def _parse_beam_options(runner: str, text: str) -> list[str] | None:
         raise ValueError(f"--beam_options={text}: {error}; quote them as on a command line") from None
 
 
-def _path(text: str | None) -> Path | None:
-    return Path(text).expanduser() if text else None
+def _path(flag: str, remedy: str = "give a local copy") -> Path | None:
+    text = FLAGS[flag].value
+    return stores.local_path(text, f"--{flag}", remedy) if text else None
 
 
 def summary_table(counts: dict[str, Any]) -> str:
@@ -218,7 +222,7 @@ def define_flags() -> None:
         ["dicom", "rsna_pe", "lidc_idri", "nifti"],
         "Kind of archive: dicom, nifti = any tree of DICOM or NIfTI files.",
     )
-    flags.DEFINE_string("input_dir", None, "Directory of the scans.", required=True)
+    flags.DEFINE_string("input_dir", None, "Directory or URL of the scans.", required=True)
     flags.DEFINE_string("output_dir", None, "Dataset directory to make, continue or add to.", required=True)
     flags.DEFINE_string("audit_dir", None, "Private directory of keys and source paths (default: OUTPUT_DIR-audit).")
     flags.DEFINE_multi_string(

@@ -5,11 +5,13 @@ rules that the challenge states; exams that break one are listed, and kept as th
 it is read as a stream.
 """
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.label_tables import LabelError, Row, Table, read_header, read_rows
+from data_prep.remote_archives import RemoteArchive, local_copy
 
 TRAIN_FILE = "train.csv"
 WINDOWS = ((50.0, 350.0), (100.0, 700.0))  # level, width in HU: soft tissue, pulmonary arteries
@@ -57,14 +59,27 @@ class Exam(NamedTuple):
     constant: bool
 
 
-def check_train_csv(input_dir: Path) -> Path:
+def train_csv(input_dir: Path | RemoteArchive) -> Path | None:
+    """`train.csv` of an archive; of one on a store, a copy that ends with this process. None: there is none."""
+    if isinstance(input_dir, RemoteArchive):
+        try:
+            return local_copy(input_dir, TRAIN_FILE)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise OSError(f"{input_dir}/{TRAIN_FILE}: cannot be read ({error.strerror}); run again") from None
+    path = input_dir / TRAIN_FILE
+    return path if path.is_file() else None
+
+
+def check_train_csv(input_dir: Path | RemoteArchive) -> Path:
     """`train.csv` of an archive, with all its columns.
 
     Raises:
         LabelError: no such file, or a column is missing.
     """
-    path = input_dir / TRAIN_FILE
-    if not path.is_file():
+    path = train_csv(input_dir)
+    if path is None:
         raise LabelError(
             f"--input_dir={input_dir}: no {TRAIN_FILE} in it; give the folder that holds it and the scans, or "
             "--archive=dicom to do without labels"

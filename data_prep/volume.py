@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
 from data_prep.anatomy import ChestSummary, covers_chest, summarise
+from data_prep.archives import ArchiveDirectory
 from data_prep.geometry import Axes, canonical_axes, measure_stack, orient
 from data_prep.headers import Header
 from data_prep.hounsfield import PlausibilityCount, has_rescale, to_hu
@@ -34,7 +34,7 @@ class Volume:
     dropped: tuple[tuple[Header, str], ...]  # headers that are not in the volume, each with its reason
 
 
-def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Volume | Rejection:
+def load_volume(input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: Rules) -> Volume | Rejection:
     """Reads the pixels of a candidate, once. Never raises for what the files hold; holds one volume in memory.
 
     Slices that cannot be decoded are dropped, up to `rules.max_lost_fraction`; identical slices at one position count
@@ -54,7 +54,7 @@ def load_volume(input_dir: Path, candidate: SeriesCandidate, rules: Rules) -> Vo
     if len(tagged) == 2:
         return reject("missing_rescale", "some slices have rescale tags and some have none")
     axes = canonical_axes(candidate.headers[0].orientation)
-    loader = _SliceLoader(PixelReader(Path(input_dir)), axes, len(candidate.headers))
+    loader = _SliceLoader(PixelReader(input_dir), axes, len(candidate.headers))
     kept: list[int] = []
     lost: list[tuple[Header, str]] = []
     repeated: list[tuple[Header, str]] = []

@@ -56,6 +56,14 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_example_dataset(tmp_path_factory.mktemp("data") / "tiny", image_size=16)
 
 
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty object store, `example://`, as `example_store.install` makes it."""
+    from tests.example_store import install
+
+    return install(tmp_path / "store", monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pseudonym key that is the same for all datasets of the tests."""

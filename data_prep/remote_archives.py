@@ -1,0 +1,182 @@
+"""Archives on an object store: what `data_prep.archives` does with a directory, done by requests.
+
+Zip files are read in place, by ranges. Here only names that end in .zip are taken for zip files: to look into every
+file would cost a request for each.
+"""
+
+import dataclasses
+import errno
+import functools
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from data_prep import stores
+
+HEADER_BLOCK = 64 << 10  # bytes of a request for a header: those of nearly all CT slices are shorter
+_ZIP_BLOCK = 1 << 20  # a member of a zip file, mostly
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteArchive:
+    """A folder of a store. Goes where the `Path` of a local archive goes, also into worker processes."""
+
+    url: str  # without a slash at its end
+
+    def __str__(self) -> str:
+        return self.url
+
+    def is_dir(self) -> bool:
+        """Whether the folder is there and can be reached."""
+        try:
+            self.check()
+        except stores.StoreError:
+            return False
+        return True
+
+    def is_file(self) -> bool:
+        return False  # `check` refuses it
+
+    def check(self, flag: str = "") -> None:
+        """Raises StoreError if the URL is no folder that can be reached; the message begins with `flag`."""
+        store, path = stores.open_store(self.url)
+        named = f"{flag}={self.url}" if flag else self.url
+        try:
+            kind = store.info(path)["type"]
+        except Exception as error:  # each store has its own
+            raise stores.StoreError(f"{named}: {stores.explain(self.url, error)}") from None
+        if kind != "directory":
+            raise stores.StoreError(f"{named}: is a file; give the folder of the scans")
+
+
+def archive_directory(text: str | os.PathLike) -> Path | RemoteArchive:
+    """The directory of an archive that a flag names: a URL of a store, or a local path."""
+    if stores.is_url(text):
+        return RemoteArchive(stores.without_slash(os.fspath(text)))
+    return stores.local_path(text)
+
+
+def walk(archive: RemoteArchive, folder: str = "") -> Iterator[tuple[str, int, str]]:
+    """(path, size, fault) of every file below a folder, in the order in which a local copy is listed.
+
+    Paths are relative to the archive. `fault` is "" or why a file or a folder is left alone. Objects that stand for
+    empty folders are passed over, and so are names with an empty part (`a//b`), which no folder can hold.
+
+    Raises:
+        StoreReadError: a folder cannot be listed.
+    """
+    store, root = stores.open_store(archive.url)
+    whole = f"{root}/{folder}" if folder else root
+    try:
+        found = store.ls(whole, detail=True)
+    except Exception as error:
+        raise stores.read_error(error) from error
+    entries = []
+    for entry in found:
+        name = entry["name"].rstrip("/")
+        if name != whole.rstrip("/"):
+            entries.append((name.rsplit("/", 1)[-1], entry["type"], entry.get("size")))
+    for name, kind, size in sorted(entries, key=lambda entry: entry[:2]):
+        path = f"{folder}/{name}" if folder else name
+        if kind == "directory":
+            yield from walk(archive, path)
+        elif kind != "file" or size is None:
+            yield path, 0, "not a regular file"
+        else:
+            yield path, size, ""
+
+
+def open_file(archive: RemoteArchive, path: str, size: int | None = None, block: int = HEADER_BLOCK) -> BinaryIO:
+    """A file that is read by requests for `block` bytes or more. `size`: its size; None asks the store.
+
+    Raises:
+        StoreReadError: here and from any read, if the store fails.
+    """
+    store, root = stores.open_store(archive.url)
+    whole = f"{root}/{path}"
+    if size is None:
+        try:
+            size = store.info(whole)["size"]
+        except Exception as error:
+            raise stores.read_error(error) from error
+    return io.BufferedReader(_StoreFile(store, whole, size), block)
+
+
+def open_zip_file(archive: RemoteArchive, path: str, size: int | None = None) -> BinaryIO:
+    """`open_file` with requests that fit the members of a zip file."""
+    return open_file(archive, path, size, _ZIP_BLOCK)
+
+
+def read_file(archive: RemoteArchive, path: str) -> bytes:
+    """The whole content of a file, by one request. Raises StoreReadError."""
+    store, root = stores.open_store(archive.url)
+    try:
+        return store.cat_file(f"{root}/{path}")
+    except Exception as error:
+        raise stores.read_error(error) from error
+
+
+@functools.lru_cache(maxsize=8)
+def local_copy(archive: RemoteArchive, name: str) -> Path:
+    """A file of the archive's own folder, copied into a private temporary directory that ends with this process.
+
+    Raises StoreReadError; its errno is ENOENT if the file is not there.
+    """
+    content = read_file(archive, name)
+    path = Path(_temporary_directory().name) / name
+    path.write_bytes(content)
+    return path
+
+
+@functools.cache
+def _temporary_directory() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="ctssl_jax_")
+
+
+class _StoreFile(io.RawIOBase):
+    """A seekable object of known size; each read is one request."""
+
+    def __init__(self, store, path: str, size: int):
+        super().__init__()
+        self._store, self._size, self._at = store, size, 0
+        self.name = path  # every file has one, and pydicom asks for it
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + (0, self._at, self._size)[whence]
+        if at < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # as of any file: zipfile counts on it
+        self._at = at
+        return at
+
+    def readinto(self, buffer) -> int:
+        content = self._read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def readall(self) -> bytes:
+        return self._read(max(0, self._size - self._at))
+
+    def _read(self, number: int) -> bytes:
+        end = min(self._at + number, self._size)
+        if end <= self._at:
+            return b""
+        try:
+            content = self._store.cat_file(self.name, start=self._at, end=end)
+            if len(content) != end - self._at:
+                raise EOFError
+        except Exception as error:
+            raise stores.read_error(error) from error
+        self._at = end
+        return content
