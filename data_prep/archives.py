@@ -6,12 +6,13 @@ names alone, either as a `Source` that `read_bytes` can read or as an `Unreadabl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, NamedTuple
 
@@ -233,6 +234,24 @@ def read_bytes(input_dir: ArchiveDirectory, source: Source) -> bytes:
         if isinstance(error, OSError) and error.errno is not None:  # from the disk, not from a decompressor
             raise
         raise OSError(f"{source.path}: {source.member}: damaged zip member: {error}") from error
+
+
+def read_ahead(input_dir: ArchiveDirectory, sources: Iterable[Source], num_bytes: int = 0) -> None:
+    """Asks the system to fetch files while others are at work (their first bytes, or all): a disk likes a queue.
+
+    Plain files only; does nothing where it cannot.
+    """
+    if isinstance(input_dir, RemoteArchive) or not hasattr(os, "posix_fadvise"):
+        return
+    for source in sources:
+        if source.member:
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(os.path.join(input_dir, source.path), os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(descriptor, 0, num_bytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
 
 @functools.lru_cache(maxsize=4)

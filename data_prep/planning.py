@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from data_prep import nifti
-from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources
+from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_ahead
 from data_prep.conversion import FAILED_FOR_NOW
 from data_prep.dicom import (
     Header,
@@ -32,6 +32,7 @@ from data_prep.workers import Progress, WorkerDied, WorkerPool
 _MIN_BUCKETS = 64
 _HEADERS_PER_BUCKET = 5_000  # about, in memory at a time in each worker
 _SOURCES_PER_TASK = 128
+_HEADER_BYTES = 32 << 10  # most headers are shorter
 
 ReadHeader = Callable[[ArchiveDirectory, Source], Header | NotAnImage]
 
@@ -142,6 +143,7 @@ def read_headers(
     Raises:
         OSError: the archive went away.
     """
+    read_ahead(input_dir, (entry for entry in entries if isinstance(entry, Source)), _HEADER_BYTES)
     return [entry if isinstance(entry, Unreadable) else _read_one(input_dir, entry, read) for entry in entries]
 
 

@@ -8,12 +8,14 @@ import dataclasses
 import numpy as np
 
 from data_prep.anatomy import ChestSummary, covers_chest, summarise
-from data_prep.archives import ArchiveDirectory
+from data_prep.archives import ArchiveDirectory, read_ahead
 from data_prep.geometry import Axes, canonical_axes, measure_stack, orient
 from data_prep.headers import Header
 from data_prep.hounsfield import PlausibilityCount, has_rescale, to_hu
 from data_prep.pixels import PixelError, PixelReader
 from data_prep.series import Rejection, Rules, SeriesCandidate, irregularity, too_few_detail
+
+_READ_AHEAD = 8  # slices on their way from the disk while one is decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +62,10 @@ def load_volume(input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: 
     repeated: list[tuple[Header, str]] = []
     meeting: list[tuple[Header, str]] = []
     used: list[Header] = []
+    read_ahead(input_dir, (header.source for header in candidate.headers[:_READ_AHEAD]))
     for i, group in enumerate(zip(candidate.headers, candidate.duplicates, strict=True)):
         taken = None
+        read_ahead(input_dir, (header.source for header in candidate.headers[i + _READ_AHEAD : i + _READ_AHEAD + 1]))
         for header in (group[0], *group[1]):
             try:
                 if taken is None:

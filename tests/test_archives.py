@@ -4,7 +4,7 @@ import zipfile
 import pytest
 
 from data_prep import archives
-from data_prep.archives import Source, Unreadable, list_sources, read_bytes
+from data_prep.archives import Source, Unreadable, list_sources, read_ahead, read_bytes
 from data_prep.dicom import REASONS
 
 
@@ -288,3 +288,12 @@ def test_no_such_directory(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(NotADirectoryError, match="file: is a file, not a directory"):
         list(list_sources(tmp_path / "file"))
+
+
+def test_reading_ahead_changes_nothing_and_minds_nothing(tmp_path):
+    (tmp_path / "scan.dcm").write_bytes(b"x" * 100)
+    os.mkfifo(tmp_path / "pipe")
+    names = [("scan.dcm", ""), ("gone.dcm", ""), ("pipe", ""), ("scan.dcm", "member")]
+    read_ahead(tmp_path, [Source(path, member, 100) for path, member in names])
+    read_ahead(tmp_path, [Source("scan.dcm", "", 100)], num_bytes=10)
+    assert read_bytes(tmp_path, Source("scan.dcm", "", 100)) == b"x" * 100
