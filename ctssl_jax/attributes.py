@@ -27,6 +27,7 @@ from absl import flags
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError
 from ctssl_jax.measurement import notes
+from data_prep.dataset_writer import written_whole
 
 ENCODERS = ("run", "untrained", "pixels")
 REGIONS = (1, 4)
@@ -298,7 +299,7 @@ def _write_volumes(path: Path, volumes: list[dict], chosen: list, probabilities:
                 row += [""] * (1 + len(attribute.classes))
             else:
                 row += [attribute.classes[label], *(f"{value:.6g}" for value in next(of_kept))]
-    with open(path, "w", newline="") as file:
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)

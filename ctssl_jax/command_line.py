@@ -33,7 +33,8 @@ def require(package: str, what: str, extra: str) -> None:
 
 
 def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> None:
-    """Run `main` under absl; an `InputError` (or one of the dataset's) becomes one line on stderr and exit code 2.
+    """Run `main` under absl; an `InputError` (or one of the dataset's) becomes one line on stderr and exit code 2, what
+    failed otherwise (a full disk) one line and exit code 1.
 
     Args:
       main: gets the program's name and, if there are any, its verb.
@@ -58,6 +59,11 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
             return 2
         except RunFailed as error:
             print(f"error: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:
+            from data_prep.dataset_writer import explain
+
+            print(f"error: {explain(error)}", file=sys.stderr)
             return 1
 
     app.run(guarded, flags_parser=_parse_flags)

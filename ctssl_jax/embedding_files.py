@@ -12,7 +12,7 @@ All of it depends on the content alone, so that equal embeddings make equal byte
 
 import io
 import json
-import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import numpy as np
 
 from ctssl_jax.command_line import InputError
 from ctssl_jax.scans import Refused
-from data_prep.dataset_writer import write_file
+from data_prep.dataset_writer import write_file, written_whole
 
 FORMATS = (".parquet", ".npz")
 _METADATA = b"ctssl_jax"
@@ -130,26 +130,23 @@ def _write_parquet(output: Path, volumes: Iterable[VolumeEmbedding], embedding_d
     slice_schema = pa.schema([*names, *of_slices], metadata)
     volume_schema = pa.schema([*names, *of_volumes], metadata)
     rows = []
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    with parquet.ParquetWriter(temporary, slice_schema) as writer:
-        for volume in volumes:
-            number = len(volume.slices)
-            columns = {
-                "volume_id": pa.array([volume.volume_id] * number),
-                "patient_id": pa.array([volume.patient_id] * number),
-                "slice_index": pa.array(np.arange(number, dtype=np.int32)),
-                "position_mm": pa.array(volume.position_mm),
-                "embedding": pa.FixedSizeListArray.from_arrays(pa.array(volume.slices.ravel()), embedding_dim),
-            }
-            writer.write_table(pa.table(columns, schema=slice_schema))
-            row = volume._asdict() | {"num_slices": number}
-            rows.append({name: row[name] for name in volume_schema.names})
-    buffer = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist(rows, schema=volume_schema), buffer)
-    write_file(volumes_path(output), buffer.getvalue())
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, output)
+    with written_whole(output, output.with_name(f"{output.name}.{uuid.uuid4().hex}.partial")) as temporary:
+        with parquet.ParquetWriter(temporary, slice_schema) as writer:
+            for volume in volumes:
+                number = len(volume.slices)
+                columns = {
+                    "volume_id": pa.array([volume.volume_id] * number),
+                    "patient_id": pa.array([volume.patient_id] * number),
+                    "slice_index": pa.array(np.arange(number, dtype=np.int32)),
+                    "position_mm": pa.array(volume.position_mm),
+                    "embedding": pa.FixedSizeListArray.from_arrays(pa.array(volume.slices.ravel()), embedding_dim),
+                }
+                writer.write_table(pa.table(columns, schema=slice_schema))
+                row = volume._asdict() | {"num_slices": number}
+                rows.append({name: row[name] for name in volume_schema.names})
+        buffer = io.BytesIO()
+        parquet.write_table(pa.Table.from_pylist(rows, schema=volume_schema), buffer)
+        write_file(volumes_path(output), buffer.getvalue())
 
 
 def _write_npz(output: Path, volumes: list[VolumeEmbedding], facts: str) -> None:

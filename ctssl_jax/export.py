@@ -72,7 +72,7 @@ def export(
     from ctssl_jax.reports import say
     from ctssl_jax.torch_bridge import ctssl_torch, model_card, names, onnx_file, parity
 
-    started = time.time()
+    started = time.monotonic()
     run = open_model(workdir, checkpoint)
     theirs = _imported(workdir).get("license")
     if theirs and theirs != licence:
@@ -147,7 +147,7 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = sum(facts["bytes"] for facts in manifest["files"].values())
-    took = time.time() - started
+    took = time.monotonic() - started
     say(f"written      {output_dir}: {', '.join(manifest['files'])} ({size / 1e6:.1f} MB) in {took:.0f} s")
     return manifest
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ctssl_jax.command_line import InputError
+from data_prep.dataset_writer import written_whole
 
 UNITS = {
     "mse": "mean squared difference of grey values in [0, 1]",
@@ -129,7 +130,7 @@ def summaries(by_volume: dict[str, Any], patient_ids: Sequence[str]) -> dict[str
 
 def write_volumes(path: Path, volumes: Sequence[dict], by_volume: dict[str, Any]) -> None:
     """One row a volume as CSV: its pseudonyms, number of slices and scores; empty where undefined."""
-    with open(path, "w", newline="") as file:
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
         for index, volume in enumerate(volumes):

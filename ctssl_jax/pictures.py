@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data_prep.dataset_writer import written_whole
+
 COLUMNS = ("input", "target", "prediction", "difference")
 _HEADER = 16
 
@@ -70,7 +72,7 @@ def strip(pictures: dict[str, np.ndarray], label: str = "") -> Image.Image:
 
 def save_arrays(path: Path, pictures: dict[str, np.ndarray]) -> None:
     """Write pictures as a compressed npz: each [N, H, W] uint8, first channel."""
-    with open(path, "wb") as file:
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **{name: grey(images)[..., 0] for name, images in pictures.items()})
 
 
@@ -83,4 +85,5 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 def save_strip(path: Path, pictures: dict[str, np.ndarray], label: str = "") -> None:
     """Write `strip` as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    strip(pictures, label).save(path)
+    with written_whole(path) as temporary:
+        strip(pictures, label).save(temporary, "PNG")

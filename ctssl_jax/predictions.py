@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.dataset_writer import written_whole
+
 
 class Predictions(NamedTuple):
     """One entry a slice, in the order of the records.
@@ -38,7 +40,7 @@ def path_of(result: Path) -> Path:
 def write(result: Path, predictions: Predictions) -> None:
     """Write the predictions beside RESULT.json."""
     present = {name: value for name, value in predictions._asdict().items() if value is not None}
-    with open(path_of(result), "wb") as file:
+    with written_whole(path_of(result)) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **present)
 
 

@@ -112,7 +112,7 @@ def probe(
     volumes = sources[split, (0,)].volumes
     by_volume, chosen = {}, {}
     for name in (*linear_probes.LABELS, *linear_probes.IMAGES):
-        started = time.time()
+        started = time.monotonic()
         measure = _label_values if name in linear_probes.LABELS else _image_values
         offsets = (0,) if name in linear_probes.LABELS else linear_probes.IMAGES[name].offsets
         batches = [
@@ -122,7 +122,7 @@ def probe(
             values, settings = measure(frozen, name, *batches, volumes)
         by_volume |= {f"{name}/{score}": value for score, value in values.items()}
         chosen |= {f"{name}/{probe}": setting for probe, setting in settings.items()}
-        print(f"{name:15}{time.time() - started:.1f} s", flush=True)
+        print(f"{name:15}{time.monotonic() - started:.1f} s", flush=True)
 
     # ---- Files ----
     patient_ids = [volume["patient_id"] for volume in volumes]

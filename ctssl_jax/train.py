@@ -147,9 +147,9 @@ def _train(
         f"are {config.num_steps * config.batch_size / len(train_source):.1f} epochs"
         + ("; SYNTHETIC" if preparation["synthetic"] else "")
     )
-    started = time.time()
+    started = time.monotonic()
     program, memory = training.compile_step(program, config, abstract_state, batch_shapes)
-    say(f"compiled     in {time.time() - started:.1f} s; XLA expects {memory / 2**30:.2f} GiB a device")
+    say(f"compiled     in {time.monotonic() - started:.1f} s; XLA expects {memory / 2**30:.2f} GiB a device")
     share = dict(process_index=process, process_count=num_processes, num_threads=config.reading_threads)
     if workdir is None:
         batches = data.training_batches(
@@ -227,33 +227,33 @@ def _train(
     step, finished = start_step, False
     unscored = not checkpoints.last_is_scored and (step % config.eval_every == 0 or step >= config.num_steps)
     unsaved = fresh or unscored  # a stop may have come just before or within a validation
-    clock, clock_step, training_seconds, waited, validation_seconds = time.time(), step, 0.0, 0.0, 0.0
+    clock, clock_step, training_seconds, waited, validation_seconds = time.monotonic(), step, 0.0, 0.0, 0.0
     try:
         while True:
             at_end, stopping = step >= config.num_steps, should_stop(step)
             due = at_end or step % config.eval_every == 0
             if unsaved and (due or stopping):
                 training.check_state(state, workdir, checkpoints.last_step)
-                paused = time.time()
+                paused = time.monotonic()
                 loss = validate(step) if due and not stopping else None
                 stopping = stopping or loss is None
                 if step > 0 or loss is not None:
                     checkpoints.save(step, state, metadata, loss)
-                unsaved, validation_seconds = False, time.time() - paused
+                unsaved, validation_seconds = False, time.monotonic() - paused
                 clock += validation_seconds  # slices/s is of training alone
             if at_end or stopping:
                 finished = at_end and not stopping
                 break
-            asked, idle = time.time(), state.step.is_ready()
+            asked, idle = time.monotonic(), state.step.is_ready()
             microbatches = [next(batches) for _ in range(config.microbatches)]
             if idle or state.step.is_ready():  # else the devices were at work all the while
-                waited += time.time() - asked
+                waited += time.monotonic() - asked
             state = training.run_step(program, state, microbatches)
             step, unsaved = step + 1, True
             if step % config.log_every == 0:
                 training.check_state(state, workdir, checkpoints.last_step)
                 state, (means, code_counts, layer_gradient_norms) = training.take_report(program, state)
-                now = time.time()
+                now = time.monotonic()
                 speed = (step - clock_step) * config.batch_size / (now - clock)
                 means |= {"slices_per_second": speed, "waiting_for_data": waited / (now - clock)}
                 training_seconds += now - clock

@@ -7,6 +7,7 @@ names alone, either as a `Source` that `read_bytes` can read or as an `Unreadabl
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import stat
@@ -199,27 +200,46 @@ def _overlapping(members: list[zipfile.ZipInfo], end_of_members: int) -> set[int
 
 
 def open_source(input_dir: ArchiveDirectory, source: Source) -> BinaryIO:
-    """A source that is no zip member, to read its start of. Raises OSError, here or when it is read."""
+    """A source that is no zip member, to read its start of. Raises OSError, here or when it is read: it is gone, has
+    changed its size, or cannot be read."""
     if isinstance(input_dir, RemoteArchive):
         return remote_archives.open_file(input_dir, source.path, source.size)
-    return open(os.path.join(input_dir, source.path), "rb")
+    file = open(os.path.join(input_dir, source.path), "rb")
+    check_size(source, os.fstat(file.fileno()).st_size)
+    return file
+
+
+def changed(source: Source, how: str) -> OSError:
+    """For a file that is being written or replaced while the archive is read: an error that the next run retries."""
+    return OSError(errno.ESTALE, f"the file {how}", source.path)
+
+
+def check_size(source: Source, size: int) -> None:
+    """Raises OSError if a plain file is not as long as it was when it was listed."""
+    if size != source.size:
+        raise changed(source, "changed since it was listed")
 
 
 def read_bytes(input_dir: ArchiveDirectory, source: Source) -> bytes:
     """The whole content of one source.
 
     Raises:
-        OSError: the file is gone, cannot be read, or is a damaged zip member (the message names it).
+        OSError: the file is gone, has changed its size, cannot be read, or is a damaged zip member (the message names
+            it).
     """
     if isinstance(input_dir, RemoteArchive):
         if not source.member:
-            return remote_archives.read_file(input_dir, source.path)
+            content = remote_archives.read_file(input_dir, source.path)
+            check_size(source, len(content))
+            return content
         version = (input_dir, source.path)
     else:
         path = os.path.join(input_dir, source.path)
         if not source.member:
             with open(path, "rb", buffering=0) as file:
-                return file.read()
+                content = file.read()
+            check_size(source, len(content))
+            return content
         status = os.stat(path)
         version = (path, status.st_mtime_ns, status.st_size)
     try:

@@ -17,7 +17,11 @@ def run(main: Callable[[], int]) -> None:
             return _fail(f"unexpected argument {argv[1]!r}; options begin with --")
         try:
             return main()
-        except (ValueError, OSError, RuntimeError) as error:
+        except OSError as error:
+            from data_prep.dataset_writer import explain
+
+            return _fail(explain(error))
+        except (ValueError, RuntimeError) as error:
             return _fail(str(error))
 
     app.run(guarded, flags_parser=_parse_flags)

@@ -4,12 +4,15 @@ Every file is there in full or not at all. Record messages are encoded here, not
 order is not promised: equal slices must give equal bytes on every machine.
 """
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,16 @@ from data_prep.dataset import PREPARATION_FILE, shard_name
 
 WRITER_OPTIONS = "group_size:1,zstd:1"
 PARTIAL = ".partial"  # suffix of files that are being written
+
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "permit larger files there",
+    errno.EROFS: "permit writing there",
+    errno.EACCES: "permit access",
+    errno.EPERM: "permit access",
+    errno.EIO: "check the disk",
+}
 
 
 # ---- records -----------------------------------------------------------------------------------------------
@@ -74,19 +87,44 @@ def encode_record(
 
 
 def _temporary(path: Path) -> Path:
-    """Named by the process: a worker that outlives its killed parent by a moment can't meet another run."""
-    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    """Unlike any other: neither a worker that outlives its killed parent by a moment nor one on another machine that
+    shares the directory meets it."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """A name to write to, which becomes `path` once all is written; after an error nothing is left of it.
+
+    `temporary`: by default the name with `.tmp`, which the next run writes anew where one was killed.
+    """
+    temporary = temporary or path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None  # a full disk does not say it
+        raise
+
+
+def explain(error: OSError) -> str:
+    """The message for the user, in one line and with the remedy where there is one."""
+    if error.errno not in _REMEDIES:
+        return str(error)
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}; {_REMEDIES[error.errno]} and run the same command again"
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file that is there in full or not at all, whenever the process is killed."""
-    temporary = _temporary(path)
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_directory(path.parent)
+    with written_whole(path, _temporary(path)) as temporary:
+        temporary.write_bytes(content)
 
 
 def sync_directory(directory: Path) -> None:
@@ -102,21 +140,32 @@ def write_records(path: Path, records: Iterable[bytes], options: str = WRITER_OP
     """Writes an ArrayRecord file, present in full or not at all; returns the number of records.
 
     The bytes of the file depend on the records only.
+
+    Raises:
+        OSError: it cannot be written.
     """
     from array_record.python import array_record_module
 
-    temporary = _temporary(path)
-    writer = array_record_module.ArrayRecordWriter(str(temporary), options)
     number = 0
-    for record in records:
-        writer.write(record)
-        number += 1
-    writer.close()
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_directory(path.parent)
+    with written_whole(path, _temporary(path)) as temporary, _errors_of_writing():
+        writer = array_record_module.ArrayRecordWriter(str(temporary), options)
+        for record in records:
+            writer.write(record)
+            number += 1
+        writer.close()
     return number
+
+
+@contextlib.contextmanager
+def _errors_of_writing() -> Iterator[None]:
+    """ArrayRecord tells of a full disk by a RuntimeError of many clauses."""
+    try:
+        yield
+    except RuntimeError as error:
+        code = next((code for code in _REMEDIES if os.strerror(code) in str(error)), None)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code)) from error
 
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -164,7 +164,7 @@ def contact_sheet(dataset_dir: Path, num_slices: int, seed: int):
 
 
 def main() -> int:
-    from data_prep import dataset
+    from data_prep import dataset, dataset_writer
 
     dataset_dir = Path(FLAGS.dataset)
     if bool(FLAGS.audit_dir) != bool(FLAGS.input_dir) or (FLAGS.audit_dir and not FLAGS.verify):
@@ -190,8 +190,10 @@ def main() -> int:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([("group", "item", "value"), *rows])
-    (output_dir / "cohort.csv").write_text(text.getvalue())
-    contact_sheet(dataset_dir, FLAGS.num_slices, FLAGS.seed).save(output_dir / "contact_sheet.png")
+    with dataset_writer.written_whole(output_dir / "cohort.csv") as temporary:
+        temporary.write_text(text.getvalue())
+    with dataset_writer.written_whole(output_dir / "contact_sheet.png") as temporary:
+        contact_sheet(dataset_dir, FLAGS.num_slices, FLAGS.seed).save(temporary, "PNG")
     print(f"Written: {output_dir}/cohort.csv, {output_dir}/contact_sheet.png")
     problems = _verify(dataset_dir) if FLAGS.verify else []
     for problem in problems:

@@ -132,7 +132,7 @@ def read_header(input_dir: ArchiveDirectory, source: Source) -> Header | NotAnIm
     """The header of one source, without its pixels. Never raises for what the file holds.
 
     Raises:
-        OSError: the file cannot be read, or is a damaged zip member.
+        OSError: the file cannot be read, has changed its size, or is a damaged zip member.
     """
     if source.member:
         return _read(io.BytesIO(read_bytes(input_dir, source)), source)

@@ -8,6 +8,7 @@ The workers look up what is staged by `data_prep.labels`.
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -93,8 +94,15 @@ def stage(sources: LabelSources, input_dir: Path, database: Path, violations_csv
 
     Raises:
         LabelError: a table that contradicts itself or holds what it can't; one line.
-        OSError: a file cannot be read.
+        OSError: a file cannot be read, or the database not be written.
     """
+    try:
+        return _stage(sources, input_dir, database, violations_csv)
+    except sqlite3.OperationalError as error:  # which says less than the system: a full disk, nearly always
+        raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(database)) from error
+
+
+def _stage(sources: LabelSources, input_dir: Path, database: Path, violations_csv: Path | None) -> Labels:
     database.unlink(missing_ok=True)
     specs: list[TableSpec] = []
     counts: dict[str, Any] = {}

@@ -8,6 +8,7 @@ fragments and honours bits stored and pixel representation.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 
@@ -16,11 +17,12 @@ import pydicom
 from pydicom.filereader import read_dataset
 from pydicom.pixels import pixel_array
 
-from data_prep.archives import ArchiveDirectory, Source, read_bytes
+from data_prep.archives import ArchiveDirectory, Source, changed, read_bytes
 from data_prep.decoders import DECODER_DEPENDENCIES, decode
 from data_prep.headers import NATIVE_SYNTAXES, NIFTI, Header
 from data_prep.nifti import NiftiError, read_frames
 
+_DEFLATED = "1.2.840.10008.1.2.1.99"
 MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
 
 
@@ -48,12 +50,15 @@ class PixelReader:
 
         Raises:
             PixelError: unsupported, undecodable or truncated pixel data.
-            OSError: the file cannot be read.
+            OSError: the file cannot be read, or is not the one whose header was read.
         """
         if header.rows * header.columns > MAX_PIXELS:
             raise PixelError("undecodable_pixels", f"matrix of {header.rows} x {header.columns}")
         if self._source != header.source:
             self._data = read_bytes(self._input_dir, header.source)
+            self._source = None
+            if header.transfer_syntax not in (NIFTI, _DEFLATED) and not _holds_instance(self._data, header):
+                raise changed(header.source, "was replaced since its header was read")
             self._source, self._dataset, self._frames = header.source, None, None
         if header.transfer_syntax == NIFTI:
             return self._nifti(header)
@@ -126,6 +131,12 @@ def _image_properties(header: Header) -> dict[str, str | int]:
         "pixel_representation": header.pixel_representation,
         "pixel_keyword": "PixelData",
     }
+
+
+def _holds_instance(data: bytes, header: Header) -> bool:
+    """Whether a file still is the image that its header named; one without a proper SOP Instance UID can't be told."""
+    uid = header.sop_instance_uid
+    return not re.fullmatch(r"[0-9.]{8,64}", uid) or uid.encode() in data
 
 
 def _native(data: bytes, header: Header) -> np.ndarray:

@@ -78,7 +78,7 @@ def draw(settings: Settings) -> str:
         raise command_line.InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     caption = study.caption(results)
     text = f"# Progressive masking, chained and not\n\n{caption}\n\n{study.markdown(rows)}"
-    (settings.workdir / "chain.md").write_text(text)
+    study.write_text(settings.workdir / "chain.md", text)
     study.write_csv(settings.workdir / "chain.csv", rows)
     return text
 

@@ -287,7 +287,7 @@ def draw(asked: Study, models: Sequence[Model]) -> str:
     rows = rows_of(models, results)
     caption = caption_of(found, rows, len(results))
     text = f"# Patient attributes\n\n{caption}\n\n{markdown(rows)}"
-    (asked.workdir / "figure6.md").write_text(text)
+    study.write_text(asked.workdir / "figure6.md", text)
     study.write_csv(asked.workdir / "figure6.csv", rows)
     save_figure(asked.workdir / "figure6.png", rows, caption)
     return text

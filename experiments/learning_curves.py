@@ -233,7 +233,7 @@ def draw(
             comparison_markdown(compared, main_metric),
         ]
     )
-    (asked.workdir / f"{name}.md").write_text(text)
+    study.write_text(asked.workdir / f"{name}.md", text)
     study.write_csv(asked.workdir / f"{name}.csv", rows)
     if compared:
         study.write_csv(asked.workdir / f"{name}_comparisons.csv", compared)

@@ -18,7 +18,7 @@ from absl import flags
 
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError
-from experiments.study import PROJECT, run_stage
+from experiments.study import PROJECT, run_stage, write_text
 
 RECIPE = "configs/masked_region.py:small"
 IMAGE_SIZE = 64
@@ -39,7 +39,7 @@ class StageTimes:
 
     def __setitem__(self, stage: str, duration: float) -> None:
         self.known[stage] = max(duration, self.known.get(stage, 0.0))
-        self._path.write_text(json.dumps(self.known))
+        write_text(self._path, json.dumps(self.known))
 
 
 def loss_curve(reports: list[dict], validation: list[dict]) -> bytes:
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> int:
         result_file.with_suffix(".png").read_bytes(),
         (output / "cohort" / "contact_sheet.png").read_bytes(),
     )
-    (output / "report.html").write_text(page)
+    write_text(output / "report.html", page)
     factors = improvement(result)
     print(
         f"\nInside the masked square the model's error is {factors['mean_image']:.1f} times smaller than the mean "

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from ctssl_jax.command_line import InputError, RunFailed
+from data_prep.dataset_writer import written_whole
 
 PROJECT = Path(__file__).resolve().parent.parent
 VERBS = ("plan", "run", "draw")
@@ -127,7 +128,7 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
     command = [sys.executable, "-m", module, *arguments]
     print(f"\n== {title}\n$ python {shlex.join(command[1:])}", flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
-    started, asked = time.time(), []
+    started, asked = time.monotonic(), []
     process = subprocess.Popen(command, env=environment)
 
     def pass_on(signal_number: int, frame: object) -> None:
@@ -146,7 +147,7 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
     if code:
         failure = InputError if code == 2 else RunFailed
         raise failure(f"stage '{title}' ended with exit code {code}; its message stands above")
-    return time.time() - started
+    return time.monotonic() - started
 
 
 def run_stage_here(title: str, module: str, *arguments: str) -> float:
@@ -158,7 +159,7 @@ def run_stage_here(title: str, module: str, *arguments: str) -> float:
     import jax
 
     print(f"\n== {title}\n$ python {shlex.join(['-m', module, *arguments])}", flush=True)
-    started = time.time()
+    started = time.monotonic()
     program, given = importlib.import_module(module), flags.FlagValues()
     program.define_flags(given)
     command, sys.argv = sys.argv, [module, *arguments]  # where a recipe's fields are looked for
@@ -169,7 +170,7 @@ def run_stage_here(title: str, module: str, *arguments: str) -> float:
     if not program.start(given):
         raise RunFailed(f"stage '{title}' was asked to stop; run again to go on")
     jax.clear_caches()  # compiled programs of one cell are of no use to the next, but for those kept on disk
-    return time.time() - started
+    return time.monotonic() - started
 
 
 def _training_is_complete(module: str, arguments: Sequence[str]) -> bool:
@@ -232,7 +233,7 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
         print(f"\n==== cell {number} of {len(missing)}: {cell.name}", flush=True)
         seconds = sum((run_stage_here if here and stage[1] in HERE else run_stage)(*stage) for stage in cell.stages)
         (workdir / "seconds").mkdir(exist_ok=True)  # a file a cell: cells may run at the same time
-        (workdir / "seconds" / cell.name).write_text(f"{seconds:.1f}\n")
+        write_text(workdir / "seconds" / cell.name, f"{seconds:.1f}\n")
     print(f"\n{len(missing)} cell(s) run, {len(cells) - len(missing)} were complete or not chosen", flush=True)
 
 
@@ -325,9 +326,15 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is there in full or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text)
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Rows with the same columns as CSV; None is empty."""
-    with open(path, "w", newline="") as file:
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -371,7 +378,9 @@ def caption(results: Sequence[dict]) -> str:
 
 def seconds(workdir: Path) -> dict[str, float]:
     """Cell -> seconds of its last run."""
-    return {path.name: float(path.read_text()) for path in sorted((workdir / "seconds").glob("*"))}
+    return {
+        path.name: float(path.read_text()) for path in sorted((workdir / "seconds").glob("*")) if path.suffix != ".tmp"
+    }
 
 
 def define_flags() -> None:

@@ -212,7 +212,7 @@ def main(argv: list[str]) -> int:
             for row in rows
         ]
     text = "\n".join(parts)
-    (output_dir / "table1.md").write_text(text)
+    study.write_text(output_dir / "table1.md", text)
     study.write_csv(output_dir / "table1.csv", table)
     print(f"{text}\nWritten: {output_dir}/table1.md, {output_dir}/table1.csv")
     return 0

@@ -179,7 +179,7 @@ def draw(settings: Settings) -> str:
             f"encoder's features, mean ± sd over volumes.\n\n{markdown(cross_rows(cross))}"
         )
     text = "\n".join(parts)
-    (settings.workdir / "table2.md").write_text(text)
+    study.write_text(settings.workdir / "table2.md", text)
     study.write_csv(settings.workdir / "table2.csv", rows)
     study.write_csv(settings.workdir / "cross.csv", cross_rows(cross))
     table2_figure.save(

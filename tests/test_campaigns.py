@@ -1,7 +1,12 @@
 """Short versions of the campaigns under tests/campaigns, and what they found."""
 
+import errno
+import os
 import random
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +14,10 @@ import imagecodecs
 import numpy as np
 import pytest
 
-from data_prep import decoders
+from data_prep import dataset, dataset_writer, decoders, preparation, verification
+from data_prep.workers import WorkerPool
 from tests import dicom_files
-from tests.campaigns import kills, mutated_dicom
+from tests.campaigns import faults, kills, mutated_dicom
 
 JPEG_LS = "1.2.840.10008.1.2.4.80"
 RLE = "1.2.840.10008.1.2.5"
@@ -139,3 +145,122 @@ def test_the_campaign_notices_a_lost_and_a_changed_file(small_archive, tmp_path)
     (tmp_path / "2" / "rest.partial").write_bytes(b"")
     outcome = kills.campaign(copying, tmp_path / "work", tmp_path, 0, random.Random(0), warm_up=0)
     assert outcome.wrong == ["differs: copy/IM0001", "left over: copy/rest.partial", "missing: copy/IM0000"]
+
+
+# ---- Disk, files and clock: the short version of tests/campaigns/faults.py -------------------------------------------
+
+
+def test_a_preparation_that_may_write_small_files_only(small_archive, tmp_path):
+    """Staged volumes are larger than the limit: one line, and then the same bytes."""
+    stage = kills.prepare_stage(tmp_path / "output", small_archive)
+    assert not kills.attempt(stage, tmp_path)[1]
+    expected = kills.contents(tmp_path / "output")
+    shutil.rmtree(tmp_path / "output")
+    ended = faults.run(stage.commands[0], tmp_path, file_limit=20_000)
+    assert ended.code == 2 and "File too large; permit larger files there and run the same command again" in ended.text
+    assert faults.check(stage.commands[0], tmp_path / "output", tmp_path, expected, ended) == []
+
+
+def test_what_counts_as_a_wrong_message():
+    assert faults.faults_of_message(faults.Ended(2, "reading\nerror: x: disk full; make room\n")) == []
+    assert faults.faults_of_message(faults.Ended(1, "Traceback (most recent call last):\nOSError")) == [
+        "traceback on the screen",
+        "0 lines begin with error:",
+    ]
+
+
+@pytest.fixture
+def small_files_only():
+    """No file grows beyond 4000 bytes in this process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, small_files_only):
+    path = tmp_path / "table.csv"
+    dataset_writer.write_file(path, b"old")
+    records = [os.urandom(3000) for _ in range(9)]
+    for write in (
+        lambda: dataset_writer.write_file(path, bytes(9000)),
+        lambda: dataset_writer.write_records(path, records),
+    ):
+        with pytest.raises(OSError, match="File too large") as error:
+            write()
+        assert dataset_writer.explain(error.value) == (
+            f"{path}: File too large; permit larger files there and run the same command again"
+        )
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_are_being_written_have_names_of_their_own(tmp_path, monkeypatch):
+    """Two machines that share a directory may have processes of the same number."""
+    names = set()
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(Path, "replace", lambda self, path: names.add(self.name))
+    for _ in range(2):
+        dataset_writer.write_file(tmp_path / "table.csv", b"")
+    assert len(names) == 2 and all(name.endswith(dataset_writer.PARTIAL) for name in names)
+
+
+@pytest.mark.parametrize("module, code", [("data_prep", 2), ("ctssl_jax", 1)])
+def test_a_full_disk_is_one_line(module, code):
+    program = (
+        f"import errno; from {module} import command_line\n"
+        "def main(*arguments): raise OSError(errno.ENOSPC, 'No space left on device', 'results.csv')\n"
+        "command_line.run(main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=kills.PROJECT, capture_output=True, text=True)
+    message = "error: results.csv: No space left on device; make room and run the same command again\n"
+    assert (ended.returncode, ended.stderr) == (code, message)
+
+
+def test_files_that_change_between_header_and_pixels(tmp_path, monkeypatch):
+    """Their scans are left for the next run, which then finds them as they were; nothing is lost or guessed."""
+    archive = tmp_path / "archive"
+    for number in range(8):
+        series = dicom_files.slices(dicom_files.thorax(20, seed=number), study=number, patient=f"patient-{number}")
+        dicom_files.write(archive / f"scan{number}", series)
+    shutil.copytree(archive, tmp_path / "copy")
+    victims = [archive / f"scan{number}" / "IM0005" for number in range(5)]
+    convert = preparation._convert
+
+    def change_and_convert(*arguments):
+        truncated, appended, replaced, vanished, folder = victims
+        os.truncate(truncated, 4000)
+        appended.write_bytes(appended.read_bytes() + bytes(20))
+        others = (tmp_path / "copy" / "scan2").iterdir()
+        same_size = [path for path in others if path.stat().st_size == replaced.stat().st_size]
+        shutil.copy(next(path for path in same_size if path.name != replaced.name), replaced)
+        vanished.unlink()
+        folder.unlink()
+        folder.mkdir()
+        convert(*arguments)
+
+    where = preparation.Places(archive, tmp_path / "dataset", tmp_path / "private")
+    options = preparation.Options(image_size=48)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "_convert", change_and_convert)
+        made, _ = preparation.prepare(options, where, num_workers=1)
+    assert made["counts"]["series_rejected"] == {"failed_for_now": 5}
+    first = {path.name: path.read_bytes() for path in where.output_dir.glob("*.array_record-*")}
+    shutil.rmtree(archive)
+    shutil.copytree(tmp_path / "copy", archive)
+    made, changed = preparation.prepare(options, where, num_workers=1)
+    assert changed and made["counts"]["series_rejected"] == {}
+    assert len(dataset.read_volumes(where.output_dir)) == 8
+    assert all((where.output_dir / name).read_bytes() == content for name, content in first.items())
+    with WorkerPool(1) as pool:
+        assert verification.verify(where.output_dir, pool) == []
+
+
+def test_a_stage_time_that_cannot_be_written_does_not_stop_the_next_quickstart(tmp_path, monkeypatch):
+    from experiments.quickstart import StageTimes
+
+    StageTimes(tmp_path / "seconds.json")["training"] = 3.0
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        with pytest.raises(OSError):
+            StageTimes(tmp_path / "seconds.json")["training"] = 5.0
+    assert StageTimes(tmp_path / "seconds.json").known == {"training": 3.0}

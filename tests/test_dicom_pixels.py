@@ -163,7 +163,7 @@ def test_fractional_values_come_as_float32(tmp_path):
 def header_like(tmp_path, **values):
     ds = files.slices(files.thorax(1))[0]
     (tmp_path / "f").write_bytes(files.to_bytes(ds))
-    return dataclasses.replace(read_header(tmp_path, Source("f", "", 0)), **values)
+    return dataclasses.replace(read_header(tmp_path, Source("f", "", (tmp_path / "f").stat().st_size)), **values)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int32, np.uint8])

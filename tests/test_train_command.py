@@ -1,5 +1,6 @@
 """Whole runs: exact resumption, interruptions, divergence, checkpoints kept, refusals."""
 
+import itertools
 import json
 import os
 import random
@@ -198,6 +199,15 @@ def test_nothing_is_started_by_a_signal_before_the_first_step(tiny_dataset, tmp_
     assert not train_on(tiny_config(tiny_dataset), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_wall_clock_that_jumps_shows_in_no_speed(tiny_dataset, tmp_path, monkeypatch, compilation_cache):
+    wall_clock, calls = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: wall_clock() + 1e8 * (next(calls) % 3 - 1))
+    assert train_on(tiny_config(tiny_dataset, num_steps=4, log_every=1, eval_every=2), tmp_path / "run")
+    lines = reports.read_reports(tmp_path / "run", "train")
+    assert len(lines) == 4
+    assert all(1e-3 < line["slices_per_second"] < 1e6 and 0 <= line["waiting_for_data"] <= 1 for line in lines)
 
 
 def test_run_of_another_configuration_is_refused(straight, tiny_dataset):
