@@ -318,7 +318,7 @@ def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
         "age, sex, ethnic_group, or labels of volumes or patients; by default the first three, as far as they can be.",
         flag_values=given,
     )
-    text("checkpoint", "best", "best (by validation loss), last, or a step; the controls read none.")
+    text("checkpoint", "best", "best (by validation loss), last, last_good, or a step; the controls read none.")
     text("encoder", "run", "run, or a control: untrained (random weights), pixels (no network).")
     number("pooling_regions", 1, "Latents are averaged over the whole slice (1) or 4 x 4 regions (4).")
     flags.DEFINE_bool(

@@ -17,6 +17,11 @@ A checkpoint is one flat dictionary `name -> array` (`params/encoder/...`, `vari
 so that names stay readable and parts can be taken alone; its JSON metadata holds the configuration and the preparation.
 The position in the order of the data is the step itself.
 
+Orbax does not notice a changed bit in the numbers of a tensor. So every checkpoint gets a file SHA256SUMS once it is
+complete (with the next one, or when the run ends or stops): of its own files and of the run's files that never change.
+What is restored is compared with it first; a checkpoint without one, of a killed process or of an older version, is
+taken as it is. `sha256sum -c STEP/SHA256SUMS` in `checkpoints/` does the same.
+
 Orbax and TensorStore report a full disk or a damaged file by many types of exception, bare `Exception` among them;
 whatever they raise here becomes one line with the remedy.
 """
@@ -32,8 +37,14 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from ctssl_jax.command_line import InputError, RunFailed
+from data_prep.dataset import file_sha256
 
 CHECKPOINTS = "checkpoints"
+SET_ASIDE = "damaged_checkpoints"
+SUMS = "SHA256SUMS"
+LAST_GOOD = "last_good"
+_SMALL_BYTES = 1 << 20  # of the files that are compared whenever the list of checkpoints is read
+_NEVER_CHANGE = ("ancestors.json", "imported.json", "patients.json", "training_data.json", "transplant.json")
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -70,6 +81,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
+        self._pending: tuple[int, Any] = (0, None)
         policies = ocp.training.preservation_policies
         self._checkpointer = _open(
             workdir,
@@ -109,15 +121,23 @@ class Checkpoints:
           RunFailed: this checkpoint or the one before could not be written.
         """
         try:
-            self._checkpointer.save_checkpointables_async(
+            self._complete()
+            saving = self._checkpointer.save_checkpointables_async(
                 step,
                 {"state": flatten(state)},
                 metrics=None if validation_loss is None else {"loss": validation_loss},
                 custom_metadata=metadata,
                 overwrite=step == self.last_step,
             )
+            self._pending = (step, saving)
         except Exception as error:
             raise self._not_saved(error) from error
+
+    def _complete(self) -> None:
+        """Wait for the save that is under way, and write its checksums."""
+        (step, saving), self._pending = self._pending, (0, None)
+        if saving is not None and saving.result() and jax.process_index() == 0:
+            write_sums(self._workdir, step)
 
     def close(self) -> None:
         """Wait until everything is on disk.
@@ -126,6 +146,7 @@ class Checkpoints:
           RunFailed: the last checkpoint could not be written.
         """
         try:
+            self._complete()
             self._checkpointer.close()
         except Exception as error:
             raise self._not_saved(error) from error
@@ -151,25 +172,137 @@ def _open(workdir: Path, **options: Any) -> ocp.training.Checkpointer:
         ) from error
 
 
+def write_sums(workdir: Path, step: int) -> None:
+    """Write the SHA256SUMS of a complete checkpoint, if it is still there."""
+    folder = workdir / CHECKPOINTS / str(step)
+    if not folder.is_dir():
+        return
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
+    files += [workdir / name for name in _NEVER_CHANGE if (workdir / name).is_file()]
+    lines = [f"{file_sha256(path)}  {os.path.relpath(path, folder.parent)}\n" for path in files]
+    write_text(folder / SUMS, "".join(lines))
+
+
+def _differing(workdir: Path, step: int, of_run: bool, small_files_only: bool = False) -> str:
+    """The first file, of the checkpoint or of its run, that is not as SHA256SUMS says, in words; "" if none is."""
+    sums = workdir / CHECKPOINTS / str(step) / SUMS
+    try:
+        for line in sums.read_text().splitlines() if sums.exists() else ():
+            sha256, name = line.split("  ", 1)
+            path = workdir / CHECKPOINTS / name
+            if name.startswith("../") != of_run:
+                continue
+            if not of_run and not name.startswith(f"{step}/"):
+                return f"it is that of step {name.split('/')[0]}"
+            if not path.is_file():
+                return f"{path.name} is missing"
+            if not (small_files_only and path.stat().st_size > _SMALL_BYTES) and file_sha256(path) != sha256:
+                return f"the checksum of {path.name} is another"
+    except (OSError, ValueError) as error:  # of what is no such file
+        return f"{SUMS} cannot be read: {_first_line(error)}"
+    return ""
+
+
+def check_undamaged(workdir: Path, step: int, *, small_files_only: bool = False) -> None:
+    """Refuse a checkpoint that is not as it was saved, one that has the place of another, and damaged files of its run.
+
+    Raises:
+      InputError: names the file and the remedy.
+    """
+    if found := _differing(workdir, step, of_run=False, small_files_only=small_files_only):
+        raise _damaged(workdir, step, found)
+    if found := _differing(workdir, step, of_run=True):
+        raise InputError(
+            f"{workdir} is damaged ({found} than when checkpoint {step} was saved); bring back a copy of it"
+        )
+
+
+def check_all_undamaged(workdir: Path) -> None:
+    """Refuse a run with a damaged checkpoint: the newest one is compared as a whole, of others the small files.
+
+    Raises:
+      InputError: names the file and the remedy.
+    """
+    steps = _step_numbers(workdir)
+    for step in steps:
+        check_undamaged(workdir, step, small_files_only=step != steps[-1])
+
+
+def set_aside_damaged(workdir: Path) -> list[int]:
+    """Move damaged checkpoints into `damaged_checkpoints/`: a run then goes on from the last good one.
+
+    Returns:
+      The steps that were moved.
+
+    Raises:
+      InputError: all are damaged; nothing is moved.
+    """
+    steps = _step_numbers(workdir)
+    moved = [step for step in steps if _is_damaged(workdir, step)]
+    if steps and moved == steps:
+        raise InputError(f"all checkpoints of {workdir} are damaged; start again in another --workdir")
+    for step in moved:
+        (workdir / SET_ASIDE).mkdir(exist_ok=True)
+        os.replace(workdir / CHECKPOINTS / str(step), _free(workdir / SET_ASIDE / str(step)))
+    return moved
+
+
+def _free(path: Path) -> Path:
+    number = 0
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{path.name.split('_')[0]}_{number}")
+    return path
+
+
+def _is_damaged(workdir: Path, step: int) -> bool:
+    folder = workdir / CHECKPOINTS / str(step)
+    if (folder / SUMS).exists():
+        return bool(_differing(workdir, step, of_run=False))
+    try:  # without checksums, whether all of it can be read
+        stored = ocp.checkpointables_metadata(folder.resolve()).metadata["state"]
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in stored.items()}
+        ocp.load_checkpointables(folder.resolve(), {"state": like})
+        return False
+    except Exception:  # of many types, see above
+        return True
+
+
+def _step_numbers(workdir: Path) -> list[int]:
+    folder = workdir / CHECKPOINTS
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
 def holds_checkpoint(workdir: Path) -> bool:
     """Whether a run directory holds a complete checkpoint, readable or not."""
-    folder = workdir / CHECKPOINTS
-    return folder.is_dir() and any(item.name.isdigit() for item in folder.iterdir())
+    return bool(_step_numbers(workdir))
 
 
 def _steps(workdir: Path) -> list[Any]:
     if not holds_checkpoint(workdir):
         return []
+    for step in _step_numbers(workdir):  # the losses, by which the best one is chosen
+        check_undamaged(workdir, step, small_files_only=True)
     with _open(workdir) as checkpointer:
         return list(checkpointer.checkpoints)
 
 
 def choose_step(workdir: Path, which: str = "best") -> int:
-    """Resolve `best` (lowest validation loss), `last` or a step number to a checkpoint that exists.
+    """Resolve `best` (lowest validation loss), `last`, `last_good` (the last one that is not damaged) or a step number
+    to a checkpoint that exists.
 
     Raises:
-      InputError: no such run, no checkpoint, or not that step.
+      InputError: no such run, no checkpoint, or not that step; of `best` and `last`, if one of them is damaged.
     """
+    numbers = _step_numbers(workdir)
+    if which.isdigit() and int(which) in numbers:
+        return int(which)
+    if which == LAST_GOOD and numbers:
+        good = (step for step in reversed(numbers) if not _is_damaged(workdir, step))
+        if (step := next(good, None)) is None:
+            raise InputError(f"all checkpoints of {workdir} are damaged")
+        return step
     steps = _steps(workdir)
     if not steps:
         raise InputError(f"{workdir} holds no checkpoint; give the --workdir of a run of ctssl_jax.train")
@@ -179,10 +312,10 @@ def choose_step(workdir: Path, which: str = "best") -> int:
     if which == "best":
         scored = [(item.metrics["loss"], item.step) for item in steps if item.metrics]
         return min(scored)[1] if scored else numbers[-1]
-    if which.isdigit() and int(which) in numbers:
-        return int(which)
     known = ", ".join(str(number) for number in numbers)
-    raise InputError(f"{workdir} has no checkpoint {which!r}; there are steps {known}, and the names best and last")
+    raise InputError(
+        f"{workdir} has no checkpoint {which!r}; there are steps {known}, and the names best, last and last_good"
+    )
 
 
 def restore(workdir: Path, step: int, like: Any) -> Any:
@@ -198,6 +331,7 @@ def restore(workdir: Path, step: int, like: Any) -> Any:
       InputError: tensors are missing or have another shape, and the message names them; or the checkpoint is damaged.
     """
     path = (workdir / CHECKPOINTS / str(step)).resolve()
+    check_undamaged(workdir, step)
     wanted = flatten(like)
     stored = stored_shapes(workdir, step)
     missing = [name for name in wanted if name not in stored]
@@ -237,13 +371,18 @@ def stored_shapes(workdir: Path, step: int) -> dict[str, tuple[int, ...]]:
         raise _damaged(workdir, step, error) from error
 
 
-def _damaged(workdir: Path, step: int, error: Exception) -> InputError:
-    others = sorted(int(path.name) for path in (workdir / CHECKPOINTS).iterdir() if path.name.isdigit())
-    others = ", ".join(str(number) for number in others if number != step) or "none"
-    return InputError(
-        f"checkpoint {step} of {workdir} is damaged ({_first_line(error)}); remove {workdir / CHECKPOINTS / str(step)} "
-        f"to use another one (there are: {others})"
-    )
+def _damaged(workdir: Path, step: int, what: Exception | str) -> InputError:
+    what = what if isinstance(what, str) else _first_line(what)
+    others = [
+        other for other in _step_numbers(workdir) if other != step and not _differing(workdir, other, of_run=False)
+    ]
+    remedy = "there is no other one"
+    if others:
+        remedy = (
+            f"good ones are: {', '.join(map(str, others))}; --checkpoint={LAST_GOOD} takes the last of them, and "
+            "ctssl_jax.train --set_aside_damaged goes on from it"
+        )
+    return InputError(f"checkpoint {step} of {workdir} is damaged ({what}); {remedy}")
 
 
 def read_metadata(workdir: Path, step: int) -> dict:

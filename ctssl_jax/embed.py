@@ -262,7 +262,7 @@ def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
     text("workdir", None, "Run directory of ctssl_jax.train, of any task.")
     text("input", None, "Raw scans (a folder, a zip, DICOM or NIfTI file) or a prepared dataset.")
     text("output", None, "FILE.parquet or FILE.npz.")
-    text("checkpoint", "best", "best (by validation loss), last, or a step.")
+    text("checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step.")
     text("split", None, "train, validation or test of a dataset; by default all.")
     text("pseudonym_key_file", None, "File with the key of the pseudonyms (default: made in FILE-audit).")
     flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.", flag_values=given)

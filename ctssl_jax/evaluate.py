@@ -301,7 +301,7 @@ def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
     text("dataset", None, "Dataset directory; by default the one that the run was trained on.")
     text("split", "test", "train, validation or test.")
     text("output", None, "Results file, ending in .json.")
-    text("checkpoint", "best", "best (by validation loss), last, or a step.")
+    text("checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step.")
     flags.DEFINE_integer(
         "batch_size", 0, "Slices at a time; 0 takes the training's. Changes no result.", flag_values=given
     )

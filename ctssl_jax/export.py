@@ -418,7 +418,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "license", None, "Licence of the weights (required): it follows from the data and from the initial weights."
     )
-    flags.DEFINE_string("checkpoint", "best", "best (by validation loss), last, or a step.")
+    flags.DEFINE_string("checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step.")
     flags.DEFINE_multi_string("results", [], "Results of ctssl_jax.evaluate for the model card; may be repeated.")
     flags.DEFINE_integer("num_test_slices", 2, "Synthetic slices that parity is measured on.")
 

@@ -277,7 +277,7 @@ def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
     text("workdir", None, "Run directory of ctssl_jax.train, of a label or a segmentation recipe.")
     text("input", None, "The scan: a folder, zip file or file, DICOM or NIfTI.")
     text("output", None, "Folder of the results; those of an earlier scan there are replaced.")
-    text("checkpoint", "best", "best (by validation loss), last, or a step.")
+    text("checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step.")
     text("evaluation", None, "RESULT.json of ctssl_jax.evaluate of these weights: its thresholds are applied.")
     text("segment_label", "", "Name of the segment in segmentation.dcm (default: nodule or foreground).")
     flags.DEFINE_integer("series_index", None, "Which volume, where --input holds several.", flag_values=given)

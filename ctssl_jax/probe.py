@@ -276,7 +276,9 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "Dataset directory; by default the one that the run was trained on.")
     flags.DEFINE_string("split", "test", "test, or validation, which also chooses the probes' settings.")
     flags.DEFINE_string("output", None, "Results file, ending in .json.")
-    flags.DEFINE_string("checkpoint", "best", "best (by validation loss), last, or a step; the controls read none.")
+    flags.DEFINE_string(
+        "checkpoint", "best", "best (by validation loss), last, last_good, or a step; the controls read none."
+    )
     flags.DEFINE_string("encoder", "run", "run, or a control: untrained (random weights), pixels (no network).")
     flags.DEFINE_integer("max_slices", 4096, "Training slices at most, and validation slices to choose settings by.")
     flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.")

@@ -29,6 +29,7 @@ def train(
     devices: Sequence[Any] | None = None,
     *,
     estimate: bool = False,
+    set_aside_damaged: bool = False,
 ) -> bool:
     """Train, or go on training, until `config.num_steps`.
 
@@ -37,6 +38,7 @@ def train(
       workdir: the run directory, see `ctssl_jax.checkpoint`; unused by an estimate.
       devices: JAX devices to use, by default all of all processes.
       estimate: only print what the run will cost; nothing is written.
+      set_aside_damaged: move damaged checkpoints aside and go on from the last good one.
 
     Returns:
       True if the run is complete, False if it was asked to stop before.
@@ -48,7 +50,7 @@ def train(
     from ctssl_jax import distributed
 
     with distributed.stop_requests() as should_stop:
-        return _train(config, None if estimate else Path(workdir), devices, should_stop)
+        return _train(config, None if estimate else Path(workdir), devices, should_stop, set_aside_damaged)
 
 
 def _train(
@@ -56,10 +58,22 @@ def _train(
     workdir: Path | None,
     devices: Sequence[Any] | None,
     should_stop: Callable[[int], bool],
+    set_aside_damaged: bool,
 ) -> bool:
     import jax
 
-    from ctssl_jax import configuration, data, distributed, estimate, health, metrics, pictures, training, transplant
+    from ctssl_jax import (
+        checkpoint,
+        configuration,
+        data,
+        distributed,
+        estimate,
+        health,
+        metrics,
+        pictures,
+        training,
+        transplant,
+    )
     from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore, write_json
     from ctssl_jax.reports import Reports, duration, say
     from ctssl_jax.tasks import get_task
@@ -72,6 +86,10 @@ def _train(
     config = configuration.with_num_classes(config)
     with distributed.refusing_together():
         configuration.check_config(config, num_devices)
+        if process == 0 and workdir is not None:
+            for step in checkpoint.set_aside_damaged(workdir) if set_aside_damaged else ():
+                say(f"WARNING      checkpoint {step:,} is damaged; it was moved to {workdir / checkpoint.SET_ASIDE}")
+            checkpoint.check_all_undamaged(workdir)
         preparation, channels = configuration.check_dataset(config, ("train", "validation"))
         task = get_task(config.task)
         what = (channels, task.offsets(config), task.targets(config))
@@ -288,6 +306,7 @@ def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
     )
     text("workdir", None, "Run directory: made, or gone on with.")
     flag("estimate", False, "Only say what the run will cost, after a few timed steps; writes nothing.")
+    flag("set_aside_damaged", False, "Move damaged checkpoints aside and go on from the last good one.")
     flag("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
     text("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
     number("num_processes", 0, "Number of processes, where it cannot be detected.")
@@ -316,7 +335,7 @@ def start(given: flags.FlagValues) -> bool:
         given.heartbeat_timeout_seconds,
     )
     with lost_host.ending_together(given.workdir or ""):
-        return train(config, given.workdir, estimate=given.estimate)
+        return train(config, given.workdir, estimate=given.estimate, set_aside_damaged=given.set_aside_damaged)
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,17 @@ import numpy as np
 import pytest
 
 from ctssl_jax import distributed
-from ctssl_jax.checkpoint import Checkpoints, choose_step, flatten, read_metadata, restore, unflatten
+from ctssl_jax.checkpoint import (
+    LAST_GOOD,
+    Checkpoints,
+    check_all_undamaged,
+    choose_step,
+    flatten,
+    read_metadata,
+    restore,
+    set_aside_damaged,
+    unflatten,
+)
 from ctssl_jax.command_line import InputError, RunFailed
 
 
@@ -90,7 +101,7 @@ def test_tensors_that_do_not_fit_are_named(three_checkpoints):
 
 
 def test_choosing_a_checkpoint_that_is_not_there(three_checkpoints, tmp_path):
-    with pytest.raises(InputError, match="has no checkpoint '3'; there are steps 2, 4, 5, and the names best and last"):
+    with pytest.raises(InputError, match="has no checkpoint '3'; there are steps 2, 4, 5, and the names best, last"):
         choose_step(three_checkpoints, "3")
     with pytest.raises(InputError, match="holds no checkpoint; give the --workdir of a run"):
         choose_step(tmp_path, "last")
@@ -106,16 +117,78 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(run, pattern, 
             path.unlink()
         else:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(
-        InputError, match=r"checkpoint 5 of .* is damaged .*; remove .*checkpoints/5 .*\(there are: 2, 4\)"
-    ):
-        restore(run, 5, shapes(state(0)))
-    shutil.rmtree(run / "checkpoints" / "5")
-    assert choose_step(run, "last") == 4
+    for with_sums in (True, False):  # a checkpoint of a killed process has none
+        with pytest.raises(InputError, match=r"checkpoint 5 of .* is damaged .*; good ones are: 2, 4; .*last_good"):
+            restore(run, 5, shapes(state(0)))
+        assert choose_step(run, LAST_GOOD) == 4
+        if with_sums:
+            (run / "checkpoints" / "5" / "SHA256SUMS").unlink()
+    assert set_aside_damaged(run) == [5]
+    assert choose_step(run, "last") == 4 and (run / "damaged_checkpoints" / "5").is_dir()
     restore(run, 4, shapes(state(0)))
 
 
+def test_a_changed_bit_of_a_tensor_is_found(run):
+    """Orbax restores it without a word: the numbers are wrong, and nothing but the checksums tells."""
+    data = max((run / "checkpoints" / "5").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(InputError, match=rf"checkpoint 5 of .* is damaged \(the checksum of {data.name} is another\)"):
+        restore(run, 5, shapes(state(0)))
+    (run / "checkpoints" / "5" / "SHA256SUMS").unlink()
+    restored = restore(run, 5, shapes(state(0)))
+    assert not np.array_equal(restored["params"]["layers"][0], state(5)["params"]["layers"][0])
+
+
+def test_a_changed_loss_does_not_make_another_checkpoint_the_best(run):
+    metrics = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
+    metrics.write_text(metrics.read_text().replace("4", "5", 1))
+    with pytest.raises(InputError, match=r"checkpoint 4 of .* is damaged"):
+        choose_step(run, "best")
+    assert choose_step(run, "5") == choose_step(run, LAST_GOOD) == 5
+    assert set_aside_damaged(run) == [4] and choose_step(run, "best") == 2
+
+
+def test_a_checkpoint_in_the_place_of_another_is_found(run):
+    folder = run / "checkpoints"
+    (folder / "5").rename(folder / "6")
+    with pytest.raises(InputError, match=r"checkpoint 6 of .* is damaged \(it is that of step 5\)"):
+        check_all_undamaged(run)
+
+
+def test_a_damaged_file_of_the_run_is_named(three_checkpoints, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "patients.json").write_text('{"train": ["a"]}')
+    checkpoints = Checkpoints(run)
+    checkpoints.save(1, state(1), {}, 1.0)
+    checkpoints.close()
+    check_all_undamaged(run)
+    (run / "patients.json").write_text('{"train": ["b"]}')
+    for attempt in (lambda: check_all_undamaged(run), lambda: restore(run, 1, shapes(state(0)))):
+        with pytest.raises(InputError, match=r"run is damaged \(the checksum of patients.json is another than when"):
+            attempt()
+    assert set_aside_damaged(run) == []
+
+
+def test_sums_are_those_of_sha256sum(three_checkpoints):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum on this machine")
+    subprocess.run(["sha256sum", "-c", "--quiet", "5/SHA256SUMS"], cwd=three_checkpoints / "checkpoints", check=True)
+
+
+def test_all_damaged_is_said_and_nothing_is_moved(run):
+    for step in (2, 4, 5):
+        (run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").unlink()
+    for attempt in (lambda: set_aside_damaged(run), lambda: choose_step(run, LAST_GOOD)):
+        with pytest.raises(InputError, match=r"all checkpoints of .* are damaged"):
+            attempt()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4", "5"]
+
+
 def test_a_damaged_list_of_checkpoints_is_named(run):
+    (run / "checkpoints" / "5" / "SHA256SUMS").unlink()
     (run / "checkpoints" / "5" / "metrics" / "metrics").write_text('{"loss')
     for attempt in (lambda: Checkpoints(run), lambda: choose_step(run, "best")):
         with pytest.raises(InputError, match=r"a checkpoint in .*checkpoints is damaged .*; remove the newest one"):

@@ -1,8 +1,8 @@
 """Every byte of a file as it is stored and as it reads: what is compressed in it, or coded as text, is opened.
 
-ArrayRecord files give their records, pixels apart from the rest; zip, npz, `.pt` and Parquet files their members and
-columns. In all other bytes, and in those, streams of gzip, zlib (PNG) and zstd (Orbax checkpoints) are looked for at
-every place, and base64.
+ArrayRecord files give their records, pixels apart from the rest, PNG files their chunks, zip, npz, `.pt` and Parquet
+files their members and columns. In all other bytes, and in those, streams of gzip, zlib and zstd (Orbax checkpoints)
+are looked for at every place, and base64.
 """
 
 import base64
@@ -52,22 +52,42 @@ def unpacked(data: bytes, place: str = "", depth: int = 0) -> Iterator[tuple[str
     """(place, bytes) of all that is packed in some bytes, at any depth up to four."""
     if depth == _DEPTH:
         return
-    for name, inner in _members(data) if data[:4] in (b"PK\x03\x04", b"PAR1") else _streams(data):
+    for name, inner in _members(data) if data.startswith(tuple(_CONTAINERS)) else _streams(data):
         where = f"{place}{', ' * bool(place)}{name}"
         yield where, inner
         yield from unpacked(inner, where, depth + 1)
 
 
 def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
-    if data[:4] == b"PAR1":
-        table = pyarrow.parquet.read_table(io.BytesIO(data))
-        plain = io.BytesIO()
-        pyarrow.parquet.write_table(table, plain, compression="none", use_dictionary=False)
-        yield "columns", plain.getvalue()
-        return
+    return next(read(data) for start, read in _CONTAINERS.items() if data.startswith(start))
+
+
+def _zip_members(data: bytes) -> Iterator[tuple[str, bytes]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for member in archive.infolist():
             yield f"member {member.filename}", archive.read(member)
+
+
+def _columns(data: bytes) -> Iterator[tuple[str, bytes]]:
+    plain = io.BytesIO()
+    table = pyarrow.parquet.read_table(io.BytesIO(data))
+    pyarrow.parquet.write_table(table, plain, compression="none", use_dictionary=False)
+    yield "columns", plain.getvalue()
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[str, bytes]]:
+    pixels, at = b"", 8
+    while at + 8 <= len(data):
+        size, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+        if kind == b"IDAT":
+            pixels += data[at + 8 : at + 8 + size]
+        else:
+            yield f"chunk {kind.decode('latin-1')}", data[at + 8 : at + 8 + size]
+        at += 12 + size
+    yield PIXELS, _inflated(memoryview(pixels), 15)[0]
+
+
+_CONTAINERS = {b"PK\x03\x04": _zip_members, b"PAR1": _columns, b"\x89PNG\r\n\x1a\n": _png_chunks}
 
 
 def _streams(data: bytes) -> Iterator[tuple[str, bytes]]:

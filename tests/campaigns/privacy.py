@@ -45,9 +45,11 @@ PUBLISHED = {  # of `data_prep.deidentify.public_fields` those that are texts, a
 }
 STANDARD_UIDS = "1.2.840.10008."  # those of the DICOM standard itself: they name classes and codings, not patients
 OWN_WORDS = {  # values that are words of our own: what they have to stand in, in small letters
-    "chest": rb"no_chest|chest_ct|chest ct|chest scans?",
+    "chest": rb"no_chest|chest_ct|chest ct|chest scans?|cover the chest",
     "nifti": rb"not_nifti|no nifti file|archive(\": \"|=)nifti",  # a folder's name, and a kind of archive
     "unknown": rb"what it holds is unknown",
+    "license": rb"\"license\":",
+    "applied": rb"rescale slope and intercept are applied",
     "brain": rb"brain\.event:2",  # how every file of TensorBoard begins
 }
 PRIVATE = ("-audit/", "private/", "segmentation.dcm")
@@ -164,10 +166,7 @@ class Search:
 
 def _same_number(token: bytes, value: str) -> bool:
     """Whether a token says no more than the value: it itself, or the same number, as 20010203.0 does."""
-    try:
-        return token == value.encode() or 0 != float(token) == float(value)
-    except ValueError:
-        return False
+    return token == value.encode() or re.fullmatch(rb"\.0*", token.removeprefix(value.encode())) is not None
 
 
 def search_folder(folder: Path, search: Search) -> tuple[list[Finding], collections.Counter]:
