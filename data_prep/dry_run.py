@@ -32,14 +32,15 @@ def dry_run(
     check_places(places)
     sources = sources or LabelSources(options.archive)
     label_staging.check(sources, places.input_dir)
-    num_files, _ = list_archive(places.input_dir)
     exams = slices = 0
     patients = set()
     account = Account(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, WorkerPool(num_workers or usable_cores()) as pool:
+        listing = Path(folder) / "listing"
+        num_files, _ = list_archive(places.input_dir, listing)
         staged = label_staging.stage(sources, places.input_dir, Path(folder) / "labels.sqlite")
         read = header_reader(sources.archive, sources.metadata_csv)
-        plans = plan_archive(places.input_dir, Path(folder) / "plan", options.rules, num_files, pool, read)
+        plans = plan_archive(places.input_dir, Path(folder) / "plan", options.rules, num_files, pool, read, listing)
         label_counts = label_staging.match(staged, all_headers(plans))
         for plan in map(read_plan, plans):
             exams += len(plan.exams)

@@ -32,7 +32,7 @@ _IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG = (
     "1.2.840.10008.1.2.1",
     "1.2.840.10008.1.2.2",
 )
-_DEFLATED = "1.2.840.10008.1.2.1.99"
+DEFLATED = "1.2.840.10008.1.2.1.99"
 CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}  # plain, enhanced, converted
 NATIVE_SYNTAXES = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG)
 NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.nifti`)
@@ -192,7 +192,7 @@ def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImag
     return Header(
         source=source,
         transfer_syntax=syntax,
-        pixel_data_offset=offset if syntax != _DEFLATED else None,
+        pixel_data_offset=offset if syntax != DEFLATED else None,
         sop_class_uid=sop_class,
         sop_instance_uid=_text(elements, 0x00080018),
         study_instance_uid=_text(elements, 0x0020000D),

@@ -19,10 +19,9 @@ from pydicom.pixels import pixel_array
 
 from data_prep.archives import ArchiveDirectory, Source, changed, read_bytes
 from data_prep.decoders import DECODER_DEPENDENCIES, decode
-from data_prep.headers import NATIVE_SYNTAXES, NIFTI, Header
+from data_prep.headers import DEFLATED, NATIVE_SYNTAXES, NIFTI, Header
 from data_prep.nifti import NiftiError, read_frames
 
-_DEFLATED = "1.2.840.10008.1.2.1.99"
 MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
 
 
@@ -57,7 +56,7 @@ class PixelReader:
         if self._source != header.source:
             self._data = read_bytes(self._input_dir, header.source)
             self._source = None
-            if header.transfer_syntax not in (NIFTI, _DEFLATED) and not _holds_instance(self._data, header):
+            if header.transfer_syntax not in (NIFTI, DEFLATED) and not _holds_instance(self._data, header):
                 raise changed(header.source, "was replaced since its header was read")
             self._source, self._dataset, self._frames = header.source, None, None
         if header.transfer_syntax == NIFTI:

@@ -86,6 +86,10 @@ class Places:
         return self.audit_dir / "work"
 
     @property
+    def listing(self) -> Path:
+        return self.work_dir / "listing"
+
+    @property
     def notes_dir(self) -> Path:
         return self.work_dir / "notes"
 
@@ -178,7 +182,6 @@ def prepare(
         digests = label_staging.input_digests(sources, places.input_dir)
         tables = tuple((name, deidentify.private_digest(key, "table", digest)) for name, digest in digests)
         options = dataclasses.replace(options, masks=sources.mask_facts(), tables=tables)
-        listed = list_archive(places.input_dir)
         changed = False
         if places.frozen_file.exists():  # an earlier run was killed in its last act
             frozen = Frozen.load(places.frozen_file)
@@ -188,6 +191,7 @@ def prepare(
                 changed = True
             else:
                 places.frozen_file.unlink()
+        listed = list_archive(places.input_dir, places.listing)
         preparation = _complete_preparation(options, key, places)
         if preparation and _bound(places)["digest"] == listed[1] and not num_failed_for_now(preparation["counts"]):
             _clean(places)
@@ -354,7 +358,9 @@ def _convert_and_freeze(
     )
     num_files, digest = listed
     read = header_reader(sources.archive, sources.metadata_csv)
-    plans = plan_archive(places.input_dir, places.work_dir / "plan", options.rules, num_files, pool, read)
+    plans = plan_archive(
+        places.input_dir, places.work_dir / "plan", options.rules, num_files, pool, read, places.listing
+    )
     label_counts = label_staging.match(staged, all_headers(plans))
     known_splits = _read_splits(places)
     patients = {row["patient_id"] for row in old_volumes}
