@@ -146,7 +146,7 @@ def scan_headers(
     staged_dir = plan_dir / _STAGED
     staged_dir.mkdir(parents=True, exist_ok=True)
     for stale in [*plan_dir.glob("*.headers"), *plan_dir.glob("*.plan"), *staged_dir.glob(f"*{PARTIAL}")]:
-        stale.unlink()
+        stale.unlink(missing_ok=True)  # a worker of the killed run may have renamed it in this moment
     num_buckets = _MIN_BUCKETS
     while num_buckets * _HEADERS_PER_BUCKET < num_files:
         num_buckets *= 2  # so that what is staged remains of use while an archive grows

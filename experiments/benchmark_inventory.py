@@ -3,9 +3,9 @@ r"""Speed and memory of the inventory: listing, reading headers and planning of 
     python -m experiments.benchmark_inventory --input_dir=SCANS --num_files=10000,100000,1000000
 
 Makes files of the headers of a few CT images of SCANS (real or phantom) without their pixels, of other patients, 100
-files a series, in --scratch_dir (made once, if it is given); plans them as prepare does; and plans them again as after a kill at the last moment,
-when all headers are staged. Each size is measured in processes of its own: files a second of each step, the peak of
-memory of the main process and of the largest worker. Linux only (it reads /proc).
+files a series, in --scratch_dir (once, if it is given); plans them as prepare does; and reads the headers again as
+after a kill at the last moment, when all are staged. Each size is measured in processes of its own: files a second of
+each step, the peak of memory of the main process and of the largest worker. Linux only (it reads /proc).
 """
 
 import multiprocessing
@@ -69,10 +69,7 @@ def templates(input_dir: Path) -> list[bytes]:
         if len(found) == _NUM_TEMPLATES:
             break
         header = read_header(input_dir, source) if isinstance(source, Source) else None
-        usable = (
-            isinstance(header, Header) and header.modality == "CT" and header.position and header.study_instance_uid
-        )
-        if usable and header.number_of_frames == 1 and header.series_instance_uid not in found:
+        if isinstance(header, Header) and _is_usable(header) and header.series_instance_uid not in found:
             found[header.series_instance_uid] = _template(read_bytes(input_dir, source))
     if not found:
         raise ValueError(f"--input_dir={input_dir}: no CT image of thin slices in it; give other scans")
