@@ -78,11 +78,12 @@ def list_sources(input_dir: ArchiveDirectory) -> Iterator[Source | Unreadable]:
 
 def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreadable]:
     try:
-        entries = sorted(os.scandir(input_dir / folder), key=lambda entry: entry.name)
+        entries = sorted(os.scandir(input_dir / folder), key=lambda entry: entry.name, reverse=True)
     except OSError as error:
         yield Unreadable(Source(folder, "", 0), "unreadable", error.strerror or "cannot list the directory")
         return
-    for entry in entries:
+    while entries:
+        entry = entries.pop()  # freed with what it keeps of its file: there may be a million in a folder
         path = f"{folder}/{entry.name}" if folder else entry.name
         try:
             path.encode("utf-8")
