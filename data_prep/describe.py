@@ -170,6 +170,8 @@ def main() -> int:
     if bool(FLAGS.audit_dir) != bool(FLAGS.input_dir) or (FLAGS.audit_dir and not FLAGS.verify):
         raise ValueError("--audit_dir and --input_dir belong together, and to --verify; give all three or none")
     preparation = dataset.read_preparation(dataset_dir)
+    if FLAGS.audit_dir and "parts" in preparation:
+        raise ValueError(f"--dataset={dataset_dir}: was merged, so no one archive is its source; search each part")
     volumes = dataset.read_volumes(dataset_dir)
     with open(dataset_dir / dataset.REJECTED_FILE, newline="") as file:
         rejected = list(csv.DictReader(file))

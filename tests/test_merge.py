@@ -164,6 +164,8 @@ def test_what_reads_datasets_reads_views(tmp_path, parts):
     described = run("data_prep.describe", f"--dataset={tmp_path / 'view'}", "--verify", "--num_workers=1")
     assert described.returncode == 0 and "Verified: checksums" in described.stdout, described.stdout + described.stderr
     assert "14, 168" in described.stdout and "NOTE" not in described.stdout
+    searched = run("data_prep.describe", f"--dataset={tmp_path / 'view'}", "--verify", "--audit_dir=x", "--input_dir=y")
+    assert searched.returncode == 2 and "was merged, so no one archive is its source" in searched.stderr
     source = tfds.builder_from_directory(tmp_path / "view").as_data_source("train[50%:]")
     ours = records(tmp_path / "view", "train")
     assert len(source) == 48 and source[47]["volume_id"] == ours[95]["volume_id"].encode()
