@@ -75,7 +75,8 @@ def embed(
     from data_prep.workers import Progress, usable_cores
 
     # ---- What is asked for, and can it work? ----
-    workdir, input_path, output = (Path(path).expanduser() for path in (workdir, input_path, output))
+    workdir, output = Path(workdir).expanduser(), Path(output).expanduser()
+    input_path = scans.local_input(input_path)
     embedding_files.check_format(output)
     key = embedding_inputs.read_key(pseudonym_key_file)
     num_workers = min(MOST_WORKERS, usable_cores()) if num_workers is None else num_workers

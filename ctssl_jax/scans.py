@@ -18,7 +18,7 @@ import numpy as np
 
 from ctssl_jax.command_line import InputError
 from ctssl_jax.scan_flags import ARCHIVES
-from data_prep import archives, conversion, deidentify, nifti_metadata, planning
+from data_prep import archives, conversion, deidentify, nifti_metadata, planning, stores
 from data_prep.dicom import (
     REASONS,
     Header,
@@ -45,6 +45,7 @@ __all__ = [
     "Scan",
     "ScanPlan",
     "explain",
+    "local_input",
     "nothing_taken",
     "of_scan",
     "plan_scans",
@@ -143,7 +144,7 @@ def plan_scans(
     Raises:
       InputError: no such input, a metadata table that cannot be used, or no CT volume in it: with the reasons.
     """
-    path, rules = Path(input_path).expanduser(), rules or Rules()
+    path, rules = local_input(input_path), rules or Rules()
     archive = _kind(path, archive)
     metadata_csv = Path(metadata_csv).expanduser() if metadata_csv else None
     if metadata_csv is not None:
@@ -170,6 +171,16 @@ def plan_scans(
     if not plan.exams:
         raise InputError(nothing_taken(path, [*plan.rejections, *plan.not_images]))
     return plan
+
+
+def local_input(input_path: str | Path) -> Path:
+    """The path of an input. Raises InputError for the URL of an object store."""
+    try:
+        return stores.local_path(
+            input_path, "--input", "copy scans here first, or fetch a dataset with python -m data_prep.fetch"
+        )
+    except stores.StoreError as error:
+        raise InputError(str(error)) from None
 
 
 def read_scan(

@@ -326,6 +326,9 @@ def start(given: flags.FlagValues) -> bool:
         raise command_line.InputError(f"--config={name}: no such file; recipes are in configs/") from None
     command_line.configure_jax()
     from ctssl_jax import distributed, lost_host
+    from data_prep import dataset as dataset_directory
+
+    dataset_directory.local_directory(config.dataset, ("train", "validation"))  # from a store: before others wait
 
     distributed.initialize(
         given.distributed,

@@ -41,6 +41,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep import stores
+
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
 PREPARATION_FILE = "preparation.json"
@@ -181,12 +183,25 @@ def dataset_fingerprint(checksums: Mapping[str, str]) -> str:
 # ---- tables ------------------------------------------------------------------------------------------------
 
 
+def local_directory(dataset_dir: str | os.PathLike, splits: Sequence[str] = ()) -> Path:
+    """The directory; of a dataset that is named by a URL, its copy on this machine, where the shards of `splits` are
+    fetched to if they are not there (`data_prep.dataset_cache`). All readers here take either name.
+
+    Raises DatasetError if the store cannot give it.
+    """
+    if not stores.is_url(dataset_dir):
+        return stores.local_path(dataset_dir)
+    from data_prep import dataset_cache  # not earlier: it needs this module
+
+    return dataset_cache.fetch(os.fspath(dataset_dir), splits)
+
+
 def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:
     """preparation.json of a complete dataset.
 
     Raises DatasetError if the directory is absent, incomplete or of another format version.
     """
-    dataset_dir = Path(dataset_dir)
+    dataset_dir = local_directory(dataset_dir)
     if not dataset_dir.is_dir():
         raise DatasetError(f"{dataset_dir}: no such directory; make one with python -m data_prep.prepare")
     path = dataset_dir / PREPARATION_FILE
@@ -195,14 +210,19 @@ def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:
             f"{dataset_dir}: not a complete dataset (no {PREPARATION_FILE}); "
             "run data_prep.prepare, again if it was stopped"
         )
+    return parse_preparation(path.read_bytes(), str(path))
+
+
+def parse_preparation(content: bytes, name: str) -> dict[str, Any]:
+    """A preparation.json. Raises DatasetError, by `name`, if it is damaged or of another format version."""
     try:
-        preparation = json.loads(path.read_text())
+        preparation = json.loads(content)
     except ValueError as error:
-        raise DatasetError(f"{path}: damaged ({error}); prepare the dataset again") from None
+        raise DatasetError(f"{name}: damaged ({error}); prepare the dataset again") from None
     version = preparation.get("format_version") if isinstance(preparation, dict) else None
     if version != FORMAT_VERSION:
         raise DatasetError(
-            f"{path}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the dataset again"
+            f"{name}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the dataset again"
         )
     for _, part_dir, names in linked_parts(dataset_dir, preparation):
         if (part_dir / PREPARATION_FILE).is_file():  # it is not while the part grows
@@ -233,7 +253,7 @@ def linked_parts(
 
 def read_volumes(dataset_dir: str | os.PathLike, split: str | None = None) -> list[dict[str, Any]]:
     """The rows of volumes.csv (of one split, if named), typed by `VOLUME_COLUMNS`; empty cells are None."""
-    volumes = _read_table(Path(dataset_dir) / VOLUMES_FILE, VOLUME_COLUMNS)
+    volumes = _read_table(local_directory(dataset_dir) / VOLUMES_FILE, VOLUME_COLUMNS)
     return [volume for volume in volumes if split is None or volume["split"] == split]
 
 
@@ -267,7 +287,7 @@ def read_slices(dataset_dir: str | os.PathLike, split: str | None = None) -> lis
     """
     preparation = read_preparation(dataset_dir)
     columns = slice_columns(preparation["labels"], bool(preparation["masks"]))
-    rows = _read_table(Path(dataset_dir) / SLICES_FILE, columns) if columns else []
+    rows = _read_table(local_directory(dataset_dir) / SLICES_FILE, columns) if columns else []
     if split is None:
         return rows
     wanted = {volume["volume_id"] for volume in read_volumes(dataset_dir, split)}
@@ -278,13 +298,13 @@ def read_labels(dataset_dir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of labels.csv in the order of volumes.csv: `volume_id` and the class of each label of volume or patient
     (None: missing). [] if the dataset has no such labels."""
     columns = label_columns(read_preparation(dataset_dir)["labels"])
-    return _read_table(Path(dataset_dir) / LABELS_FILE, columns) if columns else []
+    return _read_table(local_directory(dataset_dir) / LABELS_FILE, columns) if columns else []
 
 
 def read_regions(dataset_dir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of regions.csv (`REGION_COLUMNS` or `LIDC_REGION_COLUMNS`). [] if the dataset has no masks."""
     columns = region_columns(read_preparation(dataset_dir)["masks"])
-    return _read_table(Path(dataset_dir) / REGIONS_FILE, columns) if columns else []
+    return _read_table(local_directory(dataset_dir) / REGIONS_FILE, columns) if columns else []
 
 
 def _read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
@@ -336,8 +356,8 @@ class SliceSource:
 
     def __init__(self, dataset_dir: str | os.PathLike, split: str):
         preparation = read_preparation(dataset_dir)
-        self._dataset_dir = Path(dataset_dir)
         self._shards = split_shards(preparation, split)
+        self._dataset_dir = local_directory(dataset_dir, (split,))
         self._ends = np.cumsum([shard.num_records for shard in self._shards]).tolist()
         size, channels = preparation["image_size"], preparation["channels"]
         self.image_shape = (size, size, channels)

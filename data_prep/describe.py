@@ -164,9 +164,9 @@ def contact_sheet(dataset_dir: Path, num_slices: int, seed: int):
 
 
 def main() -> int:
-    from data_prep import dataset, dataset_writer
+    from data_prep import dataset, dataset_writer, stores
 
-    dataset_dir = Path(FLAGS.dataset)
+    dataset_dir = dataset.local_directory(FLAGS.dataset, dataset.read_preparation(FLAGS.dataset)["splits"])
     if bool(FLAGS.audit_dir) != bool(FLAGS.input_dir) or (FLAGS.audit_dir and not FLAGS.verify):
         raise ValueError("--audit_dir and --input_dir belong together, and to --verify; give all three or none")
     preparation = dataset.read_preparation(dataset_dir)
@@ -187,7 +187,8 @@ def main() -> int:
     print(table_text(rows, f"{dataset_dir}{synthetic}"))
     for note in _grown_parts(dataset_dir, preparation):
         print(f"NOTE {note}")
-    output_dir = Path(FLAGS.output_dir or f"{FLAGS.dataset.rstrip('/')}-description")
+    named = FLAGS.dataset.rstrip("/")
+    output_dir = Path(FLAGS.output_dir or f"{named.rsplit('/', 1)[-1] if stores.is_url(named) else named}-description")
     output_dir.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -311,7 +311,7 @@ def study_of_flags(verb: str, kind: str) -> Study:
     if sizes.archives:
         dataset = workdir / "data" / kind
     elif given.dataset or verb == "draw":
-        dataset = Path(given.dataset or "").resolve()
+        dataset = study.local_dataset(given.dataset or "")
     else:
         raise InputError("give --dataset=DIR, made by data_prep.prepare")
     return Study(given.preset, sizes, workdir, dataset, pretrained)

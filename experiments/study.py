@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from ctssl_jax.command_line import InputError, RunFailed
+from data_prep import stores
 from data_prep.dataset_writer import written_whole
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -395,6 +396,14 @@ def define_flags() -> None:
     flags.DEFINE_list("cells", [], "Cells to run, separated by commas; by default all that are missing.")
 
 
+def local_dataset(dataset: str) -> Path:
+    """The absolute path of a dataset. Raises InputError for a URL."""
+    try:
+        return stores.local_path(dataset, "--dataset", "fetch it first: python -m data_prep.fetch").resolve()
+    except stores.StoreError as error:
+        raise InputError(str(error)) from None
+
+
 def settings_of_flags(verb: str) -> Settings:
     """What the command line asks for; `draw` takes all but the folder from what the study was run with.
 
@@ -408,7 +417,7 @@ def settings_of_flags(verb: str) -> Settings:
         if "=" not in override:
             raise InputError(f"--override={override}: must be FIELD=VALUE, e.g. --override=dtype=bfloat16")
     settings = Settings(
-        dataset=Path(flags.FLAGS.dataset or "").resolve(),
+        dataset=local_dataset(flags.FLAGS.dataset or ""),
         workdir=Path(flags.FLAGS.workdir).resolve(),
         size=flags.FLAGS.size,
         num_steps=flags.FLAGS.num_steps,

@@ -6,6 +6,7 @@ can be made to fail. It can do no more than list, ask for sizes and read ranges.
 
 import fnmatch
 import os
+import time
 from pathlib import Path
 
 import fsspec
@@ -13,7 +14,7 @@ import pytest
 
 
 class ExampleStore(fsspec.AbstractFileSystem):
-    """Objects lie in `$EXAMPLE_STORE/objects`; reading or listing what matches a pattern in `failing` fails."""
+    """Objects lie in `$EXAMPLE_STORE/objects`; requests that match a line of `failing` fail."""
 
     protocol = "example"
 
@@ -24,6 +25,9 @@ class ExampleStore(fsspec.AbstractFileSystem):
         failing = (folder / "failing").read_text().split("\n") if (folder / "failing").exists() else []
         if any(fnmatch.fnmatchcase(f"{kind} {path}", pattern) for pattern in failing):
             raise RuntimeError(f"503 for {path}")
+        hanging = (folder / "hanging").read_text().split("\n") if (folder / "hanging").exists() else []
+        while any(fnmatch.fnmatchcase(f"{kind} {path}", pattern) for pattern in hanging):
+            time.sleep(1)
         if not (folder / "objects" / path).exists():
             raise FileNotFoundError(path)
         return folder / "objects" / path
@@ -62,6 +66,10 @@ class Handle:
     def fail(self, *patterns: str) -> None:
         """From now on, requests such as `read scans/a*` and `list scans/b` fail."""
         (self.folder / "failing").write_text("\n".join(patterns))
+
+    def hang(self, *patterns: str) -> None:
+        """From now on, such requests are never answered."""
+        (self.folder / "hanging").write_text("\n".join(patterns))
 
     def requests(self) -> list[tuple[str, int, str]]:
         """(kind, bytes, path) of the requests since the last call."""

@@ -1,0 +1,33 @@
+"""Dataset on an object store -> a copy on this machine.
+
+    python -m data_prep.fetch --dataset=gs://BUCKET/DATASET [--splits=train,validation]
+
+Prints the directory of the copy, which every command takes for a dataset that lies here; the commands that take a
+dataset's URL use the same copy, and fetch what of it is not there. Killed at any moment, the same command continues.
+Copies lie below $CTSSL_CACHE_DIR (default: the user's cache folder) and are the user's to remove.
+"""
+
+from absl import flags
+
+from data_prep import command_line
+
+FLAGS = flags.FLAGS
+
+
+def main() -> int:
+    from data_prep import dataset
+
+    splits = FLAGS.splits or list(dataset.read_preparation(FLAGS.dataset)["splits"])
+    print(dataset.local_directory(FLAGS.dataset, splits))
+    return 0
+
+
+def define_flags() -> None:
+    """Only where this module is the program: another one may define flags of the same names."""
+    flags.DEFINE_string("dataset", None, "URL of the dataset.", required=True)
+    flags.DEFINE_list("splits", [], "Splits whose shards are fetched (default: all).")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,211 @@
+"""Datasets on object stores: copies that are whole, fetched once, and read as the dataset itself."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from training_runs import PROJECT, ask_to_stop_at, assert_same_state, numbers, tiny_config, train_on
+
+from ctssl_jax import scans
+from ctssl_jax.command_line import InputError
+from data_prep import dataset, dataset_cache
+from data_prep.dataset import DatasetError
+
+URL = "example://data/tiny"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty folder for copies, and a process that has asked no store yet."""
+    monkeypatch.setenv("CTSSL_CACHE_DIR", str(tmp_path / "copies"))
+    dataset_cache._open.cache_clear()
+    yield tmp_path / "copies"
+    dataset_cache._open.cache_clear()
+
+
+@pytest.fixture
+def remote(store, tiny_dataset):
+    """The store with the dataset."""
+    shutil.copytree(tiny_dataset, store.objects / "data" / "tiny")
+    return store
+
+
+def reads(store) -> list[str]:
+    return sorted(path.rsplit("/", 1)[-1] for kind, _, path in store.requests() if kind == "read")
+
+
+def fetch_command(*flags: str) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "data_prep.fetch", f"--dataset={URL}", *flags]
+    return subprocess.Popen(arguments, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_readers_take_the_url(remote, tiny_dataset):
+    assert dataset.read_preparation(URL) == dataset.read_preparation(tiny_dataset)
+    assert dataset.read_volumes(f"{URL}/") == dataset.read_volumes(tiny_dataset)
+    tables = ["dataset_info.json", "features.json", "preparation.json", "rejected.csv", "volumes.csv"]
+    assert reads(remote) == tables
+    ours, theirs = dataset.open_split(tiny_dataset, "test"), dataset.open_split(URL, "test")
+    assert repr(ours) == repr(theirs) and len(ours) == len(theirs)
+    assert all(np.array_equal(ours[i]["image"], theirs[i]["image"]) for i in range(len(ours)))
+    assert reads(remote) == ["test.array_record-00000"]  # no other split
+    dataset_cache._open.cache_clear()  # another process
+    dataset.open_split(URL, "test")
+    assert reads(remote) == ["preparation.json"]
+
+
+def test_a_run_is_the_same_from_a_url(remote, tiny_dataset, tmp_path, compilation_cache, monkeypatch):
+    assert train_on(tiny_config(tiny_dataset), tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        ask_to_stop_at(patch, 3)
+        assert not train_on(tiny_config(tiny_dataset), tmp_path / "run")
+    assert train_on(tiny_config(URL), tmp_path / "run")
+    assert_same_state(tmp_path / "run", tmp_path / "straight")
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "straight")
+    recorded = [(tmp_path / run / "preparation.json").read_bytes() for run in ("run", "straight")]
+    assert recorded[0] == recorded[1]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dataset"] == URL
+    assert not [name for name in reads(remote) if name.startswith("test.")]
+
+
+def test_a_killed_fetch_goes_on_where_it_stopped(remote, tiny_dataset, cache):
+    remote.hang("read */train.array_record-00001")
+    process = fetch_command("--splits=train")
+    seen = []
+    deadline = time.time() + 60
+    while sum(kind == "got" for kind, *_ in seen) < 7 and time.time() < deadline:  # the rest: 5 files, 2 shards
+        time.sleep(0.1)
+        seen += remote.requests()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    [copy] = cache.iterdir()
+    there = sorted(path.name for path in copy.glob("train.*"))
+    assert there == ["train.array_record-00000", "train.array_record-00001.partial", "train.array_record-00002"]
+    remote.hang()
+    remote.requests()
+    process = fetch_command()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and out.strip() == str(copy), err
+    others = ["test.array_record-00000", "validation.array_record-00000"]
+    assert reads(remote) == ["preparation.json", *sorted([*others, "train.array_record-00001"])]
+    names = {path.name for path in tiny_dataset.iterdir()}
+    assert {path.name for path in copy.iterdir()} == names | {".lock"}
+    assert all((copy / name).read_bytes() == (tiny_dataset / name).read_bytes() for name in names)
+
+
+def test_a_file_goes_on_in_its_middle(remote, cache, monkeypatch):
+    monkeypatch.setattr(dataset_cache, "PIECE", 1000)
+    dataset.read_preparation(URL)
+    remote.requests()
+    name = "test.array_record-00000"
+    size = (remote.objects / "data" / "tiny" / name).stat().st_size
+    answered = remote_store_that_fails_after(monkeypatch, 2)
+    with pytest.raises(DatasetError, match=re.escape(f"{URL}/{name}: the store refuses")) as failure:
+        dataset.open_split(URL, "test")
+    assert "run again to continue" in str(failure.value) and len(answered) == 2
+    monkeypatch.undo()
+    monkeypatch.setenv("CTSSL_CACHE_DIR", str(cache))
+    monkeypatch.setenv("EXAMPLE_STORE", str(remote.folder))
+    assert (next(cache.iterdir()) / f"{name}.partial").stat().st_size == 2000
+    assert dataset.open_split(URL, "test")[0]["slice_index"] == 0
+    assert sum(number for kind, number, path in remote.requests() if kind == "got" and path.endswith(name)) == size
+
+
+def remote_store_that_fails_after(monkeypatch, number: int) -> list[str]:
+    from tests.example_store import ExampleStore
+
+    answered, cat_file = [], ExampleStore.cat_file
+
+    def limited(self, path, start=None, end=None, **kwargs):
+        if len(answered) == number:
+            raise TimeoutError("no answer")
+        answered.append(path)
+        return cat_file(self, path, start, end)
+
+    monkeypatch.setattr(ExampleStore, "cat_file", limited)
+    return answered
+
+
+def test_processes_that_start_together_fetch_once(remote):
+    processes = [fetch_command() for _ in range(2)]
+    finished = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], finished
+    assert finished[0][0] == finished[1][0]
+    fetched = reads(remote)
+    assert fetched.count("preparation.json") == 2
+    shards = [name for name in fetched if ".array_record-" in name]
+    assert len(shards) == len(set(shards)) == 5
+
+
+def test_damaged_and_missing_shards_are_named(remote, cache):
+    shard = remote.objects / "data" / "tiny" / "test.array_record-00000"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DatasetError, match=re.escape(f"{URL}/test.array_record-00000: damaged")):
+        dataset.open_split(URL, "test")
+    assert reads(remote).count("test.array_record-00000") == 2  # it may have been the network
+    shard.write_bytes(content[:-10])  # shorter
+    with pytest.raises(DatasetError, match=re.escape(f"{URL}/test.array_record-00000: damaged")):
+        dataset.open_split(URL, "test")
+    assert not list(next(cache.iterdir()).glob("test.*"))
+    shard.unlink()
+    with pytest.raises(DatasetError, match=re.escape(f"{URL}/test.array_record-00000: is not there")):
+        dataset.open_split(URL, "test")
+    assert len(dataset.open_split(URL, "validation")) == 24
+
+
+def test_other_refusals_name_the_url_and_the_remedy(remote, cache, monkeypatch):
+    with pytest.raises(DatasetError, match=re.escape("example://data: no complete dataset there (no preparation.js")):
+        dataset.read_preparation("example://data")
+    with pytest.raises(DatasetError, match="Protocol not known"):
+        dataset.read_preparation("nosuch://data")
+    usage = shutil.disk_usage(remote.folder)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(DatasetError, match=r"GB are to be fetched and .* has 0.0 GB left; .*\$CTSSL_CACHE_DIR"):
+            dataset.read_preparation(URL)
+    assert not [path for path in next(cache.iterdir()).iterdir() if path.name != ".lock"]
+    path = remote.objects / "data" / "tiny" / "preparation.json"
+    preparation = json.loads(path.read_text())
+    preparation["checksums"]["../outside"] = "0" * 64
+    path.write_text(json.dumps(preparation))
+    with pytest.raises(DatasetError, match=r"tiny/preparation\.json: damaged"):
+        dataset.read_preparation(URL)
+    remote.fail("read *")
+    with pytest.raises(DatasetError, match=r"tiny: the store refuses or cannot be reached \(RuntimeError"):
+        dataset.read_preparation(URL)
+    for take in (scans.plan_scans, scans.local_input):
+        with pytest.raises(InputError, match=r"--input=gs://b/scan: .*; copy scans here first"):
+            take("gs://b/scan")
+
+
+def test_a_changed_dataset_is_fetched_anew(remote, cache):
+    folder = remote.objects / "data" / "tiny"
+    first = dataset.local_directory(URL, ("test",))
+    dataset_cache._open.cache_clear()
+    preparation = json.loads((folder / "preparation.json").read_text())
+    (folder / "rejected.csv").write_text(
+        "series_id,num_files,reason,detail\nx,1,too_thick,\n"
+    )  # not in the fingerprint
+    preparation["checksums"]["rejected.csv"] = dataset.file_sha256(folder / "rejected.csv")
+    (folder / "preparation.json").write_text(json.dumps(preparation))
+    assert dataset.local_directory(URL, ("test",)) == first
+    assert (first / "rejected.csv").read_bytes() == (folder / "rejected.csv").read_bytes()
+    assert dataset.read_preparation(URL) == preparation
+    dataset_cache._open.cache_clear()
+    with open(folder / "volumes.csv", "a") as file:
+        file.write("\n")
+    preparation["checksums"]["volumes.csv"] = dataset.file_sha256(folder / "volumes.csv")
+    preparation["fingerprint"] = dataset.dataset_fingerprint(preparation["checksums"])
+    (folder / "preparation.json").write_text(json.dumps(preparation))
+    second = dataset.local_directory(URL, ("test",))
+    assert second != first and os.listdir(cache).__len__() == 2
+    assert second.name == preparation["fingerprint"] and (second / "test.array_record-00000").is_file()
