@@ -6,6 +6,7 @@ takes `aws configure` or the variables `AWS_*`; fsspec's own configuration files
 
 import errno
 import functools
+import logging
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://")
 _LOCAL = ("file://", "local://")
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}  # protocol -> extra of this package's installation
+_LOGGERS = ("fsspec", "gcsfs", "s3fs", "aiobotocore", "botocore", "google.auth", "urllib3")
 _CREDENTIALS = {"gcs": "gcloud auth application-default login", "s3": "aws configure"}
 
 
@@ -66,6 +68,8 @@ def _open_store(url: str, process: int) -> tuple["AbstractFileSystem", str]:
     """One connection for all threads of a process; a forked process opens its own."""
     import fsspec  # not earlier: most runs need no store
 
+    for name in _LOGGERS:  # they quote names of files and print tracebacks; what fails is raised, too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         store, path = fsspec.url_to_fs(url, use_listings_cache=False)  # of millions of files it would fill the memory
     except ImportError as error:

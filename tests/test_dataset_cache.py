@@ -1,7 +1,6 @@
 """Datasets on object stores: copies that are whole, fetched once, and read as the dataset itself."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -11,9 +10,9 @@ import time
 
 import numpy as np
 import pytest
-from training_runs import PROJECT, ask_to_stop_at, assert_same_state, numbers, tiny_config, train_on
+from training_runs import PROJECT, assert_same_state, numbers, tiny_config, train_on
 
-from ctssl_jax import scans
+from ctssl_jax import configuration, scans
 from ctssl_jax.command_line import InputError
 from data_prep import dataset, dataset_cache
 from data_prep.dataset import DatasetError
@@ -60,17 +59,17 @@ def test_readers_take_the_url(remote, tiny_dataset):
     assert reads(remote) == ["preparation.json"]
 
 
-def test_a_run_is_the_same_from_a_url(remote, tiny_dataset, tmp_path, compilation_cache, monkeypatch):
-    assert train_on(tiny_config(tiny_dataset), tmp_path / "straight")
-    with monkeypatch.context() as patch:
-        ask_to_stop_at(patch, 3)
-        assert not train_on(tiny_config(tiny_dataset), tmp_path / "run")
-    assert train_on(tiny_config(URL), tmp_path / "run")
-    assert_same_state(tmp_path / "run", tmp_path / "straight")
-    assert numbers(tmp_path / "run") == numbers(tmp_path / "straight")
-    recorded = [(tmp_path / run / "preparation.json").read_bytes() for run in ("run", "straight")]
+def test_a_run_is_the_same_from_a_url(remote, tiny_dataset, tmp_path, compilation_cache):
+    short = {"num_steps": 4, "log_every": 2, "eval_every": 4}
+    config = tiny_config(URL, **short)
+    assert train_on(tiny_config(tiny_dataset, **short), tmp_path / "local")
+    assert train_on(config, tmp_path / "remote")
+    assert_same_state(tmp_path / "remote", tmp_path / "local")
+    assert numbers(tmp_path / "remote") == numbers(tmp_path / "local")
+    recorded = [(tmp_path / run / "preparation.json").read_bytes() for run in ("remote", "local")]
     assert recorded[0] == recorded[1]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["dataset"] == URL
+    assert json.loads((tmp_path / "remote" / "config.json").read_text())["dataset"] == URL
+    configuration.check_resumable(tmp_path / "local", config, dataset.read_preparation(URL))  # it may go on from there
     assert not [name for name in reads(remote) if name.startswith("test.")]
 
 
@@ -207,5 +206,5 @@ def test_a_changed_dataset_is_fetched_anew(remote, cache):
     preparation["fingerprint"] = dataset.dataset_fingerprint(preparation["checksums"])
     (folder / "preparation.json").write_text(json.dumps(preparation))
     second = dataset.local_directory(URL, ("test",))
-    assert second != first and os.listdir(cache).__len__() == 2
+    assert second != first and len(list(cache.iterdir())) == 2
     assert second.name == preparation["fingerprint"] and (second / "test.array_record-00000").is_file()
