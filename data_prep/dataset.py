@@ -210,7 +210,16 @@ def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:
             f"{dataset_dir}: not a complete dataset (no {PREPARATION_FILE}); "
             "run data_prep.prepare, again if it was stopped"
         )
-    return parse_preparation(path.read_bytes(), str(path))
+    preparation = parse_preparation(path.read_bytes(), str(path))
+    for _, part_dir, names in linked_parts(dataset_dir, preparation):
+        if (part_dir / PREPARATION_FILE).is_file():  # it is not while the part grows
+            checksums = read_preparation(part_dir)["checksums"]
+            if any(preparation["checksums"][name] != checksums.get(theirs) for name, theirs in names.items()):
+                raise DatasetError(
+                    f"{dataset_dir}: its part {part_dir} was made anew since they were merged; merge again into a new "
+                    "directory"
+                )
+    return preparation
 
 
 def parse_preparation(content: bytes, name: str) -> dict[str, Any]:
@@ -224,14 +233,6 @@ def parse_preparation(content: bytes, name: str) -> dict[str, Any]:
         raise DatasetError(
             f"{name}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the dataset again"
         )
-    for _, part_dir, names in linked_parts(dataset_dir, preparation):
-        if (part_dir / PREPARATION_FILE).is_file():  # it is not while the part grows
-            checksums = read_preparation(part_dir)["checksums"]
-            if any(preparation["checksums"][name] != checksums.get(theirs) for name, theirs in names.items()):
-                raise DatasetError(
-                    f"{dataset_dir}: its part {part_dir} was made anew since they were merged; merge again into a new "
-                    "directory"
-                )
     return preparation
 
 
