@@ -29,6 +29,7 @@ whatever they raise here becomes one line with the remedy.
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +390,36 @@ def read_metadata(workdir: Path, step: int) -> dict:
     """The JSON that was saved with a checkpoint: `config`, `preparation`."""
     path = (workdir / CHECKPOINTS / str(step)).resolve()
     return dict(ocp.checkpointables_metadata(path).custom_metadata)
+
+
+def read_json(path: Path, fields: Sequence[str] = ()) -> Any:
+    """A JSON file of a run directory.
+
+    Args:
+      path: of the file.
+      fields: that its content has, if it is the file that it should be.
+
+    Raises:
+      InputError: it is missing, no JSON, or something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); bring back a copy of it") from None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({_first_line(error)}); bring back a copy of it") from None
+    if missing := [name for name in fields if not isinstance(content, dict) or name not in content]:
+        raise InputError(f"{path} is damaged ({missing[0]} is not in it); bring back a copy of it")
+    return content
+
+
+def saved_with(workdir: Path) -> dict | None:
+    """The JSON that was saved with the newest checkpoint whose checksums vouch for it; None if there is none."""
+    for step in reversed(_step_numbers(workdir)):
+        if (workdir / CHECKPOINTS / str(step) / SUMS).exists():
+            if not _differing(workdir, step, of_run=False, small_files_only=True):
+                return read_metadata(workdir, step)
+    return None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from ctssl_jax import data
-from ctssl_jax.checkpoint import holds_checkpoint, write_json
+from ctssl_jax.checkpoint import holds_checkpoint, read_json, saved_with, write_json
 from ctssl_jax.command_line import InputError
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.tasks import check_task
@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "scan",
     "fsdp_devices",
 )
+OF_THE_DATA = ("archive", "fingerprint", "image_size", "key_fingerprint", "labels", "synthetic", "windows")
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -112,9 +113,10 @@ def check_dataset(config: ml_collections.ConfigDict, splits: tuple[str, ...]) ->
 
     Raises:
       InputError: another image size or window, a channel number that the model does not take, or a missing split.
-      data_prep.dataset.DatasetError: not a complete dataset directory.
+      data_prep.dataset.DatasetError: not a complete dataset directory, or one with a damaged table.
     """
     preparation = dataset_directory.read_preparation(config.dataset)
+    dataset_directory.check_tables(config.dataset, preparation)
     if preparation["image_size"] != config.image_size:
         raise InputError(
             f"the dataset {config.dataset} holds images of {preparation['image_size']} pixels, config.image_size is "
@@ -191,6 +193,32 @@ def check_targets(config: ml_collections.ConfigDict, source: data.NeighbourSourc
         )
 
 
+def read_run(workdir: Path) -> tuple[ml_collections.ConfigDict, dict]:
+    """`config.json` and `preparation.json` of a run, compared with what its newest checkpoint was saved with.
+
+    Raises:
+      InputError: no run directory, or a damaged one.
+    """
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
+    config = read_json(workdir / "config.json", ("task", "recipe", "windows", "model"))
+    preparation = read_json(workdir / "preparation.json", OF_THE_DATA)
+    saved = saved_with(workdir) or {}
+    if "config" in saved:
+        old, new = _flat(saved["config"]), _flat(config)
+        for name in sorted(old.keys() | new.keys()):
+            if name.split(".")[0] not in MAY_CHANGE and old.get(name) != new.get(name):
+                raise _other_than_saved(workdir / "config.json", name)
+    for name in OF_THE_DATA if "preparation" in saved else ():
+        if saved["preparation"].get(name) != preparation[name]:
+            raise _other_than_saved(workdir / "preparation.json", name)
+    return from_json(config), preparation
+
+
+def _other_than_saved(path: Path, name: str) -> InputError:
+    return InputError(f"{path} is damaged ({name} is another than in the checkpoint); bring back a copy of it")
+
+
 def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparation: dict) -> None:
     """Refuse to go on with a run under another configuration or on other data; accept a new or empty folder.
 
@@ -204,7 +232,8 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
         return
     if not holds_checkpoint(workdir):
         return  # nothing was learned yet: a corrected configuration may take its place
-    old, new = _flat(json.loads(path.read_text())), _flat(to_json(config))
+    of_run, of_data = read_run(workdir)
+    old, new = _flat(to_json(of_run)), _flat(to_json(config))
     may_change = MAY_CHANGE if config.schedule == "constant" else tuple(set(MAY_CHANGE) - {"num_steps"})
     for name in sorted(old | new):
         if name.split(".")[0] in may_change or (name in old and name in new and old[name] == new[name]):
@@ -220,8 +249,7 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
             f"--workdir={workdir} holds a run of another version of this program (config.{name} is not in both); use "
             "another --workdir"
         )
-    fingerprint = json.loads((workdir / "preparation.json").read_text())["fingerprint"]
-    if fingerprint != preparation["fingerprint"]:
+    if of_data["fingerprint"] != preparation["fingerprint"]:
         raise InputError(
             f"--workdir={workdir} holds a run on other data than {config.dataset} (dataset fingerprints differ); give "
             "the dataset that it began with, or another --workdir"

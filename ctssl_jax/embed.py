@@ -225,7 +225,7 @@ def _patients_seen(workdir: Path, key_fingerprint: str, patients: list[str]) -> 
     learned_from = [run["patients"] for run in transplant.read_ancestors(workdir)]
     if not (workdir / "patients.json").is_file():
         return None
-    learned_from.append(json.loads((workdir / "patients.json").read_text()))
+    learned_from.append(transplant.read_patients(workdir))
     return measurement.patients_seen(learned_from, key_fingerprint, "test", patients)
 
 

@@ -212,9 +212,7 @@ def open_model(workdir: Path, checkpoint: str) -> RunModel:
     from ctssl_jax.tasks import get_task
     from ctssl_jax.torch_bridge import names
 
-    if not (workdir / "config.json").is_file():
-        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
-    config = configuration.from_json(json.loads((workdir / "config.json").read_text()))
+    config, preparation = configuration.read_run(workdir)
     step = checkpoint_files.choose_step(workdir, checkpoint)
     plain = config.copy_and_resolve_references()
     plain.dtype, plain.remat, plain.scan = "float32", False, False
@@ -225,7 +223,7 @@ def open_model(workdir: Path, checkpoint: str) -> RunModel:
     flat = checkpoint_files.flatten(state)
     return RunModel(
         config=config,
-        preparation=json.loads((workdir / "preparation.json").read_text()),
+        preparation=preparation,
         step=step,
         architecture=type(model).__name__,
         settings=names.architecture_settings(model.config),
@@ -270,8 +268,10 @@ def _counters(workdir: Path, run: RunModel) -> int | dict[str, int]:
 
 def _imported(workdir: Path) -> dict[str, Any]:
     """What `ctssl_jax.import_torch` noted; empty for a run that was trained here."""
+    from ctssl_jax.checkpoint import read_json
+
     path = workdir / "imported.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _training(workdir: Path, run: RunModel) -> dict[str, Any]:

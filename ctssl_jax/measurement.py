@@ -3,7 +3,6 @@ it on data that it was made for, average over volumes, say where a result comes 
 """
 
 import csv
-import json
 import math
 import platform
 from collections.abc import Sequence
@@ -63,10 +62,7 @@ def open_run(workdir: Path, dataset: str | Path | None, splits: tuple[str, ...])
     """
     from ctssl_jax import configuration, data, transplant
 
-    if not (workdir / "config.json").is_file():
-        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
-    config = configuration.from_json(json.loads((workdir / "config.json").read_text()))
-    trained_on = json.loads((workdir / "preparation.json").read_text())
+    config, trained_on = configuration.read_run(workdir)
     trained_channels = data.select_channels(trained_on, config.windows)
     config.windows = [list(window) for window in data.selected_windows(trained_on, trained_channels)]
     if dataset is not None:
@@ -76,7 +72,7 @@ def open_run(workdir: Path, dataset: str | Path | None, splits: tuple[str, ...])
     except InputError as error:
         raise InputError(f"--dataset={config.dataset} was prepared otherwise than the run's data: {error}") from None
     ancestors = transplant.read_ancestors(workdir)
-    learned_from = [json.loads((workdir / "patients.json").read_text()), *[run.pop("patients") for run in ancestors]]
+    learned_from = [transplant.read_patients(workdir), *[run.pop("patients") for run in ancestors]]
     return MeasuredRun(config, trained_on, preparation, channels, ancestors, learned_from)
 
 
@@ -194,8 +190,10 @@ def header(
 
 def training_data(workdir: Path) -> dict:
     """What a run was trained on, as results say it: train_fraction, num_train_studies, num_train_slices."""
+    from ctssl_jax.checkpoint import read_json
+
     path = workdir / "training_data.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def notes(result: dict) -> list[str]:

@@ -19,7 +19,6 @@ cleared for diagnosis.
 """
 
 import functools
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,9 +146,7 @@ def read_config(workdir: Path) -> Any:
     """
     from ctssl_jax import configuration, predict_label, predict_mask
 
-    if not (workdir / "config.json").is_file():
-        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
-    config = configuration.from_json(json.loads((workdir / "config.json").read_text()))
+    config, _ = configuration.read_run(workdir)
     if config.task not in predict_label.TASKS + predict_mask.TASKS:
         labels, masks = (", ".join(module.TASKS) for module in (predict_label, predict_mask))
         raise InputError(

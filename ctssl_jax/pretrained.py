@@ -12,7 +12,6 @@ deepest features, of SE-ResNeXt (which sees three adjacent slices) its last ones
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -216,12 +215,9 @@ def load(workdir: str | Path, checkpoint: str = "best", *, batch_size: int = 0) 
       InputError: no such run or checkpoint.
     """
     workdir = Path(workdir).expanduser()
-    if not (workdir / "config.json").is_file():
-        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
     if batch_size < 0:
         raise InputError(f"--batch_size={batch_size}: must be 0 or more")
-    config = configuration.from_json(json.loads((workdir / "config.json").read_text()))
-    preparation = json.loads((workdir / "preparation.json").read_text())
+    config, preparation = configuration.read_run(workdir)
     windows = data.selected_windows(preparation, data.select_channels(preparation, config.windows))
     step, task = checkpoint_files.choose_step(workdir, checkpoint), get_task(config.task)
     mesh = distributed.make_mesh(jax.local_devices())

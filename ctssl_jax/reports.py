@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from ctssl_jax.checkpoint import write_text
+from ctssl_jax.command_line import InputError
 
 
 def say(line: str) -> None:
@@ -36,7 +37,7 @@ class Reports:
         from tensorboardX import SummaryWriter
 
         path = workdir / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= start_step]
+        kept = [line for line in _complete_lines(path) if _parsed(path, line)["step"] <= start_step]
         write_text(path, "".join(kept))
         self._file = open(path, "a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
@@ -61,10 +62,19 @@ def _complete_lines(path: Path) -> list[str]:
     """Lines of a JSON-lines file; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _parsed(path: Path, line: str) -> dict:
+    try:
+        report = json.loads(line)
+        return {"kind": report["kind"], "step": report["step"] + 0, **report}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged at {line[:40]!r}; remove that line") from None
 
 
 def read_reports(workdir: Path, kind: str) -> list[dict]:
     """The reports of one kind, in order."""
-    lines = (json.loads(line) for line in _complete_lines(workdir / "metrics.jsonl"))
+    path = workdir / "metrics.jsonl"
+    lines = (_parsed(path, line) for line in _complete_lines(path))
     return [line for line in lines if line["kind"] == kind]

@@ -75,7 +75,7 @@ def _train(
         transplant,
     )
     from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore, write_json
-    from ctssl_jax.reports import Reports, duration, say
+    from ctssl_jax.reports import Reports, duration, read_reports, say
     from ctssl_jax.tasks import get_task
     from ctssl_jax.torch_bridge import imagenet_weights
     from data_prep import dataset as dataset_directory
@@ -90,6 +90,7 @@ def _train(
             for step in checkpoint.set_aside_damaged(workdir) if set_aside_damaged else ():
                 say(f"WARNING      checkpoint {step:,} is damaged; it was moved to {workdir / checkpoint.SET_ASIDE}")
             checkpoint.check_all_undamaged(workdir)
+            read_reports(workdir, "train")  # here, since it refuses a damaged file
         preparation, channels = configuration.check_dataset(config, ("train", "validation"))
         task = get_task(config.task)
         what = (channels, task.offsets(config), task.targets(config))

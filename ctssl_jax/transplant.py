@@ -6,15 +6,14 @@ started from, with the pseudonyms of the patients that each was trained on.
 """
 
 import collections
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
-from ctssl_jax import data
-from ctssl_jax.checkpoint import choose_step, flatten, restore, stored_shapes, unflatten, write_json
+from ctssl_jax import configuration, data
+from ctssl_jax.checkpoint import choose_step, flatten, read_json, restore, stored_shapes, unflatten, write_json
 from ctssl_jax.command_line import InputError
 
 ANCESTORS = "ancestors.json"
@@ -83,8 +82,7 @@ def find_donor(config: ml_collections.ConfigDict, windows: list[tuple[float, flo
         step = choose_step(workdir, str(config.init_checkpoint))
     except InputError as error:
         raise InputError(f"config.init_from: {error}") from None
-    donor_config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
-    preparation = json.loads((workdir / "preparation.json").read_text())
+    donor_config, preparation = configuration.read_run(workdir)
     _check_grey_values(config, windows, donor_config, preparation)
     moved, kept, left = _match(workdir, stored_shapes(workdir, step), flatten(like), config.init_scope)
     ancestors = [
@@ -97,7 +95,7 @@ def find_donor(config: ml_collections.ConfigDict, windows: list[tuple[float, flo
             "scope": config.init_scope,
             "num_tensors_moved": len(moved),
             "dataset_fingerprint": preparation["fingerprint"],
-            "patients": json.loads((workdir / "patients.json").read_text()),
+            "patients": read_patients(workdir),
         },
     ]
     return Donor(workdir, step, moved, kept, left, ancestors)
@@ -237,6 +235,22 @@ def report(donor: Donor) -> list[str]:
 
 
 def read_ancestors(workdir: Path) -> list[dict]:
-    """Contents of a run's `ancestors.json`; empty for one that started from random weights."""
+    """Contents of a run's `ancestors.json`; empty for one that started from random weights.
+
+    Raises:
+      InputError: the file is damaged.
+    """
     path = workdir / ANCESTORS
-    return json.loads(path.read_text()) if path.exists() else []
+    ancestors = read_json(path) if path.exists() else []
+    if not isinstance(ancestors, list) or not all("patients" in run for run in ancestors):
+        raise InputError(f"{path} is damaged (it is no list of runs); bring back a copy of it")
+    return ancestors
+
+
+def read_patients(workdir: Path) -> dict:
+    """Contents of a run's `patients.json`.
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
+    return read_json(workdir / "patients.json", ("key_fingerprint", "train", "validation"))

@@ -23,7 +23,7 @@ from data_prep.stores import StoreReadError, store_failure
 
 MAX_FILE_BYTES = 4 << 30  # the largest DICOM file taken: an enhanced multi-frame CT of 8,000 slices
 MAX_COMPRESSION_RATIO = 200  # deflate cannot pass 1032; CT slices stay below 10, blank ones below 100
-_RATIO_FREE_BYTES = 16 << 20  # members up to this size are harmless whatever their ratio
+RATIO_FREE_BYTES = 16 << 20  # members up to this size are harmless whatever their ratio
 _TOTAL_FREE_BYTES = 256 << 20  # and zip files whose members come to no more than this
 _LOCAL_HEADER_BYTES = 30  # of a zip member, at least
 ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
@@ -170,7 +170,7 @@ def zip_members(file: str | BinaryIO, source: Source) -> Iterator[Source | Unrea
             yield Unreadable(item, "encrypted", "zip member protected by a password")
         elif member.file_size > MAX_FILE_BYTES:
             yield Unreadable(item, "too_large", f"{member.file_size} bytes")
-        elif member.file_size > max(_RATIO_FREE_BYTES, MAX_COMPRESSION_RATIO * member.compress_size):
+        elif member.file_size > max(RATIO_FREE_BYTES, MAX_COMPRESSION_RATIO * member.compress_size):
             yield Unreadable(item, "too_large", f"expands {member.compress_size} to {member.file_size} bytes")
         elif member.filename.lower().endswith(".zip"):
             yield Unreadable(item, "nested_zip", "zip file inside a zip file; unpack it first")

@@ -35,6 +35,7 @@ from data_prep import dataset
 from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
 from data_prep.assembly import description
 from data_prep.deidentify import public_ethnic_group, public_kernel, public_manufacturer
+from data_prep.headers import inflates_too_far
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
@@ -109,6 +110,8 @@ def header_elements(content: bytes) -> list[pydicom.DataElement]:
     if content[128:132] != b"DICM" and content[:1] not in (b"\x02", b"\x08", b"\x00"):
         return []
     try:
+        if inflates_too_far(io.BytesIO(content)):
+            return []
         header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True)
         return [*getattr(header, "file_meta", ()), *header.iterall()]
     except Exception:  # whatever pydicom stumbles over: no readable header

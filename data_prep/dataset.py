@@ -10,7 +10,8 @@
     DIR/regions.csv                   one row a region (nodule) of the masks (if there are masks)
     DIR/dataset_info.json             TFDS metadata, with features.json:
                                       `tfds.builder_from_directory(DIR).as_data_source("train[:50%]")`
-    DIR/preparation.json              how it was made; written last: its presence means "complete"
+    DIR/preparation.json              how it was made, with checksums of all files and its own (`sha256`); written last:
+                                      its presence means "complete"
 
 The shards of a view (`data_prep.merge`) are links to those of the datasets that preparation.json lists as `parts`.
 
@@ -180,6 +181,13 @@ def dataset_fingerprint(checksums: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {checksums[name]}\n" for name in names).encode()).hexdigest()
 
 
+def preparation_sha256(preparation: Mapping[str, Any]) -> str:
+    """SHA-256 over the content of preparation.json but its `sha256` itself."""
+    content = {name: value for name, value in preparation.items() if name != "sha256"}
+    content = json.loads(json.dumps(content))  # as it reads: tuples are lists, all keys texts
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 # ---- tables ------------------------------------------------------------------------------------------------
 
 
@@ -197,9 +205,9 @@ def local_directory(dataset_dir: str | os.PathLike, splits: Sequence[str] = ()) 
 
 
 def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:
-    """preparation.json of a complete dataset.
+    """preparation.json of a complete dataset, without its checksum of itself.
 
-    Raises DatasetError if the directory is absent, incomplete or of another format version.
+    Raises DatasetError if the directory is absent, incomplete, damaged or of another format version.
     """
     dataset_dir = local_directory(dataset_dir)
     if not dataset_dir.is_dir():
@@ -233,6 +241,9 @@ def parse_preparation(content: bytes, name: str) -> dict[str, Any]:
         raise DatasetError(
             f"{name}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the dataset again"
         )
+    if preparation.get("sha256", own := preparation_sha256(preparation)) != own:  # absent in datasets from before it
+        raise DatasetError(f"{name}: damaged (its checksum of itself is another); copy the dataset again")
+    preparation.pop("sha256", None)
     return preparation
 
 
@@ -250,6 +261,28 @@ def linked_parts(
         link = dataset_dir / next(iter(names))
         if link.is_symlink():
             yield part, (dataset_dir / link.readlink().parent).resolve(), names
+
+
+def damaged_tables(dataset_dir: str | os.PathLike, preparation: Mapping[str, Any]) -> list[str]:
+    """Files that are missing or not as preparation.json says, a line each; of the shards only whether
+    they are there. [] if there are none."""
+    problems = []
+    for name, checksum in preparation["checksums"].items():
+        path = Path(dataset_dir) / name
+        if not path.is_file():
+            problems.append(f"{name}: missing")
+        elif ".array_record-" not in name and file_sha256(path) != checksum:
+            problems.append(f"{name}: checksum differs from preparation.json")
+    if dataset_fingerprint(preparation["checksums"]) != preparation["fingerprint"]:
+        problems.append("preparation.json: the fingerprint is not that of the checksums")
+    return problems
+
+
+def check_tables(dataset_dir: str | os.PathLike, preparation: Mapping[str, Any]) -> None:
+    """Raises DatasetError if `damaged_tables` finds any; the shards are checked record by record as they are read."""
+    if problems := damaged_tables(dataset_dir, preparation):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise DatasetError(f"{dataset_dir}: {problems[0]}{more}; copy the dataset again, or prepare it again")
 
 
 def read_volumes(dataset_dir: str | os.PathLike, split: str | None = None) -> list[dict[str, Any]]:
@@ -364,19 +397,38 @@ class SliceSource:
         self.image_shape = (size, size, channels)
         self._repr = f"SliceSource({split!r}, fingerprint={preparation['fingerprint']!r})"
         self._readers: dict[int, Any] = {}
+        volumes = read_volumes(dataset_dir, split)
+        self._first_records = [volume["first_record"] for volume in volumes]
+        self._volume_ids = [volume["volume_id"] for volume in volumes]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`image` [H, W, C] uint8, `mask` [H, W] uint8 if the dataset has masks, and the scalars `volume_id`,
-        `slice_index`, `position_mm`, `pair_valid`."""
+        `slice_index`, `position_mm`, `pair_valid`. Raises DatasetError if it cannot be read or is another slice."""
         index = index.__index__()
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         shard = bisect.bisect_right(self._ends, index)
         within = index - (self._ends[shard - 1] if shard else 0)
-        return decode_record(self._reader(shard).read([within])[0], self.image_shape)
+        try:
+            record = decode_record(self._reader(shard).read([within])[0], self.image_shape)
+        except DatasetError:
+            raise
+        except Exception as error:  # ArrayRecord raises several types on damaged bytes, and so does decoding them
+            raise self._damaged(shard, f"record {within} cannot be read, {type(error).__name__}") from None
+        volume = bisect.bisect_right(self._first_records, index) - 1
+        expected = (self._volume_ids[volume], index - self._first_records[volume]) if volume >= 0 else None
+        if (record["volume_id"], record["slice_index"]) != expected:
+            raise self._damaged(shard, f"record {within} is another slice than volumes.csv says")
+        return record
+
+    def _damaged(self, shard: int, what: str) -> DatasetError:
+        path = self._dataset_dir / self._shards[shard].name
+        return DatasetError(
+            f"{path}: damaged ({what}); find what else is by python -m data_prep.describe --verify, and copy it again"
+        )
 
     def _reader(self, shard: int) -> Any:
         reader = self._readers.get(shard)
@@ -387,6 +439,8 @@ class SliceSource:
             if not path.is_file():
                 raise DatasetError(f"{path}: a shard is missing; copy the dataset again or prepare it again")
             opened = array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0")
+            if opened.num_records() != self._shards[shard].num_records:
+                raise self._damaged(shard, f"{opened.num_records()} records")
             reader = self._readers.setdefault(shard, opened)  # two threads may open it: the first one stays
         return reader
 

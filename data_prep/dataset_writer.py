@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.dataset import PREPARATION_FILE, shard_name
+from data_prep.dataset import PREPARATION_FILE, preparation_sha256, shard_name
 
 WRITER_OPTIONS = "group_size:1,zstd:1"
 PARTIAL = ".partial"  # suffix of files that are being written
@@ -233,5 +233,6 @@ def write_tfds_metadata(
 
 
 def write_preparation(dataset_dir: Path, preparation: Mapping[str, Any]) -> None:
-    """Writes preparation.json, the last file of a dataset."""
+    """Writes preparation.json, the last file of a dataset, with its checksum of itself."""
+    preparation = {**preparation, "sha256": preparation_sha256(preparation)}
     write_file(dataset_dir / PREPARATION_FILE, (json.dumps(preparation, indent=2) + "\n").encode())

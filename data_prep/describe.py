@@ -2,9 +2,9 @@ r"""What a dataset holds: cohort table, contact sheet, and checks.
 
     python -m data_prep.describe --dataset=DATASET [--verify [--audit_dir=DATASET-audit --input_dir=SCANS]]
 
-Prints the table and writes cohort.csv and contact_sheet.png into --output_dir (default: DATASET-description). --verify
-ends with exit code 1 if anything is wrong; with --audit_dir and --input_dir it also searches the dataset for values of
-the source headers (see `data_prep.audit`).
+Prints the table and writes cohort.csv and contact_sheet.png into --output_dir (default: DATASET-description). It ends
+with exit code 1 if a table is damaged, with --verify if anything is wrong; with --audit_dir and --input_dir it also
+searches the dataset for values of the source headers (see `data_prep.audit`).
 """
 
 import collections
@@ -172,6 +172,8 @@ def main() -> int:
     preparation = dataset.read_preparation(dataset_dir)
     if FLAGS.audit_dir and "parts" in preparation:
         raise ValueError(f"--dataset={dataset_dir}: was merged, so no one archive is its source; search each part")
+    if problems := dataset.damaged_tables(dataset_dir, preparation):
+        return _wrong(problems)
     volumes = dataset.read_volumes(dataset_dir)
     with open(dataset_dir / dataset.REJECTED_FILE, newline="") as file:
         rejected = list(csv.DictReader(file))
@@ -195,13 +197,19 @@ def main() -> int:
     writer.writerows([("group", "item", "value"), *rows])
     with dataset_writer.written_whole(output_dir / "cohort.csv") as temporary:
         temporary.write_text(text.getvalue())
+    print(f"Written: {output_dir}/cohort.csv")
+    if problems := _verify(dataset_dir) if FLAGS.verify else []:
+        return _wrong(problems)
     with dataset_writer.written_whole(output_dir / "contact_sheet.png") as temporary:
         contact_sheet(dataset_dir, FLAGS.num_slices, FLAGS.seed).save(temporary, "PNG")
-    print(f"Written: {output_dir}/cohort.csv, {output_dir}/contact_sheet.png")
-    problems = _verify(dataset_dir) if FLAGS.verify else []
+    print(f"Written: {output_dir}/contact_sheet.png")
+    return 0
+
+
+def _wrong(problems: list[str]) -> int:
     for problem in problems:
         print(f"WRONG {problem}")
-    return 1 if problems else 0
+    return 1
 
 
 def _grown_parts(dataset_dir: Path, preparation: dict[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ import logging
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
@@ -21,7 +22,15 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
-from data_prep.archives import ZIP_SIGNATURES, ArchiveDirectory, Source, open_source, read_bytes
+from data_prep.archives import (
+    MAX_COMPRESSION_RATIO,
+    RATIO_FREE_BYTES,
+    ZIP_SIGNATURES,
+    ArchiveDirectory,
+    Source,
+    open_source,
+    read_bytes,
+)
 
 MAX_FRAMES = 20_000
 _LARGEST_NUMBER = 1e9
@@ -35,6 +44,8 @@ _IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG = (
 DEFLATED = "1.2.840.10008.1.2.1.99"
 CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}  # plain, enhanced, converted
 NATIVE_SYNTAXES = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG)
+_META_BYTES = 4096  # the transfer syntax stands in the first of these
+_INFLATED_CHUNK = 1 << 20
 NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.nifti`)
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote element values
@@ -148,6 +159,8 @@ def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
     if not _looks_like_dicom(start):
         return NotAnImage(source, "not_dicom", "")
     try:
+        if inflates_too_far(file):
+            return NotAnImage(source, "too_large", "a deflated file that expands beyond any scan")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True)
@@ -156,6 +169,35 @@ def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
         if isinstance(error, OSError) and error.errno is not None:  # from the disk, not from pydicom
             raise
         return NotAnImage(source, "unreadable", f"{type(error).__name__} while reading the header")
+
+
+def inflates_too_far(file: BinaryIO) -> bool:
+    """Whether a file of the deflated transfer syntax holds more than a zip member may (`data_prep.archives`).
+
+    pydicom inflates such a file as a whole, its pixels too, before it finds the first element. The position in the file
+    is kept.
+    """
+    place = file.tell()
+    start = file.read(_META_BYTES)
+    try:
+        if DEFLATED.encode() not in start:
+            return False
+        at, data = 132 if start[128:132] == b"DICM" else 0, start + file.read()
+        while data[at : at + 2] == b"\x02\x00":  # the file meta elements, explicit little endian and not deflated
+            if data[at + 4 : at + 6] in (b"OB", b"UN"):
+                at += 12 + int.from_bytes(data[at + 8 : at + 12], "little")
+            else:
+                at += 8 + int.from_bytes(data[at + 6 : at + 8], "little")
+        allowed = max(RATIO_FREE_BYTES, MAX_COMPRESSION_RATIO * len(data))
+        stream, inflated, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, memoryview(data)[at:]
+        while rest and not stream.eof and inflated <= allowed:
+            inflated += len(stream.decompress(rest, _INFLATED_CHUNK))
+            rest = stream.unconsumed_tail
+        return inflated > allowed
+    except zlib.error:
+        return False  # which pydicom reports
+    finally:
+        file.seek(place)
 
 
 def _looks_like_dicom(start: bytes) -> bool:

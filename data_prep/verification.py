@@ -56,14 +56,7 @@ def verify(dataset_dir: Path, pool: WorkerPool) -> list[str]:
 
 
 def _table_problems(dataset_dir: Path, preparation: dict[str, Any], volumes: list[dict[str, Any]]) -> Iterator[str]:
-    for name, checksum in preparation["checksums"].items():
-        path = dataset_dir / name
-        if not path.is_file():
-            yield f"{name}: missing"
-        elif ".array_record-" not in name and dataset.file_sha256(path) != checksum:
-            yield f"{name}: checksum differs from preparation.json"
-    if dataset.dataset_fingerprint(preparation["checksums"]) != preparation["fingerprint"]:
-        yield "preparation.json: the fingerprint is not that of the checksums"
+    yield from dataset.damaged_tables(dataset_dir, preparation)
     for volume, number in collections.Counter(row["volume_id"] for row in volumes).items():
         if number > 1:
             yield f"volumes.csv: volume {volume} is there {number} times"

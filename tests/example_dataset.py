@@ -152,3 +152,15 @@ def write_example_dataset(
     }
     dataset_writer.write_preparation(dataset_dir, preparation)
     return dataset_dir
+
+
+def change_preparation(dataset_dir: Path, **fields) -> None:
+    """Other values in preparation.json, with the checksum of itself that goes with them."""
+    dataset_writer.write_preparation(dataset_dir, dataset.read_preparation(dataset_dir) | fields)
+
+
+def renew_checksums(dataset_dir: Path) -> None:
+    """preparation.json agrees with the other files, after a test changed some of them."""
+    checksums = dataset.read_preparation(dataset_dir)["checksums"]
+    checksums = {name: dataset.file_sha256(dataset_dir / name) for name in checksums}
+    change_preparation(dataset_dir, checksums=checksums, fingerprint=dataset.dataset_fingerprint(checksums))

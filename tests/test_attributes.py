@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from example_dataset import write_example_dataset
+from example_dataset import renew_checksums, write_example_dataset
 from test_probe import save_untrained
 from training_runs import start, tiny_recipe
 
@@ -25,6 +25,7 @@ def change_volumes(folder, change):
     for number, row in enumerate(rows):
         change(row, number)
     dataset_writer.write_table(folder / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, rows)
+    renew_checksums(folder)
     return folder
 
 

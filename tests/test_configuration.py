@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from example_dataset import write_example_dataset
+from example_dataset import change_preparation, write_example_dataset
 from training_runs import command, start, tiny_config, train_on
 
 from ctssl_jax import configuration
@@ -78,9 +78,7 @@ def test_datasets_that_do_not_fit(tiny_dataset, tmp_path):
     with pytest.raises(InputError, match=r"3 windows are selected, but config.model.in_channels is 2; set it to 3"):
         train_on(tiny_config(three_windows, model__in_channels=2, windows=()), workdir)
     lung = shutil.copytree(tiny_dataset, tmp_path / "lung")
-    preparation = json.loads((lung / "preparation.json").read_text())
-    preparation["windows"] = [{"level": -600.0, "width": 1500.0}]
-    (lung / "preparation.json").write_text(json.dumps(preparation))
+    change_preparation(lung, windows=[{"level": -600.0, "width": 1500.0}])
     with pytest.raises(InputError, match=r"asks for level/width 50/350, but the dataset holds -600/1500; prepare it"):
         train_on(tiny_config(lung), workdir)
     assert not workdir.exists()

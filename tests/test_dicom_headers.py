@@ -11,6 +11,7 @@ from dicom_files import convert, only_volume
 from pydicom.dataset import Dataset
 from pydicom.fileset import FileSet
 
+from data_prep import audit
 from data_prep.dicom import Header, NotAnImage, Source, read_header
 
 
@@ -233,3 +234,25 @@ def test_dataset_without_elements(tmp_path):
     buffer.is_little_endian, buffer.is_implicit_VR = True, False
     pydicom.filewriter.write_dataset(buffer, empty)
     assert read(tmp_path, bytes(128) + b"DICM" + buffer.getvalue()).reason == "not_dicom"
+
+
+def deflated(dataset, num_bytes: int) -> bytes:
+    """The file in the deflated transfer syntax, with so many zeros beside its image."""
+    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
+    dataset.add_new(0x00091001, "OB", bytes(num_bytes))
+    return files.to_bytes(dataset)
+
+
+def test_a_deflated_file_is_read(tmp_path, dataset):
+    entry = read(tmp_path, deflated(dataset, 1 << 20))
+    assert isinstance(entry, Header) and entry.rows == dataset.Rows
+
+
+def test_a_deflated_file_that_expands_beyond_any_scan_is_refused_before(tmp_path, dataset, monkeypatch):
+    """pydicom would inflate all of it to find the first element."""
+    content = deflated(dataset, 30 << 20)
+    monkeypatch.setattr(pydicom, "dcmread", lambda *arguments, **options: pytest.fail("inflated"))
+    entry = read(tmp_path, content)
+    assert isinstance(entry, NotAnImage) and entry.reason == "too_large", entry
+    assert len(content) < 200_000
+    assert audit.header_elements(content) == []

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from example_dataset import write_example_dataset
-from training_runs import saved_state, tiny_recipe, train_on
+from example_dataset import renew_checksums, write_example_dataset
+from training_runs import renew_sums, saved_state, tiny_recipe, train_on
 
 from ctssl_jax import data, outcomes, predictions
 from ctssl_jax.command_line import InputError
@@ -190,6 +190,7 @@ def pretrained_on_test_patients(labelled, tmp_path_factory, compilation_cache):
     test = {volume["patient_id"] for volume in dataset_directory.read_volumes(labelled, "test")}
     patients["train"] = sorted(test)[:2]
     (folder / "run" / "patients.json").write_text(json.dumps(patients))
+    renew_sums(folder / "run")
     return folder / "run"
 
 
@@ -209,6 +210,7 @@ def test_what_cannot_be_compared_is_refused(pretrained_on_test_patients, labelle
     donor = shutil.copytree(pretrained_on_test_patients, tmp_path / "donor")
     patients = json.loads((donor / "patients.json").read_text())
     (donor / "patients.json").write_text(json.dumps({**patients, "key_fingerprint": "another"}))
+    renew_sums(donor)
     given = {**SHORT, "init_from": str(donor), "init_checkpoint": "last"}
     with pytest.raises(InputError, match="another pseudonym key"):
         train_on(tiny_recipe(labelled, "nodules", **given), tmp_path / "refused")
@@ -248,6 +250,7 @@ def test_a_share_without_a_positive_study_is_refused(labelled, tmp_path):
         for line in lines[1:]
     ]
     (negative / "slices.csv").write_text("\n".join([lines[0], *emptied]) + "\n")
+    renew_checksums(negative)
     other_seed = next(
         seed for seed in range(50) if data.training_subset(volumes, 1 / 6, seed)[0]["volume_id"] != with_masks
     )

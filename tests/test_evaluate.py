@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from example_dataset import write_example_dataset
+from example_dataset import change_preparation, write_example_dataset
 from PIL import Image
 from training_runs import command, start, tiny_config, train_on
 
@@ -142,8 +142,7 @@ def test_patients_seen_in_training_are_counted(run, tiny_dataset, tmp_path):
     assert seen["num_patients_seen_in_training"] == 5
     assert "NOTE: 5 of these patients were in the training data" in table(seen)
     foreign = write_example_dataset(tmp_path / "foreign", image_size=16, seed=5)
-    preparation = json.loads((foreign / "preparation.json").read_text())
-    (foreign / "preparation.json").write_text(json.dumps(preparation | {"key_fingerprint": "f" * 16}))
+    change_preparation(foreign, key_fingerprint="f" * 16)
     unknown = evaluate(run, foreign, "test", tmp_path / "foreign.json")
     assert unknown["num_patients_seen_in_training"] is None
     assert "cannot be checked" in table(unknown)
@@ -156,8 +155,7 @@ def test_data_prepared_otherwise_is_refused(run, tmp_path):
     with pytest.raises(InputError, match=r"was prepared otherwise than the run's data: .*16"):
         evaluate(run, other_size, "test", output)
     other_window = write_example_dataset(tmp_path / "window", image_size=16)
-    text = (other_window / "preparation.json").read_text()
-    (other_window / "preparation.json").write_text(text.replace('"level": 50.0', '"level": 100.0'))
+    change_preparation(other_window, windows=[{"level": 100.0, "width": 350.0}])
     with pytest.raises(InputError, match=r"was prepared otherwise than the run's data: .*50/350.*--window=50,350"):
         evaluate(run, other_window, "test", output)
     with pytest.raises(DatasetError, match="no such directory"):
@@ -167,12 +165,10 @@ def test_data_prepared_otherwise_is_refused(run, tmp_path):
 
 def test_a_channel_with_the_run_s_window_is_found_in_a_dataset_of_two(run, result, tiny_dataset, tmp_path):
     two = write_example_dataset(tmp_path / "two", image_size=16, channels=2)
-    preparation = json.loads((two / "preparation.json").read_text())
-    preparation["windows"] = [{"level": -600.0, "width": 1500.0}, {"level": 50.0, "width": 350.0}]
-    (two / "preparation.json").write_text(json.dumps(preparation))
+    windows = [{"level": -600.0, "width": 1500.0}, {"level": 50.0, "width": 350.0}]
+    change_preparation(two, windows=windows)
     second = evaluate(run, two, "test", tmp_path / "second.json")
-    preparation["windows"].reverse()
-    (two / "preparation.json").write_text(json.dumps(preparation))
+    change_preparation(two, windows=windows[::-1])
     first = evaluate(run, two, "test", tmp_path / "first.json")
     expected = result[1]["metrics"]["mse"]["mean"]
     assert first["metrics"]["mse"]["mean"] == pytest.approx(expected, abs=1e-6)

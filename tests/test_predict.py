@@ -348,6 +348,7 @@ def test_other_runs_are_pointed_elsewhere(runs, scan, tmp_path):
     run.mkdir()
     config = json.loads((runs / "nodules" / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "task": "denoising"}))
+    shutil.copy(runs / "nodules" / "preparation.json", run)
     expected = r"a run of the task denoising; predict takes runs of slice_label, .*segmentation.*ctssl_jax\.embed$"
     with pytest.raises(InputError, match=expected):
         predict(run, scan, tmp_path / "out")

@@ -6,8 +6,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from example_dataset import write_example_dataset
-from training_runs import ask_to_stop_at, assert_same_state, saved_state, tiny_recipe, train_on
+from example_dataset import change_preparation, write_example_dataset
+from training_runs import ask_to_stop_at, assert_same_state, renew_sums, saved_state, tiny_recipe, train_on
 
 from ctssl_jax import checkpoint, distributed, training, transplant
 from ctssl_jax.command_line import InputError
@@ -118,6 +118,7 @@ def test_results_know_the_ancestors_and_their_patients(runs, tiny_dataset, tmp_p
     ancestors = json.loads(path.read_text())
     ancestors[0]["patients"]["key_fingerprint"] = "f" * 16
     path.write_text(json.dumps(ancestors))
+    renew_sums(tmp_path / "third")
     unknown = evaluate(tmp_path / "third", other, "test", tmp_path / "r.json")
     assert unknown["num_patients_seen_in_training"] is None and "cannot be checked" in table(unknown)
 
@@ -155,8 +156,7 @@ def test_what_does_not_fit_is_one_line(task, donor, fields, message, runs, tiny_
 
 def test_weights_of_another_window_are_refused(runs, tmp_path):
     folder = write_example_dataset(tmp_path / "lung", image_size=16)
-    text = (folder / "preparation.json").read_text()
-    (folder / "preparation.json").write_text(text.replace('"level": 50.0', '"level": -600.0'))
+    change_preparation(folder, windows=[{"level": -600.0, "width": 350.0}])
     config = tiny(folder, "denoising", init_from=str(runs / "masked_region"), windows=((-600, 350),))
     with pytest.raises(
         InputError, match=r"was trained on level/width 50/350, this run reads -600/350; set config.wind"

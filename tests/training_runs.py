@@ -140,6 +140,12 @@ def save_untrained(config: ml_collections.ConfigDict, workdir: Path, step: int =
     checkpoints.close()
 
 
+def renew_sums(workdir: Path) -> None:
+    """The checksums of all checkpoints, after a test changed a file of the run."""
+    for folder in (workdir / "checkpoints").iterdir():
+        checkpoint.write_sums(workdir, int(folder.name))
+
+
 def randomised(model: nnx.Module, seed: int = 0) -> nnx.Module:
     """The model with random batch statistics, scales, biases and codes."""
     rng = np.random.default_rng(seed)
