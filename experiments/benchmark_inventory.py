@@ -5,10 +5,12 @@ r"""Speed and memory of the inventory: listing, reading headers and planning of 
 Makes files of the headers of a few CT images of SCANS (real or phantom) without their pixels, of other patients, 100
 files a series, in --scratch_dir (once, if it is given); plans them as prepare does; and reads the headers again as
 after a kill at the last moment, when all are staged. Each size is measured in processes of its own: files a second of
-each step, the peak of memory of the main process and of the largest worker. Linux only (it reads /proc).
+each step, what a file takes of all cores together (which other work on the machine hardly changes), the peak of memory
+of the main process and of the largest worker. Linux only (it reads /proc).
 """
 
 import multiprocessing
+import os
 import shutil
 import tempfile
 import time
@@ -35,17 +37,13 @@ _MARKS = (10**11 + 7, 10**4 + 7)  # series and image of a template: nothing else
 
 
 class Measured(NamedTuple):
-    """Of one size. Rates are files a second, memory MiB."""
+    """Of one size."""
 
     num_files: int
-    listing: float
-    headers: float
-    headers_staged: float
-    planning: float
-    walking: float
-    staged_bytes_per_file: float
-    main_memory: float
-    worker_memory: float
+    seconds: dict[str, tuple[float, float]]  # step -> on the clock; of all cores that worked
+    staged_bytes: int
+    main_memory_mb: float
+    worker_memory_mb: float
 
 
 def texts(series: int, image: int) -> list[str]:
@@ -118,27 +116,34 @@ def measure(folder: Path, plan_dir: Path, num_workers: int, connection) -> None:
     seconds = {}
 
     def timed(name: str, function, *arguments):
-        start = time.perf_counter()
+        start, start_of_cores = time.perf_counter(), _core_seconds()
         result = function(*arguments)
-        seconds[name] = time.perf_counter() - start
+        seconds[name] = time.perf_counter() - start, _core_seconds() - start_of_cores
         return result
 
     with WorkerPool(num_workers) as pool:
-        for _ in pool.run(int, [()] * num_workers):  # the start of the workers is not measured
+        for _ in pool.run(time.sleep, [(1,)] * num_workers):  # the start of the workers is not measured
             pass
         num_files, _ = timed("listing", list_archive, folder, plan_dir / "listing")
         arguments = (folder, plan_dir, num_files, pool, read_header, plan_dir / "listing")
         timed("headers", scan_headers, *arguments)
-        timed("headers_staged", scan_headers, *arguments)
+        timed("headers staged", scan_headers, *arguments)
         plans = timed("planning", plan_buckets, plan_dir, Rules(), pool)
-        exams, in_plans = timed("walking", _walk, plans)
-        workers = max(_peak_memory(process.pid) for process in multiprocessing.active_children())
+        exams, in_plans = timed("reading plans", _walk, plans)
+        workers = max(_peak_memory_mb(process.pid) for process in multiprocessing.active_children())
     if exams != -(-num_files // _FILES_PER_SERIES) or in_plans != num_files:
         raise RuntimeError(f"{exams} exams of {in_plans} files were planned, of {num_files} files")
     staged = sum(path.stat().st_size for path in (plan_dir / "staged").iterdir())
-    rates = {name: num_files / value for name, value in seconds.items()}
-    memory = {"main_memory": _peak_memory("self"), "worker_memory": workers}
-    connection.send(Measured(num_files, **rates, staged_bytes_per_file=staged / num_files, **memory))
+    connection.send(Measured(num_files, seconds, staged, _peak_memory_mb("self"), workers))
+
+
+def _core_seconds() -> float:
+    """Of this process and of its workers."""
+    ticks = 0
+    for process in multiprocessing.active_children():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user, system
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _walk(plans: list[Path]) -> tuple[int, int]:
@@ -146,9 +151,9 @@ def _walk(plans: list[Path]) -> tuple[int, int]:
     return sum(len(read_plan(path).exams) for path in plans), sum(1 for _ in all_headers(plans))
 
 
-def _peak_memory(process: int | str) -> float:
+def _peak_memory_mb(process: int | str) -> float:
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
 def measure_size(headers: list[bytes], scratch: Path, num_files: int, num_workers: int) -> Measured:
@@ -181,10 +186,17 @@ def main(argv: list[str]) -> None:
         scratch.mkdir(parents=True, exist_ok=True)
         for row, number in enumerate(FLAGS.num_files):
             found = measure_size(headers, scratch, int(number), num_workers)
+            cells = {"files": f"{found.num_files:,}"}
+            for step, (seconds, of_cores) in found.seconds.items():
+                cells[f"{step}: files/s, core us a file"] = (
+                    f"{found.num_files / seconds:,.0f}, {of_cores / found.num_files * 1e6:,.0f}"
+                )
+            cells["staged bytes a file"] = f"{found.staged_bytes / found.num_files:,.0f}"
+            cells["peak MB, main"] = f"{found.main_memory_mb:.0f}"
+            cells["peak MB, largest worker"] = f"{found.worker_memory_mb:.0f}"
             if not row:
-                print("| " + " | ".join(name.replace("_", " ") for name in found._fields) + " |")
-                print("|" + "---|" * len(found))
-            print("| " + " | ".join(f"{value:,.0f}" for value in found) + " |", flush=True)
+                print("| " + " | ".join(cells) + " |\n|" + "---|" * len(cells))
+            print("| " + " | ".join(cells.values()) + " |", flush=True)
 
 
 if __name__ == "__main__":
