@@ -200,6 +200,15 @@ def _overlapping(members: list[zipfile.ZipInfo], end_of_members: int) -> set[int
     return found
 
 
+def reading_ahead(input_dir: ArchiveDirectory, sources: Iterable[Source], *, starts: bool = False) -> ArchiveDirectory:
+    """The directory for reading these sources in this order in one thread, `starts`: the start of each. On a store they
+    are requested before they are asked for; a directory stays as it is: see `will_read`."""
+    if not isinstance(input_dir, RemoteArchive):
+        return input_dir
+    plain = {source.path: source.size for source in sources if not source.member}
+    return remote_archives.reading_ahead(input_dir, plain, starts=starts)
+
+
 def open_source(input_dir: ArchiveDirectory, source: Source) -> BinaryIO:
     """A source that is no zip member, to read its start of. Raises OSError, here or when it is read: it is gone, has
     changed its size, or cannot be read."""
@@ -257,7 +266,7 @@ def read_bytes(input_dir: ArchiveDirectory, source: Source) -> bytes:
         raise OSError(f"{source.path}: {source.member}: damaged zip member: {error}") from error
 
 
-def read_ahead(input_dir: ArchiveDirectory, sources: Iterable[Source], num_bytes: int = 0) -> None:
+def will_read(input_dir: ArchiveDirectory, sources: Iterable[Source], num_bytes: int = 0) -> None:
     """Asks the system to fetch files while others are at work (their first bytes, or all): a disk likes a queue.
 
     Plain files only; does nothing where it cannot.

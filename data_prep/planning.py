@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from data_prep import nifti
-from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_ahead
+from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, reading_ahead, will_read
 from data_prep.conversion import FAILED_FOR_NOW
 from data_prep.dataset import file_sha256
 from data_prep.dataset_writer import PARTIAL
@@ -245,7 +245,9 @@ def read_headers(
     Raises:
         OSError: the archive went away.
     """
-    read_ahead(input_dir, (entry for entry in entries if isinstance(entry, Source)), _HEADER_BYTES)
+    sources = [entry for entry in entries if isinstance(entry, Source)]
+    will_read(input_dir, sources, _HEADER_BYTES)
+    input_dir = reading_ahead(input_dir, sources, starts=True)
     return [entry if isinstance(entry, Unreadable) else _read_one(input_dir, entry, read) for entry in entries]
 
 

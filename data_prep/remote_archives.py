@@ -4,19 +4,21 @@ Zip files are read in place, by ranges. Here only names that end in .zip are tak
 file would cost a request for each.
 """
 
+import concurrent.futures
 import dataclasses
 import errno
 import functools
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from data_prep import stores
 
 HEADER_BLOCK = 64 << 10  # bytes of a request for a header: those of nearly all CT slices are shorter
+_REQUESTS_AT_A_TIME = 16
 _ZIP_BLOCK = 1 << 20  # a member of a zip file, mostly
 
 
@@ -25,6 +27,8 @@ class RemoteArchive:
     """A folder of a store. Goes where the `Path` of a local archive goes, also into worker processes."""
 
     url: str  # without a slash at its end
+    starts: "_Ahead | None" = dataclasses.field(default=None, compare=False, repr=False)  # see `reading_ahead`
+    contents: "_Ahead | None" = dataclasses.field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.url
@@ -50,6 +54,42 @@ class RemoteArchive:
             raise stores.StoreError(f"{named}: {stores.explain(self.url, error)}") from None
         if kind != "directory":
             raise stores.StoreError(f"{named}: is a file; give the folder of the scans")
+
+
+class _Ahead:
+    """What will be asked for is requested before: a store takes as long for sixteen requests as for one."""
+
+    def __init__(self, request: Callable[[str], bytes], paths: Iterable[str]):
+        self._request, self._following = request, iter(dict.fromkeys(paths))
+        self._requested: dict[str, concurrent.futures.Future] = {}
+
+    def take(self, path: str) -> bytes | None:
+        """What was requested for a path; None if it was not, or was taken. Raises StoreReadError."""
+        future = self._requested.pop(path, None)
+        while len(self._requested) < _REQUESTS_AT_A_TIME and (following := next(self._following, None)) is not None:
+            task = _threads().submit(self._request, following)
+            if following == path and future is None:
+                future = task
+            else:
+                self._requested[following] = task
+        return None if future is None else future.result()
+
+
+@functools.cache
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(_REQUESTS_AT_A_TIME)
+
+
+def reading_ahead(archive: RemoteArchive, sizes: Mapping[str, int], *, starts: bool) -> RemoteArchive:
+    """The archive for reading files in this order in one thread: their first blocks (`starts`), or all of each."""
+    if not starts:
+        return dataclasses.replace(archive, contents=_Ahead(functools.partial(read_file, archive), sizes))
+
+    def read_start(path: str) -> bytes:
+        with open_file(archive, path, sizes[path]) as file:
+            return file.read(HEADER_BLOCK)
+
+    return dataclasses.replace(archive, starts=_Ahead(read_start, sizes))
 
 
 def archive_directory(text: str | os.PathLike) -> Path | RemoteArchive:
@@ -102,7 +142,8 @@ def open_file(archive: RemoteArchive, path: str, size: int | None = None, block:
             size = store.info(whole)["size"]
         except Exception as error:
             raise stores.read_error(error) from error
-    return io.BufferedReader(_StoreFile(store, whole, size), block)
+    start = archive.starts.take(path) if archive.starts else None
+    return io.BufferedReader(_StoreFile(store, whole, size, start or b""), block)
 
 
 def open_zip_file(archive: RemoteArchive, path: str, size: int | None = None) -> BinaryIO:
@@ -112,6 +153,8 @@ def open_zip_file(archive: RemoteArchive, path: str, size: int | None = None) ->
 
 def read_file(archive: RemoteArchive, path: str) -> bytes:
     """The whole content of a file, by one request. Raises StoreReadError."""
+    if archive.contents and (content := archive.contents.take(path)) is not None:
+        return content
     store, root = stores.open_store(archive.url)
     try:
         return store.cat_file(f"{root}/{path}")
@@ -137,11 +180,11 @@ def _temporary_directory() -> tempfile.TemporaryDirectory:
 
 
 class _StoreFile(io.RawIOBase):
-    """A seekable object of known size; each read is one request."""
+    """A seekable object of known size, of which `start` is known, too; each read of the rest is one request."""
 
-    def __init__(self, store, path: str, size: int):
+    def __init__(self, store, path: str, size: int, start: bytes = b""):
         super().__init__()
-        self._store, self._size, self._at = store, size, 0
+        self._store, self._size, self._start, self._at = store, size, start, 0
         self.name = path  # every file has one, and pydicom asks for it
 
     def readable(self) -> bool:
@@ -166,12 +209,16 @@ class _StoreFile(io.RawIOBase):
         return len(content)
 
     def readall(self) -> bytes:
-        return self._read(max(0, self._size - self._at))
+        return self._read(self._size) + self._read(self._size)  # what is known, and the rest
 
     def _read(self, number: int) -> bytes:
         end = min(self._at + number, self._size)
         if end <= self._at:
             return b""
+        if self._at < len(self._start):
+            content = self._start[self._at : end]
+            self._at += len(content)
+            return content
         try:
             content = self._store.cat_file(self.name, start=self._at, end=end)
             if len(content) != end - self._at:

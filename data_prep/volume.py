@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from data_prep.anatomy import ChestSummary, covers_chest, summarise
-from data_prep.archives import ArchiveDirectory, read_ahead
+from data_prep.archives import ArchiveDirectory, reading_ahead, will_read
 from data_prep.geometry import Axes, canonical_axes, measure_stack, orient
 from data_prep.headers import Header
 from data_prep.hounsfield import PlausibilityCount, has_rescale, to_hu
@@ -55,6 +55,9 @@ def load_volume(input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: 
     tagged = {has_rescale(header) for header in candidate.headers}
     if len(tagged) == 2:
         return reject("missing_rescale", "some slices have rescale tags and some have none")
+    in_order = zip(candidate.headers, candidate.duplicates, strict=True)
+    sources = (header.source for first, others in in_order for header in (first, *others))
+    input_dir = reading_ahead(input_dir, sources)
     axes = canonical_axes(candidate.headers[0].orientation)
     loader = _SliceLoader(PixelReader(input_dir), axes, len(candidate.headers))
     kept: list[int] = []
@@ -62,10 +65,10 @@ def load_volume(input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: 
     repeated: list[tuple[Header, str]] = []
     meeting: list[tuple[Header, str]] = []
     used: list[Header] = []
-    read_ahead(input_dir, (header.source for header in candidate.headers[:_READ_AHEAD]))
+    will_read(input_dir, (header.source for header in candidate.headers[:_READ_AHEAD]))
     for i, group in enumerate(zip(candidate.headers, candidate.duplicates, strict=True)):
         taken = None
-        read_ahead(input_dir, (header.source for header in candidate.headers[i + _READ_AHEAD : i + _READ_AHEAD + 1]))
+        will_read(input_dir, (header.source for header in candidate.headers[i + _READ_AHEAD : i + _READ_AHEAD + 1]))
         for header in (group[0], *group[1]):
             try:
                 if taken is None:

@@ -23,6 +23,7 @@ class ExampleStore(fsspec.AbstractFileSystem):
         with open(folder / "requests", "a") as file:
             file.write(f"{kind} {size} {path}\n")
         failing = (folder / "failing").read_text().split("\n") if (folder / "failing").exists() else []
+        time.sleep(float(os.environ.get("EXAMPLE_STORE_SECONDS", 0)) * (kind != "got"))
         if any(fnmatch.fnmatchcase(f"{kind} {path}", pattern) for pattern in failing):
             raise RuntimeError(f"503 for {path}")
         hanging = (folder / "hanging").read_text().split("\n") if (folder / "hanging").exists() else []

@@ -4,7 +4,7 @@ import zipfile
 import pytest
 
 from data_prep import archives
-from data_prep.archives import Source, Unreadable, list_sources, read_ahead, read_bytes
+from data_prep.archives import Source, Unreadable, list_sources, read_bytes, will_read
 from data_prep.dicom import REASONS
 
 
@@ -294,6 +294,6 @@ def test_reading_ahead_changes_nothing_and_minds_nothing(tmp_path):
     (tmp_path / "scan.dcm").write_bytes(b"x" * 100)
     os.mkfifo(tmp_path / "pipe")
     names = [("scan.dcm", ""), ("gone.dcm", ""), ("pipe", ""), ("scan.dcm", "member")]
-    read_ahead(tmp_path, [Source(path, member, 100) for path, member in names])
-    read_ahead(tmp_path, [Source("scan.dcm", "", 100)], num_bytes=10)
+    will_read(tmp_path, [Source(path, member, 100) for path, member in names])
+    will_read(tmp_path, [Source("scan.dcm", "", 100)], num_bytes=10)
     assert read_bytes(tmp_path, Source("scan.dcm", "", 100)) == b"x" * 100
