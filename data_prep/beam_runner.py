@@ -18,10 +18,10 @@ EXTERNAL: each worker machine of Flink or Spark runs `python -m apache_beam.runn
 --service_port=50000` in an activated environment with this package (the pool starts the `python` that is first on
 PATH); WORKER is the name by which a machine reaches itself. IMAGE holds this package and mounts the directories.
 
-All workers, and the machine that starts the job, see input_dir, output_dir, audit_dir and the files of labels and masks
-under the same paths, with atomic renames and symbolic links (NFS, Lustre, GPFS, Filestore), and may write. What goes
-through Beam is paths and numbers: the pseudonym key and whatever names a scan stay in the audit directory, where the
-workers read them.
+All workers, and the machine that starts the job, see input_dir (or reach its URL, with credentials of their own),
+output_dir, audit_dir and the files of labels and masks under the same paths, with atomic renames and symbolic links
+(NFS, Lustre, GPFS, Filestore), and may write. What goes through Beam is paths and numbers: the pseudonym key and
+whatever names a scan stay in the audit directory, where the workers read them.
 
 Beam may run a task again, after a lost worker or for no reason, also while its first run is still at work, perhaps cut
 off and on another machine. So each run of a task writes into a directory of its own and then renames; what is done is

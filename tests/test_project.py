@@ -14,6 +14,7 @@ COMMANDS = (
     "data_prep.prepare",
     "data_prep.describe",
     "data_prep.merge",
+    "data_prep.fetch",
     "data_prep.phantom",
     "ctssl_jax.train",
     "ctssl_jax.evaluate",

@@ -10,10 +10,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep import archives, dataset, planning, remote_archives, stores
-from data_prep.dicom import Header, NotAnImage, read_header
+from data_prep.dicom import Header, NotAnImage, load_volume, plan_series, read_header
 from data_prep.preparation import Options, Places, check_places, num_failed_for_now, prepare
 from data_prep.remote_archives import archive_directory
 from tests import dicom_files
@@ -73,6 +74,22 @@ def test_a_header_costs_one_small_request(store):
     assert isinstance(read_header(archive, source), Header)
     got = [size for kind, size, _ in store.requests() if kind == "got"]
     assert got == [remote_archives.HEADER_BLOCK] and source.size > 512 * 512 * 2
+
+
+def test_reading_ahead_asks_for_everything_once(store, scans):
+    shutil.copytree(scans / "scan1", store.objects / "scan1")
+    archive = archive_directory("example://scan1")
+    sources = tuple(archives.list_sources(archive))
+    store.requests()
+    headers = planning.read_headers(archive, sources, read_header)
+    requests = store.requests()
+    assert sorted(path for kind, _, path in requests if kind == "read") == [f"scan1/{s.path}" for s in sources]
+    assert headers == planning.read_headers(scans / "scan1", sources, read_header)
+    [candidate] = plan_series(headers, OPTIONS.rules)
+    volume = load_volume(archive, candidate, OPTIONS.rules)
+    requests = [path for kind, _, path in store.requests() if kind == "read"]
+    assert len(requests) == len(set(requests)) == NUM_SLICES
+    assert np.array_equal(volume.hu, load_volume(scans / "scan1", candidate, OPTIONS.rules).hu)
 
 
 def test_the_dataset_is_that_of_a_local_copy(store, scans, prepared, tmp_path, key_file):
