@@ -9,6 +9,8 @@ import jax
 from ctssl_jax.checkpoint import write_text
 from ctssl_jax.command_line import InputError
 
+_SECONDS_BETWEEN_FLUSHES = 10  # of the event file
+
 
 def say(line: str) -> None:
     """Print a line once a run, whatever the number of processes."""
@@ -34,28 +36,62 @@ class Reports:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        from tensorboardX import SummaryWriter
-
+        self._workdir = workdir
         path = workdir / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if _parsed(path, line)["step"] <= start_step]
         write_text(path, "".join(kept))
         self._file = open(path, "a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+        self._events = _EventFile(workdir / "tensorboard", start_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Add one report, e.g. kind `train` or `validation`."""
+        """Add one report, e.g. kind `train` or `validation`.
+
+        Raises:
+          OSError: it cannot be written.
+        """
         if not self._writes:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+            self._file.flush()
+            self._events.add({f"{kind}/{name}": value for name, value in values.items()}, step)
+        except OSError as error:
+            error.filename = str(self._workdir)  # a full disk does not say it
+            raise
 
     def close(self) -> None:
         """Flush everything."""
         if self._writes:
             self._file.close()
             self._events.close()
+
+
+class _EventFile:
+    """A TensorBoard event file that the run itself writes. tensorboardX's `SummaryWriter` has a thread for it, which a
+    full disk ends, and so does a clock that is set back by a month; the run would then wait for it for ever."""
+
+    def __init__(self, folder: Path, purge_step: int):
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = Event, summary.scalar
+        self._writer = EventsWriter(str(folder / "events"))
+        restart = SessionLog(status=SessionLog.START)  # TensorBoard drops what earlier files have of these steps
+        self._writer.write_event(Event(step=purge_step, session_log=restart, wall_time=time.time()))
+        self._flushed = time.monotonic()
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            summary = self._scalar(name, value)
+            self._writer.write_event(self._event(step=step, summary=summary, wall_time=time.time()))
+        if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _complete_lines(path: Path) -> list[str]:

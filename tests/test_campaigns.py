@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -264,3 +265,29 @@ def test_a_stage_time_that_cannot_be_written_does_not_stop_the_next_quickstart(t
         with pytest.raises(OSError):
             StageTimes(tmp_path / "seconds.json")["training"] = 5.0
     assert StageTimes(tmp_path / "seconds.json").known == {"training": 3.0}
+
+
+def test_reports_go_on_when_the_clock_is_set_back(tmp_path, monkeypatch):
+    from ctssl_jax.reports import Reports, read_reports
+
+    written = Reports(tmp_path, -1)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 365 * 86400)
+    for step in range(30):  # more than a queue would hold
+        written.write("train", step, {"loss": 0.5})
+    written.close()
+    assert [line["step"] for line in read_reports(tmp_path, "train")] == list(range(30))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"train/loss") == 30
+
+
+def test_reports_that_cannot_be_written_end_the_run_with_its_name(tmp_path, small_files_only):
+    from ctssl_jax.reports import Reports, read_reports
+
+    written = Reports(tmp_path, -1)
+    with pytest.raises(OSError, match="File too large") as error:
+        for step in range(200):
+            written.write("train", step, {"loss": 0.5})
+    assert dataset_writer.explain(error.value).startswith(f"{tmp_path}: File too large; permit larger files")
+    steps = [line["step"] for line in read_reports(tmp_path, "train")]
+    assert steps == list(range(len(steps))) and len(steps) > 20

@@ -312,12 +312,13 @@ def campaign(
         duration = time.monotonic() - started
     expected = contents(folder)
     say(f"  undisturbed: {duration:.1f} s, {len(expected)} files and tensors")
-    stage = fresh()
+    stage, from_scratch = fresh(), True
     while True:
         spent, started = sum(kills.values()) >= num_kills, time.monotonic()
         killed, faults = attempt(stage, cache, MOST_SECONDS if spent else rng.uniform(0, duration))
-        if not killed:  # the machine may have less to do than before
-            duration = min(duration, 1.5 * (time.monotonic() - started))
+        if not killed and from_scratch:  # the machine may have more or less to do than before
+            duration = 1.1 * (time.monotonic() - started)
+        from_scratch = False
         if killed:
             kills[phase(stage, folder)] += 1
         else:
@@ -332,7 +333,7 @@ def campaign(
             say(f"  {sum(kills.values())} kills, {completed} runs completed, {len(wrong)} wrong")
             if sum(kills.values()) >= num_kills:
                 return Outcome(kills, completed, wrong)
-            stage = fresh()
+            stage, from_scratch = fresh(), True
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
