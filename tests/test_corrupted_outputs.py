@@ -70,7 +70,7 @@ def test_training_goes_on_from_the_last_good_checkpoint_when_asked(sound, tmp_pa
     run, config = tmp_path / "x" / "run", campaign._config(tmp_path / "x" / "dataset", campaign.MORE_STEPS)
     flip(tensors(run, campaign.STEPS))
     devices = campaign.jax.devices()[:1]
-    with pytest.raises(InputError, match=r"checkpoint 4 of .* is damaged .*; good ones are: 1, 2; .*set_aside_damaged"):
+    with pytest.raises(InputError, match=r"checkpoint 4 of .* is damaged .*; good ones are: 2; .*set_aside_damaged"):
         train.train(config, run, devices)
     assert "compiled" not in capsys.readouterr().out, "refused before the work begins"
     assert train.train(config, run, devices, set_aside_damaged=True)
@@ -107,7 +107,8 @@ def test_a_shard_of_another_length_is_refused(damaged):
 def test_a_flipped_bit_in_a_shard_is_one_line(damaged):
     path = damaged / "test.array_record-00000"
     content = bytearray(path.read_bytes())
-    content[len(content) // 3 : len(content) // 3 + 200] = bytes(200)
+    written = [place for place, byte in enumerate(content) if byte]  # the rest of a block is padding
+    content[written[len(written) // 2]] ^= 1
     path.write_bytes(content)
     with pytest.raises(dataset.DatasetError, match=r"test.array_record-00000: damaged \(") as raised:
         for record in dataset.open_split(damaged, "test"):
