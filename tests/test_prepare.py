@@ -149,7 +149,7 @@ def test_killed_at_random_moments_and_run_again(prepared, tmp_path, archive, key
             lambda: where.frozen_file.exists(),
             lambda: len(list(where.output_dir.glob("*.array_record-*"))) > 1,
         ]
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while process.poll() is None and not steps[attempt]() and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.02))
