@@ -130,6 +130,7 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512) -> Path:
         }
     dataset_writer.write_table(folder / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, volumes)
     dataset_writer.write_tfds_metadata(folder, (size, size, 1), shard_lengths, "Noise, to measure a loader with.")
+    checksums = {path.name: dataset.file_sha256(path) for path in sorted(folder.iterdir())}
     preparation = {
         "format_version": dataset.FORMAT_VERSION,
         "archive": "none",
@@ -139,11 +140,13 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512) -> Path:
         "channels": 1,
         "splits": splits,
         "key_fingerprint": "0" * 16,
-        "fingerprint": "0" * 64,
+        "fingerprint": dataset.dataset_fingerprint(checksums),
         "options": {},
         "versions": {},
         "counts": {},
-        "checksums": {},
+        "labels": {},
+        "masks": None,
+        "checksums": checksums,
     }
     dataset_writer.write_preparation(folder, preparation)
     return folder
