@@ -38,7 +38,6 @@ from tests.campaigns.kills import PROJECT, python
 
 FAULTS = ("file_limit", "disk_full", "read_only", "turned", "below_file", "clock", "unreadable")
 COMMANDS = ("prepare", "train", "embed", "evaluate", "describe", "export", "chain")
-PARTS = (0.02, 0.3, 0.7, 0.97)  # of what a command writes
 START = Path(__file__).resolve().parent / "faulty_start"
 
 
@@ -59,16 +58,19 @@ def run(command: list[str], cache: Path, *, file_limit: int | None = None, **var
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
-    ended = subprocess.run(
-        command,
-        cwd=PROJECT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=limit,
-        timeout=kills.MOST_SECONDS,
-    )
+    try:
+        ended = subprocess.run(
+            command,
+            cwd=PROJECT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=limit,
+            timeout=kills.MOST_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return Ended(-9, "hang")
     return Ended(ended.returncode, ended.stdout)
 
 
@@ -136,7 +138,14 @@ def size_of(folder: Path) -> tuple[int, int]:
 
 
 def try_fault(
-    fault: str, make_command, folder: Path, cache: Path, expected: dict, sizes: tuple[int, int], seconds: float
+    fault: str,
+    make_command,
+    folder: Path,
+    cache: Path,
+    expected: dict,
+    sizes: tuple[int, int],
+    seconds: float,
+    parts: list[float],
 ) -> Iterator[tuple[str, str, list[str]]]:
     """Yields (fault, how the command ended, what was wrong) for every strength of a fault.
 
@@ -147,6 +156,7 @@ def try_fault(
       expected: `kills.contents` of an undisturbed run in the same folder.
       sizes: of what that wrote, as `size_of`.
       seconds: that it took.
+      parts: of the largest file, or of all bytes, that may be written.
     """
     command, (largest, total) = make_command(folder), sizes
 
@@ -156,11 +166,11 @@ def try_fault(
         return name, f"exit code {ended.code}: {last}", check(command, folder, cache, expected, ended)
 
     if fault == "file_limit":
-        for part in PARTS:
+        for part in parts:
             empty(folder)
             yield line(f"file_limit {part:.0%}", run(command, cache, file_limit=int(part * largest)))
     elif fault == "disk_full":
-        for part in PARTS:
+        for part in parts:
             empty(folder)
             with mounted(folder, int(part * total)):
                 ended = run(command, cache)
@@ -224,7 +234,9 @@ def make_commands(names: list[str], work: Path, cache: Path) -> dict:
     return {name: commands[name] for name in names}
 
 
-def campaign(commands: dict, faults: list[str], work: Path, cache: Path) -> tuple[int, dict[str, list[str]]]:
+def campaign(
+    commands: dict, faults: list[str], parts: list[float], work: Path, cache: Path
+) -> tuple[int, dict[str, list[str]]]:
     """Tries the faults on the commands; returns the number of cases, and what was wrong by case."""
     number, wrong = 0, {}
     for name, make_command in commands.items():
@@ -240,7 +252,9 @@ def campaign(commands: dict, faults: list[str], work: Path, cache: Path) -> tupl
         print(f"{name}: undisturbed {seconds:.1f} s, {sizes[1] / 1e6:.1f} MB", flush=True)
         for fault in faults:
             try:
-                for case, outcome, found in try_fault(fault, make_command, folder, cache, expected, sizes, seconds):
+                for case, outcome, found in try_fault(
+                    fault, make_command, folder, cache, expected, sizes, seconds, parts
+                ):
                     number += 1
                     print(f"  {case:16} {'WRONG ' * bool(found)}{outcome}", flush=True)
                     for text in found[:6]:
@@ -255,15 +269,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commands", default=",".join(COMMANDS))
     parser.add_argument("--faults", default=",".join(FAULTS))
+    parser.add_argument("--parts", default="0.02,0.3,0.7,0.97", help="limits, as parts of what a command writes")
     parser.add_argument("--workdir", type=Path, help="folder for the runs (default: a temporary one)")
     arguments = parser.parse_args()
     names, faults = arguments.commands.split(","), arguments.faults.split(",")
+    parts = [float(part) for part in arguments.parts.split(",")]
     if unknown := [*sorted(set(names) - set(COMMANDS)), *sorted(set(faults) - set(FAULTS))]:
         parser.error(f"no such command or fault: {unknown[0]}")
     with tempfile.TemporaryDirectory(dir=arguments.workdir, prefix="faults-", ignore_cleanup_errors=True) as scratch:
         work = Path(scratch)
         cache = work / "compiled"
-        number, wrong = campaign(make_commands(names, work, cache), faults, work, cache)
+        number, wrong = campaign(make_commands(names, work, cache), faults, parts, work, cache)
     print(f"\n{number} cases, {len(wrong)} wrong")
     for case, found in wrong.items():
         print(f"WRONG {case}: {'; '.join(found)}")
