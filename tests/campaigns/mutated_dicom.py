@@ -254,6 +254,8 @@ def read_mutant(folder: Path, mutation: str) -> str:
                 outcomes.append("equal to pydicom")
             elif one.transfer_syntax not in NATIVE_SYNTAXES and mutation in ("pixel_bits", "start_of_pixels"):
                 outcomes.append("damaged compressed frame: decoders differ")
+            elif isinstance(loaded, Rejection) and loaded.reason == "implausible_hu":
+                outcomes.append("not as pydicom, and the volume is refused: implausible_hu")
             else:
                 return f"wrong_hu {mutation}"
     return outcomes[0] if outcomes else "nothing"
