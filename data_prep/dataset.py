@@ -279,7 +279,10 @@ def damaged_tables(dataset_dir: str | os.PathLike, preparation: Mapping[str, Any
 
 
 def check_tables(dataset_dir: str | os.PathLike, preparation: Mapping[str, Any]) -> None:
-    """Raises DatasetError if `damaged_tables` finds any; the shards are checked record by record as they are read."""
+    """Raises DatasetError if `damaged_tables` finds any; the shards are checked record by record as they are read.
+    The copy of a dataset that is named by a URL was checked when it was opened (`data_prep.dataset_cache`)."""
+    if stores.is_url(dataset_dir):
+        return
     if problems := damaged_tables(dataset_dir, preparation):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DatasetError(f"{dataset_dir}: {problems[0]}{more}; copy the dataset again, or prepare it again")

@@ -14,7 +14,7 @@ from training_runs import PROJECT, assert_same_state, numbers, tiny_config, trai
 
 from ctssl_jax import configuration, measurement, scans
 from ctssl_jax.command_line import InputError
-from data_prep import dataset, dataset_cache
+from data_prep import dataset, dataset_cache, dataset_writer
 from data_prep.dataset import DatasetError
 
 URL = "example://data/tiny"
@@ -192,12 +192,12 @@ def test_a_changed_dataset_is_fetched_anew(remote, cache):
     folder = remote.objects / "data" / "tiny"
     first = dataset.local_directory(URL, ("test",))
     dataset_cache._open.cache_clear()
-    preparation = json.loads((folder / "preparation.json").read_text())
+    preparation = dataset.read_preparation(folder)
     (folder / "rejected.csv").write_text(
         "series_id,num_files,reason,detail\nx,1,too_thick,\n"
     )  # not in the fingerprint
     preparation["checksums"]["rejected.csv"] = dataset.file_sha256(folder / "rejected.csv")
-    (folder / "preparation.json").write_text(json.dumps(preparation))
+    dataset_writer.write_preparation(folder, preparation)
     assert dataset.local_directory(URL, ("test",)) == first
     assert (first / "rejected.csv").read_bytes() == (folder / "rejected.csv").read_bytes()
     assert dataset.read_preparation(URL) == preparation
@@ -206,7 +206,7 @@ def test_a_changed_dataset_is_fetched_anew(remote, cache):
         file.write("\n")
     preparation["checksums"]["volumes.csv"] = dataset.file_sha256(folder / "volumes.csv")
     preparation["fingerprint"] = dataset.dataset_fingerprint(preparation["checksums"])
-    (folder / "preparation.json").write_text(json.dumps(preparation))
+    dataset_writer.write_preparation(folder, preparation)
     second = dataset.local_directory(URL, ("test",))
     assert second != first and len(list(cache.iterdir())) == 2
     assert second.name == preparation["fingerprint"] and (second / "test.array_record-00000").is_file()
