@@ -244,7 +244,7 @@ def other_split(a, b):
         (other_classes, r"smoker is of patients with the classes no, yes in .*a and of .* no, former, yes in .*b;"),
         (other_version, r"format_version 1"),
         (incomplete, r"b: not a complete dataset"),
-        (damaged_table, r"volumes.csv: its checksum differs"),
+        (damaged_table, r"volumes.csv: checksum differs from preparation.json"),
         (shard_gone, r"test.array_record-00000: missing"),
         (same_volume, r"1 volumes are in .*a and in .*b; leave one"),
         (other_split, r"1 patients are in one split of .*a and in another of .*b; prepare .* --same_splits_as="),
