@@ -181,7 +181,7 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Pan
             )
             missing += [] if points else [TITLES.get(arm, arm)]
         if missing:
-            axis.text(0.5, 0.5, "missing: " + "\n".join(missing), ha="center", fontsize=8, transform=axis.transAxes)
+            axis.text(0.98, 0.02, "missing: " + "\n".join(missing), ha="right", fontsize=8, transform=axis.transAxes)
         axis.set(xscale="log", xlabel="share of the training studies", title=panel.title)
         axis.title.set_fontsize(9)
         shares = sorted({row["fraction"] for row in rows})
