@@ -281,6 +281,11 @@ def open_source(
     return source
 
 
+def _reading(num_threads: int) -> grain.ReadOptions:
+    """Every thread makes a batch of its own; those that are ready wait in the buffer, which must have room for all."""
+    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(8, num_threads))
+
+
 def training_batches(
     source: NeighbourSource,
     batch_size: int,
@@ -322,7 +327,7 @@ def training_batches(
         items = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
     share = batch_size // microbatches // process_count
     parts = items.batch(share, drop_remainder=True)[process_index::process_count]  # endless: nothing is dropped
-    iterator = iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=8)))
+    iterator = iter(parts.to_iter_dataset(_reading(num_threads)))
     if start_step:
         iterator.set_state({"next_index": start_step * microbatches})
     return iterator
@@ -348,7 +353,7 @@ def evaluation_batches(
 
     items = grain.MapDataset.range(padded).map(read)
     batches = items[process_index::process_count].batch(batch_size // process_count)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=8)))
+    return iter(batches.to_iter_dataset(_reading(num_threads)))
 
 
 def picture_batch(source: NeighbourSource, batch_size: int, number: int) -> dict[str, np.ndarray]:

@@ -30,20 +30,19 @@ def timed_steps(
     Returns:
       `slices_per_second`, `seconds_a_step` and `waiting_for_data` (share of the time), over `num_timed_steps`.
     """
-    state, waited = program.initial_state(), 0.0
+    state, feed = program.initial_state(), training.Feed(program.mesh, batches, config.microbatches)
 
     def seconds_of(steps: int) -> float:
-        nonlocal state, waited
+        nonlocal state
         started = time.perf_counter()
         for _ in range(steps):
-            asked = time.perf_counter()
-            parts = [next(batches) for _ in range(config.microbatches)]
-            waited += time.perf_counter() - asked
-            state = jax.block_until_ready(training.run_step(program, state, parts))
+            state = training.run_step(program, state, feed.parts)
+            feed.advance(state.step)
+        jax.block_until_ready(state)
         return time.perf_counter() - started
 
     seconds_of(WARM_STEPS)
-    waited = 0.0
+    feed.waited = 0.0
     seconds = seconds_of(FEWEST_STEPS)
     more = min(MOST_STEPS, int(SECONDS * FEWEST_STEPS / seconds)) - FEWEST_STEPS
     more = max(0, int(multihost_utils.broadcast_one_to_all(np.int32(more))))  # all processes take as many
@@ -51,7 +50,7 @@ def timed_steps(
     return {
         "slices_per_second": taken * config.batch_size / seconds,
         "seconds_a_step": seconds / taken,
-        "waiting_for_data": waited / seconds,
+        "waiting_for_data": feed.waited / seconds,
         "num_timed_steps": taken,
     }
 

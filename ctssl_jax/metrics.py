@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctssl_jax.models.quantizer import sum_by_code
+
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_K1 = 0.01
@@ -92,10 +94,9 @@ def code_counts(codes: jax.Array, num_codes: int, weight: jax.Array | None = Non
     Args:
         weight: [B], 0 for padded examples; None counts every example once.
     """
-    ones = (
-        jnp.ones(codes.shape, jnp.float32) if weight is None else jnp.broadcast_to(weight[:, None, None], codes.shape)
-    )
-    return jnp.zeros(num_codes, jnp.float32).at[codes.reshape(-1)].add(ones.reshape(-1).astype(jnp.float32))
+    weight = jnp.ones(len(codes), jnp.float32) if weight is None else weight.astype(jnp.float32)
+    weights = jnp.broadcast_to(weight[:, None, None], codes.shape)
+    return sum_by_code(weights.reshape(-1, 1), codes.reshape(-1), num_codes)[:, 0]
 
 
 def perplexity(counts: jax.Array | np.ndarray) -> float:

@@ -215,6 +215,7 @@ def _train(
         start_step=start_step,
         **share,
     )
+    feed = training.Feed(mesh, batches, config.microbatches) if start_step < config.num_steps else None
     num_pictures = min(config.num_pictures, part_size // num_processes)
     fixed_slices = data.picture_batch(validation_source, part_size // num_processes, num_pictures)
     label = "SYNTHETIC" if preparation["synthetic"] else ""
@@ -242,11 +243,11 @@ def _train(
             say(f"WARNING      step {step:,}: {warning}")
         return means["loss"]
 
-    # ---- Evaluate, save, fetch the next batch, step -----------------------------------------------------------------
+    # ---- Evaluate, save, step, fetch the next batch -----------------------------------------------------------------
     step, finished = start_step, False
     unscored = not checkpoints.last_is_scored and (step % config.eval_every == 0 or step >= config.num_steps)
     unsaved = fresh or unscored  # a stop may have come just before or within a validation
-    clock, clock_step, training_seconds, waited, validation_seconds = time.monotonic(), step, 0.0, 0.0, 0.0
+    clock, clock_step, training_seconds, validation_seconds = time.monotonic(), step, 0.0, 0.0
     try:
         while True:
             at_end, stopping = step >= config.num_steps, should_stop(step)
@@ -263,20 +264,18 @@ def _train(
             if at_end or stopping:
                 finished = at_end and not stopping
                 break
-            asked, idle = time.monotonic(), state.step.is_ready()
-            microbatches = [next(batches) for _ in range(config.microbatches)]
-            if idle or state.step.is_ready():  # else the devices were at work all the while
-                waited += time.monotonic() - asked
-            state = training.run_step(program, state, microbatches)
+            state = training.run_step(program, state, feed.parts)
             step, unsaved = step + 1, True
+            if step < config.num_steps:
+                feed.advance(state.step)
             if step % config.log_every == 0:
                 training.check_state(state, workdir, checkpoints.last_step)
                 state, (means, code_counts, layer_gradient_norms) = training.take_report(program, state)
                 now = time.monotonic()
                 speed = (step - clock_step) * config.batch_size / (now - clock)
-                means |= {"slices_per_second": speed, "waiting_for_data": waited / (now - clock)}
+                means |= {"slices_per_second": speed, "waiting_for_data": feed.waited / (now - clock)}
                 training_seconds += now - clock
-                clock, clock_step, waited = now, step, 0.0
+                clock, clock_step, feed.waited = now, step, 0.0
                 means |= metrics.codebook_use(code_counts)
                 reports.write("train", step, means)
                 reports.write("gradient_norm", step, layer_gradient_norms)

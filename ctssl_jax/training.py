@@ -5,7 +5,8 @@ from the seed, the step and each slice's record index alone, so a run that goes 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -387,7 +388,32 @@ def _diverged(what: str, step: int, workdir: Path, last_checkpoint: int | None) 
     )
 
 
-def run_step(program: Program, state: TrainState, microbatches: Sequence[dict[str, np.ndarray]]) -> TrainState:
+class Feed:
+    """Global batches on the devices, one ahead of the step that runs, so that reading and copying cost no time of it.
+
+    Attributes:
+      parts: the parts of the next step's batch, for `run_step`.
+      waited: seconds so far in which no device had anything to do because the next batch was not there.
+    """
+
+    def __init__(self, mesh: Mesh, batches: Iterator[dict[str, np.ndarray]], microbatches: int):
+        """Fetches the first batch. `batches`: this process's share of the parts, from `data.training_batches`."""
+        self._mesh, self._batches, self._microbatches = mesh, batches, microbatches
+        self.waited = 0.0
+        self.parts = self._fetch()
+
+    def _fetch(self) -> list[dict[str, jax.Array]]:
+        return [distributed.to_devices(self._mesh, next(self._batches)) for _ in range(self._microbatches)]
+
+    def advance(self, running: jax.Array) -> None:
+        """Fetch the next batch; `running` is a result of the step that was just begun."""
+        asked, idle = time.monotonic(), running.is_ready()
+        self.parts = self._fetch()
+        if idle or running.is_ready():  # else the devices were at work all the while
+            self.waited += time.monotonic() - asked
+
+
+def run_step(program: Program, state: TrainState, microbatches: Sequence[dict[str, jax.Array]]) -> TrainState:
     """One optimizer step on one global batch, given in equal parts.
 
     Gradient accumulation is a host loop over one compiled function: a scan over microbatches would make convolutions
@@ -396,13 +422,13 @@ def run_step(program: Program, state: TrainState, microbatches: Sequence[dict[st
     Args:
       program: from `make_program`.
       state: donated; use the returned one.
-      microbatches: `config.microbatches` parts, this process's share of each, arrays `[b, ...]`.
+      microbatches: `config.microbatches` parts, global arrays `[B / microbatches, ...]`, as a `Feed` has them.
     """
     if len(microbatches) == 1:
-        return program.train_step(state, distributed.to_devices(program.mesh, microbatches[0]))
+        return program.train_step(state, microbatches[0])
     gradients = program.zero_gradients()
     for part in microbatches:
-        state, gradients = program.accumulate(state, gradients, distributed.to_devices(program.mesh, part))
+        state, gradients = program.accumulate(state, gradients, part)
     return program.apply_gradients(state, gradients)
 
 

@@ -13,7 +13,11 @@ matrix product in the same dtype that either library does in the same run (float
 convolutions). "compiled" is the memory that XLA expects the step to need, "peak" what the device has held at most: for
 JAX since the program began (batch sizes are tried in rising order), for PyTorch within the row; "-" where a backend
 cannot tell. On a GPU both sides share the memory: to find the largest batch of each, run --sides=jax and --sides=torch
-one after the other. Without PyTorch (`pip install '.[torch]'`) only this project is timed.
+one after the other. Without PyTorch (`pip install '.[torch]'`) only this project is timed. "compile" is tracing and
+compilation together, from nothing (compiled programs that earlier runs kept are not used).
+
+--profile=FOLDER traces a few more steps of this project's side, writes the trace and the compiled program there and
+prints the operations that take most of a step.
 """
 
 import argparse
@@ -37,6 +41,7 @@ from flax import nnx
 from ctssl_jax import losses, metrics
 from ctssl_jax.command_line import configure_jax
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
+from experiments import step_profile
 
 LEARNING_RATE = 1e-3
 BETA = 0.25
@@ -63,12 +68,13 @@ class Batch(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One library's training: `step` takes a step and returns the loss, not waiting for it; `compiled` bytes that the
-    step is expected to need, `peak` () -> bytes held at most, either None where unknown."""
+    """One library's training: `step` takes a step and returns the loss, not waiting for it; `peak` () -> bytes held at
+    most, None where unknown; `program` what XLA made of the step and the seconds that took, None for PyTorch."""
 
     step: Callable[[], Any]
-    compiled: int | None
     peak: Callable[[], int | None]
+    program: jax.stages.Compiled | None = None
+    compile_seconds: float | None = None
 
 
 def example_batch(batch_size: int, image_size: int) -> Batch:
@@ -119,16 +125,19 @@ def make_jax_side(model: VQVAE, batch: Batch) -> Side:
     # Own copies, since the step gives its arguments' memory away.
     carry = jax.tree.map(jnp.copy, (params, variables, optax.radam(LEARNING_RATE).init(params)))
     batch = jax.tree.map(jnp.asarray, batch)
+    began = time.perf_counter()
     compiled = make_train_step(graph).lower(*carry, batch).compile()
+    compile_seconds = time.perf_counter() - began
 
     def step():
         nonlocal carry
         *carry, loss = compiled(*carry, batch)
         return loss
 
-    return Side(
-        step, compiled_bytes(compiled), lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    )
+    def peak():
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+    return Side(step, peak, compiled, compile_seconds)
 
 
 def make_torch_side(model: VQVAE, config: VQVAEConfig, batch: Batch, *, use_gpu: bool, compiled: bool) -> Side:
@@ -185,7 +194,7 @@ def make_torch_side(model: VQVAE, config: VQVAEConfig, batch: Batch, *, use_gpu:
         optimizer.step()
         return loss.detach()
 
-    return Side(step, None, torch.cuda.max_memory_allocated if use_gpu else lambda: None)
+    return Side(step, torch.cuda.max_memory_allocated if use_gpu else lambda: None)
 
 
 def time_steps(step: Callable[[], Any], count: int) -> float:
@@ -225,12 +234,14 @@ def matmul_peak(side: str, dtype: str, *, use_gpu: bool) -> float:
     return best
 
 
-def benchmark(makers: dict[str, Callable[[], Side]], *, repeats: int, steps: int) -> dict[str, dict]:
-    """Time all sides, alternating.
+def benchmark(
+    makers: dict[str, Callable[[], Side]], *, repeats: int, steps: int, profile: Path | None = None
+) -> tuple[dict[str, dict], str]:
+    """Time all sides, alternating; with a folder for it, then profile the JAX side.
 
     Returns:
         for each side its first loss, the times of all repeats and their median in ms, and memory in bytes; a side that
-        ran out of memory has only {"failed": "out of memory"}.
+        ran out of memory has only {"failed": "out of memory"}. And the profile as a table, "" without one.
     """
     sides, results = {}, {}
     for name, make in makers.items():
@@ -249,10 +260,15 @@ def benchmark(makers: dict[str, Callable[[], Side]], *, repeats: int, steps: int
     for name, side in sides.items():
         results[name] |= {
             "median_ms": statistics.median(results[name]["times_ms"]),
-            "compiled_bytes": side.compiled,
+            "compiled_bytes": side.program and compiled_bytes(side.program),
+            "compile_seconds": side.compile_seconds,
             "peak_bytes": side.peak(),
         }
-    return results
+    if not profile or "jax" not in sides:
+        return results, ""
+    return results, step_profile.table(
+        step_profile.profile(sides["jax"].step, sides["jax"].program.as_text(), profile)
+    )
 
 
 def _row(*cells: Any) -> str:
@@ -280,13 +296,18 @@ def run_preset(preset: str, arguments: argparse.Namespace, sides: list[str], pea
                 make_torch_side, model, config, batch, use_gpu=use_gpu, compiled=arguments.torch_compile
             ),
         }
-        results = benchmark({side: makers[side] for side in sides}, repeats=arguments.repeats, steps=arguments.steps)
+        results, profile = benchmark(
+            {side: makers[side] for side in sides},
+            repeats=arguments.repeats,
+            steps=arguments.steps,
+            profile=arguments.profile and arguments.profile / f"{preset}_batch{size}",
+        )
         for side, result in results.items():
             row = {"preset": preset, "image_size": image_size, **dataclasses.asdict(config), "batch_size": size}
             row |= {"side": side, **result}
             cells = (image_size, hidden, depth, size, arguments.dtype, side)
             if "failed" in result:
-                print(_row(*cells, result["failed"], *["-"] * 6), flush=True)
+                print(_row(*cells, result["failed"], *["-"] * 7), flush=True)
             else:
                 row["slices_per_s"] = 1000 * size / result["median_ms"]
                 row["of_peak"] = 3 * flops_per_slice(config, image_size) * row["slices_per_s"] / peak
@@ -294,8 +315,11 @@ def run_preset(preset: str, arguments: argparse.Namespace, sides: list[str], pea
                 times = f"{result['median_ms']:.1f} ({low:.1f} to {high:.1f})"
                 speeds = f"{row['slices_per_s']:.1f}", f"{100 * row['of_peak']:.1f} %"
                 memory = _gib(result["compiled_bytes"]), _gib(result["peak_bytes"])
-                print(_row(*cells, times, *speeds, *memory, f"{result['first_loss']:.6f}"), flush=True)
+                compiling = "-" if result["compile_seconds"] is None else f"{result['compile_seconds']:.1f}"
+                print(_row(*cells, times, *speeds, *memory, compiling, f"{result['first_loss']:.6f}"), flush=True)
             rows.append(row)
+        if profile:
+            print(f"\n{profile}\n", flush=True)
         sides = [side for side in sides if "failed" not in results[side]]  # a larger batch fits no better
     return rows
 
@@ -326,10 +350,12 @@ def main() -> None:
     parser.add_argument("--torch_compile", action="store_true", help="PyTorch through torch.compile")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps timed in each repeat")
+    parser.add_argument("--profile", type=Path, help="folder for a trace of this project's side")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to PyTorch
     configure_jax()
+    jax.config.update("jax_enable_compilation_cache", False)
     presets, sides = arguments.preset.split(","), arguments.sides.split(",")
     if unknown := [preset for preset in presets if preset not in PRESETS]:
         parser.error(f"--preset: {unknown[0]} is not one of {', '.join(PRESETS)}")
@@ -346,8 +372,8 @@ def main() -> None:
     measured = ", ".join(f"{side} {peak / 1e12:.3f} TFLOP/s" for side, peak in peaks.items())
     print(f"{device.device_kind}, {os.cpu_count()} CPU cores; fastest {arguments.dtype} matrix product: {measured}\n")
     titles = ("pixels", "hidden", "depth", "batch", "dtype", "side", "ms a step", "slices/s", "of peak")
-    print(_row(*titles, "compiled GiB", "peak GiB", "first loss"))
-    print(_row(*["---"] * 12))
+    print(_row(*titles, "compiled GiB", "peak GiB", "compile s", "first loss"))
+    print(_row(*["---"] * 13))
     rows = [row for preset in presets for row in run_preset(preset, arguments, sides, max(peaks.values()))]
     for preset in presets:
         print("\n".join([f"\n{preset}", *best_batches([row for row in rows if row["preset"] == preset])]))

@@ -178,6 +178,25 @@ def test_equally_near_codes_take_the_first():
     np.testing.assert_array_equal(quantizer.nearest_codes(jnp.array([[1.0], [0.0], [-2.0]]), codebook), [1, 1, 3])
 
 
+def test_sums_by_code_are_those_of_additions_one_by_one():
+    vectors = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    codes = np.random.default_rng(1).integers(0, 5, 50).astype(np.int32)
+    expected = np.stack([vectors[codes == code].sum(0, dtype=np.float64) for code in range(7)])  # none of 5 and 6
+    for sums in (quantizer.sum_by_code, quantizer.sum_by_matrix_product):  # as on CPU; as on accelerators
+        np.testing.assert_allclose(sums(vectors, codes, 7), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform, expected", [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_a_training_step_has_no_atomic_additions_on_accelerators(platform, expected):
+    """They took 85 % of the step of the reference model on an H200."""
+    for settings in (TINY, EMA):
+        graph, params, state = nnx.split(build(VQVAEConfig(**settings)), nnx.Param, ...)
+        arguments = params, state, images_of(), jax.random.key(0)
+        step = jax.jit(functools.partial(gradient_step, graph))
+        program = jax.export.export(step, platforms=[platform])(*arguments).mlir_module()
+        assert ("stablehlo.scatter" in program) == expected, settings
+
+
 def test_codebook_loss_pulls_codes_and_commitment_loss_pulls_latents():
     graph, params = nnx.split(quantizer.VectorQuantizer(4, 2, rngs=nnx.Rngs(0)))
     latents = jnp.ones((1, 2, 2, 2))

@@ -25,10 +25,49 @@ def nearest_codes(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(nearest, index, last), axis=1)
 
 
+def sum_by_matrix_product(vectors: jax.Array, codes: jax.Array, num_codes: int) -> jax.Array:
+    """`sum_by_code` as the product of the one-hot codes [K, N] and the vectors, in full float32."""
+    one_hot = codes[None, :] == jax.lax.broadcasted_iota(jnp.int32, (num_codes, len(codes)), 0)
+    return jnp.dot(one_hot.astype(vectors.dtype), vectors, precision="highest")
+
+
+def sum_by_code(vectors: jax.Array, codes: jax.Array, num_codes: int) -> jax.Array:
+    """Sum of the vectors assigned to each code: [N, D] and [N] int32 -> [K, D]; 0 for a code without any.
+
+    On CPU the vectors are added one after the other. Accelerators would do that by atomic additions, which wait for each
+    other where many latents share few codes (the longest part of a training step by far) and whose order, and so the
+    last bits of the result, differs from run to run: there it is a matrix product.
+    """
+    return jax.lax.platform_dependent(
+        vectors,
+        codes,
+        cpu=lambda vectors, codes: jax.ops.segment_sum(vectors, codes, num_codes),
+        default=lambda vectors, codes: sum_by_matrix_product(vectors, codes, num_codes),
+    )
+
+
+@jax.custom_vjp
+def select_codes(codebook: jax.Array, codes: jax.Array) -> jax.Array:
+    """The code of each index: [K, D] and [N] int32 -> [N, D]. Its gradient is taken by `sum_by_code`."""
+    return codebook[codes]
+
+
+def _select_codes_forward(codebook, codes):
+    return codebook[codes], (codebook, codes)
+
+
+def _select_codes_backward(residuals, gradient):
+    codebook, codes = residuals
+    return sum_by_code(gradient, codes, len(codebook)), None
+
+
+select_codes.defvjp(_select_codes_forward, _select_codes_backward)
+
+
 def _counts_and_sums(vectors: jax.Array, codes: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
     """Number [K] and sum [K, D] of the vectors [N, D] assigned to each code."""
-    counts = jax.ops.segment_sum(jnp.ones(len(codes), jnp.float32), codes, num_codes)
-    return counts, jax.ops.segment_sum(vectors, codes, num_codes)
+    counts = sum_by_code(jnp.ones((len(codes), 1), jnp.float32), codes, num_codes)
+    return counts[:, 0], sum_by_code(vectors, codes, num_codes)
 
 
 def _random_vectors(key: jax.Array, vectors: jax.Array, count: int) -> jax.Array:
@@ -107,7 +146,7 @@ class VectorQuantizer(nnx.Module):
         else:
             codebook = self.codebook[...]
             codes = nearest_codes(vectors, jax.lax.stop_gradient(codebook))
-        selected = codebook[codes].reshape(latents.shape)
+        selected = select_codes(codebook, codes).reshape(latents.shape)
 
         commitment_loss = jnp.mean(jnp.square(latents - jax.lax.stop_gradient(selected)), axis=(1, 2, 3))
         if self.update == "gradient":
