@@ -8,7 +8,7 @@ for them. The order of the slices depends on the seed alone: not on the number o
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -175,20 +175,30 @@ class NeighbourSource:
         return len(self.table)
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
-        numbers = self.table[item]
-        records = [self._records[int(number)] for number in numbers]
-        images = [record["image"] for record in records]
-        images = np.stack(images) if len(images) > 1 else images[0][None]  # a view: the batch copies it once anyway
-        if self._channels is not None:
-            images = images[..., self._channels]
-        centre = records[self._centre]
-        found = {"images": images, "record_index": np.int32(numbers[self._centre]), "weight": np.float32(1)}
+        return {name: values[0] for name, values in self.read(np.array([item])).items()}
+
+    def read(self, items: np.ndarray) -> dict[str, np.ndarray]:
+        """Some items [b] at once: the arrays of an item, with a leading axis of length b. Each slice is copied once."""
+        numbers = self.table[items]
+        channels = slice(None) if self._channels is None else self._channels
+        records = [[self._records[number] for number in row] for row in numbers.tolist()]
+        first = records[0][0]["image"][..., channels]
+        images = np.empty((*numbers.shape, *first.shape), np.uint8)
+        for row, place in zip(records, images, strict=True):
+            for record, image in zip(row, place, strict=True):
+                image[...] = record["image"][..., channels]
+        centres = [row[self._centre] for row in records]
+        found = {
+            "images": images,
+            "record_index": numbers[:, self._centre].astype(np.int32),
+            "weight": np.ones(len(items), np.float32),
+        }
         if self.labels is not None:
-            found["label"] = self.labels[item]
+            found["label"] = self.labels[items]
         if self.targets.mask:
-            found["mask"] = centre["mask"]
+            found["mask"] = np.stack([record["mask"] for record in centres])
         if self.targets.lung_box:
-            found["box"] = self._boxes[centre["volume_id"]]
+            found["box"] = np.stack([self._boxes[record["volume_id"]] for record in centres])
         return found
 
     def __repr__(self) -> str:
@@ -322,12 +332,12 @@ def training_batches(
             grain.MapDataset.source(np.flatnonzero(kind)).seed(seed).shuffle().repeat(None)
             for kind in (source.positive, ~source.positive)
         ]
-        items = grain.MapDataset.mix(kinds, [positive_share, 1 - positive_share]).map(source.__getitem__)
+        items = grain.MapDataset.mix(kinds, [positive_share, 1 - positive_share])
     else:
-        items = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+        items = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     share = batch_size // microbatches // process_count
     parts = items.batch(share, drop_remainder=True)[process_index::process_count]  # endless: nothing is dropped
-    iterator = iter(parts.to_iter_dataset(_reading(num_threads)))
+    iterator = iter(parts.map(source.read).to_iter_dataset(_reading(num_threads)))
     if start_step:
         iterator.set_state({"next_index": start_step * microbatches})
     return iterator
@@ -347,13 +357,13 @@ def evaluation_batches(
     """
     padded = math.ceil(len(source) / batch_size) * batch_size
 
-    def read(index: int) -> dict[str, Any]:
-        item = source[min(index, len(source) - 1)]
-        return item if index < len(source) else {**item, "weight": np.float32(0)}
+    def read(items: np.ndarray) -> dict[str, np.ndarray]:
+        batch = source.read(np.minimum(items, len(source) - 1))
+        return batch | {"weight": (items < len(source)).astype(np.float32)}
 
-    items = grain.MapDataset.range(padded).map(read)
+    items = grain.MapDataset.range(padded)
     batches = items[process_index::process_count].batch(batch_size // process_count)
-    return iter(batches.to_iter_dataset(_reading(num_threads)))
+    return iter(batches.map(read).to_iter_dataset(_reading(num_threads)))
 
 
 def picture_batch(source: NeighbourSource, batch_size: int, number: int) -> dict[str, np.ndarray]:

@@ -109,45 +109,44 @@ class DatasetError(ValueError):
 # ---- records and shards ------------------------------------------------------------------------------------
 
 
-def _fields(message: memoryview) -> Iterable[tuple[int, memoryview]]:
-    """The (field number, payload) of a message that holds length-delimited fields only."""
-    at = 0
-    while at < len(message):
-        number, shift, size = message[at] >> 3, 0, 0
-        if message[at] & 7 != 2:
-            raise DatasetError("a record is damaged: unexpected field type; run data_prep.describe --verify")
-        while True:
-            at += 1
-            size |= (message[at] & 0x7F) << shift
-            shift += 7
-            if message[at] < 0x80:
-                break
+def _payload(record: bytes, at: int) -> tuple[int, int]:
+    """Where the payload of the length-delimited field at this place begins and ends."""
+    if record[at] & 7 != 2:
+        raise DatasetError("a record is damaged: unexpected field type; run data_prep.describe --verify")
+    size, shift = 0, 0
+    while True:
         at += 1
-        yield number, message[at : at + size]
-        at += size
+        size |= (record[at] & 0x7F) << shift
+        shift += 7
+        if record[at] < 0x80:
+            return at + 1, at + 1 + size
 
 
 def decode_record(record: bytes, image_shape: Sequence[int]) -> dict[str, Any]:
     """The inverse of `dataset_writer.encode_record`: `image` is a read-only [H, W, C] uint8 view, and so is `mask`
     [H, W] where the record has one; the rest are scalars."""
     features = {}
-    for _, feature_map in _fields(memoryview(record)):
-        for _, entry in _fields(feature_map):
-            (_, name), (_, feature) = _fields(entry)
-            ((kind, values),) = _fields(feature)
-            ((_, payload),) = _fields(values)
-            features[bytes(name).decode()] = (kind, payload)
+    at, end = _payload(record, 0)
+    while at < end:
+        entry, at = _payload(record, at)  # of the map of features: a name, and a list of one kind that holds one value
+        name, after = _payload(record, entry)
+        values, _ = _payload(record, _payload(record, after)[0])
+        features[record[name:after]] = _payload(record, values)
     slice_index = 0
-    for place, byte in enumerate(features["slice_index"][1]):
+    for place, byte in enumerate(record[slice(*features[b"slice_index"])]):
         slice_index |= (byte & 0x7F) << 7 * place
-    mask = features.get("mask")
+
+    def pixels(name: bytes, shape: Sequence[int]) -> np.ndarray:
+        begin, end = features[name]
+        return np.frombuffer(record, np.uint8, end - begin, begin).reshape(shape)
+
     return {
-        "image": np.frombuffer(features["image"][1], np.uint8).reshape(image_shape),
-        **({"mask": np.frombuffer(mask[1], np.uint8).reshape(image_shape[:2])} if mask else {}),
-        "volume_id": bytes(features["volume_id"][1]).decode(),
+        "image": pixels(b"image", image_shape),
+        **({"mask": pixels(b"mask", image_shape[:2])} if b"mask" in features else {}),
+        "volume_id": record[slice(*features[b"volume_id"])].decode(),
         "slice_index": slice_index,
-        "position_mm": struct.unpack("<f", features["position_mm"][1])[0],
-        "pair_valid": features["pair_valid"][1][0] == 1,
+        "position_mm": struct.unpack_from("<f", record, features[b"position_mm"][0])[0],
+        "pair_valid": record[features[b"pair_valid"][0]] == 1,
     }
 
 

@@ -266,9 +266,7 @@ def benchmark(
         }
     if not profile or "jax" not in sides:
         return results, ""
-    return results, step_profile.table(
-        step_profile.profile(sides["jax"].step, sides["jax"].program.as_text(), profile)
-    )
+    return results, step_profile.table(step_profile.profile(sides["jax"].step, sides["jax"].program.as_text(), profile))
 
 
 def _row(*cells: Any) -> str:

@@ -103,8 +103,6 @@ def table(operations: list[Operation], rows: int = 25) -> str:
     rest = sum(operation.milliseconds for operation in operations[rows:])
     for kind, shape, origin, count, milliseconds in operations[:rows]:
         shape = shape if len(shape) < 60 else shape[:57] + "..."
-        lines.append(
-            f"| {kind} | {shape} | {origin} | {count:.0f} | {milliseconds:.2f} | {milliseconds / total:.1%} |"
-        )
+        lines.append(f"| {kind} | {shape} | {origin} | {count:.0f} | {milliseconds:.2f} | {milliseconds / total:.1%} |")
     lines.append(f"| {len(operations[rows:])} others | | | | {rest:.2f} | {rest / total:.1%} |")
     return "\n".join(lines)

@@ -144,11 +144,12 @@ def test_killed_and_terminated_processes_lose_nothing_saved(tiny_dataset, tmp_pa
 
 
 def wait_for_progress(process, workdir, step):
-    """Until this process has reported this step, or ended."""
+    """Until this process has reported this step and there is a checkpoint, or it has ended."""
     started = time.time()
     while process.poll() is None and time.time() < started + 300:
         lines = reports.read_reports(workdir, "train")
-        if lines and lines[-1]["step"] >= step and lines[-1]["time"] > started:
+        saved = any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
+        if saved and lines and lines[-1]["step"] >= step and lines[-1]["time"] > started:
             return
         time.sleep(0.05)
 
