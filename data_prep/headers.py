@@ -48,6 +48,19 @@ _META_BYTES = 4096  # the transfer syntax stands in the first of these
 _INFLATED_CHUNK = 1 << 20
 NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.nifti`)
 
+# All that this module asks for, in sequences, too: pydicom passes over other elements, which saves a fifth of the time.
+# fmt: off
+_TAGS = [pydicom.tag.Tag(tag) for tag in (
+    0x00041220, 0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00080070, 0x00080104, 0x00089007,
+    0x00100020, 0x00100040, 0x00100200, 0x00101010, 0x00102160, 0x00180010, 0x00180012, 0x00180015,
+    0x00180050, 0x00180060, 0x00181120, 0x00181210, 0x00185100, 0x00189304, 0x00189314, 0x00189316,
+    0x00189329, 0x0020000D, 0x0020000E, 0x00200012, 0x00200032, 0x00200037, 0x00209111, 0x00209113,
+    0x00209116, 0x00209156, 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011, 0x00280030,
+    0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00280120, 0x00280121, 0x00280301, 0x00281052,
+    0x00281053, 0x00281054, 0x00289110, 0x00289145, 0x52009229, 0x52009230,
+)]
+# fmt: on
+
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote element values
 
 
@@ -163,7 +176,7 @@ def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
             return NotAnImage(source, "too_large", "a deflated file that expands beyond any scan")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+            dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS)
             return _header(dataset, source, file.tell())
     except Exception as error:  # pydicom raises a dozen kinds on damaged bytes; the kind is the detail
         if isinstance(error, OSError) and error.errno is not None:  # from the disk, not from pydicom

@@ -1,6 +1,8 @@
 """Headers of sound, odd and damaged files."""
 
+import inspect
 import pickle
+import re
 import struct
 
 import dicom_files as files
@@ -11,7 +13,7 @@ from dicom_files import convert, only_volume
 from pydicom.dataset import Dataset
 from pydicom.fileset import FileSet
 
-from data_prep import audit
+from data_prep import audit, headers
 from data_prep.dicom import Header, NotAnImage, Source, read_header
 
 
@@ -256,3 +258,24 @@ def test_a_deflated_file_that_expands_beyond_any_scan_is_refused_before(tmp_path
     assert isinstance(entry, NotAnImage) and entry.reason == "too_large", entry
     assert len(content) < 200_000
     assert audit.header_elements(content) == []
+
+
+def test_every_tag_that_is_asked_for_is_read():
+    named = {int(tag, 16) for tag in re.findall(r"0x([0-9A-F]{8})\b", inspect.getsource(headers))}
+    assert {tag for tag in named if tag >> 16 != 0x0002} == set(headers._TAGS)  # the meta information is read whole
+
+
+def test_elements_that_are_passed_over_change_no_header(tmp_path, dataset, monkeypatch):
+    dataset.add_new(0x00090010, "LO", "PRIVATE")
+    dataset.add_new(0x00091001, "UN", b"\x01\x02" * 500)
+    dataset.add_new(0x00081140, "SQ", [Dataset()])
+    dataset[0x00081140].value[0].SeriesInstanceUID = "1.2.3"
+    dataset[0x00081140].is_undefined_length = True
+    content = []
+    for syntax in ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2"):
+        dataset.file_meta.TransferSyntaxUID = syntax
+        whole = files.to_bytes(dataset)
+        content += [whole[:-size] for size in range(1, len(whole), 97)]  # cut anywhere in pixels and header
+    passed_over = [read(tmp_path, one) for one in content]
+    monkeypatch.setattr(headers, "_TAGS", None)
+    assert passed_over == [read(tmp_path, one) for one in content]

@@ -1,6 +1,7 @@
 """The vector-quantized autoencoder: size, gradients, codebook, normalisation, precision, sharding."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -186,15 +187,27 @@ def test_sums_by_code_are_those_of_additions_one_by_one():
         np.testing.assert_allclose(sums(vectors, codes, 7), expected, atol=1e-5)
 
 
+@functools.cache
+def program_of(platform: str, **settings) -> str:
+    """StableHLO of a training step as it is lowered for a platform, which need not be there."""
+    graph, params, state = nnx.split(build(VQVAEConfig(**settings)), nnx.Param, ...)
+    step = jax.jit(functools.partial(gradient_step, graph))
+    return jax.export.export(step, platforms=[platform])(params, state, images_of(), jax.random.key(0)).mlir_module()
+
+
 @pytest.mark.parametrize("platform, expected", [("cpu", True), ("cuda", False), ("tpu", False)])
 def test_a_training_step_has_no_atomic_additions_on_accelerators(platform, expected):
     """They took 85 % of the step of the reference model on an H200."""
     for settings in (TINY, EMA):
-        graph, params, state = nnx.split(build(VQVAEConfig(**settings)), nnx.Param, ...)
-        arguments = params, state, images_of(), jax.random.key(0)
-        step = jax.jit(functools.partial(gradient_step, graph))
-        program = jax.export.export(step, platforms=[platform])(*arguments).mlir_module()
-        assert ("stablehlo.scatter" in program) == expected, settings
+        assert ("stablehlo.scatter" in program_of(platform, **settings)) == expected, settings
+
+
+@pytest.mark.parametrize("dtype, expected", [("float32", "f32"), ("bfloat16", "bf16")])
+def test_every_convolution_runs_in_the_chosen_dtype(dtype, expected):
+    program = program_of("cuda", dtype=dtype, **TINY)
+    results = re.findall(r"stablehlo\.convolution.* -> tensor<(?:\d+x)*(\w+)>", program)
+    assert len(results) > 20 and set(results) == {expected}  # forward, and the gradients of inputs and of kernels
+    assert not re.search("infeed|outfeed|send|recv|custom_call @xla_python", program)
 
 
 def test_codebook_loss_pulls_codes_and_commitment_loss_pulls_latents():
