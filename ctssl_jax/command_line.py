@@ -50,7 +50,9 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
         from data_prep.dataset import DatasetError
 
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # libraries' own notes only on request: --verbosity=0
+            # Notes and tracebacks of libraries (Orbax logs one for each thread) only on request: --verbosity=0
+            logging.set_verbosity(logging.WARNING)
+            logging.get_absl_handler().addFilter(lambda record: record.exc_info is None)
 
         try:
             return main(argv) or 0

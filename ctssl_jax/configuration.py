@@ -219,6 +219,9 @@ def _other_than_saved(path: Path, name: str) -> InputError:
     return InputError(f"{path} is damaged ({name} is another than in the checkpoint); bring back a copy of it")
 
 
+_WRITTEN_FIRST = ("preparation.json", "patients.json", "config.json")  # in this order
+
+
 def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparation: dict) -> None:
     """Refuse to go on with a run under another configuration or on other data; accept a new or empty folder.
 
@@ -227,7 +230,9 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
     """
     path = workdir / "config.json"
     if not path.exists():
-        if workdir.is_dir() and any(workdir.iterdir()):
+        # What a run that was killed at its very start may have left is no run yet, and no harm.
+        begun = {name + ending for name in _WRITTEN_FIRST for ending in ("", ".tmp")}
+        if workdir.is_dir() and any(entry.name not in begun for entry in workdir.iterdir()):
             raise InputError(f"--workdir={workdir} holds files but no run; give a new or empty folder")
         return
     if not holds_checkpoint(workdir):
@@ -283,8 +288,8 @@ def open_workdir(
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "preparation.json", preparation)
-        write_json(workdir / "patients.json", {"key_fingerprint": preparation["key_fingerprint"], **patients})
-        write_json(workdir / "config.json", to_json(config))
+        of_patients = {"key_fingerprint": preparation["key_fingerprint"], **patients}
+        for name, content in zip(_WRITTEN_FIRST, (preparation, of_patients, to_json(config)), strict=True):
+            write_json(workdir / name, content)
     except OSError as error:
         raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None

@@ -1,7 +1,10 @@
 """What cannot work is refused at once, in one line that names the remedy, and nothing is written."""
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 from example_dataset import change_preparation, write_example_dataset
@@ -9,7 +12,7 @@ from training_runs import command, start, tiny_config, train_on
 
 from ctssl_jax import configuration
 from ctssl_jax.command_line import InputError
-from data_prep.dataset import DatasetError
+from data_prep.dataset import DatasetError, read_preparation
 
 WRONG_FIELDS = {
     "dataset": ("", "config.dataset is empty; give --config.dataset=DIR"),
@@ -94,6 +97,41 @@ def test_folders_that_cannot_be_run_directories(tiny_dataset, tmp_path):
     with pytest.raises(InputError, match="holds files but no run; give a new or empty folder"):
         train_on(tiny_config(tiny_dataset), tmp_path / "other")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "other", "thesis.tex"]
+
+
+def test_a_run_that_ended_at_its_very_start_is_begun_anew(tiny_dataset, tmp_path, monkeypatch):
+    config, preparation = tiny_config(tiny_dataset), read_preparation(tiny_dataset)
+    for name in ("preparation.json", "patients.json.tmp"):
+        (tmp_path / name).write_text("{")
+    configuration.check_resumable(tmp_path, config, preparation)
+    configuration.open_workdir(tmp_path, config, preparation, {"train": [], "validation": []})
+    assert json.loads((tmp_path / "preparation.json").read_text()) == preparation
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot be written \(File too large\)"):
+            configuration.open_workdir(tmp_path / "full", config, preparation, {"train": [], "validation": []})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not any((tmp_path / "full").iterdir())
+
+
+def test_tracebacks_that_libraries_log_are_shown_on_request_only():
+    program = """
+from absl import logging
+from ctssl_jax import command_line
+def main(argv):
+    try:
+        raise OSError("disk")
+    except OSError:
+        logging.exception("a thread failed")
+    raise command_line.RunFailed("could not be saved")
+command_line.run(main)
+"""
+    for arguments, shown in (([], False), (["--verbosity=0"], True)):
+        ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+        assert ended.returncode == 1 and ended.stderr.endswith("error: could not be saved\n")
+        assert ("Traceback" in ended.stderr) == shown
 
 
 def make_workdir(path, config):

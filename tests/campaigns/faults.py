@@ -119,12 +119,16 @@ def mounted(folder: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def _mount(*arguments: str) -> None:
-    try:
-        subprocess.run(["mount", *arguments], check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise PermissionError("no command `mount` here") from None
-    except subprocess.CalledProcessError as error:
-        raise PermissionError(f"cannot mount: {error.stderr.strip()}") from None
+    for _ in range(60):
+        try:
+            ended = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+        except FileNotFoundError:
+            raise PermissionError("no command `mount` here") from None
+        if "busy" not in ended.stderr:  # a process that was killed may still be about to end
+            break
+        time.sleep(0.5)
+    if ended.returncode:
+        raise PermissionError(f"cannot mount: {ended.stderr.strip()}")
 
 
 def size_of(folder: Path) -> tuple[int, int]:
@@ -227,7 +231,7 @@ def make_commands(names: list[str], work: Path, cache: Path) -> dict:
         "describe": lambda folder: kills.report_stage(folder, tiny, run_dir).commands[0],
         "export": lambda folder: python(
             "ctssl_jax.export", f"--workdir={run_dir}", f"--output_dir={folder / 'model'}", "--format=safetensors",
-            "--licence=Apache-2.0",
+            "--license=Apache-2.0",
         ),
         "chain": lambda folder: kills.chain_stage(folder, work / "larger").commands[0],
     }  # fmt: skip
