@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -53,6 +54,7 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
             # Notes and tracebacks of libraries (Orbax logs one for each thread) only on request: --verbosity=0
             logging.set_verbosity(logging.WARNING)
             logging.get_absl_handler().addFilter(lambda record: record.exc_info is None)
+            sys.unraisablehook = _report_unraisable
 
         try:
             return main(argv) or 0
@@ -69,6 +71,12 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
             return 1
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _report_unraisable(error: Any) -> None:
+    """As usual, but not what TensorStore's threads say dozens of times after a save that failed."""
+    if not (error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(error)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -115,9 +115,9 @@ def written_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
 
 def explain(error: OSError) -> str:
     """The message for the user, in one line and with the remedy where there is one."""
-    if error.errno not in _REMEDIES:
-        return str(error)
     place = f"{error.filename}: " if error.filename else ""
+    if error.errno not in _REMEDIES:
+        return f"{place}{error.strerror}" if error.strerror else str(error)
     return f"{place}{error.strerror}; {_REMEDIES[error.errno]} and run the same command again"
 
 

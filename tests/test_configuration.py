@@ -118,9 +118,16 @@ def test_a_run_that_ended_at_its_very_start_is_begun_anew(tiny_dataset, tmp_path
 
 def test_tracebacks_that_libraries_log_are_shown_on_request_only():
     program = """
+import asyncio
 from absl import logging
 from ctssl_jax import command_line
+class Late:  # as TensorStore's threads after a save that failed
+    def __del__(self):
+        loop = asyncio.new_event_loop()
+        loop.close()
+        loop.call_soon_threadsafe(print)
 def main(argv):
+    Late()
     try:
         raise OSError("disk")
     except OSError:
