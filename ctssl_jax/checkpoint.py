@@ -29,6 +29,7 @@ whatever they raise here becomes one line with the remedy.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from data_prep.dataset import file_sha256
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "damaged_checkpoints"
 SUMS = "SHA256SUMS"
+_SUM = re.compile(r"(?P<sha256>[0-9a-f]{64})  (?P<name>(?:\.\./|\d+/).+)")  # a line of it
 LAST_GOOD = "last_good"
 _SMALL_BYTES = 1 << 20  # of the files that are compared whenever the list of checkpoints is read
 _NEVER_CHANGE = ("ancestors.json", "imported.json", "patients.json", "training_data.json", "transplant.json")
@@ -186,21 +188,28 @@ def write_sums(workdir: Path, step: int) -> None:
 
 def _differing(workdir: Path, step: int, of_run: bool, small_files_only: bool = False) -> str:
     """The first file, of the checkpoint or of its run, that is not as SHA256SUMS says, in words; "" if none is."""
-    sums = workdir / CHECKPOINTS / str(step) / SUMS
+    folder = workdir / CHECKPOINTS / str(step)
+    if not (folder / SUMS).exists():
+        return ""
     try:
-        for line in sums.read_text().splitlines() if sums.exists() else ():
-            sha256, name = line.split("  ", 1)
-            path = workdir / CHECKPOINTS / name
-            if name.startswith("../") != of_run:
-                continue
-            if not of_run and not name.startswith(f"{step}/"):
-                return f"it is that of step {name.split('/')[0]}"
-            if not path.is_file():
-                return f"{path.name} is missing"
-            if not (small_files_only and path.stat().st_size > _SMALL_BYTES) and file_sha256(path) != sha256:
-                return f"the checksum of {path.name} is another"
-    except (OSError, ValueError) as error:  # of what is no such file
+        lines = [_SUM.fullmatch(line) for line in (folder / SUMS).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
         return f"{SUMS} cannot be read: {_first_line(error)}"
+    if not all(lines):
+        return f"{SUMS} is none of checksums"
+    sums = {line["name"]: line["sha256"] for line in lines if line["name"].startswith("../") == of_run}
+    if not of_run:
+        if other := [name.split("/")[0] for name in sums if not name.startswith(f"{step}/")]:
+            return f"it is that of step {other[0]}"
+        there = {os.path.relpath(path, folder.parent) for path in folder.rglob("*") if path.is_file()}
+        if unknown := sorted(there - sums.keys() - {f"{step}/{SUMS}"}):
+            return f"{SUMS} lacks {unknown[0]}"
+    for name, sha256 in sums.items():
+        path = workdir / CHECKPOINTS / name
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if not (small_files_only and path.stat().st_size > _SMALL_BYTES) and file_sha256(path) != sha256:
+            return f"{path.name} has another checksum"
     return ""
 
 
@@ -214,7 +223,7 @@ def check_undamaged(workdir: Path, step: int, *, small_files_only: bool = False)
         raise _damaged(workdir, step, found)
     if found := _differing(workdir, step, of_run=True):
         raise InputError(
-            f"{workdir} is damaged ({found} than when checkpoint {step} was saved); bring back a copy of it"
+            f"{workdir} is damaged ({found}; it was not when checkpoint {step} was saved); bring back a copy of it"
         )
 
 

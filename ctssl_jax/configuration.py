@@ -200,7 +200,10 @@ def read_run(workdir: Path) -> tuple[ml_collections.ConfigDict, dict]:
       InputError: no run directory, or a damaged one.
     """
     if not (workdir / "config.json").is_file():
-        raise InputError(f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train")
+        raise InputError(
+            f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train"
+            + ("" if not holds_checkpoint(workdir) else ", or bring back its config.json")
+        )
     config = read_json(workdir / "config.json", ("task", "recipe", "windows", "model"))
     preparation = read_json(workdir / "preparation.json", OF_THE_DATA)
     saved = saved_with(workdir) or {}

@@ -346,14 +346,14 @@ def read_regions(dataset_dir: str | os.PathLike) -> list[dict[str, Any]]:
 def _read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file; run data_prep.prepare, again if it was stopped")
-    rows = []
-    with open(path, newline="") as file:
-        for line, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                rows.append({name: _value(row[name], kind) for name, kind in columns.items()})
-            except (KeyError, ValueError, TypeError) as error:
-                raise DatasetError(f"{path}, line {line}: {error!r}; prepare the dataset again") from None
-    return rows
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        try:
+            return [{name: _value(row[name], kind) for name, kind in columns.items()} for row in reader]
+        except (KeyError, ValueError, TypeError, csv.Error) as error:
+            line = reader.line_num + isinstance(error, UnicodeDecodeError)
+            what = f"line {line}: damaged ({type(error).__name__}: {error})"
+    raise DatasetError(f"{path}, {what}; copy it again, or prepare the dataset again")
 
 
 def _value(cell: str, kind: type) -> Any:

@@ -134,7 +134,7 @@ def test_a_changed_bit_of_a_tensor_is_found(run):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    with pytest.raises(InputError, match=rf"checkpoint 5 of .* is damaged \(the checksum of {data.name} is another\)"):
+    with pytest.raises(InputError, match=rf"checkpoint 5 of .* is damaged \({data.name} has another checksum\)"):
         restore(run, 5, shapes(state(0)))
     (run / "checkpoints" / "5" / "SHA256SUMS").unlink()
     restored = restore(run, 5, shapes(state(0)))
@@ -167,7 +167,7 @@ def test_a_damaged_file_of_the_run_is_named(three_checkpoints, tmp_path):
     check_all_undamaged(run)
     (run / "patients.json").write_text('{"train": ["b"]}')
     for attempt in (lambda: check_all_undamaged(run), lambda: restore(run, 1, shapes(state(0)))):
-        with pytest.raises(InputError, match=r"run is damaged \(the checksum of patients.json is another than when"):
+        with pytest.raises(InputError, match=r"run is damaged \(patients.json has another checksum; it was not"):
             attempt()
     assert set_aside_damaged(run) == []
 
@@ -176,6 +176,20 @@ def test_sums_are_those_of_sha256sum(three_checkpoints):
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum on this machine")
     subprocess.run(["sha256sum", "-c", "--quiet", "5/SHA256SUMS"], cwd=three_checkpoints / "checkpoints", check=True)
+
+
+def test_a_cut_list_of_checksums_is_found(run):
+    sums = run / "checkpoints" / "5" / "SHA256SUMS"
+    text = sums.read_text()
+    for cut, message in (
+        (text[:-30], r"SHA256SUMS (is none of checksums|lacks 5/)"),
+        (text[: text.rindex("\n", 0, -1) + 1], "SHA256SUMS lacks 5/"),  # between two lines
+        (text + "x", "SHA256SUMS is none of checksums"),
+    ):
+        sums.write_text(cut)
+        with pytest.raises(InputError, match=rf"checkpoint 5 of .* is damaged \({message}"):
+            check_all_undamaged(run)
+        assert choose_step(run, LAST_GOOD) == 4
 
 
 def test_all_damaged_is_said_and_nothing_is_moved(run):

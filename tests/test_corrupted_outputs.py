@@ -89,6 +89,15 @@ def damaged(sound, tmp_path) -> Path:
     return campaign.shutil.copytree(sound.folder / "dataset", tmp_path / "dataset")
 
 
+def test_tables_that_are_no_text_are_named(damaged):
+    path = damaged / "volumes.csv"
+    path.write_bytes(path.read_bytes()[:-9] + b"\xb0\xff" + path.read_bytes()[-9:])
+    with pytest.raises(
+        dataset.DatasetError, match=r"volumes.csv, line \d+: damaged \(UnicodeDecodeError: .{,90}\); copy it"
+    ):
+        dataset.read_volumes(damaged)
+
+
 def test_shards_that_changed_places_are_refused(damaged):
     one, two = (damaged / f"train.array_record-0000{number}" for number in (0, 1))
     one.rename(damaged / "x"), two.rename(one), (damaged / "x").rename(two)
@@ -153,7 +162,7 @@ def test_preparation_json_checks_itself(damaged):
         ("preparation.json", '"level": 50.0', '"level": 51.0', r"preparation.json is damaged \(windows is another"),
         ("patients.json", '"train"', '"tr\\u0001in"', r"patients.json is damaged \(train is not in it\)"),
         ("ancestors.json", "[]", "{}", r"ancestors.json is damaged \(it is no list"),
-        ("training_data.json", "1.0", "0.5", r"run is damaged \(the checksum of training_data.json is another"),
+        ("training_data.json", "1.0", "0.5", r"run is damaged \(training_data.json has another checksum"),
         ("metrics.jsonl", '"step": 2', '"step": x', r"metrics.jsonl is damaged at .*; remove that line"),
     ],
 )
