@@ -155,6 +155,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_slices", 24, "Slices of each synthetic scan.")
     flags.DEFINE_integer("num_steps", 0, "Training steps; 0 takes the recipe's.")
     flags.DEFINE_integer("seed", 0, "Of the synthetic archive, the weights and the order of slices.")
+    flags.DEFINE_string(
+        "pseudonym_key_file", "", "Key of the pseudonyms, which also decides the splits; by default a new one is made."
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -186,6 +189,7 @@ def main(argv: list[str]) -> int:
         f"--output_dir={dataset}",
         f"--image_size={IMAGE_SIZE}",
         *([] if source else ["--splits=0.7,0.15,0.15"]),
+        *([f"--pseudonym_key_file={key}"] if (key := flags.FLAGS.pseudonym_key_file) else []),
     )
     run_stage(
         "3 of 5: describe and verify the dataset",

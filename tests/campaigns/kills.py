@@ -163,7 +163,7 @@ def report_stage(folder: Path, dataset: Path, run: Path) -> Stage:
 def quickstart_stage(folder: Path) -> Stage:
     """The whole path: phantom, preparation, description, training, evaluation, report."""
     command = python("experiments.quickstart", f"--output_dir={folder / 'quick'}", "--num_patients=6",
-                     "--num_slices=21", "--num_steps=8")  # fmt: skip
+                     "--num_slices=21", "--num_steps=8", key_of(folder))  # fmt: skip
     phases = (
         ("making scans", "quick/dicom"),
         ("preparing", "quick/dataset"),
