@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from ctssl_jax.models.layers import BatchNorm, PointwiseConv, TransposedConv
+from ctssl_jax.models.layers import BatchNorm, Conv, PointwiseConv, TransposedConv
 from ctssl_jax.models.vqvae import VQVAE
 from ctssl_jax.torch_bridge.ctssl_torch import ExportedModel
 from ctssl_jax.torch_bridge.names import torch_name
@@ -24,7 +24,7 @@ from ctssl_jax.torch_bridge.names import torch_name
 TOLERANCE = 1e-4
 # Distances of a latent to two codes, over the sum of the squares that they are differences of.
 CODE_ROUNDING = 1e-5
-_LAYERS = (nnx.Conv, nnx.Linear, PointwiseConv, TransposedConv, BatchNorm)
+_LAYERS = (Conv, nnx.Linear, PointwiseConv, TransposedConv, BatchNorm)
 
 
 class Parity(NamedTuple):
