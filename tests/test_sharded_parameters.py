@@ -51,8 +51,10 @@ def test_the_numbers_are_those_of_replicated_parameters(runs):
     assert losses(runs / "4") == pytest.approx(losses(runs / "1"), rel=1e-4)
     for one, two in zip(numbers(runs / "1"), numbers(runs / "4"), strict=True):
         assert one.keys() == two.keys()
-        for name in one:  # validation by few slices: one latent between two codes changes it by more
-            loose = 1e-2 if one["kind"] == "validation" else 1e-3
+        # AdamW moves a bias before a batch normalisation, whose true gradient is 0, by the sign of rounding errors
+        # (which processors differ in, too). Training does not notice; validation does, by running statistics.
+        for name in one:
+            loose = 5e-2 if one["kind"] == "validation" else 1e-3
             assert two[name] == (one[name] if name == "kind" else pytest.approx(one[name], rel=loose)), name
     one, two, start = saved_state(runs / "1"), saved_state(runs / "4"), saved_state(runs / "4", 0)
     assert one.keys() == two.keys()

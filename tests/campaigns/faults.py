@@ -77,6 +77,7 @@ def run(command: list[str], cache: Path, *, file_limit: int | None = None, **var
 def faults_of_message(ended: Ended) -> list[str]:
     """What is wrong with how a command ended that could not do its work."""
     lines = [line for line in ended.text.splitlines() if line.startswith("error:")]
+    lines = [line for line in lines if "its message stands above" not in line]  # what a chain says of a command of it
     wrong = ["traceback on the screen"] if "Traceback" in ended.text else []
     wrong += [f"killed by signal {-ended.code}"] if ended.code < 0 else []
     wrong += [f"{len(lines)} lines begin with error:"] if ended.code and len(lines) != 1 else []
