@@ -192,11 +192,12 @@ def _differing(workdir: Path, step: int, of_run: bool, small_files_only: bool = 
     if not (folder / SUMS).exists():
         return ""
     try:
-        lines = [_SUM.fullmatch(line) for line in (folder / SUMS).read_text().splitlines()]
+        text = (folder / SUMS).read_text()
     except (OSError, UnicodeDecodeError) as error:
         return f"{SUMS} cannot be read: {_first_line(error)}"
-    if not all(lines):
-        return f"{SUMS} is none of checksums"
+    lines = [_SUM.fullmatch(line) for line in text.splitlines()]
+    if not all(lines) or not text.endswith("\n"):
+        return f"{SUMS} is cut or no list of checksums"
     sums = {line["name"]: line["sha256"] for line in lines if line["name"].startswith("../") == of_run}
     if not of_run:
         if other := [name.split("/")[0] for name in sums if not name.startswith(f"{step}/")]:

@@ -182,9 +182,10 @@ def test_a_cut_list_of_checksums_is_found(run):
     sums = run / "checkpoints" / "5" / "SHA256SUMS"
     text = sums.read_text()
     for cut, message in (
-        (text[:-30], r"SHA256SUMS (is none of checksums|lacks 5/)"),
+        (text[:-30], "SHA256SUMS is cut"),
+        (text[:-1], "SHA256SUMS is cut"),
         (text[: text.rindex("\n", 0, -1) + 1], "SHA256SUMS lacks 5/"),  # between two lines
-        (text + "x", "SHA256SUMS is none of checksums"),
+        (text + "x", "SHA256SUMS is cut"),
     ):
         sums.write_text(cut)
         with pytest.raises(InputError, match=rf"checkpoint 5 of .* is damaged \({message}"):
