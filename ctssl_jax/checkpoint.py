@@ -180,8 +180,9 @@ def write_sums(workdir: Path, step: int) -> None:
     folder = workdir / CHECKPOINTS / str(step)
     if not folder.is_dir():
         return
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
-    files += [workdir / name for name in _NEVER_CHANGE if (workdir / name).is_file()]
+    # The run's files first: a list that is cut then always lacks files of the checkpoint, which is noticed.
+    files = [workdir / name for name in _NEVER_CHANGE if (workdir / name).is_file()]
+    files += [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
     lines = [f"{file_sha256(path)}  {os.path.relpath(path, folder.parent)}\n" for path in files]
     write_text(folder / SUMS, "".join(lines))
 

@@ -165,6 +165,14 @@ def test_a_damaged_file_of_the_run_is_named(three_checkpoints, tmp_path):
     checkpoints.save(1, state(1), {}, 1.0)
     checkpoints.close()
     check_all_undamaged(run)
+    sums = run / "checkpoints" / "1" / "SHA256SUMS"
+    lines = sums.read_text().splitlines(keepends=True)
+    assert lines[0].endswith("  ../patients.json\n")
+    for kept in range(len(lines)):
+        sums.write_text("".join(lines[:kept]))
+        with pytest.raises(InputError, match=r"checkpoint 1 of .* is damaged \(SHA256SUMS (lacks 1/|is cut)"):
+            check_all_undamaged(run)
+    sums.write_text("".join(lines))
     (run / "patients.json").write_text('{"train": ["b"]}')
     for attempt in (lambda: check_all_undamaged(run), lambda: restore(run, 1, shapes(state(0)))):
         with pytest.raises(InputError, match=r"run is damaged \(patients.json has another checksum; it was not"):
