@@ -97,9 +97,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def configure_jax() -> None:
     """Settings of every command line: faster convolutions on CPU, and compiled programs kept between runs.
 
-    Must run before JAX is first used. jaxlib 0.10 and 0.11 send the weight gradients of convolutions on CPU to a library
-    that uses one core for them; the flag turns that off (a training step takes two thirds of the time on two cores,
-    four fifths with 0.11). Other versions of jaxlib end at flags that they do not know, so they get none.
+    Must run before JAX is first used. jaxlib 0.10 and 0.11 send the weight gradients of convolutions on CPU to a
+    library that uses one core for them; the flag turns that off (a training step takes two thirds of the time on two
+    cores, four fifths with 0.11). Other versions of jaxlib end at flags that they do not know, so they get none.
     """
     flag = "--xla_cpu_experimental_ynn_fusion_type"
     if version("jaxlib").startswith(("0.10.", "0.11.")) and flag not in os.environ.get("XLA_FLAGS", ""):
