@@ -99,7 +99,7 @@ def test_folders_that_cannot_be_run_directories(tiny_dataset, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "other", "thesis.tex"]
 
 
-def test_a_run_that_ended_at_its_very_start_is_begun_anew(tiny_dataset, tmp_path, monkeypatch):
+def test_a_run_that_ended_at_its_very_start_is_begun_anew(tiny_dataset, tmp_path):
     config, preparation = tiny_config(tiny_dataset), read_preparation(tiny_dataset)
     for name in ("preparation.json", "patients.json.tmp"):
         (tmp_path / name).write_text("{")

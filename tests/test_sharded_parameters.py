@@ -23,7 +23,7 @@ from ctssl_jax.tasks import get_task
 WIDE = {"model.hidden": (16, 32), "model.embedding_dim": 8}  # the 3 x 3 kernels are large enough to be split
 SHORT = {
     **{**WIDE, **EMA, "microbatches": 2, "batch_size": 16, "num_steps": 4, "log_every": 1, "eval_every": 4},
-    **{"optimizer": "adamw", "learning_rate": 0.01, "gradient_clip": 1.0},  # RAdam hardly moves in four steps
+    **{"optimizer": "adamw", "learning_rate": 0.002, "gradient_clip": 1.0},  # RAdam hardly moves in four steps
 }
 
 
@@ -51,10 +51,8 @@ def test_the_numbers_are_those_of_replicated_parameters(runs):
     assert losses(runs / "4") == pytest.approx(losses(runs / "1"), rel=1e-4)
     for one, two in zip(numbers(runs / "1"), numbers(runs / "4"), strict=True):
         assert one.keys() == two.keys()
-        # AdamW moves a bias before a batch normalisation, whose true gradient is 0, by the sign of rounding errors
-        # (which processors differ in, too). Training does not notice; validation does, by running statistics.
-        for name in one:
-            loose = 5e-2 if one["kind"] == "validation" else 1e-3
+        for name in one:  # validation by few slices: one latent between two codes changes it by more
+            loose = 1e-2 if one["kind"] == "validation" else 1e-3
             assert two[name] == (one[name] if name == "kind" else pytest.approx(one[name], rel=loose)), name
     one, two, start = saved_state(runs / "1"), saved_state(runs / "4"), saved_state(runs / "4", 0)
     assert one.keys() == two.keys()
