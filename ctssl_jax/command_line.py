@@ -9,13 +9,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-
-class InputError(ValueError):
-    """Something that the user gave cannot work. The message is one line: what is wrong, where, and the remedy."""
-
-
-class RunFailed(RuntimeError):
-    """A run that could not go on, through no fault of its inputs. The message is one line."""
+from data_prep.system.errors import InputError, RunFailed
 
 
 def require(package: str, what: str, extra: str) -> None:

@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import stores
+from data_prep.system.errors import DatasetError
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
@@ -100,10 +101,6 @@ LIDC_REGION_COLUMNS: dict[str, type] = REGION_COLUMNS | {
     "malignancy": int,  # 1 .. 5, median of the readers, the higher of two
     "num_readers": int,
 }
-
-
-class DatasetError(ValueError):
-    """A dataset directory that can't be used; the message is one line and names the remedy."""
 
 
 # ---- records and shards ------------------------------------------------------------------------------------

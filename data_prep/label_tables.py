@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep import dataset
+from data_prep.system.errors import InputError
 
 # Key column -> level of the labels, the finest key first. The last but one: the name of a NIfTI file.
 KEY_LEVELS = {
@@ -33,7 +34,7 @@ _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _/-]{0,31}")
 _NOT_LABELS = {"volume_id", "slice_index", dataset.MASK_AREA_COLUMN, *dataset.VOLUME_COLUMNS}
 
 
-class LabelError(ValueError):
+class LabelError(InputError):
     """A table or annotation that can't be used; one line that names the place and the remedy."""
 
 

@@ -24,6 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
 from data_prep import archives
+from data_prep.system.errors import InputError
 
 CONSENSUS = 0.7
 MIN_AREA_PX = 20
@@ -42,7 +43,7 @@ _TOLERANCE_FACTOR = 0.9
 _MIN_TOLERANCE = 0.1
 
 
-class LidcError(ValueError):
+class LidcError(InputError):
     """Annotations that can't be used; the message is one line."""
 
 

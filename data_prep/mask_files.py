@@ -19,6 +19,7 @@ from nibabel import orientations
 from pydicom.uid import SegmentationStorage
 
 from data_prep.geometry import canonical_axes, orient
+from data_prep.system.errors import InputError
 from data_prep.volume import Volume
 
 MAX_REGIONS = 255
@@ -29,7 +30,7 @@ _SUFFIX = re.compile(r"[_-](mask|seg|label)$", re.IGNORECASE)
 _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 
 
-class MaskError(ValueError):
+class MaskError(InputError):
     """A mask that can't be used; one line. Those of `read_mask` hold no names and no identifiers."""
 
 

@@ -23,6 +23,7 @@ from data_prep.archives import read_bytes
 from data_prep.geometry import Axes, canonical_axes
 from data_prep.headers import NIFTI
 from data_prep.mask_files import POSITION_TOLERANCE
+from data_prep.system.errors import InputError
 from data_prep.volume import Volume
 from data_prep.window import needs_resize, resized_spacing_mm
 
@@ -43,7 +44,7 @@ _MAY_BE_EMPTY = (  # which de-identified files often leave out
 _REPEATED = ("FrameOfReferenceUID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 
 
-class MaskOutputError(ValueError):
+class MaskOutputError(InputError):
     """A mask that this kind of file cannot hold; one line that holds no names and no identifiers."""
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import dataset
+from data_prep.system.errors import InputError
 
 
-class MergeError(ValueError):
+class MergeError(InputError):
     """Datasets that cannot be one; one line with the remedy."""
 
 

@@ -28,6 +28,7 @@ from data_prep.archives import MAX_FILE_BYTES, ArchiveDirectory, Source, open_so
 from data_prep.geometry import canonical_axes
 from data_prep.headers import MAX_FRAMES, NIFTI, Frame, Header, NotAnImage
 from data_prep.nifti_metadata import Metadata, read_metadata, volume_name, without_extension
+from data_prep.system.errors import InputError
 
 SPACING_TOLERANCE = 0.01  # relative; an affine that differs more from the table gives way
 AFFINE_TOLERANCE_MM = 0.1  # between sform and qform, at the corners of the volume
@@ -41,7 +42,7 @@ _SILENT = logging.getLogger(__name__)
 _SILENT.setLevel(logging.CRITICAL)  # what matters is raised
 
 
-class NiftiError(ValueError):
+class NiftiError(InputError):
     """A file that can't be used. `reason` is a name of `data_prep.dicom.REASONS`; the message is the detail."""
 
     def __init__(self, reason: str, detail: str):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from data_prep.archives import Source, Unreadable, list_sources
 from data_prep.headers import age_in_years
+from data_prep.system.errors import InputError
 
 _EXTENSION = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
@@ -23,7 +24,7 @@ _COLUMNS = (
 )
 
 
-class MetadataError(ValueError):
+class MetadataError(InputError):
     """A metadata table that can't be used; one line that names the place and the remedy."""
 
 

@@ -21,11 +21,12 @@ from data_prep.archives import ArchiveDirectory, Source, changed, read_bytes
 from data_prep.decoders import DECODER_DEPENDENCIES, decode
 from data_prep.headers import DEFLATED, NATIVE_SYNTAXES, NIFTI, Header
 from data_prep.nifti import NiftiError, read_frames
+from data_prep.system.errors import InputError
 
 MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
 
 
-class PixelError(ValueError):
+class PixelError(InputError):
     """Pixels that cannot be had. `reason` is a name of `data_prep.dicom.REASONS`; the message is the detail."""
 
     def __init__(self, reason: str, detail: str):

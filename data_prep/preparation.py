@@ -30,13 +30,14 @@ from data_prep.growth import KnownVolumes
 from data_prep.known_splits import KEY_FILE, KnownSplits, read_known_splits, refuse_other_key, refuse_other_splits
 from data_prep.labels import LabelSources
 from data_prep.planning import all_headers, header_reader, list_archive, plan_archive, read_plan
+from data_prep.system.errors import InputError
 from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
 _BOUND_FILE = "archive.json"  # of which archive and which dataset an audit directory is
 
 
-class PreparationError(ValueError):
+class PreparationError(InputError):
     """Something that the user gave cannot work, or the archive changed; one line with the remedy."""
 
 

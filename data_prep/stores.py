@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.system.errors import InputError
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
@@ -22,7 +24,7 @@ _LOGGERS = ("fsspec", "gcsfs", "s3fs", "aiobotocore", "botocore", "google.auth",
 _CREDENTIALS = {"gcs": "gcloud auth application-default login", "s3": "aws configure"}
 
 
-class StoreError(ValueError):
+class StoreError(InputError):
     """A URL that cannot be used; the message is one line that names it and the remedy."""
 
 

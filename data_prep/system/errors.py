@@ -1,0 +1,17 @@
+"""What a command can end with, beside success and a bug (which is a traceback)."""
+
+
+class InputError(ValueError):
+    """The user can mend it: exit code 2. The message is one line: what is wrong, where, and the remedy."""
+
+
+class DatasetError(InputError):
+    """A dataset directory that can't be used."""
+
+
+class RunFailed(RuntimeError):
+    """The world failed, not an input (a full disk, a lost worker): exit code 1. The message is one line."""
+
+
+class StartAgain(RuntimeError):
+    """Stopped before the end (a signal, a lost host): exit code 75. The same command continues. One line."""
