@@ -16,7 +16,7 @@ from ctssl_jax import measurement, scans
 from ctssl_jax.command_line import InputError
 from data_prep import conversion, deidentify
 from data_prep import dataset as dataset_directory
-from data_prep.preparation import default_audit_dir
+from data_prep.pipeline.prepare import default_audit_dir
 from data_prep.workers import WorkerDied, WorkerPool
 
 
