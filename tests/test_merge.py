@@ -307,7 +307,9 @@ def test_a_shard_that_is_gone_or_changed_is_told(tmp_path, parts, pool):
         records(tmp_path / "view", "test")
     shutil.rmtree(parts[1])  # and made anew, of other scans
     write_example_dataset(parts[1], image_size=16, seed=3, volumes_per_split=MORE)
-    with pytest.raises(dataset.DatasetError, match=r"view: its part .*/sites/b was made anew .* into a new directory"):
+    with pytest.raises(
+        dataset.DatasetError, match=r"view: its part .*/sites/b was prepared again .* into a new directory"
+    ):
         dataset.read_preparation(tmp_path / "view")
 
 
