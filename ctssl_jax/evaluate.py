@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import DatasetError, InputError
 from ctssl_jax.measurement import notes
 
 RELEASE_BATCH_SIZE = 16
@@ -229,6 +229,8 @@ def _validation_predictions(program, state, config, task, channels, batch_size: 
 
     try:
         source = data.open_source(config.dataset, "validation", channels, task.offsets(config), task.targets(config))
+    except DatasetError:
+        raise
     except InputError:
         return None
     return _predictions(source, training.evaluate_split(program, state, data.evaluation_batches(source, batch_size)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.dataset_writer import written_whole
-from data_prep.system.errors import InputError
+from data_prep.system.errors import DatasetError, InputError
 
 
 class MeasuredRun(NamedTuple):
@@ -53,6 +53,8 @@ def open_run(workdir: Path, dataset: str | Path | None, splits: tuple[str, ...])
         config.dataset = str(dataset)
     try:
         preparation, channels = configuration.check_dataset(config, splits)
+    except DatasetError:
+        raise
     except InputError as error:
         raise InputError(f"--dataset={config.dataset} was prepared otherwise than the run's data: {error}") from None
     ancestors = transplant.read_ancestors(workdir)

@@ -25,7 +25,7 @@ from ctssl_jax.predict import predict
 from data_prep import audit, dataset_writer, describe
 from data_prep.archives import list_sources, read_bytes
 from data_prep.dicom import Header, Rules, read_header
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from tests import dicom_files
 from tests.campaigns import privacy
 
