@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctssl_jax import measurement, scans
-from data_prep.system.errors import DatasetError, InputError
 from data_prep import conversion, deidentify
 from data_prep import dataset as dataset_directory
 from data_prep.pipeline.prepare import default_audit_dir
+from data_prep.system.errors import DatasetError, InputError
 from data_prep.workers import WorkerDied, WorkerPool
 
 

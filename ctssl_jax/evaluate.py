@@ -18,8 +18,8 @@ from pathlib import Path
 from absl import flags
 
 from ctssl_jax import command_line
-from data_prep.system.errors import DatasetError, InputError
 from ctssl_jax.measurement import notes
+from data_prep.system.errors import DatasetError, InputError
 
 RELEASE_BATCH_SIZE = 16
 MEAN_IMAGE_SLICES = 1024
