@@ -118,11 +118,11 @@ def test_a_preparation_that_is_killed_again_and_again(small_archive, tmp_path):
     assert (kept.total(), wrong) == (3, []) and completed >= 1
 
 
-def test_a_training_that_is_killed(tiny_dataset, compilation_cache, tmp_path):
+def test_a_training_that_is_killed(tiny_dataset, tmp_path):
     kept, completed, wrong = kills.campaign(
         lambda folder: kills.train_stage(folder, tiny_dataset),
         tmp_path,
-        compilation_cache,
+        Path(os.environ["JAX_COMPILATION_CACHE_DIR"]),
         1,
         random.Random(0),
         warm_up=0,

@@ -102,7 +102,7 @@ def folder(archive, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, tmp_path_factory, compilation_cache):
+def runs(folder, tmp_path_factory):
     """A run of every kind of model, on the second window of the dataset."""
     workdirs = tmp_path_factory.mktemp("runs")
     preparation = dataset.read_preparation(folder / "dataset")

@@ -55,7 +55,7 @@ def make_run(config, workdir: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, compilation_cache):
+def runs(tmp_path_factory):
     """A run of segmentation."""
     folder = tmp_path_factory.mktemp("runs")
     dataset = write_example_dataset(folder / "dataset", image_size=32, masks=True)
@@ -233,7 +233,7 @@ def test_a_real_nifti_scan(runs, real_data, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def exams(tmp_path_factory, compilation_cache):
+def exams(tmp_path_factory):
     """A phantom RSNA archive, its dataset, and a run of each label recipe on it."""
     folder = tmp_path_factory.mktemp("rsna")
     phantom.make_archive(folder / "archive", 3, phantom.Options(5, 64, 20, 0.0, "rsna_pe"))

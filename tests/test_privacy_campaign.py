@@ -200,7 +200,7 @@ def parts_of_scans(real_data, folder):
     return folder
 
 
-def test_real_scans(real_data, tmp_path, capfd, compilation_cache):
+def test_real_scans(real_data, tmp_path, capfd):
     """Preparation, contact sheet, checkpoint, results, embeddings and masks of real scans hold nothing of them."""
     archive, out = parts_of_scans(real_data, tmp_path / "archive"), tmp_path / "out"
     places = Places(archive, out / "dataset", out / "dataset-audit")
