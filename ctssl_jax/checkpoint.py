@@ -39,7 +39,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from ctssl_jax.command_line import InputError, RunFailed
-from data_prep.dataset import file_sha256
+from data_prep.dataset__storage import file_sha256
 
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "damaged_checkpoints"

@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,9 +103,13 @@ class Dataset:
 
     def source(self, split: str) -> "SliceSource":
         """Random access to the decoded records of a split. Raises DatasetError if there is no such split."""
-        if stores.is_url(self.name):
-            dataset_cache.fetch(self.name, (split,))
+        self.fetch((split,))
         return SliceSource(self, split)
+
+    def fetch(self, splits: Iterable[str]) -> None:
+        """Fetches the shards of some splits, if the dataset is on a store and they are not on this machine."""
+        if stores.is_url(self.name):
+            dataset_cache.fetch(self.name, tuple(splits))
 
     def check_tables(self) -> None:
         """Raises DatasetError if a file of `damaged_tables` is damaged; the shards are checked record by record as they
