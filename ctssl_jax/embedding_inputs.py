@@ -17,7 +17,7 @@ from ctssl_jax.command_line import InputError
 from data_prep import conversion, deidentify
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
-from data_prep.preparation import default_audit_dir
+from data_prep.pipeline.prepare import default_audit_dir
 from data_prep.workers import WorkerDied, WorkerPool
 
 

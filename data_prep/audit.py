@@ -32,13 +32,13 @@ import numpy as np
 import pydicom
 
 from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
-from data_prep.assembly import description
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import (
     LABELS_FILE,
     REGIONS_FILE,
     SLICES_FILE,
     VOLUME_COLUMNS,
+    description,
     label_columns,
     region_columns,
     slice_columns,
@@ -209,7 +209,7 @@ def _alphanumeric(octet: bytes) -> bool:
     return octet.isalnum() or octet >= b"\x80"
 
 
-def find_leaks(dataset_dir: Path, input_dir: ArchiveDirectory, audit_dir: Path, pool: WorkerPool) -> list[str]:
+def find_leaks(dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, pool: WorkerPool) -> list[str]:
     """Where the dataset holds what it must not, one line each, naming file and place; [] if nowhere.
 
     The lines quote no more than the first two characters of a value: they may end up in a log.
@@ -223,7 +223,7 @@ def find_leaks(dataset_dir: Path, input_dir: ArchiveDirectory, audit_dir: Path, 
         for value in values.identifying | values.words | secrets
         if len(value) >= LONG_NEEDLE and len(set(value)) >= 4
     )
-    preparation = Dataset.open(dataset_dir).preparation
+    preparation = dataset.preparation
     options = preparation["options"]
     given = [name for name, _ in options.get("tables", ())]
     not_from_headers = {"ethnic_group"} if "attributes_csv" in given else set()
@@ -233,11 +233,11 @@ def find_leaks(dataset_dir: Path, input_dir: ArchiveDirectory, audit_dir: Path, 
         LABELS_FILE: label_columns(preparation["labels"]),
         REGIONS_FILE: region_columns(preparation["masks"]),
     }
-    own_sentences = {description(options, synthetic) for synthetic in (False, True)}
+    own_sentences = {description(preparation | {"synthetic": synthetic}) for synthetic in (False, True)}
     leaks = []
     shards = []
-    for path in sorted(path for path in dataset_dir.rglob("*") if path.is_file()):
-        name = path.relative_to(dataset_dir).as_posix()
+    for path in sorted(path for path in dataset.directory.rglob("*") if path.is_file()):
+        name = path.relative_to(dataset.directory).as_posix()
         leaks += _lines(name, "its name", everything.find_in_text(name))
         if ".array_record-" in name:
             shards.append((path, name, binary))

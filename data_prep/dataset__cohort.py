@@ -148,4 +148,5 @@ def notes_on_parts(dataset: Dataset) -> Iterator[str]:
         if part.now is None:
             yield f"its part {part.directory} is not a complete dataset now: being changed, moved or removed"
         elif part.now != part.merged:
-            yield f"its part {part.directory} has grown since; merge into a new directory to take in the new volumes"
+            remedy = "data_prep.merge into a new directory takes in its new volumes"
+            yield f"its part {part.directory} has grown since; {remedy}"

@@ -56,7 +56,7 @@ def merge(parts: Sequence[Dataset], output_dir: Path, link: str = "symlink") -> 
     labels = _refuse_what_does_not_fit(parts)
     for part in parts:
         part.check_tables()  # `describe --verify` checks the shards
-    from data_prep.preparation import lock_directory
+    from data_prep.pipeline.prepare import lock_directory
 
     final = output_dir.resolve()  # relative links are seen from where it really lies
     building = final.with_name(f".{final.name}.merging")

@@ -83,7 +83,7 @@ def _verify(dataset: "Dataset") -> list[str]:
             input_dir = archive_directory(FLAGS.input_dir)
             if not input_dir.is_dir():
                 raise InputError(f"--input_dir={input_dir}: no such directory; give the folder of the scans")
-            leaks = find_leaks(dataset.directory, input_dir, Path(FLAGS.audit_dir), pool)
+            leaks = find_leaks(dataset, input_dir, Path(FLAGS.audit_dir), pool)
             if not leaks:
                 print("Verified: no identifying value of the source headers occurs in the dataset.")
             problems += leaks

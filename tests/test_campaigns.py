@@ -15,9 +15,10 @@ import imagecodecs
 import numpy as np
 import pytest
 
-from data_prep import dataset_writer, decoders, preparation, verification
+from data_prep import dataset_writer, decoders, verification
 from data_prep.dataset import Dataset
 from data_prep.dataset__storage import write_records
+from data_prep.pipeline import prepare as preparation
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 from tests.campaigns import faults, kills, mutated_dicom

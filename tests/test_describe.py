@@ -24,7 +24,7 @@ from data_prep.dataset__storage import (
     write_records,
     write_table,
 )
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -220,7 +220,7 @@ def test_jumps_and_damaged_files_are_no_faults_of_the_dataset(tmp_path, pool):
     assert sum(preparation["counts"]["files_not_images"].values()) == 1
     assert Dataset.open(places.output_dir).volumes()[0]["gap_positions"] == "11"
     assert verify(Dataset.open(places.output_dir), pool) == []
-    assert find_leaks(places.output_dir, places.input_dir, places.audit_dir, pool) == []
+    assert find_leaks(Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool) == []
 
 
 def test_needles_are_found_by_length_and_boundary():
@@ -277,7 +277,7 @@ def test_planted_identifiers_are_found(prepared, tmp_path, pool, plant, name):
     copy = tmp_path / "dataset"
     shutil.copytree(prepared.output_dir, copy)
     plant(copy)
-    leaks = find_leaks(copy, prepared.input_dir, prepared.audit_dir, pool)
+    leaks = find_leaks(Dataset.open(copy), prepared.input_dir, prepared.audit_dir, pool)
     assert leaks and all(leak.startswith(name) for leak in leaks), leaks
     assert not any("Doe" in leak or "27731" in leak for leak in leaks)  # the report tells no secrets
 
@@ -302,14 +302,14 @@ def test_identifiers_in_the_published_texts_are_found(tmp_path, pool, keyword, v
         dicom_files.write(tmp_path / "scans" / str(number), datasets)
     places = Places(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
     prepare(Options(image_size=32), places, num_workers=1)
-    leaks = find_leaks(places.output_dir, places.input_dir, places.audit_dir, pool)
+    leaks = find_leaks(Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool)
     published = {volume["kernel"] for volume in Dataset.open(places.output_dir).volumes()}
     assert bool(leaks) == (kernel in published) and all(", kernel: " in leak for leak in leaks), (leaks, published)
     assert (kernel in published) == (keyword != "StudyDate")
 
 
 def test_a_clean_dataset_has_no_leaks(prepared, pool):
-    assert find_leaks(prepared.output_dir, prepared.input_dir, prepared.audit_dir, pool) == []
+    assert find_leaks(Dataset.open(prepared.output_dir), prepared.input_dir, prepared.audit_dir, pool) == []
 
 
 def test_a_damaged_dataset_ends_with_exit_code_1(example):

@@ -31,7 +31,7 @@ from ctssl_jax.evaluate import evaluate
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from tests import dicom_files
 
 NUM_SLICES = 21

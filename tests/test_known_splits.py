@@ -12,9 +12,9 @@ from data_prep.dataset import Dataset
 from data_prep.dataset__merge import merge
 from data_prep.dataset__schema import FORMAT_VERSION, VOLUME_COLUMNS, VOLUMES_FILE, write_preparation
 from data_prep.dataset__storage import write_table
-from data_prep.known_splits import read_known_splits
 from data_prep.merged_tables import MergeError
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.known_splits import read_known_splits
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.system.errors import DatasetError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool

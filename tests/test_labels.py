@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import data_prep
-from data_prep import dataset__tfds, dicom, dry_run, label_staging
+from data_prep import dataset__tfds, dicom, label_staging
 from data_prep.audit import find_leaks
 from data_prep.dataset import Dataset
 from data_prep.label_tables import LabelError
 from data_prep.labels import LabelSources
-from data_prep.preparation import Options, Places, PreparationError, prepare
+from data_prep.pipeline import dry_run as dry_run
+from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
 from data_prep.rsna_pe import COLUMNS, EXAM_LABELS
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
@@ -80,7 +81,7 @@ def volume_of_patient(places: Places, number: int) -> str:
 def problems(places: Places) -> list[str]:
     with WorkerPool(1) as pool:
         return verify(Dataset.open(places.output_dir), pool) + find_leaks(
-            places.output_dir, places.input_dir, places.audit_dir, pool
+            Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool
         )
 
 

@@ -26,7 +26,7 @@ from data_prep.dataset__schema import (
 )
 from data_prep.dataset__storage import file_sha256, write_table
 from data_prep.merged_tables import MergeError
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.system.errors import DatasetError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool

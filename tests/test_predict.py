@@ -24,12 +24,14 @@ from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.predict import predict, table
 from ctssl_jax.tasks import get_task
-from data_prep import deidentify, phantom
+from data_prep import deidentify
 from data_prep.conversion import volume_id
 from data_prep.dataset import Dataset
 from data_prep.dicom import Rules
 from data_prep.mask_files import read_mask
 from data_prep.mask_output import resize_back
+from data_prep.synthetic.archive import make_archive
+from data_prep.synthetic.exam import Options
 
 PROJECT = Path(__file__).resolve().parent.parent
 WINDOW = ((50, 350),)
@@ -236,7 +238,7 @@ def test_a_real_nifti_scan(runs, real_data, tmp_path):
 def exams(tmp_path_factory):
     """A phantom RSNA archive, its dataset, and a run of each label recipe on it."""
     folder = tmp_path_factory.mktemp("rsna")
-    phantom.make_archive(folder / "archive", 3, phantom.Options(5, 64, 20, 0.0, "rsna_pe"))
+    make_archive(folder / "archive", 3, Options(5, 64, 20, 0.0, "rsna_pe"))
     options = ["--archive=rsna_pe", "--image_size=32", "--splits=0.34,0.33,0.33", "--num_workers=1"]
     prepared = subprocess.run(
         [

@@ -19,14 +19,14 @@ import pydicom
 import pytest
 
 from data_prep import conversion, dataset__tfds, planning
-from data_prep import preparation as preparation_module
-from data_prep.assembly import freeze
 from data_prep.conversion import convert_exam
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
 from data_prep.dicom import Rules, load_volume
-from data_prep.dry_run import dry_run
-from data_prep.preparation import Options, Places, PreparationError, prepare
+from data_prep.pipeline import prepare as preparation_module
+from data_prep.pipeline.assemble import freeze
+from data_prep.pipeline.dry_run import dry_run
+from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
 from data_prep.system.errors import DatasetError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from example_dataset import write_example_dataset
 from PIL import Image, PngImagePlugin
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset as DicomDataset
 from tensorboardX import SummaryWriter
 from training_runs import save_untrained, tiny_recipe
 
@@ -28,7 +28,7 @@ from data_prep.dataset import Dataset
 from data_prep.dataset__cohort import contact_sheet
 from data_prep.dataset__storage import encode_record, write_records
 from data_prep.dicom import Header, Rules, read_header
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from tests import dicom_files
 from tests.campaigns import privacy
 
@@ -40,7 +40,7 @@ def source(tmp_path_factory) -> privacy.Source:
     folder = tmp_path_factory.mktemp("scans")
     (ds,) = dicom_files.slices(dicom_files.thorax(1))
     ds.PatientName, ds.StudyTime, ds.PatientID, ds.Manufacturer = NAME, TIME, IDENTIFIER, "SIEMENS"
-    item = Dataset()
+    item = DicomDataset()
     item.add_new(0x00091001, "UN", b"Dulcinea del T. ")
     item.add_new(0x00091002, "UN", bytes(range(100, 200)))
     ds.RequestAttributesSequence = [item]

@@ -19,9 +19,9 @@ from ctssl_jax.command_line import InputError
 from data_prep.dataset import Dataset
 from data_prep.dicom import Rules
 from data_prep.labels import LabelSources
-from data_prep.phantom import Options as PhantomOptions
-from data_prep.phantom import make_archive
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.synthetic.archive import make_archive
+from data_prep.synthetic.exam import Options as PhantomOptions
 from tests import dicom_files
 
 KEY = "0123456789abcdef0123456789abcdef"

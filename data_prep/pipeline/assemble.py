@@ -34,7 +34,7 @@ from data_prep.dataset__schema import (
 )
 from data_prep.dataset__storage import file_sha256, read_records, write_records, write_table
 from data_prep.dataset__tfds import complete
-from data_prep.splits import assign_splits, cut_into_shards, running_totals
+from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _MEGABYTE = 1_000_000
