@@ -18,7 +18,7 @@ from data_prep import command_line
 from data_prep.system.errors import InputError
 
 if TYPE_CHECKING:
-    
+    from data_prep.dataset import Dataset
 
 FLAGS = flags.FLAGS
 
