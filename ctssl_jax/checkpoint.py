@@ -27,10 +27,8 @@ whatever they raise here becomes one line with the remedy.
 """
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +36,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from ctssl_jax.command_line import InputError, RunFailed
-from data_prep.dataset import file_sha256
+from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.files import file_sha256, write_text
 
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "damaged_checkpoints"
@@ -403,27 +401,6 @@ def read_metadata(workdir: Path, step: int) -> dict:
     return dict(ocp.checkpointables_metadata(path).custom_metadata)
 
 
-def read_json(path: Path, fields: Sequence[str] = ()) -> Any:
-    """A JSON file of a run directory.
-
-    Args:
-      path: of the file.
-      fields: that its content has, if it is the file that it should be.
-
-    Raises:
-      InputError: it is missing, no JSON, or something else.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); bring back a copy of it") from None
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({_first_line(error)}); bring back a copy of it") from None
-    if missing := [name for name in fields if not isinstance(content, dict) or name not in content]:
-        raise InputError(f"{path} is damaged ({missing[0]} is not in it); bring back a copy of it")
-    return content
-
-
 def saved_with(workdir: Path) -> dict | None:
     """The JSON that was saved with the newest checkpoint whose checksums vouch for it; None if there is none."""
     for step in reversed(_step_numbers(workdir)):
@@ -431,22 +408,3 @@ def saved_with(workdir: Path) -> dict | None:
             if not _differing(workdir, step, of_run=False, small_files_only=True):
                 return read_metadata(workdir, step)
     return None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step, as `write_text`."""
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: a reader sees the old file or the new one, never a part; after an error nothing new."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -8,11 +8,12 @@ from typing import Any
 import ml_collections
 
 from ctssl_jax import data
-from ctssl_jax.checkpoint import holds_checkpoint, read_json, saved_with, write_json
-from ctssl_jax.command_line import InputError
+from ctssl_jax.checkpoint import holds_checkpoint, saved_with
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.tasks import check_task
 from data_prep import dataset as dataset_directory
+from data_prep.system.errors import InputError
+from data_prep.system.files import read_json, write_json
 
 CHOICES = {
     "normalize": ("window", "slice_minmax"),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 if TYPE_CHECKING:
     from data_prep.dicom import Rules

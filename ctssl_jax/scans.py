@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError
 from ctssl_jax.scan_flags import ARCHIVES
 from data_prep import archives, conversion, deidentify, nifti_metadata, planning, stores
 from data_prep.dicom import (
@@ -34,6 +33,7 @@ from data_prep.dicom import (
     plan_series,
     select_reconstructions,
 )
+from data_prep.system.errors import InputError
 from data_prep.window import resize_slice, window_to_uint8
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 

@@ -8,11 +8,12 @@ free-text descriptions.
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from pathlib import Path
 from typing import Any
+
+from data_prep.system.files import write_file
 
 _PSEUDONYM_LENGTH = 32  # hexadecimal digits: 128 bits
 _SHORTEST_KEY = 16  # bytes
@@ -47,13 +48,7 @@ def read_key(path: Path) -> bytes:
 def make_key(path: Path) -> bytes:
     """Makes a random key file that only its owner can read, and returns the key; an existing one is read instead."""
     if not path.exists():
-        temporary = path.with_name(path.name + ".partial")
-        temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        write_file(path, f"{secrets.token_hex(32)}\n".encode(), mode=0o600)
     return read_key(path)
 
 

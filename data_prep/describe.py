@@ -17,7 +17,8 @@ from typing import Any
 
 from absl import flags
 
-from data_prep import command_line
+from data_prep.system import command_line
+from data_prep.system.files import written_whole
 
 FLAGS = flags.FLAGS
 
@@ -163,8 +164,8 @@ def contact_sheet(dataset_dir: Path, num_slices: int, seed: int):
     return sheet
 
 
-def main() -> int:
-    from data_prep import dataset, dataset_writer, stores
+def main(argv: list[str]) -> int:
+    from data_prep import dataset, stores
 
     dataset_dir = dataset.local_directory(FLAGS.dataset, dataset.read_preparation(FLAGS.dataset)["splits"])
     if bool(FLAGS.audit_dir) != bool(FLAGS.input_dir) or (FLAGS.audit_dir and not FLAGS.verify):
@@ -195,12 +196,12 @@ def main() -> int:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([("group", "item", "value"), *rows])
-    with dataset_writer.written_whole(output_dir / "cohort.csv") as temporary:
+    with written_whole(output_dir / "cohort.csv") as temporary:
         temporary.write_text(text.getvalue())
     print(f"Written: {output_dir}/cohort.csv")
     if problems := _verify(dataset_dir) if FLAGS.verify else []:
         return _wrong(problems)
-    with dataset_writer.written_whole(output_dir / "contact_sheet.png") as temporary:
+    with written_whole(output_dir / "contact_sheet.png") as temporary:
         contact_sheet(dataset_dir, FLAGS.num_slices, FLAGS.seed).save(temporary, "PNG")
     print(f"Written: {output_dir}/contact_sheet.png")
     return 0

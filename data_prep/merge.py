@@ -26,8 +26,10 @@ from typing import Any
 
 from absl import flags
 
-from data_prep import command_line, dataset, merged_tables
+from data_prep import dataset, merged_tables
 from data_prep.merged_tables import MergeError, Part
+from data_prep.system import command_line
+from data_prep.system.files import file_sha256, lock_directory, sync_directory
 
 FLAGS = flags.FLAGS
 _ALIKE = ("windows", "image_size", "channels", "masks")  # of preparation.json
@@ -54,8 +56,6 @@ def merge(directories: Sequence[Path], output_dir: Path, link: str = "symlink") 
     labels = _refuse_what_does_not_fit(parts)
     for part in parts:
         dataset.check_tables(part.directory, part.preparation)  # `describe --verify` does the shards
-    from data_prep import dataset_writer
-    from data_prep.preparation import lock_directory
 
     final = output_dir.resolve()  # relative links are seen from where it really lies
     building = final.with_name(f".{final.name}.merging")
@@ -65,7 +65,7 @@ def merge(directories: Sequence[Path], output_dir: Path, link: str = "symlink") 
             stale.unlink()
         preparation = _write(parts, labels, building, final, link)
         building.rename(final)
-        dataset_writer.sync_directory(final.parent)
+        sync_directory(final.parent)
     return preparation, True
 
 
@@ -206,7 +206,7 @@ def _write(
         masks=bool(masks),
     )
     for name in (*tables, "dataset_info.json", "features.json"):
-        checksums[name] = dataset.file_sha256(building / name)
+        checksums[name] = file_sha256(building / name)
     preparation = {
         "format_version": dataset.FORMAT_VERSION,
         "archive": "+".join(dict.fromkeys(part.preparation["archive"] for part in parts)),
@@ -314,7 +314,7 @@ def _part_facts(part: Part) -> dict[str, Any]:
     return facts | {"num_volumes": len(part.volumes), "num_shards": shards}
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     directories = [Path(name).expanduser() for name in FLAGS.datasets if name]
     output_dir = Path(FLAGS.output_dir).expanduser()
     preparation, changed = merge(directories, output_dir, FLAGS.link)

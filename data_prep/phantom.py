@@ -22,18 +22,18 @@ muscle and fat, independent of age and sex. `phantom.json` in the folder holds t
 
 import dataclasses
 import json
-import multiprocessing
 import os
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from data_prep import phantom_layouts
 from data_prep.phantom_exam import LAYOUTS, Options
+from data_prep.system import command_line
+from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.files import PARTIAL, folder_written_whole, write_text
+from data_prep.workers import WorkerDied, WorkerPool
 
 OPTIONS_FILE = "phantom.json"
 
@@ -42,49 +42,42 @@ FLAGS = flags.FLAGS
 
 def _finish_patient(output_dir: Path, index: int, options: Options) -> int:
     """Writes one patient under a temporary name, so that a patient's folder is always complete."""
-    partial = output_dir / f".P{index:04d}.partial"
-    if partial.exists():
-        for path in sorted(partial.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        partial.rmdir()
-    count = phantom_layouts.write_patient(partial, output_dir, index, options)
-    final = phantom_layouts.patient_folder(output_dir, index, options)
-    final.parent.mkdir(exist_ok=True)
-    partial.rename(final)
-    return count
+    folder = phantom_layouts.patient_folder(output_dir, index, options)
+    with folder_written_whole(folder, output_dir / f".P{index:04d}{PARTIAL}") as temporary:
+        return phantom_layouts.write_patient(temporary, output_dir, index, options)
 
 
 def make_archive(output_dir: Path, num_patients: int, options: Options, num_workers: int = 1) -> int:
     """Writes patients 0..num_patients-1 that are not there yet; returns the number of files written.
 
-    Raises ValueError if the folder holds something else or was made with other options, or an option is impossible.
+    Raises InputError if the folder holds something else or was made with other options, or an option is impossible.
     """
     if num_patients < 1:
-        raise ValueError(f"--num_patients={num_patients}: at least 1 is needed")
+        raise InputError(f"--num_patients={num_patients}: at least 1 is needed")
     if not 32 <= options.image_size <= 1024:
-        raise ValueError(f"--image_size={options.image_size}: choose 32 to 1024")
+        raise InputError(f"--image_size={options.image_size}: choose 32 to 1024")
     if options.num_slices < 0:
-        raise ValueError(f"--num_slices={options.num_slices}: 0 for the whole chest, or a number of slices")
+        raise InputError(f"--num_slices={options.num_slices}: 0 for the whole chest, or a number of slices")
     if options.slice_spacing_mm != 0 and not 0.5 <= options.slice_spacing_mm <= 10:
-        raise ValueError(f"--slice_spacing_mm={options.slice_spacing_mm:g}: 0 (the scanner's choice) or 0.5 to 10")
+        raise InputError(f"--slice_spacing_mm={options.slice_spacing_mm:g}: 0 (the scanner's choice) or 0.5 to 10")
     if options.layout not in LAYOUTS:
-        raise ValueError(f"--layout={options.layout}: choose {', '.join(LAYOUTS)}")
+        raise InputError(f"--layout={options.layout}: choose {', '.join(LAYOUTS)}")
     if options.seed < 0:
-        raise ValueError(f"--seed={options.seed}: 0 or larger")
+        raise InputError(f"--seed={options.seed}: 0 or larger")
     if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir={output_dir}: is a file; give a folder")
+        raise InputError(f"--output_dir={output_dir}: is a file; give a folder")
     output_dir.mkdir(parents=True, exist_ok=True)
     marker = output_dir / OPTIONS_FILE
     recorded = {"synthetic": True, **dataclasses.asdict(options)}
     if marker.exists():
         if json.loads(marker.read_text()) != recorded:
-            raise ValueError(
+            raise InputError(
                 f"--output_dir={output_dir}: holds a phantom archive made with other options; "
                 "choose another folder or the options in its phantom.json"
             )
     elif any(output_dir.iterdir()):
-        raise ValueError(f"--output_dir={output_dir}: is not empty and no phantom archive; choose another folder")
-    marker.write_text(json.dumps(recorded, indent=1) + "\n")
+        raise InputError(f"--output_dir={output_dir}: is not empty and no phantom archive; choose another folder")
+    write_text(marker, json.dumps(recorded, indent=1) + "\n")
     missing = [i for i in range(num_patients) if not phantom_layouts.patient_folder(output_dir, i, options).exists()]
     count = _write_missing(output_dir, missing, options, num_workers)
     phantom_layouts.write_tables(output_dir, options)
@@ -97,20 +90,18 @@ def _write_missing(output_dir: Path, missing: list[int], options: Options, num_w
         return sum(_finish_patient(output_dir, i, options) for i in tqdm(missing, unit="patient"))
     # One thread of linear algebra a worker; the variable is read when a worker starts.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_finish_patient, output_dir, i, options) for i in missing]
-        return sum(future.result() for future in tqdm(as_completed(futures), total=len(futures), unit="patient"))
+    count, tasks = 0, [(output_dir, i, options) for i in missing]
+    with WorkerPool(num_workers) as pool:
+        for (_, i, _), written in tqdm(pool.run(_finish_patient, tasks), total=len(tasks), unit="patient"):
+            if isinstance(written, WorkerDied):
+                raise RunFailed(f"making patient {i} was killed, probably for memory; give a smaller --num_workers")
+            count += written
+    return count
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     options = Options(FLAGS.seed, FLAGS.image_size, FLAGS.num_slices, FLAGS.slice_spacing_mm, FLAGS.layout)
-    try:
-        count = make_archive(Path(FLAGS.output_dir), FLAGS.num_patients, options, FLAGS.num_workers)
-    except (ValueError, OSError, BrokenProcessPool) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    count = make_archive(Path(FLAGS.output_dir), FLAGS.num_patients, options, FLAGS.num_workers)
     print(f"{count} files written; {FLAGS.output_dir} holds {FLAGS.num_patients} synthetic patients")
 
 
@@ -127,4 +118,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    command_line.run(main)

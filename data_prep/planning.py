@@ -22,8 +22,6 @@ from pathlib import Path
 from data_prep import nifti
 from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, reading_ahead, will_read
 from data_prep.conversion import FAILED_FOR_NOW
-from data_prep.dataset import file_sha256
-from data_prep.dataset_writer import PARTIAL
 from data_prep.dicom import (
     Header,
     NotAnImage,
@@ -34,6 +32,7 @@ from data_prep.dicom import (
     read_header,
     select_reconstructions,
 )
+from data_prep.system.files import PARTIAL, file_sha256, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _MIN_BUCKETS = 64
@@ -193,9 +192,7 @@ def stage_headers(
     by_bucket = _by_bucket(found, num_buckets)
     if not any(isinstance(entry, NotAnImage) and entry.reason == FAILED_FOR_NOW for entry in found):
         content = digest + pickle.dumps(by_bucket, pickle.HIGHEST_PROTOCOL)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-        temporary.write_bytes(hashlib.sha256(content).digest() + content)
-        temporary.rename(path)
+        write_file(path, hashlib.sha256(content).digest() + content)
     return by_bucket, False
 
 

@@ -7,30 +7,28 @@ The private audit directory holds what links pseudonyms to the archive: the key,
 """
 
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import itertools
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import conversion, dataset, dataset_writer, deidentify, label_staging, splits
+from data_prep import conversion, dataset, deidentify, label_staging, splits
 from data_prep.accounting import Account
 from data_prep.archives import ArchiveDirectory, RemoteArchive
-from data_prep.assembly import Frozen, assemble, can_be_assembled, freeze, keep_notes, remove_tree
+from data_prep.assembly import Frozen, assemble, can_be_assembled, freeze, keep_notes
 from data_prep.dicom import Rules
 from data_prep.growth import KnownVolumes
 from data_prep.known_splits import KEY_FILE, KnownSplits, read_known_splits, refuse_other_key, refuse_other_splits
 from data_prep.labels import LabelSources
 from data_prep.planning import all_headers, header_reader, list_archive, plan_archive, read_plan
 from data_prep.system.errors import InputError
+from data_prep.system.files import PARTIAL, lock_directory, make_folder, remove_tree, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
@@ -166,13 +164,8 @@ def prepare(
     if elsewhere:
         refuse_other_key(elsewhere, pseudonym_key_file, places.audit_dir)
         options = dataclasses.replace(options, same_splits_as=elsewhere.fingerprints)
-    for flag, directory, mode in (("output", places.output_dir, 0o777), ("audit", places.audit_dir, 0o700)):
-        try:
-            directory.mkdir(mode=mode, parents=True, exist_ok=True)
-        except OSError as error:
-            raise PreparationError(
-                f"--{flag}_dir={directory}: cannot make this directory: {error.strerror}; choose another"
-            ) from None
+    make_folder(places.output_dir, "--output_dir")
+    make_folder(places.audit_dir, "--audit_dir", mode=0o700)
     with lock_directory(places.output_dir), lock_directory(places.audit_dir), WorkerPool(num_workers) as pool:
         places.audit_dir.chmod(0o700)
         _refuse_audit_dir_of_another(places)
@@ -223,22 +216,6 @@ def _with_absolute_paths(paths: Any) -> Any:
 
     fields = [field.name for field in dataclasses.fields(paths)]
     return dataclasses.replace(paths, **{name: absolute(getattr(paths, name)) for name in fields})
-
-
-@contextlib.contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
-    """An advisory lock on the directory itself, which ends with the process, however it ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PreparationError(f"{directory}: another run is at work in it; wait for it or stop it") from None
-        except OSError:
-            print(f"{directory}: no locks on this file system; let no two runs write here", file=sys.stderr)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _complete_preparation(options: Options, key: bytes, places: Places) -> dict[str, Any] | None:
@@ -488,13 +465,13 @@ def _finish(frozen: Frozen, places: Places, pool: WorkerPool, beam_arguments: li
     }
     _write_private(places.audit_dir / _BOUND_FILE, bound)
     places.frozen_file.unlink()
-    dataset_writer.sync_directory(places.work_dir)
+    sync_directory(places.work_dir)
     _clean(places)
     return preparation
 
 
 def _write_private(path: Path, content: dict[str, str]) -> None:
-    dataset_writer.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _read_splits(places: Places) -> dict[str, str]:
@@ -509,7 +486,7 @@ def _clean(places: Places) -> None:
 
 def _remove_partial_files(places: Places) -> None:
     for directory in (places.output_dir, places.records_dir, places.audit_dir, places.work_dir, places.notes_dir):
-        for stale in directory.glob(f"*{dataset_writer.PARTIAL}"):
+        for stale in directory.glob(f"*{PARTIAL}"):
             if stale.is_dir():  # of a task under Beam
                 remove_tree(stale)
             else:

@@ -26,24 +26,19 @@ what the files do not say, as CT-RATE has it: see data_prep.nifti_metadata). Bes
 """
 
 import shlex
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from data_prep import command_line, stores
+from data_prep import stores
 from data_prep.remote_archives import archive_directory
+from data_prep.system import command_line
 
 FLAGS = flags.FLAGS
 _UPLOAD = "write it to a local disk, then upload it with `gcloud storage cp -r` or `aws s3 cp --recursive`"
 
 _WINDOWS = {"rsna_pe": ["50,350", "100,700"]}  # where no --window is given: the second is made for pulmonary arteries
-
-
-class Stopped(BaseException):
-    """SIGTERM, Ctrl-C or a closed terminal; like KeyboardInterrupt, nothing that handles errors handles it."""
 
 
 def parse_splits(text: str) -> tuple[float, float, float]:
@@ -58,23 +53,8 @@ def parse_splits(text: str) -> tuple[float, float, float]:
     return train, validation, test
 
 
-def main() -> int:
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # under nohup a closed terminal stops nothing
-            signal.signal(signum, _stop)
-    try:
-        return _run()
-    except Stopped as stopped:
-        print("stopped; run the same command again to continue", file=sys.stderr)
-        return 128 + stopped.args[0]
-
-
-def _stop(signum: int, frame: object) -> None:
-    signal.signal(signum, signal.SIG_DFL)  # the second time it ends at once
-    raise Stopped(signum)
-
-
-def _run() -> int:
+def main(argv: list[str]) -> int:
+    """Command line."""
     from data_prep.window import parse_window  # not earlier: --help needs none of it
 
     windows = tuple(parse_window(text) for text in FLAGS.window or _WINDOWS.get(FLAGS.archive, ["50,350"]))

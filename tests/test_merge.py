@@ -15,6 +15,7 @@ import pytest
 from data_prep import assembly, dataset, dataset_writer, merge, merged_tables
 from data_prep.merged_tables import MergeError, Part
 from data_prep.preparation import Options, Places, prepare
+from data_prep.system.files import file_sha256
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -62,7 +63,7 @@ def rewrite_table(directory: Path, name: str, rows: list[dict]) -> None:
     """Also brings checksums and fingerprint up to date."""
     dataset_writer.write_table(directory / name, list(rows[0]), rows)
     preparation = dataset.read_preparation(directory)
-    checksums = preparation["checksums"] | {name: dataset.file_sha256(directory / name)}
+    checksums = preparation["checksums"] | {name: file_sha256(directory / name)}
     rewrite_preparation(directory, checksums=checksums, fingerprint=dataset.dataset_fingerprint(checksums))
 
 
