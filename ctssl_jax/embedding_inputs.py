@@ -14,7 +14,7 @@ import numpy as np
 from ctssl_jax import measurement, scans
 from data_prep import conversion, deidentify
 from data_prep import dataset as dataset_directory
-from data_prep.preparation import default_audit_dir
+from data_prep.pipeline.prepare import default_audit_dir
 from data_prep.system.errors import InputError
 from data_prep.system.files import written_whole
 from data_prep.workers import WorkerDied, WorkerPool

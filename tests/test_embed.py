@@ -30,7 +30,7 @@ from ctssl_jax.evaluate import evaluate
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
 from data_prep import dataset
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.system.errors import InputError
 from tests import dicom_files
 
@@ -102,7 +102,7 @@ def folder(archive, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, tmp_path_factory, compilation_cache):
+def runs(folder, tmp_path_factory):
     """A run of every kind of model, on the second window of the dataset."""
     workdirs = tmp_path_factory.mktemp("runs")
     preparation = dataset.read_preparation(folder / "dataset")
@@ -404,7 +404,7 @@ def test_wrong_requests(runs, folder, archive, tmp_path):
         ((tmp_path, archive, output), {}, "is not a run directory; give the --workdir"),
         ((run, archive, output), {"checkpoint": "9"}, "has no checkpoint '9'"),
         ((run, archive, tmp_path / "z.csv"), {}, "must end in .parquet or .npz"),
-        ((run, archive, tmp_path / "file" / "z.npz"), {}, "cannot make .*file .*choose another folder"),
+        ((run, archive, tmp_path / "file" / "z.npz"), {}, "cannot make .*file .*choose another place"),
         ((run, tmp_path / "none", output), {}, "--input=.*none: no such file or directory"),
         ((run, archive / "short", output), {}, "has too few slices .*; give a smaller --min_slices"),
         ((run, archive / "notes.txt", output), {}, "no DICOM file; give DICOM, or --archive=nifti"),

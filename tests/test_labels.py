@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 import data_prep
-from data_prep import dataset, dataset_writer, dicom, dry_run, label_staging
+from data_prep import dataset, dataset_writer, dicom, label_staging
 from data_prep.audit import find_leaks
 from data_prep.label_tables import LabelError
 from data_prep.labels import LabelSources
-from data_prep.preparation import Options, Places, PreparationError, prepare
+from data_prep.pipeline import dry_run as dry_run
+from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
 from data_prep.rsna_pe import COLUMNS, EXAM_LABELS
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool

@@ -19,12 +19,12 @@ import pydicom
 import pytest
 
 from data_prep import conversion, dataset, dataset_writer, planning
-from data_prep import preparation as preparation_module
-from data_prep.assembly import freeze
 from data_prep.conversion import convert_exam
 from data_prep.dicom import Rules, load_volume
-from data_prep.dry_run import dry_run
-from data_prep.preparation import Options, Places, PreparationError, prepare
+from data_prep.pipeline import prepare as preparation_module
+from data_prep.pipeline.assemble import freeze
+from data_prep.pipeline.dry_run import dry_run
+from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files

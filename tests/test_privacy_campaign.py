@@ -25,7 +25,7 @@ from ctssl_jax.predict import predict
 from data_prep import audit, dataset_writer, describe
 from data_prep.archives import list_sources, read_bytes
 from data_prep.dicom import Header, Rules, read_header
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from tests import dicom_files
 from tests.campaigns import privacy
 
@@ -200,7 +200,7 @@ def parts_of_scans(real_data, folder):
     return folder
 
 
-def test_real_scans(real_data, tmp_path, capfd, compilation_cache):
+def test_real_scans(real_data, tmp_path, capfd):
     """Preparation, contact sheet, checkpoint, results, embeddings and masks of real scans hold nothing of them."""
     archive, out = parts_of_scans(real_data, tmp_path / "archive"), tmp_path / "out"
     places = Places(archive, out / "dataset", out / "dataset-audit")

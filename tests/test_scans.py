@@ -18,9 +18,9 @@ from ctssl_jax import hu_arrays, scan_flags, scans
 from data_prep import dataset
 from data_prep.dicom import Rules
 from data_prep.labels import LabelSources
-from data_prep.phantom import Options as PhantomOptions
-from data_prep.phantom import make_archive
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.synthetic.archive import make_archive
+from data_prep.synthetic.exam import Options as PhantomOptions
 from data_prep.system.errors import InputError
 from tests import dicom_files
 

@@ -45,10 +45,11 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from data_prep import assembly, conversion
+from data_prep import conversion
 from data_prep.dicom import SeriesCandidate
+from data_prep.pipeline import assemble
+from data_prep.pipeline.prepare import is_converted
 from data_prep.planning import read_plan
-from data_prep.preparation import is_converted
 from data_prep.system.files import PARTIAL, publish, write_file
 from data_prep.workers import WorkerDied, WorkerPool
 
@@ -158,9 +159,9 @@ def convert_once(run: conversion.Conversion, exam: list[SeriesCandidate], pool: 
 
 
 def write_shards(
-    frozen: assembly.Frozen, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
+    frozen: assemble.Frozen, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
 ) -> None:
-    """Writes the new shards that are not there yet, with the sidecars by which `assembly.assemble` knows them.
+    """Writes the new shards that are not there yet, with the sidecars by which `assemble.assemble` knows them.
 
     Raises:
         OSError: the pipeline failed; what it finished stays.
@@ -186,7 +187,7 @@ class _WriteShard(beam.DoFn):
         self._frozen_file, self._output_dir, self._records_dir = frozen_file, output_dir, records_dir
 
     def setup(self) -> None:
-        self._shards = assembly.Frozen.load(Path(self._frozen_file)).new_shards
+        self._shards = assemble.Frozen.load(Path(self._frozen_file)).new_shards
 
     def process(self, element: int) -> None:
         shard = self._shards[element]
@@ -214,15 +215,15 @@ def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: 
     with _private_directory(records_dir) as private:
         for key in staged:  # links: the function takes away what it has written, and another run may be reading it
             conversion.records_path(private, key).symlink_to(conversion.records_path(records_dir, key).absolute())
-        assembly.write_shard(private / path.name, private, staged, num_records)
+        assemble.write_shard(private / path.name, private, staged, num_records)
         publish(private / path.name, path)
         publish(
-            assembly.sidecar_path(private, path.name), assembly.sidecar_path(records_dir, path.name)
+            assemble.sidecar_path(private, path.name), assemble.sidecar_path(records_dir, path.name)
         )  # it means "done"
 
 
 def _is_written(name: str, output_dir: Path, records_dir: Path) -> bool:
-    return assembly.sidecar_path(records_dir, name).exists() and (output_dir / name).exists()
+    return assemble.sidecar_path(records_dir, name).exists() and (output_dir / name).exists()
 
 
 # ---- both --------------------------------------------------------------------------------------------------

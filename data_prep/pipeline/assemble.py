@@ -16,7 +16,7 @@ from typing import Any
 
 from data_prep import dataset, dataset_writer, deidentify
 from data_prep.conversion import ExamNote, read_note, records_path
-from data_prep.splits import assign_splits, cut_into_shards, running_totals
+from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.system.files import file_sha256, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
