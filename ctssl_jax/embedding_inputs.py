@@ -180,7 +180,7 @@ def read_key(pseudonym_key_file: str | Path | None) -> bytes | None:
     """
     try:
         return deidentify.read_key(Path(pseudonym_key_file).expanduser()) if pseudonym_key_file else None
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"--pseudonym_key_file={error}") from None
 
 
@@ -205,7 +205,7 @@ def keep_audit(output: Path, plan: scans.ScanPlan, key: bytes | None) -> bytes:
         key = key or deidentify.make_key(audit_dir / "pseudonym_key")
     except OSError as error:
         raise InputError(f"--output: cannot make {audit_dir} ({error.strerror}); choose another place") from None
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{error}; remove it to have another one made") from None
     rows = []
     for candidate in (candidate for exam in plan.exams for candidate in exam):

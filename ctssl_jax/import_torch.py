@@ -212,10 +212,7 @@ def main(argv: list[str]) -> int:
             raise InputError(f"give --{name}={example}")
     from data_prep.window import parse_window
 
-    try:
-        windows = [list(parse_window(text)) for text in given.window]
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    windows = [list(parse_window(text)) for text in given.window]
     configure_jax()
     config = None
     if _manifest(Path(given.checkpoint)) is None:

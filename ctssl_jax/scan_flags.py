@@ -37,5 +37,5 @@ def rules_of(given: flags.FlagValues) -> "Rules":
 
     try:
         return Rules(**{name: given[name].value for name in RULES})
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"--{error}") from None

@@ -13,6 +13,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from data_prep.system.errors import InputError
 from data_prep.system.files import write_file
 
 _PSEUDONYM_LENGTH = 32  # hexadecimal digits: 128 bits
@@ -33,15 +34,15 @@ _VENDOR_WORDS = set(
 def read_key(path: Path) -> bytes:
     """The pseudonym key in a file, without surrounding blanks.
 
-    Raises ValueError if the file is absent or too short.
+    Raises InputError if the file is absent or too short.
     """
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{path}: no such key file; leave out --pseudonym_key_file to have a key made in the audit directory"
         )
     key = path.read_bytes().strip()
     if len(key) < _SHORTEST_KEY:
-        raise ValueError(f"{path}: a pseudonym key has at least {_SHORTEST_KEY} bytes, this one {len(key)}")
+        raise InputError(f"{path}: a pseudonym key has at least {_SHORTEST_KEY} bytes, this one {len(key)}")
     return key
 
 

@@ -32,6 +32,7 @@ from data_prep.dicom import (
     read_header,
     select_reconstructions,
 )
+from data_prep.system.errors import InputError
 from data_prep.system.files import PARTIAL, file_sha256, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
@@ -60,7 +61,7 @@ def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tu
     `listing` (private): a file to write, so that `plan_archive` need not list again and plans what was listed here.
 
     Raises:
-        ValueError: there are no files.
+        InputError: there are no files.
     """
     digest = hashlib.sha256()
     number = 0
@@ -77,7 +78,7 @@ def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tu
             number += len(chunk)
             progress.advance(len(chunk))
         if not number:
-            raise ValueError(f"--input_dir={input_dir}: no files in it; give the folder of the scans")
+            raise InputError(f"--input_dir={input_dir}: no files in it; give the folder of the scans")
     return number, digest.hexdigest()
 
 

@@ -380,10 +380,7 @@ def define_flags() -> None:
 
 def local_dataset(dataset: str) -> Path:
     """The absolute path of a dataset. Raises InputError for a URL."""
-    try:
-        return stores.local_path(dataset, "--dataset", "fetch it first: python -m data_prep.fetch").resolve()
-    except stores.StoreError as error:
-        raise InputError(str(error)) from None
+    return stores.local_path(dataset, "--dataset", "fetch it first: python -m data_prep.fetch").resolve()
 
 
 def settings_of_flags(verb: str) -> Settings:

@@ -50,6 +50,7 @@ from data_prep.dicom import SeriesCandidate
 from data_prep.pipeline import assemble
 from data_prep.pipeline.prepare import is_converted
 from data_prep.planning import read_plan
+from data_prep.system.errors import InputError
 from data_prep.system.files import PARTIAL, publish, write_file
 from data_prep.workers import WorkerDied, WorkerPool
 
@@ -62,7 +63,7 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
     """Beam's own arguments, with a runner on this machine if `options` names none.
 
     Raises:
-        ValueError: Beam does not take them; one line.
+        InputError: Beam does not take them; one line.
     """
     for name in ("common", "worker", "portability.fn_api_runner", "portability.local_job_service"):  # workers here:
         logging.getLogger(f"apache_beam.runners.{name}").setLevel(logging.CRITICAL)  # `_run` raises their errors
@@ -77,7 +78,7 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
             beam.Pipeline(options=parsed)
     except (Exception, SystemExit) as error:  # argparse prints and exits, runners raise what they like
         reason = (complaint.getvalue() or str(error)).strip().splitlines()[-1].rpartition(": error: ")[2]
-        raise ValueError(f"--beam_options={shlex.join(options)}: {reason}") from None
+        raise InputError(f"--beam_options={shlex.join(options)}: {reason}") from None
     return arguments
 
 

@@ -42,10 +42,6 @@ _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a
 _BOUND_FILE = "archive.json"  # of which archive and which dataset an audit directory is
 
 
-class PreparationError(InputError):
-    """Something that the user gave cannot work, or the archive changed; one line with the remedy."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the bytes of a dataset depend on, besides the archive and the pseudonym key."""
@@ -114,26 +110,26 @@ def default_audit_dir(output_dir: Path) -> Path:
 
 
 def check_places(places: Places) -> None:
-    """Raises PreparationError for directories that contain one another, are missing or are used otherwise."""
+    """Raises InputError for directories that contain one another, are missing or are used otherwise."""
     remote = isinstance(places.input_dir, RemoteArchive)
     if remote:
         places.input_dir.check("--input_dir")
     elif places.input_dir.is_file():
-        raise PreparationError(f"--input_dir={places.input_dir}: is a file; give the folder of the scans")
+        raise InputError(f"--input_dir={places.input_dir}: is a file; give the folder of the scans")
     elif not places.input_dir.is_dir():
-        raise PreparationError(f"--input_dir={places.input_dir}: no such directory; give the folder of the scans")
+        raise InputError(f"--input_dir={places.input_dir}: no such directory; give the folder of the scans")
     named = {"--output_dir": places.output_dir, "--audit_dir": places.audit_dir}
     named |= {} if remote else {"--input_dir": places.input_dir}
     for (a, path_a), (b, path_b) in itertools.permutations(named.items(), 2):
         if path_a.resolve().is_relative_to(path_b.resolve()):
-            raise PreparationError(f"{a}={path_a} lies inside {b}={path_b}; choose a directory beside it")
+            raise InputError(f"{a}={path_a} lies inside {b}={path_b}; choose a directory beside it")
     for path in (places.output_dir, places.audit_dir):
         if path.exists() and not path.is_dir():
-            raise PreparationError(f"{path}: is a file; choose another directory")
+            raise InputError(f"{path}: is a file; choose another directory")
     ours = (dataset.PREPARATION_FILE, dataset.VOLUMES_FILE, places.records_dir.name)
     if places.output_dir.is_dir() and not any((places.output_dir / name).exists() for name in ours):
         if any(places.output_dir.iterdir()):
-            raise PreparationError(f"--output_dir={places.output_dir}: holds other files; choose a new directory")
+            raise InputError(f"--output_dir={places.output_dir}: holds other files; choose a new directory")
 
 
 def prepare(
@@ -155,7 +151,7 @@ def prepare(
     whether there was anything to do.
 
     Raises:
-        PreparationError, ValueError: unusable directories or options, too few patients.
+        InputError: unusable directories or options, too few patients.
         OSError: the archive went away or the output can't be written.
     """
     check_places(places)
@@ -205,7 +201,7 @@ def prepare(
 
 def _beam_arguments(beam_options: Sequence[str], num_workers: int) -> list[str]:
     if importlib.util.find_spec("apache_beam") is None:
-        raise PreparationError("--runner=beam needs the package apache-beam: pip install 'ctssl_jax[beam]'")
+        raise InputError("--runner=beam needs the package apache-beam: pip install 'ctssl_jax[beam]'")
     logging.disable(logging.WARNING)  # Beam complains that its own extras are not there
     from data_prep.pipeline import beam
 
@@ -232,7 +228,7 @@ def _complete_preparation(options: Options, key: bytes, places: Places) -> dict[
     preparation = dataset.read_preparation(places.output_dir)
     _refuse_other_options(preparation["options"], preparation["key_fingerprint"], options, key, places.output_dir)
     if _bound(places)["fingerprint"] != preparation["fingerprint"]:
-        raise PreparationError(
+        raise InputError(
             f"{places.audit_dir}: not the audit directory of {places.output_dir}; "
             "give --audit_dir as it was when the dataset was made"
         )
@@ -245,22 +241,22 @@ def _refuse_other_options(
     asked = options.as_dict()
     if made_with.get("tables") != asked["tables"]:
         differs = [name for name, _ in made_with.get("tables", []) + asked["tables"]]
-        raise PreparationError(
+        raise InputError(
             f"{output_dir}: was prepared with other labels or attributes ({', '.join(dict.fromkeys(differs))}); give "
             "the same files in the same order, or another --output_dir"
         )
     if made_with.get("same_splits_as") and "same_splits_as" not in asked:
-        raise PreparationError(
+        raise InputError(
             f"{output_dir}: was prepared with --same_splits_as; give it again: patients who come may be known there"
         )
     for name in asked:
         if name != "same_splits_as" and made_with.get(name) != asked[name]:  # those datasets may grow, too
-            raise PreparationError(
+            raise InputError(
                 f"{output_dir}: was prepared with {name}={_option_text(made_with.get(name))}, "
                 f"not {_option_text(asked[name])}; give the same options or another --output_dir"
             )
     if fingerprint != deidentify.key_fingerprint(key):
-        raise PreparationError(
+        raise InputError(
             f"{output_dir}: was prepared with another pseudonym key; give that --pseudonym_key_file or --audit_dir"
         )
 
@@ -295,7 +291,7 @@ def _refuse_audit_dir_of_another(places: Places) -> None:
     if (places.output_dir / dataset.PREPARATION_FILE).exists():
         if dataset.read_preparation(places.output_dir)["fingerprint"] == bound["fingerprint"]:
             return
-    raise PreparationError(
+    raise InputError(
         f"{places.audit_dir}: is the audit directory of another dataset, not of {places.output_dir}; give another "
         "--audit_dir, and to share the pseudonyms --pseudonym_key_file with its key file"
     )
@@ -382,7 +378,7 @@ def _convert_and_freeze(
     if not (new_volumes or old_volumes):
         reasons = [f"{number} {reason}" for reason, number in counts["series_rejected"].items()]
         reasons += [f"{number} files {reason}" for reason, number in counts["files_not_images"].items()]
-        raise PreparationError(
+        raise InputError(
             f"--input_dir={places.input_dir}: no usable chest CT in {num_files} files ({', '.join(reasons)}); "
             f"the reason of each file is in {places.work_dir / 'sources.csv'}"
         )
