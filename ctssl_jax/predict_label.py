@@ -83,7 +83,7 @@ def predict_label(
 
 def exam_probabilities(probabilities: np.ndarray, level: str) -> tuple[str, np.ndarray]:
     """The rule in words and the exam's probabilities [K] float64, of those of its slices [N, K]."""
-    from ctssl_jax.binary_metrics import exam_scores
+    from ctssl_jax.stats.binary import exam_scores
 
     if level == "slice" and probabilities.shape[1] == 2:
         (positive,) = exam_scores(probabilities[:, 1], np.zeros(len(probabilities), int), 1)

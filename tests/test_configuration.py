@@ -121,6 +121,7 @@ def test_tracebacks_that_libraries_log_are_shown_on_request_only():
 import asyncio
 from absl import logging
 from data_prep.system import command_line
+from data_prep.system.errors import RunFailed
 class Late:  # as TensorStore's threads after a save that failed
     def __del__(self):
         loop = asyncio.new_event_loop()
