@@ -16,6 +16,7 @@ from data_prep import conversion, deidentify
 from data_prep import dataset as dataset_directory
 from data_prep.pipeline.prepare import default_audit_dir
 from data_prep.system.errors import DatasetError, InputError
+from data_prep.system.files import written_whole
 from data_prep.workers import WorkerDied, WorkerPool
 
 
