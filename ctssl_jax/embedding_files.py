@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctssl_jax.command_line import InputError
-from ctssl_jax.scans import Refused
 from data_prep.dataset_writer import write_file, written_whole
+from data_prep.raw.scans import Refused
 
 FORMATS = (".parquet", ".npz")
 _METADATA = b"ctssl_jax"

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import dataset, dataset_writer, deidentify
-from data_prep.conversion import ExamNote, read_note, records_path
+from data_prep import dataset, dataset_writer
+from data_prep.pipeline.notes import ExamNote, read_note, records_path
+from data_prep.privacy import pseudonyms
 from data_prep.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
@@ -72,7 +73,7 @@ def freeze(
     """
 
     def by_hash(pseudonym: str) -> str:
-        return deidentify.shuffling_number(key, pseudonym)
+        return pseudonyms.shuffling_number(key, pseudonym)
 
     volumes_per_patient: dict[str, int] = {}
     everything = [*old_volumes, *(row for row, _ in new_volumes.values())]
@@ -107,7 +108,7 @@ def freeze(
     return Frozen(
         archive_digest=archive_digest,
         options=options,
-        key_fingerprint=deidentify.key_fingerprint(key),
+        key_fingerprint=pseudonyms.key_fingerprint(key),
         splits=dict(sorted(splits.items())),
         volumes=rows,
         rejected=sorted(rejected, key=lambda row: tuple(str(value) for value in row.values())),

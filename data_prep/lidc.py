@@ -47,6 +47,10 @@ class LidcError(InputError):
     """Annotations that can't be used; the message is one line."""
 
 
+class OutsideImage(LidcError):
+    """A contour leaves the images of the series."""
+
+
 class Contour(NamedTuple):
     """One outline (`roi`) of a nodule on one slice."""
 
@@ -98,7 +102,7 @@ class Nodule(NamedTuple):
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def read_reading(source: str | Path | bytes) -> Reading | None:
+def read_reading(source: str | Path | bytes, name: str = "annotations") -> Reading | None:
     """The annotations of a CT series from one XML file; None if it is of something else (a radiograph's read).
 
     Nodules below 3 mm and non-nodules have no characteristics, or blank or zero ones: they are left out, and so are
@@ -106,13 +110,16 @@ def read_reading(source: str | Path | bytes) -> Reading | None:
 
     Args:
         source: path of the file, or its content.
+        name: of the content, for errors.
 
     Raises:
         LidcError: damaged XML, or a CT read without a series or with unreadable numbers.
         OSError: the file cannot be read.
     """
-    name = "annotations" if isinstance(source, bytes) else str(source)
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if isinstance(source, bytes):
+        content = source
+    else:
+        name, content = str(source), Path(source).read_bytes()
     try:
         root = ElementTree.fromstring(content)
     except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: an encoding that does not exist
@@ -185,10 +192,7 @@ def read_readings(path: str | Path) -> dict[str, Reading]:
     """
     readings: dict[str, Reading] = {}
     for name, content in _xml_files(Path(path)):
-        try:
-            reading = read_reading(content)
-        except LidcError as error:
-            raise LidcError(str(error).replace("annotations", name, 1)) from error
+        reading = read_reading(content, name)
         if reading is None:
             continue
         known = readings.setdefault(reading.series_instance_uid, reading)
@@ -333,7 +337,7 @@ def nodule_votes(
             numbers = [number_of[contour.sop_instance_uid, contour.position_mm] for contour in nodule.contours]
             for contour in nodule.contours:
                 if (contour.points < 0).any() or (contour.points >= shape[::-1]).any():
-                    raise LidcError(f"a contour leaves the image of {shape[0]} x {shape[1]} pixels; is it its scan?")
+                    raise OutsideImage(f"a contour leaves the image of {shape[0]} x {shape[1]} pixels; is it its scan?")
             annotations.append((session, nodule))
             slices.append(numbers)
             stacked = zip(nodule.contours, numbers, strict=True)

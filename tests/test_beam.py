@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import assembly, conversion, preparation
+from data_prep import assembly, preparation
+from data_prep.pipeline import convert, notes
 from data_prep.preparation import Options, Places, PreparationError, prepare
 from data_prep.prepare import _parse_beam_options
 from data_prep.workers import WorkerPool
@@ -192,7 +193,7 @@ def test_a_task_that_runs_twice_at_the_same_time(
 ):
     """In the middle of a task the same task is run from start to end, as after a worker was given up for lost."""
     where = places(tmp_path, archive)
-    convert, write = conversion.convert_exam, assembly.write_shard
+    unhindered, write = convert.convert_exam, assembly.write_shard
     exams, shards = [], []
 
     def convert_exam(private, exam):
@@ -200,17 +201,17 @@ def test_a_task_that_runs_twice_at_the_same_time(
             exams.append(exam[0].exam_key)
             run = dataclasses.replace(private, records_dir=where.records_dir, notes_dir=where.notes_dir)
             beam_runner.convert_once(run, exam, InProcess(1))
-            assert preparation.is_converted(run, exam)
-        convert(private, exam)
+            assert notes.is_converted(run, exam)
+        unhindered(private, exam)
 
     def write_shard(path, private, staged, num_records):
         if path.name not in shards:
             shards.append(path.name)
             beam_runner.write_shard_once(where.output_dir / path.name, where.records_dir, staged, num_records)
-            assert not any(conversion.records_path(where.records_dir, key).exists() for key in staged)
+            assert not any(notes.records_path(where.records_dir, key).exists() for key in staged)
         return write(path, private, staged, num_records)
 
-    monkeypatch.setattr(conversion, "convert_exam", convert_exam)
+    monkeypatch.setattr(convert, "convert_exam", convert_exam)
     monkeypatch.setattr(assembly, "write_shard", write_shard)
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
     assert len(exams) == NUM_EXAMS and len(shards) == len(list(where.output_dir.glob("*.array_record-*")))
@@ -267,7 +268,7 @@ def test_beam_continues_what_the_local_runner_began(
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    run_until_killed(conversion.convert_exam, 1)
+    run_until_killed(convert.convert_exam, 1)
     num_notes = len(list(where.notes_dir.glob("*.json")))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(beam_runner, "write_shards", killed)

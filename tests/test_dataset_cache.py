@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from training_runs import PROJECT, assert_same_state, numbers, tiny_config, train_on
 
-from ctssl_jax import configuration, measurement, scans
+from ctssl_jax import configuration, measurement
 from ctssl_jax.command_line import InputError
 from data_prep import dataset, dataset_cache, dataset_writer
 from data_prep.dataset import DatasetError
+from data_prep.raw import scans
 
 URL = "example://data/tiny"
 

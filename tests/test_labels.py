@@ -13,13 +13,18 @@ import numpy as np
 import pytest
 
 import data_prep
-from data_prep import dataset, dataset_writer, dicom, dry_run, label_staging
-from data_prep.audit import find_leaks
+from data_prep import dataset, dataset_writer, dry_run, label_staging
+from data_prep.archives import list_sources
+from data_prep.headers import read_header
 from data_prep.label_tables import LabelError
 from data_prep.labels import LabelSources
 from data_prep.preparation import Options, Places, PreparationError, prepare
+from data_prep.privacy.leaks import find_leaks
 from data_prep.rsna_pe import COLUMNS, EXAM_LABELS
+from data_prep.scan.rules import Rules
+from data_prep.series import plan_series
 from data_prep.verification import verify
+from data_prep.volume import load_volume
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 
@@ -455,13 +460,13 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     (tmp_path / "seg").write_bytes(b"mask")
     staged = label_staging.stage(LabelSources(masks_dir=tmp_path), archive, tmp_path / "db")
     assert staged.fault(volume.candidate) is None and len(staged.version(volume.candidate)) == 64
-    found = staged.of_volume(volume)
+    found = staged.labels_of(volume)
     np.testing.assert_array_equal(found.mask, mask)
     voxel = dicom_files.PIXEL_MM**2 * dicom_files.SPACING_MM
     assert [(r["region"], r["first_slice"], r["last_slice"]) for r in found.regions] == [(2, 3, 4), (5, 4, 4)]
     assert [r["volume_mm3"] for r in found.regions] == pytest.approx([12 * voxel, voxel])
     mask = mask[:-1]
-    assert staged.of_volume(volume).reason == "mask_mismatch"
+    assert staged.labels_of(volume).reason == "mask_mismatch"
     (other,), _ = loaded(archive / "2")
     assert staged.fault(other.candidate).reason == "no_annotation"
     assert label_staging.match(staged, volume.headers) == {"masks_without_match": 0}
@@ -470,9 +475,9 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
 
 
 def loaded(folder: Path):
-    headers = [dicom.read_header(folder, source) for source in dicom.list_sources(folder)]
-    planned = dicom.plan_series(headers, dicom.Rules())
-    return [dicom.load_volume(folder, candidate, dicom.Rules()) for candidate in planned], headers
+    headers = [read_header(folder, source) for source in list_sources(folder)]
+    planned = plan_series(headers, Rules())
+    return [load_volume(folder, candidate, Rules()) for candidate in planned], headers
 
 
 # ---- options -----------------------------------------------------------------------------------------------
