@@ -357,13 +357,13 @@ def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int
     """
     import numpy as np
 
-    from data_prep import phantom_exam
+    from data_prep.synthetic.exam import Options, render_series, sample_exam
     from data_prep.window import window_to_uint8
 
     size = preprocessing["image_size"]
-    options = phantom_exam.Options(seed=0, image_size=size, num_slices=20, slice_spacing_mm=0.0)
-    exam, rng = phantom_exam.sample_exam(0, options)
-    hu = phantom_exam.render_series(exam, "soft", 1, rng)[1].hu
+    options = Options(seed=0, image_size=size, num_slices=20, slice_spacing_mm=0.0)
+    exam, rng = sample_exam(0, options)
+    hu = render_series(exam, "soft", 1, rng)[1].hu
     unit = window_to_uint8(np.rint(hu).astype(np.int16), preprocessing["windows"]).astype(np.float32) / 255
     if preprocessing["normalize"] == "slice_minmax":
         low, high = unit.min((1, 2, 3), keepdims=True), unit.max((1, 2, 3), keepdims=True)

@@ -32,13 +32,15 @@ nowhere.
 import bisect
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -201,11 +203,14 @@ def local_directory(dataset_dir: str | os.PathLike, splits: Sequence[str] = ()) 
 
 
 def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:
+    return Dataset.open(dataset_dir).preparation
+
+
+def read_preparation_file(dataset_dir: Path) -> dict[str, Any]:
     """preparation.json of a complete dataset, without its checksum of itself.
 
     Raises DatasetError if the directory is absent, incomplete, damaged or of another format version.
     """
-    dataset_dir = local_directory(dataset_dir)
     if not dataset_dir.is_dir():
         raise DatasetError(f"{dataset_dir}: no such directory; make one with python -m data_prep.prepare")
     path = dataset_dir / PREPARATION_FILE
@@ -214,16 +219,7 @@ def read_preparation(dataset_dir: str | os.PathLike) -> dict[str, Any]:
             f"{dataset_dir}: not a complete dataset (no {PREPARATION_FILE}); "
             "run data_prep.prepare, again if it was stopped"
         )
-    preparation = parse_preparation(path.read_bytes(), str(path))
-    for _, part_dir, names in linked_parts(dataset_dir, preparation):
-        if (part_dir / PREPARATION_FILE).is_file():  # it is not while the part grows
-            checksums = read_preparation(part_dir)["checksums"]
-            if any(preparation["checksums"][name] != checksums.get(theirs) for name, theirs in names.items()):
-                raise DatasetError(
-                    f"{dataset_dir}: its part {part_dir} was made anew since they were merged; merge again into a new "
-                    "directory"
-                )
-    return preparation
+    return parse_preparation(path.read_bytes(), str(path))
 
 
 def parse_preparation(content: bytes, name: str) -> dict[str, Any]:
@@ -313,31 +309,15 @@ def region_columns(masks: Mapping[str, Any] | None) -> dict[str, type]:
 
 
 def read_slices(dataset_dir: str | os.PathLike, split: str | None = None) -> list[dict[str, Any]]:
-    """The rows of slices.csv (of one split, if named), one a record, in the order of the records.
-
-    `volume_id`, `slice_index`, with masks `mask_area_px`, and the class of each slice label (None: missing).
-    [] if the dataset has neither slice labels nor masks.
-    """
-    preparation = read_preparation(dataset_dir)
-    columns = slice_columns(preparation["labels"], bool(preparation["masks"]))
-    rows = _read_table(local_directory(dataset_dir) / SLICES_FILE, columns) if columns else []
-    if split is None:
-        return rows
-    wanted = {volume["volume_id"] for volume in read_volumes(dataset_dir, split)}
-    return [row for row in rows if row["volume_id"] in wanted]
+    return Dataset.open(dataset_dir).slices(split)
 
 
 def read_labels(dataset_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of labels.csv in the order of volumes.csv: `volume_id` and the class of each label of volume or patient
-    (None: missing). [] if the dataset has no such labels."""
-    columns = label_columns(read_preparation(dataset_dir)["labels"])
-    return _read_table(local_directory(dataset_dir) / LABELS_FILE, columns) if columns else []
+    return Dataset.open(dataset_dir).labels()
 
 
 def read_regions(dataset_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of regions.csv (`REGION_COLUMNS` or `LIDC_REGION_COLUMNS`). [] if the dataset has no masks."""
-    columns = region_columns(read_preparation(dataset_dir)["masks"])
-    return _read_table(local_directory(dataset_dir) / REGIONS_FILE, columns) if columns else []
+    return Dataset.open(dataset_dir).regions()
 
 
 def _read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
@@ -355,7 +335,7 @@ def _read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]
 
 def _value(cell: str, kind: type) -> Any:
     if kind is str:
-        return cell
+        return sys.intern(cell)  # a table repeats each volume_id for all its slices
     if cell == "":
         return None
     return {"yes": True, "no": False}[cell] if kind is bool else kind(cell)
@@ -380,6 +360,125 @@ def split_shards(preparation: Mapping[str, Any], split: str) -> list[Shard]:
     return [Shard(shard_name(split, index), length) for index, length in enumerate(lengths)]
 
 
+class LinkedPart(NamedTuple):
+    """A dataset whose shards a view (`data_prep.merge`) links to."""
+
+    directory: Path
+    merged: str  # its fingerprint when it was merged
+    now: str | None  # its fingerprint now; None: it is not a complete dataset
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A complete dataset, opened: the handle by which all readers share it.
+
+    preparation.json is read and checked once, at `open`. Each table is read at its first use and kept: the rows belong
+    to all readers and are not to be changed. A pickled handle holds no tables.
+    """
+
+    name: str  # the path or URL that the user typed
+    directory: Path  # on this machine
+    preparation: dict[str, Any]  # content of preparation.json, without its checksum of itself
+    parts: tuple[LinkedPart, ...] = ()  # of a view
+
+    @classmethod
+    def open(cls, path_or_url: str | os.PathLike, splits: Sequence[str] = ()) -> "Dataset":
+        """Opens a directory, or the copy on this machine of a dataset on an object store.
+
+        Args:
+            path_or_url: the dataset directory or its URL.
+            splits: their shards are fetched now if the dataset is named by a URL; `source` fetches others.
+
+        Raises:
+            DatasetError: the directory is absent, incomplete, damaged or of another format version, or the store
+                cannot be read.
+        """
+        name = os.fspath(path_or_url)
+        directory = local_directory(path_or_url, splits)
+        preparation = read_preparation_file(directory)
+        return cls(name, directory, preparation, tuple(_open_parts(directory, preparation)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints mean equal data."""
+        return self.preparation["fingerprint"]
+
+    def volumes(self, split: str | None = None) -> list[dict[str, Any]]:
+        """The rows of volumes.csv (of one split, if named), typed by `VOLUME_COLUMNS`; empty cells are None."""
+        return [row for row in self._volumes if split is None or row["split"] == split]
+
+    def slices(self, split: str | None = None) -> list[dict[str, Any]]:
+        """The rows of slices.csv (of one split, if named), one a record, in the order of the records.
+
+        `volume_id`, `slice_index`, with masks `mask_area_px`, and the class of each slice label (None: missing).
+        [] if the dataset has neither slice labels nor masks.
+        """
+        if split is None:
+            return self._slices
+        volume_ids = {volume["volume_id"] for volume in self.volumes(split)}
+        return [row for row in self._slices if row["volume_id"] in volume_ids]
+
+    def labels(self) -> list[dict[str, Any]]:
+        """The rows of labels.csv in the order of volumes.csv: `volume_id` and the class of each label of volume or
+        patient (None: missing). [] if the dataset has no such labels."""
+        return self._labels
+
+    def regions(self) -> list[dict[str, Any]]:
+        """The rows of regions.csv (`REGION_COLUMNS` or `LIDC_REGION_COLUMNS`). [] if the dataset has no masks."""
+        return self._regions
+
+    def source(self, split: str) -> "SliceSource":
+        """Random access to the decoded records of a split. Raises DatasetError if there is no such split."""
+        return SliceSource(self, split)
+
+    def check_tables(self) -> None:
+        """Raises DatasetError if `damaged_tables` finds any; the shards are checked record by record as they are read.
+        The copy of a dataset that is named by a URL was checked when it was opened (`data_prep.dataset_cache`)."""
+        check_tables(self.name, self.preparation)
+
+    @functools.cached_property
+    def _volumes(self) -> list[dict[str, Any]]:
+        return _read_table(self.directory / VOLUMES_FILE, VOLUME_COLUMNS)
+
+    @functools.cached_property
+    def _slices(self) -> list[dict[str, Any]]:
+        return self._optional_table(SLICES_FILE, slice_columns(self.preparation["labels"], self._has_masks))
+
+    @functools.cached_property
+    def _labels(self) -> list[dict[str, Any]]:
+        return self._optional_table(LABELS_FILE, label_columns(self.preparation["labels"]))
+
+    @functools.cached_property
+    def _regions(self) -> list[dict[str, Any]]:
+        return self._optional_table(REGIONS_FILE, region_columns(self.preparation["masks"]))
+
+    @property
+    def _has_masks(self) -> bool:
+        return bool(self.preparation["masks"])
+
+    def _optional_table(self, name: str, columns: Mapping[str, type]) -> list[dict[str, Any]]:
+        return _read_table(self.directory / name, columns) if columns else []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def _open_parts(directory: Path, preparation: Mapping[str, Any]) -> Iterator[LinkedPart]:
+    """Raises DatasetError if a shard of the view is no longer the shard that was merged."""
+    for part, part_dir, names in linked_parts(directory, preparation):
+        if not (part_dir / PREPARATION_FILE).is_file():  # the part is being extended, moved or removed
+            yield LinkedPart(part_dir, part["fingerprint"], None)
+            continue
+        opened = Dataset.open(part_dir)
+        checksums = opened.preparation["checksums"]
+        if any(preparation["checksums"][name] != checksums.get(own_name) for name, own_name in names.items()):
+            raise DatasetError(
+                f"{directory}: its part {part_dir} was prepared again since they were merged; merge again into a new "
+                "directory"
+            )
+        yield LinkedPart(part_dir, part["fingerprint"], opened.fingerprint)
+
+
 class SliceSource:
     """Random access to the slices of a split: `source[n]` is the decoded record n.
 
@@ -387,16 +486,16 @@ class SliceSource:
     holds the dataset's fingerprint and nothing of the machine.
     """
 
-    def __init__(self, dataset_dir: str | os.PathLike, split: str):
-        preparation = read_preparation(dataset_dir)
+    def __init__(self, dataset: Dataset, split: str):
+        preparation = dataset.preparation
         self._shards = split_shards(preparation, split)
-        self._dataset_dir = local_directory(dataset_dir, (split,))
+        self._dataset_dir = local_directory(dataset.name, (split,))  # the shards are fetched if they are on a store
         self._ends = np.cumsum([shard.num_records for shard in self._shards]).tolist()
         size, channels = preparation["image_size"], preparation["channels"]
         self.image_shape = (size, size, channels)
-        self._repr = f"SliceSource({split!r}, fingerprint={preparation['fingerprint']!r})"
+        self._repr = f"SliceSource({split!r}, fingerprint={dataset.fingerprint!r})"
         self._readers: dict[int, Any] = {}
-        volumes = read_volumes(dataset_dir, split)
+        volumes = dataset.volumes(split)
         self._first_records = [volume["first_record"] for volume in volumes]
         self._volume_ids = [volume["volume_id"] for volume in volumes]
 
@@ -452,4 +551,4 @@ class SliceSource:
 
 def open_split(dataset_dir: str | os.PathLike, split: str) -> SliceSource:
     """Random access to the decoded records of a split. Raises DatasetError if there is no such split."""
-    return SliceSource(dataset_dir, split)
+    return Dataset.open(dataset_dir).source(split)

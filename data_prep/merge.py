@@ -55,7 +55,7 @@ def merge(directories: Sequence[Path], output_dir: Path, link: str = "symlink") 
     for part in parts:
         dataset.check_tables(part.directory, part.preparation)  # `describe --verify` does the shards
     from data_prep import dataset_writer
-    from data_prep.preparation import lock_directory
+    from data_prep.pipeline.prepare import lock_directory
 
     final = output_dir.resolve()  # relative links are seen from where it really lies
     building = final.with_name(f".{final.name}.merging")
@@ -176,7 +176,8 @@ def _write(
     parts: Sequence[Part], labels: Mapping[str, Mapping[str, Any]], building: Path, final: Path, link: str
 ) -> dict[str, Any]:
     """Writes all files of the view that will lie at `final` into `building`, preparation.json last."""
-    from data_prep import assembly, dataset_writer
+    from data_prep import dataset_writer
+    from data_prep.pipeline import assemble
 
     of_images = parts[0].preparation
     size, masks, windows = of_images["image_size"], of_images["masks"], of_images["windows"]
@@ -202,7 +203,7 @@ def _write(
         building,
         (size, size, of_images["channels"]),
         shard_lengths,
-        assembly.description(as_options, synthetic),
+        assemble.description(as_options, synthetic),
         masks=bool(masks),
     )
     for name in (*tables, "dataset_info.json", "features.json"):

@@ -20,103 +20,32 @@ lidc_idri. Ethnic Group (0010,2160) holds a made-up group (group_a, group_b, gro
 muscle and fat, independent of age and sex. `phantom.json` in the folder holds the options.
 """
 
-import dataclasses
-import json
-import multiprocessing
 import os
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from absl import app, flags
-from tqdm import tqdm
+from absl import flags
 
-from data_prep import phantom_layouts
-from data_prep.phantom_exam import LAYOUTS, Options
-
-OPTIONS_FILE = "phantom.json"
+from data_prep import command_line
 
 FLAGS = flags.FLAGS
 
 
-def _finish_patient(output_dir: Path, index: int, options: Options) -> int:
-    """Writes one patient under a temporary name, so that a patient's folder is always complete."""
-    partial = output_dir / f".P{index:04d}.partial"
-    if partial.exists():
-        for path in sorted(partial.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        partial.rmdir()
-    count = phantom_layouts.write_patient(partial, output_dir, index, options)
-    final = phantom_layouts.patient_folder(output_dir, index, options)
-    final.parent.mkdir(exist_ok=True)
-    partial.rename(final)
-    return count
+def start() -> int:
+    from data_prep.synthetic.archive import make_archive
+    from data_prep.synthetic.exam import Options
 
-
-def make_archive(output_dir: Path, num_patients: int, options: Options, num_workers: int = 1) -> int:
-    """Writes patients 0..num_patients-1 that are not there yet; returns the number of files written.
-
-    Raises ValueError if the folder holds something else or was made with other options, or an option is impossible.
-    """
-    if num_patients < 1:
-        raise ValueError(f"--num_patients={num_patients}: at least 1 is needed")
-    if not 32 <= options.image_size <= 1024:
-        raise ValueError(f"--image_size={options.image_size}: choose 32 to 1024")
-    if options.num_slices < 0:
-        raise ValueError(f"--num_slices={options.num_slices}: 0 for the whole chest, or a number of slices")
-    if options.slice_spacing_mm != 0 and not 0.5 <= options.slice_spacing_mm <= 10:
-        raise ValueError(f"--slice_spacing_mm={options.slice_spacing_mm:g}: 0 (the scanner's choice) or 0.5 to 10")
-    if options.layout not in LAYOUTS:
-        raise ValueError(f"--layout={options.layout}: choose {', '.join(LAYOUTS)}")
-    if options.seed < 0:
-        raise ValueError(f"--seed={options.seed}: 0 or larger")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir={output_dir}: is a file; give a folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    marker = output_dir / OPTIONS_FILE
-    recorded = {"synthetic": True, **dataclasses.asdict(options)}
-    if marker.exists():
-        if json.loads(marker.read_text()) != recorded:
-            raise ValueError(
-                f"--output_dir={output_dir}: holds a phantom archive made with other options; "
-                "choose another folder or the options in its phantom.json"
-            )
-    elif any(output_dir.iterdir()):
-        raise ValueError(f"--output_dir={output_dir}: is not empty and no phantom archive; choose another folder")
-    marker.write_text(json.dumps(recorded, indent=1) + "\n")
-    missing = [i for i in range(num_patients) if not phantom_layouts.patient_folder(output_dir, i, options).exists()]
-    count = _write_missing(output_dir, missing, options, num_workers)
-    phantom_layouts.write_tables(output_dir, options)
-    return count
-
-
-def _write_missing(output_dir: Path, missing: list[int], options: Options, num_workers: int) -> int:
-    """Writes the patients of these numbers, in processes if there are more workers than one."""
-    if num_workers <= 1:
-        return sum(_finish_patient(output_dir, i, options) for i in tqdm(missing, unit="patient"))
-    # One thread of linear algebra a worker; the variable is read when a worker starts.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_finish_patient, output_dir, i, options) for i in missing]
-        return sum(future.result() for future in tqdm(as_completed(futures), total=len(futures), unit="patient"))
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     options = Options(FLAGS.seed, FLAGS.image_size, FLAGS.num_slices, FLAGS.slice_spacing_mm, FLAGS.layout)
-    try:
-        count = make_archive(Path(FLAGS.output_dir), FLAGS.num_patients, options, FLAGS.num_workers)
-    except (ValueError, OSError, BrokenProcessPool) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    count = make_archive(Path(FLAGS.output_dir), FLAGS.num_patients, options, FLAGS.num_workers)
     print(f"{count} files written; {FLAGS.output_dir} holds {FLAGS.num_patients} synthetic patients")
+    return 0
 
 
-def _define_flags() -> None:
+def define_flags() -> None:
+    """Only where this module is the program: another one may define flags of the same names."""
     flags.DEFINE_string("output_dir", None, "Folder of the archive; made, continued or grown.", required=True)
-    flags.DEFINE_enum("layout", "dicom", list(LAYOUTS), "Folders and labels: see the top of this module.")
+    flags.DEFINE_enum(
+        "layout", "dicom", ["dicom", "rsna_pe", "lidc_idri"], "Folders and labels: see the top of this module."
+    )
     flags.DEFINE_integer("num_patients", 24, "Number of patients.")
     flags.DEFINE_integer("seed", 0, "Seed of everything.")
     flags.DEFINE_integer("image_size", 512, "Rows and columns of a slice.")
@@ -125,6 +54,10 @@ def _define_flags() -> None:
     flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "Processes.")
 
 
+def main() -> None:
+    define_flags()
+    command_line.run(start)
+
+
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    main()

@@ -22,7 +22,7 @@ what the files do not say, as CT-RATE has it: see data_prep.nifti_metadata). Bes
     --masks_dir=DIR         masks as DICOM-SEG or NIfTI files
 
 --runner=beam converts and writes the shards under Apache Beam, on many machines if --beam_options name some
-(data_prep.beam_runner has the command lines); the dataset is the same to the byte.
+(data_prep.pipeline.beam has the command lines); the dataset is the same to the byte.
 """
 
 import shlex
@@ -83,8 +83,8 @@ def _run() -> int:
         raise ValueError(f"--shard_size_mb={FLAGS.shard_size_mb:g}: give a number of megabytes above 0")
     beam_options = _parse_beam_options(FLAGS.runner, FLAGS.beam_options)
 
-    from data_prep import preparation
     from data_prep.labels import LabelSources
+    from data_prep.pipeline import prepare as preparation
     from data_prep.privacy.pseudonyms import default_audit_dir
     from data_prep.scan.reasons import FAILED_FOR_NOW
     from data_prep.scan.rules import Rules
@@ -119,8 +119,8 @@ def _run() -> int:
     places = preparation.Places(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
     same_splits_as = [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path]
     if FLAGS.dry_run:
-        from data_prep.dry_run import dry_run
-        from data_prep.known_splits import read_known_splits
+        from data_prep.pipeline.dry_run import dry_run
+        from data_prep.pipeline.known_splits import read_known_splits
 
         read_known_splits(same_splits_as)
         counts = dry_run(options, places, sources=sources, num_workers=FLAGS.num_workers)
@@ -261,7 +261,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
     flags.DEFINE_enum("runner", "local", ["local", "beam"], "Worker processes here, or Apache Beam: ctssl_jax[beam].")
-    flags.DEFINE_string("beam_options", "", "Options of Apache Beam, as on a command line: see data_prep.beam_runner.")
+    flags.DEFINE_string(
+        "beam_options", "", "Options of Apache Beam, as on a command line: see data_prep.pipeline.beam."
+    )
     flags.DEFINE_bool("dry_run", False, "Read headers only, say what would happen, write nothing.")
 
 

@@ -6,7 +6,7 @@ SCAN holds one CT series as plain DICOM files. Its slices are written anew in ea
 other patients, and each archive is measured with a warm page cache:
 
     floor         reading the files (pydicom, with our decoders), windowing, writing one ArrayRecord file: nothing else
-    prepare       `data_prep.preparation.prepare` with one worker, from the start of its processes to the last table;
+    prepare       `data_prep.pipeline.prepare.prepare` with one worker, from its first process to the last table;
                   its steps one after the other in this process, too
     SimpleITK, dicom2nifti + nibabel (where installed; dicom2nifti writes NIfTI without compression)
                   the same slices through them, then our windowing and one ArrayRecord file
@@ -44,7 +44,7 @@ from data_prep.headers import Header, read_header
 from data_prep.labels import LabelSources
 from data_prep.pipeline.convert import convert_exam
 from data_prep.pipeline.notes import Conversion
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.series import SeriesCandidate, plan_series, select_reconstructions
 from data_prep.volume import load_volume
 from data_prep.window import window_to_uint8

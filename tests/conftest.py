@@ -15,9 +15,18 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         ]
     )
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Compiled programs are shared by all tests, the workers of pytest-xdist, and the processes that tests start: all
+# inherit this environment. The folder outlives the session, so that a test is fast when it runs again.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest
 
+from ctssl_jax.command_line import configure_jax
+
+configure_jax()  # as every door does: the programs that a test compiles are those of the processes that it starts
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # processes that tests start and stop shall not inherit that of nohup
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -29,22 +38,6 @@ def real_data() -> Path:
     folder = Path(named) if named else PROJECT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("no real CT scans: set CTSSL_TEST_DATA to a folder that holds them")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled programs are shared by the tests of a session and the processes that they start."""
-    import jax
-
-    folder = tmp_path_factory.mktemp("compiled")
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
     return folder
 
 

@@ -54,7 +54,7 @@ def planted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(planted, tmp_path_factory, compilation_cache):
+def run(planted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("attribute_runs") / "rotation"
     save_untrained(tiny_recipe(planted, "rotation"), folder)
     return folder

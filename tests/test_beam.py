@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import assembly, preparation
-from data_prep.pipeline import convert, notes
-from data_prep.preparation import Options, Places, PreparationError, prepare
+from data_prep.pipeline import assemble, convert, notes
+from data_prep.pipeline import prepare as preparation
+from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
 from data_prep.prepare import _parse_beam_options
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -27,9 +27,9 @@ RETRYING = ["--runner=BundleBasedDirectRunner"]  # runs a bundle that fails agai
 @pytest.fixture
 def beam_runner():
     pytest.importorskip("apache_beam", reason="needs Apache Beam: pip install 'ctssl_jax[beam]'")
-    from data_prep import beam_runner
+    from data_prep.pipeline import beam
 
-    return beam_runner
+    return beam
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_task_that_runs_twice_at_the_same_time(
 ):
     """In the middle of a task the same task is run from start to end, as after a worker was given up for lost."""
     where = places(tmp_path, archive)
-    unhindered, write = convert.convert_exam, assembly.write_shard
+    unhindered, write = convert.convert_exam, assemble.write_shard
     exams, shards = [], []
 
     def convert_exam(private, exam):
@@ -212,7 +212,7 @@ def test_a_task_that_runs_twice_at_the_same_time(
         return write(path, private, staged, num_records)
 
     monkeypatch.setattr(convert, "convert_exam", convert_exam)
-    monkeypatch.setattr(assembly, "write_shard", write_shard)
+    monkeypatch.setattr(assemble, "write_shard", write_shard)
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
     assert len(exams) == NUM_EXAMS and len(shards) == len(list(where.output_dir.glob("*.array_record-*")))
     assert_same(where, local)
@@ -274,7 +274,7 @@ def test_beam_continues_what_the_local_runner_began(
         patched.setattr(beam_runner, "write_shards", killed)
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
     assert num_notes == 2 and sum(kind(target) == "note" for target in published) == NUM_EXAMS - 2
-    run_until_killed(assembly.write_shard, 1)
+    run_until_killed(assemble.write_shard, 1)
     num_sidecars = len(list(where.records_dir.glob("*.done")))
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
     num_shards = len(list(where.output_dir.glob("*.array_record-*")))

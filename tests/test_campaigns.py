@@ -15,7 +15,8 @@ import imagecodecs
 import numpy as np
 import pytest
 
-from data_prep import dataset, dataset_writer, decoders, preparation, verification
+from data_prep import dataset, dataset_writer, decoders, verification
+from data_prep.pipeline import prepare as preparation
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 from tests.campaigns import faults, kills, mutated_dicom
@@ -118,11 +119,11 @@ def test_a_preparation_that_is_killed_again_and_again(small_archive, tmp_path):
     assert (kept.total(), wrong) == (3, []) and completed >= 1
 
 
-def test_a_training_that_is_killed(tiny_dataset, compilation_cache, tmp_path):
+def test_a_training_that_is_killed(tiny_dataset, tmp_path):
     kept, completed, wrong = kills.campaign(
         lambda folder: kills.train_stage(folder, tiny_dataset),
         tmp_path,
-        compilation_cache,
+        Path(os.environ["JAX_COMPILATION_CACHE_DIR"]),
         1,
         random.Random(0),
         warm_up=0,

@@ -15,7 +15,7 @@ MEASURED = ("verify", "evaluate")
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory, compilation_cache) -> campaign.Sound:
+def sound(tmp_path_factory) -> campaign.Sound:
     """The files alone: no command was run on them."""
     return campaign.make_sound(tmp_path_factory.mktemp("campaign") / "sound", ())
 

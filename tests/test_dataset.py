@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from data_prep import dataset, dataset_writer
+from data_prep.dataset import Dataset
 from tests.example_dataset import write_example_dataset
+from tests.opened_files import opened_files
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +181,19 @@ def test_a_missing_table_of_labels_is_named(tmp_path):
     (folder / "slices.csv").unlink()
     with pytest.raises(dataset.DatasetError, match=r"slices.csv: no such file"):
         dataset.read_slices(folder)
+
+
+def test_a_handle_reads_each_file_once_and_pickles_without_tables(annotated):
+    with opened_files("preparation.json") as preparations, opened_files("slices.csv") as tables:
+        opened = Dataset.open(str(annotated))
+        for _ in range(2):
+            assert len(opened.slices("train")) == 60 and len(opened.slices()) == 108
+            assert len(opened.volumes("test")) == len(opened.labels()) - 7 == 2
+            assert opened.regions()[0]["region"] == 1
+            assert len(opened.source("validation")) == 24
+        opened.check_tables()
+    assert len(preparations) == 1 and len(tables) == 2  # the second time for its checksum
+    assert (opened.name, opened.directory) == (str(annotated), annotated)
+    assert opened.fingerprint == opened.preparation["fingerprint"] and "sha256" not in opened.preparation
+    copy = pickle.loads(pickle.dumps(opened))
+    assert len(pickle.dumps(opened)) < 8000 and copy.labels() == opened.labels()

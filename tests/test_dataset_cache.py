@@ -60,7 +60,7 @@ def test_readers_take_the_url(remote, tiny_dataset):
     assert reads(remote) == ["preparation.json"]
 
 
-def test_a_run_is_the_same_from_a_url(remote, tiny_dataset, tmp_path, compilation_cache):
+def test_a_run_is_the_same_from_a_url(remote, tiny_dataset, tmp_path):
     short = {"num_steps": 4, "log_every": 2, "eval_every": 4}
     config = tiny_config(URL, **short)
     assert train_on(tiny_config(tiny_dataset, **short), tmp_path / "local")

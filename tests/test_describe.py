@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_prep import dataset, dataset_writer, describe
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.privacy.leaks import Needles, find_leaks
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool

@@ -28,7 +28,7 @@ def labelled(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(labelled, tmp_path_factory, compilation_cache):
+def runs(labelled, tmp_path_factory):
     """A pretrained run of other patients under the same pseudonym key, and runs that go on from it."""
     folder = tmp_path_factory.mktemp("runs")
     others = write_example_dataset(folder / "others", image_size=16, seed=7)
@@ -181,7 +181,7 @@ def test_a_frozen_encoder_does_not_move(runs, labelled, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pretrained_on_test_patients(labelled, tmp_path_factory, compilation_cache):
+def pretrained_on_test_patients(labelled, tmp_path_factory):
     """A run whose training patients are the test patients of `labelled`."""
     folder = tmp_path_factory.mktemp("leaking")
     shutil.copytree(labelled, folder / "dataset")
@@ -299,7 +299,7 @@ def test_exam_scores_and_thresholds_by_hand():
     assert of_volumes["brier"]["mean"] == pytest.approx((0.3**2 + 0.3**2) / 2)
 
 
-def test_weights_of_a_file_are_where_the_training_starts(labelled, tmp_path, compilation_cache):
+def test_weights_of_a_file_are_where_the_training_starts(labelled, tmp_path):
     torch = pytest.importorskip("torch")
     fields = {
         **{"windows": (), "model__width": 4, "model__groups": 2, "model__layers": (1, 1, 1, 1)},

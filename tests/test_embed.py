@@ -22,7 +22,7 @@ from ctssl_jax.evaluate import evaluate
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
 from data_prep import dataset
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.raw import scans
 from data_prep.scan.rules import Rules
 from tests import dicom_files
@@ -95,7 +95,7 @@ def folder(archive, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, tmp_path_factory, compilation_cache):
+def runs(folder, tmp_path_factory):
     """A run of every kind of model, on the second window of the dataset."""
     workdirs = tmp_path_factory.mktemp("runs")
     preparation = dataset.read_preparation(folder / "dataset")

@@ -22,7 +22,7 @@ def test_numbers_by_hand(tiny_dataset):
     assert "3.00 GiB" in size
 
 
-def test_it_times_real_steps_and_writes_nothing(tiny_dataset, tmp_path, compilation_cache, capsys, monkeypatch):
+def test_it_times_real_steps_and_writes_nothing(tiny_dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(estimate, "SECONDS", 0.1)
     config = tiny_config(tiny_dataset)
@@ -37,7 +37,7 @@ def test_it_times_real_steps_and_writes_nothing(tiny_dataset, tmp_path, compilat
     assert not os.listdir(tmp_path)
 
 
-def test_checkpoint_size_is_that_of_the_saved_state(tiny_dataset, tmp_path, compilation_cache):
+def test_checkpoint_size_is_that_of_the_saved_state(tiny_dataset, tmp_path):
     config = tiny_config(tiny_dataset, num_steps=1, eval_every=1)
     assert train_on(config, tmp_path / "run")
     program = training.make_program(config, get_task(config.task), 1, distributed.make_mesh(jax.devices()[:1]))
@@ -46,7 +46,7 @@ def test_checkpoint_size_is_that_of_the_saved_state(tiny_dataset, tmp_path, comp
     assert checkpoint.choose_step(tmp_path / "run", "last") == 1
 
 
-def test_command_line_needs_no_workdir(tiny_dataset, tmp_path, compilation_cache):
+def test_command_line_needs_no_workdir(tiny_dataset, tmp_path):
     arguments = [part for part in command(tiny_dataset, tmp_path / "run", "--estimate") if "--workdir" not in part]
     process = start(arguments)
     output, errors = process.communicate()

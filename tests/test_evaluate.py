@@ -19,7 +19,7 @@ from data_prep.dataset import DatasetError
 
 
 @pytest.fixture(scope="module")
-def run(tiny_dataset, tmp_path_factory, compilation_cache):
+def run(tiny_dataset, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("evaluated") / "run"
     assert train_on(tiny_config(tiny_dataset, num_steps=6, eval_every=3), workdir)
     return workdir

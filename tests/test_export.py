@@ -28,7 +28,7 @@ WINDOWS = [[50.0, 350.0]]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_dataset, tmp_path_factory, compilation_cache):
+def runs(tiny_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     assert train_on(tiny_config(tiny_dataset, num_steps=2, eval_every=2, dtype="bfloat16"), folder / "masked_region")
     save_untrained(tiny_recipe(tiny_dataset, "rotation"), folder / "rotation")
@@ -156,7 +156,7 @@ def authors_file(path, prefix="", *, channels=3, counter=11):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_authors_checkpoint(prefix, tiny_dataset, tmp_path, compilation_cache):
+def test_authors_checkpoint(prefix, tiny_dataset, tmp_path):
     entries = authors_file(tmp_path / "last.pth.tar", prefix)
     config = tiny_config(tiny_dataset, normalize="slice_minmax")
     config.model.output_activation = "tanh"
@@ -171,7 +171,7 @@ def test_authors_checkpoint(prefix, tiny_dataset, tmp_path, compilation_cache):
     assert model.output_activation == "tanh" and model.manifest["preprocessing"]["normalize"] == "slice_minmax"
 
 
-def test_imported_runs_are_evaluated_and_trained_from(tiny_dataset, tmp_path, compilation_cache):
+def test_imported_runs_are_evaluated_and_trained_from(tiny_dataset, tmp_path):
     authors_file(tmp_path / "best.pth.tar", channels=1)
     config = tiny_config(tiny_dataset)
     import_weights(tmp_path / "best.pth.tar", tmp_path / "run", config, WINDOWS)

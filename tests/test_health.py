@@ -93,7 +93,7 @@ def test_a_classifier_has_no_codebook_to_collapse():
     assert health.warnings({"effective_rank": 5.0, "embedding_dim": 64}) == []
 
 
-def test_gradient_norms_of_layers_are_means_over_steps(tiny_dataset, compilation_cache):
+def test_gradient_norms_of_layers_are_means_over_steps(tiny_dataset):
     """Of two steps in two parts each: the mean of both steps' norms, which squared and summed give the whole norm."""
     config = tiny_config(tiny_dataset, microbatches=2)
     program = training.make_program(config, get_task(config.task), 1, make_mesh(jax.devices()[:1]))
@@ -119,7 +119,7 @@ def test_gradient_norms_of_layers_are_means_over_steps(tiny_dataset, compilation
         assert norm == pytest.approx(expected, rel=1e-5) and norm > 0, layer
 
 
-def test_a_collapsed_codebook_is_said_and_written(tiny_dataset, tmp_path, compilation_cache, capsys):
+def test_a_collapsed_codebook_is_said_and_written(tiny_dataset, tmp_path, capsys):
     """2,048 codes, and no more than 384 latents to use them."""
     config = tiny_config(tiny_dataset, **{"model.num_codes": 2048}, num_steps=6, log_every=3, eval_every=6)
     assert train_on(config, tmp_path / "run")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_prep import dataset, dataset_writer, merge
-from data_prep.known_splits import read_known_splits
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.known_splits import read_known_splits
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files

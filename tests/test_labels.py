@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import data_prep
-from data_prep import dataset, dataset_writer, dry_run, label_staging
+from data_prep import dataset, dataset_writer, label_staging
 from data_prep.archives import list_sources
 from data_prep.headers import read_header
 from data_prep.label_tables import LabelError
 from data_prep.labels import LabelSources
-from data_prep.preparation import Options, Places, PreparationError, prepare
+from data_prep.pipeline import dry_run as dry_run
+from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
 from data_prep.privacy.leaks import find_leaks
 from data_prep.rsna_pe import COLUMNS, EXAM_LABELS
 from data_prep.scan.rules import Rules

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import assembly, dataset, dataset_writer, merge, merged_tables
+from data_prep import dataset, dataset_writer, merge, merged_tables
 from data_prep.merged_tables import MergeError, Part
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline import assemble
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -307,7 +308,9 @@ def test_a_shard_that_is_gone_or_changed_is_told(tmp_path, parts, pool):
         records(tmp_path / "view", "test")
     shutil.rmtree(parts[1])  # and made anew, of other scans
     write_example_dataset(parts[1], image_size=16, seed=3, volumes_per_split=MORE)
-    with pytest.raises(dataset.DatasetError, match=r"view: its part .*/sites/b was made anew .* into a new directory"):
+    with pytest.raises(
+        dataset.DatasetError, match=r"view: its part .*/sites/b was prepared again .* into a new directory"
+    ):
         dataset.read_preparation(tmp_path / "view")
 
 
@@ -354,7 +357,7 @@ def test_parts_that_grow_leave_the_view_as_it_was(tmp_path, key_file, pool):
     preparation, _ = merge.merge(parts, tmp_path / "view")
     assert preparation["counts"]["files"] == preparation["counts"]["files_in_volumes"] == 6 * 20
     assert preparation["options"] == OPTIONS.as_dict()
-    expected = assembly.description(OPTIONS.as_dict(), False)
+    expected = assemble.description(OPTIONS.as_dict(), False)
     assert json.loads((tmp_path / "view" / "dataset_info.json").read_text())["description"] == expected
     held = {split: records(tmp_path / "view", split) for split in dataset.SPLITS}
 

@@ -72,7 +72,7 @@ def finish(processes, timeout=300):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tiny_dataset, tmp_path_factory, compilation_cache):
+def two_processes(tiny_dataset, tmp_path_factory):
     """Four steps by two processes, and four more by two new ones that a simulated Slurm starts."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     printed = []
@@ -129,7 +129,7 @@ def wait_for_step(workdir, step, processes):
 
 
 @pytest.fixture(scope="module")
-def interrupted(tiny_dataset, tmp_path_factory, compilation_cache):
+def interrupted(tiny_dataset, tmp_path_factory):
     """A run of two processes, one of which got SIGTERM; the same command again, and one of them was killed."""
     workdir = tmp_path_factory.mktemp("interrupted") / "run"
     processes = start_two(tiny_dataset, workdir, **LONG)
@@ -241,7 +241,7 @@ def test_a_slurm_job_of_one_task_uses_all_devices():
     assert result.stdout.split() == ["1", str(jax.device_count()), "all"], result.stderr
 
 
-def test_a_refusal_reaches_both(tiny_dataset, tmp_path, compilation_cache):
+def test_a_refusal_reaches_both(tiny_dataset, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     results = finish(start_two(tiny_dataset, tmp_path / "run", **OVERRIDES), timeout=120)
@@ -252,7 +252,7 @@ def test_a_refusal_reaches_both(tiny_dataset, tmp_path, compilation_cache):
     assert jax.process_count() == 1
 
 
-def test_weights_of_another_run_and_parameters_that_no_process_holds_whole(tiny_dataset, tmp_path, compilation_cache):
+def test_weights_of_another_run_and_parameters_that_no_process_holds_whole(tiny_dataset, tmp_path):
     wide = {"model.hidden": (16, 32), "num_steps": 4, "log_every": 1, "eval_every": 4}
     donor = tmp_path / "donor"
     assert train_on(tiny_config(tiny_dataset, **{**wide, "num_steps": 1, "eval_every": 1}), donor)

@@ -12,15 +12,19 @@ import pydicom
 import pytest
 from pydicom.encaps import generate_frames
 
-from data_prep import phantom, phantom_anatomy, phantom_dicom, phantom_exam, phantom_render
+from data_prep.synthetic.archive import make_archive
+from data_prep.synthetic.dicom_writer import SYNTAXES_SIGNED, SYNTAXES_UNSIGNED, VENDORS, Series, write_series
+from data_prep.synthetic.exam import Options, sample_scan
+from data_prep.synthetic.patient import Patient, build_anatomy, sample_patient, spine_y
+from data_prep.synthetic.render import Scan, outside_field_of_view, render_volume
 
-SMALL = phantom.Options(seed=3, image_size=64, num_slices=12, slice_spacing_mm=0.0)
+SMALL = Options(seed=3, image_size=64, num_slices=12, slice_spacing_mm=0.0)
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("phantom") / "archive"
-    phantom.make_archive(folder, 10, SMALL)
+    make_archive(folder, 10, SMALL)
     return folder
 
 
@@ -51,8 +55,8 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def small_scan(**changes) -> phantom_render.Scan:
-    scan = phantom_render.Scan(
+def small_scan(**changes) -> Scan:
+    scan = Scan(
         image_size=96,
         field_of_view_mm=420.0,
         centre_mm=(0.0, 0.0),
@@ -71,36 +75,36 @@ def small_scan(**changes) -> phantom_render.Scan:
     return dataclasses.replace(scan, **changes)
 
 
-def render(patient: phantom_anatomy.Patient, **changes) -> np.ndarray:
-    anatomy = phantom_anatomy.build_anatomy(patient)
-    return phantom_render.render_volume(anatomy, small_scan(**changes), np.random.default_rng(0))
+def render(patient: Patient, **changes) -> np.ndarray:
+    anatomy = build_anatomy(patient)
+    return render_volume(anatomy, small_scan(**changes), np.random.default_rng(0))
 
 
 @pytest.fixture(scope="module")
-def patient() -> phantom_anatomy.Patient:
-    sampled = phantom_anatomy.sample_patient(np.random.default_rng(5))
+def patient() -> Patient:
+    sampled = sample_patient(np.random.default_rng(5))
     return dataclasses.replace(sampled, scale=(1.0, 1.0, 1.0), scoliosis_mm=0.0)
 
 
 def test_same_seed_same_bytes_with_other_workers_and_grown_in_two_steps(archive, tmp_path):
-    phantom.make_archive(tmp_path / "again", 2, SMALL)
-    phantom.make_archive(tmp_path / "again", 10, SMALL, num_workers=2)
+    make_archive(tmp_path / "again", 2, SMALL)
+    make_archive(tmp_path / "again", 10, SMALL, num_workers=2)
     assert digests(tmp_path / "again") == digests(archive)
 
 
 def test_a_patient_left_half_written_is_written_anew(archive, tmp_path):
     folder = tmp_path / "archive"
-    phantom.make_archive(folder, 1, SMALL)
+    make_archive(folder, 1, SMALL)
     (folder / "P0000").rename(folder / ".P0000.partial")
     (folder / ".P0000.partial" / "stray").write_text("x")
-    phantom.make_archive(folder, 1, SMALL)
+    make_archive(folder, 1, SMALL)
     assert digests(folder) == {name: d for name, d in digests(archive).items() if name.startswith("P0000")}
 
 
 def test_patients_and_seeds_differ(archive, tmp_path):
     contents = digests(archive)
     assert len(set(contents.values())) == len(contents)
-    phantom.make_archive(tmp_path / "other", 1, dataclasses.replace(SMALL, seed=4))
+    make_archive(tmp_path / "other", 1, dataclasses.replace(SMALL, seed=4))
     assert not set(digests(tmp_path / "other").values()) & set(contents.values())
 
 
@@ -142,16 +146,16 @@ def test_pixels_decode_to_plausible_hu(archive):
             assert 0.06 < np.mean((inside > -950) & (inside < -600)) < 0.6
 
 
-@pytest.mark.parametrize("syntax", [s for s, _ in phantom_dicom.SYNTAXES_SIGNED + phantom_dicom.SYNTAXES_UNSIGNED])
+@pytest.mark.parametrize("syntax", [s for s, _ in SYNTAXES_SIGNED + SYNTAXES_UNSIGNED])
 def test_transfer_syntaxes_keep_the_pixels(syntax, tmp_path, patient):
-    unsigned = [s for s, _ in phantom_dicom.SYNTAXES_UNSIGNED]
-    vendor = phantom_dicom.VENDORS[0 if syntax in unsigned else 1]
+    unsigned = [s for s, _ in SYNTAXES_UNSIGNED]
+    vendor = VENDORS[0 if syntax in unsigned else 1]
     hu = render(patient, z_mm=(-30.0,))
-    outside = phantom_render.outside_field_of_view(small_scan())
-    series = phantom_dicom.Series(
+    outside = outside_field_of_view(small_scan())
+    series = Series(
         hu, (0.0, 0.0, 0.0), 4.4, 3.0, 3.0, outside, vendor, syntax, "HFS", False, {"SeriesInstanceUID": "1.2"}, ("t",)
     )
-    phantom_dicom.write_series(series, [tmp_path / "slice"])
+    write_series(series, [tmp_path / "slice"])
     dataset = pydicom.dcmread(tmp_path / "slice")
     assert dataset.file_meta.TransferSyntaxUID == syntax
     expected = np.clip(hu[0].astype(int) - vendor.intercept, -32768, 4095 if not vendor.signed else 32767)
@@ -163,11 +167,11 @@ def test_transfer_syntaxes_keep_the_pixels(syntax, tmp_path, patient):
 def test_written_voxels_keep_their_place_in_the_patient(position, mirrored, tmp_path):
     hu = np.full((2, 8, 8), -1000, np.int16)
     hu[1, 2, 5] = 500
-    series = phantom_dicom.Series(
-        hu, (-7.0, -3.0, 10.0), 2.0, 3.0, 3.0, np.zeros((8, 8), bool), phantom_dicom.VENDORS[1],
+    series = Series(
+        hu, (-7.0, -3.0, 10.0), 2.0, 3.0, 3.0, np.zeros((8, 8), bool), VENDORS[1],
         pydicom.uid.ExplicitVRLittleEndian, position, mirrored, {"SeriesInstanceUID": "1.2"}, ("t",),
     )  # fmt: skip
-    phantom_dicom.write_series(series, [tmp_path / "a", tmp_path / "b"])
+    write_series(series, [tmp_path / "a", tmp_path / "b"])
     dataset = pydicom.dcmread(tmp_path / "b")
     row, column = np.argwhere(dataset.pixel_array == dataset.pixel_array.max())[0]
     origin = np.array(dataset.ImagePositionPatient, float)
@@ -192,7 +196,7 @@ def test_air_lung_and_contrast(patient):
     lung = plain[1][:, (np.abs(x) > 75) & (np.abs(x) < 90)][40:56]
     assert -950 < np.median(lung) < -780
     # The descending aorta lies left of and in front of the spine.
-    row = round((float(phantom_anatomy.spine_y(-30, patient)) - 24) / (420 / 96) + 47.5)
+    row = round((float(spine_y(-30, patient)) - 24) / (420 / 96) + 47.5)
     column = round(24 / (420 / 96) + 47.5)
     around = (1, slice(row - 1, row + 2), slice(column - 1, column + 2))
     assert 10 < np.median(plain[around]) < 80
@@ -215,7 +219,7 @@ def test_sharp_kernel_is_noisier(patient):
 
 
 def test_vessel_trees_taper_and_stay_in_the_chest(patient):
-    vessels = phantom_anatomy.build_anatomy(patient).vessels
+    vessels = build_anatomy(patient).vessels
     for tree in (vessels.arteries_tree, vessels.veins_tree):
         assert len(tree) > 2000
         assert np.all(tree.end_radius <= tree.start_radius + 1e-5)
@@ -229,11 +233,9 @@ def test_vessel_trees_taper_and_stay_in_the_chest(patient):
 
 def test_a_whole_chest_runs_from_apex_to_base(patient):
     rng = np.random.default_rng(1)
-    scan = phantom_exam.sample_scan(patient, phantom_dicom.VENDORS[0], dataclasses.replace(SMALL, num_slices=0), rng)
+    scan = sample_scan(patient, VENDORS[0], dataclasses.replace(SMALL, num_slices=0), rng)
     assert 90 <= len(scan.z_mm) <= 160
-    volume = phantom_render.render_volume(
-        phantom_anatomy.build_anatomy(patient), dataclasses.replace(scan, circular=False), rng
-    )
+    volume = render_volume(build_anatomy(patient), dataclasses.replace(scan, circular=False), rng)
     x = np.abs((np.arange(64) - 31.5) * scan.pixel_spacing_mm)
     air = ((volume < -500) & (volume > -970))[:, 16:44][:, :, x < 120].mean(axis=(1, 2))
     assert air.argmax() not in (0, len(air) - 1)
@@ -245,7 +247,7 @@ def test_a_whole_chest_runs_from_apex_to_base(patient):
 )
 def test_impossible_options_are_refused_before_anything_is_written(changes, tmp_path):
     with pytest.raises(ValueError, match=f"^--{next(iter(changes))}=[^\n]*$"):
-        phantom.make_archive(tmp_path / "archive", 1, dataclasses.replace(SMALL, **changes))
+        make_archive(tmp_path / "archive", 1, dataclasses.replace(SMALL, **changes))
     assert not (tmp_path / "archive").exists()
 
 
@@ -255,7 +257,7 @@ def test_wrong_flags_end_in_one_line(flags, word, tmp_path):
     output.mkdir()
     (output / "mine.txt").write_text("keep")
     command = [sys.executable, "-m", "data_prep.phantom", f"--output_dir={output}", *flags]
-    root = Path(phantom.__file__).parent.parent
+    root = Path(__file__).resolve().parent.parent
     result = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1 and word in result.stderr
@@ -264,4 +266,4 @@ def test_wrong_flags_end_in_one_line(flags, word, tmp_path):
 
 def test_other_options_in_the_same_folder_are_refused(archive):
     with pytest.raises(ValueError, match="other options"):
-        phantom.make_archive(archive, 1, dataclasses.replace(SMALL, image_size=96))
+        make_archive(archive, 1, dataclasses.replace(SMALL, image_size=96))

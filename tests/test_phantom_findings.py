@@ -12,32 +12,31 @@ import pytest
 from scipy import ndimage
 from skimage.draw import polygon
 
-from data_prep import (
-    phantom,
-    phantom_dicom,
-    phantom_exam,
-    phantom_findings,
-    phantom_layouts,
-    phantom_readers,
-    phantom_render,
-)
+from data_prep.synthetic.archive import make_archive
+from data_prep.synthetic.dicom_writer import as_written
+from data_prep.synthetic.exam import CENTRAL_ARTERIES_Z, Options, render_series, sample_exam
+from data_prep.synthetic.findings import SOLID, Embolus, Findings, Nodule, nodule_distance, polyline, sample_nodule
+from data_prep.synthetic.layouts import EXAM_COLUMNS, MIN_EMBOLUS_MM2, TRAIN_COLUMNS, exam_labels
+from data_prep.synthetic.patient import sample_patient
+from data_prep.synthetic.readers import NAMESPACE, border, read_scan
+from data_prep.synthetic.render import enhancement, render_scan, render_volume
 
-RSNA = phantom.Options(seed=1, image_size=64, num_slices=24, slice_spacing_mm=0.0, layout="rsna_pe")
-LIDC = phantom.Options(seed=1, image_size=192, num_slices=16, slice_spacing_mm=0.0, layout="lidc_idri")
-XML = {"l": phantom_readers.NAMESPACE}
+RSNA = Options(seed=1, image_size=64, num_slices=24, slice_spacing_mm=0.0, layout="rsna_pe")
+LIDC = Options(seed=1, image_size=192, num_slices=16, slice_spacing_mm=0.0, layout="lidc_idri")
+XML = {"l": NAMESPACE}
 
 
 @pytest.fixture(scope="module")
 def rsna(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rsna") / "archive"
-    phantom.make_archive(folder, 6, RSNA)
+    make_archive(folder, 6, RSNA)
     return folder
 
 
 @pytest.fixture(scope="module")
 def lidc(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lidc") / "archive"
-    phantom.make_archive(folder, 3, LIDC)
+    make_archive(folder, 3, LIDC)
     return folder
 
 
@@ -74,14 +73,14 @@ def test_slices_are_positive_where_the_emboli_darken_the_arteries():
     """The same scan without the emboli, under the same noise: what gets darker is embolus."""
     checked = 0
     for index in range(6):
-        exam, _ = phantom_exam.sample_exam(index, RSNA)
+        exam, _ = sample_exam(index, RSNA)
         without = dataclasses.replace(exam.findings, emboli=())
         seed = np.random.default_rng
-        volume = phantom_render.render_scan(exam.anatomy, exam.scan, exam.findings, seed(0))
-        clean = phantom_render.render_scan(exam.anatomy, exam.scan, without, seed(0))
+        volume = render_scan(exam.anatomy, exam.scan, exam.findings, seed(0))
+        clean = render_scan(exam.anatomy, exam.scan, without, seed(0))
         loss = clean.hu.astype(int) - volume.hu
-        positive, _ = phantom_layouts.exam_labels(exam, volume.embolus_area_mm2)
-        blood = phantom_render.enhancement(exam.scan).pulmonary_artery
+        positive, _ = exam_labels(exam, volume.embolus_area_mm2)
+        blood = enhancement(exam.scan).pulmonary_artery
         assert loss.min() >= -1  # nothing gets brighter
         if len(exam.findings.emboli) == 1:
             contrast = blood - exam.findings.emboli[0].hu
@@ -106,7 +105,7 @@ def test_train_csv_obeys_the_rules_of_the_labels(rsna):
     positive_exams = 0
     for rows in exams.values():
         assert len(rows) == 24 and len({row["SeriesInstanceUID"] for row in rows}) == 1
-        labels = [{name: int(row[name]) for name in phantom_layouts.EXAM_COLUMNS} for row in rows]
+        labels = [{name: int(row[name]) for name in EXAM_COLUMNS} for row in rows]
         assert all(label == labels[0] for label in labels)
         exam = labels[0]
         ratio = exam["rv_lv_ratio_gte_1"] + exam["rv_lv_ratio_lt_1"]
@@ -122,32 +121,32 @@ def test_train_csv_obeys_the_rules_of_the_labels(rsna):
 
 
 def test_exam_labels_of_hand_made_areas():
-    exam, _ = phantom_exam.sample_exam(0, RSNA)
-    tubes = phantom_findings.polyline([(0, 0, 0), (0, 0, 9)], 4.0)
+    exam, _ = sample_exam(0, RSNA)
+    tubes = polyline([(0, 0, 0), (0, 0, 9)], 4.0)
     emboli = (
-        phantom_findings.Embolus(tubes, True, ("left",), False, 40.0),
-        phantom_findings.Embolus(tubes, False, ("right",), True, 70.0),
+        Embolus(tubes, True, ("left",), False, 40.0),
+        Embolus(tubes, False, ("right",), True, 70.0),
     )
-    exam = dataclasses.replace(exam, findings=phantom_findings.Findings(emboli=emboli), poor_quality=())
-    limit = phantom_layouts.MIN_EMBOLUS_MM2
-    positive, labels = phantom_layouts.exam_labels(exam, np.array([[limit, 0], [limit - 1, 0], [0, 0]]))
+    exam = dataclasses.replace(exam, findings=Findings(emboli=emboli), poor_quality=())
+    limit = MIN_EMBOLUS_MM2
+    positive, labels = exam_labels(exam, np.array([[limit, 0], [limit - 1, 0], [0, 0]]))
     assert positive.tolist() == [True, False, False]
     assert {k for k, v in labels.items() if v and not k.startswith("rv_lv")} == {"central_pe", "leftsided_pe"}
-    _, labels = phantom_layouts.exam_labels(exam, np.array([[limit, 0], [0, limit]]))
+    _, labels = exam_labels(exam, np.array([[limit, 0], [0, limit]]))
     assert labels["acute_and_chronic_pe"] == labels["rightsided_pe"] == 1 and labels["chronic_pe"] == 0
-    _, labels = phantom_layouts.exam_labels(exam, np.array([[0, limit]]))
+    _, labels = exam_labels(exam, np.array([[0, limit]]))
     assert labels["chronic_pe"] == 1 and labels["central_pe"] == labels["acute_and_chronic_pe"] == 0
     # Too little on every slice is a negative exam, a spoilt one an indeterminate.
-    _, labels = phantom_layouts.exam_labels(exam, np.array([[limit / 3, limit / 3]]))
+    _, labels = exam_labels(exam, np.array([[limit / 3, limit / 3]]))
     assert {k for k, v in labels.items() if v} == {"negative_exam_for_pe"}
     spoilt = dataclasses.replace(exam, poor_quality=("motion",))
-    _, labels = phantom_layouts.exam_labels(spoilt, np.zeros((1, 2)))
+    _, labels = exam_labels(spoilt, np.zeros((1, 2)))
     assert {k for k, v in labels.items() if v} == {"qa_motion", "indeterminate"}
 
 
 def test_the_rsna_layout_names_files_by_the_ids_of_train_csv(rsna):
     rows = rows_of(rsna / "train.csv")
-    assert tuple(rows[0]) == phantom_layouts.TRAIN_COLUMNS
+    assert tuple(rows[0]) == TRAIN_COLUMNS
     named = {f"train/{r['StudyInstanceUID']}/{r['SeriesInstanceUID']}/{r['SOPInstanceUID']}.dcm" for r in rows}
     assert named == {str(path.relative_to(rsna)) for path in rsna.rglob("*.dcm")}
     path = next(rsna.rglob("*.dcm"))
@@ -168,9 +167,9 @@ def test_rsna_attributes_stand_beside_the_headers_only(rsna):
 
 
 def test_a_grown_rsna_archive_has_the_tables_of_one_made_at_once(rsna, tmp_path):
-    phantom.make_archive(tmp_path / "grown", 1, RSNA)
+    make_archive(tmp_path / "grown", 1, RSNA)
     assert len(rows_of(tmp_path / "grown" / "train.csv")) == 24
-    phantom.make_archive(tmp_path / "grown", 6, RSNA)
+    make_archive(tmp_path / "grown", 6, RSNA)
     assert digests(tmp_path / "grown") == digests(rsna)
 
 
@@ -178,21 +177,19 @@ def test_a_grown_rsna_archive_has_the_tables_of_one_made_at_once(rsna, tmp_path)
 
 
 def test_a_nodule_has_the_volume_of_its_diameter():
-    nodule = phantom_findings.Nodule(
-        (3.0, -5.0, 7.0), (8.0, 8.0, 8.0), 3, 5, False, 0.0, 0.0, 0.0, 40.0, ((1.0, 0, 0),)
-    )
+    nodule = Nodule((3.0, -5.0, 7.0), (8.0, 8.0, 8.0), 3, 5, False, 0.0, 0.0, 0.0, 40.0, ((1.0, 0, 0),))
     scale = (0.9, 1.1, 1.05)
     x, y = np.meshgrid(np.arange(-20, 26, 0.5) / scale[0], np.arange(-28, 18, 0.5) / scale[1])
     heights = np.arange(-5, 19, 0.5)
-    body = [phantom_findings.nodule_distance(nodule, x, y, z / scale[2] + 0.0, scale)[0] < 0 for z in heights]
+    body = [nodule_distance(nodule, x, y, z / scale[2] + 0.0, scale)[0] < 0 for z in heights]
     assert nodule.diameter_mm == pytest.approx(16)
     assert np.sum(body) * 0.125 == pytest.approx(np.pi / 6 * 16**3, rel=0.03)
 
 
 def test_growing_malignancy_makes_nodules_larger_and_more_spiculated():
-    exam, rng = phantom_exam.sample_exam(0, dataclasses.replace(LIDC, num_slices=0))
+    exam, rng = sample_exam(0, dataclasses.replace(LIDC, num_slices=0))
     z_range = exam.anatomy.patient.lung_extent_mm
-    nodules = [phantom_findings.sample_nodule(exam.anatomy, z_range, [], rng) for _ in range(60)]
+    nodules = [sample_nodule(exam.anatomy, z_range, [], rng) for _ in range(60)]
     nodules = [nodule for nodule in nodules if nodule is not None]
     malignancy = [nodule.malignancy for nodule in nodules]
     assert len(nodules) > 50 and set(malignancy) == {1, 2, 3, 4, 5}
@@ -204,13 +201,13 @@ def test_growing_malignancy_makes_nodules_larger_and_more_spiculated():
 def test_nodules_lie_in_the_lungs_and_are_as_dense_as_said():
     seen = 0
     for index in (1, 3, 5):
-        exam, _ = phantom_exam.sample_exam(index, LIDC)
-        volume = phantom_render.render_scan(exam.anatomy, exam.scan, exam.findings, np.random.default_rng(0))
+        exam, _ = sample_exam(index, LIDC)
+        volume = render_scan(exam.anatomy, exam.scan, exam.findings, np.random.default_rng(0))
         without = dataclasses.replace(exam.findings, nodules=(), dots=())
-        clean = phantom_render.render_scan(exam.anatomy, exam.scan, without, np.random.default_rng(0))
+        clean = render_scan(exam.anatomy, exam.scan, without, np.random.default_rng(0))
         for nodule, field in zip(exam.findings.nodules, volume.nodules, strict=True):
             core = field.paste(field.distance < -2.5, volume.hu.shape)
-            if nodule.texture == phantom_findings.SOLID and not nodule.cavity_mm and core.sum() > 5:
+            if nodule.texture == SOLID and not nodule.cavity_mm and core.sum() > 5:
                 seen += 1
                 assert np.median(clean.hu[core]) < -600
                 assert abs(np.median(volume.hu[core]) - nodule.hu) < 25
@@ -229,7 +226,7 @@ def test_an_outline_outside_a_mask_fills_to_the_mask(name):
         "disc": np.hypot(rows - 15, columns - 14) < 9.3,
         "bean": (np.hypot(rows - 12, columns - 12) < 6) | (np.hypot(rows - 17, columns - 18) < 5),
     }[name]
-    points = phantom_readers.border(ndimage.binary_dilation(mask))
+    points = border(ndimage.binary_dilation(mask))
     assert np.array_equal(points[0], points[-1])
     assert np.abs(np.diff(points, axis=0)).max() == 1
     assert dice(filled(points, mask.shape), mask) > (0.98 if name == "bean" else 0.9999)
@@ -238,24 +235,22 @@ def test_an_outline_outside_a_mask_fills_to_the_mask(name):
 def test_the_outline_of_one_pixel_is_that_pixel():
     mask = np.zeros((5, 5), bool)
     mask[3, 1] = True
-    assert phantom_readers.border(mask).tolist() == [[1, 3]]
+    assert border(mask).tolist() == [[1, 3]]
 
 
 @pytest.mark.parametrize("prone, mirrored", [(False, False), (True, False), (False, True)])
 def test_outlines_fill_to_the_true_nodules_in_the_written_images(prone, mirrored):
     compared = 0
     for index in range(4):
-        exam, rng = phantom_exam.sample_exam(index, LIDC)
+        exam, rng = sample_exam(index, LIDC)
         position = "HFP" if prone else "FFS" if mirrored else "HFS"
         exam = dataclasses.replace(exam, position=position, mirrored=mirrored)
-        series, rendering = phantom_exam.render_series(exam, "soft", 2, rng)
+        series, rendering = render_series(exam, "soft", 2, rng)
 
         def written(masks, series=series):
-            return phantom_dicom.as_written(series, masks)
+            return as_written(series, masks)
 
-        readers = phantom_readers.read_scan(
-            exam.findings, rendering, series.pixel_spacing_mm, series.slice_spacing_mm, written, rng
-        )
+        readers = read_scan(exam.findings, rendering, series.pixel_spacing_mm, series.slice_spacing_mm, written, rng)
         assert len(readers) == 4
         shape = rendering.hu.shape
         true = [None if f is None else written(f.paste(f.distance < 0, shape)) for f in rendering.nodules]
@@ -287,7 +282,7 @@ def test_lidc_xml_names_its_series_and_its_slices(lidc):
     for patient in sorted(lidc.glob("PHANTOM-*")):
         (path,) = patient.rglob("*.xml")
         root = ElementTree.parse(path).getroot()
-        assert root.tag == f"{{{phantom_readers.NAMESPACE}}}LidcReadMessage"
+        assert root.tag == f"{{{NAMESPACE}}}LidcReadMessage"
         slices = {d.SOPInstanceUID: d for d in map(header, path.parent.glob("*.dcm"))}
         assert len(slices) == 16
         first = next(iter(slices.values()))
@@ -312,7 +307,7 @@ def test_lidc_xml_names_its_series_and_its_slices(lidc):
 
 
 def test_layouts_have_different_patients_and_the_group_in_the_header(lidc, rsna, tmp_path):
-    phantom.make_archive(tmp_path / "dicom", 1, dataclasses.replace(RSNA, layout="dicom"))
+    make_archive(tmp_path / "dicom", 1, dataclasses.replace(RSNA, layout="dicom"))
     folders = (lidc, rsna, tmp_path / "dicom")
     headers = [
         [header(p) for p in f.rglob("*") if p.suffix not in (".json", ".csv", ".xml") and p.is_file()] for f in folders
@@ -326,29 +321,29 @@ def test_layouts_have_different_patients_and_the_group_in_the_header(lidc, rsna,
 
 def test_an_unknown_layout_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"^--layout=nifti: choose dicom, rsna_pe, lidc_idri$"):
-        phantom.make_archive(tmp_path / "archive", 1, dataclasses.replace(RSNA, layout="nifti"))
+        make_archive(tmp_path / "archive", 1, dataclasses.replace(RSNA, layout="nifti"))
     assert not (tmp_path / "archive").exists()
 
 
 def test_a_part_of_the_chest_holds_the_central_arteries():
     for index in range(8):
-        exam, _ = phantom_exam.sample_exam(index, RSNA)
-        low, high = (z * exam.anatomy.patient.scale[2] for z in phantom_exam.CENTRAL_ARTERIES_Z)
+        exam, _ = sample_exam(index, RSNA)
+        low, high = (z * exam.anatomy.patient.scale[2] for z in CENTRAL_ARTERIES_Z)
         assert exam.scan.z_mm[0] <= low + 3 and exam.scan.z_mm[-1] >= high - 3
 
 
 def test_group_is_independent_of_sex_and_age_and_leaves_a_trace():
-    people = [phantom_exam.phantom_anatomy.sample_patient(np.random.default_rng(i)) for i in range(1500)]
+    people = [sample_patient(np.random.default_rng(i)) for i in range(1500)]
     for group in ("group_a", "group_b", "group_c"):
         members = [p for p in people if p.group == group]
         assert len(members) == pytest.approx(500, abs=80)
         assert np.mean([p.age for p in members]) == pytest.approx(np.mean([p.age for p in people]), abs=2)
         assert np.mean([p.sex == "F" for p in members]) == pytest.approx(0.5, abs=0.09)
-    exam, _ = phantom_exam.sample_exam(0, LIDC)
+    exam, _ = sample_exam(0, LIDC)
     scan = dataclasses.replace(exam.scan, z_mm=exam.scan.z_mm[:2])
     volumes = []
     for group in ("group_a", "group_c"):
         anatomy = dataclasses.replace(exam.anatomy, patient=dataclasses.replace(exam.anatomy.patient, group=group))
-        volumes.append(phantom_render.render_volume(anatomy, scan, np.random.default_rng(0)).astype(int))
+        volumes.append(render_volume(anatomy, scan, np.random.default_rng(0)).astype(int))
     difference = np.abs(volumes[0] - volumes[1])
     assert 1 < difference[difference > 0].mean() < 15 and difference.max() < 60

@@ -25,13 +25,14 @@ from ctssl_jax.evaluate import evaluate
 from ctssl_jax.predict import predict, table
 from ctssl_jax.tasks import get_task
 from data_prep import dataset as dataset_directory
-from data_prep import phantom
 from data_prep.mask_files import read_mask
 from data_prep.mask_output import resize_back
 from data_prep.privacy import pseudonyms
 from data_prep.privacy.pseudonyms import volume_id
 from data_prep.raw import scans
 from data_prep.scan.rules import Rules
+from data_prep.synthetic.archive import make_archive
+from data_prep.synthetic.exam import Options
 
 PROJECT = Path(__file__).resolve().parent.parent
 WINDOW = ((50, 350),)
@@ -57,7 +58,7 @@ def make_run(config, workdir: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, compilation_cache):
+def runs(tmp_path_factory):
     """A run of segmentation."""
     folder = tmp_path_factory.mktemp("runs")
     dataset = write_example_dataset(folder / "dataset", image_size=32, masks=True)
@@ -235,10 +236,10 @@ def test_a_real_nifti_scan(runs, real_data, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def exams(tmp_path_factory, compilation_cache):
+def exams(tmp_path_factory):
     """A phantom RSNA archive, its dataset, and a run of each label recipe on it."""
     folder = tmp_path_factory.mktemp("rsna")
-    phantom.make_archive(folder / "archive", 3, phantom.Options(5, 64, 20, 0.0, "rsna_pe"))
+    make_archive(folder / "archive", 3, Options(5, 64, 20, 0.0, "rsna_pe"))
     options = ["--archive=rsna_pe", "--image_size=32", "--splits=0.34,0.33,0.33", "--num_workers=1"]
     prepared = subprocess.run(
         [

@@ -19,12 +19,12 @@ import pydicom
 import pytest
 
 from data_prep import dataset, dataset_writer, planning
-from data_prep import preparation as preparation_module
-from data_prep.assembly import freeze
-from data_prep.dry_run import dry_run
 from data_prep.pipeline import convert
+from data_prep.pipeline import prepare as preparation_module
+from data_prep.pipeline.assemble import freeze
 from data_prep.pipeline.convert import convert_exam
-from data_prep.preparation import Options, Places, PreparationError, prepare
+from data_prep.pipeline.dry_run import dry_run
+from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
 from data_prep.scan import loading
 from data_prep.scan.rules import Rules
 from data_prep.verification import verify

@@ -25,7 +25,7 @@ from ctssl_jax.predict import predict
 from data_prep import dataset_writer, describe
 from data_prep.archives import list_sources, read_bytes
 from data_prep.headers import Header, read_header
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.privacy import leaks
 from data_prep.scan.rules import Rules
 from tests import dicom_files
@@ -202,7 +202,7 @@ def parts_of_scans(real_data, folder):
     return folder
 
 
-def test_real_scans(real_data, tmp_path, capfd, compilation_cache):
+def test_real_scans(real_data, tmp_path, capfd):
     """Preparation, contact sheet, checkpoint, results, embeddings and masks of real scans hold nothing of them."""
     archive, out = parts_of_scans(real_data, tmp_path / "archive"), tmp_path / "out"
     places = Places(archive, out / "dataset", out / "dataset-audit")

@@ -30,7 +30,7 @@ NAMES = {f"{target}/{read}/{score}" for target in SCORES for read in ("linear", 
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_dataset, tmp_path_factory, compilation_cache):
+def runs(tiny_dataset, tmp_path_factory):
     """An autoencoder, trained for a few steps, and a classifier."""
     folder = tmp_path_factory.mktemp("probed")
     assert train_on(tiny_config(tiny_dataset, num_steps=2, eval_every=2), folder / "masked_region")

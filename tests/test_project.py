@@ -97,7 +97,10 @@ def test_imports_run_one_way():
         assert not any(name.split(".")[0] in ("configs", "experiments", "pydicom") for name in used), path
         from_data_prep = {name for name in used if name.split(".")[0] == "data_prep"}
         if path.stem not in raw_scans:  # these read scans as data_prep does, not the datasets that it wrote
-            assert all(name == "data_prep" or name.startswith("data_prep.dataset") for name in from_data_prep), path
+            assert all(
+                name == "data_prep" or name.startswith(("data_prep.dataset", "data_prep.system"))
+                for name in from_data_prep
+            ), path
 
 
 def test_command_lines_can_be_imported_together():

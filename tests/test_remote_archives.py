@@ -15,7 +15,7 @@ import pytest
 
 from data_prep import archives, dataset, planning, remote_archives, stores
 from data_prep.headers import Header, NotAnImage, read_header
-from data_prep.preparation import Options, Places, check_places, num_failed_for_now, prepare
+from data_prep.pipeline.prepare import Options, Places, check_places, num_failed_for_now, prepare
 from data_prep.remote_archives import archive_directory
 from data_prep.scan.loading import read_headers
 from data_prep.series import plan_series
@@ -118,7 +118,7 @@ def test_what_the_store_fails_to_give_is_tried_again(store, scans, prepared, tmp
 
     store.fail("read scans/scan2/IM0003", "read scans/notes.txt")
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.preparation.plan_archive", plan_then_fail)
+        patch.setattr("data_prep.pipeline.prepare.plan_archive", plan_then_fail)
         preparation, _ = prepare(OPTIONS, places, num_workers=1, pseudonym_key_file=key_file)
     assert preparation["counts"]["files_not_images"]["failed_for_now"] == 2
     assert preparation["counts"]["series_rejected"] == {"failed_for_now": 1}

@@ -18,12 +18,12 @@ from ctssl_jax import hu_arrays, scan_flags
 from ctssl_jax.command_line import InputError
 from data_prep import dataset
 from data_prep.labels import LabelSources
-from data_prep.phantom import Options as PhantomOptions
-from data_prep.phantom import make_archive
-from data_prep.preparation import Options, Places, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.raw import scans
 from data_prep.scan import loading
 from data_prep.scan.rules import Rules
+from data_prep.synthetic.archive import make_archive
+from data_prep.synthetic.exam import Options as PhantomOptions
 from data_prep.window import prepare_images
 from tests import dicom_files
 

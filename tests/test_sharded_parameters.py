@@ -37,7 +37,7 @@ def built(config, num_devices=8):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_dataset, tmp_path_factory, compilation_cache):
+def runs(tiny_dataset, tmp_path_factory):
     """Four steps on eight devices: each with all parameters, and two groups of four that share a copy."""
     folder = tmp_path_factory.mktemp("runs")
     for fsdp_devices in (1, 4):

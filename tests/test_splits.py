@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from data_prep.splits import assign_splits, cut_into_shards
+from data_prep.pipeline.splits import assign_splits, cut_into_shards
 
 THIRDS = (0.8, 0.1, 0.1)
 

@@ -160,7 +160,7 @@ def test_a_failed_stage_stops_the_study(settings, capfd):
     assert "holds images of 16 pixels, config.image_size is 64" in capfd.readouterr().err
 
 
-def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny_dataset, tmp_path, compilation_cache):
+def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny_dataset, tmp_path):
     """SIGTERM to the study is passed on; the training saves, ends well, and nothing is evaluated yet."""
     settings = Settings(tiny_dataset, tmp_path / "study", "small", 100_000, 0, (), "test")
     cell = study.train_cell(settings, "mask_05", "masked_region", **TINY_FIELDS)

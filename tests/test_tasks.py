@@ -121,7 +121,7 @@ def test_next_slice_pairs_never_cross_a_gap_or_a_volume(tiny_dataset):
 
 
 @pytest.fixture(scope="module")
-def straight(tiny_dataset, tmp_path_factory, compilation_cache):
+def straight(tiny_dataset, tmp_path_factory):
     """Runs without interruption, one a task."""
     finished = {}
 

@@ -34,7 +34,7 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def straight(tiny_dataset, tmp_path_factory, compilation_cache):
+def straight(tiny_dataset, tmp_path_factory):
     """Runs of 12 steps without interruption: 1.6 epochs of 60 slices, so that a batch spans the epoch's end."""
     finished = {}
 
@@ -71,7 +71,7 @@ def test_a_complete_run_can_be_prolonged(straight, tiny_dataset, tmp_path):
     assert numbers(workdir) == numbers(expected)
 
 
-def test_run_directory_and_start_up_report(tiny_dataset, tmp_path, compilation_cache, capsys):
+def test_run_directory_and_start_up_report(tiny_dataset, tmp_path, capsys):
     config, workdir = tiny_config(tiny_dataset, num_steps=2, log_every=1, eval_every=1), tmp_path / "run"
     assert train_on(config, workdir)
     printed = capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_run_directory_and_start_up_report(tiny_dataset, tmp_path, compilation_c
     assert list((workdir / "tensorboard").iterdir())
 
 
-def test_best_and_last_checkpoints_are_kept(tiny_dataset, tmp_path, compilation_cache):
+def test_best_and_last_checkpoints_are_kept(tiny_dataset, tmp_path):
     config = tiny_config(tiny_dataset, num_steps=8, eval_every=1, learning_rate=0.02)
     assert train_on(config, tmp_path / "run")
     validation = {line["step"]: line["loss"] for line in reports.read_reports(tmp_path / "run", "validation")}
@@ -103,7 +103,7 @@ def test_best_and_last_checkpoints_are_kept(tiny_dataset, tmp_path, compilation_
     assert checkpoint.read_metadata(tmp_path / "run", best)["preparation"]["image_size"] == 16
 
 
-def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_dataset, tmp_path, compilation_cache):
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_dataset, tmp_path):
     message = r"not finite at step 1 of .*run: .* the checkpoint of step 0 is kept; lower config.learning_rate"
     with pytest.raises(TrainingDiverged, match=message):
         train_on(tiny_config(tiny_dataset, learning_rate=1e30), tmp_path / "run")
@@ -115,7 +115,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_datase
     assert all(np.isfinite(value).all() for value in saved_state(tmp_path / "run").values())
 
 
-def test_killed_and_terminated_processes_lose_nothing_saved(tiny_dataset, tmp_path, compilation_cache):
+def test_killed_and_terminated_processes_lose_nothing_saved(tiny_dataset, tmp_path):
     overrides = dict(num_steps=400, log_every=1, eval_every=20)
     straight = tmp_path / "straight"
     process = start(command(tiny_dataset, straight, **overrides))
@@ -186,7 +186,7 @@ def test_a_request_to_stop_does_not_wait_for_a_validation(straight, tiny_dataset
     assert checkpoint.choose_step(workdir, "best") == checkpoint.choose_step(expected, "best")
 
 
-def test_nothing_is_started_by_a_signal_before_the_first_step(tiny_dataset, tmp_path, monkeypatch, compilation_cache):
+def test_nothing_is_started_by_a_signal_before_the_first_step(tiny_dataset, tmp_path, monkeypatch):
     from ctssl_jax import training
 
     original = training.compile_step
@@ -202,7 +202,7 @@ def test_nothing_is_started_by_a_signal_before_the_first_step(tiny_dataset, tmp_
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_a_wall_clock_that_jumps_shows_in_no_speed(tiny_dataset, tmp_path, monkeypatch, compilation_cache):
+def test_a_wall_clock_that_jumps_shows_in_no_speed(tiny_dataset, tmp_path, monkeypatch):
     wall_clock, calls = time.time, itertools.count()
     monkeypatch.setattr(time, "time", lambda: wall_clock() + 60 * (next(calls) % 3 - 1))  # Orbax waits by it, too
     assert train_on(tiny_config(tiny_dataset, num_steps=4, log_every=1, eval_every=2), tmp_path / "run")

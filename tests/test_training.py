@@ -14,7 +14,7 @@ from ctssl_jax.tasks import TASKS, get_task
 
 
 @pytest.fixture(scope="module")
-def program_of(compilation_cache):
+def program_of():
     """Programs by (devices, settings), built once."""
     built = {}
 

@@ -23,7 +23,7 @@ def tiny(dataset_dir, task, /, **overrides):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_dataset, tmp_path_factory, compilation_cache):
+def runs(tiny_dataset, tmp_path_factory):
     """Finished runs by task, each of two steps from random weights."""
     folder = tmp_path_factory.mktemp("donors")
     for task in ("masked_region", "rotation"):

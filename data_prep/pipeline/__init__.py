@@ -1,1 +1,1 @@
-"""A preparation: plan, convert, assemble."""
+"""From an archive of scans to a dataset directory, in steps that can be killed and run again."""

@@ -33,8 +33,8 @@ import pydicom
 
 from data_prep import dataset
 from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
-from data_prep.assembly import description
 from data_prep.headers import inflates_too_far
+from data_prep.pipeline.assemble import description
 from data_prep.privacy.pseudonyms import KEY_FILE, public_ethnic_group, public_kernel, public_manufacturer
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 

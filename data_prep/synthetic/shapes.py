@@ -1,6 +1,6 @@
 """Shapes of the phantom as signed distances, and the canvas that paints them with antialiased edges.
 
-A signed distance is in mm, negative inside. All shapes live in the reference space of `phantom_anatomy`: x to the
+A signed distance is in mm, negative inside. All shapes live in the reference space of `patient`: x to the
 patient's left, y to posterior, z to superior, mm of a patient of average build.
 """
 

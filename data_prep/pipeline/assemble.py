@@ -17,8 +17,8 @@ from typing import Any
 
 from data_prep import dataset, dataset_writer
 from data_prep.pipeline.notes import ExamNote, read_note, records_path
+from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.privacy import pseudonyms
-from data_prep.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _VERSIONED = ("numpy", "scipy", "pydicom", "imagecodecs", "array_record", "tensorflow-datasets")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_prep.phantom_shapes import Capsules, join, polyline
+from data_prep.synthetic.shapes import Capsules, join, polyline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Vessels:
 
 
 def great_vessels(patient, spine_y: Callable[[float], float]) -> Vessels:
-    """The large vessels, oesophagus and trachea of a `phantom_anatomy.Patient`; the trees are still empty."""
+    """The large vessels, oesophagus and trachea of a `patient.Patient`; the trees are still empty."""
     s = patient.aorta_scale
     descending = [
         (24 - 0.09 * max(0, -60 - z), float(spine_y(z)) - 25 + 0.03 * max(0, -60 - z), z) for z in range(4, -240, -18)

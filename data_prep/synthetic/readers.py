@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
-from data_prep.phantom_findings import Findings, Nodule
-from data_prep.phantom_render import NoduleField, Rendering
+from data_prep.synthetic.findings import Findings, Nodule
+from data_prep.synthetic.render import NoduleField, Rendering
 
 NAMESPACE = "http://www.nih.gov"
 NUM_READERS = 4

@@ -2,7 +2,7 @@
 
 Datasets of one pseudonym key have the same pseudonyms and take patients in the same order. Their splits are the same
 only if they were made at once from the same patients with the same options: what a patient was assigned to is kept in
-each dataset's own audit directory. `data_prep.known_splits` takes over those of other datasets.
+each dataset's own audit directory. `data_prep.pipeline.known_splits` takes over those of other datasets.
 """
 
 import itertools

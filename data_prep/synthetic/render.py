@@ -4,8 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from data_prep import phantom_bones
-from data_prep.phantom_anatomy import (
+from data_prep.synthetic.bones import paint_skeleton
+from data_prep.synthetic.findings import Findings, cut_nodule, paint_embolus, paint_haze, paint_nodule
+from data_prep.synthetic.noise import noise_tiles, texture_tile
+from data_prep.synthetic.patient import (
     BODY_FRONT,
     BODY_HALF_WIDTH,
     GROUPS,
@@ -24,12 +26,29 @@ from data_prep.phantom_anatomy import (
     spine_x,
     spine_y,
 )
-from data_prep.phantom_findings import Findings, cut_nodule, paint_embolus, paint_haze, paint_nodule
-from data_prep.phantom_noise import noise_tiles, texture_tile
-from data_prep.phantom_shapes import FAR, Canvas, around, ellipse, ellipsoid, join, segment, smooth_max, smooth_min
-from data_prep.phantom_vessels import Vessels
+from data_prep.synthetic.shapes import FAR, Canvas, around, ellipse, ellipsoid, join, segment, smooth_max, smooth_min
+from data_prep.synthetic.vessels import Vessels
 
+# HU of what the contrast medium does not reach, and lengths in mm of the reference space. All are made up within the
+# usual ranges of chest CT of adults: no patient was measured for them.
 FAT, MUSCLE, SKIN = -102.0, 56.0, 18.0
+GLAND, PERICARDIUM, VESSEL_WALL, OESOPHAGUS, PLAQUE = 25, -20, 40, 42.0, 620
+STOMACH_WALL, STOMACH_CONTENTS, STOMACH_AIR, COLON_WALL = 48, 22, -970, 42
+FISSURE, AIRWAY_WALL, AIRWAY_AIR, TRACHEA_AIR = -560, -150, -960, -985
+# Fat within and between organs holds small vessels that are not drawn one by one.
+PLEURAL_FAT, ARMPIT_FAT, MUSCLE_PLANE_FAT = FAT + 6, FAT + 8, FAT + 15
+HEART_FAT, GROOVE_FAT, RENAL_SINUS_FAT = FAT + 12, FAT + 20, FAT + 30
+SKIN_MM, PERICARDIUM_MM, HEART_FAT_MM, DIAPHRAGM_MM, STOMACH_WALL_MM = 2.2, 0.8, 4.4, 2.6, 3.2
+AIRWAY_WALL_MM, VESSEL_WALL_MM, TRACHEA_WALL_MM, COLON_WALL_MM = 1.0, 1.2, 1.6, 2.2
+FISSURE_HALF_MM = 0.25
+MUSCLE_LAYER_MM, MUSCLE_BELLY_MM = 17, 66
+# Lung is denser where it is dependent and in a thin layer below the pleura; its grain is finer than a voxel.
+DEPENDENT_HU_PER_MM, SUBPLEURAL_HU, SUBPLEURAL_MM, LUNG_GRAIN_HU = 0.28, 60, 4, 14
+LIVER_GRAIN_HU, STOMACH_GRAIN_HU, COLON_GRAIN_HU = 5, 9, 80
+# What lets through some of the tissue behind, since the voxels hold both.
+LUNG_VESSEL_OPACITY, AIRWAY_WALL_OPACITY, FISSURE_OPACITY = 0.92, 0.8, 0.6
+# How far inside the pleura the airways and the vessels of the lung end.
+AIRWAY_MARGIN_MM, LUNG_VESSEL_MARGIN_MM, FISSURE_MARGIN_MM = 4, 2, 2
 # The trace of a patient's group: fat HU, and the direction of faint stripes in the muscles.
 GROUP_FAT_HU = (-4.0, 0.0, 4.0)
 STRIPES_HU, STRIPES_MM = 9.0, 30.0
@@ -238,13 +257,13 @@ def render_slice(
     pleura = pleura_distance(x, y, z, patient)
     lung = lungs(x, y, z, anatomy, pleura)
     paint_body_wall(canvas, anatomy, z, pleura, muscle)
-    canvas.paint(pleura, FAT + 6)
+    canvas.paint(pleura, PLEURAL_FAT)
     paint_abdomen(canvas, anatomy, z, blood, pleura, texture)
     paint_heart(canvas, anatomy, z, blood)
     fields = paint_lungs(canvas, anatomy, findings, z, blood, lung, texture)
     paint_great_vessels(canvas, anatomy, z, blood)
     areas = [paint_embolus(canvas, embolus, z, blood.pulmonary_artery) for embolus in findings.emboli]
-    phantom_bones.paint_skeleton(canvas, anatomy, z, texture)
+    paint_skeleton(canvas, anatomy, z, texture)
     return fields, areas
 
 
@@ -281,28 +300,29 @@ def paint_body_wall(canvas: Canvas, anatomy: Anatomy, z: float, pleura: np.ndarr
     patient = anatomy.patient
     x, y = canvas.coarse_x, canvas.coarse_y
     muscle, skin, breasts = body_outlines(x, y, z, anatomy)
-    canvas.paint(skin, SKIN, inner=((2.2, FAT + GROUP_FAT_HU[GROUPS.index(patient.group)]),))
+    canvas.paint(skin, SKIN, inner=((SKIN_MM, FAT + GROUP_FAT_HU[GROUPS.index(patient.group)]),))
     if patient.breast_mm:
         wave = 7 * np.sin(x / 7.3 + z / 11) * np.sin(y / 6.1 - z / 9) + 5 * np.sin((x + y) / 4.7 + z / 6)
         gland = np.maximum(breasts, skin) + 14 + 26 * (1 - patient.breast_density) + wave
-        canvas.paint(np.maximum(gland, -muscle - 1), 25, edge_mm=3)
+        canvas.paint(np.maximum(gland, -muscle - 1), GLAND, edge_mm=3)
     canvas.paint(muscle, muscle_hu)
     # Fat in the armpits, and between the muscles: layers along the surface, each cut into bellies.
     if -20 < z < 110:
         side = pleura_outline(min(z, 40), patient)
         pit = ellipsoid(np.abs(x), y, z, (float(side[0]) + 19, float(side[2]) - 26, 46), (17, 34, 52), (1, -0.25, 0))
         pit = pit + 3 * np.sin(x / 6 + z / 8) * np.sin(y / 7 - z / 9)
-        canvas.paint(np.maximum(pit, muscle + 9), FAT + 8, edge_mm=3)
+        canvas.paint(np.maximum(pit, muscle + 9), ARMPIT_FAT, edge_mm=3)
     phase = patient.seed % 7
     around = np.arctan2(x, -y - 10) * 95
     depth = 5 * np.sin(around / 37 + z / 43 + phase) + 2.5 * np.sin(around / 13 - z / 29) - muscle
-    layer = np.rint(depth / 17)
-    between_layers = np.abs(depth - 17 * layer)
-    along = (around + 9 * np.sin(depth / 13 + z / 31 + phase)) / 66 + 0.41 * np.floor(depth / 17) + 0.004 * z
-    between_bellies = 66 * np.abs(along - np.rint(along))
+    layer = np.rint(depth / MUSCLE_LAYER_MM)
+    between_layers = np.abs(depth - MUSCLE_LAYER_MM * layer)
+    along = (around + 9 * np.sin(depth / 13 + z / 31 + phase)) / MUSCLE_BELLY_MM
+    along = along + 0.41 * np.floor(depth / MUSCLE_LAYER_MM) + 0.004 * z
+    between_bellies = MUSCLE_BELLY_MM * np.abs(along - np.rint(along))
     planes = smooth_min(between_layers, between_bellies, 7) - 0.9 + 0.7 * np.sin(around / 29 - z / 19)
     planes = np.maximum(np.maximum(planes, muscle + 5), 15 - pleura)
-    canvas.paint(planes.astype(np.float32), FAT + 15, edge_mm=2.5)
+    canvas.paint(planes.astype(np.float32), MUSCLE_PLANE_FAT, edge_mm=2.5)
 
 
 def paint_lungs(
@@ -322,8 +342,8 @@ def paint_lungs(
     if refined is None:
         return [None] * len(nodules)
     box, distance = refined
-    value = patient.lung_hu + 0.28 * canvas.y[box] + 14 * texture[box]
-    value += 60 * np.exp(np.clip(distance, -30, 0) / 4)
+    value = patient.lung_hu + DEPENDENT_HU_PER_MM * canvas.y[box] + LUNG_GRAIN_HU * texture[box]
+    value += SUBPLEURAL_HU * np.exp(np.clip(distance, -30, 0) / SUBPLEURAL_MM)
     whole = np.empty_like(canvas.hu)
     whole[box] = value
     canvas.fill(box, distance, whole, edge_mm=canvas.edge_mm * 1.2)
@@ -332,29 +352,29 @@ def paint_lungs(
     oblique = (y + np.where(x < 0, 0.85, 0.95) * np.float32(z + 40) - 8 + 0.0016 * (np.abs(x) - 70) ** 2) * 0.75
     behind = canvas.refine(oblique)
     if behind is not None:
-        line = np.maximum(np.abs(around(behind[1], behind[0], box)) - np.float32(0.25), distance + 2)
-        canvas.fill(box, line, -560, opacity=0.6)
+        line = np.abs(around(behind[1], behind[0], box)) - np.float32(FISSURE_HALF_MM)
+        canvas.fill(box, np.maximum(line, distance + FISSURE_MARGIN_MM), FISSURE, opacity=FISSURE_OPACITY)
     fields = [cut_nodule(canvas, nodule, z, patient.scale, box, distance) for nodule in nodules]
     for nodule, field in zip(nodules, fields, strict=True):
         if field is not None:
             paint_haze(canvas, nodule, *field)
     vessels = anatomy.vessels
-    airways = canvas.tubes(vessels.airways_tree, z, around_mm=1.0)
+    airways = canvas.tubes(vessels.airways_tree, z, around_mm=AIRWAY_WALL_MM)
     if airways is not None:
-        airways = airways[0], np.maximum(airways[1], around(distance, box, airways[0]) - 4)
-        canvas.fill(airways[0], airways[1] - 1.0, -150, opacity=0.8)
+        airways = airways[0], np.maximum(airways[1], around(distance, box, airways[0]) - AIRWAY_MARGIN_MM)
+        canvas.fill(airways[0], airways[1] - AIRWAY_WALL_MM, AIRWAY_WALL, opacity=AIRWAY_WALL_OPACITY)
     for tree, hu in ((vessels.veins_tree, blood.left_heart), (vessels.arteries_tree, blood.pulmonary_artery)):
         tubes = canvas.tubes(tree, z, z_scale=0.6)
         if tubes is not None:
             canvas.fill(
                 tubes[0],
-                np.maximum(tubes[1], around(distance, box, tubes[0]) - 2),
+                np.maximum(tubes[1], around(distance, box, tubes[0]) - LUNG_VESSEL_MARGIN_MM),
                 hu,
-                opacity=0.92,
+                opacity=LUNG_VESSEL_OPACITY,
                 is_artery=tree is vessels.arteries_tree,
             )
     if airways is not None:
-        canvas.fill(airways[0], airways[1], -960)
+        canvas.fill(airways[0], airways[1], AIRWAY_AIR)
     for nodule, field in zip(nodules, fields, strict=True):
         if field is not None:
             paint_nodule(canvas, nodule, *field)
@@ -365,7 +385,8 @@ def paint_heart(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement) 
     """Pericardium, fat, heart muscle and the chambers' blood."""
     x, y = canvas.coarse_x, canvas.coarse_y
     heart = heart_distance(x, y, z, anatomy.patient)
-    canvas.paint(heart - 4.4, -20, inner=((0.8, FAT + 12), (4.4, blood.muscle)))
+    layers = ((PERICARDIUM_MM, HEART_FAT), (HEART_FAT_MM, blood.muscle))
+    canvas.paint(heart - HEART_FAT_MM, PERICARDIUM, inner=layers)
     for name, (centre, radii, axis) in heart_chambers(anatomy.patient).items():
         inner = tuple(radius - HEART_WALLS_MM[name] for radius in radii)
         if abs(z - centre[2]) < max(inner):
@@ -374,23 +395,23 @@ def paint_heart(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement) 
     # Fat in the groove between the atria and the ventricles.
     if -95 < z < -40:
         groove = ellipsoid(x, y, z, (-16, -48, -60), (17, 3.5, 16), (1, -0.8, 0))
-        canvas.paint(np.maximum(groove, heart), FAT + 20, edge_mm=3)
+        canvas.paint(np.maximum(groove, heart), GROOVE_FAT, edge_mm=3)
 
 
 def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhancement) -> None:
     """Oesophagus, veins, arteries, trachea, in this order, and calcium in the aortic wall."""
     vessels = anatomy.vessels
     tubes = (
-        (vessels.oesophagus, 42.0),
+        (vessels.oesophagus, OESOPHAGUS),
         (vessels.caval_veins, blood.superior_cava if z > -60 else blood.muscle),
         (vessels.pulmonary_veins, blood.left_heart),
         (vessels.pulmonary_arteries, blood.pulmonary_artery),
         (vessels.aorta, blood.aorta),
     )
     for capsules, hu in tubes:
-        found = canvas.tubes(capsules, z, around_mm=1.2)
+        found = canvas.tubes(capsules, z, around_mm=VESSEL_WALL_MM)
         if found is not None:
-            canvas.fill(found[0], found[1] - 1.2, 40)
+            canvas.fill(found[0], found[1] - VESSEL_WALL_MM, VESSEL_WALL)
             canvas.fill(*found, hu, is_artery=capsules is vessels.pulmonary_arteries)
             if capsules is vessels.aorta and anatomy.patient.aortic_calcification > 0.1:
                 box, distance = found
@@ -398,11 +419,11 @@ def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhan
                 patches = np.sin(canvas.x[box] / 6 + z / 9 + phase) + np.sin(canvas.y[box] / 7 - z / 11 - phase)
                 rare = 5 * (1.9 - 0.75 * anatomy.patient.aortic_calcification - patches)
                 plaque = np.maximum(np.abs(distance + np.float32(0.5)) - 1, rare)
-                canvas.fill(box, plaque.astype(np.float32), 620)
-    found = canvas.tubes(vessels.trachea, z, around_mm=1.6)
+                canvas.fill(box, plaque.astype(np.float32), PLAQUE)
+    found = canvas.tubes(vessels.trachea, z, around_mm=TRACHEA_WALL_MM)
     if found is not None:
-        canvas.fill(found[0], found[1] - 1.6, 40)
-        canvas.fill(*found, -985)
+        canvas.fill(found[0], found[1] - TRACHEA_WALL_MM, VESSEL_WALL)
+        canvas.fill(*found, TRACHEA_AIR)
 
 
 def paint_abdomen(
@@ -415,7 +436,7 @@ def paint_abdomen(
     x, y = canvas.coarse_x, canvas.coarse_y
     spine = float(spine_y(z, patient))
     inside = smooth_max(diaphragm(x, y, z, patient), pleura, 3)
-    canvas.paint(inside, MUSCLE, inner=((2.6, FAT),))
+    canvas.paint(inside, MUSCLE, inner=((DIAPHRAGM_MM, FAT),))
     centre = patient.dome_left_z - 50
     wave = 2.5 * np.sin(x / 9 + z / 13) * np.sin(y / 11 - z / 17 + patient.seed % 5)
     stomach = smooth_max(ellipsoid(x, y, z, (58, -22, centre), (56, 43, 48), (0.8, -0.5, -0.3)) + wave, inside + 4, 4)
@@ -430,21 +451,23 @@ def paint_abdomen(
     kidneys = ellipsoid(np.abs(x), y, z, (58, spine - 2, -214), (46, 27, 23), (0.1, 0.1, 1))
     liver = smooth_max(liver, -(kidneys - 4), 6)
     liver = smooth_max(liver, -(stomach - 4), 4)
-    canvas.paint(liver, (blood.liver + 5 * texture).astype(np.float32))
+    canvas.paint(liver, (blood.liver + LIVER_GRAIN_HU * texture).astype(np.float32))
     branch = np.abs(np.sin(x / 26 + z / 19 + 0.6) * 14 + np.sin(y / 31 + z / 23) * 9) - 1.6
     canvas.paint(np.maximum(branch, liver + 9), blood.liver_vessels, edge_mm=3)
     canvas.paint(spleen, blood.spleen)
-    canvas.paint(stomach, 48)
-    contents = stomach + 3.2
-    canvas.paint(contents, (22 + 9 * texture).astype(np.float32))
-    canvas.paint(smooth_max(contents, y + 38, 2), -970)
+    canvas.paint(stomach, STOMACH_WALL)
+    contents = stomach + STOMACH_WALL_MM
+    canvas.paint(contents, (STOMACH_CONTENTS + STOMACH_GRAIN_HU * texture).astype(np.float32))
+    canvas.paint(smooth_max(contents, y + 38, 2), STOMACH_AIR)
     colon = canvas.tubes(anatomy.colon, z, around_mm=1.0)
     if colon is not None:
-        canvas.fill(*colon, 42)
-        canvas.fill(colon[0], colon[1] + 2.2, (80 * texture - 10).clip(-700, 110).astype(np.float32))
+        canvas.fill(*colon, COLON_WALL)
+        canvas.fill(
+            colon[0], colon[1] + COLON_WALL_MM, (COLON_GRAIN_HU * texture - 10).clip(-700, 110).astype(np.float32)
+        )
     canvas.paint(kidneys, blood.kidney)
     sinus = ellipsoid(np.abs(x), y, z, (50, spine - 4, -214), (24, 9, 10), (0.1, 0.1, 1))
-    canvas.paint(sinus, FAT + 30, edge_mm=4)
+    canvas.paint(sinus, RENAL_SINUS_FAT, edge_mm=4)
     crus = np.abs(ellipse(x, y, (4, spine - 14), (26, 24))) - 2.2
     canvas.paint(np.maximum(crus, y - np.float32(spine)), MUSCLE)
 

@@ -1,6 +1,6 @@
 """Findings of the phantom: lung nodules and pulmonary emboli, their sampling, shapes and HU.
 
-Nodules are defined in the patient's millimetres around a centre in reference space (`phantom_anatomy`), so that a
+Nodules are defined in the patient's millimetres around a centre in reference space (`patient`), so that a
 diameter is a diameter whatever the patient's build; emboli are tubes inside the arteries, in reference space.
 """
 
@@ -8,8 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from data_prep.phantom_anatomy import Anatomy, lungs, pleura_distance
-from data_prep.phantom_shapes import Canvas, Capsules, around, polyline
+from data_prep.synthetic.patient import Anatomy, lungs, pleura_distance
+from data_prep.synthetic.shapes import Canvas, Capsules, around, polyline
 
 # Typical diameter (mm) of a nodule by malignancy 1 to 5, and how often each malignancy occurs.
 DIAMETER_MM = (7.0, 9.0, 12.0, 16.0, 21.0)

@@ -21,14 +21,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import dataset, dataset_writer, label_staging, splits
-from data_prep.accounting import Account
+from data_prep import dataset, dataset_writer, label_staging
 from data_prep.archives import ArchiveDirectory, RemoteArchive
-from data_prep.assembly import Frozen, assemble, can_be_assembled, freeze, keep_notes, remove_tree
-from data_prep.growth import KnownVolumes
-from data_prep.known_splits import KnownSplits, read_known_splits, refuse_other_key, refuse_other_splits
 from data_prep.labels import LabelSources
-from data_prep.pipeline import convert
+from data_prep.pipeline import convert, splits
+from data_prep.pipeline.accounting import Account
+from data_prep.pipeline.assemble import Frozen, assemble, can_be_assembled, freeze, keep_notes, remove_tree
+from data_prep.pipeline.known_splits import KnownSplits, read_known_splits, refuse_other_key, refuse_other_splits
+from data_prep.pipeline.known_volumes import KnownVolumes
 from data_prep.pipeline.notes import Conversion, exam_key, is_converted, note_path, read_note, write_note
 from data_prep.planning import all_headers, list_archive, plan_archive, read_plan
 from data_prep.privacy import pseudonyms
@@ -147,7 +147,7 @@ def prepare(
     `sources` says where labels, masks and attributes come from (default: what the archive brings along); its `masks`
     and `tables` of `options` follow from it. `same_splits_as`: datasets of the same pseudonym key, whose patients keep
     the split that they have there. `beam_options`: convert and write shards under Apache Beam, with these arguments of
-    its own (`data_prep.beam_runner`); None: on worker processes here. Returns the content of its preparation.json, and
+    its own (`pipeline.beam`); None: on worker processes here. Returns the content of its preparation.json, and
     whether there was anything to do.
 
     Raises:
@@ -208,10 +208,10 @@ def _beam_arguments(beam_options: Sequence[str], num_workers: int) -> list[str]:
     if importlib.util.find_spec("apache_beam") is None:
         raise PreparationError("--runner=beam needs the package apache-beam: pip install 'ctssl_jax[beam]'")
     logging.disable(logging.WARNING)  # Beam complains that its own extras are not there
-    from data_prep import beam_runner  # not earlier: it is an extra itself
+    from data_prep.pipeline import beam
 
     logging.disable(logging.NOTSET)
-    return beam_runner.pipeline_arguments(beam_options, num_workers)
+    return beam.pipeline_arguments(beam_options, num_workers)
 
 
 def _with_absolute_paths(paths: Any) -> Any:
@@ -442,13 +442,13 @@ def _convert(
                         yield path, position, exam
 
         if beam_arguments is not None:
-            from data_prep import beam_runner
+            from data_prep.pipeline import beam
 
             exams_of_plan, num_slices = collections.defaultdict(list), 0
             for path, position, exam in todo():
                 exams_of_plan[path].append(position)
                 num_slices += len(exam[0].headers)
-            beam_runner.convert(run, exams_of_plan, work_dir, beam_arguments)
+            beam.convert(run, exams_of_plan, work_dir, beam_arguments)
             progress.advance(num_slices)
             return
         tasks = ((run, exam) for _, _, exam in todo())
@@ -461,9 +461,9 @@ def _convert(
 def _finish(frozen: Frozen, places: Places, pool: WorkerPool, beam_arguments: list[str] | None) -> dict[str, Any]:
     _remove_partial_files(places)
     if beam_arguments is not None:  # `assemble` then finds the shards written
-        from data_prep import beam_runner
+        from data_prep.pipeline import beam
 
-        beam_runner.write_shards(frozen, places.frozen_file, places.output_dir, places.records_dir, beam_arguments)
+        beam.write_shards(frozen, places.frozen_file, places.output_dir, places.records_dir, beam_arguments)
     preparation = assemble(frozen, places.output_dir, places.records_dir, places.notes_dir, places.kept_notes_dir, pool)
     _write_private(places.audit_dir / "splits.json", frozen.splits)
     keep_notes(frozen, places.notes_dir, places.kept_notes_dir)

@@ -4,7 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from data_prep import phantom_anatomy, phantom_dicom, phantom_findings, phantom_render
+from data_prep.synthetic.dicom_writer import VENDORS, Series, Vendor, choose_transfer_syntax, series_uid
+from data_prep.synthetic.findings import Findings, sample_emboli, sample_nodules
+from data_prep.synthetic.patient import Anatomy, Patient, build_anatomy, sample_patient
+from data_prep.synthetic.render import Rendering, Scan, outside_field_of_view, render_scan
 
 LAYOUTS = ("dicom", "rsna_pe", "lidc_idri")
 # z between which the trunk and the main pulmonary arteries lie, in reference space.
@@ -28,13 +31,13 @@ class Options:
 @dataclasses.dataclass(frozen=True)
 class Exam:
     """One patient's study before it is rendered. `position` is Patient Position (0018,5100); `mirrored` and
-    `transfer_syntax` as in `phantom_dicom.Series`; `origin_mm` the centre of the first voxel; `attributes` what all
+    `transfer_syntax` as in `Series`; `origin_mm` the centre of the first voxel; `attributes` what all
     series share; `entropy` names the study; `poor_quality` lists which of "motion" and "contrast" spoil it."""
 
-    anatomy: phantom_anatomy.Anatomy
-    scan: phantom_render.Scan
-    findings: phantom_findings.Findings
-    vendor: phantom_dicom.Vendor
+    anatomy: Anatomy
+    scan: Scan
+    findings: Findings
+    vendor: Vendor
     position: str
     mirrored: bool
     transfer_syntax: str
@@ -49,8 +52,8 @@ def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator
     have different patients. Of each two exams of the rsna_pe layout one has emboli."""
     layout = LAYOUTS.index(options.layout)
     rng = np.random.default_rng([options.seed, index] + [layout] * (layout > 0))
-    patient = phantom_anatomy.sample_patient(rng)
-    vendor = phantom_dicom.VENDORS[int(rng.integers(len(phantom_dicom.VENDORS)))]
+    patient = sample_patient(rng)
+    vendor = VENDORS[int(rng.integers(len(VENDORS)))]
     scan = sample_scan(patient, vendor, options, rng)
     position = str(rng.choice(["HFS", "FFS", "HFP", "FFP"], p=[0.7, 0.17, 0.08, 0.05]))
     scan = dataclasses.replace(scan, prone=position.endswith("P"))
@@ -71,16 +74,16 @@ def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator
             motion_mm=4.0 * ("motion" in poor_quality),
             bolus=scan.bolus * (0.55 if "contrast" in poor_quality else 1.0),
         )
-    anatomy = phantom_anatomy.build_anatomy(patient)
+    anatomy = build_anatomy(patient)
     heights = (scan.z_mm[0] / patient.scale[2], scan.z_mm[-1] / patient.scale[2])
     if options.layout == "lidc_idri":
         count, dots = int(rng.choice(5, p=[0.04, 0.34, 0.3, 0.2, 0.12])), int(rng.poisson(1.0))
     else:
         share = 0.5 if options.layout == "dicom" else 0.2
         count, dots = int(rng.random() < share) * int(rng.integers(1, 4)), int(rng.random() < 0.3)
-    findings = phantom_findings.sample_nodules(anatomy, heights, count, dots, rng)
+    findings = sample_nodules(anatomy, heights, count, dots, rng)
     if with_emboli:
-        emboli = phantom_findings.sample_emboli(anatomy, heights, strained, rng)
+        emboli = sample_emboli(anatomy, heights, strained, rng)
         findings = dataclasses.replace(findings, emboli=emboli)
     prefix = {"dicom": "PHANTOM", "rsna_pe": "PHANTOM-RSNA", "lidc_idri": "PHANTOM-LIDC"}[options.layout]
     entropy = ("phantom", *([options.layout] * (layout > 0)), str(options.seed), str(index))
@@ -91,7 +94,7 @@ def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator
         vendor=vendor,
         position=position,
         mirrored=bool(mirrored),
-        transfer_syntax=phantom_dicom.choose_transfer_syntax(vendor, rng),
+        transfer_syntax=choose_transfer_syntax(vendor, rng),
         origin_mm=(*scan.first_voxel_mm, scan.z_mm[0] - round(float(rng.uniform(0, 600)), 1)),
         attributes=_study_attributes(
             patient, vendor, scan, entropy, f"{prefix}-{options.seed}-{index:04d}", index, rng
@@ -102,21 +105,19 @@ def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator
     return exam, rng
 
 
-def render_series(
-    exam: Exam, reconstruction: str, number: int, rng: np.random.Generator
-) -> tuple[phantom_dicom.Series, phantom_render.Rendering]:
+def render_series(exam: Exam, reconstruction: str, number: int, rng: np.random.Generator) -> tuple[Series, Rendering]:
     """Series `number` of an exam with the "soft" or the "sharp" kernel, and the rendering that it holds."""
     scan = dataclasses.replace(exam.scan, kernel=reconstruction)
-    rendering = phantom_render.render_scan(exam.anatomy, scan, exam.findings, rng)
+    rendering = render_scan(exam.anatomy, scan, exam.findings, rng)
     kernels = exam.vendor.soft_kernels if reconstruction == "soft" else exam.vendor.sharp_kernels
     entropy = (*exam.entropy, reconstruction)
-    series = phantom_dicom.Series(
+    series = Series(
         hu=rendering.hu,
         position_mm=exam.origin_mm,
         pixel_spacing_mm=scan.pixel_spacing_mm,
         slice_spacing_mm=scan.slice_spacing_mm,
         slice_thickness_mm=scan.slice_thickness_mm,
-        outside=phantom_render.outside_field_of_view(scan),
+        outside=outside_field_of_view(scan),
         vendor=exam.vendor,
         transfer_syntax=exam.transfer_syntax,
         patient_position=exam.position,
@@ -124,7 +125,7 @@ def render_series(
         attributes={
             **exam.attributes,
             "ConvolutionKernel": str(rng.choice(kernels)).split("\\"),
-            "SeriesInstanceUID": phantom_dicom.series_uid(entropy),
+            "SeriesInstanceUID": series_uid(entropy),
             "SeriesNumber": number,
             "SeriesDescription": f"Chest {scan.slice_thickness_mm:g} {reconstruction}",
         },
@@ -134,11 +135,11 @@ def render_series(
 
 
 def sample_scan(
-    patient: phantom_anatomy.Patient,
-    vendor: phantom_dicom.Vendor,
+    patient: Patient,
+    vendor: Vendor,
     options: Options,
     rng: np.random.Generator,
-) -> phantom_render.Scan:
+) -> Scan:
     """Slice positions, field of view, contrast and dose of a supine scan with the soft kernel."""
     thickness, spacing = vendor.collimations[int(rng.integers(len(vendor.collimations)))]
     if options.slice_spacing_mm:
@@ -158,7 +159,7 @@ def sample_scan(
         count = options.num_slices
     contrast = str(rng.choice(["none", "pulmonary", "venous"], p=CONTRAST_SHARES[options.layout]))
     body_width = patient.body_width_mm
-    return phantom_render.Scan(
+    return Scan(
         image_size=options.image_size,
         field_of_view_mm=round(float(np.clip(body_width * rng.uniform(0.95, 1.14), 300, 490))),
         centre_mm=(float(rng.normal(0, 6)), float(rng.normal(4, 7))),
@@ -177,9 +178,9 @@ def sample_scan(
 
 
 def _study_attributes(
-    patient: phantom_anatomy.Patient,
-    vendor: phantom_dicom.Vendor,
-    scan: phantom_render.Scan,
+    patient: Patient,
+    vendor: Vendor,
+    scan: Scan,
     study: tuple[str, ...],
     patient_id: str,
     index: int,
@@ -196,8 +197,8 @@ def _study_attributes(
         "EthnicGroup": patient.group,
         "PatientAge": f"{patient.age:03d}Y",
         "PatientBirthDate": f"{year - patient.age:04d}0101",
-        "StudyInstanceUID": phantom_dicom.series_uid((*study, "study")),
-        "FrameOfReferenceUID": phantom_dicom.series_uid((*study, "frame of reference")),
+        "StudyInstanceUID": series_uid((*study, "study")),
+        "FrameOfReferenceUID": series_uid((*study, "frame of reference")),
         "StudyID": str(int(rng.integers(1, 10000))),
         "StudyDate": date,
         "SeriesDate": date,

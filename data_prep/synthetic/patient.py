@@ -9,8 +9,7 @@ import dataclasses
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from data_prep import phantom_vessels
-from data_prep.phantom_shapes import (
+from data_prep.synthetic.shapes import (
     FAR,
     Capsules,
     ellipse,
@@ -21,6 +20,7 @@ from data_prep.phantom_shapes import (
     smooth_min,
     tube_distance,
 )
+from data_prep.synthetic.vessels import Vessels, great_vessels, grow_trees
 
 APEX_Z, BASE_Z = 108.0, -196.0
 VERTEBRA_HEIGHT = 23.0
@@ -34,7 +34,7 @@ class Patient:
 
     age: int
     sex: str
-    group: str  # one of GROUPS: a made-up attribute with a faint trace in muscle and fat, see `phantom_render`
+    group: str  # one of GROUPS: a made-up attribute with a faint trace in muscle and fat, see `render`
     scale: tuple[float, float, float]  # build: factors along x, y, z from the reference space to the patient
     fat_mm: float  # subcutaneous fat at the flank
     muscle: float  # 1 is average
@@ -132,7 +132,7 @@ class Anatomy:
     cartilage: Capsules
     clavicles: Capsules
     colon: Capsules
-    vessels: phantom_vessels.Vessels
+    vessels: Vessels
 
 
 def spine_y(z: np.ndarray | float, patient: Patient) -> np.ndarray:
@@ -263,9 +263,9 @@ def lungs(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, pleura: np.n
 
 def build_anatomy(patient: Patient) -> Anatomy:
     """Skeleton and vessel trees of a patient. The trees fill the patient's own lungs."""
-    great = phantom_vessels.great_vessels(patient, lambda z: spine_y(z, patient))
+    great = great_vessels(patient, lambda z: spine_y(z, patient))
     anatomy = Anatomy(patient, *_ribs(patient), _clavicles(patient), _colon(patient), great)
-    return dataclasses.replace(anatomy, vessels=phantom_vessels.grow_trees(great, _lung_points(anatomy), patient))
+    return dataclasses.replace(anatomy, vessels=grow_trees(great, _lung_points(anatomy), patient))
 
 
 def _lung_points(anatomy: Anatomy) -> np.ndarray:

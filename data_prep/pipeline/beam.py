@@ -46,9 +46,9 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from data_prep import assembly, dataset_writer
+from data_prep import dataset_writer
+from data_prep.pipeline import assemble, notes
 from data_prep.pipeline import convert as conversion
-from data_prep.pipeline import notes
 from data_prep.planning import read_plan
 from data_prep.series import SeriesCandidate
 from data_prep.workers import WorkerDied, WorkerPool
@@ -132,7 +132,7 @@ class _Convert(beam.DoFn):
 
 
 def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: WorkerPool) -> None:
-    """`convert.convert_exam`, unless that is done, safe against another run of the same task at the same time.
+    """`conversion.convert_exam`, unless that is done, safe against another run of the same task at the same time.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
@@ -157,9 +157,9 @@ def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: Worke
 
 
 def write_shards(
-    frozen: assembly.Frozen, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
+    frozen: assemble.Frozen, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
 ) -> None:
-    """Writes the new shards that are not there yet, with the sidecars by which `assembly.assemble` knows them.
+    """Writes the new shards that are not there yet, with the sidecars by which `assemble.assemble` knows them.
 
     Raises:
         OSError: the pipeline failed; what it finished stays.
@@ -185,7 +185,7 @@ class _WriteShard(beam.DoFn):
         self._frozen_file, self._output_dir, self._records_dir = frozen_file, output_dir, records_dir
 
     def setup(self) -> None:
-        self._shards = assembly.Frozen.load(Path(self._frozen_file)).new_shards
+        self._shards = assemble.Frozen.load(Path(self._frozen_file)).new_shards
 
     def process(self, element: int) -> None:
         shard = self._shards[element]
@@ -213,15 +213,15 @@ def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: 
     with _private_directory(records_dir) as private:
         for key in staged:  # links: the function takes away what it has written, and another run may be reading it
             notes.records_path(private, key).symlink_to(notes.records_path(records_dir, key).absolute())
-        assembly.write_shard(private / path.name, private, staged, num_records)
+        assemble.write_shard(private / path.name, private, staged, num_records)
         _publish(private / path.name, path)
         _publish(
-            assembly.sidecar_path(private, path.name), assembly.sidecar_path(records_dir, path.name)
+            assemble.sidecar_path(private, path.name), assemble.sidecar_path(records_dir, path.name)
         )  # it means "done"
 
 
 def _is_written(name: str, output_dir: Path, records_dir: Path) -> bool:
-    return assembly.sidecar_path(records_dir, name).exists() and (output_dir / name).exists()
+    return assemble.sidecar_path(records_dir, name).exists() and (output_dir / name).exists()
 
 
 # ---- both --------------------------------------------------------------------------------------------------

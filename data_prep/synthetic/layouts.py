@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from data_prep import phantom_anatomy, phantom_dicom, phantom_exam, phantom_readers
 from data_prep.rsna_pe import COLUMNS as TRAIN_COLUMNS
 from data_prep.rsna_pe import EXAM_LABELS as EXAM_COLUMNS
+from data_prep.synthetic.dicom_writer import as_written, instance_uid, slice_height, write_localizer, write_series
+from data_prep.synthetic.exam import Exam, Options, render_series, sample_exam
+from data_prep.synthetic.patient import ventricle_ratio
+from data_prep.synthetic.readers import read_scan, reading_xml
 
 # An embolus that covers less of a slice than this makes no positive slice.
 MIN_EMBOLUS_MM2 = 12.0
@@ -25,17 +28,17 @@ ATTRIBUTE_COLUMNS = ("PatientID", "age", "sex", "ethnic_group")
 TABLES_FOLDER = ".tables"
 
 
-def patient_folder(output_dir: Path, index: int, options: phantom_exam.Options) -> Path:
+def patient_folder(output_dir: Path, index: int, options: Options) -> Path:
     """The folder whose presence says that patient `index` is complete."""
     if options.layout == "rsna_pe":
         return output_dir / "train" / _hex_id(str(options.seed), str(index), "study")
     return output_dir / (f"PHANTOM-{index + 1:04d}" if options.layout == "lidc_idri" else f"P{index:04d}")
 
 
-def write_patient(folder: Path, output_dir: Path, index: int, options: phantom_exam.Options) -> int:
+def write_patient(folder: Path, output_dir: Path, index: int, options: Options) -> int:
     """Renders patient `index` and writes its files below `folder`, which must not exist and takes the place of
     `patient_folder` later; returns the number of files."""
-    exam, rng = phantom_exam.sample_exam(index, options)
+    exam, rng = sample_exam(index, options)
     if options.layout == "rsna_pe":
         return _write_rsna_pe(folder, output_dir, exam, index, options, rng)
     if options.layout == "lidc_idri":
@@ -43,7 +46,7 @@ def write_patient(folder: Path, output_dir: Path, index: int, options: phantom_e
     return _write_dicom(folder, exam, rng)
 
 
-def write_tables(output_dir: Path, options: phantom_exam.Options) -> None:
+def write_tables(output_dir: Path, options: Options) -> None:
     """`train.csv` and `attributes.csv` of all patients that the folder holds, in the rsna_pe layout."""
     if options.layout != "rsna_pe":
         return
@@ -60,22 +63,22 @@ def write_tables(output_dir: Path, options: phantom_exam.Options) -> None:
         partial.replace(output_dir / name)
 
 
-def _write_dicom(folder: Path, exam: phantom_exam.Exam, rng: np.random.Generator) -> int:
+def _write_dicom(folder: Path, exam: Exam, rng: np.random.Generator) -> int:
     """One or two reconstructions and sometimes a localizer; findings are in the images but not written down."""
     reconstructions = ["soft", "sharp"] if rng.random() < 0.2 else [str(rng.choice(["soft", "sharp"], p=[0.8, 0.2]))]
     with_localizer = rng.random() < 0.3
     naming = NAMINGS[int(rng.integers(len(NAMINGS)))]
     count = 0
     for number, reconstruction in enumerate(reconstructions, start=2):
-        series, _ = phantom_exam.render_series(exam, reconstruction, number, rng)
+        series, _ = render_series(exam, reconstruction, number, rng)
         paths = naming(folder, number, rng.permutation(len(series.hu)))
         paths[0].parent.mkdir(parents=True, exist_ok=True)
-        phantom_dicom.write_series(series, paths)
+        write_series(series, paths)
         count += len(paths)
         if with_localizer and number == 2:
             path = naming(folder, 1, np.array([0]))[0]
             path.parent.mkdir(parents=True, exist_ok=True)
-            phantom_dicom.write_localizer(series, path)
+            write_localizer(series, path)
             count += 1
     return count
 
@@ -83,7 +86,7 @@ def _write_dicom(folder: Path, exam: phantom_exam.Exam, rng: np.random.Generator
 def _write_rsna_pe(folder: Path, output_dir: Path, exam, index: int, options, rng: np.random.Generator) -> int:
     """One series under ids of 12 hexadecimal digits; headers without age, sex and group. The labels go to
     `TABLES_FOLDER` first, so that a complete patient always has them."""
-    series, rendering = phantom_exam.render_series(exam, "soft" if rng.random() < 0.85 else "sharp", 2, rng)
+    series, rendering = render_series(exam, "soft" if rng.random() < 0.85 else "sharp", 2, rng)
     names = (str(options.seed), str(index))
     study, series_id = _hex_id(*names, "study"), _hex_id(*names, "series")
     instances = tuple(_hex_id(*names, "instance", str(i)) for i in range(len(series.hu)))
@@ -94,7 +97,7 @@ def _write_rsna_pe(folder: Path, output_dir: Path, exam, index: int, options, rn
     paths = [folder / series_id / f"{instance}.dcm" for instance in instances]
     paths[0].parent.mkdir(parents=True)
     with pydicom.config.disable_value_validation():  # ids as these are no valid UIDs
-        phantom_dicom.write_series(series, paths)
+        write_series(series, paths)
     positive, labels = exam_labels(exam, rendering.embolus_area_mm2)
     constant = [labels[name] for name in EXAM_COLUMNS]
     rows = [
@@ -110,7 +113,7 @@ def _write_rsna_pe(folder: Path, output_dir: Path, exam, index: int, options, rn
     return len(paths)
 
 
-def exam_labels(exam: phantom_exam.Exam, embolus_area_mm2: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+def exam_labels(exam: Exam, embolus_area_mm2: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
     """(positive [S] bool, exam labels by column) of an exam whose emboli cover [S, E] mm^2 of its slices.
 
     They keep the rules of the RSNA data: with a positive slice exactly one ventricle ratio, at least one of central,
@@ -128,7 +131,7 @@ def exam_labels(exam: phantom_exam.Exam, embolus_area_mm2: np.ndarray) -> tuple[
     if not seen:
         labels["indeterminate" if exam.poor_quality else "negative_exam_for_pe"] = 1
         return positive, labels
-    wide = phantom_anatomy.ventricle_ratio(exam.anatomy.patient) >= 1
+    wide = ventricle_ratio(exam.anatomy.patient) >= 1
     labels["rv_lv_ratio_gte_1" if wide else "rv_lv_ratio_lt_1"] = 1
     labels["central_pe"] = int(any(embolus.central for embolus in seen))
     labels["leftsided_pe"] = int(any("left" in embolus.sides for embolus in seen))
@@ -139,26 +142,26 @@ def exam_labels(exam: phantom_exam.Exam, embolus_area_mm2: np.ndarray) -> tuple[
     return positive, labels
 
 
-def _write_lidc_idri(folder: Path, exam: phantom_exam.Exam, rng: np.random.Generator) -> int:
+def _write_lidc_idri(folder: Path, exam: Exam, rng: np.random.Generator) -> int:
     """One series and the XML of its four readers."""
-    series, rendering = phantom_exam.render_series(exam, "soft" if rng.random() < 0.7 else "sharp", 2, rng)
+    series, rendering = render_series(exam, "soft" if rng.random() < 0.7 else "sharp", 2, rng)
     study, series_id = exam.attributes["StudyInstanceUID"], series.attributes["SeriesInstanceUID"]
     parent = folder / study / series_id
     parent.mkdir(parents=True)
     order = rng.permutation(len(series.hu))
-    phantom_dicom.write_series(series, [parent / f"1-{number + 1:03d}.dcm" for number in order])
-    readers = phantom_readers.read_scan(
+    write_series(series, [parent / f"1-{number + 1:03d}.dcm" for number in order])
+    readers = read_scan(
         exam.findings,
         rendering,
         series.pixel_spacing_mm,
         series.slice_spacing_mm,
-        lambda masks: phantom_dicom.as_written(series, masks),
+        lambda masks: as_written(series, masks),
         rng,
     )
     slices = range(len(series.hu))
-    instances = [phantom_dicom.instance_uid(series, i) for i in slices]
-    heights = [phantom_dicom.slice_height(series, i) for i in slices]
-    xml = phantom_readers.reading_xml(readers, series_id, study, instances, heights, rng)
+    instances = [instance_uid(series, i) for i in slices]
+    heights = [slice_height(series, i) for i in slices]
+    xml = reading_xml(readers, series_id, study, instances, heights, rng)
     (parent / f"{int(rng.integers(60, 300)):03d}.xml").write_bytes(xml)
     return len(series.hu) + 1
 

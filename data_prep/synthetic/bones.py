@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from data_prep.phantom_anatomy import DISC_Z, PLEURA_FRONT, VERTEBRA_HEIGHT, Anatomy, shoulder_blade, spine_y
-from data_prep.phantom_shapes import Canvas, ellipse, segment, smooth_max, smooth_min
+from data_prep.synthetic.patient import DISC_Z, PLEURA_FRONT, VERTEBRA_HEIGHT, Anatomy, shoulder_blade, spine_y
+from data_prep.synthetic.shapes import Canvas, ellipse, segment, smooth_max, smooth_min
 
 CORTEX = 520.0
 

@@ -1,0 +1,1 @@
+"""A synthetic archive of chest CT: patients made of formulas, written as genuine DICOM files."""

@@ -1,0 +1,82 @@
+"""A folder of synthetic patients: made, continued after an interruption, or grown."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_prep.synthetic.exam import LAYOUTS, Options
+from data_prep.synthetic.layouts import patient_folder, write_patient, write_tables
+from data_prep.system.errors import InputError, RunFailed
+
+OPTIONS_FILE = "phantom.json"
+
+
+def _finish_patient(output_dir: Path, index: int, options: Options) -> int:
+    """Writes one patient under a temporary name, so that a patient's folder is always complete."""
+    partial = output_dir / f".P{index:04d}.partial"
+    if partial.exists():
+        for path in sorted(partial.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        partial.rmdir()
+    count = write_patient(partial, output_dir, index, options)
+    final = patient_folder(output_dir, index, options)
+    final.parent.mkdir(exist_ok=True)
+    partial.rename(final)
+    return count
+
+
+def make_archive(output_dir: Path, num_patients: int, options: Options, num_workers: int = 1) -> int:
+    """Writes patients 0..num_patients-1 that are not there yet; returns the number of files written.
+
+    Raises InputError if the folder holds something else or was made with other options, or an option is impossible.
+    """
+    if num_patients < 1:
+        raise InputError(f"--num_patients={num_patients}: at least 1 is needed")
+    if not 32 <= options.image_size <= 1024:
+        raise InputError(f"--image_size={options.image_size}: choose 32 to 1024")
+    if options.num_slices < 0:
+        raise InputError(f"--num_slices={options.num_slices}: 0 for the whole chest, or a number of slices")
+    if options.slice_spacing_mm != 0 and not 0.5 <= options.slice_spacing_mm <= 10:
+        raise InputError(f"--slice_spacing_mm={options.slice_spacing_mm:g}: 0 (the scanner's choice) or 0.5 to 10")
+    if options.layout not in LAYOUTS:
+        raise InputError(f"--layout={options.layout}: choose {', '.join(LAYOUTS)}")
+    if options.seed < 0:
+        raise InputError(f"--seed={options.seed}: 0 or larger")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir={output_dir}: is a file; give a folder")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    marker = output_dir / OPTIONS_FILE
+    recorded = {"synthetic": True, **dataclasses.asdict(options)}
+    if marker.exists():
+        if json.loads(marker.read_text()) != recorded:
+            raise InputError(
+                f"--output_dir={output_dir}: holds a phantom archive made with other options; "
+                "choose another folder or the options in its phantom.json"
+            )
+    elif any(output_dir.iterdir()):
+        raise InputError(f"--output_dir={output_dir}: is not empty and not a phantom archive; choose another folder")
+    marker.write_text(json.dumps(recorded, indent=1) + "\n")
+    missing = [i for i in range(num_patients) if not patient_folder(output_dir, i, options).exists()]
+    count = _write_missing(output_dir, missing, options, num_workers)
+    write_tables(output_dir, options)
+    return count
+
+
+def _write_missing(output_dir: Path, missing: list[int], options: Options, num_workers: int) -> int:
+    """Writes the patients of these numbers, in processes if there are more workers than one."""
+    if num_workers <= 1:
+        return sum(_finish_patient(output_dir, i, options) for i in tqdm(missing, unit="patient"))
+    # One thread of linear algebra a worker; the variable is read when a worker starts.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_finish_patient, output_dir, i, options) for i in missing]
+        try:
+            return sum(future.result() for future in tqdm(as_completed(futures), total=len(futures), unit="patient"))
+        except BrokenProcessPool as error:
+            raise RunFailed(f"{error}; check the memory, then run the same command again to continue") from None
