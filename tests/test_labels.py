@@ -6,14 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import data_prep
-from data_prep import dataset, dataset_writer, label_staging
+from data_prep import dataset, dataset_writer, label_staging, mask_files
 from data_prep.archives import list_sources
 from data_prep.headers import read_header
 from data_prep.label_tables import LabelError
@@ -454,10 +452,8 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     uid = dicom_files.uid(1, 1)
     mask = np.zeros(volume.hu.shape, np.uint8)
     mask[3:5, 10:12, 20:23], mask[4, 30, 30] = 2, 5
-    fake = types.SimpleNamespace(MaskError=ValueError, index_masks=lambda path: {uid: tmp_path / "seg"})
-    fake.read_mask = lambda path, of_volume: mask
-    monkeypatch.setitem(sys.modules, "data_prep.mask_files", fake)
-    monkeypatch.setattr(data_prep, "mask_files", fake, raising=False)
+    monkeypatch.setattr(mask_files, "index_masks", lambda path: {uid: tmp_path / "seg"})
+    monkeypatch.setattr(mask_files, "read_mask", lambda path, of_volume: mask)
     (tmp_path / "seg").write_bytes(b"mask")
     staged = label_staging.stage(LabelSources(masks_dir=tmp_path), archive, tmp_path / "db")
     assert staged.fault(volume.candidate) is None and len(staged.version(volume.candidate)) == 64
