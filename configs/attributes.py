@@ -1,26 +1,53 @@
-r"""A patient attribute from the raw middle slice, trained end to end: the paper's baseline of its Figure 6.
+r"""A patient attribute from the middle slice, end to end: the paper's baseline in its Figure 6.
 
-    python -m ctssl_jax.train --config=configs/attributes.py --config.dataset=DATASET --workdir=RUN \
-        --config.label=sex --config.num_classes=2
+    python -m ctssl_jax.train --config=configs/attributes.py \
+        --config.dataset=DATASET --workdir=RUN --config.label=sex --config.num_classes=2
 
-The encoder is the pretraining's with random weights; `ctssl_jax.attributes` probes frozen pretrained ones. Labels are
-those of the dataset, and `sex`, `ethnic_group` and `age` (decades) of its volumes.
+Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
+`experiments.figure6` (64 x 64 pixels, 48 test patients), 100 steps of `:small` told sex with an
+AUROC of 0.972. The whole figure of 18 cells took 8 minutes 41 seconds on two busy CPU cores.
+
+The encoder is the pretraining's with random weights. `ctssl_jax.attributes` probes frozen
+pretrained encoders. A label is one of the dataset's, or `sex`, `ethnic_group` or `age` (decades) of
+its volumes.
 """
 
 import ml_collections
 
-from configs import pe
+from ctssl_jax.training__blocks import (
+    augmentation,
+    classifier,
+    dataset,
+    execution,
+    initial_weights,
+    is_small,
+    optimizer,
+    reporting,
+)
 
 
 def get_config(size: str = "reference") -> ml_collections.ConfigDict:
-    """The PE recipe on one slice a volume."""
-    config = pe.get_config(size)
-    config.recipe = config.recipe.replace("pe", "attributes")
+    """The classifier on one slice a volume."""
+    small = is_small(size)
+    config = ml_collections.ConfigDict()
+    config.recipe = "attributes_small" if small else "attributes"
+    config.task = "slice_label"
+    config.update(dataset(image_size=64 if small else 512))
+    config.update(initial_weights(init_scope="encoder"))
+
     config.label = "sex"
+    config.num_classes = 2
     config.slices = "middle"
     config.positive_share = 0.0
-    config.num_steps = 2_000
-    if size == "small":
-        config.num_steps = 150
-        config.eval_every = 150
+    config.crop = "none"
+    config.augmentation = augmentation(shift=0.1, scale=0.1, flip=True) if small else augmentation()
+    config.model = classifier(small)
+
+    if small:
+        config.update(optimizer("adamw", 2e-3, schedule="cosine", warmup_steps=20))
+    else:
+        config.update(optimizer("adamw", 1e-4, schedule="cosine"))
+    config.num_steps = 150 if small else 2_000
+    config.update(execution())
+    config.update(reporting(eval_every=150 if small else 2_000))
     return config

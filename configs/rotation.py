@@ -1,27 +1,47 @@
-"""Rotation prediction (paper, section II.C.4): was the slice rotated by 0, 90, 180 or 270 degrees?
+"""Rotation prediction (paper, section II.C.4): a slice rotated by 0, 90, 180 or 270 degrees.
 
     python -m ctssl_jax.train --config=configs/rotation.py \
         --config.dataset=DATASET --workdir=RUN --config.dtype=bfloat16
 
-The encoder is that of `configs/masked_region.py`, with compression and classification layers instead of codebook and
-decoder. Data, optimizer and schedule are the same; the loss is the cross-entropy on logits.
+Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
+`python -m experiments.quickstart` (64 x 64 pixels, 7 test patients), `:small` with
+`--config.num_steps=750` reached AUROC 1.0000 and cross-entropy 0.0002 ± 0.0003. It was trained in a
+study of eight models that took 40 minutes on two busy CPU cores (`experiments.table2`).
+
+The encoder is the autoencoder's of `configs/masked_region.py`, with compression and classification
+layers instead of codebook and decoder. Data, optimizer and schedule are the same. The loss is the
+cross-entropy on logits.
 """
 
 import ml_collections
 
-from configs import masked_region
+from ctssl_jax.training__blocks import (
+    classifier,
+    dataset,
+    execution,
+    initial_weights,
+    is_small,
+    optimizer,
+    reporting,
+)
 
 
 def get_config(size: str = "reference") -> ml_collections.ConfigDict:
-    """The default recipe with the classifier and without what only a reconstruction needs."""
-    config = masked_region.get_config(size)
-    config.recipe = config.recipe.replace("masked_region", "rotation")
+    """The classifier of the four rotations."""
+    small = is_small(size)
+    config = ml_collections.ConfigDict()
+    config.recipe = "rotation_small" if small else "rotation"
     config.task = "rotation"
-    for name in ("mask", "loss", "commitment", "ssim_rescale"):
-        del config[name]
-    for name in [name for name in config.model if name.startswith("vq_")]:
-        del config.model[name]
-    del config.model.num_codes
-    del config.model.output_activation
-    config.model.compression = (128, 256)  # features after each 3 x 3 convolution with stride 2 on the latents
+    config.update(dataset(image_size=64 if small else 512))
+    config.update(initial_weights(init_scope="model"))
+
+    config.model = classifier(small)
+
+    if small:
+        config.update(optimizer("radam", 2e-2, schedule="cosine", warmup_steps=50))
+    else:
+        config.update(optimizer("radam", 1e-3))
+    config.num_steps = 1_500 if small else 100_000
+    config.update(execution())
+    config.update(reporting(eval_every=500 if small else 2_000))
     return config
