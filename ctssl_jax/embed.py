@@ -70,8 +70,8 @@ def embed(
       RunFailed: the input went away.
     """
     from ctssl_jax import embedding_files, embedding_inputs, pretrained
-    from data_prep.dataset import PREPARATION_FILE
-    from data_prep.dataset_writer import write_table
+    from data_prep.dataset__schema import PREPARATION_FILE
+    from data_prep.dataset__storage import write_table
     from data_prep.raw import scans
     from data_prep.scan.reasons import FAILED_FOR_NOW
     from data_prep.scan.rules import Rules
@@ -283,7 +283,7 @@ def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
 
 def start(given: flags.FlagValues) -> bool:
     """Embed as the flags ask, in this process."""
-    from data_prep.dataset import PREPARATION_FILE
+    from data_prep.dataset__schema import PREPARATION_FILE
 
     for name in ("workdir", "input", "output"):
         if not given[name].value:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources
-from data_prep.dataset import file_sha256
+from data_prep.dataset__storage import file_sha256
 from data_prep.dataset_writer import PARTIAL
 from data_prep.headers import Header, NotAnImage, read_header
 from data_prep.scan.loading import (

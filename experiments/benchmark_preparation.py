@@ -37,8 +37,9 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import pixel_array
 
 from ctssl_jax import command_line
-from data_prep import dataset, dataset_writer, label_staging
+from data_prep import label_staging
 from data_prep.archives import Source, list_sources
+from data_prep.dataset__storage import encode_record, file_sha256, read_records, write_records
 from data_prep.decoders import DECODER_DEPENDENCIES, decode
 from data_prep.headers import Header, read_header
 from data_prep.labels import LabelSources
@@ -138,7 +139,7 @@ def floor(paths: list[Path], shard: Path) -> None:
                 stored = pixel_array(ds, raw=True)
             yield _record(stored.astype(np.int16) + np.int16(-1024), index)
 
-    dataset_writer.write_records(shard, records())
+    write_records(shard, records())
 
 
 def simple_itk(folders: list[Path], shard: Path) -> None:
@@ -152,7 +153,7 @@ def simple_itk(folders: list[Path], shard: Path) -> None:
             hu = SimpleITK.GetArrayFromImage(reader.Execute())
             yield from (_record(image.astype(np.int16), index) for index, image in enumerate(hu))
 
-    dataset_writer.write_records(shard, records())
+    write_records(shard, records())
 
 
 def dicom2nifti_nibabel(folders: list[Path], shard: Path) -> None:
@@ -167,11 +168,11 @@ def dicom2nifti_nibabel(folders: list[Path], shard: Path) -> None:
                 hu = np.asanyarray(nibabel.load(f"{scratch}/volume.nii").dataobj)
             yield from (_record(hu[..., i].T.astype(np.int16), i) for i in range(hu.shape[2]))
 
-    dataset_writer.write_records(shard, records())
+    write_records(shard, records())
 
 
 def _record(hu: np.ndarray, index: int) -> bytes:
-    return dataset_writer.encode_record(window_to_uint8(hu, OPTIONS.windows), "volume", index, float(index), True)
+    return encode_record(window_to_uint8(hu, OPTIONS.windows), "volume", index, float(index), True)
 
 
 def steps(archive: Path, folder: Path) -> dict[str, Callable[[], None]]:
@@ -188,9 +189,9 @@ def steps(archive: Path, folder: Path) -> dict[str, Callable[[], None]]:
             convert_exam(run, exam)
 
     def write_shards() -> None:
-        staged = (record for path in sorted(records.glob("*.array_record")) for record in dataset.read_records(path))
-        dataset_writer.write_records(folder / "shard", staged)
-        dataset.file_sha256(folder / "shard")
+        staged = (record for path in sorted(records.glob("*.array_record")) for record in read_records(path))
+        write_records(folder / "shard", staged)
+        file_sha256(folder / "shard")
 
     return {"headers, plan": lambda: exams_of(archive), "convert, stage": convert, "shards": write_shards}
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import dataset, dataset_writer
+from data_prep.dataset__schema import MASK_AREA_COLUMN
+from data_prep.dataset__storage import encode_record, write_records
 from data_prep.labels import VolumeLabels
 from data_prep.pipeline.notes import Conversion, ExamNote, exam_key, records_path, write_note
 from data_prep.privacy.pseudonyms import (
@@ -50,7 +51,7 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
         facts = _VolumeFacts(loaded.volume, loaded.labels, conversion)
         path = records_path(conversion.records_dir, key)
         records = _records(loaded.volume, loaded.labels, facts.row["volume_id"], conversion, facts.mask_areas)
-        dataset_writer.write_records(path, records, _STAGING_OPTIONS)
+        write_records(path, records, _STAGING_OPTIONS)
         record_bytes = path.stat().st_size
     write_note(conversion, _note(conversion, exam, facts, record_bytes, rejections))
 
@@ -82,7 +83,7 @@ class _VolumeFacts:
         names = self.labels.slices[0]
         slices = {name: [row[name] for row in self.labels.slices] for name in names}
         if self.mask_areas:
-            slices = {dataset.MASK_AREA_COLUMN: self.mask_areas} | slices
+            slices = {MASK_AREA_COLUMN: self.mask_areas} | slices
         if not (slices or self.labels.volume):
             return {}
         return {"slices": slices, "volume": self.labels.volume, "regions": self.labels.regions}
@@ -124,7 +125,7 @@ def _records(
             mask = resize_mask(labels.mask[index], volume.pixel_spacing_mm, conversion.image_size)
             mask_areas.append(int(np.count_nonzero(mask)))
         hu = resize_slice(hu, volume.pixel_spacing_mm, conversion.image_size)
-        yield dataset_writer.encode_record(
+        yield encode_record(
             window_to_uint8(hu, conversion.windows),
             volume_id,
             index,
