@@ -121,18 +121,6 @@ def test_a_preparation_that_is_killed_again_and_again(small_archive, tmp_path):
     assert (kept.total(), wrong) == (3, []) and completed >= 1
 
 
-def test_a_training_that_is_killed(tiny_dataset, tmp_path):
-    kept, completed, wrong = kills.campaign(
-        lambda folder: kills.train_stage(folder, tiny_dataset),
-        tmp_path,
-        Path(os.environ["JAX_COMPILATION_CACHE_DIR"]),
-        1,
-        random.Random(0),
-        warm_up=0,
-    )
-    assert (kept.total(), wrong) == (1, []) and completed >= 1
-
-
 def test_the_campaign_notices_a_lost_and_a_changed_file(small_archive, tmp_path):
     """A stage whose second run leaves another result."""
 
