@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 
 from ctssl_jax import checkpoint as checkpoint_files
 from ctssl_jax import configuration, data, distributed, training
-from ctssl_jax.command_line import InputError
 from ctssl_jax.hu_arrays import prepare_array
 from ctssl_jax.models.classifier import Classifier
 from ctssl_jax.task_interface import Task, item_slices
@@ -33,6 +32,7 @@ from ctssl_jax.tasks import get_task
 from data_prep.raw import scans
 from data_prep.raw.scans import PreparedVolume, prepared_volume
 from data_prep.scan.rules import Rules
+from data_prep.system.errors import InputError
 
 
 class Embedding(NamedTuple):

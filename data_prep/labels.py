@@ -181,7 +181,7 @@ class Labels:
                 consensus=self.sources.consensus,
                 min_area_px=self.sources.min_area_px,
             )
-        except lidc.OutsideImage:
+        except lidc.ContourOutside:
             return candidate.rejected("annotation_mismatch", "outside")
         except lidc.LidcError:
             return candidate.rejected("annotation_mismatch", "other slices")

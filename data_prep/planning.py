@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources
-from data_prep.dataset__storage import file_sha256
-from data_prep.dataset_writer import PARTIAL
 from data_prep.headers import Header, NotAnImage, read_header
 from data_prep.scan.loading import (
     SOURCES_PER_TASK,
@@ -35,6 +33,7 @@ from data_prep.scan.loading import (
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
+from data_prep.system.files import PARTIAL, file_sha256, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _MIN_BUCKETS = 64
@@ -176,9 +175,7 @@ def stage_headers(
     by_bucket = _by_bucket(found, num_buckets)
     if not any(isinstance(entry, NotAnImage) and entry.reason == FAILED_FOR_NOW for entry in found):
         content = digest + pickle.dumps(by_bucket, pickle.HIGHEST_PROTOCOL)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-        temporary.write_bytes(hashlib.sha256(content).digest() + content)
-        temporary.rename(path)
+        write_file(path, hashlib.sha256(content).digest() + content)
     return by_bucket, False
 
 

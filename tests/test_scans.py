@@ -15,7 +15,6 @@ from absl import flags
 from nibabel import orientations
 
 from ctssl_jax import hu_arrays, scan_flags
-from ctssl_jax.command_line import InputError
 from data_prep.dataset import Dataset
 from data_prep.labels import LabelSources
 from data_prep.pipeline.prepare import Options, Places, prepare
@@ -24,6 +23,7 @@ from data_prep.scan import loading
 from data_prep.scan.rules import Rules
 from data_prep.synthetic.archive import make_archive
 from data_prep.synthetic.exam import Options as PhantomOptions
+from data_prep.system.errors import InputError
 from data_prep.window import prepare_images
 from tests import dicom_files
 

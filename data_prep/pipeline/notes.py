@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep import dataset_writer
 from data_prep.archives import ArchiveDirectory, Source
 from data_prep.labels import Labels
 from data_prep.privacy.pseudonyms import Rejected, private_digest
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.series import SeriesCandidate
+from data_prep.system.files import write_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def read_note(path: Path) -> ExamNote:
 
 
 def write_note(conversion: Conversion, note: ExamNote) -> None:
-    dataset_writer.write_file(note_path(conversion, note.key), json.dumps(dataclasses.asdict(note)).encode())
+    write_file(note_path(conversion, note.key), json.dumps(dataclasses.asdict(note)).encode())
 
 
 def is_converted(conversion: Conversion, exam: list[SeriesCandidate]) -> bool:

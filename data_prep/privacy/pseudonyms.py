@@ -9,7 +9,6 @@ free-text descriptions.
 import dataclasses
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from data_prep.archives import Source
 from data_prep.headers import Header
 from data_prep.series import Rejection, SeriesCandidate
 from data_prep.system.errors import InputError
+from data_prep.system.files import write_file
 
 KEY_FILE = "pseudonym_key"  # in an audit directory
 
@@ -73,13 +73,7 @@ def read_key(path: Path) -> bytes:
 def make_key(path: Path) -> bytes:
     """Makes a random key file that only its owner can read, and returns the key; an existing one is read instead."""
     if not path.exists():
-        temporary = path.with_name(path.name + ".partial")
-        temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        write_file(path, f"{secrets.token_hex(32)}\n".encode(), mode=0o600)
     return read_key(path)
 
 
