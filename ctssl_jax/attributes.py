@@ -73,8 +73,9 @@ def attributes(
     import jax
     import threadpoolctl
 
-    from ctssl_jax import attribute_labels, binary_metrics, data, linear_probes, measurement
+    from ctssl_jax import attribute_labels, data, linear_probes, measurement
     from ctssl_jax import checkpoint as checkpoint_files
+    from ctssl_jax.stats.binary import multiclass_summary
     from data_prep import dataset as dataset_directory
 
     # ---- What is asked for, and can it work? ----
@@ -125,7 +126,7 @@ def attributes(
         with threadpoolctl.threadpool_limits(1):  # same sums on any number of cores
             readout = linear_probes.fit_logistic(train, validation)
             probabilities[attribute.name] = readout.probabilities(test.pooled)
-        summary = binary_metrics.multiclass_summary(
+        summary = multiclass_summary(
             test.label,
             probabilities[attribute.name],
             [patient for patient, kept in zip(patients["test"], labels["test"] >= 0, strict=True) if kept],
@@ -220,7 +221,7 @@ def _make_encoder(encoder: str, config, workdir: Path, step, channels, regions: 
     import jax
 
     from ctssl_jax import data, linear_probes, training
-    from ctssl_jax.task_interface import to_unit_images
+    from ctssl_jax.ops.images import to_unit_images
     from ctssl_jax.tasks import get_task
 
     if encoder == "pixels":

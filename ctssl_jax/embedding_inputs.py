@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctssl_jax import measurement, scans
-from ctssl_jax.command_line import InputError
 from data_prep import conversion, deidentify
 from data_prep import dataset as dataset_directory
 from data_prep.pipeline.prepare import default_audit_dir
+from data_prep.system.errors import DatasetError, InputError
 from data_prep.workers import WorkerDied, WorkerPool
 
 
@@ -72,6 +72,8 @@ def open_dataset(workdir: Path, dataset: Path, split: str | None) -> Input:
         raise InputError(f"--split={split}: choose one of {', '.join(dataset_directory.SPLITS)}, or leave it out")
     try:
         run = measurement.open_run(workdir, dataset, () if split is None else (split,))
+    except DatasetError:
+        raise
     except InputError as error:
         raise InputError(str(error).replace("--dataset=", "--input=")) from None
     fingerprint, key_fingerprint = run.preparation["fingerprint"], run.preparation["key_fingerprint"]

@@ -18,8 +18,8 @@ from pathlib import Path
 from absl import flags
 
 from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
 from ctssl_jax.measurement import notes
+from data_prep.system.errors import DatasetError, InputError
 
 RELEASE_BATCH_SIZE = 16
 MEAN_IMAGE_SLICES = 1024
@@ -55,8 +55,10 @@ def evaluate(
     import jax
 
     from ctssl_jax import checkpoint as checkpoint_files
-    from ctssl_jax import configuration, data, distributed, health, measurement, metrics, outcomes, pictures, training
+    from ctssl_jax import configuration, data, distributed, health, measurement, outcomes, pictures, training
     from ctssl_jax import predictions as prediction_files
+    from ctssl_jax.models.quantizer import codebook_use
+    from ctssl_jax.stats.volumes import volume_means
     from ctssl_jax.tasks import get_task
 
     # ---- What is asked for, and can it work? ----
@@ -85,7 +87,7 @@ def evaluate(
     patient_ids = [volume["patient_id"] for volume in volumes]
 
     def volume_values(scores: dict) -> dict:
-        values = {name: metrics.volume_means(scores[name], volume_index, len(volumes)) for name in task.reported}
+        values = {name: volume_means(scores[name], volume_index, len(volumes)) for name in task.reported}
         if "masked_mse" in values:
             values["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * values["masked_mse"]
         return values
@@ -94,12 +96,12 @@ def evaluate(
     if slices.classes is not None and not targets.label:
         by_volume["auroc"] = _volume_aurocs(**slices.classes, volume_index=volume_index, num_volumes=len(volumes))
     predicted = _predictions(source, slices) if targets.label or targets.mask else None
+    of_masks = outcomes.mask_metrics(predicted) if targets.mask else {}
     if targets.mask:
         by_volume |= outcomes.masks_of_volumes(predicted, volume_index, len(volumes))
-    measured, downstream = measurement.summaries(by_volume, patient_ids), {}
-    if targets.mask:
-        measured |= outcomes.mask_metrics(predicted)
-    elif targets.label:
+    over_volumes = {name: values for name, values in by_volume.items() if name not in of_masks}
+    measured, downstream = measurement.summaries(over_volumes, patient_ids) | of_masks, {}
+    if targets.label:
         classes, level = data.label_classes(config.dataset, targets.label)
         validation = None
         if len(classes) == 2:
@@ -130,7 +132,7 @@ def evaluate(
     }
     for name in ("dataset", "init_from", "init_weights"):  # paths of this machine
         result["config"].pop(name, None)
-    codebook = metrics.codebook_use(slices.code_counts)
+    codebook = codebook_use(slices.code_counts)
     result["embedding"] = embedding
     result["warnings"] = health.warnings(embedding | codebook)
     if codebook:
@@ -227,6 +229,8 @@ def _validation_predictions(program, state, config, task, channels, batch_size: 
 
     try:
         source = data.open_source(config.dataset, "validation", channels, task.offsets(config), task.targets(config))
+    except DatasetError:
+        raise
     except InputError:
         return None
     return _predictions(source, training.evaluate_split(program, state, data.evaluation_batches(source, batch_size)))
@@ -251,10 +255,10 @@ def _volume_aurocs(label, probabilities, *, volume_index, num_volumes: int):
     """One-vs-rest AUROC of each volume's slices, NaN where all slices have one label: [num_volumes] float64."""
     import numpy as np
 
-    from ctssl_jax import metrics
+    from ctssl_jax.stats.volumes import auroc_one_vs_rest
 
     of_volume = [volume_index == index for index in range(num_volumes)]
-    return np.array([metrics.auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume])
+    return np.array([auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume])
 
 
 def _confusion(label, probabilities) -> list[list[int]]:
@@ -273,7 +277,7 @@ def _baseline_scores(config, task, source, train_source, batch_size: int) -> dic
     import numpy as np
 
     from ctssl_jax import data
-    from ctssl_jax.task_interface import to_unit_images
+    from ctssl_jax.ops.images import to_unit_images
     from ctssl_jax.training import evaluation_keys
 
     chosen = np.linspace(0, len(train_source) - 1, min(MEAN_IMAGE_SLICES, len(train_source))).astype(int)

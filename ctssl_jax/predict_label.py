@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import ml_collections
 import numpy as np
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 if TYPE_CHECKING:
     from ctssl_jax.pretrained import PretrainedModel
@@ -83,7 +83,7 @@ def predict_label(
 
 def exam_probabilities(probabilities: np.ndarray, level: str) -> tuple[str, np.ndarray]:
     """The rule in words and the exam's probabilities [K] float64, of those of its slices [N, K]."""
-    from ctssl_jax.binary_metrics import exam_scores
+    from ctssl_jax.stats.binary import exam_scores
 
     if level == "slice" and probabilities.shape[1] == 2:
         (positive,) = exam_scores(probabilities[:, 1], np.zeros(len(probabilities), int), 1)

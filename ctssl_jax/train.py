@@ -69,12 +69,12 @@ def _train(
         distributed,
         estimate,
         health,
-        metrics,
         pictures,
         training,
         transplant,
     )
     from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore, write_json
+    from ctssl_jax.models.quantizer import codebook_use
     from ctssl_jax.reports import Reports, duration, read_reports, say
     from ctssl_jax.tasks import get_task
     from ctssl_jax.torch_bridge import imagenet_weights
@@ -232,7 +232,7 @@ def _train(
             return None
         means = {name: float(values.mean(dtype=float)) for name, values in result.scores.items()}
         training.check_finite(means["loss"], step, workdir, checkpoints.last_step)
-        use = metrics.codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)
+        use = codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)
         means |= {name: value for name, value in use.items() if name != "embedding_dim"}
         reports.write("validation", step, means)
         shown = training.render_pictures(program, state, fixed_slices, num_pictures)
@@ -276,7 +276,7 @@ def _train(
                 means |= {"slices_per_second": speed, "waiting_for_data": feed.waited / (now - clock)}
                 training_seconds += now - clock
                 clock, clock_step, feed.waited = now, step, 0.0
-                means |= metrics.codebook_use(code_counts)
+                means |= codebook_use(code_counts)
                 reports.write("train", step, means)
                 reports.write("gradient_norm", step, layer_gradient_norms)
                 left = (config.num_steps - step) * training_seconds / (step - start_step)

@@ -100,7 +100,7 @@ def test_a_planted_label_is_found_and_a_shuffled_one_is_not(fit):
         readout = fit(train, validation)
         probabilities = readout.probabilities(test.pooled)
         np.testing.assert_allclose(probabilities.sum(axis=1), 1)
-        auroc = linear_probes.metrics.auroc_one_vs_rest(probabilities, test.label)
+        auroc = linear_probes.auroc_one_vs_rest(probabilities, test.label)
         assert auroc == pytest.approx(expected, abs=tolerance)
 
 

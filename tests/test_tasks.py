@@ -21,9 +21,10 @@ from training_runs import (
 )
 
 from configs import masked_region
-from ctssl_jax import configuration, corruptions, data, metrics, training
+from ctssl_jax import configuration, corruptions, data, training
 from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluate import evaluate, table
+from ctssl_jax.ops.images import ssim
 from ctssl_jax.tasks import TASKS, get_task
 from data_prep import dataset
 
@@ -61,14 +62,14 @@ def test_reconstruction_target_and_loss_by_hand(task, rescale, batch):
     np.testing.assert_allclose(output.pictures["target"], target, atol=1e-6)
     predicted = model(jnp.asarray(inputs), train=False)
     mse = np.square(np.asarray(predicted.reconstruction) - target).mean((1, 2, 3))
-    ssim = metrics.ssim(jnp.clip(predicted.reconstruction, 0, 1), target)
-    np.testing.assert_allclose(output.scores["ssim"], ssim, atol=1e-5)  # whatever the loss uses
+    score = ssim(jnp.clip(predicted.reconstruction, 0, 1), target)
+    np.testing.assert_allclose(output.scores["ssim"], score, atol=1e-5)  # whatever the loss uses
     if rescale:
         low, high = (f(predicted.reconstruction, (1, 2, 3), keepdims=True) for f in (jnp.min, jnp.max))
-        ssim = metrics.ssim((predicted.reconstruction - low) / (high - low), target)
+        score = ssim((predicted.reconstruction - low) / (high - low), target)
     vq = predicted.codebook_loss + 0.25 * predicted.commitment_loss
     np.testing.assert_allclose(output.scores["mse"], mse, rtol=1e-4)
-    np.testing.assert_allclose(output.loss, 0.2 * mse + 0.8 * vq - 0.1 * ssim, rtol=1e-4)
+    np.testing.assert_allclose(output.loss, 0.2 * mse + 0.8 * vq - 0.1 * score, rtol=1e-4)
     assert set(output.scores) == {"mse", "ssim", "vq_loss"} and output.classes is None
     np.testing.assert_allclose(output.embedding, np.mean(predicted.latents, axis=(1, 2)), atol=1e-6)
     assert output.code_counts.sum() == 4 * 4 * 4
