@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ctssl_jax import distributed, metrics
+from ctssl_jax import distributed
+from ctssl_jax.ops.embeddings import moments
 from ctssl_jax.training__state import Definition, TrainState, evaluation_keys
 
 
@@ -53,7 +54,7 @@ def score_batch(definition: Definition, state: TrainState, batch: dict) -> tuple
     }
     totals = {
         "code_counts": output.code_counts,
-        "embedding_moments": metrics.moments(output.embedding, batch["weight"]),
+        "embedding_moments": moments(output.embedding, batch["weight"]),
     }
     return slices, totals, output.pictures
 
@@ -65,7 +66,7 @@ class SplitScores(NamedTuple):
     scores: `loss` and the task's scores, each [N] float32.
     classes: `label` [N] int32 and `probabilities` [N, K] float32; None unless the task predicts a label.
     code_counts: [num_codes] float64, over the split; None without a codebook.
-    embedding_moments: sums over the slices' embeddings, see `metrics.moments`.
+    embedding_moments: sums over the slices' embeddings, see `ops.embeddings.moments`.
     """
 
     record_index: np.ndarray
@@ -102,9 +103,7 @@ def evaluate_split(scorer: Scorer, state: Any, batches: Iterable[dict[str, np.nd
     return SplitScores(**jax.tree.map(lambda values: values[kept], slices), **totals)
 
 
-def render_pictures(
-    scorer: Scorer, state: Any, batch: dict[str, np.ndarray], number: int
-) -> dict[str, np.ndarray]:
+def render_pictures(scorer: Scorer, state: Any, batch: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
     """Input, target and prediction of the first `number` slices of a batch: [number, H, W, C] float32 in [0, 1]."""
     _, _, pictures = scorer.score_batch(state, distributed.to_devices(scorer.mesh, batch))
     return {name: images[:number] for name, images in jax.device_get(scorer.replicate(pictures)).items()}

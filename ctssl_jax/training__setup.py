@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
 from ctssl_jax.task_interface import Task
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training__state import abstract_model, count_parameters
+from ctssl_jax.training__step import Program, compile_step, make_program
 from ctssl_jax.training__warm_start import WarmStart, WeightFile
 from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError
@@ -65,9 +67,19 @@ class Job:
         return self.config.batch_size // self.config.microbatches
 
     @property
+    def process_index(self) -> int:
+        """This process's number."""
+        return jax.process_index()
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the run."""
+        return jax.process_count()
+
+    @property
     def num_pictures(self) -> int:
         """Pictures of a validation: at most one process's slices of a microbatch."""
-        return min(self.config.num_pictures, self.part_size // jax.process_count())
+        return min(self.config.num_pictures, self.part_size // self.num_processes)
 
     @property
     def metadata(self) -> dict:
@@ -77,7 +89,7 @@ class Job:
     @functools.cached_property
     def picture_slices(self) -> dict[str, np.ndarray]:
         """The validation slices that pictures show, in a batch of this process."""
-        return data.picture_batch(self.validation_source, self.part_size // jax.process_count(), self.num_pictures)
+        return data.picture_batch(self.validation_source, self.part_size // self.num_processes, self.num_pictures)
 
     def training_batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This process's slices of each microbatch, from a step on."""
@@ -96,10 +108,19 @@ class Job:
 
     def _process_slice(self) -> dict[str, int]:
         return {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
+            "process_index": self.process_index,
+            "process_count": self.num_processes,
             "num_threads": self.config.reading_threads,
         }
+
+    def compile(self) -> Program:
+        """The run's functions with the step compiled, after lines on the screen about devices, model and data."""
+        for line in self.description():
+            say(line)
+        began = time.monotonic()
+        program, memory = compile_step(make_program(self.config, self.task, len(self.channels), self.mesh))
+        say(f"compiled     in {time.monotonic() - began:.1f} s; XLA expects {memory / 2**30:.2f} GiB a device")
+        return program
 
     def description(self) -> list[str]:
         """Devices, model and data, as lines for the screen."""
@@ -107,7 +128,7 @@ class Job:
         encoder_size, flops = count_parameters(self.params.get("encoder", {})), self.task.flops(config)
         synthetic = "; SYNTHETIC" if self.dataset.preparation["synthetic"] else ""
         return [
-            f"devices      {len(devices)} x {devices[0].device_kind} in {jax.process_count()} process(es), jax "
+            f"devices      {len(devices)} x {devices[0].device_kind} in {self.num_processes} process(es), jax "
             f"{jax.__version__}",
             f"model        {count_parameters(self.params):,} trainable parameters ({encoder_size:,} encoder)",
             f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {3 * flops / 1e9:,.2f} with the backward pass",
@@ -115,7 +136,8 @@ class Job:
             f"microbatch(es) x {self.part_size // len(devices)}, {config.dtype}",
             f"data         {len(source):,} training slices of {len(source.volumes)} volumes, "
             f"{len(self.validation_source):,} validation slices of {len(self.validation_source.volumes)}; "
-            f"{config.num_steps:,} steps are {config.num_steps * config.batch_size / len(source):.1f} epochs{synthetic}",
+            f"{config.num_steps:,} steps are {config.num_steps * config.batch_size / len(source):.1f} epochs"
+            + synthetic,
         ]
 
     def open_run(self) -> Checkpoints:
@@ -125,7 +147,7 @@ class Job:
           InputError: the directory cannot be written, or holds an incomplete checkpoint alone.
         """
         with distributed.refusing_together():  # process 0 alone writes, and may fail alone
-            if jax.process_index() == 0:
+            if self.process_index == 0:
                 self._write_workdir()
         checkpoints = Checkpoints(self.workdir)
         distributed.require_agreement("last checkpoint in --workdir", checkpoints.last_step or 0)
@@ -184,7 +206,6 @@ def check(
             damaged_steps = damage.damaged_steps(workdir) if set_aside_damaged else []
             damage.check_all_undamaged(workdir, except_steps=damaged_steps)
             read_reports(workdir, "train")  # refuses a damaged file
-            check_resumable(workdir, config, dataset.preparation)
         channels = recipe.check_dataset(config, dataset, ("train", "validation"))
         task = get_task(config.task)
         reading = (channels, task.offsets(config), task.targets(config))
@@ -199,6 +220,8 @@ def check(
             source = warm_start.check_weight_file(config, model)
         elif not has_checkpoint and config.init_from:
             other_run = warm_start.open_other_run(config)
+        if workdir is not None and jax.process_index() == 0:
+            check_resumable(workdir, config, dataset.preparation)
     # Not in the block above: Orbax waits for all processes when it opens checkpoints, so none may have refused before.
     with distributed.refusing_together():
         if other_run is not None:

@@ -131,10 +131,7 @@ def find(config: ml_collections.ConfigDict, run: Run, windows: list[tuple[float,
     return WarmStart(run, step, moved, kept, left, [*run.ancestors, ancestor])
 
 
-def _check_grey_values(
-    config: ml_collections.ConfigDict,
-    run: Run, windows: list[tuple[float, float]]
-) -> None:
+def _check_grey_values(config: ml_collections.ConfigDict, run: Run, windows: list[tuple[float, float]]) -> None:
     """An encoder is worth nothing on grey values that mean other HU than in its training."""
     workdir = config.init_from
     channels = data.select_channels(run.preparation, run.config.windows)
@@ -185,7 +182,9 @@ def _match(
     return tuple(want), tuple(kept), tuple(left)
 
 
-def check_leakage(config: ml_collections.ConfigDict, warm_start: WarmStart, key_fingerprint: str, held_out: set[str]) -> str:
+def check_leakage(
+    config: ml_collections.ConfigDict, warm_start: WarmStart, key_fingerprint: str, held_out: set[str]
+) -> str:
     """Refuse weights that were learned from patients whom the new run is evaluated on.
 
     Args:
