@@ -60,6 +60,7 @@ def evaluate(
     from ctssl_jax.models.quantizer import codebook_use
     from ctssl_jax.stats.volumes import volume_means
     from ctssl_jax.tasks import get_task
+    from data_prep.dataset import Dataset
 
     # ---- What is asked for, and can it work? ----
     workdir, output = Path(workdir), Path(output)
@@ -69,7 +70,7 @@ def evaluate(
     step = checkpoint_files.choose_step(workdir, checkpoint)
     task = get_task(config.task)
     targets = task.targets(config)
-    source = data.open_source(config.dataset, split, channels, task.offsets(config), targets)
+    source = data.open_source(Dataset.open(config.dataset), split, channels, task.offsets(config), targets)
     measurement.make_folder(output)
 
     # ---- The model ----
@@ -102,11 +103,11 @@ def evaluate(
     over_volumes = {name: values for name, values in by_volume.items() if name not in of_masks}
     measured, downstream = measurement.summaries(over_volumes, patient_ids) | of_masks, {}
     if targets.label:
-        classes, level = data.label_classes(config.dataset, targets.label)
+        classes, level = data.label_classes(Dataset.open(config.dataset), targets.label)
         validation = None
         if len(classes) == 2:
             validation = _validation_predictions(program, state, config, task, channels, batch_size)
-        exams = {volume["volume_id"]: volume["exam_id"] for volume in data.all_volumes(config.dataset)}
+        exams = {volume["volume_id"]: volume["exam_id"] for volume in Dataset.open(config.dataset).volumes()}
         found, thresholds = outcomes.label_metrics(predicted, validation, classes, exams if level == "slice" else None)
         measured |= found
         downstream = {"label": targets.label, "classes": list(classes)}
@@ -140,7 +141,7 @@ def evaluate(
     if slices.classes is not None:
         result["confusion"] = _confusion(**slices.classes)
     if baselines:
-        train_source = data.open_source(config.dataset, "train", channels, task.offsets(config), targets)
+        train_source = data.open_source(Dataset.open(config.dataset), "train", channels, task.offsets(config), targets)
         scores = _baseline_scores(config, task, source, train_source, batch_size)
         result["baselines"] = {
             name: measurement.summaries(volume_values(values), patient_ids) for name, values in scores.items()
@@ -226,9 +227,12 @@ def _predictions(source, slices):
 def _validation_predictions(program, state, config, task, channels, batch_size: int):
     """Those of the validation split; None where the dataset has none with this label."""
     from ctssl_jax import data, training
+    from data_prep.dataset import Dataset
 
     try:
-        source = data.open_source(config.dataset, "validation", channels, task.offsets(config), task.targets(config))
+        source = data.open_source(
+            Dataset.open(config.dataset), "validation", channels, task.offsets(config), task.targets(config)
+        )
     except DatasetError:
         raise
     except InputError:

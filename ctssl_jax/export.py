@@ -30,7 +30,7 @@ from absl import flags
 
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError, RunFailed
-from data_prep.dataset import file_sha256
+from data_prep.dataset__storage import file_sha256
 
 FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
 MAX_TEST_SIDE = 256  # larger slices are cut to their middle for the test: nothing in the models depends on the size

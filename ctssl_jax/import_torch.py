@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from ctssl_jax import command_line
 from ctssl_jax.command_line import InputError
-from data_prep.dataset import file_sha256
+from data_prep.dataset__storage import file_sha256
 
 UNKNOWN_KEY = "unknown"  # in place of the fingerprint of a pseudonym key: nobody knows whom these weights learned from
 

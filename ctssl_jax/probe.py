@@ -175,8 +175,9 @@ def _open(dataset: str, split: str, channels: tuple[int, ...], offsets: tuple[in
     import numpy as np
 
     from ctssl_jax import data
+    from data_prep.dataset import Dataset
 
-    source = data.open_source(dataset, split, channels, offsets)
+    source = data.open_source(Dataset.open(dataset), split, channels, offsets)
     if 0 < most < len(source):
         source.table = source.table[np.linspace(0, len(source) - 1, most).astype(int)]
     return source

@@ -49,10 +49,12 @@ def start(given: flags.FlagValues) -> bool:
     from ctssl_jax import distributed, lost_host
     from ctssl_jax.training__estimate import estimate
     from ctssl_jax.training__loop import train
-    from data_prep import dataset as dataset_directory
+    from data_prep import stores
+    from data_prep.dataset import Dataset
 
-    dataset_directory.local_directory(config.dataset, ("train", "validation"))  # from a store: before others wait
-
+    dataset = None
+    if stores.is_url(config.dataset):  # fetched before the processes of a run wait for each other
+        dataset = Dataset.open(config.dataset, ("train", "validation"))
     distributed.initialize(
         given.distributed,
         given.coordinator_address,
@@ -62,9 +64,9 @@ def start(given: flags.FlagValues) -> bool:
     )
     with lost_host.ending_together(given.workdir or ""):
         if given.estimate:
-            estimate(config)
+            estimate(config, dataset=dataset)
             return True
-        return train(config, given.workdir, set_aside_damaged=given.set_aside_damaged)
+        return train(config, given.workdir, dataset=dataset, set_aside_damaged=given.set_aside_damaged)
 
 
 def main(argv: list[str]) -> int:

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from ctssl_jax.reports import say
 from ctssl_jax.training__setup import check
 from ctssl_jax.training__step import Feed, Program, run_step
+from data_prep.dataset import Dataset
 
 WARM_STEPS = 2
 FEWEST_STEPS = 3
@@ -19,17 +20,20 @@ MOST_STEPS = 50
 SECONDS = 15.0
 
 
-def estimate(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> None:
+def estimate(
+    config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None, *, dataset: Dataset | None = None
+) -> None:
     """Print what a training run with this configuration will cost. Nothing is written.
 
     Args:
       config: a recipe.
       devices: JAX devices to use, by default all of all processes.
+      dataset: that `config.dataset` names, if it is open already.
 
     Raises:
       InputError: something in the configuration or the dataset cannot work.
     """
-    job = check(config, None, devices)
+    job = check(config, None, devices, dataset)
     program = job.compile()
     times = timed_steps(program, job.training_batches())
     for line in lines(times, job.config, len(job.train_source), state_bytes(program.template)):

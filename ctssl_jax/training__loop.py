@@ -19,6 +19,7 @@ from ctssl_jax.training__scoring import evaluate_split
 from ctssl_jax.training__setup import Job, check
 from ctssl_jax.training__state import TrainState, check_finite, check_state
 from ctssl_jax.training__step import Feed, Program, run_step, take_report
+from data_prep.dataset import Dataset
 
 
 def train(
@@ -26,6 +27,7 @@ def train(
     workdir: str | Path,
     devices: Sequence[Any] | None = None,
     *,
+    dataset: Dataset | None = None,
     set_aside_damaged: bool = False,
 ) -> bool:
     """Train, or resume training, until `config.num_steps`.
@@ -34,6 +36,7 @@ def train(
       config: a recipe, see `configs/masked_region.py`.
       workdir: the run directory, see `ctssl_jax.runs.run`.
       devices: JAX devices to use, by default all of all processes.
+      dataset: that `config.dataset` names, if it is open already.
       set_aside_damaged: move damaged checkpoints aside and resume from the last good one.
 
     Returns:
@@ -44,7 +47,7 @@ def train(
       TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before.
     """
     with stop_requests() as should_stop:
-        job = check(config, Path(workdir), devices, set_aside_damaged=set_aside_damaged)
+        job = check(config, Path(workdir), devices, dataset, set_aside_damaged=set_aside_damaged)
         checkpoints = job.open_run()  # nothing was written before
         program, start = job.compile(), checkpoints.last_step
         # In this order: resume, else a warm start (from another run or a weight file), else random weights.

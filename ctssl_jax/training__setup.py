@@ -182,6 +182,7 @@ def check(
     config: ml_collections.ConfigDict,
     workdir: Path | None,
     devices: Sequence[Any] | None = None,
+    dataset: Dataset | None = None,
     *,
     set_aside_damaged: bool = False,
 ) -> Job:
@@ -191,6 +192,7 @@ def check(
       config: a recipe.
       workdir: the run directory; None for an estimate.
       devices: JAX devices to use, by default all of all processes.
+      dataset: that `config.dataset` names, if it is open already.
       set_aside_damaged: plan to move damaged checkpoints aside instead of refusing them.
 
     Raises:
@@ -198,8 +200,10 @@ def check(
     """
     devices = jax.devices() if devices is None else devices
     with distributed.refusing_together():
-        dataset = Dataset.open(config.dataset, ("train", "validation")) if config.dataset else None
-        config = recipe.with_num_classes(config, dataset) if dataset else config
+        if dataset is None and config.dataset:  # `check_config` refuses an empty one
+            dataset = Dataset.open(config.dataset)
+        if dataset is not None:
+            config = recipe.with_num_classes(config, dataset)
         recipe.check_config(config, len(devices))
         damaged_steps = []
         if workdir is not None and jax.process_index() == 0:

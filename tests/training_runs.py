@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from ctssl_jax import checkpoint, configuration, reports, training
 from ctssl_jax.tasks import get_task
 from ctssl_jax.train import train
-from data_prep import dataset
+from data_prep.dataset import Dataset
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -127,9 +127,9 @@ def save_untrained(config: ml_collections.ConfigDict, workdir: Path, step: int =
 
     Its batch statistics are random, too, so that a wrong one shows in any output.
     """
-    preparation = dataset.read_preparation(config.dataset)
+    preparation = Dataset.open(config.dataset).preparation
     patients = {
-        split: [volume["patient_id"] for volume in dataset.read_volumes(config.dataset, split)]
+        split: [volume["patient_id"] for volume in Dataset.open(config.dataset).volumes(split)]
         for split in ("train", "validation")
     }
     configuration.open_workdir(workdir, config, preparation, patients)
