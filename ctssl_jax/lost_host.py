@@ -16,8 +16,8 @@ from pathlib import Path
 
 import jax
 
-from ctssl_jax.checkpoint import CHECKPOINTS
 from ctssl_jax.command_line import InputError, RunFailed
+from ctssl_jax.runs.damage import CHECKPOINTS
 from data_prep.system.errors import DatasetError
 
 LEAVING_SECONDS = 5.0  # for a process that failed: the others may be about to end by the same error, and say so

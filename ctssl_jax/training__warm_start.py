@@ -243,7 +243,7 @@ def begin(config: ml_collections.ConfigDict, state: Any, source: WarmStart | Wei
         say(f"start        weights of {source.path}")
     elif source is not None:
         state = move(source, state)
-        for line in lines(source):
+        for line in moved_lines(source):
             say(line)
         if source.allowed_overlap:
             say(f"WARNING      config.leakage={config.leakage}: {source.allowed_overlap}")
@@ -261,7 +261,7 @@ def record(source: WarmStart | WeightFile | None, workdir: Path) -> None:
     write_json(workdir / "transplant.json", names)
 
 
-def lines(warm_start: WarmStart) -> list[str]:
+def moved_lines(warm_start: WarmStart) -> list[str]:
     """What moved, for the screen: parts of the model with their number of tensors."""
     step, workdir = warm_start.step, warm_start.run.workdir
     said = [f"start        {len(warm_start.moved)} tensors of checkpoint {step:,} of {workdir}"]

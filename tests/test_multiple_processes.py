@@ -23,7 +23,8 @@ from training_runs import (
     train_on,
 )
 
-from ctssl_jax import checkpoint, distributed, reports
+from ctssl_jax import distributed, reports
+from ctssl_jax.runs.checkpoints import choose_step
 
 OVERRIDES = {**EMA, "microbatches": 2, "num_steps": 8, "log_every": 2, "eval_every": 4}
 
@@ -112,7 +113,7 @@ def test_only_the_first_process_prints_and_writes(two_processes):
 def test_their_checkpoint_goes_on_in_one_process(two_processes, tiny_dataset, tmp_path):
     workdir = shutil.copytree(two_processes[0], tmp_path / "run")
     assert train_on(tiny_config(tiny_dataset, **{**OVERRIDES, "num_steps": 10}), workdir, num_devices=1)
-    assert checkpoint.choose_step(workdir, "last") == 10
+    assert choose_step(workdir, "last") == 10
     assert np.isfinite(losses(workdir)).all()
 
 
@@ -136,7 +137,7 @@ def interrupted(tiny_dataset, tmp_path_factory):
     wait_for_step(workdir, 0, processes)
     processes[1].send_signal(signal.SIGTERM)
     asked = finish(processes)
-    step = checkpoint.choose_step(workdir, "last")
+    step = choose_step(workdir, "last")
     processes = start_two(tiny_dataset, workdir, **LONG)
     wait_for_step(workdir, step, processes)
     processes[1].kill()

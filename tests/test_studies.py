@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from training_runs import TINY, start
 
-from ctssl_jax import checkpoint, pictures
+from ctssl_jax import pictures
 from ctssl_jax.command_line import InputError
+from ctssl_jax.runs.checkpoints import choose_step
 from experiments import chain, study, table2
 from experiments.paper import TABLE2
 from experiments.study import Settings
@@ -184,7 +185,7 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
         "error: stage 'mask_05: train' was asked to stop; run again to go on\n"
     )
     assert "stopped     at step" in output and "evaluate" not in output
-    assert checkpoint.choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
+    assert choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
     assert not cell.result.exists() and not study.seconds(settings.workdir)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ctssl_jax.checkpoint import flatten, unflatten
 from ctssl_jax.command_line import InputError
+from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.torch_bridge.files import read_tensors
 from ctssl_jax.torch_bridge.names import from_state_dict
 
