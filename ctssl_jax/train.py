@@ -3,7 +3,7 @@ r"""Train a model: pretraining and downstream.
     python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET --workdir=RUN
 
 Run it again to resume where it stopped: checkpoints hold everything, the order of the data included. SIGTERM and Ctrl-C
-save and end with exit code 0. `--config.init_from=OTHER_RUN` starts from the weights of another run. `--estimate` says
+save and end with exit code 75. `--config.init_from=OTHER_RUN` starts from the weights of another run. `--estimate` says
 after a few timed steps what the run will cost, and writes nothing. On several hosts start one process on each with
 `--distributed`.
 """
@@ -13,16 +13,18 @@ import functools
 from absl import flags
 from ml_collections import config_flags
 
-from ctssl_jax import command_line
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.errors import InputError, StartAgain
 
 
-def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Only where this module is the program: another one may define flags of the same names."""
     config_flags.DEFINE_config_file(
-        "config", None, "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE.", flag_values=given
+        "config", None, "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE.", flag_values=flag_values
     )
     text, flag, number = (
-        functools.partial(define, flag_values=given)
+        functools.partial(define, flag_values=flag_values)
         for define in (flags.DEFINE_string, flags.DEFINE_bool, flags.DEFINE_integer)
     )
     text("workdir", None, "Run directory: made, or resumed.")
@@ -35,17 +37,17 @@ def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
     number("heartbeat_timeout_seconds", 100, "A process that is silent for so long is lost.", 1)
 
 
-def start(given: flags.FlagValues) -> bool:
+def start(flag_values: flags.FlagValues) -> bool:
     """Train as the flags ask, in this process; True if the run is complete."""
-    config = given.config
-    if config is None or not (given.workdir or given.estimate):
-        raise command_line.InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
+    config = flag_values.config
+    if config is None or not (flag_values.workdir or flag_values.estimate):
+        raise InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
     try:
         config.lock()
     except OSError:  # what stands for a recipe that could not be loaded raises this at any use
-        name = config_flags.get_config_filename(given["config"])
-        raise command_line.InputError(f"--config={name}: no such file; recipes are in configs/") from None
-    command_line.configure_jax()
+        name = config_flags.get_config_filename(flag_values["config"])
+        raise InputError(f"--config={name}: no such file; recipes are in configs/") from None
+    configure_jax()
     from ctssl_jax import distributed, lost_host
     from ctssl_jax.training__estimate import estimate
     from ctssl_jax.training__loop import train
@@ -56,22 +58,23 @@ def start(given: flags.FlagValues) -> bool:
     if stores.is_url(config.dataset):  # fetched before the processes of a run wait for each other
         dataset = Dataset.open(config.dataset, ("train", "validation"))
     distributed.initialize(
-        given.distributed,
-        given.coordinator_address,
-        given.num_processes,
-        given.process_id,
-        given.heartbeat_timeout_seconds,
+        flag_values.distributed,
+        flag_values.coordinator_address,
+        flag_values.num_processes,
+        flag_values.process_id,
+        flag_values.heartbeat_timeout_seconds,
     )
-    with lost_host.ending_together(given.workdir or ""):
-        if given.estimate:
+    with lost_host.ending_together(flag_values.workdir or ""):
+        if flag_values.estimate:
             estimate(config, dataset=dataset)
             return True
-        return train(config, given.workdir, dataset=dataset, set_aside_damaged=given.set_aside_damaged)
+        return train(config, flag_values.workdir, dataset=dataset, set_aside_damaged=flag_values.set_aside_damaged)
 
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    start(flags.FLAGS)
+    if not start(flags.FLAGS):
+        raise StartAgain("stopped before the last step; run the same command again to continue")
     return 0
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from ctssl_jax import distributed
-from ctssl_jax.command_line import InputError, RunFailed
 from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, read_metadata, restore
 from ctssl_jax.runs.damage import LAST_GOOD, check_all_undamaged, damaged_steps, set_aside
+from data_prep.system.errors import InputError, RunFailed
 
 
 def state(seed: int) -> dict:

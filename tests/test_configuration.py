@@ -10,11 +10,10 @@ import pytest
 from example_dataset import change_preparation, write_example_dataset
 from training_runs import command, start, tiny_config, train_on
 
-from ctssl_jax.command_line import InputError
 from ctssl_jax.runs.run import check_resumable, from_json, open_workdir, to_json
 from ctssl_jax.training__recipe import check_config, check_dataset
 from data_prep.dataset import Dataset
-from data_prep.system.errors import DatasetError
+from data_prep.system.errors import DatasetError, InputError
 
 WRONG_FIELDS = {
     "dataset": ("", "config.dataset is empty; give --config.dataset=DIR"),
@@ -122,7 +121,8 @@ def test_tracebacks_that_libraries_log_are_shown_on_request_only():
     program = """
 import asyncio
 from absl import logging
-from ctssl_jax import command_line
+from data_prep.system import command_line
+from data_prep.system.errors import RunFailed
 class Late:  # as TensorStore's threads after a save that failed
     def __del__(self):
         loop = asyncio.new_event_loop()
@@ -134,7 +134,7 @@ def main(argv):
         raise OSError("disk")
     except OSError:
         logging.exception("a thread failed")
-    raise command_line.RunFailed("could not be saved")
+    raise RunFailed("could not be saved")
 command_line.run(main)
 """
     for arguments, shown in (([], False), (["--verbosity=0"], True)):

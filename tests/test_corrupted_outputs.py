@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 from training_runs import saved_state
 
-from ctssl_jax.command_line import InputError
 from ctssl_jax.runs import checkpoints
 from ctssl_jax.runs.checkpoints import choose_step
 from ctssl_jax.runs.run import Run, to_json
 from ctssl_jax.training__loop import train
 from data_prep.dataset import Dataset
-from data_prep.system.errors import DatasetError
+from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import write_json
 from data_prep.workers import WorkerPool
 from tests.campaigns import corrupted_outputs as campaign

@@ -17,10 +17,10 @@ from training_runs import (
 )
 
 from ctssl_jax import distributed
-from ctssl_jax.command_line import InputError
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training__step import compile_step, make_program
+from data_prep.system.errors import InputError
 
 WIDE = {"model.hidden": (16, 32), "model.embedding_dim": 8}  # the 3 x 3 kernels are large enough to be split
 SHORT = {

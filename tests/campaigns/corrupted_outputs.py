@@ -27,7 +27,6 @@ import ml_collections
 import numpy as np
 
 from ctssl_jax import distributed
-from ctssl_jax.command_line import InputError, RunFailed
 from ctssl_jax.embed import embed
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.export import export
@@ -41,7 +40,7 @@ from ctssl_jax.training__step import make_program
 from ctssl_jax.training__warm_start import record
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
-from data_prep.system.errors import DatasetError
+from data_prep.system.errors import DatasetError, InputError, RunFailed
 from data_prep.system.files import write_json
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
