@@ -26,6 +26,7 @@ from ctssl_jax import (
     scans,
 )
 from ctssl_jax.command_line import InputError
+from ctssl_jax.data__batches import evaluation_batches
 from ctssl_jax.embed import embed, summary
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.tasks import get_task
@@ -196,7 +197,7 @@ def test_embeddings_are_those_of_evaluation_and_probes(runs, folder):
         offsets = get_task(config.task).offsets(config) if downstream else (0,)
         given = targets._replace(label="", mask=False)
         source = data.open_source(Dataset.open(config.dataset), "test", (1,), offsets, given)
-        batch = next(data.evaluation_batches(source, len(source)))
+        batch = next(evaluation_batches(source, len(source)))
         if downstream:
             graph, *_ = abstract_model(config, get_task(config.task))
             batch |= {"label": np.ones(len(source), np.int32), "mask": np.ones((len(source), 32, 32), np.uint8)}
