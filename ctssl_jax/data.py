@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError
 from ctssl_jax.data__labels import label_classes, labels_of_records, lung_boxes, mask_areas
 from data_prep.dataset import Dataset
+from data_prep.system.errors import InputError
 
 
 def select_channels(preparation: dict, windows: Sequence[Sequence[float]]) -> tuple[int, ...]:

@@ -46,6 +46,7 @@ from data_prep.dataset__schema import (
 from data_prep.dataset__storage import read_records
 from data_prep.deidentify import public_ethnic_group, public_kernel, public_manufacturer
 from data_prep.headers import inflates_too_far
+from data_prep.system.errors import InputError
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
@@ -256,12 +257,10 @@ def find_leaks(dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, p
 
 
 def _audit_secrets(audit_dir: Path) -> set[str]:
-    """Source paths and the key. Raises FileNotFoundError if this is no audit directory."""
+    """Source paths and the key. Raises InputError if this is no audit directory."""
     table = audit_dir / "sources.csv"
     if not table.is_file():
-        raise FileNotFoundError(
-            f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare"
-        )
+        raise InputError(f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare")
     secrets = set()
     with open(table, newline="", errors="surrogateescape") as file:
         for row in csv.DictReader(file):

@@ -11,11 +11,11 @@ from test_probe import save_untrained
 from training_runs import start, tiny_recipe
 
 from ctssl_jax.attributes import attributes, table
-from ctssl_jax.command_line import InputError
 from ctssl_jax.data__labels import age_classes, join_decades, label_classes, read_attribute
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import VOLUME_COLUMNS, VOLUMES_FILE
 from data_prep.dataset__storage import write_table
+from data_prep.system.errors import InputError
 
 VOLUMES = {"train": 60, "validation": 24, "test": 30}
 

@@ -7,9 +7,9 @@ import pytest
 from example_dataset import write_example_dataset
 
 from ctssl_jax import data
-from ctssl_jax.command_line import InputError
 from ctssl_jax.data__batches import evaluation_batches, picture_batch, training_batches
 from data_prep.dataset import Dataset
+from data_prep.system.errors import InputError
 
 
 def volume(first_record, num_slices, gap_positions=""):

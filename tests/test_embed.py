@@ -25,7 +25,6 @@ from ctssl_jax import (
     pretrained,
     scans,
 )
-from ctssl_jax.command_line import InputError
 from ctssl_jax.data__batches import evaluation_batches
 from ctssl_jax.embed import embed, summary
 from ctssl_jax.evaluate import evaluate
@@ -33,6 +32,7 @@ from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.system.errors import InputError
 from tests import dicom_files
 
 NUM_SLICES = 21
@@ -405,7 +405,7 @@ def test_wrong_requests(runs, folder, archive, tmp_path):
         ((tmp_path, archive, output), {}, "is not a run directory; give the --workdir"),
         ((run, archive, output), {"checkpoint": "9"}, "has no checkpoint '9'"),
         ((run, archive, tmp_path / "z.csv"), {}, "must end in .parquet or .npz"),
-        ((run, archive, tmp_path / "file" / "z.npz"), {}, "cannot make .*file .*choose another place"),
+        ((run, archive, tmp_path / "file" / "z.npz"), {}, "cannot make .*file .*choose another folder"),
         ((run, tmp_path / "none", output), {}, "--input=.*none: no such file or directory"),
         ((run, archive / "short", output), {}, "has too few slices .*; give a smaller --min_slices"),
         ((run, archive / "notes.txt", output), {}, "no DICOM file; give DICOM, or --archive=nifti"),
