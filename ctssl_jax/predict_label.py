@@ -12,7 +12,7 @@ from data_prep.system.errors import InputError
 
 if TYPE_CHECKING:
     from ctssl_jax.pretrained import PretrainedModel
-    from ctssl_jax.scans import Scan
+    from data_prep.raw.scans import Scan
 
 TASKS = ("slice_label", "slice_label_se_resnext")
 
@@ -36,9 +36,9 @@ def predict_label(
       What goes into prediction.json.
     """
     from ctssl_jax.prediction_pictures import save_curve
-    from ctssl_jax.scans import of_scan
+    from data_prep.raw.scans import prepared_volume
 
-    probabilities = model.outputs(of_scan(scan))["probabilities"]
+    probabilities = model.outputs(prepared_volume(scan))["probabilities"]
     slices = np.arange(len(probabilities))
     if model.config.slices == "middle":  # the run has learned from no other slices
         slices = slices[[scan.volume.chest.middle_slice]]
