@@ -5,6 +5,7 @@ import math
 import ml_collections
 
 from ctssl_jax import data
+from ctssl_jax.data__labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.tasks import check_task
 from data_prep.dataset import Dataset
@@ -118,7 +119,7 @@ def with_num_classes(config: ml_collections.ConfigDict, dataset: Dataset) -> ml_
     """
     if config.get("num_classes") != 0 or not config.get("label"):
         return config
-    classes, _ = data.label_classes(dataset, config.label)
+    classes, _ = label_classes(dataset, config.label)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.num_classes = len(classes)
@@ -146,7 +147,7 @@ def check_targets(config: ml_collections.ConfigDict, dataset: Dataset, source: d
         which += f" (config.train_fraction={config.train_fraction:g} of {source.num_studies}, seed {config.seed})"
         remedy = "choose a larger config.train_fraction or another config.seed"
     if targets.label:
-        classes, _ = data.label_classes(dataset, targets.label)
+        classes, _ = label_classes(dataset, targets.label)
         if len(classes) != config.num_classes:
             raise InputError(
                 f"config.num_classes={config.num_classes}, but the label {targets.label} has {len(classes)} classes "

@@ -82,7 +82,7 @@ def evaluate_split(scorer: Scorer, state: Any, batches: Iterable[dict[str, np.nd
     Args:
       scorer: from `make_scorer`.
       state: a `TrainState`, of which only the model is used.
-      batches: this process's slices, from `data.evaluation_batches`.
+      batches: this process's slices, from `evaluation_batches`.
 
     Returns:
       The same on every process; None if there was no batch.

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ctssl_jax import data, distributed
 from ctssl_jax import training__recipe as recipe
 from ctssl_jax import training__warm_start as warm_start
+from ctssl_jax.data__batches import evaluation_batches, picture_batch, training_batches
 from ctssl_jax.reports import read_reports, say
 from ctssl_jax.runs import damage
 from ctssl_jax.runs.checkpoints import Checkpoints
@@ -89,11 +90,11 @@ class Job:
     @functools.cached_property
     def picture_slices(self) -> dict[str, np.ndarray]:
         """The validation slices that pictures show, in a batch of this process."""
-        return data.picture_batch(self.validation_source, self.part_size // self.num_processes, self.num_pictures)
+        return picture_batch(self.validation_source, self.part_size // self.num_processes, self.num_pictures)
 
     def training_batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This process's slices of each microbatch, from a step on."""
-        return data.training_batches(
+        return training_batches(
             self.train_source,
             self.config.batch_size,
             self.config.seed,
@@ -104,7 +105,7 @@ class Job:
 
     def validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """This process's slices of the validation split."""
-        return data.evaluation_batches(self.validation_source, self.part_size, **self._process_slice())
+        return evaluation_batches(self.validation_source, self.part_size, **self._process_slice())
 
     def _process_slice(self) -> dict[str, int]:
         return {

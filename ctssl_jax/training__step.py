@@ -215,7 +215,7 @@ class Feed:
     """
 
     def __init__(self, mesh: Mesh, batches: Iterator[dict[str, np.ndarray]], microbatches: int):
-        """Fetches the first batch. `batches`: this process's slices of the parts, from `data.training_batches`."""
+        """Fetches the first batch. `batches`: this process's slices of the parts, from `training_batches`."""
         self._mesh, self._batches, self._microbatches = mesh, batches, microbatches
         self.waited = 0.0
         self.parts = self._fetch()

@@ -64,10 +64,11 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--shard_size_mb={FLAGS.shard_size_mb:g}: give a number of megabytes above 0")
     beam_options = _parse_beam_options(FLAGS.runner, FLAGS.beam_options)
 
-    from data_prep.conversion import FAILED_FOR_NOW
-    from data_prep.dicom import Rules
     from data_prep.labels import LabelSources
     from data_prep.pipeline import prepare as preparation
+    from data_prep.privacy.pseudonyms import default_audit_dir
+    from data_prep.scan.reasons import FAILED_FOR_NOW
+    from data_prep.scan.rules import Rules
 
     sources = LabelSources(
         archive=FLAGS.archive,
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> int:
         shard_size_mb=FLAGS.shard_size_mb,
     )
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", _UPLOAD)
-    audit_dir = _path("audit_dir", "choose a directory here") or preparation.default_audit_dir(output_dir)
+    audit_dir = _path("audit_dir", "choose a directory here") or default_audit_dir(output_dir)
     places = preparation.Places(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
     same_splits_as = [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path]
     if FLAGS.dry_run:
@@ -155,11 +156,8 @@ def _path(flag: str, remedy: str = "give a local copy") -> Path | None:
 
 def summary_table(counts: dict[str, Any]) -> str:
     """What became of the files, by reason; the parts add up to the number of files."""
-    from data_prep.conversion import REASONS as CONVERSION_REASONS
-    from data_prep.dicom import REASONS
-    from data_prep.labels import REASONS as LABEL_REASONS
+    from data_prep.scan.reasons import REASONS
 
-    explanations = REASONS | CONVERSION_REASONS | LABEL_REASONS
     lines = [f"{counts['files']:>8} files", f"{counts['files_in_volumes']:>8} in volumes"]
     for title, name in (
         ("of the volumes' series, dropped", "files_dropped"),
@@ -169,7 +167,7 @@ def summary_table(counts: dict[str, Any]) -> str:
         lines.append(f"{sum(counts[name].values()):>8} {title}")
         for reason, number in counts[name].items():
             series = f" in {counts['series_rejected'][reason]} series" if name == "files_rejected" else ""
-            lines.append(f"{number:>16} {reason}{series}: {explanations[reason]}")
+            lines.append(f"{number:>16} {reason}{series}: {REASONS[reason]}")
     lines += label_lines(counts)
     return "\n".join(lines)
 

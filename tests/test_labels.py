@@ -6,22 +6,25 @@ import json
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import data_prep
-from data_prep import dataset__tfds, dicom, label_staging
-from data_prep.audit import find_leaks
+from data_prep import dataset__tfds, label_staging, mask_files
+from data_prep.archives import list_sources
 from data_prep.dataset import Dataset
+from data_prep.headers import read_header
 from data_prep.labels import LabelSources
 from data_prep.pipeline import dry_run as dry_run
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.privacy.leaks import find_leaks
 from data_prep.rsna_pe import COLUMNS, EXAM_LABELS
+from data_prep.scan.rules import Rules
+from data_prep.series import plan_series
 from data_prep.system.errors import InputError
 from data_prep.verification import verify
+from data_prep.volume import load_volume
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 
@@ -452,20 +455,18 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     uid = dicom_files.uid(1, 1)
     mask = np.zeros(volume.hu.shape, np.uint8)
     mask[3:5, 10:12, 20:23], mask[4, 30, 30] = 2, 5
-    fake = types.SimpleNamespace(MaskError=ValueError, index_masks=lambda path: {uid: tmp_path / "seg"})
-    fake.read_mask = lambda path, of_volume: mask
-    monkeypatch.setitem(sys.modules, "data_prep.mask_files", fake)
-    monkeypatch.setattr(data_prep, "mask_files", fake, raising=False)
+    monkeypatch.setattr(mask_files, "index_masks", lambda path: {uid: tmp_path / "seg"})
+    monkeypatch.setattr(mask_files, "read_mask", lambda path, of_volume: mask)
     (tmp_path / "seg").write_bytes(b"mask")
     staged = label_staging.stage(LabelSources(masks_dir=tmp_path), archive, tmp_path / "db")
     assert staged.fault(volume.candidate) is None and len(staged.version(volume.candidate)) == 64
-    found = staged.of_volume(volume)
+    found = staged.labels_of(volume)
     np.testing.assert_array_equal(found.mask, mask)
     voxel = dicom_files.PIXEL_MM**2 * dicom_files.SPACING_MM
     assert [(r["region"], r["first_slice"], r["last_slice"]) for r in found.regions] == [(2, 3, 4), (5, 4, 4)]
     assert [r["volume_mm3"] for r in found.regions] == pytest.approx([12 * voxel, voxel])
     mask = mask[:-1]
-    assert staged.of_volume(volume).reason == "mask_mismatch"
+    assert staged.labels_of(volume).reason == "mask_mismatch"
     (other,), _ = loaded(archive / "2")
     assert staged.fault(other.candidate).reason == "no_annotation"
     assert label_staging.match(staged, volume.headers) == {"masks_without_match": 0}
@@ -474,9 +475,9 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
 
 
 def loaded(folder: Path):
-    headers = [dicom.read_header(folder, source) for source in dicom.list_sources(folder)]
-    planned = dicom.plan_series(headers, dicom.Rules())
-    return [dicom.load_volume(folder, candidate, dicom.Rules()) for candidate in planned], headers
+    headers = [read_header(folder, source) for source in list_sources(folder)]
+    planned = plan_series(headers, Rules())
+    return [load_volume(folder, candidate, Rules()) for candidate in planned], headers
 
 
 # ---- options -----------------------------------------------------------------------------------------------

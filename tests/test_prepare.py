@@ -18,17 +18,20 @@ import numpy as np
 import pydicom
 import pytest
 
-from data_prep import conversion, dataset__tfds, planning
-from data_prep.conversion import convert_exam
+from data_prep import dataset__tfds, planning
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
-from data_prep.dicom import Rules, load_volume
+from data_prep.pipeline import convert
 from data_prep.pipeline import prepare as preparation_module
 from data_prep.pipeline.assemble import freeze
+from data_prep.pipeline.convert import convert_exam
 from data_prep.pipeline.dry_run import dry_run
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.scan import loading
+from data_prep.scan.rules import Rules
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.verification import verify
+from data_prep.volume import load_volume
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 
@@ -521,12 +524,12 @@ def failing_with(error: BaseException):
 
 
 def disk_error_at_patient_2(run, exam):
-    conversion.load_volume = failing_with(OSError(errno.EIO, "Input/output error"))  # in the worker process
+    loading.load_volume = failing_with(OSError(errno.EIO, "Input/output error"))  # in the worker process
     convert_exam(run, exam)
 
 
 def memory_error_at_patient_2(run, exam):
-    conversion.load_volume = failing_with(MemoryError())
+    loading.load_volume = failing_with(MemoryError())
     convert_exam(run, exam)
 
 
@@ -535,7 +538,7 @@ def test_a_failure_that_may_pass_leaves_the_exam_to_the_next_run(tmp_path, key_f
     for number in range(1, 5):
         add_scan(tmp_path / "scans", number)
     where = places(tmp_path, tmp_path / "scans")
-    monkeypatch.setattr(conversion, "convert_exam", failing)
+    monkeypatch.setattr(convert, "convert_exam", failing)
     for _ in range(2):  # the rest is complete, however often it fails
         preparation, changed = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
         assert changed and preparation["counts"]["series_rejected"] == {"failed_for_now": 1}

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import deidentify
-from data_prep.conversion import ExamNote, read_note, records_path
 from data_prep.dataset__schema import (
     LABELS_FILE,
     PREPARATION_FILE,
@@ -33,7 +31,9 @@ from data_prep.dataset__schema import (
 )
 from data_prep.dataset__storage import read_records, write_records, write_table
 from data_prep.dataset__tfds import complete
+from data_prep.pipeline.notes import ExamNote, read_note, records_path
 from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
+from data_prep.privacy import pseudonyms
 from data_prep.system.files import file_sha256, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
@@ -88,7 +88,7 @@ def freeze(
     """
 
     def by_hash(pseudonym: str) -> str:
-        return deidentify.shuffling_number(key, pseudonym)
+        return pseudonyms.shuffling_number(key, pseudonym)
 
     volumes_per_patient: dict[str, int] = {}
     everything = [*old_volumes, *(row for row, _ in new_volumes.values())]
@@ -123,7 +123,7 @@ def freeze(
     return Frozen(
         archive_digest=archive_digest,
         options=options,
-        key_fingerprint=deidentify.key_fingerprint(key),
+        key_fingerprint=pseudonyms.key_fingerprint(key),
         splits=dict(sorted(splits.items())),
         volumes=rows,
         rejected=sorted(rejected, key=lambda row: tuple(str(value) for value in row.values())),

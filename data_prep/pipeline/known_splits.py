@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_prep import deidentify
 from data_prep.dataset import Dataset
+from data_prep.privacy import pseudonyms
 from data_prep.system.errors import InputError
 
 KEY_FILE = "pseudonym_key"  # in an audit directory
@@ -55,7 +55,7 @@ def read_known_splits(directories: Sequence[Path]) -> KnownSplits | None:
 def refuse_other_key(known: KnownSplits, key_file: Path | None, audit_dir: Path) -> None:
     """Raises InputError unless the key of this preparation is the one of the known splits."""
     path = key_file or audit_dir / KEY_FILE
-    if not path.is_file() or deidentify.key_fingerprint(deidentify.read_key(path)) != known.key_fingerprint:
+    if not path.is_file() or pseudonyms.key_fingerprint(pseudonyms.read_key(path)) != known.key_fingerprint:
         raise InputError(
             f"{known.named}: has another pseudonym key, so its patients cannot be told here; give the key it was "
             "prepared with as --pseudonym_key_file"

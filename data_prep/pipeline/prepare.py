@@ -18,24 +18,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import conversion, deidentify, label_staging
+from data_prep import label_staging
 from data_prep.archives import ArchiveDirectory, RemoteArchive
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import PREPARATION_FILE, VOLUMES_FILE
-from data_prep.dicom import Rules
 from data_prep.labels import LabelSources
-from data_prep.pipeline import splits
+from data_prep.pipeline import convert, splits
 from data_prep.pipeline.accounting import Account
 from data_prep.pipeline.assemble import Frozen, assemble, can_be_assembled, freeze, keep_notes
-from data_prep.pipeline.known_splits import (
-    KEY_FILE,
-    KnownSplits,
-    read_known_splits,
-    refuse_other_key,
-    refuse_other_splits,
-)
+from data_prep.pipeline.known_splits import KnownSplits, read_known_splits, refuse_other_key, refuse_other_splits
 from data_prep.pipeline.known_volumes import KnownVolumes
-from data_prep.planning import all_headers, header_reader, list_archive, plan_archive, read_plan
+from data_prep.pipeline.notes import Conversion, exam_key, is_converted, note_path, read_note, write_note
+from data_prep.planning import all_headers, list_archive, plan_archive, read_plan
+from data_prep.privacy import pseudonyms
+from data_prep.privacy.pseudonyms import KEY_FILE, rejected_row
+from data_prep.scan.loading import header_reader
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import PARTIAL, lock_directory, make_folder, remove_tree, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
@@ -106,11 +105,6 @@ class Places:
         return self.work_dir / "frozen.json"
 
 
-def default_audit_dir(output_dir: Path) -> Path:
-    named = output_dir if output_dir.name not in ("", "..") else output_dir.resolve()
-    return named.with_name(named.name + "-audit")
-
-
 def check_places(places: Places) -> None:
     """Raises InputError for directories that contain one another, are missing or are used otherwise."""
     remote = isinstance(places.input_dir, RemoteArchive)
@@ -164,7 +158,7 @@ def prepare(
     if beam_options is not None:
         beam_arguments = _beam_arguments(beam_options, num_workers)
         places, sources = _with_absolute_paths(places), _with_absolute_paths(sources)
-    key = deidentify.read_key(pseudonym_key_file) if pseudonym_key_file else None
+    key = pseudonyms.read_key(pseudonym_key_file) if pseudonym_key_file else None
     elsewhere = read_known_splits(same_splits_as)
     if elsewhere:
         refuse_other_key(elsewhere, pseudonym_key_file, places.audit_dir)
@@ -175,11 +169,11 @@ def prepare(
         places.audit_dir.chmod(0o700)
         _refuse_audit_dir_of_another(places)
         if key is None:
-            key = deidentify.make_key(places.audit_dir / KEY_FILE)
+            key = pseudonyms.make_key(places.audit_dir / KEY_FILE)
         if elsewhere:
             refuse_other_splits(elsewhere, _read_splits(places))
         digests = label_staging.input_digests(sources, places.input_dir)
-        tables = tuple((name, deidentify.private_digest(key, "table", digest)) for name, digest in digests)
+        tables = tuple((name, pseudonyms.private_digest(key, "table", digest)) for name, digest in digests)
         options = dataclasses.replace(options, masks=sources.mask_facts(), tables=tables)
         changed = False
         if places.frozen_file.exists():  # an earlier run was killed in its last act
@@ -257,7 +251,7 @@ def _refuse_other_options(
                 f"{output_dir}: was prepared with {name}={_option_text(made_with.get(name))}, "
                 f"not {_option_text(asked[name])}; give the same options or another --output_dir"
             )
-    if fingerprint != deidentify.key_fingerprint(key):
+    if fingerprint != pseudonyms.key_fingerprint(key):
         raise InputError(
             f"{output_dir}: was prepared with another pseudonym key; give that --pseudonym_key_file or --audit_dir"
         )
@@ -301,7 +295,7 @@ def _refuse_audit_dir_of_another(places: Places) -> None:
 
 def num_failed_for_now(counts: dict[str, Any]) -> int:
     """Series and files that the next run tries again."""
-    return sum(counts[name].get(conversion.FAILED_FOR_NOW, 0) for name in ("series_rejected", "files_not_images"))
+    return sum(counts[name].get(FAILED_FOR_NOW, 0) for name in ("series_rejected", "files_not_images"))
 
 
 def _convert_and_freeze(
@@ -328,7 +322,7 @@ def _convert_and_freeze(
     staged = label_staging.stage(
         sources, places.input_dir, places.work_dir / "labels.sqlite", places.work_dir / _VIOLATIONS_FILE
     )
-    run = conversion.Conversion(
+    run = Conversion(
         input_dir=places.input_dir,
         notes_dir=places.notes_dir,
         records_dir=places.records_dir,
@@ -350,7 +344,7 @@ def _convert_and_freeze(
     expected_slices, expected_volumes = 0, len(old_volumes)
     for plan in map(read_plan, plans):
         for exam in plan.exams:
-            patients.add(deidentify.patient_pseudonym(key, exam[0].patient_key))
+            patients.add(pseudonyms.patient_pseudonym(key, exam[0].patient_key))
             if known.outcome(exam) is None:
                 expected_volumes += 1
                 expected_slices += len(exam[0].headers)
@@ -365,11 +359,11 @@ def _convert_and_freeze(
         for plan in map(read_plan, plans):
             outcomes = []
             for rejection in plan.rejections:
-                outcomes += known.outcome_of_rejection(rejection, conversion.rejected_row(key, rejection))
+                outcomes += known.outcome_of_rejection(rejection, rejected_row(key, rejection))
             for exam in plan.exams:
                 notes = known.outcome(exam)
                 if notes is None:
-                    notes = [conversion.read_note(conversion.note_path(run, conversion.exam_key(run, exam)))]
+                    notes = [read_note(note_path(run, exam_key(run, exam)))]
                     new_volumes |= {note.key: (note.volume, note.record_bytes) for note in notes if note.volume}
                 outcomes += notes
             account.add(outcomes, plan.not_images)
@@ -401,7 +395,7 @@ def _convert_and_freeze(
 
 
 def _convert(
-    run: conversion.Conversion,
+    run: Conversion,
     plans: list[Path],
     known: KnownVolumes,
     expected_slices: int,
@@ -433,22 +427,10 @@ def _convert(
             progress.advance(num_slices)
             return
         tasks = ((run, exam) for _, _, exam in todo())
-        for (_, exam), result in pool.run(conversion.convert_exam, tasks):
+        for (_, exam), result in pool.run(convert.convert_exam, tasks):
             if isinstance(result, WorkerDied):
-                conversion.write_note(run, conversion.note_of_crash(run, exam))
+                write_note(run, convert.note_of_crash(run, exam))
             progress.advance(len(exam[0].headers))
-
-
-def is_converted(run: conversion.Conversion, exam: list) -> bool:
-    """Whether an earlier run left the outcome of an exam, and it need not be tried again."""
-    key = conversion.exam_key(run, exam)
-    path = conversion.note_path(run, key)
-    if not path.exists():
-        return False
-    note = conversion.read_note(path)
-    if note.failed_for_now:
-        return False
-    return note.volume is None or conversion.records_path(run.records_dir, key).exists()
 
 
 def _finish(frozen: Frozen, places: Places, pool: WorkerPool, beam_arguments: list[str] | None) -> dict[str, Any]:
