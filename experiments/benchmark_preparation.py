@@ -44,7 +44,7 @@ from data_prep.headers import Header, read_header
 from data_prep.labels import LabelSources
 from data_prep.pipeline.convert import convert_exam
 from data_prep.pipeline.notes import Conversion
-from data_prep.pipeline.options import Options
+from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
 from data_prep.series import SeriesCandidate, plan_series, select_reconstructions
 from data_prep.system import command_line
