@@ -29,7 +29,7 @@ from ctssl_jax import scan_flags
 from ctssl_jax.parallel.processes import configure_jax
 from data_prep.system import command_line
 from data_prep.system.errors import InputError, RunFailed
-from data_prep.system.files import make_folder
+from data_prep.system.files import make_folder, write_json
 
 if TYPE_CHECKING:
     from data_prep.scan.rules import Rules
@@ -78,7 +78,6 @@ def predict(
       InputError: no such run, one of another task, an input that holds no volume or several, or no room to write.
     """
     from ctssl_jax import predict_label, predict_mask, pretrained
-    from ctssl_jax.checkpoint import write_json
     from data_prep.headers import NIFTI
     from data_prep.raw import scans
 

@@ -16,6 +16,7 @@ from training_runs import start, tiny_recipe
 
 import ctssl_jax
 from ctssl_jax import checkpoint, configuration, data, embedding_files, embedding_inputs, linear_probes, pretrained
+from ctssl_jax.data__batches import evaluation_batches
 from ctssl_jax.embed import embed, summary
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.tasks import get_task
@@ -190,7 +191,7 @@ def test_embeddings_are_those_of_evaluation_and_probes(runs, folder):
         offsets = get_task(config.task).offsets(config) if downstream else (0,)
         given = targets._replace(label="", mask=False)
         source = data.open_source(Dataset.open(config.dataset), "test", (1,), offsets, given)
-        batch = next(data.evaluation_batches(source, len(source)))
+        batch = next(evaluation_batches(source, len(source)))
         if downstream:
             graph, *_ = abstract_model(config, get_task(config.task))
             batch |= {"label": np.ones(len(source), np.int32), "mask": np.ones((len(source), 32, 32), np.uint8)}
