@@ -15,11 +15,11 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
+from ctssl_jax.parallel.processes import configure_jax
 from flax import nnx
 
-from ctssl_jax.command_line import configure_jax
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
-from experiments.benchmark_training import (
+from experiments.bench.sides import (
     GIB,
     LEARNING_RATE,
     compiled_bytes,

@@ -34,7 +34,7 @@ from jax.extend.core import Literal
 
 from ctssl_jax.models.layers import ResidualBlock
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
-from experiments.benchmark_training import GIB, LEARNING_RATE, Batch, compiled_bytes, loss_of, make_train_step
+from experiments.bench.sides import GIB, LEARNING_RATE, Batch, compiled_bytes, loss_of, make_train_step
 
 DEVICE_GIB = (16, 40, 80, 141)
 USABLE = 0.9  # share of a device's memory

@@ -15,10 +15,12 @@ import json
 from pathlib import Path
 
 from absl import flags
+from data_prep.system.files import write_text
 
-from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
-from experiments.study import PROJECT, run_stage, write_text
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from experiments.study.cells import PROJECT
+from experiments.study.runner import run_stage
 
 RECIPE = "configs/masked_region.py:small"
 IMAGE_SIZE = 64

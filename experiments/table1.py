@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
+from data_prep.system.files import write_text
 
-from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
 from data_prep import lidc
-from experiments import study
-from experiments.paper import TABLE1
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from experiments.study.paper import TABLE1
+from experiments.study.results import markdown, write_csv
+from experiments.study.runner import run_stage
 
 _MATRIX = (512, 512)  # of every CT series of the collection
 
@@ -151,7 +153,7 @@ def dataset_rows(dataset: Path, output_dir: Path) -> list[dict[str, str]]:
     Raises:
         InputError: it is no dataset; the command has said why.
     """
-    study.run_stage(
+    run_stage(
         f"characteristics of {dataset}", "data_prep.describe", f"--dataset={dataset}", f"--output_dir={output_dir}"
     )
     with open(output_dir / "cohort.csv", newline="") as file:
@@ -194,7 +196,7 @@ def main(argv: list[str]) -> int:
             patients = first_scan_votes(readings, geometry, keep_excluded=given.keep_excluded)
             rows = lidc_rows(count(patients, given.consensus, given.min_area_px), len(readings))
             words = caption(len(patients), given.consensus, given.min_area_px)
-            parts.append(f"## LIDC-IDRI\n\n{study.markdown(rows)}\n{words}\n")
+            parts.append(f"## LIDC-IDRI\n\n{markdown(rows)}\n{words}\n")
             table += [
                 {"cohort": "LIDC-IDRI", "group": "", "characteristic": row["characteristic"]}
                 | {"ours": row["ours"].replace(",", ""), "paper": row["the paper's"].replace(",", "")}
@@ -205,15 +207,15 @@ def main(argv: list[str]) -> int:
     for path in datasets:
         name = path.resolve().name
         rows = dataset_rows(path, output_dir / name)
-        parts.append(f"## Dataset {name}\n\n{study.markdown(rows)}")
+        parts.append(f"## Dataset {name}\n\n{markdown(rows)}")
         table += [
             {"cohort": name, "group": row["group"], "characteristic": row["characteristic"]}
             | {"ours": row["value"], "paper": None}
             for row in rows
         ]
     text = "\n".join(parts)
-    study.write_text(output_dir / "table1.md", text)
-    study.write_csv(output_dir / "table1.csv", table)
+    write_text(output_dir / "table1.md", text)
+    write_csv(output_dir / "table1.csv", table)
     print(f"{text}\nWritten: {output_dir}/table1.md, {output_dir}/table1.csv")
     return 0
 

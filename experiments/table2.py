@@ -15,19 +15,22 @@ untrained encoder and the pixels themselves, so that encoders are compared on eq
 from collections.abc import Sequence
 
 from absl import flags
+from data_prep.system.files import write_text
 
-from ctssl_jax import command_line
-from experiments import study, table2_figure
-from experiments.chain import FRACTIONS, cell_name, chain_cells
-from experiments.paper import TABLE2
-from experiments.study import Cell, Settings, markdown, with_spread
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from experiments.study import runner, table2_figure
+from experiments.study.cells import FRACTIONS, Cell, Settings, Stage, chain_cells, mask_name
+from experiments.study.paper import TABLE2
+from experiments.study.results import caption as caption_of
+from experiments.study.results import markdown, read_result, seconds, with_spread, write_csv
 
-RECONSTRUCTION = ("next_slice", *(cell_name(fraction) for fraction in FRACTIONS), "denoising")
+RECONSTRUCTION = ("next_slice", *(mask_name(fraction) for fraction in FRACTIONS), "denoising")
 CLASSIFICATION = ("rotation", "flip")
 OTHER_RECIPES = ("next_slice", "denoising", *CLASSIFICATION)
 TITLES = {
     "next_slice": "Next slice prediction",
-    **{cell_name(fraction): f"Masked region prediction, {fraction:.0%} masking" for fraction in FRACTIONS},
+    **{mask_name(fraction): f"Masked region prediction, {fraction:.0%} masking" for fraction in FRACTIONS},
     "denoising": "Denoising",
     "rotation": "Rotation prediction",
     "flip": "Flip prediction",
@@ -59,7 +62,7 @@ CROSS = {  # columns of the cross table: metric of the probe -> title
 
 def model_cells(settings: Settings) -> list[Cell]:
     """The eight trainings."""
-    others = [study.train_cell(settings, name, name) for name in OTHER_RECIPES]
+    others = [settings.cell(name, name, {}) for name in OTHER_RECIPES]
     return [*chain_cells(settings), *others]
 
 
@@ -70,11 +73,14 @@ def cross_cells(settings: Settings) -> list[Cell]:
     for name in (*names, "untrained", "pixels"):
         run, encoder = (name, "run") if name in names else (names[0], name)
         result = settings.workdir / "results" / f"cross_{name}.json"
-        stage = (
-            *(f"cross_{name}: probe", "ctssl_jax.probe", f"--workdir={settings.workdir / 'runs' / run}"),
-            *(f"--dataset={settings.dataset}", f"--split={settings.split}", f"--encoder={encoder}"),
-            f"--output={result}",
-        )
+        options = {
+            "workdir": settings.workdir / "runs" / run,
+            "dataset": settings.dataset,
+            "split": settings.split,
+            "encoder": encoder,
+            "output": result,
+        }
+        stage = Stage(f"cross_{name}: probe", "ctssl_jax.probe", options)
         cells.append(Cell(f"cross_{name}", (run,), (stage,), result))
     return cells
 
@@ -162,15 +168,15 @@ def draw(settings: Settings) -> str:
       InputError: no result at all.
     """
     cells = {cell.name: cell for cell in model_cells(settings)}
-    results = {name: study.read_result(cell) for name, cell in cells.items()}
-    cross = {cell.name: study.read_result(cell) for cell in cross_cells(settings)}
-    found = [result for result in results.values() if result]
-    if not found:
-        raise command_line.InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
+    results = {name: read_result(cell) for name, cell in cells.items()}
+    cross = {cell.name: read_result(cell) for cell in cross_cells(settings)}
+    complete = [result for result in results.values() if result]
+    if not complete:
+        raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     rows = figure_rows(results)
-    caption = study.caption(found)
-    seconds = sum(study.seconds(settings.workdir).values())
-    took = f" The cells took {seconds / 60:.0f} minutes by the clock." if seconds else ""
+    caption = caption_of(complete)
+    total = sum(seconds(settings.workdir).values())
+    took = f" The cells took {total / 60:.0f} minutes by the clock." if total else ""
     parts = [f"# Table II: self-supervised models on held-out volumes\n\n{caption}{took}\n\n{table_markdown(rows)}"]
     parts.append(f"## Representation health\n\n{health_markdown(results)}")
     if any(cross.values()):
@@ -179,9 +185,9 @@ def draw(settings: Settings) -> str:
             f"encoder's features, mean ± sd over volumes.\n\n{markdown(cross_rows(cross))}"
         )
     text = "\n".join(parts)
-    study.write_text(settings.workdir / "table2.md", text)
-    study.write_csv(settings.workdir / "table2.csv", rows)
-    study.write_csv(settings.workdir / "cross.csv", cross_rows(cross))
+    write_text(settings.workdir / "table2.md", text)
+    write_csv(settings.workdir / "table2.csv", rows)
+    write_csv(settings.workdir / "cross.csv", cross_rows(cross))
     table2_figure.save(
         settings.workdir / "table2.png",
         [
@@ -196,22 +202,21 @@ def draw(settings: Settings) -> str:
 
 def define_flags() -> None:
     """Only where this module is the program."""
-    study.define_flags()
+    runner.define_flags()
     flags.DEFINE_bool("cross", True, "Also probe every frozen encoder on the other tasks.")
 
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    if len(argv) < 2:
-        raise command_line.InputError(f"give one of {', '.join(study.VERBS)}: python -m experiments.table2 plan ...")
-    settings = study.settings_of_flags(argv[1])
-    study.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
+    verb = runner.verb_of(argv, "experiments.table2")
+    settings = runner.settings_of_flags(verb)
+    runner.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
     cells = [*model_cells(settings), *(cross_cells(settings) if flags.FLAGS.cross else [])]
-    if argv[1] == "plan":
-        study.plan(cells, "experiments.table2", study.options_of(settings))
-    elif argv[1] == "run":
-        study.record_settings(settings.workdir, study.settings_content(settings))
-        study.run(cells, flags.FLAGS.cells, settings.workdir)
+    if verb == "plan":
+        runner.plan(cells, "experiments.table2", runner.options_of(settings))
+    elif verb == "run":
+        runner.record_settings(settings.workdir, runner.settings_content(settings))
+        runner.run(cells, flags.FLAGS.cells, settings.workdir)
     else:
         print(draw(settings))
     return 0
@@ -219,4 +224,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, study.VERBS)
+    command_line.run(main, runner.VERBS)

@@ -1,8 +1,8 @@
-"""What the downstream studies (Figures 3 to 6 and S1) share: presets, data, pretrained arms, and their cells.
+"""The downstream studies (Figures 3 to 6 and S1): presets, data, pretrained arms, and their cells.
 
-A study is a grid of arm x share of the training data x seed (x training steps). Its arms differ in the weights that
-they start from and in nothing else: data order, augmentation, schedule and the new layers' initial values are the
-same at the same seed.
+A study is a grid of arm x share of the training data x seed (x training steps). Its arms differ in
+the weights that they start from and in nothing else: data order, augmentation, schedule and the new
+layers' initial values are the same at the same seed.
 
     --preset=phantom    everything is made here, on two cores: synthetic archives, datasets, pretrained runs
     --preset=paper      your datasets (--dataset) and your pretrained runs (--pretrained=NAME=RUN, repeated)
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from ctssl_jax.command_line import InputError
-from experiments import study
-from experiments.study import PROJECT, Cell
+from data_prep.system.errors import InputError
+from experiments.study import runner
+from experiments.study.cells import Cell, Recipe, Stage, train_cell
 
 TITLES = {
     "random": "random weights",
@@ -37,6 +37,8 @@ TITLES = {
 SYNTHETIC_KEY = "the pseudonym key of the synthetic patients of the downstream studies"
 MASKED = {"masked_05": 0.05, "masked_10": 0.10, "masked_20": 0.20, "masked_33": 0.33}
 PRETEXTS = (*MASKED, "next_slice", "denoising", "rotation", "flip")
+# Arms whose network is not the pretrained encoder's, and the recipe of each.
+OTHER_NETWORKS = {"se_resnext": "pe_se_resnext", "standard_unet": "nodules_standard_unet"}
 
 
 class Archive(NamedTuple):
@@ -45,14 +47,12 @@ class Archive(NamedTuple):
     layout: of `data_prep.phantom` and kind of `data_prep.prepare`.
     num_patients, seed: of the phantom.
     splits: of `data_prep.prepare`.
-    windows: of `data_prep.prepare`; () takes its defaults.
     """
 
     layout: str
     num_patients: int
     seed: int
     splits: str
-    windows: tuple[str, ...] = ()
 
 
 class Preset(NamedTuple):
@@ -63,10 +63,9 @@ class Preset(NamedTuple):
     fractions: shares of the training studies.
     seeds: of weights, data order and subset.
     pretraining_steps: of each pretext; 0 takes the recipe's.
-    pe_steps: training steps of each PE cell; 0 takes the recipe's.
-    nodule_steps: training steps of the segmentation cells, one curve each.
-    attribute_steps: of the end-to-end baselines; 0 takes the recipe's.
-    overrides: `FIELD=VALUE` of the recipes with an encoder of ours.
+    steps: kind of study (`pe`, `nodules`, `attributes`) -> training steps of its cells, one curve
+      each; 0 takes the recipe's.
+    overrides: fields of the recipes, e.g. `{"dtype": "bfloat16"}`.
     left_out: arms that are run only where `--arms` names them: a figure on two cores should take less than an hour.
     """
 
@@ -75,10 +74,8 @@ class Preset(NamedTuple):
     fractions: tuple[float, ...]
     seeds: tuple[int, ...]
     pretraining_steps: int
-    pe_steps: int
-    nodule_steps: tuple[int, ...]
-    attribute_steps: int
-    overrides: tuple[str, ...] = ()
+    steps: dict[str, tuple[int, ...]]
+    overrides: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     left_out: tuple[str, ...] = ()
 
 
@@ -94,9 +91,7 @@ PRESETS = {
         fractions=(0.125, 0.25, 1.0),
         seeds=(0, 1, 2),
         pretraining_steps=500,
-        pe_steps=150,
-        nodule_steps=(50, 150),
-        attribute_steps=100,
+        steps={"pe": (150,), "nodules": (50, 150), "attributes": (100,)},
         left_out=("next_slice", "denoising", "flip"),
     ),
     "paper": Preset(
@@ -105,16 +100,14 @@ PRESETS = {
         fractions=(0.04, 0.075, 0.25, 0.5, 1.0),  # of 1.54 million slices: the paper's 60, 115, 380 and 770 thousand
         seeds=(0, 1, 2),
         pretraining_steps=0,
-        pe_steps=0,
-        nodule_steps=(2_000, 5_000, 20_000),
-        attribute_steps=0,
-        overrides=("dtype=bfloat16",),
+        steps={"pe": (0,), "nodules": (2_000, 5_000, 20_000), "attributes": (0,)},
+        overrides={"dtype": "bfloat16"},
     ),
 }
 
 
 class Study(NamedTuple):
-    """What the flags ask for.
+    """A downstream study as the flags describe it.
 
     preset: name of the preset.
     sizes: the preset, as far as flags did not change it.
@@ -133,34 +126,70 @@ class Study(NamedTuple):
         """Run directory of the weights that an arm starts from."""
         return self.pretrained.get(arm, self.workdir / "runs" / f"pretrain_{arm}")
 
+    def cell(
+        self,
+        name: str,
+        recipe: str,
+        fields: dict[str, Any],
+        after: tuple[str, ...],
+        *,
+        own_network: bool = False,
+    ) -> Cell:
+        """Train a recipe and evaluate its last checkpoint on the test split.
 
-def data_cells(asked: Study, names: Sequence[str]) -> list[Cell]:
+        Args:
+          name: of the cell.
+          recipe: file in `configs/`.
+          fields: of the configuration.
+          after: cells that must be complete before.
+          own_network: the network is not the pretraining's: overrides of its model are left out.
+        """
+        for field, value in self.sizes.overrides.items():
+            if not (own_network and field.startswith("model.")):
+                fields = fields | {field: value}
+        # By the loss on few patients, the best checkpoint may be the one before any training.
+        evaluation = {"checkpoint": "last"}
+        trained = Recipe(recipe, self.sizes.size, fields)
+        return train_cell(name, trained, self.workdir, evaluation, after)
+
+
+def data_cells(study: Study, names: Sequence[str]) -> list[Cell]:
     """Make and prepare the synthetic archives; none where the data are the user's."""
-    data = asked.workdir / "data"
+    data = study.workdir / "data"
     cells = []
-    for name in names if asked.sizes.archives else ():
-        archive = asked.sizes.archives[name]
-        scans, dataset, key = data / f"{name}_scans", data / name, data / "pseudonym_key"
-        make = (
-            *(f"{name}: make scans", "data_prep.phantom", f"--output_dir={scans}", f"--layout={archive.layout}"),
-            *(f"--num_patients={archive.num_patients}", f"--seed={archive.seed}", "--num_slices=24"),
-            "--image_size=128",
+    for name in names if study.sizes.archives else ():
+        archive = study.sizes.archives[name]
+        scans, dataset = data / f"{name}_scans", data / name
+        make = {
+            "output_dir": scans,
+            "layout": archive.layout,
+            "num_patients": archive.num_patients,
+            "seed": archive.seed,
+            "num_slices": 24,
+            "image_size": 128,
+        }
+        prepare = {
+            "archive": archive.layout,
+            "input_dir": scans,
+            "output_dir": dataset,
+            "image_size": 64,
+            "splits": archive.splits,
+            "pseudonym_key_file": data / "pseudonym_key",
+        }
+        if archive.layout == "rsna_pe":
+            prepare["attributes_csv"] = scans / "attributes.csv"
+        stages = (
+            Stage(f"{name}: make scans", "data_prep.phantom", make),
+            Stage(f"{name}: prepare", "data_prep.prepare", prepare),
         )
-        prepare = (
-            *(f"{name}: prepare", "data_prep.prepare", f"--archive={archive.layout}", f"--input_dir={scans}"),
-            *(f"--output_dir={dataset}", "--image_size=64", f"--splits={archive.splits}"),
-            f"--pseudonym_key_file={key}",
-            *(f"--window={window}" for window in archive.windows),
-            *([f"--attributes_csv={scans / 'attributes.csv'}"] if archive.layout == "rsna_pe" else []),
-        )
-        cells.append(Cell(f"data_{name}", (), (make, prepare), dataset / "preparation.json"))
+        cells.append(Cell(f"data_{name}", (), stages, dataset / "preparation.json"))
     return cells
 
 
-def pretraining_cells(asked: Study, arms: Sequence[str]) -> list[Cell]:
-    """Pretrain the arms that are not given: the chain of mask sizes up to the largest, and single pretexts."""
-    wanted = [arm for arm in arms if arm in PRETEXTS and arm not in asked.pretrained]
-    if not asked.sizes.archives:
+def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
+    """Pretrain the arms that have no run yet: the mask sizes up to the largest, and single pretexts."""
+    wanted = [arm for arm in arms if arm in PRETEXTS and arm not in study.pretrained]
+    if not study.sizes.archives:
         if wanted:
             raise InputError(
                 f"no weights for {', '.join(wanted)}: give --pretrained={wanted[0]}=RUN for each, or choose --arms"
@@ -172,46 +201,19 @@ def pretraining_cells(asked: Study, arms: Sequence[str]) -> list[Cell]:
     for arm in (*chain[: last + 1], *(arm for arm in wanted if arm not in MASKED)):
         recipe = "masked_region" if arm in MASKED else arm
         before = f"pretrain_{chain[chain.index(arm) - 1]}" if arm in MASKED and arm != chain[0] else ""
-        fields = {"mask.fraction": MASKED[arm]} if arm in MASKED else {}
+        fields = {"dataset": study.workdir / "data" / "pretraining"}
+        fields |= {"mask.fraction": MASKED[arm]} if arm in MASKED else {}
         if before:
-            fields |= {"init_from": asked.workdir / "runs" / before, "init_checkpoint": "last"}
-        if asked.sizes.pretraining_steps:
-            fields |= {"num_steps": asked.sizes.pretraining_steps, "eval_every": asked.sizes.pretraining_steps}
-        dataset = asked.workdir / "data" / "pretraining"
-        cells.append(
-            trained_cell(asked, f"pretrain_{arm}", recipe, dataset, fields, after=(before or "data_pretraining",))
-        )
+            fields |= {"init_from": study.workdir / "runs" / before, "init_checkpoint": "last"}
+        fields |= schedule(study.sizes.pretraining_steps)
+        after = (before or "data_pretraining",)
+        cells.append(study.cell(f"pretrain_{arm}", recipe, fields, after))
     return cells
 
 
-def trained_cell(
-    asked: Study, name: str, recipe: str, dataset: Path, fields: dict[str, Any], *, after: tuple[str, ...]
-) -> Cell:
-    """Train a recipe and evaluate it on the test split.
-
-    Args:
-      asked: the study.
-      name: of the cell; the run is `WORKDIR/runs/NAME`, the result `WORKDIR/results/NAME.json`.
-      recipe: file in `configs/`.
-      dataset: dataset directory.
-      fields: of the configuration; `num_steps` is the recipe's where it is not given.
-      after: cells that must be complete before.
-    """
-    run, result = asked.workdir / "runs" / name, asked.workdir / "results" / f"{name}.json"
-    given = [f"{field}={value}" for field, value in fields.items()]
-    ours = recipe not in ("pe_se_resnext", "nodules_standard_unet")
-    overrides = [text for text in asked.sizes.overrides if ours or not text.startswith("model.")]
-    train = (
-        *(f"{name}: train", "ctssl_jax.train", f"--config={PROJECT / 'configs' / recipe}.py:{asked.sizes.size}"),
-        *(f"--config.{text}" for text in (f"dataset={dataset}", *given, *overrides)),
-        f"--workdir={run}",
-    )
-    # The last checkpoint: by the loss on few patients, the best one may be that before any training.
-    evaluate = (
-        *(f"{name}: evaluate", "ctssl_jax.evaluate", f"--workdir={run}", f"--output={result}"),
-        "--checkpoint=last",
-    )
-    return Cell(name, after, (train, evaluate), result)
+def schedule(steps: int) -> dict[str, int]:
+    """The fields of a training of so many steps; none where the recipe decides."""
+    return {"num_steps": steps, "eval_every": steps} if steps else {}
 
 
 class Point(NamedTuple):
@@ -233,36 +235,40 @@ class Point(NamedTuple):
         return f"{kind}_{self.arm}_{self.fraction:g}_s{self.seed}" + (f"_{self.steps}" if self.steps else "")
 
 
-def grid(asked: Study, arms: Sequence[str], steps: Sequence[int]) -> list[Point]:
-    """All points, smallest shares first, so that a study that is stopped has whole columns."""
-    return [
-        Point(arm, fraction, seed, number)
-        for number in steps
-        for fraction in asked.sizes.fractions
-        for seed in asked.sizes.seeds
-        for arm in arms
-    ]
-
-
-def downstream_cell(asked: Study, kind: str, point: Point, dataset: Path, fields: dict[str, Any]) -> Cell:
-    """The cell of a point: fine-tune an arm.
+def grid_cells(study: Study, kind: str, arms: Sequence[str]) -> tuple[list[Cell], dict[Point, Cell]]:
+    """The cells of a figure in order, and those of its grid by their point.
 
     Args:
-      asked: the study.
-      kind: `pe`, `nodules` or `attributes`, the recipe.
-      point: of the grid.
-      dataset: dataset directory.
-      fields: further fields of the configuration.
+      study: whose preset has the shares, seeds and steps.
+      kind: `pe` or `nodules`, the downstream recipe.
+      arms: of the grid.
+
+    Returns:
+      all cells; and the grid, smallest shares first, so that a study that is stopped has whole columns.
     """
-    recipe = {"se_resnext": "pe_se_resnext", "standard_unet": "nodules_standard_unet"}.get(point.arm, kind)
-    fields = {"train_fraction": point.fraction, "seed": point.seed, **fields}
-    if point.steps:
-        fields |= {"num_steps": point.steps, "eval_every": point.steps}
-    after = [f"data_{kind}"] if asked.sizes.archives else []
-    if point.arm in PRETEXTS or point.arm in asked.pretrained:
-        fields |= {"init_from": asked.run_of(point.arm), "init_checkpoint": "last"}
-        after += [] if point.arm in asked.pretrained else [f"pretrain_{point.arm}"]
-    return trained_cell(asked, point.cell_name(kind), recipe, dataset, fields, after=tuple(after))
+    points = [
+        Point(arm, fraction, seed, steps)
+        for steps in study.sizes.steps[kind]
+        for fraction in study.sizes.fractions
+        for seed in study.sizes.seeds
+        for arm in arms
+    ]
+    grid = {point: downstream_cell(study, kind, point) for point in points}
+    data = data_cells(study, ("pretraining", kind))
+    return [*data, *pretraining_cells(study, arms), *grid.values()], grid
+
+
+def downstream_cell(study: Study, kind: str, point: Point) -> Cell:
+    """The cell of a point: fine-tune an arm on the downstream dataset."""
+    recipe = OTHER_NETWORKS.get(point.arm, kind)
+    fields = {"dataset": study.dataset, "train_fraction": point.fraction, "seed": point.seed}
+    fields |= schedule(point.steps)
+    after = [f"data_{kind}"] if study.sizes.archives else []
+    if point.arm in PRETEXTS or point.arm in study.pretrained:
+        fields |= {"init_from": study.run_of(point.arm), "init_checkpoint": "last"}
+        after += [] if point.arm in study.pretrained else [f"pretrain_{point.arm}"]
+    name, own_network = point.cell_name(kind), point.arm in OTHER_NETWORKS
+    return study.cell(name, recipe, fields, tuple(after), own_network=own_network)
 
 
 def define_flags(arms: Sequence[str]) -> None:
@@ -278,11 +284,11 @@ def define_flags(arms: Sequence[str]) -> None:
 
 
 def study_of_flags(verb: str, kind: str) -> Study:
-    """What the command line asks for.
+    """The study that the command line asks for.
 
     Args:
       verb: `plan`, `run` or `draw`.
-      kind: data set of the study, `pe` or `nodules`.
+      kind: data set of the study: `pe`, `nodules` or `attributes`.
 
     Raises:
       InputError: a flag is missing, or names what does not exist.
@@ -311,35 +317,35 @@ def study_of_flags(verb: str, kind: str) -> Study:
     if sizes.archives:
         dataset = workdir / "data" / kind
     elif given.dataset or verb == "draw":
-        dataset = study.local_dataset(given.dataset or "")
+        dataset = runner.local_dataset(given.dataset or "")
     else:
         raise InputError("give --dataset=DIR, made by data_prep.prepare")
     return Study(given.preset, sizes, workdir, dataset, pretrained)
 
 
-def act(verb: str, module: str, asked: Study, cells: Sequence[Cell], lists: Sequence[str] = ()) -> None:
+def act(verb: str, module: str, study: Study, cells: Sequence[Cell], lists: Sequence[str] = ()) -> None:
     """`plan` or `run` a study's cells.
 
     Args:
       verb: `plan` or `run`.
       module: of the study, whose `run` verb runs a cell.
-      asked: the study.
+      study: the study.
       cells: of the study.
       lists: its flags of comma-separated lists, beside those that all downstream studies share.
     """
     if verb == "plan":
         given = flags.FLAGS
-        options = [f"--preset={asked.preset}", f"--workdir={asked.workdir}", f"--arms={','.join(given.arms)}"]
-        options += [f"--dataset={asked.dataset}"] if given.dataset else []
+        options = [f"--preset={study.preset}", f"--workdir={study.workdir}", f"--arms={','.join(given.arms)}"]
+        options += [f"--dataset={study.dataset}"] if given.dataset else []
         options += [f"--pretrained={text}" for text in given.pretrained]
         options += [
             f"--{name}={','.join(given[name].value)}" for name in ("fractions", "seeds", *lists) if given[name].value
         ]
-        study.plan(cells, module, options)
+        runner.plan(cells, module, options)
     else:
-        study.record_settings(asked.workdir, {"preset": asked.preset})
-        if asked.sizes.archives:
-            key = asked.workdir / "data" / "pseudonym_key"
+        runner.record_settings(study.workdir, {"preset": study.preset})
+        if study.sizes.archives:
+            key = study.workdir / "data" / "pseudonym_key"
             key.parent.mkdir(exist_ok=True)
             key.write_text(SYNTHETIC_KEY)
-        study.run(cells, flags.FLAGS.cells, asked.workdir, here=True)
+        runner.run(cells, flags.FLAGS.cells, study.workdir, here=True)
