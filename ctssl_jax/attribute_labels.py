@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError
 from data_prep import dataset as dataset_directory
+from data_prep.system.errors import InputError
 
 OF_VOLUMES = ("age", "sex", "ethnic_group")  # columns of volumes.csv
 SPLITS = dataset_directory.SPLITS

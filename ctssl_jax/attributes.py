@@ -24,10 +24,11 @@ from pathlib import Path
 
 from absl import flags
 
-from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
 from ctssl_jax.measurement import notes
-from data_prep.dataset_writer import written_whole
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import make_folder, write_json, written_whole
 
 ENCODERS = ("run", "untrained", "pixels")
 REGIONS = (1, 4)
@@ -99,7 +100,7 @@ def attributes(
         split: data.open_source(config.dataset, split, channels, (0,), data.Targets(middle_only=True))
         for split in attribute_labels.SPLITS
     }
-    measurement.make_folder(output)
+    make_folder(output.parent, "--output")
 
     # ---- Features of the middle slices ----
     batch_size = batch_size or config.batch_size // config.microbatches
@@ -159,7 +160,7 @@ def attributes(
         "num_volumes": {split: len(source) for split, source in sources.items()},
     }
     _write_volumes(output.with_suffix(".csv"), sources["test"].volumes, chosen, probabilities)
-    checkpoint_files.write_json(output, result)  # last: with it the probe is complete
+    write_json(output, result)  # last: with it the probe is complete
     return result
 
 
@@ -334,7 +335,7 @@ def start(given: flags.FlagValues) -> bool:
     for name in ("workdir", "output"):
         if not given[name].value:
             raise InputError(f"give --{name}")
-    command_line.configure_jax()
+    configure_jax()
     result = attributes(
         given.workdir,
         given.dataset,

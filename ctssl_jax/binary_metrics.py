@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ctssl_jax import bootstrap
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 CALIBRATION_BINS = 15
 UNITS = {

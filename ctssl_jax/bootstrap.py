@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 Statistic = Callable[[np.ndarray], dict[str, float]]
 

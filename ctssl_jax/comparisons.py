@@ -11,8 +11,8 @@ import numpy as np
 
 from ctssl_jax import binary_metrics, overlap
 from ctssl_jax.bootstrap import Statistic, interval, mean_over, patient_bootstrap, weighted_mean
-from ctssl_jax.command_line import InputError
 from ctssl_jax.predictions import Predictions
+from data_prep.system.errors import InputError
 
 OF_CLASSES = ("auroc", "average_precision", "brier", "ece")
 OF_MASKS = {"dice": overlap.dice, "iou": overlap.iou}

@@ -1,18 +1,16 @@
 """Configurations: what must hold before any work starts, and what may change when a run goes on."""
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 
 from ctssl_jax import data
-from ctssl_jax.checkpoint import holds_checkpoint, read_json, saved_with, write_json
-from ctssl_jax.command_line import InputError
 from ctssl_jax.models.vqvae import Encoder
+from ctssl_jax.runs.run import Run, check_resumable, from_json, open_workdir, to_json  # noqa: F401
 from ctssl_jax.tasks import check_task
 from data_prep import dataset as dataset_directory
+from data_prep.system.errors import InputError
 
 CHOICES = {
     "normalize": ("window", "slice_minmax"),
@@ -33,31 +31,6 @@ AT_LEAST_ONE = (
     "fsdp_devices",
 )
 AT_LEAST_ZERO = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "encoder_learning_rate_factor")
-
-# A run may go on with other values of these; everything else is part of what the run is. `num_steps` only under a
-# constant schedule: a cosine depends on it from the first step.
-MAY_CHANGE = (
-    "dataset",
-    "num_steps",
-    "log_every",
-    "eval_every",
-    "num_pictures",
-    "reading_threads",
-    "remat",
-    "scan",
-    "fsdp_devices",
-)
-OF_THE_DATA = ("archive", "fingerprint", "image_size", "key_fingerprint", "labels", "synthetic", "windows")
-
-
-def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """A configuration as JSON would give it back (tuples become lists)."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def from_json(content: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The inverse of `to_json`."""
-    return ml_collections.ConfigDict(content)
 
 
 def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
@@ -194,105 +167,6 @@ def check_targets(config: ml_collections.ConfigDict, source: data.NeighbourSourc
 
 
 def read_run(workdir: Path) -> tuple[ml_collections.ConfigDict, dict]:
-    """`config.json` and `preparation.json` of a run, compared with what its newest checkpoint was saved with.
-
-    Raises:
-      InputError: no run directory, or a damaged one.
-    """
-    if not (workdir / "config.json").is_file():
-        raise InputError(
-            f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train"
-            + ("" if not holds_checkpoint(workdir) else ", or bring back its config.json")
-        )
-    config = read_json(workdir / "config.json", ("task", "recipe", "windows", "model"))
-    preparation = read_json(workdir / "preparation.json", OF_THE_DATA)
-    saved = saved_with(workdir) or {}
-    if "config" in saved:
-        old, new = _flat(saved["config"]), _flat(config)
-        for name in sorted(old.keys() | new.keys()):
-            if name.split(".")[0] not in MAY_CHANGE and old.get(name) != new.get(name):
-                raise _other_than_saved(workdir / "config.json", name)
-    for name in OF_THE_DATA if "preparation" in saved else ():
-        if saved["preparation"].get(name) != preparation[name]:
-            raise _other_than_saved(workdir / "preparation.json", name)
-    return from_json(config), preparation
-
-
-def _other_than_saved(path: Path, name: str) -> InputError:
-    return InputError(f"{path} is damaged ({name} is another than in the checkpoint); bring back a copy of it")
-
-
-_WRITTEN_FIRST = ("preparation.json", "patients.json", "config.json")  # in this order
-
-
-def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparation: dict) -> None:
-    """Refuse to go on with a run under another configuration or on other data; accept a new or empty folder.
-
-    Raises:
-      InputError: names the first field that differs, or says that the folder holds something else.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        # What a run that was killed at its very start may have left is no run yet, and no harm.
-        begun = {name + ending for name in _WRITTEN_FIRST for ending in ("", ".tmp")}
-        if workdir.is_dir() and any(entry.name not in begun for entry in workdir.iterdir()):
-            raise InputError(f"--workdir={workdir} holds files but no run; give a new or empty folder")
-        return
-    if not holds_checkpoint(workdir):
-        return  # nothing was learned yet: a corrected configuration may take its place
-    of_run, of_data = read_run(workdir)
-    old, new = _flat(to_json(of_run)), _flat(to_json(config))
-    may_change = MAY_CHANGE if config.schedule == "constant" else tuple(set(MAY_CHANGE) - {"num_steps"})
-    for name in sorted(old | new):
-        if name.split(".")[0] in may_change or (name in old and name in new and old[name] == new[name]):
-            continue
-        if name in ("init_from", "init_weights") and bool(old.get(name)) == bool(new[name]):
-            continue  # another spelling of the path; where the weights came from stands in ancestors.json
-        if name in old and name in new:
-            remedy = f"use another --workdir, or --config.{name}={old[name]}"
-            raise InputError(
-                f"--workdir={workdir} holds a run with config.{name}={old[name]}, not {new[name]}; {remedy}"
-            )
-        raise InputError(
-            f"--workdir={workdir} holds a run of another version of this program (config.{name} is not in both); use "
-            "another --workdir"
-        )
-    if of_data["fingerprint"] != preparation["fingerprint"]:
-        raise InputError(
-            f"--workdir={workdir} holds a run on other data than {config.dataset} (dataset fingerprints differ); give "
-            "the dataset that it began with, or another --workdir"
-        )
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def open_workdir(
-    workdir: Path,
-    config: ml_collections.ConfigDict,
-    preparation: dict,
-    patients: dict[str, list[str]],
-) -> None:
-    """Create a run directory with its `config.json`, `preparation.json` and `patients.json`.
-
-    Args:
-      workdir: the folder.
-      config: the training configuration.
-      preparation: contents of the dataset's `preparation.json`.
-      patients: pseudonyms of the patients of the training and the validation split, so that a later evaluation can
-        tell whom the model has seen.
-
-    Raises:
-      InputError: the folder cannot be written.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        of_patients = {"key_fingerprint": preparation["key_fingerprint"], **patients}
-        for name, content in zip(_WRITTEN_FIRST, (preparation, of_patients, to_json(config)), strict=True):
-            write_json(workdir / name, content)
-    except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None
+    """`Run.open`, until all callers use it."""
+    run = Run.open(workdir)
+    return run.config, run.preparation

@@ -14,8 +14,8 @@ import grain
 import numpy as np
 
 from ctssl_jax import attribute_labels
-from ctssl_jax.command_line import InputError
 from data_prep import dataset as dataset_directory
+from data_prep.system.errors import InputError
 
 
 def select_channels(preparation: dict, windows: Sequence[Sequence[float]]) -> tuple[int, ...]:

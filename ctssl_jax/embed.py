@@ -17,7 +17,6 @@ import collections
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +24,11 @@ from typing import Any
 
 from absl import flags
 
-from ctssl_jax import command_line, scan_flags
-from ctssl_jax.command_line import InputError, RunFailed
+from ctssl_jax import scan_flags
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.files import make_folder
 
 FORMAT_VERSION = 1
 MOST_WORKERS = 4  # together they decode about 500 slices/s
@@ -83,13 +85,13 @@ def embed(
     model = pretrained.load(workdir, checkpoint, batch_size=batch_size)
     if (input_path / PREPARATION_FILE).is_file():
         opened = embedding_inputs.open_dataset(workdir, input_path, split)
-        _make_folder(output.parent)
+        make_folder(output.parent, "--output")
     else:
         if split is not None:
             raise InputError(f"--split={split} is of prepared datasets, and --input={input_path} is none; leave it out")
         rules = rules or scans.Rules()
         plan = scans.plan_scans(input_path, archive, rules, metadata_csv, num_workers=num_workers)
-        _make_folder(output.parent)
+        make_folder(output.parent, "--output")
         key = embedding_inputs.keep_audit(output.with_suffix(""), plan, key)
         opened = embedding_inputs.open_scans(plan, rules, key, model.windows, model.image_size, num_workers)
     facts = _facts(model) | opened.facts
@@ -101,7 +103,7 @@ def embed(
         return {**there, "not_images": opened.not_images, "changed": False}
 
     # ---- One volume after the other ----
-    _make_folder(_parts_dir(output))
+    make_folder(_parts_dir(output), "--output")
     parts = [_parts_dir(output) / f"{_digest(made_by, job.digest)}.npz" for job in opened.jobs]
     todo = [(job, part) for job, part in zip(opened.jobs, parts, strict=True) if not part.exists()]
     failed = {}
@@ -247,13 +249,6 @@ def _remove_parts(output: Path) -> None:
         folder.rmdir()
 
 
-def _make_folder(folder: Path, mode: int = 0o777) -> None:
-    try:
-        folder.mkdir(mode=mode, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output: cannot make {folder} ({error.strerror}); choose another place") from None
-
-
 # ---- Command line --------------------------------------------------------------------------------------------
 
 
@@ -289,7 +284,7 @@ def start(given: flags.FlagValues) -> bool:
         for name in _OF_RAW_SCANS:
             if given[name].present:
                 raise InputError(f"--{name} is of raw scans, and --input={given.input} is a dataset; leave it out")
-    command_line.configure_jax()
+    configure_jax()
     try:
         result = embed(
             given.workdir,
@@ -314,11 +309,7 @@ def start(given: flags.FlagValues) -> bool:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    try:
-        start(flags.FLAGS)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to continue", file=sys.stderr)
-        return 130
+    start(flags.FLAGS)
     return 0
 
 

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError
 from ctssl_jax.scans import Refused
-from data_prep.dataset_writer import write_file, written_whole
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_file, written_whole
 
 FORMATS = (".parquet", ".npz")
 _METADATA = b"ctssl_jax"

@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctssl_jax import measurement, scans
-from ctssl_jax.command_line import InputError
 from data_prep import conversion, deidentify
 from data_prep import dataset as dataset_directory
 from data_prep.pipeline.prepare import default_audit_dir
+from data_prep.system.errors import InputError
+from data_prep.system.files import written_whole
 from data_prep.workers import WorkerDied, WorkerPool
 
 
@@ -180,7 +180,7 @@ def read_key(pseudonym_key_file: str | Path | None) -> bytes | None:
     """
     try:
         return deidentify.read_key(Path(pseudonym_key_file).expanduser()) if pseudonym_key_file else None
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"--pseudonym_key_file={error}") from None
 
 
@@ -205,7 +205,7 @@ def keep_audit(output: Path, plan: scans.ScanPlan, key: bytes | None) -> bytes:
         key = key or deidentify.make_key(audit_dir / "pseudonym_key")
     except OSError as error:
         raise InputError(f"--output: cannot make {audit_dir} ({error.strerror}); choose another place") from None
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{error}; remove it to have another one made") from None
     rows = []
     for candidate in (candidate for exam in plan.exams for candidate in exam):
@@ -214,10 +214,9 @@ def keep_audit(output: Path, plan: scans.ScanPlan, key: bytes | None) -> bytes:
     for series in (conversion.rejected_row(key, rejection) for rejection in plan.rejections):
         rows += [(series.series_id, series.reason, source) for source in series.sources]
     rows += [("", entry.reason, entry.source) for entry in plan.not_images]
-    temporary = audit_dir / "sources.csv.partial"
-    with open(temporary, "w", newline="", errors="backslashreplace") as file:
+    sources = audit_dir / "sources.csv"
+    with written_whole(sources) as temporary, open(temporary, "w", newline="", errors="backslashreplace") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("volume_id", "refused_by_headers", "path", "member"))
         writer.writerows((name, reason, source.path, source.member) for name, reason, source in sorted(rows))
-    os.replace(temporary, audit_dir / "sources.csv")
     return key

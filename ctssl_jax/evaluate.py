@@ -17,9 +17,11 @@ from pathlib import Path
 
 from absl import flags
 
-from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
 from ctssl_jax.measurement import notes
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import make_folder, write_json
 
 RELEASE_BATCH_SIZE = 16
 MEAN_IMAGE_SLICES = 1024
@@ -68,7 +70,7 @@ def evaluate(
     task = get_task(config.task)
     targets = task.targets(config)
     source = data.open_source(config.dataset, split, channels, task.offsets(config), targets)
-    measurement.make_folder(output)
+    make_folder(output.parent, "--output")
 
     # ---- The model ----
     num_devices = jax.device_count()
@@ -152,7 +154,7 @@ def evaluate(
     shown = training.render_pictures(program, state, data.picture_batch(source, batch_size, number), number)
     pictures.save_arrays(output.with_suffix(".npz"), shown)
     pictures.save_strip(output.with_suffix(".png"), shown, "SYNTHETIC" if preparation["synthetic"] else "")
-    checkpoint_files.write_json(output, result)  # last: with it the evaluation is complete
+    write_json(output, result)  # last: with it the evaluation is complete
     return result
 
 
@@ -315,7 +317,7 @@ def start(given: flags.FlagValues) -> bool:
     for name in ("workdir", "output"):
         if not given[name].value:
             raise InputError(f"give --{name}")
-    command_line.configure_jax()
+    configure_jax()
     result = evaluate(
         given.workdir,
         given.dataset,

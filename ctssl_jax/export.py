@@ -28,9 +28,10 @@ from typing import Any
 
 from absl import flags
 
-from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError, RunFailed
-from data_prep.dataset import file_sha256
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.files import file_sha256, folder_written_whole, read_json, write_json, write_text
 
 FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
 MAX_TEST_SIDE = 256  # larger slices are cut to their middle for the test: nothing in the models depends on the size
@@ -68,7 +69,6 @@ def export(
     """
     workdir, output_dir = Path(workdir), Path(output_dir).resolve()
     _check_request(output_dir, formats, licence, num_test_slices)
-    from ctssl_jax import checkpoint as checkpoint_files
     from ctssl_jax.reports import say
     from ctssl_jax.torch_bridge import ctssl_torch, model_card, names, onnx_file, parity
 
@@ -120,32 +120,28 @@ def export(
     }
 
     # ---- Files, in a folder that takes its name when it is complete ----
-    temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    unfinished = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        _write_weights(temporary, formats, entries)
-        _write_test_input(temporary / "test_input.npz", images, outputs)
-        if "onnx" in formats:
-            manifest["onnx"] = onnx_file.write(temporary / FORMATS["onnx"], twin, images, outputs)
-            say(
-                f"ONNX         largest difference {manifest['onnx']['largest_difference']:.1e}, opset {onnx_file.OPSET}"
-            )
-        shutil.copyfile(ctssl_torch.__file__, temporary / "ctssl_torch.py")
-        manifest["files"] = {
-            path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-            for path in sorted(temporary.iterdir())
-        }
-        checkpoint_files.write_text(temporary / "README.md", model_card.text(manifest))
-        checkpoint_files.write_json(temporary / "manifest.json", manifest)
-        if output_dir.is_dir():
-            output_dir.rmdir()  # empty, as was checked
-        temporary.rename(output_dir)
+        with folder_written_whole(output_dir, unfinished) as temporary:
+            _write_weights(temporary, formats, entries)
+            _write_test_input(temporary / "test_input.npz", images, outputs)
+            if "onnx" in formats:
+                manifest["onnx"] = onnx_file.write(temporary / FORMATS["onnx"], twin, images, outputs)
+                say(
+                    f"ONNX         largest difference {manifest['onnx']['largest_difference']:.1e}, "
+                    f"opset {onnx_file.OPSET}"
+                )
+            shutil.copyfile(ctssl_torch.__file__, temporary / "ctssl_torch.py")
+            manifest["files"] = {
+                path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+                for path in sorted(temporary.iterdir())
+            }
+            write_text(temporary / "README.md", model_card.text(manifest))
+            write_json(temporary / "manifest.json", manifest)
     except OSError as error:
         raise InputError(
             f"--output_dir={output_dir} cannot be written ({error.strerror}); choose another folder"
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     size = sum(facts["bytes"] for facts in manifest["files"].values())
     took = time.monotonic() - started
     say(f"written      {output_dir}: {', '.join(manifest['files'])} ({size / 1e6:.1f} MB) in {took:.0f} s")
@@ -268,7 +264,6 @@ def _counters(workdir: Path, run: RunModel) -> int | dict[str, int]:
 
 def _imported(workdir: Path) -> dict[str, Any]:
     """What `ctssl_jax.import_torch` noted; empty for a run that was trained here."""
-    from ctssl_jax.checkpoint import read_json
 
     path = workdir / "imported.json"
     return read_json(path) if path.is_file() else {}
@@ -429,7 +424,7 @@ def main(argv: list[str]) -> int:
     for name in ("workdir", "output_dir"):
         if not given[name].value:
             raise InputError(f"give --{name}=DIR")
-    command_line.configure_jax()
+    configure_jax()
     export(
         given.workdir,
         given.output_dir,

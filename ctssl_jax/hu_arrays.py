@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError
 from ctssl_jax.scans import PreparedVolume, prepare_images
 from data_prep.anatomy import summarise
 from data_prep.conversion import lung_box
 from data_prep.geometry import canonical_axes, orient
 from data_prep.hounsfield import PlausibilityCount, to_hu
+from data_prep.system.errors import InputError
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _VALUES_ARE_HU = types.SimpleNamespace(rescale_slope=1.0, rescale_intercept=0.0, padding_value=None, padding_limit=None)

@@ -17,9 +17,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
-from data_prep.dataset import file_sha256
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import file_sha256, write_json
 
 UNKNOWN_KEY = "unknown"  # in place of the fingerprint of a pseudonym key: nobody knows whom these weights learned from
 
@@ -81,7 +82,7 @@ def import_weights(checkpoint: str | Path, workdir: str | Path, config: Any, win
 
     no_patients = {"train": [], "validation": []}
     configuration.open_workdir(workdir, config, preparation, no_patients)
-    checkpoint_files.write_json(workdir / "ancestors.json", [])
+    write_json(workdir / "ancestors.json", [])
     facts = {
         "sha256": file_sha256(path),
         "step": step,
@@ -89,7 +90,7 @@ def import_weights(checkpoint: str | Path, workdir: str | Path, config: Any, win
         "license": manifest.get("license", "") if manifest else "",
         "init_from": manifest["training"].get("init_from", []) if manifest else [],
     }
-    checkpoint_files.write_json(workdir / "imported.json", facts)
+    write_json(workdir / "imported.json", facts)
     checkpoints = checkpoint_files.Checkpoints(workdir)
     metadata = {"config": configuration.to_json(config), "preparation": preparation}
     checkpoints.save(step, jax.tree.map(jax.numpy.asarray, state), metadata, None)
@@ -211,11 +212,8 @@ def main(argv: list[str]) -> int:
             raise InputError(f"give --{name}={example}")
     from data_prep.window import parse_window
 
-    try:
-        windows = [list(parse_window(text)) for text in given.window]
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    command_line.configure_jax()
+    windows = [list(parse_window(text)) for text in given.window]
+    configure_jax()
     config = None
     if _manifest(Path(given.checkpoint)) is None:
         config = _recipe(given, windows)

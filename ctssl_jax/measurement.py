@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ctssl_jax.command_line import InputError
-from data_prep.dataset_writer import written_whole
+from data_prep.system.errors import InputError
+from data_prep.system.files import read_json, written_whole
 
 UNITS = {
     "mse": "mean squared difference of grey values in [0, 1]",
@@ -86,18 +86,6 @@ def check_request(output: Path, batch_size: int) -> None:
         raise InputError(f"--batch_size={batch_size}: must be 0 or more")
     if output.suffix != ".json":
         raise InputError(f"--output={output} must end in .json")
-
-
-def make_folder(output: Path) -> None:
-    """Make the folder of a results file.
-
-    Raises:
-      InputError: it cannot be made.
-    """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output={output} cannot be written ({error.strerror}); choose another folder") from None
 
 
 def summaries(by_volume: dict[str, Any], patient_ids: Sequence[str]) -> dict[str, dict]:
@@ -190,7 +178,6 @@ def header(
 
 def training_data(workdir: Path) -> dict:
     """What a run was trained on, as results say it: train_fraction, num_train_studies, num_train_slices."""
-    from ctssl_jax.checkpoint import read_json
 
     path = workdir / "training_data.json"
     return read_json(path) if path.exists() else {}

@@ -11,9 +11,9 @@ import numpy as np
 
 from ctssl_jax import overlap
 from ctssl_jax.binary_metrics import binary_summary, exam_scores, multiclass_summary, youden_threshold
-from ctssl_jax.command_line import InputError
 from ctssl_jax.predictions import Predictions
 from ctssl_jax.subgroups import age_band, performance_by_group
+from data_prep.system.errors import InputError
 
 GROUPS = ("sex", "age", "ethnic_group")  # columns of volumes.csv
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctssl_jax import bootstrap
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 UNITS = {
     "dice": "2 |both| / (|predicted| + |true|) at 0.5; both empty 1, one empty 0",

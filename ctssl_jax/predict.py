@@ -25,8 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from ctssl_jax import command_line, scan_flags
-from ctssl_jax.command_line import InputError, RunFailed
+from ctssl_jax import scan_flags
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.files import make_folder, write_json
 
 if TYPE_CHECKING:
     from data_prep.dicom import Rules, SeriesCandidate, Volume
@@ -73,7 +76,6 @@ def predict(
       InputError: no such run, one of another task, an input that holds no volume or several, or no room to write.
     """
     from ctssl_jax import predict_label, predict_mask, pretrained, scans
-    from ctssl_jax.checkpoint import write_json
     from data_prep.headers import NIFTI
 
     # ---- What is asked for, and can it work? ----
@@ -87,7 +89,7 @@ def predict(
         raise InputError("--dicom_seg: a DICOM segmentation refers to a DICOM scan, and --input is NIfTI; leave it out")
     model = pretrained.load(workdir, checkpoint, batch_size=batch_size)
     thresholds = predict_label.read_thresholds(evaluation, config, model.fingerprint) if evaluation else {}
-    _make_folder(output)
+    make_folder(output, "--output")
 
     # ---- The scan ----
     try:
@@ -230,13 +232,6 @@ def _describe(volume: "Volume", index: int, num_volumes: int, num_reconstruction
     }
 
 
-def _make_folder(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output={output} cannot be written ({error.strerror}); choose another folder") from None
-
-
 # ---- command line ------------------------------------------------------------------------------------------
 
 
@@ -296,7 +291,7 @@ def main(argv: list[str]) -> int:
     for name in ("workdir", "input", "output"):
         if not given[name].value:
             raise InputError(f"give --{name}")
-    command_line.configure_jax()
+    configure_jax()
     result = predict(
         given.workdir,
         given.input,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import ml_collections
 import numpy as np
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 if TYPE_CHECKING:
     from ctssl_jax.pretrained import PretrainedModel

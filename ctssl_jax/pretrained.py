@@ -25,12 +25,12 @@ from jax.sharding import Mesh
 
 from ctssl_jax import checkpoint as checkpoint_files
 from ctssl_jax import configuration, data, distributed, scans, training
-from ctssl_jax.command_line import InputError
 from ctssl_jax.hu_arrays import prepare_array
 from ctssl_jax.models.classifier import Classifier
 from ctssl_jax.scans import PreparedVolume, Rules, of_scan
 from ctssl_jax.task_interface import Task, item_slices
 from ctssl_jax.tasks import get_task
+from data_prep.system.errors import InputError
 
 
 class Embedding(NamedTuple):

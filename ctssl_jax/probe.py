@@ -27,9 +27,11 @@ from pathlib import Path
 
 from absl import flags
 
-from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
 from ctssl_jax.measurement import notes
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import make_folder, write_json
 
 ENCODERS = ("run", "untrained", "pixels")
 LEAST_TRAINING_SLICES = 32
@@ -93,7 +95,7 @@ def probe(
         for name in ("train", "validation", split)
     }
     _check_sources(sources, split)
-    measurement.make_folder(output)
+    make_folder(output.parent, "--output")
 
     # ---- The encoder ----
     task, batch_size = get_task(config.task), batch_size or config.batch_size // config.microbatches
@@ -151,7 +153,7 @@ def probe(
         "num_pairs": len(sources[split, (0, 1)]),
     }
     measurement.write_volumes(output.with_suffix(".csv"), volumes, by_volume)
-    checkpoint_files.write_json(output, result)  # last: with it the probe is complete
+    write_json(output, result)  # last: with it the probe is complete
     return result
 
 
@@ -289,7 +291,7 @@ def main(argv: list[str]) -> int:
     for name in ("workdir", "output"):
         if not flags.FLAGS[name].value:
             raise InputError(f"give --{name}")
-    command_line.configure_jax()
+    configure_jax()
     result = probe(
         flags.FLAGS.workdir,
         flags.FLAGS.dataset,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 
-from ctssl_jax.checkpoint import write_text
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 
 _SECONDS_BETWEEN_FLUSHES = 10  # of the event file
 

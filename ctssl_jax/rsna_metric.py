@@ -7,7 +7,7 @@ without embolism count nothing.
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 EXAM_WEIGHTS = {
     "negative_exam_for_pe": 0.0736196319,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 if TYPE_CHECKING:
     from data_prep.dicom import Rules
@@ -37,5 +37,5 @@ def rules_of(given: flags.FlagValues) -> "Rules":
 
     try:
         return Rules(**{name: given[name].value for name in RULES})
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"--{error}") from None

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError
 from ctssl_jax.scan_flags import ARCHIVES
 from data_prep import archives, conversion, deidentify, nifti_metadata, planning, stores
 from data_prep.dicom import (
@@ -34,6 +33,7 @@ from data_prep.dicom import (
     plan_series,
     select_reconstructions,
 )
+from data_prep.system.errors import InputError
 from data_prep.window import resize_slice, window_to_uint8
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
@@ -150,10 +150,7 @@ def plan_scans(
     if metadata_csv is not None:
         if archive != "nifti":
             raise InputError("--metadata_csv goes with --archive=nifti; leave it out, or give --archive")
-        try:
-            nifti_metadata.check(path, metadata_csv) if path.is_dir() else nifti_metadata.read_metadata(metadata_csv)
-        except nifti_metadata.MetadataError as error:
-            raise InputError(str(error)) from None
+        nifti_metadata.check(path, metadata_csv) if path.is_dir() else nifti_metadata.read_metadata(metadata_csv)
     input_dir = path if path.is_dir() else path.parent
     read = planning.header_reader(archive, metadata_csv)
     headers, not_images = [], []
@@ -175,12 +172,9 @@ def plan_scans(
 
 def local_input(input_path: str | Path) -> Path:
     """The path of an input. Raises InputError for the URL of an object store."""
-    try:
-        return stores.local_path(
-            input_path, "--input", "copy scans here first, or fetch a dataset with python -m data_prep.fetch"
-        )
-    except stores.StoreError as error:
-        raise InputError(str(error)) from None
+    return stores.local_path(
+        input_path, "--input", "copy scans here first, or fetch a dataset with python -m data_prep.fetch"
+    )
 
 
 def read_scan(

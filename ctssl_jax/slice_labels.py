@@ -12,10 +12,10 @@ import ml_collections
 from flax import nnx
 
 from ctssl_jax import augmentations, losses
-from ctssl_jax.command_line import InputError
 from ctssl_jax.data import Targets
 from ctssl_jax.models import classifier, se_resnext
 from ctssl_jax.task_interface import Architecture, StepOutput, Task, model_config, to_unit_images
+from data_prep.system.errors import InputError
 
 SLICES = ("all", "middle")
 CROPS = ("none", "lung_box")

@@ -7,7 +7,7 @@ import numpy as np
 
 from ctssl_jax import bootstrap
 from ctssl_jax.binary_metrics import UNITS, binary_statistic
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 LEAST_PATIENTS = 5  # with a positive, and with a negative, item: below, a group's number says nothing
 

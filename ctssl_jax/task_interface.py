@@ -13,8 +13,8 @@ import ml_collections
 from flax import nnx
 
 from ctssl_jax import metrics
-from ctssl_jax.command_line import InputError
 from ctssl_jax.data import Targets
+from data_prep.system.errors import InputError
 
 
 class StepOutput(NamedTuple):

@@ -36,6 +36,7 @@ from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_source
 from data_prep.deidentify import public_ethnic_group, public_kernel, public_manufacturer
 from data_prep.headers import inflates_too_far
 from data_prep.pipeline.assemble import description
+from data_prep.system.errors import InputError
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
@@ -246,12 +247,10 @@ def find_leaks(dataset_dir: Path, input_dir: ArchiveDirectory, audit_dir: Path, 
 
 
 def _audit_secrets(audit_dir: Path) -> set[str]:
-    """Source paths and the key. Raises FileNotFoundError if this is no audit directory."""
+    """Source paths and the key. Raises InputError if this is no audit directory."""
     table = audit_dir / "sources.csv"
     if not table.is_file():
-        raise FileNotFoundError(
-            f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare"
-        )
+        raise InputError(f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare")
     secrets = set()
     with open(table, newline="", errors="surrogateescape") as file:
         for row in csv.DictReader(file):

@@ -19,6 +19,7 @@ from data_prep.anatomy import ChestSummary
 from data_prep.archives import ArchiveDirectory, Source
 from data_prep.dicom import Header, Rejection, Rules, SeriesCandidate, Volume, load_volume
 from data_prep.labels import Labels, NoMask, VolumeLabels
+from data_prep.system.files import write_file
 from data_prep.window import resize_box, resize_mask, resize_slice, window_to_uint8
 
 _STAGING_OPTIONS = "group_size:1,snappy"  # half the time of the shards' zstd-1 for a fifth more space
@@ -118,7 +119,7 @@ def read_note(path: Path) -> ExamNote:
 
 
 def write_note(conversion: Conversion, note: ExamNote) -> None:
-    dataset_writer.write_file(note_path(conversion, note.key), json.dumps(dataclasses.asdict(note)).encode())
+    write_file(note_path(conversion, note.key), json.dumps(dataclasses.asdict(note)).encode())
 
 
 def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:

@@ -46,6 +46,7 @@ import numpy as np
 
 from data_prep import stores
 from data_prep.system.errors import DatasetError
+from data_prep.system.files import file_sha256
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
@@ -159,11 +160,6 @@ def read_records(path: Path) -> Iterable[bytes]:
             yield reader.read([index])[0]
     finally:
         reader.close()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_name(split: str, index: int) -> str:

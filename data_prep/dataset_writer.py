@@ -6,12 +6,10 @@ order is not promised: equal slices must give equal bytes on every machine.
 
 import contextlib
 import csv
-import errno
 import io
 import json
 import os
 import struct
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +17,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.dataset import PREPARATION_FILE, preparation_sha256, shard_name
+from data_prep.system.files import REMEDIES, unique_name, write_file, written_whole
 
 WRITER_OPTIONS = "group_size:1,zstd:1"
-PARTIAL = ".partial"  # suffix of files that are being written
-
-_REMEDIES = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EFBIG: "permit larger files there",
-    errno.EROFS: "permit writing there",
-    errno.EACCES: "permit access",
-    errno.EPERM: "permit access",
-    errno.EIO: "check the disk",
-}
-
 
 # ---- records -----------------------------------------------------------------------------------------------
 
@@ -83,57 +70,7 @@ def encode_record(
     return b"".join(_wrap(1, features))
 
 
-# ---- files -------------------------------------------------------------------------------------------------
-
-
-def _temporary(path: Path) -> Path:
-    """Unlike any other: neither a worker that outlives its killed parent by a moment nor one on another machine that
-    shares the directory meets it."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-
-
-@contextlib.contextmanager
-def written_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once all is written; after an error nothing is left of it.
-
-    `temporary`: by default the name with `.tmp`, which the next run writes anew where one was killed.
-    """
-    temporary = temporary or path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
-            error.filename, error.filename2 = str(path), None  # a full disk does not say it
-        raise
-
-
-def explain(error: OSError) -> str:
-    """The message for the user, in one line and with the remedy where there is one."""
-    place = f"{error.filename}: " if error.filename else ""
-    if error.errno not in _REMEDIES:
-        return f"{place}{error.strerror}" if error.strerror else str(error)
-    return f"{place}{error.strerror}; {_REMEDIES[error.errno]} and run the same command again"
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file that is there in full or not at all, whenever the process is killed."""
-    with written_whole(path, _temporary(path)) as temporary:
-        temporary.write_bytes(content)
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames inside a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# ---- files ----------------------------------------------------------------------------------------
 
 
 def write_records(path: Path, records: Iterable[bytes], options: str = WRITER_OPTIONS) -> int:
@@ -147,7 +84,7 @@ def write_records(path: Path, records: Iterable[bytes], options: str = WRITER_OP
     from array_record.python import array_record_module
 
     number = 0
-    with written_whole(path, _temporary(path)) as temporary, _errors_of_writing():
+    with written_whole(path, unique_name(path)) as temporary, _errors_of_writing():
         writer = array_record_module.ArrayRecordWriter(str(temporary), options)
         for record in records:
             writer.write(record)
@@ -162,7 +99,7 @@ def _errors_of_writing() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        code = next((code for code in _REMEDIES if os.strerror(code) in str(error)), None)
+        code = next((code for code in REMEDIES if os.strerror(code) in str(error)), None)
         if code is None:
             raise
         raise OSError(code, os.strerror(code)) from error

@@ -8,11 +8,13 @@ free-text descriptions.
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from pathlib import Path
 from typing import Any
+
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_file
 
 _PSEUDONYM_LENGTH = 32  # hexadecimal digits: 128 bits
 _SHORTEST_KEY = 16  # bytes
@@ -32,28 +34,22 @@ _VENDOR_WORDS = set(
 def read_key(path: Path) -> bytes:
     """The pseudonym key in a file, without surrounding blanks.
 
-    Raises ValueError if the file is absent or too short.
+    Raises InputError if the file is absent or too short.
     """
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{path}: no such key file; leave out --pseudonym_key_file to have a key made in the audit directory"
         )
     key = path.read_bytes().strip()
     if len(key) < _SHORTEST_KEY:
-        raise ValueError(f"{path}: a pseudonym key has at least {_SHORTEST_KEY} bytes, this one {len(key)}")
+        raise InputError(f"{path}: a pseudonym key has at least {_SHORTEST_KEY} bytes, this one {len(key)}")
     return key
 
 
 def make_key(path: Path) -> bytes:
     """Makes a random key file that only its owner can read, and returns the key; an existing one is read instead."""
     if not path.exists():
-        temporary = path.with_name(path.name + ".partial")
-        temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        write_file(path, f"{secrets.token_hex(32)}\n".encode(), mode=0o600)
     return read_key(path)
 
 

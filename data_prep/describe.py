@@ -17,7 +17,9 @@ from typing import Any
 
 from absl import flags
 
-from data_prep import command_line
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import written_whole
 
 FLAGS = flags.FLAGS
 
@@ -163,15 +165,15 @@ def contact_sheet(dataset_dir: Path, num_slices: int, seed: int):
     return sheet
 
 
-def main() -> int:
-    from data_prep import dataset, dataset_writer, stores
+def main(argv: list[str]) -> int:
+    from data_prep import dataset, stores
 
     dataset_dir = dataset.local_directory(FLAGS.dataset, dataset.read_preparation(FLAGS.dataset)["splits"])
     if bool(FLAGS.audit_dir) != bool(FLAGS.input_dir) or (FLAGS.audit_dir and not FLAGS.verify):
-        raise ValueError("--audit_dir and --input_dir belong together, and to --verify; give all three or none")
+        raise InputError("--audit_dir and --input_dir belong together, and to --verify; give all three or none")
     preparation = dataset.read_preparation(dataset_dir)
     if FLAGS.audit_dir and "parts" in preparation:
-        raise ValueError(f"--dataset={dataset_dir}: was merged, so no one archive is its source; search each part")
+        raise InputError(f"--dataset={dataset_dir}: was merged, so no one archive is its source; search each part")
     if problems := dataset.damaged_tables(dataset_dir, preparation):
         return _wrong(problems)
     volumes = dataset.read_volumes(dataset_dir)
@@ -195,12 +197,12 @@ def main() -> int:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([("group", "item", "value"), *rows])
-    with dataset_writer.written_whole(output_dir / "cohort.csv") as temporary:
+    with written_whole(output_dir / "cohort.csv") as temporary:
         temporary.write_text(text.getvalue())
     print(f"Written: {output_dir}/cohort.csv")
     if problems := _verify(dataset_dir) if FLAGS.verify else []:
         return _wrong(problems)
-    with dataset_writer.written_whole(output_dir / "contact_sheet.png") as temporary:
+    with written_whole(output_dir / "contact_sheet.png") as temporary:
         contact_sheet(dataset_dir, FLAGS.num_slices, FLAGS.seed).save(temporary, "PNG")
     print(f"Written: {output_dir}/contact_sheet.png")
     return 0
@@ -235,7 +237,7 @@ def _verify(dataset_dir: Path) -> list[str]:
         if FLAGS.audit_dir:
             input_dir = archive_directory(FLAGS.input_dir)
             if not input_dir.is_dir():
-                raise ValueError(f"--input_dir={input_dir}: no such directory; give the folder of the scans")
+                raise InputError(f"--input_dir={input_dir}: no such directory; give the folder of the scans")
             leaks = find_leaks(dataset_dir, input_dir, Path(FLAGS.audit_dir), pool)
             if not leaks:
                 print("Verified: no identifying value of the source headers occurs in the dataset.")

@@ -195,8 +195,10 @@ class Labels:
                 consensus=self.sources.consensus,
                 min_area_px=self.sources.min_area_px,
             )
-        except lidc.LidcError as error:
-            return NoMask("annotation_mismatch", "outside" if "leaves the image" in str(error) else "other slices")
+        except lidc.ContourOutside:
+            return NoMask("annotation_mismatch", "outside")
+        except lidc.LidcError:
+            return NoMask("annotation_mismatch", "other slices")
         if len(nodules) > MAX_REGIONS:
             return NoMask("annotation_mismatch", f"{len(nodules)} nodules, at most {MAX_REGIONS}")
         axes = canonical_axes(first.orientation)

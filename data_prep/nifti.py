@@ -66,7 +66,7 @@ def read_header(input_dir: ArchiveDirectory, source: Source, metadata_csv: Path 
 
     Raises:
         OSError: the file cannot be read.
-        MetadataError: the table cannot be used.
+        InputError: the table cannot be used.
     """
     name = volume_name(source)
     if not name:

@@ -22,8 +22,6 @@ from pathlib import Path
 from data_prep import nifti
 from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, reading_ahead, will_read
 from data_prep.conversion import FAILED_FOR_NOW
-from data_prep.dataset import file_sha256
-from data_prep.dataset_writer import PARTIAL
 from data_prep.dicom import (
     Header,
     NotAnImage,
@@ -34,6 +32,8 @@ from data_prep.dicom import (
     read_header,
     select_reconstructions,
 )
+from data_prep.system.errors import InputError
+from data_prep.system.files import PARTIAL, file_sha256, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _MIN_BUCKETS = 64
@@ -61,7 +61,7 @@ def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tu
     `listing` (private): a file to write, so that `plan_archive` need not list again and plans what was listed here.
 
     Raises:
-        ValueError: there are no files.
+        InputError: there are no files.
     """
     digest = hashlib.sha256()
     number = 0
@@ -78,7 +78,7 @@ def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tu
             number += len(chunk)
             progress.advance(len(chunk))
         if not number:
-            raise ValueError(f"--input_dir={input_dir}: no files in it; give the folder of the scans")
+            raise InputError(f"--input_dir={input_dir}: no files in it; give the folder of the scans")
     return number, digest.hexdigest()
 
 
@@ -193,9 +193,7 @@ def stage_headers(
     by_bucket = _by_bucket(found, num_buckets)
     if not any(isinstance(entry, NotAnImage) and entry.reason == FAILED_FOR_NOW for entry in found):
         content = digest + pickle.dumps(by_bucket, pickle.HIGHEST_PROTOCOL)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-        temporary.write_bytes(hashlib.sha256(content).digest() + content)
-        temporary.rename(path)
+        write_file(path, hashlib.sha256(content).digest() + content)
     return by_bucket, False
 
 

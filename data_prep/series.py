@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.geometry import StackMeasure, canonical_axes, measure_stack
 from data_prep.headers import CT_IMAGE_STORAGE, Header
+from data_prep.system.errors import InputError
 
 _SAME_POSITION_MM = 0.05
 _MEETING_SLICES = 1.5  # acquisitions that follow each other share at most so many slice spacings
@@ -30,7 +31,7 @@ class Rules:
     "all"; `preferred_kernel`: "soft", "sharp" or "any" (see `select_reconstructions`).
 
     Raises:
-        ValueError: a value out of its range.
+        InputError: a value out of its range.
     """
 
     max_slice_thickness_mm: float = 3.0  # itself included
@@ -43,18 +44,18 @@ class Rules:
 
     def __post_init__(self):
         if not self.max_slice_thickness_mm > 0:
-            raise ValueError(f"max_slice_thickness_mm is {self.max_slice_thickness_mm}; give a positive number")
+            raise InputError(f"max_slice_thickness_mm is {self.max_slice_thickness_mm}; give a positive number")
         if self.min_slices < 1:
-            raise ValueError(f"min_slices is {self.min_slices}; give 1 or more")
+            raise InputError(f"min_slices is {self.min_slices}; give 1 or more")
         if not 0 <= self.max_lost_fraction < 1:
-            raise ValueError(f"max_lost_fraction is {self.max_lost_fraction}; give 0 or more, below 1")
+            raise InputError(f"max_lost_fraction is {self.max_lost_fraction}; give 0 or more, below 1")
         for name, values in (
             ("irregular", ("keep", "refuse")),
             ("reconstructions", ("one_per_study", "all")),
             ("preferred_kernel", ("soft", "sharp", "any")),
         ):
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(values)}")
+                raise InputError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(values)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from data_prep import dataset
 from data_prep.geometry import measure_stack
+from data_prep.system.files import file_sha256
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 
@@ -142,7 +143,7 @@ def _shard_problems(
     if not path.is_file():
         return []  # named already
     problems = []
-    if dataset.file_sha256(path) != checksum:
+    if file_sha256(path) != checksum:
         problems.append(f"{shard.name}: checksum differs from preparation.json")
     shape = (preparation["image_size"], preparation["image_size"], preparation["channels"])
     try:

@@ -9,18 +9,20 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from data_prep.system.errors import InputError
+
 AIR_HU = -1000
 Window = tuple[float, float]  # level, width in HU
 
 
 def parse_window(text: str) -> Window:
-    """(level, width) of "level,width". Raises ValueError."""
+    """(level, width) of "level,width". Raises InputError."""
     try:
         level, width = (float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--window={text}: give level,width in HU, such as --window=50,350") from None
+        raise InputError(f"--window={text}: give level,width in HU, such as --window=50,350") from None
     if not (math.isfinite(level) and math.isfinite(width) and width > 0):
-        raise ValueError(f"--window={text}: the width must be above 0, such as --window=50,350")
+        raise InputError(f"--window={text}: the width must be above 0, such as --window=50,350")
     return level, width
 
 
@@ -31,13 +33,13 @@ def window_to_uint8(hu: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
     gives the same for every int16, else through a table.
 
     Raises:
-        ValueError: no window, or a width that is not positive.
+        InputError: no window, or a width that is not positive.
     """
     if not windows:
-        raise ValueError("no window given; give level,width such as 50,350")
+        raise InputError("no window given; give level,width such as 50,350")
     for level, width in windows:
         if not (width > 0 and math.isfinite(width) and math.isfinite(level)):
-            raise ValueError(f"window {level:g},{width:g}: give a finite level and a width above 0")
+            raise InputError(f"window {level:g},{width:g}: give a finite level and a width above 0")
     grey = np.empty((*hu.shape, len(windows)), dtype=np.uint8)
     for channel, (level, width) in enumerate(windows):
         if hu.dtype == np.int16 and _float32_is_exact(float(level), float(width)):

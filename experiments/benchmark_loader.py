@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from ctssl_jax import command_line
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.files import file_sha256
 
 _DATASET = flags.DEFINE_string("dataset", "", "Dataset directory; empty makes a temporary one.")
 _SPLIT = flags.DEFINE_string("split", "train", "Split that is read.")
@@ -133,7 +135,7 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512, repeats:
         }
     dataset_writer.write_table(folder / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, volumes)
     dataset_writer.write_tfds_metadata(folder, (size, size, 1), shard_lengths, "Noise, to measure a loader with.")
-    checksums = {path.name: dataset.file_sha256(path) for path in sorted(folder.iterdir())}
+    checksums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
     preparation = {
         "format_version": dataset.FORMAT_VERSION,
         "archive": "none",
@@ -172,7 +174,7 @@ def waiting_share(folder: Path) -> tuple[float, float]:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    command_line.configure_jax()
+    configure_jax()
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(_DATASET.value) if _DATASET.value else temporary_dataset(Path(folder) / "dataset", repeats=8)
         threads = [int(number) for number in _THREADS.value]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import dataset, dataset_writer
+from data_prep.system.files import file_sha256
 
 
 def write_example_dataset(
@@ -132,7 +133,7 @@ def write_example_dataset(
     dataset_writer.write_tfds_metadata(
         dataset_dir, (image_size, image_size, channels), shard_lengths, "Synthetic example.", masks=masks
     )
-    checksums = {path.name: dataset.file_sha256(path) for path in sorted(dataset_dir.iterdir())}
+    checksums = {path.name: file_sha256(path) for path in sorted(dataset_dir.iterdir())}
     preparation = {
         "format_version": dataset.FORMAT_VERSION,
         "archive": "dicom",
@@ -162,5 +163,5 @@ def change_preparation(dataset_dir: Path, **fields) -> None:
 def renew_checksums(dataset_dir: Path) -> None:
     """preparation.json agrees with the other files, after a test changed some of them."""
     checksums = dataset.read_preparation(dataset_dir)["checksums"]
-    checksums = {name: dataset.file_sha256(dataset_dir / name) for name in checksums}
+    checksums = {name: file_sha256(dataset_dir / name) for name in checksums}
     change_preparation(dataset_dir, checksums=checksums, fingerprint=dataset.dataset_fingerprint(checksums))

@@ -13,8 +13,8 @@ from training_runs import start, tiny_recipe
 from ctssl_jax import data
 from ctssl_jax.attribute_labels import age_classes, join_decades, read_attribute
 from ctssl_jax.attributes import attributes, table
-from ctssl_jax.command_line import InputError
 from data_prep import dataset, dataset_writer
+from data_prep.system.errors import InputError
 
 VOLUMES = {"train": 60, "validation": 24, "test": 30}
 

@@ -15,8 +15,9 @@ import pytest
 from data_prep import conversion
 from data_prep.pipeline import assemble
 from data_prep.pipeline import prepare as preparation
-from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.prepare import _parse_beam_options
+from data_prep.system.errors import InputError
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 
@@ -373,7 +374,7 @@ def test_without_the_package_the_extra_is_named_before_any_work(tmp_path, archiv
         importlib.util, "find_spec", lambda name, *rest: None if name == "apache_beam" else find_spec(name, *rest)
     )
     where = places(tmp_path, archive)
-    with pytest.raises(PreparationError, match=r"^--runner=beam needs .*: pip install 'ctssl_jax\[beam\]'$"):
+    with pytest.raises(InputError, match=r"^--runner=beam needs .*: pip install 'ctssl_jax\[beam\]'$"):
         prepare(OPTIONS, where, beam_options=[])
     assert not where.output_dir.exists()
 

@@ -13,9 +13,10 @@ import pytest
 from training_runs import PROJECT, assert_same_state, numbers, tiny_config, train_on
 
 from ctssl_jax import configuration, measurement, scans
-from ctssl_jax.command_line import InputError
 from data_prep import dataset, dataset_cache, dataset_writer
 from data_prep.dataset import DatasetError
+from data_prep.system.errors import InputError
+from data_prep.system.files import file_sha256
 
 URL = "example://data/tiny"
 
@@ -196,7 +197,7 @@ def test_a_changed_dataset_is_fetched_anew(remote, cache):
     (folder / "rejected.csv").write_text(
         "series_id,num_files,reason,detail\nx,1,too_thick,\n"
     )  # not in the fingerprint
-    preparation["checksums"]["rejected.csv"] = dataset.file_sha256(folder / "rejected.csv")
+    preparation["checksums"]["rejected.csv"] = file_sha256(folder / "rejected.csv")
     dataset_writer.write_preparation(folder, preparation)
     assert dataset.local_directory(URL, ("test",)) == first
     assert (first / "rejected.csv").read_bytes() == (folder / "rejected.csv").read_bytes()
@@ -204,7 +205,7 @@ def test_a_changed_dataset_is_fetched_anew(remote, cache):
     dataset_cache._open.cache_clear()
     with open(folder / "volumes.csv", "a") as file:
         file.write("\n")
-    preparation["checksums"]["volumes.csv"] = dataset.file_sha256(folder / "volumes.csv")
+    preparation["checksums"]["volumes.csv"] = file_sha256(folder / "volumes.csv")
     preparation["fingerprint"] = dataset.dataset_fingerprint(preparation["checksums"])
     dataset_writer.write_preparation(folder, preparation)
     second = dataset.local_directory(URL, ("test",))

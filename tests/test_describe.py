@@ -15,6 +15,7 @@ from PIL import Image
 from data_prep import dataset, dataset_writer, describe
 from data_prep.audit import Needles, find_leaks
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.system.files import file_sha256
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -155,7 +156,7 @@ def rewritten(example: Path, change) -> None:
     records = [dict(dataset.decode_record(r, (32, 32, 1))) for r in dataset.read_records(path)]
     dataset_writer.write_records(path, [dataset_writer.encode_record(**record) for record in change(records)])
     preparation = json.loads((example / "preparation.json").read_text())
-    preparation["checksums"][path.name] = dataset.file_sha256(path)
+    preparation["checksums"][path.name] = file_sha256(path)
     preparation["fingerprint"] = dataset.dataset_fingerprint(preparation["checksums"])
     dataset_writer.write_preparation(example, preparation)
 

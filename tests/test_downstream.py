@@ -9,10 +9,10 @@ from example_dataset import renew_checksums, write_example_dataset
 from training_runs import renew_sums, saved_state, tiny_recipe, train_on
 
 from ctssl_jax import data, outcomes, predictions
-from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluate import evaluate, table
 from ctssl_jax.predictions import Predictions
 from data_prep import dataset as dataset_directory
+from data_prep.system.errors import InputError
 
 SHORT = {"num_steps": 2, "log_every": 1, "eval_every": 2}
 SPLITS = {"train": 6, "validation": 3, "test": 3}

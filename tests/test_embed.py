@@ -25,13 +25,13 @@ from ctssl_jax import (
     pretrained,
     scans,
 )
-from ctssl_jax.command_line import InputError
 from ctssl_jax.embed import embed, summary
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
 from data_prep import dataset
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.system.errors import InputError
 from tests import dicom_files
 
 NUM_SLICES = 21

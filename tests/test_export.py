@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from training_runs import PROJECT, save_untrained, saved_state, start, tiny_config, tiny_recipe, train_on
 
-from ctssl_jax.command_line import InputError, RunFailed
 from ctssl_jax.evaluate import evaluate
 from data_prep.dataset import read_volumes
+from data_prep.system.errors import InputError, RunFailed
 from tests import dicom_files
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")

@@ -11,6 +11,7 @@ import pytest
 from data_prep import dataset, dataset_writer, merge
 from data_prep.pipeline.known_splits import read_known_splits
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.system.errors import InputError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -103,7 +104,7 @@ def test_a_dataset_that_was_split_by_itself_is_refused_and_stays(tmp_path, first
     assert differing, "choose other fractions: this test needs a contradiction"
     with pytest.raises(ValueError, match=rf"{differing} patients are in another split there .* another --output_dir"):
         prepare(options, where, num_workers=1, pseudonym_key_file=key_file, same_splits_as=[first])
-    with pytest.raises(merge.MergeError, match=rf"{differing} patients are in one split .* --same_splits_as={first}"):
+    with pytest.raises(InputError, match=rf"{differing} patients are in one split .* --same_splits_as={first}"):
         merge.merge([first, where.output_dir], tmp_path / "view")
     assert splits_of(where.output_dir) == splits
 

@@ -15,11 +15,11 @@ import pytest
 import data_prep
 from data_prep import dataset, dataset_writer, dicom, label_staging
 from data_prep.audit import find_leaks
-from data_prep.label_tables import LabelError
 from data_prep.labels import LabelSources
 from data_prep.pipeline import dry_run as dry_run
-from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.rsna_pe import COLUMNS, EXAM_LABELS
+from data_prep.system.errors import InputError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -199,7 +199,7 @@ def test_another_table_is_refused_on_a_finished_dataset(labelled, tables, tmp_pa
     folder = labelled.output_dir.parent
     other = write_csv(tmp_path / "other.csv", "PatientID,age", [("patient-2", 33)])
     for changed in (tables | {"attributes_csv": other}, tables | {"labels_csv": ()}):
-        with pytest.raises(PreparationError, match="was prepared with other labels or attributes") as error:
+        with pytest.raises(InputError, match="was prepared with other labels or attributes") as error:
             run(labelled.input_dir, folder, **changed)
         assert "another --output_dir" in str(error.value) and "\n" not in str(error.value)
     run(labelled.input_dir, folder, **tables)
@@ -223,7 +223,7 @@ def test_tables_that_contradict_or_match_nothing_end_the_run_before_the_conversi
     archive, tmp_path, flag, header, rows, message
 ):
     path = write_csv(tmp_path / "table.csv", header, rows)
-    with pytest.raises(LabelError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         run(archive, tmp_path / "run", **{flag: (path,) if flag == "labels_csv" else path})
     assert "\n" not in str(error.value) and "patient-1" not in str(error.value)
     assert not list((tmp_path / "run").rglob("*.array_record*"))
@@ -237,7 +237,7 @@ def test_repeated_rows_that_agree_count_once(archive, tmp_path):
 
 def test_one_label_in_two_tables_is_refused(archive, tmp_path):
     paths = tuple(write_csv(tmp_path / f"{key}.csv", f"{key},x", [(1, 1)]) for key in ("PatientID", "VolumeName"))
-    with pytest.raises(LabelError, match="the label x is in two tables"):
+    with pytest.raises(InputError, match="the label x is in two tables"):
         label_staging.check(LabelSources(labels_csv=paths), archive)
 
 
@@ -424,16 +424,14 @@ def test_series_without_or_with_foreign_annotations_are_rejected_by_name(lidc_ar
 def test_annotations_of_other_scans_end_the_run(archive, tmp_path):
     (tmp_path / "xml").mkdir()
     write_xml(tmp_path / "xml" / "a.xml", 9, NODULE_BOXES)
-    with pytest.raises(LabelError, match="the XML of 1 readings is of other scans"):
+    with pytest.raises(InputError, match="the XML of 1 readings is of other scans"):
         run(archive, tmp_path / "run", archive="lidc_idri", annotations_dir=tmp_path / "xml")
     with pytest.raises(ValueError, match="no CT reading of LIDC-IDRI"):
         run(archive, tmp_path / "run", archive="lidc_idri")
 
 
 def test_other_mask_options_are_refused_on_a_finished_dataset(with_nodules):
-    with pytest.raises(
-        PreparationError, match=r"masks=source:lidc_idri,consensus:0.7,min_area_px:20, not .*consensus:0.5"
-    ):
+    with pytest.raises(InputError, match=r"masks=source:lidc_idri,consensus:0.7,min_area_px:20, not .*consensus:0.5"):
         run(with_nodules.input_dir, with_nodules.output_dir.parent, archive="lidc_idri", consensus=0.5)
 
 
@@ -466,7 +464,7 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     (other,), _ = loaded(archive / "2")
     assert staged.fault(other.candidate).reason == "no_annotation"
     assert label_staging.match(staged, volume.headers) == {"masks_without_match": 0}
-    with pytest.raises(LabelError, match="none of its 1 masks is of this archive"):
+    with pytest.raises(InputError, match="none of its 1 masks is of this archive"):
         label_staging.match(staged, other.headers)
 
 
@@ -492,7 +490,7 @@ def loaded(folder: Path):
     ],
 )
 def test_options_that_cannot_work_are_refused_in_one_line(archive, options, message):
-    with pytest.raises(LabelError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         label_staging.check(LabelSources(**options), archive)
     assert "\n" not in str(error.value)
 

@@ -9,8 +9,8 @@ import pytest
 from training_runs import PROJECT
 
 from ctssl_jax import predictions
-from ctssl_jax.command_line import InputError
 from ctssl_jax.predictions import Predictions
+from data_prep.system.errors import InputError
 from experiments import downstream, figure3, figure5, learning_curves
 from experiments.downstream import PRESETS, Point, Study
 

@@ -147,14 +147,14 @@ def interrupted(tiny_dataset, tmp_path_factory):
 def test_sigterm_to_one_stops_and_saves_both(interrupted):
     _, step, asked, _ = interrupted
     for returncode, _, errors in asked:
-        assert returncode == 0, errors
+        assert returncode == 75, errors
     assert f"stopped     at step {step:,}" in asked[0][1]
     assert step > 0
 
 
 def test_a_killed_process_ends_the_other_with_one_clear_line(interrupted):
     workdir, step, _, lost = interrupted
-    assert [returncode for returncode, _, _ in lost] == [1, -signal.SIGKILL]
+    assert [returncode for returncode, _, _ in lost] == [75, -signal.SIGKILL]
     assert f"going on     from step {step:,}" in lost[0][1]
     last_line = lost[0][2].splitlines()[-1]
     assert last_line.startswith("error: another process of this run was lost")
@@ -207,7 +207,7 @@ def test_a_process_that_waits_for_a_lost_one_ends(end, tmp_path):
     assert time.monotonic() - clock < 30
     processes[1 - survivor].kill()
     _, of_lost = processes[1 - survivor].communicate()
-    assert processes[survivor].returncode == 1
+    assert processes[survivor].returncode == 75
     last_line = errors.splitlines()[-1]
     assert last_line.startswith("error: another process of this run was lost; there is no checkpoint")
     if end == "full disk":

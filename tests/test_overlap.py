@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctssl_jax import overlap
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 
 @pytest.mark.parametrize("array", [np.array, jnp.array])

@@ -20,7 +20,6 @@ from PIL import Image
 from training_runs import tiny_recipe
 
 from ctssl_jax import checkpoint, configuration, predict_mask, predictions, pretrained, scans, training
-from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.predict import predict, table
 from ctssl_jax.tasks import get_task
@@ -32,6 +31,7 @@ from data_prep.mask_files import read_mask
 from data_prep.mask_output import resize_back
 from data_prep.synthetic.archive import make_archive
 from data_prep.synthetic.exam import Options
+from data_prep.system.errors import InputError
 
 PROJECT = Path(__file__).resolve().parent.parent
 WINDOW = ((50, 350),)

@@ -15,11 +15,11 @@ from sklearn.preprocessing import StandardScaler
 from training_runs import save_untrained, start, tiny_config, tiny_recipe, train_on
 
 from ctssl_jax import checkpoint, configuration, data, linear_probes, training
-from ctssl_jax.command_line import InputError
 from ctssl_jax.linear_probes import IMAGES, LABELS, FrozenEncoder, ImageFeatures, LabelFeatures
 from ctssl_jax.probe import probe, table
 from ctssl_jax.tasks import get_task
 from data_prep import dataset
+from data_prep.system.errors import InputError
 
 SCORES = {
     **dict.fromkeys(LABELS, ("auroc", "accuracy")),
@@ -286,7 +286,7 @@ def test_wrong_requests(runs, tiny_dataset, tmp_path):
     for arguments, settings, message in (
         ((tmp_path, tiny_dataset, output), {}, "is not a run directory; give the --workdir of a run"),
         ((run, tiny_dataset, tmp_path / "r.csv"), {}, "must end in .json"),
-        ((run, tiny_dataset, tmp_path / "file" / "r.json"), {}, "cannot be written"),
+        ((run, tiny_dataset, tmp_path / "file" / "r.json"), {}, "cannot make .*file"),
         ((run, tiny_dataset, output), {"checkpoint": "99"}, "has no checkpoint '99'"),
         ((run, tiny_dataset, output), {"encoder": "best"}, "choose one of run, untrained, pixels"),
         ((run, tiny_dataset, output), {"split": "train"}, "choose test or validation"),

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from ctssl_jax.command_line import InputError
 from ctssl_jax.rsna_metric import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, rsna_log_loss
+from data_prep.system.errors import InputError
 
 NEGATIVE = np.array([label == "negative_exam_for_pe" for label in EXAM_LABELS], float)
 POSITIVE = np.isin(EXAM_LABELS, ["central_pe", "leftsided_pe", "rv_lv_ratio_lt_1"]).astype(float)

@@ -15,13 +15,13 @@ from absl import flags
 from nibabel import orientations
 
 from ctssl_jax import hu_arrays, scan_flags, scans
-from ctssl_jax.command_line import InputError
 from data_prep import dataset
 from data_prep.dicom import Rules
 from data_prep.labels import LabelSources
 from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.synthetic.archive import make_archive
 from data_prep.synthetic.exam import Options as PhantomOptions
+from data_prep.system.errors import InputError
 from tests import dicom_files
 
 KEY = "0123456789abcdef0123456789abcdef"

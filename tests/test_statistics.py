@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from ctssl_jax import binary_metrics, bootstrap, comparisons, subgroups
-from ctssl_jax.command_line import InputError
 from ctssl_jax.predictions import Predictions
+from data_prep.system.errors import InputError
 
 
 def predictions_of_patients(num_patients=40, slices=10, seed=0, signal=1.5):

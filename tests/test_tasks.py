@@ -22,10 +22,10 @@ from training_runs import (
 
 from configs import masked_region
 from ctssl_jax import configuration, corruptions, data, metrics, training
-from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluate import evaluate, table
 from ctssl_jax.tasks import TASKS, get_task
 from data_prep import dataset
+from data_prep.system.errors import InputError
 
 RECIPES = sorted(path.stem for path in (PROJECT / "configs").glob("[a-z]*.py"))
 NEW = ("next_slice", "denoising", "rotation", "flip")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 FORMAT_VERSION = 1  # as in ctssl_torch.py
 _FIELDS = ("architecture", "model", "preprocessing", "training", "data", "files")

@@ -12,8 +12,8 @@ import numpy as np
 import onnxruntime
 import torch
 
-from ctssl_jax.command_line import RunFailed
 from ctssl_jax.torch_bridge import parity
+from data_prep.system.errors import RunFailed
 
 OPSET = 18
 _MAX_OTHER_CODES = 0.01

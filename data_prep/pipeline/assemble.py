@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from data_prep import dataset, dataset_writer, deidentify
 from data_prep.conversion import ExamNote, read_note, records_path
 from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
+from data_prep.system.files import file_sha256, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _VERSIONED = ("numpy", "scipy", "pydicom", "imagecodecs", "array_record", "tensorflow-datasets")
@@ -42,7 +42,7 @@ class Frozen:
     old_checksums: dict[str, str]
 
     def save(self, path: Path) -> None:
-        dataset_writer.write_file(path, json.dumps(dataclasses.asdict(self)).encode())
+        write_file(path, json.dumps(dataclasses.asdict(self)).encode())
 
     @staticmethod
     def load(path: Path) -> "Frozen":
@@ -141,7 +141,7 @@ def assemble(
         OSError: the output can't be written.
     """
     (output_dir / dataset.PREPARATION_FILE).unlink(missing_ok=True)  # until the end it is not complete
-    dataset_writer.sync_directory(output_dir)
+    sync_directory(output_dir)
     checksums = _write_shards(frozen, output_dir, records_dir, pool)
     checksums = {n: c for n, c in frozen.old_checksums.items() if ".array_record-" in n} | checksums
     dataset_writer.write_table(output_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, frozen.volumes)
@@ -163,7 +163,7 @@ def assemble(
         masks=bool(masks),
     )
     for name in (dataset.VOLUMES_FILE, dataset.REJECTED_FILE, *tables, "dataset_info.json", "features.json"):
-        checksums[name] = dataset.file_sha256(output_dir / name)
+        checksums[name] = file_sha256(output_dir / name)
     preparation = {
         "format_version": dataset.FORMAT_VERSION,
         "archive": frozen.options["archive"],
@@ -276,8 +276,8 @@ def write_shard(path: Path, records_dir: Path, staged: list[str], num_records: i
     written = dataset_writer.write_records(path, _staged_records(records_dir, staged))
     if written != num_records:
         raise OSError(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
-    checksum = dataset.file_sha256(path)
-    dataset_writer.write_file(sidecar_path(records_dir, path.name), checksum.encode())
+    checksum = file_sha256(path)
+    write_file(sidecar_path(records_dir, path.name), checksum.encode())
     for key in staged:
         records_path(records_dir, key).unlink(missing_ok=True)
     return checksum
@@ -300,9 +300,4 @@ def keep_notes(frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> None:
         note = notes_dir / f"{key}.json"
         if note.exists():
             os.replace(note, kept_notes_dir / f"{volume}.json")
-    dataset_writer.sync_directory(kept_notes_dir)
-
-
-def remove_tree(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
+    sync_directory(kept_notes_dir)

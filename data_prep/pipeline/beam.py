@@ -33,7 +33,6 @@ import contextlib
 import dataclasses
 import io
 import logging
-import os
 import pickle
 import re
 import shlex
@@ -46,11 +45,13 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from data_prep import conversion, dataset_writer
+from data_prep import conversion
 from data_prep.dicom import SeriesCandidate
 from data_prep.pipeline import assemble
 from data_prep.pipeline.prepare import is_converted
 from data_prep.planning import read_plan
+from data_prep.system.errors import InputError
+from data_prep.system.files import PARTIAL, publish, write_file
 from data_prep.workers import WorkerDied, WorkerPool
 
 _HERE = "--runner=FnApiRunner"  # not DirectRunner, which may download another one
@@ -62,7 +63,7 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
     """Beam's own arguments, with a runner on this machine if `options` names none.
 
     Raises:
-        ValueError: Beam does not take them; one line.
+        InputError: Beam does not take them; one line.
     """
     for name in ("common", "worker", "portability.fn_api_runner", "portability.local_job_service"):  # workers here:
         logging.getLogger(f"apache_beam.runners.{name}").setLevel(logging.CRITICAL)  # `_run` raises their errors
@@ -77,7 +78,7 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
             beam.Pipeline(options=parsed)
     except (Exception, SystemExit) as error:  # argparse prints and exits, runners raise what they like
         reason = (complaint.getvalue() or str(error)).strip().splitlines()[-1].rpartition(": error: ")[2]
-        raise ValueError(f"--beam_options={shlex.join(options)}: {reason}") from None
+        raise InputError(f"--beam_options={shlex.join(options)}: {reason}") from None
     return arguments
 
 
@@ -97,7 +98,7 @@ def convert(
         return
     _say(f"converting: {sum(map(len, todo.values()))} exams under Apache Beam")
     conversion_file = work_dir / _CONVERSION_FILE
-    dataset_writer.write_file(conversion_file, pickle.dumps(run))
+    write_file(conversion_file, pickle.dumps(run))
     pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
     _ = (
         pipeline
@@ -151,8 +152,8 @@ def convert_once(run: conversion.Conversion, exam: list[SeriesCandidate], pool: 
             return
         records = conversion.records_path(records_dir, key)
         if records.exists():
-            _publish(records, conversion.records_path(run.records_dir, key))
-        _publish(conversion.note_path(private, key), conversion.note_path(run, key))  # last: it means "done"
+            publish(records, conversion.records_path(run.records_dir, key))
+        publish(conversion.note_path(private, key), conversion.note_path(run, key))  # last: it means "done"
 
 
 # ---- shards ------------------------------------------------------------------------------------------------
@@ -216,8 +217,8 @@ def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: 
         for key in staged:  # links: the function takes away what it has written, and another run may be reading it
             conversion.records_path(private, key).symlink_to(conversion.records_path(records_dir, key).absolute())
         assemble.write_shard(private / path.name, private, staged, num_records)
-        _publish(private / path.name, path)
-        _publish(
+        publish(private / path.name, path)
+        publish(
             assemble.sidecar_path(private, path.name), assemble.sidecar_path(records_dir, path.name)
         )  # it means "done"
 
@@ -232,15 +233,8 @@ def _is_written(name: str, output_dir: Path, records_dir: Path) -> bool:
 @contextlib.contextmanager
 def _private_directory(parent: Path) -> Iterator[Path]:
     """No two runs of a task share it, on whatever machines; what a killed one leaves, the next preparation removes."""
-    with tempfile.TemporaryDirectory(
-        dir=parent, suffix=dataset_writer.PARTIAL, ignore_cleanup_errors=True
-    ) as directory:
+    with tempfile.TemporaryDirectory(dir=parent, suffix=PARTIAL, ignore_cleanup_errors=True) as directory:
         yield Path(directory)
-
-
-def _publish(source: Path, target: Path) -> None:
-    os.replace(source, target)
-    dataset_writer.sync_directory(target.parent)
 
 
 def _run(pipeline: beam.Pipeline) -> None:

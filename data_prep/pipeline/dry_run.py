@@ -27,7 +27,7 @@ def dry_run(
     refuse more. What lies in the output directory already makes no difference.
 
     Raises:
-        ValueError: unusable directories, no files, or too few patients or volumes for the splits.
+        InputError: unusable directories, no files, or too few patients or volumes for the splits.
     """
     check_places(places)
     sources = sources or LabelSources(options.archive)

@@ -7,27 +7,24 @@ The private audit directory holds what links pseudonyms to the archive: the key,
 """
 
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import itertools
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import conversion, dataset, dataset_writer, deidentify, label_staging
+from data_prep import conversion, dataset, deidentify, label_staging
 from data_prep.archives import ArchiveDirectory, RemoteArchive
 from data_prep.dicom import Rules
 from data_prep.labels import LabelSources
 from data_prep.pipeline import splits
 from data_prep.pipeline.accounting import Account
-from data_prep.pipeline.assemble import Frozen, assemble, can_be_assembled, freeze, keep_notes, remove_tree
+from data_prep.pipeline.assemble import Frozen, assemble, can_be_assembled, freeze, keep_notes
 from data_prep.pipeline.known_splits import (
     KEY_FILE,
     KnownSplits,
@@ -38,14 +35,11 @@ from data_prep.pipeline.known_splits import (
 from data_prep.pipeline.known_volumes import KnownVolumes
 from data_prep.planning import all_headers, header_reader, list_archive, plan_archive, read_plan
 from data_prep.system.errors import InputError
+from data_prep.system.files import PARTIAL, lock_directory, make_folder, remove_tree, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
 _BOUND_FILE = "archive.json"  # of which archive and which dataset an audit directory is
-
-
-class PreparationError(InputError):
-    """Something that the user gave cannot work, or the archive changed; one line with the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,26 +110,26 @@ def default_audit_dir(output_dir: Path) -> Path:
 
 
 def check_places(places: Places) -> None:
-    """Raises PreparationError for directories that contain one another, are missing or are used otherwise."""
+    """Raises InputError for directories that contain one another, are missing or are used otherwise."""
     remote = isinstance(places.input_dir, RemoteArchive)
     if remote:
         places.input_dir.check("--input_dir")
     elif places.input_dir.is_file():
-        raise PreparationError(f"--input_dir={places.input_dir}: is a file; give the folder of the scans")
+        raise InputError(f"--input_dir={places.input_dir}: is a file; give the folder of the scans")
     elif not places.input_dir.is_dir():
-        raise PreparationError(f"--input_dir={places.input_dir}: no such directory; give the folder of the scans")
+        raise InputError(f"--input_dir={places.input_dir}: no such directory; give the folder of the scans")
     named = {"--output_dir": places.output_dir, "--audit_dir": places.audit_dir}
     named |= {} if remote else {"--input_dir": places.input_dir}
     for (a, path_a), (b, path_b) in itertools.permutations(named.items(), 2):
         if path_a.resolve().is_relative_to(path_b.resolve()):
-            raise PreparationError(f"{a}={path_a} lies inside {b}={path_b}; choose a directory beside it")
+            raise InputError(f"{a}={path_a} lies inside {b}={path_b}; choose a directory beside it")
     for path in (places.output_dir, places.audit_dir):
         if path.exists() and not path.is_dir():
-            raise PreparationError(f"{path}: is a file; choose another directory")
+            raise InputError(f"{path}: is a file; choose another directory")
     ours = (dataset.PREPARATION_FILE, dataset.VOLUMES_FILE, places.records_dir.name)
     if places.output_dir.is_dir() and not any((places.output_dir / name).exists() for name in ours):
         if any(places.output_dir.iterdir()):
-            raise PreparationError(f"--output_dir={places.output_dir}: holds other files; choose a new directory")
+            raise InputError(f"--output_dir={places.output_dir}: holds other files; choose a new directory")
 
 
 def prepare(
@@ -157,7 +151,7 @@ def prepare(
     whether there was anything to do.
 
     Raises:
-        PreparationError, ValueError: unusable directories or options, too few patients.
+        InputError: unusable directories or options, too few patients.
         OSError: the archive went away or the output can't be written.
     """
     check_places(places)
@@ -173,13 +167,8 @@ def prepare(
     if elsewhere:
         refuse_other_key(elsewhere, pseudonym_key_file, places.audit_dir)
         options = dataclasses.replace(options, same_splits_as=elsewhere.fingerprints)
-    for flag, directory, mode in (("output", places.output_dir, 0o777), ("audit", places.audit_dir, 0o700)):
-        try:
-            directory.mkdir(mode=mode, parents=True, exist_ok=True)
-        except OSError as error:
-            raise PreparationError(
-                f"--{flag}_dir={directory}: cannot make this directory: {error.strerror}; choose another"
-            ) from None
+    make_folder(places.output_dir, "--output_dir")
+    make_folder(places.audit_dir, "--audit_dir", mode=0o700)
     with lock_directory(places.output_dir), lock_directory(places.audit_dir), WorkerPool(num_workers) as pool:
         places.audit_dir.chmod(0o700)
         _refuse_audit_dir_of_another(places)
@@ -212,7 +201,7 @@ def prepare(
 
 def _beam_arguments(beam_options: Sequence[str], num_workers: int) -> list[str]:
     if importlib.util.find_spec("apache_beam") is None:
-        raise PreparationError("--runner=beam needs the package apache-beam: pip install 'ctssl_jax[beam]'")
+        raise InputError("--runner=beam needs the package apache-beam: pip install 'ctssl_jax[beam]'")
     logging.disable(logging.WARNING)  # Beam complains that its own extras are not there
     from data_prep.pipeline import beam
 
@@ -232,22 +221,6 @@ def _with_absolute_paths(paths: Any) -> Any:
     return dataclasses.replace(paths, **{name: absolute(getattr(paths, name)) for name in fields})
 
 
-@contextlib.contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
-    """An advisory lock on the directory itself, which ends with the process, however it ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PreparationError(f"{directory}: another run is at work in it; wait for it or stop it") from None
-        except OSError:
-            print(f"{directory}: no locks on this file system; let no two runs write here", file=sys.stderr)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _complete_preparation(options: Options, key: bytes, places: Places) -> dict[str, Any] | None:
     """preparation.json of a dataset that an earlier run completed and this one may add to; None if there is none."""
     if not (places.output_dir / dataset.PREPARATION_FILE).exists():
@@ -255,7 +228,7 @@ def _complete_preparation(options: Options, key: bytes, places: Places) -> dict[
     preparation = dataset.read_preparation(places.output_dir)
     _refuse_other_options(preparation["options"], preparation["key_fingerprint"], options, key, places.output_dir)
     if _bound(places)["fingerprint"] != preparation["fingerprint"]:
-        raise PreparationError(
+        raise InputError(
             f"{places.audit_dir}: not the audit directory of {places.output_dir}; "
             "give --audit_dir as it was when the dataset was made"
         )
@@ -268,22 +241,22 @@ def _refuse_other_options(
     asked = options.as_dict()
     if made_with.get("tables") != asked["tables"]:
         differs = [name for name, _ in made_with.get("tables", []) + asked["tables"]]
-        raise PreparationError(
+        raise InputError(
             f"{output_dir}: was prepared with other labels or attributes ({', '.join(dict.fromkeys(differs))}); give "
             "the same files in the same order, or another --output_dir"
         )
     if made_with.get("same_splits_as") and "same_splits_as" not in asked:
-        raise PreparationError(
+        raise InputError(
             f"{output_dir}: was prepared with --same_splits_as; give it again: patients who come may be known there"
         )
     for name in asked:
         if name != "same_splits_as" and made_with.get(name) != asked[name]:  # those datasets may grow, too
-            raise PreparationError(
+            raise InputError(
                 f"{output_dir}: was prepared with {name}={_option_text(made_with.get(name))}, "
                 f"not {_option_text(asked[name])}; give the same options or another --output_dir"
             )
     if fingerprint != deidentify.key_fingerprint(key):
-        raise PreparationError(
+        raise InputError(
             f"{output_dir}: was prepared with another pseudonym key; give that --pseudonym_key_file or --audit_dir"
         )
 
@@ -318,7 +291,7 @@ def _refuse_audit_dir_of_another(places: Places) -> None:
     if (places.output_dir / dataset.PREPARATION_FILE).exists():
         if dataset.read_preparation(places.output_dir)["fingerprint"] == bound["fingerprint"]:
             return
-    raise PreparationError(
+    raise InputError(
         f"{places.audit_dir}: is the audit directory of another dataset, not of {places.output_dir}; give another "
         "--audit_dir, and to share the pseudonyms --pseudonym_key_file with its key file"
     )
@@ -405,7 +378,7 @@ def _convert_and_freeze(
     if not (new_volumes or old_volumes):
         reasons = [f"{number} {reason}" for reason, number in counts["series_rejected"].items()]
         reasons += [f"{number} files {reason}" for reason, number in counts["files_not_images"].items()]
-        raise PreparationError(
+        raise InputError(
             f"--input_dir={places.input_dir}: no usable chest CT in {num_files} files ({', '.join(reasons)}); "
             f"the reason of each file is in {places.work_dir / 'sources.csv'}"
         )
@@ -495,13 +468,13 @@ def _finish(frozen: Frozen, places: Places, pool: WorkerPool, beam_arguments: li
     }
     _write_private(places.audit_dir / _BOUND_FILE, bound)
     places.frozen_file.unlink()
-    dataset_writer.sync_directory(places.work_dir)
+    sync_directory(places.work_dir)
     _clean(places)
     return preparation
 
 
 def _write_private(path: Path, content: dict[str, str]) -> None:
-    dataset_writer.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _read_splits(places: Places) -> dict[str, str]:
@@ -516,7 +489,7 @@ def _clean(places: Places) -> None:
 
 def _remove_partial_files(places: Places) -> None:
     for directory in (places.output_dir, places.records_dir, places.audit_dir, places.work_dir, places.notes_dir):
-        for stale in directory.glob(f"*{dataset_writer.PARTIAL}"):
+        for stale in directory.glob(f"*{PARTIAL}"):
             if stale.is_dir():  # of a task under Beam
                 remove_tree(stale)
             else:

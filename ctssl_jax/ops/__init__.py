@@ -1,0 +1,1 @@
+"""Pure functions of images, masks and embeddings in JAX, usable inside jit."""

@@ -1,0 +1,1 @@
+"""Run directories: the `Run` handle, checkpoints, their checksums, reports and pictures."""

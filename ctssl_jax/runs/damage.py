@@ -1,0 +1,174 @@
+"""Damaged checkpoints: checksums that notice them, and setting them aside.
+
+Orbax does not notice a changed bit in the numbers of a tensor. So every checkpoint gets a file SHA256SUMS once it is
+complete (with the next one, or when the run ends or stops): of its own files and of the run's files that never change.
+A checkpoint is compared with it before it is restored. One without it, of a killed process or of an older version, is
+taken as it is. `sha256sum -c STEP/SHA256SUMS` in `checkpoints/` does the same.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from data_prep.system.errors import InputError
+from data_prep.system.files import file_sha256, write_text
+
+CHECKPOINTS = "checkpoints"
+SET_ASIDE = "damaged_checkpoints"
+SUMS = "SHA256SUMS"
+LAST_GOOD = "last_good"
+_SUM = re.compile(r"(?P<sha256>[0-9a-f]{64})  (?P<name>(?:\.\./|\d+/).+)")  # a line of SHA256SUMS
+_SMALL_BYTES = 1 << 20  # the size up to which files are compared whenever the list of checkpoints is read
+_NEVER_CHANGE = ("ancestors.json", "imported.json", "patients.json", "training_data.json", "transplant.json")
+
+
+def step_numbers(workdir: Path) -> list[int]:
+    """Steps of all complete checkpoints, readable or not, in order."""
+    folder = workdir / CHECKPOINTS
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def holds_checkpoint(workdir: Path) -> bool:
+    """Whether a run directory holds a complete checkpoint, readable or not."""
+    return bool(step_numbers(workdir))
+
+
+def write_sums(workdir: Path, step: int) -> None:
+    """Write the SHA256SUMS of a complete checkpoint, if it is still there."""
+    folder = workdir / CHECKPOINTS / str(step)
+    if not folder.is_dir():
+        return
+    # The run's files first: a list that is cut then always lacks files of the checkpoint, which is noticed.
+    files = [workdir / name for name in _NEVER_CHANGE if (workdir / name).is_file()]
+    files += [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
+    lines = [f"{file_sha256(path)}  {os.path.relpath(path, folder.parent)}\n" for path in files]
+    write_text(folder / SUMS, "".join(lines))
+
+
+def _difference(workdir: Path, step: int, of_run: bool, small_files_only: bool = False) -> str:
+    """The first file, of the checkpoint or of its run, that differs from SHA256SUMS, in words; "" if none does."""
+    folder = workdir / CHECKPOINTS / str(step)
+    if not (folder / SUMS).exists():
+        return ""
+    try:
+        text = (folder / SUMS).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{SUMS} cannot be read: {first_line(error)}"
+    lines = [_SUM.fullmatch(line) for line in text.splitlines()]
+    if not all(lines) or not text.endswith("\n"):
+        return f"{SUMS} is cut or no list of checksums"
+    sums = {line["name"]: line["sha256"] for line in lines if line["name"].startswith("../") == of_run}
+    if not of_run:
+        if other := [name.split("/")[0] for name in sums if not name.startswith(f"{step}/")]:
+            return f"it is that of step {other[0]}"
+        there = {os.path.relpath(path, folder.parent) for path in folder.rglob("*") if path.is_file()}
+        if unknown := sorted(there - sums.keys() - {f"{step}/{SUMS}"}):
+            return f"{SUMS} lacks {unknown[0]}"
+    for name, sha256 in sums.items():
+        path = workdir / CHECKPOINTS / name
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if not (small_files_only and path.stat().st_size > _SMALL_BYTES) and file_sha256(path) != sha256:
+            return f"{path.name} has another checksum"
+    return ""
+
+
+def check_undamaged(workdir: Path, step: int, *, small_files_only: bool = False) -> None:
+    """Refuse a changed checkpoint, one in the place of another, and changed files of its run.
+
+    Raises:
+      InputError: names the file and the remedy.
+    """
+    if difference := _difference(workdir, step, of_run=False, small_files_only=small_files_only):
+        raise damaged(workdir, step, difference)
+    if difference := _difference(workdir, step, of_run=True):
+        raise InputError(
+            f"{workdir} is damaged ({difference}; it was not when checkpoint {step} was saved); bring back a copy of it"
+        )
+
+
+def check_all_undamaged(workdir: Path) -> None:
+    """Refuse a run with a damaged checkpoint. All files of the newest are compared, the small files of others.
+
+    Raises:
+      InputError: names the file and the remedy.
+    """
+    steps = step_numbers(workdir)
+    for step in steps:
+        check_undamaged(workdir, step, small_files_only=step != steps[-1])
+
+
+def newest_vouched_for(workdir: Path) -> int | None:
+    """Step of the newest checkpoint whose checksums are there and agree with its small files; None if there is none."""
+    for step in reversed(step_numbers(workdir)):
+        if (workdir / CHECKPOINTS / str(step) / SUMS).exists():
+            if not _difference(workdir, step, of_run=False, small_files_only=True):
+                return step
+    return None
+
+
+def set_aside_damaged(workdir: Path) -> list[int]:
+    """Move damaged checkpoints into `damaged_checkpoints/`: a run then resumes from the last good one.
+
+    Returns:
+      The steps that were moved.
+
+    Raises:
+      InputError: all are damaged; nothing is moved.
+    """
+    steps = step_numbers(workdir)
+    moved = [step for step in steps if is_damaged(workdir, step)]
+    if steps and moved == steps:
+        raise InputError(f"all checkpoints of {workdir} are damaged; start again in another --workdir")
+    for step in moved:
+        (workdir / SET_ASIDE).mkdir(exist_ok=True)
+        os.replace(workdir / CHECKPOINTS / str(step), _free(workdir / SET_ASIDE / str(step)))
+    return moved
+
+
+def _free(path: Path) -> Path:
+    number = 0
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{path.name.split('_')[0]}_{number}")
+    return path
+
+
+def is_damaged(workdir: Path, step: int) -> bool:
+    """Whether a checkpoint differs from its checksums or, without any, cannot be read as a whole."""
+    folder = workdir / CHECKPOINTS / str(step)
+    if (folder / SUMS).exists():
+        return bool(_difference(workdir, step, of_run=False))
+    try:
+        stored = ocp.checkpointables_metadata(folder.resolve()).metadata["state"]
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        template = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in stored.items()
+        }
+        ocp.load_checkpointables(folder.resolve(), {"state": template})
+        return False
+    except Exception:  # Orbax raises many types, bare `Exception` among them
+        return True
+
+
+def damaged(workdir: Path, step: int, reason: Exception | str) -> InputError:
+    """The error that names a damaged checkpoint, the good ones and how to resume from them."""
+    reason = reason if isinstance(reason, str) else first_line(reason)
+    others = [
+        other for other in step_numbers(workdir) if other != step and not _difference(workdir, other, of_run=False)
+    ]
+    remedy = "there is no other one"
+    if others:
+        remedy = (
+            f"good ones are: {', '.join(map(str, others))}; --checkpoint={LAST_GOOD} takes the last of them, and "
+            "ctssl_jax.train --set_aside_damaged goes on from it"
+        )
+    return InputError(f"checkpoint {step} of {workdir} is damaged ({reason}); {remedy}")
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an error, for a message of one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

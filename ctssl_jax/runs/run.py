@@ -1,0 +1,223 @@
+"""A run directory as one value that is opened once, and how training makes one.
+
+Layout of a run directory:
+
+    config.json           the configuration of the run
+    patients.json         pseudonyms of the patients of the training and validation splits
+    ancestors.json        the runs that its first weights come from, from the first to the last, with their patients
+    transplant.json       which tensors came from there
+    training_data.json    share, studies and slices of the training split that the run learns from
+    preparation.json      how the slices were prepared (window, size, key fingerprint), as the dataset recorded it
+    checkpoints/STEP      Orbax checkpoints: the last two and the best one by validation loss
+    metrics.jsonl         one line a report: step, losses, slices/s
+    tensorboard/          the same as event files
+    pictures/             input | target | prediction | difference of fixed validation slices
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from ctssl_jax.runs import checkpoints
+from ctssl_jax.runs.damage import holds_checkpoint
+from data_prep.system.errors import InputError
+from data_prep.system.files import read_json, write_json
+
+# A run may resume with other values of these; everything else is part of what the run is. `num_steps` only under a
+# constant schedule: a cosine depends on it from the first step.
+MAY_CHANGE = (
+    "dataset",
+    "num_steps",
+    "log_every",
+    "eval_every",
+    "num_pictures",
+    "reading_threads",
+    "remat",
+    "scan",
+    "fsdp_devices",
+)
+OF_THE_DATA = ("archive", "fingerprint", "image_size", "key_fingerprint", "labels", "synthetic", "windows")
+_WRITTEN_FIRST = ("preparation.json", "patients.json", "config.json")  # in this order
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A configuration as JSON would give it back (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_json(content: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The inverse of `to_json`."""
+    return ml_collections.ConfigDict(content)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory whose configuration and preparation were read and checked.
+
+    workdir: the directory.
+    config: the configuration; copy it before you change a field.
+    preparation: `preparation.json` of the dataset that the run learns from.
+    """
+
+    workdir: Path
+    config: ml_collections.ConfigDict
+    preparation: dict
+
+    @classmethod
+    def open(cls, workdir: str | Path) -> "Run":
+        """Read `config.json` and `preparation.json`, and compare them with the newest checkpoint's own copy.
+
+        Raises:
+          InputError: not a run directory, or a damaged one.
+        """
+        workdir = Path(workdir)
+        if not (workdir / "config.json").is_file():
+            raise InputError(
+                f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train"
+                + ("" if not holds_checkpoint(workdir) else ", or bring back its config.json")
+            )
+        config = read_json(workdir / "config.json", ("task", "recipe", "windows", "model"))
+        preparation = read_json(workdir / "preparation.json", OF_THE_DATA)
+        saved = checkpoints.saved_with(workdir) or {}
+        if "config" in saved:
+            old, new = _flat(saved["config"]), _flat(config)
+            for name in sorted(old.keys() | new.keys()):
+                if name.split(".")[0] not in MAY_CHANGE and old.get(name) != new.get(name):
+                    raise _other_than_saved(workdir / "config.json", name)
+        for name in OF_THE_DATA if "preparation" in saved else ():
+            if saved["preparation"].get(name) != preparation[name]:
+                raise _other_than_saved(workdir / "preparation.json", name)
+        return cls(workdir, from_json(config), preparation)
+
+    def choose_step(self, which: str = "best") -> int:
+        """Step of the checkpoint that `best`, `last`, `last_good` or a number names: `checkpoints.choose_step`."""
+        return checkpoints.choose_step(self.workdir, which)
+
+    def restore(self, step: int, template: Any) -> Any:
+        """The tensors of a checkpoint, in the structure and with the shardings of a template: `checkpoints.restore`."""
+        return checkpoints.restore(self.workdir, step, template)
+
+    @functools.cached_property
+    def patients(self) -> dict:
+        """`patients.json`: the fingerprint of the pseudonym key, and the patients of `train` and `validation`.
+
+        Raises:
+          InputError: the file is missing or damaged.
+        """
+        return read_json(self.workdir / "patients.json", ("key_fingerprint", "train", "validation"))
+
+    @functools.cached_property
+    def ancestors(self) -> list[dict]:
+        """`ancestors.json`, the runs that the first weights come from; empty if those were random.
+
+        Raises:
+          InputError: the file is damaged.
+        """
+        path = self.workdir / "ancestors.json"
+        ancestors = read_json(path) if path.exists() else []
+        if not isinstance(ancestors, list) or not all("patients" in ancestor for ancestor in ancestors):
+            raise InputError(f"{path} is damaged (it is no list of runs); bring back a copy of it")
+        return ancestors
+
+    @functools.cached_property
+    def training_data(self) -> dict:
+        """What the run learns from: `train_fraction`, `num_train_studies`, `num_train_slices`; empty if not known."""
+        path = self.workdir / "training_data.json"
+        return read_json(path) if path.exists() else {}
+
+    @functools.cached_property
+    def imported(self) -> dict:
+        """`imported.json`, where weights of another program come from; empty for a run that was trained here."""
+        path = self.workdir / "imported.json"
+        return read_json(path) if path.is_file() else {}
+
+    @property
+    def lineage(self) -> list[dict]:
+        """The ancestors without their patients, as results list them."""
+        return [{name: value for name, value in run.items() if name != "patients"} for run in self.ancestors]
+
+    @property
+    def learned_from(self) -> list[dict]:
+        """`patients.json` of this run and of its ancestors."""
+        return [self.patients, *[ancestor["patients"] for ancestor in self.ancestors]]
+
+
+def _other_than_saved(path: Path, name: str) -> InputError:
+    return InputError(f"{path} is damaged ({name} is another than in the checkpoint); bring back a copy of it")
+
+
+def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparation: dict) -> None:
+    """Refuse to resume a run under another configuration or on other data; accept a new or empty folder.
+
+    Raises:
+      InputError: names the first field that differs, or says that the folder holds something else.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        # A run that was killed at its very start may have left these: it is not a run yet, and does no harm.
+        begun = {name + ending for name in _WRITTEN_FIRST for ending in ("", ".tmp")}
+        if workdir.is_dir() and any(entry.name not in begun for entry in workdir.iterdir()):
+            raise InputError(f"--workdir={workdir} holds files but no run; give a new or empty folder")
+        return
+    if not holds_checkpoint(workdir):
+        return  # nothing was learned yet: a corrected configuration may take its place
+    run = Run.open(workdir)
+    old, new = _flat(to_json(run.config)), _flat(to_json(config))
+    may_change = MAY_CHANGE if config.schedule == "constant" else tuple(set(MAY_CHANGE) - {"num_steps"})
+    for name in sorted(old | new):
+        if name.split(".")[0] in may_change or (name in old and name in new and old[name] == new[name]):
+            continue
+        if name in ("init_from", "init_weights") and bool(old.get(name)) == bool(new[name]):
+            continue  # another spelling of the path; where the weights came from stands in ancestors.json
+        if name in old and name in new:
+            remedy = f"use another --workdir, or --config.{name}={old[name]}"
+            raise InputError(
+                f"--workdir={workdir} holds a run with config.{name}={old[name]}, not {new[name]}; {remedy}"
+            )
+        raise InputError(
+            f"--workdir={workdir} holds a run of another version of this program (config.{name} is not in both); use "
+            "another --workdir"
+        )
+    if run.preparation["fingerprint"] != preparation["fingerprint"]:
+        raise InputError(
+            f"--workdir={workdir} holds a run on other data than {config.dataset} (dataset fingerprints differ); give "
+            "the dataset that it began with, or another --workdir"
+        )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def open_workdir(
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    preparation: dict,
+    patients: dict[str, list[str]],
+) -> None:
+    """Create a run directory with its `config.json`, `preparation.json` and `patients.json`.
+
+    Args:
+      workdir: the folder.
+      config: the training configuration.
+      preparation: contents of the dataset's `preparation.json`.
+      patients: pseudonyms of the patients of the training and the validation split, so that a later evaluation can
+        tell whom the model has seen.
+
+    Raises:
+      InputError: the folder cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        keyed_patients = {"key_fingerprint": preparation["key_fingerprint"], **patients}
+        for name, content in zip(_WRITTEN_FIRST, (preparation, keyed_patients, to_json(config)), strict=True):
+            write_json(workdir / name, content)
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None
