@@ -15,10 +15,10 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
-from ctssl_jax.parallel.processes import configure_jax
 from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
+from ctssl_jax.parallel.processes import configure_jax
 from experiments.bench.sides import (
     GIB,
     LEARNING_RATE,

@@ -34,10 +34,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ctssl_jax.parallel.processes import configure_jax
 from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
+from ctssl_jax.parallel.processes import configure_jax
 from experiments.bench import step_profile
 from experiments.bench.sides import GIB, Side, compiled_bytes, example_batch, make_jax_side, make_torch_side, time_steps
 

@@ -14,10 +14,10 @@ killed at any moment and started again.
 from collections.abc import Sequence
 
 from absl import flags
-from data_prep.system.files import write_text
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments.study import results, runner
 from experiments.study.cells import FRACTIONS, Cell, Settings, chain_cells, mask_name
 

@@ -15,10 +15,10 @@ import json
 from pathlib import Path
 
 from absl import flags
-from data_prep.system.files import write_text
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments.study.cells import PROJECT
 from experiments.study.runner import run_stage
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
-from data_prep.system.files import write_text
 
 from data_prep import lidc
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments.study.paper import TABLE1
 from experiments.study.results import markdown, write_csv
 from experiments.study.runner import run_stage

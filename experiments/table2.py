@@ -15,10 +15,10 @@ untrained encoder and the pixels themselves, so that encoders are compared on eq
 from collections.abc import Sequence
 
 from absl import flags
-from data_prep.system.files import write_text
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments.study import runner, table2_figure
 from experiments.study.cells import FRACTIONS, Cell, Settings, Stage, chain_cells, mask_name
 from experiments.study.paper import TABLE2

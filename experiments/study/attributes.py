@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data_prep.system.files import write_text
 
 from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments.study import results
 from experiments.study.cells import Cell
 from experiments.study.downstream import Study

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
-from data_prep.system.files import write_text
 
 from ctssl_jax import comparisons, predictions
 from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments.study import downstream, results, runner
 from experiments.study.cells import Cell
 from experiments.study.downstream import TITLES, Point, Study
