@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from ctssl_jax import comparisons, predictions
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 from experiments.study import downstream, results, runner
@@ -124,6 +123,8 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
 
     Intervals and p are of the paired bootstrap by test patient; p is corrected by Holm over all rows.
     """
+    from ctssl_jax import comparisons, predictions  # here: they import JAX, which --help does not need
+
     rows = []
     for arm, fraction, steps in dict.fromkeys((point.arm, point.fraction, point.steps) for point in cells):
         pairs = [
