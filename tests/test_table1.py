@@ -8,7 +8,7 @@ import pytest
 
 from data_prep import lidc
 from data_prep.system.errors import InputError
-from experiments import table1
+from experiments.study import lidc_counts
 from tests.example_dataset import write_example_dataset
 from tests.test_lidc import SCORES, rectangle, xml, xml_nodule
 
@@ -18,7 +18,7 @@ HEADER = "patient_id,series_instance_uid,slice_thickness_mm,median_slice_spacing
 def test_the_papers_counts_come_out_exactly(real_data):
     """All 1,018 series, 1,010 patients; the second rule is a common one with weaker consensus."""
     folder = real_data / "lidc_xml"
-    geometry = table1.read_geometry(folder / "series_geometry.csv")
+    geometry = lidc_counts.read_geometry(folder / "series_geometry.csv")
     readings = lidc.read_readings(folder / "tcia-lidc-xml_all1318.tar.xz")
     with open(folder / "LIDC-IDRI_MetaData.csv", newline="") as file:
         collection = {row["Series UID"]: row["Patient Id"] for row in csv.DictReader(file) if row["Modality"] == "CT"}
@@ -26,9 +26,9 @@ def test_the_papers_counts_come_out_exactly(real_data):
     assert {series.series_instance_uid: series.patient_id for series in geometry} == collection
     contours = [len(nodule.contours) for one in readings.values() for session in one.sessions for nodule in session]
     assert (len(contours), sum(contours)) == (6859 + 1, 41406 + 23)  # one reading is excluded below
-    patients = table1.first_scan_votes(readings, geometry)
+    patients = lidc_counts.first_scan_votes(readings, geometry)
     assert len(patients) == 1010
-    assert table1.count(patients, 0.7, 20) == {
+    assert lidc_counts.count(patients, 0.7, 20) == {
         "Slices": 10005,
         "Cancer: volumes": 388,
         "Ambiguous: volumes": 547,
@@ -40,7 +40,7 @@ def test_the_papers_counts_come_out_exactly(real_data):
         "Malignancy score 5: slices": 2369,
         "Patients": 840,
     }
-    weaker = table1.count(patients, 0.5, 8)
+    weaker = lidc_counts.count(patients, 0.5, 8)
     assert (weaker["Slices"], weaker["Patients"]) == (13916, 875)
 
 
@@ -68,7 +68,7 @@ def geometry_file(tmp_path, *lines: str, header: str = HEADER):
 def test_only_a_patients_first_scan_counts(annotations, tmp_path):
     readings = lidc.read_readings(annotations)
     path = geometry_file(tmp_path, "B,third,1,1", "A,first,1,1", "A,second,1,1")
-    counted = table1.count(table1.first_scan_votes(readings, table1.read_geometry(path)), 0.7, 20)
+    counted = lidc_counts.count(lidc_counts.first_scan_votes(readings, lidc_counts.read_geometry(path)), 0.7, 20)
     assert {name: number for name, number in counted.items() if number} == {
         "Slices": 2,
         "Cancer: volumes": 1,
@@ -79,9 +79,12 @@ def test_only_a_patients_first_scan_counts(annotations, tmp_path):
     }
     ordered = ("A,first,1,1,9", "B,third,1,1,10", "A,second,1,1,8")
     path = geometry_file(tmp_path, *ordered, header=f"{HEADER},scan_order")
-    counted = table1.count(table1.first_scan_votes(readings, table1.read_geometry(path)), 0.7, 20)
+    counted = lidc_counts.count(lidc_counts.first_scan_votes(readings, lidc_counts.read_geometry(path)), 0.7, 20)
     assert (counted["Slices"], counted["No cancer: volumes"]) == (1, 0)
-    assert table1.count(table1.first_scan_votes(readings, table1.read_geometry(path)), 0.7, 36)["Slices"] == 0
+    assert (
+        lidc_counts.count(lidc_counts.first_scan_votes(readings, lidc_counts.read_geometry(path)), 0.7, 36)["Slices"]
+        == 0
+    )
 
 
 def test_bad_geometry_is_named(annotations, tmp_path):
@@ -95,14 +98,14 @@ def test_bad_geometry_is_named(annotations, tmp_path):
         (("A,first,1,1", "A,first,1,1"), "twice"),
     ):
         with pytest.raises(InputError, match=words):
-            table1.read_geometry(geometry_file(tmp_path, *lines))
+            lidc_counts.read_geometry(geometry_file(tmp_path, *lines))
     with pytest.raises(InputError, match="no column slice_thickness_mm"):
-        table1.read_geometry(geometry_file(tmp_path, "A,first", header="patient_id,series_instance_uid"))
+        lidc_counts.read_geometry(geometry_file(tmp_path, "A,first", header="patient_id,series_instance_uid"))
     with pytest.raises(InputError, match=r"none\.csv"):
-        table1.read_geometry(tmp_path / "none.csv")
-    partial = table1.read_geometry(geometry_file(tmp_path, "A,first,1,1", "B,other,1,1"))
+        lidc_counts.read_geometry(tmp_path / "none.csv")
+    partial = lidc_counts.read_geometry(geometry_file(tmp_path, "A,first,1,1", "B,other,1,1"))
     with pytest.raises(InputError, match="2 series of --annotations are not in --geometry, and 1 the reverse"):
-        table1.first_scan_votes(readings, partial)
+        lidc_counts.first_scan_votes(readings, partial)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
