@@ -7,7 +7,7 @@ The chain confounds a larger mask with longer training: its fourth model has see
 The ablation trains each mask size from random weights for as many steps as the chain took to get there, so that the two
 rows of a mask size differ in the way alone. Results of both stay in the same folder and the table shows both.
 
-Without a verb it runs what is missing and draws the table; `plan`, `run` and `draw` do one of the three. It can be
+Without a verb it runs the missing cells and draws the table; `plan`, `run` and `draw` do one of the three. It can be
 killed at any moment and started again.
 """
 

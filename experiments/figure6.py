@@ -6,7 +6,7 @@ r"""Figure 6: what pretrained encoders know of patients (age, sex, ethnic group)
 Each arm is a frozen encoder, the last weights of its pretraining as in the other figures, probed on the middle slice of
 each volume (`ctssl_jax.attributes`). The paper's baseline is the same encoder trained end to end from random weights
 (`configs/attributes.py`), one model an attribute. Controls, with the architecture and weights of the first arm: random
-weights, pixels without a network, and shuffled labels. What is random is run once a seed; probes of given weights are
+weights, pixels without a network, and shuffled labels. Random parts are run once a seed; probes of trained weights are
 not. `plan` lists the cells, one command each. With your own data:
 
     python -m experiments.figure6 run --preset=paper --workdir=STUDY --dataset=DATASET --attributes=age,sex \

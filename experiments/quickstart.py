@@ -4,7 +4,7 @@ r"""The whole path on one machine in minutes: scans, dataset, pretraining, evalu
     python -m experiments.quickstart --input_dir=MY_DICOM     # the same on your own scans
 
 Every stage is one command that is printed and that you can run yourself. Run it again after an interruption: finished
-stages are kept, unfinished ones go on.
+stages are kept, unfinished ones continue.
 """
 
 import csv

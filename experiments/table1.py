@@ -76,26 +76,26 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    given = flags.FLAGS
-    if bool(given.annotations) != bool(given.geometry):
+    flag = flags.FLAGS
+    if bool(flag.annotations) != bool(flag.geometry):
         raise InputError("--annotations and --geometry belong together; give both or neither")
-    if not given.annotations and not given.dataset:
+    if not flag.annotations and not flag.dataset:
         raise InputError("nothing to count; give --annotations and --geometry, or --dataset")
-    if given.consensus == 0:
+    if flag.consensus == 0:
         raise InputError("--consensus=0 takes every voxel; give a share above 0")
-    datasets = [Path(name) for name in given.dataset]
+    datasets = [Path(name) for name in flag.dataset]
     if len({path.resolve().name for path in datasets}) < len(datasets):
         raise InputError("two --dataset have the same folder name; rename one, their descriptions go to folders of it")
-    output_dir = Path(given.output_dir)
+    output_dir = Path(flag.output_dir)
     parts, table = ["# Table I: characteristics of the cohorts\n"], []
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if given.annotations:
-            geometry = read_geometry(Path(given.geometry))
-            readings = lidc.read_readings(given.annotations)
-            patients = first_scan_votes(readings, geometry, keep_excluded=given.keep_excluded)
-            rows = lidc_rows(count(patients, given.consensus, given.min_area_px), len(readings))
-            words = caption(len(patients), given.consensus, given.min_area_px)
+        if flag.annotations:
+            geometry = read_geometry(Path(flag.geometry))
+            readings = lidc.read_readings(flag.annotations)
+            patients = first_scan_votes(readings, geometry, keep_excluded=flag.keep_excluded)
+            rows = lidc_rows(count(patients, flag.consensus, flag.min_area_px), len(readings))
+            words = caption(len(patients), flag.consensus, flag.min_area_px)
             parts.append(f"## LIDC-IDRI\n\n{markdown(rows)}\n{words}\n")
             table += [
                 {"cohort": "LIDC-IDRI", "group": "", "characteristic": row["characteristic"]}

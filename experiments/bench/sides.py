@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 class Side(NamedTuple):
     """One library's training: `step` takes a step and returns the loss, not waiting for it; `peak` () -> bytes held at
-    most, None where unknown; `program` what XLA made of the step and the seconds that took, None for PyTorch."""
+    most, None where unknown; `program` the compiled step and the seconds that compiling took, None for PyTorch."""
 
     step: Callable[[], Any]
     peak: Callable[[], int | None]
@@ -62,7 +62,7 @@ def loss_of(graph, params, variables, batch: Batch) -> tuple[jax.Array, Any]:
 
 
 def make_train_step(graph) -> Callable:
-    """The jitted step: (params, variables, optimizer_state, batch) -> the first three anew, and the loss."""
+    """The jitted step: (params, variables, optimizer_state, batch) -> the first three, updated, and the loss."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def train_step(params, variables, optimizer_state, batch):

@@ -65,9 +65,9 @@ def rows_of(models: Sequence[Model], by_name: dict[str, dict | None]) -> list[di
     rows = []
     for model in models:
         for attribute, cells in model.cells.items():
-            found = [aurocs(result, attribute) for cell in cells if (result := by_name[cell.name])]
-            for metric in dict.fromkeys(["auroc", *(name for measures in found for name in measures)]):
-                measures = [of_seed[metric] for of_seed in found if metric in of_seed]
+            of_seeds = [aurocs(result, attribute) for cell in cells if (result := by_name[cell.name])]
+            for metric in dict.fromkeys(["auroc", *(name for measures in of_seeds for name in measures)]):
+                measures = [of_seed[metric] for of_seed in of_seeds if metric in of_seed]
                 values = [measure["mean"] for measure in measures if measure["mean"] is not None]
                 bounds = np.array([measure["ci95"] for measure in measures if measure["ci95"] is not None])
                 low, high = bounds.mean(axis=0).tolist() if len(bounds) else (None, None)

@@ -136,8 +136,8 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
         if not pairs:
             continue
         ours, reference = ([predictions.read(path) for path in side] for side in zip(*pairs, strict=True))
-        found = comparisons.paired_comparison(ours, reference, metric)
-        rows.append({"arm": arm, "fraction": fraction, "steps": steps, "num_seeds": len(pairs), **found})
+        comparison = comparisons.paired_comparison(ours, reference, metric)
+        rows.append({"arm": arm, "fraction": fraction, "steps": steps, "num_seeds": len(pairs), **comparison})
     corrected = comparisons.holm([row["p"] for row in rows])
     return [{**row, "p_holm": value} for row, value in zip(rows, corrected, strict=True)]
 

@@ -113,7 +113,7 @@ class Study(NamedTuple):
     sizes: the preset, as far as flags did not change it.
     workdir: folder of all studies.
     dataset: the downstream dataset.
-    pretrained: arm -> its run directory, for arms that are given.
+    pretrained: arm -> its run directory, for arms that are flag.
     """
 
     preset: str
@@ -291,36 +291,36 @@ def study_of_flags(verb: str, kind: str) -> Study:
       kind: data set of the study: `pe`, `nodules` or `attributes`.
 
     Raises:
-      InputError: a flag is missing, or names what does not exist.
+      InputError: a flag is missing, or names something that does not exist.
     """
-    given = flags.FLAGS
-    if not given.workdir:
+    flag = flags.FLAGS
+    if not flag.workdir:
         raise InputError("give --workdir=DIR")
-    sizes, workdir = PRESETS[given.preset], Path(given.workdir).resolve()
+    sizes, workdir = PRESETS[flag.preset], Path(flag.workdir).resolve()
     for name, kind_of in (("fractions", float), ("seeds", int)):
         try:
-            values = tuple(kind_of(value) for value in given[name].value)
+            values = tuple(kind_of(value) for value in flag[name].value)
         except ValueError:
-            raise InputError(f"--{name}={','.join(given[name].value)}: give numbers separated by commas") from None
+            raise InputError(f"--{name}={','.join(flag[name].value)}: give numbers separated by commas") from None
         sizes = sizes._replace(**{name: values}) if values else sizes
-    if not given["arms"].present:
-        given["arms"].value = [arm for arm in given.arms if arm not in sizes.left_out]
+    if not flag["arms"].present:
+        flag["arms"].value = [arm for arm in flag.arms if arm not in sizes.left_out]
     pretrained = {}
-    for text in given.pretrained:
+    for text in flag.pretrained:
         name, _, run = text.partition("=")
         if not (run and (Path(run) / "config.json").is_file()):
             raise InputError(f"--pretrained={text}: give NAME=RUN with a run directory of ctssl_jax.train")
         pretrained[name] = Path(run).resolve()
-    unknown = [arm for arm in given.arms if arm not in TITLES and arm not in pretrained]
+    unknown = [arm for arm in flag.arms if arm not in TITLES and arm not in pretrained]
     if unknown:
         raise InputError(f"--arms: {unknown[0]} is not known; choose from {', '.join(TITLES)}, or give --pretrained")
     if sizes.archives:
         dataset = workdir / "data" / kind
-    elif given.dataset or verb == "draw":
-        dataset = runner.local_dataset(given.dataset or "")
+    elif flag.dataset or verb == "draw":
+        dataset = runner.local_dataset(flag.dataset or "")
     else:
         raise InputError("give --dataset=DIR, made by data_prep.prepare")
-    return Study(given.preset, sizes, workdir, dataset, pretrained)
+    return Study(flag.preset, sizes, workdir, dataset, pretrained)
 
 
 def act(verb: str, module: str, study: Study, cells: Sequence[Cell], lists: Sequence[str] = ()) -> None:
@@ -331,15 +331,15 @@ def act(verb: str, module: str, study: Study, cells: Sequence[Cell], lists: Sequ
       module: of the study, whose `run` verb runs a cell.
       study: the study.
       cells: of the study.
-      lists: its flags of comma-separated lists, beside those that all downstream studies share.
+      lists: its flags of comma-separated lists, beside the flags that all downstream studies share.
     """
     if verb == "plan":
-        given = flags.FLAGS
-        options = [f"--preset={study.preset}", f"--workdir={study.workdir}", f"--arms={','.join(given.arms)}"]
-        options += [f"--dataset={study.dataset}"] if given.dataset else []
-        options += [f"--pretrained={text}" for text in given.pretrained]
+        flag = flags.FLAGS
+        options = [f"--preset={study.preset}", f"--workdir={study.workdir}", f"--arms={','.join(flag.arms)}"]
+        options += [f"--dataset={study.dataset}"] if flag.dataset else []
+        options += [f"--pretrained={text}" for text in flag.pretrained]
         options += [
-            f"--{name}={','.join(given[name].value)}" for name in ("fractions", "seeds", *lists) if given[name].value
+            f"--{name}={','.join(flag[name].value)}" for name in ("fractions", "seeds", *lists) if flag[name].value
         ]
         runner.plan(cells, module, options)
     else:

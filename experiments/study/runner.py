@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ctssl_jax.parallel.processes import configure_jax
-from data_prep.system.files import write_text
 
+from ctssl_jax.parallel.processes import configure_jax
 from data_prep import stores
 from data_prep.dataset import Dataset
 from data_prep.system import command_line
 from data_prep.system.errors import InputError, RunFailed, StartAgain
+from data_prep.system.files import write_text
 from experiments.study.cells import PROJECT, Cell, Settings, Stage, load_recipe
 
 VERBS = ("plan", "run", "draw")
@@ -168,7 +168,7 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
 
 
 def record_settings(workdir: Path, content: dict[str, Any]) -> None:
-    """Write the settings of a study into its folder, or compare them with those that it has.
+    """Write the settings of a study into its folder, or compare them with its recorded ones.
 
     Cells may start at the same time on several machines: the file appears whole, and the first one
     stays.

@@ -87,7 +87,7 @@ def table_markdown(rows: Sequence[dict]) -> str:
 
 
 def health_markdown(results: dict[str, dict | None]) -> str:
-    """How much of embedding and codebook each model uses, and what has collapsed."""
+    """How much of embedding and codebook each model uses, and its warnings of a collapse."""
     rows = []
     for name, result in results.items():
         columns = ("strategy", "checkpoint", "effective rank", "codes used", "perplexity", "collapsed")
