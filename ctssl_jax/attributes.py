@@ -74,9 +74,11 @@ def attributes(
     import jax
     import threadpoolctl
 
-    from ctssl_jax import attribute_labels, binary_metrics, data, linear_probes, measurement
     from ctssl_jax import checkpoint as checkpoint_files
-    from data_prep import dataset as dataset_directory
+    from ctssl_jax import data, linear_probes, measurement
+    from ctssl_jax.stats.binary import multiclass_summary
+    from data_prep.dataset import Dataset
+    from data_prep.dataset__schema import SPLITS
 
     # ---- What is asked for, and can it work? ----
     workdir, output = Path(workdir), Path(output)
@@ -89,16 +91,16 @@ def attributes(
     if seed is not None and not 0 <= seed < 2**32:
         raise InputError(f"--seed={seed}: must be 0 to {2**32 - 1}")
     measurement.check_request(output, batch_size)
-    run = measurement.open_run(workdir, dataset, attribute_labels.SPLITS)
+    run = measurement.open_run(workdir, dataset, SPLITS)
     config, channels = run.config, run.channels
     config.seed = config.seed if seed is None else seed
     step = checkpoint_files.choose_step(workdir, checkpoint) if encoder == "run" else None
     chosen, not_probed = _read_attributes(config.dataset, names, min_patients)
-    if any(volume["middle_slice"] is None for volume in dataset_directory.read_volumes(config.dataset)):
+    if any(volume["middle_slice"] is None for volume in Dataset.open(config.dataset).volumes()):
         raise InputError(f"--dataset={config.dataset}: a volume has no middle slice; prepare the dataset again")
     sources = {
-        split: data.open_source(config.dataset, split, channels, (0,), data.Targets(middle_only=True))
-        for split in attribute_labels.SPLITS
+        split: data.open_source(Dataset.open(config.dataset), split, channels, (0,), data.Targets(middle_only=True))
+        for split in SPLITS
     }
     make_folder(output.parent, "--output")
 
@@ -120,13 +122,13 @@ def attributes(
                 labels[split] = _shuffle(labels[split], config.seed)
         train, validation, test = (
             linear_probes.LabelFeatures(features[split][kept], labels[split][kept], kept)
-            for split in attribute_labels.SPLITS
+            for split in SPLITS
             for kept in [labels[split] >= 0]
         )
         with threadpoolctl.threadpool_limits(1):  # same sums on any number of cores
             readout = linear_probes.fit_logistic(train, validation)
             probabilities[attribute.name] = readout.probabilities(test.pooled)
-        summary = binary_metrics.multiclass_summary(
+        summary = multiclass_summary(
             test.label,
             probabilities[attribute.name],
             [patient for patient, kept in zip(patients["test"], labels["test"] >= 0, strict=True) if kept],
@@ -188,13 +190,14 @@ def table(result: dict) -> str:
 def _read_attributes(dataset: str, names: list[str] | None, min_patients: int) -> tuple[list, dict[str, str]]:
     """The attributes that are asked for; or those of volumes.csv that can be probed, and why others cannot."""
     from ctssl_jax import attribute_labels
+    from data_prep.dataset import Dataset
 
     remedy = "give a smaller --min_patients or a --dataset of more patients"
     chosen, refused = [], {}
     for name in attribute_labels.OF_VOLUMES if names is None else dict.fromkeys(names):
         try:
             attribute = attribute_labels.read_attribute(
-                dataset, name, min_patients, asked_by="--attributes", remedy=remedy
+                Dataset.open(dataset), name, min_patients, asked_by="--attributes", remedy=remedy
             )
             for split, labels in attribute.labels.items():
                 if len(set(labels[labels >= 0].tolist())) < 2:
@@ -221,7 +224,7 @@ def _make_encoder(encoder: str, config, workdir: Path, step, channels, regions: 
     import jax
 
     from ctssl_jax import data, linear_probes, training
-    from ctssl_jax.task_interface import to_unit_images
+    from ctssl_jax.ops.images import to_unit_images
     from ctssl_jax.tasks import get_task
 
     if encoder == "pixels":

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ctssl_jax import binary_metrics, overlap
-from ctssl_jax.bootstrap import Statistic, interval, mean_over, patient_bootstrap, weighted_mean
+from ctssl_jax.ops.overlap import dice, iou
 from ctssl_jax.predictions import Predictions
+from ctssl_jax.stats.binary import binary_statistic, multiclass_statistic
+from ctssl_jax.stats.bootstrap import Statistic, interval, mean_over, patient_bootstrap, weighted_mean
 from data_prep.system.errors import InputError
 
 OF_CLASSES = ("auroc", "average_precision", "brier", "ece")
-OF_MASKS = {"dice": overlap.dice, "iou": overlap.iou}
+OF_MASKS = {"dice": dice, "iou": iou}
 
 
 def paired_difference(
@@ -93,10 +94,10 @@ def statistic_of(predictions: Predictions, metric: str) -> Statistic:
         return weighted_mean(metric, OF_MASKS[metric](*counts), annotated)
     if metric in OF_CLASSES and predictions.probabilities is not None:
         if predictions.probabilities.shape[1] == 2:
-            return binary_metrics.binary_statistic(predictions.label, predictions.probabilities[:, 1], names=[metric])
+            return binary_statistic(predictions.label, predictions.probabilities[:, 1], names=[metric])
         if metric == "auroc":
             classes = [str(index) for index in range(predictions.probabilities.shape[1])]
-            whole = binary_metrics.multiclass_statistic(predictions.label, predictions.probabilities, classes)
+            whole = multiclass_statistic(predictions.label, predictions.probabilities, classes)
             return lambda weights: {metric: whole(weights)[metric]}
     raise InputError(
         f"{metric} cannot be compared for these predictions; labels of two classes have {', '.join(OF_CLASSES)}, "

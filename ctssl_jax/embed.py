@@ -72,8 +72,8 @@ def embed(
       RunFailed: the input went away.
     """
     from ctssl_jax import embedding_files, embedding_inputs, pretrained, scans
-    from data_prep.dataset import PREPARATION_FILE
-    from data_prep.dataset_writer import write_table
+    from data_prep.dataset__schema import PREPARATION_FILE
+    from data_prep.dataset__storage import write_table
     from data_prep.workers import Progress, usable_cores
 
     # ---- What is asked for, and can it work? ----
@@ -275,7 +275,7 @@ def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
 
 def start(given: flags.FlagValues) -> bool:
     """Embed as the flags ask, in this process."""
-    from data_prep.dataset import PREPARATION_FILE
+    from data_prep.dataset__schema import PREPARATION_FILE
 
     for name in ("workdir", "input", "output"):
         if not given[name].value:

@@ -13,9 +13,10 @@ import numpy as np
 
 from ctssl_jax import measurement, scans
 from data_prep import conversion, deidentify
-from data_prep import dataset as dataset_directory
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import SPLITS
 from data_prep.pipeline.prepare import default_audit_dir
-from data_prep.system.errors import InputError
+from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import written_whole
 from data_prep.workers import WorkerDied, WorkerPool
 
@@ -68,19 +69,16 @@ def open_dataset(workdir: Path, dataset: Path, split: str | None) -> Input:
     Raises:
       InputError: it was prepared otherwise than the run's data, as `ctssl_jax.evaluate` refuses it, or no such split.
     """
-    if split is not None and split not in dataset_directory.SPLITS:
-        raise InputError(f"--split={split}: choose one of {', '.join(dataset_directory.SPLITS)}, or leave it out")
+    if split is not None and split not in SPLITS:
+        raise InputError(f"--split={split}: choose one of {', '.join(SPLITS)}, or leave it out")
     try:
         run = measurement.open_run(workdir, dataset, () if split is None else (split,))
+    except DatasetError:
+        raise
     except InputError as error:
         raise InputError(str(error).replace("--dataset=", "--input=")) from None
     fingerprint, key_fingerprint = run.preparation["fingerprint"], run.preparation["key_fingerprint"]
-    rows = [
-        row
-        for name in dataset_directory.SPLITS
-        if split in (None, name)
-        for row in dataset_directory.read_volumes(dataset, name)
-    ]
+    rows = [row for name in SPLITS if split in (None, name) for row in Dataset.open(dataset).volumes(name)]
     return Input(
         jobs=[Job(row["volume_id"], f"{fingerprint} {row['volume_id']}", row["num_slices"], row) for row in rows],
         read=functools.partial(_read_dataset, dataset, list(run.channels)),
@@ -97,7 +95,7 @@ def open_dataset(workdir: Path, dataset: Path, split: str | None) -> Input:
 
 
 def _read_dataset(dataset: Path, channels: list[int], jobs: list[Job]) -> Iterator[InputVolume]:
-    sources = {name: dataset_directory.open_split(dataset, name) for name in {job.source["split"] for job in jobs}}
+    sources = {name: Dataset.open(dataset).source(name) for name in {job.source["split"] for job in jobs}}
     for job in jobs:
         row = job.source
         records = [sources[row["split"]][row["first_record"] + index] for index in range(row["num_slices"])]

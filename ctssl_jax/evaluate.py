@@ -20,7 +20,7 @@ from absl import flags
 from ctssl_jax.measurement import notes
 from ctssl_jax.parallel.processes import configure_jax
 from data_prep.system import command_line
-from data_prep.system.errors import InputError
+from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import make_folder, write_json
 
 RELEASE_BATCH_SIZE = 16
@@ -57,9 +57,12 @@ def evaluate(
     import jax
 
     from ctssl_jax import checkpoint as checkpoint_files
-    from ctssl_jax import configuration, data, distributed, health, measurement, metrics, outcomes, pictures, training
+    from ctssl_jax import configuration, data, distributed, health, measurement, outcomes, pictures, training
     from ctssl_jax import predictions as prediction_files
+    from ctssl_jax.models.quantizer import codebook_use
+    from ctssl_jax.stats.volumes import volume_means
     from ctssl_jax.tasks import get_task
+    from data_prep.dataset import Dataset
 
     # ---- What is asked for, and can it work? ----
     workdir, output = Path(workdir), Path(output)
@@ -69,7 +72,7 @@ def evaluate(
     step = checkpoint_files.choose_step(workdir, checkpoint)
     task = get_task(config.task)
     targets = task.targets(config)
-    source = data.open_source(config.dataset, split, channels, task.offsets(config), targets)
+    source = data.open_source(Dataset.open(config.dataset), split, channels, task.offsets(config), targets)
     make_folder(output.parent, "--output")
 
     # ---- The model ----
@@ -87,7 +90,7 @@ def evaluate(
     patient_ids = [volume["patient_id"] for volume in volumes]
 
     def volume_values(scores: dict) -> dict:
-        values = {name: metrics.volume_means(scores[name], volume_index, len(volumes)) for name in task.reported}
+        values = {name: volume_means(scores[name], volume_index, len(volumes)) for name in task.reported}
         if "masked_mse" in values:
             values["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * values["masked_mse"]
         return values
@@ -96,17 +99,17 @@ def evaluate(
     if slices.classes is not None and not targets.label:
         by_volume["auroc"] = _volume_aurocs(**slices.classes, volume_index=volume_index, num_volumes=len(volumes))
     predicted = _predictions(source, slices) if targets.label or targets.mask else None
+    of_masks = outcomes.mask_metrics(predicted) if targets.mask else {}
     if targets.mask:
         by_volume |= outcomes.masks_of_volumes(predicted, volume_index, len(volumes))
-    measured, downstream = measurement.summaries(by_volume, patient_ids), {}
-    if targets.mask:
-        measured |= outcomes.mask_metrics(predicted)
-    elif targets.label:
-        classes, level = data.label_classes(config.dataset, targets.label)
+    over_volumes = {name: values for name, values in by_volume.items() if name not in of_masks}
+    measured, downstream = measurement.summaries(over_volumes, patient_ids) | of_masks, {}
+    if targets.label:
+        classes, level = data.label_classes(Dataset.open(config.dataset), targets.label)
         validation = None
         if len(classes) == 2:
             validation = _validation_predictions(program, state, config, task, channels, batch_size)
-        exams = {volume["volume_id"]: volume["exam_id"] for volume in data.all_volumes(config.dataset)}
+        exams = {volume["volume_id"]: volume["exam_id"] for volume in Dataset.open(config.dataset).volumes()}
         found, thresholds = outcomes.label_metrics(predicted, validation, classes, exams if level == "slice" else None)
         measured |= found
         downstream = {"label": targets.label, "classes": list(classes)}
@@ -132,7 +135,7 @@ def evaluate(
     }
     for name in ("dataset", "init_from", "init_weights"):  # paths of this machine
         result["config"].pop(name, None)
-    codebook = metrics.codebook_use(slices.code_counts)
+    codebook = codebook_use(slices.code_counts)
     result["embedding"] = embedding
     result["warnings"] = health.warnings(embedding | codebook)
     if codebook:
@@ -140,7 +143,7 @@ def evaluate(
     if slices.classes is not None:
         result["confusion"] = _confusion(**slices.classes)
     if baselines:
-        train_source = data.open_source(config.dataset, "train", channels, task.offsets(config), targets)
+        train_source = data.open_source(Dataset.open(config.dataset), "train", channels, task.offsets(config), targets)
         scores = _baseline_scores(config, task, source, train_source, batch_size)
         result["baselines"] = {
             name: measurement.summaries(volume_values(values), patient_ids) for name, values in scores.items()
@@ -226,9 +229,14 @@ def _predictions(source, slices):
 def _validation_predictions(program, state, config, task, channels, batch_size: int):
     """Those of the validation split; None where the dataset has none with this label."""
     from ctssl_jax import data, training
+    from data_prep.dataset import Dataset
 
     try:
-        source = data.open_source(config.dataset, "validation", channels, task.offsets(config), task.targets(config))
+        source = data.open_source(
+            Dataset.open(config.dataset), "validation", channels, task.offsets(config), task.targets(config)
+        )
+    except DatasetError:
+        raise
     except InputError:
         return None
     return _predictions(source, training.evaluate_split(program, state, data.evaluation_batches(source, batch_size)))
@@ -253,10 +261,10 @@ def _volume_aurocs(label, probabilities, *, volume_index, num_volumes: int):
     """One-vs-rest AUROC of each volume's slices, NaN where all slices have one label: [num_volumes] float64."""
     import numpy as np
 
-    from ctssl_jax import metrics
+    from ctssl_jax.stats.volumes import auroc_one_vs_rest
 
     of_volume = [volume_index == index for index in range(num_volumes)]
-    return np.array([metrics.auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume])
+    return np.array([auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume])
 
 
 def _confusion(label, probabilities) -> list[list[int]]:
@@ -275,7 +283,7 @@ def _baseline_scores(config, task, source, train_source, batch_size: int) -> dic
     import numpy as np
 
     from ctssl_jax import data
-    from ctssl_jax.task_interface import to_unit_images
+    from ctssl_jax.ops.images import to_unit_images
     from ctssl_jax.training import evaluation_keys
 
     chosen = np.linspace(0, len(train_source) - 1, min(MEAN_IMAGE_SLICES, len(train_source))).astype(int)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ctssl_jax import metrics
+from ctssl_jax.ops.embeddings import effective_rank
 
 FEWEST_DIRECTIONS = 2.0
 SMALLEST_SHARE_OF_CODES = 0.05
@@ -10,8 +10,8 @@ SMALLEST_SHARE_OF_GRADIENT = 1e-6
 
 
 def embedding_use(moments: dict[str, np.ndarray]) -> dict[str, float]:
-    """`effective_rank` of the embeddings [N, D] whose `metrics.moments` are given, and D as `embedding_dim`."""
-    return {"effective_rank": metrics.effective_rank(moments), "embedding_dim": len(moments["first"])}
+    """`effective_rank` of the embeddings [N, D] whose `ops.embeddings.moments` are given, and D as `embedding_dim`."""
+    return {"effective_rank": effective_rank(moments), "embedding_dim": len(moments["first"])}
 
 
 def warnings(use: dict[str, float], layer_gradient_norms: dict[str, float] | None = None) -> list[str]:

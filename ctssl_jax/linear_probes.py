@@ -20,9 +20,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-from ctssl_jax import checkpoint, corruptions, losses, metrics
+from ctssl_jax import checkpoint, corruptions, losses
 from ctssl_jax.models.vqvae import Encoder
-from ctssl_jax.task_interface import Task, to_unit_images
+from ctssl_jax.ops.images import ssim, to_unit_images, to_unit_range
+from ctssl_jax.stats.volumes import auroc_one_vs_rest
+from ctssl_jax.task_interface import Task
 from ctssl_jax.training import evaluation_keys
 
 REGIONS = 4  # latents are averaged over 4 x 4 regions: the mean of all would lose where things are
@@ -69,7 +71,7 @@ class FrozenEncoder(NamedTuple):
 
     state: its numbers.
     encode: (state, images [B, H, W, channels] float32) -> latents [B, H / 4, W / 4, D] and pooled [B, F], float32.
-    channels, normalize: of the images that it takes, see `task_interface.to_unit_images`.
+    channels, normalize: of the images that it takes, see `ops.images.to_unit_images`.
     """
 
     state: Any
@@ -282,7 +284,7 @@ def _fit(models: dict[float, Any], train: LabelFeatures, validation: LabelFeatur
     for setting, model in models.items():
         probabilities = model.fit(features, train.label).predict_proba(unseen)
         accuracy = np.mean(probabilities.argmax(axis=1) == validation.label)
-        scores[setting] = (metrics.auroc_one_vs_rest(probabilities, validation.label), accuracy)
+        scores[setting] = (auroc_one_vs_rest(probabilities, validation.label), accuracy)
     chosen = max(scores, key=scores.get)
     return Readout(lambda pooled: models[chosen].predict_proba(scaler.transform(pooled.astype(np.float64))), chosen)
 
@@ -445,7 +447,7 @@ def _image_scores(prediction: jax.Array, target: jax.Array, region: jax.Array | 
     scores = {"mse": losses.mse(prediction, target)}
     if region is not None:
         scores["masked_mse"] = losses.masked_mse(prediction, target, region)
-    return scores | {"ssim": metrics.ssim(metrics.to_unit_range(prediction), target)}
+    return scores | {"ssim": ssim(to_unit_range(prediction), target)}
 
 
 def score_images(probes: ImageProbes, batches: Iterable[ImageFeatures]) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -10,24 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.system.errors import InputError
+from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import read_json, written_whole
-
-UNITS = {
-    "mse": "mean squared difference of grey values in [0, 1]",
-    "masked_mse": "the same over masked pixels, per-pixel mean",
-    "masked_mse_batch_sum": "16 x masked_mse: the sum over a batch of 16 that the authors' release reports",
-    "ssim": "structural similarity, Gaussian 11 x 11, sigma 1.5",
-    "cross_entropy": "natural units, on logits",
-    "double_softmax_cross_entropy": "natural units, softmax applied twice, as the paper's Table II appears to be",
-    "accuracy": "share of slices",
-    "binary_cross_entropy": "natural units, on logits, mean over pixels",
-    "dice": "2 x intersection / sum of both masks' pixels, at probability .5",
-    "iou": "intersection / union of both masks' pixels, at probability .5",
-    "volume_dice": "the same as dice, of the voxels of a volume",
-    "volume_iou": "the same as iou, of the voxels of a volume",
-    "auroc": "one class against the rest over the slices of a volume, mean over classes",
-}
 
 
 class MeasuredRun(NamedTuple):
@@ -69,6 +53,8 @@ def open_run(workdir: Path, dataset: str | Path | None, splits: tuple[str, ...])
         config.dataset = str(dataset)
     try:
         preparation, channels = configuration.check_dataset(config, splits)
+    except DatasetError:
+        raise
     except InputError as error:
         raise InputError(f"--dataset={config.dataset} was prepared otherwise than the run's data: {error}") from None
     ancestors = transplant.read_ancestors(workdir)
@@ -89,7 +75,7 @@ def check_request(output: Path, batch_size: int) -> None:
 
 
 def summaries(by_volume: dict[str, Any], patient_ids: Sequence[str]) -> dict[str, dict]:
-    """`metrics.volume_summary` of each score over the volumes where it is defined, with its unit.
+    """`stats.volumes.volume_summary` of each score over the volumes where it is defined, with its unit.
 
     Args:
       by_volume: score (`mse`, or `rotation/linear/auroc`) -> [V] float, NaN where undefined.
@@ -100,16 +86,19 @@ def summaries(by_volume: dict[str, Any], patient_ids: Sequence[str]) -> dict[str
     """
     import numpy as np
 
-    from ctssl_jax import metrics
+    from ctssl_jax.stats.units import UNITS
+    from ctssl_jax.stats.volumes import volume_summary
 
-    found = {}
+    summary = {}
     for name, values in by_volume.items():
         defined = np.flatnonzero(~np.isnan(values))
         if not len(defined):
             raise InputError(f"{name} is defined for no volume of this split; give a --dataset with more slices")
-        summary = metrics.volume_summary(values[defined], [patient_ids[index] for index in defined])
-        found[name] = {**summary, "unit": UNITS[name.split("/")[-1]]}
-    return found
+        score = name.split("/")[-1]
+        unit = UNITS["auroc_within_volumes" if score == "auroc" else score]
+        of_volumes = volume_summary(values[defined], [patient_ids[index] for index in defined])
+        summary[name] = {**of_volumes, "unit": unit}
+    return summary
 
 
 def write_volumes(path: Path, volumes: Sequence[dict], by_volume: dict[str, Any]) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ctssl_jax import overlap
-from ctssl_jax.binary_metrics import binary_summary, exam_scores, multiclass_summary, youden_threshold
+from ctssl_jax.ops.overlap import add_up, dice, iou
 from ctssl_jax.predictions import Predictions
-from ctssl_jax.subgroups import age_band, performance_by_group
+from ctssl_jax.stats.binary import binary_summary, exam_scores, multiclass_summary, youden_threshold
+from ctssl_jax.stats.subgroups import age_band, performance_by_group
+from ctssl_jax.stats.volumes import overlap_summary
 from data_prep.system.errors import InputError
 
 GROUPS = ("sex", "age", "ethnic_group")  # columns of volumes.csv
@@ -35,9 +36,9 @@ def label_metrics(
         predictions are averaged over the slices of a volume.
 
     Returns:
-      measures as `bootstrap.summaries`: of two classes those of `binary_metrics.UNITS` and, of slices, the same of
+      measures as `bootstrap.summaries`: of two classes those of `stats.binary.MEASURES` and, of slices, the same of
       exams as `exam_auroc`, ... (an exam's score is its highest slice's); of more classes those of
-      `binary_metrics.multiclass_statistic`. And the thresholds {"slice" or "volume": p or None, "exam": p or None},
+      `stats.binary.multiclass_statistic`. And the thresholds {"slice" or "volume": p or None, "exam": p or None},
       empty for more than two classes.
     """
     of_slices = exam_of_volume is not None
@@ -109,7 +110,7 @@ def mask_metrics(predictions: Predictions) -> dict[str, dict]:
     def summary(chosen: Any) -> dict[str, dict]:
         counts = (predictions.intersection_px, predictions.predicted_px, predictions.target_px)
         chosen_counts = [values[chosen] for values in counts]
-        return overlap.overlap_summary(*chosen_counts, predictions.volume_id[chosen], predictions.patient_id[chosen])
+        return overlap_summary(*chosen_counts, predictions.volume_id[chosen], predictions.patient_id[chosen])
 
     of_annotated, of_all = summary(annotated), summary(slice(None))
     found = {name: of_annotated[f"{name}/slice"] for name in ("dice", "iou")}
@@ -121,8 +122,8 @@ def mask_metrics(predictions: Predictions) -> dict[str, dict]:
 def masks_of_volumes(predictions: Predictions, volume_index: np.ndarray, num_volumes: int) -> dict[str, np.ndarray]:
     """Dice and IoU of the voxels of each volume, [num_volumes] float64; `volume_index` [N] int names the slices'."""
     counts = (predictions.intersection_px, predictions.predicted_px, predictions.target_px)
-    sums = overlap.add_up(*counts, volume_index, num_volumes)
-    return {"volume_dice": overlap.dice(*sums), "volume_iou": overlap.iou(*sums)}
+    sums = add_up(*counts, volume_index, num_volumes)
+    return {"volume_dice": dice(*sums), "volume_iou": iou(*sums)}
 
 
 def _threshold(validation: Predictions | None) -> float | None:

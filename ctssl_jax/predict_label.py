@@ -83,7 +83,7 @@ def predict_label(
 
 def exam_probabilities(probabilities: np.ndarray, level: str) -> tuple[str, np.ndarray]:
     """The rule in words and the exam's probabilities [K] float64, of those of its slices [N, K]."""
-    from ctssl_jax.binary_metrics import exam_scores
+    from ctssl_jax.stats.binary import exam_scores
 
     if level == "slice" and probabilities.shape[1] == 2:
         (positive,) = exam_scores(probabilities[:, 1], np.zeros(len(probabilities), int), 1)
@@ -140,14 +140,15 @@ def _write_csv(
 def _classes(model: "PretrainedModel", number: int) -> tuple[tuple[str, ...], str]:
     """Names of the classes and the label's level; numbers where nothing names an attribute's classes any more."""
     from ctssl_jax import data
-    from data_prep.dataset import DatasetError
+    from data_prep.dataset import Dataset
+    from data_prep.system.errors import DatasetError
 
     label = model.config.label
     if label in model.preparation["labels"]:
         facts = model.preparation["labels"][label]
         return tuple(facts["classes"]), facts["level"]
     try:  # an attribute: which classes there are is decided by the training patients
-        classes, level = data.label_classes(model.config.dataset, label)
+        classes, level = data.label_classes(Dataset.open(model.config.dataset), label)
     except (InputError, DatasetError, OSError):
         classes, level = (), "volume"
     return (tuple(classes) if len(classes) == number else tuple(f"class_{k}" for k in range(number))), level

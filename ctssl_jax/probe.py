@@ -72,7 +72,7 @@ def probe(
 
     from ctssl_jax import checkpoint as checkpoint_files
     from ctssl_jax import data, linear_probes, measurement
-    from ctssl_jax.metrics import SSIM_WINDOW
+    from ctssl_jax.ops.images import SSIM_WINDOW
     from ctssl_jax.tasks import get_task
 
     # ---- What is asked for, and can it work? ----
@@ -177,8 +177,9 @@ def _open(dataset: str, split: str, channels: tuple[int, ...], offsets: tuple[in
     import numpy as np
 
     from ctssl_jax import data
+    from data_prep.dataset import Dataset
 
-    source = data.open_source(dataset, split, channels, offsets)
+    source = data.open_source(Dataset.open(dataset), split, channels, offsets)
     if 0 < most < len(source):
         source.table = source.table[np.linspace(0, len(source) - 1, most).astype(int)]
     return source
@@ -227,7 +228,8 @@ def _label_values(frozen, name: str, train, validation, test, volumes: list[dict
     """Fit both probes of a label and score them: `linear/auroc`, ... -> [V], NaN where undefined; chosen settings."""
     import numpy as np
 
-    from ctssl_jax import linear_probes, metrics
+    from ctssl_jax import linear_probes
+    from ctssl_jax.stats.volumes import auroc_one_vs_rest
 
     target = linear_probes.LABELS[name]
     train, validation, test = (
@@ -242,7 +244,7 @@ def _label_values(frozen, name: str, train, validation, test, volumes: list[dict
     for probe, readout in fitted.items():
         probabilities = readout.probabilities(test.pooled)
         right = probabilities.argmax(axis=1) == test.label
-        aurocs = [metrics.auroc_one_vs_rest(probabilities[inside], test.label[inside]) for inside in chosen]
+        aurocs = [auroc_one_vs_rest(probabilities[inside], test.label[inside]) for inside in chosen]
         values[f"{probe}/auroc"] = np.array(aurocs)
         values[f"{probe}/accuracy"] = np.array([right[inside].mean() for inside in chosen])
     settings = {

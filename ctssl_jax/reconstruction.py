@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ctssl_jax import corruptions, losses, metrics
+from ctssl_jax import corruptions, losses
 from ctssl_jax.data import Targets
+from ctssl_jax.models.quantizer import code_counts
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
+from ctssl_jax.ops.images import SSIM_WINDOW, ssim, to_unit_range
 from ctssl_jax.task_interface import StepOutput, Task, item_slices, model_config
 from data_prep.system.errors import InputError
 
@@ -54,7 +56,7 @@ def _reconstruction_scores(prediction: jax.Array, example: Example) -> dict[str,
     scores = {"mse": losses.mse(prediction, example.target)}
     if example.region is not None:
         scores["masked_mse"] = losses.masked_mse(prediction, example.target, example.region)
-    scores["ssim"] = metrics.ssim(metrics.to_unit_range(prediction), example.target)
+    scores["ssim"] = ssim(to_unit_range(prediction), example.target)
     return scores
 
 
@@ -93,7 +95,7 @@ def _reconstruct(
         loss += terms.masked_mse * scores["masked_mse"]
     similarity = scores["ssim"]
     if config.ssim_rescale:  # in the loss only: what is reported stays comparable
-        similarity = metrics.ssim(metrics.to_unit_range(output.reconstruction, rescale=True), example.target)
+        similarity = ssim(to_unit_range(output.reconstruction, rescale=True), example.target)
     loss = loss + terms.vq * scores["vq_loss"] - terms.ssim * similarity
     return StepOutput(
         loss=loss,
@@ -104,7 +106,7 @@ def _reconstruct(
             "prediction": jnp.clip(output.reconstruction, 0, 1),
         },
         embedding=jnp.mean(output.latents, axis=(1, 2)),
-        code_counts=metrics.code_counts(output.codes, config.model.num_codes, batch["weight"]),
+        code_counts=code_counts(output.codes, config.model.num_codes, batch["weight"]),
     )
 
 
@@ -133,9 +135,9 @@ def _reconstruction_baselines(
 
 
 def _check_reconstruction(check: Callable[..., None], config: ml_collections.ConfigDict) -> None:
-    if config.image_size < metrics.SSIM_WINDOW:
+    if config.image_size < SSIM_WINDOW:
         raise InputError(
-            f"config.image_size={config.image_size}: SSIM needs at least {metrics.SSIM_WINDOW} pixels; prepare with a "
+            f"config.image_size={config.image_size}: SSIM needs at least {SSIM_WINDOW} pixels; prepare with a "
             "larger --image_size"
         )
     if not (math.isfinite(config.commitment) and config.commitment >= 0):

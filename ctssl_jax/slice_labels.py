@@ -14,7 +14,8 @@ from flax import nnx
 from ctssl_jax import augmentations, losses
 from ctssl_jax.data import Targets
 from ctssl_jax.models import classifier, se_resnext
-from ctssl_jax.task_interface import Architecture, StepOutput, Task, model_config, to_unit_images
+from ctssl_jax.ops.images import to_unit_images
+from ctssl_jax.task_interface import Architecture, StepOutput, Task, model_config
 from data_prep.system.errors import InputError
 
 SLICES = ("all", "middle")

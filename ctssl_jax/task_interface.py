@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from ctssl_jax import metrics
 from ctssl_jax.data import Targets
+from ctssl_jax.ops.images import to_unit_images
 from data_prep.system.errors import InputError
 
 
@@ -78,24 +77,6 @@ class Architecture(NamedTuple):
     build: Callable
     call: Callable
     flops: Callable
-
-
-def to_unit_images(images: jax.Array, channels: int, normalize: str) -> jax.Array:
-    """Grey values to the model's input range.
-
-    Args:
-      images: [B, H, W, C] uint8, windowed: 0 is the lower end of the window, 255 the upper.
-      channels: of the model; one grey channel is copied to three if the model wants three.
-      normalize: `window` keeps the affine map from HU, the same for every slice; `slice_minmax` stretches each slice
-        from its own minimum to its own maximum (the authors' release).
-
-    Returns:
-      [B, H, W, channels] float32 in [0, 1].
-    """
-    unit = images.astype(jnp.float32) / 255
-    if normalize == "slice_minmax":
-        unit = metrics.to_unit_range(unit, rescale=True)
-    return jnp.broadcast_to(unit, (*unit.shape[:-1], channels)) if unit.shape[-1] == 1 else unit
 
 
 def item_slices(images: jax.Array, index: int, config: ml_collections.ConfigDict) -> jax.Array:

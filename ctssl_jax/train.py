@@ -72,16 +72,16 @@ def _train(
         distributed,
         estimate,
         health,
-        metrics,
         pictures,
         training,
         transplant,
     )
     from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore
+    from ctssl_jax.models.quantizer import codebook_use
     from ctssl_jax.reports import Reports, duration, read_reports, say
     from ctssl_jax.tasks import get_task
     from ctssl_jax.torch_bridge import imagenet_weights
-    from data_prep import dataset as dataset_directory
+    from data_prep.dataset import Dataset
 
     # ---- What is asked for, and can it work? ------------------------------------------------------------------------
     devices = jax.devices() if devices is None else devices
@@ -97,10 +97,9 @@ def _train(
         preparation, channels = configuration.check_dataset(config, ("train", "validation"))
         task = get_task(config.task)
         what = (channels, task.offsets(config), task.targets(config))
-        train_source = data.open_source(
-            config.dataset, "train", *what, fraction=config.train_fraction, seed=config.seed
-        )
-        validation_source = data.open_source(config.dataset, "validation", *what)
+        dataset = Dataset.open(config.dataset)
+        train_source = data.open_source(dataset, "train", *what, fraction=config.train_fraction, seed=config.seed)
+        validation_source = data.open_source(dataset, "validation", *what)
         configuration.check_targets(config, train_source)
         _, *abstract_model = training.abstract_model(config, task)
         fresh = workdir is None or not holds_checkpoint(workdir)
@@ -121,7 +120,7 @@ def _train(
         let_pass = ""
         if donor is not None:
             held_out = {volume["patient_id"] for volume in validation_source.volumes}
-            held_out |= {volume["patient_id"] for volume in dataset_directory.read_volumes(config.dataset, "test")}
+            held_out |= {volume["patient_id"] for volume in dataset.volumes("test")}
             let_pass = transplant.check_leakage(config, donor, preparation["key_fingerprint"], held_out)
     with distributed.refusing_together():
         if process == 0 and workdir is not None:
@@ -235,7 +234,7 @@ def _train(
             return None
         means = {name: float(values.mean(dtype=float)) for name, values in result.scores.items()}
         training.check_finite(means["loss"], step, workdir, checkpoints.last_step)
-        use = metrics.codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)
+        use = codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)
         means |= {name: value for name, value in use.items() if name != "embedding_dim"}
         reports.write("validation", step, means)
         shown = training.render_pictures(program, state, fixed_slices, num_pictures)
@@ -279,7 +278,7 @@ def _train(
                 means |= {"slices_per_second": speed, "waiting_for_data": feed.waited / (now - clock)}
                 training_seconds += now - clock
                 clock, clock_step, feed.waited = now, step, 0.0
-                means |= metrics.codebook_use(code_counts)
+                means |= codebook_use(code_counts)
                 reports.write("train", step, means)
                 reports.write("gradient_norm", step, layer_gradient_norms)
                 left = (config.num_steps - step) * training_seconds / (step - start_step)
@@ -329,9 +328,9 @@ def start(given: flags.FlagValues) -> bool:
         raise InputError(f"--config={name}: no such file; recipes are in configs/") from None
     configure_jax()
     from ctssl_jax import distributed, lost_host
-    from data_prep import dataset as dataset_directory
+    from data_prep.dataset import Dataset
 
-    dataset_directory.local_directory(config.dataset, ("train", "validation"))  # from a store: before others wait
+    Dataset.open(config.dataset, ("train", "validation"))  # from a store: before others wait
 
     distributed.initialize(
         given.distributed,

@@ -19,9 +19,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
-from ctssl_jax import distributed, metrics
+from ctssl_jax import distributed
 from ctssl_jax.checkpoint import flatten, restore
 from ctssl_jax.corruptions import example_keys
+from ctssl_jax.ops.embeddings import moments
 from ctssl_jax.task_interface import Task
 from data_prep.system.errors import RunFailed
 
@@ -305,7 +306,7 @@ def make_program(config: ml_collections.ConfigDict, task: Task, channels: int, m
         }
         totals = {
             "code_counts": output.code_counts,
-            "embedding_moments": metrics.moments(output.embedding, batch["weight"]),
+            "embedding_moments": moments(output.embedding, batch["weight"]),
         }
         return slices, totals, output.pictures
 
@@ -461,7 +462,7 @@ class SplitScores(NamedTuple):
     scores: `loss` and the task's scores, each [N] float32.
     classes: `label` [N] int32 and `probabilities` [N, K] float32; None unless the task predicts a label.
     code_counts: [num_codes] float64, over the split; None without a codebook.
-    embedding_moments: sums over the slices' embeddings, see `metrics.moments`.
+    embedding_moments: sums over the slices' embeddings, see `ops.embeddings.moments`.
     """
 
     record_index: np.ndarray

@@ -11,8 +11,8 @@ from example_dataset import change_preparation, write_example_dataset
 from training_runs import command, start, tiny_config, train_on
 
 from ctssl_jax import configuration
-from data_prep.dataset import DatasetError, read_preparation
-from data_prep.system.errors import InputError
+from data_prep.dataset import Dataset
+from data_prep.system.errors import DatasetError, InputError
 
 WRONG_FIELDS = {
     "dataset": ("", "config.dataset is empty; give --config.dataset=DIR"),
@@ -100,7 +100,7 @@ def test_folders_that_cannot_be_run_directories(tiny_dataset, tmp_path):
 
 
 def test_a_run_that_ended_at_its_very_start_is_begun_anew(tiny_dataset, tmp_path):
-    config, preparation = tiny_config(tiny_dataset), read_preparation(tiny_dataset)
+    config, preparation = tiny_config(tiny_dataset), Dataset.open(tiny_dataset).preparation
     for name in ("preparation.json", "patients.json.tmp"):
         (tmp_path / name).write_text("{")
     configuration.check_resumable(tmp_path, config, preparation)
@@ -121,6 +121,7 @@ def test_tracebacks_that_libraries_log_are_shown_on_request_only():
 import asyncio
 from absl import logging
 from data_prep.system import command_line
+from data_prep.system.errors import RunFailed
 class Late:  # as TensorStore's threads after a save that failed
     def __del__(self):
         loop = asyncio.new_event_loop()

@@ -11,7 +11,7 @@ import pytest
 from training_runs import PROJECT, save_untrained, saved_state, start, tiny_config, tiny_recipe, train_on
 
 from ctssl_jax.evaluate import evaluate
-from data_prep.dataset import read_volumes
+from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError, RunFailed
 from tests import dicom_files
 
@@ -73,7 +73,7 @@ def test_folder(exported, runs, tiny_dataset):
     for text in ("CC0-1.0", "level 50 / width 350 HU", "masked_mse", "Not a medical device"):
         assert text in card
     everything = b"".join(path.read_bytes() for path in exported.iterdir())
-    patients = {volume[name] for volume in read_volumes(tiny_dataset) for name in ("patient_id", "volume_id")}
+    patients = {volume[name] for volume in Dataset.open(tiny_dataset).volumes() for name in ("patient_id", "volume_id")}
     for secret in (*patients, str(tiny_dataset), str(runs)):
         assert secret.encode() not in everything
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from training_runs import losses, tiny_config, train_on
 
-from ctssl_jax import health, metrics, reports, training
+from ctssl_jax import health, reports, training
 from ctssl_jax.data import open_source, training_batches
 from ctssl_jax.distributed import make_mesh
 from ctssl_jax.evaluate import evaluate, table
+from ctssl_jax.ops.embeddings import effective_rank, moments
 from ctssl_jax.tasks import get_task
+from data_prep.dataset import Dataset
 
 
 def rank_of(embeddings, batch=7):
@@ -20,9 +22,9 @@ def rank_of(embeddings, batch=7):
         part = embeddings[start : start + batch]
         weight = np.pad(np.ones(len(part), np.float32), (0, batch - len(part)))
         part = np.pad(part, ((0, batch - len(part)), (0, 0)), constant_values=9)
-        sums = jax.device_get(metrics.moments(jnp.asarray(part), jnp.asarray(weight)))
+        sums = jax.device_get(moments(jnp.asarray(part), jnp.asarray(weight)))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
-    return metrics.effective_rank(total)
+    return effective_rank(total)
 
 
 def test_effective_rank_by_hand():
@@ -97,7 +99,7 @@ def test_gradient_norms_of_layers_are_means_over_steps(tiny_dataset):
     """Of two steps in two parts each: the mean of both steps' norms, which squared and summed give the whole norm."""
     config = tiny_config(tiny_dataset, microbatches=2)
     program = training.make_program(config, get_task(config.task), 1, make_mesh(jax.devices()[:1]))
-    source = open_source(tiny_dataset, "train", (0,), (0,))
+    source = open_source(Dataset.open(tiny_dataset), "train", (0,), (0,))
 
     def reports_of(*steps):
         state, taken = program.initial_state(), []

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctssl_jax import overlap
+from ctssl_jax.ops import overlap
+from ctssl_jax.stats.volumes import overlap_summary
 from data_prep.system.errors import InputError
 
 
@@ -34,7 +35,7 @@ def test_counts_on_the_device():
 def test_levels():
     both, predicted, target = [2, 0, 0, 0, 4], [4, 0, 2, 0, 4], [4, 0, 0, 8, 4]
     volumes, patients = ["v1", "v1", "v2", "v3", "v3"], ["a", "a", "a", "b", "b"]
-    found = overlap.overlap_summary(both, predicted, target, volumes, patients, num_resamples=200)
+    found = overlap_summary(both, predicted, target, volumes, patients, num_resamples=200)
     expected = {
         "dice/slice": (0.5 + 1 + 0 + 0 + 1) / 5,
         "dice/volume": (2 * 2 / 8 + 0 + 2 * 4 / 16) / 3,
@@ -58,6 +59,6 @@ def test_wrong_counts():
         (([-1, 0], [1, 1], [2, 1]), "below 0"),
     ):
         with pytest.raises(InputError, match=message):
-            overlap.overlap_summary(*changed, ["v", "v"], ["p", "p"])
+            overlap_summary(*changed, ["v", "v"], ["p", "p"])
     with pytest.raises(InputError, match="at least one slice"):
-        overlap.overlap_summary([], [], [], [], [])
+        overlap_summary([], [], [], [], [])

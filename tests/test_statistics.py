@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from ctssl_jax import binary_metrics, bootstrap, comparisons, subgroups
+from ctssl_jax import comparisons
 from ctssl_jax.predictions import Predictions
+from ctssl_jax.stats import binary, bootstrap, subgroups
 from data_prep.system.errors import InputError
 
 
@@ -29,75 +30,75 @@ def test_ranked_measures_equal_scikit_learn_with_weights():
         labels = random.integers(0, 2, 60)
         probabilities = np.round(random.random(60), 1)  # many ties
         weights = random.integers(0, 4, 60).astype(float)
-        found = binary_metrics.binary_statistic(labels, probabilities)(weights)
+        found = binary.binary_statistic(labels, probabilities)(weights)
         assert found["auroc"] == pytest.approx(roc_auc_score(labels, probabilities, sample_weight=weights))
         expected = average_precision_score(labels, probabilities, sample_weight=weights)
         assert found["average_precision"] == pytest.approx(expected)
 
 
 def test_measures_by_hand():
-    found = binary_metrics.binary_statistic([1, 0, 1, 0], [0.9, 0.8, 0.3, 0.1], 0.5)(np.ones(4))
+    found = binary.binary_statistic([1, 0, 1, 0], [0.9, 0.8, 0.3, 0.1], 0.5)(np.ones(4))
     assert found["auroc"] == 0.75  # of four pairs one is the wrong way round
     assert found["average_precision"] == pytest.approx((1 + 2 / 3) / 2)
     assert found["brier"] == pytest.approx((0.01 + 0.64 + 0.49 + 0.01) / 4)
     assert found["ece"] == pytest.approx((0.1 + 0.8 + 0.7 + 0.1) / 4)  # each in a bin of its own
     assert (found["sensitivity"], found["specificity"]) == (0.5, 0.5)
-    twice = binary_metrics.binary_statistic([1, 0, 1, 0], [0.9, 0.8, 0.3, 0.1], 0.5)(np.array([3.0, 1, 1, 0]))
+    twice = binary.binary_statistic([1, 0, 1, 0], [0.9, 0.8, 0.3, 0.1], 0.5)(np.array([3.0, 1, 1, 0]))
     assert (twice["sensitivity"], twice["specificity"]) == (0.75, 0)
 
 
 def test_calibration_error_cancels_within_a_bin_and_not_between_bins():
-    shared = binary_metrics.binary_statistic([1, 0], [0.5, 0.5])(np.ones(2))
+    shared = binary.binary_statistic([1, 0], [0.5, 0.5])(np.ones(2))
     assert shared["ece"] == 0
-    found = binary_metrics.binary_statistic([1, 1, 0, 0], [1.0, 0.95, 0.0, 0.05])(np.ones(4))
+    found = binary.binary_statistic([1, 1, 0, 0], [1.0, 0.95, 0.0, 0.05])(np.ones(4))
     assert found["ece"] == pytest.approx((0.05 + 0.05) / 4)  # 1 belongs to the last of 15 bins, 0 to the first
 
 
 def test_the_threshold_counts_as_positive_and_one_class_is_undefined():
-    found = binary_metrics.binary_statistic([1, 1], [0.5, 0.4], 0.5)(np.ones(2))
+    found = binary.binary_statistic([1, 1], [0.5, 0.4], 0.5)(np.ones(2))
     assert found["sensitivity"] == 0.5
     assert math.isnan(found["specificity"]) and math.isnan(found["auroc"]) and found["average_precision"] == 1
-    none = binary_metrics.binary_statistic([0, 0], [0.5, 0.4], 0.5)(np.ones(2))
+    none = binary.binary_statistic([0, 0], [0.5, 0.4], 0.5)(np.ones(2))
     assert math.isnan(none["average_precision"]) and math.isnan(none["sensitivity"]) and none["specificity"] == 0.5
 
 
 def test_youden_threshold():
     labels, probabilities, _ = predictions_of_patients()
-    threshold = binary_metrics.youden_threshold(labels, probabilities)
+    threshold = binary.youden_threshold(labels, probabilities)
     assert threshold not in probabilities  # half-way
     false, true, _ = roc_curve(labels, probabilities)
-    found = binary_metrics.binary_statistic(labels, probabilities, threshold)(np.ones(len(labels)))
+    found = binary.binary_statistic(labels, probabilities, threshold)(np.ones(len(labels)))
     assert found["sensitivity"] + found["specificity"] - 1 == pytest.approx(np.max(true - false))
-    assert binary_metrics.youden_threshold([0, 1, 0, 1], [0.1, 0.9, 0.3, 0.7]) == 0.5
-    assert binary_metrics.youden_threshold([0, 1], [0.4, 0.4]) == 0.4  # nothing can be told: everything is positive
+    assert binary.youden_threshold([0, 1, 0, 1], [0.1, 0.9, 0.3, 0.7]) == 0.5
+    assert binary.youden_threshold([0, 1], [0.4, 0.4]) == 0.4  # nothing can be told: everything is positive
     with pytest.raises(InputError, match="all validation labels are the same"):
-        binary_metrics.youden_threshold([1, 1], [0.2, 0.3])
+        binary.youden_threshold([1, 1], [0.2, 0.3])
 
 
 def test_exam_scores():
     probabilities, exam = [0.1, 0.9, 0.5, 0.2, 0.4], [1, 0, 1, 0, 0]
-    np.testing.assert_allclose(binary_metrics.exam_scores(probabilities, exam, 2), [0.9, 0.5])
-    np.testing.assert_allclose(binary_metrics.exam_scores(probabilities, exam, 2, top_k=2), [0.65, 0.3])
-    np.testing.assert_allclose(binary_metrics.exam_scores(probabilities, exam, 2, top_k=9), [0.5, 0.3])
-    np.testing.assert_array_equal(binary_metrics.exam_scores([0, 1, 0, 0, 0], exam, 2), [1, 0])
+    np.testing.assert_allclose(binary.exam_scores(probabilities, exam, 2), [0.9, 0.5])
+    np.testing.assert_allclose(binary.exam_scores(probabilities, exam, 2, top_k=2), [0.65, 0.3])
+    np.testing.assert_allclose(binary.exam_scores(probabilities, exam, 2, top_k=9), [0.5, 0.3])
+    np.testing.assert_array_equal(binary.exam_scores([0, 1, 0, 0, 0], exam, 2), [1, 0])
     with pytest.raises(InputError, match="every one of the 3 exams needs a slice"):
-        binary_metrics.exam_scores(probabilities, exam, 3)
+        binary.exam_scores(probabilities, exam, 3)
     with pytest.raises(InputError, match="top_k=0"):
-        binary_metrics.exam_scores(probabilities, exam, 2, top_k=0)
+        binary.exam_scores(probabilities, exam, 2, top_k=0)
 
 
 def test_several_classes():
     labels = np.array([0, 0, 1, 1, 2, 2])
     probabilities = np.array([[0.8, 0.1, 0.1], [0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1],
                               [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]])  # fmt: skip
-    statistic = binary_metrics.multiclass_statistic(labels, probabilities, ["a", "b", "c"])
+    statistic = binary.multiclass_statistic(labels, probabilities, ["a", "b", "c"])
     found = statistic(np.ones(6))
     assert found["auroc/a"] == 7 / 8 and found["auroc/c"] == 1 and found["accuracy"] == 5 / 6
     expected = roc_auc_score(labels, probabilities, multi_class="ovr")
     assert found["auroc"] == pytest.approx(expected)
     assert math.isnan(statistic(np.array([1.0, 1, 1, 1, 0, 0]))["auroc"])  # a draw that lacks a class
     four = np.concatenate([probabilities * 0.9, np.full((6, 1), 0.1)], axis=1)
-    with_absent = binary_metrics.multiclass_statistic(labels, four, ["a", "b", "c", "d"])(np.ones(6))
+    with_absent = binary.multiclass_statistic(labels, four, ["a", "b", "c", "d"])(np.ones(6))
     assert math.isnan(with_absent["auroc/d"]) and with_absent["auroc"] == pytest.approx(expected)
 
 
@@ -113,20 +114,20 @@ def test_several_classes():
 )
 def test_wrong_predictions(labels, probabilities, message):
     with pytest.raises(InputError, match=message):
-        binary_metrics.binary_statistic(labels, probabilities)
+        binary.binary_statistic(labels, probabilities)
 
 
 def test_wrong_requests():
     with pytest.raises(InputError, match="need a threshold"):
-        binary_metrics.binary_statistic([0, 1], [0.1, 0.2], names=["sensitivity"])
+        binary.binary_statistic([0, 1], [0.1, 0.2], names=["sensitivity"])
     with pytest.raises(InputError, match="choose of auroc"):
-        binary_metrics.binary_statistic([0, 1], [0.1, 0.2], names=["f1"])
+        binary.binary_statistic([0, 1], [0.1, 0.2], names=["f1"])
     with pytest.raises(InputError, match="1 patient_ids for 2 labels"):
-        binary_metrics.binary_summary([0, 1], [0.1, 0.2], ["p"])
+        binary.binary_summary([0, 1], [0.1, 0.2], ["p"])
     with pytest.raises(InputError, match="do not fit 2 labels of 3 classes"):
-        binary_metrics.multiclass_statistic([0, 1], [[0.5, 0.5], [0.5, 0.5]], ["a", "b", "c"])
+        binary.multiclass_statistic([0, 1], [[0.5, 0.5], [0.5, 0.5]], ["a", "b", "c"])
     with pytest.raises(InputError, match="labels must be 0 to 1"):
-        binary_metrics.multiclass_statistic([0, 2], [[0.5, 0.5], [0.5, 0.5]], ["a", "b"])
+        binary.multiclass_statistic([0, 2], [[0.5, 0.5], [0.5, 0.5]], ["a", "b"])
     with pytest.raises(InputError, match="no slice or volume"):
         bootstrap.patient_bootstrap(lambda weights: {}, [])
 
@@ -171,29 +172,29 @@ def test_intervals_cover_the_truth():
         labels = np.arange(200) % 2
         probabilities = 1 / (1 + np.exp(-random.normal(size=200) - 1.5 * labels))
         patients = [f"p{number}" for number in range(200)]
-        statistic = binary_metrics.binary_statistic(labels, probabilities, names=["auroc"])
+        statistic = binary.binary_statistic(labels, probabilities, names=["auroc"])
         found = bootstrap.summaries(statistic, patients, {"auroc": ""}, num_resamples=200)["auroc"]
         covered += found["ci95"][0] <= truth <= found["ci95"][1]
     assert 53 <= covered <= 60
 
 
 def test_undefined_draws_are_dropped_and_counted():
-    found = binary_metrics.binary_summary([1, 0, 0], [0.9, 0.2, 0.4], ["a", "b", "c"], num_resamples=1000)
+    found = binary.binary_summary([1, 0, 0], [0.9, 0.2, 0.4], ["a", "b", "c"], num_resamples=1000)
     auroc = found["auroc"]
     assert auroc["mean"] == 1 and auroc["ci95"] == [1, 1]
     # of 27 draws 8 lack the positive and 1 has nothing else
     assert auroc["num_undefined_draws"] == pytest.approx(1000 * 9 / 27, abs=50)
     assert found["brier"]["num_undefined_draws"] == 0
-    alone = binary_metrics.binary_summary([1, 0], [0.9, 0.2], ["a", "a"], 0.5, num_resamples=10)
+    alone = binary.binary_summary([1, 0], [0.9, 0.2], ["a", "a"], 0.5, num_resamples=10)
     assert all(value["ci95"] is None and value["num_patients"] == 1 for value in alone.values())
-    one_class = binary_metrics.binary_summary([0, 0], [0.9, 0.2], ["a", "b"], num_resamples=10)["auroc"]
+    one_class = binary.binary_summary([0, 0], [0.9, 0.2], ["a", "b"], num_resamples=10)["auroc"]
     assert one_class["mean"] is None and one_class["ci95"] is None
 
 
 def test_summary_of_slices():
     labels, probabilities, patient_ids = predictions_of_patients()
-    found = binary_metrics.binary_summary(labels, probabilities, patient_ids, 0.5, volume_ids=patient_ids)
-    assert set(found) == set(binary_metrics.UNITS)
+    found = binary.binary_summary(labels, probabilities, patient_ids, 0.5, volume_ids=patient_ids)
+    assert set(found) == set(binary.MEASURES)
     for name, value in found.items():
         assert set(value) == {"mean", "sd", "ci95", "num_slices", "num_volumes", "num_patients", "unit",
                               "num_undefined_draws"}  # fmt: skip
@@ -207,7 +208,7 @@ def test_summary_of_slices():
 def test_the_paired_interval_is_narrower_than_the_arms_own():
     labels, probabilities, patient_ids = predictions_of_patients()
     worse = np.clip(probabilities + np.random.default_rng(1).normal(0, 0.1, len(labels)), 0, 1)
-    arms = [binary_metrics.binary_statistic(labels, arm, names=["auroc"]) for arm in (probabilities, worse)]
+    arms = [binary.binary_statistic(labels, arm, names=["auroc"]) for arm in (probabilities, worse)]
     found = comparisons.paired_difference([arms[0]], [arms[1]], patient_ids, num_resamples=500)
     assert found["a"] == pytest.approx(roc_auc_score(labels, probabilities))
     assert found["b"] == pytest.approx(roc_auc_score(labels, worse))
@@ -220,9 +221,9 @@ def test_the_paired_interval_is_narrower_than_the_arms_own():
 
 def test_p_values():
     labels, probabilities, patient_ids = predictions_of_patients(signal=3)
-    arm = binary_metrics.binary_statistic(labels, probabilities, names=["auroc"])
+    arm = binary.binary_statistic(labels, probabilities, names=["auroc"])
     noise = np.random.default_rng(1).random(len(labels))
-    chance = binary_metrics.binary_statistic(labels, noise, names=["auroc"])
+    chance = binary.binary_statistic(labels, noise, names=["auroc"])
     same = comparisons.paired_difference([arm], [arm], patient_ids, num_resamples=99)
     assert same["p"] == 1 and same["ci95"] == [0, 0]
     better = comparisons.paired_difference([arm, arm], [chance], patient_ids, num_resamples=99)

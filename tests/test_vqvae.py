@@ -356,3 +356,22 @@ def test_a_few_steps_lower_the_loss():
         params = jax.tree.map(lambda p, g: p - 0.05 * g, params, gradients)
         losses.append(float(loss))
     assert np.mean(losses[-3:]) < 0.5 * losses[0]
+
+
+def test_code_statistics():
+    codes = jnp.array([[[0, 1], [1, 3]], [[2, 2], [2, 2]]])
+    np.testing.assert_array_equal(quantizer.code_counts(codes, 5), [1, 2, 4, 1, 0])
+    counts = quantizer.code_counts(codes, 5, weight=jnp.array([1.0, 0.0]))
+    np.testing.assert_array_equal(counts, [1, 2, 0, 1, 0])
+    assert quantizer.used_codes(counts) == 3
+    assert quantizer.perplexity(counts) == pytest.approx(2**1.5)
+    assert quantizer.perplexity(np.ones(64)) == pytest.approx(64)
+    assert quantizer.perplexity(np.eye(8)[0]) == pytest.approx(1)
+    assert quantizer.perplexity(np.zeros(8)) == 0
+
+
+def test_codebook_use():
+    assert quantizer.codebook_use(np.array([2.0, 2.0, 0.0])) == {
+        "perplexity": pytest.approx(2), "used_codes": 2, "dead_codes": 1,
+    }  # fmt: skip
+    assert quantizer.codebook_use(None) == {}

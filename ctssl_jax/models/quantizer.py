@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 KMEANS_ITERATIONS = 10
@@ -198,3 +199,37 @@ class VectorQuantizer(nnx.Module):
         self.steps[...] = steps
         self.initialised[...] = jnp.ones((), bool)
         return codes, codebook
+
+
+def code_counts(codes: jax.Array, num_codes: int, weight: jax.Array | None = None) -> jax.Array:
+    """How often each code occurs: codes [B, h, w] int32 -> [num_codes] float32.
+
+    Args:
+        weight: [B], 0 for padded examples; None counts every example once.
+    """
+    weight = jnp.ones(len(codes), jnp.float32) if weight is None else weight.astype(jnp.float32)
+    weights = jnp.broadcast_to(weight[:, None, None], codes.shape)
+    return sum_by_code(weights.reshape(-1, 1), codes.reshape(-1), num_codes)[:, 0]
+
+
+def perplexity(counts: jax.Array | np.ndarray) -> float:
+    """Exponential of the entropy of the code frequencies: [K] -> 1 (one code used) to K (all used equally);
+    0 without codes."""
+    counts = np.asarray(counts, np.float64)
+    if counts.sum() == 0:
+        return 0.0
+    frequency = counts[counts > 0] / counts.sum()
+    return float(np.exp(-np.sum(frequency * np.log(frequency))))
+
+
+def used_codes(counts: jax.Array | np.ndarray) -> int:
+    """Number of codes that occur at least once: [K] -> int."""
+    return int(np.count_nonzero(np.asarray(counts) > 0))
+
+
+def codebook_use(counts: jax.Array | np.ndarray | None) -> dict[str, float]:
+    """`perplexity`, `used_codes`, `dead_codes` of code counts [K]; empty for None, a model without a codebook."""
+    if counts is None:
+        return {}
+    used = used_codes(counts)
+    return {"perplexity": perplexity(counts), "used_codes": used, "dead_codes": len(counts) - used}

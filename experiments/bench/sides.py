@@ -11,8 +11,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from ctssl_jax import losses, metrics
+from ctssl_jax import losses
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
+from ctssl_jax.ops.images import ssim, to_unit_range
 
 LEARNING_RATE = 1e-3
 BETA = 0.25
@@ -57,7 +58,7 @@ def loss_of(graph, params, variables, batch: Batch) -> tuple[jax.Array, Any]:
     loss = WEIGHTS["mse"] * losses.mse(prediction, target)
     loss += WEIGHTS["masked_mse"] * losses.masked_mse(prediction, target, batch.region)
     loss += WEIGHTS["vq"] * losses.vector_quantization_loss(output.codebook_loss, output.commitment_loss, BETA)
-    loss -= WEIGHTS["ssim"] * metrics.ssim(metrics.to_unit_range(prediction), target)
+    loss -= WEIGHTS["ssim"] * ssim(to_unit_range(prediction), target)
     return jnp.mean(loss), nnx.state(model, nnx.Not(nnx.Param))
 
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ctssl_jax import bootstrap
-from ctssl_jax.binary_metrics import UNITS, binary_statistic
+from ctssl_jax.stats import bootstrap
+from ctssl_jax.stats.binary import binary_statistic
+from ctssl_jax.stats.units import UNITS
 from data_prep.system.errors import InputError
 
 LEAST_PATIENTS = 5  # with a positive, and with a negative, item: below, a group's number says nothing
@@ -37,7 +38,7 @@ def performance_by_group(
       probabilities: [N] in [0, 1].
       patient_ids: N patients.
       groups: N names; "" where it is not known, which belongs to no group.
-      metric: of `binary_metrics.UNITS`.
+      metric: of `binary.MEASURES`.
       threshold: of sensitivity and specificity, from validation data: the same for all groups.
       num_resamples, seed: of `bootstrap.patient_bootstrap`.
 

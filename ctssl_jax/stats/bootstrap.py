@@ -1,22 +1,32 @@
 """Confidence intervals whose unit is the patient.
 
-Slices and volumes of a patient are not independent, so whole patients are drawn with replacement, each with everything
-that is theirs. A draw is a weight for every item: how often its patient was drawn. A statistic is a function of these
-weights, [N] float64 -> name -> value, so that sorting and binning are done once and not in every draw; NaN says that it
-is undefined (a draw with one class only). Such draws are left out of the interval, and counted.
+Slices and volumes of a patient are not independent, so whole patients are drawn with replacement, each with all of
+their slices. A draw is a weight for every item: how often its patient was drawn. A statistic is a function of these
+weights, [N] float64 -> name -> value. Sorting and binning are therefore done once and not in every draw. NaN says that
+the statistic is undefined (a draw with one class only). Such draws are left out of the interval, and counted.
 
 The intervals say how much a result depends on which patients were tested, not on the seed of training: average several
 seeds, and report their spread beside it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from data_prep.system.errors import InputError
 
 Statistic = Callable[[np.ndarray], dict[str, float]]
+
+
+def draw_patients(num_patients: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Draws of as many patients as there are, with replacement: [num_patients] int in [0, num_patients) each.
+
+    Equal seeds and numbers of patients give equal draws, whatever is computed from them.
+    """
+    random = np.random.default_rng(seed)
+    for _ in range(num_resamples):
+        yield random.integers(0, num_patients, num_patients)
 
 
 def patient_bootstrap(
@@ -28,7 +38,7 @@ def patient_bootstrap(
       statistic: weights [N] float64 -> values; NaN where undefined.
       patient_ids: N patients, one an item.
       num_resamples: draws.
-      seed: of the draws; equal seeds and patients give equal draws, whatever the statistic.
+      seed: of `draw_patients`.
 
     Returns:
       Values with all weights 1, and name -> [num_resamples] float64 of the draws.
@@ -39,11 +49,10 @@ def patient_bootstrap(
     if len(patient_ids) == 0:
         raise InputError("no slice or volume to draw patients from; give a split that is not empty")
     patients, patient_index = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
-    random = np.random.default_rng(seed)
     estimates = statistic(np.ones(len(patient_index)))
     draws = {name: np.empty(num_resamples) for name in estimates}
-    for number in range(num_resamples):
-        times_drawn = np.bincount(random.integers(0, len(patients), len(patients)), minlength=len(patients))
+    for number, drawn in enumerate(draw_patients(len(patients), num_resamples, seed)):
+        times_drawn = np.bincount(drawn, minlength=len(patients))
         for name, value in statistic(times_drawn.astype(np.float64)[patient_index]).items():
             draws[name][number] = value
     return estimates, draws
@@ -70,7 +79,7 @@ def summaries(
     Args:
       statistic: weights [N] float64 -> values; NaN where undefined.
       patient_ids: N patients, one an item.
-      units: name -> what the number is.
+      units: name -> unit of the number.
       num_resamples, seed: of `patient_bootstrap`.
       volume_ids: N volumes if the items are slices; None if each item is a volume.
 
@@ -83,10 +92,10 @@ def summaries(
     counts = {"num_volumes": len(patient_ids), "num_patients": len(set(patient_ids))}
     if volume_ids is not None:
         counts = {"num_slices": len(patient_ids), **counts, "num_volumes": len(set(volume_ids))}
-    found = {}
+    summary = {}
     for name, value in estimates.items():
         bounds, undefined = interval(draws[name])
-        found[name] = {
+        summary[name] = {
             "mean": None if math.isnan(value) else float(value),
             "sd": None,
             "ci95": bounds if counts["num_patients"] > 1 and not math.isnan(value) else None,
@@ -94,7 +103,7 @@ def summaries(
             "num_undefined_draws": undefined,
             "unit": units[name],
         }
-    return found
+    return summary
 
 
 def mean_over(statistics: Sequence[Statistic]) -> Statistic:

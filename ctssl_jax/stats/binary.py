@@ -10,18 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctssl_jax import bootstrap
+from ctssl_jax.stats import bootstrap
+from ctssl_jax.stats.units import CALIBRATION_BINS, UNITS
 from data_prep.system.errors import InputError
 
-CALIBRATION_BINS = 15
-UNITS = {
-    "auroc": "area under the ROC curve, ties counting half",
-    "average_precision": "area under the precision-recall curve as sum of steps (AUPRC)",
-    "brier": "mean squared difference of probability and label",
-    "ece": f"expected calibration error of the positive class, {CALIBRATION_BINS} equal-width bins",
-    "sensitivity": "share of positives called positive, at the threshold fixed on validation",
-    "specificity": "share of negatives called negative, at the threshold fixed on validation",
-}
+AT_THRESHOLD = ("sensitivity", "specificity")
+MEASURES = ("auroc", "average_precision", "brier", "ece", *AT_THRESHOLD)
 
 
 def check_predictions(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +129,7 @@ def binary_statistic(
       labels: [N] 0 or 1.
       probabilities: [N] in [0, 1].
       threshold: of sensitivity and specificity, from `youden_threshold` of validation data.
-      names: of `UNITS`; None takes all, without sensitivity and specificity if there is no threshold.
+      names: of `MEASURES`; None takes all, without sensitivity and specificity if there is no threshold.
 
     Returns:
       Weights [N] -> name -> float; NaN where undefined.
@@ -144,12 +138,11 @@ def binary_statistic(
       InputError: as `check_predictions`, an unknown name, or sensitivity without a threshold.
     """
     positive, probabilities = check_predictions(labels, probabilities)
-    at_threshold = ("sensitivity", "specificity")
     if names is None:
-        names = [name for name in UNITS if threshold is not None or name not in at_threshold]
-    if not set(names) <= set(UNITS):
-        raise InputError(f"measures {', '.join(names)}: choose of {', '.join(UNITS)}")
-    if threshold is None and set(names) & set(at_threshold):
+        names = [name for name in MEASURES if threshold is not None or name not in AT_THRESHOLD]
+    if not set(names) <= set(MEASURES):
+        raise InputError(f"measures {', '.join(names)}: choose of {', '.join(MEASURES)}")
+    if threshold is None and set(names) & set(AT_THRESHOLD):
         raise InputError(
             "sensitivity and specificity need a threshold; take youden_threshold of validation predictions"
         )
@@ -164,21 +157,21 @@ def binary_statistic(
         return float(weights[chosen & right].sum() / total) if total > 0 else math.nan
 
     def values(weights: np.ndarray) -> dict[str, float]:
-        found = {}
+        scores = {}
         if "auroc" in names or "average_precision" in names:
             counts = curve(ranking, weights)
             of_curve = {"auroc": auroc, "average_precision": average_precision}
-            found |= {name: measure(counts) for name, measure in of_curve.items() if name in names}
+            scores |= {name: measure(counts) for name, measure in of_curve.items() if name in names}
         if "brier" in names:
-            found["brier"] = float(weights @ squared_error / weights.sum())
+            scores["brier"] = float(weights @ squared_error / weights.sum())
         if "ece" in names:
             gaps = np.bincount(bins, weights * error, CALIBRATION_BINS)
-            found["ece"] = float(np.abs(gaps).sum() / weights.sum())
+            scores["ece"] = float(np.abs(gaps).sum() / weights.sum())
         if "sensitivity" in names:
-            found["sensitivity"] = share(weights, positive, called)
+            scores["sensitivity"] = share(weights, positive, called)
         if "specificity" in names:
-            found["specificity"] = share(weights, ~positive, ~called)
-        return {name: found[name] for name in names}
+            scores["specificity"] = share(weights, ~positive, ~called)
+        return {name: scores[name] for name in names}
 
     return values
 
@@ -204,7 +197,7 @@ def binary_summary(
       num_resamples, seed: of `bootstrap.patient_bootstrap`.
 
     Returns:
-      As `bootstrap.summaries`, by the names of `UNITS`.
+      As `bootstrap.summaries`, by the names of `MEASURES`.
 
     Raises:
       InputError: as `check_predictions`, or one patient an item is not given.

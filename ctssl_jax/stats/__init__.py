@@ -1,0 +1,1 @@
+"""Measures and confidence intervals of results: numpy and scikit-learn."""

@@ -1,0 +1,25 @@
+"""What the numbers of a results file are: the `unit` of each measure."""
+
+CALIBRATION_BINS = 15
+UNITS = {
+    # Means over the slices of a volume.
+    "mse": "mean squared difference of grey values in [0, 1]",
+    "masked_mse": "the same over masked pixels, per-pixel mean",
+    "masked_mse_batch_sum": "16 x masked_mse: the sum over a batch of 16 that the authors' release reports",
+    "ssim": "structural similarity, Gaussian 11 x 11, sigma 1.5",
+    "cross_entropy": "natural units, on logits",
+    "double_softmax_cross_entropy": "natural units, softmax applied twice, as the paper's Table II appears to be",
+    "accuracy": "share of slices",
+    "binary_cross_entropy": "natural units, on logits, mean over pixels",
+    "auroc_within_volumes": "one class against the rest over the slices of a volume, mean over classes",
+    # Of a label with two classes.
+    "auroc": "area under the ROC curve, ties counting half",
+    "average_precision": "area under the precision-recall curve as sum of steps (AUPRC)",
+    "brier": "mean squared difference of probability and label",
+    "ece": f"expected calibration error of the positive class, {CALIBRATION_BINS} equal-width bins",
+    "sensitivity": "share of positives called positive, at the threshold fixed on validation",
+    "specificity": "share of negatives called negative, at the threshold fixed on validation",
+    # Of a mask.
+    "dice": "2 |both| / (|predicted| + |true|) at 0.5; both empty 1, one empty 0",
+    "iou": "|both| / |either| at 0.5; both empty 1, one empty 0",
+}
