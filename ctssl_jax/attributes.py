@@ -201,14 +201,15 @@ def _read_attributes(dataset: str, names: list[str] | None, min_patients: int) -
             )
             for split, labels in attribute.labels.items():
                 if len(set(labels[labels >= 0].tolist())) < 2:
-                    raise InputError(
-                        f"--attributes: {name} has fewer than two classes in the {split} split; give a --dataset of "
-                        "more patients, or leave the attribute out"
+                    raise attribute_labels.AttributeRefused(
+                        "--attributes",
+                        f"{name} has fewer than two classes in the {split} split",
+                        "give a --dataset of more patients, or leave the attribute out",
                     )
-        except InputError as error:
+        except attribute_labels.AttributeRefused as error:
             if names is not None:
                 raise
-            refused[name] = str(error).removeprefix("--attributes: ").split(";")[0]
+            refused[name] = error.reason
         else:
             chosen.append(attribute)
     if not chosen:

@@ -21,7 +21,7 @@ from data_prep.dataset__schema import MASK_AREA_COLUMN
 from data_prep.dataset__storage import encode_record, write_records
 from data_prep.dicom import Header, Rejection, Rules, SeriesCandidate, Volume, load_volume
 from data_prep.labels import Labels, NoMask, VolumeLabels
-from data_prep.system.files import write_file
+from data_prep.system.files import read_json, write_file
 from data_prep.window import resize_box, resize_mask, resize_slice, window_to_uint8
 
 _STAGING_OPTIONS = "group_size:1,snappy"  # half the time of the shards' zstd-1 for a fifth more space
@@ -104,7 +104,7 @@ def records_path(records_dir: Path, key: str) -> Path:
 
 
 def read_note(path: Path) -> ExamNote:
-    fields = json.loads(path.read_text())
+    fields = read_json(path)
     return ExamNote(
         key=fields["key"],
         volume=fields["volume"],

@@ -32,7 +32,7 @@ from data_prep.dicom import (
     read_header,
     select_reconstructions,
 )
-from data_prep.system.errors import InputError
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, file_sha256, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
@@ -114,7 +114,7 @@ def plan_buckets(plan_dir: Path, rules: Rules, pool: WorkerPool) -> list[Path]:
     with Progress("planning", "buckets", len(tasks)) as progress:
         for _, result in pool.run(_plan_bucket, tasks):
             if isinstance(result, WorkerDied):
-                raise OSError("planning was killed, probably for memory; run again with a smaller --num_workers")
+                raise RunFailed("planning was killed, probably for memory; run again with a smaller --num_workers")
             progress.advance(1)
     return [plan for _, plan, _ in tasks]
 

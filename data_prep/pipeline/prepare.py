@@ -37,7 +37,15 @@ from data_prep.pipeline.known_splits import (
 from data_prep.pipeline.known_volumes import KnownVolumes
 from data_prep.planning import all_headers, header_reader, list_archive, plan_archive, read_plan
 from data_prep.system.errors import InputError
-from data_prep.system.files import PARTIAL, lock_directory, make_folder, remove_tree, sync_directory, write_file
+from data_prep.system.files import (
+    PARTIAL,
+    lock_directory,
+    make_folder,
+    read_json,
+    remove_tree,
+    sync_directory,
+    write_file,
+)
 from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
@@ -278,7 +286,7 @@ def _option_text(value: Any) -> str:
 def _bound(places: Places) -> dict[str, str]:
     """The archive's `digest`, the dataset's `fingerprint` and its `output_dir` from here; all "" at first."""
     path = places.audit_dir / _BOUND_FILE
-    return {"digest": "", "fingerprint": "", "output_dir": ""} | (json.loads(path.read_text()) if path.exists() else {})
+    return {"digest": "", "fingerprint": "", "output_dir": ""} | (read_json(path) if path.exists() else {})
 
 
 def _relative_output_dir(places: Places) -> str:
@@ -481,7 +489,7 @@ def _write_private(path: Path, content: dict[str, str]) -> None:
 
 def _read_splits(places: Places) -> dict[str, str]:
     path = places.audit_dir / "splits.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _clean(places: Places) -> None:
