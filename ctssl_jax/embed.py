@@ -71,9 +71,12 @@ def embed(
       InputError: no such run, checkpoint or input, data prepared otherwise than the run's, or no volume that is taken.
       RunFailed: the input went away.
     """
-    from ctssl_jax import embedding_files, embedding_inputs, pretrained, scans
+    from ctssl_jax import embedding_files, embedding_inputs, pretrained
     from data_prep.dataset__schema import PREPARATION_FILE
     from data_prep.dataset__storage import write_table
+    from data_prep.raw import scans
+    from data_prep.scan.reasons import FAILED_FOR_NOW
+    from data_prep.scan.rules import Rules
     from data_prep.workers import Progress, usable_cores
 
     # ---- What is asked for, and can it work? ----
@@ -89,7 +92,7 @@ def embed(
     else:
         if split is not None:
             raise InputError(f"--split={split} is of prepared datasets, and --input={input_path} is none; leave it out")
-        rules = rules or scans.Rules()
+        rules = rules or Rules()
         plan = scans.plan_scans(input_path, archive, rules, metadata_csv, num_workers=num_workers)
         make_folder(output.parent, "--output")
         key = embedding_inputs.keep_audit(output.with_suffix(""), plan, key)
@@ -112,7 +115,7 @@ def embed(
             progress.advance(job.num_slices if part.exists() else 0, already_there=True)
         volumes = opened.read([job for job, _ in todo])
         for (job, part), volume in zip(todo, volumes, strict=True):
-            if _is_refused(volume) and volume.reason == scans.FAILED_FOR_NOW:
+            if _is_refused(volume) and volume.reason == FAILED_FOR_NOW:
                 failed[part] = volume
             else:
                 embedding_files.write_part(part, _embedded(model, volume))
@@ -154,7 +157,7 @@ def embed(
 
 def summary(result: dict[str, Any]) -> str:
     """What was embedded, as lines for the screen."""
-    from ctssl_jax.scans import explain
+    from data_prep.raw.scans import explain
 
     slices, volumes, patients = (
         f"{result[f'num_{name}']:,} {name if result[f'num_{name}'] != 1 else name[:-1]}"
@@ -215,7 +218,7 @@ def _embedded(model, volume):
 
 
 def _is_refused(outcome: Any) -> bool:
-    from ctssl_jax.scans import Refused
+    from data_prep.raw.scans import Refused
 
     return isinstance(outcome, Refused)
 

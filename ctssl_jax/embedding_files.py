@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ctssl_jax.scans import Refused
+from data_prep.raw.scans import Refused
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_file, written_whole
 

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ctssl_jax import measurement, scans
-from data_prep import conversion, deidentify
+from ctssl_jax import measurement
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
-from data_prep.pipeline.prepare import default_audit_dir
+from data_prep.privacy import pseudonyms
+from data_prep.raw import scans
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import written_whole
 from data_prep.workers import WorkerDied, WorkerPool
@@ -105,7 +107,7 @@ def _read_dataset(dataset: Path, channels: list[int], jobs: list[Job]) -> Iterat
 
 def open_scans(
     plan: scans.ScanPlan,
-    rules: scans.Rules,
+    rules: Rules,
     key: bytes,
     windows: tuple[tuple[float, float], ...],
     image_size: int,
@@ -122,8 +124,8 @@ def open_scans(
     jobs = []
     for exam in plan.exams:
         files = [(*header.source, header.frame) for candidate in exam for header in candidate.all_headers]
-        digest = deidentify.private_digest(key, "embedding", json.dumps(files))
-        jobs.append(Job(conversion.volume_id(key, exam[0]), digest, len(exam[0].headers), exam))
+        digest = pseudonyms.private_digest(key, "embedding", json.dumps(files))
+        jobs.append(Job(pseudonyms.volume_id(key, exam[0]), digest, len(exam[0].headers), exam))
     return Input(
         jobs=sorted(jobs, key=lambda job: job.volume_id),
         read=lambda jobs: _read_scans(
@@ -135,7 +137,7 @@ def open_scans(
             "input": "scans",
             "rules": dataclasses.asdict(rules),
             "synthetic": any(header.quality_control_subject for exam in plan.exams for header in exam[0].headers),
-            "key_fingerprint": deidentify.key_fingerprint(key),
+            "key_fingerprint": pseudonyms.key_fingerprint(key),
         },
         refused=scans.refused_series(plan, key),
         not_images=dict(collections.Counter(entry.reason for entry in plan.not_images).most_common()),
@@ -150,7 +152,7 @@ def _read_scans(tasks: list[tuple], volume_ids: list[str], num_workers: int) -> 
     with WorkerPool(min(num_workers, len(tasks))) as pool:
         for volume_id, (_, result) in zip(volume_ids, pool.run(_read_scan, tasks), strict=True):
             if isinstance(result, WorkerDied):
-                result = scans.Refused(volume_id, scans.FAILED_FOR_NOW, "the worker process died")
+                result = scans.Refused(volume_id, FAILED_FOR_NOW, "the worker process died")
             yield result
 
 
@@ -159,7 +161,7 @@ def _read_scan(*arguments: Any) -> InputVolume | scans.Refused:
     scan = scans.read_scan(*arguments)
     if isinstance(scan, scans.Refused):
         return scan
-    return InputVolume(scan.volume_id, scan.patient_id, "", scan.position_mm, scans.of_scan(scan))
+    return InputVolume(scan.volume_id, scan.patient_id, "", scan.position_mm, scans.prepared_volume(scan))
 
 
 # ---- Pseudonyms ----------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ def read_key(pseudonym_key_file: str | Path | None) -> bytes | None:
       InputError: no such file, or too short a key.
     """
     try:
-        return deidentify.read_key(Path(pseudonym_key_file).expanduser()) if pseudonym_key_file else None
+        return pseudonyms.read_key(Path(pseudonym_key_file).expanduser()) if pseudonym_key_file else None
     except InputError as error:
         raise InputError(f"--pseudonym_key_file={error}") from None
 
@@ -191,20 +193,20 @@ def keep_audit(output: Path, plan: scans.ScanPlan, key: bytes | None) -> bytes:
     Raises:
       InputError: the folder cannot be made or holds no usable key.
     """
-    audit_dir = default_audit_dir(output)
+    audit_dir = pseudonyms.default_audit_dir(output)
     try:
         audit_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         audit_dir.chmod(0o700)
-        key = key or deidentify.make_key(audit_dir / "pseudonym_key")
+        key = key or pseudonyms.make_key(audit_dir / pseudonyms.KEY_FILE)
     except OSError as error:
         raise InputError(f"--output: cannot make {audit_dir} ({error.strerror}); choose another place") from None
     except InputError as error:
         raise InputError(f"{error}; remove it to have another one made") from None
     rows = []
     for candidate in (candidate for exam in plan.exams for candidate in exam):
-        volume_id = conversion.volume_id(key, candidate)
-        rows += [(volume_id, "", source) for source in conversion.sources_of(candidate.all_headers)]
-    for series in (conversion.rejected_row(key, rejection) for rejection in plan.rejections):
+        volume_id = pseudonyms.volume_id(key, candidate)
+        rows += [(volume_id, "", source) for source in pseudonyms.sources_of(candidate.all_headers)]
+    for series in (pseudonyms.rejected_row(key, rejection) for rejection in plan.rejections):
         rows += [(series.series_id, series.reason, source) for source in series.sources]
     rows += [("", entry.reason, entry.source) for entry in plan.not_images]
     sources = audit_dir / "sources.csv"

@@ -32,7 +32,9 @@ from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import make_folder, write_json
 
 if TYPE_CHECKING:
-    from data_prep.dicom import Rules, SeriesCandidate, Volume
+    from data_prep.scan.rules import Rules
+    from data_prep.series import SeriesCandidate
+    from data_prep.volume import Volume
 
 FILES = ("prediction.json", "prediction.png", "slices.csv", "mask.nii.gz", "segmentation.dcm")
 _LISTED_VOLUMES = 8  # in the line that asks for --series_index
@@ -62,7 +64,7 @@ def predict(
       checkpoint: `best`, `last` or a step.
       archive: `dicom`, `nifti` or `auto`.
       metadata_csv: table beside NIfTI files, see `data_prep.nifti_metadata`.
-      rules: `data_prep.dicom.Rules`; None takes the defaults of `data_prep.prepare`.
+      rules: `data_prep.scan.rules.Rules`; None takes the defaults of `data_prep.prepare`.
       series_index: which volume, where the input holds several.
       evaluation: RESULT.json of `ctssl_jax.evaluate` of the same weights, for its thresholds.
       dicom_seg: write segmentation.dcm; None does where it can be done.
@@ -75,8 +77,9 @@ def predict(
     Raises:
       InputError: no such run, one of another task, an input that holds no volume or several, or no room to write.
     """
-    from ctssl_jax import predict_label, predict_mask, pretrained, scans
+    from ctssl_jax import predict_label, predict_mask, pretrained
     from data_prep.headers import NIFTI
+    from data_prep.raw import scans
 
     # ---- What is asked for, and can it work? ----
     workdir, output = Path(workdir), Path(output)

@@ -12,7 +12,7 @@ from data_prep.system.errors import InputError
 
 if TYPE_CHECKING:
     from ctssl_jax.pretrained import PretrainedModel
-    from ctssl_jax.scans import Scan
+    from data_prep.raw.scans import Scan
 
 TASKS = ("slice_label", "slice_label_se_resnext")
 
@@ -36,9 +36,9 @@ def predict_label(
       What goes into prediction.json.
     """
     from ctssl_jax.prediction_pictures import save_curve
-    from ctssl_jax.scans import of_scan
+    from data_prep.raw.scans import prepared_volume
 
-    probabilities = model.outputs(of_scan(scan))["probabilities"]
+    probabilities = model.outputs(prepared_volume(scan))["probabilities"]
     slices = np.arange(len(probabilities))
     if model.config.slices == "middle":  # the run has learned from no other slices
         slices = slices[[scan.volume.chest.middle_slice]]
@@ -139,7 +139,7 @@ def _write_csv(
 
 def _classes(model: "PretrainedModel", number: int) -> tuple[tuple[str, ...], str]:
     """Names of the classes and the label's level; numbers where nothing names an attribute's classes any more."""
-    from ctssl_jax import data
+    from ctssl_jax.data__labels import label_classes
     from data_prep.dataset import Dataset
 
     label = model.config.label
@@ -147,7 +147,7 @@ def _classes(model: "PretrainedModel", number: int) -> tuple[tuple[str, ...], st
         facts = model.preparation["labels"][label]
         return tuple(facts["classes"]), facts["level"]
     try:  # an attribute: which classes there are is decided by the training patients
-        classes, level = data.label_classes(Dataset.open(model.config.dataset), label)
+        classes, level = label_classes(Dataset.open(model.config.dataset), label)
     except (InputError, OSError):
         classes, level = (), "volume"
     return (tuple(classes) if len(classes) == number else tuple(f"class_{k}" for k in range(number))), level

@@ -13,12 +13,12 @@ from data_prep.window import window_to_uint8
 
 if TYPE_CHECKING:
     from ctssl_jax.pretrained import PretrainedModel
-    from ctssl_jax.scans import Scan
-    from data_prep.dicom import Volume
+    from data_prep.raw.scans import Scan
+    from data_prep.volume import Volume
 
 TASKS = ("segmentation", "segmentation_standard_unet")
 THRESHOLD = 0.5  # as `ctssl_jax.evaluate` measures masks
-MAX_REGIONS = 200  # listed in prediction.json, the largest first
+_LISTED_REGIONS = 200  # listed in prediction.json, the largest first
 _SHOWN = 6
 IDENTITY_NOTE = (
     "segmentation.dcm carries the patient's name and identifiers, as the scan does; the other files carry none "
@@ -69,7 +69,7 @@ def predict_mask(
         "num_foreground_slices": int(np.count_nonzero(mask.any(axis=(1, 2)))),
         "highest_probability": round(float(probabilities.max()), 6),
         "num_regions": len(regions),
-        "regions": regions[:MAX_REGIONS],
+        "regions": regions[:_LISTED_REGIONS],
     }
     notes = []
     try:

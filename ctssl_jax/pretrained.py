@@ -24,12 +24,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ctssl_jax import checkpoint as checkpoint_files
-from ctssl_jax import configuration, data, distributed, scans, training
+from ctssl_jax import configuration, data, distributed, training
 from ctssl_jax.hu_arrays import prepare_array
 from ctssl_jax.models.classifier import Classifier
-from ctssl_jax.scans import PreparedVolume, Rules, of_scan
 from ctssl_jax.task_interface import Task, item_slices
 from ctssl_jax.tasks import get_task
+from data_prep.raw import scans
+from data_prep.raw.scans import PreparedVolume, prepared_volume
+from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 
 
@@ -170,7 +172,7 @@ class PretrainedModel:
         scan = scans.read_scan(plan.input_dir, plan.exams[0], self.windows, self.image_size, rules)
         if isinstance(scan, scans.Refused):
             raise InputError(scans.nothing_taken(path, [scan]))
-        return of_scan(scan)
+        return prepared_volume(scan)
 
     def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.batch_size, len(self._offsets), self.image_size, self.image_size, len(self.windows))

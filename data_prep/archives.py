@@ -42,7 +42,7 @@ class Source(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A file that is left alone, with the reason (a name of `data_prep.dicom.REASONS`)."""
+    """A file that is left alone, with the reason (a name of `data_prep.scan.reasons.REASONS`)."""
 
     source: Source
     reason: str

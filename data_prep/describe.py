@@ -4,7 +4,7 @@ r"""What a dataset holds: cohort table, contact sheet, and checks.
 
 Prints the table and writes cohort.csv and contact_sheet.png into --output_dir (default: DATASET-description). It ends
 with exit code 1 if a table is damaged, with --verify if anything is wrong; with --audit_dir and --input_dir it also
-searches the dataset for values of the source headers (see `data_prep.audit`).
+searches the dataset for values of the source headers (see `data_prep.privacy.leaks`).
 """
 
 import csv
@@ -71,7 +71,7 @@ def _wrong(problems: list[str]) -> int:
 
 
 def _verify(dataset: "Dataset") -> list[str]:
-    from data_prep.audit import find_leaks
+    from data_prep.privacy.leaks import find_leaks
     from data_prep.remote_archives import archive_directory
     from data_prep.verification import verify
     from data_prep.workers import WorkerPool, usable_cores

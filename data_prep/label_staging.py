@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep import label_tables, lidc, nifti_metadata, rsna_pe
+from data_prep import label_tables, lidc, mask_files, nifti_metadata, rsna_pe
 from data_prep.headers import Header
 from data_prep.label_tables import Row, Spellings, Table
 from data_prep.labels import Labels, LabelSources, TableSpec, header_key
@@ -186,8 +186,6 @@ def _write_violations(exams: Mapping[str, rsna_pe.Exam], path: Path | None) -> d
 
 
 def _index_masks(masks_dir: Path) -> dict[str, Path]:
-    from data_prep import mask_files
-
     masks = mask_files.index_masks(masks_dir)
     if not masks:
         raise InputError(f"--masks_dir={masks_dir}: no masks in it; give the folder of the DICOM-SEG or NIfTI files")

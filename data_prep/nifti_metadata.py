@@ -13,7 +13,7 @@ from data_prep.archives import Source, Unreadable, list_sources
 from data_prep.headers import age_in_years
 from data_prep.system.errors import InputError
 
-_EXTENSION = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+EXTENSION = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
 _SPACING = re.compile(rf"[\[(]?\s*({_NUMBER})\s*(?:[,;\\ ]\s*({_NUMBER}))?\s*[\])]?")
 _NUMBER_COLUMNS = ("RescaleSlope", "RescaleIntercept", "ZSpacing", "SliceThickness")
@@ -43,12 +43,12 @@ class Metadata(NamedTuple):
 def volume_name(source: Source) -> str:
     """Name of a NIfTI file without .nii or .nii.gz; "" for other files."""
     name = posixpath.basename(source.member or source.path)
-    return without_extension(name) if _EXTENSION.search(name) else ""
+    return without_extension(name) if EXTENSION.search(name) else ""
 
 
 def without_extension(name: str) -> str:
     """`name` without .nii or .nii.gz."""
-    return _EXTENSION.sub("", name)
+    return EXTENSION.sub("", name)
 
 
 def check(input_dir: Path, metadata_csv: Path) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from data_prep.anatomy import ChestSummary
+from data_prep.geometry import AIR_HU
 from data_prep.system.errors import InputError
 
-AIR_HU = -1000
 Window = tuple[float, float]  # level, width in HU
 
 
@@ -168,3 +169,23 @@ def _square_field(shape: tuple[int, int], pixel_spacing_mm: tuple[float, float])
     field_mm = max(shape[0] * pixel_spacing_mm[0], shape[1] * pixel_spacing_mm[1])
     rows, columns = field_mm / pixel_spacing_mm[0], field_mm / pixel_spacing_mm[1]
     return min(0.0, (shape[0] - rows) / 2), min(0.0, (shape[1] - columns) / 2), rows, columns
+
+
+def lung_box(
+    chest: ChestSummary, shape: tuple[int, int], pixel_spacing_mm: tuple[float, float], image_size: int
+) -> str:
+    """Top, left, bottom and right of the lungs in pixels of the resized image (the last two not included), or ""."""
+    if chest.lung_box is None:
+        return ""
+    top, bottom, left, right = resize_box(chest.lung_box, shape, pixel_spacing_mm, image_size)
+    return f"{top} {left} {bottom} {right}"
+
+
+def prepare_images(
+    hu: np.ndarray, pixel_spacing_mm: tuple[float, float], windows: Sequence[Window], image_size: int
+) -> np.ndarray:
+    """Resized and windowed slices of a canonically oriented volume: HU [S, H, W] -> [S, size, size, C] uint8."""
+    images = np.empty((len(hu), image_size, image_size, len(windows)), np.uint8)
+    for image, out in zip(hu, images, strict=True):
+        out[:] = window_to_uint8(resize_slice(image, pixel_spacing_mm, image_size), windows)
+    return images

@@ -36,16 +36,21 @@ from absl import flags
 from pydicom.encaps import encapsulate
 from pydicom.pixels import pixel_array
 
-from data_prep import conversion, label_staging
+from data_prep import label_staging
 from data_prep.archives import Source, list_sources
 from data_prep.dataset__storage import encode_record, read_records, write_records
 from data_prep.decoders import DECODER_DEPENDENCIES, decode
-from data_prep.dicom import Header, SeriesCandidate, load_volume, plan_series, read_header, select_reconstructions
+from data_prep.headers import Header, read_header
 from data_prep.labels import LabelSources
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.convert import convert_exam
+from data_prep.pipeline.notes import Conversion
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
+from data_prep.series import SeriesCandidate, plan_series, select_reconstructions
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import file_sha256
+from data_prep.volume import load_volume
 from data_prep.window import window_to_uint8
 
 OPTIONS = Options(splits=(1.0, 0.0, 0.0))
@@ -179,14 +184,12 @@ def steps(archive: Path, folder: Path) -> dict[str, Callable[[], None]]:
     notes.mkdir(parents=True)
     records.mkdir()
     labels = label_staging.stage(LabelSources("dicom"), archive, folder / "labels.sqlite", folder / "violations.csv")
-    run = conversion.Conversion(
-        archive, notes, records, OPTIONS.rules, OPTIONS.windows, OPTIONS.image_size, b"0" * 16, labels
-    )
+    run = Conversion(archive, notes, records, OPTIONS.rules, OPTIONS.windows, OPTIONS.image_size, b"0" * 16, labels)
     exams = exams_of(archive)
 
     def convert() -> None:
         for exam in exams:
-            conversion.convert_exam(run, exam)
+            convert_exam(run, exam)
 
     def write_shards() -> None:
         staged = (record for path in sorted(records.glob("*.array_record")) for record in read_records(path))
@@ -225,7 +228,8 @@ def evict(folder: Path) -> None:
 def prepare_anew(archive: Path, num_workers: int = 1) -> None:
     """Into a temporary directory, silently."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(open(os.devnull, "w")):
-        prepare(OPTIONS, Places(archive, Path(folder) / "dataset", Path(folder) / "audit"), num_workers=num_workers)
+        where = Directories(archive, Path(folder) / "dataset", Path(folder) / "audit")
+        prepare(OPTIONS, where, num_workers=num_workers)
 
 
 def measure(name: str, archive: Path, copies: int, repeats: int, scratch: Path) -> None:

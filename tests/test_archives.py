@@ -5,7 +5,7 @@ import pytest
 
 from data_prep import archives
 from data_prep.archives import Source, Unreadable, list_sources, read_bytes, will_read
-from data_prep.dicom import REASONS
+from data_prep.scan.reasons import REASONS
 from data_prep.system.errors import InputError
 
 

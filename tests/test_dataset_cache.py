@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from training_runs import PROJECT, assert_same_state, numbers, tiny_config, train_on
 
-from ctssl_jax import configuration, measurement, scans
+from ctssl_jax import configuration, measurement
 from data_prep import dataset_cache
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import dataset_fingerprint, write_preparation
+from data_prep.raw import scans
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import file_sha256
 

@@ -6,22 +6,25 @@ import json
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import data_prep
-from data_prep import dataset__tfds, dicom, label_staging
-from data_prep.audit import find_leaks
+from data_prep import dataset__tfds, label_staging, mask_files
+from data_prep.archives import list_sources
 from data_prep.dataset import Dataset
+from data_prep.headers import read_header
 from data_prep.labels import LabelSources
-from data_prep.pipeline import dry_run as dry_run
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import dry_run, prepare
+from data_prep.privacy.leaks import find_leaks
 from data_prep.rsna_pe import COLUMNS, EXAM_LABELS
+from data_prep.scan.rules import Rules
+from data_prep.series import plan_series
 from data_prep.system.errors import InputError
 from data_prep.verification import verify
+from data_prep.volume import load_volume
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 
@@ -56,11 +59,11 @@ def write_csv(path: Path, header: str, rows: list[tuple]) -> Path:
     return path
 
 
-def run(input_dir: Path, folder: Path, options: Options | None = None, **sources) -> Places:
+def run(input_dir: Path, folder: Path, options: Options | None = None, **sources) -> Directories:
     """Prepares into `folder`, at one worker and with one key."""
     folder.mkdir(exist_ok=True)
     (folder / "key").write_text(KEY)
-    places = Places(input_dir, folder / "dataset", folder / "audit")
+    places = Directories(input_dir, folder / "dataset", folder / "audit")
     archive = sources.get("archive", "dicom")
     options = options or Options(archive=archive, image_size=SIZE)
     prepare(options, places, sources=LabelSources(**sources), num_workers=1, pseudonym_key_file=folder / "key")
@@ -71,14 +74,14 @@ def content(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def volume_of_patient(places: Places, number: int) -> str:
+def volume_of_patient(places: Directories, number: int) -> str:
     """`volume_id` of the scan of patient `number`."""
     with open(places.audit_dir / "sources.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return next(row["pseudonym"] for row in rows if row["path"].startswith(f"{number}/") and row["outcome"] == "volume")
 
 
-def problems(places: Places) -> list[str]:
+def problems(places: Directories) -> list[str]:
     with WorkerPool(1) as pool:
         return verify(Dataset.open(places.output_dir), pool) + find_leaks(
             Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool
@@ -106,7 +109,7 @@ def tables(tmp_path_factory) -> dict[str, tuple[Path, ...] | Path]:
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory, archive, tables) -> Places:
+def labelled(tmp_path_factory, archive, tables) -> Directories:
     return run(archive, tmp_path_factory.mktemp("labelled"), **tables)
 
 
@@ -268,7 +271,7 @@ def test_rsna_archive_from_the_command_line(archive, copy, tmp_path):
     assert preparation["windows"] == [{"level": 50.0, "width": 350.0}, {"level": 100.0, "width": 700.0}]
     assert preparation["counts"]["exams_with_inconsistent_labels"] == {"no_positive_slice": 1}
     assert list(preparation["labels"]) == ["pe_present_on_image", *EXAM_LABELS, "pe_positive_exam"]
-    places = Places(copy, tmp_path / "d", tmp_path / "d-audit")
+    places = Directories(copy, tmp_path / "d", tmp_path / "d-audit")
     volumes = [volume_of_patient(places, number) for number in (1, 2, 3)]
     found = {row["volume_id"]: row for row in Dataset.open(tmp_path / "d").labels()}
     assert [found[v]["pe_positive_exam"] for v in volumes] == [1, 0, 0]
@@ -352,11 +355,11 @@ def lidc_archive(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def with_nodules(tmp_path_factory, lidc_archive) -> Places:
+def with_nodules(tmp_path_factory, lidc_archive) -> Directories:
     return run(lidc_archive, tmp_path_factory.mktemp("nodules"), archive="lidc_idri")
 
 
-def volume_masks(places: Places, number: int) -> tuple[np.ndarray, np.ndarray]:
+def volume_masks(places: Directories, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Masks [S, H, W] and grey values of the scan of patient `number`."""
     name = volume_of_patient(places, number)
     row = next(v for v in Dataset.open(places.output_dir).volumes() if v["volume_id"] == name)
@@ -452,20 +455,18 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     uid = dicom_files.uid(1, 1)
     mask = np.zeros(volume.hu.shape, np.uint8)
     mask[3:5, 10:12, 20:23], mask[4, 30, 30] = 2, 5
-    fake = types.SimpleNamespace(MaskError=ValueError, index_masks=lambda path: {uid: tmp_path / "seg"})
-    fake.read_mask = lambda path, of_volume: mask
-    monkeypatch.setitem(sys.modules, "data_prep.mask_files", fake)
-    monkeypatch.setattr(data_prep, "mask_files", fake, raising=False)
+    monkeypatch.setattr(mask_files, "index_masks", lambda path: {uid: tmp_path / "seg"})
+    monkeypatch.setattr(mask_files, "read_mask", lambda path, of_volume: mask)
     (tmp_path / "seg").write_bytes(b"mask")
     staged = label_staging.stage(LabelSources(masks_dir=tmp_path), archive, tmp_path / "db")
     assert staged.fault(volume.candidate) is None and len(staged.version(volume.candidate)) == 64
-    found = staged.of_volume(volume)
+    found = staged.labels_of(volume)
     np.testing.assert_array_equal(found.mask, mask)
     voxel = dicom_files.PIXEL_MM**2 * dicom_files.SPACING_MM
     assert [(r["region"], r["first_slice"], r["last_slice"]) for r in found.regions] == [(2, 3, 4), (5, 4, 4)]
     assert [r["volume_mm3"] for r in found.regions] == pytest.approx([12 * voxel, voxel])
     mask = mask[:-1]
-    assert staged.of_volume(volume).reason == "mask_mismatch"
+    assert staged.labels_of(volume).reason == "mask_mismatch"
     (other,), _ = loaded(archive / "2")
     assert staged.fault(other.candidate).reason == "no_annotation"
     assert label_staging.match(staged, volume.headers) == {"masks_without_match": 0}
@@ -474,9 +475,9 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
 
 
 def loaded(folder: Path):
-    headers = [dicom.read_header(folder, source) for source in dicom.list_sources(folder)]
-    planned = dicom.plan_series(headers, dicom.Rules())
-    return [dicom.load_volume(folder, candidate, dicom.Rules()) for candidate in planned], headers
+    headers = [read_header(folder, source) for source in list_sources(folder)]
+    planned = plan_series(headers, Rules())
+    return [load_volume(folder, candidate, Rules()) for candidate in planned], headers
 
 
 # ---- options -----------------------------------------------------------------------------------------------
@@ -501,8 +502,8 @@ def test_options_that_cannot_work_are_refused_in_one_line(archive, options, mess
 
 
 def test_dry_run_says_what_has_no_match_and_writes_nothing(archive, tables, tmp_path):
-    places = Places(archive, tmp_path / "d", tmp_path / "a")
-    counts = dry_run.dry_run(Options(), places, sources=LabelSources(**tables), num_workers=1)
+    places = Directories(archive, tmp_path / "d", tmp_path / "a")
+    counts = dry_run(Options(), places, sources=LabelSources(**tables), num_workers=1)
     assert counts["label_rows_without_match"]["grade"] == 1 and list(tmp_path.iterdir()) == []
 
 

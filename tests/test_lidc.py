@@ -8,7 +8,11 @@ import pytest
 from scipy.ndimage import binary_dilation
 
 from data_prep import lidc
-from data_prep.dicom import Header, Rules, list_sources, load_volume, plan_series, read_header
+from data_prep.archives import list_sources
+from data_prep.headers import Header, read_header
+from data_prep.scan.rules import Rules
+from data_prep.series import plan_series
+from data_prep.volume import load_volume
 
 SHAPE = (40, 50)
 SLICES = [f"image-{number}" for number in range(6)]

@@ -13,11 +13,15 @@ import pytest
 from nibabel import orientations
 
 from data_prep import nifti, nifti_metadata
+from data_prep.archives import list_sources
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
-from data_prep.dicom import NotAnImage, Rejection, Rules, list_sources, load_volume, plan_series, select_reconstructions
+from data_prep.headers import NotAnImage
 from data_prep.nifti_metadata import read_metadata
+from data_prep.scan.rules import Rules
+from data_prep.series import Rejection, plan_series, select_reconstructions
 from data_prep.system.errors import InputError
+from data_prep.volume import load_volume
 
 NUM_SLICES = 21
 ROW_MM, COLUMN_MM = 5.5, 5.0  # unlike, and as many columns as rows: a transposition shows in the spacing

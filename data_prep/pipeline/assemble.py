@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import deidentify
-from data_prep.conversion import ExamNote, read_note, records_path
 from data_prep.dataset__schema import (
     LABELS_FILE,
     PREPARATION_FILE,
@@ -33,7 +31,9 @@ from data_prep.dataset__schema import (
 )
 from data_prep.dataset__storage import read_records, write_records, write_table
 from data_prep.dataset__tfds import complete
+from data_prep.pipeline.notes import ExamNote, read_note, records_path
 from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
+from data_prep.privacy import pseudonyms
 from data_prep.system.errors import RunFailed
 from data_prep.system.files import file_sha256, read_json, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
@@ -42,7 +42,7 @@ _MEGABYTE = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
+class FrozenPlan:
     """Everything that the dataset will be."""
 
     archive_digest: str
@@ -62,8 +62,8 @@ class Frozen:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode())
 
     @staticmethod
-    def load(path: Path) -> "Frozen":
-        return Frozen(**read_json(path))
+    def load(path: Path) -> "FrozenPlan":
+        return FrozenPlan(**read_json(path))
 
 
 def freeze(
@@ -78,18 +78,18 @@ def freeze(
     rejected: list[dict[str, Any]],
     counts: dict[str, Any],
     labels: dict[str, Any],
-) -> Frozen:
+) -> FrozenPlan:
     """Decides splits, order and shards. `new_volumes`: key of the staged file -> (row, bytes).
 
     Volumes lie in the order of their keyed hash, after those that earlier runs wrote.
 
     Raises:
-        ValueError: too few patients for the splits.
+        InputError: too few patients for the splits.
         RuntimeError: a volume would be in the dataset twice.
     """
 
     def by_hash(pseudonym: str) -> str:
-        return deidentify.shuffling_number(key, pseudonym)
+        return pseudonyms.shuffling_number(key, pseudonym)
 
     volumes_per_patient: dict[str, int] = {}
     everything = [*old_volumes, *(row for row, _ in new_volumes.values())]
@@ -121,10 +121,10 @@ def freeze(
             new_shards.append({"name": shard, "num_records": num_records, "staged": staged})
             lengths.append(num_records)
         shard_lengths[split] = lengths
-    return Frozen(
+    return FrozenPlan(
         archive_digest=archive_digest,
         options=options,
-        key_fingerprint=deidentify.key_fingerprint(key),
+        key_fingerprint=pseudonyms.key_fingerprint(key),
         splits=dict(sorted(splits.items())),
         volumes=rows,
         rejected=sorted(rejected, key=lambda row: tuple(str(value) for value in row.values())),
@@ -137,7 +137,7 @@ def freeze(
     )
 
 
-def can_be_assembled(frozen: Frozen, output_dir: Path, records_dir: Path) -> bool:
+def can_be_assembled(frozen: FrozenPlan, output_dir: Path, records_dir: Path) -> bool:
     """Whether every shard is written already or has its staged volumes: false if someone removed the output."""
     old_shards = [name for name in frozen.old_checksums if ".array_record-" in name]
     return all((output_dir / name).exists() for name in old_shards) and all(
@@ -148,7 +148,7 @@ def can_be_assembled(frozen: Frozen, output_dir: Path, records_dir: Path) -> boo
 
 
 def assemble(
-    frozen: Frozen, output_dir: Path, records_dir: Path, notes_dir: Path, kept_notes_dir: Path, pool: WorkerPool
+    frozen: FrozenPlan, output_dir: Path, records_dir: Path, notes_dir: Path, kept_notes_dir: Path, pool: WorkerPool
 ) -> dict[str, Any]:
     """Writes what is missing of a frozen dataset and returns preparation.json, which is written last.
 
@@ -185,7 +185,7 @@ def assemble(
 
 
 def _label_tables(
-    frozen: Frozen, notes_dir: Path, kept_notes_dir: Path
+    frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path
 ) -> dict[str, tuple[dict[str, type], list[dict[str, Any]]]]:
     """Columns and rows of the tables of labels and regions that the dataset has, by file name."""
     columns = {
@@ -219,12 +219,12 @@ def _class_counts(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping
     return counts
 
 
-def _note_of(volume_id: str, frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> ExamNote:
+def _note_of(volume_id: str, frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path) -> ExamNote:
     new = notes_dir / f"{frozen.kept_notes.get(volume_id, '')}.json"
     return read_note(new if new.exists() else kept_notes_dir / f"{volume_id}.json")
 
 
-def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, str]:
+def _write_shards(frozen: FrozenPlan, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, str]:
     checksums = {}
     tasks = []
     total = sum(shard["num_records"] for shard in frozen.new_shards)
@@ -271,7 +271,7 @@ def sidecar_path(records_dir: Path, shard: str) -> Path:
     return records_dir / f"{shard}.done"
 
 
-def keep_notes(frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> None:
+def keep_notes(frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path) -> None:
     """Moves the notes of the new volumes to where later runs look for them."""
     kept_notes_dir.mkdir(mode=0o700, exist_ok=True)
     for volume, key in frozen.kept_notes.items():

@@ -45,17 +45,15 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from data_prep import conversion
-from data_prep.dicom import SeriesCandidate
-from data_prep.pipeline import assemble
-from data_prep.pipeline.prepare import is_converted
+from data_prep.pipeline import assemble, convert, notes
 from data_prep.planning import read_plan
+from data_prep.series import SeriesCandidate
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, publish, write_file
 from data_prep.workers import WorkerDied, WorkerPool
 
 _HERE = "--runner=FnApiRunner"  # not DirectRunner, which may download another one
-_REMEDY = "what it finished stays: run the same command again to continue (--runner=local goes on with it too)"
+_REMEDY = "what it finished stays: run the same command again to continue (--runner=local continues it, too)"
 _CONVERSION_FILE = "conversion.pickle"  # private: it holds the pseudonym key
 
 
@@ -85,10 +83,10 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
 # ---- conversion --------------------------------------------------------------------------------------------
 
 
-def convert(
-    run: conversion.Conversion, todo: Mapping[Path, list[int]], work_dir: Path, arguments: Sequence[str]
+def convert_exams(
+    run: notes.Conversion, todo: Mapping[Path, list[int]], work_dir: Path, arguments: Sequence[str]
 ) -> None:
-    """Converts the exams `todo`: files of `planning.plan_archive` and, of each, positions in its `exams`.
+    """Converts the exams `todo`: files of `plan_archive` and, of each, positions in its `exams`.
 
     Raises:
         RunFailed: the pipeline failed; what it finished stays.
@@ -134,33 +132,33 @@ class _Convert(beam.DoFn):
         self._open.close()
 
 
-def convert_once(run: conversion.Conversion, exam: list[SeriesCandidate], pool: WorkerPool) -> None:
-    """`conversion.convert_exam`, unless that is done, safe against another run of the same task at the same time.
+def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: WorkerPool) -> None:
+    """`convert.convert_exam`, unless that is done, safe against another run of the same task at the same time.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
     """
-    if is_converted(run, exam):
+    if notes.is_converted(run, exam):
         return
-    key = conversion.exam_key(run, exam)
+    key = notes.exam_key(run, exam)
     with _private_directory(run.notes_dir) as notes_dir, _private_directory(run.records_dir) as records_dir:
         private = dataclasses.replace(run, notes_dir=notes_dir, records_dir=records_dir)
-        for _, result in pool.run(conversion.convert_exam, [(private, exam)]):
+        for _, result in pool.run(convert.convert_exam, [(private, exam)]):
             if isinstance(result, WorkerDied):
-                conversion.write_note(private, conversion.note_of_crash(private, exam))
-        if is_converted(run, exam):  # another run was first; this one may have failed
+                notes.write_note(private, convert.note_of_crash(private, exam))
+        if notes.is_converted(run, exam):  # another run was first; this one may have failed
             return
-        records = conversion.records_path(records_dir, key)
+        records = notes.records_path(records_dir, key)
         if records.exists():
-            publish(records, conversion.records_path(run.records_dir, key))
-        publish(conversion.note_path(private, key), conversion.note_path(run, key))  # last: it means "done"
+            publish(records, notes.records_path(run.records_dir, key))
+        publish(notes.note_path(private, key), notes.note_path(run, key))  # last: it means "done"
 
 
 # ---- shards ------------------------------------------------------------------------------------------------
 
 
 def write_shards(
-    frozen: assemble.Frozen, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
+    frozen: assemble.FrozenPlan, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
 ) -> None:
     """Writes the new shards that are not there yet, with the sidecars by which `assemble.assemble` knows them.
 
@@ -188,7 +186,7 @@ class _WriteShard(beam.DoFn):
         self._frozen_file, self._output_dir, self._records_dir = frozen_file, output_dir, records_dir
 
     def setup(self) -> None:
-        self._shards = assemble.Frozen.load(Path(self._frozen_file)).new_shards
+        self._shards = assemble.FrozenPlan.load(Path(self._frozen_file)).new_shards
 
     def process(self, element: int) -> None:
         shard = self._shards[element]
@@ -209,13 +207,13 @@ def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_recor
         if not _is_written(path.name, path.parent, records_dir):
             raise
     for key in staged:
-        conversion.records_path(records_dir, key).unlink(missing_ok=True)
+        notes.records_path(records_dir, key).unlink(missing_ok=True)
 
 
 def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> None:
     with _private_directory(records_dir) as private:
         for key in staged:  # links: the function takes away what it has written, and another run may be reading it
-            conversion.records_path(private, key).symlink_to(conversion.records_path(records_dir, key).absolute())
+            notes.records_path(private, key).symlink_to(notes.records_path(records_dir, key).absolute())
         assemble.write_shard(private / path.name, private, staged, num_records)
         publish(private / path.name, path)
         publish(

@@ -44,8 +44,8 @@ from data_prep.dataset__schema import (
     slice_columns,
 )
 from data_prep.dataset__storage import read_records
-from data_prep.deidentify import public_ethnic_group, public_kernel, public_manufacturer
 from data_prep.headers import inflates_too_far
+from data_prep.privacy.pseudonyms import KEY_FILE, public_ethnic_group, public_kernel, public_manufacturer
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
@@ -265,7 +265,7 @@ def _audit_secrets(audit_dir: Path) -> set[str]:
     with open(table, newline="", errors="surrogateescape") as file:
         for row in csv.DictReader(file):
             secrets |= {value for value in (row["path"], row["member"]) if len(value) >= LONG_NEEDLE}
-    key = audit_dir / "pseudonym_key"
+    key = audit_dir / KEY_FILE
     return secrets | ({key.read_text().strip()} if key.is_file() else set())
 
 
