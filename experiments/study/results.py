@@ -1,13 +1,11 @@
 """Results of cells: reading them, and writing them as tables."""
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.system.files import written_whole
-
+from data_prep.system.files import read_json, written_whole
 from experiments.study.cells import Cell
 
 UNCHECKED = " Whether the models were trained on these patients CANNOT BE CHECKED (other pseudonym key)."
@@ -42,7 +40,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def read_result(cell: Cell) -> dict | None:
     """The results of a cell, or None while it is missing."""
-    return json.loads(cell.result.read_text()) if cell.result.exists() else None
+    return read_json(cell.result) if cell.result.exists() else None
 
 
 def not_held_out(num_patients: int) -> str:

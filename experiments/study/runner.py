@@ -20,7 +20,7 @@ from data_prep import stores
 from data_prep.dataset import Dataset
 from data_prep.system import command_line
 from data_prep.system.errors import InputError, RunFailed, StartAgain
-from data_prep.system.files import write_text
+from data_prep.system.files import read_json, write_text
 from experiments.study.cells import PROJECT, Cell, Settings, Stage, load_recipe
 
 VERBS = ("plan", "run", "draw")
@@ -191,7 +191,7 @@ def record_settings(workdir: Path, content: dict[str, Any]) -> None:
                 os.link(file.name, path)
     except OSError as error:
         raise InputError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
-    recorded_content = json.loads(path.read_text())
+    recorded_content = read_json(path)
     for name, value in content.items():
         if recorded_content.get(name) != value:
             raise InputError(
@@ -216,7 +216,7 @@ def recorded(settings: Settings) -> Settings:
     path = settings.workdir / SETTINGS
     if not path.exists():
         raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
-    content = json.loads(path.read_text())
+    content = read_json(path)
     del content["dataset_fingerprint"]
     return settings._replace(**content | {"overrides": tuple(content["overrides"])})
 
