@@ -1,9 +1,10 @@
 """Search of a dataset for what it must not hold: values of the source headers that could identify someone.
 
-Secret texts are the values of five characters or more of all elements of the value representations PN, UI, DA, TM, DT,
-LO, SH, LT, ST, UT, UC and AE (names, UIDs, dates and times, IDs, free text), at any depth, private elements included (those
-of unknown value representation where they are printable), the components of names by themselves, and, from the audit
-directory, the paths of the sources and the pseudonym key.
+Secret texts are the values of five characters or more of all elements of the value representations
+PN, UI, DA, TM, DT, LO, SH, LT, ST, UT, UC and AE (names, UIDs, dates and times, IDs, free text), at
+any depth, private elements included (of an unknown value representation if they are printable), the
+components of names by themselves, and, from the audit directory, the paths of the sources and the
+pseudonym key.
 
 The haystack is every byte of the dataset directory, and every record decompressed. Short needles occur by chance: five
 digits in every checksum, any five bytes somewhere in a million pixels. Therefore
