@@ -16,12 +16,14 @@ from training_runs import start, tiny_recipe
 
 import ctssl_jax
 from ctssl_jax import checkpoint, configuration, data, embedding_files, embedding_inputs, linear_probes, pretrained
+from ctssl_jax.data__batches import evaluation_batches
 from ctssl_jax.embed import embed, summary
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.raw import scans
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
@@ -89,7 +91,7 @@ def folder(archive, tmp_path_factory):
     (folder / "key").write_text("0123456789abcdef0123456789abcdef")
     windows = ((50.0, 350.0), (-600.0, 1500.0))
     options = Options(image_size=32, windows=windows, splits=(0.5, 0.25, 0.25))
-    places = Places(archive, folder / "dataset", folder / "private")
+    places = Directories(archive, folder / "dataset", folder / "private")
     prepare(options, places, num_workers=1, pseudonym_key_file=folder / "key")
     return folder
 
@@ -189,7 +191,7 @@ def test_embeddings_are_those_of_evaluation_and_probes(runs, folder):
         offsets = get_task(config.task).offsets(config) if downstream else (0,)
         given = targets._replace(label="", mask=False)
         source = data.open_source(Dataset.open(config.dataset), "test", (1,), offsets, given)
-        batch = next(data.evaluation_batches(source, len(source)))
+        batch = next(evaluation_batches(source, len(source)))
         if downstream:
             graph, *_ = abstract_model(config, get_task(config.task))
             batch |= {"label": np.ones(len(source), np.int32), "mask": np.ones((len(source), 32, 32), np.uint8)}
