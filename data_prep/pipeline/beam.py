@@ -5,7 +5,7 @@ r"""The expensive steps of a preparation under Apache Beam: the conversion of th
 The workers run the functions of the local runner, and the dataset is the same to the byte; either runner continues what
 the other began. Listing, headers, planning, the frozen decisions and the tables stay with the process that was
 started, on its --num_workers. Without a runner in --beam_options the pipelines run here (Beam's FnApiRunner) with
---num_workers workers, which tries things out and is no faster than the local runner. On a cluster:
+--num_workers workers, which is for trying things out and not faster than the local runner. On a cluster:
 
     --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64
                     --environment_type=EXTERNAL --environment_config=WORKER:50000"
@@ -48,7 +48,7 @@ from apache_beam.runners.runner import PipelineState
 from data_prep.pipeline import assemble, convert, notes
 from data_prep.planning import read_plan
 from data_prep.series import SeriesCandidate
-from data_prep.system.errors import InputError
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, publish, write_file
 from data_prep.workers import WorkerDied, WorkerPool
 
@@ -74,7 +74,7 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
             parsed = PipelineOptions(arguments)
             parsed.get_all_options()
             beam.Pipeline(options=parsed)
-    except (Exception, SystemExit) as error:  # argparse prints and exits, runners raise what they like
+    except (Exception, SystemExit) as error:  # argparse prints and exits, and runners raise errors of any type
         reason = (complaint.getvalue() or str(error)).strip().splitlines()[-1].rpartition(": error: ")[2]
         raise InputError(f"--beam_options={shlex.join(options)}: {reason}") from None
     return arguments
@@ -89,7 +89,7 @@ def convert_exams(
     """Converts the exams `todo`: files of `plan_archive` and, of each, positions in its `exams`.
 
     Raises:
-        OSError: the pipeline failed; what it finished stays.
+        RunFailed: the pipeline failed; what it finished stays.
     """
     elements = [(str(plan), exams) for plan, exams in todo.items()]
     if not elements:
@@ -163,7 +163,7 @@ def write_shards(
     """Writes the new shards that are not there yet, with the sidecars by which `assemble.assemble` knows them.
 
     Raises:
-        OSError: the pipeline failed; what it finished stays.
+        RunFailed: the pipeline failed; what it finished stays.
     """
     missing = [
         i for i, shard in enumerate(frozen.new_shards) if not _is_written(shard["name"], output_dir, records_dir)
@@ -198,7 +198,7 @@ def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_recor
     """Writes a shard of the staged volumes `staged`, unless that is done, safe against another run of the same task.
 
     Raises:
-        OSError: the shard can't be written, or not all of its records are there.
+        OSError, RunFailed: the shard can't be written, or not all of its records are there.
     """
     try:
         if not _is_written(path.name, path.parent, records_dir):
@@ -240,9 +240,9 @@ def _run(pipeline: beam.Pipeline) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # tracebacks of workers on this machine, which are raised too
             state = pipeline.run().wait_until_finish()
     except Exception as error:  # of any runner
-        raise OSError(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error
+        raise RunFailed(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error
     if state != PipelineState.DONE:
-        raise OSError(f"the Beam pipeline ended in state {state}; {_REMEDY}")
+        raise RunFailed(f"the Beam pipeline ended in state {state}; {_REMEDY}")
 
 
 def _reason(error: Exception) -> str:
