@@ -22,7 +22,8 @@ from ctssl_jax.evaluate import evaluate
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.raw import scans
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
@@ -90,7 +91,7 @@ def folder(archive, tmp_path_factory):
     (folder / "key").write_text("0123456789abcdef0123456789abcdef")
     windows = ((50.0, 350.0), (-600.0, 1500.0))
     options = Options(image_size=32, windows=windows, splits=(0.5, 0.25, 0.25))
-    places = Places(archive, folder / "dataset", folder / "private")
+    places = Directories(archive, folder / "dataset", folder / "private")
     prepare(options, places, num_workers=1, pseudonym_key_file=folder / "key")
     return folder
 

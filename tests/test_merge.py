@@ -25,7 +25,8 @@ from data_prep.dataset__schema import (
     write_preparation,
 )
 from data_prep.dataset__storage import write_table
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import file_sha256
 from data_prep.verification import verify
@@ -379,7 +380,7 @@ def test_parts_that_grow_leave_the_view_as_it_was(tmp_path, key_file, pool):
     places = {}
     for name, patients in (("a", range(1, 4)), ("b", range(11, 14))):
         add_scans(tmp_path / f"scans-{name}", patients)
-        places[name] = Places(tmp_path / f"scans-{name}", tmp_path / name, tmp_path / f"{name}-audit")
+        places[name] = Directories(tmp_path / f"scans-{name}", tmp_path / name, tmp_path / f"{name}-audit")
         prepare(OPTIONS, places[name], num_workers=1, pseudonym_key_file=key_file)
     parts = [tmp_path / "a", tmp_path / "b"]
     preparation, _ = merge(parts, tmp_path / "view")

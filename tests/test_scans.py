@@ -17,7 +17,8 @@ from nibabel import orientations
 from ctssl_jax import hu_arrays, scan_flags
 from data_prep.dataset import Dataset
 from data_prep.labels import LabelSources
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.raw import scans
 from data_prep.scan import loading
 from data_prep.scan.rules import Rules
@@ -39,7 +40,7 @@ def prepared(folder, archive, options, **sources):
     """The dataset's volumes as prepare writes them: volume_id -> (patient_id, images, position_mm)."""
     key_file = folder / "key"
     key_file.write_text(KEY)
-    places = Places(archive, folder / "dataset", folder / "private")
+    places = Directories(archive, folder / "dataset", folder / "private")
     prepare(
         options, places, sources=LabelSources(options.archive, **sources), num_workers=1, pseudonym_key_file=key_file
     )

@@ -41,7 +41,7 @@ _MEGABYTE = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
+class FrozenPlan:
     """Everything that the dataset will be."""
 
     archive_digest: str
@@ -61,8 +61,8 @@ class Frozen:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode())
 
     @staticmethod
-    def load(path: Path) -> "Frozen":
-        return Frozen(**json.loads(path.read_text()))
+    def load(path: Path) -> "FrozenPlan":
+        return FrozenPlan(**json.loads(path.read_text()))
 
 
 def freeze(
@@ -77,13 +77,13 @@ def freeze(
     rejected: list[dict[str, Any]],
     counts: dict[str, Any],
     labels: dict[str, Any],
-) -> Frozen:
+) -> FrozenPlan:
     """Decides splits, order and shards. `new_volumes`: key of the staged file -> (row, bytes).
 
     Volumes lie in the order of their keyed hash, after those that earlier runs wrote.
 
     Raises:
-        ValueError: too few patients for the splits.
+        InputError: too few patients for the splits.
         RuntimeError: a volume would be in the dataset twice.
     """
 
@@ -120,7 +120,7 @@ def freeze(
             new_shards.append({"name": shard, "num_records": num_records, "staged": staged})
             lengths.append(num_records)
         shard_lengths[split] = lengths
-    return Frozen(
+    return FrozenPlan(
         archive_digest=archive_digest,
         options=options,
         key_fingerprint=pseudonyms.key_fingerprint(key),
@@ -136,7 +136,7 @@ def freeze(
     )
 
 
-def can_be_assembled(frozen: Frozen, output_dir: Path, records_dir: Path) -> bool:
+def can_be_assembled(frozen: FrozenPlan, output_dir: Path, records_dir: Path) -> bool:
     """Whether every shard is written already or has its staged volumes: false if someone removed the output."""
     old_shards = [name for name in frozen.old_checksums if ".array_record-" in name]
     return all((output_dir / name).exists() for name in old_shards) and all(
@@ -147,7 +147,7 @@ def can_be_assembled(frozen: Frozen, output_dir: Path, records_dir: Path) -> boo
 
 
 def assemble(
-    frozen: Frozen, output_dir: Path, records_dir: Path, notes_dir: Path, kept_notes_dir: Path, pool: WorkerPool
+    frozen: FrozenPlan, output_dir: Path, records_dir: Path, notes_dir: Path, kept_notes_dir: Path, pool: WorkerPool
 ) -> dict[str, Any]:
     """Writes what is missing of a frozen dataset and returns preparation.json, which is written last.
 
@@ -184,7 +184,7 @@ def assemble(
 
 
 def _label_tables(
-    frozen: Frozen, notes_dir: Path, kept_notes_dir: Path
+    frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path
 ) -> dict[str, tuple[dict[str, type], list[dict[str, Any]]]]:
     """Columns and rows of the tables of labels and regions that the dataset has, by file name."""
     columns = {
@@ -218,12 +218,12 @@ def _class_counts(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping
     return counts
 
 
-def _note_of(volume_id: str, frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> ExamNote:
+def _note_of(volume_id: str, frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path) -> ExamNote:
     new = notes_dir / f"{frozen.kept_notes.get(volume_id, '')}.json"
     return read_note(new if new.exists() else kept_notes_dir / f"{volume_id}.json")
 
 
-def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, str]:
+def _write_shards(frozen: FrozenPlan, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, str]:
     checksums = {}
     tasks = []
     total = sum(shard["num_records"] for shard in frozen.new_shards)
@@ -269,7 +269,7 @@ def sidecar_path(records_dir: Path, shard: str) -> Path:
     return records_dir / f"{shard}.done"
 
 
-def keep_notes(frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> None:
+def keep_notes(frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path) -> None:
     """Moves the notes of the new volumes to where later runs look for them."""
     kept_notes_dir.mkdir(mode=0o700, exist_ok=True)
     for volume, key in frozen.kept_notes.items():

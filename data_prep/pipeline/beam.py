@@ -45,8 +45,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from data_prep.pipeline import assemble, notes
-from data_prep.pipeline import convert as conversion
+from data_prep.pipeline import assemble, convert, notes
 from data_prep.planning import read_plan
 from data_prep.series import SeriesCandidate
 from data_prep.system.errors import InputError
@@ -54,7 +53,7 @@ from data_prep.system.files import PARTIAL, publish, write_file
 from data_prep.workers import WorkerDied, WorkerPool
 
 _HERE = "--runner=FnApiRunner"  # not DirectRunner, which may download another one
-_REMEDY = "what it finished stays: run the same command again to continue (--runner=local goes on with it too)"
+_REMEDY = "what it finished stays: run the same command again to continue (--runner=local continues it, too)"
 _CONVERSION_FILE = "conversion.pickle"  # private: it holds the pseudonym key
 
 
@@ -84,8 +83,10 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
 # ---- conversion --------------------------------------------------------------------------------------------
 
 
-def convert(run: notes.Conversion, todo: Mapping[Path, list[int]], work_dir: Path, arguments: Sequence[str]) -> None:
-    """Converts the exams `todo`: files of `planning.plan_archive` and, of each, positions in its `exams`.
+def convert_exams(
+    run: notes.Conversion, todo: Mapping[Path, list[int]], work_dir: Path, arguments: Sequence[str]
+) -> None:
+    """Converts the exams `todo`: files of `plan_archive` and, of each, positions in its `exams`.
 
     Raises:
         OSError: the pipeline failed; what it finished stays.
@@ -132,7 +133,7 @@ class _Convert(beam.DoFn):
 
 
 def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: WorkerPool) -> None:
-    """`conversion.convert_exam`, unless that is done, safe against another run of the same task at the same time.
+    """`convert.convert_exam`, unless that is done, safe against another run of the same task at the same time.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
@@ -142,9 +143,9 @@ def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: Worke
     key = notes.exam_key(run, exam)
     with _private_directory(run.notes_dir) as notes_dir, _private_directory(run.records_dir) as records_dir:
         private = dataclasses.replace(run, notes_dir=notes_dir, records_dir=records_dir)
-        for _, result in pool.run(conversion.convert_exam, [(private, exam)]):
+        for _, result in pool.run(convert.convert_exam, [(private, exam)]):
             if isinstance(result, WorkerDied):
-                notes.write_note(private, conversion.note_of_crash(private, exam))
+                notes.write_note(private, convert.note_of_crash(private, exam))
         if notes.is_converted(run, exam):  # another run was first; this one may have failed
             return
         records = notes.records_path(records_dir, key)
@@ -157,7 +158,7 @@ def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: Worke
 
 
 def write_shards(
-    frozen: assemble.Frozen, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
+    frozen: assemble.FrozenPlan, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
 ) -> None:
     """Writes the new shards that are not there yet, with the sidecars by which `assemble.assemble` knows them.
 
@@ -185,7 +186,7 @@ class _WriteShard(beam.DoFn):
         self._frozen_file, self._output_dir, self._records_dir = frozen_file, output_dir, records_dir
 
     def setup(self) -> None:
-        self._shards = assemble.Frozen.load(Path(self._frozen_file)).new_shards
+        self._shards = assemble.FrozenPlan.load(Path(self._frozen_file)).new_shards
 
     def process(self, element: int) -> None:
         shard = self._shards[element]
