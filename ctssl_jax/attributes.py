@@ -189,7 +189,7 @@ def table(result: dict) -> str:
 
 def _read_attributes(dataset: str, names: list[str] | None, min_patients: int) -> tuple[list, dict[str, str]]:
     """The attributes that are asked for; or those of volumes.csv that can be probed, and why others cannot."""
-    from ctssl_jax.data__labels import OF_VOLUMES, read_attribute
+    from ctssl_jax.data__labels import OF_VOLUMES, AttributeRefused, read_attribute
     from data_prep.dataset import Dataset
 
     remedy = "give a smaller --min_patients or a --dataset of more patients"
@@ -201,14 +201,15 @@ def _read_attributes(dataset: str, names: list[str] | None, min_patients: int) -
             )
             for split, labels in attribute.labels.items():
                 if len(set(labels[labels >= 0].tolist())) < 2:
-                    raise InputError(
-                        f"--attributes: {name} has fewer than two classes in the {split} split; give a --dataset of "
-                        "more patients, or leave the attribute out"
+                    raise AttributeRefused(
+                        "--attributes",
+                        f"{name} has fewer than two classes in the {split} split",
+                        "give a --dataset of more patients, or leave the attribute out",
                     )
-        except InputError as error:
+        except AttributeRefused as error:
             if names is not None:
                 raise
-            refused[name] = str(error).removeprefix("--attributes: ").split(";")[0]
+            refused[name] = error.reason
         else:
             chosen.append(attribute)
     if not chosen:

@@ -64,6 +64,14 @@ def age_classes(starts: Sequence[int]) -> tuple[str, ...]:
     return (*(f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)), f"{edges[-1]}+")
 
 
+class AttributeRefused(InputError):
+    """An attribute that cannot be learned; `reason` is the message without what asked for it and the remedy."""
+
+    def __init__(self, asked_by: str, reason: str, remedy: str):
+        super().__init__(f"{asked_by}: {reason}; {remedy}")
+        self.reason = reason
+
+
 def read_attribute(
     dataset: Dataset,
     name: str,
@@ -82,7 +90,7 @@ def read_attribute(
       remedy: where classes are too small, for error messages.
 
     Raises:
-      InputError: no such attribute, a label of slices, or fewer than two classes that are large enough.
+      AttributeRefused: no such attribute, a label of slices, or fewer than two classes that are large enough.
     """
     labels = dataset.preparation["labels"]
     by_split = {split: dataset.volumes(split) for split in SPLITS}
@@ -90,12 +98,11 @@ def read_attribute(
         values = {split: [_known(volume[name]) for volume in volumes] for split, volumes in by_split.items()}
     elif name not in labels:
         of_dataset = [label for label, facts in labels.items() if facts["level"] != "slice"]
-        raise InputError(
-            f"{asked_by}: the dataset has no attribute {name!r}; choose of {', '.join([*OF_VOLUMES, *of_dataset])}"
-        )
+        choices = ", ".join([*OF_VOLUMES, *of_dataset])
+        raise AttributeRefused(asked_by, f"the dataset has no attribute {name!r}", f"choose of {choices}")
     elif labels[name]["level"] == "slice":
-        raise InputError(
-            f"{asked_by}: {name} is a label of slices, not of patients; train on it with --config.label={name}"
+        raise AttributeRefused(
+            asked_by, f"{name} is a label of slices, not of patients", f"train on it with --config.label={name}"
         )
     else:
         classes = labels[name]["classes"]
@@ -111,9 +118,10 @@ def read_attribute(
         if value is not None
     ]
     if not known:
-        raise InputError(
-            f"{asked_by}: no training volume of the dataset has a value of {name}; prepare it again with "
-            "--attributes_csv, or choose another one"
+        raise AttributeRefused(
+            asked_by,
+            f"no training volume of the dataset has a value of {name}",
+            "prepare it again with --attributes_csv, or choose another one",
         )
     if name == "age":
         starts = join_decades([age // 10 for age, _ in known], [patient for _, patient in known], least_patients)
@@ -134,8 +142,8 @@ def read_attribute(
             for split, of_split in values.items()
         }
     if len(names) < 2:
-        raise InputError(
-            f"{asked_by}: {name} has fewer than two classes with {least_patients} training patients; {remedy}"
+        raise AttributeRefused(
+            asked_by, f"{name} has fewer than two classes with {least_patients} training patients", remedy
         )
     missing = {split: of_split.count(None) for split, of_split in values.items()}
     return AttributeLabels(

@@ -59,7 +59,7 @@ def list_sources(input_dir: ArchiveDirectory) -> Iterator[Source | Unreadable]:
     Raises:
         InputError: `input_dir` does not exist.
         NotADirectoryError: `input_dir` is not a directory.
-        StoreError: a URL that cannot be used.
+        InputError: a URL that cannot be used.
         OSError: a store that cannot be listed to the end.
     """
     if isinstance(input_dir, RemoteArchive):

@@ -18,7 +18,7 @@ from absl import flags
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
-from data_prep.system.files import write_text
+from data_prep.system.files import read_json, write_text
 from experiments.study import PROJECT, run_stage
 
 RECIPE = "configs/masked_region.py:small"
@@ -36,7 +36,7 @@ class StageTimes:
 
     def __init__(self, path: Path):
         self._path = path
-        self.known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.known: dict[str, float] = read_json(path) if path.exists() else {}
 
     def __setitem__(self, stage: str, duration: float) -> None:
         self.known[stage] = max(duration, self.known.get(stage, 0.0))
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> int:
 
     from ctssl_jax.reports import read_reports
 
-    result = json.loads(result_file.read_text())
+    result = read_json(result_file)
     with open(output / "cohort" / "cohort.csv", newline="") as file:
         cohort = list(csv.DictReader(file))
     page = report_html(

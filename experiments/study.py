@@ -27,7 +27,7 @@ from absl import flags
 from data_prep import stores
 from data_prep.system import command_line
 from data_prep.system.errors import InputError, RunFailed, StartAgain
-from data_prep.system.files import write_text, written_whole
+from data_prep.system.files import read_json, write_text, written_whole
 
 PROJECT = Path(__file__).resolve().parent.parent
 VERBS = ("plan", "run", "draw")
@@ -249,7 +249,7 @@ def record_settings(workdir: Path, content: dict[str, Any]) -> None:
                 os.link(file.name, path)
     except OSError as error:
         raise InputError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
-    known = json.loads(path.read_text())
+    known = read_json(path)
     for name, value in content.items():
         if known.get(name) != value:
             raise InputError(
@@ -274,7 +274,7 @@ def recorded(settings: Settings) -> Settings:
     path = settings.workdir / SETTINGS
     if not path.exists():
         raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
-    known = json.loads(path.read_text())
+    known = read_json(path)
     del known["dataset_fingerprint"]
     return settings._replace(**known | {"overrides": tuple(known["overrides"])})
 
@@ -325,7 +325,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def read_result(cell: Cell) -> dict | None:
     """The results of a cell, or None while it is missing."""
-    return json.loads(cell.result.read_text()) if cell.result.exists() else None
+    return read_json(cell.result) if cell.result.exists() else None
 
 
 def caption(results: Sequence[dict]) -> str:

@@ -23,7 +23,7 @@ from absl import flags
 from data_prep import lidc
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
-from data_prep.system.files import write_text
+from data_prep.system.files import explain, write_text
 from experiments import study
 from experiments.paper import TABLE1
 
@@ -201,8 +201,8 @@ def main(argv: list[str]) -> int:
                 | {"ours": row["ours"].replace(",", ""), "paper": row["the paper's"].replace(",", "")}
                 for row in rows
             ]
-    except (lidc.LidcError, OSError) as error:
-        raise InputError(str(error)) from error
+    except OSError as error:
+        raise InputError(explain(error)) from error
     for path in datasets:
         name = path.resolve().name
         rows = dataset_rows(path, output_dir / name)

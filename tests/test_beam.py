@@ -17,7 +17,7 @@ from data_prep.pipeline import prepare as preparation
 from data_prep.pipeline.accounting import num_failed_for_now
 from data_prep.pipeline.options import Directories, Options, parse_beam_options
 from data_prep.pipeline.prepare import prepare
-from data_prep.system.errors import InputError
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 
@@ -233,7 +233,7 @@ def test_the_local_runner_continues_what_beam_began(
             publish(source, target)
 
         monkeypatch.setattr(beam_runner, "publish", publish_until_full)
-        with pytest.raises(OSError, match=r"^the Beam pipeline failed: .*disk full.*: run the same command") as error:
+        with pytest.raises(RunFailed, match=r"^the Beam pipeline failed: .*disk full.*: run the same command") as error:
             prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
         assert "\n" not in str(error.value)
 

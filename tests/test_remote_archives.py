@@ -22,6 +22,7 @@ from data_prep.pipeline.prepare import prepare
 from data_prep.remote_archives import archive_directory
 from data_prep.scan.loading import read_headers
 from data_prep.series import plan_series
+from data_prep.system.errors import InputError
 from data_prep.volume import load_volume
 from tests import dicom_files
 
@@ -201,9 +202,9 @@ def test_missing_packages_are_named(monkeypatch):
     for protocol, package, extra in (("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")):
         monkeypatch.setitem(sys.modules, package, None)  # as if it was not installed
         monkeypatch.delitem(registry._registry, protocol, raising=False)
-        with pytest.raises(stores.StoreError, match=re.escape(f"{protocol}://b/c: needs a package that is not inst")):
+        with pytest.raises(InputError, match=re.escape(f"{protocol}://b/c: needs a package that is not inst")):
             stores.open_store(f"{protocol}://b/c")
-        with pytest.raises(stores.StoreError, match=re.escape(f"pip install 'ctssl_jax[{extra}]'")):
+        with pytest.raises(InputError, match=re.escape(f"pip install 'ctssl_jax[{extra}]'")):
             stores.open_store(f"simplecache::{protocol}://b/c")
 
 

@@ -34,7 +34,8 @@ from data_prep.dataset__tfds import complete
 from data_prep.pipeline.notes import ExamNote, read_note, records_path
 from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.privacy import pseudonyms
-from data_prep.system.files import file_sha256, sync_directory, write_file
+from data_prep.system.errors import RunFailed
+from data_prep.system.files import file_sha256, read_json, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _MEGABYTE = 1_000_000
@@ -62,7 +63,7 @@ class FrozenPlan:
 
     @staticmethod
     def load(path: Path) -> "FrozenPlan":
-        return FrozenPlan(**json.loads(path.read_text()))
+        return FrozenPlan(**read_json(path))
 
 
 def freeze(
@@ -237,7 +238,7 @@ def _write_shards(frozen: FrozenPlan, output_dir: Path, records_dir: Path, pool:
                 tasks.append((output_dir / shard["name"], records_dir, shard["staged"], shard["num_records"]))
         for (path, _, _, num_records), checksum in pool.run(write_shard, tasks):
             if isinstance(checksum, WorkerDied):
-                raise OSError(f"{path}: writing the shard was killed; check memory and disk, then run again")
+                raise RunFailed(f"{path}: writing the shard was killed; check memory and disk, then run again")
             checksums[path.name] = checksum
             progress.advance(num_records)
     return checksums
@@ -247,11 +248,12 @@ def write_shard(path: Path, records_dir: Path, staged: list[str], num_records: i
     """Writes a shard of staged exams, then its sidecar, then removes what was staged; returns the shard's SHA-256.
 
     Raises:
-        OSError: it cannot be written, or the exams hold another number of records.
+        OSError: it cannot be written.
+        RunFailed: the exams hold another number of records.
     """
     written = write_records(path, _staged_records(records_dir, staged))
     if written != num_records:
-        raise OSError(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
+        raise RunFailed(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
     checksum = file_sha256(path)
     write_file(sidecar_path(records_dir, path.name), checksum.encode())
     for key in staged:

@@ -48,7 +48,7 @@ from apache_beam.runners.runner import PipelineState
 from data_prep.pipeline import assemble, convert, notes
 from data_prep.planning import read_plan
 from data_prep.series import SeriesCandidate
-from data_prep.system.errors import InputError
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, publish, write_file
 from data_prep.workers import WorkerDied, WorkerPool
 
@@ -89,7 +89,7 @@ def convert_exams(
     """Converts the exams `todo`: files of `plan_archive` and, of each, positions in its `exams`.
 
     Raises:
-        OSError: the pipeline failed; what it finished stays.
+        RunFailed: the pipeline failed; what it finished stays.
     """
     elements = [(str(plan), exams) for plan, exams in todo.items()]
     if not elements:
@@ -163,7 +163,7 @@ def write_shards(
     """Writes the new shards that are not there yet, with the sidecars by which `assemble.assemble` knows them.
 
     Raises:
-        OSError: the pipeline failed; what it finished stays.
+        RunFailed: the pipeline failed; what it finished stays.
     """
     missing = [
         i for i, shard in enumerate(frozen.new_shards) if not _is_written(shard["name"], output_dir, records_dir)
@@ -198,7 +198,7 @@ def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_recor
     """Writes a shard of the staged volumes `staged`, unless that is done, safe against another run of the same task.
 
     Raises:
-        OSError: the shard can't be written, or not all of its records are there.
+        OSError, RunFailed: the shard can't be written, or not all of its records are there.
     """
     try:
         if not _is_written(path.name, path.parent, records_dir):
@@ -240,9 +240,9 @@ def _run(pipeline: beam.Pipeline) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # tracebacks of workers on this machine, which are raised too
             state = pipeline.run().wait_until_finish()
     except Exception as error:  # of any runner
-        raise OSError(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error
+        raise RunFailed(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error
     if state != PipelineState.DONE:
-        raise OSError(f"the Beam pipeline ended in state {state}; {_REMEDY}")
+        raise RunFailed(f"the Beam pipeline ended in state {state}; {_REMEDY}")
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ from data_prep.dataset__schema import PREPARATION_FILE, VOLUMES_FILE
 from data_prep.privacy.pseudonyms import KEY_FILE, key_fingerprint
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
-from data_prep.system.files import make_folder
+from data_prep.system.files import make_folder, read_json
 
 _BOUND_FILE = "archive.json"  # of which archive and which dataset an audit directory is
 
@@ -125,12 +125,12 @@ class Directories:
 
     def splits(self) -> dict[str, str]:
         """The split of each patient that an earlier run assigned."""
-        return json.loads(self.splits_file.read_text()) if self.splits_file.exists() else {}
+        return read_json(self.splits_file) if self.splits_file.exists() else {}
 
     def bound(self) -> dict[str, str]:
         """The archive's `digest`, the dataset's `fingerprint` and its `output_dir` from here; all "" at first."""
         path = self.audit_dir / _BOUND_FILE
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        stored = read_json(path) if path.exists() else {}
         return {"digest": "", "fingerprint": "", "output_dir": ""} | stored
 
     def facts_to_bind(self, archive_digest: str, fingerprint: str) -> tuple[Path, dict[str, str]]:

@@ -46,7 +46,7 @@ from data_prep.dataset__schema import (
 from data_prep.dataset__storage import read_records
 from data_prep.headers import inflates_too_far
 from data_prep.privacy.pseudonyms import KEY_FILE, public_ethnic_group, public_kernel, public_manufacturer
-from data_prep.system.errors import InputError
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
@@ -94,7 +94,7 @@ def read_source_values(input_dir: ArchiveDirectory, pool: WorkerPool) -> SourceV
         chunks = iter(lambda: tuple(itertools.islice(sources, _FILES_PER_TASK)), ())
         for (_, chunk), found in pool.run(_values_of_files, ((input_dir, chunk) for chunk in chunks)):
             if isinstance(found, WorkerDied):
-                raise OSError(f"{chunk[0].path} or one of the next {len(chunk)} files: reading it crashed")
+                raise RunFailed(f"{chunk[0].path} or one of the next {len(chunk)} files: reading it crashed")
             values.update(found)
             progress.advance(len(chunk))
     return values

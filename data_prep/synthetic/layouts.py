@@ -20,7 +20,7 @@ from data_prep.synthetic.dicom_writer import as_written, instance_uid, slice_hei
 from data_prep.synthetic.exam import Exam, Options, render_series, sample_exam
 from data_prep.synthetic.patient import ventricle_ratio
 from data_prep.synthetic.readers import read_scan, reading_xml
-from data_prep.system.files import write_text, written_whole
+from data_prep.system.files import read_json, write_text, written_whole
 
 # An embolus that covers less of a slice than this makes no positive slice.
 MIN_EMBOLUS_MM2 = 12.0
@@ -51,7 +51,7 @@ def write_tables(output_dir: Path, options: Options) -> None:
     """`train.csv` and `attributes.csv` of all patients that the folder holds, in the rsna_pe layout."""
     if options.layout != "rsna_pe":
         return
-    parts = [json.loads(path.read_text()) for path in sorted((output_dir / TABLES_FOLDER).glob("*.json"))]
+    parts = [read_json(path) for path in sorted((output_dir / TABLES_FOLDER).glob("*.json"))]
     tables = (
         ("train.csv", TRAIN_COLUMNS, [row for part in parts for row in part["train"]]),
         ("attributes.csv", ATTRIBUTE_COLUMNS, [part["attributes"] for part in parts]),
