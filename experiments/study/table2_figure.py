@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctssl_jax import pictures
-from experiments.study import with_spread
+from experiments.study.results import with_spread
 
 COLUMNS = {"input": "Sample input", "prediction": "Predicted output", "difference": "Difference"}
 
