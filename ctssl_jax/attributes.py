@@ -54,7 +54,7 @@ def attributes(
       workdir: run directory, of any task whose model has the pretraining's encoder.
       dataset: dataset directory; None takes the training's.
       output: path of RESULT.json; its folder is made.
-      names: attributes, see `attribute_labels.read_attribute`; None takes those of age, sex and ethnic group that can
+      names: attributes, see `data__labels.read_attribute`; None takes those of age, sex and ethnic group that can
         be learned from this dataset.
       checkpoint: `best`, `last` or a step; the controls read none.
       encoder: `run`, or one of the controls `untrained` and `pixels`.
@@ -189,26 +189,27 @@ def table(result: dict) -> str:
 
 def _read_attributes(dataset: str, names: list[str] | None, min_patients: int) -> tuple[list, dict[str, str]]:
     """The attributes that are asked for; or those of volumes.csv that can be probed, and why others cannot."""
-    from ctssl_jax import attribute_labels
+    from ctssl_jax.data__labels import OF_VOLUMES, AttributeRefused, read_attribute
     from data_prep.dataset import Dataset
 
     remedy = "give a smaller --min_patients or a --dataset of more patients"
     chosen, refused = [], {}
-    for name in attribute_labels.OF_VOLUMES if names is None else dict.fromkeys(names):
+    for name in OF_VOLUMES if names is None else dict.fromkeys(names):
         try:
-            attribute = attribute_labels.read_attribute(
+            attribute = read_attribute(
                 Dataset.open(dataset), name, min_patients, asked_by="--attributes", remedy=remedy
             )
             for split, labels in attribute.labels.items():
                 if len(set(labels[labels >= 0].tolist())) < 2:
-                    raise InputError(
-                        f"--attributes: {name} has fewer than two classes in the {split} split; give a --dataset of "
-                        "more patients, or leave the attribute out"
+                    raise AttributeRefused(
+                        "--attributes",
+                        f"{name} has fewer than two classes in the {split} split",
+                        "give a --dataset of more patients, or leave the attribute out",
                     )
-        except InputError as error:
+        except AttributeRefused as error:
             if names is not None:
                 raise
-            refused[name] = str(error).removeprefix("--attributes: ").split(";")[0]
+            refused[name] = error.reason
         else:
             chosen.append(attribute)
     if not chosen:
@@ -223,7 +224,8 @@ def _make_encoder(encoder: str, config, workdir: Path, step, channels, regions: 
     """(images [B, H, W, C] uint8) -> features [B, F] float32, and what it is in words."""
     import jax
 
-    from ctssl_jax import data, linear_probes, training
+    from ctssl_jax import linear_probes, training
+    from ctssl_jax.data__batches import training_batches
     from ctssl_jax.ops.images import to_unit_images
     from ctssl_jax.tasks import get_task
 
@@ -242,7 +244,7 @@ def _make_encoder(encoder: str, config, workdir: Path, step, channels, regions: 
     if encoder == "run":
         frozen, origin = linear_probes.trained_encoder(config, task, workdir, step), f"run, step {step:,}"
     else:
-        batches = data.training_batches(train, min(batch_size, len(train)), config.seed)
+        batches = training_batches(train, min(batch_size, len(train)), config.seed)
         frozen, origin = (
             linear_probes.untrained_encoder(config, task, batches),
             f"control: untrained, seed {config.seed}",
@@ -261,11 +263,11 @@ def _features(embed, source, batch_size: int):
     import jax
     import numpy as np
 
-    from ctssl_jax import data
+    from ctssl_jax.data__batches import evaluation_batches
 
     parts = [
         jax.device_get(embed(batch["images"][:, 0]))[batch["weight"] > 0]
-        for batch in data.evaluation_batches(source, min(batch_size, len(source)))
+        for batch in evaluation_batches(source, min(batch_size, len(source)))
     ]
     return np.concatenate(parts)
 

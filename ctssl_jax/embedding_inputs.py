@@ -18,7 +18,7 @@ from data_prep.privacy import pseudonyms
 from data_prep.raw import scans
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
-from data_prep.system.errors import DatasetError, InputError
+from data_prep.system.errors import InputError
 from data_prep.system.files import written_whole
 from data_prep.workers import WorkerDied, WorkerPool
 
@@ -73,12 +73,7 @@ def open_dataset(workdir: Path, dataset: Path, split: str | None) -> Input:
     """
     if split is not None and split not in SPLITS:
         raise InputError(f"--split={split}: choose one of {', '.join(SPLITS)}, or leave it out")
-    try:
-        run = measurement.open_run(workdir, dataset, () if split is None else (split,))
-    except DatasetError:
-        raise
-    except InputError as error:
-        raise InputError(str(error).replace("--dataset=", "--input=")) from None
+    run = measurement.open_run(workdir, dataset, () if split is None else (split,), flag="--input")
     fingerprint, key_fingerprint = run.preparation["fingerprint"], run.preparation["key_fingerprint"]
     rows = [row for name in SPLITS if split in (None, name) for row in Dataset.open(dataset).volumes(name)]
     return Input(

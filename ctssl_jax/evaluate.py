@@ -59,6 +59,8 @@ def evaluate(
     from ctssl_jax import checkpoint as checkpoint_files
     from ctssl_jax import configuration, data, distributed, health, measurement, outcomes, pictures, training
     from ctssl_jax import predictions as prediction_files
+    from ctssl_jax.data__batches import evaluation_batches, picture_batch
+    from ctssl_jax.data__labels import label_classes
     from ctssl_jax.models.quantizer import codebook_use
     from ctssl_jax.stats.volumes import volume_means
     from ctssl_jax.tasks import get_task
@@ -85,7 +87,7 @@ def evaluate(
     state = training.TrainState(step=(), optimizer=(), sums={}, nonfinite_step=(), **model)
 
     # ---- Scores: slices, then volumes, then the split ----
-    slices = training.evaluate_split(program, state, data.evaluation_batches(source, batch_size))
+    slices = training.evaluate_split(program, state, evaluation_batches(source, batch_size))
     volumes, volume_index = _volumes_of_records(source.volumes, slices.record_index)
     patient_ids = [volume["patient_id"] for volume in volumes]
 
@@ -105,7 +107,7 @@ def evaluate(
     over_volumes = {name: values for name, values in by_volume.items() if name not in of_masks}
     measured, downstream = measurement.summaries(over_volumes, patient_ids) | of_masks, {}
     if targets.label:
-        classes, level = data.label_classes(Dataset.open(config.dataset), targets.label)
+        classes, level = label_classes(Dataset.open(config.dataset), targets.label)
         validation = None
         if len(classes) == 2:
             validation = _validation_predictions(program, state, config, task, channels, batch_size)
@@ -154,7 +156,7 @@ def evaluate(
     if predicted is not None:
         prediction_files.write(output, predicted)
     number = min(config.num_pictures, batch_size)
-    shown = training.render_pictures(program, state, data.picture_batch(source, batch_size, number), number)
+    shown = training.render_pictures(program, state, picture_batch(source, batch_size, number), number)
     pictures.save_arrays(output.with_suffix(".npz"), shown)
     pictures.save_strip(output.with_suffix(".png"), shown, "SYNTHETIC" if preparation["synthetic"] else "")
     write_json(output, result)  # last: with it the evaluation is complete
@@ -229,6 +231,7 @@ def _predictions(source, slices):
 def _validation_predictions(program, state, config, task, channels, batch_size: int):
     """Those of the validation split; None where the dataset has none with this label."""
     from ctssl_jax import data, training
+    from ctssl_jax.data__batches import evaluation_batches
     from data_prep.dataset import Dataset
 
     try:
@@ -239,7 +242,7 @@ def _validation_predictions(program, state, config, task, channels, batch_size: 
         raise
     except InputError:
         return None
-    return _predictions(source, training.evaluate_split(program, state, data.evaluation_batches(source, batch_size)))
+    return _predictions(source, training.evaluate_split(program, state, evaluation_batches(source, batch_size)))
 
 
 def _volumes_of_records(volumes: list[dict], record_index):
@@ -282,7 +285,7 @@ def _baseline_scores(config, task, source, train_source, batch_size: int) -> dic
     import jax
     import numpy as np
 
-    from ctssl_jax import data
+    from ctssl_jax.data__batches import evaluation_batches
     from ctssl_jax.ops.images import to_unit_images
     from ctssl_jax.training import evaluation_keys
 
@@ -298,7 +301,7 @@ def _baseline_scores(config, task, source, train_source, batch_size: int) -> dic
         return task.baselines(batch, evaluation_keys(batch["record_index"]), mean_image, config)
 
     batches = []
-    for batch in data.evaluation_batches(source, batch_size):
+    for batch in evaluation_batches(source, batch_size):
         scores = jax.device_get(score(batch))
         batches.append(jax.tree.map(lambda values, kept=batch["weight"] > 0: values[kept], scores))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)

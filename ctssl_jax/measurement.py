@@ -33,13 +33,16 @@ class MeasuredRun(NamedTuple):
     learned_from: list[dict]
 
 
-def open_run(workdir: Path, dataset: str | Path | None, splits: tuple[str, ...]) -> MeasuredRun:
+def open_run(
+    workdir: Path, dataset: str | Path | None, splits: tuple[str, ...], flag: str = "--dataset"
+) -> MeasuredRun:
     """Open a run directory.
 
     Args:
       workdir: run directory.
       dataset: dataset directory; None takes the training's.
       splits: that will be read.
+      flag: that names the dataset, for the message.
 
     Raises:
       InputError: no such run, a missing split, or data prepared otherwise than the run's.
@@ -56,7 +59,7 @@ def open_run(workdir: Path, dataset: str | Path | None, splits: tuple[str, ...])
     except DatasetError:
         raise
     except InputError as error:
-        raise InputError(f"--dataset={config.dataset} was prepared otherwise than the run's data: {error}") from None
+        raise InputError(f"{flag}={config.dataset} was prepared otherwise than the run's data: {error}") from None
     ancestors = transplant.read_ancestors(workdir)
     learned_from = [transplant.read_patients(workdir), *[run.pop("patients") for run in ancestors]]
     return MeasuredRun(config, trained_on, preparation, channels, ancestors, learned_from)

@@ -139,16 +139,15 @@ def _write_csv(
 
 def _classes(model: "PretrainedModel", number: int) -> tuple[tuple[str, ...], str]:
     """Names of the classes and the label's level; numbers where nothing names an attribute's classes any more."""
-    from ctssl_jax import data
+    from ctssl_jax.data__labels import label_classes
     from data_prep.dataset import Dataset
-    from data_prep.system.errors import DatasetError
 
     label = model.config.label
     if label in model.preparation["labels"]:
         facts = model.preparation["labels"][label]
         return tuple(facts["classes"]), facts["level"]
     try:  # an attribute: which classes there are is decided by the training patients
-        classes, level = data.label_classes(Dataset.open(model.config.dataset), label)
-    except (InputError, DatasetError, OSError):
+        classes, level = label_classes(Dataset.open(model.config.dataset), label)
+    except (InputError, OSError):
         classes, level = (), "volume"
     return (tuple(classes) if len(classes) == number else tuple(f"class_{k}" for k in range(number))), level

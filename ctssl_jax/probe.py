@@ -71,7 +71,8 @@ def probe(
     import threadpoolctl
 
     from ctssl_jax import checkpoint as checkpoint_files
-    from ctssl_jax import data, linear_probes, measurement
+    from ctssl_jax import linear_probes, measurement
+    from ctssl_jax.data__batches import evaluation_batches, training_batches
     from ctssl_jax.ops.images import SSIM_WINDOW
     from ctssl_jax.tasks import get_task
 
@@ -103,7 +104,7 @@ def probe(
         frozen = linear_probes.trained_encoder(config, task, workdir, step)
     elif encoder == "untrained":
         size = min(batch_size, len(sources["train", (0,)]))
-        batches = data.training_batches(sources["train", (0,)], size, config.seed)
+        batches = training_batches(sources["train", (0,)], size, config.seed)
         frozen = linear_probes.untrained_encoder(config, task, batches)
     else:
         frozen = linear_probes.pixel_encoder(len(channels), config.model.embedding_dim)
@@ -117,9 +118,7 @@ def probe(
         started = time.monotonic()
         measure = _label_values if name in linear_probes.LABELS else _image_values
         offsets = (0,) if name in linear_probes.LABELS else linear_probes.IMAGES[name].offsets
-        batches = [
-            data.evaluation_batches(sources[part, offsets], batch_size) for part in ("train", "validation", split)
-        ]
+        batches = [evaluation_batches(sources[part, offsets], batch_size) for part in ("train", "validation", split)]
         with threadpoolctl.threadpool_limits(1):  # same sums on any number of cores; on busy ones twenty times faster
             values, settings = measure(frozen, name, *batches, volumes)
         by_volume |= {f"{name}/{score}": value for score, value in values.items()}

@@ -16,12 +16,14 @@ from training_runs import start, tiny_recipe
 
 import ctssl_jax
 from ctssl_jax import checkpoint, configuration, data, embedding_files, embedding_inputs, linear_probes, pretrained
+from ctssl_jax.data__batches import evaluation_batches
 from ctssl_jax.embed import embed, summary
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.raw import scans
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
@@ -89,7 +91,7 @@ def folder(archive, tmp_path_factory):
     (folder / "key").write_text("0123456789abcdef0123456789abcdef")
     windows = ((50.0, 350.0), (-600.0, 1500.0))
     options = Options(image_size=32, windows=windows, splits=(0.5, 0.25, 0.25))
-    places = Places(archive, folder / "dataset", folder / "private")
+    places = Directories(archive, folder / "dataset", folder / "private")
     prepare(options, places, num_workers=1, pseudonym_key_file=folder / "key")
     return folder
 
@@ -189,7 +191,7 @@ def test_embeddings_are_those_of_evaluation_and_probes(runs, folder):
         offsets = get_task(config.task).offsets(config) if downstream else (0,)
         given = targets._replace(label="", mask=False)
         source = data.open_source(Dataset.open(config.dataset), "test", (1,), offsets, given)
-        batch = next(data.evaluation_batches(source, len(source)))
+        batch = next(evaluation_batches(source, len(source)))
         if downstream:
             graph, *_ = abstract_model(config, get_task(config.task))
             batch |= {"label": np.ones(len(source), np.int32), "mask": np.ones((len(source), 32, 32), np.uint8)}
@@ -400,7 +402,7 @@ def test_wrong_requests(runs, folder, archive, tmp_path):
         ((run, archive, tmp_path / "file" / "z.npz"), {}, "cannot make .*file .*choose another folder"),
         ((run, tmp_path / "none", output), {}, "--input=.*none: no such file or directory"),
         ((run, archive / "short", output), {}, "has too few slices .*; give a smaller --min_slices"),
-        ((run, archive / "notes.txt", output), {}, "no DICOM file; give DICOM, or --archive=nifti"),
+        ((run, archive / "notes.txt", output), {}, "not a DICOM file; give DICOM, or --archive=nifti"),
         ((run, archive, output), {"split": "test"}, "--split=test is of prepared datasets, and --input="),
         ((run, ready, output), {"split": "none"}, "--split=none: choose one of train, validation, test"),
         ((run, archive, output), {"batch_size": -1}, "--batch_size=-1: must be 0 or more"),
@@ -423,7 +425,7 @@ def test_wrong_volumes(runs, archive):
         (np.zeros((4, 16, 16, 1), np.uint8), None, r"but the run's are uint8 \[S, 32, 32, 1\]"),
         (np.zeros((4, 32, 32, 2), np.uint8), None, r"but the run's are uint8 \[S, 32, 32, 1\]"),
         (np.zeros((0, 32, 32, 1), np.uint8), None, r"slices of uint8 \[0, 32, 32, 1\]"),
-        (np.clip(hu, 0, 255).astype(np.uint8), AFFINE, "values from 0 to 255 are no HU"),
+        (np.clip(hu, 0, 255).astype(np.uint8), AFFINE, "values from 0 to 255 are not HU"),
         (archive, None, "holds 4 scans; give one, or all to python -m ctssl_jax.embed"),
         (archive / "scan1", AFFINE, "a scan on disk has its own, leave it out"),
         (archive / "short", None, "give a smaller --min_slices"),
