@@ -16,10 +16,11 @@ from ml_collections import config_flags
 from PIL import Image
 from training_runs import TINY, start
 
-from ctssl_jax import attributes, checkpoint, evaluate, pictures, train
+from ctssl_jax import attributes, evaluate, pictures, training__loop
+from ctssl_jax.runs.checkpoints import choose_step
 from data_prep.system.errors import InputError, StartAgain
 from experiments import chain, figure6, table2
-from experiments.study import downstream, results, runner, table2_rows
+from experiments.study import downstream, results, runner, table2_figure
 from experiments.study.cells import Cell, Settings, chain_cells
 from experiments.study.downstream import PRESETS, Point, Study
 from experiments.study.paper import TABLE2
@@ -34,8 +35,8 @@ def settings(tiny_dataset, tmp_path):
 def result_of(cell, mean=0.5):
     """A results JSON in `evaluate`'s or `probe`'s form, every number made from `mean`."""
     value = {"sd": 0.1, "ci95": [mean - 0.1, mean + 0.1], "num_volumes": 7, "num_patients": 6, "unit": "a unit"}
-    names = table2_rows.CROSS if cell.name.startswith("cross_") else (*chain.SCORES, "masked_mse_batch_sum")
-    if cell.name in table2_rows.CLASSIFICATION:
+    names = table2_figure.CROSS if cell.name.startswith("cross_") else (*chain.SCORES, "masked_mse_batch_sum")
+    if cell.name in table2_figure.CLASSIFICATION:
         names = ("cross_entropy", "double_softmax_cross_entropy", "auroc")
     if cell.name in ("next_slice", "denoising"):
         names = ("mse", "ssim")
@@ -183,7 +184,7 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
         "error: stage 'mask_05: train' was stopped; run the same command again to continue\n"
     )
     assert "stopped     at step" in output and "evaluate" not in output
-    assert checkpoint.choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
+    assert choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
     assert not (settings.workdir / "results").exists() and not results.seconds(settings.workdir)
 
 
@@ -292,11 +293,10 @@ def test_stages_are_functions_in_this_process(settings, monkeypatch, capsys, fin
     """They get the options of the command line, by the names of their parameters."""
     monkeypatch.setattr(runner, "configure_jax", lambda: None)
     calls = {}
-    for module in (train, evaluate, attributes):
-        name = module.__name__.split(".")[-1]
+    for name, module in (("train", training__loop), ("evaluate", evaluate), ("attributes", attributes)):
         calls[name] = create_autospec(getattr(module, name), return_value=finished)
         monkeypatch.setattr(module, name, calls[name])
-        if module is not train:
+        if name != "train":
             monkeypatch.setattr(module, "table", lambda result: "the table")
     study = Study("phantom", PRESETS["phantom"], settings.workdir, settings.dataset, {})
     trained = study.cell("mine", "rotation", {"dataset": settings.dataset}, ())

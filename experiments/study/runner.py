@@ -99,7 +99,7 @@ def run_stage_here(stage: Stage) -> float:
     from ctssl_jax.attributes import attributes
     from ctssl_jax.attributes import table as attribute_table
     from ctssl_jax.evaluate import evaluate, table
-    from ctssl_jax.train import train
+    from ctssl_jax.training__loop import train
 
     print(f"\n== {stage.title}\n$ {shlex.join(['python', '-m', stage.module, *stage.arguments()])}", flush=True)
     started = time.monotonic()
