@@ -93,7 +93,7 @@ class PretrainedModel:
           rules: which scans a path may hold; None takes the defaults of `data_prep.prepare`.
 
         Raises:
-          InputError: no scan or several, an oblique volume, values that are no HU, or slices of another size.
+          InputError: no scan or several, an oblique volume, values that are not HU, or slices of another size.
         """
         return summarise_slices(self.outputs(self.prepare(volume, affine, rules=rules))["embedding"])
 

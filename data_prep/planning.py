@@ -217,7 +217,7 @@ def _unpickled(file: BinaryIO) -> Iterator[Any]:
 
 
 def _bucket_number(entry: Header | NotAnImage | Unreadable, num_buckets: int) -> int:
-    """Files of one study and patient share a bucket; files that are no images are spread by their names."""
+    """Files of one study and patient share a bucket; files without an image are spread by their names."""
     if isinstance(entry, Header):
         name = f"{entry.patient_key}|{entry.study_instance_uid}"
     else:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from data_prep import stores
 from data_prep.system.errors import InputError
 
-HEADER_BLOCK = 64 << 10  # bytes of a request for a header: those of nearly all CT slices are shorter
+HEADER_BLOCK = 64 << 10  # bytes of a request for a header: nearly all headers of CT slices are shorter
 _REQUESTS_AT_A_TIME = 16
 _ZIP_BLOCK = 1 << 20  # a member of a zip file, mostly
 
@@ -46,7 +46,7 @@ class RemoteArchive:
         return False  # `check` refuses it
 
     def check(self, flag: str = "") -> None:
-        """Raises InputError if the URL is no folder that can be reached; the message begins with `flag`."""
+        """Raises InputError if the URL is not a folder that can be reached; the message begins with `flag`."""
         store, path = stores.open_store(self.url)
         named = f"{flag}={self.url}" if flag else self.url
         try:

@@ -18,7 +18,7 @@ from data_prep.dataset__schema import VOLUME_COLUMNS, dataset_fingerprint, write
 from data_prep.dataset__storage import decode_record, encode_record, read_records, write_records, write_table
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
-from data_prep.privacy.leaks import Needles, find_leaks
+from data_prep.privacy.leaks import SecretTexts, find_leaks
 from data_prep.system.files import file_sha256
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
@@ -219,7 +219,7 @@ def test_jumps_and_damaged_files_are_no_faults_of_the_dataset(tmp_path, pool):
 
 
 def test_needles_are_found_by_length_and_boundary():
-    needles = Needles(["12345", "patient-4711-x", "Meier"])
+    needles = SecretTexts(["12345", "patient-4711-x", "Meier"])
     assert list(needles.find_in_text("id=12345; Meier")) == ["12345", "Meier"]
     assert list(needles.find_in_text("a123456 Meiers")) == []
     assert list(needles.find_in_text("xxpatient-4711-xyy")) == ["patient-4711-x"]

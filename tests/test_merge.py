@@ -33,6 +33,7 @@ from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 from tests.example_dataset import write_example_dataset
+from tests.opened_files import opened_by_command
 
 
 def merge(directories, *arguments):
@@ -191,6 +192,15 @@ def test_what_reads_datasets_reads_views(tmp_path, parts):
     neighbours = data.open_source(Dataset.open(tmp_path / "view"), "train", [0], [0, 1])
     per_part = [len(data.open_source(Dataset.open(part), "train", [0], [0, 1])) for part in parts]
     assert len(neighbours) == sum(per_part)
+
+
+def test_each_dataset_is_opened_once(tmp_path, parts):
+    view = tmp_path / "view"
+    names = [f"{part}/preparation.json" for part in parts]
+    flags = (f"--datasets={parts[0]},{parts[1]}", f"--output_dir={view}")
+    assert opened_by_command("data_prep.merge", *flags, names=("preparation.json",)) == names
+    described = opened_by_command("data_prep.describe", f"--dataset={view}", "--verify", names=("preparation.json",))
+    assert described == [*names, f"{view}/preparation.json"]
 
 
 def test_a_killed_merge_leaves_no_view(tmp_path, parts, monkeypatch):

@@ -18,10 +18,10 @@ from pydicom.dataset import Dataset as DicomDataset
 from tensorboardX import SummaryWriter
 from training_runs import save_untrained, tiny_recipe
 
-from ctssl_jax import checkpoint
 from ctssl_jax.embed import embed
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.predict import predict
+from ctssl_jax.runs.checkpoints import Checkpoints
 from data_prep.archives import list_sources, read_bytes
 from data_prep.dataset import Dataset
 from data_prep.dataset__cohort import contact_sheet
@@ -76,7 +76,7 @@ def in_record(folder, text: str) -> None:
 
 def in_checkpoint(state, metadata):
     def plant(folder, text: str) -> None:
-        saving = checkpoint.Checkpoints(folder)
+        saving = Checkpoints(folder)
         saving.save(1, {name: value(text) for name, value in state(text).items()}, metadata(text), 0.5)
         saving.close()
 

@@ -25,10 +25,10 @@ class FileAccount:
         self._series = collections.Counter()
         self._in_volumes = 0
         self.rejected: list[dict[str, Any]] = []  # rows of rejected.csv
-        self.volumes: set[str] = set()  # those of which there are files
+        self.volumes: set[str] = set()  # volumes of which there are files
 
     def add(self, outcomes: list[ExamNote], not_images: list[NotAnImage | Unreadable]) -> None:
-        """Adds what became of a group of files that share none with any other group.
+        """Adds the outcome of a group of files that share no file with another group.
 
         A file of several stacks (a multi-frame file) counts once: for a volume, else as dropped, else as rejected.
         """
@@ -64,7 +64,7 @@ class FileAccount:
         self._writer.writerows((source.path, source.member, *row) for source, row in sorted(rows.items()))
 
     def counts(self, num_files: int) -> dict[str, Any]:
-        """Files and series by what became of them.
+        """Numbers of files and series by outcome.
 
         Raises RuntimeError unless they add up to `num_files`.
         """

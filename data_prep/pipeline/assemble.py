@@ -1,7 +1,7 @@
 """The last act of a preparation: staged volumes -> shards, tables, metadata.
 
 All decisions (splits, order, which volume goes to which shard) are frozen in one file before the first shard is
-written. From then on a killed run only has to be carried on: shards that are finished are known by their sidecars.
+written. From then on a killed run can be continued: sidecars tell which shards are finished.
 """
 
 import collections
@@ -150,7 +150,7 @@ def can_be_assembled(frozen: FrozenPlan, output_dir: Path, records_dir: Path) ->
 def assemble(
     frozen: FrozenPlan, output_dir: Path, records_dir: Path, notes_dir: Path, kept_notes_dir: Path, pool: WorkerPool
 ) -> dict[str, Any]:
-    """Writes what is missing of a frozen dataset and returns preparation.json, which is written last.
+    """Writes the missing files of a frozen dataset and returns preparation.json, which is written last.
 
     The notes of the volumes hold their labels: in `notes_dir`, or in `kept_notes_dir` where `keep_notes` moved them.
 
@@ -195,13 +195,13 @@ def _label_tables(
     }
     tables = {name: (of_table, []) for name, of_table in columns.items() if of_table}
     for row in frozen.volumes if tables else ():
-        found = _note_of(row["volume_id"], frozen, notes_dir, kept_notes_dir).labels
+        labels = _note_of(row["volume_id"], frozen, notes_dir, kept_notes_dir).labels
         volume = {"volume_id": row["volume_id"]}
-        by_slice = [dict(zip(found["slices"], c, strict=True)) for c in zip(*found["slices"].values(), strict=True)]
+        by_slice = [dict(zip(labels["slices"], c, strict=True)) for c in zip(*labels["slices"].values(), strict=True)]
         rows = {
             SLICES_FILE: [volume | {"slice_index": i} | cells for i, cells in enumerate(by_slice)],
-            LABELS_FILE: [volume | found["volume"]],
-            REGIONS_FILE: [volume | region for region in found["regions"]],
+            LABELS_FILE: [volume | labels["volume"]],
+            REGIONS_FILE: [volume | region for region in labels["regions"]],
         }
         for name, (_, of_table) in tables.items():
             of_table += rows[name]

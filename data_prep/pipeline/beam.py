@@ -5,7 +5,7 @@ r"""The expensive steps of a preparation under Apache Beam: the conversion of th
 The workers run the functions of the local runner, and the dataset is the same to the byte; either runner continues what
 the other began. Listing, headers, planning, the frozen decisions and the tables stay with the process that was
 started, on its --num_workers. Without a runner in --beam_options the pipelines run here (Beam's FnApiRunner) with
---num_workers workers, which tries things out and is no faster than the local runner. On a cluster:
+--num_workers workers, which is for trying things out and not faster than the local runner. On a cluster:
 
     --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64
                     --environment_type=EXTERNAL --environment_config=WORKER:50000"
@@ -74,7 +74,7 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
             parsed = PipelineOptions(arguments)
             parsed.get_all_options()
             beam.Pipeline(options=parsed)
-    except (Exception, SystemExit) as error:  # argparse prints and exits, runners raise what they like
+    except (Exception, SystemExit) as error:  # argparse prints and exits, and runners raise errors of any type
         reason = (complaint.getvalue() or str(error)).strip().splitlines()[-1].rpartition(": error: ")[2]
         raise InputError(f"--beam_options={shlex.join(options)}: {reason}") from None
     return arguments

@@ -1,4 +1,4 @@
-"""What a user asks of a preparation: options, directories, and what an earlier run was asked for."""
+"""The options and the directories of a preparation, and the comparison with the options of an earlier run."""
 
 import dataclasses
 import hashlib
@@ -96,7 +96,7 @@ class Directories:
         return self.output_dir / ".work"
 
     @property
-    def work_dir(self) -> Path:  # what names source files
+    def work_dir(self) -> Path:  # private: its files name the scans
         return self.audit_dir / "work"
 
     @property

@@ -2,7 +2,7 @@
 
     clean -> stage labels -> plan exams -> check splits -> convert exams -> account for files -> freeze -> write
 
-A dry run is the same steps in a temporary directory, without the conversion and what follows from it.
+A dry run is the same steps in a temporary directory, without the conversion and all that follows it.
 
 The private audit directory holds what links pseudonyms to the archive: the key, the split of each patient,
 `sources.csv` (what became of each file), and the notes that a grown archive is compared with.
@@ -103,7 +103,7 @@ class Plans:
     files: list[Path]  # of `plan_archive`
     label_counts: dict[str, Any]  # rows, annotations and masks that match nothing
     known: KnownVolumes
-    patients: set[str]  # pseudonyms, also those of volumes that are there
+    patients: set[str]  # pseudonyms, also of volumes that are in the dataset already
     num_exams: int  # to convert; if the pixels refuse nothing, as many volumes
     num_slices: int  # of these exams
 
@@ -128,12 +128,12 @@ def prepare(
     same_splits_as: Sequence[Path] = (),
     beam_options: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], bool]:
-    """Prepares a dataset, or carries on with it, or adds what came to the archive.
+    """Prepares a dataset, continues a killed run, or adds scans that came to the archive.
 
     Args:
         options: their `masks` and `tables` follow from `sources`.
         directories: of the archive, the dataset and the private audit.
-        sources: where labels, masks and attributes come from (default: what the archive brings along).
+        sources: where labels, masks and attributes come from (default: the archive itself).
         num_workers: processes; None: the usable cores.
         pseudonym_key_file: None: the key is made in the audit directory.
         same_splits_as: datasets of the same pseudonym key, whose patients keep the split that they have there.
@@ -247,7 +247,7 @@ def survey(preparation: Preparation) -> tuple[Labels, Plans]:
 
 
 def clean(preparation: Preparation) -> None:
-    """Removes what a killed run left and no run can use, and makes the working directories."""
+    """Removes files of a killed run that no run can use, and makes the working directories."""
     directories, dataset = preparation.directories, preparation.dataset
     _remove_partial_files(directories)
     directories.notes_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -338,7 +338,7 @@ def account_for_files(
     Args:
         preparation: of the run.
         plans: of its archive.
-        note_of: what became of an exam to convert.
+        note_of: returns the outcome of an exam to convert.
 
     Returns:
         The account, and of each new volume by the key of its note: the row of volumes.csv and the bytes of its records.
@@ -408,7 +408,7 @@ def freeze_plan(
 def write_dataset(
     frozen: FrozenPlan, directories: Directories, pool: WorkerPool, beam_arguments: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Writes what is frozen: shards, tables, preparation.json, then the private files; returns preparation.json."""
+    """Writes the frozen dataset: shards, tables, preparation.json, then the private files; returns preparation.json."""
     _remove_partial_files(directories)
     output_dir, records_dir, notes_dir = directories.output_dir, directories.records_dir, directories.notes_dir
     if beam_arguments is not None:  # `assemble` then finds the shards written
@@ -461,7 +461,7 @@ def _finish_killed_run(
     pool: WorkerPool,
     beam_arguments: Sequence[str] | None,
 ) -> bool:
-    """Writes what an earlier run had frozen when it was killed; whether there was such a run."""
+    """Writes the dataset that an earlier run had frozen when it was killed. False: there was no such run."""
     if not directories.frozen_file.exists():
         return False
     frozen = FrozenPlan.load(directories.frozen_file)

@@ -52,7 +52,7 @@ def assign_splits(
         volumes_per_patient: number of volumes by patient, known ones included.
         fractions: of the patients in training, validation, test; only the ratio of the first two counts with
             `holdout_volumes`.
-        holdout_volumes: number of test volumes asked for; 0: go by fractions.
+        holdout_volumes: number of test volumes; 0: go by fractions.
         known: split by patient, from earlier runs.
 
     Raises:

@@ -25,7 +25,7 @@ from data_prep.system.files import read_json, write_text, written_whole
 # An embolus that covers less of a slice than this makes no positive slice.
 MIN_EMBOLUS_MM2 = 12.0
 ATTRIBUTE_COLUMNS = ("PatientID", "age", "sex", "ethnic_group")
-# What each patient of the rsna_pe layout adds to the tables; they are made of it anew when the archive has grown.
+# Rows that each patient of the rsna_pe layout adds to the tables, which are written again when the archive grows.
 TABLES_FOLDER = ".tables"
 
 
@@ -94,7 +94,7 @@ def _write_rsna_pe(folder: Path, output_dir: Path, exam, index: int, options, rn
     series = dataclasses.replace(series, attributes=attributes, instance_uids=instances)
     paths = [folder / series_id / f"{instance}.dcm" for instance in instances]
     paths[0].parent.mkdir(parents=True)
-    with pydicom.config.disable_value_validation():  # ids as these are no valid UIDs
+    with pydicom.config.disable_value_validation():  # such ids are not valid UIDs
         write_series(series, paths)
     positive, labels = exam_labels(exam, rendering.embolus_area_mm2)
     constant = [labels[name] for name in EXAM_COLUMNS]
