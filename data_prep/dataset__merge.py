@@ -29,7 +29,7 @@ from data_prep.dataset__schema import (
 from data_prep.dataset__storage import write_table
 from data_prep.dataset__tfds import complete
 from data_prep.system.errors import InputError
-from data_prep.system.files import lock_directory, sync_directory
+from data_prep.system.files import lock_directory, publish
 
 _ALIKE = ("windows", "image_size", "channels", "masks")  # of preparation.json
 
@@ -62,8 +62,7 @@ def merge(parts: Sequence[Dataset], output_dir: Path, link: str = "symlink") -> 
         for stale in building.iterdir():  # of a run that was killed
             stale.unlink()
         preparation = _write(parts, labels, building, final, link)
-        building.rename(final)
-        sync_directory(final.parent)
+        publish(building, final)
     return preparation, True
 
 
