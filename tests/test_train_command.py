@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -29,6 +30,7 @@ from ctssl_jax.training__scoring import evaluate_split
 from ctssl_jax.training__state import TrainingDiverged
 from ctssl_jax.training__step import compile_step
 from data_prep.system.errors import InputError
+from tests.opened_files import opened_files
 
 VARIANTS = {
     "gradient": {},
@@ -189,6 +191,18 @@ def test_a_wall_clock_that_jumps_shows_in_no_speed(tiny_dataset, tmp_path, monke
     lines = reports.read_reports(tmp_path / "run", "train")
     assert len(lines) == 4
     assert all(1e-3 < line["slices_per_second"] < 1e6 and 0 <= line["waiting_for_data"] <= 1 for line in lines)
+
+
+def test_each_folder_is_opened_once(straight, tiny_dataset, tmp_path):
+    """The dataset, the run that goes on, and the run whose weights another one starts from."""
+    names = ("config.json", "preparation.json")
+    workdir = shutil.copytree(straight("gradient"), tmp_path / "run")
+    with opened_files(*names) as opened:
+        assert train_on(tiny_config(tiny_dataset, num_steps=13), workdir)
+    assert sorted(opened) == sorted([str(tiny_dataset / names[1]), *(str(workdir / name) for name in names)])
+    with opened_files(*names) as opened:
+        assert train_on(tiny_config(tiny_dataset, init_from=str(workdir), num_steps=1), tmp_path / "next")
+    assert sorted(opened) == sorted([str(tiny_dataset / names[1]), *(str(workdir / name) for name in names)])
 
 
 def test_run_of_another_configuration_is_refused(straight, tiny_dataset):

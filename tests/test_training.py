@@ -1,6 +1,7 @@
 """The training step: gradients everywhere, the same curve on one device and on eight, exact sums."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,16 @@ from ctssl_jax.corruptions import example_keys
 from ctssl_jax.data__batches import evaluation_batches, training_batches
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.tasks import TASKS, get_task
-from ctssl_jax.training__scoring import evaluate_split, render_pictures
+from ctssl_jax.training__scoring import evaluate_split, render_pictures, score_batch
 from ctssl_jax.training__state import (
     TrainingDiverged,
     check_state,
+    define,
     evaluation_keys,
     learning_rate_schedule,
     make_optimizer,
 )
-from ctssl_jax.training__step import make_program, run_step, take_report
+from ctssl_jax.training__step import initial_state, make_program, run_step, take_report, train_step
 from data_prep.dataset import Dataset
 
 
@@ -97,6 +99,21 @@ def test_batch_statistics_and_ema_codebook_move_through_the_step(tiny_dataset, s
     after = flatten(jax.device_get(state.variables))
     assert "quantizer/codebook" in before and sum(name.endswith("norm/mean") for name in before) > 5
     assert not [name for name in before if np.array_equal(before[name], after[name])]
+
+
+def test_step_and_scores_are_functions_of_a_state(tiny_dataset, source, program_of):
+    """Called alone, without the program that a run compiles: the same numbers."""
+    config = tiny_config(tiny_dataset)
+    program = program_of(config, 1, "{}")
+    definition = define(config, get_task(config.task), 1, distributed.make_mesh(jax.devices()[:1]))
+    batch = next(training_batches(source, config.batch_size, config.seed))
+    state = jax.jit(functools.partial(initial_state, definition))()
+    slices, _, pictures = jax.jit(functools.partial(score_batch, definition))(state, batch)
+    assert slices["scores"]["loss"].shape == (8,) and pictures["prediction"].shape == (8, 16, 16, 1)
+    state = jax.jit(functools.partial(train_step, definition))(state, batch)
+    expected = run_step(program, program.initial_state(), [distributed.to_devices(definition.mesh, batch)])
+    for name, value in flatten(jax.device_get(expected)).items():
+        np.testing.assert_allclose(flatten(state)[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_microbatches_add_up_to_the_gradient_of_the_batch(tiny_dataset, source, program_of, monkeypatch):
