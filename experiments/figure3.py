@@ -35,13 +35,7 @@ FIGURE = curves.pe_figure(
     curves.Panel("C  AUROC over slices", "auroc"),
 )
 
-
-def main(argv: list[str]) -> int:
-    """Command line."""
-    return curves.main(argv, FIGURE)
-
-
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
     flags.adopt_module_key_flags(downstream)
-    command_line.run(main, runner.VERBS)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

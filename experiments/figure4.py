@@ -16,13 +16,7 @@ FIGURE = curves.pe_figure(
     "figure4", "PE detection by size of the masked region", curves.Panel("AUROC over slices", "auroc")
 )
 
-
-def main(argv: list[str]) -> int:
-    """Command line."""
-    return curves.main(argv, FIGURE)
-
-
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
     flags.adopt_module_key_flags(downstream)
-    command_line.run(main, runner.VERBS)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

@@ -15,13 +15,7 @@ from experiments.study import curves, downstream, runner
 ARMS = ("random", "masked_20", "next_slice", "denoising", "rotation", "flip", "standard_unet")
 FIGURE = curves.nodule_figure("figure5", "Nodule segmentation by pretext")
 
-
-def main(argv: list[str]) -> int:
-    """Command line."""
-    return curves.main(argv, FIGURE)
-
-
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
     flags.adopt_module_key_flags(downstream)
-    command_line.run(main, runner.VERBS)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

@@ -14,13 +14,7 @@ from experiments.study import curves, downstream, runner
 ARMS = ("random", *downstream.MASKED)
 FIGURE = curves.nodule_figure("figure_s1", "Nodule segmentation by size of the masked region")
 
-
-def main(argv: list[str]) -> int:
-    """Command line."""
-    return curves.main(argv, FIGURE)
-
-
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
     flags.adopt_module_key_flags(downstream)
-    command_line.run(main, runner.VERBS)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

@@ -17,11 +17,11 @@ from absl import flags
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
-from experiments.study import runner, table2_figure
+from experiments.study import runner
 from experiments.study.cells import Cell, Settings, Stage, chain_cells
 from experiments.study.results import caption as caption_of
 from experiments.study.results import markdown, read_result, seconds, write_csv
-from experiments.study.table2_rows import (
+from experiments.study.table2_figure import (
     CLASSIFICATION,
     METRICS,
     RECONSTRUCTION,
@@ -29,6 +29,7 @@ from experiments.study.table2_rows import (
     cross_rows,
     figure_rows,
     health_markdown,
+    save_picture,
     table_markdown,
 )
 
@@ -87,7 +88,7 @@ def draw(settings: Settings) -> str:
     write_text(settings.workdir / "table2.md", text)
     write_csv(settings.workdir / "table2.csv", rows)
     write_csv(settings.workdir / "cross.csv", cross_rows(cross))
-    table2_figure.save(
+    save_picture(
         settings.workdir / "table2.png",
         [
             (TITLES[name], [row for row in rows if row["model"] == name], cells[name].result.with_suffix(".npz"))

@@ -20,7 +20,7 @@ from ctssl_jax import attributes, evaluate, pictures, training__loop
 from ctssl_jax.runs.checkpoints import choose_step
 from data_prep.system.errors import InputError, StartAgain
 from experiments import chain, figure6, table2
-from experiments.study import downstream, results, runner, table2_rows
+from experiments.study import downstream, results, runner, table2_figure
 from experiments.study.cells import Cell, Settings, chain_cells
 from experiments.study.downstream import PRESETS, Point, Study
 from experiments.study.paper import TABLE2
@@ -35,8 +35,8 @@ def settings(tiny_dataset, tmp_path):
 def result_of(cell, mean=0.5):
     """A results JSON in `evaluate`'s or `probe`'s form, every number made from `mean`."""
     value = {"sd": 0.1, "ci95": [mean - 0.1, mean + 0.1], "num_volumes": 7, "num_patients": 6, "unit": "a unit"}
-    names = table2_rows.CROSS if cell.name.startswith("cross_") else (*chain.SCORES, "masked_mse_batch_sum")
-    if cell.name in table2_rows.CLASSIFICATION:
+    names = table2_figure.CROSS if cell.name.startswith("cross_") else (*chain.SCORES, "masked_mse_batch_sum")
+    if cell.name in table2_figure.CLASSIFICATION:
         names = ("cross_entropy", "double_softmax_cross_entropy", "auroc")
     if cell.name in ("next_slice", "denoising"):
         names = ("mse", "ssim")
@@ -181,7 +181,7 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate()
     assert process.returncode == 75 and errors.endswith(
-        "error: stage 'mask_05: train' was stopped; run the same command again to continue\n"
+        "stage 'mask_05: train' was stopped; run the same command again to continue\n"
     )
     assert "stopped     at step" in output and "evaluate" not in output
     assert choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
