@@ -202,7 +202,7 @@ def test_patients_of_the_evaluation_are_not_learned_from(pretrained_on_test_pati
     assert not (tmp_path / "refused").exists()
     assert train_on(tiny_recipe(labelled, "pe", leakage="allow", **given), tmp_path / "run")
     result = evaluate(tmp_path / "run", None, "test", tmp_path / "result.json")
-    assert "let pass by config.leakage: 2 validation and test patients" in table(result)
+    assert "allowed by config.leakage: 2 validation and test patients" in table(result)
     assert result["init_from"][-1]["leakage_let_pass"].startswith("2 validation and test patients")
 
 

@@ -5,18 +5,22 @@ import csv
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from data_prep.dataset__schema import SPLITS
+from data_prep.privacy import pseudonyms
+from data_prep.raw.scans import PreparedVolume, Refused, ScanPlan, prepared_volume, read_scan, refused_series
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.scan.rules import Rules
 
-from ctssl_jax import measurement, scans
-from data_prep import conversion, deidentify
-from data_prep import dataset as dataset_directory
-from data_prep.pipeline.prepare import default_audit_dir
-from data_prep.system.errors import DatasetError, InputError
+from ctssl_jax.evaluation.measured_run import MeasuredRun
+from ctssl_jax.runs.run import Run
+from data_prep.dataset import Dataset
+from data_prep.system.errors import InputError
+from data_prep.system.files import written_whole
 from data_prep.workers import WorkerDied, WorkerPool
 
 
@@ -24,7 +28,7 @@ class Job(NamedTuple):
     """One volume to embed.
 
     volume_id: its pseudonym; of raw scans that of the preferred reconstruction.
-    digest: of everything about the volume that its embedding depends on.
+    digest: of all that its embedding depends on, for this volume.
     num_slices: about.
     source: an exam, or a row of `volumes.csv`.
     """
@@ -42,68 +46,61 @@ class InputVolume(NamedTuple):
     patient_id: str
     split: str
     position_mm: Any  # [S] float
-    prepared: scans.PreparedVolume
+    prepared: PreparedVolume
 
 
 class Input(NamedTuple):
     """An opened input.
 
     jobs: in the order of the results.
-    read: jobs -> what became of each, in their order.
+    read: jobs -> the volume of each, or its refusal, in their order.
     facts: of the results, with `key_fingerprint` of the pseudonyms.
     refused: series that the headers refuse.
     not_images: number of files that hold no image, by reason.
     """
 
     jobs: list[Job]
-    read: Callable[[list[Job]], Iterator[InputVolume | scans.Refused]]
+    read: Callable[[list[Job]], Iterator[InputVolume | Refused]]
     facts: dict[str, Any]
-    refused: list[scans.Refused]
+    refused: list[Refused]
     not_images: dict[str, int]
 
 
-def open_dataset(workdir: Path, dataset: Path, split: str | None) -> Input:
+def open_dataset(run: Run, dataset: Path, split: str | None) -> Input:
     """A prepared dataset, or one split of it.
 
     Raises:
-      InputError: it was prepared otherwise than the run's data, as `ctssl_jax.evaluate` refuses it, or no such split.
+      InputError: it was prepared otherwise than the data of the run, as `ctssl_jax.evaluate` refuses it, or the split
+        does not exist.
     """
-    if split is not None and split not in dataset_directory.SPLITS:
-        raise InputError(f"--split={split}: choose one of {', '.join(dataset_directory.SPLITS)}, or leave it out")
-    try:
-        run = measurement.open_run(workdir, dataset, () if split is None else (split,))
-    except DatasetError:
-        raise
-    except InputError as error:
-        raise InputError(str(error).replace("--dataset=", "--input=")) from None
-    fingerprint, key_fingerprint = run.preparation["fingerprint"], run.preparation["key_fingerprint"]
-    rows = [
-        row
-        for name in dataset_directory.SPLITS
-        if split in (None, name)
-        for row in dataset_directory.read_volumes(dataset, name)
-    ]
+    if split is not None and split not in SPLITS:
+        raise InputError(f"--split={split}: choose one of {', '.join(SPLITS)}, or leave it out")
+    measured = MeasuredRun.open(run, dataset, () if split is None else (split,), "--input")
+    opened, preparation = measured.dataset, measured.dataset.preparation
+    rows = [row for name in SPLITS if split in (None, name) for row in opened.volumes(name)]
     return Input(
-        jobs=[Job(row["volume_id"], f"{fingerprint} {row['volume_id']}", row["num_slices"], row) for row in rows],
-        read=functools.partial(_read_dataset, dataset, list(run.channels)),
+        jobs=[
+            Job(row["volume_id"], f"{opened.fingerprint} {row['volume_id']}", row["num_slices"], row) for row in rows
+        ],
+        read=functools.partial(_read_dataset, opened, list(measured.channels)),
         facts={
             "input": "dataset",
-            "dataset_fingerprint": fingerprint,
+            "dataset_fingerprint": opened.fingerprint,
             "split": split,
-            "synthetic": run.preparation["synthetic"],
-            "key_fingerprint": key_fingerprint,
+            "synthetic": preparation["synthetic"],
+            "key_fingerprint": preparation["key_fingerprint"],
         },
         refused=[],
         not_images={},
     )
 
 
-def _read_dataset(dataset: Path, channels: list[int], jobs: list[Job]) -> Iterator[InputVolume]:
-    sources = {name: dataset_directory.open_split(dataset, name) for name in {job.source["split"] for job in jobs}}
+def _read_dataset(dataset: Dataset, channels: list[int], jobs: list[Job]) -> Iterator[InputVolume]:
+    sources = {name: dataset.source(name) for name in {job.source["split"] for job in jobs}}
     for job in jobs:
         row = job.source
         records = [sources[row["split"]][row["first_record"] + index] for index in range(row["num_slices"])]
-        prepared = scans.PreparedVolume(
+        prepared = PreparedVolume(
             np.stack([record["image"][..., channels] for record in records]),
             tuple(map(int, row["gap_positions"].split())),
             row["lung_box"],
@@ -113,17 +110,17 @@ def _read_dataset(dataset: Path, channels: list[int], jobs: list[Job]) -> Iterat
 
 
 def open_scans(
-    plan: scans.ScanPlan,
-    rules: scans.Rules,
+    plan: ScanPlan,
+    rules: Rules,
     key: bytes,
     windows: tuple[tuple[float, float], ...],
     image_size: int,
     num_workers: int,
 ) -> Input:
-    """Raw scans. They are ordered by pseudonyms, so that the order of the results tells nothing of the archive's.
+    """Raw scans, ordered by pseudonyms: the order of the results does not tell the order of the archive.
 
     Args:
-      plan, rules: see `scans.plan_scans`.
+      plan, rules: see `data_prep.raw.scans.plan_scans`.
       key: of the pseudonyms.
       windows, image_size: of the model.
       num_workers: processes that decode ahead of the model; 0 this process alone.
@@ -131,8 +128,8 @@ def open_scans(
     jobs = []
     for exam in plan.exams:
         files = [(*header.source, header.frame) for candidate in exam for header in candidate.all_headers]
-        digest = deidentify.private_digest(key, "embedding", json.dumps(files))
-        jobs.append(Job(conversion.volume_id(key, exam[0]), digest, len(exam[0].headers), exam))
+        digest = pseudonyms.private_digest(key, "embedding", json.dumps(files))
+        jobs.append(Job(pseudonyms.volume_id(key, exam[0]), digest, len(exam[0].headers), exam))
     return Input(
         jobs=sorted(jobs, key=lambda job: job.volume_id),
         read=lambda jobs: _read_scans(
@@ -144,14 +141,14 @@ def open_scans(
             "input": "scans",
             "rules": dataclasses.asdict(rules),
             "synthetic": any(header.quality_control_subject for exam in plan.exams for header in exam[0].headers),
-            "key_fingerprint": deidentify.key_fingerprint(key),
+            "key_fingerprint": pseudonyms.key_fingerprint(key),
         },
-        refused=scans.refused_series(plan, key),
+        refused=refused_series(plan, key),
         not_images=dict(collections.Counter(entry.reason for entry in plan.not_images).most_common()),
     )
 
 
-def _read_scans(tasks: list[tuple], volume_ids: list[str], num_workers: int) -> Iterator[InputVolume | scans.Refused]:
+def _read_scans(tasks: list[tuple], volume_ids: list[str], num_workers: int) -> Iterator[InputVolume | Refused]:
     if num_workers == 0 or len(tasks) < 2:
         for task in tasks:
             yield _read_scan(*task)
@@ -159,16 +156,16 @@ def _read_scans(tasks: list[tuple], volume_ids: list[str], num_workers: int) -> 
     with WorkerPool(min(num_workers, len(tasks))) as pool:
         for volume_id, (_, result) in zip(volume_ids, pool.run(_read_scan, tasks), strict=True):
             if isinstance(result, WorkerDied):
-                result = scans.Refused(volume_id, scans.FAILED_FOR_NOW, "the worker process died")
+                result = Refused(volume_id, FAILED_FOR_NOW, "the worker process died")
             yield result
 
 
-def _read_scan(*arguments: Any) -> InputVolume | scans.Refused:
-    """What the model reads of a scan; its HU stay in the worker."""
-    scan = scans.read_scan(*arguments)
-    if isinstance(scan, scans.Refused):
+def _read_scan(*arguments: Any) -> InputVolume | Refused:
+    """The part of a scan that the model reads; its HU stay in the worker."""
+    scan = read_scan(*arguments)
+    if isinstance(scan, Refused):
         return scan
-    return InputVolume(scan.volume_id, scan.patient_id, "", scan.position_mm, scans.of_scan(scan))
+    return InputVolume(scan.volume_id, scan.patient_id, "", scan.position_mm, prepared_volume(scan))
 
 
 # ---- Pseudonyms ----------------------------------------------------------------------------------------------
@@ -181,18 +178,18 @@ def read_key(pseudonym_key_file: str | Path | None) -> bytes | None:
       InputError: no such file, or too short a key.
     """
     try:
-        return deidentify.read_key(Path(pseudonym_key_file).expanduser()) if pseudonym_key_file else None
-    except ValueError as error:
+        return pseudonyms.read_key(Path(pseudonym_key_file).expanduser()) if pseudonym_key_file else None
+    except InputError as error:
         raise InputError(f"--pseudonym_key_file={error}") from None
 
 
-def keep_audit(output: Path, plan: scans.ScanPlan, key: bytes | None) -> bytes:
+def keep_audit(output: Path, plan: ScanPlan, key: bytes | None) -> bytes:
     """Makes or reads the key in the private folder OUTPUT-audit, and writes its sources.csv: the files of each volume.
 
     Args:
       output: beside which the folder lies.
       plan: of the scans.
-      key: one that the user gave; None takes that of the folder.
+      key: of the user; None takes the key of the folder.
 
     Returns:
       The key.
@@ -200,26 +197,25 @@ def keep_audit(output: Path, plan: scans.ScanPlan, key: bytes | None) -> bytes:
     Raises:
       InputError: the folder cannot be made or holds no usable key.
     """
-    audit_dir = default_audit_dir(output)
+    audit_dir = pseudonyms.default_audit_dir(output)
     try:
         audit_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         audit_dir.chmod(0o700)
-        key = key or deidentify.make_key(audit_dir / "pseudonym_key")
+        key = key or pseudonyms.make_key(audit_dir / pseudonyms.KEY_FILE)
     except OSError as error:
         raise InputError(f"--output: cannot make {audit_dir} ({error.strerror}); choose another place") from None
-    except ValueError as error:
-        raise InputError(f"{error}; remove it to have another one made") from None
+    except InputError as error:
+        raise InputError(f"{error}; remove it, and another one is made") from None
     rows = []
     for candidate in (candidate for exam in plan.exams for candidate in exam):
-        volume_id = conversion.volume_id(key, candidate)
-        rows += [(volume_id, "", source) for source in conversion.sources_of(candidate.all_headers)]
-    for series in (conversion.rejected_row(key, rejection) for rejection in plan.rejections):
+        volume_id = pseudonyms.volume_id(key, candidate)
+        rows += [(volume_id, "", source) for source in pseudonyms.sources_of(candidate.all_headers)]
+    for series in (pseudonyms.rejected_row(key, rejection) for rejection in plan.rejections):
         rows += [(series.series_id, series.reason, source) for source in series.sources]
     rows += [("", entry.reason, entry.source) for entry in plan.not_images]
-    temporary = audit_dir / "sources.csv.partial"
-    with open(temporary, "w", newline="", errors="backslashreplace") as file:
+    sources = audit_dir / "sources.csv"
+    with written_whole(sources) as temporary, open(temporary, "w", newline="", errors="backslashreplace") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("volume_id", "refused_by_headers", "path", "member"))
         writer.writerows((name, reason, source.path, source.member) for name, reason, source in sorted(rows))
-    os.replace(temporary, audit_dir / "sources.csv")
     return key

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.dataset_writer import written_whole
+from data_prep.system.files import written_whole
 
 
 class Predictions(NamedTuple):
