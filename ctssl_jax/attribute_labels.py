@@ -6,16 +6,15 @@ be learned: decades of age are joined with their neighbours, and volumes of othe
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ctssl_jax.command_line import InputError
-from data_prep import dataset as dataset_directory
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import SPLITS
 
 OF_VOLUMES = ("age", "sex", "ethnic_group")  # columns of volumes.csv
-SPLITS = dataset_directory.SPLITS
 LEAST_PATIENTS = 10
 
 
@@ -66,7 +65,7 @@ def age_classes(starts: Sequence[int]) -> tuple[str, ...]:
 
 
 def read_attribute(
-    dataset: str | Path,
+    dataset: Dataset,
     name: str,
     least_patients: int = LEAST_PATIENTS,
     *,
@@ -76,7 +75,7 @@ def read_attribute(
     """The classes of an attribute and the class of every volume.
 
     Args:
-      dataset: dataset directory.
+      dataset: the dataset.
       name: `age`, `sex`, `ethnic_group`, or a label of volumes or patients of the dataset.
       least_patients: of the training split that a class needs.
       asked_by: flag or field that the user named the attribute by, for error messages.
@@ -85,8 +84,8 @@ def read_attribute(
     Raises:
       InputError: no such attribute, a label of slices, or fewer than two classes that are large enough.
     """
-    labels = dataset_directory.read_preparation(dataset)["labels"]
-    by_split = {split: dataset_directory.read_volumes(dataset, split) for split in SPLITS}
+    labels = dataset.preparation["labels"]
+    by_split = {split: dataset.volumes(split) for split in SPLITS}
     if name in OF_VOLUMES:
         values = {split: [_known(volume[name]) for volume in volumes] for split, volumes in by_split.items()}
     elif name not in labels:
@@ -100,7 +99,7 @@ def read_attribute(
         )
     else:
         classes = labels[name]["classes"]
-        of_volume = {row["volume_id"]: row[name] for row in dataset_directory.read_labels(dataset)}
+        of_volume = {row["volume_id"]: row[name] for row in dataset.labels()}
         indices = {split: [of_volume[volume["volume_id"]] for volume in by_split[split]] for split in SPLITS}
         values = {
             split: [None if index is None else classes[index] for index in of_split]

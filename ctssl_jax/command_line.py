@@ -42,7 +42,7 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
             remedy = f"verbs are {', '.join(verbs)}; options" if verbs else "options"
             print(f"error: unexpected argument {unexpected[0]!r}; {remedy} begin with --", file=sys.stderr)
             return 2
-        from data_prep.dataset import DatasetError
+        from data_prep.system.errors import DatasetError
 
         if not flags.FLAGS["verbosity"].present:
             # Notes and tracebacks of libraries (Orbax logs one for each thread) only on request: --verbosity=0

@@ -9,7 +9,7 @@ from ctssl_jax import data
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.runs.run import Run, check_resumable, from_json, open_workdir, to_json  # noqa: F401
 from ctssl_jax.tasks import check_task
-from data_prep import dataset as dataset_directory
+from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError
 
 CHOICES = {
@@ -88,8 +88,9 @@ def check_dataset(config: ml_collections.ConfigDict, splits: tuple[str, ...]) ->
       InputError: another image size or window, a channel number that the model does not take, or a missing split.
       data_prep.dataset.DatasetError: not a complete dataset directory, or one with a damaged table.
     """
-    preparation = dataset_directory.read_preparation(config.dataset)
-    dataset_directory.check_tables(config.dataset, preparation)
+    dataset = Dataset.open(config.dataset)
+    preparation = dataset.preparation
+    dataset.check_tables()
     if preparation["image_size"] != config.image_size:
         raise InputError(
             f"the dataset {config.dataset} holds images of {preparation['image_size']} pixels, config.image_size is "
@@ -120,7 +121,7 @@ def with_num_classes(config: ml_collections.ConfigDict) -> ml_collections.Config
     """
     if config.get("num_classes") != 0 or not config.get("label") or not config.dataset:
         return config
-    classes, _ = data.label_classes(config.dataset, config.label)
+    classes, _ = data.label_classes(Dataset.open(config.dataset), config.label)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.num_classes = len(classes)
@@ -147,7 +148,7 @@ def check_targets(config: ml_collections.ConfigDict, source: data.NeighbourSourc
         which += f" (config.train_fraction={config.train_fraction:g} of {source.num_studies}, seed {config.seed})"
         remedy = "choose a larger config.train_fraction or another config.seed"
     if targets.label:
-        classes, _ = data.label_classes(config.dataset, targets.label)
+        classes, _ = data.label_classes(Dataset.open(config.dataset), targets.label)
         if len(classes) != config.num_classes:
             raise InputError(
                 f"config.num_classes={config.num_classes}, but the label {targets.label} has {len(classes)} classes "

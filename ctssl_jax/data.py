@@ -7,7 +7,6 @@ for them. The order of the slices depends on the seed alone: not on the number o
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -15,7 +14,7 @@ import numpy as np
 
 from ctssl_jax import attribute_labels
 from ctssl_jax.command_line import InputError
-from data_prep import dataset as dataset_directory
+from data_prep.dataset import Dataset
 
 
 def select_channels(preparation: dict, windows: Sequence[Sequence[float]]) -> tuple[int, ...]:
@@ -137,7 +136,7 @@ class NeighbourSource:
 
     def __init__(
         self,
-        dataset: str | Path,
+        dataset: Dataset,
         split: str,
         channels: Sequence[int],
         offsets: Sequence[int],
@@ -145,9 +144,9 @@ class NeighbourSource:
         fraction: float = 1.0,
         seed: int = 0,
     ):
-        preparation = dataset_directory.read_preparation(dataset)
+        preparation = dataset.preparation
         self.targets = targets
-        self.volumes = dataset_directory.read_volumes(dataset, split)
+        self.volumes = dataset.volumes(split)
         self.num_studies = len({volume["exam_id"] for volume in self.volumes})
         if fraction < 1:
             self.volumes = training_subset(self.volumes, fraction, seed)
@@ -158,16 +157,16 @@ class NeighbourSource:
         self.labels = self.positive = None
         centres = self.table[:, self._centre]
         if targets.label:
-            labels = _labels_of_records(dataset, preparation, split, targets.label)[centres]
+            labels = _labels_of_records(dataset, split, targets.label)[centres]
             self.table, self.labels = self.table[labels >= 0], labels[labels >= 0]
             self.positive = self.labels > 0
         elif targets.mask:
             self.positive = _mask_areas(dataset, split)[centres] > 0
-        self._records = dataset_directory.open_split(dataset, split) if len(self.table) else ()
+        self._records = dataset.source(split) if len(self.table) else ()
         self._channels = None if tuple(channels) == tuple(range(preparation["channels"])) else list(channels)
         self._boxes = _lung_boxes(self.volumes, preparation["image_size"]) if targets.lung_box else {}
         share = f", {fraction:g} of seed {seed}" if fraction < 1 else ""
-        self._name = f"NeighbourSource({preparation['fingerprint'][:16]}, {split}, {channels}, {offsets}{share})"
+        self._name = f"NeighbourSource({dataset.fingerprint[:16]}, {split}, {channels}, {offsets}{share})"
         if targets != SLICES_ALONE:
             self._name = f"{self._name[:-1]}, {targets})"
 
@@ -205,7 +204,7 @@ class NeighbourSource:
         return self._name
 
 
-def label_classes(dataset: str | Path, label: str) -> tuple[tuple[str, ...], str]:
+def label_classes(dataset: Dataset, label: str) -> tuple[tuple[str, ...], str]:
     """Names of a label's classes, and its level: `slice`, `volume` or `patient`.
 
     Beside the dataset's own labels these are `sex`, `ethnic_group` and `age` (decades) of volumes.csv.
@@ -213,40 +212,35 @@ def label_classes(dataset: str | Path, label: str) -> tuple[tuple[str, ...], str
     Raises:
       InputError: no such label, or an attribute with fewer than two classes that are large enough.
     """
-    labels = dataset_directory.read_preparation(dataset)["labels"]
+    labels = dataset.preparation["labels"]
     if label in labels:
         return tuple(labels[label]["classes"]), labels[label]["level"]
     if label in attribute_labels.OF_VOLUMES:
         return attribute_labels.read_attribute(dataset, label).classes, "volume"
     have = ", ".join([*labels, *attribute_labels.OF_VOLUMES])
     raise InputError(
-        f"config.label={label}: the dataset {dataset} has no such label (it has {have}); prepare it with --labels_csv "
-        "or another --archive, or choose one that it has"
+        f"config.label={label}: the dataset {dataset.name} has no such label (it has {have}); prepare it with "
+        "--labels_csv or another --archive, or choose one that it has"
     )
 
 
-def all_volumes(dataset: str | Path) -> list[dict]:
-    """Rows of `volumes.csv` of all splits."""
-    return [volume for split in dataset_directory.SPLITS for volume in dataset_directory.read_volumes(dataset, split)]
-
-
-def _labels_of_records(dataset: str | Path, preparation: dict, split: str, label: str) -> np.ndarray:
+def _labels_of_records(dataset: Dataset, split: str, label: str) -> np.ndarray:
     """Class of every record of a split, -1 where it is missing: [R] int32."""
-    volumes = dataset_directory.read_volumes(dataset, split)
-    if label not in preparation["labels"]:
+    volumes, labels = dataset.volumes(split), dataset.preparation["labels"]
+    if label not in labels:
         of_volumes = attribute_labels.read_attribute(dataset, label).labels[split]
         return np.repeat(of_volumes, [volume["num_slices"] for volume in volumes]).astype(np.int32)
-    if preparation["labels"][label]["level"] == "slice":
-        values = [row[label] for row in dataset_directory.read_slices(dataset, split)]
+    if labels[label]["level"] == "slice":
+        values = [row[label] for row in dataset.slices(split)]
     else:
-        of_volume = {row["volume_id"]: row[label] for row in dataset_directory.read_labels(dataset)}
+        of_volume = {row["volume_id"]: row[label] for row in dataset.labels()}
         values = [of_volume[volume["volume_id"]] for volume in volumes for _ in range(volume["num_slices"])]
     return np.array([-1 if value is None else value for value in values], np.int32)
 
 
-def _mask_areas(dataset: str | Path, split: str) -> np.ndarray:
+def _mask_areas(dataset: Dataset, split: str) -> np.ndarray:
     """Foreground pixels of every record of a split: [R] int64."""
-    return np.array([row["mask_area_px"] for row in dataset_directory.read_slices(dataset, split)], np.int64)
+    return np.array([row["mask_area_px"] for row in dataset.slices(split)], np.int64)
 
 
 def _lung_boxes(volumes: Sequence[dict], image_size: int) -> dict[str, np.ndarray]:
@@ -255,7 +249,7 @@ def _lung_boxes(volumes: Sequence[dict], image_size: int) -> dict[str, np.ndarra
 
 
 def open_source(
-    dataset: str | Path,
+    dataset: Dataset,
     split: str,
     channels: Sequence[int],
     offsets: Sequence[int],
@@ -269,23 +263,22 @@ def open_source(
     Raises:
       InputError: the split is empty, has no tuple of neighbours with these offsets, or lacks the targets.
     """
-    preparation = dataset_directory.read_preparation(dataset)
     if targets.label:
         label_classes(dataset, targets.label)
-    if targets.mask and not preparation["masks"]:
+    if targets.mask and not dataset.preparation["masks"]:
         raise InputError(
-            f"the dataset {dataset} has no masks; prepare it with --archive=lidc_idri or with --masks_dir=DIR"
+            f"the dataset {dataset.name} has no masks; prepare it with --archive=lidc_idri or with --masks_dir=DIR"
         )
     source = NeighbourSource(dataset, split, channels, offsets, targets, fraction, seed)
     if not source.volumes:
         raise InputError(
-            f"the dataset {dataset} has no {split} split; prepare it with --splits that give {split} a share "
+            f"the dataset {dataset.name} has no {split} split; prepare it with --splits that give {split} a share "
             "(three patients or more)"
         )
     if not len(source):
         what = f"slices with the label {targets.label}" if targets.label else "slices"
         raise InputError(
-            f"the {split} split of {dataset} has no {what} with neighbours at offsets {tuple(offsets)}; choose a "
+            f"the {split} split of {dataset.name} has no {what} with neighbours at offsets {tuple(offsets)}; choose a "
             "smaller distance, or prepare longer scans"
         )
     return source

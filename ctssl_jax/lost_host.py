@@ -18,7 +18,7 @@ import jax
 
 from ctssl_jax.checkpoint import CHECKPOINTS
 from ctssl_jax.command_line import InputError, RunFailed
-from data_prep.dataset import DatasetError
+from data_prep.system.errors import DatasetError
 
 LEAVING_SECONDS = 5.0  # for a process that failed: the others may be about to end by the same error, and say so
 SIGNS = ("Gloo", "UNAVAILABLE", "CoordinationService", "remote process exited")  # the last one is NCCL's

@@ -78,7 +78,7 @@ def _train(
     from ctssl_jax.reports import Reports, duration, read_reports, say
     from ctssl_jax.tasks import get_task
     from ctssl_jax.torch_bridge import imagenet_weights
-    from data_prep import dataset as dataset_directory
+    from data_prep.dataset import Dataset
 
     # ---- What is asked for, and can it work? ------------------------------------------------------------------------
     devices = jax.devices() if devices is None else devices
@@ -94,10 +94,9 @@ def _train(
         preparation, channels = configuration.check_dataset(config, ("train", "validation"))
         task = get_task(config.task)
         what = (channels, task.offsets(config), task.targets(config))
-        train_source = data.open_source(
-            config.dataset, "train", *what, fraction=config.train_fraction, seed=config.seed
-        )
-        validation_source = data.open_source(config.dataset, "validation", *what)
+        dataset = Dataset.open(config.dataset)
+        train_source = data.open_source(dataset, "train", *what, fraction=config.train_fraction, seed=config.seed)
+        validation_source = data.open_source(dataset, "validation", *what)
         configuration.check_targets(config, train_source)
         _, *abstract_model = training.abstract_model(config, task)
         fresh = workdir is None or not holds_checkpoint(workdir)
@@ -118,7 +117,7 @@ def _train(
         let_pass = ""
         if donor is not None:
             held_out = {volume["patient_id"] for volume in validation_source.volumes}
-            held_out |= {volume["patient_id"] for volume in dataset_directory.read_volumes(config.dataset, "test")}
+            held_out |= {volume["patient_id"] for volume in dataset.volumes("test")}
             let_pass = transplant.check_leakage(config, donor, preparation["key_fingerprint"], held_out)
     with distributed.refusing_together():
         if process == 0 and workdir is not None:
@@ -326,9 +325,9 @@ def start(given: flags.FlagValues) -> bool:
         raise command_line.InputError(f"--config={name}: no such file; recipes are in configs/") from None
     command_line.configure_jax()
     from ctssl_jax import distributed, lost_host
-    from data_prep import dataset as dataset_directory
+    from data_prep.dataset import Dataset
 
-    dataset_directory.local_directory(config.dataset, ("train", "validation"))  # from a store: before others wait
+    Dataset.open(config.dataset, ("train", "validation"))  # from a store: before others wait
 
     distributed.initialize(
         given.distributed,

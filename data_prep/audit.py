@@ -31,11 +31,21 @@ from typing import Any
 import numpy as np
 import pydicom
 
-from data_prep import dataset
 from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import (
+    LABELS_FILE,
+    REGIONS_FILE,
+    SLICES_FILE,
+    VOLUME_COLUMNS,
+    description,
+    label_columns,
+    region_columns,
+    slice_columns,
+)
+from data_prep.dataset__storage import read_records
 from data_prep.deidentify import public_ethnic_group, public_kernel, public_manufacturer
 from data_prep.headers import inflates_too_far
-from data_prep.pipeline.assemble import description
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
@@ -199,7 +209,7 @@ def _alphanumeric(octet: bytes) -> bool:
     return octet.isalnum() or octet >= b"\x80"
 
 
-def find_leaks(dataset_dir: Path, input_dir: ArchiveDirectory, audit_dir: Path, pool: WorkerPool) -> list[str]:
+def find_leaks(dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, pool: WorkerPool) -> list[str]:
     """Where the dataset holds what it must not, one line each, naming file and place; [] if nowhere.
 
     The lines quote no more than the first two characters of a value: they may end up in a log.
@@ -213,26 +223,26 @@ def find_leaks(dataset_dir: Path, input_dir: ArchiveDirectory, audit_dir: Path, 
         for value in values.identifying | values.words | secrets
         if len(value) >= LONG_NEEDLE and len(set(value)) >= 4
     )
-    preparation = dataset.read_preparation(dataset_dir)
+    preparation = dataset.preparation
     options = preparation["options"]
     given = [name for name, _ in options.get("tables", ())]
     not_from_headers = {"ethnic_group"} if "attributes_csv" in given else set()
     not_from_headers |= {"manufacturer", "kernel"} if "metadata_csv" in given else set()
     columns = {
-        dataset.SLICES_FILE: dataset.slice_columns(preparation["labels"], bool(preparation["masks"])),
-        dataset.LABELS_FILE: dataset.label_columns(preparation["labels"]),
-        dataset.REGIONS_FILE: dataset.region_columns(preparation["masks"]),
+        SLICES_FILE: slice_columns(preparation["labels"], bool(preparation["masks"])),
+        LABELS_FILE: label_columns(preparation["labels"]),
+        REGIONS_FILE: region_columns(preparation["masks"]),
     }
-    own_sentences = {description(options, synthetic) for synthetic in (False, True)}
+    own_sentences = {description(preparation | {"synthetic": synthetic}) for synthetic in (False, True)}
     leaks = []
     shards = []
-    for path in sorted(path for path in dataset_dir.rglob("*") if path.is_file()):
-        name = path.relative_to(dataset_dir).as_posix()
+    for path in sorted(path for path in dataset.directory.rglob("*") if path.is_file()):
+        name = path.relative_to(dataset.directory).as_posix()
         leaks += _lines(name, "its name", everything.find_in_text(name))
         if ".array_record-" in name:
             shards.append((path, name, binary))
         elif path.suffix == ".csv":
-            types = columns.get(name, dataset.VOLUME_COLUMNS)
+            types = columns.get(name, VOLUME_COLUMNS)
             leaks += _table_leaks(path, name, types, not_from_headers, everything, without_words, values)
         elif path.suffix == ".json":
             leaks += _json_leaks(path, name, without_words, own_sentences)
@@ -301,7 +311,7 @@ def _strings(node: Any) -> Iterator[str]:
 
 def _shard_leaks(path: Path, name: str, needles: Needles) -> list[str]:
     leaks = []
-    for number, record in enumerate(dataset.read_records(path)):
+    for number, record in enumerate(read_records(path)):
         leaks += _lines(name, f"record {number}", (needle for _, needle in needles.find(record)))
     return leaks
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import dataset, dataset_writer, deidentify
+from data_prep import dataset_writer, deidentify
 from data_prep.anatomy import ChestSummary
 from data_prep.archives import ArchiveDirectory, Source
+from data_prep.dataset__schema import MASK_AREA_COLUMN
+from data_prep.dataset__storage import encode_record, write_records
 from data_prep.dicom import Header, Rejection, Rules, SeriesCandidate, Volume, load_volume
 from data_prep.labels import Labels, NoMask, VolumeLabels
 from data_prep.window import resize_box, resize_mask, resize_slice, window_to_uint8
@@ -150,7 +152,7 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
         volume = _VolumeFacts(candidate, *loaded, conversion)
         path = records_path(conversion.records_dir, key)
         records = _records(*loaded, volume.row["volume_id"], conversion, volume.mask_areas)
-        dataset_writer.write_records(path, records, _STAGING_OPTIONS)
+        write_records(path, records, _STAGING_OPTIONS)
         record_bytes = path.stat().st_size
         del loaded, records
     write_note(conversion, _note(conversion, key, volume, record_bytes, outcome))
@@ -220,7 +222,7 @@ class _VolumeFacts:
         names = self.labels.slices[0]
         slices = {name: [row[name] for row in self.labels.slices] for name in names}
         if self.mask_areas:
-            slices = {dataset.MASK_AREA_COLUMN: self.mask_areas} | slices
+            slices = {MASK_AREA_COLUMN: self.mask_areas} | slices
         if not (slices or self.labels.volume):
             return {}
         return {"slices": slices, "volume": self.labels.volume, "regions": self.labels.regions}
@@ -272,7 +274,7 @@ def _records(
             mask = resize_mask(labels.mask[index], volume.pixel_spacing_mm, conversion.image_size)
             mask_areas.append(int(np.count_nonzero(mask)))
         hu = resize_slice(hu, volume.pixel_spacing_mm, conversion.image_size)
-        yield dataset_writer.encode_record(
+        yield encode_record(
             window_to_uint8(hu, conversion.windows),
             volume_id,
             index,

@@ -1,10 +1,10 @@
 """Datasets on object stores: a copy on this machine, since shards (ArrayRecord) are read from local files only.
 
-    directory = fetch("gs://BUCKET/DATASET", ("train", "validation"))
+    directory, preparation = fetch("gs://BUCKET/DATASET", ("train", "validation"))
 
 The copy lies in a folder named by the dataset's fingerprint, below `$CTSSL_CACHE_DIR` or else the user's cache folder:
-a dataset that has changed is fetched anew, and two URLs of one dataset share the copy. A file appears there when it is
-whole and has the checksum of preparation.json, so that a run which was killed goes on where it stopped. Copies are the
+a dataset that has changed is fetched again, and two URLs of one dataset share the copy. A file appears there when it is
+whole and has the checksum of preparation.json, so that a killed run continues where it stopped. Copies are the
 user's to remove.
 """
 
@@ -21,8 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep import dataset, stores
-from data_prep.dataset import PREPARATION_FILE, DatasetError
+from data_prep import stores
+from data_prep.dataset__schema import PREPARATION_FILE, dataset_fingerprint, parse_preparation, split_shards
+from data_prep.dataset__storage import file_sha256
+from data_prep.system.errors import DatasetError
+from data_prep.workers import Progress
 
 CACHE_VARIABLE = "CTSSL_CACHE_DIR"
 PIECE = 16 << 20  # bytes of a request
@@ -39,8 +42,8 @@ class _Snapshot(NamedTuple):
     preparation: dict[str, Any]
 
 
-def fetch(url: str, splits: Sequence[str] = ()) -> Path:
-    """The local copy of a dataset: its tables and the shards of `splits`.
+def fetch(url: str, splits: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
+    """The local copy of a dataset, its tables and the shards of `splits`, and the content of preparation.json.
 
     Asks the store once a process: what a process reads of a dataset is of one state.
 
@@ -48,11 +51,11 @@ def fetch(url: str, splits: Sequence[str] = ()) -> Path:
         DatasetError: no complete dataset there, a missing package or credentials, too little space, a damaged file.
     """
     snapshot = _open(stores.without_slash(url))
-    names = [shard.name for split in splits for shard in dataset.split_shards(snapshot.preparation, split)]
+    names = [shard.name for split in splits for shard in split_shards(snapshot.preparation, split)]
     if not all((snapshot.directory / name).is_file() for name in names):
         with _lock(snapshot):  # meanwhile another process may have fetched some
             _fetch_files(snapshot, [name for name in names if not (snapshot.directory / name).is_file()])
-    return snapshot.directory
+    return snapshot.directory, snapshot.preparation
 
 
 def cache_dir() -> Path:
@@ -66,9 +69,9 @@ def cache_dir() -> Path:
 def _open(url: str) -> _Snapshot:
     """Fetches the tables, too."""
     content = _read_preparation(url)
-    preparation = dataset.parse_preparation(content, f"{url}/{PREPARATION_FILE}")
+    preparation = parse_preparation(content, f"{url}/{PREPARATION_FILE}")
     checksums = preparation["checksums"]
-    fingerprint = dataset.dataset_fingerprint(checksums)
+    fingerprint = dataset_fingerprint(checksums)
     if fingerprint != preparation["fingerprint"] or any(Path(name).name != name for name in checksums):
         raise DatasetError(f"{url}/{PREPARATION_FILE}: damaged (not of its checksums); upload the dataset again")
     directory = cache_dir() / fingerprint
@@ -81,7 +84,7 @@ def _open(url: str) -> _Snapshot:
     snapshot = _Snapshot(url, directory, preparation)
     tables = [name for name in checksums if ".array_record-" not in name]
     # The fingerprint does not cover all tables, and they are small: those of an older state are found by checksums.
-    old = [n for n in tables if not (directory / n).is_file() or dataset.file_sha256(directory / n) != checksums[n]]
+    old = [n for n in tables if not (directory / n).is_file() or file_sha256(directory / n) != checksums[n]]
     preparation_file = directory / PREPARATION_FILE
     if old or not preparation_file.is_file() or preparation_file.read_bytes() != content:
         with _lock(snapshot):
@@ -127,8 +130,6 @@ def _lock(snapshot: _Snapshot) -> Iterator[None]:
 def _fetch_files(snapshot: _Snapshot, names: Sequence[str]) -> None:
     if not names:
         return
-    from data_prep.workers import Progress
-
     url, directory = snapshot.url, snapshot.directory
     sizes = _sizes(url)
     absent = [name for name in names if name not in sizes]
@@ -177,7 +178,7 @@ def _sizes(url: str) -> dict[str, int]:
 
 
 def _fetch_file(snapshot: _Snapshot, name: str, size: int, arrived: Callable[..., None]) -> None:
-    """Goes on with what a killed process left of a file; the file appears when its checksum is right."""
+    """Continues the part of a file that a killed process left; the file appears when its checksum is right."""
     store, root = stores.open_store(snapshot.url)
     partial = snapshot.directory / f"{name}{_PARTIAL}"
     for _ in range(_TRIES):

@@ -15,10 +15,11 @@ FLAGS = flags.FLAGS
 
 
 def main() -> int:
-    from data_prep import dataset
+    from data_prep.dataset import Dataset
 
-    splits = FLAGS.splits or list(dataset.read_preparation(FLAGS.dataset)["splits"])
-    print(dataset.local_directory(FLAGS.dataset, splits))
+    dataset = Dataset.open(FLAGS.dataset)
+    dataset.fetch(FLAGS.splits or dataset.preparation["splits"])
+    print(dataset.directory)
     return 0
 
 

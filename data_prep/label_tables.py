@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep import dataset
+from data_prep.dataset__schema import MASK_AREA_COLUMN, VOLUME_COLUMNS
 from data_prep.system.errors import InputError
 
 # Key column -> level of the labels, the finest key first. The last but one: the name of a NIfTI file.
@@ -31,7 +31,7 @@ _LABEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _CLASS = re.compile(r"[A-Za-z0-9 .,_+/()<>=-]{1,32}")
 _LIKE_AN_IDENTIFIER = re.compile(r"[0-9]{5}")
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _/-]{0,31}")
-_NOT_LABELS = {"volume_id", "slice_index", dataset.MASK_AREA_COLUMN, *dataset.VOLUME_COLUMNS}
+_NOT_LABELS = {"volume_id", "slice_index", MASK_AREA_COLUMN, *VOLUME_COLUMNS}
 
 
 class LabelError(InputError):

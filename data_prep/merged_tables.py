@@ -5,13 +5,20 @@ Tables of labels are read and written row by row, as slices may be millions. Cel
 
 import collections
 import csv
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from data_prep import dataset
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import (
+    LABELS_FILE,
+    REGIONS_FILE,
+    REJECTED_FILE,
+    SLICES_FILE,
+    SPLITS,
+    label_columns,
+    slice_columns,
+)
 from data_prep.system.errors import InputError
 
 
@@ -19,56 +26,49 @@ class MergeError(InputError):
     """Datasets that cannot be one; one line with the remedy."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One of the datasets: its directory as the user named it, preparation.json and the rows of volumes.csv."""
-
-    directory: Path
-    preparation: dict[str, Any]
-    volumes: list[dict[str, Any]]
-
-    def rows(self, name: str) -> Iterator[dict[str, str]]:
-        with open(self.directory / name, newline="") as file:
-            yield from csv.DictReader(file)
+def _rows(part: Dataset, name: str) -> Iterator[dict[str, str]]:
+    """Rows of one of its tables, their cells as they are written."""
+    with open(part.directory / name, newline="") as file:
+        yield from csv.DictReader(file)
 
 
-def in_order(parts: Sequence[Part]) -> Iterator[tuple[int, dict[str, Any]]]:
+def in_order(parts: Sequence[Dataset]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of the part, row of its volumes.csv) in the order of the merged dataset."""
-    for split in dataset.SPLITS:
+    for split in SPLITS:
         for number, part in enumerate(parts):
-            for volume in part.volumes:
+            for volume in part.volumes():
                 if volume["split"] == split:
                     yield number, volume
 
 
-def volume_rows(parts: Sequence[Part]) -> Iterator[dict[str, Any]]:
+def volume_rows(parts: Sequence[Dataset]) -> Iterator[dict[str, Any]]:
     num_records = collections.Counter()
     for _, volume in in_order(parts):
         yield volume | {"first_record": num_records[volume["split"]]}
         num_records[volume["split"]] += volume["num_slices"]
 
 
-def rejected_rows(parts: Sequence[Part]) -> list[dict[str, str]]:
-    rows = [row for part in parts for row in part.rows(dataset.REJECTED_FILE)]
+def rejected_rows(parts: Sequence[Dataset]) -> list[dict[str, str]]:
+    rows = [row for part in parts for row in _rows(part, REJECTED_FILE)]
     return sorted(rows, key=lambda row: tuple(row.values()))
 
 
-def slice_rows(parts: Sequence[Part]) -> Iterator[dict[str, Any]]:
+def slice_rows(parts: Sequence[Dataset]) -> Iterator[dict[str, Any]]:
     tables = []
     for part in parts:
-        there = dataset.slice_columns(part.preparation["labels"], bool(part.preparation["masks"]))
-        tables.append(part.rows(dataset.SLICES_FILE) if there else _slices_without_labels(part))
+        there = slice_columns(part.preparation["labels"], bool(part.preparation["masks"]))
+        tables.append(_rows(part, SLICES_FILE) if there else _slices_without_labels(part))
     for number, volume in in_order(parts):
         yield from itertools.islice(tables[number], volume["num_slices"])
 
 
-def _slices_without_labels(part: Part) -> Iterator[dict[str, Any]]:
-    for volume in part.volumes:
+def _slices_without_labels(part: Dataset) -> Iterator[dict[str, Any]]:
+    for volume in part.volumes():
         for index in range(volume["num_slices"]):
             yield {"volume_id": volume["volume_id"], "slice_index": index}
 
 
-def label_rows(parts: Sequence[Part], labels: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+def label_rows(parts: Sequence[Dataset], labels: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
     """A label of a patient holds for the patient's volumes in all parts.
 
     Raises:
@@ -77,17 +77,17 @@ def label_rows(parts: Sequence[Part], labels: Mapping[str, Mapping[str, Any]]) -
     of_patients: dict[str, dict[str, str]] = {n: {} for n, facts in labels.items() if facts["level"] == "patient"}
     tables = []
     for part in parts:
-        there = dataset.label_columns(part.preparation["labels"])
-        table = {row["volume_id"]: row for row in part.rows(dataset.LABELS_FILE)} if there else {}
+        there = label_columns(part.preparation["labels"])
+        table = {row["volume_id"]: row for row in _rows(part, LABELS_FILE)} if there else {}
         tables.append(table)
         for name, known in of_patients.items():
-            found = {v["patient_id"]: table.get(v["volume_id"], {}).get(name, "") for v in part.volumes}
+            found = {v["patient_id"]: table.get(v["volume_id"], {}).get(name, "") for v in part.volumes()}
             found = {patient: cell for patient, cell in found.items() if cell}
             differing = [patient for patient, cell in found.items() if known.get(patient, cell) != cell]
             if differing:
                 raise MergeError(
                     f"{len(differing)} patients have another class of the label {name} in {part.directory} than in the "
-                    "datasets before it; make the tables agree and prepare it anew"
+                    "datasets before it; make the tables agree and prepare it again"
                 )
             known |= found
     for number, volume in in_order(parts):
@@ -95,11 +95,11 @@ def label_rows(parts: Sequence[Part], labels: Mapping[str, Mapping[str, Any]]) -
         yield row | {name: known.get(volume["patient_id"], "") for name, known in of_patients.items()}
 
 
-def region_rows(parts: Sequence[Part]) -> Iterator[dict[str, str]]:
+def region_rows(parts: Sequence[Dataset]) -> Iterator[dict[str, str]]:
     tables = []
     for part in parts:
         of_volume = collections.defaultdict(list)
-        for row in part.rows(dataset.REGIONS_FILE):
+        for row in _rows(part, REGIONS_FILE):
             of_volume[row["volume_id"]].append(row)
         tables.append(of_volume)
     for number, volume in in_order(parts):

@@ -22,7 +22,7 @@ from pathlib import Path
 from data_prep import nifti
 from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, reading_ahead, will_read
 from data_prep.conversion import FAILED_FOR_NOW
-from data_prep.dataset import file_sha256
+from data_prep.dataset__storage import file_sha256
 from data_prep.dataset_writer import PARTIAL
 from data_prep.dicom import (
     Header,

@@ -7,12 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import dataset
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import (
+    LABELS_FILE,
+    LEVELS,
+    MASK_AREA_COLUMN,
+    REGIONS_FILE,
+    SLICES_FILE,
+    VOLUMES_FILE,
+    Shard,
+    label_columns,
+    slice_columns,
+    split_shards,
+)
+from data_prep.dataset__storage import decode_record, file_sha256, read_records
 from data_prep.geometry import measure_stack
+from data_prep.system.errors import DatasetError
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 
-def verify(dataset_dir: Path, pool: WorkerPool) -> list[str]:
+def verify(dataset: Dataset, pool: WorkerPool) -> list[str]:
     """Problems of a dataset, each one line that names the file; [] if it is sound.
 
     Checksums; the tables agree with the shards and with each other; no volume is there twice, no patient in two splits;
@@ -20,22 +34,22 @@ def verify(dataset_dir: Path, pool: WorkerPool) -> list[str]:
     jumps and end. slices.csv lists the records in their order with the foreground of their masks, labels.csv the
     volumes; labels are classes that preparation.json names; what masks hold is in regions.csv.
     """
-    preparation = dataset.read_preparation(dataset_dir)
-    volumes = dataset.read_volumes(dataset_dir)
-    problems = list(_table_problems(dataset_dir, preparation, volumes))
-    label_problems = list(_label_problems(dataset_dir, preparation, volumes))
-    problems += label_problems
+    preparation, volumes = dataset.preparation, dataset.volumes()
+    label_problems = list(_label_problems(dataset))
+    problems = [*_table_problems(dataset), *label_problems]
     areas, regions = {}, {}
     if preparation["masks"] and not label_problems:
-        for row in dataset.read_slices(dataset_dir):
-            areas.setdefault(row["volume_id"], []).append(row[dataset.MASK_AREA_COLUMN])
-        for row in dataset.read_regions(dataset_dir):
+        for row in dataset.slices():
+            areas.setdefault(row["volume_id"], []).append(row[MASK_AREA_COLUMN])
+        for row in dataset.regions():
             regions.setdefault(row["volume_id"], set()).add(row["region"])
+    size = preparation["image_size"]
+    facts = ((size, size, preparation["channels"]), bool(preparation["masks"]))
     tasks = []
     for split in preparation["splits"]:
         first = 0
         rows = [row for row in volumes if row["split"] == split]
-        for shard in dataset.split_shards(preparation, split):
+        for shard in split_shards(preparation, split):
             records = range(first, first + shard.num_records)
             inside = [row for row in rows if row["first_record"] in records]
             checksum = preparation["checksums"].get(shard.name, "")
@@ -44,19 +58,20 @@ def verify(dataset_dir: Path, pool: WorkerPool) -> list[str]:
                 for row in inside
                 if row["volume_id"] in areas
             }
-            tasks.append((dataset_dir, preparation, shard, checksum, first, inside, masks))
+            tasks.append((dataset.directory, *facts, shard, checksum, first, inside, masks))
             first = records.stop
-    total = sum(task[2].num_records for task in tasks)
+    total = sum(task[3].num_records for task in tasks)
     with Progress("verifying", "slices", total) as progress:
         for task, result in pool.run(_shard_problems, tasks):
-            name = task[2].name
+            name = task[3].name
             problems += [f"{name}: reading it crashed"] if isinstance(result, WorkerDied) else result
-            progress.advance(task[2].num_records)
+            progress.advance(task[3].num_records)
     return problems
 
 
-def _table_problems(dataset_dir: Path, preparation: dict[str, Any], volumes: list[dict[str, Any]]) -> Iterator[str]:
-    yield from dataset.damaged_tables(dataset_dir, preparation)
+def _table_problems(dataset: Dataset) -> Iterator[str]:
+    preparation, volumes = dataset.preparation, dataset.volumes()
+    yield from dataset.damaged_tables()
     for volume, number in collections.Counter(row["volume_id"] for row in volumes).items():
         if number > 1:
             yield f"volumes.csv: volume {volume} is there {number} times"
@@ -86,28 +101,29 @@ def _table_problems(dataset_dir: Path, preparation: dict[str, Any], volumes: lis
             yield f"volumes.csv: volume {row['volume_id']} is in split {row['split']!r}, which does not exist"
 
 
-def _label_problems(dataset_dir: Path, preparation: dict[str, Any], volumes: list[dict[str, Any]]) -> Iterator[str]:
-    """What the tables of labels and regions alone show."""
-    labels, masks = preparation["labels"], preparation["masks"]
+def _label_problems(dataset: Dataset) -> Iterator[str]:
+    """Problems that the tables of labels and regions alone show."""
+    volumes = dataset.volumes()
+    labels, masks = dataset.preparation["labels"], dataset.preparation["masks"]
     try:
-        slices, of_volumes = dataset.read_slices(dataset_dir), dataset.read_labels(dataset_dir)
-        regions = dataset.read_regions(dataset_dir)
-    except dataset.DatasetError as error:
-        yield " ".join(str(error).replace(f"{dataset_dir}/", "").split())
+        slices, of_volumes = dataset.slices(), dataset.labels()
+        regions = dataset.regions()
+    except DatasetError as error:
+        yield " ".join(str(error).replace(f"{dataset.directory}/", "").split())
         return
-    if dataset.slice_columns(labels, bool(masks)):
+    if slice_columns(labels, bool(masks)):
         expected = [(row["volume_id"], index) for row in volumes for index in range(row["num_slices"])]
         if [(row["volume_id"], row["slice_index"]) for row in slices] != expected:
-            yield f"{dataset.SLICES_FILE}: its rows are not the records in their order"
-    if dataset.label_columns(labels):
+            yield f"{SLICES_FILE}: its rows are not the records in their order"
+    if label_columns(labels):
         if [row["volume_id"] for row in of_volumes] != [row["volume_id"] for row in volumes]:
-            yield f"{dataset.LABELS_FILE}: its rows are not the volumes in the order of {dataset.VOLUMES_FILE}"
+            yield f"{LABELS_FILE}: its rows are not the volumes in the order of {VOLUMES_FILE}"
     patient_of = {row["volume_id"]: row["patient_id"] for row in volumes}
     for name, facts in labels.items():
-        if facts["level"] not in dataset.LEVELS:
+        if facts["level"] not in LEVELS:
             yield f"preparation.json: label {name} is of the level {facts['level']!r}, which does not exist"
         of_slices = facts["level"] == "slice"
-        table, rows = (dataset.SLICES_FILE, slices) if of_slices else (dataset.LABELS_FILE, of_volumes)
+        table, rows = (SLICES_FILE, slices) if of_slices else (LABELS_FILE, of_volumes)
         strange = {row[name] for row in rows} - {None, *range(len(facts["classes"]))}
         if strange:
             yield f"{table}: {name} holds {min(strange)}, which is none of its {len(facts['classes'])} classes"
@@ -118,7 +134,7 @@ def _label_problems(dataset_dir: Path, preparation: dict[str, Any], volumes: lis
     num_slices = {row["volume_id"]: row["num_slices"] for row in volumes}
     seen = collections.Counter((row["volume_id"], row["region"]) for row in regions)
     for row in regions:
-        place = f"{dataset.REGIONS_FILE}: region {row['region']} of volume {row['volume_id']}"
+        place = f"{REGIONS_FILE}: region {row['region']} of volume {row['volume_id']}"
         if row["volume_id"] not in num_slices:
             yield f"{place}: there is no such volume"
         elif not 0 <= row["first_slice"] <= row["last_slice"] < num_slices[row["volume_id"]]:
@@ -129,8 +145,9 @@ def _label_problems(dataset_dir: Path, preparation: dict[str, Any], volumes: lis
 
 def _shard_problems(
     dataset_dir: Path,
-    preparation: dict[str, Any],
-    shard: dataset.Shard,
+    image_shape: tuple[int, int, int],
+    has_masks: bool,
+    shard: Shard,
     checksum: str,
     first: int,
     rows: list[dict[str, Any]],
@@ -142,11 +159,10 @@ def _shard_problems(
     if not path.is_file():
         return []  # named already
     problems = []
-    if dataset.file_sha256(path) != checksum:
+    if file_sha256(path) != checksum:
         problems.append(f"{shard.name}: checksum differs from preparation.json")
-    shape = (preparation["image_size"], preparation["image_size"], preparation["channels"])
     try:
-        records = [_without_pixels(dataset.decode_record(r, shape)) for r in dataset.read_records(path)]
+        records = [_without_pixels(decode_record(record, image_shape)) for record in read_records(path)]
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         return [*problems, f"{shard.name}: a record does not decode ({' '.join(str(error).split())[:80]})"]
     if len(records) != shard.num_records:
@@ -156,7 +172,7 @@ def _shard_problems(
         if row["first_record"] - first != at:
             problems.append(f"{shard.name}: volume {row['volume_id']} does not follow the one before it")
         part = records[at : at + row["num_slices"]]
-        faults = [*_volume_faults(row, part), *_mask_faults(part, masks.get(row["volume_id"]), preparation)]
+        faults = [*_volume_faults(row, part), *_mask_faults(part, masks.get(row["volume_id"]), has_masks)]
         problems += [f"{shard.name}: volume {row['volume_id']}: {fault}" for fault in faults]
         at += row["num_slices"]
     if at != len(records):
@@ -174,17 +190,17 @@ def _without_pixels(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mask_faults(
-    records: list[dict[str, Any]], listed: tuple[list[int], set[int]] | None, preparation: dict[str, Any]
+    records: list[dict[str, Any]], listed: tuple[list[int], set[int]] | None, has_masks: bool
 ) -> Iterator[str]:
     with_masks = sum("mask_area" in record for record in records)
-    if with_masks != (len(records) if preparation["masks"] else 0):
+    if with_masks != (len(records) if has_masks else 0):
         yield f"{with_masks} of {len(records)} records have a mask"
     elif listed is not None:
         areas, regions = listed
         if [record["mask_area"] for record in records] != areas:
-            yield f"the foreground of its masks is not that of {dataset.SLICES_FILE}"
+            yield f"the foreground of its masks is not that of {SLICES_FILE}"
         if strange := set().union(*(record["regions"] for record in records)) - regions:
-            yield f"its masks hold region {min(strange)}, which {dataset.REGIONS_FILE} does not list"
+            yield f"its masks hold region {min(strange)}, which {REGIONS_FILE} does not list"
 
 
 def _volume_faults(row: dict[str, Any], records: list[dict[str, Any]]) -> Iterator[str]:

@@ -56,9 +56,9 @@ def measure(dataset: Path, split: str, batch_size: int, threads: list[int], seco
     import jax
 
     from ctssl_jax import data, distributed
-    from data_prep.dataset import read_preparation
+    from data_prep.dataset import Dataset
 
-    channels = range(read_preparation(dataset)["channels"])
+    channels = range(Dataset.open(dataset).preparation["channels"])
     source = data.open_source(dataset, split, channels, (0,))
     mesh = distributed.make_mesh()
     batch_size = -(-batch_size // mesh.devices.size) * mesh.devices.size
@@ -82,10 +82,10 @@ def waiting_of_a_device(
     import jax
 
     from ctssl_jax import data, distributed
-    from data_prep.dataset import read_preparation
+    from data_prep.dataset import Dataset
 
     mesh = distributed.make_mesh()
-    source = data.open_source(dataset, split, range(read_preparation(dataset)["channels"]), (0,))
+    source = data.open_source(dataset, split, range(Dataset.open(dataset).preparation["channels"]), (0,))
     batches = data.training_batches(source, batch_size, seed=0, num_threads=num_threads)
     jax.block_until_ready(distributed.to_devices(mesh, next(batches)))
     busy, waited = batch_size / slices_per_second, 0.0
@@ -101,10 +101,17 @@ def waiting_of_a_device(
 
 def temporary_dataset(folder: Path, number: int = 320, size: int = 512, repeats: int = 1) -> Path:
     """Write noisy slices as a dataset directory: eight volumes in `train`, each so many times, one in `validation`."""
-    from data_prep import dataset, dataset_writer
+    from data_prep.dataset__schema import (
+        VOLUME_COLUMNS,
+        VOLUMES_FILE,
+        make_preparation,
+        shard_name,
+    )
+    from data_prep.dataset__storage import encode_record, file_sha256, write_records, write_table
+    from data_prep.dataset__tfds import complete
 
     folder.mkdir()
-    volumes, shard_lengths, splits = [], {}, {}
+    volumes, shard_lengths = [], {}
     per_volume = number // 8
     images = [noisy_slices(per_volume, size, seed=volume) for volume in range(8)]
     for split, num_volumes in (("train", 8 * repeats), ("validation", 1)):
@@ -113,8 +120,8 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512, repeats:
             volume_id = f"{split}{volume}"
             for index, image in enumerate(images[volume % 8]):
                 last = index == per_volume - 1
-                records.append(dataset_writer.encode_record(image, volume_id, index, float(index), not last))
-            row = dict.fromkeys(dataset.VOLUME_COLUMNS) | {
+                records.append(encode_record(image, volume_id, index, float(index), not last))
+            row = dict.fromkeys(VOLUME_COLUMNS) | {
                 "volume_id": volume_id,
                 "patient_id": volume_id,
                 "split": split,
@@ -124,34 +131,23 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512, repeats:
                 "synthetic": True,
             }
             volumes.append(row)
-        shard_lengths[split] = [dataset_writer.write_records(folder / dataset.shard_name(split, 0), records)]
-        splits[split] = {
-            "num_volumes": num_volumes,
-            "num_patients": num_volumes,
-            "num_slices": len(records),
-            "shard_lengths": shard_lengths[split],
-        }
-    dataset_writer.write_table(folder / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, volumes)
-    dataset_writer.write_tfds_metadata(folder, (size, size, 1), shard_lengths, "Noise, to measure a loader with.")
-    checksums = {path.name: dataset.file_sha256(path) for path in sorted(folder.iterdir())}
-    preparation = {
-        "format_version": dataset.FORMAT_VERSION,
-        "archive": "none",
-        "synthetic": True,
-        "windows": [{"level": 50.0, "width": 350.0}],
-        "image_size": size,
-        "channels": 1,
-        "splits": splits,
-        "key_fingerprint": "0" * 16,
-        "fingerprint": dataset.dataset_fingerprint(checksums),
-        "options": {},
-        "versions": {},
-        "counts": {},
-        "labels": {},
-        "masks": None,
-        "checksums": checksums,
-    }
-    dataset_writer.write_preparation(folder, preparation)
+        shard_lengths[split] = [write_records(folder / shard_name(split, 0), records)]
+    write_table(folder / VOLUMES_FILE, VOLUME_COLUMNS, volumes)
+    preparation = make_preparation(
+        archive="none",
+        windows=[{"level": 50.0, "width": 350.0}],
+        image_size=size,
+        volumes=volumes,
+        shard_lengths=shard_lengths,
+        labels={},
+        masks=None,
+        key_fingerprint="0" * 16,
+        options={},
+        versions={},
+        counts={},
+    )
+    written = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    complete(folder, preparation, (), written)
     return folder
 
 

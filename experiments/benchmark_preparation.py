@@ -37,8 +37,9 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import pixel_array
 
 from ctssl_jax import command_line
-from data_prep import conversion, dataset, dataset_writer, label_staging
+from data_prep import conversion, label_staging
 from data_prep.archives import Source, list_sources
+from data_prep.dataset__storage import encode_record, file_sha256, read_records, write_records
 from data_prep.decoders import DECODER_DEPENDENCIES, decode
 from data_prep.dicom import Header, SeriesCandidate, load_volume, plan_series, read_header, select_reconstructions
 from data_prep.labels import LabelSources
@@ -134,7 +135,7 @@ def floor(paths: list[Path], shard: Path) -> None:
                 stored = pixel_array(ds, raw=True)
             yield _record(stored.astype(np.int16) + np.int16(-1024), index)
 
-    dataset_writer.write_records(shard, records())
+    write_records(shard, records())
 
 
 def simple_itk(folders: list[Path], shard: Path) -> None:
@@ -148,7 +149,7 @@ def simple_itk(folders: list[Path], shard: Path) -> None:
             hu = SimpleITK.GetArrayFromImage(reader.Execute())
             yield from (_record(image.astype(np.int16), index) for index, image in enumerate(hu))
 
-    dataset_writer.write_records(shard, records())
+    write_records(shard, records())
 
 
 def dicom2nifti_nibabel(folders: list[Path], shard: Path) -> None:
@@ -163,11 +164,11 @@ def dicom2nifti_nibabel(folders: list[Path], shard: Path) -> None:
                 hu = np.asanyarray(nibabel.load(f"{scratch}/volume.nii").dataobj)
             yield from (_record(hu[..., i].T.astype(np.int16), i) for i in range(hu.shape[2]))
 
-    dataset_writer.write_records(shard, records())
+    write_records(shard, records())
 
 
 def _record(hu: np.ndarray, index: int) -> bytes:
-    return dataset_writer.encode_record(window_to_uint8(hu, OPTIONS.windows), "volume", index, float(index), True)
+    return encode_record(window_to_uint8(hu, OPTIONS.windows), "volume", index, float(index), True)
 
 
 def steps(archive: Path, folder: Path) -> dict[str, Callable[[], None]]:
@@ -186,9 +187,9 @@ def steps(archive: Path, folder: Path) -> dict[str, Callable[[], None]]:
             conversion.convert_exam(run, exam)
 
     def write_shards() -> None:
-        staged = (record for path in sorted(records.glob("*.array_record")) for record in dataset.read_records(path))
-        dataset_writer.write_records(folder / "shard", staged)
-        dataset.file_sha256(folder / "shard")
+        staged = (record for path in sorted(records.glob("*.array_record")) for record in read_records(path))
+        write_records(folder / "shard", staged)
+        file_sha256(folder / "shard")
 
     return {"headers, plan": lambda: exams_of(archive), "convert, stage": convert, "shards": write_shards}
 

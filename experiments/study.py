@@ -271,9 +271,9 @@ def record_settings(workdir: Path, content: dict[str, Any]) -> None:
 
 def settings_content(settings: Settings) -> dict[str, Any]:
     """What `record_settings` keeps of a study of one dataset."""
-    from data_prep.dataset import read_preparation
+    from data_prep.dataset import Dataset
 
-    content = {**settings._asdict(), "dataset_fingerprint": read_preparation(settings.dataset)["fingerprint"]}
+    content = {**settings._asdict(), "dataset_fingerprint": Dataset.open(settings.dataset).preparation["fingerprint"]}
     return {name: value for name, value in content.items() if name not in ("dataset", "workdir")}
 
 

@@ -29,6 +29,31 @@ from ctssl_jax.command_line import configure_jax
 configure_jax()  # as every door does: the programs that a test compiles are those of the processes that it starts
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # processes that tests start and stop shall not inherit that of nohup
 PROJECT = Path(__file__).resolve().parent.parent
+# These take longest. They come first, so that no worker has one of them left when the others are done.
+LONGEST = (
+    "test_multiple_processes",
+    "test_quickstart",
+    "test_train_command",
+    "test_downstream",
+    "test_embed",
+    "test_predict",
+    "test_tasks",
+    "test_corrupted_outputs",
+    "test_export",
+    "test_privacy_campaign",
+    "test_studies",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-xdist hands out files in the order of `pytest_collection_modifyitems`, not by their numbers of tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first."""
+    order = {name: position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")

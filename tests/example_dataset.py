@@ -4,7 +4,25 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import dataset, dataset_writer
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import (
+    LABELS_FILE,
+    REGIONS_FILE,
+    REJECTED_COLUMNS,
+    REJECTED_FILE,
+    SLICES_FILE,
+    VOLUME_COLUMNS,
+    VOLUMES_FILE,
+    dataset_fingerprint,
+    label_columns,
+    make_preparation,
+    region_columns,
+    shard_name,
+    slice_columns,
+    write_preparation,
+)
+from data_prep.dataset__storage import encode_record, file_sha256, write_records, write_table
+from data_prep.dataset__tfds import complete
 
 
 def write_example_dataset(
@@ -36,7 +54,7 @@ def write_example_dataset(
         labels["smoker"] = {"level": "patient", "classes": ["no", "yes"]}
     facts_of_masks = {"source": "lidc_idri", "consensus": 0.7, "min_area_px": 20} if masks else None
     random = np.random.default_rng(seed)
-    rows, shard_lengths, splits = [], {}, {}
+    rows, shard_lengths = [], {}
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, image_size)] * 2, indexing="ij"))
     for split, num_volumes in (volumes_per_split or {"train": 5, "validation": 2, "test": 2}).items():
         shard_lengths[split] = []
@@ -62,7 +80,7 @@ def write_example_dataset(
                     slice_row["pe_present_on_image"] = None if index == 0 else left
                 slice_rows.append(slice_row)
                 records.append(
-                    dataset_writer.encode_record(
+                    encode_record(
                         np.rint(255 * image).astype(np.uint8),
                         volume_id,
                         index,
@@ -87,7 +105,7 @@ def write_example_dataset(
                         "num_readers": 4,
                     }
                 )
-            row = dict.fromkeys(dataset.VOLUME_COLUMNS) | {
+            row = dict.fromkeys(VOLUME_COLUMNS) | {
                 "volume_id": volume_id,
                 "patient_id": f"p{volume_id[1:]}",
                 "exam_id": f"e{volume_id[1:]}",
@@ -111,56 +129,43 @@ def write_example_dataset(
             rows.append(row)
             first_record += slices_per_volume
             if (number + 1) % volumes_per_shard == 0 or number == num_volumes - 1:
-                path = dataset_dir / dataset.shard_name(split, len(shard_lengths[split]))
-                shard_lengths[split].append(dataset_writer.write_records(path, records))
+                path = dataset_dir / shard_name(split, len(shard_lengths[split]))
+                shard_lengths[split].append(write_records(path, records))
                 records = []
-        splits[split] = {
-            "num_volumes": num_volumes,
-            "num_patients": num_volumes,
-            "num_slices": first_record,
-            "shard_lengths": shard_lengths[split],
-        }
-    dataset_writer.write_table(dataset_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, rows)
-    dataset_writer.write_table(dataset_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, [])
+    write_table(dataset_dir / VOLUMES_FILE, VOLUME_COLUMNS, rows)
+    write_table(dataset_dir / REJECTED_FILE, REJECTED_COLUMNS, [])
     for name, columns, table in (
-        (dataset.SLICES_FILE, dataset.slice_columns(labels, masks), slice_rows),
-        (dataset.LABELS_FILE, dataset.label_columns(labels), label_rows),
-        (dataset.REGIONS_FILE, dataset.region_columns(facts_of_masks), region_rows),
+        (SLICES_FILE, slice_columns(labels, masks), slice_rows),
+        (LABELS_FILE, label_columns(labels), label_rows),
+        (REGIONS_FILE, region_columns(facts_of_masks), region_rows),
     ):
         if columns:
-            dataset_writer.write_table(dataset_dir / name, columns, table)
-    dataset_writer.write_tfds_metadata(
-        dataset_dir, (image_size, image_size, channels), shard_lengths, "Synthetic example.", masks=masks
+            write_table(dataset_dir / name, columns, table)
+    preparation = make_preparation(
+        archive="dicom",
+        windows=[{"level": 50.0, "width": 350.0}] * channels,
+        image_size=image_size,
+        volumes=rows,
+        shard_lengths=shard_lengths,
+        labels=labels,
+        masks=facts_of_masks,
+        key_fingerprint="0" * 16,
+        options={},
+        versions={},
+        counts={},
     )
-    checksums = {path.name: dataset.file_sha256(path) for path in sorted(dataset_dir.iterdir())}
-    preparation = {
-        "format_version": dataset.FORMAT_VERSION,
-        "archive": "dicom",
-        "synthetic": True,
-        "windows": [{"level": 50.0, "width": 350.0}] * channels,
-        "image_size": image_size,
-        "channels": channels,
-        "splits": splits,
-        "labels": labels,
-        "masks": facts_of_masks,
-        "key_fingerprint": "0" * 16,
-        "fingerprint": dataset.dataset_fingerprint(checksums),
-        "options": {},
-        "versions": {},
-        "counts": {},
-        "checksums": checksums,
-    }
-    dataset_writer.write_preparation(dataset_dir, preparation)
+    written = {path.name: file_sha256(path) for path in sorted(dataset_dir.iterdir())}
+    complete(dataset_dir, preparation, (), written)
     return dataset_dir
 
 
 def change_preparation(dataset_dir: Path, **fields) -> None:
     """Other values in preparation.json, with the checksum of itself that goes with them."""
-    dataset_writer.write_preparation(dataset_dir, dataset.read_preparation(dataset_dir) | fields)
+    write_preparation(dataset_dir, Dataset.open(dataset_dir).preparation | fields)
 
 
 def renew_checksums(dataset_dir: Path) -> None:
     """preparation.json agrees with the other files, after a test changed some of them."""
-    checksums = dataset.read_preparation(dataset_dir)["checksums"]
-    checksums = {name: dataset.file_sha256(dataset_dir / name) for name in checksums}
-    change_preparation(dataset_dir, checksums=checksums, fingerprint=dataset.dataset_fingerprint(checksums))
+    checksums = Dataset.open(dataset_dir).preparation["checksums"]
+    checksums = {name: file_sha256(dataset_dir / name) for name in checksums}
+    change_preparation(dataset_dir, checksums=checksums, fingerprint=dataset_fingerprint(checksums))

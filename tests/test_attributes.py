@@ -14,17 +14,19 @@ from ctssl_jax import data
 from ctssl_jax.attribute_labels import age_classes, join_decades, read_attribute
 from ctssl_jax.attributes import attributes, table
 from ctssl_jax.command_line import InputError
-from data_prep import dataset, dataset_writer
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import VOLUME_COLUMNS, VOLUMES_FILE
+from data_prep.dataset__storage import write_table
 
 VOLUMES = {"train": 60, "validation": 24, "test": 30}
 
 
 def change_volumes(folder, change):
     """Write volumes.csv again with `change(row, number)` applied to every row."""
-    rows = dataset.read_volumes(folder)
+    rows = Dataset.open(folder).volumes()
     for number, row in enumerate(rows):
         change(row, number)
-    dataset_writer.write_table(folder / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, rows)
+    write_table(folder / VOLUMES_FILE, VOLUME_COLUMNS, rows)
     renew_checksums(folder)
     return folder
 
@@ -40,7 +42,7 @@ def planted(tmp_path_factory):
         volumes_per_shard=60,
         volume_labels=True,
     )
-    sources = {split: dataset.open_split(folder, split) for split in VOLUMES}
+    sources = {split: Dataset.open(folder).source(split) for split in VOLUMES}
 
     def plant(row, number):
         row["middle_slice"] = number % 7  # not the same in all volumes
@@ -81,10 +83,10 @@ def test_decades_are_joined_until_each_class_has_enough_patients():
 
 
 def test_ages_of_other_splits_fall_into_the_classes_of_the_training_split(planted):
-    attribute = read_attribute(planted, "age")
+    attribute = read_attribute(Dataset.open(planted), "age")
     assert attribute.classes == ("0-79", "80+") and attribute.missing == {"train": 6, "validation": 3, "test": 3}
     assert attribute.labels["test"].shape == (30,) and (attribute.labels["train"] == -1).sum() == 6
-    volumes = dataset.read_volumes(planted, "test")
+    volumes = Dataset.open(planted).volumes("test")
     for volume, label in zip(volumes, attribute.labels["test"], strict=True):
         assert label == {None: -1, 45: 0, 81: 1}[volume["age"]]
 
@@ -94,32 +96,32 @@ def test_small_classes_are_left_out_by_the_training_split(tmp_path):
         tmp_path / "d", image_size=16, slices_per_volume=7, volumes_per_split={"train": 7, "validation": 2, "test": 4}
     )
     change_volumes(folder, lambda row, number: row.update(ethnic_group="aabbc  abcbd "[number].strip()))
-    attribute = read_attribute(folder, "ethnic_group", 2)
+    attribute = read_attribute(Dataset.open(folder), "ethnic_group", 2)
     assert attribute.classes == ("a", "b") and attribute.too_small == {"c": 2, "d": 1}
     assert attribute.missing == {"train": 2, "validation": 0, "test": 1}
     assert attribute.labels["train"].tolist() == [0, 0, 1, 1, -1, -1, -1]
     assert attribute.labels["test"].tolist() == [-1, 1, -1, -1]
     with pytest.raises(InputError, match="ethnic_group has fewer than two classes with 3 training patients"):
-        read_attribute(folder, "ethnic_group", 3)
+        read_attribute(Dataset.open(folder), "ethnic_group", 3)
 
 
 def test_errors_name_the_field_that_the_user_typed(planted, tmp_path):
     with pytest.raises(
         InputError, match=r"^config\.label: no training volume .* of ethnic_group; .*--attributes_csv"
     ) as raised:
-        data.label_classes(planted, "ethnic_group")
+        data.label_classes(Dataset.open(planted), "ethnic_group")
     assert "--attributes:" not in str(raised.value)
     few = write_example_dataset(tmp_path / "few", image_size=16, slices_per_volume=7)
     with pytest.raises(InputError, match=r"^config\.label: sex has fewer than two .*; choose another label") as raised:
-        data.label_classes(few, "sex")
+        data.label_classes(Dataset.open(few), "sex")
     assert "--min_patients" not in str(raised.value)  # training has no such flag
 
 
 def test_labels_of_the_dataset_are_attributes(planted):
-    attribute = read_attribute(planted, "smoker")
+    attribute = read_attribute(Dataset.open(planted), "smoker")
     assert attribute.classes == ("no", "yes") and attribute.missing["train"] == 20
     assert attribute.labels["train"][:6].tolist() == [0, 1, -1, 0, 1, -1]
-    assert read_attribute(planted, "pe_positive_exam").labels["test"].tolist() == [0, 1] * 15
+    assert read_attribute(Dataset.open(planted), "pe_positive_exam").labels["test"].tolist() == [0, 1] * 15
 
 
 # ---- Probes ----
@@ -172,7 +174,7 @@ def test_result_files(run, planted, result):
     assert {
         "kind": "attributes", "task": "rotation", "encoder": "pixels", "synthetic": True, "split": "test",
         "num_patients_seen_in_training": 0, "num_features": 64, "seed": 0, "num_volumes": VOLUMES,
-        "dataset_fingerprint": dataset.read_preparation(planted)["fingerprint"], "shuffled_labels": False,
+        "dataset_fingerprint": Dataset.open(planted).preparation["fingerprint"], "shuffled_labels": False,
     }.items() <= content.items()  # fmt: skip
     for metric in content["metrics"].values():
         assert {"mean", "sd", "ci95", "num_volumes", "num_patients", "unit"} <= set(metric)
@@ -181,7 +183,7 @@ def test_result_files(run, planted, result):
     assert sum(facts["num_patients"][name]["train"] for name in "FM") == 54 and facts["missing"]["test"] == 3
     with open(output.with_suffix(".csv"), newline="") as file:
         rows = list(csv.DictReader(file))
-    volumes = dataset.read_volumes(planted, "test")
+    volumes = Dataset.open(planted).volumes("test")
     assert [row["volume_id"] for row in rows] == [volume["volume_id"] for volume in volumes]
     for row, volume in zip(rows, volumes, strict=True):
         assert row["sex/class"] == volume["sex"] and row["patient_id"] == volume["patient_id"]

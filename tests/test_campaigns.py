@@ -15,7 +15,9 @@ import imagecodecs
 import numpy as np
 import pytest
 
-from data_prep import dataset, dataset_writer, decoders, verification
+from data_prep import dataset_writer, decoders, verification
+from data_prep.dataset import Dataset
+from data_prep.dataset__storage import write_records
 from data_prep.pipeline import prepare as preparation
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -119,18 +121,6 @@ def test_a_preparation_that_is_killed_again_and_again(small_archive, tmp_path):
     assert (kept.total(), wrong) == (3, []) and completed >= 1
 
 
-def test_a_training_that_is_killed(tiny_dataset, tmp_path):
-    kept, completed, wrong = kills.campaign(
-        lambda folder: kills.train_stage(folder, tiny_dataset),
-        tmp_path,
-        Path(os.environ["JAX_COMPILATION_CACHE_DIR"]),
-        1,
-        random.Random(0),
-        warm_up=0,
-    )
-    assert (kept.total(), wrong) == (1, []) and completed >= 1
-
-
 def test_the_campaign_notices_a_lost_and_a_changed_file(small_archive, tmp_path):
     """A stage whose second run leaves another result."""
 
@@ -186,7 +176,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, small_files_
     records = [os.urandom(3000) for _ in range(9)]
     for write in (
         lambda: dataset_writer.write_file(path, bytes(9000)),
-        lambda: dataset_writer.write_records(path, records),
+        lambda: write_records(path, records),
     ):
         with pytest.raises(OSError, match="File too large") as error:
             write()
@@ -251,10 +241,10 @@ def test_files_that_change_between_header_and_pixels(tmp_path, monkeypatch):
     shutil.copytree(tmp_path / "copy", archive)
     made, changed = preparation.prepare(options, where, num_workers=1)
     assert changed and made["counts"]["series_rejected"] == {}
-    assert len(dataset.read_volumes(where.output_dir)) == 8
+    assert len(Dataset.open(where.output_dir).volumes()) == 8
     assert all((where.output_dir / name).read_bytes() == content for name, content in first.items())
     with WorkerPool(1) as pool:
-        assert verification.verify(where.output_dir, pool) == []
+        assert verification.verify(Dataset.open(where.output_dir), pool) == []
 
 
 def test_a_stage_time_that_cannot_be_written_does_not_stop_the_next_quickstart(tmp_path, monkeypatch):

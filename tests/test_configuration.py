@@ -12,7 +12,8 @@ from training_runs import command, start, tiny_config, train_on
 
 from ctssl_jax import configuration
 from ctssl_jax.command_line import InputError
-from data_prep.dataset import DatasetError, read_preparation
+from data_prep.dataset import Dataset
+from data_prep.system.errors import DatasetError
 
 WRONG_FIELDS = {
     "dataset": ("", "config.dataset is empty; give --config.dataset=DIR"),
@@ -100,7 +101,7 @@ def test_folders_that_cannot_be_run_directories(tiny_dataset, tmp_path):
 
 
 def test_a_run_that_ended_at_its_very_start_is_begun_anew(tiny_dataset, tmp_path):
-    config, preparation = tiny_config(tiny_dataset), read_preparation(tiny_dataset)
+    config, preparation = tiny_config(tiny_dataset), Dataset.open(tiny_dataset).preparation
     for name in ("preparation.json", "patients.json.tmp"):
         (tmp_path / name).write_text("{")
     configuration.check_resumable(tmp_path, config, preparation)

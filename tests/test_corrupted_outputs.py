@@ -7,7 +7,8 @@ from training_runs import saved_state
 
 from ctssl_jax import checkpoint, train
 from ctssl_jax.command_line import InputError
-from data_prep import dataset
+from data_prep.dataset import Dataset
+from data_prep.system.errors import DatasetError
 from data_prep.workers import WorkerPool
 from tests.campaigns import corrupted_outputs as campaign
 
@@ -92,26 +93,24 @@ def damaged(sound, tmp_path) -> Path:
 def test_tables_that_are_no_text_are_named(damaged):
     path = damaged / "volumes.csv"
     path.write_bytes(path.read_bytes()[:-9] + b"\xb0\xff" + path.read_bytes()[-9:])
-    with pytest.raises(
-        dataset.DatasetError, match=r"volumes.csv, line \d+: damaged \(UnicodeDecodeError: .{,90}\); copy it"
-    ):
-        dataset.read_volumes(damaged)
+    with pytest.raises(DatasetError, match=r"volumes.csv, line \d+: damaged \(UnicodeDecodeError: .{,90}\); copy it"):
+        Dataset.open(damaged).volumes()
 
 
 def test_shards_that_changed_places_are_refused(damaged):
     one, two = (damaged / f"train.array_record-0000{number}" for number in (0, 1))
     one.rename(damaged / "x"), two.rename(one), (damaged / "x").rename(two)
-    source = dataset.open_split(damaged, "train")
-    with pytest.raises(dataset.DatasetError, match=r"train.array_record-00000: damaged \(record 3 is another slice"):
+    source = Dataset.open(damaged).source("train")
+    with pytest.raises(DatasetError, match=r"train.array_record-00000: damaged \(record 3 is another slice"):
         source[3]
-    with pytest.raises(dataset.DatasetError, match=r"train.array_record-00001: damaged \(record 0 is another slice"):
+    with pytest.raises(DatasetError, match=r"train.array_record-00001: damaged \(record 0 is another slice"):
         source[24]
 
 
 def test_a_shard_of_another_length_is_refused(damaged):
     campaign.shutil.copy(damaged / "train.array_record-00002", damaged / "train.array_record-00000")
-    with pytest.raises(dataset.DatasetError, match=r"train.array_record-00000: damaged \(12 records\)"):
-        dataset.open_split(damaged, "train")[0]
+    with pytest.raises(DatasetError, match=r"train.array_record-00000: damaged \(12 records\)"):
+        Dataset.open(damaged).source("train")[0]
 
 
 def test_a_flipped_bit_in_a_shard_is_one_line(damaged):
@@ -120,29 +119,29 @@ def test_a_flipped_bit_in_a_shard_is_one_line(damaged):
     written = [place for place, byte in enumerate(content) if byte]  # the rest of a block is padding
     content[written[len(written) // 2]] ^= 1
     path.write_bytes(content)
-    with pytest.raises(dataset.DatasetError, match=r"test.array_record-00000: damaged \(") as raised:
-        for record in dataset.open_split(damaged, "test"):
+    with pytest.raises(DatasetError, match=r"test.array_record-00000: damaged \(") as raised:
+        for record in Dataset.open(damaged).source("test"):
             assert record
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["volumes.csv", "slices.csv", "features.json", "rejected.csv"])
 def test_a_changed_table_is_refused(damaged, name):
-    preparation = dataset.read_preparation(damaged)
-    dataset.check_tables(damaged, preparation)
+    opened = Dataset.open(damaged)
+    opened.check_tables()
     flip(damaged / name)
-    with pytest.raises(dataset.DatasetError, match=rf"{name}: checksum differs from preparation.json; copy the data"):
-        dataset.check_tables(damaged, preparation)
+    with pytest.raises(DatasetError, match=rf"{name}: checksum differs from preparation.json; copy the data"):
+        opened.check_tables()
 
 
 def test_preparation_json_checks_itself(damaged):
     path = damaged / "preparation.json"
     text = path.read_text()
     path.write_text(text.replace('"level": 50.0', '"level": 40.0'))
-    with pytest.raises(dataset.DatasetError, match=r"preparation.json: damaged \(its checksum of itself is another\)"):
-        dataset.read_preparation(damaged)
+    with pytest.raises(DatasetError, match=r"preparation.json: damaged \(its checksum of itself is another\)"):
+        Dataset.open(damaged)
     path.write_text(text)
-    assert "sha256" not in dataset.read_preparation(damaged)
+    assert "sha256" not in Dataset.open(damaged).preparation
 
 
 # ---- run directories -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from example_dataset import write_example_dataset
 
 from ctssl_jax import data
 from ctssl_jax.command_line import InputError
-from data_prep import dataset
+from data_prep.dataset import Dataset
 
 
 def volume(first_record, num_slices, gap_positions=""):
@@ -39,8 +39,8 @@ def test_several_gaps_and_no_volumes():
 
 
 def test_neighbours_are_what_the_records_say(tiny_dataset):
-    records = dataset.open_split(tiny_dataset, "train")
-    source = data.open_source(tiny_dataset, "train", (0,), (0, 1))
+    records = Dataset.open(tiny_dataset).source("train")
+    source = data.open_source(Dataset.open(tiny_dataset), "train", (0,), (0, 1))
     valid = [number for number in range(len(records)) if records[number]["pair_valid"]]
     np.testing.assert_array_equal(source.table, [[number, number + 1] for number in valid])
     item = source[7]
@@ -70,7 +70,7 @@ def training_order(source, *, number=20, seed=3, processes=1, microbatches=1, **
 
 @pytest.fixture(scope="module")
 def source(tiny_dataset):
-    return data.open_source(tiny_dataset, "train", (0,), (0,))
+    return data.open_source(Dataset.open(tiny_dataset), "train", (0,), (0,))
 
 
 def test_every_slice_once_an_epoch_in_another_order_each_time(source):
@@ -103,7 +103,7 @@ def test_goes_on_exactly_where_it_stopped(source, start_step):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_evaluation_reads_everything_once_and_pads_with_weight_0(tiny_dataset, processes):
-    source = data.open_source(tiny_dataset, "validation", (0,), (0,))
+    source = data.open_source(Dataset.open(tiny_dataset), "validation", (0,), (0,))
     parts = [
         list(data.evaluation_batches(source, 10, process_index=index, process_count=processes))
         for index in range(processes)
@@ -118,7 +118,7 @@ def test_evaluation_reads_everything_once_and_pads_with_weight_0(tiny_dataset, p
 
 def test_images_travel_as_the_dataset_holds_them(source, tiny_dataset):
     batch = next(data.training_batches(source, 4, seed=0))
-    records = dataset.open_split(tiny_dataset, "train")
+    records = Dataset.open(tiny_dataset).source("train")
     assert batch["images"].dtype == np.uint8
     for image, index in zip(batch["images"], batch["record_index"], strict=True):
         np.testing.assert_array_equal(image[0], records[int(index)]["image"])
@@ -138,21 +138,21 @@ def test_windows_select_channels(tmp_path):
     assert data.select_channels(preparation, [[-600, 1500], [50, 350]]) == (1, 0)
     with pytest.raises(InputError, match=r"level/width 100/700, but the dataset holds 50/350, -600/1500; .*--window"):
         data.select_channels(preparation, ((100, 700),))
-    whole = data.NeighbourSource(folder, "train", (0, 1), (0,))[3]["images"]
+    whole = data.NeighbourSource(Dataset.open(folder), "train", (0, 1), (0,))[3]["images"]
     assert whole.shape == (1, 16, 16, 2)
     for channels in ((1,), (1, 0)):
-        chosen = data.NeighbourSource(folder, "train", channels, (0,))[3]["images"]
+        chosen = data.NeighbourSource(Dataset.open(folder), "train", channels, (0,))[3]["images"]
         np.testing.assert_array_equal(chosen, whole[..., list(channels)])
 
 
 def test_a_split_without_slices_or_neighbours_is_refused(tiny_dataset, tmp_path):
     with pytest.raises(InputError, match=r"no slices with neighbours at offsets \(0, 20\)"):
-        data.open_source(tiny_dataset, "train", (0,), (0, 20))
+        data.open_source(Dataset.open(tiny_dataset), "train", (0,), (0, 20))
     folder = write_example_dataset(tmp_path / "one", image_size=16, volumes_per_split={"train": 1})
     with pytest.raises(InputError, match="has no validation split; prepare it with --splits"):
-        data.open_source(folder, "validation", (0,), (0,))
+        data.open_source(Dataset.open(folder), "validation", (0,), (0,))
 
 
 def test_a_source_is_named_by_its_content_not_by_its_place(tiny_dataset, source):
     assert str(tiny_dataset) not in repr(source)
-    assert repr(source) == repr(data.open_source(tiny_dataset, "train", (0,), (0,)))
+    assert repr(source) == repr(data.open_source(Dataset.open(tiny_dataset), "train", (0,), (0,)))

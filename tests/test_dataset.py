@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from data_prep import dataset, dataset_writer
 from data_prep.dataset import Dataset
+from data_prep.dataset__schema import SPLITS, dataset_fingerprint
+from data_prep.dataset__storage import decode_record, encode_record
+from data_prep.system.errors import DatasetError
 from tests.example_dataset import write_example_dataset
 from tests.opened_files import opened_files
 
@@ -25,8 +27,8 @@ def test_records_survive_a_round_trip():
         (128, 1e3, True),
         (70000, 0.5, False),
     ):
-        record = dataset_writer.encode_record(image, "abc", slice_index, position, pair_valid)
-        decoded = dataset.decode_record(record, image.shape)
+        record = encode_record(image, "abc", slice_index, position, pair_valid)
+        decoded = decode_record(record, image.shape)
         np.testing.assert_array_equal(decoded.pop("image"), image)
         expected = {"slice_index": slice_index, "position_mm": position, "pair_valid": pair_valid}
         assert decoded == expected | {"volume_id": "abc"}
@@ -34,7 +36,7 @@ def test_records_survive_a_round_trip():
 
 def test_a_float_image_is_refused():
     with pytest.raises(ValueError, match="uint8"):
-        dataset_writer.encode_record(np.zeros((4, 4, 1)), "abc", 0, 0.0, True)
+        encode_record(np.zeros((4, 4, 1)), "abc", 0, 0.0, True)
 
 
 def test_tfds_opens_it_without_tensorflow(example):
@@ -49,7 +51,7 @@ print([(r["slice_index"], r["volume_id"].decode(), r["position_mm"]) for r in re
 print([(r["pair_valid"], int(r["image"].sum()), r["image"].shape) for r in records])
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    ours = dataset.open_split(example, "train")
+    ours = Dataset.open(example).source("train")
     records = [ours[0], ours[29]]
     assert result.stdout.splitlines() == [
         f"{len(ours) // 2} False",
@@ -59,9 +61,9 @@ print([(r["pair_valid"], int(r["image"].sum()), r["image"].shape) for r in recor
 
 
 def test_source_reads_across_shards(example):
-    source = dataset.open_split(example, "train")
+    source = Dataset.open(example).source("train")
     assert len(source) == 60
-    for volume in dataset.read_volumes(example, "train"):
+    for volume in Dataset.open(example).volumes("train"):
         for index in (0, 5, volume["num_slices"] - 1):
             record = source[volume["first_record"] + index]
             assert (record["volume_id"], record["slice_index"]) == (volume["volume_id"], index)
@@ -74,7 +76,7 @@ def test_source_reads_across_shards(example):
 
 
 def test_volumes_are_typed(example):
-    volume = dataset.read_volumes(example)[0]
+    volume = Dataset.open(example).volumes()[0]
     assert (volume["num_slices"], volume["synthetic"], volume["age"]) == (12, True, 60)
     assert volume["tube_voltage_kvp"] is None and volume["manufacturer"] == "" and volume["contrast"] is None
 
@@ -109,18 +111,18 @@ def test_reading_side_does_not_import_the_dicom_side():
 def test_unusable_directories_are_refused_in_one_line(tmp_path, damage, message):
     dataset_dir = write_example_dataset(tmp_path / "d", volumes_per_split={"train": 1})
     damage(dataset_dir)
-    with pytest.raises(dataset.DatasetError, match=message) as error:
-        dataset.read_preparation(dataset_dir)
+    with pytest.raises(DatasetError, match=message) as error:
+        Dataset.open(dataset_dir)
     assert "\n" not in str(error.value) and str(dataset_dir) in str(error.value)
 
 
 def test_missing_split_and_missing_shard_are_named(tmp_path):
     dataset_dir = write_example_dataset(tmp_path / "d", volumes_per_split={"train": 1})
-    with pytest.raises(dataset.DatasetError, match=r"'test' is not in this dataset \(it has train\)"):
-        dataset.open_split(dataset_dir, "test")
+    with pytest.raises(DatasetError, match=r"'test' is not in this dataset \(it has train\)"):
+        Dataset.open(dataset_dir).source("test")
     (dataset_dir / "train.array_record-00000").unlink()
-    with pytest.raises(dataset.DatasetError, match="shard is missing"):
-        dataset.open_split(dataset_dir, "train")[0]
+    with pytest.raises(DatasetError, match="shard is missing"):
+        Dataset.open(dataset_dir).source("train")[0]
 
 
 @pytest.fixture(scope="module")
@@ -132,55 +134,59 @@ def annotated(tmp_path_factory):
 def test_a_record_with_a_mask_survives_a_round_trip():
     random = np.random.default_rng(0)
     image, mask = random.integers(0, 256, (7, 9, 2), np.uint8), random.integers(0, 256, (7, 9), np.uint8)
-    decoded = dataset.decode_record(dataset_writer.encode_record(image, "abc", 300, 1.5, True, mask), image.shape)
+    decoded = decode_record(encode_record(image, "abc", 300, 1.5, True, mask), image.shape)
     np.testing.assert_array_equal(decoded["image"], image)
     np.testing.assert_array_equal(decoded["mask"], mask)
     assert (decoded["slice_index"], decoded["pair_valid"]) == (300, True)
-    without = dataset_writer.encode_record(image, "abc", 300, 1.5, True)
-    assert "mask" not in dataset.decode_record(without, image.shape)
+    without = encode_record(image, "abc", 300, 1.5, True)
+    assert "mask" not in decode_record(without, image.shape)
 
 
 @pytest.mark.parametrize("mask", [np.zeros((7, 8), np.uint8), np.zeros((7, 9), bool), np.zeros((7, 9, 1), np.uint8)])
 def test_a_mask_of_another_shape_or_type_is_refused(mask):
     with pytest.raises(ValueError, match=r"a mask is uint8 \[7, 9\]"):
-        dataset_writer.encode_record(np.zeros((7, 9, 1), np.uint8), "abc", 0, 0.0, True, mask)
+        encode_record(np.zeros((7, 9, 1), np.uint8), "abc", 0, 0.0, True, mask)
 
 
 def test_tables_of_labels_and_regions(annotated):
     assert {p.name for p in annotated.iterdir()} >= {"slices.csv", "labels.csv", "regions.csv"}
-    for split in dataset.SPLITS:
-        source, rows = dataset.open_split(annotated, split), dataset.read_slices(annotated, split)
+    for split in SPLITS:
+        source, rows = Dataset.open(annotated).source(split), Dataset.open(annotated).slices(split)
         assert len(source) == len(rows)
         for row, record in zip(rows, map(source.__getitem__, range(len(source))), strict=True):
             assert (row["volume_id"], row["slice_index"]) == (record["volume_id"], record["slice_index"])
             assert row["mask_area_px"] == np.count_nonzero(record["mask"])
             assert (row["pe_present_on_image"] is None) == (row["slice_index"] == 0)
-    everything = [row for split in dataset.SPLITS for row in dataset.read_slices(annotated, split)]
-    assert dataset.read_slices(annotated) == everything
-    labels = dataset.read_labels(annotated)
-    assert [row["volume_id"] for row in labels] == [row["volume_id"] for row in dataset.read_volumes(annotated)]
+    everything = [row for split in SPLITS for row in Dataset.open(annotated).slices(split)]
+    assert Dataset.open(annotated).slices() == everything
+    labels = Dataset.open(annotated).labels()
+    assert [row["volume_id"] for row in labels] == [row["volume_id"] for row in Dataset.open(annotated).volumes()]
     assert [(row["pe_positive_exam"], row["smoker"]) for row in labels[:4]] == [(0, 0), (1, 1), (0, None), (1, 0)]
-    region = dataset.read_regions(annotated)[1]
+    region = Dataset.open(annotated).regions()[1]
     assert (region["region"], region["first_slice"], region["volume_mm3"], region["malignancy"]) == (2, 4, 50.0, 5)
 
 
 def test_a_dataset_without_labels_has_no_tables_of_them(example):
     assert not {p.name for p in example.iterdir()} & {"slices.csv", "labels.csv", "regions.csv"}
-    assert (dataset.read_slices(example), dataset.read_labels(example), dataset.read_regions(example)) == ([], [], [])
+    assert (Dataset.open(example).slices(), Dataset.open(example).labels(), Dataset.open(example).regions()) == (
+        [],
+        [],
+        [],
+    )
 
 
 def test_labels_count_for_the_fingerprint(annotated):
-    checksums = dataset.read_preparation(annotated)["checksums"]
-    fingerprint = dataset.dataset_fingerprint(checksums)
+    checksums = Dataset.open(annotated).preparation["checksums"]
+    fingerprint = dataset_fingerprint(checksums)
     for name in ("slices.csv", "labels.csv", "regions.csv"):
-        assert dataset.dataset_fingerprint(checksums | {name: "0"}) != fingerprint
+        assert dataset_fingerprint(checksums | {name: "0"}) != fingerprint
 
 
 def test_a_missing_table_of_labels_is_named(tmp_path):
     folder = write_example_dataset(tmp_path / "d", volumes_per_split={"train": 1}, slice_labels=True)
     (folder / "slices.csv").unlink()
-    with pytest.raises(dataset.DatasetError, match=r"slices.csv: no such file"):
-        dataset.read_slices(folder)
+    with pytest.raises(DatasetError, match=r"slices.csv: no such file"):
+        Dataset.open(folder).slices()
 
 
 def test_a_handle_reads_each_file_once_and_pickles_without_tables(annotated):

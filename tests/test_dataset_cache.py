@@ -14,8 +14,11 @@ from training_runs import PROJECT, assert_same_state, numbers, tiny_config, trai
 
 from ctssl_jax import configuration, measurement, scans
 from ctssl_jax.command_line import InputError
-from data_prep import dataset, dataset_cache, dataset_writer
-from data_prep.dataset import DatasetError
+from data_prep import dataset_cache
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import dataset_fingerprint, write_preparation
+from data_prep.dataset__storage import file_sha256
+from data_prep.system.errors import DatasetError
 
 URL = "example://data/tiny"
 
@@ -46,16 +49,16 @@ def fetch_command(*flags: str) -> subprocess.Popen:
 
 
 def test_readers_take_the_url(remote, tiny_dataset):
-    assert dataset.read_preparation(URL) == dataset.read_preparation(tiny_dataset)
-    assert dataset.read_volumes(f"{URL}/") == dataset.read_volumes(tiny_dataset)
+    assert Dataset.open(URL).preparation == Dataset.open(tiny_dataset).preparation
+    assert Dataset.open(f"{URL}/").volumes() == Dataset.open(tiny_dataset).volumes()
     tables = ["dataset_info.json", "features.json", "preparation.json", "rejected.csv", "volumes.csv"]
     assert reads(remote) == tables
-    ours, theirs = dataset.open_split(tiny_dataset, "test"), dataset.open_split(URL, "test")
+    ours, theirs = Dataset.open(tiny_dataset).source("test"), Dataset.open(URL).source("test")
     assert repr(ours) == repr(theirs) and len(ours) == len(theirs)
     assert all(np.array_equal(ours[i]["image"], theirs[i]["image"]) for i in range(len(ours)))
     assert reads(remote) == ["test.array_record-00000"]  # no other split
     dataset_cache._open.cache_clear()  # another process
-    dataset.open_split(URL, "test")
+    Dataset.open(URL).source("test")
     assert reads(remote) == ["preparation.json"]
 
 
@@ -69,7 +72,7 @@ def test_a_run_is_the_same_from_a_url(remote, tiny_dataset, tmp_path):
     recorded = [(tmp_path / run / "preparation.json").read_bytes() for run in ("remote", "local")]
     assert recorded[0] == recorded[1]
     assert json.loads((tmp_path / "remote" / "config.json").read_text())["dataset"] == URL
-    configuration.check_resumable(tmp_path / "local", config, dataset.read_preparation(URL))  # it may go on from there
+    configuration.check_resumable(tmp_path / "local", config, Dataset.open(URL).preparation)  # it may go on from there
     assert not [name for name in reads(remote) if name.startswith("test.")]
     measured = measurement.open_run(tmp_path / "local", URL, ("test",))
     assert measured.preparation == measured.trained_on and measured.config.dataset == URL
@@ -103,19 +106,19 @@ def test_a_killed_fetch_goes_on_where_it_stopped(remote, tiny_dataset, cache):
 
 def test_a_file_goes_on_in_its_middle(remote, cache, monkeypatch):
     monkeypatch.setattr(dataset_cache, "PIECE", 1000)
-    dataset.read_preparation(URL)
+    Dataset.open(URL)
     remote.requests()
     name = "test.array_record-00000"
     size = (remote.objects / "data" / "tiny" / name).stat().st_size
     answered = remote_store_that_fails_after(monkeypatch, 2)
     with pytest.raises(DatasetError, match=re.escape(f"{URL}/{name}: the store refuses")) as failure:
-        dataset.open_split(URL, "test")
+        Dataset.open(URL).source("test")
     assert "run again to continue" in str(failure.value) and len(answered) == 2
     monkeypatch.undo()
     monkeypatch.setenv("CTSSL_CACHE_DIR", str(cache))
     monkeypatch.setenv("EXAMPLE_STORE", str(remote.folder))
     assert (next(cache.iterdir()) / f"{name}.partial").stat().st_size == 2000
-    assert dataset.open_split(URL, "test")[0]["slice_index"] == 0
+    assert Dataset.open(URL).source("test")[0]["slice_index"] == 0
     assert sum(number for kind, number, path in remote.requests() if kind == "got" and path.endswith(name)) == size
 
 
@@ -151,38 +154,38 @@ def test_damaged_and_missing_shards_are_named(remote, cache):
     content[100] ^= 1
     shard.write_bytes(content)
     with pytest.raises(DatasetError, match=re.escape(f"{URL}/test.array_record-00000: damaged")):
-        dataset.open_split(URL, "test")
+        Dataset.open(URL).source("test")
     assert reads(remote).count("test.array_record-00000") == 2  # it may have been the network
     shard.write_bytes(content[:-10])  # shorter
     with pytest.raises(DatasetError, match=re.escape(f"{URL}/test.array_record-00000: damaged")):
-        dataset.open_split(URL, "test")
+        Dataset.open(URL).source("test")
     assert not list(next(cache.iterdir()).glob("test.*"))
     shard.unlink()
     with pytest.raises(DatasetError, match=re.escape(f"{URL}/test.array_record-00000: is not there")):
-        dataset.open_split(URL, "test")
-    assert len(dataset.open_split(URL, "validation")) == 24
+        Dataset.open(URL).source("test")
+    assert len(Dataset.open(URL).source("validation")) == 24
 
 
 def test_other_refusals_name_the_url_and_the_remedy(remote, cache, monkeypatch):
     with pytest.raises(DatasetError, match=re.escape("example://data: no complete dataset there (no preparation.js")):
-        dataset.read_preparation("example://data")
+        Dataset.open("example://data")
     with pytest.raises(DatasetError, match="Protocol not known"):
-        dataset.read_preparation("nosuch://data")
+        Dataset.open("nosuch://data")
     usage = shutil.disk_usage(remote.folder)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(DatasetError, match=r"GB are to be fetched and .* has 0.0 GB left; .*\$CTSSL_CACHE_DIR"):
-            dataset.read_preparation(URL)
+            Dataset.open(URL)
     assert not [path for path in next(cache.iterdir()).iterdir() if path.name != ".lock"]
     path = remote.objects / "data" / "tiny" / "preparation.json"
     preparation = json.loads(path.read_text())
     preparation["checksums"]["../outside"] = "0" * 64
     path.write_text(json.dumps(preparation))
     with pytest.raises(DatasetError, match=r"tiny/preparation\.json: damaged"):
-        dataset.read_preparation(URL)
+        Dataset.open(URL)
     remote.fail("read *")
     with pytest.raises(DatasetError, match=r"tiny: the store refuses or cannot be reached \(RuntimeError"):
-        dataset.read_preparation(URL)
+        Dataset.open(URL)
     for take in (scans.plan_scans, scans.local_input):
         with pytest.raises(InputError, match=r"--input=gs://b/scan: .*; copy scans here first"):
             take("gs://b/scan")
@@ -190,23 +193,23 @@ def test_other_refusals_name_the_url_and_the_remedy(remote, cache, monkeypatch):
 
 def test_a_changed_dataset_is_fetched_anew(remote, cache):
     folder = remote.objects / "data" / "tiny"
-    first = dataset.local_directory(URL, ("test",))
+    first = Dataset.open(URL, ("test",)).directory
     dataset_cache._open.cache_clear()
-    preparation = dataset.read_preparation(folder)
+    preparation = Dataset.open(folder).preparation
     (folder / "rejected.csv").write_text(
         "series_id,num_files,reason,detail\nx,1,too_thick,\n"
     )  # not in the fingerprint
-    preparation["checksums"]["rejected.csv"] = dataset.file_sha256(folder / "rejected.csv")
-    dataset_writer.write_preparation(folder, preparation)
-    assert dataset.local_directory(URL, ("test",)) == first
+    preparation["checksums"]["rejected.csv"] = file_sha256(folder / "rejected.csv")
+    write_preparation(folder, preparation)
+    assert Dataset.open(URL, ("test",)).directory == first
     assert (first / "rejected.csv").read_bytes() == (folder / "rejected.csv").read_bytes()
-    assert dataset.read_preparation(URL) == preparation
+    assert Dataset.open(URL).preparation == preparation
     dataset_cache._open.cache_clear()
     with open(folder / "volumes.csv", "a") as file:
         file.write("\n")
-    preparation["checksums"]["volumes.csv"] = dataset.file_sha256(folder / "volumes.csv")
-    preparation["fingerprint"] = dataset.dataset_fingerprint(preparation["checksums"])
-    dataset_writer.write_preparation(folder, preparation)
-    second = dataset.local_directory(URL, ("test",))
+    preparation["checksums"]["volumes.csv"] = file_sha256(folder / "volumes.csv")
+    preparation["fingerprint"] = dataset_fingerprint(preparation["checksums"])
+    write_preparation(folder, preparation)
+    second = Dataset.open(URL, ("test",)).directory
     assert second != first and len(list(cache.iterdir())) == 2
     assert second.name == preparation["fingerprint"] and (second / "test.array_record-00000").is_file()

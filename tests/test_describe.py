@@ -12,8 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import dataset, dataset_writer, describe
 from data_prep.audit import Needles, find_leaks
+from data_prep.dataset import Dataset
+from data_prep.dataset__cohort import choose_slices, cohort_table, contact_sheet, label_rows
+from data_prep.dataset__schema import VOLUME_COLUMNS, dataset_fingerprint, write_preparation
+from data_prep.dataset__storage import (
+    decode_record,
+    encode_record,
+    file_sha256,
+    read_records,
+    write_records,
+    write_table,
+)
 from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
@@ -83,10 +93,10 @@ def test_table_sheet_and_verification_of_a_sound_dataset(prepared, tmp_path):
 
 
 def test_table_counts(example):
-    volumes = dataset.read_volumes(example)
+    volumes = Dataset.open(example).volumes()
     volumes[0] |= {"slice_thickness_mm": 3.0, "contrast": True, "age": None, "sex": ""}
     rejected = [{"reason": "too_thick", "num_files": "30"}, {"reason": "too_thick", "num_files": "12"}]
-    table = {(group, item): value for group, item, value in describe.cohort_table(volumes, rejected)}
+    table = {(group, item): value for group, item, value in cohort_table(volumes, rejected)}
     assert table["Dataset", "Slice thickness < 3 mm: volumes, slices"] == "8, 96"
     assert table["Dataset", "Contrast-enhanced: volumes, slices"] == "1, 12"
     assert table["Patients", "Patients"] == "9"
@@ -96,23 +106,23 @@ def test_table_counts(example):
 
 
 def test_contact_sheet_is_seeded_and_a_synthetic_one_says_so(example):
-    first, again, other = (np.asarray(describe.contact_sheet(example, 6, seed)) for seed in (0, 0, 1))
+    first, again, other = (np.asarray(contact_sheet(Dataset.open(example), 6, seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     preparation = json.loads((example / "preparation.json").read_text())
-    dataset_writer.write_preparation(example, preparation | {"synthetic": False})
-    title = np.asarray(describe.contact_sheet(example, 6, 0))[:24]
+    write_preparation(example, preparation | {"synthetic": False})
+    title = np.asarray(contact_sheet(Dataset.open(example), 6, 0))[:24]
     assert (first[:24] > 0).sum() > (title > 0).sum()
 
 
 def test_contact_sheet_repeats_no_slice_before_all_are_shown(example):
-    volumes = dataset.read_volumes(example)
+    volumes = Dataset.open(example).volumes()
     total = sum(volume["num_slices"] for volume in volumes)
-    chosen = describe.choose_slices(volumes, total, np.random.default_rng(0))
+    chosen = choose_slices(volumes, total, np.random.default_rng(0))
     assert len({(volume["volume_id"], index) for volume, index in chosen}) == total == len(chosen)
-    few = describe.choose_slices(volumes, len(volumes), np.random.default_rng(0))
+    few = choose_slices(volumes, len(volumes), np.random.default_rng(0))
     assert len({volume["volume_id"] for volume, _ in few}) == len(volumes)
-    assert len(describe.choose_slices(volumes, total + 7, np.random.default_rng(0))) == total + 7
+    assert len(choose_slices(volumes, total + 7, np.random.default_rng(0))) == total + 7
 
 
 def damaged_byte(directory: Path) -> None:
@@ -137,27 +147,27 @@ def damaged_table(directory: Path) -> None:
     ],
 )
 def test_verify_names_the_damaged_file(example, pool, damage, name):
-    assert verify(example, pool) == []
+    assert verify(Dataset.open(example), pool) == []
     damage(example)
-    assert any(problem.startswith(name) for problem in verify(example, pool))
+    assert any(problem.startswith(name) for problem in verify(Dataset.open(example), pool))
 
 
 def test_verify_finds_a_volume_that_is_there_twice(example, pool):
     path = example / "volumes.csv"
     first, second = (line.split(",")[0] for line in path.read_text().splitlines()[1:3])
     path.write_text(path.read_text().replace(second, first))
-    assert any(f"volume {first} is there 2 times" in problem for problem in verify(example, pool))
+    assert any(f"volume {first} is there 2 times" in problem for problem in verify(Dataset.open(example), pool))
 
 
 def rewritten(example: Path, change) -> None:
     """The first training shard with changed records, and a preparation.json that agrees with it."""
     path = example / "train.array_record-00000"
-    records = [dict(dataset.decode_record(r, (32, 32, 1))) for r in dataset.read_records(path)]
-    dataset_writer.write_records(path, [dataset_writer.encode_record(**record) for record in change(records)])
+    records = [dict(decode_record(r, (32, 32, 1))) for r in read_records(path)]
+    write_records(path, [encode_record(**record) for record in change(records)])
     preparation = json.loads((example / "preparation.json").read_text())
-    preparation["checksums"][path.name] = dataset.file_sha256(path)
-    preparation["fingerprint"] = dataset.dataset_fingerprint(preparation["checksums"])
-    dataset_writer.write_preparation(example, preparation)
+    preparation["checksums"][path.name] = file_sha256(path)
+    preparation["fingerprint"] = dataset_fingerprint(preparation["checksums"])
+    write_preparation(example, preparation)
 
 
 def swapped(records):
@@ -188,7 +198,7 @@ def backwards(records):
 )
 def test_verify_finds_wrong_records_behind_right_checksums(example, pool, change, problem):
     rewritten(example, change)
-    problems = verify(example, pool)
+    problems = verify(Dataset.open(example), pool)
     assert any(problem in line and line.startswith("train.array_record-00000") for line in problems), problems
 
 
@@ -208,9 +218,9 @@ def test_jumps_and_damaged_files_are_no_faults_of_the_dataset(tmp_path, pool):
     preparation, _ = prepare(Options(image_size=64, splits=(1, 0, 0)), places, num_workers=1)
     assert preparation["counts"]["files_in_volumes"] == 24
     assert sum(preparation["counts"]["files_not_images"].values()) == 1
-    assert dataset.read_volumes(places.output_dir)[0]["gap_positions"] == "11"
-    assert verify(places.output_dir, pool) == []
-    assert find_leaks(places.output_dir, places.input_dir, places.audit_dir, pool) == []
+    assert Dataset.open(places.output_dir).volumes()[0]["gap_positions"] == "11"
+    assert verify(Dataset.open(places.output_dir), pool) == []
+    assert find_leaks(Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool) == []
 
 
 def test_needles_are_found_by_length_and_boundary():
@@ -224,12 +234,12 @@ def test_needles_are_found_by_length_and_boundary():
 
 def in_pixels(directory: Path) -> None:
     path = directory / "train.array_record-00000"
-    records = [dict(dataset.decode_record(r, (64, 64, 1))) for r in dataset.read_records(path)]
+    records = [dict(decode_record(r, (64, 64, 1))) for r in read_records(path)]
     image = bytearray(records[4]["image"].tobytes())
     hidden = dicom_files.uid(1).encode()
     image[100 : 100 + len(hidden)] = hidden
     records[4]["image"] = np.frombuffer(bytes(image), np.uint8).reshape(64, 64, 1)
-    dataset_writer.write_records(path, [dataset_writer.encode_record(**record) for record in records])
+    write_records(path, [encode_record(**record) for record in records])
 
 
 def in_table(old: str, new: str):
@@ -244,7 +254,7 @@ def in_table(old: str, new: str):
 def in_preparation(text: str):
     def plant(directory: Path) -> None:
         preparation = json.loads((directory / "preparation.json").read_text())
-        dataset_writer.write_preparation(directory, preparation | {"comment": text})
+        write_preparation(directory, preparation | {"comment": text})
 
     return plant
 
@@ -267,7 +277,7 @@ def test_planted_identifiers_are_found(prepared, tmp_path, pool, plant, name):
     copy = tmp_path / "dataset"
     shutil.copytree(prepared.output_dir, copy)
     plant(copy)
-    leaks = find_leaks(copy, prepared.input_dir, prepared.audit_dir, pool)
+    leaks = find_leaks(Dataset.open(copy), prepared.input_dir, prepared.audit_dir, pool)
     assert leaks and all(leak.startswith(name) for leak in leaks), leaks
     assert not any("Doe" in leak or "27731" in leak for leak in leaks)  # the report tells no secrets
 
@@ -292,14 +302,14 @@ def test_identifiers_in_the_published_texts_are_found(tmp_path, pool, keyword, v
         dicom_files.write(tmp_path / "scans" / str(number), datasets)
     places = Places(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
     prepare(Options(image_size=32), places, num_workers=1)
-    leaks = find_leaks(places.output_dir, places.input_dir, places.audit_dir, pool)
-    published = {volume["kernel"] for volume in dataset.read_volumes(places.output_dir)}
+    leaks = find_leaks(Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool)
+    published = {volume["kernel"] for volume in Dataset.open(places.output_dir).volumes()}
     assert bool(leaks) == (kernel in published) and all(", kernel: " in leak for leak in leaks), (leaks, published)
     assert (kernel in published) == (keyword != "StudyDate")
 
 
 def test_a_clean_dataset_has_no_leaks(prepared, pool):
-    assert find_leaks(prepared.output_dir, prepared.input_dir, prepared.audit_dir, pool) == []
+    assert find_leaks(Dataset.open(prepared.output_dir), prepared.input_dir, prepared.audit_dir, pool) == []
 
 
 def test_a_damaged_dataset_ends_with_exit_code_1(example):
@@ -324,9 +334,7 @@ def annotated(tmp_path) -> Path:
 
 
 def test_table_counts_labels_and_nodules_by_split(annotated):
-    tables = (dataset.read_slices(annotated), dataset.read_labels(annotated), dataset.read_regions(annotated))
-    volumes, labels = dataset.read_volumes(annotated), dataset.read_preparation(annotated)["labels"]
-    found = {(group, item): value for group, item, value in describe.label_rows(volumes, labels, *tables)}
+    found = {(group, item): value for group, item, value in label_rows(Dataset.open(annotated))}
     assert found["Label pe_present_on_image (slices)", "missing"] == "train 5, validation 2, test 2"
     assert found["Label pe_positive_exam (volumes)", "1"] == "train 2, validation 1, test 1"
     assert found["Label smoker (patients)", "missing"] == "train 1, validation 0, test 0"
@@ -345,7 +353,7 @@ def change_cell(path: Path, column: str, value: str) -> None:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     rows[2][column] = value
-    dataset_writer.write_table(path, rows[0], rows)
+    write_table(path, rows[0], rows)
 
 
 @pytest.mark.parametrize(
@@ -367,15 +375,15 @@ def change_cell(path: Path, column: str, value: str) -> None:
     ],
 )
 def test_verify_compares_labels_and_masks_with_the_records(annotated, pool, damage, problem):
-    assert verify(annotated, pool) == []
+    assert verify(Dataset.open(annotated), pool) == []
     damage(annotated)
-    found = verify(annotated, pool)
+    found = verify(Dataset.open(annotated), pool)
     assert any(problem in line for line in found), found
     assert all("\n" not in line for line in found)
 
 
 def test_verify_finds_a_label_of_patients_that_differs_between_their_volumes(annotated, pool):
-    rows = dataset.read_volumes(annotated)
+    rows = Dataset.open(annotated).volumes()
     rows[1]["patient_id"] = rows[0]["patient_id"]
-    dataset_writer.write_table(annotated / "volumes.csv", dataset.VOLUME_COLUMNS, rows)
-    assert any("smoker is a label of patients and differs" in line for line in verify(annotated, pool))
+    write_table(annotated / "volumes.csv", VOLUME_COLUMNS, rows)
+    assert any("smoker is a label of patients and differs" in line for line in verify(Dataset.open(annotated), pool))

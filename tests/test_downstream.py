@@ -12,7 +12,7 @@ from ctssl_jax import data, outcomes, predictions
 from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluate import evaluate, table
 from ctssl_jax.predictions import Predictions
-from data_prep import dataset as dataset_directory
+from data_prep.dataset import Dataset
 
 SHORT = {"num_steps": 2, "log_every": 1, "eval_every": 2}
 SPLITS = {"train": 6, "validation": 3, "test": 3}
@@ -43,12 +43,12 @@ def runs(labelled, tmp_path_factory):
 
 
 def test_labels_and_masks_are_those_of_their_slices(labelled):
-    rows = dataset_directory.read_slices(labelled, "train")
+    rows = Dataset.open(labelled).slices("train")
     targets = data.Targets(label="pe_present_on_image", mask=True)
-    source = data.open_source(labelled, "train", (0,), (-1, 0, 1), targets._replace(repeat_edges=True))
+    source = data.open_source(Dataset.open(labelled), "train", (0,), (-1, 0, 1), targets._replace(repeat_edges=True))
     kept = [number for number, row in enumerate(rows) if row["pe_present_on_image"] is not None]
     assert 0 < len(kept) < len(rows) and len(source) == len(kept)
-    records = dataset_directory.open_split(labelled, "train")
+    records = Dataset.open(labelled).source("train")
     for item, number in zip((source[i] for i in range(len(source))), kept, strict=True):
         assert item["record_index"] == number and item["label"] == rows[number]["pe_present_on_image"]
         np.testing.assert_array_equal(item["images"][1], records[number]["image"])
@@ -57,7 +57,7 @@ def test_labels_and_masks_are_those_of_their_slices(labelled):
 
 
 def test_edges_and_gaps_repeat_the_slice_itself(labelled):
-    source = data.open_source(labelled, "test", (0,), (-1, 0, 1), data.Targets(repeat_edges=True))
+    source = data.open_source(Dataset.open(labelled), "test", (0,), (-1, 0, 1), data.Targets(repeat_edges=True))
     volume = source.volumes[1]
     first, last = volume["first_record"], volume["first_record"] + volume["num_slices"] - 1
     gap = first + int(volume["gap_positions"].split()[0])
@@ -69,7 +69,7 @@ def test_edges_and_gaps_repeat_the_slice_itself(labelled):
 
 
 def test_smaller_training_subsets_are_parts_of_larger_ones(labelled):
-    volumes = dataset_directory.read_volumes(labelled, "train")
+    volumes = Dataset.open(labelled).volumes("train")
     for seed in range(3):
         taken = [
             {volume["exam_id"] for volume in data.training_subset(volumes, fraction, seed)}
@@ -82,7 +82,7 @@ def test_smaller_training_subsets_are_parts_of_larger_ones(labelled):
 
 
 def test_positive_share_is_kept_and_every_slice_comes(labelled):
-    source = data.open_source(labelled, "train", (0,), (0,), data.Targets(mask=True, positive_share=0.75))
+    source = data.open_source(Dataset.open(labelled), "train", (0,), (0,), data.Targets(mask=True, positive_share=0.75))
     positive = int(source.positive.sum())
     batches = data.training_batches(source, 8, 0, num_threads=1)
     seen = [next(batches) for _ in range(positive)]  # at least once all of either kind
@@ -95,9 +95,9 @@ def test_positive_share_is_kept_and_every_slice_comes(labelled):
 
 def test_attributes_are_labels_of_volumes(labelled, monkeypatch):
     monkeypatch.setattr("ctssl_jax.attribute_labels.read_attribute.__defaults__", (1,))
-    classes, level = data.label_classes(labelled, "sex")
+    classes, level = data.label_classes(Dataset.open(labelled), "sex")
     assert level == "volume" and len(classes) == 2
-    source = data.open_source(labelled, "train", (0,), (0,), data.Targets(label="sex", middle_only=True))
+    source = data.open_source(Dataset.open(labelled), "train", (0,), (0,), data.Targets(label="sex", middle_only=True))
     expected = {volume["volume_id"]: classes.index(volume["sex"]) for volume in source.volumes if volume["sex"]}
     starts = {volume["first_record"] + volume["middle_slice"]: volume["volume_id"] for volume in source.volumes}
     assert len(source) == len(expected) > 1
@@ -114,7 +114,7 @@ def test_label_results(runs, labelled, tmp_path):
         assert name in result["metrics"]
     assert set(result["thresholds"]) == {"slice", "exam"} and set(result["by_group"]) == {"sex", "age", "ethnic_group"}
     assert result["num_train_studies"] == 6 and result["train_fraction"] == 1.0
-    rows = [row for row in dataset_directory.read_slices(labelled, "test") if row["pe_present_on_image"] is not None]
+    rows = [row for row in Dataset.open(labelled).slices("test") if row["pe_present_on_image"] is not None]
     assert result["num_train_slices"] == 6 * 11 and result["num_slices"] == len(rows)
     found = predictions.read(tmp_path / "pe.json")
     assert found.label.tolist() == [row["pe_present_on_image"] for row in rows]
@@ -131,7 +131,7 @@ def test_label_results(runs, labelled, tmp_path):
 def test_mask_results(runs, labelled, tmp_path):
     result = evaluate(runs / "nodules", None, "test", tmp_path / "nodules.json")
     found = predictions.read(tmp_path / "nodules.json")
-    areas = [row["mask_area_px"] for row in dataset_directory.read_slices(labelled, "test")]
+    areas = [row["mask_area_px"] for row in Dataset.open(labelled).slices("test")]
     assert found.target_px.tolist() == areas
     with np.errstate(invalid="ignore"):  # both masks empty
         dice = 2 * found.intersection_px / (found.predicted_px + found.target_px)
@@ -187,7 +187,7 @@ def pretrained_on_test_patients(labelled, tmp_path_factory):
     shutil.copytree(labelled, folder / "dataset")
     assert train_on(tiny_recipe(folder / "dataset", "masked_region", **SHORT), folder / "run")
     patients = json.loads((folder / "run" / "patients.json").read_text())
-    test = {volume["patient_id"] for volume in dataset_directory.read_volumes(labelled, "test")}
+    test = {volume["patient_id"] for volume in Dataset.open(labelled).volumes("test")}
     patients["train"] = sorted(test)[:2]
     (folder / "run" / "patients.json").write_text(json.dumps(patients))
     renew_sums(folder / "run")
@@ -241,7 +241,7 @@ def test_a_share_without_a_positive_study_is_refused(labelled, tmp_path):
     lines = (negative / "slices.csv").read_text().splitlines()
     header = lines[0].split(",")
     area = header.index("mask_area_px")
-    volumes = dataset_directory.read_volumes(negative, "train")
+    volumes = Dataset.open(negative).volumes("train")
     with_masks = data.training_subset(volumes, 1 / 6, 1)[0]["volume_id"]
     emptied = [
         line

@@ -30,7 +30,7 @@ from ctssl_jax.embed import embed, summary
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
-from data_prep import dataset
+from data_prep.dataset import Dataset
 from data_prep.pipeline.prepare import Options, Places, prepare
 from tests import dicom_files
 
@@ -51,7 +51,7 @@ AFFINE = np.diag([-5.5, -5.5, 2.5, 1.0])[:, [2, 1, 0, 3]]  # indices of [S, H, W
 def save_untrained(config, workdir, preparation, steps):
     """A run directory as training leaves it, but of a model of random numbers."""
     patients = {
-        split: [volume["patient_id"] for volume in dataset.read_volumes(config.dataset, split)]
+        split: [volume["patient_id"] for volume in Dataset.open(config.dataset).volumes(split)]
         for split in ("train", "validation")
     }
     configuration.open_workdir(workdir, config, preparation, patients)
@@ -105,7 +105,7 @@ def folder(archive, tmp_path_factory):
 def runs(folder, tmp_path_factory):
     """A run of every kind of model, on the second window of the dataset."""
     workdirs = tmp_path_factory.mktemp("runs")
-    preparation = dataset.read_preparation(folder / "dataset")
+    preparation = Dataset.open(folder / "dataset").preparation
     for task, settings in TASKS.items():
         config = tiny_recipe(folder / "dataset", task, image_size=32, windows=((-600.0, 1500.0),), **settings)
         save_untrained(config, workdirs / task, preparation, (2, 4) if task == "rotation" else (4,))
@@ -195,7 +195,7 @@ def test_embeddings_are_those_of_evaluation_and_probes(runs, folder):
         downstream = bool(targets.label or targets.mask)
         offsets = get_task(config.task).offsets(config) if downstream else (0,)
         given = targets._replace(label="", mask=False)
-        source = data.open_source(config.dataset, "test", (1,), offsets, given)
+        source = data.open_source(Dataset.open(config.dataset), "test", (1,), offsets, given)
         batch = next(data.evaluation_batches(source, len(source)))
         if downstream:
             graph, *_ = abstract_model(config, get_task(config.task))
@@ -211,7 +211,7 @@ def test_embeddings_are_those_of_evaluation_and_probes(runs, folder):
         else:
             frozen = linear_probes.trained_encoder(config, get_task(config.task), runs / task, 4)
             expected = jnp.mean(frozen.encode(frozen.state, batch["images"][:, 0] / np.float32(255))[0], axis=(1, 2))
-        (row,) = dataset.read_volumes(config.dataset, "test")
+        (row,) = Dataset.open(config.dataset).volumes("test")
         prepared = scans.PreparedVolume(
             batch["images"][:, offsets.index(0)], [int(i) for i in row["gap_positions"].split()], row["lung_box"]
         )
@@ -309,14 +309,14 @@ def test_both_formats_hold_the_same(runs, folder, tmp_path):
     assert {
         "kind": "embeddings", "task": "next_slice", "checkpoint_step": 4, "windows": [[-600.0, 1500.0]],
         "image_size": 32, "normalize": "window", "embedding_dim": 4, "num_volumes": 4, "split": None,
-        "dataset_fingerprint": dataset.read_preparation(folder / "dataset")["fingerprint"],
+        "dataset_fingerprint": Dataset.open(folder / "dataset").preparation["fingerprint"],
     }.items() <= facts.items()  # fmt: skip
     for name in ("volume_id", "patient_id", "split", "num_slices", "mean", "max"):
         np.testing.assert_array_equal(arrays[name], np.array([row[name] for row in volumes], arrays[name].dtype))
     for name in ("slice_index", "position_mm", "embedding"):
         np.testing.assert_array_equal(arrays[name], np.array([row[name] for row in slices], arrays[name].dtype))
     assert [volumes[index]["volume_id"] for index in arrays["slice_volume"]] == [row["volume_id"] for row in slices]
-    expected = dataset.read_volumes(folder / "dataset")
+    expected = Dataset.open(folder / "dataset").volumes()
     assert {row["volume_id"]: row["split"] for row in volumes} == {v["volume_id"]: v["split"] for v in expected}
     of_volume = {volume["volume_id"]: volume for volume in expected}
     for row in volumes:

@@ -14,8 +14,8 @@ from ctssl_jax import checkpoint, corruptions, training
 from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluate import evaluate, table
 from ctssl_jax.tasks import get_task
-from data_prep import dataset
-from data_prep.dataset import DatasetError
+from data_prep.dataset import Dataset
+from data_prep.system.errors import DatasetError
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def by_hand(run, tiny_dataset, result):
     )
     restored = checkpoint.restore(run, result["checkpoint_step"], like)
     model = nnx.merge(graph, restored["params"], restored["variables"])
-    records = dataset.open_split(tiny_dataset, "test")
+    records = Dataset.open(tiny_dataset).source("test")
     predict = jax.jit(lambda inputs: model(inputs, train=False).reconstruction)
-    rows, mean = [], np.mean([dataset.open_split(tiny_dataset, "train")[i]["image"] for i in range(60)], axis=0) / 255
+    rows, mean = [], np.mean([Dataset.open(tiny_dataset).source("train")[i]["image"] for i in range(60)], axis=0) / 255
     for index in range(len(records)):
         target = records[index]["image"][None].astype(np.float32) / 255
         keys = corruptions.example_keys(jax.random.key(0), np.array([index], np.int32))
@@ -93,7 +93,7 @@ def test_result_files(run, result, tiny_dataset):
         "train_fraction", "seed", "config", "preparation", "versions", "device", "baselines",
     } <= content.keys()  # fmt: skip
     assert content["split"] == "test" and content["num_slices"] == 24 and content["synthetic"]
-    assert content["dataset_fingerprint"] == dataset.read_preparation(tiny_dataset)["fingerprint"]
+    assert content["dataset_fingerprint"] == Dataset.open(tiny_dataset).preparation["fingerprint"]
     assert all(set(metric) == {"mean", "sd", "ci95", "num_volumes", "num_patients", "unit"}
                for metric in content["metrics"].values())  # fmt: skip
     assert str(tiny_dataset) not in output.read_text() and str(run) not in output.read_text()
@@ -102,7 +102,7 @@ def test_result_files(run, result, tiny_dataset):
     scores = ["mse", "masked_mse", "ssim", "masked_mse_batch_sum"]
     assert list(rows[0]) == ["volume_id", "patient_id", "num_slices", *scores]
     assert [row["volume_id"] for row in rows] == [
-        volume["volume_id"] for volume in dataset.read_volumes(tiny_dataset, "test")
+        volume["volume_id"] for volume in Dataset.open(tiny_dataset).volumes("test")
     ]
     assert Image.open(output.with_suffix(".png")).size[0] > 4 * 16
     printed = table(content)

@@ -12,7 +12,7 @@ from training_runs import PROJECT, save_untrained, saved_state, start, tiny_conf
 
 from ctssl_jax.command_line import InputError, RunFailed
 from ctssl_jax.evaluate import evaluate
-from data_prep.dataset import read_volumes
+from data_prep.dataset import Dataset
 from tests import dicom_files
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
@@ -73,7 +73,7 @@ def test_folder(exported, runs, tiny_dataset):
     for text in ("CC0-1.0", "level 50 / width 350 HU", "masked_mse", "Not a medical device"):
         assert text in card
     everything = b"".join(path.read_bytes() for path in exported.iterdir())
-    patients = {volume[name] for volume in read_volumes(tiny_dataset) for name in ("patient_id", "volume_id")}
+    patients = {volume[name] for volume in Dataset.open(tiny_dataset).volumes() for name in ("patient_id", "volume_id")}
     for secret in (*patients, str(tiny_dataset), str(runs)):
         assert secret.encode() not in everything
 

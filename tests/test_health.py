@@ -12,6 +12,7 @@ from ctssl_jax.distributed import make_mesh
 from ctssl_jax.evaluate import evaluate, table
 from ctssl_jax.ops.embeddings import effective_rank, moments
 from ctssl_jax.tasks import get_task
+from data_prep.dataset import Dataset
 
 
 def rank_of(embeddings, batch=7):
@@ -98,7 +99,7 @@ def test_gradient_norms_of_layers_are_means_over_steps(tiny_dataset):
     """Of two steps in two parts each: the mean of both steps' norms, which squared and summed give the whole norm."""
     config = tiny_config(tiny_dataset, microbatches=2)
     program = training.make_program(config, get_task(config.task), 1, make_mesh(jax.devices()[:1]))
-    source = open_source(tiny_dataset, "train", (0,), (0,))
+    source = open_source(Dataset.open(tiny_dataset), "train", (0,), (0,))
 
     def reports_of(*steps):
         state, taken = program.initial_state(), []

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import dataset, dataset_writer, merge
+from data_prep.dataset import Dataset
+from data_prep.dataset__merge import merge
+from data_prep.dataset__schema import FORMAT_VERSION, VOLUME_COLUMNS, VOLUMES_FILE, write_preparation
+from data_prep.dataset__storage import write_table
+from data_prep.merged_tables import MergeError
 from data_prep.pipeline.known_splits import read_known_splits
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.system.errors import DatasetError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -30,7 +35,7 @@ def places(folder: Path, name: str) -> Places:
 
 
 def splits_of(directory: Path) -> dict[str, str]:
-    return {row["patient_id"]: row["split"] for row in dataset.read_volumes(directory)}
+    return {row["patient_id"]: row["split"] for row in Dataset.open(directory).volumes()}
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +64,12 @@ def test_patients_keep_the_split_that_they_have_elsewhere(tmp_path, first, key_f
     assert len(shared) == 3 and {p: known[p] for p in shared} == {p: splits[p] for p in shared}
     kept = json.loads((where.audit_dir / "splits.json").read_text())
     assert kept == splits and len(kept) == 5  # nothing of patients whom this archive has not
-    preparation = dataset.read_preparation(where.output_dir)
-    assert preparation["options"]["same_splits_as"] == [dataset.read_preparation(first)["fingerprint"]]
-    merged, _ = merge.merge([first, where.output_dir], tmp_path / "view")
+    preparation = Dataset.open(where.output_dir).preparation
+    assert preparation["options"]["same_splits_as"] == [Dataset.open(first).preparation["fingerprint"]]
+    merged, _ = merge([Dataset.open(part) for part in [first, where.output_dir]], tmp_path / "view")
     assert sum(facts["num_patients"] for facts in merged["splits"].values()) == 7
     with WorkerPool(1) as pool:
-        assert verify(tmp_path / "view", pool) == []  # no patient in two splits
+        assert verify(Dataset.open(tmp_path / "view"), pool) == []  # no patient in two splits
     assert "nothing to do" in subprocess.run(command, capture_output=True, text=True).stdout
     without = subprocess.run(command[:-1], capture_output=True, text=True)
     assert without.returncode == 2
@@ -91,7 +96,7 @@ def test_both_may_grow(tmp_path, key_file):
     known, splits = splits_of(a.output_dir), splits_of(b.output_dir)
     assert len(known.keys() & splits.keys()) == 5
     assert all(splits[patient] == split for patient, split in known.items())
-    assert merge.merge([a.output_dir, b.output_dir], tmp_path / "view")[1]
+    assert merge([Dataset.open(part) for part in [a.output_dir, b.output_dir]], tmp_path / "view")[1]
 
 
 def test_a_dataset_that_was_split_by_itself_is_refused_and_stays(tmp_path, first, key_file):
@@ -103,8 +108,8 @@ def test_a_dataset_that_was_split_by_itself_is_refused_and_stays(tmp_path, first
     assert differing, "choose other fractions: this test needs a contradiction"
     with pytest.raises(ValueError, match=rf"{differing} patients are in another split there .* another --output_dir"):
         prepare(options, where, num_workers=1, pseudonym_key_file=key_file, same_splits_as=[first])
-    with pytest.raises(merge.MergeError, match=rf"{differing} patients are in one split .* --same_splits_as={first}"):
-        merge.merge([first, where.output_dir], tmp_path / "view")
+    with pytest.raises(MergeError, match=rf"{differing} patients are in one split .* --same_splits_as={first}"):
+        merge([Dataset.open(part) for part in [first, where.output_dir]], tmp_path / "view")
     assert splits_of(where.output_dir) == splits
 
 
@@ -121,14 +126,14 @@ def test_other_keys_are_refused_before_anything_is_made(tmp_path, first):
 def test_known_datasets_that_contradict_each_other_are_refused(tmp_path):
     for name, splits, key in (("a", "train", "0"), ("b", "test", "0"), ("c", "train", "1")):
         (tmp_path / name).mkdir()
-        row = dict.fromkeys(dataset.VOLUME_COLUMNS) | {"volume_id": name, "patient_id": "p", "split": splits}
-        dataset_writer.write_table(tmp_path / name / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, [row])
-        preparation = {"format_version": dataset.FORMAT_VERSION, "fingerprint": name, "key_fingerprint": key}
-        dataset_writer.write_preparation(tmp_path / name, preparation)
+        row = dict.fromkeys(VOLUME_COLUMNS) | {"volume_id": name, "patient_id": "p", "split": splits}
+        write_table(tmp_path / name / VOLUMES_FILE, VOLUME_COLUMNS, [row])
+        preparation = {"format_version": FORMAT_VERSION, "fingerprint": name, "key_fingerprint": key}
+        write_preparation(tmp_path / name, preparation)
     with pytest.raises(ValueError, match="1 patients are in different splits of them"):
         read_known_splits([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(ValueError, match="have different pseudonym keys"):
         read_known_splits([tmp_path / "a", tmp_path / "c"])
-    with pytest.raises(dataset.DatasetError, match="no such directory"):
+    with pytest.raises(DatasetError, match="no such directory"):
         read_known_splits([tmp_path / "none"])
     assert read_known_splits([]) is None

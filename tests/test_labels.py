@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import data_prep
-from data_prep import dataset, dataset_writer, dicom, label_staging
+from data_prep import dataset__tfds, dicom, label_staging
 from data_prep.audit import find_leaks
+from data_prep.dataset import Dataset
 from data_prep.label_tables import LabelError
 from data_prep.labels import LabelSources
 from data_prep.pipeline import dry_run as dry_run
@@ -79,7 +80,9 @@ def volume_of_patient(places: Places, number: int) -> str:
 
 def problems(places: Places) -> list[str]:
     with WorkerPool(1) as pool:
-        return verify(places.output_dir, pool) + find_leaks(places.output_dir, places.input_dir, places.audit_dir, pool)
+        return verify(Dataset.open(places.output_dir), pool) + find_leaks(
+            Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool
+        )
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ def labelled(tmp_path_factory, archive, tables) -> Places:
 
 
 def test_labels_of_every_level_reach_their_rows(labelled):
-    preparation = dataset.read_preparation(labelled.output_dir)
+    preparation = Dataset.open(labelled.output_dir).preparation
     assert preparation["labels"] == {
         "grade": {"level": "slice", "classes": ["0", "1", "2", "9"]},
         "nodule": {"level": "volume", "classes": ["none", "part", "solid"]},
@@ -117,34 +120,35 @@ def test_labels_of_every_level_reach_their_rows(labelled):
     assert preparation["masks"] is None
     names = [volume_of_patient(labelled, number) for number in (1, 2, 3)]
     grades = {
-        name: [r["grade"] for r in dataset.read_slices(labelled.output_dir) if r["volume_id"] == name] for name in names
+        name: [r["grade"] for r in Dataset.open(labelled.output_dir).slices() if r["volume_id"] == name]
+        for name in names
     }
     assert grades[names[0]] == [i % 3 for i in range(NUM_SLICES)]
     assert grades[names[1]] == [2 if i == 4 else None for i in range(NUM_SLICES)]
     assert grades[names[2]] == [None] * NUM_SLICES
-    found = {row.pop("volume_id"): row for row in dataset.read_labels(labelled.output_dir)}
+    found = {row.pop("volume_id"): row for row in Dataset.open(labelled.output_dir).labels()}
     assert [found[name] for name in names] == [
         {"nodule": None, "smoker": 1},
         {"nodule": 2, "smoker": None},
         {"nodule": 0, "smoker": 0},
     ]
-    assert dataset.read_regions(labelled.output_dir) == []
+    assert Dataset.open(labelled.output_dir).regions() == []
 
 
 def test_order_of_the_tables_is_that_of_records_and_volumes(labelled):
-    volumes = dataset.read_volumes(labelled.output_dir)
-    assert [row["volume_id"] for row in dataset.read_labels(labelled.output_dir)] == [v["volume_id"] for v in volumes]
+    volumes = Dataset.open(labelled.output_dir).volumes()
+    assert [row["volume_id"] for row in Dataset.open(labelled.output_dir).labels()] == [v["volume_id"] for v in volumes]
     for split in ("train", "validation", "test"):
-        records = dataset.open_split(labelled.output_dir, split)
-        rows = dataset.read_slices(labelled.output_dir, split)
+        records = Dataset.open(labelled.output_dir).source(split)
+        rows = Dataset.open(labelled.output_dir).slices(split)
         assert [(r["volume_id"], r["slice_index"]) for r in rows] == [
             (record["volume_id"], record["slice_index"]) for record in map(records.__getitem__, range(len(records)))
         ]
-    assert len(dataset.read_slices(labelled.output_dir)) == 3 * NUM_SLICES
+    assert len(Dataset.open(labelled.output_dir).slices()) == 3 * NUM_SLICES
 
 
 def test_what_is_missing_or_unmatched_is_counted(labelled):
-    counts = dataset.read_preparation(labelled.output_dir)["counts"]
+    counts = Dataset.open(labelled.output_dir).preparation["counts"]
     assert counts["labels"]["grade"] == {"0": 7, "1": 7, "2": 7, "9": 0, "missing": 39}
     assert counts["labels"]["nodule"] == {"none": 1, "part": 0, "solid": 1, "missing": 1}
     assert counts["label_rows_without_match"] == {"grade": 1, "nodule": 1, "smoker": 0}
@@ -152,7 +156,7 @@ def test_what_is_missing_or_unmatched_is_counted(labelled):
 
 
 def test_attributes_go_before_the_headers_and_empty_cells_do_not(labelled):
-    found = {volume["volume_id"]: volume for volume in dataset.read_volumes(labelled.output_dir)}
+    found = {volume["volume_id"]: volume for volume in Dataset.open(labelled.output_dir).volumes()}
     people = [found[volume_of_patient(labelled, number)] for number in (1, 2, 3)]
     assert [(p["age"], p["sex"], p["ethnic_group"]) for p in people] == [
         (61, "F", ""),
@@ -172,7 +176,7 @@ def test_interrupted_run_continues_to_the_same_bytes(labelled, archive, tables, 
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset_writer, "write_tfds_metadata", killed)
+    monkeypatch.setattr(dataset__tfds, "_write_tfds_metadata", killed)
     with pytest.raises(KeyboardInterrupt):
         run(archive, tmp_path, **tables)
     monkeypatch.undo()
@@ -183,10 +187,10 @@ def test_interrupted_run_continues_to_the_same_bytes(labelled, archive, tables, 
 
 def test_a_grown_archive_keeps_its_labels(tables, copy, tmp_path):
     places = run(copy, tmp_path / "run", **tables)
-    before = dataset.read_slices(places.output_dir)
+    before = Dataset.open(places.output_dir).slices()
     dicom_files.write(copy / "4", scan(7, patient="patient-4"))
     run(copy, tmp_path / "run", **tables)
-    after = dataset.read_slices(places.output_dir)
+    after = Dataset.open(places.output_dir).slices()
     assert len(after) == len(before) + NUM_SLICES and all(row in after for row in before)
     assert [r["grade"] for r in after if r not in before] == [
         3,
@@ -232,7 +236,7 @@ def test_tables_that_contradict_or_match_nothing_end_the_run_before_the_conversi
 def test_repeated_rows_that_agree_count_once(archive, tmp_path):
     path = write_csv(tmp_path / "t.csv", "PatientID,x", [("patient-1", "a"), ("patient-1", "a"), ("patient-2", "b")])
     places = run(archive, tmp_path / "run", labels_csv=(path,))
-    assert dataset.read_preparation(places.output_dir)["counts"]["labels"]["x"] == {"a": 1, "b": 1, "missing": 1}
+    assert Dataset.open(places.output_dir).preparation["counts"]["labels"]["x"] == {"a": 1, "b": 1, "missing": 1}
 
 
 def test_one_label_in_two_tables_is_refused(archive, tmp_path):
@@ -260,17 +264,18 @@ def test_rsna_archive_from_the_command_line(archive, copy, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "1 exams whose labels break the rule no_positive_slice" in result.stdout
     assert "60 cells of pe_present_on_image: 57 0, 2 1, 1 missing" in result.stdout
-    preparation = dataset.read_preparation(tmp_path / "d")
+    preparation = Dataset.open(tmp_path / "d").preparation
     assert preparation["windows"] == [{"level": 50.0, "width": 350.0}, {"level": 100.0, "width": 700.0}]
     assert preparation["counts"]["exams_with_inconsistent_labels"] == {"no_positive_slice": 1}
     assert list(preparation["labels"]) == ["pe_present_on_image", *EXAM_LABELS, "pe_positive_exam"]
     places = Places(copy, tmp_path / "d", tmp_path / "d-audit")
     volumes = [volume_of_patient(places, number) for number in (1, 2, 3)]
-    found = {row["volume_id"]: row for row in dataset.read_labels(tmp_path / "d")}
+    found = {row["volume_id"]: row for row in Dataset.open(tmp_path / "d").labels()}
     assert [found[v]["pe_positive_exam"] for v in volumes] == [1, 0, 0]
     assert [found[v]["central_pe"] for v in volumes] == [1, 0, 0]
     of_slices = [
-        [r["pe_present_on_image"] for r in dataset.read_slices(tmp_path / "d") if r["volume_id"] == v] for v in volumes
+        [r["pe_present_on_image"] for r in Dataset.open(tmp_path / "d").slices() if r["volume_id"] == v]
+        for v in volumes
     ]
     assert [i for i, value in enumerate(of_slices[0]) if value] == [3, 4]
     assert [i for i, value in enumerate(of_slices[1]) if value is None] == [5]
@@ -354,8 +359,8 @@ def with_nodules(tmp_path_factory, lidc_archive) -> Places:
 def volume_masks(places: Places, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Masks [S, H, W] and grey values of the scan of patient `number`."""
     name = volume_of_patient(places, number)
-    row = next(v for v in dataset.read_volumes(places.output_dir) if v["volume_id"] == name)
-    source = dataset.open_split(places.output_dir, row["split"])
+    row = next(v for v in Dataset.open(places.output_dir).volumes() if v["volume_id"] == name)
+    source = Dataset.open(places.output_dir).source(row["split"])
     records = [source[row["first_record"] + i] for i in range(row["num_slices"])]
     return np.stack([r["mask"] for r in records]), np.stack([r["image"][..., 0] for r in records])
 
@@ -368,16 +373,16 @@ def test_nodules_lie_where_the_image_has_them(with_nodules):
         np.testing.assert_array_equal(mask, expected)
         assert (image[mask == 1] == 255).all()
     assert not volume_masks(with_nodules, 3)[0].any()
-    counts = dataset.read_preparation(with_nodules.output_dir)["counts"]
+    counts = Dataset.open(with_nodules.output_dir).preparation["counts"]
     assert counts["annotations_without_match"] == 1
     assert problems(with_nodules) == []
 
 
 def test_tables_of_masks(with_nodules):
-    preparation = dataset.read_preparation(with_nodules.output_dir)
+    preparation = Dataset.open(with_nodules.output_dir).preparation
     assert preparation["masks"] == {"source": "lidc_idri", "consensus": 0.7, "min_area_px": 20}
     assert preparation["labels"] == {}
-    found = {row["volume_id"]: row for row in dataset.read_regions(with_nodules.output_dir)}
+    found = {row["volume_id"]: row for row in Dataset.open(with_nodules.output_dir).regions()}
     assert len(found) == 2
     mm3 = 3 * 7 * 6 * dicom_files.PIXEL_MM**2 * dicom_files.SPACING_MM
     for number, malignancy in ((1, 4), (2, 2)):
@@ -389,7 +394,7 @@ def test_tables_of_masks(with_nodules):
         )
         area = [
             r["mask_area_px"]
-            for r in dataset.read_slices(with_nodules.output_dir)
+            for r in Dataset.open(with_nodules.output_dir).slices()
             if r["volume_id"] == row["volume_id"]
         ]
         assert area == [42 if i in (9, 10, 11) else 0 for i in range(NUM_SLICES)]
@@ -403,7 +408,7 @@ source = tfds.builder_from_directory({str(with_nodules.output_dir)!r}).as_data_s
 print([int(source[i]["mask"].sum()) for i in range(len(source))], source[0]["mask"].shape, "tensorflow" in sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    rows = dataset.read_slices(with_nodules.output_dir, "train")
+    rows = Dataset.open(with_nodules.output_dir).slices("train")
     assert result.stdout.strip() == f"{[row['mask_area_px'] for row in rows]} ({SIZE}, {SIZE}) False"
 
 
@@ -416,9 +421,9 @@ def test_series_without_or_with_foreign_annotations_are_rejected_by_name(lidc_ar
     write_xml(scans / "5.xml", 5, [(3, SIZE - 5, SIZE + 5, 20, 26)])  # beyond the image
     options = Options(archive="lidc_idri", image_size=SIZE, splits=(1.0, 0.0, 0.0))
     places = run(scans, tmp_path / "run", options, archive="lidc_idri")
-    counts = dataset.read_preparation(places.output_dir)["counts"]
+    counts = Dataset.open(places.output_dir).preparation["counts"]
     assert counts["series_rejected"] == {"annotation_mismatch": 2, "no_annotation": 1}
-    assert len(dataset.read_volumes(places.output_dir)) == 2
+    assert len(Dataset.open(places.output_dir).volumes()) == 2
 
 
 def test_annotations_of_other_scans_end_the_run(archive, tmp_path):
@@ -439,7 +444,7 @@ def test_other_mask_options_are_refused_on_a_finished_dataset(with_nodules):
 
 def test_nodules_of_few_pixels_are_left_out_where_asked(lidc_archive, tmp_path):
     places = run(lidc_archive, tmp_path, archive="lidc_idri", min_area_px=42)
-    assert dataset.read_regions(places.output_dir) == []
+    assert Dataset.open(places.output_dir).regions() == []
     assert problems(places) == []
 
 
@@ -510,7 +515,7 @@ def test_real_nodules_are_denser_than_the_lung_around_them(real_data, tmp_path):
     options = Options(archive="lidc_idri", image_size=256, windows=((-600.0, 1500.0),), splits=(1.0, 0.0, 0.0))
     places = run(scans, tmp_path / "run", options, archive="lidc_idri")
     mask, image = volume_masks(places, 1)
-    (region,) = dataset.read_regions(places.output_dir)
+    (region,) = Dataset.open(places.output_dir).regions()
     assert (region["malignancy"], region["num_readers"]) == (5, 4)
     area = mask.reshape(len(mask), -1).sum(axis=1)
     assert np.flatnonzero(area).tolist() == list(range(region["first_slice"], region["last_slice"] + 1))

@@ -10,11 +10,13 @@ import nibabel
 import numpy as np
 import pytest
 from nibabel import orientations
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset as DicomDataset
+from pydicom.dataset import FileMetaDataset
 from pydicom.pixels import pack_bits
 from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
 
-from data_prep import dataset, nifti
+from data_prep import nifti
+from data_prep.dataset import Dataset
 from data_prep.dicom import Rules, list_sources, load_volume, plan_series
 from data_prep.mask_files import MaskError, index_masks, read_mask
 
@@ -215,12 +217,12 @@ def segmentation(
     shift_mm: tuple[float, float, float] = (0, 0, 0),
     series: tuple[str, ...] = (SERIES,),
     shared_orientation: bool = True,
-) -> Dataset:
+) -> DicomDataset:
     """A binary segmentation of frames (segment, slice, [H, W] in canonical orientation), bits packed across frames;
     mirrored: rows to anterior, columns to right."""
     cosines = [-1, 0, 0, 0, -1, 0] if mirrored else [1, 0, 0, 0, 1, 0]
     images = np.stack([image[::-1, ::-1] if mirrored else image for *_, image in frames]).astype(np.uint8)
-    ds = Dataset()
+    ds = DicomDataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds.SOPClassUID, ds.SOPInstanceUID = SegmentationStorage, dicom_files.uid(5)
@@ -252,14 +254,14 @@ def segmentation(
     return ds
 
 
-def _item(**elements) -> Dataset:
-    item = Dataset()
+def _item(**elements) -> DicomDataset:
+    item = DicomDataset()
     for keyword, value in elements.items():
         setattr(item, keyword, value)
     return item
 
 
-def write_segmentation(path: Path, ds: Dataset) -> Path:
+def write_segmentation(path: Path, ds: DicomDataset) -> Path:
     path.write_bytes(dicom_files.to_bytes(ds))
     return path
 
@@ -330,11 +332,11 @@ def test_segmentations_that_cannot_be_used_are_refused(volume, tmp_path, change,
     assert "\n" not in str(error.value) and dicom_files.uid(1) not in str(error.value)
 
 
-def _segment_of(ds: Dataset) -> Dataset:
+def _segment_of(ds: DicomDataset) -> DicomDataset:
     return ds.PerFrameFunctionalGroupsSequence[3].SegmentIdentificationSequence[0]
 
 
-def _cosines_of(ds: Dataset) -> Dataset:
+def _cosines_of(ds: DicomDataset) -> DicomDataset:
     return ds.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0]
 
 
@@ -416,18 +418,18 @@ def test_prepare_of_nifti_scans_and_masks(tmp_path):
         rows = {row["path"]: row for row in csv.DictReader(file)}
     assert rows["scan_3.nii.gz"]["reason"] == "mask_mismatch"
     assert rows["without_mask.nii.gz"]["reason"] == "no_annotation"
-    volumes = {volume["volume_id"]: volume for volume in dataset.read_volumes(out)}
+    volumes = {volume["volume_id"]: volume for volume in Dataset.open(out).volumes()}
     assert set(volumes) == {rows[name]["pseudonym"] for name in expected}
     for name, (hu, regions) in expected.items():
         volume = volumes[rows[name]["pseudonym"]]
-        records = dataset.open_split(out, volume["split"])
+        records = Dataset.open(out).source(volume["split"])
         records = [records[volume["first_record"] + i] for i in range(volume["num_slices"])]
         np.testing.assert_array_equal([record["mask"] for record in records], regions)
         grey = np.rint(255 * np.clip((hu + 1000) / 1400, 0, 1))
         np.testing.assert_array_equal([record["image"][..., 0] for record in records], grey)
         slices, rows_of_regions = (
             [row for row in table if row["volume_id"] == volume["volume_id"]]
-            for table in (dataset.read_slices(out), dataset.read_regions(out))
+            for table in (Dataset.open(out).slices(), Dataset.open(out).regions())
         )
         assert [row["mask_area_px"] for row in slices] == np.count_nonzero(regions, axis=(1, 2)).tolist()
         voxels = np.bincount(regions.ravel())

@@ -1,6 +1,7 @@
 """merge: one view of several datasets, bytes and records of its parts, what is refused, parts that grow or go away."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -12,14 +13,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import dataset, dataset_writer, merge, merged_tables
-from data_prep.merged_tables import MergeError, Part
-from data_prep.pipeline import assemble
+from data_prep import dataset__merge, dataset__tfds, merged_tables
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import (
+    LABELS_FILE,
+    SPLITS,
+    VOLUME_COLUMNS,
+    VOLUMES_FILE,
+    dataset_fingerprint,
+    description,
+    write_preparation,
+)
+from data_prep.dataset__storage import file_sha256, write_table
+from data_prep.merged_tables import MergeError
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.system.errors import DatasetError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 from tests.example_dataset import write_example_dataset
+
+
+def merge(directories, *arguments):
+    return dataset__merge.merge([Dataset.open(directory) for directory in directories], *arguments)
+
 
 MORE = {"train": 3, "test": 2}  # no validation
 
@@ -39,7 +56,7 @@ def parts(tmp_path) -> tuple[Path, Path]:
 
 
 def records(directory: Path, split: str) -> list[dict]:
-    return list(dataset.open_split(directory, split)) if split in dataset.read_preparation(directory)["splits"] else []
+    return list(Dataset.open(directory).source(split)) if split in Dataset.open(directory).preparation["splits"] else []
 
 
 def same_record(a: dict, b: dict) -> bool:
@@ -56,15 +73,15 @@ def state(directory: Path) -> dict[str, tuple]:
 
 def rewrite_preparation(directory: Path, **fields) -> None:
     preparation = json.loads((directory / "preparation.json").read_text()) | fields
-    dataset_writer.write_preparation(directory, preparation)
+    write_preparation(directory, preparation)
 
 
 def rewrite_table(directory: Path, name: str, rows: list[dict]) -> None:
     """Also brings checksums and fingerprint up to date."""
-    dataset_writer.write_table(directory / name, list(rows[0]), rows)
-    preparation = dataset.read_preparation(directory)
-    checksums = preparation["checksums"] | {name: dataset.file_sha256(directory / name)}
-    rewrite_preparation(directory, checksums=checksums, fingerprint=dataset.dataset_fingerprint(checksums))
+    write_table(directory / name, list(rows[0]), rows)
+    preparation = Dataset.open(directory).preparation
+    checksums = preparation["checksums"] | {name: file_sha256(directory / name)}
+    rewrite_preparation(directory, checksums=checksums, fingerprint=dataset_fingerprint(checksums))
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -73,17 +90,17 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_a_view_holds_the_records_and_rows_of_its_parts(tmp_path, parts, pool):
     before = [state(part) for part in parts]
-    preparation, changed = merge.merge(parts, tmp_path / "view")
-    assert changed and verify(tmp_path / "view", pool) == []
-    for split in dataset.SPLITS:
+    preparation, changed = merge(parts, tmp_path / "view")
+    assert changed and verify(Dataset.open(tmp_path / "view"), pool) == []
+    for split in SPLITS:
         expected = [record for part in parts for record in records(part, split)]
         found = records(tmp_path / "view", split)
         assert len(found) == len(expected) > 0
         assert all(same_record(a, b) for a, b in zip(found, expected, strict=True))
-    volumes = {v["volume_id"]: v for v in dataset.read_volumes(tmp_path / "view")}
+    volumes = {v["volume_id"]: v for v in Dataset.open(tmp_path / "view").volumes()}
     assert len(volumes) == 9 + 5
     for part in parts:
-        for row in dataset.read_volumes(part):
+        for row in Dataset.open(part).volumes():
             assert {**volumes[row["volume_id"]], "first_record": 0} == {**row, "first_record": 0}
     assert {split: facts["num_volumes"] for split, facts in preparation["splits"].items()} == {
         "train": 8,
@@ -91,20 +108,20 @@ def test_a_view_holds_the_records_and_rows_of_its_parts(tmp_path, parts, pool):
         "test": 4,
     }
     assert [p["fingerprint"] for p in preparation["parts"]] == [
-        dataset.read_preparation(part)["fingerprint"] for part in parts
+        Dataset.open(part).preparation["fingerprint"] for part in parts
     ]
     assert preparation["parts"][1]["num_shards"] == {"train": 2, "test": 1}
     assert [state(part) for part in parts] == before
 
 
 def test_labels_that_one_part_lacks_are_missing_there(tmp_path, parts):
-    preparation, _ = merge.merge(parts, tmp_path / "view")
-    first, second = ({v["volume_id"] for v in dataset.read_volumes(part)} for part in parts)
-    slices, labels = dataset.read_slices(tmp_path / "view"), dataset.read_labels(tmp_path / "view")
-    assert [row for row in slices if row["volume_id"] in first] == dataset.read_slices(parts[0])
+    preparation, _ = merge(parts, tmp_path / "view")
+    first, second = ({v["volume_id"] for v in Dataset.open(part).volumes()} for part in parts)
+    slices, labels = Dataset.open(tmp_path / "view").slices(), Dataset.open(tmp_path / "view").labels()
+    assert [row for row in slices if row["volume_id"] in first] == Dataset.open(parts[0]).slices()
     assert {row["pe_present_on_image"] for row in slices if row["volume_id"] in second} == {None}
     assert sum(row["volume_id"] in second for row in slices) == 5 * 12
-    assert [row for row in labels if row["volume_id"] in first] == dataset.read_labels(parts[0])
+    assert [row for row in labels if row["volume_id"] in first] == Dataset.open(parts[0]).labels()
     assert {(row["smoker"], row["pe_positive_exam"]) for row in labels if row["volume_id"] in second} == {(None, None)}
     counts = preparation["counts"]["labels"]
     assert counts["pe_present_on_image"]["missing"] == 9 + 5 * 12  # slice 0 of each volume of the first
@@ -114,20 +131,20 @@ def test_labels_that_one_part_lacks_are_missing_there(tmp_path, parts):
 
 def test_masks_and_their_regions_come_along(tmp_path, pool):
     parts = [write_example_dataset(tmp_path / str(n), image_size=16, masks=True, seed=n) for n in (1, 2)]
-    merge.merge(parts, tmp_path / "view")
-    assert verify(tmp_path / "view", pool) == []
-    regions = dataset.read_regions(tmp_path / "view")
+    merge(parts, tmp_path / "view")
+    assert verify(Dataset.open(tmp_path / "view"), pool) == []
+    regions = Dataset.open(tmp_path / "view").regions()
     assert Counter(row["volume_id"] for row in regions) == Counter(
-        row["volume_id"] for part in parts for row in dataset.read_regions(part)
+        row["volume_id"] for part in parts for row in Dataset.open(part).regions()
     )
     assert {row["malignancy"] for row in regions} == {1, 2, 3, 4, 5}
 
 
 def test_the_bytes_depend_on_the_parts_alone_and_links_are_relative(tmp_path, parts):
-    merge.merge(parts, tmp_path / "view")
+    merge(parts, tmp_path / "view")
     shutil.copytree(tmp_path / "sites", tmp_path / "elsewhere" / "deep" / "sites")
     copies = [tmp_path / "elsewhere" / "deep" / "sites" / name for name in "ab"]
-    merge.merge(copies, tmp_path / "elsewhere" / "view")
+    merge(copies, tmp_path / "elsewhere" / "view")
     assert own_files(tmp_path / "view") == own_files(tmp_path / "elsewhere" / "view")
     assert os.readlink(tmp_path / "view" / "train.array_record-00003") == "../sites/b/train.array_record-00000"
     (tmp_path / "elsewhere").rename(tmp_path / "moved")  # with its parts
@@ -136,23 +153,23 @@ def test_the_bytes_depend_on_the_parts_alone_and_links_are_relative(tmp_path, pa
 
 @pytest.mark.parametrize("link", ["hard", "copy"])
 def test_other_links_outlive_the_parts(tmp_path, parts, pool, link):
-    merge.merge(parts, tmp_path / "view", link)
+    merge(parts, tmp_path / "view", link)
     inodes = {path.stat().st_ino for part in parts for path in part.glob("*.array_record-*")}
     own = {path.stat().st_ino for path in (tmp_path / "view").glob("*.array_record-*")}
     assert own == inodes if link == "hard" else not own & inodes
     shutil.rmtree(tmp_path / "sites")
-    assert verify(tmp_path / "view", pool) == []
+    assert verify(Dataset.open(tmp_path / "view"), pool) == []
 
 
 def test_a_view_can_be_a_part(tmp_path, parts, pool):
     third = write_example_dataset(tmp_path / "c", image_size=16, seed=2)
-    merge.merge(parts, tmp_path / "ab")
-    merge.merge([tmp_path / "ab", third], tmp_path / "abc")
-    merge.merge([*parts, third], tmp_path / "flat")
-    assert verify(tmp_path / "abc", pool) == []
-    fingerprints = [dataset.read_preparation(tmp_path / name)["fingerprint"] for name in ("abc", "flat")]
+    merge(parts, tmp_path / "ab")
+    merge([tmp_path / "ab", third], tmp_path / "abc")
+    merge([*parts, third], tmp_path / "flat")
+    assert verify(Dataset.open(tmp_path / "abc"), pool) == []
+    fingerprints = [Dataset.open(tmp_path / name).preparation["fingerprint"] for name in ("abc", "flat")]
     assert fingerprints[0] == fingerprints[1]
-    merge.merge([tmp_path / "ab", third], tmp_path / "hard", "hard")
+    merge([tmp_path / "ab", third], tmp_path / "hard", "hard")
     assert not any(path.is_symlink() for path in (tmp_path / "hard").iterdir())
 
 
@@ -161,7 +178,7 @@ def test_what_reads_datasets_reads_views(tmp_path, parts):
 
     from ctssl_jax import data
 
-    merge.merge(parts, tmp_path / "view")
+    merge(parts, tmp_path / "view")
     described = run("data_prep.describe", f"--dataset={tmp_path / 'view'}", "--verify", "--num_workers=1")
     assert described.returncode == 0 and "Verified: checksums" in described.stdout, described.stdout + described.stderr
     assert "14, 168" in described.stdout and "NOTE" not in described.stdout
@@ -170,30 +187,30 @@ def test_what_reads_datasets_reads_views(tmp_path, parts):
     source = tfds.builder_from_directory(tmp_path / "view").as_data_source("train[50%:]")
     ours = records(tmp_path / "view", "train")
     assert len(source) == 48 and source[47]["volume_id"] == ours[95]["volume_id"].encode()
-    neighbours = data.open_source(tmp_path / "view", "train", [0], [0, 1])
-    per_part = [len(data.open_source(part, "train", [0], [0, 1])) for part in parts]
+    neighbours = data.open_source(Dataset.open(tmp_path / "view"), "train", [0], [0, 1])
+    per_part = [len(data.open_source(Dataset.open(part), "train", [0], [0, 1])) for part in parts]
     assert len(neighbours) == sum(per_part)
 
 
 def test_a_killed_merge_leaves_no_view(tmp_path, parts, monkeypatch):
-    merge.merge(parts, tmp_path / "undisturbed")
+    merge(parts, tmp_path / "undisturbed")
 
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
     for module, step in (
-        (merge, "_link"),
-        (dataset_writer, "write_table"),
-        (dataset_writer, "write_tfds_metadata"),
-        (dataset_writer, "write_preparation"),
+        (dataset__merge, "_link"),
+        (dataset__merge, "write_table"),
+        (dataset__tfds, "_write_tfds_metadata"),
+        (dataset__tfds, "write_preparation"),
     ):
         monkeypatch.setattr(module, step, killed)
         with pytest.raises(KeyboardInterrupt):
-            merge.merge(parts, tmp_path / "view")
+            merge(parts, tmp_path / "view")
         assert not (tmp_path / "view").exists()
         monkeypatch.undo()
-    assert merge.merge(parts, tmp_path / "view")[1]
-    assert not merge.merge(parts, tmp_path / "view")[1]
+    assert merge(parts, tmp_path / "view")[1]
+    assert not merge(parts, tmp_path / "view")[1]
     assert own_files(tmp_path / "view") == own_files(tmp_path / "undisturbed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sites", "undisturbed", "view"]
 
@@ -227,13 +244,13 @@ def shard_gone(a, b):
 
 
 def same_volume(a, b):
-    rows = dataset.read_volumes(b)
-    rewrite_table(b, "volumes.csv", [{**rows[0], "volume_id": dataset.read_volumes(a)[0]["volume_id"]}, *rows[1:]])
+    rows = Dataset.open(b).volumes()
+    rewrite_table(b, "volumes.csv", [{**rows[0], "volume_id": Dataset.open(a).volumes()[0]["volume_id"]}, *rows[1:]])
 
 
 def other_split(a, b):
-    patient = dataset.read_volumes(a, "validation")[0]["patient_id"]
-    rows = dataset.read_volumes(b)
+    patient = Dataset.open(a).volumes("validation")[0]["patient_id"]
+    rows = Dataset.open(b).volumes()
     rewrite_table(b, "volumes.csv", [{**rows[0], "patient_id": patient}, *rows[1:]])
 
 
@@ -254,7 +271,7 @@ def other_split(a, b):
 def test_datasets_that_cannot_be_one_are_refused(tmp_path, parts, spoil, named):
     spoil(*parts)
     with pytest.raises(ValueError, match=named) as error:
-        merge.merge(parts, tmp_path / "view")
+        merge(parts, tmp_path / "view")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "view").exists() and not list(tmp_path.glob(".*"))
 
@@ -270,7 +287,7 @@ def test_datasets_that_cannot_be_one_are_refused(tmp_path, parts, spoil, named):
 def test_other_images_are_refused(tmp_path, parts, options, named):
     other = write_example_dataset(tmp_path / "other", seed=2, **options)
     with pytest.raises(MergeError, match=named):
-        merge.merge([parts[0], other], tmp_path / "view")
+        merge([parts[0], other], tmp_path / "view")
 
 
 def test_wrong_directories_are_refused_in_one_line(tmp_path, parts):
@@ -288,46 +305,47 @@ def test_wrong_directories_are_refused_in_one_line(tmp_path, parts):
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and named in result.stderr, result.stderr
     third = write_example_dataset(tmp_path / "c", image_size=16, seed=2)
     with pytest.raises(MergeError, match="is a dataset of its own"):
-        merge.merge(parts, third)
-    merge.merge(parts, tmp_path / "view")
+        merge(parts, third)
+    merge(parts, tmp_path / "view")
     with pytest.raises(MergeError, match=r"a view of 2 datasets, not of 3; .* new --output_dir"):
-        merge.merge([*parts, third], tmp_path / "view")
+        merge([*parts, third], tmp_path / "view")
     with pytest.raises(MergeError, match="was not made with --link=copy"):
-        merge.merge(parts, tmp_path / "view", "copy")
+        merge(parts, tmp_path / "view", "copy")
 
 
 def test_a_shard_that_is_gone_or_changed_is_told(tmp_path, parts, pool):
-    merge.merge(parts, tmp_path / "view")
+    merge(parts, tmp_path / "view")
     shard = parts[1] / "test.array_record-00000"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert any("test.array_record-00001: checksum differs" in line for line in verify(tmp_path / "view", pool))
+    assert any(
+        "test.array_record-00001: checksum differs" in line for line in verify(Dataset.open(tmp_path / "view"), pool)
+    )
     shard.unlink()
-    assert "test.array_record-00001: missing" in verify(tmp_path / "view", pool)
-    with pytest.raises(dataset.DatasetError, match=r"test\.array_record-00001: a shard is missing"):
+    assert "test.array_record-00001: missing" in verify(Dataset.open(tmp_path / "view"), pool)
+    with pytest.raises(DatasetError, match=r"test\.array_record-00001: a shard is missing"):
         records(tmp_path / "view", "test")
     shutil.rmtree(parts[1])  # and made anew, of other scans
     write_example_dataset(parts[1], image_size=16, seed=3, volumes_per_split=MORE)
-    with pytest.raises(
-        dataset.DatasetError, match=r"view: its part .*/sites/b was prepared again .* into a new directory"
-    ):
-        dataset.read_preparation(tmp_path / "view")
+    with pytest.raises(DatasetError, match=r"view: its part .*/sites/b was prepared again .* into a new directory"):
+        Dataset.open(tmp_path / "view")
 
 
 def test_a_label_of_a_patient_holds_in_all_parts(tmp_path):
     labels = {"smoker": {"level": "patient", "classes": ["no", "yes"]}}
 
-    def part(name: str, cells: list[tuple[str, str, str]]) -> Part:
+    def part(name: str, cells: list[tuple[str, str, str]]) -> Dataset:
         (tmp_path / name).mkdir()
         rows = [{"volume_id": volume, "smoker": cell} for volume, _, cell in cells]
-        dataset_writer.write_table(tmp_path / name / dataset.LABELS_FILE, ["volume_id", "smoker"], rows)
+        write_table(tmp_path / name / LABELS_FILE, ["volume_id", "smoker"], rows)
         volumes = [{"volume_id": volume, "patient_id": patient, "split": "train"} for volume, patient, _ in cells]
-        return Part(tmp_path / name, {"labels": labels, "masks": None}, volumes)
+        write_table(tmp_path / name / VOLUMES_FILE, VOLUME_COLUMNS, volumes)
+        return Dataset(name, tmp_path / name, {"labels": labels, "masks": None})
 
     a = part("a", [("v1", "p1", "1"), ("v2", "p2", "")])
     b = part("b", [("v3", "p1", ""), ("v4", "p3", "0")])
     c = part("c", [("v5", "p1", "0")])
-    without = Part(tmp_path, {"labels": {}, "masks": None}, [{"volume_id": "v6", "patient_id": "p3", "split": "train"}])
+    without = dataclasses.replace(part("d", [("v6", "p3", "")]), preparation={"labels": {}, "masks": None})
     found = {row["volume_id"]: row["smoker"] for row in merged_tables.label_rows([a, b, without], labels)}
     assert found == {"v1": "1", "v2": "", "v3": "1", "v4": "0", "v6": "0"}
     with pytest.raises(MergeError, match=r"1 patients have another class of the label smoker in .*c than"):
@@ -354,26 +372,26 @@ def test_parts_that_grow_leave_the_view_as_it_was(tmp_path, key_file, pool):
         places[name] = Places(tmp_path / f"scans-{name}", tmp_path / name, tmp_path / f"{name}-audit")
         prepare(OPTIONS, places[name], num_workers=1, pseudonym_key_file=key_file)
     parts = [tmp_path / "a", tmp_path / "b"]
-    preparation, _ = merge.merge(parts, tmp_path / "view")
+    preparation, _ = merge(parts, tmp_path / "view")
     assert preparation["counts"]["files"] == preparation["counts"]["files_in_volumes"] == 6 * 20
     assert preparation["options"] == OPTIONS.as_dict()
-    expected = assemble.description(OPTIONS.as_dict(), False)
+    expected = description(preparation)
     assert json.loads((tmp_path / "view" / "dataset_info.json").read_text())["description"] == expected
-    held = {split: records(tmp_path / "view", split) for split in dataset.SPLITS}
+    held = {split: records(tmp_path / "view", split) for split in SPLITS}
 
     add_scans(tmp_path / "scans-a", range(4, 6))
     prepare(OPTIONS, places["a"], num_workers=1, pseudonym_key_file=key_file)
-    assert verify(tmp_path / "view", pool) == []
-    for split in dataset.SPLITS:
+    assert verify(Dataset.open(tmp_path / "view"), pool) == []
+    for split in SPLITS:
         now = records(tmp_path / "view", split)
         assert len(now) == len(held[split])
         assert all(same_record(a, b) for a, b in zip(now, held[split], strict=True))
     described = run("data_prep.describe", f"--dataset={tmp_path / 'view'}", "--num_slices=1")
     assert f"NOTE its part {tmp_path}/a has grown since; data_prep.merge" in described.stdout
     with pytest.raises(MergeError, match=r"view: .*a has grown .*; merge into a new --output_dir"):
-        merge.merge(parts, tmp_path / "view")
-    grown, _ = merge.merge(parts, tmp_path / "view2")
+        merge(parts, tmp_path / "view")
+    grown, _ = merge(parts, tmp_path / "view2")
     assert sum(facts["num_volumes"] for facts in grown["splits"].values()) == 8
-    assert verify(tmp_path / "view2", pool) == []
+    assert verify(Dataset.open(tmp_path / "view2"), pool) == []
     with open(tmp_path / "view2" / "volumes.csv", newline="") as file:
         assert sum(1 for _ in csv.DictReader(file)) == 8

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from training_runs import (
     EMA,
     PROJECT,
     command,
+    command_ended_at,
     losses,
     numbers,
     saved_state,
@@ -34,10 +37,11 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start_two(dataset, workdir, **overrides):
-    """Two processes with one simulated device each."""
+def start_two(dataset, workdir, end=None, **overrides):
+    """Two processes with one simulated device each; `end`: step and signal that the second sends itself."""
     joined = ["--distributed", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
-    return [start(command(dataset, workdir, *joined, f"--process_id={number}", **overrides)) for number in range(2)]
+    commands = [command(dataset, workdir, *joined, f"--process_id={number}", **overrides) for number in range(2)]
+    return [start(commands[0]), start(command_ended_at(*end, commands[1]) if end else commands[1])]
 
 
 def slurm_variables(task, tasks=2, port=0):
@@ -54,14 +58,15 @@ def slurm_variables(task, tasks=2, port=0):
     }
 
 
-def start_two_as_slurm_does(dataset, workdir, **overrides):
+def start_two_as_slurm_does(dataset, workdir, end, **overrides):
     """The same, found by JAX in the variables that Slurm sets."""
     port, processes = free_port(), []
-    for task in range(2):
+    arguments = command(dataset, workdir, "--distributed", **overrides)
+    for task, line in enumerate((arguments, command_ended_at(*end, arguments))):
         with pytest.MonkeyPatch.context() as environment:
             for name, value in slurm_variables(task, port=port).items():
                 environment.setenv(name, value)
-            processes.append(start(command(dataset, workdir, "--distributed", **overrides)))
+            processes.append(start(line))
     return processes
 
 
@@ -71,106 +76,85 @@ def finish(processes, timeout=300):
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def two_processes(tiny_dataset, tmp_path_factory):
-    """Four steps by two processes, and four more by two new ones that a simulated Slurm starts."""
-    workdir = tmp_path_factory.mktemp("two") / "run"
-    printed = []
-    for start_both, num_steps in ((start_two, 4), (start_two_as_slurm_does, 8)):
-        results = finish(start_both(tiny_dataset, workdir, **{**OVERRIDES, "num_steps": num_steps}))
-        for returncode, _, errors in results:
-            assert returncode == 0, errors
-        printed.append(results)
-    return workdir, printed
+class Interrupted(NamedTuple):
+    """A run of two processes, of which the second got SIGTERM, and then, started again, was killed.
 
+    stopped_at: the step that both saved after SIGTERM.
+    asked, lost: of both times, exit code, stdout and stderr of each process.
+    """
 
-def test_same_numbers_as_one_process(two_processes, tiny_dataset, tmp_path):
-    workdir, _ = two_processes
-    assert train_on(tiny_config(tiny_dataset, **OVERRIDES), tmp_path / "run", num_devices=2)
-    expected = numbers(tmp_path / "run")
-    for line, other in zip(numbers(workdir), expected, strict=True):
-        assert line.keys() == other.keys()
-        tolerance = 1e-2 if line["kind"] == "validation" else 1e-4  # a latent between two codes may go to either
-        for name, value in line.items():
-            expected_value = other[name] if isinstance(value, str) else pytest.approx(other[name], rel=tolerance)
-            assert value == expected_value, name
-    one, two = saved_state(tmp_path / "run"), saved_state(workdir)
-    for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-2, atol=1e-4, err_msg=name)
-
-
-def test_only_the_first_process_prints_and_writes(two_processes):
-    workdir, printed = two_processes
-    assert "2 x cpu in 2 process(es)" in printed[0][0][1]
-    assert "going on     from step 4" in printed[1][0][1]
-    of_second = [line for results in printed for line in results[1][1].splitlines()]
-    assert [line for line in of_second if not line.startswith("[Gloo]")] == []  # the transport's own greeting
-    assert len(list((workdir / "pictures").iterdir())) == 3
-    assert [line["step"] for line in reports.read_reports(workdir, "train")] == [2, 4, 6, 8]
-
-
-def test_their_checkpoint_goes_on_in_one_process(two_processes, tiny_dataset, tmp_path):
-    workdir = shutil.copytree(two_processes[0], tmp_path / "run")
-    assert train_on(tiny_config(tiny_dataset, **{**OVERRIDES, "num_steps": 10}), workdir, num_devices=1)
-    assert checkpoint.choose_step(workdir, "last") == 10
-    assert np.isfinite(losses(workdir)).all()
-
-
-LONG = {**OVERRIDES, "num_steps": 100_000, "eval_every": 50_000}
-
-
-def wait_for_step(workdir, step, processes):
-    """Until a report of a later step is there, or a process ended."""
-    for _ in range(2000):
-        steps = [line["step"] for line in reports.read_reports(workdir, "train")]
-        if max(steps, default=0) > step or any(process.poll() is not None for process in processes):
-            return
-        time.sleep(0.1)
+    workdir: Path
+    stopped_at: int
+    asked: list[tuple[int, str, str]]
+    lost: list[tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
 def interrupted(tiny_dataset, tmp_path_factory):
-    """A run of two processes, one of which got SIGTERM; the same command again, and one of them was killed."""
     workdir = tmp_path_factory.mktemp("interrupted") / "run"
-    processes = start_two(tiny_dataset, workdir, **LONG)
-    wait_for_step(workdir, 0, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    asked = finish(processes)
+    endless = {**OVERRIDES, "num_steps": 100_000}
+    asked = finish(start_two(tiny_dataset, workdir, (3, signal.SIGTERM), **endless))
     step = checkpoint.choose_step(workdir, "last")
-    processes = start_two(tiny_dataset, workdir, **LONG)
-    wait_for_step(workdir, step, processes)
-    processes[1].kill()
-    lost = finish(processes, timeout=60)
-    return workdir, step, asked, lost
+    processes = start_two_as_slurm_does(tiny_dataset, workdir, (step + 3, signal.SIGKILL), **endless)
+    return Interrupted(workdir, step, asked, finish(processes, timeout=100))
 
 
 def test_sigterm_to_one_stops_and_saves_both(interrupted):
-    _, step, asked, _ = interrupted
-    for returncode, _, errors in asked:
+    for returncode, _, errors in interrupted.asked:
         assert returncode == 0, errors
-    assert f"stopped     at step {step:,}" in asked[0][1]
-    assert step > 0
+    assert f"stopped     at step {interrupted.stopped_at:,}" in interrupted.asked[0][1]
+    assert interrupted.stopped_at >= 3
 
 
 def test_a_killed_process_ends_the_other_with_one_clear_line(interrupted):
-    workdir, step, _, lost = interrupted
+    workdir, lost = interrupted.workdir, interrupted.lost
     assert [returncode for returncode, _, _ in lost] == [1, -signal.SIGKILL]
-    assert f"going on     from step {step:,}" in lost[0][1]
+    assert f"going on     from step {interrupted.stopped_at:,}" in lost[0][1]
     last_line = lost[0][2].splitlines()[-1]
     assert last_line.startswith("error: another process of this run was lost")
+    step = checkpoint.choose_step(workdir, "last")
     assert f"the last checkpoint is step {step:,} of {workdir}; start all processes again" in last_line
     assert "Traceback" not in lost[0][2]
 
 
+def test_only_the_first_process_prints_and_writes(interrupted):
+    assert "2 x cpu in 2 process(es)" in interrupted.asked[0][1]
+    assert "2 x cpu in 2 process(es)" in interrupted.lost[0][1]
+    of_second = [line for results in (interrupted.asked, interrupted.lost) for line in results[1][1].splitlines()]
+    assert [line for line in of_second if not line.startswith("[Gloo]")] == []  # the transport's own greeting
+    validated = [line["step"] for line in reports.read_reports(interrupted.workdir, "validation")]
+    assert validated == sorted(set(validated)) and validated[0] == 0
+    assert len(list((interrupted.workdir / "pictures").iterdir())) == len(validated)
+    steps = [line["step"] for line in reports.read_reports(interrupted.workdir, "train")]
+    assert steps == list(range(2, steps[-1] + 1, 2))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(interrupted, tiny_dataset, tmp_path_factory):
+    """Some steps more than the two processes took, by one process with two devices."""
+    num_steps = checkpoint.choose_step(interrupted.workdir, "last") + 4
+    config = tiny_config(tiny_dataset, **{**OVERRIDES, "num_steps": num_steps + num_steps % 2})
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train_on(config, workdir, num_devices=2)
+    return workdir, config
+
+
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_one_process_goes_on_as_if_nothing_had_happened(interrupted, num_devices, tiny_dataset, tmp_path):
-    step = interrupted[1]
-    workdir = shutil.copytree(interrupted[0], tmp_path / "interrupted")
-    overrides = {**LONG, "num_steps": step + 4 - step % 2}
-    assert train_on(tiny_config(tiny_dataset, **overrides), workdir, num_devices)
-    assert train_on(tiny_config(tiny_dataset, **overrides), tmp_path / "undisturbed", num_devices)
-    assert losses(workdir) == pytest.approx(losses(tmp_path / "undisturbed"), rel=1e-3)
-    assert len(losses(workdir)) == overrides["num_steps"] // 2
+def test_one_process_goes_on_as_if_nothing_had_happened(num_devices, interrupted, undisturbed, tmp_path):
+    """With the numbers that one process has from beginning to end."""
+    workdir = shutil.copytree(interrupted.workdir, tmp_path / "interrupted")
+    expected, config = undisturbed
+    assert train_on(config, workdir, num_devices)
+    assert len(losses(workdir)) == config.num_steps // 2
+    for line, other in zip(numbers(workdir), numbers(expected), strict=True):
+        assert line.keys() == other.keys()
+        tolerance = 1e-2 if line["kind"] == "validation" else 1e-3  # a latent between two codes may go to either
+        for name, value in line.items():
+            expected_value = other[name] if isinstance(value, str) else pytest.approx(other[name], rel=tolerance)
+            assert value == expected_value, name
+    one, two = saved_state(expected), saved_state(workdir)
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-2, atol=1e-4, err_msg=name)
 
 
 WAITING = """

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from nibabel import orientations
 
-from data_prep import dataset, nifti, nifti_metadata
+from data_prep import nifti, nifti_metadata
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import SPLITS
 from data_prep.dicom import NotAnImage, Rejection, Rules, list_sources, load_volume, plan_series, select_reconstructions
 from data_prep.nifti_metadata import MetadataError, read_metadata
 
@@ -448,9 +450,9 @@ def test_prepare_makes_a_dataset_and_names_what_it_leaves(tmp_path):
     done = run_prepare(*options, f"--metadata_csv={table}", "--window=-300,1400")
     assert done.returncode == 0, done.stderr
     assert "1 no_metadata: The metadata table has no row of the NIfTI file." in done.stdout
-    volumes = dataset.read_volumes(tmp_path / "out")
+    volumes = Dataset.open(tmp_path / "out").volumes()
     assert [v["num_slices"] for v in volumes] == [NUM_SLICES] * 3
-    assert len({v["patient_id"] for v in volumes}) == 3 and {v["split"] for v in volumes} == set(dataset.SPLITS)
+    assert len({v["patient_id"] for v in volumes}) == 3 and {v["split"] for v in volumes} == set(SPLITS)
     assert {(v["pixel_spacing_row_mm"], v["pixel_spacing_column_mm"]) for v in volumes} == {(ROW_MM, COLUMN_MM)}
     text = "".join(path.read_text() for path in (tmp_path / "out").glob("*.csv"))
     assert "valid_" not in text and "without_row" not in text

@@ -24,9 +24,9 @@ from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.predict import predict, table
 from ctssl_jax.tasks import get_task
-from data_prep import dataset as dataset_directory
 from data_prep import deidentify
 from data_prep.conversion import volume_id
+from data_prep.dataset import Dataset
 from data_prep.dicom import Rules
 from data_prep.mask_files import read_mask
 from data_prep.mask_output import resize_back
@@ -49,7 +49,7 @@ def make_run(config, workdir: Path) -> None:
 
     _, params, variables = training.abstract_model(config, get_task(config.task))
     state = jax.tree_util.tree_map_with_path(numbers, {"params": params, "variables": variables})
-    preparation = dataset_directory.read_preparation(config.dataset)
+    preparation = Dataset.open(config.dataset).preparation
     configuration.open_workdir(workdir, config, preparation, {"train": [], "validation": []})
     saving = checkpoint.Checkpoints(workdir)
     saving.save(2, state, {}, 0.5)

@@ -18,13 +18,16 @@ import numpy as np
 import pydicom
 import pytest
 
-from data_prep import conversion, dataset, dataset_writer, planning
+from data_prep import conversion, dataset__tfds, planning
 from data_prep.conversion import convert_exam
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import SPLITS
 from data_prep.dicom import Rules, load_volume
 from data_prep.pipeline import prepare as preparation_module
 from data_prep.pipeline.assemble import freeze
 from data_prep.pipeline.dry_run import dry_run
 from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
+from data_prep.system.errors import DatasetError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -75,8 +78,8 @@ def prepared(tmp_path_factory, archive, key_file) -> Places:
 
 def test_dataset_is_sound_and_holds_every_exam_once(prepared):
     with WorkerPool(1) as pool:
-        assert verify(prepared.output_dir, pool) == []
-    volumes = dataset.read_volumes(prepared.output_dir)
+        assert verify(Dataset.open(prepared.output_dir), pool) == []
+    volumes = Dataset.open(prepared.output_dir).volumes()
     assert len(volumes) == 5
     assert {v["kernel"] for v in volumes} == {"STANDARD"}  # not the sharp one
     assert Counter(v["split"] for v in volumes) == {"train": 3, "validation": 1, "test": 1}
@@ -87,7 +90,7 @@ def test_dataset_is_sound_and_holds_every_exam_once(prepared):
 
 
 def test_every_file_is_accounted_for(prepared, archive):
-    counts = dataset.read_preparation(prepared.output_dir)["counts"]
+    counts = Dataset.open(prepared.output_dir).preparation["counts"]
     num_files = sum(1 for path in archive.rglob("*") if path.is_file())
     assert counts == {
         "files": num_files,
@@ -169,11 +172,11 @@ def test_a_killed_run_is_not_taken_for_a_dataset(tmp_path, archive, key_file, mo
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset_writer, "write_tfds_metadata", killed)
+    monkeypatch.setattr(dataset__tfds, "_write_tfds_metadata", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
-    with pytest.raises(dataset.DatasetError, match="not a complete dataset"):
-        dataset.read_preparation(where.output_dir)
+    with pytest.raises(DatasetError, match="not a complete dataset"):
+        Dataset.open(where.output_dir)
     monkeypatch.undo()
     with pytest.raises(
         PreparationError, match="image_size=48, not 64"
@@ -232,7 +235,7 @@ def test_grown_archive_appends(tmp_path, archive, key_file):
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     before = content(where.output_dir)
     files = {path.name: path.stat() for path in where.output_dir.glob("*.array_record-*")}
-    old = {v["volume_id"]: v for v in dataset.read_volumes(where.output_dir)}
+    old = {v["volume_id"]: v for v in Dataset.open(where.output_dir).volumes()}
     splits = json.loads((where.audit_dir / "splits.json").read_text())
 
     for number in (11, 12, 13):
@@ -251,7 +254,7 @@ def test_grown_archive_appends(tmp_path, archive, key_file):
             assert after[name] == before[name]
             status = (where.output_dir / name).stat()
             assert (status.st_mtime_ns, status.st_ino) == (files[name].st_mtime_ns, files[name].st_ino)
-    volumes = {v["volume_id"]: v for v in dataset.read_volumes(where.output_dir)}
+    volumes = {v["volume_id"]: v for v in Dataset.open(where.output_dir).volumes()}
     assert {name: volumes[name] for name in old} == old
     assert len(volumes) == 9
     grown = json.loads((where.audit_dir / "splits.json").read_text())
@@ -260,7 +263,7 @@ def test_grown_archive_appends(tmp_path, archive, key_file):
     per_patient = Counter(v["patient_id"] for v in volumes.values())
     [twice] = [patient for patient, number in per_patient.items() if number == 2]
     assert twice in splits  # the known patient's new exam
-    ends = {split: max(v["first_record"] for v in old.values() if v["split"] == split) for split in dataset.SPLITS}
+    ends = {split: max(v["first_record"] for v in old.values() if v["split"] == split) for split in SPLITS}
     assert all(v["first_record"] > ends[v["split"]] for name, v in volumes.items() if name not in old)
     assert preparation["counts"]["files_rejected"] == {
         "other_reconstruction": 2 * NUM_SLICES,
@@ -268,7 +271,7 @@ def test_grown_archive_appends(tmp_path, archive, key_file):
         "too_few_slices": 5,
     }
     with WorkerPool(1) as pool:
-        assert verify(where.output_dir, pool) == []
+        assert verify(Dataset.open(where.output_dir), pool) == []
     assert not prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)[1]
 
 
@@ -286,7 +289,7 @@ def test_growth_that_is_killed_touches_nothing_old_and_ends_the_same(tmp_path, a
         add_scan(scans, 14, patient="patient-3")
         steps = [
             (preparation_module, "freeze"),
-            (dataset_writer, "write_preparation"),
+            (dataset__tfds, "write_preparation"),
             (preparation_module, "keep_notes"),
         ]
         for module, step in steps if name == "disturbed" else ():
@@ -299,7 +302,7 @@ def test_growth_that_is_killed_touches_nothing_old_and_ends_the_same(tmp_path, a
     disturbed, undisturbed = (places(tmp_path / name, archive) for name in ("disturbed", "undisturbed"))
     assert content(disturbed.output_dir) == content(undisturbed.output_dir)
     assert content(disturbed.audit_dir) == content(undisturbed.audit_dir)
-    assert len(dataset.read_volumes(disturbed.output_dir)) == 7
+    assert len(Dataset.open(disturbed.output_dir).volumes()) == 7
 
 
 def renamed(scans: Path) -> None:
@@ -319,11 +322,11 @@ def test_a_rearranged_archive_is_the_same_archive(tmp_path, archive, key_file, r
     options = dataclasses.replace(OPTIONS, rules=Rules(reconstructions=reconstructions))
     where = places(tmp_path, scans)
     before, _ = prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
-    volumes = dataset.read_volumes(where.output_dir)
+    volumes = Dataset.open(where.output_dir).volumes()
     rearranged(scans)
     after, changed = prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
     assert changed and after["counts"] == before["counts"]
-    assert dataset.read_volumes(where.output_dir) == volumes
+    assert Dataset.open(where.output_dir).volumes() == volumes
     with open(where.audit_dir / "sources.csv", newline="") as file:
         named = Counter(row["pseudonym"] for row in csv.DictReader(file) if row["outcome"] == "volume")
     assert named == {volume["volume_id"]: NUM_SLICES for volume in volumes}
@@ -339,8 +342,8 @@ def test_volumes_whose_files_are_gone_stay_and_are_counted(tmp_path, archive, ke
     command += ["--shard_size_mb=0.05", f"--pseudonym_key_file={key_file}", "--num_workers=1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert "1 volumes whose files are gone" in result.stdout, result.stderr
-    assert dataset.read_preparation(where.output_dir)["counts"]["volumes_without_files"] == 1
-    assert len(dataset.read_volumes(where.output_dir)) == 5
+    assert Dataset.open(where.output_dir).preparation["counts"]["volumes_without_files"] == 1
+    assert len(Dataset.open(where.output_dir).volumes()) == 5
 
 
 def test_a_volume_is_never_added_twice():
@@ -389,7 +392,7 @@ def test_an_output_that_was_removed_after_a_kill_is_made_again(tmp_path, archive
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset_writer, "write_tfds_metadata", killed)
+    monkeypatch.setattr(dataset__tfds, "_write_tfds_metadata", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     monkeypatch.undo()
@@ -499,7 +502,7 @@ def test_slices_are_the_source_through_each_window(tmp_path, key_file):
         low, width = np.array([-125.0, -1350.0]), np.array([350.0, 1500.0])
         grey = np.rint(255 * np.clip((hu - low) / width, 0, 1)).astype(np.uint8)
         expected |= {(index, image.tobytes()) for index, image in enumerate(grey)}
-    records = [record for split in dataset.SPLITS for record in dataset.open_split(where.output_dir, split)]
+    records = [record for split in SPLITS for record in Dataset.open(where.output_dir).source(split)]
     assert {(record["slice_index"], record["image"].tobytes()) for record in records} == expected
     assert len(records) == 3 * NUM_SLICES and records[0]["image"].shape == (64, 64, 2)
 
@@ -603,11 +606,11 @@ def real_dataset(tmp_path_factory, real_data) -> Places:
 
 
 def test_real_scans_that_are_good_are_taken_whole(real_dataset):
-    volumes = dataset.read_volumes(real_dataset.output_dir)
+    volumes = Dataset.open(real_dataset.output_dir).volumes()
     assert sorted(v["num_slices"] for v in volumes) == [102, 133, 140]
-    assert {v["split"] for v in volumes} == set(dataset.SPLITS)
+    assert {v["split"] for v in volumes} == set(SPLITS)
     assert all(v["lung_box"] and v["first_lung_slice"] < v["middle_slice"] + 60 for v in volumes)
-    counts = dataset.read_preparation(real_dataset.output_dir)["counts"]
+    counts = Dataset.open(real_dataset.output_dir).preparation["counts"]
     assert counts["series_rejected"]["too_thick"] == 2 and counts["series_rejected"]["missing_series_uid"] == 1
     assert counts["files_in_volumes"] == 375
 
@@ -621,8 +624,8 @@ def test_real_slices_are_the_source_slices(real_dataset, real_data):
     images = sorted(
         (pydicom.dcmread(real_data / row["path"]) for row in rows), key=lambda ds: ds.ImagePositionPatient[2]
     )
-    [volume] = [v for v in dataset.read_volumes(real_dataset.output_dir) if v["volume_id"] == rows[0]["pseudonym"]]
-    source = dataset.open_split(real_dataset.output_dir, volume["split"])
+    [volume] = [v for v in Dataset.open(real_dataset.output_dir).volumes() if v["volume_id"] == rows[0]["pseudonym"]]
+    source = Dataset.open(real_dataset.output_dir).source(volume["split"])
     for index in (0, 66, 132):
         ds = images[index]
         hu = ds.pixel_array * float(ds.RescaleSlope) + float(ds.RescaleIntercept)

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from example_dataset import write_example_dataset
 from PIL import Image, PngImagePlugin
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset as DicomDataset
 from tensorboardX import SummaryWriter
 from training_runs import save_untrained, tiny_recipe
 
@@ -22,8 +22,11 @@ from ctssl_jax import checkpoint
 from ctssl_jax.embed import embed
 from ctssl_jax.evaluate import evaluate
 from ctssl_jax.predict import predict
-from data_prep import audit, dataset_writer, describe
+from data_prep import audit
 from data_prep.archives import list_sources, read_bytes
+from data_prep.dataset import Dataset
+from data_prep.dataset__cohort import contact_sheet
+from data_prep.dataset__storage import encode_record, write_records
 from data_prep.dicom import Header, Rules, read_header
 from data_prep.pipeline.prepare import Options, Places, prepare
 from tests import dicom_files
@@ -37,7 +40,7 @@ def source(tmp_path_factory) -> privacy.Source:
     folder = tmp_path_factory.mktemp("scans")
     (ds,) = dicom_files.slices(dicom_files.thorax(1))
     ds.PatientName, ds.StudyTime, ds.PatientID, ds.Manufacturer = NAME, TIME, IDENTIFIER, "SIEMENS"
-    item = Dataset()
+    item = DicomDataset()
     item.add_new(0x00091001, "UN", b"Dulcinea del T. ")
     item.add_new(0x00091002, "UN", bytes(range(100, 200)))
     ds.RequestAttributesSequence = [item]
@@ -65,8 +68,8 @@ def in_record(folder, text: str) -> None:
     image = np.zeros((16, 16, 1), np.uint8)
     image.ravel()[30 : 30 + len(text)] = np.frombuffer(text.encode(), np.uint8)
     hidden = [(image, "volume"), (np.zeros_like(image), text)][len(text) < audit.LONG_NEEDLE]
-    records = [dataset_writer.encode_record(*hidden, 0, 0.0, False)]
-    dataset_writer.write_records(folder / "train.array_record-00000", records)
+    records = [encode_record(*hidden, 0, 0.0, False)]
+    write_records(folder / "train.array_record-00000", records)
 
 
 def in_checkpoint(state, metadata):
@@ -206,7 +209,7 @@ def test_real_scans(real_data, tmp_path, capfd):
     places = Places(archive, out / "dataset", out / "dataset-audit")
     rules = Rules(require_lung=False)
     prepare(Options(image_size=32, rules=rules), places, num_workers=1)
-    describe.contact_sheet(places.output_dir, 6, 0).save(out / "sheet.png")
+    contact_sheet(Dataset.open(places.output_dir), 6, 0).save(out / "sheet.png")
     save_untrained(tiny_recipe(places.output_dir, "masked_region", image_size=32), out / "run")
     evaluate(out / "run", places.output_dir, "test", out / "result.json")
     embed(out / "run", archive, out / "embeddings.parquet", rules=rules, num_workers=0)

@@ -19,7 +19,7 @@ from ctssl_jax.command_line import InputError
 from ctssl_jax.linear_probes import IMAGES, LABELS, FrozenEncoder, ImageFeatures, LabelFeatures
 from ctssl_jax.probe import probe, table
 from ctssl_jax.tasks import get_task
-from data_prep import dataset
+from data_prep.dataset import Dataset
 
 SCORES = {
     **dict.fromkeys(LABELS, ("auroc", "accuracy")),
@@ -133,7 +133,7 @@ def test_planted_images_are_found():
 def test_inputs_targets_and_labels_equal_those_of_evaluation(task, tiny_dataset):
     config = tiny_recipe(tiny_dataset, task)
     task_functions = get_task(task)
-    source = data.open_source(tiny_dataset, "test", (0,), task_functions.offsets(config))
+    source = data.open_source(Dataset.open(tiny_dataset), "test", (0,), task_functions.offsets(config))
     batch = next(data.evaluation_batches(source, len(source)))
 
     @jax.jit  # drops the model: only what goes in and what should come out is asked for
@@ -161,7 +161,7 @@ def test_inputs_targets_and_labels_equal_those_of_evaluation(task, tiny_dataset)
 
 
 def test_targets_are_the_same_for_every_grey_scale_of_the_encoder(tiny_dataset):
-    batch = next(data.evaluation_batches(data.open_source(tiny_dataset, "test", (0,), (0,)), 4))
+    batch = next(data.evaluation_batches(data.open_source(Dataset.open(tiny_dataset), "test", (0,), (0,)), 4))
     encoder = same_image(channels=3, normalize="slice_minmax")
     (features,) = linear_probes.image_features(encoder, IMAGES["clean"], [batch])
     assert features.latents.shape == (4, 16, 16, 3) and features.latents.max() == 1
@@ -202,7 +202,7 @@ def test_only_the_encoder_is_read_and_it_is_the_run_s(task, runs, monkeypatch):
 
 def test_an_untrained_encoder_has_the_statistics_of_the_training_slices(tiny_dataset):
     config = tiny_recipe(tiny_dataset, "rotation")
-    source = data.open_source(tiny_dataset, "train", (0,), (0,))
+    source = data.open_source(Dataset.open(tiny_dataset), "train", (0,), (0,))
     encoder = linear_probes.untrained_encoder(config, get_task("rotation"), data.training_batches(source, 8, seed=0))
     again = linear_probes.untrained_encoder(config, get_task("rotation"), data.training_batches(source, 8, seed=0))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, encoder.state, again.state)))
@@ -240,7 +240,7 @@ def test_result_files(runs, results, tiny_dataset):
             "kind": "probe", "task": task, "recipe": task, "encoder": "run", "synthetic": True, "split": "test",
             "num_train_slices": 60, "num_train_pairs": 50, "num_slices": 24, "num_pairs": 20,  # a gap in each volume
             "num_patients_seen_in_training": 0, "num_features": {"latent": 4, "pooled": 64}, "seed": 0,
-            "dataset_fingerprint": dataset.read_preparation(tiny_dataset)["fingerprint"],
+            "dataset_fingerprint": Dataset.open(tiny_dataset).preparation["fingerprint"],
             "checkpoint_step": checkpoint.choose_step(runs / task),
         }.items() <= content.items()  # fmt: skip
         assert set(content["chosen"]) == {name.rsplit("/", 1)[0] for name in NAMES}

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import archives, dataset, planning, remote_archives, stores
+from data_prep import archives, planning, remote_archives, stores
+from data_prep.dataset import Dataset
 from data_prep.dicom import Header, NotAnImage, load_volume, plan_series, read_header
 from data_prep.pipeline.prepare import Options, Places, check_places, num_failed_for_now, prepare
 from data_prep.remote_archives import archive_directory
@@ -126,7 +127,7 @@ def test_what_the_store_fails_to_give_is_tried_again(store, scans, prepared, tmp
     store.fail()
     again, changed = prepare(OPTIONS, places, num_workers=1, pseudonym_key_file=key_file)
     assert changed and num_failed_for_now(again["counts"]) == 0
-    assert len(dataset.read_volumes(places.output_dir)) == len(dataset.read_volumes(prepared.output_dir)) == 4
+    assert len(Dataset.open(places.output_dir).volumes()) == len(Dataset.open(prepared.output_dir).volumes()) == 4
 
 
 def test_failed_reads_are_told_from_damaged_files(store):

@@ -16,7 +16,7 @@ from nibabel import orientations
 
 from ctssl_jax import hu_arrays, scan_flags, scans
 from ctssl_jax.command_line import InputError
-from data_prep import dataset
+from data_prep.dataset import Dataset
 from data_prep.dicom import Rules
 from data_prep.labels import LabelSources
 from data_prep.pipeline.prepare import Options, Places, prepare
@@ -41,8 +41,8 @@ def prepared(folder, archive, options, **sources):
         options, places, sources=LabelSources(options.archive, **sources), num_workers=1, pseudonym_key_file=key_file
     )
     found = {}
-    for row in dataset.read_volumes(places.output_dir):
-        source = dataset.open_split(places.output_dir, row["split"])
+    for row in Dataset.open(places.output_dir).volumes():
+        source = Dataset.open(places.output_dir).source(row["split"])
         records = [source[row["first_record"] + index] for index in range(row["num_slices"])]
         images = np.stack([record["image"] for record in records])
         position_mm = np.array([record["position_mm"] for record in records], np.float32)

@@ -26,7 +26,7 @@ from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluate import evaluate, table
 from ctssl_jax.ops.images import ssim
 from ctssl_jax.tasks import TASKS, get_task
-from data_prep import dataset
+from data_prep.dataset import Dataset
 
 RECIPES = sorted(path.stem for path in (PROJECT / "configs").glob("[a-z]*.py"))
 NEW = ("next_slice", "denoising", "rotation", "flip")
@@ -108,10 +108,10 @@ def test_labels_are_fixed_in_evaluation_and_new_every_step(batch):
 
 
 def test_next_slice_pairs_never_cross_a_gap_or_a_volume(tiny_dataset):
-    records = dataset.open_split(tiny_dataset, "train")
+    records = Dataset.open(tiny_dataset).source("train")
     for gap, pairs_a_volume in ((1, 10), (2, 8)):  # 12 slices, a gap after slice 5
         config = tiny_recipe(tiny_dataset, "next_slice", slice_gap=gap)
-        source = data.open_source(tiny_dataset, "train", (0,), get_task("next_slice").offsets(config))
+        source = data.open_source(Dataset.open(tiny_dataset), "train", (0,), get_task("next_slice").offsets(config))
         assert len(source) == 5 * pairs_a_volume
         for index in range(len(source)):
             item = source[index]
@@ -197,7 +197,7 @@ def test_evaluation_reports_the_row_of_the_paper(task, straight, tiny_dataset, t
 
 def test_copying_the_current_slice_is_a_baseline_of_next_slice(straight, tiny_dataset, tmp_path):
     result = evaluate(straight("next_slice"), tiny_dataset, "test", tmp_path / "r.json", baselines=True)
-    images = np.stack([record["image"] for record in dataset.open_split(tiny_dataset, "test")]) / 255
+    images = np.stack([record["image"] for record in Dataset.open(tiny_dataset).source("test")]) / 255
     expected = [np.square(images[i] - images[i + 1]).mean() for i in range(23) if i not in (5, 11, 17)]
     assert result["baselines"]["copy_input"]["mse"]["mean"] == pytest.approx(np.mean(expected), rel=1e-4)
 

@@ -11,6 +11,7 @@ from training_runs import EMA, tiny_config
 from ctssl_jax import checkpoint, data, distributed, training
 from ctssl_jax.corruptions import example_keys
 from ctssl_jax.tasks import TASKS, get_task
+from data_prep.dataset import Dataset
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def run(program, config, source, number):
 
 @pytest.fixture(scope="module")
 def source(tiny_dataset):
-    return data.open_source(tiny_dataset, "train", (0,), (0,))
+    return data.open_source(Dataset.open(tiny_dataset), "train", (0,), (0,))
 
 
 @pytest.mark.parametrize("settings", [{}, EMA], ids=["gradient", "ema"])
@@ -114,7 +115,7 @@ def test_microbatches_add_up_to_the_gradient_of_the_batch(tiny_dataset, source, 
 
 def test_scores_do_not_depend_on_the_batch_and_padding_counts_nothing(tiny_dataset, program_of):
     config = tiny_config(tiny_dataset)
-    source = data.open_source(tiny_dataset, "validation", (0,), (0,))
+    source = data.open_source(Dataset.open(tiny_dataset), "validation", (0,), (0,))
     scores, counts = {}, {}
     for num_devices, batch_size in ((1, 8), (1, 7), (1, 24), (8, 16)):
         program = program_of(config, num_devices, "{}")

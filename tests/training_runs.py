@@ -2,9 +2,11 @@
 
 import importlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from ctssl_jax import checkpoint, configuration, reports, training
 from ctssl_jax.tasks import get_task
 from ctssl_jax.train import train
-from data_prep import dataset
+from data_prep.dataset import Dataset
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -59,6 +61,31 @@ def command(dataset: Path, workdir: Path, /, *flags: str, **overrides) -> list[s
     return [sys.executable, "-m", "ctssl_jax.train", "--config=configs/masked_region.py", *named, *given, *flags]
 
 
+def command_ended_at(step: int, number: int, arguments: list[str]) -> list[str]:
+    """A command line of `command` that sends itself this signal once it has taken this step."""
+    program = f"from tests.training_runs import run_until; run_until({step}, {int(number)})"
+    return [sys.executable, "-c", program, *arguments[3:]]
+
+
+def run_until(step: int, number: int) -> None:
+    """The program of `command_ended_at`."""
+    training.run_step = signalling(step, number)
+    runpy.run_module("ctssl_jax.train", run_name="__main__")
+
+
+def signalling(step: int, number: int) -> Callable:
+    """`training.run_step`, which sends this process a signal after this step."""
+    run_step = training.run_step
+
+    def run_step_and_signal(program, state, microbatches):
+        state = run_step(program, state, microbatches)
+        if int(state.step) == step:
+            os.kill(os.getpid(), number)
+        return state
+
+    return run_step_and_signal
+
+
 def start(arguments: list[str], num_devices: int = 1) -> subprocess.Popen:
     """Start a command line at the project's root with so many simulated devices; output is caught as text."""
     kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
@@ -80,17 +107,7 @@ def train_on(config: ml_collections.ConfigDict, workdir: Path, num_devices: int 
 
 def ask_to_stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The next run gets SIGTERM while it takes this step."""
-    run_step, taken = training.run_step, []
-
-    def run_step_and_signal(program, state, microbatches):
-        state = run_step(program, state, microbatches)
-        taken.append(state)
-        del taken[:-1]
-        if int(state.step) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return state
-
-    monkeypatch.setattr(training, "run_step", run_step_and_signal)
+    monkeypatch.setattr(training, "run_step", signalling(step, signal.SIGTERM))
 
 
 def saved_state(workdir: Path, step: int | str = "last") -> dict[str, np.ndarray]:
@@ -127,9 +144,9 @@ def save_untrained(config: ml_collections.ConfigDict, workdir: Path, step: int =
 
     Its batch statistics are random, too, so that a wrong one shows in any output.
     """
-    preparation = dataset.read_preparation(config.dataset)
+    preparation = Dataset.open(config.dataset).preparation
     patients = {
-        split: [volume["patient_id"] for volume in dataset.read_volumes(config.dataset, split)]
+        split: [volume["patient_id"] for volume in Dataset.open(config.dataset).volumes(split)]
         for split in ("train", "validation")
     }
     configuration.open_workdir(workdir, config, preparation, patients)

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from data_prep.dataset import file_sha256
+from data_prep.dataset__storage import file_sha256
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 

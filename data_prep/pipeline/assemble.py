@@ -6,21 +6,37 @@ written. From then on a killed run only has to be carried on: shards that are fi
 
 import collections
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import dataset, dataset_writer, deidentify
+from data_prep import dataset_writer, deidentify
 from data_prep.conversion import ExamNote, read_note, records_path
+from data_prep.dataset__schema import (
+    LABELS_FILE,
+    PREPARATION_FILE,
+    REGIONS_FILE,
+    REJECTED_COLUMNS,
+    REJECTED_FILE,
+    SLICES_FILE,
+    SPLITS,
+    VOLUME_COLUMNS,
+    VOLUMES_FILE,
+    label_columns,
+    make_preparation,
+    region_columns,
+    shard_name,
+    slice_columns,
+    versions,
+)
+from data_prep.dataset__storage import file_sha256, read_records, write_records, write_table
+from data_prep.dataset__tfds import complete
 from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
-_VERSIONED = ("numpy", "scipy", "pydicom", "imagecodecs", "array_record", "tensorflow-datasets")
 _MEGABYTE = 1_000_000
 
 
@@ -85,7 +101,7 @@ def freeze(
         volumes_per_patient, options["splits"], options["holdout_volumes"], known_splits
     )
     rows, new_shards, shard_lengths = [], [], {}
-    for split in dataset.SPLITS:
+    for split in SPLITS:
         present = [row for row in old_volumes if row["split"] == split]
         added = [name for name, (row, _) in new_volumes.items() if splits[row["patient_id"]] == split]
         added.sort(key=lambda name: by_hash(new_volumes[name][0]["volume_id"]))
@@ -99,7 +115,7 @@ def freeze(
         sizes = [new_volumes[name][1] for name in added]
         for part in cut_into_shards(sizes, int(options["shard_size_mb"] * _MEGABYTE)):
             num_records = sum(slices[part.start : part.stop])
-            shard = dataset.shard_name(split, len(lengths))
+            shard = shard_name(split, len(lengths))
             staged = added[part.start : part.stop]
             new_shards.append({"name": shard, "num_records": num_records, "staged": staged})
             lengths.append(num_records)
@@ -140,49 +156,31 @@ def assemble(
     Raises:
         OSError: the output can't be written.
     """
-    (output_dir / dataset.PREPARATION_FILE).unlink(missing_ok=True)  # until the end it is not complete
+    (output_dir / PREPARATION_FILE).unlink(missing_ok=True)  # until the end it is not complete
     dataset_writer.sync_directory(output_dir)
     checksums = _write_shards(frozen, output_dir, records_dir, pool)
     checksums = {n: c for n, c in frozen.old_checksums.items() if ".array_record-" in n} | checksums
-    dataset_writer.write_table(output_dir / dataset.VOLUMES_FILE, dataset.VOLUME_COLUMNS, frozen.volumes)
-    dataset_writer.write_table(output_dir / dataset.REJECTED_FILE, dataset.REJECTED_COLUMNS, frozen.rejected)
+    write_table(output_dir / VOLUMES_FILE, VOLUME_COLUMNS, frozen.volumes)
+    write_table(output_dir / REJECTED_FILE, REJECTED_COLUMNS, frozen.rejected)
     label_counts = {}
-    masks = frozen.options["masks"]
     tables = _label_tables(frozen, notes_dir, kept_notes_dir)
     for name, (columns, rows) in tables.items():
-        dataset_writer.write_table(output_dir / name, columns, rows)
+        write_table(output_dir / name, columns, rows)
         label_counts |= _class_counts(rows, frozen.labels)
-    size = frozen.options["image_size"]
-    channels = len(frozen.options["windows"])
-    synthetic = any(row["synthetic"] for row in frozen.volumes)
-    dataset_writer.write_tfds_metadata(
-        output_dir,
-        (size, size, channels),
-        frozen.shard_lengths,
-        description(frozen.options, synthetic),
-        masks=bool(masks),
+    preparation = make_preparation(
+        archive=frozen.options["archive"],
+        windows=[{"level": level, "width": width} for level, width in frozen.options["windows"]],
+        image_size=frozen.options["image_size"],
+        volumes=frozen.volumes,
+        shard_lengths=frozen.shard_lengths,
+        labels=frozen.labels,
+        masks=frozen.options["masks"],
+        key_fingerprint=frozen.key_fingerprint,
+        options=frozen.options,
+        versions=versions(),
+        counts=frozen.counts | ({"labels": label_counts} if label_counts else {}),
     )
-    for name in (dataset.VOLUMES_FILE, dataset.REJECTED_FILE, *tables, "dataset_info.json", "features.json"):
-        checksums[name] = dataset.file_sha256(output_dir / name)
-    preparation = {
-        "format_version": dataset.FORMAT_VERSION,
-        "archive": frozen.options["archive"],
-        "synthetic": synthetic,
-        "windows": [{"level": level, "width": width} for level, width in frozen.options["windows"]],
-        "image_size": size,
-        "channels": channels,
-        "splits": {split: _split_facts(frozen, split, lengths) for split, lengths in frozen.shard_lengths.items()},
-        "labels": frozen.labels,
-        "masks": masks,
-        "key_fingerprint": frozen.key_fingerprint,
-        "fingerprint": dataset.dataset_fingerprint(checksums),
-        "options": frozen.options,
-        "versions": versions(),
-        "counts": frozen.counts | ({"labels": label_counts} if label_counts else {}),
-        "checksums": dict(sorted(checksums.items())),
-    }
-    dataset_writer.write_preparation(output_dir, preparation)
-    return preparation
+    return complete(output_dir, preparation, (VOLUMES_FILE, REJECTED_FILE, *tables), checksums)
 
 
 def _label_tables(
@@ -190,9 +188,9 @@ def _label_tables(
 ) -> dict[str, tuple[dict[str, type], list[dict[str, Any]]]]:
     """Columns and rows of the tables of labels and regions that the dataset has, by file name."""
     columns = {
-        dataset.SLICES_FILE: dataset.slice_columns(frozen.labels, bool(frozen.options["masks"])),
-        dataset.LABELS_FILE: dataset.label_columns(frozen.labels),
-        dataset.REGIONS_FILE: dataset.region_columns(frozen.options["masks"]),
+        SLICES_FILE: slice_columns(frozen.labels, bool(frozen.options["masks"])),
+        LABELS_FILE: label_columns(frozen.labels),
+        REGIONS_FILE: region_columns(frozen.options["masks"]),
     }
     tables = {name: (of_table, []) for name, of_table in columns.items() if of_table}
     for row in frozen.volumes if tables else ():
@@ -200,9 +198,9 @@ def _label_tables(
         volume = {"volume_id": row["volume_id"]}
         by_slice = [dict(zip(found["slices"], c, strict=True)) for c in zip(*found["slices"].values(), strict=True)]
         rows = {
-            dataset.SLICES_FILE: [volume | {"slice_index": i} | cells for i, cells in enumerate(by_slice)],
-            dataset.LABELS_FILE: [volume | found["volume"]],
-            dataset.REGIONS_FILE: [volume | region for region in found["regions"]],
+            SLICES_FILE: [volume | {"slice_index": i} | cells for i, cells in enumerate(by_slice)],
+            LABELS_FILE: [volume | found["volume"]],
+            REGIONS_FILE: [volume | region for region in found["regions"]],
         }
         for name, (_, of_table) in tables.items():
             of_table += rows[name]
@@ -223,28 +221,6 @@ def _class_counts(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping
 def _note_of(volume_id: str, frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> ExamNote:
     new = notes_dir / f"{frozen.kept_notes.get(volume_id, '')}.json"
     return read_note(new if new.exists() else kept_notes_dir / f"{volume_id}.json")
-
-
-def description(options: Mapping[str, Any], synthetic: bool) -> str:
-    windows = ", ".join(f"{level:g}/{width:g}" for level, width in options["windows"])
-    kind = "SYNTHETIC chest CT slices (a phantom, no patients)" if synthetic else "Chest CT slices"
-    return f"{kind}, windowed (level/width in HU: {windows}). Not for clinical use."
-
-
-def versions() -> dict[str, str]:
-    """Of what the bytes of a dataset may depend on."""
-    found = {name: importlib.metadata.version(name) for name in _VERSIONED}
-    return {"python": platform.python_version()} | found
-
-
-def _split_facts(frozen: Frozen, split: str, lengths: list[int]) -> dict[str, Any]:
-    rows = [row for row in frozen.volumes if row["split"] == split]
-    return {
-        "num_volumes": len(rows),
-        "num_patients": len({row["patient_id"] for row in rows}),
-        "num_slices": sum(lengths),
-        "shard_lengths": lengths,
-    }
 
 
 def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, str]:
@@ -273,10 +249,10 @@ def write_shard(path: Path, records_dir: Path, staged: list[str], num_records: i
     Raises:
         OSError: it cannot be written, or the exams hold another number of records.
     """
-    written = dataset_writer.write_records(path, _staged_records(records_dir, staged))
+    written = write_records(path, _staged_records(records_dir, staged))
     if written != num_records:
         raise OSError(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
-    checksum = dataset.file_sha256(path)
+    checksum = file_sha256(path)
     dataset_writer.write_file(sidecar_path(records_dir, path.name), checksum.encode())
     for key in staged:
         records_path(records_dir, key).unlink(missing_ok=True)
@@ -285,7 +261,7 @@ def write_shard(path: Path, records_dir: Path, staged: list[str], num_records: i
 
 def _staged_records(records_dir: Path, staged: list[str]) -> Iterator[bytes]:
     for key in staged:
-        yield from dataset.read_records(records_path(records_dir, key))
+        yield from read_records(records_path(records_dir, key))
 
 
 def sidecar_path(records_dir: Path, shard: str) -> Path:

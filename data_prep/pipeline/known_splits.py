@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_prep import dataset, deidentify
+from data_prep import deidentify
+from data_prep.dataset import Dataset
 
 KEY_FILE = "pseudonym_key"  # in an audit directory
 
@@ -32,7 +33,7 @@ def read_known_splits(directories: Sequence[Path]) -> KnownSplits | None:
     """
     if not directories:
         return None
-    preparations = [dataset.read_preparation(directory) for directory in directories]
+    preparations = [Dataset.open(directory).preparation for directory in directories]
     split_of: dict[str, str] = {}
     found = KnownSplits(
         directories=tuple(directories),
@@ -43,7 +44,7 @@ def read_known_splits(directories: Sequence[Path]) -> KnownSplits | None:
     if len({preparation["key_fingerprint"] for preparation in preparations}) > 1:
         raise ValueError(f"{found.named}: have different pseudonym keys; name those of one key")
     for directory in directories:
-        here = {row["patient_id"]: row["split"] for row in dataset.read_volumes(directory)}
+        here = {row["patient_id"]: row["split"] for row in Dataset.open(directory).volumes()}
         if differing := number_that_differ(here, split_of):
             raise ValueError(f"{found.named}: {differing} patients are in different splits of them; leave one out")
         split_of |= here

@@ -21,8 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import conversion, dataset, dataset_writer, deidentify, label_staging
+from data_prep import conversion, dataset_writer, deidentify, label_staging
 from data_prep.archives import ArchiveDirectory, RemoteArchive
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import PREPARATION_FILE, VOLUMES_FILE
 from data_prep.dicom import Rules
 from data_prep.labels import LabelSources
 from data_prep.pipeline import splits
@@ -132,7 +134,7 @@ def check_places(places: Places) -> None:
     for path in (places.output_dir, places.audit_dir):
         if path.exists() and not path.is_dir():
             raise PreparationError(f"{path}: is a file; choose another directory")
-    ours = (dataset.PREPARATION_FILE, dataset.VOLUMES_FILE, places.records_dir.name)
+    ours = (PREPARATION_FILE, VOLUMES_FILE, places.records_dir.name)
     if places.output_dir.is_dir() and not any((places.output_dir / name).exists() for name in ours):
         if any(places.output_dir.iterdir()):
             raise PreparationError(f"--output_dir={places.output_dir}: holds other files; choose a new directory")
@@ -250,9 +252,9 @@ def lock_directory(directory: Path) -> Iterator[None]:
 
 def _complete_preparation(options: Options, key: bytes, places: Places) -> dict[str, Any] | None:
     """preparation.json of a dataset that an earlier run completed and this one may add to; None if there is none."""
-    if not (places.output_dir / dataset.PREPARATION_FILE).exists():
+    if not (places.output_dir / PREPARATION_FILE).exists():
         return None
-    preparation = dataset.read_preparation(places.output_dir)
+    preparation = Dataset.open(places.output_dir).preparation
     _refuse_other_options(preparation["options"], preparation["key_fingerprint"], options, key, places.output_dir)
     if _bound(places)["fingerprint"] != preparation["fingerprint"]:
         raise PreparationError(
@@ -315,8 +317,8 @@ def _refuse_audit_dir_of_another(places: Places) -> None:
     bound = _bound(places)
     if bound["output_dir"] in ("", _relative_output_dir(places)):
         return
-    if (places.output_dir / dataset.PREPARATION_FILE).exists():
-        if dataset.read_preparation(places.output_dir)["fingerprint"] == bound["fingerprint"]:
+    if (places.output_dir / PREPARATION_FILE).exists():
+        if Dataset.open(places.output_dir).preparation["fingerprint"] == bound["fingerprint"]:
             return
     raise PreparationError(
         f"{places.audit_dir}: is the audit directory of another dataset, not of {places.output_dir}; give another "
@@ -345,7 +347,7 @@ def _convert_and_freeze(
     places.records_dir.mkdir(exist_ok=True)
     for stale in [*places.records_dir.glob("*.done"), *_unlisted_shards(places.output_dir, preparation)]:
         stale.unlink()
-    old_volumes = dataset.read_volumes(places.output_dir) if preparation else []
+    old_volumes = Dataset.open(places.output_dir).volumes() if preparation else []
     volumes_of_exam = collections.defaultdict(list)
     for row in old_volumes:
         volumes_of_exam[row["exam_id"]].append(row["volume_id"])

@@ -8,7 +8,7 @@ each dataset's own audit directory. `data_prep.pipeline.known_splits` takes over
 import itertools
 from collections.abc import Mapping, Sequence
 
-from data_prep.dataset import SPLITS
+from data_prep.dataset__schema import SPLITS
 
 
 def check_numbers(num_patients: int, num_volumes: int, fractions: Sequence[float], holdout_volumes: int) -> None:

@@ -33,7 +33,9 @@ from ctssl_jax.evaluate import evaluate
 from ctssl_jax.export import export
 from ctssl_jax.reports import Reports
 from ctssl_jax.tasks import get_task
-from data_prep.dataset import SPLITS, DatasetError, read_volumes
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import SPLITS
+from data_prep.system.errors import DatasetError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests.example_dataset import write_example_dataset
@@ -77,7 +79,7 @@ def make_sound(folder: Path, commands: Sequence[str] = COMMANDS) -> Sound:
 def save_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """A run directory as training leaves it, with checkpoints of other weights at each step, but nothing is trained."""
     preparation, channels = configuration.check_dataset(config, ("train", "validation"))
-    patients = {name: [row["patient_id"] for row in read_volumes(config.dataset, name)] for name in SPLITS[:2]}
+    patients = {name: [row["patient_id"] for row in Dataset.open(config.dataset).volumes(name)] for name in SPLITS[:2]}
     configuration.open_workdir(workdir, config, preparation, patients)
     transplant.record(None, workdir)
     checkpoint.write_json(workdir / "training_data.json", {"train_fraction": 1.0})
@@ -105,7 +107,7 @@ def _config(dataset: Path, num_steps: int) -> ml_collections.ConfigDict:
 def _result(command: str, folder: Path, pool: WorkerPool) -> Any:
     run, dataset = folder / "run", folder / "dataset"
     if command == "verify":
-        return verify(dataset, pool)
+        return verify(Dataset.open(dataset), pool)
     if command == "train":
         train.train(_config(dataset, MORE_STEPS), run, jax.devices()[:1])
         return {name: array.tobytes() for name, array in saved_state(run, MORE_STEPS).items()}

@@ -18,7 +18,7 @@ import imagecodecs
 import pyarrow
 import pyarrow.parquet
 
-from data_prep import dataset
+from data_prep.dataset__storage import decode_record, read_records
 
 PIXELS = "pixels"
 _DEPTH = 4  # a zlib stream in a PNG in base64 in a zip file
@@ -34,7 +34,7 @@ def pieces(path: Path) -> Iterator[tuple[str, bytes]]:
     data = path.read_bytes()
     yield "bytes", data
     if ".array_record-" in path.name:
-        for number, record in enumerate(dataset.read_records(path)):
+        for number, record in enumerate(read_records(path)):
             pixels, rest = _features(record)
             yield f"record {number}", rest
             yield f"record {number}, {PIXELS}", pixels
@@ -44,7 +44,7 @@ def pieces(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _features(record: bytes) -> tuple[bytes, bytes]:
     """The bytes of the images of a record, and all others, in which the images are one blank."""
-    image = dataset.decode_record(record, (-1, 1, 1))["image"].tobytes()
+    image = decode_record(record, (-1, 1, 1))["image"].tobytes()
     return image, record.replace(image, b" ")
 
 
