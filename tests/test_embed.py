@@ -19,15 +19,14 @@ from ctssl_jax import (
     checkpoint,
     configuration,
     data,
-    embedding_files,
-    embedding_inputs,
-    linear_probes,
-    pretrained,
     scans,
 )
 from ctssl_jax.command_line import InputError
-from ctssl_jax.embed import embed, summary
-from ctssl_jax.evaluate import evaluate
+from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.inference import embedding, embedding_files, embedding_inputs, pretrained
+from ctssl_jax.inference.embedding import embed, summary
+from ctssl_jax.probes.encoders import trained_encoder
+from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
@@ -115,8 +114,14 @@ def runs(folder, tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
     """A model that is loaded twice is one object, with one compiled program: tests take a third of the time."""
+    load_model = functools.cache(pretrained.load)
+
+    def load(run, checkpoint="best", *, batch_size=0):
+        return load_model(run.workdir if isinstance(run, Run) else run, checkpoint, batch_size=batch_size)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "load", functools.cache(pretrained.load))
+        patch.setattr(embedding, "load", load)
+        patch.setattr(pretrained, "load", load)
         yield
 
 
@@ -209,7 +214,7 @@ def test_embeddings_are_those_of_evaluation_and_probes(runs, folder):
 
             expected = apply(model.state, batch)
         else:
-            frozen = linear_probes.trained_encoder(config, get_task(config.task), runs / task, 4)
+            frozen = trained_encoder(config, get_task(config.task), Run.open(runs / task), 4)
             expected = jnp.mean(frozen.encode(frozen.state, batch["images"][:, 0] / np.float32(255))[0], axis=(1, 2))
         (row,) = Dataset.open(config.dataset).volumes("test")
         prepared = scans.PreparedVolume(

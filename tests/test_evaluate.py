@@ -12,7 +12,7 @@ from training_runs import command, start, tiny_config, train_on
 
 from ctssl_jax import checkpoint, corruptions, training
 from ctssl_jax.command_line import InputError
-from ctssl_jax.evaluate import evaluate, table
+from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.tasks import get_task
 from data_prep.dataset import Dataset
 from data_prep.system.errors import DatasetError

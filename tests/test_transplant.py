@@ -11,7 +11,7 @@ from training_runs import ask_to_stop_at, assert_same_state, renew_sums, saved_s
 
 from ctssl_jax import checkpoint, distributed, training, transplant
 from ctssl_jax.command_line import InputError
-from ctssl_jax.evaluate import evaluate, table
+from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.tasks import get_task
 
 SHORT = {"num_steps": 2, "log_every": 1, "eval_every": 2}

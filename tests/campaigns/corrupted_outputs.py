@@ -28,9 +28,9 @@ import numpy as np
 
 from ctssl_jax import checkpoint, configuration, distributed, train, training, transplant
 from ctssl_jax.command_line import InputError, RunFailed
-from ctssl_jax.embed import embed
-from ctssl_jax.evaluate import evaluate
-from ctssl_jax.export import export
+from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.inference.embedding import embed
+from ctssl_jax.release.exporting import export
 from ctssl_jax.reports import Reports
 from ctssl_jax.tasks import get_task
 from data_prep.dataset import Dataset
