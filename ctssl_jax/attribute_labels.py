@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
+from data_prep.system.errors import InputError
 
 OF_VOLUMES = ("age", "sex", "ethnic_group")  # columns of volumes.csv
 LEAST_PATIENTS = 10

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 _CONTRAST, _GEOMETRY, _CUTOUT, _FLIP = range(4)  # parts of an example's key
 

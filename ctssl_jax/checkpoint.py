@@ -20,10 +20,9 @@ from ctssl_jax.runs.damage import (
     set_aside_damaged,
     write_sums,
 )
-from data_prep.system.files import read_json, write_json, write_text
 
 __all__ = [
     "CHECKPOINTS", "LAST_GOOD", "SET_ASIDE", "SUMS", "Checkpoints", "check_all_undamaged", "check_undamaged",
-    "choose_step", "fingerprint", "flatten", "holds_checkpoint", "read_json", "read_metadata", "restore", "saved_with",
-    "set_aside_damaged", "stored_shapes", "unflatten", "write_json", "write_sums", "write_text",
+    "choose_step", "fingerprint", "flatten", "holds_checkpoint", "read_metadata", "restore", "saved_with",
+    "set_aside_damaged", "stored_shapes", "unflatten", "write_sums",
 ]  # fmt: skip

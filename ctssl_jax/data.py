@@ -13,8 +13,8 @@ import grain
 import numpy as np
 
 from ctssl_jax import attribute_labels
-from ctssl_jax.command_line import InputError
 from data_prep.dataset import Dataset
+from data_prep.system.errors import InputError
 
 
 def select_channels(preparation: dict, windows: Sequence[Sequence[float]]) -> tuple[int, ...]:

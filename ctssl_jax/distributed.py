@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ctssl_jax import lost_host
-from ctssl_jax.command_line import InputError
+from data_prep.system.command_line import EXIT_INPUT, STOP_SIGNALS, stop_signals_handled_by
+from data_prep.system.errors import InputError
 
 SMALLEST_SPLIT_ARRAY = 4096
 
@@ -49,7 +50,8 @@ def initialize(
         return
     if any(explicit) and not all(explicit):
         raise InputError("--coordinator_address, --num_processes and --process_id are given together or not at all")
-    lost_host.at_abort(lambda: f"error: {_not_joined('not all of them came, or one was lost')}\n", exit_code=2)
+    lost_host.at_abort(lambda: f"error: {_not_joined('not all of them came, or one was lost')}\n", EXIT_INPUT)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else it would wait for the others to come; then it is JAX's own
     given = (coordinator_address, num_processes, process_id) if all(explicit) else ()
     try:
         jax.distributed.initialize(
@@ -187,7 +189,7 @@ def require_agreement(what: str, content: Any) -> None:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Listen for SIGTERM (preemption, `scancel`, `kill`) and SIGINT (Ctrl-C) within a block of the main thread.
+    """Listen for SIGTERM (preemption, `scancel`, `kill`), SIGINT (Ctrl-C) and SIGHUP within a block of the main thread.
 
     Yields:
       `should_stop(step)`, to be called at every step: true when this process, or in a multi-host run any process,
@@ -203,9 +205,5 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.signal(number, note) for number in [signal.SIGINT] + [signal.SIGTERM] * (not several)}
-    try:
+    with stop_signals_handled_by(note, [number for number in STOP_SIGNALS if not several or number != signal.SIGTERM]):
         yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,18 +1,17 @@
-"""Arrays of HU in any orientation, as users of nibabel or SimpleITK hold them -> volumes as those of `data_prep`."""
+"""Arrays of HU in any orientation (of nibabel, SimpleITK) -> volumes as `data_prep` prepares them."""
 
 import types
 from collections.abc import Sequence
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError
-from ctssl_jax.scans import PreparedVolume, prepare_images
 from data_prep.anatomy import summarise
-from data_prep.conversion import lung_box
-from data_prep.geometry import canonical_axes, orient
+from data_prep.geometry import RAS_TO_LPS, canonical_axes, orient
 from data_prep.hounsfield import PlausibilityCount, to_hu
+from data_prep.raw.scans import PreparedVolume
+from data_prep.system.errors import InputError
+from data_prep.window import lung_box, prepare_images
 
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _VALUES_ARE_HU = types.SimpleNamespace(rescale_slope=1.0, rescale_intercept=0.0, padding_value=None, padding_limit=None)
 
 
@@ -55,7 +54,7 @@ def canonical_volume(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray,
         raise InputError("the affine is no invertible 4 x 4 matrix of finite numbers; give nibabel's image.affine")
     if array.ndim != 3 or array.dtype.kind not in "iuf" or not min(array.shape):
         raise InputError(f"HU of {array.dtype} {list(array.shape)}; give a 3-D array of numbers")
-    steps = (_RAS_TO_LPS @ affine)[:3, :3]
+    steps = (RAS_TO_LPS @ affine)[:3, :3]
     spacing_mm = np.linalg.norm(steps, axis=0)
     along = int(np.argmax(np.abs(steps[2]) / spacing_mm))
     column, row = (axis for axis in range(3) if axis != along)

@@ -2,7 +2,7 @@
 
 JAX notices a lost process by missing heartbeats (at once if it was process 0) and then ends the others by `abort()`,
 from a thread of its own: a process that waits for its devices gets no Python exception. Where a connection breaks
-first, an exception does come. Either becomes one line on stderr and exit code 1. Nothing is saved then: checkpoints
+first, an exception does come. Either becomes one line on stderr and exit code 75. Nothing is saved then: checkpoints
 appear under their names only when they are complete, so the last one is whole.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 import jax
 
 from ctssl_jax.checkpoint import CHECKPOINTS
-from ctssl_jax.command_line import InputError, RunFailed
-from data_prep.system.errors import DatasetError
+from data_prep.system.command_line import EXIT_START_AGAIN, exit_code
+from data_prep.system.errors import InputError, RunFailed
 
 LEAVING_SECONDS = 5.0  # for a process that failed: the others may be about to end by the same error, and say so
 SIGNS = ("Gloo", "UNAVAILABLE", "CoordinationService", "remote process exited")  # the last one is NCCL's
@@ -26,7 +26,7 @@ SIGNS = ("Gloo", "UNAVAILABLE", "CoordinationService", "remote process exited") 
 _handlers = []  # C keeps only their addresses
 
 
-def at_abort(line: Callable[[], str], exit_code: int = 1) -> None:
+def at_abort(line: Callable[[], str], exit_code: int = EXIT_START_AGAIN) -> None:
     """From now on `abort()` in this process, by whatever thread, writes a line and ends it with an exit code.
 
     A handler of Python's `signal` would run too late: when it returned to Python, the process would be gone.
@@ -62,10 +62,9 @@ def ending_together(workdir: str | Path) -> Iterator[None]:
         sign = _sign_of_loss(error)
         if sign:
             os.write(2, _lost_line(workdir, f" ({sign})").encode())
-            os._exit(1)
-        exit_code = 2 if isinstance(error, (InputError, DatasetError)) else 1
-        at_abort(lambda: "", exit_code)  # its own message is the one to read
-        leave = threading.Timer(LEAVING_SECONDS, os._exit, [exit_code])
+            os._exit(EXIT_START_AGAIN)
+        at_abort(lambda: "", exit_code(error))  # its own message is the one to read
+        leave = threading.Timer(LEAVING_SECONDS, os._exit, [exit_code(error)])
         leave.daemon = True
         leave.start()
         raise
@@ -73,7 +72,7 @@ def ending_together(workdir: str | Path) -> Iterator[None]:
 
 def _sign_of_loss(error: BaseException | None, signs: tuple[str, ...] = SIGNS) -> str:
     """What an error, or one that led to it, says of a broken connection to another process; empty if it does not."""
-    if error is None or isinstance(error, (InputError, DatasetError)):
+    if error is None or isinstance(error, InputError):
         return ""
     if isinstance(error, RunFailed):  # a checkpoint that could not be saved: storage, too, may be UNAVAILABLE
         signs = tuple(sign for sign in signs if sign != "UNAVAILABLE")

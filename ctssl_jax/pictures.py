@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_prep.dataset_writer import written_whole
+from data_prep.system.files import written_whole
 
 COLUMNS = ("input", "target", "prediction", "difference")
 _HEADER = 16

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import ml_collections
 
 from ctssl_jax import corruptions, losses
-from ctssl_jax.command_line import InputError
 from ctssl_jax.data import Targets
 from ctssl_jax.models.quantizer import code_counts
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
 from ctssl_jax.ops.images import SSIM_WINDOW, ssim, to_unit_range
 from ctssl_jax.task_interface import StepOutput, Task, item_slices, model_config
+from data_prep.system.errors import InputError
 
 
 class Example(NamedTuple):

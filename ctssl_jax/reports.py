@@ -1,13 +1,14 @@
 """Where a run's numbers go: lines on the screen, `metrics.jsonl`, TensorBoard event files. Only process 0 writes."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
 import jax
 
-from ctssl_jax.checkpoint import write_text
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 
 _SECONDS_BETWEEN_FLUSHES = 10  # of the event file
 
@@ -71,9 +72,14 @@ class _EventFile:
     full disk ends, and so does a clock that is set back by a month; the run would then wait for it for ever."""
 
     def __init__(self, folder: Path, purge_step: int):
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        hides_torch = sys.modules.setdefault("torch", None) is None  # tensorboardX would import it, which takes seconds
+        try:
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+        finally:
+            if hides_torch:
+                del sys.modules["torch"]
 
         folder.mkdir(exist_ok=True)
         self._event, self._scalar = Event, summary.scalar

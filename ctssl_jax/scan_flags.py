@@ -1,16 +1,12 @@
-"""Flags of the commands that read raw scans (`ctssl_jax.scans`), named as `data_prep.prepare` names them."""
+"""Flags of the commands that read raw scans (`data_prep.raw.scans`), named as `data_prep.prepare` names them."""
 
 import functools
-from typing import TYPE_CHECKING
 
 from absl import flags
 
-from ctssl_jax.command_line import InputError
+from data_prep.scan.rules import ARCHIVES, Rules
+from data_prep.system.errors import InputError
 
-if TYPE_CHECKING:
-    from data_prep.dicom import Rules
-
-ARCHIVES = ("auto", "dicom", "nifti")
 RULES = ("max_slice_thickness_mm", "min_slices", "require_lung", "irregular", "reconstructions")
 ALL = ("archive", "metadata_csv", *RULES)
 
@@ -27,15 +23,13 @@ def define(given: flags.FlagValues = flags.FLAGS) -> None:
     enum("reconstructions", "one_per_study", ["one_per_study", "all"], "Reconstructions to take of an exam.")
 
 
-def rules_of(given: flags.FlagValues) -> "Rules":
+def rules_of(given: flags.FlagValues) -> Rules:
     """The rules that the flags ask for.
 
     Raises:
       InputError: a value out of its range.
     """
-    from data_prep.dicom import Rules  # not earlier: --help needs none of it
-
     try:
         return Rules(**{name: given[name].value for name in RULES})
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"--{error}") from None

@@ -11,11 +11,11 @@ import ml_collections
 from flax import nnx
 
 from ctssl_jax import augmentations, losses
-from ctssl_jax.command_line import InputError
 from ctssl_jax.data import Targets
 from ctssl_jax.models import unet
 from ctssl_jax.ops import overlap
 from ctssl_jax.task_interface import Architecture, StepOutput, Task, item_slices, model_config
+from data_prep.system.errors import InputError
 
 
 def _segment(

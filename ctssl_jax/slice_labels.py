@@ -12,11 +12,11 @@ import ml_collections
 from flax import nnx
 
 from ctssl_jax import augmentations, losses
-from ctssl_jax.command_line import InputError
 from ctssl_jax.data import Targets
 from ctssl_jax.models import classifier, se_resnext
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.task_interface import Architecture, StepOutput, Task, model_config
+from data_prep.system.errors import InputError
 
 SLICES = ("all", "middle")
 CROPS = ("none", "lung_box")

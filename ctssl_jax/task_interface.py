@@ -11,9 +11,9 @@ import jax
 import ml_collections
 from flax import nnx
 
-from ctssl_jax.command_line import InputError
 from ctssl_jax.data import Targets
 from ctssl_jax.ops.images import to_unit_images
+from data_prep.system.errors import InputError
 
 
 class StepOutput(NamedTuple):

@@ -3,8 +3,8 @@
 import ml_collections
 
 from ctssl_jax import classification, reconstruction, segmentation, slice_labels
-from ctssl_jax.command_line import InputError
 from ctssl_jax.task_interface import Task
+from data_prep.system.errors import InputError
 
 TASKS = {
     "masked_region": reconstruction.MASKED_REGION,

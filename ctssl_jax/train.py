@@ -3,7 +3,7 @@ r"""Train a model: pretraining and downstream.
     python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET --workdir=RUN
 
 Run it again to go on where it stopped: checkpoints hold everything, the order of the data included. SIGTERM and Ctrl-C
-save and end with exit code 0. `--config.init_from=OTHER_RUN` starts from the weights of another run. `--estimate` says
+save and end with exit code 75. `--config.init_from=OTHER_RUN` starts from the weights of another run. `--estimate` says
 after a few timed steps what the run will cost, and writes nothing. On several hosts start one process on each with
 `--distributed`.
 """
@@ -20,7 +20,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from ctssl_jax import command_line
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.errors import InputError, StartAgain
+from data_prep.system.files import write_json
 
 
 def train(
@@ -73,7 +76,7 @@ def _train(
         training,
         transplant,
     )
-    from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore, write_json
+    from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore
     from ctssl_jax.models.quantizer import codebook_use
     from ctssl_jax.reports import Reports, duration, read_reports, say
     from ctssl_jax.tasks import get_task
@@ -106,7 +109,7 @@ def _train(
         weights_digest = ""
         if config.get("init_weights") and fresh:
             if config.init_from:
-                raise command_line.InputError("config.init_weights and config.init_from: give one of them, not both")
+                raise InputError("config.init_weights and config.init_from: give one of them, not both")
             shapes = flatten(dict(zip(("params", "variables"), abstract_model, strict=True)))
             imagenet_weights.load_state_dict(imagenet_weights.read_file(config.init_weights), shapes, head=False)
             weights_digest = hashlib.sha256(Path(config.init_weights).read_bytes()).hexdigest()
@@ -184,7 +187,7 @@ def _train(
     start_step = 0 if fresh else checkpoints.last_step
     distributed.require_agreement("last checkpoint in --workdir", start_step)
     if fresh and config.init_from and donor is None:
-        raise command_line.InputError(
+        raise InputError(
             f"--workdir={workdir} holds an incomplete checkpoint and nothing else; remove its checkpoints folder"
         )
     if not fresh:
@@ -317,13 +320,13 @@ def start(given: flags.FlagValues) -> bool:
     """Train as the flags ask, in this process; True if the run is complete."""
     config = given.config
     if config is None or not (given.workdir or given.estimate):
-        raise command_line.InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
+        raise InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
     try:
         config.lock()
     except OSError:  # what stands for a recipe that could not be loaded raises this at any use
         name = config_flags.get_config_filename(given["config"])
-        raise command_line.InputError(f"--config={name}: no such file; recipes are in configs/") from None
-    command_line.configure_jax()
+        raise InputError(f"--config={name}: no such file; recipes are in configs/") from None
+    configure_jax()
     from ctssl_jax import distributed, lost_host
     from data_prep.dataset import Dataset
 
@@ -342,7 +345,8 @@ def start(given: flags.FlagValues) -> bool:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    start(flags.FLAGS)
+    if not start(flags.FLAGS):
+        raise StartAgain("stopped before the last step; run the same command again to continue")
     return 0
 
 

@@ -21,10 +21,10 @@ from jax.sharding import Mesh, Sharding
 
 from ctssl_jax import distributed
 from ctssl_jax.checkpoint import flatten, restore
-from ctssl_jax.command_line import RunFailed
 from ctssl_jax.corruptions import example_keys
 from ctssl_jax.ops.embeddings import moments
 from ctssl_jax.task_interface import Task
+from data_prep.system.errors import RunFailed
 
 EVALUATION_SEED = 0
 

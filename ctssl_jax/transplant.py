@@ -13,8 +13,9 @@ import jax
 import ml_collections
 
 from ctssl_jax import configuration, data
-from ctssl_jax.checkpoint import choose_step, flatten, read_json, restore, stored_shapes, unflatten, write_json
-from ctssl_jax.command_line import InputError
+from ctssl_jax.checkpoint import choose_step, flatten, restore, stored_shapes, unflatten
+from data_prep.system.errors import InputError
+from data_prep.system.files import read_json, write_json
 
 ANCESTORS = "ancestors.json"
 

@@ -1,0 +1,48 @@
+"""CT scans: archives -> datasets for training, and raw scans -> prepared volumes.
+
+The names below are the package's face for Python; all else may move. Each is imported when it is first used.
+
+    >>> from data_prep import Dataset, Refused, Rules, plan_scans, prepare_images, read_scan
+    >>> plan = plan_scans("scan", rules=Rules(min_slices=10))  # a folder, a zip file or one file; headers only
+    >>> scan = read_scan(plan.input_dir, plan.exams[0], windows=[(50.0, 350.0)], image_size=64)
+    >>> isinstance(scan, Refused)  # then scan.reason and scan.detail say why
+    False
+    >>> scan.images.shape, scan.images.dtype, scan.volume.hu.shape
+    ((21, 64, 64, 1), dtype('uint8'), (21, 56, 58))
+    >>> lung = prepare_images(scan.volume.hu, scan.volume.pixel_spacing_mm, [(-600.0, 1500.0)], image_size=32)
+    >>> lung.shape
+    (21, 32, 32, 1)
+
+A directory that `python -m data_prep.prepare` wrote:
+
+    >>> dataset = Dataset.open("dataset")
+    >>> len(dataset.volumes("train")), dataset.source("train")[0]["image"].shape
+    (5, (16, 16, 1))
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_prep.dataset import Dataset
+    from data_prep.raw.scans import Refused, Scan, plan_scans, read_scan
+    from data_prep.scan.rules import Rules
+    from data_prep.window import prepare_images
+
+__all__ = ["Dataset", "Refused", "Rules", "Scan", "plan_scans", "prepare_images", "read_scan"]
+
+_HOMES = {
+    "Dataset": "data_prep.dataset",
+    "Refused": "data_prep.raw.scans",
+    "Rules": "data_prep.scan.rules",
+    "Scan": "data_prep.raw.scans",
+    "plan_scans": "data_prep.raw.scans",
+    "prepare_images": "data_prep.window",
+    "read_scan": "data_prep.raw.scans",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 from data_prep import remote_archives
 from data_prep.remote_archives import RemoteArchive
 from data_prep.stores import StoreReadError, store_failure
+from data_prep.system.errors import InputError
 
 MAX_FILE_BYTES = 4 << 30  # the largest DICOM file taken: an enhanced multi-frame CT of 8,000 slices
 MAX_COMPRESSION_RATIO = 200  # deflate cannot pass 1032; CT slices stay below 10, blank ones below 100
@@ -41,7 +42,7 @@ class Source(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A file that is left alone, with the reason (a name of `data_prep.dicom.REASONS`)."""
+    """A file that is left alone, with the reason (a name of `data_prep.scan.reasons.REASONS`)."""
 
     source: Source
     reason: str
@@ -56,7 +57,7 @@ def list_sources(input_dir: ArchiveDirectory) -> Iterator[Source | Unreadable]:
     of its local copy, but for zip files whose names do not end in .zip (see `data_prep.remote_archives`).
 
     Raises:
-        FileNotFoundError: `input_dir` does not exist.
+        InputError: `input_dir` does not exist.
         NotADirectoryError: `input_dir` is not a directory.
         StoreError: a URL that cannot be used.
         OSError: a store that cannot be listed to the end.
@@ -70,7 +71,7 @@ def list_sources(input_dir: ArchiveDirectory) -> Iterator[Source | Unreadable]:
         return
     input_dir = Path(input_dir)
     if not input_dir.exists():
-        raise FileNotFoundError(f"{input_dir}: no such directory; give the folder that holds the scans")
+        raise InputError(f"{input_dir}: no such directory; give the folder that holds the scans")
     if not input_dir.is_dir():
         raise NotADirectoryError(f"{input_dir}: is a file, not a directory; give the folder that holds the scans")
     yield from _walk(input_dir, "", input_dir.resolve())

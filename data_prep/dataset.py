@@ -27,8 +27,9 @@ from data_prep.dataset__schema import (
     slice_columns,
     split_shards,
 )
-from data_prep.dataset__storage import READER_OPTIONS, decode_record, file_sha256, read_table
+from data_prep.dataset__storage import READER_OPTIONS, decode_record, read_table
 from data_prep.system.errors import DatasetError
+from data_prep.system.files import file_sha256
 
 
 class LinkedPart(NamedTuple):

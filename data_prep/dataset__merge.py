@@ -30,8 +30,8 @@ from data_prep.dataset__schema import (
 )
 from data_prep.dataset__storage import write_table
 from data_prep.dataset__tfds import complete
-from data_prep.dataset_writer import sync_directory
-from data_prep.merged_tables import MergeError
+from data_prep.system.errors import InputError
+from data_prep.system.files import lock_directory, sync_directory
 
 _ALIKE = ("windows", "image_size", "channels", "masks")  # of preparation.json
 
@@ -42,21 +42,20 @@ def merge(parts: Sequence[Dataset], output_dir: Path, link: str = "symlink") -> 
     Returns the content of its preparation.json, and whether there was anything to do.
 
     Raises:
-        MergeError: datasets that do not go together, or an unusable output directory.
+        InputError: datasets that do not go together, or an unusable output directory.
         data_prep.system.errors.DatasetError: one of them is damaged.
         OSError: the view cannot be written.
     """
     if len(parts) < 2:
-        raise MergeError("--datasets: give two datasets or more, separated by commas")
+        raise InputError("--datasets: give two datasets or more, separated by commas")
     _refuse_what_lies_inside(parts, output_dir)
     if (output_dir / PREPARATION_FILE).exists():
         return _refuse_other_view(parts, output_dir, link), False
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise MergeError(f"--output_dir={output_dir}: is not empty; choose a new directory")
+        raise InputError(f"--output_dir={output_dir}: is not empty; choose a new directory")
     labels = _refuse_what_does_not_fit(parts)
     for part in parts:
         part.check_tables()  # `describe --verify` checks the shards
-    from data_prep.pipeline.prepare import lock_directory
 
     final = output_dir.resolve()  # relative links are seen from where it really lies
     building = final.with_name(f".{final.name}.merging")
@@ -77,42 +76,42 @@ def _refuse_what_lies_inside(parts: Sequence[Dataset], output_dir: Path) -> None
     for part in parts:
         a, b = part.directory.resolve(), output_dir.resolve()
         if a.is_relative_to(b) or b.is_relative_to(a):
-            raise MergeError(f"--output_dir={output_dir}: lies inside {part.directory}, or it inside; choose another")
+            raise InputError(f"--output_dir={output_dir}: lies inside {part.directory}, or it inside; choose another")
     places = collections.Counter(part.directory.resolve() for part in parts)
     for part in parts:
         if places[part.directory.resolve()] > 1:
-            raise MergeError(f"--datasets: {part.directory} is named twice; name it once")
+            raise InputError(f"--datasets: {part.directory} is named twice; name it once")
 
 
 def _refuse_other_view(parts: Sequence[Dataset], output_dir: Path, link: str) -> dict[str, Any]:
-    """preparation.json of a view that is there already. Raises MergeError unless it is the view of these parts."""
+    """preparation.json of a view that is there already. Raises InputError unless it is the view of these parts."""
     preparation = Dataset.open(output_dir).preparation
     if "parts" not in preparation:
-        raise MergeError(f"--output_dir={output_dir}: is a dataset of its own; choose a new directory")
+        raise InputError(f"--output_dir={output_dir}: is a dataset of its own; choose a new directory")
     remedy = "merge into a new --output_dir, which takes a moment; runs on this one keep the volumes that it holds"
     known = [part["fingerprint"] for part in preparation["parts"]]
     if len(known) != len(parts):
-        raise MergeError(f"{output_dir}: is a view of {len(known)} datasets, not of {len(parts)}; {remedy}")
+        raise InputError(f"{output_dir}: is a view of {len(known)} datasets, not of {len(parts)}; {remedy}")
     for part, fingerprint in zip(parts, known, strict=True):
         if part.fingerprint != fingerprint:
-            raise MergeError(f"{output_dir}: {part.directory} has grown or is another one since; {remedy}")
+            raise InputError(f"{output_dir}: {part.directory} has grown or is another one since; {remedy}")
     shards = [shard for split in preparation["splits"] for shard in split_shards(preparation, split)]
     for shard in shards:
         path = output_dir / shard.name
         if not path.is_file():
-            raise MergeError(f"{path}: a shard is missing; {remedy}")
+            raise InputError(f"{path}: a shard is missing; {remedy}")
         if path.is_symlink() != (link == "symlink"):
-            raise MergeError(f"{output_dir}: was not made with --link={link}; {remedy}")
+            raise InputError(f"{output_dir}: was not made with --link={link}; {remedy}")
     return preparation
 
 
 def _refuse_what_does_not_fit(parts: Sequence[Dataset]) -> dict[str, dict[str, Any]]:
-    """`labels` of the view's preparation.json. Raises MergeError if the parts cannot be one dataset."""
+    """`labels` of the view's preparation.json. Raises InputError if the parts cannot be one dataset."""
     first = parts[0]
     for other in parts[1:]:
         named = f"{first.directory} and {other.directory}"
         if first.preparation["key_fingerprint"] != other.preparation["key_fingerprint"]:
-            raise MergeError(
+            raise InputError(
                 f"{named} have different pseudonym keys, so whom they share cannot be told; prepare both with one "
                 "--pseudonym_key_file"
             )
@@ -120,14 +119,14 @@ def _refuse_what_does_not_fit(parts: Sequence[Dataset]) -> dict[str, dict[str, A
             values = [part.preparation[name] for part in (first, other)]
             if values[0] != values[1]:
                 texts = [_text(value) for value in values]
-                raise MergeError(f"{named} have different {name} ({texts[0]} and {texts[1]}); prepare them alike")
+                raise InputError(f"{named} have different {name} ({texts[0]} and {texts[1]}); prepare them alike")
     labels: dict[str, dict[str, Any]] = {}
     of_label: dict[str, Dataset] = {}
     for part in parts:
         for name, facts in part.preparation["labels"].items():
             known, by = labels.setdefault(name, facts), of_label.setdefault(name, part)
             if known != facts:
-                raise MergeError(
+                raise InputError(
                     f"the label {name} is of {_label_text(known)} in {by.directory} and of {_label_text(facts)} in "
                     f"{part.directory}; prepare one of them with that column under another name, or with the same "
                     "classes"
@@ -140,7 +139,7 @@ def _refuse_what_does_not_fit(parts: Sequence[Dataset]) -> dict[str, dict[str, A
 def _refuse_shared_volumes(first: Dataset, other: Dataset) -> None:
     shared = {row["volume_id"] for row in first.volumes()} & {row["volume_id"] for row in other.volumes()}
     if shared:
-        raise MergeError(
+        raise InputError(
             f"{len(shared)} volumes are in {first.directory} and in {other.directory}; leave one of the datasets out, "
             "or prepare the second without the scans of the first"
         )
@@ -148,7 +147,7 @@ def _refuse_shared_volumes(first: Dataset, other: Dataset) -> None:
     elsewhere = {row["patient_id"]: row["split"] for row in other.volumes()}
     differing = [patient for patient in splits if elsewhere.get(patient, splits[patient]) != splits[patient]]
     if differing:
-        raise MergeError(
+        raise InputError(
             f"{len(differing)} patients are in one split of {first.directory} and in another of {other.directory}; "
             f"prepare the second again with --same_splits_as={first.directory}"
         )
@@ -237,7 +236,7 @@ def _link(source: Path, path: Path, final: Path, link: str) -> None:
     except OSError as error:
         if link == "copy" or error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
             raise
-        raise MergeError(f"{path.parent}: {error.strerror}: no --link={link} here; give another --link") from None
+        raise InputError(f"{path.parent}: {error.strerror}: no --link={link} here; give another --link") from None
 
 
 def _counts(

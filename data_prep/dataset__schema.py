@@ -37,8 +37,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.dataset_writer import write_file
 from data_prep.system.errors import DatasetError
+from data_prep.system.files import write_file
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")

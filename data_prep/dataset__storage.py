@@ -6,7 +6,6 @@ equal bytes on every machine.
 
 import contextlib
 import csv
-import hashlib
 import io
 import os
 import struct
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from data_prep.dataset_writer import REMEDIES, temporary_path, write_file, written_whole
 from data_prep.system.errors import DatasetError
+from data_prep.system.files import REMEDIES, unique_name, write_file, written_whole
 
 WRITER_OPTIONS = "group_size:1,zstd:1"
 READER_OPTIONS = "readahead_buffer_size:0"
@@ -127,7 +126,7 @@ def write_records(path: Path, records: Iterable[bytes], options: str = WRITER_OP
         OSError: it cannot be written.
     """
     number = 0
-    with written_whole(path, temporary_path(path)) as temporary, _errors_of_writing():
+    with written_whole(path, unique_name(path)) as temporary, _errors_of_writing():
         writer = array_record_module.ArrayRecordWriter(str(temporary), options)
         for record in records:
             writer.write(record)
@@ -156,11 +155,6 @@ def read_records(path: Path) -> Iterable[bytes]:
             yield reader.read([index])[0]
     finally:
         reader.close()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- tables ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.dataset__schema import dataset_fingerprint, description, shard_name, write_preparation
-from data_prep.dataset__storage import file_sha256
+from data_prep.system.files import file_sha256
 
 
 def complete(

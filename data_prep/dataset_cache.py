@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 
 from data_prep import stores
 from data_prep.dataset__schema import PREPARATION_FILE, dataset_fingerprint, parse_preparation, split_shards
-from data_prep.dataset__storage import file_sha256
 from data_prep.system.errors import DatasetError
+from data_prep.system.files import PARTIAL, file_sha256, make_folder, publish, written_whole
 from data_prep.workers import Progress
 
 CACHE_VARIABLE = "CTSSL_CACHE_DIR"
 PIECE = 16 << 20  # bytes of a request
 _STREAMS = 8  # files at a time: one stream does not fill a fast network
-_PARTIAL = ".partial"
 _TRIES = 2  # of a file whose checksum is wrong: the fault may be the network's
 
 
@@ -75,12 +74,7 @@ def _open(url: str) -> _Snapshot:
     if fingerprint != preparation["fingerprint"] or any(Path(name).name != name for name in checksums):
         raise DatasetError(f"{url}/{PREPARATION_FILE}: damaged (not of its checksums); upload the dataset again")
     directory = cache_dir() / fingerprint
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DatasetError(
-            f"{directory}: cannot be made ({error.strerror}); name another folder for copies by ${CACHE_VARIABLE}"
-        ) from None
+    make_folder(directory, url, remedy=f"name another folder for copies by ${CACHE_VARIABLE}")
     snapshot = _Snapshot(url, directory, preparation)
     tables = [name for name in checksums if ".array_record-" not in name]
     # The fingerprint does not cover all tables, and they are small: those of an older state are found by checksums.
@@ -89,9 +83,8 @@ def _open(url: str) -> _Snapshot:
     if old or not preparation_file.is_file() or preparation_file.read_bytes() != content:
         with _lock(snapshot):
             _fetch_files(snapshot, old)
-            partial = directory / f"{PREPARATION_FILE}{_PARTIAL}"
-            partial.write_bytes(content)
-            os.replace(partial, preparation_file)
+            with written_whole(preparation_file) as temporary:
+                temporary.write_bytes(content)
     return snapshot
 
 
@@ -136,7 +129,7 @@ def _fetch_files(snapshot: _Snapshot, names: Sequence[str]) -> None:
     if absent:
         raise DatasetError(f"{url}/{absent[0]}: is not there; upload the dataset again")
     total = sum(sizes[name] for name in names)
-    partial = [directory / f"{name}{_PARTIAL}" for name in names]
+    partial = [directory / f"{name}{PARTIAL}" for name in names]
     needed = total - sum(path.stat().st_size for path in partial if path.exists())
     free = shutil.disk_usage(directory).free
     if needed > free:
@@ -180,7 +173,7 @@ def _sizes(url: str) -> dict[str, int]:
 def _fetch_file(snapshot: _Snapshot, name: str, size: int, arrived: Callable[..., None]) -> None:
     """Continues the part of a file that a killed process left; the file appears when its checksum is right."""
     store, root = stores.open_store(snapshot.url)
-    partial = snapshot.directory / f"{name}{_PARTIAL}"
+    partial = snapshot.directory / f"{name}{PARTIAL}"
     for _ in range(_TRIES):
         try:
             digest = hashlib.sha256()
@@ -207,7 +200,7 @@ def _fetch_file(snapshot: _Snapshot, name: str, size: int, arrived: Callable[...
         except OSError as error:
             raise DatasetError(f"{partial}: {error.strerror}; name another folder by ${CACHE_VARIABLE}") from None
         if digest.hexdigest() == snapshot.preparation["checksums"][name]:
-            os.replace(partial, snapshot.directory / name)
+            publish(partial, snapshot.directory / name)
             return
         partial.unlink()
     raise DatasetError(

@@ -4,7 +4,7 @@ r"""What a dataset holds: cohort table, contact sheet, and checks.
 
 Prints the table and writes cohort.csv and contact_sheet.png into --output_dir (default: DATASET-description). It ends
 with exit code 1 if a table is damaged, with --verify if anything is wrong; with --audit_dir and --input_dir it also
-searches the dataset for values of the source headers (see `data_prep.audit`).
+searches the dataset for values of the source headers (see `data_prep.privacy.leaks`).
 """
 
 import csv
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from data_prep import command_line
+from data_prep.system import command_line
 from data_prep.system.errors import InputError
+from data_prep.system.files import written_whole
 
 if TYPE_CHECKING:
     from data_prep.dataset import Dataset
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 FLAGS = flags.FLAGS
 
 
-def main() -> int:
-    from data_prep import dataset_writer, stores
+def main(argv: list[str]) -> int:
+    from data_prep import stores
     from data_prep.dataset import Dataset
     from data_prep.dataset__cohort import cohort_table, contact_sheet, label_rows, notes_on_parts, table_text
     from data_prep.dataset__schema import REJECTED_FILE
@@ -52,12 +53,12 @@ def main() -> int:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([("group", "item", "value"), *rows])
-    with dataset_writer.written_whole(output_dir / "cohort.csv") as temporary:
+    with written_whole(output_dir / "cohort.csv") as temporary:
         temporary.write_text(text.getvalue())
     print(f"Written: {output_dir}/cohort.csv")
     if problems := _verify(dataset) if FLAGS.verify else []:
         return _wrong(problems)
-    with dataset_writer.written_whole(output_dir / "contact_sheet.png") as temporary:
+    with written_whole(output_dir / "contact_sheet.png") as temporary:
         contact_sheet(dataset, FLAGS.num_slices, FLAGS.seed).save(temporary, "PNG")
     print(f"Written: {output_dir}/contact_sheet.png")
     return 0
@@ -70,7 +71,7 @@ def _wrong(problems: list[str]) -> int:
 
 
 def _verify(dataset: "Dataset") -> list[str]:
-    from data_prep.audit import find_leaks
+    from data_prep.privacy.leaks import find_leaks
     from data_prep.remote_archives import archive_directory
     from data_prep.verification import verify
     from data_prep.workers import WorkerPool, usable_cores

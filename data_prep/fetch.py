@@ -9,12 +9,12 @@ Copies lie below $CTSSL_CACHE_DIR (default: the user's cache folder) and are the
 
 from absl import flags
 
-from data_prep import command_line
+from data_prep.system import command_line
 
 FLAGS = flags.FLAGS
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     from data_prep.dataset import Dataset
 
     dataset = Dataset.open(FLAGS.dataset)

@@ -8,6 +8,9 @@ import math
 
 import numpy as np
 
+AIR_HU = -1000
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # affine of NIfTI's patient space to DICOM's; its own inverse
+
 _AXIAL_COSINE = math.cos(math.radians(35))  # gantries tilt by up to 30 degrees
 _GAP_FACTOR = 1.5  # of the local spacing
 _UNEVEN_FRACTION = 0.1  # of the local spacing

@@ -135,7 +135,7 @@ class Header:
     number_of_frames: int = 1
     frames: tuple[Frame, ...] = ()
     frame: int = 0
-    notes: tuple[str, ...] = ()  # names of `data_prep.dicom.NOTES`
+    notes: tuple[str, ...] = ()  # names of `data_prep.scan.reasons.NOTES`
 
     @property
     def patient_key(self) -> str:
@@ -145,7 +145,7 @@ class Header:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NotAnImage:
-    """A file that holds no image; `reason` is a name of `data_prep.dicom.REASONS`."""
+    """A file that holds no image; `reason` is a name of `data_prep.scan.reasons.REASONS`."""
 
     source: Source
     reason: str

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
+from data_prep.geometry import AIR_HU
 from data_prep.headers import Header
 from data_prep.pixels import PixelError
 
-AIR_HU = -1000
 _BELOW_ANY_TISSUE_HU = -1500  # scanners pad outside the field of view with -2000 or less, declared or not
 _TISSUE_HU = (-900, 4000)  # a "padding value" in here is a mistake: some writers declare 0 where 0 is water
 _SAMPLE_STEP = 8  # plausibility is judged on every 8th pixel of both directions

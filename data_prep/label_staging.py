@@ -18,10 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep import label_tables, lidc, nifti_metadata, rsna_pe
+from data_prep import label_tables, lidc, mask_files, nifti_metadata, rsna_pe
 from data_prep.headers import Header
-from data_prep.label_tables import LabelError, Row, Spellings, Table
+from data_prep.label_tables import Row, Spellings, Table
 from data_prep.labels import Labels, LabelSources, TableSpec, header_key
+from data_prep.system.errors import InputError
 
 _MANY = 10_000
 
@@ -33,22 +34,22 @@ def check(sources: LabelSources, input_dir: Path) -> None:
     """Looks at flags and first lines only.
 
     Raises:
-        LabelError: a file that is not there, lacks a column, or options that exclude each other.
+        InputError: a file that is not there, lacks a column, or options that exclude each other.
     """
     if sources.archive == "lidc_idri" and sources.masks_dir:
-        raise LabelError("--masks_dir and --archive=lidc_idri both give masks; leave one out (--archive=dicom)")
+        raise InputError("--masks_dir and --archive=lidc_idri both give masks; leave one out (--archive=dicom)")
     if sources.annotations_dir and sources.archive != "lidc_idri":
-        raise LabelError("--annotations_dir is of --archive=lidc_idri; add that or leave it out")
+        raise InputError("--annotations_dir is of --archive=lidc_idri; add that or leave it out")
     if sources.annotations_dir and not sources.annotations_dir.exists():
-        raise LabelError(f"--annotations_dir={sources.annotations_dir}: no such directory; give the folder of the XML")
+        raise InputError(f"--annotations_dir={sources.annotations_dir}: no such directory; give the folder of the XML")
     if sources.metadata_csv and sources.archive != "nifti":
-        raise LabelError("--metadata_csv is of --archive=nifti; add that or leave it out")
+        raise InputError("--metadata_csv is of --archive=nifti; add that or leave it out")
     if not 0 < sources.consensus <= 1:
-        raise LabelError(f"--consensus={sources.consensus:g}: give a share of the readers above 0, at most 1")
+        raise InputError(f"--consensus={sources.consensus:g}: give a share of the readers above 0, at most 1")
     if sources.min_area_px < 0:
-        raise LabelError(f"--min_area_px={sources.min_area_px}: give a number of pixels, 0 or more")
+        raise InputError(f"--min_area_px={sources.min_area_px}: give a number of pixels, 0 or more")
     if sources.masks_dir and not sources.masks_dir.is_dir():
-        raise LabelError(f"--masks_dir={sources.masks_dir}: no such directory; give the folder of the masks")
+        raise InputError(f"--masks_dir={sources.masks_dir}: no such directory; give the folder of the masks")
     if sources.attributes_csv:
         label_tables.check_attributes(sources.attributes_csv)
     if sources.metadata_csv:
@@ -57,7 +58,7 @@ def check(sources: LabelSources, input_dir: Path) -> None:
     names = [name for table in tables for name in table.labels]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise LabelError(f"the label {twice[0]} is in two tables; rename a column or leave one table out")
+        raise InputError(f"the label {twice[0]} is in two tables; rename a column or leave one table out")
 
 
 def _tables(sources: LabelSources, input_dir: Path) -> list[Table]:
@@ -93,7 +94,7 @@ def stage(sources: LabelSources, input_dir: Path, database: Path, violations_csv
     Exams that break a rule of the RSNA labels go to `violations_csv`, their number by rule into `Labels.counts`.
 
     Raises:
-        LabelError: a table that contradicts itself or holds what it can't; one line.
+        InputError: a table that contradicts itself or holds what it can't; one line.
         OSError: a file cannot be read, or the database not be written.
     """
     try:
@@ -156,7 +157,7 @@ def _insert(
             known = connection.execute("SELECT cells, line FROM labels WHERE number = ? AND key = ?", (number, key))
             other, first_line = known.fetchone()
             if other != values:
-                raise LabelError(
+                raise InputError(
                     f"{table.path}, line {line}: the {table.key} of line {first_line} with other labels; "
                     "leave one of the two rows out"
                 )
@@ -167,7 +168,7 @@ def _insert_attributes(connection: sqlite3.Connection, path: Path) -> None:
     for line, patient, attributes in label_tables.read_attributes(path):
         first_line, known = lines.setdefault(patient, (line, attributes))
         if known != attributes:
-            raise LabelError(
+            raise InputError(
                 f"{path}, line {line}: the patient of line {first_line} with other attributes; leave one of them out"
             )
     rows = ((patient, json.dumps(attributes)) for patient, (_, attributes) in lines.items())
@@ -185,11 +186,9 @@ def _write_violations(exams: Mapping[str, rsna_pe.Exam], path: Path | None) -> d
 
 
 def _index_masks(masks_dir: Path) -> dict[str, Path]:
-    from data_prep import mask_files
-
     masks = mask_files.index_masks(masks_dir)
     if not masks:
-        raise LabelError(f"--masks_dir={masks_dir}: no masks in it; give the folder of the DICOM-SEG or NIfTI files")
+        raise InputError(f"--masks_dir={masks_dir}: no masks in it; give the folder of the DICOM-SEG or NIfTI files")
     return masks
 
 
@@ -200,7 +199,7 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
     """Counts of what the tables and annotations have and the archive lacks; `headers` are all of the archive.
 
     Raises:
-        LabelError: a table, the annotations or the masks have nothing in common with the archive.
+        InputError: a table, the annotations or the masks have nothing in common with the archive.
     """
     sources, database = labels.sources, labels.database
     if not (labels.tables or sources.attributes_csv or labels.has_masks):
@@ -227,7 +226,7 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
         for number, table in enumerate(labels.tables):
             total, lost = without("labels", table.key, f"t.number = {number}")
             if lost == total:
-                raise LabelError(
+                raise InputError(
                     f"none of the {total} rows with the labels {', '.join(table.labels[:3])} is of this archive: no "
                     f"{table.key} of theirs is in it; give the table of these scans, or leave it out"
                 )
@@ -237,7 +236,7 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
         if sources.attributes_csv:
             total, lost = without("attributes", "PatientID")
             if lost == total:
-                raise LabelError(
+                raise InputError(
                     f"--attributes_csv={sources.attributes_csv}: none of its {total} patients is in this archive; "
                     "PatientID must be written as in the scans"
                 )
@@ -245,7 +244,7 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
         if sources.archive == "lidc_idri":
             total, lost = without("annotations", "SeriesInstanceUID")
             if lost == total:
-                raise LabelError(
+                raise InputError(
                     f"the XML of {total} readings is of other scans: no series of theirs is in this archive; give "
                     "--annotations_dir with the XML of these scans"
                 )
@@ -255,7 +254,7 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
             known = {value for key in keys for (value,) in seen.execute("SELECT value FROM seen WHERE key = ?", key)}
             lost = len(labels.masks.keys() - known)
             if lost == len(labels.masks):
-                raise LabelError(
+                raise InputError(
                     f"--masks_dir={sources.masks_dir}: none of its {lost} masks is of this archive; name a mask by the "
                     "Series Instance UID of its scan, or as its NIfTI file"
                 )

@@ -34,10 +34,6 @@ _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _/-]{0,31}")
 _NOT_LABELS = {"volume_id", "slice_index", MASK_AREA_COLUMN, *VOLUME_COLUMNS}
 
 
-class LabelError(InputError):
-    """A table or annotation that can't be used; one line that names the place and the remedy."""
-
-
 class Table(NamedTuple):
     """What the first line of a table of labels says."""
 
@@ -62,17 +58,17 @@ def read_header(path: Path, flag: str) -> tuple[str, ...]:
     """The names in the first line of a CSV file.
 
     Raises:
-        LabelError: no such file, no table, or a name that is there twice; `flag` is the option that named it.
+        InputError: no such file, no table, or a name that is there twice; `flag` is the option that named it.
     """
     if not path.is_file():
-        raise LabelError(f"{flag}={path}: no such file; give a CSV file with a line of column names")
+        raise InputError(f"{flag}={path}: no such file; give a CSV file with a line of column names")
     header = next((cells for _, cells in _cells(path)), [])
     names = tuple(cell.strip() for cell in header)
     if not any(names):
-        raise LabelError(f"{path}: the first line is empty; it names the columns, separated by commas")
+        raise InputError(f"{path}: the first line is empty; it names the columns, separated by commas")
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise LabelError(f"{path}: column {min(twice)!r} is there twice; leave one out")
+        raise InputError(f"{path}: column {min(twice)!r} is there twice; leave one out")
     return names
 
 
@@ -80,7 +76,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[s
     """(line, cells of `columns`) of every line but the first and empty ones, stripped.
 
     Raises:
-        LabelError: a line of another length than the first one.
+        InputError: a line of another length than the first one.
     """
     lines = _cells(path)
     _, header = next(lines)
@@ -90,7 +86,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[s
         if not any(cells):
             continue
         if len(cells) != len(names):
-            raise LabelError(f"{path}, line {line}: {len(cells)} cells, the first line has {len(names)}; correct it")
+            raise InputError(f"{path}, line {line}: {len(cells)} cells, the first line has {len(names)}; correct it")
         yield line, tuple(cells[place].strip() for place in places)
 
 
@@ -102,7 +98,7 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, cells
         except (csv.Error, UnicodeDecodeError) as error:
             kind = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-            raise LabelError(f"{path}, near line {reader.line_num + 1}: {kind}; save it as CSV in UTF-8") from None
+            raise InputError(f"{path}, near line {reader.line_num + 1}: {kind}; save it as CSV in UTF-8") from None
 
 
 # ---- labels ------------------------------------------------------------------------------------------------
@@ -112,18 +108,18 @@ def open_labels(path: Path) -> Table:
     """The key and the labels of a table; of several key columns the finest is the key, the others are ignored.
 
     Raises:
-        LabelError: no key column, no label, or a label's name that cannot stand in a dataset.
+        InputError: no key column, no label, or a label's name that cannot stand in a dataset.
     """
     names = read_header(path, "--labels_csv")
     key = next((name for name in KEY_LEVELS if name in names), None)
     if key is None:
-        raise LabelError(f"--labels_csv={path}: no key column; name one of {', '.join(KEY_LEVELS)} in the first line")
+        raise InputError(f"--labels_csv={path}: no key column; name one of {', '.join(KEY_LEVELS)} in the first line")
     labels = tuple(name for name in names if name not in KEY_LEVELS)
     if not labels:
-        raise LabelError(f"--labels_csv={path}: no column beside {key}; add a column for each label")
+        raise InputError(f"--labels_csv={path}: no column beside {key}; add a column for each label")
     for name in labels:
         if not _LABEL_NAME.fullmatch(name) or name in _NOT_LABELS:
-            raise LabelError(
+            raise InputError(
                 f"--labels_csv={path}: {name!r} cannot name a label; rename the column: letters, digits and _ . -, "
                 "a letter first, and no name of a column of the dataset"
             )
@@ -134,11 +130,11 @@ def read_label_rows(table: Table) -> Iterator[Row]:
     """The rows of a table.
 
     Raises:
-        LabelError: a row without a key.
+        InputError: a row without a key.
     """
     for line, (key, *values) in read_rows(table.path, (table.key, *table.labels)):
         if not key:
-            raise LabelError(f"{table.path}, line {line}: {table.key} is empty; give it or leave the row out")
+            raise InputError(f"{table.path}, line {line}: {table.key} is empty; give it or leave the row out")
         yield Row(line, key, tuple(values))
 
 
@@ -150,7 +146,7 @@ class Spellings:
         self._found: list[set[str]] = [set() for _ in table.labels]
 
     def add(self, row: Row) -> None:
-        """Raises LabelError where a label has too many values for classes."""
+        """Raises InputError where a label has too many values for classes."""
         for number, value in enumerate(row.values):
             found = self._found[number]
             if value and value not in found:
@@ -159,21 +155,21 @@ class Spellings:
                     self._classes(number)
 
     def classes(self) -> dict[str, tuple[str, ...]]:
-        """The classes of each label. Raises LabelError for what can't be classes."""
+        """The classes of each label. Raises InputError for what can't be classes."""
         return {name: self._classes(number) for number, name in enumerate(self._table.labels)}
 
     def _classes(self, number: int) -> tuple[str, ...]:
         where = f"{self._table.path}, column {self._table.labels[number]}"
         classes = classes_of(self._found[number])
         if not classes:
-            raise LabelError(f"{where}: every cell is empty; fill it or leave the column out")
+            raise InputError(f"{where}: every cell is empty; fill it or leave the column out")
         if len(classes) > MAX_CLASSES:
-            raise LabelError(
+            raise InputError(
                 f"{where}: more than {MAX_CLASSES} different values; a label is a class: put numbers into bins"
             )
         for value in classes:
             if not _CLASS.fullmatch(value) or _LIKE_AN_IDENTIFIER.search(value):
-                raise LabelError(
+                raise InputError(
                     f"{where}: a value cannot name a class (at most 32 letters, digits and .,_+/()<>=-, fewer than "
                     "five digits in a row, since classes are published); rename it"
                 )
@@ -215,13 +211,13 @@ def check_attributes(path: Path) -> tuple[str, ...]:
     """The attributes that a table holds.
 
     Raises:
-        LabelError: no PatientID, none of the attributes.
+        InputError: no PatientID, none of the attributes.
     """
     names = read_header(path, "--attributes_csv")
     held = tuple(name for name in ATTRIBUTES if name in names)
     if "PatientID" not in names or not held:
         lacks = "no column PatientID" if "PatientID" not in names else f"none of the columns {', '.join(ATTRIBUTES)}"
-        raise LabelError(
+        raise InputError(
             f"--attributes_csv={path}: {lacks}; the first line names PatientID and any of {', '.join(ATTRIBUTES)}"
         )
     return held
@@ -233,28 +229,28 @@ def read_attributes(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     `age` in whole years, 90 for everything above 89; `sex` F, M or O; `ethnic_group` text of at most 32 characters.
 
     Raises:
-        LabelError: no patient, or a value that is none.
+        InputError: no patient, or a value that is none.
     """
     held = check_attributes(path)
     for line, (patient, *cells) in read_rows(path, ("PatientID", *held)):
         if not patient:
-            raise LabelError(f"{path}, line {line}: PatientID is empty; give it or leave the row out")
+            raise InputError(f"{path}, line {line}: PatientID is empty; give it or leave the row out")
         try:
             yield line, patient, {name: _attribute(name, cell) for name, cell in zip(held, cells, strict=True) if cell}
-        except ValueError as error:
-            raise LabelError(f"{path}, line {line}: {error}, or leave the cell empty") from None
+        except InputError as error:
+            raise InputError(f"{path}, line {line}: {error}, or leave the cell empty") from None
 
 
 def _attribute(name: str, cell: str) -> Any:
     if name == "age":
         years = _number(cell)
         if years is None or not 0 <= years <= 130:
-            raise ValueError("age is no number of years; give one from 0 to 130")
+            raise InputError("age is no number of years; give one from 0 to 130")
         return min(OLDEST, int(years))
     if name == "sex":
         if cell.upper() not in ("F", "M", "O"):
-            raise ValueError("sex is none of F, M, O; give one of them")
+            raise InputError("sex is none of F, M, O; give one of them")
         return cell.upper()
     if not _GROUP.fullmatch(cell) or _LIKE_AN_IDENTIFIER.search(cell):
-        raise ValueError("ethnic_group is no name of at most 32 letters, digits and blanks, _ / -; give another one")
+        raise InputError("ethnic_group is no name of at most 32 letters, digits and blanks, _ / -; give another one")
     return " ".join(cell.split())

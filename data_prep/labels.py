@@ -1,10 +1,11 @@
 """What a volume's labels, mask and attributes are, looked up by the workers in what `data_prep.label_staging` staged.
 
-    found = labels.of_volume(volume)
+    labels.fault(candidate)        # None, or a Rejection: it cannot have its mask
+    labels.labels_of(volume)       # VolumeLabels or Rejection
 
 A label keeps the level of its key: a slice (SOP Instance UID), a volume or a patient. What the archive has and the
 tables lack is missing and stays so. Masks are those of LIDC-IDRI's readers or files of a folder; a series without one
-is rejected, since an unread scan is no scan without nodules.
+is rejected, since nobody knows whether an unread scan has nodules.
 """
 
 import dataclasses
@@ -14,8 +15,6 @@ import json
 import math
 import os
 import pickle
-import posixpath
-import re
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,21 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep import label_tables, lidc
+from data_prep import label_tables, lidc, mask_files
 from data_prep.geometry import canonical_axes, orient
 from data_prep.headers import Header
-from data_prep.series import SeriesCandidate
+from data_prep.mask_files import MAX_REGIONS
+from data_prep.nifti_metadata import volume_name
+from data_prep.series import Rejection, SeriesCandidate
 from data_prep.volume import Volume
-
-MAX_REGIONS = 255  # of a volume: a mask is uint8
-
-# Reasons that arise here, beside `data_prep.dicom.REASONS`.
-REASONS = {
-    "no_annotation": "The series has no annotation or mask, so what it holds is unknown.",
-    "annotation_mismatch": "The annotations are of other slices than the series has, or outside its images.",
-    "mask_mismatch": "The mask does not fit the images.",
-}
-_VOLUME_NAME = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +49,6 @@ class LabelSources:
         if self.archive == "lidc_idri":
             return {"source": "lidc_idri", "consensus": self.consensus, "min_area_px": self.min_area_px}
         return {"source": "masks_dir"} if self.masks_dir else None
-
-
-class NoMask(NamedTuple):
-    """Why a series cannot have its mask; `reason` is a name of `REASONS`."""
-
-    reason: str
-    detail: str
 
 
 class VolumeLabels(NamedTuple):
@@ -124,12 +108,12 @@ class Labels:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def fault(self, candidate: SeriesCandidate) -> NoMask | None:
+    def fault(self, candidate: SeriesCandidate) -> Rejection | None:
         """Why a series cannot have its mask, as far as headers tell."""
         if self.sources.archive == "lidc_idri":
             reading = self._reading(candidate)
             if reading is None:
-                return NoMask("no_annotation", "")
+                return candidate.rejected("no_annotation", "")
             numbers = _numbers_of_instances(candidate)
             strange = {
                 contour.sop_instance_uid
@@ -137,33 +121,35 @@ class Labels:
                 for nodule in session
                 for contour in nodule.contours
             } - set(numbers)
-            return NoMask("annotation_mismatch", f"{len(strange)} unknown slices") if strange else None
+            if not strange:
+                return None
+            return candidate.rejected("annotation_mismatch", f"{len(strange)} unknown slices")
         if self.has_masks and self._mask_path(candidate.headers[0]) is None:
-            return NoMask("no_annotation", "")
+            return candidate.rejected("no_annotation", "")
         return None
 
-    def of_volume(self, volume: Volume) -> VolumeLabels | NoMask:
+    def labels_of(self, volume: Volume) -> VolumeLabels | Rejection:
         """Labels and mask of a loaded volume.
 
         Raises:
             OSError: a mask cannot be read.
         """
         slices: list[dict[str, int | None]] = [{} for _ in volume.headers]
-        of_volume: dict[str, int | None] = {}
+        whole_volume: dict[str, int | None] = {}
         for number, table in enumerate(self.tables):
             if table.level == "slice":
                 for header, found in zip(volume.headers, slices, strict=True):
                     found |= self._row(number, table, header)
             else:
-                of_volume |= self._row(number, table, volume.headers[0])
+                whole_volume |= self._row(number, table, volume.headers[0])
         mask, regions = None, []
         if self.has_masks:
             painted = self._lidc_mask(volume) if self.sources.archive == "lidc_idri" else self._file_mask(volume)
-            if isinstance(painted, NoMask):
+            if isinstance(painted, Rejection):
                 return painted
             mask, findings = painted
             regions = [row | findings.get(row["region"], {}) for row in region_rows(mask, volume)]
-        return VolumeLabels(slices, of_volume, mask, regions)
+        return VolumeLabels(slices, whole_volume, mask, regions)
 
     def _row(self, number: int, table: TableSpec, header: Header) -> dict[str, int | None]:
         key = header_key(header, table.key)
@@ -178,10 +164,10 @@ class Labels:
         return pickle.loads(row[0]) if row else None
 
     def _mask_path(self, header: Header) -> Path | None:
-        keys = (header.series_instance_uid, volume_name(header))
+        keys = (header.series_instance_uid, volume_name(header.source))
         return next((self.masks[key] for key in keys if key in self.masks), None)
 
-    def _lidc_mask(self, volume: Volume) -> tuple[np.ndarray, dict[int, dict[str, Any]]] | NoMask:
+    def _lidc_mask(self, volume: Volume) -> tuple[np.ndarray, dict[int, dict[str, Any]]] | Rejection:
         candidate = volume.candidate
         first = volume.headers[0]
         shape = (first.rows, first.columns)
@@ -195,10 +181,12 @@ class Labels:
                 consensus=self.sources.consensus,
                 min_area_px=self.sources.min_area_px,
             )
-        except lidc.LidcError as error:
-            return NoMask("annotation_mismatch", "outside" if "leaves the image" in str(error) else "other slices")
+        except lidc.ContourOutside:
+            return candidate.rejected("annotation_mismatch", "outside")
+        except lidc.LidcError:
+            return candidate.rejected("annotation_mismatch", "other slices")
         if len(nodules) > MAX_REGIONS:
-            return NoMask("annotation_mismatch", f"{len(nodules)} nodules, at most {MAX_REGIONS}")
+            return candidate.rejected("annotation_mismatch", f"{len(nodules)} nodules, at most {MAX_REGIONS}")
         axes = canonical_axes(first.orientation)
         mask = np.zeros(volume.hu.shape, np.uint8)
         for index, header in enumerate(volume.headers):
@@ -211,15 +199,14 @@ class Labels:
             for region, nodule in enumerate(nodules, start=1)
         }
 
-    def _file_mask(self, volume: Volume) -> tuple[np.ndarray, dict[int, dict[str, Any]]] | NoMask:
-        from data_prep import mask_files
-
+    def _file_mask(self, volume: Volume) -> tuple[np.ndarray, dict[int, dict[str, Any]]] | Rejection:
+        candidate = volume.candidate
         try:
             mask = mask_files.read_mask(self._mask_path(volume.headers[0]), volume)
         except mask_files.MaskError as error:
-            return NoMask("mask_mismatch", str(error))
+            return candidate.rejected("mask_mismatch", str(error))
         if mask.shape != volume.hu.shape or mask.dtype != np.uint8:
-            return NoMask("mask_mismatch", f"{mask.dtype} {list(mask.shape)}")
+            return candidate.rejected("mask_mismatch", f"{mask.dtype} {list(mask.shape)}")
         return mask, {}
 
 
@@ -249,19 +236,13 @@ def header_key(header: Header, key: str) -> str:
     if key == "SOPInstanceUID":
         return header.sop_instance_uid if header.number_of_frames == 1 else ""  # else its label is of no one slice
     if key == "VolumeName":
-        return volume_name(header)
+        return volume_name(header.source)
     fields = {
         "SeriesInstanceUID": header.series_instance_uid,
         "StudyInstanceUID": header.study_instance_uid,
         "PatientID": header.patient_id,
     }
     return fields[key]
-
-
-def volume_name(header: Header) -> str:
-    """Name of a NIfTI file without .nii or .nii.gz; "" for other files."""
-    name = posixpath.basename(header.source.member or header.source.path)
-    return _VOLUME_NAME.sub("", name) if _VOLUME_NAME.search(name) else ""
 
 
 def _numbers_of_instances(candidate: SeriesCandidate) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """LIDC-IDRI: the XML of the readers' annotations -> masks of each reader -> consensus nodules.
 
-    reading = read_reading("158.xml")
+    reading = read_reading(Path("158.xml").read_bytes())
     nodules = consensus_nodules(reading, slice_uids, (512, 512), slice_thickness_mm=2.5)
     mask = slice_mask(nodules, 57, (512, 512))
 
@@ -45,6 +45,10 @@ _MIN_TOLERANCE = 0.1
 
 class LidcError(InputError):
     """Annotations that can't be used; the message is one line."""
+
+
+class ContourOutside(LidcError):
+    """A contour leaves the image."""
 
 
 class Contour(NamedTuple):
@@ -98,21 +102,19 @@ class Nodule(NamedTuple):
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def read_reading(source: str | Path | bytes) -> Reading | None:
-    """The annotations of a CT series from one XML file; None if it is of something else (a radiograph's read).
+def read_reading(content: bytes, name: str = "annotations") -> Reading | None:
+    """The annotations of a CT series from the content of an XML file; None if it is of something else (a radiograph).
 
     Nodules below 3 mm and non-nodules have no characteristics, or blank or zero ones: they are left out, and so are
     single points.
 
     Args:
-        source: path of the file, or its content.
+        content: of the file.
+        name: of the file, for messages.
 
     Raises:
         LidcError: damaged XML, or a CT read without a series or with unreadable numbers.
-        OSError: the file cannot be read.
     """
-    name = "annotations" if isinstance(source, bytes) else str(source)
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
         root = ElementTree.fromstring(content)
     except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: an encoding that does not exist
@@ -123,7 +125,7 @@ def read_reading(source: str | Path | bytes) -> Reading | None:
         header = _child(root, "ResponseHeader")
         sessions = tuple(_read_session(session) for session in root.findall(f"{_NAMESPACE}readingSession"))
         return Reading(_text(header, "SeriesInstanceUid"), _text(header, "StudyInstanceUID"), sessions)
-    except ValueError as error:
+    except InputError as error:
         raise LidcError(f"{name}: {error}; fetch the file again") from error
 
 
@@ -137,7 +139,7 @@ def _read_session(session: ElementTree.Element) -> tuple[ReaderNodule, ...]:
         if any(text in ("", "0") for text in texts):
             continue
         if not all(text.isdecimal() for text in texts):
-            raise ValueError("a characteristic (subtlety to malignancy) is not a whole number")
+            raise InputError("a characteristic (subtlety to malignancy) is not a whole number")
         contours = (_read_contour(roi) for roi in element.findall(f"{_NAMESPACE}roi"))
         contours = tuple(contour for contour in contours if len(contour.points) > 1)
         if contours:
@@ -149,28 +151,28 @@ def _read_session(session: ElementTree.Element) -> tuple[ReaderNodule, ...]:
 def _read_contour(roi: ElementTree.Element) -> Contour:
     inclusion = _text(roi, "inclusion").upper()
     if inclusion not in ("TRUE", "FALSE"):
-        raise ValueError("inclusion is neither TRUE nor FALSE")
+        raise InputError("inclusion is neither TRUE nor FALSE")
     uid, position = _text(roi, "imageSOP_UID"), _text(roi, "imageZposition")
     edges = roi.findall(f"{_NAMESPACE}edgeMap")
     try:
         position_mm = float(position)
         points = [(int(edge.findtext(_X, "")), int(edge.findtext(_Y, ""))) for edge in edges]
     except ValueError:
-        raise ValueError("a coordinate or imageZposition of a contour is not a number") from None
+        raise InputError("a coordinate or imageZposition of a contour is not a number") from None
     return Contour(uid, position_mm, inclusion == "TRUE", np.array(points, np.int64).reshape(-1, 2))
 
 
 def _child(element: ElementTree.Element, name: str) -> ElementTree.Element:
     child = element.find(f"{_NAMESPACE}{name}")
     if child is None:
-        raise ValueError(f"{name} is missing")
+        raise InputError(f"{name} is missing")
     return child
 
 
 def _text(element: ElementTree.Element, name: str) -> str:
     text = (_child(element, name).text or "").strip()
     if not text:
-        raise ValueError(f"{name} is empty")
+        raise InputError(f"{name} is empty")
     return text
 
 
@@ -185,10 +187,7 @@ def read_readings(path: str | Path) -> dict[str, Reading]:
     """
     readings: dict[str, Reading] = {}
     for name, content in _xml_files(Path(path)):
-        try:
-            reading = read_reading(content)
-        except LidcError as error:
-            raise LidcError(str(error).replace("annotations", name, 1)) from error
+        reading = read_reading(content, name)
         if reading is None:
             continue
         known = readings.setdefault(reading.series_instance_uid, reading)
@@ -333,7 +332,9 @@ def nodule_votes(
             numbers = [number_of[contour.sop_instance_uid, contour.position_mm] for contour in nodule.contours]
             for contour in nodule.contours:
                 if (contour.points < 0).any() or (contour.points >= shape[::-1]).any():
-                    raise LidcError(f"a contour leaves the image of {shape[0]} x {shape[1]} pixels; is it its scan?")
+                    raise ContourOutside(
+                        f"a contour leaves the image of {shape[0]} x {shape[1]} pixels; is it its scan?"
+                    )
             annotations.append((session, nodule))
             slices.append(numbers)
             stacked = zip(nodule.contours, numbers, strict=True)

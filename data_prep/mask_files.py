@@ -18,16 +18,15 @@ import pydicom
 from nibabel import orientations
 from pydicom.uid import SegmentationStorage
 
-from data_prep.geometry import canonical_axes, orient
+from data_prep.geometry import RAS_TO_LPS, canonical_axes, orient
+from data_prep.nifti_metadata import EXTENSION, without_extension
 from data_prep.system.errors import InputError
 from data_prep.volume import Volume
 
-MAX_REGIONS = 255
+MAX_REGIONS = 255  # of a volume: a mask is uint8
 POSITION_TOLERANCE = 0.25  # of the distance of pixels, or of slices: a shift by half a voxel is none to overlook
 
-_NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _SUFFIX = re.compile(r"[_-](mask|seg|label)$", re.IGNORECASE)
-_RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 
 
 class MaskError(InputError):
@@ -46,8 +45,8 @@ def index_masks(masks_dir: Path) -> dict[str, Path]:
     """
     masks: dict[str, Path] = {}
     for path in sorted(path for path in Path(masks_dir).rglob("*") if path.is_file()):
-        if _NIFTI.search(path.name):
-            key = _SUFFIX.sub("", _NIFTI.sub("", path.name))
+        if EXTENSION.search(path.name):
+            key = _SUFFIX.sub("", without_extension(path.name))
         elif (key := _referenced_series(path)) is None:
             continue
         if masks.setdefault(key, path) != path:
@@ -90,7 +89,7 @@ def read_mask(path: Path, volume: Volume) -> np.ndarray:
             the volume has not, values that are no whole numbers from 0 to 255, or a damaged file.
         OSError: the file cannot be read.
     """
-    return (_read_nifti if _NIFTI.search(path.name) else _read_segmentation)(path, volume)
+    return (_read_nifti if EXTENSION.search(path.name) else _read_segmentation)(path, volume)
 
 
 # ---- the volume's grid -------------------------------------------------------------------------------------
@@ -186,7 +185,7 @@ def _canonical_nifti(path: Path, spacing_mm: tuple[float, float, float] | None) 
     num_slices, height, width = values.shape
     ends = np.array([[0, 0], [0, height - 1], [width - 1, 0]])  # of columns and rows
     points = [affine[:3, :2] @ end + affine[:3, 3] + k * affine[:3, 2] for k in range(num_slices) for end in ends]
-    return values, np.reshape(points, (num_slices, 3, 3)) * _RAS_TO_LPS
+    return values, np.reshape(points, (num_slices, 3, 3)) * RAS_TO_LPS.diagonal()[:3]
 
 
 def _as_regions(values: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ Both are the inverse of what `data_prep.mask_files.read_mask` reads. The NIfTI f
 affine. The DICOM segmentation holds the patient's name, identifiers and dates, as it must to be filed with its scan.
 """
 
-import gzip
 import io
 import warnings
 from pathlib import Path
@@ -20,16 +19,15 @@ import pydicom
 from PIL import Image
 
 from data_prep.archives import read_bytes
-from data_prep.geometry import Axes, canonical_axes
+from data_prep.geometry import RAS_TO_LPS, Axes, canonical_axes
 from data_prep.headers import NIFTI
 from data_prep.mask_files import POSITION_TOLERANCE
+from data_prep.nifti import nifti_header
 from data_prep.system.errors import InputError
 from data_prep.volume import Volume
 from data_prep.window import needs_resize, resized_spacing_mm
 
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SHEAR = 1e-4  # cosine between axes from which on a quaternion can't tell the affine
-_GZIP = b"\x1f\x8b"
 _SERIES_NUMBER = 900  # beyond the scanner's own, as derived series are commonly numbered
 _MAY_BE_EMPTY = (  # which de-identified files often leave out
     "PatientID",
@@ -156,7 +154,7 @@ def slice_grid(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     affine[:3, 0] = np.array(header.orientation[:3]) * header.pixel_spacing[1]
     affine[:3, 1] = np.array(header.orientation[3:]) * header.pixel_spacing[0]
     affine[:3, 2], affine[:3, 3] = step, origins[0]
-    return _LPS_TO_RAS @ affine, places
+    return RAS_TO_LPS @ affine, places
 
 
 def _like_the_scan(stored: np.ndarray, volume: Volume, input_dir: Path) -> nibabel.Nifti1Image:
@@ -164,21 +162,13 @@ def _like_the_scan(stored: np.ndarray, volume: Volume, input_dir: Path) -> nibab
     first = volume.headers[0]
     voxels = np.zeros((first.columns, first.rows, first.number_of_frames), np.uint8)
     voxels[:, :, [header.frame for header in volume.headers]] = stored
-    scan = _nifti_header(read_bytes(input_dir, first.source))
+    scan = nifti_header(read_bytes(input_dir, first.source))
     (sform, sform_code), (qform, qform_code) = scan.get_sform(coded=True), scan.get_qform(coded=True)
     image = nibabel.Nifti1Image(voxels, sform if sform_code else qform)
     image.set_qform(qform, code=int(qform_code))
     image.set_sform(sform, code=int(sform_code))
     image.header.set_xyzt_units("mm")
     return image
-
-
-def _nifti_header(content: bytes) -> nibabel.Nifti1Header:
-    stream = io.BytesIO(content)
-    start = (gzip.GzipFile(fileobj=stream) if content[:2] == _GZIP else stream).read(540)
-    second = (540).to_bytes(4, "little"), (540).to_bytes(4, "big")
-    kind = nibabel.Nifti2Header if start[:4] in second else nibabel.Nifti1Header
-    return kind(start[: kind.template_dtype.itemsize], check=False)
 
 
 # ---- DICOM segmentation ------------------------------------------------------------------------------------

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from absl import flags
 
-from data_prep import command_line
+from data_prep.system import command_line
 
 FLAGS = flags.FLAGS
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     from data_prep.dataset import Dataset
     from data_prep.dataset__merge import merge
     from data_prep.dataset__schema import PREPARATION_FILE

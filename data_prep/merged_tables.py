@@ -22,10 +22,6 @@ from data_prep.dataset__schema import (
 from data_prep.system.errors import InputError
 
 
-class MergeError(InputError):
-    """Datasets that cannot be one; one line with the remedy."""
-
-
 def _rows(part: Dataset, name: str) -> Iterator[dict[str, str]]:
     """Rows of one of its tables, their cells as they are written."""
     with open(part.directory / name, newline="") as file:
@@ -72,7 +68,7 @@ def label_rows(parts: Sequence[Dataset], labels: Mapping[str, Mapping[str, Any]]
     """A label of a patient holds for the patient's volumes in all parts.
 
     Raises:
-        MergeError: a patient has one class in one part and another in another.
+        InputError: a patient has one class in one part and another in another.
     """
     of_patients: dict[str, dict[str, str]] = {n: {} for n, facts in labels.items() if facts["level"] == "patient"}
     tables = []
@@ -85,7 +81,7 @@ def label_rows(parts: Sequence[Dataset], labels: Mapping[str, Mapping[str, Any]]
             found = {patient: cell for patient, cell in found.items() if cell}
             differing = [patient for patient, cell in found.items() if known.get(patient, cell) != cell]
             if differing:
-                raise MergeError(
+                raise InputError(
                     f"{len(differing)} patients have another class of the label {name} in {part.directory} than in the "
                     "datasets before it; make the tables agree and prepare it again"
                 )

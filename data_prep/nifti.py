@@ -25,7 +25,7 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from data_prep.archives import MAX_FILE_BYTES, ArchiveDirectory, Source, open_source, read_bytes
-from data_prep.geometry import canonical_axes
+from data_prep.geometry import RAS_TO_LPS, canonical_axes
 from data_prep.headers import MAX_FRAMES, NIFTI, Frame, Header, NotAnImage
 from data_prep.nifti_metadata import Metadata, read_metadata, volume_name, without_extension
 from data_prep.system.errors import InputError
@@ -35,7 +35,6 @@ AFFINE_TOLERANCE_MM = 0.1  # between sform and qform, at the corners of the volu
 
 _HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 _CT_RATE = re.compile(r"(?P<study>(?P<patient>(?:train|valid|test)_\d+)_[a-z]+)_\d+")
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _GZIP = b"\x1f\x8b"
 _MILLIMETRES = ("mm", "unknown")
 _SILENT = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ _SILENT.setLevel(logging.CRITICAL)  # what matters is raised
 
 
 class NiftiError(InputError):
-    """A file that can't be used. `reason` is a name of `data_prep.dicom.REASONS`; the message is the detail."""
+    """A file that can't be used. `reason` is a name of `data_prep.scan.reasons.REASONS`; the message is the detail."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -66,7 +65,7 @@ def read_header(input_dir: ArchiveDirectory, source: Source, metadata_csv: Path 
 
     Raises:
         OSError: the file cannot be read.
-        MetadataError: the table cannot be used.
+        InputError: the table cannot be used.
     """
     name = volume_name(source)
     if not name:
@@ -77,7 +76,7 @@ def read_header(input_dir: ArchiveDirectory, source: Source, metadata_csv: Path 
         if row is None:
             return NotAnImage(source, "no_metadata", "")
     try:
-        nifti = _nifti_header(_start_of(input_dir, source))
+        nifti = _parse_header(_start_of(input_dir, source))
         return _header(nifti, source, name, row)
     except NiftiError as error:
         return NotAnImage(source, error.reason, str(error))
@@ -112,7 +111,17 @@ def _unpacked(content: bytes, length: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _nifti_header(start: bytes) -> nibabel.Nifti1Header | nibabel.Nifti2Header:
+def nifti_header(content: bytes) -> nibabel.Nifti1Header | nibabel.Nifti2Header:
+    """The header of a whole file, which may be compressed.
+
+    Raises:
+        NiftiError: no single NIfTI file.
+        HeaderDataError, zlib.error: damaged.
+    """
+    return _parse_header(_unpacked(content, max(_HEADER_BYTES)))
+
+
+def _parse_header(start: bytes) -> nibabel.Nifti1Header | nibabel.Nifti2Header:
     size = next((s for s in _HEADER_BYTES if start[:4] in (s.to_bytes(4, "little"), s.to_bytes(4, "big"))), 0)
     if not size or len(start) < size:
         raise NiftiError("not_nifti", "no NIfTI header")
@@ -134,7 +143,7 @@ def _header(nifti: Any, source: Source, name: str, row: Metadata | None) -> Head
     dtype = nifti.get_data_dtype()
     if slices > MAX_FRAMES or math.prod(shape) * dtype.itemsize > MAX_FILE_BYTES:
         raise NiftiError("too_large", f"{columns} x {rows} x {slices} voxels")
-    affine, notes = _with_spacing(_RAS_TO_LPS @ _affine(nifti, shape), metadata)
+    affine, notes = _with_spacing(RAS_TO_LPS @ _affine(nifti, shape), metadata)
     steps = np.linalg.norm(affine[:3, :3], axis=0)
     slope, intercept = _rescale(nifti.get_slope_inter(), metadata)
     shared = {
@@ -233,16 +242,16 @@ def _with_spacing(affine: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, t
     return corrected, ("spacing_from_metadata",)
 
 
-def _rescale(of_file: tuple[float | None, float | None], metadata: Metadata) -> tuple[float | None, float | None]:
+def _rescale(file_rescale: tuple[float | None, float | None], metadata: Metadata) -> tuple[float | None, float | None]:
     """What makes HU of the stored values; both None where neither the file nor the table says."""
-    of_table = (metadata.rescale_slope, metadata.rescale_intercept)
-    if of_table == (None, None):
-        return of_file
-    if of_file in ((None, None), (1.0, 0.0)):
-        return of_table
-    if None in of_table or not np.allclose(of_file, of_table, rtol=1e-5, atol=1e-5):
+    table_rescale = (metadata.rescale_slope, metadata.rescale_intercept)
+    if table_rescale == (None, None):
+        return file_rescale
+    if file_rescale in ((None, None), (1.0, 0.0)):
+        return table_rescale
+    if None in table_rescale or not np.allclose(file_rescale, table_rescale, rtol=1e-5, atol=1e-5):
         raise NiftiError("ambiguous_rescale", "the slope and intercept of the file are not those of the table")
-    return of_table
+    return table_rescale
 
 
 # ---- voxels ------------------------------------------------------------------------------------------------
@@ -255,7 +264,7 @@ def read_frames(content: bytes, header: Header) -> np.ndarray:
         NiftiError: damaged, cut off, or another file than `header` was read of.
     """
     try:
-        nifti = _nifti_header(_unpacked(content, max(_HEADER_BYTES)))
+        nifti = nifti_header(content)
         shape = (header.number_of_frames, header.rows, header.columns)
         dtype, offset = nifti.get_data_dtype(), nifti.get_data_offset()
         if math.prod(nifti.get_data_shape()) != math.prod(shape):

@@ -13,7 +13,7 @@ from data_prep.archives import Source, Unreadable, list_sources
 from data_prep.headers import age_in_years
 from data_prep.system.errors import InputError
 
-_EXTENSION = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+EXTENSION = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
 _SPACING = re.compile(rf"[\[(]?\s*({_NUMBER})\s*(?:[,;\\ ]\s*({_NUMBER}))?\s*[\])]?")
 _NUMBER_COLUMNS = ("RescaleSlope", "RescaleIntercept", "ZSpacing", "SliceThickness")
@@ -22,10 +22,6 @@ _COLUMNS = (
     *("VolumeName", "PatientID", "PatientSex", "PatientAge", "Manufacturer", "ConvolutionKernel"),
     *("QualityControlSubject", "XYSpacing", *_NUMBER_COLUMNS),
 )
-
-
-class MetadataError(InputError):
-    """A metadata table that can't be used; one line that names the place and the remedy."""
 
 
 class Metadata(NamedTuple):
@@ -47,30 +43,30 @@ class Metadata(NamedTuple):
 def volume_name(source: Source) -> str:
     """Name of a NIfTI file without .nii or .nii.gz; "" for other files."""
     name = posixpath.basename(source.member or source.path)
-    return without_extension(name) if _EXTENSION.search(name) else ""
+    return without_extension(name) if EXTENSION.search(name) else ""
 
 
 def without_extension(name: str) -> str:
     """`name` without .nii or .nii.gz."""
-    return _EXTENSION.sub("", name)
+    return EXTENSION.sub("", name)
 
 
 def check(input_dir: Path, metadata_csv: Path) -> None:
     """Reads the whole table and looks for the files that it names, before long work starts.
 
     Raises:
-        MetadataError: see `read_metadata`, or the table names none of the files, or two by one name.
+        InputError: see `read_metadata`, or the table names none of the files, or two by one name.
     """
     metadata = read_metadata(metadata_csv)
     names = (volume_name(entry) for entry in list_sources(input_dir) if not isinstance(entry, Unreadable))
     found = collections.Counter(name for name in names if name in metadata)
     if not found:
-        raise MetadataError(
+        raise InputError(
             f"--metadata_csv={metadata_csv}: none of its {len(metadata)} volumes is in {input_dir}; "
             "VolumeName is the name of a .nii or .nii.gz file"
         )
     if several := sum(count > 1 for count in found.values()):
-        raise MetadataError(
+        raise InputError(
             f"--metadata_csv={metadata_csv}: {several} of its volumes have more than one file in {input_dir}; "
             "leave the copies out or rename the files"
         )
@@ -84,30 +80,30 @@ def read_metadata(path: Path) -> dict[str, Metadata]:
     Pixel Spacing (`[0.7, 0.7]` or one number) and ZSpacing the distance of the slices, in mm.
 
     Raises:
-        MetadataError: no such file, no column VolumeName, a cell that is no number, or one volume with two rows.
+        InputError: no such file, no column VolumeName, a cell that is no number, or one volume with two rows.
     """
     if not path.is_file():
-        raise MetadataError(f"--metadata_csv={path}: no such file; give a CSV file with a column VolumeName")
+        raise InputError(f"--metadata_csv={path}: no such file; give a CSV file with a column VolumeName")
     metadata: dict[str, Metadata] = {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             names = [name.strip() for name in reader.fieldnames or []]
             if names.count("VolumeName") != 1:
-                raise MetadataError(f"--metadata_csv={path}: no column VolumeName, or two; give it the files' names")
+                raise InputError(f"--metadata_csv={path}: no column VolumeName, or two; give it the files' names")
             reader.fieldnames = names
             for row in reader:
                 cells = {name: (row.get(name) or "").strip() for name in _COLUMNS}
                 name = without_extension(cells["VolumeName"])
                 entry = _metadata(cells, f"{path}, line {reader.line_num}")
                 if name and metadata.setdefault(name, entry) != entry:
-                    raise MetadataError(
+                    raise InputError(
                         f"{path}, line {reader.line_num}: a second row of one volume that says other things; "
                         "leave one of the two out"
                     )
     except (csv.Error, UnicodeDecodeError) as error:
         kind = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-        raise MetadataError(f"--metadata_csv={path}: {kind}; save it as CSV in UTF-8") from None
+        raise InputError(f"--metadata_csv={path}: {kind}; save it as CSV in UTF-8") from None
     return metadata
 
 
@@ -120,14 +116,14 @@ def _metadata(cells: Mapping[str, str], place: str) -> Metadata:
             value = math.inf
         if math.isinf(value) or (column in _POSITIVE_COLUMNS and value <= 0):
             kind = "a number above 0" if column in _POSITIVE_COLUMNS else "a number"
-            raise MetadataError(f"{place}: {column} is not {kind}; correct the cell or leave it empty")
+            raise InputError(f"{place}: {column} is not {kind}; correct the cell or leave it empty")
         numbers[column] = None if math.isnan(value) else value
     spacing = None
     if cells["XYSpacing"]:
         match = _SPACING.fullmatch(cells["XYSpacing"])
         spacing = (float(match[1]), float(match[2] or match[1])) if match else (0.0, 0.0)
         if not min(spacing) > 0:
-            raise MetadataError(f"{place}: XYSpacing is not like [0.7, 0.7]; correct the cell or leave it empty")
+            raise InputError(f"{place}: XYSpacing is not like [0.7, 0.7]; correct the cell or leave it empty")
     sex = cells["PatientSex"][:1].upper()
     age = re.sub(r"\.0*$", "", cells["PatientAge"])
     return Metadata(

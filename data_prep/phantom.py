@@ -25,12 +25,13 @@ from pathlib import Path
 
 from absl import flags
 
-from data_prep import command_line
+from data_prep.system import command_line
 
 FLAGS = flags.FLAGS
 
 
-def start() -> int:
+def main(argv: list[str]) -> int:
+    """Command line."""
     from data_prep.synthetic.archive import make_archive
     from data_prep.synthetic.exam import Options
 
@@ -54,10 +55,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "Processes.")
 
 
-def main() -> None:
-    define_flags()
-    command_line.run(start)
-
-
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command_line.run(main)

@@ -27,7 +27,7 @@ MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
 
 
 class PixelError(InputError):
-    """Pixels that cannot be had. `reason` is a name of `data_prep.dicom.REASONS`; the message is the detail."""
+    """Pixels that cannot be had. `reason` is a name of `data_prep.scan.reasons.REASONS`; the message is the detail."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)

@@ -5,53 +5,40 @@ So headers are spread over bucket files by the study that they belong to, and ea
 
 Reading the headers takes long, so what was read stays: the files are listed in chunks, and a staged file a chunk holds
 its headers as they go to the buckets. A run that is started again reads the chunks of which a file is missing, came or
-changed; buckets and plans it makes anew.
+changed; buckets and plans are made again.
 """
 
 import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import itertools
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from data_prep import nifti
-from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, reading_ahead, will_read
-from data_prep.conversion import FAILED_FOR_NOW
-from data_prep.dataset__storage import file_sha256
-from data_prep.dataset_writer import PARTIAL
-from data_prep.dicom import (
-    Header,
-    NotAnImage,
-    Rejection,
-    Rules,
-    SeriesCandidate,
-    plan_series,
-    read_header,
-    select_reconstructions,
+from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources
+from data_prep.headers import Header, NotAnImage, read_header
+from data_prep.scan.loading import (
+    SOURCES_PER_TASK,
+    ExamPlan,
+    ReadHeader,
+    chunks,
+    plan_exams,
+    read_headers,
+    read_headers_one_by_one,
+    source_of,
 )
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.scan.rules import Rules
+from data_prep.system.errors import InputError
+from data_prep.system.files import PARTIAL, file_sha256, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _MIN_BUCKETS = 64
 _HEADERS_PER_BUCKET = 5_000  # about, in memory at a time in each worker
-_SOURCES_PER_TASK = 128
-_HEADER_BYTES = 32 << 10  # most headers are shorter
 _STAGED = "staged"  # folder of the plan directory
-
-ReadHeader = Callable[[ArchiveDirectory, Source], Header | NotAnImage]
-
-
-@dataclasses.dataclass(frozen=True)
-class BucketPlan:
-    """What headers say of the files of one bucket."""
-
-    exams: list[list[SeriesCandidate]]  # candidates of an exam in order of preference
-    rejections: list[Rejection]
-    not_images: list[NotAnImage | Unreadable]
 
 
 def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tuple[int, str]:
@@ -61,7 +48,7 @@ def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tu
     `listing` (private): a file to write, so that `plan_archive` need not list again and plans what was listed here.
 
     Raises:
-        ValueError: there are no files.
+        InputError: there are no files.
     """
     digest = hashlib.sha256()
     number = 0
@@ -70,21 +57,16 @@ def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tu
         if listing:
             listing.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(listing, "wb"))
-        for chunk in _chunks(list_sources(input_dir), _SOURCES_PER_TASK):
+        for chunk in chunks(list_sources(input_dir), SOURCES_PER_TASK):
             for entry in chunk:
-                digest.update(repr(_source(entry)).encode("utf-8", "backslashreplace"))
+                digest.update(repr(source_of(entry)).encode("utf-8", "backslashreplace"))
             if listing:
                 pickle.dump(chunk, file, pickle.HIGHEST_PROTOCOL)
             number += len(chunk)
             progress.advance(len(chunk))
         if not number:
-            raise ValueError(f"--input_dir={input_dir}: no files in it; give the folder of the scans")
+            raise InputError(f"--input_dir={input_dir}: no files in it; give the folder of the scans")
     return number, digest.hexdigest()
-
-
-def header_reader(archive: str, metadata_csv: Path | None = None) -> ReadHeader:
-    """What reads the headers of an archive of this kind."""
-    return functools.partial(nifti.read_header, metadata_csv=metadata_csv) if archive == "nifti" else read_header
 
 
 def plan_archive(
@@ -119,7 +101,7 @@ def plan_buckets(plan_dir: Path, rules: Rules, pool: WorkerPool) -> list[Path]:
     return [plan for _, plan, _ in tasks]
 
 
-def read_plan(path: Path) -> BucketPlan:
+def read_plan(path: Path) -> ExamPlan:
     with open(path, "rb") as file:
         return pickle.load(file)
 
@@ -151,11 +133,11 @@ def scan_headers(
     while num_buckets * _HEADERS_PER_BUCKET < num_files:
         num_buckets *= 2  # so that what is staged remains of use while an archive grows
     version = f"{num_buckets} {_version(read)}"
-    chunks = _read_listing(listing) if listing else _chunks(list_sources(input_dir), _SOURCES_PER_TASK)
+    listed = _read_listing(listing) if listing else chunks(list_sources(input_dir), SOURCES_PER_TASK)
     with Progress("reading headers", "files", num_files) as progress:
         tasks = (
             (input_dir, chunk, read, staged_dir / f"{number:07d}", version, num_buckets)
-            for number, chunk in enumerate(chunks)
+            for number, chunk in enumerate(listed)
         )
         for (_, chunk, *_), result in pool.run(stage_headers, tasks):
             if isinstance(result, WorkerDied):
@@ -193,9 +175,7 @@ def stage_headers(
     by_bucket = _by_bucket(found, num_buckets)
     if not any(isinstance(entry, NotAnImage) and entry.reason == FAILED_FOR_NOW for entry in found):
         content = digest + pickle.dumps(by_bucket, pickle.HIGHEST_PROTOCOL)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-        temporary.write_bytes(hashlib.sha256(content).digest() + content)
-        temporary.rename(path)
+        write_file(path, hashlib.sha256(content).digest() + content)
     return by_bucket, False
 
 
@@ -204,7 +184,7 @@ def _times(input_dir: ArchiveDirectory, entry: Source | Unreadable) -> tuple[int
     if not isinstance(input_dir, Path):
         return None
     try:
-        status = os.stat(input_dir / _source(entry).path)
+        status = os.stat(input_dir / source_of(entry).path)
     except (OSError, ValueError):
         return None
     return status.st_mtime_ns, status.st_ctime_ns
@@ -226,55 +206,14 @@ def _by_bucket(entries: Iterable[Header | NotAnImage | Unreadable], num_buckets:
 
 def _read_listing(path: Path) -> Iterator[tuple[Source | Unreadable, ...]]:
     with open(path, "rb") as file:
-        with contextlib.suppress(EOFError):
-            while True:
-                yield pickle.load(file)
+        yield from _unpickled(file)
 
 
-def _chunks(items: Iterable, size: int) -> Iterator[tuple]:
-    items = iter(items)
-    while chunk := tuple(itertools.islice(items, size)):
-        yield chunk
-
-
-def read_headers(
-    input_dir: ArchiveDirectory, entries: tuple[Source | Unreadable, ...], read: ReadHeader
-) -> list[Header | NotAnImage | Unreadable]:
-    """What the files are, in their order; what could not be listed stays as it is.
-
-    Raises:
-        OSError: the archive went away.
-    """
-    sources = [entry for entry in entries if isinstance(entry, Source)]
-    will_read(input_dir, sources, _HEADER_BYTES)
-    input_dir = reading_ahead(input_dir, sources, starts=True)
-    return [entry if isinstance(entry, Unreadable) else _read_one(input_dir, entry, read) for entry in entries]
-
-
-def read_headers_one_by_one(input_dir, entries, read) -> Iterator[Header | NotAnImage | Unreadable]:
-    """For a chunk that killed its worker: the file that did it is left out, by name."""
-    tasks = [(input_dir, (entry,), read) for entry in entries]
-    with WorkerPool(1) as pool:
-        for (_, (entry,), _), result in pool.run(read_headers, tasks):
-            if isinstance(result, WorkerDied):
-                yield NotAnImage(_source(entry), FAILED_FOR_NOW, "reading the header crashed")
-            else:
-                yield from result
-
-
-def _read_one(input_dir: ArchiveDirectory, source: Source, read: ReadHeader) -> Header | NotAnImage:
-    try:
-        return read(input_dir, source)
-    except OSError as error:
-        if not input_dir.is_dir():
-            raise OSError(f"{input_dir}: the archive went away; run again to continue") from None
-        if error.errno is None:  # not from the disk: what the file holds
-            return NotAnImage(source, "unreadable", "damaged")
-        return NotAnImage(source, FAILED_FOR_NOW, error.strerror or "")
-
-
-def _source(entry: Source | Unreadable | Header | NotAnImage) -> Source:
-    return entry if isinstance(entry, Source) else entry.source
+def _unpickled(file: BinaryIO) -> Iterator[Any]:
+    """The objects that were pickled into a file one after the other."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield pickle.load(file)
 
 
 def _bucket_number(entry: Header | NotAnImage | Unreadable, num_buckets: int) -> int:
@@ -287,19 +226,8 @@ def _bucket_number(entry: Header | NotAnImage | Unreadable, num_buckets: int) ->
 
 
 def _plan_bucket(headers_path: Path, plan_path: Path, rules: Rules) -> None:
-    headers, not_images = [], []
     with open(headers_path, "rb") as file:
-        with contextlib.suppress(EOFError):
-            while True:
-                for entry in pickle.load(file):
-                    (headers if isinstance(entry, Header) else not_images).append(entry)
-    planned = plan_series(headers, rules)
-    candidates = [entry for entry in planned if isinstance(entry, SeriesCandidate)]
-    plan = BucketPlan(
-        exams=select_reconstructions(candidates, rules),
-        rejections=[entry for entry in planned if isinstance(entry, Rejection)],
-        not_images=not_images,
-    )
+        plan = plan_exams((entry for entries in _unpickled(file) for entry in entries), rules)
     with open(plan_path, "wb") as file:
         pickle.dump(plan, file, pickle.HIGHEST_PROTOCOL)
     headers_path.unlink()

@@ -26,15 +26,15 @@ what the files do not say, as CT-RATE has it: see data_prep.nifti_metadata). Bes
 """
 
 import shlex
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from data_prep import command_line, stores
+from data_prep import stores
 from data_prep.remote_archives import archive_directory
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
 
 FLAGS = flags.FLAGS
 _UPLOAD = "write it to a local disk, then upload it with `gcloud storage cp -r` or `aws s3 cp --recursive`"
@@ -42,51 +42,33 @@ _UPLOAD = "write it to a local disk, then upload it with `gcloud storage cp -r` 
 _WINDOWS = {"rsna_pe": ["50,350", "100,700"]}  # where no --window is given: the second is made for pulmonary arteries
 
 
-class Stopped(BaseException):
-    """SIGTERM, Ctrl-C or a closed terminal; like KeyboardInterrupt, nothing that handles errors handles it."""
-
-
 def parse_splits(text: str) -> tuple[float, float, float]:
-    """Three fractions that sum to 1, the first above 0. Raises ValueError."""
+    """Three fractions that sum to 1, the first above 0. Raises InputError."""
     remedy = "give three fractions that sum to 1, such as --splits=0.8,0.1,0.1"
     try:
         train, validation, test = (float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--splits={text}: {remedy}") from None
+        raise InputError(f"--splits={text}: {remedy}") from None
     if not (train > 0 and validation >= 0 and test >= 0 and abs(train + validation + test - 1) < 1e-6):
-        raise ValueError(f"--splits={text}: {remedy}, the first above 0")
+        raise InputError(f"--splits={text}: {remedy}, the first above 0")
     return train, validation, test
 
 
-def main() -> int:
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # under nohup a closed terminal stops nothing
-            signal.signal(signum, _stop)
-    try:
-        return _run()
-    except Stopped as stopped:
-        print("stopped; run the same command again to continue", file=sys.stderr)
-        return 128 + stopped.args[0]
-
-
-def _stop(signum: int, frame: object) -> None:
-    signal.signal(signum, signal.SIG_DFL)  # the second time it ends at once
-    raise Stopped(signum)
-
-
-def _run() -> int:
+def main(argv: list[str]) -> int:
+    """Command line."""
     from data_prep.window import parse_window  # not earlier: --help needs none of it
 
     windows = tuple(parse_window(text) for text in FLAGS.window or _WINDOWS.get(FLAGS.archive, ["50,350"]))
     splits = parse_splits(FLAGS.splits)
     if not FLAGS.shard_size_mb > 0:
-        raise ValueError(f"--shard_size_mb={FLAGS.shard_size_mb:g}: give a number of megabytes above 0")
+        raise InputError(f"--shard_size_mb={FLAGS.shard_size_mb:g}: give a number of megabytes above 0")
     beam_options = _parse_beam_options(FLAGS.runner, FLAGS.beam_options)
 
-    from data_prep.conversion import FAILED_FOR_NOW
-    from data_prep.dicom import Rules
     from data_prep.labels import LabelSources
     from data_prep.pipeline import prepare as preparation
+    from data_prep.privacy.pseudonyms import default_audit_dir
+    from data_prep.scan.reasons import FAILED_FOR_NOW
+    from data_prep.scan.rules import Rules
 
     sources = LabelSources(
         archive=FLAGS.archive,
@@ -114,7 +96,7 @@ def _run() -> int:
         shard_size_mb=FLAGS.shard_size_mb,
     )
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", _UPLOAD)
-    audit_dir = _path("audit_dir", "choose a directory here") or preparation.default_audit_dir(output_dir)
+    audit_dir = _path("audit_dir", "choose a directory here") or default_audit_dir(output_dir)
     places = preparation.Places(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
     same_splits_as = [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path]
     if FLAGS.dry_run:
@@ -159,12 +141,12 @@ def _parse_beam_options(runner: str, text: str) -> list[str] | None:
     """None: not under Beam."""
     if runner != "beam":
         if text:
-            raise ValueError("--beam_options are of --runner=beam; add that or leave them out")
+            raise InputError("--beam_options are of --runner=beam; add that or leave them out")
         return None
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise ValueError(f"--beam_options={text}: {error}; quote them as on a command line") from None
+        raise InputError(f"--beam_options={text}: {error}; quote them as on a command line") from None
 
 
 def _path(flag: str, remedy: str = "give a local copy") -> Path | None:
@@ -174,11 +156,8 @@ def _path(flag: str, remedy: str = "give a local copy") -> Path | None:
 
 def summary_table(counts: dict[str, Any]) -> str:
     """What became of the files, by reason; the parts add up to the number of files."""
-    from data_prep.conversion import REASONS as CONVERSION_REASONS
-    from data_prep.dicom import REASONS
-    from data_prep.labels import REASONS as LABEL_REASONS
+    from data_prep.scan.reasons import REASONS
 
-    explanations = REASONS | CONVERSION_REASONS | LABEL_REASONS
     lines = [f"{counts['files']:>8} files", f"{counts['files_in_volumes']:>8} in volumes"]
     for title, name in (
         ("of the volumes' series, dropped", "files_dropped"),
@@ -188,7 +167,7 @@ def summary_table(counts: dict[str, Any]) -> str:
         lines.append(f"{sum(counts[name].values()):>8} {title}")
         for reason, number in counts[name].items():
             series = f" in {counts['series_rejected'][reason]} series" if name == "files_rejected" else ""
-            lines.append(f"{number:>16} {reason}{series}: {explanations[reason]}")
+            lines.append(f"{number:>16} {reason}{series}: {REASONS[reason]}")
     lines += label_lines(counts)
     return "\n".join(lines)
 

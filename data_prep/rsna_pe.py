@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.label_tables import LabelError, Row, Table, read_header, read_rows
+from data_prep.label_tables import Row, Table, read_header, read_rows
 from data_prep.remote_archives import RemoteArchive, local_copy
+from data_prep.system.errors import InputError
 
 TRAIN_FILE = "train.csv"
 WINDOWS = ((50.0, 350.0), (100.0, 700.0))  # level, width in HU: soft tissue, pulmonary arteries
@@ -76,18 +77,18 @@ def check_train_csv(input_dir: Path | RemoteArchive) -> Path:
     """`train.csv` of an archive, with all its columns.
 
     Raises:
-        LabelError: no such file, or a column is missing.
+        InputError: no such file, or a column is missing.
     """
     path = train_csv(input_dir)
     if path is None:
-        raise LabelError(
+        raise InputError(
             f"--input_dir={input_dir}: no {TRAIN_FILE} in it; give the folder that holds it and the scans, or "
             "--archive=dicom to do without labels"
         )
     names = read_header(path, "train.csv")
     missing = [name for name in COLUMNS if name not in names]
     if missing:
-        raise LabelError(
+        raise InputError(
             f"{path}: lacks the column {', '.join(missing)}; fetch the file of the challenge again, or give "
             "--archive=dicom and your own --labels_csv"
         )
@@ -106,13 +107,13 @@ def read_train_csv(path: Path, exams: dict[str, Exam]) -> Iterator[Row]:
     """The rows of `slice_table`; once all are taken, `exams` holds every exam by its Study Instance UID.
 
     Raises:
-        LabelError: a row without UIDs, or a label other than 0 and 1.
+        InputError: a row without UIDs, or a label other than 0 and 1.
     """
     for line, (study, series, instance, *cells) in read_rows(path, COLUMNS):
         if not (study and series and instance):
-            raise LabelError(f"{path}, line {line}: a UID is empty; fetch the file again")
+            raise InputError(f"{path}, line {line}: a UID is empty; fetch the file again")
         if not set(cells) <= {"0", "1"}:
-            raise LabelError(f"{path}, line {line}: a label is neither 0 nor 1; fetch the file again")
+            raise InputError(f"{path}, line {line}: a label is neither 0 nor 1; fetch the file again")
         positive, *labels = map(int, cells)
         known = exams.get(study)
         of_exam = dict(zip(EXAM_LABELS, labels, strict=True)) if known is None else known.labels

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.geometry import StackMeasure, canonical_axes, measure_stack
 from data_prep.headers import CT_IMAGE_STORAGE, Header
+from data_prep.scan.rules import Rules
 
 _SAME_POSITION_MM = 0.05
 _MEETING_SLICES = 1.5  # acquisitions that follow each other share at most so many slice spacings
@@ -22,39 +23,6 @@ _PROJECTED = {"MIP", "MINIP", "MAXIP", "MNIP", "MAX_IP", "MIN_IP", "PROJECTION I
 _EXTRAS = {"secondary_capture", "derived_image", "not_grey"}  # beside the slices of a series, not slices lost
 _NOT_HU_RESCALE = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}
 _NOT_CHEST = {"HEAD", "BRAIN", "SKULL", "ORBIT", "SINUS", "KNEE", "ANKLE", "FOOT", "HAND", "WRIST", "ELBOW"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What is taken. `irregular`: "keep" or "refuse" (gaps, uneven spacing); `reconstructions`: "one_per_study" or
-    "all"; `preferred_kernel`: "soft", "sharp" or "any" (see `select_reconstructions`).
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    max_slice_thickness_mm: float = 3.0  # itself included
-    min_slices: int = 20
-    max_lost_fraction: float = 0.1  # of the slices that the volume should have
-    require_lung: bool = True
-    irregular: str = "keep"
-    reconstructions: str = "one_per_study"
-    preferred_kernel: str = "soft"
-
-    def __post_init__(self):
-        if not self.max_slice_thickness_mm > 0:
-            raise ValueError(f"max_slice_thickness_mm is {self.max_slice_thickness_mm}; give a positive number")
-        if self.min_slices < 1:
-            raise ValueError(f"min_slices is {self.min_slices}; give 1 or more")
-        if not 0 <= self.max_lost_fraction < 1:
-            raise ValueError(f"max_lost_fraction is {self.max_lost_fraction}; give 0 or more, below 1")
-        for name, values in (
-            ("irregular", ("keep", "refuse")),
-            ("reconstructions", ("one_per_study", "all")),
-            ("preferred_kernel", ("soft", "sharp", "any")),
-        ):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(values)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +53,7 @@ class SeriesCandidate:
     slice_thickness_mm: float  # the thickest slice; the spacing where no slice says
     gantry_tilt_degrees: float
     dropped: tuple[tuple[Header, str], ...]  # with the reason of each
-    notes: tuple[str, ...]  # names of `data_prep.dicom.NOTES`
+    notes: tuple[str, ...]  # names of `data_prep.scan.reasons.NOTES`
     preference: tuple  # smaller is preferred within an exam
 
     @property
@@ -93,6 +61,10 @@ class SeriesCandidate:
         """Every header that went in: slices, duplicates and dropped ones."""
         extra = [header for group in self.duplicates for header in group]
         return (*self.headers, *extra, *(header for header, _ in self.dropped))
+
+    def rejected(self, reason: str, detail: str) -> Rejection:
+        """The whole stack as a rejection."""
+        return Rejection(self.series_key, self.all_headers, reason, detail)
 
 
 def plan_series(headers: Iterable[Header], rules: Rules) -> list[SeriesCandidate | Rejection]:

@@ -20,9 +20,10 @@ from data_prep.dataset__schema import (
     slice_columns,
     split_shards,
 )
-from data_prep.dataset__storage import decode_record, file_sha256, read_records
+from data_prep.dataset__storage import decode_record, read_records
 from data_prep.geometry import measure_stack
 from data_prep.system.errors import DatasetError
+from data_prep.system.files import file_sha256
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 

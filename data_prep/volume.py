@@ -13,7 +13,8 @@ from data_prep.geometry import Axes, canonical_axes, measure_stack, orient
 from data_prep.headers import Header
 from data_prep.hounsfield import PlausibilityCount, has_rescale, to_hu
 from data_prep.pixels import PixelError, PixelReader
-from data_prep.series import Rejection, Rules, SeriesCandidate, irregularity, too_few_detail
+from data_prep.scan.rules import Rules
+from data_prep.series import Rejection, SeriesCandidate, irregularity, too_few_detail
 
 _READ_AHEAD = 8  # slices on their way from the disk while one is decoded
 
@@ -32,7 +33,7 @@ class Volume:
     slice_thickness_mm: float
     gantry_tilt_degrees: float
     chest: ChestSummary
-    notes: tuple[str, ...]  # names of `data_prep.dicom.NOTES`
+    notes: tuple[str, ...]  # names of `data_prep.scan.reasons.NOTES`
     dropped: tuple[tuple[Header, str], ...]  # headers that are not in the volume, each with its reason
 
 
@@ -48,13 +49,9 @@ def load_volume(input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: 
     Raises:
         OSError: the archive cannot be read any more.
     """
-
-    def reject(reason: str, detail: str) -> Rejection:
-        return Rejection(candidate.series_key, candidate.all_headers, reason, detail)
-
     tagged = {has_rescale(header) for header in candidate.headers}
     if len(tagged) == 2:
-        return reject("missing_rescale", "some slices have rescale tags and some have none")
+        return candidate.rejected("missing_rescale", "some slices have rescale tags and some have none")
     in_order = zip(candidate.headers, candidate.duplicates, strict=True)
     sources = (header.source for first, others in in_order for header in (first, *others))
     input_dir = reading_ahead(input_dir, sources)
@@ -79,7 +76,7 @@ def load_volume(input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: 
                 elif _acquisitions_differ(header, taken):
                     meeting.append((header, "acquisitions_meet"))
                 else:
-                    return reject("contradictory_duplicates", f"different images at slice {i + 1}")
+                    return candidate.rejected("contradictory_duplicates", f"different images at slice {i + 1}")
             except PixelError as error:
                 lost.append((header, error.reason))
         if taken is not None:
@@ -89,25 +86,25 @@ def load_volume(input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: 
     total = len(candidate.headers)
     if total - len(kept) > rules.max_lost_fraction * total or not kept:
         reason = collections.Counter(reason for _, reason in lost).most_common(1)[0][0]
-        return reject(reason, f"{total - len(kept)} of {total} slices")
+        return candidate.rejected(reason, f"{total - len(kept)} of {total} slices")
     if len(meeting) > rules.max_lost_fraction * total:
-        return reject("contradictory_duplicates", f"different images at {len(meeting)} of {total} slices")
+        return candidate.rejected("contradictory_duplicates", f"different images at {len(meeting)} of {total} slices")
     position_mm = np.array(candidate.position_mm)[kept]
     measured = measure_stack(position_mm, np.array([header.position for header in used]))
     if fault := irregularity(measured, len(kept), rules):
-        return reject(*fault)
+        return candidate.rejected(*fault)
     if len(kept) < rules.min_slices:
-        return reject("too_few_slices", too_few_detail(len(kept), rules))
+        return candidate.rejected("too_few_slices", too_few_detail(len(kept), rules))
     if fault := loader.plausibility.fault():
         reason = "implausible_hu" if tagged == {True} else "missing_rescale"
-        return reject(reason, fault)
+        return candidate.rejected(reason, fault)
 
     spacing = candidate.headers[0].pixel_spacing
     pixel_spacing_mm = (spacing[1], spacing[0]) if axes.transpose else (spacing[0], spacing[1])
     hu = loader.volume()
     chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)
     if rules.require_lung and not covers_chest(chest):
-        return reject("no_chest", f"{chest.lung_volume_ml:.0f} ml of lung")
+        return candidate.rejected("no_chest", f"{chest.lung_volume_ml:.0f} ml of lung")
     flags = {
         "gaps": measured.missing > 0,
         "uneven_spacing": measured.uneven,

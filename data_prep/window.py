@@ -9,18 +9,21 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-AIR_HU = -1000
+from data_prep.anatomy import ChestSummary
+from data_prep.geometry import AIR_HU
+from data_prep.system.errors import InputError
+
 Window = tuple[float, float]  # level, width in HU
 
 
 def parse_window(text: str) -> Window:
-    """(level, width) of "level,width". Raises ValueError."""
+    """(level, width) of "level,width". Raises InputError."""
     try:
         level, width = (float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--window={text}: give level,width in HU, such as --window=50,350") from None
+        raise InputError(f"--window={text}: give level,width in HU, such as --window=50,350") from None
     if not (math.isfinite(level) and math.isfinite(width) and width > 0):
-        raise ValueError(f"--window={text}: the width must be above 0, such as --window=50,350")
+        raise InputError(f"--window={text}: the width must be above 0, such as --window=50,350")
     return level, width
 
 
@@ -31,13 +34,13 @@ def window_to_uint8(hu: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
     gives the same for every int16, else through a table.
 
     Raises:
-        ValueError: no window, or a width that is not positive.
+        InputError: no window, or a width that is not positive.
     """
     if not windows:
-        raise ValueError("no window given; give level,width such as 50,350")
+        raise InputError("no window given; give level,width such as 50,350")
     for level, width in windows:
         if not (width > 0 and math.isfinite(width) and math.isfinite(level)):
-            raise ValueError(f"window {level:g},{width:g}: give a finite level and a width above 0")
+            raise InputError(f"window {level:g},{width:g}: give a finite level and a width above 0")
     grey = np.empty((*hu.shape, len(windows)), dtype=np.uint8)
     for channel, (level, width) in enumerate(windows):
         if hu.dtype == np.int16 and _float32_is_exact(float(level), float(width)):
@@ -166,3 +169,23 @@ def _square_field(shape: tuple[int, int], pixel_spacing_mm: tuple[float, float])
     field_mm = max(shape[0] * pixel_spacing_mm[0], shape[1] * pixel_spacing_mm[1])
     rows, columns = field_mm / pixel_spacing_mm[0], field_mm / pixel_spacing_mm[1]
     return min(0.0, (shape[0] - rows) / 2), min(0.0, (shape[1] - columns) / 2), rows, columns
+
+
+def lung_box(
+    chest: ChestSummary, shape: tuple[int, int], pixel_spacing_mm: tuple[float, float], image_size: int
+) -> str:
+    """Top, left, bottom and right of the lungs in pixels of the resized image (the last two not included), or ""."""
+    if chest.lung_box is None:
+        return ""
+    top, bottom, left, right = resize_box(chest.lung_box, shape, pixel_spacing_mm, image_size)
+    return f"{top} {left} {bottom} {right}"
+
+
+def prepare_images(
+    hu: np.ndarray, pixel_spacing_mm: tuple[float, float], windows: Sequence[Window], image_size: int
+) -> np.ndarray:
+    """Resized and windowed slices of a canonically oriented volume: HU [S, H, W] -> [S, size, size, C] uint8."""
+    images = np.empty((len(hu), image_size, image_size, len(windows)), np.uint8)
+    for image, out in zip(hu, images, strict=True):
+        out[:] = window_to_uint8(resize_slice(image, pixel_spacing_mm, image_size), windows)
+    return images

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from data_prep.system.command_line import STOP_SIGNALS, stop_signals_handled_by
+
 _SECONDS_BETWEEN_LINES = 15
-_REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class WorkerDied:
@@ -103,19 +104,16 @@ def _requests_to_stop_wait() -> Iterator[None]:
         yield  # handlers run in the main thread only
         return
     received: list[int] = []
-    handlers = {signum: signal.getsignal(signum) for signum in _REQUESTS_TO_STOP}
-    handlers = {signum: handler for signum, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS_TO_STOP)
-    for signum in handlers:
-        signal.signal(signum, lambda signum, frame: received.append(signum))
     try:
-        yield
+        with stop_signals_handled_by(lambda number, frame: received.append(number)):
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            try:
+                yield
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for signum in received:
-            signal.raise_signal(signum)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def _new_executor(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
@@ -127,7 +125,7 @@ def _new_executor(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent decides
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _REQUESTS_TO_STOP)  # a worker inherits what was blocked at its start
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a worker inherits what was blocked at its start
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

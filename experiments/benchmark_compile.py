@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from ctssl_jax.command_line import configure_jax
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
+from ctssl_jax.parallel.processes import configure_jax
 from experiments.benchmark_training import (
     GIB,
     LEARNING_RATE,

@@ -22,8 +22,9 @@ import pydicom
 from absl import app, flags
 
 from data_prep.archives import Source, list_sources, read_bytes
-from data_prep.dicom import Header, Rules, read_header
+from data_prep.headers import Header, read_header
 from data_prep.planning import all_headers, list_archive, plan_buckets, read_plan, scan_headers
+from data_prep.scan.rules import Rules
 from data_prep.workers import WorkerPool, usable_cores
 
 FLAGS = flags.FLAGS

@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from ctssl_jax import command_line
+from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
+from data_prep.system.files import file_sha256
 
 _DATASET = flags.DEFINE_string("dataset", "", "Dataset directory; empty makes a temporary one.")
 _SPLIT = flags.DEFINE_string("split", "train", "Split that is read.")
@@ -107,7 +109,7 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512, repeats:
         make_preparation,
         shard_name,
     )
-    from data_prep.dataset__storage import encode_record, file_sha256, write_records, write_table
+    from data_prep.dataset__storage import encode_record, write_records, write_table
     from data_prep.dataset__tfds import complete
 
     folder.mkdir()
@@ -168,7 +170,7 @@ def waiting_share(folder: Path) -> tuple[float, float]:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    command_line.configure_jax()
+    configure_jax()
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(_DATASET.value) if _DATASET.value else temporary_dataset(Path(folder) / "dataset", repeats=8)
         threads = [int(number) for number in _THREADS.value]

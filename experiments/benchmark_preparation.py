@@ -36,14 +36,20 @@ from absl import flags
 from pydicom.encaps import encapsulate
 from pydicom.pixels import pixel_array
 
-from ctssl_jax import command_line
-from data_prep import conversion, label_staging
+from data_prep import label_staging
 from data_prep.archives import Source, list_sources
-from data_prep.dataset__storage import encode_record, file_sha256, read_records, write_records
+from data_prep.dataset__storage import encode_record, read_records, write_records
 from data_prep.decoders import DECODER_DEPENDENCIES, decode
-from data_prep.dicom import Header, SeriesCandidate, load_volume, plan_series, read_header, select_reconstructions
+from data_prep.headers import Header, read_header
 from data_prep.labels import LabelSources
+from data_prep.pipeline.convert import convert_exam
+from data_prep.pipeline.notes import Conversion
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.series import SeriesCandidate, plan_series, select_reconstructions
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import file_sha256
+from data_prep.volume import load_volume
 from data_prep.window import window_to_uint8
 
 OPTIONS = Options(splits=(1.0, 0.0, 0.0))
@@ -86,9 +92,9 @@ def write_archive(input_dir: Path, folder: Path, syntax: Syntax, copies: int) ->
     exams = exams_of(input_dir)
     volume = load_volume(input_dir, exams[0][0], OPTIONS.rules) if exams else None
     if not hasattr(volume, "hu"):
-        raise command_line.InputError(f"--input_dir={input_dir}: no series that prepare takes; give one CT series")
+        raise InputError(f"--input_dir={input_dir}: no series that prepare takes; give one CT series")
     if volume.hu.shape[1:] != (512, 512):
-        raise command_line.InputError(f"--input_dir={input_dir}: slices of {volume.hu.shape[1:]}; give 512 x 512")
+        raise InputError(f"--input_dir={input_dir}: slices of {volume.hu.shape[1:]}; give 512 x 512")
     frames = (volume.hu.astype(np.int32) + 1024).clip(0, 65535).astype(np.uint16)
     for index, (header, frame) in enumerate(zip(volume.headers, frames, strict=True)):
         ds = pydicom.dcmread(input_dir / header.source.path)
@@ -177,14 +183,12 @@ def steps(archive: Path, folder: Path) -> dict[str, Callable[[], None]]:
     notes.mkdir(parents=True)
     records.mkdir()
     labels = label_staging.stage(LabelSources("dicom"), archive, folder / "labels.sqlite", folder / "violations.csv")
-    run = conversion.Conversion(
-        archive, notes, records, OPTIONS.rules, OPTIONS.windows, OPTIONS.image_size, b"0" * 16, labels
-    )
+    run = Conversion(archive, notes, records, OPTIONS.rules, OPTIONS.windows, OPTIONS.image_size, b"0" * 16, labels)
     exams = exams_of(archive)
 
     def convert() -> None:
         for exam in exams:
-            conversion.convert_exam(run, exam)
+            convert_exam(run, exam)
 
     def write_shards() -> None:
         staged = (record for path in sorted(records.glob("*.array_record")) for record in read_records(path))
@@ -286,7 +290,7 @@ def main(argv: list[str]) -> int:
     chosen = flags.FLAGS
     unknown = set(chosen.syntaxes) - set(SYNTAXES)
     if unknown:
-        raise command_line.InputError(f"--syntaxes: no {', '.join(unknown)}; choose from {','.join(SYNTAXES)}")
+        raise InputError(f"--syntaxes: no {', '.join(unknown)}; choose from {','.join(SYNTAXES)}")
     if os.environ.get("OPENBLAS_NUM_THREADS") != "1":  # numpy's threads would blur what one core does
         return subprocess.call(
             [sys.executable, "-m", "experiments.benchmark_preparation", *sys.argv[1:]],

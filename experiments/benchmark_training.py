@@ -39,9 +39,9 @@ import optax
 from flax import nnx
 
 from ctssl_jax import losses
-from ctssl_jax.command_line import configure_jax
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
 from ctssl_jax.ops.images import ssim, to_unit_range
+from ctssl_jax.parallel.processes import configure_jax
 from experiments import step_profile
 
 LEARNING_RATE = 1e-3

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from ctssl_jax import command_line
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments import study
 from experiments.study import Cell, Settings
 
@@ -75,10 +77,10 @@ def draw(settings: Settings) -> str:
     rows = table_rows(chained, alone, settings.steps(RECIPE))
     results = [result for cell in (*chained, *alone) if (result := study.read_result(cell))]
     if not results:
-        raise command_line.InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
+        raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     caption = study.caption(results)
     text = f"# Progressive masking, chained and not\n\n{caption}\n\n{study.markdown(rows)}"
-    study.write_text(settings.workdir / "chain.md", text)
+    write_text(settings.workdir / "chain.md", text)
     study.write_csv(settings.workdir / "chain.csv", rows)
     return text
 

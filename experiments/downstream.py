@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 from experiments import study
 from experiments.study import PROJECT, Cell
 

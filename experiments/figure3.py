@@ -13,7 +13,7 @@ cells, one command each. With your own data:
 
 from absl import flags
 
-from ctssl_jax import command_line
+from data_prep.system import command_line
 from experiments import downstream, learning_curves, study
 from experiments.downstream import Study
 

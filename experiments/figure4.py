@@ -8,7 +8,7 @@ Same cells, data and statistics as `experiments.figure3`; in one --workdir the a
 
 from absl import flags
 
-from ctssl_jax import command_line
+from data_prep.system import command_line
 from experiments import downstream, figure3, learning_curves, study
 
 ARMS = ("random", *downstream.MASKED)

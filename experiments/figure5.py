@@ -9,7 +9,7 @@ these layers alone. A standard U-Net is a reference beside them.
 
 from absl import flags
 
-from ctssl_jax import command_line
+from data_prep.system import command_line
 from experiments import downstream, learning_curves, study
 from experiments.downstream import Study
 

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments import downstream, study
 from experiments.downstream import PRETEXTS, TITLES, Study
 from experiments.study import Cell
@@ -287,7 +288,7 @@ def draw(asked: Study, models: Sequence[Model]) -> str:
     rows = rows_of(models, results)
     caption = caption_of(found, rows, len(results))
     text = f"# Patient attributes\n\n{caption}\n\n{markdown(rows)}"
-    study.write_text(asked.workdir / "figure6.md", text)
+    write_text(asked.workdir / "figure6.md", text)
     study.write_csv(asked.workdir / "figure6.csv", rows)
     save_figure(asked.workdir / "figure6.png", rows, caption)
     return text

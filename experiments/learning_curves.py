@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments import downstream, study
 from experiments.downstream import TITLES, Point, Study
 from experiments.study import Cell
@@ -233,7 +234,7 @@ def draw(
             comparison_markdown(compared, main_metric),
         ]
     )
-    study.write_text(asked.workdir / f"{name}.md", text)
+    write_text(asked.workdir / f"{name}.md", text)
     study.write_csv(asked.workdir / f"{name}.csv", rows)
     if compared:
         study.write_csv(asked.workdir / f"{name}_comparisons.csv", compared)

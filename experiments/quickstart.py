@@ -16,9 +16,10 @@ from pathlib import Path
 
 from absl import flags
 
-from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
-from experiments.study import PROJECT, run_stage, write_text
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
+from experiments.study import PROJECT, run_stage
 
 RECIPE = "configs/masked_region.py:small"
 IMAGE_SIZE = 64

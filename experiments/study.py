@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from ctssl_jax.command_line import InputError, RunFailed
 from data_prep import stores
-from data_prep.dataset_writer import written_whole
+from data_prep.system import command_line
+from data_prep.system.errors import InputError, RunFailed, StartAgain
+from data_prep.system.files import write_text, written_whole
 
 PROJECT = Path(__file__).resolve().parent.parent
 VERBS = ("plan", "run", "draw")
@@ -124,7 +125,8 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
 
     Raises:
       InputError: the stage refused its input; it has already said why.
-      RunFailed: it failed otherwise, or was asked to stop.
+      StartAgain: it was asked to stop, or stopped before its end.
+      RunFailed: it failed otherwise.
     """
     command = [sys.executable, "-m", module, *arguments]
     print(f"\n== {title}\n$ python {shlex.join(command[1:])}", flush=True)
@@ -134,19 +136,15 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
 
     def pass_on(signal_number: int, frame: object) -> None:
         asked.append(signal_number)
-        if signal_number == signal.SIGTERM:  # Ctrl-C reaches the stage by itself
+        if signal_number == signal.SIGTERM:  # Ctrl-C and a closed terminal reach the stage by themselves
             process.terminate()
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with command_line.stop_signals_handled_by(pass_on):
         code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked or (not code and not _training_is_complete(module, arguments)):
-        raise RunFailed(f"stage '{title}' was asked to stop; run again to go on")
+    if asked or code == command_line.EXIT_START_AGAIN:
+        raise StartAgain(f"stage '{title}' was stopped; run the same command again to continue")
     if code:
-        failure = InputError if code == 2 else RunFailed
+        failure = InputError if code == command_line.EXIT_INPUT else RunFailed
         raise failure(f"stage '{title}' ended with exit code {code}; its message stands above")
     return time.monotonic() - started
 
@@ -155,7 +153,8 @@ def run_stage_here(title: str, module: str, *arguments: str) -> float:
     """Run a command line of `HERE` in this process; returns its seconds.
 
     Raises:
-      InputError, RunFailed: as the command does, or it was asked to stop.
+      InputError, RunFailed: as the command does.
+      StartAgain: it was asked to stop.
     """
     import jax
 
@@ -169,20 +168,9 @@ def run_stage_here(title: str, module: str, *arguments: str) -> float:
     finally:
         sys.argv = command
     if not program.start(given):
-        raise RunFailed(f"stage '{title}' was asked to stop; run again to go on")
+        raise StartAgain(f"stage '{title}' was stopped; run the same command again to continue")
     jax.clear_caches()  # compiled programs of one cell are of no use to the next, but for those kept on disk
     return time.monotonic() - started
-
-
-def _training_is_complete(module: str, arguments: Sequence[str]) -> bool:
-    """Whether a training that ended well has taken its last step: one that was asked to stop ends well, too."""
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if module != "ctssl_jax.train" or "--config.num_steps" not in given:
-        return True
-    from ctssl_jax.reports import read_reports
-
-    validated = [report["step"] for report in read_reports(Path(given["--workdir"]), "validation")]
-    return int(given["--config.num_steps"]) in validated
 
 
 def plan(cells: Sequence[Cell], module: str, options: Sequence[str]) -> None:
@@ -220,7 +208,7 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
     Raises:
       InputError: an unknown cell, one whose predecessor is missing, a stage that refused its input, or a folder with
         results of other settings.
-      RunFailed: a stage failed or was asked to stop.
+      RunFailed, StartAgain: a stage failed, or was asked to stop.
     """
     known = {cell.name: cell for cell in cells}
     for name in chosen:
@@ -327,12 +315,6 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there in full or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(text)
-
-
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Rows with the same columns as CSV; None is empty."""
     with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
@@ -398,10 +380,7 @@ def define_flags() -> None:
 
 def local_dataset(dataset: str) -> Path:
     """The absolute path of a dataset. Raises InputError for a URL."""
-    try:
-        return stores.local_path(dataset, "--dataset", "fetch it first: python -m data_prep.fetch").resolve()
-    except stores.StoreError as error:
-        raise InputError(str(error)) from None
+    return stores.local_path(dataset, "--dataset", "fetch it first: python -m data_prep.fetch").resolve()
 
 
 def settings_of_flags(verb: str) -> Settings:

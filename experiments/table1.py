@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 from absl import flags
 
-from ctssl_jax import command_line
-from ctssl_jax.command_line import InputError
 from data_prep import lidc
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments import study
 from experiments.paper import TABLE1
 
@@ -212,7 +213,7 @@ def main(argv: list[str]) -> int:
             for row in rows
         ]
     text = "\n".join(parts)
-    study.write_text(output_dir / "table1.md", text)
+    write_text(output_dir / "table1.md", text)
     study.write_csv(output_dir / "table1.csv", table)
     print(f"{text}\nWritten: {output_dir}/table1.md, {output_dir}/table1.csv")
     return 0

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from ctssl_jax import command_line
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
 from experiments import study, table2_figure
 from experiments.chain import FRACTIONS, cell_name, chain_cells
 from experiments.paper import TABLE2
@@ -166,7 +168,7 @@ def draw(settings: Settings) -> str:
     cross = {cell.name: study.read_result(cell) for cell in cross_cells(settings)}
     found = [result for result in results.values() if result]
     if not found:
-        raise command_line.InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
+        raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     rows = figure_rows(results)
     caption = study.caption(found)
     seconds = sum(study.seconds(settings.workdir).values())
@@ -179,7 +181,7 @@ def draw(settings: Settings) -> str:
             f"encoder's features, mean ± sd over volumes.\n\n{markdown(cross_rows(cross))}"
         )
     text = "\n".join(parts)
-    study.write_text(settings.workdir / "table2.md", text)
+    write_text(settings.workdir / "table2.md", text)
     study.write_csv(settings.workdir / "table2.csv", rows)
     study.write_csv(settings.workdir / "cross.csv", cross_rows(cross))
     table2_figure.save(
@@ -203,7 +205,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> int:
     """Command line."""
     if len(argv) < 2:
-        raise command_line.InputError(f"give one of {', '.join(study.VERBS)}: python -m experiments.table2 plan ...")
+        raise InputError(f"give one of {', '.join(study.VERBS)}: python -m experiments.table2 plan ...")
     settings = study.settings_of_flags(argv[1])
     study.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
     cells = [*model_cells(settings), *(cross_cells(settings) if flags.FLAGS.cross else [])]

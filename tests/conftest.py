@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest
 
-from ctssl_jax.command_line import configure_jax
+from ctssl_jax.parallel.processes import configure_jax
 
 configure_jax()  # as every door does: the programs that a test compiles are those of the processes that it starts
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # processes that tests start and stop shall not inherit that of nohup

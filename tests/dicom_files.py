@@ -12,20 +12,12 @@ import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian
 
-from data_prep.dicom import (
-    NOTES,
-    REASONS,
-    Header,
-    NotAnImage,
-    Rejection,
-    Rules,
-    SeriesCandidate,
-    Volume,
-    list_sources,
-    load_volume,
-    plan_series,
-    read_header,
-)
+from data_prep.archives import list_sources
+from data_prep.headers import Header, NotAnImage, read_header
+from data_prep.scan.reasons import NOTES, REASONS
+from data_prep.scan.rules import Rules
+from data_prep.series import Rejection, SeriesCandidate, plan_series
+from data_prep.volume import Volume, load_volume
 
 SPACING_MM = 2.5
 PIXEL_MM = 5.5

@@ -21,8 +21,9 @@ from data_prep.dataset__schema import (
     slice_columns,
     write_preparation,
 )
-from data_prep.dataset__storage import encode_record, file_sha256, write_records, write_table
+from data_prep.dataset__storage import encode_record, write_records, write_table
 from data_prep.dataset__tfds import complete
+from data_prep.system.files import file_sha256
 
 
 def write_example_dataset(

@@ -5,7 +5,8 @@ import pytest
 
 from data_prep import archives
 from data_prep.archives import Source, Unreadable, list_sources, read_bytes, will_read
-from data_prep.dicom import REASONS
+from data_prep.scan.reasons import REASONS
+from data_prep.system.errors import InputError
 
 
 def listing(folder):
@@ -283,7 +284,7 @@ def test_names_that_are_no_utf8_are_listed(tmp_path):
 
 
 def test_no_such_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such directory"):
+    with pytest.raises(InputError, match="no such directory"):
         list(list_sources(tmp_path / "missing"))
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(NotADirectoryError, match="file: is a file, not a directory"):

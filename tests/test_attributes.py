@@ -12,11 +12,11 @@ from training_runs import start, tiny_recipe
 
 from ctssl_jax import data
 from ctssl_jax.attribute_labels import age_classes, join_decades, read_attribute
-from ctssl_jax.command_line import InputError
 from ctssl_jax.probes.attribute_probe import attributes, table
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import VOLUME_COLUMNS, VOLUMES_FILE
 from data_prep.dataset__storage import write_table
+from data_prep.system.errors import InputError
 
 VOLUMES = {"train": 60, "validation": 24, "test": 30}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctssl_jax import augmentations
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 
 WINNER = dict(contrast=0.2, shift=0.2, scale=0.2, rotation_degrees=20.0, cutout_holes=2, cutout_side=0.4, flip=True)
 KEYS = jax.random.split(jax.random.key(0), 8)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import conversion
-from data_prep.pipeline import assemble
+from data_prep.pipeline import assemble, convert, notes
 from data_prep.pipeline import prepare as preparation
-from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
 from data_prep.prepare import _parse_beam_options
+from data_prep.system.errors import InputError
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 
@@ -28,8 +28,9 @@ RETRYING = ["--runner=BundleBasedDirectRunner"]  # runs a bundle that fails agai
 @pytest.fixture
 def beam_runner():
     pytest.importorskip("apache_beam", reason="needs Apache Beam: pip install 'ctssl_jax[beam]'")
+    from data_prep.pipeline import beam
 
-    return beam_runner
+    return beam
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +100,13 @@ def kind(target: Path) -> str:
 def published(beam_runner, monkeypatch) -> list[Path]:
     """Grows by each file that a task puts in its place."""
     targets = []
-    publish = beam_runner._publish
+    publish = beam_runner.publish
 
     def publish_and_note(source: Path, target: Path) -> None:
         publish(source, target)
         targets.append(target)
 
-    monkeypatch.setattr(beam_runner, "_publish", publish_and_note)
+    monkeypatch.setattr(beam_runner, "publish", publish_and_note)
     return targets
 
 
@@ -167,7 +168,7 @@ def test_a_bundle_that_fails_once_is_retried(
 ):
     """Fails before or after each kind of file is put in its place; what has its note or sidecar is not done again."""
     where = places(tmp_path, archive)
-    publish = beam_runner._publish
+    publish = beam_runner.publish
     failed, targets = [], Counter()
 
     def failing_at_first(source: Path, target: Path) -> None:
@@ -180,7 +181,7 @@ def test_a_bundle_that_fails_once_is_retried(
         if fails:
             raise OSError("lost worker")
 
-    monkeypatch.setattr(beam_runner, "_publish", failing_at_first)
+    monkeypatch.setattr(beam_runner, "publish", failing_at_first)
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=RETRYING)
     assert failed == ["volume", "note", "shard", "sidecar"]
     assert_same(where, local)
@@ -193,7 +194,7 @@ def test_a_task_that_runs_twice_at_the_same_time(
 ):
     """In the middle of a task the same task is run from start to end, as after a worker was given up for lost."""
     where = places(tmp_path, archive)
-    convert, write = conversion.convert_exam, assemble.write_shard
+    unhindered, write = convert.convert_exam, assemble.write_shard
     exams, shards = [], []
 
     def convert_exam(private, exam):
@@ -201,17 +202,17 @@ def test_a_task_that_runs_twice_at_the_same_time(
             exams.append(exam[0].exam_key)
             run = dataclasses.replace(private, records_dir=where.records_dir, notes_dir=where.notes_dir)
             beam_runner.convert_once(run, exam, InProcess(1))
-            assert preparation.is_converted(run, exam)
-        convert(private, exam)
+            assert notes.is_converted(run, exam)
+        unhindered(private, exam)
 
     def write_shard(path, private, staged, num_records):
         if path.name not in shards:
             shards.append(path.name)
             beam_runner.write_shard_once(where.output_dir / path.name, where.records_dir, staged, num_records)
-            assert not any(conversion.records_path(where.records_dir, key).exists() for key in staged)
+            assert not any(notes.records_path(where.records_dir, key).exists() for key in staged)
         return write(path, private, staged, num_records)
 
-    monkeypatch.setattr(conversion, "convert_exam", convert_exam)
+    monkeypatch.setattr(convert, "convert_exam", convert_exam)
     monkeypatch.setattr(assemble, "write_shard", write_shard)
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
     assert len(exams) == NUM_EXAMS and len(shards) == len(list(where.output_dir.glob("*.array_record-*")))
@@ -222,7 +223,7 @@ def test_the_local_runner_continues_what_beam_began(
     beam_runner, in_process, tmp_path, archive, key_file, local, monkeypatch
 ):
     where = places(tmp_path, archive)
-    publish = beam_runner._publish
+    publish = beam_runner.publish
 
     def run_until_full(suffix: str, number: int) -> None:
         def publish_until_full(source: Path, target: Path) -> None:
@@ -230,7 +231,7 @@ def test_the_local_runner_continues_what_beam_began(
                 raise OSError("disk full")
             publish(source, target)
 
-        monkeypatch.setattr(beam_runner, "_publish", publish_until_full)
+        monkeypatch.setattr(beam_runner, "publish", publish_until_full)
         with pytest.raises(OSError, match=r"^the Beam pipeline failed: .*disk full.*: run the same command") as error:
             prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
         assert "\n" not in str(error.value)
@@ -268,7 +269,7 @@ def test_beam_continues_what_the_local_runner_began(
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    run_until_killed(conversion.convert_exam, 1)
+    run_until_killed(convert.convert_exam, 1)
     num_notes = len(list(where.notes_dir.glob("*.json")))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(beam_runner, "write_shards", killed)
@@ -373,7 +374,7 @@ def test_without_the_package_the_extra_is_named_before_any_work(tmp_path, archiv
         importlib.util, "find_spec", lambda name, *rest: None if name == "apache_beam" else find_spec(name, *rest)
     )
     where = places(tmp_path, archive)
-    with pytest.raises(PreparationError, match=r"^--runner=beam needs .*: pip install 'ctssl_jax\[beam\]'$"):
+    with pytest.raises(InputError, match=r"^--runner=beam needs .*: pip install 'ctssl_jax\[beam\]'$"):
         prepare(OPTIONS, where, beam_options=[])
     assert not where.output_dir.exists()
 

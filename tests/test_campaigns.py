@@ -5,8 +5,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +13,11 @@ import imagecodecs
 import numpy as np
 import pytest
 
-from data_prep import dataset_writer, decoders, verification
+from data_prep import decoders, verification
 from data_prep.dataset import Dataset
 from data_prep.dataset__storage import write_records
 from data_prep.pipeline import prepare as preparation
+from data_prep.system.files import PARTIAL, explain, write_file
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 from tests.campaigns import faults, kills, mutated_dicom
@@ -172,15 +171,15 @@ def small_files_only():
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, small_files_only):
     path = tmp_path / "table.csv"
-    dataset_writer.write_file(path, b"old")
+    write_file(path, b"old")
     records = [os.urandom(3000) for _ in range(9)]
     for write in (
-        lambda: dataset_writer.write_file(path, bytes(9000)),
+        lambda: write_file(path, bytes(9000)),
         lambda: write_records(path, records),
     ):
         with pytest.raises(OSError, match="File too large") as error:
             write()
-        assert dataset_writer.explain(error.value) == (
+        assert explain(error.value) == (
             f"{path}: File too large; permit larger files there and run the same command again"
         )
         assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
@@ -192,20 +191,8 @@ def test_files_that_are_being_written_have_names_of_their_own(tmp_path, monkeypa
     monkeypatch.setattr(os, "getpid", lambda: 7)
     monkeypatch.setattr(Path, "replace", lambda self, path: names.add(self.name))
     for _ in range(2):
-        dataset_writer.write_file(tmp_path / "table.csv", b"")
-    assert len(names) == 2 and all(name.endswith(dataset_writer.PARTIAL) for name in names)
-
-
-@pytest.mark.parametrize("module, code", [("data_prep", 2), ("ctssl_jax", 1)])
-def test_a_full_disk_is_one_line(module, code):
-    program = (
-        f"import errno; from {module} import command_line\n"
-        "def main(*arguments): raise OSError(errno.ENOSPC, 'No space left on device', 'results.csv')\n"
-        "command_line.run(main)"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], cwd=kills.PROJECT, capture_output=True, text=True)
-    message = "error: results.csv: No space left on device; make room and run the same command again\n"
-    assert (ended.returncode, ended.stderr) == (code, message)
+        write_file(tmp_path / "table.csv", b"")
+    assert len(names) == 2 and all(name.endswith(PARTIAL) for name in names)
 
 
 def test_files_that_change_between_header_and_pixels(tmp_path, monkeypatch):
@@ -279,6 +266,6 @@ def test_reports_that_cannot_be_written_end_the_run_with_its_name(tmp_path, smal
     with pytest.raises(OSError, match="File too large") as error:
         for step in range(200):
             written.write("train", step, {"loss": 0.5})
-    assert dataset_writer.explain(error.value).startswith(f"{tmp_path}: File too large; permit larger files")
+    assert explain(error.value).startswith(f"{tmp_path}: File too large; permit larger files")
     steps = [line["step"] for line in read_reports(tmp_path, "train")]
     assert steps == list(range(len(steps))) and len(steps) > 20

@@ -21,7 +21,7 @@ from ctssl_jax.checkpoint import (
     set_aside_damaged,
     unflatten,
 )
-from ctssl_jax.command_line import InputError, RunFailed
+from data_prep.system.errors import InputError, RunFailed
 
 
 def state(seed: int) -> dict:

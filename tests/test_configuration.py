@@ -11,9 +11,8 @@ from example_dataset import change_preparation, write_example_dataset
 from training_runs import command, start, tiny_config, train_on
 
 from ctssl_jax import configuration
-from ctssl_jax.command_line import InputError
 from data_prep.dataset import Dataset
-from data_prep.system.errors import DatasetError
+from data_prep.system.errors import DatasetError, InputError
 
 WRONG_FIELDS = {
     "dataset": ("", "config.dataset is empty; give --config.dataset=DIR"),
@@ -121,7 +120,8 @@ def test_tracebacks_that_libraries_log_are_shown_on_request_only():
     program = """
 import asyncio
 from absl import logging
-from ctssl_jax import command_line
+from data_prep.system import command_line
+from data_prep.system.errors import RunFailed
 class Late:  # as TensorStore's threads after a save that failed
     def __del__(self):
         loop = asyncio.new_event_loop()
@@ -133,7 +133,7 @@ def main(argv):
         raise OSError("disk")
     except OSError:
         logging.exception("a thread failed")
-    raise command_line.RunFailed("could not be saved")
+    raise RunFailed("could not be saved")
 command_line.run(main)
 """
     for arguments, shown in (([], False), (["--verbosity=0"], True)):

@@ -6,9 +6,9 @@ import pytest
 from training_runs import saved_state
 
 from ctssl_jax import checkpoint, train
-from ctssl_jax.command_line import InputError
 from data_prep.dataset import Dataset
-from data_prep.system.errors import DatasetError
+from data_prep.system.errors import DatasetError, InputError
+from data_prep.system.files import write_json
 from data_prep.workers import WorkerPool
 from tests.campaigns import corrupted_outputs as campaign
 
@@ -182,5 +182,5 @@ def test_what_may_change_is_no_damage(sound, tmp_path):
     campaign.shutil.copytree(sound.folder, tmp_path / "x")
     config = campaign.configuration.read_run(tmp_path / "x" / "run")[0]
     config.num_steps, config.dataset = 99, "elsewhere"
-    checkpoint.write_json(tmp_path / "x" / "run" / "config.json", campaign.configuration.to_json(config))
+    write_json(tmp_path / "x" / "run" / "config.json", campaign.configuration.to_json(config))
     assert campaign.configuration.read_run(tmp_path / "x" / "run")[0].num_steps == 99

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from training_runs import PROJECT, assert_same_state, numbers, tiny_config, train_on
 
-from ctssl_jax import configuration, scans
-from ctssl_jax.command_line import InputError
+from ctssl_jax import configuration
 from ctssl_jax.evaluation.measured_run import MeasuredRun
 from ctssl_jax.runs.run import Run
 from data_prep import dataset_cache
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import dataset_fingerprint, write_preparation
-from data_prep.dataset__storage import file_sha256
-from data_prep.system.errors import DatasetError
+from data_prep.raw import scans
+from data_prep.system.errors import DatasetError, InputError
+from data_prep.system.files import file_sha256
 
 URL = "example://data/tiny"
 

@@ -12,19 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.audit import Needles, find_leaks
 from data_prep.dataset import Dataset
 from data_prep.dataset__cohort import choose_slices, cohort_table, contact_sheet, label_rows
 from data_prep.dataset__schema import VOLUME_COLUMNS, dataset_fingerprint, write_preparation
-from data_prep.dataset__storage import (
-    decode_record,
-    encode_record,
-    file_sha256,
-    read_records,
-    write_records,
-    write_table,
-)
+from data_prep.dataset__storage import decode_record, encode_record, read_records, write_records, write_table
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.privacy.leaks import Needles, find_leaks
+from data_prep.system.files import file_sha256
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files

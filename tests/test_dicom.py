@@ -6,7 +6,8 @@ import pydicom
 import pytest
 from dicom_files import convert, only_rejection, only_volume
 
-from data_prep.dicom import Rules, plan_series, select_reconstructions
+from data_prep.scan.rules import Rules
+from data_prep.series import plan_series, select_reconstructions
 
 
 @pytest.fixture

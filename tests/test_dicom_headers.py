@@ -13,8 +13,10 @@ from dicom_files import convert, only_volume
 from pydicom.dataset import Dataset
 from pydicom.fileset import FileSet
 
-from data_prep import audit, headers
-from data_prep.dicom import Header, NotAnImage, Source, read_header
+from data_prep import headers
+from data_prep.archives import Source
+from data_prep.headers import Header, NotAnImage, read_header
+from data_prep.privacy import leaks
 
 
 def read(folder, content, name="file"):
@@ -257,7 +259,7 @@ def test_a_deflated_file_that_expands_beyond_any_scan_is_refused_before(tmp_path
     entry = read(tmp_path, content)
     assert isinstance(entry, NotAnImage) and entry.reason == "too_large", entry
     assert len(content) < 200_000
-    assert audit.header_elements(content) == []
+    assert leaks.header_elements(content) == []
 
 
 def test_every_tag_that_is_asked_for_is_read():

@@ -9,9 +9,9 @@ import pydicom
 import pytest
 from dicom_files import convert, only_rejection, only_volume
 
-from data_prep.archives import Source
+from data_prep.archives import Source, list_sources
 from data_prep.decoders import DECODER_DEPENDENCIES
-from data_prep.dicom import Header, list_sources, read_header
+from data_prep.headers import Header, read_header
 from data_prep.hounsfield import to_hu
 from data_prep.pixels import PixelError, PixelReader
 from data_prep.series import slice_headers

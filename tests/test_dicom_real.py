@@ -8,17 +8,11 @@ import pydicom
 import pytest
 
 from data_prep.anatomy import covers_chest
-from data_prep.archives import read_bytes
-from data_prep.dicom import (
-    Header,
-    NotAnImage,
-    Rejection,
-    Rules,
-    list_sources,
-    load_volume,
-    plan_series,
-    read_header,
-)
+from data_prep.archives import list_sources, read_bytes
+from data_prep.headers import Header, NotAnImage, read_header
+from data_prep.scan.rules import Rules
+from data_prep.series import Rejection, plan_series
+from data_prep.volume import load_volume
 
 
 @pytest.fixture(scope="module")

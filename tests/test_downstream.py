@@ -9,11 +9,11 @@ from example_dataset import renew_checksums, write_example_dataset
 from training_runs import renew_sums, saved_state, tiny_recipe, train_on
 
 from ctssl_jax import data
-from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluation import outcomes, predictions
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.evaluation.predictions import Predictions
 from data_prep.dataset import Dataset
+from data_prep.system.errors import InputError
 
 SHORT = {"num_steps": 2, "log_every": 1, "eval_every": 2}
 SPLITS = {"train": 6, "validation": 3, "test": 3}

@@ -15,13 +15,7 @@ from flax import nnx
 from training_runs import start, tiny_recipe
 
 import ctssl_jax
-from ctssl_jax import (
-    checkpoint,
-    configuration,
-    data,
-    scans,
-)
-from ctssl_jax.command_line import InputError
+from ctssl_jax import checkpoint, configuration, data
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference import embedding, embedding_files, embedding_inputs, pretrained
 from ctssl_jax.inference.embedding import embed, summary
@@ -31,6 +25,9 @@ from ctssl_jax.tasks import get_task
 from ctssl_jax.training import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.raw import scans
+from data_prep.scan.rules import Rules
+from data_prep.system.errors import InputError
 from tests import dicom_files
 
 NUM_SLICES = 21
@@ -409,7 +406,7 @@ def test_wrong_requests(runs, folder, archive, tmp_path):
         ((tmp_path, archive, output), {}, "is not a run directory; give the --workdir"),
         ((run, archive, output), {"checkpoint": "9"}, "has no checkpoint '9'"),
         ((run, archive, tmp_path / "z.csv"), {}, "must end in .parquet or .npz"),
-        ((run, archive, tmp_path / "file" / "z.npz"), {}, "cannot make .*file .*choose another place"),
+        ((run, archive, tmp_path / "file" / "z.npz"), {}, "cannot make .*file .*choose another folder"),
         ((run, tmp_path / "none", output), {}, "--input=.*none: no such file or directory"),
         ((run, archive / "short", output), {}, "has too few slices .*; give a smaller --min_slices"),
         ((run, archive / "notes.txt", output), {}, "no DICOM file; give DICOM, or --archive=nifti"),
@@ -443,7 +440,7 @@ def test_wrong_volumes(runs, archive):
         with pytest.raises(InputError, match=message) as raised:
             model.embed(volume, affine)
         assert "\n" not in str(raised.value)
-    assert len(model.embed(archive / "short", rules=scans.Rules(min_slices=5)).slices) == 5
+    assert len(model.embed(archive / "short", rules=Rules(min_slices=5)).slices) == 5
 
 
 def test_command_line(runs, folder, archive, tmp_path):
@@ -462,7 +459,7 @@ def test_command_line(runs, folder, archive, tmp_path):
     )
     assert outputs[2][1] == "error: give --input\n"
     (on_one_device,) = slices_of(tmp_path / "z.parquet").values()
-    here = ctssl_jax.load(runs / "rotation").embed(archive / "short", rules=scans.Rules(min_slices=5))  # on eight
+    here = ctssl_jax.load(runs / "rotation").embed(archive / "short", rules=Rules(min_slices=5))  # on eight
     np.testing.assert_allclose(on_one_device, here.slices, rtol=1e-5, atol=1e-7)
 
 

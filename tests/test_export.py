@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from training_runs import PROJECT, save_untrained, saved_state, start, tiny_config, tiny_recipe, train_on
 
-from ctssl_jax.command_line import InputError, RunFailed
 from ctssl_jax.evaluation.measure import evaluate
 from data_prep.dataset import Dataset
+from data_prep.system.errors import InputError, RunFailed
 from tests import dicom_files
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
@@ -193,8 +193,8 @@ def test_imported_runs_are_evaluated_and_trained_from(tiny_dataset, tmp_path):
 
 def prepared_and_preprocessed(model, scan, tmp_path, size, **rules):
     """The slices that data_prep makes of a scan, in [0, 1], and those of the folder's own file."""
-    from ctssl_jax import scans
-    from data_prep.dicom import Rules
+    from data_prep.raw import scans
+    from data_prep.scan.rules import Rules
 
     plan = scans.plan_scans(scan, rules=Rules(**rules))
     (exam,) = plan.exams

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 from experiments import downstream, figure6
 from experiments.downstream import PRESETS, Study
 from experiments.study import PROJECT

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from data_prep import planning
-from data_prep.dicom import Rules, read_header
+from data_prep.archives import list_sources
+from data_prep.headers import read_header
+from data_prep.scan.loading import header_reader, source_of
+from data_prep.scan.rules import Rules
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 
@@ -50,7 +53,7 @@ def archive(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(planning, "_SOURCES_PER_TASK", 4)
+    monkeypatch.setattr(planning, "SOURCES_PER_TASK", 4)
 
 
 def plan(archive: Path, folder: Path, pool: WorkerPool) -> tuple[dict[str, bytes], list[str]]:
@@ -65,7 +68,7 @@ def plan(archive: Path, folder: Path, pool: WorkerPool) -> tuple[dict[str, bytes
 
 def chunk_of(archive: Path, path: str) -> list[str]:
     """The files that are listed together with one."""
-    listed = [planning._source(entry).path for entry in planning.list_sources(archive)]
+    listed = [source_of(entry).path for entry in list_sources(archive)]
     first = listed.index(path) // 4 * 4
     return listed[first : first + 4]
 
@@ -75,7 +78,7 @@ def test_a_killed_scan_reads_only_what_is_missing(tmp_path, archive, pool):
     assert len(read) == len(set(read)) == NUM_SCANS * NUM_SLICES + 1
     program = (
         "import sys; from pathlib import Path; import test_inventory\n"
-        "test_inventory.planning._SOURCES_PER_TASK = 4\n"
+        "test_inventory.planning.SOURCES_PER_TASK = 4\n"
         "with test_inventory.WorkerPool(1) as pool:\n"
         "    test_inventory.plan(*map(Path, sys.argv[1:]), pool)\n"
     )
@@ -133,7 +136,7 @@ def test_staged_files_that_are_damaged_are_made_again(tmp_path, archive, pool):
 
 def test_another_reader_or_more_buckets_take_nothing_over(tmp_path, archive, pool, monkeypatch):
     plan(archive, tmp_path, pool)
-    plans = planning.plan_archive(archive, tmp_path / "plan", Rules(), 41, pool, planning.header_reader("nifti"))
+    plans = planning.plan_archive(archive, tmp_path / "plan", Rules(), 41, pool, header_reader("nifti"))
     assert not any(planning.read_plan(path).exams for path in plans)
     assert len(plan(archive, tmp_path, pool)[1]) == 41
     monkeypatch.setattr(planning, "_HEADERS_PER_BUCKET", 0.5)

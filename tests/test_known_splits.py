@@ -12,10 +12,9 @@ from data_prep.dataset import Dataset
 from data_prep.dataset__merge import merge
 from data_prep.dataset__schema import FORMAT_VERSION, VOLUME_COLUMNS, VOLUMES_FILE, write_preparation
 from data_prep.dataset__storage import write_table
-from data_prep.merged_tables import MergeError
 from data_prep.pipeline.known_splits import read_known_splits
 from data_prep.pipeline.prepare import Options, Places, prepare
-from data_prep.system.errors import DatasetError
+from data_prep.system.errors import DatasetError, InputError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -108,7 +107,7 @@ def test_a_dataset_that_was_split_by_itself_is_refused_and_stays(tmp_path, first
     assert differing, "choose other fractions: this test needs a contradiction"
     with pytest.raises(ValueError, match=rf"{differing} patients are in another split there .* another --output_dir"):
         prepare(options, where, num_workers=1, pseudonym_key_file=key_file, same_splits_as=[first])
-    with pytest.raises(MergeError, match=rf"{differing} patients are in one split .* --same_splits_as={first}"):
+    with pytest.raises(InputError, match=rf"{differing} patients are in one split .* --same_splits_as={first}"):
         merge([Dataset.open(part) for part in [first, where.output_dir]], tmp_path / "view")
     assert splits_of(where.output_dir) == splits
 

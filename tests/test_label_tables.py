@@ -3,7 +3,8 @@
 import pytest
 
 from data_prep import label_tables
-from data_prep.label_tables import LabelError, Spellings, class_index, classes_of
+from data_prep.label_tables import Spellings, class_index, classes_of
+from data_prep.system.errors import InputError
 
 
 def table(tmp_path, text: str):
@@ -55,7 +56,7 @@ def test_sixty_four_classes_and_no_more(tmp_path, number):
     if number == 64:
         assert len(classes(tmp_path, text)["volume"]) == 64
         return
-    with pytest.raises(LabelError, match=r"column volume: more than 64 different values; .* bins"):
+    with pytest.raises(InputError, match=r"column volume: more than 64 different values; .* bins"):
         classes(tmp_path, text)
 
 
@@ -76,16 +77,16 @@ def test_sixty_four_classes_and_no_more(tmp_path, number):
     ],
 )
 def test_unusable_tables_are_refused_in_one_line(tmp_path, text, message):
-    with pytest.raises(LabelError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         classes(tmp_path, text)
     assert "\n" not in str(error.value) and "Müller" not in str(error.value) and "19991231" not in str(error.value)
 
 
 def test_a_missing_file_and_a_file_that_is_no_text_are_named(tmp_path):
-    with pytest.raises(LabelError, match=r"--labels_csv=.*no such file"):
+    with pytest.raises(InputError, match=r"--labels_csv=.*no such file"):
         label_tables.open_labels(tmp_path / "absent.csv")
     (tmp_path / "binary.csv").write_bytes(b"PatientID,x\n\xff\xfe,1\n")
-    with pytest.raises(LabelError, match="not UTF-8"):
+    with pytest.raises(InputError, match="not UTF-8"):
         list(label_tables.read_label_rows(label_tables.open_labels(tmp_path / "binary.csv")))
 
 
@@ -112,6 +113,6 @@ def test_attributes(tmp_path):
     ],
 )
 def test_unusable_attributes_are_refused_by_line(tmp_path, text, message):
-    with pytest.raises(LabelError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         list(label_tables.read_attributes(table(tmp_path, text)))
     assert "19991231" not in str(error.value)

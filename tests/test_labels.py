@@ -6,22 +6,25 @@ import json
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import data_prep
-from data_prep import dataset__tfds, dicom, label_staging
-from data_prep.audit import find_leaks
+from data_prep import dataset__tfds, label_staging, mask_files
+from data_prep.archives import list_sources
 from data_prep.dataset import Dataset
-from data_prep.label_tables import LabelError
+from data_prep.headers import read_header
 from data_prep.labels import LabelSources
 from data_prep.pipeline import dry_run as dry_run
-from data_prep.pipeline.prepare import Options, Places, PreparationError, prepare
+from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.privacy.leaks import find_leaks
 from data_prep.rsna_pe import COLUMNS, EXAM_LABELS
+from data_prep.scan.rules import Rules
+from data_prep.series import plan_series
+from data_prep.system.errors import InputError
 from data_prep.verification import verify
+from data_prep.volume import load_volume
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 
@@ -203,7 +206,7 @@ def test_another_table_is_refused_on_a_finished_dataset(labelled, tables, tmp_pa
     folder = labelled.output_dir.parent
     other = write_csv(tmp_path / "other.csv", "PatientID,age", [("patient-2", 33)])
     for changed in (tables | {"attributes_csv": other}, tables | {"labels_csv": ()}):
-        with pytest.raises(PreparationError, match="was prepared with other labels or attributes") as error:
+        with pytest.raises(InputError, match="was prepared with other labels or attributes") as error:
             run(labelled.input_dir, folder, **changed)
         assert "another --output_dir" in str(error.value) and "\n" not in str(error.value)
     run(labelled.input_dir, folder, **tables)
@@ -227,7 +230,7 @@ def test_tables_that_contradict_or_match_nothing_end_the_run_before_the_conversi
     archive, tmp_path, flag, header, rows, message
 ):
     path = write_csv(tmp_path / "table.csv", header, rows)
-    with pytest.raises(LabelError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         run(archive, tmp_path / "run", **{flag: (path,) if flag == "labels_csv" else path})
     assert "\n" not in str(error.value) and "patient-1" not in str(error.value)
     assert not list((tmp_path / "run").rglob("*.array_record*"))
@@ -241,7 +244,7 @@ def test_repeated_rows_that_agree_count_once(archive, tmp_path):
 
 def test_one_label_in_two_tables_is_refused(archive, tmp_path):
     paths = tuple(write_csv(tmp_path / f"{key}.csv", f"{key},x", [(1, 1)]) for key in ("PatientID", "VolumeName"))
-    with pytest.raises(LabelError, match="the label x is in two tables"):
+    with pytest.raises(InputError, match="the label x is in two tables"):
         label_staging.check(LabelSources(labels_csv=paths), archive)
 
 
@@ -429,16 +432,14 @@ def test_series_without_or_with_foreign_annotations_are_rejected_by_name(lidc_ar
 def test_annotations_of_other_scans_end_the_run(archive, tmp_path):
     (tmp_path / "xml").mkdir()
     write_xml(tmp_path / "xml" / "a.xml", 9, NODULE_BOXES)
-    with pytest.raises(LabelError, match="the XML of 1 readings is of other scans"):
+    with pytest.raises(InputError, match="the XML of 1 readings is of other scans"):
         run(archive, tmp_path / "run", archive="lidc_idri", annotations_dir=tmp_path / "xml")
     with pytest.raises(ValueError, match="no CT reading of LIDC-IDRI"):
         run(archive, tmp_path / "run", archive="lidc_idri")
 
 
 def test_other_mask_options_are_refused_on_a_finished_dataset(with_nodules):
-    with pytest.raises(
-        PreparationError, match=r"masks=source:lidc_idri,consensus:0.7,min_area_px:20, not .*consensus:0.5"
-    ):
+    with pytest.raises(InputError, match=r"masks=source:lidc_idri,consensus:0.7,min_area_px:20, not .*consensus:0.5"):
         run(with_nodules.input_dir, with_nodules.output_dir.parent, archive="lidc_idri", consensus=0.5)
 
 
@@ -454,31 +455,29 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     uid = dicom_files.uid(1, 1)
     mask = np.zeros(volume.hu.shape, np.uint8)
     mask[3:5, 10:12, 20:23], mask[4, 30, 30] = 2, 5
-    fake = types.SimpleNamespace(MaskError=ValueError, index_masks=lambda path: {uid: tmp_path / "seg"})
-    fake.read_mask = lambda path, of_volume: mask
-    monkeypatch.setitem(sys.modules, "data_prep.mask_files", fake)
-    monkeypatch.setattr(data_prep, "mask_files", fake, raising=False)
+    monkeypatch.setattr(mask_files, "index_masks", lambda path: {uid: tmp_path / "seg"})
+    monkeypatch.setattr(mask_files, "read_mask", lambda path, of_volume: mask)
     (tmp_path / "seg").write_bytes(b"mask")
     staged = label_staging.stage(LabelSources(masks_dir=tmp_path), archive, tmp_path / "db")
     assert staged.fault(volume.candidate) is None and len(staged.version(volume.candidate)) == 64
-    found = staged.of_volume(volume)
+    found = staged.labels_of(volume)
     np.testing.assert_array_equal(found.mask, mask)
     voxel = dicom_files.PIXEL_MM**2 * dicom_files.SPACING_MM
     assert [(r["region"], r["first_slice"], r["last_slice"]) for r in found.regions] == [(2, 3, 4), (5, 4, 4)]
     assert [r["volume_mm3"] for r in found.regions] == pytest.approx([12 * voxel, voxel])
     mask = mask[:-1]
-    assert staged.of_volume(volume).reason == "mask_mismatch"
+    assert staged.labels_of(volume).reason == "mask_mismatch"
     (other,), _ = loaded(archive / "2")
     assert staged.fault(other.candidate).reason == "no_annotation"
     assert label_staging.match(staged, volume.headers) == {"masks_without_match": 0}
-    with pytest.raises(LabelError, match="none of its 1 masks is of this archive"):
+    with pytest.raises(InputError, match="none of its 1 masks is of this archive"):
         label_staging.match(staged, other.headers)
 
 
 def loaded(folder: Path):
-    headers = [dicom.read_header(folder, source) for source in dicom.list_sources(folder)]
-    planned = dicom.plan_series(headers, dicom.Rules())
-    return [dicom.load_volume(folder, candidate, dicom.Rules()) for candidate in planned], headers
+    headers = [read_header(folder, source) for source in list_sources(folder)]
+    planned = plan_series(headers, Rules())
+    return [load_volume(folder, candidate, Rules()) for candidate in planned], headers
 
 
 # ---- options -----------------------------------------------------------------------------------------------
@@ -497,7 +496,7 @@ def loaded(folder: Path):
     ],
 )
 def test_options_that_cannot_work_are_refused_in_one_line(archive, options, message):
-    with pytest.raises(LabelError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         label_staging.check(LabelSources(**options), archive)
     assert "\n" not in str(error.value)
 

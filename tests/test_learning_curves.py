@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from training_runs import PROJECT
 
-from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluation import predictions
 from ctssl_jax.evaluation.predictions import Predictions
+from data_prep.system.errors import InputError
 from experiments import downstream, figure3, figure5, learning_curves
 from experiments.downstream import PRESETS, Point, Study
 

@@ -8,7 +8,11 @@ import pytest
 from scipy.ndimage import binary_dilation
 
 from data_prep import lidc
-from data_prep.dicom import Header, Rules, list_sources, load_volume, plan_series, read_header
+from data_prep.archives import list_sources
+from data_prep.headers import Header, read_header
+from data_prep.scan.rules import Rules
+from data_prep.series import plan_series
+from data_prep.volume import load_volume
 
 SHAPE = (40, 50)
 SLICES = [f"image-{number}" for number in range(6)]
@@ -82,21 +86,20 @@ def test_read_keeps_what_is_a_nodule_of_3_mm_and_whose_it_is():
     assert outline.points.tolist() == [list(point) for point in OUTLINE]
 
 
-def test_other_reads_are_none_and_damage_is_named(tmp_path):
+def test_other_reads_are_none_and_damage_is_named():
     assert lidc.read_reading(xml([], root="IdriReadMessage")) is None
     assert lidc.read_reading(b"<html/>") is None
-    damaged = tmp_path / "158.xml"
-    damaged.write_bytes(xml([xml_nodule(OUTLINE, SCORES)])[:-30])
+    damaged = xml([xml_nodule(OUTLINE, SCORES)])[:-30]
     for content, words in (
         (damaged, r"158\.xml: damaged XML"),
-        (b"", "damaged XML"),
+        (b"", r"158\.xml: damaged XML"),
         (xml([], series=" "), "SeriesInstanceUid is empty"),
         (xml([xml_nodule([(1, 2), ("x", 3)], SCORES)]), "coordinate"),
         (xml([xml_nodule(OUTLINE, SCORES, inclusion="maybe")]), "inclusion"),
         (xml([xml_nodule(OUTLINE, SCORES | {"malignancy": "high"})]), "malignancy"),
     ):
         with pytest.raises(lidc.LidcError, match=words) as caught:
-            lidc.read_reading(content)
+            lidc.read_reading(content, "158.xml")
         assert "\n" not in str(caught.value)
 
 
@@ -305,7 +308,7 @@ def test_masks_lie_on_the_nodules_of_real_scans(real_data, scan, annotations, ex
     headers = [header for source in sources if isinstance(header := read_header(real_data, source), Header)]
     candidate = next(entry for entry in plan_series(headers, Rules()) if len(entry.headers) > 100)
     hu = load_volume(real_data, candidate, Rules()).hu
-    found = lidc.read_reading(real_data / "lidc_xml" / annotations)
+    found = lidc.read_reading((real_data / "lidc_xml" / annotations).read_bytes())
     assert {header.series_instance_uid for header in candidate.headers} == {found.series_instance_uid}
     uids = [header.sop_instance_uid for header in candidate.headers]
     nodules = lidc.consensus_nodules(found, uids, hu.shape[1:], candidate.slice_thickness_mm)
@@ -321,5 +324,5 @@ def test_masks_lie_on_the_nodules_of_real_scans(real_data, scan, annotations, ex
 
 
 def test_radiograph_reads_of_real_patients_are_none(real_data):
-    assert lidc.read_reading(real_data / "lidc_xml" / "LIDC-IDRI-0001__tcia-lidc-xml_185_068.xml") is None
-    assert lidc.read_reading(real_data / "lidc_xml" / "LIDC-IDRI-0003__tcia-lidc-xml_185_073.xml") is None
+    for name in ("LIDC-IDRI-0001__tcia-lidc-xml_185_068.xml", "LIDC-IDRI-0003__tcia-lidc-xml_185_073.xml"):
+        assert lidc.read_reading((real_data / "lidc_xml" / name).read_bytes()) is None

@@ -16,9 +16,12 @@ from pydicom.pixels import pack_bits
 from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
 
 from data_prep import nifti
+from data_prep.archives import list_sources
 from data_prep.dataset import Dataset
-from data_prep.dicom import Rules, list_sources, load_volume, plan_series
 from data_prep.mask_files import MaskError, index_masks, read_mask
+from data_prep.scan.rules import Rules
+from data_prep.series import plan_series
+from data_prep.volume import load_volume
 
 ROW_MM, COLUMN_MM, SLICE_MM = 5.5, 5.0, 2.5
 ORIGIN = (-150.0, -170.0, -300.0)  # first pixel of the lowest slice in canonical orientation, DICOM's patient space

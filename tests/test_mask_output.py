@@ -14,7 +14,7 @@ import pytest
 from nibabel import orientations
 
 from data_prep import nifti
-from data_prep.dicom import Rules, list_sources, load_volume, plan_series
+from data_prep.archives import list_sources
 from data_prep.geometry import canonical_axes, orient
 from data_prep.mask_files import read_mask
 from data_prep.mask_output import (
@@ -27,6 +27,9 @@ from data_prep.mask_output import (
     slice_grid,
 )
 from data_prep.mask_regions import patient_position_mm, regions_of
+from data_prep.scan.rules import Rules
+from data_prep.series import plan_series
+from data_prep.volume import load_volume
 from data_prep.window import resize_mask, resize_slice
 
 ROW_MM, COLUMN_MM, SLICE_MM = 5.5, 5.0, 2.5

@@ -24,10 +24,10 @@ from data_prep.dataset__schema import (
     description,
     write_preparation,
 )
-from data_prep.dataset__storage import file_sha256, write_table
-from data_prep.merged_tables import MergeError
+from data_prep.dataset__storage import write_table
 from data_prep.pipeline.prepare import Options, Places, prepare
-from data_prep.system.errors import DatasetError
+from data_prep.system.errors import DatasetError, InputError
+from data_prep.system.files import file_sha256
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -286,7 +286,7 @@ def test_datasets_that_cannot_be_one_are_refused(tmp_path, parts, spoil, named):
 )
 def test_other_images_are_refused(tmp_path, parts, options, named):
     other = write_example_dataset(tmp_path / "other", seed=2, **options)
-    with pytest.raises(MergeError, match=named):
+    with pytest.raises(InputError, match=named):
         merge([parts[0], other], tmp_path / "view")
 
 
@@ -304,12 +304,12 @@ def test_wrong_directories_are_refused_in_one_line(tmp_path, parts):
         result = run("data_prep.merge", f"--datasets={datasets}", f"--output_dir={output}")
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and named in result.stderr, result.stderr
     third = write_example_dataset(tmp_path / "c", image_size=16, seed=2)
-    with pytest.raises(MergeError, match="is a dataset of its own"):
+    with pytest.raises(InputError, match="is a dataset of its own"):
         merge(parts, third)
     merge(parts, tmp_path / "view")
-    with pytest.raises(MergeError, match=r"a view of 2 datasets, not of 3; .* new --output_dir"):
+    with pytest.raises(InputError, match=r"a view of 2 datasets, not of 3; .* new --output_dir"):
         merge([*parts, third], tmp_path / "view")
-    with pytest.raises(MergeError, match="was not made with --link=copy"):
+    with pytest.raises(InputError, match="was not made with --link=copy"):
         merge(parts, tmp_path / "view", "copy")
 
 
@@ -348,7 +348,7 @@ def test_a_label_of_a_patient_holds_in_all_parts(tmp_path):
     without = dataclasses.replace(part("d", [("v6", "p3", "")]), preparation={"labels": {}, "masks": None})
     found = {row["volume_id"]: row["smoker"] for row in merged_tables.label_rows([a, b, without], labels)}
     assert found == {"v1": "1", "v2": "", "v3": "1", "v4": "0", "v6": "0"}
-    with pytest.raises(MergeError, match=r"1 patients have another class of the label smoker in .*c than"):
+    with pytest.raises(InputError, match=r"1 patients have another class of the label smoker in .*c than"):
         list(merged_tables.label_rows([a, c], labels))
 
 
@@ -388,7 +388,7 @@ def test_parts_that_grow_leave_the_view_as_it_was(tmp_path, key_file, pool):
         assert all(same_record(a, b) for a, b in zip(now, held[split], strict=True))
     described = run("data_prep.describe", f"--dataset={tmp_path / 'view'}", "--num_slices=1")
     assert f"NOTE its part {tmp_path}/a has grown since; data_prep.merge" in described.stdout
-    with pytest.raises(MergeError, match=r"view: .*a has grown .*; merge into a new --output_dir"):
+    with pytest.raises(InputError, match=r"view: .*a has grown .*; merge into a new --output_dir"):
         merge(parts, tmp_path / "view")
     grown, _ = merge(parts, tmp_path / "view2")
     assert sum(facts["num_volumes"] for facts in grown["splits"].values()) == 8

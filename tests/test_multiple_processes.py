@@ -108,7 +108,7 @@ def test_sigterm_to_one_stops_and_saves_both(interrupted):
 
 def test_a_killed_process_ends_the_other_with_one_clear_line(interrupted):
     workdir, lost = interrupted.workdir, interrupted.lost
-    assert [returncode for returncode, _, _ in lost] == [1, -signal.SIGKILL]
+    assert [returncode for returncode, _, _ in lost] == [75, -signal.SIGKILL]
     assert f"going on     from step {interrupted.stopped_at:,}" in lost[0][1]
     last_line = lost[0][2].splitlines()[-1]
     assert last_line.startswith("error: another process of this run was lost")
@@ -191,7 +191,7 @@ def test_a_process_that_waits_for_a_lost_one_ends(end, tmp_path):
     assert time.monotonic() - clock < 30
     processes[1 - survivor].kill()
     _, of_lost = processes[1 - survivor].communicate()
-    assert processes[survivor].returncode == 1
+    assert processes[survivor].returncode == 75
     last_line = errors.splitlines()[-1]
     assert last_line.startswith("error: another process of this run was lost; there is no checkpoint")
     if end == "full disk":

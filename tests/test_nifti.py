@@ -13,10 +13,15 @@ import pytest
 from nibabel import orientations
 
 from data_prep import nifti, nifti_metadata
+from data_prep.archives import list_sources
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
-from data_prep.dicom import NotAnImage, Rejection, Rules, list_sources, load_volume, plan_series, select_reconstructions
-from data_prep.nifti_metadata import MetadataError, read_metadata
+from data_prep.headers import NotAnImage
+from data_prep.nifti_metadata import read_metadata
+from data_prep.scan.rules import Rules
+from data_prep.series import Rejection, plan_series, select_reconstructions
+from data_prep.system.errors import InputError
+from data_prep.volume import load_volume
 
 NUM_SLICES = 21
 ROW_MM, COLUMN_MM = 5.5, 5.0  # unlike, and as many columns as rows: a transposition shows in the spacing
@@ -357,7 +362,7 @@ def test_a_file_without_a_row_is_rejected_by_name(tmp_path):
     table = write_table(tmp_path / "t.csv", "PatientID", "other.nii.gz,p")
     refused = load(scans, table)
     assert isinstance(refused, NotAnImage) and refused.reason == "no_metadata"
-    with pytest.raises(MetadataError, match="none of its 1 volumes is in"):
+    with pytest.raises(InputError, match="none of its 1 volumes is in"):
         nifti_metadata.check(scans, table)
     nifti_metadata.check(scans, write_table(tmp_path / "u.csv", "PatientID", "other,p", "scan.nii,q"))
 
@@ -377,7 +382,7 @@ def test_a_file_without_a_row_is_rejected_by_name(tmp_path):
 )
 def test_tables_that_cannot_be_used_say_where_and_what_helps(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(MetadataError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         read_metadata(tmp_path / "t.csv")
     assert "\n" not in str(error.value)
 
@@ -389,9 +394,9 @@ def test_tables_are_read_as_people_write_them(tmp_path):
     assert table["a"].xy_spacing == (0.7, 0.8) and table["a"].age == 61 and table["a"].sex == "M"
     assert table["b"].xy_spacing == (0.7, 0.7) and table["b"].age == 90 and table["b"].rescale_slope is None
     (tmp_path / "t.csv").write_bytes("VolumeName\nä\n".encode("latin-1"))
-    with pytest.raises(MetadataError, match="not UTF-8 text"):
+    with pytest.raises(InputError, match="not UTF-8 text"):
         read_metadata(tmp_path / "t.csv")
-    with pytest.raises(MetadataError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         read_metadata(tmp_path / "absent.csv")
 
 
@@ -424,7 +429,7 @@ def test_files_of_one_name_never_become_one_volume(tmp_path, name, num_patients)
     assert [len(candidate.headers) for candidate in planned] == [NUM_SLICES, NUM_SLICES]
     assert len({candidate.patient_key for candidate in planned}) == num_patients
     table = write_table(tmp_path / "t.csv", "PatientID", f"{name},p")
-    with pytest.raises(MetadataError, match="1 of its volumes have more than one file"):
+    with pytest.raises(InputError, match="1 of its volumes have more than one file"):
         nifti_metadata.check(tmp_path, table)
 
 

@@ -22,13 +22,14 @@ from ctssl_jax import checkpoint
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference.embedding import embed
 from ctssl_jax.inference.prediction import Request, predict
-from data_prep import audit
 from data_prep.archives import list_sources, read_bytes
 from data_prep.dataset import Dataset
 from data_prep.dataset__cohort import contact_sheet
 from data_prep.dataset__storage import encode_record, write_records
-from data_prep.dicom import Header, Rules, read_header
+from data_prep.headers import Header, read_header
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.privacy import leaks
+from data_prep.scan.rules import Rules
 from tests import dicom_files
 from tests.campaigns import privacy
 
@@ -67,7 +68,7 @@ def found(source, folder) -> list[privacy.Finding]:
 def in_record(folder, text: str) -> None:
     image = np.zeros((16, 16, 1), np.uint8)
     image.ravel()[30 : 30 + len(text)] = np.frombuffer(text.encode(), np.uint8)
-    hidden = [(image, "volume"), (np.zeros_like(image), text)][len(text) < audit.LONG_NEEDLE]
+    hidden = [(image, "volume"), (np.zeros_like(image), text)][len(text) < leaks.LONG_NEEDLE]
     records = [encode_record(*hidden, 0, 0.0, False)]
     write_records(folder / "train.array_record-00000", records)
 

@@ -15,16 +15,18 @@ from sklearn.preprocessing import StandardScaler
 from training_runs import save_untrained, start, tiny_config, tiny_recipe, train_on
 
 from ctssl_jax import checkpoint, configuration, data, training
-from ctssl_jax.command_line import InputError
+from ctssl_jax.ops.trees import flatten
 from ctssl_jax.probes import encoders, image_probe, label_probe
 from ctssl_jax.probes.encoders import FrozenEncoder
 from ctssl_jax.probes.image_probe import IMAGES, ImageFeatures
 from ctssl_jax.probes.label_probe import LABELS, LabelFeatures
 from ctssl_jax.probes.probing import probe, table
+from ctssl_jax.runs import checkpoints
 from ctssl_jax.runs.run import Run
 from ctssl_jax.stats.volumes import auroc_one_vs_rest
 from ctssl_jax.tasks import get_task
 from data_prep.dataset import Dataset
+from data_prep.system.errors import InputError
 
 SCORES = {
     **dict.fromkeys(LABELS, ("auroc", "accuracy")),
@@ -177,15 +179,16 @@ def test_targets_are_the_same_for_every_grey_scale_of_the_encoder(tiny_dataset):
 @pytest.mark.parametrize("task", ["masked_region", "rotation"])
 def test_only_the_encoder_is_read_and_it_is_the_run_s(task, runs, monkeypatch):
     config = configuration.from_json(json.loads((runs / task / "config.json").read_text()))
-    step, names, restore = checkpoint.choose_step(runs / task), [], checkpoint.restore
+    run, names, restore = Run.open(runs / task), [], checkpoints.restore
+    step = run.choose_step()
 
-    def recording_restore(workdir, step, like):
-        names.extend(checkpoint.flatten(like))
-        return restore(workdir, step, like)
+    def recording_restore(workdir, step, template):
+        names.extend(flatten(template))
+        return restore(workdir, step, template)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "restore", recording_restore)
-        encoder = encoders.trained_encoder(config, get_task(task), Run.open(runs / task), step)
+        patch.setattr(checkpoints, "restore", recording_restore)
+        encoder = encoders.trained_encoder(config, get_task(task), run, step)
     assert names and all(name.split("/")[:2] in (["params", "encoder"], ["variables", "encoder"]) for name in names)
     graph, params, variables = training.abstract_model(config, get_task(task))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -289,7 +292,7 @@ def test_wrong_requests(runs, tiny_dataset, tmp_path):
     for arguments, settings, message in (
         ((tmp_path, tiny_dataset, output), {}, "is not a run directory; give the --workdir of a run"),
         ((run, tiny_dataset, tmp_path / "r.csv"), {}, "must end in .json"),
-        ((run, tiny_dataset, tmp_path / "file" / "r.json"), {}, "cannot be written"),
+        ((run, tiny_dataset, tmp_path / "file" / "r.json"), {}, "cannot make .*file"),
         ((run, tiny_dataset, output), {"checkpoint": "99"}, "has no checkpoint '99'"),
         ((run, tiny_dataset, output), {"encoder": "best"}, "choose one of run, untrained, pixels"),
         ((run, tiny_dataset, output), {"split": "train"}, "choose test or validation"),

@@ -15,9 +15,12 @@ import pytest
 
 from data_prep import archives, planning, remote_archives, stores
 from data_prep.dataset import Dataset
-from data_prep.dicom import Header, NotAnImage, load_volume, plan_series, read_header
+from data_prep.headers import Header, NotAnImage, read_header
 from data_prep.pipeline.prepare import Options, Places, check_places, num_failed_for_now, prepare
 from data_prep.remote_archives import archive_directory
+from data_prep.scan.loading import read_headers
+from data_prep.series import plan_series
+from data_prep.volume import load_volume
 from tests import dicom_files
 
 OPTIONS = Options(image_size=48, shard_size_mb=0.05)
@@ -82,10 +85,10 @@ def test_reading_ahead_asks_for_everything_once(store, scans):
     archive = archive_directory("example://scan1")
     sources = tuple(archives.list_sources(archive))
     store.requests()
-    headers = planning.read_headers(archive, sources, read_header)
+    headers = read_headers(archive, sources, read_header)
     requests = store.requests()
     assert sorted(path for kind, _, path in requests if kind == "read") == [f"scan1/{s.path}" for s in sources]
-    assert headers == planning.read_headers(scans / "scan1", sources, read_header)
+    assert headers == read_headers(scans / "scan1", sources, read_header)
     [candidate] = plan_series(headers, OPTIONS.rules)
     volume = load_volume(archive, candidate, OPTIONS.rules)
     requests = [path for kind, _, path in store.requests() if kind == "read"]

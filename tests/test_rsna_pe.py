@@ -5,8 +5,8 @@ import csv
 import pytest
 
 from data_prep import rsna_pe
-from data_prep.label_tables import LabelError
 from data_prep.rsna_pe import EXAM_LABELS, Exam, violations
+from data_prep.system.errors import InputError
 
 
 def exam(positive_slices: int, *ones: str, constant: bool = True) -> Exam:
@@ -75,11 +75,11 @@ def test_columns_are_read_by_name_and_exams_are_put_together(tmp_path):
 
 
 def test_a_missing_column_or_file_is_named(tmp_path):
-    with pytest.raises(LabelError, match=r"no train.csv in it; .*--archive=dicom"):
+    with pytest.raises(InputError, match=r"no train.csv in it; .*--archive=dicom"):
         rsna_pe.check_train_csv(tmp_path)
     columns = [name for name in rsna_pe.COLUMNS if name not in ("central_pe", "qa_motion")]
     write_train_csv(tmp_path / "train.csv", [], columns)
-    with pytest.raises(LabelError, match="lacks the column qa_motion, central_pe; "):
+    with pytest.raises(InputError, match="lacks the column qa_motion, central_pe; "):
         rsna_pe.check_train_csv(tmp_path)
 
 
@@ -93,5 +93,5 @@ def test_a_missing_column_or_file_is_named(tmp_path):
 )
 def test_damaged_rows_are_refused_by_line(tmp_path, change, message):
     write_train_csv(tmp_path / "train.csv", [row("a", "1", 0) | change])
-    with pytest.raises(LabelError, match=message):
+    with pytest.raises(InputError, match=message):
         list(rsna_pe.read_train_csv(tmp_path / "train.csv", {}))

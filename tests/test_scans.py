@@ -14,14 +14,17 @@ import pytest
 from absl import flags
 from nibabel import orientations
 
-from ctssl_jax import hu_arrays, scan_flags, scans
-from ctssl_jax.command_line import InputError
+from ctssl_jax import hu_arrays, scan_flags
 from data_prep.dataset import Dataset
-from data_prep.dicom import Rules
 from data_prep.labels import LabelSources
 from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.raw import scans
+from data_prep.scan import loading
+from data_prep.scan.rules import Rules
 from data_prep.synthetic.archive import make_archive
 from data_prep.synthetic.exam import Options as PhantomOptions
+from data_prep.system.errors import InputError
+from data_prep.window import prepare_images
 from tests import dicom_files
 
 KEY = "0123456789abcdef0123456789abcdef"
@@ -124,7 +127,7 @@ def test_nifti_slices_equal_those_of_prepare(tmp_path):
     options = Options(archive="nifti", image_size=48, windows=WINDOWS, splits=(1.0, 0.0, 0.0))
     assert_as_prepared(tmp_path, archive, options, table, number=2)
     (single,) = read_all(archive / "scan0.nii.gz", options)
-    np.testing.assert_array_equal(single.images, scans.prepare_images(HU, (5.0, 5.5), WINDOWS, 48))
+    np.testing.assert_array_equal(single.images, prepare_images(HU, (5.0, 5.5), WINDOWS, 48))
 
 
 def test_slices_of_a_real_scan_equal_those_of_prepare(tmp_path, real_data):
@@ -150,7 +153,7 @@ def test_a_folder_a_zip_file_and_their_neighbours(tmp_path):
 def test_headers_read_in_processes_are_the_same(tmp_path, monkeypatch):
     for number in range(3):
         write_dicom(tmp_path / f"scan{number}", study=number)
-    monkeypatch.setattr(scans, "_SOURCES_PER_TASK", 5)
+    monkeypatch.setattr(scans, "SOURCES_PER_TASK", 5)
     assert scans.plan_scans(tmp_path, num_workers=1) == scans.plan_scans(tmp_path)
 
 
@@ -205,9 +208,9 @@ def test_what_pixels_refuse(tmp_path, monkeypatch):
     def fails(*arguments):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(scans, "load_volume", fails)
+    monkeypatch.setattr(loading, "load_volume", fails)
     assert scans.read_scan(plan.input_dir, plan.exams[0], WINDOWS, 32)[1:] == ("failed_for_now", "Input/output error")
-    monkeypatch.setattr(scans, "load_volume", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(loading, "load_volume", lambda *arguments: 1 / 0)
     assert scans.read_scan(plan.input_dir, plan.exams[0], WINDOWS, 32)[1:] == (
         "conversion_crashed",
         "ZeroDivisionError",
@@ -242,7 +245,7 @@ def test_flags_are_those_of_prepare():
 
 
 def test_nothing_here_loads_jax():
-    program = "import sys, json, ctssl_jax, ctssl_jax.scans; print(json.dumps('jax' in sys.modules))"
+    program = "import sys, json, ctssl_jax, data_prep.raw.scans; print(json.dumps('jax' in sys.modules))"
     assert json.loads(subprocess.check_output([sys.executable, "-c", program])) is False
 
 

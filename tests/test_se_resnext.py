@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from ctssl_jax import checkpoint
-from ctssl_jax.command_line import InputError
 from ctssl_jax.models.se_resnext import SEResNeXt, SEResNeXtConfig, flops_per_slice
 from ctssl_jax.torch_bridge import imagenet_weights
+from data_prep.system.errors import InputError
 
 TINY = dict(layers=(1, 2), width=8, groups=4, num_classes=3)
 

@@ -17,8 +17,8 @@ from training_runs import (
 )
 
 from ctssl_jax import checkpoint, distributed, training
-from ctssl_jax.command_line import InputError
 from ctssl_jax.tasks import get_task
+from data_prep.system.errors import InputError
 
 WIDE = {"model.hidden": (16, 32), "model.embedding_dim": 8}  # the 3 x 3 kernels are large enough to be split
 SHORT = {

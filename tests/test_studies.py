@@ -13,7 +13,7 @@ from PIL import Image
 from training_runs import TINY, start
 
 from ctssl_jax import checkpoint, pictures
-from ctssl_jax.command_line import InputError
+from data_prep.system.errors import InputError
 from experiments import chain, study, table2
 from experiments.paper import TABLE2
 from experiments.study import Settings
@@ -161,11 +161,11 @@ def test_a_failed_stage_stops_the_study(settings, capfd):
 
 
 def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny_dataset, tmp_path):
-    """SIGTERM to the study is passed on; the training saves, ends well, and nothing is evaluated yet."""
+    """SIGTERM to the study is passed on; the training saves, and nothing is evaluated yet."""
     settings = Settings(tiny_dataset, tmp_path / "study", "small", 100_000, 0, (), "test")
     cell = study.train_cell(settings, "mask_05", "masked_region", **TINY_FIELDS)
     program = (
-        "import experiments.study as study, pathlib, sys; from ctssl_jax import command_line; from absl import app\n"
+        "import experiments.study as study, pathlib, sys; from data_prep.system import command_line\n"
         f"cell = study.Cell('mask_05', (), {cell.stages!r}, pathlib.Path({str(cell.result)!r}))\n"
         f"settings = study.Settings(pathlib.Path({str(tiny_dataset)!r}), pathlib.Path({str(settings.workdir)!r}), "
         "'small', 100000, 0, (), 'test')\n"
@@ -180,8 +180,8 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate()
-    assert process.returncode == 1 and errors.endswith(
-        "error: stage 'mask_05: train' was asked to stop; run again to go on\n"
+    assert process.returncode == 75 and errors.endswith(
+        "error: stage 'mask_05: train' was stopped; run the same command again to continue\n"
     )
     assert "stopped     at step" in output and "evaluate" not in output
     assert checkpoint.choose_step(settings.workdir / "runs" / "mask_05", "last") > 0

@@ -8,8 +8,8 @@ import tarfile
 
 import pytest
 
-from ctssl_jax.command_line import InputError
 from data_prep import lidc
+from data_prep.system.errors import InputError
 from experiments import table1
 from tests.example_dataset import write_example_dataset
 from tests.test_lidc import SCORES, rectangle, xml, xml_nodule

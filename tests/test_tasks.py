@@ -22,11 +22,11 @@ from training_runs import (
 
 from configs import masked_region
 from ctssl_jax import configuration, corruptions, data, training
-from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.ops.images import ssim
 from ctssl_jax.tasks import TASKS, get_task
 from data_prep.dataset import Dataset
+from data_prep.system.errors import InputError
 
 RECIPES = sorted(path.stem for path in (PROJECT / "configs").glob("[a-z]*.py"))
 NEW = ("next_slice", "denoising", "rotation", "flip")

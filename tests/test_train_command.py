@@ -24,8 +24,8 @@ from training_runs import (
 )
 
 from ctssl_jax import checkpoint, reports, training
-from ctssl_jax.command_line import InputError
 from ctssl_jax.training import TrainingDiverged
+from data_prep.system.errors import InputError
 
 VARIANTS = {
     "gradient": {},
@@ -124,7 +124,7 @@ def test_killed_and_terminated_processes_lose_nothing_saved(tiny_dataset, tmp_pa
         output, errors = process.communicate()
         saved = checkpoint.choose_step(workdir, "last")
         if number == signal.SIGTERM:
-            assert process.returncode == 0, errors
+            assert process.returncode == 75, errors
             assert f"at step {saved:,}" in output and saved == step
         else:
             assert process.returncode == -signal.SIGKILL, errors

@@ -10,9 +10,9 @@ from example_dataset import change_preparation, write_example_dataset
 from training_runs import ask_to_stop_at, assert_same_state, renew_sums, saved_state, tiny_recipe, train_on
 
 from ctssl_jax import checkpoint, distributed, training, transplant
-from ctssl_jax.command_line import InputError
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.tasks import get_task
+from data_prep.system.errors import InputError
 
 SHORT = {"num_steps": 2, "log_every": 1, "eval_every": 2}
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data_prep.raw.scans import Refused
 
+from data_prep.raw.scans import Refused
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_file, written_whole
 

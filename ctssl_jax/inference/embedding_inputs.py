@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from data_prep.privacy import pseudonyms
-from data_prep.raw.scans import PreparedVolume, Refused, ScanPlan, prepared_volume, read_scan, refused_series
-from data_prep.scan.reasons import FAILED_FOR_NOW
-from data_prep.scan.rules import Rules
 
 from ctssl_jax.evaluation.measured_run import MeasuredRun
 from ctssl_jax.runs.run import Run
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
+from data_prep.privacy import pseudonyms
+from data_prep.raw.scans import PreparedVolume, Refused, ScanPlan, prepared_volume, read_scan, refused_series
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import written_whole
 from data_prep.workers import WorkerDied, WorkerPool

@@ -7,13 +7,13 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from data_prep.raw.scans import Scan, prepared_volume
 
 from ctssl_jax.data import label_classes
 from ctssl_jax.inference.pictures import save_curve
 from ctssl_jax.inference.pretrained import PretrainedModel
 from ctssl_jax.stats.binary import exam_scores
 from data_prep.dataset import Dataset
+from data_prep.raw.scans import Scan, prepared_volume
 from data_prep.system.errors import InputError
 
 TASKS = ("slice_label", "slice_label_se_resnext")

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from data_prep.raw.scans import Scan
 from flax import nnx
 
 from ctssl_jax.inference.pictures import save_regions
@@ -17,6 +16,7 @@ from ctssl_jax.tasks import get_task
 from ctssl_jax.training__state import abstract_model
 from data_prep import mask_output, mask_regions
 from data_prep.headers import NIFTI
+from data_prep.raw.scans import Scan
 from data_prep.volume import Volume
 from data_prep.window import window_to_uint8
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from data_prep.dataset__storage import file_sha256
 from data_prep.system.errors import InputError
-from data_prep.system.files import write_text
+from data_prep.system.files import file_sha256, write_text
 
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "damaged_checkpoints"

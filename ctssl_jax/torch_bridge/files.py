@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ctssl_jax.command_line import InputError, require
+from data_prep.system.command_line import require
+from data_prep.system.errors import InputError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
 _WRAPPERS = ("model_state", "state_dict", "model")  # entries of a checkpoint that hold the tensors

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from ctssl_jax.checkpoint import flatten, unflatten
-from ctssl_jax.command_line import InputError
 from ctssl_jax.torch_bridge.files import read_tensors
 from ctssl_jax.torch_bridge.names import from_state_dict
+from data_prep.system.errors import InputError
 
 _OLDER_LAYOUT = ((r"^layer0\.", ""), (r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
 

@@ -5,8 +5,8 @@ import csv
 from typing import Any, TextIO
 
 from data_prep.archives import Source, Unreadable
-from data_prep.conversion import ExamNote
-from data_prep.dicom import NotAnImage
+from data_prep.headers import NotAnImage
+from data_prep.pipeline.notes import ExamNote
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 

@@ -8,13 +8,10 @@ import collections
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import dataset_writer, deidentify
-from data_prep.conversion import ExamNote, read_note, records_path
 from data_prep.dataset__schema import (
     LABELS_FILE,
     PREPARATION_FILE,
@@ -32,9 +29,12 @@ from data_prep.dataset__schema import (
     slice_columns,
     versions,
 )
-from data_prep.dataset__storage import file_sha256, read_records, write_records, write_table
+from data_prep.dataset__storage import read_records, write_records, write_table
 from data_prep.dataset__tfds import complete
+from data_prep.pipeline.notes import ExamNote, read_note, records_path
 from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
+from data_prep.privacy import pseudonyms
+from data_prep.system.files import file_sha256, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _MEGABYTE = 1_000_000
@@ -58,7 +58,7 @@ class Frozen:
     old_checksums: dict[str, str]
 
     def save(self, path: Path) -> None:
-        dataset_writer.write_file(path, json.dumps(dataclasses.asdict(self)).encode())
+        write_file(path, json.dumps(dataclasses.asdict(self)).encode())
 
     @staticmethod
     def load(path: Path) -> "Frozen":
@@ -88,7 +88,7 @@ def freeze(
     """
 
     def by_hash(pseudonym: str) -> str:
-        return deidentify.shuffling_number(key, pseudonym)
+        return pseudonyms.shuffling_number(key, pseudonym)
 
     volumes_per_patient: dict[str, int] = {}
     everything = [*old_volumes, *(row for row, _ in new_volumes.values())]
@@ -123,7 +123,7 @@ def freeze(
     return Frozen(
         archive_digest=archive_digest,
         options=options,
-        key_fingerprint=deidentify.key_fingerprint(key),
+        key_fingerprint=pseudonyms.key_fingerprint(key),
         splits=dict(sorted(splits.items())),
         volumes=rows,
         rejected=sorted(rejected, key=lambda row: tuple(str(value) for value in row.values())),
@@ -157,7 +157,7 @@ def assemble(
         OSError: the output can't be written.
     """
     (output_dir / PREPARATION_FILE).unlink(missing_ok=True)  # until the end it is not complete
-    dataset_writer.sync_directory(output_dir)
+    sync_directory(output_dir)
     checksums = _write_shards(frozen, output_dir, records_dir, pool)
     checksums = {n: c for n, c in frozen.old_checksums.items() if ".array_record-" in n} | checksums
     write_table(output_dir / VOLUMES_FILE, VOLUME_COLUMNS, frozen.volumes)
@@ -253,7 +253,7 @@ def write_shard(path: Path, records_dir: Path, staged: list[str], num_records: i
     if written != num_records:
         raise OSError(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
     checksum = file_sha256(path)
-    dataset_writer.write_file(sidecar_path(records_dir, path.name), checksum.encode())
+    write_file(sidecar_path(records_dir, path.name), checksum.encode())
     for key in staged:
         records_path(records_dir, key).unlink(missing_ok=True)
     return checksum
@@ -276,9 +276,4 @@ def keep_notes(frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> None:
         note = notes_dir / f"{key}.json"
         if note.exists():
             os.replace(note, kept_notes_dir / f"{volume}.json")
-    dataset_writer.sync_directory(kept_notes_dir)
-
-
-def remove_tree(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
+    sync_directory(kept_notes_dir)

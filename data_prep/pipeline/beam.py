@@ -33,7 +33,6 @@ import contextlib
 import dataclasses
 import io
 import logging
-import os
 import pickle
 import re
 import shlex
@@ -46,11 +45,12 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from data_prep import conversion, dataset_writer
-from data_prep.dicom import SeriesCandidate
-from data_prep.pipeline import assemble
-from data_prep.pipeline.prepare import is_converted
+from data_prep.pipeline import assemble, notes
+from data_prep.pipeline import convert as conversion
 from data_prep.planning import read_plan
+from data_prep.series import SeriesCandidate
+from data_prep.system.errors import InputError
+from data_prep.system.files import PARTIAL, publish, write_file
 from data_prep.workers import WorkerDied, WorkerPool
 
 _HERE = "--runner=FnApiRunner"  # not DirectRunner, which may download another one
@@ -62,7 +62,7 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
     """Beam's own arguments, with a runner on this machine if `options` names none.
 
     Raises:
-        ValueError: Beam does not take them; one line.
+        InputError: Beam does not take them; one line.
     """
     for name in ("common", "worker", "portability.fn_api_runner", "portability.local_job_service"):  # workers here:
         logging.getLogger(f"apache_beam.runners.{name}").setLevel(logging.CRITICAL)  # `_run` raises their errors
@@ -77,16 +77,14 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
             beam.Pipeline(options=parsed)
     except (Exception, SystemExit) as error:  # argparse prints and exits, runners raise what they like
         reason = (complaint.getvalue() or str(error)).strip().splitlines()[-1].rpartition(": error: ")[2]
-        raise ValueError(f"--beam_options={shlex.join(options)}: {reason}") from None
+        raise InputError(f"--beam_options={shlex.join(options)}: {reason}") from None
     return arguments
 
 
 # ---- conversion --------------------------------------------------------------------------------------------
 
 
-def convert(
-    run: conversion.Conversion, todo: Mapping[Path, list[int]], work_dir: Path, arguments: Sequence[str]
-) -> None:
+def convert(run: notes.Conversion, todo: Mapping[Path, list[int]], work_dir: Path, arguments: Sequence[str]) -> None:
     """Converts the exams `todo`: files of `planning.plan_archive` and, of each, positions in its `exams`.
 
     Raises:
@@ -97,7 +95,7 @@ def convert(
         return
     _say(f"converting: {sum(map(len, todo.values()))} exams under Apache Beam")
     conversion_file = work_dir / _CONVERSION_FILE
-    dataset_writer.write_file(conversion_file, pickle.dumps(run))
+    write_file(conversion_file, pickle.dumps(run))
     pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
     _ = (
         pipeline
@@ -133,26 +131,26 @@ class _Convert(beam.DoFn):
         self._open.close()
 
 
-def convert_once(run: conversion.Conversion, exam: list[SeriesCandidate], pool: WorkerPool) -> None:
+def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: WorkerPool) -> None:
     """`conversion.convert_exam`, unless that is done, safe against another run of the same task at the same time.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
     """
-    if is_converted(run, exam):
+    if notes.is_converted(run, exam):
         return
-    key = conversion.exam_key(run, exam)
+    key = notes.exam_key(run, exam)
     with _private_directory(run.notes_dir) as notes_dir, _private_directory(run.records_dir) as records_dir:
         private = dataclasses.replace(run, notes_dir=notes_dir, records_dir=records_dir)
         for _, result in pool.run(conversion.convert_exam, [(private, exam)]):
             if isinstance(result, WorkerDied):
-                conversion.write_note(private, conversion.note_of_crash(private, exam))
-        if is_converted(run, exam):  # another run was first; this one may have failed
+                notes.write_note(private, conversion.note_of_crash(private, exam))
+        if notes.is_converted(run, exam):  # another run was first; this one may have failed
             return
-        records = conversion.records_path(records_dir, key)
+        records = notes.records_path(records_dir, key)
         if records.exists():
-            _publish(records, conversion.records_path(run.records_dir, key))
-        _publish(conversion.note_path(private, key), conversion.note_path(run, key))  # last: it means "done"
+            publish(records, notes.records_path(run.records_dir, key))
+        publish(notes.note_path(private, key), notes.note_path(run, key))  # last: it means "done"
 
 
 # ---- shards ------------------------------------------------------------------------------------------------
@@ -208,16 +206,16 @@ def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_recor
         if not _is_written(path.name, path.parent, records_dir):
             raise
     for key in staged:
-        conversion.records_path(records_dir, key).unlink(missing_ok=True)
+        notes.records_path(records_dir, key).unlink(missing_ok=True)
 
 
 def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> None:
     with _private_directory(records_dir) as private:
         for key in staged:  # links: the function takes away what it has written, and another run may be reading it
-            conversion.records_path(private, key).symlink_to(conversion.records_path(records_dir, key).absolute())
+            notes.records_path(private, key).symlink_to(notes.records_path(records_dir, key).absolute())
         assemble.write_shard(private / path.name, private, staged, num_records)
-        _publish(private / path.name, path)
-        _publish(
+        publish(private / path.name, path)
+        publish(
             assemble.sidecar_path(private, path.name), assemble.sidecar_path(records_dir, path.name)
         )  # it means "done"
 
@@ -232,15 +230,8 @@ def _is_written(name: str, output_dir: Path, records_dir: Path) -> bool:
 @contextlib.contextmanager
 def _private_directory(parent: Path) -> Iterator[Path]:
     """No two runs of a task share it, on whatever machines; what a killed one leaves, the next preparation removes."""
-    with tempfile.TemporaryDirectory(
-        dir=parent, suffix=dataset_writer.PARTIAL, ignore_cleanup_errors=True
-    ) as directory:
+    with tempfile.TemporaryDirectory(dir=parent, suffix=PARTIAL, ignore_cleanup_errors=True) as directory:
         yield Path(directory)
-
-
-def _publish(source: Path, target: Path) -> None:
-    os.replace(source, target)
-    dataset_writer.sync_directory(target.parent)
 
 
 def _run(pipeline: beam.Pipeline) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import label_staging
-from data_prep.conversion import ExamNote, Rejected, sources_of
-from data_prep.dicom import Rejection, SeriesCandidate
 from data_prep.labels import LabelSources
 from data_prep.pipeline.accounting import Account
+from data_prep.pipeline.notes import ExamNote
 from data_prep.pipeline.prepare import Options, Places, check_places
 from data_prep.pipeline.splits import check_numbers
-from data_prep.planning import all_headers, header_reader, list_archive, plan_archive, read_plan
+from data_prep.planning import all_headers, list_archive, plan_archive, read_plan
+from data_prep.privacy.pseudonyms import Rejected, sources_of
+from data_prep.scan.loading import header_reader
+from data_prep.series import Rejection, SeriesCandidate
 from data_prep.workers import WorkerPool, usable_cores
 
 _BYTES_PER_PIXEL = 0.34  # zstd-1 on windowed CT slices, measured
@@ -27,7 +29,7 @@ def dry_run(
     refuse more. What lies in the output directory already makes no difference.
 
     Raises:
-        ValueError: unusable directories, no files, or too few patients or volumes for the splits.
+        InputError: unusable directories, no files, or too few patients or volumes for the splits.
     """
     check_places(places)
     sources = sources or LabelSources(options.archive)

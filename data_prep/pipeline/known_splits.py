@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_prep import deidentify
 from data_prep.dataset import Dataset
+from data_prep.privacy import pseudonyms
+from data_prep.system.errors import InputError
 
 KEY_FILE = "pseudonym_key"  # in an audit directory
 
@@ -28,7 +29,7 @@ def read_known_splits(directories: Sequence[Path]) -> KnownSplits | None:
     """None: no dataset was named.
 
     Raises:
-        ValueError: they have different pseudonym keys, or a patient in different splits.
+        InputError: they have different pseudonym keys, or a patient in different splits.
         data_prep.dataset.DatasetError: one of them is not a complete dataset.
     """
     if not directories:
@@ -42,29 +43,29 @@ def read_known_splits(directories: Sequence[Path]) -> KnownSplits | None:
         split_of=split_of,
     )
     if len({preparation["key_fingerprint"] for preparation in preparations}) > 1:
-        raise ValueError(f"{found.named}: have different pseudonym keys; name those of one key")
+        raise InputError(f"{found.named}: have different pseudonym keys; name those of one key")
     for directory in directories:
         here = {row["patient_id"]: row["split"] for row in Dataset.open(directory).volumes()}
         if differing := number_that_differ(here, split_of):
-            raise ValueError(f"{found.named}: {differing} patients are in different splits of them; leave one out")
+            raise InputError(f"{found.named}: {differing} patients are in different splits of them; leave one out")
         split_of |= here
     return found
 
 
 def refuse_other_key(known: KnownSplits, key_file: Path | None, audit_dir: Path) -> None:
-    """Raises ValueError unless the key of this preparation is the one of the known splits."""
+    """Raises InputError unless the key of this preparation is the one of the known splits."""
     path = key_file or audit_dir / KEY_FILE
-    if not path.is_file() or deidentify.key_fingerprint(deidentify.read_key(path)) != known.key_fingerprint:
-        raise ValueError(
+    if not path.is_file() or pseudonyms.key_fingerprint(pseudonyms.read_key(path)) != known.key_fingerprint:
+        raise InputError(
             f"{known.named}: has another pseudonym key, so its patients cannot be told here; give the key it was "
             "prepared with as --pseudonym_key_file"
         )
 
 
 def refuse_other_splits(known: KnownSplits, own: Mapping[str, str]) -> None:
-    """Raises ValueError if patients of this dataset (`own`: patient -> split) were put into other splits earlier."""
+    """Raises InputError if patients of this dataset (`own`: patient -> split) were put into other splits earlier."""
     if differing := number_that_differ(own, known.split_of):
-        raise ValueError(
+        raise InputError(
             f"{known.named}: {differing} patients are in another split there than in this dataset, where they stay; "
             "prepare it anew with another --output_dir"
         )

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from data_prep.conversion import ExamNote, Rejected, exam_id, read_note, slice_id, sources_of, volume_id
-from data_prep.dicom import Header, Rejection, SeriesCandidate
+from data_prep.headers import Header
+from data_prep.pipeline.notes import ExamNote, read_note
+from data_prep.privacy.pseudonyms import Rejected, exam_id, slice_id, sources_of, volume_id
+from data_prep.series import Rejection, SeriesCandidate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,47 +7,40 @@ The private audit directory holds what links pseudonyms to the archive: the key,
 """
 
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import itertools
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep import conversion, dataset_writer, deidentify, label_staging
+from data_prep import label_staging
 from data_prep.archives import ArchiveDirectory, RemoteArchive
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import PREPARATION_FILE, VOLUMES_FILE
-from data_prep.dicom import Rules
 from data_prep.labels import LabelSources
-from data_prep.pipeline import splits
+from data_prep.pipeline import convert, splits
 from data_prep.pipeline.accounting import Account
-from data_prep.pipeline.assemble import Frozen, assemble, can_be_assembled, freeze, keep_notes, remove_tree
-from data_prep.pipeline.known_splits import (
-    KEY_FILE,
-    KnownSplits,
-    read_known_splits,
-    refuse_other_key,
-    refuse_other_splits,
-)
+from data_prep.pipeline.assemble import Frozen, assemble, can_be_assembled, freeze, keep_notes
+from data_prep.pipeline.known_splits import KnownSplits, read_known_splits, refuse_other_key, refuse_other_splits
 from data_prep.pipeline.known_volumes import KnownVolumes
-from data_prep.planning import all_headers, header_reader, list_archive, plan_archive, read_plan
+from data_prep.pipeline.notes import Conversion, exam_key, is_converted, note_path, read_note, write_note
+from data_prep.planning import all_headers, list_archive, plan_archive, read_plan
+from data_prep.privacy import pseudonyms
+from data_prep.privacy.pseudonyms import KEY_FILE, rejected_row
+from data_prep.scan.loading import header_reader
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
+from data_prep.system.files import PARTIAL, lock_directory, make_folder, remove_tree, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
 _BOUND_FILE = "archive.json"  # of which archive and which dataset an audit directory is
-
-
-class PreparationError(InputError):
-    """Something that the user gave cannot work, or the archive changed; one line with the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,32 +105,27 @@ class Places:
         return self.work_dir / "frozen.json"
 
 
-def default_audit_dir(output_dir: Path) -> Path:
-    named = output_dir if output_dir.name not in ("", "..") else output_dir.resolve()
-    return named.with_name(named.name + "-audit")
-
-
 def check_places(places: Places) -> None:
-    """Raises PreparationError for directories that contain one another, are missing or are used otherwise."""
+    """Raises InputError for directories that contain one another, are missing or are used otherwise."""
     remote = isinstance(places.input_dir, RemoteArchive)
     if remote:
         places.input_dir.check("--input_dir")
     elif places.input_dir.is_file():
-        raise PreparationError(f"--input_dir={places.input_dir}: is a file; give the folder of the scans")
+        raise InputError(f"--input_dir={places.input_dir}: is a file; give the folder of the scans")
     elif not places.input_dir.is_dir():
-        raise PreparationError(f"--input_dir={places.input_dir}: no such directory; give the folder of the scans")
+        raise InputError(f"--input_dir={places.input_dir}: no such directory; give the folder of the scans")
     named = {"--output_dir": places.output_dir, "--audit_dir": places.audit_dir}
     named |= {} if remote else {"--input_dir": places.input_dir}
     for (a, path_a), (b, path_b) in itertools.permutations(named.items(), 2):
         if path_a.resolve().is_relative_to(path_b.resolve()):
-            raise PreparationError(f"{a}={path_a} lies inside {b}={path_b}; choose a directory beside it")
+            raise InputError(f"{a}={path_a} lies inside {b}={path_b}; choose a directory beside it")
     for path in (places.output_dir, places.audit_dir):
         if path.exists() and not path.is_dir():
-            raise PreparationError(f"{path}: is a file; choose another directory")
+            raise InputError(f"{path}: is a file; choose another directory")
     ours = (PREPARATION_FILE, VOLUMES_FILE, places.records_dir.name)
     if places.output_dir.is_dir() and not any((places.output_dir / name).exists() for name in ours):
         if any(places.output_dir.iterdir()):
-            raise PreparationError(f"--output_dir={places.output_dir}: holds other files; choose a new directory")
+            raise InputError(f"--output_dir={places.output_dir}: holds other files; choose a new directory")
 
 
 def prepare(
@@ -159,7 +147,7 @@ def prepare(
     whether there was anything to do.
 
     Raises:
-        PreparationError, ValueError: unusable directories or options, too few patients.
+        InputError, ValueError: unusable directories or options, too few patients.
         OSError: the archive went away or the output can't be written.
     """
     check_places(places)
@@ -170,27 +158,22 @@ def prepare(
     if beam_options is not None:
         beam_arguments = _beam_arguments(beam_options, num_workers)
         places, sources = _with_absolute_paths(places), _with_absolute_paths(sources)
-    key = deidentify.read_key(pseudonym_key_file) if pseudonym_key_file else None
+    key = pseudonyms.read_key(pseudonym_key_file) if pseudonym_key_file else None
     elsewhere = read_known_splits(same_splits_as)
     if elsewhere:
         refuse_other_key(elsewhere, pseudonym_key_file, places.audit_dir)
         options = dataclasses.replace(options, same_splits_as=elsewhere.fingerprints)
-    for flag, directory, mode in (("output", places.output_dir, 0o777), ("audit", places.audit_dir, 0o700)):
-        try:
-            directory.mkdir(mode=mode, parents=True, exist_ok=True)
-        except OSError as error:
-            raise PreparationError(
-                f"--{flag}_dir={directory}: cannot make this directory: {error.strerror}; choose another"
-            ) from None
+    make_folder(places.output_dir, "--output_dir")
+    make_folder(places.audit_dir, "--audit_dir", mode=0o700)
     with lock_directory(places.output_dir), lock_directory(places.audit_dir), WorkerPool(num_workers) as pool:
         places.audit_dir.chmod(0o700)
         _refuse_audit_dir_of_another(places)
         if key is None:
-            key = deidentify.make_key(places.audit_dir / KEY_FILE)
+            key = pseudonyms.make_key(places.audit_dir / KEY_FILE)
         if elsewhere:
             refuse_other_splits(elsewhere, _read_splits(places))
         digests = label_staging.input_digests(sources, places.input_dir)
-        tables = tuple((name, deidentify.private_digest(key, "table", digest)) for name, digest in digests)
+        tables = tuple((name, pseudonyms.private_digest(key, "table", digest)) for name, digest in digests)
         options = dataclasses.replace(options, masks=sources.mask_facts(), tables=tables)
         changed = False
         if places.frozen_file.exists():  # an earlier run was killed in its last act
@@ -214,7 +197,7 @@ def prepare(
 
 def _beam_arguments(beam_options: Sequence[str], num_workers: int) -> list[str]:
     if importlib.util.find_spec("apache_beam") is None:
-        raise PreparationError("--runner=beam needs the package apache-beam: pip install 'ctssl_jax[beam]'")
+        raise InputError("--runner=beam needs the package apache-beam: pip install 'ctssl_jax[beam]'")
     logging.disable(logging.WARNING)  # Beam complains that its own extras are not there
     from data_prep.pipeline import beam
 
@@ -234,22 +217,6 @@ def _with_absolute_paths(paths: Any) -> Any:
     return dataclasses.replace(paths, **{name: absolute(getattr(paths, name)) for name in fields})
 
 
-@contextlib.contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
-    """An advisory lock on the directory itself, which ends with the process, however it ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PreparationError(f"{directory}: another run is at work in it; wait for it or stop it") from None
-        except OSError:
-            print(f"{directory}: no locks on this file system; let no two runs write here", file=sys.stderr)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _complete_preparation(options: Options, key: bytes, places: Places) -> dict[str, Any] | None:
     """preparation.json of a dataset that an earlier run completed and this one may add to; None if there is none."""
     if not (places.output_dir / PREPARATION_FILE).exists():
@@ -257,7 +224,7 @@ def _complete_preparation(options: Options, key: bytes, places: Places) -> dict[
     preparation = Dataset.open(places.output_dir).preparation
     _refuse_other_options(preparation["options"], preparation["key_fingerprint"], options, key, places.output_dir)
     if _bound(places)["fingerprint"] != preparation["fingerprint"]:
-        raise PreparationError(
+        raise InputError(
             f"{places.audit_dir}: not the audit directory of {places.output_dir}; "
             "give --audit_dir as it was when the dataset was made"
         )
@@ -270,22 +237,22 @@ def _refuse_other_options(
     asked = options.as_dict()
     if made_with.get("tables") != asked["tables"]:
         differs = [name for name, _ in made_with.get("tables", []) + asked["tables"]]
-        raise PreparationError(
+        raise InputError(
             f"{output_dir}: was prepared with other labels or attributes ({', '.join(dict.fromkeys(differs))}); give "
             "the same files in the same order, or another --output_dir"
         )
     if made_with.get("same_splits_as") and "same_splits_as" not in asked:
-        raise PreparationError(
+        raise InputError(
             f"{output_dir}: was prepared with --same_splits_as; give it again: patients who come may be known there"
         )
     for name in asked:
         if name != "same_splits_as" and made_with.get(name) != asked[name]:  # those datasets may grow, too
-            raise PreparationError(
+            raise InputError(
                 f"{output_dir}: was prepared with {name}={_option_text(made_with.get(name))}, "
                 f"not {_option_text(asked[name])}; give the same options or another --output_dir"
             )
-    if fingerprint != deidentify.key_fingerprint(key):
-        raise PreparationError(
+    if fingerprint != pseudonyms.key_fingerprint(key):
+        raise InputError(
             f"{output_dir}: was prepared with another pseudonym key; give that --pseudonym_key_file or --audit_dir"
         )
 
@@ -320,7 +287,7 @@ def _refuse_audit_dir_of_another(places: Places) -> None:
     if (places.output_dir / PREPARATION_FILE).exists():
         if Dataset.open(places.output_dir).preparation["fingerprint"] == bound["fingerprint"]:
             return
-    raise PreparationError(
+    raise InputError(
         f"{places.audit_dir}: is the audit directory of another dataset, not of {places.output_dir}; give another "
         "--audit_dir, and to share the pseudonyms --pseudonym_key_file with its key file"
     )
@@ -328,7 +295,7 @@ def _refuse_audit_dir_of_another(places: Places) -> None:
 
 def num_failed_for_now(counts: dict[str, Any]) -> int:
     """Series and files that the next run tries again."""
-    return sum(counts[name].get(conversion.FAILED_FOR_NOW, 0) for name in ("series_rejected", "files_not_images"))
+    return sum(counts[name].get(FAILED_FOR_NOW, 0) for name in ("series_rejected", "files_not_images"))
 
 
 def _convert_and_freeze(
@@ -355,7 +322,7 @@ def _convert_and_freeze(
     staged = label_staging.stage(
         sources, places.input_dir, places.work_dir / "labels.sqlite", places.work_dir / _VIOLATIONS_FILE
     )
-    run = conversion.Conversion(
+    run = Conversion(
         input_dir=places.input_dir,
         notes_dir=places.notes_dir,
         records_dir=places.records_dir,
@@ -377,7 +344,7 @@ def _convert_and_freeze(
     expected_slices, expected_volumes = 0, len(old_volumes)
     for plan in map(read_plan, plans):
         for exam in plan.exams:
-            patients.add(deidentify.patient_pseudonym(key, exam[0].patient_key))
+            patients.add(pseudonyms.patient_pseudonym(key, exam[0].patient_key))
             if known.outcome(exam) is None:
                 expected_volumes += 1
                 expected_slices += len(exam[0].headers)
@@ -392,11 +359,11 @@ def _convert_and_freeze(
         for plan in map(read_plan, plans):
             outcomes = []
             for rejection in plan.rejections:
-                outcomes += known.outcome_of_rejection(rejection, conversion.rejected_row(key, rejection))
+                outcomes += known.outcome_of_rejection(rejection, rejected_row(key, rejection))
             for exam in plan.exams:
                 notes = known.outcome(exam)
                 if notes is None:
-                    notes = [conversion.read_note(conversion.note_path(run, conversion.exam_key(run, exam)))]
+                    notes = [read_note(note_path(run, exam_key(run, exam)))]
                     new_volumes |= {note.key: (note.volume, note.record_bytes) for note in notes if note.volume}
                 outcomes += notes
             account.add(outcomes, plan.not_images)
@@ -407,7 +374,7 @@ def _convert_and_freeze(
     if not (new_volumes or old_volumes):
         reasons = [f"{number} {reason}" for reason, number in counts["series_rejected"].items()]
         reasons += [f"{number} files {reason}" for reason, number in counts["files_not_images"].items()]
-        raise PreparationError(
+        raise InputError(
             f"--input_dir={places.input_dir}: no usable chest CT in {num_files} files ({', '.join(reasons)}); "
             f"the reason of each file is in {places.work_dir / 'sources.csv'}"
         )
@@ -428,7 +395,7 @@ def _convert_and_freeze(
 
 
 def _convert(
-    run: conversion.Conversion,
+    run: Conversion,
     plans: list[Path],
     known: KnownVolumes,
     expected_slices: int,
@@ -460,22 +427,10 @@ def _convert(
             progress.advance(num_slices)
             return
         tasks = ((run, exam) for _, _, exam in todo())
-        for (_, exam), result in pool.run(conversion.convert_exam, tasks):
+        for (_, exam), result in pool.run(convert.convert_exam, tasks):
             if isinstance(result, WorkerDied):
-                conversion.write_note(run, conversion.note_of_crash(run, exam))
+                write_note(run, convert.note_of_crash(run, exam))
             progress.advance(len(exam[0].headers))
-
-
-def is_converted(run: conversion.Conversion, exam: list) -> bool:
-    """Whether an earlier run left the outcome of an exam, and it need not be tried again."""
-    key = conversion.exam_key(run, exam)
-    path = conversion.note_path(run, key)
-    if not path.exists():
-        return False
-    note = conversion.read_note(path)
-    if note.failed_for_now:
-        return False
-    return note.volume is None or conversion.records_path(run.records_dir, key).exists()
 
 
 def _finish(frozen: Frozen, places: Places, pool: WorkerPool, beam_arguments: list[str] | None) -> dict[str, Any]:
@@ -497,13 +452,13 @@ def _finish(frozen: Frozen, places: Places, pool: WorkerPool, beam_arguments: li
     }
     _write_private(places.audit_dir / _BOUND_FILE, bound)
     places.frozen_file.unlink()
-    dataset_writer.sync_directory(places.work_dir)
+    sync_directory(places.work_dir)
     _clean(places)
     return preparation
 
 
 def _write_private(path: Path, content: dict[str, str]) -> None:
-    dataset_writer.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _read_splits(places: Places) -> dict[str, str]:
@@ -518,7 +473,7 @@ def _clean(places: Places) -> None:
 
 def _remove_partial_files(places: Places) -> None:
     for directory in (places.output_dir, places.records_dir, places.audit_dir, places.work_dir, places.notes_dir):
-        for stale in directory.glob(f"*{dataset_writer.PARTIAL}"):
+        for stale in directory.glob(f"*{PARTIAL}"):
             if stale.is_dir():  # of a task under Beam
                 remove_tree(stale)
             else:

@@ -9,20 +9,21 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from data_prep.dataset__schema import SPLITS
+from data_prep.system.errors import InputError
 
 
 def check_numbers(num_patients: int, num_volumes: int, fractions: Sequence[float], holdout_volumes: int) -> None:
-    """Raises ValueError if there are fewer patients than splits that must not be empty, or if the hold-out would be
+    """Raises InputError if there are fewer patients than splits that must not be empty, or if the hold-out would be
     more than half of the volumes."""
     wanted = _wanted_splits(fractions, holdout_volumes)
     if num_patients < len(wanted):
         shared = f" (all {num_volumes} scans have one Patient ID)" if num_patients == 1 < num_volumes else ""
-        raise ValueError(
+        raise InputError(
             f"{num_patients} patient{'s' * (num_patients != 1)} with a usable scan{shared} cannot fill the splits "
             f"{', '.join(wanted)}; give --splits=1,0,0 (everything is training data), or more patients"
         )
     if 2 * holdout_volumes > num_volumes:
-        raise ValueError(
+        raise InputError(
             f"--holdout_volumes={holdout_volumes}: more than half of the {num_volumes} usable volumes; "
             f"give at most {num_volumes // 2}, or 0 to go by --splits"
         )
@@ -50,7 +51,7 @@ def assign_splits(
         known: split by patient, from earlier runs.
 
     Raises:
-        ValueError: too few patients or volumes, or the known ones leave a split empty.
+        InputError: too few patients or volumes, or the known ones leave a split empty.
     """
     num_volumes = sum(volumes_per_patient.values())
     check_numbers(len(volumes_per_patient), num_volumes, fractions, holdout_volumes)
@@ -78,7 +79,7 @@ def assign_splits(
         counts[choice] += 1
     empty = [split for split in wanted if split not in splits.values()]
     if empty:
-        raise ValueError(
+        raise InputError(
             f"no patient is left for the splits {', '.join(empty)}, as splits.json in the audit directory or "
             "--same_splits_as keeps all in others; give --splits that leave them out, or another --audit_dir to assign "
             "them anew"

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,22 +10,17 @@ from tqdm import tqdm
 from data_prep.synthetic.exam import LAYOUTS, Options
 from data_prep.synthetic.layouts import patient_folder, write_patient, write_tables
 from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.files import PARTIAL, folder_written_whole, make_folder, write_text
+from data_prep.workers import WorkerDied, WorkerPool
 
 OPTIONS_FILE = "phantom.json"
 
 
 def _finish_patient(output_dir: Path, index: int, options: Options) -> int:
     """Writes one patient under a temporary name, so that a patient's folder is always complete."""
-    partial = output_dir / f".P{index:04d}.partial"
-    if partial.exists():
-        for path in sorted(partial.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        partial.rmdir()
-    count = write_patient(partial, output_dir, index, options)
-    final = patient_folder(output_dir, index, options)
-    final.parent.mkdir(exist_ok=True)
-    partial.rename(final)
-    return count
+    folder = patient_folder(output_dir, index, options)
+    with folder_written_whole(folder, output_dir / f".P{index:04d}{PARTIAL}") as temporary:
+        return write_patient(temporary, output_dir, index, options)
 
 
 def make_archive(output_dir: Path, num_patients: int, options: Options, num_workers: int = 1) -> int:
@@ -50,7 +42,7 @@ def make_archive(output_dir: Path, num_patients: int, options: Options, num_work
         raise InputError(f"--seed={options.seed}: 0 or larger")
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir={output_dir}: is a file; give a folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir, "--output_dir")
     marker = output_dir / OPTIONS_FILE
     recorded = {"synthetic": True, **dataclasses.asdict(options)}
     if marker.exists():
@@ -61,7 +53,7 @@ def make_archive(output_dir: Path, num_patients: int, options: Options, num_work
             )
     elif any(output_dir.iterdir()):
         raise InputError(f"--output_dir={output_dir}: is not empty and not a phantom archive; choose another folder")
-    marker.write_text(json.dumps(recorded, indent=1) + "\n")
+    write_text(marker, json.dumps(recorded, indent=1) + "\n")
     missing = [i for i in range(num_patients) if not patient_folder(output_dir, i, options).exists()]
     count = _write_missing(output_dir, missing, options, num_workers)
     write_tables(output_dir, options)
@@ -74,9 +66,10 @@ def _write_missing(output_dir: Path, missing: list[int], options: Options, num_w
         return sum(_finish_patient(output_dir, i, options) for i in tqdm(missing, unit="patient"))
     # One thread of linear algebra a worker; the variable is read when a worker starts.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_finish_patient, output_dir, i, options) for i in missing]
-        try:
-            return sum(future.result() for future in tqdm(as_completed(futures), total=len(futures), unit="patient"))
-        except BrokenProcessPool as error:
-            raise RunFailed(f"{error}; check the memory, then run the same command again to continue") from None
+    count, tasks = 0, [(output_dir, i, options) for i in missing]
+    with WorkerPool(num_workers) as pool:
+        for (_, i, _), written in tqdm(pool.run(_finish_patient, tasks), total=len(tasks), unit="patient"):
+            if isinstance(written, WorkerDied):
+                raise RunFailed(f"making patient {i} was killed, probably for memory; give a smaller --num_workers")
+            count += written
+    return count

@@ -20,6 +20,7 @@ from data_prep.synthetic.dicom_writer import as_written, instance_uid, slice_hei
 from data_prep.synthetic.exam import Exam, Options, render_series, sample_exam
 from data_prep.synthetic.patient import ventricle_ratio
 from data_prep.synthetic.readers import read_scan, reading_xml
+from data_prep.system.files import write_text, written_whole
 
 # An embolus that covers less of a slice than this makes no positive slice.
 MIN_EMBOLUS_MM2 = 12.0
@@ -36,8 +37,8 @@ def patient_folder(output_dir: Path, index: int, options: Options) -> Path:
 
 
 def write_patient(folder: Path, output_dir: Path, index: int, options: Options) -> int:
-    """Renders patient `index` and writes its files below `folder`, which must not exist and takes the place of
-    `patient_folder` later; returns the number of files."""
+    """Renders patient `index` and writes its files below `folder`, an empty folder that becomes `patient_folder` later;
+    returns the number of files."""
     exam, rng = sample_exam(index, options)
     if options.layout == "rsna_pe":
         return _write_rsna_pe(folder, output_dir, exam, index, options, rng)
@@ -56,11 +57,8 @@ def write_tables(output_dir: Path, options: Options) -> None:
         ("attributes.csv", ATTRIBUTE_COLUMNS, [part["attributes"] for part in parts]),
     )
     for name, columns, rows in tables:
-        partial = output_dir / f".{name}.partial"
-        with partial.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([columns, *rows])
-        partial.replace(output_dir / name)
+        with written_whole(output_dir / name) as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 def _write_dicom(folder: Path, exam: Exam, rng: np.random.Generator) -> int:
@@ -109,7 +107,7 @@ def _write_rsna_pe(folder: Path, output_dir: Path, exam, index: int, options, rn
         "attributes": [exam.attributes["PatientID"], patient.age, patient.sex, patient.group],
     }
     (output_dir / TABLES_FOLDER).mkdir(exist_ok=True)
-    (output_dir / TABLES_FOLDER / f"{index:06d}.json").write_text(json.dumps(tables))
+    write_text(output_dir / TABLES_FOLDER / f"{index:06d}.json", json.dumps(tables))
     return len(paths)
 
 

@@ -27,7 +27,6 @@ import ml_collections
 import numpy as np
 
 from ctssl_jax import checkpoint, configuration, distributed, train, training, transplant
-from ctssl_jax.command_line import InputError, RunFailed
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference.embedding import embed
 from ctssl_jax.release.exporting import export
@@ -35,7 +34,8 @@ from ctssl_jax.reports import Reports
 from ctssl_jax.tasks import get_task
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
-from data_prep.system.errors import DatasetError
+from data_prep.system.errors import DatasetError, InputError, RunFailed
+from data_prep.system.files import write_json
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests.example_dataset import write_example_dataset
@@ -82,7 +82,7 @@ def save_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     patients = {name: [row["patient_id"] for row in Dataset.open(config.dataset).volumes(name)] for name in SPLITS[:2]}
     configuration.open_workdir(workdir, config, preparation, patients)
     transplant.record(None, workdir)
-    checkpoint.write_json(workdir / "training_data.json", {"train_fraction": 1.0})
+    write_json(workdir / "training_data.json", {"train_fraction": 1.0})
     program = training.make_program(
         config, get_task(config.task), len(channels), distributed.make_mesh(jax.devices()[:1])
     )

@@ -20,10 +20,13 @@ import pydicom
 from pydicom.pixels import pixel_array
 
 from data_prep.archives import Source, list_sources, read_bytes
-from data_prep.dicom import REASONS, NotAnImage, Rejection, Rules, load_volume, plan_series, read_header
-from data_prep.headers import NATIVE_SYNTAXES
+from data_prep.headers import NATIVE_SYNTAXES, NotAnImage, read_header
 from data_prep.hounsfield import to_hu
 from data_prep.pixels import PixelError, PixelReader
+from data_prep.scan.reasons import REASONS
+from data_prep.scan.rules import Rules
+from data_prep.series import Rejection, plan_series
+from data_prep.volume import load_volume
 
 SECONDS_A_MUTANT = 20
 MAX_GROWTH_BYTES = 512 << 20

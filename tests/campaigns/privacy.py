@@ -33,15 +33,15 @@ from typing import NamedTuple
 
 import pydicom
 
-from data_prep import audit, deidentify
 from data_prep.archives import Unreadable, list_sources, read_bytes
+from data_prep.privacy import leaks, pseudonyms
 from tests.campaigns.output_bytes import PIXELS, pieces
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
-PUBLISHED = {  # of `data_prep.deidentify.public_fields` those that are texts, and what of them is published
-    "LO Manufacturer": deidentify.public_manufacturer,
-    "SH ConvolutionKernel": deidentify.public_kernel,
-    "SH EthnicGroup": deidentify.public_ethnic_group,
+PUBLISHED = {  # of `data_prep.privacy.pseudonyms.public_fields` those that are texts, and what of them is published
+    "LO Manufacturer": pseudonyms.public_manufacturer,
+    "SH ConvolutionKernel": pseudonyms.public_kernel,
+    "SH EthnicGroup": pseudonyms.public_ethnic_group,
 }
 STANDARD_UIDS = "1.2.840.10008."  # those of the DICOM standard itself: they name classes and codings, not patients
 OWN_WORDS = {  # values that are words of our own: what they have to stand in, in small letters
@@ -89,19 +89,19 @@ def read_source(archive: Path) -> Source:
             stem = Path(path).stem
             for text in (path, *path.split("/"), *([stem] if re.search("[0-9]", stem) else ())):
                 values[text].add("path")
-        elements = [] if isinstance(entry, Unreadable) else audit.header_elements(read_bytes(archive, source))
+        elements = [] if isinstance(entry, Unreadable) else leaks.header_elements(read_bytes(archive, source))
         num_headers += bool(elements)
         for element in elements:
             name = pydicom.datadict.keyword_for_tag(element.tag) or str(element.tag)
             if element.VR == "CS" and not name.endswith("ID"):
                 continue
-            for text in audit.element_texts(element):
+            for text in leaks.element_texts(element):
                 values[text].add(f"{element.VR} {name}")
                 for part in re.split(r"[\^=\s]+", text) if element.VR == "PN" else ():
                     values[part].add(f"{element.VR} {name}")
     merged = collections.defaultdict(set)
     for text, origins in values.items():
-        if len(text) >= audit.SHORTEST_NEEDLE:
+        if len(text) >= leaks.SHORTEST_NEEDLE:
             merged[text.lower()] |= origins
     return Source(num_headers, num_paths, dict(merged))
 
@@ -123,9 +123,9 @@ class Search:
             except UnicodeEncodeError:
                 pass
             self._values |= dict.fromkeys(forms, value)
-        self._needles = audit.Needles(self._values)
-        short = (value.translate(_OTHER) for value in values if len(value) < audit.LONG_NEEDLE)
-        self._made_up = audit.Needles(value for value in short if value not in self._values)
+        self._needles = leaks.Needles(self._values)
+        short = (value.translate(_OTHER) for value in values if len(value) < leaks.LONG_NEEDLE)
+        self._made_up = leaks.Needles(value for value in short if value not in self._values)
         self.made_up_in_pixels = 0
 
     def find(self, path: str, place: str, data: bytes) -> Iterator[Finding]:
@@ -143,7 +143,7 @@ class Search:
             return "published field"
         if value.startswith(STANDARD_UIDS):
             return "UID of the standard"
-        if place.endswith(PIXELS) and len(value) < audit.LONG_NEEDLE:
+        if place.endswith(PIXELS) and len(value) < leaks.LONG_NEEDLE:
             return IN_PIXELS
         start = max(0, at - _AROUND)
         around = data[start : end + _AROUND]
@@ -237,11 +237,11 @@ def stages(archive: Path, work_dir: Path) -> list[tuple[str, int, list[str]]]:
 def write_private_tables(archive: Path, folder: Path) -> None:
     """A key, and tables of labels by SOP Instance UID and by Patient ID, as an archive's owner has them."""
     folder.mkdir(parents=True, exist_ok=True)
-    deidentify.make_key(folder / "key")
+    pseudonyms.make_key(folder / "key")
     slices, patients = {}, {}
     for source in list_sources(archive):
         if not isinstance(source, Unreadable):
-            found = {element.keyword: element.value for element in audit.header_elements(read_bytes(archive, source))}
+            found = {element.keyword: element.value for element in leaks.header_elements(read_bytes(archive, source))}
             if found.get("Modality") == "CT" and found.get("SOPInstanceUID"):
                 slices[str(found["SOPInstanceUID"])] = len(slices) % 2
                 if found.get("PatientID"):

@@ -1,43 +1,9 @@
-"""DICOM files -> series -> volumes in Hounsfield units, or a named reason why not.
+"""The names of what can happen to a file, a slice or a series, each with a sentence that explains it.
 
-    sources = list_sources(input_dir)                 # data_prep.archives
-    headers = [read_header(input_dir, s) for s in sources]
-    planned = plan_series(headers, rules)             # SeriesCandidate or Rejection
-    volume = load_volume(input_dir, candidate, rules) # Volume or Rejection
-
-The parts live in `headers`, `series`, `volume` and `pixels`; this module gathers their names, and holds the list of
-reasons.
+`REASONS`: why it is not taken. `NOTES`: what is remarkable about a volume that is taken.
 """
 
-from data_prep.archives import Source, Unreadable, list_sources, read_bytes
-from data_prep.headers import Header, NotAnImage, read_header
-from data_prep.series import (
-    Rejection,
-    Rules,
-    SeriesCandidate,
-    plan_series,
-    select_reconstructions,
-)
-from data_prep.volume import Volume, load_volume
-
-__all__ = [
-    "NOTES",
-    "REASONS",
-    "Header",
-    "NotAnImage",
-    "Rejection",
-    "Rules",
-    "SeriesCandidate",
-    "Source",
-    "Unreadable",
-    "Volume",
-    "list_sources",
-    "load_volume",
-    "plan_series",
-    "read_bytes",
-    "read_header",
-    "select_reconstructions",
-]
+FAILED_FOR_NOW = "failed_for_now"  # the one reason that is not final: the next run tries again
 
 REASONS = {
     # files that hold no image
@@ -83,6 +49,14 @@ REASONS = {
     "contradictory_duplicates": "Different images lie at one position.",
     "duplicate_slice": "The same image lies at the same position once more.",
     "acquisitions_meet": "The slice lies where two acquisitions meet; the first acquisition's was taken.",
+    # labels and masks
+    "no_annotation": "The series has no annotation or mask, so what it holds is unknown.",
+    "annotation_mismatch": "The annotations are of other slices than the series has, or outside its images.",
+    "mask_mismatch": "The mask does not fit the images.",
+    # the preparation itself
+    "conversion_crashed": "The conversion failed in an unforeseen way; please report it.",
+    FAILED_FOR_NOW: "Reading failed (disk, memory, network) or the worker was killed; run again to retry.",
+    "series_changed": "Files came to a series that is in the dataset already; only a new dataset takes them.",
 }
 NOTES = {
     "no_patient_id": "The Patient ID is missing; the Study Instance UID stands in.",

@@ -6,13 +6,22 @@ Of the headers only `public_fields` leave the archive: no dates, names, UIDs, ac
 free-text descriptions.
 """
 
+import dataclasses
 import hashlib
 import hmac
-import os
 import re
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from data_prep.archives import Source
+from data_prep.headers import Header
+from data_prep.series import Rejection, SeriesCandidate
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_file
+
+KEY_FILE = "pseudonym_key"  # in an audit directory
 
 _PSEUDONYM_LENGTH = 32  # hexadecimal digits: 128 bits
 _SHORTEST_KEY = 16  # bytes
@@ -29,31 +38,42 @@ _VENDOR_WORDS = set(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A row of rejected.csv with the files that it stands for."""
+
+    series_id: str
+    reason: str
+    detail: str
+    sources: list[Source]
+
+
+def default_audit_dir(output_dir: Path) -> Path:
+    """The private directory of a dataset, beside it."""
+    named = output_dir if output_dir.name not in ("", "..") else output_dir.resolve()
+    return named.with_name(named.name + "-audit")
+
+
 def read_key(path: Path) -> bytes:
     """The pseudonym key in a file, without surrounding blanks.
 
-    Raises ValueError if the file is absent or too short.
+    Raises:
+        InputError: the file is absent or too short.
     """
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{path}: no such key file; leave out --pseudonym_key_file to have a key made in the audit directory"
         )
     key = path.read_bytes().strip()
     if len(key) < _SHORTEST_KEY:
-        raise ValueError(f"{path}: a pseudonym key has at least {_SHORTEST_KEY} bytes, this one {len(key)}")
+        raise InputError(f"{path}: a pseudonym key has at least {_SHORTEST_KEY} bytes, this one {len(key)}")
     return key
 
 
 def make_key(path: Path) -> bytes:
     """Makes a random key file that only its owner can read, and returns the key; an existing one is read instead."""
     if not path.exists():
-        temporary = path.with_name(path.name + ".partial")
-        temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        write_file(path, f"{secrets.token_hex(32)}\n".encode(), mode=0o600)
     return read_key(path)
 
 
@@ -70,6 +90,34 @@ def patient_pseudonym(key: bytes, patient_key: str) -> str:
 def series_pseudonym(key: bytes, patient_key: str, study_uid: str, series_key: str) -> str:
     """Pseudonym of a series, or of one stack of it: the `volume_id` of a volume, the `series_id` of a rejection."""
     return _digest(key, "series", patient_key, study_uid, series_key)
+
+
+def volume_id(key: bytes, candidate: SeriesCandidate) -> str:
+    """Pseudonym of a volume: `volume_id` of volumes.csv."""
+    return series_pseudonym(key, *candidate.exam_key, candidate.series_key)
+
+
+def exam_id(key: bytes, patient_key: str, study_uid: str) -> str:
+    """Pseudonym of an exam: `exam_id` of volumes.csv."""
+    return series_pseudonym(key, patient_key, study_uid, "")
+
+
+def rejected_row(key: bytes, rejection: Rejection) -> Rejected:
+    """A rejection that was made from the headers."""
+    first = rejection.headers[0]
+    series_id = series_pseudonym(key, first.patient_key, first.study_instance_uid, rejection.series_key)
+    return Rejected(series_id, rejection.reason, rejection.detail, sources_of(rejection.headers))
+
+
+def slice_id(key: bytes, header: Header) -> str:
+    """Names a slice wherever its file lies: in a renamed folder, in a zip file."""
+    parts = (header.series_instance_uid, header.sop_instance_uid, str(header.frame), repr(header.position))
+    return private_digest(key, "slice", *parts)
+
+
+def sources_of(headers: Iterable[Header]) -> list[Source]:
+    """The files of some headers; a multi-frame file has many headers."""
+    return sorted({header.source for header in headers})
 
 
 def shuffling_number(key: bytes, pseudonym: str) -> str:
@@ -117,8 +165,8 @@ def _clean(value: str) -> str:
     return " ".join(_NOT_PUBLIC.sub(" ", value).split())
 
 
-def public_fields(header: Any) -> dict[str, Any]:
-    """The allow-list: everything that `volumes.csv` takes from a header (`data_prep.headers.Header`) but geometry.
+def public_fields(header: Header) -> dict[str, Any]:
+    """The allow-list: everything that `volumes.csv` takes from a header, but for geometry.
 
     Manufacturer (0008,0070), Convolution Kernel (0018,1210), KVP (0018,0060), whether Contrast/Bolus Agent (0018,0010)
     is filled, Patient's Age (0010,1010) in whole years with 90 for everything above 89, Patient's Sex (0010,0040),

@@ -44,8 +44,9 @@ from data_prep.dataset__schema import (
     slice_columns,
 )
 from data_prep.dataset__storage import read_records
-from data_prep.deidentify import public_ethnic_group, public_kernel, public_manufacturer
 from data_prep.headers import inflates_too_far
+from data_prep.privacy.pseudonyms import KEY_FILE, public_ethnic_group, public_kernel, public_manufacturer
+from data_prep.system.errors import InputError
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
@@ -256,17 +257,15 @@ def find_leaks(dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, p
 
 
 def _audit_secrets(audit_dir: Path) -> set[str]:
-    """Source paths and the key. Raises FileNotFoundError if this is no audit directory."""
+    """Source paths and the key. Raises InputError if this is no audit directory."""
     table = audit_dir / "sources.csv"
     if not table.is_file():
-        raise FileNotFoundError(
-            f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare"
-        )
+        raise InputError(f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare")
     secrets = set()
     with open(table, newline="", errors="surrogateescape") as file:
         for row in csv.DictReader(file):
             secrets |= {value for value in (row["path"], row["member"]) if len(value) >= LONG_NEEDLE}
-    key = audit_dir / "pseudonym_key"
+    key = audit_dir / KEY_FILE
     return secrets | ({key.read_text().strip()} if key.is_file() else set())
 
 

@@ -1,0 +1,157 @@
+"""One exam: pixels -> HU -> windowed slices in a staged file, with a note of what became of each of its files.
+
+This is what worker processes run. A finished exam leaves `<key>.json` in the private work directory and, if one of its
+candidates was taken, `<key>.array_record` in the other one; the note is written last and is there in full or not at
+all, so that its presence means "done". The key covers the files with their sizes and all options: what an earlier run
+left is used only if it would come out the same.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from data_prep.dataset__schema import MASK_AREA_COLUMN
+from data_prep.dataset__storage import encode_record, write_records
+from data_prep.labels import VolumeLabels
+from data_prep.pipeline.notes import Conversion, ExamNote, exam_key, records_path, write_note
+from data_prep.privacy.pseudonyms import (
+    Rejected,
+    exam_id,
+    patient_pseudonym,
+    public_fields,
+    slice_id,
+    sources_of,
+    volume_id,
+)
+from data_prep.scan.loading import load_exam
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.series import Rejection, SeriesCandidate
+from data_prep.volume import Volume
+from data_prep.window import lung_box, resize_mask, resize_slice, window_to_uint8
+
+_STAGING_OPTIONS = "group_size:1,snappy"  # half the time of the shards' zstd-1 for a fifth more space
+
+
+def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
+    """Stages the first candidate of an exam that becomes a volume, and notes what became of all of them.
+
+    Where one fails for now, the whole exam is left for the next run.
+
+    Raises:
+        OSError: the archive went away, or the output can't be written.
+    """
+    key = exam_key(conversion, exam)
+    labels = conversion.labels
+    loaded = load_exam(conversion.input_dir, exam, conversion.rules, labels.fault, labels.labels_of)
+    rejections, facts, record_bytes = loaded.rejections, None, 0
+    if loaded.failed_for_now:
+        rejections = [candidate.rejected(FAILED_FOR_NOW, loaded.failed_for_now.detail) for candidate in exam]
+    elif loaded.volume is not None:
+        facts = _VolumeFacts(loaded.volume, loaded.labels, conversion)
+        path = records_path(conversion.records_dir, key)
+        records = _records(loaded.volume, loaded.labels, facts.row["volume_id"], conversion, facts.mask_areas)
+        write_records(path, records, _STAGING_OPTIONS)
+        record_bytes = path.stat().st_size
+    write_note(conversion, _note(conversion, exam, facts, record_bytes, rejections))
+
+
+def note_of_crash(conversion: Conversion, exam: list[SeriesCandidate]) -> ExamNote:
+    """For an exam whose conversion killed its worker."""
+    rejections = [candidate.rejected(FAILED_FOR_NOW, "the worker process died") for candidate in exam]
+    return _note(conversion, exam, None, 0, rejections)
+
+
+class _VolumeFacts:
+    """The part of a volume that stays when its pixels are gone."""
+
+    def __init__(self, volume: Volume, labels: VolumeLabels, conversion: Conversion):
+        self.candidate = volume.candidate
+        self.row = _row(volume, conversion)
+        self.taken = sources_of(volume.headers)
+        self.reasons = {header.source: reason for header, reason in volume.dropped}
+        self.slices = {slice_id(conversion.key, header): reason for header, reason in volume.dropped}
+        self.slices |= {slice_id(conversion.key, header): "" for header in volume.headers}
+        self.labels = labels._replace(mask=None)
+        self.mask_areas: list[int] = []  # filled as the records are written
+
+    def label_note(self) -> dict[str, Any]:
+        """What the tables of labels and regions say of the volume; {} if the dataset has none.
+
+        `slices`: {column of slices.csv: [S]}, `volume`: {column of labels.csv: class}, `regions`: rows of regions.csv.
+        """
+        names = self.labels.slices[0]
+        slices = {name: [row[name] for row in self.labels.slices] for name in names}
+        if self.mask_areas:
+            slices = {MASK_AREA_COLUMN: self.mask_areas} | slices
+        if not (slices or self.labels.volume):
+            return {}
+        return {"slices": slices, "volume": self.labels.volume, "regions": self.labels.regions}
+
+
+def _row(volume: Volume, conversion: Conversion) -> dict[str, Any]:
+    candidate, chest = volume.candidate, volume.chest
+    gaps = np.flatnonzero(~volume.pair_valid[:-1])
+    return {
+        "volume_id": volume_id(conversion.key, candidate),
+        "patient_id": patient_pseudonym(conversion.key, candidate.patient_key),
+        "exam_id": exam_id(conversion.key, *candidate.exam_key),
+        "num_slices": len(volume.hu),
+        "source_rows": volume.hu.shape[1],
+        "source_columns": volume.hu.shape[2],
+        "pixel_spacing_row_mm": float(volume.pixel_spacing_mm[0]),
+        "pixel_spacing_column_mm": float(volume.pixel_spacing_mm[1]),
+        "slice_thickness_mm": float(volume.slice_thickness_mm),
+        "slice_spacing_mm": float(volume.slice_spacing_mm),
+        "gap_positions": " ".join(str(index) for index in gaps),
+        "gantry_tilt_degrees": float(volume.gantry_tilt_degrees),
+        **public_fields(volume.headers[0]),
+        **conversion.labels.attributes(volume.headers[0].patient_id),
+        "middle_slice": chest.middle_slice,
+        "first_lung_slice": chest.first_lung_slice,
+        "last_lung_slice": chest.last_lung_slice,
+        "lung_box": lung_box(chest, volume.hu.shape[1:], volume.pixel_spacing_mm, conversion.image_size),
+        "notes": " ".join(volume.notes),
+    }
+
+
+def _records(
+    volume: Volume, labels: VolumeLabels, volume_id: str, conversion: Conversion, mask_areas: list[int]
+) -> Iterator[bytes]:
+    """Appends the foreground of each mask to `mask_areas`."""
+    for index, hu in enumerate(volume.hu):
+        mask = None
+        if labels.mask is not None:
+            mask = resize_mask(labels.mask[index], volume.pixel_spacing_mm, conversion.image_size)
+            mask_areas.append(int(np.count_nonzero(mask)))
+        hu = resize_slice(hu, volume.pixel_spacing_mm, conversion.image_size)
+        yield encode_record(
+            window_to_uint8(hu, conversion.windows),
+            volume_id,
+            index,
+            float(volume.position_mm[index]),
+            bool(volume.pair_valid[index]),
+            mask,
+        )
+
+
+def _note(
+    conversion: Conversion,
+    exam: list[SeriesCandidate],
+    facts: _VolumeFacts | None,
+    record_bytes: int,
+    rejections: list[Rejection],
+) -> ExamNote:
+    taken, dropped, row = [], [], None
+    if facts is not None:
+        taken = facts.taken
+        rest = {header.source for header in facts.candidate.all_headers} - set(taken)
+        dropped = [(source, facts.reasons[source]) for source in sorted(rest)]
+        row = facts.row | {"num_files": len(taken), "num_dropped_files": len(dropped)}
+    others = [candidate for candidate in exam if facts is None or candidate is not facts.candidate]
+    rejected = [
+        Rejected(volume_id(conversion.key, candidate), entry.reason, entry.detail, sources_of(entry.headers))
+        for candidate, entry in zip(others, rejections, strict=True)
+    ]
+    slices, labels = (facts.slices, facts.label_note()) if facts else ({}, {})
+    return ExamNote(exam_key(conversion, exam), row, record_bytes, taken, dropped, rejected, slices, labels)

@@ -1,0 +1,98 @@
+"""What became of an exam: a note beside its staged volume, which is written last and so means "done"."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from data_prep.archives import ArchiveDirectory, Source
+from data_prep.labels import Labels
+from data_prep.privacy.pseudonyms import Rejected, private_digest
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.scan.rules import Rules
+from data_prep.series import SeriesCandidate
+from data_prep.system.files import write_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What every exam of a run is converted with."""
+
+    input_dir: ArchiveDirectory
+    notes_dir: Path  # private: notes name source files
+    records_dir: Path
+    rules: Rules
+    windows: tuple[tuple[float, float], ...]  # (level, width) in HU, one a channel
+    image_size: int
+    key: bytes = dataclasses.field(repr=False)  # of the pseudonyms
+    labels: Labels
+    options_digest: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExamNote:
+    """What became of an exam."""
+
+    key: str
+    volume: dict[str, Any] | None  # row of volumes.csv but for split and first_record; None: nothing was taken
+    record_bytes: int
+    taken: list[Source]
+    dropped: list[tuple[Source, str]]  # files of the taken series that are not in the volume, with reasons
+    rejected: list[Rejected]
+    slices: dict[str, str] = dataclasses.field(default_factory=dict)  # of the volume: `slice_id` -> "" or why dropped
+    labels: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the volume: see `_VolumeFacts.label_note`
+
+    @property
+    def failed_for_now(self) -> bool:
+        return any(series.reason == FAILED_FOR_NOW for series in self.rejected)
+
+
+def exam_key(conversion: Conversion, exam: list[SeriesCandidate]) -> str:
+    """Names the outcome of an exam."""
+    files = [
+        [candidate.series_key, [(*header.source, header.frame) for header in candidate.all_headers]]
+        for candidate in exam
+    ]
+    content = json.dumps([exam[0].exam_key, files, [conversion.labels.version(candidate) for candidate in exam]])
+    return private_digest(conversion.key, conversion.options_digest, content)
+
+
+def note_path(conversion: Conversion, key: str) -> Path:
+    return conversion.notes_dir / f"{key}.json"
+
+
+def records_path(records_dir: Path, key: str) -> Path:
+    return records_dir / f"{key}.array_record"
+
+
+def read_note(path: Path) -> ExamNote:
+    fields = json.loads(path.read_text())
+    return ExamNote(
+        key=fields["key"],
+        volume=fields["volume"],
+        record_bytes=fields["record_bytes"],
+        taken=[Source(*source) for source in fields["taken"]],
+        dropped=[(Source(*source), reason) for source, reason in fields["dropped"]],
+        rejected=[
+            Rejected(row["series_id"], row["reason"], row["detail"], [Source(*s) for s in row["sources"]])
+            for row in fields["rejected"]
+        ],
+        slices=fields["slices"],
+        labels=fields["labels"],
+    )
+
+
+def write_note(conversion: Conversion, note: ExamNote) -> None:
+    write_file(note_path(conversion, note.key), json.dumps(dataclasses.asdict(note)).encode())
+
+
+def is_converted(conversion: Conversion, exam: list[SeriesCandidate]) -> bool:
+    """Whether an earlier run left the outcome of an exam, and it need not be tried again."""
+    key = exam_key(conversion, exam)
+    path = note_path(conversion, key)
+    if not path.exists():
+        return False
+    note = read_note(path)
+    if note.failed_for_now:
+        return False
+    return note.volume is None or records_path(conversion.records_dir, key).exists()

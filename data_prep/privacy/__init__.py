@@ -1,0 +1,1 @@
+"""Pseudonyms, and the search of a dataset for what must not be in it."""

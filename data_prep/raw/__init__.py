@@ -1,0 +1,1 @@
+"""One raw scan -> a prepared volume, without a dataset."""

@@ -1,0 +1,130 @@
+"""What every command line does alike: errors in one line, exit codes, requests to stop.
+
+0   finished
+1   the world failed (a full disk, a lost worker): one line; or a bug: a traceback
+2   the user can mend it (a flag, a file): one line with the remedy
+75  stopped before the end (a signal, a lost host): the same command continues
+"""
+
+import contextlib
+import functools
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from data_prep.system.errors import InputError, RunFailed, StartAgain
+from data_prep.system.files import explain
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+EXIT_FAILED, EXIT_INPUT, EXIT_START_AGAIN = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h
+
+
+def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> None:
+    """Run `main` under absl and end the process with one of the exit codes of this module.
+
+    Args:
+      main: gets the program's name and, if there are any, its verb.
+      verbs: what may stand on the command line beside options, e.g. `plan`, `run` and `draw`.
+    """
+    app.run(functools.partial(_run_guarded, main, verbs), flags_parser=_parse_flags)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that ends with this error."""
+    if isinstance(error, StartAgain | KeyboardInterrupt):
+        return EXIT_START_AGAIN
+    return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+
+
+@contextlib.contextmanager
+def stop_signals_handled_by(
+    handler: Callable[[int, Any], None], numbers: Sequence[int] = STOP_SIGNALS
+) -> Iterator[None]:
+    """A block of the main thread in which `handler` gets SIGTERM, Ctrl-C and the end of the terminal.
+
+    Signals that are ignored stay ignored: under nohup a closed terminal stops nothing.
+    """
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: old for number, old in before.items() if old not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def require(package: str, user: str, extra: str) -> None:
+    """Refuse where an optional package is not installed.
+
+    Args:
+      package: name to import.
+      user: what needs it, the message's first words.
+      extra: of this project's installation that brings it.
+
+    Raises:
+      InputError: says how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{user} needs the package {package}: pip install 'ctssl_jax[{extra}]'")
+
+
+def _run_guarded(main: Callable[[list[str]], int | None], verbs: Sequence[str], argv: list[str]) -> int:
+    unexpected = [word for word in argv[1:] if word not in verbs] or argv[2:]
+    if unexpected:
+        remedy = f"verbs are {', '.join(verbs)}; options" if verbs else "options"
+        return _fail(EXIT_INPUT, f"unexpected argument {unexpected[0]!r}; {remedy} begin with --")
+    if not flags.FLAGS["verbosity"].present:
+        # Notes and tracebacks of libraries (Orbax logs one for each thread) only on request: --verbosity=0
+        logging.set_verbosity(logging.WARNING)
+        logging.get_absl_handler().addFilter(lambda record: record.exc_info is None)
+        sys.unraisablehook = _report_unraisable
+    try:
+        with stop_signals_handled_by(_stop):
+            return main(argv) or 0
+    except KeyboardInterrupt:
+        return _fail(EXIT_START_AGAIN, "stopped; run the same command again to continue")
+    except (InputError, RunFailed, StartAgain) as error:
+        return _fail(exit_code(error), str(error))
+    except OSError as error:
+        return _fail(EXIT_FAILED, explain(error))
+
+
+def _stop(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)  # the second time it ends at once
+    raise KeyboardInterrupt  # of the exceptions the one that no handler of errors takes
+
+
+def _report_unraisable(error: Any) -> None:
+    """As usual, but not what TensorStore's threads say dozens of times after a save that failed."""
+    if not (error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(error)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, but a flag or a configuration field that cannot be is one line and exit code 2."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, TypeError, OSError) as error:  # the last three: from --config and its fields
+        message = str(error).replace("\\n", "\n").replace("\\", "")
+        if refusals := [cause for cause in _causes(error) if isinstance(cause, InputError)]:
+            message = f"--config: {refusals[-1]}"  # by the recipe itself; around it the message is a traceback
+        elif isinstance(error, AttributeError):
+            message = f"the recipe has no such field: {message}"
+        sys.exit(_fail(EXIT_INPUT, f"{message}; --help lists the flags"))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
