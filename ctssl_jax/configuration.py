@@ -74,21 +74,21 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     check_task(config)
 
 
-def check_dataset(config: ml_collections.ConfigDict, splits: tuple[str, ...]) -> tuple[dict, tuple[int, ...]]:
+def check_dataset(config: ml_collections.ConfigDict, dataset: Dataset, splits: tuple[str, ...]) -> tuple[int, ...]:
     """Refuse a dataset that was prepared for something else.
 
     Args:
       config: a configuration that passed `check_config`.
+      dataset: the dataset that `config.dataset` names.
       splits: the splits that will be read.
 
     Returns:
-      The contents of `preparation.json`, and the channels that `config.windows` selects.
+      The channels that `config.windows` selects.
 
     Raises:
       InputError: another image size or window, a channel number that the model does not take, or a missing split.
-      data_prep.dataset.DatasetError: not a complete dataset directory, or one with a damaged table.
+      DatasetError: a table of the dataset is damaged.
     """
-    dataset = Dataset.open(config.dataset)
     preparation = dataset.preparation
     dataset.check_tables()
     if preparation["image_size"] != config.image_size:
@@ -109,7 +109,7 @@ def check_dataset(config: ml_collections.ConfigDict, splits: tuple[str, ...]) ->
                 f"the dataset {config.dataset} has no {split} slices; prepare it again with --splits that give {split} "
                 "a share (that takes three patients or more)"
             )
-    return preparation, channels
+    return channels
 
 
 def with_num_classes(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -94,10 +94,11 @@ def _train(
                 say(f"WARNING      checkpoint {step:,} is damaged; it was moved to {workdir / checkpoint.SET_ASIDE}")
             checkpoint.check_all_undamaged(workdir)
             read_reports(workdir, "train")  # here, since it refuses a damaged file
-        preparation, channels = configuration.check_dataset(config, ("train", "validation"))
+        dataset = Dataset.open(config.dataset)
+        preparation = dataset.preparation
+        channels = configuration.check_dataset(config, dataset, ("train", "validation"))
         task = get_task(config.task)
         what = (channels, task.offsets(config), task.targets(config))
-        dataset = Dataset.open(config.dataset)
         train_source = data.open_source(dataset, "train", *what, fraction=config.train_fraction, seed=config.seed)
         validation_source = data.open_source(dataset, "validation", *what)
         configuration.check_targets(config, train_source)

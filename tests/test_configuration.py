@@ -144,7 +144,9 @@ command_line.run(main)
 
 def make_workdir(path, config):
     """A run directory with the name of a checkpoint."""
-    preparation, _ = configuration.check_dataset(config, ("train",))
+    dataset = Dataset.open(config.dataset)
+    preparation = dataset.preparation
+    configuration.check_dataset(config, dataset, ("train",))
     configuration.open_workdir(path, config, preparation, {"train": ["a"], "validation": ["b"]})
     (path / "checkpoints" / "6").mkdir(parents=True)
     return preparation
@@ -206,7 +208,7 @@ def test_configuration_survives_json(tiny_dataset):
     again = configuration.from_json(json.loads(json.dumps(configuration.to_json(config))))
     assert configuration.to_json(again) == configuration.to_json(config)
     configuration.check_config(again, 1)
-    assert configuration.check_dataset(again, ("test",))[1] == (0,)
+    assert configuration.check_dataset(again, Dataset.open(again.dataset), ("test",)) == (0,)
 
 
 @pytest.mark.parametrize(

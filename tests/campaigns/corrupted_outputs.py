@@ -78,8 +78,10 @@ def make_sound(folder: Path, commands: Sequence[str] = COMMANDS) -> Sound:
 
 def save_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """A run directory as training leaves it, with checkpoints of other weights at each step, but nothing is trained."""
-    preparation, channels = configuration.check_dataset(config, ("train", "validation"))
-    patients = {name: [row["patient_id"] for row in Dataset.open(config.dataset).volumes(name)] for name in SPLITS[:2]}
+    dataset = Dataset.open(config.dataset)
+    preparation = dataset.preparation
+    channels = configuration.check_dataset(config, dataset, ("train", "validation"))
+    patients = {name: [row["patient_id"] for row in dataset.volumes(name)] for name in SPLITS[:2]}
     configuration.open_workdir(workdir, config, preparation, patients)
     transplant.record(None, workdir)
     write_json(workdir / "training_data.json", {"train_fraction": 1.0})
