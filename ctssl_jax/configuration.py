@@ -6,6 +6,7 @@ from pathlib import Path
 import ml_collections
 
 from ctssl_jax import data
+from ctssl_jax.data__labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.runs.run import Run, check_resumable, from_json, open_workdir, to_json  # noqa: F401
 from ctssl_jax.tasks import check_task
@@ -121,7 +122,7 @@ def with_num_classes(config: ml_collections.ConfigDict) -> ml_collections.Config
     """
     if config.get("num_classes") != 0 or not config.get("label") or not config.dataset:
         return config
-    classes, _ = data.label_classes(Dataset.open(config.dataset), config.label)
+    classes, _ = label_classes(Dataset.open(config.dataset), config.label)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.num_classes = len(classes)
@@ -148,7 +149,7 @@ def check_targets(config: ml_collections.ConfigDict, source: data.NeighbourSourc
         which += f" (config.train_fraction={config.train_fraction:g} of {source.num_studies}, seed {config.seed})"
         remedy = "choose a larger config.train_fraction or another config.seed"
     if targets.label:
-        classes, _ = data.label_classes(Dataset.open(config.dataset), targets.label)
+        classes, _ = label_classes(Dataset.open(config.dataset), targets.label)
         if len(classes) != config.num_classes:
             raise InputError(
                 f"config.num_classes={config.num_classes}, but the label {targets.label} has {len(classes)} classes "

@@ -1,18 +1,17 @@
-"""Slices from a dataset directory to the devices: grain reads, shuffles and batches; uint8 travels.
+"""Slices of a dataset as the items of batches.
 
-A batch item is a tuple of neighbouring slices of one volume, named by their offsets: (0,) for most tasks, (0, 1) for
-next-slice prediction, (-1, 0, 1) for three adjacent slices; with it come a label, a mask or a box where a task asks
-for them. The order of the slices depends on the seed alone: not on the number of hosts, devices or reading threads.
+An item is a tuple of neighbouring slices of one volume, named by their offsets: (0,) for most tasks, (0, 1) for
+next-slice prediction, (-1, 0, 1) for three adjacent slices. A label, a mask or a box come with it where a task asks
+for them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
-from ctssl_jax import attribute_labels
+from ctssl_jax.data__labels import label_classes, labels_of_records, lung_boxes, mask_areas
 from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError
 
@@ -127,7 +126,7 @@ class NeighbourSource:
     `box` float32 [4] (top, left, bottom, right of the lungs in pixels, the whole slice where no lung was found).
 
     Attributes:
-      targets: as given.
+      targets: see `Targets`.
       volumes: rows of `volumes.csv` that the items are of.
       table: [N, len(offsets)] int64 record numbers.
       labels: [N] int32 class of each item; None without a label.
@@ -157,14 +156,14 @@ class NeighbourSource:
         self.labels = self.positive = None
         centres = self.table[:, self._centre]
         if targets.label:
-            labels = _labels_of_records(dataset, split, targets.label)[centres]
+            labels = labels_of_records(dataset, split, targets.label)[centres]
             self.table, self.labels = self.table[labels >= 0], labels[labels >= 0]
             self.positive = self.labels > 0
         elif targets.mask:
-            self.positive = _mask_areas(dataset, split)[centres] > 0
+            self.positive = mask_areas(dataset, split)[centres] > 0
         self._records = dataset.source(split) if len(self.table) else ()
         self._channels = None if tuple(channels) == tuple(range(preparation["channels"])) else list(channels)
-        self._boxes = _lung_boxes(self.volumes, preparation["image_size"]) if targets.lung_box else {}
+        self._boxes = lung_boxes(self.volumes, preparation["image_size"]) if targets.lung_box else {}
         share = f", {fraction:g} of seed {seed}" if fraction < 1 else ""
         self._name = f"NeighbourSource({dataset.fingerprint[:16]}, {split}, {channels}, {offsets}{share})"
         if targets != SLICES_ALONE:
@@ -187,65 +186,21 @@ class NeighbourSource:
             for record, image in zip(row, place, strict=True):
                 image[...] = record["image"][..., channels]
         centres = [row[self._centre] for row in records]
-        found = {
+        arrays = {
             "images": images,
             "record_index": numbers[:, self._centre].astype(np.int32),
             "weight": np.ones(len(items), np.float32),
         }
         if self.labels is not None:
-            found["label"] = self.labels[items]
+            arrays["label"] = self.labels[items]
         if self.targets.mask:
-            found["mask"] = np.stack([record["mask"] for record in centres])
+            arrays["mask"] = np.stack([record["mask"] for record in centres])
         if self.targets.lung_box:
-            found["box"] = np.stack([self._boxes[record["volume_id"]] for record in centres])
-        return found
+            arrays["box"] = np.stack([self._boxes[record["volume_id"]] for record in centres])
+        return arrays
 
     def __repr__(self) -> str:
         return self._name
-
-
-def label_classes(dataset: Dataset, label: str) -> tuple[tuple[str, ...], str]:
-    """Names of a label's classes, and its level: `slice`, `volume` or `patient`.
-
-    Beside the dataset's own labels these are `sex`, `ethnic_group` and `age` (decades) of volumes.csv.
-
-    Raises:
-      InputError: no such label, or an attribute with fewer than two classes that are large enough.
-    """
-    labels = dataset.preparation["labels"]
-    if label in labels:
-        return tuple(labels[label]["classes"]), labels[label]["level"]
-    if label in attribute_labels.OF_VOLUMES:
-        return attribute_labels.read_attribute(dataset, label).classes, "volume"
-    have = ", ".join([*labels, *attribute_labels.OF_VOLUMES])
-    raise InputError(
-        f"config.label={label}: the dataset {dataset.name} has no such label (it has {have}); prepare it with "
-        "--labels_csv or another --archive, or choose one that it has"
-    )
-
-
-def _labels_of_records(dataset: Dataset, split: str, label: str) -> np.ndarray:
-    """Class of every record of a split, -1 where it is missing: [R] int32."""
-    volumes, labels = dataset.volumes(split), dataset.preparation["labels"]
-    if label not in labels:
-        of_volumes = attribute_labels.read_attribute(dataset, label).labels[split]
-        return np.repeat(of_volumes, [volume["num_slices"] for volume in volumes]).astype(np.int32)
-    if labels[label]["level"] == "slice":
-        values = [row[label] for row in dataset.slices(split)]
-    else:
-        of_volume = {row["volume_id"]: row[label] for row in dataset.labels()}
-        values = [of_volume[volume["volume_id"]] for volume in volumes for _ in range(volume["num_slices"])]
-    return np.array([-1 if value is None else value for value in values], np.int32)
-
-
-def _mask_areas(dataset: Dataset, split: str) -> np.ndarray:
-    """Foreground pixels of every record of a split: [R] int64."""
-    return np.array([row["mask_area_px"] for row in dataset.slices(split)], np.int64)
-
-
-def _lung_boxes(volumes: Sequence[dict], image_size: int) -> dict[str, np.ndarray]:
-    whole = f"0 0 {image_size} {image_size}"
-    return {volume["volume_id"]: np.array((volume["lung_box"] or whole).split(), np.float32) for volume in volumes}
 
 
 def open_source(
@@ -276,95 +231,9 @@ def open_source(
             "(three patients or more)"
         )
     if not len(source):
-        what = f"slices with the label {targets.label}" if targets.label else "slices"
+        kind = f"slices with the label {targets.label}" if targets.label else "slices"
         raise InputError(
-            f"the {split} split of {dataset.name} has no {what} with neighbours at offsets {tuple(offsets)}; choose a "
+            f"the {split} split of {dataset.name} has no {kind} with neighbours at offsets {tuple(offsets)}; choose a "
             "smaller distance, or prepare longer scans"
         )
     return source
-
-
-def _reading(num_threads: int) -> grain.ReadOptions:
-    """Every thread makes a batch of its own; those that are ready wait in the buffer, which must have room for all."""
-    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(8, num_threads))
-
-
-def training_batches(
-    source: NeighbourSource,
-    batch_size: int,
-    seed: int,
-    *,
-    microbatches: int = 1,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 4,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Endless shuffled batches, in `microbatches` parts each, reshuffled every epoch.
-
-    Every process gets one run of consecutive items of each part: joined in the order of the processes they are the
-    part that one process alone would get.
-
-    Args:
-      source: the slices.
-      batch_size: global batch size, divisible by `microbatches * process_count`.
-      seed: fixes the order of all epochs.
-      microbatches: number of parts that make a batch.
-      start_step: number of batches (not parts) already consumed: the iterator goes on exactly there.
-      process_index: this process's number.
-      process_count: number of processes.
-      num_threads: reading threads.
-
-    Returns:
-      Iterator of parts `{"images": uint8 [b, K, H, W, C], "record_index": int32 [b], "weight": float32 [b]}` with
-      b = batch_size / microbatches / process_count.
-    """
-    positive_share = source.targets.positive_share
-    if positive_share:
-        kinds = [
-            grain.MapDataset.source(np.flatnonzero(kind)).seed(seed).shuffle().repeat(None)
-            for kind in (source.positive, ~source.positive)
-        ]
-        items = grain.MapDataset.mix(kinds, [positive_share, 1 - positive_share])
-    else:
-        items = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
-    share = batch_size // microbatches // process_count
-    parts = items.batch(share, drop_remainder=True)[process_index::process_count]  # endless: nothing is dropped
-    iterator = iter(parts.map(source.read).to_iter_dataset(_reading(num_threads)))
-    if start_step:
-        iterator.set_state({"next_index": start_step * microbatches})
-    return iterator
-
-
-def evaluation_batches(
-    source: NeighbourSource,
-    batch_size: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 4,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Every item once, in order; the last batch is padded with items of weight 0, so that all batches have one shape.
-
-    All processes see the same number of batches. Arguments and items as in `training_batches`, with one part a batch.
-    """
-    padded = math.ceil(len(source) / batch_size) * batch_size
-
-    def read(items: np.ndarray) -> dict[str, np.ndarray]:
-        batch = source.read(np.minimum(items, len(source) - 1))
-        return batch | {"weight": (items < len(source)).astype(np.float32)}
-
-    items = grain.MapDataset.range(padded)
-    batches = items[process_index::process_count].batch(batch_size // process_count)
-    return iter(batches.map(read).to_iter_dataset(_reading(num_threads)))
-
-
-def picture_batch(source: NeighbourSource, batch_size: int, number: int) -> dict[str, np.ndarray]:
-    """One batch whose first `number` items are spread evenly over the split, or over its slices with foreground where
-    masks are wanted; the rest repeats the last one."""
-    candidates = np.arange(len(source))
-    if source.targets.mask and source.positive.any():
-        candidates = np.flatnonzero(source.positive)
-    spread = [candidates[int((i + 0.5) * len(candidates) / number)] for i in range(number)]
-    items = [source[index] for index in (spread + spread[-1:] * batch_size)[:batch_size]]
-    return {name: np.stack([item[name] for item in items]) for name in items[0]}

@@ -65,18 +65,9 @@ def _train(
 ) -> bool:
     import jax
 
-    from ctssl_jax import (
-        checkpoint,
-        configuration,
-        data,
-        distributed,
-        estimate,
-        health,
-        pictures,
-        training,
-        transplant,
-    )
+    from ctssl_jax import checkpoint, configuration, data, distributed, estimate, health, pictures, training, transplant
     from ctssl_jax.checkpoint import Checkpoints, flatten, holds_checkpoint, restore
+    from ctssl_jax.data__batches import evaluation_batches, picture_batch, training_batches
     from ctssl_jax.models.quantizer import codebook_use
     from ctssl_jax.reports import Reports, duration, read_reports, say
     from ctssl_jax.tasks import get_task
@@ -174,7 +165,7 @@ def _train(
     say(f"compiled     in {time.monotonic() - started:.1f} s; XLA expects {memory / 2**30:.2f} GiB a device")
     share = dict(process_index=process, process_count=num_processes, num_threads=config.reading_threads)
     if workdir is None:
-        batches = data.training_batches(
+        batches = training_batches(
             train_source, config.batch_size, config.seed, microbatches=config.microbatches, **share
         )
         times = estimate.timed_steps(program, batches, config)
@@ -210,7 +201,7 @@ def _train(
         elif weights_digest:
             state = imagenet_weights.load_into(state, config.init_weights)
             say(f"start        weights of {config.init_weights}")
-    batches = data.training_batches(
+    batches = training_batches(
         train_source,
         config.batch_size,
         config.seed,
@@ -220,14 +211,14 @@ def _train(
     )
     feed = training.Feed(mesh, batches, config.microbatches) if start_step < config.num_steps else None
     num_pictures = min(config.num_pictures, part_size // num_processes)
-    fixed_slices = data.picture_batch(validation_source, part_size // num_processes, num_pictures)
+    fixed_slices = picture_batch(validation_source, part_size // num_processes, num_pictures)
     label = "SYNTHETIC" if preparation["synthetic"] else ""
     layer_gradient_norms: dict[str, float] = {}
     reports = Reports(workdir, -1 if fresh else start_step)
     metadata = {"config": configuration.to_json(config), "preparation": preparation}
 
     def validate(step: int) -> float | None:
-        batches = data.evaluation_batches(validation_source, part_size, **share)
+        batches = evaluation_batches(validation_source, part_size, **share)
         if num_processes == 1:  # a request to stop does not wait for the end of a long validation
             batches = itertools.takewhile(lambda batch: not should_stop(step), batches)
         result = training.evaluate_split(program, state, batches)

@@ -58,20 +58,21 @@ def measure(dataset: Path, split: str, batch_size: int, threads: list[int], seco
     import jax
 
     from ctssl_jax import data, distributed
+    from ctssl_jax.data__batches import training_batches
     from data_prep.dataset import Dataset
 
     channels = range(Dataset.open(dataset).preparation["channels"])
     source = data.open_source(dataset, split, channels, (0,))
     mesh = distributed.make_mesh()
     batch_size = -(-batch_size // mesh.devices.size) * mesh.devices.size
-    ready = next(data.training_batches(source, batch_size, seed=0))
+    ready = next(training_batches(source, batch_size, seed=0))
 
     def put(batch):
         jax.block_until_ready(distributed.to_devices(mesh, batch))
 
     rows = [("a ready batch (floor)", slices_per_second(lambda: put(ready), batch_size, seconds))]
     for number in threads:
-        batches = data.training_batches(source, batch_size, seed=0, num_threads=number)
+        batches = training_batches(source, batch_size, seed=0, num_threads=number)
         speed = slices_per_second(lambda: put(next(batches)), batch_size, seconds)
         rows.append((f"loader, {number} thread{'s' * (number > 1)}", speed))
     return rows
@@ -84,11 +85,12 @@ def waiting_of_a_device(
     import jax
 
     from ctssl_jax import data, distributed
+    from ctssl_jax.data__batches import training_batches
     from data_prep.dataset import Dataset
 
     mesh = distributed.make_mesh()
     source = data.open_source(dataset, split, range(Dataset.open(dataset).preparation["channels"]), (0,))
-    batches = data.training_batches(source, batch_size, seed=0, num_threads=num_threads)
+    batches = training_batches(source, batch_size, seed=0, num_threads=num_threads)
     jax.block_until_ready(distributed.to_devices(mesh, next(batches)))
     busy, waited = batch_size / slices_per_second, 0.0
     began = done = time.perf_counter()  # `done`: when the device has computed all that it got

@@ -10,8 +10,7 @@ from example_dataset import renew_checksums, write_example_dataset
 from test_probe import save_untrained
 from training_runs import start, tiny_recipe
 
-from ctssl_jax import data
-from ctssl_jax.attribute_labels import age_classes, join_decades, read_attribute
+from ctssl_jax.data__labels import age_classes, join_decades, label_classes, read_attribute
 from ctssl_jax.probes.attribute_probe import attributes, table
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import VOLUME_COLUMNS, VOLUMES_FILE
@@ -109,11 +108,11 @@ def test_errors_name_the_field_that_the_user_typed(planted, tmp_path):
     with pytest.raises(
         InputError, match=r"^config\.label: no training volume .* of ethnic_group; .*--attributes_csv"
     ) as raised:
-        data.label_classes(Dataset.open(planted), "ethnic_group")
+        label_classes(Dataset.open(planted), "ethnic_group")
     assert "--attributes:" not in str(raised.value)
     few = write_example_dataset(tmp_path / "few", image_size=16, slices_per_volume=7)
     with pytest.raises(InputError, match=r"^config\.label: sex has fewer than two .*; choose another label") as raised:
-        data.label_classes(Dataset.open(few), "sex")
+        label_classes(Dataset.open(few), "sex")
     assert "--min_patients" not in str(raised.value)  # training has no such flag
 
 

@@ -7,6 +7,7 @@ import pytest
 from example_dataset import write_example_dataset
 
 from ctssl_jax import data
+from ctssl_jax.data__batches import evaluation_batches, picture_batch, training_batches
 from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError
 
@@ -60,7 +61,7 @@ def joined(iterators, number, parts=1):
 
 def training_order(source, *, number=20, seed=3, processes=1, microbatches=1, **options):
     iterators = [
-        data.training_batches(
+        training_batches(
             source, 8, seed, microbatches=microbatches, process_index=index, process_count=processes, **options
         )
         for index in range(processes)
@@ -105,8 +106,7 @@ def test_goes_on_exactly_where_it_stopped(source, start_step):
 def test_evaluation_reads_everything_once_and_pads_with_weight_0(tiny_dataset, processes):
     source = data.open_source(Dataset.open(tiny_dataset), "validation", (0,), (0,))
     parts = [
-        list(data.evaluation_batches(source, 10, process_index=index, process_count=processes))
-        for index in range(processes)
+        list(evaluation_batches(source, 10, process_index=index, process_count=processes)) for index in range(processes)
     ]
     assert [len(batches) for batches in parts] == [3] * processes  # 24 slices, the last batch holds 4
     batches = list(itertools.chain.from_iterable(parts))
@@ -117,7 +117,7 @@ def test_evaluation_reads_everything_once_and_pads_with_weight_0(tiny_dataset, p
 
 
 def test_images_travel_as_the_dataset_holds_them(source, tiny_dataset):
-    batch = next(data.training_batches(source, 4, seed=0))
+    batch = next(training_batches(source, 4, seed=0))
     records = Dataset.open(tiny_dataset).source("train")
     assert batch["images"].dtype == np.uint8
     for image, index in zip(batch["images"], batch["record_index"], strict=True):
@@ -125,9 +125,9 @@ def test_images_travel_as_the_dataset_holds_them(source, tiny_dataset):
 
 
 def test_picture_batch_is_spread_over_the_split(source):
-    batch = data.picture_batch(source, 8, 4)
+    batch = picture_batch(source, 8, 4)
     assert batch["record_index"].tolist() == [7, 22, 37, 52, 52, 52, 52, 52]
-    assert data.picture_batch(source, 2, 4)["record_index"].tolist() == [7, 22]
+    assert picture_batch(source, 2, 4)["record_index"].tolist() == [7, 22]
 
 
 def test_windows_select_channels(tmp_path):

@@ -9,6 +9,8 @@ from example_dataset import renew_checksums, write_example_dataset
 from training_runs import renew_sums, saved_state, tiny_recipe, train_on
 
 from ctssl_jax import data
+from ctssl_jax.data__batches import training_batches
+from ctssl_jax.data__labels import label_classes, read_attribute
 from ctssl_jax.evaluation import outcomes, predictions
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.evaluation.predictions import Predictions
@@ -85,18 +87,18 @@ def test_smaller_training_subsets_are_parts_of_larger_ones(labelled):
 def test_positive_share_is_kept_and_every_slice_comes(labelled):
     source = data.open_source(Dataset.open(labelled), "train", (0,), (0,), data.Targets(mask=True, positive_share=0.75))
     positive = int(source.positive.sum())
-    batches = data.training_batches(source, 8, 0, num_threads=1)
+    batches = training_batches(source, 8, 0, num_threads=1)
     seen = [next(batches) for _ in range(positive)]  # at least once all of either kind
     shares = [np.any(batch["mask"], axis=(1, 2)).mean() for batch in seen]
     assert shares == [0.75] * len(shares)
     assert {int(i) for batch in seen for i in batch["record_index"]} == set(range(len(source)))
-    on_the_way = data.training_batches(source, 8, 0, num_threads=1, start_step=5)
+    on_the_way = training_batches(source, 8, 0, num_threads=1, start_step=5)
     np.testing.assert_array_equal(next(on_the_way)["record_index"], seen[5]["record_index"])
 
 
 def test_attributes_are_labels_of_volumes(labelled, monkeypatch):
-    monkeypatch.setattr("ctssl_jax.attribute_labels.read_attribute.__defaults__", (1,))
-    classes, level = data.label_classes(Dataset.open(labelled), "sex")
+    monkeypatch.setattr(read_attribute, "__defaults__", (1,))
+    classes, level = label_classes(Dataset.open(labelled), "sex")
     assert level == "volume" and len(classes) == 2
     source = data.open_source(Dataset.open(labelled), "train", (0,), (0,), data.Targets(label="sex", middle_only=True))
     expected = {volume["volume_id"]: classes.index(volume["sex"]) for volume in source.volumes if volume["sex"]}

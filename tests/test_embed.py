@@ -16,6 +16,7 @@ from training_runs import start, tiny_recipe
 
 import ctssl_jax
 from ctssl_jax import checkpoint, configuration, data
+from ctssl_jax.data__batches import evaluation_batches
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference import embedding, embedding_files, embedding_inputs, pretrained
 from ctssl_jax.inference.embedding import embed, summary
@@ -198,7 +199,7 @@ def test_embeddings_are_those_of_evaluation_and_probes(runs, folder):
         offsets = get_task(config.task).offsets(config) if downstream else (0,)
         given = targets._replace(label="", mask=False)
         source = data.open_source(Dataset.open(config.dataset), "test", (1,), offsets, given)
-        batch = next(data.evaluation_batches(source, len(source)))
+        batch = next(evaluation_batches(source, len(source)))
         if downstream:
             graph, *_ = abstract_model(config, get_task(config.task))
             batch |= {"label": np.ones(len(source), np.int32), "mask": np.ones((len(source), 32, 32), np.uint8)}

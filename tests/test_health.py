@@ -7,7 +7,8 @@ import pytest
 from training_runs import losses, tiny_config, train_on
 
 from ctssl_jax import health, reports, training
-from ctssl_jax.data import open_source, training_batches
+from ctssl_jax.data import open_source
+from ctssl_jax.data__batches import training_batches
 from ctssl_jax.distributed import make_mesh
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.ops.embeddings import effective_rank, moments

@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from training_runs import save_untrained, start, tiny_config, tiny_recipe, train_on
 
 from ctssl_jax import checkpoint, configuration, data, training
+from ctssl_jax.data__batches import evaluation_batches, training_batches
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.probes import encoders, image_probe, label_probe
 from ctssl_jax.probes.encoders import FrozenEncoder
@@ -139,7 +140,7 @@ def test_inputs_targets_and_labels_equal_those_of_evaluation(task, tiny_dataset)
     config = tiny_recipe(tiny_dataset, task)
     task_functions = get_task(task)
     source = data.open_source(Dataset.open(tiny_dataset), "test", (0,), task_functions.offsets(config))
-    batch = next(data.evaluation_batches(source, len(source)))
+    batch = next(evaluation_batches(source, len(source)))
 
     @jax.jit  # drops the model: only what goes in and what should come out is asked for
     def evaluated(images, record_index):
@@ -150,7 +151,7 @@ def test_inputs_targets_and_labels_equal_those_of_evaluation(task, tiny_dataset)
 
     inputs, target, label = jax.device_get(evaluated(batch["images"], batch["record_index"]))
     if task in LABELS:
-        features = label_probe.label_features(same_image(), LABELS[task], data.evaluation_batches(source, 7))
+        features = label_probe.label_features(same_image(), LABELS[task], evaluation_batches(source, 7))
         np.testing.assert_array_equal(features.label, label)
         np.testing.assert_array_equal(
             label_probe.labels_of(features.record_index, LABELS[task].num_classes), features.label
@@ -166,7 +167,7 @@ def test_inputs_targets_and_labels_equal_those_of_evaluation(task, tiny_dataset)
 
 
 def test_targets_are_the_same_for_every_grey_scale_of_the_encoder(tiny_dataset):
-    batch = next(data.evaluation_batches(data.open_source(Dataset.open(tiny_dataset), "test", (0,), (0,)), 4))
+    batch = next(evaluation_batches(data.open_source(Dataset.open(tiny_dataset), "test", (0,), (0,)), 4))
     encoder = same_image(channels=3, normalize="slice_minmax")
     (features,) = image_probe.image_features(encoder, IMAGES["clean"], [batch])
     assert features.latents.shape == (4, 16, 16, 3) and features.latents.max() == 1
@@ -209,8 +210,8 @@ def test_only_the_encoder_is_read_and_it_is_the_run_s(task, runs, monkeypatch):
 def test_an_untrained_encoder_has_the_statistics_of_the_training_slices(tiny_dataset):
     config = tiny_recipe(tiny_dataset, "rotation")
     source = data.open_source(Dataset.open(tiny_dataset), "train", (0,), (0,))
-    encoder = encoders.untrained_encoder(config, get_task("rotation"), data.training_batches(source, 8, seed=0))
-    again = encoders.untrained_encoder(config, get_task("rotation"), data.training_batches(source, 8, seed=0))
+    encoder = encoders.untrained_encoder(config, get_task("rotation"), training_batches(source, 8, seed=0))
+    again = encoders.untrained_encoder(config, get_task("rotation"), training_batches(source, 8, seed=0))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, encoder.state, again.state)))
     images = np.stack([source[index]["images"][0] for index in range(60)]).astype(np.float32) / 255
     model = nnx.merge(encoders._abstract_encoder(config, get_task("rotation"))[0], *encoder.state)

@@ -10,6 +10,7 @@ from training_runs import EMA, tiny_config
 
 from ctssl_jax import checkpoint, data, distributed, training
 from ctssl_jax.corruptions import example_keys
+from ctssl_jax.data__batches import evaluation_batches, training_batches
 from ctssl_jax.tasks import TASKS, get_task
 from data_prep.dataset import Dataset
 
@@ -32,7 +33,7 @@ def program_of():
 def run(program, config, source, number):
     """The first steps of a run: the state, and the mean loss, scores and code counts after each."""
     state, reports = program.initial_state(), []
-    batches = data.training_batches(source, config.batch_size, config.seed, microbatches=config.microbatches)
+    batches = training_batches(source, config.batch_size, config.seed, microbatches=config.microbatches)
     for _ in range(number):
         state = training.run_step(program, state, [next(batches) for _ in range(config.microbatches)])
         state, report = training.take_report(program, state)
@@ -102,7 +103,7 @@ def test_microbatches_add_up_to_the_gradient_of_the_batch(tiny_dataset, source, 
         config = tiny_config(tiny_dataset, microbatches=microbatches)
         program = training.make_program(config, task, 1, distributed.make_mesh(jax.devices()[:1]))
         state, total = program.initial_state(), program.zero_gradients()
-        batches = data.training_batches(source, 8, 0, microbatches=microbatches)
+        batches = training_batches(source, 8, 0, microbatches=microbatches)
         for _ in range(microbatches):
             part = distributed.to_devices(program.mesh, next(batches))
             state, total = program.accumulate(state, total, part)
@@ -120,7 +121,7 @@ def test_scores_do_not_depend_on_the_batch_and_padding_counts_nothing(tiny_datas
     for num_devices, batch_size in ((1, 8), (1, 7), (1, 24), (8, 16)):
         program = program_of(config, num_devices, "{}")
         result = training.evaluate_split(
-            program, program.initial_state(), data.evaluation_batches(source, batch_size, num_threads=1)
+            program, program.initial_state(), evaluation_batches(source, batch_size, num_threads=1)
         )
         np.testing.assert_array_equal(result.record_index, np.arange(24))
         scores[batch_size], counts[batch_size] = result.scores, result.code_counts
@@ -135,7 +136,7 @@ def test_corruption_depends_on_key_and_record_only(tiny_dataset, program_of, sou
     config = tiny_config(tiny_dataset)
     program = program_of(config, 1, "{}")
     state = program.initial_state()
-    batch = next(iter(data.evaluation_batches(source, 8)))
+    batch = next(iter(evaluation_batches(source, 8)))
     forwards = training.render_pictures(program, state, batch, 8)
     backwards = training.render_pictures(program, state, {name: value[::-1] for name, value in batch.items()}, 8)
     np.testing.assert_array_equal(forwards["input"], backwards["input"][::-1])

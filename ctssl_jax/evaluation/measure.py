@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ctssl_jax.data import NeighbourSource, evaluation_batches, label_classes, open_source, picture_batch
+from ctssl_jax.data import NeighbourSource, open_source
+from ctssl_jax.data__batches import evaluation_batches, picture_batch
+from ctssl_jax.data__labels import label_classes
 from ctssl_jax.distributed import make_mesh, replicated
 from ctssl_jax.evaluation import outcomes, predictions
 from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header, notes, summaries, write_volumes

@@ -10,11 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from data_prep.dataset__schema import PREPARATION_FILE
-from data_prep.dataset__storage import write_table
-from data_prep.raw.scans import Refused, explain, local_input, nothing_taken, plan_scans
-from data_prep.scan.reasons import FAILED_FOR_NOW
-from data_prep.scan.rules import Rules
 
 from ctssl_jax.evaluation.measured_run import patients_seen
 from ctssl_jax.inference import embedding_files
@@ -22,6 +17,11 @@ from ctssl_jax.inference.embedding_files import VolumeEmbedding
 from ctssl_jax.inference.embedding_inputs import Input, InputVolume, keep_audit, open_dataset, open_scans, read_key
 from ctssl_jax.inference.pretrained import PretrainedModel, load, summarise_slices
 from ctssl_jax.runs.run import Run
+from data_prep.dataset__schema import PREPARATION_FILE
+from data_prep.dataset__storage import write_table
+from data_prep.raw.scans import Refused, explain, local_input, nothing_taken, plan_scans
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder
 from data_prep.workers import Progress, usable_cores

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from ctssl_jax.data import label_classes
+from ctssl_jax.data__labels import label_classes
 from ctssl_jax.inference.pictures import save_curve
 from ctssl_jax.inference.pretrained import PretrainedModel
 from ctssl_jax.stats.binary import exam_scores

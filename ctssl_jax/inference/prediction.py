@@ -5,13 +5,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep.raw.scans import Refused, nothing_taken, plan_scans, read_scan
-from data_prep.scan.rules import Rules
-
 from ctssl_jax.inference import label_prediction, mask_prediction
 from ctssl_jax.inference.pretrained import load
 from ctssl_jax.runs.run import Run
 from data_prep.headers import NIFTI
+from data_prep.raw.scans import Refused, nothing_taken, plan_scans, read_scan
+from data_prep.scan.rules import Rules
 from data_prep.series import SeriesCandidate
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import make_folder, write_json

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import threadpoolctl
-from data_prep.dataset__schema import SPLITS
 
-from ctssl_jax.attribute_labels import OF_VOLUMES, AttributeLabels, read_attribute
-from ctssl_jax.data import NeighbourSource, Targets, evaluation_batches, open_source
+from ctssl_jax.data import NeighbourSource, Targets, open_source
+from ctssl_jax.data__batches import evaluation_batches
+from ctssl_jax.data__labels import OF_VOLUMES, AttributeLabels, read_attribute
 from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header, notes
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.probes.encoders import PATCH, FrozenEncoder, check_encoder, open_encoder
@@ -18,6 +18,7 @@ from ctssl_jax.probes.label_probe import LabelFeatures, fit_logistic
 from ctssl_jax.runs.run import Run
 from ctssl_jax.stats.binary import multiclass_summary
 from data_prep.dataset import Dataset
+from data_prep.dataset__schema import SPLITS
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, write_json, written_whole
 

@@ -14,7 +14,8 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from ctssl_jax.data import NeighbourSource, training_batches
+from ctssl_jax.data import NeighbourSource
+from ctssl_jax.data__batches import training_batches
 from ctssl_jax.evaluation.measured_run import MeasuredRun
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.ops.images import to_unit_images

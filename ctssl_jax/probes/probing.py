@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import threadpoolctl
 
-from ctssl_jax.data import NeighbourSource, evaluation_batches, open_source
+from ctssl_jax.data import NeighbourSource, open_source
+from ctssl_jax.data__batches import evaluation_batches
 from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header, notes, summaries, write_volumes
 from ctssl_jax.ops.images import SSIM_WINDOW
 from ctssl_jax.probes.encoders import FrozenEncoder, check_encoder, num_features, open_encoder

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from data_prep.system.command_line import require
 from flax import nnx
 
 from ctssl_jax.data import select_channels, selected_windows
@@ -29,6 +28,7 @@ from ctssl_jax.torch_bridge import ctssl_torch
 from ctssl_jax.torch_bridge.names import architecture_settings, state_dict
 from ctssl_jax.training import count_parameters, restore_model
 from data_prep.synthetic.exam import Options, render_series, sample_exam
+from data_prep.system.command_line import require
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import file_sha256, folder_written_whole, write_json, write_text
 from data_prep.window import window_to_uint8

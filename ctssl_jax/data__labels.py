@@ -1,7 +1,7 @@
-"""Classes of patient attributes: sex, ethnic group, age by decades, and the labels of volumes or patients of a dataset.
+"""Labels and masks of slices as numbers, and the classes of labels and of patient attributes (sex, ethnic group, age).
 
-Which classes there are is decided by the training split alone. A class of fewer training patients than asked for cannot
-be learned: decades of age are joined with their neighbours, and volumes of other small classes are left out.
+The training split alone decides which classes an attribute has. A class of too few training patients cannot be learned:
+decades of age are joined with their neighbours, and volumes of other small classes are left out.
 """
 
 import itertools
@@ -118,7 +118,7 @@ def read_attribute(
     if name == "age":
         starts = join_decades([age // 10 for age, _ in known], [patient for _, patient in known], least_patients)
         names, too_small = age_classes(starts), {}
-        found = {
+        indices = {
             split: [-1 if age is None else int(np.searchsorted(starts, age // 10, side="right")) for age in of_split]
             for split, of_split in values.items()
         }
@@ -129,7 +129,7 @@ def read_attribute(
             value for of_split in values.values() for value in of_split if value is not None and value not in names
         ]
         too_small = {value: others.count(value) for value in sorted(set(others))}
-        found = {
+        indices = {
             split: [names.index(value) if value in names else -1 for value in of_split]
             for split, of_split in values.items()
         }
@@ -139,9 +139,54 @@ def read_attribute(
         )
     missing = {split: of_split.count(None) for split, of_split in values.items()}
     return AttributeLabels(
-        name, names, {split: np.array(of_split, np.int64) for split, of_split in found.items()}, missing, too_small
+        name, names, {split: np.array(of_split, np.int64) for split, of_split in indices.items()}, missing, too_small
     )
 
 
 def _known(value: str | int | None) -> str | int | None:
     return None if value == "" else value
+
+
+def label_classes(dataset: Dataset, label: str) -> tuple[tuple[str, ...], str]:
+    """Names of a label's classes, and its level: `slice`, `volume` or `patient`.
+
+    Beside the dataset's own labels these are `sex`, `ethnic_group` and `age` (decades) of volumes.csv.
+
+    Raises:
+      InputError: no such label, or an attribute with fewer than two classes that are large enough.
+    """
+    labels = dataset.preparation["labels"]
+    if label in labels:
+        return tuple(labels[label]["classes"]), labels[label]["level"]
+    if label in OF_VOLUMES:
+        return read_attribute(dataset, label).classes, "volume"
+    have = ", ".join([*labels, *OF_VOLUMES])
+    raise InputError(
+        f"config.label={label}: the dataset {dataset.name} has no such label (it has {have}); prepare it with "
+        "--labels_csv or another --archive, or choose one that it has"
+    )
+
+
+def labels_of_records(dataset: Dataset, split: str, label: str) -> np.ndarray:
+    """Class of every record of a split, -1 where it is missing: [R] int32."""
+    volumes, labels = dataset.volumes(split), dataset.preparation["labels"]
+    if label not in labels:
+        of_volumes = read_attribute(dataset, label).labels[split]
+        return np.repeat(of_volumes, [volume["num_slices"] for volume in volumes]).astype(np.int32)
+    if labels[label]["level"] == "slice":
+        values = [row[label] for row in dataset.slices(split)]
+    else:
+        of_volume = {row["volume_id"]: row[label] for row in dataset.labels()}
+        values = [of_volume[volume["volume_id"]] for volume in volumes for _ in range(volume["num_slices"])]
+    return np.array([-1 if value is None else value for value in values], np.int32)
+
+
+def mask_areas(dataset: Dataset, split: str) -> np.ndarray:
+    """Foreground pixels of every record of a split: [R] int64."""
+    return np.array([row["mask_area_px"] for row in dataset.slices(split)], np.int64)
+
+
+def lung_boxes(volumes: Sequence[dict], image_size: int) -> dict[str, np.ndarray]:
+    """The lungs' box of each volume, the whole slice where no lung was found: volume_id -> [4] float32."""
+    whole = f"0 0 {image_size} {image_size}"
+    return {volume["volume_id"]: np.array((volume["lung_box"] or whole).split(), np.float32) for volume in volumes}
