@@ -18,6 +18,14 @@ OF_VOLUMES = ("age", "sex", "ethnic_group")  # columns of volumes.csv
 LEAST_PATIENTS = 10
 
 
+class NoAttribute(InputError):
+    """An attribute that cannot be learned; `reason` is the message without the flag and the remedy."""
+
+    def __init__(self, asked_by: str, reason: str, remedy: str):
+        super().__init__(f"{asked_by}: {reason}; {remedy}")
+        self.reason = reason
+
+
 class AttributeLabels(NamedTuple):
     """An attribute of every volume of a dataset.
 
@@ -82,7 +90,7 @@ def read_attribute(
       remedy: where classes are too small, for error messages.
 
     Raises:
-      InputError: no such attribute, a label of slices, or fewer than two classes that are large enough.
+      NoAttribute: no such attribute, a label of slices, or fewer than two classes that are large enough.
     """
     labels = dataset.preparation["labels"]
     by_split = {split: dataset.volumes(split) for split in SPLITS}
@@ -90,13 +98,11 @@ def read_attribute(
         values = {split: [_known(volume[name]) for volume in volumes] for split, volumes in by_split.items()}
     elif name not in labels:
         of_dataset = [label for label, facts in labels.items() if facts["level"] != "slice"]
-        raise InputError(
-            f"{asked_by}: the dataset has no attribute {name!r}; choose of {', '.join([*OF_VOLUMES, *of_dataset])}"
-        )
+        choices = ", ".join([*OF_VOLUMES, *of_dataset])
+        raise NoAttribute(asked_by, f"the dataset has no attribute {name!r}", f"choose of {choices}")
     elif labels[name]["level"] == "slice":
-        raise InputError(
-            f"{asked_by}: {name} is a label of slices, not of patients; train on it with --config.label={name}"
-        )
+        reason = f"{name} is a label of slices, not of patients"
+        raise NoAttribute(asked_by, reason, f"train on it with --config.label={name}")
     else:
         classes = labels[name]["classes"]
         of_volume = {row["volume_id"]: row[name] for row in dataset.labels()}
@@ -111,10 +117,8 @@ def read_attribute(
         if value is not None
     ]
     if not known:
-        raise InputError(
-            f"{asked_by}: no training volume of the dataset has a value of {name}; prepare it again with "
-            "--attributes_csv, or choose another one"
-        )
+        reason = f"no training volume of the dataset has a value of {name}"
+        raise NoAttribute(asked_by, reason, "prepare it again with --attributes_csv, or choose another one")
     if name == "age":
         starts = join_decades([age // 10 for age, _ in known], [patient for _, patient in known], least_patients)
         names, too_small = age_classes(starts), {}
@@ -134,9 +138,8 @@ def read_attribute(
             for split, of_split in values.items()
         }
     if len(names) < 2:
-        raise InputError(
-            f"{asked_by}: {name} has fewer than two classes with {least_patients} training patients; {remedy}"
-        )
+        reason = f"{name} has fewer than two classes with {least_patients} training patients"
+        raise NoAttribute(asked_by, reason, remedy)
     missing = {split: of_split.count(None) for split, of_split in values.items()}
     return AttributeLabels(
         name, names, {split: np.array(of_split, np.int64) for split, of_split in indices.items()}, missing, too_small

@@ -1,12 +1,17 @@
 """A trained model applied to scans: embeddings, class probabilities, masks.
 
-from ctssl_jax.inference import Request, embed, load, predict
+    >>> from ctssl_jax.inference import embed, load
+    >>> facts = embed("run", "dataset", "embeddings.npz", split="test")
+    >>> facts["num_volumes"], facts["num_slices"]
+    (2, 24)
+    >>> volume = load("run").embed("scan")  # a folder, a zip file or one file
+    >>> volume.slices.shape, volume.mean.shape, volume.max.shape
+    ((21, 4), (4,), (4,))
 
-facts = embed("RUN", "SCANS", "EMBEDDINGS.parquet")
-prediction = predict("RUN", Request("SCAN.zip"), "FOLDER")
-z = load("RUN").embed("SCAN.zip")  # z.slices [S, D], z.mean [D], z.max [D]
+A run of a label or a segmentation recipe predicts: `predict("run", Request("scan"), "folder")`.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,18 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "embed", "load", "predict"]
 
+_HOMES = {  # imported when they are used: JAX takes seconds
+    "Request": "ctssl_jax.inference.prediction",
+    "embed": "ctssl_jax.inference.embedding",
+    "load": "ctssl_jax.inference.pretrained",
+    "predict": "ctssl_jax.inference.prediction",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "embed":  # when it is first used: JAX takes seconds to import
-        from ctssl_jax.inference.embedding import embed
-
-        return embed
-    if name in ("Request", "predict"):
-        from ctssl_jax.inference import prediction
-
-        return getattr(prediction, name)
-    if name == "load":
-        from ctssl_jax.inference.pretrained import load
-
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

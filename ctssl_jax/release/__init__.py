@@ -1,11 +1,16 @@
 """Models that leave the building and come back: folders for PyTorch users, and imported weights.
 
-from ctssl_jax.release import export, import_weights
-
-manifest = export("RUN", "FOLDER", ["torch", "safetensors"], "CC-BY-NC-4.0")
-number_of_tensors = import_weights("FOLDER", "NEW_RUN", None, [])
+>>> from ctssl_jax.release import export, import_weights
+>>> manifest = export("run", "folder", ["torch"], "CC-BY-NC-4.0")  # doctest: +ELLIPSIS
+model        VQVAE, ... parameters, step 2 of run
+...
+>>> sorted(manifest["files"])
+['ctssl_torch.py', 'test_input.npz', 'weights.pt']
+>>> import_weights("folder", "imported", config=None, windows=[]) == len(manifest["parity"]["stages"])
+False
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,17 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = ["export", "import_weights"]
 
+_HOMES = {  # imported when they are used: PyTorch takes seconds, and may be absent
+    "export": "ctssl_jax.release.exporting",
+    "import_weights": "ctssl_jax.release.importing",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "export":  # when it is first used: PyTorch takes seconds to import, and may be absent
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "export":
         from data_prep.system.command_line import require
 
         require("torch", "an export", "torch")
-        from ctssl_jax.release.exporting import export
-
-        return export
-    if name == "import_weights":
-        from ctssl_jax.release.importing import import_weights
-
-        return import_weights
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
