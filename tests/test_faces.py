@@ -9,7 +9,11 @@ import dicom_files
 import pytest
 from training_runs import PROJECT, save_untrained, tiny_recipe
 
-WINGS = ("evaluation", "inference", "probes", "release")
+from tests.opened_files import opened_files
+
+OPENED_RUNS = {"evaluation": 1, "inference": 2, "probes": 1, "release": 1}  # by the example of the wing
+OPENED_DATASETS = {"evaluation": 1, "inference": 1, "probes": 1, "release": 0}
+WINGS = tuple(OPENED_RUNS)
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +28,15 @@ def folder(tiny_dataset, tmp_path_factory):
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_the_example_of_a_wing_runs(wing, folder, monkeypatch):
+    """And opens each run and dataset once."""
     if wing == "release":
         pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
     monkeypatch.chdir(folder)
     module = importlib.import_module(f"ctssl_jax.{wing}")
-    assert doctest.testmod(module, raise_on_error=True).attempted >= 3
+    with opened_files("config.json") as configs, opened_files("preparation.json") as preparations:
+        assert doctest.testmod(module, raise_on_error=True).attempted >= 3
+    assert len(configs) == OPENED_RUNS[wing]
+    assert len(preparations) == OPENED_RUNS[wing] + OPENED_DATASETS[wing]
 
 
 @pytest.mark.parametrize("wing", WINGS)

@@ -40,8 +40,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 WINDOW = ((50, 350),)
 
 
-def predict_scan(workdir, scan, output, **fields):
-    return predict(workdir, Request(scan, **fields), output)
+def predict_scan(workdir, scan, output, checkpoint="best", **fields):
+    return predict(workdir, Request(scan, **fields), output, checkpoint=checkpoint)
 
 
 def make_run(config, workdir: Path) -> None:
