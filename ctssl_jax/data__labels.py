@@ -18,14 +18,6 @@ OF_VOLUMES = ("age", "sex", "ethnic_group")  # columns of volumes.csv
 LEAST_PATIENTS = 10
 
 
-class NoAttribute(InputError):
-    """An attribute that cannot be learned; `reason` is the message without the flag and the remedy."""
-
-    def __init__(self, asked_by: str, reason: str, remedy: str):
-        super().__init__(f"{asked_by}: {reason}; {remedy}")
-        self.reason = reason
-
-
 class AttributeLabels(NamedTuple):
     """An attribute of every volume of a dataset.
 
@@ -72,6 +64,14 @@ def age_classes(starts: Sequence[int]) -> tuple[str, ...]:
     return (*(f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)), f"{edges[-1]}+")
 
 
+class AttributeRefused(InputError):
+    """An attribute that cannot be learned; `reason` is the message without what asked for it and the remedy."""
+
+    def __init__(self, asked_by: str, reason: str, remedy: str):
+        super().__init__(f"{asked_by}: {reason}; {remedy}")
+        self.reason = reason
+
+
 def read_attribute(
     dataset: Dataset,
     name: str,
@@ -90,7 +90,7 @@ def read_attribute(
       remedy: where classes are too small, for error messages.
 
     Raises:
-      NoAttribute: no such attribute, a label of slices, or fewer than two classes that are large enough.
+      AttributeRefused: no such attribute, a label of slices, or fewer than two classes that are large enough.
     """
     labels = dataset.preparation["labels"]
     by_split = {split: dataset.volumes(split) for split in SPLITS}
@@ -99,10 +99,11 @@ def read_attribute(
     elif name not in labels:
         of_dataset = [label for label, facts in labels.items() if facts["level"] != "slice"]
         choices = ", ".join([*OF_VOLUMES, *of_dataset])
-        raise NoAttribute(asked_by, f"the dataset has no attribute {name!r}", f"choose of {choices}")
+        raise AttributeRefused(asked_by, f"the dataset has no attribute {name!r}", f"choose of {choices}")
     elif labels[name]["level"] == "slice":
-        reason = f"{name} is a label of slices, not of patients"
-        raise NoAttribute(asked_by, reason, f"train on it with --config.label={name}")
+        raise AttributeRefused(
+            asked_by, f"{name} is a label of slices, not of patients", f"train on it with --config.label={name}"
+        )
     else:
         classes = labels[name]["classes"]
         of_volume = {row["volume_id"]: row[name] for row in dataset.labels()}
@@ -117,8 +118,11 @@ def read_attribute(
         if value is not None
     ]
     if not known:
-        reason = f"no training volume of the dataset has a value of {name}"
-        raise NoAttribute(asked_by, reason, "prepare it again with --attributes_csv, or choose another one")
+        raise AttributeRefused(
+            asked_by,
+            f"no training volume of the dataset has a value of {name}",
+            "prepare it again with --attributes_csv, or choose another one",
+        )
     if name == "age":
         starts = join_decades([age // 10 for age, _ in known], [patient for _, patient in known], least_patients)
         names, too_small = age_classes(starts), {}
@@ -138,8 +142,9 @@ def read_attribute(
             for split, of_split in values.items()
         }
     if len(names) < 2:
-        reason = f"{name} has fewer than two classes with {least_patients} training patients"
-        raise NoAttribute(asked_by, reason, remedy)
+        raise AttributeRefused(
+            asked_by, f"{name} has fewer than two classes with {least_patients} training patients", remedy
+        )
     missing = {split: of_split.count(None) for split, of_split in values.items()}
     return AttributeLabels(
         name, names, {split: np.array(of_split, np.int64) for split, of_split in indices.items()}, missing, too_small

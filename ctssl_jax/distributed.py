@@ -6,6 +6,7 @@ optimizer state are replicated along `data` and split along `fsdp`, which has on
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -130,6 +131,30 @@ def split_parameters(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
 
     return jax.tree.map(sharding, tree)
+
+
+def fetch_parameters(mesh: Mesh, params: Any) -> Any:
+    """Whole parameters on each device for as long as it uses them; their gradients are summed and split again.
+
+    For use within a compiled function.
+    """
+    return params if mesh.shape["fsdp"] == 1 else _fetch(mesh, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fetch(mesh: Mesh, params: Any) -> Any:
+    return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+
+def _fetch_forward(mesh: Mesh, params: Any) -> tuple[Any, None]:
+    return _fetch(mesh, params), None
+
+
+def _fetch_backward(mesh: Mesh, _: None, gradients: Any) -> tuple[Any]:
+    return (jax.lax.with_sharding_constraint(gradients, split_parameters(mesh, gradients)),)
+
+
+_fetch.defvjp(_fetch_forward, _fetch_backward)
 
 
 def to_devices(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -47,11 +47,11 @@ def canonical_volume(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray,
       HU [S, H, W] int16 or float32, pixel spacing (between rows, between columns) and slice spacing in mm.
 
     Raises:
-      InputError: not 3-D, no such affine, an oblique volume, or values that are no HU.
+      InputError: not 3-D, no such affine, an oblique volume, or values that are not HU.
     """
     affine = np.asarray(affine, np.float64)
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise InputError("the affine is no invertible 4 x 4 matrix of finite numbers; give nibabel's image.affine")
+        raise InputError("the affine is not an invertible 4 x 4 matrix of finite numbers; give nibabel's image.affine")
     if array.ndim != 3 or array.dtype.kind not in "iuf" or not min(array.shape):
         raise InputError(f"HU of {array.dtype} {list(array.shape)}; give a 3-D array of numbers")
     steps = (RAS_TO_LPS @ affine)[:3, :3]
@@ -62,7 +62,7 @@ def canonical_volume(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray,
     if axes is None:
         raise InputError("the affine shears the slices; give a volume whose rows and columns are at right angles")
     if not axes.axial:
-        raise InputError("the volume is oblique: its slices are no axial ones; resample it along the patient's axes")
+        raise InputError("the volume is oblique: its slices are not axial; resample it along the patient's axes")
     array = array.astype(array.dtype.newbyteorder("="), copy=False)  # NIfTI files may be big-endian
     frames = np.moveaxis(array, (along, row, column), (0, 1, 2))
     if steps[:, along] @ axes.normal < 0:
@@ -74,18 +74,18 @@ def canonical_volume(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray,
 
 
 def _to_hu(frames: Sequence[np.ndarray]) -> np.ndarray:
-    """[S, H, W] as `load_volume` would have it of these stored values; refuses what is no HU."""
+    """[S, H, W] as `load_volume` makes it of these stored values; refuses values that are not HU."""
     if frames[0].dtype == np.float16:
         frames = [frame.astype(np.float32) for frame in frames]
     if not all(np.isfinite(frame).all() for frame in frames):
-        raise InputError("the volume has values that are no finite numbers; replace them, outside the patient by -1024")
+        raise InputError("the volume has values that are not finite; replace them, outside the patient by -1024")
     plausibility = PlausibilityCount()
     for frame in frames:
         plausibility.add(frame, _VALUES_ARE_HU)
     if fault := plausibility.fault():
         lowest, highest = min(frame.min() for frame in frames), max(frame.max() for frame in frames)
         raise InputError(
-            f"values from {lowest:g} to {highest:g} are no HU ({fault}); give HU, stored values x Rescale Slope "
+            f"values from {lowest:g} to {highest:g} are not HU ({fault}); give HU, stored values x Rescale Slope "
             "+ Intercept, or slices of a prepared dataset as uint8 [S, H, W, C] without an affine"
         )
     return np.stack([to_hu(frame, _VALUES_ARE_HU) for frame in frames])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from ctssl_jax.checkpoint import CHECKPOINTS
+from ctssl_jax.runs.damage import CHECKPOINTS
 from data_prep.system.command_line import EXIT_START_AGAIN, exit_code
 from data_prep.system.errors import InputError, RunFailed
 

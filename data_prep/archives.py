@@ -59,7 +59,7 @@ def list_sources(input_dir: ArchiveDirectory) -> Iterator[Source | Unreadable]:
     Raises:
         InputError: `input_dir` does not exist.
         NotADirectoryError: `input_dir` is not a directory.
-        StoreError: a URL that cannot be used.
+        InputError: a URL that cannot be used.
         OSError: a store that cannot be listed to the end.
     """
     if isinstance(input_dir, RemoteArchive):
@@ -211,7 +211,7 @@ def reading_ahead(input_dir: ArchiveDirectory, sources: Iterable[Source], *, sta
 
 
 def open_source(input_dir: ArchiveDirectory, source: Source) -> BinaryIO:
-    """A source that is no zip member, to read its start of. Raises OSError, here or when it is read: it is gone, has
+    """A source that is not a zip member, to read its start. Raises OSError, here or when it is read: it is gone, has
     changed its size, or cannot be read."""
     if isinstance(input_dir, RemoteArchive):
         return remote_archives.open_file(input_dir, source.path, source.size)
@@ -259,7 +259,7 @@ def read_bytes(input_dir: ArchiveDirectory, source: Source) -> bytes:
             return file.read(source.size + 1)  # a member that lies about its size ends here
     except Exception as error:  # zipfile and the decompressors raise a dozen kinds on damaged bytes
         if isinstance(input_dir, RemoteArchive):
-            _open_zip.cache_clear()  # the next try opens it anew
+            _open_zip.cache_clear()  # the next try opens it again
             if failure := store_failure(error):
                 raise failure from None
         if isinstance(error, OSError) and error.errno is not None:  # from the disk, not from a decompressor

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from data_prep import stores
 from data_prep.dataset__schema import PREPARATION_FILE, dataset_fingerprint, parse_preparation, split_shards
-from data_prep.system.errors import DatasetError
+from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import PARTIAL, file_sha256, make_folder, publish, written_whole
 from data_prep.workers import Progress
 
@@ -74,7 +74,10 @@ def _open(url: str) -> _Snapshot:
     if fingerprint != preparation["fingerprint"] or any(Path(name).name != name for name in checksums):
         raise DatasetError(f"{url}/{PREPARATION_FILE}: damaged (not of its checksums); upload the dataset again")
     directory = cache_dir() / fingerprint
-    make_folder(directory, url, remedy=f"name another folder for copies by ${CACHE_VARIABLE}")
+    try:
+        make_folder(directory, url, remedy=f"name another folder for copies by ${CACHE_VARIABLE}")
+    except InputError as error:
+        raise DatasetError(str(error)) from None
     snapshot = _Snapshot(url, directory, preparation)
     tables = [name for name in checksums if ".array_record-" not in name]
     # The fingerprint does not cover all tables, and they are small: those of an older state are found by checksums.
@@ -91,7 +94,7 @@ def _open(url: str) -> _Snapshot:
 def _read_preparation(url: str) -> bytes:
     try:
         store, path = stores.open_store(url)
-    except stores.StoreError as error:
+    except InputError as error:
         raise DatasetError(str(error)) from None
     try:
         return store.cat_file(f"{path}/{PREPARATION_FILE}")

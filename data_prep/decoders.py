@@ -98,7 +98,7 @@ def _check_matrix(frame: bytes, rows: int, columns: int) -> None:
 
 
 def _check_segments(frame: bytes, number: int) -> None:
-    """Raises ValueError if the header of a run-length coded frame is no such: the decoder reads where it points to."""
+    """Raises ValueError if the header of a run-length coded frame is damaged: the decoder reads where it points to."""
     if len(frame) < 64:
         raise ValueError("the frame ends within its header")
     found, *offsets = struct.unpack_from("<16I", frame)
@@ -123,7 +123,7 @@ def decode(source: Dataset | bytes, syntax: str, frame: int, **properties: str |
         source: a compressed data set, or the value of its Pixel Data alone.
         syntax: Transfer Syntax UID.
         frame: number of the frame, from 0.
-        properties: of the image, where `source` is no data set: pydicom's `rows`, `columns`, `bits_allocated`, ...
+        properties: of the image, where `source` is not a data set: pydicom's `rows`, `columns`, `bits_allocated`, ...
 
     Raises:
         Exception: whatever pydicom and imagecodecs raise on pixel data that they cannot decode.

@@ -34,7 +34,7 @@ class Axes:
 
 @functools.lru_cache(maxsize=256)
 def canonical_axes(orientation: tuple[float, ...]) -> Axes | None:
-    """Axes of Image Orientation (Patient), or None if the six cosines are no two orthogonal unit vectors."""
+    """Axes of Image Orientation (Patient), or None if the six cosines are not two orthogonal unit vectors."""
     along_columns, along_rows = np.array(orientation[:3]), np.array(orientation[3:])
     lengths = np.linalg.norm(along_columns), np.linalg.norm(along_rows)
     if abs(lengths[0] - 1) > 0.01 or abs(lengths[1] - 1) > 0.01 or abs(along_columns @ along_rows) > 0.01:

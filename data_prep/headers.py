@@ -69,7 +69,7 @@ Elements = dict[int, DataElement | RawDataElement]  # keyed by tag
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Frame:
-    """What an enhanced multi-frame file says of one frame; the fields are those of `Header`."""
+    """One frame of an enhanced multi-frame file; the fields have the names and meanings of `Header`."""
 
     image_type: tuple[str, ...]
     acquisition_number: int | None
@@ -145,7 +145,7 @@ class Header:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NotAnImage:
-    """A file that holds no image; `reason` is a name of `data_prep.scan.reasons.REASONS`."""
+    """A file without an image; `reason` is a name of `data_prep.scan.reasons.REASONS`."""
 
     source: Source
     reason: str
@@ -383,7 +383,7 @@ def _texts(elements: Elements, tag: int) -> tuple[str, ...]:
     return _parse_texts(raw) if raw else ()
 
 
-@functools.lru_cache(maxsize=4096)  # most values are those of the file before
+@functools.lru_cache(maxsize=4096)  # most values repeat those of the file before
 def _parse_texts(raw: bytes) -> tuple[str, ...]:
     try:
         text = raw.decode("utf-8")
@@ -394,7 +394,7 @@ def _parse_texts(raw: bytes) -> tuple[str, ...]:
 
 
 def _numbers(elements: Elements, tag: int) -> tuple[float, ...]:
-    """All values of a decimal string; () if any of them is no usable number."""
+    """All values of a decimal string; () if any of them is not a usable number."""
     try:
         values = tuple(float(part) for part in _texts(elements, tag))
     except ValueError:

@@ -34,7 +34,7 @@ def rescale(header: Header) -> tuple[float, float]:
 
 
 def padding_range(header: Header) -> tuple[int, int] | None:
-    """Lowest and highest stored value that Pixel Padding Value and Range Limit declare to be no image."""
+    """Lowest and highest stored value that Pixel Padding Value and Range Limit declare to lie outside the image."""
     if header.padding_value is None:
         return None
     limit = header.padding_value if header.padding_limit is None else header.padding_limit
@@ -88,7 +88,7 @@ class PlausibilityCount:
         self._total = self._air = self._soft = self._dense = 0
 
     def add(self, stored: np.ndarray, header: Header) -> None:
-        """Counts one slice of stored values [H, W]; padding is no evidence of air."""
+        """Counts one slice of stored values [H, W]; padding is not evidence of air."""
         slope, intercept = rescale(header)
         sample = stored[::_SAMPLE_STEP, ::_SAMPLE_STEP]
         hu = sample * slope + intercept

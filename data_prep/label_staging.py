@@ -89,7 +89,7 @@ def input_digests(sources: LabelSources, input_dir: Path) -> tuple[tuple[str, st
 
 
 def stage(sources: LabelSources, input_dir: Path, database: Path, violations_csv: Path | None = None) -> Labels:
-    """Reads every table and annotation into `database` (private: it holds UIDs), which is made anew.
+    """Reads every table and annotation into `database` (private: it holds UIDs), which is created again.
 
     Exams that break a rule of the RSNA labels go to `violations_csv`, their number by rule into `Labels.counts`.
 
@@ -108,7 +108,7 @@ def _stage(sources: LabelSources, input_dir: Path, database: Path, violations_cs
     specs: list[TableSpec] = []
     counts: dict[str, Any] = {}
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        connection.execute("PRAGMA synchronous = OFF")  # a killed run makes it anew
+        connection.execute("PRAGMA synchronous = OFF")  # after a killed run it is created again
         connection.execute("CREATE TABLE labels (number, key, cells, line, PRIMARY KEY (number, key)) WITHOUT ROWID")
         connection.execute("CREATE TABLE attributes (key PRIMARY KEY, cells) WITHOUT ROWID")
         connection.execute("CREATE TABLE annotations (key PRIMARY KEY, reading) WITHOUT ROWID")

@@ -229,7 +229,7 @@ def read_attributes(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     `age` in whole years, 90 for everything above 89; `sex` F, M or O; `ethnic_group` text of at most 32 characters.
 
     Raises:
-        InputError: no patient, or a value that is none.
+        InputError: no patient, or a value that is not allowed.
     """
     held = check_attributes(path)
     for line, (patient, *cells) in read_rows(path, ("PatientID", *held)):
@@ -245,12 +245,12 @@ def _attribute(name: str, cell: str) -> Any:
     if name == "age":
         years = _number(cell)
         if years is None or not 0 <= years <= 130:
-            raise InputError("age is no number of years; give one from 0 to 130")
+            raise InputError("age is not a number of years; give one from 0 to 130")
         return min(OLDEST, int(years))
     if name == "sex":
         if cell.upper() not in ("F", "M", "O"):
-            raise InputError("sex is none of F, M, O; give one of them")
+            raise InputError("sex is not F, M or O; give one of the three")
         return cell.upper()
     if not _GROUP.fullmatch(cell) or _LIKE_AN_IDENTIFIER.search(cell):
-        raise InputError("ethnic_group is no name of at most 32 letters, digits and blanks, _ / -; give another one")
+        raise InputError("ethnic_group is not a name of at most 32 letters, digits, blanks, _ / -; give another one")
     return " ".join(cell.split())

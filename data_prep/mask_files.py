@@ -24,13 +24,13 @@ from data_prep.system.errors import InputError
 from data_prep.volume import Volume
 
 MAX_REGIONS = 255  # of a volume: a mask is uint8
-POSITION_TOLERANCE = 0.25  # of the distance of pixels, or of slices: a shift by half a voxel is none to overlook
+POSITION_TOLERANCE = 0.25  # of the distance of pixels, or of slices: a shift by half a voxel must not be overlooked
 
 _SUFFIX = re.compile(r"[_-](mask|seg|label)$", re.IGNORECASE)
 
 
 class MaskError(InputError):
-    """A mask that can't be used; one line. Those of `read_mask` hold no names and no identifiers."""
+    """A mask that can't be used; one line. The messages of `read_mask` hold no names and no identifiers."""
 
 
 def index_masks(masks_dir: Path) -> dict[str, Path]:
@@ -86,7 +86,7 @@ def read_mask(path: Path, volume: Volume) -> np.ndarray:
 
     Raises:
         MaskError: another matrix, voxels elsewhere by more than `POSITION_TOLERANCE`, slices that are missing or that
-            the volume has not, values that are no whole numbers from 0 to 255, or a damaged file.
+            the volume lacks, values that are not whole numbers from 0 to 255, or a damaged file.
         OSError: the file cannot be read.
     """
     return (_read_nifti if EXTENSION.search(path.name) else _read_segmentation)(path, volume)

@@ -73,14 +73,14 @@ def check(input_dir: Path, metadata_csv: Path) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, Metadata]:
-    """Rows by VolumeName, which may end in .nii or .nii.gz. Other columns than those of `Metadata` are passed over.
+    """Rows by VolumeName, which may end in .nii or .nii.gz. Columns that `Metadata` lacks are skipped.
 
     RescaleSlope, RescaleIntercept, PatientID, PatientSex, PatientAge (`061Y` or a number of years), Manufacturer,
     ConvolutionKernel, SliceThickness and QualityControlSubject are the attributes of DICOM of that name; XYSpacing is
     Pixel Spacing (`[0.7, 0.7]` or one number) and ZSpacing the distance of the slices, in mm.
 
     Raises:
-        InputError: no such file, no column VolumeName, a cell that is no number, or one volume with two rows.
+        InputError: no such file, no column VolumeName, a cell that is not a number, or one volume with two rows.
     """
     if not path.is_file():
         raise InputError(f"--metadata_csv={path}: no such file; give a CSV file with a column VolumeName")

@@ -32,7 +32,7 @@ from data_prep.scan.loading import (
 )
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
-from data_prep.system.errors import InputError
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, file_sha256, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
@@ -96,7 +96,7 @@ def plan_buckets(plan_dir: Path, rules: Rules, pool: WorkerPool) -> list[Path]:
     with Progress("planning", "buckets", len(tasks)) as progress:
         for _, result in pool.run(_plan_bucket, tasks):
             if isinstance(result, WorkerDied):
-                raise OSError("planning was killed, probably for memory; run again with a smaller --num_workers")
+                raise RunFailed("planning was killed, probably for memory; run again with a smaller --num_workers")
             progress.advance(1)
     return [plan for _, plan, _ in tasks]
 
@@ -217,7 +217,7 @@ def _unpickled(file: BinaryIO) -> Iterator[Any]:
 
 
 def _bucket_number(entry: Header | NotAnImage | Unreadable, num_buckets: int) -> int:
-    """Files of one study and patient share a bucket; files that are no images are spread by their names."""
+    """Files of one study and patient share a bucket; files without an image are spread by their names."""
     if isinstance(entry, Header):
         name = f"{entry.patient_key}|{entry.study_instance_uid}"
     else:

@@ -25,64 +25,31 @@ what the files do not say, as CT-RATE has it: see data_prep.nifti_metadata). Bes
 (data_prep.pipeline.beam has the command lines); the dataset is the same to the byte.
 """
 
-import shlex
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from data_prep import stores
-from data_prep.remote_archives import archive_directory
 from data_prep.system import command_line
-from data_prep.system.errors import InputError
 
 FLAGS = flags.FLAGS
 _UPLOAD = "write it to a local disk, then upload it with `gcloud storage cp -r` or `aws s3 cp --recursive`"
-
 _WINDOWS = {"rsna_pe": ["50,350", "100,700"]}  # where no --window is given: the second is made for pulmonary arteries
 
 
-def parse_splits(text: str) -> tuple[float, float, float]:
-    """Three fractions that sum to 1, the first above 0. Raises InputError."""
-    remedy = "give three fractions that sum to 1, such as --splits=0.8,0.1,0.1"
-    try:
-        train, validation, test = (float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--splits={text}: {remedy}") from None
-    if not (train > 0 and validation >= 0 and test >= 0 and abs(train + validation + test - 1) < 1e-6):
-        raise InputError(f"--splits={text}: {remedy}, the first above 0")
-    return train, validation, test
-
-
 def main(argv: list[str]) -> int:
-    """Command line."""
-    from data_prep.window import parse_window  # not earlier: --help needs none of it
-
-    windows = tuple(parse_window(text) for text in FLAGS.window or _WINDOWS.get(FLAGS.archive, ["50,350"]))
-    splits = parse_splits(FLAGS.splits)
-    if not FLAGS.shard_size_mb > 0:
-        raise InputError(f"--shard_size_mb={FLAGS.shard_size_mb:g}: give a number of megabytes above 0")
-    beam_options = _parse_beam_options(FLAGS.runner, FLAGS.beam_options)
-
     from data_prep.labels import LabelSources
-    from data_prep.pipeline import prepare as preparation
+    from data_prep.pipeline.accounting import dataset_text, dry_run_text
+    from data_prep.pipeline.options import Directories, Options, parse_beam_options, parse_megabytes, parse_splits
+    from data_prep.pipeline.prepare import dry_run, prepare
     from data_prep.privacy.pseudonyms import default_audit_dir
-    from data_prep.scan.reasons import FAILED_FOR_NOW
+    from data_prep.remote_archives import archive_directory
     from data_prep.scan.rules import Rules
+    from data_prep.window import parse_window
 
-    sources = LabelSources(
+    options = Options(
         archive=FLAGS.archive,
-        labels_csv=tuple(stores.local_path(path, "--labels_csv") for path in FLAGS.labels_csv),
-        attributes_csv=_path("attributes_csv"),
-        metadata_csv=_path("metadata_csv"),
-        masks_dir=_path("masks_dir"),
-        annotations_dir=_path("annotations_dir"),
-        consensus=FLAGS.consensus,
-        min_area_px=FLAGS.min_area_px,
-    )
-    options = preparation.Options(
-        archive=FLAGS.archive,
-        windows=windows,
+        windows=tuple(parse_window(text) for text in FLAGS.window or _WINDOWS.get(FLAGS.archive, ["50,350"])),
         image_size=FLAGS.image_size,
         rules=Rules(
             max_slice_thickness_mm=FLAGS.max_slice_thickness_mm,
@@ -91,106 +58,34 @@ def main(argv: list[str]) -> int:
             irregular=FLAGS.irregular,
             reconstructions=FLAGS.reconstructions,
         ),
-        splits=splits,
+        splits=parse_splits(FLAGS.splits),
         holdout_volumes=FLAGS.holdout_volumes,
-        shard_size_mb=FLAGS.shard_size_mb,
+        shard_size_mb=parse_megabytes(FLAGS.shard_size_mb),
     )
+    beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options)
+    paths = {name: _path(name) for name in ("attributes_csv", "metadata_csv", "masks_dir", "annotations_dir")}
+    tables = tuple(stores.local_path(path, "--labels_csv") for path in FLAGS.labels_csv)
+    sources = LabelSources(FLAGS.archive, tables, **paths, consensus=FLAGS.consensus, min_area_px=FLAGS.min_area_px)
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", _UPLOAD)
     audit_dir = _path("audit_dir", "choose a directory here") or default_audit_dir(output_dir)
-    places = preparation.Places(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
-    same_splits_as = [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path]
+    directories = Directories(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
+    shared = {
+        "sources": sources,
+        "num_workers": FLAGS.num_workers,
+        "same_splits_as": [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path],
+    }
     if FLAGS.dry_run:
-        from data_prep.pipeline.dry_run import dry_run
-        from data_prep.pipeline.known_splits import read_known_splits
-
-        read_known_splits(same_splits_as)
-        counts = dry_run(options, places, sources=sources, num_workers=FLAGS.num_workers)
-        print("Dry run: what the headers say; pixels may refuse more. Nothing was written.")
-        print(
-            f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} slices "
-            f"would be converted, about {counts['bytes'] / 1e6:.0f} MB."
-        )
-        print(summary_table(counts))
+        print(dry_run_text(dry_run(options, directories, **shared)))
         return 0
-    prepared, changed = preparation.prepare(
-        options,
-        places,
-        sources=sources,
-        num_workers=FLAGS.num_workers,
-        pseudonym_key_file=_path("pseudonym_key_file"),
-        same_splits_as=same_splits_as,
-        beam_options=beam_options,
-    )
-    state = "is complete" if changed else "is complete already: nothing to do"
-    print(f"{output_dir} {state}{' (SYNTHETIC data)' * prepared['synthetic']}.")
-    for split, facts in prepared["splits"].items():
-        print(
-            f"  {split}: {facts['num_volumes']} volumes of {facts['num_patients']} patients, "
-            f"{facts['num_slices']} slices"
-        )
-    print(summary_table(prepared["counts"]))
-    if missing := prepared["counts"]["volumes_without_files"]:
-        print(f"{missing:>8} volumes whose files are gone; they stay in the dataset")
-    if failed := preparation.num_failed_for_now(prepared["counts"]):
-        print(f"{failed:>8} series or files could not be read for now ({FAILED_FOR_NOW}); run again to retry")
-    print(f"Private: {places.audit_dir} links pseudonyms to files; keep it with the scans.")
+    key_file = _path("pseudonym_key_file")
+    prepared, changed = prepare(options, directories, pseudonym_key_file=key_file, beam_options=beam_options, **shared)
+    print(dataset_text(prepared, changed, output_dir, audit_dir))
     return 0
-
-
-def _parse_beam_options(runner: str, text: str) -> list[str] | None:
-    """None: not under Beam."""
-    if runner != "beam":
-        if text:
-            raise InputError("--beam_options are of --runner=beam; add that or leave them out")
-        return None
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise InputError(f"--beam_options={text}: {error}; quote them as on a command line") from None
 
 
 def _path(flag: str, remedy: str = "give a local copy") -> Path | None:
     text = FLAGS[flag].value
     return stores.local_path(text, f"--{flag}", remedy) if text else None
-
-
-def summary_table(counts: dict[str, Any]) -> str:
-    """What became of the files, by reason; the parts add up to the number of files."""
-    from data_prep.scan.reasons import REASONS
-
-    lines = [f"{counts['files']:>8} files", f"{counts['files_in_volumes']:>8} in volumes"]
-    for title, name in (
-        ("of the volumes' series, dropped", "files_dropped"),
-        ("in rejected series", "files_rejected"),
-        ("not images", "files_not_images"),
-    ):
-        lines.append(f"{sum(counts[name].values()):>8} {title}")
-        for reason, number in counts[name].items():
-            series = f" in {counts['series_rejected'][reason]} series" if name == "files_rejected" else ""
-            lines.append(f"{number:>16} {reason}{series}: {REASONS[reason]}")
-    lines += label_lines(counts)
-    return "\n".join(lines)
-
-
-def label_lines(counts: dict[str, Any]) -> list[str]:
-    """What became of tables, annotations and masks."""
-    from data_prep.rsna_pe import RULES
-
-    lines = []
-    for name, classes in counts.get("labels", {}).items():
-        numbers = ", ".join(f"{number} {text}" for text, number in classes.items())
-        lines.append(f"{sum(classes.values()):>8} cells of {name}: {numbers}")
-    for names, number in counts.get("label_rows_without_match", {}).items():
-        lines += [f"{number:>8} rows of labels ({names}) of scans that are not in the archive"] if number else []
-    for name, what in (
-        ("attribute_rows_without_match", "rows of attributes of patients who are not in the archive"),
-        ("annotations_without_match", "annotations of scans that are not in the archive"),
-        ("masks_without_match", "masks of scans that are not in the archive"),
-    ):
-        lines += [f"{counts[name]:>8} {what}"] if counts.get(name) else []
-    for rule, number in counts.get("exams_with_inconsistent_labels", {}).items():
-        lines.append(f"{number:>8} exams whose labels break the rule {rule}: {RULES[rule]}")
-    return lines
 
 
 def define_flags() -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep import stores
+from data_prep.system.errors import InputError
 
-HEADER_BLOCK = 64 << 10  # bytes of a request for a header: those of nearly all CT slices are shorter
+HEADER_BLOCK = 64 << 10  # bytes of a request for a header: nearly all headers of CT slices are shorter
 _REQUESTS_AT_A_TIME = 16
 _ZIP_BLOCK = 1 << 20  # a member of a zip file, mostly
 
@@ -37,7 +38,7 @@ class RemoteArchive:
         """Whether the folder is there and can be reached."""
         try:
             self.check()
-        except stores.StoreError:
+        except InputError:
             return False
         return True
 
@@ -45,15 +46,15 @@ class RemoteArchive:
         return False  # `check` refuses it
 
     def check(self, flag: str = "") -> None:
-        """Raises StoreError if the URL is no folder that can be reached; the message begins with `flag`."""
+        """Raises InputError if the URL is not a folder that can be reached; the message begins with `flag`."""
         store, path = stores.open_store(self.url)
         named = f"{flag}={self.url}" if flag else self.url
         try:
             kind = store.info(path)["type"]
         except Exception as error:  # each store has its own
-            raise stores.StoreError(f"{named}: {stores.explain(self.url, error)}") from None
+            raise InputError(f"{named}: {stores.explain(self.url, error)}") from None
         if kind != "directory":
-            raise stores.StoreError(f"{named}: is a file; give the folder of the scans")
+            raise InputError(f"{named}: is a file; give the folder of the scans")
 
 
 class _Ahead:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from data_prep.label_tables import Row, Table, read_header, read_rows
 from data_prep.remote_archives import RemoteArchive, local_copy
-from data_prep.system.errors import InputError
+from data_prep.system.errors import InputError, RunFailed
 
 TRAIN_FILE = "train.csv"
 WINDOWS = ((50.0, 350.0), (100.0, 700.0))  # level, width in HU: soft tissue, pulmonary arteries
@@ -68,7 +68,7 @@ def train_csv(input_dir: Path | RemoteArchive) -> Path | None:
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return None
-            raise OSError(f"{input_dir}/{TRAIN_FILE}: cannot be read ({error.strerror}); run again") from None
+            raise RunFailed(f"{input_dir}/{TRAIN_FILE}: cannot be read ({error.strerror}); run again") from None
     path = input_dir / TRAIN_FILE
     return path if path.is_file() else None
 

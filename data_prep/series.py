@@ -138,7 +138,7 @@ def _plan_one(series_key: str, slices: list[Header], rules: Rules) -> list[Serie
 
 
 def _foreign(header: Header) -> str | None:
-    """Why an image is no axial CT slice at all."""
+    """Why an image is not an axial CT slice at all."""
     if header.modality != "CT" and (header.modality or header.sop_class_uid not in CT_IMAGE_STORAGE):
         return "not_ct"
     if _LOCALIZER & set(header.image_type):

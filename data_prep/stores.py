@@ -24,10 +24,6 @@ _LOGGERS = ("fsspec", "gcsfs", "s3fs", "aiobotocore", "botocore", "google.auth",
 _CREDENTIALS = {"gcs": "gcloud auth application-default login", "s3": "aws configure"}
 
 
-class StoreError(InputError):
-    """A URL that cannot be used; the message is one line that names it and the remedy."""
-
-
 class StoreReadError(OSError):
     """The store failed, after the retries of its package. `strerror` names no file."""
 
@@ -46,11 +42,11 @@ def local_path(text: str | os.PathLike, name: str = "", remedy: str = "give a lo
     """The path that `text` names, `~` and `file://` resolved.
 
     Raises:
-        StoreError: it is the URL of a store, where only a local path will do; the message begins with `name`, a flag.
+        InputError: it is the URL of a store, where only a local path will do; the message begins with `name`, a flag.
     """
     text = os.fspath(text)
     if is_url(text):
-        raise StoreError(f"{f'{name}={text}' if name else text}: must be on a mounted file system; {remedy}")
+        raise InputError(f"{f'{name}={text}' if name else text}: must be on a mounted file system; {remedy}")
     for protocol in _LOCAL:
         text = text.removeprefix(protocol)
     return Path(text).expanduser()
@@ -60,7 +56,7 @@ def open_store(url: str) -> tuple["AbstractFileSystem", str]:
     """The file system of a URL and the path in it, without a slash at its end.
 
     Raises:
-        StoreError: a package or credentials are missing, or nobody knows the protocol.
+        InputError: a package or credentials are missing, or nobody knows the protocol.
     """
     return _open_store(url, os.getpid())
 
@@ -77,11 +73,11 @@ def _open_store(url: str, process: int) -> tuple["AbstractFileSystem", str]:
     except ImportError as error:
         extra = _extra(url)
         remedy = f"pip install 'ctssl_jax[{extra}]'" if extra else f"install it ({error})"
-        raise StoreError(f"{url}: needs a package that is not installed: {remedy}") from None
+        raise InputError(f"{url}: needs a package that is not installed: {remedy}") from None
     except ValueError as error:
-        raise StoreError(f"{url}: {error}; give a directory, or a URL such as gs://BUCKET/DIR") from None
+        raise InputError(f"{url}: {error}; give a directory, or a URL such as gs://BUCKET/DIR") from None
     except Exception as error:  # each package has its own
-        raise StoreError(f"{url}: {explain(url, error)}") from None
+        raise InputError(f"{url}: {explain(url, error)}") from None
     return store, path.rstrip("/")
 
 

@@ -110,7 +110,7 @@ def _label_problems(dataset: Dataset) -> Iterator[str]:
         slices, of_volumes = dataset.slices(), dataset.labels()
         regions = dataset.regions()
     except DatasetError as error:
-        yield " ".join(str(error).replace(f"{dataset.directory}/", "").split())
+        yield str(error)
         return
     if slice_columns(labels, bool(masks)):
         expected = [(row["volume_id"], index) for row in volumes for index in range(row["num_slices"])]

@@ -19,7 +19,7 @@ from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
 from ctssl_jax.parallel.processes import configure_jax
-from experiments.benchmark_training import (
+from experiments.bench.sides import (
     GIB,
     LEARNING_RATE,
     compiled_bytes,

@@ -11,7 +11,6 @@ of the main process and of the largest worker. Linux only (it reads /proc).
 
 import multiprocessing
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,12 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pydicom
-from absl import app, flags
+from absl import flags
 
 from data_prep.archives import Source, list_sources, read_bytes
 from data_prep.headers import Header, read_header
 from data_prep.planning import all_headers, list_archive, plan_buckets, read_plan, scan_headers
 from data_prep.scan.rules import Rules
+from data_prep.system import command_line
+from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.files import PARTIAL, folder_written_whole
 from data_prep.workers import WorkerPool, usable_cores
 
 FLAGS = flags.FLAGS
@@ -61,7 +63,7 @@ def texts(series: int, image: int) -> list[str]:
 def templates(input_dir: Path) -> list[bytes]:
     """Files of one header each, without pixels and private elements, with the texts of `_MARKS`.
 
-    Raises ValueError if there is no CT image.
+    Raises InputError if there is no CT image.
     """
     found: dict[str, bytes] = {}
     for source in list_sources(input_dir):
@@ -71,7 +73,7 @@ def templates(input_dir: Path) -> list[bytes]:
         if isinstance(header, Header) and _is_usable(header) and header.series_instance_uid not in found:
             found[header.series_instance_uid] = _template(read_bytes(input_dir, source))
     if not found:
-        raise ValueError(f"--input_dir={input_dir}: no CT image of thin slices in it; give other scans")
+        raise InputError(f"--input_dir={input_dir}: no CT image of thin slices in it; give other scans")
     return list(found.values())
 
 
@@ -160,10 +162,8 @@ def _peak_memory_mb(process: int | str) -> float:
 def measure_size(headers: list[bytes], scratch: Path, num_files: int, num_workers: int) -> Measured:
     archive = scratch / f"archive_{num_files}"
     if not archive.exists():
-        partial = archive.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        make_archive(headers, partial, num_files)
-        partial.rename(archive)
+        with folder_written_whole(archive, archive.with_suffix(PARTIAL)) as temporary:
+            make_archive(headers, temporary, num_files)
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(dir=scratch) as plan_dir:
@@ -173,7 +173,7 @@ def measure_size(headers: list[bytes], scratch: Path, num_files: int, num_worker
         try:
             return receiving.recv()
         except EOFError:
-            raise RuntimeError(f"the measurement of {num_files} files failed") from None
+            raise RunFailed(f"the measurement of {num_files} files failed") from None
         finally:
             process.join()
 
@@ -207,4 +207,4 @@ if __name__ == "__main__":
         "scratch_dir", None, "Where they are made, about 6 kB a file, and stay (default: a temporary one)."
     )
     flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
-    app.run(main)
+    command_line.run(main)

@@ -159,7 +159,7 @@ def waiting_share(folder: Path) -> tuple[float, float]:
     """Train a small classifier on noise for 200 steps: (slices a second, share of the time spent waiting for data)."""
     from configs import rotation
     from ctssl_jax.reports import read_reports
-    from ctssl_jax.train import train
+    from ctssl_jax.training__loop import train
 
     config = rotation.get_config("small")
     config.update(dataset=str(temporary_dataset(folder / "small", 640, 64)), batch_size=64)

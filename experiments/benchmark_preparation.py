@@ -44,7 +44,8 @@ from data_prep.headers import Header, read_header
 from data_prep.labels import LabelSources
 from data_prep.pipeline.convert import convert_exam
 from data_prep.pipeline.notes import Conversion
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.series import SeriesCandidate, plan_series, select_reconstructions
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
@@ -227,7 +228,8 @@ def evict(folder: Path) -> None:
 def prepare_anew(archive: Path, num_workers: int = 1) -> None:
     """Into a temporary directory, silently."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(open(os.devnull, "w")):
-        prepare(OPTIONS, Places(archive, Path(folder) / "dataset", Path(folder) / "audit"), num_workers=num_workers)
+        where = Directories(archive, Path(folder) / "dataset", Path(folder) / "audit")
+        prepare(OPTIONS, where, num_workers=num_workers)
 
 
 def measure(name: str, archive: Path, copies: int, repeats: int, scratch: Path) -> None:

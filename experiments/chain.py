@@ -7,7 +7,7 @@ The chain confounds a larger mask with longer training: its fourth model has see
 The ablation trains each mask size from random weights for as many steps as the chain took to get there, so that the two
 rows of a mask size differ in the way alone. Results of both stay in the same folder and the table shows both.
 
-Without a verb it runs what is missing and draws the table; `plan`, `run` and `draw` do one of the three. It can be
+Without a verb it runs the missing cells and draws the table; `plan`, `run` and `draw` do one of the three. It can be
 killed at any moment and started again.
 """
 
@@ -18,38 +18,22 @@ from absl import flags
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
-from experiments import study
-from experiments.study import Cell, Settings
+from experiments.study import results, runner
+from experiments.study.cells import FRACTIONS, Cell, Settings, chain_cells, mask_name
 
-FRACTIONS = (0.05, 0.10, 0.20, 0.33)
 SCORES = ("masked_mse", "mse", "ssim")
 RECIPE = "masked_region"
-
-
-def cell_name(fraction: float) -> str:
-    """Name of a mask size's cell: 0.05 -> `mask_05`."""
-    return f"mask_{100 * fraction:02.0f}"
-
-
-def chain_cells(settings: Settings) -> list[Cell]:
-    """One training a mask size, each from the last checkpoint of the one before."""
-    cells: list[Cell] = []
-    for fraction in FRACTIONS:
-        after = cells[-1].name if cells else ""
-        cells.append(study.train_cell(settings, cell_name(fraction), RECIPE, after=after, mask__fraction=fraction))
-    return cells
 
 
 def ablation_cells(settings: Settings) -> list[Cell]:
     """The mask sizes from random weights, each for as many steps as the chain took in all; the first is the chain's."""
     steps = settings.steps(RECIPE)
     return [
-        study.train_cell(
-            settings,
-            f"{cell_name(fraction)}_alone",
+        settings.cell(
+            f"{mask_name(fraction)}_alone",
             RECIPE,
+            {"mask.fraction": fraction},
             num_steps=(stage + 1) * steps,
-            mask__fraction=fraction,
         )
         for stage, fraction in enumerate(FRACTIONS)
         if stage > 0
@@ -64,9 +48,9 @@ def table_rows(chained: Sequence[Cell], alone: Sequence[Cell], steps: int) -> li
         ways += [("from random weights", alone[stage - 1])] if stage else []
         for way, cell in ways:
             row = {"mask": f"{fraction:.0%}", "training": way, "steps in all": f"{(stage + 1) * steps:,}"}
-            result = study.read_result(cell)
+            result = results.read_result(cell)
             for score in SCORES:
-                row[score] = "" if result is None else study.score(result["metrics"][score])
+                row[score] = "" if result is None else results.score(result["metrics"][score])
             rows.append(row)
     return rows
 
@@ -75,40 +59,40 @@ def draw(settings: Settings) -> str:
     """Write `chain.md` and `chain.csv` into the study's folder; returns the Markdown."""
     chained, alone = chain_cells(settings), ablation_cells(settings)
     rows = table_rows(chained, alone, settings.steps(RECIPE))
-    results = [result for cell in (*chained, *alone) if (result := study.read_result(cell))]
-    if not results:
+    complete = [result for cell in (*chained, *alone) if (result := results.read_result(cell))]
+    if not complete:
         raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
-    caption = study.caption(results)
-    text = f"# Progressive masking, chained and not\n\n{caption}\n\n{study.markdown(rows)}"
+    caption = results.caption(complete)
+    text = f"# Progressive masking, chained and not\n\n{caption}\n\n{results.markdown(rows)}"
     write_text(settings.workdir / "chain.md", text)
-    study.write_csv(settings.workdir / "chain.csv", rows)
+    results.write_csv(settings.workdir / "chain.csv", rows)
     return text
 
 
 def define_flags() -> None:
     """Only where this module is the program."""
-    study.define_flags()
+    runner.define_flags()
     flags.DEFINE_bool("chained", True, "Each from the one before; --nochained: each from random weights.")
 
 
 def main(argv: list[str]) -> int:
     """Command line."""
     verb = argv[1] if len(argv) > 1 else ""
-    settings = study.settings_of_flags(verb)
-    study.check_overrides(settings, [RECIPE])
+    settings = runner.settings_of_flags(verb)
+    runner.check_overrides(settings, [RECIPE])
     chain = chain_cells(settings)
     cells = chain if flags.FLAGS.chained else [chain[0], *ablation_cells(settings)]
     if verb == "plan":
         more = [] if flags.FLAGS.chained else ["--nochained"]
-        study.plan(cells, "experiments.chain", [*study.options_of(settings), *more])
+        runner.plan(cells, "experiments.chain", [*runner.options_of(settings), *more])
     if verb in ("", "run"):
-        study.record_settings(settings.workdir, study.settings_content(settings))
-        study.run(cells, flags.FLAGS.cells, settings.workdir)
+        runner.record_settings(settings.workdir, runner.settings_content(settings))
+        runner.run(cells, flags.FLAGS.cells, settings.workdir)
     if verb in ("", "draw"):
-        print(draw(study.recorded(settings)))
+        print(draw(runner.recorded(settings)))
     return 0
 
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, study.VERBS)
+    command_line.run(main, runner.VERBS)

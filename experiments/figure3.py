@@ -14,43 +14,28 @@ cells, one command each. With your own data:
 from absl import flags
 
 from data_prep.system import command_line
-from experiments import downstream, learning_curves, study
-from experiments.downstream import Study
+from experiments.study import curves, downstream, runner
 
-ARMS = ("random", "masked_05", "masked_20", "next_slice", "denoising", "rotation", "flip", "se_resnext")
-PANELS = (
-    learning_curves.Panel(
-        "A  Sensitivity (threshold of the validation split)", "sensitivity", ("masked_", "se_resnext")
-    ),
-    learning_curves.Panel("B  Specificity (the same threshold)", "specificity", ("masked_", "se_resnext")),
-    learning_curves.Panel("C  AUROC over slices", "auroc", ("",)),
+ARMS = (
+    "random",
+    "masked_05",
+    "masked_20",
+    "next_slice",
+    "denoising",
+    "rotation",
+    "flip",
+    "se_resnext",
 )
-MORE = ("exam_auroc", "average_precision", "brier", "ece")
-
-
-def cells_of(asked: Study, arms: list[str]) -> tuple[list[study.Cell], dict[downstream.Point, study.Cell]]:
-    """All cells in order, and those of the grid by their point."""
-    points = downstream.grid(asked, arms, (asked.sizes.pe_steps,))
-    grid = {point: downstream.downstream_cell(asked, "pe", point, asked.dataset, {}) for point in points}
-    data = downstream.data_cells(asked, ("pretraining", "pe"))
-    return [*data, *downstream.pretraining_cells(asked, arms), *grid.values()], grid
-
-
-def main(argv: list[str]) -> int:
-    """Command line."""
-    return learning_curves.main(
-        argv,
-        module="experiments.figure3",
-        kind="pe",
-        cells_of=cells_of,
-        name="figure3",
-        title="PE detection against the size of the training set",
-        panels=PANELS,
-        more=MORE,
-    )
-
+SOTA = ("masked_", "se_resnext")
+FIGURE = curves.pe_figure(
+    "figure3",
+    "PE detection against the size of the training set",
+    curves.Panel("A  Sensitivity (threshold of the validation split)", "sensitivity", SOTA),
+    curves.Panel("B  Specificity (the same threshold)", "specificity", SOTA),
+    curves.Panel("C  AUROC over slices", "auroc"),
+)
 
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
     flags.adopt_module_key_flags(downstream)
-    command_line.run(main, study.VERBS)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

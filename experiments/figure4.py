@@ -9,26 +9,14 @@ Same cells, data and statistics as `experiments.figure3`; in one --workdir the a
 from absl import flags
 
 from data_prep.system import command_line
-from experiments import downstream, figure3, learning_curves, study
+from experiments.study import curves, downstream, runner
 
 ARMS = ("random", *downstream.MASKED)
-
-
-def main(argv: list[str]) -> int:
-    """Command line."""
-    return learning_curves.main(
-        argv,
-        module="experiments.figure4",
-        kind="pe",
-        cells_of=figure3.cells_of,
-        name="figure4",
-        title="PE detection by size of the masked region",
-        panels=(learning_curves.Panel("AUROC over slices", "auroc", ("",)),),
-        more=figure3.MORE,
-    )
-
+FIGURE = curves.pe_figure(
+    "figure4", "PE detection by size of the masked region", curves.Panel("AUROC over slices", "auroc")
+)
 
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
     flags.adopt_module_key_flags(downstream)
-    command_line.run(main, study.VERBS)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

@@ -9,17 +9,12 @@ Same cells, data and statistics as `experiments.figure5`; in one --workdir the a
 from absl import flags
 
 from data_prep.system import command_line
-from experiments import downstream, figure5, study
+from experiments.study import curves, downstream, runner
 
 ARMS = ("random", *downstream.MASKED)
-
-
-def main(argv: list[str]) -> int:
-    """Command line."""
-    return figure5.main(argv, "figure_s1", "by size of the masked region")
-
+FIGURE = curves.nodule_figure("figure_s1", "Nodule segmentation by size of the masked region")
 
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
     flags.adopt_module_key_flags(downstream)
-    command_line.run(main, study.VERBS)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

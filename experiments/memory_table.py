@@ -7,8 +7,8 @@ The reckoned table adds up, for one device,
 
 * parameters, gradients and the two moments of RAdam, float32, each divided by the number of devices that share them;
 * if they are shared, the parameters gathered for the computation, once, float32;
-* what the backward pass keeps of the forward pass: the residuals that JAX saves for the loss of
-  `experiments.benchmark_training`, copies of kernels in the convolutions' dtype included, all of them at once;
+* the arrays that the backward pass keeps of the forward pass: the residuals that JAX saves for the loss of
+  `experiments.bench.sides`, copies of kernels in the convolutions' dtype included, all of them at once;
 * working memory: three float32 arrays as large as the largest activation (a gradient coming in, one going out, and
   what a convolution library asks for), and with recomputed blocks the residuals of one block;
 * with --scan the stack of the blocks' gradients (that of their parameters is among the residuals).
@@ -34,7 +34,7 @@ from jax.extend.core import Literal
 
 from ctssl_jax.models.layers import ResidualBlock
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
-from experiments.benchmark_training import GIB, LEARNING_RATE, Batch, compiled_bytes, loss_of, make_train_step
+from experiments.bench.sides import GIB, LEARNING_RATE, Batch, compiled_bytes, loss_of, make_train_step
 
 DEVICE_GIB = (16, 40, 80, 141)
 USABLE = 0.9  # share of a device's memory

@@ -12,118 +12,19 @@ the number of volumes; what is counted under each name stands below the table.
 The second part is what `data_prep.describe` computes of each dataset; its files go to OUTPUT_DIR/DATASET.
 """
 
-import collections
 import csv
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from absl import flags
 
 from data_prep import lidc
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
-from data_prep.system.files import write_text
-from experiments import study
-from experiments.paper import TABLE1
-
-_MATRIX = (512, 512)  # of every CT series of the collection
-
-
-class Series(NamedTuple):
-    """A line of --geometry."""
-
-    patient_id: str
-    series_instance_uid: str
-    slice_thickness_mm: float
-    slice_spacing_mm: float
-
-
-class PatientVotes(NamedTuple):
-    """The nodules of a patient's first scan."""
-
-    patient_id: str
-    nodules: list[lidc.Votes]
-
-
-def read_geometry(path: Path) -> list[Series]:
-    """The CT series, by scan_order (else as they stand).
-
-    Raises:
-        InputError: no such file, a missing column or value, or a series twice.
-    """
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--geometry={path}: {error}; give the CSV of slice thickness and spacing") from error
-    needed = ("patient_id", "series_instance_uid", "slice_thickness_mm", "median_slice_spacing_mm")
-    missing = [name for name in needed if not rows or name not in rows[0]]
-    if missing:
-        raise InputError(f"--geometry={path} has no line or no column {missing[0]}; it needs {', '.join(needed)}")
-    series, order = [], []
-    for number, row in enumerate(rows, start=2):
-        try:
-            thickness, spacing = float(row[needed[2]]), float(row[needed[3]])
-            order.append(int(row.get("scan_order", number)))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"--geometry={path}, line {number}: not a number ({error}); fill it in") from error
-        if not (0 < thickness < float("inf") and 0 < spacing < float("inf")):
-            raise InputError(f"--geometry={path}, line {number}: thickness and spacing are not above 0; correct them")
-        series.append(Series(row[needed[0]], row[needed[1]], thickness, spacing))
-    if len({one.series_instance_uid for one in series}) < len(series):
-        raise InputError(f"--geometry={path} holds a series twice; leave one line out")
-    return [series[i] for i in sorted(range(len(series)), key=order.__getitem__)]
-
-
-def first_scan_votes(
-    readings: dict[str, lidc.Reading], geometry: Sequence[Series], *, keep_excluded: bool = False
-) -> list[PatientVotes]:
-    """The annotated nodules of each patient's first scan, before the consensus is taken.
-
-    Args:
-        readings: by Series Instance UID.
-        geometry: of exactly these series; the first of a patient counts.
-        keep_excluded: also take `lidc.EXCLUDED_READINGS`.
-
-    Raises:
-        InputError: series with a reading and no geometry, or the reverse.
-    """
-    listed = {series.series_instance_uid for series in geometry}
-    without_geometry, without_reading = len(readings.keys() - listed), len(listed - readings.keys())
-    if without_geometry or without_reading:
-        raise InputError(
-            f"{without_geometry} series of --annotations are not in --geometry, and {without_reading} the reverse; "
-            "give both for the same series"
-        )
-    first = {series.patient_id: series for series in reversed(geometry)}
-    patients = []
-    for series in geometry:
-        if first[series.patient_id] is not series:
-            continue
-        reading = readings[series.series_instance_uid]
-        slices = lidc.slices_from_positions(reading, series.slice_spacing_mm)
-        votes = lidc.nodule_votes(reading, slices, _MATRIX, series.slice_thickness_mm, keep_excluded=keep_excluded)
-        patients.append(PatientVotes(series.patient_id, votes))
-    return patients
-
-
-def count(patients: Iterable[PatientVotes], consensus: float, min_area_px: int) -> dict[str, int]:
-    """The lines of `TABLE1` but the number of volumes, under `lidc.consensus_nodule`'s rule."""
-    slices, volumes, kept = collections.Counter(), collections.defaultdict(set), set()
-    for patient in patients:
-        for votes in patient.nodules:
-            nodule = lidc.consensus_nodule(votes, consensus, min_area_px)
-            if nodule is not None:
-                slices[nodule.malignancy] += int(nodule.mask.any(axis=(1, 2)).sum())
-                volumes[lidc.finding(nodule.malignancy)].add(patient.patient_id)
-                kept.add(patient.patient_id)
-    return {
-        "Slices": slices.total(),
-        **{f"{name}: volumes": len(volumes[name.lower()]) for name in ("Cancer", "Ambiguous", "No cancer")},
-        **{f"Malignancy score {score}: slices": slices[score] for score in range(1, 6)},
-        "Patients": len(kept),
-    }
+from data_prep.system.files import explain, write_text
+from experiments.study.lidc_counts import count, first_scan_votes, read_geometry
+from experiments.study.paper import TABLE1
+from experiments.study.results import markdown, write_csv
+from experiments.study.runner import run_stage
 
 
 def lidc_rows(counted: dict[str, int], num_series: int) -> list[dict[str, str]]:
@@ -152,7 +53,7 @@ def dataset_rows(dataset: Path, output_dir: Path) -> list[dict[str, str]]:
     Raises:
         InputError: it is no dataset; the command has said why.
     """
-    study.run_stage(
+    run_stage(
         f"characteristics of {dataset}", "data_prep.describe", f"--dataset={dataset}", f"--output_dir={output_dir}"
     )
     with open(output_dir / "cohort.csv", newline="") as file:
@@ -175,38 +76,38 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    given = flags.FLAGS
-    if bool(given.annotations) != bool(given.geometry):
+    flag = flags.FLAGS
+    if bool(flag.annotations) != bool(flag.geometry):
         raise InputError("--annotations and --geometry belong together; give both or neither")
-    if not given.annotations and not given.dataset:
+    if not flag.annotations and not flag.dataset:
         raise InputError("nothing to count; give --annotations and --geometry, or --dataset")
-    if given.consensus == 0:
+    if flag.consensus == 0:
         raise InputError("--consensus=0 takes every voxel; give a share above 0")
-    datasets = [Path(name) for name in given.dataset]
+    datasets = [Path(name) for name in flag.dataset]
     if len({path.resolve().name for path in datasets}) < len(datasets):
         raise InputError("two --dataset have the same folder name; rename one, their descriptions go to folders of it")
-    output_dir = Path(given.output_dir)
+    output_dir = Path(flag.output_dir)
     parts, table = ["# Table I: characteristics of the cohorts\n"], []
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if given.annotations:
-            geometry = read_geometry(Path(given.geometry))
-            readings = lidc.read_readings(given.annotations)
-            patients = first_scan_votes(readings, geometry, keep_excluded=given.keep_excluded)
-            rows = lidc_rows(count(patients, given.consensus, given.min_area_px), len(readings))
-            words = caption(len(patients), given.consensus, given.min_area_px)
-            parts.append(f"## LIDC-IDRI\n\n{study.markdown(rows)}\n{words}\n")
+        if flag.annotations:
+            geometry = read_geometry(Path(flag.geometry))
+            readings = lidc.read_readings(flag.annotations)
+            patients = first_scan_votes(readings, geometry, keep_excluded=flag.keep_excluded)
+            rows = lidc_rows(count(patients, flag.consensus, flag.min_area_px), len(readings))
+            words = caption(len(patients), flag.consensus, flag.min_area_px)
+            parts.append(f"## LIDC-IDRI\n\n{markdown(rows)}\n{words}\n")
             table += [
                 {"cohort": "LIDC-IDRI", "group": "", "characteristic": row["characteristic"]}
                 | {"ours": row["ours"].replace(",", ""), "paper": row["the paper's"].replace(",", "")}
                 for row in rows
             ]
-    except (lidc.LidcError, OSError) as error:
-        raise InputError(str(error)) from error
+    except OSError as error:
+        raise InputError(explain(error)) from error
     for path in datasets:
         name = path.resolve().name
         rows = dataset_rows(path, output_dir / name)
-        parts.append(f"## Dataset {name}\n\n{study.markdown(rows)}")
+        parts.append(f"## Dataset {name}\n\n{markdown(rows)}")
         table += [
             {"cohort": name, "group": row["group"], "characteristic": row["characteristic"]}
             | {"ours": row["value"], "paper": None}
@@ -214,7 +115,7 @@ def main(argv: list[str]) -> int:
         ]
     text = "\n".join(parts)
     write_text(output_dir / "table1.md", text)
-    study.write_csv(output_dir / "table1.csv", table)
+    write_csv(output_dir / "table1.csv", table)
     print(f"{text}\nWritten: {output_dir}/table1.md, {output_dir}/table1.csv")
     return 0
 

@@ -14,9 +14,10 @@ import pytest
 
 from data_prep.pipeline import assemble, convert, notes
 from data_prep.pipeline import prepare as preparation
-from data_prep.pipeline.prepare import Options, Places, prepare
-from data_prep.prepare import _parse_beam_options
-from data_prep.system.errors import InputError
+from data_prep.pipeline.accounting import num_failed_for_now
+from data_prep.pipeline.options import Directories, Options, parse_beam_options
+from data_prep.pipeline.prepare import prepare
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 
@@ -46,22 +47,22 @@ def archive(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory, archive, key_file) -> Places:
+def local(tmp_path_factory, archive, key_file) -> Directories:
     where = places(tmp_path_factory.mktemp("local"), archive)
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     assert len(list(where.output_dir.glob("*.array_record-*"))) > 3
     return where
 
 
-def places(folder: Path, archive: Path) -> Places:
-    return Places(archive, folder / "dataset", folder / "private")
+def places(folder: Path, archive: Path) -> Directories:
+    return Directories(archive, folder / "dataset", folder / "private")
 
 
 def content(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def assert_same(where: Places, expected: Places) -> None:
+def assert_same(where: Directories, expected: Directories) -> None:
     """Also that nothing is left over of the work."""
     assert content(where.output_dir) == content(expected.output_dir)
     assert content(where.audit_dir) == content(expected.audit_dir)
@@ -114,7 +115,7 @@ def test_same_bytes_as_the_local_runner_from_another_working_directory(
     beam_runner, tmp_path, archive, key_file, local, monkeypatch, capsys
 ):
     monkeypatch.chdir(archive)
-    where = Places(Path("."), tmp_path / "dataset", tmp_path / "private")
+    where = Directories(Path("."), tmp_path / "dataset", tmp_path / "private")
     _, changed = prepare(OPTIONS, where, num_workers=2, pseudonym_key_file=key_file, beam_options=[])
     assert changed
     assert_same(where, local)
@@ -232,7 +233,7 @@ def test_the_local_runner_continues_what_beam_began(
             publish(source, target)
 
         monkeypatch.setattr(beam_runner, "publish", publish_until_full)
-        with pytest.raises(OSError, match=r"^the Beam pipeline failed: .*disk full.*: run the same command") as error:
+        with pytest.raises(RunFailed, match=r"^the Beam pipeline failed: .*disk full.*: run the same command") as error:
             prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
         assert "\n" not in str(error.value)
 
@@ -325,11 +326,11 @@ def test_an_exam_that_kills_its_worker_is_noted_and_tried_again(
     with monkeypatch.context() as patched:
         patched.setattr(beam_runner, "convert_once", convert_first_in_deadly_pool)
         prepared, _ = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
-    assert preparation.num_failed_for_now(prepared["counts"]) == 1
+    assert num_failed_for_now(prepared["counts"]) == 1
     assert sum(facts["num_volumes"] for facts in prepared["splits"].values()) == NUM_EXAMS - 1
     old_shards = {path.name: path.read_bytes() for path in where.output_dir.glob("*.array_record-*")}
     prepared, changed = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
-    assert changed and preparation.num_failed_for_now(prepared["counts"]) == 0
+    assert changed and num_failed_for_now(prepared["counts"]) == 0
     assert sum(facts["num_volumes"] for facts in prepared["splits"].values()) == NUM_EXAMS
     assert old_shards.items() < content(where.output_dir).items()
 
@@ -380,10 +381,10 @@ def test_without_the_package_the_extra_is_named_before_any_work(tmp_path, archiv
 
 
 def test_beam_options_are_split_like_a_command_line():
-    assert _parse_beam_options("local", "") is None
-    assert _parse_beam_options("beam", "") == []
-    assert _parse_beam_options("beam", "--a=1 --b='{\"c\": 2}'") == ["--a=1", '--b={"c": 2}']
+    assert parse_beam_options("local", "") is None
+    assert parse_beam_options("beam", "") == []
+    assert parse_beam_options("beam", "--a=1 --b='{\"c\": 2}'") == ["--a=1", '--b={"c": 2}']
     with pytest.raises(ValueError, match="of --runner=beam"):
-        _parse_beam_options("local", "--a=1")
+        parse_beam_options("local", "--a=1")
     with pytest.raises(ValueError, match="No closing quotation"):
-        _parse_beam_options("beam", "--a='1")
+        parse_beam_options("beam", "--a='1")

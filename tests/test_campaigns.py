@@ -17,6 +17,7 @@ from data_prep import decoders, verification
 from data_prep.dataset import Dataset
 from data_prep.dataset__storage import write_records
 from data_prep.pipeline import prepare as preparation
+from data_prep.pipeline.options import Directories, Options
 from data_prep.system.files import PARTIAL, explain, write_file
 from data_prep.workers import WorkerPool
 from tests import dicom_files
@@ -148,7 +149,7 @@ def test_a_preparation_that_may_write_small_files_only(small_archive, tmp_path):
     expected = kills.contents(tmp_path / "output")
     shutil.rmtree(tmp_path / "output")
     ended = faults.run(stage.commands[0], tmp_path, file_limit=20_000)
-    assert ended.code == 2 and "File too large; permit larger files there and run the same command again" in ended.text
+    assert ended.code == 1 and "File too large; permit larger files there and run the same command again" in ended.text
     assert faults.check(stage.commands[0], tmp_path / "output", tmp_path, expected, ended) == []
 
 
@@ -203,7 +204,7 @@ def test_files_that_change_between_header_and_pixels(tmp_path, monkeypatch):
         dicom_files.write(archive / f"scan{number}", series)
     shutil.copytree(archive, tmp_path / "copy")
     victims = [archive / f"scan{number}" / "IM0005" for number in range(5)]
-    convert = preparation._convert
+    convert = preparation.convert_exams
 
     def change_and_convert(*arguments):
         truncated, appended, replaced, vanished, folder = victims
@@ -217,10 +218,10 @@ def test_files_that_change_between_header_and_pixels(tmp_path, monkeypatch):
         folder.mkdir()
         convert(*arguments)
 
-    where = preparation.Places(archive, tmp_path / "dataset", tmp_path / "private")
-    options = preparation.Options(image_size=48)
+    where = Directories(archive, tmp_path / "dataset", tmp_path / "private")
+    options = Options(image_size=48)
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "_convert", change_and_convert)
+        patch.setattr(preparation, "convert_exams", change_and_convert)
         made, _ = preparation.prepare(options, where, num_workers=1)
     assert made["counts"]["series_rejected"] == {"failed_for_now": 5}
     first = {path.name: path.read_bytes() for path in where.output_dir.glob("*.array_record-*")}

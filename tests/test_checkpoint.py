@@ -10,17 +10,9 @@ import numpy as np
 import pytest
 
 from ctssl_jax import distributed
-from ctssl_jax.checkpoint import (
-    LAST_GOOD,
-    Checkpoints,
-    check_all_undamaged,
-    choose_step,
-    flatten,
-    read_metadata,
-    restore,
-    set_aside_damaged,
-    unflatten,
-)
+from ctssl_jax.ops.trees import flatten, unflatten
+from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, read_metadata, restore
+from ctssl_jax.runs.damage import LAST_GOOD, check_all_undamaged, damaged_steps, set_aside
 from data_prep.system.errors import InputError, RunFailed
 
 
@@ -123,7 +115,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(run, pattern, 
         assert choose_step(run, LAST_GOOD) == 4
         if with_sums:
             (run / "checkpoints" / "5" / "SHA256SUMS").unlink()
-    assert set_aside_damaged(run) == [5]
+    set_aside(run, damaged_steps(run))
     assert choose_step(run, "last") == 4 and (run / "damaged_checkpoints" / "5").is_dir()
     restore(run, 4, shapes(state(0)))
 
@@ -147,7 +139,8 @@ def test_a_changed_loss_does_not_make_another_checkpoint_the_best(run):
     with pytest.raises(InputError, match=r"checkpoint 4 of .* is damaged"):
         choose_step(run, "best")
     assert choose_step(run, "5") == choose_step(run, LAST_GOOD) == 5
-    assert set_aside_damaged(run) == [4] and choose_step(run, "best") == 2
+    set_aside(run, damaged_steps(run))
+    assert (run / "damaged_checkpoints" / "4").is_dir() and choose_step(run, "best") == 2
 
 
 def test_a_checkpoint_in_the_place_of_another_is_found(run):
@@ -177,7 +170,7 @@ def test_a_damaged_file_of_the_run_is_named(three_checkpoints, tmp_path):
     for attempt in (lambda: check_all_undamaged(run), lambda: restore(run, 1, shapes(state(0)))):
         with pytest.raises(InputError, match=r"run is damaged \(patients.json has another checksum; it was not"):
             attempt()
-    assert set_aside_damaged(run) == []
+    assert damaged_steps(run) == []
 
 
 def test_sums_are_those_of_sha256sum(three_checkpoints):
@@ -204,7 +197,7 @@ def test_a_cut_list_of_checksums_is_found(run):
 def test_all_damaged_is_said_and_nothing_is_moved(run):
     for step in (2, 4, 5):
         (run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").unlink()
-    for attempt in (lambda: set_aside_damaged(run), lambda: choose_step(run, LAST_GOOD)):
+    for attempt in (lambda: damaged_steps(run), lambda: choose_step(run, LAST_GOOD)):
         with pytest.raises(InputError, match=r"all checkpoints of .* are damaged"):
             attempt()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4", "5"]

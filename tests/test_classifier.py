@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ctssl_jax import checkpoint
 from ctssl_jax.models.classifier import Classifier, ClassifierConfig, flops_per_slice
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
+from ctssl_jax.ops.trees import flatten
 
 TINY = dict(hidden=(4, 8), depth=1, embedding_dim=4)
 
 
 def abstract_parameters(make):
     params = nnx.as_pure(nnx.state(nnx.eval_shape(make), nnx.Param))
-    return {name: leaf.shape for name, leaf in checkpoint.flatten(params).items()}
+    return {name: leaf.shape for name, leaf in flatten(params).items()}
 
 
 @pytest.mark.parametrize("num_classes", [3, 4])
@@ -63,9 +63,9 @@ def test_training_updates_statistics_and_gradients_reach_every_parameter():
         return jax.grad(loss, has_aux=True)(params)
 
     gradients, moved = gradient(nnx.as_pure(params), nnx.as_pure(variables))
-    for name, value in checkpoint.flatten(gradients).items():
+    for name, value in flatten(gradients).items():
         assert name.endswith("conv/bias") or np.any(value != 0), name  # batch normalisation removes these biases
-    before, after = checkpoint.flatten(nnx.as_pure(variables)), checkpoint.flatten(nnx.as_pure(moved))
+    before, after = flatten(nnx.as_pure(variables)), flatten(nnx.as_pure(moved))
     assert "compression/1/norm/mean" in before
     assert not [name for name in before if np.array_equal(before[name], after[name])]
 

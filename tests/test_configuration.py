@@ -10,7 +10,8 @@ import pytest
 from example_dataset import change_preparation, write_example_dataset
 from training_runs import command, start, tiny_config, train_on
 
-from ctssl_jax import configuration
+from ctssl_jax.runs.run import check_resumable, from_json, open_workdir, to_json
+from ctssl_jax.training__recipe import check_config, check_dataset
 from data_prep.dataset import Dataset
 from data_prep.system.errors import DatasetError, InputError
 
@@ -55,7 +56,7 @@ def test_wrong_field_is_named_with_the_remedy(field, tiny_dataset, tmp_path):
 def test_batch_must_be_divisible_by_devices_and_processes(tiny_dataset, tmp_path):
     with pytest.raises(InputError, match="batch_size=12 is not divisible by 8 devices x 1 microbatches; choose a mult"):
         train_on(tiny_config(tiny_dataset, batch_size=12), tmp_path / "run", num_devices=8)
-    configuration.check_config(tiny_config(tiny_dataset), num_devices=8)
+    check_config(tiny_config(tiny_dataset), num_devices=8)
 
 
 def test_images_too_small_for_ssim_are_refused(tmp_path):
@@ -103,14 +104,14 @@ def test_a_run_that_ended_at_its_very_start_is_begun_anew(tiny_dataset, tmp_path
     config, preparation = tiny_config(tiny_dataset), Dataset.open(tiny_dataset).preparation
     for name in ("preparation.json", "patients.json.tmp"):
         (tmp_path / name).write_text("{")
-    configuration.check_resumable(tmp_path, config, preparation)
-    configuration.open_workdir(tmp_path, config, preparation, {"train": [], "validation": []})
+    check_resumable(tmp_path, config, preparation)
+    open_workdir(tmp_path, config, preparation, {"train": [], "validation": []})
     assert json.loads((tmp_path / "preparation.json").read_text()) == preparation
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         with pytest.raises(InputError, match=r"cannot be written \(File too large\)"):
-            configuration.open_workdir(tmp_path / "full", config, preparation, {"train": [], "validation": []})
+            open_workdir(tmp_path / "full", config, preparation, {"train": [], "validation": []})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not any((tmp_path / "full").iterdir())
@@ -145,11 +146,10 @@ command_line.run(main)
 def make_workdir(path, config):
     """A run directory with the name of a checkpoint."""
     dataset = Dataset.open(config.dataset)
-    preparation = dataset.preparation
-    configuration.check_dataset(config, dataset, ("train",))
-    configuration.open_workdir(path, config, preparation, {"train": ["a"], "validation": ["b"]})
+    check_dataset(config, dataset, ("train",))
+    open_workdir(path, config, dataset.preparation, {"train": ["a"], "validation": ["b"]})
     (path / "checkpoints" / "6").mkdir(parents=True)
-    return preparation
+    return dataset.preparation
 
 
 @pytest.fixture
@@ -161,15 +161,13 @@ def workdir(tiny_dataset, tmp_path):
 def test_before_the_first_checkpoint_a_corrected_configuration_takes_the_place(workdir, tiny_dataset):
     preparation = json.loads((workdir / "preparation.json").read_text())
     (workdir / "checkpoints" / "6").rmdir()
-    configuration.check_resumable(workdir, tiny_config(tiny_dataset, microbatches=2, learning_rate=0.5), preparation)
+    check_resumable(workdir, tiny_config(tiny_dataset, microbatches=2, learning_rate=0.5), preparation)
 
 
 def test_the_end_of_a_cosine_schedule_is_fixed(tiny_dataset, tmp_path):
     preparation = make_workdir(tmp_path / "run", tiny_config(tiny_dataset, schedule="cosine"))
     with pytest.raises(InputError, match=r"holds a run with config.num_steps=12, not 24"):
-        configuration.check_resumable(
-            tmp_path / "run", tiny_config(tiny_dataset, schedule="cosine", num_steps=24), preparation
-        )
+        check_resumable(tmp_path / "run", tiny_config(tiny_dataset, schedule="cosine", num_steps=24), preparation)
 
 
 def test_a_run_of_another_version_is_told_from_a_changed_field(workdir, tiny_dataset):
@@ -178,14 +176,14 @@ def test_a_run_of_another_version_is_told_from_a_changed_field(workdir, tiny_dat
     with config.unlocked():
         config.new_field = 1
     with pytest.raises(InputError, match=r"another version of this program \(config.new_field is not in both\)"):
-        configuration.check_resumable(workdir, config, preparation)
+        check_resumable(workdir, config, preparation)
 
 
 def test_what_may_change_when_a_run_goes_on(workdir, tiny_dataset, tmp_path):
     preparation = json.loads((workdir / "preparation.json").read_text())
 
     def check(**overrides):
-        configuration.check_resumable(workdir, tiny_config(tiny_dataset, **overrides), preparation)
+        check_resumable(workdir, tiny_config(tiny_dataset, **overrides), preparation)
 
     check()
     check(num_steps=99, log_every=1, eval_every=3, remat=True, dataset="moved/elsewhere")
@@ -205,10 +203,10 @@ def test_what_may_change_when_a_run_goes_on(workdir, tiny_dataset, tmp_path):
 
 def test_configuration_survives_json(tiny_dataset):
     config = tiny_config(tiny_dataset, windows=((50, 350),))
-    again = configuration.from_json(json.loads(json.dumps(configuration.to_json(config))))
-    assert configuration.to_json(again) == configuration.to_json(config)
-    configuration.check_config(again, 1)
-    assert configuration.check_dataset(again, Dataset.open(again.dataset), ("test",)) == (0,)
+    again = from_json(json.loads(json.dumps(to_json(config))))
+    assert to_json(again) == to_json(config)
+    check_config(again, 1)
+    assert check_dataset(again, Dataset.open(again.dataset), ("test",)) == (0,)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 from training_runs import saved_state
 
-from ctssl_jax import checkpoint, train
+from ctssl_jax.runs import checkpoints
+from ctssl_jax.runs.checkpoints import choose_step
+from ctssl_jax.runs.run import Run, to_json
+from ctssl_jax.training__loop import train
 from data_prep.dataset import Dataset
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import write_json
@@ -63,7 +66,7 @@ def test_without_checksums_wrong_numbers_are_seen(measured, tmp_path, monkeypatc
     monkeypatch.setattr(campaign, "corrupt", corrupt)
     with WorkerPool(1) as pool:
         assert campaign.outcome(measured, tmp_path / "a", None, pool)[0] == "named"
-        monkeypatch.setattr(checkpoint, "check_undamaged", lambda *arguments, **options: None)
+        monkeypatch.setattr(checkpoints, "check_undamaged", lambda *arguments, **options: None)
         assert "wrong result" in (campaign.outcome(measured, tmp_path / name, None, pool)[0] for name in "bcdef")
 
 
@@ -73,12 +76,12 @@ def test_training_goes_on_from_the_last_good_checkpoint_when_asked(sound, tmp_pa
     flip(tensors(run, campaign.STEPS))
     devices = campaign.jax.devices()[:1]
     with pytest.raises(InputError, match=r"checkpoint 4 of .* is damaged .*; good ones are: 2; .*set_aside_damaged"):
-        train.train(config, run, devices)
+        train(config, run, devices)
     assert "compiled" not in capsys.readouterr().out, "refused before the work begins"
-    assert train.train(config, run, devices, set_aside_damaged=True)
+    assert train(config, run, devices, set_aside_damaged=True)
     assert "going on     from step 2" in capsys.readouterr().out
     assert (run / "damaged_checkpoints" / "4").is_dir()
-    assert checkpoint.choose_step(run, "last") == campaign.MORE_STEPS
+    assert choose_step(run, "last") == campaign.MORE_STEPS
     assert int(saved_state(run)["step"]) == campaign.MORE_STEPS
 
 
@@ -180,7 +183,7 @@ def test_a_damaged_file_of_a_run_is_named(sound, tmp_path, name, old, new, messa
 def test_what_may_change_is_no_damage(sound, tmp_path):
     """A run goes on for longer, on a dataset that was moved: config.json differs from the last checkpoint's."""
     campaign.shutil.copytree(sound.folder, tmp_path / "x")
-    config = campaign.configuration.read_run(tmp_path / "x" / "run")[0]
+    config = Run.open(tmp_path / "x" / "run").config
     config.num_steps, config.dataset = 99, "elsewhere"
-    write_json(tmp_path / "x" / "run" / "config.json", campaign.configuration.to_json(config))
-    assert campaign.configuration.read_run(tmp_path / "x" / "run")[0].num_steps == 99
+    write_json(tmp_path / "x" / "run" / "config.json", to_json(config))
+    assert Run.open(tmp_path / "x" / "run").config.num_steps == 99

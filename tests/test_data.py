@@ -10,6 +10,7 @@ from ctssl_jax import data
 from ctssl_jax.data__batches import evaluation_batches, picture_batch, training_batches
 from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError
+from tests.opened_files import opened_files
 
 
 def volume(first_record, num_slices, gap_positions=""):
@@ -156,3 +157,20 @@ def test_a_split_without_slices_or_neighbours_is_refused(tiny_dataset, tmp_path)
 def test_a_source_is_named_by_its_content_not_by_its_place(tiny_dataset, source):
     assert str(tiny_dataset) not in repr(source)
     assert repr(source) == repr(data.open_source(Dataset.open(tiny_dataset), "train", (0,), (0,)))
+
+
+def test_the_data_of_a_training_are_opened_once(tmp_path):
+    folder = write_example_dataset(tmp_path / "d", image_size=16, slice_labels=True, masks=True)
+    tables = ("preparation.json", "volumes.csv", "slices.csv", "labels.csv")
+    with opened_files(*tables) as paths:
+        dataset = Dataset.open(folder)
+        dataset.check_tables()
+        for split in ("train", "validation"):
+            data.open_source(dataset, split, (0,), (0,), data.Targets(label="pe_present_on_image"))
+            data.open_source(dataset, split, (0,), (-1, 0, 1), data.Targets(mask=True, repeat_edges=True))
+    # The tables twice: for their checksums and for their rows.
+    assert {path.rsplit("/", 1)[-1]: paths.count(path) for path in paths} == {
+        "preparation.json": 1,
+        "slices.csv": 2,
+        "volumes.csv": 2,
+    }

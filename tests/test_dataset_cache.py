@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from training_runs import PROJECT, assert_same_state, numbers, tiny_config, train_on
 
-from ctssl_jax import configuration
 from ctssl_jax.evaluation.measured_run import MeasuredRun
-from ctssl_jax.runs.run import Run
+from ctssl_jax.runs.run import Run, check_resumable
 from data_prep import dataset_cache
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import dataset_fingerprint, write_preparation
@@ -74,7 +73,7 @@ def test_a_run_is_the_same_from_a_url(remote, tiny_dataset, tmp_path):
     recorded = [(tmp_path / run / "preparation.json").read_bytes() for run in ("remote", "local")]
     assert recorded[0] == recorded[1]
     assert json.loads((tmp_path / "remote" / "config.json").read_text())["dataset"] == URL
-    configuration.check_resumable(tmp_path / "local", config, Dataset.open(URL).preparation)  # it may go on from there
+    check_resumable(tmp_path / "local", config, Dataset.open(URL).preparation)  # it may go on from there
     assert not [name for name in reads(remote) if name.startswith("test.")]
     measured = MeasuredRun.open(Run.open(tmp_path / "local"), URL, ("test",))
     assert measured.dataset.preparation == measured.run.preparation and measured.config.dataset == URL

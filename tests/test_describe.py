@@ -16,8 +16,9 @@ from data_prep.dataset import Dataset
 from data_prep.dataset__cohort import choose_slices, cohort_table, contact_sheet, label_rows
 from data_prep.dataset__schema import VOLUME_COLUMNS, dataset_fingerprint, write_preparation
 from data_prep.dataset__storage import decode_record, encode_record, read_records, write_records, write_table
-from data_prep.pipeline.prepare import Options, Places, prepare
-from data_prep.privacy.leaks import Needles, find_leaks
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
+from data_prep.privacy.leaks import SecretTexts, find_leaks
 from data_prep.system.files import file_sha256
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
@@ -37,7 +38,7 @@ def example(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Places:
+def prepared(tmp_path_factory) -> Directories:
     folder = tmp_path_factory.mktemp("describe")
     for number in (1, 2, 3):
         datasets = dicom_files.slices(dicom_files.thorax(20, seed=number), study=number, patient=f"patient-{number}")
@@ -47,7 +48,7 @@ def prepared(tmp_path_factory) -> Places:
             ds.Manufacturer = "SIEMENS"
             ds.RequestAttributesSequence = [pydicom_item(f"order for {number} by Dr. Grey")]
         dicom_files.write(folder / "scans" / str(number), datasets)
-    places = Places(folder / "scans", folder / "dataset", folder / "dataset-audit")
+    places = Directories(folder / "scans", folder / "dataset", folder / "dataset-audit")
     prepare(Options(image_size=64), places, num_workers=1)
     return places
 
@@ -208,7 +209,7 @@ def test_jumps_and_damaged_files_are_no_faults_of_the_dataset(tmp_path, pool):
     damaged = bytearray((tmp_path / "scans" / "b.zip").read_bytes())
     damaged[60:70] = b"\xff" * 10
     (tmp_path / "scans" / "b.zip").write_bytes(damaged)
-    places = Places(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
+    places = Directories(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
     preparation, _ = prepare(Options(image_size=64, splits=(1, 0, 0)), places, num_workers=1)
     assert preparation["counts"]["files_in_volumes"] == 24
     assert sum(preparation["counts"]["files_not_images"].values()) == 1
@@ -218,7 +219,7 @@ def test_jumps_and_damaged_files_are_no_faults_of_the_dataset(tmp_path, pool):
 
 
 def test_needles_are_found_by_length_and_boundary():
-    needles = Needles(["12345", "patient-4711-x", "Meier"])
+    needles = SecretTexts(["12345", "patient-4711-x", "Meier"])
     assert list(needles.find_in_text("id=12345; Meier")) == ["12345", "Meier"]
     assert list(needles.find_in_text("a123456 Meiers")) == []
     assert list(needles.find_in_text("xxpatient-4711-xyy")) == ["patient-4711-x"]
@@ -294,7 +295,7 @@ def test_identifiers_in_the_published_texts_are_found(tmp_path, pool, keyword, v
                 setattr(ds, keyword, value)
                 ds.ConvolutionKernel = kernel
         dicom_files.write(tmp_path / "scans" / str(number), datasets)
-    places = Places(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
+    places = Directories(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
     prepare(Options(image_size=32), places, num_workers=1)
     leaks = find_leaks(Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool)
     published = {volume["kernel"] for volume in Dataset.open(places.output_dir).volumes()}

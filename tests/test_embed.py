@@ -15,17 +15,19 @@ from flax import nnx
 from training_runs import start, tiny_recipe
 
 import ctssl_jax
-from ctssl_jax import checkpoint, configuration, data
+from ctssl_jax import data
 from ctssl_jax.data__batches import evaluation_batches
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference import embedding, embedding_files, embedding_inputs, pretrained
 from ctssl_jax.inference.embedding import embed, summary
 from ctssl_jax.probes.encoders import trained_encoder
-from ctssl_jax.runs.run import Run
+from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.run import Run, open_workdir
 from ctssl_jax.tasks import get_task
-from ctssl_jax.training import abstract_model, evaluation_keys
+from ctssl_jax.training__state import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.raw import scans
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
@@ -51,7 +53,7 @@ def save_untrained(config, workdir, preparation, steps):
         split: [volume["patient_id"] for volume in Dataset.open(config.dataset).volumes(split)]
         for split in ("train", "validation")
     }
-    configuration.open_workdir(workdir, config, preparation, patients)
+    open_workdir(workdir, config, preparation, patients)
     _, params, variables = abstract_model(config, get_task(config.task))
     random = np.random.default_rng(1)
 
@@ -63,7 +65,7 @@ def save_untrained(config, workdir, preparation, steps):
         return jnp.asarray(1 + np.abs(values) if positive else values, leaf.dtype)
 
     params, variables = jax.tree_util.tree_map_with_path(numbers, (params, variables))
-    checkpoints = checkpoint.Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir)
     for step in steps:
         scaled = jax.tree.map(lambda leaf, step=step: leaf * step / 2, params)
         checkpoints.save(step, {"params": scaled, "variables": variables}, {}, 1 / step)
@@ -93,7 +95,7 @@ def folder(archive, tmp_path_factory):
     (folder / "key").write_text("0123456789abcdef0123456789abcdef")
     windows = ((50.0, 350.0), (-600.0, 1500.0))
     options = Options(image_size=32, windows=windows, splits=(0.5, 0.25, 0.25))
-    places = Places(archive, folder / "dataset", folder / "private")
+    places = Directories(archive, folder / "dataset", folder / "private")
     prepare(options, places, num_workers=1, pseudonym_key_file=folder / "key")
     return folder
 
@@ -410,7 +412,7 @@ def test_wrong_requests(runs, folder, archive, tmp_path):
         ((run, archive, tmp_path / "file" / "z.npz"), {}, "cannot make .*file .*choose another folder"),
         ((run, tmp_path / "none", output), {}, "--input=.*none: no such file or directory"),
         ((run, archive / "short", output), {}, "has too few slices .*; give a smaller --min_slices"),
-        ((run, archive / "notes.txt", output), {}, "no DICOM file; give DICOM, or --archive=nifti"),
+        ((run, archive / "notes.txt", output), {}, "not a DICOM file; give DICOM, or --archive=nifti"),
         ((run, archive, output), {"split": "test"}, "--split=test is of prepared datasets, and --input="),
         ((run, ready, output), {"split": "none"}, "--split=none: choose one of train, validation, test"),
         ((run, archive, output), {"batch_size": -1}, "--batch_size=-1: must be 0 or more"),
@@ -433,7 +435,7 @@ def test_wrong_volumes(runs, archive):
         (np.zeros((4, 16, 16, 1), np.uint8), None, r"but the run's are uint8 \[S, 32, 32, 1\]"),
         (np.zeros((4, 32, 32, 2), np.uint8), None, r"but the run's are uint8 \[S, 32, 32, 1\]"),
         (np.zeros((0, 32, 32, 1), np.uint8), None, r"slices of uint8 \[0, 32, 32, 1\]"),
-        (np.clip(hu, 0, 255).astype(np.uint8), AFFINE, "values from 0 to 255 are no HU"),
+        (np.clip(hu, 0, 255).astype(np.uint8), AFFINE, "values from 0 to 255 are not HU"),
         (archive, None, "holds 4 scans; give one, or all to python -m ctssl_jax.embed"),
         (archive / "scan1", AFFINE, "a scan on disk has its own, leave it out"),
         (archive / "short", None, "give a smaller --min_slices"),

@@ -7,15 +7,17 @@ import jax
 import pytest
 from training_runs import command, saved_state, start, tiny_config, train_on
 
-from ctssl_jax import checkpoint, distributed, estimate, training
+from ctssl_jax import distributed, training__estimate
+from ctssl_jax.runs.checkpoints import choose_step
 from ctssl_jax.tasks import get_task
-from ctssl_jax.train import train
+from ctssl_jax.training__estimate import estimate, lines, state_bytes
+from ctssl_jax.training__step import make_program
 
 
 def test_numbers_by_hand(tiny_dataset):
     config = tiny_config(tiny_dataset, num_steps=1000, batch_size=16)
     times = {"slices_per_second": 40.0, "seconds_a_step": 0.4, "waiting_for_data": 0.25, "num_timed_steps": 7}
-    speed, epoch, run, size = estimate.lines(times, config, 15_300_000, 3 * 2**30)
+    speed, epoch, run, size = lines(times, config, 15_300_000, 3 * 2**30)
     assert "40.0 slices/s, 400 ms a step of 16 (7 timed; 25% waiting for data)" in speed
     assert "106.25 hours for 15,300,000 slices" in epoch
     assert "0.11 hours for 1,000 steps, 0.0 epochs" in run
@@ -24,9 +26,9 @@ def test_numbers_by_hand(tiny_dataset):
 
 def test_it_times_real_steps_and_writes_nothing(tiny_dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(estimate, "SECONDS", 0.1)
+    monkeypatch.setattr(training__estimate, "SECONDS", 0.1)
     config = tiny_config(tiny_dataset)
-    assert train(config, None, jax.devices()[:1], estimate=True)
+    estimate(config, jax.devices()[:1])
     printed = capsys.readouterr().out
     for pattern in (
         r"speed +[\d,.]+ slices/s",
@@ -40,10 +42,10 @@ def test_it_times_real_steps_and_writes_nothing(tiny_dataset, tmp_path, capsys, 
 def test_checkpoint_size_is_that_of_the_saved_state(tiny_dataset, tmp_path):
     config = tiny_config(tiny_dataset, num_steps=1, eval_every=1)
     assert train_on(config, tmp_path / "run")
-    program = training.make_program(config, get_task(config.task), 1, distributed.make_mesh(jax.devices()[:1]))
+    program = make_program(config, get_task(config.task), 1, distributed.make_mesh(jax.devices()[:1]))
     stored = sum(value.nbytes for value in saved_state(tmp_path / "run").values())
-    assert estimate.state_bytes(jax.eval_shape(program.initial_state)) == pytest.approx(stored, abs=8)
-    assert checkpoint.choose_step(tmp_path / "run", "last") == 1
+    assert state_bytes(program.template) == pytest.approx(stored, abs=8)
+    assert choose_step(tmp_path / "run", "last") == 1
 
 
 def test_command_line_needs_no_workdir(tiny_dataset, tmp_path):

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from data_prep.system.errors import InputError
-from experiments import downstream, figure6
-from experiments.downstream import PRESETS, Study
-from experiments.study import PROJECT
+from experiments import figure6
+from experiments.study import attributes, downstream
+from experiments.study.cells import PROJECT
+from experiments.study.downstream import PRESETS, Study
 
 
 @pytest.fixture
-def asked(tmp_path):
+def study(tmp_path):
     """A phantom study of two seeds."""
     sizes = PRESETS["phantom"]._replace(seeds=(3, 4))
     return Study("phantom", sizes, tmp_path, tmp_path / "data" / "attributes", {})
@@ -50,7 +51,9 @@ def write(cell, metrics, **fields):
 
 
 def flags_of(stage):
-    return dict(text.removeprefix("--").split("=", 1) for text in stage if text.startswith("--") and "=" in text)
+    return dict(
+        text.removeprefix("--").split("=", 1) for text in stage.arguments() if text.startswith("--") and "=" in text
+    )
 
 
 def by_title(models):
@@ -65,8 +68,8 @@ def read_rows(folder):
 # ---- cells -------------------------------------------------------------------------------------------------
 
 
-def test_cells_are_run_once_a_seed_where_something_is_random(asked):
-    models = figure6.models_of(asked, ("masked_20", "rotation"), figure6.ATTRIBUTES)
+def test_cells_are_run_once_a_seed_where_something_is_random(study):
+    models = figure6.models_of(study, ("masked_20", "rotation"), figure6.ATTRIBUTES)
     assert [cell.name for cell in figure6.cells_of(models)] == [
         "probe_masked_20",
         "probe_rotation",
@@ -80,13 +83,13 @@ def test_cells_are_run_once_a_seed_where_something_is_random(asked):
     assert [model.group for model in models] == ["pretrained"] * 2 + ["baseline"] + ["control"] * 3
 
 
-def test_probes_read_the_last_weights_of_their_arm(asked, tmp_path):
+def test_probes_read_the_last_weights_of_their_arm(study, tmp_path):
     given = tmp_path / "mine"
-    models = by_title(figure6.models_of(asked._replace(pretrained={"mine": given}), ("rotation", "mine"), ("sex",)))
+    models = by_title(figure6.models_of(study._replace(pretrained={"mine": given}), ("rotation", "mine"), ("sex",)))
     (cell,), (own,) = models["rotation"].cells["sex"], models["mine"].cells["sex"]
     assert flags_of(cell.stages[0]) == {
         "workdir": str(tmp_path / "runs" / "pretrain_rotation"),
-        "dataset": str(asked.dataset),
+        "dataset": str(study.dataset),
         "attributes": "sex",
         "checkpoint": "last",
         "seed": "3",
@@ -96,20 +99,20 @@ def test_probes_read_the_last_weights_of_their_arm(asked, tmp_path):
     assert flags_of(own.stages[0])["workdir"] == str(given)
 
 
-def test_controls_differ_in_one_option_and_in_seeds(asked):
-    models = by_title(figure6.models_of(asked, ("rotation", "flip"), ("sex",)))
+def test_controls_differ_in_one_option_and_in_seeds(study):
+    models = by_title(figure6.models_of(study, ("rotation", "flip"), ("sex",)))
     untrained = models["frozen random weights"].cells["sex"]
     assert [flags_of(cell.stages[0])["seed"] for cell in untrained] == ["3", "4"]
     assert {flags_of(cell.stages[0])["encoder"] for cell in untrained} == {"untrained"}
     (pixels,) = models["pixels, no network"].cells["sex"]
     assert flags_of(pixels.stages[0])["encoder"] == "pixels"
     shuffled = models["shuffled labels"].cells["sex"]
-    assert len(shuffled) == 2 and all("--shuffled_labels" in cell.stages[0] for cell in shuffled)
+    assert len(shuffled) == 2 and all("--shuffled_labels" in cell.stages[0].arguments() for cell in shuffled)
     assert all(flags_of(cell.stages[0])["workdir"].endswith("pretrain_rotation") for cell in (*shuffled, pixels))
 
 
-def test_the_baseline_is_trained_from_random_weights_for_each_attribute(asked):
-    cells = by_title(figure6.models_of(asked, ("rotation",), figure6.ATTRIBUTES))[figure6.END_TO_END].cells
+def test_the_baseline_is_trained_from_random_weights_for_each_attribute(study):
+    cells = by_title(figure6.models_of(study, ("rotation",), figure6.ATTRIBUTES))[figure6.END_TO_END].cells
     assert list(cells) == list(figure6.ATTRIBUTES)
     for attribute, of_seeds in cells.items():
         for seed, cell in zip((3, 4), of_seeds, strict=True):
@@ -119,15 +122,15 @@ def test_the_baseline_is_trained_from_random_weights_for_each_attribute(asked):
             assert (train["config.seed"], train["config.num_steps"]) == (str(seed), "100")
             assert "config.init_from" not in train and evaluate["workdir"] == train["workdir"]
             assert cell.after == ("data_attributes",)
-    of_recipe = asked._replace(sizes=PRESETS["paper"])
+    of_recipe = study._replace(sizes=PRESETS["paper"])
     cells = by_title(figure6.models_of(of_recipe, ("rotation",), ("sex",)))[figure6.END_TO_END].cells["sex"]
     assert "config.num_steps" not in flags_of(cells[0].stages[0]) and cells[0].after == ()
 
 
-def test_other_attributes_are_other_cells(asked):
-    """Else results of the default attributes would pass for complete ones of those asked for."""
-    usual = figure6.cells_of(figure6.models_of(asked, ("rotation",), figure6.ATTRIBUTES))
-    other = figure6.cells_of(figure6.models_of(asked, ("rotation",), ("smoker",)))
+def test_other_attributes_are_other_cells(study):
+    """Else results of the default attributes would pass for complete ones of those study for."""
+    usual = figure6.cells_of(figure6.models_of(study, ("rotation",), figure6.ATTRIBUTES))
+    other = figure6.cells_of(figure6.models_of(study, ("rotation",), ("smoker",)))
     assert not {cell.result for cell in usual} & {cell.result for cell in other}
 
 
@@ -158,7 +161,7 @@ def test_plan_prints_commands_that_ask_for_the_same_cells(tmp_path):
     assert not any(Path(tmp_path).iterdir())
 
 
-def test_bad_requests_are_one_line(asked, tmp_path):
+def test_bad_requests_are_one_line(study, tmp_path):
     done = figure6_command("plan", f"--workdir={tmp_path}", "--arms=random,rotation")
     assert done.returncode == 2 and done.stderr.startswith("error: --arms: random is not a pretrained encoder; choose")
     done = figure6_command("plan", f"--workdir={tmp_path}", "--attributes=sex,sex")
@@ -166,14 +169,14 @@ def test_bad_requests_are_one_line(asked, tmp_path):
     done = figure6_command("plan", f"--workdir={tmp_path}", "--fractions=0.5")
     assert done.returncode == 2 and "--fractions: Figure 6 uses all training patients" in done.stderr
     with pytest.raises(InputError, match="holds no results of figure6 yet"):
-        figure6.draw(asked, figure6.models_of(asked, ("rotation",), ("sex",)))
+        figure6.draw(study, figure6.models_of(study, ("rotation",), ("sex",)))
 
 
 # ---- results -----------------------------------------------------------------------------------------------
 
 
-def test_draw_from_results_alone_and_missing_cells_are_said(asked, tmp_path):
-    models = figure6.models_of(asked, ("masked_20", "rotation"), ("sex", "ethnic_group"))
+def test_draw_from_results_alone_and_missing_cells_are_said(study, tmp_path):
+    models = figure6.models_of(study, ("masked_20", "rotation"), ("sex", "ethnic_group"))
     of = by_title(models)
     probe = {
         "sex/auroc": measure(0.8, 0.7, 0.9),
@@ -190,7 +193,7 @@ def test_draw_from_results_alone_and_missing_cells_are_said(asked, tmp_path):
         write(cell, {"auroc": measure(mean, low, high), "sensitivity": measure(0.2)}, label="sex")
     write(of["shuffled labels"].cells["sex"][1], {"sex/auroc": measure(0.45, 0.3, 0.6)})
 
-    text = figure6.draw(asked, models)
+    text = figure6.draw(study, models)
     rows = read_rows(tmp_path)
     row = rows["masked region, 20 %", "sex", "auroc"]
     assert (row["mean"], row["ci95_low"], row["ci95_high"], row["sd_over_seeds"]) == ("0.8", "0.7", "0.9", "")
@@ -219,19 +222,19 @@ def test_draw_from_results_alone_and_missing_cells_are_said(asked, tmp_path):
     assert "<!-- random weights, trained end to end -->" in picture
 
 
-def test_an_undefined_auroc_is_neither_missing_nor_a_number(asked):
-    (model,) = figure6.models_of(asked, ("rotation",), ("sex",))[:1]
+def test_an_undefined_auroc_is_neither_missing_nor_a_number(study):
+    (model,) = figure6.models_of(study, ("rotation",), ("sex",))[:1]
     (cell,) = model.cells["sex"]
-    rows = figure6.rows_of([model], {cell.name: {"kind": "attributes", "metrics": {"sex/auroc": measure(None)}}})
-    assert rows[0]["mean"] is None and rows[0]["num_seeds"] == 1 and figure6.cell_text(rows[0]) == "undefined"
+    rows = attributes.rows_of([model], {cell.name: {"kind": "attributes", "metrics": {"sex/auroc": measure(None)}}})
+    assert rows[0]["mean"] is None and rows[0]["num_seeds"] == 1 and attributes.cell_text(rows[0]) == "undefined"
 
 
 def test_a_training_on_another_label_is_not_taken_for_this_attribute():
     result = {"label": "age", "metrics": {"auroc": measure(0.9)}}
-    assert figure6.aurocs(result, "sex") == {}
-    assert figure6.aurocs(result, "age") == {"auroc": measure(0.9)}
+    assert attributes.aurocs(result, "sex") == {}
+    assert attributes.aurocs(result, "age") == {"auroc": measure(0.9)}
     probe = {"kind": "attributes", "metrics": {"age/auroc": measure(0.9), "age_group/auroc": measure(0.1)}}
-    assert figure6.aurocs(probe, "age") == {"auroc": measure(0.9)}
+    assert attributes.aurocs(probe, "age") == {"auroc": measure(0.9)}
 
 
 @pytest.mark.parametrize(
@@ -242,14 +245,14 @@ def test_a_training_on_another_label_is_not_taken_for_this_attribute():
         ({"dataset_fingerprint": "other"}, "DIFFERENT datasets"),
     ],
 )
-def test_what_spoils_the_comparison_is_said(asked, fields, said):
-    models = figure6.models_of(asked, ("rotation", "flip"), ("sex",))
+def test_what_spoils_the_comparison_is_said(study, fields, said):
+    models = figure6.models_of(study, ("rotation", "flip"), ("sex",))
     for model, more in zip(models[:2], ({}, fields), strict=True):
         write(model.cells["sex"][0], {"sex/auroc": measure(0.8, 0.7, 0.9)}, **more)
-    assert said in figure6.draw(asked, models)
+    assert said in figure6.draw(study, models)
 
 
-def test_the_presets_have_what_the_study_needs(asked):
-    names = [cell.name for cell in downstream.data_cells(asked, ("pretraining", "attributes"))]
+def test_the_presets_have_what_the_study_needs(study):
+    names = [cell.name for cell in downstream.data_cells(study, ("pretraining", "attributes"))]
     assert names == ["data_pretraining", "data_attributes"]
     assert all(arm in downstream.PRETEXTS for arm in figure6.ARMS)

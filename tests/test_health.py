@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from training_runs import losses, tiny_config, train_on
 
-from ctssl_jax import health, reports, training
+from ctssl_jax import health, reports
 from ctssl_jax.data import open_source
 from ctssl_jax.data__batches import training_batches
 from ctssl_jax.distributed import make_mesh
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.ops.embeddings import effective_rank, moments
 from ctssl_jax.tasks import get_task
+from ctssl_jax.training__state import layer_norms, layer_of
+from ctssl_jax.training__step import make_program, run_step, take_report
 from data_prep.dataset import Dataset
 
 
@@ -54,8 +56,8 @@ def test_layers_of_parameters():
         "classification/bias": "classification",
         "compression/1/conv/bias": "compression/1",
     }
-    assert {name: training.layer_of(name) for name in names} == names
-    norms = training.layer_norms({"a": {"b": {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full(9, 1.0)}}})
+    assert {name: layer_of(name) for name in names} == names
+    norms = layer_norms({"a": {"b": {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full(9, 1.0)}}})
     assert {layer: float(norm) for layer, norm in norms.items()} == {"a": pytest.approx(5)}
 
 
@@ -99,7 +101,7 @@ def test_a_classifier_has_no_codebook_to_collapse():
 def test_gradient_norms_of_layers_are_means_over_steps(tiny_dataset):
     """Of two steps in two parts each: the mean of both steps' norms, which squared and summed give the whole norm."""
     config = tiny_config(tiny_dataset, microbatches=2)
-    program = training.make_program(config, get_task(config.task), 1, make_mesh(jax.devices()[:1]))
+    program = make_program(config, get_task(config.task), 1, make_mesh(jax.devices()[:1]))
     source = open_source(Dataset.open(tiny_dataset), "train", (0,), (0,))
 
     def reports_of(*steps):
@@ -107,8 +109,8 @@ def test_gradient_norms_of_layers_are_means_over_steps(tiny_dataset):
         batches = training_batches(source, config.batch_size, config.seed, microbatches=2)
         for number in steps:
             for _ in range(number):
-                state = training.run_step(program, state, [next(batches), next(batches)])
-            state, report = training.take_report(program, state)
+                state = run_step(program, state, [next(batches), next(batches)])
+            state, report = take_report(program, state)
             taken.append(report)
         return taken
 

@@ -12,8 +12,9 @@ from data_prep.dataset import Dataset
 from data_prep.dataset__merge import merge
 from data_prep.dataset__schema import FORMAT_VERSION, VOLUME_COLUMNS, VOLUMES_FILE, write_preparation
 from data_prep.dataset__storage import write_table
-from data_prep.pipeline.known_splits import read_known_splits
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
+from data_prep.pipeline.splits import read_known_splits
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
@@ -29,8 +30,8 @@ def add_scans(archive: Path, patients: range | tuple[int, ...], study: int = 0) 
         dicom_files.write(archive / f"scan{number + study}", made)
 
 
-def places(folder: Path, name: str) -> Places:
-    return Places(folder / f"scans-{name}", folder / name, folder / f"{name}-audit")
+def places(folder: Path, name: str) -> Directories:
+    return Directories(folder / f"scans-{name}", folder / name, folder / f"{name}-audit")
 
 
 def splits_of(directory: Path) -> dict[str, str]:
@@ -46,7 +47,7 @@ def first(tmp_path_factory, key_file) -> Path:
     return folder / "first"
 
 
-def second_archive(folder: Path) -> Places:
+def second_archive(folder: Path) -> Directories:
     add_scans(folder / "scans-second", range(3, 8), study=20)
     return places(folder, "second")
 
@@ -81,7 +82,7 @@ def test_both_may_grow(tmp_path, key_file):
     add_scans(tmp_path / "scans-second", range(11, 14))
     a, b = places(tmp_path, "first"), places(tmp_path, "second")
 
-    def prepare_after(where: Places, other: Places | None):
+    def prepare_after(where: Directories, other: Directories | None):
         others = [other.output_dir] if other else []
         return prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, same_splits_as=others)
 

@@ -104,10 +104,10 @@ def test_attributes(tmp_path):
     [
         ("patient,age\n1,2\n", "no column PatientID"),
         ("PatientID,weight\n1,2\n", "none of the columns age, sex, ethnic_group"),
-        ("PatientID,age\na,60\nb,old\n", "line 3: age is no number of years"),
+        ("PatientID,age\na,60\nb,old\n", "line 3: age is not a number of years"),
         ("PatientID,age\na,-1\n", "line 2: age"),
         ("PatientID,age\na,nan\n", "line 2: age"),
-        ("PatientID,sex\na,female\n", "line 2: sex is none of F, M, O"),
+        ("PatientID,sex\na,female\n", "line 2: sex is not F, M or O"),
         ("PatientID,ethnic_group\na,born 19991231\n", "line 2: ethnic_group"),
         ("PatientID,sex\n,F\n", "line 2: PatientID is empty"),
     ],

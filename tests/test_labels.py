@@ -16,8 +16,8 @@ from data_prep.archives import list_sources
 from data_prep.dataset import Dataset
 from data_prep.headers import read_header
 from data_prep.labels import LabelSources
-from data_prep.pipeline import dry_run as dry_run
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import dry_run, prepare
 from data_prep.privacy.leaks import find_leaks
 from data_prep.rsna_pe import COLUMNS, EXAM_LABELS
 from data_prep.scan.rules import Rules
@@ -59,11 +59,11 @@ def write_csv(path: Path, header: str, rows: list[tuple]) -> Path:
     return path
 
 
-def run(input_dir: Path, folder: Path, options: Options | None = None, **sources) -> Places:
+def run(input_dir: Path, folder: Path, options: Options | None = None, **sources) -> Directories:
     """Prepares into `folder`, at one worker and with one key."""
     folder.mkdir(exist_ok=True)
     (folder / "key").write_text(KEY)
-    places = Places(input_dir, folder / "dataset", folder / "audit")
+    places = Directories(input_dir, folder / "dataset", folder / "audit")
     archive = sources.get("archive", "dicom")
     options = options or Options(archive=archive, image_size=SIZE)
     prepare(options, places, sources=LabelSources(**sources), num_workers=1, pseudonym_key_file=folder / "key")
@@ -74,14 +74,14 @@ def content(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def volume_of_patient(places: Places, number: int) -> str:
+def volume_of_patient(places: Directories, number: int) -> str:
     """`volume_id` of the scan of patient `number`."""
     with open(places.audit_dir / "sources.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return next(row["pseudonym"] for row in rows if row["path"].startswith(f"{number}/") and row["outcome"] == "volume")
 
 
-def problems(places: Places) -> list[str]:
+def problems(places: Directories) -> list[str]:
     with WorkerPool(1) as pool:
         return verify(Dataset.open(places.output_dir), pool) + find_leaks(
             Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool
@@ -109,7 +109,7 @@ def tables(tmp_path_factory) -> dict[str, tuple[Path, ...] | Path]:
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory, archive, tables) -> Places:
+def labelled(tmp_path_factory, archive, tables) -> Directories:
     return run(archive, tmp_path_factory.mktemp("labelled"), **tables)
 
 
@@ -271,7 +271,7 @@ def test_rsna_archive_from_the_command_line(archive, copy, tmp_path):
     assert preparation["windows"] == [{"level": 50.0, "width": 350.0}, {"level": 100.0, "width": 700.0}]
     assert preparation["counts"]["exams_with_inconsistent_labels"] == {"no_positive_slice": 1}
     assert list(preparation["labels"]) == ["pe_present_on_image", *EXAM_LABELS, "pe_positive_exam"]
-    places = Places(copy, tmp_path / "d", tmp_path / "d-audit")
+    places = Directories(copy, tmp_path / "d", tmp_path / "d-audit")
     volumes = [volume_of_patient(places, number) for number in (1, 2, 3)]
     found = {row["volume_id"]: row for row in Dataset.open(tmp_path / "d").labels()}
     assert [found[v]["pe_positive_exam"] for v in volumes] == [1, 0, 0]
@@ -355,11 +355,11 @@ def lidc_archive(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def with_nodules(tmp_path_factory, lidc_archive) -> Places:
+def with_nodules(tmp_path_factory, lidc_archive) -> Directories:
     return run(lidc_archive, tmp_path_factory.mktemp("nodules"), archive="lidc_idri")
 
 
-def volume_masks(places: Places, number: int) -> tuple[np.ndarray, np.ndarray]:
+def volume_masks(places: Directories, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Masks [S, H, W] and grey values of the scan of patient `number`."""
     name = volume_of_patient(places, number)
     row = next(v for v in Dataset.open(places.output_dir).volumes() if v["volume_id"] == name)
@@ -502,8 +502,8 @@ def test_options_that_cannot_work_are_refused_in_one_line(archive, options, mess
 
 
 def test_dry_run_says_what_has_no_match_and_writes_nothing(archive, tables, tmp_path):
-    places = Places(archive, tmp_path / "d", tmp_path / "a")
-    counts = dry_run.dry_run(Options(), places, sources=LabelSources(**tables), num_workers=1)
+    places = Directories(archive, tmp_path / "d", tmp_path / "a")
+    counts = dry_run(Options(), places, sources=LabelSources(**tables), num_workers=1)
     assert counts["label_rows_without_match"]["grade"] == 1 and list(tmp_path.iterdir()) == []
 
 

@@ -11,16 +11,17 @@ from training_runs import PROJECT
 from ctssl_jax.evaluation import predictions
 from ctssl_jax.evaluation.predictions import Predictions
 from data_prep.system.errors import InputError
-from experiments import downstream, figure3, figure5, learning_curves
-from experiments.downstream import PRESETS, Point, Study
+from experiments import figure3
+from experiments.study import curves, downstream
+from experiments.study.downstream import PRESETS, Point, Study
 
 PATIENTS = np.repeat([f"p{number}" for number in range(8)], 4)
 LABELS = np.tile([0, 1, 0, 1], 8)
 
 
 @pytest.fixture
-def asked(tmp_path):
-    sizes = PRESETS["phantom"]._replace(fractions=(0.25,), seeds=(0, 1), nodule_steps=(10,), pe_steps=5)
+def study(tmp_path):
+    sizes = PRESETS["phantom"]._replace(fractions=(0.25,), seeds=(0, 1), steps={"pe": (5,), "nodules": (10,)})
     return Study("phantom", sizes, tmp_path, tmp_path / "data" / "pe", {})
 
 
@@ -43,14 +44,14 @@ def write_result(cell, probability_of_positive: float, seed: int) -> None:
     cell.result.write_text(json.dumps(content))
 
 
-def test_arms_differ_in_their_weights_alone(asked):
-    cells, grid = figure3.cells_of(asked, ["random", "masked_10"])
+def test_arms_differ_in_their_weights_alone(study):
+    cells, grid = downstream.grid_cells(study, "pe", ["random", "masked_10"])
     assert [cell.name for cell in cells] == [
         *("data_pretraining", "data_pe", "pretrain_masked_05", "pretrain_masked_10"),
         *("pe_random_0.25_s0_5", "pe_masked_10_0.25_s0_5", "pe_random_0.25_s1_5", "pe_masked_10_0.25_s1_5"),
     ]
     random, masked = (grid[Point(arm, 0.25, 1, 5)] for arm in ("random", "masked_10"))
-    settings = [set(cell.stages[0][2:]) for cell in (random, masked)]
+    settings = [set(cell.stages[0].arguments()) for cell in (random, masked)]
     assert {text.split("=")[0] for text in settings[1] ^ settings[0]} == {
         *("--workdir", "--config.init_from", "--config.init_checkpoint"),
     }
@@ -60,19 +61,20 @@ def test_arms_differ_in_their_weights_alone(asked):
     assert chain.after == ("pretrain_masked_05",)
 
 
-def test_weights_that_are_not_given_are_asked_for(asked):
-    real = asked._replace(preset="paper", sizes=PRESETS["paper"]._replace(fractions=(0.04,), seeds=(0,)))
+def test_weights_that_are_not_given_are_asked_for(study):
+    real = study._replace(preset="paper", sizes=PRESETS["paper"]._replace(fractions=(0.04,), seeds=(0,)))
     with pytest.raises(InputError, match=r"no weights for rotation: give --pretrained=rotation=RUN"):
-        figure3.cells_of(real, ["random", "rotation"])
-    cells, _ = figure5.cells_of(real._replace(pretrained={"rotation": asked.workdir}), ["random", "rotation"])
-    assert len(cells) == 2 * len(PRESETS["paper"].nodule_steps)
+        downstream.grid_cells(real, "pe", ["random", "rotation"])
+    known = real._replace(pretrained={"rotation": study.workdir})
+    cells, _ = downstream.grid_cells(known, "nodules", ["random", "rotation"])
+    assert len(cells) == 2 * len(PRESETS["paper"].steps["nodules"])
 
 
-def test_the_comparison_is_paired_and_names_the_better_arm(asked):
-    _, grid = figure3.cells_of(asked, ["random", "masked_10", "rotation"])
+def test_the_comparison_is_paired_and_names_the_better_arm(study):
+    _, grid = downstream.grid_cells(study, "pe", ["random", "masked_10", "rotation"])
     for point, cell in grid.items():
         write_result(cell, {"random": 0.5, "masked_10": 0.9, "rotation": 0.5}[point.arm], point.seed)
-    rows = {row["arm"]: row for row in learning_curves.compare_with_random(grid, "auroc")}
+    rows = {row["arm"]: row for row in curves.compare_with_random(grid, "auroc")}
     assert rows.keys() == {"masked_10", "rotation"}
     assert rows["masked_10"]["num_seeds"] == 2 and rows["masked_10"]["a"] == 1.0
     assert rows["masked_10"]["ci95"][0] > 0 and rows["masked_10"]["p_holm"] < 0.05
@@ -80,19 +82,19 @@ def test_the_comparison_is_paired_and_names_the_better_arm(asked):
     assert rows["masked_10"]["p_holm"] == pytest.approx(2 * rows["masked_10"]["p"])
 
 
-def test_figures_come_from_results_and_say_what_is_missing(asked):
-    _, grid = figure3.cells_of(asked, ["random", "masked_10"])
-    draw = dict(name="figure3", title="PE", panels=figure3.PANELS, more=(), note="")
+def test_figures_come_from_results_and_say_what_is_missing(study):
+    _, grid = downstream.grid_cells(study, "pe", ["random", "masked_10"])
+    figure = figure3.FIGURE._replace(more=())
     with pytest.raises(InputError, match=r"holds no results of figure3 yet"):
-        learning_curves.draw(asked, grid, **draw)
+        curves.draw(study, grid, figure)
     for point, cell in list(grid.items())[:3]:
         write_result(cell, 0.9, point.seed)
-    text = learning_curves.draw(asked, grid, **draw)
+    text = curves.draw(study, grid, figure)
     assert "SYNTHETIC DATA" in text and "3 of 4 cells are there" in text
     assert "masked region, 10 %" in text and "random weights" in text
     for suffix in (".md", ".csv", ".png", ".svg"):
-        assert (asked.workdir / f"figure3{suffix}").stat().st_size > 0
-    assert (asked.workdir / "figure3_comparisons.csv").read_text().count("masked_10") == 1
+        assert (study.workdir / f"figure3{suffix}").stat().st_size > 0
+    assert (study.workdir / "figure3_comparisons.csv").read_text().count("masked_10") == 1
 
 
 def test_names_of_the_studies_archives_are_those_of_the_importers():

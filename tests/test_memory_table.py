@@ -7,7 +7,7 @@ from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
 from experiments import memory_table
-from experiments.benchmark_training import example_batch, loss_of
+from experiments.bench.sides import example_batch, loss_of
 
 TINY = {"hidden": (4, 8), "depth": 1, "embedding_dim": 4, "num_codes": 8}
 WIDE = {**TINY, "hidden": (16, 32), "depth": 2}

@@ -25,13 +25,15 @@ from data_prep.dataset__schema import (
     write_preparation,
 )
 from data_prep.dataset__storage import write_table
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import file_sha256
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
 from tests import dicom_files
 from tests.example_dataset import write_example_dataset
+from tests.opened_files import opened_by_command
 
 
 def merge(directories, *arguments):
@@ -190,6 +192,15 @@ def test_what_reads_datasets_reads_views(tmp_path, parts):
     neighbours = data.open_source(Dataset.open(tmp_path / "view"), "train", [0], [0, 1])
     per_part = [len(data.open_source(Dataset.open(part), "train", [0], [0, 1])) for part in parts]
     assert len(neighbours) == sum(per_part)
+
+
+def test_each_dataset_is_opened_once(tmp_path, parts):
+    view = tmp_path / "view"
+    names = [f"{part}/preparation.json" for part in parts]
+    flags = (f"--datasets={parts[0]},{parts[1]}", f"--output_dir={view}")
+    assert opened_by_command("data_prep.merge", *flags, names=("preparation.json",)) == names
+    described = opened_by_command("data_prep.describe", f"--dataset={view}", "--verify", names=("preparation.json",))
+    assert described == [*names, f"{view}/preparation.json"]
 
 
 def test_a_killed_merge_leaves_no_view(tmp_path, parts, monkeypatch):
@@ -369,7 +380,7 @@ def test_parts_that_grow_leave_the_view_as_it_was(tmp_path, key_file, pool):
     places = {}
     for name, patients in (("a", range(1, 4)), ("b", range(11, 14))):
         add_scans(tmp_path / f"scans-{name}", patients)
-        places[name] = Places(tmp_path / f"scans-{name}", tmp_path / name, tmp_path / f"{name}-audit")
+        places[name] = Directories(tmp_path / f"scans-{name}", tmp_path / name, tmp_path / f"{name}-audit")
         prepare(OPTIONS, places[name], num_workers=1, pseudonym_key_file=key_file)
     parts = [tmp_path / "a", tmp_path / "b"]
     preparation, _ = merge(parts, tmp_path / "view")

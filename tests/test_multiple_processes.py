@@ -26,7 +26,8 @@ from training_runs import (
     train_on,
 )
 
-from ctssl_jax import checkpoint, distributed, reports
+from ctssl_jax import distributed, reports
+from ctssl_jax.runs.checkpoints import choose_step
 
 OVERRIDES = {**EMA, "microbatches": 2, "num_steps": 8, "log_every": 2, "eval_every": 4}
 
@@ -94,7 +95,7 @@ def interrupted(tiny_dataset, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("interrupted") / "run"
     endless = {**OVERRIDES, "num_steps": 100_000}
     asked = finish(start_two(tiny_dataset, workdir, (3, signal.SIGTERM), **endless))
-    step = checkpoint.choose_step(workdir, "last")
+    step = choose_step(workdir, "last")
     processes = start_two_as_slurm_does(tiny_dataset, workdir, (step + 3, signal.SIGKILL), **endless)
     return Interrupted(workdir, step, asked, finish(processes, timeout=100))
 
@@ -112,7 +113,7 @@ def test_a_killed_process_ends_the_other_with_one_clear_line(interrupted):
     assert f"going on     from step {interrupted.stopped_at:,}" in lost[0][1]
     last_line = lost[0][2].splitlines()[-1]
     assert last_line.startswith("error: another process of this run was lost")
-    step = checkpoint.choose_step(workdir, "last")
+    step = choose_step(workdir, "last")
     assert f"the last checkpoint is step {step:,} of {workdir}; start all processes again" in last_line
     assert "Traceback" not in lost[0][2]
 
@@ -132,7 +133,7 @@ def test_only_the_first_process_prints_and_writes(interrupted):
 @pytest.fixture(scope="module")
 def undisturbed(interrupted, tiny_dataset, tmp_path_factory):
     """Some steps more than the two processes took, by one process with two devices."""
-    num_steps = checkpoint.choose_step(interrupted.workdir, "last") + 4
+    num_steps = choose_step(interrupted.workdir, "last") + 4
     config = tiny_config(tiny_dataset, **{**OVERRIDES, "num_steps": num_steps + num_steps % 2})
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     assert train_on(config, workdir, num_devices=2)

@@ -19,12 +19,14 @@ from flax import nnx
 from PIL import Image
 from training_runs import tiny_recipe
 
-from ctssl_jax import checkpoint, configuration, training
 from ctssl_jax.evaluation import predictions
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference import mask_prediction, pretrained
 from ctssl_jax.inference.prediction import Request, predict, table
+from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.run import open_workdir
 from ctssl_jax.tasks import get_task
+from ctssl_jax.training__state import abstract_model
 from data_prep.dataset import Dataset
 from data_prep.mask_files import read_mask
 from data_prep.mask_output import resize_back
@@ -54,11 +56,11 @@ def make_run(config, workdir: Path) -> None:
         spread = {"kernel": math.sqrt(2 / max(1, math.prod(leaf.shape[:-1]))), "var": 0}.get(last, 0.1)
         return (middle + random.normal(0, spread, leaf.shape)).astype(leaf.dtype)
 
-    _, params, variables = training.abstract_model(config, get_task(config.task))
+    _, params, variables = abstract_model(config, get_task(config.task))
     state = jax.tree_util.tree_map_with_path(numbers, {"params": params, "variables": variables})
     preparation = Dataset.open(config.dataset).preparation
-    configuration.open_workdir(workdir, config, preparation, {"train": [], "validation": []})
-    saving = checkpoint.Checkpoints(workdir)
+    open_workdir(workdir, config, preparation, {"train": [], "validation": []})
+    saving = Checkpoints(workdir)
     saving.save(2, state, {}, 0.5)
     saving.close()
 

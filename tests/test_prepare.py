@@ -23,10 +23,11 @@ from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
 from data_prep.pipeline import convert
 from data_prep.pipeline import prepare as preparation_module
+from data_prep.pipeline.accounting import num_failed_for_now
 from data_prep.pipeline.assemble import freeze
 from data_prep.pipeline.convert import convert_exam
-from data_prep.pipeline.dry_run import dry_run
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import dry_run, prepare
 from data_prep.scan import loading
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import DatasetError, InputError
@@ -45,8 +46,8 @@ def add_scan(archive: Path, number: int, **attributes) -> None:
     dicom_files.write(archive / f"scan{number}", dicom_files.slices(hu, **options))
 
 
-def places(folder: Path, archive: Path) -> Places:
-    return Places(archive, folder / "dataset", folder / "private")
+def places(folder: Path, archive: Path) -> Directories:
+    return Directories(archive, folder / "dataset", folder / "private")
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -72,7 +73,7 @@ def archive(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory, archive, key_file) -> Places:
+def prepared(tmp_path_factory, archive, key_file) -> Directories:
     where = places(tmp_path_factory.mktemp("prepared"), archive)
     _, changed = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     assert changed
@@ -375,7 +376,7 @@ def test_an_audit_directory_is_of_one_dataset(tmp_path, archive, key_file):
     first.output_dir.parent.mkdir()
     prepare(OPTIONS, first, num_workers=1, pseudonym_key_file=key_file)
     made = content(tmp_path / "a")
-    other = Places(archive, tmp_path / "b" / "dataset", first.audit_dir)
+    other = Directories(archive, tmp_path / "b" / "dataset", first.audit_dir)
     with pytest.raises(InputError, match=r"another dataset, .* --pseudonym_key_file"):
         prepare(OPTIONS, other, num_workers=1, pseudonym_key_file=key_file)
     assert content(tmp_path / "a") == made
@@ -543,7 +544,7 @@ def test_a_failure_that_may_pass_leaves_the_exam_to_the_next_run(tmp_path, key_f
         preparation, changed = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
         assert changed and preparation["counts"]["series_rejected"] == {"failed_for_now": 1}
         assert preparation["counts"]["files_in_volumes"] == 3 * NUM_SLICES
-        assert preparation_module.num_failed_for_now(preparation["counts"]) == 1
+        assert num_failed_for_now(preparation["counts"]) == 1
     monkeypatch.undo()
     preparation, _ = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     assert preparation["counts"]["series_rejected"] == {}
@@ -600,7 +601,7 @@ def test_wrong_flags_end_in_one_line(tmp_path, archive):
 
 
 @pytest.fixture(scope="module")
-def real_dataset(tmp_path_factory, real_data) -> Places:
+def real_dataset(tmp_path_factory, real_data) -> Directories:
     where = places(tmp_path_factory.mktemp("real"), real_data)
     prepare(Options(), where)
     return where

@@ -18,16 +18,17 @@ from pydicom.dataset import Dataset as DicomDataset
 from tensorboardX import SummaryWriter
 from training_runs import save_untrained, tiny_recipe
 
-from ctssl_jax import checkpoint
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference.embedding import embed
 from ctssl_jax.inference.prediction import Request, predict
+from ctssl_jax.runs.checkpoints import Checkpoints
 from data_prep.archives import list_sources, read_bytes
 from data_prep.dataset import Dataset
 from data_prep.dataset__cohort import contact_sheet
 from data_prep.dataset__storage import encode_record, write_records
 from data_prep.headers import Header, read_header
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.privacy import leaks
 from data_prep.scan.rules import Rules
 from tests import dicom_files
@@ -75,7 +76,7 @@ def in_record(folder, text: str) -> None:
 
 def in_checkpoint(state, metadata):
     def plant(folder, text: str) -> None:
-        saving = checkpoint.Checkpoints(folder)
+        saving = Checkpoints(folder)
         saving.save(1, {name: value(text) for name, value in state(text).items()}, metadata(text), 0.5)
         saving.close()
 
@@ -207,7 +208,7 @@ def parts_of_scans(real_data, folder):
 def test_real_scans(real_data, tmp_path, capfd):
     """Preparation, contact sheet, checkpoint, results, embeddings and masks of real scans hold nothing of them."""
     archive, out = parts_of_scans(real_data, tmp_path / "archive"), tmp_path / "out"
-    places = Places(archive, out / "dataset", out / "dataset-audit")
+    places = Directories(archive, out / "dataset", out / "dataset-audit")
     rules = Rules(require_lung=False)
     prepare(Options(image_size=32, rules=rules), places, num_workers=1)
     contact_sheet(Dataset.open(places.output_dir), 6, 0).save(out / "sheet.png")

@@ -14,7 +14,7 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 from training_runs import save_untrained, start, tiny_config, tiny_recipe, train_on
 
-from ctssl_jax import checkpoint, configuration, data, training
+from ctssl_jax import data
 from ctssl_jax.data__batches import evaluation_batches, training_batches
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.probes import encoders, image_probe, label_probe
@@ -23,9 +23,11 @@ from ctssl_jax.probes.image_probe import IMAGES, ImageFeatures
 from ctssl_jax.probes.label_probe import LABELS, LabelFeatures
 from ctssl_jax.probes.probing import probe, table
 from ctssl_jax.runs import checkpoints
-from ctssl_jax.runs.run import Run
+from ctssl_jax.runs.checkpoints import choose_step
+from ctssl_jax.runs.run import Run, from_json
 from ctssl_jax.stats.volumes import auroc_one_vs_rest
 from ctssl_jax.tasks import get_task
+from ctssl_jax.training__state import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError
 
@@ -144,7 +146,7 @@ def test_inputs_targets_and_labels_equal_those_of_evaluation(task, tiny_dataset)
 
     @jax.jit  # drops the model: only what goes in and what should come out is asked for
     def evaluated(images, record_index):
-        model, keys = task_functions.build(config, nnx.Rngs(params=0)), training.evaluation_keys(record_index)
+        model, keys = task_functions.build(config, nnx.Rngs(params=0)), evaluation_keys(record_index)
         batch = {"images": images, "weight": jnp.ones(len(images))}
         output = task_functions.apply(model, batch, keys, None, config, train=False)
         return output.pictures["input"], output.pictures["target"], output.classes and output.classes["label"]
@@ -179,7 +181,7 @@ def test_targets_are_the_same_for_every_grey_scale_of_the_encoder(tiny_dataset):
 
 @pytest.mark.parametrize("task", ["masked_region", "rotation"])
 def test_only_the_encoder_is_read_and_it_is_the_run_s(task, runs, monkeypatch):
-    config = configuration.from_json(json.loads((runs / task / "config.json").read_text()))
+    config = from_json(json.loads((runs / task / "config.json").read_text()))
     run, names, restore = Run.open(runs / task), [], checkpoints.restore
     step = run.choose_step()
 
@@ -191,7 +193,7 @@ def test_only_the_encoder_is_read_and_it_is_the_run_s(task, runs, monkeypatch):
         patch.setattr(checkpoints, "restore", recording_restore)
         encoder = encoders.trained_encoder(config, get_task(task), run, step)
     assert names and all(name.split("/")[:2] in (["params", "encoder"], ["variables", "encoder"]) for name in names)
-    graph, params, variables = training.abstract_model(config, get_task(task))
+    graph, params, variables = abstract_model(config, get_task(task))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     whole = restore(runs / task, step, jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -248,7 +250,7 @@ def test_result_files(runs, results, tiny_dataset):
             "num_train_slices": 60, "num_train_pairs": 50, "num_slices": 24, "num_pairs": 20,  # a gap in each volume
             "num_patients_seen_in_training": 0, "num_features": {"latent": 4, "pooled": 64}, "seed": 0,
             "dataset_fingerprint": Dataset.open(tiny_dataset).preparation["fingerprint"],
-            "checkpoint_step": checkpoint.choose_step(runs / task),
+            "checkpoint_step": choose_step(runs / task),
         }.items() <= content.items()  # fmt: skip
         assert set(content["chosen"]) == {name.rsplit("/", 1)[0] for name in NAMES}
         assert str(tiny_dataset) not in output.read_text() and str(runs) not in output.read_text()

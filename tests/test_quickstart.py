@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import quickstart
+from experiments.study import quickstart_report
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -39,9 +39,9 @@ def test_report_shows_what_was_measured(finished):
     assert "SYNTHETIC DATA" in page and "Not for clinical use" in page
     assert page.count("data:image/png;base64,") == 3
     for predictor in (result["metrics"], *result["baselines"].values()):
-        for name in quickstart.NAMES:
+        for name in quickstart_report.NAMES:
             assert f"{predictor[name]['mean']:.4f}" in page
-    factors = quickstart.improvement(result)
+    factors = quickstart_report.improvement(result)
     for baseline, factor in factors.items():
         ratio = result["baselines"][baseline]["masked_mse"]["mean"] / result["metrics"]["masked_mse"]["mean"]
         assert factor == pytest.approx(ratio)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ctssl_jax.configuration import check_config, to_json
+from ctssl_jax.runs.run import to_json
 from ctssl_jax.training__fields import FIELDS
+from ctssl_jax.training__recipe import check_config
 from data_prep.system.errors import InputError
 
 TESTS = Path(__file__).resolve().parent

@@ -16,10 +16,13 @@ import pytest
 from data_prep import archives, planning, remote_archives, stores
 from data_prep.dataset import Dataset
 from data_prep.headers import Header, NotAnImage, read_header
-from data_prep.pipeline.prepare import Options, Places, check_places, num_failed_for_now, prepare
+from data_prep.pipeline.accounting import num_failed_for_now
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.remote_archives import archive_directory
 from data_prep.scan.loading import read_headers
 from data_prep.series import plan_series
+from data_prep.system.errors import InputError
 from data_prep.volume import load_volume
 from tests import dicom_files
 
@@ -47,9 +50,9 @@ def scans(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, scans, key_file) -> Places:
+def prepared(tmp_path_factory, scans, key_file) -> Directories:
     folder = tmp_path_factory.mktemp("prepared")
-    places = Places(scans, folder / "dataset", folder / "private")
+    places = Directories(scans, folder / "dataset", folder / "private")
     prepare(OPTIONS, places, num_workers=1, pseudonym_key_file=key_file)
     return places
 
@@ -98,18 +101,18 @@ def test_reading_ahead_asks_for_everything_once(store, scans):
 
 def test_the_dataset_is_that_of_a_local_copy(store, scans, prepared, tmp_path, key_file):
     shutil.copytree(scans, store.objects / "scans")
-    places = Places(archive_directory("example://scans"), tmp_path / "dataset", tmp_path / "private")
+    places = Directories(archive_directory("example://scans"), tmp_path / "dataset", tmp_path / "private")
     prepare(OPTIONS, places, num_workers=2, pseudonym_key_file=key_file)
     assert content(places.output_dir) == content(prepared.output_dir)
     assert content(places.audit_dir) == content(prepared.audit_dir)
-    local = Places(scans, places.output_dir, places.audit_dir)  # the other way round nothing has changed
+    local = Directories(scans, places.output_dir, places.audit_dir)  # the other way round nothing has changed
     assert prepare(OPTIONS, local, num_workers=1, pseudonym_key_file=key_file)[1] is False
 
 
 def test_what_the_store_fails_to_give_is_tried_again(store, scans, prepared, tmp_path, key_file, monkeypatch):
     """Two headers, then the pixels of another scan, of which the headers were read."""
     shutil.copytree(scans, store.objects / "scans")
-    places = Places(archive_directory("example://scans"), tmp_path / "dataset", tmp_path / "private")
+    places = Directories(archive_directory("example://scans"), tmp_path / "dataset", tmp_path / "private")
     plan_archive = planning.plan_archive
 
     def plan_then_fail(*arguments):
@@ -188,10 +191,10 @@ def test_refusals_name_the_url_and_the_remedy(store, tmp_path):
         ("example://file", "--input_dir=example://file: is a file; give the folder of the scans"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
-            check_places(Places(archive_directory(url), tmp_path / "dataset", tmp_path / "private"))
+            Directories(archive_directory(url), tmp_path / "dataset", tmp_path / "private").check()
     store.fail("info *")
     with pytest.raises(ValueError, match=r"example://file: the store refuses or cannot be reached \(RuntimeError: 503"):
-        check_places(Places(archive_directory("example://file"), tmp_path / "dataset", tmp_path / "private"))
+        Directories(archive_directory("example://file"), tmp_path / "dataset", tmp_path / "private").check()
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -199,9 +202,9 @@ def test_missing_packages_are_named(monkeypatch):
     for protocol, package, extra in (("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")):
         monkeypatch.setitem(sys.modules, package, None)  # as if it was not installed
         monkeypatch.delitem(registry._registry, protocol, raising=False)
-        with pytest.raises(stores.StoreError, match=re.escape(f"{protocol}://b/c: needs a package that is not inst")):
+        with pytest.raises(InputError, match=re.escape(f"{protocol}://b/c: needs a package that is not inst")):
             stores.open_store(f"{protocol}://b/c")
-        with pytest.raises(stores.StoreError, match=re.escape(f"pip install 'ctssl_jax[{extra}]'")):
+        with pytest.raises(InputError, match=re.escape(f"pip install 'ctssl_jax[{extra}]'")):
             stores.open_store(f"simplecache::{protocol}://b/c")
 
 

@@ -17,7 +17,8 @@ from nibabel import orientations
 from ctssl_jax import hu_arrays, scan_flags
 from data_prep.dataset import Dataset
 from data_prep.labels import LabelSources
-from data_prep.pipeline.prepare import Options, Places, prepare
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.raw import scans
 from data_prep.scan import loading
 from data_prep.scan.rules import Rules
@@ -39,7 +40,7 @@ def prepared(folder, archive, options, **sources):
     """The dataset's volumes as prepare writes them: volume_id -> (patient_id, images, position_mm)."""
     key_file = folder / "key"
     key_file.write_text(KEY)
-    places = Places(archive, folder / "dataset", folder / "private")
+    places = Directories(archive, folder / "dataset", folder / "private")
     prepare(
         options, places, sources=LabelSources(options.archive, **sources), num_workers=1, pseudonym_key_file=key_file
     )
@@ -180,7 +181,7 @@ def test_nothing_to_take_is_one_line_with_the_remedy(tmp_path):
         (one / "slice", {}, "give a smaller --min_slices"),
         (thick, {}, r"thicker than the limit \(4 mm, .*; give a larger --max_slice_thickness_mm"),
         (head, {}, "does not cover the chest.*; give --require_lung=false"),
-        (tmp_path / "text", {}, "no DICOM file; give DICOM, or --archive=nifti"),
+        (tmp_path / "text", {}, "not a DICOM file; give DICOM, or --archive=nifti"),
         (tmp_path / "scan", {"archive": "nifti"}, "21 files not_nifti: .*; give NIfTI, or --archive=dicom"),
         (tmp_path / "empty", {}, "holds no usable CT volume .no files.; give another scan"),
         (tmp_path / "several", {}, "1 series too_.*, 1 series too_.*--.*, or give a .*--"),
@@ -305,10 +306,10 @@ def test_values_that_are_no_hu_are_refused():
     missing[3, 3, 3] = np.nan
     for values, message in (
         ((HU + 1024).astype(np.int16), "no air or lung"),
-        (np.clip(HU / 3000 + 0.3, 0, 1), "values from 0 to .* are no HU"),
-        (np.clip(HU, 0, 255).astype(np.uint8), "values from 0 to 255 are no HU"),
+        (np.clip(HU / 3000 + 0.3, 0, 1), "values from 0 to .* are not HU"),
+        (np.clip(HU, 0, 255).astype(np.uint8), "values from 0 to 255 are not HU"),
         (np.where(HU > 50, 9000, HU), "% of the pixels are above 4000 HU"),
-        (missing, "no finite numbers"),
+        (missing, "values that are not finite"),
         (HU[0], "give a 3-D array"),
         (HU[:0], "give a 3-D array"),
         (HU > 0, "give a 3-D array of numbers"),
@@ -317,5 +318,5 @@ def test_values_that_are_no_hu_are_refused():
             hu_arrays.canonical_volume(np.asarray(values), AFFINE)
         assert "\n" not in str(raised.value)
     for affine in (np.eye(3), np.zeros((4, 4)), np.full((4, 4), np.nan)):
-        with pytest.raises(InputError, match="no invertible 4 x 4 matrix"):
+        with pytest.raises(InputError, match="not an invertible 4 x 4 matrix"):
             hu_arrays.canonical_volume(HU, affine)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ctssl_jax import checkpoint
 from ctssl_jax.models.se_resnext import SEResNeXt, SEResNeXtConfig, flops_per_slice
+from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.torch_bridge import imagenet_weights
 from data_prep.system.errors import InputError
 
@@ -24,7 +24,7 @@ def tree_of(model):
 
 
 def shapes_of(config):
-    return checkpoint.flatten(tree_of(nnx.eval_shape(lambda: SEResNeXt(config, rngs=nnx.Rngs(0)))))
+    return flatten(tree_of(nnx.eval_shape(lambda: SEResNeXt(config, rngs=nnx.Rngs(0)))))
 
 
 def torch_names(flat, layout):
@@ -56,7 +56,7 @@ def torch_names(flat, layout):
 def random_tree(model, seed=0):
     """The model's flat state with every tensor random, the statistics away from 0 and 1."""
     rng = np.random.default_rng(seed)
-    flat = checkpoint.flatten(tree_of(model))
+    flat = flatten(tree_of(model))
     out = {}
     for name, leaf in flat.items():
         value = rng.normal(size=leaf.shape).astype(np.float32)
@@ -71,7 +71,7 @@ def random_tree(model, seed=0):
 
 
 def with_weights(model, flat):
-    tree = checkpoint.unflatten(tree_of(model), flat)
+    tree = unflatten(tree_of(model), flat)
     nnx.update(model, tree["params"], tree["variables"])
     return model
 
@@ -109,8 +109,8 @@ def test_gradients_reach_every_parameter_and_statistics_move():
         return jax.grad(loss, has_aux=True)(params)
 
     gradients, moved = gradient(nnx.as_pure(params), nnx.as_pure(variables))
-    assert not [name for name, value in checkpoint.flatten(gradients).items() if not np.any(value != 0)]
-    before, after = checkpoint.flatten(nnx.as_pure(variables)), checkpoint.flatten(nnx.as_pure(moved))
+    assert not [name for name, value in flatten(gradients).items() if not np.any(value != 0)]
+    before, after = flatten(nnx.as_pure(variables)), flatten(nnx.as_pure(moved))
     assert before and not [name for name in before if np.array_equal(before[name], after[name])]
 
 
@@ -134,14 +134,14 @@ def test_weights_come_back_under_both_layouts(layout):
     flat = random_tree(model)
     tensors = torch_names(flat, layout)
     tensors["layer1.0.bn1.num_batches_tracked"] = np.array(7)
-    loaded = imagenet_weights.load_state_dict(tensors, checkpoint.flatten(tree_of(model)), head=True)
+    loaded = imagenet_weights.load_state_dict(tensors, flatten(tree_of(model)), head=True)
     assert loaded.keys() == flat.keys()
     for name, value in flat.items():
         np.testing.assert_array_equal(loaded[name], value, err_msg=name)
 
 
 def test_head_may_be_left_out():
-    like = checkpoint.flatten(tree_of(build()))
+    like = flatten(tree_of(build()))
     other = torch_names(random_tree(build(num_classes=1000)), "timm")
     headless = {name: value for name, value in other.items() if not name.startswith("fc.")}
     for tensors in (other, headless):
@@ -154,7 +154,7 @@ def test_head_may_be_left_out():
 
 
 def test_weights_that_do_not_fit_are_refused():
-    like, tensors = checkpoint.flatten(tree_of(build())), torch_names(random_tree(build()), "timm")
+    like, tensors = flatten(tree_of(build())), torch_names(random_tree(build()), "timm")
     fewer = {name: value for name, value in tensors.items() if name != "layer2.1.se.fc2.bias"}
     with pytest.raises(InputError, match=r"1 tensors missing, 0 extra.*layer2\.1\.se\.fc2\.bias is missing"):
         imagenet_weights.load_state_dict(fewer, like, head=True)

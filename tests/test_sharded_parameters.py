@@ -16,8 +16,10 @@ from training_runs import (
     train_on,
 )
 
-from ctssl_jax import checkpoint, distributed, training
+from ctssl_jax import distributed
+from ctssl_jax.ops.trees import flatten
 from ctssl_jax.tasks import get_task
+from ctssl_jax.training__step import compile_step, make_program
 from data_prep.system.errors import InputError
 
 WIDE = {"model.hidden": (16, 32), "model.embedding_dim": 8}  # the 3 x 3 kernels are large enough to be split
@@ -30,10 +32,8 @@ SHORT = {
 def built(config, num_devices=8):
     """The program of a configuration and the memory that XLA expects a device to need, in bytes."""
     mesh = distributed.make_mesh(jax.devices()[:num_devices], config.fsdp_devices)
-    task = get_task(config.task)
-    program = training.make_program(config, task, 1, mesh)
-    shapes = training.abstract_batch(config, task, 1, config.batch_size // config.microbatches)
-    return training.compile_step(program, config, jax.eval_shape(program.initial_state), shapes)
+    program = make_program(config, get_task(config.task), 1, mesh)
+    return compile_step(program)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_every_device_holds_its_part(tiny_dataset):
         leaf.addressable_shards[0].data.size == leaf.size // 8 for leaf in jax.tree.leaves(program.zero_gradients())
     )
     state = program.initial_state()
-    leaves = checkpoint.flatten({"params": state.params, "optimizer": state.optimizer})
+    leaves = flatten({"params": state.params, "optimizer": state.optimizer})
     split = {name for name, leaf in leaves.items() if leaf.addressable_shards[0].data.size < leaf.size}
     assert split == {name for name, leaf in leaves.items() if leaf.size >= distributed.SMALLEST_SPLIT_ARRAY}
     assert {name.split("/")[0] for name in split} == {"params", "optimizer"}

@@ -6,23 +6,24 @@ import json
 import signal
 import sys
 import time
+from pathlib import Path
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 from training_runs import TINY, start
 
-from ctssl_jax import checkpoint, pictures
-from data_prep.system.errors import InputError
-from experiments import chain, study, table2
-from experiments.paper import TABLE2
-from experiments.study import Settings
-
-TINY_FIELDS = {
-    name.replace(".", "__"): value
-    for name, value in TINY.items()
-    if name not in ("num_steps", "log_every", "eval_every")
-} | {"log_every": 2, "eval_every": 100_000, "model__vq_revive_every": 0}
+from ctssl_jax import attributes, evaluate, pictures, training__loop
+from ctssl_jax.runs.checkpoints import choose_step
+from data_prep.system.errors import InputError, StartAgain
+from experiments import chain, figure6, table2
+from experiments.study import downstream, results, runner, table2_figure
+from experiments.study.cells import Cell, Settings, chain_cells
+from experiments.study.downstream import PRESETS, Point, Study
+from experiments.study.paper import TABLE2
 
 
 @pytest.fixture
@@ -34,17 +35,18 @@ def settings(tiny_dataset, tmp_path):
 def result_of(cell, mean=0.5):
     """A results JSON in `evaluate`'s or `probe`'s form, every number made from `mean`."""
     value = {"sd": 0.1, "ci95": [mean - 0.1, mean + 0.1], "num_volumes": 7, "num_patients": 6, "unit": "a unit"}
-    names = table2.CROSS if cell.name.startswith("cross_") else (*chain.SCORES, "masked_mse_batch_sum")
-    if cell.name in table2.CLASSIFICATION:
+    names = table2_figure.CROSS if cell.name.startswith("cross_") else (*chain.SCORES, "masked_mse_batch_sum")
+    if cell.name in table2_figure.CLASSIFICATION:
         names = ("cross_entropy", "double_softmax_cross_entropy", "auroc")
     if cell.name in ("next_slice", "denoising"):
         names = ("mse", "ssim")
-    given = {flag.split("=")[0]: flag.split("=")[1] for flag in cell.stages[0] if flag.startswith("--")}
+    recipe = cell.stages[0].recipe if cell.stages else None
+    num_steps = int(recipe.fields["num_steps"]) if recipe else 0
     return {
         "metrics": {name: {**value, "mean": mean} for name in names},
         "synthetic": True,
         "split": "test",
-        "config": {"image_size": 64, "num_steps": int(given.get("--config.num_steps", 0)), "batch_size": 16},
+        "config": {"image_size": 64, "num_steps": num_steps, "batch_size": 16},
         "seed": 0,
         "device": "1 x cpu",
         "dataset_fingerprint": "abc",
@@ -73,16 +75,12 @@ def stages_run(monkeypatch):
 
     def run_stage(title, module, *arguments):
         ran.append((title, module, *arguments))
-        flags = dict(flag.split("=", 1) for flag in arguments if "=" in flag)
-        if "--output" in flags:
-            from pathlib import Path
-
-            name = Path(flags["--output"]).stem
-            train = [stage for stage in ran if stage[0] == f"{name}: train"]
-            complete(study.Cell(name, (), (train or ran)[-1:], Path(flags["--output"])))
+        output = flags_of(arguments).get("--output")
+        if output:
+            complete(Cell(Path(output).stem, (), (), Path(output)))
         return 1.5
 
-    monkeypatch.setattr(study, "run_stage", run_stage)
+    monkeypatch.setattr(runner, "run_stage", run_stage)
     return ran
 
 
@@ -91,30 +89,31 @@ def flags_of(stage):
 
 
 def test_each_mask_size_starts_from_the_last_checkpoint_of_the_one_before(settings):
-    cells = chain.chain_cells(settings)
+    cells = chain_cells(settings)
     assert [cell.name for cell in cells] == ["mask_05", "mask_10", "mask_20", "mask_33"]
     assert [cell.after for cell in cells] == [(), ("mask_05",), ("mask_10",), ("mask_20",)]
-    train = [flags_of(cell.stages[0]) for cell in cells]
+    train = [flags_of(cell.stages[0].arguments()) for cell in cells]
     assert [flags["--config.mask.fraction"] for flags in train] == ["0.05", "0.1", "0.2", "0.33"]
     assert "--config.init_from" not in train[0]
-    for before, flags in itertools.pairwise(train):
-        assert flags["--config.init_from"] == before["--workdir"] and flags["--config.init_checkpoint"] == "last"
+    for before, given in itertools.pairwise(train):
+        assert given["--config.init_from"] == before["--workdir"] and given["--config.init_checkpoint"] == "last"
     assert {flags["--config.num_steps"] for flags in train} == {"100"}
 
 
 def test_the_ablation_trains_for_as_many_steps_in_all(settings):
     cells = chain.ablation_cells(settings)
-    train = [flags_of(cell.stages[0]) for cell in cells]
+    train = [flags_of(cell.stages[0].arguments()) for cell in cells]
     assert [flags["--config.num_steps"] for flags in train] == ["200", "300", "400"]
     assert [flags["--config.mask.fraction"] for flags in train] == ["0.1", "0.2", "0.33"]
     assert not any("--config.init_from" in flags or cell.after for flags, cell in zip(train, cells, strict=True))
-    assert chain.ablation_cells(settings._replace(num_steps=0))[0].stages[0].count("--config.num_steps=3000") == 1
+    of_recipe = chain.ablation_cells(settings._replace(num_steps=0))[0].stages[0]
+    assert of_recipe.arguments().count("--config.num_steps=3000") == 1
 
 
 def test_plan_lists_a_command_for_every_cell(settings, capsys):
     cells = [*table2.model_cells(settings), *table2.cross_cells(settings)]
     complete(cells[0])
-    study.plan(cells, "experiments.table2", study.options_of(settings._replace(overrides=("dtype=bfloat16",))))
+    runner.plan(cells, "experiments.table2", runner.options_of(settings._replace(overrides=("dtype=bfloat16",))))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * (8 + 10)
     assert lines[0] == "# mask_05 [complete]" and lines[2] == "# mask_10 [missing] after mask_05"
@@ -124,29 +123,29 @@ def test_plan_lists_a_command_for_every_cell(settings, capsys):
 
 
 def test_run_does_what_is_missing_in_order(settings, stages_run):
-    cells = chain.chain_cells(settings)
-    study.run(cells, [], settings.workdir)
+    cells = chain_cells(settings)
+    runner.run(cells, [], settings.workdir)
     assert [stage[0] for stage in stages_run] == [
         f"{cell.name}: {do}" for cell in cells for do in ("train", "evaluate")
     ]
-    study.run(cells, [], settings.workdir)
+    runner.run(cells, [], settings.workdir)
     assert len(stages_run) == 8
     cells[2].result.unlink()
-    study.run(cells, [], settings.workdir)
+    runner.run(cells, [], settings.workdir)
     assert [stage[0] for stage in stages_run[8:]] == ["mask_20: train", "mask_20: evaluate"]
-    assert study.seconds(settings.workdir) == dict.fromkeys([cell.name for cell in cells], 3.0)
+    assert results.seconds(settings.workdir) == dict.fromkeys([cell.name for cell in cells], 3.0)
 
 
 def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_path):
-    cells = chain.chain_cells(settings)
+    cells = chain_cells(settings)
     with pytest.raises(InputError, match=r"--cells=mask_99: there is no such cell; choose from mask_05, mask_10"):
-        study.run(cells, ["mask_99"], settings.workdir)
+        runner.run(cells, ["mask_99"], settings.workdir)
     with pytest.raises(InputError, match=r"cell mask_10 needs mask_05 first; run --cells=mask_05,mask_10"):
-        study.run(cells, ["mask_10"], settings.workdir)
-    study.record_settings(settings.workdir, study.settings_content(settings))
+        runner.run(cells, ["mask_10"], settings.workdir)
+    runner.record_settings(settings.workdir, runner.settings_content(settings))
     other = settings._replace(num_steps=7)
     with pytest.raises(InputError, match=r"holds a study with num_steps=100, not 7; use another one"):
-        study.record_settings(other.workdir, study.settings_content(other))
+        runner.record_settings(other.workdir, runner.settings_content(other))
     assert not stages_run
     with pytest.raises(InputError, match="holds no results yet; run the study first"):
         table2.draw(settings)
@@ -156,21 +155,22 @@ def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_
 
 def test_a_failed_stage_stops_the_study(settings, capfd):
     with pytest.raises(InputError, match=r"stage 'mask_05: train' ended with exit code 2; its message stands above"):
-        study.run(chain.chain_cells(settings), ["mask_05"], settings.workdir)  # the dataset's images are of 16 pixels
+        runner.run(chain_cells(settings), ["mask_05"], settings.workdir)  # the dataset's images are of 16 pixels
     assert "holds images of 16 pixels, config.image_size is 64" in capfd.readouterr().err
 
 
 def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny_dataset, tmp_path):
     """SIGTERM to the study is passed on; the training saves, and nothing is evaluated yet."""
     settings = Settings(tiny_dataset, tmp_path / "study", "small", 100_000, 0, (), "test")
-    cell = study.train_cell(settings, "mask_05", "masked_region", **TINY_FIELDS)
+    fields = {**TINY, "log_every": 2, "eval_every": 100_000, "model.vq_revive_every": 0}
+    fields.pop("num_steps")
     program = (
-        "import experiments.study as study, pathlib, sys; from data_prep.system import command_line\n"
-        f"cell = study.Cell('mask_05', (), {cell.stages!r}, pathlib.Path({str(cell.result)!r}))\n"
-        f"settings = study.Settings(pathlib.Path({str(tiny_dataset)!r}), pathlib.Path({str(settings.workdir)!r}), "
-        "'small', 100000, 0, (), 'test')\n"
+        "import sys; from pathlib import Path; from data_prep.system import command_line\n"
+        "from experiments.study import runner; from experiments.study.cells import Settings\n"
+        f"settings = Settings(Path({str(tiny_dataset)!r}), Path({str(settings.workdir)!r}), *{settings[2:]!r})\n"
+        f"cell = settings.cell('mask_05', 'masked_region', {fields!r})\n"
         "sys.argv = ['study']\n"
-        "command_line.run(lambda argv: study.run([cell], [], settings.workdir))\n"
+        "command_line.run(lambda argv: runner.run([cell], [], settings.workdir))\n"
     )
     process = start([sys.executable, "-c", program])
     metrics = settings.workdir / "runs" / "mask_05" / "metrics.jsonl"
@@ -184,56 +184,45 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
         "error: stage 'mask_05: train' was stopped; run the same command again to continue\n"
     )
     assert "stopped     at step" in output and "evaluate" not in output
-    assert checkpoint.choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
-    assert not cell.result.exists() and not study.seconds(settings.workdir)
+    assert choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
+    assert not (settings.workdir / "results").exists() and not results.seconds(settings.workdir)
 
 
 def test_overrides_of_what_the_study_sets_are_refused(settings):
     def refused(override, match):
         with pytest.raises(InputError, match=match):
-            study.check_overrides(settings._replace(overrides=(override,)), ["masked_region", "rotation"])
+            runner.check_overrides(settings._replace(overrides=(override,)), ["masked_region", "rotation"])
 
     refused("mask.fraction=0.2", r"--override=mask.fraction=0.2: a study sets mask.fraction itself")
     refused("num_steps=5", "a study sets num_steps itself")
     refused("model.vq_update=ema", r"configs/rotation.py has no field model.vq_update")
     refused("dytpe=bfloat16", r"configs/masked_region.py has no field dytpe")
-    study.check_overrides(
+    runner.check_overrides(
         settings._replace(overrides=("dtype=bfloat16", "model.depth=2")), ["masked_region", "rotation"]
     )
 
 
 def test_drawing_takes_the_settings_from_the_study(settings, stages_run):
-    study.record_settings(settings.workdir, study.settings_content(settings))
-    study.run(chain.chain_cells(settings), ["mask_05"], settings.workdir)
+    runner.record_settings(settings.workdir, runner.settings_content(settings))
+    runner.run(chain_cells(settings), ["mask_05"], settings.workdir)
     elsewhere = settings._replace(num_steps=0, seed=3, size="reference", split="validation")
-    assert study.recorded(elsewhere) == settings
+    assert runner.recorded(elsewhere) == settings
     assert sorted(path.name for path in settings.workdir.iterdir()) == ["results", "seconds", "study.json"]
     with pytest.raises(InputError, match="holds no results yet"):
-        study.recorded(settings._replace(workdir=settings.workdir / "nowhere"))
+        runner.recorded(settings._replace(workdir=settings.workdir / "nowhere"))
 
 
 def test_patients_that_were_trained_on_are_said(settings):
-    one, two = result_of(chain.chain_cells(settings)[0]), result_of(chain.chain_cells(settings)[1])
-    assert "NOT HELD OUT" not in study.caption([one, two])
+    one, two = result_of(chain_cells(settings)[0]), result_of(chain_cells(settings)[1])
+    assert "NOT HELD OUT" not in results.caption([one, two])
     two["num_patients_seen_in_training"] = 4
-    assert "NOT HELD OUT: up to 4 of these patients were in the training data" in study.caption([one, two])
+    assert "NOT HELD OUT: up to 4 of these patients were in the training data" in results.caption([one, two])
     one["num_patients_seen_in_training"] = None
-    assert "CANNOT BE CHECKED" in study.caption([one, two])
-
-
-def test_a_training_without_its_last_validation_is_not_complete(tmp_path):
-    arguments = ("--config.num_steps=8", f"--workdir={tmp_path}")
-    line = json.dumps({"kind": "validation", "step": 4}) + "\n"
-    (tmp_path / "metrics.jsonl").write_text(line)
-    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
-    assert not study._training_is_complete("ctssl_jax.train", arguments)
-    (tmp_path / "metrics.jsonl").write_text(line + line.replace("4", "8"))
-    assert study._training_is_complete("ctssl_jax.train", arguments)
-    assert study._training_is_complete("ctssl_jax.evaluate", arguments)
+    assert "CANNOT BE CHECKED" in results.caption([one, two])
 
 
 def test_the_chain_s_table(settings):
-    cells, alone = chain.chain_cells(settings), chain.ablation_cells(settings)
+    cells, alone = chain_cells(settings), chain.ablation_cells(settings)
     for number, cell in enumerate([*cells, *alone[:1]]):
         complete(cell, 0.1 * number)
     text = chain.draw(settings)
@@ -279,6 +268,59 @@ def test_table_two_from_results_alone(settings):
 
 
 def test_results_of_different_data_are_not_passed_off_as_one(settings):
-    one, two = result_of(chain.chain_cells(settings)[0]), result_of(chain.chain_cells(settings)[1])
+    one, two = result_of(chain_cells(settings)[0]), result_of(chain_cells(settings)[1])
     two["dataset_fingerprint"] = "other"
-    assert "DIFFERENT datasets" in study.caption([one, two]) and "DIFFERENT" not in study.caption([one, one])
+    assert "DIFFERENT datasets" in results.caption([one, two]) and "DIFFERENT" not in results.caption([one, one])
+
+
+def test_a_training_in_this_process_has_the_configuration_of_its_command_line(settings):
+    """Paths become text, numbers get the type of their field."""
+    study = Study("paper", PRESETS["paper"], settings.workdir, settings.dataset, {"rotation": settings.workdir})
+    for point in (Point("rotation", 1, 3, 20), Point("se_resnext", 0.04, 0, 0)):
+        stage = downstream.downstream_cell(study, "pe", point).stages[0]
+        flag_values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, "", flag_values=flag_values)
+        sys_argv, sys.argv = sys.argv, ["train", *stage.arguments()[:-1]]
+        try:
+            flag_values(sys.argv)
+        finally:
+            sys.argv = sys_argv
+        assert stage.recipe.config().to_json() == flag_values.config.to_json()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_stages_are_functions_in_this_process(settings, monkeypatch, capsys, finished):
+    """They get the options of the command line, by the names of their parameters."""
+    monkeypatch.setattr(runner, "configure_jax", lambda: None)
+    calls = {}
+    for name, module in (("train", training__loop), ("evaluate", evaluate), ("attributes", attributes)):
+        calls[name] = create_autospec(getattr(module, name), return_value=finished)
+        monkeypatch.setattr(module, name, calls[name])
+        if name != "train":
+            monkeypatch.setattr(module, "table", lambda result: "the table")
+    study = Study("phantom", PRESETS["phantom"], settings.workdir, settings.dataset, {})
+    trained = study.cell("mine", "rotation", {"dataset": settings.dataset}, ())
+    probe = figure6.probe_cell(study, "rotation", ("age", "sex"), "mine", {"encoder": "pixels"}, 3)
+    cells = [trained._replace(stages=(*trained.stages, *probe.stages))]
+    settings.workdir.mkdir()
+    if not finished:
+        with pytest.raises(StartAgain, match="stage 'mine: train' was stopped; run the same command again"):
+            runner.run(cells, [], settings.workdir, here=True)
+        return
+    runner.run(cells, [], settings.workdir, here=True)
+    run, result = settings.workdir / "runs" / "mine", settings.workdir / "results"
+    calls["train"].assert_called_once_with(trained.stages[0].recipe.config(), workdir=run)
+    calls["evaluate"].assert_called_once_with(
+        workdir=run, dataset=None, split="test", checkpoint="last", output=result / "mine.json"
+    )
+    calls["attributes"].assert_called_once_with(
+        workdir=settings.workdir / "runs" / "pretrain_rotation",
+        dataset=settings.dataset,
+        names=["age", "sex"],
+        checkpoint="last",
+        encoder="pixels",
+        seed=3,
+        output=result / "probe_mine_age_sex.json",
+    )
+    assert capsys.readouterr().out.count("the table") == 2
+    assert list(results.seconds(settings.workdir)) == ["mine"]

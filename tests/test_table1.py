@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import lidc
 from data_prep.system.errors import InputError
-from experiments import table1
+from experiments.study import lidc_counts
 from tests.example_dataset import write_example_dataset
 from tests.test_lidc import SCORES, rectangle, xml, xml_nodule
 
@@ -26,10 +26,10 @@ def test_counts_of_a_part_of_the_collection(real_data, tmp_path):
     readings = lidc.read_readings(tmp_path)
     contours = [len(nodule.contours) for one in readings.values() for session in one.sessions for nodule in session]
     assert (len(readings), len(contours), sum(contours)) == (60, 414, 2722)
-    geometry = table1.read_geometry(real_data / "lidc_xml" / "series_geometry.csv")
+    geometry = lidc_counts.read_geometry(real_data / "lidc_xml" / "series_geometry.csv")
     assert len(geometry) == 1018
-    patients = table1.first_scan_votes(readings, [one for one in geometry if one.series_instance_uid in readings])
-    assert table1.count(patients, 0.7, 20) == {
+    patients = lidc_counts.first_scan_votes(readings, [one for one in geometry if one.series_instance_uid in readings])
+    assert lidc_counts.count(patients, 0.7, 20) == {
         "Slices": 736,
         "Cancer: volumes": 24,
         "Ambiguous: volumes": 32,
@@ -41,7 +41,7 @@ def test_counts_of_a_part_of_the_collection(real_data, tmp_path):
         "Malignancy score 5: slices": 140,
         "Patients": 48,
     }
-    weaker = table1.count(patients, 0.5, 8)
+    weaker = lidc_counts.count(patients, 0.5, 8)
     assert (weaker["Slices"], weaker["Patients"]) == (1049, 51)
 
 
@@ -69,7 +69,7 @@ def geometry_file(tmp_path, *lines: str, header: str = HEADER):
 def test_only_a_patients_first_scan_counts(annotations, tmp_path):
     readings = lidc.read_readings(annotations)
     path = geometry_file(tmp_path, "B,third,1,1", "A,first,1,1", "A,second,1,1")
-    counted = table1.count(table1.first_scan_votes(readings, table1.read_geometry(path)), 0.7, 20)
+    counted = lidc_counts.count(lidc_counts.first_scan_votes(readings, lidc_counts.read_geometry(path)), 0.7, 20)
     assert {name: number for name, number in counted.items() if number} == {
         "Slices": 2,
         "Cancer: volumes": 1,
@@ -80,9 +80,10 @@ def test_only_a_patients_first_scan_counts(annotations, tmp_path):
     }
     ordered = ("A,first,1,1,9", "B,third,1,1,10", "A,second,1,1,8")
     path = geometry_file(tmp_path, *ordered, header=f"{HEADER},scan_order")
-    counted = table1.count(table1.first_scan_votes(readings, table1.read_geometry(path)), 0.7, 20)
+    counted = lidc_counts.count(lidc_counts.first_scan_votes(readings, lidc_counts.read_geometry(path)), 0.7, 20)
     assert (counted["Slices"], counted["No cancer: volumes"]) == (1, 0)
-    assert table1.count(table1.first_scan_votes(readings, table1.read_geometry(path)), 0.7, 36)["Slices"] == 0
+    votes = lidc_counts.first_scan_votes(readings, lidc_counts.read_geometry(path))
+    assert lidc_counts.count(votes, 0.7, 36)["Slices"] == 0
 
 
 def test_bad_geometry_is_named(annotations, tmp_path):
@@ -96,14 +97,14 @@ def test_bad_geometry_is_named(annotations, tmp_path):
         (("A,first,1,1", "A,first,1,1"), "twice"),
     ):
         with pytest.raises(InputError, match=words):
-            table1.read_geometry(geometry_file(tmp_path, *lines))
+            lidc_counts.read_geometry(geometry_file(tmp_path, *lines))
     with pytest.raises(InputError, match="no column slice_thickness_mm"):
-        table1.read_geometry(geometry_file(tmp_path, "A,first", header="patient_id,series_instance_uid"))
+        lidc_counts.read_geometry(geometry_file(tmp_path, "A,first", header="patient_id,series_instance_uid"))
     with pytest.raises(InputError, match=r"none\.csv"):
-        table1.read_geometry(tmp_path / "none.csv")
-    partial = table1.read_geometry(geometry_file(tmp_path, "A,first,1,1", "B,other,1,1"))
+        lidc_counts.read_geometry(tmp_path / "none.csv")
+    partial = lidc_counts.read_geometry(geometry_file(tmp_path, "A,first,1,1", "B,other,1,1"))
     with pytest.raises(InputError, match="2 series of --annotations are not in --geometry, and 1 the reverse"):
-        table1.first_scan_votes(readings, partial)
+        lidc_counts.first_scan_votes(readings, partial)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

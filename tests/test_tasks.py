@@ -21,10 +21,12 @@ from training_runs import (
 )
 
 from configs import masked_region
-from ctssl_jax import configuration, corruptions, data, training
+from ctssl_jax import corruptions, data
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.ops.images import ssim
 from ctssl_jax.tasks import TASKS, get_task
+from ctssl_jax.training__recipe import check_config
+from ctssl_jax.training__state import evaluation_keys
 from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError
 
@@ -45,7 +47,7 @@ def apply_untrained(config, images, keys, train=False):
 def batch():
     """Four items of two slices, [4, 2, 16, 16, 1] uint8, and their keys."""
     images = np.random.default_rng(0).integers(0, 256, (4, 2, 16, 16, 1), np.uint8)
-    return images, training.evaluation_keys(jnp.arange(4))
+    return images, evaluation_keys(jnp.arange(4))
 
 
 @pytest.mark.parametrize(("task", "rescale"), [("next_slice", False), ("denoising", False), ("denoising", True)])
@@ -207,7 +209,7 @@ def test_copying_the_current_slice_is_a_baseline_of_next_slice(straight, tiny_da
 def test_the_recipes_pass_the_checks_and_hold_no_field_of_another_task(recipe, size):
     config = importlib.import_module(f"configs.{recipe}").get_config(size)
     config.dataset = "somewhere"
-    configuration.check_config(config, num_devices=8)
+    check_config(config, num_devices=8)
     task = config.task
     assert config.recipe == recipe + {"reference": "", "small": "_small"}[size]
     assert ("masked_mse" in config.get("loss", ())) == (task == "masked_region")

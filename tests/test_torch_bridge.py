@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 from training_runs import randomised
 
-from ctssl_jax.checkpoint import flatten
 from ctssl_jax.models.classifier import Classifier, ClassifierConfig
 from ctssl_jax.models.se_resnext import SEResNeXt, SEResNeXtConfig
 from ctssl_jax.models.unet import StandardUNet, StandardUNetConfig, UNet, UNetConfig
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
+from ctssl_jax.ops.trees import flatten
 from ctssl_jax.torch_bridge import names
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")

@@ -23,8 +23,11 @@ from training_runs import (
     train_on,
 )
 
-from ctssl_jax import checkpoint, reports, training
-from ctssl_jax.training import TrainingDiverged
+from ctssl_jax import reports, training__loop, training__setup
+from ctssl_jax.runs.checkpoints import choose_step, read_metadata
+from ctssl_jax.training__scoring import evaluate_split
+from ctssl_jax.training__state import TrainingDiverged
+from ctssl_jax.training__step import compile_step
 from data_prep.system.errors import InputError
 
 VARIANTS = {
@@ -53,14 +56,14 @@ def test_interrupted_run_equals_straight_run(variant, straight, tiny_dataset, tm
     with monkeypatch.context() as patch:
         ask_to_stop_at(patch, 3)  # between reports, evaluations and checkpoints
         assert not train_on(config, workdir)
-    assert checkpoint.choose_step(workdir, "last") == 3
+    assert choose_step(workdir, "last") == 3
     with monkeypatch.context() as patch:
         ask_to_stop_at(patch, 9)  # after a checkpoint, and in the second epoch
         assert not train_on(config, workdir)
     assert train_on(config, workdir)
     assert_same_state(workdir, expected)
     assert numbers(workdir) == numbers(expected)
-    assert checkpoint.choose_step(workdir, "best") == checkpoint.choose_step(expected, "best")
+    assert choose_step(workdir, "best") == choose_step(expected, "best")
 
 
 def test_a_complete_run_can_be_prolonged(straight, tiny_dataset, tmp_path):
@@ -96,11 +99,11 @@ def test_best_and_last_checkpoints_are_kept(tiny_dataset, tmp_path):
     validation = {line["step"]: line["loss"] for line in reports.read_reports(tmp_path / "run", "validation")}
     assert sorted(validation) == list(range(9))
     best = min(validation, key=validation.get)
-    assert checkpoint.choose_step(tmp_path / "run", "best") == best
-    assert checkpoint.choose_step(tmp_path / "run", "last") == 8
+    assert choose_step(tmp_path / "run", "best") == best
+    assert choose_step(tmp_path / "run", "last") == 8
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == sorted({best, 7, 8})
-    assert checkpoint.read_metadata(tmp_path / "run", best)["preparation"]["image_size"] == 16
+    assert read_metadata(tmp_path / "run", best)["preparation"]["image_size"] == 16
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_dataset, tmp_path):
@@ -108,7 +111,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_datase
     for _ in range(2):  # run again, it says the same
         with pytest.raises(TrainingDiverged, match=message):
             train_on(tiny_config(tiny_dataset, learning_rate=1e30), tmp_path / "run")
-    assert checkpoint.choose_step(tmp_path / "run", "last") == 0
+    assert choose_step(tmp_path / "run", "last") == 0
     assert all(np.isfinite(value).all() for value in saved_state(tmp_path / "run").values())
 
 
@@ -122,7 +125,7 @@ def test_killed_and_terminated_processes_lose_nothing_saved(tiny_dataset, tmp_pa
         step = saved_before + 13 + random.randrange(7)
         process = start(command_ended_at(step, number, arguments))
         output, errors = process.communicate()
-        saved = checkpoint.choose_step(workdir, "last")
+        saved = choose_step(workdir, "last")
         if number == signal.SIGTERM:
             assert process.returncode == 75, errors
             assert f"at step {saved:,}" in output and saved == step
@@ -144,40 +147,36 @@ def test_a_checkpoint_goes_on_with_other_numbers_of_devices(straight, tiny_datas
 
 def test_a_request_to_stop_does_not_wait_for_a_validation(straight, tiny_dataset, tmp_path, monkeypatch):
     """SIGTERM within the validation of step 6: saved at once without a score, validated when the run goes on."""
-    expected, evaluate_split = straight("gradient"), training.evaluate_split
+    expected = straight("gradient")
 
-    def signal_during_the_second(program, state, batches):
+    def signal_during_the_second(scorer, state, batches):
         def signalling():
             for number, batch in enumerate(batches):
                 if int(state.step) == 6 and number == 0:
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield batch
 
-        return evaluate_split(program, state, signalling())
+        return evaluate_split(scorer, state, signalling())
 
-    monkeypatch.setattr(training, "evaluate_split", signal_during_the_second)
+    monkeypatch.setattr(training__loop, "evaluate_split", signal_during_the_second)
     workdir = tmp_path / "run"
     assert not train_on(tiny_config(tiny_dataset), workdir)
     assert [line["step"] for line in reports.read_reports(workdir, "validation")] == [0]
-    assert checkpoint.choose_step(workdir, "last") == 6 and checkpoint.choose_step(workdir, "best") == 0
+    assert choose_step(workdir, "last") == 6 and choose_step(workdir, "best") == 0
     monkeypatch.undo()
     assert train_on(tiny_config(tiny_dataset), workdir)
     assert_same_state(workdir, expected)
     assert numbers(workdir) == numbers(expected)
-    assert checkpoint.choose_step(workdir, "best") == checkpoint.choose_step(expected, "best")
+    assert choose_step(workdir, "best") == choose_step(expected, "best")
 
 
 def test_nothing_is_started_by_a_signal_before_the_first_step(tiny_dataset, tmp_path, monkeypatch):
-    from ctssl_jax import training
-
-    original = training.compile_step
-
-    def interrupted(*arguments):
+    def interrupted(program):
         signal.raise_signal(signal.SIGTERM)
-        return original(*arguments)
+        return compile_step(program)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(training, "compile_step", interrupted)
+    monkeypatch.setattr(training__setup, "compile_step", interrupted)
     assert not train_on(tiny_config(tiny_dataset), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     assert signal.getsignal(signal.SIGTERM) is handler

@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 from training_runs import EMA, tiny_config
 
-from ctssl_jax import checkpoint, data, distributed, training
+from ctssl_jax import data, distributed
 from ctssl_jax.corruptions import example_keys
 from ctssl_jax.data__batches import evaluation_batches, training_batches
+from ctssl_jax.ops.trees import flatten
 from ctssl_jax.tasks import TASKS, get_task
+from ctssl_jax.training__scoring import evaluate_split, render_pictures
+from ctssl_jax.training__state import (
+    TrainingDiverged,
+    check_state,
+    evaluation_keys,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from ctssl_jax.training__step import make_program, run_step, take_report
 from data_prep.dataset import Dataset
 
 
@@ -24,7 +34,7 @@ def program_of():
         key = (num_devices, key)
         if key not in built:
             mesh = distributed.make_mesh(jax.devices()[:num_devices])
-            built[key] = training.make_program(config, get_task(config.task), 1, mesh)
+            built[key] = make_program(config, get_task(config.task), 1, mesh)
         return built[key]
 
     return build
@@ -35,8 +45,8 @@ def run(program, config, source, number):
     state, reports = program.initial_state(), []
     batches = training_batches(source, config.batch_size, config.seed, microbatches=config.microbatches)
     for _ in range(number):
-        state = training.run_step(program, state, [next(batches) for _ in range(config.microbatches)])
-        state, report = training.take_report(program, state)
+        state = run_step(program, state, [next(batches) for _ in range(config.microbatches)])
+        state, report = take_report(program, state)
         reports.append((report.means, report.code_counts))
     return state, reports
 
@@ -65,9 +75,9 @@ def test_one_step_moves_every_parameter(tiny_dataset, source, program_of):
     """Named exceptions: biases before a batch normalisation have no gradient, and codes that no latent chose stay."""
     config = tiny_config(tiny_dataset, optimizer="adamw", weight_decay=0.0)
     program = program_of(config, 1, "adamw")
-    before = checkpoint.flatten(jax.device_get(program.initial_state().params))
+    before = flatten(jax.device_get(program.initial_state().params))
     state, reports = run(program, config, source, 1)
-    after = checkpoint.flatten(jax.device_get(state.params))
+    after = flatten(jax.device_get(state.params))
     unmoved = {name for name in before if np.array_equal(before[name], after[name])}
     assert {name for name in unmoved if not name.endswith("conv/bias")} == set()
     assert any(name.startswith("encoder") for name in before) and any(name.startswith("decoder") for name in before)
@@ -82,9 +92,9 @@ def test_one_step_moves_every_parameter(tiny_dataset, source, program_of):
 def test_batch_statistics_and_ema_codebook_move_through_the_step(tiny_dataset, source, program_of):
     config = tiny_config(tiny_dataset, **EMA)
     program = program_of(config, 1, str(EMA))
-    before = checkpoint.flatten(jax.device_get(program.initial_state().variables))
+    before = flatten(jax.device_get(program.initial_state().variables))
     state, _ = run(program, config, source, 1)
-    after = checkpoint.flatten(jax.device_get(state.variables))
+    after = flatten(jax.device_get(state.variables))
     assert "quantizer/codebook" in before and sum(name.endswith("norm/mean") for name in before) > 5
     assert not [name for name in before if np.array_equal(before[name], after[name])]
 
@@ -101,14 +111,14 @@ def test_microbatches_add_up_to_the_gradient_of_the_batch(tiny_dataset, source, 
     gradients = []
     for microbatches in (1, 4):
         config = tiny_config(tiny_dataset, microbatches=microbatches)
-        program = training.make_program(config, task, 1, distributed.make_mesh(jax.devices()[:1]))
+        program = make_program(config, task, 1, distributed.make_mesh(jax.devices()[:1]))
         state, total = program.initial_state(), program.zero_gradients()
         batches = training_batches(source, 8, 0, microbatches=microbatches)
         for _ in range(microbatches):
-            part = distributed.to_devices(program.mesh, next(batches))
+            part = distributed.to_devices(program.definition.mesh, next(batches))
             state, total = program.accumulate(state, total, part)
         assert float(state.sums["weight"]) == 8
-        gradients.append(checkpoint.flatten(jax.device_get(total)))
+        gradients.append(flatten(jax.device_get(total)))
     for name in gradients[0]:
         np.testing.assert_allclose(gradients[1][name], gradients[0][name], rtol=1e-3, atol=1e-6, err_msg=name)
     assert np.abs(gradients[0]["encoder/stem/conv/kernel"]).max() > 0
@@ -120,8 +130,8 @@ def test_scores_do_not_depend_on_the_batch_and_padding_counts_nothing(tiny_datas
     scores, counts = {}, {}
     for num_devices, batch_size in ((1, 8), (1, 7), (1, 24), (8, 16)):
         program = program_of(config, num_devices, "{}")
-        result = training.evaluate_split(
-            program, program.initial_state(), evaluation_batches(source, batch_size, num_threads=1)
+        result = evaluate_split(
+            program.scorer, program.initial_state(), evaluation_batches(source, batch_size, num_threads=1)
         )
         np.testing.assert_array_equal(result.record_index, np.arange(24))
         scores[batch_size], counts[batch_size] = result.scores, result.code_counts
@@ -137,15 +147,15 @@ def test_corruption_depends_on_key_and_record_only(tiny_dataset, program_of, sou
     program = program_of(config, 1, "{}")
     state = program.initial_state()
     batch = next(iter(evaluation_batches(source, 8)))
-    forwards = training.render_pictures(program, state, batch, 8)
-    backwards = training.render_pictures(program, state, {name: value[::-1] for name, value in batch.items()}, 8)
+    forwards = render_pictures(program.scorer, state, batch, 8)
+    backwards = render_pictures(program.scorer, state, {name: value[::-1] for name, value in batch.items()}, 8)
     np.testing.assert_array_equal(forwards["input"], backwards["input"][::-1])
     assert len({image.tobytes() for image in (forwards["input"] == forwards["target"])}) > 1
     records = jnp.arange(4)
     keys = [
         jax.random.key_data(keys)
         for keys in (
-            training.evaluation_keys(records),
+            evaluation_keys(records),
             example_keys(jax.random.key(1), records),
             example_keys(jax.random.key(0), records, 0),
             example_keys(jax.random.key(0), records, 1),
@@ -156,18 +166,18 @@ def test_corruption_depends_on_key_and_record_only(tiny_dataset, program_of, sou
 
 def test_learning_rate_schedules(tiny_dataset):
     config = tiny_config(tiny_dataset, learning_rate=1.0, warmup_steps=4, num_steps=12)
-    constant = training.learning_rate_schedule(config)
+    constant = learning_rate_schedule(config)
     np.testing.assert_allclose([constant(step) for step in (0, 2, 4, 11)], [0, 0.5, 1, 1])
     config.schedule = "cosine"
-    cosine = training.learning_rate_schedule(config)
+    cosine = learning_rate_schedule(config)
     np.testing.assert_allclose([cosine(step) for step in (0, 2, 4, 8, 12)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
     config.warmup_steps = 0
-    assert training.learning_rate_schedule(config)(0) == 1
+    assert learning_rate_schedule(config)(0) == 1
 
 
 def test_gradient_clipping_bounds_the_update(tiny_dataset):
     config = tiny_config(tiny_dataset, optimizer="adamw", gradient_clip=1e-3)
-    optimizer = training.make_optimizer(config)
+    optimizer = make_optimizer(config)
     params = {"a": jnp.zeros(3)}
     state = optimizer.init(params)
     _, state = optimizer.update({"a": jnp.full(3, 1e6)}, state, params)
@@ -180,7 +190,7 @@ def test_the_first_step_that_is_not_finite_is_kept(part, tiny_dataset, source, p
     config = tiny_config(tiny_dataset)
     program = program_of(config, 1, "{}")
     state, _ = run(program, config, source, 2)
-    training.check_state(state, tmp_path, 0)
+    check_state(state, tmp_path, 0)
     zeros = program.zero_gradients()
     bad = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), zeros)
     if part == "loss":
@@ -189,5 +199,5 @@ def test_the_first_step_that_is_not_finite_is_kept(part, tiny_dataset, source, p
         state = dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf * 1e38 * 1e38, state.params))
     state = program.apply_gradients(state, bad if part == "gradient" else zeros)
     state = program.apply_gradients(state, program.zero_gradients())
-    with pytest.raises(training.TrainingDiverged, match=r"not finite at step 3 of .*; there is no checkpoint; lower"):
-        training.check_state(state, tmp_path, None)
+    with pytest.raises(TrainingDiverged, match=r"not finite at step 3 of .*; there is no checkpoint; lower"):
+        check_state(state, tmp_path, None)

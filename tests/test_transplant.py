@@ -9,9 +9,12 @@ import pytest
 from example_dataset import change_preparation, write_example_dataset
 from training_runs import ask_to_stop_at, assert_same_state, renew_sums, saved_state, tiny_recipe, train_on
 
-from ctssl_jax import checkpoint, distributed, training, transplant
+from ctssl_jax import distributed
 from ctssl_jax.evaluation.measure import evaluate, table
+from ctssl_jax.ops.trees import flatten
+from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks import get_task
+from ctssl_jax.training__step import make_program
 from data_prep.system.errors import InputError
 
 SHORT = {"num_steps": 2, "log_every": 1, "eval_every": 2}
@@ -34,8 +37,8 @@ def runs(tiny_dataset, tmp_path_factory):
 def initial_state(config):
     """What a run of this configuration starts from without a donor, by name."""
     mesh = distributed.make_mesh(jax.devices()[:1])
-    program = training.make_program(config, get_task(config.task), 1, mesh)
-    return checkpoint.flatten(jax.device_get(program.initial_state()))
+    program = make_program(config, get_task(config.task), 1, mesh)
+    return flatten(jax.device_get(program.initial_state()))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def test_interrupted_run_needs_its_donor_no_more_and_equals_a_straight_one(runs,
     shutil.rmtree(donor)
     assert train_on(config, tmp_path / "run")
     assert_same_state(tmp_path / "run", tmp_path / "straight")
-    assert len(transplant.read_ancestors(tmp_path / "run")) == 1
+    assert len(Run.open(tmp_path / "run").ancestors) == 1
     config.init_from = ""
     with pytest.raises(InputError, match=r"holds a run with config.init_from=.*donor, not ; use another --workdir"):
         train_on(config, tmp_path / "run")

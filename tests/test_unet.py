@@ -7,15 +7,15 @@ import optax
 import pytest
 from flax import nnx
 
-from ctssl_jax import checkpoint
 from ctssl_jax.models import unet
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
+from ctssl_jax.ops.trees import flatten
 
 TINY = dict(hidden=(4, 8), depth=1, embedding_dim=4)
 
 
 def parameters(model):
-    return checkpoint.flatten(nnx.as_pure(nnx.state(model, nnx.Param)))
+    return flatten(nnx.as_pure(nnx.state(model, nnx.Param)))
 
 
 def encoder_unet(**settings):
@@ -54,7 +54,7 @@ def test_sides_must_be_divisible_by_16(kind):
 @pytest.mark.parametrize("residual_stack", [False, True])
 def test_encoder_has_the_names_and_shapes_of_the_autoencoders(residual_stack):
     def of_encoder(model):
-        state = checkpoint.flatten(nnx.as_pure(nnx.state(model)))
+        state = flatten(nnx.as_pure(nnx.state(model)))
         return {name: value.shape for name, value in state.items() if name.startswith("encoder/")}
 
     want = of_encoder(VQVAE(VQVAEConfig(num_codes=8, **TINY), rngs=nnx.Rngs(0)))
@@ -100,9 +100,9 @@ def test_gradients_reach_every_parameter_and_statistics_move(kind):
         return jax.grad(loss, has_aux=True)(params)
 
     gradients, moved = gradient(nnx.as_pure(params), nnx.as_pure(variables))
-    for name, value in checkpoint.flatten(gradients).items():
+    for name, value in flatten(gradients).items():
         assert name.endswith("conv/bias") or np.any(value != 0), name  # batch normalisation removes these biases
-    before, after = checkpoint.flatten(nnx.as_pure(variables)), checkpoint.flatten(nnx.as_pure(moved))
+    before, after = flatten(nnx.as_pure(variables)), flatten(nnx.as_pure(moved))
     assert before and not [name for name in before if np.array_equal(before[name], after[name])]
 
 
@@ -111,7 +111,7 @@ def test_a_frozen_encoder_keeps_its_statistics_and_evaluation_changes_nothing():
     images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
 
     def statistics():
-        return {k: np.array(v) for k, v in checkpoint.flatten(nnx.as_pure(nnx.state(model, nnx.BatchStat))).items()}
+        return {k: np.array(v) for k, v in flatten(nnx.as_pure(nnx.state(model, nnx.BatchStat))).items()}
 
     start = statistics()
     model(images, train=False)
@@ -184,7 +184,7 @@ def test_operations_are_those_that_xla_counts(kind):
 def test_reference_sizes():
     def count(make):
         state = nnx.as_pure(nnx.state(nnx.eval_shape(make), nnx.Param))
-        return {name: int(np.prod(leaf.shape)) for name, leaf in checkpoint.flatten(state).items()}
+        return {name: int(np.prod(leaf.shape)) for name, leaf in flatten(state).items()}
 
     sizes = count(lambda: unet.UNet(unet.UNetConfig(), rngs=nnx.Rngs(0)))
     compression = (16 * 1 + 3) * 256 + (16 * 256 + 3) * 512 + (9 * 512 + 3) * 512

@@ -13,6 +13,11 @@ import pytest
 from data_prep.workers import WorkerDied, WorkerPool
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_workers() -> None:
+    """Here they are spawned, as in the commands."""
+
+
 def square(number: int, deadly: tuple[int, ...]) -> int:
     if number in deadly:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -17,9 +17,13 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from ctssl_jax import checkpoint, configuration, reports, training
+from ctssl_jax import reports, training__loop
+from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, restore
+from ctssl_jax.runs.damage import write_sums
+from ctssl_jax.runs.run import open_workdir
 from ctssl_jax.tasks import get_task
-from ctssl_jax.train import train
+from ctssl_jax.training__loop import train
+from ctssl_jax.training__step import run_step
 from data_prep.dataset import Dataset
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -69,13 +73,12 @@ def command_ended_at(step: int, number: int, arguments: list[str]) -> list[str]:
 
 def run_until(step: int, number: int) -> None:
     """The program of `command_ended_at`."""
-    training.run_step = signalling(step, number)
+    training__loop.run_step = signalling(step, number)
     runpy.run_module("ctssl_jax.train", run_name="__main__")
 
 
 def signalling(step: int, number: int) -> Callable:
-    """`training.run_step`, which sends this process a signal after this step."""
-    run_step = training.run_step
+    """`run_step`, which sends this process a signal after this step."""
 
     def run_step_and_signal(program, state, microbatches):
         state = run_step(program, state, microbatches)
@@ -107,16 +110,16 @@ def train_on(config: ml_collections.ConfigDict, workdir: Path, num_devices: int 
 
 def ask_to_stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The next run gets SIGTERM while it takes this step."""
-    monkeypatch.setattr(training, "run_step", signalling(step, signal.SIGTERM))
+    monkeypatch.setattr(training__loop, "run_step", signalling(step, signal.SIGTERM))
 
 
 def saved_state(workdir: Path, step: int | str = "last") -> dict[str, np.ndarray]:
     """Every array of a checkpoint by name."""
-    step = checkpoint.choose_step(workdir, str(step))
+    step = choose_step(workdir, str(step))
     stored = ocp.checkpointables_metadata((workdir / "checkpoints" / str(step)).resolve()).metadata["state"]
     sharding = SingleDeviceSharding(jax.devices()[0])
     like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in stored.items()}
-    return jax.device_get(checkpoint.restore(workdir, step, like))
+    return jax.device_get(restore(workdir, step, like))
 
 
 def assert_same_state(workdir: Path, other: Path, step: int | str = "last") -> None:
@@ -149,10 +152,10 @@ def save_untrained(config: ml_collections.ConfigDict, workdir: Path, step: int =
         split: [volume["patient_id"] for volume in Dataset.open(config.dataset).volumes(split)]
         for split in ("train", "validation")
     }
-    configuration.open_workdir(workdir, config, preparation, patients)
+    open_workdir(workdir, config, preparation, patients)
     model = randomised(get_task(config.task).build(config, nnx.Rngs(params=seed)), seed)
     _, params, variables = nnx.split(model, nnx.Param, ...)
-    checkpoints = checkpoint.Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir)
     checkpoints.save(step, {"params": nnx.as_pure(params), "variables": nnx.as_pure(variables)}, {}, 0.5)
     checkpoints.close()
 
@@ -160,7 +163,7 @@ def save_untrained(config: ml_collections.ConfigDict, workdir: Path, step: int =
 def renew_sums(workdir: Path) -> None:
     """The checksums of all checkpoints, after a test changed a file of the run."""
     for folder in (workdir / "checkpoints").iterdir():
-        checkpoint.write_sums(workdir, int(folder.name))
+        write_sums(workdir, int(folder.name))
 
 
 def randomised(model: nnx.Module, seed: int = 0) -> nnx.Module:

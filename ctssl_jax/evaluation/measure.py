@@ -23,15 +23,8 @@ from ctssl_jax.runs.run import Run, portable
 from ctssl_jax.stats.volumes import auroc_one_vs_rest, volume_means
 from ctssl_jax.task_interface import Task
 from ctssl_jax.tasks import get_task
-from ctssl_jax.training import (
-    SplitScores,
-    TrainState,
-    evaluate_split,
-    evaluation_keys,
-    make_program,
-    render_pictures,
-    restore_model,
-)
+from ctssl_jax.training__scoring import SplitScores, evaluate_split, make_scorer, render_pictures
+from ctssl_jax.training__state import TrainState, define, evaluation_keys, restore_model
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import make_folder, write_json
 
@@ -86,12 +79,12 @@ def evaluate(
     batch_size = batch_size or config.batch_size // config.microbatches
     batch_size = -(-batch_size // num_devices) * num_devices
     mesh = make_mesh()
-    program = make_program(config, task, len(measured.channels), mesh)
+    scorer = make_scorer(define(config, task, len(measured.channels), mesh))
     _, model = restore_model(measured.run.workdir, step, config, task, replicated(mesh))
     state = TrainState(step=(), optimizer=(), sums={}, nonfinite_step=(), **model)
 
     def score(source: NeighbourSource) -> SplitScores:
-        return evaluate_split(program, state, evaluation_batches(source, batch_size))
+        return evaluate_split(scorer, state, evaluation_batches(source, batch_size))
 
     # ---- Scores: slices, then volumes, then the split ----
     slices = score(source)
@@ -146,7 +139,7 @@ def evaluate(
     if predicted is not None:
         predictions.write(output, predicted)
     number = min(config.num_pictures, batch_size)
-    shown = render_pictures(program, state, picture_batch(source, batch_size, number), number)
+    shown = render_pictures(scorer, state, picture_batch(source, batch_size, number), number)
     save_arrays(output.with_suffix(".npz"), shown)
     save_strip(output.with_suffix(".png"), shown, "SYNTHETIC" if result["synthetic"] else "")
     write_json(output, result)  # last: with it the evaluation is complete

@@ -14,11 +14,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from ctssl_jax.configuration import check_dataset
 from ctssl_jax.data import select_channels, selected_windows
 from ctssl_jax.runs.run import Run
 from ctssl_jax.stats.units import UNITS
 from ctssl_jax.stats.volumes import volume_summary
+from ctssl_jax.training__recipe import check_dataset
 from data_prep.dataset import Dataset
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import written_whole

@@ -13,7 +13,7 @@ from ctssl_jax.inference.pictures import save_regions
 from ctssl_jax.inference.pretrained import PretrainedModel
 from ctssl_jax.task_interface import item_slices
 from ctssl_jax.tasks import get_task
-from ctssl_jax.training import abstract_model
+from ctssl_jax.training__state import abstract_model
 from data_prep import mask_output, mask_regions
 from data_prep.headers import NIFTI
 from data_prep.raw.scans import Scan

@@ -31,7 +31,7 @@ from ctssl_jax.ops.trees import fingerprint, flatten
 from ctssl_jax.runs.run import Run
 from ctssl_jax.task_interface import Task, item_slices
 from ctssl_jax.tasks import get_task
-from ctssl_jax.training import evaluation_keys, restore_model
+from ctssl_jax.training__state import evaluation_keys, restore_model
 from data_prep.raw.scans import PreparedVolume, Refused, nothing_taken, plan_scans, prepared_volume, read_scan
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError

@@ -10,7 +10,7 @@ import threadpoolctl
 
 from ctssl_jax.data import NeighbourSource, Targets, open_source
 from ctssl_jax.data__batches import evaluation_batches
-from ctssl_jax.data__labels import OF_VOLUMES, AttributeLabels, NoAttribute, read_attribute
+from ctssl_jax.data__labels import OF_VOLUMES, AttributeLabels, AttributeRefused, read_attribute
 from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header, notes
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.probes.encoders import PATCH, FrozenEncoder, check_encoder, open_encoder
@@ -180,8 +180,8 @@ def _read_attributes(
                 if len(set(labels[labels >= 0].tolist())) < 2:
                     reason = f"{name} has fewer than two classes in the {split} split"
                     more = "give a --dataset of more patients, or leave the attribute out"
-                    raise NoAttribute("--attributes", reason, more)
-        except NoAttribute as error:
+                    raise AttributeRefused("--attributes", reason, more)
+        except AttributeRefused as error:
             if names is not None:
                 raise
             refused[name] = error.reason

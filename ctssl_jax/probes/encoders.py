@@ -22,7 +22,7 @@ from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.runs.run import Run
 from ctssl_jax.task_interface import Task
 from ctssl_jax.tasks import get_task
-from ctssl_jax.training import abstract_model
+from ctssl_jax.training__state import abstract_model
 from data_prep.system.errors import InputError
 
 ENCODERS = ("run", "untrained", "pixels")

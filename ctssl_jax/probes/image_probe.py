@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from ctssl_jax import corruptions, losses
 from ctssl_jax.ops.images import ssim, to_unit_images, to_unit_range
 from ctssl_jax.probes.encoders import NEIGHBOURS, PATCH, FrozenEncoder
-from ctssl_jax.training import evaluation_keys
+from ctssl_jax.training__state import evaluation_keys
 
 RIDGE_PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the variance of a standardised feature
 MASK_FRACTION = 0.2  # of the image area

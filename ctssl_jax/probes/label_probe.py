@@ -18,7 +18,7 @@ from ctssl_jax import corruptions
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.probes.encoders import NEIGHBOURS, FrozenEncoder
 from ctssl_jax.stats.volumes import auroc_one_vs_rest
-from ctssl_jax.training import evaluation_keys
+from ctssl_jax.training__state import evaluation_keys
 
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of logistic regression (C), from the strongest penalty
 

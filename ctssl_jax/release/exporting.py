@@ -26,7 +26,7 @@ from ctssl_jax.runs.run import Run, portable
 from ctssl_jax.tasks import get_task
 from ctssl_jax.torch_bridge import ctssl_torch
 from ctssl_jax.torch_bridge.names import architecture_settings, state_dict
-from ctssl_jax.training import count_parameters, restore_model
+from ctssl_jax.training__state import count_parameters, restore_model
 from data_prep.synthetic.exam import Options, render_series, sample_exam
 from data_prep.system.command_line import require
 from data_prep.system.errors import InputError, RunFailed

@@ -16,7 +16,7 @@ from ctssl_jax.runs.run import from_json, open_workdir, to_json
 from ctssl_jax.tasks import get_task
 from ctssl_jax.torch_bridge import names
 from ctssl_jax.torch_bridge.files import read_tensors
-from ctssl_jax.training import abstract_model
+from ctssl_jax.training__state import abstract_model
 from data_prep.system.errors import InputError
 from data_prep.system.files import file_sha256, write_json
 

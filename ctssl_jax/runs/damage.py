@@ -8,6 +8,7 @@ taken as it is. `sha256sum -c STEP/SHA256SUMS` in `checkpoints/` does the same.
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -90,13 +91,13 @@ def check_undamaged(workdir: Path, step: int, *, small_files_only: bool = False)
         )
 
 
-def check_all_undamaged(workdir: Path) -> None:
+def check_all_undamaged(workdir: Path, except_steps: Sequence[int] = ()) -> None:
     """Refuse a run with a damaged checkpoint. All files of the newest are compared, the small files of others.
 
     Raises:
       InputError: names the file and the remedy.
     """
-    steps = step_numbers(workdir)
+    steps = [step for step in step_numbers(workdir) if step not in except_steps]
     for step in steps:
         check_undamaged(workdir, step, small_files_only=step != steps[-1])
 
@@ -110,23 +111,24 @@ def newest_vouched_for(workdir: Path) -> int | None:
     return None
 
 
-def set_aside_damaged(workdir: Path) -> list[int]:
-    """Move damaged checkpoints into `damaged_checkpoints/`: a run then resumes from the last good one.
-
-    Returns:
-      The steps that were moved.
+def damaged_steps(workdir: Path) -> list[int]:
+    """Steps of the damaged checkpoints of a run that has a good one.
 
     Raises:
-      InputError: all are damaged; nothing is moved.
+      InputError: all are damaged.
     """
     steps = step_numbers(workdir)
-    moved = [step for step in steps if is_damaged(workdir, step)]
-    if steps and moved == steps:
+    damaged_ones = [step for step in steps if is_damaged(workdir, step)]
+    if steps and damaged_ones == steps:
         raise InputError(f"all checkpoints of {workdir} are damaged; start again in another --workdir")
-    for step in moved:
+    return damaged_ones
+
+
+def set_aside(workdir: Path, steps: Sequence[int]) -> None:
+    """Move checkpoints into `damaged_checkpoints/`: a run then resumes from the last one that is left."""
+    for step in steps:
         (workdir / SET_ASIDE).mkdir(exist_ok=True)
         os.replace(workdir / CHECKPOINTS / str(step), _free(workdir / SET_ASIDE / str(step)))
-    return moved
 
 
 def _free(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Files of tensors that others wrote: read without running anything that is in them."""
 
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,7 +87,7 @@ def _load_without_code(path: Path, flag: str) -> Any:
         with open(path, "rb") as file:
             is_pickle = file.read(1) == b"\x80"  # as torch.save wrote before it wrote zip files
         is_whole = zipfile.is_zipfile(path) or is_pickle
-        if is_whole and ("weights_only" in str(error).lower() or "Unsupported" in str(error)):
+        if is_whole and isinstance(error, pickle.UnpicklingError):
             raise InputError(
                 f"{flag}={path} holds Python objects beside its tensors, which can run code when they are loaded, so "
                 "nothing was loaded; where you trust its source, save the tensors alone: "

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ctssl_jax.checkpoint import flatten, unflatten
+from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.torch_bridge.files import read_tensors
 from ctssl_jax.torch_bridge.names import from_state_dict
 from data_prep.system.errors import InputError

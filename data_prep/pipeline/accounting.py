@@ -1,17 +1,21 @@
-"""Accounts for every file of an archive: it is in a volume, dropped from one, rejected, or no image."""
+"""Accounts for every file of an archive: it is in a volume, dropped from one, rejected, or not an image."""
 
 import collections
 import csv
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 from data_prep.archives import Source, Unreadable
 from data_prep.headers import NotAnImage
 from data_prep.pipeline.notes import ExamNote
+from data_prep.rsna_pe import RULES
+from data_prep.scan.reasons import FAILED_FOR_NOW, REASONS
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 
 
-class Account:
+class FileAccount:
     """Collects outcomes; writes one row a file to `sources_file` (private: it names the sources)."""
 
     def __init__(self, sources_file: TextIO):
@@ -21,10 +25,10 @@ class Account:
         self._series = collections.Counter()
         self._in_volumes = 0
         self.rejected: list[dict[str, Any]] = []  # rows of rejected.csv
-        self.volumes: set[str] = set()  # those of which there are files
+        self.volumes: set[str] = set()  # volumes of which there are files
 
     def add(self, outcomes: list[ExamNote], not_images: list[NotAnImage | Unreadable]) -> None:
-        """Adds what became of a group of files that share none with any other group.
+        """Adds the outcome of a group of files that share no file with another group.
 
         A file of several stacks (a multi-frame file) counts once: for a volume, else as dropped, else as rejected.
         """
@@ -60,7 +64,7 @@ class Account:
         self._writer.writerows((source.path, source.member, *row) for source, row in sorted(rows.items()))
 
     def counts(self, num_files: int) -> dict[str, Any]:
-        """Files and series by what became of them.
+        """Numbers of files and series by outcome.
 
         Raises RuntimeError unless they add up to `num_files`.
         """
@@ -76,3 +80,75 @@ class Account:
             **{f"files_{name}": dict(sorted(counter.items())) for name, counter in self._files.items()},
             "series_rejected": dict(sorted(self._series.items())),
         }
+
+
+def num_failed_for_now(counts: Mapping[str, Any]) -> int:
+    """Series and files that the next run tries again."""
+    return sum(counts[name].get(FAILED_FOR_NOW, 0) for name in ("series_rejected", "files_not_images"))
+
+
+# ---- in words ----------------------------------------------------------------------------------
+
+
+def dry_run_text(counts: Mapping[str, Any]) -> str:
+    """What a preparation would do."""
+    return "\n".join(
+        (
+            "Dry run: what the headers say; pixels may refuse more. Nothing was written.",
+            f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} slices "
+            f"would be converted, about {counts['bytes'] / 1e6:.0f} MB.",
+            summary_table(counts),
+        )
+    )
+
+
+def dataset_text(preparation: Mapping[str, Any], changed: bool, output_dir: Path, audit_dir: Path) -> str:
+    """What a preparation did."""
+    counts = preparation["counts"]
+    state = "is complete" if changed else "is complete already: nothing to do"
+    lines = [f"{output_dir} {state}{' (SYNTHETIC data)' * preparation['synthetic']}."]
+    for split, facts in preparation["splits"].items():
+        volumes, patients, slices = (facts[f"num_{name}"] for name in ("volumes", "patients", "slices"))
+        lines.append(f"  {split}: {volumes} volumes of {patients} patients, {slices} slices")
+    lines.append(summary_table(counts))
+    if missing := counts["volumes_without_files"]:
+        lines.append(f"{missing:>8} volumes whose files are gone; they stay in the dataset")
+    if failed := num_failed_for_now(counts):
+        lines.append(f"{failed:>8} series or files could not be read for now ({FAILED_FOR_NOW}); run again to retry")
+    lines.append(f"Private: {audit_dir} links pseudonyms to files; keep it with the scans.")
+    return "\n".join(lines)
+
+
+def summary_table(counts: dict[str, Any]) -> str:
+    """What became of the files, by reason; the parts add up to the number of files."""
+    lines = [f"{counts['files']:>8} files", f"{counts['files_in_volumes']:>8} in volumes"]
+    for title, name in (
+        ("of the volumes' series, dropped", "files_dropped"),
+        ("in rejected series", "files_rejected"),
+        ("not images", "files_not_images"),
+    ):
+        lines.append(f"{sum(counts[name].values()):>8} {title}")
+        for reason, number in counts[name].items():
+            series = f" in {counts['series_rejected'][reason]} series" if name == "files_rejected" else ""
+            lines.append(f"{number:>16} {reason}{series}: {REASONS[reason]}")
+    lines += label_lines(counts)
+    return "\n".join(lines)
+
+
+def label_lines(counts: dict[str, Any]) -> list[str]:
+    """What became of tables, annotations and masks."""
+    lines = []
+    for name, classes in counts.get("labels", {}).items():
+        numbers = ", ".join(f"{number} {text}" for text, number in classes.items())
+        lines.append(f"{sum(classes.values()):>8} cells of {name}: {numbers}")
+    for names, number in counts.get("label_rows_without_match", {}).items():
+        lines += [f"{number:>8} rows of labels ({names}) of scans that are not in the archive"] if number else []
+    for name, text in (
+        ("attribute_rows_without_match", "rows of attributes of patients who are not in the archive"),
+        ("annotations_without_match", "annotations of scans that are not in the archive"),
+        ("masks_without_match", "masks of scans that are not in the archive"),
+    ):
+        lines += [f"{counts[name]:>8} {text}"] if counts.get(name) else []
+    for rule, number in counts.get("exams_with_inconsistent_labels", {}).items():
+        lines.append(f"{number:>8} exams whose labels break the rule {rule}: {RULES[rule]}")
+    return lines

@@ -1,7 +1,7 @@
 """The last act of a preparation: staged volumes -> shards, tables, metadata.
 
 All decisions (splits, order, which volume goes to which shard) are frozen in one file before the first shard is
-written. From then on a killed run only has to be carried on: shards that are finished are known by their sidecars.
+written. From then on a killed run can be continued: sidecars tell which shards are finished.
 """
 
 import collections
@@ -34,14 +34,15 @@ from data_prep.dataset__tfds import complete
 from data_prep.pipeline.notes import ExamNote, read_note, records_path
 from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.privacy import pseudonyms
-from data_prep.system.files import file_sha256, sync_directory, write_file
+from data_prep.system.errors import RunFailed
+from data_prep.system.files import file_sha256, read_json, sync_directory, write_file
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 _MEGABYTE = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
+class FrozenPlan:
     """Everything that the dataset will be."""
 
     archive_digest: str
@@ -61,8 +62,8 @@ class Frozen:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode())
 
     @staticmethod
-    def load(path: Path) -> "Frozen":
-        return Frozen(**json.loads(path.read_text()))
+    def load(path: Path) -> "FrozenPlan":
+        return FrozenPlan(**read_json(path))
 
 
 def freeze(
@@ -77,13 +78,13 @@ def freeze(
     rejected: list[dict[str, Any]],
     counts: dict[str, Any],
     labels: dict[str, Any],
-) -> Frozen:
+) -> FrozenPlan:
     """Decides splits, order and shards. `new_volumes`: key of the staged file -> (row, bytes).
 
     Volumes lie in the order of their keyed hash, after those that earlier runs wrote.
 
     Raises:
-        ValueError: too few patients for the splits.
+        InputError: too few patients for the splits.
         RuntimeError: a volume would be in the dataset twice.
     """
 
@@ -120,7 +121,7 @@ def freeze(
             new_shards.append({"name": shard, "num_records": num_records, "staged": staged})
             lengths.append(num_records)
         shard_lengths[split] = lengths
-    return Frozen(
+    return FrozenPlan(
         archive_digest=archive_digest,
         options=options,
         key_fingerprint=pseudonyms.key_fingerprint(key),
@@ -136,7 +137,7 @@ def freeze(
     )
 
 
-def can_be_assembled(frozen: Frozen, output_dir: Path, records_dir: Path) -> bool:
+def can_be_assembled(frozen: FrozenPlan, output_dir: Path, records_dir: Path) -> bool:
     """Whether every shard is written already or has its staged volumes: false if someone removed the output."""
     old_shards = [name for name in frozen.old_checksums if ".array_record-" in name]
     return all((output_dir / name).exists() for name in old_shards) and all(
@@ -147,9 +148,9 @@ def can_be_assembled(frozen: Frozen, output_dir: Path, records_dir: Path) -> boo
 
 
 def assemble(
-    frozen: Frozen, output_dir: Path, records_dir: Path, notes_dir: Path, kept_notes_dir: Path, pool: WorkerPool
+    frozen: FrozenPlan, output_dir: Path, records_dir: Path, notes_dir: Path, kept_notes_dir: Path, pool: WorkerPool
 ) -> dict[str, Any]:
-    """Writes what is missing of a frozen dataset and returns preparation.json, which is written last.
+    """Writes the missing files of a frozen dataset and returns preparation.json, which is written last.
 
     The notes of the volumes hold their labels: in `notes_dir`, or in `kept_notes_dir` where `keep_notes` moved them.
 
@@ -184,7 +185,7 @@ def assemble(
 
 
 def _label_tables(
-    frozen: Frozen, notes_dir: Path, kept_notes_dir: Path
+    frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path
 ) -> dict[str, tuple[dict[str, type], list[dict[str, Any]]]]:
     """Columns and rows of the tables of labels and regions that the dataset has, by file name."""
     columns = {
@@ -194,13 +195,13 @@ def _label_tables(
     }
     tables = {name: (of_table, []) for name, of_table in columns.items() if of_table}
     for row in frozen.volumes if tables else ():
-        found = _note_of(row["volume_id"], frozen, notes_dir, kept_notes_dir).labels
+        labels = _note_of(row["volume_id"], frozen, notes_dir, kept_notes_dir).labels
         volume = {"volume_id": row["volume_id"]}
-        by_slice = [dict(zip(found["slices"], c, strict=True)) for c in zip(*found["slices"].values(), strict=True)]
+        by_slice = [dict(zip(labels["slices"], c, strict=True)) for c in zip(*labels["slices"].values(), strict=True)]
         rows = {
             SLICES_FILE: [volume | {"slice_index": i} | cells for i, cells in enumerate(by_slice)],
-            LABELS_FILE: [volume | found["volume"]],
-            REGIONS_FILE: [volume | region for region in found["regions"]],
+            LABELS_FILE: [volume | labels["volume"]],
+            REGIONS_FILE: [volume | region for region in labels["regions"]],
         }
         for name, (_, of_table) in tables.items():
             of_table += rows[name]
@@ -218,12 +219,12 @@ def _class_counts(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping
     return counts
 
 
-def _note_of(volume_id: str, frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> ExamNote:
+def _note_of(volume_id: str, frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path) -> ExamNote:
     new = notes_dir / f"{frozen.kept_notes.get(volume_id, '')}.json"
     return read_note(new if new.exists() else kept_notes_dir / f"{volume_id}.json")
 
 
-def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, str]:
+def _write_shards(frozen: FrozenPlan, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, str]:
     checksums = {}
     tasks = []
     total = sum(shard["num_records"] for shard in frozen.new_shards)
@@ -237,7 +238,7 @@ def _write_shards(frozen: Frozen, output_dir: Path, records_dir: Path, pool: Wor
                 tasks.append((output_dir / shard["name"], records_dir, shard["staged"], shard["num_records"]))
         for (path, _, _, num_records), checksum in pool.run(write_shard, tasks):
             if isinstance(checksum, WorkerDied):
-                raise OSError(f"{path}: writing the shard was killed; check memory and disk, then run again")
+                raise RunFailed(f"{path}: writing the shard was killed; check memory and disk, then run again")
             checksums[path.name] = checksum
             progress.advance(num_records)
     return checksums
@@ -247,11 +248,12 @@ def write_shard(path: Path, records_dir: Path, staged: list[str], num_records: i
     """Writes a shard of staged exams, then its sidecar, then removes what was staged; returns the shard's SHA-256.
 
     Raises:
-        OSError: it cannot be written, or the exams hold another number of records.
+        OSError: it cannot be written.
+        RunFailed: the exams hold another number of records.
     """
     written = write_records(path, _staged_records(records_dir, staged))
     if written != num_records:
-        raise OSError(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
+        raise RunFailed(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
     checksum = file_sha256(path)
     write_file(sidecar_path(records_dir, path.name), checksum.encode())
     for key in staged:
@@ -269,7 +271,7 @@ def sidecar_path(records_dir: Path, shard: str) -> Path:
     return records_dir / f"{shard}.done"
 
 
-def keep_notes(frozen: Frozen, notes_dir: Path, kept_notes_dir: Path) -> None:
+def keep_notes(frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path) -> None:
     """Moves the notes of the new volumes to where later runs look for them."""
     kept_notes_dir.mkdir(mode=0o700, exist_ok=True)
     for volume, key in frozen.kept_notes.items():

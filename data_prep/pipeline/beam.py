@@ -5,7 +5,7 @@ r"""The expensive steps of a preparation under Apache Beam: the conversion of th
 The workers run the functions of the local runner, and the dataset is the same to the byte; either runner continues what
 the other began. Listing, headers, planning, the frozen decisions and the tables stay with the process that was
 started, on its --num_workers. Without a runner in --beam_options the pipelines run here (Beam's FnApiRunner) with
---num_workers workers, which tries things out and is no faster than the local runner. On a cluster:
+--num_workers workers, which is for trying things out and not faster than the local runner. On a cluster:
 
     --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64
                     --environment_type=EXTERNAL --environment_config=WORKER:50000"
@@ -45,16 +45,15 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from data_prep.pipeline import assemble, notes
-from data_prep.pipeline import convert as conversion
+from data_prep.pipeline import assemble, convert, notes
 from data_prep.planning import read_plan
 from data_prep.series import SeriesCandidate
-from data_prep.system.errors import InputError
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, publish, write_file
 from data_prep.workers import WorkerDied, WorkerPool
 
 _HERE = "--runner=FnApiRunner"  # not DirectRunner, which may download another one
-_REMEDY = "what it finished stays: run the same command again to continue (--runner=local goes on with it too)"
+_REMEDY = "what it finished stays: run the same command again to continue (--runner=local continues it, too)"
 _CONVERSION_FILE = "conversion.pickle"  # private: it holds the pseudonym key
 
 
@@ -75,7 +74,7 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
             parsed = PipelineOptions(arguments)
             parsed.get_all_options()
             beam.Pipeline(options=parsed)
-    except (Exception, SystemExit) as error:  # argparse prints and exits, runners raise what they like
+    except (Exception, SystemExit) as error:  # argparse prints and exits, and runners raise errors of any type
         reason = (complaint.getvalue() or str(error)).strip().splitlines()[-1].rpartition(": error: ")[2]
         raise InputError(f"--beam_options={shlex.join(options)}: {reason}") from None
     return arguments
@@ -84,11 +83,13 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
 # ---- conversion --------------------------------------------------------------------------------------------
 
 
-def convert(run: notes.Conversion, todo: Mapping[Path, list[int]], work_dir: Path, arguments: Sequence[str]) -> None:
-    """Converts the exams `todo`: files of `planning.plan_archive` and, of each, positions in its `exams`.
+def convert_exams(
+    run: notes.Conversion, todo: Mapping[Path, list[int]], work_dir: Path, arguments: Sequence[str]
+) -> None:
+    """Converts the exams `todo`: files of `plan_archive` and, of each, positions in its `exams`.
 
     Raises:
-        OSError: the pipeline failed; what it finished stays.
+        RunFailed: the pipeline failed; what it finished stays.
     """
     elements = [(str(plan), exams) for plan, exams in todo.items()]
     if not elements:
@@ -132,7 +133,7 @@ class _Convert(beam.DoFn):
 
 
 def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: WorkerPool) -> None:
-    """`conversion.convert_exam`, unless that is done, safe against another run of the same task at the same time.
+    """`convert.convert_exam`, unless that is done, safe against another run of the same task at the same time.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
@@ -142,9 +143,9 @@ def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: Worke
     key = notes.exam_key(run, exam)
     with _private_directory(run.notes_dir) as notes_dir, _private_directory(run.records_dir) as records_dir:
         private = dataclasses.replace(run, notes_dir=notes_dir, records_dir=records_dir)
-        for _, result in pool.run(conversion.convert_exam, [(private, exam)]):
+        for _, result in pool.run(convert.convert_exam, [(private, exam)]):
             if isinstance(result, WorkerDied):
-                notes.write_note(private, conversion.note_of_crash(private, exam))
+                notes.write_note(private, convert.note_of_crash(private, exam))
         if notes.is_converted(run, exam):  # another run was first; this one may have failed
             return
         records = notes.records_path(records_dir, key)
@@ -157,12 +158,12 @@ def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: Worke
 
 
 def write_shards(
-    frozen: assemble.Frozen, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
+    frozen: assemble.FrozenPlan, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
 ) -> None:
     """Writes the new shards that are not there yet, with the sidecars by which `assemble.assemble` knows them.
 
     Raises:
-        OSError: the pipeline failed; what it finished stays.
+        RunFailed: the pipeline failed; what it finished stays.
     """
     missing = [
         i for i, shard in enumerate(frozen.new_shards) if not _is_written(shard["name"], output_dir, records_dir)
@@ -185,7 +186,7 @@ class _WriteShard(beam.DoFn):
         self._frozen_file, self._output_dir, self._records_dir = frozen_file, output_dir, records_dir
 
     def setup(self) -> None:
-        self._shards = assemble.Frozen.load(Path(self._frozen_file)).new_shards
+        self._shards = assemble.FrozenPlan.load(Path(self._frozen_file)).new_shards
 
     def process(self, element: int) -> None:
         shard = self._shards[element]
@@ -197,7 +198,7 @@ def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_recor
     """Writes a shard of the staged volumes `staged`, unless that is done, safe against another run of the same task.
 
     Raises:
-        OSError: the shard can't be written, or not all of its records are there.
+        OSError, RunFailed: the shard can't be written, or not all of its records are there.
     """
     try:
         if not _is_written(path.name, path.parent, records_dir):
@@ -239,9 +240,9 @@ def _run(pipeline: beam.Pipeline) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # tracebacks of workers on this machine, which are raised too
             state = pipeline.run().wait_until_finish()
     except Exception as error:  # of any runner
-        raise OSError(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error
+        raise RunFailed(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error
     if state != PipelineState.DONE:
-        raise OSError(f"the Beam pipeline ended in state {state}; {_REMEDY}")
+        raise RunFailed(f"the Beam pipeline ended in state {state}; {_REMEDY}")
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,7 @@ from data_prep.privacy.pseudonyms import Rejected, private_digest
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.series import SeriesCandidate
-from data_prep.system.files import write_file
+from data_prep.system.files import read_json, write_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def records_path(records_dir: Path, key: str) -> Path:
 
 
 def read_note(path: Path) -> ExamNote:
-    fields = json.loads(path.read_text())
+    fields = read_json(path)
     return ExamNote(
         key=fields["key"],
         volume=fields["volume"],

@@ -2,13 +2,18 @@
 
 Datasets of one pseudonym key have the same pseudonyms and take patients in the same order. Their splits are the same
 only if they were made at once from the same patients with the same options: what a patient was assigned to is kept in
-each dataset's own audit directory. `data_prep.pipeline.known_splits` takes over those of other datasets.
+each dataset's own audit directory. With --same_splits_as the splits of other datasets are taken over, so that no one
+learns from another's test patients.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
+from data_prep.privacy.pseudonyms import key_fingerprint, read_key
 from data_prep.system.errors import InputError
 
 
@@ -47,7 +52,7 @@ def assign_splits(
         volumes_per_patient: number of volumes by patient, known ones included.
         fractions: of the patients in training, validation, test; only the ratio of the first two counts with
             `holdout_volumes`.
-        holdout_volumes: number of test volumes asked for; 0: go by fractions.
+        holdout_volumes: number of test volumes; 0: go by fractions.
         known: split by patient, from earlier runs.
 
     Raises:
@@ -82,7 +87,7 @@ def assign_splits(
         raise InputError(
             f"no patient is left for the splits {', '.join(empty)}, as splits.json in the audit directory or "
             "--same_splits_as keeps all in others; give --splits that leave them out, or another --audit_dir to assign "
-            "them anew"
+            "them again"
         )
     return {patient: splits[patient] for patient in volumes_per_patient}
 
@@ -145,3 +150,70 @@ def cut_into_shards(sizes: Sequence[int], shard_bytes: int) -> list[range]:
 def running_totals(values: Sequence[int]) -> list[int]:
     """The sum of everything before each value."""
     return [0, *itertools.accumulate(values)][:-1]
+
+
+# ---- splits of other datasets ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownSplits:
+    """Of the datasets that the user named."""
+
+    directories: tuple[Path, ...]
+    fingerprints: tuple[str, ...]
+    key_fingerprint: str
+    split_of: Mapping[str, str]  # patient -> split
+
+    @property
+    def named(self) -> str:
+        return "--same_splits_as=" + ",".join(map(str, self.directories))
+
+
+def read_known_splits(directories: Sequence[Path]) -> KnownSplits | None:
+    """None: no dataset was named.
+
+    Raises:
+        InputError: they have different pseudonym keys, or a patient in different splits.
+        DatasetError: one of them is not a complete dataset.
+    """
+    if not directories:
+        return None
+    datasets = [Dataset.open(directory) for directory in directories]
+    split_of: dict[str, str] = {}
+    known = KnownSplits(
+        directories=tuple(directories),
+        fingerprints=tuple(dataset.fingerprint for dataset in datasets),
+        key_fingerprint=datasets[0].preparation["key_fingerprint"],
+        split_of=split_of,
+    )
+    if len({dataset.preparation["key_fingerprint"] for dataset in datasets}) > 1:
+        raise InputError(f"{known.named}: have different pseudonym keys; name those of one key")
+    for dataset in datasets:
+        here = {row["patient_id"]: row["split"] for row in dataset.volumes()}
+        if differing := number_that_differ(here, split_of):
+            raise InputError(f"{known.named}: {differing} patients are in different splits of them; leave one out")
+        split_of |= here
+    return known
+
+
+def refuse_other_key(known: KnownSplits, key_file: Path) -> None:
+    """Raises InputError unless the key of this preparation is the one of the known splits."""
+    if not key_file.is_file() or key_fingerprint(read_key(key_file)) != known.key_fingerprint:
+        raise InputError(
+            f"{known.named}: has another pseudonym key, so its patients cannot be told here; give the key it was "
+            "prepared with as --pseudonym_key_file"
+        )
+
+
+def refuse_other_splits(known: KnownSplits, own: Mapping[str, str]) -> None:
+    """Raises InputError if patients of this dataset (`own`: patient -> split) were put into other splits earlier."""
+    if differing := number_that_differ(own, known.split_of):
+        raise InputError(
+            f"{known.named}: {differing} patients are in another split there than in this dataset, where they stay; "
+            "prepare it again with another --output_dir"
+        )
+
+
+def number_that_differ(a: Mapping[str, str], b: Mapping[str, str]) -> int:
+    """Number of patients that are in both with different splits."""
+    return sum(b.get(patient, split) != split for patient, split in a.items())

@@ -1,14 +1,15 @@
 """Search of a dataset for what it must not hold: values of the source headers that could identify someone.
 
-Needles are the values of five characters or more of all elements of the value representations PN, UI, DA, TM, DT, LO,
-SH, LT, ST, UT, UC and AE (names, UIDs, dates and times, IDs, free text), at any depth, private elements included (those
-of unknown value representation where they are printable), the components of names by themselves, and, from the audit
-directory, the paths of the sources and the pseudonym key.
+Secret texts are the values of five characters or more of all elements of the value representations
+PN, UI, DA, TM, DT, LO, SH, LT, ST, UT, UC and AE (names, UIDs, dates and times, IDs, free text), at
+any depth, private elements included (of an unknown value representation if they are printable), the
+components of names by themselves, and, from the audit directory, the paths of the sources and the
+pseudonym key.
 
 The haystack is every byte of the dataset directory, and every record decompressed. Short needles occur by chance: five
 digits in every checksum, any five bytes somewhere in a million pixels. Therefore
 
-- in text, a needle of fewer than 12 characters must stand by itself, between characters that are no letters or digits;
+- in text, a needle of fewer than 12 characters must stand by itself, between characters that are not letters or digits;
 - in pixels and other binary data, needles of fewer than 12 characters or fewer than 4 different ones are not sought;
 - columns of numbers are not sought in, and the program's own sentences (reasons, notes, descriptions) not for single
   words of descriptive elements, such as a Series Description "chest";
@@ -46,7 +47,7 @@ from data_prep.dataset__schema import (
 from data_prep.dataset__storage import read_records
 from data_prep.headers import inflates_too_far
 from data_prep.privacy.pseudonyms import KEY_FILE, public_ethnic_group, public_kernel, public_manufacturer
-from data_prep.system.errors import InputError
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
@@ -63,7 +64,7 @@ _PERSONAL = {  # elements of other value representations that are sought in the 
     *(0x00080050, 0x00080080, 0x00080081, 0x00081010, 0x00081040),  # accession number, institution, station, department
     *(0x00100020, 0x00101000, 0x00101040, 0x00102154, 0x00200010),  # IDs, address, telephone, study ID
 }
-_PUBLIC_UIDS = "1.2.840.10008."  # those of the standard itself
+_PUBLIC_UIDS = "1.2.840.10008."  # UIDs of the standard itself
 _OWN_COLUMNS = {"reason", "detail", "notes", "split"}
 _FILES_PER_TASK = 64
 _PADDING = " \0\t\r\n"
@@ -94,7 +95,7 @@ def read_source_values(input_dir: ArchiveDirectory, pool: WorkerPool) -> SourceV
         chunks = iter(lambda: tuple(itertools.islice(sources, _FILES_PER_TASK)), ())
         for (_, chunk), found in pool.run(_values_of_files, ((input_dir, chunk) for chunk in chunks)):
             if isinstance(found, WorkerDied):
-                raise OSError(f"{chunk[0].path} or one of the next {len(chunk)} files: reading it crashed")
+                raise RunFailed(f"{chunk[0].path} or one of the next {len(chunk)} files: reading it crashed")
             values.update(found)
             progress.advance(len(chunk))
     return values
@@ -117,7 +118,7 @@ def _values_of_files(input_dir: ArchiveDirectory, sources: Iterable[Source]) -> 
 
 
 def header_elements(content: bytes) -> list[pydicom.DataElement]:
-    """All elements of a header, at any depth; [] for what is no DICOM file."""
+    """All elements of a header, at any depth; [] if it is not a DICOM file."""
     if content[128:132] != b"DICM" and content[:1] not in (b"\x02", b"\x08", b"\x00"):
         return []
     try:
@@ -168,7 +169,7 @@ def _add_element(values: SourceValues, element: pydicom.DataElement) -> None:
             values.identifying.add(text)
 
 
-class Needles:
+class SecretTexts:
     """Finds many strings in bytes at once, by their first five bytes."""
 
     def __init__(self, values: Iterable[str]):
@@ -197,7 +198,7 @@ class Needles:
                     yield place, needle.decode("utf-8", "surrogateescape")
 
     def find_in_text(self, text: str) -> Iterator[str]:
-        """Needles in a text: long ones anywhere, short ones where they stand by themselves."""
+        """Secret texts in a text: long ones anywhere, short ones where they stand by themselves."""
         data = text.encode("utf-8", "surrogateescape")
         for place, needle in self.find(data):
             end = place + len(needle.encode("utf-8", "surrogateescape"))
@@ -217,9 +218,9 @@ def find_leaks(dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, p
     """
     values = read_source_values(input_dir, pool)
     secrets = _audit_secrets(audit_dir)
-    everything = Needles(values.identifying | values.words | secrets)
-    without_words = Needles(values.identifying | secrets)
-    binary = Needles(
+    everything = SecretTexts(values.identifying | values.words | secrets)
+    without_words = SecretTexts(values.identifying | secrets)
+    binary = SecretTexts(
         value
         for value in values.identifying | values.words | secrets
         if len(value) >= LONG_NEEDLE and len(set(value)) >= 4
@@ -257,7 +258,7 @@ def find_leaks(dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, p
 
 
 def _audit_secrets(audit_dir: Path) -> set[str]:
-    """Source paths and the key. Raises InputError if this is no audit directory."""
+    """Source paths and the key. Raises InputError if this is not an audit directory."""
     table = audit_dir / "sources.csv"
     if not table.is_file():
         raise InputError(f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare")
@@ -274,11 +275,11 @@ def _table_leaks(
     name: str,
     types: Mapping[str, type],
     not_from_headers: set[str],
-    everything: Needles,
-    without_words: Needles,
+    everything: SecretTexts,
+    without_words: SecretTexts,
     values: SourceValues,
 ) -> Iterator[str]:
-    personal = Needles(values.personal)
+    personal = SecretTexts(values.personal)
     with open(path, newline="") as file:
         for line, row in enumerate(csv.DictReader(file), start=2):
             for column, cell in row.items():
@@ -291,7 +292,7 @@ def _table_leaks(
                     yield from _lines(name, f"line {line}, {column}", needles.find_in_text(cell))
 
 
-def _json_leaks(path: Path, name: str, needles: Needles, own_sentences: set[str]) -> Iterator[str]:
+def _json_leaks(path: Path, name: str, needles: SecretTexts, own_sentences: set[str]) -> Iterator[str]:
     for text in set(_strings(json.loads(path.read_text()))) - own_sentences:
         yield from _lines(name, "a text", needles.find_in_text(text))
 
@@ -308,7 +309,7 @@ def _strings(node: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _shard_leaks(path: Path, name: str, needles: Needles) -> list[str]:
+def _shard_leaks(path: Path, name: str, needles: SecretTexts) -> list[str]:
     leaks = []
     for number, record in enumerate(read_records(path)):
         leaks += _lines(name, f"record {number}", (needle for _, needle in needles.find(record)))

@@ -128,7 +128,7 @@ class ExamPlan(NamedTuple):
 
     exams: of each exam its candidates in order of preference.
     rejections: series that no pixel needs to be read of.
-    not_images: files that hold no image.
+    not_images: files without an image.
     """
 
     exams: list[list[SeriesCandidate]]
@@ -137,7 +137,7 @@ class ExamPlan(NamedTuple):
 
 
 def plan_exams(entries: Iterable[Header | NotAnImage | Unreadable], rules: Rules) -> ExamPlan:
-    """Sorts what was read of some files into exams, rejected series, and files that hold no image."""
+    """Sorts the entries of some files into exams, rejected series, and files without an image."""
     found, not_images = [], []
     for entry in entries:
         (found if isinstance(entry, Header) else not_images).append(entry)

@@ -6,15 +6,15 @@
 FAILED_FOR_NOW = "failed_for_now"  # the one reason that is not final: the next run tries again
 
 REASONS = {
-    # files that hold no image
-    "not_dicom": "The file is no DICOM file.",
+    # files without an image
+    "not_dicom": "The file is not a DICOM file.",
     "dicomdir": "The file is a DICOMDIR index; the images it lists are read where they lie.",
     "no_pixel_data": "The file is a DICOM object without an image, such as a dose report.",
     "unreadable": "The file or its DICOM header cannot be read.",
     "bad_zip": "The zip file or its member is damaged, has an unsound or a second name, or shares bytes with another.",
     "encrypted": "The zip member is protected by a password.",
     "nested_zip": "The zip file lies inside another zip file; unpack it first.",
-    "not_nifti": "The file is no NIfTI file (.nii, .nii.gz) with its voxels in it.",
+    "not_nifti": "The file is not a NIfTI file (.nii, .nii.gz) with its voxels in it.",
     "no_metadata": "The metadata table has no row of the NIfTI file.",
     "unknown_affine": "The NIfTI file does not say where its voxels lie, or says two different things.",
     "ambiguous_rescale": "The NIfTI file and the metadata table have different slopes or intercepts.",
@@ -34,7 +34,7 @@ REASONS = {
     "burned_in_annotation": "Burned In Annotation says YES.",
     "no_chest": "The volume does not cover the chest: too little lung between soft tissue, or another body part.",
     "grid_varies": "The slices differ in matrix or pixel spacing.",
-    "other_grid": "The slice's matrix or pixel spacing is not that of nearly all others.",
+    "other_grid": "The slice has another matrix or pixel spacing than nearly all others.",
     "too_few_slices": "The series has too few slices.",
     "too_thick": "The slices are thicker than the limit.",
     "too_many_lost": "More slices are missing than the limit.",
@@ -44,8 +44,8 @@ REASONS = {
     "undecodable_pixels": "The pixel data cannot be decoded.",
     "unsupported_transfer_syntax": "No decoder reads the transfer syntax.",
     "truncated_pixel_data": "The pixel data ends early.",
-    "missing_rescale": "Rescale Slope or Intercept is missing, and the stored values are no plausible HU.",
-    "implausible_hu": "The values are no plausible HU.",
+    "missing_rescale": "Rescale Slope or Intercept is missing, and the stored values are not plausible as HU.",
+    "implausible_hu": "The values are not plausible as HU.",
     "contradictory_duplicates": "Different images lie at one position.",
     "duplicate_slice": "The same image lies at the same position once more.",
     "acquisitions_meet": "The slice lies where two acquisitions meet; the first acquisition's was taken.",
@@ -72,5 +72,5 @@ NOTES = {
     "acquisitions_meet": "Where two acquisitions meet, slices differed at one position; the first one's was taken.",
     "no_rescale_tags": "Rescale tags are missing; the stored values are plausible as HU and were taken so.",
     "spacing_from_metadata": "The file's spacing differs by more than 1 % from the metadata table's, which was taken.",
-    "fractional_hu": "Some values are no whole HU or beyond 16 bits; the volume is float32.",
+    "fractional_hu": "Some values are not whole HU or beyond 16 bits; the volume is float32.",
 }

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data_prep.synthetic.exam import LAYOUTS, Options
 from data_prep.synthetic.layouts import patient_folder, write_patient, write_tables
 from data_prep.system.errors import InputError, RunFailed
-from data_prep.system.files import PARTIAL, folder_written_whole, make_folder, write_text
+from data_prep.system.files import PARTIAL, folder_written_whole, make_folder, read_json, write_text
 from data_prep.workers import WorkerDied, WorkerPool
 
 OPTIONS_FILE = "phantom.json"
@@ -46,7 +46,7 @@ def make_archive(output_dir: Path, num_patients: int, options: Options, num_work
     marker = output_dir / OPTIONS_FILE
     recorded = {"synthetic": True, **dataclasses.asdict(options)}
     if marker.exists():
-        if json.loads(marker.read_text()) != recorded:
+        if read_json(marker) != recorded:
             raise InputError(
                 f"--output_dir={output_dir}: holds a phantom archive made with other options; "
                 "choose another folder or the options in its phantom.json"

@@ -19,10 +19,10 @@ def paint_skeleton(canvas: Canvas, anatomy: Anatomy, z: float, texture: np.ndarr
         if patient.age > 55:
             canvas.fill(cartilage[0], np.abs(cartilage[1] + 1) - 0.5, 330, opacity=0.7)
     for bones, z_scale in ((anatomy.ribs, 0.6), (anatomy.clavicles, 0.9)):
-        found = canvas.tubes(bones, z, z_scale)
-        if found is not None:
-            canvas.fill(*found, CORTEX + 150)
-            canvas.fill(found[0], found[1] + 1.4, marrow - 50)
+        cut = canvas.tubes(bones, z, z_scale)
+        if cut is not None:
+            canvas.fill(*cut, CORTEX + 150)
+            canvas.fill(cut[0], cut[1] + 1.4, marrow - 50)
     paint_sternum(canvas, z, marrow)
     paint_vertebra(canvas, anatomy, z, marrow)
 

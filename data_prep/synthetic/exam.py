@@ -1,4 +1,4 @@
-"""A synthetic patient on a scanner: who it is, what is found, and how the scan is taken, all drawn from a seed."""
+"""A synthetic patient on a scanner: person, findings and acquisition, all drawn from a seed."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ class Exam:
 
 
 def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator]:
-    """Patient `index` of an archive, with the random numbers that rendering and writing go on with. Layouts and seeds
+    """Patient `index` of an archive, with the generator of random numbers for rendering and writing. Layouts and seeds
     have different patients. Of each two exams of the rsna_pe layout one has emboli."""
     layout = LAYOUTS.index(options.layout)
     rng = np.random.default_rng([options.seed, index] + [layout] * (layout > 0))

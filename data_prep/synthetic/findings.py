@@ -286,10 +286,10 @@ def paint_nodule(canvas: Canvas, nodule: Nodule, box: tuple[slice, slice], body:
 def paint_embolus(canvas: Canvas, embolus: Embolus, z: float, blood_hu: float) -> float:
     """Puts an embolus in the place of arterial blood of some HU; returns the mm^2 that it takes. Only what the slice
     shows of the arteries can be taken, so that no embolus is counted that a reader could not see."""
-    found = canvas.tubes(embolus.tubes, z, z_scale=1.0 if embolus.central else 0.6)
-    if found is None:
+    cut = canvas.tubes(embolus.tubes, z, z_scale=1.0 if embolus.central else 0.6)
+    if cut is None:
         return 0.0
-    box, distance = found
+    box, distance = cut
     taken = np.clip(0.5 - distance / np.float32(canvas.edge_mm), 0, 1) * canvas.artery[box]
     canvas.hu[box] += (np.float32(embolus.hu) - np.float32(blood_hu)) * taken
     canvas.artery[box] -= taken

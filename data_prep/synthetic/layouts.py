@@ -20,12 +20,12 @@ from data_prep.synthetic.dicom_writer import as_written, instance_uid, slice_hei
 from data_prep.synthetic.exam import Exam, Options, render_series, sample_exam
 from data_prep.synthetic.patient import ventricle_ratio
 from data_prep.synthetic.readers import read_scan, reading_xml
-from data_prep.system.files import write_text, written_whole
+from data_prep.system.files import read_json, write_text, written_whole
 
 # An embolus that covers less of a slice than this makes no positive slice.
 MIN_EMBOLUS_MM2 = 12.0
 ATTRIBUTE_COLUMNS = ("PatientID", "age", "sex", "ethnic_group")
-# What each patient of the rsna_pe layout adds to the tables; they are made of it anew when the archive has grown.
+# Rows that each patient of the rsna_pe layout adds to the tables, which are written again when the archive grows.
 TABLES_FOLDER = ".tables"
 
 
@@ -51,7 +51,7 @@ def write_tables(output_dir: Path, options: Options) -> None:
     """`train.csv` and `attributes.csv` of all patients that the folder holds, in the rsna_pe layout."""
     if options.layout != "rsna_pe":
         return
-    parts = [json.loads(path.read_text()) for path in sorted((output_dir / TABLES_FOLDER).glob("*.json"))]
+    parts = [read_json(path) for path in sorted((output_dir / TABLES_FOLDER).glob("*.json"))]
     tables = (
         ("train.csv", TRAIN_COLUMNS, [row for part in parts for row in part["train"]]),
         ("attributes.csv", ATTRIBUTE_COLUMNS, [part["attributes"] for part in parts]),
@@ -94,7 +94,7 @@ def _write_rsna_pe(folder: Path, output_dir: Path, exam, index: int, options, rn
     series = dataclasses.replace(series, attributes=attributes, instance_uids=instances)
     paths = [folder / series_id / f"{instance}.dcm" for instance in instances]
     paths[0].parent.mkdir(parents=True)
-    with pydicom.config.disable_value_validation():  # ids as these are no valid UIDs
+    with pydicom.config.disable_value_validation():  # such ids are not valid UIDs
         write_series(series, paths)
     positive, labels = exam_labels(exam, rendering.embolus_area_mm2)
     constant = [labels[name] for name in EXAM_COLUMNS]

@@ -1,4 +1,4 @@
-"""Correlated noise and texture as tiles that are cut and flipped anew for every slice."""
+"""Correlated noise and texture as tiles that are cut and flipped for every slice."""
 
 import numpy as np
 

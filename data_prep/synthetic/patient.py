@@ -202,7 +202,7 @@ def _dome(x, y, z, top, centre, radii, height):
 
 
 def mediastinum(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, heart: np.ndarray) -> np.ndarray:
-    """Signed distance to what lies between the lungs, given the distance to the heart with its fat."""
+    """Signed distance to the mediastinum, from the distance to the heart with its fat."""
     patient = anatomy.patient
     spine = float(spine_y(z, patient))
     closing = float(np.sqrt(1 - np.clip((z + 45) / 143, 0, 0.9999) ** 2.7))
@@ -252,7 +252,7 @@ def heart_distance(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> 
 
 
 def lungs(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, pleura: np.ndarray) -> np.ndarray:
-    """Signed distance to the aerated lungs of a slice, given the pleura's."""
+    """Signed distance to the aerated lungs of a slice, from the distance to the pleura."""
     patient = anatomy.patient
     heart = heart_distance(x, y, z, patient) - 5
     distance = smooth_max(pleura, -mediastinum(x, y, z, anatomy, heart), 6)

@@ -1,7 +1,7 @@
 """Four imperfect readers of the phantom's nodules, and their reading as an LIDC-IDRI XML file.
 
 As in LIDC-IDRI, a nodule of 3 mm or more is outlined slice by slice one pixel outside its border and rated on nine
-scales; a smaller one is a single point without ratings; something that is no nodule is a point, too.
+scales; a smaller one is a single point without ratings; something else than a nodule is a point, too.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ SIDE_STEPS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 
 @dataclasses.dataclass(frozen=True)
 class Region:
     """An outline on one slice of the written images: `points` [N, 2] int (column, row), first = last if N > 1;
-    `inclusion` is False for an outline of what does not belong to the nodule."""
+    `inclusion` is False for an outline of a hole that does not belong to the nodule."""
 
     slice_index: int
     inclusion: bool
@@ -32,7 +32,7 @@ class Region:
 @dataclasses.dataclass(frozen=True)
 class Mark:
     """What one reader says of one place: `ratings` by name for a nodule of 3 mm or more, None for a smaller one;
-    `is_nodule` False for what only looks like one."""
+    `is_nodule` False for something that only looks like a nodule."""
 
     regions: tuple[Region, ...]
     ratings: dict[str, int] | None

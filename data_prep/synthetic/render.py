@@ -29,8 +29,8 @@ from data_prep.synthetic.patient import (
 from data_prep.synthetic.shapes import FAR, Canvas, around, ellipse, ellipsoid, join, segment, smooth_max, smooth_min
 from data_prep.synthetic.vessels import Vessels
 
-# HU of what the contrast medium does not reach, and lengths in mm of the reference space. All are made up within the
-# usual ranges of chest CT of adults: no patient was measured for them.
+# HU of tissues that the contrast medium does not reach, and lengths in mm of the reference space. All are made up
+# within the usual ranges of chest CT of adults: no patient was measured for them.
 FAT, MUSCLE, SKIN = -102.0, 56.0, 18.0
 GLAND, PERICARDIUM, VESSEL_WALL, OESOPHAGUS, PLAQUE = 25, -20, 40, 42.0, 620
 STOMACH_WALL, STOMACH_CONTENTS, STOMACH_AIR, COLON_WALL = 48, 22, -970, 42
@@ -45,7 +45,7 @@ MUSCLE_LAYER_MM, MUSCLE_BELLY_MM = 17, 66
 # Lung is denser where it is dependent and in a thin layer below the pleura; its grain is finer than a voxel.
 DEPENDENT_HU_PER_MM, SUBPLEURAL_HU, SUBPLEURAL_MM, LUNG_GRAIN_HU = 0.28, 60, 4, 14
 LIVER_GRAIN_HU, STOMACH_GRAIN_HU, COLON_GRAIN_HU = 5, 9, 80
-# What lets through some of the tissue behind, since the voxels hold both.
+# Opacities below 1: the voxels hold the tissue behind, too.
 LUNG_VESSEL_OPACITY, AIRWAY_WALL_OPACITY, FISSURE_OPACITY = 0.92, 0.8, 0.6
 # How far inside the pleura the airways and the vessels of the lung end.
 AIRWAY_MARGIN_MM, LUNG_VESSEL_MARGIN_MM, FISSURE_MARGIN_MM = 4, 2, 2
@@ -145,7 +145,7 @@ class NoduleField:
 class Rendering:
     """A rendered scan with the truth about its findings: `hu` [S, H, W] int16, slices to superior, rows to posterior,
     columns to the left; `nodules` and `dots` in the order of the findings, None for one that no voxel shows;
-    `embolus_area_mm2` [S, E] float32, what each embolus covers of each slice."""
+    `embolus_area_mm2` [S, E] float32, the area of each slice that each embolus covers."""
 
     hu: np.ndarray
     nodules: tuple[NoduleField | None, ...]
@@ -409,21 +409,21 @@ def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhan
         (vessels.aorta, blood.aorta),
     )
     for capsules, hu in tubes:
-        found = canvas.tubes(capsules, z, around_mm=VESSEL_WALL_MM)
-        if found is not None:
-            canvas.fill(found[0], found[1] - VESSEL_WALL_MM, VESSEL_WALL)
-            canvas.fill(*found, hu, is_artery=capsules is vessels.pulmonary_arteries)
+        cut = canvas.tubes(capsules, z, around_mm=VESSEL_WALL_MM)
+        if cut is not None:
+            canvas.fill(cut[0], cut[1] - VESSEL_WALL_MM, VESSEL_WALL)
+            canvas.fill(*cut, hu, is_artery=capsules is vessels.pulmonary_arteries)
             if capsules is vessels.aorta and anatomy.patient.aortic_calcification > 0.1:
-                box, distance = found
+                box, distance = cut
                 phase = anatomy.patient.seed % 7
                 patches = np.sin(canvas.x[box] / 6 + z / 9 + phase) + np.sin(canvas.y[box] / 7 - z / 11 - phase)
                 rare = 5 * (1.9 - 0.75 * anatomy.patient.aortic_calcification - patches)
                 plaque = np.maximum(np.abs(distance + np.float32(0.5)) - 1, rare)
                 canvas.fill(box, plaque.astype(np.float32), PLAQUE)
-    found = canvas.tubes(vessels.trachea, z, around_mm=TRACHEA_WALL_MM)
-    if found is not None:
-        canvas.fill(found[0], found[1] - TRACHEA_WALL_MM, VESSEL_WALL)
-        canvas.fill(*found, TRACHEA_AIR)
+    cut = canvas.tubes(vessels.trachea, z, around_mm=TRACHEA_WALL_MM)
+    if cut is not None:
+        canvas.fill(cut[0], cut[1] - TRACHEA_WALL_MM, VESSEL_WALL)
+        canvas.fill(*cut, TRACHEA_AIR)
 
 
 def paint_abdomen(

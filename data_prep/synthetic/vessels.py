@@ -15,7 +15,7 @@ from data_prep.synthetic.shapes import Capsules, join, polyline
 
 @dataclasses.dataclass(frozen=True)
 class Vessels:
-    """Tubes by what flows in them, in reference space. `mediastinal` are the large tubes that push the lungs aside;
+    """Tubes by their content, in reference space. `mediastinal` are the large tubes that push the lungs aside;
     `arteries_parent` [N] is the index of the segment that each segment of `arteries_tree` comes from, -1 at a root."""
 
     aorta: Capsules
@@ -177,7 +177,7 @@ def _grow(roots: np.ndarray, points: np.ndarray, group: np.ndarray, rng) -> tupl
 
 
 def _airways(arteries: Capsules, parent: np.ndarray, supplied: np.ndarray) -> tuple[Capsules, Capsules]:
-    """(what leads from the main bronchi into the lungs, bronchi beside the larger arteries)."""
+    """(tubes from the main bronchi into the lungs, bronchi beside the larger arteries)."""
     large = supplied >= 12
     side = np.where(arteries.start[large, :1] > 0, 1.0, -1.0)
     away = np.concatenate([-0.45 * side, np.full_like(side, 0.35), np.full_like(side, 0.7)], axis=1)

@@ -26,12 +26,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ctssl_jax import checkpoint, configuration, distributed, train, training, transplant
+from ctssl_jax import distributed
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference.embedding import embed
 from ctssl_jax.release.exporting import export
 from ctssl_jax.reports import Reports
+from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.run import open_workdir, to_json
 from ctssl_jax.tasks import get_task
+from ctssl_jax.training__loop import train
+from ctssl_jax.training__recipe import check_dataset
+from ctssl_jax.training__step import make_program
+from ctssl_jax.training__warm_start import record
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
 from data_prep.system.errors import DatasetError, InputError, RunFailed
@@ -79,17 +85,14 @@ def make_sound(folder: Path, commands: Sequence[str] = COMMANDS) -> Sound:
 def save_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """A run directory as training leaves it, with checkpoints of other weights at each step, but nothing is trained."""
     dataset = Dataset.open(config.dataset)
-    preparation = dataset.preparation
-    channels = configuration.check_dataset(config, dataset, ("train", "validation"))
+    channels = check_dataset(config, dataset, ("train", "validation"))
     patients = {name: [row["patient_id"] for row in dataset.volumes(name)] for name in SPLITS[:2]}
-    configuration.open_workdir(workdir, config, preparation, patients)
-    transplant.record(None, workdir)
+    open_workdir(workdir, config, dataset.preparation, patients)
+    record(None, workdir)
     write_json(workdir / "training_data.json", {"train_fraction": 1.0})
-    program = training.make_program(
-        config, get_task(config.task), len(channels), distributed.make_mesh(jax.devices()[:1])
-    )
-    state, checkpoints = program.initial_state(), checkpoint.Checkpoints(workdir)
-    metadata = {"config": configuration.to_json(config), "preparation": preparation}
+    program = make_program(config, get_task(config.task), len(channels), distributed.make_mesh(jax.devices()[:1]))
+    state, checkpoints = program.initial_state(), Checkpoints(workdir)
+    metadata = {"config": to_json(config), "preparation": dataset.preparation}
     metrics = Reports(workdir, -1)
     for step, loss in ((1, 0.7), (2, 0.5), (STEPS, 0.6)):
         params = jax.tree.map(lambda leaf, factor=1 + step / 10: leaf * factor, state.params)
@@ -111,7 +114,7 @@ def _result(command: str, folder: Path, pool: WorkerPool) -> Any:
     if command == "verify":
         return verify(Dataset.open(dataset), pool)
     if command == "train":
-        train.train(_config(dataset, MORE_STEPS), run, jax.devices()[:1])
+        train(_config(dataset, MORE_STEPS), run, jax.devices()[:1])
         return {name: array.tobytes() for name, array in saved_state(run, MORE_STEPS).items()}
     if command == "evaluate":
         return evaluate(run, dataset, "test", folder / "result.json")

@@ -206,11 +206,11 @@ def in_time(function: Callable[..., Any], *arguments: Any, seconds: float = 120,
 
 
 def _run_contents(workdir: Path, name: str) -> dict[str, Any]:
-    from ctssl_jax import checkpoint
+    from ctssl_jax.runs.checkpoints import choose_step
 
     state = training_runs.saved_state(workdir)
     found = {f"{name}/last checkpoint/{tensor}": (str(v.dtype), v.shape, v.tobytes()) for tensor, v in state.items()}
-    found[f"{name}/steps"] = [checkpoint.choose_step(workdir, which) for which in ("best", "last")]
+    found[f"{name}/steps"] = [choose_step(workdir, which) for which in ("best", "last")]
     return found | {f"{name}/metrics.jsonl": training_runs.numbers(workdir)}
 
 

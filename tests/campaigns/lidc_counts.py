@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep import lidc
-from experiments import table1
+from experiments.study import lidc_counts
 
 PAPER = {
     "Slices": 10005,
@@ -32,7 +32,7 @@ PAPER = {
 def comparisons(folder: Path) -> Iterator[tuple[str, object, object]]:
     """(what is compared, counted, expected)."""
     readings = lidc.read_readings(folder / "tcia-lidc-xml_all1318.tar.xz")
-    geometry = table1.read_geometry(folder / "series_geometry.csv")
+    geometry = lidc_counts.read_geometry(folder / "series_geometry.csv")
     with open(folder / "LIDC-IDRI_MetaData.csv", newline="") as file:
         collection = {row["Series UID"]: row["Patient Id"] for row in csv.DictReader(file) if row["Modality"] == "CT"}
     yield "number of series", len(readings), 1018
@@ -40,10 +40,10 @@ def comparisons(folder: Path) -> Iterator[tuple[str, object, object]]:
     yield "patients of the series", {one.series_instance_uid: one.patient_id for one in geometry}, collection
     contours = [len(nodule.contours) for one in readings.values() for session in one.sessions for nodule in session]
     yield "readings and contours", (len(contours), sum(contours)), (6859 + 1, 41406 + 23)  # one is excluded below
-    patients = table1.first_scan_votes(readings, geometry)
+    patients = lidc_counts.first_scan_votes(readings, geometry)
     yield "number of patients", len(patients), 1010
-    yield "Table I", table1.count(patients, 0.7, 20), PAPER
-    weaker = table1.count(patients, 0.5, 8)  # a common rule with a weaker consensus
+    yield "Table I", lidc_counts.count(patients, 0.7, 20), PAPER
+    weaker = lidc_counts.count(patients, 0.5, 8)  # a common rule with a weaker consensus
     yield "slices and patients of the weaker rule", (weaker["Slices"], weaker["Patients"]), (13916, 875)
 
 

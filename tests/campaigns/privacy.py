@@ -123,9 +123,9 @@ class Search:
             except UnicodeEncodeError:
                 pass
             self._values |= dict.fromkeys(forms, value)
-        self._needles = leaks.Needles(self._values)
+        self._needles = leaks.SecretTexts(self._values)
         short = (value.translate(_OTHER) for value in values if len(value) < leaks.LONG_NEEDLE)
-        self._made_up = leaks.Needles(value for value in short if value not in self._values)
+        self._made_up = leaks.SecretTexts(value for value in short if value not in self._values)
         self.made_up_in_pixels = 0
 
     def find(self, path: str, place: str, data: bytes) -> Iterator[Finding]:

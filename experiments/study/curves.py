@@ -1,12 +1,13 @@
-"""Scores against the size of the training set: rows, comparisons with random weights, tables, figures.
+"""Scores against the size of the training set: rows, comparisons with random weights, figures.
 
-Everything is a function of the study's results: RESULT.json of each cell, and RESULT.predictions.npz beside it (what
-the model said of each slice, with its patient's pseudonym), from which arms are compared in pairs.
+Everything is a function of the study's results: RESULT.json of each cell, and beside it
+RESULT.predictions.npz (the model's answer for each slice, with its patient's pseudonym), from which
+arms are compared in pairs.
 """
 
 import itertools
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ from absl import flags
 
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
-from experiments import downstream, study
-from experiments.downstream import TITLES, Point, Study
-from experiments.study import Cell
+from experiments.study import downstream, results, runner
+from experiments.study.cells import Cell
+from experiments.study.downstream import TITLES, Point, Study
 
 REFERENCE = "random"
 
@@ -28,23 +29,70 @@ class Panel(NamedTuple):
     title: above it.
     metric: of the results JSON.
     arms: beginnings of the names of the arms that are drawn.
-    steps: training steps of the cells that are drawn.
+    steps: training steps of the cells that are drawn; 0 is the recipe's number.
     """
 
     title: str
     metric: str
-    arms: tuple[str, ...]
-    steps: int | None = None
+    arms: tuple[str, ...] = ("",)
+    steps: int = 0
 
 
-def curve_rows(results: dict[Point, dict | None], metrics: Sequence[str]) -> list[dict[str, Any]]:
+class Figure(NamedTuple):
+    """One figure and its tables.
+
+    name: of the module in `experiments`, and of the files.
+    title: of the figure.
+    kind: of the cells: `pe` or `nodules`.
+    panels: drawn once for each number of training steps.
+    compared: metric that is compared with random weights.
+    more: metrics of the tables that are not drawn.
+    note: last sentence of the caption.
+    """
+
+    name: str
+    title: str
+    kind: str
+    panels: tuple[Panel, ...]
+    compared: str
+    more: tuple[str, ...]
+    note: str = ""
+
+    def panels_of(self, study: Study) -> list[Panel]:
+        """The panels of a study: a panel for each number of steps, named if there are several."""
+        numbers = study.sizes.steps[self.kind]
+        return [
+            panel._replace(
+                title=f"{panel.title}, {steps:,} steps" if len(numbers) > 1 else panel.title,
+                steps=steps,
+            )
+            for panel in self.panels
+            for steps in numbers
+        ]
+
+
+def pe_figure(name: str, title: str, *panels: Panel) -> Figure:
+    """A figure of PE detection."""
+    more = ("exam_auroc", "average_precision", "brier", "ece")
+    return Figure(name, title, "pe", panels, "auroc", more)
+
+
+def nodule_figure(name: str, title: str) -> Figure:
+    """A figure of nodule segmentation."""
+    panels = Panel("Dice of annotated slices", "dice"), Panel("IoU of annotated slices", "iou")
+    more = ("dice_all_slices", "volume_dice", "volume_iou")
+    note = "Hard at probability .5; both masks empty count 1, exactly one empty 0."
+    return Figure(name, title, "nodules", panels, "dice", more, note)
+
+
+def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """One row an arm, share, number of steps and metric: mean and standard deviation over the seeds that are there."""
     rows = []
-    keys = list(dict.fromkeys((point.arm, point.fraction, point.steps) for point in results))
+    keys = list(dict.fromkeys((point.arm, point.fraction, point.steps) for point in of_points))
     for (arm, fraction, steps), metric in itertools.product(keys, metrics):
         of_seeds = [
             result
-            for point, result in results.items()
+            for point, result in of_points.items()
             if result and (point.arm, point.fraction, point.steps) == (arm, fraction, steps)
         ]
         values = [result["metrics"][metric]["mean"] for result in of_seeds]
@@ -75,7 +123,7 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
 
     Intervals and p are of the paired bootstrap by test patient; p is corrected by Holm over all rows.
     """
-    from ctssl_jax.evaluation import comparisons, predictions
+    from ctssl_jax.evaluation import comparisons, predictions  # here: they import JAX, which --help does not need
 
     rows = []
     for arm, fraction, steps in dict.fromkeys((point.arm, point.fraction, point.steps) for point in cells):
@@ -88,8 +136,8 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
         if not pairs:
             continue
         ours, reference = ([predictions.read(path) for path in side] for side in zip(*pairs, strict=True))
-        found = comparisons.paired_comparison(ours, reference, metric)
-        rows.append({"arm": arm, "fraction": fraction, "steps": steps, "num_seeds": len(pairs), **found})
+        comparison = comparisons.paired_comparison(ours, reference, metric)
+        rows.append({"arm": arm, "fraction": fraction, "steps": steps, "num_seeds": len(pairs), **comparison})
     corrected = comparisons.holm([row["p"] for row in rows])
     return [{**row, "p_holm": value} for row, value in zip(rows, corrected, strict=True)]
 
@@ -104,7 +152,7 @@ def curve_markdown(rows: Sequence[dict[str, Any]]) -> str:
         for arm in dict.fromkeys(row["arm"] for row in chosen):
             by_fraction = {row["fraction"]: row for row in chosen if row["arm"] == arm}
             cells = {
-                f"{fraction:.3g} of the studies": study.with_spread(
+                f"{fraction:.3g} of the studies": results.with_spread(
                     by_fraction[fraction]["mean"], by_fraction[fraction]["sd_over_seeds"]
                 )
                 for fraction in fractions
@@ -113,7 +161,7 @@ def curve_markdown(rows: Sequence[dict[str, Any]]) -> str:
         unit = next((row["unit"] for row in chosen if row["unit"]), "")
         after = f" after {steps:,} steps" if steps else ""
         unit = f"{unit}; " if unit else ""
-        parts.append(f"### {metric}{after}\n\n{unit}mean ± sd over seeds.\n\n{study.markdown(lines)}")
+        parts.append(f"### {metric}{after}\n\n{unit}mean ± sd over seeds.\n\n{results.markdown(lines)}")
     return "\n".join(parts)
 
 
@@ -134,7 +182,7 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
         for row in rows
     ]
     text = "Paired bootstrap by test patient, seeds averaged; p corrected by Holm over the rows of this table."
-    return f"### {metric}: minus random weights\n\n{text}\n\n{study.markdown(lines)}"
+    return f"### {metric}: minus random weights\n\n{text}\n\n{results.markdown(lines)}"
 
 
 def save_figure(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Panel], title: str, caption: str) -> None:
@@ -164,7 +212,7 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Pan
                 for row in rows
                 if row["arm"] == arm
                 and row["metric"] == panel.metric
-                and panel.steps in (None, row["steps"])
+                and row["steps"] == panel.steps
                 and row["mean"] is not None
             ]
             points.sort(key=lambda row: row["fraction"])
@@ -202,66 +250,40 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Pan
     plt.close(figure)
 
 
-def draw(
-    asked: Study,
-    grid: dict[Point, Cell],
-    *,
-    name: str,
-    title: str,
-    panels: Sequence[Panel],
-    more: Sequence[str],
-    note: str,
-) -> str:
+def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:
     """Write NAME.md, NAME.csv, NAME_comparisons.csv, NAME.png and NAME.svg; returns the Markdown.
 
     Raises:
       InputError: no result at all.
     """
-    results = {point: study.read_result(cell) for point, cell in grid.items()}
-    found = [result for result in results.values() if result]
-    if not found:
-        raise InputError(f"--workdir={asked.workdir} holds no results of {name} yet; run it first")
-    metrics = list(dict.fromkeys([*(panel.metric for panel in panels), *more]))
-    rows = curve_rows(results, metrics)
-    caption = study.caption(found) + (f" {note}" if note else "")
-    caption += f" {len(found)} of {len(results)} cells are there."
-    main_metric = panels[-1].metric if name == "figure3" else panels[0].metric
-    compared = compare_with_random(grid, main_metric)
-    text = "\n".join(
-        [
-            f"# {title}\n\n{caption}\n",
-            curve_markdown(rows),
-            comparison_markdown(compared, main_metric),
-        ]
-    )
-    write_text(asked.workdir / f"{name}.md", text)
-    study.write_csv(asked.workdir / f"{name}.csv", rows)
+    of_points = {point: results.read_result(cell) for point, cell in grid.items()}
+    complete = [result for result in of_points.values() if result]
+    path = study.workdir / figure.name
+    if not complete:
+        raise InputError(f"--workdir={study.workdir} holds no results of {figure.name} yet; run it first")
+    panels = figure.panels_of(study)
+    rows = curve_rows(of_points, list(dict.fromkeys([*(panel.metric for panel in panels), *figure.more])))
+    caption = results.caption(complete) + (f" {figure.note}" if figure.note else "")
+    caption += f" {len(complete)} of {len(of_points)} cells are there."
+    compared = compare_with_random(grid, figure.compared)
+    parts = [f"# {figure.title}\n\n{caption}\n", curve_markdown(rows)]
+    text = "\n".join([*parts, comparison_markdown(compared, figure.compared)])
+    write_text(path.with_suffix(".md"), text)
+    results.write_csv(path.with_suffix(".csv"), rows)
     if compared:
-        study.write_csv(asked.workdir / f"{name}_comparisons.csv", compared)
-    save_figure(asked.workdir / f"{name}.png", rows, panels, title, caption)
+        results.write_csv(path.with_name(f"{figure.name}_comparisons.csv"), compared)
+    save_figure(path.with_suffix(".png"), rows, panels, figure.title, caption)
     return text
 
 
-def main(
-    argv: list[str],
-    *,
-    module: str,
-    kind: str,
-    cells_of: Callable[[Study, list[str]], tuple[list[Cell], dict[Point, Cell]]],
-    name: str,
-    title: str,
-    panels: Sequence[Panel] | Callable[[Study], Sequence[Panel]],
-    more: Sequence[str],
-    note: str = "",
-) -> int:
+def main(argv: list[str], figure: Figure) -> int:
     """The command line of a figure."""
-    if len(argv) < 2:
-        raise InputError(f"give one of {', '.join(study.VERBS)}: python -m {module} plan ...")
-    asked = downstream.study_of_flags(argv[1], kind)
-    cells, grid = cells_of(asked, flags.FLAGS.arms)
-    if argv[1] == "draw":
-        panels = panels(asked) if callable(panels) else panels
-        print(draw(asked, grid, name=name, title=title, panels=panels, more=more, note=note))
+    module = f"experiments.{figure.name}"
+    verb = runner.verb_of(argv, module)
+    study = downstream.study_of_flags(verb, figure.kind)
+    cells, grid = downstream.grid_cells(study, figure.kind, flags.FLAGS.arms)
+    if verb == "draw":
+        print(draw(study, grid, figure))
     else:
-        downstream.act(argv[1], module, asked, cells)
+        downstream.act(verb, module, study, cells)
     return 0

@@ -1,14 +1,12 @@
-"""Configurations: what must hold before any work starts, and what may change when a run goes on."""
+"""What must hold of a recipe and of its dataset before any work starts."""
 
 import math
-from pathlib import Path
 
 import ml_collections
 
 from ctssl_jax import data
 from ctssl_jax.data__labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
-from ctssl_jax.runs.run import Run, check_resumable, from_json, open_workdir, to_json  # noqa: F401
 from ctssl_jax.tasks import check_task
 from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError
@@ -80,7 +78,7 @@ def check_dataset(config: ml_collections.ConfigDict, dataset: Dataset, splits: t
 
     Args:
       config: a configuration that passed `check_config`.
-      dataset: the dataset that `config.dataset` names.
+      dataset: that `config.dataset` names.
       splits: the splits that will be read.
 
     Returns:
@@ -88,7 +86,7 @@ def check_dataset(config: ml_collections.ConfigDict, dataset: Dataset, splits: t
 
     Raises:
       InputError: another image size or window, a channel number that the model does not take, or a missing split.
-      DatasetError: a table of the dataset is damaged.
+      DatasetError: a damaged table.
     """
     preparation = dataset.preparation
     dataset.check_tables()
@@ -113,27 +111,27 @@ def check_dataset(config: ml_collections.ConfigDict, dataset: Dataset, splits: t
     return channels
 
 
-def with_num_classes(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def with_num_classes(config: ml_collections.ConfigDict, dataset: Dataset) -> ml_collections.ConfigDict:
     """A `config.num_classes` of 0 replaced by the number of classes that `config.label` has in the dataset.
 
     Raises:
       InputError: no such label.
-      data_prep.dataset.DatasetError: not a complete dataset directory.
     """
-    if config.get("num_classes") != 0 or not config.get("label") or not config.dataset:
+    if config.get("num_classes") != 0 or not config.get("label"):
         return config
-    classes, _ = label_classes(Dataset.open(config.dataset), config.label)
+    classes, _ = label_classes(dataset, config.label)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.num_classes = len(classes)
     return config
 
 
-def check_targets(config: ml_collections.ConfigDict, source: data.NeighbourSource) -> None:
+def check_targets(config: ml_collections.ConfigDict, dataset: Dataset, source: data.NeighbourSource) -> None:
     """Refuse training slices that cannot teach what the task asks: too few classes, no positive slice.
 
     Args:
       config: a configuration that passed `check_config`.
+      dataset: that `config.dataset` names.
       source: the training slices, after `config.train_fraction` was taken.
 
     Raises:
@@ -149,7 +147,7 @@ def check_targets(config: ml_collections.ConfigDict, source: data.NeighbourSourc
         which += f" (config.train_fraction={config.train_fraction:g} of {source.num_studies}, seed {config.seed})"
         remedy = "choose a larger config.train_fraction or another config.seed"
     if targets.label:
-        classes, _ = label_classes(Dataset.open(config.dataset), targets.label)
+        classes, _ = label_classes(dataset, targets.label)
         if len(classes) != config.num_classes:
             raise InputError(
                 f"config.num_classes={config.num_classes}, but the label {targets.label} has {len(classes)} classes "
@@ -166,9 +164,3 @@ def check_targets(config: ml_collections.ConfigDict, source: data.NeighbourSourc
             f"all of the {which} are positive, so config.positive_share={targets.positive_share:g} cannot be kept; "
             "set --config.positive_share=0"
         )
-
-
-def read_run(workdir: Path) -> tuple[ml_collections.ConfigDict, dict]:
-    """`Run.open`, until all callers use it."""
-    run = Run.open(workdir)
-    return run.config, run.preparation

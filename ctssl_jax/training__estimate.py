@@ -1,7 +1,7 @@
 """What a training run will cost, from a few timed steps on the real data."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,10 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ctssl_jax import training
+from ctssl_jax.reports import say
+from ctssl_jax.training__setup import check
+from ctssl_jax.training__step import Feed, Program, run_step
+from data_prep.dataset import Dataset
 
 WARM_STEPS = 2
 FEWEST_STEPS = 3
@@ -17,26 +20,45 @@ MOST_STEPS = 50
 SECONDS = 15.0
 
 
+def estimate(
+    config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None, *, dataset: Dataset | None = None
+) -> None:
+    """Print what a training run with this configuration will cost. Nothing is written.
+
+    Args:
+      config: a recipe.
+      devices: JAX devices to use, by default all of all processes.
+      dataset: that `config.dataset` names, if it is open already.
+
+    Raises:
+      InputError: something in the configuration or the dataset cannot work.
+    """
+    job = check(config, None, devices, dataset)
+    program = job.compile()
+    times = timed_steps(program, job.training_batches())
+    for line in lines(times, job.config, len(job.train_source), state_bytes(program.template)):
+        say(line)
+
+
 def state_bytes(state: Any) -> int:
     """Bytes of all arrays of a state (arrays or shapes): the size of a checkpoint before compression."""
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def timed_steps(
-    program: training.Program, batches: Iterator[dict[str, np.ndarray]], config: ml_collections.ConfigDict
-) -> dict[str, float]:
+def timed_steps(program: Program, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, float]:
     """Train for a few steps from random weights and throw the result away.
 
     Returns:
       `slices_per_second`, `seconds_a_step` and `waiting_for_data` (share of the time), over `num_timed_steps`.
     """
-    state, feed = program.initial_state(), training.Feed(program.mesh, batches, config.microbatches)
+    config = program.definition.config
+    state, feed = program.initial_state(), Feed(program.definition.mesh, batches, config.microbatches)
 
     def seconds_of(steps: int) -> float:
         nonlocal state
         started = time.perf_counter()
         for _ in range(steps):
-            state = training.run_step(program, state, feed.parts)
+            state = run_step(program, state, feed.parts)
             feed.advance(state.step)
         jax.block_until_ready(state)
         return time.perf_counter() - started

@@ -1,0 +1,244 @@
+"""The options and the directories of a preparation, and the comparison with the options of an earlier run."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from data_prep.archives import ArchiveDirectory, RemoteArchive
+from data_prep.dataset import Dataset
+from data_prep.dataset__schema import PREPARATION_FILE, VOLUMES_FILE
+from data_prep.privacy.pseudonyms import KEY_FILE, key_fingerprint
+from data_prep.scan.rules import Rules
+from data_prep.system.errors import InputError
+from data_prep.system.files import make_folder, read_json
+
+_BOUND_FILE = "archive.json"  # of which archive and which dataset an audit directory is
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the bytes of a dataset depend on, besides the archive and the pseudonym key."""
+
+    archive: str = "dicom"
+    windows: tuple[tuple[float, float], ...] = ((50.0, 350.0),)  # (level, width) in HU, a channel each
+    image_size: int = 512
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    splits: tuple[float, float, float] = (0.8, 0.1, 0.1)  # fractions of patients
+    holdout_volumes: int = 0  # test volumes; 0: go by `splits`
+    shard_size_mb: float = 1024.0
+    masks: dict[str, Any] | None = None  # `LabelSources.mask_facts`
+    tables: tuple[tuple[str, str], ...] = ()  # (option, keyed digest) of each file of labels and attributes
+    same_splits_as: tuple[str, ...] = ()  # fingerprints of other datasets, as they were when splits were decided
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat and in the types that JSON gives back."""
+        fields = dataclasses.asdict(self)
+        fields = fields | fields.pop("rules")
+        if not self.same_splits_as:
+            del fields["same_splits_as"]
+        return json.loads(json.dumps(fields))
+
+    def conversion_digest(self) -> str:
+        """Of the options that the conversion of an exam depends on: with other splits its result can stay."""
+        relevant = (self.archive, self.windows, self.image_size, dataclasses.astuple(self.rules))
+        return hashlib.sha256(repr((*relevant, self.masks, self.tables)).encode()).hexdigest()
+
+
+def parse_splits(text: str) -> tuple[float, float, float]:
+    """Three fractions that sum to 1, the first above 0. Raises InputError."""
+    remedy = "give three fractions that sum to 1, such as --splits=0.8,0.1,0.1"
+    try:
+        train, validation, test = (float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--splits={text}: {remedy}") from None
+    if not (train > 0 and validation >= 0 and test >= 0 and abs(train + validation + test - 1) < 1e-6):
+        raise InputError(f"--splits={text}: {remedy}, the first above 0")
+    return train, validation, test
+
+
+def parse_megabytes(number: float) -> float:
+    """The size of a shard. Raises InputError."""
+    if not number > 0:
+        raise InputError(f"--shard_size_mb={number:g}: give a number of megabytes above 0")
+    return number
+
+
+def parse_beam_options(runner: str, text: str) -> list[str] | None:
+    """The words of --beam_options; None: not under Beam. Raises InputError."""
+    if runner != "beam":
+        if text:
+            raise InputError("--beam_options are of --runner=beam; add that or leave them out")
+        return None
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"--beam_options={text}: {error}; quote them as on a command line") from None
+
+
+# ---- directories -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Directories:
+    """The directories of a preparation and the files that it works with."""
+
+    input_dir: ArchiveDirectory
+    output_dir: Path
+    audit_dir: Path
+
+    @property
+    def records_dir(self) -> Path:  # staged volumes: as public as the dataset, and as large
+        return self.output_dir / ".work"
+
+    @property
+    def work_dir(self) -> Path:  # private: its files name the scans
+        return self.audit_dir / "work"
+
+    @property
+    def listing(self) -> Path:
+        return self.work_dir / "listing"
+
+    @property
+    def notes_dir(self) -> Path:
+        return self.work_dir / "notes"
+
+    @property
+    def kept_notes_dir(self) -> Path:
+        return self.audit_dir / "notes"
+
+    @property
+    def frozen_file(self) -> Path:
+        return self.work_dir / "frozen.json"
+
+    @property
+    def key_file(self) -> Path:
+        return self.audit_dir / KEY_FILE
+
+    @property
+    def splits_file(self) -> Path:  # patient -> split
+        return self.audit_dir / "splits.json"
+
+    def splits(self) -> dict[str, str]:
+        """The split of each patient that an earlier run assigned."""
+        return read_json(self.splits_file) if self.splits_file.exists() else {}
+
+    def bound(self) -> dict[str, str]:
+        """The archive's `digest`, the dataset's `fingerprint` and its `output_dir` from here; all "" at first."""
+        path = self.audit_dir / _BOUND_FILE
+        stored = read_json(path) if path.exists() else {}
+        return {"digest": "", "fingerprint": "", "output_dir": ""} | stored
+
+    def facts_to_bind(self, archive_digest: str, fingerprint: str) -> tuple[Path, dict[str, str]]:
+        """The file that `bound` reads, and its content once the dataset is complete."""
+        content = {"digest": archive_digest, "fingerprint": fingerprint, "output_dir": self._relative_output_dir()}
+        return self.audit_dir / _BOUND_FILE, content
+
+    def check(self) -> None:
+        """Raises InputError for directories that contain one another, are missing or are used otherwise."""
+        remote = isinstance(self.input_dir, RemoteArchive)
+        if remote:
+            self.input_dir.check("--input_dir")
+        elif self.input_dir.is_file():
+            raise InputError(f"--input_dir={self.input_dir}: is a file; give the folder of the scans")
+        elif not self.input_dir.is_dir():
+            raise InputError(f"--input_dir={self.input_dir}: no such directory; give the folder of the scans")
+        named = {"--output_dir": self.output_dir, "--audit_dir": self.audit_dir}
+        named |= {} if remote else {"--input_dir": self.input_dir}
+        for (a, path_a), (b, path_b) in itertools.permutations(named.items(), 2):
+            if path_a.resolve().is_relative_to(path_b.resolve()):
+                raise InputError(f"{a}={path_a} lies inside {b}={path_b}; choose a directory beside it")
+        for path in (self.output_dir, self.audit_dir):
+            if path.exists() and not path.is_dir():
+                raise InputError(f"{path}: is a file; choose another directory")
+        ours = (PREPARATION_FILE, VOLUMES_FILE, self.records_dir.name)
+        if self.output_dir.is_dir() and not any((self.output_dir / name).exists() for name in ours):
+            if any(self.output_dir.iterdir()):
+                raise InputError(f"--output_dir={self.output_dir}: holds other files; choose a new directory")
+
+    def make(self) -> None:
+        """Makes the output and the audit directory. Raises InputError."""
+        for flag, directory, mode in (("output", self.output_dir, 0o777), ("audit", self.audit_dir, 0o700)):
+            make_folder(directory, f"--{flag}_dir", mode)
+        self.audit_dir.chmod(0o700)
+
+    def refuse_audit_dir_of_another(self, dataset: Dataset | None) -> None:
+        """An audit directory is of one dataset: the one that lies where it lay, or has its fingerprint."""
+        bound = self.bound()
+        if bound["output_dir"] in ("", self._relative_output_dir()):
+            return
+        if dataset and dataset.fingerprint == bound["fingerprint"]:
+            return
+        raise InputError(
+            f"{self.audit_dir}: is the audit directory of another dataset, not of {self.output_dir}; give another "
+            "--audit_dir, and to share the pseudonyms --pseudonym_key_file with its key file"
+        )
+
+    def _relative_output_dir(self) -> str:
+        return os.path.relpath(self.output_dir.resolve(), self.audit_dir.resolve())
+
+
+def with_absolute_paths(paths: Any) -> Any:
+    """The same Directories or LabelSources for workers that may have another working directory."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(absolute(item) for item in value)
+        return value.absolute() if isinstance(value, Path) else value
+
+    fields = [field.name for field in dataclasses.fields(paths)]
+    return dataclasses.replace(paths, **{name: absolute(getattr(paths, name)) for name in fields})
+
+
+# ---- options of an earlier run -----------------------------------------------------------------
+
+
+def refuse_other_options(
+    stored: dict[str, Any], fingerprint: str, options: Options, key: bytes, output_dir: Path
+) -> None:
+    """Raises InputError unless a dataset was prepared with these options and this key.
+
+    Args:
+        stored: options that the dataset was prepared with, as `Options.as_dict` writes them.
+        fingerprint: of the key that it was prepared with.
+        options: of this run.
+        key: of this run.
+        output_dir: of the dataset.
+    """
+    current = options.as_dict()
+    if stored.get("tables") != current["tables"]:
+        names = [name for name, _ in stored.get("tables", []) + current["tables"]]
+        raise InputError(
+            f"{output_dir}: was prepared with other labels or attributes ({', '.join(dict.fromkeys(names))}); give "
+            "the same files in the same order, or another --output_dir"
+        )
+    if stored.get("same_splits_as") and "same_splits_as" not in current:
+        raise InputError(
+            f"{output_dir}: was prepared with --same_splits_as; give it again: patients who come may be known there"
+        )
+    for name in current:
+        if name != "same_splits_as" and stored.get(name) != current[name]:  # those datasets may grow, too
+            raise InputError(
+                f"{output_dir}: was prepared with {name}={_option_text(stored.get(name))}, "
+                f"not {_option_text(current[name])}; give the same options or another --output_dir"
+            )
+    if fingerprint != key_fingerprint(key):
+        raise InputError(
+            f"{output_dir}: was prepared with another pseudonym key; give that --pseudonym_key_file or --audit_dir"
+        )
+
+
+def _option_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{_option_text(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return (
+            " ".join(_option_text(v) for v in value)
+            if value and isinstance(value[0], list)
+            else ",".join(f"{number:g}" for number in value)
+        )
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Speed: the two sides that are timed, and where the time of a step goes."""

@@ -1,0 +1,209 @@
+"""AUROCs of patient attributes, of frozen encoders and of controls: rows, tables, figure."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
+from experiments.study import results
+from experiments.study.cells import Cell
+from experiments.study.downstream import Study
+
+GROUPS = {"pretrained": "C0", "baseline": "black", "control": "0.55"}  # group -> colour
+
+
+class Model(NamedTuple):
+    """A row of the figure.
+
+    title: of the row.
+    group: `pretrained`, `baseline` or `control`.
+    cells: attribute -> its cells, one a seed.
+    """
+
+    title: str
+    group: str
+    cells: dict[str, list[Cell]]
+
+
+def cells_of(models: Sequence[Model]) -> list[Cell]:
+    """The cells of the rows, each once, in order."""
+    cells = {cell.name: cell for model in models for of_seeds in model.cells.values() for cell in of_seeds}
+    return list(cells.values())
+
+
+def aurocs(result: dict, attribute: str) -> dict[str, dict]:
+    """`auroc` (mean of each class against the rest) and `auroc/CLASS` of an attribute; of a probe or a training.
+
+    Returns:
+      name -> the measure; empty if the result has none of this attribute.
+    """
+    probed = result.get("kind") == "attributes"
+    if not probed and result["label"] != attribute:
+        return {}
+    prefix = f"{attribute}/" if probed else ""
+    measures = {
+        name.removeprefix(prefix): value for name, value in result["metrics"].items() if name.startswith(prefix)
+    }
+    return {name: value for name, value in measures.items() if name == "auroc" or name.startswith("auroc/")}
+
+
+def rows_of(models: Sequence[Model], by_name: dict[str, dict | None]) -> list[dict[str, Any]]:
+    """One row a model, attribute and AUROC.
+
+    Args:
+      models: of the figure.
+      by_name: name of a cell -> its results, None while it is missing.
+
+    Returns:
+      rows; `mean` is over the seeds that are there, `ci95_low` and `ci95_high` are the mean bounds of their intervals
+      by patient. All None where nothing is there (`num_seeds` 0) or no AUROC is defined.
+    """
+    rows = []
+    for model in models:
+        for attribute, cells in model.cells.items():
+            of_seeds = [aurocs(result, attribute) for cell in cells if (result := by_name[cell.name])]
+            for metric in dict.fromkeys(["auroc", *(name for measures in of_seeds for name in measures)]):
+                measures = [of_seed[metric] for of_seed in of_seeds if metric in of_seed]
+                values = [measure["mean"] for measure in measures if measure["mean"] is not None]
+                bounds = np.array([measure["ci95"] for measure in measures if measure["ci95"] is not None])
+                low, high = bounds.mean(axis=0).tolist() if len(bounds) else (None, None)
+                rows.append(
+                    {
+                        "model": model.title,
+                        "group": model.group,
+                        "attribute": attribute,
+                        "metric": metric,
+                        "mean": float(np.mean(values)) if values else None,
+                        "sd_over_seeds": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                        "num_seeds": len(measures),
+                        "ci95_low": low,
+                        "ci95_high": high,
+                        "of_each_seed": " ".join(f"{value:.4f}" for value in values),
+                        "num_volumes": measures[0]["num_volumes"] if measures else None,
+                        "num_patients": measures[0]["num_patients"] if measures else None,
+                    }
+                )
+    return rows
+
+
+def cell_text(row: dict[str, Any]) -> str:
+    """Mean, standard deviation over seeds and interval of a row; empty while it is missing."""
+    if not row["num_seeds"]:
+        return ""
+    if row["mean"] is None:
+        return "undefined"
+    interval = "" if row["ci95_low"] is None else f" ({row['ci95_low']:.3f} to {row['ci95_high']:.3f})"
+    return results.with_spread(row["mean"], row["sd_over_seeds"]) + interval
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Models against attributes, then models against the classes of each attribute of more than two."""
+
+    def table(chosen: Sequence[dict[str, Any]], column: str) -> str:
+        columns = dict.fromkeys(row[column].removeprefix("auroc/") for row in chosen)
+        lines = []
+        for model, group in dict.fromkeys((row["model"], row["group"]) for row in chosen):
+            own = {row[column].removeprefix("auroc/"): row for row in chosen if row["model"] == model}
+            cells = {name: cell_text(own[name]) if name in own else "" for name in columns}
+            lines.append({"features": model, "kind": group, **cells})
+        return results.markdown(lines)
+
+    parts = [table([row for row in rows if row["metric"] == "auroc"], "attribute")]
+    for attribute in dict.fromkeys(row["attribute"] for row in rows):
+        of_classes = [row for row in rows if row["attribute"] == attribute and row["metric"] != "auroc"]
+        if len({row["metric"] for row in of_classes}) > 2:  # of two classes, both AUROCs are the mean
+            parts.append(f"### {attribute}: each class against the rest\n\n{table(of_classes, 'metric')}")
+    return "\n".join(parts)
+
+
+def caption_of(complete: Sequence[dict], rows: Sequence[dict[str, Any]], num_cells: int) -> str:
+    """The words below the figure: what it shows, and the warnings that its reader needs."""
+    patients = []
+    for attribute in dict.fromkeys(row["attribute"] for row in rows):
+        numbers = sorted({row["num_patients"] for row in rows if row["attribute"] == attribute and row["num_patients"]})
+        patients.append(f"{attribute} {' or '.join(map(str, numbers)) or 'missing'}")
+    parts = [
+        results.synthetic_warning(complete),
+        "AUROC of each class against the rest, mean over classes, of middle slices of the "
+        f"{', '.join(sorted({result['split'] for result in complete}))} split (patients: {', '.join(patients)}). ",
+        "95 % intervals by patient; where there are several seeds: mean ± sd, and mean bounds of their intervals. ",
+        f"{', '.join(sorted({result['device'] for result in complete}))}. ",
+        f"{len(complete)} of {num_cells} cells are there.",
+    ]
+    seen = {result["num_patients_seen_in_training"] for result in complete}
+    if None in seen:
+        parts.append(results.UNCHECKED)
+    if seen - {None, 0}:
+        parts.append(results.not_held_out(max(seen - {None})))
+    return "".join([*parts, results.different_datasets(complete)])
+
+
+def save_figure(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> None:
+    """Draw a panel an attribute as PNG and SVG: mean and interval of each model, small rings for its seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["metric"] == "auroc"]
+    attributes = list(dict.fromkeys(row["attribute"] for row in rows))
+    models = list(dict.fromkeys((row["model"], row["group"]) for row in rows))
+    places, height = {}, 0.0
+    for number, (model, group) in enumerate(models):
+        height += 1.0 if number and group == models[number - 1][1] else 1.8  # a gap sets the groups apart
+        places[model] = height
+    figure, axes = plt.subplots(
+        1,
+        len(attributes),
+        figsize=(2.2 + 2.6 * len(attributes), 1.6 + 0.3 * height),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, attribute in zip(axes.flat, attributes, strict=True):
+        axis.axvline(0.5, color="0.3", linestyle=":", linewidth=1)
+        for row in rows:
+            if row["attribute"] != attribute:
+                continue
+            place, colour = places[row["model"]], GROUPS[row["group"]]
+            if row["mean"] is None:
+                axis.text(0.51, place, cell_text(row) or "missing", fontsize=7, color="0.4", va="center")
+                continue
+            if row["ci95_low"] is not None:
+                axis.plot([row["ci95_low"], row["ci95_high"]], [place, place], color=colour, linewidth=1.5)
+            axis.plot(row["mean"], place, marker="o", color=colour, markersize=5)
+            if row["num_seeds"] > 1:
+                values = [float(value) for value in row["of_each_seed"].split()]
+                axis.plot(values, [place - 0.25] * len(values), "o", mfc="none", color=colour, markersize=3)
+        axis.set(xlim=(0, 1), xlabel="AUROC", title=attribute.replace("_", " "))
+        axis.grid(axis="x", alpha=0.3)
+    axes[0, 0].set_yticks(list(places.values()), list(places), fontsize=8)
+    axes[0, 0].set_ylim(height + 0.8, 1.0)  # first model on top
+    figure.suptitle("Patient attributes from middle slices (dotted: chance; rings: seeds)", fontsize=11)
+    figure.supxlabel(textwrap.fill(caption.replace("**", ""), 40 + 30 * len(attributes)), fontsize=7)
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=130)
+    plt.close(figure)
+
+
+def draw(study: Study, models: Sequence[Model]) -> str:
+    """Write figure6.md, .csv, .png and .svg from the results alone; returns the Markdown.
+
+    Raises:
+      InputError: no result at all.
+    """
+    by_name = {cell.name: results.read_result(cell) for cell in cells_of(models)}
+    complete = [result for result in by_name.values() if result]
+    if not complete:
+        raise InputError(f"--workdir={study.workdir} holds no results of figure6 yet; run it first")
+    rows = rows_of(models, by_name)
+    caption = caption_of(complete, rows, len(by_name))
+    text = f"# Patient attributes\n\n{caption}\n\n{markdown(rows)}"
+    write_text(study.workdir / "figure6.md", text)
+    results.write_csv(study.workdir / "figure6.csv", rows)
+    save_figure(study.workdir / "figure6.png", rows, caption)
+    return text

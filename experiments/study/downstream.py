@@ -1,0 +1,351 @@
+"""The downstream studies (Figures 3 to 6 and S1): presets, data, pretrained arms, and their cells.
+
+A study is a grid of arm x share of the training data x seed (x training steps). Its arms differ in
+the weights that they start from and in nothing else: data order, augmentation, schedule and the new
+layers' initial values are the same at the same seed.
+
+    --preset=phantom    everything is made here, on two cores: synthetic archives, datasets, pretrained runs
+    --preset=paper      your datasets (--dataset) and your pretrained runs (--pretrained=NAME=RUN, repeated)
+
+Studies of one --workdir share data, pretrained runs and cells.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from data_prep.system.errors import InputError
+from experiments.study import runner
+from experiments.study.cells import Cell, Recipe, Stage, train_cell
+
+TITLES = {
+    "random": "random weights",
+    "masked_05": "masked region, 5 %",
+    "masked_10": "masked region, 10 %",
+    "masked_20": "masked region, 20 %",
+    "masked_33": "masked region, 33 %",
+    "next_slice": "next slice",
+    "denoising": "denoising",
+    "rotation": "rotation",
+    "flip": "flip",
+    "se_resnext": "SE-ResNeXt-50 (SOTA)",
+    "standard_unet": "standard U-Net",
+}
+# Synthetic patients need no secret; a fixed key gives the same splits everywhere.
+SYNTHETIC_KEY = "the pseudonym key of the synthetic patients of the downstream studies"
+MASKED = {"masked_05": 0.05, "masked_10": 0.10, "masked_20": 0.20, "masked_33": 0.33}
+PRETEXTS = (*MASKED, "next_slice", "denoising", "rotation", "flip")
+# Arms whose network is not the pretrained encoder's, and the recipe of each.
+OTHER_NETWORKS = {"se_resnext": "pe_se_resnext", "standard_unet": "nodules_standard_unet"}
+
+
+class Archive(NamedTuple):
+    """A synthetic archive of the phantom preset.
+
+    layout: of `data_prep.phantom` and kind of `data_prep.prepare`.
+    num_patients, seed: of the phantom.
+    splits: of `data_prep.prepare`.
+    """
+
+    layout: str
+    num_patients: int
+    seed: int
+    splits: str
+
+
+class Preset(NamedTuple):
+    """Size of all studies.
+
+    size: of the recipes.
+    archives: data set -> archive that is made; empty: the user's.
+    fractions: shares of the training studies.
+    seeds: of weights, data order and subset.
+    pretraining_steps: of each pretext; 0 takes the recipe's.
+    steps: kind of study (`pe`, `nodules`, `attributes`) -> training steps of its cells, one curve
+      each; 0 takes the recipe's.
+    overrides: fields of the recipes, e.g. `{"dtype": "bfloat16"}`.
+    left_out: arms that are run only where `--arms` names them: a figure on two cores should take less than an hour.
+    """
+
+    size: str
+    archives: dict[str, Archive]
+    fractions: tuple[float, ...]
+    seeds: tuple[int, ...]
+    pretraining_steps: int
+    steps: dict[str, tuple[int, ...]]
+    overrides: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    left_out: tuple[str, ...] = ()
+
+
+PRESETS = {
+    "phantom": Preset(
+        size="small",
+        archives={
+            "pretraining": Archive("dicom", 72, 0, "0.8,0.1,0.1"),
+            "pe": Archive("rsna_pe", 120, 1, "0.4,0.15,0.45"),
+            "nodules": Archive("lidc_idri", 100, 2, "0.4,0.15,0.45"),
+            "attributes": Archive("dicom", 160, 3, "0.5,0.2,0.3"),
+        },
+        fractions=(0.125, 0.25, 1.0),
+        seeds=(0, 1, 2),
+        pretraining_steps=500,
+        steps={"pe": (150,), "nodules": (50, 150), "attributes": (100,)},
+        left_out=("next_slice", "denoising", "flip"),
+    ),
+    "paper": Preset(
+        size="reference",
+        archives={},
+        fractions=(0.04, 0.075, 0.25, 0.5, 1.0),  # of 1.54 million slices: the paper's 60, 115, 380 and 770 thousand
+        seeds=(0, 1, 2),
+        pretraining_steps=0,
+        steps={"pe": (0,), "nodules": (2_000, 5_000, 20_000), "attributes": (0,)},
+        overrides={"dtype": "bfloat16"},
+    ),
+}
+
+
+class Study(NamedTuple):
+    """A downstream study as the flags describe it.
+
+    preset: name of the preset.
+    sizes: the preset, as far as flags did not change it.
+    workdir: folder of all studies.
+    dataset: the downstream dataset.
+    pretrained: arm -> its run directory, for arms that are flag.
+    """
+
+    preset: str
+    sizes: Preset
+    workdir: Path
+    dataset: Path
+    pretrained: dict[str, Path]
+
+    def run_of(self, arm: str) -> Path:
+        """Run directory of the weights that an arm starts from."""
+        return self.pretrained.get(arm, self.workdir / "runs" / f"pretrain_{arm}")
+
+    def cell(
+        self,
+        name: str,
+        recipe: str,
+        fields: dict[str, Any],
+        after: tuple[str, ...],
+        *,
+        own_network: bool = False,
+    ) -> Cell:
+        """Train a recipe and evaluate its last checkpoint on the test split.
+
+        Args:
+          name: of the cell.
+          recipe: file in `configs/`.
+          fields: of the configuration.
+          after: cells that must be complete before.
+          own_network: the network is not the pretraining's: overrides of its model are left out.
+        """
+        for field, value in self.sizes.overrides.items():
+            if not (own_network and field.startswith("model.")):
+                fields = fields | {field: value}
+        # By the loss on few patients, the best checkpoint may be the one before any training.
+        evaluation = {"checkpoint": "last"}
+        trained = Recipe(recipe, self.sizes.size, fields)
+        return train_cell(name, trained, self.workdir, evaluation, after)
+
+
+def data_cells(study: Study, names: Sequence[str]) -> list[Cell]:
+    """Make and prepare the synthetic archives; none where the data are the user's."""
+    data = study.workdir / "data"
+    cells = []
+    for name in names if study.sizes.archives else ():
+        archive = study.sizes.archives[name]
+        scans, dataset = data / f"{name}_scans", data / name
+        make = {
+            "output_dir": scans,
+            "layout": archive.layout,
+            "num_patients": archive.num_patients,
+            "seed": archive.seed,
+            "num_slices": 24,
+            "image_size": 128,
+        }
+        prepare = {
+            "archive": archive.layout,
+            "input_dir": scans,
+            "output_dir": dataset,
+            "image_size": 64,
+            "splits": archive.splits,
+            "pseudonym_key_file": data / "pseudonym_key",
+        }
+        if archive.layout == "rsna_pe":
+            prepare["attributes_csv"] = scans / "attributes.csv"
+        stages = (
+            Stage(f"{name}: make scans", "data_prep.phantom", make),
+            Stage(f"{name}: prepare", "data_prep.prepare", prepare),
+        )
+        cells.append(Cell(f"data_{name}", (), stages, dataset / "preparation.json"))
+    return cells
+
+
+def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
+    """Pretrain the arms that have no run yet: the mask sizes up to the largest, and single pretexts."""
+    wanted = [arm for arm in arms if arm in PRETEXTS and arm not in study.pretrained]
+    if not study.sizes.archives:
+        if wanted:
+            raise InputError(
+                f"no weights for {', '.join(wanted)}: give --pretrained={wanted[0]}=RUN for each, or choose --arms"
+            )
+        return []
+    chain = list(MASKED)
+    last = max((chain.index(arm) for arm in wanted if arm in MASKED), default=-1)
+    cells = []
+    for arm in (*chain[: last + 1], *(arm for arm in wanted if arm not in MASKED)):
+        recipe = "masked_region" if arm in MASKED else arm
+        before = f"pretrain_{chain[chain.index(arm) - 1]}" if arm in MASKED and arm != chain[0] else ""
+        fields = {"dataset": study.workdir / "data" / "pretraining"}
+        fields |= {"mask.fraction": MASKED[arm]} if arm in MASKED else {}
+        if before:
+            fields |= {"init_from": study.workdir / "runs" / before, "init_checkpoint": "last"}
+        fields |= schedule(study.sizes.pretraining_steps)
+        after = (before or "data_pretraining",)
+        cells.append(study.cell(f"pretrain_{arm}", recipe, fields, after))
+    return cells
+
+
+def schedule(steps: int) -> dict[str, int]:
+    """The fields of a training of so many steps; none where the recipe decides."""
+    return {"num_steps": steps, "eval_every": steps} if steps else {}
+
+
+class Point(NamedTuple):
+    """One cell of the grid.
+
+    arm: name in `TITLES`, or of a run of the user's.
+    fraction: of the training studies.
+    seed: of weights, data order and subset.
+    steps: of the training; 0 is the recipe's.
+    """
+
+    arm: str
+    fraction: float
+    seed: int
+    steps: int
+
+    def cell_name(self, kind: str) -> str:
+        """`pe_masked_20_0.25_s1_150`."""
+        return f"{kind}_{self.arm}_{self.fraction:g}_s{self.seed}" + (f"_{self.steps}" if self.steps else "")
+
+
+def grid_cells(study: Study, kind: str, arms: Sequence[str]) -> tuple[list[Cell], dict[Point, Cell]]:
+    """The cells of a figure in order, and those of its grid by their point.
+
+    Args:
+      study: whose preset has the shares, seeds and steps.
+      kind: `pe` or `nodules`, the downstream recipe.
+      arms: of the grid.
+
+    Returns:
+      all cells; and the grid, smallest shares first, so that a study that is stopped has whole columns.
+    """
+    points = [
+        Point(arm, fraction, seed, steps)
+        for steps in study.sizes.steps[kind]
+        for fraction in study.sizes.fractions
+        for seed in study.sizes.seeds
+        for arm in arms
+    ]
+    grid = {point: downstream_cell(study, kind, point) for point in points}
+    data = data_cells(study, ("pretraining", kind))
+    return [*data, *pretraining_cells(study, arms), *grid.values()], grid
+
+
+def downstream_cell(study: Study, kind: str, point: Point) -> Cell:
+    """The cell of a point: fine-tune an arm on the downstream dataset."""
+    recipe = OTHER_NETWORKS.get(point.arm, kind)
+    fields = {"dataset": study.dataset, "train_fraction": point.fraction, "seed": point.seed}
+    fields |= schedule(point.steps)
+    after = [f"data_{kind}"] if study.sizes.archives else []
+    if point.arm in PRETEXTS or point.arm in study.pretrained:
+        fields |= {"init_from": study.run_of(point.arm), "init_checkpoint": "last"}
+        after += [] if point.arm in study.pretrained else [f"pretrain_{point.arm}"]
+    name, own_network = point.cell_name(kind), point.arm in OTHER_NETWORKS
+    return study.cell(name, recipe, fields, tuple(after), own_network=own_network)
+
+
+def define_flags(arms: Sequence[str]) -> None:
+    """Flags that all downstream studies share; only where a study is the program."""
+    flags.DEFINE_enum("preset", "phantom", list(PRESETS), "Size of the study, and whose data.")
+    flags.DEFINE_string("workdir", None, "Folder of the studies: data, runs, results, figures.")
+    flags.DEFINE_string("dataset", None, "Downstream dataset directory (--preset=paper).")
+    flags.DEFINE_multi_string("pretrained", [], "NAME=RUN: weights of an arm, NAME of --arms or one of your own.")
+    flags.DEFINE_list("arms", list(arms), "Arms, separated by commas; by default those of the preset.")
+    flags.DEFINE_list("fractions", [], "Shares of the training studies; by default the preset's.")
+    flags.DEFINE_list("seeds", [], "Seeds; by default the preset's.")
+    flags.DEFINE_list("cells", [], "Cells to run, separated by commas; by default all that are missing.")
+
+
+def study_of_flags(verb: str, kind: str) -> Study:
+    """The study that the command line asks for.
+
+    Args:
+      verb: `plan`, `run` or `draw`.
+      kind: data set of the study: `pe`, `nodules` or `attributes`.
+
+    Raises:
+      InputError: a flag is missing, or names something that does not exist.
+    """
+    flag = flags.FLAGS
+    if not flag.workdir:
+        raise InputError("give --workdir=DIR")
+    sizes, workdir = PRESETS[flag.preset], Path(flag.workdir).resolve()
+    for name, kind_of in (("fractions", float), ("seeds", int)):
+        try:
+            values = tuple(kind_of(value) for value in flag[name].value)
+        except ValueError:
+            raise InputError(f"--{name}={','.join(flag[name].value)}: give numbers separated by commas") from None
+        sizes = sizes._replace(**{name: values}) if values else sizes
+    if not flag["arms"].present:
+        flag["arms"].value = [arm for arm in flag.arms if arm not in sizes.left_out]
+    pretrained = {}
+    for text in flag.pretrained:
+        name, _, run = text.partition("=")
+        if not (run and (Path(run) / "config.json").is_file()):
+            raise InputError(f"--pretrained={text}: give NAME=RUN with a run directory of ctssl_jax.train")
+        pretrained[name] = Path(run).resolve()
+    unknown = [arm for arm in flag.arms if arm not in TITLES and arm not in pretrained]
+    if unknown:
+        raise InputError(f"--arms: {unknown[0]} is not known; choose from {', '.join(TITLES)}, or give --pretrained")
+    if sizes.archives:
+        dataset = workdir / "data" / kind
+    elif flag.dataset or verb == "draw":
+        dataset = runner.local_dataset(flag.dataset or "")
+    else:
+        raise InputError("give --dataset=DIR, made by data_prep.prepare")
+    return Study(flag.preset, sizes, workdir, dataset, pretrained)
+
+
+def act(verb: str, module: str, study: Study, cells: Sequence[Cell], lists: Sequence[str] = ()) -> None:
+    """`plan` or `run` a study's cells.
+
+    Args:
+      verb: `plan` or `run`.
+      module: of the study, whose `run` verb runs a cell.
+      study: the study.
+      cells: of the study.
+      lists: its flags of comma-separated lists, beside the flags that all downstream studies share.
+    """
+    if verb == "plan":
+        flag = flags.FLAGS
+        options = [f"--preset={study.preset}", f"--workdir={study.workdir}", f"--arms={','.join(flag.arms)}"]
+        options += [f"--dataset={study.dataset}"] if flag.dataset else []
+        options += [f"--pretrained={text}" for text in flag.pretrained]
+        options += [
+            f"--{name}={','.join(flag[name].value)}" for name in ("fractions", "seeds", *lists) if flag[name].value
+        ]
+        runner.plan(cells, module, options)
+    else:
+        runner.record_settings(study.workdir, {"preset": study.preset})
+        if study.sizes.archives:
+            key = study.workdir / "data" / "pseudonym_key"
+            key.parent.mkdir(exist_ok=True)
+            key.write_text(SYNTHETIC_KEY)
+        runner.run(cells, flags.FLAGS.cells, study.workdir, here=True)

@@ -1,0 +1,170 @@
+"""Table II: its rows as text, and the picture in the paper's layout (measures, input, output, difference)."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from ctssl_jax import pictures
+from experiments.study.cells import FRACTIONS, mask_name
+from experiments.study.paper import TABLE2
+from experiments.study.results import markdown, with_spread
+
+RECONSTRUCTION = ("next_slice", *(mask_name(fraction) for fraction in FRACTIONS), "denoising")
+CLASSIFICATION = ("rotation", "flip")
+TITLES = {
+    "next_slice": "Next slice prediction",
+    **{mask_name(fraction): f"Masked region prediction, {fraction:.0%} masking" for fraction in FRACTIONS},
+    "denoising": "Denoising",
+    "rotation": "Rotation prediction",
+    "flip": "Flip prediction",
+    "untrained": "(untrained encoder)",
+    "pixels": "(pixels, no encoder)",
+}
+METRICS = {
+    "mse": "MSE",
+    "masked_mse": "masked MSE, per pixel",
+    "masked_mse_batch_sum": "masked MSE, sum over a batch of 16",
+    "ssim": "SSIM",
+    "cross_entropy": "cross-entropy on logits",
+    "double_softmax_cross_entropy": "cross-entropy, softmax twice",
+    "auroc": "AUROC, one against the rest",
+}
+CROSS = {  # columns of the cross table: metric of the probe -> title
+    f"{target}/{probe}/{metric}": f"{title}, {'linear' if probe == 'linear' else 'kNN'}"
+    for target, metric, title in (
+        ("rotation", "auroc", "rotation AUROC"),
+        ("flip", "auroc", "flip AUROC"),
+        ("clean", "mse", "slice MSE"),
+        ("masked_region", "masked_mse", "masked MSE"),
+        ("denoising", "mse", "denoising MSE"),
+        ("next_slice", "mse", "next-slice MSE"),
+    )
+    for probe in ("linear", "knn")
+}
+COLUMNS = {"input": "Sample input", "prediction": "Predicted output", "difference": "Difference"}
+
+
+def figure_rows(results: dict[str, dict | None]) -> list[dict[str, str | float | None]]:
+    """One row a model and metric: ours with standard deviation and interval, the paper's, the unit; None if missing."""
+    rows = []
+    for name in (*RECONSTRUCTION, *CLASSIFICATION):
+        result = results[name]
+        metrics = [metric for metric in METRICS if (result and metric in result["metrics"]) or metric in TABLE2[name]]
+        for metric in metrics:
+            value = result["metrics"][metric] if result else {}
+            low, high = value.get("ci95") or (None, None)
+            paper_mean, paper_sd = TABLE2[name].get(metric, (None, None))
+            rows.append(
+                {
+                    "model": name,
+                    "metric": metric,
+                    "mean": value.get("mean"),
+                    "sd": value.get("sd"),
+                    "ci95_low": low,
+                    "ci95_high": high,
+                    "num_volumes": value.get("num_volumes"),
+                    "num_patients": value.get("num_patients"),
+                    "paper_mean": paper_mean,
+                    "paper_sd": paper_sd,
+                    "unit": value.get("unit"),
+                }
+            )
+    return rows
+
+
+def table_markdown(rows: Sequence[dict]) -> str:
+    """Table II: a line for each model and metric, ours beside the paper's."""
+    return markdown(
+        [
+            {
+                "strategy": TITLES[row["model"]],
+                "measure": METRICS[row["metric"]],
+                "ours, mean ± sd over volumes": with_spread(row["mean"], row["sd"]),
+                "95 % interval by patient": "-"
+                if row["ci95_low"] is None
+                else f"{row['ci95_low']:.4f} to {row['ci95_high']:.4f}",
+                "the paper's": with_spread(row["paper_mean"], row["paper_sd"]) or "-",
+            }
+            for row in rows
+        ]
+    )
+
+
+def health_markdown(results: dict[str, dict | None]) -> str:
+    """How much of embedding and codebook each model uses, and its warnings of a collapse."""
+    rows = []
+    for name, result in results.items():
+        columns = ("strategy", "checkpoint", "effective rank", "codes used", "perplexity", "collapsed")
+        row = dict.fromkeys(columns, "")
+        row["strategy"] = TITLES[name]
+        if result:
+            embedding, codebook = result["embedding"], result.get("codebook")
+            row["checkpoint"] = f"step {result['checkpoint_step']:,}"
+            row["effective rank"] = f"{embedding['effective_rank']:.1f} of {embedding['embedding_dim']}"
+            row["codes used"] = f"{codebook['used_codes']} of {codebook['num_codes']}" if codebook else "-"
+            row["perplexity"] = f"{codebook['perplexity']:.0f}" if codebook else "-"
+            row["collapsed"] = "; ".join(result["warnings"]) or "no"
+        rows.append(row)
+    return markdown(rows)
+
+
+def cross_rows(results: dict[str, dict | None]) -> list[dict[str, str]]:
+    """One row an encoder, one column a probe; empty where missing."""
+    rows = []
+    for name, result in results.items():
+        values = {
+            title: with_spread(result["metrics"][metric]["mean"], result["metrics"][metric]["sd"]) if result else ""
+            for metric, title in CROSS.items()
+        }
+        rows.append({"encoder": TITLES[name.removeprefix("cross_")], **values})
+    return rows
+
+
+def save_picture(
+    path: Path,
+    models: Sequence[tuple[str, list[dict], Path]],
+    names: dict[str, str],
+    caption: str,
+) -> None:
+    """Draw the table.
+
+    Args:
+      path: of the PNG.
+      models: title, rows (`metric`, `mean`, `sd`, `paper_mean`, `paper_sd`) and the pictures' npz of each model; what
+        is not there is drawn as missing.
+      names: metric -> what it is called.
+      caption: written below.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(models), 4, figsize=(9.5, 1.75 * len(models) + 1), width_ratios=(1.9, 1, 1, 1), layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    axes[0, 0].set_title("Performance: ours (the paper's)", fontsize=9, loc="left")
+    for axis, title in zip(axes[0, 1:], COLUMNS.values(), strict=True):
+        axis.set_title(title, fontsize=9)
+    for row, (title, rows, arrays) in zip(axes, models, strict=True):
+        lines = [f"{names[line['metric']]}: {_values(line)}" for line in rows]
+        row[0].text(0, 0.98, title, fontsize=9, weight="bold", va="top", transform=row[0].transAxes)
+        row[0].text(0, 0.8, "\n".join(lines), fontsize=7.5, va="top", transform=row[0].transAxes, linespacing=1.5)
+        if not arrays.exists():
+            for axis in row[1:]:
+                axis.text(0.5, 0.5, "missing", ha="center", va="center", fontsize=8, color="grey")
+            continue
+        shown = {name: images[len(images) // 2][None] for name, images in pictures.load_arrays(arrays).items()}
+        row[1].imshow(pictures.grey(shown["input"][0]))
+        row[2].imshow(pictures.grey(shown["prediction"][0]))
+        row[3].imshow(pictures.difference(shown["prediction"][0], shown["target"][0]))
+    figure.supxlabel(textwrap.fill(caption.replace("**", ""), 130), fontsize=7.5)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _values(row: dict) -> str:
+    papers = with_spread(row["paper_mean"], row["paper_sd"])
+    return (with_spread(row["mean"], row["sd"]) or "missing") + (f"  ({papers})" if papers else "")
