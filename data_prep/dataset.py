@@ -20,12 +20,10 @@ from data_prep.dataset__schema import (
     VOLUME_COLUMNS,
     VOLUMES_FILE,
     dataset_fingerprint,
-    label_columns,
     linked_parts,
     read_preparation,
-    region_columns,
-    slice_columns,
     split_shards,
+    table_columns,
 )
 from data_prep.dataset__storage import READER_OPTIONS, decode_record, read_table
 from data_prep.system.errors import DatasetError
@@ -80,7 +78,7 @@ class Dataset:
 
     def volumes(self, split: str | None = None) -> list[dict[str, Any]]:
         """The rows of volumes.csv (of one split, if named), typed by `VOLUME_COLUMNS`; empty cells are None."""
-        return [row for row in self._volumes if split is None or row["split"] == split]
+        return [row for row in self._rows(VOLUMES_FILE) if split is None or row["split"] == split]
 
     def slices(self, split: str | None = None) -> list[dict[str, Any]]:
         """The rows of slices.csv (of one split, if named), one a record, in the order of the records.
@@ -89,18 +87,18 @@ class Dataset:
         [] if the dataset has neither slice labels nor masks.
         """
         if split is None:
-            return self._slices
+            return self._rows(SLICES_FILE)
         volume_ids = {volume["volume_id"] for volume in self.volumes(split)}
-        return [row for row in self._slices if row["volume_id"] in volume_ids]
+        return [row for row in self._rows(SLICES_FILE) if row["volume_id"] in volume_ids]
 
     def labels(self) -> list[dict[str, Any]]:
         """The rows of labels.csv in the order of volumes.csv: `volume_id` and the class of each label of volume or
         patient (None: missing). [] if the dataset has no such labels."""
-        return self._labels
+        return self._rows(LABELS_FILE)
 
     def regions(self) -> list[dict[str, Any]]:
         """The rows of regions.csv (`REGION_COLUMNS` or `LIDC_REGION_COLUMNS`). [] if the dataset has no masks."""
-        return self._regions
+        return self._rows(REGIONS_FILE)
 
     def source(self, split: str) -> "SliceSource":
         """Random access to the decoded records of a split. Raises DatasetError if there is no such split."""
@@ -135,24 +133,15 @@ class Dataset:
         return problems
 
     @functools.cached_property
-    def _volumes(self) -> list[dict[str, Any]]:
-        return read_table(self.directory / VOLUMES_FILE, VOLUME_COLUMNS)
+    def _tables(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows of the tables that were read, by file name."""
+        return {}
 
-    @functools.cached_property
-    def _slices(self) -> list[dict[str, Any]]:
-        columns = slice_columns(self.preparation["labels"], bool(self.preparation["masks"]))
-        return self._optional_table(SLICES_FILE, columns)
-
-    @functools.cached_property
-    def _labels(self) -> list[dict[str, Any]]:
-        return self._optional_table(LABELS_FILE, label_columns(self.preparation["labels"]))
-
-    @functools.cached_property
-    def _regions(self) -> list[dict[str, Any]]:
-        return self._optional_table(REGIONS_FILE, region_columns(self.preparation["masks"]))
-
-    def _optional_table(self, name: str, columns: Mapping[str, type]) -> list[dict[str, Any]]:
-        return read_table(self.directory / name, columns) if columns else []
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        if name not in self._tables:
+            columns = ({VOLUMES_FILE: VOLUME_COLUMNS} | table_columns(self.preparation)).get(name)
+            self._tables[name] = read_table(self.directory / name, columns) if columns else []
+        return self._tables[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

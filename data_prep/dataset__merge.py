@@ -21,17 +21,15 @@ from data_prep.dataset__schema import (
     SPLITS,
     VOLUME_COLUMNS,
     VOLUMES_FILE,
-    label_columns,
     make_preparation,
-    region_columns,
     shard_name,
-    slice_columns,
     split_shards,
+    table_columns,
 )
 from data_prep.dataset__storage import write_table
 from data_prep.dataset__tfds import complete
 from data_prep.system.errors import InputError
-from data_prep.system.files import lock_directory, sync_directory
+from data_prep.system.files import lock_directory, publish
 
 _ALIKE = ("windows", "image_size", "channels", "masks")  # of preparation.json
 
@@ -64,8 +62,7 @@ def merge(parts: Sequence[Dataset], output_dir: Path, link: str = "symlink") -> 
         for stale in building.iterdir():  # of a run that was killed
             stale.unlink()
         preparation = _write(parts, labels, building, final, link)
-        building.rename(final)
-        sync_directory(final.parent)
+        publish(building, final)
     return preparation, True
 
 
@@ -181,15 +178,15 @@ def _write(
         VOLUMES_FILE: (VOLUME_COLUMNS, volumes),
         REJECTED_FILE: (REJECTED_COLUMNS, merged_tables.rejected_rows(parts)),
     }
-    for name, columns, rows in (
-        (SLICES_FILE, slice_columns(labels, bool(masks)), merged_tables.slice_rows(parts)),
-        (LABELS_FILE, label_columns(labels), merged_tables.label_rows(parts, labels)),
-        (REGIONS_FILE, region_columns(masks), merged_tables.region_rows(parts)),
-    ):
-        if columns:
-            tables[name] = (columns, merged_tables.counted(rows, columns, cells))
-    for name, (columns, rows) in tables.items():
-        write_table(building / name, columns, rows)
+    rows = {
+        SLICES_FILE: merged_tables.slice_rows(parts),
+        LABELS_FILE: merged_tables.label_rows(parts, labels),
+        REGIONS_FILE: merged_tables.region_rows(parts),
+    }
+    for name, columns in table_columns({"labels": labels, "masks": masks}).items():
+        tables[name] = (columns, merged_tables.counted(rows[name], columns, cells))
+    for name, (columns, of_table) in tables.items():
+        write_table(building / name, columns, of_table)
     preparation = make_preparation(
         archive="+".join(dict.fromkeys(part.preparation["archive"] for part in parts)),
         windows=images["windows"],

@@ -102,26 +102,23 @@ _VERSIONED = ("numpy", "scipy", "pydicom", "imagecodecs", "array_record", "tenso
 # ---- columns and shards ------------------------------------------------------------------------------------
 
 
-def slice_columns(labels: Mapping[str, Mapping[str, Any]], masks: bool) -> dict[str, type]:
-    """Name -> type of the columns of slices.csv; {} if the dataset has no such table. `labels`: of preparation.json."""
-    names = [name for name, facts in labels.items() if facts["level"] == "slice"]
-    if not (names or masks):
-        return {}
+def table_columns(preparation: Mapping[str, Any]) -> dict[str, dict[str, type]]:
+    """The columns, name -> type, of each table that a dataset may lack: of slices, labels and regions.
+
+    Tables that it lacks are left out. Of preparation.json only `labels` and `masks` are needed.
+    """
+    labels, masks = preparation["labels"], preparation["masks"]
+    slice_labels = [name for name, facts in labels.items() if facts["level"] == "slice"]
+    other_labels = [name for name in labels if name not in slice_labels]
     area = {MASK_AREA_COLUMN: int} if masks else {}
-    return {"volume_id": str, "slice_index": int} | area | dict.fromkeys(names, int)
-
-
-def label_columns(labels: Mapping[str, Mapping[str, Any]]) -> dict[str, type]:
-    """Name -> type of the columns of labels.csv; {} if the dataset has no such table. `labels`: of preparation.json."""
-    names = [name for name, facts in labels.items() if facts["level"] != "slice"]
-    return {"volume_id": str} | dict.fromkeys(names, int) if names else {}
-
-
-def region_columns(masks: Mapping[str, Any] | None) -> dict[str, type]:
-    """Name -> type of the columns of regions.csv; {} if the dataset has no such table. `masks`: of preparation.json."""
-    if not masks:
-        return {}
-    return LIDC_REGION_COLUMNS if masks["source"] == "lidc_idri" else REGION_COLUMNS
+    columns = {}
+    if slice_labels or masks:
+        columns[SLICES_FILE] = {"volume_id": str, "slice_index": int} | area | dict.fromkeys(slice_labels, int)
+    if other_labels:
+        columns[LABELS_FILE] = {"volume_id": str} | dict.fromkeys(other_labels, int)
+    if masks:
+        columns[REGIONS_FILE] = LIDC_REGION_COLUMNS if masks["source"] == "lidc_idri" else REGION_COLUMNS
+    return columns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,7 @@ from data_prep.dataset__schema import (
     REJECTED_FILE,
     SLICES_FILE,
     SPLITS,
-    label_columns,
-    slice_columns,
+    table_columns,
 )
 from data_prep.system.errors import InputError
 
@@ -52,8 +51,9 @@ def rejected_rows(parts: Sequence[Dataset]) -> list[dict[str, str]]:
 def slice_rows(parts: Sequence[Dataset]) -> Iterator[dict[str, Any]]:
     tables = []
     for part in parts:
-        there = slice_columns(part.preparation["labels"], bool(part.preparation["masks"]))
-        tables.append(_rows(part, SLICES_FILE) if there else _slices_without_labels(part))
+        tables.append(
+            _rows(part, SLICES_FILE) if SLICES_FILE in table_columns(part.preparation) else _slices_without_labels(part)
+        )
     for number, volume in in_order(parts):
         yield from itertools.islice(tables[number], volume["num_slices"])
 
@@ -73,8 +73,8 @@ def label_rows(parts: Sequence[Dataset], labels: Mapping[str, Mapping[str, Any]]
     of_patients: dict[str, dict[str, str]] = {n: {} for n, facts in labels.items() if facts["level"] == "patient"}
     tables = []
     for part in parts:
-        there = label_columns(part.preparation["labels"])
-        table = {row["volume_id"]: row for row in _rows(part, LABELS_FILE)} if there else {}
+        listed = _rows(part, LABELS_FILE) if LABELS_FILE in table_columns(part.preparation) else ()
+        table = {row["volume_id"]: row for row in listed}
         tables.append(table)
         for name, known in of_patients.items():
             found = {v["patient_id"]: table.get(v["volume_id"], {}).get(name, "") for v in part.volumes()}

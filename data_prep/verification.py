@@ -16,9 +16,8 @@ from data_prep.dataset__schema import (
     SLICES_FILE,
     VOLUMES_FILE,
     Shard,
-    label_columns,
-    slice_columns,
     split_shards,
+    table_columns,
 )
 from data_prep.dataset__storage import decode_record, read_records
 from data_prep.geometry import measure_stack
@@ -105,18 +104,19 @@ def _table_problems(dataset: Dataset) -> Iterator[str]:
 def _label_problems(dataset: Dataset) -> Iterator[str]:
     """Problems that the tables of labels and regions alone show."""
     volumes = dataset.volumes()
-    labels, masks = dataset.preparation["labels"], dataset.preparation["masks"]
+    labels = dataset.preparation["labels"]
     try:
         slices, of_volumes = dataset.slices(), dataset.labels()
         regions = dataset.regions()
     except DatasetError as error:
         yield str(error)
         return
-    if slice_columns(labels, bool(masks)):
+    columns = table_columns(dataset.preparation)
+    if SLICES_FILE in columns:
         expected = [(row["volume_id"], index) for row in volumes for index in range(row["num_slices"])]
         if [(row["volume_id"], row["slice_index"]) for row in slices] != expected:
             yield f"{SLICES_FILE}: its rows are not the records in their order"
-    if label_columns(labels):
+    if LABELS_FILE in columns:
         if [row["volume_id"] for row in of_volumes] != [row["volume_id"] for row in volumes]:
             yield f"{LABELS_FILE}: its rows are not the volumes in the order of {VOLUMES_FILE}"
     patient_of = {row["volume_id"]: row["patient_id"] for row in volumes}

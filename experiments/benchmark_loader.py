@@ -61,8 +61,9 @@ def measure(dataset: Path, split: str, batch_size: int, threads: list[int], seco
     from ctssl_jax.data__batches import training_batches
     from data_prep.dataset import Dataset
 
-    channels = range(Dataset.open(dataset).preparation["channels"])
-    source = data.open_source(dataset, split, channels, (0,))
+    opened = Dataset.open(dataset)
+    channels = range(opened.preparation["channels"])
+    source = data.open_source(opened, split, channels, (0,))
     mesh = distributed.make_mesh()
     batch_size = -(-batch_size // mesh.devices.size) * mesh.devices.size
     ready = next(training_batches(source, batch_size, seed=0))
@@ -89,7 +90,8 @@ def waiting_of_a_device(
     from data_prep.dataset import Dataset
 
     mesh = distributed.make_mesh()
-    source = data.open_source(dataset, split, range(Dataset.open(dataset).preparation["channels"]), (0,))
+    opened = Dataset.open(dataset)
+    source = data.open_source(opened, split, range(opened.preparation["channels"]), (0,))
     batches = training_batches(source, batch_size, seed=0, num_threads=num_threads)
     jax.block_until_ready(distributed.to_devices(mesh, next(batches)))
     busy, waited = batch_size / slices_per_second, 0.0

@@ -14,11 +14,9 @@ from data_prep.dataset__schema import (
     VOLUME_COLUMNS,
     VOLUMES_FILE,
     dataset_fingerprint,
-    label_columns,
     make_preparation,
-    region_columns,
     shard_name,
-    slice_columns,
+    table_columns,
     write_preparation,
 )
 from data_prep.dataset__storage import encode_record, write_records, write_table
@@ -135,13 +133,9 @@ def write_example_dataset(
                 records = []
     write_table(dataset_dir / VOLUMES_FILE, VOLUME_COLUMNS, rows)
     write_table(dataset_dir / REJECTED_FILE, REJECTED_COLUMNS, [])
-    for name, columns, table in (
-        (SLICES_FILE, slice_columns(labels, masks), slice_rows),
-        (LABELS_FILE, label_columns(labels), label_rows),
-        (REGIONS_FILE, region_columns(facts_of_masks), region_rows),
-    ):
-        if columns:
-            write_table(dataset_dir / name, columns, table)
+    tables = {SLICES_FILE: slice_rows, LABELS_FILE: label_rows, REGIONS_FILE: region_rows}
+    for name, columns in table_columns({"labels": labels, "masks": facts_of_masks}).items():
+        write_table(dataset_dir / name, columns, tables[name])
     preparation = make_preparation(
         archive="dicom",
         windows=[{"level": 50.0, "width": 350.0}] * channels,

@@ -38,8 +38,8 @@ def start(body: str, *arguments: str, prefix: tuple[str, ...] = ()) -> subproces
         ("return 0", ("run", "plan"), 2, f"error: unexpected argument 'plan'; {VERBS}\n"),
         ("raise RunFailed('a worker was killed')", (), 1, "error: a worker was killed\n"),
         (FULL_DISK, (), 1, f"error: {MAKE_ROOM}\n"),
-        ("raise StartAgain('a host was lost; start again')", (), 75, "error: a host was lost; start again\n"),
-        ("raise KeyboardInterrupt", (), 75, "error: stopped; run the same command again to continue\n"),
+        ("raise StartAgain('a host was lost; start again')", (), 75, "a host was lost; start again\n"),
+        ("raise KeyboardInterrupt", (), 75, "stopped; run the same command again to continue\n"),
     ],
 )
 def test_exit_codes(body, arguments, code, message):
@@ -61,7 +61,7 @@ def test_a_signal_stops_and_the_second_ends_at_once(number):
     process = start(body.format("pass"))
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    assert process.communicate() == ("tidied\n", "error: stopped; run the same command again to continue\n")
+    assert process.communicate() == ("tidied\n", "stopped; run the same command again to continue\n")
     assert process.returncode == 75
     process = start(body.format("time.sleep(60)"))
     assert process.stdout.readline() == "ready\n"

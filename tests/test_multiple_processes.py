@@ -102,7 +102,7 @@ def interrupted(tiny_dataset, tmp_path_factory):
 
 def test_sigterm_to_one_stops_and_saves_both(interrupted):
     for returncode, _, errors in interrupted.asked:
-        assert returncode == 0, errors
+        assert returncode == 75, errors
     assert f"stopped     at step {interrupted.stopped_at:,}" in interrupted.asked[0][1]
     assert interrupted.stopped_at >= 3
 

@@ -194,7 +194,7 @@ def test_terminated_run_says_how_to_continue(tmp_path, archive):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert errors.splitlines()[-1] == "error: stopped; run the same command again to continue"
+    assert errors.splitlines()[-1] == "stopped; run the same command again to continue"
     assert "Traceback" not in errors
 
 

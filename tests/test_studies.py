@@ -181,7 +181,7 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate()
     assert process.returncode == 75 and errors.endswith(
-        "error: stage 'mask_05: train' was stopped; run the same command again to continue\n"
+        "stage 'mask_05: train' was stopped; run the same command again to continue\n"
     )
     assert "stopped     at step" in output and "evaluate" not in output
     assert choose_step(settings.workdir / "runs" / "mask_05", "last") > 0

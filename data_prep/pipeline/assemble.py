@@ -22,11 +22,9 @@ from data_prep.dataset__schema import (
     SPLITS,
     VOLUME_COLUMNS,
     VOLUMES_FILE,
-    label_columns,
     make_preparation,
-    region_columns,
     shard_name,
-    slice_columns,
+    table_columns,
     versions,
 )
 from data_prep.dataset__storage import read_records, write_records, write_table
@@ -188,12 +186,8 @@ def _label_tables(
     frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path
 ) -> dict[str, tuple[dict[str, type], list[dict[str, Any]]]]:
     """Columns and rows of the tables of labels and regions that the dataset has, by file name."""
-    columns = {
-        SLICES_FILE: slice_columns(frozen.labels, bool(frozen.options["masks"])),
-        LABELS_FILE: label_columns(frozen.labels),
-        REGIONS_FILE: region_columns(frozen.options["masks"]),
-    }
-    tables = {name: (of_table, []) for name, of_table in columns.items() if of_table}
+    columns = table_columns({"labels": frozen.labels, "masks": frozen.options["masks"]})
+    tables = {name: (of_table, []) for name, of_table in columns.items()}
     for row in frozen.volumes if tables else ():
         labels = _note_of(row["volume_id"], frozen, notes_dir, kept_notes_dir).labels
         volume = {"volume_id": row["volume_id"]}

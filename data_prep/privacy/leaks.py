@@ -35,14 +35,9 @@ import pydicom
 from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import (
-    LABELS_FILE,
-    REGIONS_FILE,
-    SLICES_FILE,
     VOLUME_COLUMNS,
     description,
-    label_columns,
-    region_columns,
-    slice_columns,
+    table_columns,
 )
 from data_prep.dataset__storage import read_records
 from data_prep.headers import inflates_too_far
@@ -230,11 +225,7 @@ def find_leaks(dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, p
     given = [name for name, _ in options.get("tables", ())]
     not_from_headers = {"ethnic_group"} if "attributes_csv" in given else set()
     not_from_headers |= {"manufacturer", "kernel"} if "metadata_csv" in given else set()
-    columns = {
-        SLICES_FILE: slice_columns(preparation["labels"], bool(preparation["masks"])),
-        LABELS_FILE: label_columns(preparation["labels"]),
-        REGIONS_FILE: region_columns(preparation["masks"]),
-    }
+    columns = table_columns(preparation)
     own_sentences = {description(preparation | {"synthetic": synthetic}) for synthetic in (False, True)}
     leaks = []
     shards = []

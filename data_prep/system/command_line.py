@@ -126,5 +126,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Print one line; to be stopped is not an error."""
+    prefix = "" if code == EXIT_START_AGAIN else "error: "
+    print(prefix + " ".join(message.split()), file=sys.stderr)
     return code

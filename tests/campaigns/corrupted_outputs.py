@@ -40,7 +40,7 @@ from ctssl_jax.training__step import make_program
 from ctssl_jax.training__warm_start import record
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
-from data_prep.system.errors import DatasetError, InputError, RunFailed
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import write_json
 from data_prep.verification import verify
 from data_prep.workers import WorkerPool
@@ -183,11 +183,10 @@ def outcome(sound: Sound, work: Path, random: np.random.Generator, pool: WorkerP
     """What becomes of one corruption: "named", "same result" or a name of `DEFECTS`."""
     shutil.copytree(sound.folder, work)
     corruption = corrupt(work, random, tuple(sound.results))
-    of_data_prep = (ValueError, OSError, RuntimeError) if corruption.command == "verify" else ()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             result = _result(corruption.command, work, pool)
-    except (InputError, DatasetError, RunFailed, *of_data_prep) as error:  # of which the command lines make one line
+    except (InputError, RunFailed, OSError) as error:  # of which the command lines make one line
         message = str(error)
     except Exception as error:
         return f"exception {type(error).__name__}: {str(error)[:150]}", corruption
