@@ -42,8 +42,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 WINDOW = ((50, 350),)
 
 
-def predict_scan(workdir, scan, output, checkpoint="best", **fields):
-    return predict(workdir, Request(scan, **fields), output, checkpoint=checkpoint)
+def predict_scan(workdir, scan, output, checkpoint="best", batch_size=0, **fields):
+    return predict(workdir, Request(scan, **fields), output, checkpoint=checkpoint, batch_size=batch_size)
 
 
 def make_run(config, workdir: Path) -> None:
