@@ -10,8 +10,8 @@ from example_dataset import renew_checksums, write_example_dataset
 from test_probe import save_untrained
 from training_runs import start, tiny_recipe
 
-from ctssl_jax.attributes import attributes, table
 from ctssl_jax.data__labels import age_classes, join_decades, label_classes, read_attribute
+from ctssl_jax.probes.attribute_probe import attributes, table
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import VOLUME_COLUMNS, VOLUMES_FILE
 from data_prep.dataset__storage import write_table

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from training_runs import PROJECT, assert_same_state, numbers, tiny_config, train_on
 
-from ctssl_jax import measurement
-from ctssl_jax.runs.run import check_resumable
+from ctssl_jax.evaluation.measured_run import MeasuredRun
+from ctssl_jax.runs.run import Run, check_resumable
 from data_prep import dataset_cache
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import dataset_fingerprint, write_preparation
@@ -75,8 +75,8 @@ def test_a_run_is_the_same_from_a_url(remote, tiny_dataset, tmp_path):
     assert json.loads((tmp_path / "remote" / "config.json").read_text())["dataset"] == URL
     check_resumable(tmp_path / "local", config, Dataset.open(URL).preparation)  # it may go on from there
     assert not [name for name in reads(remote) if name.startswith("test.")]
-    measured = measurement.open_run(tmp_path / "local", URL, ("test",))
-    assert measured.preparation == measured.trained_on and measured.config.dataset == URL
+    measured = MeasuredRun.open(Run.open(tmp_path / "local"), URL, ("test",))
+    assert measured.dataset.preparation == measured.run.preparation and measured.config.dataset == URL
 
 
 def test_a_killed_fetch_goes_on_where_it_stopped(remote, tiny_dataset, cache):

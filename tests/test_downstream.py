@@ -8,11 +8,12 @@ import pytest
 from example_dataset import renew_checksums, write_example_dataset
 from training_runs import renew_sums, saved_state, tiny_recipe, train_on
 
-from ctssl_jax import data, outcomes, predictions
+from ctssl_jax import data
 from ctssl_jax.data__batches import training_batches
 from ctssl_jax.data__labels import label_classes, read_attribute
-from ctssl_jax.evaluate import evaluate, table
-from ctssl_jax.predictions import Predictions
+from ctssl_jax.evaluation import outcomes, predictions
+from ctssl_jax.evaluation.measure import evaluate, table
+from ctssl_jax.evaluation.predictions import Predictions
 from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError
 
@@ -204,7 +205,7 @@ def test_patients_of_the_evaluation_are_not_learned_from(pretrained_on_test_pati
     assert not (tmp_path / "refused").exists()
     assert train_on(tiny_recipe(labelled, "pe", leakage="allow", **given), tmp_path / "run")
     result = evaluate(tmp_path / "run", None, "test", tmp_path / "result.json")
-    assert "let pass by config.leakage: 2 validation and test patients" in table(result)
+    assert "allowed by config.leakage: 2 validation and test patients" in table(result)
     assert result["init_from"][-1]["leakage_let_pass"].startswith("2 validation and test patients")
 
 

@@ -15,12 +15,16 @@ from flax import nnx
 from training_runs import start, tiny_recipe
 
 import ctssl_jax
-from ctssl_jax import checkpoint, configuration, data, embedding_files, embedding_inputs, linear_probes, pretrained
+from ctssl_jax import data
 from ctssl_jax.data__batches import evaluation_batches
-from ctssl_jax.embed import embed, summary
-from ctssl_jax.evaluate import evaluate
+from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.inference import embedding, embedding_files, embedding_inputs, pretrained
+from ctssl_jax.inference.embedding import embed, summary
+from ctssl_jax.probes.encoders import trained_encoder
+from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.run import Run, open_workdir
 from ctssl_jax.tasks import get_task
-from ctssl_jax.training import abstract_model, evaluation_keys
+from ctssl_jax.training__state import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
@@ -49,7 +53,7 @@ def save_untrained(config, workdir, preparation, steps):
         split: [volume["patient_id"] for volume in Dataset.open(config.dataset).volumes(split)]
         for split in ("train", "validation")
     }
-    configuration.open_workdir(workdir, config, preparation, patients)
+    open_workdir(workdir, config, preparation, patients)
     _, params, variables = abstract_model(config, get_task(config.task))
     random = np.random.default_rng(1)
 
@@ -61,7 +65,7 @@ def save_untrained(config, workdir, preparation, steps):
         return jnp.asarray(1 + np.abs(values) if positive else values, leaf.dtype)
 
     params, variables = jax.tree_util.tree_map_with_path(numbers, (params, variables))
-    checkpoints = checkpoint.Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir)
     for step in steps:
         scaled = jax.tree.map(lambda leaf, step=step: leaf * step / 2, params)
         checkpoints.save(step, {"params": scaled, "variables": variables}, {}, 1 / step)
@@ -110,8 +114,14 @@ def runs(folder, tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
     """A model that is loaded twice is one object, with one compiled program: tests take a third of the time."""
+    load_model = functools.cache(pretrained.load)
+
+    def load(run, checkpoint="best", *, batch_size=0):
+        return load_model(run.workdir if isinstance(run, Run) else run, checkpoint, batch_size=batch_size)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "load", functools.cache(pretrained.load))
+        patch.setattr(embedding, "load", load)
+        patch.setattr(pretrained, "load", load)
         yield
 
 
@@ -204,7 +214,7 @@ def test_embeddings_are_those_of_evaluation_and_probes(runs, folder):
 
             expected = apply(model.state, batch)
         else:
-            frozen = linear_probes.trained_encoder(config, get_task(config.task), runs / task, 4)
+            frozen = trained_encoder(config, get_task(config.task), Run.open(runs / task), 4)
             expected = jnp.mean(frozen.encode(frozen.state, batch["images"][:, 0] / np.float32(255))[0], axis=(1, 2))
         (row,) = Dataset.open(config.dataset).volumes("test")
         prepared = scans.PreparedVolume(

@@ -10,9 +10,11 @@ from example_dataset import change_preparation, write_example_dataset
 from PIL import Image
 from training_runs import command, start, tiny_config, train_on
 
-from ctssl_jax import checkpoint, corruptions, training
-from ctssl_jax.evaluate import evaluate, table
+from ctssl_jax import corruptions
+from ctssl_jax.evaluation.measure import evaluate, table
+from ctssl_jax.runs.checkpoints import restore
 from ctssl_jax.tasks import get_task
+from ctssl_jax.training__state import abstract_model
 from data_prep.dataset import Dataset
 from data_prep.system.errors import DatasetError, InputError
 
@@ -37,13 +39,13 @@ def by_hand(run, tiny_dataset, result):
 
     config = tiny_config(tiny_dataset, num_steps=6, eval_every=3)
     task = get_task(config.task)
-    graph, params, variables = training.abstract_model(config, task)
+    graph, params, variables = abstract_model(config, task)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         {"params": params, "variables": variables},
     )
-    restored = checkpoint.restore(run, result["checkpoint_step"], like)
+    restored = restore(run, result["checkpoint_step"], like)
     model = nnx.merge(graph, restored["params"], restored["variables"])
     records = Dataset.open(tiny_dataset).source("test")
     predict = jax.jit(lambda inputs: model(inputs, train=False).reconstruction)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from training_runs import PROJECT, save_untrained, saved_state, start, tiny_config, tiny_recipe, train_on
 
-from ctssl_jax.evaluate import evaluate
+from ctssl_jax.evaluation.measure import evaluate
 from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError, RunFailed
 from tests import dicom_files
@@ -18,10 +18,10 @@ from tests import dicom_files
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
 pytest.importorskip("safetensors", reason="safetensors is not installed: pip install '.[torch]'")
 
-from ctssl_jax import export as export_module  # noqa: E402
-from ctssl_jax.export import export  # noqa: E402
-from ctssl_jax.import_torch import import_weights  # noqa: E402
-from ctssl_jax.torch_bridge import ctssl_torch, manifests  # noqa: E402
+from ctssl_jax.release import exporting, importing  # noqa: E402
+from ctssl_jax.release.exporting import export  # noqa: E402
+from ctssl_jax.release.importing import import_weights  # noqa: E402
+from ctssl_jax.torch_bridge import ctssl_torch  # noqa: E402
 
 ALL = ("torch", "safetensors")
 WINDOWS = [[50.0, 350.0]]
@@ -62,7 +62,7 @@ def test_folder(exported, runs, tiny_dataset):
         *("README.md", "ctssl_torch.py", "manifest.json", "test_input.npz", "weights.pt", "weights.safetensors")
     }
     manifest = json.loads((exported / "manifest.json").read_text())
-    assert manifest["format_version"] == ctssl_torch.FORMAT_VERSION == manifests.FORMAT_VERSION
+    assert manifest["format_version"] == ctssl_torch.FORMAT_VERSION == importing.FORMAT_VERSION
     assert manifest["license"] == "CC0-1.0" and manifest["architecture"] == "VQVAE"
     assert manifest["preprocessing"]["windows"] == WINDOWS and manifest["preprocessing"]["image_size"] == 16
     assert manifest["parity"]["largest_difference"] < 1e-4 and len(manifest["parity"]["stages"]) > 15
@@ -412,7 +412,7 @@ def test_nothing_is_overwritten_and_results_must_be_of_this_model(exported, runs
 
 
 def test_a_twin_that_is_not_the_same_is_not_written(runs, tmp_path, monkeypatch):
-    make = export_module._twin
+    make = exporting._twin
 
     def wrong(manifest, entries):
         twin = make(manifest, entries)
@@ -420,7 +420,7 @@ def test_a_twin_that_is_not_the_same_is_not_written(runs, tmp_path, monkeypatch)
             twin.classification.weight.mul_(1.01)
         return twin
 
-    monkeypatch.setattr(export_module, "_twin", wrong)
+    monkeypatch.setattr(exporting, "_twin", wrong)
     with pytest.raises(RunFailed, match="not the same function: classification differs"):
         export(runs / "rotation", tmp_path / "model", ALL, "CC0-1.0")
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from ctssl_jax import health, reports
 from ctssl_jax.data import open_source
 from ctssl_jax.data__batches import training_batches
 from ctssl_jax.distributed import make_mesh
-from ctssl_jax.evaluate import evaluate, table
+from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.ops.embeddings import effective_rank, moments
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training__state import layer_norms, layer_of

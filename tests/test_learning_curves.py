@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from training_runs import PROJECT
 
-from ctssl_jax import predictions
-from ctssl_jax.predictions import Predictions
+from ctssl_jax.evaluation import predictions
+from ctssl_jax.evaluation.predictions import Predictions
 from data_prep.system.errors import InputError
 from experiments import figure3
 from experiments.study import curves, downstream

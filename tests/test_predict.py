@@ -19,10 +19,14 @@ from flax import nnx
 from PIL import Image
 from training_runs import tiny_recipe
 
-from ctssl_jax import checkpoint, configuration, predict_mask, predictions, pretrained, training
-from ctssl_jax.evaluate import evaluate
-from ctssl_jax.predict import predict, table
+from ctssl_jax.evaluation import predictions
+from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.inference import mask_prediction, pretrained
+from ctssl_jax.inference.prediction import Request, predict, table
+from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.run import open_workdir
 from ctssl_jax.tasks import get_task
+from ctssl_jax.training__state import abstract_model
 from data_prep.dataset import Dataset
 from data_prep.mask_files import read_mask
 from data_prep.mask_output import resize_back
@@ -38,6 +42,10 @@ PROJECT = Path(__file__).resolve().parent.parent
 WINDOW = ((50, 350),)
 
 
+def predict_scan(workdir, scan, output, checkpoint="best", batch_size=0, **fields):
+    return predict(workdir, Request(scan, **fields), output, checkpoint=checkpoint, batch_size=batch_size)
+
+
 def make_run(config, workdir: Path) -> None:
     """A run directory with random weights by which slices differ, without the cost of a training step."""
     random = np.random.default_rng(0)
@@ -48,11 +56,11 @@ def make_run(config, workdir: Path) -> None:
         spread = {"kernel": math.sqrt(2 / max(1, math.prod(leaf.shape[:-1]))), "var": 0}.get(last, 0.1)
         return (middle + random.normal(0, spread, leaf.shape)).astype(leaf.dtype)
 
-    _, params, variables = training.abstract_model(config, get_task(config.task))
+    _, params, variables = abstract_model(config, get_task(config.task))
     state = jax.tree_util.tree_map_with_path(numbers, {"params": params, "variables": variables})
     preparation = Dataset.open(config.dataset).preparation
-    configuration.open_workdir(workdir, config, preparation, {"train": [], "validation": []})
-    saving = checkpoint.Checkpoints(workdir)
+    open_workdir(workdir, config, preparation, {"train": [], "validation": []})
+    saving = Checkpoints(workdir)
     saving.save(2, state, {}, 0.5)
     saving.close()
 
@@ -93,7 +101,7 @@ def made_certain(monkeypatch, region=np.s_[8:14, 10:20, 6:17]):
         found[region] = 0.9
         return found
 
-    monkeypatch.setattr(predict_mask, "slice_probabilities", probabilities)
+    monkeypatch.setattr(mask_prediction, "slice_probabilities", probabilities)
 
 
 # ---- masks -------------------------------------------------------------------------------------------------
@@ -101,7 +109,7 @@ def made_certain(monkeypatch, region=np.s_[8:14, 10:20, 6:17]):
 
 def test_the_mask_is_the_models_in_the_scans_geometry(runs, scan, tmp_path, monkeypatch):
     made_certain(monkeypatch)
-    result = predict(runs / "nodules", scan, tmp_path / "out")
+    result = predict_scan(runs / "nodules", scan, tmp_path / "out")
     volume = loaded(scan, 32).volume
     expected = np.zeros(volume.hu.shape, bool)
     box = np.full((32, 32), 0.1, np.float32)
@@ -136,19 +144,19 @@ def test_the_mask_is_the_models_in_the_scans_geometry(runs, scan, tmp_path, monk
 def test_the_segmentation_holds_the_same_mask(runs, scan, tmp_path, monkeypatch):
     pytest.importorskip("highdicom")
     made_certain(monkeypatch)
-    result = predict(runs / "nodules", scan, tmp_path / "out", segment_label="left nodule")
+    result = predict_scan(runs / "nodules", scan, tmp_path / "out", segment_label="left nodule")
     volume = loaded(scan, 32).volume
     path = tmp_path / "out" / "segmentation.dcm"
     mask = read_mask(path, volume)
     assert mask.any()
     np.testing.assert_array_equal(mask, read_mask(tmp_path / "out" / "mask.nii.gz", volume))
     assert pydicom.dcmread(path).SegmentSequence[0].SegmentLabel == "left nodule"
-    assert predict_mask.IDENTITY_NOTE in result["notes"]
+    assert mask_prediction.IDENTITY_NOTE in result["notes"]
 
 
 def test_only_the_segmentation_says_whose_scan_it_is(runs, scan, tmp_path):
     pytest.importorskip("highdicom")
-    predict(runs / "nodules", scan, tmp_path / "out")
+    predict_scan(runs / "nodules", scan, tmp_path / "out")
     named = [b"Doe", b"Jane", b"patient-1", b"A4711", b"20010203", dicom_files.uid(1).encode()]
     by_file = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert set(by_file) == {"prediction.json", "prediction.png", "mask.nii.gz", "segmentation.dcm"}
@@ -157,7 +165,7 @@ def test_only_the_segmentation_says_whose_scan_it_is(runs, scan, tmp_path):
     for name, content in by_file.items():
         if name != "segmentation.dcm":
             assert not [text for text in (*named, str(tmp_path).encode()) if text in content], name
-    result = predict(runs / "nodules", scan, tmp_path / "out", dicom_seg=False)  # the earlier one must not stay
+    result = predict_scan(runs / "nodules", scan, tmp_path / "out", dicom_seg=False)  # the earlier one must not stay
     assert not (tmp_path / "out" / "segmentation.dcm").exists()
     assert result["files"] == ["prediction.json", "prediction.png", "mask.nii.gz"] and result["notes"] == []
 
@@ -168,7 +176,7 @@ def test_probabilities_are_those_of_the_evaluated_model(runs):
     brightest = np.linspace(20, 255, 22).astype(int)[:, None, None, None]
     images = np.random.default_rng(0).integers(0, brightest, (22, 32, 32, 1), np.uint8)
     assert len(images) > model.batch_size
-    found = predict_mask.slice_probabilities(model, images)
+    found = mask_prediction.slice_probabilities(model, images)
     assert found.shape == (22, 32, 32) and found.dtype == np.float32
     network = get_task("segmentation").build(model.config, nnx.Rngs(1))
     nnx.update(network, model.state["params"], model.state["variables"])
@@ -184,18 +192,18 @@ def test_probabilities_are_those_of_the_evaluated_model(runs):
 
 def test_a_scan_without_findings(runs, scan, tmp_path, monkeypatch):
     made_certain(monkeypatch, np.s_[0:0, :, :])
-    result = predict(runs / "nodules", scan, tmp_path / "out")
+    result = predict_scan(runs / "nodules", scan, tmp_path / "out")
     assert (result["num_regions"], result["volume_ml"], result["regions"]) == (0, 0, [])
     assert not np.asarray(nibabel.load(tmp_path / "out" / "mask.nii.gz").dataobj).any()
 
 
 def test_without_highdicom_the_rest_is_written(runs, scan, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict_mask, "can_write_dicom_seg", lambda: False)
-    result = predict(runs / "nodules", scan, tmp_path / "out")
+    monkeypatch.setattr(mask_prediction, "can_write_dicom_seg", lambda: False)
+    result = predict_scan(runs / "nodules", scan, tmp_path / "out")
     (note,) = result["notes"]
     assert "pip install ctssl_jax[dicom_seg]" in note and "mask.nii.gz" in result["files"]
     with pytest.raises(InputError, match=r"--dicom_seg needs highdicom: pip install ctssl_jax\[dicom_seg\]"):
-        predict(runs / "nodules", scan, tmp_path / "other", dicom_seg=True)
+        predict_scan(runs / "nodules", scan, tmp_path / "other", dicom_seg=True)
 
 
 @pytest.mark.parametrize("name", ["lidc_0001", "lidc_0003.zip"])
@@ -204,7 +212,7 @@ def test_real_scans(runs, real_data, tmp_path, monkeypatch, name):
     made_certain(monkeypatch, np.s_[40:50, 10:16, 20:27])
     read, taken = scans.read_scan, []
     monkeypatch.setattr(scans, "read_scan", lambda *given: taken.append(read(*given)) or taken[0])
-    predict(runs / "nodules", real_data / name, tmp_path / "out")
+    predict_scan(runs / "nodules", real_data / name, tmp_path / "out")
     volume = taken[0].volume
     image = nibabel.load(tmp_path / "out" / "mask.nii.gz")
     mask = np.asarray(image.dataobj)
@@ -223,13 +231,13 @@ def test_real_scans(runs, real_data, tmp_path, monkeypatch, name):
 
 def test_a_real_nifti_scan(runs, real_data, tmp_path):
     path = real_data / "nifti" / "example_ct.nii.gz"
-    result = predict(runs / "nodules", path, tmp_path / "out", rules=Rules(require_lung=False))
+    result = predict_scan(runs / "nodules", path, tmp_path / "out", rules=Rules(require_lung=False))
     scan_image, image = nibabel.load(path), nibabel.load(tmp_path / "out" / "mask.nii.gz")
     assert image.shape == scan_image.shape
     np.testing.assert_allclose(image.affine, scan_image.affine, atol=1e-5)
     assert "segmentation.dcm" not in result["files"]
     with pytest.raises(InputError, match=r"--dicom_seg: .* --input is NIfTI"):
-        predict(runs / "nodules", path, tmp_path / "out", rules=Rules(require_lung=False), dicom_seg=True)
+        predict_scan(runs / "nodules", path, tmp_path / "out", rules=Rules(require_lung=False), dicom_seg=True)
 
 
 # ---- labels ------------------------------------------------------------------------------------------------
@@ -269,7 +277,7 @@ def test_a_scan_is_told_what_evaluation_told_its_dataset(exams, tmp_path, recipe
     (index,) = [i for i, exam in enumerate(plan.exams) if volume_id(key, exam[0]) == of_dataset.volume_id[0]]
     evaluated["thresholds"] = {"slice": float(np.median(of_dataset.probabilities[:, 1])), "exam": 0.999}
     (tmp_path / "result.json").write_text(json.dumps(evaluated))
-    result = predict(
+    result = predict_scan(
         exams / recipe,
         exams / "archive",
         tmp_path / "out",
@@ -301,20 +309,22 @@ def test_several_volumes_are_never_chosen_in_silence(exams, tmp_path):
     with pytest.raises(
         InputError, match=r"holds 3 CT volumes; choose one by --series_index: 0 \(20 slices of"
     ) as error:
-        predict(exams / "pe", exams / "archive", tmp_path / "out")
+        predict_scan(exams / "pe", exams / "archive", tmp_path / "out")
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"--series_index=3: --input holds 3 CT volumes"):
-        predict(exams / "pe", exams / "archive", tmp_path / "out", series_index=3)
+        predict_scan(exams / "pe", exams / "archive", tmp_path / "out", series_index=3)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_choice_of_a_reconstruction_is_told(exams, tmp_path, real_data):
     given = {"rules": Rules(max_slice_thickness_mm=8)}
-    result = predict(exams / "pe", real_data / "lung_petct_dx_a0002", tmp_path / "out", **given)
+    result = predict_scan(exams / "pe", real_data / "lung_petct_dx_a0002", tmp_path / "out", **given)
     (note,) = result["notes"]
     assert "2 reconstructions; the preferred one was taken (30 slices of 8 mm, kernel B40f)" in note
     every = Rules(max_slice_thickness_mm=8, reconstructions="all")
-    second = predict(exams / "pe", real_data / "lung_petct_dx_a0002", tmp_path / "out", rules=every, series_index=1)
+    second = predict_scan(
+        exams / "pe", real_data / "lung_petct_dx_a0002", tmp_path / "out", rules=every, series_index=1
+    )
     assert second["notes"] == [] and second["scan"]["num_volumes_in_input"] == 2
 
 
@@ -323,7 +333,7 @@ def test_labels_of_volumes_are_means_over_the_slices_that_were_learned(exams, tm
     preparation = json.loads((run / "preparation.json").read_text())
     preparation["labels"]["pe_present_on_image"]["level"] = "volume"
     (run / "preparation.json").write_text(json.dumps(preparation))
-    result = predict(run, exams / "archive", tmp_path / "out", series_index=0)
+    result = predict_scan(run, exams / "archive", tmp_path / "out", series_index=0)
     with open(tmp_path / "out" / "slices.csv", newline="") as file:
         found = [float(row["probability_1"]) for row in csv.DictReader(file)]
     assert result["exam"]["rule"] == "mean over slices"
@@ -331,7 +341,7 @@ def test_labels_of_volumes_are_means_over_the_slices_that_were_learned(exams, tm
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "slices": "middle", "label": "sex"}))
     shutil.rmtree(tmp_path / "out")
-    result = predict(run, exams / "archive", tmp_path / "out", series_index=0)
+    result = predict_scan(run, exams / "archive", tmp_path / "out", series_index=0)
     with open(tmp_path / "out" / "slices.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     middle = loaded_middle(exams / "archive")
@@ -354,9 +364,9 @@ def test_other_runs_are_pointed_elsewhere(runs, scan, tmp_path):
     shutil.copy(runs / "nodules" / "preparation.json", run)
     expected = r"a run of the task denoising; predict takes runs of slice_label, .*segmentation.*ctssl_jax\.embed$"
     with pytest.raises(InputError, match=expected):
-        predict(run, scan, tmp_path / "out")
+        predict_scan(run, scan, tmp_path / "out")
     with pytest.raises(InputError, match="is not a run directory"):
-        predict(tmp_path, scan, tmp_path / "out")
+        predict_scan(tmp_path, scan, tmp_path / "out")
 
 
 def test_flags_that_mean_nothing_are_refused(runs, exams, scan, tmp_path):
@@ -368,11 +378,11 @@ def test_flags_that_mean_nothing_are_refused(runs, exams, scan, tmp_path):
         ({"rules": Rules(min_slices=50)}, r"22 slices, at least 50 asked.*--min_slices"),
     ):
         with pytest.raises(InputError, match=message):
-            predict(runs / "nodules", scan, tmp_path / "out", **flags)
+            predict_scan(runs / "nodules", scan, tmp_path / "out", **flags)
     with pytest.raises(InputError, match="--dicom_seg: the run predicts a label"):
-        predict(exams / "pe", scan, tmp_path / "out", dicom_seg=True)
+        predict_scan(exams / "pe", scan, tmp_path / "out", dicom_seg=True)
     with pytest.raises(InputError, match="--segment_label: the run predicts a label"):
-        predict(exams / "pe", scan, tmp_path / "out", segment_label="nodule")
+        predict_scan(exams / "pe", scan, tmp_path / "out", segment_label="nodule")
     assert not (tmp_path / "out").exists()
 
 
@@ -393,13 +403,15 @@ def test_thresholds_of_other_weights_are_refused(exams, tmp_path):
     ):
         path.write_text(content)
         with pytest.raises(InputError, match=message):
-            predict(exams / "pe", exams / "archive", tmp_path / "out", series_index=0, evaluation=path)
+            predict_scan(exams / "pe", exams / "archive", tmp_path / "out", series_index=0, evaluation=path)
     same = pretrained.load(exams / "pe").fingerprint
     path.write_text(json.dumps({**right, "model_fingerprint": same, "thresholds": {"slice": None, "exam": None}}))
     with pytest.raises(InputError, match="fixed no threshold: its validation split has one class only"):
-        predict(exams / "pe", exams / "archive", tmp_path / "out", series_index=0, evaluation=path)
+        predict_scan(exams / "pe", exams / "archive", tmp_path / "out", series_index=0, evaluation=path)
     with pytest.raises(InputError, match=r"cannot be read \(No such file"):
-        predict(exams / "pe", exams / "archive", tmp_path / "out", series_index=0, evaluation=tmp_path / "none.json")
+        predict_scan(
+            exams / "pe", exams / "archive", tmp_path / "out", series_index=0, evaluation=tmp_path / "none.json"
+        )
 
 
 def test_the_command_line(exams, tmp_path):

@@ -18,9 +18,9 @@ from pydicom.dataset import Dataset as DicomDataset
 from tensorboardX import SummaryWriter
 from training_runs import save_untrained, tiny_recipe
 
-from ctssl_jax.embed import embed
-from ctssl_jax.evaluate import evaluate
-from ctssl_jax.predict import predict
+from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.inference.embedding import embed
+from ctssl_jax.inference.prediction import Request, predict
 from ctssl_jax.runs.checkpoints import Checkpoints
 from data_prep.archives import list_sources, read_bytes
 from data_prep.dataset import Dataset
@@ -217,7 +217,7 @@ def test_real_scans(real_data, tmp_path, capfd):
     embed(out / "run", archive, out / "embeddings.parquet", rules=rules, num_workers=0)
     masks = write_example_dataset(tmp_path / "masks", image_size=32, masks=True)
     save_untrained(tiny_recipe(masks, "nodules", image_size=32), tmp_path / "nodules")
-    predict(tmp_path / "nodules", archive, out / "prediction", rules=rules, series_index=0)
+    predict(tmp_path / "nodules", Request(archive, rules=rules, series_index=0), out / "prediction")
     (out / "log").write_text("".join(capfd.readouterr()))
     source = privacy.read_source(archive)
     search = privacy.Search(source.values)

@@ -14,11 +14,20 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 from training_runs import save_untrained, start, tiny_config, tiny_recipe, train_on
 
-from ctssl_jax import checkpoint, configuration, data, linear_probes, training
+from ctssl_jax import data
 from ctssl_jax.data__batches import evaluation_batches, training_batches
-from ctssl_jax.linear_probes import IMAGES, LABELS, FrozenEncoder, ImageFeatures, LabelFeatures
-from ctssl_jax.probe import probe, table
+from ctssl_jax.ops.trees import flatten
+from ctssl_jax.probes import encoders, image_probe, label_probe
+from ctssl_jax.probes.encoders import FrozenEncoder
+from ctssl_jax.probes.image_probe import IMAGES, ImageFeatures
+from ctssl_jax.probes.label_probe import LABELS, LabelFeatures
+from ctssl_jax.probes.probing import probe, table
+from ctssl_jax.runs import checkpoints
+from ctssl_jax.runs.checkpoints import choose_step
+from ctssl_jax.runs.run import Run, from_json
+from ctssl_jax.stats.volumes import auroc_one_vs_rest
 from ctssl_jax.tasks import get_task
+from ctssl_jax.training__state import abstract_model, evaluation_keys
 from data_prep.dataset import Dataset
 from data_prep.system.errors import InputError
 
@@ -62,31 +71,29 @@ def test_ridge_equals_scikit_learn():
     random = np.random.default_rng(0)
     features = random.normal(3, [1.0, 20.0, 0.1, 0.0], (50, 4))
     outputs = features @ random.normal(size=(4, 3)) + random.normal(size=(50, 3))
-    sums = sum(linear_probes.gram(features[part], outputs[part]) for part in (slice(20), slice(20, 50)))
+    sums = sum(image_probe.gram(features[part], outputs[part]) for part in (slice(20), slice(20, 50)))
     for penalty in (1e-6, 1e-2, 1.0):
-        weights = linear_probes.ridge(sums, 4, penalty)
+        weights = image_probe.ridge(sums, 4, penalty)
         standard = StandardScaler().fit_transform(features[:, :3])
         expected = Ridge(alpha=50 * penalty).fit(standard, outputs).predict(standard)
         np.testing.assert_allclose(weights[0] + features @ weights[1:], expected, atol=1e-8)
         assert not weights[4].any()  # the constant feature
         error = np.square(expected - outputs).mean()
-        assert linear_probes.ridge_error(sums, weights) == pytest.approx(error, rel=1e-9)
+        assert image_probe.ridge_error(sums, weights) == pytest.approx(error, rel=1e-9)
 
 
 def test_patches_and_regions():
     images = np.random.default_rng(0).random((2, 8, 12, 3), np.float32)
-    patches = linear_probes.to_patches(images)
+    patches = image_probe.to_patches(images)
     assert patches.shape == (2, 2, 3, 48)
     np.testing.assert_array_equal(patches[1, 1, 2].reshape(4, 4, 3), images[1, 4:, 8:])
-    np.testing.assert_array_equal(linear_probes.from_patches(patches), images)
-    regions = linear_probes.pool(jnp.asarray(images), 4).reshape(2, 4, 4, 3)
+    np.testing.assert_array_equal(image_probe.from_patches(patches), images)
+    regions = encoders.pool(jnp.asarray(images), 4).reshape(2, 4, 4, 3)
     np.testing.assert_allclose(regions[0, 1, 3], images[0, 2:4, 9:].mean((0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(
-        linear_probes.area_weights(5, 2), [[0.4, 0.4, 0.2, 0, 0], [0, 0, 0.2, 0.4, 0.4]], atol=1e-7
-    )
+    np.testing.assert_allclose(encoders.area_weights(5, 2), [[0.4, 0.4, 0.2, 0, 0], [0, 0, 0.2, 0.4, 0.4]], atol=1e-7)
 
 
-@pytest.mark.parametrize("fit", [linear_probes.fit_logistic, linear_probes.fit_neighbours])
+@pytest.mark.parametrize("fit", [label_probe.fit_logistic, label_probe.fit_neighbours])
 def test_a_planted_label_is_found_and_a_shuffled_one_is_not(fit):
     random = np.random.default_rng(0)
 
@@ -101,7 +108,7 @@ def test_a_planted_label_is_found_and_a_shuffled_one_is_not(fit):
         readout = fit(train, validation)
         probabilities = readout.probabilities(test.pooled)
         np.testing.assert_allclose(probabilities.sum(axis=1), 1)
-        auroc = linear_probes.auroc_one_vs_rest(probabilities, test.label)
+        auroc = auroc_one_vs_rest(probabilities, test.label)
         assert auroc == pytest.approx(expected, abs=tolerance)
 
 
@@ -111,19 +118,19 @@ def test_planted_images_are_found():
     mixing = random.normal(size=(16, 16))
 
     def batches(chosen, kept=None):
-        patches = linear_probes.to_patches(images[chosen] / np.float32(255))
+        patches = image_probe.to_patches(images[chosen] / np.float32(255))
         pooled = images[chosen].reshape(len(chosen), -1)[:, :50].astype(np.float32)
         kept = np.ones(len(chosen), bool) if kept is None else kept
         yield ImageFeatures((patches @ mixing).astype(np.float32), pooled, images[chosen], None, chosen, kept)
 
     kept = np.arange(40) < 32
-    probes = linear_probes.fit_images(batches(np.arange(40), kept), batches(np.arange(8)))
+    probes = image_probe.fit_images(batches(np.arange(40), kept), batches(np.arange(8)))
     assert probes.number == 1 and len(probes.targets) == 32  # validation slices are among the training's
-    scores, record_index = linear_probes.score_images(probes, batches(np.arange(24, 40), np.arange(16) < 8))
+    scores, record_index = image_probe.score_images(probes, batches(np.arange(24, 40), np.arange(16) < 8))
     np.testing.assert_array_equal(record_index, np.arange(24, 32))
     for read in ("linear", "knn"):
         assert scores[f"{read}/mse"].max() < 1e-6 and scores[f"{read}/ssim"].min() > 0.999
-    scores, _ = linear_probes.score_images(probes, batches(np.arange(32, 40)))
+    scores, _ = image_probe.score_images(probes, batches(np.arange(32, 40)))
     assert scores["linear/mse"].max() < 1e-6 and scores["knn/mse"].min() > 0.05  # never seen in training
 
 
@@ -139,22 +146,22 @@ def test_inputs_targets_and_labels_equal_those_of_evaluation(task, tiny_dataset)
 
     @jax.jit  # drops the model: only what goes in and what should come out is asked for
     def evaluated(images, record_index):
-        model, keys = task_functions.build(config, nnx.Rngs(params=0)), training.evaluation_keys(record_index)
+        model, keys = task_functions.build(config, nnx.Rngs(params=0)), evaluation_keys(record_index)
         batch = {"images": images, "weight": jnp.ones(len(images))}
         output = task_functions.apply(model, batch, keys, None, config, train=False)
         return output.pictures["input"], output.pictures["target"], output.classes and output.classes["label"]
 
     inputs, target, label = jax.device_get(evaluated(batch["images"], batch["record_index"]))
     if task in LABELS:
-        features = linear_probes.label_features(same_image(), LABELS[task], evaluation_batches(source, 7))
+        features = label_probe.label_features(same_image(), LABELS[task], evaluation_batches(source, 7))
         np.testing.assert_array_equal(features.label, label)
         np.testing.assert_array_equal(
-            linear_probes.labels_of(features.record_index, LABELS[task].num_classes), features.label
+            label_probe.labels_of(features.record_index, LABELS[task].num_classes), features.label
         )
         np.testing.assert_allclose(features.pooled.reshape(inputs.shape), inputs, atol=1e-6)
         return
     assert source.table.shape[1] == len(IMAGES[task].offsets)
-    (features,) = linear_probes.image_features(same_image(), IMAGES[task], [batch])
+    (features,) = image_probe.image_features(same_image(), IMAGES[task], [batch])
     np.testing.assert_allclose(features.latents, inputs, atol=1e-6)
     np.testing.assert_allclose(features.target / 255, target, atol=1e-6)
     covered = features.region is not None and features.region.sum(axis=(1, 2, 3))
@@ -164,7 +171,7 @@ def test_inputs_targets_and_labels_equal_those_of_evaluation(task, tiny_dataset)
 def test_targets_are_the_same_for_every_grey_scale_of_the_encoder(tiny_dataset):
     batch = next(evaluation_batches(data.open_source(Dataset.open(tiny_dataset), "test", (0,), (0,)), 4))
     encoder = same_image(channels=3, normalize="slice_minmax")
-    (features,) = linear_probes.image_features(encoder, IMAGES["clean"], [batch])
+    (features,) = image_probe.image_features(encoder, IMAGES["clean"], [batch])
     assert features.latents.shape == (4, 16, 16, 3) and features.latents.max() == 1
     np.testing.assert_array_equal(features.target, batch["images"][:, 0])
 
@@ -174,18 +181,19 @@ def test_targets_are_the_same_for_every_grey_scale_of_the_encoder(tiny_dataset):
 
 @pytest.mark.parametrize("task", ["masked_region", "rotation"])
 def test_only_the_encoder_is_read_and_it_is_the_run_s(task, runs, monkeypatch):
-    config = configuration.from_json(json.loads((runs / task / "config.json").read_text()))
-    step, names, restore = checkpoint.choose_step(runs / task), [], checkpoint.restore
+    config = from_json(json.loads((runs / task / "config.json").read_text()))
+    run, names, restore = Run.open(runs / task), [], checkpoints.restore
+    step = run.choose_step()
 
-    def recording_restore(workdir, step, like):
-        names.extend(checkpoint.flatten(like))
-        return restore(workdir, step, like)
+    def recording_restore(workdir, step, template):
+        names.extend(flatten(template))
+        return restore(workdir, step, template)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "restore", recording_restore)
-        encoder = linear_probes.trained_encoder(config, get_task(task), runs / task, step)
+        patch.setattr(checkpoints, "restore", recording_restore)
+        encoder = encoders.trained_encoder(config, get_task(task), run, step)
     assert names and all(name.split("/")[:2] in (["params", "encoder"], ["variables", "encoder"]) for name in names)
-    graph, params, variables = training.abstract_model(config, get_task(task))
+    graph, params, variables = abstract_model(config, get_task(task))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     whole = restore(runs / task, step, jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -198,17 +206,17 @@ def test_only_the_encoder_is_read_and_it_is_the_run_s(task, runs, monkeypatch):
     np.testing.assert_allclose(latents, expected, atol=1e-5)
     assert pooled.shape == (3, 16 * 4)
     np.testing.assert_allclose(pooled, latents.reshape(3, -1), atol=1e-6)  # 4 x 4 latents are their own regions
-    assert linear_probes.num_features(encoder, 16) == {"latent": 4, "pooled": 64}
+    assert encoders.num_features(encoder, 16) == {"latent": 4, "pooled": 64}
 
 
 def test_an_untrained_encoder_has_the_statistics_of_the_training_slices(tiny_dataset):
     config = tiny_recipe(tiny_dataset, "rotation")
     source = data.open_source(Dataset.open(tiny_dataset), "train", (0,), (0,))
-    encoder = linear_probes.untrained_encoder(config, get_task("rotation"), training_batches(source, 8, seed=0))
-    again = linear_probes.untrained_encoder(config, get_task("rotation"), training_batches(source, 8, seed=0))
+    encoder = encoders.untrained_encoder(config, get_task("rotation"), training_batches(source, 8, seed=0))
+    again = encoders.untrained_encoder(config, get_task("rotation"), training_batches(source, 8, seed=0))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, encoder.state, again.state)))
     images = np.stack([source[index]["images"][0] for index in range(60)]).astype(np.float32) / 255
-    model = nnx.merge(linear_probes._abstract_encoder(config, get_task("rotation"))[0], *encoder.state)
+    model = nnx.merge(encoders._abstract_encoder(config, get_task("rotation"))[0], *encoder.state)
     before = model.downsample[0].conv(images)
     norm = model.downsample[0].norm
     np.testing.assert_allclose(norm.mean[...], before.mean((0, 1, 2)), atol=0.03)
@@ -218,12 +226,12 @@ def test_an_untrained_encoder_has_the_statistics_of_the_training_slices(tiny_dat
 
 def test_the_pixel_control_averages():
     images = np.random.default_rng(0).random((2, 16, 16, 1), np.float32)
-    encoder = linear_probes.pixel_encoder(1, 4)
+    encoder = encoders.pixel_encoder(1, 4)
     latents, pooled = encoder.encode(encoder.state, images)
     np.testing.assert_allclose(latents[1, 2, 3, 0], images[1, 8:12, 12:].mean(), rtol=1e-5)
     assert pooled.shape == (2, 64)  # as many as 4 x 4 regions of 4 features
     np.testing.assert_allclose(pooled[0, 9], images[0, 2:4, 2:4].mean(), rtol=1e-5)
-    assert linear_probes.num_features(linear_probes.pixel_encoder(1, 64), 16) == {"latent": 1, "pooled": 256}
+    assert encoders.num_features(encoders.pixel_encoder(1, 64), 16) == {"latent": 1, "pooled": 256}
 
 
 # ---- Results ----
@@ -242,7 +250,7 @@ def test_result_files(runs, results, tiny_dataset):
             "num_train_slices": 60, "num_train_pairs": 50, "num_slices": 24, "num_pairs": 20,  # a gap in each volume
             "num_patients_seen_in_training": 0, "num_features": {"latent": 4, "pooled": 64}, "seed": 0,
             "dataset_fingerprint": Dataset.open(tiny_dataset).preparation["fingerprint"],
-            "checkpoint_step": checkpoint.choose_step(runs / task),
+            "checkpoint_step": choose_step(runs / task),
         }.items() <= content.items()  # fmt: skip
         assert set(content["chosen"]) == {name.rsplit("/", 1)[0] for name in NAMES}
         assert str(tiny_dataset) not in output.read_text() and str(runs) not in output.read_text()

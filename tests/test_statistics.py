@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from ctssl_jax import comparisons
-from ctssl_jax.predictions import Predictions
+from ctssl_jax.evaluation import comparisons
+from ctssl_jax.evaluation.predictions import Predictions
 from ctssl_jax.stats import binary, bootstrap, subgroups
 from data_prep.system.errors import InputError
 

@@ -22,7 +22,7 @@ from training_runs import (
 
 from configs import masked_region
 from ctssl_jax import corruptions, data
-from ctssl_jax.evaluate import evaluate, table
+from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.ops.images import ssim
 from ctssl_jax.tasks import TASKS, get_task
 from ctssl_jax.training__recipe import check_config

@@ -15,7 +15,8 @@ from ctssl_jax.ops.trees import flatten
 from ctssl_jax.torch_bridge import names
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
-from ctssl_jax.torch_bridge import ctssl_torch, parity  # noqa: E402  (they need it)
+from ctssl_jax.release import parity  # noqa: E402
+from ctssl_jax.torch_bridge import ctssl_torch  # noqa: E402  (they need it)
 
 SMALL = dict(hidden=(6, 10), depth=2, embedding_dim=5)
 MODELS = {

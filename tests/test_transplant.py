@@ -10,7 +10,7 @@ from example_dataset import change_preparation, write_example_dataset
 from training_runs import ask_to_stop_at, assert_same_state, renew_sums, saved_state, tiny_recipe, train_on
 
 from ctssl_jax import distributed
-from ctssl_jax.evaluate import evaluate, table
+from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks import get_task

@@ -49,6 +49,12 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def portable(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A configuration as JSON for results and exports: without the paths of this machine."""
+    paths = ("dataset", "init_from", "init_weights")
+    return {name: value for name, value in to_json(config).items() if name not in paths}
+
+
 def from_json(content: dict[str, Any]) -> ml_collections.ConfigDict:
     """The inverse of `to_json`."""
     return ml_collections.ConfigDict(content)

@@ -123,7 +123,7 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
 
     Intervals and p are of the paired bootstrap by test patient; p is corrected by Holm over all rows.
     """
-    from ctssl_jax import comparisons, predictions  # here: they import JAX, which --help does not need
+    from ctssl_jax.evaluation import comparisons, predictions  # here: they import JAX, which --help does not need
 
     rows = []
     for arm, fraction, steps in dict.fromkeys((point.arm, point.fraction, point.steps) for point in cells):

@@ -27,9 +27,9 @@ import ml_collections
 import numpy as np
 
 from ctssl_jax import distributed
-from ctssl_jax.embed import embed
-from ctssl_jax.evaluate import evaluate
-from ctssl_jax.export import export
+from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.inference.embedding import embed
+from ctssl_jax.release.exporting import export
 from ctssl_jax.reports import Reports
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.run import open_workdir, to_json

@@ -1,25 +1,27 @@
-"""What a label run says of one scan: probabilities of its slices, and of the exam by the rule of the evaluation."""
+"""The label of one scan: probabilities of its slices, and of the exam by the rule of the evaluation."""
 
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import ml_collections
 import numpy as np
 
+from ctssl_jax.data__labels import label_classes
+from ctssl_jax.inference.pictures import save_curve
+from ctssl_jax.inference.pretrained import PretrainedModel
+from ctssl_jax.stats.binary import exam_scores
+from data_prep.dataset import Dataset
+from data_prep.raw.scans import Scan, prepared_volume
 from data_prep.system.errors import InputError
-
-if TYPE_CHECKING:
-    from ctssl_jax.pretrained import PretrainedModel
-    from data_prep.raw.scans import Scan
 
 TASKS = ("slice_label", "slice_label_se_resnext")
 
 
 def predict_label(
-    model: "PretrainedModel", scan: "Scan", thresholds: dict[str, float | None], output: Path, title: str
-) -> dict:
+    model: PretrainedModel, scan: Scan, thresholds: dict[str, float | None], output: Path, title: str
+) -> dict[str, Any]:
     """Write slices.csv and prediction.png.
 
     The exam's score is as in `outcomes.label_metrics`: of a two-class label of slices the highest slice, of any other
@@ -33,11 +35,8 @@ def predict_label(
       title: of the picture; the score is added.
 
     Returns:
-      What goes into prediction.json.
+      Fields of prediction.json.
     """
-    from ctssl_jax.prediction_pictures import save_curve
-    from data_prep.raw.scans import prepared_volume
-
     probabilities = model.outputs(prepared_volume(scan))["probabilities"]
     slices = np.arange(len(probabilities))
     if model.config.slices == "middle":  # the run has learned from no other slices
@@ -49,12 +48,12 @@ def predict_label(
 
     rule, scores = exam_probabilities(probabilities, level)
     exam = {"rule": rule, "probabilities": dict(zip(classes, scores.tolist(), strict=True))}
-    threshold, of_slice = thresholds.get("exam" if level == "slice" else "volume"), thresholds.get("slice")
+    threshold, slice_threshold = thresholds.get("exam" if level == "slice" else "volume"), thresholds.get("slice")
     if threshold is not None:
         exam |= {"threshold": threshold, "positive": bool(scores[1] >= threshold)}
-    if of_slice is not None:
-        above = int(np.count_nonzero(probabilities[:, 1] >= of_slice))
-        exam |= {"slice_threshold": of_slice, "slices_at_or_above_threshold": above}
+    if slice_threshold is not None:
+        above = int(np.count_nonzero(probabilities[:, 1] >= slice_threshold))
+        exam |= {"slice_threshold": slice_threshold, "slices_at_or_above_threshold": above}
     binary = len(classes) == 2
     shown = probabilities[:, 1:] if binary else probabilities
     top = int(shown.max(axis=1).argmax())
@@ -65,7 +64,7 @@ def predict_label(
         {f"P({name})": curve for name, curve in zip(classes[1:] if binary else classes, shown.T, strict=True)},
         scan.images[slices[top], ..., 0],
         top,
-        threshold=of_slice,
+        threshold=slice_threshold,
         title=f"{title}: {model.config.label}, P({classes[named]}) = {scores[named]:.3f} ({rule})",
     )
     return {
@@ -82,9 +81,7 @@ def predict_label(
 
 
 def exam_probabilities(probabilities: np.ndarray, level: str) -> tuple[str, np.ndarray]:
-    """The rule in words and the exam's probabilities [K] float64, of those of its slices [N, K]."""
-    from ctssl_jax.stats.binary import exam_scores
-
+    """The rule in words, and the probabilities of the exam [K] float64 from those of its slices [N, K]."""
     if level == "slice" and probabilities.shape[1] == 2:
         (positive,) = exam_scores(probabilities[:, 1], np.zeros(len(probabilities), int), 1)
         return "highest slice", np.array([1 - positive, positive])
@@ -92,7 +89,7 @@ def exam_probabilities(probabilities: np.ndarray, level: str) -> tuple[str, np.n
 
 
 def read_thresholds(path: str | Path, config: ml_collections.ConfigDict, fingerprint: str) -> dict[str, float | None]:
-    """What an evaluation of these weights fixed on the validation split: thresholds of `slice` and `exam`, or `volume`.
+    """Thresholds that an evaluation of these weights fixed on the validation split: of `slice` and `exam`, or `volume`.
 
     Args:
       path: RESULT.json of `ctssl_jax.evaluate`.
@@ -137,11 +134,8 @@ def _write_csv(
             writer.writerow([int(index), f"{position:.3f}", *(f"{value:.6g}" for value in row)])
 
 
-def _classes(model: "PretrainedModel", number: int) -> tuple[tuple[str, ...], str]:
+def _classes(model: PretrainedModel, number: int) -> tuple[tuple[str, ...], str]:
     """Names of the classes and the label's level; numbers where nothing names an attribute's classes any more."""
-    from ctssl_jax.data__labels import label_classes
-    from data_prep.dataset import Dataset
-
     label = model.config.label
     if label in model.preparation["labels"]:
         facts = model.preparation["labels"][label]

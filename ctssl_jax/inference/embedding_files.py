@@ -1,8 +1,9 @@
-"""Files of embeddings: one part a volume while the work goes on, then FILE.parquet or FILE.npz.
+"""Files of embeddings: one part a volume while the work lasts, then FILE.parquet or FILE.npz.
 
 FILE.parquet holds a row a slice: `volume_id`, `patient_id`, `slice_index`, `position_mm`, `embedding` (fixed-size list
 of D float32); beside it FILE.volumes.parquet a row a volume: `volume_id`, `patient_id`, `split`, `num_slices`, `mean`
-and `max` over the slices. What made them stands as JSON under `ctssl_jax` in the metadata of both schemas.
+and `max` over the slices. The settings that made them stand as JSON under `ctssl_jax`
+in the metadata of both schemas.
 
 FILE.npz holds the same as arrays: of V volumes `volume_id`, `patient_id`, `split`, `num_slices`, `mean`, `max` [V, D];
 of N slices `slice_volume` (which volume), `slice_index`, `position_mm`, `embedding` [N, D]; and `facts`, the JSON.
@@ -72,7 +73,7 @@ def volumes_path(output: Path) -> Path:
 
 
 def write_part(path: Path, content: VolumeEmbedding | Refused) -> None:
-    """Writes what became of one volume, in full or not at all."""
+    """Writes the embedding of one volume, or its refusal, in full or not at all."""
     buffer = io.BytesIO()
     np.savez(buffer, **content._asdict())
     write_file(path, buffer.getvalue())
@@ -95,7 +96,7 @@ def write(output: Path, volumes: Iterable[VolumeEmbedding], embedding_dim: int, 
       output: FILE.parquet (a volume at a time is in memory) or FILE.npz (all embeddings are).
       volumes: in the order of the rows; at least one.
       embedding_dim: D.
-      facts: what made them, in types of JSON.
+      facts: settings that made them, in types of JSON.
     """
     text = json.dumps(facts, sort_keys=True)
     if output.suffix == ".parquet":
@@ -105,7 +106,7 @@ def write(output: Path, volumes: Iterable[VolumeEmbedding], embedding_dim: int, 
 
 
 def read_facts(output: Path) -> dict[str, Any] | None:
-    """What made the results that are there; None if there are none, or other files of these names."""
+    """The settings that made existing results; None without results, or with other files of these names."""
     try:
         if output.suffix == ".npz":
             with np.load(output) as arrays:
@@ -114,7 +115,7 @@ def read_facts(output: Path) -> dict[str, Any] | None:
 
         facts = [parquet.read_schema(path).metadata[_METADATA] for path in (output, volumes_path(output))]
         return json.loads(facts[0]) if facts[0] == facts[1] else None
-    except Exception:  # absent, of another kind or damaged: they are written anew
+    except Exception:  # absent, of another kind or damaged: they are written again
         return None
 
 

@@ -23,14 +23,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ctssl_jax import checkpoint as checkpoint_files
-from ctssl_jax import configuration, data, distributed, training
+from ctssl_jax.data import neighbour_table, select_channels, selected_windows
+from ctssl_jax.distributed import make_mesh, replicated, split_along_batch, to_devices
 from ctssl_jax.hu_arrays import prepare_array
 from ctssl_jax.models.classifier import Classifier
+from ctssl_jax.ops.trees import fingerprint, flatten
+from ctssl_jax.runs.run import Run
 from ctssl_jax.task_interface import Task, item_slices
 from ctssl_jax.tasks import get_task
-from data_prep.raw import scans
-from data_prep.raw.scans import PreparedVolume, prepared_volume
+from ctssl_jax.training__state import evaluation_keys, restore_model
+from data_prep.raw.scans import PreparedVolume, Refused, nothing_taken, plan_scans, prepared_volume, read_scan
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 
@@ -48,16 +50,14 @@ class PretrainedModel:
     """A checkpoint on all devices of this process; made by `load`.
 
     Attributes:
-      config: the run's configuration.
-      preparation: `preparation.json` of the run's own data.
+      run: the run.
       windows: (level, width) in HU that the model reads, a channel each.
       step: of the checkpoint.
       batch_size: slices at a time, a multiple of the devices.
       state: the model's `params` and `variables`, on the devices.
     """
 
-    config: ml_collections.ConfigDict = dataclasses.field(repr=False)
-    preparation: dict = dataclasses.field(repr=False)
+    run: Run = dataclasses.field(repr=False)
     windows: tuple[tuple[float, float], ...]
     step: int
     batch_size: int
@@ -69,6 +69,16 @@ class PretrainedModel:
     _latents: Callable | None = dataclasses.field(repr=False)
 
     @property
+    def config(self) -> ml_collections.ConfigDict:
+        """The configuration of the run."""
+        return self.run.config
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """`preparation.json` of the data that the run learned from."""
+        return self.run.preparation
+
+    @property
     def image_size(self) -> int:
         """Height and width of the slices in pixels."""
         return self.config.image_size
@@ -76,7 +86,7 @@ class PretrainedModel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the numbers, the `model_fingerprint` of results."""
-        return checkpoint_files.fingerprint(checkpoint_files.flatten(self.state))
+        return fingerprint(flatten(self.state))
 
     @property
     def embedding_dim(self) -> int:
@@ -153,7 +163,7 @@ class PretrainedModel:
             "first_record": 0,
             "gap_positions": " ".join(map(str, prepared.gap_positions)),
         }
-        batch = {"images": images, "neighbours": data.neighbour_table([row], self._offsets, repeat_edges=True)}
+        batch = {"images": images, "neighbours": neighbour_table([row], self._offsets, repeat_edges=True)}
         if self._task.targets(self.config).lung_box:
             if prepared.lung_box is None:
                 raise InputError("this model crops slices to the lungs; give HU with an affine, or the path of a scan")
@@ -164,14 +174,14 @@ class PretrainedModel:
     def _prepare_path(self, path: Path, affine: np.ndarray | None, rules: Rules | None) -> PreparedVolume:
         if affine is not None:
             raise InputError("an affine goes with an array; a scan on disk has its own, leave it out")
-        plan = scans.plan_scans(path, rules=rules)
+        plan = plan_scans(path, rules=rules)
         if len(plan.exams) > 1:
             raise InputError(
                 f"--input={path} holds {len(plan.exams)} scans; give one, or all to python -m ctssl_jax.embed"
             )
-        scan = scans.read_scan(plan.input_dir, plan.exams[0], self.windows, self.image_size, rules)
-        if isinstance(scan, scans.Refused):
-            raise InputError(scans.nothing_taken(path, [scan]))
+        scan = read_scan(plan.input_dir, plan.exams[0], self.windows, self.image_size, rules)
+        if isinstance(scan, Refused):
+            raise InputError(nothing_taken(path, [scan]))
         return prepared_volume(scan)
 
     def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -197,7 +207,7 @@ class PretrainedModel:
             batch = {name: values[index] for name, values in arrays.items() if name != "neighbours"}
             neighbours = arrays["neighbours"][index] if "neighbours" in arrays else index[:, None]
             batch["images"] = arrays["images"][neighbours]
-            running = function(self.state, distributed.to_devices(self._mesh, batch))
+            running = function(self.state, to_devices(self._mesh, batch))
             if pending is not None:  # fetch one batch behind, so that the devices never wait for the host
                 fetched.append(jax.device_get(pending))
             pending = running
@@ -205,26 +215,26 @@ class PretrainedModel:
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:number], *fetched)
 
 
-def load(workdir: str | Path, checkpoint: str = "best", *, batch_size: int = 0) -> PretrainedModel:
-    """Load a run's model.
+def load(workdir: str | Path | Run, checkpoint: str = "best", *, batch_size: int = 0) -> PretrainedModel:
+    """Load the model of a run.
 
     Args:
-      workdir: run directory, of any task.
+      workdir: run directory, of any task, or the opened run.
       checkpoint: `best`, `last` or a step.
       batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the training's.
 
     Raises:
       InputError: no such run or checkpoint.
     """
-    workdir = Path(workdir).expanduser()
     if batch_size < 0:
         raise InputError(f"--batch_size={batch_size}: must be 0 or more")
-    config, preparation = configuration.read_run(workdir)
-    windows = data.selected_windows(preparation, data.select_channels(preparation, config.windows))
-    step, task = checkpoint_files.choose_step(workdir, checkpoint), get_task(config.task)
-    mesh = distributed.make_mesh(jax.local_devices())
+    run = workdir if isinstance(workdir, Run) else Run.open(Path(workdir).expanduser())
+    config = run.config
+    windows = selected_windows(run.preparation, select_channels(run.preparation, config.windows))
+    step, task = run.choose_step(checkpoint), get_task(config.task)
+    mesh = make_mesh(jax.local_devices())
     batch_size = batch_size or config.batch_size // config.microbatches
-    graph, state = training.restore_model(workdir, step, config, task, distributed.replicated(mesh))
+    graph, state = restore_model(run.workdir, step, config, task, replicated(mesh))
     downstream = _sees_whole_slices(task, config)
 
     def outputs(state: dict, batch: dict) -> dict[str, jax.Array]:
@@ -235,11 +245,10 @@ def load(workdir: str | Path, checkpoint: str = "best", *, batch_size: int = 0) 
         model = nnx.merge(graph, state["params"], state["variables"], copy=True)
         return model.encoder(item_slices(batch["images"], 0, config), train=False)
 
-    shardings = (distributed.replicated(mesh), distributed.split_along_batch(mesh))
+    shardings = (replicated(mesh), split_along_batch(mesh))
     jitted = functools.partial(jax.jit, in_shardings=shardings, out_shardings=shardings[1])
     return PretrainedModel(
-        config=config,
-        preparation=preparation,
+        run=run,
         windows=tuple(windows),
         step=step,
         batch_size=-(-batch_size // mesh.size) * mesh.size,
@@ -259,13 +268,13 @@ def _sees_whole_slices(task: Task, config: ml_collections.ConfigDict) -> bool:
 
 
 def _downstream_outputs(model: nnx.Module, batch: dict, task: Task, config) -> dict[str, jax.Array]:
-    """What evaluation computes; its scores against made-up targets are not used, and the compiler leaves them out."""
+    """The outputs of an evaluation. Its scores are against made-up targets: unused, so the compiler leaves them out."""
     number, _, height, width, _ = batch["images"].shape
     targets = {"label": jnp.zeros(number, jnp.int32), "mask": jnp.zeros((number, height, width), jnp.uint8)}
-    keys = training.evaluation_keys(jnp.zeros(number, jnp.int32))
+    keys = evaluation_keys(jnp.zeros(number, jnp.int32))
     output = task.apply(model, batch | targets, keys, None, config, train=False)
-    found = {"embedding": output.embedding}
-    return found | ({"probabilities": output.classes["probabilities"]} if output.classes else {})
+    embedding = {"embedding": output.embedding}
+    return embedding | ({"probabilities": output.classes["probabilities"]} if output.classes else {})
 
 
 def _encoder_outputs(model: nnx.Module, batch: dict, config) -> dict[str, jax.Array]:

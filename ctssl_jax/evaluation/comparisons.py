@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ctssl_jax.evaluation.predictions import Predictions
 from ctssl_jax.ops.overlap import dice, iou
-from ctssl_jax.predictions import Predictions
 from ctssl_jax.stats.binary import binary_statistic, multiclass_statistic
 from ctssl_jax.stats.bootstrap import Statistic, interval, mean_over, patient_bootstrap, weighted_mean
 from data_prep.system.errors import InputError

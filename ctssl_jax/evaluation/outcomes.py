@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ctssl_jax.evaluation.predictions import Predictions
 from ctssl_jax.ops.overlap import add_up, dice, iou
-from ctssl_jax.predictions import Predictions
 from ctssl_jax.stats.binary import binary_summary, exam_scores, multiclass_summary, youden_threshold
 from ctssl_jax.stats.subgroups import age_band, performance_by_group
 from ctssl_jax.stats.volumes import overlap_summary

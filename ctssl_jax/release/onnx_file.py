@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 
-from ctssl_jax.torch_bridge import parity
+from ctssl_jax.release import parity
 from data_prep.system.errors import RunFailed
 
 OPSET = 18
@@ -20,7 +19,7 @@ _MAX_OTHER_CODES = 0.01
 
 
 def output_names(outputs: Iterable[str]) -> list[str]:
-    """The outputs that a user of the model gets; losses and what the codes say already are left out."""
+    """The outputs that a user of the model gets; losses, and outputs that follow from the codes, are left out."""
     return [name for name in outputs if not name.endswith("_loss") and name != "quantized"]
 
 
@@ -83,6 +82,8 @@ def write(path: Path, twin: torch.nn.Module, images: np.ndarray, expected: dict[
 def _compare(
     path: Path, twin: torch.nn.Module, names: list[str], images: np.ndarray, expected: dict[str, np.ndarray]
 ) -> dict[str, float]:
+    import onnxruntime  # an extra
+
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     differences = dict.fromkeys(names, 0.0)
     for chosen in (slice(None), *(slice(index, index + 1) for index in range(len(images)))):

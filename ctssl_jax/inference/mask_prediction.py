@@ -1,20 +1,24 @@
-"""What a segmentation run says of one scan: the mask in the scan's own geometry, and its regions."""
+"""The mask of one scan in the geometry of the scan, and its regions."""
 
 import importlib.util
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
+from ctssl_jax.inference.pictures import save_regions
+from ctssl_jax.inference.pretrained import PretrainedModel
+from ctssl_jax.task_interface import item_slices
+from ctssl_jax.tasks import get_task
+from ctssl_jax.training__state import abstract_model
 from data_prep import mask_output, mask_regions
 from data_prep.headers import NIFTI
+from data_prep.raw.scans import Scan
+from data_prep.volume import Volume
 from data_prep.window import window_to_uint8
-
-if TYPE_CHECKING:
-    from ctssl_jax.pretrained import PretrainedModel
-    from data_prep.raw.scans import Scan
-    from data_prep.volume import Volume
 
 TASKS = ("segmentation", "segmentation_standard_unet")
 THRESHOLD = 0.5  # as `ctssl_jax.evaluate` measures masks
@@ -27,15 +31,15 @@ IDENTITY_NOTE = (
 
 
 def predict_mask(
-    model: "PretrainedModel",
-    scan: "Scan",
+    model: PretrainedModel,
+    scan: Scan,
     input_dir: Path,
     output: Path,
     title: str,
     *,
     dicom_seg: bool | None = None,
     segment_label: str = "",
-) -> tuple[dict, list[str]]:
+) -> tuple[dict[str, Any], list[str]]:
     """Write mask.nii.gz, segmentation.dcm and prediction.png.
 
     Probabilities are brought back to the scan's matrix, and cut at `THRESHOLD` there.
@@ -50,7 +54,7 @@ def predict_mask(
       segment_label: Segment Label; "" takes `nodule` for a run on LIDC-IDRI, else `foreground`.
 
     Returns:
-      What goes into prediction.json, and notes: what could not be written, and what must be known.
+      Fields of prediction.json, and notes: files that could not be written, and facts that must be known.
     """
     volume = scan.volume
     probabilities = np.empty(volume.hu.shape, np.float32)
@@ -62,7 +66,7 @@ def predict_mask(
     volume_ml = num_voxels * mask_regions.voxel_ml(volume)
     total = f"{len(regions)} regions, {volume_ml:.2f} ml" if regions else "no foreground"
     _save_picture(output / "prediction.png", model, volume, mask, probabilities, regions, f"{title}: {total}")
-    found = {
+    prediction = {
         "threshold": THRESHOLD,
         "volume_ml": round(volume_ml, 4),
         "num_foreground_voxels": num_voxels,
@@ -76,19 +80,12 @@ def predict_mask(
         mask_output.mask_image(mask, volume, input_dir).to_filename(output / "mask.nii.gz")
     except mask_output.MaskOutputError as error:
         notes.append(f"mask.nii.gz was not written: {error}")
-    return found, notes + _write_dicom_seg(mask, model, volume, input_dir, output, dicom_seg, segment_label)
+    return prediction, notes + _write_dicom_seg(mask, model, volume, input_dir, output, dicom_seg, segment_label)
 
 
-def slice_probabilities(model: "PretrainedModel", images: np.ndarray) -> np.ndarray:
+def slice_probabilities(model: PretrainedModel, images: np.ndarray) -> np.ndarray:
     """How probable foreground is: slices [S, size, size, C] uint8 -> [S, size, size] float32."""
-    import jax
-    from flax import nnx
-
-    from ctssl_jax import training
-    from ctssl_jax.task_interface import item_slices
-    from ctssl_jax.tasks import get_task
-
-    graph, *_ = training.abstract_model(model.config, get_task(model.config.task))
+    graph, *_ = abstract_model(model.config, get_task(model.config.task))
 
     @jax.jit
     def probabilities(state: dict, batch: dict) -> jax.Array:
@@ -105,8 +102,8 @@ def can_write_dicom_seg() -> bool:
 
 def _write_dicom_seg(
     mask: np.ndarray,
-    model: "PretrainedModel",
-    volume: "Volume",
+    model: PretrainedModel,
+    volume: Volume,
     input_dir: Path,
     output: Path,
     dicom_seg: bool | None,
@@ -134,16 +131,14 @@ def _write_dicom_seg(
 
 def _save_picture(
     path: Path,
-    model: "PretrainedModel",
-    volume: "Volume",
+    model: PretrainedModel,
+    volume: Volume,
     mask: np.ndarray,
     probabilities: np.ndarray,
     regions: list[dict],
     title: str,
 ) -> None:
     """The largest regions, each where its area is largest; without any, the slice of the highest probability."""
-    from ctssl_jax.prediction_pictures import save_regions
-
     shown = list(dict.fromkeys(region["largest_slice"] for region in regions))[:_SHOWN]
     captions = []
     for k in shown:

@@ -1,9 +1,12 @@
-"""Pictures of what a model says of one scan: probabilities along its slices, or the regions that it drew."""
+"""Pictures of a prediction: probabilities along the slices of a scan, or the regions of its mask."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 FOOTER = "Research software; not for diagnosis."
 
@@ -80,10 +83,7 @@ def save_regions(
 
 def _figure(
     rows: int, columns: int, size: tuple[float, float], title: str, width_ratios: Sequence[float] | None = None
-):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+) -> tuple[Figure, Any]:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)

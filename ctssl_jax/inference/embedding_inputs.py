@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ctssl_jax import measurement
+from ctssl_jax.evaluation.measured_run import MeasuredRun
+from ctssl_jax.runs.run import Run
 from data_prep.dataset import Dataset
 from data_prep.dataset__schema import SPLITS
 from data_prep.privacy import pseudonyms
-from data_prep.raw import scans
+from data_prep.raw.scans import PreparedVolume, Refused, ScanPlan, prepared_volume, read_scan, refused_series
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
@@ -27,7 +28,7 @@ class Job(NamedTuple):
     """One volume to embed.
 
     volume_id: its pseudonym; of raw scans that of the preferred reconstruction.
-    digest: of everything about the volume that its embedding depends on.
+    digest: of all that its embedding depends on, for this volume.
     num_slices: about.
     source: an exam, or a row of `volumes.csv`.
     """
@@ -45,58 +46,61 @@ class InputVolume(NamedTuple):
     patient_id: str
     split: str
     position_mm: Any  # [S] float
-    prepared: scans.PreparedVolume
+    prepared: PreparedVolume
 
 
 class Input(NamedTuple):
     """An opened input.
 
     jobs: in the order of the results.
-    read: jobs -> what became of each, in their order.
+    read: jobs -> the volume of each, or its refusal, in their order.
     facts: of the results, with `key_fingerprint` of the pseudonyms.
     refused: series that the headers refuse.
     not_images: number of files that hold no image, by reason.
     """
 
     jobs: list[Job]
-    read: Callable[[list[Job]], Iterator[InputVolume | scans.Refused]]
+    read: Callable[[list[Job]], Iterator[InputVolume | Refused]]
     facts: dict[str, Any]
-    refused: list[scans.Refused]
+    refused: list[Refused]
     not_images: dict[str, int]
 
 
-def open_dataset(workdir: Path, dataset: Path, split: str | None) -> Input:
+def open_dataset(run: Run, dataset: Path, split: str | None) -> Input:
     """A prepared dataset, or one split of it.
 
     Raises:
-      InputError: it was prepared otherwise than the run's data, as `ctssl_jax.evaluate` refuses it, or no such split.
+      InputError: it was prepared otherwise than the data of the run, as `ctssl_jax.evaluate` refuses it, or the split
+        does not exist.
     """
     if split is not None and split not in SPLITS:
         raise InputError(f"--split={split}: choose one of {', '.join(SPLITS)}, or leave it out")
-    run = measurement.open_run(workdir, dataset, () if split is None else (split,), flag="--input")
-    fingerprint, key_fingerprint = run.preparation["fingerprint"], run.preparation["key_fingerprint"]
-    rows = [row for name in SPLITS if split in (None, name) for row in Dataset.open(dataset).volumes(name)]
+    measured = MeasuredRun.open(run, dataset, () if split is None else (split,), "--input")
+    opened, preparation = measured.dataset, measured.dataset.preparation
+    rows = [row for name in SPLITS if split in (None, name) for row in opened.volumes(name)]
     return Input(
-        jobs=[Job(row["volume_id"], f"{fingerprint} {row['volume_id']}", row["num_slices"], row) for row in rows],
-        read=functools.partial(_read_dataset, dataset, list(run.channels)),
+        jobs=[
+            Job(row["volume_id"], f"{opened.fingerprint} {row['volume_id']}", row["num_slices"], row) for row in rows
+        ],
+        read=functools.partial(_read_dataset, opened, list(measured.channels)),
         facts={
             "input": "dataset",
-            "dataset_fingerprint": fingerprint,
+            "dataset_fingerprint": opened.fingerprint,
             "split": split,
-            "synthetic": run.preparation["synthetic"],
-            "key_fingerprint": key_fingerprint,
+            "synthetic": preparation["synthetic"],
+            "key_fingerprint": preparation["key_fingerprint"],
         },
         refused=[],
         not_images={},
     )
 
 
-def _read_dataset(dataset: Path, channels: list[int], jobs: list[Job]) -> Iterator[InputVolume]:
-    sources = {name: Dataset.open(dataset).source(name) for name in {job.source["split"] for job in jobs}}
+def _read_dataset(dataset: Dataset, channels: list[int], jobs: list[Job]) -> Iterator[InputVolume]:
+    sources = {name: dataset.source(name) for name in {job.source["split"] for job in jobs}}
     for job in jobs:
         row = job.source
         records = [sources[row["split"]][row["first_record"] + index] for index in range(row["num_slices"])]
-        prepared = scans.PreparedVolume(
+        prepared = PreparedVolume(
             np.stack([record["image"][..., channels] for record in records]),
             tuple(map(int, row["gap_positions"].split())),
             row["lung_box"],
@@ -106,17 +110,17 @@ def _read_dataset(dataset: Path, channels: list[int], jobs: list[Job]) -> Iterat
 
 
 def open_scans(
-    plan: scans.ScanPlan,
+    plan: ScanPlan,
     rules: Rules,
     key: bytes,
     windows: tuple[tuple[float, float], ...],
     image_size: int,
     num_workers: int,
 ) -> Input:
-    """Raw scans. They are ordered by pseudonyms, so that the order of the results tells nothing of the archive's.
+    """Raw scans, ordered by pseudonyms: the order of the results does not tell the order of the archive.
 
     Args:
-      plan, rules: see `scans.plan_scans`.
+      plan, rules: see `data_prep.raw.scans.plan_scans`.
       key: of the pseudonyms.
       windows, image_size: of the model.
       num_workers: processes that decode ahead of the model; 0 this process alone.
@@ -139,12 +143,12 @@ def open_scans(
             "synthetic": any(header.quality_control_subject for exam in plan.exams for header in exam[0].headers),
             "key_fingerprint": pseudonyms.key_fingerprint(key),
         },
-        refused=scans.refused_series(plan, key),
+        refused=refused_series(plan, key),
         not_images=dict(collections.Counter(entry.reason for entry in plan.not_images).most_common()),
     )
 
 
-def _read_scans(tasks: list[tuple], volume_ids: list[str], num_workers: int) -> Iterator[InputVolume | scans.Refused]:
+def _read_scans(tasks: list[tuple], volume_ids: list[str], num_workers: int) -> Iterator[InputVolume | Refused]:
     if num_workers == 0 or len(tasks) < 2:
         for task in tasks:
             yield _read_scan(*task)
@@ -152,16 +156,16 @@ def _read_scans(tasks: list[tuple], volume_ids: list[str], num_workers: int) -> 
     with WorkerPool(min(num_workers, len(tasks))) as pool:
         for volume_id, (_, result) in zip(volume_ids, pool.run(_read_scan, tasks), strict=True):
             if isinstance(result, WorkerDied):
-                result = scans.Refused(volume_id, FAILED_FOR_NOW, "the worker process died")
+                result = Refused(volume_id, FAILED_FOR_NOW, "the worker process died")
             yield result
 
 
-def _read_scan(*arguments: Any) -> InputVolume | scans.Refused:
-    """What the model reads of a scan; its HU stay in the worker."""
-    scan = scans.read_scan(*arguments)
-    if isinstance(scan, scans.Refused):
+def _read_scan(*arguments: Any) -> InputVolume | Refused:
+    """The part of a scan that the model reads; its HU stay in the worker."""
+    scan = read_scan(*arguments)
+    if isinstance(scan, Refused):
         return scan
-    return InputVolume(scan.volume_id, scan.patient_id, "", scan.position_mm, scans.prepared_volume(scan))
+    return InputVolume(scan.volume_id, scan.patient_id, "", scan.position_mm, prepared_volume(scan))
 
 
 # ---- Pseudonyms ----------------------------------------------------------------------------------------------
@@ -179,13 +183,13 @@ def read_key(pseudonym_key_file: str | Path | None) -> bytes | None:
         raise InputError(f"--pseudonym_key_file={error}") from None
 
 
-def keep_audit(output: Path, plan: scans.ScanPlan, key: bytes | None) -> bytes:
+def keep_audit(output: Path, plan: ScanPlan, key: bytes | None) -> bytes:
     """Makes or reads the key in the private folder OUTPUT-audit, and writes its sources.csv: the files of each volume.
 
     Args:
       output: beside which the folder lies.
       plan: of the scans.
-      key: one that the user gave; None takes that of the folder.
+      key: of the user; None takes the key of the folder.
 
     Returns:
       The key.
@@ -201,7 +205,7 @@ def keep_audit(output: Path, plan: scans.ScanPlan, key: bytes | None) -> bytes:
     except OSError as error:
         raise InputError(f"--output: cannot make {audit_dir} ({error.strerror}); choose another place") from None
     except InputError as error:
-        raise InputError(f"{error}; remove it to have another one made") from None
+        raise InputError(f"{error}; remove it, and another one is made") from None
     rows = []
     for candidate in (candidate for exam in plan.exams for candidate in exam):
         volume_id = pseudonyms.volume_id(key, candidate)
