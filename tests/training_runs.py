@@ -1,6 +1,7 @@
 """Tiny training runs and what they leave behind."""
 
 import importlib
+import json
 import os
 import runpy
 import signal
@@ -14,16 +15,17 @@ import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from ctssl_jax import reports, training__loop
+from ctssl_jax import reports, training__loop, training__setup
 from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, restore
 from ctssl_jax.runs.damage import write_sums
-from ctssl_jax.runs.run import open_workdir
+from ctssl_jax.runs.run import open_workdir, to_json
+from ctssl_jax.task_interface import Task
 from ctssl_jax.tasks import get_task
 from ctssl_jax.training__loop import train
-from ctssl_jax.training__step import run_step
+from ctssl_jax.training__step import Program, compile_step, make_program, run_step
 from data_prep.dataset import Dataset
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -104,8 +106,41 @@ def start(arguments: list[str], num_devices: int = 1) -> subprocess.Popen:
 
 
 def train_on(config: ml_collections.ConfigDict, workdir: Path, num_devices: int = 1) -> bool:
-    """`train` on the first few simulated devices."""
-    return train(config, workdir, jax.devices()[:num_devices])
+    """`train` on the first few simulated devices.
+
+    A program that was compiled before in this process, for the same model and devices, is taken again.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if training__setup.compile_step is compile_step:  # else a test replaced it
+            patch.setattr(training__setup, "make_program", program_made_once)
+            patch.setattr(training__setup, "compile_step", program_compiled_once)
+        return train(config, workdir, jax.devices()[:num_devices])
+
+
+_NOT_OF_THE_PROGRAM = (
+    *("dataset", "train_fraction", "init_from", "init_checkpoint", "init_weights", "leakage"),
+    *("log_every", "eval_every", "num_pictures", "reading_threads"),
+)
+_programs: dict[str, Program] = {}
+_compiled: dict[int, tuple[Program, int]] = {}
+
+
+def program_made_once(config: ml_collections.ConfigDict, task: Task, channels: int, mesh: Mesh) -> Program:
+    """`make_program`; a second call for the same model and devices returns the first program."""
+    fields = {name: value for name, value in to_json(config).items() if name not in _NOT_OF_THE_PROGRAM}
+    if config.schedule == "constant":
+        del fields["num_steps"]
+    key = json.dumps([fields, channels, mesh.devices.shape, [device.id for device in mesh.devices.flat]])
+    if key not in _programs:
+        _programs[key] = make_program(config, task, channels, mesh)
+    return _programs[key]
+
+
+def program_compiled_once(program: Program) -> tuple[Program, int]:
+    """`compile_step` of a program of `program_made_once`."""
+    if id(program) not in _compiled:
+        _compiled[id(program)] = compile_step(program)
+    return _compiled[id(program)]
 
 
 def ask_to_stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
