@@ -2,14 +2,16 @@ r"""Measure a trained model on a split of a dataset.
 
     python -m ctssl_jax.evaluate --workdir=RUN --dataset=DATASET --split=test --output=RESULT.json
 
-Every slice is scored, the slices of a volume are averaged, and the results are mean and standard deviation over
-volumes with a 95 % bootstrap interval by patient. Beside RESULT.json stand RESULT.csv (one row a volume), RESULT.png
-(input, target, prediction and difference of slices spread over the split) and RESULT.npz (these pictures as arrays).
+Every slice is scored, the slices of a volume are averaged, and the results are mean and standard
+deviation over volumes with a 95 % bootstrap interval by patient. Beside RESULT.json stand
+RESULT.csv (one row a volume), RESULT.png (input, target, prediction and difference of slices spread
+over the split) and RESULT.npz (these pictures as arrays).
 
-A label gives AUROC, average precision, calibration, sensitivity and specificity at a threshold that the validation
-split fixes, the same for exams, and AUROC by group of patients. A mask gives Dice and IoU of slices, volumes and
-patients.
-RESULT.predictions.npz holds what the model said of each slice, so that runs can be compared in pairs.
+A label gives AUROC, average precision, calibration, sensitivity and specificity at a threshold that
+the validation split fixes, the same for exams, and AUROC by group of patients. A mask gives Dice
+and IoU of slices, volumes and patients.
+RESULT.predictions.npz holds what the model said of each slice, so that runs can be compared in
+pairs.
 """
 
 import functools
@@ -29,10 +31,16 @@ def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
     text("output", None, "Results file, ending in .json.")
     text("checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step.")
     flags.DEFINE_integer(
-        "batch_size", 0, "Slices at a time; 0 takes the training's. Changes no result.", flag_values=given
+        "batch_size",
+        0,
+        "Slices at a time; 0 takes the training's. Changes no result.",
+        flag_values=given,
     )
     flags.DEFINE_bool(
-        "baselines", False, "Also score predictors without a model (reads training slices).", flag_values=given
+        "baselines",
+        False,
+        "Also score predictors without a model (reads training slices).",
+        flag_values=given,
     )
 
 
@@ -56,7 +64,9 @@ def start(given: flags.FlagValues) -> bool:
         baselines=given.baselines,
     )
     print(table(result))
-    print(f"written: {given.output} and, beside it, files of that name and other endings", flush=True)
+    print(
+        f"written: {given.output} and, beside it, files of that name and other endings", flush=True
+    )
     return True
 
 

@@ -8,12 +8,13 @@ FOLDER then holds all that a PyTorch user needs:
     weights.pt            state_dict; an autoencoder's is in the authors' layout
     weights.safetensors   the same
     model.onnx            images [batch, C, H, W] in [0, 1] -> the model's outputs
-    manifest.json         architecture, preprocessing, training, data, results, licence, parity, checksums
-    README.md             the same as a model card
-    test_input.npz        synthetic slices and what the model makes of them; `python ctssl_torch.py .` checks it
+    manifest.json         architecture, preprocessing, training, data, results, licence, parity,
+    checksums README.md             the same as a model card
+    test_input.npz        synthetic slices and what the model makes of them;
+    `python ctssl_torch.py .` checks it
 
-Nothing of it names a patient. The export fails if any layer of the PyTorch model differs from this package's by more
-than 1e-4 of the layer's largest value.
+Nothing of it names a patient. The export fails if any layer of the PyTorch model differs from this
+package's by more than 1e-4 of the layer's largest value.
 """
 
 from absl import flags
@@ -24,14 +25,24 @@ from data_prep.system.errors import InputError
 
 def define_flags() -> None:
     """Only where this module is the program."""
-    flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train or ctssl_jax.import_torch.")
-    flags.DEFINE_string("output_dir", None, "Folder that is made.")
-    flags.DEFINE_list("format", ["torch", "safetensors"], "Of torch, safetensors, onnx, separated by commas.")
     flags.DEFINE_string(
-        "license", None, "Licence of the weights (required): it follows from the data and from the initial weights."
+        "workdir", None, "Run directory of ctssl_jax.train or ctssl_jax.import_torch."
     )
-    flags.DEFINE_string("checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step.")
-    flags.DEFINE_multi_string("results", [], "Results of ctssl_jax.evaluate for the model card; may be repeated.")
+    flags.DEFINE_string("output_dir", None, "Folder that is made.")
+    flags.DEFINE_list(
+        "format", ["torch", "safetensors"], "Of torch, safetensors, onnx, separated by commas."
+    )
+    flags.DEFINE_string(
+        "license",
+        None,
+        "Licence of the weights (required): it follows from the data and from the initial weights.",
+    )
+    flags.DEFINE_string(
+        "checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step."
+    )
+    flags.DEFINE_multi_string(
+        "results", [], "Results of ctssl_jax.evaluate for the model card; may be repeated."
+    )
     flags.DEFINE_integer("num_test_slices", 2, "Synthetic slices that parity is measured on.")
 
 

@@ -1,12 +1,14 @@
-r"""Import weights from PyTorch into a run directory that `train` (`--config.init_from`), `evaluate` and `embed` accept.
+r"""Import weights from PyTorch into a run directory that `train` (`--config.init_from`), `evaluate`
+and `embed` accept.
 
     python -m ctssl_jax.import_torch --checkpoint=last.pth.tar --workdir=RUN
     python -m ctssl_jax.import_torch --checkpoint=EXPORTED_FOLDER --workdir=RUN
 
-The first form takes an autoencoder in the authors' layout, bare or as `{'model_state': ...}`, with or without the
-prefix `module.`; its sizes are read off the tensors. How its slices were prepared is not in such a file: the flags say
-it, and their defaults are those of the authors' release. The second takes a folder of `ctssl_jax.export`, of any model,
-which says everything itself. Nothing in a file is run: one with Python objects beside the tensors is refused.
+The first form takes an autoencoder in the authors' layout, bare or as `{'model_state': ...}`, with
+or without the prefix `module.`; its sizes are read off the tensors. How its slices were prepared is
+not in such a file: the flags say it, and their defaults are those of the authors' release. The
+second takes a folder of `ctssl_jax.export`, of any model, which says everything itself. Nothing in
+a file is run: one with Python objects beside the tensors is refused.
 """
 
 from pathlib import Path
@@ -23,13 +25,22 @@ def define_flags() -> None:
     """Only where this module is the program."""
     flags.DEFINE_string("checkpoint", None, "Weights file, or folder of ctssl_jax.export.")
     flags.DEFINE_string("workdir", None, "Run directory that is made.")
-    config_flags.DEFINE_config_file("config", "configs/masked_region.py", "Recipe of the authors' layout.")
-    flags.DEFINE_integer("image_size", 512, "Side of the slices in pixels (authors' layout).")
-    flags.DEFINE_multi_string("window", ["50,350"], "level,width in HU (authors' layout); repeatable.")
-    flags.DEFINE_enum(
-        "normalize", "slice_minmax", ["window", "slice_minmax"], "Grey values (authors' layout): theirs by default."
+    config_flags.DEFINE_config_file(
+        "config", "configs/masked_region.py", "Recipe of the authors' layout."
     )
-    flags.DEFINE_enum("output_activation", "tanh", ["tanh", "unit_tanh"], "Output range (authors' layout).")
+    flags.DEFINE_integer("image_size", 512, "Side of the slices in pixels (authors' layout).")
+    flags.DEFINE_multi_string(
+        "window", ["50,350"], "level,width in HU (authors' layout); repeatable."
+    )
+    flags.DEFINE_enum(
+        "normalize",
+        "slice_minmax",
+        ["window", "slice_minmax"],
+        "Grey values (authors' layout): theirs by default.",
+    )
+    flags.DEFINE_enum(
+        "output_activation", "tanh", ["tanh", "unit_tanh"], "Output range (authors' layout)."
+    )
 
 
 def start(given: flags.FlagValues) -> bool:
@@ -38,7 +49,7 @@ def start(given: flags.FlagValues) -> bool:
         if not given[name].value:
             raise InputError(f"give --{name}={example}")
     from ctssl_jax.parallel.processes import configure_jax
-    from data_prep.window import parse_window
+    from data_prep.scan.window import parse_window
 
     windows = [list(parse_window(text)) for text in given.window]
     configure_jax()

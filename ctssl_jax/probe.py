@@ -1,10 +1,12 @@
-r"""Measure what a frozen encoder knows beside its own task: labels of other tasks, and reconstruction.
+r"""Measure what a frozen encoder knows beside its own task: labels of other tasks, and
+reconstruction.
 
     python -m ctssl_jax.probe --workdir=RUN --dataset=DATASET --output=RESULT.json
 
-The encoder's numbers stay as they are; simple probes are fitted to its features of training slices, their settings are
-chosen on the validation split, and all slices of the test split are scored as `ctssl_jax.evaluate` does: per volume,
-with a 95 % bootstrap interval by patient. The targets and corruptions are the same for every encoder:
+The encoder's numbers stay as they are; simple probes are fitted to its features of training slices,
+their settings are chosen on the validation split, and all slices of the test split are scored as
+`ctssl_jax.evaluate` does: per volume, with a 95 % bootstrap interval by patient. The targets and
+corruptions are the same for every encoder:
 
     rotation, flip        which of 4 (3) ways the slice was turned, the same labels as in evaluation
     clean                 the slice itself
@@ -12,14 +14,16 @@ with a 95 % bootstrap interval by patient. The targets and corruptions are the s
     denoising             the slice, half of whose pixels are salt or pepper
     next_slice            the slice after it, of the same volume and across no gap
 
-    linear                labels: logistic regression on latents averaged over 4 x 4 regions; slices: ridge regression
+    linear                labels: logistic regression on latents averaged over 4 x 4 regions;
+    slices: ridge regression
                           from each latent to the 4 x 4 pixels that it stands for
-    knn                   the nearest training slices by cosine of the averaged latents: shares of labels, mean slice
+    knn                   the nearest training slices by cosine of the averaged latents: shares of
+    labels, mean slice
 
-`--encoder=untrained` is the control with the run's architecture and random weights, its batch statistics set from
-training slices; `--encoder=pixels` is the control without a network: the slice averaged down to as many numbers for
-labels and neighbours, and the mean of each block of 4 x 4 pixels for the linear decoder. Beside RESULT.json stands
-RESULT.csv, one row a volume.
+`--encoder=untrained` is the control with the run's architecture and random weights, its batch
+statistics set from training slices; `--encoder=pixels` is the control without a network: the slice
+averaged down to as many numbers for labels and neighbours, and the mean of each block of 4 x 4
+pixels for the linear decoder. Beside RESULT.json stands RESULT.csv, one row a volume.
 """
 
 from absl import flags
@@ -31,14 +35,24 @@ from data_prep.system.errors import InputError
 def define_flags() -> None:
     """Only where this module is the program: another one may define flags of the same names."""
     flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train, of any task.")
-    flags.DEFINE_string("dataset", None, "Dataset directory; by default the one that the run was trained on.")
-    flags.DEFINE_string("split", "test", "test, or validation, which also chooses the probes' settings.")
+    flags.DEFINE_string(
+        "dataset", None, "Dataset directory; by default the one that the run was trained on."
+    )
+    flags.DEFINE_string(
+        "split", "test", "test, or validation, which also chooses the probes' settings."
+    )
     flags.DEFINE_string("output", None, "Results file, ending in .json.")
     flags.DEFINE_string(
-        "checkpoint", "best", "best (by validation loss), last, last_good, or a step; the controls read none."
+        "checkpoint",
+        "best",
+        "best (by validation loss), last, last_good, or a step; the controls read none.",
     )
-    flags.DEFINE_string("encoder", "run", "run, or a control: untrained (random weights), pixels (no network).")
-    flags.DEFINE_integer("max_slices", 4096, "Training slices at most, and validation slices to choose settings by.")
+    flags.DEFINE_string(
+        "encoder", "run", "run, or a control: untrained (random weights), pixels (no network)."
+    )
+    flags.DEFINE_integer(
+        "max_slices", 4096, "Training slices at most, and validation slices to choose settings by."
+    )
     flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.")
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
-_HOMES = {"evaluate": "ctssl_jax.evaluation.measure"}  # imported when they are used: JAX takes seconds
+# imported when they are used: JAX takes seconds
+_HOMES = {"evaluate": "ctssl_jax.evaluation.measure"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,9 @@
-"""Two arms of an experiment on the same patients: paired bootstrap by patient, and Holm's correction.
+"""Two arms of an experiment on the same patients: paired bootstrap by patient, and Holm's
+correction.
 
-Both arms see the same draws of patients, and each arm is the mean over its training seeds. Intervals and p-values say
-how sure a difference is given these patients; how much training itself scatters shows in the spread over seeds.
+Both arms see the same draws of patients, and each arm is the mean over its training seeds.
+Intervals and p-values say how sure a difference is given these patients; how much training itself
+scatters shows in the spread over seeds.
 """
 
 import math
@@ -12,7 +14,13 @@ import numpy as np
 from ctssl_jax.evaluation.predictions import Predictions
 from ctssl_jax.ops.overlap import dice, iou
 from ctssl_jax.stats.binary import binary_statistic, multiclass_statistic
-from ctssl_jax.stats.bootstrap import Statistic, interval, mean_over, patient_bootstrap, weighted_mean
+from ctssl_jax.stats.bootstrap import (
+    Statistic,
+    interval,
+    mean_over,
+    patient_bootstrap,
+    weighted_mean,
+)
 from data_prep.system.errors import InputError
 
 OF_CLASSES = ("auroc", "average_precision", "brier", "ece")
@@ -29,26 +37,31 @@ def paired_difference(
 ) -> dict[str, object]:
     """Compare one number of two arms.
 
-    The two-sided p-value is twice the smaller share of draws whose difference does not lie beyond 0, the data as they
-    are counted as one draw more: it is never below 2 / (num_resamples + 1), and 1 for equal arms.
+    The two-sided p-value is twice the smaller share of draws whose difference does not lie beyond
+    0, the data as they are counted as one draw more: it is never below 2 / (num_resamples + 1), and
+    1 for equal arms.
 
     Args:
-      arm_a, arm_b: each arm's statistics, one a training seed, with one name; items are the same, in the same order.
+      arm_a, arm_b: each arm's statistics, one a training seed, with one name; items are the same,
+        in the same order.
       patient_ids: N patients, one an item.
       num_resamples, seed: of `bootstrap.patient_bootstrap`.
 
     Returns:
-      {"a", "b": the arms' values, "difference": a - b, "ci95": [low, high] of it, "p", "num_patients",
-      "num_undefined_draws"}.
+      {"a", "b": the arms' values, "difference": a - b, "ci95": [low, high] of it, "p",
+      "num_patients", "num_undefined_draws"}.
 
     Raises:
-      InputError: an arm without a run, fewer than two patients, or a number that is undefined for these items.
+      InputError: an arm without a run, fewer than two patients, or a number that is undefined for
+        these items.
     """
     if not arm_a or not arm_b:
         raise InputError("an arm of the comparison has no run; give each arm at least one")
     num_patients = len(set(patient_ids))
     if num_patients < 2:
-        raise InputError(f"{num_patients} patients cannot be compared; evaluate on a split with two or more")
+        raise InputError(
+            f"{num_patients} patients cannot be compared; evaluate on a split with two or more"
+        )
     mean_a, mean_b = mean_over(arm_a), mean_over(arm_b)
 
     def both(weights: np.ndarray) -> dict[str, float]:
@@ -60,7 +73,9 @@ def paired_difference(
     bounds, undefined = interval(differences)
     difference = float(estimates["a"] - estimates["b"])
     if math.isnan(difference) or bounds is None:
-        raise InputError("the measure is undefined for these slices (one class only); evaluate on a larger split")
+        raise InputError(
+            "the measure is undefined for these slices (one class only); evaluate on a larger split"
+        )
     return {
         "a": float(estimates["a"]),
         "b": float(estimates["b"]),
@@ -82,8 +97,9 @@ def statistic_of(predictions: Predictions, metric: str) -> Statistic:
 
     Args:
       predictions: of the run.
-      metric: `auroc`, `average_precision`, `brier`, `ece` of a label (of more than two classes `auroc`, the mean of
-        one class against the rest), `dice` or `iou` of masks: the mean over the slices whose true mask is not empty.
+      metric: `auroc`, `average_precision`, `brier`, `ece` of a label (of more than two classes
+        `auroc`, the mean of one class against the rest), `dice` or `iou` of masks: the mean over
+        the slices whose true mask is not empty.
 
     Raises:
       InputError: another measure, or one that such predictions do not have.
@@ -94,13 +110,16 @@ def statistic_of(predictions: Predictions, metric: str) -> Statistic:
         return weighted_mean(metric, OF_MASKS[metric](*counts), annotated)
     if metric in OF_CLASSES and predictions.probabilities is not None:
         if predictions.probabilities.shape[1] == 2:
-            return binary_statistic(predictions.label, predictions.probabilities[:, 1], names=[metric])
+            return binary_statistic(
+                predictions.label, predictions.probabilities[:, 1], names=[metric]
+            )
         if metric == "auroc":
             classes = [str(index) for index in range(predictions.probabilities.shape[1])]
             whole = multiclass_statistic(predictions.label, predictions.probabilities, classes)
             return lambda weights: {metric: whole(weights)[metric]}
     raise InputError(
-        f"{metric} cannot be compared for these predictions; labels of two classes have {', '.join(OF_CLASSES)}, "
+        f"{metric} cannot be compared for these predictions; labels of two classes have "
+        f"{', '.join(OF_CLASSES)}, "
         f"of more auroc, masks {', '.join(OF_MASKS)}"
     )
 
@@ -131,11 +150,14 @@ def paired_comparison(
         for name in ("patient_id", "volume_id", "slice_index", "label", "target_px"):
             if not np.array_equal(getattr(runs[0], name), getattr(run, name)):
                 raise InputError(
-                    f"the runs were not measured on the same slices ({name} differs); evaluate them again on one "
+                    f"the runs were not measured on the same slices ({name} differs); evaluate "
+                    f"them again on one "
                     "dataset and split"
                 )
     arms = ([statistic_of(run, metric) for run in arm] for arm in (arm_a, arm_b))
-    return paired_difference(*arms, runs[0].patient_id if runs else [], num_resamples=num_resamples, seed=seed)
+    return paired_difference(
+        *arms, runs[0].patient_id if runs else [], num_resamples=num_resamples, seed=seed
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -145,7 +167,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
       p_values: K numbers in [0, 1].
 
     Returns:
-      K adjusted p-values in [0, 1]: rejecting those below 5 % errs anywhere in the family with at most 5 %.
+      K adjusted p-values in [0, 1]: rejecting those below 5 % errs anywhere in the family with at
+      most 5 %.
 
     Raises:
       InputError: a value outside [0, 1], or NaN.

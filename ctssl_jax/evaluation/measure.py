@@ -7,24 +7,31 @@ from typing import Any
 import jax
 import numpy as np
 
-from ctssl_jax.data import NeighbourSource, open_source
-from ctssl_jax.data__batches import evaluation_batches, picture_batch
-from ctssl_jax.data__labels import label_classes
-from ctssl_jax.distributed import make_mesh, replicated
+from ctssl_jax.data.batches import evaluation_batches, picture_batch
+from ctssl_jax.data.labels import label_classes
+from ctssl_jax.data.slices import NeighbourSource, open_source
 from ctssl_jax.evaluation import outcomes, predictions
-from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header, notes, summaries, write_volumes
+from ctssl_jax.evaluation.measured_run import (
+    MeasuredRun,
+    check_request,
+    header,
+    notes,
+    summaries,
+    write_volumes,
+)
 from ctssl_jax.evaluation.predictions import Predictions
-from ctssl_jax.health import embedding_use, warnings
 from ctssl_jax.models.quantizer import codebook_use
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.ops.trees import fingerprint, flatten
-from ctssl_jax.pictures import save_arrays, save_strip
+from ctssl_jax.parallel.mesh import make_mesh, replicated
 from ctssl_jax.runs.run import Run, portable
+from ctssl_jax.runs.strips import save_arrays, save_strip
 from ctssl_jax.stats.volumes import auroc_one_vs_rest, volume_means
-from ctssl_jax.task_interface import Task
-from ctssl_jax.tasks import get_task
-from ctssl_jax.training__scoring import SplitScores, evaluate_split, make_scorer, render_pictures
-from ctssl_jax.training__state import TrainState, define, evaluation_keys, restore_model
+from ctssl_jax.tasks.interface import Task
+from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training.health import embedding_use, warnings
+from ctssl_jax.training.scoring import SplitScores, evaluate_split, make_scorer, render_pictures
+from ctssl_jax.training.state import TrainState, define, evaluation_keys, restore_model
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import make_folder, write_json
 
@@ -62,7 +69,9 @@ def evaluate(
     # ---- Can the request work? ----
     output = Path(output)
     check_request(output, batch_size)
-    measured = MeasuredRun.open(Run.open(workdir), dataset, (split, "train") if baselines else (split,))
+    measured = MeasuredRun.open(
+        Run.open(workdir), dataset, (split, "train") if baselines else (split,)
+    )
     config = measured.config
     step = measured.run.choose_step(checkpoint)
     task = get_task(config.task)
@@ -92,15 +101,21 @@ def evaluate(
     patient_ids = [volume["patient_id"] for volume in volumes]
     by_volume = _volume_values(slices.scores, task, volume_index, len(volumes))
     if slices.classes is not None and not targets.label:
-        by_volume["auroc"] = _volume_aurocs(**slices.classes, volume_index=volume_index, num_volumes=len(volumes))
+        by_volume["auroc"] = _volume_aurocs(
+            **slices.classes, volume_index=volume_index, num_volumes=len(volumes)
+        )
     predicted = _predictions(source, slices) if targets.label or targets.mask else None
     downstream_metrics, downstream = {}, {}
     if targets.mask:
         by_volume |= outcomes.masks_of_volumes(predicted, volume_index, len(volumes))
         downstream_metrics = outcomes.mask_metrics(predicted)
     elif targets.label:
-        downstream_metrics, downstream = _measure_label(measured, targets.label, predicted, volumes, open_split, score)
-    over_volumes = {name: values for name, values in by_volume.items() if name not in downstream_metrics}
+        downstream_metrics, downstream = _measure_label(
+            measured, targets.label, predicted, volumes, open_split, score
+        )
+    over_volumes = {
+        name: values for name, values in by_volume.items() if name not in downstream_metrics
+    }
     embedding, codebook = embedding_use(slices.embedding_moments), codebook_use(slices.code_counts)
     result = {
         **header(
@@ -118,7 +133,8 @@ def evaluate(
         **measured.run.training_data,
         "config": portable(config),
         "preparation": {
-            name: measured.dataset.preparation[name] for name in ("archive", "windows", "image_size", "options")
+            name: measured.dataset.preparation[name]
+            for name in ("archive", "windows", "image_size", "options")
         },
         "embedding": embedding,
         "warnings": warnings(embedding | codebook),
@@ -149,7 +165,8 @@ def evaluate(
 def _volume_values(
     scores: dict[str, np.ndarray], task: Task, volume_index: np.ndarray, num_volumes: int
 ) -> dict[str, np.ndarray]:
-    """Means over the slices of each volume, of the scores that the task reports: [num_volumes] float64 each."""
+    """Means over the slices of each volume, of the scores that the task reports: [num_volumes]
+    float64 each."""
     values = {name: volume_means(scores[name], volume_index, num_volumes) for name in task.reported}
     if "masked_mse" in values:
         values["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * values["masked_mse"]
@@ -166,7 +183,8 @@ def _measure_label(
 ) -> tuple[dict[str, dict], dict[str, Any]]:
     """Measures of a label, and further fields of the result.
 
-    The validation split fixes the thresholds of a label with two classes, where the dataset has one with this label.
+    The validation split fixes the thresholds of a label with two classes, where the dataset has one
+    with this label.
     """
     classes, level = label_classes(measured.dataset, label)
     fields, validation = {"label": label, "classes": list(classes)}, None
@@ -179,7 +197,9 @@ def _measure_label(
         except InputError:
             pass
     exams = {volume["volume_id"]: volume["exam_id"] for volume in measured.dataset.volumes()}
-    metrics, thresholds = outcomes.label_metrics(predicted, validation, classes, exams if level == "slice" else None)
+    metrics, thresholds = outcomes.label_metrics(
+        predicted, validation, classes, exams if level == "slice" else None
+    )
     if len(classes) == 2:
         fields |= {"thresholds": thresholds, "by_group": outcomes.by_group(predicted, volumes)}
     return metrics, fields
@@ -189,7 +209,8 @@ def table(result: dict) -> str:
     """The results as lines for the screen."""
     data = "  SYNTHETIC DATA" if result["synthetic"] else ""
     lines = [
-        f"{result['recipe']}, step {result['checkpoint_step']:,}, {result['split']} split: {result['num_slices']:,} "
+        f"{result['recipe']}, step {result['checkpoint_step']:,}, {result['split']} split: "
+        f"{result['num_slices']:,} "
         f"slices{data}",
         f"{'':34}{'mean':>9} {'sd':>9}   95 % interval       volumes patients",
     ]
@@ -197,27 +218,40 @@ def table(result: dict) -> str:
     for predictor, metrics in rows.items():
         for name, value in metrics.items():
             sd = "-" if value["sd"] is None else f"{value['sd']:.5f}"
-            interval = "-" if value["ci95"] is None else f"{value['ci95'][0]:.5f} to {value['ci95'][1]:.5f}"
+            interval = (
+                "-"
+                if value["ci95"] is None
+                else f"{value['ci95'][0]:.5f} to {value['ci95'][1]:.5f}"
+            )
             mean = "undefined" if value["mean"] is None else f"{value['mean']:.5f}"
             lines.append(
-                f"{predictor + ' ' + name:34}{mean:>9} {sd:>9}   {interval:20} {value['num_volumes']:6} "
+                f"{predictor + ' ' + name:34}{mean:>9} {sd:>9}   {interval:20} "
+                f"{value['num_volumes']:6} "
                 f"{value['num_patients']:8}"
             )
     if "codebook" in result:
         codebook = result["codebook"]
         lines.append(
-            f"codes used {codebook['used_codes']} of {codebook['num_codes']}, perplexity {codebook['perplexity']:.1f}"
+            f"codes used {codebook['used_codes']} of {codebook['num_codes']}, perplexity "
+            f"{codebook['perplexity']:.1f}"
         )
     for name, groups in result.get("by_group", {}).items():
         lines.append(_group_line(name, groups))
     embedding = result["embedding"]
-    lines.append(f"embeddings spread over {embedding['effective_rank']:.1f} of {embedding['embedding_dim']} directions")
+    lines.append(
+        f"embeddings spread over {embedding['effective_rank']:.1f} of "
+        f"{embedding['embedding_dim']} directions"
+    )
     lines += [f"WARNING: {warning}" for warning in result["warnings"]]
     if "confusion" in result:
         counts = "; ".join(" ".join(map(str, row)) for row in result["confusion"])
         lines.append(f"slices by true class (rows) and predicted class: {counts}")
-    if result["checkpoint_step"] == 0:  # by the validation loss after few steps, the untrained model may be the best
-        lines.append("NOTE: step 0 is the model before training, nothing was learned; --checkpoint=last takes the last")
+    # by the validation loss after few steps, the untrained model may be the best
+    if result["checkpoint_step"] == 0:
+        lines.append(
+            "NOTE: step 0 is the model before training, nothing was learned; "
+            "--checkpoint=last takes the last"
+        )
     return "\n".join([*lines, *notes(result)])
 
 
@@ -236,7 +270,11 @@ def _predictions(source: NeighbourSource, slices: SplitScores) -> Predictions:
     """What the model said of each slice."""
     volumes, index = _volumes_of_records(source.volumes, slices.record_index)
     first = np.array([volume["first_record"] for volume in volumes])
-    counts = {name: np.asarray(slices.scores[name]) for name in Predictions._fields if name in slices.scores}
+    counts = {
+        name: np.asarray(slices.scores[name])
+        for name in Predictions._fields
+        if name in slices.scores
+    }
     return Predictions(
         patient_id=np.array([volume["patient_id"] for volume in volumes])[index],
         volume_id=np.array([volume["volume_id"] for volume in volumes])[index],
@@ -247,7 +285,8 @@ def _predictions(source: NeighbourSource, slices: SplitScores) -> Predictions:
 
 
 def _volumes_of_records(volumes: list[dict], record_index):
-    """The volumes that the records [N] belong to, and the place of each record's volume among them, [N] int.
+    """The volumes that the records [N] belong to, and the place of each record's volume among them,
+    [N] int.
 
     A volume that is nothing but gaps has no pair of neighbours, and so no record here.
     """
@@ -260,9 +299,12 @@ def _volumes_of_records(volumes: list[dict], record_index):
 
 
 def _volume_aurocs(label, probabilities, *, volume_index, num_volumes: int):
-    """One-vs-rest AUROC of each volume's slices, NaN where all slices have one label: [num_volumes] float64."""
+    """One-vs-rest AUROC of each volume's slices, NaN where all slices have one label: [num_volumes]
+    float64."""
     of_volume = [volume_index == index for index in range(num_volumes)]
-    return np.array([auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume])
+    return np.array(
+        [auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume]
+    )
 
 
 def _confusion(label, probabilities) -> list[list[int]]:
@@ -275,7 +317,9 @@ def _confusion(label, probabilities) -> list[list[int]]:
 
 def _baseline_scores(config, task, source, train_source, batch_size: int) -> dict[str, dict]:
     """Per-slice scores of the task's baselines, in record order: baseline -> score -> [N]."""
-    chosen = np.linspace(0, len(train_source) - 1, min(MEAN_IMAGE_SLICES, len(train_source))).astype(int)
+    chosen = np.linspace(
+        0, len(train_source) - 1, min(MEAN_IMAGE_SLICES, len(train_source))
+    ).astype(int)
     total = 0.0
     for item in chosen:
         images = train_source[int(item)]["images"]

@@ -1,5 +1,6 @@
-"""What the commands that measure a run share (`ctssl_jax.evaluate`, `ctssl_jax.probe`, `ctssl_jax.attributes`): a run
-opened on data that fit it, means over volumes, the origin of a result, and the table of volumes.
+"""What the commands that measure a run share (`ctssl_jax.evaluate`, `ctssl_jax.probe`,
+`ctssl_jax.attributes`): a run opened on data that fit it, means over volumes, the origin of a
+result, and the table of volumes.
 """
 
 import csv
@@ -14,12 +15,12 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from ctssl_jax.data import select_channels, selected_windows
+from ctssl_jax.data.slices import select_channels, selected_windows
 from ctssl_jax.runs.run import Run
 from ctssl_jax.stats.units import UNITS
 from ctssl_jax.stats.volumes import volume_summary
-from ctssl_jax.training__recipe import check_dataset
-from data_prep.dataset import Dataset
+from ctssl_jax.training.recipe import check_dataset
+from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import written_whole
 
@@ -68,7 +69,9 @@ class MeasuredRun:
         except DatasetError:
             raise
         except InputError as error:
-            raise InputError(f"{flag}={config.dataset} was prepared otherwise than the run's data: {error}") from None
+            raise InputError(
+                f"{flag}={config.dataset} was prepared otherwise than the run's data: {error}"
+            ) from None
         return cls(run, opened, config, channels, run.learned_from)
 
 
@@ -84,7 +87,9 @@ def check_request(output: Path, batch_size: int) -> None:
         raise InputError(f"--output={output} must end in .json")
 
 
-def summaries(by_volume: dict[str, np.ndarray], patient_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+def summaries(
+    by_volume: dict[str, np.ndarray], patient_ids: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """`volume_summary` of each score over the volumes where it is defined, with its unit.
 
     Args:
@@ -98,7 +103,9 @@ def summaries(by_volume: dict[str, np.ndarray], patient_ids: Sequence[str]) -> d
     for name, values in by_volume.items():
         defined = np.flatnonzero(~np.isnan(values))
         if not len(defined):
-            raise InputError(f"{name} is defined for no volume of this split; give a --dataset with more slices")
+            raise InputError(
+                f"{name} is defined for no volume of this split; give a --dataset with more slices"
+            )
         score = name.split("/")[-1]
         unit = UNITS["auroc_within_volumes" if score == "auroc" else score]
         summary[name] = {
@@ -109,24 +116,32 @@ def summaries(by_volume: dict[str, np.ndarray], patient_ids: Sequence[str]) -> d
 
 
 def write_volumes(path: Path, volumes: Sequence[dict], by_volume: dict[str, np.ndarray]) -> None:
-    """One row a volume as CSV: its pseudonyms, number of slices and scores; empty where undefined."""
+    """One row a volume as CSV: its pseudonyms, number of slices and scores; empty where
+    undefined."""
     with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
         for index, volume in enumerate(volumes):
-            scores = ["" if math.isnan(values[index]) else f"{values[index]:.6g}" for values in by_volume.values()]
-            writer.writerow([volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores])
+            scores = [
+                "" if math.isnan(values[index]) else f"{values[index]:.6g}"
+                for values in by_volume.values()
+            ]
+            writer.writerow(
+                [volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores]
+            )
 
 
 def patients_seen(
     learned_from: Sequence[dict], key_fingerprint: str, split: str, evaluated: Sequence[str]
 ) -> int | None:
-    """How many of the evaluated patients a run or one of its ancestors has learned from, or chose a checkpoint by.
+    """How many of the evaluated patients a run or one of its ancestors has learned from, or chose a
+    checkpoint by.
 
     Args:
       learned_from: contents of `patients.json` of the run and of its ancestors.
       key_fingerprint: of the pseudonyms of the evaluated patients.
-      split: that is evaluated; of `validation`, the patients that a checkpoint was chosen by do not count.
+      split: that is evaluated; of `validation`, the patients that a checkpoint was chosen by do not
+        count.
       evaluated: pseudonyms.
 
     Returns:
@@ -165,7 +180,10 @@ def header(
         "synthetic": preparation["synthetic"],
         "split": split,
         "num_patients_seen_in_training": patients_seen(
-            measured.learned_from if learned else [], preparation["key_fingerprint"], split, evaluated
+            measured.learned_from if learned else [],
+            preparation["key_fingerprint"],
+            split,
+            evaluated,
         ),
         "checkpoint_step": step,
         "init_from": run.lineage if learned else [],
@@ -179,14 +197,25 @@ def header(
 
 
 def notes(result: dict) -> list[str]:
-    """What a reader must know of the patients of a result: lines for the screen, empty if they are held out."""
-    allowed = [ancestor["leakage_let_pass"] for ancestor in result["init_from"] if ancestor.get("leakage_let_pass")]
+    """What a reader must know of the patients of a result: lines for the screen, empty if they are
+    held out."""
+    allowed = [
+        ancestor["leakage_let_pass"]
+        for ancestor in result["init_from"]
+        if ancestor.get("leakage_let_pass")
+    ]
     return [*_seen(result), *(f"NOTE: allowed by config.leakage: {text}" for text in allowed)]
 
 
 def _seen(result: dict) -> list[str]:
     if result["num_patients_seen_in_training"] is None:
-        return ["NOTE: whether these patients were in the training data cannot be checked (other pseudonym key)"]
+        return [
+            "NOTE: whether these patients were in the training data cannot be checked (other "
+            "pseudonym key)"
+        ]
     if result["num_patients_seen_in_training"]:
-        return [f"NOTE: {result['num_patients_seen_in_training']} of these patients were in the training data"]
+        return [
+            f"NOTE: {result['num_patients_seen_in_training']} of these patients were in the "
+            f"training data"
+        ]
     return []

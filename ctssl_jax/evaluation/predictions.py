@@ -1,6 +1,8 @@
-"""What a model said of each slice of a split, kept beside its results: arms are compared in pairs from these files.
+"""What a model said of each slice of a split, kept beside its results: arms are compared in pairs
+from these files.
 
-Slices, volumes and patients are named by pseudonyms; labels, probabilities and pixel counts are all that is kept.
+Slices, volumes and patients are named by pseudonyms; labels, probabilities and pixel counts are all
+that is kept.
 """
 
 from pathlib import Path
@@ -18,8 +20,8 @@ class Predictions(NamedTuple):
     slice_index: [N] int32, within the volume.
     label: [N] int32 true class; None of a segmentation.
     probabilities: [N, K] float32; None of a segmentation.
-    intersection_px, predicted_px, target_px: [N] float32 pixels of both masks, of the predicted and of the true one;
-      None of a classification.
+    intersection_px, predicted_px, target_px: [N] float32 pixels of both masks, of the predicted and
+      of the true one; None of a classification.
     """
 
     patient_id: np.ndarray

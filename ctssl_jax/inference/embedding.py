@@ -14,17 +14,24 @@ import numpy as np
 from ctssl_jax.evaluation.measured_run import patients_seen
 from ctssl_jax.inference import embedding_files
 from ctssl_jax.inference.embedding_files import VolumeEmbedding
-from ctssl_jax.inference.embedding_inputs import Input, InputVolume, keep_audit, open_dataset, open_scans, read_key
+from ctssl_jax.inference.embedding_inputs import (
+    Input,
+    InputVolume,
+    keep_audit,
+    open_dataset,
+    open_scans,
+    read_key,
+)
 from ctssl_jax.inference.pretrained import PretrainedModel, load, summarise_slices
 from ctssl_jax.runs.run import Run
-from data_prep.dataset__schema import PREPARATION_FILE
-from data_prep.dataset__storage import write_table
+from data_prep.dataset.schema import PREPARATION_FILE
+from data_prep.dataset.storage import write_table
 from data_prep.raw.scans import Refused, explain, local_input, nothing_taken, plan_scans
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder
-from data_prep.workers import Progress, usable_cores
+from data_prep.system.workers import Progress, usable_cores
 
 FORMAT_VERSION = 1
 MAX_WORKERS = 4  # together they decode about 500 slices/s
@@ -56,14 +63,17 @@ def embed(
       archive, metadata_csv, rules: of raw scans, see `data_prep.raw.scans.plan_scans`.
       pseudonym_key_file: key of the pseudonyms of raw scans; None makes one in FILE-audit.
       batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the training's.
-      num_workers: processes that decode raw scans; None takes the usable cores, at most four; 0 this process alone.
+      num_workers: processes that decode raw scans; None takes the usable cores, at most four; 0
+        this process alone.
 
     Returns:
-      The facts that the files hold (among them `num_volumes`, `num_patients`, `num_slices`, and `refused`: series by
-      reason), `not_images` (files by reason), and `changed`: False if all was there already.
+      The facts that the files hold (among them `num_volumes`, `num_patients`, `num_slices`, and
+      `refused`: series by reason), `not_images` (files by reason), and `changed`: False if all was
+        there already.
 
     Raises:
-      InputError: no such run, checkpoint or input, data prepared otherwise than the run's, or no volume that is taken.
+      InputError: no such run, checkpoint or input, data prepared otherwise than the run's, or no
+        volume that is taken.
       RunFailed: the input went away.
     """
     # ---- Can the request work? ----
@@ -80,7 +90,8 @@ def embed(
     else:
         if split is not None:
             raise InputError(
-                f"--split={split} is of prepared datasets, and --input={input_path} is not one; leave it out"
+                f"--split={split} is of prepared datasets, and --input={input_path} is not one; "
+                f"leave it out"
             )
         rules = rules or Rules()
         plan = plan_scans(input_path, archive, rules, metadata_csv, num_workers=num_workers)
@@ -89,7 +100,9 @@ def embed(
         opened = open_scans(plan, rules, key, model.windows, model.image_size, num_workers)
     facts = _facts(model) | opened.facts
     made_by = json.dumps(facts, sort_keys=True)
-    facts["content"] = _digest(made_by, *(job.digest for job in opened.jobs), *map(repr, sorted(opened.refused)))
+    facts["content"] = _digest(
+        made_by, *(job.digest for job in opened.jobs), *map(repr, sorted(opened.refused))
+    )
     present = embedding_files.read_facts(output)
     if present and present["complete"] and facts.items() <= present.items():
         _remove_parts(output)
@@ -123,7 +136,9 @@ def embed(
         "num_volumes": num_volumes,
         "num_patients": len(patients),
         "num_slices": num_slices,
-        "num_patients_seen_in_training": _patients_seen(run, facts["key_fingerprint"], sorted(patients)),
+        "num_patients_seen_in_training": _patients_seen(
+            run, facts["key_fingerprint"], sorted(patients)
+        ),
         "refused": dict(sorted(collections.Counter(series.reason for series in refused).items())),
         "complete": not failed,
     }
@@ -135,8 +150,11 @@ def embed(
 
 
 def _embed_missing(model: PretrainedModel, opened: Input, parts: list[Path]) -> dict[Path, Refused]:
-    """Write the parts of the volumes that have none yet; returns the volumes that cannot be read for now, by part."""
-    missing = [(job, part) for job, part in zip(opened.jobs, parts, strict=True) if not part.exists()]
+    """Write the parts of the volumes that have none yet; returns the volumes that cannot be read
+    for now, by part."""
+    missing = [
+        (job, part) for job, part in zip(opened.jobs, parts, strict=True) if not part.exists()
+    ]
     failed = {}
     with Progress("embedding", "slices", sum(job.num_slices for job in opened.jobs)) as progress:
         for job, part in zip(opened.jobs, parts, strict=True):
@@ -158,15 +176,20 @@ def summary(result: dict[str, Any]) -> str:
         for name in ("slices", "volumes", "patients")
     )
     lines = [
-        f"{result['recipe']}, step {result['checkpoint_step']:,}: {slices} of {volumes} of {patients}, "
-        f"{result['embedding_dim']} numbers a slice{'  SYNTHETIC DATA' if result['synthetic'] else ''}"
+        f"{result['recipe']}, step {result['checkpoint_step']:,}: {slices} of {volumes} of "
+        f"{patients}, "
+        f"{result['embedding_dim']} numbers a "
+        f"slice{'  SYNTHETIC DATA' if result['synthetic'] else ''}"
     ]
     for reason, number in result["refused"].items():
         lines.append(f"{number:>8} series refused, {reason}: {explain(reason)}")
     for reason, number in result["not_images"].items():
         lines.append(f"{number:>8} files that are not images, {reason}: {explain(reason)}")
     if result["num_patients_seen_in_training"]:
-        lines.append(f"NOTE: the model has learned from {result['num_patients_seen_in_training']} of these patients")
+        lines.append(
+            f"NOTE: the model has learned from {result['num_patients_seen_in_training']} "
+            f"of these patients"
+        )
     if not result["complete"]:
         lines.append("NOTE: some scans could not be read for now; run again to retry them")
     return "\n".join(lines)
@@ -202,7 +225,8 @@ def _embedded(model: PretrainedModel, volume: InputVolume | Refused) -> VolumeEm
 
 
 def _patients_seen(run: Run, key_fingerprint: str, patients: list[str]) -> int | None:
-    """How many of the patients the run or one of its ancestors has learned from; None if this cannot be known."""
+    """How many of the patients the run or one of its ancestors has learned from; None if this
+    cannot be known."""
     ancestors = run.ancestors  # a damaged list is refused even where the patients are not known
     if not (run.workdir / "patients.json").is_file():
         return None
@@ -219,7 +243,8 @@ def _parts_dir(output: Path) -> Path:
 
 
 def _remove_parts(output: Path) -> None:
-    """Removes the parts of this run and of killed ones to this output; files that are not ours stay."""
+    """Removes the parts of this run and of killed ones to this output; files that are not ours
+    stay."""
     folder = _parts_dir(output)
     partial = output.parent.glob(f"{output.stem}.*.partial")
     for path in (*folder.glob("*.npz"), *folder.glob("*.npz.*.partial"), *partial):

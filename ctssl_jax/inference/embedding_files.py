@@ -1,12 +1,13 @@
 """Files of embeddings: one part a volume while the work lasts, then FILE.parquet or FILE.npz.
 
-FILE.parquet holds a row a slice: `volume_id`, `patient_id`, `slice_index`, `position_mm`, `embedding` (fixed-size list
-of D float32); beside it FILE.volumes.parquet a row a volume: `volume_id`, `patient_id`, `split`, `num_slices`, `mean`
-and `max` over the slices. The settings that made them stand as JSON under `ctssl_jax`
-in the metadata of both schemas.
+FILE.parquet holds a row a slice: `volume_id`, `patient_id`, `slice_index`, `position_mm`,
+`embedding` (fixed-size list of D float32); beside it FILE.volumes.parquet a row a volume:
+`volume_id`, `patient_id`, `split`, `num_slices`, `mean` and `max` over the slices. The settings
+that made them stand as JSON under `ctssl_jax` in the metadata of both schemas.
 
-FILE.npz holds the same as arrays: of V volumes `volume_id`, `patient_id`, `split`, `num_slices`, `mean`, `max` [V, D];
-of N slices `slice_volume` (which volume), `slice_index`, `position_mm`, `embedding` [N, D]; and `facts`, the JSON.
+FILE.npz holds the same as arrays: of V volumes `volume_id`, `patient_id`, `split`, `num_slices`,
+`mean`, `max` [V, D]; of N slices `slice_volume` (which volume), `slice_index`, `position_mm`,
+`embedding` [N, D]; and `facts`, the JSON.
 
 All of it depends on the content alone, so that equal embeddings make equal bytes.
 """
@@ -69,7 +70,7 @@ def volumes_path(output: Path) -> Path:
     return output.with_suffix(".volumes.parquet")
 
 
-# ---- parts -------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def write_part(path: Path, content: VolumeEmbedding | Refused) -> None:
@@ -82,14 +83,19 @@ def write_part(path: Path, content: VolumeEmbedding | Refused) -> None:
 def read_part(path: Path) -> VolumeEmbedding | Refused:
     """The inverse of `write_part`."""
     with np.load(path) as arrays:
-        fields = {name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays.files}
+        fields = {
+            name: arrays[name] if arrays[name].ndim else arrays[name].item()
+            for name in arrays.files
+        }
     return Refused(**fields) if "reason" in fields else VolumeEmbedding(**fields)
 
 
-# ---- results -----------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
-def write(output: Path, volumes: Iterable[VolumeEmbedding], embedding_dim: int, facts: dict[str, Any]) -> None:
+def write(
+    output: Path, volumes: Iterable[VolumeEmbedding], embedding_dim: int, facts: dict[str, Any]
+) -> None:
     """Writes the results, FILE itself last: with it they are complete.
 
     Args:
@@ -106,32 +112,48 @@ def write(output: Path, volumes: Iterable[VolumeEmbedding], embedding_dim: int, 
 
 
 def read_facts(output: Path) -> dict[str, Any] | None:
-    """The settings that made existing results; None without results, or with other files of these names."""
+    """The settings that made existing results; None without results, or with other files of these
+    names."""
     try:
         if output.suffix == ".npz":
             with np.load(output) as arrays:
                 return json.loads(str(arrays["facts"]))
         import pyarrow.parquet as parquet
 
-        facts = [parquet.read_schema(path).metadata[_METADATA] for path in (output, volumes_path(output))]
+        facts = [
+            parquet.read_schema(path).metadata[_METADATA] for path in (output, volumes_path(output))
+        ]
         return json.loads(facts[0]) if facts[0] == facts[1] else None
     except Exception:  # absent, of another kind or damaged: they are written again
         return None
 
 
-def _write_parquet(output: Path, volumes: Iterable[VolumeEmbedding], embedding_dim: int, facts: str) -> None:
+def _write_parquet(
+    output: Path, volumes: Iterable[VolumeEmbedding], embedding_dim: int, facts: str
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     embedding = pa.list_(pa.float32(), embedding_dim)
     names = [("volume_id", pa.string()), ("patient_id", pa.string())]
-    of_slices = [("slice_index", pa.int32()), ("position_mm", pa.float32()), ("embedding", embedding)]
-    of_volumes = [("split", pa.string()), ("num_slices", pa.int32()), ("mean", embedding), ("max", embedding)]
+    of_slices = [
+        ("slice_index", pa.int32()),
+        ("position_mm", pa.float32()),
+        ("embedding", embedding),
+    ]
+    of_volumes = [
+        ("split", pa.string()),
+        ("num_slices", pa.int32()),
+        ("mean", embedding),
+        ("max", embedding),
+    ]
     metadata = {_METADATA: facts.encode()}
     slice_schema = pa.schema([*names, *of_slices], metadata)
     volume_schema = pa.schema([*names, *of_volumes], metadata)
     rows = []
-    with written_whole(output, output.with_name(f"{output.name}.{uuid.uuid4().hex}.partial")) as temporary:
+    with written_whole(
+        output, output.with_name(f"{output.name}.{uuid.uuid4().hex}.partial")
+    ) as temporary:
         with parquet.ParquetWriter(temporary, slice_schema) as writer:
             for volume in volumes:
                 number = len(volume.slices)
@@ -140,7 +162,9 @@ def _write_parquet(output: Path, volumes: Iterable[VolumeEmbedding], embedding_d
                     "patient_id": pa.array([volume.patient_id] * number),
                     "slice_index": pa.array(np.arange(number, dtype=np.int32)),
                     "position_mm": pa.array(volume.position_mm),
-                    "embedding": pa.FixedSizeListArray.from_arrays(pa.array(volume.slices.ravel()), embedding_dim),
+                    "embedding": pa.FixedSizeListArray.from_arrays(
+                        pa.array(volume.slices.ravel()), embedding_dim
+                    ),
                 }
                 writer.write_table(pa.table(columns, schema=slice_schema))
                 row = volume._asdict() | {"num_slices": number}
@@ -155,7 +179,10 @@ def _write_npz(output: Path, volumes: list[VolumeEmbedding], facts: str) -> None
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        **{name: np.array([getattr(volume, name) for volume in volumes]) for name in ("volume_id", "patient_id")},
+        **{
+            name: np.array([getattr(volume, name) for volume in volumes])
+            for name in ("volume_id", "patient_id")
+        },
         split=np.array([volume.split for volume in volumes]),
         num_slices=num_slices,
         mean=np.stack([volume.mean for volume in volumes]),

@@ -13,15 +13,22 @@ import numpy as np
 
 from ctssl_jax.evaluation.measured_run import MeasuredRun
 from ctssl_jax.runs.run import Run
-from data_prep.dataset import Dataset
-from data_prep.dataset__schema import SPLITS
+from data_prep.dataset.reader import Dataset
+from data_prep.dataset.schema import SPLITS
 from data_prep.privacy import pseudonyms
-from data_prep.raw.scans import PreparedVolume, Refused, ScanPlan, prepared_volume, read_scan, refused_series
+from data_prep.raw.scans import (
+    PreparedVolume,
+    Refused,
+    ScanPlan,
+    prepared_volume,
+    read_scan,
+    refused_series,
+)
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import written_whole
-from data_prep.workers import WorkerDied, WorkerPool
+from data_prep.system.workers import WorkerDied, WorkerPool
 
 
 class Job(NamedTuple):
@@ -70,8 +77,8 @@ def open_dataset(run: Run, dataset: Path, split: str | None) -> Input:
     """A prepared dataset, or one split of it.
 
     Raises:
-      InputError: it was prepared otherwise than the data of the run, as `ctssl_jax.evaluate` refuses it, or the split
-        does not exist.
+      InputError: it was prepared otherwise than the data of the run, as `ctssl_jax.evaluate`
+        refuses it, or the split does not exist.
     """
     if split is not None and split not in SPLITS:
         raise InputError(f"--split={split}: choose one of {', '.join(SPLITS)}, or leave it out")
@@ -80,7 +87,10 @@ def open_dataset(run: Run, dataset: Path, split: str | None) -> Input:
     rows = [row for name in SPLITS if split in (None, name) for row in opened.volumes(name)]
     return Input(
         jobs=[
-            Job(row["volume_id"], f"{opened.fingerprint} {row['volume_id']}", row["num_slices"], row) for row in rows
+            Job(
+                row["volume_id"], f"{opened.fingerprint} {row['volume_id']}", row["num_slices"], row
+            )
+            for row in rows
         ],
         read=functools.partial(_read_dataset, opened, list(measured.channels)),
         facts={
@@ -99,7 +109,9 @@ def _read_dataset(dataset: Dataset, channels: list[int], jobs: list[Job]) -> Ite
     sources = {name: dataset.source(name) for name in {job.source["split"] for job in jobs}}
     for job in jobs:
         row = job.source
-        records = [sources[row["split"]][row["first_record"] + index] for index in range(row["num_slices"])]
+        records = [
+            sources[row["split"]][row["first_record"] + index] for index in range(row["num_slices"])
+        ]
         prepared = PreparedVolume(
             np.stack([record["image"][..., channels] for record in records]),
             tuple(map(int, row["gap_positions"].split())),
@@ -117,7 +129,8 @@ def open_scans(
     image_size: int,
     num_workers: int,
 ) -> Input:
-    """Raw scans, ordered by pseudonyms: the order of the results does not tell the order of the archive.
+    """Raw scans, ordered by pseudonyms: the order of the results does not tell the order of the
+    archive.
 
     Args:
       plan, rules: see `data_prep.raw.scans.plan_scans`.
@@ -127,7 +140,9 @@ def open_scans(
     """
     jobs = []
     for exam in plan.exams:
-        files = [(*header.source, header.frame) for candidate in exam for header in candidate.all_headers]
+        files = [
+            (*header.source, header.frame) for candidate in exam for header in candidate.all_headers
+        ]
         digest = pseudonyms.private_digest(key, "embedding", json.dumps(files))
         jobs.append(Job(pseudonyms.volume_id(key, exam[0]), digest, len(exam[0].headers), exam))
     return Input(
@@ -140,15 +155,21 @@ def open_scans(
         facts={
             "input": "scans",
             "rules": dataclasses.asdict(rules),
-            "synthetic": any(header.quality_control_subject for exam in plan.exams for header in exam[0].headers),
+            "synthetic": any(
+                header.quality_control_subject for exam in plan.exams for header in exam[0].headers
+            ),
             "key_fingerprint": pseudonyms.key_fingerprint(key),
         },
         refused=refused_series(plan, key),
-        not_images=dict(collections.Counter(entry.reason for entry in plan.not_images).most_common()),
+        not_images=dict(
+            collections.Counter(entry.reason for entry in plan.not_images).most_common()
+        ),
     )
 
 
-def _read_scans(tasks: list[tuple], volume_ids: list[str], num_workers: int) -> Iterator[InputVolume | Refused]:
+def _read_scans(
+    tasks: list[tuple], volume_ids: list[str], num_workers: int
+) -> Iterator[InputVolume | Refused]:
     if num_workers == 0 or len(tasks) < 2:
         for task in tasks:
             yield _read_scan(*task)
@@ -168,7 +189,7 @@ def _read_scan(*arguments: Any) -> InputVolume | Refused:
     return InputVolume(scan.volume_id, scan.patient_id, "", scan.position_mm, prepared_volume(scan))
 
 
-# ---- Pseudonyms ----------------------------------------------------------------------------------------------
+# ---- Pseudonyms ----------------------------------------------------------------------------------
 
 
 def read_key(pseudonym_key_file: str | Path | None) -> bytes | None:
@@ -178,13 +199,18 @@ def read_key(pseudonym_key_file: str | Path | None) -> bytes | None:
       InputError: no such file, or too short a key.
     """
     try:
-        return pseudonyms.read_key(Path(pseudonym_key_file).expanduser()) if pseudonym_key_file else None
+        return (
+            pseudonyms.read_key(Path(pseudonym_key_file).expanduser())
+            if pseudonym_key_file
+            else None
+        )
     except InputError as error:
         raise InputError(f"--pseudonym_key_file={error}") from None
 
 
 def keep_audit(output: Path, plan: ScanPlan, key: bytes | None) -> bytes:
-    """Makes or reads the key in the private folder OUTPUT-audit, and writes its sources.csv: the files of each volume.
+    """Makes or reads the key in the private folder OUTPUT-audit, and writes its sources.csv: the
+    files of each volume.
 
     Args:
       output: beside which the folder lies.
@@ -203,7 +229,9 @@ def keep_audit(output: Path, plan: ScanPlan, key: bytes | None) -> bytes:
         audit_dir.chmod(0o700)
         key = key or pseudonyms.make_key(audit_dir / pseudonyms.KEY_FILE)
     except OSError as error:
-        raise InputError(f"--output: cannot make {audit_dir} ({error.strerror}); choose another place") from None
+        raise InputError(
+            f"--output: cannot make {audit_dir} ({error.strerror}); choose another place"
+        ) from None
     except InputError as error:
         raise InputError(f"{error}; remove it, and another one is made") from None
     rows = []
@@ -214,8 +242,13 @@ def keep_audit(output: Path, plan: ScanPlan, key: bytes | None) -> bytes:
         rows += [(series.series_id, series.reason, source) for source in series.sources]
     rows += [("", entry.reason, entry.source) for entry in plan.not_images]
     sources = audit_dir / "sources.csv"
-    with written_whole(sources) as temporary, open(temporary, "w", newline="", errors="backslashreplace") as file:
+    with (
+        written_whole(sources) as temporary,
+        open(temporary, "w", newline="", errors="backslashreplace") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("volume_id", "refused_by_headers", "path", "member"))
-        writer.writerows((name, reason, source.path, source.member) for name, reason, source in sorted(rows))
+        writer.writerows(
+            (name, reason, source.path, source.member) for name, reason, source in sorted(rows)
+        )
     return key

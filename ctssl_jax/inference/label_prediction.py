@@ -1,4 +1,5 @@
-"""The label of one scan: probabilities of its slices, and of the exam by the rule of the evaluation."""
+"""The label of one scan: probabilities of its slices, and of the exam by the rule of the
+evaluation."""
 
 import csv
 import json
@@ -8,11 +9,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from ctssl_jax.data__labels import label_classes
+from ctssl_jax.data.labels import label_classes
 from ctssl_jax.inference.pictures import save_curve
 from ctssl_jax.inference.pretrained import PretrainedModel
 from ctssl_jax.stats.binary import exam_scores
-from data_prep.dataset import Dataset
+from data_prep.dataset.reader import Dataset
 from data_prep.raw.scans import Scan, prepared_volume
 from data_prep.system.errors import InputError
 
@@ -20,12 +21,16 @@ TASKS = ("slice_label", "slice_label_se_resnext")
 
 
 def predict_label(
-    model: PretrainedModel, scan: Scan, thresholds: dict[str, float | None], output: Path, title: str
+    model: PretrainedModel,
+    scan: Scan,
+    thresholds: dict[str, float | None],
+    output: Path,
+    title: str,
 ) -> dict[str, Any]:
     """Write slices.csv and prediction.png.
 
-    The exam's score is as in `outcomes.label_metrics`: of a two-class label of slices the highest slice, of any other
-    label the mean over slices.
+    The exam's score is as in `outcomes.label_metrics`: of a two-class label of slices the highest
+    slice, of any other label the mean over slices.
 
     Args:
       model: of one of `TASKS`.
@@ -48,7 +53,10 @@ def predict_label(
 
     rule, scores = exam_probabilities(probabilities, level)
     exam = {"rule": rule, "probabilities": dict(zip(classes, scores.tolist(), strict=True))}
-    threshold, slice_threshold = thresholds.get("exam" if level == "slice" else "volume"), thresholds.get("slice")
+    threshold, slice_threshold = (
+        thresholds.get("exam" if level == "slice" else "volume"),
+        thresholds.get("slice"),
+    )
     if threshold is not None:
         exam |= {"threshold": threshold, "positive": bool(scores[1] >= threshold)}
     if slice_threshold is not None:
@@ -61,7 +69,10 @@ def predict_label(
     save_curve(
         output / "prediction.png",
         position_mm,
-        {f"P({name})": curve for name, curve in zip(classes[1:] if binary else classes, shown.T, strict=True)},
+        {
+            f"P({name})": curve
+            for name, curve in zip(classes[1:] if binary else classes, shown.T, strict=True)
+        },
         scan.images[slices[top], ..., 0],
         top,
         threshold=slice_threshold,
@@ -81,15 +92,19 @@ def predict_label(
 
 
 def exam_probabilities(probabilities: np.ndarray, level: str) -> tuple[str, np.ndarray]:
-    """The rule in words, and the probabilities of the exam [K] float64 from those of its slices [N, K]."""
+    """The rule in words, and the probabilities of the exam [K] float64 from those of its slices [N,
+    K]."""
     if level == "slice" and probabilities.shape[1] == 2:
         (positive,) = exam_scores(probabilities[:, 1], np.zeros(len(probabilities), int), 1)
         return "highest slice", np.array([1 - positive, positive])
     return "mean over slices", probabilities.mean(axis=0, dtype=np.float64)
 
 
-def read_thresholds(path: str | Path, config: ml_collections.ConfigDict, fingerprint: str) -> dict[str, float | None]:
-    """Thresholds that an evaluation of these weights fixed on the validation split: of `slice` and `exam`, or `volume`.
+def read_thresholds(
+    path: str | Path, config: ml_collections.ConfigDict, fingerprint: str
+) -> dict[str, float | None]:
+    """Thresholds that an evaluation of these weights fixed on the validation split: of `slice` and
+    `exam`, or `volume`.
 
     Args:
       path: RESULT.json of `ctssl_jax.evaluate`.
@@ -97,45 +112,58 @@ def read_thresholds(path: str | Path, config: ml_collections.ConfigDict, fingerp
       fingerprint: of the weights.
 
     Raises:
-      InputError: no such file, one of another label, of more than two classes or of other weights, or without any.
+      InputError: no such file, one of another label, of more than two classes or of other weights,
+        or without any.
     """
     try:
         result = json.loads(Path(path).read_text())
         fits = result["label"] == config.label and bool(result["thresholds"])
         same_weights = result["model_fingerprint"] == fingerprint
     except OSError as error:
-        raise InputError(f"--evaluation={path} cannot be read ({error.strerror}); give a RESULT.json") from None
+        raise InputError(
+            f"--evaluation={path} cannot be read ({error.strerror}); give a RESULT.json"
+        ) from None
     except (ValueError, TypeError, KeyError):
         fits = False
     if not fits:
         raise InputError(
-            f"--evaluation={path} has no thresholds of the label {config.label}; give the RESULT.json that "
+            f"--evaluation={path} has no thresholds of the label {config.label}; give the "
+            f"RESULT.json that "
             "ctssl_jax.evaluate wrote of this run, of a label with two classes"
         )
     if not same_weights:
         raise InputError(
-            f"--evaluation={path} is of other weights (step {result.get('checkpoint_step')}) than the checkpoint; give "
+            f"--evaluation={path} is of other weights (step {result.get('checkpoint_step')}) than "
+            f"the checkpoint; give "
             "the evaluation of this run, and the same --checkpoint"
         )
     if all(threshold is None for threshold in result["thresholds"].values()):
         raise InputError(
-            f"--evaluation={path} fixed no threshold: its validation split has one class only; leave it out"
+            f"--evaluation={path} fixed no threshold: its validation split has one class only; "
+            f"leave it out"
         )
     return result["thresholds"]
 
 
 def _write_csv(
-    path: Path, slices: np.ndarray, position_mm: np.ndarray, probabilities: np.ndarray, classes: tuple[str, ...]
+    path: Path,
+    slices: np.ndarray,
+    position_mm: np.ndarray,
+    probabilities: np.ndarray,
+    classes: tuple[str, ...],
 ) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["slice_index", "position_mm", *(f"probability_{name}" for name in classes)])
+        writer.writerow(
+            ["slice_index", "position_mm", *(f"probability_{name}" for name in classes)]
+        )
         for index, position, row in zip(slices, position_mm, probabilities, strict=True):
             writer.writerow([int(index), f"{position:.3f}", *(f"{value:.6g}" for value in row)])
 
 
 def _classes(model: PretrainedModel, number: int) -> tuple[tuple[str, ...], str]:
-    """Names of the classes and the label's level; numbers where nothing names an attribute's classes any more."""
+    """Names of the classes and the label's level; numbers where nothing names an attribute's
+    classes any more."""
     label = model.config.label
     if label in model.preparation["labels"]:
         facts = model.preparation["labels"][label]
@@ -144,4 +172,6 @@ def _classes(model: PretrainedModel, number: int) -> tuple[tuple[str, ...], str]
         classes, level = label_classes(Dataset.open(model.config.dataset), label)
     except (InputError, OSError):
         classes, level = (), "volume"
-    return (tuple(classes) if len(classes) == number else tuple(f"class_{k}" for k in range(number))), level
+    return (
+        tuple(classes) if len(classes) == number else tuple(f"class_{k}" for k in range(number))
+    ), level

@@ -1,4 +1,5 @@
-"""Pictures of a prediction: probabilities along the slices of a scan, or the regions of its mask."""
+"""Pictures of a prediction: probabilities along the slices of a scan, or the regions of its
+mask."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +39,18 @@ def save_curve(
         left.plot(position_mm, values, label=name, marker=marker, linewidth=1.4)
     left.axvline(position_mm[top], color="0.6", linewidth=0.8, linestyle=":")
     if threshold is not None:
-        left.axhline(threshold, color="firebrick", linewidth=0.9, linestyle="--", label=f"threshold {threshold:.3g}")
-    left.set(ylim=(-0.02, 1.02), xlabel="position along the slices, towards the head (mm)", ylabel="probability")
+        left.axhline(
+            threshold,
+            color="firebrick",
+            linewidth=0.9,
+            linestyle="--",
+            label=f"threshold {threshold:.3g}",
+        )
+    left.set(
+        ylim=(-0.02, 1.02),
+        xlabel="position along the slices, towards the head (mm)",
+        ylabel="probability",
+    )
     left.legend(loc="best", fontsize=8)
     right.imshow(image, cmap="gray", vmin=0, vmax=255)
     highest = next(iter(probabilities.values()))[top]
@@ -82,7 +93,11 @@ def save_regions(
 
 
 def _figure(
-    rows: int, columns: int, size: tuple[float, float], title: str, width_ratios: Sequence[float] | None = None
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    title: str,
+    width_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, Any]:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,5 @@
-"""What can be read out of a frozen encoder without training a network: `probe` and, of patients, `attributes`.
+"""What can be read out of a frozen encoder without training a network: `probe` and, of patients,
+`attributes`.
 
 >>> from ctssl_jax.probes import probe
 >>> result = probe("run", "dataset", "probe.json", encoder="pixels")  # doctest: +ELLIPSIS

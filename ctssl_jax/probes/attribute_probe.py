@@ -8,17 +8,17 @@ import jax
 import numpy as np
 import threadpoolctl
 
-from ctssl_jax.data import NeighbourSource, Targets, open_source
-from ctssl_jax.data__batches import evaluation_batches
-from ctssl_jax.data__labels import OF_VOLUMES, AttributeLabels, AttributeRefused, read_attribute
+from ctssl_jax.data.batches import evaluation_batches
+from ctssl_jax.data.labels import OF_VOLUMES, AttributeLabels, AttributeRefused, read_attribute
+from ctssl_jax.data.slices import NeighbourSource, Targets, open_source
 from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header, notes
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.probes.encoders import PATCH, FrozenEncoder, check_encoder, open_encoder
 from ctssl_jax.probes.label_probe import LabelFeatures, fit_logistic
 from ctssl_jax.runs.run import Run
 from ctssl_jax.stats.binary import multiclass_summary
-from data_prep.dataset import Dataset
-from data_prep.dataset__schema import SPLITS
+from data_prep.dataset.reader import Dataset
+from data_prep.dataset.schema import SPLITS
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, write_json, written_whole
 
@@ -45,8 +45,8 @@ def attributes(
       workdir: run directory, of any task whose model has the pretraining's encoder.
       dataset: dataset directory; None takes the training's.
       output: path of RESULT.json; its folder is made.
-      names: attributes, see `data.labels.read_attribute`; None takes those of age, sex and ethnic group that can
-        be learned from this dataset.
+      names: attributes, see `data.labels.read_attribute`; None takes those of age, sex and ethnic
+        group that can be learned from this dataset.
       checkpoint: `best`, `last` or a step; the controls read none.
       encoder: `run`, or one of the controls `untrained` and `pixels`.
       pooling_regions: latents are averaged over the whole slice (1) or over 4 x 4 regions (4).
@@ -59,14 +59,16 @@ def attributes(
       The contents of RESULT.json.
 
     Raises:
-      InputError: no such run, checkpoint or attribute, data prepared otherwise than the run's, an attribute without two
-        classes in a split, or a model without the encoder.
+      InputError: no such run, checkpoint or attribute, data prepared otherwise than the run's, an
+        attribute without two classes in a split, or a model without the encoder.
     """
     # ---- Can the request work? ----
     output = Path(output)
     check_encoder(encoder)
     if pooling_regions not in REGIONS:
-        raise InputError(f"--pooling_regions={pooling_regions}: choose one of {', '.join(map(str, REGIONS))}")
+        raise InputError(
+            f"--pooling_regions={pooling_regions}: choose one of {', '.join(map(str, REGIONS))}"
+        )
     if min_patients < 1:
         raise InputError(f"--min_patients={min_patients}: must be 1 or more")
     if seed is not None and not 0 <= seed < 2**32:
@@ -78,20 +80,31 @@ def attributes(
     step = measured.run.choose_step(checkpoint) if encoder == "run" else None
     chosen, not_probed = _read_attributes(measured.dataset, names, min_patients)
     if any(volume["middle_slice"] is None for volume in measured.dataset.volumes()):
-        raise InputError(f"--dataset={config.dataset}: a volume has no middle slice; prepare the dataset again")
+        raise InputError(
+            f"--dataset={config.dataset}: a volume has no middle slice; prepare the dataset again"
+        )
     sources = {
-        split: open_source(measured.dataset, split, measured.channels, (0,), Targets(middle_only=True))
+        split: open_source(
+            measured.dataset, split, measured.channels, (0,), Targets(middle_only=True)
+        )
         for split in SPLITS
     }
     make_folder(output.parent, "--output")
 
     # ---- Features of the middle slices ----
     batch_size = batch_size or config.batch_size // config.microbatches
-    regions = min(pooling_regions, config.image_size // PATCH)  # of the smallest images there are fewer latents
+    # of the smallest images there are fewer latents
+    regions = min(pooling_regions, config.image_size // PATCH)
     frozen, origin = open_encoder(encoder, measured, step, sources["train"], batch_size, regions)
-    print(f"encoder        {config.recipe} ({origin}) on {jax.local_devices()[0].device_kind}", flush=True)
+    print(
+        f"encoder        {config.recipe} ({origin}) on {jax.local_devices()[0].device_kind}",
+        flush=True,
+    )
     features = _features(frozen, sources, batch_size)
-    patients = {split: [volume["patient_id"] for volume in source.volumes] for split, source in sources.items()}
+    patients = {
+        split: [volume["patient_id"] for volume in source.volumes]
+        for split, source in sources.items()
+    }
 
     # ---- One probe an attribute ----
     metrics, settings, probabilities = {}, {}, {}
@@ -111,7 +124,11 @@ def attributes(
         summary = multiclass_summary(
             test.label,
             probabilities[attribute.name],
-            [patient for patient, kept in zip(patients["test"], labels["test"] >= 0, strict=True) if kept],
+            [
+                patient
+                for patient, kept in zip(patients["test"], labels["test"] >= 0, strict=True)
+                if kept
+            ],
             attribute.classes,
             seed=config.seed,
         )
@@ -151,17 +168,28 @@ def table(result: dict) -> str:
     step = "" if result["checkpoint_step"] is None else f", step {result['checkpoint_step']:,}"
     shuffled = ", SHUFFLED LABELS" if result["shuffled_labels"] else ""
     lines = [
-        f"{result['recipe']}, encoder: {result['encoder']}{step}, {result['num_features']} features of the middle slice"
+        f"{result['recipe']}, encoder: {result['encoder']}{step}, {result['num_features']} "
+        f"features of the middle slice"
         f"{shuffled}{'  SYNTHETIC DATA' if result['synthetic'] else ''}",
         f"{'':32}{'value':>7}   95 % interval     volumes patients",
     ]
     for name, value in result["metrics"].items():
         mean = "-" if value["mean"] is None else f"{value['mean']:.4f}"
-        interval = "-" if value["ci95"] is None else f"{value['ci95'][0]:.4f} to {value['ci95'][1]:.4f}"
-        lines.append(f"{name:32}{mean:>7}   {interval:17} {value['num_volumes']:7} {value['num_patients']:8}")
+        interval = (
+            "-" if value["ci95"] is None else f"{value['ci95'][0]:.4f} to {value['ci95'][1]:.4f}"
+        )
+        lines.append(
+            f"{name:32}{mean:>7}   {interval:17} {value['num_volumes']:7} {value['num_patients']:8}"
+        )
     for name, facts in result["attributes"].items():
-        left_out = [f"{number} volumes without a value" for number in [sum(facts["missing"].values())] if number]
-        left_out += [f"{number} of the small class {value}" for value, number in facts["too_small"].items()]
+        left_out = [
+            f"{number} volumes without a value"
+            for number in [sum(facts["missing"].values())]
+            if number
+        ]
+        left_out += [
+            f"{number} of the small class {value}" for value, number in facts["too_small"].items()
+        ]
         lines += [f"{name}: left out {', '.join(left_out)}"] if left_out else []
     lines += [f"not probed: {reason}" for reason in result["not_probed"].values()]
     return "\n".join([*lines, *notes(result)])
@@ -170,12 +198,15 @@ def table(result: dict) -> str:
 def _read_attributes(
     dataset: Dataset, names: list[str] | None, min_patients: int
 ) -> tuple[list[AttributeLabels], dict[str, str]]:
-    """The named attributes; or the attributes of volumes.csv that can be probed, and why others cannot."""
+    """The named attributes; or the attributes of volumes.csv that can be probed, and why others
+    cannot."""
     remedy = "give a smaller --min_patients or a --dataset of more patients"
     chosen, refused = [], {}
     for name in OF_VOLUMES if names is None else dict.fromkeys(names):
         try:
-            attribute = read_attribute(dataset, name, min_patients, asked_by="--attributes", remedy=remedy)
+            attribute = read_attribute(
+                dataset, name, min_patients, asked_by="--attributes", remedy=remedy
+            )
             for split, labels in attribute.labels.items():
                 if len(set(labels[labels >= 0].tolist())) < 2:
                     reason = f"{name} has fewer than two classes in the {split} split"
@@ -189,13 +220,16 @@ def _read_attributes(
             chosen.append(attribute)
     if not chosen:
         raise InputError(
-            f"no attribute can be probed on {dataset.name}: {'; '.join(refused.values()) or '--attributes is empty'}; "
+            f"no attribute can be probed on {dataset.name}: "
+            f"{'; '.join(refused.values()) or '--attributes is empty'}; "
             "name labels of the dataset by --attributes, or prepare it again with --attributes_csv"
         )
     return chosen, refused
 
 
-def _features(frozen: FrozenEncoder, sources: dict[str, NeighbourSource], batch_size: int) -> dict[str, np.ndarray]:
+def _features(
+    frozen: FrozenEncoder, sources: dict[str, NeighbourSource], batch_size: int
+) -> dict[str, np.ndarray]:
     """Features of the middle slices in the order of the volumes: split -> [V, F] float32."""
 
     @jax.jit
@@ -204,7 +238,10 @@ def _features(frozen: FrozenEncoder, sources: dict[str, NeighbourSource], batch_
 
     def features(source: NeighbourSource) -> np.ndarray:
         batches = evaluation_batches(source, min(batch_size, len(source)))
-        parts = [jax.device_get(encode(frozen.state, batch["images"][:, 0]))[batch["weight"] > 0] for batch in batches]
+        parts = [
+            jax.device_get(encode(frozen.state, batch["images"][:, 0]))[batch["weight"] > 0]
+            for batch in batches
+        ]
         return np.concatenate(parts)
 
     return {split: features(source) for split, source in sources.items()}
@@ -221,7 +258,13 @@ def _facts(attribute: AttributeLabels, patients: dict[str, list[str]]) -> dict:
     """Classes, patients of each by split, and what was left out."""
     counts = {
         name: {
-            split: len({patient for patient, label in zip(patients[split], labels, strict=True) if label == index})
+            split: len(
+                {
+                    patient
+                    for patient, label in zip(patients[split], labels, strict=True)
+                    if label == index
+                }
+            )
             for split, labels in attribute.labels.items()
         }
         for index, name in enumerate(attribute.classes)
@@ -230,13 +273,20 @@ def _facts(attribute: AttributeLabels, patients: dict[str, list[str]]) -> dict:
 
 
 def _write_volumes(
-    path: Path, volumes: list[dict], chosen: list[AttributeLabels], probabilities: dict[str, np.ndarray]
+    path: Path,
+    volumes: list[dict],
+    chosen: list[AttributeLabels],
+    probabilities: dict[str, np.ndarray],
 ) -> None:
-    """One row a test volume: pseudonyms; of each attribute the true class and probabilities, empty where left out."""
+    """One row a test volume: pseudonyms; of each attribute the true class and probabilities, empty
+    where left out."""
     columns = ["volume_id", "patient_id"]
     rows = [[volume["volume_id"], volume["patient_id"]] for volume in volumes]
     for attribute in chosen:
-        columns += [f"{attribute.name}/class", *(f"{attribute.name}/probability/{name}" for name in attribute.classes)]
+        columns += [
+            f"{attribute.name}/class",
+            *(f"{attribute.name}/probability/{name}" for name in attribute.classes),
+        ]
         of_kept = iter(probabilities[attribute.name])
         for row, label in zip(rows, attribute.labels["test"], strict=True):
             if label < 0:

@@ -1,7 +1,7 @@
 """Frozen encoders that probes read: the encoder of a run, and two controls.
 
-The control `untrained` has the architecture of the run and random weights. The control `pixels` has no network. The
-weights of `untrained` are the only thing here that is random.
+The control `untrained` has the architecture of the run and random weights. The control `pixels` has
+no network. The weights of `untrained` are the only thing here that is random.
 """
 
 import math
@@ -14,15 +14,15 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from ctssl_jax.data import NeighbourSource
-from ctssl_jax.data__batches import training_batches
+from ctssl_jax.data.batches import training_batches
+from ctssl_jax.data.slices import NeighbourSource
 from ctssl_jax.evaluation.measured_run import MeasuredRun
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.runs.run import Run
-from ctssl_jax.task_interface import Task
-from ctssl_jax.tasks import get_task
-from ctssl_jax.training__state import abstract_model
+from ctssl_jax.tasks.interface import Task
+from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training.state import abstract_model
 from data_prep.system.errors import InputError
 
 ENCODERS = ("run", "untrained", "pixels")
@@ -36,7 +36,8 @@ class FrozenEncoder(NamedTuple):
     """An encoder whose numbers no longer change.
 
     state: its numbers.
-    encode: (state, images [B, H, W, channels] float32) -> latents [B, H / 4, W / 4, D] and pooled [B, F], float32.
+    encode: (state, images [B, H, W, channels] float32) -> latents [B, H / 4, W / 4, D] and pooled
+      [B, F], float32.
     channels, normalize: of the images that it takes, see `ops.images.to_unit_images`.
     """
 
@@ -84,17 +85,21 @@ def open_encoder(
     task = get_task(config.task)
     if "encoder" not in abstract_model(config, task)[1]:
         raise InputError(
-            f"--workdir={measured.run.workdir}: a model of the task {config.task} has no encoder to probe; give "
+            f"--workdir={measured.run.workdir}: a model of the task {config.task} has no encoder "
+            f"to probe; give "
             "another run"
         )
     if name == "run":
         return trained_encoder(config, task, measured.run, step, regions), f"run, step {step:,}"
     batches = training_batches(training_slices, min(batch_size, len(training_slices)), config.seed)
-    return untrained_encoder(config, task, batches, regions), f"control: untrained, seed {config.seed}"
+    return untrained_encoder(
+        config, task, batches, regions
+    ), f"control: untrained, seed {config.seed}"
 
 
 def area_weights(size: int, parts: int) -> np.ndarray:
-    """[parts, size] float32: row i averages the i-th of `parts` equal stretches of `size` pixels."""
+    """[parts, size] float32: row i averages the i-th of `parts` equal stretches of `size`
+    pixels."""
     edges = np.linspace(0, size, parts + 1)
     pixels = np.arange(size)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
@@ -102,7 +107,8 @@ def area_weights(size: int, parts: int) -> np.ndarray:
 
 
 def pool(images: jax.Array, parts: int) -> jax.Array:
-    """Means over parts x parts regions, flattened: [B, H, W, C] -> [B, parts * parts * C] float32."""
+    """Means over parts x parts regions, flattened: [B, H, W, C] -> [B, parts * parts * C]
+    float32."""
     rows, columns = (area_weights(size, parts) for size in images.shape[1:3])
     means = jnp.einsum("bhwc,ih,jw->bijc", images, rows, columns, precision="highest")
     return means.reshape(len(images), -1)
@@ -114,7 +120,9 @@ def _abstract_encoder(config: ml_collections.ConfigDict, task: Task) -> tuple[An
     return graph, nnx.as_pure(params), nnx.as_pure(variables)
 
 
-def _network(config: ml_collections.ConfigDict, graph: Any, state: tuple[Any, Any], regions: int) -> FrozenEncoder:
+def _network(
+    config: ml_collections.ConfigDict, graph: Any, state: tuple[Any, Any], regions: int
+) -> FrozenEncoder:
     def encode(state, images):
         latents = nnx.merge(graph, *state, copy=True)(images, train=False)
         return latents, pool(latents, regions)
@@ -137,42 +145,60 @@ def trained_encoder(
         {"params": {"encoder": params}, "variables": {"encoder": variables}},
     )
     restored = run.restore(step, template)
-    return _network(config, graph, (restored["params"]["encoder"], restored["variables"]["encoder"]), regions)
+    return _network(
+        config, graph, (restored["params"]["encoder"], restored["variables"]["encoder"]), regions
+    )
 
 
 def untrained_encoder(
-    config: ml_collections.ConfigDict, task: Task, batches: Iterator[dict[str, np.ndarray]], regions: int = REGIONS
+    config: ml_collections.ConfigDict,
+    task: Task,
+    batches: Iterator[dict[str, np.ndarray]],
+    regions: int = REGIONS,
 ) -> FrozenEncoder:
-    """The encoder before it learned anything: random weights by the seed of the run, whatever `init_from` says.
+    """The encoder before it learned anything: random weights by the seed of the run, whatever
+    `init_from` says.
 
-    Its batch statistics are those of training slices, set by `STATISTICS_STEPS` passes in training mode. With the 0 and
-    1 that they start from, activations fade from layer to layer, and the comparison would be with rounding.
+    Its batch statistics are those of training slices, set by `STATISTICS_STEPS` passes in training
+    mode. With the 0 and 1 that they start from, activations fade from layer to layer, and the
+    comparison would be with rounding.
 
     Args:
       config, task: of the run.
       batches: endless, from `data.training_batches`.
       regions: latents are averaged over regions x regions.
     """
-    graph, params, variables = nnx.split(task.build(config, nnx.Rngs(params=config.seed)).encoder, nnx.Param, ...)
+    graph, params, variables = nnx.split(
+        task.build(config, nnx.Rngs(params=config.seed)).encoder, nnx.Param, ...
+    )
 
     @jax.jit
     def follow(params, variables, images, key):
         encoder = nnx.merge(graph, params, variables, copy=True)
-        encoder(to_unit_images(images, config.model.in_channels, config.normalize), train=True, key=key)
+        encoder(
+            to_unit_images(images, config.model.in_channels, config.normalize), train=True, key=key
+        )
         return nnx.as_pure(nnx.split(encoder, nnx.Param, ...)[2])
 
-    params, variables, key = nnx.as_pure(params), nnx.as_pure(variables), jax.random.key(config.seed)
+    params, variables, key = (
+        nnx.as_pure(params),
+        nnx.as_pure(variables),
+        jax.random.key(config.seed),
+    )
     for step in range(STATISTICS_STEPS):
-        variables = follow(params, variables, next(batches)["images"][:, 0], jax.random.fold_in(key, step))
+        variables = follow(
+            params, variables, next(batches)["images"][:, 0], jax.random.fold_in(key, step)
+        )
     return _network(config, graph, (params, variables), regions)
 
 
 def pixel_encoder(channels: int, embedding_dim: int, regions: int = REGIONS) -> FrozenEncoder:
     """A control without a network.
 
-    Latents are the means of blocks of 4 x 4 pixels, one number a channel: all 16 pixels would make reconstruction of a
-    clean slice perfect, and say nothing. Pooled features are the slice averaged down to as many numbers as the pooled
-    latents of an encoder have, or as near below as a square allows.
+    Latents are the means of blocks of 4 x 4 pixels, one number a channel: all 16 pixels would make
+    reconstruction of a clean slice perfect, and say nothing. Pooled features are the slice averaged
+    down to as many numbers as the pooled latents of an encoder have, or as near below as a square
+    allows.
 
     Args:
       channels: of the dataset.
@@ -183,7 +209,9 @@ def pixel_encoder(channels: int, embedding_dim: int, regions: int = REGIONS) -> 
 
     def encode(state, images):
         size = images.shape[1]
-        means = pool(images, size // PATCH).reshape(len(images), size // PATCH, size // PATCH, channels)
+        means = pool(images, size // PATCH).reshape(
+            len(images), size // PATCH, size // PATCH, channels
+        )
         return means, pool(images, max(1, min(side, size)))
 
     return FrozenEncoder((), jax.jit(encode), channels, "window")

@@ -1,7 +1,8 @@
-"""A slice read out of a frozen encoder: a linear decoder of each latent, and the mean of the nearest training slices.
+"""A slice read out of a frozen encoder: a linear decoder of each latent, and the mean of the
+nearest training slices.
 
-Every encoder sees the same corruptions, whatever task it was trained on. The validation split chooses the settings.
-Nothing here is random.
+Every encoder sees the same corruptions, whatever task it was trained on. The validation split
+chooses the settings. Nothing here is random.
 """
 
 import functools
@@ -14,12 +15,13 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-from ctssl_jax import corruptions, losses
+from ctssl_jax.ops import corruptions, losses
 from ctssl_jax.ops.images import ssim, to_unit_images, to_unit_range
 from ctssl_jax.probes.encoders import NEIGHBOURS, PATCH, FrozenEncoder
-from ctssl_jax.training__state import evaluation_keys
+from ctssl_jax.training.state import evaluation_keys
 
-RIDGE_PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the variance of a standardised feature
+# relative to the variance of a standardised feature
+RIDGE_PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 MASK_FRACTION = 0.2  # of the image area
 NOISE_FRACTION = 0.5
 
@@ -37,9 +39,15 @@ class ImageTarget(NamedTuple):
 
 IMAGES = {
     "clean": ImageTarget((0,), lambda keys, images: (images, None)),
-    "masked_region": ImageTarget((0,), functools.partial(corruptions.mask_region, fraction=MASK_FRACTION)),
+    "masked_region": ImageTarget(
+        (0,), functools.partial(corruptions.mask_region, fraction=MASK_FRACTION)
+    ),
     "denoising": ImageTarget(
-        (0,), lambda keys, images: (corruptions.salt_and_pepper(keys, images, fraction=NOISE_FRACTION), None)
+        (0,),
+        lambda keys, images: (
+            corruptions.salt_and_pepper(keys, images, fraction=NOISE_FRACTION),
+            None,
+        ),
     ),
     "next_slice": ImageTarget((0, 1), lambda keys, images: (images, None)),
 }
@@ -47,7 +55,9 @@ IMAGES = {
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _corrupt(target: ImageTarget, channels: int, normalize: str, images, record_index):
-    return target.corrupt(evaluation_keys(record_index), to_unit_images(images[:, 0], channels, normalize))
+    return target.corrupt(
+        evaluation_keys(record_index), to_unit_images(images[:, 0], channels, normalize)
+    )
 
 
 class ImageFeatures(NamedTuple):
@@ -74,7 +84,8 @@ def image_features(
 ) -> Iterator[ImageFeatures]:
     """Corrupt each slice and encode it.
 
-    The target is the windowed slice in [0, 1] whatever the encoder's own grey scale, so that errors compare.
+    The target is the windowed slice in [0, 1] whatever the encoder's own grey scale, so that errors
+    compare.
 
     Args:
       encoder: the encoder.
@@ -82,10 +93,14 @@ def image_features(
       batches: from `data.evaluation_batches` with the target's offsets.
     """
     for batch in batches:
-        inputs, region = _corrupt(target, encoder.channels, encoder.normalize, batch["images"], batch["record_index"])
+        inputs, region = _corrupt(
+            target, encoder.channels, encoder.normalize, batch["images"], batch["record_index"]
+        )
         latents, pooled, region = jax.device_get((*encoder.encode(encoder.state, inputs), region))
         images = batch["images"][:, -1]
-        yield ImageFeatures(latents, pooled, images, region, batch["record_index"], batch["weight"] > 0)
+        yield ImageFeatures(
+            latents, pooled, images, region, batch["record_index"], batch["weight"] > 0
+        )
 
 
 def to_patches(images: np.ndarray) -> np.ndarray:
@@ -125,28 +140,36 @@ def ridge(sums: np.ndarray, num_features: int, penalty: float) -> np.ndarray:
     Args:
       sums: added up from `gram`.
       num_features: D.
-      penalty: on the squared weights of standardised features, a row of data counting 1 / N (scikit-learn's alpha / N).
-        A constant feature gets weight 0.
+      penalty: on the squared weights of standardised features, a row of data counting 1 / N
+        (scikit-learn's alpha / N). A constant feature gets weight 0.
 
     Returns:
       [1 + D, P] float64: intercept, then the weight of each feature as it is.
     """
     mean = sums[0, 1:] / sums[0, 0]
     covariance = sums[1:, 1:] / sums[0, 0] - np.outer(mean, mean)
-    variance, second = (np.diag(matrix)[:num_features] for matrix in (covariance, sums[1:, 1:] / sums[0, 0]))
+    variance, second = (
+        np.diag(matrix)[:num_features] for matrix in (covariance, sums[1:, 1:] / sums[0, 0])
+    )
     scale = np.sqrt(np.where(variance > 1e-12 * second, variance, np.inf))
     correlation = covariance[:num_features, :num_features] / np.outer(scale, scale)
     weights = np.linalg.solve(
-        correlation + penalty * np.eye(num_features), covariance[:num_features, num_features:] / scale[:, None]
+        correlation + penalty * np.eye(num_features),
+        covariance[:num_features, num_features:] / scale[:, None],
     )
     weights = weights / scale[:, None]
     return np.concatenate([(mean[num_features:] - mean[:num_features] @ weights)[None], weights])
 
 
 def ridge_error(sums: np.ndarray, weights: np.ndarray) -> float:
-    """Mean squared error of `ridge`'s weights [1 + D, P] on the data that `sums` were added up from."""
+    """Mean squared error of `ridge`'s weights [1 + D, P] on the data that `sums` were added up
+    from."""
     residual = np.concatenate([weights, -np.eye(weights.shape[1])])
-    return float(np.einsum("ip,ij,jp->", residual, sums, residual, optimize=True) / sums[0, 0] / weights.shape[1])
+    return float(
+        np.einsum("ip,ij,jp->", residual, sums, residual, optimize=True)
+        / sums[0, 0]
+        / weights.shape[1]
+    )
 
 
 def predict_ridge(weights: np.ndarray, latents: np.ndarray) -> np.ndarray:
@@ -173,7 +196,9 @@ class ImageProbes(NamedTuple):
     number: int
 
 
-def _neighbour_means(probes: ImageProbes, pooled: np.ndarray, numbers: Iterable[int]) -> dict[int, np.ndarray]:
+def _neighbour_means(
+    probes: ImageProbes, pooled: np.ndarray, numbers: Iterable[int]
+) -> dict[int, np.ndarray]:
     """Mean target of the nearest so many training slices: number -> [B, H, W, C] float32."""
     features = probes.scaler.transform(pooled.astype(np.float64))
     nearest = probes.neighbours.kneighbors(features, max(numbers), return_distance=False)
@@ -188,15 +213,18 @@ def _neighbour_means(probes: ImageProbes, pooled: np.ndarray, numbers: Iterable[
 def fit_images(train: Iterable[ImageFeatures], validation: Iterable[ImageFeatures]) -> ImageProbes:
     """Fit the linear decoder and the nearest neighbours; validation slices choose by MSE.
 
-    The decoder sees one latent at a time and predicts the 4 x 4 pixels that it stands for: what lies around them must
-    be in the latent. Neighbours are nearest by cosine of standardised pooled features.
+    The decoder sees one latent at a time and predicts the 4 x 4 pixels that it stands for: what
+    lies around them must be in the latent. Neighbours are nearest by cosine of standardised pooled
+    features.
 
     Args:
       train, validation: from `image_features`.
     """
     sums, pooled, targets = 0.0, [], []
     for batch in train:
-        sums = sums + gram(batch.latents[batch.kept], to_patches(batch.target[batch.kept] / np.float64(255)))
+        sums = sums + gram(
+            batch.latents[batch.kept], to_patches(batch.target[batch.kept] / np.float64(255))
+        )
         pooled.append(batch.pooled[batch.kept].astype(np.float64))
         targets.append(batch.target[batch.kept])
         num_features = batch.latents.shape[-1]
@@ -213,11 +241,15 @@ def fit_images(train: Iterable[ImageFeatures], validation: Iterable[ImageFeature
             errors[number] += float(np.square(means - target).sum(dtype=np.float64))
     decoders = {penalty: ridge(sums, num_features, penalty) for penalty in RIDGE_PENALTIES}
     penalty = min(decoders, key=lambda penalty: ridge_error(unseen, decoders[penalty]))
-    return probes._replace(weights=decoders[penalty], penalty=penalty, number=min(errors, key=errors.get))
+    return probes._replace(
+        weights=decoders[penalty], penalty=penalty, number=min(errors, key=errors.get)
+    )
 
 
 @jax.jit
-def _image_scores(prediction: jax.Array, target: jax.Array, region: jax.Array | None) -> dict[str, jax.Array]:
+def _image_scores(
+    prediction: jax.Array, target: jax.Array, region: jax.Array | None
+) -> dict[str, jax.Array]:
     target = target.astype(jnp.float32) / 255
     scores = {"mse": losses.mse(prediction, target)}
     if region is not None:
@@ -225,7 +257,9 @@ def _image_scores(prediction: jax.Array, target: jax.Array, region: jax.Array | 
     return scores | {"ssim": ssim(to_unit_range(prediction), target)}
 
 
-def score_images(probes: ImageProbes, batches: Iterable[ImageFeatures]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def score_images(
+    probes: ImageProbes, batches: Iterable[ImageFeatures]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Score the predictions of both probes.
 
     Returns:

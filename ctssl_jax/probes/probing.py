@@ -1,4 +1,5 @@
-"""The probes of `ctssl_jax.probe`: labels of other tasks and reconstruction, read out of a frozen encoder."""
+"""The probes of `ctssl_jax.probe`: labels of other tasks and reconstruction, read out of a frozen
+encoder."""
 
 import time
 from pathlib import Path
@@ -8,13 +9,33 @@ import jax
 import numpy as np
 import threadpoolctl
 
-from ctssl_jax.data import NeighbourSource, open_source
-from ctssl_jax.data__batches import evaluation_batches
-from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header, notes, summaries, write_volumes
+from ctssl_jax.data.batches import evaluation_batches
+from ctssl_jax.data.slices import NeighbourSource, open_source
+from ctssl_jax.evaluation.measured_run import (
+    MeasuredRun,
+    check_request,
+    header,
+    notes,
+    summaries,
+    write_volumes,
+)
 from ctssl_jax.ops.images import SSIM_WINDOW
 from ctssl_jax.probes.encoders import FrozenEncoder, check_encoder, num_features, open_encoder
-from ctssl_jax.probes.image_probe import IMAGES, MASK_FRACTION, NOISE_FRACTION, fit_images, image_features, score_images
-from ctssl_jax.probes.label_probe import LABELS, fit_logistic, fit_neighbours, label_features, labels_of
+from ctssl_jax.probes.image_probe import (
+    IMAGES,
+    MASK_FRACTION,
+    NOISE_FRACTION,
+    fit_images,
+    image_features,
+    score_images,
+)
+from ctssl_jax.probes.label_probe import (
+    LABELS,
+    fit_logistic,
+    fit_neighbours,
+    label_features,
+    labels_of,
+)
 from ctssl_jax.runs.run import Run
 from ctssl_jax.stats.volumes import auroc_one_vs_rest
 from data_prep.system.errors import InputError
@@ -43,21 +64,24 @@ def probe(
       checkpoint: `best`, `last` or a step; the controls read none.
       encoder: `run`, or one of the controls `untrained` and `pixels`.
       split: `test` or `validation`, which also chooses the probes' settings.
-      max_slices: training slices at most, and validation slices to choose by, spread evenly over their splits. The
-        training slices are held in memory (4,096 of 512 x 512: 1 GiB a channel).
+      max_slices: training slices at most, and validation slices to choose by, spread evenly over
+        their splits. The training slices are held in memory (4,096 of 512 x 512: 1 GiB a channel).
       batch_size: slices at a time; 0 takes the training's.
 
     Returns:
       The contents of RESULT.json.
 
     Raises:
-      InputError: no such run or checkpoint, data prepared otherwise than the run's, or too few slices.
+      InputError: no such run or checkpoint, data prepared otherwise than the run's, or too few
+        slices.
     """
     # ---- Can the request work? ----
     output = Path(output)
     check_encoder(encoder)
     if split not in ("test", "validation"):
-        raise InputError(f"--split={split}: choose test or validation; the probes are fitted to train")
+        raise InputError(
+            f"--split={split}: choose test or validation; the probes are fitted to train"
+        )
     if max_slices < LEAST_TRAINING_SLICES:
         raise InputError(f"--max_slices={max_slices}: must be {LEAST_TRAINING_SLICES} or more")
     check_request(output, batch_size)
@@ -65,7 +89,9 @@ def probe(
     config = measured.config
     step = measured.run.choose_step(checkpoint) if encoder == "run" else None
     if config.image_size < SSIM_WINDOW:
-        raise InputError(f"--dataset={config.dataset}: SSIM needs images of {SSIM_WINDOW} pixels or more")
+        raise InputError(
+            f"--dataset={config.dataset}: SSIM needs images of {SSIM_WINDOW} pixels or more"
+        )
     sources = {
         (name, offsets): _open(measured, name, offsets, 0 if name == split else max_slices)
         for offsets in ((0,), (0, 1))
@@ -77,7 +103,10 @@ def probe(
     # ---- The encoder ----
     batch_size = batch_size or config.batch_size // config.microbatches
     frozen, origin = open_encoder(encoder, measured, step, sources["train", (0,)], batch_size)
-    print(f"encoder        {config.recipe} ({origin}) on {jax.local_devices()[0].device_kind}", flush=True)
+    print(
+        f"encoder        {config.recipe} ({origin}) on {jax.local_devices()[0].device_kind}",
+        flush=True,
+    )
 
     # ---- The probes, one target after the other ----
     volumes = sources[split, (0,)].volumes
@@ -86,8 +115,12 @@ def probe(
         started = time.monotonic()
         measure = _label_values if name in LABELS else _image_values
         offsets = (0,) if name in LABELS else IMAGES[name].offsets
-        batches = [evaluation_batches(sources[part, offsets], batch_size) for part in ("train", "validation", split)]
-        with threadpoolctl.threadpool_limits(1):  # same sums on any number of cores; on busy ones twenty times faster
+        batches = [
+            evaluation_batches(sources[part, offsets], batch_size)
+            for part in ("train", "validation", split)
+        ]
+        # same sums on any number of cores; on busy ones twenty times faster
+        with threadpoolctl.threadpool_limits(1):
             values, settings = measure(frozen, name, *batches, volumes)
         by_volume |= {f"{name}/{score}": value for score, value in values.items()}
         chosen |= {f"{name}/{probe}": setting for probe, setting in settings.items()}
@@ -128,18 +161,24 @@ def table(result: dict) -> str:
     """The results as lines for the screen: a line a target and probe, means over volumes."""
     step = "" if result["checkpoint_step"] is None else f", step {result['checkpoint_step']:,}"
     lines = [
-        f"{result['recipe']}, encoder: {result['encoder']}{step}, {result['split']} split: {result['num_slices']:,} "
-        f"slices, probes fitted to {result['num_train_slices']:,}{'  SYNTHETIC DATA' if result['synthetic'] else ''}"
+        f"{result['recipe']}, encoder: {result['encoder']}{step}, {result['split']} split: "
+        f"{result['num_slices']:,} "
+        f"slices, probes fitted to "
+        f"{result['num_train_slices']:,}{'  SYNTHETIC DATA' if result['synthetic'] else ''}"
     ]
     rows: dict[str, list[str]] = {}
     for name, value in result["metrics"].items():
         target, probe, score = name.split("/")
         rows.setdefault(f"{target:15}{probe:8}", []).append(f"{score} {value['mean']:.4f}")
-    lines += [row + "".join(f"{score:20}" for score in scores).rstrip() for row, scores in rows.items()]
+    lines += [
+        row + "".join(f"{score:20}" for score in scores).rstrip() for row, scores in rows.items()
+    ]
     return "\n".join([*lines, *notes(result)])
 
 
-def _open(measured: MeasuredRun, split: str, offsets: tuple[int, ...], limit: int) -> NeighbourSource:
+def _open(
+    measured: MeasuredRun, split: str, offsets: tuple[int, ...], limit: int
+) -> NeighbourSource:
     """A split, or at most so many of its items, spread evenly (0: all)."""
     source = open_source(measured.dataset, split, measured.channels, offsets)
     if 0 < limit < len(source):
@@ -148,11 +187,13 @@ def _open(measured: MeasuredRun, split: str, offsets: tuple[int, ...], limit: in
 
 
 def _check_sources(sources: dict, split: str) -> None:
-    """Refuse, before any work, slices too few to fit, to choose or to score. All labels are known beforehand."""
+    """Refuse, before any work, slices too few to fit, to choose or to score. All labels are known
+    beforehand."""
     for offsets, items in (((0,), "slices"), ((0, 1), "pairs of neighbouring slices")):
         if len(sources["train", offsets]) < LEAST_TRAINING_SLICES:
             raise InputError(
-                f"{len(sources['train', offsets])} training {items} are too few for probes, which need "
+                f"{len(sources['train', offsets])} training {items} are too few for probes, which "
+                f"need "
                 f"{LEAST_TRAINING_SLICES}; give a --dataset of more scans"
             )
     for name, target in LABELS.items():
@@ -163,12 +204,14 @@ def _check_sources(sources: dict, split: str) -> None:
         chosen = _slices_of_volumes(sources[split, (0,)].volumes, sources[split, (0,)].table[:, 0])
         if len(set(train)) < target.num_classes or len(set(validation)) < 2:
             raise InputError(
-                f"the training and validation slices are too few: not every {name} occurs; give a larger --max_slices "
+                f"the training and validation slices are too few: not every {name} occurs; give a "
+                f"larger --max_slices "
                 "or a --dataset of more scans"
             )
         if all(len(set(scored[of_volume])) < 2 for of_volume in chosen):
             raise InputError(
-                f"the volumes of the {split} split have too few slices for an AUROC of {name} each; prepare the "
+                f"the volumes of the {split} split have too few slices for an AUROC of {name} "
+                f"each; prepare the "
                 "--dataset again with a larger --min_slices"
             )
 
@@ -182,10 +225,15 @@ def _slices_of_volumes(volumes: list[dict], record_index) -> list:
     ]
 
 
-def _label_values(frozen: FrozenEncoder, name: str, train, validation, test, volumes: list[dict]) -> tuple[dict, dict]:
-    """Fit both probes of a label and score them: `linear/auroc`, ... -> [V], NaN where undefined; chosen settings."""
+def _label_values(
+    frozen: FrozenEncoder, name: str, train, validation, test, volumes: list[dict]
+) -> tuple[dict, dict]:
+    """Fit both probes of a label and score them: `linear/auroc`, ... -> [V], NaN where undefined;
+    chosen settings."""
     target = LABELS[name]
-    train, validation, test = (label_features(frozen, target, batches) for batches in (train, validation, test))
+    train, validation, test = (
+        label_features(frozen, target, batches) for batches in (train, validation, test)
+    )
     fitted = {
         "linear": fit_logistic(train, validation),
         "knn": fit_neighbours(train, validation),
@@ -205,14 +253,21 @@ def _label_values(frozen: FrozenEncoder, name: str, train, validation, test, vol
     return values, settings
 
 
-def _image_values(frozen: FrozenEncoder, name: str, train, validation, test, volumes: list[dict]) -> tuple[dict, dict]:
-    """The same for an image: `linear/mse`, ... -> [V], NaN for a volume without a pair of neighbours."""
-    train, validation, test = (image_features(frozen, IMAGES[name], batches) for batches in (train, validation, test))
+def _image_values(
+    frozen: FrozenEncoder, name: str, train, validation, test, volumes: list[dict]
+) -> tuple[dict, dict]:
+    """The same for an image: `linear/mse`, ... -> [V], NaN for a volume without a pair of
+    neighbours."""
+    train, validation, test = (
+        image_features(frozen, IMAGES[name], batches) for batches in (train, validation, test)
+    )
     probes = fit_images(train, validation)
     scores, record_index = score_images(probes, test)
     chosen = _slices_of_volumes(volumes, record_index)
     values = {
-        score: np.array([value[inside].mean(dtype=float) if inside.any() else np.nan for inside in chosen])
+        score: np.array(
+            [value[inside].mean(dtype=float) if inside.any() else np.nan for inside in chosen]
+        )
         for score, value in scores.items()
     }
     return values, {"linear": {"penalty": probes.penalty}, "knn": {"neighbours": probes.number}}

@@ -13,6 +13,8 @@ False
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from data_prep.system.command_line import require
+
 if TYPE_CHECKING:
     from ctssl_jax.release.exporting import export
     from ctssl_jax.release.importing import import_weights
@@ -29,7 +31,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "export":
-        from data_prep.system.command_line import require
-
         require("torch", "an export", "torch")
     return getattr(importlib.import_module(_HOMES[name]), name)

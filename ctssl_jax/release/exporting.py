@@ -1,4 +1,5 @@
-"""A checkpoint as a folder for PyTorch users, with proof that it is the same model: the core of `ctssl_jax.export`.
+"""A checkpoint as a folder for PyTorch users, with proof that it is the same model: the core of
+`ctssl_jax.export`.
 
 It needs PyTorch; `ctssl_jax.release` says so where it is not installed.
 """
@@ -18,23 +19,24 @@ import numpy as np
 import torch
 from flax import nnx
 
-from ctssl_jax.data import select_channels, selected_windows
+from ctssl_jax.data.slices import select_channels, selected_windows
 from ctssl_jax.ops.trees import fingerprint, flatten
 from ctssl_jax.release import model_card, onnx_file, parity
-from ctssl_jax.reports import say
+from ctssl_jax.runs.reports import say
 from ctssl_jax.runs.run import Run, portable
-from ctssl_jax.tasks import get_task
+from ctssl_jax.tasks.table import get_task
 from ctssl_jax.torch_bridge import ctssl_torch
 from ctssl_jax.torch_bridge.names import architecture_settings, state_dict
-from ctssl_jax.training__state import count_parameters, restore_model
+from ctssl_jax.training.state import count_parameters, restore_model
+from data_prep.scan.window import window_to_uint8
 from data_prep.synthetic.exam import Options, render_series, sample_exam
 from data_prep.system.command_line import require
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import file_sha256, folder_written_whole, write_json, write_text
-from data_prep.window import window_to_uint8
 
 FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
-MAX_TEST_SIDE = 256  # larger slices are cut to their middle for the test: nothing in the models depends on the size
+# larger slices are cut to their middle for the test: nothing in the models depends on the size
+MAX_TEST_SIDE = 256
 
 
 def export(
@@ -62,8 +64,8 @@ def export(
       The contents of manifest.json.
 
     Raises:
-      InputError: no such run or checkpoint, another model's results, a format that is not known, a folder in use, a
-        missing package.
+      InputError: no such run or checkpoint, another model's results, a format that is not known, a
+        folder in use, a missing package.
       RunFailed: the exported model is not the same function.
     """
     output_dir = Path(output_dir).resolve()
@@ -79,7 +81,9 @@ def export(
         )
     summaries = [_result(Path(path), exported.fingerprint) for path in results]
     preprocessing = preprocessing_of(exported)
-    entries = state_dict(exported.tensors, exported.architecture, exported.depth, _counters(exported))
+    entries = state_dict(
+        exported.tensors, exported.architecture, exported.depth, _counters(exported)
+    )
     manifest = {
         "format_version": ctssl_torch.FORMAT_VERSION,
         "name": f"{run.config.recipe}, step {exported.step:,}",
@@ -100,17 +104,25 @@ def export(
     # ---- Is it the same model? ----
     twin = _twin(manifest, entries)
     images = synthetic_images(preprocessing, len(twin.offsets), num_test_slices)
-    measured, outputs = parity.measure(exported.model, twin, images, exported.architecture, exported.depth)
+    measured, outputs = parity.measure(
+        exported.model, twin, images, exported.architecture, exported.depth
+    )
     say(
-        f"parity       largest difference of {len(measured.stages)} layers and of the outputs: {measured.worst:.1e} of "
+        f"parity       largest difference of {len(measured.stages)} layers and of the outputs: "
+        f"{measured.worst:.1e} of "
         "the largest value"
-        + ("" if measured.codes_equal is None else f"; {measured.codes_equal:.4%} of the codes are equal")
+        + (
+            ""
+            if measured.codes_equal is None
+            else f"; {measured.codes_equal:.4%} of the codes are equal"
+        )
     )
     if not measured.holds:
         raise RunFailed(_not_the_same(measured))
     manifest["parity"] = {
         "tolerance": parity.TOLERANCE,
-        "input": f"{num_test_slices} synthetic slices of {images.shape[1]} x {images.shape[2]} pixels, float32",
+        "input": f"{num_test_slices} synthetic slices of {images.shape[1]} x {images.shape[2]} "
+        f"pixels, float32",
         "largest_difference": measured.worst,
         "outputs": measured.outputs,
         "stages": measured.stages,
@@ -125,7 +137,9 @@ def export(
             _write_weights(temporary, formats, entries)
             _write_test_input(temporary / "test_input.npz", images, outputs)
             if "onnx" in formats:
-                manifest["onnx"] = onnx_file.write(temporary / FORMATS["onnx"], twin, images, outputs)
+                manifest["onnx"] = onnx_file.write(
+                    temporary / FORMATS["onnx"], twin, images, outputs
+                )
                 difference = manifest["onnx"]["largest_difference"]
                 say(f"ONNX         largest difference {difference:.1e}, opset {onnx_file.OPSET}")
             shutil.copyfile(ctssl_torch.__file__, temporary / "ctssl_torch.py")
@@ -141,24 +155,33 @@ def export(
         ) from None
     size = sum(facts["bytes"] for facts in manifest["files"].values())
     took = time.monotonic() - started
-    say(f"written      {output_dir}: {', '.join(manifest['files'])} ({size / 1e6:.1f} MB) in {took:.0f} s")
+    say(
+        f"written      {output_dir}: {', '.join(manifest['files'])} ({size / 1e6:.1f} MB) in "
+        f"{took:.0f} s"
+    )
     return manifest
 
 
-def _check_request(output_dir: Path, formats: Sequence[str], licence: str, num_test_slices: int) -> None:
+def _check_request(
+    output_dir: Path, formats: Sequence[str], licence: str, num_test_slices: int
+) -> None:
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise InputError(f"--format={','.join(formats)}: give one or more of {', '.join(FORMATS)}")
     if not licence:
         raise InputError(
-            "give --license, e.g. --license=CC-BY-NC-4.0: that of the weights, which follows from the terms of the "
+            "give --license, e.g. --license=CC-BY-NC-4.0: that of the weights, which follows from "
+            "the terms of the "
             "training data and of the weights that the run started from"
         )
     if num_test_slices < 1:
         raise InputError(f"--num_test_slices={num_test_slices}: must be 1 or more")
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise InputError(f"--output_dir={output_dir} is there already; give a new or empty folder")
-    for name, packages in (("safetensors", ("safetensors",)), ("onnx", ("onnx", "onnxscript", "onnxruntime"))):
+    for name, packages in (
+        ("safetensors", ("safetensors",)),
+        ("onnx", ("onnx", "onnxscript", "onnxruntime")),
+    ):
         for package in packages if name in formats else ():
             require(package, f"--format={name}", "torch")
 
@@ -225,7 +248,9 @@ def preprocessing_of(exported: RunModel) -> dict[str, Any]:
     windows = selected_windows(preparation, select_channels(preparation, config.windows))
     num_slices = 3 if exported.architecture == "SEResNeXt" else 1
     if num_slices > 1 and config.normalize != "window":
-        raise InputError(f"a run with config.normalize={config.normalize} on adjacent slices cannot be exported")
+        raise InputError(
+            f"a run with config.normalize={config.normalize} on adjacent slices cannot be exported"
+        )
     return {
         "windows": [list(map(float, window)) for window in windows],
         "image_size": config.image_size,
@@ -258,7 +283,8 @@ def _training(exported: RunModel) -> dict[str, Any]:
 
 
 def _label_facts(run: Run) -> dict[str, Any] | None:
-    """Classes, in the order of the logits, and level (slice or volume) of the label that the model predicts."""
+    """Classes, in the order of the logits, and level (slice or volume) of the label that the model
+    predicts."""
     return (run.preparation.get("labels") or {}).get(run.config.get("label"))
 
 
@@ -289,7 +315,9 @@ def _result(path: Path, fingerprint: str) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text())
         if result["model_fingerprint"] != fingerprint:
-            raise InputError(f"--results={path} is of another model or checkpoint; evaluate this one")
+            raise InputError(
+                f"--results={path} is of another model or checkpoint; evaluate this one"
+            )
         fields = ("mean", "sd", "ci95", "num_volumes", "num_patients", "unit")
         return {
             "split": result["split"],
@@ -297,22 +325,28 @@ def _result(path: Path, fingerprint: str) -> dict[str, Any]:
             "dataset_fingerprint": result["dataset_fingerprint"],
             "num_patients_seen_in_training": result["num_patients_seen_in_training"],
             "metrics": {
-                metric: {name: value.get(name) for name in fields} for metric, value in result["metrics"].items()
+                metric: {name: value.get(name) for name in fields}
+                for metric, value in result["metrics"].items()
             },
         }
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise InputError(f"--results={path} is not a results file of ctssl_jax.evaluate ({reason})") from None
+        raise InputError(
+            f"--results={path} is not a results file of ctssl_jax.evaluate ({reason})"
+        ) from None
 
 
 def _twin(manifest: dict[str, Any], entries: dict[str, np.ndarray]) -> ctssl_torch.ExportedModel:
     twin = ctssl_torch.build(manifest)
-    twin.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in entries.items()}, strict=True)
+    twin.load_state_dict(
+        {name: torch.from_numpy(value.copy()) for name, value in entries.items()}, strict=True
+    )
     return twin.eval()
 
 
 def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int) -> np.ndarray:
-    """Adjacent slices in the middle of a synthetic chest, preprocessed: [number, H, W, C] float32 in [0, 1].
+    """Adjacent slices in the middle of a synthetic chest, preprocessed: [number, H, W, C] float32
+    in [0, 1].
 
     Of slices larger than `MAX_TEST_SIDE` the middle is taken.
     """
@@ -320,7 +354,10 @@ def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int
     options = Options(seed=0, image_size=size, num_slices=20, slice_spacing_mm=0.0)
     exam, rng = sample_exam(0, options)
     hu = render_series(exam, "soft", 1, rng)[1].hu
-    unit = window_to_uint8(np.rint(hu).astype(np.int16), preprocessing["windows"]).astype(np.float32) / 255
+    unit = (
+        window_to_uint8(np.rint(hu).astype(np.int16), preprocessing["windows"]).astype(np.float32)
+        / 255
+    )
     if preprocessing["normalize"] == "slice_minmax":
         low, high = unit.min((1, 2, 3), keepdims=True), unit.max((1, 2, 3), keepdims=True)
         unit = (unit - low) / np.maximum(high - low, 1e-8)
@@ -330,15 +367,19 @@ def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int
         unit = np.repeat(unit, preprocessing["in_channels"], axis=-1)
     middle = len(unit) // 2 - number // 2 + np.arange(number)
     offsets = np.arange(num_slices) - num_slices // 2
-    return np.concatenate([unit[np.clip(middle + offset, 0, len(unit) - 1)] for offset in offsets], axis=-1)
+    return np.concatenate(
+        [unit[np.clip(middle + offset, 0, len(unit) - 1)] for offset in offsets], axis=-1
+    )
 
 
 def _not_the_same(measured: parity.Parity) -> str:
     values = {**measured.stages, **measured.outputs}
     name = max(values, key=values.get)
     return (
-        f"the PyTorch model is not the same function: {name} differs by {values[name]:.1e} of its largest value, and "
-        f"codes by a margin of {measured.code_margin:.1e}; nothing was written. Please report it with the run's "
+        f"the PyTorch model is not the same function: {name} differs by {values[name]:.1e} of its "
+        f"largest value, and "
+        f"codes by a margin of {measured.code_margin:.1e}; nothing was written. Please report it "
+        f"with the run's "
         "config.json"
     )
 

@@ -22,7 +22,8 @@ def text(manifest: dict[str, Any]) -> str:
         "## Results\n\n" + _results(manifest["results"]),
         "## Is it the same model?\n\n" + _parity(manifest),
         "## Intended use and limits\n\n" + _limits(manifest),
-        f"## Licence\n\n{manifest['license']} for the weights; `ctssl_torch.py` is under Apache-2.0.",
+        f"## Licence\n\n{manifest['license']} for the weights; `ctssl_torch.py` is under "
+        f"Apache-2.0.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -30,13 +31,17 @@ def text(manifest: dict[str, Any]) -> str:
 def _summary(manifest: dict[str, Any]) -> str:
     data = "**Synthetic data: of no clinical use.** " if manifest["data"]["synthetic"] else ""
     return (
-        f"{data}{manifest['architecture']} with {manifest['num_parameters']:,} trainable parameters, trained by "
+        f"{data}{manifest['architecture']} with {manifest['num_parameters']:,} trainable "
+        f"parameters, trained by "
         f"ctssl_jax on slices of chest CT (task `{manifest['training']['task']}`)."
     )
 
 
 def _use(manifest: dict[str, Any]) -> str:
-    neighbours, crop = manifest["architecture"] == "SEResNeXt", manifest["preprocessing"]["crop"] != "none"
+    neighbours, crop = (
+        manifest["architecture"] == "SEResNeXt",
+        manifest["preprocessing"]["crop"] != ("none"),
+    )
     example = "images[:1]"
     if neighbours:  # the slice below, the slice and the one above
         example = "ctssl_torch.neighbours(images, torch.arange(1), model.offsets)"
@@ -64,33 +69,46 @@ output = model({example})                      # {_OUTPUTS[manifest["architectur
 
 
 def _input(preprocessing: dict[str, Any]) -> str:
-    windows = ", ".join(f"level {level:g} / width {width:g} HU" for level, width in preprocessing["windows"])
+    windows = ", ".join(
+        f"level {level:g} / width {width:g} HU" for level, width in preprocessing["windows"]
+    )
     lines = [
         f"- grey values: {windows}, mapped to [0, 1] in 256 steps",
-        f"- size: {preprocessing['image_size']} x {preprocessing['image_size']} pixels of the whole field",
+        f"- size: {preprocessing['image_size']} x {preprocessing['image_size']} pixels of the "
+        f"whole field",
         f"- orientation: {preprocessing['orientation']}",
     ]
     if preprocessing["normalize"] == "slice_minmax":
         lines.append("- each slice is stretched from its own minimum to its own maximum")
     if preprocessing["crop"] != "none":
         lines.append(
-            "- slices cropped to the lungs' bounding box, which `preprocess` does not find: use ctssl_jax.embed"
+            "- slices cropped to the lungs' bounding box, which `preprocess` does not find: use "
+            "ctssl_jax.embed"
         )
-    return "\n".join(lines) + ("\n\n`preprocess` does all of it." if preprocessing["crop"] == "none" else "")
+    return "\n".join(lines) + (
+        "\n\n`preprocess` does all of it." if preprocessing["crop"] == "none" else ""
+    )
 
 
 def _training(manifest: dict[str, Any]) -> str:
     training, data = manifest["training"], manifest["data"]
     config = training["config"]
     lines = [
-        f"- recipe `{training['recipe']}`, {training['checkpoint_step']:,} steps of {config['batch_size']} slices, "
-        f"{config['optimizer']}, learning rate {config['learning_rate']:g}, seed {config['seed']}, {config['dtype']}"
+        f"- recipe `{training['recipe']}`, {training['checkpoint_step']:,} steps of "
+        f"{config['batch_size']} slices, "
+        f"{config['optimizer']}, learning rate {config['learning_rate']:g}, seed "
+        f"{config['seed']}, {config['dtype']}"
     ]
     for split, facts in data["splits"].items():
-        counts = ", ".join(f"{number:,} {name.removeprefix('num_')}" for name, number in facts.items())
+        counts = ", ".join(
+            f"{number:,} {name.removeprefix('num_')}" for name, number in facts.items()
+        )
         lines.append(f"- {split} data: {counts} ({data['archive']} archive)")
     for label, facts in data.get("labels", {}).items():
-        lines.append(f"- predicts `{label}` of a {facts['level']}; classes in order: {', '.join(facts['classes'])}")
+        lines.append(
+            f"- predicts `{label}` of a {facts['level']}; classes in order: "
+            f"{', '.join(facts['classes'])}"
+        )
     for ancestor in training["init_from"]:
         lines.append(f"- started from `{ancestor['recipe']}`, step {ancestor['checkpoint_step']:,}")
     if not data["splits"]:
@@ -107,32 +125,46 @@ def _results(results: list[dict[str, Any]]) -> str:
         for name, value in result["metrics"].items():
             if value["mean"] is None:
                 continue
-            interval = "" if value["ci95"] is None else f"{value['ci95'][0]:.4f} to {value['ci95'][1]:.4f}"
-            lines.append(f"| {split} | {name} | {value['mean']:.4f} | {interval} | {value['num_patients']} |")
+            interval = (
+                "" if value["ci95"] is None else f"{value['ci95'][0]:.4f} to {value['ci95'][1]:.4f}"
+            )
+            lines.append(
+                f"| {split} | {name} | {value['mean']:.4f} | {interval} | {value['num_patients']} |"
+            )
     return "\n".join(lines)
 
 
 def _parity(manifest: dict[str, Any]) -> str:
     parity = manifest["parity"]
     lines = [
-        f"Measured on {parity['input']}: over {len(parity['stages'])} layers and the outputs the largest difference to "
-        f"the JAX model is {parity['largest_difference']:.1e} of the layer's largest value (allowed: "
+        f"Measured on {parity['input']}: over {len(parity['stages'])} layers and the outputs the "
+        f"largest difference to "
+        f"the JAX model is {parity['largest_difference']:.1e} of the layer's largest value "
+        f"(allowed: "
         f"{parity['tolerance']:g})."
     ]
     if parity["codes_equal"] is not None:
         lines.append(f"{parity['codes_equal']:.4%} of the codes are equal.")
     if "onnx" in manifest:
         onnx = manifest["onnx"]
-        lines.append(f"The ONNX file (opset {onnx['opset']}) in onnxruntime: {onnx['largest_difference']:.1e}.")
+        lines.append(
+            f"The ONNX file (opset {onnx['opset']}) in onnxruntime: "
+            f"{onnx['largest_difference']:.1e}."
+        )
     return " ".join(lines)
 
 
 def _limits(manifest: dict[str, Any]) -> str:
     lines = [
         "For research on chest CT. Not a medical device: not for diagnosis or treatment.",
-        "Trained on axial slices of the preparation above; other windows, orientations or body regions give numbers "
-        "without meaning. Differences between scanners, kernels and populations were not corrected for.",
+        "Trained on axial slices of the preparation above; other windows, orientations or body "
+        "regions give numbers "
+        "without meaning. Differences between scanners, kernels and populations were not "
+        "corrected for.",
     ]
     if manifest["data"]["synthetic"]:
-        lines.append("All training data are synthetic: the weights show that the software works, and nothing else.")
+        lines.append(
+            "All training data are synthetic: the weights show that the software works, "
+            "and nothing else."
+        )
     return "\n".join(f"- {line}" for line in lines)

@@ -19,7 +19,8 @@ _MAX_OTHER_CODES = 0.01
 
 
 def output_names(outputs: Iterable[str]) -> list[str]:
-    """The outputs that a user of the model gets; losses, and outputs that follow from the codes, are left out."""
+    """The outputs that a user of the model gets; losses, and outputs that follow from the codes,
+    are left out."""
     return [name for name in outputs if not name.endswith("_loss") and name != "quantized"]
 
 
@@ -33,7 +34,9 @@ class _Outputs(torch.nn.Module):
         return tuple(getattr(output, name) for name in self.names)
 
 
-def write(path: Path, twin: torch.nn.Module, images: np.ndarray, expected: dict[str, np.ndarray]) -> dict[str, Any]:
+def write(
+    path: Path, twin: torch.nn.Module, images: np.ndarray, expected: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """Write the file, run it on the same images, in one batch and one by one, and compare.
 
     Args:
@@ -43,7 +46,8 @@ def write(path: Path, twin: torch.nn.Module, images: np.ndarray, expected: dict[
       expected: this package's outputs of them, channels last.
 
     Returns:
-      opset, names of input and outputs, and the differences, relative to the largest value; of codes the share.
+      opset, names of input and outputs, and the differences, relative to the largest value; of
+      codes the share.
 
     Raises:
       RunFailed: the file is not the same function.
@@ -69,7 +73,9 @@ def write(path: Path, twin: torch.nn.Module, images: np.ndarray, expected: dict[
     worst = max(value for name, value in differences.items() if name != "codes")
     if not worst <= parity.TOLERANCE or differences.get("codes", 0.0) > _MAX_OTHER_CODES:
         listed = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-        raise RunFailed(f"the ONNX model is not the same function (differences: {listed}); nothing was written")
+        raise RunFailed(
+            f"the ONNX model is not the same function (differences: {listed}); nothing was written"
+        )
     return {
         "opset": OPSET,
         "input": "images [batch, C, H, W] float32 in [0, 1]",
@@ -80,7 +86,11 @@ def write(path: Path, twin: torch.nn.Module, images: np.ndarray, expected: dict[
 
 
 def _compare(
-    path: Path, twin: torch.nn.Module, names: list[str], images: np.ndarray, expected: dict[str, np.ndarray]
+    path: Path,
+    twin: torch.nn.Module,
+    names: list[str],
+    images: np.ndarray,
+    expected: dict[str, np.ndarray],
 ) -> dict[str, float]:
     import onnxruntime  # an extra
 
@@ -90,8 +100,11 @@ def _compare(
         found = session.run(names, {"images": parity.channels_first(images[chosen])})
         for name, value in zip(names, found, strict=True):
             want = expected[name][chosen]
-            if name == "reconstruction" and not np.array_equal(found[names.index("codes")], expected["codes"][chosen]):
-                # A code may fall the other way by rounding, and the reconstruction follows it: that of the same codes.
+            if name == "reconstruction" and not np.array_equal(
+                found[names.index("codes")], expected["codes"][chosen]
+            ):
+                # A code may fall the other way by rounding, and the reconstruction follows it: that
+                # of the same codes.
                 with torch.inference_mode():
                     codes = torch.from_numpy(found[names.index("codes")]).long()
                     want = parity.channels_last(twin.decode(twin.vq_layer.lookup(codes)).numpy())

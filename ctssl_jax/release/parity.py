@@ -1,9 +1,9 @@
 """Whether a model in JAX and its twin in PyTorch are the same function, measured layer by layer.
 
-Both run in float32 on the same inputs. Compared are the outputs of every convolution, normalisation and linear layer,
-and those of the model; each difference is the largest absolute one over the largest absolute value of that output. A
-code may differ only where the two nearest codes are equally near to within rounding; the decoder is compared on the
-same codes.
+Both run in float32 on the same inputs. Compared are the outputs of every convolution, normalisation
+and linear layer, and those of the model; each difference is the largest absolute one over the
+largest absolute value of that output. A code may differ only where the two nearest codes are
+equally near to within rounding; the decoder is compared on the same codes.
 """
 
 import contextlib
@@ -30,9 +30,10 @@ _LAYERS = (Conv, nnx.Linear, PointwiseConv, TransposedConv, BatchNorm)
 class Parity(NamedTuple):
     """How far apart the two are.
 
-    stages: PyTorch's name of a layer -> relative difference of its output, in the order of computation.
-    outputs: output of the model (`latents`, `reconstruction`, `logits`, `embedding`) -> the same; of an autoencoder
-      also `decoder_on_same_codes`.
+    stages: PyTorch's name of a layer -> relative difference of its output, in the order of
+      computation.
+    outputs: output of the model (`latents`, `reconstruction`, `logits`, `embedding`) -> the same;
+      of an autoencoder also `decoder_on_same_codes`.
     codes_equal: share of equal codes; None without a codebook.
     code_margin: largest relative margin between the two codes where they differ; 0 where none does.
     """
@@ -44,8 +45,13 @@ class Parity(NamedTuple):
 
     @property
     def worst(self) -> float:
-        """The largest difference; that of an output which follows from another code does not count."""
-        counted = {name: value for name, value in {**self.stages, **self.outputs}.items() if self._counts(name)}
+        """The largest difference; that of an output which follows from another code does not
+        count."""
+        counted = {
+            name: value
+            for name, value in {**self.stages, **self.outputs}.items()
+            if self._counts(name)
+        }
         return max(counted.values())
 
     def _counts(self, name: str) -> bool:
@@ -61,7 +67,11 @@ class Parity(NamedTuple):
 @contextlib.contextmanager
 def _recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
     """Outputs of all layers of a model, by the layer's path, for as long as the context lasts."""
-    paths = {id(node): "/".join(map(str, path)) for path, node in nnx.iter_graph(model) if isinstance(node, _LAYERS)}
+    paths = {
+        id(node): "/".join(map(str, path))
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, _LAYERS)
+    }
     outputs: dict[str, jax.Array] = {}
     originals = {kind: kind.__call__ for kind in _LAYERS}
 
@@ -83,7 +93,9 @@ def _recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
             kind.__call__ = call
 
 
-def jax_outputs(model: nnx.Module, images: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def jax_outputs(
+    model: nnx.Module, images: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Layers' and model's outputs in evaluation mode.
 
     Args:
@@ -112,7 +124,9 @@ def _torch_outputs(
     layers: dict[str, np.ndarray] = {}
     hooks = [
         module.register_forward_hook(
-            lambda module, inputs, output, name=name: layers.__setitem__(name, channels_last(output.numpy()))
+            lambda module, inputs, output, name=name: layers.__setitem__(
+                name, channels_last(output.numpy())
+            )
         )
         for name, module in model.named_modules()
         if not list(module.children())
@@ -140,9 +154,12 @@ def channels_last(images: np.ndarray) -> np.ndarray:
 def relative_difference(value: np.ndarray, expected: np.ndarray) -> float:
     """Largest absolute difference over the largest absolute expected value.
 
-    Infinite for other shapes, and where a value is not finite: such a model is not known to be the same.
+    Infinite for other shapes, and where a value is not finite: such a model is not known to be the
+    same.
     """
-    if value.shape != expected.shape or not (np.isfinite(value).all() and np.isfinite(expected).all()):
+    if value.shape != expected.shape or not (
+        np.isfinite(value).all() and np.isfinite(expected).all()
+    ):
         return float("inf")
     return float(np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-12))
 
@@ -163,15 +180,21 @@ def measure(
     """
     layers, expected = jax_outputs(model, images)
     there_layers, there, order = _torch_outputs(twin, images)
-    by_their_name = {_layer_name(path, architecture, depth): value for path, value in layers.items()}
+    by_their_name = {
+        _layer_name(path, architecture, depth): value for path, value in layers.items()
+    }
     if missing := set(by_their_name) - set(there_layers):
         raise KeyError(f"layers without a twin: {', '.join(sorted(missing))}")
     stages = {
-        name: relative_difference(_like(there_layers[name], by_their_name[name]), by_their_name[name])
+        name: relative_difference(
+            _like(there_layers[name], by_their_name[name]), by_their_name[name]
+        )
         for name in order
         if name in by_their_name
     }
-    compared = [name for name in expected if name not in ("codes", "codebook_loss", "commitment_loss")]
+    compared = [
+        name for name in expected if name not in ("codes", "codebook_loss", "commitment_loss")
+    ]
     outputs = {name: relative_difference(there[name], expected[name]) for name in compared}
     if not isinstance(model, VQVAE):
         return Parity(stages, outputs), expected
@@ -179,11 +202,13 @@ def measure(
         quantized = twin.vq_layer.lookup(torch.from_numpy(np.asarray(expected["codes"], np.int64)))
         decoded = channels_last(twin.decode(quantized).numpy())
     with jax.default_matmul_precision("highest"):
-        here = jax.jit(lambda codes: model.decoder(model.quantizer.codebook[...][codes], train=False))(
-            expected["codes"]
-        )
+        here = jax.jit(
+            lambda codes: model.decoder(model.quantizer.codebook[...][codes], train=False)
+        )(expected["codes"])
     outputs["decoder_on_same_codes"] = relative_difference(decoded, np.asarray(here))
-    equal, margin = _compare_codes(expected, there["codes"], np.asarray(model.quantizer.codebook[...]))
+    equal, margin = _compare_codes(
+        expected, there["codes"], np.asarray(model.quantizer.codebook[...])
+    )
     return Parity(stages, outputs, equal, margin), expected
 
 
@@ -193,12 +218,16 @@ def _layer_name(path: str, architecture: str, depth: int) -> str:
 
 
 def _like(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """A 1 x 1 convolution with a stride is applied here to every other pixel alone; shapes agree all the same."""
+    """A 1 x 1 convolution with a stride is applied here to every other pixel alone; shapes agree
+    all the same."""
     return value.reshape(expected.shape) if value.size == expected.size else value
 
 
-def _compare_codes(expected: dict[str, Any], codes: np.ndarray, codebook: np.ndarray) -> tuple[float, float]:
-    """Share of equal codes, and the largest relative margin between unequal ones' distances to their latent."""
+def _compare_codes(
+    expected: dict[str, Any], codes: np.ndarray, codebook: np.ndarray
+) -> tuple[float, float]:
+    """Share of equal codes, and the largest relative margin between unequal ones' distances to
+    their latent."""
     here = np.asarray(expected["codes"]).ravel()
     there = codes.ravel()
     different = np.flatnonzero(here != there)
@@ -207,4 +236,6 @@ def _compare_codes(expected: dict[str, Any], codes: np.ndarray, codebook: np.nda
     vectors = np.asarray(expected["latents"], np.float64).reshape(len(here), -1)[different]
     pair = [np.square(vectors - codebook[index[different]]).sum(1) for index in (here, there)]
     scale = np.square(vectors).sum(1) + np.square(codebook[here[different]]).sum(1)
-    return 1 - len(different) / len(here), float((np.abs(pair[0] - pair[1]) / np.maximum(scale, 1e-12)).max())
+    return 1 - len(different) / len(here), float(
+        (np.abs(pair[0] - pair[1]) / np.maximum(scale, 1e-12)).max()
+    )
