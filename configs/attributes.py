@@ -14,7 +14,7 @@ its volumes.
 
 import ml_collections
 
-from ctssl_jax.training__blocks import (
+from ctssl_jax.training.blocks import (
     augmentation,
     classifier,
     dataset,

@@ -15,7 +15,7 @@ region.
 
 import ml_collections
 
-from ctssl_jax.training__blocks import (
+from ctssl_jax.training.blocks import (
     dataset,
     execution,
     initial_weights,

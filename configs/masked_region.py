@@ -19,7 +19,7 @@ overrides any field.
 
 import ml_collections
 
-from ctssl_jax.training__blocks import (
+from ctssl_jax.training.blocks import (
     dataset,
     execution,
     initial_weights,

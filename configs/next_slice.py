@@ -15,7 +15,7 @@ region. Pairs never cross a gap in a scan, and the last slice of a volume is not
 
 import ml_collections
 
-from ctssl_jax.training__blocks import (
+from ctssl_jax.training.blocks import (
     dataset,
     execution,
     initial_weights,

@@ -16,7 +16,7 @@ blocks, too, as the bottleneck.
 
 import ml_collections
 
-from ctssl_jax.training__blocks import (
+from ctssl_jax.training.blocks import (
     augmentation,
     dataset,
     execution,

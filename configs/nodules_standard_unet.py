@@ -11,7 +11,7 @@ three intervals held zero.
 
 import ml_collections
 
-from ctssl_jax.training__blocks import (
+from ctssl_jax.training.blocks import (
     augmentation,
     dataset,
     execution,

@@ -15,7 +15,7 @@ starts from random weights, which is the paper's baseline. Any label of a datase
 
 import ml_collections
 
-from ctssl_jax.training__blocks import (
+from ctssl_jax.training.blocks import (
     augmentation,
     classifier,
     dataset,

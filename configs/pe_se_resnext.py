@@ -16,7 +16,7 @@ from random weights, which cost the winner about 0.09 of AUROC.
 
 import ml_collections
 
-from ctssl_jax.training__blocks import (
+from ctssl_jax.training.blocks import (
     augmentation,
     dataset,
     execution,

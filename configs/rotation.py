@@ -15,7 +15,7 @@ cross-entropy on logits.
 
 import ml_collections
 
-from ctssl_jax.training__blocks import (
+from ctssl_jax.training.blocks import (
     classifier,
     dataset,
     execution,

@@ -8,423 +8,54 @@ FOLDER then holds all that a PyTorch user needs:
     weights.pt            state_dict; an autoencoder's is in the authors' layout
     weights.safetensors   the same
     model.onnx            images [batch, C, H, W] in [0, 1] -> the model's outputs
-    manifest.json         architecture, preprocessing, training, data, results, licence, parity, checksums
-    README.md             the same as a model card
-    test_input.npz        synthetic slices and what the model makes of them; `python ctssl_torch.py .` checks it
+    manifest.json         architecture, preprocessing, training, data, results, licence, parity,
+    checksums README.md             the same as a model card
+    test_input.npz        synthetic slices and what the model makes of them;
+    `python ctssl_torch.py .` checks it
 
-Nothing of it names a patient. The export fails if any layer of the PyTorch model differs from this package's by more
-than 1e-4 of the layer's largest value.
+Nothing of it names a patient. The export fails if any layer of the PyTorch model differs from this
+package's by more than 1e-4 of the layer's largest value.
 """
-
-import dataclasses
-import json
-import os
-import shutil
-import time
-from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 from absl import flags
 
-from ctssl_jax.parallel.processes import configure_jax
 from data_prep.system import command_line
-from data_prep.system.errors import InputError, RunFailed
-from data_prep.system.files import file_sha256, folder_written_whole, read_json, write_json, write_text
-
-FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
-MAX_TEST_SIDE = 256  # larger slices are cut to their middle for the test: nothing in the models depends on the size
-PATHS = ("dataset", "init_from", "init_weights")  # of the configuration: paths of this machine
-
-
-def export(
-    workdir: str | Path,
-    output_dir: str | Path,
-    formats: Sequence[str],
-    licence: str,
-    *,
-    checkpoint: str = "best",
-    results: Sequence[str | Path] = (),
-    num_test_slices: int = 2,
-) -> dict[str, Any]:
-    """Export a run's checkpoint.
-
-    Args:
-      workdir: run directory, of any task.
-      output_dir: folder that is made; it must not exist or be empty.
-      formats: of `FORMATS`.
-      licence: of the weights, as it stands in the manifest.
-      checkpoint: `best`, `last` or a step.
-      results: files of `ctssl_jax.evaluate` of this very model, for the model card.
-      num_test_slices: synthetic slices that parity is measured on.
-
-    Returns:
-      The contents of manifest.json.
-
-    Raises:
-      InputError: no such run or checkpoint, another model's results, a format that is not known, a folder in use, a
-        missing package.
-      RunFailed: the exported model is not the same function.
-    """
-    workdir, output_dir = Path(workdir), Path(output_dir).resolve()
-    _check_request(output_dir, formats, licence, num_test_slices)
-    from ctssl_jax.reports import say
-    from ctssl_jax.torch_bridge import ctssl_torch, model_card, names, onnx_file, parity
-
-    started = time.monotonic()
-    run = open_model(workdir, checkpoint)
-    theirs = _imported(workdir).get("license")
-    if theirs and theirs != licence:
-        raise InputError(
-            f"--license={licence}, but these weights were imported under {theirs}: give --license={theirs}"
-        )
-    summaries = [_result(Path(path), run.fingerprint) for path in results]
-    preprocessing = preprocessing_of(run)
-    entries = names.state_dict(run.tensors, run.architecture, run.depth, _counters(workdir, run))
-    manifest = {
-        "format_version": ctssl_torch.FORMAT_VERSION,
-        "name": f"{run.config.recipe}, step {run.step:,}",
-        "architecture": run.architecture,
-        "model": run.settings,
-        "num_parameters": run.num_parameters,
-        "preprocessing": preprocessing,
-        "training": _training(workdir, run),
-        "data": _data(run),
-        "results": summaries,
-        "license": licence,
-        "model_fingerprint": run.fingerprint,
-        "versions": {name: version(name) for name in ("jax", "flax", "torch")},
-    }
-    say(f"model        {run.architecture}, {run.num_parameters:,} parameters, step {run.step:,} of {workdir}")
-
-    # ---- Is it the same model? ----
-    twin = _twin(manifest, entries)
-    images = synthetic_images(preprocessing, len(twin.offsets), num_test_slices)
-    measured, outputs = parity.measure(run.model, twin, images, run.architecture, run.depth)
-    say(
-        f"parity       largest difference of {len(measured.stages)} layers and of the outputs: {measured.worst:.1e} of "
-        "the largest value"
-        + ("" if measured.codes_equal is None else f"; {measured.codes_equal:.4%} of the codes are equal")
-    )
-    if not measured.holds:
-        raise RunFailed(_not_the_same(measured))
-    manifest["parity"] = {
-        "tolerance": parity.TOLERANCE,
-        "input": f"{num_test_slices} synthetic slices of {images.shape[1]} x {images.shape[2]} pixels, float32",
-        "largest_difference": measured.worst,
-        "outputs": measured.outputs,
-        "stages": measured.stages,
-        "codes_equal": measured.codes_equal,
-        "code_margin": measured.code_margin,
-    }
-
-    # ---- Files, in a folder that takes its name when it is complete ----
-    unfinished = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
-    try:
-        with folder_written_whole(output_dir, unfinished) as temporary:
-            _write_weights(temporary, formats, entries)
-            _write_test_input(temporary / "test_input.npz", images, outputs)
-            if "onnx" in formats:
-                manifest["onnx"] = onnx_file.write(temporary / FORMATS["onnx"], twin, images, outputs)
-                say(
-                    f"ONNX         largest difference {manifest['onnx']['largest_difference']:.1e}, "
-                    f"opset {onnx_file.OPSET}"
-                )
-            shutil.copyfile(ctssl_torch.__file__, temporary / "ctssl_torch.py")
-            manifest["files"] = {
-                path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-                for path in sorted(temporary.iterdir())
-            }
-            write_text(temporary / "README.md", model_card.text(manifest))
-            write_json(temporary / "manifest.json", manifest)
-    except OSError as error:
-        raise InputError(
-            f"--output_dir={output_dir} cannot be written ({error.strerror}); choose another folder"
-        ) from None
-    size = sum(facts["bytes"] for facts in manifest["files"].values())
-    took = time.monotonic() - started
-    say(f"written      {output_dir}: {', '.join(manifest['files'])} ({size / 1e6:.1f} MB) in {took:.0f} s")
-    return manifest
-
-
-def _check_request(output_dir: Path, formats: Sequence[str], licence: str, num_test_slices: int) -> None:
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown or not formats:
-        raise InputError(f"--format={','.join(formats)}: give one or more of {', '.join(FORMATS)}")
-    if not licence:
-        raise InputError(
-            "give --license, e.g. --license=CC-BY-NC-4.0: that of the weights, which follows from the terms of the "
-            "training data and of the weights that the run started from"
-        )
-    if num_test_slices < 1:
-        raise InputError(f"--num_test_slices={num_test_slices}: must be 1 or more")
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise InputError(f"--output_dir={output_dir} is there already; give a new or empty folder")
-    command_line.require("torch", "exports", "torch")
-    for name, packages in (("safetensors", ("safetensors",)), ("onnx", ("onnx", "onnxscript", "onnxruntime"))):
-        for package in packages if name in formats else ():
-            command_line.require(package, f"--format={name}", "torch")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunModel:
-    """A checkpoint as a model in float32 on one device.
-
-    config, preparation: of the run.
-    step: of the checkpoint.
-    architecture: `VQVAE`, `Classifier`, `UNet`, `StandardUNet` or `SEResNeXt`.
-    settings: of the architecture, as its PyTorch twin takes them.
-    depth: residual blocks; 0 where there are none.
-    model: in JAX, without remat and scan.
-    tensors: float32 arrays by name, without `params/` or `variables/`.
-    num_parameters: trainable ones.
-    fingerprint: `model_fingerprint` of results.
-    """
-
-    config: Any
-    preparation: dict
-    step: int
-    architecture: str
-    settings: dict[str, Any]
-    depth: int
-    model: Any
-    tensors: dict[str, Any]
-    num_parameters: int
-    fingerprint: str
-
-
-def open_model(workdir: Path, checkpoint: str) -> RunModel:
-    """Read a run's checkpoint.
-
-    Raises:
-      InputError: no such run or checkpoint.
-    """
-    import jax
-    from flax import nnx
-
-    from ctssl_jax import checkpoint as checkpoint_files
-    from ctssl_jax import configuration, training
-    from ctssl_jax.tasks import get_task
-    from ctssl_jax.torch_bridge import names
-
-    config, preparation = configuration.read_run(workdir)
-    step = checkpoint_files.choose_step(workdir, checkpoint)
-    plain = config.copy_and_resolve_references()
-    plain.dtype, plain.remat, plain.scan = "float32", False, False
-    task = get_task(config.task)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    graph, state = training.restore_model(workdir, step, plain, task, device)
-    model = nnx.merge(graph, state["params"], state["variables"])
-    flat = checkpoint_files.flatten(state)
-    return RunModel(
-        config=config,
-        preparation=preparation,
-        step=step,
-        architecture=type(model).__name__,
-        settings=names.architecture_settings(model.config),
-        depth=getattr(model.config, "depth", 0),
-        model=model,
-        tensors={name.split("/", 1)[1]: jax.device_get(value) for name, value in flat.items()},
-        num_parameters=training.count_parameters(state["params"]),
-        fingerprint=checkpoint_files.fingerprint(flat),
-    )
-
-
-def preprocessing_of(run: RunModel) -> dict[str, Any]:
-    """How slices become the model's input, as `ctssl_torch.preprocess` takes it.
-
-    Raises:
-      InputError: the run normalises adjacent slices together, which a slice alone cannot reproduce.
-    """
-    from ctssl_jax import data
-
-    windows = data.selected_windows(run.preparation, data.select_channels(run.preparation, run.config.windows))
-    config, num_slices = run.config, 3 if run.architecture == "SEResNeXt" else 1
-    if num_slices > 1 and config.normalize != "window":
-        raise InputError(f"a run with config.normalize={config.normalize} on adjacent slices cannot be exported")
-    return {
-        "windows": [list(map(float, window)) for window in windows],
-        "image_size": config.image_size,
-        "normalize": config.normalize,
-        "in_channels": config.model.in_channels // num_slices,
-        "crop": config.get("crop", "none"),
-        "orientation": "slices to superior, rows to posterior, columns to the patient's left",
-        "value_range": [0.0, 1.0],
-    }
-
-
-def _counters(workdir: Path, run: RunModel) -> int | dict[str, int]:
-    """PyTorch's counters: those that were imported, or the step."""
-    imported = _imported(workdir)
-    if imported.get("step") == run.step and imported["num_batches_tracked"]:
-        return imported["num_batches_tracked"]
-    return run.step
-
-
-def _imported(workdir: Path) -> dict[str, Any]:
-    """What `ctssl_jax.import_torch` noted; empty for a run that was trained here."""
-
-    path = workdir / "imported.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def _training(workdir: Path, run: RunModel) -> dict[str, Any]:
-    from ctssl_jax import configuration, measurement, transplant
-
-    config = configuration.to_json(run.config)
-    ancestors = [
-        {name: value for name, value in ancestor.items() if name != "patients"}
-        for ancestor in transplant.read_ancestors(workdir)
-    ]
-    return {
-        "task": config["task"],
-        "recipe": config["recipe"],
-        "checkpoint_step": run.step,
-        **measurement.training_data(workdir),
-        "init_from": [*_imported(workdir).get("init_from", []), *ancestors],
-        "config": {name: value for name, value in config.items() if name not in PATHS},
-    }
-
-
-def _label_facts(run: RunModel) -> dict[str, Any] | None:
-    """Classes, in the order of the logits, and level (slice or volume) of the label that the model predicts."""
-    return (run.preparation.get("labels") or {}).get(run.config.get("label"))
-
-
-def _data(run: RunModel) -> dict[str, Any]:
-    """Counts only: neither patients nor anything that links to them."""
-    preparation = run.preparation
-    counts = ("num_patients", "num_volumes", "num_slices")
-    splits = preparation.get("splits", {})
-    return {
-        "archive": preparation["archive"],
-        "synthetic": preparation["synthetic"],
-        "dataset_fingerprint": preparation["fingerprint"],
-        "labels": {run.config.label: facts} if (facts := _label_facts(run)) else {},
-        "splits": {
-            split: {name: facts[name] for name in counts if name in facts}
-            for split, facts in splits.items()
-            if split in ("train", "validation")
-        },
-    }
-
-
-def _result(path: Path, fingerprint: str) -> dict[str, Any]:
-    """What the model card says of an evaluation.
-
-    Raises:
-      InputError: no results file, or that of another model.
-    """
-    try:
-        result = json.loads(path.read_text())
-        if result["model_fingerprint"] != fingerprint:
-            raise InputError(f"--results={path} is of another model or checkpoint; evaluate this one")
-        names = ("mean", "sd", "ci95", "num_volumes", "num_patients", "unit")
-        return {
-            "split": result["split"],
-            "synthetic": result["synthetic"],
-            "dataset_fingerprint": result["dataset_fingerprint"],
-            "num_patients_seen_in_training": result["num_patients_seen_in_training"],
-            "metrics": {
-                metric: {name: value.get(name) for name in names} for metric, value in result["metrics"].items()
-            },
-        }
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise InputError(f"--results={path} is no results file of ctssl_jax.evaluate ({reason})") from None
-
-
-def _twin(manifest: dict[str, Any], entries: dict[str, Any]) -> Any:
-    import torch
-
-    from ctssl_jax.torch_bridge import ctssl_torch
-
-    twin = ctssl_torch.build(manifest)
-    twin.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in entries.items()}, strict=True)
-    return twin.eval()
-
-
-def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int) -> Any:
-    """Adjacent slices in the middle of a synthetic chest, preprocessed: [number, H, W, C] float32 in [0, 1].
-
-    Of slices larger than `MAX_TEST_SIDE` the middle is taken.
-    """
-    import numpy as np
-
-    from data_prep.synthetic.exam import Options, render_series, sample_exam
-    from data_prep.window import window_to_uint8
-
-    size = preprocessing["image_size"]
-    options = Options(seed=0, image_size=size, num_slices=20, slice_spacing_mm=0.0)
-    exam, rng = sample_exam(0, options)
-    hu = render_series(exam, "soft", 1, rng)[1].hu
-    unit = window_to_uint8(np.rint(hu).astype(np.int16), preprocessing["windows"]).astype(np.float32) / 255
-    if preprocessing["normalize"] == "slice_minmax":
-        low, high = unit.min((1, 2, 3), keepdims=True), unit.max((1, 2, 3), keepdims=True)
-        unit = (unit - low) / np.maximum(high - low, 1e-8)
-    cut = max(0, size - MAX_TEST_SIDE) // 2
-    unit = unit[:, cut : size - cut, cut : size - cut]
-    if unit.shape[-1] == 1:
-        unit = np.repeat(unit, preprocessing["in_channels"], axis=-1)
-    middle = len(unit) // 2 - number // 2 + np.arange(number)
-    offsets = np.arange(num_slices) - num_slices // 2
-    return np.concatenate([unit[np.clip(middle + offset, 0, len(unit) - 1)] for offset in offsets], axis=-1)
-
-
-def _not_the_same(measured: Any) -> str:
-    values = {**measured.stages, **measured.outputs}
-    name = max(values, key=values.get)
-    return (
-        f"the PyTorch model is not the same function: {name} differs by {values[name]:.1e} of its largest value, and "
-        f"codes by a margin of {measured.code_margin:.1e}; nothing was written. Please report it with the run's "
-        "config.json"
-    )
-
-
-def _write_weights(folder: Path, formats: Sequence[str], entries: dict[str, Any]) -> None:
-    if "safetensors" in formats:
-        import safetensors.numpy
-
-        (folder / FORMATS["safetensors"]).write_bytes(safetensors.numpy.save(entries))
-    if "torch" in formats:
-        import torch
-
-        tensors = {name: torch.from_numpy(value.copy()) for name, value in entries.items()}
-        torch.save(tensors, folder / FORMATS["torch"])
-
-
-def _write_test_input(path: Path, images: Any, outputs: dict[str, Any]) -> None:
-    """In PyTorch's axes; the losses and what the codes say already are left out."""
-    import numpy as np
-
-    from ctssl_jax.torch_bridge import onnx_file
-    from ctssl_jax.torch_bridge.parity import channels_first
-
-    kept = {name: channels_first(outputs[name]) for name in onnx_file.output_names(outputs)}
-    np.savez(path, images=channels_first(images), **kept)
+from data_prep.system.errors import InputError
 
 
 def define_flags() -> None:
     """Only where this module is the program."""
-    flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train or ctssl_jax.import_torch.")
-    flags.DEFINE_string("output_dir", None, "Folder that is made.")
-    flags.DEFINE_list("format", ["torch", "safetensors"], f"Of {', '.join(FORMATS)}, separated by commas.")
     flags.DEFINE_string(
-        "license", None, "Licence of the weights (required): it follows from the data and from the initial weights."
+        "workdir", None, "Run directory of ctssl_jax.train or ctssl_jax.import_torch."
     )
-    flags.DEFINE_string("checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step.")
-    flags.DEFINE_multi_string("results", [], "Results of ctssl_jax.evaluate for the model card; may be repeated.")
+    flags.DEFINE_string("output_dir", None, "Folder that is made.")
+    flags.DEFINE_list(
+        "format", ["torch", "safetensors"], "Of torch, safetensors, onnx, separated by commas."
+    )
+    flags.DEFINE_string(
+        "license",
+        None,
+        "Licence of the weights (required): it follows from the data and from the initial weights.",
+    )
+    flags.DEFINE_string(
+        "checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step."
+    )
+    flags.DEFINE_multi_string(
+        "results", [], "Results of ctssl_jax.evaluate for the model card; may be repeated."
+    )
     flags.DEFINE_integer("num_test_slices", 2, "Synthetic slices that parity is measured on.")
 
 
-def main(argv: list[str]) -> int:
-    """Command line."""
-    given = flags.FLAGS
+def start(given: flags.FlagValues) -> bool:
+    """Export as the flags ask, in this process."""
     for name in ("workdir", "output_dir"):
         if not given[name].value:
             raise InputError(f"give --{name}=DIR")
+    from ctssl_jax.parallel.processes import configure_jax
+
     configure_jax()
+    from ctssl_jax.release import export
+
     export(
         given.workdir,
         given.output_dir,
@@ -434,6 +65,12 @@ def main(argv: list[str]) -> int:
         results=given.results,
         num_test_slices=given.num_test_slices,
     )
+    return True
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    start(flags.FLAGS)
     return 0
 
 

@@ -2,10 +2,10 @@ r"""Train a model: pretraining and downstream.
 
     python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET --workdir=RUN
 
-Run it again to resume where it stopped: checkpoints hold everything, the order of the data included. SIGTERM and Ctrl-C
-save and end with exit code 75. `--config.init_from=OTHER_RUN` starts from the weights of another run. `--estimate` says
-after a few timed steps what the run will cost, and writes nothing. On several hosts start one process on each with
-`--distributed`.
+Run it again to resume where it stopped: checkpoints hold everything, the order of the data
+included. SIGTERM and Ctrl-C save and end with exit code 75. `--config.init_from=OTHER_RUN` starts
+from the weights of another run. `--estimate` says after a few timed steps what the run will cost,
+and writes nothing. On several hosts start one process on each with `--distributed`.
 """
 
 import functools
@@ -21,15 +21,26 @@ from data_prep.system.errors import InputError, StartAgain
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Only where this module is the program: another one may define flags of the same names."""
     config_flags.DEFINE_config_file(
-        "config", None, "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE.", flag_values=flag_values
+        "config",
+        None,
+        "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE.",
+        flag_values=flag_values,
     )
     text, flag, number = (
         functools.partial(define, flag_values=flag_values)
         for define in (flags.DEFINE_string, flags.DEFINE_bool, flags.DEFINE_integer)
     )
     text("workdir", None, "Run directory: made, or resumed.")
-    flag("estimate", False, "Only say what the run will cost, after a few timed steps; writes nothing.")
-    flag("set_aside_damaged", False, "Move damaged checkpoints aside and resume from the last good one.")
+    flag(
+        "estimate",
+        False,
+        "Only say what the run will cost, after a few timed steps; writes nothing.",
+    )
+    flag(
+        "set_aside_damaged",
+        False,
+        "Move damaged checkpoints aside and resume from the last good one.",
+    )
     flag("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
     text("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
     number("num_processes", 0, "Number of processes, where it cannot be detected.")
@@ -48,16 +59,16 @@ def start(flag_values: flags.FlagValues) -> bool:
         name = config_flags.get_config_filename(flag_values["config"])
         raise InputError(f"--config={name}: no such file; recipes are in configs/") from None
     configure_jax()
-    from ctssl_jax import distributed, lost_host
-    from ctssl_jax.training__estimate import estimate
-    from ctssl_jax.training__loop import train
-    from data_prep import stores
-    from data_prep.dataset import Dataset
+    from ctssl_jax.parallel import lost_host, mesh
+    from ctssl_jax.training.estimate import estimate
+    from ctssl_jax.training.loop import train
+    from data_prep.dataset.reader import Dataset
+    from data_prep.system import stores
 
     dataset = None
     if stores.is_url(config.dataset):  # fetched before the processes of a run wait for each other
         dataset = Dataset.open(config.dataset, ("train", "validation"))
-    distributed.initialize(
+    mesh.initialize(
         flag_values.distributed,
         flag_values.coordinator_address,
         flag_values.num_processes,
@@ -68,7 +79,12 @@ def start(flag_values: flags.FlagValues) -> bool:
         if flag_values.estimate:
             estimate(config, dataset=dataset)
             return True
-        return train(config, flag_values.workdir, dataset=dataset, set_aside_damaged=flag_values.set_aside_damaged)
+        return train(
+            config,
+            flag_values.workdir,
+            dataset=dataset,
+            set_aside_damaged=flag_values.set_aside_damaged,
+        )
 
 
 def main(argv: list[str]) -> int:

@@ -1,6 +1,7 @@
 """CT scans: archives -> datasets for training, and raw scans -> prepared volumes.
 
-The names below are the package's face for Python; all else may move. Each is imported when it is first used.
+The names below are the package's face for Python; all else may move. Each is imported when it is
+first used.
 
     >>> from data_prep import Dataset, Refused, Rules, plan_scans, prepare_images, read_scan
     >>> plan = plan_scans("scan", rules=Rules(min_slices=10))  # a folder, a zip file or one file; headers only
@@ -24,20 +25,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_prep.dataset import Dataset
+    from data_prep.dataset.reader import Dataset
     from data_prep.raw.scans import Refused, Scan, plan_scans, read_scan
     from data_prep.scan.rules import Rules
-    from data_prep.window import prepare_images
+    from data_prep.scan.window import prepare_images
 
 __all__ = ["Dataset", "Refused", "Rules", "Scan", "plan_scans", "prepare_images", "read_scan"]
 
 _HOMES = {
-    "Dataset": "data_prep.dataset",
+    "Dataset": "data_prep.dataset.reader",
     "Refused": "data_prep.raw.scans",
     "Rules": "data_prep.scan.rules",
     "Scan": "data_prep.raw.scans",
     "plan_scans": "data_prep.raw.scans",
-    "prepare_images": "data_prep.window",
+    "prepare_images": "data_prep.scan.window",
     "read_scan": "data_prep.raw.scans",
 }
 

@@ -2,9 +2,10 @@ r"""What a dataset holds: cohort table, contact sheet, and checks.
 
     python -m data_prep.describe --dataset=DATASET [--verify [--audit_dir=DATASET-audit --input_dir=SCANS]]
 
-Prints the table and writes cohort.csv and contact_sheet.png into --output_dir (default: DATASET-description). It ends
-with exit code 1 if a table is damaged, with --verify if anything is wrong; with --audit_dir and --input_dir it also
-searches the dataset for values of the source headers (see `data_prep.privacy.leaks`).
+Prints the table and writes cohort.csv and contact_sheet.png into --output_dir (default:
+DATASET-description). It ends with exit code 1 if a table is damaged, with --verify if anything is
+wrong; with --audit_dir and --input_dir it also searches the dataset for values of the source
+headers (see `data_prep.privacy.leaks`).
 """
 
 import csv
@@ -19,24 +20,33 @@ from data_prep.system.errors import InputError
 from data_prep.system.files import written_whole
 
 if TYPE_CHECKING:
-    from data_prep.dataset import Dataset
+    from data_prep.dataset.reader import Dataset
 
 FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> int:
-    from data_prep import stores
-    from data_prep.dataset import Dataset
-    from data_prep.dataset__cohort import cohort_table, contact_sheet, label_rows, notes_on_parts, table_text
-    from data_prep.dataset__schema import REJECTED_FILE
+    from data_prep.dataset.cohort import (
+        cohort_table,
+        contact_sheet,
+        label_rows,
+        notes_on_parts,
+        table_text,
+    )
+    from data_prep.dataset.reader import Dataset
+    from data_prep.dataset.schema import REJECTED_FILE
+    from data_prep.system import stores
 
     dataset = Dataset.open(FLAGS.dataset)
     dataset.fetch(dataset.preparation["splits"])
     if bool(FLAGS.audit_dir) != bool(FLAGS.input_dir) or (FLAGS.audit_dir and not FLAGS.verify):
-        raise InputError("--audit_dir and --input_dir belong together, and to --verify; give all three or none")
+        raise InputError(
+            "--audit_dir and --input_dir belong together, and to --verify; give all three or none"
+        )
     if FLAGS.audit_dir and "parts" in dataset.preparation:
         raise InputError(
-            f"--dataset={dataset.directory}: was merged, so no one archive is its source; search each part"
+            f"--dataset={dataset.directory}: was merged, so no one archive is its source; search "
+            f"each part"
         )
     if problems := dataset.damaged_tables():
         return _wrong(problems)
@@ -48,7 +58,10 @@ def main(argv: list[str]) -> int:
     for note in notes_on_parts(dataset):
         print(f"NOTE {note}")
     named = FLAGS.dataset.rstrip("/")
-    output_dir = Path(FLAGS.output_dir or f"{named.rsplit('/', 1)[-1] if stores.is_url(named) else named}-description")
+    output_dir = Path(
+        FLAGS.output_dir
+        or f"{named.rsplit('/', 1)[-1] if stores.is_url(named) else named}-description"
+    )
     output_dir.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -71,10 +84,10 @@ def _wrong(problems: list[str]) -> int:
 
 
 def _verify(dataset: "Dataset") -> list[str]:
+    from data_prep.dataset.verify import verify
     from data_prep.privacy.leaks import find_leaks
-    from data_prep.remote_archives import archive_directory
-    from data_prep.verification import verify
-    from data_prep.workers import WorkerPool, usable_cores
+    from data_prep.scan.remote_archives import archive_directory
+    from data_prep.system.workers import WorkerPool, usable_cores
 
     with WorkerPool(FLAGS.num_workers or usable_cores()) as pool:
         problems = verify(dataset, pool)
@@ -83,7 +96,9 @@ def _verify(dataset: "Dataset") -> list[str]:
         if FLAGS.audit_dir:
             input_dir = archive_directory(FLAGS.input_dir)
             if not input_dir.is_dir():
-                raise InputError(f"--input_dir={input_dir}: no such directory; give the folder of the scans")
+                raise InputError(
+                    f"--input_dir={input_dir}: no such directory; give the folder of the scans"
+                )
             leaks = find_leaks(dataset, input_dir, Path(FLAGS.audit_dir), pool)
             if not leaks:
                 print("Verified: no identifying value of the source headers occurs in the dataset.")
@@ -94,13 +109,27 @@ def _verify(dataset: "Dataset") -> list[str]:
 def define_flags() -> None:
     """Only where this module is the program: another one may define flags of the same names."""
     flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
-    flags.DEFINE_string("output_dir", None, "Where the table and the contact sheet go (default: DATASET-description).")
-    flags.DEFINE_integer("num_slices", 24, "Slices on the contact sheet.", lower_bound=1, upper_bound=400)
+    flags.DEFINE_string(
+        "output_dir",
+        None,
+        "Where the table and the contact sheet go (default: DATASET-description).",
+    )
+    flags.DEFINE_integer(
+        "num_slices", 24, "Slices on the contact sheet.", lower_bound=1, upper_bound=400
+    )
     flags.DEFINE_integer("seed", 0, "Of the choice of slices.")
-    flags.DEFINE_bool("verify", False, "Check checksums, records and tables; exit code 1 if anything is wrong.")
-    flags.DEFINE_string("audit_dir", None, "With --verify and --input_dir: search the dataset for identifying values.")
+    flags.DEFINE_bool(
+        "verify", False, "Check checksums, records and tables; exit code 1 if anything is wrong."
+    )
+    flags.DEFINE_string(
+        "audit_dir",
+        None,
+        "With --verify and --input_dir: search the dataset for identifying values.",
+    )
     flags.DEFINE_string("input_dir", None, "Directory of the scans that the dataset was made from.")
-    flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
+    flags.DEFINE_integer(
+        "num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1
+    )
 
 
 if __name__ == "__main__":

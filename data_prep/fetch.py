@@ -2,9 +2,10 @@
 
     python -m data_prep.fetch --dataset=gs://BUCKET/DATASET [--splits=train,validation]
 
-Prints the directory of the copy, which every command takes for a dataset that lies here; the commands that take a
-dataset's URL use the same copy, and fetch what of it is not there. Killed at any moment, the same command continues.
-Copies lie below $CTSSL_CACHE_DIR (default: the user's cache folder) and are the user's to remove.
+Prints the directory of the copy, which every command takes for a dataset that lies here; the
+commands that take a dataset's URL use the same copy, and fetch what of it is not there. Killed at
+any moment, the same command continues. Copies lie below $CTSSL_CACHE_DIR (default: the user's cache
+folder) and are the user's to remove.
 """
 
 from absl import flags
@@ -15,7 +16,7 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> int:
-    from data_prep.dataset import Dataset
+    from data_prep.dataset.reader import Dataset
 
     dataset = Dataset.open(FLAGS.dataset)
     dataset.fetch(FLAGS.splits or dataset.preparation["splits"])

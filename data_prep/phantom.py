@@ -1,23 +1,29 @@
-"""Makes a synthetic archive of chest CT: one folder a patient, genuine DICOM files, no real patient behind them.
+"""Makes a synthetic archive of chest CT: one folder a patient, genuine DICOM files, no real patient
+behind them.
 
     python -m data_prep.phantom --output_dir=DIR --num_patients=24 --seed=0
 
-Patient i of a seed is always the same, whatever the number of patients or workers, so an archive can be continued
-after an interruption or grown with a larger `--num_patients` in the same folder. The whole chest, apex to base, takes
-about 90 to 160 slices at the spacings of 2 to 3 mm that the scanners use; `--slice_spacing_mm=3` keeps it near 100,
-and `--num_slices` takes a random contiguous part of it.
+Patient i of a seed is always the same, whatever the number of patients or workers, so an archive
+can be continued after an interruption or grown with a larger `--num_patients` in the same folder.
+The whole chest, apex to base, takes about 90 to 160 slices at the spacings of 2 to 3 mm that the
+scanners use; `--slice_spacing_mm=3` keeps it near 100, and `--num_slices` takes a random contiguous
+part of it.
 
-`--layout` decides the folders and what is written down of the findings; patients of different layouts or seeds are
-different people:
+`--layout` decides the folders and what is written down of the findings; patients of different
+layouts or seeds are different people:
 
-    dicom       P0000/... as scanners name files. Some patients have lung nodules or pulmonary emboli, without labels.
-    rsna_pe     train.csv and train/<study>/<series>/<instance>.dcm as the RSNA STR Pulmonary Embolism data; about half
-                of the exams have emboli. Headers have no age, sex and group: they stand in attributes.csv.
-    lidc_idri   PHANTOM-0001/<study>/<series>/ with the files and the XML of four readers who outline lung nodules.
+    dicom       P0000/... as scanners name files. Some patients have lung nodules or pulmonary
+    emboli, without labels. rsna_pe     train.csv and train/<study>/<series>/<instance>.dcm as the
+    RSNA STR Pulmonary Embolism data; about half
+                of the exams have emboli. Headers have no age, sex and group: they stand in
+                attributes.csv.
+    lidc_idri   PHANTOM-0001/<study>/<series>/ with the files and the XML of four readers who
+    outline lung nodules.
 
-With `--num_slices` the part of the chest holds the central pulmonary arteries in rsna_pe, nearly always a nodule in
-lidc_idri. Ethnic Group (0010,2160) holds a made-up group (group_a, group_b, group_c) that leaves a faint trace in
-muscle and fat, independent of age and sex. `phantom.json` in the folder holds the options.
+With `--num_slices` the part of the chest holds the central pulmonary arteries in rsna_pe, nearly
+always a nodule in lidc_idri. Ethnic Group (0010,2160) holds a made-up group (group_a, group_b,
+group_c) that leaves a faint trace in muscle and fat, independent of age and sex. `phantom.json` in
+the folder holds the options.
 """
 
 import os
@@ -35,23 +41,36 @@ def main(argv: list[str]) -> int:
     from data_prep.synthetic.archive import make_archive
     from data_prep.synthetic.exam import Options
 
-    options = Options(FLAGS.seed, FLAGS.image_size, FLAGS.num_slices, FLAGS.slice_spacing_mm, FLAGS.layout)
+    options = Options(
+        FLAGS.seed, FLAGS.image_size, FLAGS.num_slices, FLAGS.slice_spacing_mm, FLAGS.layout
+    )
     count = make_archive(Path(FLAGS.output_dir), FLAGS.num_patients, options, FLAGS.num_workers)
-    print(f"{count} files written; {FLAGS.output_dir} holds {FLAGS.num_patients} synthetic patients")
+    print(
+        f"{count} files written; {FLAGS.output_dir} holds {FLAGS.num_patients} synthetic patients"
+    )
     return 0
 
 
 def define_flags() -> None:
     """Only where this module is the program: another one may define flags of the same names."""
-    flags.DEFINE_string("output_dir", None, "Folder of the archive; made, continued or grown.", required=True)
+    flags.DEFINE_string(
+        "output_dir", None, "Folder of the archive; made, continued or grown.", required=True
+    )
     flags.DEFINE_enum(
-        "layout", "dicom", ["dicom", "rsna_pe", "lidc_idri"], "Folders and labels: see the top of this module."
+        "layout",
+        "dicom",
+        ["dicom", "rsna_pe", "lidc_idri"],
+        "Folders and labels: see the top of this module.",
     )
     flags.DEFINE_integer("num_patients", 24, "Number of patients.")
     flags.DEFINE_integer("seed", 0, "Seed of everything.")
     flags.DEFINE_integer("image_size", 512, "Rows and columns of a slice.")
-    flags.DEFINE_integer("num_slices", 0, "Slices of a random contiguous part of the chest; 0: apex to base.")
-    flags.DEFINE_float("slice_spacing_mm", 0.0, "Slice spacing and thickness; 0: the scanner's choice, at most 3.")
+    flags.DEFINE_integer(
+        "num_slices", 0, "Slices of a random contiguous part of the chest; 0: apex to base."
+    )
+    flags.DEFINE_float(
+        "slice_spacing_mm", 0.0, "Slice spacing and thickness; 0: the scanner's choice, at most 3."
+    )
     flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "Processes.")
 
 

@@ -2,54 +2,69 @@ r"""Archive of scans -> dataset directory.
 
     python -m data_prep.prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
 
-SCANS is any tree of files, here or on a store (gs://BUCKET/DIR with ctssl_jax[gcs], s3://BUCKET/DIR with ctssl_jax[s3],
-see data_prep.stores); zip files are read in place. DATASET is a folder here; one serves every task. Killed at any
-moment, the same command continues where it stopped, with the same result to the byte; when scans have come to SCANS it
-adds them. Whether something came is told by names and sizes: a file that is replaced by another of its size goes
-unnoticed.
-DATASET-audit (--audit_dir) stays with the archive's owner: it links the dataset's pseudonyms to the scans, and is of
-this dataset alone. Datasets can share a --pseudonym_key_file: the same patient then has the same pseudonym in each.
-Splits are each dataset's own, but with --same_splits_as=FIRST[,SECOND] patients known there keep the split they have
-there; data_prep.merge makes one dataset of such.
+SCANS is any tree of files, here or on a store (gs://BUCKET/DIR with ctssl_jax[gcs], s3://BUCKET/DIR
+with ctssl_jax[s3], see data_prep.system.stores); zip files are read in place. DATASET is a folder
+here; one serves every task. Killed at any moment, the same command continues where it stopped, with
+the same result to the byte; when scans have come to SCANS it adds them. Whether something came is
+told by names and sizes: a file that is replaced by another of its size goes unnoticed.
+DATASET-audit (--audit_dir) stays with the archive's owner: it links the dataset's pseudonyms to the
+scans, and is of this dataset alone. Datasets can share a --pseudonym_key_file: the same patient
+then has the same pseudonym in each. Splits are each dataset's own, but with
+--same_splits_as=FIRST[,SECOND] patients known there keep the split they have there; data_prep.merge
+makes one dataset of such.
 
---archive: dicom is any tree of DICOM files; rsna_pe has train.csv beside them, lidc_idri the readers' XML (among the
-scans, or in --annotations_dir); nifti is any tree of .nii and .nii.gz files, with --metadata_csv=FILE (VolumeName and
-what the files do not say, as CT-RATE has it: see data_prep.nifti_metadata). Beside any archive:
+--archive: dicom is any tree of DICOM files; rsna_pe has train.csv beside them, lidc_idri the
+readers' XML (among the scans, or in --annotations_dir); nifti is any tree of .nii and .nii.gz
+files, with --metadata_csv=FILE (VolumeName and what the files do not say, as CT-RATE has it: see
+data_prep.scan.nifti_metadata). Beside any archive:
 
-    --labels_csv=FILE       a key column (SOPInstanceUID: of a slice; SeriesInstanceUID, StudyInstanceUID or VolumeName:
-                            of a volume; PatientID: of a patient) and a column a label; empty cells are missing labels
+    --labels_csv=FILE       a key column (SOPInstanceUID: of a slice; SeriesInstanceUID,
+    StudyInstanceUID or VolumeName:
+                            of a volume; PatientID: of a patient) and a column a label; empty cells
+                            are missing labels
     --attributes_csv=FILE   PatientID and any of age, sex, ethnic_group, which go before the headers
     --masks_dir=DIR         masks as DICOM-SEG or NIfTI files
 
---runner=beam converts and writes the shards under Apache Beam, on many machines if --beam_options name some
-(data_prep.pipeline.beam has the command lines); the dataset is the same to the byte.
+--runner=beam converts and writes the shards under Apache Beam, on many machines if --beam_options
+name some (data_prep.pipeline.beam has the command lines); the dataset is the same to the byte.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from data_prep import stores
-from data_prep.system import command_line
+from data_prep.system import command_line, stores
 
 FLAGS = flags.FLAGS
-_UPLOAD = "write it to a local disk, then upload it with `gcloud storage cp -r` or `aws s3 cp --recursive`"
-_WINDOWS = {"rsna_pe": ["50,350", "100,700"]}  # where no --window is given: the second is made for pulmonary arteries
+_UPLOAD = (
+    "write it to a local disk, then upload it with `gcloud storage cp -r` or `aws s3 cp "
+    "--recursive`"
+)
+# where no --window is given: the second is made for pulmonary arteries
+_WINDOWS = {"rsna_pe": ["50,350", "100,700"]}
 
 
 def main(argv: list[str]) -> int:
-    from data_prep.labels import LabelSources
+    from data_prep.labels.lookup import LabelSources
     from data_prep.pipeline.accounting import dataset_text, dry_run_text
-    from data_prep.pipeline.options import Directories, Options, parse_beam_options, parse_megabytes, parse_splits
+    from data_prep.pipeline.options import (
+        Directories,
+        Options,
+        parse_beam_options,
+        parse_megabytes,
+        parse_splits,
+    )
     from data_prep.pipeline.prepare import dry_run, prepare
     from data_prep.privacy.pseudonyms import default_audit_dir
-    from data_prep.remote_archives import archive_directory
+    from data_prep.scan.remote_archives import archive_directory
     from data_prep.scan.rules import Rules
-    from data_prep.window import parse_window
+    from data_prep.scan.window import parse_window
 
     options = Options(
         archive=FLAGS.archive,
-        windows=tuple(parse_window(text) for text in FLAGS.window or _WINDOWS.get(FLAGS.archive, ["50,350"])),
+        windows=tuple(
+            parse_window(text) for text in FLAGS.window or _WINDOWS.get(FLAGS.archive, ["50,350"])
+        ),
         image_size=FLAGS.image_size,
         rules=Rules(
             max_slice_thickness_mm=FLAGS.max_slice_thickness_mm,
@@ -63,22 +78,31 @@ def main(argv: list[str]) -> int:
         shard_size_mb=parse_megabytes(FLAGS.shard_size_mb),
     )
     beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options)
-    paths = {name: _path(name) for name in ("attributes_csv", "metadata_csv", "masks_dir", "annotations_dir")}
+    paths = {
+        name: _path(name)
+        for name in ("attributes_csv", "metadata_csv", "masks_dir", "annotations_dir")
+    }
     tables = tuple(stores.local_path(path, "--labels_csv") for path in FLAGS.labels_csv)
-    sources = LabelSources(FLAGS.archive, tables, **paths, consensus=FLAGS.consensus, min_area_px=FLAGS.min_area_px)
+    sources = LabelSources(
+        FLAGS.archive, tables, **paths, consensus=FLAGS.consensus, min_area_px=FLAGS.min_area_px
+    )
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", _UPLOAD)
     audit_dir = _path("audit_dir", "choose a directory here") or default_audit_dir(output_dir)
     directories = Directories(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
     shared = {
         "sources": sources,
         "num_workers": FLAGS.num_workers,
-        "same_splits_as": [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path],
+        "same_splits_as": [
+            stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path
+        ],
     }
     if FLAGS.dry_run:
         print(dry_run_text(dry_run(options, directories, **shared)))
         return 0
     key_file = _path("pseudonym_key_file")
-    prepared, changed = prepare(options, directories, pseudonym_key_file=key_file, beam_options=beam_options, **shared)
+    prepared, changed = prepare(
+        options, directories, pseudonym_key_file=key_file, beam_options=beam_options, **shared
+    )
     print(dataset_text(prepared, changed, output_dir, audit_dir))
     return 0
 
@@ -97,48 +121,98 @@ def define_flags() -> None:
         "Kind of archive: dicom, nifti = any tree of DICOM or NIfTI files.",
     )
     flags.DEFINE_string("input_dir", None, "Directory or URL of the scans.", required=True)
-    flags.DEFINE_string("output_dir", None, "Dataset directory to make, continue or add to.", required=True)
-    flags.DEFINE_string("audit_dir", None, "Private directory of keys and source paths (default: OUTPUT_DIR-audit).")
+    flags.DEFINE_string(
+        "output_dir", None, "Dataset directory to make, continue or add to.", required=True
+    )
+    flags.DEFINE_string(
+        "audit_dir", None, "Private directory of keys and source paths (default: OUTPUT_DIR-audit)."
+    )
     flags.DEFINE_multi_string(
         "window",
         None,
-        "Grey-level window as level,width in HU; repeat it for several channels (default: 50,350; with "
+        "Grey-level window as level,width in HU; repeat it for several channels (default: 50,350; "
+        "with "
         "--archive=rsna_pe 50,350 and 100,700).",
     )
     flags.DEFINE_integer(
-        "image_size", 512, "Height and width of the slices in pixels.", lower_bound=16, upper_bound=4096
+        "image_size",
+        512,
+        "Height and width of the slices in pixels.",
+        lower_bound=16,
+        upper_bound=4096,
     )
-    flags.DEFINE_float("max_slice_thickness_mm", 3.0, "Thicker series are rejected; the limit itself is taken.")
+    flags.DEFINE_float(
+        "max_slice_thickness_mm", 3.0, "Thicker series are rejected; the limit itself is taken."
+    )
     flags.DEFINE_integer("min_slices", 20, "Series of fewer slices are rejected.", lower_bound=1)
     flags.DEFINE_bool("require_lung", True, "Reject volumes that do not cover the chest.")
-    flags.DEFINE_enum("irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing.")
     flags.DEFINE_enum(
-        "reconstructions", "one_per_study", ["one_per_study", "all"], "Reconstructions to take of an exam."
+        "irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing."
     )
-    flags.DEFINE_string("splits", "0.8,0.1,0.1", "Fractions of patients for training, validation and test.")
+    flags.DEFINE_enum(
+        "reconstructions",
+        "one_per_study",
+        ["one_per_study", "all"],
+        "Reconstructions to take of an exam.",
+    )
+    flags.DEFINE_string(
+        "splits", "0.8,0.1,0.1", "Fractions of patients for training, validation and test."
+    )
     flags.DEFINE_integer(
         "holdout_volumes",
         0,
-        "Test volumes, at most half of all: whole patients nearest to this number; --splits then divides the rest. "
+        "Test volumes, at most half of all: whole patients nearest to this number; --splits then "
+        "divides the rest. "
         "0: go by --splits.",
         lower_bound=0,
     )
-    flags.DEFINE_list("same_splits_as", [], "Datasets of the same key: patients known there keep that split.")
-    flags.DEFINE_float("shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut.")
-    flags.DEFINE_multi_string("labels_csv", [], "Table of labels: a key column and a column a label; repeatable.")
-    flags.DEFINE_string("attributes_csv", None, "Table of PatientID and any of age, sex, ethnic_group.")
-    flags.DEFINE_string("metadata_csv", None, "Table of VolumeName and what NIfTI files do not say (--archive=nifti).")
-    flags.DEFINE_string("masks_dir", None, "Directory of masks, DICOM-SEG or NIfTI.")
-    flags.DEFINE_string("annotations_dir", None, "XML of lidc_idri: folder or tar file (default: among the scans).")
-    flags.DEFINE_float("consensus", 0.7, "Share of a nodule's readers that must have a voxel (--archive=lidc_idri).")
-    flags.DEFINE_integer("min_area_px", 20, "Nodules' slices of at most so many pixels are left out (lidc_idri).")
-    flags.DEFINE_string(
-        "pseudonym_key_file", None, "File with the secret key of the pseudonyms (default: made in the audit directory)."
+    flags.DEFINE_list(
+        "same_splits_as", [], "Datasets of the same key: patients known there keep that split."
     )
-    flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
-    flags.DEFINE_enum("runner", "local", ["local", "beam"], "Worker processes here, or Apache Beam: ctssl_jax[beam].")
+    flags.DEFINE_float(
+        "shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut."
+    )
+    flags.DEFINE_multi_string(
+        "labels_csv", [], "Table of labels: a key column and a column a label; repeatable."
+    )
     flags.DEFINE_string(
-        "beam_options", "", "Options of Apache Beam, as on a command line: see data_prep.pipeline.beam."
+        "attributes_csv", None, "Table of PatientID and any of age, sex, ethnic_group."
+    )
+    flags.DEFINE_string(
+        "metadata_csv",
+        None,
+        "Table of VolumeName and what NIfTI files do not say (--archive=nifti).",
+    )
+    flags.DEFINE_string("masks_dir", None, "Directory of masks, DICOM-SEG or NIfTI.")
+    flags.DEFINE_string(
+        "annotations_dir", None, "XML of lidc_idri: folder or tar file (default: among the scans)."
+    )
+    flags.DEFINE_float(
+        "consensus",
+        0.7,
+        "Share of a nodule's readers that must have a voxel (--archive=lidc_idri).",
+    )
+    flags.DEFINE_integer(
+        "min_area_px", 20, "Nodules' slices of at most so many pixels are left out (lidc_idri)."
+    )
+    flags.DEFINE_string(
+        "pseudonym_key_file",
+        None,
+        "File with the secret key of the pseudonyms (default: made in the audit directory).",
+    )
+    flags.DEFINE_integer(
+        "num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1
+    )
+    flags.DEFINE_enum(
+        "runner",
+        "local",
+        ["local", "beam"],
+        "Worker processes here, or Apache Beam: ctssl_jax[beam].",
+    )
+    flags.DEFINE_string(
+        "beam_options",
+        "",
+        "Options of Apache Beam, as on a command line: see data_prep.pipeline.beam.",
     )
     flags.DEFINE_bool("dry_run", False, "Read headers only, say what would happen, write nothing.")
 

@@ -1,11 +1,13 @@
-"""Time to compile a training step of the autoencoder with its residual blocks unrolled and in a scan.
+"""Time to compile a training step of the autoencoder with its residual blocks unrolled and in a
+scan.
 
     python -m experiments.benchmark_compile --image_size=64 --steps=3
     python -m experiments.benchmark_compile --image_size=512
 
-Each program is traced and compiled once, with JAX's cache of compiled programs off. With --steps the step is also run
-(its first run is not counted) and the median time given. The model has the reference widths unless --hidden says
-otherwise; the step is that of `experiments.benchmark_training`.
+Each program is traced and compiled once, with JAX's cache of compiled programs off. With --steps
+the step is also run (its first run is not counted) and the median time given. The model has the
+reference widths unless --hidden says otherwise; the step is that of
+`experiments.benchmark_training`.
 """
 
 import argparse
@@ -42,9 +44,12 @@ def step_milliseconds(compiled: jax.stages.Compiled, carry: tuple, batch, steps:
 
 
 def measure(config: VQVAEConfig, image_size: int, batch_size: int, steps: int) -> list[str]:
-    """Cells of one row: seconds to trace and lower, to compile, size of the program, memory, ms a step."""
+    """Cells of one row: seconds to trace and lower, to compile, size of the program, memory, ms a
+    step."""
     make = (lambda build: build()) if steps else nnx.eval_shape
-    graph, params, variables = nnx.split(make(lambda: VQVAE(config, rngs=nnx.Rngs(0))), nnx.Param, ...)
+    graph, params, variables = nnx.split(
+        make(lambda: VQVAE(config, rngs=nnx.Rngs(0))), nnx.Param, ...
+    )
     initialize = optax.radam(LEARNING_RATE).init
     carry = (params, variables, initialize(params) if steps else jax.eval_shape(initialize, params))
     batch = jax.tree.map(jnp.asarray, example_batch(batch_size, image_size))
@@ -62,14 +67,22 @@ def measure(config: VQVAEConfig, image_size: int, batch_size: int, steps: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--image_size", type=int, default=64, help="side in pixels")
     parser.add_argument("--hidden", default="256,512", help="the model's two widths")
-    parser.add_argument("--depths", default="2,6,18", help="residual blocks, in the encoder and in the decoder")
+    parser.add_argument(
+        "--depths", default="2,6,18", help="residual blocks, in the encoder and in the decoder"
+    )
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--remat", action="store_true", help="recompute residual blocks in the backward pass")
-    parser.add_argument("--steps", type=int, default=0, help="steps to run and time; 0 compiles only")
+    parser.add_argument(
+        "--remat", action="store_true", help="recompute residual blocks in the backward pass"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=0, help="steps to run and time; 0 compiles only"
+    )
     arguments = parser.parse_args()
     configure_jax()
     jax.config.update("jax_enable_compilation_cache", False)
@@ -77,14 +90,22 @@ def main() -> None:
     hidden = tuple(int(width) for width in arguments.hidden.split(","))
     switches = {"hidden": hidden, "dtype": arguments.dtype, "remat": arguments.remat}
     shape = arguments.image_size, arguments.batch_size
-    measure(VQVAEConfig(depth=1, **{**switches, "hidden": (4, 8)}), 16, 1, 0)  # what the first program alone pays
-    print(f"{jax.devices()[0].device_kind}, {shape[0]} pixels, hidden {hidden}, batch {shape[1]}, {arguments.dtype}\n")
+    # what the first program alone pays
+    measure(VQVAEConfig(depth=1, **{**switches, "hidden": (4, 8)}), 16, 1, 0)
+    print(
+        f"{jax.devices()[0].device_kind}, {shape[0]} pixels, hidden {hidden}, batch {shape[1]}, "
+        f"{arguments.dtype}\n"
+    )
     print("| depth | blocks | lower s | compile s | StableHLO KiB | compiled GiB | ms a step |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for depth in arguments.depths.split(","):
         for scan in (False, True):
             config = VQVAEConfig(depth=int(depth), scan=scan, **switches)
-            cells = [depth, "scan" if scan else "unrolled", *measure(config, *shape, arguments.steps)]
+            cells = [
+                depth,
+                "scan" if scan else "unrolled",
+                *measure(config, *shape, arguments.steps),
+            ]
             print("| " + " | ".join(cells) + " |", flush=True)
 
 

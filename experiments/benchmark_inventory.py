@@ -1,12 +1,14 @@
-r"""Speed and memory of the inventory: listing, reading headers and planning of archives of growing size.
+r"""Speed and memory of the inventory: listing, reading headers and planning of archives of growing
+size.
 
     python -m experiments.benchmark_inventory --input_dir=SCANS --num_files=10000,100000,1000000
 
-Makes files of the headers of a few CT images of SCANS (real or phantom) without their pixels, of other patients, 100
-files a series, in --scratch_dir (once, if it is given); plans them as prepare does; and reads the headers again as
-after a kill at the last moment, when all are staged. Each size is measured in processes of its own: files a second of
-each step, what a file takes of all cores together (which other work on the machine hardly changes), the peak of memory
-of the main process and of the largest worker. Linux only (it reads /proc).
+Makes files of the headers of a few CT images of SCANS (real or phantom) without their pixels, of
+other patients, 100 files a series, in --scratch_dir (once, if it is given); plans them as prepare
+does; and reads the headers again as after a kill at the last moment, when all are staged. Each size
+is measured in processes of its own: files a second of each step, what a file takes of all cores
+together (which other work on the machine hardly changes), the peak of memory of the main process
+and of the largest worker. Linux only (it reads /proc).
 """
 
 import multiprocessing
@@ -20,14 +22,14 @@ from typing import NamedTuple
 import pydicom
 from absl import flags
 
-from data_prep.archives import Source, list_sources, read_bytes
-from data_prep.headers import Header, read_header
-from data_prep.planning import all_headers, list_archive, plan_buckets, read_plan, scan_headers
+from data_prep.pipeline.plan import all_headers, list_archive, plan_buckets, read_plan, scan_headers
+from data_prep.scan.archives import Source, list_sources, read_bytes
+from data_prep.scan.headers import Header, read_header
 from data_prep.scan.rules import Rules
 from data_prep.system import command_line
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, folder_written_whole
-from data_prep.workers import WorkerPool, usable_cores
+from data_prep.system.workers import WorkerPool, usable_cores
 
 FLAGS = flags.FLAGS
 
@@ -50,7 +52,8 @@ class Measured(NamedTuple):
 
 
 def texts(series: int, image: int) -> list[str]:
-    """What tells a file from others, each of fixed length: image, series and study UID, patient, position."""
+    """What tells a file from others, each of fixed length: image, series and study UID, patient,
+    position."""
     return [
         _IMAGE.format(series, image),
         _STUDY.format(series) + ".1",
@@ -70,16 +73,30 @@ def templates(input_dir: Path) -> list[bytes]:
         if len(found) == _NUM_TEMPLATES:
             break
         header = read_header(input_dir, source) if isinstance(source, Source) else None
-        if isinstance(header, Header) and _is_usable(header) and header.series_instance_uid not in found:
+        if (
+            isinstance(header, Header)
+            and _is_usable(header)
+            and header.series_instance_uid not in found
+        ):
             found[header.series_instance_uid] = _template(read_bytes(input_dir, source))
     if not found:
-        raise InputError(f"--input_dir={input_dir}: no CT image of thin slices in it; give other scans")
+        raise InputError(
+            f"--input_dir={input_dir}: no CT image of thin slices in it; give other scans"
+        )
     return list(found.values())
 
 
 def _is_usable(header: Header) -> bool:
-    thin = header.slice_thickness is not None and header.slice_thickness <= Rules().max_slice_thickness_mm
-    return header.modality == "CT" and thin and header.position is not None and header.number_of_frames == 1
+    thin = (
+        header.slice_thickness is not None
+        and header.slice_thickness <= Rules().max_slice_thickness_mm
+    )
+    return (
+        header.modality == "CT"
+        and thin
+        and header.position is not None
+        and header.number_of_frames == 1
+    )
 
 
 def _template(content: bytes) -> bytes:
@@ -125,7 +142,8 @@ def measure(folder: Path, plan_dir: Path, num_workers: int, connection) -> None:
         return result
 
     with WorkerPool(num_workers) as pool:
-        for _ in pool.run(time.sleep, [(1,)] * num_workers):  # the start of the workers is not measured
+        # the start of the workers is not measured
+        for _ in pool.run(time.sleep, [(1,)] * num_workers):
             pass
         num_files, _ = timed("listing", list_archive, folder, plan_dir / "listing")
         arguments = (folder, plan_dir, num_files, pool, read_header, plan_dir / "listing")
@@ -167,7 +185,9 @@ def measure_size(headers: list[bytes], scratch: Path, num_files: int, num_worker
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(dir=scratch) as plan_dir:
-        process = context.Process(target=measure, args=(archive, Path(plan_dir), num_workers, sending))
+        process = context.Process(
+            target=measure, args=(archive, Path(plan_dir), num_workers, sending)
+        )
         process.start()
         sending.close()
         try:
@@ -181,7 +201,10 @@ def measure_size(headers: list[bytes], scratch: Path, num_files: int, num_worker
 def main(argv: list[str]) -> None:
     headers = templates(Path(FLAGS.input_dir))
     num_workers = FLAGS.num_workers or usable_cores()
-    print(f"{len(headers)} headers of {[len(content) for content in headers]} bytes; {num_workers} workers")
+    print(
+        f"{len(headers)} headers of {[len(content) for content in headers]} bytes; "
+        f"{num_workers} workers"
+    )
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(FLAGS.scratch_dir or folder)
         scratch.mkdir(parents=True, exist_ok=True)
@@ -204,7 +227,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("input_dir", None, "Directory of DICOM files.", required=True)
     flags.DEFINE_list("num_files", ["10000", "100000"], "Sizes of the archives.")
     flags.DEFINE_string(
-        "scratch_dir", None, "Where they are made, about 6 kB a file, and stay (default: a temporary one)."
+        "scratch_dir",
+        None,
+        "Where they are made, about 6 kB a file, and stay (default: a temporary one).",
     )
-    flags.DEFINE_integer("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
+    flags.DEFINE_integer(
+        "num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1
+    )
     command_line.run(main)

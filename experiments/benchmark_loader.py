@@ -2,12 +2,13 @@ r"""Measure how many slices a second reach the devices.
 
     python -m experiments.benchmark_loader --dataset=DATASET
 
-Without --dataset a temporary one is made: 2,560 slices of 512 x 512, 320 different ones (with far fewer, grain's
-shuffle, which takes 4 us a slice of a million and 180 us of 200, would take most of the time). The table compares the
-loader of the training loop with putting one batch on the devices that is ready in memory, the floor. Below it stands
-how long an accelerator would wait for data which takes --device_speed slices a second and no time of these cores:
-batches are loaded and put on this machine's device, and their computation is slept through. With --training a small
-recipe is trained for some steps at 64 x 64 pixels, too, and tells what the training loop measures of itself.
+Without --dataset a temporary one is made: 2,560 slices of 512 x 512, 320 different ones (with far
+fewer, grain's shuffle, which takes 4 us a slice of a million and 180 us of 200, would take most of
+the time). The table compares the loader of the training loop with putting one batch on the devices
+that is ready in memory, the floor. Below it stands how long an accelerator would wait for data
+which takes --device_speed slices a second and no time of these cores: batches are loaded and put on
+this machine's device, and their computation is slept through. With --training a small recipe is
+trained for some steps at 64 x 64 pixels, too, and tells what the training loop measures of itself.
 `taskset -c 0` measures one core.
 """
 
@@ -29,12 +30,17 @@ _SPLIT = flags.DEFINE_string("split", "train", "Split that is read.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Slices a batch.")
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "Time a row.")
 _THREADS = flags.DEFINE_list("threads", ["1", "2", "4", "8"], "Numbers of reading threads to try.")
-_DEVICE_SPEED = flags.DEFINE_float("device_speed", 1000.0, "Slices a second of the accelerator that is imagined.")
-_TRAINING = flags.DEFINE_bool("training", False, "Also train a small model and tell how long it waits for data.")
+_DEVICE_SPEED = flags.DEFINE_float(
+    "device_speed", 1000.0, "Slices a second of the accelerator that is imagined."
+)
+_TRAINING = flags.DEFINE_bool(
+    "training", False, "Also train a small model and tell how long it waits for data."
+)
 
 
 def noisy_slices(number: int, size: int, seed: int = 0) -> np.ndarray:
-    """[number, size, size, 1] uint8: a body on air with noise of 15 of 255 grey values, about as compressible as CT."""
+    """[number, size, size, 1] uint8: a body on air with noise of 15 of 255 grey values, about as
+    compressible as CT."""
     random = np.random.default_rng(seed)
     rows, columns = np.meshgrid(*[np.linspace(-1, 1, size)] * 2, indexing="ij")
     body = 110.0 * (np.hypot(rows / 0.7, columns / 0.9) < 1)
@@ -43,7 +49,8 @@ def noisy_slices(number: int, size: int, seed: int = 0) -> np.ndarray:
 
 
 def slices_per_second(step: Callable[[], None], batch_size: int, seconds: float) -> float:
-    """Call `step` for about `seconds`; each call delivers one batch and waits until it has arrived."""
+    """Call `step` for about `seconds`; each call delivers one batch and waits until it has
+    arrived."""
     for _ in range(3):
         step()
     began, calls = time.perf_counter(), 0
@@ -53,17 +60,20 @@ def slices_per_second(step: Callable[[], None], batch_size: int, seconds: float)
     return calls * batch_size / (time.perf_counter() - began)
 
 
-def measure(dataset: Path, split: str, batch_size: int, threads: list[int], seconds: float) -> list[tuple[str, float]]:
+def measure(
+    dataset: Path, split: str, batch_size: int, threads: list[int], seconds: float
+) -> list[tuple[str, float]]:
     """Rows of the table: (path, slices a second)."""
     import jax
 
-    from ctssl_jax import data, distributed
-    from ctssl_jax.data__batches import training_batches
-    from data_prep.dataset import Dataset
+    from ctssl_jax.data import slices
+    from ctssl_jax.data.batches import training_batches
+    from ctssl_jax.parallel import mesh as distributed
+    from data_prep.dataset.reader import Dataset
 
     opened = Dataset.open(dataset)
     channels = range(opened.preparation["channels"])
-    source = data.open_source(opened, split, channels, (0,))
+    source = slices.open_source(opened, split, channels, (0,))
     mesh = distributed.make_mesh()
     batch_size = -(-batch_size // mesh.devices.size) * mesh.devices.size
     ready = next(training_batches(source, batch_size, seed=0))
@@ -80,18 +90,25 @@ def measure(dataset: Path, split: str, batch_size: int, threads: list[int], seco
 
 
 def waiting_of_a_device(
-    dataset: Path, split: str, batch_size: int, num_threads: int, slices_per_second: float, seconds: float
+    dataset: Path,
+    split: str,
+    batch_size: int,
+    num_threads: int,
+    slices_per_second: float,
+    seconds: float,
 ) -> float:
-    """Share of its time that a device waits which takes so many slices a second; the loop is one step ahead of it."""
+    """Share of its time that a device waits which takes so many slices a second; the loop is one
+    step ahead of it."""
     import jax
 
-    from ctssl_jax import data, distributed
-    from ctssl_jax.data__batches import training_batches
-    from data_prep.dataset import Dataset
+    from ctssl_jax.data import slices
+    from ctssl_jax.data.batches import training_batches
+    from ctssl_jax.parallel import mesh as distributed
+    from data_prep.dataset.reader import Dataset
 
     mesh = distributed.make_mesh()
     opened = Dataset.open(dataset)
-    source = data.open_source(opened, split, range(opened.preparation["channels"]), (0,))
+    source = slices.open_source(opened, split, range(opened.preparation["channels"]), (0,))
     batches = training_batches(source, batch_size, seed=0, num_threads=num_threads)
     jax.block_until_ready(distributed.to_devices(mesh, next(batches)))
     busy, waited = batch_size / slices_per_second, 0.0
@@ -106,15 +123,11 @@ def waiting_of_a_device(
 
 
 def temporary_dataset(folder: Path, number: int = 320, size: int = 512, repeats: int = 1) -> Path:
-    """Write noisy slices as a dataset directory: eight volumes in `train`, each so many times, one in `validation`."""
-    from data_prep.dataset__schema import (
-        VOLUME_COLUMNS,
-        VOLUMES_FILE,
-        make_preparation,
-        shard_name,
-    )
-    from data_prep.dataset__storage import encode_record, write_records, write_table
-    from data_prep.dataset__tfds import complete
+    """Write noisy slices as a dataset directory: eight volumes in `train`, each so many times, one
+    in `validation`."""
+    from data_prep.dataset.schema import VOLUME_COLUMNS, VOLUMES_FILE, make_preparation, shard_name
+    from data_prep.dataset.storage import encode_record, write_records, write_table
+    from data_prep.dataset.tfds import complete
 
     folder.mkdir()
     volumes, shard_lengths = [], {}
@@ -158,10 +171,11 @@ def temporary_dataset(folder: Path, number: int = 320, size: int = 512, repeats:
 
 
 def waiting_share(folder: Path) -> tuple[float, float]:
-    """Train a small classifier on noise for 200 steps: (slices a second, share of the time spent waiting for data)."""
+    """Train a small classifier on noise for 200 steps: (slices a second, share of the time spent
+    waiting for data)."""
     from configs import rotation
-    from ctssl_jax.reports import read_reports
-    from ctssl_jax.training__loop import train
+    from ctssl_jax.runs.reports import read_reports
+    from ctssl_jax.training.loop import train
 
     config = rotation.get_config("small")
     config.update(dataset=str(temporary_dataset(folder / "small", 640, 64)), batch_size=64)
@@ -176,7 +190,11 @@ def main(argv: list[str]) -> int:
     """Command line."""
     configure_jax()
     with tempfile.TemporaryDirectory() as folder:
-        dataset = Path(_DATASET.value) if _DATASET.value else temporary_dataset(Path(folder) / "dataset", repeats=8)
+        dataset = (
+            Path(_DATASET.value)
+            if _DATASET.value
+            else temporary_dataset(Path(folder) / "dataset", repeats=8)
+        )
         threads = [int(number) for number in _THREADS.value]
         rows = measure(dataset, _SPLIT.value, _BATCH_SIZE.value, threads, _SECONDS.value)
         print(f"{'path':24}slices/s")
@@ -185,14 +203,21 @@ def main(argv: list[str]) -> int:
         number = max(rows[1:], key=lambda row: row[1])[0]
         best = threads[[name for name, _ in rows[1:]].index(number)]
         speed = _DEVICE_SPEED.value
-        share = waiting_of_a_device(dataset, _SPLIT.value, _BATCH_SIZE.value, best, speed, 2 * _SECONDS.value)
+        share = waiting_of_a_device(
+            dataset, _SPLIT.value, _BATCH_SIZE.value, best, speed, 2 * _SECONDS.value
+        )
         print(
-            f"a device that takes {speed:,.0f} slices/s, {number}: {share:.2%} of the time waiting for data", flush=True
+            f"a device that takes {speed:,.0f} slices/s, {number}: {share:.2%} of the time "
+            f"waiting for data",
+            flush=True,
         )
         if _TRAINING.value:
             sys.stdout.flush()
             speed, share = waiting_share(Path(folder))
-            print(f"training a small model, 64 x 64: {speed:,.0f} slices/s, {share:.2%} of the time waiting for data")
+            print(
+                f"training a small model, 64 x 64: {speed:,.0f} slices/s, {share:.2%} of the "
+                f"time waiting for data"
+            )
     return 0
 
 

@@ -1,18 +1,20 @@
-r"""Speed of `prepare` beside its floor and beside other converters, by transfer syntax, on one core.
+r"""Speed of `prepare` beside its floor and beside other converters, by transfer syntax, on one
+core.
 
     python -m experiments.benchmark_preparation --input_dir=SCAN
 
-SCAN holds one CT series as plain DICOM files. Its slices are written anew in each of --syntaxes, --copies times as
-other patients, and each archive is measured with a warm page cache:
+SCAN holds one CT series as plain DICOM files. Its slices are written anew in each of --syntaxes,
+--copies times as other patients, and each archive is measured with a warm page cache:
 
-    floor         reading the files (pydicom, with our decoders), windowing, writing one ArrayRecord file: nothing else
-    prepare       `data_prep.pipeline.prepare.prepare` with one worker, from its first process to the last table;
-                  its steps one after the other in this process, too
+    floor         reading the files (pydicom, with our decoders), windowing, writing one ArrayRecord
+    file: nothing else prepare       `data_prep.pipeline.prepare.prepare` with one worker, from its
+                  first process to the last table; its steps one after the other in this process,
+                  too
     SimpleITK, dicom2nifti + nibabel (where installed; dicom2nifti writes NIfTI without compression)
                   the same slices through them, then our windowing and one ArrayRecord file
 
-and the uncompressed one with a cold page cache. Numbers are slices per second of CPU time, of all threads and
-processes, the median of --repeats; those of a cold cache are of wall time.
+and the uncompressed one with a cold page cache. Numbers are slices per second of CPU time, of all
+threads and processes, the median of --repeats; those of a cold cache are of wall time.
 """
 
 import contextlib
@@ -36,22 +38,22 @@ from absl import flags
 from pydicom.encaps import encapsulate
 from pydicom.pixels import pixel_array
 
-from data_prep import label_staging
-from data_prep.archives import Source, list_sources
-from data_prep.dataset__storage import encode_record, read_records, write_records
-from data_prep.decoders import DECODER_DEPENDENCIES, decode
-from data_prep.headers import Header, read_header
-from data_prep.labels import LabelSources
+from data_prep.dataset.storage import encode_record, read_records, write_records
+from data_prep.labels import staging
+from data_prep.labels.lookup import LabelSources
 from data_prep.pipeline.convert import convert_exam
 from data_prep.pipeline.notes import Conversion
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
-from data_prep.series import SeriesCandidate, plan_series, select_reconstructions
+from data_prep.scan.archives import Source, list_sources
+from data_prep.scan.decoders import DECODER_DEPENDENCIES, decode
+from data_prep.scan.headers import Header, read_header
+from data_prep.scan.series import SeriesCandidate, plan_series, select_reconstructions
+from data_prep.scan.volume import load_volume
+from data_prep.scan.window import window_to_uint8
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import file_sha256
-from data_prep.volume import load_volume
-from data_prep.window import window_to_uint8
 
 OPTIONS = Options(splits=(1.0, 0.0, 0.0))
 EXPLICIT = "1.2.840.10008.1.2.1"
@@ -69,7 +71,9 @@ SYNTAXES = {
     "uncompressed": Syntax(EXPLICIT, None),
     "RLE": Syntax(RLE, None),  # written by pydicom
     "JPEG-LS": Syntax("1.2.840.10008.1.2.4.80", imagecodecs.jpegls_encode),
-    "JPEG lossless": Syntax("1.2.840.10008.1.2.4.70", lambda frame: imagecodecs.ljpeg_encode(frame, bitspersample=16)),
+    "JPEG lossless": Syntax(
+        "1.2.840.10008.1.2.4.70", lambda frame: imagecodecs.ljpeg_encode(frame, bitspersample=16)
+    ),
     "JPEG 2000": Syntax(
         "1.2.840.10008.1.2.4.90",
         lambda frame: imagecodecs.jpeg2k_encode(frame, level=0, reversible=True, codecformat="j2k"),
@@ -79,13 +83,22 @@ SYNTAXES = {
 
 def exams_of(input_dir: Path) -> list[list[SeriesCandidate]]:
     """What `prepare` would try to convert."""
-    headers = [read_header(input_dir, source) for source in list_sources(input_dir) if isinstance(source, Source)]
-    planned = plan_series([header for header in headers if isinstance(header, Header)], OPTIONS.rules)
-    return select_reconstructions([p for p in planned if isinstance(p, SeriesCandidate)], OPTIONS.rules)
+    headers = [
+        read_header(input_dir, source)
+        for source in list_sources(input_dir)
+        if isinstance(source, Source)
+    ]
+    planned = plan_series(
+        [header for header in headers if isinstance(header, Header)], OPTIONS.rules
+    )
+    return select_reconstructions(
+        [p for p in planned if isinstance(p, SeriesCandidate)], OPTIONS.rules
+    )
 
 
 def write_archive(input_dir: Path, folder: Path, syntax: Syntax, copies: int) -> int:
-    """Writes the first series of `input_dir` in a transfer syntax, as `copies` patients; returns the slices of one.
+    """Writes the first series of `input_dir` in a transfer syntax, as `copies` patients; returns
+    the slices of one.
 
     Raises:
         InputError: there is no series that `prepare` takes, or its matrix is not 512 x 512.
@@ -93,9 +106,13 @@ def write_archive(input_dir: Path, folder: Path, syntax: Syntax, copies: int) ->
     exams = exams_of(input_dir)
     volume = load_volume(input_dir, exams[0][0], OPTIONS.rules) if exams else None
     if not hasattr(volume, "hu"):
-        raise InputError(f"--input_dir={input_dir}: no series that prepare takes; give one CT series")
+        raise InputError(
+            f"--input_dir={input_dir}: no series that prepare takes; give one CT series"
+        )
     if volume.hu.shape[1:] != (512, 512):
-        raise InputError(f"--input_dir={input_dir}: slices of {volume.hu.shape[1:]}; give 512 x 512")
+        raise InputError(
+            f"--input_dir={input_dir}: slices of {volume.hu.shape[1:]}; give 512 x 512"
+        )
     frames = (volume.hu.astype(np.int32) + 1024).clip(0, 65535).astype(np.uint16)
     for index, (header, frame) in enumerate(zip(volume.headers, frames, strict=True)):
         ds = pydicom.dcmread(input_dir / header.source.path)
@@ -126,7 +143,7 @@ def write_archive(input_dir: Path, folder: Path, syntax: Syntax, copies: int) ->
     return len(frames)
 
 
-# ---- what is measured --------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
 def floor(paths: list[Path], shard: Path) -> None:
@@ -167,7 +184,9 @@ def dicom2nifti_nibabel(folders: list[Path], shard: Path) -> None:
     def records() -> Iterator[bytes]:
         for folder in folders:
             with tempfile.TemporaryDirectory() as scratch:
-                dicom2nifti.dicom_series_to_nifti(str(folder), f"{scratch}/volume.nii", reorient_nifti=False)
+                dicom2nifti.dicom_series_to_nifti(
+                    str(folder), f"{scratch}/volume.nii", reorient_nifti=False
+                )
                 hu = np.asanyarray(nibabel.load(f"{scratch}/volume.nii").dataobj)
             yield from (_record(hu[..., i].T.astype(np.int16), i) for i in range(hu.shape[2]))
 
@@ -183,8 +202,19 @@ def steps(archive: Path, folder: Path) -> dict[str, Callable[[], None]]:
     notes, records = folder / "notes", folder / "records"
     notes.mkdir(parents=True)
     records.mkdir()
-    labels = label_staging.stage(LabelSources("dicom"), archive, folder / "labels.sqlite", folder / "violations.csv")
-    run = Conversion(archive, notes, records, OPTIONS.rules, OPTIONS.windows, OPTIONS.image_size, b"0" * 16, labels)
+    labels = staging.stage(
+        LabelSources("dicom"), archive, folder / "labels.sqlite", folder / "violations.csv"
+    )
+    run = Conversion(
+        archive,
+        notes,
+        records,
+        OPTIONS.rules,
+        OPTIONS.windows,
+        OPTIONS.image_size,
+        b"0" * 16,
+        labels,
+    )
     exams = exams_of(archive)
 
     def convert() -> None:
@@ -192,11 +222,19 @@ def steps(archive: Path, folder: Path) -> dict[str, Callable[[], None]]:
             convert_exam(run, exam)
 
     def write_shards() -> None:
-        staged = (record for path in sorted(records.glob("*.array_record")) for record in read_records(path))
+        staged = (
+            record
+            for path in sorted(records.glob("*.array_record"))
+            for record in read_records(path)
+        )
         write_records(folder / "shard", staged)
         file_sha256(folder / "shard")
 
-    return {"headers, plan": lambda: exams_of(archive), "convert, stage": convert, "shards": write_shards}
+    return {
+        "headers, plan": lambda: exams_of(archive),
+        "convert, stage": convert,
+        "shards": write_shards,
+    }
 
 
 def cpu_seconds() -> float:
@@ -205,7 +243,9 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def median_seconds(function: Callable[[], object], repeats: int, clock: Callable[[], float] = cpu_seconds) -> float:
+def median_seconds(
+    function: Callable[[], object], repeats: int, clock: Callable[[], float] = cpu_seconds
+) -> float:
     """Of some calls."""
     times = []
     for _ in range(repeats):
@@ -244,7 +284,11 @@ def measure(name: str, archive: Path, copies: int, repeats: int, scratch: Path) 
 
     least = median_seconds(lambda: floor(paths, shard), repeats)
     row("floor: decode, window, compress", least)
-    row("prepare, one worker, all of it", median_seconds(lambda: prepare_anew(archive), repeats), least)
+    row(
+        "prepare, one worker, all of it",
+        median_seconds(lambda: prepare_anew(archive), repeats),
+        least,
+    )
     total = 0.0
     for number, (step, function) in enumerate(steps(archive, scratch / f"steps {name}").items()):
         seconds = median_seconds(function, repeats)
@@ -258,7 +302,9 @@ def measure(name: str, archive: Path, copies: int, repeats: int, scratch: Path) 
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(open(os.devnull, "w")):
                 warnings.simplefilter("ignore")
-                seconds = median_seconds(lambda function=function: function(folders, shard), repeats)
+                seconds = median_seconds(
+                    lambda function=function: function(folders, shard), repeats
+                )
         except Exception as error:  # of any kind: some cannot read some of the syntaxes
             print(f"{name:<16}{package}: failed ({type(error).__name__})", flush=True)
             continue
@@ -281,7 +327,10 @@ def measure_cold(archive: Path, num_slices: int, repeats: int) -> None:
 
     for what, seconds in (
         ("reading the files one by one, cold", cold(read)),
-        ("prepare, one worker, warm", median_seconds(lambda: prepare_anew(archive), repeats, time.perf_counter)),
+        (
+            "prepare, one worker, warm",
+            median_seconds(lambda: prepare_anew(archive), repeats, time.perf_counter),
+        ),
         ("prepare, one worker, cold", cold(lambda: prepare_anew(archive))),
     ):
         print(f"{'wall time':<16}{what:<40}{num_slices / seconds:9.0f}", flush=True)
@@ -293,7 +342,8 @@ def main(argv: list[str]) -> int:
     unknown = set(chosen.syntaxes) - set(SYNTAXES)
     if unknown:
         raise InputError(f"--syntaxes: no {', '.join(unknown)}; choose from {','.join(SYNTAXES)}")
-    if os.environ.get("OPENBLAS_NUM_THREADS") != "1":  # numpy's threads would blur what one core does
+    # numpy's threads would blur what one core does
+    if os.environ.get("OPENBLAS_NUM_THREADS") != "1":
         return subprocess.call(
             [sys.executable, "-m", "experiments.benchmark_preparation", *sys.argv[1:]],
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
@@ -303,7 +353,10 @@ def main(argv: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             archive, scratch = Path(folder) / "archive", Path(folder) / "scratch"
             scratch.mkdir()
-            num_slices = write_archive(Path(chosen.input_dir), archive, SYNTAXES[name], chosen.copies) * chosen.copies
+            num_slices = (
+                write_archive(Path(chosen.input_dir), archive, SYNTAXES[name], chosen.copies)
+                * chosen.copies
+            )
             measure(name, archive, chosen.copies, chosen.repeats, scratch)
             if name == "uncompressed":
                 measure_cold(archive, num_slices, chosen.repeats)
@@ -311,8 +364,12 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("input_dir", None, "Directory of one DICOM series of 512 x 512 slices.", required=True)
-    flags.DEFINE_list("syntaxes", list(SYNTAXES), "Transfer syntaxes to measure, separated by commas.")
+    flags.DEFINE_string(
+        "input_dir", None, "Directory of one DICOM series of 512 x 512 slices.", required=True
+    )
+    flags.DEFINE_list(
+        "syntaxes", list(SYNTAXES), "Transfer syntaxes to measure, separated by commas."
+    )
     flags.DEFINE_integer("copies", 4, "Patients of each archive.", lower_bound=1)
     flags.DEFINE_integer("repeats", 3, "The median of so many runs counts.", lower_bound=1)
     command_line.run(main)

@@ -1,23 +1,27 @@
-"""Speed and memory of a training step of the autoencoder: this project's and the same model in PyTorch, in one run.
+"""Speed and memory of a training step of the autoencoder: this project's and the same model in
+PyTorch, in one run.
 
     python -m experiments.benchmark_training --preset=64,128
     python -m experiments.benchmark_training --preset=reference --dtype=bfloat16 --batch_size=4,8,16,32 --sides=jax
 
-A step is the forward pass in training mode, the loss of `configs/masked_region.py` (0.2 MSE + 0.2 masked MSE + 0.8
-vector quantization - 0.1 SSIM), the backward pass and a RAdam update. Both sides start from the same weights and see
-the same images, so their first losses must agree; what differs is what each library does with them.
+A step is the forward pass in training mode, the loss of `configs/masked_region.py` (0.2 MSE + 0.2
+masked MSE + 0.8 vector quantization - 0.1 SSIM), the backward pass and a RAdam update. Both sides
+start from the same weights and see the same images, so their first losses must agree; what differs
+is what each library does with them.
 
-Repeats alternate between the sides, so that a busy machine slows both; the median is reported, and the spread of the
-middle half. "of peak" is the model's arithmetic (3 x the forward pass, `flops_per_slice`) over the fastest square
-matrix product in the same dtype that either library does in the same run (float32 may be TF32 there, as it is in the
-convolutions). "compiled" is the memory that XLA expects the step to need, "peak" what the device has held at most: for
-JAX since the program began (batch sizes are tried in rising order), for PyTorch within the row; "-" where a backend
-cannot tell. On a GPU both sides share the memory: to find the largest batch of each, run --sides=jax and --sides=torch
-one after the other. Without PyTorch (`pip install '.[torch]'`) only this project is timed. "compile" is tracing and
-compilation together, from nothing (compiled programs that earlier runs kept are not used).
+Repeats alternate between the sides, so that a busy machine slows both; the median is reported, and
+the spread of the middle half. "of peak" is the model's arithmetic (3 x the forward pass,
+`flops_per_slice`) over the fastest square matrix product in the same dtype that either library does
+in the same run (float32 may be TF32 there, as it is in the convolutions). "compiled" is the memory
+that XLA expects the step to need, "peak" what the device has held at most: for JAX since the
+program began (batch sizes are tried in rising order), for PyTorch within the row; "-" where a
+backend cannot tell. On a GPU both sides share the memory: to find the largest batch of each, run
+--sides=jax and --sides=torch one after the other. Without PyTorch (`pip install '.[torch]'`) only
+this project is timed. "compile" is tracing and compilation together, from nothing (compiled
+programs that earlier runs kept are not used).
 
---profile=FOLDER traces a few more steps of this project's side, writes the trace and the compiled program there and
-prints the operations that take most of a step.
+--profile=FOLDER traces a few more steps of this project's side, writes the trace and the compiled
+program there and prints the operations that take most of a step.
 """
 
 import argparse
@@ -39,7 +43,15 @@ from flax import nnx
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
 from ctssl_jax.parallel.processes import configure_jax
 from experiments.bench import step_profile
-from experiments.bench.sides import GIB, Side, compiled_bytes, example_batch, make_jax_side, make_torch_side, time_steps
+from experiments.bench.sides import (
+    GIB,
+    Side,
+    compiled_bytes,
+    example_batch,
+    make_jax_side,
+    make_torch_side,
+    time_steps,
+)
 
 # image side, hidden, depth, batch
 PRESETS = {
@@ -52,7 +64,8 @@ PRESETS = {
 
 
 def matmul_peak(side: str, dtype: str, *, use_gpu: bool) -> float:
-    """The most that one square matrix product in this dtype reaches, in FLOP/s, over several sizes and tries."""
+    """The most that one square matrix product in this dtype reaches, in FLOP/s, over several sizes
+    and tries."""
     best = 0.0
     for size in (4096, 8192, 16384) if use_gpu else (1024, 2048):
         values = np.random.default_rng(0).standard_normal((size, size), np.float32)
@@ -66,7 +79,9 @@ def matmul_peak(side: str, dtype: str, *, use_gpu: bool) -> float:
             import torch
 
             torch.backends.cuda.matmul.allow_tf32 = True
-            matrix = torch.tensor(values, dtype=getattr(torch, dtype), device="cuda" if use_gpu else "cpu")
+            matrix = torch.tensor(
+                values, dtype=getattr(torch, dtype), device="cuda" if use_gpu else "cpu"
+            )
 
             def product(matrix=matrix):
                 return (matrix @ matrix)[0, 0]
@@ -85,8 +100,9 @@ def benchmark(
     """Time all sides, alternating; with a folder for it, then profile the JAX side.
 
     Returns:
-        for each side its first loss, the times of all repeats and their median in ms, and memory in bytes; a side that
-        ran out of memory has only {"failed": "out of memory"}. And the profile as a table, "" without one.
+        for each side its first loss, the times of all repeats and their median in ms, and memory in
+        bytes; a side that ran out of memory has only {"failed": "out of memory"}. And the profile
+        as a table, "" without one.
     """
     sides, results = {}, {}
     for name, make in makers.items():
@@ -96,7 +112,10 @@ def benchmark(
             time_steps(side.step, 2)
             sides[name] = side
         except Exception as error:  # the libraries have no common type for it
-            if not any(phrase in str(error) for phrase in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")):
+            if not any(
+                phrase in str(error)
+                for phrase in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
+            ):
                 raise
             results[name] = {"failed": "out of memory"}
     for _ in range(repeats):
@@ -111,7 +130,9 @@ def benchmark(
         }
     if not profile or "jax" not in sides:
         return results, ""
-    return results, step_profile.table(step_profile.profile(sides["jax"].step, sides["jax"].program.as_text(), profile))
+    return results, step_profile.table(
+        step_profile.profile(sides["jax"].step, sides["jax"].program.as_text(), profile)
+    )
 
 
 def _row(*cells: Any) -> str:
@@ -122,21 +143,33 @@ def _gib(value: int | None) -> str:
     return "-" if value is None else f"{value / GIB:.2f}"
 
 
-def run_preset(preset: str, arguments: argparse.Namespace, sides: list[str], peak: float) -> list[dict]:
-    """Time one preset at every batch size that was asked for; prints a line a side and returns them as dicts."""
+def run_preset(
+    preset: str, arguments: argparse.Namespace, sides: list[str], peak: float
+) -> list[dict]:
+    """Time one preset at every batch size that was asked for; prints a line a side and returns them
+    as dicts."""
     image_size, hidden, depth, batch_size = PRESETS[preset]
     use_gpu = jax.devices()[0].platform == "gpu"
     switches = {"dtype": arguments.dtype, "remat": arguments.remat, "scan": arguments.scan}
     config = VQVAEConfig(hidden=hidden, depth=depth, **switches)
     model = VQVAE(config, rngs=nnx.Rngs(0))
-    sizes = sorted(int(size) for size in arguments.batch_size.split(",")) if arguments.batch_size else [batch_size]
+    sizes = (
+        sorted(int(size) for size in arguments.batch_size.split(","))
+        if arguments.batch_size
+        else [batch_size]
+    )
     rows = []
     for size in sizes:
         batch = example_batch(size, image_size)
         makers = {
             "jax": functools.partial(make_jax_side, model, batch),
             "torch": functools.partial(
-                make_torch_side, model, config, batch, use_gpu=use_gpu, compiled=arguments.torch_compile
+                make_torch_side,
+                model,
+                config,
+                batch,
+                use_gpu=use_gpu,
+                compiled=arguments.torch_compile,
             ),
         }
         results, profile = benchmark(
@@ -146,35 +179,50 @@ def run_preset(preset: str, arguments: argparse.Namespace, sides: list[str], pea
             profile=arguments.profile and arguments.profile / f"{preset}_batch{size}",
         )
         for side, result in results.items():
-            row = {"preset": preset, "image_size": image_size, **dataclasses.asdict(config), "batch_size": size}
+            row = {
+                "preset": preset,
+                "image_size": image_size,
+                **dataclasses.asdict(config),
+                "batch_size": size,
+            }
             row |= {"side": side, **result}
             cells = (image_size, hidden, depth, size, arguments.dtype, side)
             if "failed" in result:
                 print(_row(*cells, result["failed"], *["-"] * 7), flush=True)
             else:
                 row["slices_per_s"] = 1000 * size / result["median_ms"]
-                row["of_peak"] = 3 * flops_per_slice(config, image_size) * row["slices_per_s"] / peak
+                row["of_peak"] = (
+                    3 * flops_per_slice(config, image_size) * row["slices_per_s"] / peak
+                )
                 low, _, high = statistics.quantiles(result["times_ms"], n=4)
                 times = f"{result['median_ms']:.1f} ({low:.1f} to {high:.1f})"
                 speeds = f"{row['slices_per_s']:.1f}", f"{100 * row['of_peak']:.1f} %"
                 memory = _gib(result["compiled_bytes"]), _gib(result["peak_bytes"])
-                compiling = "-" if result["compile_seconds"] is None else f"{result['compile_seconds']:.1f}"
-                print(_row(*cells, times, *speeds, *memory, compiling, f"{result['first_loss']:.6f}"), flush=True)
+                compiling = (
+                    "-" if result["compile_seconds"] is None else f"{result['compile_seconds']:.1f}"
+                )
+                print(
+                    _row(*cells, times, *speeds, *memory, compiling, f"{result['first_loss']:.6f}"),
+                    flush=True,
+                )
             rows.append(row)
         if profile:
             print(f"\n{profile}\n", flush=True)
-        sides = [side for side in sides if "failed" not in results[side]]  # a larger batch fits no better
+        # a larger batch fits no better
+        sides = [side for side in sides if "failed" not in results[side]]
     return rows
 
 
 def best_batches(rows: list[dict]) -> list[str]:
-    """For each side the batch size with the most slices a second, and how the sides then compare; one line each."""
+    """For each side the batch size with the most slices a second, and how the sides then compare;
+    one line each."""
     fastest = {}
     for row in rows:
         if row.get("slices_per_s", 0) > fastest.get(row["side"], {}).get("slices_per_s", 0):
             fastest[row["side"]] = row
     lines = [
-        f"{side}: {row['slices_per_s']:.1f} slices/s at batch {row['batch_size']}" for side, row in fastest.items()
+        f"{side}: {row['slices_per_s']:.1f} slices/s at batch {row['batch_size']}"
+        for side, row in fastest.items()
     ]
     if {"jax", "torch"} <= set(fastest):
         ratio = fastest["jax"]["slices_per_s"] / fastest["torch"]["slices_per_s"]
@@ -183,14 +231,26 @@ def best_batches(rows: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="64", help=f"one or more of {','.join(PRESETS)}, comma-separated")
-    parser.add_argument("--batch_size", default="", help="batch sizes to try, comma-separated; default: the preset's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset", default="64", help=f"one or more of {','.join(PRESETS)}, comma-separated"
+    )
+    parser.add_argument(
+        "--batch_size",
+        default="",
+        help="batch sizes to try, comma-separated; default: the preset's",
+    )
     parser.add_argument("--sides", default="jax,torch", help="jax, torch or both, comma-separated")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--remat", action="store_true", help="recompute residual blocks in the backward pass (JAX)")
+    parser.add_argument(
+        "--remat", action="store_true", help="recompute residual blocks in the backward pass (JAX)"
+    )
     parser.add_argument("--scan", action="store_true", help="residual blocks as one loop (JAX)")
-    parser.add_argument("--torch_compile", action="store_true", help="PyTorch through torch.compile")
+    parser.add_argument(
+        "--torch_compile", action="store_true", help="PyTorch through torch.compile"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps timed in each repeat")
     parser.add_argument("--profile", type=Path, help="folder for a trace of this project's side")
@@ -211,17 +271,45 @@ def main() -> None:
         sides = [side for side in sides if side != "torch"] or ["jax"]
 
     device = jax.devices()[0]
-    peaks = {side: matmul_peak(side, arguments.dtype, use_gpu=device.platform == "gpu") for side in sides}
+    peaks = {
+        side: matmul_peak(side, arguments.dtype, use_gpu=device.platform == "gpu") for side in sides
+    }
     measured = ", ".join(f"{side} {peak / 1e12:.3f} TFLOP/s" for side, peak in peaks.items())
-    print(f"{device.device_kind}, {os.cpu_count()} CPU cores; fastest {arguments.dtype} matrix product: {measured}\n")
-    titles = ("pixels", "hidden", "depth", "batch", "dtype", "side", "ms a step", "slices/s", "of peak")
+    print(
+        f"{device.device_kind}, {os.cpu_count()} CPU cores; fastest {arguments.dtype} matrix "
+        f"product: {measured}\n"
+    )
+    titles = (
+        "pixels",
+        "hidden",
+        "depth",
+        "batch",
+        "dtype",
+        "side",
+        "ms a step",
+        "slices/s",
+        "of peak",
+    )
     print(_row(*titles, "compiled GiB", "peak GiB", "compile s", "first loss"))
     print(_row(*["---"] * 13))
-    rows = [row for preset in presets for row in run_preset(preset, arguments, sides, max(peaks.values()))]
+    rows = [
+        row
+        for preset in presets
+        for row in run_preset(preset, arguments, sides, max(peaks.values()))
+    ]
     for preset in presets:
-        print("\n".join([f"\n{preset}", *best_batches([row for row in rows if row["preset"] == preset])]))
+        print(
+            "\n".join(
+                [f"\n{preset}", *best_batches([row for row in rows if row["preset"] == preset])]
+            )
+        )
     if arguments.json:
-        content = {"device": device.device_kind, "cpu_count": os.cpu_count(), "matmul_flops": peaks, "rows": rows}
+        content = {
+            "device": device.device_kind,
+            "cpu_count": os.cpu_count(),
+            "matmul_flops": peaks,
+            "rows": rows,
+        }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

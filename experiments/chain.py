@@ -1,14 +1,16 @@
-r"""The progressive chain of masked region prediction (paper, section II.C.2): 5 -> 10 -> 20 -> 33 % of the area.
+r"""The progressive chain of masked region prediction (paper, section II.C.2): 5 -> 10 -> 20 -> 33 %
+of the area.
 
     python -m experiments.chain --dataset=DATASET --workdir=STUDY                  # each starts from the one before
     python -m experiments.chain --dataset=DATASET --workdir=STUDY --nochained      # ablation: each from random weights
 
-The chain confounds a larger mask with longer training: its fourth model has seen four times as many steps as its first.
-The ablation trains each mask size from random weights for as many steps as the chain took to get there, so that the two
-rows of a mask size differ in the way alone. Results of both stay in the same folder and the table shows both.
+The chain confounds a larger mask with longer training: its fourth model has seen four times as many
+steps as its first. The ablation trains each mask size from random weights for as many steps as the
+chain took to get there, so that the two rows of a mask size differ in the way alone. Results of
+both stay in the same folder and the table shows both.
 
-Without a verb it runs the missing cells and draws the table; `plan`, `run` and `draw` do one of the three. It can be
-killed at any moment and started again.
+Without a verb it runs the missing cells and draws the table; `plan`, `run` and `draw` do one of the
+three. It can be killed at any moment and started again.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,8 @@ RECIPE = "masked_region"
 
 
 def ablation_cells(settings: Settings) -> list[Cell]:
-    """The mask sizes from random weights, each for as many steps as the chain took in all; the first is the chain's."""
+    """The mask sizes from random weights, each for as many steps as the chain took in all; the
+    first is the chain's."""
     steps = settings.steps(RECIPE)
     return [
         settings.cell(
@@ -47,7 +50,11 @@ def table_rows(chained: Sequence[Cell], alone: Sequence[Cell], steps: int) -> li
         ways = [("chained" if stage else "start of both", chained[stage])]
         ways += [("from random weights", alone[stage - 1])] if stage else []
         for way, cell in ways:
-            row = {"mask": f"{fraction:.0%}", "training": way, "steps in all": f"{(stage + 1) * steps:,}"}
+            row = {
+                "mask": f"{fraction:.0%}",
+                "training": way,
+                "steps in all": f"{(stage + 1) * steps:,}",
+            }
             result = results.read_result(cell)
             for score in SCORES:
                 row[score] = "" if result is None else results.score(result["metrics"][score])
@@ -72,7 +79,9 @@ def draw(settings: Settings) -> str:
 def define_flags() -> None:
     """Only where this module is the program."""
     runner.define_flags()
-    flags.DEFINE_bool("chained", True, "Each from the one before; --nochained: each from random weights.")
+    flags.DEFINE_bool(
+        "chained", True, "Each from the one before; --nochained: each from random weights."
+    )
 
 
 def main(argv: list[str]) -> int:

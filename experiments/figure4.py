@@ -1,9 +1,11 @@
-r"""Figure 4: PE detection from masked region prediction with 5, 10, 20 and 33 % of the area covered.
+r"""Figure 4: PE detection from masked region prediction with 5, 10, 20 and 33 % of the area
+covered.
 
     python -m experiments.figure4 run --preset=phantom --workdir=STUDY
     python -m experiments.figure4 draw --preset=phantom --workdir=STUDY
 
-Same cells, data and statistics as `experiments.figure3`; in one --workdir the arms that both have are run once.
+Same cells, data and statistics as `experiments.figure3`; in one --workdir the arms that both have
+are run once.
 """
 
 from absl import flags
@@ -13,7 +15,9 @@ from experiments.study import curves, downstream, runner
 
 ARMS = ("random", *downstream.MASKED)
 FIGURE = curves.pe_figure(
-    "figure4", "PE detection by size of the masked region", curves.Panel("AUROC over slices", "auroc")
+    "figure4",
+    "PE detection by size of the masked region",
+    curves.Panel("AUROC over slices", "auroc"),
 )
 
 if __name__ == "__main__":

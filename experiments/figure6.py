@@ -1,13 +1,15 @@
-r"""Figure 6: what pretrained encoders know of patients (age, sex, ethnic group), against no pretraining and controls.
+r"""Figure 6: what pretrained encoders know of patients (age, sex, ethnic group), against no
+pretraining and controls.
 
     python -m experiments.figure6 run --preset=phantom --workdir=STUDY
     python -m experiments.figure6 draw --preset=phantom --workdir=STUDY
 
-Each arm is a frozen encoder, the last weights of its pretraining as in the other figures, probed on the middle slice of
-each volume (`ctssl_jax.attributes`). The paper's baseline is the same encoder trained end to end from random weights
-(`configs/attributes.py`), one model an attribute. Controls, with the architecture and weights of the first arm: random
-weights, pixels without a network, and shuffled labels. Random parts are run once a seed; probes of trained weights are
-not. `plan` lists the cells, one command each. With your own data:
+Each arm is a frozen encoder, the last weights of its pretraining as in the other figures, probed on
+the middle slice of each volume (`ctssl_jax.attributes`). The paper's baseline is the same encoder
+trained end to end from random weights (`configs/attributes.py`), one model an attribute. Controls,
+with the architecture and weights of the first arm: random weights, pixels without a network, and
+shuffled labels. Random parts are run once a seed; probes of trained weights are not. `plan` lists
+the cells, one command each. With your own data:
 
     python -m experiments.figure6 run --preset=paper --workdir=STUDY --dataset=DATASET --attributes=age,sex \
         --pretrained=masked_20=RUN --pretrained=rotation=RUN --arms=masked_20,rotation
@@ -34,7 +36,9 @@ CONTROLS = {
 }
 
 
-def probe_cell(study: Study, arm: str, attributes: Sequence[str], name: str, control: dict, seed: int) -> Cell:
+def probe_cell(
+    study: Study, arm: str, attributes: Sequence[str], name: str, control: dict, seed: int
+) -> Cell:
     """Probe the encoder of an arm for all attributes.
 
     Args:
@@ -68,7 +72,11 @@ def models_of(study: Study, arms: Sequence[str], attributes: Sequence[str]) -> l
     models = []
     for arm in arms:
         cell = probe_cell(study, arm, attributes, arm, {}, seeds[0])
-        models.append(Model(TITLES.get(arm, arm), "pretrained", {attribute: [cell] for attribute in attributes}))
+        models.append(
+            Model(
+                TITLES.get(arm, arm), "pretrained", {attribute: [cell] for attribute in attributes}
+            )
+        )
 
     (steps,) = study.sizes.steps["attributes"]
     fields = {"dataset": study.dataset, "num_classes": 0, **downstream.schedule(steps)}
@@ -104,7 +112,9 @@ def check_request(study: Study, arms: Sequence[str], attributes: Sequence[str]) 
     """
     others = [arm for arm in arms if arm not in PRETEXTS and arm not in study.pretrained]
     if others:
-        raise InputError(f"--arms: {others[0]} is not a pretrained encoder; choose from {', '.join(PRETEXTS)}")
+        raise InputError(
+            f"--arms: {others[0]} is not a pretrained encoder; choose from {', '.join(PRETEXTS)}"
+        )
     for flag, names in (("arms", arms), ("attributes", attributes)):
         if not names or len(set(names)) < len(names):
             raise InputError(f"--{flag}={','.join(names)}: give one name or more, each once")
@@ -133,5 +143,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     downstream.define_flags(ARMS)
     flags.adopt_module_key_flags(downstream)
-    flags.DEFINE_list("attributes", list(ATTRIBUTES), "Attributes, as `ctssl_jax.attributes` takes them.")
+    flags.DEFINE_list(
+        "attributes", list(ATTRIBUTES), "Attributes, as `ctssl_jax.attributes` takes them."
+    )
     command_line.run(main, runner.VERBS)

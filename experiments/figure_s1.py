@@ -1,9 +1,11 @@
-r"""Figure S1: nodule segmentation from masked region prediction with 5, 10, 20 and 33 % of the area covered.
+r"""Figure S1: nodule segmentation from masked region prediction with 5, 10, 20 and 33 % of the area
+covered.
 
     python -m experiments.figure_s1 run --preset=phantom --workdir=STUDY
     python -m experiments.figure_s1 draw --preset=phantom --workdir=STUDY
 
-Same cells, data and statistics as `experiments.figure5`; in one --workdir the arms that both have are run once.
+Same cells, data and statistics as `experiments.figure5`; in one --workdir the arms that both have
+are run once.
 """
 
 from absl import flags

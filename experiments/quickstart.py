@@ -1,10 +1,11 @@
-r"""The whole path on one machine in minutes: scans, dataset, pretraining, evaluation on held-out patients, a report.
+r"""The whole path on one machine in minutes: scans, dataset, pretraining, evaluation on held-out
+patients, a report.
 
     python -m experiments.quickstart                          # makes synthetic chest CT first: no data needed
     python -m experiments.quickstart --input_dir=MY_DICOM     # the same on your own scans
 
-Every stage is one command that is printed and that you can run yourself. Run it again after an interruption: finished
-stages are kept, unfinished ones continue.
+Every stage is one command that is printed and that you can run yourself. Run it again after an
+interruption: finished stages are kept, unfinished ones continue.
 """
 
 import csv
@@ -25,7 +26,8 @@ IMAGE_SIZE = 64
 
 
 class StageTimes:
-    """Seconds of each stage, kept in a file: a stage that a later run finds complete keeps its longest time."""
+    """Seconds of each stage, kept in a file: a stage that a later run finds complete keeps its
+    longest time."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -43,9 +45,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_patients", 48, "Patients of the synthetic archive.")
     flags.DEFINE_integer("num_slices", 24, "Slices of each synthetic scan.")
     flags.DEFINE_integer("num_steps", 0, "Training steps; 0 takes the recipe's.")
-    flags.DEFINE_integer("seed", 0, "Of the synthetic archive, the weights and the order of slices.")
+    flags.DEFINE_integer(
+        "seed", 0, "Of the synthetic archive, the weights and the order of slices."
+    )
     flags.DEFINE_string(
-        "pseudonym_key_file", "", "Key of the pseudonyms, which also decides the splits; by default a new one is made."
+        "pseudonym_key_file",
+        "",
+        "Key of the pseudonyms, which also decides the splits; by default a new one is made.",
     )
 
 
@@ -56,7 +62,9 @@ def main(argv: list[str]) -> int:
     if source and not source.is_dir():
         raise InputError(f"--input_dir={source}: no such folder")
     if flags.FLAGS.num_patients < 3:
-        raise InputError(f"--num_patients={flags.FLAGS.num_patients}: three patients or more make three splits")
+        raise InputError(
+            f"--num_patients={flags.FLAGS.num_patients}: three patients or more make three splits"
+        )
     archive, dataset, run = output / "dicom", output / "dataset", output / "run"
     result_file = output / "result.json"
     seconds = StageTimes(output / "seconds.json")
@@ -106,7 +114,7 @@ def main(argv: list[str]) -> int:
         "--baselines",
     )
 
-    from ctssl_jax.reports import read_reports
+    from ctssl_jax.runs.reports import read_reports
 
     result = read_json(result_file)
     with open(output / "cohort" / "cohort.csv", newline="") as file:
@@ -122,7 +130,8 @@ def main(argv: list[str]) -> int:
     write_text(output / "report.html", page)
     factors = improvement(result)
     print(
-        f"\nInside the masked square the model's error is {factors['mean_image']:.1f} times smaller than the mean "
+        f"\nInside the masked square the model's error is {factors['mean_image']:.1f} times "
+        f"smaller than the mean "
         f"slice's and {factors['copy_input']:.1f} times smaller than the masked input's"
         + (" (SYNTHETIC data)" if result["synthetic"] else "")
         + f".\nReport: {output / 'report.html'}   ({sum(seconds.known.values()):.0f} s)"

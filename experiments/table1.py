@@ -1,15 +1,18 @@
-"""Table I of the paper: the cohort of the nodule task, counted from the readers' annotations, and prepared datasets.
+"""Table I of the paper: the cohort of the nodule task, counted from the readers' annotations, and
+prepared datasets.
 
     python -m experiments.table1 --annotations=LIDC-XML-only.tar --geometry=series_geometry.csv --output_dir=TABLE1
     python -m experiments.table1 --dataset=DATASET --dataset=OTHER --output_dir=TABLE1
 
-Writes table1.md and table1.csv. No images are needed for the first part; it takes half a minute. --geometry is a CSV
-with a line for each CT series and the columns patient_id, series_instance_uid, slice_thickness_mm (DICOM (0018,0050))
-and median_slice_spacing_mm (of neighbouring slices, along the normal). Of a patient the first scan counts: that of the
-lowest scan_order, or the first in the file without this column. The defaults give the paper's counts exactly, but for
-the number of volumes; what is counted under each name stands below the table.
+Writes table1.md and table1.csv. No images are needed for the first part; it takes half a minute.
+--geometry is a CSV with a line for each CT series and the columns patient_id, series_instance_uid,
+slice_thickness_mm (DICOM (0018,0050)) and median_slice_spacing_mm (of neighbouring slices, along
+the normal). Of a patient the first scan counts: that of the lowest scan_order, or the first in the
+file without this column. The defaults give the paper's counts exactly, but for the number of
+volumes; what is counted under each name stands below the table.
 
-The second part is what `data_prep.describe` computes of each dataset; its files go to OUTPUT_DIR/DATASET.
+The second part is what `data_prep.describe` computes of each dataset; its files go to
+OUTPUT_DIR/DATASET.
 """
 
 import csv
@@ -17,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from data_prep import lidc
+from data_prep.labels import lidc
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import explain, write_text
@@ -39,11 +42,16 @@ def lidc_rows(counted: dict[str, int], num_series: int) -> list[dict[str, str]]:
 def caption(num_patients: int, consensus: float, min_area_px: int) -> str:
     """What the lines count."""
     return (
-        f"Volumes: annotated CT series, of {num_patients:,} patients; all else is of a patient's first scan. A slice "
-        "counts once for each nodule that it shows. A pixel is of a nodule where a share of at least "
-        f"{consensus:g} of its annotations has it; a slice is kept where the nodule has more than {min_area_px} "
-        "pixels. The score is the median of the readers' (the upper one of an even number); above 3 cancer, below "
-        "no cancer. A volume counts under each finding that it shows. Patients: with at least one kept nodule."
+        f"Volumes: annotated CT series, of {num_patients:,} patients; all else is of a patient's "
+        f"first scan. A slice "
+        "counts once for each nodule that it shows. A pixel is of a nodule where a share of at "
+        "least "
+        f"{consensus:g} of its annotations has it; a slice is kept where the nodule has more than "
+        f"{min_area_px} "
+        "pixels. The score is the median of the readers' (the upper one of an even number); above "
+        "3 cancer, below "
+        "no cancer. A volume counts under each finding that it shows. Patients: with at least one "
+        "kept nodule."
     )
 
 
@@ -54,7 +62,10 @@ def dataset_rows(dataset: Path, output_dir: Path) -> list[dict[str, str]]:
         InputError: it is no dataset; the command has said why.
     """
     run_stage(
-        f"characteristics of {dataset}", "data_prep.describe", f"--dataset={dataset}", f"--output_dir={output_dir}"
+        f"characteristics of {dataset}",
+        "data_prep.describe",
+        f"--dataset={dataset}",
+        f"--output_dir={output_dir}",
     )
     with open(output_dir / "cohort.csv", newline="") as file:
         return [
@@ -65,13 +76,27 @@ def dataset_rows(dataset: Path, output_dir: Path) -> list[dict[str, str]]:
 
 def define_flags() -> None:
     """Only where this module is the program."""
-    flags.DEFINE_string("annotations", None, "Folder or tar file of the XML annotations of LIDC-IDRI.")
-    flags.DEFINE_string("geometry", None, "CSV of slice thickness and spacing of the series (see above).")
+    flags.DEFINE_string(
+        "annotations", None, "Folder or tar file of the XML annotations of LIDC-IDRI."
+    )
+    flags.DEFINE_string(
+        "geometry", None, "CSV of slice thickness and spacing of the series (see above)."
+    )
     flags.DEFINE_multi_string("dataset", [], "Prepared dataset; repeatable.")
     flags.DEFINE_string("output_dir", None, "Where table1.md and table1.csv go.", required=True)
-    flags.DEFINE_float("consensus", lidc.CONSENSUS, "Share of a nodule's annotations that must have a voxel.", 0.0, 1.0)
-    flags.DEFINE_integer("min_area_px", lidc.MIN_AREA_PX, "Slices with more pixels are kept.", lower_bound=0)
-    flags.DEFINE_bool("keep_excluded", False, "Also take the readings that the curated annotations leave out.")
+    flags.DEFINE_float(
+        "consensus",
+        lidc.CONSENSUS,
+        "Share of a nodule's annotations that must have a voxel.",
+        0.0,
+        1.0,
+    )
+    flags.DEFINE_integer(
+        "min_area_px", lidc.MIN_AREA_PX, "Slices with more pixels are kept.", lower_bound=0
+    )
+    flags.DEFINE_bool(
+        "keep_excluded", False, "Also take the readings that the curated annotations leave out."
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -85,7 +110,10 @@ def main(argv: list[str]) -> int:
         raise InputError("--consensus=0 takes every voxel; give a share above 0")
     datasets = [Path(name) for name in flag.dataset]
     if len({path.resolve().name for path in datasets}) < len(datasets):
-        raise InputError("two --dataset have the same folder name; rename one, their descriptions go to folders of it")
+        raise InputError(
+            "two --dataset have the same folder name; rename one, their descriptions "
+            "go to folders of it"
+        )
     output_dir = Path(flag.output_dir)
     parts, table = ["# Table I: characteristics of the cohorts\n"], []
     try:
@@ -99,7 +127,10 @@ def main(argv: list[str]) -> int:
             parts.append(f"## LIDC-IDRI\n\n{markdown(rows)}\n{words}\n")
             table += [
                 {"cohort": "LIDC-IDRI", "group": "", "characteristic": row["characteristic"]}
-                | {"ours": row["ours"].replace(",", ""), "paper": row["the paper's"].replace(",", "")}
+                | {
+                    "ours": row["ours"].replace(",", ""),
+                    "paper": row["the paper's"].replace(",", ""),
+                }
                 for row in rows
             ]
     except OSError as error:

@@ -1,4 +1,5 @@
-"""Shared fixtures. JAX runs on the CPU with eight simulated devices, so that sharding is tested everywhere."""
+"""Shared fixtures. JAX runs on the CPU with eight simulated devices, so that sharding is tested
+everywhere."""
 
 import concurrent.futures
 import multiprocessing
@@ -18,21 +19,25 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         ]
     )
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Compiled programs are shared by all tests, the workers of pytest-xdist, and the processes that tests start: all
-# inherit this environment. The folder outlives the session, so that a test is fast when it runs again.
+# Compiled programs are shared by all tests, the workers of pytest-xdist, and the processes that
+# tests start: all inherit this environment. The folder outlives the session, so that a test is fast
+# when it runs again.
 os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "compiled")
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "compiled"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest
 
-from data_prep import workers
+from data_prep.system import workers
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # processes that tests start and stop shall not inherit that of nohup
-PROJECT = Path(__file__).resolve().parent.parent
+# processes that tests start and stop shall not inherit that of nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+PROJECT = Path(__file__).resolve().parents[1]
 SPAWNED_WORKERS = workers._new_executor
-# These take longest. They come first, so that no worker has one of them left when the others are done.
+# These take longest. They come first, so that no worker has one of them left when the others are
+# done.
 LONGEST = (
     "test_multiple_processes",
     "test_quickstart",
@@ -49,7 +54,8 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """pytest-xdist hands out files in the order of `pytest_collection_modifyitems`, not by their numbers of tests."""
+    """pytest-xdist hands out files in the order of `pytest_collection_modifyitems`, not by their
+    numbers of tests."""
     config.option.loadscopereorder = False
 
 
@@ -61,13 +67,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_workers() -> Iterator[None]:
-    """Worker processes are forked from a process that has imported what they need, instead of being spawned.
+    """Worker processes are forked from a process that has imported what they need, instead of being
+    spawned.
 
-    They share as little with the tests as spawned ones do, and start in a tenth of the time. Commands that tests start
-    spawn theirs; a module that tests the spawning replaces this fixture by an empty one.
+    They share as little with the tests as spawned ones do, and start in a tenth of the time.
+    Commands that tests start spawn theirs; a module that tests the spawning replaces this fixture
+    by an empty one.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.pipeline.prepare", "data_prep.verification"])
+    context.set_forkserver_preload(["data_prep.pipeline.prepare", "data_prep.dataset.verify"])
 
     def new_executor(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
         return concurrent.futures.ProcessPoolExecutor(
@@ -81,7 +89,8 @@ def quick_workers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of real CT scans: `$CTSSL_TEST_DATA`, or `../shared/data` beside the checkout; skips where absent."""
+    """Folder of real CT scans: `$CTSSL_TEST_DATA`, or `../shared/data` beside the checkout; skips
+    where absent."""
     named = os.environ.get("CTSSL_TEST_DATA")
     folder = Path(named) if named else PROJECT.parent / "shared" / "data"
     if not folder.is_dir():
@@ -91,17 +100,19 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset directory of 16 x 16 slices: 60 for training, 24 for validation, 24 for test. Not to be changed."""
-    from example_dataset import write_example_dataset
+    """A dataset directory of 16 x 16 slices: 60 for training, 24 for validation, 24 for test. Not
+    to be changed."""
+    from tests.helpers.example_dataset import write_example_dataset
 
     return write_example_dataset(tmp_path_factory.mktemp("data") / "tiny", image_size=16)
 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An empty object store, `example://`, as `example_store.install` makes it: in the environment of new processes."""
+    """An empty object store, `example://`, as `example_store.install` makes it: in the environment
+    of new processes."""
     monkeypatch.setattr(workers, "_new_executor", SPAWNED_WORKERS)
-    from tests.example_store import install
+    from tests.helpers.example_store import install
 
     return install(tmp_path / "store", monkeypatch)
 

@@ -1,10 +1,11 @@
-"""The classifier of the pretext tasks that predict a label: the autoencoder's encoder, then compression and
-classification layers (paper, section II.B). The paper names these layers but not their sizes; these are ours.
+"""The classifier of the pretext tasks that predict a label: the autoencoder's encoder, then
+compression and classification layers (paper, section II.B). The paper names these layers but not
+their sizes; these are ours.
 
 Names of the modules, which are the keys of checkpoints:
 
-    encoder.*                             as in the autoencoder, so that encoders move between the two
-    compression.i.conv|norm               3 x 3 stride 2, leaky ReLU
+    encoder.*                             as in the autoencoder, so that encoders move between the
+    two compression.i.conv|norm               3 x 3 stride 2, leaky ReLU
     classification                        linear: kernel, bias
 """
 
@@ -22,14 +23,14 @@ from ctssl_jax.models.vqvae import Encoder, VQVAEConfig, encoder_flops
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """Size and behaviour of the classifier. The defaults are the reference size; its encoder has 51.7 million
-    parameters.
+    """Size and behaviour of the classifier. The defaults are the reference size; its encoder has
+    51.7 million parameters.
 
     Attributes:
         num_classes: number of labels.
         compression: features after each 3 x 3 convolution with stride 2 on the latents.
-        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan, dtype: of the encoder, as in `VQVAEConfig`;
-            dtype is that of the compression layers, too.
+        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan, dtype: of the encoder, as
+            in `VQVAEConfig`; dtype is that of the compression layers, too.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -51,7 +52,9 @@ class ClassifierConfig:
         if self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}")
         if not self.compression or min(self.compression) < 1:
-            raise ValueError(f"compression must be one or more positive widths, got {self.compression}")
+            raise ValueError(
+                f"compression must be one or more positive widths, got {self.compression}"
+            )
         object.__setattr__(self, "hidden", self.encoder.hidden)
 
     @property
@@ -81,7 +84,8 @@ class ClassifierOutput(NamedTuple):
 
 
 class Classifier(nnx.Module):
-    """Encoder, strided convolutions on its latents (not quantized), mean over pixels, linear layer."""
+    """Encoder, strided convolutions on its latents (not quantized), mean over pixels, linear
+    layer."""
 
     def __init__(self, config: ClassifierConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
@@ -94,10 +98,17 @@ class Classifier(nnx.Module):
                 for before, after in itertools.pairwise(widths)
             ]
         )
-        self.classification = nnx.Linear(widths[-1], config.num_classes, kernel_init=KERNEL_INIT, rngs=rngs)
+        self.classification = nnx.Linear(
+            widths[-1], config.num_classes, kernel_init=KERNEL_INIT, rngs=rngs
+        )
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None, frozen_encoder: bool = False
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        frozen_encoder: bool = False,
     ) -> ClassifierOutput:
         """Classify.
 
@@ -116,7 +127,9 @@ class Classifier(nnx.Module):
         x = latents = self.encoder(images, train=train and not frozen_encoder, key=key)
         for layer in self.compression:
             x = leaky_relu(layer(x, train=train))
-        return ClassifierOutput(self.classification(jnp.mean(x.astype(jnp.float32), axis=(1, 2))), latents)
+        return ClassifierOutput(
+            self.classification(jnp.mean(x.astype(jnp.float32), axis=(1, 2))), latents
+        )
 
 
 def flops_per_slice(config: ClassifierConfig, image_size: int) -> int:

@@ -1,18 +1,19 @@
-"""Building blocks of the autoencoder: convolutions with batch normalisation, residual blocks, upsampling.
+"""Building blocks of the autoencoder: convolutions with batch normalisation, residual blocks,
+upsampling.
 
-Everything is channels last. Parameters are float32; convolutions run in the `dtype` given to each block
-(float32 or bfloat16); batch-normalisation statistics are always float32.
+Everything is channels last. Parameters are float32; convolutions run in the `dtype` given to each
+block (float32 or bfloat16); batch-normalisation statistics are always float32.
 
-Batch normalisation: decay 0.9 (PyTorch's momentum 0.1), epsilon 1e-5, one-pass variance. Statistics are
-those of the global batch: under `jax.jit` over a batch sharded on several devices XLA reduces over all of
-them. The running variance is the biased estimate, PyTorch's is the unbiased one: with n values a channel
-they differ by the factor n / (n - 1), below 1e-4 at any useful size. In evaluation both libraries use the
-running values as they are, so weights move between them unchanged.
+Batch normalisation: decay 0.9 (PyTorch's momentum 0.1), epsilon 1e-5, one-pass variance. Statistics
+are those of the global batch: under `jax.jit` over a batch sharded on several devices XLA reduces
+over all of them. The running variance is the biased estimate, PyTorch's is the unbiased one: with n
+values a channel they differ by the factor n / (n - 1), below 1e-4 at any useful size. In evaluation
+both libraries use the running values as they are, so weights move between them unchanged.
 
-Initialisation: convolution kernels are uniform with variance 1 / (3 fan_in), PyTorch's default and so that
-of the authors' release; biases are zero. Batch normalisation follows every convolution but the residual
-blocks' last one, so the scale matters there only: at the start each block adds 1/6 to the variance of the
-residual stream, with Flax's default (variance 1 / fan_in) 1/2.
+Initialisation: convolution kernels are uniform with variance 1 / (3 fan_in), PyTorch's default and
+so that of the authors' release; biases are zero. Batch normalisation follows every convolution but
+the residual blocks' last one, so the scale matters there only: at the start each block adds 1/6 to
+the variance of the residual stream, with Flax's default (variance 1 / fan_in) 1/2.
 """
 
 import jax
@@ -35,11 +36,12 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 def transposed_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Transposed convolution with stride 2 that doubles height and width.
 
-    Equals `torch.nn.functional.conv_transpose2d(stride=2, padding=(k - 2) // 2)` with the kernel flipped in
-    space, and `jax.lax.conv_transpose(strides=(2, 2), padding="SAME")`. Only its gradient is written
-    differently: XLA derives a weight gradient that no convolution library runs well (ten times slower on
-    CPU). The adjoint of a transposed convolution is a strided convolution, so both gradients are taken from
-    that one.
+    Equals `torch.nn.functional.conv_transpose2d(stride=2, padding=(k - 2) // 2)` with the kernel
+    flipped in space, and `jax.lax.conv_transpose(strides=(2, 2), padding="SAME")`. Only its
+    gradient is written
+    differently: XLA derives a weight gradient that no convolution library runs well (ten times
+    slower on CPU). The adjoint of a transposed convolution is a strided convolution, so both
+    gradients are taken from that one.
 
     Args:
         x: [B, H, W, I].
@@ -49,18 +51,22 @@ def transposed_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
         [B, 2H, 2W, O].
     """
     pads = [(size // 2, size // 2) for size in kernel.shape[:2]]
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), pads, lhs_dilation=(2, 2), dimension_numbers=_DIMENSIONS)
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), pads, lhs_dilation=(2, 2), dimension_numbers=_DIMENSIONS
+    )
 
 
 def _flip_and_swap(kernel: jax.Array) -> jax.Array:
-    """[k, k, I, O] -> [k, k, O, I], mirrored in space: the kernel of the adjoint convolution (its own
-    inverse)."""
+    """[k, k, I, O] -> [k, k, O, I], mirrored in space: the kernel of the adjoint convolution (its
+    own inverse)."""
     return kernel[::-1, ::-1].transpose(0, 1, 3, 2)
 
 
 def _strided_convolution(y: jax.Array, adjoint_kernel: jax.Array) -> jax.Array:
     pads = [(size // 2 - 1, size // 2 - 1) for size in adjoint_kernel.shape[:2]]
-    return jax.lax.conv_general_dilated(y, adjoint_kernel, (2, 2), pads, dimension_numbers=_DIMENSIONS)
+    return jax.lax.conv_general_dilated(
+        y, adjoint_kernel, (2, 2), pads, dimension_numbers=_DIMENSIONS
+    )
 
 
 def _transposed_convolution_forward(x, kernel):
@@ -82,19 +88,22 @@ transposed_convolution.defvjp(_transposed_convolution_forward, _transposed_convo
 def sum_pixels(x: jax.Array) -> jax.Array:
     """Sum over all axes but the last: [..., F] float32 -> [F].
 
-    On CPU as a matrix product, which takes all cores and a tenth of the time that XLA's reduction takes; accelerators
-    reduce within the operation that makes x.
+    On CPU as a matrix product, which takes all cores and a tenth of the time that XLA's reduction
+    takes; accelerators reduce within the operation that makes x.
     """
     return jax.lax.platform_dependent(
         x,
-        cpu=lambda x: jnp.ones((1, x.size // x.shape[-1]), x.dtype).dot(x.reshape(-1, x.shape[-1]))[0],
+        cpu=lambda x: jnp.ones((1, x.size // x.shape[-1]), x.dtype).dot(x.reshape(-1, x.shape[-1]))[
+            0
+        ],
         default=lambda x: jnp.sum(x, tuple(range(x.ndim - 1))),
     )
 
 
 @jax.custom_vjp
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x + bias in the dtype of x, [..., F] and [F] float32; the gradient of the bias is summed in float32."""
+    """x + bias in the dtype of x, [..., F] and [F] float32; the gradient of the bias is summed in
+    float32."""
     return x + bias.astype(x.dtype)
 
 
@@ -108,7 +117,9 @@ class TransposedConv(nnx.Module):
     """4 x 4 transposed convolution with stride 2 and a bias: [B, H, W, I] -> [B, 2H, 2W, O]."""
 
     def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(KERNEL_INIT(rngs.params(), (4, 4, in_features, out_features), jnp.float32))
+        self.kernel = nnx.Param(
+            KERNEL_INIT(rngs.params(), (4, 4, in_features, out_features), jnp.float32)
+        )
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
         self.dtype = dtype
 
@@ -118,13 +129,18 @@ class TransposedConv(nnx.Module):
 
 
 class PointwiseConv(nnx.Module):
-    """1 x 1 convolution as a matrix product over pixels, whose weight gradient is several times faster on CPU.
+    """1 x 1 convolution as a matrix product over pixels, whose weight gradient is several times
+    faster on CPU.
 
     [B, H, W, I] -> [B, H, W, O]; the kernel has a convolution's shape, [1, 1, I, O].
     """
 
-    def __init__(self, in_features: int, out_features: int, *, use_bias: bool, dtype, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(KERNEL_INIT(rngs.params(), (1, 1, in_features, out_features), jnp.float32))
+    def __init__(
+        self, in_features: int, out_features: int, *, use_bias: bool, dtype, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(
+            KERNEL_INIT(rngs.params(), (1, 1, in_features, out_features), jnp.float32)
+        )
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32)) if use_bias else None
         self.dtype = dtype
 
@@ -134,8 +150,8 @@ class PointwiseConv(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """Convolution with a square kernel of odd size or, with stride 2, of even size: [B, H, W, I] -> [B, H / stride,
-    W / stride, O]."""
+    """Convolution with a square kernel of odd size or, with stride 2, of even size: [B, H, W, I] ->
+    [B, H / stride, W / stride, O]."""
 
     def __init__(
         self, in_features: int, out_features: int, kernel_size: int, *, stride: int, groups: int, use_bias: bool,
@@ -145,7 +161,8 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(KERNEL_INIT(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32)) if use_bias else None
         if use_bias:
-            rngs.params()  # `flax.nnx.Conv` draws a key for the bias, too: a seed stays the weights that it was
+            # `flax.nnx.Conv` draws a key for the bias, too: a seed stays the weights that it was
+            rngs.params()
         self.stride, self.groups, self.dtype = stride, groups, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -158,7 +175,14 @@ class Conv(nnx.Module):
 
 
 def _conv(
-    in_features: int, out_features: int, kernel_size: int, stride: int, use_bias: bool, dtype, rngs, groups: int = 1
+    in_features: int,
+    out_features: int,
+    kernel_size: int,
+    stride: int,
+    use_bias: bool,
+    dtype,
+    rngs,
+    groups: int = 1,
 ):
     """Convolution padded so that the output is the input size divided by the stride."""
     if kernel_size == 1:
@@ -176,12 +200,14 @@ def _conv(
 
 
 @jax.custom_vjp
-def normalize_by_batch(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def normalize_by_batch(
+    x: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Batch normalisation by the batch's own statistics, computed in float32.
 
-    Only its gradient is written differently from the one that JAX derives, to the same numbers: it keeps x as
-    it came (bfloat16 if so) and two values a channel for the backward pass, where JAX keeps float32 copies
-    of x. No gradient passes through the returned statistics.
+    Only its gradient is written differently from the one that JAX derives, to the same numbers: it
+    keeps x as it came (bfloat16 if so) and two values a channel for the backward pass, where JAX
+    keeps float32 copies of x. No gradient passes through the returned statistics.
 
     Args:
         x: [..., F] float32 or bfloat16.
@@ -218,8 +244,8 @@ normalize_by_batch.defvjp(_normalize_by_batch_forward, _normalize_by_batch_backw
 class BatchNorm(nnx.Module):
     """Batch normalisation over all axes but the last, in float32 whatever the input's dtype.
 
-    (`flax.nnx.BatchNorm` rounds the running statistics to its compute dtype, which costs accuracy in
-    bfloat16.)
+    (`flax.nnx.BatchNorm` rounds the running statistics to its compute dtype, which costs accuracy
+    in bfloat16.)
     """
 
     def __init__(self, features: int):
@@ -229,19 +255,24 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """[..., F] -> [..., F] of the same dtype; `train` uses the batch's statistics and updates the
-        running ones."""
+        """[..., F] -> [..., F] of the same dtype; `train` uses the batch's statistics and updates
+        the running ones."""
         if train:
             y, mean, var = normalize_by_batch(x, self.scale[...], self.bias[...])
-            self.mean[...] = jax.lax.stop_gradient(NORM_DECAY * self.mean[...] + (1 - NORM_DECAY) * mean)
-            self.var[...] = jax.lax.stop_gradient(NORM_DECAY * self.var[...] + (1 - NORM_DECAY) * var)
+            self.mean[...] = jax.lax.stop_gradient(
+                NORM_DECAY * self.mean[...] + (1 - NORM_DECAY) * mean
+            )
+            self.var[...] = jax.lax.stop_gradient(
+                NORM_DECAY * self.var[...] + (1 - NORM_DECAY) * var
+            )
             return y
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + NORM_EPSILON)
         return ((x.astype(jnp.float32) - self.mean[...]) * scale + self.bias[...]).astype(x.dtype)
 
 
 class ConvNorm(nnx.Module):
-    """Convolution and batch normalisation: [B, H, W, I] -> [B, H / stride, W / stride, O], no activation."""
+    """Convolution and batch normalisation: [B, H, W, I] -> [B, H / stride, W / stride, O], no
+    activation."""
 
     def __init__(
         self,
@@ -255,7 +286,9 @@ class ConvNorm(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        self.conv = _conv(in_features, out_features, kernel_size, stride, use_bias, dtype, rngs, groups)
+        self.conv = _conv(
+            in_features, out_features, kernel_size, stride, use_bias, dtype, rngs, groups
+        )
         self.norm = BatchNorm(out_features)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -263,7 +296,8 @@ class ConvNorm(nnx.Module):
 
 
 class TransposedConvNorm(nnx.Module):
-    """Transposed convolution and batch normalisation: [B, H, W, I] -> [B, 2H, 2W, O], no activation."""
+    """Transposed convolution and batch normalisation: [B, H, W, I] -> [B, 2H, 2W, O], no
+    activation."""
 
     def __init__(self, in_features: int, out_features: int, *, dtype, rngs: nnx.Rngs):
         self.conv = TransposedConv(in_features, out_features, dtype=dtype, rngs=rngs)
@@ -274,7 +308,8 @@ class TransposedConvNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv1(ReLU(norm(dropout(conv3(x))))), all of the same width, convolutions without bias."""
+    """x + conv1(ReLU(norm(dropout(conv3(x))))), all of the same width, convolutions without
+    bias."""
 
     def __init__(self, features: int, *, drop_rate: float = 0.0, dtype, rngs: nnx.Rngs):
         self.conv3 = _conv(features, features, 3, 1, False, dtype, rngs)
@@ -291,20 +326,25 @@ class ResidualBlock(nnx.Module):
         return x + self.conv1(y)
 
 
-def apply_blocks(blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool, scan: bool) -> jax.Array:
+def apply_blocks(
+    blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool, scan: bool
+) -> jax.Array:
     """Run residual blocks one after the other: [B, H, W, F] -> [B, H, W, F].
 
-    Unrolled is the default: on two busy CPU cores a step was 5 to 15 times slower with a scan (convolutions
-    inside a loop get slow weight gradients), and compiling was no faster (reference model, traced and
-    compiled: 29 s unrolled, 58 s with a scan). A scan is for accelerators, with remat: the loop keeps XLA
-    from undoing the recomputation, as it does on CPU in unrolled blocks.
+    Unrolled is the default: on two busy CPU cores a step was 5 to 15 times slower with a scan
+    (convolutions inside a loop get slow weight gradients), and compiling was no faster (reference
+    model, traced and
+    compiled: 29 s unrolled, 58 s with a scan). A scan is for accelerators, with remat: the loop
+    keeps XLA from undoing the recomputation, as it does on CPU in unrolled blocks.
 
     Args:
         blocks: list of `ResidualBlock`, all of the same width.
         key: seeds the dropout of each block; needed only if a block drops anything in training.
         train: use and update batch statistics, apply dropout.
-        remat: keep only each block's input for the backward pass and compute the rest again; same numbers.
-        scan: one compiled block in a loop instead of one copy of it for each; same numbers and names.
+        remat: keep only each block's input for the backward pass and compute the rest again; same
+          numbers.
+        scan: one compiled block in a loop instead of one copy of it for each; same numbers and
+          names.
     """
 
     def run(block, x, key):
@@ -319,8 +359,11 @@ def apply_blocks(blocks, x: jax.Array, key: jax.Array | None, *, train: bool, re
     return x
 
 
-def _scan_blocks(blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool) -> jax.Array:
-    """The loop of `apply_blocks` as `jax.lax.scan` over the blocks' stacked parameters and batch statistics."""
+def _scan_blocks(
+    blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool
+) -> jax.Array:
+    """The loop of `apply_blocks` as `jax.lax.scan` over the blocks' stacked parameters and batch
+    statistics."""
     graph = nnx.graphdef(blocks[0])
     states = [nnx.as_pure(nnx.state(block)) for block in blocks]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
@@ -332,7 +375,8 @@ def _scan_blocks(blocks, x: jax.Array, key: jax.Array | None, *, train: bool, re
         return x, nnx.as_pure(nnx.state(block, nnx.BatchStat))
 
     if remat and train:
-        body = jax.checkpoint(body, prevent_cse=False)  # within a scan nothing can be merged with the first pass
+        # within a scan nothing can be merged with the first pass
+        body = jax.checkpoint(body, prevent_cse=False)
     x, statistics = jax.lax.scan(body, x, (jnp.arange(len(blocks)), stacked))
     if train:
         for index, block in enumerate(blocks):

@@ -9,11 +9,13 @@ KMEANS_ITERATIONS = 10
 
 
 class CodebookState(nnx.Variable):
-    """The codebook under EMA updates and the statistics that move it: state that no gradient reaches."""
+    """The codebook under EMA updates and the statistics that move it: state that no gradient
+    reaches."""
 
 
 def nearest_codes(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Index of the code nearest to each vector, by squared distance: [N, D] and [K, D] -> [N] int32.
+    """Index of the code nearest to each vector, by squared distance: [N, D] and [K, D] -> [N]
+    int32.
 
     |z - e|^2 without its constant term |z|^2: one matrix product, in full float32 on every device. Of equally
     near codes the first is taken. (`jnp.argmin` does the same, but several times slower on CPU.)
@@ -33,11 +35,13 @@ def sum_by_matrix_product(vectors: jax.Array, codes: jax.Array, num_codes: int) 
 
 
 def sum_by_code(vectors: jax.Array, codes: jax.Array, num_codes: int) -> jax.Array:
-    """Sum of the vectors assigned to each code: [N, D] and [N] int32 -> [K, D]; 0 for a code without any.
+    """Sum of the vectors assigned to each code: [N, D] and [N] int32 -> [K, D]; 0 for a code
+    without any.
 
-    On CPU the vectors are added one after the other. Accelerators would do that by atomic additions, which wait for
-    each other where many latents share few codes (85 % of a training step of the reference model on an H200) and whose
-    order, and so the last bits of the result, differs from run to run: there it is a matrix product.
+    On CPU the vectors are added one after the other. Accelerators would do that by atomic
+    additions, which wait for each other where many latents share few codes (85 % of a training step
+    of the reference model on an H200) and whose order, and so the last bits of the result, differs
+    from run to run: there it is a matrix product.
     """
     return jax.lax.platform_dependent(
         vectors,
@@ -49,7 +53,8 @@ def sum_by_code(vectors: jax.Array, codes: jax.Array, num_codes: int) -> jax.Arr
 
 @jax.custom_vjp
 def select_codes(codebook: jax.Array, codes: jax.Array) -> jax.Array:
-    """The code of each index: [K, D] and [N] int32 -> [N, D]. Its gradient is taken by `sum_by_code`."""
+    """The code of each index: [K, D] and [N] int32 -> [N, D]. Its gradient is taken by
+    `sum_by_code`."""
     return codebook[codes]
 
 
@@ -65,7 +70,9 @@ def _select_codes_backward(residuals, gradient):
 select_codes.defvjp(_select_codes_forward, _select_codes_backward)
 
 
-def _counts_and_sums(vectors: jax.Array, codes: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
+def _counts_and_sums(
+    vectors: jax.Array, codes: jax.Array, num_codes: int
+) -> tuple[jax.Array, jax.Array]:
     """Number [K] and sum [K, D] of the vectors [N, D] assigned to each code."""
     counts = sum_by_code(jnp.ones((len(codes), 1), jnp.float32), codes, num_codes)
     return counts[:, 0], sum_by_code(vectors, codes, num_codes)
@@ -77,9 +84,11 @@ def _random_vectors(key: jax.Array, vectors: jax.Array, count: int) -> jax.Array
     return vectors[rows]
 
 
-def kmeans(key: jax.Array, vectors: jax.Array, num_codes: int, iterations: int = KMEANS_ITERATIONS) -> jax.Array:
-    """Lloyd's k-means from random vectors: [N, D] -> [num_codes, D]. A centre that attracts nothing stays
-    where it is."""
+def kmeans(
+    key: jax.Array, vectors: jax.Array, num_codes: int, iterations: int = KMEANS_ITERATIONS
+) -> jax.Array:
+    """Lloyd's k-means from random vectors: [N, D] -> [num_codes, D]. A centre that attracts nothing
+    stays where it is."""
 
     def step(_, centres):
         counts, sums = _counts_and_sums(vectors, nearest_codes(vectors, centres), num_codes)
@@ -92,12 +101,13 @@ class VectorQuantizer(nnx.Module):
     """Replaces each latent by its nearest code.
 
     update="gradient": `codebook` is an `nnx.Param`, trained by the codebook loss.
-    update="ema": `codebook` is a `CodebookState`; after each training batch it becomes the running mean of
-    the latents assigned to each code (running sums / running counts; a code without any stays where it is).
-    With init="data" the first training batch places the codes by k-means. With revive_every = N, every N-th
-    training step moves each code whose running count is below revive_below of an equal share onto a random
-    latent of the batch. The result depends on parameters, state, batch and key only; under jit over a
-    sharded batch it is that of the global batch.
+    update="ema": `codebook` is a `CodebookState`; after each training batch it becomes the running
+    mean of the latents assigned to each code (running sums / running counts; a code without any
+    stays where it is). With init="data" the first training batch places the codes by k-means. With
+    revive_every = N, every N-th training step moves each code whose running count is below
+    revive_below of an equal share onto a random latent of the batch. The result depends on
+    parameters, state, batch and key only; under jit over a sharded batch it is that of the global
+    batch.
     """
 
     def __init__(
@@ -113,7 +123,9 @@ class VectorQuantizer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         bound = 1 / num_codes
-        values = jax.random.uniform(rngs.params(), (num_codes, embedding_dim), jnp.float32, -bound, bound)
+        values = jax.random.uniform(
+            rngs.params(), (num_codes, embedding_dim), jnp.float32, -bound, bound
+        )
         self.update, self.ema_decay = update, ema_decay
         self.revive_every, self.revive_below = revive_every, revive_below
         self.needs_key = init == "data" or revive_every > 0
@@ -126,7 +138,9 @@ class VectorQuantizer(nnx.Module):
         self.steps = CodebookState(jnp.zeros((), jnp.int32))
         self.initialised = CodebookState(jnp.asarray(init == "uniform"))
 
-    def __call__(self, latents: jax.Array, *, train: bool, key: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    def __call__(
+        self, latents: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
         """Quantize.
 
         Args:
@@ -135,8 +149,9 @@ class VectorQuantizer(nnx.Module):
             key: for data-dependent start and revival; needed in training with either.
 
         Returns:
-            quantized [B, h, w, D] float32 with the gradient passed straight to `latents`; codes [B, h, w]
-            int32; codebook_loss [B] and commitment_loss [B] float32 (the first is 0 under EMA).
+            quantized [B, h, w, D] float32 with the gradient passed straight to `latents`; codes [B,
+            h, w] int32; codebook_loss [B] and commitment_loss [B] float32 (the first is 0 under
+            EMA).
 
         Raises:
             ValueError: the key is missing.
@@ -149,9 +164,13 @@ class VectorQuantizer(nnx.Module):
             codes = nearest_codes(vectors, jax.lax.stop_gradient(codebook))
         selected = select_codes(codebook, codes).reshape(latents.shape)
 
-        commitment_loss = jnp.mean(jnp.square(latents - jax.lax.stop_gradient(selected)), axis=(1, 2, 3))
+        commitment_loss = jnp.mean(
+            jnp.square(latents - jax.lax.stop_gradient(selected)), axis=(1, 2, 3)
+        )
         if self.update == "gradient":
-            codebook_loss = jnp.mean(jnp.square(jax.lax.stop_gradient(latents) - selected), axis=(1, 2, 3))
+            codebook_loss = jnp.mean(
+                jnp.square(jax.lax.stop_gradient(latents) - selected), axis=(1, 2, 3)
+            )
         else:
             codebook_loss = jnp.zeros_like(commitment_loss)
         # Exactly the selected codes, since the difference is 0, with the gradient of the latents.
@@ -159,8 +178,8 @@ class VectorQuantizer(nnx.Module):
         return quantized, codes.reshape(latents.shape[:-1]), codebook_loss, commitment_loss
 
     def _learn(self, vectors: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Assign vectors [N, D] and move the stored codebook; returns codes [N] and the codebook [K, D]
-        they refer to."""
+        """Assign vectors [N, D] and move the stored codebook; returns codes [N] and the codebook
+        [K, D] they refer to."""
         num_codes = len(self.codebook[...])
         codebook = self.codebook[...]
         if self.needs_key:
@@ -168,13 +187,17 @@ class VectorQuantizer(nnx.Module):
                 raise ValueError('training with vq_init="data" or vq_revive_every needs a key')
             init_key, revive_key = jax.random.split(key)
             codebook = jax.lax.cond(
-                self.initialised[...], lambda: codebook, lambda: kmeans(init_key, vectors, num_codes)
+                self.initialised[...],
+                lambda: codebook,
+                lambda: kmeans(init_key, vectors, num_codes),
             )
         codes = nearest_codes(vectors, codebook)
         batch_counts, batch_sums = _counts_and_sums(vectors, codes, num_codes)
         counts = self.ema_decay * self.counts[...] + (1 - self.ema_decay) * batch_counts
         sums = self.ema_decay * self.sums[...] + (1 - self.ema_decay) * batch_sums
-        moved = jnp.where(counts[:, None] > 1e-6, sums / jnp.maximum(counts, 1e-6)[:, None], codebook)
+        moved = jnp.where(
+            counts[:, None] > 1e-6, sums / jnp.maximum(counts, 1e-6)[:, None], codebook
+        )
         steps = self.steps[...] + 1
 
         if self.revive_every:
@@ -193,7 +216,9 @@ class VectorQuantizer(nnx.Module):
             def keep(moved, counts, sums):
                 return moved, counts, sums
 
-            moved, counts, sums = jax.lax.cond(steps % self.revive_every == 0, revive, keep, moved, counts, sums)
+            moved, counts, sums = jax.lax.cond(
+                steps % self.revive_every == 0, revive, keep, moved, counts, sums
+            )
 
         self.codebook[...], self.counts[...], self.sums[...] = moved, counts, sums
         self.steps[...] = steps
@@ -213,8 +238,8 @@ def code_counts(codes: jax.Array, num_codes: int, weight: jax.Array | None = Non
 
 
 def perplexity(counts: jax.Array | np.ndarray) -> float:
-    """Exponential of the entropy of the code frequencies: [K] -> 1 (one code used) to K (all used equally);
-    0 without codes."""
+    """Exponential of the entropy of the code frequencies: [K] -> 1 (one code used) to K (all used
+    equally); 0 without codes."""
     counts = np.asarray(counts, np.float64)
     if counts.sum() == 0:
         return 0.0
@@ -228,7 +253,8 @@ def used_codes(counts: jax.Array | np.ndarray) -> int:
 
 
 def codebook_use(counts: jax.Array | np.ndarray | None) -> dict[str, float]:
-    """`perplexity`, `used_codes`, `dead_codes` of code counts [K]; empty for None, a model without a codebook."""
+    """`perplexity`, `used_codes`, `dead_codes` of code counts [K]; empty for None, a model without
+    a codebook."""
     if counts is None:
         return {}
     used = used_codes(counts)

@@ -1,10 +1,13 @@
-"""SE-ResNeXt-50 32x4d, the slice stage of the RSNA pulmonary-embolism challenge's winner (paper, section II.D, "SOTA").
+"""SE-ResNeXt-50 32x4d, the slice stage of the RSNA pulmonary-embolism challenge's winner (paper,
+section II.D, "SOTA").
 
-A 7 x 7 convolution with stride 2 and a max-pooling, then stages of bottleneck blocks (1 x 1, grouped 3 x 3 that carries
-the stride, 1 x 1, squeeze and excitation, residual add), mean over pixels, linear layer. Reference size: 25,512,945
-trainable parameters with one class, 27,559,896 with 1,000.
+A 7 x 7 convolution with stride 2 and a max-pooling, then stages of bottleneck blocks (1 x 1,
+grouped 3 x 3 that carries the stride, 1 x 1, squeeze and excitation, residual add), mean over
+pixels, linear layer. Reference size: 25,512,945 trainable parameters with one class, 27,559,896
+with 1,000.
 
-Names of the modules, which are the keys of checkpoints; `ctssl_jax.torch_bridge.names` has PyTorch's beside them:
+Names of the modules, which are the keys of checkpoints; `ctssl_jax.torch_bridge.names` has
+PyTorch's beside them:
 
     stem.conv|norm
     stages.s.i.conv{1,2,3}.conv|norm      convolutions without bias
@@ -34,11 +37,14 @@ class SEResNeXtConfig:
         num_classes: logits; 1 for a yes-or-no label.
         in_channels: channels of the images (three adjacent slices).
         layers: blocks of each stage.
-        width: features of the stem; stage s has 2 width 2^s inside a block and 4 width 2^s after it.
+        width: features of the stem; stage s has 2 width 2^s inside a block and 4 width 2^s after
+          it.
         groups: of the 3 x 3 convolutions; divides 2 width.
-        pooling: "legacy", no padding and rounded up (the winner's), or "timm", one pixel of padding on each side: the
-            only difference between the two published networks. Use the one that the weights were trained with.
-        dtype: of convolutions and activations, "float32" or "bfloat16"; logits and embedding are float32.
+        pooling: "legacy", no padding and rounded up (the winner's), or "timm", one pixel of padding
+            on each side: the only difference between the two published networks. Use the one that
+            the weights were trained with.
+        dtype: of convolutions and activations, "float32" or "bfloat16"; logits and embedding are
+          float32.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -58,26 +64,36 @@ class SEResNeXtConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.layers or min(self.layers) < 1:
-            raise ValueError(f"layers must be one or more positive numbers of blocks, got {self.layers}")
+            raise ValueError(
+                f"layers must be one or more positive numbers of blocks, got {self.layers}"
+            )
         if 2 * self.width % self.groups:
             raise ValueError(f"groups must divide 2 width = {2 * self.width}, got {self.groups}")
         if EXPANSION * self.width < SQUEEZE_REDUCTION:
-            raise ValueError(f"width must be at least {SQUEEZE_REDUCTION // EXPANSION}, got {self.width}")
+            raise ValueError(
+                f"width must be at least {SQUEEZE_REDUCTION // EXPANSION}, got {self.width}"
+            )
         for name, allowed in (("pooling", ("legacy", "timm")), ("dtype", ("float32", "bfloat16"))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
 
     @property
     def stage_widths(self) -> tuple[tuple[int, int], ...]:
         """Of each stage (features inside a block, features after it)."""
-        return tuple((2 * self.width << stage, EXPANSION * self.width << stage) for stage in range(len(self.layers)))
+        return tuple(
+            (2 * self.width << stage, EXPANSION * self.width << stage)
+            for stage in range(len(self.layers))
+        )
 
 
 class SEResNeXtOutput(NamedTuple):
     """What the network returns for images [B, H, W, C].
 
     logits: [B, num_classes] float32.
-    embedding: [B, D] float32, the last stage's features averaged over pixels; D = 2048 at the reference size.
+    embedding: [B, D] float32, the last stage's features averaged over pixels; D = 2048 at the
+      reference size.
     """
 
     logits: jax.Array
@@ -85,10 +101,18 @@ class SEResNeXtOutput(NamedTuple):
 
 
 class _Block(nnx.Module):
-    """Bottleneck with squeeze and excitation: [B, H, W, I] -> [B, H / stride, W / stride, O], rounded up."""
+    """Bottleneck with squeeze and excitation: [B, H, W, I] -> [B, H / stride, W / stride, O],
+    rounded up."""
 
     def __init__(
-        self, in_features: int, inner: int, out_features: int, stride: int, groups: int, dtype, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        inner: int,
+        out_features: int,
+        stride: int,
+        groups: int,
+        dtype,
+        rngs: nnx.Rngs,
     ):
         common = dict(use_bias=False, dtype=dtype, rngs=rngs)
         self.stride = stride
@@ -99,7 +123,9 @@ class _Block(nnx.Module):
         self.squeeze = PointwiseConv(out_features, squeezed, use_bias=True, dtype=dtype, rngs=rngs)
         self.excite = PointwiseConv(squeezed, out_features, use_bias=True, dtype=dtype, rngs=rngs)
         changes_shape = stride > 1 or in_features != out_features
-        self.downsample = ConvNorm(in_features, out_features, 1, **common) if changes_shape else None
+        self.downsample = (
+            ConvNorm(in_features, out_features, 1, **common) if changes_shape else None
+        )
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         y = jax.nn.relu(self.conv1(x, train=train))
@@ -121,9 +147,13 @@ class SEResNeXt(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         self.config = config
         self.dtype = dtype
-        self.stem = ConvNorm(config.in_channels, config.width, 7, stride=2, use_bias=False, dtype=dtype, rngs=rngs)
+        self.stem = ConvNorm(
+            config.in_channels, config.width, 7, stride=2, use_bias=False, dtype=dtype, rngs=rngs
+        )
         stages, before = [], config.width
-        for stage, (depth, (inner, after)) in enumerate(zip(config.layers, config.stage_widths, strict=True)):
+        for stage, (depth, (inner, after)) in enumerate(
+            zip(config.layers, config.stage_widths, strict=True)
+        ):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
@@ -131,7 +161,9 @@ class SEResNeXt(nnx.Module):
                 before = after
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
-        self.classification = nnx.Linear(before, config.num_classes, kernel_init=KERNEL_INIT, rngs=rngs)
+        self.classification = nnx.Linear(
+            before, config.num_classes, kernel_init=KERNEL_INIT, rngs=rngs
+        )
 
     def __call__(self, images: jax.Array, *, train: bool) -> SEResNeXtOutput:
         """Classify.
@@ -147,9 +179,13 @@ class SEResNeXt(nnx.Module):
             ValueError: the images are too small to be pooled.
         """
         if min(images.shape[1:3]) < 5:
-            raise ValueError(f"image sides must be at least 5, got {images.shape[1]} x {images.shape[2]}")
+            raise ValueError(
+                f"image sides must be at least 5, got {images.shape[1]} x {images.shape[2]}"
+            )
         x = jax.nn.relu(self.stem(images.astype(self.dtype), train=train))
-        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=[_pool_padding(n, self.config) for n in x.shape[1:3]])
+        x = nnx.max_pool(
+            x, (3, 3), strides=(2, 2), padding=[_pool_padding(n, self.config) for n in x.shape[1:3]]
+        )
         for blocks in self.stages:
             for block in blocks:
                 x = block(x, train=train)
@@ -158,7 +194,8 @@ class SEResNeXt(nnx.Module):
 
 
 def _pool_padding(size: int, config: SEResNeXtConfig) -> tuple[int, int]:
-    """Rounding up without padding ("legacy") equals one pixel behind an even side, and none behind an odd one."""
+    """Rounding up without padding ("legacy") equals one pixel behind an even side, and none behind
+    an odd one."""
     return (1, 1) if config.pooling == "timm" else (0, 1 - size % 2)
 
 
@@ -175,7 +212,9 @@ def flops_per_slice(config: SEResNeXtConfig, image_size: int) -> int:
     low, high = _pool_padding(side, config)
     side = (side + low + high - 3) // 2 + 1
     before = config.width
-    for stage, (depth, (inner, after)) in enumerate(zip(config.layers, config.stage_widths, strict=True)):
+    for stage, (depth, (inner, after)) in enumerate(
+        zip(config.layers, config.stage_widths, strict=True)
+    ):
         for index in range(depth):
             total += before * inner * side * side
             if stage > 0 and index == 0:

@@ -1,23 +1,25 @@
-"""Segmentation networks: a U-Net whose down branch is the pretraining's encoder, and a standard U-Net as reference
-(paper, section II.E). The paper names the encoder's "compression layers" as the down branch and leaves the rest open;
-the rest is ours.
+"""Segmentation networks: a U-Net whose down branch is the pretraining's encoder, and a standard
+U-Net as reference (paper, section II.E). The paper names the encoder's "compression layers" as the
+down branch and leaves the rest open; the rest is ours.
 
-The first network is one graph whatever weights it starts from, so that a pretrained and a random start differ in
-nothing else. All of it but the encoder is random in either case:
+The first network is one graph whatever weights it starts from, so that a pretrained and a random
+start differ in nothing else. All of it but the encoder is random in either case:
 
     full resolution   stem                                            -> skip
     1/2               encoder.downsample.0                            -> skip
-    1/4               encoder.downsample.1, encoder.stem              -> skip; with residual_stack encoder.blocks and
-                                                                         encoder.project follow, on the way down only
+    1/4               encoder.downsample.1, encoder.stem              -> skip; with residual_stack
+    encoder.blocks and
+                                                                         encoder.project follow, on
+                                                                         the way down only
     1/8               max-pooling, pooled.0                           -> skip
     1/16              max-pooling, pooled.1
-    1/8 ... 1         up.{3,2,1,0}: transposed convolution, concatenation with the skip, two convolutions
-    full resolution   head, 1 x 1
+    1/8 ... 1         up.{3,2,1,0}: transposed convolution, concatenation with the skip, two
+    convolutions full resolution   head, 1 x 1
 
 Names of the modules, which are the keys of checkpoints:
 
-    encoder.*                             as in the autoencoder, so that encoders move between the two
-    stem.{0,1}.conv|norm                  3 x 3, ReLU
+    encoder.*                             as in the autoencoder, so that encoders move between the
+    two stem.{0,1}.conv|norm                  3 x 3, ReLU
     pooled.i.{0,1}.conv|norm              3 x 3, ReLU (standard U-Net: down.i.{0,1})
     up.i.upsample.conv|norm               4 x 4 transposed stride 2, ReLU; i = 0 is full resolution
     up.i.convolutions.{0,1}.conv|norm     3 x 3, ReLU
@@ -38,7 +40,8 @@ from ctssl_jax.models.vqvae import Encoder, VQVAEConfig, encoder_flops
 
 STRIDE = 16
 _NUM_LEVELS = 5
-# Masks are small: without it hundreds of steps pass until the network has learned that nearly all is background.
+# Masks are small: without it hundreds of steps pass until the network has learned that nearly all
+# is background.
 FOREGROUND_PRIOR = 0.01
 
 
@@ -47,12 +50,14 @@ class UNetConfig:
     """Size and behaviour of the U-Net around the encoder. The defaults are the reference size.
 
     Attributes:
-        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan: of the encoder, as in `VQVAEConfig`. All but
-            the first two matter only with residual_stack.
+        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan: of the encoder, as in
+            `VQVAEConfig`. All but the first two matter only with residual_stack.
         residual_stack: the encoder's residual blocks and projection are part of the way down, too.
-        widths: features of the random parts at 1, 1/2, 1/4, 1/8 and 1/16 of the resolution (at 1/2 and 1/4 of the up
-            branch alone); empty takes (hidden[0] / 4, hidden[0] / 2, hidden[1] / 2, hidden[1], hidden[1]).
-        dtype: of convolutions and activations, "float32" or "bfloat16"; logits and embedding are float32.
+        widths: features of the random parts at 1, 1/2, 1/4, 1/8 and 1/16 of the resolution (at 1/2
+            and 1/4 of the up branch alone); empty takes (hidden[0] / 4, hidden[0] / 2, hidden[1] /
+            2, hidden[1], hidden[1]).
+        dtype: of convolutions and activations, "float32" or "bfloat16"; logits and embedding are
+          float32.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -136,7 +141,10 @@ class UNetOutput(NamedTuple):
 def _two_convolutions(in_features: int, out_features: int, dtype, rngs: nnx.Rngs) -> nnx.List:
     widths = (in_features, out_features, out_features)
     return nnx.List(
-        [ConvNorm(before, after, 3, dtype=dtype, rngs=rngs) for before, after in itertools.pairwise(widths)]
+        [
+            ConvNorm(before, after, 3, dtype=dtype, rngs=rngs)
+            for before, after in itertools.pairwise(widths)
+        ]
     )
 
 
@@ -151,11 +159,16 @@ def _max_pool(x: jax.Array) -> jax.Array:
 
 
 class _Up(nnx.Module):
-    """Double the resolution, concatenate the skip, two convolutions: [B, h, w, I], [B, 2h, 2w, S] -> [B, 2h, 2w, O]."""
+    """Double the resolution, concatenate the skip, two convolutions: [B, h, w, I], [B, 2h, 2w, S]
+    -> [B, 2h, 2w, O]."""
 
-    def __init__(self, in_features: int, skip_features: int, out_features: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, in_features: int, skip_features: int, out_features: int, *, dtype, rngs: nnx.Rngs
+    ):
         self.upsample = TransposedConvNorm(in_features, out_features, dtype=dtype, rngs=rngs)
-        self.convolutions = _two_convolutions(out_features + skip_features, out_features, dtype, rngs)
+        self.convolutions = _two_convolutions(
+            out_features + skip_features, out_features, dtype, rngs
+        )
 
     def __call__(self, x: jax.Array, skip: jax.Array, *, train: bool) -> jax.Array:
         x = jax.nn.relu(self.upsample(x, train=train))
@@ -179,7 +192,9 @@ def _head(in_features: int, rngs: nnx.Rngs) -> PointwiseConv:
     return head
 
 
-def _decode(up: nnx.List, head: PointwiseConv, bottom: jax.Array, skips: list[jax.Array], *, train: bool) -> UNetOutput:
+def _decode(
+    up: nnx.List, head: PointwiseConv, bottom: jax.Array, skips: list[jax.Array], *, train: bool
+) -> UNetOutput:
     x = bottom
     for stage, skip in zip(reversed(list(up)), reversed(skips), strict=True):
         x = stage(x, skip, train=train)
@@ -196,8 +211,9 @@ def _check_sides(images: jax.Array) -> None:
 class UNet(nnx.Module):
     """U-Net whose down branch is the pretraining's encoder; the latents are not quantized.
 
-    The random parts are built before the encoder: one seed gives them the same values whatever the encoder has. (With
-    residual_stack the first pooled convolution alone differs, for it reads embedding_dim features.)
+    The random parts are built before the encoder: one seed gives them the same values whatever the
+    encoder has. (With residual_stack the first pooled convolution alone differs, for it reads
+    embedding_dim features.)
     """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
@@ -215,10 +231,17 @@ class UNet(nnx.Module):
                 for before, after in itertools.pairwise((deepest, *widths[3:]))
             ]
         )
-        self.encoder = Encoder(config.encoder, rngs=rngs, compression_only=not config.residual_stack)
+        self.encoder = Encoder(
+            config.encoder, rngs=rngs, compression_only=not config.residual_stack
+        )
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None, frozen_encoder: bool = False
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        frozen_encoder: bool = False,
     ) -> UNetOutput:
         """Segment.
 
@@ -249,7 +272,8 @@ class UNet(nnx.Module):
 
 
 class StandardUNet(nnx.Module):
-    """U-Net with two 3 x 3 convolutions a level and four max-poolings; batch normalisation, padded convolutions."""
+    """U-Net with two 3 x 3 convolutions a level and four max-poolings; batch normalisation, padded
+    convolutions."""
 
     def __init__(self, config: StandardUNetConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
@@ -282,12 +306,15 @@ def _up_flops(widths: tuple[int, ...], skips: tuple[int, ...], pixels: list[int]
     total = 2 * widths[0] * pixels[0]
     for level, skip in enumerate(skips):
         here, below = widths[level], widths[level + 1]
-        total += 2 * (16 * below * here * pixels[level + 1] + 9 * (2 * here + skip) * here * pixels[level])
+        total += 2 * (
+            16 * below * here * pixels[level + 1] + 9 * (2 * here + skip) * here * pixels[level]
+        )
     return total
 
 
 def flops_per_slice(config: UNetConfig, image_size: int | tuple[int, int]) -> int:
-    """Floating-point operations of one forward pass of `UNet` on one slice, a multiply-add counted as two.
+    """Floating-point operations of one forward pass of `UNet` on one slice, a multiply-add counted
+    as two.
 
     Counts convolutions; a training step does three times as many.
 
@@ -297,7 +324,10 @@ def flops_per_slice(config: UNetConfig, image_size: int | tuple[int, int]) -> in
     (first, second), widths, pixels = config.hidden, config.widths, _pixels(image_size)
     deepest = config.embedding_dim if config.residual_stack else second
     down = 9 * (config.in_channels + widths[0]) * widths[0] * pixels[0]
-    down += 9 * (deepest + widths[3]) * widths[3] * pixels[3] + 9 * (widths[3] + widths[4]) * widths[4] * pixels[4]
+    down += (
+        9 * (deepest + widths[3]) * widths[3] * pixels[3]
+        + 9 * (widths[3] + widths[4]) * widths[4] * pixels[4]
+    )
     encoder = encoder_flops(config.encoder, image_size, compression_only=not config.residual_stack)
     return encoder + 2 * down + _up_flops(widths, (widths[0], first, second, widths[3]), pixels)
 

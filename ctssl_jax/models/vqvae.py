@@ -3,22 +3,23 @@
 At the reference size (512 x 512, hidden (256, 512), depth 18, embedding 64, 512 codes) with 3 input
 channels it has 101,353,673 trainable parameters, 51,709,888 of them in the encoder.
 
-Names of the modules, which are the keys of checkpoints, beside the entries of the PyTorch layout of the
-authors' weights (d = depth). Kernels are HWIO here; from OIHW `transpose(2, 3, 1, 0)`. Transposed kernels
-are HWIO too: PyTorch's IOHW mirrored in H and W, then `transpose(2, 3, 0, 1)`.
+Names of the modules, which are the keys of checkpoints, beside the entries of the PyTorch layout of
+the authors' weights (d = depth). Kernels are HWIO here; from OIHW `transpose(2, 3, 1, 0)`.
+Transposed kernels are HWIO too: PyTorch's IOHW mirrored in H and W, then `transpose(2, 3, 0, 1)`.
 
     here                                  PyTorch
     encoder.downsample.{0,1}.conv|norm    encoder.{0,1}.{0|1}            4 x 4 stride 2, leaky ReLU
     encoder.stem.conv|norm                encoder.2.{0|1}                3 x 3, leaky ReLU
-    encoder.blocks.i.conv3|norm|conv1     encoder.{3+i}.resblock.{0|2|4} (entry 1 is a dropout, 3 a ReLU)
+    encoder.blocks.i.conv3|norm|conv1     encoder.{3+i}.resblock.{0|2|4} (entry 1 is a dropout, 3 a
+    ReLU)
                                           encoder.{3+d}                  leaky ReLU
     encoder.project.conv|norm             encoder.{4+d}.{0|1}            1 x 1, leaky ReLU
     quantizer.codebook                    vq_layer.embedding.weight
     decoder.stem.conv|norm                decoder.0.{0|1}                3 x 3, leaky ReLU
     decoder.blocks.i.conv3|norm|conv1     decoder.{1+i}.resblock.{0|1|3} (no dropout entry)
                                           decoder.{1+d}                  leaky ReLU
-    decoder.upsample.{0,1}.conv|norm      decoder.{2+d,3+d}.{0|1}        4 x 4 transposed stride 2; leaky
-    ReLU, tanh
+    decoder.upsample.{0,1}.conv|norm      decoder.{2+d,3+d}.{0|1}        4 x 4 transposed stride 2;
+    leaky ReLU, tanh
     conv: kernel, bias                    weight, bias (conv3, conv1: kernel only)
     norm: scale, bias, mean, var          weight, bias, running_mean, running_var
 """
@@ -30,7 +31,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ctssl_jax.models.layers import ConvNorm, ResidualBlock, TransposedConvNorm, apply_blocks, leaky_relu
+from ctssl_jax.models.layers import (
+    ConvNorm,
+    ResidualBlock,
+    TransposedConvNorm,
+    apply_blocks,
+    leaky_relu,
+)
 from ctssl_jax.models.quantizer import VectorQuantizer
 
 
@@ -45,22 +52,24 @@ class VQVAEConfig:
         embedding_dim: features of a latent and of a code.
         num_codes: entries of the codebook.
         drop_rate: dropout inside the encoder's residual blocks, in [0, 1).
-        output_activation: "unit_tanh", (tanh(y) + 1) / 2 in [0, 1]; "tanh", in [-1, 1], for the authors'
-            weights.
-        vq_update: "gradient", the codebook is a parameter trained by the codebook loss; "ema", it follows
-            the running mean of the latents assigned to each code and is no parameter. "ema" with
-            vq_init="data" and vq_revive_every=100 keeps most codes in use; "gradient" from a uniform start
-            is the paper's reading but tends to collapse to few codes.
+        output_activation: "unit_tanh", (tanh(y) + 1) / 2 in [0, 1]; "tanh", in [-1, 1], for the
+            authors' weights.
+        vq_update: "gradient", the codebook is a parameter trained by the codebook loss; "ema", it
+            follows the running mean of the latents assigned to each code and is no parameter. "ema"
+            with vq_init="data" and vq_revive_every=100 keeps most codes in use; "gradient" from a
+            uniform start is the paper's reading but tends to collapse to few codes.
         vq_ema_decay: decay of the running counts and sums, in [0, 1).
-        vq_init: "uniform" in +-1 / num_codes, or "data", k-means on the latents of the first training batch
-            ("ema" only).
-        vq_revive_every: every so many training steps, codes hardly used are moved onto random latents of
-            the batch; 0 never does ("ema" only).
-        vq_revive_below: a code counts as hardly used below this fraction of an equal share of the latents.
+        vq_init: "uniform" in +-1 / num_codes, or "data", k-means on the latents of the first
+            training batch ("ema" only).
+        vq_revive_every: every so many training steps, codes hardly used are moved onto random
+            latents of the batch; 0 never does ("ema" only).
+        vq_revive_below: a code counts as hardly used below this fraction of an equal share of the
+          latents.
         remat: recompute residual blocks in the backward pass: less memory, more time, same numbers.
-        scan: run the residual blocks as one loop instead of a copy each: same numbers, see `apply_blocks`.
-        dtype: of convolutions and activations, "float32" or "bfloat16"; parameters, batch statistics,
-            vector quantization, latents and reconstruction are float32 either way.
+        scan: run the residual blocks as one loop instead of a copy each: same numbers, see
+          `apply_blocks`.
+        dtype: of convolutions and activations, "float32" or "bfloat16"; parameters, batch
+            statistics, vector quantization, latents and reconstruction are float32 either way.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -103,21 +112,27 @@ class VQVAEConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         if self.vq_update == "gradient" and (self.vq_init == "data" or self.vq_revive_every):
             raise ValueError(
-                'vq_init="data" and vq_revive_every need vq_update="ema": a trained codebook is left alone'
+                'vq_init="data" and vq_revive_every need vq_update="ema": a trained codebook is '
+                "left alone"
             )
 
 
 class VQVAEOutput(NamedTuple):
-    """What the autoencoder returns for images [B, H, W, C]; h = H / 4, w = W / 4, D = embedding_dim.
+    """What the autoencoder returns for images [B, H, W, C]; h = H / 4, w = W / 4, D =
+    embedding_dim.
 
     reconstruction: [B, H, W, C] float32, in [0, 1] ("unit_tanh") or [-1, 1] ("tanh").
     latents: [B, h, w, D] float32, the encoder's output.
-    quantized: [B, h, w, D] float32, each latent's nearest code; its gradient passes straight to the latents.
+    quantized: [B, h, w, D] float32, each latent's nearest code; its gradient passes straight to the
+      latents.
     codes: [B, h, w] int32, index of that code.
-    codebook_loss: [B] float32, mean squared distance that pulls codes to latents; 0 with EMA updates.
+    codebook_loss: [B] float32, mean squared distance that pulls codes to latents; 0 with EMA
+      updates.
     commitment_loss: [B] float32, the same distance, pulling latents to codes.
     """
 
@@ -132,7 +147,8 @@ class VQVAEOutput(NamedTuple):
 class Encoder(nnx.Module):
     """Images to latents at a quarter of the resolution.
 
-    With `compression_only` it has the layers before the residual blocks alone, and only `compress` can be called.
+    With `compression_only` it has the layers before the residual blocks alone, and only `compress`
+    can be called.
     """
 
     stride = 4
@@ -153,11 +169,16 @@ class Encoder(nnx.Module):
         if compression_only:
             return
         self.blocks = nnx.List(
-            [ResidualBlock(second, drop_rate=config.drop_rate, dtype=dtype, rngs=rngs) for _ in range(config.depth)]
+            [
+                ResidualBlock(second, drop_rate=config.drop_rate, dtype=dtype, rngs=rngs)
+                for _ in range(config.depth)
+            ]
         )
         self.project = ConvNorm(second, config.embedding_dim, 1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, images: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> jax.Array:
         """Encode.
 
         Args:
@@ -182,14 +203,17 @@ class Encoder(nnx.Module):
             train: use and update batch statistics.
 
         Returns:
-            features [B, H / 2, W / 2, hidden[0]] of the first layer and [B, H / 4, W / 4, hidden[1]] of the last.
+            features [B, H / 2, W / 2, hidden[0]] of the first layer and [B, H / 4, W / 4,
+            hidden[1]] of the last.
 
         Raises:
             ValueError: sides not divisible by 4.
         """
         height, width = images.shape[1:3]
         if height % self.stride or width % self.stride:
-            raise ValueError(f"image sides must be divisible by {self.stride}, got {height} x {width}")
+            raise ValueError(
+                f"image sides must be divisible by {self.stride}, got {height} x {width}"
+            )
         half = leaky_relu(self.downsample[0](images.astype(self.dtype), train=train))
         quarter = leaky_relu(self.downsample[1](half, train=train))
         return half, leaky_relu(self.stem(quarter, train=train))
@@ -199,10 +223,17 @@ class Encoder(nnx.Module):
         if train and self.drop_rate > 0 and key is None:
             raise ValueError("training with drop_rate > 0 needs a key")
 
-    def refine(self, compressed: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
-        """The residual blocks and the projection: the last output of `compress` -> latents, as `__call__`."""
+    def refine(
+        self, compressed: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> jax.Array:
+        """The residual blocks and the projection: the last output of `compress` -> latents, as
+        `__call__`."""
         self.check_key(train, key)
-        x = leaky_relu(apply_blocks(self.blocks, compressed, key, train=train, remat=self.remat, scan=self.scan))
+        x = leaky_relu(
+            apply_blocks(
+                self.blocks, compressed, key, train=train, remat=self.remat, scan=self.scan
+            )
+        )
         return leaky_relu(self.project(x, train=train)).astype(jnp.float32)
 
 
@@ -216,7 +247,9 @@ class Decoder(nnx.Module):
         self.remat, self.scan = config.remat, config.scan
         self.output_activation = config.output_activation
         self.stem = ConvNorm(config.embedding_dim, second, 3, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List([ResidualBlock(second, dtype=dtype, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = nnx.List(
+            [ResidualBlock(second, dtype=dtype, rngs=rngs) for _ in range(config.depth)]
+        )
         self.upsample = nnx.List(
             [
                 TransposedConvNorm(second, first, dtype=dtype, rngs=rngs),
@@ -227,15 +260,17 @@ class Decoder(nnx.Module):
     def __call__(self, quantized: jax.Array, *, train: bool) -> jax.Array:
         """[B, h, w, D] -> [B, 4h, 4w, C] float32, in [0, 1] ("unit_tanh") or [-1, 1] ("tanh")."""
         x = leaky_relu(self.stem(quantized.astype(self.dtype), train=train))
-        x = leaky_relu(apply_blocks(self.blocks, x, None, train=train, remat=self.remat, scan=self.scan))
+        x = leaky_relu(
+            apply_blocks(self.blocks, x, None, train=train, remat=self.remat, scan=self.scan)
+        )
         x = leaky_relu(self.upsample[0](x, train=train))
         x = jnp.tanh(self.upsample[1](x, train=train).astype(jnp.float32))
         return (x + 1) / 2 if self.output_activation == "unit_tanh" else x
 
 
 class VQVAE(nnx.Module):
-    """Encoder, vector quantizer and decoder. State that is no `nnx.Param`: batch statistics, and the
-    codebook under EMA."""
+    """Encoder, vector quantizer and decoder. State that is no `nnx.Param`: batch statistics, and
+    the codebook under EMA."""
 
     def __init__(self, config: VQVAEConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -252,12 +287,15 @@ class VQVAE(nnx.Module):
         )
         self.decoder = Decoder(config, rngs=rngs)
 
-    def __call__(self, images: jax.Array, *, train: bool, key: jax.Array | None = None) -> VQVAEOutput:
+    def __call__(
+        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> VQVAEOutput:
         """Encode, quantize and decode.
 
         Args:
             images: [B, H, W, C] float in [0, 1]; H and W divisible by 4.
-            train: training behaviour (batch statistics, dropout, codebook updates); False changes no state.
+            train: training behaviour (batch statistics, dropout, codebook updates); False changes
+              no state.
             key: one key a step; needed in training with dropout, vq_init="data" or vq_revive_every.
 
         Returns:
@@ -268,12 +306,18 @@ class VQVAE(nnx.Module):
         """
         encoder_key, quantizer_key = (None, None) if key is None else jax.random.split(key)
         latents = self.encoder(images, train=train, key=encoder_key)
-        quantized, codes, codebook_loss, commitment_loss = self.quantizer(latents, train=train, key=quantizer_key)
+        quantized, codes, codebook_loss, commitment_loss = self.quantizer(
+            latents, train=train, key=quantizer_key
+        )
         reconstruction = self.decoder(quantized, train=train)
-        return VQVAEOutput(reconstruction, latents, quantized, codes, codebook_loss, commitment_loss)
+        return VQVAEOutput(
+            reconstruction, latents, quantized, codes, codebook_loss, commitment_loss
+        )
 
 
-def encoder_flops(config: VQVAEConfig, image_size: int | tuple[int, int], *, compression_only: bool = False) -> int:
+def encoder_flops(
+    config: VQVAEConfig, image_size: int | tuple[int, int], *, compression_only: bool = False
+) -> int:
     """The encoder's share of `flops_per_slice`."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     first, second = config.hidden
@@ -289,8 +333,8 @@ def encoder_flops(config: VQVAEConfig, image_size: int | tuple[int, int], *, com
 def flops_per_slice(config: VQVAEConfig, image_size: int | tuple[int, int]) -> int:
     """Floating-point operations of one forward pass of one slice, a multiply-add counted as two.
 
-    Counts convolutions and the distances to the codes (normalisation and activations are below 1 %); a
-    training step does three times as many. Reference size: 3.32e12.
+    Counts convolutions and the distances to the codes (normalisation and activations are below 1
+    %); a training step does three times as many. Reference size: 3.32e12.
 
     Args:
         image_size: side, or (height, width), in pixels.
@@ -301,6 +345,9 @@ def flops_per_slice(config: VQVAEConfig, image_size: int | tuple[int, int]) -> i
     latent = config.embedding_dim
     blocks = config.depth * (9 + 1) * second * second * quarter
     decoder = (
-        9 * latent * second * quarter + blocks + 16 * second * first * quarter + 16 * first * config.in_channels * half
+        9 * latent * second * quarter
+        + blocks
+        + 16 * second * first * quarter
+        + 16 * first * config.in_channels * half
     )
     return encoder_flops(config, image_size) + 2 * (decoder + config.num_codes * latent * quarter)

@@ -1,4 +1,5 @@
-"""How widely embeddings spread: sums over batches on the device, and the rank that follows from them."""
+"""How widely embeddings spread: sums over batches on the device, and the rank that follows from
+them."""
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +25,16 @@ def moments(embedding: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
 
 
 def effective_rank(sums: dict[str, np.ndarray]) -> float:
-    """Number of directions that embeddings spread over: the exponential of the entropy of the normalised singular
-    values of the centred embedding matrix [N, D] (Roy and Vetterli 2007).
+    """Number of directions that embeddings spread over: the exponential of the entropy of the
+    normalised singular values of the centred embedding matrix [N, D] (Roy and Vetterli 2007).
 
     Args:
         sums: added up from `moments`.
 
     Returns:
-        1 (all on one line) to min(D, N - 1) (spread equally); 0 where all embeddings are equal. A direction whose
-        variance is below 1e-6 of the mean squared length counts as none: it is float32 rounding.
+        1 (all on one line) to min(D, N - 1) (spread equally); 0 where all embeddings are equal. A
+        direction whose variance is below 1e-6 of the mean squared length counts as none: it is
+        float32 rounding.
     """
     count = float(sums["weight"])
     if count < 2:

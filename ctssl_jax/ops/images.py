@@ -1,4 +1,5 @@
-"""Grey values in [0, 1] and the structural similarity of images: pure functions, usable inside jit."""
+"""Grey values in [0, 1] and the structural similarity of images: pure functions, usable inside
+jit."""
 
 import math
 
@@ -12,14 +13,22 @@ SSIM_K2 = 0.03
 
 
 def _gaussian_band(size: int) -> jax.Array:
-    """[size - 10, size] float32: row i averages positions i to i + 10 with Gaussian weights (sum 1).
+    """[size - 10, size] float32: row i averages positions i to i + 10 with Gaussian weights (sum
+    1).
 
-    Computed from iotas while the program runs: as a constant it would add megabytes to the compiled program.
+    Computed from iotas while the program runs: as a constant it would add megabytes to the compiled
+    program.
     """
     radius = SSIM_WINDOW // 2
-    total = sum(math.exp(-0.5 * (offset / SSIM_SIGMA) ** 2) for offset in range(-radius, radius + 1))
+    total = sum(
+        math.exp(-0.5 * (offset / SSIM_SIGMA) ** 2) for offset in range(-radius, radius + 1)
+    )
     shape = (size - 2 * radius, size)
-    offset = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(jnp.int32, shape, 0) - radius
+    offset = (
+        jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        - jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        - radius
+    )
     weights = jnp.exp(-0.5 * jnp.square(offset.astype(jnp.float32) / SSIM_SIGMA)) / total
     return jnp.where(jnp.abs(offset) <= radius, weights, 0.0)
 
@@ -27,10 +36,10 @@ def _gaussian_band(size: int) -> jax.Array:
 def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
     """Structural similarity of two batches of images whose values lie in [0, 1] (Wang et al. 2004).
 
-    Gaussian window 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, data range 1, population covariance,
-    averaged over the pixels whose whole window lies inside the image and over the channels. Agrees with
-    scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-    data_range=1)` to 1e-5.
+    Gaussian window 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, data range 1, population
+    covariance, averaged over the pixels whose whole window lies inside the image and over the
+    channels. Agrees with scikit-image's
+    `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1)` to 1e-5.
     The window is separable and linear, so it is applied as two banded matrix products: faster than
         convolutions.
 
@@ -45,7 +54,9 @@ def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
     """
     _, height, width, _ = x.shape
     if min(height, width) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {height} x {width}")
+        raise ValueError(
+            f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {height} x {width}"
+        )
     # Variances do not change when both images are shifted; values around 0 lose fewer digits.
     x = x.astype(jnp.float32).transpose(0, 3, 1, 2) - 0.5
     y = y.astype(jnp.float32).transpose(0, 3, 1, 2) - 0.5
@@ -70,8 +81,8 @@ def to_unit_range(images: jax.Array, *, rescale: bool = False) -> jax.Array:
     """Bring predictions into [0, 1] before they are compared: [B, H, W, C] -> [B, H, W, C] float32.
 
     Args:
-        rescale: False clips; True stretches each image from its minimum to its maximum, as the authors'
-            release does before SSIM (a constant image becomes 0).
+        rescale: False clips; True stretches each image from its minimum to its maximum, as the
+            authors' release does before SSIM (a constant image becomes 0).
     """
     images = images.astype(jnp.float32)
     if not rescale:
@@ -87,8 +98,8 @@ def to_unit_images(images: jax.Array, channels: int, normalize: str) -> jax.Arra
     Args:
       images: [B, H, W, C] uint8, windowed: 0 is the lower end of the window, 255 the upper.
       channels: of the model; one grey channel is copied to three if the model wants three.
-      normalize: `window` keeps the affine map from HU, the same for every slice; `slice_minmax` stretches each slice
-        from its own minimum to its own maximum (the authors' release).
+      normalize: `window` keeps the affine map from HU, the same for every slice; `slice_minmax`
+        stretches each slice from its own minimum to its own maximum (the authors' release).
 
     Returns:
       [B, H, W, channels] float32 in [0, 1].

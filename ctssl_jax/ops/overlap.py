@@ -1,8 +1,8 @@
 """How well a predicted mask covers the true one: hard Dice and IoU at probability 0.5.
 
-Both are computed from three counts a slice (pixels in both masks, in the predicted one, in the true one), so that
-masks need not be kept; the counts of a volume's or patient's slices add up to those of the volume or patient. Where
-both masks are empty the score is 1, where exactly one is it is 0.
+Both are computed from three counts a slice (pixels in both masks, in the predicted one, in the true
+one), so that masks need not be kept; the counts of a volume's or patient's slices add up to those
+of the volume or patient. Where both masks are empty the score is 1, where exactly one is it is 0.
 """
 
 import jax
@@ -22,7 +22,9 @@ def counts(logits: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array, j
     """
     predicted, target = logits > 0, masks > 0
     both = predicted & target
-    return tuple(jnp.sum(chosen, axis=(1, 2), dtype=jnp.float32) for chosen in (both, predicted, target))
+    return tuple(
+        jnp.sum(chosen, axis=(1, 2), dtype=jnp.float32) for chosen in (both, predicted, target)
+    )
 
 
 def dice(intersection, predicted, target):
@@ -40,7 +42,12 @@ def iou(intersection, predicted, target):
 
 
 def add_up(
-    intersection: np.ndarray, predicted: np.ndarray, target: np.ndarray, index: np.ndarray, number: int
+    intersection: np.ndarray,
+    predicted: np.ndarray,
+    target: np.ndarray,
+    index: np.ndarray,
+    number: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts of slices [N] to those of the volumes or patients that `index` [N] int in [0, number) names: [number]."""
+    """Counts of slices [N] to those of the volumes or patients that `index` [N] int in [0, number)
+    names: [number]."""
     return tuple(np.bincount(index, values, number) for values in (intersection, predicted, target))

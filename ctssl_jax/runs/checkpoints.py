@@ -1,11 +1,13 @@
-"""Orbax checkpoints of the training state, with the configuration and preparation that they belong to.
+"""Orbax checkpoints of the training state, with the configuration and preparation that they belong
+to.
 
-A checkpoint is one flat dictionary `name -> array` (`params/encoder/...`, `variables/...`, `optimizer/...`, `step`),
-so that names stay readable and parts can be taken alone; its JSON metadata holds the configuration and the preparation.
-The position in the order of the data is the step itself.
+A checkpoint is one flat dictionary `name -> array` (`params/encoder/...`, `variables/...`,
+`optimizer/...`, `step`), so that names stay readable and parts can be taken alone; its JSON
+metadata holds the configuration and the preparation. The position in the order of the data is the
+step itself.
 
-Orbax and TensorStore report a full disk or a damaged file by many types of exception, bare `Exception` among them;
-whatever they raise here becomes one line with the remedy.
+Orbax and TensorStore report a full disk or a damaged file by many types of exception, bare
+`Exception` among them; whatever they raise here becomes one line with the remedy.
 """
 
 from pathlib import Path
@@ -32,8 +34,8 @@ from data_prep.system.errors import InputError, RunFailed
 class Checkpoints:
     """Asynchronous checkpoints of one run.
 
-    Keeps the one with the lowest validation loss and the last two: should the last one be damaged, one before it is
-    still there.
+    Keeps the one with the lowest validation loss and the last two: should the last one be damaged,
+    one before it is still there.
 
     Raises:
       InputError: the folder holds a checkpoint that cannot be read.
@@ -68,12 +70,14 @@ class Checkpoints:
 
     @property
     def last_is_scored(self) -> bool:
-        """Whether the newest checkpoint has a validation loss; one that was saved on request to stop has none."""
+        """Whether the newest checkpoint has a validation loss; one that was saved on request to
+        stop has none."""
         latest = self._checkpointer.latest
         return latest is not None and bool(latest.metrics)
 
     def save(self, step: int, state: Any, metadata: dict, validation_loss: float | None) -> None:
-        """Start saving `state`; returns when the save before is complete and the device arrays are copied.
+        """Start saving `state`; returns when the save before is complete and the device arrays are
+        copied.
 
         A checkpoint of the same step without a validation loss is replaced.
 
@@ -113,7 +117,8 @@ class Checkpoints:
 
     def _not_saved(self, error: Exception) -> RunFailed:
         return RunFailed(
-            f"a checkpoint could not be saved in {self._workdir} ({first_line(error)}); make room or permit writing "
+            f"a checkpoint could not be saved in {self._workdir} ({first_line(error)}); make room "
+            f"or permit writing "
             "there and run again: it goes on from the last complete checkpoint"
         )
 
@@ -124,7 +129,8 @@ def _open(workdir: Path, **options: Any) -> ocp.training.Checkpointer:
         return ocp.training.Checkpointer(folder.resolve(), **options)
     except Exception as error:
         raise InputError(
-            f"a checkpoint in {folder} is damaged ({first_line(error)}); remove the newest one and run again"
+            f"a checkpoint in {folder} is damaged ({first_line(error)}); remove the newest one "
+            f"and run again"
         ) from error
 
 
@@ -138,11 +144,12 @@ def _steps(workdir: Path) -> list[Any]:
 
 
 def choose_step(workdir: Path, which: str = "best") -> int:
-    """Resolve `best` (lowest validation loss), `last`, `last_good` (the last one that is not damaged) or a step number
-    to a checkpoint that exists.
+    """Resolve `best` (lowest validation loss), `last`, `last_good` (the last one that is not
+    damaged) or a step number to a checkpoint that exists.
 
     Raises:
-      InputError: no such run, no checkpoint, or not that step; of `best` and `last`, if one of them is damaged.
+      InputError: no such run, no checkpoint, or not that step; of `best` and `last`, if one of them
+        is damaged.
     """
     numbers = step_numbers(workdir)
     if which.isdigit() and int(which) in numbers:
@@ -154,7 +161,9 @@ def choose_step(workdir: Path, which: str = "best") -> int:
         return step
     steps = _steps(workdir)
     if not steps:
-        raise InputError(f"{workdir} holds no checkpoint; give the --workdir of a run of ctssl_jax.train")
+        raise InputError(
+            f"{workdir} holds no checkpoint; give the --workdir of a run of ctssl_jax.train"
+        )
     numbers = [item.step for item in steps]
     if which == "last":
         return numbers[-1]
@@ -163,7 +172,8 @@ def choose_step(workdir: Path, which: str = "best") -> int:
         return min(scored)[1] if scored else numbers[-1]
     known = ", ".join(str(number) for number in numbers)
     raise InputError(
-        f"{workdir} has no checkpoint {which!r}; there are steps {known}, and the names best, last and last_good"
+        f"{workdir} has no checkpoint {which!r}; there are steps {known}, and the names best, "
+        f"last and last_good"
     )
 
 
@@ -173,11 +183,13 @@ def restore(workdir: Path, step: int, template: Any) -> Any:
     Args:
       workdir: run directory.
       step: a step that `choose_step` gave.
-      template: tree of `jax.ShapeDtypeStruct` (or arrays) with the shardings wanted, which may be of another number of
-        devices than the run that saved it. Parts of the checkpoint that the template lacks are not read.
+      template: tree of `jax.ShapeDtypeStruct` (or arrays) with the shardings wanted, which may be
+        of another number of devices than the run that saved it. Parts of the checkpoint that the
+        template lacks are not read.
 
     Raises:
-      InputError: tensors are missing or have another shape, and the message names them; or the checkpoint is damaged.
+      InputError: tensors are missing or have another shape, and the message names them; or the
+        checkpoint is damaged.
     """
     path = (workdir / CHECKPOINTS / str(step)).resolve()
     check_undamaged(workdir, step)
@@ -194,7 +206,8 @@ def restore(workdir: Path, step: int, template: Any) -> Any:
             [f"of another shape: {', '.join(shapes[:5])}"] if shapes else []
         )
         raise InputError(
-            f"checkpoint {step} of {workdir} does not fit this model ({len(missing)} tensors missing, {len(shapes)} of "
+            f"checkpoint {step} of {workdir} does not fit this model ({len(missing)} tensors "
+            f"missing, {len(shapes)} of "
             f"another shape; {'; '.join(problems)}); use the configuration that it was trained with"
         )
     context = ocp.Context()
@@ -214,7 +227,9 @@ def stored_shapes(workdir: Path, step: int) -> dict[str, tuple[int, ...]]:
       InputError: the checkpoint is damaged.
     """
     try:
-        stored = ocp.checkpointables_metadata((workdir / CHECKPOINTS / str(step)).resolve()).metadata["state"]
+        stored = ocp.checkpointables_metadata(
+            (workdir / CHECKPOINTS / str(step)).resolve()
+        ).metadata["state"]
         return {name: tuple(stored[name].shape) for name in stored}
     except Exception as error:
         raise damaged(workdir, step, error) from error
@@ -227,6 +242,7 @@ def read_metadata(workdir: Path, step: int) -> dict:
 
 
 def saved_with(workdir: Path) -> dict | None:
-    """The JSON that was saved with the newest checkpoint whose checksums vouch for it; None if there is none."""
+    """The JSON that was saved with the newest checkpoint whose checksums vouch for it; None if
+    there is none."""
     step = newest_vouched_for(workdir)
     return None if step is None else read_metadata(workdir, step)

@@ -1,9 +1,10 @@
 """Damaged checkpoints: checksums that notice them, and setting them aside.
 
-Orbax does not notice a changed bit in the numbers of a tensor. So every checkpoint gets a file SHA256SUMS once it is
-complete (with the next one, or when the run ends or stops): of its own files and of the run's files that never change.
-A checkpoint is compared with it before it is restored. One without it, of a killed process or of an older version, is
-taken as it is. `sha256sum -c STEP/SHA256SUMS` in `checkpoints/` does the same.
+Orbax does not notice a changed bit in the numbers of a tensor. So every checkpoint gets a file
+SHA256SUMS once it is complete (with the next one, or when the run ends or stops): of its own files
+and of the run's files that never change. A checkpoint is compared with it before it is restored.
+One without it, of a killed process or of an older version, is taken as it is.
+`sha256sum -c STEP/SHA256SUMS` in `checkpoints/` does the same.
 """
 
 import os
@@ -22,14 +23,25 @@ SET_ASIDE = "damaged_checkpoints"
 SUMS = "SHA256SUMS"
 LAST_GOOD = "last_good"
 _SUM = re.compile(r"(?P<sha256>[0-9a-f]{64})  (?P<name>(?:\.\./|\d+/).+)")  # a line of SHA256SUMS
-_SMALL_BYTES = 1 << 20  # the size up to which files are compared whenever the list of checkpoints is read
-_NEVER_CHANGE = ("ancestors.json", "imported.json", "patients.json", "training_data.json", "transplant.json")
+# the size up to which files are compared whenever the list of checkpoints is read
+_SMALL_BYTES = 1 << 20
+_NEVER_CHANGE = (
+    "ancestors.json",
+    "imported.json",
+    "patients.json",
+    "training_data.json",
+    "transplant.json",
+)
 
 
 def step_numbers(workdir: Path) -> list[int]:
     """Steps of all complete checkpoints, readable or not, in order."""
     folder = workdir / CHECKPOINTS
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+        if folder.is_dir()
+        else []
+    )
 
 
 def holds_checkpoint(workdir: Path) -> bool:
@@ -42,7 +54,8 @@ def write_sums(workdir: Path, step: int) -> None:
     folder = workdir / CHECKPOINTS / str(step)
     if not folder.is_dir():
         return
-    # The run's files first: a list that is cut then always lacks files of the checkpoint, which is noticed.
+    # The run's files first: a list that is cut then always lacks files of the checkpoint, which is
+    # noticed.
     files = [workdir / name for name in _NEVER_CHANGE if (workdir / name).is_file()]
     files += [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
     lines = [f"{file_sha256(path)}  {os.path.relpath(path, folder.parent)}\n" for path in files]
@@ -50,7 +63,8 @@ def write_sums(workdir: Path, step: int) -> None:
 
 
 def _difference(workdir: Path, step: int, of_run: bool, small_files_only: bool = False) -> str:
-    """The first file, of the checkpoint or of its run, that differs from SHA256SUMS, in words; "" if none does."""
+    """The first file, of the checkpoint or of its run, that differs from SHA256SUMS, in words; ""
+    if none does."""
     folder = workdir / CHECKPOINTS / str(step)
     if not (folder / SUMS).exists():
         return ""
@@ -61,18 +75,25 @@ def _difference(workdir: Path, step: int, of_run: bool, small_files_only: bool =
     lines = [_SUM.fullmatch(line) for line in text.splitlines()]
     if not all(lines) or not text.endswith("\n"):
         return f"{SUMS} is cut or no list of checksums"
-    sums = {line["name"]: line["sha256"] for line in lines if line["name"].startswith("../") == of_run}
+    sums = {
+        line["name"]: line["sha256"] for line in lines if line["name"].startswith("../") == of_run
+    }
     if not of_run:
         if other := [name.split("/")[0] for name in sums if not name.startswith(f"{step}/")]:
             return f"it is that of step {other[0]}"
-        there = {os.path.relpath(path, folder.parent) for path in folder.rglob("*") if path.is_file()}
+        there = {
+            os.path.relpath(path, folder.parent) for path in folder.rglob("*") if path.is_file()
+        }
         if unknown := sorted(there - sums.keys() - {f"{step}/{SUMS}"}):
             return f"{SUMS} lacks {unknown[0]}"
     for name, sha256 in sums.items():
         path = workdir / CHECKPOINTS / name
         if not path.is_file():
             return f"{path.name} is missing"
-        if not (small_files_only and path.stat().st_size > _SMALL_BYTES) and file_sha256(path) != sha256:
+        if (
+            not (small_files_only and path.stat().st_size > _SMALL_BYTES)
+            and file_sha256(path) != sha256
+        ):
             return f"{path.name} has another checksum"
     return ""
 
@@ -87,12 +108,14 @@ def check_undamaged(workdir: Path, step: int, *, small_files_only: bool = False)
         raise damaged(workdir, step, difference)
     if difference := _difference(workdir, step, of_run=True):
         raise InputError(
-            f"{workdir} is damaged ({difference}; it was not when checkpoint {step} was saved); bring back a copy of it"
+            f"{workdir} is damaged ({difference}; it was not when checkpoint {step} was saved); "
+            f"bring back a copy of it"
         )
 
 
 def check_all_undamaged(workdir: Path, except_steps: Sequence[int] = ()) -> None:
-    """Refuse a run with a damaged checkpoint. All files of the newest are compared, the small files of others.
+    """Refuse a run with a damaged checkpoint. All files of the newest are compared, the small files
+    of others.
 
     Raises:
       InputError: names the file and the remedy.
@@ -103,7 +126,8 @@ def check_all_undamaged(workdir: Path, except_steps: Sequence[int] = ()) -> None
 
 
 def newest_vouched_for(workdir: Path) -> int | None:
-    """Step of the newest checkpoint whose checksums are there and agree with its small files; None if there is none."""
+    """Step of the newest checkpoint whose checksums are there and agree with its small files; None
+    if there is none."""
     for step in reversed(step_numbers(workdir)):
         if (workdir / CHECKPOINTS / str(step) / SUMS).exists():
             if not _difference(workdir, step, of_run=False, small_files_only=True):
@@ -120,12 +144,15 @@ def damaged_steps(workdir: Path) -> list[int]:
     steps = step_numbers(workdir)
     damaged_ones = [step for step in steps if is_damaged(workdir, step)]
     if steps and damaged_ones == steps:
-        raise InputError(f"all checkpoints of {workdir} are damaged; start again in another --workdir")
+        raise InputError(
+            f"all checkpoints of {workdir} are damaged; start again in another --workdir"
+        )
     return damaged_ones
 
 
 def set_aside(workdir: Path, steps: Sequence[int]) -> None:
-    """Move checkpoints into `damaged_checkpoints/`: a run then resumes from the last one that is left."""
+    """Move checkpoints into `damaged_checkpoints/`: a run then resumes from the last one that is
+    left."""
     for step in steps:
         (workdir / SET_ASIDE).mkdir(exist_ok=True)
         os.replace(workdir / CHECKPOINTS / str(step), _free(workdir / SET_ASIDE / str(step)))
@@ -140,7 +167,8 @@ def _free(path: Path) -> Path:
 
 
 def is_damaged(workdir: Path, step: int) -> bool:
-    """Whether a checkpoint differs from its checksums or, without any, cannot be read as a whole."""
+    """Whether a checkpoint differs from its checksums or, without any, cannot be read as a
+    whole."""
     folder = workdir / CHECKPOINTS / str(step)
     if (folder / SUMS).exists():
         return bool(_difference(workdir, step, of_run=False))
@@ -148,7 +176,8 @@ def is_damaged(workdir: Path, step: int) -> bool:
         stored = ocp.checkpointables_metadata(folder.resolve()).metadata["state"]
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         template = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in stored.items()
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for name, leaf in stored.items()
         }
         ocp.load_checkpointables(folder.resolve(), {"state": template})
         return False
@@ -160,12 +189,15 @@ def damaged(workdir: Path, step: int, reason: Exception | str) -> InputError:
     """The error that names a damaged checkpoint, the good ones and how to resume from them."""
     reason = reason if isinstance(reason, str) else first_line(reason)
     others = [
-        other for other in step_numbers(workdir) if other != step and not _difference(workdir, other, of_run=False)
+        other
+        for other in step_numbers(workdir)
+        if other != step and not _difference(workdir, other, of_run=False)
     ]
     remedy = "there is no other one"
     if others:
         remedy = (
-            f"good ones are: {', '.join(map(str, others))}; --checkpoint={LAST_GOOD} takes the last of them, and "
+            f"good ones are: {', '.join(map(str, others))}; --checkpoint={LAST_GOOD} takes the "
+            f"last of them, and "
             "ctssl_jax.train --set_aside_damaged goes on from it"
         )
     return InputError(f"checkpoint {step} of {workdir} is damaged ({reason}); {remedy}")

@@ -4,12 +4,12 @@ Layout of a run directory:
 
     config.json           the configuration of the run
     patients.json         pseudonyms of the patients of the training and validation splits
-    ancestors.json        the runs that its first weights come from, from the first to the last, with their patients
-    transplant.json       which tensors came from there
+    ancestors.json        the runs that its first weights come from, from the first to the last,
+    with their patients transplant.json       which tensors came from there
     training_data.json    share, studies and slices of the training split that the run learns from
-    preparation.json      how the slices were prepared (window, size, key fingerprint), as the dataset recorded it
-    checkpoints/STEP      Orbax checkpoints: the last two and the best one by validation loss
-    metrics.jsonl         one line a report: step, losses, slices/s
+    preparation.json      how the slices were prepared (window, size, key fingerprint), as the
+    dataset recorded it checkpoints/STEP      Orbax checkpoints: the last two and the best one by
+    validation loss metrics.jsonl         one line a report: step, losses, slices/s
     tensorboard/          the same as event files
     pictures/             input | target | prediction | difference of fixed validation slices
 """
@@ -27,8 +27,8 @@ from ctssl_jax.runs.damage import holds_checkpoint
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_json
 
-# A run may resume with other values of these; everything else is part of what the run is. `num_steps` only under a
-# constant schedule: a cosine depends on it from the first step.
+# A run may resume with other values of these; everything else is part of what the run is.
+# `num_steps` only under a constant schedule: a cosine depends on it from the first step.
 MAY_CHANGE = (
     "dataset",
     "num_steps",
@@ -40,13 +40,27 @@ MAY_CHANGE = (
     "scan",
     "fsdp_devices",
 )
-OF_THE_DATA = ("archive", "fingerprint", "image_size", "key_fingerprint", "labels", "synthetic", "windows")
+OF_THE_DATA = (
+    "archive",
+    "fingerprint",
+    "image_size",
+    "key_fingerprint",
+    "labels",
+    "synthetic",
+    "windows",
+)
 _WRITTEN_FIRST = ("preparation.json", "patients.json", "config.json")  # in this order
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """A configuration as JSON would give it back (tuples become lists)."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def portable(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A configuration as JSON for results and exports: without the paths of this machine."""
+    paths = ("dataset", "init_from", "init_weights")
+    return {name: value for name, value in to_json(config).items() if name not in paths}
 
 
 def from_json(content: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -69,7 +83,8 @@ class Run:
 
     @classmethod
     def open(cls, workdir: str | Path) -> "Run":
-        """Read `config.json` and `preparation.json`, and compare them with the newest checkpoint's own copy.
+        """Read `config.json` and `preparation.json`, and compare them with the newest checkpoint's
+        own copy.
 
         Raises:
           InputError: not a run directory, or a damaged one.
@@ -77,7 +92,8 @@ class Run:
         workdir = Path(workdir)
         if not (workdir / "config.json").is_file():
             raise InputError(
-                f"--workdir={workdir} is not a run directory; give the --workdir of a run of ctssl_jax.train"
+                f"--workdir={workdir} is not a run directory; give the --workdir of a run of "
+                f"ctssl_jax.train"
                 + ("" if not holds_checkpoint(workdir) else ", or bring back its config.json")
             )
         config = read_json(workdir / "config.json", ("task", "recipe", "windows", "model"))
@@ -94,16 +110,19 @@ class Run:
         return cls(workdir, from_json(config), preparation)
 
     def choose_step(self, which: str = "best") -> int:
-        """Step of the checkpoint that `best`, `last`, `last_good` or a number names: `checkpoints.choose_step`."""
+        """Step of the checkpoint that `best`, `last`, `last_good` or a number names:
+        `checkpoints.choose_step`."""
         return checkpoints.choose_step(self.workdir, which)
 
     def restore(self, step: int, template: Any) -> Any:
-        """The tensors of a checkpoint, in the structure and with the shardings of a template: `checkpoints.restore`."""
+        """The tensors of a checkpoint, in the structure and with the shardings of a template:
+        `checkpoints.restore`."""
         return checkpoints.restore(self.workdir, step, template)
 
     @functools.cached_property
     def patients(self) -> dict:
-        """`patients.json`: the fingerprint of the pseudonym key, and the patients of `train` and `validation`.
+        """`patients.json`: the fingerprint of the pseudonym key, and the patients of `train` and
+        `validation`.
 
         Raises:
           InputError: the file is missing or damaged.
@@ -119,26 +138,33 @@ class Run:
         """
         path = self.workdir / "ancestors.json"
         ancestors = read_json(path) if path.exists() else []
-        if not isinstance(ancestors, list) or not all("patients" in ancestor for ancestor in ancestors):
+        if not isinstance(ancestors, list) or not all(
+            "patients" in ancestor for ancestor in ancestors
+        ):
             raise InputError(f"{path} is damaged (it is no list of runs); bring back a copy of it")
         return ancestors
 
     @functools.cached_property
     def training_data(self) -> dict:
-        """What the run learns from: `train_fraction`, `num_train_studies`, `num_train_slices`; empty if not known."""
+        """What the run learns from: `train_fraction`, `num_train_studies`, `num_train_slices`;
+        empty if not known."""
         path = self.workdir / "training_data.json"
         return read_json(path) if path.exists() else {}
 
     @functools.cached_property
     def imported(self) -> dict:
-        """`imported.json`, where weights of another program come from; empty for a run that was trained here."""
+        """`imported.json`, where weights of another program come from; empty for a run that was
+        trained here."""
         path = self.workdir / "imported.json"
         return read_json(path) if path.is_file() else {}
 
     @property
     def lineage(self) -> list[dict]:
         """The ancestors without their patients, as results list them."""
-        return [{name: value for name, value in run.items() if name != "patients"} for run in self.ancestors]
+        return [
+            {name: value for name, value in run.items() if name != "patients"}
+            for run in self.ancestors
+        ]
 
     @property
     def learned_from(self) -> list[dict]:
@@ -147,44 +173,58 @@ class Run:
 
 
 def _other_than_saved(path: Path, name: str) -> InputError:
-    return InputError(f"{path} is damaged ({name} is another than in the checkpoint); bring back a copy of it")
+    return InputError(
+        f"{path} is damaged ({name} is another than in the checkpoint); bring back a copy of it"
+    )
 
 
 def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparation: dict) -> None:
-    """Refuse to resume a run under another configuration or on other data; accept a new or empty folder.
+    """Refuse to resume a run under another configuration or on other data; accept a new or empty
+    folder.
 
     Raises:
       InputError: names the first field that differs, or says that the folder holds something else.
     """
     path = workdir / "config.json"
     if not path.exists():
-        # A run that was killed at its very start may have left these: it is not a run yet, and does no harm.
+        # A run that was killed at its very start may have left these: it is not a run yet, and does
+        # no harm.
         begun = {name + ending for name in _WRITTEN_FIRST for ending in ("", ".tmp")}
         if workdir.is_dir() and any(entry.name not in begun for entry in workdir.iterdir()):
-            raise InputError(f"--workdir={workdir} holds files but no run; give a new or empty folder")
+            raise InputError(
+                f"--workdir={workdir} holds files but no run; give a new or empty folder"
+            )
         return
     if not holds_checkpoint(workdir):
         return  # nothing was learned yet: a corrected configuration may take its place
     run = Run.open(workdir)
     old, new = _flat(to_json(run.config)), _flat(to_json(config))
-    may_change = MAY_CHANGE if config.schedule == "constant" else tuple(set(MAY_CHANGE) - {"num_steps"})
+    may_change = (
+        MAY_CHANGE if config.schedule == "constant" else tuple(set(MAY_CHANGE) - {"num_steps"})
+    )
     for name in sorted(old | new):
-        if name.split(".")[0] in may_change or (name in old and name in new and old[name] == new[name]):
+        if name.split(".")[0] in may_change or (
+            name in old and name in new and old[name] == new[name]
+        ):
             continue
         if name in ("init_from", "init_weights") and bool(old.get(name)) == bool(new[name]):
-            continue  # another spelling of the path; where the weights came from stands in ancestors.json
+            # another spelling of the path; where the weights came from stands in ancestors.json
+            continue
         if name in old and name in new:
             remedy = f"use another --workdir, or --config.{name}={old[name]}"
             raise InputError(
-                f"--workdir={workdir} holds a run with config.{name}={old[name]}, not {new[name]}; {remedy}"
+                f"--workdir={workdir} holds a run with config.{name}={old[name]}, not "
+                f"{new[name]}; {remedy}"
             )
         raise InputError(
-            f"--workdir={workdir} holds a run of another version of this program (config.{name} is not in both); use "
+            f"--workdir={workdir} holds a run of another version of this program (config.{name} "
+            f"is not in both); use "
             "another --workdir"
         )
     if run.preparation["fingerprint"] != preparation["fingerprint"]:
         raise InputError(
-            f"--workdir={workdir} holds a run on other data than {config.dataset} (dataset fingerprints differ); give "
+            f"--workdir={workdir} holds a run on other data than {config.dataset} (dataset "
+            f"fingerprints differ); give "
             "the dataset that it began with, or another --workdir"
         )
 
@@ -192,7 +232,9 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return flat
 
 
@@ -208,8 +250,8 @@ def open_workdir(
       workdir: the folder.
       config: the training configuration.
       preparation: contents of the dataset's `preparation.json`.
-      patients: pseudonyms of the patients of the training and the validation split, so that a later evaluation can
-        tell whom the model has seen.
+      patients: pseudonyms of the patients of the training and the validation split, so that a later
+        evaluation can tell whom the model has seen.
 
     Raises:
       InputError: the folder cannot be written.
@@ -217,7 +259,11 @@ def open_workdir(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         keyed_patients = {"key_fingerprint": preparation["key_fingerprint"], **patients}
-        for name, content in zip(_WRITTEN_FIRST, (preparation, keyed_patients, to_json(config)), strict=True):
+        for name, content in zip(
+            _WRITTEN_FIRST, (preparation, keyed_patients, to_json(config)), strict=True
+        ):
             write_json(workdir / name, content)
     except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder") from None
+        raise InputError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
+        ) from None

@@ -1,7 +1,9 @@
-"""How well probabilities tell a label: numpy, with weights, fast enough to be drawn thousands of times.
+"""How well probabilities tell a label: numpy, with weights, fast enough to be drawn thousands of
+times.
 
-A label is 1 (positive) or 0; a slice or volume is called positive where its probability is at least the threshold. The
-threshold is fixed on validation data (`youden_threshold`) and never on the data that are measured.
+A label is 1 (positive) or 0; a slice or volume is called positive where its probability is at least
+the threshold. The threshold is fixed on validation data (`youden_threshold`) and never on the data
+that are measured.
 """
 
 import math
@@ -18,23 +20,28 @@ AT_THRESHOLD = ("sensitivity", "specificity")
 MEASURES = ("auroc", "average_precision", "brier", "ece", *AT_THRESHOLD)
 
 
-def check_predictions(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def check_predictions(
+    labels: np.ndarray, probabilities: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Labels [N] as bool and probabilities [N] as float64.
 
     Raises:
-      InputError: lengths that differ, no item, a label other than 0 and 1, a probability outside [0, 1] or NaN.
+      InputError: lengths that differ, no item, a label other than 0 and 1, a probability outside
+        [0, 1] or NaN.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, np.float64)
     if labels.ndim != 1 or labels.shape != probabilities.shape or len(labels) == 0:
         raise InputError(
-            f"labels {list(labels.shape)} and probabilities {list(probabilities.shape)} must be lists of equal length, "
+            f"labels {list(labels.shape)} and probabilities {list(probabilities.shape)} must be "
+            f"lists of equal length, "
             "not empty"
         )
     if not np.isin(labels, (0, 1)).all():
         raise InputError("labels must be 0 or 1; leave items without a label out")
     if not np.all((probabilities >= 0) & (probabilities <= 1)):
         raise InputError(
-            "probabilities must lie in [0, 1]; scores of another scale (logits) have to be converted first"
+            "probabilities must lie in [0, 1]; scores of another scale (logits) have to be "
+            "converted first"
         )
     return labels.astype(bool), probabilities
 
@@ -53,7 +60,8 @@ class Ranking(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Summed weights of positives and of negatives with a probability of at least each distinct one: both [T]."""
+    """Summed weights of positives and of negatives with a probability of at least each distinct
+    one: both [T]."""
 
     true_positives: np.ndarray
     false_positives: np.ndarray
@@ -93,10 +101,12 @@ def average_precision(counts: Curve) -> float:
 
 
 def youden_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """The threshold with the largest sensitivity + specificity - 1 (Youden 1950), for validation predictions.
+    """The threshold with the largest sensitivity + specificity - 1 (Youden 1950), for validation
+    predictions.
 
-    It lies half-way between the lowest probability that is called positive and the next lower one, so that rounding of
-    stored probabilities changes nothing; of several equally good ones it is the highest.
+    It lies half-way between the lowest probability that is called positive and the next lower one,
+    so that rounding of stored probabilities changes nothing; of several equally good ones it is the
+    highest.
 
     Args:
       labels: [N] 0 or 1.
@@ -108,7 +118,8 @@ def youden_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
     positive, probabilities = check_predictions(labels, probabilities)
     if positive.all() or not positive.any():
         raise InputError(
-            "all validation labels are the same, which fixes no threshold; prepare a --dataset with more scans"
+            "all validation labels are the same, which fixes no threshold; prepare a --dataset "
+            "with more scans"
         )
     ranking = rank(positive, probabilities)
     true, false = curve(ranking, np.ones(len(positive)))
@@ -123,13 +134,15 @@ def binary_statistic(
     threshold: float | None = None,
     names: Sequence[str] | None = None,
 ) -> bootstrap.Statistic:
-    """All measures of binary predictions as a function of weights, for `bootstrap`; sorts and bins once.
+    """All measures of binary predictions as a function of weights, for `bootstrap`; sorts and bins
+    once.
 
     Args:
       labels: [N] 0 or 1.
       probabilities: [N] in [0, 1].
       threshold: of sensitivity and specificity, from `youden_threshold` of validation data.
-      names: of `MEASURES`; None takes all, without sensitivity and specificity if there is no threshold.
+      names: of `MEASURES`; None takes all, without sensitivity and specificity if there is no
+        threshold.
 
     Returns:
       Weights [N] -> name -> float; NaN where undefined.
@@ -144,7 +157,8 @@ def binary_statistic(
         raise InputError(f"measures {', '.join(names)}: choose of {', '.join(MEASURES)}")
     if threshold is None and set(names) & set(AT_THRESHOLD):
         raise InputError(
-            "sensitivity and specificity need a threshold; take youden_threshold of validation predictions"
+            "sensitivity and specificity need a threshold; take youden_threshold of validation "
+            "predictions"
         )
     ranking = rank(positive, probabilities)
     error = probabilities - positive
@@ -192,7 +206,8 @@ def binary_summary(
       labels: [N] 0 or 1.
       probabilities: [N] in [0, 1].
       patient_ids: N patients.
-      threshold: of sensitivity and specificity, from `youden_threshold` of validation data; None leaves both out.
+      threshold: of sensitivity and specificity, from `youden_threshold` of validation data; None
+        leaves both out.
       volume_ids: N volumes if the items are slices; None if each item is a volume.
       num_resamples, seed: of `bootstrap.patient_bootstrap`.
 
@@ -215,7 +230,9 @@ def _check_lengths(expected: int, **lists: Sequence | None) -> None:
             raise InputError(f"{len(values)} {name} for {expected} labels; give one a label")
 
 
-def multiclass_statistic(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> bootstrap.Statistic:
+def multiclass_statistic(
+    labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
+) -> bootstrap.Statistic:
     """One-vs-rest AUROC of each class, their mean, and accuracy, as a function of weights.
 
     Args:
@@ -224,29 +241,45 @@ def multiclass_statistic(labels: np.ndarray, probabilities: np.ndarray, classes:
       classes: K names.
 
     Returns:
-      Weights [N] -> {"auroc": mean over the classes, "auroc/CLASS": ..., "accuracy": ...}. A class that the labels lack
-      is NaN and not part of the mean; where a draw lacks one that they have, so is the mean: draws must not differ in
-      what they average.
+      Weights [N] -> {"auroc": mean over the classes, "auroc/CLASS": ..., "accuracy": ...}. A class
+      that the labels lack is NaN and not part of the mean; where a draw lacks one that they have,
+      so is the mean: draws must not differ in what they average.
 
     Raises:
-      InputError: shapes that do not fit, a label that is no class, or a probability outside [0, 1] or NaN.
+      InputError: shapes that do not fit, a label that is no class, or a probability outside [0, 1]
+        or NaN.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, np.float64)
     if len(labels) == 0 or probabilities.shape != (len(labels), len(classes)):
         raise InputError(
-            f"probabilities {list(probabilities.shape)} do not fit {len(labels)} labels of {len(classes)} classes"
+            f"probabilities {list(probabilities.shape)} do not fit {len(labels)} labels of "
+            f"{len(classes)} classes"
         )
     if not np.isin(labels, np.arange(len(classes))).all():
         raise InputError(f"labels must be 0 to {len(classes) - 1}; leave items without a label out")
-    rankings = [rank(*check_predictions(labels == index, probabilities[:, index])) for index in range(len(classes))]
-    occurring = [name for index, name in enumerate(classes) if 0 < np.count_nonzero(labels == index) < len(labels)]
+    rankings = [
+        rank(*check_predictions(labels == index, probabilities[:, index]))
+        for index in range(len(classes))
+    ]
+    occurring = [
+        name
+        for index, name in enumerate(classes)
+        if 0 < np.count_nonzero(labels == index) < len(labels)
+    ]
     right = probabilities.argmax(axis=1) == labels
 
     def values(weights: np.ndarray) -> dict[str, float]:
-        areas = {name: auroc(curve(ranking, weights)) for name, ranking in zip(classes, rankings, strict=True)}
+        areas = {
+            name: auroc(curve(ranking, weights))
+            for name, ranking in zip(classes, rankings, strict=True)
+        }
         mean = sum(areas[name] for name in occurring) / len(occurring) if occurring else math.nan
         accuracy = float(weights[right].sum() / weights.sum())
-        return {"auroc": mean, **{f"auroc/{name}": area for name, area in areas.items()}, "accuracy": accuracy}
+        return {
+            "auroc": mean,
+            **{f"auroc/{name}": area for name, area in areas.items()},
+            "accuracy": accuracy,
+        }
 
     return values
 
@@ -261,7 +294,8 @@ def multiclass_summary(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict[str, object]]:
-    """`multiclass_statistic` with 95 % bootstrap intervals by patient; arguments as there and in `binary_summary`."""
+    """`multiclass_statistic` with 95 % bootstrap intervals by patient; arguments as there and in
+    `binary_summary`."""
     _check_lengths(len(labels), patient_ids=patient_ids, volume_ids=volume_ids)
     units = {
         "auroc": "one class against the rest, mean over the classes that occur",
@@ -274,7 +308,9 @@ def multiclass_summary(
     )
 
 
-def exam_scores(probabilities: np.ndarray, exam_index: np.ndarray, num_exams: int, top_k: int = 1) -> np.ndarray:
+def exam_scores(
+    probabilities: np.ndarray, exam_index: np.ndarray, num_exams: int, top_k: int = 1
+) -> np.ndarray:
     """The mean of the k highest slice probabilities of each exam; its maximum with k = 1.
 
     Args:
@@ -284,18 +320,25 @@ def exam_scores(probabilities: np.ndarray, exam_index: np.ndarray, num_exams: in
       top_k: k; an exam with fewer slices is averaged over all of them.
 
     Returns:
-      [E] float64. The label of an exam is the same of its slices' labels: `exam_scores(labels, exam_index, E)`.
+      [E] float64. The label of an exam is the same of its slices' labels:
+      `exam_scores(labels, exam_index, E)`.
 
     Raises:
       InputError: top_k below 1, or an exam without a slice.
     """
-    probabilities, exam_index = np.asarray(probabilities, np.float64), np.asarray(exam_index, np.int64)
+    probabilities, exam_index = (
+        np.asarray(probabilities, np.float64),
+        np.asarray(exam_index, np.int64),
+    )
     if top_k < 1:
         raise InputError(f"top_k={top_k}: must be 1 or more")
     counts = np.bincount(exam_index, minlength=num_exams)
     if len(counts) != num_exams or not counts.all():
-        raise InputError(f"every one of the {num_exams} exams needs a slice, and every slice one of these exams")
+        raise InputError(
+            f"every one of the {num_exams} exams needs a slice, and every slice one of these exams"
+        )
     order = np.lexsort((-probabilities, exam_index))
-    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its exam, from the highest
+    # within its exam, from the highest
+    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     kept = order[place < top_k]
     return np.bincount(exam_index[kept], probabilities[kept], num_exams) / np.minimum(counts, top_k)

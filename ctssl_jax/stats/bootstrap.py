@@ -1,12 +1,13 @@
 """Confidence intervals whose unit is the patient.
 
-Slices and volumes of a patient are not independent, so whole patients are drawn with replacement, each with all of
-their slices. A draw is a weight for every item: how often its patient was drawn. A statistic is a function of these
-weights, [N] float64 -> name -> value. Sorting and binning are therefore done once and not in every draw. NaN says that
-the statistic is undefined (a draw with one class only). Such draws are left out of the interval, and counted.
+Slices and volumes of a patient are not independent, so whole patients are drawn with replacement,
+each with all of their slices. A draw is a weight for every item: how often its patient was drawn. A
+statistic is a function of these weights, [N] float64 -> name -> value. Sorting and binning are
+therefore done once and not in every draw. NaN says that the statistic is undefined (a draw with one
+class only). Such draws are left out of the interval, and counted.
 
-The intervals say how much a result depends on which patients were tested, not on the seed of training: average several
-seeds, and report their spread beside it.
+The intervals say how much a result depends on which patients were tested, not on the seed of
+training: average several seeds, and report their spread beside it.
 """
 
 import math
@@ -20,7 +21,8 @@ Statistic = Callable[[np.ndarray], dict[str, float]]
 
 
 def draw_patients(num_patients: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Draws of as many patients as there are, with replacement: [num_patients] int in [0, num_patients) each.
+    """Draws of as many patients as there are, with replacement: [num_patients] int in [0,
+    num_patients) each.
 
     Equal seeds and numbers of patients give equal draws, whatever is computed from them.
     """
@@ -59,9 +61,12 @@ def patient_bootstrap(
 
 
 def interval(draws: np.ndarray) -> tuple[list[float] | None, int]:
-    """The 2.5th to 97.5th percentile of the defined draws [R], None without any; and how many are undefined."""
+    """The 2.5th to 97.5th percentile of the defined draws [R], None without any; and how many are
+    undefined."""
     defined = draws[~np.isnan(draws)]
-    bounds = [float(bound) for bound in np.percentile(defined, [2.5, 97.5])] if len(defined) else None
+    bounds = (
+        [float(bound) for bound in np.percentile(defined, [2.5, 97.5])] if len(defined) else None
+    )
     return bounds, len(draws) - len(defined)
 
 
@@ -84,11 +89,13 @@ def summaries(
       volume_ids: N volumes if the items are slices; None if each item is a volume.
 
     Returns:
-      name -> {"mean": the value, None where undefined, "sd": None (there is one value), "ci95": [low, high] or None
-      with one patient, "num_slices" (only with `volume_ids`), "num_volumes", "num_patients", "num_undefined_draws",
-      "unit"}.
+      name -> {"mean": the value, None where undefined, "sd": None (there is one value), "ci95":
+      [low, high] or None with one patient, "num_slices" (only with `volume_ids`), "num_volumes",
+      "num_patients", "num_undefined_draws", "unit"}.
     """
-    estimates, draws = patient_bootstrap(statistic, patient_ids, num_resamples=num_resamples, seed=seed)
+    estimates, draws = patient_bootstrap(
+        statistic, patient_ids, num_resamples=num_resamples, seed=seed
+    )
     counts = {"num_volumes": len(patient_ids), "num_patients": len(set(patient_ids))}
     if volume_ids is not None:
         counts = {"num_slices": len(patient_ids), **counts, "num_volumes": len(set(volume_ids))}
@@ -117,7 +124,8 @@ def mean_over(statistics: Sequence[Statistic]) -> Statistic:
 
 
 def weighted_mean(name: str, values: np.ndarray, chosen: np.ndarray | None = None) -> Statistic:
-    """The mean of values [N] (the Dice of each slice, say) as a statistic, or of those that are chosen, [N] bool."""
+    """The mean of values [N] (the Dice of each slice, say) as a statistic, or of those that are
+    chosen, [N] bool."""
     values = np.asarray(values, np.float64)
     share = np.ones(len(values)) if chosen is None else np.asarray(chosen, np.float64)
 

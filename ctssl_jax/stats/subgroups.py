@@ -10,11 +10,13 @@ from ctssl_jax.stats.binary import binary_statistic
 from ctssl_jax.stats.units import UNITS
 from data_prep.system.errors import InputError
 
-LEAST_PATIENTS = 5  # with a positive, and with a negative, item: below, a group's number says nothing
+# with a positive, and with a negative, item: below, a group's number says nothing
+LEAST_PATIENTS = 5
 
 
 def age_band(age: int | None) -> str:
-    """`60-69` for 60 to 69 whole years; `90+`, since ages above 89 are recorded as 90; "" for None."""
+    """`60-69` for 60 to 69 whole years; `90+`, since ages above 89 are recorded as 90; "" for
+    None."""
     if age is None:
         return ""
     return "90+" if age >= 90 else f"{age // 10 * 10}-{age // 10 * 10 + 9}"
@@ -31,7 +33,8 @@ def performance_by_group(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, object]:
-    """A measure within each group, and the largest difference between groups, with bootstrap intervals by patient.
+    """A measure within each group, and the largest difference between groups, with bootstrap
+    intervals by patient.
 
     Args:
       labels: [N] 0 or 1.
@@ -43,29 +46,39 @@ def performance_by_group(
       num_resamples, seed: of `bootstrap.patient_bootstrap`.
 
     Returns:
-      {"groups": name -> summary as `bootstrap.summaries`, "gap": that of the highest minus the lowest of them, with
-      "highest" and "lowest" (None with fewer than two groups), "too_small": name -> {"num_positive_patients",
-      "num_negative_patients"} of groups that were left out, "num_without_group": items}. A gap is never below 0, so
-      that its interval cannot show that there is none: groups of equal performance differ by chance, too.
+      {"groups": name -> summary as `bootstrap.summaries`, "gap": that of the highest minus the
+      lowest of them, with "highest" and "lowest" (None with fewer than two groups), "too_small":
+      name -> {"num_positive_patients", "num_negative_patients"} of groups that were left out,
+      "num_without_group": items}. A gap is never below 0, so that its interval cannot show that
+      there is none: groups of equal performance differ by chance, too.
 
     Raises:
       InputError: lengths that differ, an unknown measure, or no group that is large enough.
     """
     if not len(labels) == len(probabilities) == len(patient_ids) == len(groups) > 0:
-        raise InputError("subgroups need one label, probability, patient and group an item, and at least one item")
+        raise InputError(
+            "subgroups need one label, probability, patient and group an item, and "
+            "at least one item"
+        )
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     patient_ids, groups = np.asarray(patient_ids, str), np.asarray(groups, str)
     members, too_small = {}, {}
     for name in sorted(set(groups.tolist()) - {""}):
         chosen = np.flatnonzero(groups == name)
-        patients = [len(set(patient_ids[chosen][labels[chosen] == label].tolist())) for label in (1, 0)]
+        patients = [
+            len(set(patient_ids[chosen][labels[chosen] == label].tolist())) for label in (1, 0)
+        ]
         if min(patients) < LEAST_PATIENTS:
-            too_small[name] = {"num_positive_patients": patients[0], "num_negative_patients": patients[1]}
+            too_small[name] = {
+                "num_positive_patients": patients[0],
+                "num_negative_patients": patients[1],
+            }
         else:
             members[name] = chosen
     if not members:
         raise InputError(
-            f"no group has {LEAST_PATIENTS} patients with a positive and {LEAST_PATIENTS} with a negative item "
+            f"no group has {LEAST_PATIENTS} patients with a positive and {LEAST_PATIENTS} with a "
+            f"negative item "
             f"(groups: {', '.join(too_small) or 'none'}); evaluate on a larger split"
         )
     statistics = {
@@ -82,11 +95,19 @@ def performance_by_group(
         gap = math.nan if np.isnan(spread).any() else max(spread) - min(spread)
         return {**{f"group {name}": value for name, value in found.items()}, "gap": gap}
 
-    units = {**{f"group {name}": UNITS[metric] for name in members}, "gap": f"highest minus lowest {metric} of a group"}
-    summaries = bootstrap.summaries(values, patient_ids, units, num_resamples=num_resamples, seed=seed)
+    units = {
+        **{f"group {name}": UNITS[metric] for name in members},
+        "gap": f"highest minus lowest {metric} of a group",
+    }
+    summaries = bootstrap.summaries(
+        values, patient_ids, units, num_resamples=num_resamples, seed=seed
+    )
     gap, by_group = summaries.pop("gap"), {}
     for name, chosen in members.items():
-        counts = {"num_items": len(chosen), "num_positive": int(np.count_nonzero(labels[chosen] == 1))}
+        counts = {
+            "num_items": len(chosen),
+            "num_positive": int(np.count_nonzero(labels[chosen] == 1)),
+        }
         summary = summaries[f"group {name}"]
         summary.pop("num_volumes")
         by_group[name] = summary | counts | {"num_patients": len(set(patient_ids[chosen].tolist()))}

@@ -5,13 +5,16 @@ UNITS = {
     # Means over the slices of a volume.
     "mse": "mean squared difference of grey values in [0, 1]",
     "masked_mse": "the same over masked pixels, per-pixel mean",
-    "masked_mse_batch_sum": "16 x masked_mse: the sum over a batch of 16 that the authors' release reports",
+    "masked_mse_batch_sum": "16 x masked_mse: the sum over a batch of 16 that the authors' "
+    "release reports",
     "ssim": "structural similarity, Gaussian 11 x 11, sigma 1.5",
     "cross_entropy": "natural units, on logits",
-    "double_softmax_cross_entropy": "natural units, softmax applied twice, as the paper's Table II appears to be",
+    "double_softmax_cross_entropy": "natural units, softmax applied twice, as the paper's Table "
+    "II appears to be",
     "accuracy": "share of slices",
     "binary_cross_entropy": "natural units, on logits, mean over pixels",
-    "auroc_within_volumes": "one class against the rest over the slices of a volume, mean over classes",
+    "auroc_within_volumes": "one class against the rest over the slices of a volume, mean over "
+    "classes",
     # Of a label with two classes.
     "auroc": "area under the ROC curve, ties counting half",
     "average_precision": "area under the precision-recall curve as sum of steps (AUPRC)",

@@ -50,7 +50,10 @@ def volume_means(
     counts = np.bincount(volume_index, minlength=num_volumes)
     if np.any(counts == 0):
         raise ValueError(f"volume {int(np.argmin(counts))} has no slice to average")
-    return np.bincount(volume_index, weights=np.asarray(values, np.float64), minlength=num_volumes) / counts
+    return (
+        np.bincount(volume_index, weights=np.asarray(values, np.float64), minlength=num_volumes)
+        / counts
+    )
 
 
 def volume_summary(
@@ -60,10 +63,11 @@ def volume_summary(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, object]:
-    """Mean and standard deviation over volumes, with a 95 % bootstrap interval of the mean by patient.
+    """Mean and standard deviation over volumes, with a 95 % bootstrap interval of the mean by
+    patient.
 
-    Volumes of a patient are not independent, so whole patients are drawn with replacement, each with all of
-    its volumes; the interval is the 2.5th to 97.5th percentile of the resampled means.
+    Volumes of a patient are not independent, so whole patients are drawn with replacement, each
+    with all of its volumes; the interval is the 2.5th to 97.5th percentile of the resampled means.
 
     Args:
         volume_values: [V] one value a volume, from `volume_means`.
@@ -72,24 +76,31 @@ def volume_summary(
         seed: of the draws; the result is a function of the arguments.
 
     Returns:
-        {"mean": float, "sd": float or None with one volume (sample standard deviation over volumes),
-        "ci95": [low, high] or None with one patient, "num_volumes": int, "num_patients": int}.
+        {"mean": float, "sd": float or None with one volume (sample standard deviation over
+        volumes), "ci95": [low, high] or None with one patient, "num_volumes": int, "num_patients":
+        int}.
 
     Raises:
         ValueError: no volume, or lengths that differ.
     """
     values = np.asarray(volume_values, np.float64)
     if len(values) == 0 or len(values) != len(patient_ids):
-        raise ValueError(f"need as many patients as volumes and at least one, got {len(values)} and {len(patient_ids)}")
+        raise ValueError(
+            f"need as many patients as volumes and at least one, got {len(values)} "
+            f"and {len(patient_ids)}"
+        )
     patients, patient_index = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
     num_patients = len(patients)
     sums = np.bincount(patient_index, weights=values, minlength=num_patients)
     counts = np.bincount(patient_index, minlength=num_patients)
     bounds = None
     if num_patients > 1:
-        # As a statistic of weights the sums would be rounded in another order than in results that are published.
+        # As a statistic of weights the sums would be rounded in another order than in results that
+        # are published.
         draws = bootstrap.draw_patients(num_patients, num_resamples, seed)
-        bounds, _ = bootstrap.interval(np.array([sums[drawn].sum() / counts[drawn].sum() for drawn in draws]))
+        bounds, _ = bootstrap.interval(
+            np.array([sums[drawn].sum() / counts[drawn].sum() for drawn in draws])
+        )
     return {
         "mean": float(values.mean()),
         "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
@@ -109,8 +120,8 @@ def overlap_summary(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict[str, object]]:
-    """Mean Dice and IoU over slices, over volumes (in three dimensions) and over patients, with bootstrap intervals by
-    patient.
+    """Mean Dice and IoU over slices, over volumes (in three dimensions) and over patients, with
+    bootstrap intervals by patient.
 
     Args:
       intersection, predicted, target: [N] counts of each slice, from `counts`.
@@ -123,16 +134,35 @@ def overlap_summary(
     Raises:
       InputError: lengths that differ, no slice, or counts that no two masks can have.
     """
-    intersection, predicted, target = (np.asarray(values, np.float64) for values in (intersection, predicted, target))
-    if not len(intersection) == len(predicted) == len(target) == len(volume_ids) == len(patient_ids) > 0:
-        raise InputError("overlap needs one intersection, area, volume and patient a slice, and at least one slice")
+    intersection, predicted, target = (
+        np.asarray(values, np.float64) for values in (intersection, predicted, target)
+    )
+    if (
+        not len(intersection)
+        == len(predicted)
+        == len(target)
+        == len(volume_ids)
+        == len(patient_ids)
+        > 0
+    ):
+        raise InputError(
+            "overlap needs one intersection, area, volume and patient a slice, and "
+            "at least one slice"
+        )
     if np.any(intersection < 0) or np.any(intersection > np.minimum(predicted, target)):
-        raise InputError("an intersection is larger than one of its masks, or below 0; give pixel counts of each slice")
+        raise InputError(
+            "an intersection is larger than one of its masks, or below 0; give pixel "
+            "counts of each slice"
+        )
     patient_of_item = np.asarray(patient_ids, str)
     levels = {"slice": None, "volume": np.asarray(volume_ids, str), "patient": patient_of_item}
     summary = {}
     for level, ids in levels.items():
-        sums, patients, volumes = (intersection, predicted, target), patient_of_item, levels["volume"]
+        sums, patients, volumes = (
+            (intersection, predicted, target),
+            patient_of_item,
+            levels["volume"],
+        )
         if ids is not None:
             _, first, index = np.unique(ids, return_index=True, return_inverse=True)
             sums, patients, volumes = add_up(*sums, index, len(first)), patient_of_item[first], None
@@ -140,7 +170,12 @@ def overlap_summary(
             statistic = bootstrap.weighted_mean(f"{name}/{level}", measure(*sums))
             units = {f"{name}/{level}": UNITS[name]}
             summary |= bootstrap.summaries(
-                statistic, patients, units, num_resamples=num_resamples, seed=seed, volume_ids=volumes
+                statistic,
+                patients,
+                units,
+                num_resamples=num_resamples,
+                seed=seed,
+                volume_ids=volumes,
             )
     for value in summary.values():
         value["num_volumes"] = len(set(volume_ids))

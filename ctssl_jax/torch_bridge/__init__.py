@@ -1,1 +1,2 @@
-"""Weights between this package and PyTorch: names of tensors, twins of the models, measured parity."""
+"""Weights between this package and PyTorch: names of tensors, twins of the models, measured
+parity."""

@@ -1,14 +1,17 @@
-"""Chest CT encoders, autoencoders, classifiers and U-Nets in PyTorch: all that a folder of exported weights needs.
+"""Chest CT encoders, autoencoders, classifiers and U-Nets in PyTorch: all that a folder of exported
+weights needs.
 
     import ctssl_torch
 
     model = ctssl_torch.load("FOLDER")                  # a torch.nn.Module in evaluation mode
-    hu, affine = ctssl_torch.read_dicom("SCAN")         # or nibabel: image.get_fdata(), image.affine
-    images = model.preprocess(hu, affine)               # [S, C, H, W] float32 in [0, 1], feet to head
-    z = model.embed(images)                             # [S, D]; z.mean(0) is the embedding of the scan
+    hu, affine = ctssl_torch.read_dicom("SCAN")         # or nibabel: image.get_fdata(),
+    image.affine images = model.preprocess(hu, affine)               # [S, C, H, W] float32 in [0,
+    1], feet to head z = model.embed(images)                             # [S, D]; z.mean(0) is the
+    embedding of the scan
 
-Needs torch and numpy; `preprocess` Pillow, `read_dicom` pydicom, and weights as .safetensors the package safetensors.
-`python ctssl_torch.py FOLDER` computes the stored test input again and says how far it is from what was stored.
+Needs torch and numpy; `preprocess` Pillow, `read_dicom` pydicom, and weights as .safetensors the
+package safetensors. `python ctssl_torch.py FOLDER` computes the stored test input again and says
+how far it is from what was stored.
 """
 
 from __future__ import annotations
@@ -37,30 +40,45 @@ _TISSUE_HU = (-900, 4000)
 _AXIAL_COSINE = math.cos(math.radians(35))  # gantries tilt by up to 30 degrees
 
 
-# ---- Models: entries are named as in the authors' weights where these have them -------------------------------------
+# ---- Models: entries are named as in the authors' weights where these have them ------------------
 
 
 def _conv_norm(
-    in_features: int, out_features: int, size: int, *, stride: int = 1, activation: type[nn.Module] | None = nn.ReLU
+    in_features: int,
+    out_features: int,
+    size: int,
+    *,
+    stride: int = 1,
+    activation: type[nn.Module] | None = nn.ReLU,
 ) -> nn.Sequential:
-    layers = [nn.Conv2d(in_features, out_features, size, stride, (size - 1) // 2), nn.BatchNorm2d(out_features)]
+    layers = [
+        nn.Conv2d(in_features, out_features, size, stride, (size - 1) // 2),
+        nn.BatchNorm2d(out_features),
+    ]
     return nn.Sequential(*layers, *([] if activation is None else [activation()]))
 
 
-def _transposed_conv_norm(in_features: int, out_features: int, activation: nn.Module) -> nn.Sequential:
+def _transposed_conv_norm(
+    in_features: int, out_features: int, activation: nn.Module
+) -> nn.Sequential:
     convolution = nn.ConvTranspose2d(in_features, out_features, 4, stride=2, padding=1)
     return nn.Sequential(convolution, nn.BatchNorm2d(out_features), activation)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1(ReLU(norm(conv3(x)))); the encoder's blocks hold a dropout after the first convolution."""
+    """x + conv1(ReLU(norm(conv3(x)))); the encoder's blocks hold a dropout after the first
+    convolution."""
 
     def __init__(self, features: int, drop_rate: float | None):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(features, features, 3, padding=1, bias=False)]
         if drop_rate is not None:
             layers.append(nn.Dropout(drop_rate))
-        layers += [nn.BatchNorm2d(features), nn.ReLU(), nn.Conv2d(features, features, 1, bias=False)]
+        layers += [
+            nn.BatchNorm2d(features),
+            nn.ReLU(),
+            nn.Conv2d(features, features, 1, bias=False),
+        ]
         self.resblock = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,17 +110,23 @@ class Encoder(nn.Sequential):
         ]
         if not compression_only:
             layers += [ResidualBlock(second, drop_rate) for _ in range(depth)]
-            layers += [nn.LeakyReLU(), _conv_norm(second, embedding_dim, 1, activation=nn.LeakyReLU)]
+            layers += [
+                nn.LeakyReLU(),
+                _conv_norm(second, embedding_dim, 1, activation=nn.LeakyReLU),
+            ]
         super().__init__(*layers)
         self.widths = (first, second, embedding_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-1] % 4 or images.shape[-2] % 4:
-            raise ValueError(f"image sides must be divisible by 4, got {images.shape[-2]} x {images.shape[-1]}")
+            raise ValueError(
+                f"image sides must be divisible by 4, got {images.shape[-2]} x {images.shape[-1]}"
+            )
         return super().forward(images)
 
     def compress(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """-> features [B, F1, H / 2, W / 2] of the first layer and [B, F2, H / 4, W / 4] of the third."""
+        """-> features [B, F1, H / 2, W / 2] of the first layer and [B, F2, H / 4, W / 4] of the
+        third."""
         half = self[0](images)
         return half, self[2](self[1](half))
 
@@ -122,14 +146,16 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
 
     def distances(self, latents: Tensor) -> Tensor:
-        """Squared distances to all codes, without the term that all share: [B, D, h, w] -> [B h w, K] float32."""
+        """Squared distances to all codes, without the term that all share: [B, D, h, w] -> [B h w,
+        K] float32."""
         vectors = latents.permute(0, 2, 3, 1).float()
         vectors = vectors.reshape(-1, vectors.shape[-1])
         weight = self.embedding.weight.float()
         return weight.square().sum(1) - 2 * vectors @ weight.T
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[B, D, h, w] -> quantized [B, D, h, w], codes [B, h, w] int64, codebook and commitment loss (scalars)."""
+        """[B, D, h, w] -> quantized [B, D, h, w], codes [B, h, w] int64, codebook and commitment
+        loss (scalars)."""
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             codes = torch.argmin(self.distances(latents), dim=1)
         latents = latents.float()
@@ -138,7 +164,12 @@ class VectorQuantizer(nn.Module):
         codebook_loss = functional.mse_loss(selected, latents.detach())
         commitment_loss = functional.mse_loss(latents, selected.detach())
         # Exactly the selected codes, since the difference is 0, with the gradient of the latents.
-        return selected.detach() + (latents - latents.detach()), codes, codebook_loss, commitment_loss
+        return (
+            selected.detach() + (latents - latents.detach()),
+            codes,
+            codebook_loss,
+            commitment_loss,
+        )
 
     def lookup(self, codes: Tensor) -> Tensor:
         """[B, h, w] -> [B, D, h, w]."""
@@ -170,20 +201,31 @@ class ExportedModel(nn.Module):
         """Embeddings of a scan's slices.
 
         Args:
-            images: [S, C, H, W] float32 in [0, 1], one slice after the other as `preprocess` gives them. A model that
-                reads several adjacent slices takes each slice's neighbours itself; ends are repeated.
+            images: [S, C, H, W] float32 in [0, 1], one slice after the other as `preprocess` gives
+                them. A model that reads several adjacent slices takes each slice's neighbours
+                itself; ends are repeated.
             batch_size: slices at a time.
 
         Returns:
             [S, D] float32, on the CPU.
 
         Raises:
-            ValueError: the model or a part of it is in training mode, or the images are not [S, C, H, W] in [0, 1].
+            ValueError: the model or a part of it is in training mode, or the images are not [S, C,
+              H, W] in [0, 1].
         """
         if any(module.training for module in self.modules()):
-            raise ValueError("the model is in training mode, in which embeddings depend on the batch: call eval()")
-        if images.ndim != 4 or not len(images) or not 0 <= float(images.min()) <= float(images.max()) <= 1:
-            raise ValueError("give images [S, C, H, W] in [0, 1], as preprocess makes them of Hounsfield units")
+            raise ValueError(
+                "the model is in training mode, in which embeddings depend on the "
+                "batch: call eval()"
+            )
+        if (
+            images.ndim != 4
+            or not len(images)
+            or not 0 <= float(images.min()) <= float(images.max()) <= 1
+        ):
+            raise ValueError(
+                "give images [S, C, H, W] in [0, 1], as preprocess makes them of Hounsfield units"
+            )
         first = next(self.parameters())
         parts = []
         for start in range(0, len(images), batch_size):
@@ -194,13 +236,15 @@ class ExportedModel(nn.Module):
 
 
 def neighbours(images: Tensor, numbers: Tensor, offsets: Sequence[int]) -> Tensor:
-    """Adjacent slices as channels: [S, C, H, W], [B], K offsets -> [B, K C, H, W]; ends are repeated."""
+    """Adjacent slices as channels: [S, C, H, W], [B], K offsets -> [B, K C, H, W]; ends are
+    repeated."""
     last = len(images) - 1
     return torch.cat([images[(numbers + offset).clamp(0, last)] for offset in offsets], dim=1)
 
 
 class VQVAEOutput(NamedTuple):
-    """reconstruction [B, C, H, W], latents and quantized [B, D, h, w], codes [B, h, w], two scalar losses."""
+    """reconstruction [B, C, H, W], latents and quantized [B, D, h, w], codes [B, h, w], two scalar
+    losses."""
 
     reconstruction: Tensor
     latents: Tensor
@@ -228,7 +272,11 @@ class VQVAE(ExportedModel):
         first, second = hidden
         self.output_activation = output_activation
         self.encoder = Encoder(
-            in_channels=in_channels, hidden=hidden, depth=depth, embedding_dim=embedding_dim, drop_rate=drop_rate
+            in_channels=in_channels,
+            hidden=hidden,
+            depth=depth,
+            embedding_dim=embedding_dim,
+            drop_rate=drop_rate,
         )
         self.vq_layer = VectorQuantizer(num_codes, embedding_dim)
         self.decoder = nn.Sequential(
@@ -243,10 +291,13 @@ class VQVAE(ExportedModel):
         """Images [B, C, H, W] in [0, 1], sides divisible by 4."""
         latents = self.encoder(images)
         quantized, codes, codebook_loss, commitment_loss = self.vq_layer(latents)
-        return VQVAEOutput(self.decode(quantized), latents, quantized, codes, codebook_loss, commitment_loss)
+        return VQVAEOutput(
+            self.decode(quantized), latents, quantized, codes, codebook_loss, commitment_loss
+        )
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """[B, D, h, w] -> images [B, C, 4h, 4w] in [0, 1], or in [-1, 1] with output_activation="tanh"."""
+        """[B, D, h, w] -> images [B, C, 4h, 4w] in [0, 1], or in [-1, 1] with
+        output_activation="tanh"."""
         image = self.decoder(quantized.to(self.decoder[0][0].weight.dtype)).float()
         return (image + 1) / 2 if self.output_activation == "unit_tanh" else image
 
@@ -277,7 +328,11 @@ class Classifier(ExportedModel):
     ):
         super().__init__()
         self.encoder = Encoder(
-            in_channels=in_channels, hidden=hidden, depth=depth, embedding_dim=embedding_dim, drop_rate=drop_rate
+            in_channels=in_channels,
+            hidden=hidden,
+            depth=depth,
+            embedding_dim=embedding_dim,
+            drop_rate=drop_rate,
         )
         self.compression = nn.Sequential(
             *[
@@ -290,7 +345,9 @@ class Classifier(ExportedModel):
     def forward(self, images: Tensor) -> ClassifierOutput:
         """Images [B, C, H, W] in [0, 1], sides divisible by 4."""
         latents = self.encoder(images)
-        return ClassifierOutput(self.classification(self.compression(latents).mean((2, 3))), latents)
+        return ClassifierOutput(
+            self.classification(self.compression(latents).mean((2, 3))), latents
+        )
 
     def embedding(self, images: Tensor) -> Tensor:
         return self.encoder(images).mean((2, 3))
@@ -307,16 +364,23 @@ class _Up(nn.Module):
 
 
 def _two_convolutions(in_features: int, out_features: int) -> nn.Sequential:
-    return nn.Sequential(_conv_norm(in_features, out_features, 3), _conv_norm(out_features, out_features, 3))
+    return nn.Sequential(
+        _conv_norm(in_features, out_features, 3), _conv_norm(out_features, out_features, 3)
+    )
 
 
 def _up_branch(widths: Sequence[int], skips: Sequence[int]) -> nn.ModuleList:
     return nn.ModuleList(
-        [_Up(below, skip, here) for here, below, skip in zip(widths[:-1], widths[1:], skips, strict=True)]
+        [
+            _Up(below, skip, here)
+            for here, below, skip in zip(widths[:-1], widths[1:], skips, strict=True)
+        ]
     )
 
 
-def _decode(up: nn.ModuleList, head: nn.Module, bottom: Tensor, skips: Sequence[Tensor]) -> UNetOutput:
+def _decode(
+    up: nn.ModuleList, head: nn.Module, bottom: Tensor, skips: Sequence[Tensor]
+) -> UNetOutput:
     x = bottom
     for stage, skip in zip(reversed(up), reversed(skips), strict=True):
         x = stage(x, skip)
@@ -358,7 +422,10 @@ class UNet(ExportedModel):
         self.stem = _two_convolutions(in_channels, widths[0])
         deepest = embedding_dim if residual_stack else second
         self.pooled = nn.ModuleList(
-            [_two_convolutions(before, after) for before, after in itertools.pairwise((deepest, *widths[3:]))]
+            [
+                _two_convolutions(before, after)
+                for before, after in itertools.pairwise((deepest, *widths[3:]))
+            ]
         )
         self.up = _up_branch(widths, (widths[0], first, second, widths[3]))
         self.head = nn.Conv2d(widths[0], 1, 1)
@@ -381,7 +448,10 @@ class StandardUNet(ExportedModel):
     def __init__(self, *, in_channels: int, widths: Sequence[int]):
         super().__init__()
         self.down = nn.ModuleList(
-            [_two_convolutions(before, after) for before, after in itertools.pairwise((in_channels, *widths))]
+            [
+                _two_convolutions(before, after)
+                for before, after in itertools.pairwise((in_channels, *widths))
+            ]
         )
         self.up = _up_branch(widths, widths[:-1])
         self.head = nn.Conv2d(widths[0], 1, 1)
@@ -413,7 +483,10 @@ class _Bottleneck(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(in_features, inner, 1, bias=False), nn.BatchNorm2d(inner)
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3, self.bn3 = nn.Conv2d(inner, out_features, 1, bias=False), nn.BatchNorm2d(out_features)
+        self.conv3, self.bn3 = (
+            nn.Conv2d(inner, out_features, 1, bias=False),
+            nn.BatchNorm2d(out_features),
+        )
         self.se = _SqueezeExcitation(out_features)
         self.downsample = None
         if stride > 1 or in_features != out_features:
@@ -440,18 +513,31 @@ class SEResNeXt(ExportedModel):
     offsets = (-1, 0, 1)
 
     def __init__(
-        self, *, num_classes: int, in_channels: int, layers: Sequence[int], width: int, groups: int, pooling: str
+        self,
+        *,
+        num_classes: int,
+        in_channels: int,
+        layers: Sequence[int],
+        width: int,
+        groups: int,
+        pooling: str,
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.pool = nn.MaxPool2d(3, 2, padding=1) if pooling == "timm" else nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.pool = (
+            nn.MaxPool2d(3, 2, padding=1)
+            if pooling == "timm"
+            else nn.MaxPool2d(3, 2, ceil_mode=True)
+        )
         before = width
         for stage, depth in enumerate(layers):
             inner, after = 2 * width << stage, 4 * width << stage
             blocks = []
             for index in range(depth):
-                blocks.append(_Bottleneck(before, inner, after, 2 if stage > 0 and index == 0 else 1, groups))
+                blocks.append(
+                    _Bottleneck(before, inner, after, 2 if stage > 0 and index == 0 else 1, groups)
+                )
                 before = after
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.num_stages = len(layers)
@@ -467,7 +553,8 @@ class SEResNeXt(ExportedModel):
         return found
 
     def forward(self, images: Tensor) -> SEResNeXtOutput:
-        """Images [B, C, H, W] in [0, 1]: the slice below, the slice and the slice above as channels."""
+        """Images [B, C, H, W] in [0, 1]: the slice below, the slice and the slice above as
+        channels."""
         embedding = self.embedding(images)
         return SEResNeXtOutput(self.fc(embedding), embedding)
 
@@ -481,7 +568,8 @@ ARCHITECTURES: dict[str, type[ExportedModel]] = {
 
 
 class FeatureInfo(list):
-    """timm's description of a feature extractor's outputs: a list of {num_chs, reduction, module}."""
+    """timm's description of a feature extractor's outputs: a list of {num_chs, reduction,
+    module}."""
 
     def channels(self) -> list[int]:
         return [entry["num_chs"] for entry in self]
@@ -494,13 +582,14 @@ class FeatureInfo(list):
 
 
 class Features(nn.Module):
-    """The encoder of a model as a feature extractor in timm's manner, for segmentation and detection libraries.
+    """The encoder of a model as a feature extractor in timm's manner, for segmentation and
+    detection libraries.
 
     The encoder is the model's own, not a copy: what trains one trains the other.
 
     `forward` gives a list of feature maps, from fine to coarse, which `feature_info` describes, as
-    `timm.create_model(..., features_only=True)` does; `forward_features`, `forward_head(pre_logits=True)` and
-    `num_features` are those of a classification backbone.
+    `timm.create_model(..., features_only=True)` does; `forward_features`,
+    `forward_head(pre_logits=True)` and `num_features` are those of a classification backbone.
 
     Raises:
         ValueError: the model has no encoder of this project.
@@ -510,7 +599,10 @@ class Features(nn.Module):
         super().__init__()
         encoder = getattr(model, "encoder", None)
         if not isinstance(encoder, Encoder):
-            raise ValueError(f"{type(model).__name__} has no encoder of this project; export a run of another recipe")
+            raise ValueError(
+                f"{type(model).__name__} has no encoder of this project; export a "
+                f"run of another recipe"
+            )
         self.encoder = encoder
         first, second, latent = encoder.widths
         whole = len(encoder) > 3
@@ -518,7 +610,11 @@ class Features(nn.Module):
         self.feature_info = FeatureInfo(
             [
                 {"num_chs": first, "reduction": 2, "module": "encoder.0"},
-                {"num_chs": self.num_features, "reduction": 4, "module": f"encoder.{len(encoder) - 1}"},
+                {
+                    "num_chs": self.num_features,
+                    "reduction": 4,
+                    "module": f"encoder.{len(encoder) - 1}",
+                },
             ]
         )
 
@@ -532,26 +628,31 @@ class Features(nn.Module):
         return self(images)[-1]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over pixels: [B, F, h, w] -> [B, F]; there is no classification layer, `pre_logits` changes nothing."""
+        """Mean over pixels: [B, F, h, w] -> [B, F]; there is no classification layer, `pre_logits`
+        changes nothing."""
         return features.mean((2, 3))
 
 
-# ---- Loading --------------------------------------------------------------------------------------------------------
+# ---- Loading -------------------------------------------------------------------------------------
 
 
 def build(manifest: dict[str, Any]) -> ExportedModel:
     """The model that a manifest describes, with random weights.
 
     Raises:
-        ValueError: the manifest is of another version, or of an architecture that is not known here.
+        ValueError: the manifest is of another version, or of an architecture that is not known
+          here.
     """
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"the manifest has format_version {manifest.get('format_version')}, this file reads {FORMAT_VERSION}; "
+            f"the manifest has format_version {manifest.get('format_version')}, this file reads "
+            f"{FORMAT_VERSION}; "
             "use the ctssl_torch.py of its own folder"
         )
     if manifest["architecture"] not in ARCHITECTURES:
-        raise ValueError(f"architecture {manifest['architecture']} is not one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"architecture {manifest['architecture']} is not one of {', '.join(ARCHITECTURES)}"
+        )
     model = ARCHITECTURES[manifest["architecture"]](**manifest["model"])
     model.manifest = manifest
     return model
@@ -572,7 +673,9 @@ def load(path: str | Path) -> ExportedModel:
         raise FileNotFoundError(f"{path} does not exist")
     folder = path if path.is_dir() else path.parent
     if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no manifest.json; give a folder that ctssl_jax.export wrote")
+        raise FileNotFoundError(
+            f"{folder} holds no manifest.json; give a folder that ctssl_jax.export wrote"
+        )
     manifest = json.loads((folder / "manifest.json").read_text())
     weights = _read_weights(path if path.is_file() else _weights_in(folder), manifest)
     try:
@@ -580,7 +683,9 @@ def load(path: str | Path) -> ExportedModel:
         model.load_state_dict(weights, strict=True)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder}: manifest.json does not describe these weights ({reason})") from None
+        raise ValueError(
+            f"{folder}: manifest.json does not describe these weights ({reason})"
+        ) from None
     return model.eval()
 
 
@@ -599,20 +704,26 @@ def _weights_in(folder: Path) -> Path:
 
 def _read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     if path.name not in manifest["files"]:
-        raise ValueError(f"{path} is not in its manifest, which lists {', '.join(manifest['files'])}")
+        raise ValueError(
+            f"{path} is not in its manifest, which lists {', '.join(manifest['files'])}"
+        )
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest["files"][path.name]["sha256"]:
-        raise ValueError(f"{path} is damaged or not the file that manifest.json describes (SHA-256 differs)")
+        raise ValueError(
+            f"{path} is damaged or not the file that manifest.json describes (SHA-256 differs)"
+        )
     if path.suffix == ".safetensors":
         try:
             import safetensors.torch
         except ImportError:
-            raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from None
+            raise ImportError(
+                f"{path} needs the package safetensors: pip install safetensors"
+            ) from None
         return safetensors.torch.load(content)
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-# ---- Preprocessing: from Hounsfield units to the model's input ------------------------------------------------------
+# ---- Preprocessing: from Hounsfield units to the model's input -----------------------------------
 
 
 def preprocess(hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any]) -> Tensor:
@@ -620,21 +731,23 @@ def preprocess(hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any]
 
     Args:
         hu: [I, J, K] Hounsfield units, axes in any order.
-        affine: [4, 4], array index -> mm to the patient's right-to-left, posterior-to-anterior, inferior-to-superior
-            (RAS+, as nibabel gives it).
-        preprocessing: of manifest.json: `windows` ((level, width) in HU a channel), `image_size`, `normalize`,
-            `in_channels`.
+        affine: [4, 4], array index -> mm to the patient's right-to-left, posterior-to-anterior,
+            inferior-to-superior (RAS+, as nibabel gives it).
+        preprocessing: of manifest.json: `windows` ((level, width) in HU a channel), `image_size`,
+            `normalize`, `in_channels`.
 
     Returns:
-        [S, C, H, W] float32 in [0, 1]: slices from feet to head, rows to posterior, columns to the patient's left.
+        [S, C, H, W] float32 in [0, 1]: slices from feet to head, rows to posterior, columns to the
+        patient's left.
 
     Raises:
-        ValueError: shapes do not fit, the volume is not axial, its values are no Hounsfield units, or the model was
-            trained on cropped slices.
+        ValueError: shapes do not fit, the volume is not axial, its values are no Hounsfield units,
+            or the model was trained on cropped slices.
     """
     if preprocessing.get("crop", "none") != "none":
         raise ValueError(
-            "this model was trained on slices cropped to the lungs' bounding box, which is not found here; use "
+            "this model was trained on slices cropped to the lungs' bounding box, which is not "
+            "found here; use "
             "ctssl_jax.embed or ctssl_jax.predict"
         )
     volume, spacing = to_canonical(hu, affine)
@@ -650,15 +763,17 @@ def preprocess(hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any]
 
 
 def to_canonical(hu: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """[I, J, K] -> [S, H, W] view with slices to superior, rows to posterior, columns to the patient's left, and the
-    spacing (mm) between rows and between columns.
+    """[I, J, K] -> [S, H, W] view with slices to superior, rows to posterior, columns to the
+    patient's left, and the spacing (mm) between rows and between columns.
 
     Raises:
         ValueError: as `preprocess`.
     """
     hu, affine = np.asarray(hu), np.asarray(affine, dtype=float)
     if hu.ndim != 3 or affine.shape != (4, 4):
-        raise ValueError(f"give hu [I, J, K] and affine [4, 4]; their shapes are {hu.shape} and {affine.shape}")
+        raise ValueError(
+            f"give hu [I, J, K] and affine [4, 4]; their shapes are {hu.shape} and {affine.shape}"
+        )
     steps = affine[:3, :3] * np.array([[-1.0], [-1.0], [1.0]])  # to left, posterior, superior
     lengths = np.linalg.norm(steps, axis=0)
     if not (np.isfinite(steps).all() and lengths.min() > 0):
@@ -669,12 +784,15 @@ def to_canonical(hu: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[
     if abs(directions[0, columns]) < abs(directions[0, rows]):
         rows, columns = columns, rows
     if abs(directions[:, rows] @ directions[:, columns]) > 0.01:
-        raise ValueError("rows and columns are not at a right angle; resample the volume to axial slices")
+        raise ValueError(
+            "rows and columns are not at a right angle; resample the volume to axial slices"
+        )
     posterior = directions[:, rows] * np.sign(directions[1, rows])
     left = directions[:, columns] * np.sign(directions[0, columns])
     if np.cross(left, posterior)[2] < _AXIAL_COSINE:
         raise ValueError(
-            "the slices are not axial (their normal is more than 35 degrees off the patient's axis); resample the "
+            "the slices are not axial (their normal is more than 35 degrees off the patient's "
+            "axis); resample the "
             "volume to axial slices"
         )
     _check_is_hu(hu)
@@ -690,20 +808,24 @@ def _check_is_hu(hu: np.ndarray) -> None:
         raise ValueError("hu has values that are not finite")
     if low > -500:
         raise ValueError(
-            f"hu lies between {low:g} and {high:g}, so no pixel is air: give Hounsfield units, before any window"
+            f"hu lies between {low:g} and {high:g}, so no pixel is air: give Hounsfield units, "
+            f"before any window"
         )
 
 
 def _window(hu: np.ndarray, windows: Sequence[Sequence[float]]) -> np.ndarray:
-    """255 clip((HU - (level - width / 2)) / width, 0, 1), rounded half to even: [H, W] -> [H, W, C] uint8."""
+    """255 clip((HU - (level - width / 2)) / width, 0, 1), rounded half to even: [H, W] -> [H, W, C]
+    uint8."""
     channels = [
-        np.rint(255 * np.clip((hu.astype(np.float64) - (level - width / 2)) / width, 0, 1)) for level, width in windows
+        np.rint(255 * np.clip((hu.astype(np.float64) - (level - width / 2)) / width, 0, 1))
+        for level, width in windows
     ]
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
 def _resize(hu: np.ndarray, spacing: tuple[float, float], size: int) -> np.ndarray:
-    """The whole field as a square [size, size], undistorted: padded with air, then averaged (antialiased bilinear)."""
+    """The whole field as a square [size, size], undistorted: padded with air, then averaged
+    (antialiased bilinear)."""
     if math.isclose(*spacing, rel_tol=1e-3) and hu.shape == (size, size):
         return hu
     from PIL import Image
@@ -712,21 +834,26 @@ def _resize(hu: np.ndarray, spacing: tuple[float, float], size: int) -> np.ndarr
     rows, columns = field / spacing[0], field / spacing[1]
     top, left = min(0.0, (hu.shape[0] - rows) / 2), min(0.0, (hu.shape[1] - columns) / 2)
     margins = math.ceil(-top), math.ceil(-left)
-    padded = np.full((hu.shape[0] + 2 * margins[0], hu.shape[1] + 2 * margins[1]), AIR_HU, dtype=np.float32)
+    padded = np.full(
+        (hu.shape[0] + 2 * margins[0], hu.shape[1] + 2 * margins[1]), AIR_HU, dtype=np.float32
+    )
     padded[margins[0] : margins[0] + hu.shape[0], margins[1] : margins[1] + hu.shape[1]] = hu
     y, x = margins[0] + top, margins[1] + left
     box = (x, y, min(x + columns, padded.shape[1]), min(y + rows, padded.shape[0]))
-    return np.asarray(Image.fromarray(padded).resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return np.asarray(
+        Image.fromarray(padded).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    )
 
 
-# ---- DICOM ----------------------------------------------------------------------------------------------------------
+# ---- DICOM ---------------------------------------------------------------------------------------
 
 
 def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """One CT series in Hounsfield units.
 
-    Slices are sorted along their normal; Rescale Slope and Intercept are applied to each; padding and what lies below
-    -1500 HU becomes air (-1000). Localizers and objects that are no CT images are left out.
+    Slices are sorted along their normal; Rescale Slope and Intercept are applied to each; padding
+    and what lies below -1500 HU becomes air (-1000). Localizers and objects that are no CT images
+    are left out.
 
     Args:
         path: folder (searched through) or zip file with the series.
@@ -735,7 +862,8 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         [S, H, W] float32 and the affine [4, 4] of `preprocess`.
 
     Raises:
-        ValueError: there is no CT series or more than one, or slices are missing tags, doubled or of several grids.
+        ValueError: there is no CT series or more than one, or slices are missing tags, doubled or
+          of several grids.
     """
     try:
         import pydicom
@@ -750,10 +878,18 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         if dataset.get("Modality") != "CT" or "LOCALIZER" in dataset.get("ImageType", []):
             continue
         if "NumberOfFrames" in dataset:
-            raise ValueError(f"{name}: enhanced multi-frame CT is not read here; convert it to single-frame DICOM")
-        if "TransferSyntaxUID" not in dataset.file_meta:  # a file without preamble and meta information
+            raise ValueError(
+                f"{name}: enhanced multi-frame CT is not read here; convert it to "
+                f"single-frame DICOM"
+            )
+        # a file without preamble and meta information
+        if "TransferSyntaxUID" not in dataset.file_meta:
             explicit = not dataset.original_encoding[0]
-            known = pydicom.uid.ExplicitVRLittleEndian if explicit else pydicom.uid.ImplicitVRLittleEndian
+            known = (
+                pydicom.uid.ExplicitVRLittleEndian
+                if explicit
+                else pydicom.uid.ImplicitVRLittleEndian
+            )
             dataset.file_meta.TransferSyntaxUID = known
         missing = [tag for tag in _NEEDED_TAGS if dataset.get(tag) in (None, "")]
         if missing:
@@ -788,7 +924,10 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _stack(path: Any, slices: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     first = slices[0]
-    grids = {(*map(float, s.ImageOrientationPatient), *map(float, s.PixelSpacing), s.Rows, s.Columns) for s in slices}
+    grids = {
+        (*map(float, s.ImageOrientationPatient), *map(float, s.PixelSpacing), s.Rows, s.Columns)
+        for s in slices
+    }
     if len({tuple(round(value, 4) for value in grid) for grid in grids}) > 1:
         raise ValueError(f"{path}: the slices differ in orientation, spacing or matrix")
     along_columns, along_rows = np.array(first.ImageOrientationPatient, dtype=float).reshape(2, 3)
@@ -797,11 +936,14 @@ def _stack(path: Any, slices: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(origins @ normal, kind="stable")
     origins = origins[order]
     if len(slices) < 2 or np.diff(origins @ normal).min() < 1e-3:
-        raise ValueError(f"{path}: {'one slice only' if len(slices) < 2 else 'two slices at one position'}")
+        raise ValueError(
+            f"{path}: {'one slice only' if len(slices) < 2 else 'two slices at one position'}"
+        )
     steps = np.diff(origins @ normal)
     if steps.max() > 1.5 * np.median(steps):
         raise ValueError(
-            f"{path}: slices are missing (a step of {steps.max():g} mm among steps of {np.median(steps):g} mm)"
+            f"{path}: slices are missing (a step of {steps.max():g} mm among steps of "
+            f"{np.median(steps):g} mm)"
         )
     volume = np.stack([_to_hu(slices[index]) for index in order])
     affine = np.eye(4)
@@ -822,13 +964,15 @@ def _to_hu(dataset: Any) -> np.ndarray:
     if padding is not None:
         limit = dataset.get("PixelPaddingRangeLimit")
         low, high = sorted((int(padding), int(padding if limit is None else limit)))
-        if not any(_TISSUE_HU[0] < bound * slope + intercept < _TISSUE_HU[1] for bound in (low, high)):
+        if not any(
+            _TISSUE_HU[0] < bound * slope + intercept < _TISSUE_HU[1] for bound in (low, high)
+        ):
             air |= (stored >= low) & (stored <= high)
     hu[air] = AIR_HU
     return hu.astype(np.float32)
 
 
-# ---- Whether this installation computes what was stored -------------------------------------------------------------
+# ---- Whether this installation computes what was stored ------------------------------------------
 
 
 @torch.inference_mode()
@@ -836,8 +980,8 @@ def verify(path: str | Path) -> dict[str, float]:
     """Compute the folder's stored test input again.
 
     Returns:
-        output -> largest absolute difference to what was stored, over the largest absolute value stored; of `codes` the
-        share that differs.
+        output -> largest absolute difference to what was stored, over the largest absolute value
+        stored; of `codes` the share that differs.
     """
     model = load(path)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
@@ -852,7 +996,9 @@ def verify(path: str | Path) -> dict[str, float]:
         if name == "codes":
             found[name] = float((value != expected).float().mean())
         else:
-            found[name] = float((value - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+            found[name] = float(
+                (value - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+            )
     return found
 
 
@@ -860,5 +1006,9 @@ if __name__ == "__main__":
     differences = verify(sys.argv[1] if len(sys.argv) > 1 else ".")
     for output_name, difference in differences.items():
         print(f"{output_name:16} {difference:.2e}")
-    within_rounding = all(value <= (0.01 if name == "codes" else 1e-3) for name, value in differences.items())
-    sys.exit(0 if within_rounding else "this installation computes something else than what was stored")
+    within_rounding = all(
+        value <= (0.01 if name == "codes" else 1e-3) for name, value in differences.items()
+    )
+    sys.exit(
+        0 if within_rounding else "this installation computes something else than what was stored"
+    )

@@ -1,5 +1,6 @@
-"""Weights of SE-ResNeXt-50 32x4d from a PyTorch file of the user's, in either published layout of names: timm's
-(`seresnext50_32x4d`), see `names`, or the older one (the challenge winner's), which differs in a few words.
+"""Weights of SE-ResNeXt-50 32x4d from a PyTorch file of the user's, in either published layout of
+names: timm's (`seresnext50_32x4d`), see `names`, or the older one (the challenge winner's), which
+  differs in a few words.
 """
 
 import re
@@ -11,8 +12,8 @@ import jax
 import numpy as np
 
 from ctssl_jax.ops.trees import flatten, unflatten
-from ctssl_jax.torch_bridge.files import read_tensors
 from ctssl_jax.torch_bridge.names import from_state_dict
+from ctssl_jax.torch_bridge.weight_files import read_tensors
 from data_prep.system.errors import InputError
 
 _OLDER_LAYOUT = ((r"^layer0\.", ""), (r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
@@ -23,25 +24,30 @@ def read_file(path: str | Path) -> dict[str, np.ndarray]:
     return read_tensors(path, "config.init_weights")
 
 
-def load_state_dict(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], *, head: bool) -> dict[str, np.ndarray]:
+def load_state_dict(
+    tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], *, head: bool
+) -> dict[str, np.ndarray]:
     """Rename and transpose the tensors of a PyTorch `SE-ResNeXt`, every one of them or an error.
 
     Args:
         tensors: by their names there, either layout.
         like: leaves of our model with a shape, by flat name, e.g. `params/stem/conv/kernel` and
             `variables/stem/norm/mean`; other names than `params/` and `variables/` are left alone.
-        head: whether the linear layer is taken too; without it, the file's may have other classes or be missing.
+        head: whether the linear layer is taken too; without it, the file's may have other classes
+          or be missing.
 
     Returns:
         float32 arrays by those flat names, all of `like` but the linear layer's if not head.
 
     Raises:
-        InputError: a tensor is missing, has no place, or has another shape; the first of each is named.
+        InputError: a tensor is missing, has no place, or has another shape; the first of each is
+          named.
     """
     model = {
         name.split("/", 1)[1]: name
         for name in like
-        if name.startswith(("params/", "variables/")) and (head or name.split("/")[1] != "classification")
+        if name.startswith(("params/", "variables/"))
+        and (head or name.split("/")[1] != "classification")
     }
     entries = {_newer_name(name): value for name, value in tensors.items()}
     if not head:
@@ -50,14 +56,16 @@ def load_state_dict(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], 
     found, misfits = from_state_dict(entries, wanted, "SEResNeXt")
     if misfits:
         raise InputError(
-            f"config.init_weights: the file does not fit this model ({misfits.text()}); it must be an SE-ResNeXt of "
+            f"config.init_weights: the file does not fit this model ({misfits.text()}); it must "
+            f"be an SE-ResNeXt of "
             "the same config.model in timm's or the older layout of names"
         )
     return {model[name]: value for name, value in found.items()}
 
 
 def load_into(state: Any, path: str | Path, *, head: bool = False) -> Any:
-    """The state with a file's weights in place of its own; all else, the optimizer's moments among it, is untouched.
+    """The state with a file's weights in place of its own; all else, the optimizer's moments among
+    it, is untouched.
 
     Args:
         state: tree with `params` and `variables`, arrays on their devices.

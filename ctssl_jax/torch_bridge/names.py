@@ -1,4 +1,5 @@
-"""Names and axes of tensors: this package's checkpoints and PyTorch's state_dict, both ways, without PyTorch.
+"""Names and axes of tensors: this package's checkpoints and PyTorch's state_dict, both ways,
+without PyTorch.
 
     here                                  PyTorch
     encoder/downsample/{0,1}/conv|norm    encoder.{0,1}.{0|1}             the authors' layout
@@ -9,8 +10,8 @@
     decoder/stem/conv|norm                decoder.0.{0|1}
     decoder/blocks/i/conv3|norm|conv1     decoder.{1+i}.resblock.{0|1|3}
     decoder/upsample/{0,1}/conv|norm      decoder.{2+d,3+d}.{0|1}
-    A/conv, A/norm                        A.0, A.1                        classifier and U-Nets, beside the encoder
-    head, classification                  the same
+    A/conv, A/norm                        A.0, A.1                        classifier and U-Nets,
+    beside the encoder head, classification                  the same
     stem/conv, stem/norm                  conv1, bn1                      SE-ResNeXt: timm's layout
     stages/s/i/conv{k}/conv|norm          layer{s+1}.i.conv{k}|bn{k}
     stages/s/i/squeeze, excite            layer{s+1}.i.se.fc1, fc2
@@ -19,9 +20,9 @@
     kernel, bias; scale, bias             weight, bias
     mean, var                             running_mean, running_var
 
-Kernels of convolutions are HWIO here and OIHW there, of linear layers transposed; those of transposed convolutions are
-IOHW there and mirrored in H and W. PyTorch counts the batches that a norm has seen (`num_batches_tracked`); here the
-checkpoint's step stands for it.
+Kernels of convolutions are HWIO here and OIHW there, of linear layers transposed; those of
+transposed convolutions are IOHW there and mirrored in H and W. PyTorch counts the batches that a
+norm has seen (`num_batches_tracked`); here the checkpoint's step stands for it.
 """
 
 import dataclasses
@@ -33,17 +34,29 @@ import numpy as np
 
 _NOT_ARCHITECTURE = ("remat", "scan", "dtype")
 COUNTER = "num_batches_tracked"
-_FIELDS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_FIELDS = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 _CONV_NORM = {"conv": "0", "norm": "1"}
-_RESBLOCK = {"encoder": {"conv3": "0", "norm": "2", "conv1": "4"}, "decoder": {"conv3": "0", "norm": "1", "conv1": "3"}}
+_RESBLOCK = {
+    "encoder": {"conv3": "0", "norm": "2", "conv1": "4"},
+    "decoder": {"conv3": "0", "norm": "1", "conv1": "3"},
+}
 # State of training that PyTorch's layout has no place for: how a codebook follows the latents.
 _TRAINING_ONLY = re.compile(r"quantizer/(counts|sums|steps|initialised)")
 
 
 def architecture_settings(settings: Any) -> dict[str, Any]:
-    """A model's settings as its PyTorch twin takes them: what decides its tensors and its function."""
+    """A model's settings as its PyTorch twin takes them: what decides its tensors and its
+    function."""
     return {
-        field.name: list(value) if isinstance(value := getattr(settings, field.name), tuple) else value
+        field.name: list(value)
+        if isinstance(value := getattr(settings, field.name), tuple)
+        else value
         for field in dataclasses.fields(settings)
         if field.name not in _NOT_ARCHITECTURE and not field.name.startswith("vq_")
     }
@@ -111,7 +124,11 @@ def to_torch_axes(value: np.ndarray, name: str) -> np.ndarray:
         return value
     if value.ndim == 2:
         return value.T
-    return value[::-1, ::-1].transpose(2, 3, 0, 1) if _is_transposed(name) else value.transpose(3, 2, 0, 1)
+    return (
+        value[::-1, ::-1].transpose(2, 3, 0, 1)
+        if _is_transposed(name)
+        else value.transpose(3, 2, 0, 1)
+    )
 
 
 def from_torch_axes(value: np.ndarray, name: str) -> np.ndarray:
@@ -120,11 +137,18 @@ def from_torch_axes(value: np.ndarray, name: str) -> np.ndarray:
         return value
     if value.ndim == 2:
         return value.T
-    return value.transpose(2, 3, 0, 1)[::-1, ::-1] if _is_transposed(name) else value.transpose(2, 3, 1, 0)
+    return (
+        value.transpose(2, 3, 0, 1)[::-1, ::-1]
+        if _is_transposed(name)
+        else value.transpose(2, 3, 1, 0)
+    )
 
 
 def state_dict(
-    tensors: Mapping[str, np.ndarray], architecture: str, depth: int, num_batches: int | Mapping[str, int]
+    tensors: Mapping[str, np.ndarray],
+    architecture: str,
+    depth: int,
+    num_batches: int | Mapping[str, int],
 ) -> dict[str, np.ndarray]:
     """PyTorch's entries of a model, in the order of `torch.nn.Module.state_dict`.
 
@@ -162,12 +186,18 @@ class Misfits(NamedTuple):
     def text(self) -> str:
         """Numbers, and the first of each kind."""
         first = "; ".join(kind[0] for kind in self if kind)
-        counts = f"{len(self.missing)} tensors missing, {len(self.extra)} extra, {len(self.shapes)} of another shape"
+        counts = (
+            f"{len(self.missing)} tensors missing, {len(self.extra)} extra, {len(self.shapes)} of "
+            f"another shape"
+        )
         return f"{counts}; {first}"
 
 
 def from_state_dict(
-    entries: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], architecture: str, depth: int = 0
+    entries: Mapping[str, np.ndarray],
+    wanted: Mapping[str, tuple[int, ...]],
+    architecture: str,
+    depth: int = 0,
 ) -> tuple[dict[str, np.ndarray], Misfits]:
     """Our tensors out of PyTorch's entries.
 
@@ -187,7 +217,9 @@ def from_state_dict(
             continue
         shape = to_torch_axes(np.broadcast_to(np.float32(0), wanted[name]), name).shape
         if entries[there].shape != shape:
-            misfits.shapes.append(f"{there} has shape {tuple(entries[there].shape)} there, {shape} here")
+            misfits.shapes.append(
+                f"{there} has shape {tuple(entries[there].shape)} there, {shape} here"
+            )
             continue
         found[name] = np.ascontiguousarray(from_torch_axes(entries[there], name), dtype=np.float32)
     known = {name for name in entries if name.endswith(f".{COUNTER}")} | theirs.keys()

@@ -1,4 +1,5 @@
-"""Accounts for every file of an archive: it is in a volume, dropped from one, rejected, or not an image."""
+"""Accounts for every file of an archive: it is in a volume, dropped from one, rejected, or not an
+image."""
 
 import collections
 import csv
@@ -6,22 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_prep.archives import Source, Unreadable
-from data_prep.headers import NotAnImage
+from data_prep.labels.rsna_pe import RULES
 from data_prep.pipeline.notes import ExamNote
-from data_prep.rsna_pe import RULES
+from data_prep.scan.archives import Source, Unreadable
+from data_prep.scan.headers import NotAnImage
 from data_prep.scan.reasons import FAILED_FOR_NOW, REASONS
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 
 
 class FileAccount:
-    """Collects outcomes; writes one row a file to `sources_file` (private: it names the sources)."""
+    """Collects outcomes; writes one row a file to `sources_file` (private: it names the
+    sources)."""
 
     def __init__(self, sources_file: TextIO):
         self._writer = csv.writer(sources_file, lineterminator="\n")
         self._writer.writerow(_COLUMNS)
-        self._files = {name: collections.Counter() for name in ("dropped", "rejected", "not_images")}
+        self._files = {
+            name: collections.Counter() for name in ("dropped", "rejected", "not_images")
+        }
         self._series = collections.Counter()
         self._in_volumes = 0
         self.rejected: list[dict[str, Any]] = []  # rows of rejected.csv
@@ -30,7 +34,8 @@ class FileAccount:
     def add(self, outcomes: list[ExamNote], not_images: list[NotAnImage | Unreadable]) -> None:
         """Adds the outcome of a group of files that share no file with another group.
 
-        A file of several stacks (a multi-frame file) counts once: for a volume, else as dropped, else as rejected.
+        A file of several stacks (a multi-frame file) counts once: for a volume, else as dropped,
+        else as rejected.
         """
         rows: dict[Source, tuple[str, ...]] = {}
         for note in outcomes:
@@ -47,7 +52,10 @@ class FileAccount:
         for note in outcomes:
             for series in note.rejected:
                 files = [source for source in series.sources if source not in rows]
-                rows |= {source: ("rejected", series.series_id, series.reason, series.detail) for source in files}
+                rows |= {
+                    source: ("rejected", series.series_id, series.reason, series.detail)
+                    for source in files
+                }
                 self._files["rejected"][series.reason] += len(files)
                 self._series[series.reason] += 1
                 self.rejected.append(
@@ -61,7 +69,9 @@ class FileAccount:
         for entry in not_images:
             rows[entry.source] = ("not_an_image", "", entry.reason, entry.detail)
             self._files["not_images"][entry.reason] += 1
-        self._writer.writerows((source.path, source.member, *row) for source, row in sorted(rows.items()))
+        self._writer.writerows(
+            (source.path, source.member, *row) for source, row in sorted(rows.items())
+        )
 
     def counts(self, num_files: int) -> dict[str, Any]:
         """Numbers of files and series by outcome.
@@ -72,19 +82,25 @@ class FileAccount:
         if total != num_files:
             raise RuntimeError(
                 f"{num_files} files were listed and {total} accounted for; "
-                "if files come and go, run again when the archive is at rest, else please report this"
+                "if files come and go, run again when the archive is at rest, else please report "
+                "this"
             )
         return {
             "files": num_files,
             "files_in_volumes": self._in_volumes,
-            **{f"files_{name}": dict(sorted(counter.items())) for name, counter in self._files.items()},
+            **{
+                f"files_{name}": dict(sorted(counter.items()))
+                for name, counter in self._files.items()
+            },
             "series_rejected": dict(sorted(self._series.items())),
         }
 
 
 def num_failed_for_now(counts: Mapping[str, Any]) -> int:
     """Series and files that the next run tries again."""
-    return sum(counts[name].get(FAILED_FOR_NOW, 0) for name in ("series_rejected", "files_not_images"))
+    return sum(
+        counts[name].get(FAILED_FOR_NOW, 0) for name in ("series_rejected", "files_not_images")
+    )
 
 
 # ---- in words ----------------------------------------------------------------------------------
@@ -95,26 +111,34 @@ def dry_run_text(counts: Mapping[str, Any]) -> str:
     return "\n".join(
         (
             "Dry run: what the headers say; pixels may refuse more. Nothing was written.",
-            f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} slices "
+            f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} "
+            f"slices "
             f"would be converted, about {counts['bytes'] / 1e6:.0f} MB.",
             summary_table(counts),
         )
     )
 
 
-def dataset_text(preparation: Mapping[str, Any], changed: bool, output_dir: Path, audit_dir: Path) -> str:
+def dataset_text(
+    preparation: Mapping[str, Any], changed: bool, output_dir: Path, audit_dir: Path
+) -> str:
     """What a preparation did."""
     counts = preparation["counts"]
     state = "is complete" if changed else "is complete already: nothing to do"
     lines = [f"{output_dir} {state}{' (SYNTHETIC data)' * preparation['synthetic']}."]
     for split, facts in preparation["splits"].items():
-        volumes, patients, slices = (facts[f"num_{name}"] for name in ("volumes", "patients", "slices"))
+        volumes, patients, slices = (
+            facts[f"num_{name}"] for name in ("volumes", "patients", "slices")
+        )
         lines.append(f"  {split}: {volumes} volumes of {patients} patients, {slices} slices")
     lines.append(summary_table(counts))
     if missing := counts["volumes_without_files"]:
         lines.append(f"{missing:>8} volumes whose files are gone; they stay in the dataset")
     if failed := num_failed_for_now(counts):
-        lines.append(f"{failed:>8} series or files could not be read for now ({FAILED_FOR_NOW}); run again to retry")
+        lines.append(
+            f"{failed:>8} series or files could not be read for now ({FAILED_FOR_NOW}); "
+            f"run again to retry"
+        )
     lines.append(f"Private: {audit_dir} links pseudonyms to files; keep it with the scans.")
     return "\n".join(lines)
 
@@ -129,7 +153,11 @@ def summary_table(counts: dict[str, Any]) -> str:
     ):
         lines.append(f"{sum(counts[name].values()):>8} {title}")
         for reason, number in counts[name].items():
-            series = f" in {counts['series_rejected'][reason]} series" if name == "files_rejected" else ""
+            series = (
+                f" in {counts['series_rejected'][reason]} series"
+                if name == "files_rejected"
+                else ""
+            )
             lines.append(f"{number:>16} {reason}{series}: {REASONS[reason]}")
     lines += label_lines(counts)
     return "\n".join(lines)
@@ -142,9 +170,16 @@ def label_lines(counts: dict[str, Any]) -> list[str]:
         numbers = ", ".join(f"{number} {text}" for text, number in classes.items())
         lines.append(f"{sum(classes.values()):>8} cells of {name}: {numbers}")
     for names, number in counts.get("label_rows_without_match", {}).items():
-        lines += [f"{number:>8} rows of labels ({names}) of scans that are not in the archive"] if number else []
+        lines += (
+            [f"{number:>8} rows of labels ({names}) of scans that are not in the archive"]
+            if number
+            else []
+        )
     for name, text in (
-        ("attribute_rows_without_match", "rows of attributes of patients who are not in the archive"),
+        (
+            "attribute_rows_without_match",
+            "rows of attributes of patients who are not in the archive",
+        ),
         ("annotations_without_match", "annotations of scans that are not in the archive"),
         ("masks_without_match", "masks of scans that are not in the archive"),
     ):

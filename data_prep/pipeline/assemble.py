@@ -1,7 +1,8 @@
 """The last act of a preparation: staged volumes -> shards, tables, metadata.
 
-All decisions (splits, order, which volume goes to which shard) are frozen in one file before the first shard is
-written. From then on a killed run can be continued: sidecars tell which shards are finished.
+All decisions (splits, order, which volume goes to which shard) are frozen in one file before the
+first shard is written. From then on a killed run can be continued: sidecars tell which shards are
+finished.
 """
 
 import collections
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.dataset__schema import (
+from data_prep.dataset.schema import (
     LABELS_FILE,
     PREPARATION_FILE,
     REGIONS_FILE,
@@ -27,14 +28,14 @@ from data_prep.dataset__schema import (
     table_columns,
     versions,
 )
-from data_prep.dataset__storage import read_records, write_records, write_table
-from data_prep.dataset__tfds import complete
+from data_prep.dataset.storage import read_records, write_records, write_table
+from data_prep.dataset.tfds import complete
 from data_prep.pipeline.notes import ExamNote, read_note, records_path
 from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.privacy import pseudonyms
 from data_prep.system.errors import RunFailed
 from data_prep.system.files import file_sha256, read_json, sync_directory, write_file
-from data_prep.workers import Progress, WorkerDied, WorkerPool
+from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
 _MEGABYTE = 1_000_000
 
@@ -93,7 +94,9 @@ def freeze(
     everything = [*old_volumes, *(row for row, _ in new_volumes.values())]
     for name, number in collections.Counter(row["volume_id"] for row in everything).items():
         if number > 1:
-            raise RuntimeError(f"volume {name} would be in the dataset {number} times; please report this")
+            raise RuntimeError(
+                f"volume {name} would be in the dataset {number} times; please report this"
+            )
     for patient in sorted((row["patient_id"] for row in everything), key=by_hash):
         volumes_per_patient[patient] = volumes_per_patient.get(patient, 0) + 1
     splits = known_splits | assign_splits(
@@ -102,15 +105,23 @@ def freeze(
     rows, new_shards, shard_lengths = [], [], {}
     for split in SPLITS:
         present = [row for row in old_volumes if row["split"] == split]
-        added = [name for name, (row, _) in new_volumes.items() if splits[row["patient_id"]] == split]
+        added = [
+            name for name, (row, _) in new_volumes.items() if splits[row["patient_id"]] == split
+        ]
         added.sort(key=lambda name: by_hash(new_volumes[name][0]["volume_id"]))
         if not present and not added:
             continue
-        lengths = list(old_preparation["splits"].get(split, {}).get("shard_lengths", [])) if old_preparation else []
+        lengths = (
+            list(old_preparation["splits"].get(split, {}).get("shard_lengths", []))
+            if old_preparation
+            else []
+        )
         rows += present
         slices = [new_volumes[name][0]["num_slices"] for name in added]
         for name, first in zip(added, running_totals(slices), strict=True):
-            rows.append(new_volumes[name][0] | {"split": split, "first_record": sum(lengths) + first})
+            rows.append(
+                new_volumes[name][0] | {"split": split, "first_record": sum(lengths) + first}
+            )
         sizes = [new_volumes[name][1] for name in added]
         for part in cut_into_shards(sizes, int(options["shard_size_mb"] * _MEGABYTE)):
             num_records = sum(slices[part.start : part.stop])
@@ -136,21 +147,32 @@ def freeze(
 
 
 def can_be_assembled(frozen: FrozenPlan, output_dir: Path, records_dir: Path) -> bool:
-    """Whether every shard is written already or has its staged volumes: false if someone removed the output."""
+    """Whether every shard is written already or has its staged volumes: false if someone removed
+    the output."""
     old_shards = [name for name in frozen.old_checksums if ".array_record-" in name]
     return all((output_dir / name).exists() for name in old_shards) and all(
-        (sidecar_path(records_dir, shard["name"]).exists() and (output_dir / shard["name"]).exists())
+        (
+            sidecar_path(records_dir, shard["name"]).exists()
+            and (output_dir / shard["name"]).exists()
+        )
         or all(records_path(records_dir, key).exists() for key in shard["staged"])
         for shard in frozen.new_shards
     )
 
 
 def assemble(
-    frozen: FrozenPlan, output_dir: Path, records_dir: Path, notes_dir: Path, kept_notes_dir: Path, pool: WorkerPool
+    frozen: FrozenPlan,
+    output_dir: Path,
+    records_dir: Path,
+    notes_dir: Path,
+    kept_notes_dir: Path,
+    pool: WorkerPool,
 ) -> dict[str, Any]:
-    """Writes the missing files of a frozen dataset and returns preparation.json, which is written last.
+    """Writes the missing files of a frozen dataset and returns preparation.json, which is written
+    last.
 
-    The notes of the volumes hold their labels: in `notes_dir`, or in `kept_notes_dir` where `keep_notes` moved them.
+    The notes of the volumes hold their labels: in `notes_dir`, or in `kept_notes_dir` where
+    `keep_notes` moved them.
 
     Raises:
         OSError: the output can't be written.
@@ -191,7 +213,10 @@ def _label_tables(
     for row in frozen.volumes if tables else ():
         labels = _note_of(row["volume_id"], frozen, notes_dir, kept_notes_dir).labels
         volume = {"volume_id": row["volume_id"]}
-        by_slice = [dict(zip(labels["slices"], c, strict=True)) for c in zip(*labels["slices"].values(), strict=True)]
+        by_slice = [
+            dict(zip(labels["slices"], c, strict=True))
+            for c in zip(*labels["slices"].values(), strict=True)
+        ]
         rows = {
             SLICES_FILE: [volume | {"slice_index": i} | cells for i, cells in enumerate(by_slice)],
             LABELS_FILE: [volume | labels["volume"]],
@@ -202,8 +227,11 @@ def _label_tables(
     return tables
 
 
-def _class_counts(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Number of rows (of slices.csv, labels.csv) by class of each label that they hold, and `missing`."""
+def _class_counts(
+    rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Number of rows (of slices.csv, labels.csv) by class of each label that they hold, and
+    `missing`."""
     counts: dict[str, Any] = {}
     for name, fact in facts.items():
         if rows and name in rows[0]:
@@ -218,7 +246,9 @@ def _note_of(volume_id: str, frozen: FrozenPlan, notes_dir: Path, kept_notes_dir
     return read_note(new if new.exists() else kept_notes_dir / f"{volume_id}.json")
 
 
-def _write_shards(frozen: FrozenPlan, output_dir: Path, records_dir: Path, pool: WorkerPool) -> dict[str, str]:
+def _write_shards(
+    frozen: FrozenPlan, output_dir: Path, records_dir: Path, pool: WorkerPool
+) -> dict[str, str]:
     checksums = {}
     tasks = []
     total = sum(shard["num_records"] for shard in frozen.new_shards)
@@ -229,17 +259,22 @@ def _write_shards(frozen: FrozenPlan, output_dir: Path, records_dir: Path, pool:
                 checksums[shard["name"]] = sidecar.read_text()
                 progress.advance(shard["num_records"], already_there=True)
             else:
-                tasks.append((output_dir / shard["name"], records_dir, shard["staged"], shard["num_records"]))
+                tasks.append(
+                    (output_dir / shard["name"], records_dir, shard["staged"], shard["num_records"])
+                )
         for (path, _, _, num_records), checksum in pool.run(write_shard, tasks):
             if isinstance(checksum, WorkerDied):
-                raise RunFailed(f"{path}: writing the shard was killed; check memory and disk, then run again")
+                raise RunFailed(
+                    f"{path}: writing the shard was killed; check memory and disk, then run again"
+                )
             checksums[path.name] = checksum
             progress.advance(num_records)
     return checksums
 
 
 def write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> str:
-    """Writes a shard of staged exams, then its sidecar, then removes what was staged; returns the shard's SHA-256.
+    """Writes a shard of staged exams, then its sidecar, then removes what was staged; returns the
+    shard's SHA-256.
 
     Raises:
         OSError: it cannot be written.
@@ -247,7 +282,9 @@ def write_shard(path: Path, records_dir: Path, staged: list[str], num_records: i
     """
     written = write_records(path, _staged_records(records_dir, staged))
     if written != num_records:
-        raise RunFailed(f"{path}: {written} records instead of {num_records}; prepare into a new directory")
+        raise RunFailed(
+            f"{path}: {written} records instead of {num_records}; prepare into a new directory"
+        )
     checksum = file_sha256(path)
     write_file(sidecar_path(records_dir, path.name), checksum.encode())
     for key in staged:

@@ -1,32 +1,39 @@
-r"""The expensive steps of a preparation under Apache Beam: the conversion of the exams and the writing of the shards.
+r"""The expensive steps of a preparation under Apache Beam: the conversion of the exams and the
+writing of the shards.
 
     python -m data_prep.prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"     # pip install ctssl_jax[beam]
 
-The workers run the functions of the local runner, and the dataset is the same to the byte; either runner continues what
-the other began. Listing, headers, planning, the frozen decisions and the tables stay with the process that was
-started, on its --num_workers. Without a runner in --beam_options the pipelines run here (Beam's FnApiRunner) with
---num_workers workers, which is for trying things out and not faster than the local runner. On a cluster:
+The workers run the functions of the local runner, and the dataset is the same to the byte; either
+runner continues what the other began. Listing, headers, planning, the frozen decisions and the
+tables stay with the process that was started, on its --num_workers. Without a runner in
+--beam_options the pipelines run here (Beam's FnApiRunner) with --num_workers workers, which is for
+trying things out and not faster than the local runner. On a cluster:
 
     --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64
                     --environment_type=EXTERNAL --environment_config=WORKER:50000"
     --beam_options="--runner=SparkRunner --spark_master_url=spark://HOST:7077
                     --environment_type=EXTERNAL --environment_config=WORKER:50000"
-    --beam_options="--runner=DataflowRunner --project=PROJECT --region=REGION --temp_location=gs://BUCKET/tmp
-                    --sdk_container_image=IMAGE"                                  # and pip install 'apache-beam[gcp]'
+    --beam_options="--runner=DataflowRunner --project=PROJECT --region=REGION
+    --temp_location=gs://BUCKET/tmp
+                    --sdk_container_image=IMAGE"                                  # and pip install
+                    'apache-beam[gcp]'
 
-EXTERNAL: each worker machine of Flink or Spark runs `python -m apache_beam.runners.worker.worker_pool_main
---service_port=50000` in an activated environment with this package (the pool starts the `python` that is first on
-PATH); WORKER is the name by which a machine reaches itself. IMAGE holds this package and mounts the directories.
+EXTERNAL: each worker machine of Flink or Spark runs
+`python -m apache_beam.runners.worker.worker_pool_main --service_port=50000` in an activated
+environment with this package (the pool starts the `python` that is first on PATH); WORKER is the
+name by which a machine reaches itself. IMAGE holds this package and mounts the directories.
 
-All workers, and the machine that starts the job, see input_dir (or reach its URL, with credentials of their own),
-output_dir, audit_dir and the files of labels and masks under the same paths, with atomic renames and symbolic links
-(NFS, Lustre, GPFS, Filestore), and may write. What goes through Beam is paths and numbers: the pseudonym key and
-whatever names a scan stay in the audit directory, where the workers read them.
+All workers, and the machine that starts the job, see input_dir (or reach its URL, with credentials
+of their own), output_dir, audit_dir and the files of labels and masks under the same paths, with
+atomic renames and symbolic links (NFS, Lustre, GPFS, Filestore), and may write. What goes through
+Beam is paths and numbers: the pseudonym key and whatever names a scan stay in the audit directory,
+where the workers read them.
 
-Beam may run a task again, after a lost worker or for no reason, also while its first run is still at work, perhaps cut
-off and on another machine. So each run of a task writes into a directory of its own and then renames; what is done is
-skipped. Before a job is started again its old one must have been cancelled: the lock that keeps two runs apart is held
-by the process that started the job, not by its workers.
+Beam may run a task again, after a lost worker or for no reason, also while its first run is still
+at work, perhaps cut off and on another machine. So each run of a task writes into a directory of
+its own and then renames; what is done is skipped. Before a job is started again its old one must
+have been cancelled: the lock that keeps two runs apart is held by the process that started the job,
+not by its workers.
 """
 
 import contextlib
@@ -46,14 +53,17 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
 from data_prep.pipeline import assemble, convert, notes
-from data_prep.planning import read_plan
-from data_prep.series import SeriesCandidate
+from data_prep.pipeline.plan import read_plan
+from data_prep.scan.series import SeriesCandidate
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, publish, write_file
-from data_prep.workers import WorkerDied, WorkerPool
+from data_prep.system.workers import WorkerDied, WorkerPool
 
 _HERE = "--runner=FnApiRunner"  # not DirectRunner, which may download another one
-_REMEDY = "what it finished stays: run the same command again to continue (--runner=local continues it, too)"
+_REMEDY = (
+    "what it finished stays: run the same command again to continue (--runner=local continues it, "
+    "too)"
+)
 _CONVERSION_FILE = "conversion.pickle"  # private: it holds the pseudonym key
 
 
@@ -63,24 +73,34 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
     Raises:
         InputError: Beam does not take them; one line.
     """
-    for name in ("common", "worker", "portability.fn_api_runner", "portability.local_job_service"):  # workers here:
-        logging.getLogger(f"apache_beam.runners.{name}").setLevel(logging.CRITICAL)  # `_run` raises their errors
+    # workers here:
+    for name in ("common", "worker", "portability.fn_api_runner", "portability.local_job_service"):
+        # `_run` raises their errors
+        logging.getLogger(f"apache_beam.runners.{name}").setLevel(logging.CRITICAL)
     arguments = list(options)
     if not any(option.split("=")[0] == "--runner" for option in options):
-        arguments = [_HERE, "--direct_running_mode=multi_threading", f"--direct_num_workers={num_workers}", *options]
+        arguments = [
+            _HERE,
+            "--direct_running_mode=multi_threading",
+            f"--direct_num_workers={num_workers}",
+            *options,
+        ]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             parsed = PipelineOptions(arguments)
             parsed.get_all_options()
             beam.Pipeline(options=parsed)
-    except (Exception, SystemExit) as error:  # argparse prints and exits, and runners raise errors of any type
-        reason = (complaint.getvalue() or str(error)).strip().splitlines()[-1].rpartition(": error: ")[2]
+    # argparse prints and exits, and runners raise errors of any type
+    except (Exception, SystemExit) as error:
+        reason = (
+            (complaint.getvalue() or str(error)).strip().splitlines()[-1].rpartition(": error: ")[2]
+        )
         raise InputError(f"--beam_options={shlex.join(options)}: {reason}") from None
     return arguments
 
 
-# ---- conversion --------------------------------------------------------------------------------------------
+# ---- conversion ----------------------------------------------------------------------------------
 
 
 def convert_exams(
@@ -114,7 +134,8 @@ def _exams_of_plan(element: tuple[str, list[int]]) -> list[tuple[str, int]]:
 
 
 class _Convert(beam.DoFn):
-    """In a process of its own, like the local runner's: a scan that kills it is noted and takes no other along."""
+    """In a process of its own, like the local runner's: a scan that kills it is noted and takes no
+    other along."""
 
     def __init__(self, conversion_file: str):
         self._conversion_file = conversion_file
@@ -133,7 +154,8 @@ class _Convert(beam.DoFn):
 
 
 def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: WorkerPool) -> None:
-    """`convert.convert_exam`, unless that is done, safe against another run of the same task at the same time.
+    """`convert.convert_exam`, unless that is done, safe against another run of the same task at the
+    same time.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
@@ -141,7 +163,10 @@ def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: Worke
     if notes.is_converted(run, exam):
         return
     key = notes.exam_key(run, exam)
-    with _private_directory(run.notes_dir) as notes_dir, _private_directory(run.records_dir) as records_dir:
+    with (
+        _private_directory(run.notes_dir) as notes_dir,
+        _private_directory(run.records_dir) as records_dir,
+    ):
         private = dataclasses.replace(run, notes_dir=notes_dir, records_dir=records_dir)
         for _, result in pool.run(convert.convert_exam, [(private, exam)]):
             if isinstance(result, WorkerDied):
@@ -154,19 +179,26 @@ def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: Worke
         publish(notes.note_path(private, key), notes.note_path(run, key))  # last: it means "done"
 
 
-# ---- shards ------------------------------------------------------------------------------------------------
+# ---- shards --------------------------------------------------------------------------------------
 
 
 def write_shards(
-    frozen: assemble.FrozenPlan, frozen_file: Path, output_dir: Path, records_dir: Path, arguments: Sequence[str]
+    frozen: assemble.FrozenPlan,
+    frozen_file: Path,
+    output_dir: Path,
+    records_dir: Path,
+    arguments: Sequence[str],
 ) -> None:
-    """Writes the new shards that are not there yet, with the sidecars by which `assemble.assemble` knows them.
+    """Writes the new shards that are not there yet, with the sidecars by which `assemble.assemble`
+    knows them.
 
     Raises:
         RunFailed: the pipeline failed; what it finished stays.
     """
     missing = [
-        i for i, shard in enumerate(frozen.new_shards) if not _is_written(shard["name"], output_dir, records_dir)
+        i
+        for i, shard in enumerate(frozen.new_shards)
+        if not _is_written(shard["name"], output_dir, records_dir)
     ]
     if not missing:
         return
@@ -183,7 +215,11 @@ def write_shards(
 
 class _WriteShard(beam.DoFn):
     def __init__(self, frozen_file: str, output_dir: str, records_dir: str):
-        self._frozen_file, self._output_dir, self._records_dir = frozen_file, output_dir, records_dir
+        self._frozen_file, self._output_dir, self._records_dir = (
+            frozen_file,
+            output_dir,
+            records_dir,
+        )
 
     def setup(self) -> None:
         self._shards = assemble.FrozenPlan.load(Path(self._frozen_file)).new_shards
@@ -195,7 +231,8 @@ class _WriteShard(beam.DoFn):
 
 
 def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_records: int) -> None:
-    """Writes a shard of the staged volumes `staged`, unless that is done, safe against another run of the same task.
+    """Writes a shard of the staged volumes `staged`, unless that is done, safe against another run
+    of the same task.
 
     Raises:
         OSError, RunFailed: the shard can't be written, or not all of its records are there.
@@ -212,8 +249,11 @@ def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_recor
 
 def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> None:
     with _private_directory(records_dir) as private:
-        for key in staged:  # links: the function takes away what it has written, and another run may be reading it
-            notes.records_path(private, key).symlink_to(notes.records_path(records_dir, key).absolute())
+        # links: the function takes away what it has written, and another run may be reading it
+        for key in staged:
+            notes.records_path(private, key).symlink_to(
+                notes.records_path(records_dir, key).absolute()
+            )
         assemble.write_shard(private / path.name, private, staged, num_records)
         publish(private / path.name, path)
         publish(
@@ -225,19 +265,23 @@ def _is_written(name: str, output_dir: Path, records_dir: Path) -> bool:
     return assemble.sidecar_path(records_dir, name).exists() and (output_dir / name).exists()
 
 
-# ---- both --------------------------------------------------------------------------------------------------
+# ---- both ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _private_directory(parent: Path) -> Iterator[Path]:
-    """No two runs of a task share it, on whatever machines; what a killed one leaves, the next preparation removes."""
-    with tempfile.TemporaryDirectory(dir=parent, suffix=PARTIAL, ignore_cleanup_errors=True) as directory:
+    """No two runs of a task share it, on whatever machines; what a killed one leaves, the next
+    preparation removes."""
+    with tempfile.TemporaryDirectory(
+        dir=parent, suffix=PARTIAL, ignore_cleanup_errors=True
+    ) as directory:
         yield Path(directory)
 
 
 def _run(pipeline: beam.Pipeline) -> None:
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # tracebacks of workers on this machine, which are raised too
+        # tracebacks of workers on this machine, which are raised too
+        with contextlib.redirect_stderr(io.StringIO()):
             state = pipeline.run().wait_until_finish()
     except Exception as error:  # of any runner
         raise RunFailed(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error

@@ -1,9 +1,11 @@
-"""One exam: pixels -> HU -> windowed slices in a staged file, with a note of what became of each of its files.
+"""One exam: pixels -> HU -> windowed slices in a staged file, with a note of what became of each of
+its files.
 
-This is what worker processes run. A finished exam leaves `<key>.json` in the private work directory and, if one of its
-candidates was taken, `<key>.array_record` in the other one; the note is written last and is there in full or not at
-all, so that its presence means "done". The key covers the files with their sizes and all options: what an earlier run
-left is used only if it would come out the same.
+This is what worker processes run. A finished exam leaves `<key>.json` in the private work directory
+and, if one of its candidates was taken, `<key>.array_record` in the other one; the note is written
+last and is there in full or not at all, so that its presence means "done". The key covers the files
+with their sizes and all options: what an earlier run left is used only if it would come out the
+same.
 """
 
 from collections.abc import Iterator
@@ -11,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.dataset__schema import MASK_AREA_COLUMN
-from data_prep.dataset__storage import encode_record, write_records
-from data_prep.labels import VolumeLabels
+from data_prep.dataset.schema import MASK_AREA_COLUMN
+from data_prep.dataset.storage import encode_record, write_records
+from data_prep.labels.lookup import VolumeLabels
 from data_prep.pipeline.notes import Conversion, ExamNote, exam_key, records_path, write_note
 from data_prep.privacy.pseudonyms import (
     Rejected,
@@ -26,15 +28,17 @@ from data_prep.privacy.pseudonyms import (
 )
 from data_prep.scan.loading import load_exam
 from data_prep.scan.reasons import FAILED_FOR_NOW
-from data_prep.series import Rejection, SeriesCandidate
-from data_prep.volume import Volume
-from data_prep.window import lung_box, resize_mask, resize_slice, window_to_uint8
+from data_prep.scan.series import Rejection, SeriesCandidate
+from data_prep.scan.volume import Volume
+from data_prep.scan.window import lung_box, resize_mask, resize_slice, window_to_uint8
 
-_STAGING_OPTIONS = "group_size:1,snappy"  # half the time of the shards' zstd-1 for a fifth more space
+# half the time of the shards' zstd-1 for a fifth more space
+_STAGING_OPTIONS = "group_size:1,snappy"
 
 
 def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
-    """Stages the first candidate of an exam that becomes a volume, and notes what became of all of them.
+    """Stages the first candidate of an exam that becomes a volume, and notes what became of all of
+    them.
 
     Where one fails for now, the whole exam is left for the next run.
 
@@ -46,11 +50,15 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
     loaded = load_exam(conversion.input_dir, exam, conversion.rules, labels.fault, labels.labels_of)
     rejections, facts, record_bytes = loaded.rejections, None, 0
     if loaded.failed_for_now:
-        rejections = [candidate.rejected(FAILED_FOR_NOW, loaded.failed_for_now.detail) for candidate in exam]
+        rejections = [
+            candidate.rejected(FAILED_FOR_NOW, loaded.failed_for_now.detail) for candidate in exam
+        ]
     elif loaded.volume is not None:
         facts = _VolumeFacts(loaded.volume, loaded.labels, conversion)
         path = records_path(conversion.records_dir, key)
-        records = _records(loaded.volume, loaded.labels, facts.row["volume_id"], conversion, facts.mask_areas)
+        records = _records(
+            loaded.volume, loaded.labels, facts.row["volume_id"], conversion, facts.mask_areas
+        )
         write_records(path, records, _STAGING_OPTIONS)
         record_bytes = path.stat().st_size
     write_note(conversion, _note(conversion, exam, facts, record_bytes, rejections))
@@ -58,7 +66,9 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
 
 def note_of_crash(conversion: Conversion, exam: list[SeriesCandidate]) -> ExamNote:
     """For an exam whose conversion killed its worker."""
-    rejections = [candidate.rejected(FAILED_FOR_NOW, "the worker process died") for candidate in exam]
+    rejections = [
+        candidate.rejected(FAILED_FOR_NOW, "the worker process died") for candidate in exam
+    ]
     return _note(conversion, exam, None, 0, rejections)
 
 
@@ -70,7 +80,9 @@ class _VolumeFacts:
         self.row = _row(volume, conversion)
         self.taken = sources_of(volume.headers)
         self.reasons = {header.source: reason for header, reason in volume.dropped}
-        self.slices = {slice_id(conversion.key, header): reason for header, reason in volume.dropped}
+        self.slices = {
+            slice_id(conversion.key, header): reason for header, reason in volume.dropped
+        }
         self.slices |= {slice_id(conversion.key, header): "" for header in volume.headers}
         self.labels = labels._replace(mask=None)
         self.mask_areas: list[int] = []  # filled as the records are written
@@ -78,7 +90,8 @@ class _VolumeFacts:
     def label_note(self) -> dict[str, Any]:
         """What the tables of labels and regions say of the volume; {} if the dataset has none.
 
-        `slices`: {column of slices.csv: [S]}, `volume`: {column of labels.csv: class}, `regions`: rows of regions.csv.
+        `slices`: {column of slices.csv: [S]}, `volume`: {column of labels.csv: class}, `regions`:
+          rows of regions.csv.
         """
         names = self.labels.slices[0]
         slices = {name: [row[name] for row in self.labels.slices] for name in names}
@@ -110,13 +123,19 @@ def _row(volume: Volume, conversion: Conversion) -> dict[str, Any]:
         "middle_slice": chest.middle_slice,
         "first_lung_slice": chest.first_lung_slice,
         "last_lung_slice": chest.last_lung_slice,
-        "lung_box": lung_box(chest, volume.hu.shape[1:], volume.pixel_spacing_mm, conversion.image_size),
+        "lung_box": lung_box(
+            chest, volume.hu.shape[1:], volume.pixel_spacing_mm, conversion.image_size
+        ),
         "notes": " ".join(volume.notes),
     }
 
 
 def _records(
-    volume: Volume, labels: VolumeLabels, volume_id: str, conversion: Conversion, mask_areas: list[int]
+    volume: Volume,
+    labels: VolumeLabels,
+    volume_id: str,
+    conversion: Conversion,
+    mask_areas: list[int],
 ) -> Iterator[bytes]:
     """Appends the foreground of each mask to `mask_areas`."""
     for index, hu in enumerate(volume.hu):
@@ -150,8 +169,15 @@ def _note(
         row = facts.row | {"num_files": len(taken), "num_dropped_files": len(dropped)}
     others = [candidate for candidate in exam if facts is None or candidate is not facts.candidate]
     rejected = [
-        Rejected(volume_id(conversion.key, candidate), entry.reason, entry.detail, sources_of(entry.headers))
+        Rejected(
+            volume_id(conversion.key, candidate),
+            entry.reason,
+            entry.detail,
+            sources_of(entry.headers),
+        )
         for candidate, entry in zip(others, rejections, strict=True)
     ]
     slices, labels = (facts.slices, facts.label_note()) if facts else ({}, {})
-    return ExamNote(exam_key(conversion, exam), row, record_bytes, taken, dropped, rejected, slices, labels)
+    return ExamNote(
+        exam_key(conversion, exam), row, record_bytes, taken, dropped, rejected, slices, labels
+    )

@@ -1,13 +1,14 @@
-"""What an earlier run left in a dataset: such volumes stay as they are when the archive grows or is rearranged."""
+"""What an earlier run left in a dataset: such volumes stay as they are when the archive grows or is
+rearranged."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from data_prep.headers import Header
 from data_prep.pipeline.notes import ExamNote, read_note
 from data_prep.privacy.pseudonyms import Rejected, exam_id, slice_id, sources_of, volume_id
-from data_prep.series import Rejection, SeriesCandidate
+from data_prep.scan.headers import Header
+from data_prep.scan.series import Rejection, SeriesCandidate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class KnownVolumes:
     def outcome(self, exam: list[SeriesCandidate]) -> list[ExamNote] | None:
         """What becomes of an exam of which volumes are in the dataset; None: it is to be converted.
 
-        The files of a volume count as they did; a file that came to its series since is rejected as `series_changed`.
+        The files of a volume count as they did; a file that came to its series since is rejected as
+        `series_changed`.
         """
         notes = self._notes(*exam[0].exam_key)
         names = [volume_id(self.key, candidate) for candidate in exam]
@@ -42,19 +44,29 @@ class KnownVolumes:
         return outcomes
 
     def outcome_of_rejection(self, rejection: Rejection, row: Rejected) -> list[ExamNote]:
-        """The same for a stack that the header checks refuse: its slices may be in a volume from earlier."""
+        """The same for a stack that the header checks refuse: its slices may be in a volume from
+        earlier."""
         first = rejection.headers[0]
         notes = self._notes(first.patient_key, first.study_instance_uid)
-        if row.series_id in notes or any(self._is_known(header, notes) for header in rejection.headers):
-            return self._account(rejection.headers, notes, dataclasses.replace(row, reason="series_changed", detail=""))
+        if row.series_id in notes or any(
+            self._is_known(header, notes) for header in rejection.headers
+        ):
+            return self._account(
+                rejection.headers,
+                notes,
+                dataclasses.replace(row, reason="series_changed", detail=""),
+            )
         return [ExamNote("", None, 0, [], [], [row])]
 
     def _is_known(self, header: Header, notes: Mapping[str, ExamNote]) -> bool:
         name = slice_id(self.key, header)
         return any(name in note.slices for note in notes.values())
 
-    def _account(self, headers: Iterable[Header], notes: Mapping[str, ExamNote], rest: Rejected) -> Iterable[ExamNote]:
-        """Shares the files of a stack among the volumes that hold its slices and, for new ones, `rest`."""
+    def _account(
+        self, headers: Iterable[Header], notes: Mapping[str, ExamNote], rest: Rejected
+    ) -> Iterable[ExamNote]:
+        """Shares the files of a stack among the volumes that hold its slices and, for new ones,
+        `rest`."""
         taken = {name: [] for name in notes}
         dropped = {name: [] for name in notes}
         seen, new = set(), []

@@ -1,16 +1,17 @@
-"""What became of an exam: a note beside its staged volume, which is written last and so means "done"."""
+"""What became of an exam: a note beside its staged volume, which is written last and so means
+"done"."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.archives import ArchiveDirectory, Source
-from data_prep.labels import Labels
+from data_prep.labels.lookup import Labels
 from data_prep.privacy.pseudonyms import Rejected, private_digest
+from data_prep.scan.archives import ArchiveDirectory, Source
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
-from data_prep.series import SeriesCandidate
+from data_prep.scan.series import SeriesCandidate
 from data_prep.system.files import read_json, write_file
 
 
@@ -34,13 +35,17 @@ class ExamNote:
     """What became of an exam."""
 
     key: str
-    volume: dict[str, Any] | None  # row of volumes.csv but for split and first_record; None: nothing was taken
+    # row of volumes.csv but for split and first_record; None: nothing was taken
+    volume: dict[str, Any] | None
     record_bytes: int
     taken: list[Source]
-    dropped: list[tuple[Source, str]]  # files of the taken series that are not in the volume, with reasons
+    # files of the taken series that are not in the volume, with reasons
+    dropped: list[tuple[Source, str]]
     rejected: list[Rejected]
-    slices: dict[str, str] = dataclasses.field(default_factory=dict)  # of the volume: `slice_id` -> "" or why dropped
-    labels: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the volume: see `_VolumeFacts.label_note`
+    # of the volume: `slice_id` -> "" or why dropped
+    slices: dict[str, str] = dataclasses.field(default_factory=dict)
+    # of the volume: see `_VolumeFacts.label_note`
+    labels: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def failed_for_now(self) -> bool:
@@ -53,7 +58,9 @@ def exam_key(conversion: Conversion, exam: list[SeriesCandidate]) -> str:
         [candidate.series_key, [(*header.source, header.frame) for header in candidate.all_headers]]
         for candidate in exam
     ]
-    content = json.dumps([exam[0].exam_key, files, [conversion.labels.version(candidate) for candidate in exam]])
+    content = json.dumps(
+        [exam[0].exam_key, files, [conversion.labels.version(candidate) for candidate in exam]]
+    )
     return private_digest(conversion.key, conversion.options_digest, content)
 
 
@@ -74,7 +81,9 @@ def read_note(path: Path) -> ExamNote:
         taken=[Source(*source) for source in fields["taken"]],
         dropped=[(Source(*source), reason) for source, reason in fields["dropped"]],
         rejected=[
-            Rejected(row["series_id"], row["reason"], row["detail"], [Source(*s) for s in row["sources"]])
+            Rejected(
+                row["series_id"], row["reason"], row["detail"], [Source(*s) for s in row["sources"]]
+            )
             for row in fields["rejected"]
         ],
         slices=fields["slices"],

@@ -1,4 +1,5 @@
-"""The options and the directories of a preparation, and the comparison with the options of an earlier run."""
+"""The options and the directories of a preparation, and the comparison with the options of an
+earlier run."""
 
 import dataclasses
 import hashlib
@@ -9,10 +10,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from data_prep.archives import ArchiveDirectory, RemoteArchive
-from data_prep.dataset import Dataset
-from data_prep.dataset__schema import PREPARATION_FILE, VOLUMES_FILE
+from data_prep.dataset.reader import Dataset
+from data_prep.dataset.schema import PREPARATION_FILE, VOLUMES_FILE
 from data_prep.privacy.pseudonyms import KEY_FILE, key_fingerprint
+from data_prep.scan.archives import ArchiveDirectory, RemoteArchive
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, read_json
@@ -25,15 +26,18 @@ class Options:
     """What the bytes of a dataset depend on, besides the archive and the pseudonym key."""
 
     archive: str = "dicom"
-    windows: tuple[tuple[float, float], ...] = ((50.0, 350.0),)  # (level, width) in HU, a channel each
+    # (level, width) in HU, a channel each
+    windows: tuple[tuple[float, float], ...] = ((50.0, 350.0),)
     image_size: int = 512
     rules: Rules = dataclasses.field(default_factory=Rules)
     splits: tuple[float, float, float] = (0.8, 0.1, 0.1)  # fractions of patients
     holdout_volumes: int = 0  # test volumes; 0: go by `splits`
     shard_size_mb: float = 1024.0
     masks: dict[str, Any] | None = None  # `LabelSources.mask_facts`
-    tables: tuple[tuple[str, str], ...] = ()  # (option, keyed digest) of each file of labels and attributes
-    same_splits_as: tuple[str, ...] = ()  # fingerprints of other datasets, as they were when splits were decided
+    # (option, keyed digest) of each file of labels and attributes
+    tables: tuple[tuple[str, str], ...] = ()
+    # fingerprints of other datasets, as they were when splits were decided
+    same_splits_as: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Flat and in the types that JSON gives back."""
@@ -44,7 +48,8 @@ class Options:
         return json.loads(json.dumps(fields))
 
     def conversion_digest(self) -> str:
-        """Of the options that the conversion of an exam depends on: with other splits its result can stay."""
+        """Of the options that the conversion of an exam depends on: with other splits its result
+        can stay."""
         relevant = (self.archive, self.windows, self.image_size, dataclasses.astuple(self.rules))
         return hashlib.sha256(repr((*relevant, self.masks, self.tables)).encode()).hexdigest()
 
@@ -56,7 +61,9 @@ def parse_splits(text: str) -> tuple[float, float, float]:
         train, validation, test = (float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"--splits={text}: {remedy}") from None
-    if not (train > 0 and validation >= 0 and test >= 0 and abs(train + validation + test - 1) < 1e-6):
+    if not (
+        train > 0 and validation >= 0 and test >= 0 and abs(train + validation + test - 1) < 1e-6
+    ):
         raise InputError(f"--splits={text}: {remedy}, the first above 0")
     return train, validation, test
 
@@ -77,7 +84,9 @@ def parse_beam_options(runner: str, text: str) -> list[str] | None:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise InputError(f"--beam_options={text}: {error}; quote them as on a command line") from None
+        raise InputError(
+            f"--beam_options={text}: {error}; quote them as on a command line"
+        ) from None
 
 
 # ---- directories -------------------------------------------------------------------------------
@@ -128,53 +137,72 @@ class Directories:
         return read_json(self.splits_file) if self.splits_file.exists() else {}
 
     def bound(self) -> dict[str, str]:
-        """The archive's `digest`, the dataset's `fingerprint` and its `output_dir` from here; all "" at first."""
+        """The archive's `digest`, the dataset's `fingerprint` and its `output_dir` from here; all
+        "" at first."""
         path = self.audit_dir / _BOUND_FILE
         stored = read_json(path) if path.exists() else {}
         return {"digest": "", "fingerprint": "", "output_dir": ""} | stored
 
     def facts_to_bind(self, archive_digest: str, fingerprint: str) -> tuple[Path, dict[str, str]]:
         """The file that `bound` reads, and its content once the dataset is complete."""
-        content = {"digest": archive_digest, "fingerprint": fingerprint, "output_dir": self._relative_output_dir()}
+        content = {
+            "digest": archive_digest,
+            "fingerprint": fingerprint,
+            "output_dir": self._relative_output_dir(),
+        }
         return self.audit_dir / _BOUND_FILE, content
 
     def check(self) -> None:
-        """Raises InputError for directories that contain one another, are missing or are used otherwise."""
+        """Raises InputError for directories that contain one another, are missing or are used
+        otherwise."""
         remote = isinstance(self.input_dir, RemoteArchive)
         if remote:
             self.input_dir.check("--input_dir")
         elif self.input_dir.is_file():
-            raise InputError(f"--input_dir={self.input_dir}: is a file; give the folder of the scans")
+            raise InputError(
+                f"--input_dir={self.input_dir}: is a file; give the folder of the scans"
+            )
         elif not self.input_dir.is_dir():
-            raise InputError(f"--input_dir={self.input_dir}: no such directory; give the folder of the scans")
+            raise InputError(
+                f"--input_dir={self.input_dir}: no such directory; give the folder of the scans"
+            )
         named = {"--output_dir": self.output_dir, "--audit_dir": self.audit_dir}
         named |= {} if remote else {"--input_dir": self.input_dir}
         for (a, path_a), (b, path_b) in itertools.permutations(named.items(), 2):
             if path_a.resolve().is_relative_to(path_b.resolve()):
-                raise InputError(f"{a}={path_a} lies inside {b}={path_b}; choose a directory beside it")
+                raise InputError(
+                    f"{a}={path_a} lies inside {b}={path_b}; choose a directory beside it"
+                )
         for path in (self.output_dir, self.audit_dir):
             if path.exists() and not path.is_dir():
                 raise InputError(f"{path}: is a file; choose another directory")
         ours = (PREPARATION_FILE, VOLUMES_FILE, self.records_dir.name)
         if self.output_dir.is_dir() and not any((self.output_dir / name).exists() for name in ours):
             if any(self.output_dir.iterdir()):
-                raise InputError(f"--output_dir={self.output_dir}: holds other files; choose a new directory")
+                raise InputError(
+                    f"--output_dir={self.output_dir}: holds other files; choose a new directory"
+                )
 
     def make(self) -> None:
         """Makes the output and the audit directory. Raises InputError."""
-        for flag, directory, mode in (("output", self.output_dir, 0o777), ("audit", self.audit_dir, 0o700)):
+        for flag, directory, mode in (
+            ("output", self.output_dir, 0o777),
+            ("audit", self.audit_dir, 0o700),
+        ):
             make_folder(directory, f"--{flag}_dir", mode)
         self.audit_dir.chmod(0o700)
 
     def refuse_audit_dir_of_another(self, dataset: Dataset | None) -> None:
-        """An audit directory is of one dataset: the one that lies where it lay, or has its fingerprint."""
+        """An audit directory is of one dataset: the one that lies where it lay, or has its
+        fingerprint."""
         bound = self.bound()
         if bound["output_dir"] in ("", self._relative_output_dir()):
             return
         if dataset and dataset.fingerprint == bound["fingerprint"]:
             return
         raise InputError(
-            f"{self.audit_dir}: is the audit directory of another dataset, not of {self.output_dir}; give another "
+            f"{self.audit_dir}: is the audit directory of another dataset, not of "
+            f"{self.output_dir}; give another "
             "--audit_dir, and to share the pseudonyms --pseudonym_key_file with its key file"
         )
 
@@ -213,22 +241,26 @@ def refuse_other_options(
     if stored.get("tables") != current["tables"]:
         names = [name for name, _ in stored.get("tables", []) + current["tables"]]
         raise InputError(
-            f"{output_dir}: was prepared with other labels or attributes ({', '.join(dict.fromkeys(names))}); give "
+            f"{output_dir}: was prepared with other labels or attributes "
+            f"({', '.join(dict.fromkeys(names))}); give "
             "the same files in the same order, or another --output_dir"
         )
     if stored.get("same_splits_as") and "same_splits_as" not in current:
         raise InputError(
-            f"{output_dir}: was prepared with --same_splits_as; give it again: patients who come may be known there"
+            f"{output_dir}: was prepared with --same_splits_as; give it again: patients who come "
+            f"may be known there"
         )
     for name in current:
-        if name != "same_splits_as" and stored.get(name) != current[name]:  # those datasets may grow, too
+        # those datasets may grow, too
+        if name != "same_splits_as" and stored.get(name) != current[name]:
             raise InputError(
                 f"{output_dir}: was prepared with {name}={_option_text(stored.get(name))}, "
                 f"not {_option_text(current[name])}; give the same options or another --output_dir"
             )
     if fingerprint != key_fingerprint(key):
         raise InputError(
-            f"{output_dir}: was prepared with another pseudonym key; give that --pseudonym_key_file or --audit_dir"
+            f"{output_dir}: was prepared with another pseudonym key; give that "
+            f"--pseudonym_key_file or --audit_dir"
         )
 
 

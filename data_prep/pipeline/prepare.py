@@ -1,11 +1,15 @@
-"""Archive of scans -> dataset directory: the steps, in order, each of which can be killed and run again.
+"""Archive of scans -> dataset directory: the steps, in order, each of which can be killed and run
+again.
 
-    clean -> stage labels -> plan exams -> check splits -> convert exams -> account for files -> freeze -> write
+    clean -> stage labels -> plan exams -> check splits -> convert exams -> account for files ->
+    freeze -> write
 
-A dry run is the same steps in a temporary directory, without the conversion and all that follows it.
+A dry run is the same steps in a temporary directory, without the conversion and all that follows
+it.
 
-The private audit directory holds what links pseudonyms to the archive: the key, the split of each patient,
-`sources.csv` (what became of each file), and the notes that a grown archive is compared with.
+The private audit directory holds what links pseudonyms to the archive: the key, the split of each
+patient, `sources.csv` (what became of each file), and the notes that a grown archive is compared
+with.
 """
 
 import collections
@@ -20,10 +24,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data_prep import label_staging
-from data_prep.dataset import Dataset
-from data_prep.dataset__schema import PREPARATION_FILE
-from data_prep.labels import Labels, LabelSources
+from data_prep.dataset.reader import Dataset
+from data_prep.dataset.schema import PREPARATION_FILE
+from data_prep.labels import staging
+from data_prep.labels.lookup import Labels, LabelSources
 from data_prep.pipeline import convert
 from data_prep.pipeline.accounting import FileAccount, num_failed_for_now
 from data_prep.pipeline.assemble import FrozenPlan, assemble, can_be_assembled, freeze, keep_notes
@@ -37,7 +41,13 @@ from data_prep.pipeline.notes import (
     read_note,
     write_note,
 )
-from data_prep.pipeline.options import Directories, Options, refuse_other_options, with_absolute_paths
+from data_prep.pipeline.options import (
+    Directories,
+    Options,
+    refuse_other_options,
+    with_absolute_paths,
+)
+from data_prep.pipeline.plan import all_headers, list_archive, plan_archive, read_plan
 from data_prep.pipeline.splits import (
     KnownSplits,
     check_numbers,
@@ -45,7 +55,6 @@ from data_prep.pipeline.splits import (
     refuse_other_key,
     refuse_other_splits,
 )
-from data_prep.planning import all_headers, list_archive, plan_archive, read_plan
 from data_prep.privacy.pseudonyms import (
     Rejected,
     make_key,
@@ -56,11 +65,11 @@ from data_prep.privacy.pseudonyms import (
     sources_of,
 )
 from data_prep.scan.loading import header_reader
-from data_prep.series import SeriesCandidate
+from data_prep.scan.series import SeriesCandidate
 from data_prep.system.command_line import require
 from data_prep.system.errors import InputError
 from data_prep.system.files import PARTIAL, lock_directory, remove_tree, sync_directory, write_file
-from data_prep.workers import Progress, WorkerDied, WorkerPool, usable_cores
+from data_prep.system.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
 _SOURCES_FILE = "sources.csv"  # private: what became of each file
@@ -93,7 +102,9 @@ class Preparation:
         for row in self.old_volumes:
             volumes_of_exam[row["exam_id"]].append(row["volume_id"])
         one_per_study = self.options.rules.reconstructions == "one_per_study"
-        return KnownVolumes(self.directories.kept_notes_dir, self.key, volumes_of_exam, one_per_study)
+        return KnownVolumes(
+            self.directories.kept_notes_dir, self.key, volumes_of_exam, one_per_study
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +147,8 @@ def prepare(
         sources: where labels, masks and attributes come from (default: the archive itself).
         num_workers: processes; None: the usable cores.
         pseudonym_key_file: None: the key is made in the audit directory.
-        same_splits_as: datasets of the same pseudonym key, whose patients keep the split that they have there.
+        same_splits_as: datasets of the same pseudonym key, whose patients keep the split that they
+          have there.
         beam_options: convert and write shards under Apache Beam, with these arguments of its own
             (`data_prep.pipeline.beam`); None: on worker processes of this machine.
 
@@ -149,7 +161,7 @@ def prepare(
     """
     directories.check()
     sources = sources or LabelSources(options.archive)
-    label_staging.check(sources, directories.input_dir)
+    staging.check(sources, directories.input_dir)
     num_workers = num_workers or usable_cores()
     beam_arguments = None
     if beam_options is not None:
@@ -177,11 +189,22 @@ def prepare(
         num_files, digest = list_archive(directories.input_dir, directories.listing)
         if dataset:
             _refuse_other_dataset(dataset, options, key, directories)
-            if directories.bound()["digest"] == digest and not num_failed_for_now(dataset.preparation["counts"]):
+            if directories.bound()["digest"] == digest and not num_failed_for_now(
+                dataset.preparation["counts"]
+            ):
                 _remove_work(directories)
                 return dataset.preparation, changed
         preparation = Preparation(
-            options, directories, sources, key, num_files, digest, pool, dataset, elsewhere, beam_arguments
+            options,
+            directories,
+            sources,
+            key,
+            num_files,
+            digest,
+            pool,
+            dataset,
+            elsewhere,
+            beam_arguments,
         )
         return run_steps(preparation), True
 
@@ -206,10 +229,12 @@ def dry_run(
     """
     directories.check()
     sources = sources or LabelSources(options.archive)
-    label_staging.check(sources, directories.input_dir)
+    staging.check(sources, directories.input_dir)
     read_known_splits(same_splits_as)
     with tempfile.TemporaryDirectory() as folder, WorkerPool(num_workers or usable_cores()) as pool:
-        temporary = Directories(directories.input_dir, Path(folder) / "dataset", Path(folder) / "audit")
+        temporary = Directories(
+            directories.input_dir, Path(folder) / "dataset", Path(folder) / "audit"
+        )
         num_files, digest = list_archive(temporary.input_dir, temporary.listing)
         preparation = Preparation(options, temporary, sources, b"", num_files, digest, pool)
         _, plans = survey(preparation)
@@ -232,9 +257,13 @@ def run_steps(preparation: Preparation) -> dict[str, Any]:
     labels, plans = survey(preparation)
     conversion = _conversion(preparation, labels)
     convert_exams(preparation, plans, conversion)
-    account, new_volumes = account_for_files(preparation, plans, lambda exam: _note_of(conversion, exam))
+    account, new_volumes = account_for_files(
+        preparation, plans, lambda exam: _note_of(conversion, exam)
+    )
     frozen = freeze_plan(preparation, plans, labels, account, new_volumes)
-    return write_dataset(frozen, preparation.directories, preparation.pool, preparation.beam_arguments)
+    return write_dataset(
+        frozen, preparation.directories, preparation.pool, preparation.beam_arguments
+    )
 
 
 def survey(preparation: Preparation) -> tuple[Labels, Plans]:
@@ -254,7 +283,8 @@ def clean(preparation: Preparation) -> None:
     directories.records_dir.mkdir(parents=True, exist_ok=True)
     listed = dataset.preparation["checksums"] if dataset else {}
     shards = directories.output_dir.glob("*.array_record-*")
-    unlisted = [path for path in shards if path.name not in listed]  # the decisions behind them are gone
+    # the decisions behind them are gone
+    unlisted = [path for path in shards if path.name not in listed]
     for stale in [*directories.records_dir.glob("*.done"), *unlisted]:
         stale.unlink()
 
@@ -262,7 +292,7 @@ def clean(preparation: Preparation) -> None:
 def stage_labels(preparation: Preparation) -> Labels:
     """Reads the tables of labels, annotations and masks."""
     work_dir = preparation.directories.work_dir
-    return label_staging.stage(
+    return staging.stage(
         preparation.sources,
         preparation.directories.input_dir,
         work_dir / "labels.sqlite",
@@ -272,7 +302,11 @@ def stage_labels(preparation: Preparation) -> Labels:
 
 def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
     """Reads all headers and plans which series become volumes."""
-    options, directories, sources = preparation.options, preparation.directories, preparation.sources
+    options, directories, sources = (
+        preparation.options,
+        preparation.directories,
+        preparation.sources,
+    )
     files = plan_archive(
         directories.input_dir,
         directories.work_dir / "plan",
@@ -282,7 +316,7 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
         header_reader(sources.archive, sources.metadata_csv),
         directories.listing,
     )
-    label_counts = label_staging.match(labels, all_headers(files))
+    label_counts = staging.match(labels, all_headers(files))
     known = preparation.known_volumes()
     patients = {row["patient_id"] for row in preparation.old_volumes}
     num_exams = num_slices = 0
@@ -296,7 +330,8 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
 
 
 def check_splits(preparation: Preparation, plans: Plans) -> None:
-    """Raises InputError if there are too few patients or volumes for the splits, also if the pixels refuse nothing."""
+    """Raises InputError if there are too few patients or volumes for the splits, also if the pixels
+    refuse nothing."""
     options = preparation.options
     if plans.patients:
         num_volumes = len(preparation.old_volumes) + plans.num_exams
@@ -320,7 +355,9 @@ def convert_exams(preparation: Preparation, plans: Plans, conversion: Conversion
                 exams_of_plan[path].append(position)
                 num_slices += len(exam[0].headers)
             work_dir = preparation.directories.work_dir
-            _import_beam().convert_exams(conversion, exams_of_plan, work_dir, preparation.beam_arguments)
+            _import_beam().convert_exams(
+                conversion, exams_of_plan, work_dir, preparation.beam_arguments
+            )
             progress.advance(num_slices)
             return
         tasks = ((conversion, exam) for _, _, exam in unconverted())
@@ -341,7 +378,8 @@ def account_for_files(
         note_of: returns the outcome of an exam to convert.
 
     Returns:
-        The account, and of each new volume by the key of its note: the row of volumes.csv and the bytes of its records.
+        The account, and of each new volume by the key of its note: the row of volumes.csv and the
+        bytes of its records.
     """
     known, new_volumes = plans.known, {}
     path = preparation.directories.work_dir / _SOURCES_FILE
@@ -350,12 +388,16 @@ def account_for_files(
         for plan in map(read_plan, plans.files):
             outcomes = []
             for rejection in plan.rejections:
-                outcomes += known.outcome_of_rejection(rejection, rejected_row(preparation.key, rejection))
+                outcomes += known.outcome_of_rejection(
+                    rejection, rejected_row(preparation.key, rejection)
+                )
             for exam in plan.exams:
                 notes = known.outcome(exam)
                 if notes is None:
                     notes = [note_of(exam)]
-                    new_volumes |= {note.key: (note.volume, note.record_bytes) for note in notes if note.volume}
+                    new_volumes |= {
+                        note.key: (note.volume, note.record_bytes) for note in notes if note.volume
+                    }
                 outcomes += notes
             account.add(outcomes, plan.not_images)
         file.flush()
@@ -377,13 +419,19 @@ def freeze_plan(
     """
     directories, old_volumes = preparation.directories, preparation.old_volumes
     counts = account.counts(preparation.num_files) | plans.label_counts
-    counts["volumes_without_files"] = len({row["volume_id"] for row in old_volumes} - account.volumes)
+    counts["volumes_without_files"] = len(
+        {row["volume_id"] for row in old_volumes} - account.volumes
+    )
     if not (new_volumes or old_volumes):
         reasons = [f"{number} {reason}" for reason, number in counts["series_rejected"].items()]
-        reasons += [f"{number} files {reason}" for reason, number in counts["files_not_images"].items()]
+        reasons += [
+            f"{number} files {reason}" for reason, number in counts["files_not_images"].items()
+        ]
         raise InputError(
-            f"--input_dir={directories.input_dir}: no usable chest CT in {preparation.num_files} files "
-            f"({', '.join(reasons)}); the reason of each file is in {directories.work_dir / _SOURCES_FILE}"
+            f"--input_dir={directories.input_dir}: no usable chest CT in {preparation.num_files} "
+            f"files "
+            f"({', '.join(reasons)}); the reason of each file is in "
+            f"{directories.work_dir / _SOURCES_FILE}"
         )
     known_splits = directories.splits()
     if preparation.elsewhere:
@@ -406,14 +454,26 @@ def freeze_plan(
 
 
 def write_dataset(
-    frozen: FrozenPlan, directories: Directories, pool: WorkerPool, beam_arguments: Sequence[str] | None
+    frozen: FrozenPlan,
+    directories: Directories,
+    pool: WorkerPool,
+    beam_arguments: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Writes the frozen dataset: shards, tables, preparation.json, then the private files; returns preparation.json."""
+    """Writes the frozen dataset: shards, tables, preparation.json, then the private files; returns
+    preparation.json."""
     _remove_partial_files(directories)
-    output_dir, records_dir, notes_dir = directories.output_dir, directories.records_dir, directories.notes_dir
+    output_dir, records_dir, notes_dir = (
+        directories.output_dir,
+        directories.records_dir,
+        directories.notes_dir,
+    )
     if beam_arguments is not None:  # `assemble` then finds the shards written
-        _import_beam().write_shards(frozen, directories.frozen_file, output_dir, records_dir, beam_arguments)
-    preparation = assemble(frozen, output_dir, records_dir, notes_dir, directories.kept_notes_dir, pool)
+        _import_beam().write_shards(
+            frozen, directories.frozen_file, output_dir, records_dir, beam_arguments
+        )
+    preparation = assemble(
+        frozen, output_dir, records_dir, notes_dir, directories.kept_notes_dir, pool
+    )
     _write_private(directories.splits_file, frozen.splits)
     keep_notes(frozen, notes_dir, directories.kept_notes_dir)
     for name in (_SOURCES_FILE, _VIOLATIONS_FILE):
@@ -435,7 +495,9 @@ def _dataset_that_is_there(directories: Directories) -> Dataset | None:
     return Dataset.open(directories.output_dir) if complete else None
 
 
-def _refuse_other_dataset(dataset: Dataset, options: Options, key: bytes, directories: Directories) -> None:
+def _refuse_other_dataset(
+    dataset: Dataset, options: Options, key: bytes, directories: Directories
+) -> None:
     """Raises InputError unless this run may add to the dataset that is there."""
     preparation = dataset.preparation
     stored, fingerprint = preparation["options"], preparation["key_fingerprint"]
@@ -447,9 +509,11 @@ def _refuse_other_dataset(dataset: Dataset, options: Options, key: bytes, direct
         )
 
 
-def _with_labels(options: Options, sources: LabelSources, directories: Directories, key: bytes) -> Options:
+def _with_labels(
+    options: Options, sources: LabelSources, directories: Directories, key: bytes
+) -> Options:
     """The options with all that follows from the files of labels and masks."""
-    digests = label_staging.input_digests(sources, directories.input_dir)
+    digests = staging.input_digests(sources, directories.input_dir)
     tables = tuple((name, private_digest(key, "table", digest)) for name, digest in digests)
     return dataclasses.replace(options, masks=sources.mask_facts(), tables=tables)
 
@@ -461,14 +525,17 @@ def _finish_killed_run(
     pool: WorkerPool,
     beam_arguments: Sequence[str] | None,
 ) -> bool:
-    """Writes the dataset that an earlier run had frozen when it was killed. False: there was no such run."""
+    """Writes the dataset that an earlier run had frozen when it was killed. False: there was no
+    such run."""
     if not directories.frozen_file.exists():
         return False
     frozen = FrozenPlan.load(directories.frozen_file)
     if not can_be_assembled(frozen, directories.output_dir, directories.records_dir):
         directories.frozen_file.unlink()
         return False
-    refuse_other_options(frozen.options, frozen.key_fingerprint, options, key, directories.output_dir)
+    refuse_other_options(
+        frozen.options, frozen.key_fingerprint, options, key, directories.output_dir
+    )
     write_dataset(frozen, directories, pool, beam_arguments)
     return True
 
@@ -496,8 +563,12 @@ def _expected_note(exam: list[SeriesCandidate]) -> ExamNote:
     """What becomes of an exam if its preferred candidate is taken, as far as the headers tell."""
     first, *others = exam
     dropped = [(header.source, reason) for header, reason in first.dropped]
-    dropped += [(header.source, "duplicate_slice") for group in first.duplicates for header in group]
-    rejected = [Rejected("", "other_reconstruction", "", sources_of(other.all_headers)) for other in others]
+    dropped += [
+        (header.source, "duplicate_slice") for group in first.duplicates for header in group
+    ]
+    rejected = [
+        Rejected("", "other_reconstruction", "", sources_of(other.all_headers)) for other in others
+    ]
     return ExamNote("", None, 0, sources_of(first.headers), dropped, rejected)
 
 

@@ -1,9 +1,9 @@
 """Training, validation and test split, by patient.
 
-Datasets of one pseudonym key have the same pseudonyms and take patients in the same order. Their splits are the same
-only if they were made at once from the same patients with the same options: what a patient was assigned to is kept in
-each dataset's own audit directory. With --same_splits_as the splits of other datasets are taken over, so that no one
-learns from another's test patients.
+Datasets of one pseudonym key have the same pseudonyms and take patients in the same order. Their
+splits are the same only if they were made at once from the same patients with the same options:
+what a patient was assigned to is kept in each dataset's own audit directory. With --same_splits_as
+the splits of other datasets are taken over, so that no one learns from another's test patients.
 """
 
 import dataclasses
@@ -11,25 +11,34 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_prep.dataset import Dataset
-from data_prep.dataset__schema import SPLITS
+from data_prep.dataset.reader import Dataset
+from data_prep.dataset.schema import SPLITS
 from data_prep.privacy.pseudonyms import key_fingerprint, read_key
 from data_prep.system.errors import InputError
 
 
-def check_numbers(num_patients: int, num_volumes: int, fractions: Sequence[float], holdout_volumes: int) -> None:
-    """Raises InputError if there are fewer patients than splits that must not be empty, or if the hold-out would be
-    more than half of the volumes."""
+def check_numbers(
+    num_patients: int, num_volumes: int, fractions: Sequence[float], holdout_volumes: int
+) -> None:
+    """Raises InputError if there are fewer patients than splits that must not be empty, or if the
+    hold-out would be more than half of the volumes."""
     wanted = _wanted_splits(fractions, holdout_volumes)
     if num_patients < len(wanted):
-        shared = f" (all {num_volumes} scans have one Patient ID)" if num_patients == 1 < num_volumes else ""
+        shared = (
+            f" (all {num_volumes} scans have one Patient ID)"
+            if num_patients == 1 < num_volumes
+            else ""
+        )
         raise InputError(
-            f"{num_patients} patient{'s' * (num_patients != 1)} with a usable scan{shared} cannot fill the splits "
-            f"{', '.join(wanted)}; give --splits=1,0,0 (everything is training data), or more patients"
+            f"{num_patients} patient{'s' * (num_patients != 1)} with a usable scan{shared} cannot "
+            f"fill the splits "
+            f"{', '.join(wanted)}; give --splits=1,0,0 (everything is training data), or more "
+            f"patients"
         )
     if 2 * holdout_volumes > num_volumes:
         raise InputError(
-            f"--holdout_volumes={holdout_volumes}: more than half of the {num_volumes} usable volumes; "
+            f"--holdout_volumes={holdout_volumes}: more than half of the {num_volumes} usable "
+            f"volumes; "
             f"give at most {num_volumes // 2}, or 0 to go by --splits"
         )
 
@@ -42,16 +51,17 @@ def assign_splits(
 ) -> dict[str, str]:
     """The split of every patient.
 
-    Patients that are `known` keep their split. The others are taken in the order of `volumes_per_patient`, which
-    must not depend on anything but the patients (their keyed hash): with `holdout_volumes` 0, each goes to the split
-    that lacks most of its share of patients; else first the test split gets the whole patients whose number of
-    volumes comes nearest to what it lacks, and the rest is shared between training and validation. From as many
-    patients on as there are splits with a share, none of these is empty.
+    Patients that are `known` keep their split. The others are taken in the order of
+    `volumes_per_patient`, which must not depend on anything but the patients (their keyed hash):
+    with `holdout_volumes` 0, each goes to the split that lacks most of its share of patients; else
+    first the test split gets the whole patients whose number of volumes comes nearest to what it
+    lacks, and the rest is shared between training and validation. From as many patients on as there
+    are splits with a share, none of these is empty.
 
     Args:
         volumes_per_patient: number of volumes by patient, known ones included.
-        fractions: of the patients in training, validation, test; only the ratio of the first two counts with
-            `holdout_volumes`.
+        fractions: of the patients in training, validation, test; only the ratio of the first two
+            counts with `holdout_volumes`.
         holdout_volumes: number of test volumes; 0: go by fractions.
         known: split by patient, from earlier runs.
 
@@ -64,13 +74,21 @@ def assign_splits(
     splits = {patient: known[patient] for patient in volumes_per_patient if patient in known}
     new = [patient for patient in volumes_per_patient if patient not in known]
     if holdout_volumes:
-        held = sum(volumes_per_patient[patient] for patient, split in splits.items() if split == "test")
+        held = sum(
+            volumes_per_patient[patient] for patient, split in splits.items() if split == "test"
+        )
         lacking = set(wanted) - {"test"} - set(splits.values())
         free = new[len(lacking) :]  # the first patients are kept for splits that would be empty
-        chosen = _nearest_subset([volumes_per_patient[patient] for patient in free], holdout_volumes - held, held == 0)
+        chosen = _nearest_subset(
+            [volumes_per_patient[patient] for patient in free], holdout_volumes - held, held == 0
+        )
         splits |= {free[index]: "test" for index in chosen}
         fractions = (fractions[0], fractions[1], 0.0)
-    counted = {patient: split for patient, split in splits.items() if not (holdout_volumes and split == "test")}
+    counted = {
+        patient: split
+        for patient, split in splits.items()
+        if not (holdout_volumes and split == "test")
+    }
     total = len(volumes_per_patient) - (len(splits) - len(counted))
     counts = {split: list(counted.values()).count(split) for split in SPLITS}
     shares = _shares(total, fractions)
@@ -85,8 +103,10 @@ def assign_splits(
     empty = [split for split in wanted if split not in splits.values()]
     if empty:
         raise InputError(
-            f"no patient is left for the splits {', '.join(empty)}, as splits.json in the audit directory or "
-            "--same_splits_as keeps all in others; give --splits that leave them out, or another --audit_dir to assign "
+            f"no patient is left for the splits {', '.join(empty)}, as splits.json in the audit "
+            f"directory or "
+            "--same_splits_as keeps all in others; give --splits that leave them out, or another "
+            "--audit_dir to assign "
             "them again"
         )
     return {patient: splits[patient] for patient in volumes_per_patient}
@@ -98,11 +118,14 @@ def _wanted_splits(fractions: Sequence[float], holdout_volumes: int) -> list[str
 
 
 def _shares(total: int, fractions: Sequence[float]) -> dict[str, int]:
-    """Whole numbers near `fractions` of `total` that sum to it, at least 1 where the fraction is not 0 (if `total`
-    suffices): largest remainders."""
+    """Whole numbers near `fractions` of `total` that sum to it, at least 1 where the fraction is
+    not 0 (if `total` suffices): largest remainders."""
     scale = sum(fractions) or 1.0
     exact = [total * fraction / scale for fraction in fractions]
-    shares = [max(int(share), 1) if fraction > 0 else 0 for share, fraction in zip(exact, fractions, strict=True)]
+    shares = [
+        max(int(share), 1) if fraction > 0 else 0
+        for share, fraction in zip(exact, fractions, strict=True)
+    ]
     while sum(shares) < total:
         shares[max(range(3), key=lambda i: exact[i] - shares[i])] += 1
     while sum(shares) > total:
@@ -111,9 +134,11 @@ def _shares(total: int, fractions: Sequence[float]) -> dict[str, int]:
 
 
 def _nearest_subset(sizes: Sequence[int], target: int, at_least_one: bool) -> list[int]:
-    """Indices of a subset of `sizes` whose sum is as near to `target` as any subset's; the smaller sum if two are.
+    """Indices of a subset of `sizes` whose sum is as near to `target` as any subset's; the smaller
+    sum if two are.
 
-    Of several such subsets the one that comes first is taken: a sum is made of the earliest sizes that reach it.
+    Of several such subsets the one that comes first is taken: a sum is made of the earliest sizes
+    that reach it.
     """
     reached: dict[int, int] = {0: -1}  # sum -> index of the size that reached it first
     limit = max(target, 0) + max(sizes, default=0)
@@ -135,7 +160,8 @@ def _nearest_subset(sizes: Sequence[int], target: int, at_least_one: bool) -> li
 
 
 def cut_into_shards(sizes: Sequence[int], shard_bytes: int) -> list[range]:
-    """Consecutive ranges of volumes, each of at most `shard_bytes` unless a single volume is larger."""
+    """Consecutive ranges of volumes, each of at most `shard_bytes` unless a single volume is
+    larger."""
     shards, start, filled = [], 0, 0
     for index, size in enumerate(sizes):
         if index > start and filled + size > shard_bytes:
@@ -191,7 +217,10 @@ def read_known_splits(directories: Sequence[Path]) -> KnownSplits | None:
     for dataset in datasets:
         here = {row["patient_id"]: row["split"] for row in dataset.volumes()}
         if differing := number_that_differ(here, split_of):
-            raise InputError(f"{known.named}: {differing} patients are in different splits of them; leave one out")
+            raise InputError(
+                f"{known.named}: {differing} patients are in different splits of "
+                f"them; leave one out"
+            )
         split_of |= here
     return known
 
@@ -200,16 +229,19 @@ def refuse_other_key(known: KnownSplits, key_file: Path) -> None:
     """Raises InputError unless the key of this preparation is the one of the known splits."""
     if not key_file.is_file() or key_fingerprint(read_key(key_file)) != known.key_fingerprint:
         raise InputError(
-            f"{known.named}: has another pseudonym key, so its patients cannot be told here; give the key it was "
+            f"{known.named}: has another pseudonym key, so its patients cannot be told here; give "
+            f"the key it was "
             "prepared with as --pseudonym_key_file"
         )
 
 
 def refuse_other_splits(known: KnownSplits, own: Mapping[str, str]) -> None:
-    """Raises InputError if patients of this dataset (`own`: patient -> split) were put into other splits earlier."""
+    """Raises InputError if patients of this dataset (`own`: patient -> split) were put into other
+    splits earlier."""
     if differing := number_that_differ(own, known.split_of):
         raise InputError(
-            f"{known.named}: {differing} patients are in another split there than in this dataset, where they stay; "
+            f"{known.named}: {differing} patients are in another split there than in this "
+            f"dataset, where they stay; "
             "prepare it again with another --output_dir"
         )
 

@@ -1,4 +1,5 @@
-"""Search of a dataset for what it must not hold: values of the source headers that could identify someone.
+"""Search of a dataset for what it must not hold: values of the source headers that could identify
+someone.
 
 Secret texts are the values of five characters or more of all elements of the value representations
 PN, UI, DA, TM, DT, LO, SH, LT, ST, UT, UC and AE (names, UIDs, dates and times, IDs, free text), at
@@ -6,16 +7,19 @@ any depth, private elements included (of an unknown value representation if they
 components of names by themselves, and, from the audit directory, the paths of the sources and the
 pseudonym key.
 
-The haystack is every byte of the dataset directory, and every record decompressed. Short needles occur by chance: five
-digits in every checksum, any five bytes somewhere in a million pixels. Therefore
+The haystack is every byte of the dataset directory, and every record decompressed. Short needles
+occur by chance: five digits in every checksum, any five bytes somewhere in a million pixels.
+Therefore
 
-- in text, a needle of fewer than 12 characters must stand by itself, between characters that are not letters or digits;
-- in pixels and other binary data, needles of fewer than 12 characters or fewer than 4 different ones are not sought;
-- columns of numbers are not sought in, and the program's own sentences (reasons, notes, descriptions) not for single
-  words of descriptive elements, such as a Series Description "chest";
-- manufacturer, kernel and ethnic group are published on purpose: their cells must be cleaned values of just those
-  elements (an ethnic group may also come from a table of attributes), and hold no name, ID, date or institution, in
-  capitals or not.
+- in text, a needle of fewer than 12 characters must stand by itself, between characters that are
+  not letters or digits;
+- in pixels and other binary data, needles of fewer than 12 characters or fewer than 4 different
+  ones are not sought;
+- columns of numbers are not sought in, and the program's own sentences (reasons, notes,
+  descriptions) not for single words of descriptive elements, such as a Series Description "chest";
+- manufacturer, kernel and ethnic group are published on purpose: their cells must be cleaned values
+  of just those elements (an ethnic group may also come from a table of attributes), and hold no
+  name, ID, date or institution, in capitals or not.
 """
 
 import csv
@@ -32,32 +36,36 @@ from typing import Any
 import numpy as np
 import pydicom
 
-from data_prep.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
-from data_prep.dataset import Dataset
-from data_prep.dataset__schema import (
-    VOLUME_COLUMNS,
-    description,
-    table_columns,
+from data_prep.dataset.reader import Dataset
+from data_prep.dataset.schema import VOLUME_COLUMNS, description, table_columns
+from data_prep.dataset.storage import read_records
+from data_prep.privacy.pseudonyms import (
+    KEY_FILE,
+    public_ethnic_group,
+    public_kernel,
+    public_manufacturer,
 )
-from data_prep.dataset__storage import read_records
-from data_prep.headers import inflates_too_far
-from data_prep.privacy.pseudonyms import KEY_FILE, public_ethnic_group, public_kernel, public_manufacturer
+from data_prep.scan.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
+from data_prep.scan.headers import inflates_too_far
 from data_prep.system.errors import InputError, RunFailed
-from data_prep.workers import Progress, WorkerDied, WorkerPool
+from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
 LONG_NEEDLE = 12  # characters; found anywhere
 _IDENTIFYING = {"PN", "UI", "DA", "TM", "DT"}
 _DESCRIPTIVE = {"LO", "SH", "LT", "ST", "UT", "UC", "AE"}
-_PUBLISHED = {  # column of volumes.csv -> the elements that it may come from, and what is made of them
+# column of volumes.csv -> the elements that it may come from, and what is made of them
+_PUBLISHED = {
     "manufacturer": ({0x00080070}, public_manufacturer),
     "kernel": ({0x00181210, 0x00189316}, public_kernel),
     "ethnic_group": ({0x00102160}, public_ethnic_group),
 }
 _PERSONAL_VRS = {"PN", "DA", "TM", "DT"}
 _PERSONAL = {  # elements of other value representations that are sought in the published texts too
-    *(0x00080050, 0x00080080, 0x00080081, 0x00081010, 0x00081040),  # accession number, institution, station, department
-    *(0x00100020, 0x00101000, 0x00101040, 0x00102154, 0x00200010),  # IDs, address, telephone, study ID
+    # accession number, institution, station, department
+    *(0x00080050, 0x00080080, 0x00080081, 0x00081010, 0x00081040),
+    # IDs, address, telephone, study ID
+    *(0x00100020, 0x00101000, 0x00101040, 0x00102154, 0x00200010),
 }
 _PUBLIC_UIDS = "1.2.840.10008."  # UIDs of the standard itself
 _OWN_COLUMNS = {"reason", "detail", "notes", "split"}
@@ -70,9 +78,13 @@ class SourceValues:
     """Values found in the headers of an archive."""
 
     identifying: set[str] = dataclasses.field(default_factory=set)
-    words: set[str] = dataclasses.field(default_factory=set)  # letters only, from descriptive elements
-    personal: set[str] = dataclasses.field(default_factory=set)  # names, IDs, dates, institutions in small letters
-    published: dict[str, set[str]] = dataclasses.field(default_factory=lambda: {column: set() for column in _PUBLISHED})
+    # letters only, from descriptive elements
+    words: set[str] = dataclasses.field(default_factory=set)
+    # names, IDs, dates, institutions in small letters
+    personal: set[str] = dataclasses.field(default_factory=set)
+    published: dict[str, set[str]] = dataclasses.field(
+        default_factory=lambda: {column: set() for column in _PUBLISHED}
+    )
 
     def update(self, other: "SourceValues") -> None:
         self.identifying |= other.identifying
@@ -88,9 +100,13 @@ def read_source_values(input_dir: ArchiveDirectory, pool: WorkerPool) -> SourceV
     sources = (entry for entry in list_sources(input_dir) if not isinstance(entry, Unreadable))
     with Progress("reading headers", "files", None) as progress:
         chunks = iter(lambda: tuple(itertools.islice(sources, _FILES_PER_TASK)), ())
-        for (_, chunk), found in pool.run(_values_of_files, ((input_dir, chunk) for chunk in chunks)):
+        for (_, chunk), found in pool.run(
+            _values_of_files, ((input_dir, chunk) for chunk in chunks)
+        ):
             if isinstance(found, WorkerDied):
-                raise RunFailed(f"{chunk[0].path} or one of the next {len(chunk)} files: reading it crashed")
+                raise RunFailed(
+                    f"{chunk[0].path} or one of the next {len(chunk)} files: reading it crashed"
+                )
             values.update(found)
             progress.advance(len(chunk))
     return values
@@ -128,13 +144,15 @@ def header_elements(content: bytes) -> list[pydicom.DataElement]:
 def element_texts(element: pydicom.DataElement) -> list[str]:
     """The values of an element that holds text, one by one and without padding; [] of any other.
 
-    A private element of unknown value representation (UN, as implicit files have them) is text if all of it is
-    printable.
+    A private element of unknown value representation (UN, as implicit files have them) is text if
+    all of it is printable.
     """
     value = element.value
     if element.VR in ("UN", "OB") and isinstance(value, bytes):
         plain = value.strip(_PADDING.encode())
-        value = plain.decode().split("\\") if plain.isascii() and plain.decode().isprintable() else None
+        value = (
+            plain.decode().split("\\") if plain.isascii() and plain.decode().isprintable() else None
+        )
     elif element.VR not in _IDENTIFYING | _DESCRIPTIVE | {"CS"}:
         return []
     if value is None:
@@ -175,7 +193,9 @@ class SecretTexts:
         self._pairs = np.zeros(65536, dtype=bool)
         for prefix in self._by_prefix:
             self._pairs[prefix[0] | prefix[1] << 8] = True
-        self._keys = np.array(sorted(int.from_bytes(prefix, "little") for prefix in self._by_prefix), np.uint64)
+        self._keys = np.array(
+            sorted(int.from_bytes(prefix, "little") for prefix in self._by_prefix), np.uint64
+        )
 
     def find(self, data: bytes) -> Iterator[tuple[int, str]]:
         """(place, needle) of every occurrence."""
@@ -197,7 +217,9 @@ class SecretTexts:
         data = text.encode("utf-8", "surrogateescape")
         for place, needle in self.find(data):
             end = place + len(needle.encode("utf-8", "surrogateescape"))
-            alone = not _alphanumeric(data[place - 1 : place]) and not _alphanumeric(data[end : end + 1])
+            alone = not _alphanumeric(data[place - 1 : place]) and not _alphanumeric(
+                data[end : end + 1]
+            )
             if alone or len(needle) >= LONG_NEEDLE:
                 yield needle
 
@@ -206,8 +228,11 @@ def _alphanumeric(octet: bytes) -> bool:
     return octet.isalnum() or octet >= b"\x80"
 
 
-def find_leaks(dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, pool: WorkerPool) -> list[str]:
-    """Where the dataset holds what it must not, one line each, naming file and place; [] if nowhere.
+def find_leaks(
+    dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, pool: WorkerPool
+) -> list[str]:
+    """Where the dataset holds what it must not, one line each, naming file and place; [] if
+    nowhere.
 
     The lines quote no more than the first two characters of a value: they may end up in a log.
     """
@@ -226,7 +251,9 @@ def find_leaks(dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, p
     not_from_headers = {"ethnic_group"} if "attributes_csv" in given else set()
     not_from_headers |= {"manufacturer", "kernel"} if "metadata_csv" in given else set()
     columns = table_columns(preparation)
-    own_sentences = {description(preparation | {"synthetic": synthetic}) for synthetic in (False, True)}
+    own_sentences = {
+        description(preparation | {"synthetic": synthetic}) for synthetic in (False, True)
+    }
     leaks = []
     shards = []
     for path in sorted(path for path in dataset.directory.rglob("*") if path.is_file()):
@@ -236,11 +263,15 @@ def find_leaks(dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, p
             shards.append((path, name, binary))
         elif path.suffix == ".csv":
             types = columns.get(name, VOLUME_COLUMNS)
-            leaks += _table_leaks(path, name, types, not_from_headers, everything, without_words, values)
+            leaks += _table_leaks(
+                path, name, types, not_from_headers, everything, without_words, values
+            )
         elif path.suffix == ".json":
             leaks += _json_leaks(path, name, without_words, own_sentences)
         else:
-            leaks += _lines(name, "its bytes", (needle for _, needle in binary.find(path.read_bytes())))
+            leaks += _lines(
+                name, "its bytes", (needle for _, needle in binary.find(path.read_bytes()))
+            )
     with Progress("searching", "shards", len(shards)) as progress:
         for (_, name, _), found in pool.run(_shard_leaks, shards):
             leaks += [f"{name}: searching it crashed"] if isinstance(found, WorkerDied) else found
@@ -252,11 +283,15 @@ def _audit_secrets(audit_dir: Path) -> set[str]:
     """Source paths and the key. Raises InputError if this is not an audit directory."""
     table = audit_dir / "sources.csv"
     if not table.is_file():
-        raise InputError(f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare")
+        raise InputError(
+            f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare"
+        )
     secrets = set()
     with open(table, newline="", errors="surrogateescape") as file:
         for row in csv.DictReader(file):
-            secrets |= {value for value in (row["path"], row["member"]) if len(value) >= LONG_NEEDLE}
+            secrets |= {
+                value for value in (row["path"], row["member"]) if len(value) >= LONG_NEEDLE
+            }
     key = audit_dir / KEY_FILE
     return secrets | ({key.read_text().strip()} if key.is_file() else set())
 
@@ -275,15 +310,23 @@ def _table_leaks(
         for line, row in enumerate(csv.DictReader(file), start=2):
             for column, cell in row.items():
                 if column in _PUBLISHED:
-                    if cell and column not in not_from_headers and cell not in values.published[column]:
+                    if (
+                        cell
+                        and column not in not_from_headers
+                        and cell not in values.published[column]
+                    ):
                         yield f"{name}: line {line}, {column}: not a {column} of any source"
-                    yield from _lines(name, f"line {line}, {column}", personal.find_in_text(cell.casefold()))
+                    yield from _lines(
+                        name, f"line {line}, {column}", personal.find_in_text(cell.casefold())
+                    )
                 elif types.get(column, str) is str and column != "num_files":
                     needles = without_words if column in _OWN_COLUMNS else everything
                     yield from _lines(name, f"line {line}, {column}", needles.find_in_text(cell))
 
 
-def _json_leaks(path: Path, name: str, needles: SecretTexts, own_sentences: set[str]) -> Iterator[str]:
+def _json_leaks(
+    path: Path, name: str, needles: SecretTexts, own_sentences: set[str]
+) -> Iterator[str]:
     for text in set(_strings(json.loads(path.read_text()))) - own_sentences:
         yield from _lines(name, "a text", needles.find_in_text(text))
 
@@ -309,6 +352,7 @@ def _shard_leaks(path: Path, name: str, needles: SecretTexts) -> list[str]:
 
 def _lines(name: str, place: str, needles: Iterable[str]) -> list[str]:
     return [
-        f"{name}: {place}: holds a source value of {len(needle)} characters that begins with {needle[:2]!r}"
+        f"{name}: {place}: holds a source value of {len(needle)} characters that begins with "
+        f"{needle[:2]!r}"
         for needle in needles
     ]

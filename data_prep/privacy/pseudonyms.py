@@ -1,9 +1,9 @@
 """Pseudonyms, and what of a header may be published.
 
-A pseudonym is an HMAC-SHA256 under a key that stays with the archive's owner: without the key it cannot be traced back
-by trying patient IDs or UIDs, with the same key it is the same in every run, so that re-runs and grown archives agree.
-Of the headers only `public_fields` leave the archive: no dates, names, UIDs, accession numbers, institutions or
-free-text descriptions.
+A pseudonym is an HMAC-SHA256 under a key that stays with the archive's owner: without the key it
+cannot be traced back by trying patient IDs or UIDs, with the same key it is the same in every run,
+so that re-runs and grown archives agree. Of the headers only `public_fields` leave the archive: no
+dates, names, UIDs, accession numbers, institutions or free-text descriptions.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep.archives import Source
-from data_prep.headers import Header
-from data_prep.series import Rejection, SeriesCandidate
+from data_prep.scan.archives import Source
+from data_prep.scan.headers import Header
+from data_prep.scan.series import Rejection, SeriesCandidate
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_file
 
@@ -29,11 +29,13 @@ _NOT_PUBLIC = re.compile(r"[^A-Za-z0-9 .,_+/()-]")
 _LONGEST_TEXT = 16
 _OTHER = "other"  # stands for what may hold anything
 _VENDORS = set(
-    "siemens ge imatron philips picker marconi elscint toshiba canon hitachi fujifilm shimadzu uih neusoft samsung "
+    "siemens ge imatron philips picker marconi elscint toshiba canon hitachi fujifilm shimadzu "
+    "uih neusoft samsung "
     "neurologica anke minfound sinovision".split()
 ) | {"general electric", "united imaging"}
 _VENDOR_WORDS = set(
-    "ag co company corp corporation ct electronics gmbh healthcare healthineers inc international ltd mec medical "
+    "ag co company corp corporation ct electronics gmbh healthcare healthineers inc international "
+    "ltd mec medical "
     "solutions system systems technologies".split()
 )
 
@@ -62,23 +64,28 @@ def read_key(path: Path) -> bytes:
     """
     if not path.is_file():
         raise InputError(
-            f"{path}: no such key file; leave out --pseudonym_key_file to have a key made in the audit directory"
+            f"{path}: no such key file; leave out --pseudonym_key_file to have a key made in the "
+            f"audit directory"
         )
     key = path.read_bytes().strip()
     if len(key) < _SHORTEST_KEY:
-        raise InputError(f"{path}: a pseudonym key has at least {_SHORTEST_KEY} bytes, this one {len(key)}")
+        raise InputError(
+            f"{path}: a pseudonym key has at least {_SHORTEST_KEY} bytes, this one {len(key)}"
+        )
     return key
 
 
 def make_key(path: Path) -> bytes:
-    """Makes a random key file that only its owner can read, and returns the key; an existing one is read instead."""
+    """Makes a random key file that only its owner can read, and returns the key; an existing one is
+    read instead."""
     if not path.exists():
         write_file(path, f"{secrets.token_hex(32)}\n".encode(), mode=0o600)
     return read_key(path)
 
 
 def key_fingerprint(key: bytes) -> str:
-    """Names a key without giving it away: datasets with equal fingerprints have comparable patient pseudonyms."""
+    """Names a key without giving it away: datasets with equal fingerprints have comparable patient
+    pseudonyms."""
     return _digest(key, "key fingerprint")[:16]
 
 
@@ -88,7 +95,8 @@ def patient_pseudonym(key: bytes, patient_key: str) -> str:
 
 
 def series_pseudonym(key: bytes, patient_key: str, study_uid: str, series_key: str) -> str:
-    """Pseudonym of a series, or of one stack of it: the `volume_id` of a volume, the `series_id` of a rejection."""
+    """Pseudonym of a series, or of one stack of it: the `volume_id` of a volume, the `series_id` of
+    a rejection."""
     return _digest(key, "series", patient_key, study_uid, series_key)
 
 
@@ -105,13 +113,20 @@ def exam_id(key: bytes, patient_key: str, study_uid: str) -> str:
 def rejected_row(key: bytes, rejection: Rejection) -> Rejected:
     """A rejection that was made from the headers."""
     first = rejection.headers[0]
-    series_id = series_pseudonym(key, first.patient_key, first.study_instance_uid, rejection.series_key)
+    series_id = series_pseudonym(
+        key, first.patient_key, first.study_instance_uid, rejection.series_key
+    )
     return Rejected(series_id, rejection.reason, rejection.detail, sources_of(rejection.headers))
 
 
 def slice_id(key: bytes, header: Header) -> str:
     """Names a slice wherever its file lies: in a renamed folder, in a zip file."""
-    parts = (header.series_instance_uid, header.sop_instance_uid, str(header.frame), repr(header.position))
+    parts = (
+        header.series_instance_uid,
+        header.sop_instance_uid,
+        str(header.frame),
+        repr(header.position),
+    )
     return private_digest(key, "slice", *parts)
 
 
@@ -131,12 +146,15 @@ def private_digest(key: bytes, *parts: str) -> str:
 
 
 def _digest(key: bytes, kind: str, *parts: str) -> str:
-    message = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in (kind, *parts))
+    message = b"".join(
+        len(part.encode()).to_bytes(4, "big") + part.encode() for part in (kind, *parts)
+    )
     return hmac.new(key, message, hashlib.sha256).hexdigest()[:_PSEUDONYM_LENGTH]
 
 
 def public_manufacturer(value: str) -> str:
-    """The source's own spelling if it is made of names of CT manufacturers and of words that go with them."""
+    """The source's own spelling if it is made of names of CT manufacturers and of words that go
+    with them."""
     rest = " " + " ".join(re.split(r"[\W_]+", value.casefold())) + " "
     named = False
     for vendor in _VENDORS:
@@ -147,15 +165,16 @@ def public_manufacturer(value: str) -> str:
 
 
 def public_kernel(value: str) -> str:
-    """At most 16 letters, digits and ` .,_+/()-`, and nothing like a number of five digits; else "other"."""
+    """At most 16 letters, digits and ` .,_+/()-`, and nothing like a number of five digits; else
+    "other"."""
     text = _clean(value)
     too_many_digits = re.search(r"[0-9]{5}", re.sub(r"[^A-Za-z0-9 ]", "", text))
     return _OTHER if len(text) > _LONGEST_TEXT or too_many_digits else text
 
 
 def public_ethnic_group(value: str) -> str:
-    """At most 16 letters, digits, blanks, hyphens and `_` that begin with a letter and hold two digits at most (a code
-    such as `group_a`), or one digit; else "other"."""
+    """At most 16 letters, digits, blanks, hyphens and `_` that begin with a letter and hold two
+    digits at most (a code such as `group_a`), or one digit; else "other"."""
     text = " ".join(value.split())
     short = re.fullmatch(rf"|[0-9]|[A-Za-z][A-Za-z0-9 _-]{{0,{_LONGEST_TEXT - 1}}}", text)
     return text if short and len(re.findall("[0-9]", text)) < 3 else _OTHER
@@ -168,10 +187,11 @@ def _clean(value: str) -> str:
 def public_fields(header: Header) -> dict[str, Any]:
     """The allow-list: everything that `volumes.csv` takes from a header, but for geometry.
 
-    Manufacturer (0008,0070), Convolution Kernel (0018,1210), KVP (0018,0060), whether Contrast/Bolus Agent (0018,0010)
-    is filled, Patient's Age (0010,1010) in whole years with 90 for everything above 89, Patient's Sex (0010,0040),
-    Ethnic Group (0010,2160), and whether Quality Control Subject (0010,0200) marks a phantom. The three texts are
-    limited to what such texts look like, since people write anything anywhere.
+    Manufacturer (0008,0070), Convolution Kernel (0018,1210), KVP (0018,0060), whether
+    Contrast/Bolus Agent (0018,0010) is filled, Patient's Age (0010,1010) in whole years with 90 for
+    everything above 89, Patient's Sex (0010,0040), Ethnic Group (0010,2160), and whether Quality
+    Control Subject (0010,0200) marks a phantom. The three texts are limited to what such texts look
+    like, since people write anything anywhere.
     """
     return {
         "manufacturer": public_manufacturer(header.manufacturer),

@@ -1,12 +1,14 @@
-"""Raw scans -> prepared volumes, one at a time, without a dataset: the same as `data_prep.prepare` would write.
+"""Raw scans -> prepared volumes, one at a time, without a dataset: the same as `data_prep.prepare`
+would write.
 
     plan = plan_scans(path)                                     # headers only
     for exam in plan.exams:
         scan = read_scan(plan.input_dir, exam, windows, size)   # Scan or Refused
 
-`path` is a directory (one scan, or a tree of many), a zip file, or one DICOM or NIfTI file. The functions of
-`data_prep.scan.loading` list, read and choose, so that with the same options the slices equal those of a prepared
-dataset bit for bit. Labels and masks are not read. Nothing here needs JAX.
+`path` is a directory (one scan, or a tree of many), a zip file, or one DICOM or NIfTI file. The
+functions of `data_prep.scan.loading` list, read and choose, so that with the same options the
+slices equal those of a prepared dataset bit for bit. Labels and masks are not read. Nothing here
+needs JAX.
 """
 
 import collections
@@ -16,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep import nifti_metadata, stores
-from data_prep.archives import Source, Unreadable
-from data_prep.headers import Header, NotAnImage
 from data_prep.privacy.pseudonyms import patient_pseudonym, rejected_row, volume_id
+from data_prep.scan import nifti_metadata
+from data_prep.scan.archives import Source, Unreadable
+from data_prep.scan.headers import Header, NotAnImage
 from data_prep.scan.loading import (
     SOURCES_PER_TASK,
     ReadHeader,
@@ -33,11 +35,12 @@ from data_prep.scan.loading import (
 )
 from data_prep.scan.reasons import REASONS
 from data_prep.scan.rules import ARCHIVES, Rules
-from data_prep.series import Rejection, SeriesCandidate
+from data_prep.scan.series import Rejection, SeriesCandidate
+from data_prep.scan.volume import Volume
+from data_prep.scan.window import Window, lung_box, prepare_images
+from data_prep.system import stores
 from data_prep.system.errors import InputError
-from data_prep.volume import Volume
-from data_prep.window import Window, lung_box, prepare_images
-from data_prep.workers import Progress, WorkerDied, WorkerPool
+from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
 _REMEDIES = {  # the flag that takes what a reason refuses
     "too_few_slices": "give a smaller --min_slices",
@@ -54,7 +57,8 @@ class Scan(NamedTuple):
     """A prepared volume.
 
     volume_id, patient_id: pseudonyms, as in `volumes.csv` of a dataset under the same key.
-    images: [S, H, W, C] uint8, a channel a window; slices to superior, rows to posterior, columns to the left.
+    images: [S, H, W, C] uint8, a channel a window; slices to superior, rows to posterior, columns
+      to the left.
     position_mm: [S] float64, along the slice normal, increasing.
     volume: the HU of the source's matrix, headers and geometry.
     """
@@ -71,7 +75,8 @@ class PreparedVolume(NamedTuple):
 
     images: [S, H, W, C] uint8, a channel a window.
     gap_positions: slices whose next one is missing.
-    lung_box: "top left bottom right" in pixels as in `volumes.csv`; "" where no lung was found, None where unknown.
+    lung_box: "top left bottom right" in pixels as in `volumes.csv`; "" where no lung was found,
+      None where unknown.
     """
 
     images: np.ndarray
@@ -119,27 +124,37 @@ def plan_scans(
 ) -> ScanPlan:
     """Reads the headers of an input and says which volumes it may hold.
 
-    The headers stay in memory, about 3 KB a slice; an archive of many thousand scans is better prepared first.
+    The headers stay in memory, about 3 KB a slice; an archive of many thousand scans is better
+    prepared first.
 
     Args:
       input_path: directory, zip file, DICOM file or NIfTI file.
       archive: `dicom`, `nifti`, or `auto`: NIfTI for a file of that name, else DICOM.
       rules: which series are taken; None takes the defaults of `data_prep.prepare`.
-      metadata_csv: table beside NIfTI files, see `data_prep.nifti_metadata`.
+      metadata_csv: table beside NIfTI files, see `data_prep.scan.nifti_metadata`.
       num_workers: processes that read headers; 0 reads them in this one.
 
     Raises:
-      InputError: no such input, a metadata table that cannot be used, or no CT volume in it: with the reasons.
+      InputError: no such input, a metadata table that cannot be used, or no CT volume in it: with
+        the reasons.
     """
     path, rules = local_input(input_path), rules or Rules()
     archive = _kind(path, archive)
     metadata_csv = Path(metadata_csv).expanduser() if metadata_csv else None
     if metadata_csv is not None:
         if archive != "nifti":
-            raise InputError("--metadata_csv goes with --archive=nifti; leave it out, or give --archive")
-        nifti_metadata.check(path, metadata_csv) if path.is_dir() else nifti_metadata.read_metadata(metadata_csv)
+            raise InputError(
+                "--metadata_csv goes with --archive=nifti; leave it out, or give --archive"
+            )
+        nifti_metadata.check(path, metadata_csv) if path.is_dir() else nifti_metadata.read_metadata(
+            metadata_csv
+        )
     input_dir = path if path.is_dir() else path.parent
-    entries = list(_read_headers(input_dir, list(list_input(path)), header_reader(archive, metadata_csv), num_workers))
+    entries = list(
+        _read_headers(
+            input_dir, list(list_input(path)), header_reader(archive, metadata_csv), num_workers
+        )
+    )
     sources = {entry.source for entry in entries if isinstance(entry, Header)}
     planned = plan_exams(entries, rules)
     plan = ScanPlan(input_dir, *planned, num_files=len(sources) + len(planned.not_images))
@@ -162,7 +177,8 @@ def read_scan(
     rules: Rules | None = None,
     key: bytes = b"",
 ) -> Scan | Refused:
-    """Reads the pixels of an exam: its first candidate that becomes a volume. One volume is in memory at a time.
+    """Reads the pixels of an exam: its first candidate that becomes a volume. One volume is in
+    memory at a time.
 
     Args:
       input_dir: of the plan.
@@ -170,7 +186,8 @@ def read_scan(
       windows: (level, width) in HU, a channel each.
       image_size: height and width of the slices in pixels.
       rules: of the plan.
-      key: of the pseudonyms; names under the empty key can be traced back, so they must not be published.
+      key: of the pseudonyms; names under the empty key can be traced back, so they must not be
+        published.
 
     Returns:
       The scan, or why the preferred candidate was refused where none becomes a volume.
@@ -180,7 +197,8 @@ def read_scan(
     """
     loaded = load_exam(Path(input_dir), exam, rules or Rules())
     if loaded.volume is None:
-        # The preferred candidate speaks for the exam, unless another one failed for now and the exam is to be retried.
+        # The preferred candidate speaks for the exam, unless another one failed for now and the
+        # exam is to be retried.
         number = len(loaded.rejections) - 1 if loaded.failed_for_now else 0
         rejection = loaded.rejections[number]
         return Refused(volume_id(key, exam[number]), rejection.reason, rejection.detail)
@@ -204,8 +222,11 @@ def refused_series(plan: ScanPlan, key: bytes = b"") -> list[Refused]:
     return [Refused(row.series_id, row.reason, row.detail) for row in rows]
 
 
-def nothing_taken(input_path: str | Path, refused: Sequence[Refused | Rejection | NotAnImage | Unreadable]) -> str:
-    """One line for an input of which nothing is taken: the reasons with counts, and the flag that takes more.
+def nothing_taken(
+    input_path: str | Path, refused: Sequence[Refused | Rejection | NotAnImage | Unreadable]
+) -> str:
+    """One line for an input of which nothing is taken: the reasons with counts, and the flag that
+    takes more.
 
     A single series is explained by itself, whatever files without images lie beside it.
     """
@@ -218,7 +239,9 @@ def nothing_taken(input_path: str | Path, refused: Sequence[Refused | Rejection 
         detail = f" ({only.detail})" if only.detail else ""
         return f"--input={input_path}: {explain(only.reason)}{detail}{remedy}"
     noun = "series" if series else "files"
-    listed = ", ".join(f"{number} {noun} {reason}: {explain(reason)}" for reason, number in counts.most_common())
+    listed = ", ".join(
+        f"{number} {noun} {reason}: {explain(reason)}" for reason, number in counts.most_common()
+    )
     return f"--input={input_path} holds no usable CT volume ({listed or 'no files'}){remedy}"
 
 
@@ -231,7 +254,9 @@ def _kind(path: Path, archive: str) -> str:
     if archive not in ARCHIVES:
         raise InputError(f"--archive={archive}: choose one of {', '.join(ARCHIVES)}")
     if not path.exists():
-        raise InputError(f"--input={path}: no such file or directory; give a scan, or a folder of scans")
+        raise InputError(
+            f"--input={path}: no such file or directory; give a scan, or a folder of scans"
+        )
     if archive != "auto":
         return archive
     return "nifti" if path.name.lower().endswith((".nii", ".nii.gz")) else "dicom"
@@ -246,7 +271,10 @@ def _read_headers(
         for task in tasks:
             yield from read_headers(*task)
         return
-    with WorkerPool(num_workers) as pool, Progress("reading headers", "files", len(entries)) as progress:
+    with (
+        WorkerPool(num_workers) as pool,
+        Progress("reading headers", "files", len(entries)) as progress,
+    ):
         for task, result in pool.run(read_headers, tasks):
             yield from read_headers_one_by_one(*task) if isinstance(result, WorkerDied) else result
             progress.advance(len(task[1]))

@@ -5,8 +5,9 @@
     for exam in plan.exams:
         loaded = load_exam(input_dir, exam, rules)
 
-`data_prep.prepare` takes archives through this module, and `data_prep.raw.scans` single scans, so that both accept and
-refuse alike. The rules themselves are in `series` (headers) and `volume` (pixels).
+`data_prep.prepare` takes archives through this module, and `data_prep.raw.scans` single scans, so
+that both accept and refuse alike. The rules themselves are in `series` (headers) and `volume`
+(pixels).
 """
 
 import functools
@@ -15,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep import headers, nifti
-from data_prep.archives import (
+from data_prep.scan import headers, nifti
+from data_prep.scan.archives import (
     ArchiveDirectory,
     Source,
     Unreadable,
@@ -26,12 +27,12 @@ from data_prep.archives import (
     will_read,
     zip_members,
 )
-from data_prep.headers import Header, NotAnImage
+from data_prep.scan.headers import Header, NotAnImage
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
-from data_prep.series import Rejection, SeriesCandidate, plan_series, select_reconstructions
-from data_prep.volume import Volume, load_volume
-from data_prep.workers import WorkerDied, WorkerPool
+from data_prep.scan.series import Rejection, SeriesCandidate, plan_series, select_reconstructions
+from data_prep.scan.volume import Volume, load_volume
+from data_prep.system.workers import WorkerDied, WorkerPool
 
 SOURCES_PER_TASK = 128
 _HEADER_BYTES = 32 << 10  # most headers are shorter
@@ -39,11 +40,12 @@ _HEADER_BYTES = 32 << 10  # most headers are shorter
 ReadHeader = Callable[[ArchiveDirectory, Source], Header | NotAnImage]
 
 
-# ---- files -> headers --------------------------------------------------------------------------------------
+# ---- files -> headers ----------------------------------------------------------------------------
 
 
 def list_input(path: Path) -> Iterator[Source | Unreadable]:
-    """Every file of a directory, of a zip file, or the file itself; paths are relative to the directory."""
+    """Every file of a directory, of a zip file, or the file itself; paths are relative to the
+    directory."""
     if path.is_dir():
         yield from list_sources(path)
         return
@@ -64,7 +66,8 @@ def header_reader(archive: str, metadata_csv: Path | None = None) -> ReadHeader:
 def read_headers(
     input_dir: ArchiveDirectory, entries: tuple[Source | Unreadable, ...], read: ReadHeader
 ) -> list[Header | NotAnImage | Unreadable]:
-    """What each file is, in the order of the files. Files that could not be listed stay as they are.
+    """What each file is, in the order of the files. Files that could not be listed stay as they
+    are.
 
     Raises:
         OSError: the archive went away.
@@ -72,13 +75,17 @@ def read_headers(
     sources = [entry for entry in entries if isinstance(entry, Source)]
     will_read(input_dir, sources, _HEADER_BYTES)
     input_dir = reading_ahead(input_dir, sources, starts=True)
-    return [entry if isinstance(entry, Unreadable) else _read_one(input_dir, entry, read) for entry in entries]
+    return [
+        entry if isinstance(entry, Unreadable) else _read_one(input_dir, entry, read)
+        for entry in entries
+    ]
 
 
 def read_headers_one_by_one(
     input_dir: ArchiveDirectory, entries: tuple[Source | Unreadable, ...], read: ReadHeader
 ) -> Iterator[Header | NotAnImage | Unreadable]:
-    """`read_headers` for files of which one killed its worker: that file alone is left out, by name."""
+    """`read_headers` for files of which one killed its worker: that file alone is left out, by
+    name."""
     tasks = [(input_dir, (entry,), read) for entry in entries]
     with WorkerPool(1) as pool:
         for (_, (entry,), _), result in pool.run(read_headers, tasks):
@@ -120,7 +127,7 @@ def _reason_of(error: OSError, input_dir: ArchiveDirectory) -> tuple[str, str]:
     return FAILED_FOR_NOW, error.strerror or ""
 
 
-# ---- headers -> exams --------------------------------------------------------------------------------------
+# ---- headers -> exams ----------------------------------------------------------------------------
 
 
 class ExamPlan(NamedTuple):
@@ -147,7 +154,7 @@ def plan_exams(entries: Iterable[Header | NotAnImage | Unreadable], rules: Rules
     return ExamPlan(select_reconstructions(candidates, rules), rejections, not_images)
 
 
-# ---- an exam -> a volume -----------------------------------------------------------------------------------
+# ---- an exam -> a volume -------------------------------------------------------------------------
 
 
 class LoadedExam(NamedTuple):
@@ -155,7 +162,8 @@ class LoadedExam(NamedTuple):
 
     volume: of the first candidate that becomes one; None: there is none.
     labels: what `label` returned for the volume.
-    rejections: the other candidates, in their order; after one that failed for now no further one was tried.
+    rejections: the other candidates, in their order; after one that failed for now no further one
+      was tried.
     """
 
     volume: Volume | None
@@ -164,7 +172,8 @@ class LoadedExam(NamedTuple):
 
     @property
     def failed_for_now(self) -> Rejection | None:
-        """The candidate because of which the exam is left for the next run: the preferred one keeps its turn."""
+        """The candidate because of which the exam is left for the next run: the preferred one keeps
+        its turn."""
         last = self.rejections[-1] if self.rejections else None
         return last if last and last.reason == FAILED_FOR_NOW else None
 
@@ -176,7 +185,8 @@ def load_exam(
     fault: Callable[[SeriesCandidate], Rejection | None] = lambda candidate: None,
     label: Callable[[Volume], Any] = lambda volume: None,
 ) -> LoadedExam:
-    """Tries the candidates of an exam in order and takes the first that becomes a volume. Holds one volume in memory.
+    """Tries the candidates of an exam in order and takes the first that becomes a volume. Holds one
+    volume in memory.
 
     Args:
         input_dir: of the candidates.
@@ -204,7 +214,10 @@ def load_exam(
 
 
 def _load(
-    input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: Rules, label: Callable[[Volume], Any]
+    input_dir: ArchiveDirectory,
+    candidate: SeriesCandidate,
+    rules: Rules,
+    label: Callable[[Volume], Any],
 ) -> tuple[Volume, Any] | Rejection:
     try:
         volume = load_volume(input_dir, candidate, rules)
@@ -216,5 +229,6 @@ def _load(
         return candidate.rejected(*_reason_of(error, input_dir))
     except MemoryError:
         return candidate.rejected(FAILED_FOR_NOW, "out of memory")
-    except Exception as error:  # one odd exam in a million must not end the run; it is reported by name
+    # one odd exam in a million must not end the run; it is reported by name
+    except Exception as error:
         return candidate.rejected("conversion_crashed", type(error).__name__)

@@ -1,4 +1,5 @@
-"""The names of what can happen to a file, a slice or a series, each with a sentence that explains it.
+"""The names of what can happen to a file, a slice or a series, each with a sentence that explains
+it.
 
 `REASONS`: why it is not taken. `NOTES`: what is remarkable about a volume that is taken.
 """
@@ -11,13 +12,16 @@ REASONS = {
     "dicomdir": "The file is a DICOMDIR index; the images it lists are read where they lie.",
     "no_pixel_data": "The file is a DICOM object without an image, such as a dose report.",
     "unreadable": "The file or its DICOM header cannot be read.",
-    "bad_zip": "The zip file or its member is damaged, has an unsound or a second name, or shares bytes with another.",
+    "bad_zip": "The zip file or its member is damaged, has an unsound or a second name, or shares "
+    "bytes with another.",
     "encrypted": "The zip member is protected by a password.",
     "nested_zip": "The zip file lies inside another zip file; unpack it first.",
     "not_nifti": "The file is not a NIfTI file (.nii, .nii.gz) with its voxels in it.",
     "no_metadata": "The metadata table has no row of the NIfTI file.",
-    "unknown_affine": "The NIfTI file does not say where its voxels lie, or says two different things.",
-    "ambiguous_rescale": "The NIfTI file and the metadata table have different slopes or intercepts.",
+    "unknown_affine": "The NIfTI file does not say where its voxels lie, or says two different "
+    "things.",
+    "ambiguous_rescale": "The NIfTI file and the metadata table have different slopes or "
+    "intercepts.",
     "too_large": "The file is larger, or more strongly compressed, than any CT.",
     "outside_archive": "The link or zip member points out of the input directory, or to a folder.",
     # images and series, judged by their headers
@@ -32,7 +36,8 @@ REASONS = {
     "derived_image": "The image is derived and holds no CT numbers (reformat, projection, map).",
     "not_grey": "The image is not monochrome.",
     "burned_in_annotation": "Burned In Annotation says YES.",
-    "no_chest": "The volume does not cover the chest: too little lung between soft tissue, or another body part.",
+    "no_chest": "The volume does not cover the chest: too little lung between soft tissue, or "
+    "another body part.",
     "grid_varies": "The slices differ in matrix or pixel spacing.",
     "other_grid": "The slice has another matrix or pixel spacing than nearly all others.",
     "too_few_slices": "The series has too few slices.",
@@ -44,33 +49,42 @@ REASONS = {
     "undecodable_pixels": "The pixel data cannot be decoded.",
     "unsupported_transfer_syntax": "No decoder reads the transfer syntax.",
     "truncated_pixel_data": "The pixel data ends early.",
-    "missing_rescale": "Rescale Slope or Intercept is missing, and the stored values are not plausible as HU.",
+    "missing_rescale": "Rescale Slope or Intercept is missing, and the stored values are not "
+    "plausible as HU.",
     "implausible_hu": "The values are not plausible as HU.",
     "contradictory_duplicates": "Different images lie at one position.",
     "duplicate_slice": "The same image lies at the same position once more.",
-    "acquisitions_meet": "The slice lies where two acquisitions meet; the first acquisition's was taken.",
+    "acquisitions_meet": "The slice lies where two acquisitions meet; the first acquisition's was "
+    "taken.",
     # labels and masks
     "no_annotation": "The series has no annotation or mask, so what it holds is unknown.",
-    "annotation_mismatch": "The annotations are of other slices than the series has, or outside its images.",
+    "annotation_mismatch": "The annotations are of other slices than the series has, or outside "
+    "its images.",
     "mask_mismatch": "The mask does not fit the images.",
     # the preparation itself
     "conversion_crashed": "The conversion failed in an unforeseen way; please report it.",
-    FAILED_FOR_NOW: "Reading failed (disk, memory, network) or the worker was killed; run again to retry.",
-    "series_changed": "Files came to a series that is in the dataset already; only a new dataset takes them.",
+    FAILED_FOR_NOW: "Reading failed (disk, memory, network) or the worker was killed; run again "
+    "to retry.",
+    "series_changed": "Files came to a series that is in the dataset already; only a new dataset "
+    "takes them.",
 }
 NOTES = {
     "no_patient_id": "The Patient ID is missing; the Study Instance UID stands in.",
     "no_slice_thickness": "Slice Thickness is missing; the median spacing stands in.",
     "gaps": "Slices are missing; no pair crosses a gap.",
     "uneven_spacing": "The spacing of the slices varies by more than a tenth.",
-    "in_plane_jump": "The image origin jumps within the plane by more than 1 mm; no pair crosses the jump.",
+    "in_plane_jump": "The image origin jumps within the plane by more than 1 mm; no pair crosses "
+    "the jump.",
     "gantry_tilt": "The gantry was tilted; the volume is not sheared upright.",
     "split_by_acquisition": "The series holds several acquisitions of the same range; this is one.",
     "other_grid_dropped": "Slices of another matrix or pixel spacing were dropped.",
     "slices_lost": "Slices that could not be decoded were dropped.",
     "duplicates_dropped": "Identical slices at one position were dropped.",
-    "acquisitions_meet": "Where two acquisitions meet, slices differed at one position; the first one's was taken.",
-    "no_rescale_tags": "Rescale tags are missing; the stored values are plausible as HU and were taken so.",
-    "spacing_from_metadata": "The file's spacing differs by more than 1 % from the metadata table's, which was taken.",
+    "acquisitions_meet": "Where two acquisitions meet, slices differed at one position; the first "
+    "one's was taken.",
+    "no_rescale_tags": "Rescale tags are missing; the stored values are plausible as HU and were "
+    "taken so.",
+    "spacing_from_metadata": "The file's spacing differs by more than 1 % from the metadata "
+    "table's, which was taken.",
     "fractional_hu": "Some values are not whole HU or beyond 16 bits; the volume is float32.",
 }

@@ -4,7 +4,8 @@ import dataclasses
 
 from data_prep.system.errors import InputError
 
-ARCHIVES = ("auto", "dicom", "nifti")  # kinds of raw scans; auto: NIfTI for a file of that name, else DICOM
+# kinds of raw scans; auto: NIfTI for a file of that name, else DICOM
+ARCHIVES = ("auto", "dicom", "nifti")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +26,21 @@ class Rules:
 
     def __post_init__(self):
         if not self.max_slice_thickness_mm > 0:
-            raise InputError(f"max_slice_thickness_mm is {self.max_slice_thickness_mm}; give a positive number")
+            raise InputError(
+                f"max_slice_thickness_mm is {self.max_slice_thickness_mm}; give a positive number"
+            )
         if self.min_slices < 1:
             raise InputError(f"min_slices is {self.min_slices}; give 1 or more")
         if not 0 <= self.max_lost_fraction < 1:
-            raise InputError(f"max_lost_fraction is {self.max_lost_fraction}; give 0 or more, below 1")
+            raise InputError(
+                f"max_lost_fraction is {self.max_lost_fraction}; give 0 or more, below 1"
+            )
         for name, values in (
             ("irregular", ("keep", "refuse")),
             ("reconstructions", ("one_per_study", "all")),
             ("preferred_kernel", ("soft", "sharp", "any")),
         ):
             if getattr(self, name) not in values:
-                raise InputError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(values)}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}; give one of {', '.join(values)}"
+                )

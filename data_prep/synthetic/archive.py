@@ -11,7 +11,7 @@ from data_prep.synthetic.exam import LAYOUTS, Options
 from data_prep.synthetic.layouts import patient_folder, write_patient, write_tables
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, folder_written_whole, make_folder, read_json, write_text
-from data_prep.workers import WorkerDied, WorkerPool
+from data_prep.system.workers import WorkerDied, WorkerPool
 
 OPTIONS_FILE = "phantom.json"
 
@@ -23,19 +23,28 @@ def _finish_patient(output_dir: Path, index: int, options: Options) -> int:
         return write_patient(temporary, output_dir, index, options)
 
 
-def make_archive(output_dir: Path, num_patients: int, options: Options, num_workers: int = 1) -> int:
-    """Writes patients 0..num_patients-1 that are not there yet; returns the number of files written.
+def make_archive(
+    output_dir: Path, num_patients: int, options: Options, num_workers: int = 1
+) -> int:
+    """Writes patients 0..num_patients-1 that are not there yet; returns the number of files
+    written.
 
-    Raises InputError if the folder holds something else or was made with other options, or an option is impossible.
+    Raises InputError if the folder holds something else or was made with other options, or an
+    option is impossible.
     """
     if num_patients < 1:
         raise InputError(f"--num_patients={num_patients}: at least 1 is needed")
     if not 32 <= options.image_size <= 1024:
         raise InputError(f"--image_size={options.image_size}: choose 32 to 1024")
     if options.num_slices < 0:
-        raise InputError(f"--num_slices={options.num_slices}: 0 for the whole chest, or a number of slices")
+        raise InputError(
+            f"--num_slices={options.num_slices}: 0 for the whole chest, or a number of slices"
+        )
     if options.slice_spacing_mm != 0 and not 0.5 <= options.slice_spacing_mm <= 10:
-        raise InputError(f"--slice_spacing_mm={options.slice_spacing_mm:g}: 0 (the scanner's choice) or 0.5 to 10")
+        raise InputError(
+            f"--slice_spacing_mm={options.slice_spacing_mm:g}: 0 (the scanner's "
+            f"choice) or 0.5 to 10"
+        )
     if options.layout not in LAYOUTS:
         raise InputError(f"--layout={options.layout}: choose {', '.join(LAYOUTS)}")
     if options.seed < 0:
@@ -52,9 +61,14 @@ def make_archive(output_dir: Path, num_patients: int, options: Options, num_work
                 "choose another folder or the options in its phantom.json"
             )
     elif any(output_dir.iterdir()):
-        raise InputError(f"--output_dir={output_dir}: is not empty and not a phantom archive; choose another folder")
+        raise InputError(
+            f"--output_dir={output_dir}: is not empty and not a phantom archive; "
+            f"choose another folder"
+        )
     write_text(marker, json.dumps(recorded, indent=1) + "\n")
-    missing = [i for i in range(num_patients) if not patient_folder(output_dir, i, options).exists()]
+    missing = [
+        i for i in range(num_patients) if not patient_folder(output_dir, i, options).exists()
+    ]
     count = _write_missing(output_dir, missing, options, num_workers)
     write_tables(output_dir, options)
     return count
@@ -68,8 +82,13 @@ def _write_missing(output_dir: Path, missing: list[int], options: Options, num_w
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     count, tasks = 0, [(output_dir, i, options) for i in missing]
     with WorkerPool(num_workers) as pool:
-        for (_, i, _), written in tqdm(pool.run(_finish_patient, tasks), total=len(tasks), unit="patient"):
+        for (_, i, _), written in tqdm(
+            pool.run(_finish_patient, tasks), total=len(tasks), unit="patient"
+        ):
             if isinstance(written, WorkerDied):
-                raise RunFailed(f"making patient {i} was killed, probably for memory; give a smaller --num_workers")
+                raise RunFailed(
+                    f"making patient {i} was killed, probably for memory; give a "
+                    f"smaller --num_workers"
+                )
             count += written
     return count

@@ -2,7 +2,14 @@
 
 import numpy as np
 
-from data_prep.synthetic.patient import DISC_Z, PLEURA_FRONT, VERTEBRA_HEIGHT, Anatomy, shoulder_blade, spine_y
+from data_prep.synthetic.patient import (
+    DISC_Z,
+    PLEURA_FRONT,
+    VERTEBRA_HEIGHT,
+    Anatomy,
+    shoulder_blade,
+    spine_y,
+)
 from data_prep.synthetic.shapes import Canvas, ellipse, segment, smooth_max, smooth_min
 
 CORTEX = 520.0
@@ -36,13 +43,18 @@ def paint_sternum(canvas: Canvas, z: float, marrow: np.ndarray) -> None:
     box = canvas.box(0, y, 40)
     u = np.abs(canvas.x[box]) - np.float32(half_width - 5)
     v = np.abs(canvas.y[box] - np.float32(y) - 0.004 * canvas.x[box] ** 2) - np.float32(0.5)
-    distance = np.hypot(np.maximum(u, 0), np.maximum(v, 0)) + np.minimum(np.maximum(u, v), 0) - np.float32(5.0)
+    distance = (
+        np.hypot(np.maximum(u, 0), np.maximum(v, 0))
+        + np.minimum(np.maximum(u, v), 0)
+        - np.float32(5.0)
+    )
     canvas.fill(box, distance, CORTEX)
     canvas.fill(box, distance + 1.6, marrow - 30)
 
 
 def paint_shoulder_blades(canvas: Canvas, anatomy: Anatomy, z: float) -> None:
-    """Scapulae, turned outward by the raised arms, each a thin blade with a thicker outer border and a spine."""
+    """Scapulae, turned outward by the raised arms, each a thin blade with a thicker outer border
+    and a spine."""
     if not -62 < z < 125:
         return
     lift = (z + 62) / 160
@@ -81,7 +93,9 @@ def paint_vertebra(canvas: Canvas, anatomy: Anatomy, z: float, marrow: np.ndarra
     if not open_side:
         # Below the pedicles the arch is open towards the sides: the foramina of the nerves.
         arch = np.maximum(arch, canal_y - 2 - y)
-    wing = segment(np.abs(x), y, (10 * grow, canal_y + 4), (33 * grow, canal_y + 13)) - np.float32(4.3)
+    wing = segment(np.abs(x), y, (10 * grow, canal_y + 4), (33 * grow, canal_y + 13)) - np.float32(
+        4.3
+    )
     run = (0.75 - level) % 1.0
     start = canal_y + 6 + 11 * run
     process = segment(x, y, (0, start), (0, start + 9)) - np.float32(2.6 + 1.2 * run)

@@ -1,4 +1,5 @@
-"""Writes rendered phantom volumes as CT Image Storage series with the tag habits of four manufacturers."""
+"""Writes rendered phantom volumes as CT Image Storage series with the tag habits of four
+manufacturers."""
 
 import dataclasses
 from pathlib import Path
@@ -26,9 +27,9 @@ COMMENT = "SYNTHETIC phantom, not a patient"
 class Vendor:
     """How one manufacturer's scanners fill in the attributes that differ between manufacturers.
 
-    `intercept` is Rescale Intercept in HU, `outside` the stored value beyond the circular field of view (None: the
-    reconstruction fills the square), `padding` tells whether Pixel Padding Value is written, `collimations` lists
-    (slice thickness, slice spacing) in mm.
+    `intercept` is Rescale Intercept in HU, `outside` the stored value beyond the circular field of
+    view (None: the reconstruction fills the square), `padding` tells whether Pixel Padding Value is
+    written, `collimations` lists (slice thickness, slice spacing) in mm.
     """
 
     name: str
@@ -109,8 +110,8 @@ VENDORS = (
     ),
 )
 
-# Transfer syntaxes with their shares in percent; the fast ones are the common ones. JPEG-LS and JPEG 2000 are
-# written by vendors with unsigned pixels only.
+# Transfer syntaxes with their shares in percent; the fast ones are the common ones. JPEG-LS and
+# JPEG 2000 are written by vendors with unsigned pixels only.
 SYNTAXES_SIGNED = (
     (ExplicitVRLittleEndian, 50),
     (ImplicitVRLittleEndian, 32),
@@ -128,11 +129,13 @@ SYNTAXES_UNSIGNED = (
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One series to write: `hu` [S, H, W] int16 with slices to superior, rows to posterior, columns to the left.
+    """One series to write: `hu` [S, H, W] int16 with slices to superior, rows to posterior, columns
+    to the left.
 
-    `position_mm` is (x, y, z) of the centre of the first voxel of slice 0 in the patient coordinate system;
-    `outside` [H, W] bool marks what the scanner did not reconstruct. `patient_position` is (0018,5100);
-    `mirrored` writes the columns to the patient's right, as some feet-first scans have it.
+    `position_mm` is (x, y, z) of the centre of the first voxel of slice 0 in the patient coordinate
+    system; `outside` [H, W] bool marks what the scanner did not reconstruct. `patient_position` is
+    (0018,5100); `mirrored` writes the columns to the patient's right, as some feet-first scans have
+    it.
     """
 
     hu: np.ndarray
@@ -163,7 +166,8 @@ def series_uid(entropy: tuple[str, ...]) -> str:
 
 
 def stored_values(hu: np.ndarray, outside: np.ndarray, vendor: Vendor) -> np.ndarray:
-    """HU int16 [..., H, W] -> stored pixel values in the vendor's format, `outside` [H, W] filled its way."""
+    """HU int16 [..., H, W] -> stored pixel values in the vendor's format, `outside` [H, W] filled
+    its way."""
     low, high = (-32768, 32767) if vendor.signed else (0, 2**vendor.bits_stored - 1)
     stored = np.clip(hu.astype(np.int32) - vendor.intercept, low, high)
     if vendor.outside is not None:
@@ -172,7 +176,8 @@ def stored_values(hu: np.ndarray, outside: np.ndarray, vendor: Vendor) -> np.nda
 
 
 def encode_frame(pixels: np.ndarray, transfer_syntax: str, bits_stored: int) -> bytes:
-    """[H, W] int16 or uint16 -> Pixel Data bytes under a transfer syntax (encapsulated where it is compressed)."""
+    """[H, W] int16 or uint16 -> Pixel Data bytes under a transfer syntax (encapsulated where it is
+    compressed)."""
     if transfer_syntax == RLELossless:
         return encapsulate([_rle(pixels)])
     if transfer_syntax == JPEGLSLossless:
@@ -199,7 +204,8 @@ def _rle(pixels: np.ndarray) -> bytes:
 
 
 def as_written(series: Series, pixels: np.ndarray) -> np.ndarray:
-    """Pixels [..., H, W] of the patient's orientation in the rows and columns of the written images."""
+    """Pixels [..., H, W] of the patient's orientation in the rows and columns of the written
+    images."""
     column, row, _ = _orientation(series)
     return pixels[..., :: row[1], :: column[0]]
 
@@ -255,13 +261,17 @@ def write_localizer(series: Series, path: Path) -> None:
     dataset.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
     top = series.position_mm[2] + (len(series.hu) - 1) * series.slice_spacing_mm
     dataset.ImagePositionPatient = [round(series.position_mm[0], 4), 0, round(top, 4)]
-    dataset.PixelSpacing = [round(series.slice_spacing_mm / repeats, 6), round(series.pixel_spacing_mm, 6)]
+    dataset.PixelSpacing = [
+        round(series.slice_spacing_mm / repeats, 6),
+        round(series.pixel_spacing_mm, 6),
+    ]
     dataset.Rows, dataset.Columns = pixels.shape
     save(dataset, pixels, series.transfer_syntax, path)
 
 
 def _orientation(series: Series) -> tuple[list[int], list[int], tuple[float, float, float]]:
-    """Direction cosines of the columns and rows as written, and the position of the first written voxel."""
+    """Direction cosines of the columns and rows as written, and the position of the first written
+    voxel."""
     x, y, z = series.position_mm
     extent = (series.hu.shape[1] - 1) * series.pixel_spacing_mm
     prone = series.patient_position.endswith("P")

@@ -4,7 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from data_prep.synthetic.dicom_writer import VENDORS, Series, Vendor, choose_transfer_syntax, series_uid
+from data_prep.synthetic.dicom_writer import (
+    VENDORS,
+    Series,
+    Vendor,
+    choose_transfer_syntax,
+    series_uid,
+)
 from data_prep.synthetic.findings import Findings, sample_emboli, sample_nodules
 from data_prep.synthetic.patient import Anatomy, Patient, build_anatomy, sample_patient
 from data_prep.synthetic.render import Rendering, Scan, outside_field_of_view, render_scan
@@ -18,8 +24,9 @@ CONTRAST_SHARES = {"dicom": (0.4, 0.35, 0.25), "rsna_pe": (0, 1, 0), "lidc_idri"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the bytes of a patient's files, beside the patient's number. `num_slices` 0 is the whole chest;
-    `slice_spacing_mm` 0 leaves the spacing to the scanner; `layout` is one of LAYOUTS."""
+    """What decides the bytes of a patient's files, beside the patient's number. `num_slices` 0 is
+    the whole chest; `slice_spacing_mm` 0 leaves the spacing to the scanner; `layout` is one of
+    LAYOUTS."""
 
     seed: int
     image_size: int
@@ -30,9 +37,10 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-    """One patient's study before it is rendered. `position` is Patient Position (0018,5100); `mirrored` and
-    `transfer_syntax` as in `Series`; `origin_mm` the centre of the first voxel; `attributes` what all
-    series share; `entropy` names the study; `poor_quality` lists which of "motion" and "contrast" spoil it."""
+    """One patient's study before it is rendered. `position` is Patient Position (0018,5100);
+    `mirrored` and `transfer_syntax` as in `Series`; `origin_mm` the centre of the first voxel;
+    `attributes` what all series share; `entropy` names the study; `poor_quality` lists which of
+    "motion" and "contrast" spoil it."""
 
     anatomy: Anatomy
     scan: Scan
@@ -48,8 +56,9 @@ class Exam:
 
 
 def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator]:
-    """Patient `index` of an archive, with the generator of random numbers for rendering and writing. Layouts and seeds
-    have different patients. Of each two exams of the rsna_pe layout one has emboli."""
+    """Patient `index` of an archive, with the generator of random numbers for rendering and
+    writing. Layouts and seeds have different patients. Of each two exams of the rsna_pe layout one
+    has emboli."""
     layout = LAYOUTS.index(options.layout)
     rng = np.random.default_rng([options.seed, index] + [layout] * (layout > 0))
     patient = sample_patient(rng)
@@ -62,7 +71,9 @@ def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator
         pair = np.random.default_rng([options.seed, index // 2, 10])
         with_emboli = int(pair.integers(2)) == index % 2
     else:
-        with_emboli = options.layout == "dicom" and scan.contrast == "pulmonary" and rng.random() < 0.3
+        with_emboli = (
+            options.layout == "dicom" and scan.contrast == "pulmonary" and rng.random() < 0.3
+        )
     strained = bool(with_emboli and rng.random() < 0.4)
     if strained:
         patient = dataclasses.replace(patient, right_ventricle_scale=float(rng.uniform(1.1, 1.3)))
@@ -85,7 +96,9 @@ def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator
     if with_emboli:
         emboli = sample_emboli(anatomy, heights, strained, rng)
         findings = dataclasses.replace(findings, emboli=emboli)
-    prefix = {"dicom": "PHANTOM", "rsna_pe": "PHANTOM-RSNA", "lidc_idri": "PHANTOM-LIDC"}[options.layout]
+    prefix = {"dicom": "PHANTOM", "rsna_pe": "PHANTOM-RSNA", "lidc_idri": "PHANTOM-LIDC"}[
+        options.layout
+    ]
     entropy = ("phantom", *([options.layout] * (layout > 0)), str(options.seed), str(index))
     exam = Exam(
         anatomy=anatomy,
@@ -105,8 +118,11 @@ def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator
     return exam, rng
 
 
-def render_series(exam: Exam, reconstruction: str, number: int, rng: np.random.Generator) -> tuple[Series, Rendering]:
-    """Series `number` of an exam with the "soft" or the "sharp" kernel, and the rendering that it holds."""
+def render_series(
+    exam: Exam, reconstruction: str, number: int, rng: np.random.Generator
+) -> tuple[Series, Rendering]:
+    """Series `number` of an exam with the "soft" or the "sharp" kernel, and the rendering that it
+    holds."""
     scan = dataclasses.replace(exam.scan, kernel=reconstruction)
     rendering = render_scan(exam.anatomy, scan, exam.findings, rng)
     kernels = exam.vendor.soft_kernels if reconstruction == "soft" else exam.vendor.sharp_kernels
@@ -167,7 +183,9 @@ def sample_scan(
         slice_spacing_mm=spacing,
         slice_thickness_mm=thickness,
         contrast=contrast,
-        bolus=float(rng.uniform(0.65, 1.15)) if contrast == "pulmonary" else float(rng.uniform(0.7, 1.3)),
+        bolus=float(rng.uniform(0.65, 1.15))
+        if contrast == "pulmonary"
+        else float(rng.uniform(0.7, 1.3)),
         kernel="soft",
         noise_hu=float(np.clip(rng.lognormal(2.35, 0.3), 6, 20)),
         rotation_degrees=float(rng.normal(0, 2.5)),
@@ -187,7 +205,11 @@ def _study_attributes(
     rng: np.random.Generator,
 ) -> dict[str, object]:
     """Patient, study and acquisition attributes, all made up from the seed."""
-    year, month, day = 2008 + int(rng.integers(15)), int(rng.integers(1, 13)), int(rng.integers(1, 29))
+    year, month, day = (
+        2008 + int(rng.integers(15)),
+        int(rng.integers(1, 13)),
+        int(rng.integers(1, 29)),
+    )
     date = f"{year:04d}{month:02d}{day:02d}"
     clock = f"{int(rng.integers(7, 20)):02d}{int(rng.integers(60)):02d}{int(rng.integers(60)):02d}"
     attributes = {
@@ -220,5 +242,7 @@ def _study_attributes(
         "AcquisitionNumber": 1,
     }
     if scan.contrast != "none":
-        attributes["ContrastBolusAgent"] = str(rng.choice(["OMNIPAQUE 350", "Ultravist 370", "IV", "CONTRAST"]))
+        attributes["ContrastBolusAgent"] = str(
+            rng.choice(["OMNIPAQUE 350", "Ultravist 370", "IV", "CONTRAST"])
+        )
     return attributes

@@ -1,7 +1,8 @@
 """Findings of the phantom: lung nodules and pulmonary emboli, their sampling, shapes and HU.
 
-Nodules are defined in the patient's millimetres around a centre in reference space (`patient`), so that a
-diameter is a diameter whatever the patient's build; emboli are tubes inside the arteries, in reference space.
+Nodules are defined in the patient's millimetres around a centre in reference space (`patient`), so
+that a diameter is a diameter whatever the patient's build; emboli are tubes inside the arteries, in
+reference space.
 """
 
 import dataclasses
@@ -21,9 +22,10 @@ TRUNK, LEFT_ARTERY, RIGHT_ARTERY = (0, 1), (2, 3, 4), (5, 6, 7, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Nodule:
-    """A lung nodule. `centre` in reference space; `texture` 1 (ground glass) to 5 (solid), `malignancy` 1 to 5 on the
-    LIDC-IDRI scales; `lobulation` and `spiculation` are relative heights of bumps and spicules; `cavity_mm` is the
-    radius of an air-filled cavity, 0 for none; `directions` [K, 3] point where the bumps and spicules are."""
+    """A lung nodule. `centre` in reference space; `texture` 1 (ground glass) to 5 (solid),
+    `malignancy` 1 to 5 on the LIDC-IDRI scales; `lobulation` and `spiculation` are relative heights
+    of bumps and spicules; `cavity_mm` is the radius of an air-filled cavity, 0 for none;
+    `directions` [K, 3] point where the bumps and spicules are."""
 
     centre: tuple[float, float, float]
     radii_mm: tuple[float, float, float]
@@ -49,8 +51,9 @@ class Nodule:
 
 @dataclasses.dataclass(frozen=True)
 class Embolus:
-    """A clot: tubes inside pulmonary arteries. `sides` holds "left", "right" or both, none for one in the trunk only;
-    `central` is one in the trunk or a main artery; a `chronic` one is denser and lies along the wall."""
+    """A clot: tubes inside pulmonary arteries. `sides` holds "left", "right" or both, none for one
+    in the trunk only; `central` is one in the trunk or a main artery; a `chronic` one is denser and
+    lies along the wall."""
 
     tubes: Capsules
     central: bool
@@ -68,15 +71,21 @@ class Findings:
     emboli: tuple[Embolus, ...] = ()
 
 
-def nodule_distance(nodule: Nodule, x: np.ndarray, y: np.ndarray, z: float, scale: tuple) -> tuple[np.ndarray, ...]:
-    """Signed distances [H, W] in mm of reference points to the nodule's body, and to its spicules."""
+def nodule_distance(
+    nodule: Nodule, x: np.ndarray, y: np.ndarray, z: float, scale: tuple
+) -> tuple[np.ndarray, ...]:
+    """Signed distances [H, W] in mm of reference points to the nodule's body, and to its
+    spicules."""
     offset = [
         (np.asarray(along - centre, np.float32) * np.float32(factor))
         for along, centre, factor in zip((x, y, z), nodule.centre, scale, strict=True)
     ]
     away = np.sqrt(sum(part**2 for part in offset)) + np.float32(1e-3)
-    stretched = np.sqrt(sum((part / radius) ** 2 for part, radius in zip(offset, nodule.radii_mm, strict=True)))
-    radius = away / np.maximum(stretched, np.float32(1e-3))  # of the ellipsoid, in each point's direction
+    stretched = np.sqrt(
+        sum((part / radius) ** 2 for part, radius in zip(offset, nodule.radii_mm, strict=True))
+    )
+    # of the ellipsoid, in each point's direction
+    radius = away / np.maximum(stretched, np.float32(1e-3))
     bump = np.zeros_like(away)
     spicule = np.zeros_like(away)
     for number, direction in enumerate(nodule.directions):
@@ -92,12 +101,15 @@ def nodule_distance(nodule: Nodule, x: np.ndarray, y: np.ndarray, z: float, scal
 def sample_nodule(
     anatomy: Anatomy, z_range: tuple[float, float], taken: list[Nodule], rng: np.random.Generator
 ) -> Nodule | None:
-    """A nodule in lung tissue whose centre lies between two heights of reference space, clear of those `taken`; None
-    where no place was found. Growing malignancy makes it larger, spiculated, less sharp and less often calcified."""
+    """A nodule in lung tissue whose centre lies between two heights of reference space, clear of
+    those `taken`; None where no place was found. Growing malignancy makes it larger, spiculated,
+    less sharp and less often calcified."""
     malignancy = int(rng.choice(5, p=MALIGNANCY_SHARES)) + 1
     diameter = float(np.clip(DIAMETER_MM[malignancy - 1] * rng.lognormal(0, 0.28), 3.6, 30))
     texture = int(rng.choice([SOLID, PART_SOLID, GROUND_GLASS], p=[0.76, 0.16, 0.08]))
-    calcified = bool(texture == SOLID and rng.random() < (0.5, 0.12, 0.03, 0.0, 0.0)[malignancy - 1])
+    calcified = bool(
+        texture == SOLID and rng.random() < (0.5, 0.12, 0.03, 0.0, 0.0)[malignancy - 1]
+    )
     directions = rng.normal(size=(4 + 2 * malignancy, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     solid_hu = rng.uniform(230, 520) if calcified else rng.uniform(25, 70)
@@ -107,9 +119,13 @@ def sample_nodule(
         malignancy=malignancy,
         texture=texture,
         calcified=calcified,
-        lobulation=float(np.clip(0.03 + 0.03 * (malignancy - 1) + rng.normal(0, 0.015), 0.01, 0.18)),
+        lobulation=float(
+            np.clip(0.03 + 0.03 * (malignancy - 1) + rng.normal(0, 0.015), 0.01, 0.18)
+        ),
         spiculation=float(np.clip(0.22 * (malignancy - 2.4) + rng.normal(0, 0.06), 0, 0.8)),
-        cavity_mm=float(0.14 * diameter) if diameter > 16 and texture == SOLID and rng.random() < 0.1 else 0.0,
+        cavity_mm=float(0.14 * diameter)
+        if diameter > 16 and texture == SOLID and rng.random() < 0.1
+        else 0.0,
         hu=float(solid_hu if texture != GROUND_GLASS else rng.uniform(-560, -420)),
         directions=tuple(tuple(float(v) for v in d) for d in directions),
     )
@@ -142,23 +158,29 @@ def _place(nodule, anatomy, z_range, taken, rng) -> Nodule | None:
             inside = np.maximum(inside, lungs(xs, ys, height, anatomy, wall))
         possible = inside < -(radius + 3)
         if at_pleura:
-            # The nodule may bulge from the chest wall but not from the mediastinum or the diaphragm.
+            # The nodule may bulge from the chest wall but not from the mediastinum or the
+            # diaphragm.
             possible = (inside < -0.75 * radius) & (inside > -1.05 * radius) & (pleura > inside - 2)
         for other in taken:
             gap = nodule.reach_mm + other.reach_mm + 4
-            far = np.hypot((xs - other.centre[0]) * scale[0], (ys - other.centre[1]) * scale[1]) > gap
+            far = (
+                np.hypot((xs - other.centre[0]) * scale[0], (ys - other.centre[1]) * scale[1]) > gap
+            )
             possible &= far | (abs(z - other.centre[2]) * scale[2] > gap)
         places = np.argwhere(possible)
         if len(places):
             row, column = places[rng.integers(len(places))]
-            return dataclasses.replace(nodule, centre=(float(xs[row, column]), float(ys[row, column]), z))
+            return dataclasses.replace(
+                nodule, centre=(float(xs[row, column]), float(ys[row, column]), z)
+            )
     return None
 
 
 def sample_nodules(
     anatomy: Anatomy, z_range: tuple[float, float], count: int, dots: int, rng: np.random.Generator
 ) -> Findings:
-    """Findings with up to `count` nodules and `dots` of less than 3 mm between two heights of reference space."""
+    """Findings with up to `count` nodules and `dots` of less than 3 mm between two heights of
+    reference space."""
     nodules, small = [], []
     for _ in range(count):
         nodule = sample_nodule(anatomy, z_range, nodules, rng)
@@ -172,12 +194,16 @@ def sample_nodules(
 def sample_emboli(
     anatomy: Anatomy, z_range: tuple[float, float], strained: bool, rng: np.random.Generator
 ) -> tuple[Embolus, ...]:
-    """Emboli of one patient whose arteries run between two heights of reference space: acute, chronic or both; a
-    patient with a strained right heart has more and more central ones."""
+    """Emboli of one patient whose arteries run between two heights of reference space: acute,
+    chronic or both; a patient with a strained right heart has more and more central ones."""
     kind = str(rng.choice(["acute", "chronic", "both"], p=[0.8, 0.1, 0.1]))
     emboli = []
     central = int(rng.random() < (0.95 if strained else 0.6)) + int(strained and rng.random() < 0.4)
-    peripheral = int(rng.integers(1, 4)) if strained else int(rng.integers(0, 2) if central else rng.integers(1, 3))
+    peripheral = (
+        int(rng.integers(1, 4))
+        if strained
+        else int(rng.integers(0, 2) if central else rng.integers(1, 3))
+    )
     for number in range(central + peripheral):
         chronic = kind == "chronic" or (kind == "both" and number % 2 == 1)
         make = _central_embolus if number < central else _peripheral_embolus
@@ -192,7 +218,9 @@ def _central_embolus(anatomy, z_range, chronic, rng) -> Embolus | None:
     left, right = (_chain(arteries, segments) for segments in (LEFT_ARTERY, RIGHT_ARTERY))
     which = rng.choice(["left", "right", "saddle"], p=[0.37, 0.43, 0.2])
     if which == "saddle":
-        points, radii = (np.concatenate([a[:3][::-1], b[:3]]) for a, b in zip(left, right, strict=True))
+        points, radii = (
+            np.concatenate([a[:3][::-1], b[:3]]) for a, b in zip(left, right, strict=True)
+        )
         share, sides = (0.15, 0.85), ("left", "right")
     else:
         points, radii = left if which == "left" else right
@@ -228,7 +256,8 @@ def _chain(tubes: Capsules, segments: tuple[int, ...]) -> tuple[np.ndarray, np.n
 
 
 def _clot(points, radii, share, central, sides, chronic, rng) -> Embolus:
-    """A clot along a part of a centre line: filling the artery or, smaller, off its axis; rounded at both ends."""
+    """A clot along a part of a centre line: filling the artery or, smaller, off its axis; rounded
+    at both ends."""
     along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
     where = np.linspace(share[0] * along[-1], share[1] * along[-1], 9)
     centre = np.stack([np.interp(where, along, points[:, k]) for k in range(3)], axis=1)
@@ -246,13 +275,20 @@ def _clot(points, radii, share, central, sides, chronic, rng) -> Embolus:
     aside /= np.linalg.norm(aside) + 1e-9
     slack = (lumen - thickness) * (1.0 if chronic else float(rng.uniform(0.1, 0.8)))
     tubes = polyline(centre + aside * slack[:, None], thickness)
-    return Embolus(tubes, central, sides, chronic, float(rng.uniform(55, 85) if chronic else rng.uniform(30, 65)))
+    return Embolus(
+        tubes,
+        central,
+        sides,
+        chronic,
+        float(rng.uniform(55, 85) if chronic else rng.uniform(30, 65)),
+    )
 
 
 def cut_nodule(
     canvas: Canvas, nodule: Nodule, z: float, scale: tuple, lung_box: tuple, lung: np.ndarray
 ) -> tuple | None:
-    """(box, distance to the body, distance to body and spicules) of a nodule near the slice at z, else None."""
+    """(box, distance to the body, distance to body and spicules) of a nodule near the slice at z,
+    else None."""
     if abs(z - nodule.centre[2]) * scale[2] > nodule.reach_mm:
         return None
     box = canvas.box(*nodule.centre[:2], (nodule.reach_mm + 3) / min(scale))
@@ -261,7 +297,9 @@ def cut_nodule(
     return box, np.maximum(body, inside), np.maximum(spiky, inside)
 
 
-def paint_haze(canvas: Canvas, nodule: Nodule, box: tuple[slice, slice], body: np.ndarray, spiky: np.ndarray) -> None:
+def paint_haze(
+    canvas: Canvas, nodule: Nodule, box: tuple[slice, slice], body: np.ndarray, spiky: np.ndarray
+) -> None:
     """The ground glass of a nodule; vessels are painted over it and stay visible."""
     if nodule.texture == GROUND_GLASS:
         canvas.fill(box, body, nodule.hu, edge_mm=canvas.edge_mm + 2)
@@ -269,7 +307,9 @@ def paint_haze(canvas: Canvas, nodule: Nodule, box: tuple[slice, slice], body: n
         canvas.fill(box, body, -420, edge_mm=canvas.edge_mm + 1.5)
 
 
-def paint_nodule(canvas: Canvas, nodule: Nodule, box: tuple[slice, slice], body: np.ndarray, spiky: np.ndarray) -> None:
+def paint_nodule(
+    canvas: Canvas, nodule: Nodule, box: tuple[slice, slice], body: np.ndarray, spiky: np.ndarray
+) -> None:
     """The solid part of a nodule with its spicules, and its cavity."""
     if nodule.texture == GROUND_GLASS:
         return
@@ -284,8 +324,9 @@ def paint_nodule(canvas: Canvas, nodule: Nodule, box: tuple[slice, slice], body:
 
 
 def paint_embolus(canvas: Canvas, embolus: Embolus, z: float, blood_hu: float) -> float:
-    """Puts an embolus in the place of arterial blood of some HU; returns the mm^2 that it takes. Only what the slice
-    shows of the arteries can be taken, so that no embolus is counted that a reader could not see."""
+    """Puts an embolus in the place of arterial blood of some HU; returns the mm^2 that it takes.
+    Only what the slice shows of the arteries can be taken, so that no embolus is counted that a
+    reader could not see."""
     cut = canvas.tubes(embolus.tubes, z, z_scale=1.0 if embolus.central else 0.6)
     if cut is None:
         return 0.0

@@ -1,8 +1,9 @@
 """Writes synthetic patients in the folder layouts of three kinds of archives.
 
-dicom: `P0000/...`, one folder a patient, its files named as some scanner or archive would. rsna_pe: `train.csv` beside
-`train/<study>/<series>/<instance>.dcm`, as the RSNA STR Pulmonary Embolism data. lidc_idri: `PHANTOM-0001/<study>/
-<series>/*.dcm` with the readers' XML in the series folder, as LIDC-IDRI.
+dicom: `P0000/...`, one folder a patient, its files named as some scanner or archive would. rsna_pe:
+`train.csv` beside `train/<study>/<series>/<instance>.dcm`, as the RSNA STR Pulmonary Embolism data.
+lidc_idri: `PHANTOM-0001/<study>/ <series>/*.dcm` with the readers' XML in the series folder, as
+  LIDC-IDRI.
 """
 
 import csv
@@ -14,9 +15,15 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from data_prep.rsna_pe import COLUMNS as TRAIN_COLUMNS
-from data_prep.rsna_pe import EXAM_LABELS as EXAM_COLUMNS
-from data_prep.synthetic.dicom_writer import as_written, instance_uid, slice_height, write_localizer, write_series
+from data_prep.labels.rsna_pe import COLUMNS as TRAIN_COLUMNS
+from data_prep.labels.rsna_pe import EXAM_LABELS as EXAM_COLUMNS
+from data_prep.synthetic.dicom_writer import (
+    as_written,
+    instance_uid,
+    slice_height,
+    write_localizer,
+    write_series,
+)
 from data_prep.synthetic.exam import Exam, Options, render_series, sample_exam
 from data_prep.synthetic.patient import ventricle_ratio
 from data_prep.synthetic.readers import read_scan, reading_xml
@@ -25,7 +32,8 @@ from data_prep.system.files import read_json, write_text, written_whole
 # An embolus that covers less of a slice than this makes no positive slice.
 MIN_EMBOLUS_MM2 = 12.0
 ATTRIBUTE_COLUMNS = ("PatientID", "age", "sex", "ethnic_group")
-# Rows that each patient of the rsna_pe layout adds to the tables, which are written again when the archive grows.
+# Rows that each patient of the rsna_pe layout adds to the tables, which are written again when the
+# archive grows.
 TABLES_FOLDER = ".tables"
 
 
@@ -33,12 +41,14 @@ def patient_folder(output_dir: Path, index: int, options: Options) -> Path:
     """The folder whose presence says that patient `index` is complete."""
     if options.layout == "rsna_pe":
         return output_dir / "train" / _hex_id(str(options.seed), str(index), "study")
-    return output_dir / (f"PHANTOM-{index + 1:04d}" if options.layout == "lidc_idri" else f"P{index:04d}")
+    return output_dir / (
+        f"PHANTOM-{index + 1:04d}" if options.layout == "lidc_idri" else f"P{index:04d}"
+    )
 
 
 def write_patient(folder: Path, output_dir: Path, index: int, options: Options) -> int:
-    """Renders patient `index` and writes its files below `folder`, an empty folder that becomes `patient_folder` later;
-    returns the number of files."""
+    """Renders patient `index` and writes its files below `folder`, an empty folder that becomes
+    `patient_folder` later; returns the number of files."""
     exam, rng = sample_exam(index, options)
     if options.layout == "rsna_pe":
         return _write_rsna_pe(folder, output_dir, exam, index, options, rng)
@@ -48,7 +58,8 @@ def write_patient(folder: Path, output_dir: Path, index: int, options: Options) 
 
 
 def write_tables(output_dir: Path, options: Options) -> None:
-    """`train.csv` and `attributes.csv` of all patients that the folder holds, in the rsna_pe layout."""
+    """`train.csv` and `attributes.csv` of all patients that the folder holds, in the rsna_pe
+    layout."""
     if options.layout != "rsna_pe":
         return
     parts = [read_json(path) for path in sorted((output_dir / TABLES_FOLDER).glob("*.json"))]
@@ -57,13 +68,21 @@ def write_tables(output_dir: Path, options: Options) -> None:
         ("attributes.csv", ATTRIBUTE_COLUMNS, [part["attributes"] for part in parts]),
     )
     for name, columns, rows in tables:
-        with written_whole(output_dir / name) as temporary, open(temporary, "w", newline="") as file:
+        with (
+            written_whole(output_dir / name) as temporary,
+            open(temporary, "w", newline="") as file,
+        ):
             csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 def _write_dicom(folder: Path, exam: Exam, rng: np.random.Generator) -> int:
-    """One or two reconstructions and sometimes a localizer; findings are in the images but not written down."""
-    reconstructions = ["soft", "sharp"] if rng.random() < 0.2 else [str(rng.choice(["soft", "sharp"], p=[0.8, 0.2]))]
+    """One or two reconstructions and sometimes a localizer; findings are in the images but not
+    written down."""
+    reconstructions = (
+        ["soft", "sharp"]
+        if rng.random() < 0.2
+        else [str(rng.choice(["soft", "sharp"], p=[0.8, 0.2]))]
+    )
     with_localizer = rng.random() < 0.3
     naming = NAMINGS[int(rng.integers(len(NAMINGS)))]
     count = 0
@@ -81,9 +100,11 @@ def _write_dicom(folder: Path, exam: Exam, rng: np.random.Generator) -> int:
     return count
 
 
-def _write_rsna_pe(folder: Path, output_dir: Path, exam, index: int, options, rng: np.random.Generator) -> int:
-    """One series under ids of 12 hexadecimal digits; headers without age, sex and group. The labels go to
-    `TABLES_FOLDER` first, so that a complete patient always has them."""
+def _write_rsna_pe(
+    folder: Path, output_dir: Path, exam, index: int, options, rng: np.random.Generator
+) -> int:
+    """One series under ids of 12 hexadecimal digits; headers without age, sex and group. The labels
+    go to `TABLES_FOLDER` first, so that a complete patient always has them."""
     series, rendering = render_series(exam, "soft" if rng.random() < 0.85 else "sharp", 2, rng)
     names = (str(options.seed), str(index))
     study, series_id = _hex_id(*names, "study"), _hex_id(*names, "series")
@@ -99,7 +120,8 @@ def _write_rsna_pe(folder: Path, output_dir: Path, exam, index: int, options, rn
     positive, labels = exam_labels(exam, rendering.embolus_area_mm2)
     constant = [labels[name] for name in EXAM_COLUMNS]
     rows = [
-        [study, series_id, instance, int(label), *constant] for instance, label in zip(instances, positive, strict=True)
+        [study, series_id, instance, int(label), *constant]
+        for instance, label in zip(instances, positive, strict=True)
     ]
     patient = exam.anatomy.patient
     tables = {
@@ -112,15 +134,19 @@ def _write_rsna_pe(folder: Path, output_dir: Path, exam, index: int, options, rn
 
 
 def exam_labels(exam: Exam, embolus_area_mm2: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-    """(positive [S] bool, exam labels by column) of an exam whose emboli cover [S, E] mm^2 of its slices.
+    """(positive [S] bool, exam labels by column) of an exam whose emboli cover [S, E] mm^2 of its
+    slices.
 
-    They keep the rules of the RSNA data: with a positive slice exactly one ventricle ratio, at least one of central,
-    left and right and not both chronic and acute-and-chronic; without one, exactly one of negative and indeterminate.
+    They keep the rules of the RSNA data: with a positive slice exactly one ventricle ratio, at
+    least one of central, left and right and not both chronic and acute-and-chronic; without one,
+    exactly one of negative and indeterminate.
     """
     positive = embolus_area_mm2.sum(axis=1) >= MIN_EMBOLUS_MM2
     seen = [
         embolus
-        for embolus, area in zip(exam.findings.emboli, embolus_area_mm2[positive].sum(axis=0), strict=True)
+        for embolus, area in zip(
+            exam.findings.emboli, embolus_area_mm2[positive].sum(axis=0), strict=True
+        )
         if area
     ]
     labels = dict.fromkeys(EXAM_COLUMNS, 0)

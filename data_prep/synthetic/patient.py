@@ -1,7 +1,8 @@
-"""The anatomy of a synthetic patient: parameters, outlines of body, lungs and diaphragm, skeleton, vessel trees.
+"""The anatomy of a synthetic patient: parameters, outlines of body, lungs and diaphragm, skeleton,
+vessel trees.
 
-Everything is defined in a reference space (x to the patient's left, y to posterior, z to superior, mm, z = 0 at the
-carina of an average adult) and scaled per patient by `Patient.scale`.
+Everything is defined in a reference space (x to the patient's left, y to posterior, z to superior,
+mm, z = 0 at the carina of an average adult) and scaled per patient by `Patient.scale`.
 """
 
 import dataclasses
@@ -30,12 +31,15 @@ DISC_Z = 8.0
 
 @dataclasses.dataclass(frozen=True)
 class Patient:
-    """Parameters of one synthetic patient. Lengths in mm of the reference space unless said; angles in degrees."""
+    """Parameters of one synthetic patient. Lengths in mm of the reference space unless said; angles
+    in degrees."""
 
     age: int
     sex: str
-    group: str  # one of GROUPS: a made-up attribute with a faint trace in muscle and fat, see `render`
-    scale: tuple[float, float, float]  # build: factors along x, y, z from the reference space to the patient
+    # one of GROUPS: a made-up attribute with a faint trace in muscle and fat, see `render`
+    group: str
+    # build: factors along x, y, z from the reference space to the patient
+    scale: tuple[float, float, float]
     fat_mm: float  # subcutaneous fat at the flank
     muscle: float  # 1 is average
     heart_scale: float
@@ -57,7 +61,8 @@ class Patient:
 
     @property
     def chest_extent_mm(self) -> tuple[float, float]:
-        """z of the lowest and the highest slice that cover the lungs from base to apex, mm of the patient."""
+        """z of the lowest and the highest slice that cover the lungs from base to apex, mm of the
+        patient."""
         return BASE_Z * self.scale[2], APEX_Z * self.scale[2]
 
     @property
@@ -72,8 +77,8 @@ class Patient:
 
 
 def sample_patient(rng: np.random.Generator) -> Patient:
-    """Draws a patient: adults, both sexes, builds and body fat over the range seen in chest CT. Age and sex shape the
-    anatomy; the group is independent of both."""
+    """Draws a patient: adults, both sexes, builds and body fat over the range seen in chest CT. Age
+    and sex shape the anatomy; the group is independent of both."""
     sex = str(rng.choice(["F", "M"]))
     age = int(np.clip(rng.normal(60, 15), 19, 94))
     height = rng.normal(0.95 if sex == "F" else 1.03, 0.05)
@@ -89,7 +94,9 @@ def sample_patient(rng: np.random.Generator) -> Patient:
             float(np.clip(height * (1 + rng.normal(0, 0.03)), 0.85, 1.14)),
         ),
         fat_mm=float(np.clip(rng.lognormal(2.6, 0.5), 5, 42)),
-        muscle=float(np.clip(rng.normal(1.0 if sex == "M" else 0.82, 0.12) - 0.003 * (age - 60), 0.5, 1.4)),
+        muscle=float(
+            np.clip(rng.normal(1.0 if sex == "M" else 0.82, 0.12) - 0.003 * (age - 60), 0.5, 1.4)
+        ),
         heart_scale=float(np.clip(rng.normal(1.0, 0.07) + 0.002 * (age - 60), 0.85, 1.25)),
         heart_shift=(float(rng.normal(0, 5)), float(rng.normal(0, 3)), float(rng.normal(0, 6))),
         right_ventricle_scale=float(np.clip(rng.normal(1.0, 0.04), 0.9, 1.08)),
@@ -103,7 +110,11 @@ def sample_patient(rng: np.random.Generator) -> Patient:
         aortic_calcification=float(np.clip((age - 50) / 35 + rng.normal(0, 0.15), 0, 1)),
         lung_hu=float(rng.normal(-858, 16)),
         scoliosis_mm=float(rng.normal(0, 4)),
-        asymmetry=(float(rng.uniform(1.5, 4)), float(rng.uniform(0, 6.3)), float(rng.uniform(0, 6.3))),
+        asymmetry=(
+            float(rng.uniform(1.5, 4)),
+            float(rng.uniform(0, 6.3)),
+            float(rng.uniform(0, 6.3)),
+        ),
         kyphosis=float(np.clip(rng.normal(1.0, 0.18) + 0.004 * (age - 60), 0.6, 1.6)),
         seed=int(rng.integers(2**31)),
     )
@@ -113,10 +124,17 @@ def _profile(*knots: tuple[float, float]) -> PchipInterpolator:
     return PchipInterpolator(*np.array(sorted(knots), float).T)
 
 
-# Half widths and front and back borders (mm) of the muscular body wall and of the pleural space along z.
-BODY_HALF_WIDTH = _profile((-230, 142), (-150, 145), (-60, 145), (0, 147), (45, 158), (80, 174), (130, 174))
-BODY_FRONT = _profile((-230, -112), (-140, -116), (-90, -113), (0, -97), (50, -80), (90, -62), (130, -50))
-PLEURA_FRONT = _profile((-230, -96), (-120, -98), (-60, -93), (0, -80), (50, -62), (100, -40), (130, -34))
+# Half widths and front and back borders (mm) of the muscular body wall and of the pleural space
+# along z.
+BODY_HALF_WIDTH = _profile(
+    (-230, 142), (-150, 145), (-60, 145), (0, 147), (45, 158), (80, 174), (130, 174)
+)
+BODY_FRONT = _profile(
+    (-230, -112), (-140, -116), (-90, -113), (0, -97), (50, -80), (90, -62), (130, -50)
+)
+PLEURA_FRONT = _profile(
+    (-230, -96), (-120, -98), (-60, -93), (0, -80), (50, -62), (100, -40), (130, -34)
+)
 PLEURA_HALF_WIDTH = _profile((-230, 128), (-150, 131), (-90, 130), (-40, 126), (0, 119))
 
 
@@ -152,7 +170,8 @@ def body_back(z: np.ndarray | float, patient: Patient) -> np.ndarray:
 
 
 def pleura_outline(z: np.ndarray | float, patient: Patient) -> tuple[np.ndarray, ...]:
-    """(half width, front y, widest y, back y) of the pleural space at z; it closes to two domes at the apices."""
+    """(half width, front y, widest y, back y) of the pleural space at z; it closes to two domes at
+    the apices."""
     z = np.asarray(z, float)
     closing = np.sqrt(1 - np.clip((z + 45) / 143, 0, 0.9999) ** 2.7)
     spine = spine_y(z, patient)
@@ -163,8 +182,11 @@ def pleura_outline(z: np.ndarray | float, patient: Patient) -> tuple[np.ndarray,
     return half_width, front, front + 0.56 * (back - front), back
 
 
-def egg(x: np.ndarray, y: np.ndarray, outline: tuple, front_power: float, back_power: float) -> np.ndarray:
-    """Signed distance to a closed outline of two half superellipses: (half width, front y, widest y, back y)."""
+def egg(
+    x: np.ndarray, y: np.ndarray, outline: tuple, front_power: float, back_power: float
+) -> np.ndarray:
+    """Signed distance to a closed outline of two half superellipses: (half width, front y, widest
+    y, back y)."""
     half_width, front, middle, back = (np.float32(v) for v in outline)
     v = y - middle
     ahead = v < 0
@@ -185,7 +207,8 @@ def pleura_distance(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) ->
 
 
 def diaphragm(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> np.ndarray:
-    """Signed distance to the diaphragm's two domes and the saddle under the heart: negative below them."""
+    """Signed distance to the diaphragm's two domes and the saddle under the heart: negative below
+    them."""
     right = _dome(x, y, z, patient.dome_right_z, (-66, -10), (80, 108, 96), 96)
     left = _dome(x, y, z, patient.dome_left_z, (70, -10), (80, 108, 96), 96)
     saddle = _dome(x, y, z, patient.dome_right_z - 9, (6, -38), (66, 70, 40), 60)
@@ -201,7 +224,9 @@ def _dome(x, y, z, top, centre, radii, height):
     return np.where(y < centre[1], front, back) + np.float32(max(z - top, 0))
 
 
-def mediastinum(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, heart: np.ndarray) -> np.ndarray:
+def mediastinum(
+    x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, heart: np.ndarray
+) -> np.ndarray:
     """Signed distance to the mediastinum, from the distance to the heart with its fat."""
     patient = anatomy.patient
     spine = float(spine_y(z, patient))
@@ -211,7 +236,9 @@ def mediastinum(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, heart:
     distance = np.abs(x - np.float32(lean)) - half
     distance = smooth_min(distance, ellipse(x, y, (0, spine + 6), (24, 24)), 9)
     distance = smooth_min(distance, heart, 10)
-    return smooth_min(distance, tube_distance(x, y, z, anatomy.vessels.mediastinal) - 2.5, 10).astype(np.float32)
+    return smooth_min(
+        distance, tube_distance(x, y, z, anatomy.vessels.mediastinal) - 2.5, 10
+    ).astype(np.float32)
 
 
 def heart_chambers(patient: Patient) -> dict[str, tuple]:
@@ -226,8 +253,16 @@ def heart_chambers(patient: Patient) -> dict[str, tuple]:
 
     return {
         "right_atrium": (place(-30, -22, -68), (36 * s, 23 * s, 25 * s), (0.1, 0.2, 1)),
-        "right_ventricle": (place(8, -54, -82), (46 * s, 22 * s * wide, 34 * s * wide), (0.85, -0.1, -0.4)),
-        "left_ventricle": (place(44, -28, -84), (46 * s, 29 * s / wide**0.5, 29 * s / wide**0.5), (0.72, -0.5, -0.42)),
+        "right_ventricle": (
+            place(8, -54, -82),
+            (46 * s, 22 * s * wide, 34 * s * wide),
+            (0.85, -0.1, -0.4),
+        ),
+        "left_ventricle": (
+            place(44, -28, -84),
+            (46 * s, 29 * s / wide**0.5, 29 * s / wide**0.5),
+            (0.72, -0.5, -0.42),
+        ),
         "left_atrium": (place(4, 12, -48), (32 * s, 19 * s, 21 * s), (1, 0.05, 0.1)),
     }
 
@@ -235,7 +270,10 @@ def heart_chambers(patient: Patient) -> dict[str, tuple]:
 def ventricle_ratio(patient: Patient) -> float:
     """Width of the right ventricle's blood over the left's: 1 or more is a strained right heart."""
     chambers = heart_chambers(patient)
-    widths = {name: chambers[name][1][1] - HEART_WALLS_MM[name] for name in ("right_ventricle", "left_ventricle")}
+    widths = {
+        name: chambers[name][1][1] - HEART_WALLS_MM[name]
+        for name in ("right_ventricle", "left_ventricle")
+    }
     return widths["right_ventricle"] / widths["left_ventricle"]
 
 
@@ -251,7 +289,9 @@ def heart_distance(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> 
     return smooth_min(distance, ellipsoid(x, y, z, middle, (34, 30, 32), (1, 0.0, 0.0)), 8)
 
 
-def lungs(x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, pleura: np.ndarray) -> np.ndarray:
+def lungs(
+    x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, pleura: np.ndarray
+) -> np.ndarray:
     """Signed distance to the aerated lungs of a slice, from the distance to the pleura."""
     patient = anatomy.patient
     heart = heart_distance(x, y, z, patient) - 5
@@ -291,8 +331,11 @@ def shoulder_blade(z: float, patient: Patient) -> tuple[tuple[float, float], tup
     return (x, y), (x + 10 + 60 * lift, y - 16 - 42 * lift)
 
 
-def _on_pleura(angle: np.ndarray, z: np.ndarray, patient: Patient, outward_mm: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points (x, y) at an angle from posterior (0) to anterior (pi) on the pleura at z, moved outward."""
+def _on_pleura(
+    angle: np.ndarray, z: np.ndarray, patient: Patient, outward_mm: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points (x, y) at an angle from posterior (0) to anterior (pi) on the pleura at z, moved
+    outward."""
     half_width, front, middle, back = pleura_outline(np.minimum(z, 84), patient)
     power = np.where(angle > np.pi / 2, 2.2, 2.35)
     sin, cos = np.abs(np.sin(angle)), np.cos(angle)
@@ -332,7 +375,13 @@ def _ribs(patient: Patient) -> tuple[Capsules, Capsules]:
 def _colon(patient: Patient) -> Capsules:
     """The transverse colon up to its splenic flexure, in front of and beside the stomach."""
     z = patient.dome_left_z
-    points = [(-30, -68, z - 92), (14, -74, z - 84), (58, -72, z - 76), (92, -48, z - 62), (104, -16, z - 58)]
+    points = [
+        (-30, -68, z - 92),
+        (14, -74, z - 84),
+        (58, -72, z - 76),
+        (92, -48, z - 62),
+        (104, -16, z - 58),
+    ]
     return polyline([*points, (108, 8, z - 76), (106, 10, z - 120)], [17, 16, 18, 17, 18, 16, 16])
 
 

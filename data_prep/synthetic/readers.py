@@ -1,7 +1,8 @@
 """Four imperfect readers of the phantom's nodules, and their reading as an LIDC-IDRI XML file.
 
-As in LIDC-IDRI, a nodule of 3 mm or more is outlined slice by slice one pixel outside its border and rated on nine
-scales; a smaller one is a single point without ratings; something else than a nodule is a point, too.
+As in LIDC-IDRI, a nodule of 3 mm or more is outlined slice by slice one pixel outside its border
+and rated on nine scales; a smaller one is a single point without ratings; something else than a
+nodule is a point, too.
 """
 
 import dataclasses
@@ -16,13 +17,15 @@ from data_prep.synthetic.render import NoduleField, Rendering
 
 NAMESPACE = "http://www.nih.gov"
 NUM_READERS = 4
-SIDE_STEPS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))  # clockwise on the screen
+# clockwise on the screen
+SIDE_STEPS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """An outline on one slice of the written images: `points` [N, 2] int (column, row), first = last if N > 1;
-    `inclusion` is False for an outline of a hole that does not belong to the nodule."""
+    """An outline on one slice of the written images: `points` [N, 2] int (column, row), first =
+    last if N > 1; `inclusion` is False for an outline of a hole that does not belong to the nodule.
+    """
 
     slice_index: int
     inclusion: bool
@@ -31,8 +34,8 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What one reader says of one place: `ratings` by name for a nodule of 3 mm or more, None for a smaller one;
-    `is_nodule` False for something that only looks like a nodule."""
+    """What one reader says of one place: `ratings` by name for a nodule of 3 mm or more, None for a
+    smaller one; `is_nodule` False for something that only looks like a nodule."""
 
     regions: tuple[Region, ...]
     ratings: dict[str, int] | None
@@ -47,8 +50,8 @@ def read_scan(
     as_written: Callable[[np.ndarray], np.ndarray],
     rng: np.random.Generator,
 ) -> list[list[Mark]]:
-    """The marks of each of the four readers. `as_written` turns masks [..., H, W] of the rendering into the written
-    images' rows and columns."""
+    """The marks of each of the four readers. `as_written` turns masks [..., H, W] of the rendering
+    into the written images' rows and columns."""
     spacing = (slice_spacing_mm, pixel_spacing_mm, pixel_spacing_mm)
     shape = rendering.hu.shape
     readers = []
@@ -63,20 +66,32 @@ def read_scan(
                 marks.append(Mark(regions, rate(nodule, rng), True))
         for field in rendering.dots:
             if field is not None and rng.random() < 0.5:
-                marks.append(Mark((_point(field.paste(field.distance < 0, shape), as_written),), None, True))
+                marks.append(
+                    Mark((_point(field.paste(field.distance < 0, shape), as_written),), None, True)
+                )
         for _ in range(int(rng.integers(0, 3))):
             voxel = np.zeros(shape, bool)
-            voxel[int(rng.integers(shape[0])), int(rng.integers(shape[1])), int(rng.integers(shape[2]))] = True
+            voxel[
+                int(rng.integers(shape[0])),
+                int(rng.integers(shape[1])),
+                int(rng.integers(shape[2])),
+            ] = True
             marks.append(Mark((_point(voxel, as_written),), None, False))
         readers.append(marks)
     return readers
 
 
 def reader_mask(
-    field: NoduleField, spacing_mm: tuple[float, float, float], offset_mm: np.ndarray, growth_mm: float
+    field: NoduleField,
+    spacing_mm: tuple[float, float, float],
+    offset_mm: np.ndarray,
+    growth_mm: float,
 ) -> np.ndarray:
-    """[s, h, w] bool: the nodule's body displaced by (z, y, x) mm and grown by some mm, as a reader sees it."""
-    moved = ndimage.shift(field.distance, np.asarray(offset_mm) / spacing_mm, order=1, mode="nearest")
+    """[s, h, w] bool: the nodule's body displaced by (z, y, x) mm and grown by some mm, as a reader
+    sees it."""
+    moved = ndimage.shift(
+        field.distance, np.asarray(offset_mm) / spacing_mm, order=1, mode="nearest"
+    )
     return moved < growth_mm
 
 
@@ -104,7 +119,11 @@ def _outline(nodule, field, shape, spacing, as_written, rng) -> tuple[Region, ..
     """One reader's outlines of a nodule: the hand shakes by some tenths of a millimetre."""
     growth = float(np.clip(rng.normal(0, 0.05) * nodule.diameter_mm / 2, -0.8, 0.8))
     mask = reader_mask(field, spacing, rng.normal(0, 0.25, 3), growth)
-    hole = field.distance < nodule.cavity_mm - nodule.diameter_mm / 2 if nodule.cavity_mm else np.zeros_like(mask)
+    hole = (
+        field.distance < nodule.cavity_mm - nodule.diameter_mm / 2
+        if nodule.cavity_mm
+        else np.zeros_like(mask)
+    )
     regions = []
     for index in np.flatnonzero(mask.any(axis=(1, 2))):
         for part, inclusion in ((mask[index], True), (hole[index], False)):
@@ -112,7 +131,9 @@ def _outline(nodule, field, shape, spacing, as_written, rng) -> tuple[Region, ..
             if part is None:
                 continue
             whole = np.zeros(shape[1:], bool)
-            rows, columns = (slice(o, o + n) for o, n in zip(field.origin[1:], part.shape, strict=True))
+            rows, columns = (
+                slice(o, o + n) for o, n in zip(field.origin[1:], part.shape, strict=True)
+            )
             whole[rows, columns] = part
             whole = as_written(whole)
             points = border(ndimage.binary_dilation(whole) if inclusion else whole)
@@ -125,7 +146,9 @@ def _largest(mask: np.ndarray) -> np.ndarray | None:
     parts, count = ndimage.label(mask)
     if not count:
         return None
-    return ndimage.binary_fill_holes(parts == 1 + np.argmax(ndimage.sum_labels(mask, parts, np.arange(1, count + 1))))
+    return ndimage.binary_fill_holes(
+        parts == 1 + np.argmax(ndimage.sum_labels(mask, parts, np.arange(1, count + 1)))
+    )
 
 
 def _point(mask: np.ndarray, as_written) -> Region:
@@ -138,13 +161,15 @@ def _point(mask: np.ndarray, as_written) -> Region:
 
 
 def border(mask: np.ndarray) -> np.ndarray:
-    """The outer border pixels of a connected mask [H, W], in order around it and closed: [N, 2] int (column, row)."""
+    """The outer border pixels of a connected mask [H, W], in order around it and closed: [N, 2] int
+    (column, row)."""
     padded = np.pad(mask, 1)
     row, column = (int(v) for v in np.argwhere(padded)[0])
     start, points, came_from = (row, column), [(column - 1, row - 1)], 6
     first_move = None
     while True:
-        # Turn clockwise from the side that we came from, to the first neighbour in the mask (Moore's neighbourhood).
+        # Turn clockwise from the side that we came from, to the first neighbour in the mask
+        # (Moore's neighbourhood).
         for turn in range(8):
             side = (came_from + turn) % 8
             down, across = SIDE_STEPS[side]
@@ -168,7 +193,8 @@ def reading_xml(
     z_positions_mm: list[float],
     rng: np.random.Generator,
 ) -> bytes:
-    """The `LidcReadMessage` of a series; slice i has the SOP Instance UID and the position z of index i."""
+    """The `LidcReadMessage` of a series; slice i has the SOP Instance UID and the position z of
+    index i."""
     root = ElementTree.Element("LidcReadMessage", {"xmlns": NAMESPACE, "uid": f"{series_uid}.0"})
     header = ElementTree.SubElement(root, "ResponseHeader")
     for name, text in (
@@ -183,7 +209,9 @@ def reading_xml(
     for marks in readers:
         session = ElementTree.SubElement(root, "readingSession")
         ElementTree.SubElement(session, "annotationVersion").text = "3.12"
-        ElementTree.SubElement(session, "servicingRadiologistID").text = str(int(rng.integers(10**9)))
+        ElementTree.SubElement(session, "servicingRadiologistID").text = str(
+            int(rng.integers(10**9))
+        )
         first_number = int(rng.integers(1, 200))
         for number, mark in enumerate(marks, start=first_number):
             _add_mark(session, mark, number, instance_uids, z_positions_mm)
@@ -191,16 +219,24 @@ def reading_xml(
     return ElementTree.tostring(root, encoding="UTF-8", xml_declaration=True)
 
 
-def _add_mark(session, mark: Mark, number: int, instance_uids: list[str], z_positions_mm: list[float]) -> None:
-    element = ElementTree.SubElement(session, "unblindedReadNodule" if mark.is_nodule else "nonNodule")
-    ElementTree.SubElement(element, "noduleID" if mark.is_nodule else "nonNoduleID").text = f"{number:03d}"
+def _add_mark(
+    session, mark: Mark, number: int, instance_uids: list[str], z_positions_mm: list[float]
+) -> None:
+    element = ElementTree.SubElement(
+        session, "unblindedReadNodule" if mark.is_nodule else "nonNodule"
+    )
+    ElementTree.SubElement(
+        element, "noduleID" if mark.is_nodule else "nonNoduleID"
+    ).text = f"{number:03d}"
     if mark.ratings is not None:
         characteristics = ElementTree.SubElement(element, "characteristics")
         for name, value in mark.ratings.items():
             ElementTree.SubElement(characteristics, name).text = str(value)
     for region in mark.regions:
         parent = ElementTree.SubElement(element, "roi") if mark.is_nodule else element
-        ElementTree.SubElement(parent, "imageZposition").text = f"{z_positions_mm[region.slice_index]:.6f}"
+        ElementTree.SubElement(
+            parent, "imageZposition"
+        ).text = f"{z_positions_mm[region.slice_index]:.6f}"
         ElementTree.SubElement(parent, "imageSOP_UID").text = instance_uids[region.slice_index]
         if mark.is_nodule:
             ElementTree.SubElement(parent, "inclusion").text = str(region.inclusion).upper()

@@ -1,11 +1,18 @@
-"""Renders a synthetic patient's anatomy into HU volumes: organ by organ, slice by slice, then noise."""
+"""Renders a synthetic patient's anatomy into HU volumes: organ by organ, slice by slice, then
+noise."""
 
 import dataclasses
 
 import numpy as np
 
 from data_prep.synthetic.bones import paint_skeleton
-from data_prep.synthetic.findings import Findings, cut_nodule, paint_embolus, paint_haze, paint_nodule
+from data_prep.synthetic.findings import (
+    Findings,
+    cut_nodule,
+    paint_embolus,
+    paint_haze,
+    paint_nodule,
+)
 from data_prep.synthetic.noise import noise_tiles, texture_tile
 from data_prep.synthetic.patient import (
     BODY_FRONT,
@@ -26,11 +33,21 @@ from data_prep.synthetic.patient import (
     spine_x,
     spine_y,
 )
-from data_prep.synthetic.shapes import FAR, Canvas, around, ellipse, ellipsoid, join, segment, smooth_max, smooth_min
+from data_prep.synthetic.shapes import (
+    FAR,
+    Canvas,
+    around,
+    ellipse,
+    ellipsoid,
+    join,
+    segment,
+    smooth_max,
+    smooth_min,
+)
 from data_prep.synthetic.vessels import Vessels
 
-# HU of tissues that the contrast medium does not reach, and lengths in mm of the reference space. All are made up
-# within the usual ranges of chest CT of adults: no patient was measured for them.
+# HU of tissues that the contrast medium does not reach, and lengths in mm of the reference space.
+# All are made up within the usual ranges of chest CT of adults: no patient was measured for them.
 FAT, MUSCLE, SKIN = -102.0, 56.0, 18.0
 GLAND, PERICARDIUM, VESSEL_WALL, OESOPHAGUS, PLAQUE = 25, -20, 40, 42.0, 620
 STOMACH_WALL, STOMACH_CONTENTS, STOMACH_AIR, COLON_WALL = 48, 22, -970, 42
@@ -42,7 +59,8 @@ SKIN_MM, PERICARDIUM_MM, HEART_FAT_MM, DIAPHRAGM_MM, STOMACH_WALL_MM = 2.2, 0.8,
 AIRWAY_WALL_MM, VESSEL_WALL_MM, TRACHEA_WALL_MM, COLON_WALL_MM = 1.0, 1.2, 1.6, 2.2
 FISSURE_HALF_MM = 0.25
 MUSCLE_LAYER_MM, MUSCLE_BELLY_MM = 17, 66
-# Lung is denser where it is dependent and in a thin layer below the pleura; its grain is finer than a voxel.
+# Lung is denser where it is dependent and in a thin layer below the pleura; its grain is finer than
+# a voxel.
 DEPENDENT_HU_PER_MM, SUBPLEURAL_HU, SUBPLEURAL_MM, LUNG_GRAIN_HU = 0.28, 60, 4, 14
 LIVER_GRAIN_HU, STOMACH_GRAIN_HU, COLON_GRAIN_HU = 5, 9, 80
 # Opacities below 1: the voxels hold the tissue behind, too.
@@ -56,10 +74,11 @@ STRIPES_HU, STRIPES_MM = 9.0, 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """One acquisition and reconstruction. `z_mm` are slice positions towards superior in the patient's mm.
+    """One acquisition and reconstruction. `z_mm` are slice positions towards superior in the
+    patient's mm.
 
-    `contrast` is "none", "pulmonary" (arterial, dense pulmonary arteries) or "venous", `bolus` the enhancement relative
-    to the usual; `kernel` is "soft" or "sharp";
+    `contrast` is "none", "pulmonary" (arterial, dense pulmonary arteries) or "venous", `bolus` the
+    enhancement relative to the usual; `kernel` is "soft" or "sharp";
     `noise_hu` the standard deviation of a soft reconstruction's noise inside the body.
     """
 
@@ -117,7 +136,9 @@ def enhancement(scan: Scan) -> Enhancement:
     """HU of blood and organs in this scan."""
     plain, usual = ENHANCEMENTS["none"], ENHANCEMENTS[scan.contrast]
     names = [field.name for field in dataclasses.fields(Enhancement)]
-    return Enhancement(*(getattr(plain, n) + scan.bolus * (getattr(usual, n) - getattr(plain, n)) for n in names))
+    return Enhancement(
+        *(getattr(plain, n) + scan.bolus * (getattr(usual, n) - getattr(plain, n)) for n in names)
+    )
 
 
 def outside_field_of_view(scan: Scan) -> np.ndarray:
@@ -128,8 +149,8 @@ def outside_field_of_view(scan: Scan) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class NoduleField:
-    """Where a nodule truly is: `distance` [s, h, w] float32, signed, mm, from voxel `origin` (slice, row, column) on;
-    negative inside the nodule's body, chest wall left out."""
+    """Where a nodule truly is: `distance` [s, h, w] float32, signed, mm, from voxel `origin`
+    (slice, row, column) on; negative inside the nodule's body, chest wall left out."""
 
     origin: tuple[int, int, int]
     distance: np.ndarray
@@ -143,9 +164,10 @@ class NoduleField:
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """A rendered scan with the truth about its findings: `hu` [S, H, W] int16, slices to superior, rows to posterior,
-    columns to the left; `nodules` and `dots` in the order of the findings, None for one that no voxel shows;
-    `embolus_area_mm2` [S, E] float32, the area of each slice that each embolus covers."""
+    """A rendered scan with the truth about its findings: `hu` [S, H, W] int16, slices to superior,
+    rows to posterior, columns to the left; `nodules` and `dots` in the order of the findings, None
+    for one that no voxel shows; `embolus_area_mm2` [S, E] float32, the area of each slice that each
+    embolus covers."""
 
     hu: np.ndarray
     nodules: tuple[NoduleField | None, ...]
@@ -158,8 +180,11 @@ def render_volume(anatomy: Anatomy, scan: Scan, rng: np.random.Generator) -> np.
     return render_scan(anatomy, scan, Findings(), rng).hu
 
 
-def render_scan(anatomy: Anatomy, scan: Scan, findings: Findings, rng: np.random.Generator) -> Rendering:
-    """The scan of a patient with findings. The noise depends on `rng` alone, not on the findings."""
+def render_scan(
+    anatomy: Anatomy, scan: Scan, findings: Findings, rng: np.random.Generator
+) -> Rendering:
+    """The scan of a patient with findings. The noise depends on `rng` alone, not on the
+    findings."""
     patient = anatomy.patient
     pixel = scan.pixel_spacing_mm
     sharp = scan.kernel == "sharp"
@@ -222,19 +247,27 @@ def _gather(pieces: list[tuple[int, tuple[slice, slice], np.ndarray]]) -> Nodule
     bottom, right = (max(box[axis].stop for _, box, _ in pieces) for axis in (0, 1))
     whole = np.full((last - first + 1, bottom - top, right - left), FAR, np.float32)
     for index, (rows, columns), distance in pieces:
-        whole[index - first, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = distance
+        whole[
+            index - first,
+            rows.start - top : rows.stop - top,
+            columns.start - left : columns.stop - left,
+        ] = distance
     return NoduleField((first, top, left), whole)
 
 
 def muscle_layer(canvas: Canvas, patient: Patient) -> np.ndarray:
     """[H, W] float32: HU of muscle, with the faint stripes of the patient's group."""
     angle = np.pi / 3 * GROUPS.index(patient.group)
-    phase = 2 * np.pi / STRIPES_MM * (canvas.x * np.cos(angle) + canvas.y * np.sin(angle)) + patient.seed % 7
+    phase = (
+        2 * np.pi / STRIPES_MM * (canvas.x * np.cos(angle) + canvas.y * np.sin(angle))
+        + patient.seed % 7
+    )
     return (MUSCLE + STRIPES_HU * np.sin(phase)).astype(np.float32)
 
 
 def _as_seen(vessels: Vessels, blood: Enhancement, edge_mm: float) -> Vessels:
-    """The trees with thin branches faded by the blur, and in one piece where arteries and veins look the same."""
+    """The trees with thin branches faded by the blur, and in one piece where arteries and veins
+    look the same."""
     arteries, veins = vessels.arteries_tree.blurred(edge_mm), vessels.veins_tree.blurred(edge_mm)
     if blood.pulmonary_artery == blood.left_heart:
         arteries, veins = join([arteries, veins]), veins.select(np.zeros(0, int))
@@ -250,8 +283,8 @@ def render_slice(
     texture: np.ndarray,
     muscle: np.ndarray,
 ) -> tuple[list[tuple | None], list[float]]:
-    """Paints one slice on the canvas, from the skin inward; returns (box, distance) of each nodule and dot that the
-    slice may cut, else None, and the mm^2 that each embolus covers."""
+    """Paints one slice on the canvas, from the skin inward; returns (box, distance) of each nodule
+    and dot that the slice may cut, else None, and the mm^2 that each embolus covers."""
     patient = anatomy.patient
     x, y = canvas.coarse_x, canvas.coarse_y
     pleura = pleura_distance(x, y, z, patient)
@@ -262,7 +295,9 @@ def render_slice(
     paint_heart(canvas, anatomy, z, blood)
     fields = paint_lungs(canvas, anatomy, findings, z, blood, lung, texture)
     paint_great_vessels(canvas, anatomy, z, blood)
-    areas = [paint_embolus(canvas, embolus, z, blood.pulmonary_artery) for embolus in findings.emboli]
+    areas = [
+        paint_embolus(canvas, embolus, z, blood.pulmonary_artery) for embolus in findings.emboli
+    ]
     paint_skeleton(canvas, anatomy, z, texture)
     return fields, areas
 
@@ -295,21 +330,32 @@ def body_outlines(
     return muscle.astype(np.float32), skin.astype(np.float32), breasts
 
 
-def paint_body_wall(canvas: Canvas, anatomy: Anatomy, z: float, pleura: np.ndarray, muscle_hu: np.ndarray) -> None:
+def paint_body_wall(
+    canvas: Canvas, anatomy: Anatomy, z: float, pleura: np.ndarray, muscle_hu: np.ndarray
+) -> None:
     """Skin, subcutaneous fat, breasts and the muscles with the fat between them."""
     patient = anatomy.patient
     x, y = canvas.coarse_x, canvas.coarse_y
     muscle, skin, breasts = body_outlines(x, y, z, anatomy)
     canvas.paint(skin, SKIN, inner=((SKIN_MM, FAT + GROUP_FAT_HU[GROUPS.index(patient.group)]),))
     if patient.breast_mm:
-        wave = 7 * np.sin(x / 7.3 + z / 11) * np.sin(y / 6.1 - z / 9) + 5 * np.sin((x + y) / 4.7 + z / 6)
+        wave = 7 * np.sin(x / 7.3 + z / 11) * np.sin(y / 6.1 - z / 9) + 5 * np.sin(
+            (x + y) / 4.7 + z / 6
+        )
         gland = np.maximum(breasts, skin) + 14 + 26 * (1 - patient.breast_density) + wave
         canvas.paint(np.maximum(gland, -muscle - 1), GLAND, edge_mm=3)
     canvas.paint(muscle, muscle_hu)
     # Fat in the armpits, and between the muscles: layers along the surface, each cut into bellies.
     if -20 < z < 110:
         side = pleura_outline(min(z, 40), patient)
-        pit = ellipsoid(np.abs(x), y, z, (float(side[0]) + 19, float(side[2]) - 26, 46), (17, 34, 52), (1, -0.25, 0))
+        pit = ellipsoid(
+            np.abs(x),
+            y,
+            z,
+            (float(side[0]) + 19, float(side[2]) - 26, 46),
+            (17, 34, 52),
+            (1, -0.25, 0),
+        )
         pit = pit + 3 * np.sin(x / 6 + z / 8) * np.sin(y / 7 - z / 9)
         canvas.paint(np.maximum(pit, muscle + 9), ARMPIT_FAT, edge_mm=3)
     phase = patient.seed % 7
@@ -320,7 +366,9 @@ def paint_body_wall(canvas: Canvas, anatomy: Anatomy, z: float, pleura: np.ndarr
     along = (around + 9 * np.sin(depth / 13 + z / 31 + phase)) / MUSCLE_BELLY_MM
     along = along + 0.41 * np.floor(depth / MUSCLE_LAYER_MM) + 0.004 * z
     between_bellies = MUSCLE_BELLY_MM * np.abs(along - np.rint(along))
-    planes = smooth_min(between_layers, between_bellies, 7) - 0.9 + 0.7 * np.sin(around / 29 - z / 19)
+    planes = (
+        smooth_min(between_layers, between_bellies, 7) - 0.9 + 0.7 * np.sin(around / 29 - z / 19)
+    )
     planes = np.maximum(np.maximum(planes, muscle + 5), 15 - pleura)
     canvas.paint(planes.astype(np.float32), MUSCLE_PLANE_FAT, edge_mm=2.5)
 
@@ -334,8 +382,8 @@ def paint_lungs(
     lung: np.ndarray,
     texture: np.ndarray,
 ) -> list[tuple | None]:
-    """Aerated lung, denser where it is dependent, with its bronchi, vessels and nodules; returns (box, distance) of
-    each nodule and dot that the slice may cut."""
+    """Aerated lung, denser where it is dependent, with its bronchi, vessels and nodules; returns
+    (box, distance) of each nodule and dot that the slice may cut."""
     patient = anatomy.patient
     nodules = findings.nodules + findings.dots
     refined = canvas.refine(lung)
@@ -349,11 +397,15 @@ def paint_lungs(
     canvas.fill(box, distance, whole, edge_mm=canvas.edge_mm * 1.2)
     # The oblique fissures: sheets much thinner than a voxel.
     x, y = canvas.coarse_x, canvas.coarse_y
-    oblique = (y + np.where(x < 0, 0.85, 0.95) * np.float32(z + 40) - 8 + 0.0016 * (np.abs(x) - 70) ** 2) * 0.75
+    oblique = (
+        y + np.where(x < 0, 0.85, 0.95) * np.float32(z + 40) - 8 + 0.0016 * (np.abs(x) - 70) ** 2
+    ) * 0.75
     behind = canvas.refine(oblique)
     if behind is not None:
         line = np.abs(around(behind[1], behind[0], box)) - np.float32(FISSURE_HALF_MM)
-        canvas.fill(box, np.maximum(line, distance + FISSURE_MARGIN_MM), FISSURE, opacity=FISSURE_OPACITY)
+        canvas.fill(
+            box, np.maximum(line, distance + FISSURE_MARGIN_MM), FISSURE, opacity=FISSURE_OPACITY
+        )
     fields = [cut_nodule(canvas, nodule, z, patient.scale, box, distance) for nodule in nodules]
     for nodule, field in zip(nodules, fields, strict=True):
         if field is not None:
@@ -361,9 +413,17 @@ def paint_lungs(
     vessels = anatomy.vessels
     airways = canvas.tubes(vessels.airways_tree, z, around_mm=AIRWAY_WALL_MM)
     if airways is not None:
-        airways = airways[0], np.maximum(airways[1], around(distance, box, airways[0]) - AIRWAY_MARGIN_MM)
-        canvas.fill(airways[0], airways[1] - AIRWAY_WALL_MM, AIRWAY_WALL, opacity=AIRWAY_WALL_OPACITY)
-    for tree, hu in ((vessels.veins_tree, blood.left_heart), (vessels.arteries_tree, blood.pulmonary_artery)):
+        airways = (
+            airways[0],
+            np.maximum(airways[1], around(distance, box, airways[0]) - AIRWAY_MARGIN_MM),
+        )
+        canvas.fill(
+            airways[0], airways[1] - AIRWAY_WALL_MM, AIRWAY_WALL, opacity=AIRWAY_WALL_OPACITY
+        )
+    for tree, hu in (
+        (vessels.veins_tree, blood.left_heart),
+        (vessels.arteries_tree, blood.pulmonary_artery),
+    ):
         tubes = canvas.tubes(tree, z, z_scale=0.6)
         if tubes is not None:
             canvas.fill(
@@ -416,7 +476,9 @@ def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhan
             if capsules is vessels.aorta and anatomy.patient.aortic_calcification > 0.1:
                 box, distance = cut
                 phase = anatomy.patient.seed % 7
-                patches = np.sin(canvas.x[box] / 6 + z / 9 + phase) + np.sin(canvas.y[box] / 7 - z / 11 - phase)
+                patches = np.sin(canvas.x[box] / 6 + z / 9 + phase) + np.sin(
+                    canvas.y[box] / 7 - z / 11 - phase
+                )
                 rare = 5 * (1.9 - 0.75 * anatomy.patient.aortic_calcification - patches)
                 plaque = np.maximum(np.abs(distance + np.float32(0.5)) - 1, rare)
                 canvas.fill(box, plaque.astype(np.float32), PLAQUE)
@@ -439,8 +501,12 @@ def paint_abdomen(
     canvas.paint(inside, MUSCLE, inner=((DIAPHRAGM_MM, FAT),))
     centre = patient.dome_left_z - 50
     wave = 2.5 * np.sin(x / 9 + z / 13) * np.sin(y / 11 - z / 17 + patient.seed % 5)
-    stomach = smooth_max(ellipsoid(x, y, z, (58, -22, centre), (56, 43, 48), (0.8, -0.5, -0.3)) + wave, inside + 4, 4)
-    spleen = smooth_max(ellipsoid(x, y, z, (94, 44, centre - 6), (50, 30, 54), (0.5, -0.8, 0)) - wave, inside + 3, 4)
+    stomach = smooth_max(
+        ellipsoid(x, y, z, (58, -22, centre), (56, 43, 48), (0.8, -0.5, -0.3)) + wave, inside + 4, 4
+    )
+    spleen = smooth_max(
+        ellipsoid(x, y, z, (94, 44, centre - 6), (50, 30, 54), (0.5, -0.8, 0)) - wave, inside + 3, 4
+    )
     spleen = smooth_max(spleen, -(stomach - 4), 4)
     lobe_radii = tuple(radius * patient.liver_scale for radius in (78, 34, 44))
     lobe = ellipsoid(x, y, z, (8, -46, patient.dome_right_z - 52), lobe_radii, (1, -0.15, -0.1))
@@ -463,7 +529,9 @@ def paint_abdomen(
     if colon is not None:
         canvas.fill(*colon, COLON_WALL)
         canvas.fill(
-            colon[0], colon[1] + COLON_WALL_MM, (COLON_GRAIN_HU * texture - 10).clip(-700, 110).astype(np.float32)
+            colon[0],
+            colon[1] + COLON_WALL_MM,
+            (COLON_GRAIN_HU * texture - 10).clip(-700, 110).astype(np.float32),
         )
     canvas.paint(kidneys, blood.kidney)
     sinus = ellipsoid(np.abs(x), y, z, (50, spine - 4, -214), (24, 9, 10), (0.1, 0.1, 1))
@@ -473,7 +541,8 @@ def paint_abdomen(
 
 
 def table_layer(anatomy: Anatomy, scan: Scan) -> np.ndarray:
-    """[H, W] float32: HU above air of the patient table and its mattress; below the patient, whoever lies prone."""
+    """[H, W] float32: HU above air of the patient table and its mattress; below the patient,
+    whoever lies prone."""
     along = (np.arange(scan.image_size) - (scan.image_size - 1) / 2) * scan.pixel_spacing_mm
     x, y = along[None, :] + scan.centre_mm[0], along[:, None] + scan.centre_mm[1]
     patient = anatomy.patient

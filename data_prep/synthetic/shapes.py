@@ -1,7 +1,8 @@
-"""Shapes of the phantom as signed distances, and the canvas that paints them with antialiased edges.
+"""Shapes of the phantom as signed distances, and the canvas that paints them with antialiased
+edges.
 
-A signed distance is in mm, negative inside. All shapes live in the reference space of `patient`: x to the
-patient's left, y to posterior, z to superior, mm of a patient of average build.
+A signed distance is in mm, negative inside. All shapes live in the reference space of `patient`: x
+to the patient's left, y to posterior, z to superior, mm of a patient of average build.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ PATCH_SIZES = np.array([4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 10
 
 @dataclasses.dataclass(frozen=True)
 class Capsules:
-    """Tapered tubes: segments from `start` [N, 3] to `end` [N, 3] with radii `start_radius`, `end_radius` [N], mm."""
+    """Tapered tubes: segments from `start` [N, 3] to `end` [N, 3] with radii `start_radius`,
+    `end_radius` [N], mm."""
 
     start: np.ndarray
     end: np.ndarray
@@ -25,7 +27,10 @@ class Capsules:
     @functools.cached_property
     def extent(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(lowest z, highest z, largest radius) [N] of each segment."""
-        low, high = np.minimum(self.start[:, 2], self.end[:, 2]), np.maximum(self.start[:, 2], self.end[:, 2])
+        low, high = (
+            np.minimum(self.start[:, 2], self.end[:, 2]),
+            np.maximum(self.start[:, 2], self.end[:, 2]),
+        )
         return low, high, np.maximum(self.start_radius, self.end_radius)
 
     def __len__(self) -> int:
@@ -33,17 +38,24 @@ class Capsules:
 
     def select(self, keep: np.ndarray) -> "Capsules":
         """The segments that an index or mask [N] keeps."""
-        return Capsules(self.start[keep], self.end[keep], self.start_radius[keep], self.end_radius[keep])
+        return Capsules(
+            self.start[keep], self.end[keep], self.start_radius[keep], self.end_radius[keep]
+        )
 
     def inflate(self, by_mm: float) -> "Capsules":
         """The same tubes, thicker."""
-        return dataclasses.replace(self, start_radius=self.start_radius + by_mm, end_radius=self.end_radius + by_mm)
+        return dataclasses.replace(
+            self, start_radius=self.start_radius + by_mm, end_radius=self.end_radius + by_mm
+        )
 
     def blurred(self, edge_mm: float) -> "Capsules":
-        """The same tubes with those thinner than the blur shrunk until their peak is that of a blurred thin tube."""
+        """The same tubes with those thinner than the blur shrunk until their peak is that of a
+        blurred thin tube."""
         return dataclasses.replace(
             self,
-            start_radius=np.minimum(self.start_radius, 2 * self.start_radius - np.float32(edge_mm / 2)),
+            start_radius=np.minimum(
+                self.start_radius, 2 * self.start_radius - np.float32(edge_mm / 2)
+            ),
             end_radius=np.minimum(self.end_radius, 2 * self.end_radius - np.float32(edge_mm / 2)),
         )
 
@@ -58,7 +70,10 @@ def polyline(points: np.ndarray, radii: np.ndarray | float) -> Capsules:
 def join(parts: list[Capsules]) -> Capsules:
     """All segments of all parts."""
     return Capsules(
-        *(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Capsules))
+        *(
+            np.concatenate([getattr(part, field.name) for part in parts])
+            for field in dataclasses.fields(Capsules)
+        )
     )
 
 
@@ -82,7 +97,9 @@ def ellipse(x: np.ndarray, y: np.ndarray, centre: tuple, radii: tuple) -> np.nda
     return value * (value - 1) / slope
 
 
-def ellipsoid(x: np.ndarray, y: np.ndarray, z: float, centre: tuple, radii: tuple, axis: tuple) -> np.ndarray:
+def ellipsoid(
+    x: np.ndarray, y: np.ndarray, z: float, centre: tuple, radii: tuple, axis: tuple
+) -> np.ndarray:
     """First-order signed distance to an ellipsoid whose first radius lies along `axis`."""
     u, v, w = x - np.float32(centre[0]), y - np.float32(centre[1]), float(z - centre[2])
     total, slope = np.float32(1e-6), np.float32(1e-6)
@@ -101,7 +118,8 @@ def ellipsoid(x: np.ndarray, y: np.ndarray, z: float, centre: tuple, radii: tupl
 
 @functools.lru_cache(maxsize=256)
 def _basis(axis: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Three perpendicular unit vectors, the first along `axis`, the second level where it can be."""
+    """Three perpendicular unit vectors, the first along `axis`, the second level where it can
+    be."""
     first = np.asarray(axis, float) / np.linalg.norm(axis)
     second = np.cross((0.0, 0.0, 1.0) if abs(first[2]) < 0.9 else (0.0, 1.0, 0.0), first)
     second /= np.linalg.norm(second)
@@ -112,16 +130,20 @@ def segment(x: np.ndarray, y: np.ndarray, start: tuple, end: tuple) -> np.ndarra
     """Distance to a segment in the plane."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     u, v = x - np.float32(start[0]), y - np.float32(start[1])
-    t = np.clip((u * np.float32(dx) + v * np.float32(dy)) / np.float32(dx * dx + dy * dy + 1e-9), 0, 1)
+    t = np.clip(
+        (u * np.float32(dx) + v * np.float32(dy)) / np.float32(dx * dx + dy * dy + 1e-9), 0, 1
+    )
     return np.hypot(u - t * np.float32(dx), v - t * np.float32(dy))
 
 
 class Canvas:
-    """One slice in HU, with the reference coordinates of its pixels and of a coarse grid for the large organs.
+    """One slice in HU, with the reference coordinates of its pixels and of a coarse grid for the
+    large organs.
 
-    `x`, `y` [H, W] and `coarse_x`, `coarse_y` [h, w] are float32 reference coordinates; `hu` [H, W] float32.
-    `edge_mm` is the width over which an edge changes from one HU to the other. `artery` [H, W] float32, where it is
-    set, is the share of each pixel that arterial blood fills: every later fill covers some of it.
+    `x`, `y` [H, W] and `coarse_x`, `coarse_y` [h, w] are float32 reference coordinates; `hu` [H, W]
+    float32. `edge_mm` is the width over which an edge changes from one HU to the other. `artery`
+    [H, W] float32, where it is set, is the share of each pixel that arterial blood fills: every
+    later fill covers some of it.
     """
 
     def __init__(
@@ -155,9 +177,12 @@ class Canvas:
         return (x + dx).astype(np.float32), (y + dy).astype(np.float32)
 
     def _asymmetry(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A smooth displacement of (amplitude in mm, two phases) that makes left and right differ."""
+        """A smooth displacement of (amplitude in mm, two phases) that makes left and right
+        differ."""
         amplitude, first, second = self.warp
-        return amplitude * np.sin(y / 52 + x / 90 + first), amplitude * np.sin(x / 61 - y / 110 + second)
+        return amplitude * np.sin(y / 52 + x / 90 + first), amplitude * np.sin(
+            x / 61 - y / 110 + second
+        )
 
     def _pixel(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Reference coordinates -> (row, column), fractional."""
@@ -190,7 +215,8 @@ class Canvas:
         )
 
     def refine(self, coarse: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray] | None:
-        """The part of a coarse signed distance that is not far outside, at full resolution: (box, distance)."""
+        """The part of a coarse signed distance that is not far outside, at full resolution: (box,
+        distance)."""
         near = coarse < self.edge_mm + 1.5 * self.step * self.pixel_mm
         rows, columns = np.flatnonzero(near.any(axis=1)), np.flatnonzero(near.any(axis=0))
         if not len(rows):
@@ -214,8 +240,8 @@ class Canvas:
         edge_mm: float | None = None,
         inner: tuple[tuple[float, float], ...] = (),
     ) -> None:
-        """Fills a coarse signed distance with a HU, or with HU per pixel [H, W]; then what lies deeper inside it by
-        the millimetres and HU of `inner`."""
+        """Fills a coarse signed distance with a HU, or with HU per pixel [H, W]; then what lies
+        deeper inside it by the millimetres and HU of `inner`."""
         refined = self.refine(coarse)
         if refined is not None:
             box, distance = refined
@@ -232,7 +258,8 @@ class Canvas:
         opacity: float = 1.0,
         is_artery: bool = False,
     ) -> None:
-        """Fills a full-resolution signed distance of a box; `value` is a HU or HU per pixel [H, W]."""
+        """Fills a full-resolution signed distance of a box; `value` is a HU or HU per pixel [H,
+        W]."""
         cover = distance * np.float32(-1 / (edge_mm or self.edge_mm))
         cover += np.float32(0.5)
         np.clip(cover, 0, 1, out=cover)
@@ -248,10 +275,11 @@ class Canvas:
     def tubes(
         self, capsules: Capsules, z: float, z_scale: float = 1.0, around_mm: float = 0.0
     ) -> tuple[tuple[slice, slice], np.ndarray] | None:
-        """Signed distance of the slice at z to tubes: (box, distance), `FAR` away from them; None if none is near.
+        """Signed distance of the slice at z to tubes: (box, distance), `FAR` away from them; None
+        if none is near.
 
-        A `z_scale` below 1 stretches the tubes' cross-section along z. The distance is right up to half an edge, and
-        `around_mm`, outside the tubes.
+        A `z_scale` below 1 stretches the tubes' cross-section along z. The distance is right up to
+        half an edge, and `around_mm`, outside the tubes.
         """
         low, high, radius = capsules.extent
         margin = np.float32(0.55 * self.edge_mm + around_mm)
@@ -265,27 +293,52 @@ class Canvas:
         # The stretch of each segment that can touch the slice, and the square of pixels around it.
         run = part.end - part.start
         rise = np.where(np.abs(run[:, 2]) < 1e-3, np.float32(1e-3), run[:, 2])
-        t = np.stack([(z - reach / z_scale - part.start[:, 2]) / rise, (z + reach / z_scale - part.start[:, 2]) / rise])
+        t = np.stack(
+            [
+                (z - reach / z_scale - part.start[:, 2]) / rise,
+                (z + reach / z_scale - part.start[:, 2]) / rise,
+            ]
+        )
         t = np.clip(np.sort(t, axis=0), 0, 1)
         ends = part.start[None] + t[..., None] * run[None]
         row, column = self._pixel(ends[..., 0], ends[..., 1])
-        half = np.ptp(np.stack([row, column]), axis=1).max(axis=0) / 2 + reach * max(self.scale) / self.pixel_mm + 1
+        half = (
+            np.ptp(np.stack([row, column]), axis=1).max(axis=0) / 2
+            + reach * max(self.scale) / self.pixel_mm
+            + 1
+        )
         row, column = row.mean(axis=0), column.mean(axis=0)
-        visible = (row > -half) & (row < self.size + half) & (column > -half) & (column < self.size + half)
+        visible = (
+            (row > -half)
+            & (row < self.size + half)
+            & (column > -half)
+            & (column < self.size + half)
+        )
         if not visible.any():
             return None
         field = np.full((self.size, self.size), FAR, np.float32)
-        width = PATCH_SIZES[np.minimum(np.searchsorted(PATCH_SIZES, 2 * half + 1), len(PATCH_SIZES) - 1)]
+        width = PATCH_SIZES[
+            np.minimum(np.searchsorted(PATCH_SIZES, 2 * half + 1), len(PATCH_SIZES) - 1)
+        ]
         for size in np.unique(width[visible]):
             chosen = np.flatnonzero(visible & (width == size))
-            self._stamp(field, part.select(chosen), row[chosen], column[chosen], int(size), z, z_scale)
-        top, left = max(0, int((row - half)[visible].min())), max(0, int((column - half)[visible].min()))
-        bottom, right = int((row + half)[visible].max()) + 1, int((column + half)[visible].max()) + 1
+            self._stamp(
+                field, part.select(chosen), row[chosen], column[chosen], int(size), z, z_scale
+            )
+        top, left = (
+            max(0, int((row - half)[visible].min())),
+            max(0, int((column - half)[visible].min())),
+        )
+        bottom, right = (
+            int((row + half)[visible].max()) + 1,
+            int((column + half)[visible].max()) + 1,
+        )
         box = (slice(top, min(bottom, self.size)), slice(left, min(right, self.size)))
         return box, field[box]
 
     def _stamp(self, field, part, row, column, size, z, z_scale):
-        """Takes the minimum of `field` with the distance to each tube, over squares of `size` pixels."""
+        """Takes the minimum of `field` with the distance to each tube, over squares of `size`
+        pixels."""
         size = min(size, self.size)
         top = np.clip(np.rint(row - size / 2).astype(int), 0, self.size - size)
         left = np.clip(np.rint(column - size / 2).astype(int), 0, self.size - size)
@@ -293,7 +346,8 @@ class Canvas:
         start, run = part.start, (part.end - part.start) * stretch
         along = run / (np.square(run).sum(axis=1, keepdims=True) + np.float32(1e-9))
         u, v = (
-            self._patches(plane, top, left, size) - start[:, k, None, None] for k, plane in enumerate((self.x, self.y))
+            self._patches(plane, top, left, size) - start[:, k, None, None]
+            for k, plane in enumerate((self.x, self.y))
         )
         w = ((z - start[:, 2]) * z_scale).astype(np.float32)
         along, run = along[:, :, None, None], run[:, :, None, None]
@@ -322,8 +376,11 @@ class Canvas:
             view = field[r : r + size, c : c + size]
             np.minimum(view, patch, out=view)
 
-    def _patches(self, plane: np.ndarray, top: np.ndarray, left: np.ndarray, size: int) -> np.ndarray:
-        """Squares [N, size, size] of a coordinate plane; small ones are taken as linear, which is much faster."""
+    def _patches(
+        self, plane: np.ndarray, top: np.ndarray, left: np.ndarray, size: int
+    ) -> np.ndarray:
+        """Squares [N, size, size] of a coordinate plane; small ones are taken as linear, which is
+        much faster."""
         offset = np.arange(size)
         if size > 32:
             return plane[(top[:, None] + offset)[:, :, None], (left[:, None] + offset)[:, None, :]]
@@ -335,16 +392,18 @@ class Canvas:
         return rows[:, :, None] + (across[:, None] * offset)[:, None, :]
 
 
-def around(distance: np.ndarray, box: tuple[slice, slice], wanted: tuple[slice, slice]) -> np.ndarray:
+def around(
+    distance: np.ndarray, box: tuple[slice, slice], wanted: tuple[slice, slice]
+) -> np.ndarray:
     """A field known in `box`, cut to `wanted`; `FAR` where it is unknown."""
     shape = (wanted[0].stop - wanted[0].start, wanted[1].stop - wanted[1].start)
     result = np.full(shape, FAR, np.float32)
     r0, r1 = max(box[0].start, wanted[0].start), min(box[0].stop, wanted[0].stop)
     c0, c1 = max(box[1].start, wanted[1].start), min(box[1].stop, wanted[1].stop)
     if r1 > r0 and c1 > c0:
-        result[r0 - wanted[0].start : r1 - wanted[0].start, c0 - wanted[1].start : c1 - wanted[1].start] = distance[
-            r0 - box[0].start : r1 - box[0].start, c0 - box[1].start : c1 - box[1].start
-        ]
+        result[
+            r0 - wanted[0].start : r1 - wanted[0].start, c0 - wanted[1].start : c1 - wanted[1].start
+        ] = distance[r0 - box[0].start : r1 - box[0].start, c0 - box[1].start : c1 - box[1].start]
     return result
 
 

@@ -1,1 +1,2 @@
-"""The ground that both packages stand on: errors, files, object stores, worker processes and the runner of commands."""
+"""The ground that both packages stand on: errors, files, object stores, worker processes and the
+runner of commands."""

@@ -44,7 +44,8 @@ def exit_code(error: BaseException) -> int:
 def stop_signals_handled_by(
     handler: Callable[[int, Any], None], numbers: Sequence[int] = STOP_SIGNALS
 ) -> Iterator[None]:
-    """A block of the main thread in which `handler` gets SIGTERM, Ctrl-C and the end of the terminal.
+    """A block of the main thread in which `handler` gets SIGTERM, Ctrl-C and the end of the
+    terminal.
 
     Signals that are ignored stay ignored: under nohup a closed terminal stops nothing.
     """
@@ -74,13 +75,16 @@ def require(package: str, user: str, extra: str) -> None:
         raise InputError(f"{user} needs the package {package}: pip install 'ctssl_jax[{extra}]'")
 
 
-def _run_guarded(main: Callable[[list[str]], int | None], verbs: Sequence[str], argv: list[str]) -> int:
+def _run_guarded(
+    main: Callable[[list[str]], int | None], verbs: Sequence[str], argv: list[str]
+) -> int:
     unexpected = [word for word in argv[1:] if word not in verbs] or argv[2:]
     if unexpected:
         remedy = f"verbs are {', '.join(verbs)}; options" if verbs else "options"
         return _fail(EXIT_INPUT, f"unexpected argument {unexpected[0]!r}; {remedy} begin with --")
     if not flags.FLAGS["verbosity"].present:
-        # Notes and tracebacks of libraries (Orbax logs one for each thread) only on request: --verbosity=0
+        # Notes and tracebacks of libraries (Orbax logs one for each thread) only on request:
+        # --verbosity=0
         logging.set_verbosity(logging.WARNING)
         logging.get_absl_handler().addFilter(lambda record: record.exc_info is None)
         sys.unraisablehook = _report_unraisable
@@ -107,13 +111,16 @@ def _report_unraisable(error: Any) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but a flag or a configuration field that cannot be is one line and exit code 2."""
+    """absl's parser, but a flag or a configuration field that cannot be is one line and exit code
+    2."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, TypeError, OSError) as error:  # the last three: from --config and its fields
+    # the last three: from --config and its fields
+    except (flags.Error, AttributeError, TypeError, OSError) as error:
         message = str(error).replace("\\n", "\n").replace("\\", "")
         if refusals := [cause for cause in _causes(error) if isinstance(cause, InputError)]:
-            message = f"--config: {refusals[-1]}"  # by the recipe itself; around it the message is a traceback
+            # by the recipe itself; around it the message is a traceback
+            message = f"--config: {refusals[-1]}"
         elif isinstance(error, AttributeError):
             message = f"the recipe has no such field: {message}"
         sys.exit(_fail(EXIT_INPUT, f"{message}; --help lists the flags"))

@@ -2,7 +2,8 @@
 
 
 class InputError(ValueError):
-    """The user can mend it: exit code 2. The message is one line: what is wrong, where, and the remedy."""
+    """The user can mend it: exit code 2. The message is one line: what is wrong, where, and the
+    remedy."""
 
 
 class DatasetError(InputError):
@@ -10,8 +11,10 @@ class DatasetError(InputError):
 
 
 class RunFailed(RuntimeError):
-    """The world failed, not an input (a full disk, a lost worker): exit code 1. The message is one line."""
+    """The world failed, not an input (a full disk, a lost worker): exit code 1. The message is one
+    line."""
 
 
 class StartAgain(RuntimeError):
-    """Stopped before the end (a signal, a lost host): exit code 75. The same command continues. One line."""
+    """Stopped before the end (a signal, a lost host): exit code 75. The same command continues. One
+    line."""

@@ -1,4 +1,5 @@
-"""Files that are written whole or not at all, and what folders need: locks, renames that last, removal."""
+"""Files that are written whole or not at all, and what folders need: locks, renames that last,
+removal."""
 
 import contextlib
 import errno
@@ -40,16 +41,18 @@ def explain(error: OSError) -> str:
 
 
 def unique_name(path: Path) -> Path:
-    """A name to write to that no other process uses: no worker that outlives its killed parent by a moment, and none on
-    another machine that shares the folder."""
+    """A name to write to that no other process uses: no worker that outlives its killed parent by a
+    moment, and none on another machine that shares the folder."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
 
 
 @contextlib.contextmanager
 def written_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once all is written; after an error nothing is left of it.
+    """A name to write to, which becomes `path` once all is written; after an error nothing is left
+    of it.
 
-    `temporary`: by default the name with `.tmp`, which the next run overwrites if this one is killed.
+    `temporary`: by default the name with `.tmp`, which the next run overwrites if this one is
+      killed.
     """
     temporary = temporary or path.with_name(f"{path.name}.tmp")
     try:
@@ -67,7 +70,8 @@ def written_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_written_whole(path: Path, temporary: Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `path` (absent, or an empty folder) at the end of the block.
+    """A new folder to fill, which becomes `path` (absent, or an empty folder) at the end of the
+    block.
 
     After an error nothing is left of it. What a killed process left there is removed first.
     """
@@ -114,7 +118,9 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path, fields: Sequence[str] = (), remedy: str = "bring back a copy of it") -> Any:
+def read_json(
+    path: Path, fields: Sequence[str] = (), remedy: str = "bring back a copy of it"
+) -> Any:
     """The content of a JSON file.
 
     Args:
@@ -145,7 +151,9 @@ def file_sha256(path: Path) -> str:
 # ---- folders -----------------------------------------------------------------------------------
 
 
-def make_folder(folder: Path, flag: str, mode: int = 0o777, remedy: str = "choose another folder") -> None:
+def make_folder(
+    folder: Path, flag: str, mode: int = 0o777, remedy: str = "choose another folder"
+) -> None:
     """Make a folder with its parents, unless it exists.
 
     Raises:
@@ -175,9 +183,14 @@ def lock_directory(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{directory}: another run is at work in it; wait for it or stop it") from None
+            raise InputError(
+                f"{directory}: another run is at work in it; wait for it or stop it"
+            ) from None
         except OSError:
-            print(f"{directory}: no locks on this file system; let no two runs write here", file=sys.stderr)
+            print(
+                f"{directory}: no locks on this file system; let no two runs write here",
+                file=sys.stderr,
+            )
         yield
     finally:
         os.close(descriptor)

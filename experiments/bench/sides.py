@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from ctssl_jax import losses
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
+from ctssl_jax.ops import losses
 from ctssl_jax.ops.images import ssim, to_unit_range
 
 LEARNING_RATE = 1e-3
@@ -23,7 +23,8 @@ GIB = 2**30
 
 
 class Batch(NamedTuple):
-    """inputs, target: [B, S, S, C] float32 in [0, 1]; region: [B, S, S, 1] float32, 1 where the input was covered."""
+    """inputs, target: [B, S, S, C] float32 in [0, 1]; region: [B, S, S, 1] float32, 1 where the
+    input was covered."""
 
     inputs: Any
     target: Any
@@ -31,8 +32,9 @@ class Batch(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One library's training: `step` takes a step and returns the loss, not waiting for it; `peak` () -> bytes held at
-    most, None where unknown; `program` the compiled step and the seconds that compiling took, None for PyTorch."""
+    """One library's training: `step` takes a step and returns the loss, not waiting for it; `peak`
+    () -> bytes held at most, None where unknown; `program` the compiled step and the seconds that
+    compiling took, None for PyTorch."""
 
     step: Callable[[], Any]
     peak: Callable[[], int | None]
@@ -57,19 +59,24 @@ def loss_of(graph, params, variables, batch: Batch) -> tuple[jax.Array, Any]:
     prediction, target = output.reconstruction, batch.target
     loss = WEIGHTS["mse"] * losses.mse(prediction, target)
     loss += WEIGHTS["masked_mse"] * losses.masked_mse(prediction, target, batch.region)
-    loss += WEIGHTS["vq"] * losses.vector_quantization_loss(output.codebook_loss, output.commitment_loss, BETA)
+    loss += WEIGHTS["vq"] * losses.vector_quantization_loss(
+        output.codebook_loss, output.commitment_loss, BETA
+    )
     loss -= WEIGHTS["ssim"] * ssim(to_unit_range(prediction), target)
     return jnp.mean(loss), nnx.state(model, nnx.Not(nnx.Param))
 
 
 def make_train_step(graph) -> Callable:
-    """The jitted step: (params, variables, optimizer_state, batch) -> the first three, updated, and the loss."""
+    """The jitted step: (params, variables, optimizer_state, batch) -> the first three, updated, and
+    the loss."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def train_step(params, variables, optimizer_state, batch):
         value_and_grad = jax.value_and_grad(functools.partial(loss_of, graph), has_aux=True)
         (loss, variables), gradients = value_and_grad(params, variables, batch)
-        updates, optimizer_state = optax.radam(LEARNING_RATE).update(gradients, optimizer_state, params)
+        updates, optimizer_state = optax.radam(LEARNING_RATE).update(
+            gradients, optimizer_state, params
+        )
         return optax.apply_updates(params, updates), variables, optimizer_state, loss
 
     return train_step
@@ -103,8 +110,11 @@ def make_jax_side(model: VQVAE, batch: Batch) -> Side:
     return Side(step, peak, compiled, compile_seconds)
 
 
-def make_torch_side(model: VQVAE, config: VQVAEConfig, batch: Batch, *, use_gpu: bool, compiled: bool) -> Side:
-    """The same training in PyTorch (channels last in memory), from the same weights; `compiled` by torch.compile."""
+def make_torch_side(
+    model: VQVAE, config: VQVAEConfig, batch: Batch, *, use_gpu: bool, compiled: bool
+) -> Side:
+    """The same training in PyTorch (channels last in memory), from the same weights; `compiled` by
+    torch.compile."""
     import torch
     from torch.nn import functional
 
@@ -115,15 +125,20 @@ def make_torch_side(model: VQVAE, config: VQVAEConfig, batch: Batch, *, use_gpu:
     if use_gpu:
         torch.cuda.reset_peak_memory_stats()
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = True  # convolutions, as in JAX; the two matrix products stay exact on both sides
-    tensors = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    # convolutions, as in JAX; the two matrix products stay exact on both sides
+    torch.backends.cudnn.allow_tf32 = True
+    tensors = {
+        "/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))
+    }
     entries = names.state_dict(tensors, "VQVAE", config.depth, 0)
     twin = ctssl_torch.VQVAE(**names.architecture_settings(config))
     twin.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in entries.items()})
     twin = twin.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.RAdam(twin.parameters(), lr=LEARNING_RATE)
     tensors = (torch.tensor(images.transpose(0, 3, 1, 2)) for images in batch)
-    inputs, target, region = (images.to(device, memory_format=torch.channels_last) for images in tensors)
+    inputs, target, region = (
+        images.to(device, memory_format=torch.channels_last) for images in tensors
+    )
     band = torch_ssim.gaussian_band(target.shape[-1]).to(device)
 
     def training_loss():
@@ -137,8 +152,15 @@ def make_torch_side(model: VQVAE, config: VQVAEConfig, batch: Batch, *, use_gpu:
         error = (prediction - target).square()
         masked = ((error * region).sum((1, 2, 3)) / region.sum((1, 2, 3)).clamp(min=1)).mean()
         similarity = torch_ssim.ssim(prediction.clamp(0, 1), target, band).mean()
-        loss = WEIGHTS["mse"] * functional.mse_loss(prediction, target) + WEIGHTS["masked_mse"] * masked
-        return loss + WEIGHTS["vq"] * (codebook_loss + BETA * commitment_loss) - WEIGHTS["ssim"] * similarity
+        loss = (
+            WEIGHTS["mse"] * functional.mse_loss(prediction, target)
+            + WEIGHTS["masked_mse"] * masked
+        )
+        return (
+            loss
+            + WEIGHTS["vq"] * (codebook_loss + BETA * commitment_loss)
+            - WEIGHTS["ssim"] * similarity
+        )
 
     if compiled:
         eager_loss, training_loss = training_loss, torch.compile(training_loss)
@@ -147,7 +169,10 @@ def make_torch_side(model: VQVAE, config: VQVAEConfig, batch: Batch, *, use_gpu:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the compiler lacks; the first line says it
-            print(f"torch.compile failed, PyTorch runs without it: {(str(error).splitlines() or [repr(error)])[0]}")
+            print(
+                f"torch.compile failed, PyTorch runs without it: "
+                f"{(str(error).splitlines() or [repr(error)])[0]}"
+            )
             training_loss = eager_loss
 
     def step():

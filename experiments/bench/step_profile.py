@@ -1,4 +1,5 @@
-"""Where the time of a compiled step goes: a trace of JAX's profiler, summed by operation of the program.
+"""Where the time of a compiled step goes: a trace of JAX's profiler, summed by operation of the
+program.
 
 Used by `experiments.benchmark_training --profile=FOLDER`.
 """
@@ -11,14 +12,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\(")
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
+    r"(?P<opcode>[\w\-]+)\("
+)
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
 _NUMBER = re.compile(r"\.?\d+$")
 
 
 class Operation(NamedTuple):
-    """Instructions of one kind, of a step: what they compute, where they stem from, and what they took."""
+    """Instructions of one kind, of a step: what they compute, where they stem from, and what they
+    took."""
 
     kind: str  # opcode, or the library function that a custom call goes to
     shape: str  # of the result, as XLA writes it
@@ -44,7 +49,9 @@ def describe_instructions(program: str) -> dict[str, tuple[str, str, str]]:
     return instructions
 
 
-def profile(step: Callable[[], Any], program: str, folder: Path, *, steps: int = 3) -> list[Operation]:
+def profile(
+    step: Callable[[], Any], program: str, folder: Path, *, steps: int = 3
+) -> list[Operation]:
     """Trace some steps and sum up.
 
     Args:
@@ -69,11 +76,14 @@ def profile(step: Callable[[], Any], program: str, folder: Path, *, steps: int =
 def summarize(trace: Path, program: str, steps: int) -> list[Operation]:
     """The operations of a trace (`*.xplane.pb`) of so many steps, the longest first.
 
-    Kernels that a GPU runs as part of a CUDA graph are known by their own names alone, which are those of XLA's
-    fusions; the kernels of libraries then stand under their names.
+    Kernels that a GPU runs as part of a CUDA graph are known by their own names alone, which are
+    those of XLA's fusions; the kernels of libraries then stand under their names.
     """
     instructions = describe_instructions(program)
-    kernels = {name.replace(".", "_").replace("-", "_"): described for name, described in instructions.items()}
+    kernels = {
+        name.replace(".", "_").replace("-", "_"): described
+        for name, described in instructions.items()
+    }
     counts, durations = collections.Counter(), collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         on_device = plane.name.startswith("/device:")
@@ -103,6 +113,9 @@ def table(operations: list[Operation], rows: int = 25) -> str:
     rest = sum(operation.milliseconds for operation in operations[rows:])
     for kind, shape, origin, count, milliseconds in operations[:rows]:
         shape = shape if len(shape) < 60 else shape[:57] + "..."
-        lines.append(f"| {kind} | {shape} | {origin} | {count:.0f} | {milliseconds:.2f} | {milliseconds / total:.1%} |")
+        lines.append(
+            f"| {kind} | {shape} | {origin} | {count:.0f} | {milliseconds:.2f} | "
+            f"{milliseconds / total:.1%} |"
+        )
     lines.append(f"| {len(operations[rows:])} others | | | | {rest:.2f} | {rest / total:.1%} |")
     return "\n".join(lines)

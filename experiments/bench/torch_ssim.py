@@ -1,4 +1,5 @@
-"""Structural similarity in PyTorch, as `ctssl_jax.ops.images` has it: for comparisons of training speed."""
+"""Structural similarity in PyTorch, as `ctssl_jax.ops.images` has it: for comparisons of training
+speed."""
 
 import math
 
@@ -8,9 +9,12 @@ from ctssl_jax.ops import images
 
 
 def gaussian_band(size: int) -> torch.Tensor:
-    """[size - 10, size] float32: row i averages positions i to i + 10 with Gaussian weights, as in `images.ssim`."""
+    """[size - 10, size] float32: row i averages positions i to i + 10 with Gaussian weights, as in
+    `images.ssim`."""
     radius = images.SSIM_WINDOW // 2
-    window = [math.exp(-0.5 * (offset / images.SSIM_SIGMA) ** 2) for offset in range(-radius, radius + 1)]
+    window = [
+        math.exp(-0.5 * (offset / images.SSIM_SIGMA) ** 2) for offset in range(-radius, radius + 1)
+    ]
     weights = torch.tensor(window, dtype=torch.float64) / sum(window)
     band = torch.zeros(size - 2 * radius, size)
     for row in range(len(band)):
@@ -19,7 +23,8 @@ def gaussian_band(size: int) -> torch.Tensor:
 
 
 def ssim(x: torch.Tensor, y: torch.Tensor, band: torch.Tensor) -> torch.Tensor:
-    """`images.ssim` of square images [B, C, S, S] float32 in [0, 1], with `gaussian_band(S)`: -> [B] float32."""
+    """`images.ssim` of square images [B, C, S, S] float32 in [0, 1], with `gaussian_band(S)`: ->
+    [B] float32."""
     x, y = x - 0.5, y - 0.5
     moments = band @ (torch.stack([x, y, x * x, y * y, x * y]) @ band.T)
     mean_x, mean_y = moments[0], moments[1]

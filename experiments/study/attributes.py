@@ -31,12 +31,18 @@ class Model(NamedTuple):
 
 def cells_of(models: Sequence[Model]) -> list[Cell]:
     """The cells of the rows, each once, in order."""
-    cells = {cell.name: cell for model in models for of_seeds in model.cells.values() for cell in of_seeds}
+    cells = {
+        cell.name: cell
+        for model in models
+        for of_seeds in model.cells.values()
+        for cell in of_seeds
+    }
     return list(cells.values())
 
 
 def aurocs(result: dict, attribute: str) -> dict[str, dict]:
-    """`auroc` (mean of each class against the rest) and `auroc/CLASS` of an attribute; of a probe or a training.
+    """`auroc` (mean of each class against the rest) and `auroc/CLASS` of an attribute; of a probe
+    or a training.
 
     Returns:
       name -> the measure; empty if the result has none of this attribute.
@@ -46,9 +52,15 @@ def aurocs(result: dict, attribute: str) -> dict[str, dict]:
         return {}
     prefix = f"{attribute}/" if probed else ""
     measures = {
-        name.removeprefix(prefix): value for name, value in result["metrics"].items() if name.startswith(prefix)
+        name.removeprefix(prefix): value
+        for name, value in result["metrics"].items()
+        if name.startswith(prefix)
     }
-    return {name: value for name, value in measures.items() if name == "auroc" or name.startswith("auroc/")}
+    return {
+        name: value
+        for name, value in measures.items()
+        if name == "auroc" or name.startswith("auroc/")
+    }
 
 
 def rows_of(models: Sequence[Model], by_name: dict[str, dict | None]) -> list[dict[str, Any]]:
@@ -59,17 +71,24 @@ def rows_of(models: Sequence[Model], by_name: dict[str, dict | None]) -> list[di
       by_name: name of a cell -> its results, None while it is missing.
 
     Returns:
-      rows; `mean` is over the seeds that are there, `ci95_low` and `ci95_high` are the mean bounds of their intervals
-      by patient. All None where nothing is there (`num_seeds` 0) or no AUROC is defined.
+      rows; `mean` is over the seeds that are there, `ci95_low` and `ci95_high` are the mean bounds
+      of their intervals by patient. All None where nothing is there (`num_seeds` 0) or no AUROC is
+      defined.
     """
     rows = []
     for model in models:
         for attribute, cells in model.cells.items():
-            of_seeds = [aurocs(result, attribute) for cell in cells if (result := by_name[cell.name])]
-            for metric in dict.fromkeys(["auroc", *(name for measures in of_seeds for name in measures)]):
+            of_seeds = [
+                aurocs(result, attribute) for cell in cells if (result := by_name[cell.name])
+            ]
+            for metric in dict.fromkeys(
+                ["auroc", *(name for measures in of_seeds for name in measures)]
+            ):
                 measures = [of_seed[metric] for of_seed in of_seeds if metric in of_seed]
                 values = [measure["mean"] for measure in measures if measure["mean"] is not None]
-                bounds = np.array([measure["ci95"] for measure in measures if measure["ci95"] is not None])
+                bounds = np.array(
+                    [measure["ci95"] for measure in measures if measure["ci95"] is not None]
+                )
                 low, high = bounds.mean(axis=0).tolist() if len(bounds) else (None, None)
                 rows.append(
                     {
@@ -96,27 +115,37 @@ def cell_text(row: dict[str, Any]) -> str:
         return ""
     if row["mean"] is None:
         return "undefined"
-    interval = "" if row["ci95_low"] is None else f" ({row['ci95_low']:.3f} to {row['ci95_high']:.3f})"
+    interval = (
+        "" if row["ci95_low"] is None else f" ({row['ci95_low']:.3f} to {row['ci95_high']:.3f})"
+    )
     return results.with_spread(row["mean"], row["sd_over_seeds"]) + interval
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Models against attributes, then models against the classes of each attribute of more than two."""
+    """Models against attributes, then models against the classes of each attribute of more than
+    two."""
 
     def table(chosen: Sequence[dict[str, Any]], column: str) -> str:
         columns = dict.fromkeys(row[column].removeprefix("auroc/") for row in chosen)
         lines = []
         for model, group in dict.fromkeys((row["model"], row["group"]) for row in chosen):
-            own = {row[column].removeprefix("auroc/"): row for row in chosen if row["model"] == model}
+            own = {
+                row[column].removeprefix("auroc/"): row for row in chosen if row["model"] == model
+            }
             cells = {name: cell_text(own[name]) if name in own else "" for name in columns}
             lines.append({"features": model, "kind": group, **cells})
         return results.markdown(lines)
 
     parts = [table([row for row in rows if row["metric"] == "auroc"], "attribute")]
     for attribute in dict.fromkeys(row["attribute"] for row in rows):
-        of_classes = [row for row in rows if row["attribute"] == attribute and row["metric"] != "auroc"]
-        if len({row["metric"] for row in of_classes}) > 2:  # of two classes, both AUROCs are the mean
-            parts.append(f"### {attribute}: each class against the rest\n\n{table(of_classes, 'metric')}")
+        of_classes = [
+            row for row in rows if row["attribute"] == attribute and row["metric"] != "auroc"
+        ]
+        # of two classes, both AUROCs are the mean
+        if len({row["metric"] for row in of_classes}) > 2:
+            parts.append(
+                f"### {attribute}: each class against the rest\n\n{table(of_classes, 'metric')}"
+            )
     return "\n".join(parts)
 
 
@@ -124,13 +153,21 @@ def caption_of(complete: Sequence[dict], rows: Sequence[dict[str, Any]], num_cel
     """The words below the figure: what it shows, and the warnings that its reader needs."""
     patients = []
     for attribute in dict.fromkeys(row["attribute"] for row in rows):
-        numbers = sorted({row["num_patients"] for row in rows if row["attribute"] == attribute and row["num_patients"]})
+        numbers = sorted(
+            {
+                row["num_patients"]
+                for row in rows
+                if row["attribute"] == attribute and row["num_patients"]
+            }
+        )
         patients.append(f"{attribute} {' or '.join(map(str, numbers)) or 'missing'}")
     parts = [
         results.synthetic_warning(complete),
         "AUROC of each class against the rest, mean over classes, of middle slices of the "
-        f"{', '.join(sorted({result['split'] for result in complete}))} split (patients: {', '.join(patients)}). ",
-        "95 % intervals by patient; where there are several seeds: mean ± sd, and mean bounds of their intervals. ",
+        f"{', '.join(sorted({result['split'] for result in complete}))} split (patients: "
+        f"{', '.join(patients)}). ",
+        "95 % intervals by patient; where there are several seeds: mean ± sd, and mean bounds of "
+        "their intervals. ",
         f"{', '.join(sorted({result['device'] for result in complete}))}. ",
         f"{len(complete)} of {num_cells} cells are there.",
     ]
@@ -143,7 +180,8 @@ def caption_of(complete: Sequence[dict], rows: Sequence[dict[str, Any]], num_cel
 
 
 def save_figure(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> None:
-    """Draw a panel an attribute as PNG and SVG: mean and interval of each model, small rings for its seeds."""
+    """Draw a panel an attribute as PNG and SVG: mean and interval of each model, small rings for
+    its seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -154,7 +192,8 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> Non
     models = list(dict.fromkeys((row["model"], row["group"]) for row in rows))
     places, height = {}, 0.0
     for number, (model, group) in enumerate(models):
-        height += 1.0 if number and group == models[number - 1][1] else 1.8  # a gap sets the groups apart
+        # a gap sets the groups apart
+        height += 1.0 if number and group == models[number - 1][1] else 1.8
         places[model] = height
     figure, axes = plt.subplots(
         1,
@@ -171,20 +210,35 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> Non
                 continue
             place, colour = places[row["model"]], GROUPS[row["group"]]
             if row["mean"] is None:
-                axis.text(0.51, place, cell_text(row) or "missing", fontsize=7, color="0.4", va="center")
+                axis.text(
+                    0.51, place, cell_text(row) or "missing", fontsize=7, color="0.4", va="center"
+                )
                 continue
             if row["ci95_low"] is not None:
-                axis.plot([row["ci95_low"], row["ci95_high"]], [place, place], color=colour, linewidth=1.5)
+                axis.plot(
+                    [row["ci95_low"], row["ci95_high"]], [place, place], color=colour, linewidth=1.5
+                )
             axis.plot(row["mean"], place, marker="o", color=colour, markersize=5)
             if row["num_seeds"] > 1:
                 values = [float(value) for value in row["of_each_seed"].split()]
-                axis.plot(values, [place - 0.25] * len(values), "o", mfc="none", color=colour, markersize=3)
+                axis.plot(
+                    values,
+                    [place - 0.25] * len(values),
+                    "o",
+                    mfc="none",
+                    color=colour,
+                    markersize=3,
+                )
         axis.set(xlim=(0, 1), xlabel="AUROC", title=attribute.replace("_", " "))
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(list(places.values()), list(places), fontsize=8)
     axes[0, 0].set_ylim(height + 0.8, 1.0)  # first model on top
-    figure.suptitle("Patient attributes from middle slices (dotted: chance; rings: seeds)", fontsize=11)
-    figure.supxlabel(textwrap.fill(caption.replace("**", ""), 40 + 30 * len(attributes)), fontsize=7)
+    figure.suptitle(
+        "Patient attributes from middle slices (dotted: chance; rings: seeds)", fontsize=11
+    )
+    figure.supxlabel(
+        textwrap.fill(caption.replace("**", ""), 40 + 30 * len(attributes)), fontsize=7
+    )
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=130)
     plt.close(figure)

@@ -119,7 +119,9 @@ class Settings(NamedTuple):
         """Training steps of a recipe, `config.num_steps`."""
         return self.num_steps or load_recipe(recipe, self.size).num_steps
 
-    def cell(self, name: str, recipe: str, fields: dict[str, Any], *, after: str = "", num_steps: int = 0) -> Cell:
+    def cell(
+        self, name: str, recipe: str, fields: dict[str, Any], *, after: str = "", num_steps: int = 0
+    ) -> Cell:
         """Train a recipe and evaluate its best checkpoint, beside baselines.
 
         Args:

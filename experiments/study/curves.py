@@ -86,7 +86,8 @@ def nodule_figure(name: str, title: str) -> Figure:
 
 
 def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One row an arm, share, number of steps and metric: mean and standard deviation over the seeds that are there."""
+    """One row an arm, share, number of steps and metric: mean and standard deviation over the seeds
+    that are there."""
     rows = []
     keys = list(dict.fromkeys((point.arm, point.fraction, point.steps) for point in of_points))
     for (arm, fraction, steps), metric in itertools.product(keys, metrics):
@@ -107,11 +108,18 @@ def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> l
                 "sd_over_seeds": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 "num_seeds": len(values),
                 "ci95_by_patient_of_each_seed": "; ".join(
-                    "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}" for interval in intervals
+                    "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+                    for interval in intervals
                 ),
-                "train_studies": "/".join(sorted({str(result["num_train_studies"]) for result in of_seeds})),
-                "train_slices": "/".join(sorted({str(result["num_train_slices"]) for result in of_seeds})),
-                "num_patients": of_seeds[0]["metrics"][metric]["num_patients"] if of_seeds else None,
+                "train_studies": "/".join(
+                    sorted({str(result["num_train_studies"]) for result in of_seeds})
+                ),
+                "train_slices": "/".join(
+                    sorted({str(result["num_train_slices"]) for result in of_seeds})
+                ),
+                "num_patients": of_seeds[0]["metrics"][metric]["num_patients"]
+                if of_seeds
+                else None,
                 "unit": of_seeds[0]["metrics"][metric]["unit"] if of_seeds else None,
             }
         )
@@ -119,25 +127,43 @@ def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> l
 
 
 def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str, Any]]:
-    """Each arm against random weights at each share: difference of the metric, averaged over the seeds of both.
+    """Each arm against random weights at each share: difference of the metric, averaged over the
+    seeds of both.
 
-    Intervals and p are of the paired bootstrap by test patient; p is corrected by Holm over all rows.
+    Intervals and p are of the paired bootstrap by test patient; p is corrected by Holm over all
+    rows.
     """
-    from ctssl_jax import comparisons, predictions  # here: they import JAX, which --help does not need
+    # here: they import JAX, which --help does not need
+    from ctssl_jax.evaluation import comparisons, predictions
 
     rows = []
-    for arm, fraction, steps in dict.fromkeys((point.arm, point.fraction, point.steps) for point in cells):
+    for arm, fraction, steps in dict.fromkeys(
+        (point.arm, point.fraction, point.steps) for point in cells
+    ):
         pairs = [
-            (cells[Point(arm, fraction, seed, steps)].result, cells[Point(REFERENCE, fraction, seed, steps)].result)
+            (
+                cells[Point(arm, fraction, seed, steps)].result,
+                cells[Point(REFERENCE, fraction, seed, steps)].result,
+            )
             for seed in sorted({point.seed for point in cells})
             if arm != REFERENCE and Point(REFERENCE, fraction, seed, steps) in cells
         ]
         pairs = [pair for pair in pairs if all(result.exists() for result in pair)]
         if not pairs:
             continue
-        ours, reference = ([predictions.read(path) for path in side] for side in zip(*pairs, strict=True))
+        ours, reference = (
+            [predictions.read(path) for path in side] for side in zip(*pairs, strict=True)
+        )
         comparison = comparisons.paired_comparison(ours, reference, metric)
-        rows.append({"arm": arm, "fraction": fraction, "steps": steps, "num_seeds": len(pairs), **comparison})
+        rows.append(
+            {
+                "arm": arm,
+                "fraction": fraction,
+                "steps": steps,
+                "num_seeds": len(pairs),
+                **comparison,
+            }
+        )
     corrected = comparisons.holm([row["p"] for row in rows])
     return [{**row, "p_holm": value} for row, value in zip(rows, corrected, strict=True)]
 
@@ -161,7 +187,9 @@ def curve_markdown(rows: Sequence[dict[str, Any]]) -> str:
         unit = next((row["unit"] for row in chosen if row["unit"]), "")
         after = f" after {steps:,} steps" if steps else ""
         unit = f"{unit}; " if unit else ""
-        parts.append(f"### {metric}{after}\n\n{unit}mean ± sd over seeds.\n\n{results.markdown(lines)}")
+        parts.append(
+            f"### {metric}{after}\n\n{unit}mean ± sd over seeds.\n\n{results.markdown(lines)}"
+        )
     return "\n".join(parts)
 
 
@@ -181,12 +209,18 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
         }
         for row in rows
     ]
-    text = "Paired bootstrap by test patient, seeds averaged; p corrected by Holm over the rows of this table."
+    text = (
+        "Paired bootstrap by test patient, seeds averaged; p corrected by Holm over the rows of "
+        "this table."
+    )
     return f"### {metric}: minus random weights\n\n{text}\n\n{results.markdown(lines)}"
 
 
-def save_figure(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Panel], title: str, caption: str) -> None:
-    """Draw the panels as PNG and SVG; a point is the mean over seeds, its bar the standard deviation."""
+def save_figure(
+    path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Panel], title: str, caption: str
+) -> None:
+    """Draw the panels as PNG and SVG; a point is the mean over seeds, its bar the standard
+    deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,7 +229,11 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Pan
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(4.3 * columns, 3.5 * lines + 1.1), squeeze=False, layout="constrained"
+        lines,
+        columns,
+        figsize=(4.3 * columns, 3.5 * lines + 1.1),
+        squeeze=False,
+        layout="constrained",
     )
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     colours = {arm: f"C{number % 10}" for number, arm in enumerate(arms)}
@@ -230,7 +268,14 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Pan
             )
             missing += [] if points else [TITLES.get(arm, arm)]
         if missing:
-            axis.text(0.98, 0.02, "missing: " + "\n".join(missing), ha="right", fontsize=8, transform=axis.transAxes)
+            axis.text(
+                0.98,
+                0.02,
+                "missing: " + "\n".join(missing),
+                ha="right",
+                fontsize=8,
+                transform=axis.transAxes,
+            )
         axis.set(xscale="log", xlabel="share of the training studies", title=panel.title)
         axis.title.set_fontsize(9)
         shares = sorted({row["fraction"] for row in rows})
@@ -260,9 +305,13 @@ def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:
     complete = [result for result in of_points.values() if result]
     path = study.workdir / figure.name
     if not complete:
-        raise InputError(f"--workdir={study.workdir} holds no results of {figure.name} yet; run it first")
+        raise InputError(
+            f"--workdir={study.workdir} holds no results of {figure.name} yet; run it first"
+        )
     panels = figure.panels_of(study)
-    rows = curve_rows(of_points, list(dict.fromkeys([*(panel.metric for panel in panels), *figure.more])))
+    rows = curve_rows(
+        of_points, list(dict.fromkeys([*(panel.metric for panel in panels), *figure.more]))
+    )
     caption = results.caption(complete) + (f" {figure.note}" if figure.note else "")
     caption += f" {len(complete)} of {len(of_points)} cells are there."
     compared = compare_with_random(grid, figure.compared)

@@ -4,8 +4,9 @@ A study is a grid of arm x share of the training data x seed (x training steps).
 the weights that they start from and in nothing else: data order, augmentation, schedule and the new
 layers' initial values are the same at the same seed.
 
-    --preset=phantom    everything is made here, on two cores: synthetic archives, datasets, pretrained runs
-    --preset=paper      your datasets (--dataset) and your pretrained runs (--pretrained=NAME=RUN, repeated)
+    --preset=phantom    everything is made here, on two cores: synthetic archives, datasets,
+    pretrained runs --preset=paper      your datasets (--dataset) and your pretrained runs
+    (--pretrained=NAME=RUN, repeated)
 
 Studies of one --workdir share data, pretrained runs and cells.
 """
@@ -66,7 +67,8 @@ class Preset(NamedTuple):
     steps: kind of study (`pe`, `nodules`, `attributes`) -> training steps of its cells, one curve
       each; 0 takes the recipe's.
     overrides: fields of the recipes, e.g. `{"dtype": "bfloat16"}`.
-    left_out: arms that are run only where `--arms` names them: a figure on two cores should take less than an hour.
+    left_out: arms that are run only where `--arms` names them: a figure on two cores should take
+      less than an hour.
     """
 
     size: str
@@ -97,7 +99,8 @@ PRESETS = {
     "paper": Preset(
         size="reference",
         archives={},
-        fractions=(0.04, 0.075, 0.25, 0.5, 1.0),  # of 1.54 million slices: the paper's 60, 115, 380 and 770 thousand
+        # of 1.54 million slices: the paper's 60, 115, 380 and 770 thousand
+        fractions=(0.04, 0.075, 0.25, 0.5, 1.0),
         seeds=(0, 1, 2),
         pretraining_steps=0,
         steps={"pe": (0,), "nodules": (2_000, 5_000, 20_000), "attributes": (0,)},
@@ -187,12 +190,14 @@ def data_cells(study: Study, names: Sequence[str]) -> list[Cell]:
 
 
 def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
-    """Pretrain the arms that have no run yet: the mask sizes up to the largest, and single pretexts."""
+    """Pretrain the arms that have no run yet: the mask sizes up to the largest, and single
+    pretexts."""
     wanted = [arm for arm in arms if arm in PRETEXTS and arm not in study.pretrained]
     if not study.sizes.archives:
         if wanted:
             raise InputError(
-                f"no weights for {', '.join(wanted)}: give --pretrained={wanted[0]}=RUN for each, or choose --arms"
+                f"no weights for {', '.join(wanted)}: give --pretrained={wanted[0]}=RUN for each, "
+                f"or choose --arms"
             )
         return []
     chain = list(MASKED)
@@ -200,7 +205,9 @@ def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
     cells = []
     for arm in (*chain[: last + 1], *(arm for arm in wanted if arm not in MASKED)):
         recipe = "masked_region" if arm in MASKED else arm
-        before = f"pretrain_{chain[chain.index(arm) - 1]}" if arm in MASKED and arm != chain[0] else ""
+        before = (
+            f"pretrain_{chain[chain.index(arm) - 1]}" if arm in MASKED and arm != chain[0] else ""
+        )
         fields = {"dataset": study.workdir / "data" / "pretraining"}
         fields |= {"mask.fraction": MASKED[arm]} if arm in MASKED else {}
         if before:
@@ -232,10 +239,14 @@ class Point(NamedTuple):
 
     def cell_name(self, kind: str) -> str:
         """`pe_masked_20_0.25_s1_150`."""
-        return f"{kind}_{self.arm}_{self.fraction:g}_s{self.seed}" + (f"_{self.steps}" if self.steps else "")
+        return f"{kind}_{self.arm}_{self.fraction:g}_s{self.seed}" + (
+            f"_{self.steps}" if self.steps else ""
+        )
 
 
-def grid_cells(study: Study, kind: str, arms: Sequence[str]) -> tuple[list[Cell], dict[Point, Cell]]:
+def grid_cells(
+    study: Study, kind: str, arms: Sequence[str]
+) -> tuple[list[Cell], dict[Point, Cell]]:
     """The cells of a figure in order, and those of its grid by their point.
 
     Args:
@@ -244,7 +255,8 @@ def grid_cells(study: Study, kind: str, arms: Sequence[str]) -> tuple[list[Cell]
       arms: of the grid.
 
     Returns:
-      all cells; and the grid, smallest shares first, so that a study that is stopped has whole columns.
+      all cells; and the grid, smallest shares first, so that a study that is stopped has whole
+      columns.
     """
     points = [
         Point(arm, fraction, seed, steps)
@@ -276,11 +288,17 @@ def define_flags(arms: Sequence[str]) -> None:
     flags.DEFINE_enum("preset", "phantom", list(PRESETS), "Size of the study, and whose data.")
     flags.DEFINE_string("workdir", None, "Folder of the studies: data, runs, results, figures.")
     flags.DEFINE_string("dataset", None, "Downstream dataset directory (--preset=paper).")
-    flags.DEFINE_multi_string("pretrained", [], "NAME=RUN: weights of an arm, NAME of --arms or one of your own.")
-    flags.DEFINE_list("arms", list(arms), "Arms, separated by commas; by default those of the preset.")
+    flags.DEFINE_multi_string(
+        "pretrained", [], "NAME=RUN: weights of an arm, NAME of --arms or one of your own."
+    )
+    flags.DEFINE_list(
+        "arms", list(arms), "Arms, separated by commas; by default those of the preset."
+    )
     flags.DEFINE_list("fractions", [], "Shares of the training studies; by default the preset's.")
     flags.DEFINE_list("seeds", [], "Seeds; by default the preset's.")
-    flags.DEFINE_list("cells", [], "Cells to run, separated by commas; by default all that are missing.")
+    flags.DEFINE_list(
+        "cells", [], "Cells to run, separated by commas; by default all that are missing."
+    )
 
 
 def study_of_flags(verb: str, kind: str) -> Study:
@@ -301,7 +319,9 @@ def study_of_flags(verb: str, kind: str) -> Study:
         try:
             values = tuple(kind_of(value) for value in flag[name].value)
         except ValueError:
-            raise InputError(f"--{name}={','.join(flag[name].value)}: give numbers separated by commas") from None
+            raise InputError(
+                f"--{name}={','.join(flag[name].value)}: give numbers separated by commas"
+            ) from None
         sizes = sizes._replace(**{name: values}) if values else sizes
     if not flag["arms"].present:
         flag["arms"].value = [arm for arm in flag.arms if arm not in sizes.left_out]
@@ -309,11 +329,16 @@ def study_of_flags(verb: str, kind: str) -> Study:
     for text in flag.pretrained:
         name, _, run = text.partition("=")
         if not (run and (Path(run) / "config.json").is_file()):
-            raise InputError(f"--pretrained={text}: give NAME=RUN with a run directory of ctssl_jax.train")
+            raise InputError(
+                f"--pretrained={text}: give NAME=RUN with a run directory of ctssl_jax.train"
+            )
         pretrained[name] = Path(run).resolve()
     unknown = [arm for arm in flag.arms if arm not in TITLES and arm not in pretrained]
     if unknown:
-        raise InputError(f"--arms: {unknown[0]} is not known; choose from {', '.join(TITLES)}, or give --pretrained")
+        raise InputError(
+            f"--arms: {unknown[0]} is not known; choose from {', '.join(TITLES)}, or "
+            f"give --pretrained"
+        )
     if sizes.archives:
         dataset = workdir / "data" / kind
     elif flag.dataset or verb == "draw":
@@ -323,7 +348,9 @@ def study_of_flags(verb: str, kind: str) -> Study:
     return Study(flag.preset, sizes, workdir, dataset, pretrained)
 
 
-def act(verb: str, module: str, study: Study, cells: Sequence[Cell], lists: Sequence[str] = ()) -> None:
+def act(
+    verb: str, module: str, study: Study, cells: Sequence[Cell], lists: Sequence[str] = ()
+) -> None:
     """`plan` or `run` a study's cells.
 
     Args:
@@ -335,11 +362,17 @@ def act(verb: str, module: str, study: Study, cells: Sequence[Cell], lists: Sequ
     """
     if verb == "plan":
         flag = flags.FLAGS
-        options = [f"--preset={study.preset}", f"--workdir={study.workdir}", f"--arms={','.join(flag.arms)}"]
+        options = [
+            f"--preset={study.preset}",
+            f"--workdir={study.workdir}",
+            f"--arms={','.join(flag.arms)}",
+        ]
         options += [f"--dataset={study.dataset}"] if flag.dataset else []
         options += [f"--pretrained={text}" for text in flag.pretrained]
         options += [
-            f"--{name}={','.join(flag[name].value)}" for name in ("fractions", "seeds", *lists) if flag[name].value
+            f"--{name}={','.join(flag[name].value)}"
+            for name in ("fractions", "seeds", *lists)
+            if flag[name].value
         ]
         runner.plan(cells, module, options)
     else:

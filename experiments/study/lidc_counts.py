@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep import lidc
+from data_prep.labels import lidc
 from data_prep.system.errors import InputError
 
 _MATRIX = (512, 512)  # of every CT series of the collection
@@ -38,20 +38,29 @@ def read_geometry(path: Path) -> list[Series]:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--geometry={path}: {error}; give the CSV of slice thickness and spacing") from error
+        raise InputError(
+            f"--geometry={path}: {error}; give the CSV of slice thickness and spacing"
+        ) from error
     needed = ("patient_id", "series_instance_uid", "slice_thickness_mm", "median_slice_spacing_mm")
     missing = [name for name in needed if not rows or name not in rows[0]]
     if missing:
-        raise InputError(f"--geometry={path} has no line or no column {missing[0]}; it needs {', '.join(needed)}")
+        raise InputError(
+            f"--geometry={path} has no line or no column {missing[0]}; it needs {', '.join(needed)}"
+        )
     series, order = [], []
     for number, row in enumerate(rows, start=2):
         try:
             thickness, spacing = float(row[needed[2]]), float(row[needed[3]])
             order.append(int(row.get("scan_order", number)))
         except (TypeError, ValueError) as error:
-            raise InputError(f"--geometry={path}, line {number}: not a number ({error}); fill it in") from error
+            raise InputError(
+                f"--geometry={path}, line {number}: not a number ({error}); fill it in"
+            ) from error
         if not (0 < thickness < float("inf") and 0 < spacing < float("inf")):
-            raise InputError(f"--geometry={path}, line {number}: thickness and spacing are not above 0; correct them")
+            raise InputError(
+                f"--geometry={path}, line {number}: thickness and spacing are not "
+                f"above 0; correct them"
+            )
         series.append(Series(row[needed[0]], row[needed[1]], thickness, spacing))
     if len({one.series_instance_uid for one in series}) < len(series):
         raise InputError(f"--geometry={path} holds a series twice; leave one line out")
@@ -75,7 +84,8 @@ def first_scan_votes(
     without_geometry, without_reading = len(readings.keys() - listed), len(listed - readings.keys())
     if without_geometry or without_reading:
         raise InputError(
-            f"{without_geometry} series of --annotations are not in --geometry, and {without_reading} the reverse; "
+            f"{without_geometry} series of --annotations are not in --geometry, and "
+            f"{without_reading} the reverse; "
             "give both for the same series"
         )
     first = {series.patient_id: series for series in reversed(geometry)}
@@ -85,7 +95,9 @@ def first_scan_votes(
             continue
         reading = readings[series.series_instance_uid]
         slices = lidc.slices_from_positions(reading, series.slice_spacing_mm)
-        votes = lidc.nodule_votes(reading, slices, _MATRIX, series.slice_thickness_mm, keep_excluded=keep_excluded)
+        votes = lidc.nodule_votes(
+            reading, slices, _MATRIX, series.slice_thickness_mm, keep_excluded=keep_excluded
+        )
         patients.append(PatientVotes(series.patient_id, votes))
     return patients
 
@@ -102,7 +114,10 @@ def count(patients: Iterable[PatientVotes], consensus: float, min_area_px: int) 
                 kept.add(patient.patient_id)
     return {
         "Slices": slices.total(),
-        **{f"{name}: volumes": len(volumes[name.lower()]) for name in ("Cancer", "Ambiguous", "No cancer")},
+        **{
+            f"{name}: volumes": len(volumes[name.lower()])
+            for name in ("Cancer", "Ambiguous", "No cancer")
+        },
         **{f"Malignancy score {score}: slices": slices[score] for score in range(1, 6)},
         "Patients": len(kept),
     }

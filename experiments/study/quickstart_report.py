@@ -21,8 +21,18 @@ def loss_curve(reports: list[dict], validation: list[dict]) -> bytes:
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     for axis, name in zip(axes, ("loss", "masked_mse", "ssim"), strict=True):
-        axis.plot([line["step"] for line in reports], [line[name] for line in reports], label="training", alpha=0.6)
-        axis.plot([line["step"] for line in validation], [line[name] for line in validation], "o-", label="validation")
+        axis.plot(
+            [line["step"] for line in reports],
+            [line[name] for line in reports],
+            label="training",
+            alpha=0.6,
+        )
+        axis.plot(
+            [line["step"] for line in validation],
+            [line[name] for line in validation],
+            "o-",
+            label="validation",
+        )
         axis.set(xlabel="step", title=NAMES.get(name, name))
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
@@ -34,23 +44,37 @@ def loss_curve(reports: list[dict], validation: list[dict]) -> bytes:
 
 
 def _image(png: bytes, alternative: str) -> str:
-    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return (
+        f'<img alt="{html.escape(alternative)}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    )
 
 
 def _cell(value: dict) -> str:
     sd = "" if value["sd"] is None else f" ± {value['sd']:.4f}"
-    interval = "" if value["ci95"] is None else f"<br><small>{value['ci95'][0]:.4f} to {value['ci95'][1]:.4f}</small>"
+    interval = (
+        ""
+        if value["ci95"] is None
+        else f"<br><small>{value['ci95'][0]:.4f} to {value['ci95'][1]:.4f}</small>"
+    )
     return f"<td>{value['mean']:.4f}{sd}{interval}</td>"
 
 
 def improvement(result: dict) -> dict[str, float]:
     """How many times smaller the model's masked MSE is than each baseline's."""
     model = result["metrics"]["masked_mse"]["mean"]
-    return {name: scores["masked_mse"]["mean"] / model for name, scores in result["baselines"].items()}
+    return {
+        name: scores["masked_mse"]["mean"] / model for name, scores in result["baselines"].items()
+    }
 
 
 def report_html(
-    result: dict, cohort: list[dict[str, str]], seconds: dict[str, float], curve: bytes, strip: bytes, sheet: bytes
+    result: dict,
+    cohort: list[dict[str, str]],
+    seconds: dict[str, float],
+    curve: bytes,
+    strip: bytes,
+    sheet: bytes,
 ) -> str:
     """The report as one self-contained page.
 
@@ -63,7 +87,10 @@ def report_html(
       sheet: PNG of random slices of the dataset.
     """
     synthetic = result["synthetic"]
-    banner = "<p class=banner>SYNTHETIC DATA: computer-made scans, no patients. Nothing here is a medical result.</p>"
+    banner = (
+        "<p class=banner>SYNTHETIC DATA: computer-made scans, no patients. Nothing here is a "
+        "medical result.</p>"
+    )
     rows = {"model": result["metrics"], **result["baselines"]}
     scores = list(NAMES)
     table = "".join(
@@ -76,7 +103,8 @@ def report_html(
     times = ", ".join(f"{stage} {duration:.0f} s" for stage, duration in seconds.items())
     codebook = result["codebook"]
     facts = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>" for row in cohort
+        "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>"
+        for row in cohort
     )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Chest CT pretraining: quickstart</title>

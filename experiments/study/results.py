@@ -8,7 +8,9 @@ from typing import Any
 from data_prep.system.files import read_json, written_whole
 from experiments.study.cells import Cell
 
-UNCHECKED = " Whether the models were trained on these patients CANNOT BE CHECKED (other pseudonym key)."
+UNCHECKED = (
+    " Whether the models were trained on these patients CANNOT BE CHECKED (other pseudonym key)."
+)
 
 
 def with_spread(mean: float | None, sd: float | None) -> str:
@@ -26,7 +28,9 @@ def score(value: dict) -> str:
 def markdown(rows: Sequence[dict[str, str]]) -> str:
     """Rows with the same columns as a Markdown table; an empty cell is `missing`."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(value or "missing" for value in row.values()) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(value or "missing" for value in row.values()) + " |" for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 

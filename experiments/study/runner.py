@@ -16,9 +16,8 @@ from typing import Any
 from absl import flags
 
 from ctssl_jax.parallel.processes import configure_jax
-from data_prep import stores
-from data_prep.dataset import Dataset
-from data_prep.system import command_line
+from data_prep.dataset.reader import Dataset
+from data_prep.system import command_line, stores
 from data_prep.system.errors import InputError, RunFailed, StartAgain
 from data_prep.system.files import read_json, write_text
 from experiments.study.cells import PROJECT, Cell, Settings, Stage, load_recipe
@@ -99,9 +98,12 @@ def run_stage_here(stage: Stage) -> float:
     from ctssl_jax.attributes import attributes
     from ctssl_jax.attributes import table as attribute_table
     from ctssl_jax.evaluate import evaluate, table
-    from ctssl_jax.training__loop import train
+    from ctssl_jax.training.loop import train
 
-    print(f"\n== {stage.title}\n$ {shlex.join(['python', '-m', stage.module, *stage.arguments()])}", flush=True)
+    print(
+        f"\n== {stage.title}\n$ {shlex.join(['python', '-m', stage.module, *stage.arguments()])}",
+        flush=True,
+    )
     started = time.monotonic()
     if stage.module == "ctssl_jax.train":
         if not train(stage.recipe.config(), **stage.options):
@@ -148,12 +150,18 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
     by_name = {cell.name: cell for cell in cells}
     for name in chosen:
         if name not in by_name:
-            raise InputError(f"--cells={name}: there is no such cell; choose from {', '.join(by_name)}")
-    missing = [cell for cell in cells if (cell.name in chosen or not chosen) and not cell.result.exists()]
+            raise InputError(
+                f"--cells={name}: there is no such cell; choose from {', '.join(by_name)}"
+            )
+    missing = [
+        cell for cell in cells if (cell.name in chosen or not chosen) and not cell.result.exists()
+    ]
     for number, cell in enumerate(missing, 1):
         for before in cell.after:
             if not by_name[before].result.exists():
-                raise InputError(f"cell {cell.name} needs {before} first; run --cells={before},{cell.name}")
+                raise InputError(
+                    f"cell {cell.name} needs {before} first; run --cells={before},{cell.name}"
+                )
         print(f"\n==== cell {number} of {len(missing)}: {cell.name}", flush=True)
         seconds = sum(
             run_stage_here(stage)
@@ -230,12 +238,16 @@ def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:
     for override in settings.overrides:
         field = override.split("=")[0]
         if field in FIXED_FIELDS:
-            raise InputError(f"--override={override}: a study sets {field} itself (see --help for the choices)")
+            raise InputError(
+                f"--override={override}: a study sets {field} itself (see --help for the choices)"
+            )
         for recipe in recipes:
             node = load_recipe(recipe, settings.size)
             for part in field.split("."):
                 if part not in node:
-                    raise InputError(f"--override={override}: configs/{recipe}.py has no field {field}")
+                    raise InputError(
+                        f"--override={override}: configs/{recipe}.py has no field {field}"
+                    )
                 node = node[part]
 
 
@@ -249,11 +261,17 @@ def define_flags() -> None:
         ["small", "reference"],
         "Of the recipes: 64 x 64 pixels, or the paper's model.",
     )
-    flags.DEFINE_integer("num_steps", 0, "Steps of each training; 0 takes the recipe's.", lower_bound=0)
+    flags.DEFINE_integer(
+        "num_steps", 0, "Steps of each training; 0 takes the recipe's.", lower_bound=0
+    )
     flags.DEFINE_integer("seed", 0, "Of weights and order of slices.")
-    flags.DEFINE_multi_string("override", [], "FIELD=VALUE of every recipe, e.g. dtype=bfloat16; repeatable.")
+    flags.DEFINE_multi_string(
+        "override", [], "FIELD=VALUE of every recipe, e.g. dtype=bfloat16; repeatable."
+    )
     flags.DEFINE_enum("split", "test", ["test", "validation"], "Split that is evaluated.")
-    flags.DEFINE_list("cells", [], "Cells to run, separated by commas; by default all that are missing.")
+    flags.DEFINE_list(
+        "cells", [], "Cells to run, separated by commas; by default all that are missing."
+    )
 
 
 def local_dataset(dataset: str) -> Path:
@@ -273,7 +291,9 @@ def settings_of_flags(verb: str) -> Settings:
             raise InputError(f"give --{name}=DIR")
     for override in flags.FLAGS.override:
         if "=" not in override:
-            raise InputError(f"--override={override}: must be FIELD=VALUE, e.g. --override=dtype=bfloat16")
+            raise InputError(
+                f"--override={override}: must be FIELD=VALUE, e.g. --override=dtype=bfloat16"
+            )
     settings = Settings(
         dataset=local_dataset(flags.FLAGS.dataset or ""),
         workdir=Path(flags.FLAGS.workdir).resolve(),

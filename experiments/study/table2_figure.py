@@ -1,10 +1,11 @@
-"""Table II: its rows as text, and the picture in the paper's layout (measures, input, output, difference)."""
+"""Table II: its rows as text, and the picture in the paper's layout (measures, input, output,
+difference)."""
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctssl_jax import pictures
+from ctssl_jax.runs import strips
 from experiments.study.cells import FRACTIONS, mask_name
 from experiments.study.paper import TABLE2
 from experiments.study.results import markdown, with_spread
@@ -13,7 +14,10 @@ RECONSTRUCTION = ("next_slice", *(mask_name(fraction) for fraction in FRACTIONS)
 CLASSIFICATION = ("rotation", "flip")
 TITLES = {
     "next_slice": "Next slice prediction",
-    **{mask_name(fraction): f"Masked region prediction, {fraction:.0%} masking" for fraction in FRACTIONS},
+    **{
+        mask_name(fraction): f"Masked region prediction, {fraction:.0%} masking"
+        for fraction in FRACTIONS
+    },
     "denoising": "Denoising",
     "rotation": "Rotation prediction",
     "flip": "Flip prediction",
@@ -45,11 +49,16 @@ COLUMNS = {"input": "Sample input", "prediction": "Predicted output", "differenc
 
 
 def figure_rows(results: dict[str, dict | None]) -> list[dict[str, str | float | None]]:
-    """One row a model and metric: ours with standard deviation and interval, the paper's, the unit; None if missing."""
+    """One row a model and metric: ours with standard deviation and interval, the paper's, the unit;
+    None if missing."""
     rows = []
     for name in (*RECONSTRUCTION, *CLASSIFICATION):
         result = results[name]
-        metrics = [metric for metric in METRICS if (result and metric in result["metrics"]) or metric in TABLE2[name]]
+        metrics = [
+            metric
+            for metric in METRICS
+            if (result and metric in result["metrics"]) or metric in TABLE2[name]
+        ]
         for metric in metrics:
             value = result["metrics"][metric] if result else {}
             low, high = value.get("ci95") or (None, None)
@@ -94,14 +103,25 @@ def health_markdown(results: dict[str, dict | None]) -> str:
     """How much of embedding and codebook each model uses, and its warnings of a collapse."""
     rows = []
     for name, result in results.items():
-        columns = ("strategy", "checkpoint", "effective rank", "codes used", "perplexity", "collapsed")
+        columns = (
+            "strategy",
+            "checkpoint",
+            "effective rank",
+            "codes used",
+            "perplexity",
+            "collapsed",
+        )
         row = dict.fromkeys(columns, "")
         row["strategy"] = TITLES[name]
         if result:
             embedding, codebook = result["embedding"], result.get("codebook")
             row["checkpoint"] = f"step {result['checkpoint_step']:,}"
-            row["effective rank"] = f"{embedding['effective_rank']:.1f} of {embedding['embedding_dim']}"
-            row["codes used"] = f"{codebook['used_codes']} of {codebook['num_codes']}" if codebook else "-"
+            row["effective rank"] = (
+                f"{embedding['effective_rank']:.1f} of {embedding['embedding_dim']}"
+            )
+            row["codes used"] = (
+                f"{codebook['used_codes']} of {codebook['num_codes']}" if codebook else "-"
+            )
             row["perplexity"] = f"{codebook['perplexity']:.0f}" if codebook else "-"
             row["collapsed"] = "; ".join(result["warnings"]) or "no"
         rows.append(row)
@@ -113,7 +133,9 @@ def cross_rows(results: dict[str, dict | None]) -> list[dict[str, str]]:
     rows = []
     for name, result in results.items():
         values = {
-            title: with_spread(result["metrics"][metric]["mean"], result["metrics"][metric]["sd"]) if result else ""
+            title: with_spread(result["metrics"][metric]["mean"], result["metrics"][metric]["sd"])
+            if result
+            else ""
             for metric, title in CROSS.items()
         }
         rows.append({"encoder": TITLES[name.removeprefix("cross_")], **values})
@@ -130,8 +152,8 @@ def save_picture(
 
     Args:
       path: of the PNG.
-      models: title, rows (`metric`, `mean`, `sd`, `paper_mean`, `paper_sd`) and the pictures' npz of each model; what
-        is not there is drawn as missing.
+      models: title, rows (`metric`, `mean`, `sd`, `paper_mean`, `paper_sd`) and the pictures' npz
+        of each model; what is not there is drawn as missing.
       names: metric -> what it is called.
       caption: written below.
     """
@@ -141,7 +163,11 @@ def save_picture(
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        len(models), 4, figsize=(9.5, 1.75 * len(models) + 1), width_ratios=(1.9, 1, 1, 1), layout="constrained"
+        len(models),
+        4,
+        figsize=(9.5, 1.75 * len(models) + 1),
+        width_ratios=(1.9, 1, 1, 1),
+        layout="constrained",
     )
     for axis in axes.flat:
         axis.set_axis_off()
@@ -151,15 +177,26 @@ def save_picture(
     for row, (title, rows, arrays) in zip(axes, models, strict=True):
         lines = [f"{names[line['metric']]}: {_values(line)}" for line in rows]
         row[0].text(0, 0.98, title, fontsize=9, weight="bold", va="top", transform=row[0].transAxes)
-        row[0].text(0, 0.8, "\n".join(lines), fontsize=7.5, va="top", transform=row[0].transAxes, linespacing=1.5)
+        row[0].text(
+            0,
+            0.8,
+            "\n".join(lines),
+            fontsize=7.5,
+            va="top",
+            transform=row[0].transAxes,
+            linespacing=1.5,
+        )
         if not arrays.exists():
             for axis in row[1:]:
                 axis.text(0.5, 0.5, "missing", ha="center", va="center", fontsize=8, color="grey")
             continue
-        shown = {name: images[len(images) // 2][None] for name, images in pictures.load_arrays(arrays).items()}
-        row[1].imshow(pictures.grey(shown["input"][0]))
-        row[2].imshow(pictures.grey(shown["prediction"][0]))
-        row[3].imshow(pictures.difference(shown["prediction"][0], shown["target"][0]))
+        shown = {
+            name: images[len(images) // 2][None]
+            for name, images in strips.load_arrays(arrays).items()
+        }
+        row[1].imshow(strips.grey(shown["input"][0]))
+        row[2].imshow(strips.grey(shown["prediction"][0]))
+        row[3].imshow(strips.difference(shown["prediction"][0], shown["target"][0]))
     figure.supxlabel(textwrap.fill(caption.replace("**", ""), 130), fontsize=7.5)
     figure.savefig(path, dpi=130)
     plt.close(figure)

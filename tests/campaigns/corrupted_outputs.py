@@ -1,12 +1,14 @@
-r"""Damaged datasets and run directories: named in one line by every command that reads them, never used in silence.
+r"""Damaged datasets and run directories: named in one line by every command that reads them, never
+used in silence.
 
     python -m tests.campaigns.corrupted_outputs --num_corruptions=300 --seed=0
 
-Corruption number i of a seed is always the same: one file of a tiny dataset or of a tiny trained run gets flipped bits,
-loses its end or a part of it to zeros, is removed, or changes places with another one of its kind. Then a command reads
-it, as its command line would: `describe --verify`, train (going on with the run), evaluate, embed or export. It must
-name the file, or the checkpoint that it belongs to, in one line, or its result must be that of the undamaged files (so
-where it does not read the file); of a damaged dataset `describe --verify` must always tell.
+Corruption number i of a seed is always the same: one file of a tiny dataset or of a tiny trained
+run gets flipped bits, loses its end or a part of it to zeros, is removed, or changes places with
+another one of its kind. Then a command reads it, as its command line would: `describe --verify`,
+train (going on with the run), evaluate, embed or export. It must name the file, or the checkpoint
+that it belongs to, in one line, or its result must be that of the undamaged files (so where it does
+not read the file); of a damaged dataset `describe --verify` must always tell.
 """
 
 import argparse
@@ -26,26 +28,26 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ctssl_jax import distributed
-from ctssl_jax.embed import embed
-from ctssl_jax.evaluate import evaluate
-from ctssl_jax.export import export
-from ctssl_jax.reports import Reports
+from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.inference.embedding import embed
+from ctssl_jax.parallel import mesh
+from ctssl_jax.release.exporting import export
 from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.reports import Reports
 from ctssl_jax.runs.run import open_workdir, to_json
-from ctssl_jax.tasks import get_task
-from ctssl_jax.training__loop import train
-from ctssl_jax.training__recipe import check_dataset
-from ctssl_jax.training__step import make_program
-from ctssl_jax.training__warm_start import record
-from data_prep.dataset import Dataset
-from data_prep.dataset__schema import SPLITS
+from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training.loop import train
+from ctssl_jax.training.recipe import check_dataset
+from ctssl_jax.training.step import make_program
+from ctssl_jax.training.warm_start import record
+from data_prep.dataset.reader import Dataset
+from data_prep.dataset.schema import SPLITS
+from data_prep.dataset.verify import verify
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import write_json
-from data_prep.verification import verify
-from data_prep.workers import WorkerPool
-from tests.example_dataset import write_example_dataset
-from tests.training_runs import saved_state, tiny_config
+from data_prep.system.workers import WorkerPool
+from tests.helpers.example_dataset import write_example_dataset
+from tests.helpers.training_runs import saved_state, tiny_config
 
 DEFECTS = ("exception", "several lines", "not named", "wrong result", "not verified")
 STEPS, MORE_STEPS = 4, 6
@@ -83,26 +85,31 @@ def make_sound(folder: Path, commands: Sequence[str] = COMMANDS) -> Sound:
 
 
 def save_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """A run directory as training leaves it, with checkpoints of other weights at each step, but nothing is trained."""
+    """A run directory as training leaves it, with checkpoints of other weights at each step, but
+    nothing is trained."""
     dataset = Dataset.open(config.dataset)
     channels = check_dataset(config, dataset, ("train", "validation"))
     patients = {name: [row["patient_id"] for row in dataset.volumes(name)] for name in SPLITS[:2]}
     open_workdir(workdir, config, dataset.preparation, patients)
     record(None, workdir)
     write_json(workdir / "training_data.json", {"train_fraction": 1.0})
-    program = make_program(config, get_task(config.task), len(channels), distributed.make_mesh(jax.devices()[:1]))
+    program = make_program(
+        config, get_task(config.task), len(channels), mesh.make_mesh(jax.devices()[:1])
+    )
     state, checkpoints = program.initial_state(), Checkpoints(workdir)
     metadata = {"config": to_json(config), "preparation": dataset.preparation}
     metrics = Reports(workdir, -1)
     for step, loss in ((1, 0.7), (2, 0.5), (STEPS, 0.6)):
         params = jax.tree.map(lambda leaf, factor=1 + step / 10: leaf * factor, state.params)
-        checkpoints.save(step, state.replace(step=jnp.asarray(step, jnp.int32), params=params), metadata, loss)
+        checkpoints.save(
+            step, state.replace(step=jnp.asarray(step, jnp.int32), params=params), metadata, loss
+        )
         metrics.write("train", step, {"loss": loss})
     checkpoints.close()
     metrics.close()
 
 
-# ---- the commands: folder -> a result that can be compared ---------------------------------------------------
+# ---- the commands: folder -> a result that can be compared ---------------------------------------
 
 
 def _config(dataset: Path, num_steps: int) -> ml_collections.ConfigDict:
@@ -125,7 +132,7 @@ def _result(command: str, folder: Path, pool: WorkerPool) -> Any:
     return export(run, folder / "exported", ("safetensors",), "CC0-1.0", num_test_slices=1)
 
 
-# ---- corruptions ---------------------------------------------------------------------------------------------
+# ---- corruptions ---------------------------------------------------------------------------------
 
 
 def _flipped(data: bytes, random: np.random.Generator) -> bytes:
@@ -149,10 +156,16 @@ KINDS = ("flipped", "flipped", "cut", "zeroed", "removed", "swapped")
 
 
 def corrupt(folder: Path, random: np.random.Generator, commands: Sequence[str]) -> Corruption:
-    """Damage one file of `folder`/run or `folder`/dataset, and choose which of the commands reads it."""
+    """Damage one file of `folder`/run or `folder`/dataset, and choose which of the commands reads
+    it."""
     part = ("dataset", "run")[random.integers(2)]
-    kind, files = str(random.choice(KINDS)), [p for p in sorted((folder / part).rglob("*")) if p.is_file()]
-    files = [path for path in files if "tensorboard" not in path.parts and "pictures" not in path.parts]
+    kind, files = (
+        str(random.choice(KINDS)),
+        [p for p in sorted((folder / part).rglob("*")) if p.is_file()],
+    )
+    files = [
+        path for path in files if "tensorboard" not in path.parts and "pictures" not in path.parts
+    ]
     path = files[random.integers(len(files))]
     of_part = OF_DATASETS if part == "dataset" else OF_RUNS
     command = str(random.choice([name for name in of_part if name in commands]))
@@ -179,7 +192,9 @@ def names_damage(message: str, corruption: Corruption) -> bool:
     return False
 
 
-def outcome(sound: Sound, work: Path, random: np.random.Generator, pool: WorkerPool) -> tuple[str, Corruption]:
+def outcome(
+    sound: Sound, work: Path, random: np.random.Generator, pool: WorkerPool
+) -> tuple[str, Corruption]:
     """What becomes of one corruption: "named", "same result" or a name of `DEFECTS`."""
     shutil.copytree(sound.folder, work)
     corruption = corrupt(work, random, tuple(sound.results))
@@ -192,21 +207,29 @@ def outcome(sound: Sound, work: Path, random: np.random.Generator, pool: WorkerP
         return f"exception {type(error).__name__}: {str(error)[:150]}", corruption
     else:
         if result == sound.results[corruption.command]:
-            changed = any(not _same(work / path, sound.folder / path) for path in corruption.path.split())
-            return ("not verified" if corruption.command == "verify" and changed else "same result"), corruption
+            changed = any(
+                not _same(work / path, sound.folder / path) for path in corruption.path.split()
+            )
+            return (
+                "not verified" if corruption.command == "verify" and changed else "same result"
+            ), corruption
         if corruption.command != "verify":
             return "wrong result", corruption
         message = result[0]
     if "\n" in message:
         return "several lines", corruption
-    return ("named" if names_damage(message, corruption) else f"not named: {message[:200]}"), corruption
+    return (
+        "named" if names_damage(message, corruption) else f"not named: {message[:200]}"
+    ), corruption
 
 
 def _same(path: Path, other: Path) -> bool:
     return path.is_file() and path.read_bytes() == other.read_bytes()
 
 
-def run(sound: Sound, num_corruptions: int, seed: int, first: int = 0) -> list[tuple[str, Corruption]]:
+def run(
+    sound: Sound, num_corruptions: int, seed: int, first: int = 0
+) -> list[tuple[str, Corruption]]:
     """Outcome and corruption, one after the other."""
     found = []
     with WorkerPool(1) as pool:
@@ -223,10 +246,14 @@ def defects(found: list[tuple[str, Corruption]]) -> list[tuple[str, Corruption]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num_corruptions", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--commands", default=",".join(COMMANDS), help="of these, separated by commas")
+    parser.add_argument(
+        "--commands", default=",".join(COMMANDS), help="of these, separated by commas"
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first corruption")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

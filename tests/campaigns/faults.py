@@ -1,22 +1,24 @@
-r"""Faults of disk, files and clock: one clear line and an exit code, nothing lost, and afterwards the same bytes.
+r"""Faults of disk, files and clock: one clear line and an exit code, nothing lost, and afterwards
+the same bytes.
 
     python -m tests.campaigns.faults [--commands=prepare,train,embed,evaluate,describe,export,chain] [--faults=...]
 
 Every command runs undisturbed, then under each fault, then again with the fault lifted:
 
-    file_limit   no file may grow beyond a part of the largest one that the command writes (RLIMIT_FSIZE)
-    disk_full    a file system (tmpfs) with room for a part of what it writes
+    file_limit   no file may grow beyond a part of the largest one that the command writes
+    (RLIMIT_FSIZE) disk_full    a file system (tmpfs) with room for a part of what it writes
     read_only    a file system that is mounted read-only
     turned       one that turns read-only in the middle of the work
     below_file   the output lies below a file
     clock        the wall clock jumps by ten years back and forth, every few times that it is asked
     unreadable   reading one of the scans fails (EIO), of prepare and embed
 
-Under a fault a command must either succeed with the undisturbed result or end with an exit code and one line that
-begins with "error:" (no traceback); with the fault lifted it must end with the result of the undisturbed run, as
-`tests.campaigns.kills` compares it. A scan that cannot be read ends no run: it is left out, and said so, and comes with
-the next run, of a dataset in a further shard. Mounting needs root on Linux; without it those faults are skipped, and
-said so. Files that change while they are read: see tests/test_campaigns.py.
+Under a fault a command must either succeed with the undisturbed result or end with an exit code and
+one line that begins with "error:" (no traceback); with the fault lifted it must end with the result
+of the undisturbed run, as `tests.campaigns.kills` compares it. A scan that cannot be read ends no
+run: it is left out, and said so, and comes with the next run, of a dataset in a further shard.
+Mounting needs root on Linux; without it those faults are skipped, and said so. Files that change
+while they are read: see tests/campaigns/test_campaigns.py.
 """
 
 import argparse
@@ -32,9 +34,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests import example_dataset
 from tests.campaigns import kills
 from tests.campaigns.kills import PROJECT, python
+from tests.helpers import example_dataset
 
 FAULTS = ("file_limit", "disk_full", "read_only", "turned", "below_file", "clock", "unreadable")
 COMMANDS = ("prepare", "train", "embed", "evaluate", "describe", "export", "chain")
@@ -48,8 +50,11 @@ class Ended(NamedTuple):
     text: str
 
 
-def run(command: list[str], cache: Path, *, file_limit: int | None = None, **variables: str) -> Ended:
-    """Runs a command line to its end, where asked with a limit on the size of files and faults of `faulty_start`."""
+def run(
+    command: list[str], cache: Path, *, file_limit: int | None = None, **variables: str
+) -> Ended:
+    """Runs a command line to its end, where asked with a limit on the size of files and faults of
+    `faulty_start`."""
     environment = kills.environment(cache) | variables
     if variables:
         environment["PYTHONPATH"] = os.pathsep.join([str(START), environment["PYTHONPATH"]])
@@ -77,7 +82,8 @@ def run(command: list[str], cache: Path, *, file_limit: int | None = None, **var
 def faults_of_message(ended: Ended) -> list[str]:
     """What is wrong with how a command ended that could not do its work."""
     lines = [line for line in ended.text.splitlines() if line.startswith("error:")]
-    lines = [line for line in lines if "its message stands above" not in line]  # what a chain says of a command of it
+    # what a chain says of a command of it
+    lines = [line for line in lines if "its message stands above" not in line]
     wrong = ["traceback on the screen"] if "Traceback" in ended.text else []
     wrong += [f"killed by signal {-ended.code}"] if ended.code < 0 else []
     wrong += [f"{len(lines)} lines begin with error:"] if ended.code and len(lines) != 1 else []
@@ -92,12 +98,20 @@ def check(command: list[str], folder: Path, cache: Path, expected: dict, ended: 
         return wrong + kills.differences(expected, kills.contents(folder))
     again = run(command, cache)
     if again.code:
-        wrong += [f"run again: exit code {again.code}: {(again.text.strip().splitlines() or [''])[-1]}"]
+        wrong += [
+            f"run again: exit code {again.code}: {(again.text.strip().splitlines() or [''])[-1]}"
+        ]
     wrong += ["run again: traceback"] if "Traceback" in again.text else []
     if left_out and (folder / "dataset").is_dir():
-        lost = volume_ids(expected["dataset/volumes.csv"]) ^ volume_ids(kills.contents(folder)["dataset/volumes.csv"])
-        return wrong + [f"run again: volume {name} is lost or there in addition" for name in sorted(lost)]
-    return wrong + [f"run again: {line}" for line in kills.differences(expected, kills.contents(folder))]
+        lost = volume_ids(expected["dataset/volumes.csv"]) ^ volume_ids(
+            kills.contents(folder)["dataset/volumes.csv"]
+        )
+        return wrong + [
+            f"run again: volume {name} is lost or there in addition" for name in sorted(lost)
+        ]
+    return wrong + [
+        f"run again: {line}" for line in kills.differences(expected, kills.contents(folder))
+    ]
 
 
 def volume_ids(table: bytes) -> set[str]:
@@ -105,7 +119,7 @@ def volume_ids(table: bytes) -> set[str]:
     return {row["volume_id"] for row in csv.DictReader(table.decode().splitlines())}
 
 
-# ---- File systems ----------------------------------------------------------------------------------------------------
+# ---- File systems --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -139,7 +153,7 @@ def size_of(folder: Path) -> tuple[int, int]:
     return max(sizes), sum(-(-size // 4096) * 4096 for size in sizes) + 2048 * places
 
 
-# ---- One fault after the other ---------------------------------------------------------------------------------------
+# ---- One fault after the other -------------------------------------------------------------------
 
 
 def try_fault(
@@ -166,14 +180,24 @@ def try_fault(
     command, (largest, total) = make_command(folder), sizes
 
     def line(name: str, ended: Ended) -> tuple[str, str, list[str]]:
-        told = (line for line in ended.text.splitlines() if line.startswith("error:") or "read for now" in line)
+        told = (
+            line
+            for line in ended.text.splitlines()
+            if line.startswith("error:") or "read for now" in line
+        )
         last = next(told, "succeeded")
-        return name, f"exit code {ended.code}: {last}", check(command, folder, cache, expected, ended)
+        return (
+            name,
+            f"exit code {ended.code}: {last}",
+            check(command, folder, cache, expected, ended),
+        )
 
     if fault == "file_limit":
         for part in parts:
             empty(folder)
-            yield line(f"file_limit {part:.0%}", run(command, cache, file_limit=int(part * largest)))
+            yield line(
+                f"file_limit {part:.0%}", run(command, cache, file_limit=int(part * largest))
+            )
     elif fault == "disk_full":
         for part in parts:
             empty(folder)
@@ -200,10 +224,16 @@ def try_fault(
         empty(folder)
         yield line(fault, run(command, cache, FAULT_CLOCK="1"))
     elif fault == "unreadable":
-        scans = [Path(word.split("=", 1)[1]) for word in command if word.startswith(("--input_dir=", "--input="))]
+        scans = [
+            Path(word.split("=", 1)[1])
+            for word in command
+            if word.startswith(("--input_dir=", "--input="))
+        ]
         if scans:
             empty(folder)
-            one = sorted(path for path in scans[0].rglob("*") if path.suffix != ".json" and path.is_file())[10]
+            one = sorted(
+                path for path in scans[0].rglob("*") if path.suffix != ".json" and path.is_file()
+            )[10]
             yield line(fault, run(command, cache, FAULT_READ=one.name))
 
 
@@ -271,17 +301,25 @@ def campaign(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--commands", default=",".join(COMMANDS))
     parser.add_argument("--faults", default=",".join(FAULTS))
-    parser.add_argument("--parts", default="0.02,0.3,0.7,0.97", help="limits, as parts of what a command writes")
-    parser.add_argument("--workdir", type=Path, help="folder for the runs (default: a temporary one)")
+    parser.add_argument(
+        "--parts", default="0.02,0.3,0.7,0.97", help="limits, as parts of what a command writes"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, help="folder for the runs (default: a temporary one)"
+    )
     arguments = parser.parse_args()
     names, faults = arguments.commands.split(","), arguments.faults.split(",")
     parts = [float(part) for part in arguments.parts.split(",")]
     if unknown := [*sorted(set(names) - set(COMMANDS)), *sorted(set(faults) - set(FAULTS))]:
         parser.error(f"no such command or fault: {unknown[0]}")
-    with tempfile.TemporaryDirectory(dir=arguments.workdir, prefix="faults-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(
+        dir=arguments.workdir, prefix="faults-", ignore_cleanup_errors=True
+    ) as scratch:
         work = Path(scratch)
         cache = work / "compiled"
         number, wrong = campaign(make_commands(names, work, cache), faults, parts, work, cache)

@@ -2,15 +2,17 @@ r"""`kill -9` at random moments, run again until complete: the result is that of
 
     python -m tests.campaigns.kills --num_kills=200 --seed=0 [--stages=prepare,train,chain,embed,report,quickstart]
 
-Every stage first runs undisturbed, twice, which gives the result and the duration. Then its command is started again
-and again in the same folder, and its whole process group is killed after a random part of that duration, until an
-attempt gets through; its result is compared, the folder removed, and so on until all kills are spent. The phase of a
-kill, told by the files that are there, shows where the kills came.
+Every stage first runs undisturbed, twice, which gives the result and the duration. Then its command
+is started again and again in the same folder, and its whole process group is killed after a random
+part of that duration, until an attempt gets through; its result is compared, the folder removed,
+and so on until all kills are spent. The phase of a kill, told by the files that are there, shows
+where the kills came.
 
-Compared are all files, byte for byte, but for what tells the time or belongs to one attempt: of a run directory the
-checkpoints (the last one tensor by tensor, and which one is best), `metrics.jsonl` (every line without its times, so
-that none is lost or doubled) and the TensorBoard files (not compared); of a study `seconds/`; of the quickstart its
-seconds, also in report.html. Nothing else may be left, no partial file either.
+Compared are all files, byte for byte, but for what tells the time or belongs to one attempt: of a
+run directory the checkpoints (the last one tensor by tensor, and which one is best),
+`metrics.jsonl` (every line without its times, so that none is lost or doubled) and the TensorBoard
+files (not compared); of a study `seconds/`; of the quickstart its seconds, also in report.html.
+Nothing else may be left, no partial file either.
 """
 
 import argparse
@@ -31,10 +33,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests import example_dataset, training_runs
+from tests.helpers import example_dataset, training_runs
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
-SHARES = {"prepare": 0.6, "train": 0.12, "chain": 0.05, "embed": 0.1, "report": 0.1, "quickstart": 0.03}  # of kills
+PROJECT = Path(__file__).resolve().parents[2]
+# of kills
+SHARES = {
+    "prepare": 0.6,
+    "train": 0.12,
+    "chain": 0.05,
+    "embed": 0.1,
+    "report": 0.1,
+    "quickstart": 0.03,
+}
 MOST_SECONDS = 1800  # of an attempt, on a busy machine; more is a hang
 _XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 _NOT_COMPARED = ("checkpoints", "tensorboard", "metrics.jsonl", "seconds", "seconds.json")
@@ -54,7 +64,8 @@ class Stage(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a stage: kills by phase, runs that were completed, and what was wrong (empty: nothing)."""
+    """What became of a stage: kills by phase, runs that were completed, and what was wrong (empty:
+    nothing)."""
 
     kills: collections.Counter
     completed: int
@@ -67,14 +78,15 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def key_of(archive: Path) -> str:
-    """The option for a fixed key of pseudonyms, which lies beside the archive: a random one would change every run."""
+    """The option for a fixed key of pseudonyms, which lies beside the archive: a random one would
+    change every run."""
     key = archive.parent / "pseudonym_key"
     if not key.exists():
         key.write_text("0123456789abcdef0123456789abcdef")
     return f"--pseudonym_key_file={key}"
 
 
-# ---- The stages ------------------------------------------------------------------------------------------------------
+# ---- The stages ----------------------------------------------------------------------------------
 
 
 def prepare_stage(folder: Path, archive: Path) -> Stage:
@@ -112,12 +124,22 @@ def train_stage(folder: Path, dataset: Path) -> Stage:
 def chain_stage(folder: Path, dataset: Path) -> Stage:
     """Four trainings, each from the one before, each evaluated; a table."""
     overrides = [f"--override={setting}" for setting in _SMALL_MODEL]
-    command = python("experiments.chain", f"--dataset={dataset}", f"--workdir={folder / 'study'}", "--num_steps=12")
+    command = python(
+        "experiments.chain",
+        f"--dataset={dataset}",
+        f"--workdir={folder / 'study'}",
+        "--num_steps=12",
+    )
     cells = [f"mask_{percent}" for percent in ("05", "10", "20", "33")]
     phases = [("settings", "study")]
     for cell in cells:
-        phases += [(f"{cell}: training", f"study/runs/{cell}"), (f"{cell}: done", f"study/results/{cell}.json")]
-    return Stage([[*command, *overrides]], (*phases, ("within a save", "study/runs/*/checkpoints/*tmp*")))
+        phases += [
+            (f"{cell}: training", f"study/runs/{cell}"),
+            (f"{cell}: done", f"study/results/{cell}.json"),
+        ]
+    return Stage(
+        [[*command, *overrides]], (*phases, ("within a save", "study/runs/*/checkpoints/*tmp*"))
+    )
 
 
 def embed_stage(folder: Path, archive: Path, run: Path) -> Stage:
@@ -147,8 +169,18 @@ def embed_stage(folder: Path, archive: Path, run: Path) -> Stage:
 def report_stage(folder: Path, dataset: Path, run: Path) -> Stage:
     """Description of a dataset, then the evaluation of a run."""
     commands = [
-        python("data_prep.describe", f"--dataset={dataset}", f"--output_dir={folder / 'cohort'}", "--verify"),
-        python("ctssl_jax.evaluate", f"--workdir={run}", f"--output={folder / 'result.json'}", "--baselines"),
+        python(
+            "data_prep.describe",
+            f"--dataset={dataset}",
+            f"--output_dir={folder / 'cohort'}",
+            "--verify",
+        ),
+        python(
+            "ctssl_jax.evaluate",
+            f"--workdir={run}",
+            f"--output={folder / 'result.json'}",
+            "--baselines",
+        ),
     ]
     phases = (
         ("describing", "cohort"),
@@ -176,7 +208,7 @@ def quickstart_stage(folder: Path) -> Stage:
     return Stage([command], phases)
 
 
-# ---- Results ---------------------------------------------------------------------------------------------------------
+# ---- Results -------------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -187,21 +219,29 @@ def contents(folder: Path) -> dict[str, Any]:
         if path.name == "checkpoints":
             found |= in_time(_run_contents, path.parent, str(name.parent))
         if path.is_file() and not set(name.parts) & set(_NOT_COMPARED):
-            found[str(name)] = _without_times(path.read_bytes()) if path.suffix == ".html" else path.read_bytes()
+            found[str(name)] = (
+                _without_times(path.read_bytes()) if path.suffix == ".html" else path.read_bytes()
+            )
     return found
 
 
-def in_time(function: Callable[..., Any], *arguments: Any, seconds: float = 120, tries: int = 3) -> Any:
-    """The result of a function; where it takes too long it is tried again. In a process that lives long and reads many
-    checkpoints, Orbax's reading was once seen to wait for ever."""
+def in_time(
+    function: Callable[..., Any], *arguments: Any, seconds: float = 120, tries: int = 3
+) -> Any:
+    """The result of a function; where it takes too long it is tried again. In a process that lives
+    long and reads many checkpoints, Orbax's reading was once seen to wait for ever."""
     for _ in range(tries):
         results: queue.Queue = queue.Queue()
-        thread = threading.Thread(target=lambda results=results: results.put(function(*arguments)), daemon=True)
+        thread = threading.Thread(
+            target=lambda results=results: results.put(function(*arguments)), daemon=True
+        )
         thread.start()
         try:
             return results.get(timeout=seconds)
         except queue.Empty:
-            print(f"  {function.__name__} took more than {seconds:g} s and is tried again", flush=True)
+            print(
+                f"  {function.__name__} took more than {seconds:g} s and is tried again", flush=True
+            )
     raise TimeoutError(f"{function.__name__}{arguments}")
 
 
@@ -209,7 +249,10 @@ def _run_contents(workdir: Path, name: str) -> dict[str, Any]:
     from ctssl_jax.runs.checkpoints import choose_step
 
     state = training_runs.saved_state(workdir)
-    found = {f"{name}/last checkpoint/{tensor}": (str(v.dtype), v.shape, v.tobytes()) for tensor, v in state.items()}
+    found = {
+        f"{name}/last checkpoint/{tensor}": (str(v.dtype), v.shape, v.tobytes())
+        for tensor, v in state.items()
+    }
     found[f"{name}/steps"] = [choose_step(workdir, which) for which in ("best", "last")]
     return found | {f"{name}/metrics.jsonl": training_runs.numbers(workdir)}
 
@@ -222,11 +265,15 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Names of what is missing, left over, or not the same."""
     lines = [f"missing: {name}" for name in expected.keys() - found.keys()]
     lines += [f"left over: {name}" for name in found.keys() - expected.keys()]
-    lines += [f"differs: {name}" for name in expected.keys() & found.keys() if expected[name] != found[name]]
+    lines += [
+        f"differs: {name}"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
     return sorted(lines)
 
 
-# ---- Killing ---------------------------------------------------------------------------------------------------------
+# ---- Killing -------------------------------------------------------------------------------------
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -292,7 +339,8 @@ def campaign(
     warm_up: int = 1,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Kills a stage so many times, see the module's text. `work`/run is its folder; what went wrong stays beside it.
+    """Kills a stage so many times, see the module's text. `work`/run is its folder; what went wrong
+    stays beside it.
 
     `warm_up`: undisturbed runs before the one that is measured, which then finds programs compiled.
     """
@@ -342,14 +390,19 @@ def table(outcomes: dict[str, Outcome]) -> str:
     for name, (kills, completed, wrong) in outcomes.items():
         lines.append(f"{name:12}{sum(kills.values()):7}{completed:11}{len(wrong):7}")
     total = [sum(sum(outcome.kills.values()) for outcome in outcomes.values())]
-    total += [sum(outcome.completed for outcome in outcomes.values()), sum(len(o.wrong) for o in outcomes.values())]
+    total += [
+        sum(outcome.completed for outcome in outcomes.values()),
+        sum(len(o.wrong) for o in outcomes.values()),
+    ]
     lines += [f"{'all':12}{total[0]:7}{total[1]:11}{total[2]:7}", "", "kills by phase"]
     for name, outcome in outcomes.items():
         lines += [f"{name:12}{number:7}  {where}" for where, number in outcome.kills.most_common()]
-    return "\n".join([*lines, *(f"WRONG {name}: {fault}" for name, o in outcomes.items() for fault in o.wrong)])
+    return "\n".join(
+        [*lines, *(f"WRONG {name}: {fault}" for name, o in outcomes.items() for fault in o.wrong)]
+    )
 
 
-# ---- Inputs ----------------------------------------------------------------------------------------------------------
+# ---- Inputs --------------------------------------------------------------------------------------
 
 
 def make_archive(folder: Path) -> Path:
@@ -357,7 +410,9 @@ def make_archive(folder: Path) -> Path:
     archive = folder / "archive"
     phantom = python("data_prep.phantom", f"--output_dir={archive}", "--num_patients=8", "--num_slices=22",
                      "--image_size=96", "--seed=0")  # fmt: skip
-    subprocess.run(phantom, cwd=PROJECT, env=environment(folder), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        phantom, cwd=PROJECT, env=environment(folder), check=True, stdout=subprocess.DEVNULL
+    )
     return archive
 
 
@@ -384,24 +439,32 @@ def make_stages(names: list[str], work: Path, cache: Path) -> dict[str, Callable
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num_kills", type=int, default=200, help="of all stages together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default=",".join(SHARES), help="of these kinds")
-    parser.add_argument("--workdir", type=Path, help="folder for the runs (default: a temporary one)")
+    parser.add_argument(
+        "--workdir", type=Path, help="folder for the runs (default: a temporary one)"
+    )
     arguments = parser.parse_args()
     names = arguments.stages.split(",")
     if unknown := sorted(set(names) - set(SHARES)):
         parser.error(f"--stages: no {unknown[0]}; choose from {', '.join(SHARES)}")
     whole = sum(SHARES[name] for name in names)
-    with tempfile.TemporaryDirectory(dir=arguments.workdir, prefix="kills-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(
+        dir=arguments.workdir, prefix="kills-", ignore_cleanup_errors=True
+    ) as scratch:
         work, outcomes, started = Path(scratch), {}, time.monotonic()
         cache = work / "compiled"
         for name, maker in make_stages(names, work, cache).items():
             number = max(1, round(arguments.num_kills * SHARES[name] / whole))
             print(f"{name}: {number} kills", flush=True)
             rng = random.Random(f"{arguments.seed} {name}")
-            outcomes[name] = campaign(maker, work / name, cache, number, rng, say=lambda line: print(line, flush=True))
+            outcomes[name] = campaign(
+                maker, work / name, cache, number, rng, say=lambda line: print(line, flush=True)
+            )
         print(f"\n{table(outcomes)}\n{time.monotonic() - started:.0f} s")
         if wrong := any(outcome.wrong for outcome in outcomes.values()):
             kept = Path(tempfile.mkdtemp(dir=arguments.workdir, prefix="kills-wrong-"))

@@ -2,8 +2,8 @@
 
     python -m tests.campaigns.lidc_counts --annotations=FOLDER
 
-FOLDER holds `tcia-lidc-xml_all1318.tar.xz`, `LIDC-IDRI_MetaData.csv` and `series_geometry.csv`. Takes about a minute.
-The tests count a part of the same scans.
+FOLDER holds `tcia-lidc-xml_all1318.tar.xz`, `LIDC-IDRI_MetaData.csv` and `series_geometry.csv`.
+Takes about a minute. The tests count a part of the same scans.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep import lidc
+from data_prep.labels import lidc
 from experiments.study import lidc_counts
 
 PAPER = {
@@ -34,22 +34,44 @@ def comparisons(folder: Path) -> Iterator[tuple[str, object, object]]:
     readings = lidc.read_readings(folder / "tcia-lidc-xml_all1318.tar.xz")
     geometry = lidc_counts.read_geometry(folder / "series_geometry.csv")
     with open(folder / "LIDC-IDRI_MetaData.csv", newline="") as file:
-        collection = {row["Series UID"]: row["Patient Id"] for row in csv.DictReader(file) if row["Modality"] == "CT"}
+        collection = {
+            row["Series UID"]: row["Patient Id"]
+            for row in csv.DictReader(file)
+            if row["Modality"] == "CT"
+        }
     yield "number of series", len(readings), 1018
     yield "series of the annotations and of the collection", readings.keys(), collection.keys()
-    yield "patients of the series", {one.series_instance_uid: one.patient_id for one in geometry}, collection
-    contours = [len(nodule.contours) for one in readings.values() for session in one.sessions for nodule in session]
-    yield "readings and contours", (len(contours), sum(contours)), (6859 + 1, 41406 + 23)  # one is excluded below
+    yield (
+        "patients of the series",
+        {one.series_instance_uid: one.patient_id for one in geometry},
+        collection,
+    )
+    contours = [
+        len(nodule.contours)
+        for one in readings.values()
+        for session in one.sessions
+        for nodule in session
+    ]
+    # one is excluded below
+    yield "readings and contours", (len(contours), sum(contours)), (6859 + 1, 41406 + 23)
     patients = lidc_counts.first_scan_votes(readings, geometry)
     yield "number of patients", len(patients), 1010
     yield "Table I", lidc_counts.count(patients, 0.7, 20), PAPER
     weaker = lidc_counts.count(patients, 0.5, 8)  # a common rule with a weaker consensus
-    yield "slices and patients of the weaker rule", (weaker["Slices"], weaker["Patients"]), (13916, 875)
+    yield (
+        "slices and patients of the weaker rule",
+        (weaker["Slices"], weaker["Patients"]),
+        (13916, 875),
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--annotations", type=Path, required=True, help="folder with the three files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--annotations", type=Path, required=True, help="folder with the three files"
+    )
     wrong = 0
     for name, counted, expected in comparisons(parser.parse_args().annotations):
         wrong += counted != expected

@@ -1,9 +1,11 @@
-r"""Mutated DICOM files through header, plan and pixels: no exception, no hang, no wrong HU, bounded memory.
+r"""Mutated DICOM files through header, plan and pixels: no exception, no hang, no wrong HU, bounded
+memory.
 
     python -m tests.campaigns.mutated_dicom --archive=SCANS --num_mutants=10000 --seed=0
 
-Mutant number i of a seed is always the same. A worker process makes and reads the mutants; it is ended if one takes
-more than 20 s. Where pydicom reads a mutant, too, the HU must be equal but for padding and what lies below -1500 HU.
+Mutant number i of a seed is always the same. A worker process makes and reads the mutants; it is
+ended if one takes more than 20 s. Where pydicom reads a mutant, too, the HU must be equal but for
+padding and what lies below -1500 HU.
 """
 
 import argparse
@@ -19,14 +21,14 @@ import numpy as np
 import pydicom
 from pydicom.pixels import pixel_array
 
-from data_prep.archives import Source, list_sources, read_bytes
-from data_prep.headers import NATIVE_SYNTAXES, NotAnImage, read_header
-from data_prep.hounsfield import to_hu
-from data_prep.pixels import PixelError, PixelReader
+from data_prep.scan.archives import Source, list_sources, read_bytes
+from data_prep.scan.headers import NATIVE_SYNTAXES, NotAnImage, read_header
+from data_prep.scan.hounsfield import to_hu
+from data_prep.scan.pixels import PixelError, PixelReader
 from data_prep.scan.reasons import REASONS
 from data_prep.scan.rules import Rules
-from data_prep.series import Rejection, plan_series
-from data_prep.volume import load_volume
+from data_prep.scan.series import Rejection, plan_series
+from data_prep.scan.volume import load_volume
 
 SECONDS_A_MUTANT = 20
 MAX_GROWTH_BYTES = 512 << 20
@@ -45,7 +47,20 @@ _SHORTS = {  # tag -> values of an unsigned short
     0x00280002: (0, 2, 3, 65535),  # Samples per Pixel
     0x00280120: (0, 1, 24, 63536, 65535),  # Pixel Padding Value
 }
-_NUMBERS = (b"", b"0", b"-1", b"nan", b"inf", b"1e300", b"1e-300", b"1,5", b"1_0", b"0x10", b"2\\1", b"9" * 5000)
+_NUMBERS = (
+    b"",
+    b"0",
+    b"-1",
+    b"nan",
+    b"inf",
+    b"1e300",
+    b"1e-300",
+    b"1,5",
+    b"1_0",
+    b"0x10",
+    b"2\\1",
+    b"9" * 5000,
+)
 _TEXTS = {  # tag -> values of text and numbers
     0x00280008: (b"1000000000", b"-1", b"0", b"2", b"9999", b"1e9", b"9" * 400),  # Number of Frames
     0x00281053: _NUMBERS,  # Rescale Slope
@@ -53,12 +68,20 @@ _TEXTS = {  # tag -> values of text and numbers
     0x00180050: _NUMBERS,  # Slice Thickness
     0x00280030: (b"0\\0", b"-1\\1", b"nan\\nan", b"1e300\\1", b"1"),  # Pixel Spacing
     0x00200032: (b"nan\\0\\0", b"1e300\\0\\0", b"0\\0", b"\\\\"),  # Image Position
-    0x00200037: (b"0\\0\\0\\0\\0\\0", b"nan\\0\\0\\0\\1\\0", b"1\\0\\0\\1\\0\\0", b"0\\1\\0\\0\\0\\1"),
+    0x00200037: (
+        b"0\\0\\0\\0\\0\\0",
+        b"nan\\0\\0\\0\\1\\0",
+        b"1\\0\\0\\1\\0\\0",
+        b"0\\1\\0\\0\\0\\1",
+    ),
     0x00101010: (b"9" * 5000 + b"Y", b"-12Y", b"\xff\xfe"),  # Patient's Age
     0x00280004: (b"RGB", b"MONOCHROME1", b"PALETTE COLOR", b"\xff"),  # Photometric Interpretation
     0x00080005: (b"ISO 2022 IR 87", b"nonsense", b"\xff\xff"),  # Specific Character Set
 }
-_SYNTAXES = (*NATIVE_SYNTAXES, *("1.2.840.10008.1.2." + end for end in "1.99 5 4.50 4.70 4.80 4.90 4.100 9".split()))
+_SYNTAXES = (
+    *NATIVE_SYNTAXES,
+    *("1.2.840.10008.1.2." + end for end in "1.99 5 4.50 4.70 4.80 4.90 4.100 9".split()),
+)
 
 
 class Parts:
@@ -75,11 +98,15 @@ class Parts:
             tell = getattr(element, "value_tell", None) or getattr(element, "file_tell", None) or 0
             tag = struct.pack(self.order + "HH", element.tag.group, element.tag.elem)
             places = (tell - n for n in (8, 12) if tell >= n)
-            starts += [(place, int(element.tag)) for place in places if data[place : place + 4] == tag]
+            starts += [
+                (place, int(element.tag)) for place in places if data[place : place + 4] == tag
+            ]
         self.starts = sorted(dict(starts).items())
         self.ranges = {
             tag: (start, end)
-            for (start, tag), end in zip(self.starts, [s for s, _ in self.starts[1:]] + [len(data)], strict=False)
+            for (start, tag), end in zip(
+                self.starts, [s for s, _ in self.starts[1:]] + [len(data)], strict=False
+            )
         }
         self.pixels = self.ranges.get(_PIXEL_DATA, (len(data) * 9 // 10, 0))[0]
 
@@ -116,14 +143,17 @@ def _start_of_pixels(data, parts, random):
 
 
 def _frame_size(data, parts, random):
-    """The matrix that the compressed frame itself names: JPEG and JPEG-LS (SOF), JPEG 2000 (SIZ)."""
+    """The matrix that the compressed frame itself names: JPEG and JPEG-LS (SOF), JPEG 2000
+    (SIZ)."""
     changed, end = bytearray(data), min(len(data), parts.pixels + 2000)
     for marker, offset, size in ((b"\xff\xc0", 5, 4), (b"\xff\xc1", 5, 4), (b"\xff\xc3", 5, 4), (b"\xff\xf7", 5, 4),
                                  (b"\xff\xc2", 5, 4), (b"\xff\x51", 6, 8)):  # fmt: skip
         at = data.find(marker, parts.pixels, end)
         if at >= 0 and at + offset + size <= len(data):
             number = int(random.choice([1, 513, 30000, 65535]))
-            changed[at + offset : at + offset + size] = struct.pack(">HH" if size == 4 else ">II", number, number)
+            changed[at + offset : at + offset + size] = struct.pack(
+                ">HH" if size == 4 else ">II", number, number
+            )
             return bytes(changed)
     return _start_of_pixels(data, parts, random)
 
@@ -135,7 +165,11 @@ def _truncated(data, parts, random):
 
 def _inserted_or_cut(data, parts, random):
     at, size = int(random.integers(0, parts.pixels)), int(random.integers(1, 20))
-    return data[:at] + random.bytes(size) + data[at:] if random.random() < 0.5 else data[:at] + data[at + size :]
+    return (
+        data[:at] + random.bytes(size) + data[at:]
+        if random.random() < 0.5
+        else data[:at] + data[at + size :]
+    )
 
 
 def _elements_moved(data, parts, random):
@@ -171,18 +205,28 @@ def _absurd_length(data, parts, random):
     if parts.implicit or data[start + 4 : start + 6] in (b"OW", b"OB", b"SQ", b"UN", b"UT"):
         at = start + (4 if parts.implicit else 8)
         lengths = (0, 1, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF, int(random.integers(1 << 20)))
-        changed[at : at + 4] = struct.pack(parts.order + "I", lengths[random.integers(len(lengths))])
+        changed[at : at + 4] = struct.pack(
+            parts.order + "I", lengths[random.integers(len(lengths))]
+        )
     else:
-        changed[start + 6 : start + 8] = struct.pack(parts.order + "H", (0, 1, 0xFFFE, 0xFFFF)[random.integers(4)])
+        changed[start + 6 : start + 8] = struct.pack(
+            parts.order + "H", (0, 1, 0xFFFE, 0xFFFF)[random.integers(4)]
+        )
     return bytes(changed)
 
 
 def _nested(data, parts, random):
     """Sequences within sequences, of undefined length."""
     depth = int(random.choice([3, 100, 3000]))
-    sequence = struct.pack(parts.order + "HH", 0x0008, 0x1140) + (b"" if parts.implicit else b"SQ\0\0") + b"\xff" * 4
+    sequence = (
+        struct.pack(parts.order + "HH", 0x0008, 0x1140)
+        + (b"" if parts.implicit else b"SQ\0\0")
+        + b"\xff" * 4
+    )
     item = struct.pack(parts.order + "HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
-    ends = struct.pack(parts.order + "HHI", 0xFFFE, 0xE00D, 0) + struct.pack(parts.order + "HHI", 0xFFFE, 0xE0DD, 0)
+    ends = struct.pack(parts.order + "HHI", 0xFFFE, 0xE00D, 0) + struct.pack(
+        parts.order + "HHI", 0xFFFE, 0xE0DD, 0
+    )
     return parts.replaced(data, 0x00081140, (sequence + item) * depth + ends * depth)
 
 
@@ -216,30 +260,45 @@ def expected_hu(path: Path, frame: int) -> np.ndarray | None:
             dataset = pydicom.dcmread(path, force=True)
             stored = pixel_array(dataset, index=frame, raw=True).astype(np.float64)
             places = [dataset]
-            for keyword, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+            for keyword, index in (
+                ("SharedFunctionalGroupsSequence", 0),
+                ("PerFrameFunctionalGroupsSequence", frame),
+            ):
                 if groups := dataset.get(keyword):
                     places += list(groups[index].get("PixelValueTransformationSequence") or [])
             slope, intercept = 1.0, 0.0
             for place in places:
                 slope = slope if place.get("RescaleSlope") is None else float(place.RescaleSlope)
-                intercept = intercept if place.get("RescaleIntercept") is None else float(place.RescaleIntercept)
+                intercept = (
+                    intercept
+                    if place.get("RescaleIntercept") is None
+                    else float(place.RescaleIntercept)
+                )
             return stored * slope + intercept
     except Exception:
         return None
 
 
 def read_mutant(folder: Path, mutation: str) -> str:
-    """What becomes of `folder`/mutant: "not_image reason", "rejected reason", "pixels reason", "equal", ..."""
+    """What becomes of `folder`/mutant: "not_image reason", "rejected reason", "pixels reason",
+    "equal", ..."""
     header = read_header(folder, Source("mutant", "", (folder / "mutant").stat().st_size))
     if isinstance(header, NotAnImage):
-        return f"not_image {header.reason}" if header.reason in REASONS else f"undocumented_reason {header.reason}"
+        return (
+            f"not_image {header.reason}"
+            if header.reason in REASONS
+            else f"undocumented_reason {header.reason}"
+        )
     outcomes = []
     for planned in plan_series([header], RULES):
         loaded = planned if isinstance(planned, Rejection) else load_volume(folder, planned, RULES)
         if isinstance(loaded, Rejection) and loaded.reason not in REASONS:
             return f"undocumented_reason {loaded.reason}"
-        if isinstance(planned, Rejection) or (isinstance(loaded, Rejection) and loaded.reason == "missing_rescale"):
-            outcomes.append(f"rejected {loaded.reason}")  # slices without rescale tags are judged as a volume
+        if isinstance(planned, Rejection) or (
+            isinstance(loaded, Rejection) and loaded.reason == "missing_rescale"
+        ):
+            # slices without rescale tags are judged as a volume
+            outcomes.append(f"rejected {loaded.reason}")
             continue
         reader = PixelReader(folder)
         for one in planned.all_headers[:_FRAMES_COMPARED]:
@@ -253,9 +312,14 @@ def read_mutant(folder: Path, mutation: str) -> str:
             expected = expected_hu(folder / "mutant", one.frame)
             if expected is None:
                 outcomes.append("read, not by pydicom")
-            elif expected.shape == hu.shape and np.allclose(hu[hu != -1000], expected[hu != -1000], atol=1e-3):
+            elif expected.shape == hu.shape and np.allclose(
+                hu[hu != -1000], expected[hu != -1000], atol=1e-3
+            ):
                 outcomes.append("equal to pydicom")
-            elif one.transfer_syntax not in NATIVE_SYNTAXES and mutation in ("pixel_bits", "start_of_pixels"):
+            elif one.transfer_syntax not in NATIVE_SYNTAXES and mutation in (
+                "pixel_bits",
+                "start_of_pixels",
+            ):
                 outcomes.append("damaged compressed frame: decoders differ")
             elif isinstance(loaded, Rejection) and loaded.reason == "implausible_hu":
                 outcomes.append("not as pydicom, and the volume is refused: implausible_hu")
@@ -321,7 +385,9 @@ def defects(outcomes: dict[str, list[int]]) -> dict[str, list[int]]:
 def load_files(archive: Path, every: int = 10) -> list[bytes]:
     """All small folders' files and every so manyth of the rest, in the order of their names."""
     files = []
-    for number, source in enumerate(entry for entry in list_sources(archive) if isinstance(entry, Source)):
+    for number, source in enumerate(
+        entry for entry in list_sources(archive) if isinstance(entry, Source)
+    ):
         if (number % every == 0 or "transfer_syntaxes" in source.path) and source.size < 4 << 20:
             data = read_bytes(archive, source)
             if data[128:132] == b"DICM":
@@ -331,7 +397,9 @@ def load_files(archive: Path, every: int = 10) -> list[bytes]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--archive", type=Path, required=True, help="folder of DICOM files; it is only read")
+    parser.add_argument(
+        "--archive", type=Path, required=True, help="folder of DICOM files; it is only read"
+    )
     parser.add_argument("--num_mutants", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first mutant")
     parser.add_argument("--seed", type=int, default=0)
@@ -339,7 +407,9 @@ def main() -> int:
     files = load_files(arguments.archive)
     outcomes = run(files, arguments.num_mutants, arguments.seed, arguments.first)
     for name, numbers in sorted(outcomes.items()):
-        print(f"{len(numbers):>7} {name}" + (f": {numbers[:8]}" if name.startswith(DEFECTS) else ""))
+        print(
+            f"{len(numbers):>7} {name}" + (f": {numbers[:8]}" if name.startswith(DEFECTS) else "")
+        )
     print(f"{sum(map(len, outcomes.values())):>7} mutants of {len(files)} files")
     return 1 if defects(outcomes) else 0
 

@@ -1,8 +1,9 @@
-"""Every byte of a file as it is stored and as it reads: what is compressed in it, or coded as text, is opened.
+"""Every byte of a file as it is stored and as it reads: what is compressed in it, or coded as text,
+is opened.
 
-ArrayRecord files give their records, pixels apart from the rest, PNG files their chunks, zip, npz, `.pt` and Parquet
-files their members and columns. In all other bytes, and in those, streams of gzip, zlib and zstd (Orbax checkpoints)
-are looked for at every place, and base64.
+ArrayRecord files give their records, pixels apart from the rest, PNG files their chunks, zip, npz,
+`.pt` and Parquet files their members and columns. In all other bytes, and in those, streams of
+gzip, zlib and zstd (Orbax checkpoints) are looked for at every place, and base64.
 """
 
 import base64
@@ -18,7 +19,7 @@ import imagecodecs
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.dataset__storage import decode_record, read_records
+from data_prep.dataset.storage import decode_record, read_records
 
 PIXELS = "pixels"
 _DEPTH = 4  # a zlib stream in a PNG in base64 in a zip file
@@ -91,7 +92,8 @@ _CONTAINERS = {b"PK\x03\x04": _zip_members, b"PAR1": _columns, b"\x89PNG\r\n\x1a
 
 
 def _streams(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Compressed streams wherever they begin; bytes that only look like the beginning of one give nothing."""
+    """Compressed streams wherever they begin; bytes that only look like the beginning of one give
+    nothing."""
     at = 0
     while match := _MAGIC.search(data, at):
         kind, at = match.lastgroup, match.start() + 1
@@ -132,12 +134,14 @@ def _base64(text: bytes) -> bytes:
 def _zstd(frame: bytes) -> bytes:
     try:
         return imagecodecs.zstd_decode(frame)
-    except Exception:  # imagecodecs has an exception of its own for each codec: these bytes are no frame
+    # imagecodecs has an exception of its own for each codec: these bytes are no frame
+    except Exception:
         return b""
 
 
 def zstd_frame_end(data: bytes, start: int) -> int | None:
-    """Where the zstd frame that begins at `start` ends (RFC 8878, 3.1.1); None if these bytes are no whole frame."""
+    """Where the zstd frame that begins at `start` ends (RFC 8878, 3.1.1); None if these bytes are
+    no whole frame."""
     at = start + 5
     if at > len(data):
         return None

@@ -1,20 +1,24 @@
-r"""Whether anything that the program writes or prints holds what the headers or the paths of its sources hold.
+r"""Whether anything that the program writes or prints holds what the headers or the paths of its
+sources hold.
 
     python -m tests.campaigns.privacy --archive=SCANS [--work_dir=DIR]
 
-Runs every command that reads scans or what was made of them (prepare of each kind of archive, describe, quickstart and
-its report, train, evaluate, embed, predict, export) on SCANS and searches every file that they leave, its name and what
-they print, as they are and decompressed (`tests.campaigns.output_bytes`), for
+Runs every command that reads scans or what was made of them (prepare of each kind of archive,
+describe, quickstart and its report, train, evaluate, embed, predict, export) on SCANS and searches
+every file that they leave, its name and what they print, as they are and decompressed
+(`tests.campaigns.output_bytes`), for
 
-- every value of five characters or more of every PN, UI, DA, TM, DT, LO, SH, ST, LT, UT, UC and AE element of every
-  header, of the ID elements of CS, and of private elements of unknown kind that are printable; each component of names;
-- every source path and member name of a zip file, each part of it of five characters or more, also without its ending
-  where it has a digit;
+- every value of five characters or more of every PN, UI, DA, TM, DT, LO, SH, ST, LT, UT, UC and AE
+  element of every header, of the ID elements of CS, and of private elements of unknown kind that
+  are printable; each component of names;
+- every source path and member name of a zip file, each part of it of five characters or more, also
+  without its ending where it has a digit;
 - the key of the pseudonyms.
 
-Capitals do not matter. Searched are all outputs but the private ones: audit directories, and segmentation.dcm, which
-carries the patient's identity by purpose (there the values have to be found, or the search does not work). What may
-occur nevertheless is what `Search.kind` names; all of it is counted and printed.
+Capitals do not matter. Searched are all outputs but the private ones: audit directories, and
+segmentation.dcm, which carries the patient's identity by purpose (there the values have to be
+found, or the search does not work). What may occur nevertheless is what `Search.kind` names; all of
+it is counted and printed.
 """
 
 import argparse
@@ -33,20 +37,24 @@ from typing import NamedTuple
 
 import pydicom
 
-from data_prep.archives import Unreadable, list_sources, read_bytes
 from data_prep.privacy import leaks, pseudonyms
+from data_prep.scan.archives import Unreadable, list_sources, read_bytes
 from tests.campaigns.output_bytes import PIXELS, pieces
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
-PUBLISHED = {  # of `data_prep.privacy.pseudonyms.public_fields` those that are texts, and what of them is published
+PROJECT = Path(__file__).resolve().parents[2]
+# of `data_prep.privacy.pseudonyms.public_fields` those that are texts, and what of them is
+# published
+PUBLISHED = {
     "LO Manufacturer": pseudonyms.public_manufacturer,
     "SH ConvolutionKernel": pseudonyms.public_kernel,
     "SH EthnicGroup": pseudonyms.public_ethnic_group,
 }
-STANDARD_UIDS = "1.2.840.10008."  # those of the DICOM standard itself: they name classes and codings, not patients
+# those of the DICOM standard itself: they name classes and codings, not patients
+STANDARD_UIDS = "1.2.840.10008."
 OWN_WORDS = {  # values that are words of our own: what they have to stand in, in small letters
     "chest": rb"no_chest|chest_ct|chest ct|chest scans?|cover the chest",
-    "nifti": rb"not_nifti|no nifti file|archive(\": \"|=)nifti",  # a folder's name, and a kind of archive
+    # a folder's name, and a kind of archive
+    "nifti": rb"not_nifti|no nifti file|archive(\": \"|=)nifti",
     "unknown": rb"what it holds is unknown",
     "license": rb"\"license\":",
     "applied": rb"rescale slope and intercept are applied",
@@ -55,7 +63,9 @@ OWN_WORDS = {  # values that are words of our own: what they have to stand in, i
 PRIVATE = ("-audit/", "private/", "segmentation.dcm")
 _NUMBER = re.compile(rb"(?<![0-9a-z])(?<![0-9]\.)(\d+\.?\d*|\.\d+)(e[-+]?\d+)?(?![0-9a-z]|\.\d)")
 _DIGEST = re.compile(rb"(?<![0-9a-z])[0-9a-f]{16,}(?![0-9a-z])")
-_OTHER = str.maketrans("abcdefghijklmnopqrstuvwxyz0123456789", "nopqrstuvwxyzabcdefghijklm5678901234")
+_OTHER = str.maketrans(
+    "abcdefghijklmnopqrstuvwxyz0123456789", "nopqrstuvwxyzabcdefghijklm5678901234"
+)
 IN_PIXELS = "fewer than 12 characters in pixels"
 _BASE64 = re.compile(rb"[a-z0-9+/]{200,}")
 _AROUND = 400  # bytes
@@ -63,7 +73,8 @@ _CHANCE = 20  # places in pixels that may be chance though none of the made-up v
 
 
 class Source(NamedTuple):
-    """What is searched for: values in small letters -> where they come from ("LO PatientID", "path")."""
+    """What is searched for: values in small letters -> where they come from ("LO PatientID",
+    "path")."""
 
     num_headers: int
     num_paths: int
@@ -89,7 +100,11 @@ def read_source(archive: Path) -> Source:
             stem = Path(path).stem
             for text in (path, *path.split("/"), *([stem] if re.search("[0-9]", stem) else ())):
                 values[text].add("path")
-        elements = [] if isinstance(entry, Unreadable) else leaks.header_elements(read_bytes(archive, source))
+        elements = (
+            []
+            if isinstance(entry, Unreadable)
+            else leaks.header_elements(read_bytes(archive, source))
+        )
         num_headers += bool(elements)
         for element in elements:
             name = pydicom.datadict.keyword_for_tag(element.tag) or str(element.tag)
@@ -109,8 +124,9 @@ def read_source(archive: Path) -> Source:
 class Search:
     """Finds the values of a source in bytes.
 
-    Values of fewer than 12 characters occur in millions of pixels by chance. How often is measured by as many made-up
-    ones, in which every letter and digit is another: `made_up_in_pixels` counts where those occur.
+    Values of fewer than 12 characters occur in millions of pixels by chance. How often is measured
+    by as many made-up ones, in which every letter and digit is another: `made_up_in_pixels` counts
+    where those occur.
     """
 
     def __init__(self, values: Mapping[str, set[str]]):
@@ -135,7 +151,9 @@ class Search:
             self.made_up_in_pixels += sum(1 for _ in self._made_up.find(data))
         for at, form in self._needles.find(data):
             end = at + len(form.encode("utf-8", "surrogateescape"))
-            yield Finding(path, place, self._values[form], self.kind(self._values[form], place, data, at, end))
+            yield Finding(
+                path, place, self._values[form], self.kind(self._values[form], place, data, at, end)
+            )
 
     def kind(self, value: str, place: str, data: bytes, at: int, end: int) -> str:
         """ "hit", or why a value at this place of some bytes in small letters is none."""
@@ -149,8 +167,13 @@ class Search:
         around = data[start : end + _AROUND]
 
         def lies_within(pattern: re.Pattern | bytes) -> bool:
-            matches = (match for match in re.finditer(pattern, around) if match.start() <= at - start)
-            return any(end - start <= match.end() and not _same_number(match.group(), value) for match in matches)
+            matches = (
+                match for match in re.finditer(pattern, around) if match.start() <= at - start
+            )
+            return any(
+                end - start <= match.end() and not _same_number(match.group(), value)
+                for match in matches
+            )
 
         if value in OWN_WORDS and lies_within(OWN_WORDS[value]):
             return f"own words, {value}"
@@ -160,17 +183,24 @@ class Search:
 
     def _is_public(self, value: str) -> bool:
         return any(
-            published(value) == value for origin, published in PUBLISHED.items() if origin in self._origins[value]
+            published(value) == value
+            for origin, published in PUBLISHED.items()
+            if origin in self._origins[value]
         )
 
 
 def _same_number(token: bytes, value: str) -> bool:
-    """Whether a token says no more than the value: it itself, or the same number, as 20010203.0 does."""
-    return token == value.encode() or re.fullmatch(rb"\.0*", token.removeprefix(value.encode())) is not None
+    """Whether a token says no more than the value: it itself, or the same number, as 20010203.0
+    does."""
+    return (
+        token == value.encode()
+        or re.fullmatch(rb"\.0*", token.removeprefix(value.encode())) is not None
+    )
 
 
 def search_folder(folder: Path, search: Search) -> tuple[list[Finding], collections.Counter]:
-    """Findings in all outputs below a folder, and how many files and bytes, stored and opened, were searched."""
+    """Findings in all outputs below a folder, and how many files and bytes, stored and opened, were
+    searched."""
     findings, counts = [], collections.Counter()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -182,9 +212,16 @@ def search_folder(folder: Path, search: Search) -> tuple[list[Finding], collecti
     return findings, counts
 
 
-# ---- outputs -----------------------------------------------------------------------------------------------
+# ---- outputs -------------------------------------------------------------------------------------
 
-_TINY = ("model.hidden=(4,8)", "model.depth=1", "num_steps=2", "eval_every=2", "log_every=1", "batch_size=8")
+_TINY = (
+    "model.hidden=(4,8)",
+    "model.depth=1",
+    "num_steps=2",
+    "eval_every=2",
+    "log_every=1",
+    "batch_size=8",
+)
 
 
 def stages(archive: Path, work_dir: Path) -> list[tuple[str, int, list[str]]]:
@@ -195,7 +232,12 @@ def stages(archive: Path, work_dir: Path) -> list[tuple[str, int, list[str]]]:
 
     def train(name: str, recipe: str, *fields: str) -> list[str]:
         given = [f"--config.{field}" for field in (f"dataset={w}/{name}", *_TINY, *fields)]
-        return ["ctssl_jax.train", f"--config=configs/{recipe}.py:small", f"--workdir={w}/{name}-run", *given]
+        return [
+            "ctssl_jax.train",
+            f"--config=configs/{recipe}.py:small",
+            f"--workdir={w}/{name}-run",
+            *given,
+        ]
 
     def evaluate(name: str, split: str) -> list[str]:
         return ["ctssl_jax.evaluate", f"--workdir={w}/{name}-run", f"--dataset={w}/{name}", f"--split={split}",
@@ -235,13 +277,17 @@ def stages(archive: Path, work_dir: Path) -> list[tuple[str, int, list[str]]]:
 
 
 def write_private_tables(archive: Path, folder: Path) -> None:
-    """A key, and tables of labels by SOP Instance UID and by Patient ID, as an archive's owner has them."""
+    """A key, and tables of labels by SOP Instance UID and by Patient ID, as an archive's owner has
+    them."""
     folder.mkdir(parents=True, exist_ok=True)
     pseudonyms.make_key(folder / "key")
     slices, patients = {}, {}
     for source in list_sources(archive):
         if not isinstance(source, Unreadable):
-            found = {element.keyword: element.value for element in leaks.header_elements(read_bytes(archive, source))}
+            found = {
+                element.keyword: element.value
+                for element in leaks.header_elements(read_bytes(archive, source))
+            }
             if found.get("Modality") == "CT" and found.get("SOPInstanceUID"):
                 slices[str(found["SOPInstanceUID"])] = len(slices) % 2
                 if found.get("PatientID"):
@@ -255,7 +301,8 @@ def write_private_tables(archive: Path, folder: Path) -> None:
 
 
 def make_outputs(archive: Path, work_dir: Path) -> list[str]:
-    """Run all stages; what each prints is in logs/NAME.log. Returns the names of those that ended otherwise."""
+    """Run all stages; what each prints is in logs/NAME.log. Returns the names of those that ended
+    otherwise."""
     write_private_tables(archive, work_dir / "private")
     (work_dir / "logs").mkdir(exist_ok=True)
     wrong = []
@@ -268,7 +315,7 @@ def make_outputs(archive: Path, work_dir: Path) -> list[str]:
     return wrong
 
 
-# ---- the command -------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def is_private(path: str) -> bool:
@@ -279,7 +326,8 @@ def is_private(path: str) -> bool:
 def report(
     source: Source, findings: Iterable[Finding], counts: Mapping[str, int], made_up_in_pixels: int
 ) -> tuple[list[str], bool]:
-    """What was found as lines, and whether nothing leaked. No line quotes more than two characters of a value."""
+    """What was found as lines, and whether nothing leaked. No line quotes more than two characters
+    of a value."""
     origins = source.values
     kinds = collections.defaultdict(list)
     for finding in findings:
@@ -287,27 +335,40 @@ def report(
     hits = kinds.pop("hit", [])
     lines = [
         f"{source.num_headers} headers, {source.num_paths} paths, {len(origins)} different values",
-        f"{counts['files']} files, {counts['stored bytes']} bytes as stored, {counts['opened bytes']} bytes opened",
+        f"{counts['files']} files, {counts['stored bytes']} bytes as stored, "
+        f"{counts['opened bytes']} bytes opened",
     ]
     for kind, found in sorted(kinds.items()):
         values = {finding.value for finding in found}
         lines.append(f"not counted, {kind}: {len(found)} places, {len(values)} values")
     in_pixels = len(kinds[IN_PIXELS])
-    lines.append(f"in pixels: {in_pixels} places of short values, {made_up_in_pixels} of as many made-up ones")
-    for (path, place, value), number in collections.Counter(finding[:3] for finding in hits).items():
+    lines.append(
+        f"in pixels: {in_pixels} places of short values, {made_up_in_pixels} of as many "
+        f"made-up ones"
+    )
+    for (path, place, value), number in collections.Counter(
+        finding[:3] for finding in hits
+    ).items():
         where = ", ".join(sorted(origins[value]))
         lines.append(
-            f"LEAK {path}: {place}: {len(value)} characters that begin with {value[:2]!r} ({where}), {number} x"
+            f"LEAK {path}: {place}: {len(value)} characters that begin with {value[:2]!r} "
+            f"({where}), {number} x"
         )
     lines.append(f"{len(hits)} leaks")
     return lines, not hits and in_pixels <= 2 * made_up_in_pixels + _CHANCE
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--archive", type=Path, required=True, help="folder of scans")
-    parser.add_argument("--work_dir", type=Path, help="for the outputs, kept; default: a temporary one")
-    parser.add_argument("--search_only", action="store_true", help="search what an earlier call left in --work_dir")
+    parser.add_argument(
+        "--work_dir", type=Path, help="for the outputs, kept; default: a temporary one"
+    )
+    parser.add_argument(
+        "--search_only", action="store_true", help="search what an earlier call left in --work_dir"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         archive, work_dir = given.archive.resolve(), (given.work_dir or Path(temporary)).resolve()
@@ -320,7 +381,11 @@ def main() -> int:
         search = Search(source.values)
         findings, counts = search_folder(work_dir, search)
         lines, clean = report(source, findings, counts, search.made_up_in_pixels)
-    print("\n".join(lines + [f"WRONG {name}: another exit code than expected; see logs" for name in wrong]))
+    print(
+        "\n".join(
+            lines + [f"WRONG {name}: another exit code than expected; see logs" for name in wrong]
+        )
+    )
     return 0 if clean and not wrong else 1
 
 

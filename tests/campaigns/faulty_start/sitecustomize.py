@@ -1,8 +1,9 @@
-"""Faults of the machine, for `tests.campaigns.faults`: Python runs this file at the start of every process whose
-PYTHONPATH names its folder, worker processes included.
+"""Faults of the machine, for `tests.campaigns.faults`: Python runs this file at the start of every
+process whose PYTHONPATH names its folder, worker processes included.
 
-    FAULT_CLOCK=1       the wall clock jumps by ten years, back and forth, every few times that it is asked
-    FAULT_READ=NAME     reading a file of this name fails (EIO), but for its first 4096 bytes
+    FAULT_CLOCK=1       the wall clock jumps by ten years, back and forth, every few times that it
+    is asked FAULT_READ=NAME     reading a file of this name fails (EIO), but for its first 4096
+    bytes
 """
 
 import builtins
@@ -38,7 +39,11 @@ class _FailingFile(io.FileIO):
 
 
 def _open(file, mode="r", buffering=-1, *arguments, **options):
-    if isinstance(file, str | os.PathLike) and os.path.basename(file) == os.environ["FAULT_READ"] and mode == "rb":
+    if (
+        isinstance(file, str | os.PathLike)
+        and os.path.basename(file) == os.environ["FAULT_READ"]
+        and mode == "rb"
+    ):
         raw = _FailingFile(file)
         return io.BufferedReader(raw, 4096) if buffering else raw
     return _real_open(file, mode, buffering, *arguments, **options)

@@ -1,0 +1,105 @@
+"""Batches of slices for the devices: grain shuffles, reads and batches; the images stay uint8.
+
+The order of the slices depends on the seed alone, not on the number of hosts, devices or reading
+threads.
+"""
+
+import math
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from ctssl_jax.data.slices import NeighbourSource
+
+
+def training_batches(
+    source: NeighbourSource,
+    batch_size: int,
+    seed: int,
+    *,
+    microbatches: int = 1,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless shuffled batches, in `microbatches` parts each, reshuffled every epoch.
+
+    Every process gets one run of consecutive items of each part: joined in the order of the
+    processes they are the part that one process alone would get.
+
+    Args:
+      source: the slices.
+      batch_size: global batch size, divisible by `microbatches * process_count`.
+      seed: fixes the order of all epochs.
+      microbatches: number of parts that make a batch.
+      start_step: number of batches (not parts) already consumed: the iterator continues exactly
+        there.
+      process_index: this process's number.
+      process_count: number of processes.
+      num_threads: reading threads.
+
+    Returns:
+      Iterator of parts
+      `{"images": uint8 [b, K, H, W, C], "record_index": int32 [b], "weight": float32 [b]}` with b =
+      batch_size / microbatches / process_count.
+    """
+    positive_share = source.targets.positive_share
+    if positive_share:
+        kinds = [
+            grain.MapDataset.source(np.flatnonzero(kind)).seed(seed).shuffle().repeat(None)
+            for kind in (source.positive, ~source.positive)
+        ]
+        items = grain.MapDataset.mix(kinds, [positive_share, 1 - positive_share])
+    else:
+        items = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    share = batch_size // microbatches // process_count
+    # endless: nothing is dropped
+    parts = items.batch(share, drop_remainder=True)[process_index::process_count]
+    iterator = iter(parts.map(source.read).to_iter_dataset(_reading(num_threads)))
+    if start_step:
+        iterator.set_state({"next_index": start_step * microbatches})
+    return iterator
+
+
+def evaluation_batches(
+    source: NeighbourSource,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every item once, in order; the last batch is padded with items of weight 0, so that all
+    batches have one shape.
+
+    All processes see the same number of batches. Arguments and items as in `training_batches`, with
+    one part a batch.
+    """
+    padded = math.ceil(len(source) / batch_size) * batch_size
+
+    def read(items: np.ndarray) -> dict[str, np.ndarray]:
+        batch = source.read(np.minimum(items, len(source) - 1))
+        return batch | {"weight": (items < len(source)).astype(np.float32)}
+
+    items = grain.MapDataset.range(padded)
+    batches = items[process_index::process_count].batch(batch_size // process_count)
+    return iter(batches.map(read).to_iter_dataset(_reading(num_threads)))
+
+
+def picture_batch(source: NeighbourSource, batch_size: int, number: int) -> dict[str, np.ndarray]:
+    """One batch whose first `number` items are spread evenly over the split, or over its slices
+    with foreground where masks are wanted; the rest repeats the last one."""
+    candidates = np.arange(len(source))
+    if source.targets.mask and source.positive.any():
+        candidates = np.flatnonzero(source.positive)
+    spread = [candidates[int((i + 0.5) * len(candidates) / number)] for i in range(number)]
+    items = [source[index] for index in (spread + spread[-1:] * batch_size)[:batch_size]]
+    return {name: np.stack([item[name] for item in items]) for name in items[0]}
+
+
+def _reading(num_threads: int) -> grain.ReadOptions:
+    """Each thread makes whole batches; finished batches wait in the buffer, which must have room
+    for one of each."""
+    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(8, num_threads))

@@ -1,0 +1,247 @@
+"""Labels and masks of slices as numbers, and the classes of labels and of patient attributes (sex,
+ethnic group, age).
+
+The training split alone decides which classes an attribute has. A class of too few training
+patients cannot be learned: decades of age are joined with their neighbours, and volumes of other
+small classes are left out.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.dataset.reader import Dataset
+from data_prep.dataset.schema import SPLITS
+from data_prep.system.errors import InputError
+
+OF_VOLUMES = ("age", "sex", "ethnic_group")  # columns of volumes.csv
+LEAST_PATIENTS = 10
+
+
+class AttributeLabels(NamedTuple):
+    """An attribute of every volume of a dataset.
+
+    name: of the attribute.
+    classes: K names.
+    labels: split -> [V] int64, the class of each volume in the order of `volumes.csv`; -1 where it
+      is left out.
+    missing: split -> volumes without a value.
+    too_small: class that was left out -> its volumes, of all splits.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: dict[str, np.ndarray]
+    missing: dict[str, int]
+    too_small: dict[str, int]
+
+
+def join_decades(
+    decades: Sequence[int], patient_ids: Sequence[str], least_patients: int
+) -> list[int]:
+    """First decades of classes of neighbouring decades that have enough patients.
+
+    From the youngest on, decades are joined until a class has enough patients; what is left over at
+    the old end joins the class before it.
+
+    Args:
+      decades: N, floor(age / 10) of each volume.
+      patient_ids: N patients.
+      least_patients: of a class.
+
+    Returns:
+      The first decade of each class but the youngest, rising; empty if all are one class.
+    """
+    starts, patients = [], set()
+    for decade in sorted(set(decades)):
+        if len(patients) >= least_patients:
+            starts.append(decade)
+            patients = set()
+        patients |= {
+            patient for patient, own in zip(patient_ids, decades, strict=True) if own == decade
+        }
+    return starts[:-1] if starts and len(patients) < least_patients else starts
+
+
+def age_classes(starts: Sequence[int]) -> tuple[str, ...]:
+    """Names of the classes that begin at these decades: [5, 7] -> `0-49`, `50-69`, `70+`."""
+    edges = [0, *(10 * start for start in starts)]
+    return (*(f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)), f"{edges[-1]}+")
+
+
+class AttributeRefused(InputError):
+    """An attribute that cannot be learned; `reason` is the message without what asked for it and
+    the remedy."""
+
+    def __init__(self, asked_by: str, reason: str, remedy: str):
+        super().__init__(f"{asked_by}: {reason}; {remedy}")
+        self.reason = reason
+
+
+def read_attribute(
+    dataset: Dataset,
+    name: str,
+    least_patients: int = LEAST_PATIENTS,
+    *,
+    asked_by: str = "config.label",
+    remedy: str = "choose another label or a dataset of more patients",
+) -> AttributeLabels:
+    """The classes of an attribute and the class of every volume.
+
+    Args:
+      dataset: the dataset.
+      name: `age`, `sex`, `ethnic_group`, or a label of volumes or patients of the dataset.
+      least_patients: of the training split that a class needs.
+      asked_by: flag or field that the user named the attribute by, for error messages.
+      remedy: where classes are too small, for error messages.
+
+    Raises:
+      AttributeRefused: no such attribute, a label of slices, or fewer than two classes that are
+        large enough.
+    """
+    labels = dataset.preparation["labels"]
+    by_split = {split: dataset.volumes(split) for split in SPLITS}
+    if name in OF_VOLUMES:
+        values = {
+            split: [_known(volume[name]) for volume in volumes]
+            for split, volumes in by_split.items()
+        }
+    elif name not in labels:
+        of_dataset = [label for label, facts in labels.items() if facts["level"] != "slice"]
+        choices = ", ".join([*OF_VOLUMES, *of_dataset])
+        raise AttributeRefused(
+            asked_by, f"the dataset has no attribute {name!r}", f"choose of {choices}"
+        )
+    elif labels[name]["level"] == "slice":
+        raise AttributeRefused(
+            asked_by,
+            f"{name} is a label of slices, not of patients",
+            f"train on it with --config.label={name}",
+        )
+    else:
+        classes = labels[name]["classes"]
+        of_volume = {row["volume_id"]: row[name] for row in dataset.labels()}
+        indices = {
+            split: [of_volume[volume["volume_id"]] for volume in by_split[split]]
+            for split in SPLITS
+        }
+        values = {
+            split: [None if index is None else classes[index] for index in of_split]
+            for split, of_split in indices.items()
+        }
+    known = [
+        (value, volume["patient_id"])
+        for value, volume in zip(values["train"], by_split["train"], strict=True)
+        if value is not None
+    ]
+    if not known:
+        raise AttributeRefused(
+            asked_by,
+            f"no training volume of the dataset has a value of {name}",
+            "prepare it again with --attributes_csv, or choose another one",
+        )
+    if name == "age":
+        starts = join_decades(
+            [age // 10 for age, _ in known], [patient for _, patient in known], least_patients
+        )
+        names, too_small = age_classes(starts), {}
+        indices = {
+            split: [
+                -1 if age is None else int(np.searchsorted(starts, age // 10, side="right"))
+                for age in of_split
+            ]
+            for split, of_split in values.items()
+        }
+    else:
+        patients = {
+            value: {patient for own, patient in known if own == value} for value, _ in known
+        }
+        names = tuple(
+            sorted(value for value, members in patients.items() if len(members) >= least_patients)
+        )
+        others = [
+            value
+            for of_split in values.values()
+            for value in of_split
+            if value is not None and value not in names
+        ]
+        too_small = {value: others.count(value) for value in sorted(set(others))}
+        indices = {
+            split: [names.index(value) if value in names else -1 for value in of_split]
+            for split, of_split in values.items()
+        }
+    if len(names) < 2:
+        raise AttributeRefused(
+            asked_by,
+            f"{name} has fewer than two classes with {least_patients} training patients",
+            remedy,
+        )
+    missing = {split: of_split.count(None) for split, of_split in values.items()}
+    return AttributeLabels(
+        name,
+        names,
+        {split: np.array(of_split, np.int64) for split, of_split in indices.items()},
+        missing,
+        too_small,
+    )
+
+
+def _known(value: str | int | None) -> str | int | None:
+    return None if value == "" else value
+
+
+def label_classes(dataset: Dataset, label: str) -> tuple[tuple[str, ...], str]:
+    """Names of a label's classes, and its level: `slice`, `volume` or `patient`.
+
+    Beside the dataset's own labels these are `sex`, `ethnic_group` and `age` (decades) of
+    volumes.csv.
+
+    Raises:
+      InputError: no such label, or an attribute with fewer than two classes that are large enough.
+    """
+    labels = dataset.preparation["labels"]
+    if label in labels:
+        return tuple(labels[label]["classes"]), labels[label]["level"]
+    if label in OF_VOLUMES:
+        return read_attribute(dataset, label).classes, "volume"
+    have = ", ".join([*labels, *OF_VOLUMES])
+    raise InputError(
+        f"config.label={label}: the dataset {dataset.name} has no such label (it has {have}); "
+        f"prepare it with "
+        "--labels_csv or another --archive, or choose one that it has"
+    )
+
+
+def labels_of_records(dataset: Dataset, split: str, label: str) -> np.ndarray:
+    """Class of every record of a split, -1 where it is missing: [R] int32."""
+    volumes, labels = dataset.volumes(split), dataset.preparation["labels"]
+    if label not in labels:
+        of_volumes = read_attribute(dataset, label).labels[split]
+        return np.repeat(of_volumes, [volume["num_slices"] for volume in volumes]).astype(np.int32)
+    if labels[label]["level"] == "slice":
+        values = [row[label] for row in dataset.slices(split)]
+    else:
+        of_volume = {row["volume_id"]: row[label] for row in dataset.labels()}
+        values = [
+            of_volume[volume["volume_id"]]
+            for volume in volumes
+            for _ in range(volume["num_slices"])
+        ]
+    return np.array([-1 if value is None else value for value in values], np.int32)
+
+
+def mask_areas(dataset: Dataset, split: str) -> np.ndarray:
+    """Foreground pixels of every record of a split: [R] int64."""
+    return np.array([row["mask_area_px"] for row in dataset.slices(split)], np.int64)
+
+
+def lung_boxes(volumes: Sequence[dict], image_size: int) -> dict[str, np.ndarray]:
+    """The lungs' box of each volume, the whole slice where no lung was found: volume_id -> [4]
+    float32."""
+    whole = f"0 0 {image_size} {image_size}"
+    return {
+        volume["volume_id"]: np.array((volume["lung_box"] or whole).split(), np.float32)
+        for volume in volumes
+    }

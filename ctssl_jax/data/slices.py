@@ -1,0 +1,268 @@
+"""Slices of a dataset as the items of batches.
+
+An item is a tuple of neighbouring slices of one volume, named by their offsets: (0,) for most
+tasks, (0, 1) for next-slice prediction, (-1, 0, 1) for three adjacent slices. A label, a mask or a
+box come with it where a task asks for them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ctssl_jax.data.labels import label_classes, labels_of_records, lung_boxes, mask_areas
+from data_prep.dataset.reader import Dataset
+from data_prep.system.errors import InputError
+
+
+def select_channels(preparation: dict, windows: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """Channels of a dataset that hold the wanted windows.
+
+    Args:
+      preparation: contents of `preparation.json`.
+      windows: (level, width) pairs in HU; empty takes all channels.
+
+    Raises:
+      InputError: a window that the dataset was not prepared with.
+    """
+    prepared = [
+        (float(window["level"]), float(window["width"])) for window in preparation["windows"]
+    ]
+    if not windows:
+        return tuple(range(len(prepared)))
+    wanted = [(float(level), float(width)) for level, width in windows]
+    for window in wanted:
+        if window not in prepared:
+            have = ", ".join(f"{level:g}/{width:g}" for level, width in prepared)
+            flag = f"--window={window[0]:g},{window[1]:g}"
+            raise InputError(
+                f"config.windows asks for level/width {window[0]:g}/{window[1]:g}, but the "
+                f"dataset holds {have}; "
+                f"prepare it again with {flag}, or change config.windows"
+            )
+    return tuple(prepared.index(window) for window in wanted)
+
+
+def selected_windows(preparation: dict, channels: Sequence[int]) -> list[tuple[float, float]]:
+    """(level, width) in HU of some channels of a dataset."""
+    windows = [preparation["windows"][channel] for channel in channels]
+    return [(float(window["level"]), float(window["width"])) for window in windows]
+
+
+class Targets(NamedTuple):
+    """What a task asks for beside the slices, and which slices it takes.
+
+    label: name of a label of the dataset; slices without it are left out. "" asks for none.
+    mask: whether the slice's mask is wanted: 0 background, k the k-th region of its volume.
+    lung_box: whether the box of the volume's lungs is wanted.
+    repeat_edges: a neighbour beyond the volume's end or a gap is replaced by the slice itself, not
+      left out.
+    middle_only: only the middle slice of each volume (its largest body cross-section).
+    positive_share: share of slices with a positive label or with foreground in training batches; of
+      each kind all come once before any comes again. 0 takes the slices as they are.
+    """
+
+    label: str = ""
+    mask: bool = False
+    lung_box: bool = False
+    repeat_edges: bool = False
+    middle_only: bool = False
+    positive_share: float = 0.0
+
+
+SLICES_ALONE = Targets()
+
+
+def neighbour_table(
+    volumes: Sequence[dict],
+    offsets: Sequence[int],
+    *,
+    repeat_edges: bool = False,
+    middle_only: bool = False,
+) -> np.ndarray:
+    """Record numbers of every tuple of neighbours that exists within one volume, across no gap.
+
+    Args:
+      volumes: rows of `volumes.csv` of one split (`first_record`, `num_slices`, `middle_slice`, and
+        `gap_positions`: the slice indices, separated by blanks, whose next slice is missing).
+      offsets: slice offsets, e.g. (0, 1); 0 is among them.
+      repeat_edges: keep tuples whose neighbours do not exist, with the slice at offset 0 in their
+        place.
+      middle_only: only tuples around the middle slice of each volume.
+
+    Returns:
+      `[N, len(offsets)] int64`, in record order.
+    """
+    tables = []
+    for volume in volumes:
+        index = np.arange(volume["num_slices"])
+        if middle_only:
+            index = index[volume["middle_slice"] : volume["middle_slice"] + 1]
+        neighbours = index[:, None] + np.asarray(offsets)[None, :]
+        starts = np.zeros(volume["num_slices"], np.int64)
+        starts[np.array(volume["gap_positions"].split(), np.int64) + 1] = 1
+        segment = np.cumsum(starts)
+        inside = (neighbours >= 0) & (neighbours < volume["num_slices"])
+        exists = inside & (
+            segment[np.where(inside, neighbours, index[:, None])] == segment[index[:, None]]
+        )
+        if repeat_edges:
+            neighbours = np.where(exists, neighbours, index[:, None])
+        else:
+            neighbours = neighbours[exists.all(axis=1)]
+        tables.append(neighbours + volume["first_record"])
+    return np.concatenate(tables) if tables else np.zeros((0, len(offsets)), np.int64)
+
+
+def training_subset(volumes: Sequence[dict], fraction: float, seed: int) -> list[dict]:
+    """A share of the volumes by whole studies; of one seed, a smaller share is part of every larger
+    one.
+
+    Args:
+      volumes: rows of `volumes.csv` of one split.
+      fraction: of the studies, above 0 and up to 1; rounded up to whole studies.
+      seed: of the order in which studies are taken.
+    """
+    studies = sorted({volume["exam_id"] for volume in volumes})
+    order = np.random.default_rng(seed).permutation(len(studies))
+    taken = {studies[index] for index in order[: math.ceil(round(fraction * len(studies), 9))]}
+    return [volume for volume in volumes if volume["exam_id"] in taken]
+
+
+class NeighbourSource:
+    """Random access to tuples of neighbouring slices of one split.
+
+    Item `i` is
+    `{"images": uint8 [len(offsets), H, W, C], "record_index": int32, "weight": float32 1}`; the
+    record index is that of the slice at offset 0, counted within the split. Targets add `label`
+    int32, `mask` uint8 [H, W], `box` float32 [4] (top, left, bottom, right of the lungs in pixels,
+    the whole slice where no lung was found).
+
+    Attributes:
+      targets: see `Targets`.
+      volumes: rows of `volumes.csv` that the items are of.
+      table: [N, len(offsets)] int64 record numbers.
+      labels: [N] int32 class of each item; None without a label.
+      positive: [N] bool, items with a label above 0 or, of a mask, with foreground; None without
+        either.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        channels: Sequence[int],
+        offsets: Sequence[int],
+        targets: Targets = SLICES_ALONE,
+        fraction: float = 1.0,
+        seed: int = 0,
+    ):
+        preparation = dataset.preparation
+        self.targets = targets
+        self.volumes = dataset.volumes(split)
+        self.num_studies = len({volume["exam_id"] for volume in self.volumes})
+        if fraction < 1:
+            self.volumes = training_subset(self.volumes, fraction, seed)
+        self.table = neighbour_table(
+            self.volumes,
+            offsets,
+            repeat_edges=targets.repeat_edges,
+            middle_only=targets.middle_only,
+        )
+        self._centre = list(offsets).index(0)
+        self.labels = self.positive = None
+        centres = self.table[:, self._centre]
+        if targets.label:
+            labels = labels_of_records(dataset, split, targets.label)[centres]
+            self.table, self.labels = self.table[labels >= 0], labels[labels >= 0]
+            self.positive = self.labels > 0
+        elif targets.mask:
+            self.positive = mask_areas(dataset, split)[centres] > 0
+        self._records = dataset.source(split) if len(self.table) else ()
+        self._channels = (
+            None if tuple(channels) == tuple(range(preparation["channels"])) else list(channels)
+        )
+        self._boxes = (
+            lung_boxes(self.volumes, preparation["image_size"]) if targets.lung_box else {}
+        )
+        share = f", {fraction:g} of seed {seed}" if fraction < 1 else ""
+        self._name = (
+            f"NeighbourSource({dataset.fingerprint[:16]}, {split}, {channels}, {offsets}{share})"
+        )
+        if targets != SLICES_ALONE:
+            self._name = f"{self._name[:-1]}, {targets})"
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, item: int) -> dict[str, np.ndarray]:
+        return {name: values[0] for name, values in self.read(np.array([item])).items()}
+
+    def read(self, items: np.ndarray) -> dict[str, np.ndarray]:
+        """Some items [b] at once: the arrays of an item, with a leading axis of length b. Each
+        slice is copied once."""
+        numbers = self.table[items]
+        channels = slice(None) if self._channels is None else self._channels
+        records = [[self._records[number] for number in row] for row in numbers.tolist()]
+        first = records[0][0]["image"][..., channels]
+        images = np.empty((*numbers.shape, *first.shape), np.uint8)
+        for row, place in zip(records, images, strict=True):
+            for record, image in zip(row, place, strict=True):
+                image[...] = record["image"][..., channels]
+        centres = [row[self._centre] for row in records]
+        arrays = {
+            "images": images,
+            "record_index": numbers[:, self._centre].astype(np.int32),
+            "weight": np.ones(len(items), np.float32),
+        }
+        if self.labels is not None:
+            arrays["label"] = self.labels[items]
+        if self.targets.mask:
+            arrays["mask"] = np.stack([record["mask"] for record in centres])
+        if self.targets.lung_box:
+            arrays["box"] = np.stack([self._boxes[record["volume_id"]] for record in centres])
+        return arrays
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+def open_source(
+    dataset: Dataset,
+    split: str,
+    channels: Sequence[int],
+    offsets: Sequence[int],
+    targets: Targets = SLICES_ALONE,
+    *,
+    fraction: float = 1.0,
+    seed: int = 0,
+) -> NeighbourSource:
+    """Open a split, or a share of its studies.
+
+    Raises:
+      InputError: the split is empty, has no tuple of neighbours with these offsets, or lacks the
+        targets.
+    """
+    if targets.label:
+        label_classes(dataset, targets.label)
+    if targets.mask and not dataset.preparation["masks"]:
+        raise InputError(
+            f"the dataset {dataset.name} has no masks; prepare it with --archive=lidc_idri or "
+            f"with --masks_dir=DIR"
+        )
+    source = NeighbourSource(dataset, split, channels, offsets, targets, fraction, seed)
+    if not source.volumes:
+        raise InputError(
+            f"the dataset {dataset.name} has no {split} split; prepare it with --splits that give "
+            f"{split} a share "
+            "(three patients or more)"
+        )
+    if not len(source):
+        kind = f"slices with the label {targets.label}" if targets.label else "slices"
+        raise InputError(
+            f"the {split} split of {dataset.name} has no {kind} with neighbours at offsets "
+            f"{tuple(offsets)}; choose a "
+            "smaller distance, or prepare longer scans"
+        )
+    return source

@@ -1,0 +1,183 @@
+"""Two arms of an experiment on the same patients: paired bootstrap by patient, and Holm's
+correction.
+
+Both arms see the same draws of patients, and each arm is the mean over its training seeds.
+Intervals and p-values say how sure a difference is given these patients; how much training itself
+scatters shows in the spread over seeds.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ctssl_jax.evaluation.predictions import Predictions
+from ctssl_jax.ops.overlap import dice, iou
+from ctssl_jax.stats.binary import binary_statistic, multiclass_statistic
+from ctssl_jax.stats.bootstrap import (
+    Statistic,
+    interval,
+    mean_over,
+    patient_bootstrap,
+    weighted_mean,
+)
+from data_prep.system.errors import InputError
+
+OF_CLASSES = ("auroc", "average_precision", "brier", "ece")
+OF_MASKS = {"dice": dice, "iou": iou}
+
+
+def paired_difference(
+    arm_a: Sequence[Statistic],
+    arm_b: Sequence[Statistic],
+    patient_ids: Sequence[str],
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Compare one number of two arms.
+
+    The two-sided p-value is twice the smaller share of draws whose difference does not lie beyond
+    0, the data as they are counted as one draw more: it is never below 2 / (num_resamples + 1), and
+    1 for equal arms.
+
+    Args:
+      arm_a, arm_b: each arm's statistics, one a training seed, with one name; items are the same,
+        in the same order.
+      patient_ids: N patients, one an item.
+      num_resamples, seed: of `bootstrap.patient_bootstrap`.
+
+    Returns:
+      {"a", "b": the arms' values, "difference": a - b, "ci95": [low, high] of it, "p",
+      "num_patients", "num_undefined_draws"}.
+
+    Raises:
+      InputError: an arm without a run, fewer than two patients, or a number that is undefined for
+        these items.
+    """
+    if not arm_a or not arm_b:
+        raise InputError("an arm of the comparison has no run; give each arm at least one")
+    num_patients = len(set(patient_ids))
+    if num_patients < 2:
+        raise InputError(
+            f"{num_patients} patients cannot be compared; evaluate on a split with two or more"
+        )
+    mean_a, mean_b = mean_over(arm_a), mean_over(arm_b)
+
+    def both(weights: np.ndarray) -> dict[str, float]:
+        (a,), (b,) = mean_a(weights).values(), mean_b(weights).values()
+        return {"a": a, "b": b}
+
+    estimates, draws = patient_bootstrap(both, patient_ids, num_resamples=num_resamples, seed=seed)
+    differences = draws["a"] - draws["b"]
+    bounds, undefined = interval(differences)
+    difference = float(estimates["a"] - estimates["b"])
+    if math.isnan(difference) or bounds is None:
+        raise InputError(
+            "the measure is undefined for these slices (one class only); evaluate on a larger split"
+        )
+    return {
+        "a": float(estimates["a"]),
+        "b": float(estimates["b"]),
+        "difference": difference,
+        "ci95": bounds,
+        "p": _two_sided(differences[~np.isnan(differences)]),
+        "num_patients": num_patients,
+        "num_undefined_draws": undefined,
+    }
+
+
+def _two_sided(differences: np.ndarray) -> float:
+    not_beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    return min(1.0, 2 * (1 + int(not_beyond)) / (1 + len(differences)))
+
+
+def statistic_of(predictions: Predictions, metric: str) -> Statistic:
+    """A measure of a run's predictions as a function of weights.
+
+    Args:
+      predictions: of the run.
+      metric: `auroc`, `average_precision`, `brier`, `ece` of a label (of more than two classes
+        `auroc`, the mean of one class against the rest), `dice` or `iou` of masks: the mean over
+        the slices whose true mask is not empty.
+
+    Raises:
+      InputError: another measure, or one that such predictions do not have.
+    """
+    if metric in OF_MASKS and predictions.target_px is not None:
+        counts = (predictions.intersection_px, predictions.predicted_px, predictions.target_px)
+        annotated = predictions.target_px > 0
+        return weighted_mean(metric, OF_MASKS[metric](*counts), annotated)
+    if metric in OF_CLASSES and predictions.probabilities is not None:
+        if predictions.probabilities.shape[1] == 2:
+            return binary_statistic(
+                predictions.label, predictions.probabilities[:, 1], names=[metric]
+            )
+        if metric == "auroc":
+            classes = [str(index) for index in range(predictions.probabilities.shape[1])]
+            whole = multiclass_statistic(predictions.label, predictions.probabilities, classes)
+            return lambda weights: {metric: whole(weights)[metric]}
+    raise InputError(
+        f"{metric} cannot be compared for these predictions; labels of two classes have "
+        f"{', '.join(OF_CLASSES)}, "
+        f"of more auroc, masks {', '.join(OF_MASKS)}"
+    )
+
+
+def paired_comparison(
+    arm_a: Sequence[Predictions],
+    arm_b: Sequence[Predictions],
+    metric: str,
+    *,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Compare two arms by the predictions of their runs, one a training seed.
+
+    Args:
+      arm_a, arm_b: from `predictions.read`, all of the same slices.
+      metric: of `statistic_of`.
+      num_resamples, seed: of `bootstrap.patient_bootstrap`.
+
+    Returns:
+      As `paired_difference`.
+
+    Raises:
+      InputError: as there and in `statistic_of`, or runs that were not measured on the same slices.
+    """
+    runs = [*arm_a, *arm_b]
+    for run in runs[1:]:
+        for name in ("patient_id", "volume_id", "slice_index", "label", "target_px"):
+            if not np.array_equal(getattr(runs[0], name), getattr(run, name)):
+                raise InputError(
+                    f"the runs were not measured on the same slices ({name} differs); evaluate "
+                    f"them again on one "
+                    "dataset and split"
+                )
+    arms = ([statistic_of(run, metric) for run in arm] for arm in (arm_a, arm_b))
+    return paired_difference(
+        *arms, runs[0].patient_id if runs else [], num_resamples=num_resamples, seed=seed
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction (1979) of the p-values of a family of comparisons, in the order given.
+
+    Args:
+      p_values: K numbers in [0, 1].
+
+    Returns:
+      K adjusted p-values in [0, 1]: rejecting those below 5 % errs anywhere in the family with at
+      most 5 %.
+
+    Raises:
+      InputError: a value outside [0, 1], or NaN.
+    """
+    p_values = np.asarray(p_values, np.float64)
+    if not np.all((p_values >= 0) & (p_values <= 1)):
+        raise InputError("a p-value lies outside [0, 1]; leave comparisons out that are undefined")
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * factors))
+    return adjusted.tolist()

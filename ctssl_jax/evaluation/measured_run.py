@@ -1,0 +1,221 @@
+"""What the commands that measure a run share (`ctssl_jax.evaluate`, `ctssl_jax.probe`,
+`ctssl_jax.attributes`): a run opened on data that fit it, means over volumes, the origin of a
+result, and the table of volumes.
+"""
+
+import csv
+import dataclasses
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from ctssl_jax.data.slices import select_channels, selected_windows
+from ctssl_jax.runs.run import Run
+from ctssl_jax.stats.units import UNITS
+from ctssl_jax.stats.volumes import volume_summary
+from ctssl_jax.training.recipe import check_dataset
+from data_prep.dataset.reader import Dataset
+from data_prep.system.errors import DatasetError, InputError
+from data_prep.system.files import written_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredRun:
+    """A run and the data that it is measured on.
+
+    run: the run.
+    dataset: the data.
+    config: the configuration of the run, with `dataset` and `windows` of the data.
+    channels: of the data's images that the model reads.
+    learned_from: contents of `patients.json` of the run and of its ancestors.
+    """
+
+    run: Run
+    dataset: Dataset
+    config: ml_collections.ConfigDict
+    channels: tuple[int, ...]
+    learned_from: list[dict]
+
+    @classmethod
+    def open(
+        cls, run: Run, dataset: str | Path | None, splits: tuple[str, ...], flag: str = "--dataset"
+    ) -> "MeasuredRun":
+        """Open the data of a measurement.
+
+        Args:
+          run: the run.
+          dataset: dataset directory or URL; None takes the dataset of the training.
+          splits: that will be read.
+          flag: that named the dataset, for messages.
+
+        Raises:
+          InputError: a missing split, or data prepared otherwise than the data of the run.
+          DatasetError: not a complete dataset.
+        """
+        config, trained_on = run.config.copy_and_resolve_references(), run.preparation
+        trained_channels = select_channels(trained_on, config.windows)
+        config.windows = [list(window) for window in selected_windows(trained_on, trained_channels)]
+        if dataset is not None:
+            config.dataset = str(dataset)
+        opened = Dataset.open(config.dataset)
+        try:
+            channels = check_dataset(config, opened, splits)
+        except DatasetError:
+            raise
+        except InputError as error:
+            raise InputError(
+                f"{flag}={config.dataset} was prepared otherwise than the run's data: {error}"
+            ) from None
+        return cls(run, opened, config, channels, run.learned_from)
+
+
+def check_request(output: Path, batch_size: int) -> None:
+    """Refuse a results file whose name does not end in .json, or a batch size below 0.
+
+    Raises:
+      InputError: names the flag.
+    """
+    if batch_size < 0:
+        raise InputError(f"--batch_size={batch_size}: must be 0 or more")
+    if output.suffix != ".json":
+        raise InputError(f"--output={output} must end in .json")
+
+
+def summaries(
+    by_volume: dict[str, np.ndarray], patient_ids: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """`volume_summary` of each score over the volumes where it is defined, with its unit.
+
+    Args:
+      by_volume: score (`mse`, or `rotation/linear/auroc`) -> [V] float, NaN where undefined.
+      patient_ids: V patients.
+
+    Raises:
+      InputError: a score that is defined for no volume.
+    """
+    summary = {}
+    for name, values in by_volume.items():
+        defined = np.flatnonzero(~np.isnan(values))
+        if not len(defined):
+            raise InputError(
+                f"{name} is defined for no volume of this split; give a --dataset with more slices"
+            )
+        score = name.split("/")[-1]
+        unit = UNITS["auroc_within_volumes" if score == "auroc" else score]
+        summary[name] = {
+            **volume_summary(values[defined], [patient_ids[index] for index in defined]),
+            "unit": unit,
+        }
+    return summary
+
+
+def write_volumes(path: Path, volumes: Sequence[dict], by_volume: dict[str, np.ndarray]) -> None:
+    """One row a volume as CSV: its pseudonyms, number of slices and scores; empty where
+    undefined."""
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
+        for index, volume in enumerate(volumes):
+            scores = [
+                "" if math.isnan(values[index]) else f"{values[index]:.6g}"
+                for values in by_volume.values()
+            ]
+            writer.writerow(
+                [volume["volume_id"], volume["patient_id"], volume["num_slices"], *scores]
+            )
+
+
+def patients_seen(
+    learned_from: Sequence[dict], key_fingerprint: str, split: str, evaluated: Sequence[str]
+) -> int | None:
+    """How many of the evaluated patients a run or one of its ancestors has learned from, or chose a
+    checkpoint by.
+
+    Args:
+      learned_from: contents of `patients.json` of the run and of its ancestors.
+      key_fingerprint: of the pseudonyms of the evaluated patients.
+      split: that is evaluated; of `validation`, the patients that a checkpoint was chosen by do not
+        count.
+      evaluated: pseudonyms.
+
+    Returns:
+      None where this cannot be known: pseudonyms of another key do not tell.
+    """
+    if any(patients["key_fingerprint"] != key_fingerprint for patients in learned_from):
+        return None
+    splits = ("train",) if split == "validation" else ("train", "validation")
+    seen = {patient for patients in learned_from for name in splits for patient in patients[name]}
+    return len(seen.intersection(evaluated))
+
+
+def header(
+    measured: MeasuredRun,
+    split: str,
+    evaluated: Sequence[str],
+    step: int | None,
+    *,
+    device: str,
+    packages: Sequence[str],
+) -> dict[str, Any]:
+    """Where a result comes from: the fields that all results JSON files have.
+
+    Args:
+      measured: the run and its data.
+      split: that was evaluated.
+      evaluated: pseudonyms of its patients.
+      step: of the checkpoint; None for a control, which has learned from nobody.
+      device: that it was computed on.
+      packages: whose versions are told.
+    """
+    run, preparation, learned = measured.run, measured.dataset.preparation, step is not None
+    return {
+        "recipe": run.config.recipe,
+        "task": run.config.task,
+        "synthetic": preparation["synthetic"],
+        "split": split,
+        "num_patients_seen_in_training": patients_seen(
+            measured.learned_from if learned else [],
+            preparation["key_fingerprint"],
+            split,
+            evaluated,
+        ),
+        "checkpoint_step": step,
+        "init_from": run.lineage if learned else [],
+        "dataset_fingerprint": preparation["fingerprint"],
+        "trained_on_fingerprint": run.preparation["fingerprint"],
+        "seed": measured.config.seed,
+        "versions": {name: version(name) for name in packages},
+        "device": device,
+        "python": platform.python_version(),
+    }
+
+
+def notes(result: dict) -> list[str]:
+    """What a reader must know of the patients of a result: lines for the screen, empty if they are
+    held out."""
+    allowed = [
+        ancestor["leakage_let_pass"]
+        for ancestor in result["init_from"]
+        if ancestor.get("leakage_let_pass")
+    ]
+    return [*_seen(result), *(f"NOTE: allowed by config.leakage: {text}" for text in allowed)]
+
+
+def _seen(result: dict) -> list[str]:
+    if result["num_patients_seen_in_training"] is None:
+        return [
+            "NOTE: whether these patients were in the training data cannot be checked (other "
+            "pseudonym key)"
+        ]
+    if result["num_patients_seen_in_training"]:
+        return [
+            f"NOTE: {result['num_patients_seen_in_training']} of these patients were in the "
+            f"training data"
+        ]
+    return []

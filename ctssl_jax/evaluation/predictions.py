@@ -1,0 +1,52 @@
+"""What a model said of each slice of a split, kept beside its results: arms are compared in pairs
+from these files.
+
+Slices, volumes and patients are named by pseudonyms; labels, probabilities and pixel counts are all
+that is kept.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.system.files import written_whole
+
+
+class Predictions(NamedTuple):
+    """One entry a slice, in the order of the records.
+
+    patient_id, volume_id: [N] str, pseudonyms.
+    slice_index: [N] int32, within the volume.
+    label: [N] int32 true class; None of a segmentation.
+    probabilities: [N, K] float32; None of a segmentation.
+    intersection_px, predicted_px, target_px: [N] float32 pixels of both masks, of the predicted and
+      of the true one; None of a classification.
+    """
+
+    patient_id: np.ndarray
+    volume_id: np.ndarray
+    slice_index: np.ndarray
+    label: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    intersection_px: np.ndarray | None = None
+    predicted_px: np.ndarray | None = None
+    target_px: np.ndarray | None = None
+
+
+def path_of(result: Path) -> Path:
+    """RESULT.json -> RESULT.predictions.npz."""
+    return result.with_suffix(".predictions.npz")
+
+
+def write(result: Path, predictions: Predictions) -> None:
+    """Write the predictions beside RESULT.json."""
+    present = {name: value for name, value in predictions._asdict().items() if value is not None}
+    with written_whole(path_of(result)) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **present)
+
+
+def read(result: Path) -> Predictions:
+    """The inverse of `write`."""
+    with np.load(path_of(result)) as arrays:
+        return Predictions(**{name: arrays[name] for name in arrays.files})

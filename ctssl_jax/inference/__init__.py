@@ -1,0 +1,35 @@
+"""A trained model applied to scans: embeddings, class probabilities, masks.
+
+    >>> from ctssl_jax.inference import embed, load
+    >>> facts = embed("run", "dataset", "embeddings.npz", split="test")
+    >>> facts["num_volumes"], facts["num_slices"]
+    (2, 24)
+    >>> volume = load("run").embed("scan")  # a folder, a zip file or one file
+    >>> volume.slices.shape, volume.mean.shape, volume.max.shape
+    ((21, 4), (4,), (4,))
+
+A run of a label or a segmentation recipe predicts: `predict("run", Request("scan"), "folder")`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctssl_jax.inference.embedding import embed
+    from ctssl_jax.inference.prediction import Request, predict
+    from ctssl_jax.inference.pretrained import load
+
+__all__ = ["Request", "embed", "load", "predict"]
+
+_HOMES = {  # imported when they are used: JAX takes seconds
+    "Request": "ctssl_jax.inference.prediction",
+    "embed": "ctssl_jax.inference.embedding",
+    "load": "ctssl_jax.inference.pretrained",
+    "predict": "ctssl_jax.inference.prediction",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

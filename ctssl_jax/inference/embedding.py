@@ -1,0 +1,253 @@
+"""Embeddings of all volumes of an input, written to files: the core of `ctssl_jax.embed`."""
+
+import collections
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ctssl_jax.evaluation.measured_run import patients_seen
+from ctssl_jax.inference import embedding_files
+from ctssl_jax.inference.embedding_files import VolumeEmbedding
+from ctssl_jax.inference.embedding_inputs import (
+    Input,
+    InputVolume,
+    keep_audit,
+    open_dataset,
+    open_scans,
+    read_key,
+)
+from ctssl_jax.inference.pretrained import PretrainedModel, load, summarise_slices
+from ctssl_jax.runs.run import Run
+from data_prep.dataset.schema import PREPARATION_FILE
+from data_prep.dataset.storage import write_table
+from data_prep.raw.scans import Refused, explain, local_input, nothing_taken, plan_scans
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.scan.rules import Rules
+from data_prep.system.errors import InputError
+from data_prep.system.files import make_folder
+from data_prep.system.workers import Progress, usable_cores
+
+FORMAT_VERSION = 1
+MAX_WORKERS = 4  # together they decode about 500 slices/s
+_REJECTED_COLUMNS = ("series_id", "reason", "detail")
+
+
+def embed(
+    workdir: str | Path,
+    input_path: str | Path,
+    output: str | Path,
+    *,
+    checkpoint: str = "best",
+    split: str | None = None,
+    archive: str = "auto",
+    metadata_csv: str | Path | None = None,
+    rules: Rules | None = None,
+    pseudonym_key_file: str | Path | None = None,
+    batch_size: int = 0,
+    num_workers: int | None = None,
+) -> dict[str, Any]:
+    """Embed every volume of an input and write FILE.parquet (or .npz) and FILE.rejected.csv.
+
+    Args:
+      workdir: run directory, of any task.
+      input_path: raw scans or a dataset directory.
+      output: FILE.parquet or FILE.npz; its folder is made.
+      checkpoint: `best`, `last` or a step.
+      split: of a dataset; None takes all.
+      archive, metadata_csv, rules: of raw scans, see `data_prep.raw.scans.plan_scans`.
+      pseudonym_key_file: key of the pseudonyms of raw scans; None makes one in FILE-audit.
+      batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the training's.
+      num_workers: processes that decode raw scans; None takes the usable cores, at most four; 0
+        this process alone.
+
+    Returns:
+      The facts that the files hold (among them `num_volumes`, `num_patients`, `num_slices`, and
+      `refused`: series by reason), `not_images` (files by reason), and `changed`: False if all was
+        there already.
+
+    Raises:
+      InputError: no such run, checkpoint or input, data prepared otherwise than the run's, or no
+        volume that is taken.
+      RunFailed: the input went away.
+    """
+    # ---- Can the request work? ----
+    output = Path(output).expanduser()
+    input_path = local_input(input_path)
+    embedding_files.check_format(output)
+    key = read_key(pseudonym_key_file)
+    num_workers = min(MAX_WORKERS, usable_cores()) if num_workers is None else num_workers
+    run = Run.open(Path(workdir).expanduser())
+    model = load(run, checkpoint, batch_size=batch_size)
+    if (input_path / PREPARATION_FILE).is_file():
+        opened = open_dataset(run, input_path, split)
+        make_folder(output.parent, "--output")
+    else:
+        if split is not None:
+            raise InputError(
+                f"--split={split} is of prepared datasets, and --input={input_path} is not one; "
+                f"leave it out"
+            )
+        rules = rules or Rules()
+        plan = plan_scans(input_path, archive, rules, metadata_csv, num_workers=num_workers)
+        make_folder(output.parent, "--output")
+        key = keep_audit(output.with_suffix(""), plan, key)
+        opened = open_scans(plan, rules, key, model.windows, model.image_size, num_workers)
+    facts = _facts(model) | opened.facts
+    made_by = json.dumps(facts, sort_keys=True)
+    facts["content"] = _digest(
+        made_by, *(job.digest for job in opened.jobs), *map(repr, sorted(opened.refused))
+    )
+    present = embedding_files.read_facts(output)
+    if present and present["complete"] and facts.items() <= present.items():
+        _remove_parts(output)
+        return {**present, "not_images": opened.not_images, "changed": False}
+
+    # ---- One volume after the other ----
+    make_folder(_parts_dir(output), "--output")
+    parts = [_parts_dir(output) / f"{_digest(made_by, job.digest)}.npz" for job in opened.jobs]
+    failed = _embed_missing(model, opened, parts)
+
+    # ---- Files ----
+    def outcomes() -> Iterator[VolumeEmbedding | Refused]:
+        for part in parts:
+            yield failed.get(part) or embedding_files.read_part(part)
+
+    refused, patients, num_volumes, num_slices = list(opened.refused), set(), 0, 0
+    for outcome in outcomes():
+        if isinstance(outcome, Refused):
+            refused.append(outcome)
+        else:
+            patients.add(outcome.patient_id)
+            num_volumes, num_slices = num_volumes + 1, num_slices + len(outcome.slices)
+    refused.sort()
+    rows = [dict(zip(_REJECTED_COLUMNS, series, strict=True)) for series in refused]
+    write_table(output.with_suffix(".rejected.csv"), _REJECTED_COLUMNS, rows)
+    if not (num_volumes or failed):
+        _remove_parts(output)
+    if not num_volumes:
+        raise InputError(nothing_taken(input_path, refused))
+    facts |= {
+        "num_volumes": num_volumes,
+        "num_patients": len(patients),
+        "num_slices": num_slices,
+        "num_patients_seen_in_training": _patients_seen(
+            run, facts["key_fingerprint"], sorted(patients)
+        ),
+        "refused": dict(sorted(collections.Counter(series.reason for series in refused).items())),
+        "complete": not failed,
+    }
+    volumes = (outcome for outcome in outcomes() if not isinstance(outcome, Refused))
+    embedding_files.write(output, volumes, model.embedding_dim, facts)
+    if not failed:
+        _remove_parts(output)
+    return {**facts, "not_images": opened.not_images, "changed": True}
+
+
+def _embed_missing(model: PretrainedModel, opened: Input, parts: list[Path]) -> dict[Path, Refused]:
+    """Write the parts of the volumes that have none yet; returns the volumes that cannot be read
+    for now, by part."""
+    missing = [
+        (job, part) for job, part in zip(opened.jobs, parts, strict=True) if not part.exists()
+    ]
+    failed = {}
+    with Progress("embedding", "slices", sum(job.num_slices for job in opened.jobs)) as progress:
+        for job, part in zip(opened.jobs, parts, strict=True):
+            progress.advance(job.num_slices if part.exists() else 0, already_there=True)
+        volumes = opened.read([job for job, _ in missing])
+        for (job, part), volume in zip(missing, volumes, strict=True):
+            if isinstance(volume, Refused) and volume.reason == FAILED_FOR_NOW:
+                failed[part] = volume
+            else:
+                embedding_files.write_part(part, _embedded(model, volume))
+            progress.advance(job.num_slices)
+    return failed
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The outcome of `embed`, as lines for the screen."""
+    slices, volumes, patients = (
+        f"{result[f'num_{name}']:,} {name if result[f'num_{name}'] != 1 else name[:-1]}"
+        for name in ("slices", "volumes", "patients")
+    )
+    lines = [
+        f"{result['recipe']}, step {result['checkpoint_step']:,}: {slices} of {volumes} of "
+        f"{patients}, "
+        f"{result['embedding_dim']} numbers a "
+        f"slice{'  SYNTHETIC DATA' if result['synthetic'] else ''}"
+    ]
+    for reason, number in result["refused"].items():
+        lines.append(f"{number:>8} series refused, {reason}: {explain(reason)}")
+    for reason, number in result["not_images"].items():
+        lines.append(f"{number:>8} files that are not images, {reason}: {explain(reason)}")
+    if result["num_patients_seen_in_training"]:
+        lines.append(
+            f"NOTE: the model has learned from {result['num_patients_seen_in_training']} "
+            f"of these patients"
+        )
+    if not result["complete"]:
+        lines.append("NOTE: some scans could not be read for now; run again to retry them")
+    return "\n".join(lines)
+
+
+def _facts(model: PretrainedModel) -> dict[str, Any]:
+    """All that the numbers of a volume depend on."""
+    return {
+        "kind": "embeddings",
+        "format_version": FORMAT_VERSION,
+        "recipe": model.config.recipe,
+        "task": model.config.task,
+        "checkpoint_step": model.step,
+        "model_fingerprint": model.fingerprint,
+        "trained_on_fingerprint": model.preparation["fingerprint"],
+        "windows": [list(window) for window in model.windows],
+        "image_size": model.image_size,
+        "normalize": model.config.normalize,
+        "dtype": model.config.dtype,
+        "embedding_dim": model.embedding_dim,
+        "batch_size": model.batch_size,
+        "device": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "versions": {name: version(name) for name in ("jax", "numpy", "pillow")},
+    }
+
+
+def _embedded(model: PretrainedModel, volume: InputVolume | Refused) -> VolumeEmbedding | Refused:
+    """The embedding of a volume; a refusal stays one."""
+    if isinstance(volume, Refused):
+        return volume
+    embedding = summarise_slices(model.outputs(volume.prepared)["embedding"])
+    return VolumeEmbedding(*volume[:3], np.asarray(volume.position_mm, np.float32), *embedding)
+
+
+def _patients_seen(run: Run, key_fingerprint: str, patients: list[str]) -> int | None:
+    """How many of the patients the run or one of its ancestors has learned from; None if this
+    cannot be known."""
+    ancestors = run.ancestors  # a damaged list is refused even where the patients are not known
+    if not (run.workdir / "patients.json").is_file():
+        return None
+    learned_from = [*(ancestor["patients"] for ancestor in ancestors), run.patients]
+    return patients_seen(learned_from, key_fingerprint, "test", patients)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _parts_dir(output: Path) -> Path:
+    return output.with_suffix(".parts")
+
+
+def _remove_parts(output: Path) -> None:
+    """Removes the parts of this run and of killed ones to this output; files that are not ours
+    stay."""
+    folder = _parts_dir(output)
+    partial = output.parent.glob(f"{output.stem}.*.partial")
+    for path in (*folder.glob("*.npz"), *folder.glob("*.npz.*.partial"), *partial):
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

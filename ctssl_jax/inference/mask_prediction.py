@@ -1,0 +1,175 @@
+"""The mask of one scan in the geometry of the scan, and its regions."""
+
+import importlib.util
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ctssl_jax.inference.pictures import save_regions
+from ctssl_jax.inference.pretrained import PretrainedModel
+from ctssl_jax.tasks.interface import item_slices
+from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training.state import abstract_model
+from data_prep.masks import regions as mask_regions
+from data_prep.masks import writing
+from data_prep.raw.scans import Scan
+from data_prep.scan.headers import NIFTI
+from data_prep.scan.volume import Volume
+from data_prep.scan.window import window_to_uint8
+
+TASKS = ("segmentation", "segmentation_standard_unet")
+THRESHOLD = 0.5  # as `ctssl_jax.evaluate` measures masks
+_LISTED_REGIONS = 200  # listed in prediction.json, the largest first
+_SHOWN = 6
+IDENTITY_NOTE = (
+    "segmentation.dcm carries the patient's name and identifiers, as the scan does; the other "
+    "files carry none "
+    "(--dicom_seg=false leaves it out)"
+)
+
+
+def predict_mask(
+    model: PretrainedModel,
+    scan: Scan,
+    input_dir: Path,
+    output: Path,
+    title: str,
+    *,
+    dicom_seg: bool | None = None,
+    segment_label: str = "",
+) -> tuple[dict[str, Any], list[str]]:
+    """Write mask.nii.gz, segmentation.dcm and prediction.png.
+
+    Probabilities are brought back to the scan's matrix, and cut at `THRESHOLD` there.
+
+    Args:
+      model: of one of `TASKS`.
+      scan: prepared with the model's windows and image size.
+      input_dir: of the scan's sources.
+      output: folder.
+      title: of the picture; the volume is added.
+      dicom_seg: whether segmentation.dcm is wanted; None: where it can be written.
+      segment_label: Segment Label; "" takes `nodule` for a run on LIDC-IDRI, else `foreground`.
+
+    Returns:
+      Fields of prediction.json, and notes: files that could not be written, and facts that must be
+      known.
+    """
+    volume = scan.volume
+    probabilities = np.empty(volume.hu.shape, np.float32)
+    for values, out in zip(slice_probabilities(model, scan.images), probabilities, strict=True):
+        out[:] = writing.resize_back(values, volume.hu.shape[1:], volume.pixel_spacing_mm)
+    mask = probabilities > THRESHOLD
+    regions = mask_regions.regions_of(mask, probabilities, volume)
+    num_voxels = int(np.count_nonzero(mask))
+    volume_ml = num_voxels * mask_regions.voxel_ml(volume)
+    total = f"{len(regions)} regions, {volume_ml:.2f} ml" if regions else "no foreground"
+    _save_picture(
+        output / "prediction.png", model, volume, mask, probabilities, regions, f"{title}: {total}"
+    )
+    prediction = {
+        "threshold": THRESHOLD,
+        "volume_ml": round(volume_ml, 4),
+        "num_foreground_voxels": num_voxels,
+        "num_foreground_slices": int(np.count_nonzero(mask.any(axis=(1, 2)))),
+        "highest_probability": round(float(probabilities.max()), 6),
+        "num_regions": len(regions),
+        "regions": regions[:_LISTED_REGIONS],
+    }
+    notes = []
+    try:
+        writing.mask_image(mask, volume, input_dir).to_filename(output / "mask.nii.gz")
+    except writing.MaskOutputError as error:
+        notes.append(f"mask.nii.gz was not written: {error}")
+    return prediction, notes + _write_dicom_seg(
+        mask, model, volume, input_dir, output, dicom_seg, segment_label
+    )
+
+
+def slice_probabilities(model: PretrainedModel, images: np.ndarray) -> np.ndarray:
+    """How probable foreground is: slices [S, size, size, C] uint8 -> [S, size, size] float32."""
+    graph, *_ = abstract_model(model.config, get_task(model.config.task))
+
+    @jax.jit
+    def probabilities(state: dict, batch: dict) -> jax.Array:
+        network = nnx.merge(graph, state["params"], state["variables"], copy=True)
+        return jax.nn.sigmoid(
+            network(item_slices(batch["images"], 0, model.config), train=False).logits
+        )
+
+    return model.in_batches(probabilities, {"images": images})
+
+
+def can_write_dicom_seg() -> bool:
+    """Whether highdicom is installed."""
+    return importlib.util.find_spec("highdicom") is not None
+
+
+def _write_dicom_seg(
+    mask: np.ndarray,
+    model: PretrainedModel,
+    volume: Volume,
+    input_dir: Path,
+    output: Path,
+    dicom_seg: bool | None,
+    segment_label: str,
+) -> list[str]:
+    if dicom_seg is False or (dicom_seg is None and volume.headers[0].transfer_syntax == NIFTI):
+        return []
+    if not can_write_dicom_seg():
+        return [
+            "segmentation.dcm was not written: it needs highdicom, pip install ctssl_jax[dicom_seg]"
+        ]
+    of_nodules = model.preparation["archive"] == "lidc_idri"
+    segment = writing.Segment(
+        label=segment_label or ("nodule" if of_nodules else "foreground"),
+        nodule=of_nodules,
+        algorithm="ctssl_jax",
+        algorithm_version=version("ctssl_jax"),
+        model=model.config.recipe,
+        serial_number=model.fingerprint[:16],
+    )
+    try:
+        writing.dicom_segmentation(mask, volume, input_dir, segment).save_as(
+            output / "segmentation.dcm"
+        )
+    except writing.MaskOutputError as error:
+        return [f"segmentation.dcm was not written: {error}"]
+    return [IDENTITY_NOTE]
+
+
+def _save_picture(
+    path: Path,
+    model: PretrainedModel,
+    volume: Volume,
+    mask: np.ndarray,
+    probabilities: np.ndarray,
+    regions: list[dict],
+    title: str,
+) -> None:
+    """The largest regions, each where its area is largest; without any, the slice of the highest
+    probability."""
+    shown = list(dict.fromkeys(region["largest_slice"] for region in regions))[:_SHOWN]
+    captions = []
+    for k in shown:
+        area_mm2 = np.count_nonzero(mask[k]) * float(np.prod(volume.pixel_spacing_mm))
+        captions.append(f"slice {k} at {volume.position_mm[k]:.1f} mm: {area_mm2:.0f} mm²")
+    if not shown:
+        shown = [int(probabilities.max(axis=(1, 2)).argmax())]
+        highest = probabilities[shown[0]].max()
+        captions = [
+            f"slice {shown[0]} at {volume.position_mm[shown[0]]:.1f} mm: highest "
+            f"probability {highest:.3f}"
+        ]
+    save_regions(
+        path,
+        [window_to_uint8(volume.hu[k], model.windows[:1])[..., 0] for k in shown],
+        [mask[k] for k in shown],
+        captions,
+        volume.pixel_spacing_mm,
+        title=title,
+    )

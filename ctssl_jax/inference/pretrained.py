@@ -1,0 +1,364 @@
+"""A trained model as a function of scans.
+
+    model = ctssl_jax.load(RUN)
+    z = model.embed("scan.zip")          # or a folder of one scan, a DICOM or NIfTI file
+    z = model.embed(hu, affine)          # any 3-D array of HU, with the affine of nibabel
+    z.slices, z.mean, z.max              # [S, D], [D], [D]
+
+Slices are oriented, resized and windowed as the run's data were. The embedding of a slice is what
+`StepOutput.embedding` holds of an uncorrupted slice: the encoder's latents averaged over the slice;
+of a U-Net its deepest features, of SE-ResNeXt (which sees three adjacent slices) its last ones,
+averaged likewise.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from ctssl_jax.data.slices import neighbour_table, select_channels, selected_windows
+from ctssl_jax.inference.hu_arrays import prepare_array
+from ctssl_jax.models.classifier import Classifier
+from ctssl_jax.ops.trees import fingerprint, flatten
+from ctssl_jax.parallel.mesh import make_mesh, replicated, split_along_batch, to_devices
+from ctssl_jax.runs.run import Run
+from ctssl_jax.tasks.interface import Task, item_slices
+from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training.state import evaluation_keys, restore_model
+from data_prep.raw.scans import (
+    PreparedVolume,
+    Refused,
+    nothing_taken,
+    plan_scans,
+    prepared_volume,
+    read_scan,
+)
+from data_prep.scan.rules import Rules
+from data_prep.system.errors import InputError
+
+
+class Embedding(NamedTuple):
+    """Embeddings of a volume, float32: slices [S, D] towards superior, mean [D] and max [D] over
+    them."""
+
+    slices: np.ndarray
+    mean: np.ndarray
+    max: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedModel:
+    """A checkpoint on all devices of this process; made by `load`.
+
+    Attributes:
+      run: the run.
+      windows: (level, width) in HU that the model reads, a channel each.
+      step: of the checkpoint.
+      batch_size: slices at a time, a multiple of the devices.
+      state: the model's `params` and `variables`, on the devices.
+    """
+
+    run: Run = dataclasses.field(repr=False)
+    windows: tuple[tuple[float, float], ...]
+    step: int
+    batch_size: int
+    state: dict[str, Any] = dataclasses.field(repr=False)
+    _task: Task = dataclasses.field(repr=False)
+    _offsets: tuple[int, ...] = dataclasses.field(repr=False)
+    _mesh: Mesh = dataclasses.field(repr=False)
+    _outputs: Callable = dataclasses.field(repr=False)
+    _latents: Callable | None = dataclasses.field(repr=False)
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        """The configuration of the run."""
+        return self.run.config
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """`preparation.json` of the data that the run learned from."""
+        return self.run.preparation
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the slices in pixels."""
+        return self.config.image_size
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the numbers, the `model_fingerprint` of results."""
+        return fingerprint(flatten(self.state))
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return jax.eval_shape(self._outputs, self.state, self._abstract_batch())["embedding"].shape[
+            -1
+        ]
+
+    def embed(
+        self, volume: Any, affine: np.ndarray | None = None, *, rules: Rules | None = None
+    ) -> Embedding:
+        """Embed one volume.
+
+        Args:
+          volume: path of a scan (a folder, a zip file, one DICOM or NIfTI file); or HU, a 3-D array
+            in any orientation, with `affine`; or slices of a prepared dataset, [S, H, W, C] uint8,
+            a channel a window.
+          affine: [4, 4], array indices -> mm towards right, anterior, superior (nibabel's
+            `image.affine`).
+          rules: which scans a path may hold; None takes the defaults of `data_prep.prepare`.
+
+        Raises:
+          InputError: no scan or several, an oblique volume, values that are not HU, or slices of
+            another size.
+        """
+        return summarise_slices(
+            self.outputs(self.prepare(volume, affine, rules=rules))["embedding"]
+        )
+
+    def probabilities(
+        self, volume: Any, affine: np.ndarray | None = None, *, rules: Rules | None = None
+    ) -> np.ndarray:
+        """Class probabilities of each slice, [S, K] float32; arguments as in `embed`.
+
+        Raises:
+          InputError: as `embed`, or the model predicts no classes.
+        """
+        if "probabilities" not in jax.eval_shape(self._outputs, self.state, self._abstract_batch()):
+            raise InputError(
+                f"a model of the task {self.config.task} predicts no classes; load a "
+                f"classifier's run"
+            )
+        return self.outputs(self.prepare(volume, affine, rules=rules))["probabilities"]
+
+    def latents(
+        self, volume: Any, affine: np.ndarray | None = None, *, rules: Rules | None = None
+    ) -> np.ndarray:
+        """The encoder's output of each slice, [S, h, w, D] float32; arguments as in `embed`.
+
+        Raises:
+          InputError: as `embed`, or the model has no encoder.
+        """
+        if self._latents is None:
+            raise InputError(
+                f"a model of the task {self.config.task} has no encoder with "
+                f"latents; load another run"
+            )
+        images = self.prepare(volume, affine, rules=rules).images
+        return self.in_batches(self._latents, {"images": images})
+
+    def prepare(
+        self, volume: Any, affine: np.ndarray | None = None, *, rules: Rules | None = None
+    ) -> PreparedVolume:
+        """What the model reads of a volume; arguments and errors as in `embed`."""
+        if isinstance(volume, str | Path):
+            return self._prepare_path(Path(volume), affine, rules)
+        volume = np.asarray(volume)
+        if affine is None:
+            if volume.dtype == np.uint8 and volume.ndim == 4:
+                return PreparedVolume(volume)
+            raise InputError(
+                f"an array of {volume.dtype} {list(volume.shape)} without an affine; give HU with "
+                f"the affine of "
+                "nibabel, or slices of a prepared dataset as uint8 [S, H, W, C]"
+            )
+        return prepare_array(volume, affine, self.windows, self.image_size)
+
+    def outputs(self, prepared: PreparedVolume) -> dict[str, np.ndarray]:
+        """`embedding` [S, D] float32 and, of a model with classes, `probabilities` [S, K] float32.
+
+        Every volume makes batches of its own, so that its numbers depend on no other volume.
+
+        Raises:
+          InputError: slices of another size or number of channels, or no lung box where the model
+            crops to the lungs.
+        """
+        images = prepared.images
+        size, channels = self.image_size, len(self.windows)
+        if (
+            images.dtype != np.uint8
+            or images.shape[1:] != (size, size, channels)
+            or not len(images)
+        ):
+            raise InputError(
+                f"slices of {images.dtype} {list(images.shape)}, but the run's are uint8 [S, "
+                f"{size}, {size}, "
+                f"{channels}]; prepare them with its --image_size and --window"
+            )
+        row = {
+            "num_slices": len(images),
+            "middle_slice": 0,
+            "first_record": 0,
+            "gap_positions": " ".join(map(str, prepared.gap_positions)),
+        }
+        batch = {
+            "images": images,
+            "neighbours": neighbour_table([row], self._offsets, repeat_edges=True),
+        }
+        if self._task.targets(self.config).lung_box:
+            if prepared.lung_box is None:
+                raise InputError(
+                    "this model crops slices to the lungs; give HU with an affine, "
+                    "or the path of a scan"
+                )
+            box = np.array((prepared.lung_box or f"0 0 {size} {size}").split(), np.float32)
+            batch["box"] = np.broadcast_to(box, (len(images), 4))
+        return self.in_batches(self._outputs, batch)
+
+    def _prepare_path(
+        self, path: Path, affine: np.ndarray | None, rules: Rules | None
+    ) -> PreparedVolume:
+        if affine is not None:
+            raise InputError(
+                "an affine goes with an array; a scan on disk has its own, leave it out"
+            )
+        plan = plan_scans(path, rules=rules)
+        if len(plan.exams) > 1:
+            raise InputError(
+                f"--input={path} holds {len(plan.exams)} scans; give one, or all to python -m "
+                f"ctssl_jax.embed"
+            )
+        scan = read_scan(plan.input_dir, plan.exams[0], self.windows, self.image_size, rules)
+        if isinstance(scan, Refused):
+            raise InputError(nothing_taken(path, [scan]))
+        return prepared_volume(scan)
+
+    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (
+            self.batch_size,
+            len(self._offsets),
+            self.image_size,
+            self.image_size,
+            len(self.windows),
+        )
+        box = jax.ShapeDtypeStruct((self.batch_size, 4), np.float32)
+        images = jax.ShapeDtypeStruct(shape, np.uint8)
+        return {"images": images} | (
+            {"box": box} if self._task.targets(self.config).lung_box else {}
+        )
+
+    def in_batches(self, function: Callable, arrays: dict[str, np.ndarray]) -> Any:
+        """A function of all slices, in batches of one size, so that one program is compiled.
+
+        Args:
+          function: (state, batch) -> tree of arrays [B, ...]; jitted.
+          arrays: `images` [S, H, W, C] uint8, further arrays [S, ...], and `neighbours` [S, K] int,
+            the slices of each input; without it each slice is an input of its own.
+
+        Returns:
+          The tree with arrays [S, ...], on the host.
+        """
+        number, pending, fetched = len(arrays["images"]), None, []
+        for start in range(0, number, self.batch_size):
+            index = np.minimum(np.arange(start, start + self.batch_size), number - 1)
+            batch = {name: values[index] for name, values in arrays.items() if name != "neighbours"}
+            neighbours = arrays["neighbours"][index] if "neighbours" in arrays else index[:, None]
+            batch["images"] = arrays["images"][neighbours]
+            running = function(self.state, to_devices(self._mesh, batch))
+            # fetch one batch behind, so that the devices never wait for the host
+            if pending is not None:
+                fetched.append(jax.device_get(pending))
+            pending = running
+        fetched.append(jax.device_get(pending))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:number], *fetched)
+
+
+def load(
+    workdir: str | Path | Run, checkpoint: str = "best", *, batch_size: int = 0
+) -> PretrainedModel:
+    """Load the model of a run.
+
+    Args:
+      workdir: run directory, of any task, or the opened run.
+      checkpoint: `best`, `last` or a step.
+      batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the training's.
+
+    Raises:
+      InputError: no such run or checkpoint.
+    """
+    if batch_size < 0:
+        raise InputError(f"--batch_size={batch_size}: must be 0 or more")
+    run = workdir if isinstance(workdir, Run) else Run.open(Path(workdir).expanduser())
+    config = run.config
+    windows = selected_windows(run.preparation, select_channels(run.preparation, config.windows))
+    step, task = run.choose_step(checkpoint), get_task(config.task)
+    mesh = make_mesh(jax.local_devices())
+    batch_size = batch_size or config.batch_size // config.microbatches
+    graph, state = restore_model(run.workdir, step, config, task, replicated(mesh))
+    downstream = _sees_whole_slices(task, config)
+
+    def outputs(state: dict, batch: dict) -> dict[str, jax.Array]:
+        model = nnx.merge(graph, state["params"], state["variables"], copy=True)
+        return (
+            _downstream_outputs(model, batch, task, config)
+            if downstream
+            else _encoder_outputs(model, batch, config)
+        )
+
+    def latents(state: dict, batch: dict) -> jax.Array:
+        model = nnx.merge(graph, state["params"], state["variables"], copy=True)
+        return model.encoder(item_slices(batch["images"], 0, config), train=False)
+
+    shardings = (replicated(mesh), split_along_batch(mesh))
+    jitted = functools.partial(jax.jit, in_shardings=shardings, out_shardings=shardings[1])
+    return PretrainedModel(
+        run=run,
+        windows=tuple(windows),
+        step=step,
+        batch_size=-(-batch_size // mesh.size) * mesh.size,
+        _task=task,
+        _offsets=task.offsets(config) if downstream else (0,),
+        _mesh=mesh,
+        state=state,
+        _outputs=jitted(outputs),
+        _latents=jitted(latents) if "project" in state["params"].get("encoder", {}) else None,
+    )
+
+
+def _sees_whole_slices(task: Task, config: ml_collections.ConfigDict) -> bool:
+    """Whether the task itself, in evaluation, feeds the slice as it is; pretraining corrupts it."""
+    targets = task.targets(config)
+    return bool(targets.label or targets.mask)
+
+
+def _downstream_outputs(model: nnx.Module, batch: dict, task: Task, config) -> dict[str, jax.Array]:
+    """The outputs of an evaluation. Its scores are against made-up targets: unused, so the compiler
+    leaves them out."""
+    number, _, height, width, _ = batch["images"].shape
+    targets = {
+        "label": jnp.zeros(number, jnp.int32),
+        "mask": jnp.zeros((number, height, width), jnp.uint8),
+    }
+    keys = evaluation_keys(jnp.zeros(number, jnp.int32))
+    output = task.apply(model, batch | targets, keys, None, config, train=False)
+    embedding = {"embedding": output.embedding}
+    return embedding | (
+        {"probabilities": output.classes["probabilities"]} if output.classes else {}
+    )
+
+
+def _encoder_outputs(model: nnx.Module, batch: dict, config) -> dict[str, jax.Array]:
+    images = item_slices(batch["images"], 0, config)
+    if isinstance(model, Classifier):
+        logits, latents = model(images, train=False)
+        return {
+            "embedding": jnp.mean(latents, axis=(1, 2)),
+            "probabilities": jax.nn.softmax(logits),
+        }
+    return {"embedding": jnp.mean(model.encoder(images, train=False), axis=(1, 2))}
+
+
+def summarise_slices(slices: np.ndarray) -> Embedding:
+    """Embeddings of slices [S, D] with their mean and their maximum."""
+    return Embedding(
+        slices, slices.mean(axis=0, dtype=np.float64).astype(np.float32), slices.max(axis=0)
+    )

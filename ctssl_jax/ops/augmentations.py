@@ -1,0 +1,254 @@
+"""Augmentation of training slices: pure functions of (keys, batch), every example with a key of its
+own.
+
+The strengths are those of the slice stage of the RSNA challenge's winner (contrast, shift, scale,
+rotation, cutout) and a horizontal flip. Each kind of augmentation draws from its own part of the
+key: to switch one off does not change the others. A strength of 0 leaves the values as they are,
+  bit by bit.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+
+from data_prep.system.errors import InputError
+
+_CONTRAST, _GEOMETRY, _CUTOUT, _FLIP = range(4)  # parts of an example's key
+
+
+def check(strengths: Mapping) -> None:
+    """Refuse strengths that `augment` cannot take.
+
+    Raises:
+        InputError: names the field.
+    """
+    known = {
+        "contrast",
+        "shift",
+        "scale",
+        "rotation_degrees",
+        "cutout_holes",
+        "cutout_side",
+        "flip",
+    }
+    for name in strengths:
+        if name not in known:
+            raise InputError(
+                f"config.augmentation.{name} is not known; choose among {', '.join(sorted(known))}"
+            )
+    limits = {
+        "contrast": 1,
+        "shift": 1,
+        "scale": 0.99,
+        "rotation_degrees": 180,
+        "cutout_side": 1,
+        "cutout_holes": 100,
+    }
+    for name, limit in limits.items():
+        value = strengths.get(name, 0)
+        if not 0 <= value <= limit:
+            raise InputError(
+                f"config.augmentation.{name}={value}: must be 0 (off) or more and at most {limit}"
+            )
+    if strengths.get("cutout_holes", 0) != int(strengths.get("cutout_holes", 0)):
+        raise InputError(
+            f"config.augmentation.cutout_holes={strengths['cutout_holes']}: must be a whole number"
+        )
+    if bool(strengths.get("cutout_holes", 0)) != bool(strengths.get("cutout_side", 0)):
+        raise InputError(
+            "config.augmentation: cutout_holes and cutout_side work together; set both above 0, "
+            "or both to 0"
+        )
+
+
+def augment(
+    keys: jax.Array,
+    images: jax.Array,
+    *,
+    contrast: float = 0.0,
+    shift: float = 0.0,
+    scale: float = 0.0,
+    rotation_degrees: float = 0.0,
+    cutout_holes: int = 0,
+    cutout_side: float = 0.0,
+    flip: bool = False,
+) -> jax.Array:
+    """Augment every image on its own; all channels of an image alike.
+
+    In this order: contrast; one affine map, resampled once, bilinear, 0 where it looks outside the
+    image; flip; cutout.
+
+    Args:
+        keys: [B] one key an example.
+        images: [B, H, W, C] float32 in [0, 1].
+        contrast: the distance of each value from its channel's mean is multiplied by 1 - contrast
+          to 1 + contrast.
+        shift: of the image by up to this part of each side, each way.
+        scale: enlargement about the centre by 1 - scale to 1 + scale.
+        rotation_degrees: rotation about the centre by up to this angle, each way.
+        cutout_holes: number of rectangles set to 0, centred anywhere and cut off at the border.
+        cutout_side: largest height and width of a rectangle, as a part of the image's; both uniform
+          from 0.
+        flip: swap left and right with probability 1/2.
+
+    Returns:
+        [B, H, W, C] float32 in [0, 1].
+    """
+    if contrast:
+        images = _change_contrast(_part(keys, _CONTRAST), images, contrast)
+    coordinates = _source_coordinates(keys, images.shape[1:3], shift, scale, rotation_degrees)
+    if coordinates is not None:
+        images = _resample(images, coordinates, order=1)
+    if flip:
+        images = _flip(_part(keys, _FLIP), images)
+    if cutout_holes and cutout_side:
+        images = jnp.where(
+            _holes(keys, images.shape[1:3], cutout_holes, cutout_side)[..., None], 0, images
+        )
+    return images
+
+
+def augment_with_masks(
+    keys: jax.Array, images: jax.Array, masks: jax.Array, **strengths: float
+) -> tuple[jax.Array, jax.Array]:
+    """`augment` of images and the same geometry for their masks: nearest pixel, 0 outside and in
+    cut out rectangles.
+
+    Args:
+        keys: [B] one key an example.
+        images: [B, H, W, C] float32 in [0, 1].
+        masks: [B, H, W], any number type.
+        strengths: as in `augment`.
+
+    Returns:
+        images [B, H, W, C] float32 in [0, 1], the same as without masks; masks [B, H, W] of the
+        same type, which hold no values that they did not hold before, but 0.
+    """
+    unchanged_values = masks[..., None].astype(jnp.float32)
+    affine = {name: strengths.get(name, 0.0) for name in ("shift", "scale", "rotation_degrees")}
+    coordinates = _source_coordinates(keys, masks.shape[1:3], **affine)
+    if coordinates is not None:
+        unchanged_values = _resample(unchanged_values, coordinates, order=0)
+    rest = {
+        name: strengths[name]
+        for name in ("flip", "cutout_holes", "cutout_side")
+        if name in strengths
+    }
+    moved = augment(keys, unchanged_values, **rest)
+    return augment(keys, images, **strengths), moved[..., 0].astype(masks.dtype)
+
+
+def crop_to_box(images: jax.Array, boxes: jax.Array) -> jax.Array:
+    """Enlarge a box of each image to the whole image, bilinear; height and width are stretched
+    independently.
+
+    Args:
+        images: [B, H, W, C] float32.
+        boxes: [B, 4] float32: top, left, bottom, right in pixels, the latter two behind the last
+            row and column. Parts outside the image are left out; a box without an inside gives the
+            whole image.
+
+    Returns:
+        [B, H, W, C] float32; a box of the whole image gives the image.
+    """
+    height, width = images.shape[1:3]
+    size = jnp.array([height, width], jnp.float32)
+
+    def crop_one(image, box):
+        start, end = jnp.clip(box[:2], 0, size), jnp.clip(box[2:], 0, size)
+        inside = jnp.all(end - start >= 1)
+        start, end = jnp.where(inside, start, 0), jnp.where(inside, end, size)
+        # Sampled at pixel centres; at the box's border never half a pixel beyond it, into what the
+        # crop leaves out.
+        axes = [
+            jnp.clip(
+                start[axis] + (jnp.arange(n) + 0.5) * ((end[axis] - start[axis]) / n) - 0.5,
+                start[axis],
+                end[axis] - 1,
+            )
+            for axis, n in enumerate((height, width))
+        ]
+        return _interpolate(image, jnp.stack(jnp.meshgrid(*axes, indexing="ij")), order=1)
+
+    return jax.vmap(crop_one)(images, boxes.astype(jnp.float32))
+
+
+def _part(keys: jax.Array, part: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, part)
+
+
+def _uniform(keys: jax.Array, limit: float, count: int) -> jax.Array:
+    """[B, count] in [-limit, limit]."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,), minval=-limit, maxval=limit))(
+        keys
+    )
+
+
+def _change_contrast(keys: jax.Array, images: jax.Array, contrast: float) -> jax.Array:
+    factors = 1 + _uniform(keys, contrast, 1)[:, :, None, None]
+    mean = jnp.mean(images, axis=(1, 2), keepdims=True)
+    return jnp.clip(mean + factors * (images - mean), 0, 1)
+
+
+def _source_coordinates(
+    keys: jax.Array, size: tuple[int, int], shift: float, scale: float, rotation_degrees: float
+) -> jax.Array | None:
+    """Where each pixel of the output looks in the input: [B, 2, H, W] rows and columns; None if it
+    is itself."""
+    if not (shift or scale or rotation_degrees):
+        return None
+    height, width = size
+    draws = _uniform(_part(keys, _GEOMETRY), 1.0, 4)
+    centre = jnp.array([(height - 1) / 2, (width - 1) / 2], jnp.float32)[:, None, None]
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")).astype(
+        jnp.float32
+    )
+
+    def of_one(draw):
+        offset = draw[:2] * shift * jnp.array(size, jnp.float32)
+        angle = jnp.deg2rad(draw[3] * rotation_degrees)
+        rows, columns = (grid - centre - offset[:, None, None]) / (1 + scale * draw[2])
+        turned = jnp.stack(
+            [
+                jnp.cos(angle) * rows - jnp.sin(angle) * columns,
+                jnp.sin(angle) * rows + jnp.cos(angle) * columns,
+            ]
+        )
+        return turned + centre
+
+    return jax.vmap(of_one)(draws)
+
+
+def _interpolate(image: jax.Array, coordinates: jax.Array, order: int) -> jax.Array:
+    """Values of an image [H, W, C] at coordinates [2, H, W]; 0 outside."""
+    return jax.vmap(
+        lambda plane: map_coordinates(plane, list(coordinates), order), in_axes=-1, out_axes=-1
+    )(image)
+
+
+def _resample(images: jax.Array, coordinates: jax.Array, order: int) -> jax.Array:
+    return jax.vmap(lambda image, where: _interpolate(image, where, order))(images, coordinates)
+
+
+def _flip(keys: jax.Array, images: jax.Array) -> jax.Array:
+    flipped = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+
+
+def _holes(keys: jax.Array, size: tuple[int, int], count: int, side: float) -> jax.Array:
+    """[B, H, W] bool: inside one of the rectangles."""
+
+    def of_one(key):
+        centre_key, side_key = jax.random.split(key)
+        inside = []
+        for axis, n in enumerate(size):
+            centre = jax.random.uniform(jax.random.fold_in(centre_key, axis), (count, 1), maxval=n)
+            length = jax.random.uniform(
+                jax.random.fold_in(side_key, axis), (count, 1), maxval=side * n
+            )
+            inside.append(jnp.abs(jnp.arange(n) + 0.5 - centre) < length / 2)
+        return jnp.any(inside[0][:, :, None] & inside[1][:, None, :], axis=0)
+
+    return jax.vmap(of_one)(_part(keys, _CUTOUT))

@@ -1,0 +1,29 @@
+"""What can be read out of a frozen encoder without training a network: `probe` and, of patients,
+`attributes`.
+
+>>> from ctssl_jax.probes import probe
+>>> result = probe("run", "dataset", "probe.json", encoder="pixels")  # doctest: +ELLIPSIS
+encoder        masked_region (control: pixels) on ...
+>>> result["num_features"]
+{'latent': 1, 'pooled': 64}
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctssl_jax.probes.attribute_probe import attributes
+    from ctssl_jax.probes.probing import probe
+
+__all__ = ["attributes", "probe"]
+
+_HOMES = {  # imported when they are used: JAX takes seconds
+    "attributes": "ctssl_jax.probes.attribute_probe",
+    "probe": "ctssl_jax.probes.probing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,35 @@
+"""Models that leave the building and come back: folders for PyTorch users, and imported weights.
+
+>>> from ctssl_jax.release import export, import_weights
+>>> manifest = export("run", "folder", ["torch"], "CC-BY-NC-4.0")  # doctest: +ELLIPSIS
+model        VQVAE, ... parameters, step 2 of run
+...
+>>> sorted(manifest["files"])
+['ctssl_torch.py', 'test_input.npz', 'weights.pt']
+>>> import_weights("folder", "imported", config=None, windows=[]) == len(manifest["parity"]["stages"])
+False
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from data_prep.system.command_line import require
+
+if TYPE_CHECKING:
+    from ctssl_jax.release.exporting import export
+    from ctssl_jax.release.importing import import_weights
+
+__all__ = ["export", "import_weights"]
+
+_HOMES = {  # imported when they are used: PyTorch takes seconds, and may be absent
+    "export": "ctssl_jax.release.exporting",
+    "import_weights": "ctssl_jax.release.importing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "export":
+        require("torch", "an export", "torch")
+    return getattr(importlib.import_module(_HOMES[name]), name)

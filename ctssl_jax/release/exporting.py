@@ -1,0 +1,400 @@
+"""A checkpoint as a folder for PyTorch users, with proof that it is the same model: the core of
+`ctssl_jax.export`.
+
+It needs PyTorch; `ctssl_jax.release` says so where it is not installed.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+
+from ctssl_jax.data.slices import select_channels, selected_windows
+from ctssl_jax.ops.trees import fingerprint, flatten
+from ctssl_jax.release import model_card, onnx_file, parity
+from ctssl_jax.runs.reports import say
+from ctssl_jax.runs.run import Run, portable
+from ctssl_jax.tasks.table import get_task
+from ctssl_jax.torch_bridge import ctssl_torch
+from ctssl_jax.torch_bridge.names import architecture_settings, state_dict
+from ctssl_jax.training.state import count_parameters, restore_model
+from data_prep.scan.window import window_to_uint8
+from data_prep.synthetic.exam import Options, render_series, sample_exam
+from data_prep.system.command_line import require
+from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.files import file_sha256, folder_written_whole, write_json, write_text
+
+FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
+# larger slices are cut to their middle for the test: nothing in the models depends on the size
+MAX_TEST_SIDE = 256
+
+
+def export(
+    workdir: str | Path,
+    output_dir: str | Path,
+    formats: Sequence[str],
+    licence: str,
+    *,
+    checkpoint: str = "best",
+    results: Sequence[str | Path] = (),
+    num_test_slices: int = 2,
+) -> dict[str, Any]:
+    """Export a run's checkpoint.
+
+    Args:
+      workdir: run directory, of any task.
+      output_dir: folder that is made; it must not exist or be empty.
+      formats: of `FORMATS`.
+      licence: of the weights, as it stands in the manifest.
+      checkpoint: `best`, `last` or a step.
+      results: files of `ctssl_jax.evaluate` of this very model, for the model card.
+      num_test_slices: synthetic slices that parity is measured on.
+
+    Returns:
+      The contents of manifest.json.
+
+    Raises:
+      InputError: no such run or checkpoint, another model's results, a format that is not known, a
+        folder in use, a missing package.
+      RunFailed: the exported model is not the same function.
+    """
+    output_dir = Path(output_dir).resolve()
+    _check_request(output_dir, formats, licence, num_test_slices)
+    started = time.monotonic()
+    run = Run.open(workdir)
+    exported = open_model(run, checkpoint)
+    imported_under = run.imported.get("license")
+    if imported_under and imported_under != licence:
+        raise InputError(
+            f"--license={licence}, but these weights were imported under {imported_under}: give "
+            f"--license={imported_under}"
+        )
+    summaries = [_result(Path(path), exported.fingerprint) for path in results]
+    preprocessing = preprocessing_of(exported)
+    entries = state_dict(
+        exported.tensors, exported.architecture, exported.depth, _counters(exported)
+    )
+    manifest = {
+        "format_version": ctssl_torch.FORMAT_VERSION,
+        "name": f"{run.config.recipe}, step {exported.step:,}",
+        "architecture": exported.architecture,
+        "model": exported.settings,
+        "num_parameters": exported.num_parameters,
+        "preprocessing": preprocessing,
+        "training": _training(exported),
+        "data": _data(run),
+        "results": summaries,
+        "license": licence,
+        "model_fingerprint": exported.fingerprint,
+        "versions": {name: version(name) for name in ("jax", "flax", "torch")},
+    }
+    size = f"{exported.num_parameters:,} parameters"
+    say(f"model        {exported.architecture}, {size}, step {exported.step:,} of {workdir}")
+
+    # ---- Is it the same model? ----
+    twin = _twin(manifest, entries)
+    images = synthetic_images(preprocessing, len(twin.offsets), num_test_slices)
+    measured, outputs = parity.measure(
+        exported.model, twin, images, exported.architecture, exported.depth
+    )
+    say(
+        f"parity       largest difference of {len(measured.stages)} layers and of the outputs: "
+        f"{measured.worst:.1e} of "
+        "the largest value"
+        + (
+            ""
+            if measured.codes_equal is None
+            else f"; {measured.codes_equal:.4%} of the codes are equal"
+        )
+    )
+    if not measured.holds:
+        raise RunFailed(_not_the_same(measured))
+    manifest["parity"] = {
+        "tolerance": parity.TOLERANCE,
+        "input": f"{num_test_slices} synthetic slices of {images.shape[1]} x {images.shape[2]} "
+        f"pixels, float32",
+        "largest_difference": measured.worst,
+        "outputs": measured.outputs,
+        "stages": measured.stages,
+        "codes_equal": measured.codes_equal,
+        "code_margin": measured.code_margin,
+    }
+
+    # ---- Files, in a folder that takes its name when it is complete ----
+    unfinished = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    try:
+        with folder_written_whole(output_dir, unfinished) as temporary:
+            _write_weights(temporary, formats, entries)
+            _write_test_input(temporary / "test_input.npz", images, outputs)
+            if "onnx" in formats:
+                manifest["onnx"] = onnx_file.write(
+                    temporary / FORMATS["onnx"], twin, images, outputs
+                )
+                difference = manifest["onnx"]["largest_difference"]
+                say(f"ONNX         largest difference {difference:.1e}, opset {onnx_file.OPSET}")
+            shutil.copyfile(ctssl_torch.__file__, temporary / "ctssl_torch.py")
+            manifest["files"] = {
+                path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+                for path in sorted(temporary.iterdir())
+            }
+            write_text(temporary / "README.md", model_card.text(manifest))
+            write_json(temporary / "manifest.json", manifest)
+    except OSError as error:
+        raise InputError(
+            f"--output_dir={output_dir} cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    size = sum(facts["bytes"] for facts in manifest["files"].values())
+    took = time.monotonic() - started
+    say(
+        f"written      {output_dir}: {', '.join(manifest['files'])} ({size / 1e6:.1f} MB) in "
+        f"{took:.0f} s"
+    )
+    return manifest
+
+
+def _check_request(
+    output_dir: Path, formats: Sequence[str], licence: str, num_test_slices: int
+) -> None:
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise InputError(f"--format={','.join(formats)}: give one or more of {', '.join(FORMATS)}")
+    if not licence:
+        raise InputError(
+            "give --license, e.g. --license=CC-BY-NC-4.0: that of the weights, which follows from "
+            "the terms of the "
+            "training data and of the weights that the run started from"
+        )
+    if num_test_slices < 1:
+        raise InputError(f"--num_test_slices={num_test_slices}: must be 1 or more")
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise InputError(f"--output_dir={output_dir} is there already; give a new or empty folder")
+    for name, packages in (
+        ("safetensors", ("safetensors",)),
+        ("onnx", ("onnx", "onnxscript", "onnxruntime")),
+    ):
+        for package in packages if name in formats else ():
+            require(package, f"--format={name}", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunModel:
+    """A checkpoint as a model in float32 on one device.
+
+    run: the run.
+    step: of the checkpoint.
+    architecture: `VQVAE`, `Classifier`, `UNet`, `StandardUNet` or `SEResNeXt`.
+    settings: of the architecture, as its PyTorch twin takes them.
+    depth: residual blocks; 0 where there are none.
+    model: in JAX, without remat and scan.
+    tensors: float32 arrays by name, without `params/` or `variables/`.
+    num_parameters: trainable ones.
+    fingerprint: `model_fingerprint` of results.
+    """
+
+    run: Run
+    step: int
+    architecture: str
+    settings: dict[str, Any]
+    depth: int
+    model: nnx.Module
+    tensors: dict[str, np.ndarray]
+    num_parameters: int
+    fingerprint: str
+
+
+def open_model(run: Run, checkpoint: str) -> RunModel:
+    """Read a checkpoint of a run.
+
+    Raises:
+      InputError: no such checkpoint.
+    """
+    step = run.choose_step(checkpoint)
+    plain = run.config.copy_and_resolve_references()
+    plain.dtype, plain.remat, plain.scan = "float32", False, False
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    graph, state = restore_model(run.workdir, step, plain, get_task(plain.task), device)
+    model = nnx.merge(graph, state["params"], state["variables"])
+    flat = flatten(state)
+    return RunModel(
+        run=run,
+        step=step,
+        architecture=type(model).__name__,
+        settings=architecture_settings(model.config),
+        depth=getattr(model.config, "depth", 0),
+        model=model,
+        tensors={name.split("/", 1)[1]: jax.device_get(value) for name, value in flat.items()},
+        num_parameters=count_parameters(state["params"]),
+        fingerprint=fingerprint(flat),
+    )
+
+
+def preprocessing_of(exported: RunModel) -> dict[str, Any]:
+    """How slices become the model's input, as `ctssl_torch.preprocess` takes it.
+
+    Raises:
+      InputError: the run normalises adjacent slices together, which a slice alone cannot reproduce.
+    """
+    config, preparation = exported.run.config, exported.run.preparation
+    windows = selected_windows(preparation, select_channels(preparation, config.windows))
+    num_slices = 3 if exported.architecture == "SEResNeXt" else 1
+    if num_slices > 1 and config.normalize != "window":
+        raise InputError(
+            f"a run with config.normalize={config.normalize} on adjacent slices cannot be exported"
+        )
+    return {
+        "windows": [list(map(float, window)) for window in windows],
+        "image_size": config.image_size,
+        "normalize": config.normalize,
+        "in_channels": config.model.in_channels // num_slices,
+        "crop": config.get("crop", "none"),
+        "orientation": "slices to superior, rows to posterior, columns to the patient's left",
+        "value_range": [0.0, 1.0],
+    }
+
+
+def _counters(exported: RunModel) -> int | dict[str, int]:
+    """PyTorch's counters: those that were imported, or the step."""
+    imported = exported.run.imported
+    if imported.get("step") == exported.step and imported["num_batches_tracked"]:
+        return imported["num_batches_tracked"]
+    return exported.step
+
+
+def _training(exported: RunModel) -> dict[str, Any]:
+    run = exported.run
+    return {
+        "task": run.config.task,
+        "recipe": run.config.recipe,
+        "checkpoint_step": exported.step,
+        **run.training_data,
+        "init_from": [*run.imported.get("init_from", []), *run.lineage],
+        "config": portable(run.config),
+    }
+
+
+def _label_facts(run: Run) -> dict[str, Any] | None:
+    """Classes, in the order of the logits, and level (slice or volume) of the label that the model
+    predicts."""
+    return (run.preparation.get("labels") or {}).get(run.config.get("label"))
+
+
+def _data(run: Run) -> dict[str, Any]:
+    """Counts only: no patients, and nothing that links to them."""
+    preparation = run.preparation
+    counts = ("num_patients", "num_volumes", "num_slices")
+    splits = preparation.get("splits", {})
+    return {
+        "archive": preparation["archive"],
+        "synthetic": preparation["synthetic"],
+        "dataset_fingerprint": preparation["fingerprint"],
+        "labels": {run.config.label: facts} if (facts := _label_facts(run)) else {},
+        "splits": {
+            split: {name: facts[name] for name in counts if name in facts}
+            for split, facts in splits.items()
+            if split in ("train", "validation")
+        },
+    }
+
+
+def _result(path: Path, fingerprint: str) -> dict[str, Any]:
+    """The facts of an evaluation for the model card.
+
+    Raises:
+      InputError: not a results file, or one of another model.
+    """
+    try:
+        result = json.loads(path.read_text())
+        if result["model_fingerprint"] != fingerprint:
+            raise InputError(
+                f"--results={path} is of another model or checkpoint; evaluate this one"
+            )
+        fields = ("mean", "sd", "ci95", "num_volumes", "num_patients", "unit")
+        return {
+            "split": result["split"],
+            "synthetic": result["synthetic"],
+            "dataset_fingerprint": result["dataset_fingerprint"],
+            "num_patients_seen_in_training": result["num_patients_seen_in_training"],
+            "metrics": {
+                metric: {name: value.get(name) for name in fields}
+                for metric, value in result["metrics"].items()
+            },
+        }
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        raise InputError(
+            f"--results={path} is not a results file of ctssl_jax.evaluate ({reason})"
+        ) from None
+
+
+def _twin(manifest: dict[str, Any], entries: dict[str, np.ndarray]) -> ctssl_torch.ExportedModel:
+    twin = ctssl_torch.build(manifest)
+    twin.load_state_dict(
+        {name: torch.from_numpy(value.copy()) for name, value in entries.items()}, strict=True
+    )
+    return twin.eval()
+
+
+def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int) -> np.ndarray:
+    """Adjacent slices in the middle of a synthetic chest, preprocessed: [number, H, W, C] float32
+    in [0, 1].
+
+    Of slices larger than `MAX_TEST_SIDE` the middle is taken.
+    """
+    size = preprocessing["image_size"]
+    options = Options(seed=0, image_size=size, num_slices=20, slice_spacing_mm=0.0)
+    exam, rng = sample_exam(0, options)
+    hu = render_series(exam, "soft", 1, rng)[1].hu
+    unit = (
+        window_to_uint8(np.rint(hu).astype(np.int16), preprocessing["windows"]).astype(np.float32)
+        / 255
+    )
+    if preprocessing["normalize"] == "slice_minmax":
+        low, high = unit.min((1, 2, 3), keepdims=True), unit.max((1, 2, 3), keepdims=True)
+        unit = (unit - low) / np.maximum(high - low, 1e-8)
+    cut = max(0, size - MAX_TEST_SIDE) // 2
+    unit = unit[:, cut : size - cut, cut : size - cut]
+    if unit.shape[-1] == 1:
+        unit = np.repeat(unit, preprocessing["in_channels"], axis=-1)
+    middle = len(unit) // 2 - number // 2 + np.arange(number)
+    offsets = np.arange(num_slices) - num_slices // 2
+    return np.concatenate(
+        [unit[np.clip(middle + offset, 0, len(unit) - 1)] for offset in offsets], axis=-1
+    )
+
+
+def _not_the_same(measured: parity.Parity) -> str:
+    values = {**measured.stages, **measured.outputs}
+    name = max(values, key=values.get)
+    return (
+        f"the PyTorch model is not the same function: {name} differs by {values[name]:.1e} of its "
+        f"largest value, and "
+        f"codes by a margin of {measured.code_margin:.1e}; nothing was written. Please report it "
+        f"with the run's "
+        "config.json"
+    )
+
+
+def _write_weights(folder: Path, formats: Sequence[str], entries: dict[str, np.ndarray]) -> None:
+    if "safetensors" in formats:
+        import safetensors.numpy
+
+        (folder / FORMATS["safetensors"]).write_bytes(safetensors.numpy.save(entries))
+    if "torch" in formats:
+        tensors = {name: torch.from_numpy(value.copy()) for name, value in entries.items()}
+        torch.save(tensors, folder / FORMATS["torch"])
+
+
+def _write_test_input(path: Path, images: np.ndarray, outputs: dict[str, np.ndarray]) -> None:
+    """In PyTorch's axes, without the losses and without outputs that follow from the codes."""
+    kept = {name: parity.channels_first(outputs[name]) for name in onnx_file.output_names(outputs)}
+    np.savez(path, images=parity.channels_first(images), **kept)

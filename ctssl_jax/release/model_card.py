@@ -1,0 +1,170 @@
+"""The README.md of an exported folder: a model card made of manifest.json, and of nothing else."""
+
+from typing import Any
+
+_OUTPUTS = {
+    "VQVAE": "`reconstruction`, `latents`, `quantized`, `codes`, two losses",
+    "Classifier": "`logits`, `latents`",
+    "UNet": "`logits` (a pixel's, before the sigmoid), `embedding`",
+    "StandardUNet": "`logits` (a pixel's, before the sigmoid), `embedding`",
+    "SEResNeXt": "`logits`, `embedding`",
+}
+
+
+def text(manifest: dict[str, Any]) -> str:
+    """The model card of a manifest, as Markdown."""
+    sections = [
+        f"# {manifest['name']}",
+        _summary(manifest),
+        "## Use\n\n" + _use(manifest),
+        "## Input\n\n" + _input(manifest["preprocessing"]),
+        "## Training\n\n" + _training(manifest),
+        "## Results\n\n" + _results(manifest["results"]),
+        "## Is it the same model?\n\n" + _parity(manifest),
+        "## Intended use and limits\n\n" + _limits(manifest),
+        f"## Licence\n\n{manifest['license']} for the weights; `ctssl_torch.py` is under "
+        f"Apache-2.0.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    data = "**Synthetic data: of no clinical use.** " if manifest["data"]["synthetic"] else ""
+    return (
+        f"{data}{manifest['architecture']} with {manifest['num_parameters']:,} trainable "
+        f"parameters, trained by "
+        f"ctssl_jax on slices of chest CT (task `{manifest['training']['task']}`)."
+    )
+
+
+def _use(manifest: dict[str, Any]) -> str:
+    neighbours, crop = (
+        manifest["architecture"] == "SEResNeXt",
+        manifest["preprocessing"]["crop"] != ("none"),
+    )
+    example = "images[:1]"
+    if neighbours:  # the slice below, the slice and the one above
+        example = "ctssl_torch.neighbours(images, torch.arange(1), model.offsets)"
+    if crop:
+        return f"""```python
+import ctssl_torch                              # the file in this folder; needs torch and numpy
+
+model = ctssl_torch.load(".")                   # evaluation mode
+output = model(images)                          # {_OUTPUTS[manifest["architecture"]]}
+```
+
+The model was trained on slices cropped to the lungs, which `preprocess` does not find: `ctssl_jax.embed` and
+`ctssl_jax.predict` do."""
+    return f"""```python
+import ctssl_torch                              # the file in this folder; needs torch, numpy, pillow, pydicom
+
+model = ctssl_torch.load(".")                   # evaluation mode
+hu, affine = ctssl_torch.read_dicom("SCAN")     # or nibabel: image.get_fdata(), image.affine
+images = model.preprocess(hu, affine)           # [S, C, H, W] float32
+z = model.embed(images)                         # [S, D], a vector a slice
+output = model({example})                      # {_OUTPUTS[manifest["architecture"]]}
+```
+
+`python ctssl_torch.py .` computes a stored input again and prints how far your installation is from what was stored."""
+
+
+def _input(preprocessing: dict[str, Any]) -> str:
+    windows = ", ".join(
+        f"level {level:g} / width {width:g} HU" for level, width in preprocessing["windows"]
+    )
+    lines = [
+        f"- grey values: {windows}, mapped to [0, 1] in 256 steps",
+        f"- size: {preprocessing['image_size']} x {preprocessing['image_size']} pixels of the "
+        f"whole field",
+        f"- orientation: {preprocessing['orientation']}",
+    ]
+    if preprocessing["normalize"] == "slice_minmax":
+        lines.append("- each slice is stretched from its own minimum to its own maximum")
+    if preprocessing["crop"] != "none":
+        lines.append(
+            "- slices cropped to the lungs' bounding box, which `preprocess` does not find: use "
+            "ctssl_jax.embed"
+        )
+    return "\n".join(lines) + (
+        "\n\n`preprocess` does all of it." if preprocessing["crop"] == "none" else ""
+    )
+
+
+def _training(manifest: dict[str, Any]) -> str:
+    training, data = manifest["training"], manifest["data"]
+    config = training["config"]
+    lines = [
+        f"- recipe `{training['recipe']}`, {training['checkpoint_step']:,} steps of "
+        f"{config['batch_size']} slices, "
+        f"{config['optimizer']}, learning rate {config['learning_rate']:g}, seed "
+        f"{config['seed']}, {config['dtype']}"
+    ]
+    for split, facts in data["splits"].items():
+        counts = ", ".join(
+            f"{number:,} {name.removeprefix('num_')}" for name, number in facts.items()
+        )
+        lines.append(f"- {split} data: {counts} ({data['archive']} archive)")
+    for label, facts in data.get("labels", {}).items():
+        lines.append(
+            f"- predicts `{label}` of a {facts['level']}; classes in order: "
+            f"{', '.join(facts['classes'])}"
+        )
+    for ancestor in training["init_from"]:
+        lines.append(f"- started from `{ancestor['recipe']}`, step {ancestor['checkpoint_step']:,}")
+    if not data["splits"]:
+        lines.append("- training data: not known here (imported weights)")
+    return "\n".join(lines)
+
+
+def _results(results: list[dict[str, Any]]) -> str:
+    if not results:
+        return "None were given to the export (`--results`)."
+    lines = ["| split | metric | mean | 95 % interval | patients |", "|---|---|---|---|---|"]
+    for result in results:
+        split = result["split"] + (" (synthetic)" if result["synthetic"] else "")
+        for name, value in result["metrics"].items():
+            if value["mean"] is None:
+                continue
+            interval = (
+                "" if value["ci95"] is None else f"{value['ci95'][0]:.4f} to {value['ci95'][1]:.4f}"
+            )
+            lines.append(
+                f"| {split} | {name} | {value['mean']:.4f} | {interval} | {value['num_patients']} |"
+            )
+    return "\n".join(lines)
+
+
+def _parity(manifest: dict[str, Any]) -> str:
+    parity = manifest["parity"]
+    lines = [
+        f"Measured on {parity['input']}: over {len(parity['stages'])} layers and the outputs the "
+        f"largest difference to "
+        f"the JAX model is {parity['largest_difference']:.1e} of the layer's largest value "
+        f"(allowed: "
+        f"{parity['tolerance']:g})."
+    ]
+    if parity["codes_equal"] is not None:
+        lines.append(f"{parity['codes_equal']:.4%} of the codes are equal.")
+    if "onnx" in manifest:
+        onnx = manifest["onnx"]
+        lines.append(
+            f"The ONNX file (opset {onnx['opset']}) in onnxruntime: "
+            f"{onnx['largest_difference']:.1e}."
+        )
+    return " ".join(lines)
+
+
+def _limits(manifest: dict[str, Any]) -> str:
+    lines = [
+        "For research on chest CT. Not a medical device: not for diagnosis or treatment.",
+        "Trained on axial slices of the preparation above; other windows, orientations or body "
+        "regions give numbers "
+        "without meaning. Differences between scanners, kernels and populations were not "
+        "corrected for.",
+    ]
+    if manifest["data"]["synthetic"]:
+        lines.append(
+            "All training data are synthetic: the weights show that the software works, "
+            "and nothing else."
+        )
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,241 @@
+"""Whether a model in JAX and its twin in PyTorch are the same function, measured layer by layer.
+
+Both run in float32 on the same inputs. Compared are the outputs of every convolution, normalisation
+and linear layer, and those of the model; each difference is the largest absolute one over the
+largest absolute value of that output. A code may differ only where the two nearest codes are
+equally near to within rounding; the decoder is compared on the same codes.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from ctssl_jax.models.layers import BatchNorm, Conv, PointwiseConv, TransposedConv
+from ctssl_jax.models.vqvae import VQVAE
+from ctssl_jax.torch_bridge.ctssl_torch import ExportedModel
+from ctssl_jax.torch_bridge.names import torch_name
+
+TOLERANCE = 1e-4
+# Distances of a latent to two codes, over the sum of the squares that they are differences of.
+CODE_ROUNDING = 1e-5
+_LAYERS = (Conv, nnx.Linear, PointwiseConv, TransposedConv, BatchNorm)
+
+
+class Parity(NamedTuple):
+    """How far apart the two are.
+
+    stages: PyTorch's name of a layer -> relative difference of its output, in the order of
+      computation.
+    outputs: output of the model (`latents`, `reconstruction`, `logits`, `embedding`) -> the same;
+      of an autoencoder also `decoder_on_same_codes`.
+    codes_equal: share of equal codes; None without a codebook.
+    code_margin: largest relative margin between the two codes where they differ; 0 where none does.
+    """
+
+    stages: dict[str, float]
+    outputs: dict[str, float]
+    codes_equal: float | None = None
+    code_margin: float = 0.0
+
+    @property
+    def worst(self) -> float:
+        """The largest difference; that of an output which follows from another code does not
+        count."""
+        counted = {
+            name: value
+            for name, value in {**self.stages, **self.outputs}.items()
+            if self._counts(name)
+        }
+        return max(counted.values())
+
+    def _counts(self, name: str) -> bool:
+        after_codes = name.startswith("decoder.") or name in ("reconstruction", "quantized")
+        return not (after_codes and self.codes_equal != 1)
+
+    @property
+    def holds(self) -> bool:
+        """Whether all differences are within rounding."""
+        return bool(self.worst <= TOLERANCE and self.code_margin <= CODE_ROUNDING)
+
+
+@contextlib.contextmanager
+def _recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
+    """Outputs of all layers of a model, by the layer's path, for as long as the context lasts."""
+    paths = {
+        id(node): "/".join(map(str, path))
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, _LAYERS)
+    }
+    outputs: dict[str, jax.Array] = {}
+    originals = {kind: kind.__call__ for kind in _LAYERS}
+
+    def recording(call):
+        def wrapped(layer, *args, **kwargs):
+            output = call(layer, *args, **kwargs)
+            if id(layer) in paths:
+                outputs[paths[id(layer)]] = output
+            return output
+
+        return wrapped
+
+    try:
+        for kind, call in originals.items():
+            kind.__call__ = recording(call)
+        yield outputs
+    finally:
+        for kind, call in originals.items():
+            kind.__call__ = call
+
+
+def jax_outputs(
+    model: nnx.Module, images: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Layers' and model's outputs in evaluation mode.
+
+    Args:
+      model: float32, without remat and scan.
+      images: [B, H, W, C] float32 in [0, 1].
+
+    Returns:
+      path of a layer -> its output, channels last; the model's outputs by name.
+    """
+    with jax.default_matmul_precision("highest"):
+        # One compiled function, whose layers are recorded while it is traced.
+        @jax.jit
+        def run(images):
+            with _recorded(model) as layers:
+                output = model(images, train=False)
+            return layers, output
+
+        layers, output = jax.device_get(run(jnp.asarray(images)))
+    return layers, {name: np.asarray(value) for name, value in output._asdict().items()}
+
+
+def _torch_outputs(
+    model: ExportedModel, images: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
+    """The same of PyTorch, channels last, and the layers' names in the order of computation."""
+    layers: dict[str, np.ndarray] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: layers.__setitem__(
+                name, channels_last(output.numpy())
+            )
+        )
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
+    try:
+        with torch.inference_mode():
+            output = model(torch.from_numpy(channels_first(images)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs = {name: channels_last(value.numpy()) for name, value in output._asdict().items()}
+    return layers, outputs, list(layers)
+
+
+def channels_first(images: np.ndarray) -> np.ndarray:
+    """[B, H, W, C] -> [B, C, H, W], contiguous; other ranks are left alone."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if images.ndim == 4 else images
+
+
+def channels_last(images: np.ndarray) -> np.ndarray:
+    """The inverse of `channels_first`."""
+    return images.transpose(0, 2, 3, 1) if images.ndim == 4 else images
+
+
+def relative_difference(value: np.ndarray, expected: np.ndarray) -> float:
+    """Largest absolute difference over the largest absolute expected value.
+
+    Infinite for other shapes, and where a value is not finite: such a model is not known to be the
+    same.
+    """
+    if value.shape != expected.shape or not (
+        np.isfinite(value).all() and np.isfinite(expected).all()
+    ):
+        return float("inf")
+    return float(np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-12))
+
+
+def measure(
+    model: nnx.Module, twin: ExportedModel, images: np.ndarray, architecture: str, depth: int
+) -> tuple[Parity, dict[str, np.ndarray]]:
+    """Compare a model with its twin.
+
+    Args:
+      model: float32, without remat and scan.
+      twin: in evaluation mode, on the CPU.
+      images: [B, H, W, C] float32 in [0, 1].
+      architecture, depth: see `names.torch_name`.
+
+    Returns:
+      The differences, and the outputs in JAX, channels last.
+    """
+    layers, expected = jax_outputs(model, images)
+    there_layers, there, order = _torch_outputs(twin, images)
+    by_their_name = {
+        _layer_name(path, architecture, depth): value for path, value in layers.items()
+    }
+    if missing := set(by_their_name) - set(there_layers):
+        raise KeyError(f"layers without a twin: {', '.join(sorted(missing))}")
+    stages = {
+        name: relative_difference(
+            _like(there_layers[name], by_their_name[name]), by_their_name[name]
+        )
+        for name in order
+        if name in by_their_name
+    }
+    compared = [
+        name for name in expected if name not in ("codes", "codebook_loss", "commitment_loss")
+    ]
+    outputs = {name: relative_difference(there[name], expected[name]) for name in compared}
+    if not isinstance(model, VQVAE):
+        return Parity(stages, outputs), expected
+    with torch.inference_mode():
+        quantized = twin.vq_layer.lookup(torch.from_numpy(np.asarray(expected["codes"], np.int64)))
+        decoded = channels_last(twin.decode(quantized).numpy())
+    with jax.default_matmul_precision("highest"):
+        here = jax.jit(
+            lambda codes: model.decoder(model.quantizer.codebook[...][codes], train=False)
+        )(expected["codes"])
+    outputs["decoder_on_same_codes"] = relative_difference(decoded, np.asarray(here))
+    equal, margin = _compare_codes(
+        expected, there["codes"], np.asarray(model.quantizer.codebook[...])
+    )
+    return Parity(stages, outputs, equal, margin), expected
+
+
+def _layer_name(path: str, architecture: str, depth: int) -> str:
+    field = "scale" if path.endswith("norm") else "kernel"
+    return torch_name(f"{path}/{field}", architecture, depth).removesuffix(".weight")
+
+
+def _like(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """A 1 x 1 convolution with a stride is applied here to every other pixel alone; shapes agree
+    all the same."""
+    return value.reshape(expected.shape) if value.size == expected.size else value
+
+
+def _compare_codes(
+    expected: dict[str, Any], codes: np.ndarray, codebook: np.ndarray
+) -> tuple[float, float]:
+    """Share of equal codes, and the largest relative margin between unequal ones' distances to
+    their latent."""
+    here = np.asarray(expected["codes"]).ravel()
+    there = codes.ravel()
+    different = np.flatnonzero(here != there)
+    if not len(different):
+        return 1.0, 0.0
+    vectors = np.asarray(expected["latents"], np.float64).reshape(len(here), -1)[different]
+    pair = [np.square(vectors - codebook[index[different]]).sum(1) for index in (here, there)]
+    scale = np.square(vectors).sum(1) + np.square(codebook[here[different]]).sum(1)
+    return 1 - len(different) / len(here), float(
+        (np.abs(pair[0] - pair[1]) / np.maximum(scale, 1e-12)).max()
+    )

@@ -1,0 +1,133 @@
+"""Where a run's numbers go: lines on the screen, `metrics.jsonl`, TensorBoard event files. Only
+process 0 writes."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
+
+_SECONDS_BETWEEN_FLUSHES = 10  # of the event file
+
+
+def say(line: str) -> None:
+    """Print a line once a run, whatever the number of processes."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `1:23:45` or `4:05`."""
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Reports:
+    """`metrics.jsonl` and `tensorboard/` of a run directory.
+
+    A run that goes on at `start_step` first drops what an interrupted attempt wrote beyond it; one
+    that starts from scratch (-1) drops everything.
+    """
+
+    def __init__(self, workdir: Path, start_step: int):
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        self._workdir = workdir
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in _complete_lines(path) if _parsed(path, line)["step"] <= start_step]
+        write_text(path, "".join(kept))
+        self._file = open(path, "a")
+        self._events = _EventFile(workdir / "tensorboard", start_step + 1)
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Add one report, e.g. kind `train` or `validation`.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        if not self._writes:
+            return
+        try:
+            self._file.write(
+                json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
+                + "\n"
+            )
+            self._file.flush()
+            self._events.add({f"{kind}/{name}": value for name, value in values.items()}, step)
+        except OSError as error:
+            error.filename = str(self._workdir)  # a full disk does not say it
+            raise
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self._writes:
+            self._file.close()
+            self._events.close()
+
+
+class _EventFile:
+    """A TensorBoard event file that the run itself writes. tensorboardX's `SummaryWriter` has a
+    thread for it, which a full disk ends, and so does a clock that is set back by a month; the run
+    would then wait for it for ever."""
+
+    def __init__(self, folder: Path, purge_step: int):
+        # tensorboardX would import it, which takes seconds
+        hides_torch = sys.modules.setdefault("torch", None) is None
+        try:
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+        finally:
+            if hides_torch:
+                del sys.modules["torch"]
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = Event, summary.scalar
+        self._writer = EventsWriter(str(folder / "events"))
+        # TensorBoard drops what earlier files have of these steps
+        restart = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(step=purge_step, session_log=restart, wall_time=time.time()))
+        self._flushed = time.monotonic()
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            summary = self._scalar(name, value)
+            self._writer.write_event(self._event(step=step, summary=summary, wall_time=time.time()))
+        if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of a JSON-lines file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    return [
+        line
+        for line in path.read_text(errors="replace").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
+
+
+def _parsed(path: Path, line: str) -> dict:
+    try:
+        report = json.loads(line)
+        return {"kind": report["kind"], "step": report["step"] + 0, **report}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged at {line[:40]!r}; remove that line") from None
+
+
+def read_reports(workdir: Path, kind: str) -> list[dict]:
+    """The reports of one kind, in order."""
+    path = workdir / "metrics.jsonl"
+    lines = (_parsed(path, line) for line in _complete_lines(path))
+    return [line for line in lines if line["kind"] == kind]

@@ -1,0 +1,226 @@
+"""Tasks that reconstruct a slice from a corrupted or neighbouring one (paper, sections II.C.1 to
+3): masked region, next slice, denoising. They differ in the corruption alone; model, scores and
+composite loss are the same.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ctssl_jax.data.slices import Targets
+from ctssl_jax.models.quantizer import code_counts
+from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
+from ctssl_jax.ops import corruptions, losses
+from ctssl_jax.ops.images import SSIM_WINDOW, ssim, to_unit_range
+from ctssl_jax.tasks.interface import StepOutput, Task, item_slices, model_config
+from data_prep.system.errors import InputError
+
+
+class Example(NamedTuple):
+    """What the autoencoder sees and must give back.
+
+    inputs, target: [B, H, W, channels] float32 in [0, 1].
+    region: [B, H, W, 1] float32, 1 where the slice was covered; None if nothing was.
+    """
+
+    inputs: jax.Array
+    target: jax.Array
+    region: jax.Array | None = None
+
+
+def _mask_region(images: jax.Array, keys: jax.Array, config: ml_collections.ConfigDict) -> Example:
+    """Cover one square region and reconstruct the whole slice (paper, section II.C.2)."""
+    target, mask = item_slices(images, 0, config), config.mask
+    inputs, region = corruptions.mask_region(
+        keys, target, fraction=mask.fraction, unit=mask.unit, margin=mask.margin, fill=mask.fill
+    )
+    return Example(inputs, target, region)
+
+
+def _next_slice(images: jax.Array, keys: jax.Array, config: ml_collections.ConfigDict) -> Example:
+    """Predict the slice `config.slice_gap` further towards superior (paper, section II.C.1);
+    nothing is random."""
+    return Example(item_slices(images, 0, config), item_slices(images, 1, config))
+
+
+def _add_noise(images: jax.Array, keys: jax.Array, config: ml_collections.ConfigDict) -> Example:
+    """Remove salt-and-pepper noise (paper, section II.C.3)."""
+    target = item_slices(images, 0, config)
+    return Example(
+        corruptions.salt_and_pepper(keys, target, fraction=config.noise.fraction), target
+    )
+
+
+def _reconstruction_scores(prediction: jax.Array, example: Example) -> dict[str, jax.Array]:
+    scores = {"mse": losses.mse(prediction, example.target)}
+    if example.region is not None:
+        scores["masked_mse"] = losses.masked_mse(prediction, example.target, example.region)
+    scores["ssim"] = ssim(to_unit_range(prediction), example.target)
+    return scores
+
+
+def _reconstruct(
+    corrupt: Callable[..., Example],
+    model: VQVAE,
+    batch: dict[str, jax.Array],
+    keys: jax.Array,
+    model_key: jax.Array | None,
+    config: ml_collections.ConfigDict,
+    *,
+    train: bool,
+) -> StepOutput:
+    """Predict the target from the corrupted input (paper, equations 1 to 3).
+
+    The loss is w_mse MSE + w_masked MSE inside the region, if there is one + w_vq (codebook + beta
+    commitment) - w_ssim SSIM.
+
+    Args:
+      corrupt: the corruption, (images, keys, config) -> `Example`.
+      model: the autoencoder; its state (BatchNorm statistics, codebook) is updated in place if
+        `train`.
+      batch: `images` [B, K, H, W, C] uint8, one slice for each of the task's offsets; `weight` [B]
+        float32, 0 for padding.
+      keys: [B] keys, one an example: where the region lies, which pixels are noisy.
+      model_key: key of the model's own randomness (dropout, codebook revival); None in evaluation.
+      config: the training configuration.
+      train: training or evaluation mode.
+    """
+    example = corrupt(batch["images"], keys, config)
+    output = model(example.inputs, train=train, key=model_key)
+    scores = _reconstruction_scores(output.reconstruction, example)
+    scores["vq_loss"] = losses.vector_quantization_loss(
+        output.codebook_loss, output.commitment_loss, config.commitment
+    )
+    terms = config.loss
+    loss = terms.mse * scores["mse"]
+    if example.region is not None:
+        loss += terms.masked_mse * scores["masked_mse"]
+    similarity = scores["ssim"]
+    if config.ssim_rescale:  # in the loss only: what is reported stays comparable
+        similarity = ssim(to_unit_range(output.reconstruction, rescale=True), example.target)
+    loss = loss + terms.vq * scores["vq_loss"] - terms.ssim * similarity
+    return StepOutput(
+        loss=loss,
+        scores=scores,
+        pictures={
+            "input": example.inputs,
+            "target": example.target,
+            "prediction": jnp.clip(output.reconstruction, 0, 1),
+        },
+        embedding=jnp.mean(output.latents, axis=(1, 2)),
+        code_counts=code_counts(output.codes, config.model.num_codes, batch["weight"]),
+    )
+
+
+def _reconstruction_baselines(
+    corrupt: Callable[..., Example],
+    batch: dict[str, jax.Array],
+    keys: jax.Array,
+    mean_image: jax.Array,
+    config: ml_collections.ConfigDict,
+) -> dict[str, dict[str, jax.Array]]:
+    """Predict the mean training slice, or copy the input.
+
+    Args:
+      corrupt: the corruption, (images, keys, config) -> `Example`.
+      batch: `images` [B, K, H, W, C] uint8.
+      keys: [B] keys, as for the model.
+      mean_image: [H, W, C] float32 in [0, 1].
+      config: the training configuration.
+
+    Returns:
+      `{"mean_image": {score: [B]}, "copy_input": {score: [B]}}` with the scores that the task
+      reports.
+    """
+    example = corrupt(batch["images"], keys, config)
+    predictions = {
+        "mean_image": jnp.broadcast_to(mean_image, example.target.shape),
+        "copy_input": example.inputs,
+    }
+    return {
+        name: _reconstruction_scores(prediction, example)
+        for name, prediction in predictions.items()
+    }
+
+
+def _check_reconstruction(check: Callable[..., None], config: ml_collections.ConfigDict) -> None:
+    if config.image_size < SSIM_WINDOW:
+        raise InputError(
+            f"config.image_size={config.image_size}: SSIM needs at least {SSIM_WINDOW} pixels; "
+            f"prepare with a "
+            "larger --image_size"
+        )
+    if not (math.isfinite(config.commitment) and config.commitment >= 0):
+        raise InputError(f"config.commitment={config.commitment}: must be 0 or more")
+    for name, value in config.loss.items():
+        if not math.isfinite(value):
+            raise InputError(f"config.loss.{name}={value}: must be a finite number")
+    model_config(VQVAEConfig, config)
+    check(config)
+
+
+def _check_mask(config: ml_collections.ConfigDict) -> None:
+    mask, image_size = config.mask, config.image_size
+    if not math.isfinite(mask.fill):
+        raise InputError(f"config.mask.fill={mask.fill}: must be a finite number")
+    try:
+        side = corruptions.mask_side(image_size, image_size, fraction=mask.fraction, unit=mask.unit)
+    except ValueError as error:
+        raise InputError(f"config.mask: {error}") from None
+    if mask.margin < 0 or side + mask.margin > image_size:
+        raise InputError(
+            f"config.mask: a mask of {side} pixels with margin {mask.margin} does not fit into "
+            f"{image_size} pixels; "
+            "lower config.mask.margin or config.mask.fraction"
+        )
+
+
+def _check_gap(config: ml_collections.ConfigDict) -> None:
+    if config.slice_gap < 1:
+        raise InputError(f"config.slice_gap={config.slice_gap}: must be 1 or more")
+
+
+def _check_noise(config: ml_collections.ConfigDict) -> None:
+    if not 0 < config.noise.fraction <= 1:
+        raise InputError(
+            f"config.noise.fraction={config.noise.fraction}: must lie above 0 and be at most 1"
+        )
+
+
+def _task(
+    corrupt: Callable[..., Example],
+    check: Callable[[ml_collections.ConfigDict], None],
+    *,
+    field: str,
+    reported: tuple[str, ...],
+    offsets: Callable[[ml_collections.ConfigDict], tuple[int, ...]] = lambda config: (0,),
+) -> Task:
+    return Task(
+        fields=(field, "loss", "commitment", "ssim_rescale"),
+        offsets=offsets,
+        targets=lambda config: Targets(),
+        reported=reported,
+        check=functools.partial(_check_reconstruction, check),
+        build=lambda config, rngs: VQVAE(model_config(VQVAEConfig, config), rngs=rngs),
+        flops=lambda config: flops_per_slice(model_config(VQVAEConfig, config), config.image_size),
+        apply=functools.partial(_reconstruct, corrupt),
+        baselines=functools.partial(_reconstruction_baselines, corrupt),
+    )
+
+
+MASKED_REGION = _task(
+    _mask_region, _check_mask, field="mask", reported=("mse", "masked_mse", "ssim")
+)
+NEXT_SLICE = _task(
+    _next_slice,
+    _check_gap,
+    field="slice_gap",
+    reported=("mse", "ssim"),
+    offsets=lambda config: (0, config.slice_gap),
+)
+DENOISING = _task(_add_noise, _check_noise, field="noise", reported=("mse", "ssim"))

@@ -1,0 +1,130 @@
+"""Tasks that draw a mask on a slice: nodules, or a user's own (paper, section II.E).
+
+Two models: the U-Net whose down branch is the pretraining's encoder, and a standard U-Net as
+reference.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from ctssl_jax.data.slices import Targets
+from ctssl_jax.models import unet
+from ctssl_jax.ops import augmentations, losses, overlap
+from ctssl_jax.tasks.interface import Architecture, StepOutput, Task, item_slices, model_config
+from data_prep.system.errors import InputError
+
+
+def _segment(
+    architecture: Architecture,
+    model: nnx.Module,
+    batch: dict[str, jax.Array],
+    keys: jax.Array,
+    model_key: jax.Array | None,
+    config: ml_collections.ConfigDict,
+    *,
+    train: bool,
+) -> StepOutput:
+    """Binary cross-entropy plus soft Dice loss against the union of the slice's regions.
+
+    A correct detection is never penalised: all regions count, whichever made the slice part of the
+    data.
+
+    Args:
+      architecture: the model's kind; it gives a `UNetOutput`.
+      model: its BatchNorm statistics are updated in place if `train`.
+      batch: `images` [B, 1, H, W, C] uint8, `mask` [B, H, W] uint8 (0 background).
+      keys: [B] keys, one an example: its augmentation.
+      model_key: key of the model's own randomness (dropout); None in evaluation.
+      config: the training configuration.
+      train: training or evaluation mode.
+    """
+    images, mask = item_slices(batch["images"], 0, config), (batch["mask"] > 0).astype(jnp.float32)
+    if train:
+        images, mask = augmentations.augment_with_masks(keys, images, mask, **config.augmentation)
+    logits, embedding = architecture.call(model, images, train, model_key, config)
+    bce = losses.binary_cross_entropy(logits, mask)
+    soft_dice = losses.soft_dice(logits, mask)
+    intersection, predicted, target = overlap.counts(logits, mask)
+    scores = {
+        "binary_cross_entropy": bce,
+        "dice": overlap.dice(intersection, predicted, target),
+        "iou": overlap.iou(intersection, predicted, target),
+        "intersection_px": intersection,
+        "predicted_px": predicted,
+        "target_px": target,
+    }
+    return StepOutput(
+        loss=config.loss.bce * bce + config.loss.dice * soft_dice,
+        scores=scores,
+        pictures={
+            "input": images,
+            "target": images,
+            "prediction": images,
+            "target_mask": mask[..., None],
+            "prediction_mask": (logits > 0).astype(jnp.float32)[..., None],
+        },
+        embedding=embedding,
+    )
+
+
+def _check(architecture: Architecture, config: ml_collections.ConfigDict) -> None:
+    if not 0 <= config.positive_share < 1:
+        raise InputError(
+            f"config.positive_share={config.positive_share}: must be 0 or more and below 1"
+        )
+    augmentations.check(config.augmentation)
+    architecture.settings(config)
+    if config.image_size % unet.STRIDE:
+        raise InputError(
+            f"config.image_size={config.image_size} is not divisible by the U-Net's stride "
+            f"{unet.STRIDE}; prepare with "
+            "an --image_size that is"
+        )
+
+
+def _task(architecture: Architecture) -> Task:
+    return Task(
+        fields=("positive_share", "augmentation", "loss"),
+        offsets=lambda config: (0,),
+        targets=lambda config: Targets(mask=True, positive_share=config.positive_share),
+        reported=("binary_cross_entropy", "dice", "iou"),
+        check=functools.partial(_check, architecture),
+        build=lambda config, rngs: architecture.build(architecture.settings(config), rngs=rngs),
+        flops=lambda config: architecture.flops(architecture.settings(config), config.image_size),
+        apply=functools.partial(_segment, architecture),
+        baselines=lambda batch, keys, mean_image, config: {},
+    )
+
+
+def _encoder_unet_settings(config: ml_collections.ConfigDict) -> unet.UNetConfig:
+    return model_config(unet.UNetConfig, config)
+
+
+def _call_encoder_unet(model, images, train, key, config) -> unet.UNetOutput:
+    return model(
+        images, train=train, key=key, frozen_encoder=config.encoder_learning_rate_factor == 0
+    )
+
+
+def _standard_unet_settings(config: ml_collections.ConfigDict) -> unet.StandardUNetConfig:
+    try:
+        return unet.StandardUNetConfig(**config.model.to_dict(), dtype=config.dtype)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config.model: {error}") from None
+
+
+SEGMENTATION = _task(
+    Architecture(_encoder_unet_settings, unet.UNet, _call_encoder_unet, unet.flops_per_slice)
+)
+SEGMENTATION_STANDARD_UNET = _task(
+    Architecture(
+        settings=_standard_unet_settings,
+        build=unet.StandardUNet,
+        call=lambda model, images, train, key, config: model(images, train=train),
+        flops=unet.standard_flops_per_slice,
+    )
+)

@@ -1,0 +1,196 @@
+"""Tasks that predict a label of the dataset from a slice: pulmonary embolism, or a user's own
+(paper, section II.D).
+
+Two models: the pretraining's encoder with classification layers, and SE-ResNeXt-50 on three
+adjacent slices, the slice stage of the winner of the RSNA challenge.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from ctssl_jax.data.slices import Targets
+from ctssl_jax.models import classifier, se_resnext
+from ctssl_jax.ops import augmentations, losses
+from ctssl_jax.ops.images import to_unit_images
+from ctssl_jax.tasks.interface import Architecture, StepOutput, Task, model_config
+from data_prep.system.errors import InputError
+
+SLICES = ("all", "middle")
+CROPS = ("none", "lung_box")
+
+
+def _probabilities(logits: jax.Array) -> jax.Array:
+    """[B, K] float32; of one logit the two classes' probabilities."""
+    return jax.nn.softmax(_two_columns(logits).astype(jnp.float32))
+
+
+def _two_columns(logits: jax.Array) -> jax.Array:
+    """One logit of a positive class as two of a softmax, which is the same model."""
+    return (
+        jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+        if logits.shape[-1] == 1
+        else logits
+    )
+
+
+def _inputs(batch: dict[str, jax.Array], config: ml_collections.ConfigDict) -> jax.Array:
+    """The slices of an item as channels, cropped if asked for: [B, H, W, channels] float32 in [0,
+    1]."""
+    images = jnp.concatenate(list(jnp.moveaxis(batch["images"], 1, 0)), axis=-1)
+    images = to_unit_images(images, config.model.in_channels, config.normalize)
+    return augmentations.crop_to_box(images, batch["box"]) if config.crop == "lung_box" else images
+
+
+def _predict(
+    architecture: Architecture,
+    model: nnx.Module,
+    batch: dict[str, jax.Array],
+    keys: jax.Array,
+    model_key: jax.Array | None,
+    config: ml_collections.ConfigDict,
+    *,
+    train: bool,
+) -> StepOutput:
+    """Cross-entropy of the label, of augmented slices in training.
+
+    Args:
+      architecture: the model's kind; it gives logits [B, K] and embedding [B, D].
+      model: its BatchNorm statistics are updated in place if `train`.
+      batch: `images` [B, K, H, W, C] uint8, `label` [B] int32, with `config.crop` `box` [B, 4]
+        float32.
+      keys: [B] keys, one an example: its augmentation.
+      model_key: key of the model's own randomness (dropout); None in evaluation.
+      config: the training configuration.
+      train: training or evaluation mode.
+    """
+    target = inputs = _inputs(batch, config)
+    if train:
+        inputs = augmentations.augment(keys, inputs, **config.augmentation)
+    logits, embedding = architecture.call(model, inputs, train, model_key, config)
+    loss = losses.cross_entropy(_two_columns(logits), batch["label"])
+    probabilities = _probabilities(logits)
+    right = jnp.argmax(probabilities, axis=-1) == batch["label"]
+    return StepOutput(
+        loss=loss,
+        scores={"cross_entropy": loss, "accuracy": right.astype(jnp.float32)},
+        pictures={"input": inputs, "target": target, "prediction": target},
+        embedding=embedding,
+        classes={"label": batch["label"], "probabilities": probabilities},
+    )
+
+
+def _check(
+    architecture: Architecture, offsets: tuple[int, ...], config: ml_collections.ConfigDict
+) -> None:
+    if not config.label:
+        raise InputError(
+            "config.label is empty; name a label of the dataset, e.g. "
+            "--config.label=pe_present_on_image"
+        )
+    if config.num_classes < 2:
+        raise InputError(
+            f"config.num_classes={config.num_classes}: must be 2 or more, or 0 for "
+            f"as many as it has"
+        )
+    for name, allowed in (("slices", SLICES), ("crop", CROPS)):
+        if config[name] not in allowed:
+            raise InputError(f"config.{name}={config[name]!r}: choose one of {', '.join(allowed)}")
+    if not 0 <= config.positive_share < 1:
+        raise InputError(
+            f"config.positive_share={config.positive_share}: must be 0 or more and below 1"
+        )
+    augmentations.check(config.augmentation)
+    settings = architecture.settings(config)
+    windows = len(config.windows) or 1
+    if offsets != (0,) and settings.in_channels != windows * len(offsets):
+        raise InputError(
+            f"config.model.in_channels={settings.in_channels}, but {len(offsets)} adjacent slices "
+            f"of {windows} "
+            f"window(s) make {windows * len(offsets)} channels"
+        )
+
+
+def _targets(config: ml_collections.ConfigDict) -> Targets:
+    return Targets(
+        label=config.label,
+        lung_box=config.crop == "lung_box",
+        repeat_edges=True,
+        middle_only=config.slices == "middle",
+        positive_share=config.positive_share,
+    )
+
+
+def _task(
+    architecture: Architecture, offsets: tuple[int, ...], fields: tuple[str, ...] = ()
+) -> Task:
+    """A model on slices at these offsets, its channels; `fields` of the configuration beside those
+    of both models."""
+    return Task(
+        fields=(
+            "label",
+            "num_classes",
+            "slices",
+            "positive_share",
+            "crop",
+            "augmentation",
+            *fields,
+        ),
+        offsets=lambda config: offsets,
+        targets=_targets,
+        reported=("cross_entropy", "accuracy"),
+        check=functools.partial(_check, architecture, offsets),
+        build=lambda config, rngs: architecture.build(architecture.settings(config), rngs=rngs),
+        flops=lambda config: architecture.flops(architecture.settings(config), config.image_size),
+        apply=functools.partial(_predict, architecture),
+        baselines=lambda batch, keys, mean_image, config: {},
+    )
+
+
+def _classifier_settings(config: ml_collections.ConfigDict) -> classifier.ClassifierConfig:
+    return model_config(classifier.ClassifierConfig, config, num_classes=config.num_classes)
+
+
+def _call_classifier(model, inputs, train, key, config) -> tuple[jax.Array, jax.Array]:
+    frozen = config.encoder_learning_rate_factor == 0
+    logits, latents = model(inputs, train=train, key=key, frozen_encoder=frozen)
+    return logits, jnp.mean(latents, axis=(1, 2))
+
+
+def _se_resnext_settings(config: ml_collections.ConfigDict) -> se_resnext.SEResNeXtConfig:
+    num_classes = 1 if config.num_classes == 2 else config.num_classes
+    try:
+        return se_resnext.SEResNeXtConfig(
+            **config.model.to_dict(), num_classes=num_classes, dtype=config.dtype
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config.model: {error}") from None
+
+
+def _call_se_resnext(model, inputs, train, key, config) -> tuple[jax.Array, jax.Array]:
+    output = model(inputs, train=train)
+    return output.logits, output.embedding
+
+
+SLICE_LABEL = _task(
+    Architecture(
+        settings=_classifier_settings,
+        build=classifier.Classifier,
+        call=_call_classifier,
+        flops=classifier.flops_per_slice,
+    ),
+    offsets=(0,),
+)
+SLICE_LABEL_SE_RESNEXT = _task(
+    Architecture(
+        settings=_se_resnext_settings,
+        build=se_resnext.SEResNeXt,
+        call=_call_se_resnext,
+        flops=se_resnext.flops_per_slice,
+    ),
+    offsets=(-1, 0, 1),
+    fields=("init_weights",),
+)

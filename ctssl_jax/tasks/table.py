@@ -1,0 +1,60 @@
+"""The tasks by name: pretraining (paper, section II.C) and downstream (sections II.D and E)."""
+
+import ml_collections
+
+from ctssl_jax.tasks import reconstruction, segmentation, slice_label, transformation
+from ctssl_jax.tasks.interface import Task
+from data_prep.system.errors import InputError
+
+TASKS = {
+    "masked_region": reconstruction.MASKED_REGION,
+    "next_slice": reconstruction.NEXT_SLICE,
+    "denoising": reconstruction.DENOISING,
+    "rotation": transformation.ROTATION,
+    "flip": transformation.FLIP,
+    "slice_label": slice_label.SLICE_LABEL,
+    "slice_label_se_resnext": slice_label.SLICE_LABEL_SE_RESNEXT,
+    "segmentation": segmentation.SEGMENTATION,
+    "segmentation_standard_unet": segmentation.SEGMENTATION_STANDARD_UNET,
+}
+_RECIPES = {
+    "slice_label": "pe",
+    "slice_label_se_resnext": "pe_se_resnext",
+    "segmentation": "nodules",
+    "segmentation_standard_unet": "nodules_standard_unet",
+}
+
+
+def get_task(name: str) -> Task:
+    """Task by the name that `config.task` gives.
+
+    Raises:
+      InputError: no such task.
+    """
+    if name not in TASKS:
+        raise InputError(f"config.task={name!r} is not known; choose one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def check_task(config: ml_collections.ConfigDict) -> None:
+    """Refuse a configuration whose task is unknown, cannot work, or is not the one that its recipe
+    was written for.
+
+    Raises:
+      InputError: names the field and the remedy.
+    """
+    task = get_task(config.task)
+    known = dict.fromkeys(field for other in TASKS.values() for field in other.fields)
+    missing = [f"config.{field} is missing" for field in task.fields if field not in config]
+    foreign = [
+        f"config.{field} has no meaning"
+        for field in known
+        if field not in task.fields and field in config
+    ]
+    if missing or foreign:
+        raise InputError(
+            f"config.task={config.task!r} does not fit this recipe "
+            f"({', '.join(missing + foreign)}); start from "
+            f"--config=configs/{_RECIPES.get(config.task, config.task)}.py"
+        )
+    task.check(config)

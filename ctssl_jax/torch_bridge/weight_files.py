@@ -1,0 +1,111 @@
+"""Files of tensors that others wrote: read without running anything that is in them."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.system.command_line import require
+from data_prep.system.errors import InputError
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
+_WRAPPERS = ("model_state", "state_dict", "model")  # entries of a checkpoint that hold the tensors
+
+
+def read_tensors(path: str | Path, flag: str) -> dict[str, np.ndarray]:
+    """The tensors of a weights file by their names there.
+
+    Args:
+      path: `.safetensors`, or a file of `torch.save` with tensors by name, alone or in an entry
+        `model_state`, `state_dict` or `model` beside other tensors, numbers and text. A prefix
+        `module.` that all names have is taken off.
+      flag: what the user gave the path with, for messages.
+
+    Returns:
+      arrays by name, floating ones as float32, others as they are.
+
+    Raises:
+      InputError: the file does not exist, has another ending, is damaged, holds code, or its reader
+        is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{flag}={path}: there is no such file")
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{flag}={path}: give a file that ends in {', '.join(SUFFIXES)}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, flag)
+    content = _load_without_code(path, flag)
+    for name in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    import torch
+
+    if not (
+        isinstance(content, Mapping) and content and all(map(torch.is_tensor, content.values()))
+    ):
+        raise InputError(f"{flag}={path} does not hold tensors by name; save model.state_dict()")
+    if any(value.layout != torch.strided for value in content.values()):
+        raise InputError(f"{flag}={path} holds sparse tensors; save dense ones")
+    return _plain(
+        {
+            str(name): (value.float() if value.is_floating_point() else value).detach().numpy()
+            for name, value in content.items()
+        }
+    )
+
+
+def _plain(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without a prefix that all have, and floating ones as float32."""
+    whole = ("i", "u", "b")
+    tensors = {
+        name: value if value.dtype.kind in whole else value.astype(np.float32)
+        for name, value in tensors.items()
+    }
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
+
+
+def _read_safetensors(path: Path, flag: str) -> dict[str, np.ndarray]:
+    require("safetensors", f"{flag}={path}", "torch")
+    import safetensors.numpy
+
+    try:
+        return _plain(safetensors.numpy.load_file(path))
+    except Exception as error:  # the reader has exceptions of its own kind
+        raise InputError(
+            f"{flag}={path} is no readable safetensors file, or damaged: {_first_line(error)}"
+        ) from None
+
+
+def _load_without_code(path: Path, flag: str) -> Any:
+    require("torch", f"{flag}={path}", "torch")
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        with open(path, "rb") as file:
+            is_pickle = file.read(1) == b"\x80"  # as torch.save wrote before it wrote zip files
+        is_whole = zipfile.is_zipfile(path) or is_pickle
+        if is_whole and isinstance(error, pickle.UnpicklingError):
+            raise InputError(
+                f"{flag}={path} holds Python objects beside its tensors, which can run code when "
+                f"they are loaded, so "
+                "nothing was loaded; where you trust its source, save the tensors alone: "
+                "torch.save({'model_state': torch.load(FILE, weights_only=False)['model_state']}, "
+                "NEW_FILE)"
+            ) from None
+        damaged = "is a damaged or no" if is_whole else "is truncated or no"
+        raise InputError(
+            f"{flag}={path} {damaged} file of torch.save: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:200]

@@ -1,0 +1,108 @@
+"""Blocks of recipes: models, optimizers and the fields that all recipes share, each a plain dict.
+
+`FIELDS` beside this file says what each field means, and which values it takes.
+"""
+
+from typing import Any
+
+from data_prep.system.errors import InputError
+
+_SMALL_ENCODER = {
+    "hidden": (24, 48),
+    "depth": 6,
+}  # an output pixel sees the masked square and its surroundings
+
+
+def is_small(size: str) -> bool:
+    """Whether a recipe gets 64 x 64 pixels and a model for two CPU cores, not the reference size.
+
+    Raises:
+      InputError: another word than `reference` or `small`.
+    """
+    if size not in ("reference", "small"):
+        raise InputError(f"size {size!r} is not known; choose reference or small")
+    return size == "small"
+
+
+def dataset(
+    *, image_size: int, windows: tuple = ((50, 350),), normalize: str = "window"
+) -> dict[str, Any]:
+    """What is read, and how grey values become inputs."""
+    read = {"dataset": "", "windows": windows, "image_size": image_size, "normalize": normalize}
+    return read | {"train_fraction": 1.0, "seed": 0, "reading_threads": 4}
+
+
+def initial_weights(*, init_scope: str) -> dict[str, Any]:
+    """Which weights come from another run, if `init_from` names one."""
+    return {
+        "init_from": "",
+        "init_scope": init_scope,
+        "init_checkpoint": "best",
+        "leakage": "refuse",
+    }
+
+
+def _encoder(small: bool) -> dict[str, Any]:
+    size = _SMALL_ENCODER if small else {"hidden": (256, 512), "depth": 18}
+    return {"in_channels": 1, **size, "embedding_dim": 64, "drop_rate": 0.0}
+
+
+def vqvae(small: bool) -> dict[str, Any]:
+    """The autoencoder.
+
+    The codebook of the small model follows the latents by moving averages, starts from data and
+    revives unused codes: gradient updates let it collapse to a few codes within hundreds of steps.
+    """
+    codebook = {"num_codes": 512, "vq_ema_decay": 0.99, "vq_revive_below": 0.05}
+    if small:
+        updates = {"vq_update": "ema", "vq_init": "data", "vq_revive_every": 50}
+    else:  # the paper's updates, the release's start
+        updates = {"vq_update": "gradient", "vq_init": "uniform", "vq_revive_every": 0}
+    return _encoder(small) | {"output_activation": "unit_tanh"} | codebook | updates
+
+
+def classifier(small: bool) -> dict[str, Any]:
+    """The autoencoder's encoder with compression and classification layers."""
+    return _encoder(small) | {"compression": (128, 256)}
+
+
+def unet(small: bool) -> dict[str, Any]:
+    """The autoencoder's encoder as the down branch of a U-Net."""
+    return _encoder(small) | {"residual_stack": False}
+
+
+def augmentation(**strengths: Any) -> dict[str, Any]:
+    """Strengths of the augmentations of training slices; all that are not named are off."""
+    geometry = {"shift": 0.0, "scale": 0.0, "rotation_degrees": 0.0, "flip": False}
+    return geometry | {"contrast": 0.0, "cutout_holes": 0, "cutout_side": 0.0} | strengths
+
+
+def optimizer(
+    name: str, learning_rate: float, *, schedule: str = "constant", warmup_steps: int = 0
+) -> dict[str, Any]:
+    """RAdam or AdamW without weight decay and clipping; the encoder learns as fast as the rest."""
+    rate = {"learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps}
+    return {
+        "optimizer": name,
+        **rate,
+        "encoder_learning_rate_factor": 1.0,
+        "weight_decay": 0.0,
+        "gradient_clip": 0.0,
+    }
+
+
+def execution(*, batch_size: int = 16) -> dict[str, Any]:
+    """How a step is spread over devices and memory; float32 without recomputation."""
+    memory = {
+        "microbatches": 1,
+        "dtype": "float32",
+        "remat": False,
+        "scan": False,
+        "fsdp_devices": 1,
+    }
+    return {"batch_size": batch_size, **memory}
+
+
+def reporting(*, eval_every: int = 2_000) -> dict[str, Any]:
+    """How often a run reports, validates and saves."""
+    return {"log_every": 50, "eval_every": eval_every, "num_pictures": 4}

@@ -1,0 +1,253 @@
+"""The fields of recipes: meaning, type and allowed values of each, as plain data.
+
+`config.mask.fraction` is `FIELDS["mask.fraction"]`. A recipe has the fields that its task needs.
+"""
+
+from typing import NamedTuple
+
+
+class Field(NamedTuple):
+    """One field of a recipe.
+
+    kind: type of the value.
+    meaning: with its unit.
+    choices: all allowed values; empty if there are others.
+    at_least, above, at_most, below: bounds of the value, or of each number of a tuple.
+    """
+
+    kind: type
+    meaning: str
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+
+FIELDS = {
+    "recipe": Field(str, "name in results and tables"),
+    "task": Field(
+        str,
+        "what the model learns; the recipe has the fields of this task",
+        (
+            "masked_region",
+            "next_slice",
+            "denoising",
+            "rotation",
+            "flip",
+            "slice_label",
+            "slice_label_se_resnext",
+            "segmentation",
+            "segmentation_standard_unet",
+        ),
+    ),
+    # ---- data
+    "dataset": Field(str, "dataset directory made by data_prep.prepare, or its URL; required"),
+    "windows": Field(
+        tuple,
+        "(level, width) in HU of each channel that is read; () reads all channels of the dataset",
+    ),
+    "image_size": Field(int, "side of the images in pixels; must be the dataset's", at_least=1),
+    "normalize": Field(
+        str,
+        "window: the same HU is the same grey; slice_minmax: each slice is stretched (the "
+        "authors' release)",
+        ("window", "slice_minmax"),
+    ),
+    "train_fraction": Field(
+        float, "share of the training split, by whole studies drawn by the seed", above=0, at_most=1
+    ),
+    "seed": Field(int, "of weights, order of slices, masks and noise", at_least=0, below=2**32),
+    "reading_threads": Field(int, "threads that read slices", at_least=1),
+    # ---- weights of another run
+    "init_from": Field(
+        str, 'run directory that the weights come from; "" starts from random weights'
+    ),
+    "init_scope": Field(
+        str,
+        "model: all tensors, which must fit; encoder: the encoder alone; compression: the "
+        "encoder's first layers alone",
+        ("model", "encoder", "compression"),
+    ),
+    "init_checkpoint": Field(str, "best, last or the number of a step"),
+    "init_weights": Field(
+        str,
+        'file of ImageNet weights (.safetensors, .pth); "" starts from random weights',
+    ),
+    "leakage": Field(
+        str,
+        "weights that were learned from validation or test patients of the dataset. refuse: "
+        "refused; "
+        "allow_unchecked: allowed if the patients cannot be compared (other pseudonym key); "
+        "allow: allowed. Results say it",
+        ("refuse", "allow_unchecked", "allow"),
+    ),
+    # ---- pretext tasks
+    "mask.fraction": Field(
+        float, "size of the masked square; 0.05, 0.10, 0.20 and 0.33 in the paper", above=0, below=1
+    ),
+    "mask.unit": Field(
+        str,
+        "of the fraction. area: share of the image area (the paper's text); "
+        "side: share of the image's side (the release)",
+        ("area", "side"),
+    ),
+    "mask.margin": Field(
+        int,
+        "rows and columns at the bottom and right where no mask may lie; 100 in the release",
+        at_least=0,
+    ),
+    "mask.fill": Field(float, "grey value of the masked square"),
+    "slice_gap": Field(
+        int, "the target lies this many slices further towards superior", at_least=1
+    ),
+    "noise.fraction": Field(
+        float,
+        "probability that a pixel is noisy: white or black with equal probability",
+        above=0,
+        at_most=1,
+    ),
+    # ---- labels and masks
+    "label": Field(
+        str, "a label of the dataset, of slices, volumes or patients; or sex, ethnic_group or age"
+    ),
+    "num_classes": Field(int, "classes of the label; 0 takes as many as the label has", at_least=0),
+    "slices": Field(
+        str,
+        "all, or middle: one slice a volume (its largest body cross-section)",
+        ("all", "middle"),
+    ),
+    "positive_share": Field(
+        float,
+        "share of positive slices in training batches; 0 takes them as they come",
+        at_least=0,
+        below=1,
+    ),
+    "crop": Field(
+        str,
+        "none, or lung_box: the volume's lungs, enlarged to the whole image",
+        ("none", "lung_box"),
+    ),
+    "augmentation.contrast": Field(
+        float,
+        "c: the distance from the mean grey value is multiplied by 1 - c to 1 + c",
+        at_least=0,
+        at_most=1,
+    ),
+    "augmentation.shift": Field(
+        float, "share of the side, in both directions of each axis", at_least=0, at_most=1
+    ),
+    "augmentation.scale": Field(
+        float, "s: enlarged by a factor of 1 - s to 1 + s", at_least=0, at_most=0.99
+    ),
+    "augmentation.rotation_degrees": Field(float, "in both directions", at_least=0, at_most=180),
+    "augmentation.cutout_holes": Field(int, "number of black rectangles", at_least=0, at_most=100),
+    "augmentation.cutout_side": Field(
+        float, "largest side of a rectangle, as share of the image", at_least=0, at_most=1
+    ),
+    "augmentation.flip": Field(bool, "exchange left and right in half of the slices"),
+    # ---- model
+    "model.in_channels": Field(
+        int, "channels of the input; 3 for weights of the authors' shape", at_least=1
+    ),
+    "model.hidden": Field(tuple, "features at 1/2 and at 1/4 of the resolution", at_least=1),
+    "model.depth": Field(
+        int, "residual blocks in the encoder, and as many in a decoder", at_least=0
+    ),
+    "model.embedding_dim": Field(int, "features of a latent and of a code", at_least=1),
+    "model.drop_rate": Field(
+        float, "dropout in the encoder's residual blocks", at_least=0, below=1
+    ),
+    "model.num_codes": Field(int, "entries of the codebook", at_least=1),
+    "model.output_activation": Field(
+        str,
+        "unit_tanh: (tanh + 1) / 2; tanh: for weights of the authors' shape",
+        ("unit_tanh", "tanh"),
+    ),
+    "model.vq_update": Field(
+        str,
+        "how the codebook learns. gradient: the paper's; ema: moving averages of its latents",
+        ("gradient", "ema"),
+    ),
+    "model.vq_ema_decay": Field(float, "decay of the moving averages", at_least=0, below=1),
+    "model.vq_init": Field(
+        str,
+        "uniform (the release), or data: from the latents of the first batch (only ema)",
+        ("uniform", "data"),
+    ),
+    "model.vq_revive_every": Field(
+        int,
+        "steps (microbatches) between revivals of unused codes (only ema); 0 never revives",
+        at_least=0,
+    ),
+    "model.vq_revive_below": Field(
+        float, "a code is unused below this fraction of an equal share of the latents", at_least=0
+    ),
+    "model.compression": Field(
+        tuple, "features after each 3 x 3 convolution with stride 2 on the latents", at_least=1
+    ),
+    "model.residual_stack": Field(
+        bool, "the encoder's residual blocks are the bottleneck of the U-Net"
+    ),
+    "model.widths": Field(
+        tuple, "features at 1, 1/2, 1/4, 1/8 and 1/16 of the resolution", at_least=1
+    ),
+    "model.layers": Field(tuple, "blocks of each stage", at_least=1),
+    "model.width": Field(int, "features of the stem; all other widths follow from it", at_least=4),
+    "model.groups": Field(
+        int, "groups of the 3 x 3 convolutions; must divide twice the width", at_least=1
+    ),
+    # ---- loss
+    "loss.mse": Field(float, "weight of the mean squared error"),
+    "loss.masked_mse": Field(float, "weight of the mean squared error inside the mask"),
+    "loss.vq": Field(float, "weight of the vector quantization loss"),
+    "loss.ssim": Field(float, "weight of the structural similarity, which is subtracted"),
+    "loss.bce": Field(float, "weight of the binary cross-entropy"),
+    "loss.dice": Field(float, "weight of the soft Dice loss"),
+    "commitment": Field(
+        float, "beta: weight of the commitment loss in the vector quantization loss", at_least=0
+    ),
+    "ssim_rescale": Field(
+        bool, "stretch each prediction to [0, 1] for the SSIM of the loss (the release)"
+    ),
+    # ---- optimizer
+    "optimizer": Field(str, "of all weights", ("radam", "adamw")),
+    "learning_rate": Field(float, "after the warm-up", at_least=0),
+    "encoder_learning_rate_factor": Field(
+        float, "factor of the encoder's steps; 0 freezes it, batch statistics included", at_least=0
+    ),
+    "schedule": Field(
+        str, "cosine and linear fall to zero at num_steps", ("constant", "cosine", "linear")
+    ),
+    "warmup_steps": Field(int, "steps in which the learning rate rises from zero", at_least=0),
+    "weight_decay": Field(float, "decoupled from the gradients", at_least=0),
+    "gradient_clip": Field(
+        float, "largest global norm of the gradients; 0 does not clip", at_least=0
+    ),
+    # ---- execution
+    "num_steps": Field(int, "training steps", at_least=1),
+    "batch_size": Field(int, "slices a step, over all devices", at_least=1),
+    "microbatches": Field(
+        int,
+        "parts of a batch, computed in turn; BatchNorm and a codebook of averages see each part",
+        at_least=1,
+    ),
+    "dtype": Field(
+        str, "of convolutions; weights, statistics and losses are float32", ("float32", "bfloat16")
+    ),
+    "remat": Field(bool, "recompute residual blocks in the backward pass: less memory, more time"),
+    "scan": Field(
+        bool, "residual blocks as one loop: smaller programs on accelerators, slow on CPU"
+    ),
+    "fsdp_devices": Field(
+        int,
+        "devices that share one copy of parameters and optimizer state; 1: each has a whole copy",
+        at_least=1,
+    ),
+    # ---- reports
+    "log_every": Field(int, "steps between reports of the training", at_least=1),
+    "eval_every": Field(
+        int, "steps between validations, each with pictures and a checkpoint", at_least=1
+    ),
+    "num_pictures": Field(int, "validation slices in each picture", at_least=1),
+}

@@ -1,0 +1,140 @@
+"""Training, from random weights, from other weights or from where the run stopped, until its last
+step."""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from ctssl_jax.models.quantizer import codebook_use
+from ctssl_jax.parallel.mesh import stop_requests
+from ctssl_jax.runs.checkpoints import Checkpoints, restore
+from ctssl_jax.runs.reports import Reports, say
+from ctssl_jax.training import health, warm_start
+from ctssl_jax.training.progress import Clock, log, show
+from ctssl_jax.training.scoring import evaluate_split
+from ctssl_jax.training.setup import Job, check
+from ctssl_jax.training.state import TrainState, check_finite, check_state
+from ctssl_jax.training.step import Feed, Program, run_step, take_report
+from data_prep.dataset.reader import Dataset
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    devices: Sequence[Any] | None = None,
+    *,
+    dataset: Dataset | None = None,
+    set_aside_damaged: bool = False,
+) -> bool:
+    """Train, or resume training, until `config.num_steps`.
+
+    Args:
+      config: a recipe, see `configs/masked_region.py`.
+      workdir: the run directory, see `ctssl_jax.runs.run`.
+      devices: JAX devices to use, by default all of all processes.
+      dataset: that `config.dataset` names, if it is open already.
+      set_aside_damaged: move damaged checkpoints aside and resume from the last good one.
+
+    Returns:
+      True if the run is complete, False if it was asked to stop before.
+
+    Raises:
+      InputError: something in the configuration, the dataset or the run directory cannot work.
+      TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before.
+    """
+    with stop_requests() as should_stop:
+        job = check(config, Path(workdir), devices, dataset, set_aside_damaged=set_aside_damaged)
+        checkpoints = job.open_run()  # nothing was written before
+        program, start = job.compile(), checkpoints.last_step
+        # In this order: resume, else a warm start (from another run or a weight file), else random
+        # weights.
+        if start is not None:
+            state = restore(job.workdir, start, program.template)
+            say(f"going on     from step {start:,} of {workdir}")
+        else:
+            state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
+        reports = Reports(job.workdir, -1 if start is None else start)
+        try:
+            step, finished = _steps(job, program, state, checkpoints, reports, should_stop)
+        finally:
+            checkpoints.close()
+            reports.close()
+        say(
+            f"{'finished' if finished else 'stopped'}     at step {step:,}; checkpoints in "
+            f"{workdir}"
+        )
+        return finished
+
+
+def _steps(
+    job: Job,
+    program: Program,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    reports: Reports,
+    should_stop: Callable[[int], bool],
+) -> tuple[int, bool]:
+    """The step at which training ended, and whether it is complete."""
+    config, step, norms = job.config, checkpoints.last_step or 0, {}
+    # A stop may have come just before a validation or within it: then the newest checkpoint has no
+    # score yet.
+    unsaved = not checkpoints.last_is_scored and (
+        step % config.eval_every == 0 or step >= config.num_steps
+    )
+    feed = (
+        Feed(job.mesh, job.training_batches(step), config.microbatches)
+        if step < config.num_steps
+        else None
+    )
+    clock = Clock(step, step, time.monotonic())
+    # In this order: evaluate, save, step, fetch the next batch. So a checkpoint has the score of
+    # its own weights, and the position in the data is the step itself: a resumed run sees the same
+    # batches.
+    while True:
+        at_end, stopping = step >= config.num_steps, should_stop(step)
+        due = at_end or step % config.eval_every == 0
+        if unsaved and (due or stopping):
+            check_state(state, job.workdir, checkpoints.last_step)
+            with clock.validating():
+                scores = (
+                    validate(job, program, state, step, should_stop)
+                    if due and not stopping
+                    else None
+                )
+                if scores is not None:
+                    check_finite(scores["loss"], step, job.workdir, checkpoints.last_step)
+                    show(job, program, state, step, scores, norms, reports)
+                stopping = stopping or scores is None
+                if step > 0 or scores is not None:
+                    checkpoints.save(step, state, job.metadata, scores["loss"] if scores else None)
+            unsaved = False
+        if at_end or stopping:
+            return step, at_end and not stopping
+        state = run_step(program, state, feed.parts)
+        step, unsaved = step + 1, True
+        if step < config.num_steps:
+            feed.advance(state.step)
+        if step % config.log_every == 0:
+            check_state(state, job.workdir, checkpoints.last_step)
+            state, report = take_report(program, state)
+            norms = report.layer_gradient_norms
+            log(job, step, report, clock, feed, reports)
+
+
+def validate(
+    job: Job, program: Program, state: TrainState, step: int, should_stop: Callable[[int], bool]
+) -> dict[str, float] | None:
+    """Mean scores of the validation split, use of the codebook and of the embedding; None if a stop
+    came first."""
+    batches = job.validation_batches()
+    if job.num_processes == 1:  # a request to stop does not wait for the end of a long validation
+        batches = itertools.takewhile(lambda batch: not should_stop(step), batches)
+    result = evaluate_split(program.scorer, state, batches)
+    if result is None or len(result.record_index) < len(job.validation_source):
+        return None
+    means = {name: float(values.mean(dtype=float)) for name, values in result.scores.items()}
+    return means | codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)

@@ -1,0 +1,95 @@
+"""What a run says of itself while it trains: speed, scores, pictures, warnings and the time that is
+left."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+from ctssl_jax.models.quantizer import codebook_use
+from ctssl_jax.runs import strips
+from ctssl_jax.runs.reports import Reports, duration, say
+from ctssl_jax.training import health
+from ctssl_jax.training.scoring import render_pictures
+from ctssl_jax.training.setup import Job
+from ctssl_jax.training.state import TrainState
+from ctssl_jax.training.step import Feed, Program, Report
+
+
+@dataclasses.dataclass
+class Clock:
+    """Where the time goes. Slices/s is of training alone, so validations stop the clock."""
+
+    first_step: int
+    step: int  # of the last lap
+    began: float
+    training_seconds: float = 0.0
+    validation_seconds: float = 0.0  # of the last validation
+
+    @contextlib.contextmanager
+    def validating(self) -> Iterator[None]:
+        paused = time.monotonic()
+        yield
+        self.validation_seconds = time.monotonic() - paused
+        self.began += self.validation_seconds
+
+    def lap(self, step: int) -> tuple[int, float]:
+        """Steps and seconds since the last lap."""
+        now = time.monotonic()
+        steps, seconds = step - self.step, now - self.began
+        self.step, self.began, self.training_seconds = step, now, self.training_seconds + seconds
+        return steps, seconds
+
+    def left(self, num_steps: int, eval_every: int) -> float:
+        """Seconds until the run is complete."""
+        steps = num_steps - self.step
+        training = steps * self.training_seconds / (self.step - self.first_step)
+        return training + (steps // eval_every + 1) * self.validation_seconds
+
+
+def show(
+    job: Job,
+    program: Program,
+    state: TrainState,
+    step: int,
+    scores: dict,
+    norms: dict[str, float],
+    reports: Reports,
+) -> None:
+    """Report a validation: its numbers, pictures, and warnings of a collapse."""
+    means = {name: value for name, value in scores.items() if name != "embedding_dim"}
+    reports.write("validation", step, means)
+    strip = render_pictures(program.scorer, state, job.picture_slices, job.num_pictures)
+    if job.process_index == 0:
+        label = "SYNTHETIC" if job.dataset.preparation["synthetic"] else ""
+        strips.save_strip(job.workdir / "pictures" / f"step_{step:08d}.png", strip, label)
+    say(
+        f"validation   step {step:,}  "
+        + "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+    )
+    for warning in health.warnings(scores, norms) if step > 0 else ():
+        say(f"WARNING      step {step:,}: {warning}")
+
+
+def log(job: Job, step: int, report: Report, clock: Clock, feed: Feed, reports: Reports) -> None:
+    """Report the training since the last time, and say how long the rest will take."""
+    steps, seconds = clock.lap(step)
+    speed, waiting, feed.waited = (
+        steps * job.config.batch_size / seconds,
+        feed.waited / seconds,
+        0.0,
+    )
+    means = (
+        report.means
+        | {"slices_per_second": speed, "waiting_for_data": waiting}
+        | codebook_use(report.code_counts)
+    )
+    reports.write("train", step, means)
+    reports.write("gradient_norm", step, report.layer_gradient_norms)
+    left = clock.left(job.config.num_steps, job.config.eval_every)
+    say(
+        f"step {step:,}/{job.config.num_steps:,}  loss {means['loss']:.4g}  "
+        + "  ".join(f"{name} {means[name]:.4g}" for name in job.task.reported)
+        + (f"  codes {means['used_codes']}" if "used_codes" in means else "")
+        + f"  {speed:.1f} slices/s ({waiting:.0%} waiting for data)  {duration(left)} left"
+    )

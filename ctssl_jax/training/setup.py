@@ -1,0 +1,291 @@
+"""What a training run needs before its first step: every refusal, and then the run directory."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from ctssl_jax.data import slices
+from ctssl_jax.data.batches import evaluation_batches, picture_batch, training_batches
+from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.runs import damage
+from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.reports import read_reports, say
+from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
+from ctssl_jax.tasks.interface import Task
+from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training import recipe, warm_start
+from ctssl_jax.training.state import abstract_model, count_parameters
+from ctssl_jax.training.step import Program, compile_step, make_program
+from ctssl_jax.training.warm_start import WarmStart, WeightFile
+from data_prep.dataset.reader import Dataset
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_json
+
+# fields that may differ between the processes of a run
+PATHS = ("dataset", "init_from", "init_weights")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A training run that can work.
+
+    config: checked, with `num_classes` filled in.
+    workdir: the run directory; None for an estimate.
+    dataset: that `config.dataset` names.
+    task: that `config.task` names.
+    channels: of the dataset's images that are read.
+    train_source, validation_source: the slices.
+    mesh: the devices.
+    params: shapes of the model's parameters.
+    has_checkpoint: whether the run directory held a complete checkpoint, readable or not.
+    warm_start: the weights that a new run starts from; None if they are random.
+    damaged_steps: checkpoints that will be set aside.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Path | None
+    dataset: Dataset
+    task: Task
+    channels: tuple[int, ...]
+    train_source: slices.NeighbourSource
+    validation_source: slices.NeighbourSource
+    mesh: Mesh
+    params: Any
+    has_checkpoint: bool
+    warm_start: WarmStart | WeightFile | None
+    damaged_steps: list[int]
+
+    @property
+    def part_size(self) -> int:
+        """Slices of a microbatch, on all devices together."""
+        return self.config.batch_size // self.config.microbatches
+
+    @property
+    def process_index(self) -> int:
+        """This process's number."""
+        return jax.process_index()
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the run."""
+        return jax.process_count()
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures of a validation: at most one process's slices of a microbatch."""
+        return min(self.config.num_pictures, self.part_size // self.num_processes)
+
+    @property
+    def metadata(self) -> dict:
+        """The JSON that each checkpoint is saved with."""
+        return {"config": to_json(self.config), "preparation": self.dataset.preparation}
+
+    @functools.cached_property
+    def picture_slices(self) -> dict[str, np.ndarray]:
+        """The validation slices that pictures show, in a batch of this process."""
+        return picture_batch(
+            self.validation_source, self.part_size // self.num_processes, self.num_pictures
+        )
+
+    def training_batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """This process's slices of each microbatch, from a step on."""
+        return training_batches(
+            self.train_source,
+            self.config.batch_size,
+            self.config.seed,
+            microbatches=self.config.microbatches,
+            start_step=start_step,
+            **self._process_slice(),
+        )
+
+    def validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """This process's slices of the validation split."""
+        return evaluation_batches(self.validation_source, self.part_size, **self._process_slice())
+
+    def _process_slice(self) -> dict[str, int]:
+        return {
+            "process_index": self.process_index,
+            "process_count": self.num_processes,
+            "num_threads": self.config.reading_threads,
+        }
+
+    def compile(self) -> Program:
+        """The run's functions with the step compiled, after lines on the screen about devices,
+        model and data."""
+        for line in self.description():
+            say(line)
+        began = time.monotonic()
+        program, memory = compile_step(
+            make_program(self.config, self.task, len(self.channels), self.mesh)
+        )
+        say(
+            f"compiled     in {time.monotonic() - began:.1f} s; XLA expects {memory / 2**30:.2f} "
+            f"GiB a device"
+        )
+        return program
+
+    def description(self) -> list[str]:
+        """Devices, model and data, as lines for the screen."""
+        config, devices, source = self.config, self.mesh.devices.flat, self.train_source
+        encoder_size, flops = (
+            count_parameters(self.params.get("encoder", {})),
+            self.task.flops(config),
+        )
+        synthetic = "; SYNTHETIC" if self.dataset.preparation["synthetic"] else ""
+        return [
+            f"devices      {len(devices)} x {devices[0].device_kind} in {self.num_processes} "
+            f"process(es), jax "
+            f"{jax.__version__}",
+            f"model        {count_parameters(self.params):,} trainable parameters "
+            f"({encoder_size:,} encoder)",
+            f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {3 * flops / 1e9:,.2f} with "
+            f"the backward pass",
+            f"batch        {config.batch_size} slices = {len(devices)} device(s) x "
+            f"{config.microbatches} "
+            f"microbatch(es) x {self.part_size // len(devices)}, {config.dtype}",
+            f"data         {len(source):,} training slices of {len(source.volumes)} volumes, "
+            f"{len(self.validation_source):,} validation slices of "
+            f"{len(self.validation_source.volumes)}; "
+            f"{config.num_steps:,} steps are "
+            f"{config.num_steps * config.batch_size / len(source):.1f} epochs" + synthetic,
+        ]
+
+    def open_run(self) -> Checkpoints:
+        """Write what the run directory holds before the first step, and open its checkpoints.
+
+        Raises:
+          InputError: the directory cannot be written, or holds an incomplete checkpoint alone.
+        """
+        with distributed.refusing_together():  # process 0 alone writes, and may fail alone
+            if self.process_index == 0:
+                self._write_workdir()
+        checkpoints = Checkpoints(self.workdir)
+        distributed.require_agreement("last checkpoint in --workdir", checkpoints.last_step or 0)
+        if self.has_checkpoint and checkpoints.last_step is None and self.config.init_from:
+            raise InputError(
+                f"--workdir={self.workdir} holds an incomplete checkpoint and nothing else; "
+                f"remove its checkpoints "
+                "folder"
+            )
+        return checkpoints
+
+    def _write_workdir(self) -> None:
+        damage.set_aside(self.workdir, self.damaged_steps)
+        for step in self.damaged_steps:
+            say(
+                f"WARNING      checkpoint {step:,} is damaged; it was moved to "
+                f"{self.workdir / damage.SET_ASIDE}"
+            )
+        patients = {
+            split: sorted({volume["patient_id"] for volume in source.volumes})
+            for split, source in (
+                ("train", self.train_source),
+                ("validation", self.validation_source),
+            )
+        }
+        open_workdir(self.workdir, self.config, self.dataset.preparation, patients)
+        if not self.has_checkpoint:
+            warm_start.record(self.warm_start, self.workdir)
+            training_data = {
+                "train_fraction": self.config.train_fraction,
+                "num_train_studies": len(
+                    {volume["exam_id"] for volume in self.train_source.volumes}
+                ),
+                "num_train_slices": len(self.train_source),
+                "init_weights_sha256": self.warm_start.sha256
+                if isinstance(self.warm_start, WeightFile)
+                else "",
+            }
+            write_json(self.workdir / "training_data.json", training_data)
+
+
+def check(
+    config: ml_collections.ConfigDict,
+    workdir: Path | None,
+    devices: Sequence[Any] | None = None,
+    dataset: Dataset | None = None,
+    *,
+    set_aside_damaged: bool = False,
+) -> Job:
+    """Refuse all that cannot work, on all processes together; nothing is written.
+
+    Args:
+      config: a recipe.
+      workdir: the run directory; None for an estimate.
+      devices: JAX devices to use, by default all of all processes.
+      dataset: that `config.dataset` names, if it is open already.
+      set_aside_damaged: plan to move damaged checkpoints aside instead of refusing them.
+
+    Raises:
+      InputError: something in the configuration, the dataset or the run directory cannot work.
+    """
+    devices = jax.devices() if devices is None else devices
+    with distributed.refusing_together():
+        if dataset is None and config.dataset:  # `check_config` refuses an empty one
+            dataset = Dataset.open(config.dataset)
+        if dataset is not None:
+            config = recipe.with_num_classes(config, dataset)
+        recipe.check_config(config, len(devices))
+        damaged_steps = []
+        if workdir is not None and jax.process_index() == 0:
+            damaged_steps = damage.damaged_steps(workdir) if set_aside_damaged else []
+            damage.check_all_undamaged(workdir, except_steps=damaged_steps)
+            read_reports(workdir, "train")  # refuses a damaged file
+        channels = recipe.check_dataset(config, dataset, ("train", "validation"))
+        task = get_task(config.task)
+        reading = (channels, task.offsets(config), task.targets(config))
+        train_source = slices.open_source(
+            dataset, "train", *reading, fraction=config.train_fraction, seed=config.seed
+        )
+        validation_source = slices.open_source(dataset, "validation", *reading)
+        recipe.check_targets(config, dataset, train_source)
+        _, params, variables = abstract_model(config, task)
+        model = {"params": params, "variables": variables}
+        has_checkpoint = workdir is not None and damage.holds_checkpoint(workdir)
+        other_run = source = None
+        if not has_checkpoint and config.get("init_weights"):
+            source = warm_start.check_weight_file(config, model)
+        elif not has_checkpoint and config.init_from:
+            other_run = warm_start.open_other_run(config)
+        if workdir is not None and jax.process_index() == 0:
+            check_resumable(workdir, config, dataset.preparation)
+    # Not in the block above: Orbax waits for all processes when it opens checkpoints, so none may
+    # have refused before.
+    with distributed.refusing_together():
+        if other_run is not None:
+            windows = slices.selected_windows(dataset.preparation, channels)
+            source = warm_start.find(config, other_run, windows, model)
+            held_out = {
+                volume["patient_id"]
+                for volume in (*validation_source.volumes, *dataset.volumes("test"))
+            }
+            key = dataset.preparation["key_fingerprint"]
+            source = source._replace(
+                allowed_overlap=warm_start.check_leakage(config, source, key, held_out)
+            )
+    settings = {name: value for name, value in to_json(config).items() if name not in PATHS}
+    distributed.require_agreement("configuration or dataset", [settings, dataset.fingerprint])
+    tensors = [source.step, source.moved] if isinstance(source, WarmStart) else None
+    distributed.require_agreement("checkpoint of config.init_from", tensors)
+    return Job(
+        config=config,
+        workdir=workdir,
+        dataset=dataset,
+        task=task,
+        channels=channels,
+        train_source=train_source,
+        validation_source=validation_source,
+        mesh=distributed.make_mesh(devices, config.fsdp_devices),
+        params=params,
+        has_checkpoint=has_checkpoint,
+        warm_start=source,
+        damaged_steps=damaged_steps,
+    )

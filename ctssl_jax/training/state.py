@@ -1,0 +1,267 @@
+"""The training state, the model that it belongs to, and its optimizer.
+
+The state is a plain tree. Randomness comes from the seed, the step and each slice's record index
+alone, so a run that resumes from a checkpoint repeats exactly.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, Sharding
+
+from ctssl_jax.ops.corruptions import example_keys
+from ctssl_jax.ops.trees import flatten
+from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.runs.checkpoints import restore
+from ctssl_jax.tasks.interface import Task
+from data_prep.system.errors import RunFailed
+
+EVALUATION_SEED = 0
+
+
+class TrainingDiverged(RunFailed):
+    """The loss or a gradient was not finite. The message is one line."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint holds.
+
+    step: int32, optimizer steps taken.
+    params: trainable parameters.
+    variables: the model's other state: BatchNorm statistics, a codebook that follows by moving
+      averages.
+    optimizer: optax state.
+    sums: sums over examples since the last report (scores, loss, weight, code counts) and over
+      steps (gradient norms, of all parameters and of each layer), so that reports, too, resume
+      where they were.
+    nonfinite_step: int32, the first step whose loss, gradient or new parameters were not finite, or
+      -1.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    variables: nnx.State
+    optimizer: Any
+    sums: dict[str, jax.Array]
+    nonfinite_step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """All that is fixed in a run, so that a step or an evaluation is a function of the state and a
+    batch alone.
+
+    config: a checked configuration.
+    task: the task that `config.task` names.
+    channels: channels of the dataset's images that are read.
+    mesh: the devices.
+    graph: the structure of the model.
+    params, variables: shapes of its parameters and of its other variables.
+    train_key: seeds what happens to each slice.
+    model_key: seeds what the model draws for a batch, e.g. its dropout.
+    """
+
+    config: ml_collections.ConfigDict
+    task: Task
+    channels: int
+    mesh: Mesh
+    graph: Any
+    params: nnx.State
+    variables: nnx.State
+    train_key: jax.Array
+    model_key: jax.Array
+
+    @property
+    def part_size(self) -> int:
+        """Slices of a microbatch, on all devices together."""
+        return self.config.batch_size // self.config.microbatches
+
+    def model(self, params: Any, variables: Any) -> nnx.Module:
+        """The model with these numbers, for one use within a compiled function."""
+        return nnx.merge(
+            self.graph, distributed.fetch_parameters(self.mesh, params), variables, copy=True
+        )
+
+
+def define(config: ml_collections.ConfigDict, task: Task, channels: int, mesh: Mesh) -> Definition:
+    """The `Definition` of a run with this configuration on these devices."""
+    keys = jax.random.split(jax.random.key(config.seed))
+    return Definition(config, task, channels, mesh, *abstract_model(config, task), *keys)
+
+
+def abstract_model(
+    config: ml_collections.ConfigDict, task: Task
+) -> tuple[Any, nnx.State, nnx.State]:
+    """The model's structure without its numbers: graph definition, parameters and other variables
+    as shapes."""
+    model = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(params=config.seed)))
+    return split_model(model)
+
+
+def split_model(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
+    """A model as graph definition, parameters and other variables."""
+    graph, params, variables = nnx.split(model, nnx.Param, ...)
+    return graph, nnx.as_pure(params), nnx.as_pure(variables)
+
+
+def restore_model(
+    workdir: Path, step: int, config: ml_collections.ConfigDict, task: Task, sharding: Sharding
+) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint's model without the rest of the training state.
+
+    Args:
+      workdir: run directory.
+      step: a checkpoint that exists.
+      config: the run's configuration.
+      task: the run's task.
+      sharding: of every tensor.
+
+    Returns:
+      The graph definition; `params` and `variables` as arrays.
+
+    Raises:
+      InputError: the checkpoint does not fit the configuration, or is damaged.
+    """
+    graph, params, variables = abstract_model(config, task)
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        {"params": params, "variables": variables},
+    )
+    return graph, restore(workdir, step, template)
+
+
+def count_parameters(params: Any) -> int:
+    """Number of trainable scalars."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def evaluation_keys(record_index: jax.Array) -> jax.Array:
+    """[B] int32 -> [B] keys: a slice is corrupted the same way in every evaluation, whatever the
+    seed of the run."""
+    return example_keys(jax.random.key(EVALUATION_SEED), record_index)
+
+
+def abstract_batch(definition: Definition) -> dict[str, Any]:
+    """Shapes of a microbatch."""
+    config, size = definition.config, definition.part_size
+    side, targets = config.image_size, definition.task.targets(config)
+    shapes = {
+        "images": (
+            (size, len(definition.task.offsets(config)), side, side, definition.channels),
+            jnp.uint8,
+        ),
+        "record_index": ((size,), jnp.int32),
+        "weight": ((size,), jnp.float32),
+    }
+    if targets.label:
+        shapes["label"] = ((size,), jnp.int32)
+    if targets.mask:
+        shapes["mask"] = ((size, side, side), jnp.uint8)
+    if targets.lung_box:
+        shapes["box"] = ((size, 4), jnp.float32)
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up, then constant, or a cosine or a line to zero at
+    `num_steps`."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(config.num_steps - warmup, 1))
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, 0.0, max(config.num_steps - warmup, 1))
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """RAdam (the release's) or AdamW, with optional clipping of the gradient's global norm.
+
+    The encoder's steps are multiplied by `encoder_learning_rate_factor`.
+    """
+    schedule = learning_rate_schedule(config)
+    if config.optimizer == "radam":
+        decay = (
+            optax.add_decayed_weights(config.weight_decay)
+            if config.weight_decay
+            else optax.identity()
+        )
+        optimizer = optax.chain(
+            optax.scale_by_radam(), decay, optax.scale_by_learning_rate(schedule)
+        )
+    else:
+        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
+    if config.gradient_clip > 0:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
+    if config.encoder_learning_rate_factor != 1:
+        optimizer = optax.chain(optimizer, _scale_encoder(config.encoder_learning_rate_factor))
+    return optimizer
+
+
+def _scale_encoder(factor: float) -> optax.GradientTransformation:
+    def scale(path, update):
+        return factor * update if path[0].key == "encoder" else update
+
+    return optax.stateless(
+        lambda updates, params=None: jax.tree_util.tree_map_with_path(scale, updates)
+    )
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: `encoder/blocks/0/conv3/kernel` ->
+    `encoder/blocks/0`."""
+    parts = name.split("/")
+    return "/".join(parts[:-2]) or parts[0]
+
+
+def layer_norms(gradients: Any) -> dict[str, jax.Array]:
+    """L2 norm of the gradient of each layer's parameters: layer -> float32 scalar."""
+    squares: dict[str, jax.Array] = {}
+    for name, gradient in flatten(gradients).items():
+        square = jnp.sum(jnp.square(gradient.astype(jnp.float32)))
+        squares[layer_of(name)] = squares.get(layer_of(name), 0.0) + square
+    return {layer: jnp.sqrt(square) for layer, square in squares.items()}
+
+
+def check_state(state: TrainState, workdir: Path, last_checkpoint: int | None) -> None:
+    """Stop a run whose numbers are no longer finite, before it saves them. Waits for the devices.
+
+    Raises:
+      TrainingDiverged: names the step, the checkpoint that is still good, and what to try.
+    """
+    step = int(state.nonfinite_step)
+    if step >= 0:
+        raise _diverged("the loss, its gradient or the parameters", step, workdir, last_checkpoint)
+
+
+def check_finite(
+    validation_loss: float, step: int, workdir: Path, last_checkpoint: int | None
+) -> None:
+    """The same by the validation loss."""
+    if not np.isfinite(validation_loss):
+        raise _diverged("the validation loss", step, workdir, last_checkpoint)
+
+
+def _diverged(
+    quantity: str, step: int, workdir: Path, last_checkpoint: int | None
+) -> TrainingDiverged:
+    kept = (
+        "there is no checkpoint"
+        if last_checkpoint is None
+        else f"the checkpoint of step {last_checkpoint} is kept"
+    )
+    return TrainingDiverged(
+        f"not finite at step {step} of {workdir}: {quantity}; {kept}; lower config.learning_rate "
+        f"or set "
+        "config.gradient_clip=1, with another --workdir"
+    )

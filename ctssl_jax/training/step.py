@@ -1,0 +1,323 @@
+"""The training step: pure functions of the state and a batch, and how they are compiled for the
+mesh."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from ctssl_jax.ops.corruptions import example_keys
+from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.tasks.interface import Task
+from ctssl_jax.training.scoring import Scorer, make_scorer
+from ctssl_jax.training.state import (
+    Definition,
+    TrainState,
+    abstract_batch,
+    define,
+    layer_norms,
+    make_optimizer,
+    split_model,
+)
+
+
+def initial_state(definition: Definition) -> TrainState:
+    """The state before the first step, with random weights."""
+    model = definition.task.build(definition.config, nnx.Rngs(params=definition.config.seed))
+    _, params, variables = split_model(model)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        variables=variables,
+        optimizer=make_optimizer(definition.config).init(params),
+        sums=zero_sums(definition),
+        nonfinite_step=jnp.full((), -1, jnp.int32),
+    )
+
+
+def zero_sums(definition: Definition) -> dict[str, jax.Array]:
+    """`TrainState.sums` of no step."""
+    shapes = (
+        definition.params,
+        definition.variables,
+        abstract_batch(definition),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    _, (_, sums) = jax.eval_shape(functools.partial(loss_of, definition), *shapes)
+    sums["gradient_norm"] = jax.ShapeDtypeStruct((), jnp.float32)  # both are added once a step
+    sums["layer_gradient_norms"] = jax.eval_shape(layer_norms, definition.params)
+    return zeros_of(sums)
+
+
+def zeros_of(tree: Any) -> Any:
+    """Zeros in the shapes of a tree."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def loss_of(
+    definition: Definition, params: Any, variables: Any, batch: dict, step: jax.Array
+) -> tuple:
+    """The loss of a microbatch, its part of the batch's mean; with it (the model's new variables,
+    the sums to add)."""
+    config, weight = definition.config, batch["weight"]
+    model = definition.model(params, variables)
+    keys = example_keys(definition.train_key, batch["record_index"], step)
+    step_key = jax.random.fold_in(
+        jax.random.fold_in(definition.model_key, step), batch["record_index"][0]
+    )
+    output = definition.task.apply(model, batch, keys, step_key, config, train=True)
+    loss = jnp.sum(output.loss * weight) / (jnp.sum(weight) * config.microbatches)
+    _, _, variables = split_model(model)
+    sums = {name: jnp.sum(value * weight) for name, value in output.scores.items()}
+    sums |= {
+        "loss": jnp.sum(output.loss * weight),
+        "weight": jnp.sum(weight),
+        "code_counts": output.code_counts,
+    }
+    return loss, (variables, sums)
+
+
+def gradients_of(definition: Definition, state: TrainState, batch: dict) -> tuple[TrainState, Any]:
+    """The state with the variables and sums after a microbatch, and the gradients of its loss."""
+    (_, (variables, sums)), gradients = jax.value_and_grad(
+        functools.partial(loss_of, definition), has_aux=True
+    )(state.params, state.variables, batch, state.step)
+    return state.replace(variables=variables, sums=_added(state.sums, sums)), gradients
+
+
+def _added(sums: dict, more: dict) -> dict:
+    return sums | jax.tree.map(jnp.add, {name: sums[name] for name in more}, more)
+
+
+def apply_gradients(definition: Definition, state: TrainState, gradients: Any) -> TrainState:
+    """The state after an optimizer step; notes the first step that was not finite."""
+    updates, optimizer_state = make_optimizer(definition.config).update(
+        gradients, state.optimizer, state.params
+    )
+    norm = optax.tree.norm(gradients)
+    norms = {"gradient_norm": norm, "layer_gradient_norms": layer_norms(gradients)}
+    params = optax.apply_updates(state.params, updates)
+    finite = (
+        jnp.isfinite(norm)
+        & jnp.isfinite(state.sums["loss"])
+        & jnp.isfinite(optax.tree.norm(params))
+    )
+    first = jnp.where((state.nonfinite_step < 0) & ~finite, state.step + 1, state.nonfinite_step)
+    return state.replace(
+        step=state.step + 1,
+        params=params,
+        optimizer=optimizer_state,
+        sums=_added(
+            state.sums, jax.tree.map(lambda value: value * definition.config.batch_size, norms)
+        ),
+        nonfinite_step=first,
+    )
+
+
+def train_step(definition: Definition, state: TrainState, batch: dict) -> TrainState:
+    """The state after a step on a batch of one part."""
+    return apply_gradients(definition, *gradients_of(definition, state, batch))
+
+
+def accumulate(
+    definition: Definition, state: TrainState, total: Any, batch: dict
+) -> tuple[TrainState, Any]:
+    """The state after a microbatch, and the total of the gradients with those of this
+    microbatch."""
+    state, gradients = gradients_of(definition, state, batch)
+    return state, jax.tree.map(jnp.add, total, gradients)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The functions of this file, each compiled once for a run and its mesh.
+
+    definition: what they are compiled for.
+    template: shapes of the state and how each of its arrays lies on the mesh.
+    initial_state: () -> state
+    zero_gradients: () -> zeros in the shapes of the parameters
+    train_step: (state, batch) -> state, for one microbatch
+    accumulate: (state, gradients, batch) -> (state, gradients), for more microbatches
+    apply_gradients: (state, gradients) -> state
+    zeros_like: a tree -> zeros of its shapes, on every device of every host
+    scorer: scores batches
+    """
+
+    definition: Definition
+    template: TrainState
+    initial_state: Callable[[], TrainState]
+    zero_gradients: Callable
+    train_step: Callable
+    accumulate: Callable
+    apply_gradients: Callable
+    zeros_like: Callable
+    scorer: Scorer
+
+
+def make_program(
+    config: ml_collections.ConfigDict, task: Task, channels: int, mesh: Mesh
+) -> Program:
+    """The functions of a run.
+
+    Args:
+      config: a checked training configuration.
+      task: the task that `config.task` names.
+      channels: channels of the dataset's images that are read.
+      mesh: the devices.
+    """
+    definition = define(config, task, channels, mesh)
+    everywhere, along_batch = distributed.replicated(mesh), distributed.split_along_batch(mesh)
+    parts = distributed.split_parameters(mesh, definition.params)
+    run_once = None
+    # optimising code that runs once took 28 s, ten times what is left
+    if mesh.devices.flat[0].platform == "cpu":
+        run_once = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+    def of_run(function: Callable) -> Callable:
+        return functools.partial(function, definition)
+
+    shapes = jax.eval_shape(of_run(initial_state))
+    shardings = jax.tree.map(lambda leaf: everywhere, shapes).replace(
+        params=parts, optimizer=distributed.split_parameters(mesh, shapes.optimizer)
+    )
+    return Program(
+        definition=definition,
+        template=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        ),
+        initial_state=jax.jit(
+            of_run(initial_state), out_shardings=shardings, compiler_options=run_once
+        ),
+        zero_gradients=jax.jit(functools.partial(zeros_of, definition.params), out_shardings=parts),
+        train_step=jax.jit(
+            of_run(train_step),
+            in_shardings=(shardings, along_batch),
+            out_shardings=shardings,
+            donate_argnums=0,
+        ),
+        accumulate=jax.jit(
+            of_run(accumulate),
+            in_shardings=(shardings, parts, along_batch),
+            out_shardings=(shardings, parts),
+            donate_argnums=(0, 1),
+        ),
+        apply_gradients=jax.jit(
+            of_run(apply_gradients),
+            in_shardings=(shardings, parts),
+            out_shardings=shardings,
+            donate_argnums=0,
+        ),
+        zeros_like=jax.jit(
+            lambda tree: jax.tree.map(jnp.zeros_like, tree), out_shardings=everywhere
+        ),
+        scorer=make_scorer(definition),
+    )
+
+
+def compile_step(program: Program) -> tuple[Program, int]:
+    """Compile the training step ahead of the first batch.
+
+    Returns:
+      The program with the compiled step in place, and the bytes a device that XLA expects it to
+      need.
+    """
+    batch, state = abstract_batch(program.definition), program.template
+    if program.definition.config.microbatches == 1:
+        compiled = program.train_step.lower(state, batch).compile()
+        program = dataclasses.replace(program, train_step=compiled)
+    else:
+        compiled = program.accumulate.lower(state, state.params, batch).compile()
+        program = dataclasses.replace(program, accumulate=compiled)
+    memory = compiled.memory_analysis()
+    parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    return program, sum(parts) - memory.alias_size_in_bytes
+
+
+class Feed:
+    """Global batches on the devices, one ahead of the step that runs, so that reading and copying
+    cost no time of it.
+
+    Attributes:
+      parts: the parts of the next step's batch, for `run_step`.
+      waited: seconds so far in which no device had anything to do because the next batch was not
+        there.
+    """
+
+    def __init__(self, mesh: Mesh, batches: Iterator[dict[str, np.ndarray]], microbatches: int):
+        """Fetches the first batch. `batches`: this process's slices of the parts, from
+        `training_batches`."""
+        self._mesh, self._batches, self._microbatches = mesh, batches, microbatches
+        self.waited = 0.0
+        self.parts = self._fetch()
+
+    def _fetch(self) -> list[dict[str, jax.Array]]:
+        return [
+            distributed.to_devices(self._mesh, next(self._batches))
+            for _ in range(self._microbatches)
+        ]
+
+    def advance(self, running: jax.Array) -> None:
+        """Fetch the next batch; `running` is a result of the step that was just begun."""
+        began, idle = time.monotonic(), running.is_ready()
+        self.parts = self._fetch()
+        if idle or running.is_ready():  # else the devices were at work all the while
+            self.waited += time.monotonic() - began
+
+
+def run_step(
+    program: Program, state: TrainState, microbatches: Sequence[dict[str, jax.Array]]
+) -> TrainState:
+    """One optimizer step on one global batch in equal parts.
+
+    Gradient accumulation is a host loop over one compiled function: a scan over microbatches would
+    make convolutions inside it slow on CPU, and an unrolled loop would multiply the compile time.
+
+    Args:
+      program: from `make_program`.
+      state: donated; use the returned one.
+      microbatches: `config.microbatches` parts, global arrays `[B / microbatches, ...]`, as a
+        `Feed` has them.
+    """
+    if len(microbatches) == 1:
+        return program.train_step(state, microbatches[0])
+    gradients = program.zero_gradients()
+    for part in microbatches:
+        state, gradients = program.accumulate(state, gradients, part)
+    return program.apply_gradients(state, gradients)
+
+
+class Report(NamedTuple):
+    """What was learned since the last report.
+
+    means: loss, scores and gradient norm, means over examples.
+    code_counts: [num_codes], how often each code was used; None without a codebook.
+    layer_gradient_norms: layer -> mean over the steps.
+    """
+
+    means: dict[str, float]
+    code_counts: np.ndarray | None
+    layer_gradient_norms: dict[str, float]
+
+
+def take_report(program: Program, state: TrainState) -> tuple[TrainState, Report]:
+    """The state with its sums set to zero, and what they say."""
+    sums = jax.device_get(state.sums)
+    weight, code_counts, norms = (
+        sums.pop(name) for name in ("weight", "code_counts", "layer_gradient_norms")
+    )
+    weight = max(float(weight), 1.0)
+    means, norms = (
+        {name: float(value) / weight for name, value in values.items()} for values in (sums, norms)
+    )
+    return state.replace(sums=program.zeros_like(state.sums)), Report(means, code_counts, norms)

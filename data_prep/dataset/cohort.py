@@ -1,0 +1,189 @@
+"""The cohort of a dataset: its table of volumes, patients and labels, and a sheet of random
+slices."""
+
+import collections
+import statistics
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data_prep.dataset.reader import Dataset
+
+_THIN_MM = 3.0
+_TILE = 192
+_LABEL_HEIGHT = 16
+_MAX_COLUMNS = 6
+
+
+def label_rows(dataset: Dataset) -> list[tuple[str, str, str]]:
+    """(group, item, value) rows of a dataset with labels or masks: how many slices, volumes or
+    patients there are of each class by split, and regions by split and malignancy."""
+    volumes, slices, regions = dataset.volumes(), dataset.slices(), dataset.regions()
+    split_of = {v["volume_id"]: v["split"] for v in volumes}
+    patient_of = {v["volume_id"]: v["patient_id"] for v in volumes}
+    splits = list(dict.fromkeys(split_of.values()))
+    rows = []
+
+    def add(group: str, item: str, splits_of_items: list[str]) -> None:
+        numbers = collections.Counter(splits_of_items)
+        rows.append((group, item, ", ".join(f"{split} {numbers[split]}" for split in splits)))
+
+    for name, facts in dataset.preparation["labels"].items():
+        level = facts["level"]
+        values = [
+            (row["volume_id"], row[name])
+            for row in (slices if level == "slice" else dataset.labels())
+        ]
+        if level == "patient":  # one volume stands for its patient
+            values = list(
+                {patient_of[volume]: (volume, value) for volume, value in values}.values()
+            )
+        for index, text in [*enumerate(facts["classes"]), (None, "missing")]:
+            found = [split_of[volume] for volume, value in values if value == index]
+            if found or index is not None:
+                add(f"Label {name} ({level}s)", text, found)
+    if slices and "mask_area_px" in slices[0]:
+        add(
+            "Masks",
+            "slices with foreground",
+            [split_of[row["volume_id"]] for row in slices if row["mask_area_px"]],
+        )
+        add("Masks", "regions", [split_of[row["volume_id"]] for row in regions])
+    for score in sorted(
+        {row["malignancy"] for row in regions if row.get("malignancy") is not None}
+    ):
+        found = [split_of[row["volume_id"]] for row in regions if row["malignancy"] == score]
+        add("Masks", f"nodules of malignancy {score}", found)
+    return rows
+
+
+def cohort_table(
+    volumes: list[dict[str, Any]], rejected: list[dict[str, str]]
+) -> list[tuple[str, str, str]]:
+    """(group, item, value) rows: the characteristics of the paper's Table I, and rejections by
+    reason."""
+    rows = [("Dataset", "Volumes, slices", _size(volumes))]
+    thin = [
+        v
+        for v in volumes
+        if v["slice_thickness_mm"] is not None and v["slice_thickness_mm"] < _THIN_MM
+    ]
+    rows.append(("Dataset", "Slice thickness < 3 mm: volumes, slices", _size(thin)))
+    at_limit = [v for v in volumes if v["slice_thickness_mm"] == _THIN_MM]
+    rows.append(("Dataset", "Slice thickness 3 mm: volumes, slices", _size(at_limit)))
+    rows.append(
+        (
+            "Dataset",
+            "Contrast-enhanced: volumes, slices",
+            _size([v for v in volumes if v["contrast"]]),
+        )
+    )
+    for split, number in collections.Counter(v["split"] for v in volumes).items():
+        patients = {v["patient_id"] for v in volumes if v["split"] == split}
+        rows.append(("Split", f"{split}: volumes, patients", f"{number}, {len(patients)}"))
+    by_patient = {v["patient_id"]: v for v in volumes}  # one volume stands for its patient
+    rows.append(("Patients", "Patients", str(len(by_patient))))
+    ages = [v["age"] for v in by_patient.values() if v["age"] is not None]
+    deviation = f" +/- {statistics.stdev(ages):.1f}" if len(ages) > 1 else ""
+    age = (
+        f"{statistics.mean(ages):.1f}{deviation} years (of {len(ages)} patients)"
+        if ages
+        else "not recorded"
+    )
+    rows.append(("Patients", "Age, mean +/- sd", age))
+    for item, number in _counts(v["sex"] or "not recorded" for v in by_patient.values()):
+        rows.append(
+            ("Sex", {"F": "Female", "M": "Male", "O": "Other"}.get(item, item), str(number))
+        )
+    for item, number in _counts(v["ethnic_group"] or "not recorded" for v in by_patient.values()):
+        rows.append(("Ethnic group", item, str(number)))
+    for item, number in _counts(v["manufacturer"].upper() or "NOT RECORDED" for v in volumes):
+        rows.append(("Manufacturer", item, f"{number} volumes"))
+    for item, number in _counts(note for v in volumes for note in v["notes"].split()):
+        rows.append(("Noted", item, f"{number} volumes"))
+    files = collections.Counter()
+    for row in rejected:
+        files[row["reason"]] += int(row["num_files"])
+    for item, number in _counts(row["reason"] for row in rejected):
+        rows.append(("Rejected", item, f"{number} series, {files[item]} files"))
+    return rows
+
+
+def _size(volumes: list[dict[str, Any]]) -> str:
+    return f"{len(volumes)}, {sum(volume['num_slices'] for volume in volumes)}"
+
+
+def _counts(items: Iterable[str]) -> list[tuple[str, int]]:
+    return sorted(collections.Counter(items).items(), key=lambda item: (-item[1], item[0]))
+
+
+def table_text(rows: list[tuple[str, str, str]], title: str) -> str:
+    """The table as aligned text."""
+    width = max(len(item) for _, item, _ in rows)
+    lines, group = [title], None
+    for name, item, value in rows:
+        if name != group:
+            lines.append(name)
+            group = name
+        lines.append(f"  {item:<{width}}  {value}")
+    return "\n".join(lines)
+
+
+def choose_slices(
+    volumes: list[dict[str, Any]], number: int, random: np.random.Generator
+) -> list[tuple[dict[str, Any], int]]:
+    """(volume, slice index) of random slices, one of each volume in turn; no slice twice before all
+    were there."""
+    order = random.permutation(len(volumes))[:number]
+    chosen = []
+    while len(chosen) < number:
+        left = [(volumes[i], list(random.permutation(volumes[i]["num_slices"]))) for i in order]
+        while left and len(chosen) < number:
+            chosen += [
+                (volume, int(indices.pop())) for volume, indices in left[: number - len(chosen)]
+            ]
+            left = [(volume, indices) for volume, indices in left if indices]
+    return chosen
+
+
+def contact_sheet(dataset: Dataset, num_slices: int, seed: int) -> Image.Image:
+    """Random slices (`choose_slices`), each labelled with volume, slice and split;
+    labelled SYNTHETIC where the dataset is. Several windows stand side by side in each tile."""
+    preparation, volumes = dataset.preparation, dataset.volumes()
+    random = np.random.default_rng(seed)
+    chosen = choose_slices(volumes, num_slices, random)
+    tile_width = _TILE * preparation["channels"]
+    columns = min(max(1, _MAX_COLUMNS // preparation["channels"]), num_slices)
+    rows = -(-num_slices // columns)
+    sheet = Image.new("L", (columns * tile_width, rows * (_TILE + _LABEL_HEIGHT) + 24), 0)
+    draw = ImageDraw.Draw(sheet)
+    windows = "  ".join(f"{w['level']:g}/{w['width']:g}" for w in preparation["windows"])
+    title = f"{'SYNTHETIC  ' * preparation['synthetic']}window level/width {windows} HU"
+    draw.text((4, 4), title, fill=255, font=ImageFont.load_default(14))
+    font = ImageFont.load_default(11)
+    sources = {split: dataset.source(split) for split in preparation["splits"]}
+    for number, (volume, index) in enumerate(chosen):
+        image = sources[volume["split"]][volume["first_record"] + index]["image"]
+        left = number % columns * tile_width
+        top = number // columns * (_TILE + _LABEL_HEIGHT) + 24
+        for channel in range(image.shape[-1]):
+            tile = Image.fromarray(np.ascontiguousarray(image[..., channel])).resize((_TILE, _TILE))
+            sheet.paste(tile, (left + channel * _TILE, top))
+        label = f"{volume['volume_id'][:8]} {index + 1}/{volume['num_slices']} {volume['split']}"
+        draw.text((left + 3, top + _TILE + 1), label, fill=255, font=font)
+    return sheet
+
+
+def notes_on_parts(dataset: Dataset) -> Iterator[str]:
+    """A line for each part of a view that is no longer as it was when it was merged."""
+    for part in dataset.parts:
+        if part.now is None:
+            yield (
+                f"its part {part.directory} is not a complete dataset now: being changed, moved "
+                f"or removed"
+            )
+        elif part.now != part.merged:
+            remedy = "data_prep.merge into a new directory takes in its new volumes"
+            yield f"its part {part.directory} has grown since; {remedy}"

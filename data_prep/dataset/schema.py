@@ -1,0 +1,328 @@
+"""The dataset directory: the contract between preparation and training.
+
+::
+
+    DIR/train.array_record-00000 ...  ArrayRecord shards, one record = one slice, also validation.*
+    and test.* DIR/volumes.csv                   one row a volume (`VOLUME_COLUMNS`)
+    DIR/rejected.csv                  one row a series that was not taken (`REJECTED_COLUMNS`)
+    DIR/slices.csv                    one row a slice: its labels, foreground of its mask (if there
+    are any) DIR/labels.csv                    one row a volume: labels of the volume or the patient
+    (if there are any) DIR/regions.csv                   one row a region (nodule) of the masks (if
+    there are masks) DIR/dataset_info.json             TFDS metadata, with features.json:
+                                      `tfds.builder_from_directory(DIR).as_data_source("train[:50%]")`
+    DIR/preparation.json              how it was made, with checksums of all files and its own
+    (`sha256`); written last:
+                                      its presence means "complete"
+
+The shards of a view (`data_prep.merge`) are links to those of the datasets that preparation.json
+lists as `parts`.
+
+A record is a serialised `tf.train.Example` with the features `image` (uint8, [H, W, C] in C order),
+`volume_id`, `slice_index` (int32, counts within the volume), `position_mm` (float32, along the
+slice normal, grows towards superior) and `pair_valid` (the next record is the neighbouring slice of
+the same volume, no gap between). The slices of a volume are consecutive records, ordered towards
+superior. Image rows run to posterior, columns to the patient's left. `first_record` in
+`volumes.csv` counts within the split.
+
+Where a dataset has masks, every record has the feature `mask` (uint8, [H, W]): 0 is background, k
+the region that is number k of this volume in `regions.csv`. A label is a class: its cell is the
+index into the `classes` that preparation.json lists under `labels` with the `level` ("slice",
+"volume" or "patient"), or empty where it is missing.
+
+`data_prep.dataset.reader` reads it. TFDS reads it, too, without TensorFlow.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.system.errors import DatasetError
+from data_prep.system.files import write_file
+
+FORMAT_VERSION = 2
+SPLITS = ("train", "validation", "test")
+PREPARATION_FILE = "preparation.json"
+VOLUMES_FILE = "volumes.csv"
+REJECTED_FILE = "rejected.csv"
+SLICES_FILE = "slices.csv"
+LABELS_FILE = "labels.csv"
+REGIONS_FILE = "regions.csv"
+
+# Name -> type of the columns of volumes.csv. An empty cell reads as None ("" in text columns).
+VOLUME_COLUMNS: dict[str, type] = {
+    "volume_id": str,
+    "patient_id": str,
+    "exam_id": str,
+    "split": str,
+    "first_record": int,  # within the split
+    "num_slices": int,
+    "num_files": int,  # source files that the slices came from
+    "num_dropped_files": int,  # of the same series and not in the volume (duplicates, ...)
+    "source_rows": int,  # matrix before resizing
+    "source_columns": int,
+    "pixel_spacing_row_mm": float,  # of the source, in the orientation of the dataset
+    "pixel_spacing_column_mm": float,
+    "slice_thickness_mm": float,
+    "slice_spacing_mm": float,  # median
+    "gap_positions": str,  # "12 57": no pair between slices 12 and 13, nor between 57 and 58
+    "gantry_tilt_degrees": float,
+    "manufacturer": str,
+    "kernel": str,
+    "tube_voltage_kvp": float,
+    "contrast": bool,  # an agent is named in the headers
+    "age": int,  # whole years, 90 stands for everything above 89
+    "sex": str,  # F, M, O
+    "ethnic_group": str,
+    "synthetic": bool,  # a phantom, not a person
+    "middle_slice": int,
+    "first_lung_slice": int,
+    "last_lung_slice": int,
+    # "top left bottom right" of the lungs over all slices, pixels of the dataset's images
+    "lung_box": str,
+    "notes": str,  # names of what is unusual, separated by a blank
+}
+REJECTED_COLUMNS = ("series_id", "num_files", "reason", "detail")
+LEVELS = ("slice", "volume", "patient")  # of labels
+MASK_AREA_COLUMN = "mask_area_px"  # of slices.csv: foreground pixels of the stored mask
+REGION_COLUMNS: dict[str, type] = {
+    "volume_id": str,
+    "region": int,  # its number in the masks of the volume
+    "first_slice": int,
+    "last_slice": int,
+    "volume_mm3": float,
+    "diameter_mm": float,  # of the sphere of this volume
+}
+LIDC_REGION_COLUMNS: dict[str, type] = REGION_COLUMNS | {
+    "malignancy": int,  # 1 .. 5, median of the readers, the higher of two
+    "num_readers": int,
+}
+_VERSIONED = ("numpy", "scipy", "pydicom", "imagecodecs", "array_record", "tensorflow-datasets")
+
+
+# ---- columns and shards --------------------------------------------------------------------------
+
+
+def table_columns(preparation: Mapping[str, Any]) -> dict[str, dict[str, type]]:
+    """The columns, name -> type, of each table that a dataset may lack: of slices, labels and
+    regions.
+
+    Tables that it lacks are left out. Of preparation.json only `labels` and `masks` are needed.
+    """
+    labels, masks = preparation["labels"], preparation["masks"]
+    slice_labels = [name for name, facts in labels.items() if facts["level"] == "slice"]
+    other_labels = [name for name in labels if name not in slice_labels]
+    area = {MASK_AREA_COLUMN: int} if masks else {}
+    columns = {}
+    if slice_labels or masks:
+        columns[SLICES_FILE] = (
+            {"volume_id": str, "slice_index": int} | area | dict.fromkeys(slice_labels, int)
+        )
+    if other_labels:
+        columns[LABELS_FILE] = {"volume_id": str} | dict.fromkeys(other_labels, int)
+    if masks:
+        columns[REGIONS_FILE] = (
+            LIDC_REGION_COLUMNS if masks["source"] == "lidc_idri" else REGION_COLUMNS
+        )
+    return columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A shard file as preparation.json lists it."""
+
+    name: str
+    num_records: int
+
+
+def shard_name(split: str, index: int) -> str:
+    """No total count in the name: a grown archive appends shards without renaming any."""
+    return f"{split}.array_record-{index:05d}"
+
+
+def split_shards(preparation: Mapping[str, Any], split: str) -> list[Shard]:
+    """The shards of a split in order."""
+    if split not in preparation["splits"]:
+        raise DatasetError(
+            f"split {split!r} is not in this dataset (it has {', '.join(preparation['splits'])}); "
+            "prepare it with other --splits or --holdout_volumes"
+        )
+    lengths = preparation["splits"][split]["shard_lengths"]
+    return [Shard(shard_name(split, index), length) for index, length in enumerate(lengths)]
+
+
+# ---- preparation.json ----------------------------------------------------------------------------
+
+
+def dataset_fingerprint(checksums: Mapping[str, str]) -> str:
+    """SHA-256 over the checksums of the shards and of the tables of volumes, slices, labels and
+    regions: equal fingerprints mean equal data."""
+    tables = (VOLUMES_FILE, SLICES_FILE, LABELS_FILE, REGIONS_FILE)
+    names = sorted(name for name in checksums if ".array_record-" in name or name in tables)
+    return hashlib.sha256(
+        "".join(f"{name} {checksums[name]}\n" for name in names).encode()
+    ).hexdigest()
+
+
+def preparation_sha256(preparation: Mapping[str, Any]) -> str:
+    """SHA-256 over the content of preparation.json but its `sha256` itself."""
+    content = {name: value for name, value in preparation.items() if name != "sha256"}
+    content = json.loads(json.dumps(content))  # as it reads: tuples are lists, all keys texts
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_preparation(dataset_dir: Path) -> dict[str, Any]:
+    """preparation.json of a complete dataset, without its checksum of itself.
+
+    Raises DatasetError if the directory is absent, incomplete, damaged or of another format
+    version.
+    """
+    if not dataset_dir.is_dir():
+        raise DatasetError(
+            f"{dataset_dir}: no such directory; make one with python -m data_prep.prepare"
+        )
+    path = dataset_dir / PREPARATION_FILE
+    if not path.is_file():
+        raise DatasetError(
+            f"{dataset_dir}: not a complete dataset (no {PREPARATION_FILE}); "
+            "run data_prep.prepare, again if it was stopped"
+        )
+    return parse_preparation(path.read_bytes(), str(path))
+
+
+def parse_preparation(content: bytes, name: str) -> dict[str, Any]:
+    """A preparation.json. Raises DatasetError, by `name`, if it is damaged or of another format
+    version."""
+    try:
+        preparation = json.loads(content)
+    except ValueError as error:
+        raise DatasetError(f"{name}: damaged ({error}); prepare the dataset again") from None
+    version = preparation.get("format_version") if isinstance(preparation, dict) else None
+    if version != FORMAT_VERSION:
+        raise DatasetError(
+            f"{name}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the "
+            f"dataset again"
+        )
+    # absent in datasets from before it
+    if preparation.get("sha256", own := preparation_sha256(preparation)) != own:
+        raise DatasetError(
+            f"{name}: damaged (its checksum of itself is another); copy the dataset again"
+        )
+    preparation.pop("sha256", None)
+    return preparation
+
+
+def linked_parts(
+    dataset_dir: Path, preparation: Mapping[str, Any]
+) -> Iterator[tuple[Mapping[str, Any], Path, dict[str, str]]]:
+    """Of a view (`data_prep.merge`) whose shards are symbolic links: the facts of each part, its
+    directory, and the part's name of each of the view's shards that is the part's. Nothing of
+    another dataset."""
+    num_before = dict.fromkeys(SPLITS, 0)
+    for part in preparation.get("parts", ()):
+        names = {}
+        for split, number in part["num_shards"].items():
+            names |= {
+                shard_name(split, num_before[split] + index): shard_name(split, index)
+                for index in range(number)
+            }
+            num_before[split] += number
+        link = dataset_dir / next(iter(names))
+        if link.is_symlink():
+            yield part, (dataset_dir / link.readlink().parent).resolve(), names
+
+
+def make_preparation(
+    *,
+    archive: str,
+    windows: Sequence[Mapping[str, float]],
+    image_size: int,
+    volumes: Sequence[Mapping[str, Any]],
+    shard_lengths: Mapping[str, list[int]],
+    labels: Mapping[str, Mapping[str, Any]],
+    masks: Mapping[str, Any] | None,
+    key_fingerprint: str,
+    options: Mapping[str, Any],
+    versions: Mapping[str, str],
+    counts: Mapping[str, Any],
+    parts: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """The content of preparation.json, whose fingerprint and checksums are filled in once all files
+    are written.
+
+    Args:
+        archive: kind of the source.
+        windows: `level` and `width` in HU of each channel.
+        image_size: pixels of a side.
+        volumes: rows of volumes.csv.
+        shard_lengths: records of each shard, by split.
+        labels: `level` and `classes` of each label.
+        masks: how the masks were made; None: there are none.
+        key_fingerprint: of the pseudonym key.
+        options: of the preparation.
+        versions: of the packages that the bytes depend on.
+        counts: what became of the files of the archive, and cells of labels by class.
+        parts: facts of the datasets that a view links to.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "archive": archive,
+        "synthetic": any(row["synthetic"] for row in volumes),
+        "windows": list(windows),
+        "image_size": image_size,
+        "channels": len(windows),
+        "splits": {
+            split: _split_facts(volumes, split, lengths) for split, lengths in shard_lengths.items()
+        },
+        "labels": labels,
+        "masks": masks,
+        "key_fingerprint": key_fingerprint,
+        "fingerprint": "",
+        **({"parts": list(parts)} if parts else {}),
+        "options": options,
+        "versions": versions,
+        "counts": counts,
+        "checksums": {},
+    }
+
+
+def _split_facts(
+    volumes: Sequence[Mapping[str, Any]], split: str, lengths: list[int]
+) -> dict[str, Any]:
+    rows = [row for row in volumes if row["split"] == split]
+    return {
+        "num_volumes": len(rows),
+        "num_patients": len({row["patient_id"] for row in rows}),
+        "num_slices": sum(lengths),
+        "shard_lengths": lengths,
+    }
+
+
+def description(preparation: Mapping[str, Any]) -> str:
+    """What the images are, for TFDS."""
+    windows = ", ".join(
+        f"{window['level']:g}/{window['width']:g}" for window in preparation["windows"]
+    )
+    kind = (
+        "SYNTHETIC chest CT slices (a phantom, no patients)"
+        if preparation["synthetic"]
+        else "Chest CT slices"
+    )
+    return f"{kind}, windowed (level/width in HU: {windows}). Not for clinical use."
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that the bytes of a dataset may depend on."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in _VERSIONED
+    }
+
+
+def write_preparation(dataset_dir: Path, preparation: Mapping[str, Any]) -> None:
+    """Writes preparation.json, the last file of a dataset, with its checksum of itself."""
+    preparation = {**preparation, "sha256": preparation_sha256(preparation)}
+    write_file(dataset_dir / PREPARATION_FILE, (json.dumps(preparation, indent=2) + "\n").encode())

@@ -1,0 +1,300 @@
+"""What a volume's labels, mask and attributes are, looked up by the workers in what
+`data_prep.labels.staging` staged.
+
+    labels.fault(candidate)        # None, or a Rejection: it cannot have its mask
+    labels.labels_of(volume)       # VolumeLabels or Rejection
+
+A label keeps the level of its key: a slice (SOP Instance UID), a volume or a patient. What the
+archive has and the tables lack is missing and stays so. Masks are those of LIDC-IDRI's readers or
+files of a folder; a series without one is rejected, since nobody knows whether an unread scan has
+nodules.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_prep.labels import lidc
+from data_prep.labels import tables as label_tables
+from data_prep.masks import reading as mask_files
+from data_prep.masks.reading import MAX_REGIONS
+from data_prep.scan.geometry import canonical_axes, orient
+from data_prep.scan.headers import Header
+from data_prep.scan.nifti_metadata import volume_name
+from data_prep.scan.series import Rejection, SeriesCandidate
+from data_prep.scan.volume import Volume
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSources:
+    """Where labels, masks and attributes come from."""
+
+    archive: str = "dicom"
+    labels_csv: tuple[Path, ...] = ()
+    attributes_csv: Path | None = None
+    metadata_csv: Path | None = None  # of a NIfTI archive (`data_prep.scan.nifti.read_metadata`)
+    masks_dir: Path | None = None
+    annotations_dir: Path | None = None  # XML of LIDC-IDRI; None: they lie among the scans
+    consensus: float = lidc.CONSENSUS
+    min_area_px: int = lidc.MIN_AREA_PX
+
+    def mask_facts(self) -> dict[str, Any] | None:
+        """`masks` of preparation.json."""
+        if self.archive == "lidc_idri":
+            return {
+                "source": "lidc_idri",
+                "consensus": self.consensus,
+                "min_area_px": self.min_area_px,
+            }
+        return {"source": "masks_dir"} if self.masks_dir else None
+
+
+class VolumeLabels(NamedTuple):
+    """What labels and masks say of a volume."""
+
+    slices: list[dict[str, int | None]]  # one a slice: class of each slice label
+    volume: dict[str, int | None]  # class of each label of volume or patient
+    # [S, H, W] uint8 at the source matrix, canonical orientation; None: the dataset has none
+    mask: np.ndarray | None
+    regions: list[dict[str, Any]]  # rows of regions.csv but for `volume_id`
+
+
+class TableSpec(NamedTuple):
+    """A staged table."""
+
+    key: str
+    level: str
+    labels: tuple[str, ...]
+    classes: tuple[tuple[str, ...], ...]  # of each label
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What was staged; small, and the same in every worker."""
+
+    database: Path
+    tables: tuple[TableSpec, ...]
+    sources: LabelSources
+    masks: Mapping[str, Path]
+    counts: Mapping[str, Any]
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """`labels` of preparation.json: level and classes of each label."""
+        return {
+            name: {"level": table.level, "classes": list(classes)}
+            for table in self.tables
+            for name, classes in zip(table.labels, table.classes, strict=True)
+        }
+
+    @property
+    def has_masks(self) -> bool:
+        return self.sources.mask_facts() is not None
+
+    def attributes(self, patient_id: str) -> dict[str, Any]:
+        """What the table of attributes says of a patient; it goes before the headers."""
+        row = _select(self.database, "SELECT cells FROM attributes WHERE key = ?", patient_id)
+        return json.loads(row[0]) if row else {}
+
+    def version(self, candidate: SeriesCandidate) -> str:
+        """Tells the annotation or mask of a series from another one; "" if it has none."""
+        if self.sources.archive == "lidc_idri":
+            reading = self._reading(candidate)
+            return hashlib.sha256(repr(_plain(reading)).encode()).hexdigest() if reading else ""
+        path = self._mask_path(candidate.headers[0]) if self.has_masks else None
+        if path is None:
+            return ""
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def fault(self, candidate: SeriesCandidate) -> Rejection | None:
+        """Why a series cannot have its mask, as far as headers tell."""
+        if self.sources.archive == "lidc_idri":
+            reading = self._reading(candidate)
+            if reading is None:
+                return candidate.rejected("no_annotation", "")
+            numbers = _numbers_of_instances(candidate)
+            strange = {
+                contour.sop_instance_uid
+                for session in reading.sessions
+                for nodule in session
+                for contour in nodule.contours
+            } - set(numbers)
+            if not strange:
+                return None
+            return candidate.rejected("annotation_mismatch", f"{len(strange)} unknown slices")
+        if self.has_masks and self._mask_path(candidate.headers[0]) is None:
+            return candidate.rejected("no_annotation", "")
+        return None
+
+    def labels_of(self, volume: Volume) -> VolumeLabels | Rejection:
+        """Labels and mask of a loaded volume.
+
+        Raises:
+            OSError: a mask cannot be read.
+        """
+        slices: list[dict[str, int | None]] = [{} for _ in volume.headers]
+        whole_volume: dict[str, int | None] = {}
+        for number, table in enumerate(self.tables):
+            if table.level == "slice":
+                for header, found in zip(volume.headers, slices, strict=True):
+                    found |= self._row(number, table, header)
+            else:
+                whole_volume |= self._row(number, table, volume.headers[0])
+        mask, regions = None, []
+        if self.has_masks:
+            painted = (
+                self._lidc_mask(volume)
+                if self.sources.archive == "lidc_idri"
+                else self._file_mask(volume)
+            )
+            if isinstance(painted, Rejection):
+                return painted
+            mask, findings = painted
+            regions = [row | findings.get(row["region"], {}) for row in region_rows(mask, volume)]
+        return VolumeLabels(slices, whole_volume, mask, regions)
+
+    def _row(self, number: int, table: TableSpec, header: Header) -> dict[str, int | None]:
+        key = header_key(header, table.key)
+        row = _select(
+            self.database, "SELECT cells FROM labels WHERE number = ? AND key = ?", number, key
+        )
+        cells = json.loads(row[0]) if row else [""] * len(table.labels)
+        values = zip(table.labels, cells, table.classes, strict=True)
+        return {name: label_tables.class_index(cell, classes) for name, cell, classes in values}
+
+    def _reading(self, candidate: SeriesCandidate) -> lidc.Reading | None:
+        uid = candidate.headers[0].series_instance_uid
+        row = _select(self.database, "SELECT reading FROM annotations WHERE key = ?", uid)
+        return pickle.loads(row[0]) if row else None
+
+    def _mask_path(self, header: Header) -> Path | None:
+        keys = (header.series_instance_uid, volume_name(header.source))
+        return next((self.masks[key] for key in keys if key in self.masks), None)
+
+    def _lidc_mask(
+        self, volume: Volume
+    ) -> tuple[np.ndarray, dict[int, dict[str, Any]]] | Rejection:
+        candidate = volume.candidate
+        first = volume.headers[0]
+        shape = (first.rows, first.columns)
+        numbers = _numbers_of_instances(candidate)
+        try:
+            nodules = lidc.consensus_nodules(
+                self._reading(candidate),
+                numbers,
+                shape,
+                candidate.slice_thickness_mm,
+                consensus=self.sources.consensus,
+                min_area_px=self.sources.min_area_px,
+            )
+        except lidc.ContourOutside:
+            return candidate.rejected("annotation_mismatch", "outside")
+        except lidc.LidcError:
+            return candidate.rejected("annotation_mismatch", "other slices")
+        if len(nodules) > MAX_REGIONS:
+            return candidate.rejected(
+                "annotation_mismatch", f"{len(nodules)} nodules, at most {MAX_REGIONS}"
+            )
+        axes = canonical_axes(first.orientation)
+        mask = np.zeros(volume.hu.shape, np.uint8)
+        for index, header in enumerate(volume.headers):
+            source = np.zeros(shape, np.uint8)
+            # where two overlap, the first stays
+            for region, nodule in reversed(list(enumerate(nodules, start=1))):
+                source[lidc.slice_mask([nodule], numbers[header.sop_instance_uid], shape)] = region
+            mask[index] = orient(source, axes)
+        return mask, {
+            region: {"malignancy": nodule.malignancy, "num_readers": nodule.num_readers}
+            for region, nodule in enumerate(nodules, start=1)
+        }
+
+    def _file_mask(
+        self, volume: Volume
+    ) -> tuple[np.ndarray, dict[int, dict[str, Any]]] | Rejection:
+        candidate = volume.candidate
+        try:
+            mask = mask_files.read_mask(self._mask_path(volume.headers[0]), volume)
+        except mask_files.MaskError as error:
+            return candidate.rejected("mask_mismatch", str(error))
+        if mask.shape != volume.hu.shape or mask.dtype != np.uint8:
+            return candidate.rejected("mask_mismatch", f"{mask.dtype} {list(mask.shape)}")
+        return mask, {}
+
+
+def region_rows(mask: np.ndarray, volume: Volume) -> list[dict[str, Any]]:
+    """`region`, `first_slice`, `last_slice`, `volume_mm3` and `diameter_mm` of the regions of
+    `mask` [S, H, W] at the source matrix. A region that others cover wholly has no row."""
+    voxel_mm3 = math.prod(volume.pixel_spacing_mm) * volume.slice_spacing_mm
+    # [S, 256]
+    areas = np.stack([np.bincount(image.reshape(-1), minlength=MAX_REGIONS + 1) for image in mask])
+    rows = []
+    for region in 1 + np.flatnonzero(areas[:, 1:].sum(axis=0)):
+        slices = np.flatnonzero(areas[:, region])
+        mm3 = float(areas[:, region].sum() * voxel_mm3)
+        rows.append(
+            {
+                "region": int(region),
+                "first_slice": int(slices[0]),
+                "last_slice": int(slices[-1]),
+                "volume_mm3": mm3,
+                "diameter_mm": (6 * mm3 / math.pi) ** (1 / 3),
+            }
+        )
+    return rows
+
+
+def header_key(header: Header, key: str) -> str:
+    """What a table with the key column `key` calls this image; "" if nothing."""
+    if key == "SOPInstanceUID":
+        # else its label is of no one slice
+        return header.sop_instance_uid if header.number_of_frames == 1 else ""
+    if key == "VolumeName":
+        return volume_name(header.source)
+    fields = {
+        "SeriesInstanceUID": header.series_instance_uid,
+        "StudyInstanceUID": header.study_instance_uid,
+        "PatientID": header.patient_id,
+    }
+    return fields[key]
+
+
+def _numbers_of_instances(candidate: SeriesCandidate) -> dict[str, int]:
+    """Position in the planned stack of each SOP Instance UID, duplicates included."""
+    groups = zip(candidate.headers, candidate.duplicates, strict=True)
+    return {
+        header.sop_instance_uid: number
+        for number, (first, others) in enumerate(groups)
+        for header in (first, *others)
+    }
+
+
+def _plain(node: Any) -> Any:
+    """Nested tuples and lists without arrays, so that `repr` shows all of it."""
+    if isinstance(node, np.ndarray):
+        return node.tolist()
+    return [_plain(item) for item in node] if isinstance(node, tuple) else node
+
+
+def _select(database: Path, query: str, *values: Any) -> tuple | None:
+    return (
+        _connection(str(database), database.stat().st_mtime_ns, os.getpid())
+        .execute(query, values)
+        .fetchone()
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _connection(database: str, mtime_ns: int, process: int) -> sqlite3.Connection:
+    """Read-only; opened once a process."""
+    return sqlite3.connect(f"{Path(database).absolute().as_uri()}?mode=ro&immutable=1", uri=True)

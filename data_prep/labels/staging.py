@@ -1,0 +1,315 @@
+"""Tables of labels and attributes, annotations and masks: read once into a private file, matched
+with the archive.
+
+    check(sources, input_dir)                       # columns, before anything else
+    labels = stage(sources, input_dir, database)    # every row, before the headers are read
+    counts = match(labels, headers)                 # against the archive, before the conversion
+
+The workers look up what is staged by `data_prep.labels.lookup`.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import pickle
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.labels import lidc, rsna_pe
+from data_prep.labels import tables as label_tables
+from data_prep.labels.lookup import Labels, LabelSources, TableSpec, header_key
+from data_prep.labels.tables import Row, Spellings, Table
+from data_prep.masks import reading as mask_files
+from data_prep.scan import nifti_metadata
+from data_prep.scan.headers import Header
+from data_prep.system.errors import InputError
+
+_MANY = 10_000
+
+
+# ---- before anything else ------------------------------------------------------------------------
+
+
+def check(sources: LabelSources, input_dir: Path) -> None:
+    """Looks at flags and first lines only.
+
+    Raises:
+        InputError: a file that is not there, lacks a column, or options that exclude each other.
+    """
+    if sources.archive == "lidc_idri" and sources.masks_dir:
+        raise InputError(
+            "--masks_dir and --archive=lidc_idri both give masks; leave one out (--archive=dicom)"
+        )
+    if sources.annotations_dir and sources.archive != "lidc_idri":
+        raise InputError("--annotations_dir is of --archive=lidc_idri; add that or leave it out")
+    if sources.annotations_dir and not sources.annotations_dir.exists():
+        raise InputError(
+            f"--annotations_dir={sources.annotations_dir}: no such directory; give "
+            f"the folder of the XML"
+        )
+    if sources.metadata_csv and sources.archive != "nifti":
+        raise InputError("--metadata_csv is of --archive=nifti; add that or leave it out")
+    if not 0 < sources.consensus <= 1:
+        raise InputError(
+            f"--consensus={sources.consensus:g}: give a share of the readers above 0, at most 1"
+        )
+    if sources.min_area_px < 0:
+        raise InputError(f"--min_area_px={sources.min_area_px}: give a number of pixels, 0 or more")
+    if sources.masks_dir and not sources.masks_dir.is_dir():
+        raise InputError(
+            f"--masks_dir={sources.masks_dir}: no such directory; give the folder of the masks"
+        )
+    if sources.attributes_csv:
+        label_tables.check_attributes(sources.attributes_csv)
+    if sources.metadata_csv:
+        nifti_metadata.check(input_dir, sources.metadata_csv)
+    tables = _tables(sources, input_dir)
+    names = [name for table in tables for name in table.labels]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"the label {twice[0]} is in two tables; rename a column or leave one table out"
+        )
+
+
+def _tables(sources: LabelSources, input_dir: Path) -> list[Table]:
+    tables = [label_tables.open_labels(path) for path in sources.labels_csv]
+    if sources.archive == "rsna_pe":
+        train_csv = rsna_pe.check_train_csv(input_dir)
+        tables = [rsna_pe.slice_table(train_csv), rsna_pe.exam_table(train_csv), *tables]
+    return tables
+
+
+def input_digests(sources: LabelSources, input_dir: Path) -> tuple[tuple[str, str], ...]:
+    """(option, SHA-256) of every table; annotations and masks are compared series by series
+    (`Labels.version`)."""
+    files = [("labels_csv", path) for path in sources.labels_csv]
+    if sources.attributes_csv:
+        files.append(("attributes_csv", sources.attributes_csv))
+    if sources.metadata_csv:
+        files.append(("metadata_csv", sources.metadata_csv))
+    if sources.archive == "rsna_pe":
+        files.insert(0, ("train.csv", rsna_pe.train_csv(input_dir)))
+    digests = []
+    for name, path in files:
+        with open(path, "rb") as file:
+            digests.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return tuple(digests)
+
+
+# ---- staging -------------------------------------------------------------------------------------
+
+
+def stage(
+    sources: LabelSources, input_dir: Path, database: Path, violations_csv: Path | None = None
+) -> Labels:
+    """Reads every table and annotation into `database` (private: it holds UIDs), which is created
+    again.
+
+    Exams that break a rule of the RSNA labels go to `violations_csv`, their number by rule into
+    `Labels.counts`.
+
+    Raises:
+        InputError: a table that contradicts itself or holds what it can't; one line.
+        OSError: a file cannot be read, or the database not be written.
+    """
+    try:
+        return _stage(sources, input_dir, database, violations_csv)
+    # which says less than the system: a full disk, nearly always
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(database)) from error
+
+
+def _stage(
+    sources: LabelSources, input_dir: Path, database: Path, violations_csv: Path | None
+) -> Labels:
+    database.unlink(missing_ok=True)
+    specs: list[TableSpec] = []
+    counts: dict[str, Any] = {}
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")  # after a killed run it is created again
+        connection.execute(
+            "CREATE TABLE labels (number, key, cells, line, PRIMARY KEY (number, "
+            "key)) WITHOUT ROWID"
+        )
+        connection.execute("CREATE TABLE attributes (key PRIMARY KEY, cells) WITHOUT ROWID")
+        connection.execute("CREATE TABLE annotations (key PRIMARY KEY, reading) WITHOUT ROWID")
+        exams: dict[str, rsna_pe.Exam] = {}
+        for number, table in enumerate(_tables(sources, input_dir)):
+            if sources.archive == "rsna_pe" and number < 2:
+                of_slices = number == 0
+                rows = rsna_pe.read_train_csv(table.path, exams) if of_slices else _exam_rows(exams)
+                _insert(connection, number, table, rows, None)
+                classes = dict.fromkeys(table.labels, ("0", "1"))
+            else:
+                spellings = Spellings(table)
+                _insert(connection, number, table, label_tables.read_label_rows(table), spellings)
+                classes = spellings.classes()
+            specs.append(
+                TableSpec(
+                    table.key, table.level, table.labels, tuple(classes[n] for n in table.labels)
+                )
+            )
+        if sources.archive == "rsna_pe":
+            counts["exams_with_inconsistent_labels"] = _write_violations(exams, violations_csv)
+        if sources.attributes_csv:
+            _insert_attributes(connection, sources.attributes_csv)
+        if sources.archive == "lidc_idri":
+            readings = lidc.read_readings(sources.annotations_dir or input_dir)
+            rows = ((uid, pickle.dumps(reading)) for uid, reading in readings.items())
+            connection.executemany("INSERT INTO annotations VALUES (?, ?)", rows)
+        connection.commit()
+    masks = _index_masks(sources.masks_dir) if sources.masks_dir else {}
+    return Labels(database, tuple(specs), sources, masks, counts)
+
+
+def _exam_rows(exams: Mapping[str, rsna_pe.Exam]) -> Iterator[Row]:
+    return (rsna_pe.exam_row(study, exam) for study, exam in exams.items())
+
+
+def _insert(
+    connection: sqlite3.Connection,
+    number: int,
+    table: Table,
+    rows: Iterable[Row],
+    spellings: Spellings | None,
+) -> None:
+    """A key that is there again must say the same."""
+    rows = iter(rows)
+    while some := list(itertools.islice(rows, _MANY)):
+        for row in some if spellings else ():
+            spellings.add(row)
+        cells = [(number, row.key, json.dumps(row.values), row.line) for row in some]
+        added = connection.executemany(
+            "INSERT OR IGNORE INTO labels VALUES (?, ?, ?, ?)", cells
+        ).rowcount
+        if added == len(some):
+            continue
+        for _, key, values, line in cells:
+            known = connection.execute(
+                "SELECT cells, line FROM labels WHERE number = ? AND key = ?", (number, key)
+            )
+            other, first_line = known.fetchone()
+            if other != values:
+                raise InputError(
+                    f"{table.path}, line {line}: the {table.key} of line {first_line} with other "
+                    f"labels; "
+                    "leave one of the two rows out"
+                )
+
+
+def _insert_attributes(connection: sqlite3.Connection, path: Path) -> None:
+    lines: dict[str, tuple[int, dict[str, Any]]] = {}
+    for line, patient, attributes in label_tables.read_attributes(path):
+        first_line, known = lines.setdefault(patient, (line, attributes))
+        if known != attributes:
+            raise InputError(
+                f"{path}, line {line}: the patient of line {first_line} with other attributes; "
+                f"leave one of them out"
+            )
+    rows = ((patient, json.dumps(attributes)) for patient, (_, attributes) in lines.items())
+    connection.executemany("INSERT INTO attributes VALUES (?, ?)", rows)
+
+
+def _write_violations(exams: Mapping[str, rsna_pe.Exam], path: Path | None) -> dict[str, int]:
+    broken = [(study, rule) for study, exam in exams.items() for rule in rsna_pe.violations(exam)]
+    if path is not None:
+        lines = [f"{rsna_pe.STUDY},rule,explanation\n"]
+        lines += [f'{study},{rule},"{rsna_pe.RULES[rule]}"\n' for study, rule in broken]
+        path.write_text("".join(lines))
+    rules = [rule for _, rule in broken]
+    return {rule: rules.count(rule) for rule in rsna_pe.RULES if rule in rules}
+
+
+def _index_masks(masks_dir: Path) -> dict[str, Path]:
+    masks = mask_files.index_masks(masks_dir)
+    if not masks:
+        raise InputError(
+            f"--masks_dir={masks_dir}: no masks in it; give the folder of the "
+            f"DICOM-SEG or NIfTI files"
+        )
+    return masks
+
+
+# ---- against the archive -------------------------------------------------------------------------
+
+
+def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
+    """Counts of what the tables and annotations have and the archive lacks; `headers` are all of
+    the archive.
+
+    Raises:
+        InputError: a table, the annotations or the masks have nothing in common with the archive.
+    """
+    sources, database = labels.sources, labels.database
+    if not (labels.tables or sources.attributes_csv or labels.has_masks):
+        return {}
+    with contextlib.closing(sqlite3.connect("")) as seen:  # a temporary file
+        seen.execute("CREATE TABLE seen (key, value, PRIMARY KEY (key, value)) WITHOUT ROWID")
+        keys = {table.key for table in labels.tables} | {"PatientID", "SeriesInstanceUID"}
+        if sources.masks_dir:
+            keys.add("VolumeName")
+        pairs = ((key, header_key(header, key)) for header in headers for key in sorted(keys))
+        seen.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?)", pairs)
+        seen.execute("ATTACH DATABASE ? AS staged", (str(database),))
+
+        def without(table: str, key: str, condition: str = "1") -> tuple[int, int]:
+            total, found = seen.execute(
+                f"SELECT count(*), count(seen.value) FROM staged.{table} AS t LEFT JOIN seen "
+                f"ON seen.value = t.key AND seen.key = ? WHERE {condition}",
+                (key,),
+            ).fetchone()
+            return total, total - found
+
+        counts = dict(labels.counts)
+        unmatched = {}
+        for number, table in enumerate(labels.tables):
+            total, lost = without("labels", table.key, f"t.number = {number}")
+            if lost == total:
+                raise InputError(
+                    f"none of the {total} rows with the labels {', '.join(table.labels[:3])} is "
+                    f"of this archive: no "
+                    f"{table.key} of theirs is in it; give the table of these scans, or leave it "
+                    f"out"
+                )
+            unmatched[",".join(table.labels)] = lost
+        if labels.tables:
+            counts["label_rows_without_match"] = unmatched
+        if sources.attributes_csv:
+            total, lost = without("attributes", "PatientID")
+            if lost == total:
+                raise InputError(
+                    f"--attributes_csv={sources.attributes_csv}: none of its {total} patients is "
+                    f"in this archive; "
+                    "PatientID must be written as in the scans"
+                )
+            counts["attribute_rows_without_match"] = lost
+        if sources.archive == "lidc_idri":
+            total, lost = without("annotations", "SeriesInstanceUID")
+            if lost == total:
+                raise InputError(
+                    f"the XML of {total} readings is of other scans: no series of theirs is in "
+                    f"this archive; give "
+                    "--annotations_dir with the XML of these scans"
+                )
+            counts["annotations_without_match"] = lost
+        if sources.masks_dir:
+            keys = (("SeriesInstanceUID",), ("VolumeName",))
+            known = {
+                value
+                for key in keys
+                for (value,) in seen.execute("SELECT value FROM seen WHERE key = ?", key)
+            }
+            lost = len(labels.masks.keys() - known)
+            if lost == len(labels.masks):
+                raise InputError(
+                    f"--masks_dir={sources.masks_dir}: none of its {lost} masks is of this "
+                    f"archive; name a mask by the "
+                    "Series Instance UID of its scan, or as its NIfTI file"
+                )
+            counts["masks_without_match"] = lost
+    return counts

@@ -1,0 +1,301 @@
+"""Tables that a user lays beside an archive: labels (--labels_csv) and attributes of patients
+(--attributes_csv).
+
+A table of labels has a key column, whose name says what a row is of, and a column a label. Cells
+are classes; an empty cell is a missing label. Messages name files, lines and columns, never the
+values of keys.
+"""
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_prep.dataset.schema import MASK_AREA_COLUMN, VOLUME_COLUMNS
+from data_prep.system.errors import InputError
+
+# Key column -> level of the labels, the finest key first. The last but one: the name of a NIfTI
+# file.
+KEY_LEVELS = {
+    "SOPInstanceUID": "slice",
+    "SeriesInstanceUID": "volume",
+    "VolumeName": "volume",
+    "StudyInstanceUID": "volume",
+    "PatientID": "patient",
+}
+ATTRIBUTES = ("age", "sex", "ethnic_group")
+MAX_CLASSES = 64
+OLDEST = 90  # stands for every age above 89, as in the headers' ages
+
+_MAX_SPELLINGS = 4 * MAX_CLASSES  # "1", "1.0" and "1.00" are one class
+_LABEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+_CLASS = re.compile(r"[A-Za-z0-9 .,_+/()<>=-]{1,32}")
+_LIKE_AN_IDENTIFIER = re.compile(r"[0-9]{5}")
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _/-]{0,31}")
+_NOT_LABELS = {"volume_id", "slice_index", MASK_AREA_COLUMN, *VOLUME_COLUMNS}
+
+
+class Table(NamedTuple):
+    """What the first line of a table of labels says."""
+
+    path: Path
+    key: str  # name of `KEY_LEVELS`
+    labels: tuple[str, ...]
+
+    @property
+    def level(self) -> str:
+        return KEY_LEVELS[self.key]
+
+
+class Row(NamedTuple):
+    """A line of a table. `values`: the cells of its labels, "" where missing."""
+
+    line: int
+    key: str
+    values: tuple[str, ...]
+
+
+def read_header(path: Path, flag: str) -> tuple[str, ...]:
+    """The names in the first line of a CSV file.
+
+    Raises:
+        InputError: no such file, no table, or a name that is there twice; `flag` is the option that
+          named it.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{flag}={path}: no such file; give a CSV file with a line of column names"
+        )
+    header = next((cells for _, cells in _cells(path)), [])
+    names = tuple(cell.strip() for cell in header)
+    if not any(names):
+        raise InputError(
+            f"{path}: the first line is empty; it names the columns, separated by commas"
+        )
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise InputError(f"{path}: column {min(twice)!r} is there twice; leave one out")
+    return names
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(line, cells of `columns`) of every line but the first and empty ones, stripped.
+
+    Raises:
+        InputError: a line of another length than the first one.
+    """
+    lines = _cells(path)
+    _, header = next(lines)
+    names = [cell.strip() for cell in header]
+    places = [names.index(column) for column in columns]
+    for line, cells in lines:
+        if not any(cells):
+            continue
+        if len(cells) != len(names):
+            raise InputError(
+                f"{path}, line {line}: {len(cells)} cells, the first line has "
+                f"{len(names)}; correct it"
+            )
+        yield line, tuple(cells[place].strip() for place in places)
+
+
+def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        try:
+            for cells in reader:
+                yield reader.line_num, cells
+        except (csv.Error, UnicodeDecodeError) as error:
+            kind = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+            raise InputError(
+                f"{path}, near line {reader.line_num + 1}: {kind}; save it as CSV in UTF-8"
+            ) from None
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+
+def open_labels(path: Path) -> Table:
+    """The key and the labels of a table; of several key columns the finest is the key, the others
+    are ignored.
+
+    Raises:
+        InputError: no key column, no label, or a label's name that cannot stand in a dataset.
+    """
+    names = read_header(path, "--labels_csv")
+    key = next((name for name in KEY_LEVELS if name in names), None)
+    if key is None:
+        raise InputError(
+            f"--labels_csv={path}: no key column; name one of "
+            f"{', '.join(KEY_LEVELS)} in the first line"
+        )
+    labels = tuple(name for name in names if name not in KEY_LEVELS)
+    if not labels:
+        raise InputError(
+            f"--labels_csv={path}: no column beside {key}; add a column for each label"
+        )
+    for name in labels:
+        if not _LABEL_NAME.fullmatch(name) or name in _NOT_LABELS:
+            raise InputError(
+                f"--labels_csv={path}: {name!r} cannot name a label; rename the column: letters, "
+                f"digits and _ . -, "
+                "a letter first, and no name of a column of the dataset"
+            )
+    return Table(path, key, labels)
+
+
+def read_label_rows(table: Table) -> Iterator[Row]:
+    """The rows of a table.
+
+    Raises:
+        InputError: a row without a key.
+    """
+    for line, (key, *values) in read_rows(table.path, (table.key, *table.labels)):
+        if not key:
+            raise InputError(
+                f"{table.path}, line {line}: {table.key} is empty; give it or leave the row out"
+            )
+        yield Row(line, key, tuple(values))
+
+
+class Spellings:
+    """The different cells of each label of a table, collected as its rows go by."""
+
+    def __init__(self, table: Table):
+        self._table = table
+        self._found: list[set[str]] = [set() for _ in table.labels]
+
+    def add(self, row: Row) -> None:
+        """Raises InputError where a label has too many values for classes."""
+        for number, value in enumerate(row.values):
+            found = self._found[number]
+            if value and value not in found:
+                found.add(value)
+                if len(found) > _MAX_SPELLINGS:
+                    self._classes(number)
+
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """The classes of each label. Raises InputError for what can't be classes."""
+        return {name: self._classes(number) for number, name in enumerate(self._table.labels)}
+
+    def _classes(self, number: int) -> tuple[str, ...]:
+        where = f"{self._table.path}, column {self._table.labels[number]}"
+        classes = classes_of(self._found[number])
+        if not classes:
+            raise InputError(f"{where}: every cell is empty; fill it or leave the column out")
+        if len(classes) > MAX_CLASSES:
+            raise InputError(
+                f"{where}: more than {MAX_CLASSES} different values; a label is a class: put "
+                f"numbers into bins"
+            )
+        for value in classes:
+            if not _CLASS.fullmatch(value) or _LIKE_AN_IDENTIFIER.search(value):
+                raise InputError(
+                    f"{where}: a value cannot name a class (at most 32 letters, digits and "
+                    f".,_+/()<>=-, fewer than "
+                    "five digits in a row, since classes are published); rename it"
+                )
+        return classes
+
+
+def classes_of(values: Iterable[str]) -> tuple[str, ...]:
+    """Classes of the cells of a label: sorted as numbers if all are numbers (1 and 1.0 are one),
+    else as text."""
+    values = set(values)
+    numbers = {_number(value) for value in values}
+    if None in numbers:
+        return tuple(sorted(values))
+    return tuple(f"{number:g}" for number in sorted(numbers))
+
+
+def class_index(value: str, classes: Sequence[str]) -> int | None:
+    """Index of a cell's class; None for an empty cell.
+
+    Raises:
+        ValueError: no such class.
+    """
+    if not value:
+        return None
+    return classes.index(value if value in classes else f"{_number(value):g}")
+
+
+def _number(value: str) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number + 0.0 if math.isfinite(number) else None  # -0 is 0
+
+
+# ---- attributes ----------------------------------------------------------------------------------
+
+
+def check_attributes(path: Path) -> tuple[str, ...]:
+    """The attributes that a table holds.
+
+    Raises:
+        InputError: no PatientID, none of the attributes.
+    """
+    names = read_header(path, "--attributes_csv")
+    held = tuple(name for name in ATTRIBUTES if name in names)
+    if "PatientID" not in names or not held:
+        lacks = (
+            "no column PatientID"
+            if "PatientID" not in names
+            else f"none of the columns {', '.join(ATTRIBUTES)}"
+        )
+        raise InputError(
+            f"--attributes_csv={path}: {lacks}; the first line names PatientID and any of "
+            f"{', '.join(ATTRIBUTES)}"
+        )
+    return held
+
+
+def read_attributes(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(line, Patient ID, attributes) of every row; what a cell leaves empty is not among the
+    attributes.
+
+    `age` in whole years, 90 for everything above 89; `sex` F, M or O; `ethnic_group` text of at
+    most 32 characters.
+
+    Raises:
+        InputError: no patient, or a value that is not allowed.
+    """
+    held = check_attributes(path)
+    for line, (patient, *cells) in read_rows(path, ("PatientID", *held)):
+        if not patient:
+            raise InputError(
+                f"{path}, line {line}: PatientID is empty; give it or leave the row out"
+            )
+        try:
+            yield (
+                line,
+                patient,
+                {
+                    name: _attribute(name, cell)
+                    for name, cell in zip(held, cells, strict=True)
+                    if cell
+                },
+            )
+        except InputError as error:
+            raise InputError(f"{path}, line {line}: {error}, or leave the cell empty") from None
+
+
+def _attribute(name: str, cell: str) -> Any:
+    if name == "age":
+        years = _number(cell)
+        if years is None or not 0 <= years <= 130:
+            raise InputError("age is not a number of years; give one from 0 to 130")
+        return min(OLDEST, int(years))
+    if name == "sex":
+        if cell.upper() not in ("F", "M", "O"):
+            raise InputError("sex is not F, M or O; give one of the three")
+        return cell.upper()
+    if not _GROUP.fullmatch(cell) or _LIKE_AN_IDENTIFIER.search(cell):
+        raise InputError(
+            "ethnic_group is not a name of at most 32 letters, digits, blanks, _ / "
+            "-; give another one"
+        )
+    return " ".join(cell.split())

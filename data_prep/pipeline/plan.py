@@ -1,0 +1,271 @@
+"""From the files of an archive to exams to convert, with a bounded part of the headers in memory.
+
+The headers of an archive of millions of files do not fit into memory, and a series may lie in any
+number of folders. So headers are spread over bucket files by the study that they belong to, and
+each bucket is planned by itself.
+
+Reading the headers takes long, so what was read stays: the files are listed in chunks, and a staged
+file a chunk holds its headers as they go to the buckets. A run that is started again reads the
+chunks of which a file is missing, came or changed; buckets and plans are made again.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_prep.scan.archives import ArchiveDirectory, Source, Unreadable, list_sources
+from data_prep.scan.headers import Header, NotAnImage, read_header
+from data_prep.scan.loading import (
+    SOURCES_PER_TASK,
+    ExamPlan,
+    ReadHeader,
+    chunks,
+    plan_exams,
+    read_headers,
+    read_headers_one_by_one,
+    source_of,
+)
+from data_prep.scan.reasons import FAILED_FOR_NOW
+from data_prep.scan.rules import Rules
+from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.files import PARTIAL, file_sha256, write_file
+from data_prep.system.workers import Progress, WorkerDied, WorkerPool
+
+_MIN_BUCKETS = 64
+_HEADERS_PER_BUCKET = 5_000  # about, in memory at a time in each worker
+_STAGED = "staged"  # folder of the plan directory
+
+
+def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tuple[int, str]:
+    """Number of files, and a digest of their names and sizes: equal digests mean that nothing came
+    or went.
+
+    A file that is replaced by another of the same size is not noticed. Times are left out: copies
+    have other ones. `listing` (private): a file to write, so that `plan_archive` need not list
+    again and plans what was listed here.
+
+    Raises:
+        InputError: there are no files.
+    """
+    digest = hashlib.sha256()
+    number = 0
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress("listing", "files", None))
+        if listing:
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(listing, "wb"))
+        for chunk in chunks(list_sources(input_dir), SOURCES_PER_TASK):
+            for entry in chunk:
+                digest.update(repr(source_of(entry)).encode("utf-8", "backslashreplace"))
+            if listing:
+                pickle.dump(chunk, file, pickle.HIGHEST_PROTOCOL)
+            number += len(chunk)
+            progress.advance(len(chunk))
+        if not number:
+            raise InputError(
+                f"--input_dir={input_dir}: no files in it; give the folder of the scans"
+            )
+    return number, digest.hexdigest()
+
+
+def plan_archive(
+    input_dir: ArchiveDirectory,
+    plan_dir: Path,
+    rules: Rules,
+    num_files: int,
+    pool: WorkerPool,
+    read: ReadHeader = read_header,
+    listing: Path | None = None,
+) -> list[Path]:
+    """Reads all headers and writes one plan file a bucket into `plan_dir`; `read_plan` reads them.
+
+    `plan_dir` is private: it holds headers. What a killed run left in it is used. `listing`: from
+    `list_archive`; None: the archive is listed here.
+
+    Raises:
+        OSError: the archive went away.
+    """
+    scan_headers(input_dir, plan_dir, num_files, pool, read, listing)
+    return plan_buckets(plan_dir, rules, pool)
+
+
+def plan_buckets(plan_dir: Path, rules: Rules, pool: WorkerPool) -> list[Path]:
+    """The second half of `plan_archive`: from bucket files to plan files."""
+    tasks = [
+        (bucket, bucket.with_suffix(".plan"), rules)
+        for bucket in sorted(plan_dir.glob("*.headers"))
+    ]
+    with Progress("planning", "buckets", len(tasks)) as progress:
+        for _, result in pool.run(_plan_bucket, tasks):
+            if isinstance(result, WorkerDied):
+                raise RunFailed(
+                    "planning was killed, probably for memory; run again with a "
+                    "smaller --num_workers"
+                )
+            progress.advance(1)
+    return [plan for _, plan, _ in tasks]
+
+
+def read_plan(path: Path) -> ExamPlan:
+    with open(path, "rb") as file:
+        return pickle.load(file)
+
+
+def all_headers(plans: Iterable[Path]) -> Iterator[Header]:
+    """The headers of all images of the planned buckets."""
+    for plan in map(read_plan, plans):
+        for exam in plan.exams:
+            for candidate in exam:
+                yield from candidate.all_headers
+        for rejection in plan.rejections:
+            yield from rejection.headers
+
+
+def scan_headers(
+    input_dir: ArchiveDirectory,
+    plan_dir: Path,
+    num_files: int,
+    pool: WorkerPool,
+    read: ReadHeader,
+    listing: Path | None = None,
+) -> None:
+    """The first half of `plan_archive`: from files to bucket files."""
+    staged_dir = plan_dir / _STAGED
+    staged_dir.mkdir(parents=True, exist_ok=True)
+    for stale in [
+        *plan_dir.glob("*.headers"),
+        *plan_dir.glob("*.plan"),
+        *staged_dir.glob(f"*{PARTIAL}"),
+    ]:
+        # a worker of the killed run may have renamed it in this moment
+        stale.unlink(missing_ok=True)
+    num_buckets = _MIN_BUCKETS
+    while num_buckets * _HEADERS_PER_BUCKET < num_files:
+        num_buckets *= 2  # so that what is staged remains of use while an archive grows
+    version = f"{num_buckets} {_version(read)}"
+    listed = (
+        _read_listing(listing) if listing else chunks(list_sources(input_dir), SOURCES_PER_TASK)
+    )
+    with Progress("reading headers", "files", num_files) as progress:
+        tasks = (
+            (input_dir, chunk, read, staged_dir / f"{number:07d}", version, num_buckets)
+            for number, chunk in enumerate(listed)
+        )
+        for (_, chunk, *_), result in pool.run(stage_headers, tasks):
+            if isinstance(result, WorkerDied):
+                result = (
+                    _by_bucket(read_headers_one_by_one(input_dir, chunk, read), num_buckets),
+                    False,
+                )
+            by_bucket, already_there = result
+            for bucket, content in by_bucket.items():
+                with open(plan_dir / f"{bucket:05d}.headers", "ab") as file:
+                    file.write(content)
+            progress.advance(len(chunk), already_there=already_there)
+
+
+def stage_headers(
+    input_dir: ArchiveDirectory,
+    entries: tuple[Source | Unreadable, ...],
+    read: ReadHeader,
+    path: Path,
+    version: str,
+    num_buckets: int,
+) -> tuple[dict[int, bytes], bool]:
+    """Headers as they go to the bucket files, by number of the bucket, and whether an earlier run
+    had staged them.
+
+    The file at `path` holds them with a digest of the names, sizes and times of the files and of
+    `version`. A checksum tells a file that was not written to its end. Chunks of which a file could
+    not be read for now are not staged.
+
+    Raises:
+        OSError: the archive went away, or the staged file cannot be written.
+    """
+    facts = repr((version, entries, [_times(input_dir, entry) for entry in entries]))
+    digest = hashlib.sha256(facts.encode("utf-8", "backslashreplace")).digest()
+    if path.exists():
+        content = path.read_bytes()
+        if content[:32] == hashlib.sha256(content[32:]).digest() and content[32:64] == digest:
+            return pickle.loads(content[64:]), True
+    found = read_headers(input_dir, entries, read)
+    by_bucket = _by_bucket(found, num_buckets)
+    if not any(isinstance(entry, NotAnImage) and entry.reason == FAILED_FOR_NOW for entry in found):
+        content = digest + pickle.dumps(by_bucket, pickle.HIGHEST_PROTOCOL)
+        write_file(path, hashlib.sha256(content).digest() + content)
+    return by_bucket, False
+
+
+def _times(input_dir: ArchiveDirectory, entry: Source | Unreadable) -> tuple[int, int] | None:
+    """When a file was changed; None on a store, where name and size must do."""
+    if not isinstance(input_dir, Path):
+        return None
+    try:
+        status = os.stat(input_dir / source_of(entry).path)
+    except (OSError, ValueError):
+        return None
+    return status.st_mtime_ns, status.st_ctime_ns
+
+
+def _version(read: ReadHeader) -> str:
+    """What headers depend on besides the files: what reads them, with the tables that it takes."""
+    function, options = getattr(read, "func", read), getattr(read, "keywords", {})
+    tables = [file_sha256(path) for path in options.values() if path]
+    return repr(
+        (
+            function.__module__,
+            function.__name__,
+            tables,
+            [field.name for field in dataclasses.fields(Header)],
+        )
+    )
+
+
+def _by_bucket(
+    entries: Iterable[Header | NotAnImage | Unreadable], num_buckets: int
+) -> dict[int, bytes]:
+    found = collections.defaultdict(list)
+    for entry in entries:
+        found[_bucket_number(entry, num_buckets)].append(entry)
+    return {
+        bucket: pickle.dumps(content, pickle.HIGHEST_PROTOCOL) for bucket, content in found.items()
+    }
+
+
+def _read_listing(path: Path) -> Iterator[tuple[Source | Unreadable, ...]]:
+    with open(path, "rb") as file:
+        yield from _unpickled(file)
+
+
+def _unpickled(file: BinaryIO) -> Iterator[Any]:
+    """The objects that were pickled into a file one after the other."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield pickle.load(file)
+
+
+def _bucket_number(entry: Header | NotAnImage | Unreadable, num_buckets: int) -> int:
+    """Files of one study and patient share a bucket; files without an image are spread by their
+    names."""
+    if isinstance(entry, Header):
+        name = f"{entry.patient_key}|{entry.study_instance_uid}"
+    else:
+        name = repr(entry.source)
+    return (
+        int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8])
+        % num_buckets
+    )
+
+
+def _plan_bucket(headers_path: Path, plan_path: Path, rules: Rules) -> None:
+    with open(headers_path, "rb") as file:
+        plan = plan_exams((entry for entries in _unpickled(file) for entry in entries), rules)
+    with open(plan_path, "wb") as file:
+        pickle.dump(plan, file, pickle.HIGHEST_PROTOCOL)
+    headers_path.unlink()

@@ -1,0 +1,481 @@
+"""Headers of DICOM images: what planning needs, in plain and small values.
+
+Values are taken from the raw elements and parsed here, so that a broken value (a word where a
+number belongs, a wrong VR) becomes "missing" and never an exception; pydicom only finds the
+elements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import logging
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable
+from typing import Any, BinaryIO
+
+import pydicom
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataset import Dataset
+
+from data_prep.scan.archives import (
+    MAX_COMPRESSION_RATIO,
+    RATIO_FREE_BYTES,
+    ZIP_SIGNATURES,
+    ArchiveDirectory,
+    Source,
+    open_source,
+    read_bytes,
+)
+
+MAX_FRAMES = 20_000
+_LARGEST_NUMBER = 1e9
+_INTEGER_STRINGS = (0x00280008, 0x00200012)  # IS: Number of Frames, Acquisition Number
+_MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
+_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG = (
+    "1.2.840.10008.1.2",
+    "1.2.840.10008.1.2.1",
+    "1.2.840.10008.1.2.2",
+)
+DEFLATED = "1.2.840.10008.1.2.1.99"
+# plain, enhanced, converted
+CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}
+NATIVE_SYNTAXES = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG)
+_META_BYTES = 4096  # the transfer syntax stands in the first of these
+_INFLATED_CHUNK = 1 << 20
+NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.scan.nifti`)
+
+# All that this module asks for, in sequences, too: pydicom passes over other elements, which saves
+# a fifth of the time.
+# fmt: off
+_TAGS = [pydicom.tag.Tag(tag) for tag in (
+    0x00041220, 0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00080070, 0x00080104, 0x00089007,
+    0x00100020, 0x00100040, 0x00100200, 0x00101010, 0x00102160, 0x00180010, 0x00180012, 0x00180015,
+    0x00180050, 0x00180060, 0x00181120, 0x00181210, 0x00185100, 0x00189304, 0x00189314, 0x00189316,
+    0x00189329, 0x0020000D, 0x0020000E, 0x00200012, 0x00200032, 0x00200037, 0x00209111, 0x00209113,
+    0x00209116, 0x00209156, 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011, 0x00280030,
+    0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00280120, 0x00280121, 0x00280301, 0x00281052,
+    0x00281053, 0x00281054, 0x00289110, 0x00289145, 0x52009229, 0x52009230,
+)]
+# fmt: on
+
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote element values
+
+
+Elements = dict[int, DataElement | RawDataElement]  # keyed by tag
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame of an enhanced multi-frame file; the fields have the names and meanings of
+    `Header`."""
+
+    image_type: tuple[str, ...]
+    acquisition_number: int | None
+    position: tuple[float, ...] | None
+    orientation: tuple[float, ...] | None
+    pixel_spacing: tuple[float, ...] | None
+    slice_thickness: float | None
+    gantry_tilt: float | None
+    rescale_slope: float | None
+    rescale_intercept: float | None
+    rescale_type: str
+    kernel: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Header:
+    """One image. A missing or unusable value is None, or "" for text.
+
+    A multi-frame file is read as one header with `number_of_frames` > 1 and its `frames`; planning
+    turns it into one header a frame, equal but for `frame` and the geometry, so that everywhere
+    else a header is one slice.
+    """
+
+    source: Source
+    transfer_syntax: str
+    # of the (7FE0,0010) element in the file; None where it has to be searched
+    pixel_data_offset: int | None
+    sop_class_uid: str
+    sop_instance_uid: str
+    study_instance_uid: str
+    series_instance_uid: str
+    patient_id: str
+    modality: str
+    image_type: tuple[str, ...]
+    body_part: str
+    acquisition_number: int | None
+    rows: int
+    columns: int
+    position: tuple[float, ...] | None  # Image Position (Patient), mm
+    # Image Orientation (Patient): row cosines, column cosines
+    orientation: tuple[float, ...] | None
+    pixel_spacing: tuple[float, ...] | None  # mm between rows, between columns
+    slice_thickness: float | None  # mm
+    gantry_tilt: float | None  # Gantry/Detector Tilt, degrees
+    patient_position: str
+    rescale_slope: float | None
+    rescale_intercept: float | None
+    rescale_type: str
+    samples_per_pixel: int
+    photometric: str
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    pixel_representation: int
+    padding_value: int | None  # stored value, sign as Pixel Representation says
+    padding_limit: int | None
+    burned_in_annotation: bool
+    quality_control_subject: bool
+    manufacturer: str
+    kernel: str
+    kvp: float | None
+    contrast_agent: str
+    age: int | None  # whole years, > 89 is 90
+    sex: str  # "M", "F", "O" or ""
+    ethnic_group: str
+    number_of_frames: int = 1
+    frames: tuple[Frame, ...] = ()
+    frame: int = 0
+    notes: tuple[str, ...] = ()  # names of `data_prep.scan.reasons.NOTES`
+
+    @property
+    def patient_key(self) -> str:
+        """The Patient ID or, where there is none, the Study Instance UID."""
+        return self.patient_id or f"study:{self.study_instance_uid}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NotAnImage:
+    """A file without an image; `reason` is a name of `data_prep.scan.reasons.REASONS`."""
+
+    source: Source
+    reason: str
+    detail: str
+
+
+def read_header(input_dir: ArchiveDirectory, source: Source) -> Header | NotAnImage:
+    """The header of one source, without its pixels. Never raises for what the file holds.
+
+    Raises:
+        OSError: the file cannot be read, has changed its size, or is a damaged zip member.
+    """
+    if source.member:
+        return _read(io.BytesIO(read_bytes(input_dir, source)), source)
+    with open_source(input_dir, source) as file:
+        return _read(file, source)
+
+
+def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
+    start = file.read(140)
+    file.seek(0)
+    if start[:4] in ZIP_SIGNATURES:  # on a store: elsewhere it was listed as what is in it
+        return NotAnImage(
+            source, "bad_zip", "a zip file on a store whose name does not end in .zip; rename it"
+        )
+    if not _looks_like_dicom(start):
+        return NotAnImage(source, "not_dicom", "")
+    try:
+        if inflates_too_far(file):
+            return NotAnImage(source, "too_large", "a deflated file that expands beyond any scan")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(
+                file, stop_before_pixels=True, force=True, specific_tags=_TAGS
+            )
+            return _header(dataset, source, file.tell())
+    # pydicom raises a dozen kinds on damaged bytes; the kind is the detail
+    except Exception as error:
+        # from the disk, not from pydicom
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        return NotAnImage(source, "unreadable", f"{type(error).__name__} while reading the header")
+
+
+def inflates_too_far(file: BinaryIO) -> bool:
+    """Whether a file of the deflated transfer syntax holds more than a zip member may
+    (`data_prep.scan.archives`).
+
+    pydicom inflates such a file as a whole, its pixels too, before it finds the first element. The
+    position in the file is kept.
+    """
+    place = file.tell()
+    start = file.read(_META_BYTES)
+    try:
+        if DEFLATED.encode() not in start:
+            return False
+        at, data = 132 if start[128:132] == b"DICM" else 0, start + file.read()
+        # the file meta elements, explicit little endian and not deflated
+        while data[at : at + 2] == b"\x02\x00":
+            if data[at + 4 : at + 6] in (b"OB", b"UN"):
+                at += 12 + int.from_bytes(data[at + 8 : at + 12], "little")
+            else:
+                at += 8 + int.from_bytes(data[at + 6 : at + 8], "little")
+        allowed = max(RATIO_FREE_BYTES, MAX_COMPRESSION_RATIO * len(data))
+        stream, inflated, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, memoryview(data)[at:]
+        while rest and not stream.eof and inflated <= allowed:
+            inflated += len(stream.decompress(rest, _INFLATED_CHUNK))
+            rest = stream.unconsumed_tail
+        return inflated > allowed
+    except zlib.error:
+        return False  # which pydicom reports
+    finally:
+        file.seek(place)
+
+
+def _looks_like_dicom(start: bytes) -> bool:
+    """A preamble and DICM, or (files without a preamble) an element of group 0002 or 0008 at the
+    very start."""
+    if start[128:132] == b"DICM":
+        return True
+    if len(start) < 12:
+        return False
+    little, big = struct.unpack("<HH", start[:4]), struct.unpack(">HH", start[:4])
+    return any(group in (0x0002, 0x0008) and element <= 0x2000 for group, element in (little, big))
+
+
+def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImage:
+    elements = dict(dataset.items())
+    meta = dict(getattr(dataset, "file_meta", Dataset()).items())
+    sop_class = _text(elements, 0x00080016) or _text(meta, 0x00020002)
+    if _text(meta, 0x00020002) == _MEDIA_STORAGE_DIRECTORY or 0x00041220 in elements:
+        return NotAnImage(source, "dicomdir", "")
+    rows, columns = _integer(elements, 0x00280010) or 0, _integer(elements, 0x00280011) or 0
+    bits_allocated = _integer(elements, 0x00280100) or 0
+    if not (rows and columns and bits_allocated):
+        modality = _text(elements, 0x00080060)
+        if not sop_class and not modality:
+            return NotAnImage(source, "not_dicom", "no SOP Class, no Modality, no image matrix")
+        if sop_class in CT_IMAGE_STORAGE:
+            return NotAnImage(
+                source, "unreadable", "a CT image whose header ends early or is damaged"
+            )
+        return NotAnImage(
+            source, "no_pixel_data", modality if re.fullmatch("[A-Z]{2,12}", modality) else ""
+        )
+    syntax = _transfer_syntax(dataset, meta)
+    number_of_frames = max(1, _integer(elements, 0x00280008) or 1)
+    if number_of_frames > MAX_FRAMES:
+        return NotAnImage(source, "unreadable", f"Number of Frames is {number_of_frames}")
+    representation = _integer(elements, 0x00280103) or 0
+    bits_stored = _integer(elements, 0x00280101) or bits_allocated
+    return Header(
+        source=source,
+        transfer_syntax=syntax,
+        pixel_data_offset=offset if syntax != DEFLATED else None,
+        sop_class_uid=sop_class,
+        sop_instance_uid=_text(elements, 0x00080018),
+        study_instance_uid=_text(elements, 0x0020000D),
+        series_instance_uid=_text(elements, 0x0020000E),
+        patient_id=_text(elements, 0x00100020),
+        modality=_text(elements, 0x00080060).upper(),
+        body_part=_text(elements, 0x00180015).upper(),
+        rows=rows,
+        columns=columns,
+        patient_position=_text(elements, 0x00185100).upper(),
+        samples_per_pixel=_integer(elements, 0x00280002) or 1,
+        photometric=_text(elements, 0x00280004).upper(),
+        bits_allocated=bits_allocated,
+        bits_stored=bits_stored,
+        high_bit=bits_stored - 1 if (high := _integer(elements, 0x00280102)) is None else high,
+        pixel_representation=representation,
+        padding_value=_stored_value(_integer(elements, 0x00280120), bits_allocated, representation),
+        padding_limit=_stored_value(_integer(elements, 0x00280121), bits_allocated, representation),
+        burned_in_annotation=_text(elements, 0x00280301).upper() == "YES",
+        quality_control_subject=_text(elements, 0x00100200).upper() == "YES",
+        manufacturer=_text(elements, 0x00080070),
+        kvp=_number(elements, 0x00180060),
+        contrast_agent=_text(elements, 0x00180010) or _enhanced_contrast(dataset),
+        age=age_in_years(_text(elements, 0x00101010)),
+        sex=sex if (sex := _text(elements, 0x00100040).upper()) in ("M", "F", "O") else "",
+        ethnic_group=_text(elements, 0x00102160),
+        number_of_frames=number_of_frames,
+        frames=_frames(dataset, elements, number_of_frames),
+        **_frame_fields([elements]),
+    )
+
+
+def _transfer_syntax(dataset: Dataset, meta: Elements) -> str:
+    """Transfer Syntax UID; of an uncompressed one (or none) what pydicom found the elements to be
+    written in."""
+    named = _text(meta, 0x00020010)
+    if named and named not in NATIVE_SYNTAXES:
+        return named
+    implicit, little = dataset.original_encoding
+    if not little:
+        return _EXPLICIT_BIG
+    return _IMPLICIT_LITTLE if implicit else _EXPLICIT_LITTLE
+
+
+def _frame_fields(groups: list[Elements]) -> dict[str, Any]:
+    """The fields that `Frame` and `Header` share, each from the first of `groups` that has it."""
+
+    def first(read, tag):
+        values = (read(group, tag) for group in groups)
+        return next((value for value in values if value not in (None, "", ())), read({}, tag))
+
+    orientation, position = first(_numbers, 0x00200037), first(_numbers, 0x00200032)
+    spacing, thickness = first(_numbers, 0x00280030), first(_number, 0x00180050)
+    frame_type = first(_texts, 0x00089007)
+    return {
+        "image_type": tuple(word.upper() for word in (frame_type or first(_texts, 0x00080008))),
+        "acquisition_number": next(
+            (n for tag in (0x00209156, 0x00200012) if (n := first(_integer, tag)) is not None), None
+        ),
+        "position": position if len(position) == 3 else None,
+        "orientation": orientation if len(orientation) == 6 else None,
+        "pixel_spacing": spacing if len(spacing) == 2 and min(spacing) > 0 else None,
+        "slice_thickness": thickness if thickness is not None and thickness > 0 else None,
+        "gantry_tilt": first(_number, 0x00181120),
+        "rescale_slope": first(_number, 0x00281053),
+        "rescale_intercept": first(_number, 0x00281052),
+        "rescale_type": first(_text, 0x00281054).upper(),
+        "kernel": first(_text, 0x00181210) or first(_text, 0x00189316),
+    }
+
+
+def _frames(dataset: Dataset, elements: Elements, number_of_frames: int) -> tuple[Frame, ...]:
+    """Per-frame values of an enhanced file: per-frame functional groups before shared ones before
+    the top level."""
+    per_frame = _items(dataset, 0x52009230)
+    if len(per_frame) < number_of_frames or (number_of_frames == 1 and not per_frame):
+        return ()
+    shared = [group for item in _items(dataset, 0x52009229) for group in _functional_groups(item)]
+    return tuple(
+        Frame(**_frame_fields([*_functional_groups(item), *shared, elements]))
+        for item in per_frame[:number_of_frames]
+    )
+
+
+_FUNCTIONAL_GROUPS = (
+    0x00209111,  # frame content
+    0x00209113,  # plane position
+    0x00209116,  # plane orientation
+    0x00289110,  # pixel measures
+    0x00289145,  # pixel value transformation
+    0x00189329,  # CT image frame type
+    0x00189304,  # CT acquisition details
+    0x00189314,  # CT reconstruction
+)
+
+
+def _functional_groups(item: Dataset) -> list[Elements]:
+    return [dict(group.items()) for tag in _FUNCTIONAL_GROUPS for group in _items(item, tag)]
+
+
+def _enhanced_contrast(dataset: Dataset) -> str:
+    """Code Meaning of the Contrast/Bolus Agent Sequence."""
+    return next((_text(dict(item.items()), 0x00080104) for item in _items(dataset, 0x00180012)), "")
+
+
+def _items(dataset: Dataset, tag: int) -> list[Dataset]:
+    if tag not in dataset:
+        return []
+    value = dataset[tag].value
+    return [item for item in value if isinstance(item, Dataset)] if value is not None else []
+
+
+def _bytes(elements: Elements, tag: int) -> tuple[bytes, str]:
+    """The raw bytes of an element and the byte order of its binary values, "<" or ">"."""
+    element = elements.get(tag)
+    if element is None or element.value is None:
+        return b"", "<"
+    if isinstance(element, RawDataElement):
+        return element.value, "<" if element.is_little_endian else ">"
+    value = element.value  # pydicom has converted it already, as in the file meta information
+    if isinstance(value, bytes):
+        return value, "<"
+    parts = [value] if isinstance(value, str) or not isinstance(value, Iterable) else value
+    return "\\".join(str(part) for part in parts).encode("utf-8", "replace"), "<"
+
+
+def _text(elements: Elements, tag: int) -> str:
+    """The first value of a text element, stripped."""
+    return texts[0] if (texts := _texts(elements, tag)) else ""
+
+
+def _texts(elements: Elements, tag: int) -> tuple[str, ...]:
+    """All values of a text element, stripped. Bytes that are not UTF-8 are read as Latin-1; with
+    control characters the value is damaged (it may hold parts of other elements) and counts as
+    missing."""
+    raw = _bytes(elements, tag)[0]
+    return _parse_texts(raw) if raw else ()
+
+
+@functools.lru_cache(maxsize=4096)  # most values repeat those of the file before
+def _parse_texts(raw: bytes) -> tuple[str, ...]:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    parts = tuple(part.strip(" \0\t\r\n") for part in text.split("\\"))
+    return () if any(character < " " for part in parts for character in part) else parts
+
+
+def _numbers(elements: Elements, tag: int) -> tuple[float, ...]:
+    """All values of a decimal string; () if any of them is not a usable number."""
+    try:
+        values = tuple(float(part) for part in _texts(elements, tag))
+    except ValueError:
+        return ()
+    return values if all(abs(value) < _LARGEST_NUMBER for value in values) else ()
+
+
+def _number(elements: Elements, tag: int) -> float | None:
+    """First value of a decimal string, or of a double or float (FD, FL)."""
+    raw, order = _bytes(elements, tag)
+    try:
+        value = float(raw.decode("latin-1").split("\\")[0].strip(" \0"))
+    except ValueError:
+        if _vr(elements, tag) not in ("FD", "FL") or len(raw) < 4:
+            return None
+        value = struct.unpack_from(order + ("f" if len(raw) < 8 else "d"), raw)[0]
+    return value if abs(value) < _LARGEST_NUMBER else None  # False for nan, too
+
+
+def _integer(elements: Elements, tag: int) -> int | None:
+    """First value of an integer string, or of an unsigned short or long (a signed short comes as
+    its 16 bits)."""
+    raw, order = _bytes(elements, tag)
+    if tag in _INTEGER_STRINGS or not isinstance(elements.get(tag), RawDataElement):
+        try:
+            return int(float(raw.decode("latin-1").split("\\")[0].strip(" \0")))
+        except (ValueError, OverflowError):
+            return None
+    if len(raw) < 2:
+        return None
+    return struct.unpack_from(
+        order + ("I" if len(raw) == 4 and _vr(elements, tag) == "UL" else "H"), raw
+    )[0]
+
+
+def _vr(elements: Elements, tag: int) -> str | None:
+    """The element's VR; by the dictionary where the file does not say (implicit, or UN)."""
+    vr = elements[tag].VR if tag in elements else None
+    return dictionary_VR(tag) if vr in (None, "UN") else vr
+
+
+def _stored_value(value: int | None, bits: int, representation: int) -> int | None:
+    """Pixel Padding Value with the sign that Pixel Representation asks for, whatever VR it was
+    written with."""
+    if value is None or not representation or bits not in (8, 16, 32):
+        return value
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def age_in_years(text: str) -> int | None:
+    """Age String nnnD/W/M/Y, or a number of years, in whole years; more than 89 is 90. None if it
+    is neither."""
+    unit, digits = text[-1:].upper(), text[:-1]
+    if unit.isdigit():
+        unit, digits = "Y", text
+    years_per_unit = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
+    if unit not in years_per_unit or not digits.isascii() or not digits.isdigit():
+        return None
+    return min(90, int(int(digits) * years_per_unit[unit] + 1e-9))

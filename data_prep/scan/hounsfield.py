@@ -1,0 +1,125 @@
+"""Stored pixel values -> Hounsfield units, and whether they can be Hounsfield units at all."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from data_prep.scan.geometry import AIR_HU
+from data_prep.scan.headers import Header
+from data_prep.scan.pixels import PixelError
+
+# scanners pad outside the field of view with -2000 or less, declared or not
+_BELOW_ANY_TISSUE_HU = -1500
+# a "padding value" in here is a mistake: some writers declare 0 where 0 is water
+_TISSUE_HU = (-900, 4000)
+_SAMPLE_STEP = 8  # plausibility is judged on every 8th pixel of both directions
+
+
+def has_rescale(header: Header) -> bool:
+    """Whether Rescale Slope and Intercept are both there."""
+    return header.rescale_slope is not None and header.rescale_intercept is not None
+
+
+def rescale(header: Header) -> tuple[float, float]:
+    """Rescale Slope and Intercept; 1 and 0 where both are missing.
+
+    Raises:
+        PixelError: only one is there, or the slope is 0.
+    """
+    if header.rescale_slope is None and header.rescale_intercept is None:
+        return 1.0, 0.0
+    if not has_rescale(header) or header.rescale_slope == 0:
+        raise PixelError(
+            "missing_rescale", "Rescale Slope or Intercept is missing, or the slope is 0"
+        )
+    return header.rescale_slope, header.rescale_intercept
+
+
+def padding_range(header: Header) -> tuple[int, int] | None:
+    """Lowest and highest stored value that Pixel Padding Value and Range Limit declare to lie
+    outside the image."""
+    if header.padding_value is None:
+        return None
+    limit = header.padding_value if header.padding_limit is None else header.padding_limit
+    low, high = sorted((header.padding_value, limit))
+    slope, intercept = rescale(header)
+    if any(_TISSUE_HU[0] < bound * slope + intercept < _TISSUE_HU[1] for bound in (low, high)):
+        return None
+    return low, high
+
+
+def to_hu(stored: np.ndarray, header: Header) -> np.ndarray:
+    """Stored values [H, W] in HU: int16, or float32 if any is fractional or beyond int16.
+
+    Padding, and whatever lies below -1500 HU, becomes air. MONOCHROME1 says how to display and
+    changes no value.
+
+    Raises:
+        PixelError: see `rescale`.
+    """
+    slope, intercept = rescale(header)
+    padding = padding_range(header)
+    lowest, highest = int(stored.min()), int(stored.max())
+    if (
+        slope == 1
+        and intercept == int(intercept)
+        and stored.dtype.itemsize <= 2
+        and highest + intercept <= 32767
+    ):
+        return _add_intercept(stored, int(intercept), padding, lowest)
+    hu = stored * slope + intercept
+    air = hu < _BELOW_ANY_TISSUE_HU
+    if padding:
+        air |= (stored >= padding[0]) & (stored <= padding[1])
+    hu[air] = AIR_HU
+    if hu.max() <= 32767 and np.array_equal(hu, np.rint(hu)):
+        return hu.astype(np.int16)
+    return hu.astype(np.float32)
+
+
+def _add_intercept(
+    stored: np.ndarray, intercept: int, padding: tuple[int, int] | None, lowest: int
+) -> np.ndarray:
+    """The common case, in int16: the sum wraps around only where the result is air anyway."""
+    bits = stored.view(np.int16) if stored.dtype.itemsize == 2 else stored.astype(np.int16)
+    hu = bits + np.array(intercept % 65536, dtype=np.uint16).view(np.int16)
+    below = math.ceil(_BELOW_ANY_TISSUE_HU - intercept)
+    if lowest < below:
+        hu[stored < below] = AIR_HU
+    if padding and padding[1] >= max(lowest, below):
+        hu[(stored >= padding[0]) & (stored <= padding[1])] = AIR_HU
+    return hu
+
+
+class PlausibilityCount:
+    """Counts a volume's values, slice by slice: every CT has some air, some soft tissue and hardly
+    anything above 4000 HU. Shifted scales (a wrong sign, missing rescale tags) have not."""
+
+    def __init__(self):
+        self._total = self._air = self._soft = self._dense = 0
+
+    def add(self, stored: np.ndarray, header: Header) -> None:
+        """Counts one slice of stored values [H, W]; padding is not evidence of air."""
+        slope, intercept = rescale(header)
+        sample = stored[::_SAMPLE_STEP, ::_SAMPLE_STEP]
+        hu = sample * slope + intercept
+        image = hu >= _BELOW_ANY_TISSUE_HU
+        if padding := padding_range(header):
+            image &= (sample < padding[0]) | (sample > padding[1])
+        hu = hu[image]
+        self._total += sample.size
+        self._air += np.count_nonzero((hu >= -1100) & (hu < -500))
+        self._soft += np.count_nonzero((hu >= -200) & (hu < 300))
+        self._dense += np.count_nonzero(hu > 4000)
+
+    def fault(self) -> str | None:
+        """What is implausible, or None."""
+        if self._dense > 0.01 * self._total:
+            return f"{100 * self._dense / self._total:.0f} % of the pixels are above 4000 HU"
+        if self._soft < 0.01 * self._total:
+            return "no soft tissue between -200 and 300 HU"
+        if self._air < 0.002 * self._total:
+            return "no air or lung between -1100 and -500 HU"
+        return None

@@ -1,0 +1,156 @@
+"""The table beside a NIfTI archive (--metadata_csv): what the files do not say, in the manner of
+CT-RATE."""
+
+import collections
+import csv
+import math
+import posixpath
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.scan.archives import Source, Unreadable, list_sources
+from data_prep.scan.headers import age_in_years
+from data_prep.system.errors import InputError
+
+EXTENSION = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
+_SPACING = re.compile(rf"[\[(]?\s*({_NUMBER})\s*(?:[,;\\ ]\s*({_NUMBER}))?\s*[\])]?")
+_NUMBER_COLUMNS = ("RescaleSlope", "RescaleIntercept", "ZSpacing", "SliceThickness")
+_POSITIVE_COLUMNS = ("ZSpacing", "SliceThickness")
+_COLUMNS = (
+    *("VolumeName", "PatientID", "PatientSex", "PatientAge", "Manufacturer", "ConvolutionKernel"),
+    *("QualityControlSubject", "XYSpacing", *_NUMBER_COLUMNS),
+)
+
+
+class Metadata(NamedTuple):
+    """A row of the metadata table; what is missing is None, or "" for text."""
+
+    patient_id: str = ""
+    sex: str = ""  # "M", "F", "O" or ""
+    age: int | None = None  # whole years, > 89 is 90
+    manufacturer: str = ""
+    kernel: str = ""
+    synthetic: bool = False  # QualityControlSubject is YES
+    rescale_slope: float | None = None
+    rescale_intercept: float | None = None
+    xy_spacing: tuple[float, float] | None = None  # mm between rows, between columns
+    z_spacing: float | None = None  # mm
+    slice_thickness: float | None = None  # mm
+
+
+def volume_name(source: Source) -> str:
+    """Name of a NIfTI file without .nii or .nii.gz; "" for other files."""
+    name = posixpath.basename(source.member or source.path)
+    return without_extension(name) if EXTENSION.search(name) else ""
+
+
+def without_extension(name: str) -> str:
+    """`name` without .nii or .nii.gz."""
+    return EXTENSION.sub("", name)
+
+
+def check(input_dir: Path, metadata_csv: Path) -> None:
+    """Reads the whole table and looks for the files that it names, before long work starts.
+
+    Raises:
+        InputError: see `read_metadata`, or the table names none of the files, or two by one name.
+    """
+    metadata = read_metadata(metadata_csv)
+    names = (
+        volume_name(entry) for entry in list_sources(input_dir) if not isinstance(entry, Unreadable)
+    )
+    found = collections.Counter(name for name in names if name in metadata)
+    if not found:
+        raise InputError(
+            f"--metadata_csv={metadata_csv}: none of its {len(metadata)} volumes is in "
+            f"{input_dir}; "
+            "VolumeName is the name of a .nii or .nii.gz file"
+        )
+    if several := sum(count > 1 for count in found.values()):
+        raise InputError(
+            f"--metadata_csv={metadata_csv}: {several} of its volumes have more than one file in "
+            f"{input_dir}; "
+            "leave the copies out or rename the files"
+        )
+
+
+def read_metadata(path: Path) -> dict[str, Metadata]:
+    """Rows by VolumeName, which may end in .nii or .nii.gz. Columns that `Metadata` lacks are
+    skipped.
+
+    RescaleSlope, RescaleIntercept, PatientID, PatientSex, PatientAge (`061Y` or a number of years),
+    Manufacturer, ConvolutionKernel, SliceThickness and QualityControlSubject are the attributes of
+    DICOM of that name; XYSpacing is Pixel Spacing (`[0.7, 0.7]` or one number) and ZSpacing the
+    distance of the slices, in mm.
+
+    Raises:
+        InputError: no such file, no column VolumeName, a cell that is not a number, or one volume
+          with two rows.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"--metadata_csv={path}: no such file; give a CSV file with a column VolumeName"
+        )
+    metadata: dict[str, Metadata] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            names = [name.strip() for name in reader.fieldnames or []]
+            if names.count("VolumeName") != 1:
+                raise InputError(
+                    f"--metadata_csv={path}: no column VolumeName, or two; give it the files' names"
+                )
+            reader.fieldnames = names
+            for row in reader:
+                cells = {name: (row.get(name) or "").strip() for name in _COLUMNS}
+                name = without_extension(cells["VolumeName"])
+                entry = _metadata(cells, f"{path}, line {reader.line_num}")
+                if name and metadata.setdefault(name, entry) != entry:
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: a second row of one volume that says "
+                        f"other things; "
+                        "leave one of the two out"
+                    )
+    except (csv.Error, UnicodeDecodeError) as error:
+        kind = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+        raise InputError(f"--metadata_csv={path}: {kind}; save it as CSV in UTF-8") from None
+    return metadata
+
+
+def _metadata(cells: Mapping[str, str], place: str) -> Metadata:
+    numbers = {}
+    for column in _NUMBER_COLUMNS:
+        try:
+            value = float(cells[column] or "nan")
+        except ValueError:
+            value = math.inf
+        if math.isinf(value) or (column in _POSITIVE_COLUMNS and value <= 0):
+            kind = "a number above 0" if column in _POSITIVE_COLUMNS else "a number"
+            raise InputError(f"{place}: {column} is not {kind}; correct the cell or leave it empty")
+        numbers[column] = None if math.isnan(value) else value
+    spacing = None
+    if cells["XYSpacing"]:
+        match = _SPACING.fullmatch(cells["XYSpacing"])
+        spacing = (float(match[1]), float(match[2] or match[1])) if match else (0.0, 0.0)
+        if not min(spacing) > 0:
+            raise InputError(
+                f"{place}: XYSpacing is not like [0.7, 0.7]; correct the cell or leave it empty"
+            )
+    sex = cells["PatientSex"][:1].upper()
+    age = re.sub(r"\.0*$", "", cells["PatientAge"])
+    return Metadata(
+        patient_id=cells["PatientID"],
+        sex=sex if sex in ("M", "F", "O") else "",
+        age=age_in_years(age),
+        manufacturer=cells["Manufacturer"],
+        kernel=cells["ConvolutionKernel"],
+        synthetic=cells["QualityControlSubject"].upper() == "YES",
+        rescale_slope=numbers["RescaleSlope"],
+        rescale_intercept=numbers["RescaleIntercept"],
+        xy_spacing=spacing,
+        z_spacing=numbers["ZSpacing"],
+        slice_thickness=numbers["SliceThickness"],
+    )

@@ -1,0 +1,198 @@
+"""From a planned series to a volume in Hounsfield units, canonically oriented, or a named reason
+why not."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import numpy as np
+
+from data_prep.scan.anatomy import ChestSummary, covers_chest, summarise
+from data_prep.scan.archives import ArchiveDirectory, reading_ahead, will_read
+from data_prep.scan.geometry import Axes, canonical_axes, measure_stack, orient
+from data_prep.scan.headers import Header
+from data_prep.scan.hounsfield import PlausibilityCount, has_rescale, to_hu
+from data_prep.scan.pixels import PixelError, PixelReader
+from data_prep.scan.rules import Rules
+from data_prep.scan.series import Rejection, SeriesCandidate, irregularity, too_few_detail
+
+_READ_AHEAD = 8  # slices on their way from the disk while one is decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """A CT volume: rows to posterior, columns to the patient's left, slices to superior."""
+
+    candidate: SeriesCandidate
+    headers: tuple[Header, ...]  # of the slices, in their order
+    hu: np.ndarray  # [S, H, W] int16; float32 where a value is fractional or beyond int16
+    position_mm: np.ndarray  # [S] float64, along the slice normal, increasing
+    pair_valid: np.ndarray  # [S] bool: the next slice is the neighbour, with no gap or jump between
+    pixel_spacing_mm: tuple[float, float]  # between rows, between columns, after orientation
+    slice_spacing_mm: float  # median
+    slice_thickness_mm: float
+    gantry_tilt_degrees: float
+    chest: ChestSummary
+    notes: tuple[str, ...]  # names of `data_prep.scan.reasons.NOTES`
+    # headers that are not in the volume, each with its reason
+    dropped: tuple[tuple[Header, str], ...]
+
+
+def load_volume(
+    input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: Rules
+) -> Volume | Rejection:
+    """Reads the pixels of a candidate, once. Never raises for what the files hold; holds one volume
+    in memory.
+
+    Slices that cannot be decoded are dropped, up to `rules.max_lost_fraction`; identical slices at
+    one position count once. Where two acquisitions meet, each may have an image of its own at one
+    position, and none is wrong: the first acquisition's is taken, at up to
+    `rules.max_lost_fraction` of the positions. Different images of one acquisition at one position
+    refuse the volume. Padding and what lies below -1500 HU become air, -1000 HU. The volume must be
+    plausible as HU and, with `rules.require_lung`, cover the chest.
+
+    Raises:
+        OSError: the archive cannot be read any more.
+    """
+    tagged = {has_rescale(header) for header in candidate.headers}
+    if len(tagged) == 2:
+        return candidate.rejected(
+            "missing_rescale", "some slices have rescale tags and some have none"
+        )
+    in_order = zip(candidate.headers, candidate.duplicates, strict=True)
+    sources = (header.source for first, others in in_order for header in (first, *others))
+    input_dir = reading_ahead(input_dir, sources)
+    axes = canonical_axes(candidate.headers[0].orientation)
+    loader = _SliceLoader(PixelReader(input_dir), axes, len(candidate.headers))
+    kept: list[int] = []
+    lost: list[tuple[Header, str]] = []
+    repeated: list[tuple[Header, str]] = []
+    meeting: list[tuple[Header, str]] = []
+    used: list[Header] = []
+    will_read(input_dir, (header.source for header in candidate.headers[:_READ_AHEAD]))
+    for i, group in enumerate(zip(candidate.headers, candidate.duplicates, strict=True)):
+        taken = None
+        will_read(
+            input_dir,
+            (header.source for header in candidate.headers[i + _READ_AHEAD : i + _READ_AHEAD + 1]),
+        )
+        for header in (group[0], *group[1]):
+            try:
+                if taken is None:
+                    loader.add(header)
+                    taken = header
+                elif loader.equals_last(header):
+                    repeated.append((header, "duplicate_slice"))
+                elif _acquisitions_differ(header, taken):
+                    meeting.append((header, "acquisitions_meet"))
+                else:
+                    return candidate.rejected(
+                        "contradictory_duplicates", f"different images at slice {i + 1}"
+                    )
+            except PixelError as error:
+                lost.append((header, error.reason))
+        if taken is not None:
+            kept.append(i)
+            used.append(taken)
+
+    total = len(candidate.headers)
+    if total - len(kept) > rules.max_lost_fraction * total or not kept:
+        reason = collections.Counter(reason for _, reason in lost).most_common(1)[0][0]
+        return candidate.rejected(reason, f"{total - len(kept)} of {total} slices")
+    if len(meeting) > rules.max_lost_fraction * total:
+        return candidate.rejected(
+            "contradictory_duplicates", f"different images at {len(meeting)} of {total} slices"
+        )
+    position_mm = np.array(candidate.position_mm)[kept]
+    measured = measure_stack(position_mm, np.array([header.position for header in used]))
+    if fault := irregularity(measured, len(kept), rules):
+        return candidate.rejected(*fault)
+    if len(kept) < rules.min_slices:
+        return candidate.rejected("too_few_slices", too_few_detail(len(kept), rules))
+    if fault := loader.plausibility.fault():
+        reason = "implausible_hu" if tagged == {True} else "missing_rescale"
+        return candidate.rejected(reason, fault)
+
+    spacing = candidate.headers[0].pixel_spacing
+    pixel_spacing_mm = (spacing[1], spacing[0]) if axes.transpose else (spacing[0], spacing[1])
+    hu = loader.volume()
+    chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)
+    if rules.require_lung and not covers_chest(chest):
+        return candidate.rejected("no_chest", f"{chest.lung_volume_ml:.0f} ml of lung")
+    flags = {
+        "gaps": measured.missing > 0,
+        "uneven_spacing": measured.uneven,
+        "in_plane_jump": measured.jumps,
+        "slices_lost": len(kept) < total,
+        "duplicates_dropped": bool(repeated),
+        "acquisitions_meet": bool(meeting),
+        "no_rescale_tags": tagged == {False},
+        "fractional_hu": hu.dtype != np.int16,
+    }
+    return Volume(
+        candidate=candidate,
+        headers=tuple(used),
+        hu=hu,
+        position_mm=position_mm,
+        pair_valid=measured.pair_valid,
+        pixel_spacing_mm=pixel_spacing_mm,
+        slice_spacing_mm=measured.spacing_mm,
+        slice_thickness_mm=candidate.slice_thickness_mm,
+        gantry_tilt_degrees=candidate.gantry_tilt_degrees,
+        chest=chest,
+        notes=(
+            *candidate.notes,
+            *used[0].notes,
+            *(name for name, raised in flags.items() if raised),
+        ),
+        dropped=(*candidate.dropped, *repeated, *meeting, *lost),
+    )
+
+
+def _acquisitions_differ(a: Header, b: Header) -> bool:
+    return (
+        None not in (a.acquisition_number, b.acquisition_number)
+        and a.acquisition_number != b.acquisition_number
+    )
+
+
+class _SliceLoader:
+    """Decodes slices one after the other into one array."""
+
+    def __init__(self, reader: PixelReader, axes: Axes, num_slices: int):
+        self.plausibility = PlausibilityCount()
+        self._reader = reader
+        self._axes = axes
+        self._num_slices = num_slices
+        self._hu: np.ndarray | None = None
+        self._count = 0
+
+    def add(self, header: Header) -> None:
+        """Appends a slice.
+
+        Raises:
+            PixelError: no pixels; nothing is appended.
+        """
+        stored = self._reader.read(header)
+        image = orient(to_hu(stored, header), self._axes)
+        if self._hu is None:
+            self._hu = np.empty((self._num_slices, *image.shape), dtype=image.dtype)
+        elif image.dtype == np.float32 and self._hu.dtype == np.int16:
+            self._hu = self._hu.astype(np.float32)
+        self._hu[self._count] = image
+        self._count += 1
+        self.plausibility.add(stored, header)
+
+    def equals_last(self, header: Header) -> bool:
+        """Whether this slice is the same image as the last one added.
+
+        Raises:
+            PixelError: no pixels.
+        """
+        image = orient(to_hu(self._reader.read(header), header), self._axes)
+        return np.array_equal(image, self._hu[self._count - 1])
+
+    def volume(self) -> np.ndarray:
+        """[S, H, W] of the slices added."""
+        return self._hu[: self._count]

@@ -1,0 +1,124 @@
+"""Object stores by URL (`gs://BUCKET/DIR`, `s3://BUCKET/DIR`), through fsspec and its packages for
+each store.
+
+Credentials, endpoints and retries are those of the packages: gcsfs takes
+`gcloud auth application-default login`, s3fs takes `aws configure` or the variables `AWS_*`;
+fsspec's own configuration files and variables hold for both.
+"""
+
+import errno
+import functools
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fsspec
+
+from data_prep.system.errors import InputError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://")
+_LOCAL = ("file://", "local://")
+# protocol -> extra of this package's installation
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+_LOGGERS = ("fsspec", "gcsfs", "s3fs", "aiobotocore", "botocore", "google.auth", "urllib3")
+_CREDENTIALS = {"gcs": "gcloud auth application-default login", "s3": "aws configure"}
+
+
+class StoreReadError(OSError):
+    """The store failed, after the retries of its package. `strerror` names no file."""
+
+
+def is_url(text: str | os.PathLike) -> bool:
+    """Whether a directory is named by a URL of a store. `file://` is none: see `local_path`."""
+    text = os.fspath(text)
+    return _URL.match(text) is not None and not text.startswith(_LOCAL)
+
+
+def without_slash(url: str) -> str:
+    return url if url.endswith("://") else url.rstrip("/")
+
+
+def local_path(text: str | os.PathLike, name: str = "", remedy: str = "give a local copy") -> Path:
+    """The path that `text` names, `~` and `file://` resolved.
+
+    Raises:
+        InputError: it is the URL of a store, where only a local path will do; the message begins
+          with `name`, a flag.
+    """
+    text = os.fspath(text)
+    if is_url(text):
+        raise InputError(
+            f"{f'{name}={text}' if name else text}: must be on a mounted file system; {remedy}"
+        )
+    for protocol in _LOCAL:
+        text = text.removeprefix(protocol)
+    return Path(text).expanduser()
+
+
+def open_store(url: str) -> tuple["AbstractFileSystem", str]:
+    """The file system of a URL and the path in it, without a slash at its end.
+
+    Raises:
+        InputError: a package or credentials are missing, or nobody knows the protocol.
+    """
+    return _open_store(url, os.getpid())
+
+
+@functools.lru_cache(maxsize=32)
+def _open_store(url: str, process: int) -> tuple["AbstractFileSystem", str]:
+    """One connection for all threads of a process; a forked process opens its own."""
+    # they quote names of files and print tracebacks; what fails is raised, too
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        # of millions of files it would fill the memory
+        store, path = fsspec.url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        extra = _extra(url)
+        remedy = f"pip install 'ctssl_jax[{extra}]'" if extra else f"install it ({error})"
+        raise InputError(f"{url}: needs a package that is not installed: {remedy}") from None
+    except ValueError as error:
+        raise InputError(
+            f"{url}: {error}; give a directory, or a URL such as gs://BUCKET/DIR"
+        ) from None
+    except Exception as error:  # each package has its own
+        raise InputError(f"{url}: {explain(url, error)}") from None
+    return store, path.rstrip("/")
+
+
+def explain(url: str, error: Exception) -> str:
+    """What a store's failure means and its remedy, in one line; for errors about the whole of
+    `url`."""
+    if isinstance(error, FileNotFoundError):
+        return "no such bucket or folder; check the name"
+    said = " ".join(str(error).split())[:200]
+    login = _CREDENTIALS.get(_extra(url))
+    remedy = "check the name, the network and the credentials" + (f" ({login})" if login else "")
+    return f"the store refuses or cannot be reached ({type(error).__name__}: {said}); {remedy}"
+
+
+def read_error(error: Exception) -> StoreReadError:
+    """The failure of a read as the operating system would report it, with an errno and without
+    names."""
+    for kind, number in ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES)):
+        if isinstance(error, kind):
+            return StoreReadError(number, os.strerror(number))
+    return StoreReadError(errno.EIO, f"the store failed: {type(error).__name__}")
+
+
+def store_failure(error: BaseException | None) -> StoreReadError | None:
+    """What stands behind an error: zipfile makes "not a zip file" of a file that could not be
+    read."""
+    while error is not None and not isinstance(error, StoreReadError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _extra(url: str) -> str:
+    protocols = url.split("://")[0].split("::")
+    return next((_EXTRAS[name] for name in protocols if name in _EXTRAS), "")

@@ -1,0 +1,299 @@
+"""Two processes on one machine train, save, restore and stop together; one that is lost ends the
+other."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from ctssl_jax.parallel import mesh
+from ctssl_jax.runs import reports
+from ctssl_jax.runs.checkpoints import choose_step
+from tests.helpers.training_runs import (
+    EMA,
+    PROJECT,
+    command,
+    command_ended_at,
+    losses,
+    numbers,
+    saved_state,
+    start,
+    tiny_config,
+    train_on,
+)
+
+OVERRIDES = {**EMA, "microbatches": 2, "num_steps": 8, "log_every": 2, "eval_every": 4}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_two(dataset, workdir, end=None, **overrides):
+    """Two processes with one simulated device each; `end`: step and signal that the second sends
+    itself."""
+    joined = [
+        "--distributed",
+        f"--coordinator_address=127.0.0.1:{free_port()}",
+        "--num_processes=2",
+    ]
+    commands = [
+        command(dataset, workdir, *joined, f"--process_id={number}", **overrides)
+        for number in range(2)
+    ]
+    return [start(commands[0]), start(command_ended_at(*end, commands[1]) if end else commands[1])]
+
+
+def slurm_variables(task, tasks=2, port=0):
+    """What `srun --nodes=TASKS` with one task a node tells each task, with this machine as every
+    node."""
+    return {
+        "JAX_COORDINATOR_PORT": str(port),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_STEP_NUM_NODES": str(tasks),
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_PROCID": str(task),
+        "SLURM_LOCALID": "0",
+    }
+
+
+def start_two_as_slurm_does(dataset, workdir, end, **overrides):
+    """The same, found by JAX in the variables that Slurm sets."""
+    port, processes = free_port(), []
+    arguments = command(dataset, workdir, "--distributed", **overrides)
+    for task, line in enumerate((arguments, command_ended_at(*end, arguments))):
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in slurm_variables(task, port=port).items():
+                environment.setenv(name, value)
+            processes.append(start(line))
+    return processes
+
+
+def finish(processes, timeout=300):
+    """Wait for both: [(exit code, stdout, stderr)] * 2."""
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    return [
+        (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
+    ]
+
+
+class Interrupted(NamedTuple):
+    """A run of two processes, of which the second got SIGTERM, and then, started again, was killed.
+
+    stopped_at: the step that both saved after SIGTERM.
+    asked, lost: of both times, exit code, stdout and stderr of each process.
+    """
+
+    workdir: Path
+    stopped_at: int
+    asked: list[tuple[int, str, str]]
+    lost: list[tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny_dataset, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("interrupted") / "run"
+    endless = {**OVERRIDES, "num_steps": 100_000}
+    asked = finish(start_two(tiny_dataset, workdir, (3, signal.SIGTERM), **endless))
+    step = choose_step(workdir, "last")
+    processes = start_two_as_slurm_does(
+        tiny_dataset, workdir, (step + 3, signal.SIGKILL), **endless
+    )
+    return Interrupted(workdir, step, asked, finish(processes, timeout=100))
+
+
+def test_sigterm_to_one_stops_and_saves_both(interrupted):
+    for returncode, _, errors in interrupted.asked:
+        assert returncode == 75, errors
+    assert f"stopped     at step {interrupted.stopped_at:,}" in interrupted.asked[0][1]
+    assert interrupted.stopped_at >= 3
+
+
+def test_a_killed_process_ends_the_other_with_one_clear_line(interrupted):
+    workdir, lost = interrupted.workdir, interrupted.lost
+    assert [returncode for returncode, _, _ in lost] == [75, -signal.SIGKILL]
+    assert f"going on     from step {interrupted.stopped_at:,}" in lost[0][1]
+    last_line = lost[0][2].splitlines()[-1]
+    assert last_line.startswith("error: another process of this run was lost")
+    step = choose_step(workdir, "last")
+    assert (
+        f"the last checkpoint is step {step:,} of {workdir}; start all processes again" in last_line
+    )
+    assert "Traceback" not in lost[0][2]
+
+
+def test_only_the_first_process_prints_and_writes(interrupted):
+    assert "2 x cpu in 2 process(es)" in interrupted.asked[0][1]
+    assert "2 x cpu in 2 process(es)" in interrupted.lost[0][1]
+    of_second = [
+        line
+        for results in (interrupted.asked, interrupted.lost)
+        for line in results[1][1].splitlines()
+    ]
+    # the transport's own greeting
+    assert [line for line in of_second if not line.startswith("[Gloo]")] == []
+    validated = [line["step"] for line in reports.read_reports(interrupted.workdir, "validation")]
+    assert validated == sorted(set(validated)) and validated[0] == 0
+    assert len(list((interrupted.workdir / "pictures").iterdir())) == len(validated)
+    steps = [line["step"] for line in reports.read_reports(interrupted.workdir, "train")]
+    assert steps == list(range(2, steps[-1] + 1, 2))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(interrupted, tiny_dataset, tmp_path_factory):
+    """Some steps more than the two processes took, by one process with two devices."""
+    num_steps = choose_step(interrupted.workdir, "last") + 4
+    config = tiny_config(tiny_dataset, **{**OVERRIDES, "num_steps": num_steps + num_steps % 2})
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train_on(config, workdir, num_devices=2)
+    return workdir, config
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_one_process_goes_on_as_if_nothing_had_happened(
+    num_devices, interrupted, undisturbed, tmp_path
+):
+    """With the numbers that one process has from beginning to end."""
+    workdir = shutil.copytree(interrupted.workdir, tmp_path / "interrupted")
+    expected, config = undisturbed
+    assert train_on(config, workdir, num_devices)
+    assert len(losses(workdir)) == config.num_steps // 2
+    for line, other in zip(numbers(workdir), numbers(expected), strict=True):
+        assert line.keys() == other.keys()
+        # a latent between two codes may go to either
+        tolerance = 1e-2 if line["kind"] == "validation" else 1e-3
+        for name, value in line.items():
+            expected_value = (
+                other[name] if isinstance(value, str) else pytest.approx(other[name], rel=tolerance)
+            )
+            assert value == expected_value, name
+    one, two = saved_state(expected), saved_state(workdir)
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-2, atol=1e-4, err_msg=name)
+
+
+WAITING = """
+import sys, time
+import numpy as np
+from jax.experimental import multihost_utils
+from ctssl_jax import distributed, lost_host
+address, number, workdir, end = sys.argv[1:]
+distributed.initialize(True, address, 2, int(number), heartbeat_timeout_seconds=4)
+with lost_host.ending_together(workdir):
+    multihost_utils.process_allgather(np.zeros(1))
+    print("joined", flush=True)
+    if end == "full disk" and number == "0":
+        raise OSError("no space left on device")
+    if end == "full disk" or number == "1":
+        time.sleep(100)
+    multihost_utils.process_allgather(np.zeros(1))
+"""
+
+
+@pytest.mark.parametrize("end", ["silent", "killed first", "full disk"])
+def test_a_process_that_waits_for_a_lost_one_ends(end, tmp_path):
+    """It is blocked where no exception may come: it ends by missing heartbeats, or with the
+    coordinator."""
+    address = f"127.0.0.1:{free_port()}"
+    program = [sys.executable, "-c", WAITING, address]
+    processes = [start([*program, str(number), str(tmp_path / "run"), end]) for number in range(2)]
+    for process in processes:
+        assert "joined\n" in iter(process.stdout.readline, "")
+    clock = time.monotonic()
+    survivor = 0 if end == "silent" else 1
+    if end != "full disk":
+        processes[1 - survivor].send_signal(signal.SIGSTOP if end == "silent" else signal.SIGKILL)
+    _, errors = processes[survivor].communicate(timeout=60)
+    assert time.monotonic() - clock < 30
+    processes[1 - survivor].kill()
+    _, of_lost = processes[1 - survivor].communicate()
+    assert processes[survivor].returncode == 75
+    last_line = errors.splitlines()[-1]
+    assert last_line.startswith(
+        "error: another process of this run was lost; there is no checkpoint"
+    )
+    if end == "full disk":
+        assert processes[0].returncode == 1
+        assert of_lost.splitlines()[-1] == "OSError: no space left on device"
+
+
+def test_slurm_jobs_see_their_devices(monkeypatch):
+    """JAX alone would give a task only the GPU of its number on its node."""
+    for name, value in slurm_variables(0, tasks=2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert mesh._devices_to_use() == []  # one task a node: all GPUs of the node
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
+    assert mesh._devices_to_use() is None  # one task a GPU, which sees all of the node: JAX chooses
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert mesh._devices_to_use() == []  # one task a GPU, which sees no other
+    mesh.initialize(False)  # a single-process task, e.g. of a job array, joins nothing
+    assert not jax.distributed.is_initialized()
+
+
+def test_a_slurm_job_of_one_task_uses_all_devices():
+    program = (
+        "import jax; from ctssl_jax import distributed; distributed.initialize(True);"
+        "print(jax.process_count(), jax.device_count(), "
+        "jax.config.read('jax_cuda_visible_devices'))"
+    )
+    environment = {**os.environ, **slurm_variables(0, tasks=1, port=free_port())}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.stdout.split() == ["1", str(jax.device_count()), "all"], result.stderr
+
+
+def test_a_refusal_reaches_both(tiny_dataset, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    results = finish(start_two(tiny_dataset, tmp_path / "run", **OVERRIDES), timeout=120)
+    assert [returncode for returncode, _, _ in results] == [2, 2]
+    assert "holds files but no run" in results[0][2]
+    assert "process 0 of 2 refused to start" in results[1][2]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    assert jax.process_count() == 1
+
+
+def test_weights_of_another_run_and_parameters_that_no_process_holds_whole(tiny_dataset, tmp_path):
+    wide = {"model.hidden": (16, 32), "num_steps": 4, "log_every": 1, "eval_every": 4}
+    donor = tmp_path / "donor"
+    assert train_on(tiny_config(tiny_dataset, **{**wide, "num_steps": 1, "eval_every": 1}), donor)
+    settings = {**wide, "init_from": str(donor), "init_checkpoint": "last", "fsdp_devices": 2}
+    for returncode, _, errors in finish(start_two(tiny_dataset, tmp_path / "two", **settings)):
+        assert returncode == 0, errors
+    assert train_on(tiny_config(tiny_dataset, **settings), tmp_path / "one", num_devices=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    kernel = "params/encoder/stem/conv/kernel"
+    np.testing.assert_array_equal(
+        saved_state(tmp_path / "two", 0)[kernel], saved_state(donor, 1)[kernel]
+    )
+    refused = finish(
+        start_two(tiny_dataset, tmp_path / "three", **{**settings, "init_checkpoint": "77"}),
+        timeout=120,
+    )
+    for returncode, _, errors in refused:
+        assert (
+            returncode == 2
+            and "config.init_from: " in errors
+            and "has no checkpoint '77'" in errors
+        )
+    assert not (tmp_path / "three").exists()

@@ -1,0 +1,533 @@
+"""Exported folders: what stands in them, that PyTorch, ONNX and the way back give the same model,
+and wrong input."""
+
+import importlib.util
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ctssl_jax.evaluation.measure import evaluate
+from data_prep.dataset.reader import Dataset
+from data_prep.system.errors import InputError, RunFailed
+from tests.helpers import dicom_files
+from tests.helpers.training_runs import (
+    PROJECT,
+    save_untrained,
+    saved_state,
+    start,
+    tiny_config,
+    tiny_recipe,
+    train_on,
+)
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
+pytest.importorskip("safetensors", reason="safetensors is not installed: pip install '.[torch]'")
+
+from ctssl_jax.release import exporting, importing  # noqa: E402
+from ctssl_jax.release.exporting import export  # noqa: E402
+from ctssl_jax.release.importing import import_weights  # noqa: E402
+from ctssl_jax.torch_bridge import ctssl_torch  # noqa: E402
+
+ALL = ("torch", "safetensors")
+WINDOWS = [[50.0, 350.0]]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    assert train_on(
+        tiny_config(tiny_dataset, num_steps=2, eval_every=2, dtype="bfloat16"),
+        folder / "masked_region",
+    )
+    save_untrained(tiny_recipe(tiny_dataset, "rotation"), folder / "rotation")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    """The trained autoencoder, whose convolutions ran in bfloat16, with its results on the test
+    split."""
+    folder = tmp_path_factory.mktemp("exported")
+    evaluate(runs / "masked_region", None, "test", folder / "result.json", checkpoint="last")
+    results = [folder / "result.json"]
+    export(
+        runs / "masked_region", folder / "model", ALL, "CC0-1.0", checkpoint="last", results=results
+    )
+    return folder / "model"
+
+
+def load_alone(folder):
+    """The folder's own `ctssl_torch.py`, as a user of the folder imports it."""
+    spec = importlib.util.spec_from_file_location("alone", folder / "ctssl_torch.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["alone"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- what is in a folder -------------------------------------------------------------------------
+
+
+def test_folder(exported, runs, tiny_dataset):
+    assert {path.name for path in exported.iterdir()} == {
+        *(
+            "README.md",
+            "ctssl_torch.py",
+            "manifest.json",
+            "test_input.npz",
+            "weights.pt",
+            "weights.safetensors",
+        )
+    }
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert manifest["format_version"] == ctssl_torch.FORMAT_VERSION == importing.FORMAT_VERSION
+    assert manifest["license"] == "CC0-1.0" and manifest["architecture"] == "VQVAE"
+    assert (
+        manifest["preprocessing"]["windows"] == WINDOWS
+        and manifest["preprocessing"]["image_size"] == 16
+    )
+    assert (
+        manifest["parity"]["largest_difference"] < 1e-4 and len(manifest["parity"]["stages"]) > 15
+    )
+    assert manifest["data"]["splits"]["train"]["num_slices"] == 60
+    (result,) = manifest["results"]
+    assert result["metrics"]["masked_mse"]["ci95"][0] < result["metrics"]["masked_mse"]["mean"]
+    card = (exported / "README.md").read_text()
+    for text in ("CC0-1.0", "level 50 / width 350 HU", "masked_mse", "Not a medical device"):
+        assert text in card
+    everything = b"".join(path.read_bytes() for path in exported.iterdir())
+    patients = {
+        volume[name]
+        for volume in Dataset.open(tiny_dataset).volumes()
+        for name in ("patient_id", "volume_id")
+    }
+    for secret in (*patients, str(tiny_dataset), str(runs)):
+        assert secret.encode() not in everything
+
+
+def test_the_file_alone_needs_nothing_of_ours(exported):
+    program = (
+        "import sys, torch\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('jax', 'flax', 'ctssl_jax', 'data_prep', 'orbax', "
+        "'absl'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import ctssl_torch\n"
+        "model = ctssl_torch.load(sys.argv[1])\n"
+        "assert not model.training and model.manifest['license'] == 'CC0-1.0'\n"
+        "print(max(ctssl_torch.verify(sys.argv[1]).values()))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(exported)], capture_output=True, text=True, cwd="/"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 1e-5
+
+
+def test_both_files_hold_the_checkpoint(exported, runs):
+    import safetensors.torch
+
+    entries = torch.load(exported / "weights.pt", weights_only=True)
+    same = safetensors.torch.load_file(exported / "weights.safetensors")
+    assert entries.keys() == same.keys() and all(
+        torch.equal(entries[name], same[name]) for name in entries
+    )
+    saved = saved_state(runs / "masked_region")
+    kernel = saved["params/encoder/stem/conv/kernel"]
+    np.testing.assert_array_equal(
+        entries["encoder.2.0.weight"].numpy(), kernel.transpose(3, 2, 0, 1)
+    )
+    assert entries["encoder.2.1.num_batches_tracked"].dtype == torch.int64
+    assert int(entries["encoder.2.1.num_batches_tracked"]) == 2
+
+
+def test_onnx(runs, tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[torch]'")
+    import onnxruntime
+
+    manifest = export(runs / "rotation", tmp_path / "model", ("onnx",), "CC0-1.0")
+    assert manifest["onnx"]["largest_difference"] < 1e-5 and manifest["onnx"]["outputs"] == [
+        "logits",
+        "latents",
+    ]
+    session = onnxruntime.InferenceSession(str(tmp_path / "model" / "model.onnx"))
+    images = np.random.default_rng(0).uniform(size=(5, 1, 16, 16)).astype(np.float32)
+    logits, latents = session.run(None, {"images": images})
+    assert logits.shape == (5, 4) and latents.shape == (5, 4, 4, 4)
+    assert session.get_modelmeta() and not (tmp_path / "model" / "model.onnx.data").exists()
+
+
+# ---- the way back --------------------------------------------------------------------------------
+
+
+def test_round_trip_is_bit_identical(exported, runs, tmp_path):
+    import_weights(exported, tmp_path / "back", None, [])
+    before, after = saved_state(runs / "masked_region"), saved_state(tmp_path / "back")
+    for name in after:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    with pytest.raises(InputError, match="imported under CC0"):
+        export(tmp_path / "back", tmp_path / "again", ALL, "MIT")
+    export(tmp_path / "back", tmp_path / "again", ALL, "CC0-1.0")
+    for name in ("weights.pt", "weights.safetensors", "test_input.npz"):
+        assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
+
+
+def authors_file(path, prefix="", *, channels=3, counter=11):
+    """Weights in the authors' layout, random, as their release saves them; returns the tensors."""
+    twin = ctssl_torch.VQVAE(
+        in_channels=channels,
+        hidden=(4, 8),
+        depth=2,
+        embedding_dim=4,
+        num_codes=8,
+        output_activation="tanh",
+    )
+    generator = torch.Generator().manual_seed(0)
+    entries = twin.state_dict()
+    for name, value in entries.items():
+        if value.is_floating_point():
+            value.copy_(
+                torch.rand(value.shape, generator=generator)
+                + (0.5 if "running_var" in name else -0.5)
+            )
+        else:
+            value.fill_(counter if "encoder" in name else counter + 1)  # as after a frozen encoder
+    torch.save(
+        {"epoch": 3, "model_state": {prefix + name: value for name, value in entries.items()}}, path
+    )
+    return entries
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_authors_checkpoint(prefix, tiny_dataset, tmp_path):
+    entries = authors_file(tmp_path / "last.pth.tar", prefix)
+    config = tiny_config(tiny_dataset, normalize="slice_minmax")
+    config.model.output_activation = "tanh"
+    import_weights(tmp_path / "last.pth.tar", tmp_path / "run", config, WINDOWS)
+    imported = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert imported["model"]["in_channels"] == 3 and imported["model"]["depth"] == 2
+    export(tmp_path / "run", tmp_path / "model", ("torch",), "unknown")
+    back = torch.load(tmp_path / "model" / "weights.pt", weights_only=True)
+    assert list(back) and back.keys() == entries.keys()
+    assert all(torch.equal(back[name], entries[name]) for name in entries)  # counters, too
+    model = load_alone(tmp_path / "model").load(tmp_path / "model")
+    assert model.output_activation == "tanh" and model.manifest["preprocessing"]["normalize"] == (
+        "slice_minmax"
+    )
+
+
+def test_imported_runs_are_evaluated_and_trained_from(tiny_dataset, tmp_path):
+    authors_file(tmp_path / "best.pth.tar", channels=1)
+    config = tiny_config(tiny_dataset)
+    import_weights(tmp_path / "best.pth.tar", tmp_path / "run", config, WINDOWS)
+    result = evaluate(tmp_path / "run", tiny_dataset, "test", tmp_path / "result.json")
+    assert result["num_patients_seen_in_training"] is None  # nobody knows
+    given = {"init_from": str(tmp_path / "run"), "model__depth": 2, "num_steps": 1, "eval_every": 1}
+    with pytest.raises(InputError, match="another pseudonym key"):
+        train_on(tiny_config(tiny_dataset, **given), tmp_path / "refused")
+    assert train_on(
+        tiny_config(tiny_dataset, **given, leakage="allow_unchecked"), tmp_path / "next"
+    )
+    before, after = saved_state(tmp_path / "run"), saved_state(tmp_path / "next", 0)
+    model = [name for name in before if name.startswith(("params/", "variables/"))]
+    assert len(model) > 50
+    for name in model:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+
+
+# ---- preprocessing -------------------------------------------------------------------------------
+
+
+def prepared_and_preprocessed(model, scan, tmp_path, size, **rules):
+    """The slices that data_prep makes of a scan, in [0, 1], and those of the folder's own file."""
+    from data_prep.raw import scans
+    from data_prep.scan.rules import Rules
+
+    plan = scans.plan_scans(scan, rules=Rules(**rules))
+    (exam,) = plan.exams
+    read = scans.read_scan(plan.input_dir, exam, ((50.0, 350.0),), size, Rules(**rules), b"key")
+    hu, affine = ctssl_torch.read_dicom(scan)
+    return read.images.transpose(0, 3, 1, 2).astype(np.float32) / 255, model.preprocess(
+        hu, affine
+    ).numpy()
+
+
+def test_preprocessing_is_that_of_the_dataset(exported, tmp_path):
+    model = load_alone(exported).load(exported)
+    hu = dicom_files.thorax(22, size=60, seed=4)[:, :56]
+    dicom_files.write(tmp_path / "scan", dicom_files.slices(hu))
+    want, found = prepared_and_preprocessed(model, tmp_path / "scan", tmp_path, 16)
+    np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize("scan", ["lidc_0003.zip", "lidc_0001"])
+def test_preprocessing_of_real_scans(exported, real_data, tmp_path, scan):
+    model = load_alone(exported).load(exported)
+    want, found = prepared_and_preprocessed(model, real_data / scan, tmp_path, 16)
+    np.testing.assert_array_equal(found, want)
+
+
+def test_any_axis_order_is_understood(exported):
+    model = load_alone(exported).load(exported)
+    hu = dicom_files.thorax(6, size=40, seed=2).astype(np.float32)
+    affine = np.array([[0, 0, -1.5, 30], [0, -1.5, 0, 30], [3.0, 0, 0, -50], [0, 0, 0, 1]])
+    want = model.preprocess(hu, affine).numpy()
+    flipped = affine.copy()
+    flipped[:, 2] *= -1
+    np.testing.assert_array_equal(model.preprocess(hu[:, :, ::-1], flipped).numpy(), want)
+    turned = affine[:, [2, 0, 1, 3]]
+    np.testing.assert_array_equal(model.preprocess(hu.transpose(2, 0, 1), turned).numpy(), want)
+    flipped = affine.copy()
+    flipped[:, 0] *= -1
+    np.testing.assert_array_equal(model.preprocess(hu[::-1], flipped).numpy(), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda hu, affine: (np.clip(hu, 0, 255), affine), "no pixel is air"),
+        (lambda hu, affine: (hu[0], affine), "give hu"),
+        (lambda hu, affine: (hu, affine[:3]), "give hu"),
+        (lambda hu, affine: (np.where(hu > 0, np.nan, hu), affine), "not finite"),
+        (lambda hu, affine: (hu, affine * 0), "length 0"),
+        (lambda hu, affine: (hu, turned_by(50) @ affine), "not axial"),
+        (lambda hu, affine: (hu, sheared() @ affine), "right angle"),
+    ],
+)
+def test_volumes_that_the_model_does_not_know_are_refused(exported, change, message):
+    model = load_alone(exported).load(exported)
+    hu = dicom_files.thorax(6, size=40).astype(np.float32)
+    affine = np.array([[0, 0, -1.5, 30], [0, -1.5, 0, 30], [3.0, 0, 0, -50], [0, 0, 0, 1]])
+    with pytest.raises(ValueError, match=message) as error:
+        model.preprocess(*change(hu, affine))
+    assert "\n" not in str(error.value)
+
+
+def turned_by(degrees):
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.array([[1, 0, 0, 0], [0, cos, -sin, 0], [0, sin, cos, 0], [0, 0, 0, 1]])
+
+
+def sheared():
+    return np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def test_models_of_cropped_slices_refuse_to_guess(exported):
+    preprocessing = json.loads((exported / "manifest.json").read_text())["preprocessing"] | {
+        "crop": "lung_box"
+    }
+    with pytest.raises(ValueError, match="cropped to the lungs"):
+        ctssl_torch.preprocess(dicom_files.thorax(6), np.eye(4), preprocessing)
+
+
+def test_series_that_cannot_be_read_are_refused(tmp_path):
+    hu = dicom_files.thorax(6, size=32)
+    datasets = dicom_files.slices(hu)
+    dicom_files.write(tmp_path / "two", [*datasets, *dicom_files.slices(hu, series=2)])
+    with pytest.raises(ValueError, match=r"2 CT series \(of 6, 6 slices\)"):
+        ctssl_torch.read_dicom(tmp_path / "two")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match="no CT series"):
+        ctssl_torch.read_dicom(tmp_path / "none")
+    with pytest.raises(ValueError, match="neither a folder nor a zip"):
+        ctssl_torch.read_dicom(tmp_path / "none" / "a.txt")
+    datasets[3].ImagePositionPatient = datasets[2].ImagePositionPatient
+    dicom_files.write(tmp_path / "doubled", datasets)
+    with pytest.raises(ValueError, match="two slices at one position"):
+        ctssl_torch.read_dicom(tmp_path / "doubled")
+    dicom_files.write(tmp_path / "gap", [d for i, d in enumerate(dicom_files.slices(hu)) if i != 3])
+    with pytest.raises(ValueError, match="slices are missing"):
+        ctssl_torch.read_dicom(tmp_path / "gap")
+    dicom_files.write(tmp_path / "bare", dicom_files.slices(hu), preamble=False)
+    assert ctssl_torch.read_dicom(tmp_path / "bare")[0].shape == hu.shape
+    del datasets[0].RescaleIntercept
+    dicom_files.write(tmp_path / "unscaled", datasets[:1])
+    with pytest.raises(ValueError, match="lacks RescaleIntercept"):
+        ctssl_torch.read_dicom(tmp_path / "unscaled")
+
+
+# ---- wrong input ---------------------------------------------------------------------------------
+
+
+class Writes:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tiny_dataset, tmp_path):
+    torch.save(
+        {"model_state": {}, "model": Writes(str(tmp_path / "ran"))}, tmp_path / "last.pth.tar"
+    )
+    with pytest.raises(InputError, match=r"holds Python objects beside its tensors.*model_state"):
+        import_weights(
+            tmp_path / "last.pth.tar", tmp_path / "run", tiny_config(tiny_dataset), WINDOWS
+        )
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Writes(str(tmp_path / "ran"))))
+    with pytest.raises(InputError):
+        import_weights(tmp_path / "bare.pth", tmp_path / "run", tiny_config(tiny_dataset), WINDOWS)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "run").exists()
+
+
+def test_files_that_are_no_such_model_are_refused(exported, tiny_dataset, tmp_path):
+    config = tiny_config(tiny_dataset)
+
+    def refused(path, message):
+        with pytest.raises(InputError, match=message) as error:
+            import_weights(path, tmp_path / "run", config, WINDOWS)
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+    authors_file(tmp_path / "good.pth")
+    content = (tmp_path / "good.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
+    refused(tmp_path / "cut.pth", "truncated")
+    (tmp_path / "cut.safetensors").write_bytes(
+        (exported / "weights.safetensors").read_bytes()[:-100]
+    )
+    refused(tmp_path / "cut.safetensors", "damaged")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
+    refused(tmp_path / "other.pth", "no autoencoder in the authors' layout")
+    entries = torch.load(tmp_path / "good.pth", weights_only=True)["model_state"]
+    del entries["decoder.0.0.weight"]
+    torch.save(entries, tmp_path / "lacking.pth")
+    refused(tmp_path / "lacking.pth", r"decoder\.0\.0\.weight is missing")
+    refused(tmp_path / "absent.pth", "there is no such file")
+    refused(tmp_path, "holds no manifest.json")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "x").write_text("x")
+    with pytest.raises(InputError, match="is there already"):
+        import_weights(tmp_path / "good.pth", tmp_path / "run", config, WINDOWS)
+
+
+def test_a_folder_whose_weights_were_changed_is_refused(exported, tmp_path):
+    changed = tmp_path / "model"
+    changed.mkdir()
+    for path in exported.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    entries = torch.load(changed / "weights.pt", weights_only=True)
+    torch.save({name: value + 1 for name, value in entries.items()}, changed / "weights.pt")
+    alone = load_alone(changed)
+    with pytest.raises(ValueError, match="SHA-256 differs"):
+        alone.load(changed / "weights.pt")
+    with pytest.raises(
+        InputError,
+        match=r"is not the file that the manifest\.json beside it "
+        r"describes",
+    ):
+        import_weights(changed / "weights.pt", tmp_path / "run", None, [])
+    assert alone.load(changed / "weights.safetensors")
+    manifest = json.loads((changed / "manifest.json").read_text())
+    (changed / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(ValueError, match="format_version 99"):
+        alone.load(changed)
+    with pytest.raises(InputError, match="format_version 99"):
+        import_weights(changed, tmp_path / "run", None, [])
+    for content in ({**manifest, "files": []}, {**manifest, "model": {"depth": 9}}):
+        (changed / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="manifest"):
+            alone.load(changed)
+    for content in ({**manifest, "files": []}, {**manifest, "training": None}):
+        (changed / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match="is damaged"):
+            import_weights(changed, tmp_path / "run", None, [])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        alone.load(changed / "weights_v2.pt")
+    (changed / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="manifest"):
+        alone.load(changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"formats": ("pickle",)}, "give one or more of torch, safetensors, onnx"),
+        ({"formats": ()}, "give one or more of"),
+        ({"licence": ""}, "give --license"),
+        ({"num_test_slices": 0}, "must be 1 or more"),
+        ({"checkpoint": "77"}, "has no checkpoint '77'"),
+    ],
+)
+def test_requests_that_cannot_be_met(runs, tmp_path, given, message):
+    settings = {"formats": ALL, "licence": "CC0-1.0"} | given
+    with pytest.raises(InputError, match=message):
+        export(
+            runs / "rotation",
+            tmp_path / "model",
+            settings.pop("formats"),
+            settings.pop("licence"),
+            **settings,
+        )
+    assert not (tmp_path / "model").exists()
+
+
+def test_nothing_is_overwritten_and_results_must_be_of_this_model(exported, runs, tmp_path):
+    with pytest.raises(InputError, match="is there already"):
+        export(runs / "rotation", exported, ALL, "CC0-1.0")
+    with pytest.raises(InputError, match="is not a run directory"):
+        export(tmp_path, tmp_path / "model", ALL, "CC0-1.0")
+    (tmp_path / "result.json").write_text(json.dumps({"model_fingerprint": "other"}))
+    with pytest.raises(InputError, match="another model or checkpoint"):
+        export(
+            runs / "rotation",
+            tmp_path / "model",
+            ALL,
+            "CC0-1.0",
+            results=[tmp_path / "result.json"],
+        )
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(InputError, match="no results file"):
+        export(
+            runs / "rotation",
+            tmp_path / "model",
+            ALL,
+            "CC0-1.0",
+            results=[tmp_path / "result.json"],
+        )
+
+
+def test_a_twin_that_is_not_the_same_is_not_written(runs, tmp_path, monkeypatch):
+    make = exporting._twin
+
+    def wrong(manifest, entries):
+        twin = make(manifest, entries)
+        with torch.no_grad():
+            twin.classification.weight.mul_(1.01)
+        return twin
+
+    monkeypatch.setattr(exporting, "_twin", wrong)
+    with pytest.raises(RunFailed, match="not the same function: classification differs"):
+        export(runs / "rotation", tmp_path / "model", ALL, "CC0-1.0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_lines(exported, runs, tmp_path):
+    arguments = [f"--checkpoint={exported}", f"--workdir={tmp_path / 'run'}"]
+    process = start([sys.executable, "-m", "ctssl_jax.import_torch", *arguments])
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "tensors of" in output and (tmp_path / "run" / "config.json").is_file()
+    process = start(
+        [
+            sys.executable,
+            "-m",
+            "ctssl_jax.export",
+            f"--workdir={tmp_path / 'run'}",
+            "--output_dir=x",
+        ]
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and errors.splitlines()[-1].startswith("error: give --license")
+    assert not (PROJECT / "x").exists()

@@ -1,0 +1,271 @@
+"""Checkpoints: exact, asynchronous in spite of donated buffers, the right ones kept, damage and
+full disks named."""
+
+import resource
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ctssl_jax.ops.trees import flatten, unflatten
+from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, read_metadata, restore
+from ctssl_jax.runs.damage import LAST_GOOD, check_all_undamaged, damaged_steps, set_aside
+from data_prep.system.errors import InputError, RunFailed
+
+
+def state(seed: int) -> dict:
+    random = np.random.default_rng(seed)
+    return {
+        "params": {"layers": [jnp.asarray(random.random((300, 200), np.float32)), jnp.arange(8.0)]},
+        "step": jnp.asarray(seed, jnp.int32),
+    }
+
+
+def shapes(tree: dict, sharding=None) -> dict:
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("checkpoints") / "run"
+    checkpoints = Checkpoints(workdir)
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, None), (5, 1.5)):
+        checkpoints.save(step, state(step), {"config": {"step": step}}, loss)
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def run(three_checkpoints, tmp_path):
+    return shutil.copytree(three_checkpoints, tmp_path / "run")
+
+
+def test_flat_names_are_readable_and_reversible():
+    tree = state(1)
+    flat = flatten(tree)
+    assert list(flat) == ["params/layers/0", "params/layers/1", "step"]
+    assert jax.tree.structure(unflatten(tree, flat)) == jax.tree.structure(tree)
+
+
+def test_best_and_last_two_are_kept_and_restored_exactly(three_checkpoints):
+    assert sorted(path.name for path in (three_checkpoints / "checkpoints").iterdir()) == [
+        "2",
+        "4",
+        "5",
+    ]
+    assert Checkpoints(three_checkpoints).last_step == 5
+    for which, step in (("best", 2), ("last", 5), ("4", 4)):
+        assert choose_step(three_checkpoints, which) == step
+        restored = restore(three_checkpoints, step, shapes(state(0)))
+        jax.tree.map(np.testing.assert_array_equal, restored, state(step))
+        assert read_metadata(three_checkpoints, step) == {"config": {"step": step}}
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_restores_onto_any_number_of_devices_and_in_parts(three_checkpoints, num_devices):
+    mesh = distributed.make_mesh(jax.devices()[:num_devices])
+    like = shapes({"params": state(0)["params"]}, distributed.replicated(mesh))
+    restored = restore(three_checkpoints, 5, like)
+    jax.tree.map(np.testing.assert_array_equal, restored["params"], state(5)["params"])
+    assert restored["params"]["layers"][1].sharding.device_set == set(mesh.devices.flat)
+
+
+def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path):
+    """The training step gives its buffers away while a checkpoint is still being written."""
+    sharding = distributed.replicated(distributed.make_mesh())
+    values = jax.device_put(jnp.zeros((1000, 1000)), sharding)
+    step = jax.jit(lambda values: values + 1, donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path)
+    for number in range(20):
+        if number % 5 == 0:
+            checkpoints.save(number, {"values": values}, {}, float(-number))
+        values = step(values)
+    checkpoints.close()
+    for number in (10, 15):
+        restored = restore(tmp_path, number, shapes({"values": values}, sharding))["values"]
+        np.testing.assert_array_equal(restored, np.full((1000, 1000), number, np.float32))
+
+
+def test_tensors_that_do_not_fit_are_named(three_checkpoints):
+    like = shapes({"params": {"layers": [jnp.zeros((3, 2))]}, "more": jnp.zeros(3)})
+    with pytest.raises(
+        InputError,
+        match=r"missing: more; of another shape: params/layers/0 "
+        r"\(300, 200\) instead of",
+    ):
+        restore(three_checkpoints, 5, like)
+
+
+def test_choosing_a_checkpoint_that_is_not_there(three_checkpoints, tmp_path):
+    with pytest.raises(
+        InputError, match="has no checkpoint '3'; there are steps 2, 4, 5, and the names best, last"
+    ):
+        choose_step(three_checkpoints, "3")
+    with pytest.raises(InputError, match="holds no checkpoint; give the --workdir of a run"):
+        choose_step(tmp_path, "last")
+
+
+@pytest.mark.parametrize("damage", ["remove", "truncate"])
+@pytest.mark.parametrize(
+    "pattern", ["state/d/*", "state/ocdbt.process_0/d/*", "state/manifest.ocdbt", "state/_METADATA"]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(run, pattern, damage):
+    for path in (run / "checkpoints" / "5").glob(pattern):
+        if damage == "remove":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for with_sums in (True, False):  # a checkpoint of a killed process has none
+        with pytest.raises(
+            InputError,
+            match=r"checkpoint 5 of .* is damaged .*; good ones are: "
+            r"2, 4; .*last_good",
+        ):
+            restore(run, 5, shapes(state(0)))
+        assert choose_step(run, LAST_GOOD) == 4
+        if with_sums:
+            (run / "checkpoints" / "5" / "SHA256SUMS").unlink()
+    set_aside(run, damaged_steps(run))
+    assert choose_step(run, "last") == 4 and (run / "damaged_checkpoints" / "5").is_dir()
+    restore(run, 4, shapes(state(0)))
+
+
+def test_a_changed_bit_of_a_tensor_is_found(run):
+    """Orbax restores it without a word: the numbers are wrong, and nothing but the checksums
+    tells."""
+    data = max((run / "checkpoints" / "5").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(
+        InputError,
+        match=rf"checkpoint 5 of .* is damaged \({data.name} has "
+        rf"another checksum\)",
+    ):
+        restore(run, 5, shapes(state(0)))
+    (run / "checkpoints" / "5" / "SHA256SUMS").unlink()
+    restored = restore(run, 5, shapes(state(0)))
+    assert not np.array_equal(restored["params"]["layers"][0], state(5)["params"]["layers"][0])
+
+
+def test_a_changed_loss_does_not_make_another_checkpoint_the_best(run):
+    metrics = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
+    metrics.write_text(metrics.read_text().replace("4", "5", 1))
+    with pytest.raises(InputError, match=r"checkpoint 4 of .* is damaged"):
+        choose_step(run, "best")
+    assert choose_step(run, "5") == choose_step(run, LAST_GOOD) == 5
+    set_aside(run, damaged_steps(run))
+    assert (run / "damaged_checkpoints" / "4").is_dir() and choose_step(run, "best") == 2
+
+
+def test_a_checkpoint_in_the_place_of_another_is_found(run):
+    folder = run / "checkpoints"
+    (folder / "5").rename(folder / "6")
+    with pytest.raises(InputError, match=r"checkpoint 6 of .* is damaged \(it is that of step 5\)"):
+        check_all_undamaged(run)
+
+
+def test_a_damaged_file_of_the_run_is_named(three_checkpoints, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "patients.json").write_text('{"train": ["a"]}')
+    checkpoints = Checkpoints(run)
+    checkpoints.save(1, state(1), {}, 1.0)
+    checkpoints.close()
+    check_all_undamaged(run)
+    sums = run / "checkpoints" / "1" / "SHA256SUMS"
+    lines = sums.read_text().splitlines(keepends=True)
+    assert lines[0].endswith("  ../patients.json\n")
+    for kept in range(len(lines)):
+        sums.write_text("".join(lines[:kept]))
+        with pytest.raises(
+            InputError,
+            match=r"checkpoint 1 of .* is damaged \(SHA256SUMS (lacks "
+            r"1/|is cut)",
+        ):
+            check_all_undamaged(run)
+    sums.write_text("".join(lines))
+    (run / "patients.json").write_text('{"train": ["b"]}')
+    for attempt in (lambda: check_all_undamaged(run), lambda: restore(run, 1, shapes(state(0)))):
+        with pytest.raises(
+            InputError,
+            match=r"run is damaged \(patients.json has another "
+            r"checksum; it was not",
+        ):
+            attempt()
+    assert damaged_steps(run) == []
+
+
+def test_sums_are_those_of_sha256sum(three_checkpoints):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum on this machine")
+    subprocess.run(
+        ["sha256sum", "-c", "--quiet", "5/SHA256SUMS"],
+        cwd=three_checkpoints / "checkpoints",
+        check=True,
+    )
+
+
+def test_a_cut_list_of_checksums_is_found(run):
+    sums = run / "checkpoints" / "5" / "SHA256SUMS"
+    text = sums.read_text()
+    for cut, message in (
+        (text[:-30], "SHA256SUMS is cut"),
+        (text[:-1], "SHA256SUMS is cut"),
+        (text[: text.rindex("\n", 0, -1) + 1], "SHA256SUMS lacks 5/"),  # between two lines
+        (text + "x", "SHA256SUMS is cut"),
+    ):
+        sums.write_text(cut)
+        with pytest.raises(InputError, match=rf"checkpoint 5 of .* is damaged \({message}"):
+            check_all_undamaged(run)
+        assert choose_step(run, LAST_GOOD) == 4
+
+
+def test_all_damaged_is_said_and_nothing_is_moved(run):
+    for step in (2, 4, 5):
+        (run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").unlink()
+    for attempt in (lambda: damaged_steps(run), lambda: choose_step(run, LAST_GOOD)):
+        with pytest.raises(InputError, match=r"all checkpoints of .* are damaged"):
+            attempt()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4", "5"]
+
+
+def test_a_damaged_list_of_checkpoints_is_named(run):
+    (run / "checkpoints" / "5" / "SHA256SUMS").unlink()
+    (run / "checkpoints" / "5" / "metrics" / "metrics").write_text('{"loss')
+    for attempt in (lambda: Checkpoints(run), lambda: choose_step(run, "best")):
+        with pytest.raises(
+            InputError,
+            match=r"a checkpoint in .*checkpoints is damaged .*; "
+            r"remove the newest one",
+        ):
+            attempt()
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(run):
+    """A limit on file sizes stands for the full disk."""
+    checkpoints = Checkpoints(run)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(
+            RunFailed,
+            match=r"could not be saved in .*run \(.*File too large.*run "
+            r"again: it goes on",
+        ):
+            checkpoints.save(6, state(6), {}, 0.5)
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    checkpoints = Checkpoints(run)
+    assert checkpoints.last_step == 5
+    checkpoints.save(6, state(6), {}, 0.5)
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restore(run, 6, shapes(state(0))), state(6))

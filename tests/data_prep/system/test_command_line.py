@@ -1,0 +1,109 @@
+"""The exit codes that all commands share."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+FULL_DISK = "raise OSError(28, 'No space left on device', 'results.csv')"
+MAKE_ROOM = "results.csv: No space left on device; make room and run the same command again"
+VERBS = "verbs are plan, run; options begin with --"
+
+
+def start(body: str, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
+    """A command whose `main` is `body`."""
+    program = (
+        "import signal, sys, time\n"
+        "from data_prep.system import command_line\n"
+        "from data_prep.system.errors import *\n"
+        f"def main(argv):\n    {body}\n"
+        "command_line.run(main, ('plan', 'run'))\n"
+    )
+    command = [*prefix, sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "arguments", "code", "message"),
+    [
+        ("return None", (), 0, ""),
+        ("return 0", ("run",), 0, ""),
+        (
+            "raise InputError('--seed=x: give a\\n number')",
+            (),
+            2,
+            "error: --seed=x: give a number\n",
+        ),
+        ("raise DatasetError('damaged; copy it again')", (), 2, "error: damaged; copy it again\n"),
+        (
+            "return 0",
+            ("--absent=1",),
+            2,
+            "error: Unknown command line flag 'absent'; --help lists the flags\n",
+        ),
+        ("return 0", ("left",), 2, f"error: unexpected argument 'left'; {VERBS}\n"),
+        ("return 0", ("run", "plan"), 2, f"error: unexpected argument 'plan'; {VERBS}\n"),
+        ("raise RunFailed('a worker was killed')", (), 1, "error: a worker was killed\n"),
+        (FULL_DISK, (), 1, f"error: {MAKE_ROOM}\n"),
+        (
+            "raise StartAgain('a host was lost; start again')",
+            (),
+            75,
+            "a host was lost; start again\n",
+        ),
+        ("raise KeyboardInterrupt", (), 75, "stopped; run the same command again to continue\n"),
+    ],
+)
+def test_exit_codes(body, arguments, code, message):
+    process = start(body, *arguments)
+    output, errors = process.communicate()
+    assert (process.returncode, output, errors) == (code, "", message)
+
+
+@pytest.mark.parametrize(
+    "error", ["ValueError", "RuntimeError", "KeyError", "ImportError", "AttributeError"]
+)
+def test_a_bug_is_a_traceback(error):
+    process = start(f"raise {error}('of us')")
+    errors = process.communicate()[1]
+    assert (
+        process.returncode == 1
+        and errors.startswith("Traceback")
+        and re.search(
+            rf"\n{error}: "
+            rf".*of us",
+            errors,
+        )
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_and_the_second_ends_at_once(number):
+    body = (
+        "try: print('ready', flush=True); time.sleep(60)\n    finally: print('tidied', "
+        "flush=True); {}"
+    )
+    process = start(body.format("pass"))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.communicate() == (
+        "tidied\n",
+        "stopped; run the same command again to continue\n",
+    )
+    assert process.returncode == 75
+    process = start(body.format("time.sleep(60)"))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == "tidied\n"
+    process.send_signal(number)
+    begun = time.monotonic()
+    assert process.wait() == -number and time.monotonic() - begun < 10
+    process.communicate()
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    process = start("signal.raise_signal(signal.SIGHUP); print('finished')", prefix=("nohup",))
+    assert process.communicate()[0] == "finished\n" and process.returncode == 0

@@ -1,0 +1,103 @@
+"""Worker processes that die."""
+
+import multiprocessing.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from data_prep.system.workers import WorkerDied, WorkerPool
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_workers() -> None:
+    """Here they are spawned, as in the commands."""
+
+
+def square(number: int, deadly: tuple[int, ...]) -> int:
+    if number in deadly:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number < 0:
+        raise ValueError(f"{number} is negative")
+    return number * number
+
+
+def test_results_come_in_order_and_a_deadly_task_takes_no_other_with_it():
+    with WorkerPool(2) as pool:
+        results = list(pool.run(square, ((number, (3,)) for number in range(8))))
+        assert [task[0] for task, _ in results] == list(range(8))
+        assert [r for _, r in results if not isinstance(r, WorkerDied)] == [0, 1, 4, 16, 25, 36, 49]
+        assert isinstance(results[3][1], WorkerDied)
+        assert [result for _, result in pool.run(square, [(5, ())])] == [25]
+
+
+def test_exceptions_reach_the_caller():
+    with WorkerPool(1) as pool, pytest.raises(ValueError, match="-1 is negative"):
+        list(pool.run(square, [(2, ()), (-1, ()), (3, ())]))
+
+
+def test_workers_end_with_a_killed_parent():
+    program = (
+        "import os, time\n"
+        "from data_prep.system.workers import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    with WorkerPool(1) as pool:\n"
+        "        [(_, pid)] = pool.run(os.getpid, [()])\n"
+        "        print(pid, flush=True)\n"
+        "        list(pool.run(time.sleep, [(600,)]))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while _runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(worker)
+
+
+def _runs(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            # an orphan that nobody reaps is dead all the same
+            return file.read().split(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_request_to_stop_while_a_worker_is_started_waits(monkeypatch, capfd):
+    """Also where another thread takes the signal, as those of numerical libraries do: they block
+    nothing."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(signum, frame):
+        raise Stopped
+
+    started, end = multiprocessing.util.spawnv_passfds, threading.Event()
+
+    def start_and_be_stopped(*arguments):
+        pid = started(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return pid
+
+    bystander = threading.Thread(target=end.wait)
+    bystander.start()
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", start_and_be_stopped)
+        with pytest.raises(Stopped), WorkerPool(1) as pool:
+            list(pool.run(abs, [(-1,)]))
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        end.set()
+        bystander.join()
+    assert "Traceback" not in capfd.readouterr().err

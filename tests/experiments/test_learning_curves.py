@@ -1,0 +1,168 @@
+"""The downstream studies: their cells, what starts from what, and figures from results files
+alone."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ctssl_jax.evaluation import predictions
+from ctssl_jax.evaluation.predictions import Predictions
+from data_prep.system.errors import InputError
+from experiments import figure3
+from experiments.study import curves, downstream
+from experiments.study.downstream import PRESETS, Point, Study
+from tests.helpers.training_runs import PROJECT
+
+PATIENTS = np.repeat([f"p{number}" for number in range(8)], 4)
+LABELS = np.tile([0, 1, 0, 1], 8)
+
+
+@pytest.fixture
+def study(tmp_path):
+    sizes = PRESETS["phantom"]._replace(
+        fractions=(0.25,), seeds=(0, 1), steps={"pe": (5,), "nodules": (10,)}
+    )
+    return Study("phantom", sizes, tmp_path, tmp_path / "data" / "pe", {})
+
+
+def write_result(cell, probability_of_positive: float, seed: int) -> None:
+    """A result whose positive slices have this probability and whose negative ones 0.5, but for a
+    little noise."""
+    noise = np.random.default_rng(seed).uniform(0, 0.01, len(LABELS))
+    positive = np.where(LABELS == 1, probability_of_positive, 0.5) + noise
+    found = Predictions(
+        PATIENTS,
+        PATIENTS,
+        np.tile(np.arange(4), 8),
+        LABELS,
+        np.stack([1 - positive, positive], axis=-1),
+    )
+    number = {
+        "mean": probability_of_positive,
+        "sd": None,
+        "ci95": [0.1, 0.9],
+        "num_volumes": 8,
+        "num_patients": 8,
+    }
+    cell.result.parent.mkdir(exist_ok=True)
+    predictions.write(cell.result, found)
+    content = {
+        "metrics": {
+            name: {**number, "unit": "made up"} for name in ("auroc", "sensitivity", "specificity")
+        },
+        "config": {"image_size": 64, "num_steps": 5, "batch_size": 16},
+        **{
+            "split": "test",
+            "synthetic": True,
+            "seed": seed,
+            "device": "cpu",
+            "num_patients_seen_in_training": 0,
+        },
+        **{
+            "num_train_studies": 4,
+            "num_train_slices": 96,
+            "init_from": [],
+            "recipe": "pe",
+            "dataset_fingerprint": "d",
+        },
+    }
+    cell.result.write_text(json.dumps(content))
+
+
+def test_arms_differ_in_their_weights_alone(study):
+    cells, grid = downstream.grid_cells(study, "pe", ["random", "masked_10"])
+    assert [cell.name for cell in cells] == [
+        *("data_pretraining", "data_pe", "pretrain_masked_05", "pretrain_masked_10"),
+        *(
+            "pe_random_0.25_s0_5",
+            "pe_masked_10_0.25_s0_5",
+            "pe_random_0.25_s1_5",
+            "pe_masked_10_0.25_s1_5",
+        ),
+    ]
+    random, masked = (grid[Point(arm, 0.25, 1, 5)] for arm in ("random", "masked_10"))
+    settings = [set(cell.stages[0].arguments()) for cell in (random, masked)]
+    assert {text.split("=")[0] for text in settings[1] ^ settings[0]} == {
+        *("--workdir", "--config.init_from", "--config.init_checkpoint"),
+    }
+    assert "--config.seed=1" in settings[0] and "--config.train_fraction=0.25" in settings[0]
+    assert set(masked.after) == {"data_pe", "pretrain_masked_10"} and random.after == ("data_pe",)
+    chain = next(cell for cell in cells if cell.name == "pretrain_masked_10")
+    assert chain.after == ("pretrain_masked_05",)
+
+
+def test_weights_that_are_not_given_are_asked_for(study):
+    real = study._replace(
+        preset="paper", sizes=PRESETS["paper"]._replace(fractions=(0.04,), seeds=(0,))
+    )
+    with pytest.raises(
+        InputError, match=r"no weights for rotation: give --pretrained=rotation=RUN"
+    ):
+        downstream.grid_cells(real, "pe", ["random", "rotation"])
+    known = real._replace(pretrained={"rotation": study.workdir})
+    cells, _ = downstream.grid_cells(known, "nodules", ["random", "rotation"])
+    assert len(cells) == 2 * len(PRESETS["paper"].steps["nodules"])
+
+
+def test_the_comparison_is_paired_and_names_the_better_arm(study):
+    _, grid = downstream.grid_cells(study, "pe", ["random", "masked_10", "rotation"])
+    for point, cell in grid.items():
+        write_result(
+            cell, {"random": 0.5, "masked_10": 0.9, "rotation": 0.5}[point.arm], point.seed
+        )
+    rows = {row["arm"]: row for row in curves.compare_with_random(grid, "auroc")}
+    assert rows.keys() == {"masked_10", "rotation"}
+    assert rows["masked_10"]["num_seeds"] == 2 and rows["masked_10"]["a"] == 1.0
+    assert rows["masked_10"]["ci95"][0] > 0 and rows["masked_10"]["p_holm"] < 0.05
+    # the same predictions
+    assert rows["rotation"]["difference"] == 0 and rows["rotation"]["p_holm"] == 1
+    assert rows["masked_10"]["p_holm"] == pytest.approx(2 * rows["masked_10"]["p"])
+
+
+def test_figures_come_from_results_and_say_what_is_missing(study):
+    _, grid = downstream.grid_cells(study, "pe", ["random", "masked_10"])
+    figure = figure3.FIGURE._replace(more=())
+    with pytest.raises(InputError, match=r"holds no results of figure3 yet"):
+        curves.draw(study, grid, figure)
+    for point, cell in list(grid.items())[:3]:
+        write_result(cell, 0.9, point.seed)
+    text = curves.draw(study, grid, figure)
+    assert "SYNTHETIC DATA" in text and "3 of 4 cells are there" in text
+    assert "masked region, 10 %" in text and "random weights" in text
+    for suffix in (".md", ".csv", ".png", ".svg"):
+        assert (study.workdir / f"figure3{suffix}").stat().st_size > 0
+    assert (study.workdir / "figure3_comparisons.csv").read_text().count("masked_10") == 1
+
+
+def test_names_of_the_studies_archives_are_those_of_the_importers():
+    layouts = {archive.layout for archive in PRESETS["phantom"].archives.values()}
+    assert layouts == {"dicom", "rsna_pe", "lidc_idri"}
+    assert (
+        downstream.SYNTHETIC_KEY
+        and len({archive.seed for archive in PRESETS["phantom"].archives.values()}) == 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "flips"),
+    [((), False), (("--arms=random,flip",), True), (("--preset=paper",), True)],
+)
+def test_arms_of_a_preset(tmp_path, options, flips):
+    """The synthetic preset leaves arms out that would not fit into an hour; whoever names them gets
+    them."""
+    given = [f"--workdir={tmp_path}", f"--dataset={tmp_path}", *options]
+    if "--preset=paper" in options:
+        (tmp_path / "config.json").write_text("{}")
+        arms = ("masked_05", "masked_20", "next_slice", "denoising", "rotation", "flip")
+        given += [f"--pretrained={arm}={tmp_path}" for arm in arms]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.figure3", "plan", *given],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("# pe_flip_" in done.stdout) == flips and "# pe_random_" in done.stdout
