@@ -197,18 +197,12 @@ def test_probabilities_are_those_of_the_evaluated_model(runs):
     batch = {"images": images[:, None], "mask": np.zeros(images.shape[:3], np.uint8)}
     keys = jax.random.split(jax.random.key(0), len(images))
     apply = get_task("segmentation").apply
-<<<<<<< HEAD:tests/test_predict.py
-    output = nnx.jit(lambda network: apply(network, batch, keys, None, model.config, train=False))(network)
-    against_nothing = -np.log1p(-found.astype(np.float64)).mean(axis=(1, 2))  # cross-entropy with an empty mask
-    np.testing.assert_allclose(output.scores["binary_cross_entropy"], against_nothing, rtol=2e-6)
-=======
     output = nnx.jit(lambda network: apply(network, batch, keys, None, model.config, train=False))(
         network
     )
     # cross-entropy with an empty mask
     against_nothing = -np.log1p(-found.astype(np.float64)).mean(axis=(1, 2))
     np.testing.assert_allclose(output.scores["binary_cross_entropy"], against_nothing, rtol=2e-6)
->>>>>>> main:tests/ctssl_jax/inference/test_predict.py
     assert np.ptp(against_nothing) > 1e-3  # slices that are alike would show nothing
     np.testing.assert_array_equal(
         np.count_nonzero(found > 0.5, axis=(1, 2)), output.scores["predicted_px"]
