@@ -223,8 +223,7 @@ def test_without_highdicom_the_rest_is_written(runs, scan, tmp_path, monkeypatch
     assert "pip install ctssl_jax[dicom_seg]" in note and "mask.nii.gz" in result["files"]
     with pytest.raises(
         InputError,
-        match=r"--dicom_seg needs highdicom: pip install "
-        r"ctssl_jax\[dicom_seg\]",
+        match=r"--dicom_seg needs highdicom: pip install ctssl_jax\[dicom_seg\]",
     ):
         predict_scan(runs / "nodules", scan, tmp_path / "other", dicom_seg=True)
 

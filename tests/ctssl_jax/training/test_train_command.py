@@ -255,8 +255,7 @@ def test_run_of_another_configuration_is_refused(straight, tiny_dataset):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     with pytest.raises(
         InputError,
-        match=r"config.learning_rate=0.001, not 0.5; use another "
-        r"--workdir",
+        match=r"config.learning_rate=0.001, not 0.5; use another --workdir",
     ):
         train_on(tiny_config(tiny_dataset, learning_rate=0.5), workdir)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
