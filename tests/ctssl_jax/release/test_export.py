@@ -399,13 +399,13 @@ def test_files_that_are_no_such_model_are_refused(exported, tiny_dataset, tmp_pa
     )
     refused(tmp_path / "cut.safetensors", "damaged")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
-    refused(tmp_path / "other.pth", "no autoencoder in the authors' layout")
+    refused(tmp_path / "other.pth", "is not an autoencoder in the authors' layout")
     entries = torch.load(tmp_path / "good.pth", weights_only=True)["model_state"]
     del entries["decoder.0.0.weight"]
     torch.save(entries, tmp_path / "lacking.pth")
     refused(tmp_path / "lacking.pth", r"decoder\.0\.0\.weight is missing")
-    refused(tmp_path / "absent.pth", "there is no such file")
-    refused(tmp_path, "holds no manifest.json")
+    refused(tmp_path / "absent.pth", "no such file")
+    refused(tmp_path, "manifest.json")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "x").write_text("x")
     with pytest.raises(InputError, match="is there already"):
@@ -487,7 +487,7 @@ def test_nothing_is_overwritten_and_results_must_be_of_this_model(exported, runs
             results=[tmp_path / "result.json"],
         )
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(InputError, match="no results file"):
+    with pytest.raises(InputError, match="is not a results file"):
         export(
             runs / "rotation",
             tmp_path / "model",

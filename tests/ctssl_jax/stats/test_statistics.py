@@ -142,7 +142,7 @@ def test_wrong_predictions(labels, probabilities, message):
 def test_wrong_requests():
     with pytest.raises(InputError, match="need a threshold"):
         binary.binary_statistic([0, 1], [0.1, 0.2], names=["sensitivity"])
-    with pytest.raises(InputError, match="choose of auroc"):
+    with pytest.raises(InputError, match="choose among auroc"):
         binary.binary_statistic([0, 1], [0.1, 0.2], names=["f1"])
     with pytest.raises(InputError, match="1 patient_ids for 2 labels"):
         binary.binary_summary([0, 1], [0.1, 0.2], ["p"])
