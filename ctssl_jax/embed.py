@@ -64,8 +64,8 @@ def start(given: flags.FlagValues) -> bool:
         for name in _FLAGS_OF_RAW_SCANS:
             if given[name].present:
                 raise InputError(
-                    f"--{name} is of raw scans, and --input={given.input} is a "
-                    f"dataset; leave it out"
+                    f"--{name} is of raw scans, and --input={given.input} is a dataset; leave it "
+                    f"out"
                 )
     from ctssl_jax.parallel.processes import configure_jax
 

@@ -13,7 +13,6 @@ import functools
 from absl import flags
 from ml_collections import config_flags
 
-from ctssl_jax.parallel.processes import configure_jax
 from data_prep.system import command_line
 from data_prep.system.errors import InputError, StartAgain
 
@@ -58,6 +57,8 @@ def start(flag_values: flags.FlagValues) -> bool:
     except OSError:  # what stands for a recipe that could not be loaded raises this at any use
         name = config_flags.get_config_filename(flag_values["config"])
         raise InputError(f"--config={name}: no such file; recipes are in configs/") from None
+    from ctssl_jax.parallel.processes import configure_jax
+
     configure_jax()
     from ctssl_jax.parallel import lost_host, mesh
     from ctssl_jax.training.estimate import estimate

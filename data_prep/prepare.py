@@ -89,13 +89,8 @@ def main(argv: list[str]) -> int:
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", _UPLOAD)
     audit_dir = _path("audit_dir", "choose a directory here") or default_audit_dir(output_dir)
     directories = Directories(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
-    shared = {
-        "sources": sources,
-        "num_workers": FLAGS.num_workers,
-        "same_splits_as": [
-            stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path
-        ],
-    }
+    known = [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path]
+    shared = {"sources": sources, "num_workers": FLAGS.num_workers, "same_splits_as": known}
     if FLAGS.dry_run:
         print(dry_run_text(dry_run(options, directories, **shared)))
         return 0
@@ -114,107 +109,89 @@ def _path(flag: str, remedy: str = "give a local copy") -> Path | None:
 
 def define_flags() -> None:
     """Only where this module is the program: another one may define flags of the same names."""
-    flags.DEFINE_enum(
+    text, choice, yes = flags.DEFINE_string, flags.DEFINE_enum, flags.DEFINE_bool
+    number, whole, repeated = flags.DEFINE_float, flags.DEFINE_integer, flags.DEFINE_multi_string
+    choice(
         "archive",
         "dicom",
         ["dicom", "rsna_pe", "lidc_idri", "nifti"],
         "Kind of archive: dicom, nifti = any tree of DICOM or NIfTI files.",
     )
-    flags.DEFINE_string("input_dir", None, "Directory or URL of the scans.", required=True)
-    flags.DEFINE_string(
-        "output_dir", None, "Dataset directory to make, continue or add to.", required=True
-    )
-    flags.DEFINE_string(
+    text("input_dir", None, "Directory or URL of the scans.", required=True)
+    text("output_dir", None, "Dataset directory to make, continue or add to.", required=True)
+    text(
         "audit_dir", None, "Private directory of keys and source paths (default: OUTPUT_DIR-audit)."
     )
-    flags.DEFINE_multi_string(
+    repeated(
         "window",
         None,
         "Grey-level window as level,width in HU; repeat it for several channels (default: 50,350; "
-        "with "
-        "--archive=rsna_pe 50,350 and 100,700).",
+        "with --archive=rsna_pe 50,350 and 100,700).",
     )
-    flags.DEFINE_integer(
+    whole(
         "image_size",
         512,
         "Height and width of the slices in pixels.",
         lower_bound=16,
         upper_bound=4096,
     )
-    flags.DEFINE_float(
-        "max_slice_thickness_mm", 3.0, "Thicker series are rejected; the limit itself is taken."
-    )
-    flags.DEFINE_integer("min_slices", 20, "Series of fewer slices are rejected.", lower_bound=1)
-    flags.DEFINE_bool("require_lung", True, "Reject volumes that do not cover the chest.")
-    flags.DEFINE_enum(
-        "irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing."
-    )
-    flags.DEFINE_enum(
+    number("max_slice_thickness_mm", 3.0, "Thicker series are rejected; the limit itself is taken.")
+    whole("min_slices", 20, "Series of fewer slices are rejected.", lower_bound=1)
+    yes("require_lung", True, "Reject volumes that do not cover the chest.")
+    choice("irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing.")
+    choice(
         "reconstructions",
         "one_per_study",
         ["one_per_study", "all"],
         "Reconstructions to take of an exam.",
     )
-    flags.DEFINE_string(
-        "splits", "0.8,0.1,0.1", "Fractions of patients for training, validation and test."
-    )
-    flags.DEFINE_integer(
+    text("splits", "0.8,0.1,0.1", "Fractions of patients for training, validation and test.")
+    whole(
         "holdout_volumes",
         0,
         "Test volumes, at most half of all: whole patients nearest to this number; --splits then "
-        "divides the rest. "
-        "0: go by --splits.",
+        "divides the rest. 0: go by --splits.",
         lower_bound=0,
     )
     flags.DEFINE_list(
         "same_splits_as", [], "Datasets of the same key: patients known there keep that split."
     )
-    flags.DEFINE_float(
-        "shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut."
-    )
-    flags.DEFINE_multi_string(
-        "labels_csv", [], "Table of labels: a key column and a column a label; repeatable."
-    )
-    flags.DEFINE_string(
-        "attributes_csv", None, "Table of PatientID and any of age, sex, ethnic_group."
-    )
-    flags.DEFINE_string(
+    number("shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut.")
+    repeated("labels_csv", [], "Table of labels: a key column and a column a label; repeatable.")
+    text("attributes_csv", None, "Table of PatientID and any of age, sex, ethnic_group.")
+    text(
         "metadata_csv",
         None,
         "Table of VolumeName and what NIfTI files do not say (--archive=nifti).",
     )
-    flags.DEFINE_string("masks_dir", None, "Directory of masks, DICOM-SEG or NIfTI.")
-    flags.DEFINE_string(
+    text("masks_dir", None, "Directory of masks, DICOM-SEG or NIfTI.")
+    text(
         "annotations_dir", None, "XML of lidc_idri: folder or tar file (default: among the scans)."
     )
-    flags.DEFINE_float(
+    number(
         "consensus",
         0.7,
         "Share of a nodule's readers that must have a voxel (--archive=lidc_idri).",
     )
-    flags.DEFINE_integer(
-        "min_area_px", 20, "Nodules' slices of at most so many pixels are left out (lidc_idri)."
-    )
-    flags.DEFINE_string(
+    whole("min_area_px", 20, "Nodules' slices of at most so many pixels are left out (lidc_idri).")
+    text(
         "pseudonym_key_file",
         None,
         "File with the secret key of the pseudonyms (default: made in the audit directory).",
     )
-    flags.DEFINE_integer(
-        "num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1
-    )
-    flags.DEFINE_enum(
+    whole("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
+    choice(
         "runner",
         "local",
         ["local", "beam"],
         "Worker processes here, or Apache Beam: ctssl_jax[beam].",
     )
-    flags.DEFINE_string(
+    text(
         "beam_options",
         "",
         "Options of Apache Beam, as on a command line: see data_prep.pipeline.beam.",
     )
-    flags.DEFINE_bool("dry_run", False, "Read headers only, say what would happen, write nothing.")
+    yes("dry_run", False, "Read headers only, say what would happen, write nothing.")
 
 
 if __name__ == "__main__":

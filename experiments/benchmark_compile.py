@@ -20,7 +20,6 @@ import optax
 from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
-from ctssl_jax.parallel.processes import configure_jax
 from experiments.bench.sides import (
     GIB,
     LEARNING_RATE,
@@ -84,6 +83,8 @@ def main() -> None:
         "--steps", type=int, default=0, help="steps to run and time; 0 compiles only"
     )
     arguments = parser.parse_args()
+    from ctssl_jax.parallel.processes import configure_jax
+
     configure_jax()
     jax.config.update("jax_enable_compilation_cache", False)
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from ctssl_jax.parallel.processes import configure_jax
 from data_prep.system import command_line
 from data_prep.system.files import file_sha256
 
@@ -188,6 +187,8 @@ def waiting_share(folder: Path) -> tuple[float, float]:
 
 def main(argv: list[str]) -> int:
     """Command line."""
+    from ctssl_jax.parallel.processes import configure_jax
+
     configure_jax()
     with tempfile.TemporaryDirectory() as folder:
         dataset = (
@@ -215,8 +216,8 @@ def main(argv: list[str]) -> int:
             sys.stdout.flush()
             speed, share = waiting_share(Path(folder))
             print(
-                f"training a small model, 64 x 64: {speed:,.0f} slices/s, {share:.2%} of the "
-                f"time waiting for data"
+                f"training a small model, 64 x 64: {speed:,.0f} slices/s, {share:.2%} of the time "
+                f"waiting for data"
             )
     return 0
 

@@ -41,7 +41,6 @@ import numpy as np
 from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
-from ctssl_jax.parallel.processes import configure_jax
 from experiments.bench import step_profile
 from experiments.bench.sides import (
     GIB,
@@ -257,6 +256,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to PyTorch
+    from ctssl_jax.parallel.processes import configure_jax
+
     configure_jax()
     jax.config.update("jax_enable_compilation_cache", False)
     presets, sides = arguments.preset.split(","), arguments.sides.split(",")

@@ -49,9 +49,8 @@ def caption(num_patients: int, consensus: float, min_area_px: int) -> str:
         f"{consensus:g} of its annotations has it; a slice is kept where the nodule has more than "
         f"{min_area_px} "
         "pixels. The score is the median of the readers' (the upper one of an even number); above "
-        "3 cancer, below "
-        "no cancer. A volume counts under each finding that it shows. Patients: with at least one "
-        "kept nodule."
+        "3 cancer, below no cancer. A volume counts under each finding that it shows. Patients: "
+        "with at least one kept nodule."
     )
 
 
@@ -111,8 +110,8 @@ def main(argv: list[str]) -> int:
     datasets = [Path(name) for name in flag.dataset]
     if len({path.resolve().name for path in datasets}) < len(datasets):
         raise InputError(
-            "two --dataset have the same folder name; rename one, their descriptions "
-            "go to folders of it"
+            "two --dataset have the same folder name; rename one, their descriptions go to "
+            "folders of it"
         )
     output_dir = Path(flag.output_dir)
     parts, table = ["# Table I: characteristics of the cohorts\n"], []

@@ -30,11 +30,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest
 
-from ctssl_jax.parallel.processes import configure_jax
 from data_prep.system import workers
 
-# as every door does: the programs that a test compiles are those of the processes that it starts
-configure_jax()
 # processes that tests start and stop shall not inherit that of nohup
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 PROJECT = Path(__file__).resolve().parents[1]

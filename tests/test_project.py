@@ -32,8 +32,7 @@ COMMANDS = (
 )
 OTHER_PROGRAMS = set(  # flags in README that are those of pip, ruff, pytest, Slurm and gcloud
     "array check command dependency dist force gres help nodes parsable recurse requeue signal "
-    "spot time user worker "
-    "zone project".split()
+    "spot time user worker zone project".split()
 )
 
 

@@ -1,1 +1,2 @@
-""""""
+"""Dataset directory -> batches: neighbouring slices, labels, the deterministic order of a
+training."""

@@ -38,8 +38,7 @@ def select_channels(preparation: dict, windows: Sequence[Sequence[float]]) -> tu
             flag = f"--window={window[0]:g},{window[1]:g}"
             raise InputError(
                 f"config.windows asks for level/width {window[0]:g}/{window[1]:g}, but the "
-                f"dataset holds {have}; "
-                f"prepare it again with {flag}, or change config.windows"
+                f"dataset holds {have}; prepare it again with {flag}, or change config.windows"
             )
     return tuple(prepared.index(window) for window in wanted)
 

@@ -119,8 +119,7 @@ def statistic_of(predictions: Predictions, metric: str) -> Statistic:
             return lambda weights: {metric: whole(weights)[metric]}
     raise InputError(
         f"{metric} cannot be compared for these predictions; labels of two classes have "
-        f"{', '.join(OF_CLASSES)}, "
-        f"of more auroc, masks {', '.join(OF_MASKS)}"
+        f"{', '.join(OF_CLASSES)}, of more auroc, masks {', '.join(OF_MASKS)}"
     )
 
 

@@ -249,8 +249,8 @@ def table(result: dict) -> str:
     # by the validation loss after few steps, the untrained model may be the best
     if result["checkpoint_step"] == 0:
         lines.append(
-            "NOTE: step 0 is the model before training, nothing was learned; "
-            "--checkpoint=last takes the last"
+            "NOTE: step 0 is the model before training, nothing was learned; --checkpoint=last "
+            "takes the last"
         )
     return "\n".join([*lines, *notes(result)])
 

@@ -120,8 +120,8 @@ def mask_metrics(predictions: Predictions) -> dict[str, dict]:
     annotated = np.flatnonzero(predictions.target_px > 0)
     if not len(annotated):
         raise InputError(
-            "no slice of this split has a mask with foreground; evaluate on another "
-            "--split or --dataset"
+            "no slice of this split has a mask with foreground; evaluate on another --split or "
+            "--dataset"
         )
 
     def summary(chosen: Any) -> dict[str, dict]:

@@ -187,8 +187,8 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"{number:>8} files that are not images, {reason}: {explain(reason)}")
     if result["num_patients_seen_in_training"]:
         lines.append(
-            f"NOTE: the model has learned from {result['num_patients_seen_in_training']} "
-            f"of these patients"
+            f"NOTE: the model has learned from {result['num_patients_seen_in_training']} of these "
+            f"patients"
         )
     if not result["complete"]:
         lines.append("NOTE: some scans could not be read for now; run again to retry them")

@@ -64,8 +64,8 @@ def canonical_volume(
         or abs(np.linalg.det(affine[:3, :3])) < 1e-6
     ):
         raise InputError(
-            "the affine is not an invertible 4 x 4 matrix of finite numbers; give "
-            "nibabel's image.affine"
+            "the affine is not an invertible 4 x 4 matrix of finite numbers; give nibabel's "
+            "image.affine"
         )
     if array.ndim != 3 or array.dtype.kind not in "iuf" or not min(array.shape):
         raise InputError(f"HU of {array.dtype} {list(array.shape)}; give a 3-D array of numbers")

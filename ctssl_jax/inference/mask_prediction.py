@@ -27,8 +27,7 @@ _LISTED_REGIONS = 200  # listed in prediction.json, the largest first
 _SHOWN = 6
 IDENTITY_NOTE = (
     "segmentation.dcm carries the patient's name and identifiers, as the scan does; the other "
-    "files carry none "
-    "(--dicom_seg=false leaves it out)"
+    "files carry none (--dicom_seg=false leaves it out)"
 )
 
 
@@ -162,8 +161,8 @@ def _save_picture(
         shown = [int(probabilities.max(axis=(1, 2)).argmax())]
         highest = probabilities[shown[0]].max()
         captions = [
-            f"slice {shown[0]} at {volume.position_mm[shown[0]]:.1f} mm: highest "
-            f"probability {highest:.3f}"
+            f"slice {shown[0]} at {volume.position_mm[shown[0]]:.1f} mm: highest probability "
+            f"{highest:.3f}"
         ]
     save_regions(
         path,

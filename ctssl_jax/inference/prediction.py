@@ -78,8 +78,8 @@ def predict(
     exam = choose_exam(plan.exams, request.series_index, request.input_path)
     if request.dicom_seg and exam[0].headers[0].transfer_syntax == NIFTI:
         raise InputError(
-            "--dicom_seg: a DICOM segmentation refers to a DICOM scan, and --input "
-            "is NIfTI; leave it out"
+            "--dicom_seg: a DICOM segmentation refers to a DICOM scan, and --input is NIfTI; "
+            "leave it out"
         )
     model = load(run, checkpoint, batch_size=batch_size)
     thresholds = {}
@@ -162,9 +162,8 @@ def open_run(workdir: str | Path) -> Run:
         labels, masks = (", ".join(module.TASKS) for module in (label_prediction, mask_prediction))
         raise InputError(
             f"--workdir={workdir} is a run of the task {run.config.task}; predict takes runs of "
-            f"{labels} "
-            f"(configs/pe.py) and {masks} (configs/nodules.py); for the embedding of a scan by "
-            f"another run use "
+            f"{labels} (configs/pe.py) and {masks} (configs/nodules.py); for the embedding of a "
+            f"scan by another run use "
             "ctssl_jax.embed"
         )
     return run
@@ -176,8 +175,8 @@ def _check_request(predicts_label: bool, request: Request) -> None:
         raise InputError(f"{flag}: the run predicts a label and draws no mask; leave the flag out")
     if request.evaluation and not predicts_label:
         raise InputError(
-            "--evaluation: only labels have thresholds, masks are cut at probability "
-            ".5; leave it out"
+            "--evaluation: only labels have thresholds, masks are cut at probability .5; leave it "
+            "out"
         )
     if request.dicom_seg and not mask_prediction.can_write_dicom_seg():
         raise InputError(

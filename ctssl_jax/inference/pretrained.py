@@ -135,8 +135,8 @@ class PretrainedModel:
         """
         if "probabilities" not in jax.eval_shape(self._outputs, self.state, self._abstract_batch()):
             raise InputError(
-                f"a model of the task {self.config.task} predicts no classes; load a "
-                f"classifier's run"
+                f"a model of the task {self.config.task} predicts no classes; load a classifier's "
+                f"run"
             )
         return self.outputs(self.prepare(volume, affine, rules=rules))["probabilities"]
 
@@ -150,8 +150,8 @@ class PretrainedModel:
         """
         if self._latents is None:
             raise InputError(
-                f"a model of the task {self.config.task} has no encoder with "
-                f"latents; load another run"
+                f"a model of the task {self.config.task} has no encoder with latents; load "
+                f"another run"
             )
         images = self.prepare(volume, affine, rules=rules).images
         return self.in_batches(self._latents, {"images": images})
@@ -207,8 +207,8 @@ class PretrainedModel:
         if self._task.targets(self.config).lung_box:
             if prepared.lung_box is None:
                 raise InputError(
-                    "this model crops slices to the lungs; give HU with an affine, "
-                    "or the path of a scan"
+                    "this model crops slices to the lungs; give HU with an affine, or the path of "
+                    "a scan"
                 )
             box = np.array((prepared.lung_box or f"0 0 {size} {size}").split(), np.float32)
             batch["box"] = np.broadcast_to(box, (len(images), 4))

@@ -1,0 +1,2 @@
+"""Flax modules and nothing else: the vector-quantized autoencoder, classifiers, U-Nets,
+SE-ResNeXt."""

@@ -57,8 +57,8 @@ def initialize(
         return
     if any(explicit) and not all(explicit):
         raise InputError(
-            "--coordinator_address, --num_processes and --process_id are given "
-            "together or not at all"
+            "--coordinator_address, --num_processes and --process_id are given together or not at "
+            "all"
         )
     lost_host.at_abort(
         lambda: f"error: {_not_joined('not all of them came, or one was lost')}\n", EXIT_INPUT
@@ -213,8 +213,8 @@ def refusing_together() -> Iterator[None]:
         refused = multihost_utils.process_allgather(np.asarray(error is not None))
         if error is None and refused.any():
             raise InputError(
-                f"process {int(np.argmax(refused))} of {len(refused)} refused to "
-                f"start; see its message"
+                f"process {int(np.argmax(refused))} of {len(refused)} refused to start; see its "
+                f"message"
             )
     if error is not None:
         raise error

@@ -162,8 +162,7 @@ def table(result: dict) -> str:
     step = "" if result["checkpoint_step"] is None else f", step {result['checkpoint_step']:,}"
     lines = [
         f"{result['recipe']}, encoder: {result['encoder']}{step}, {result['split']} split: "
-        f"{result['num_slices']:,} "
-        f"slices, probes fitted to "
+        f"{result['num_slices']:,} slices, probes fitted to "
         f"{result['num_train_slices']:,}{'  SYNTHETIC DATA' if result['synthetic'] else ''}"
     ]
     rows: dict[str, list[str]] = {}

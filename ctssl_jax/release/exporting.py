@@ -171,8 +171,7 @@ def _check_request(
     if not licence:
         raise InputError(
             "give --license, e.g. --license=CC-BY-NC-4.0: that of the weights, which follows from "
-            "the terms of the "
-            "training data and of the weights that the run started from"
+            "the terms of the training data and of the weights that the run started from"
         )
     if num_test_slices < 1:
         raise InputError(f"--num_test_slices={num_test_slices}: must be 1 or more")
@@ -377,9 +376,8 @@ def _not_the_same(measured: parity.Parity) -> str:
     name = max(values, key=values.get)
     return (
         f"the PyTorch model is not the same function: {name} differs by {values[name]:.1e} of its "
-        f"largest value, and "
-        f"codes by a margin of {measured.code_margin:.1e}; nothing was written. Please report it "
-        f"with the run's "
+        f"largest value, and codes by a margin of {measured.code_margin:.1e}; nothing was "
+        f"written. Please report it with the run's "
         "config.json"
     )
 

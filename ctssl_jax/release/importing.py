@@ -183,8 +183,8 @@ def _of_tensors(entries: Mapping[str, Any], config: Any, checkpoint: Path) -> An
     if missing:
         raise InputError(
             f"--checkpoint={checkpoint} is not an autoencoder in the authors' layout "
-            f"({missing[0]} is missing among "
-            f"its {len(entries)} tensors); give one, or a folder of ctssl_jax.export"
+            f"({missing[0]} is missing among its {len(entries)} tensors); give one, or a folder "
+            f"of ctssl_jax.export"
         )
     if any(entries[name].ndim != number for name, number in zip(needed, (4, 4, 2), strict=True)):
         raise InputError(

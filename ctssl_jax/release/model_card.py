@@ -32,8 +32,8 @@ def _summary(manifest: dict[str, Any]) -> str:
     data = "**Synthetic data: of no clinical use.** " if manifest["data"]["synthetic"] else ""
     return (
         f"{data}{manifest['architecture']} with {manifest['num_parameters']:,} trainable "
-        f"parameters, trained by "
-        f"ctssl_jax on slices of chest CT (task `{manifest['training']['task']}`)."
+        f"parameters, trained by ctssl_jax on slices of chest CT (task "
+        f"`{manifest['training']['task']}`)."
     )
 
 
@@ -138,10 +138,8 @@ def _parity(manifest: dict[str, Any]) -> str:
     parity = manifest["parity"]
     lines = [
         f"Measured on {parity['input']}: over {len(parity['stages'])} layers and the outputs the "
-        f"largest difference to "
-        f"the JAX model is {parity['largest_difference']:.1e} of the layer's largest value "
-        f"(allowed: "
-        f"{parity['tolerance']:g})."
+        f"largest difference to the JAX model is {parity['largest_difference']:.1e} of the "
+        f"layer's largest value (allowed: {parity['tolerance']:g})."
     ]
     if parity["codes_equal"] is not None:
         lines.append(f"{parity['codes_equal']:.4%} of the codes are equal.")
@@ -158,13 +156,12 @@ def _limits(manifest: dict[str, Any]) -> str:
     lines = [
         "For research on chest CT. Not a medical device: not for diagnosis or treatment.",
         "Trained on axial slices of the preparation above; other windows, orientations or body "
-        "regions give numbers "
-        "without meaning. Differences between scanners, kernels and populations were not "
-        "corrected for.",
+        "regions give numbers without meaning. Differences between scanners, kernels and "
+        "populations were not corrected for.",
     ]
     if manifest["data"]["synthetic"]:
         lines.append(
-            "All training data are synthetic: the weights show that the software works, "
-            "and nothing else."
+            "All training data are synthetic: the weights show that the software works, and "
+            "nothing else."
         )
     return "\n".join(f"- {line}" for line in lines)

@@ -207,8 +207,8 @@ def restore(workdir: Path, step: int, template: Any) -> Any:
         )
         raise InputError(
             f"checkpoint {step} of {workdir} does not fit this model ({len(missing)} tensors "
-            f"missing, {len(shapes)} of "
-            f"another shape; {'; '.join(problems)}); use the configuration that it was trained with"
+            f"missing, {len(shapes)} of another shape; {'; '.join(problems)}); use the "
+            f"configuration that it was trained with"
         )
     context = ocp.Context()
     context.pytree.loading.partial_load = True

@@ -57,8 +57,8 @@ def performance_by_group(
     """
     if not len(labels) == len(probabilities) == len(patient_ids) == len(groups) > 0:
         raise InputError(
-            "subgroups need one label, probability, patient and group an item, and "
-            "at least one item"
+            "subgroups need one label, probability, patient and group an item, and at least one "
+            "item"
         )
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     patient_ids, groups = np.asarray(patient_ids, str), np.asarray(groups, str)
@@ -78,8 +78,7 @@ def performance_by_group(
     if not members:
         raise InputError(
             f"no group has {LEAST_PATIENTS} patients with a positive and {LEAST_PATIENTS} with a "
-            f"negative item "
-            f"(groups: {', '.join(too_small) or 'none'}); evaluate on a larger split"
+            f"negative item (groups: {', '.join(too_small) or 'none'}); evaluate on a larger split"
         )
     statistics = {
         name: binary_statistic(labels[chosen], probabilities[chosen], threshold, [metric])

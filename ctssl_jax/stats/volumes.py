@@ -86,8 +86,8 @@ def volume_summary(
     values = np.asarray(volume_values, np.float64)
     if len(values) == 0 or len(values) != len(patient_ids):
         raise ValueError(
-            f"need as many patients as volumes and at least one, got {len(values)} "
-            f"and {len(patient_ids)}"
+            f"need as many patients as volumes and at least one, got {len(values)} and "
+            f"{len(patient_ids)}"
         )
     patients, patient_index = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
     num_patients = len(patients)
@@ -146,13 +146,13 @@ def overlap_summary(
         > 0
     ):
         raise InputError(
-            "overlap needs one intersection, area, volume and patient a slice, and "
-            "at least one slice"
+            "overlap needs one intersection, area, volume and patient a slice, and at least one "
+            "slice"
         )
     if np.any(intersection < 0) or np.any(intersection > np.minimum(predicted, target)):
         raise InputError(
-            "an intersection is larger than one of its masks, or below 0; give pixel "
-            "counts of each slice"
+            "an intersection is larger than one of its masks, or below 0; give pixel counts of "
+            "each slice"
         )
     patient_of_item = np.asarray(patient_ids, str)
     levels = {"slice": None, "volume": np.asarray(volume_ids, str), "patient": patient_of_item}

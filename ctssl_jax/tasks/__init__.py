@@ -1,1 +1,2 @@
-""""""
+"""A task is a row of data: model, corruption, loss and scores of each strategy and downstream
+application."""

@@ -93,8 +93,8 @@ def _check(
         )
     if config.num_classes < 2:
         raise InputError(
-            f"config.num_classes={config.num_classes}: must be 2 or more, or 0 for "
-            f"as many as it has"
+            f"config.num_classes={config.num_classes}: must be 2 or more, or 0 for as many as it "
+            f"has"
         )
     for name, allowed in (("slices", SLICES), ("crop", CROPS)):
         if config[name] not in allowed:
@@ -109,8 +109,7 @@ def _check(
     if offsets != (0,) and settings.in_channels != windows * len(offsets):
         raise InputError(
             f"config.model.in_channels={settings.in_channels}, but {len(offsets)} adjacent slices "
-            f"of {windows} "
-            f"window(s) make {windows * len(offsets)} channels"
+            f"of {windows} window(s) make {windows * len(offsets)} channels"
         )
 
 

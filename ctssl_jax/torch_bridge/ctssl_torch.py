@@ -215,8 +215,8 @@ class ExportedModel(nn.Module):
         """
         if any(module.training for module in self.modules()):
             raise ValueError(
-                "the model is in training mode, in which embeddings depend on the "
-                "batch: call eval()"
+                "the model is in training mode, in which embeddings depend on the batch: call "
+                "eval()"
             )
         if (
             images.ndim != 4
@@ -600,8 +600,8 @@ class Features(nn.Module):
         encoder = getattr(model, "encoder", None)
         if not isinstance(encoder, Encoder):
             raise ValueError(
-                f"{type(model).__name__} has no encoder of this project; export a "
-                f"run of another recipe"
+                f"{type(model).__name__} has no encoder of this project; export a run of another "
+                f"recipe"
             )
         self.encoder = encoder
         first, second, latent = encoder.widths
@@ -747,8 +747,7 @@ def preprocess(hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any]
     if preprocessing.get("crop", "none") != "none":
         raise ValueError(
             "this model was trained on slices cropped to the lungs' bounding box, which is not "
-            "found here; use "
-            "ctssl_jax.embed or ctssl_jax.predict"
+            "found here; use ctssl_jax.embed or ctssl_jax.predict"
         )
     volume, spacing = to_canonical(hu, affine)
     volume = np.where(volume < _BELOW_ANY_TISSUE_HU, np.asarray(AIR_HU, volume.dtype), volume)
@@ -792,8 +791,7 @@ def to_canonical(hu: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[
     if np.cross(left, posterior)[2] < _AXIAL_COSINE:
         raise ValueError(
             "the slices are not axial (their normal is more than 35 degrees off the patient's "
-            "axis); resample the "
-            "volume to axial slices"
+            "axis); resample the volume to axial slices"
         )
     _check_is_hu(hu)
     volume = hu.transpose(slices, rows, columns)
@@ -879,8 +877,8 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             continue
         if "NumberOfFrames" in dataset:
             raise ValueError(
-                f"{name}: enhanced multi-frame CT is not read here; convert it to "
-                f"single-frame DICOM"
+                f"{name}: enhanced multi-frame CT is not read here; convert it to single-frame "
+                f"DICOM"
             )
         # a file without preamble and meta information
         if "TransferSyntaxUID" not in dataset.file_meta:

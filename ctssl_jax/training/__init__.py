@@ -1,1 +1,29 @@
-""""""
+"""One training loop for every task: what is refused, the start, the loop, the step, and the cost of
+a run.
+
+    >>> from configs import rotation
+    >>> from ctssl_jax.training import train
+    >>> config = rotation.get_config("small")
+    >>> config.dataset, config.image_size, config.num_steps = "dataset", 16, 1
+    >>> config.model.hidden, config.model.depth, config.reading_threads = (4, 8), 1, 1
+    >>> train(config, "trained")  # False: asked to stop before the last step  # doctest: +ELLIPSIS
+    devices      ...
+    True
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctssl_jax.training.loop import train
+
+__all__ = ["train"]
+
+# imported when they are used: JAX takes seconds
+_HOMES = {"train": "ctssl_jax.training.loop"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

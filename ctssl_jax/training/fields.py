@@ -77,9 +77,8 @@ FIELDS = {
     "leakage": Field(
         str,
         "weights that were learned from validation or test patients of the dataset. refuse: "
-        "refused; "
-        "allow_unchecked: allowed if the patients cannot be compared (other pseudonym key); "
-        "allow: allowed. Results say it",
+        "refused; allow_unchecked: allowed if the patients cannot be compared (other pseudonym "
+        "key); allow: allowed. Results say it",
         ("refuse", "allow_unchecked", "allow"),
     ),
     # ---- pretext tasks
@@ -88,8 +87,8 @@ FIELDS = {
     ),
     "mask.unit": Field(
         str,
-        "of the fraction. area: share of the image area (the paper's text); "
-        "side: share of the image's side (the release)",
+        "of the fraction. area: share of the image area (the paper's text); side: share of the "
+        "image's side (the release)",
         ("area", "side"),
     ),
     "mask.margin": Field(

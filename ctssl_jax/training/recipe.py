@@ -81,8 +81,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     if config.image_size % Encoder.stride:
         raise InputError(
             f"config.image_size={config.image_size} is not divisible by the encoder's stride "
-            f"{Encoder.stride}; "
-            f"prepare with an --image_size that is"
+            f"{Encoder.stride}; prepare with an --image_size that is"
         )
     check_task(config)
 
@@ -119,8 +118,8 @@ def check_dataset(
     if len(channels) not in (1, config.model.in_channels):
         raise InputError(
             f"{len(channels)} windows are selected, but config.model.in_channels is "
-            f"{config.model.in_channels}; set it "
-            f"to {len(channels)}, or choose one window by --config.windows"
+            f"{config.model.in_channels}; set it to {len(channels)}, or choose one window by "
+            f"--config.windows"
         )
     for split in splits:
         if not preparation["splits"].get(split, {}).get("num_slices"):

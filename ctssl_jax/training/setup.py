@@ -149,8 +149,8 @@ class Job:
             f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {3 * flops / 1e9:,.2f} with "
             f"the backward pass",
             f"batch        {config.batch_size} slices = {len(devices)} device(s) x "
-            f"{config.microbatches} "
-            f"microbatch(es) x {self.part_size // len(devices)}, {config.dtype}",
+            f"{config.microbatches} microbatch(es) x {self.part_size // len(devices)}, "
+            f"{config.dtype}",
             f"data         {len(source):,} training slices of {len(source.volumes)} volumes, "
             f"{len(self.validation_source):,} validation slices of "
             f"{len(self.validation_source.volumes)}; "

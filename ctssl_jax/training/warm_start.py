@@ -239,18 +239,16 @@ def check_leakage(
             f"config.init_from={config.init_from}: {len(seen)} of the {len(held_out)} validation "
             f"and test patients of "
             "config.dataset were in the training data of these weights, so its results would not "
-            "be of held-out "
-            "patients; pretrain without them (the same --pseudonym_key_file and splits), or "
-            "--config.leakage=allow, "
-            "which results will say"
+            "be of held-out patients; pretrain without them (the same --pseudonym_key_file and "
+            "splits), or --config.leakage=allow, which results will say"
         )
     if any(unknown) and config.leakage == "refuse":
         raise InputError(
             f"config.init_from={config.init_from} was trained on data with another pseudonym key, "
             f"so whether its "
             "patients are in the validation and test splits of config.dataset cannot be checked; "
-            "prepare both with one "
-            "--pseudonym_key_file, or --config.leakage=allow_unchecked, which results will say"
+            "prepare both with one --pseudonym_key_file, or --config.leakage=allow_unchecked, "
+            "which results will say"
         )
     if seen:
         return (

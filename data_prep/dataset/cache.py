@@ -138,8 +138,7 @@ def _lock(snapshot: _Snapshot) -> Iterator[None]:
         except OSError as error:
             raise DatasetError(
                 f"{snapshot.directory}: no locks on this file system ({error.strerror}); name a "
-                f"folder on a local disk "
-                f"by ${CACHE_VARIABLE}"
+                f"folder on a local disk by ${CACHE_VARIABLE}"
             ) from None
         yield
 
@@ -159,8 +158,7 @@ def _fetch_files(snapshot: _Snapshot, names: Sequence[str]) -> None:
     if needed > free:
         raise DatasetError(
             f"{url}: {needed / 1e9:.1f} GB are to be fetched and {directory} has {free / 1e9:.1f} "
-            f"GB left; make room, "
-            f"or name a folder on a larger disk by ${CACHE_VARIABLE}"
+            f"GB left; make room, or name a folder on a larger disk by ${CACHE_VARIABLE}"
         )
     stop, one_at_a_time, fetched = threading.Event(), threading.Lock(), 0
     with Progress(f"fetching {len(names)} files", "MB", round(total / 1e6)) as progress:

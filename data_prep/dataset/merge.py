@@ -77,8 +77,8 @@ def _refuse_what_lies_inside(parts: Sequence[Dataset], output_dir: Path) -> None
         a, b = part.directory.resolve(), output_dir.resolve()
         if a.is_relative_to(b) or b.is_relative_to(a):
             raise InputError(
-                f"--output_dir={output_dir}: lies inside {part.directory}, or it "
-                f"inside; choose another"
+                f"--output_dir={output_dir}: lies inside {part.directory}, or it inside; choose "
+                f"another"
             )
     places = collections.Counter(part.directory.resolve() for part in parts)
     for part in parts:
@@ -175,8 +175,7 @@ def _refuse_shared_volumes(first: Dataset, other: Dataset) -> None:
     if differing:
         raise InputError(
             f"{len(differing)} patients are in one split of {first.directory} and in another of "
-            f"{other.directory}; "
-            f"prepare the second again with --same_splits_as={first.directory}"
+            f"{other.directory}; prepare the second again with --same_splits_as={first.directory}"
         )
 
 

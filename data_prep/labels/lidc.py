@@ -211,8 +211,8 @@ def read_readings(path: str | Path) -> dict[str, Reading]:
             )
     if not readings:
         raise LidcError(
-            f"{path}: no CT reading of LIDC-IDRI (XML, root LidcReadMessage); give "
-            f"the folder or tar file"
+            f"{path}: no CT reading of LIDC-IDRI (XML, root LidcReadMessage); give the folder or "
+            f"tar file"
         )
     return readings
 
@@ -268,8 +268,8 @@ def slices_from_positions(reading: Reading, slice_spacing_mm: float) -> dict[str
     """
     if not slice_spacing_mm > 0:
         raise LidcError(
-            f"slice spacing {slice_spacing_mm} mm; give the distance of neighbouring "
-            f"slices, above 0"
+            f"slice spacing {slice_spacing_mm} mm; give the distance of neighbouring slices, "
+            f"above 0"
         )
     contours = [
         contour for session in reading.sessions for nodule in session for contour in nodule.contours
@@ -443,8 +443,8 @@ def consensus_nodule(
     are more than `min_area_px`; None if there are none."""
     if not 0 < consensus <= 1 or min_area_px < 0:
         raise LidcError(
-            f"consensus {consensus}, smallest area {min_area_px}; give a share in (0, "
-            f"1] and at least 0"
+            f"consensus {consensus}, smallest area {min_area_px}; give a share in (0, 1] and at "
+            f"least 0"
         )
     mask = votes.votes >= consensus * votes.num_annotations - 1e-9
     mask &= (mask.sum(axis=(1, 2)) > min_area_px)[:, None, None]

@@ -48,8 +48,8 @@ def check(sources: LabelSources, input_dir: Path) -> None:
         raise InputError("--annotations_dir is of --archive=lidc_idri; add that or leave it out")
     if sources.annotations_dir and not sources.annotations_dir.exists():
         raise InputError(
-            f"--annotations_dir={sources.annotations_dir}: no such directory; give "
-            f"the folder of the XML"
+            f"--annotations_dir={sources.annotations_dir}: no such directory; give the folder of "
+            f"the XML"
         )
     if sources.metadata_csv and sources.archive != "nifti":
         raise InputError("--metadata_csv is of --archive=nifti; add that or leave it out")
@@ -133,8 +133,8 @@ def _stage(
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA synchronous = OFF")  # after a killed run it is created again
         connection.execute(
-            "CREATE TABLE labels (number, key, cells, line, PRIMARY KEY (number, "
-            "key)) WITHOUT ROWID"
+            "CREATE TABLE labels (number, key, cells, line, PRIMARY KEY (number, key)) WITHOUT "
+            "ROWID"
         )
         connection.execute("CREATE TABLE attributes (key PRIMARY KEY, cells) WITHOUT ROWID")
         connection.execute("CREATE TABLE annotations (key PRIMARY KEY, reading) WITHOUT ROWID")
@@ -229,8 +229,8 @@ def _index_masks(masks_dir: Path) -> dict[str, Path]:
     masks = mask_files.index_masks(masks_dir)
     if not masks:
         raise InputError(
-            f"--masks_dir={masks_dir}: no masks in it; give the folder of the "
-            f"DICOM-SEG or NIfTI files"
+            f"--masks_dir={masks_dir}: no masks in it; give the folder of the DICOM-SEG or NIfTI "
+            f"files"
         )
     return masks
 
@@ -259,8 +259,8 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
 
         def without(table: str, key: str, condition: str = "1") -> tuple[int, int]:
             total, found = seen.execute(
-                f"SELECT count(*), count(seen.value) FROM staged.{table} AS t LEFT JOIN seen "
-                f"ON seen.value = t.key AND seen.key = ? WHERE {condition}",
+                f"SELECT count(*), count(seen.value) FROM staged.{table} AS t LEFT JOIN seen ON "
+                f"seen.value = t.key AND seen.key = ? WHERE {condition}",
                 (key,),
             ).fetchone()
             return total, total - found

@@ -295,7 +295,7 @@ def _attribute(name: str, cell: str) -> Any:
         return cell.upper()
     if not _GROUP.fullmatch(cell) or _LIKE_AN_IDENTIFIER.search(cell):
         raise InputError(
-            "ethnic_group is not a name of at most 32 letters, digits, blanks, _ / "
-            "-; give another one"
+            "ethnic_group is not a name of at most 32 letters, digits, blanks, _ / -; give "
+            "another one"
         )
     return " ".join(cell.split())

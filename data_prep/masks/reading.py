@@ -85,8 +85,8 @@ def _referenced_series(path: Path) -> str | None:
             ) from None
     if len(series) != 1:
         raise MaskError(
-            f"{path}: a segmentation that refers to {len(series)} series, not to one; "
-            f"leave the file out"
+            f"{path}: a segmentation that refers to {len(series)} series, not to one; leave the "
+            f"file out"
         )
     return series.pop()
 
@@ -175,8 +175,8 @@ def _read_nifti(path: Path, volume: Volume) -> np.ndarray:
     if (places < 0).any():
         raise MaskError(
             f"the mask lies elsewhere: {np.count_nonzero(places < 0)} of {num_slices} slices of "
-            f"the scan have none of "
-            f"it within {POSITION_TOLERANCE:g} of a voxel; it needs the affine of the scan"
+            f"the scan have none of it within {POSITION_TOLERANCE:g} of a voxel; it needs the "
+            f"affine of the scan"
         )
     outside = np.setdiff1d(np.arange(len(values)), places)
     if values[outside].any():

@@ -112,8 +112,7 @@ def dry_run_text(counts: Mapping[str, Any]) -> str:
         (
             "Dry run: what the headers say; pixels may refuse more. Nothing was written.",
             f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} "
-            f"slices "
-            f"would be converted, about {counts['bytes'] / 1e6:.0f} MB.",
+            f"slices would be converted, about {counts['bytes'] / 1e6:.0f} MB.",
             summary_table(counts),
         )
     )
@@ -136,8 +135,8 @@ def dataset_text(
         lines.append(f"{missing:>8} volumes whose files are gone; they stay in the dataset")
     if failed := num_failed_for_now(counts):
         lines.append(
-            f"{failed:>8} series or files could not be read for now ({FAILED_FOR_NOW}); "
-            f"run again to retry"
+            f"{failed:>8} series or files could not be read for now ({FAILED_FOR_NOW}); run again "
+            f"to retry"
         )
     lines.append(f"Private: {audit_dir} links pseudonyms to files; keep it with the scans.")
     return "\n".join(lines)

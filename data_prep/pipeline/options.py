@@ -254,8 +254,8 @@ def refuse_other_options(
         # those datasets may grow, too
         if name != "same_splits_as" and stored.get(name) != current[name]:
             raise InputError(
-                f"{output_dir}: was prepared with {name}={_option_text(stored.get(name))}, "
-                f"not {_option_text(current[name])}; give the same options or another --output_dir"
+                f"{output_dir}: was prepared with {name}={_option_text(stored.get(name))}, not "
+                f"{_option_text(current[name])}; give the same options or another --output_dir"
             )
     if fingerprint != key_fingerprint(key):
         raise InputError(

@@ -105,8 +105,8 @@ def plan_buckets(plan_dir: Path, rules: Rules, pool: WorkerPool) -> list[Path]:
         for _, result in pool.run(_plan_bucket, tasks):
             if isinstance(result, WorkerDied):
                 raise RunFailed(
-                    "planning was killed, probably for memory; run again with a "
-                    "smaller --num_workers"
+                    "planning was killed, probably for memory; run again with a smaller "
+                    "--num_workers"
                 )
             progress.advance(1)
     return [plan for _, plan, _ in tasks]

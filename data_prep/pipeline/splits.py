@@ -38,8 +38,7 @@ def check_numbers(
     if 2 * holdout_volumes > num_volumes:
         raise InputError(
             f"--holdout_volumes={holdout_volumes}: more than half of the {num_volumes} usable "
-            f"volumes; "
-            f"give at most {num_volumes // 2}, or 0 to go by --splits"
+            f"volumes; give at most {num_volumes // 2}, or 0 to go by --splits"
         )
 
 
@@ -106,8 +105,7 @@ def assign_splits(
             f"no patient is left for the splits {', '.join(empty)}, as splits.json in the audit "
             f"directory or "
             "--same_splits_as keeps all in others; give --splits that leave them out, or another "
-            "--audit_dir to assign "
-            "them again"
+            "--audit_dir to assign them again"
         )
     return {patient: splits[patient] for patient in volumes_per_patient}
 
@@ -218,8 +216,8 @@ def read_known_splits(directories: Sequence[Path]) -> KnownSplits | None:
         here = {row["patient_id"]: row["split"] for row in dataset.volumes()}
         if differing := number_that_differ(here, split_of):
             raise InputError(
-                f"{known.named}: {differing} patients are in different splits of "
-                f"them; leave one out"
+                f"{known.named}: {differing} patients are in different splits of them; leave one "
+                f"out"
             )
         split_of |= here
     return known

@@ -30,13 +30,11 @@ _LONGEST_TEXT = 16
 _OTHER = "other"  # stands for what may hold anything
 _VENDORS = set(
     "siemens ge imatron philips picker marconi elscint toshiba canon hitachi fujifilm shimadzu "
-    "uih neusoft samsung "
-    "neurologica anke minfound sinovision".split()
+    "uih neusoft samsung neurologica anke minfound sinovision".split()
 ) | {"general electric", "united imaging"}
 _VENDOR_WORDS = set(
     "ag co company corp corporation ct electronics gmbh healthcare healthineers inc international "
-    "ltd mec medical "
-    "solutions system systems technologies".split()
+    "ltd mec medical solutions system systems technologies".split()
 )
 
 

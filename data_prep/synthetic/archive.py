@@ -42,8 +42,8 @@ def make_archive(
         )
     if options.slice_spacing_mm != 0 and not 0.5 <= options.slice_spacing_mm <= 10:
         raise InputError(
-            f"--slice_spacing_mm={options.slice_spacing_mm:g}: 0 (the scanner's "
-            f"choice) or 0.5 to 10"
+            f"--slice_spacing_mm={options.slice_spacing_mm:g}: 0 (the scanner's choice) or 0.5 to "
+            f"10"
         )
     if options.layout not in LAYOUTS:
         raise InputError(f"--layout={options.layout}: choose {', '.join(LAYOUTS)}")
@@ -62,8 +62,8 @@ def make_archive(
             )
     elif any(output_dir.iterdir()):
         raise InputError(
-            f"--output_dir={output_dir}: is not empty and not a phantom archive; "
-            f"choose another folder"
+            f"--output_dir={output_dir}: is not empty and not a phantom archive; choose another "
+            f"folder"
         )
     write_text(marker, json.dumps(recorded, indent=1) + "\n")
     missing = [
@@ -87,8 +87,8 @@ def _write_missing(output_dir: Path, missing: list[int], options: Options, num_w
         ):
             if isinstance(written, WorkerDied):
                 raise RunFailed(
-                    f"making patient {i} was killed, probably for memory; give a "
-                    f"smaller --num_workers"
+                    f"making patient {i} was killed, probably for memory; give a smaller "
+                    f"--num_workers"
                 )
             count += written
     return count

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 _INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
-    r"(?P<opcode>[\w\-]+)\("
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\("
 )
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _ORIGIN = re.compile(r'op_name="([^"]*)"')

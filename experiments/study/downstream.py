@@ -336,8 +336,8 @@ def study_of_flags(verb: str, kind: str) -> Study:
     unknown = [arm for arm in flag.arms if arm not in TITLES and arm not in pretrained]
     if unknown:
         raise InputError(
-            f"--arms: {unknown[0]} is not known; choose from {', '.join(TITLES)}, or "
-            f"give --pretrained"
+            f"--arms: {unknown[0]} is not known; choose from {', '.join(TITLES)}, or give "
+            f"--pretrained"
         )
     if sizes.archives:
         dataset = workdir / "data" / kind

@@ -58,8 +58,8 @@ def read_geometry(path: Path) -> list[Series]:
             ) from error
         if not (0 < thickness < float("inf") and 0 < spacing < float("inf")):
             raise InputError(
-                f"--geometry={path}, line {number}: thickness and spacing are not "
-                f"above 0; correct them"
+                f"--geometry={path}, line {number}: thickness and spacing are not above 0; "
+                f"correct them"
             )
         series.append(Series(row[needed[0]], row[needed[1]], thickness, spacing))
     if len({one.series_instance_uid for one in series}) < len(series):

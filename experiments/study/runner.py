@@ -15,7 +15,6 @@ from typing import Any
 
 from absl import flags
 
-from ctssl_jax.parallel.processes import configure_jax
 from data_prep.dataset.reader import Dataset
 from data_prep.system import command_line, stores
 from data_prep.system.errors import InputError, RunFailed, StartAgain
@@ -92,6 +91,8 @@ def run_stage_here(stage: Stage) -> float:
       StartAgain: the training was asked to stop.
       InputError, RunFailed: as the command raises.
     """
+    from ctssl_jax.parallel.processes import configure_jax
+
     configure_jax()  # before JAX is used
     import jax
 

@@ -343,8 +343,8 @@ def report(
         lines.append(f"not counted, {kind}: {len(found)} places, {len(values)} values")
     in_pixels = len(kinds[IN_PIXELS])
     lines.append(
-        f"in pixels: {in_pixels} places of short values, {made_up_in_pixels} of as many "
-        f"made-up ones"
+        f"in pixels: {in_pixels} places of short values, {made_up_in_pixels} of as many made-up "
+        f"ones"
     )
     for (path, place, value), number in collections.Counter(
         finding[:3] for finding in hits

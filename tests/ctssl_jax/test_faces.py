@@ -13,8 +13,8 @@ from tests.helpers.opened_files import opened_files
 from tests.helpers.training_runs import PROJECT, save_untrained, tiny_recipe
 
 # by the example of the wing
-OPENED_RUNS = {"evaluation": 1, "inference": 2, "probes": 1, "release": 1}
-OPENED_DATASETS = {"evaluation": 1, "inference": 1, "probes": 1, "release": 0}
+OPENED_RUNS = {"evaluation": 1, "inference": 2, "probes": 1, "release": 1, "training": 0}
+OPENED_DATASETS = {"evaluation": 1, "inference": 1, "probes": 1, "release": 0, "training": 1}
 WINGS = tuple(OPENED_RUNS)
 
 
@@ -62,6 +62,7 @@ def test_file_and_face_are_imported_in_any_order(file_first):
     program = [
         "import sys",
         "import ctssl_jax.evaluation, ctssl_jax.inference, ctssl_jax.probes, ctssl_jax.release",
+        "import ctssl_jax.training",
     ]
     program.append("assert 'jax' not in sys.modules")
     faces = [
@@ -69,16 +70,17 @@ def test_file_and_face_are_imported_in_any_order(file_first):
         "from ctssl_jax.inference import embed, load, predict",
         "from ctssl_jax.probes import attributes, probe",
         "from ctssl_jax.release import import_weights",
+        "from ctssl_jax.training import train",
     ]
     files = [
         "import ctssl_jax.evaluation.measure, ctssl_jax.inference.embedding, "
         "ctssl_jax.inference.prediction",
-        "import ctssl_jax.probes.probing, ctssl_jax.probes.attribute_probe, "
+        "import ctssl_jax.training.loop, ctssl_jax.probes.probing, ctssl_jax.probes.attribute_probe, "
         "ctssl_jax.release.importing",
     ]
     program += [*files, *faces] if file_first else [*faces, *files, *faces]
     program.append(
-        "assert all(map(callable, (attributes, embed, evaluate, import_weights, load, "
-        "predict, probe)))"
+        "assert all(map(callable, (attributes, embed, evaluate, import_weights, load, predict, train, "
+        "probe)))"
     )
     subprocess.run([sys.executable, "-c", "\n".join(program)], check=True, cwd=PROJECT)

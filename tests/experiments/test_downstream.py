@@ -268,8 +268,7 @@ def test_patients_of_the_evaluation_are_not_learned_from(
     for leakage in ("refuse", "allow_unchecked"):
         with pytest.raises(
             InputError,
-            match=r"2 of the 6 validation and test patients .* "
-            r"--config.leakage=allow",
+            match=r"2 of the 6 validation and test patients .* --config.leakage=allow",
         ):
             train_on(tiny_recipe(labelled, "pe", leakage=leakage, **given), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
@@ -332,8 +331,7 @@ def test_a_share_without_a_positive_study_is_refused(labelled, tmp_path):
     config = tiny_recipe(negative, "nodules", **SHORT, train_fraction=1 / 6, seed=other_seed)
     with pytest.raises(
         InputError,
-        match=r"none of the .* slices of 1 training studies .*choose a "
-        r"larger config.train",
+        match=r"none of the .* slices of 1 training studies .*choose a larger config.train",
     ):
         train_on(config, tmp_path / "run")
 
@@ -341,8 +339,7 @@ def test_a_share_without_a_positive_study_is_refused(labelled, tmp_path):
 def test_masks_and_labels_must_be_there(tiny_dataset, tmp_path):
     with pytest.raises(
         InputError,
-        match=r"has no masks; prepare it with --archive=lidc_idri or "
-        r"with --masks_dir",
+        match=r"has no masks; prepare it with --archive=lidc_idri or with --masks_dir",
     ):
         train_on(tiny_recipe(tiny_dataset, "nodules", **SHORT), tmp_path / "run")
     with pytest.raises(InputError, match=r"config.label=pe_present_on_image"):

@@ -162,14 +162,12 @@ def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_
     cells = chain_cells(settings)
     with pytest.raises(
         InputError,
-        match=r"--cells=mask_99: there is no such cell; choose from "
-        r"mask_05, mask_10",
+        match=r"--cells=mask_99: there is no such cell; choose from mask_05, mask_10",
     ):
         runner.run(cells, ["mask_99"], settings.workdir)
     with pytest.raises(
         InputError,
-        match=r"cell mask_10 needs mask_05 first; run "
-        r"--cells=mask_05,mask_10",
+        match=r"cell mask_10 needs mask_05 first; run --cells=mask_05,mask_10",
     ):
         runner.run(cells, ["mask_10"], settings.workdir)
     runner.record_settings(settings.workdir, runner.settings_content(settings))
@@ -188,8 +186,7 @@ def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_
 def test_a_failed_stage_stops_the_study(settings, capfd):
     with pytest.raises(
         InputError,
-        match=r"stage 'mask_05: train' ended with exit code 2; its "
-        r"message stands above",
+        match=r"stage 'mask_05: train' ended with exit code 2; its message stands above",
     ):
         # the dataset's images are of 16 pixels
         runner.run(chain_cells(settings), ["mask_05"], settings.workdir)

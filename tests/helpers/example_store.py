@@ -99,7 +99,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Handle:
     (folder / "objects").mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: example-store\nVersion: 1\n")
     (installed / "entry_points.txt").write_text(
-        "[fsspec.specs]\nexample = tests.example_store:ExampleStore\n"
+        "[fsspec.specs]\nexample = tests.helpers.example_store:ExampleStore\n"
     )
     monkeypatch.setenv("EXAMPLE_STORE", str(folder))
     project = Path(__file__).resolve().parents[2]

@@ -82,7 +82,7 @@ def command(dataset: Path, workdir: Path, /, *flags: str, **overrides) -> list[s
 
 def command_ended_at(step: int, number: int, arguments: list[str]) -> list[str]:
     """A command line of `command` that sends itself this signal once it has taken this step."""
-    program = f"from tests.training_runs import run_until; run_until({step}, {int(number)})"
+    program = f"from tests.helpers.training_runs import run_until; run_until({step}, {int(number)})"
     return [sys.executable, "-c", program, *arguments[3:]]
 
 

@@ -186,8 +186,7 @@ def test_data_prepared_otherwise_is_refused(run, tmp_path):
     change_preparation(other_window, windows=[{"level": 100.0, "width": 350.0}])
     with pytest.raises(
         InputError,
-        match=r"was prepared otherwise than the run's data: "
-        r".*50/350.*--window=50,350",
+        match=r"was prepared otherwise than the run's data: .*50/350.*--window=50,350",
     ):
         evaluate(run, other_window, "test", output)
     with pytest.raises(DatasetError, match="no such directory"):

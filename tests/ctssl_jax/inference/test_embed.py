@@ -508,8 +508,8 @@ def test_wrong_volumes(runs, archive):
         (
             hu,
             None,
-            r"an array of int16 \[21, 64, 64\] without an affine; give HU with the affine "
-            r"of nibabel",
+            r"an array of int16 \[21, 64, 64\] without an affine; give HU with the affine of "
+            r"nibabel",
         ),
         (np.zeros((4, 16, 16, 1), np.uint8), None, r"but the run's are uint8 \[S, 32, 32, 1\]"),
         (np.zeros((4, 32, 32, 2), np.uint8), None, r"but the run's are uint8 \[S, 32, 32, 1\]"),

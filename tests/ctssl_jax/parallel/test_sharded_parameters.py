@@ -120,8 +120,7 @@ def test_interrupted_run_is_exact_and_goes_on_with_another_split(
 def test_a_number_that_does_not_divide_is_refused(tiny_dataset, tmp_path):
     with pytest.raises(
         InputError,
-        match=r"config.fsdp_devices=3 does not divide the 8 devices; "
-        r"choose a divisor",
+        match=r"config.fsdp_devices=3 does not divide the 8 devices; choose a divisor",
     ):
         train_on(tiny_config(tiny_dataset, fsdp_devices=3), tmp_path / "run", num_devices=8)
     assert not (tmp_path / "run").exists()

@@ -123,16 +123,14 @@ def test_small_classes_are_left_out_by_the_training_split(tmp_path):
 def test_errors_name_the_field_that_the_user_typed(planted, tmp_path):
     with pytest.raises(
         InputError,
-        match=r"^config\.label: no training volume .* of ethnic_group; "
-        r".*--attributes_csv",
+        match=r"^config\.label: no training volume .* of ethnic_group; .*--attributes_csv",
     ) as raised:
         label_classes(Dataset.open(planted), "ethnic_group")
     assert "--attributes:" not in str(raised.value)
     few = write_example_dataset(tmp_path / "few", image_size=16, slices_per_volume=7)
     with pytest.raises(
         InputError,
-        match=r"^config\.label: sex has fewer than two .*; choose "
-        r"another label",
+        match=r"^config\.label: sex has fewer than two .*; choose another label",
     ) as raised:
         label_classes(Dataset.open(few), "sex")
     assert "--min_patients" not in str(raised.value)  # training has no such flag

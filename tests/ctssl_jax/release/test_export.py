@@ -424,8 +424,7 @@ def test_a_folder_whose_weights_were_changed_is_refused(exported, tmp_path):
         alone.load(changed / "weights.pt")
     with pytest.raises(
         InputError,
-        match=r"is not the file that the manifest\.json beside it "
-        r"describes",
+        match=r"is not the file that the manifest\.json beside it describes",
     ):
         import_weights(changed / "weights.pt", tmp_path / "run", None, [])
     assert alone.load(changed / "weights.safetensors")

@@ -97,8 +97,7 @@ def test_tensors_that_do_not_fit_are_named(three_checkpoints):
     like = shapes({"params": {"layers": [jnp.zeros((3, 2))]}, "more": jnp.zeros(3)})
     with pytest.raises(
         InputError,
-        match=r"missing: more; of another shape: params/layers/0 "
-        r"\(300, 200\) instead of",
+        match=r"missing: more; of another shape: params/layers/0 \(300, 200\) instead of",
     ):
         restore(three_checkpoints, 5, like)
 
@@ -125,8 +124,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_left(run, pattern, 
     for with_sums in (True, False):  # a checkpoint of a killed process has none
         with pytest.raises(
             InputError,
-            match=r"checkpoint 5 of .* is damaged .*; good ones are: "
-            r"2, 4; .*last_good",
+            match=r"checkpoint 5 of .* is damaged .*; good ones are: 2, 4; .*last_good",
         ):
             restore(run, 5, shapes(state(0)))
         assert choose_step(run, LAST_GOOD) == 4
@@ -146,8 +144,7 @@ def test_a_changed_bit_of_a_tensor_is_found(run):
     data.write_bytes(content)
     with pytest.raises(
         InputError,
-        match=rf"checkpoint 5 of .* is damaged \({data.name} has "
-        rf"another checksum\)",
+        match=rf"checkpoint 5 of .* is damaged \({data.name} has another checksum\)",
     ):
         restore(run, 5, shapes(state(0)))
     (run / "checkpoints" / "5" / "SHA256SUMS").unlink()
@@ -187,8 +184,7 @@ def test_a_damaged_file_of_the_run_is_named(three_checkpoints, tmp_path):
         sums.write_text("".join(lines[:kept]))
         with pytest.raises(
             InputError,
-            match=r"checkpoint 1 of .* is damaged \(SHA256SUMS (lacks "
-            r"1/|is cut)",
+            match=r"checkpoint 1 of .* is damaged \(SHA256SUMS (lacks 1/|is cut)",
         ):
             check_all_undamaged(run)
     sums.write_text("".join(lines))
@@ -196,8 +192,7 @@ def test_a_damaged_file_of_the_run_is_named(three_checkpoints, tmp_path):
     for attempt in (lambda: check_all_undamaged(run), lambda: restore(run, 1, shapes(state(0)))):
         with pytest.raises(
             InputError,
-            match=r"run is damaged \(patients.json has another "
-            r"checksum; it was not",
+            match=r"run is damaged \(patients.json has another checksum; it was not",
         ):
             attempt()
     assert damaged_steps(run) == []
@@ -243,8 +238,7 @@ def test_a_damaged_list_of_checkpoints_is_named(run):
     for attempt in (lambda: Checkpoints(run), lambda: choose_step(run, "best")):
         with pytest.raises(
             InputError,
-            match=r"a checkpoint in .*checkpoints is damaged .*; "
-            r"remove the newest one",
+            match=r"a checkpoint in .*checkpoints is damaged .*; remove the newest one",
         ):
             attempt()
 
@@ -257,8 +251,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(run):
     try:
         with pytest.raises(
             RunFailed,
-            match=r"could not be saved in .*run \(.*File too large.*run "
-            r"again: it goes on",
+            match=r"could not be saved in .*run \(.*File too large.*run again: it goes on",
         ):
             checkpoints.save(6, state(6), {}, 0.5)
             checkpoints.close()

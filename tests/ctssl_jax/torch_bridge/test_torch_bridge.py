@@ -269,8 +269,7 @@ def test_what_does_not_fit_is_named():
     _, misfits = names.from_state_dict(cut, wanted, "VQVAE", 2)
     assert misfits.text() == (
         "1 tensors missing, 1 extra, 1 of another shape; encoder.0.0.bias has shape (99,) there, "
-        "(6,) here; "
-        "encoder.3.resblock.0.weight is missing; decoder.9.weight has no place here"
+        "(6,) here; encoder.3.resblock.0.weight is missing; decoder.9.weight has no place here"
     )
 
 

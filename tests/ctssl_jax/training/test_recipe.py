@@ -26,8 +26,8 @@ WRONG_FIELDS = {
     "batch_size": (0, "config.batch_size=0: must be 1 or more"),
     "microbatches": (
         3,
-        "config.batch_size=8 is not divisible by 1 devices x 3 microbatches; "
-        "choose a multiple of 3",
+        "config.batch_size=8 is not divisible by 1 devices x 3 microbatches; choose a multiple of "
+        "3",
     ),
     "num_steps": (-1, "config.num_steps=-1: must be 1 or more"),
     "learning_rate": (float("nan"), "config.learning_rate=nan: must be 0 or more"),
@@ -92,14 +92,12 @@ def test_datasets_that_do_not_fit(tiny_dataset, tmp_path):
     workdir = tmp_path / "run"
     with pytest.raises(
         InputError,
-        match=r"images of 16 pixels, config.image_size is 32; set "
-        r"--config.image_size=16",
+        match=r"images of 16 pixels, config.image_size is 32; set --config.image_size=16",
     ):
         train_on(tiny_config(tiny_dataset, image_size=32), workdir)
     with pytest.raises(
         DatasetError,
-        match=r"no such directory; make one with python -m "
-        r"data_prep.prepare",
+        match=r"no such directory; make one with python -m data_prep.prepare",
     ):
         train_on(tiny_config(tmp_path / "nowhere"), workdir)
     partial = shutil.copytree(tiny_dataset, tmp_path / "partial")
@@ -116,16 +114,14 @@ def test_datasets_that_do_not_fit(tiny_dataset, tmp_path):
     three_windows = write_example_dataset(tmp_path / "three", image_size=16, channels=3)
     with pytest.raises(
         InputError,
-        match=r"3 windows are selected, but config.model.in_channels "
-        r"is 2; set it to 3",
+        match=r"3 windows are selected, but config.model.in_channels is 2; set it to 3",
     ):
         train_on(tiny_config(three_windows, model__in_channels=2, windows=()), workdir)
     lung = shutil.copytree(tiny_dataset, tmp_path / "lung")
     change_preparation(lung, windows=[{"level": -600.0, "width": 1500.0}])
     with pytest.raises(
         InputError,
-        match=r"asks for level/width 50/350, but the dataset holds "
-        r"-600/1500; prepare it",
+        match=r"asks for level/width 50/350, but the dataset holds -600/1500; prepare it",
     ):
         train_on(tiny_config(lung), workdir)
     assert not workdir.exists()
@@ -230,8 +226,7 @@ def test_a_run_of_another_version_is_told_from_a_changed_field(workdir, tiny_dat
         config.new_field = 1
     with pytest.raises(
         InputError,
-        match=r"another version of this program \(config.new_field is "
-        r"not in both\)",
+        match=r"another version of this program \(config.new_field is not in both\)",
     ):
         check_resumable(workdir, config, preparation)
 
@@ -253,15 +248,13 @@ def test_what_may_change_when_a_run_goes_on(workdir, tiny_dataset, tmp_path):
     ):
         with pytest.raises(
             InputError,
-            match=rf"holds a run with config.{name}=.*; use another "
-            rf"--workdir, or --config",
+            match=rf"holds a run with config.{name}=.*; use another --workdir, or --config",
         ):
             check(**{name: value})
     other = write_example_dataset(tmp_path / "other", image_size=16, seed=1)
     with pytest.raises(
         InputError,
-        match=r"a run on other data than .*other \(dataset "
-        r"fingerprints differ\)",
+        match=r"a run on other data than .*other \(dataset fingerprints differ\)",
     ):
         train_on(tiny_config(other), workdir)
 

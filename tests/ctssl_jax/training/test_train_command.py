@@ -144,7 +144,9 @@ def test_killed_and_terminated_processes_lose_nothing_saved(tiny_dataset, tmp_pa
     """Ended at random moments by `tests/campaigns/kills.py`; here between a checkpoint and a
     report."""
     overrides = dict(num_steps=60, log_every=1, eval_every=10)
-    assert train_on(tiny_config(tiny_dataset, **overrides), tmp_path / "straight")
+    process = start(command(tiny_dataset, tmp_path / "straight", **overrides))
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
     workdir, saved_before = tmp_path / "run", 0
     arguments = command(tiny_dataset, workdir, **overrides)
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -159,7 +161,9 @@ def test_killed_and_terminated_processes_lose_nothing_saved(tiny_dataset, tmp_pa
             assert process.returncode == -signal.SIGKILL, errors
             assert saved % 10 == 0
         saved_before = saved
-    assert train_on(tiny_config(tiny_dataset, **overrides), workdir)
+    process = start(arguments)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert_same_state(workdir, tmp_path / "straight")
     assert numbers(workdir) == numbers(tmp_path / "straight")
 
@@ -251,8 +255,7 @@ def test_run_of_another_configuration_is_refused(straight, tiny_dataset):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     with pytest.raises(
         InputError,
-        match=r"config.learning_rate=0.001, not 0.5; use another "
-        r"--workdir",
+        match=r"config.learning_rate=0.001, not 0.5; use another --workdir",
     ):
         train_on(tiny_config(tiny_dataset, learning_rate=0.5), workdir)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before

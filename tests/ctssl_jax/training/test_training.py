@@ -243,7 +243,6 @@ def test_the_first_step_that_is_not_finite_is_kept(
     state = program.apply_gradients(state, program.zero_gradients())
     with pytest.raises(
         TrainingDiverged,
-        match=r"not finite at step 3 of .*; there is no "
-        r"checkpoint; lower",
+        match=r"not finite at step 3 of .*; there is no checkpoint; lower",
     ):
         check_state(state, tmp_path, None)

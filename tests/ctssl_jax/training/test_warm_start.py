@@ -122,8 +122,7 @@ def test_interrupted_run_needs_its_donor_no_more_and_equals_a_straight_one(
     config.init_from = ""
     with pytest.raises(
         InputError,
-        match=r"holds a run with config.init_from=.*donor, not ; use "
-        r"another --workdir",
+        match=r"holds a run with config.init_from=.*donor, not ; use another --workdir",
     ):
         train_on(config, tmp_path / "run")
 
@@ -173,9 +172,8 @@ def test_results_know_the_ancestors_and_their_patients(runs, tiny_dataset, tmp_p
         (
             "rotation", "masked_region", {},
             r"does not fit this model \(14 tensors missing, 25 extra, 0 of another shape; "
-            r"params/classification/bias "
-            r"is missing there; params/decoder/.* has no place here\); the encoder alone fits: "
-            r"--config.init_scope=enc",
+            r"params/classification/bias is missing there; params/decoder/.* has no place here\); "
+            r"the encoder alone fits: --config.init_scope=enc",
         ),
         (
             "denoising", "masked_region", {"model__hidden": (4, 16)},
@@ -209,8 +207,7 @@ def test_weights_of_another_window_are_refused(runs, tmp_path):
     )
     with pytest.raises(
         InputError,
-        match=r"was trained on level/width 50/350, this run reads -600/350; set "
-        r"config.wind",
+        match=r"was trained on level/width 50/350, this run reads -600/350; set config.wind",
     ):
         train_on(config, tmp_path / "run")
     config.windows = ()  # all that the dataset has

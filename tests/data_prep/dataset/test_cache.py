@@ -208,8 +208,7 @@ def test_other_refusals_name_the_url_and_the_remedy(remote, cache, monkeypatch):
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(
             DatasetError,
-            match=r"GB are to be fetched and .* has 0.0 GB left; "
-            r".*\$CTSSL_CACHE_DIR",
+            match=r"GB are to be fetched and .* has 0.0 GB left; .*\$CTSSL_CACHE_DIR",
         ):
             Dataset.open(URL)
     assert not [path for path in next(cache.iterdir()).iterdir() if path.name != ".lock"]
@@ -222,8 +221,7 @@ def test_other_refusals_name_the_url_and_the_remedy(remote, cache, monkeypatch):
     remote.fail("read *")
     with pytest.raises(
         DatasetError,
-        match=r"tiny: the store refuses or cannot be reached "
-        r"\(RuntimeError",
+        match=r"tiny: the store refuses or cannot be reached \(RuntimeError",
     ):
         Dataset.open(URL)
     for take in (scans.plan_scans, scans.local_input):

@@ -321,8 +321,8 @@ def other_split(a, b):
         (other_windows, r"different windows \(50,350 and -600,1500\); prepare them alike"),
         (
             other_classes,
-            r"smoker is of patients with the classes no, yes in .*a and of .* no, "
-            r"former, yes in .*b;",
+            r"smoker is of patients with the classes no, yes in .*a and of .* no, former, yes in "
+            r".*b;",
         ),
         (other_version, r"format_version 1"),
         (incomplete, r"b: not a complete dataset"),
@@ -400,8 +400,7 @@ def test_a_shard_that_is_gone_or_changed_is_told(tmp_path, parts, pool):
     write_example_dataset(parts[1], image_size=16, seed=3, volumes_per_split=MORE)
     with pytest.raises(
         DatasetError,
-        match=r"view: its part .*/sites/b was prepared again .* into "
-        r"a new directory",
+        match=r"view: its part .*/sites/b was prepared again .* into a new directory",
     ):
         Dataset.open(tmp_path / "view")
 
@@ -432,8 +431,7 @@ def test_a_label_of_a_patient_holds_in_all_parts(tmp_path):
     assert found == {"v1": "1", "v2": "", "v3": "1", "v4": "0", "v6": "0"}
     with pytest.raises(
         InputError,
-        match=r"1 patients have another class of the label smoker in "
-        r".*c than",
+        match=r"1 patients have another class of the label smoker in .*c than",
     ):
         list(merged_tables.label_rows([a, c], labels))
 

@@ -579,8 +579,7 @@ def test_annotations_of_other_scans_end_the_run(archive, tmp_path):
 def test_other_mask_options_are_refused_on_a_finished_dataset(with_nodules):
     with pytest.raises(
         InputError,
-        match=r"masks=source:lidc_idri,consensus:0.7,min_area_px:20, "
-        r"not .*consensus:0.5",
+        match=r"masks=source:lidc_idri,consensus:0.7,min_area_px:20, not .*consensus:0.5",
     ):
         run(
             with_nodules.input_dir,

@@ -145,8 +145,7 @@ def test_another_matrix_is_refused(volume, tmp_path):
     path = write_nifti(tmp_path / "mask.nii", REGIONS[:, :-1])
     with pytest.raises(
         MaskError,
-        match=r"22 x 64 x 63 voxels \(slices, rows, columns\), the scan "
-        r"22 x 65 x 63",
+        match=r"22 x 64 x 63 voxels \(slices, rows, columns\), the scan 22 x 65 x 63",
     ):
         read_mask(path, volume)
 

@@ -401,8 +401,7 @@ def test_what_a_segmentation_needs_is_named(tmp_path):
     volume = scan_of(tmp_path / "scan", datasets)
     with pytest.raises(
         MaskOutputError,
-        match=r"lack what a segmentation must repeat \(no "
-        r"FrameOfReferenceUID\)$",
+        match=r"lack what a segmentation must repeat \(no FrameOfReferenceUID\)$",
     ):
         dicom_segmentation(PATTERN, volume, tmp_path / "scan", SEGMENT)
     _, of_nifti = nifti_scan(tmp_path / "nifti", "LPS", "scan.nii")

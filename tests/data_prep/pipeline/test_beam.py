@@ -262,8 +262,7 @@ def test_the_local_runner_continues_what_beam_began(
         monkeypatch.setattr(beam_runner, "publish", publish_until_full)
         with pytest.raises(
             RunFailed,
-            match=r"^the Beam pipeline failed: .*disk full.*: run the "
-            r"same command",
+            match=r"^the Beam pipeline failed: .*disk full.*: run the same command",
         ) as error:
             prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file, beam_options=[])
         assert "\n" not in str(error.value)
@@ -452,8 +451,7 @@ def test_without_the_package_the_extra_is_named_before_any_work(tmp_path, archiv
     where = places(tmp_path, archive)
     with pytest.raises(
         InputError,
-        match=r"^--runner=beam needs .*: pip install "
-        r"'ctssl_jax\[beam\]'$",
+        match=r"^--runner=beam needs .*: pip install 'ctssl_jax\[beam\]'$",
     ):
         prepare(OPTIONS, where, beam_options=[])
     assert not where.output_dir.exists()

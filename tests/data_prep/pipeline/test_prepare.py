@@ -481,14 +481,12 @@ def test_a_holdout_of_more_than_half_is_refused_before_converting(tmp_path, arch
     where = places(tmp_path, archive)
     with pytest.raises(
         ValueError,
-        match=r"--holdout_volumes=3: more than half of the 5 .* at "
-        r"most 2",
+        match=r"--holdout_volumes=3: more than half of the 5 .* at most 2",
     ):
         dry_run(options, where, num_workers=1)
     with pytest.raises(
         ValueError,
-        match=r"--holdout_volumes=3: more than half of the 5 .* at "
-        r"most 2",
+        match=r"--holdout_volumes=3: more than half of the 5 .* at most 2",
     ):
         prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
     assert not list(where.notes_dir.glob("*"))
@@ -529,8 +527,7 @@ def test_too_few_patients_are_refused_before_converting_with_the_remedy(tmp_path
     where = places(tmp_path, tmp_path / "scans")
     with pytest.raises(
         ValueError,
-        match=r"2 patients .* train, validation, test; give "
-        r"--splits=1,0,0",
+        match=r"2 patients .* train, validation, test; give --splits=1,0,0",
     ):
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     assert not list(where.notes_dir.glob("*"))
@@ -563,8 +560,7 @@ def test_archive_without_any_chest_ct_says_what_there_was(tmp_path, archive):
     shutil.copytree(archive / "short", tmp_path / "scans")
     with pytest.raises(
         InputError,
-        match=r"no usable chest CT in 5 files \(1 too_few_slices\); "
-        r".*sources.csv",
+        match=r"no usable chest CT in 5 files \(1 too_few_slices\); .*sources.csv",
     ):
         prepare(OPTIONS, places(tmp_path, tmp_path / "scans"), num_workers=1)
 
@@ -581,8 +577,7 @@ def test_dry_run_writes_nothing(tmp_path, archive):
 def test_two_runs_on_one_output_are_refused(prepared, key_file):
     program = (
         "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); "
-        "print(flush=True); "
-        "sys.stdin.read()"
+        "print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(prepared.output_dir)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

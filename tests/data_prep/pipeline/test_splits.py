@@ -36,8 +36,7 @@ def test_fewer_patients_than_splits_name_the_remedy(number):
 def test_a_holdout_of_more_than_half_is_refused():
     with pytest.raises(
         ValueError,
-        match=r"--holdout_volumes=128: more than half of the 100 .* at "
-        r"most 50",
+        match=r"--holdout_volumes=128: more than half of the 100 .* at most 50",
     ):
         assign_splits(patients(*[1] * 100), THIRDS, 128, {})
     assert Counter(assign_splits(patients(*[1] * 100), THIRDS, 50, {}).values())["test"] == 50

@@ -285,8 +285,7 @@ def test_flags_are_those_of_prepare():
     given(["program", "--max_slice_thickness_mm=-1"])
     with pytest.raises(
         InputError,
-        match=r"--max_slice_thickness_mm is -1\.0; give a positive "
-        r"number",
+        match=r"--max_slice_thickness_mm is -1\.0; give a positive number",
     ):
         scan_flags.rules_of(given)
 

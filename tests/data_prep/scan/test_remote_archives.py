@@ -232,8 +232,7 @@ def test_refusals_name_the_url_and_the_remedy(store, tmp_path):
     store.fail("info *")
     with pytest.raises(
         ValueError,
-        match=r"example://file: the store refuses or cannot be reached "
-        r"\(RuntimeError: 503",
+        match=r"example://file: the store refuses or cannot be reached \(RuntimeError: 503",
     ):
         Directories(
             archive_directory("example://file"), tmp_path / "dataset", tmp_path / "private"

@@ -73,8 +73,7 @@ def test_a_bug_is_a_traceback(error):
         process.returncode == 1
         and errors.startswith("Traceback")
         and re.search(
-            rf"\n{error}: "
-            rf".*of us",
+            rf"\n{error}: .*of us",
             errors,
         )
     )
