@@ -296,7 +296,7 @@ class VQVAE(ExportedModel):
         )
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """[B, D, h, w] -> images [B, C, 4h, 4w] in [0, 1]; with output_activation="tanh" in [-1, 1]."""
+        """[B, D, h, w] -> images [B, C, 4h, 4w] in [0, 1], with "tanh" in [-1, 1]."""
         image = self.decoder(quantized.to(self.decoder[0][0].weight.dtype)).float()
         return (image + 1) / 2 if self.output_activation == "unit_tanh" else image
 
