@@ -29,8 +29,8 @@ class ClassifierConfig:
     Attributes:
         num_classes: number of labels.
         compression: features after each 3 x 3 convolution with stride 2 on the latents.
-        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan, dtype: of the encoder,
-            as in `VQVAEConfig`; the compression layers have the same dtype.
+        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan, dtype: settings of the
+            encoder, as in `VQVAEConfig`; the compression layers have the same dtype.
 
     Raises:
         ValueError: a value out of range; the message names the field.

@@ -12,7 +12,7 @@ libraries use the running values as they are in evaluation, so weights move betw
 
 Initialisation: convolution kernels are uniform with variance 1 / (3 fan_in), the default of PyTorch
 and so of the authors' release; biases are zero. Batch normalisation follows every convolution
-except the last one of each residual block, so the scale matters only there: at the start each block
+except the last of each residual block, so the scale matters only there: at the start each block
 adds 1/6 to the variance of the residual stream, with Flax's default (variance 1 / fan_in) 1/2.
 """
 
@@ -130,8 +130,7 @@ class TransposedConv(nnx.Module):
 class PointwiseConv(nnx.Module):
     """1 x 1 convolution as a matrix product over pixels: [B, H, W, I] -> [B, H, W, O].
 
-    Its weight gradient is several times faster on CPU. The kernel has the shape of a convolution's,
-    [1, 1, I, O].
+    Its weight gradient is several times faster on CPU. The kernel has the shape [1, 1, I, O].
     """
 
     def __init__(

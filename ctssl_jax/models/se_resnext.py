@@ -38,11 +38,11 @@ class SEResNeXtConfig:
         in_channels: channels of the images (three adjacent slices).
         layers: blocks of each stage.
         width: features of the stem; stage s has 2 width 2^s inside a block, 4 width 2^s after it.
-        groups: of the 3 x 3 convolutions; divides 2 width.
+        groups: groups of the 3 x 3 convolutions; divides 2 width.
         pooling: "legacy" (the winner's network), no padding and rounded up, or "timm", one pixel of
             padding on each side: the only difference between the two published networks. Use the
             one that the weights were trained with.
-        dtype: of convolutions and activations, "float32" or "bfloat16"; logits and embedding are
+        dtype: "float32" or "bfloat16" for convolutions and activations; logits and embedding are
             float32.
 
     Raises:
@@ -195,7 +195,7 @@ class SEResNeXt(nnx.Module):
 
 
 def _pool_padding(size: int, config: SEResNeXtConfig) -> tuple[int, int]:
-    """Pixels before and behind a side. "legacy" rounds up without padding, which equals one pixel
+    """Pixels before and behind a side. "legacy" rounds up without padding, which equals 1 pixel
     behind an even side and 0 behind an odd side.
     """
     return (1, 1) if config.pooling == "timm" else (0, 1 - size % 2)

@@ -50,13 +50,13 @@ class UNetConfig:
     """Size and behaviour of the U-Net around the encoder. The defaults are the reference size.
 
     Attributes:
-        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan: of the encoder, as in
-            `VQVAEConfig`. Only the first two matter without residual_stack.
+        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan: settings of the encoder,
+            as in `VQVAEConfig`. Only the first two matter without residual_stack.
         residual_stack: the way down includes the encoder's residual blocks and projection.
         widths: features of the random parts at 1, 1/2, 1/4, 1/8 and 1/16 of the resolution (at 1/2
             and 1/4 of the up branch alone); empty takes (hidden[0] / 4, hidden[0] / 2,
             hidden[1] / 2, hidden[1], hidden[1]).
-        dtype: of convolutions and activations, "float32" or "bfloat16"; logits and embedding are
+        dtype: "float32" or "bfloat16" for convolutions and activations; logits and embedding are
             float32.
 
     Raises:
@@ -102,7 +102,7 @@ class StandardUNetConfig:
     Attributes:
         in_channels: channels of the images.
         widths: features at 1, 1/2, 1/4, 1/8 and 1/16 of the resolution.
-        dtype: of convolutions and activations, "float32" or "bfloat16".
+        dtype: "float32" or "bfloat16" for convolutions and activations.
 
     Raises:
         ValueError: a value out of range; the message names the field.

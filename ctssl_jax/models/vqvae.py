@@ -66,7 +66,7 @@ class VQVAEConfig:
         remat: recompute residual blocks in the backward pass: less memory, more time, same numbers.
         scan: run the residual blocks as one loop instead of a copy each: same numbers, see
             `apply_blocks`.
-        dtype: of convolutions and activations, "float32" or "bfloat16"; parameters, batch
+        dtype: "float32" or "bfloat16" for convolutions and activations; parameters, batch
             statistics, vector quantization, latents and reconstruction are always float32.
 
     Raises:
@@ -295,7 +295,7 @@ class VQVAE(nnx.Module):
             images: [B, H, W, C] float in [0, 1]; H and W divisible by 4.
             train: training behaviour (batch statistics, dropout, codebook updates); False changes
               no state.
-            key: one key a step, needed in training with dropout, vq_init="data" or
+            key: a new key each step, needed in training with dropout, vq_init="data" or
                 vq_revive_every.
 
         Returns:

@@ -16,7 +16,7 @@ def example_keys(
     """One random key an example: fold_in(fold_in(key, step), record_index).
 
     Args:
-        key: one jax key, the run's.
+        key: the jax key of the run.
         record_index: [B] int32, the index of each example's record within its split.
         step: training step; None (evaluation) leaves it out, so that each record is always
             corrupted the same way.
@@ -34,7 +34,7 @@ def mask_side(height: int, width: int, *, fraction: float, unit: str = "area") -
 
     "area": the mask covers `fraction` of the image area, side = sqrt(fraction * height * width)
     rounded to the nearest pixel (512 px: 114, 162, 229, 294 for 5, 10, 20, 33 %), so the covered
-    area is within side + 1/2 pixels of the wanted one. "side": side = fraction * width rounded
+    area is within side + 1/2 pixels of the requested area. "side": side = fraction * width rounded
     down, as in the authors' release (512 px: 25, 51, 102, 168).
 
     Raises:

@@ -96,7 +96,7 @@ def to_unit_images(images: jax.Array, channels: int, normalize: str) -> jax.Arra
 
     Args:
       images: [B, H, W, C] uint8, windowed: 0 is the lower end of the window, 255 the upper.
-      channels: of the model; one grey channel is copied to three if the model wants three.
+      channels: channels of the model; a single grey channel is copied to all of them.
       normalize: `window` keeps the affine map from HU, the same for every slice; `slice_minmax`
         stretches each slice from its own minimum to its own maximum (the authors' release).
 

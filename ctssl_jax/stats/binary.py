@@ -61,8 +61,8 @@ class Ranking(NamedTuple):
 class Curve(NamedTuple):
     """Summed weights of the items whose probability is at least each distinct one, both [T].
 
-    true_positives: of positive items.
-    false_positives: of negative items.
+    true_positives: summed weights of positive items.
+    false_positives: summed weights of negative items.
     """
 
     true_positives: np.ndarray
@@ -321,7 +321,7 @@ def exam_scores(
     """The mean of the k highest slice probabilities of each exam; its maximum with k = 1.
 
     Args:
-      probabilities: [N] one a slice.
+      probabilities: [N], one for each slice.
       exam_index: [N] int in [0, num_exams), the exam of each slice.
       num_exams: E.
       top_k: k; an exam with fewer slices is averaged over all of them.

@@ -49,7 +49,7 @@ def volume_means(
     volume_index = np.asarray(volume_index, np.int64)
     counts = np.bincount(volume_index, minlength=num_volumes)
     if np.any(counts == 0):
-        raise ValueError(f"volume {int(np.argmin(counts))} has no slice to average")
+        raise ValueError(f"volume {int(np.argmin(counts))} is without slices to average")
     return (
         np.bincount(volume_index, weights=np.asarray(values, np.float64), minlength=num_volumes)
         / counts
@@ -73,7 +73,7 @@ def volume_summary(
         volume_values: [V] one value a volume, from `volume_means`.
         patient_ids: V patients, one a volume.
         num_resamples: bootstrap draws.
-        seed: of the draws; equal arguments give equal results.
+        seed: seed of the draws; equal arguments give equal results.
 
     Returns:
         {"mean": float,

@@ -929,7 +929,10 @@ def _stack(path: Any, slices: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         for s in slices
     }
     if len({tuple(round(value, 4) for value in grid) for grid in grids}) > 1:
-        raise ValueError(f"{path}: the slices differ in orientation, spacing or matrix")
+        raise ValueError(
+            f"{path}: the slices differ in orientation, spacing or matrix; give the folder of one "
+            "reconstruction"
+        )
     along_columns, along_rows = np.array(first.ImageOrientationPatient, dtype=float).reshape(2, 3)
     normal = np.cross(along_columns, along_rows)
     origins = np.array([slice_.ImagePositionPatient for slice_ in slices], dtype=float)
@@ -937,13 +940,14 @@ def _stack(path: Any, slices: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     origins = origins[order]
     if len(slices) < 2 or np.diff(origins @ normal).min() < 1e-3:
         raise ValueError(
-            f"{path}: {'one slice only' if len(slices) < 2 else 'two slices at one position'}"
+            f"{path}: {'one slice only' if len(slices) < 2 else 'two slices at one position'}; give "
+            "the folder of one complete series"
         )
     steps = np.diff(origins @ normal)
     if steps.max() > 1.5 * np.median(steps):
         raise ValueError(
             f"{path}: slices are missing (a step of {steps.max():g} mm among steps of "
-            f"{np.median(steps):g} mm)"
+            f"{np.median(steps):g} mm); give the complete series"
         )
     volume = np.stack([_to_hu(slices[index]) for index in order])
     affine = np.eye(4)

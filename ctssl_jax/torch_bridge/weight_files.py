@@ -50,7 +50,7 @@ def read_tensors(path: str | Path, flag: str) -> dict[str, np.ndarray]:
     ):
         raise InputError(f"{flag}={path} does not hold tensors by name; save model.state_dict()")
     if any(value.layout != torch.strided for value in content.values()):
-        raise InputError(f"{flag}={path} holds sparse tensors; save dense ones")
+        raise InputError(f"{flag}={path} contains sparse tensors; save dense tensors")
     return _plain(
         {
             str(name): (value.float() if value.is_floating_point() else value).detach().numpy()
