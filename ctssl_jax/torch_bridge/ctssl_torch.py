@@ -939,10 +939,8 @@ def _stack(path: Any, slices: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(origins @ normal, kind="stable")
     origins = origins[order]
     if len(slices) < 2 or np.diff(origins @ normal).min() < 1e-3:
-        raise ValueError(
-            f"{path}: {'one slice only' if len(slices) < 2 else 'two slices at one position'}; give "
-            "the folder of one complete series"
-        )
+        problem = "one slice only" if len(slices) < 2 else "two slices at one position"
+        raise ValueError(f"{path}: {problem}; give the folder of one complete series")
     steps = np.diff(origins @ normal)
     if steps.max() > 1.5 * np.median(steps):
         raise ValueError(
