@@ -72,16 +72,18 @@ def export(
     _check_request(output_dir, formats, licence, num_test_slices)
     started = time.monotonic()
     exported = open_model(Run.open(workdir), checkpoint)
-    imported_under = exported.run.imported.get("license")
-    if imported_under and imported_under != licence:
+    imported = exported.run.imported
+    if (imported_under := imported.get("license")) and imported_under != licence:
         raise InputError(
             f"--license={licence}, but these weights were imported under {imported_under}; give "
             f"--license={imported_under}"
         )
     summaries = [_result(Path(path), exported.fingerprint) for path in results]
     manifest = _manifest(exported, summaries, licence)
+    # A checkpoint that was not trained further keeps the counters with which it was imported.
+    counters = imported["num_batches_tracked"] if imported.get("step") == exported.step else None
     entries = state_dict(
-        exported.tensors, exported.architecture, exported.depth, _counters(exported)
+        exported.tensors, exported.architecture, exported.depth, counters or exported.step
     )
     say(
         f"model        {exported.architecture}, {exported.num_parameters:,} parameters, step "
@@ -223,14 +225,6 @@ def preprocessing_of(exported: RunModel) -> dict[str, Any]:
         "orientation": "slices to superior, rows to posterior, columns to the patient's left",
         "value_range": [0.0, 1.0],
     }
-
-
-def _counters(exported: RunModel) -> int | dict[str, int]:
-    """Values of `num_batches_tracked`: as imported, or the step."""
-    imported = exported.run.imported
-    if imported.get("step") == exported.step and imported["num_batches_tracked"]:
-        return imported["num_batches_tracked"]
-    return exported.step
 
 
 def _manifest(exported: RunModel, summaries: list[dict[str, Any]], licence: str) -> dict[str, Any]:

@@ -129,10 +129,10 @@ def weighted_mean(name: str, values: np.ndarray, chosen: np.ndarray | None = Non
     With `chosen` [N] bool, the mean of the chosen values.
     """
     values = np.asarray(values, np.float64)
-    share = np.ones(len(values)) if chosen is None else np.asarray(chosen, np.float64)
+    counted = np.ones(len(values)) if chosen is None else np.asarray(chosen, np.float64)
 
     def mean(weights: np.ndarray) -> dict[str, float]:
-        total = weights @ share
-        return {name: float(weights @ (values * share) / total) if total > 0 else math.nan}
+        total = weights @ counted
+        return {name: float(weights @ (values * counted) / total) if total > 0 else math.nan}
 
     return mean

@@ -16,6 +16,7 @@ input again and prints how far they are from the stored outputs.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -687,12 +688,9 @@ def load(path: str | Path) -> ExportedModel:
 
 
 def _weights_in(folder: Path) -> Path:
-    try:
-        import safetensors  # noqa: F401
-
-        names = ("weights.safetensors", "weights.pt")
-    except ImportError:
-        names = ("weights.pt", "weights.safetensors")
+    names = ["weights.pt", "weights.safetensors"]
+    if importlib.util.find_spec("safetensors"):
+        names.reverse()
     for name in names:
         if (folder / name).is_file():
             return folder / name
