@@ -147,7 +147,8 @@ class Dataset:
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         if name not in self._tables:
-            columns = ({VOLUMES_FILE: VOLUME_COLUMNS} | table_columns(self.preparation)).get(name)
+            is_volumes = name == VOLUMES_FILE
+            columns = VOLUME_COLUMNS if is_volumes else table_columns(self.preparation).get(name)
             self._tables[name] = read_table(self.directory / name, columns) if columns else []
         return self._tables[name]
 
