@@ -166,15 +166,19 @@ def undisturbed(interrupted, tiny_dataset, tmp_path_factory):
 def test_one_process_goes_on_as_if_nothing_had_happened(
     num_devices, interrupted, undisturbed, tmp_path
 ):
-    """With the numbers that one process has from beginning to end."""
+    """With the numbers that one process has from beginning to end. How many steps the two processes
+    took is left to chance, so all numbers are compared where rounding has not added up yet."""
     workdir = shutil.copytree(interrupted.workdir, tmp_path / "interrupted")
     expected, config = undisturbed
     assert train_on(config, workdir, num_devices)
     assert len(losses(workdir)) == config.num_steps // 2
-    for line, other in zip(numbers(workdir), numbers(expected), strict=True):
+    assert losses(workdir) == pytest.approx(losses(expected), rel=1e-3)
+    early = [[line for line in numbers(run) if line["step"] <= 4] for run in (workdir, expected)]
+    assert {line["kind"] for line in early[0]} == {"train", "gradient_norm", "validation"}
+    for line, other in zip(*early, strict=True):
         assert line.keys() == other.keys()
         # a latent between two codes may go to either
-        tolerance = 1e-2 if line["kind"] == "validation" else 1e-3
+        tolerance = 1e-2 if line["kind"] == "validation" else 1e-4
         for name, value in line.items():
             expected_value = (
                 other[name] if isinstance(value, str) else pytest.approx(other[name], rel=tolerance)
@@ -182,16 +186,17 @@ def test_one_process_goes_on_as_if_nothing_had_happened(
             assert value == expected_value, name
     one, two = saved_state(expected), saved_state(workdir)
     for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-2, atol=1e-4, err_msg=name)
+        if not name.endswith("/bias"):  # before a normalisation it has no gradient but rounding
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-2, atol=1e-3, err_msg=name)
 
 
 WAITING = """
 import sys, time
 import numpy as np
 from jax.experimental import multihost_utils
-from ctssl_jax import distributed, lost_host
+from ctssl_jax.parallel import lost_host, mesh
 address, number, workdir, end = sys.argv[1:]
-distributed.initialize(True, address, 2, int(number), heartbeat_timeout_seconds=4)
+mesh.initialize(True, address, 2, int(number), heartbeat_timeout_seconds=4)
 with lost_host.ending_together(workdir):
     multihost_utils.process_allgather(np.zeros(1))
     print("joined", flush=True)
@@ -246,7 +251,7 @@ def test_slurm_jobs_see_their_devices(monkeypatch):
 
 def test_a_slurm_job_of_one_task_uses_all_devices():
     program = (
-        "import jax; from ctssl_jax import distributed; distributed.initialize(True);"
+        "import jax; from ctssl_jax.parallel import mesh; mesh.initialize(True);"
         "print(jax.process_count(), jax.device_count(), "
         "jax.config.read('jax_cuda_visible_devices'))"
     )

@@ -399,7 +399,7 @@ def test_files_that_are_no_such_model_are_refused(exported, tiny_dataset, tmp_pa
     )
     refused(tmp_path / "cut.safetensors", "damaged")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
-    refused(tmp_path / "other.pth", "no autoencoder in the authors' layout")
+    refused(tmp_path / "other.pth", "not an autoencoder in the authors' layout")
     entries = torch.load(tmp_path / "good.pth", weights_only=True)["model_state"]
     del entries["decoder.0.0.weight"]
     torch.save(entries, tmp_path / "lacking.pth")
@@ -487,7 +487,7 @@ def test_nothing_is_overwritten_and_results_must_be_of_this_model(exported, runs
             results=[tmp_path / "result.json"],
         )
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(InputError, match="no results file"):
+    with pytest.raises(InputError, match="not a results file"):
         export(
             runs / "rotation",
             tmp_path / "model",

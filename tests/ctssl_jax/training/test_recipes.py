@@ -12,9 +12,10 @@ from ctssl_jax.training.fields import FIELDS
 from ctssl_jax.training.recipe import check_config
 from data_prep.system.errors import InputError
 
-TESTS = Path(__file__).resolve().parent
-RESOLVED = json.loads((TESTS / "resolved_recipes.json").read_text())
-RECIPES = sorted(path.stem for path in (TESTS.parent / "configs").glob("[a-z]*.py"))
+FOLDER = Path(__file__).resolve().parent
+RESOLVED = json.loads((FOLDER / "resolved_recipes.json").read_text())
+CONFIGS = FOLDER.parents[2] / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
 ALL_SIZES = [f"{recipe}:{size}" for recipe in RECIPES for size in ("reference", "small")]
 
 
@@ -51,7 +52,7 @@ def test_an_unknown_size_is_refused():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_can_be_read_alone(recipe):
     """It takes nothing from another recipe and deletes nothing, and it is short."""
-    text = (TESTS.parent / "configs" / f"{recipe}.py").read_text()
+    text = (CONFIGS / f"{recipe}.py").read_text()
     assert "configs import" not in text and "    del " not in text and ".replace(" not in text
     assert f'"{recipe}_small" if small else "{recipe}"' in text
     assert len(text.splitlines()) <= 70
