@@ -447,7 +447,10 @@ def xml(
     session = (
         f"<readingSession><unblindedReadNodule>{nodule}</unblindedReadNodule></readingSession>"
     )
-    uids = f"<SeriesInstanceUid>{series}</SeriesInstanceUid><StudyInstanceUID>{study}</StudyInstanceUID>"
+    uids = (
+        f"<SeriesInstanceUid>{series}</SeriesInstanceUid>"
+        f"<StudyInstanceUID>{study}</StudyInstanceUID>"
+    )
     start = f'<?xml version="1.0"?><{root} xmlns="http://www.nih.gov">'
     return f"{start}<ResponseHeader>{uids}</ResponseHeader>{session * 4}</{root}>"
 
@@ -541,7 +544,8 @@ def test_tfds_reads_the_masks(with_nodules):
 import sys
 import tensorflow_datasets as tfds
 source = tfds.builder_from_directory({str(with_nodules.output_dir)!r}).as_data_source("train")
-print([int(source[i]["mask"].sum()) for i in range(len(source))], source[0]["mask"].shape, "tensorflow" in sys.modules)
+masks = [source[i]["mask"] for i in range(len(source))]
+print([int(mask.sum()) for mask in masks], masks[0].shape, "tensorflow" in sys.modules)
 """
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -639,7 +643,7 @@ def loaded(folder: Path):
             {"archive": "lidc_idri", "masks_dir": Path(".")},
             "--masks_dir and --archive=lidc_idri both give masks",
         ),
-        ({"annotations_dir": Path(".")}, "--annotations_dir is of --archive=lidc_idri"),
+        ({"annotations_dir": Path(".")}, "--annotations_dir goes with --archive=lidc_idri"),
         (
             {"archive": "lidc_idri", "annotations_dir": Path("absent")},
             "--annotations_dir=absent: no such directory",

@@ -314,7 +314,7 @@ def test_no_such_directory(tmp_path):
     with pytest.raises(InputError, match="no such directory"):
         list(list_sources(tmp_path / "missing"))
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(NotADirectoryError, match="file: is a file, not a directory"):
+    with pytest.raises(InputError, match="file: is a file, not a directory"):
         list(list_sources(tmp_path / "file"))
 
 

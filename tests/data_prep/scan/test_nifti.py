@@ -512,7 +512,7 @@ def test_prepare_makes_a_dataset_and_names_what_it_leaves(tmp_path):
     options = (f"--input_dir={scans}", f"--output_dir={tmp_path / 'out'}", "--image_size=64")
     done = run_prepare(*options, f"--metadata_csv={table}", "--window=-300,1400")
     assert done.returncode == 0, done.stderr
-    assert "1 no_metadata: The metadata table has no row of the NIfTI file." in done.stdout
+    assert "1 no_metadata: The metadata table lacks a row of the NIfTI file." in done.stdout
     volumes = Dataset.open(tmp_path / "out").volumes()
     assert [v["num_slices"] for v in volumes] == [NUM_SLICES] * 3
     assert len({v["patient_id"] for v in volumes}) == 3 and {v["split"] for v in volumes} == set(
