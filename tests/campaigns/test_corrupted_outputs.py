@@ -178,7 +178,7 @@ def test_preparation_json_checks_itself(damaged):
     path.write_text(text.replace('"level": 50.0', '"level": 40.0'))
     with pytest.raises(
         DatasetError,
-        match=r"preparation.json: damaged \(its checksum of itself is another\)",
+        match=r"preparation.json: damaged \(its checksum of itself differs\)",
     ):
         Dataset.open(damaged)
     path.write_text(text)
