@@ -65,7 +65,7 @@ def start(given: flags.FlagValues) -> bool:
             if given[name].present:
                 raise InputError(
                     f"--{name} is of raw scans, and --input={given.input} is a dataset; leave it "
-                    f"out"
+                    "out"
                 )
     from ctssl_jax.parallel.processes import configure_jax
 

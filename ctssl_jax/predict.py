@@ -52,8 +52,8 @@ def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_bool(
         "dicom_seg",
         None,
-        "Write segmentation.dcm, which carries the patient's identity (default: where highdicom "
-        "is installed).",
+        "Write segmentation.dcm, which carries the patient's identity (default: where highdicom is "
+        "installed).",
         flag_values=given,
     )
     flags.DEFINE_integer(
@@ -95,7 +95,7 @@ def start(given: flags.FlagValues) -> bool:
     print(table(result))
     print(
         f"written: {', '.join(result['files'])} in {given.output}. Research software; not for "
-        f"diagnosis.",
+        "diagnosis.",
         flush=True,
     )
     return True

@@ -202,8 +202,8 @@ def main(argv: list[str]) -> None:
     headers = templates(Path(FLAGS.input_dir))
     num_workers = FLAGS.num_workers or usable_cores()
     print(
-        f"{len(headers)} headers of {[len(content) for content in headers]} bytes; "
-        f"{num_workers} workers"
+        f"{len(headers)} headers of {[len(content) for content in headers]} bytes; {num_workers} "
+        "workers"
     )
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(FLAGS.scratch_dir or folder)

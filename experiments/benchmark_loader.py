@@ -208,8 +208,8 @@ def main(argv: list[str]) -> int:
             dataset, _SPLIT.value, _BATCH_SIZE.value, best, speed, 2 * _SECONDS.value
         )
         print(
-            f"a device that takes {speed:,.0f} slices/s, {number}: {share:.2%} of the time "
-            f"waiting for data",
+            f"a device that takes {speed:,.0f} slices/s, {number}: {share:.2%} of the time waiting "
+            "for data",
             flush=True,
         )
         if _TRAINING.value:
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> int:
             speed, share = waiting_share(Path(folder))
             print(
                 f"training a small model, 64 x 64: {speed:,.0f} slices/s, {share:.2%} of the time "
-                f"waiting for data"
+                "waiting for data"
             )
     return 0
 

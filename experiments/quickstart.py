@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
     print(
         f"\nInside the masked square the model's error is {factors['mean_image']:.1f} times "
         f"smaller than the mean slice's and {factors['copy_input']:.1f} times smaller than the "
-        f"masked input's"
+        "masked input's"
         + (" (SYNTHETIC data)" if result["synthetic"] else "")
         + f".\nReport: {output / 'report.html'}   ({sum(seconds.known.values()):.0f} s)"
     )

@@ -43,14 +43,11 @@ def caption(num_patients: int, consensus: float, min_area_px: int) -> str:
     """What the lines count."""
     return (
         f"Volumes: annotated CT series, of {num_patients:,} patients; all else is of a patient's "
-        f"first scan. A slice "
-        "counts once for each nodule that it shows. A pixel is of a nodule where a share of at "
-        "least "
-        f"{consensus:g} of its annotations has it; a slice is kept where the nodule has more than "
-        f"{min_area_px} "
-        "pixels. The score is the median of the readers' (the upper one of an even number); above "
-        "3 cancer, below no cancer. A volume counts under each finding that it shows. Patients: "
-        "with at least one kept nodule."
+        "first scan. A slice counts once for each nodule that it shows. A pixel is of a nodule "
+        f"where a share of at least {consensus:g} of its annotations has it; a slice is kept where "
+        f"the nodule has more than {min_area_px} pixels. The score is the median of the readers' "
+        "(the upper one of an even number); above 3 cancer, below no cancer. A volume counts under "
+        "each finding that it shows. Patients: with at least one kept nodule."
     )
 
 
@@ -110,8 +107,8 @@ def main(argv: list[str]) -> int:
     datasets = [Path(name) for name in flag.dataset]
     if len({path.resolve().name for path in datasets}) < len(datasets):
         raise InputError(
-            "two --dataset have the same folder name; rename one, their descriptions go to "
-            "folders of it"
+            "two --dataset have the same folder name; rename one, their descriptions go to folders "
+            "of it"
         )
     output_dir = Path(flag.output_dir)
     parts, table = ["# Table I: characteristics of the cohorts\n"], []

@@ -82,15 +82,15 @@ def draw(settings: Settings) -> str:
     total = sum(seconds(settings.workdir).values())
     took = f" The cells took {total / 60:.0f} minutes by the clock." if total else ""
     parts = [
-        f"# Table II: self-supervised models on held-out "
+        "# Table II: self-supervised models on held-out "
         f"volumes\n\n{caption}{took}\n\n{table_markdown(rows)}"
     ]
     parts.append(f"## Representation health\n\n{health_markdown(results)}")
     if any(cross.values()):
         parts.append(
             "## Cross table: frozen encoders on equal terms\n\nLinear probe and k nearest "
-            "neighbours on the frozen "
-            f"encoder's features, mean ± sd over volumes.\n\n{markdown(cross_rows(cross))}"
+            "neighbours on the frozen encoder's features, mean ± sd over "
+            f"volumes.\n\n{markdown(cross_rows(cross))}"
         )
     text = "\n".join(parts)
     write_text(settings.workdir / "table2.md", text)

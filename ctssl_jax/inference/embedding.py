@@ -91,7 +91,7 @@ def embed(
         if split is not None:
             raise InputError(
                 f"--split={split} is of prepared datasets, and --input={input_path} is not one; "
-                f"leave it out"
+                "leave it out"
             )
         rules = rules or Rules()
         plan = plan_scans(input_path, archive, rules, metadata_csv, num_workers=num_workers)
@@ -177,8 +177,7 @@ def summary(result: dict[str, Any]) -> str:
     )
     lines = [
         f"{result['recipe']}, step {result['checkpoint_step']:,}: {slices} of {volumes} of "
-        f"{patients}, "
-        f"{result['embedding_dim']} numbers a "
+        f"{patients}, {result['embedding_dim']} numbers a "
         f"slice{'  SYNTHETIC DATA' if result['synthetic'] else ''}"
     ]
     for reason, number in result["refused"].items():
@@ -188,7 +187,7 @@ def summary(result: dict[str, Any]) -> str:
     if result["num_patients_seen_in_training"]:
         lines.append(
             f"NOTE: the model has learned from {result['num_patients_seen_in_training']} of these "
-            f"patients"
+            "patients"
         )
     if not result["complete"]:
         lines.append("NOTE: some scans could not be read for now; run again to retry them")

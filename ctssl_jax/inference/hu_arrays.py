@@ -109,8 +109,8 @@ def _to_hu(frames: Sequence[np.ndarray]) -> np.ndarray:
     if fault := plausibility.fault():
         lowest, highest = min(frame.min() for frame in frames), max(frame.max() for frame in frames)
         raise InputError(
-            f"values from {lowest:g} to {highest:g} are not HU ({fault}); give HU, stored values "
-            f"x Rescale Slope "
-            "+ Intercept, or slices of a prepared dataset as uint8 [S, H, W, C] without an affine"
+            f"values from {lowest:g} to {highest:g} are not HU ({fault}); give HU, stored values x "
+            "Rescale Slope + Intercept, or slices of a prepared dataset as uint8 [S, H, W, C] "
+            "without an affine"
         )
     return np.stack([to_hu(frame, _VALUES_ARE_HU) for frame in frames])

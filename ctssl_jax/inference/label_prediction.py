@@ -128,19 +128,17 @@ def read_thresholds(
     if not fits:
         raise InputError(
             f"--evaluation={path} has no thresholds of the label {config.label}; give the "
-            f"RESULT.json that "
-            "ctssl_jax.evaluate wrote of this run, of a label with two classes"
+            "RESULT.json that ctssl_jax.evaluate wrote of this run, of a label with two classes"
         )
     if not same_weights:
         raise InputError(
             f"--evaluation={path} is of other weights (step {result.get('checkpoint_step')}) than "
-            f"the checkpoint; give "
-            "the evaluation of this run, and the same --checkpoint"
+            "the checkpoint; give the evaluation of this run, and the same --checkpoint"
         )
     if all(threshold is None for threshold in result["thresholds"].values()):
         raise InputError(
             f"--evaluation={path} fixed no threshold: its validation split has one class only; "
-            f"leave it out"
+            "leave it out"
         )
     return result["thresholds"]
 

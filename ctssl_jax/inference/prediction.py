@@ -78,8 +78,8 @@ def predict(
     exam = choose_exam(plan.exams, request.series_index, request.input_path)
     if request.dicom_seg and exam[0].headers[0].transfer_syntax == NIFTI:
         raise InputError(
-            "--dicom_seg: a DICOM segmentation refers to a DICOM scan, and --input is NIfTI; "
-            "leave it out"
+            "--dicom_seg: a DICOM segmentation refers to a DICOM scan, and --input is NIfTI; leave "
+            "it out"
         )
     model = load(run, checkpoint, batch_size=batch_size)
     thresholds = {}
@@ -146,7 +146,7 @@ def predict(
     except OSError as error:
         raise RunFailed(
             f"--output={output} could not be written ({error.strerror or error}); make room or "
-            f"choose another folder"
+            "choose another folder"
         ) from None
     return result
 
@@ -163,8 +163,7 @@ def open_run(workdir: str | Path) -> Run:
         raise InputError(
             f"--workdir={workdir} is a run of the task {run.config.task}; predict takes runs of "
             f"{labels} (configs/pe.py) and {masks} (configs/nodules.py); for the embedding of a "
-            f"scan by another run use "
-            "ctssl_jax.embed"
+            "scan by another run use ctssl_jax.embed"
         )
     return run
 
@@ -229,8 +228,7 @@ def _note_choice(exam: list[SeriesCandidate], taken: SeriesCandidate) -> list[st
     )
     return [
         f"the exam has {len(exam)} reconstructions; {why} ({_in_words(taken)}), as "
-        f"data_prep.prepare does; "
-        "--reconstructions=all with --series_index takes another"
+        "data_prep.prepare does; --reconstructions=all with --series_index takes another"
     ]
 
 
@@ -260,8 +258,8 @@ def table(result: dict) -> str:
     """The prediction as lines for the screen."""
     scan = result["scan"]
     lines = [
-        f"{result['recipe']}, step {result['checkpoint_step']:,}"
-        f"{', trained on SYNTHETIC data' * result['trained_on_synthetic']}: "
+        f"{result['recipe']}, step "
+        f"{result['checkpoint_step']:,}{', trained on SYNTHETIC data' * result['trained_on_synthetic']}: "
         f"{scan['num_slices']} slices of {scan['slice_thickness_mm']:g} mm, {scan['rows']} x "
         f"{scan['columns']}"
     ]
@@ -278,13 +276,12 @@ def table(result: dict) -> str:
     else:
         lines.append(
             f"{result['num_regions']} regions on {result['num_foreground_slices']} slices, "
-            f"{result['volume_ml']:.3f} ml"
-            f" (highest probability {result['highest_probability']:.3f})"
+            f"{result['volume_ml']:.3f} ml (highest probability "
+            f"{result['highest_probability']:.3f})"
         )
         for region in result["regions"][:5]:
             lines.append(
                 f"  {region['equivalent_diameter_mm']:.1f} mm, {region['volume_ml']:.3f} ml, "
-                f"around slice "
-                f"{region['centre_slice']} at {region['centre_position_mm']:.1f} mm"
+                f"around slice {region['centre_slice']} at {region['centre_position_mm']:.1f} mm"
             )
     return "\n".join([*lines, *(f"NOTE: {note}" for note in result["notes"])])

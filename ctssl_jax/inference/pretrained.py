@@ -136,7 +136,7 @@ class PretrainedModel:
         if "probabilities" not in jax.eval_shape(self._outputs, self.state, self._abstract_batch()):
             raise InputError(
                 f"a model of the task {self.config.task} predicts no classes; load a classifier's "
-                f"run"
+                "run"
             )
         return self.outputs(self.prepare(volume, affine, rules=rules))["probabilities"]
 
@@ -150,8 +150,8 @@ class PretrainedModel:
         """
         if self._latents is None:
             raise InputError(
-                f"a model of the task {self.config.task} has no encoder with latents; load "
-                f"another run"
+                f"a model of the task {self.config.task} has no encoder with latents; load another "
+                "run"
             )
         images = self.prepare(volume, affine, rules=rules).images
         return self.in_batches(self._latents, {"images": images})
@@ -168,8 +168,7 @@ class PretrainedModel:
                 return PreparedVolume(volume)
             raise InputError(
                 f"an array of {volume.dtype} {list(volume.shape)} without an affine; give HU with "
-                f"the affine of "
-                "nibabel, or slices of a prepared dataset as uint8 [S, H, W, C]"
+                "the affine of nibabel, or slices of a prepared dataset as uint8 [S, H, W, C]"
             )
         return prepare_array(volume, affine, self.windows, self.image_size)
 
@@ -191,8 +190,7 @@ class PretrainedModel:
         ):
             raise InputError(
                 f"slices of {images.dtype} {list(images.shape)}, but the run's are uint8 [S, "
-                f"{size}, {size}, "
-                f"{channels}]; prepare them with its --image_size and --window"
+                f"{size}, {size}, {channels}]; prepare them with its --image_size and --window"
             )
         row = {
             "num_slices": len(images),
@@ -225,7 +223,7 @@ class PretrainedModel:
         if len(plan.exams) > 1:
             raise InputError(
                 f"--input={path} holds {len(plan.exams)} scans; give one, or all to python -m "
-                f"ctssl_jax.embed"
+                "ctssl_jax.embed"
             )
         scan = read_scan(plan.input_dir, plan.exams[0], self.windows, self.image_size, rules)
         if isinstance(scan, Refused):

@@ -169,8 +169,8 @@ def table(result: dict) -> str:
     shuffled = ", SHUFFLED LABELS" if result["shuffled_labels"] else ""
     lines = [
         f"{result['recipe']}, encoder: {result['encoder']}{step}, {result['num_features']} "
-        f"features of the middle slice"
-        f"{shuffled}{'  SYNTHETIC DATA' if result['synthetic'] else ''}",
+        "features of the middle "
+        f"slice{shuffled}{'  SYNTHETIC DATA' if result['synthetic'] else ''}",
         f"{'':32}{'value':>7}   95 % interval     volumes patients",
     ]
     for name, value in result["metrics"].items():
@@ -221,8 +221,8 @@ def _read_attributes(
     if not chosen:
         raise InputError(
             f"no attribute can be probed on {dataset.name}: "
-            f"{'; '.join(refused.values()) or '--attributes is empty'}; "
-            "name labels of the dataset by --attributes, or prepare it again with --attributes_csv"
+            f"{'; '.join(refused.values()) or '--attributes is empty'}; name labels of the dataset "
+            "by --attributes, or prepare it again with --attributes_csv"
         )
     return chosen, refused
 

@@ -86,8 +86,7 @@ def open_encoder(
     if "encoder" not in abstract_model(config, task)[1]:
         raise InputError(
             f"--workdir={measured.run.workdir}: a model of the task {config.task} has no encoder "
-            f"to probe; give "
-            "another run"
+            "to probe; give another run"
         )
     if name == "run":
         return trained_encoder(config, task, measured.run, step, regions), f"run, step {step:,}"

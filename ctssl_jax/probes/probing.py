@@ -192,8 +192,7 @@ def _check_sources(sources: dict, split: str) -> None:
         if len(sources["train", offsets]) < LEAST_TRAINING_SLICES:
             raise InputError(
                 f"{len(sources['train', offsets])} training {items} are too few for probes, which "
-                f"need "
-                f"{LEAST_TRAINING_SLICES}; give a --dataset of more scans"
+                f"need {LEAST_TRAINING_SLICES}; give a --dataset of more scans"
             )
     for name, target in LABELS.items():
         train, validation, scored = (
@@ -204,14 +203,12 @@ def _check_sources(sources: dict, split: str) -> None:
         if len(set(train)) < target.num_classes or len(set(validation)) < 2:
             raise InputError(
                 f"the training and validation slices are too few: not every {name} occurs; give a "
-                f"larger --max_slices "
-                "or a --dataset of more scans"
+                "larger --max_slices or a --dataset of more scans"
             )
         if all(len(set(scored[of_volume])) < 2 for of_volume in chosen):
             raise InputError(
                 f"the volumes of the {split} split have too few slices for an AUROC of {name} "
-                f"each; prepare the "
-                "--dataset again with a larger --min_slices"
+                "each; prepare the --dataset again with a larger --min_slices"
             )
 
 

@@ -170,7 +170,7 @@ def make_torch_side(
             raise
         except Exception as error:  # whatever the compiler lacks; the first line says it
             print(
-                f"torch.compile failed, PyTorch runs without it: "
+                "torch.compile failed, PyTorch runs without it: "
                 f"{(str(error).splitlines() or [repr(error)])[0]}"
             )
             training_loss = eager_loss

@@ -197,7 +197,7 @@ def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
         if wanted:
             raise InputError(
                 f"no weights for {', '.join(wanted)}: give --pretrained={wanted[0]}=RUN for each, "
-                f"or choose --arms"
+                "or choose --arms"
             )
         return []
     chain = list(MASKED)
@@ -337,7 +337,7 @@ def study_of_flags(verb: str, kind: str) -> Study:
     if unknown:
         raise InputError(
             f"--arms: {unknown[0]} is not known; choose from {', '.join(TITLES)}, or give "
-            f"--pretrained"
+            "--pretrained"
         )
     if sizes.archives:
         dataset = workdir / "data" / kind

@@ -58,8 +58,8 @@ def read_geometry(path: Path) -> list[Series]:
             ) from error
         if not (0 < thickness < float("inf") and 0 < spacing < float("inf")):
             raise InputError(
-                f"--geometry={path}, line {number}: thickness and spacing are not above 0; "
-                f"correct them"
+                f"--geometry={path}, line {number}: thickness and spacing are not above 0; correct "
+                "them"
             )
         series.append(Series(row[needed[0]], row[needed[1]], thickness, spacing))
     if len({one.series_instance_uid for one in series}) < len(series):
@@ -85,8 +85,7 @@ def first_scan_votes(
     if without_geometry or without_reading:
         raise InputError(
             f"{without_geometry} series of --annotations are not in --geometry, and "
-            f"{without_reading} the reverse; "
-            "give both for the same series"
+            f"{without_reading} the reverse; give both for the same series"
         )
     first = {series.patient_id: series for series in reversed(geometry)}
     patients = []

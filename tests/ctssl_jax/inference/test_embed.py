@@ -541,7 +541,7 @@ def test_command_line(runs, folder, archive, tmp_path):
     )
     assert outputs[1][1] == (
         f"error: --min_slices is of raw scans, and --input={folder / 'dataset'} is a dataset; "
-        f"leave it out\n"
+        "leave it out\n"
     )
     assert outputs[2][1] == "error: give --input\n"
     (on_one_device,) = slices_of(tmp_path / "z.parquet").values()
