@@ -1,22 +1,17 @@
-r"""Figure 5: nodule segmentation (Dice, IoU) against the size of the training set and the number of
-training steps.
+r"""Figure 5: nodule segmentation against the size of the training set and the training steps.
 
     python -m experiments.figure5 run --preset=phantom --workdir=STUDY
     python -m experiments.figure5 draw --preset=phantom --workdir=STUDY
 
-All arms are one graph, a U-Net whose down branch is the encoder's compression layers; they differ
-in the weights of these layers alone. A standard U-Net is a reference beside them.
+Dice and IoU are drawn. All arms are the same U-Net, whose down branch has the compression layers of
+the encoder; they differ in the weights of these layers alone. A standard U-Net is a reference
+beside them.
 """
 
-from absl import flags
-
-from data_prep.system import command_line
-from experiments.study import curves, downstream, runner
+from experiments.study import curves
 
 ARMS = ("random", "masked_20", "next_slice", "denoising", "rotation", "flip", "standard_unet")
 FIGURE = curves.nodule_figure("figure5", "Nodule segmentation by pretext")
 
 if __name__ == "__main__":
-    downstream.define_flags(ARMS)
-    flags.adopt_module_key_flags(downstream)
-    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)
+    curves.run(FIGURE, ARMS)

@@ -1,22 +1,16 @@
-r"""Figure S1: nodule segmentation from masked region prediction with 5, 10, 20 and 33 % of the area
-covered.
+r"""Figure S1: nodule segmentation from masked region prediction, by the covered area (5 to 33 %).
 
     python -m experiments.figure_s1 run --preset=phantom --workdir=STUDY
     python -m experiments.figure_s1 draw --preset=phantom --workdir=STUDY
 
-Same cells, data and statistics as `experiments.figure5`; in one --workdir the arms that both have
-are run once.
+Cells, data and statistics are as in `experiments.figure5`. In one --workdir the arms of both
+figures are run once.
 """
 
-from absl import flags
-
-from data_prep.system import command_line
-from experiments.study import curves, downstream, runner
+from experiments.study import curves, downstream
 
 ARMS = ("random", *downstream.MASKED)
 FIGURE = curves.nodule_figure("figure_s1", "Nodule segmentation by size of the masked region")
 
 if __name__ == "__main__":
-    downstream.define_flags(ARMS)
-    flags.adopt_module_key_flags(downstream)
-    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)
+    curves.run(FIGURE, ARMS)
