@@ -347,9 +347,9 @@ def test_both_formats_hold_the_same(runs, folder, tmp_path):
         assert json.loads(parquet.read_schema(path).metadata[b"ctssl_jax"]) == facts
     assert facts.items() <= result.items()
     assert {
-        "kind": "embeddings", "task": "next_slice", "checkpoint_step": 4, "windows": [[-600.0, 1500.0]],
-        "image_size": 32, "normalize": "window", "embedding_dim": 4, "num_volumes": 4, "split": None,
-        "dataset_fingerprint": Dataset.open(folder / "dataset").preparation["fingerprint"],
+        "kind": "embeddings", "task": "next_slice", "checkpoint_step": 4,
+        "windows": [[-600.0, 1500.0]], "image_size": 32, "normalize": "window", "embedding_dim": 4, "num_volumes": 4,
+        "split": None, "dataset_fingerprint": Dataset.open(folder / "dataset").preparation["fingerprint"],
     }.items() <= facts.items()  # fmt: skip
     for name in ("volume_id", "patient_id", "split", "num_slices", "mean", "max"):
         np.testing.assert_array_equal(
@@ -489,9 +489,10 @@ def test_wrong_requests(runs, folder, archive, tmp_path):
         ((run, ready, output), {"split": "none"}, "--split=none: choose one of train, validation, "
                                                   "test"),
         ((run, archive, output), {"batch_size": -1}, "--batch_size=-1: must be 0 or more"),
-        ((run, archive, output), {"pseudonym_key_file": tmp_path / "x"}, "--pseudonym_key_file=.*no such key file"),
-        ((run, archive, output), {"pseudonym_key_file": tmp_path / "short_key"}, "at least 16 "
-                                                                                 "bytes, this one 3"),
+        ((run, archive, output), {"pseudonym_key_file": tmp_path / "x"},
+         "--pseudonym_key_file=.*no such key file"),
+        ((run, archive, output), {"pseudonym_key_file": tmp_path / "short_key"},
+         "at least 16 bytes, this one 3"),
         ((tmp_path / "other_window", ready, output), {},
          "--input=.* was prepared otherwise than the run's data: .*asks for level/width -600/1400"),
     ):  # fmt: skip

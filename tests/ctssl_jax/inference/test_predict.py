@@ -232,13 +232,10 @@ def test_without_highdicom_the_rest_is_written(runs, scan, tmp_path, monkeypatch
 def test_real_scans(runs, real_data, tmp_path, monkeypatch, name):
     pytest.importorskip("highdicom")
     made_certain(monkeypatch, np.s_[40:50, 10:16, 20:27])
-    taken = []
-
-    def read_scan(*arguments):
-        taken.append(scans.read_scan(*arguments))
-        return taken[0]
-
-    monkeypatch.setattr(prediction, "read_scan", read_scan)
+    read, taken = scans.read_scan, []
+    monkeypatch.setattr(
+        prediction, "read_scan", lambda *given: taken.append(read(*given)) or taken[0]
+    )
     predict_scan(runs / "nodules", real_data / name, tmp_path / "out")
     volume = taken[0].volume
     image = nibabel.load(tmp_path / "out" / "mask.nii.gz")
