@@ -13,7 +13,10 @@ lists the cells, one command each. With your own data:
         --arms=random,masked_20,rotation,se_resnext
 """
 
-from experiments.study import curves
+from absl import flags
+
+from data_prep.system import command_line
+from experiments.study import curves, downstream, runner
 
 ARMS = (
     "random",
@@ -35,4 +38,6 @@ FIGURE = curves.pe_figure(
 )
 
 if __name__ == "__main__":
-    curves.run(FIGURE, ARMS)
+    downstream.define_flags(ARMS)
+    flags.adopt_module_key_flags(downstream)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

@@ -7,7 +7,10 @@ Cells, data and statistics are as in `experiments.figure3`. In one --workdir the
 figures are run once.
 """
 
-from experiments.study import curves, downstream
+from absl import flags
+
+from data_prep.system import command_line
+from experiments.study import curves, downstream, runner
 
 ARMS = ("random", *downstream.MASKED)
 FIGURE = curves.pe_figure(
@@ -17,4 +20,6 @@ FIGURE = curves.pe_figure(
 )
 
 if __name__ == "__main__":
-    curves.run(FIGURE, ARMS)
+    downstream.define_flags(ARMS)
+    flags.adopt_module_key_flags(downstream)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

@@ -8,10 +8,15 @@ the encoder; they differ in the weights of these layers alone. A standard U-Net 
 beside them.
 """
 
-from experiments.study import curves
+from absl import flags
+
+from data_prep.system import command_line
+from experiments.study import curves, downstream, runner
 
 ARMS = ("random", "masked_20", "next_slice", "denoising", "rotation", "flip", "standard_unet")
 FIGURE = curves.nodule_figure("figure5", "Nodule segmentation by pretext")
 
 if __name__ == "__main__":
-    curves.run(FIGURE, ARMS)
+    downstream.define_flags(ARMS)
+    flags.adopt_module_key_flags(downstream)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

@@ -7,10 +7,15 @@ Cells, data and statistics are as in `experiments.figure5`. In one --workdir the
 figures are run once.
 """
 
-from experiments.study import curves, downstream
+from absl import flags
+
+from data_prep.system import command_line
+from experiments.study import curves, downstream, runner
 
 ARMS = ("random", *downstream.MASKED)
 FIGURE = curves.nodule_figure("figure_s1", "Nodule segmentation by size of the masked region")
 
 if __name__ == "__main__":
-    curves.run(FIGURE, ARMS)
+    downstream.define_flags(ARMS)
+    flags.adopt_module_key_flags(downstream)
+    command_line.run(lambda argv: curves.main(argv, FIGURE), runner.VERBS)

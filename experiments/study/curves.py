@@ -5,7 +5,6 @@ RESULT.predictions.npz, the probabilities of each slice with the pseudonym of it
 needed to compare arms in pairs.
 """
 
-import functools
 import itertools
 import textwrap
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 from experiments.study import downstream, results, runner
@@ -317,19 +315,8 @@ def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:
     return text
 
 
-def run(figure: Figure, arms: Sequence[str]) -> None:
-    """The program of a figure.
-
-    Args:
-      figure: the figure.
-      arms: of the grid, if `--arms` does not name others.
-    """
-    downstream.define_flags(arms)
-    flags.adopt_module_key_flags(downstream)
-    command_line.run(functools.partial(_main, figure), runner.VERBS)
-
-
-def _main(figure: Figure, argv: list[str]) -> int:
+def main(argv: list[str], figure: Figure) -> int:
+    """The command line of a figure."""
     module = f"experiments.{figure.name}"
     verb = runner.verb_of(argv, module)
     study = downstream.study_of_flags(verb, figure.kind)

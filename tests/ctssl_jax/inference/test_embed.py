@@ -348,8 +348,9 @@ def test_both_formats_hold_the_same(runs, folder, tmp_path):
     assert facts.items() <= result.items()
     assert {
         "kind": "embeddings", "task": "next_slice", "checkpoint_step": 4,
-        "windows": [[-600.0, 1500.0]], "image_size": 32, "normalize": "window", "embedding_dim": 4, "num_volumes": 4,
-        "split": None, "dataset_fingerprint": Dataset.open(folder / "dataset").preparation["fingerprint"],
+        "windows": [[-600.0, 1500.0]], "image_size": 32, "normalize": "window",
+        "embedding_dim": 4, "num_volumes": 4, "split": None,
+        "dataset_fingerprint": Dataset.open(folder / "dataset").preparation["fingerprint"],
     }.items() <= facts.items()  # fmt: skip
     for name in ("volume_id", "patient_id", "split", "num_slices", "mean", "max"):
         np.testing.assert_array_equal(
@@ -481,7 +482,8 @@ def test_wrong_requests(runs, folder, archive, tmp_path):
         ((run, archive, tmp_path / "file" / "z.npz"), {}, "cannot make .*file .*choose another "
                                                           "folder"),
         ((run, tmp_path / "none", output), {}, "--input=.*none: no such file or directory"),
-        ((run, archive / "short", output), {}, "has too few slices .*; give a smaller --min_slices"),
+        ((run, archive / "short", output), {},
+         "has too few slices .*; give a smaller --min_slices"),
         ((run, archive / "notes.txt", output), {}, "not a DICOM file; give DICOM, or "
                                                    "--archive=nifti"),
         ((run, archive, output), {"split": "test"}, "--split=test is for prepared datasets, and "
