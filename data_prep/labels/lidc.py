@@ -356,7 +356,7 @@ def nodule_votes(
     *,
     keep_excluded: bool = False,
 ) -> list[Votes]:
-    """The nodules of a series before the consensus. The arguments are those named in
+    """The nodules of a series before the consensus; arguments and errors as in
     `consensus_nodules`."""
     if not slice_thickness_mm > 0:
         raise LidcError(f"slice thickness {slice_thickness_mm} mm; give the scan's, above 0")

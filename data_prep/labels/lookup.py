@@ -99,6 +99,7 @@ class Labels:
 
     @property
     def has_masks(self) -> bool:
+        """Whether the dataset gets masks."""
         return self.sources.mask_facts() is not None
 
     def attributes(self, patient_id: str) -> dict[str, Any]:
@@ -263,11 +264,10 @@ def header_key(header: Header, key: str) -> str:
 
 def _numbers_of_instances(candidate: SeriesCandidate) -> dict[str, int]:
     """Position in the planned stack of each SOP Instance UID, duplicates included."""
-    groups = zip(candidate.headers, candidate.duplicates, strict=True)
     return {
         header.sop_instance_uid: number
-        for number, (first, others) in enumerate(groups)
-        for header in (first, *others)
+        for number, group in enumerate(candidate.groups)
+        for header in group
     }
 
 

@@ -105,10 +105,12 @@ def check_train_csv(input_dir: Path | RemoteArchive) -> Path:
 
 
 def slice_table(path: Path) -> Table:
+    """The labels of slices in `train.csv`."""
     return Table(path, INSTANCE, (SLICE_LABEL,))
 
 
 def exam_table(path: Path) -> Table:
+    """The labels of exams in `train.csv`, with `POSITIVE_EXAM`."""
     return Table(path, STUDY, (*EXAM_LABELS, POSITIVE_EXAM))
 
 

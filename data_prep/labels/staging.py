@@ -260,6 +260,7 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
         seen.execute("ATTACH DATABASE ? AS staged", (str(database),))
 
         def without(table: str, key: str, condition: str = "1") -> tuple[int, int]:
+            """Number of rows of a staged table, and number of rows without a match."""
             total, matched = seen.execute(
                 f"SELECT count(*), count(seen.value) FROM staged.{table} AS t LEFT JOIN seen ON "
                 f"seen.value = t.key AND seen.key = ? WHERE {condition}",

@@ -45,6 +45,7 @@ class Table(NamedTuple):
 
     @property
     def level(self) -> str:
+        """`slice`, `volume` or `patient`."""
         return KEY_LEVELS[self.key]
 
 

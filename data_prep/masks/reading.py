@@ -121,7 +121,7 @@ def _corners(
     """Three corners of a slice in canonical orientation, [3, 3] in mm, DICOM's patient space: the
     first pixel, the last pixel of its column, the last pixel of its row.
 
-    The arguments are those attributes of the stored slice; `shape` is (rows, columns).
+    The arguments are attributes of the stored slice; `shape` is (rows, columns).
     """
     rows, columns = (
         (shape[0] - 1) * np.array([[0, 0], [1, 1]]),

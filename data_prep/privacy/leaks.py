@@ -89,6 +89,7 @@ class SourceValues:
     )
 
     def update(self, other: "SourceValues") -> None:
+        """Adds the values of other files."""
         self.identifying |= other.identifying
         self.words |= other.words
         self.personal |= other.personal

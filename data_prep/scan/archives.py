@@ -149,6 +149,7 @@ def _is_remote_zip(archive: RemoteArchive, source: Source) -> bool:
 
 
 def is_zip(path: str) -> bool:
+    """Whether a file begins as a zip file."""
     with open(path, "rb") as file:
         return file.read(4) in ZIP_SIGNATURES
 
@@ -315,12 +316,12 @@ def read_bytes(input_dir: ArchiveDirectory, source: Source) -> bytes:
 def will_read(input_dir: ArchiveDirectory, sources: Iterable[Source], num_bytes: int = 0) -> None:
     """Asks the system to fetch plain files ahead of their use, since disks are faster with a queue.
 
-    Args:
-        input_dir: of the sources.
-        sources: the files; zip members are skipped.
-        num_bytes: how many of the first bytes; 0 fetches whole files.
+    On systems and stores that cannot, nothing happens.
 
-    Does nothing on systems that cannot.
+    Args:
+        input_dir: the archive.
+        sources: the files; zip members are skipped.
+        num_bytes: number of first bytes; 0 fetches whole files.
     """
     if isinstance(input_dir, RemoteArchive) or not hasattr(os, "posix_fadvise"):
         return

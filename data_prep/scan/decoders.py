@@ -46,7 +46,7 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
     """One frame's pixels as bytes; part of pydicom's plugin interface.
 
     Raises:
-        ValueError: the frame ends early, or holds another matrix than Rows x Columns, or several
+        ValueError: the frame ends early, or has another matrix than Rows x Columns, or several
           channels.
         RuntimeError: imagecodecs cannot decode it.
     """

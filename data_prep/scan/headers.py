@@ -197,7 +197,7 @@ def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
 
 
 def inflates_too_far(file: BinaryIO) -> bool:
-    """Whether a file of the deflated transfer syntax holds more than a zip member may
+    """Whether a file of the deflated transfer syntax expands further than a zip member may
     (`data_prep.scan.archives`).
 
     pydicom inflates such a file as a whole, with its pixels, before it finds the first element. The

@@ -69,7 +69,7 @@ class SeriesCandidate:
     headers at a slice's position are its duplicates. `load_volume` compares their pixels.
     """
 
-    # the Series Instance UID, with a suffix where a series holds several stacks; unique in its exam
+    # the Series Instance UID, with a suffix where a series has several stacks; unique in its exam
     series_key: str
     exam_key: tuple[str, str]  # patient key, Study Instance UID
     patient_key: str
@@ -82,6 +82,12 @@ class SeriesCandidate:
     dropped: tuple[tuple[Header, str], ...]  # each with its reason
     notes: tuple[str, ...]  # names of `data_prep.scan.reasons.NOTES`
     preference: tuple  # smaller is preferred within an exam
+
+    @property
+    def groups(self) -> list[tuple[Header, ...]]:
+        """For each slice its header, followed by its duplicates."""
+        pairs = zip(self.headers, self.duplicates, strict=True)
+        return [(first, *others) for first, others in pairs]
 
     @property
     def all_headers(self) -> tuple[Header, ...]:
@@ -250,6 +256,7 @@ def _too_few(series_key: str, slices: Iterable[Header], count: int, rules: Rules
 
 
 def too_few_detail(count: int, rules: Rules) -> str:
+    """The detail of the reason `too_few_slices`."""
     return f"{count} {'slice' if count == 1 else 'slices'}, at least {rules.min_slices} asked"
 
 

@@ -59,9 +59,7 @@ def load_volume(
         return candidate.rejected(
             "missing_rescale", "some slices have rescale tags and some have none"
         )
-    in_order = zip(candidate.headers, candidate.duplicates, strict=True)
-    sources = (header.source for first, others in in_order for header in (first, *others))
-    input_dir = reading_ahead(input_dir, sources)
+    input_dir = reading_ahead(input_dir, (h.source for group in candidate.groups for h in group))
     axes = canonical_axes(candidate.headers[0].orientation)
     loader = _SliceLoader(PixelReader(input_dir), axes, len(candidate.headers))
     kept: list[int] = []
@@ -70,13 +68,11 @@ def load_volume(
     meeting: list[tuple[Header, str]] = []
     used: list[Header] = []
     will_read(input_dir, (header.source for header in candidate.headers[:_READ_AHEAD]))
-    for i, group in enumerate(zip(candidate.headers, candidate.duplicates, strict=True)):
+    for i, group in enumerate(candidate.groups):
         taken = None
-        will_read(
-            input_dir,
-            (header.source for header in candidate.headers[i + _READ_AHEAD : i + _READ_AHEAD + 1]),
-        )
-        for header in (group[0], *group[1]):
+        following = candidate.headers[i + _READ_AHEAD : i + _READ_AHEAD + 1]
+        will_read(input_dir, (header.source for header in following))
+        for header in group:
             try:
                 if taken is None:
                     loader.add(header)

@@ -422,8 +422,10 @@ def xml(
     malignancy: int = 4,
     root="LidcReadMessage",
 ):
-    """Four readers who outline the rectangles (instance, first and last column and row) of one
-    nodule alike; the outline runs one pixel outside."""
+    """XML of four readers with the same outline of one nodule, one pixel outside its rectangles.
+
+    A rectangle is (instance, first and last column, first and last row).
+    """
     names = (
         *("subtlety", "internalStructure", "calcification", "sphericity", "margin"),
         *("lobulation", "spiculation", "texture"),
@@ -600,7 +602,7 @@ def test_nodules_of_few_pixels_are_left_out_where_asked(lidc_archive, tmp_path):
 
 
 def test_masks_of_files(archive, tmp_path, monkeypatch):
-    """`labels` without the readers of mask files: what is done with what they give."""
+    """The use of masks by `labels`, without the readers of mask files."""
     (volume,), _ = loaded(archive / "1")
     uid = dicom_files.uid(1, 1)
     mask = np.zeros(volume.hu.shape, np.uint8)

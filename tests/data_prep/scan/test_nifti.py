@@ -1,4 +1,4 @@
-"""NIfTI archives: the same slices as from DICOM, rescale applied once, what is refused and why."""
+"""NIfTI archives: the same slices as from DICOM, rescale applied once, refusals by reason."""
 
 import gzip
 import subprocess
@@ -73,7 +73,7 @@ def headers_of(folder: Path, table: Path | None = None) -> list:
 
 
 def load(folder: Path, table: Path | None = None, rules: Rules | None = None):
-    """The volume or Rejection of the only file of a folder, or why it is no image."""
+    """The volume or Rejection of the only file of a folder, or its `NotAnImage`."""
     (header,) = headers_of(folder, table)
     if isinstance(header, NotAnImage):
         return header
@@ -536,7 +536,7 @@ def test_prepare_makes_a_dataset_and_names_what_it_leaves(tmp_path):
 
 
 def test_real_scans(real_data):
-    """Torso, 3 mm; what nibabel reads, in the order of the canonical axes."""
+    """A torso, 3 mm: the values that nibabel reads, in the order of the canonical axes."""
     folder = real_data / "nifti"
     planned = plan_series(headers_of(folder), Rules())
     assert sorted(len(candidate.headers) for candidate in planned) == [30, 112]
