@@ -93,7 +93,9 @@ def evaluate(
     state = TrainState(step=(), optimizer=(), sums={}, nonfinite_step=(), **model)
 
     def score(source: NeighbourSource) -> SplitScores:
-        return evaluate_split(scorer, state, evaluation_batches(source, batch_size))
+        scores = evaluate_split(scorer, state, evaluation_batches(source, batch_size))
+        assert scores is not None  # `open_source` refuses a split without slices
+        return scores
 
     # ---- Scores: slices, then volumes, then the split ----
     slices = score(source)
@@ -104,12 +106,14 @@ def evaluate(
         by_volume["auroc"] = _volume_aurocs(
             **slices.classes, volume_index=volume_index, num_volumes=len(volumes)
         )
-    predicted = _predictions(source, slices) if targets.label or targets.mask else None
+    predicted: Predictions | None = None
     downstream_metrics, downstream = {}, {}
     if targets.mask:
+        predicted = _predictions(source, slices)
         by_volume |= outcomes.masks_of_volumes(predicted, volume_index, len(volumes))
         downstream_metrics = outcomes.mask_metrics(predicted)
     elif targets.label:
+        predicted = _predictions(source, slices)
         downstream_metrics, downstream = _measure_label(
             measured, targets.label, predicted, volumes, open_split, score
         )
@@ -139,7 +143,7 @@ def evaluate(
         "embedding": embedding,
         "warnings": warnings(embedding | codebook),
     }
-    if codebook:
+    if slices.code_counts is not None:
         result["codebook"] = {**codebook, "num_codes": len(slices.code_counts)}
     if slices.classes is not None:
         result["confusion"] = _confusion(**slices.classes)
@@ -187,7 +191,8 @@ def _measure_label(
     with this label.
     """
     classes, level = label_classes(measured.dataset, label)
-    fields, validation = {"label": label, "classes": list(classes)}, None
+    fields: dict[str, Any] = {"label": label, "classes": list(classes)}
+    validation = None
     if len(classes) == 2:
         try:
             source = open_split("validation")

@@ -16,6 +16,8 @@ the residual blocks' last one, so the scale matters there only: at the start eac
 the variance of the residual stream, with Flax's default (variance 1 / fan_in) 1/2.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -136,7 +138,13 @@ class PointwiseConv(nnx.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, use_bias: bool, dtype, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(
             KERNEL_INIT(rngs.params(), (1, 1, in_features, out_features), jnp.float32)
@@ -299,7 +307,7 @@ class TransposedConvNorm(nnx.Module):
     """Transposed convolution and batch normalisation: [B, H, W, I] -> [B, 2H, 2W, O], no
     activation."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.conv = TransposedConv(in_features, out_features, dtype=dtype, rngs=rngs)
         self.norm = BatchNorm(out_features)
 
@@ -311,7 +319,7 @@ class ResidualBlock(nnx.Module):
     """x + conv1(ReLU(norm(dropout(conv3(x))))), all of the same width, convolutions without
     bias."""
 
-    def __init__(self, features: int, *, drop_rate: float = 0.0, dtype, rngs: nnx.Rngs):
+    def __init__(self, features: int, *, drop_rate: float = 0.0, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.conv3 = _conv(features, features, 3, 1, False, dtype, rngs)
         self.norm = BatchNorm(features)
         self.conv1 = _conv(features, features, 1, 1, False, dtype, rngs)
@@ -327,7 +335,13 @@ class ResidualBlock(nnx.Module):
 
 
 def apply_blocks(
-    blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool, scan: bool
+    blocks: Sequence[nnx.Module],
+    x: jax.Array,
+    key: jax.Array | None,
+    *,
+    train: bool,
+    remat: bool,
+    scan: bool,
 ) -> jax.Array:
     """Run residual blocks one after the other: [B, H, W, F] -> [B, H, W, F].
 
@@ -360,7 +374,7 @@ def apply_blocks(
 
 
 def _scan_blocks(
-    blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool
+    blocks: Sequence[nnx.Module], x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool
 ) -> jax.Array:
     """The loop of `apply_blocks` as `jax.lax.scan` over the blocks' stacked parameters and batch
     statistics."""

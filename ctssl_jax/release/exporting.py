@@ -84,7 +84,7 @@ def export(
     entries = state_dict(
         exported.tensors, exported.architecture, exported.depth, _counters(exported)
     )
-    manifest = {
+    manifest: dict[str, Any] = {
         "format_version": ctssl_torch.FORMAT_VERSION,
         "name": f"{run.config.recipe}, step {exported.step:,}",
         "architecture": exported.architecture,
@@ -153,10 +153,10 @@ def export(
         raise InputError(
             f"--output_dir={output_dir} cannot be written ({error.strerror}); choose another folder"
         ) from None
-    size = sum(facts["bytes"] for facts in manifest["files"].values())
+    num_bytes = sum(facts["bytes"] for facts in manifest["files"].values())
     took = time.monotonic() - started
     say(
-        f"written      {output_dir}: {', '.join(manifest['files'])} ({size / 1e6:.1f} MB) in "
+        f"written      {output_dir}: {', '.join(manifest['files'])} ({num_bytes / 1e6:.1f} MB) in "
         f"{took:.0f} s"
     )
     return manifest
@@ -373,7 +373,7 @@ def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int
 
 def _not_the_same(measured: parity.Parity) -> str:
     values = {**measured.stages, **measured.outputs}
-    name = max(values, key=values.get)
+    name = max(values, key=values.__getitem__)
     return (
         f"the PyTorch model is not the same function: {name} differs by {values[name]:.1e} of its "
         f"largest value, and codes by a margin of {measured.code_margin:.1e}; nothing was "
@@ -394,5 +394,7 @@ def _write_weights(folder: Path, formats: Sequence[str], entries: dict[str, np.n
 
 def _write_test_input(path: Path, images: np.ndarray, outputs: dict[str, np.ndarray]) -> None:
     """In PyTorch's axes, without the losses and without outputs that follow from the codes."""
-    kept = {name: parity.channels_first(outputs[name]) for name in onnx_file.output_names(outputs)}
+    kept: dict[str, Any] = {
+        name: parity.channels_first(outputs[name]) for name in onnx_file.output_names(outputs)
+    }
     np.savez(path, images=parity.channels_first(images), **kept)
