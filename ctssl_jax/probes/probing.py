@@ -92,7 +92,7 @@ def probe(
         raise InputError(
             f"--dataset={config.dataset}: SSIM needs images of {SSIM_WINDOW} pixels or more"
         )
-    sources = {
+    sources: dict[tuple[str, tuple[int, ...]], NeighbourSource] = {
         (name, offsets): _open(measured, name, offsets, 0 if name == split else max_slices)
         for offsets in ((0,), (0, 1))
         for name in ("train", "validation", split)
@@ -115,13 +115,13 @@ def probe(
         started = time.monotonic()
         measure = _label_values if name in LABELS else _image_values
         offsets = (0,) if name in LABELS else IMAGES[name].offsets
-        batches = [
+        train, validation, tested = (
             evaluation_batches(sources[part, offsets], batch_size)
             for part in ("train", "validation", split)
-        ]
+        )
         # same sums on any number of cores; on busy ones twenty times faster
         with threadpoolctl.threadpool_limits(1):
-            values, settings = measure(frozen, name, *batches, volumes)
+            values, settings = measure(frozen, name, train, validation, tested, volumes)
         by_volume |= {f"{name}/{score}": value for score, value in values.items()}
         chosen |= {f"{name}/{probe}": setting for probe, setting in settings.items()}
         print(f"{name:15}{time.monotonic() - started:.1f} s", flush=True)

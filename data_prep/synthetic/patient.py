@@ -305,7 +305,9 @@ def build_anatomy(patient: Patient) -> Anatomy:
     """Skeleton and vessel trees of a patient. The trees fill the patient's own lungs."""
     great = great_vessels(patient, lambda z: spine_y(z, patient))
     anatomy = Anatomy(patient, *_ribs(patient), _clavicles(patient), _colon(patient), great)
-    return dataclasses.replace(anatomy, vessels=grow_trees(great, _lung_points(anatomy), patient))
+    return dataclasses.replace(
+        anatomy, vessels=grow_trees(great, _lung_points(anatomy), patient.seed)
+    )
 
 
 def _lung_points(anatomy: Anatomy) -> np.ndarray:
