@@ -331,7 +331,7 @@ def _downstream_outputs(model: nnx.Module, batch: dict, task: Task, config) -> d
     )
 
 
-def _encoder_outputs(model: nnx.Module, batch: dict, config) -> dict[str, jax.Array]:
+def _encoder_outputs(model: Any, batch: dict, config) -> dict[str, jax.Array]:
     images = item_slices(batch["images"], 0, config)
     if isinstance(model, Classifier):
         logits, latents = model(images, train=False)

@@ -88,7 +88,7 @@ def probe(
             f"--dataset={probed.measured.dataset.name}: SSIM needs images of {SSIM_WINDOW} pixels "
             "or more; prepare it again with a larger --image_size"
         )
-    sources = {
+    sources: dict[tuple[str, tuple[int, ...]], NeighbourSource] = {
         (name, offsets): _open(probed.measured, name, offsets, 0 if name == split else max_slices)
         for offsets in ((0,), (0, 1))
         for name in splits
@@ -103,10 +103,12 @@ def probe(
         started = time.monotonic()
         measure = _label_values if name in LABELS else _image_values
         offsets = (0,) if name in LABELS else IMAGES[name].offsets
-        batches = [evaluation_batches(sources[part, offsets], probed.batch_size) for part in splits]
+        train, validation, tested = (
+            evaluation_batches(sources[part, offsets], probed.batch_size) for part in splits
+        )
         # same sums on any number of cores; on busy ones twenty times faster
         with threadpoolctl.threadpool_limits(1):
-            values, settings = measure(frozen, name, *batches, volumes)
+            values, settings = measure(frozen, name, train, validation, tested, volumes)
         by_volume |= {f"{name}/{score}": value for score, value in values.items()}
         chosen |= {f"{name}/{probe}": setting for probe, setting in settings.items()}
         print(f"{name:15}{time.monotonic() - started:.1f} s", flush=True)
