@@ -100,7 +100,7 @@ class Run:
         preparation = read_json(workdir / "preparation.json", OF_THE_DATA)
         saved = checkpoints.saved_with(workdir) or {}
         if "config" in saved:
-            old, new = _flat(saved["config"]), _flat(config)
+            old, new = flat(saved["config"]), flat(config)
             for name in sorted(old.keys() | new.keys()):
                 if name.split(".")[0] not in MAY_CHANGE and old.get(name) != new.get(name):
                     raise _other_than_saved(workdir / "config.json", name)
@@ -198,7 +198,7 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
     if not holds_checkpoint(workdir):
         return  # nothing was learned yet: a corrected configuration may take its place
     run = Run.open(workdir)
-    old, new = _flat(to_json(run.config)), _flat(to_json(config))
+    old, new = flat(to_json(run.config)), flat(to_json(config))
     may_change = (
         MAY_CHANGE if config.schedule == "constant" else tuple(set(MAY_CHANGE) - {"num_steps"})
     )
@@ -229,13 +229,14 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
         )
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """A tree of dictionaries as one, with names like `mask.fraction`."""
+    fields = {}
     for name, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        fields |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
         )
-    return flat
+    return fields
 
 
 def open_workdir(

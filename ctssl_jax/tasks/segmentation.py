@@ -72,17 +72,12 @@ def _segment(
 
 
 def _check(architecture: Architecture, config: ml_collections.ConfigDict) -> None:
-    if not 0 <= config.positive_share < 1:
-        raise InputError(
-            f"config.positive_share={config.positive_share}: must be 0 or more and below 1"
-        )
     augmentations.check(config.augmentation)
     architecture.settings(config)
     if config.image_size % unet.STRIDE:
         raise InputError(
             f"config.image_size={config.image_size} is not divisible by the U-Net's stride "
-            f"{unet.STRIDE}; prepare with "
-            "an --image_size that is"
+            f"{unet.STRIDE}; prepare with an --image_size that is"
         )
 
 

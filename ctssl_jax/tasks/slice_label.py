@@ -19,9 +19,6 @@ from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.tasks.interface import Architecture, StepOutput, Task, model_config
 from data_prep.system.errors import InputError
 
-SLICES = ("all", "middle")
-CROPS = ("none", "lung_box")
-
 
 def _probabilities(logits: jax.Array) -> jax.Array:
     """[B, K] float32; of one logit the two classes' probabilities."""
@@ -95,13 +92,6 @@ def _check(
         raise InputError(
             f"config.num_classes={config.num_classes}: must be 2 or more, or 0 for as many as it "
             f"has"
-        )
-    for name, allowed in (("slices", SLICES), ("crop", CROPS)):
-        if config[name] not in allowed:
-            raise InputError(f"config.{name}={config[name]!r}: choose one of {', '.join(allowed)}")
-    if not 0 <= config.positive_share < 1:
-        raise InputError(
-            f"config.positive_share={config.positive_share}: must be 0 or more and below 1"
         )
     augmentations.check(config.augmentation)
     settings = architecture.settings(config)

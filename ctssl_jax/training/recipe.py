@@ -1,41 +1,15 @@
 """What must hold of a recipe and of its dataset before any work starts."""
 
-import math
-
 import ml_collections
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
+from ctssl_jax.runs.run import flat, to_json
 from ctssl_jax.tasks.table import check_task
+from ctssl_jax.training.fields import FIELDS
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
-
-CHOICES = {
-    "normalize": ("window", "slice_minmax"),
-    "optimizer": ("radam", "adamw"),
-    "schedule": ("constant", "cosine", "linear"),
-    "dtype": ("float32", "bfloat16"),
-    "init_scope": ("model", "encoder", "compression"),
-    "leakage": ("refuse", "allow_unchecked", "allow"),
-}
-AT_LEAST_ONE = (
-    "batch_size",
-    "microbatches",
-    "num_steps",
-    "log_every",
-    "eval_every",
-    "num_pictures",
-    "reading_threads",
-    "fsdp_devices",
-)
-AT_LEAST_ZERO = (
-    "learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "gradient_clip",
-    "encoder_learning_rate_factor",
-)
 
 
 def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
@@ -49,19 +23,9 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             "config.dataset is empty; give --config.dataset=DIR, made by python -m "
             "data_prep.prepare"
         )
-    for name, allowed in CHOICES.items():
-        if config[name] not in allowed:
-            raise InputError(f"config.{name}={config[name]!r}: choose one of {', '.join(allowed)}")
-    for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
-        for name in names:
-            if not (math.isfinite(config[name]) and config[name] >= least):
-                raise InputError(f"config.{name}={config[name]}: must be {least} or more")
-    if not 0 < config.train_fraction <= 1:
-        raise InputError(
-            f"config.train_fraction={config.train_fraction}: must lie above 0 and be at most 1"
-        )
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"config.seed={config.seed}: must be 0 to {2**32 - 1}")
+    for name, value in flat(to_json(config)).items():
+        if name in FIELDS and (remedy := FIELDS[name].remedy(value)):
+            raise InputError(f"config.{name}={value!r}: {remedy}")
     if any(not isinstance(window, tuple | list) or len(window) != 2 for window in config.windows):
         raise InputError(
             f"config.windows={config.windows}: must hold (level, width) pairs, e.g. "
