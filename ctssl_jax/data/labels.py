@@ -209,8 +209,7 @@ def label_classes(dataset: Dataset, label: str) -> tuple[tuple[str, ...], str]:
     have = ", ".join([*labels, *OF_VOLUMES])
     raise InputError(
         f"config.label={label}: the dataset {dataset.name} has no such label (it has {have}); "
-        f"prepare it with "
-        "--labels_csv or another --archive, or choose one that it has"
+        "prepare it with --labels_csv or another --archive, or choose one that it has"
     )
 
 

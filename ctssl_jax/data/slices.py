@@ -37,8 +37,8 @@ def select_channels(preparation: dict, windows: Sequence[Sequence[float]]) -> tu
             have = ", ".join(f"{level:g}/{width:g}" for level, width in prepared)
             flag = f"--window={window[0]:g},{window[1]:g}"
             raise InputError(
-                f"config.windows asks for level/width {window[0]:g}/{window[1]:g}, but the "
-                f"dataset holds {have}; prepare it again with {flag}, or change config.windows"
+                f"config.windows asks for level/width {window[0]:g}/{window[1]:g}, but the dataset "
+                f"holds {have}; prepare it again with {flag}, or change config.windows"
             )
     return tuple(prepared.index(window) for window in wanted)
 
@@ -247,21 +247,19 @@ def open_source(
         label_classes(dataset, targets.label)
     if targets.mask and not dataset.preparation["masks"]:
         raise InputError(
-            f"the dataset {dataset.name} has no masks; prepare it with --archive=lidc_idri or "
-            f"with --masks_dir=DIR"
+            f"the dataset {dataset.name} has no masks; prepare it with --archive=lidc_idri or with "
+            "--masks_dir=DIR"
         )
     source = NeighbourSource(dataset, split, channels, offsets, targets, fraction, seed)
     if not source.volumes:
         raise InputError(
             f"the dataset {dataset.name} has no {split} split; prepare it with --splits that give "
-            f"{split} a share "
-            "(three patients or more)"
+            f"{split} a share (three patients or more)"
         )
     if not len(source):
         kind = f"slices with the label {targets.label}" if targets.label else "slices"
         raise InputError(
             f"the {split} split of {dataset.name} has no {kind} with neighbours at offsets "
-            f"{tuple(offsets)}; choose a "
-            "smaller distance, or prepare longer scans"
+            f"{tuple(offsets)}; choose a smaller distance, or prepare longer scans"
         )
     return source

@@ -97,6 +97,5 @@ def _lost_line(workdir: str | Path, sign: str = "") -> str:
     kept = f"the last checkpoint is step {max(steps):,}" if steps else "there is no checkpoint"
     return (
         f"error: another process of this run was lost{sign}; {kept} of {workdir}; start all "
-        f"processes again with the "
-        "same command to go on\n"
+        "processes again with the same command to go on\n"
     )

@@ -81,8 +81,7 @@ def initialize(
 def _not_joined(why: str) -> str:
     return (
         f"--distributed: could not join the other processes ({why}); outside TPU pods and Slurm "
-        f"give "
-        "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
+        "give --coordinator_address=HOST:PORT --num_processes=N --process_id=I"
     )
 
 
@@ -214,7 +213,7 @@ def refusing_together() -> Iterator[None]:
         if error is None and refused.any():
             raise InputError(
                 f"process {int(np.argmax(refused))} of {len(refused)} refused to start; see its "
-                f"message"
+                "message"
             )
     if error is not None:
         raise error
@@ -239,7 +238,7 @@ def require_agreement(what: str, content: Any) -> None:
     if len(differing):
         raise InputError(
             f"process {differing[0]} has another {what} than process 0; start all with the same "
-            f"flags and files"
+            "flags and files"
         )
 
 

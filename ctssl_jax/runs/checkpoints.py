@@ -118,8 +118,7 @@ class Checkpoints:
     def _not_saved(self, error: Exception) -> RunFailed:
         return RunFailed(
             f"a checkpoint could not be saved in {self._workdir} ({first_line(error)}); make room "
-            f"or permit writing "
-            "there and run again: it goes on from the last complete checkpoint"
+            "or permit writing there and run again: it goes on from the last complete checkpoint"
         )
 
 
@@ -129,8 +128,8 @@ def _open(workdir: Path, **options: Any) -> ocp.training.Checkpointer:
         return ocp.training.Checkpointer(folder.resolve(), **options)
     except Exception as error:
         raise InputError(
-            f"a checkpoint in {folder} is damaged ({first_line(error)}); remove the newest one "
-            f"and run again"
+            f"a checkpoint in {folder} is damaged ({first_line(error)}); remove the newest one and "
+            "run again"
         ) from error
 
 
@@ -172,8 +171,8 @@ def choose_step(workdir: Path, which: str = "best") -> int:
         return min(scored)[1] if scored else numbers[-1]
     known = ", ".join(str(number) for number in numbers)
     raise InputError(
-        f"{workdir} has no checkpoint {which!r}; there are steps {known}, and the names best, "
-        f"last and last_good"
+        f"{workdir} has no checkpoint {which!r}; there are steps {known}, and the names best, last "
+        "and last_good"
     )
 
 
@@ -208,7 +207,7 @@ def restore(workdir: Path, step: int, template: Any) -> Any:
         raise InputError(
             f"checkpoint {step} of {workdir} does not fit this model ({len(missing)} tensors "
             f"missing, {len(shapes)} of another shape; {'; '.join(problems)}); use the "
-            f"configuration that it was trained with"
+            "configuration that it was trained with"
         )
     context = ocp.Context()
     context.pytree.loading.partial_load = True

@@ -109,7 +109,7 @@ def check_undamaged(workdir: Path, step: int, *, small_files_only: bool = False)
     if difference := _difference(workdir, step, of_run=True):
         raise InputError(
             f"{workdir} is damaged ({difference}; it was not when checkpoint {step} was saved); "
-            f"bring back a copy of it"
+            "bring back a copy of it"
         )
 
 
@@ -197,8 +197,7 @@ def damaged(workdir: Path, step: int, reason: Exception | str) -> InputError:
     if others:
         remedy = (
             f"good ones are: {', '.join(map(str, others))}; --checkpoint={LAST_GOOD} takes the "
-            f"last of them, and "
-            "ctssl_jax.train --set_aside_damaged goes on from it"
+            "last of them, and ctssl_jax.train --set_aside_damaged goes on from it"
         )
     return InputError(f"checkpoint {step} of {workdir} is damaged ({reason}); {remedy}")
 

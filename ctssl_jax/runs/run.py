@@ -93,7 +93,7 @@ class Run:
         if not (workdir / "config.json").is_file():
             raise InputError(
                 f"--workdir={workdir} is not a run directory; give the --workdir of a run of "
-                f"ctssl_jax.train"
+                "ctssl_jax.train"
                 + ("" if not holds_checkpoint(workdir) else ", or bring back its config.json")
             )
         config = read_json(workdir / "config.json", ("task", "recipe", "windows", "model"))
@@ -213,19 +213,17 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
         if name in old and name in new:
             remedy = f"use another --workdir, or --config.{name}={old[name]}"
             raise InputError(
-                f"--workdir={workdir} holds a run with config.{name}={old[name]}, not "
-                f"{new[name]}; {remedy}"
+                f"--workdir={workdir} holds a run with config.{name}={old[name]}, not {new[name]}; "
+                f"{remedy}"
             )
         raise InputError(
-            f"--workdir={workdir} holds a run of another version of this program (config.{name} "
-            f"is not in both); use "
-            "another --workdir"
+            f"--workdir={workdir} holds a run of another version of this program (config.{name} is "
+            "not in both); use another --workdir"
         )
     if run.preparation["fingerprint"] != preparation["fingerprint"]:
         raise InputError(
             f"--workdir={workdir} holds a run on other data than {config.dataset} (dataset "
-            f"fingerprints differ); give "
-            "the dataset that it began with, or another --workdir"
+            "fingerprints differ); give the dataset that it began with, or another --workdir"
         )
 
 

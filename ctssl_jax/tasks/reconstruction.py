@@ -151,7 +151,7 @@ def _check_reconstruction(check: Callable[..., None], config: ml_collections.Con
     if config.image_size < SSIM_WINDOW:
         raise InputError(
             f"config.image_size={config.image_size}: SSIM needs at least {SSIM_WINDOW} pixels; "
-            f"prepare with a larger --image_size"
+            "prepare with a larger --image_size"
         )
     model_config(VQVAEConfig, config)
     check(config)

@@ -91,7 +91,7 @@ def _check(
     if config.num_classes < 2:
         raise InputError(
             f"config.num_classes={config.num_classes}: must be 2 or more, or 0 for as many as it "
-            f"has"
+            "has"
         )
     augmentations.check(config.augmentation)
     settings = architecture.settings(config)

@@ -105,8 +105,8 @@ def lines(
     size = f"{gib:,.2f} GiB" if gib >= 1 else f"{1024 * gib:,.1f} MiB"
     return [
         f"speed        {speed:,.1f} slices/s, {1000 * times['seconds_a_step']:,.0f} ms a step of "
-        f"{config.batch_size} "
-        f"({times['num_timed_steps']} timed; {times['waiting_for_data']:.0%} waiting for data)",
+        f"{config.batch_size} ({times['num_timed_steps']} timed; {times['waiting_for_data']:.0%} "
+        "waiting for data)",
         f"an epoch     {num_slices / speed / 3600:,.2f} hours for {num_slices:,} slices",
         f"this run     {run_slices / speed / 3600:,.2f} hours for {config.num_steps:,} steps, "
         f"{run_slices / num_slices:,.1f} epochs; validation and start-up come on top",

@@ -71,8 +71,8 @@ FIELDS = {
     "image_size": Field(int, "side of the images in pixels; must be the dataset's", at_least=1),
     "normalize": Field(
         str,
-        "window: the same HU is the same grey; slice_minmax: each slice is stretched (the "
-        "authors' release)",
+        "window: the same HU is the same grey; slice_minmax: each slice is stretched (the authors' "
+        "release)",
         ("window", "slice_minmax"),
     ),
     "train_fraction": Field(

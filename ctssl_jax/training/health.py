@@ -29,21 +29,17 @@ def warnings(
     found = []
     if use["effective_rank"] < min(FEWEST_DIRECTIONS, use["embedding_dim"]):
         found.append(
-            f"the encoder has collapsed: the embeddings of all slices spread over "
-            f"{use['effective_rank']:.1f} of "
-            f"{use['embedding_dim']} directions, so it hardly tells slices apart; try a lower "
-            f"config.learning_rate, or "
-            "a longer config.warmup_steps"
+            "the encoder has collapsed: the embeddings of all slices spread over "
+            f"{use['effective_rank']:.1f} of {use['embedding_dim']} directions, so it hardly tells "
+            "slices apart; try a lower config.learning_rate, or a longer config.warmup_steps"
         )
     if "used_codes" in use:
         num_codes = use["used_codes"] + use["dead_codes"]
         if use["perplexity"] < 2 or use["used_codes"] < SMALLEST_SHARE_OF_CODES * num_codes:
             found.append(
                 f"the codebook has collapsed: {use['used_codes']} of {num_codes} codes are in use "
-                f"(perplexity "
-                f"{use['perplexity']:.1f}); in a new run --config.model.vq_update=ema "
-                f"--config.model.vq_init=data "
-                "--config.model.vq_revive_every=50 keeps them alive"
+                f"(perplexity {use['perplexity']:.1f}); in a new run --config.model.vq_update=ema "
+                "--config.model.vq_init=data --config.model.vq_revive_every=50 keeps them alive"
             )
     norms = layer_gradient_norms or {}
     largest = max(norms.values(), default=0.0)
@@ -52,7 +48,7 @@ def warnings(
     ]
     if silent:
         found.append(
-            f"no gradient reaches "
+            "no gradient reaches "
             f"{', '.join(silent[:5])}{' and others' if len(silent) > 5 else ''}: these layers do "
             "not learn"
         )

@@ -29,7 +29,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     if any(not isinstance(window, tuple | list) or len(window) != 2 for window in config.windows):
         raise InputError(
             f"config.windows={config.windows}: must hold (level, width) pairs, e.g. "
-            f"--config.windows='((50, 350),)'"
+            "--config.windows='((50, 350),)'"
         )
     part = num_devices * config.microbatches
     if config.batch_size % part:
@@ -39,8 +39,8 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         )
     if num_devices % config.fsdp_devices:
         raise InputError(
-            f"config.fsdp_devices={config.fsdp_devices} does not divide the {num_devices} "
-            f"devices; choose a divisor"
+            f"config.fsdp_devices={config.fsdp_devices} does not divide the {num_devices} devices; "
+            "choose a divisor"
         )
     if config.image_size % Encoder.stride:
         raise InputError(
@@ -73,9 +73,8 @@ def check_dataset(
     if preparation["image_size"] != config.image_size:
         raise InputError(
             f"the dataset {config.dataset} holds images of {preparation['image_size']} pixels, "
-            f"config.image_size is "
-            f"{config.image_size}; set --config.image_size={preparation['image_size']} or prepare "
-            f"it again with "
+            f"config.image_size is {config.image_size}; set "
+            f"--config.image_size={preparation['image_size']} or prepare it again with "
             f"--image_size={config.image_size}"
         )
     channels = slices.select_channels(preparation, config.windows)
@@ -83,14 +82,13 @@ def check_dataset(
         raise InputError(
             f"{len(channels)} windows are selected, but config.model.in_channels is "
             f"{config.model.in_channels}; set it to {len(channels)}, or choose one window by "
-            f"--config.windows"
+            "--config.windows"
         )
     for split in splits:
         if not preparation["splits"].get(split, {}).get("num_slices"):
             raise InputError(
                 f"the dataset {config.dataset} has no {split} slices; prepare it again with "
-                f"--splits that give {split} "
-                "a share (that takes three patients or more)"
+                f"--splits that give {split} a share (that takes three patients or more)"
             )
     return channels
 
@@ -144,8 +142,8 @@ def check_targets(
         if len(classes) != config.num_classes:
             raise InputError(
                 f"config.num_classes={config.num_classes}, but the label {targets.label} has "
-                f"{len(classes)} classes "
-                f"({', '.join(classes[:8])}); set --config.num_classes={len(classes)}"
+                f"{len(classes)} classes ({', '.join(classes[:8])}); set "
+                f"--config.num_classes={len(classes)}"
             )
         if config.num_classes == 2 and not source.positive.any():
             raise InputError(f"none of the {which} is positive for {targets.label}; {remedy}")
@@ -155,7 +153,6 @@ def check_targets(
         raise InputError(f"none of the {which} has a mask with foreground; {remedy}")
     if targets.positive_share and source.positive.all():
         raise InputError(
-            f"all of the {which} are positive, so "
-            f"config.positive_share={targets.positive_share:g} cannot be kept; "
-            "set --config.positive_share=0"
+            f"all of the {which} are positive, so config.positive_share={targets.positive_share:g} "
+            "cannot be kept; set --config.positive_share=0"
         )

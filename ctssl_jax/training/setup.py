@@ -128,7 +128,7 @@ class Job:
         )
         say(
             f"compiled     in {time.monotonic() - began:.1f} s; XLA expects {memory / 2**30:.2f} "
-            f"GiB a device"
+            "GiB a device"
         )
         return program
 
@@ -142,19 +142,17 @@ class Job:
         synthetic = "; SYNTHETIC" if self.dataset.preparation["synthetic"] else ""
         return [
             f"devices      {len(devices)} x {devices[0].device_kind} in {self.num_processes} "
-            f"process(es), jax "
-            f"{jax.__version__}",
+            f"process(es), jax {jax.__version__}",
             f"model        {count_parameters(self.params):,} trainable parameters "
             f"({encoder_size:,} encoder)",
             f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {3 * flops / 1e9:,.2f} with "
-            f"the backward pass",
+            "the backward pass",
             f"batch        {config.batch_size} slices = {len(devices)} device(s) x "
             f"{config.microbatches} microbatch(es) x {self.part_size // len(devices)}, "
             f"{config.dtype}",
             f"data         {len(source):,} training slices of {len(source.volumes)} volumes, "
             f"{len(self.validation_source):,} validation slices of "
-            f"{len(self.validation_source.volumes)}; "
-            f"{config.num_steps:,} steps are "
+            f"{len(self.validation_source.volumes)}; {config.num_steps:,} steps are "
             f"{config.num_steps * config.batch_size / len(source):.1f} epochs" + synthetic,
         ]
 
@@ -171,9 +169,8 @@ class Job:
         distributed.require_agreement("last checkpoint in --workdir", checkpoints.last_step or 0)
         if self.has_checkpoint and checkpoints.last_step is None and self.config.init_from:
             raise InputError(
-                f"--workdir={self.workdir} holds an incomplete checkpoint and nothing else; "
-                f"remove its checkpoints "
-                "folder"
+                f"--workdir={self.workdir} holds an incomplete checkpoint and nothing else; remove "
+                "its checkpoints folder"
             )
         return checkpoints
 

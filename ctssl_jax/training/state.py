@@ -262,6 +262,5 @@ def _diverged(
     )
     return TrainingDiverged(
         f"not finite at step {step} of {workdir}: {quantity}; {kept}; lower config.learning_rate "
-        f"or set "
-        "config.gradient_clip=1, with another --workdir"
+        "or set config.gradient_clip=1, with another --workdir"
     )

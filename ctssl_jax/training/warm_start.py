@@ -80,7 +80,7 @@ def open_other_run(config: ml_collections.ConfigDict) -> Run:
     if not (Path(config.init_from) / "config.json").is_file():
         raise InputError(
             f"config.init_from={config.init_from} is not a run directory; give the --workdir of a "
-            f"finished run"
+            "finished run"
         )
     return Run.open(config.init_from)
 
@@ -154,9 +154,8 @@ def _check_grey_values(
             for pairs in (run_windows, windows)
         )
         raise InputError(
-            f"config.init_from={workdir} was trained on level/width {have}, this run reads "
-            f"{want}; set config.windows "
-            "to the former (on a dataset that has it), or start from another run"
+            f"config.init_from={workdir} was trained on level/width {have}, this run reads {want}; "
+            "set config.windows to the former (on a dataset that has it), or start from another run"
         )
     if run.config.normalize != config.normalize:
         raise InputError(
@@ -199,8 +198,7 @@ def _match(
                 break
         raise InputError(
             f"config.init_from={path} does not fit this model ({len(missing)} tensors missing, "
-            f"{len(extra)} extra, "
-            f"{len(shapes)} of another shape; {'; '.join(problems)}); {remedy}"
+            f"{len(extra)} extra, {len(shapes)} of another shape; {'; '.join(problems)}); {remedy}"
         )
     kept = [name for name in wanted if in_scope(name, "model") and name not in want]
     left = [name for name in stored if in_scope(name, "model") and name not in have]
@@ -237,23 +235,21 @@ def check_leakage(
     if seen and config.leakage != "allow":
         raise InputError(
             f"config.init_from={config.init_from}: {len(seen)} of the {len(held_out)} validation "
-            f"and test patients of "
-            "config.dataset were in the training data of these weights, so its results would not "
-            "be of held-out patients; pretrain without them (the same --pseudonym_key_file and "
-            "splits), or --config.leakage=allow, which results will say"
+            "and test patients of config.dataset were in the training data of these weights, so "
+            "its results would not be of held-out patients; pretrain without them (the same "
+            "--pseudonym_key_file and splits), or --config.leakage=allow, which results will say"
         )
     if any(unknown) and config.leakage == "refuse":
         raise InputError(
             f"config.init_from={config.init_from} was trained on data with another pseudonym key, "
-            f"so whether its "
-            "patients are in the validation and test splits of config.dataset cannot be checked; "
-            "prepare both with one --pseudonym_key_file, or --config.leakage=allow_unchecked, "
-            "which results will say"
+            "so whether its patients are in the validation and test splits of config.dataset "
+            "cannot be checked; prepare both with one --pseudonym_key_file, or "
+            "--config.leakage=allow_unchecked, which results will say"
         )
     if seen:
         return (
             f"{len(seen)} validation and test patients were in the training data of the initial "
-            f"weights"
+            "weights"
         )
     return (
         "overlap with the training data of the initial weights could not be checked"

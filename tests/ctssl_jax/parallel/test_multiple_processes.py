@@ -246,8 +246,8 @@ def test_slurm_jobs_see_their_devices(monkeypatch):
 
 def test_a_slurm_job_of_one_task_uses_all_devices():
     program = (
-        "import jax; from ctssl_jax import distributed; distributed.initialize(True);"
-        "print(jax.process_count(), jax.device_count(), "
+        "import jax; from ctssl_jax import distributed; "
+        "distributed.initialize(True);print(jax.process_count(), jax.device_count(), "
         "jax.config.read('jax_cuda_visible_devices'))"
     )
     environment = {**os.environ, **slurm_variables(0, tasks=1, port=free_port())}
