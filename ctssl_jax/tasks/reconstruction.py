@@ -1,6 +1,7 @@
-"""Tasks that reconstruct a slice from a corrupted or neighbouring one (paper, sections II.C.1 to
-3): masked region, next slice, denoising. They differ in the corruption alone; model, scores and
-composite loss are the same.
+"""Tasks that reconstruct a slice: masked region, next slice, denoising.
+
+Paper, sections II.C.1 to 3. They differ in the corruption alone: model, scores and composite loss
+are the same.
 """
 
 import functools
@@ -21,10 +22,10 @@ from data_prep.system.errors import InputError
 
 
 class Example(NamedTuple):
-    """What the autoencoder sees and must give back.
+    """Input and target of the autoencoder.
 
     inputs, target: [B, H, W, channels] float32 in [0, 1].
-    region: [B, H, W, 1] float32, 1 where the slice was covered; None if nothing was.
+    region: [B, H, W, 1] float32, 1 where the slice is covered; None if it is not.
     """
 
     inputs: jax.Array
@@ -42,8 +43,8 @@ def _mask_region(images: jax.Array, keys: jax.Array, config: ml_collections.Conf
 
 
 def _next_slice(images: jax.Array, keys: jax.Array, config: ml_collections.ConfigDict) -> Example:
-    """Predict the slice `config.slice_gap` further towards superior (paper, section II.C.1);
-    nothing is random."""
+    """Predict the slice `config.slice_gap` further towards superior, without any randomness (paper,
+    section II.C.1)."""
     return Example(item_slices(images, 0, config), item_slices(images, 1, config))
 
 
@@ -80,11 +81,10 @@ def _reconstruct(
 
     Args:
       corrupt: the corruption, (images, keys, config) -> `Example`.
-      model: the autoencoder; its state (BatchNorm statistics, codebook) is updated in place if
-        `train`.
+      model: the autoencoder. Training updates its BatchNorm statistics and codebook in place.
       batch: `images` [B, K, H, W, C] uint8, one slice for each of the task's offsets; `weight` [B]
         float32, 0 for padding.
-      keys: [B] keys, one an example: where the region lies, which pixels are noisy.
+      keys: [B] keys, one an example, for the place of the region or the noisy pixels.
       model_key: key of the model's own randomness (dropout, codebook revival); None in evaluation.
       config: the training configuration.
       train: training or evaluation mode.
@@ -100,7 +100,7 @@ def _reconstruct(
     if example.region is not None:
         loss += terms.masked_mse * scores["masked_mse"]
     similarity = scores["ssim"]
-    if config.ssim_rescale:  # in the loss only: what is reported stays comparable
+    if config.ssim_rescale:  # in the loss only: the reported SSIM stays comparable
         similarity = ssim(to_unit_range(output.reconstruction, rescale=True), example.target)
     loss = loss + terms.vq * scores["vq_loss"] - terms.ssim * similarity
     return StepOutput(

@@ -1,4 +1,4 @@
-"""What must hold of a recipe and of its dataset before any work starts."""
+"""Checks of a recipe and of its dataset, before any work starts."""
 
 import ml_collections
 
@@ -53,11 +53,11 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
 def check_dataset(
     config: ml_collections.ConfigDict, dataset: Dataset, splits: tuple[str, ...]
 ) -> tuple[int, ...]:
-    """Refuse a dataset that was prepared for something else.
+    """Refuse a dataset that does not fit the configuration.
 
     Args:
       config: a configuration that passed `check_config`.
-      dataset: that `config.dataset` names.
+      dataset: the dataset of `config.dataset`.
       splits: the splits that will be read.
 
     Returns:
@@ -96,8 +96,8 @@ def check_dataset(
 def with_num_classes(
     config: ml_collections.ConfigDict, dataset: Dataset
 ) -> ml_collections.ConfigDict:
-    """A `config.num_classes` of 0 replaced by the number of classes that `config.label` has in the
-    dataset.
+    """The configuration with the dataset's number of classes of `config.label`, where
+    `config.num_classes` is 0.
 
     Raises:
       InputError: no such label.
@@ -114,13 +114,12 @@ def with_num_classes(
 def check_targets(
     config: ml_collections.ConfigDict, dataset: Dataset, source: slices.NeighbourSource
 ) -> None:
-    """Refuse training slices that cannot teach what the task asks: too few classes, no positive
-    slice.
+    """Refuse training slices that cannot teach the task: too few classes, or no positive slice.
 
     Args:
       config: a configuration that passed `check_config`.
-      dataset: that `config.dataset` names.
-      source: the training slices, after `config.train_fraction` was taken.
+      dataset: the dataset of `config.dataset`.
+      source: the training slices that `config.train_fraction` leaves.
 
     Raises:
       InputError: names what is missing, and the remedy.

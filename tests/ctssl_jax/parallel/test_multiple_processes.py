@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from ctssl_jax.parallel import mesh
+from ctssl_jax.parallel import processes as run_processes
 from ctssl_jax.runs import reports
 from ctssl_jax.runs.checkpoints import choose_step
 from tests.helpers.training_runs import (
@@ -125,7 +125,7 @@ def test_sigterm_to_one_stops_and_saves_both(interrupted):
 def test_a_killed_process_ends_the_other_with_one_clear_line(interrupted):
     workdir, lost = interrupted.workdir, interrupted.lost
     assert [returncode for returncode, _, _ in lost] == [75, -signal.SIGKILL]
-    assert f"going on     from step {interrupted.stopped_at:,}" in lost[0][1]
+    assert f"resuming     from step {interrupted.stopped_at:,}" in lost[0][1]
     last_line = lost[0][2].splitlines()[-1]
     assert last_line.startswith("error: another process of this run was lost")
     step = choose_step(workdir, "last")
@@ -235,12 +235,14 @@ def test_slurm_jobs_see_their_devices(monkeypatch):
     for name, value in slurm_variables(0, tasks=2).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert mesh._devices_to_use() == []  # one task a node: all GPUs of the node
+    assert run_processes._devices_to_use() == []  # one task a node: all GPUs of the node
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
-    assert mesh._devices_to_use() is None  # one task a GPU, which sees all of the node: JAX chooses
+    assert (
+        run_processes._devices_to_use() is None
+    )  # one task a GPU, which sees all of the node: JAX chooses
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert mesh._devices_to_use() == []  # one task a GPU, which sees no other
-    mesh.initialize(False)  # a single-process task, e.g. of a job array, joins nothing
+    assert run_processes._devices_to_use() == []  # one task a GPU, which sees no other
+    run_processes.initialize(False)  # a single-process task, e.g. of a job array, joins nothing
     assert not jax.distributed.is_initialized()
 
 

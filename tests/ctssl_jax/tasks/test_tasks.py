@@ -187,8 +187,12 @@ def test_interrupted_run_equals_straight_run(task, straight, tiny_dataset, tmp_p
 
 
 def test_runs_report_what_their_model_has(straight, tiny_dataset):
-    names = {task: {name.split("/")[1] for name in saved_state(straight(task)) if name.startswith("params/")}
-             for task in ("denoising", "rotation")}  # fmt: skip
+    names = {
+        task: {
+            name.split("/")[1] for name in saved_state(straight(task)) if name.startswith("params/")
+        }
+        for task in ("denoising", "rotation")
+    }
     assert names == {
         "denoising": {"encoder", "quantizer", "decoder"},
         "rotation": {"encoder", "compression", "classification"},

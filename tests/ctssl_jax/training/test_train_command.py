@@ -102,8 +102,8 @@ def test_run_directory_and_start_up_report(tiny_dataset, tmp_path, capsys):
         assert word in printed
     assert "slices/s" in printed and " left" in printed
     assert sorted(path.name for path in workdir.iterdir()) == [
-        "ancestors.json", "checkpoints", "config.json", "metrics.jsonl", "patients.json", "pictures",
-        "preparation.json", "tensorboard", "training_data.json", "transplant.json",
+        "ancestors.json", "checkpoints", "config.json", "metrics.jsonl", "patients.json",
+        "pictures", "preparation.json", "tensorboard", "training_data.json", "transplant.json",
     ]  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["dataset"] == str(tiny_dataset)
     assert sorted(path.name for path in (workdir / "pictures").iterdir()) == [
