@@ -91,30 +91,28 @@ def run_stage_here(stage: Stage) -> float:
       StartAgain: the training was asked to stop.
       InputError, RunFailed: as the command raises.
     """
-    from ctssl_jax.parallel.processes import configure_jax
+    from ctssl_jax.parallel import processes
 
-    configure_jax()  # before JAX is used
+    processes.configure_jax()  # before JAX is used
     import jax
 
-    from ctssl_jax.attributes import attributes
-    from ctssl_jax.attributes import table as attribute_table
-    from ctssl_jax.evaluate import evaluate, table
-    from ctssl_jax.training.loop import train
+    from ctssl_jax.evaluation import measure
+    from ctssl_jax.probes import attribute_probe
+    from ctssl_jax.training import loop
 
-    print(
-        f"\n== {stage.title}\n$ {shlex.join(['python', '-m', stage.module, *stage.arguments()])}",
-        flush=True,
-    )
+    command = shlex.join(["python", "-m", stage.module, *stage.arguments()])
+    print(f"\n== {stage.title}\n$ {command}", flush=True)
     started = time.monotonic()
     if stage.module == "ctssl_jax.train":
-        if not train(stage.recipe.config(), **stage.options):
+        if not loop.train(stage.recipe.config(), **stage.options):
             raise StartAgain(_stopped(stage.title))
     elif stage.module == "ctssl_jax.evaluate":
-        print(table(evaluate(**{"dataset": None, "split": "test"} | stage.options)), flush=True)
+        result = measure.evaluate(**{"dataset": None, "split": "test"} | stage.options)
+        print(measure.table(result), flush=True)
     else:
-        options = dict(stage.options)
-        names = options.pop("attributes").split(",")
-        print(attribute_table(attributes(**options, names=names)), flush=True)
+        names = stage.options["attributes"].split(",")
+        options = {name: value for name, value in stage.options.items() if name != "attributes"}
+        print(attribute_probe.table(attribute_probe.attributes(**options, names=names)), flush=True)
     jax.clear_caches()  # only programs that are kept on disk are of use to the next cell
     return time.monotonic() - started
 

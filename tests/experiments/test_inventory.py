@@ -79,14 +79,13 @@ def test_a_killed_scan_reads_only_what_is_missing(tmp_path, archive, pool):
     expected, read = plan(archive, tmp_path / "undisturbed", pool)
     assert len(read) == len(set(read)) == NUM_SCANS * NUM_SLICES + 1
     program = (
-        "import sys; from pathlib import Path; import test_inventory\n"
+        "import sys; from pathlib import Path; from tests.experiments import test_inventory\n"
         "test_inventory.planning.SOURCES_PER_TASK = 4\n"
         "with test_inventory.WorkerPool(1) as pool:\n"
         "    test_inventory.plan(*map(Path, sys.argv[1:]), pool)\n"
     )
     (tmp_path / "slow").touch()
-    tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     staged = tmp_path / "killed" / "plan" / "staged"
     numbers = []
     for wanted in (1, 5):  # each run is killed a little later

