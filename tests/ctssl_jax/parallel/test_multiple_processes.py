@@ -195,9 +195,9 @@ WAITING = """
 import sys, time
 import numpy as np
 from jax.experimental import multihost_utils
-from ctssl_jax.parallel import lost_host, mesh
+from ctssl_jax.parallel import lost_host, processes
 address, number, workdir, end = sys.argv[1:]
-mesh.initialize(True, address, 2, int(number), heartbeat_timeout_seconds=4)
+processes.initialize(True, address, 2, int(number), heartbeat_timeout_seconds=4)
 with lost_host.ending_together(workdir):
     multihost_utils.process_allgather(np.zeros(1))
     print("joined", flush=True)
