@@ -1,14 +1,14 @@
-r"""Import weights from PyTorch into a run directory that `train` (`--config.init_from`), `evaluate`
-and `embed` accept.
+r"""Import weights from PyTorch into a run directory for `evaluate`, `embed` and `train`
+(`--config.init_from`).
 
     python -m ctssl_jax.import_torch --checkpoint=last.pth.tar --workdir=RUN
     python -m ctssl_jax.import_torch --checkpoint=EXPORTED_FOLDER --workdir=RUN
 
 The first form takes an autoencoder in the authors' layout, bare or as `{'model_state': ...}`, with
-or without the prefix `module.`; its sizes are read off the tensors. How its slices were prepared is
-not in such a file: the flags say it, and their defaults are those of the authors' release. The
-second takes a folder of `ctssl_jax.export`, of any model, which says everything itself. Nothing in
-a file is run: one with Python objects beside the tensors is refused.
+or without the prefix `module.`. The tensors give its sizes. The flags say how its slices were
+prepared, by default as in the authors' release. The second form takes a folder of
+`ctssl_jax.export`, of any model, which contains these facts. No code in a file is run: a file with
+Python objects beside the tensors is refused.
 """
 
 from pathlib import Path
@@ -22,9 +22,9 @@ from data_prep.system.errors import InputError
 
 
 def define_flags() -> None:
-    """Only where this module is the program."""
+    """Called only if this module is the program: other programs define flags of the same names."""
     flags.DEFINE_string("checkpoint", None, "Weights file, or folder of ctssl_jax.export.")
-    flags.DEFINE_string("workdir", None, "Run directory that is made.")
+    flags.DEFINE_string("workdir", None, "New or empty folder for the run directory.")
     config_flags.DEFINE_config_file(
         "config", "configs/masked_region.py", "Recipe of the authors' layout."
     )
@@ -36,40 +36,39 @@ def define_flags() -> None:
         "normalize",
         "slice_minmax",
         ["window", "slice_minmax"],
-        "Grey values (authors' layout): theirs by default.",
+        "Grey values (authors' layout); by default as in the authors' release.",
     )
     flags.DEFINE_enum(
         "output_activation", "tanh", ["tanh", "unit_tanh"], "Output range (authors' layout)."
     )
 
 
-def start(given: flags.FlagValues) -> bool:
+def start(values: flags.FlagValues) -> None:
     """Import as the flags ask, in this process."""
     for name, example in (("checkpoint", "FILE"), ("workdir", "DIR")):
-        if not given[name].value:
+        if not values[name].value:
             raise InputError(f"give --{name}={example}")
     from ctssl_jax.parallel.processes import configure_jax
     from data_prep.scan.window import parse_window
 
-    windows = [list(parse_window(text)) for text in given.window]
+    windows = [list(parse_window(text)) for text in values.window]
     configure_jax()
     from ctssl_jax.release.importing import find_manifest, import_weights
 
-    config = _recipe(given, windows) if find_manifest(Path(given.checkpoint)) is None else None
-    number = import_weights(given.checkpoint, given.workdir, config, windows)
-    print(f"{number} tensors of {given.checkpoint} are in {given.workdir}")
-    return True
+    config = _recipe(values, windows) if find_manifest(Path(values.checkpoint)) is None else None
+    number = import_weights(values.checkpoint, values.workdir, config, windows)
+    print(f"{number} tensors of {values.checkpoint} are in {values.workdir}")
 
 
-def _recipe(given: flags.FlagValues, windows: list[list[float]]) -> Any:
-    config = given.config
+def _recipe(values: flags.FlagValues, windows: list[list[float]]) -> Any:
+    config = values.config
     try:
         with config.unlocked():
-            config.image_size, config.normalize = given.image_size, given.normalize
-            config.model.output_activation = given.output_activation
+            config.image_size, config.normalize = values.image_size, values.normalize
+            config.model.output_activation = values.output_activation
             config.windows = windows
     except OSError:  # the stand-in of a recipe that could not be loaded raises this at any use
-        name = config_flags.get_config_filename(given["config"])
+        name = config_flags.get_config_filename(values["config"])
         raise InputError(f"--config={name}: no such file; recipes are in configs/") from None
     return config
 

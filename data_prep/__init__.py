@@ -4,13 +4,15 @@ The names below are the package's face for Python; all else may move. Each is im
 first used.
 
     >>> from data_prep import Dataset, Refused, Rules, plan_scans, prepare_images, read_scan
-    >>> plan = plan_scans("scan", rules=Rules(min_slices=10))  # a folder, a zip file or one file; headers only
+    >>> # a folder, a zip file or one file; this reads headers only
+    >>> plan = plan_scans("scan", rules=Rules(min_slices=10))
     >>> scan = read_scan(plan.input_dir, plan.exams[0], windows=[(50.0, 350.0)], image_size=64)
     >>> isinstance(scan, Refused)  # then scan.reason and scan.detail say why
     False
     >>> scan.images.shape, scan.images.dtype, scan.volume.hu.shape
     ((21, 64, 64, 1), dtype('uint8'), (21, 56, 58))
-    >>> lung = prepare_images(scan.volume.hu, scan.volume.pixel_spacing_mm, [(-600.0, 1500.0)], image_size=32)
+    >>> volume = scan.volume
+    >>> lung = prepare_images(volume.hu, volume.pixel_spacing_mm, [(-600.0, 1500.0)], image_size=32)
     >>> lung.shape
     (21, 32, 32, 1)
 

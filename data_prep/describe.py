@@ -1,11 +1,12 @@
-r"""What a dataset holds: cohort table, contact sheet, and checks.
+r"""The content of a dataset: cohort table, contact sheet, and checks.
 
-    python -m data_prep.describe --dataset=DATASET [--verify [--audit_dir=DATASET-audit --input_dir=SCANS]]
+    python -m data_prep.describe --dataset=DATASET [--verify
+        [--audit_dir=DATASET-audit --input_dir=SCANS]]
 
 Prints the table and writes cohort.csv and contact_sheet.png into --output_dir (default:
-DATASET-description). It ends with exit code 1 if a table is damaged, with --verify if anything is
-wrong; with --audit_dir and --input_dir it also searches the dataset for values of the source
-headers (see `data_prep.privacy.leaks`).
+DATASET-description). The exit code is 1 if a table is damaged, with --verify if anything is wrong.
+With --audit_dir and --input_dir it also searches the dataset for values of the source headers (see
+`data_prep.privacy.leaks`).
 """
 
 import csv
@@ -45,8 +46,7 @@ def main(argv: list[str]) -> int:
         )
     if FLAGS.audit_dir and "parts" in dataset.preparation:
         raise InputError(
-            f"--dataset={dataset.directory}: was merged, so no one archive is its source; search "
-            f"each part"
+            f"--dataset={dataset.directory}: was merged from several datasets; search each part"
         )
     if problems := dataset.damaged_tables():
         return _wrong(problems)
@@ -117,7 +117,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "num_slices", 24, "Slices on the contact sheet.", lower_bound=1, upper_bound=400
     )
-    flags.DEFINE_integer("seed", 0, "Of the choice of slices.")
+    flags.DEFINE_integer("seed", 0, "Seed of the choice of slices.")
     flags.DEFINE_bool(
         "verify", False, "Check checksums, records and tables; exit code 1 if anything is wrong."
     )
@@ -126,7 +126,9 @@ def define_flags() -> None:
         None,
         "With --verify and --input_dir: search the dataset for identifying values.",
     )
-    flags.DEFINE_string("input_dir", None, "Directory of the scans that the dataset was made from.")
+    flags.DEFINE_string(
+        "input_dir", None, "Directory of the scans from which the dataset was made."
+    )
     flags.DEFINE_integer(
         "num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1
     )

@@ -2,10 +2,10 @@
 
     python -m data_prep.fetch --dataset=gs://BUCKET/DATASET [--splits=train,validation]
 
-Prints the directory of the copy, which every command takes for a dataset that lies here; the
-commands that take a dataset's URL use the same copy, and fetch what of it is not there. Killed at
-any moment, the same command continues. Copies lie below $CTSSL_CACHE_DIR (default: the user's cache
-folder) and are the user's to remove.
+Prints the directory of the copy, which every command takes as a dataset. Commands that take the URL
+use the same copy and fetch the files that it lacks. Killed at any moment, the same command
+continues. Copies lie below $CTSSL_CACHE_DIR (default: the user's cache folder). Only the user
+removes them.
 """
 
 from absl import flags

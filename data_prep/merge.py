@@ -1,21 +1,21 @@
-r"""Several datasets -> one, at once and without copying: a view, whose shards are links to theirs.
+r"""Several datasets -> one, at once and without copying: a view, whose shards are links.
 
     python -m data_prep.merge --datasets=A,B[,C...] --output_dir=VIEW
 
 VIEW is a dataset directory like any other (`data_prep.dataset.reader`): volumes in the order of A,
-B, C within each split, tables of its own. A label that only some of them have is missing in the
-others; a label of a patient holds for the patient's volumes in all. Nothing in A, B, C is touched,
-and since a grown archive only adds shards, VIEW stays what it is when they grow: a snapshot, which
-`describe --verify` names as such. Merge into a new directory to take in the new volumes. A part
-that was prepared again is refused when VIEW is read.
+B, C within each split, tables of its own. A label that only some of the datasets have is missing in
+the others. A label of a patient holds for the patient's volumes in all datasets. A, B, C do not
+change. Since a grown archive only adds shards, VIEW stays the same when they grow: a snapshot,
+which `describe --verify` names as such. Merge into a new directory to take in the new volumes. If a
+part was prepared again, readers refuse VIEW.
 
 The datasets must share the pseudonym key (--pseudonym_key_file of data_prep.prepare) and the splits
-of the patients whom they share (--same_splits_as). Images must be alike: windows, size, masks or
-none.
+of the patients whom they share (--same_splits_as). Their images must have the same windows and
+size, and all datasets must have masks or all lack them.
 
---link=symlink: relative links, over file systems as well; a part that is moved or removed is missed
-at once. hard: the same bytes under two names, which stay when a part is removed; one file system.
-copy: independent of the parts.
+--link=symlink: relative links, over file systems as well. VIEW cannot be read once a part is moved
+or removed. hard: the same bytes under two names, which stay when a part is removed, on one file
+system. copy: independent of the parts.
 """
 
 from pathlib import Path
@@ -30,26 +30,20 @@ FLAGS = flags.FLAGS
 def main(argv: list[str]) -> int:
     from data_prep.dataset.merge import merge
     from data_prep.dataset.reader import Dataset
-    from data_prep.dataset.schema import PREPARATION_FILE
+    from data_prep.dataset.schema import PREPARATION_FILE, summary_text
 
     output_dir = Path(FLAGS.output_dir).expanduser()
     parts = [Dataset.open(Path(name)) for name in FLAGS.datasets if name]
     preparation, changed = merge(parts, output_dir, FLAGS.link)
-    state = "is complete" if changed else "is complete already: nothing to do"
-    print(f"{output_dir} {state}{' (SYNTHETIC data)' * preparation['synthetic']}.")
-    for split, facts in preparation["splits"].items():
-        print(
-            f"  {split}: {facts['num_volumes']} volumes of {facts['num_patients']} patients, "
-            f"{facts['num_slices']} slices"
-        )
-    named = dict.fromkeys(name for part in preparation["parts"] for name in part["options"])
+    print(summary_text(preparation, changed, output_dir))
+    options = dict.fromkeys(name for part in preparation["parts"] for name in part["options"])
     differing = [
-        name for name in named if name not in preparation["options"] and name != "same_splits_as"
+        name for name in options if name not in {*preparation["options"], "same_splits_as"}
     ]
     if differing:
         print(
-            f"NOTE: they were prepared with different {', '.join(differing)}; "
-            f"{PREPARATION_FILE} says how."
+            f"NOTE: the datasets were prepared with different {', '.join(differing)}; "
+            f"{PREPARATION_FILE} lists them."
         )
     return 0
 
@@ -59,7 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_list("datasets", None, "Dataset directories, separated by commas.", required=True)
     flags.DEFINE_string("output_dir", None, "Directory of the view to make.", required=True)
     flags.DEFINE_enum(
-        "link", "symlink", ["symlink", "hard", "copy"], "How its shards are those of the datasets."
+        "link", "symlink", ["symlink", "hard", "copy"], "How the view holds the shards."
     )
 
 

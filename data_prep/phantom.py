@@ -1,5 +1,4 @@
-"""Makes a synthetic archive of chest CT: one folder a patient, genuine DICOM files, no real patient
-behind them.
+"""Makes a synthetic archive of chest CT: genuine DICOM files of made-up patients, a folder each.
 
     python -m data_prep.phantom --output_dir=DIR --num_patients=24 --seed=0
 
@@ -9,16 +8,16 @@ The whole chest, apex to base, takes about 90 to 160 slices at the spacings of 2
 scanners use; `--slice_spacing_mm=3` keeps it near 100, and `--num_slices` takes a random contiguous
 part of it.
 
-`--layout` decides the folders and what is written down of the findings; patients of different
-layouts or seeds are different people:
+`--layout` decides the folders and which findings are written down. Patients of different layouts or
+seeds are different people:
 
     dicom       P0000/... as scanners name files. Some patients have lung nodules or pulmonary
-    emboli, without labels. rsna_pe     train.csv and train/<study>/<series>/<instance>.dcm as the
-    RSNA STR Pulmonary Embolism data; about half
-                of the exams have emboli. Headers have no age, sex and group: they stand in
-                attributes.csv.
+                emboli, without labels.
+    rsna_pe     train.csv and train/<study>/<series>/<instance>.dcm, as the RSNA STR Pulmonary
+                Embolism data. About half of the exams have emboli. Age, sex and group are in
+                attributes.csv, not in the headers.
     lidc_idri   PHANTOM-0001/<study>/<series>/ with the files and the XML of four readers who
-    outline lung nodules.
+                outline lung nodules.
 
 With `--num_slices` the part of the chest holds the central pulmonary arteries in rsna_pe, nearly
 always a nodule in lidc_idri. Ethnic Group (0010,2160) holds a made-up group (group_a, group_b,
@@ -37,7 +36,6 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> int:
-    """Command line."""
     from data_prep.synthetic.archive import make_archive
     from data_prep.synthetic.exam import Options
 

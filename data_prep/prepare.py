@@ -2,31 +2,32 @@ r"""Archive of scans -> dataset directory.
 
     python -m data_prep.prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
 
-SCANS is any tree of files, here or on a store (gs://BUCKET/DIR with ctssl_jax[gcs], s3://BUCKET/DIR
-with ctssl_jax[s3], see data_prep.system.stores); zip files are read in place. DATASET is a folder
-here; one serves every task. Killed at any moment, the same command continues where it stopped, with
-the same result to the byte; when scans have come to SCANS it adds them. Whether something came is
-told by names and sizes: a file that is replaced by another of its size goes unnoticed.
-DATASET-audit (--audit_dir) stays with the archive's owner: it links the dataset's pseudonyms to the
-scans, and is of this dataset alone. Datasets can share a --pseudonym_key_file: the same patient
-then has the same pseudonym in each. Splits are each dataset's own, but with
---same_splits_as=FIRST[,SECOND] patients known there keep the split they have there; data_prep.merge
-makes one dataset of such.
+SCANS is any tree of files, on this machine or on a store (gs://BUCKET/DIR with ctssl_jax[gcs],
+s3://BUCKET/DIR with ctssl_jax[s3], see data_prep.system.stores). Zip files are read in place.
+DATASET is a folder on this machine. One dataset serves every task.
 
---archive: dicom is any tree of DICOM files; rsna_pe has train.csv beside them, lidc_idri the
-readers' XML (among the scans, or in --annotations_dir); nifti is any tree of .nii and .nii.gz
-files, with --metadata_csv=FILE (VolumeName and what the files do not say, as CT-RATE has it: see
+Killed at any moment, the same command continues, with the same result to the byte. If new scans
+have come to SCANS, it adds them. It knows new files by names and sizes, so it does not notice a
+file that was replaced by a file of the same size.
+
+DATASET-audit (--audit_dir) stays with the archive's owner: it links the pseudonyms to the scans. It
+belongs to this dataset alone. Datasets can share a --pseudonym_key_file: a patient then has the
+same pseudonym in each. Each dataset has its own splits, but with --same_splits_as=FIRST[,SECOND]
+patients of these datasets keep their split. data_prep.merge makes one dataset of such datasets.
+
+--archive: dicom is any tree of DICOM files. rsna_pe has train.csv beside them, lidc_idri the
+readers' XML (among the scans, or in --annotations_dir). nifti is any tree of .nii and .nii.gz
+files, with --metadata_csv=FILE (VolumeName and the facts that the files lack, as in CT-RATE: see
 data_prep.scan.nifti_metadata). Beside any archive:
 
     --labels_csv=FILE       a key column (SOPInstanceUID: of a slice; SeriesInstanceUID,
-    StudyInstanceUID or VolumeName:
-                            of a volume; PatientID: of a patient) and a column a label; empty cells
-                            are missing labels
-    --attributes_csv=FILE   PatientID and any of age, sex, ethnic_group, which go before the headers
+                            StudyInstanceUID or VolumeName: of a volume; PatientID: of a patient)
+                            and a column a label; empty cells are missing labels
+    --attributes_csv=FILE   PatientID and any of age, sex, ethnic_group, which replace the headers
     --masks_dir=DIR         masks as DICOM-SEG or NIfTI files
 
 --runner=beam converts and writes the shards under Apache Beam, on many machines if --beam_options
-name some (data_prep.pipeline.beam has the command lines); the dataset is the same to the byte.
+name some (see data_prep.pipeline.beam). The dataset is the same to the byte.
 """
 
 from pathlib import Path
@@ -40,7 +41,7 @@ _UPLOAD = (
     "write it to a local disk, then upload it with `gcloud storage cp -r` or `aws s3 cp "
     "--recursive`"
 )
-# where no --window is given: the second is made for pulmonary arteries
+# without --window; the second window shows pulmonary arteries
 _WINDOWS = {"rsna_pe": ["50,350", "100,700"]}
 
 
@@ -78,10 +79,8 @@ def main(argv: list[str]) -> int:
         shard_size_mb=parse_megabytes(FLAGS.shard_size_mb),
     )
     beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options)
-    paths = {
-        name: _path(name)
-        for name in ("attributes_csv", "metadata_csv", "masks_dir", "annotations_dir")
-    }
+    names = ("attributes_csv", "metadata_csv", "masks_dir", "annotations_dir")
+    paths = {name: _path(name) for name in names}
     tables = tuple(stores.local_path(path, "--labels_csv") for path in FLAGS.labels_csv)
     sources = LabelSources(
         FLAGS.archive, tables, **paths, consensus=FLAGS.consensus, min_area_px=FLAGS.min_area_px
@@ -154,7 +153,7 @@ def define_flags() -> None:
         lower_bound=0,
     )
     flags.DEFINE_list(
-        "same_splits_as", [], "Datasets of the same key: patients known there keep that split."
+        "same_splits_as", [], "Datasets of the same key: their patients keep their split."
     )
     number("shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut.")
     repeated("labels_csv", [], "Table of labels: a key column and a column a label; repeatable.")
@@ -162,7 +161,7 @@ def define_flags() -> None:
     text(
         "metadata_csv",
         None,
-        "Table of VolumeName and what NIfTI files do not say (--archive=nifti).",
+        "Table of VolumeName and the facts that NIfTI files lack (--archive=nifti).",
     )
     text("masks_dir", None, "Directory of masks, DICOM-SEG or NIfTI.")
     text(
@@ -191,7 +190,7 @@ def define_flags() -> None:
         "",
         "Options of Apache Beam, as on a command line: see data_prep.pipeline.beam.",
     )
-    yes("dry_run", False, "Read headers only, say what would happen, write nothing.")
+    yes("dry_run", False, "Read headers only, print the expected result, write nothing.")
 
 
 if __name__ == "__main__":

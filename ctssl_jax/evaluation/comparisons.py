@@ -2,8 +2,8 @@
 correction.
 
 Both arms see the same draws of patients, and each arm is the mean over its training seeds.
-Intervals and p-values say how sure a difference is given these patients; how much training itself
-scatters shows in the spread over seeds.
+Intervals and p-values say how far a difference depends on the choice of patients. How far training
+itself varies shows in the spread over seeds.
 """
 
 import math
@@ -35,28 +35,28 @@ def paired_difference(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, object]:
-    """Compare one number of two arms.
+    """Compare one measure of two arms.
 
     The two-sided p-value is twice the smaller share of draws whose difference does not lie beyond
-    0, the data as they are counted as one draw more: it is never below 2 / (num_resamples + 1), and
+    0, where the data themselves count as one more draw. It is at least 2 / (num_resamples + 1), and
     1 for equal arms.
 
     Args:
-      arm_a, arm_b: each arm's statistics, one a training seed, with one name; items are the same,
-        in the same order.
-      patient_ids: N patients, one an item.
-      num_resamples, seed: of `bootstrap.patient_bootstrap`.
+      arm_a, arm_b: the statistics of each arm, one for each training seed, all with one name and
+        with the same items in the same order.
+      patient_ids: N patients, one for each item.
+      num_resamples, seed: as in `bootstrap.patient_bootstrap`.
 
     Returns:
-      {"a", "b": the arms' values, "difference": a - b, "ci95": [low, high] of it, "p",
-      "num_patients", "num_undefined_draws"}.
+      {"a", "b": values of the arms, "difference": a - b, "ci95": [low, high] of the difference,
+      "p", "num_patients", "num_undefined_draws"}.
 
     Raises:
-      InputError: an arm without a run, fewer than two patients, or a number that is undefined for
-        these items.
+      InputError: an arm without statistics, fewer than two patients, or a measure that is undefined
+        for these items.
     """
     if not arm_a or not arm_b:
-        raise InputError("an arm of the comparison has no run; give each arm at least one")
+        raise InputError("an arm of the comparison has no run; give each arm at least one run")
     num_patients = len(set(patient_ids))
     if num_patients < 2:
         raise InputError(
@@ -96,13 +96,13 @@ def statistic_of(predictions: Predictions, metric: str) -> Statistic:
     """A measure of a run's predictions as a function of weights.
 
     Args:
-      predictions: of the run.
-      metric: `auroc`, `average_precision`, `brier`, `ece` of a label (of more than two classes
-        `auroc`, the mean of one class against the rest), `dice` or `iou` of masks: the mean over
-        the slices whose true mask is not empty.
+      predictions: the predictions.
+      metric: for a label with two classes `auroc`, `average_precision`, `brier` or `ece`; for a
+        label with more classes `auroc`, the mean of one class against the rest; for masks `dice` or
+        `iou`, the mean over the slices whose true mask is not empty.
 
     Raises:
-      InputError: another measure, or one that such predictions do not have.
+      InputError: a measure that is not defined for such predictions.
     """
     if metric in OF_MASKS and predictions.target_px is not None:
         counts = (predictions.intersection_px, predictions.predicted_px, predictions.target_px)
@@ -118,8 +118,9 @@ def statistic_of(predictions: Predictions, metric: str) -> Statistic:
             whole = multiclass_statistic(predictions.label, predictions.probabilities, classes)
             return lambda weights: {metric: whole(weights)[metric]}
     raise InputError(
-        f"{metric} cannot be compared for these predictions; labels of two classes have "
-        f"{', '.join(OF_CLASSES)}, of more auroc, masks {', '.join(OF_MASKS)}"
+        f"{metric} cannot be compared for these predictions; choose among "
+        f"{', '.join(OF_CLASSES)} for a label with two classes, auroc for a label with more, "
+        f"{', '.join(OF_MASKS)} for masks"
     )
 
 
@@ -131,18 +132,19 @@ def paired_comparison(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, object]:
-    """Compare two arms by the predictions of their runs, one a training seed.
+    """Compare two arms by the predictions of their runs, one run for each training seed.
 
     Args:
-      arm_a, arm_b: from `predictions.read`, all of the same slices.
-      metric: of `statistic_of`.
-      num_resamples, seed: of `bootstrap.patient_bootstrap`.
+      arm_a, arm_b: from `predictions.read`, all for the same slices.
+      metric: as in `statistic_of`.
+      num_resamples, seed: as in `bootstrap.patient_bootstrap`.
 
     Returns:
       As `paired_difference`.
 
     Raises:
-      InputError: as there and in `statistic_of`, or runs that were not measured on the same slices.
+      InputError: as `paired_difference` and `statistic_of`, or runs that were not measured on the
+        same slices.
     """
     runs = [*arm_a, *arm_b]
     for run in runs[1:]:
@@ -150,8 +152,7 @@ def paired_comparison(
             if not np.array_equal(getattr(runs[0], name), getattr(run, name)):
                 raise InputError(
                     f"the runs were not measured on the same slices ({name} differs); evaluate "
-                    f"them again on one "
-                    "dataset and split"
+                    "them again on one dataset and split"
                 )
     arms = ([statistic_of(run, metric) for run in arm] for arm in (arm_a, arm_b))
     return paired_difference(
@@ -160,21 +161,21 @@ def paired_comparison(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction (1979) of the p-values of a family of comparisons, in the order given.
+    """Holm's correction (1979) of the p-values of a family of comparisons.
 
     Args:
       p_values: K numbers in [0, 1].
 
     Returns:
-      K adjusted p-values in [0, 1]: rejecting those below 5 % errs anywhere in the family with at
-      most 5 %.
+      K adjusted p-values in [0, 1], in the same order. Whoever rejects the hypotheses with an
+      adjusted p-value below 5 % makes an error in the family with a probability of at most 5 %.
 
     Raises:
       InputError: a value outside [0, 1], or NaN.
     """
     p_values = np.asarray(p_values, np.float64)
     if not np.all((p_values >= 0) & (p_values <= 1)):
-        raise InputError("a p-value lies outside [0, 1]; leave comparisons out that are undefined")
+        raise InputError("a p-value lies outside [0, 1]; leave out undefined comparisons")
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
     adjusted = np.empty(len(p_values))

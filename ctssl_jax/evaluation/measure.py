@@ -1,6 +1,6 @@
 """A trained model measured on a split of a dataset: the core of `ctssl_jax.evaluate`."""
 
-from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,13 @@ from ctssl_jax.stats.volumes import auroc_one_vs_rest, volume_means
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.health import embedding_use, warnings
-from ctssl_jax.training.scoring import SplitScores, evaluate_split, make_scorer, render_pictures
+from ctssl_jax.training.scoring import (
+    Scorer,
+    SplitScores,
+    evaluate_split,
+    make_scorer,
+    render_pictures,
+)
 from ctssl_jax.training.state import TrainState, define, evaluation_keys, restore_model
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import make_folder, write_json
@@ -53,18 +59,20 @@ def evaluate(
 
     Args:
       workdir: run directory.
-      dataset: dataset directory; None takes the training's.
+      dataset: dataset directory; None takes the dataset of the training.
       split: `train`, `validation` or `test`.
       output: path of RESULT.json; its folder is made.
-      checkpoint: `best`, `last` or a step.
-      batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the training's.
+      checkpoint: `best`, `last`, `last_good` or a step.
+      batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the batch size
+        of the training.
       baselines: also score the mean training slice and the copied input as predictions.
 
     Returns:
       The contents of RESULT.json.
 
     Raises:
-      InputError: no such run or checkpoint, or data prepared otherwise than the run's.
+      InputError: no such run or checkpoint, or data prepared otherwise than the data of the run.
+      DatasetError: not a complete dataset.
     """
     # ---- Can the request work? ----
     output = Path(output)
@@ -72,66 +80,123 @@ def evaluate(
     measured = MeasuredRun.open(
         Run.open(workdir), dataset, (split, "train") if baselines else (split,)
     )
-    config = measured.config
     step = measured.run.choose_step(checkpoint)
-    task = get_task(config.task)
-    targets = task.targets(config)
-
-    def open_split(name: str) -> NeighbourSource:
-        return open_source(measured.dataset, name, measured.channels, task.offsets(config), targets)
-
-    source = open_split(split)
+    task = get_task(measured.config.task)
+    targets = task.targets(measured.config)
+    source = _open_split(measured, task, split)
     make_folder(output.parent, "--output")
 
-    # ---- The model ----
-    num_devices = jax.device_count()
-    batch_size = batch_size or config.batch_size // config.microbatches
-    batch_size = -(-batch_size // num_devices) * num_devices
-    mesh = make_mesh()
-    scorer = make_scorer(define(config, task, len(measured.channels), mesh))
-    _, model = restore_model(measured.run.workdir, step, config, task, replicated(mesh))
-    state = TrainState(step=(), optimizer=(), sums={}, nonfinite_step=(), **model)
-
-    def score(source: NeighbourSource) -> SplitScores:
-        return evaluate_split(scorer, state, evaluation_batches(source, batch_size))
-
     # ---- Scores: slices, then volumes, then the split ----
-    slices = score(source)
+    model = _restore(measured, task, step, batch_size)
+    slices = model.score(source)
     volumes, volume_index = _volumes_of_records(source.volumes, slices.record_index)
-    patient_ids = [volume["patient_id"] for volume in volumes]
     by_volume = _volume_values(slices.scores, task, volume_index, len(volumes))
-    if slices.classes is not None and not targets.label:
+    predicted, metrics, fields = None, {}, {}
+    if targets.label or targets.mask:
+        predicted = _predictions(source, slices)
+    if targets.mask:
+        by_volume |= outcomes.masks_of_volumes(predicted, volume_index, len(volumes))
+        metrics = outcomes.mask_metrics(predicted)
+    elif targets.label:
+        metrics, fields = _measure_label(model, targets.label, predicted, volumes)
+    elif slices.classes is not None:
         by_volume["auroc"] = _volume_aurocs(
             **slices.classes, volume_index=volume_index, num_volumes=len(volumes)
         )
-    predicted = _predictions(source, slices) if targets.label or targets.mask else None
-    downstream_metrics, downstream = {}, {}
-    if targets.mask:
-        by_volume |= outcomes.masks_of_volumes(predicted, volume_index, len(volumes))
-        downstream_metrics = outcomes.mask_metrics(predicted)
-    elif targets.label:
-        downstream_metrics, downstream = _measure_label(
-            measured, targets.label, predicted, volumes, open_split, score
-        )
-    over_volumes = {
-        name: values for name, values in by_volume.items() if name not in downstream_metrics
-    }
-    embedding, codebook = embedding_use(slices.embedding_moments), codebook_use(slices.code_counts)
+
+    # ---- The result ----
+    patient_ids = [volume["patient_id"] for volume in volumes]
+    over_volumes = {name: values for name, values in by_volume.items() if name not in metrics}
     result = {
         **header(
             measured,
             split,
             patient_ids,
             step,
-            device=f"{num_devices} x {jax.devices()[0].device_kind}",
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             packages=("jax", "flax", "optax", "numpy"),
         ),
-        "metrics": summaries(over_volumes, patient_ids) | downstream_metrics,
-        **downstream,
+        "metrics": summaries(over_volumes, patient_ids) | metrics,
+        **fields,
+        **_facts(model, slices),
+    }
+    if baselines:
+        result["baselines"] = {
+            name: summaries(_volume_values(scores, task, volume_index, len(volumes)), patient_ids)
+            for name, scores in _baseline_scores(model, source).items()
+        }
+
+    # ---- Files ----
+    write_volumes(output.with_suffix(".csv"), volumes, by_volume)
+    if predicted is not None:
+        predictions.write(output, predicted)
+    pictures = model.render(source)
+    save_arrays(output.with_suffix(".npz"), pictures)
+    save_strip(output.with_suffix(".png"), pictures, "SYNTHETIC" if result["synthetic"] else "")
+    write_json(output, result)  # last: with it the evaluation is complete
+    return result
+
+
+def _open_split(measured: MeasuredRun, task: Task, split: str) -> NeighbourSource:
+    config = measured.config
+    return open_source(
+        measured.dataset, split, measured.channels, task.offsets(config), task.targets(config)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """A checkpoint that scores the data that it is measured on, `batch_size` slices at a time."""
+
+    measured: MeasuredRun
+    task: Task
+    scorer: Scorer
+    state: TrainState
+    batch_size: int
+
+    def score(self, source: NeighbourSource) -> SplitScores:
+        """Scores of all slices of a split."""
+        batches = evaluation_batches(source, self.batch_size)
+        return evaluate_split(self.scorer, self.state, batches)
+
+    def render(self, source: NeighbourSource) -> dict[str, np.ndarray]:
+        """Pictures of slices spread over a split, see `render_pictures`."""
+        number = min(self.measured.config.num_pictures, self.batch_size)
+        batch = picture_batch(source, self.batch_size, number)
+        return render_pictures(self.scorer, self.state, batch, number)
+
+
+def _restore(measured: MeasuredRun, task: Task, step: int, batch_size: int) -> _Model:
+    """A checkpoint on all devices; batch size 0 takes the batch size of the training."""
+    config, mesh = measured.config, make_mesh()
+    batch_size = batch_size or config.batch_size // config.microbatches
+    scorer = make_scorer(define(config, task, len(measured.channels), mesh))
+    _, model = restore_model(measured.run.workdir, step, config, task, replicated(mesh))
+    state = TrainState(step=(), optimizer=(), sums={}, nonfinite_step=(), **model)
+    multiple = -(-batch_size // jax.device_count()) * jax.device_count()
+    return _Model(measured, task, scorer, state, multiple)
+
+
+def _volume_values(
+    scores: dict[str, np.ndarray], task: Task, volume_index: np.ndarray, num_volumes: int
+) -> dict[str, np.ndarray]:
+    """Means of the task's reported scores over the slices of each volume: [num_volumes] float64."""
+    values = {name: volume_means(scores[name], volume_index, num_volumes) for name in task.reported}
+    if "masked_mse" in values:
+        values["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * values["masked_mse"]
+    return values
+
+
+def _facts(model: _Model, slices: SplitScores) -> dict[str, Any]:
+    """Fields of the result about the model and its data, beside the scores."""
+    measured, state = model.measured, model.state
+    tensors = flatten({"params": state.params, "variables": state.variables})
+    embedding, codebook = embedding_use(slices.embedding_moments), codebook_use(slices.code_counts)
+    facts = {
         "num_slices": len(slices.record_index),
-        "model_fingerprint": fingerprint(flatten(model)),
+        "model_fingerprint": fingerprint(tensors),
         **measured.run.training_data,
-        "config": portable(config),
+        "config": portable(measured.config),
         "preparation": {
             name: measured.dataset.preparation[name]
             for name in ("archive", "windows", "image_size", "options")
@@ -140,63 +205,33 @@ def evaluate(
         "warnings": warnings(embedding | codebook),
     }
     if codebook:
-        result["codebook"] = {**codebook, "num_codes": len(slices.code_counts)}
+        facts["codebook"] = {**codebook, "num_codes": len(slices.code_counts)}
     if slices.classes is not None:
-        result["confusion"] = _confusion(**slices.classes)
-    if baselines:
-        scores = _baseline_scores(config, task, source, open_split("train"), batch_size)
-        result["baselines"] = {
-            name: summaries(_volume_values(values, task, volume_index, len(volumes)), patient_ids)
-            for name, values in scores.items()
-        }
-
-    # ---- Files ----
-    write_volumes(output.with_suffix(".csv"), volumes, by_volume)
-    if predicted is not None:
-        predictions.write(output, predicted)
-    number = min(config.num_pictures, batch_size)
-    shown = render_pictures(scorer, state, picture_batch(source, batch_size, number), number)
-    save_arrays(output.with_suffix(".npz"), shown)
-    save_strip(output.with_suffix(".png"), shown, "SYNTHETIC" if result["synthetic"] else "")
-    write_json(output, result)  # last: with it the evaluation is complete
-    return result
-
-
-def _volume_values(
-    scores: dict[str, np.ndarray], task: Task, volume_index: np.ndarray, num_volumes: int
-) -> dict[str, np.ndarray]:
-    """Means over the slices of each volume, of the scores that the task reports: [num_volumes]
-    float64 each."""
-    values = {name: volume_means(scores[name], volume_index, num_volumes) for name in task.reported}
-    if "masked_mse" in values:
-        values["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * values["masked_mse"]
-    return values
+        facts["confusion"] = _confusion(**slices.classes)
+    return facts
 
 
 def _measure_label(
-    measured: MeasuredRun,
-    label: str,
-    predicted: Predictions,
-    volumes: list[dict],
-    open_split: Callable[[str], NeighbourSource],
-    score: Callable[[NeighbourSource], SplitScores],
+    model: _Model, label: str, predicted: Predictions, volumes: list[dict]
 ) -> tuple[dict[str, dict], dict[str, Any]]:
     """Measures of a label, and further fields of the result.
 
-    The validation split fixes the thresholds of a label with two classes, where the dataset has one
-    with this label.
+    The thresholds of a label with two classes come from the validation split; where the dataset
+    lacks this split or its labels, the measures that need a threshold are left out.
     """
-    classes, level = label_classes(measured.dataset, label)
+    dataset = model.measured.dataset
+    classes, level = label_classes(dataset, label)
     fields, validation = {"label": label, "classes": list(classes)}, None
     if len(classes) == 2:
         try:
-            source = open_split("validation")
-            validation = _predictions(source, score(source))
+            source = _open_split(model.measured, model.task, "validation")
         except DatasetError:
             raise
         except InputError:
             pass
-    exams = {volume["volume_id"]: volume["exam_id"] for volume in measured.dataset.volumes()}
+        else:
+            validation = _predictions(source, model.score(source))
+    exams = {volume["volume_id"]: volume["exam_id"] for volume in dataset.volumes()}
     metrics, thresholds = outcomes.label_metrics(
         predicted, validation, classes, exams if level == "slice" else None
     )
@@ -210,8 +245,7 @@ def table(result: dict) -> str:
     data = "  SYNTHETIC DATA" if result["synthetic"] else ""
     lines = [
         f"{result['recipe']}, step {result['checkpoint_step']:,}, {result['split']} split: "
-        f"{result['num_slices']:,} "
-        f"slices{data}",
+        f"{result['num_slices']:,} slices{data}",
         f"{'':34}{'mean':>9} {'sd':>9}   95 % interval       volumes patients",
     ]
     rows = {"model": result["metrics"], **result.get("baselines", {})}
@@ -226,8 +260,7 @@ def table(result: dict) -> str:
             mean = "undefined" if value["mean"] is None else f"{value['mean']:.5f}"
             lines.append(
                 f"{predictor + ' ' + name:34}{mean:>9} {sd:>9}   {interval:20} "
-                f"{value['num_volumes']:6} "
-                f"{value['num_patients']:8}"
+                f"{value['num_volumes']:6} {value['num_patients']:8}"
             )
     if "codebook" in result:
         codebook = result["codebook"]
@@ -246,7 +279,7 @@ def table(result: dict) -> str:
     if "confusion" in result:
         counts = "; ".join(" ".join(map(str, row)) for row in result["confusion"])
         lines.append(f"slices by true class (rows) and predicted class: {counts}")
-    # by the validation loss after few steps, the untrained model may be the best
+    # After few steps the untrained model may have the best validation loss.
     if result["checkpoint_step"] == 0:
         lines.append(
             "NOTE: step 0 is the model before training, nothing was learned; --checkpoint=last "
@@ -267,7 +300,7 @@ def _group_line(name: str, groups: dict) -> str:
 
 
 def _predictions(source: NeighbourSource, slices: SplitScores) -> Predictions:
-    """What the model said of each slice."""
+    """The predictions of a label or of masks for each slice."""
     volumes, index = _volumes_of_records(source.volumes, slices.record_index)
     first = np.array([volume["first_record"] for volume in volumes])
     counts = {
@@ -285,10 +318,10 @@ def _predictions(source: NeighbourSource, slices: SplitScores) -> Predictions:
 
 
 def _volumes_of_records(volumes: list[dict], record_index):
-    """The volumes that the records [N] belong to, and the place of each record's volume among them,
+    """The volumes that the records [N] belong to, and the index of each record's volume among them,
     [N] int.
 
-    A volume that is nothing but gaps has no pair of neighbours, and so no record here.
+    A volume without adjacent slices gives no pair of neighbours, and so has no records here.
     """
     first = np.array([volume["first_record"] for volume in volumes])
     order = np.argsort(first)
@@ -299,8 +332,10 @@ def _volumes_of_records(volumes: list[dict], record_index):
 
 
 def _volume_aurocs(label, probabilities, *, volume_index, num_volumes: int):
-    """One-vs-rest AUROC of each volume's slices, NaN where all slices have one label: [num_volumes]
-    float64."""
+    """One-vs-rest AUROC over the slices of each volume, NaN where all slices have one label.
+
+    [num_volumes] float64.
+    """
     of_volume = [volume_index == index for index in range(num_volumes)]
     return np.array(
         [auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume]
@@ -315,23 +350,25 @@ def _confusion(label, probabilities) -> list[list[int]]:
     return counts.tolist()
 
 
-def _baseline_scores(config, task, source, train_source, batch_size: int) -> dict[str, dict]:
-    """Per-slice scores of the task's baselines, in record order: baseline -> score -> [N]."""
-    chosen = np.linspace(
-        0, len(train_source) - 1, min(MEAN_IMAGE_SLICES, len(train_source))
-    ).astype(int)
-    total = 0.0
-    for item in chosen:
-        images = train_source[int(item)]["images"]
-        total = total + to_unit_images(images, config.model.in_channels, config.normalize)[0]
-    mean_image = total / len(chosen)
+def _baseline_scores(model: _Model, source: NeighbourSource) -> dict[str, dict[str, np.ndarray]]:
+    """Scores [N] of the task's baselines by baseline and score, in record order.
+
+    The mean image is the mean of slices spread over the training split.
+    """
+    task, config = model.task, model.measured.config
+    train_source = _open_split(model.measured, task, "train")
+    number = min(MEAN_IMAGE_SLICES, len(train_source))
+    items = np.linspace(0, len(train_source) - 1, number).astype(int)
+    images = (train_source[int(item)]["images"] for item in items)
+    channels, normalize = config.model.in_channels, config.normalize
+    mean_image = sum(to_unit_images(image, channels, normalize)[0] for image in images) / number
 
     @jax.jit
     def score(batch):
         return task.baselines(batch, evaluation_keys(batch["record_index"]), mean_image, config)
 
     batches = []
-    for batch in evaluation_batches(source, batch_size):
+    for batch in evaluation_batches(source, model.batch_size):
         scores = jax.device_get(score(batch))
-        batches.append(jax.tree.map(lambda values, kept=batch["weight"] > 0: values[kept], scores))
+        batches.append(jax.tree.map(lambda values, real=batch["weight"] > 0: values[real], scores))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)

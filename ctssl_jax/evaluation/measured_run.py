@@ -32,7 +32,7 @@ class MeasuredRun:
     run: the run.
     dataset: the data.
     config: the configuration of the run, with `dataset` and `windows` of the data.
-    channels: of the data's images that the model reads.
+    channels: indices of the image channels that the model reads.
     learned_from: contents of `patients.json` of the run and of its ancestors.
     """
 
@@ -51,8 +51,8 @@ class MeasuredRun:
         Args:
           run: the run.
           dataset: dataset directory or URL; None takes the dataset of the training.
-          splits: that will be read.
-          flag: that named the dataset, for messages.
+          splits: splits that will be read.
+          flag: the flag that names the dataset, for messages.
 
         Raises:
           InputError: a missing split, or data prepared otherwise than the data of the run.
@@ -116,8 +116,7 @@ def summaries(
 
 
 def write_volumes(path: Path, volumes: Sequence[dict], by_volume: dict[str, np.ndarray]) -> None:
-    """One row a volume as CSV: its pseudonyms, number of slices and scores; empty where
-    undefined."""
+    """One row a volume as CSV: its pseudonyms, number of slices and scores; empty if undefined."""
     with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["volume_id", "patient_id", "num_slices", *by_volume])
@@ -134,18 +133,18 @@ def write_volumes(path: Path, volumes: Sequence[dict], by_volume: dict[str, np.n
 def patients_seen(
     learned_from: Sequence[dict], key_fingerprint: str, split: str, evaluated: Sequence[str]
 ) -> int | None:
-    """How many of the evaluated patients a run or one of its ancestors has learned from, or chose a
-    checkpoint by.
+    """The number of evaluated patients from whom a run or one of its ancestors learned, or by whom
+    it chose a checkpoint.
 
     Args:
       learned_from: contents of `patients.json` of the run and of its ancestors.
-      key_fingerprint: of the pseudonyms of the evaluated patients.
-      split: that is evaluated; of `validation`, the patients that a checkpoint was chosen by do not
+      key_fingerprint: fingerprint of the key that made the pseudonyms of the evaluated patients.
+      split: the evaluated split; for `validation`, patients by whom a checkpoint was chosen do not
         count.
-      evaluated: pseudonyms.
+      evaluated: pseudonyms of the evaluated patients.
 
     Returns:
-      None where this cannot be known: pseudonyms of another key do not tell.
+      The number; None if a run used pseudonyms of another key, which cannot be compared.
     """
     if any(patients["key_fingerprint"] != key_fingerprint for patients in learned_from):
         return None
@@ -163,15 +162,15 @@ def header(
     device: str,
     packages: Sequence[str],
 ) -> dict[str, Any]:
-    """Where a result comes from: the fields that all results JSON files have.
+    """The origin of a result: the fields that all results files have.
 
     Args:
       measured: the run and its data.
-      split: that was evaluated.
-      evaluated: pseudonyms of its patients.
-      step: of the checkpoint; None for a control, which has learned from nobody.
-      device: that it was computed on.
-      packages: whose versions are told.
+      split: the evaluated split.
+      evaluated: pseudonyms of the evaluated patients.
+      step: step of the checkpoint; None for a control, which did not learn.
+      device: number and name of the devices.
+      packages: names of packages whose versions are stored.
     """
     run, preparation, learned = measured.run, measured.dataset.preparation, step is not None
     return {
@@ -197,8 +196,7 @@ def header(
 
 
 def notes(result: dict) -> list[str]:
-    """What a reader must know of the patients of a result: lines for the screen, empty if they are
-    held out."""
+    """Warnings about the patients of a result: lines for the screen, empty if all are held out."""
     allowed = [
         ancestor["leakage_let_pass"]
         for ancestor in result["init_from"]
@@ -216,6 +214,6 @@ def _seen(result: dict) -> list[str]:
     if result["num_patients_seen_in_training"]:
         return [
             f"NOTE: {result['num_patients_seen_in_training']} of these patients were in the "
-            f"training data"
+            "training data"
         ]
     return []

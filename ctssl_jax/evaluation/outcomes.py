@@ -1,8 +1,8 @@
-"""How good the predictions of a downstream task are: of labels over slices, exams and groups of
-patients; of masks over slices, volumes and patients.
+"""How good the predictions of a downstream task are. Labels are measured over slices, exams and
+groups of patients, masks over slices, volumes and patients.
 
-Functions of `predictions.Predictions`, of nothing else; each measure with its 95 % bootstrap
-interval by patient.
+The functions take `predictions.Predictions`, and give each measure with its 95 % bootstrap interval
+by patient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,18 +29,20 @@ def label_metrics(
     """Measures of a label.
 
     Args:
-      predictions: of the evaluated split.
-      validation: of the validation split, which fixes the thresholds of sensitivity and specificity
-        (largest Youden index); None, or a split with one class only, leaves these two out.
+      predictions: predictions of the evaluated split.
+      validation: predictions of the validation split, which fixes the thresholds of sensitivity and
+        specificity (largest Youden index); None, or a split with one class only, leaves these two
+        measures out.
       classes: names of the label's K classes.
-      exam_of_volume: exam of each volume if the label is one of slices; None if it is one of
-        volumes or patients, whose predictions are averaged over the slices of a volume.
+      exam_of_volume: exam of each volume if slices have the label; None if volumes or patients have
+        it, whose predictions are averaged over the slices of a volume.
 
     Returns:
-      measures as `bootstrap.summaries`: of two classes those of `stats.binary.MEASURES` and, of
-      slices, the same of exams as `exam_auroc`, ... (an exam's score is its highest slice's); of
-      more classes those of `stats.binary.multiclass_statistic`. And the thresholds {"slice" or
-      "volume": p or None, "exam": p or None}, empty for more than two classes.
+      Measures as `bootstrap.summaries`, and the thresholds {"slice" or "volume": p or None, "exam":
+      p or None}, empty for more than two classes.
+      Two classes have `stats.binary.MEASURES`, and for labels of slices the same measures of exams
+      as `exam_auroc`, ... (an exam has the score of its highest slice). More classes have the
+      measures of `stats.binary.multiclass_statistic`.
     """
     of_slices = exam_of_volume is not None
     items, of_validation = predictions, validation
@@ -52,9 +54,9 @@ def label_metrics(
         return multiclass_summary(
             items.label, items.probabilities, items.patient_id, list(classes), volume_ids=volume_ids
         ), {}
-    thresholds = {"slice" if of_slices else "volume": _threshold(of_validation)}
-    (threshold,) = thresholds.values()
-    found = binary_summary(
+    threshold = _threshold(of_validation)
+    thresholds = {"slice" if of_slices else "volume": threshold}
+    summaries = binary_summary(
         items.label, items.probabilities[:, 1], items.patient_id, threshold, volume_ids=volume_ids
     )
     if of_slices:
@@ -65,11 +67,11 @@ def label_metrics(
         of_exams = binary_summary(
             exams.label, exams.probabilities[:, 1], exams.patient_id, thresholds["exam"]
         )
-        found |= {
+        summaries |= {
             f"exam_{name}": {**summary, "unit": f"exams: {summary['unit']}"}
             for name, summary in of_exams.items()
         }
-    return found, thresholds
+    return summaries, thresholds
 
 
 def by_group(predictions: Predictions, volumes: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
@@ -77,45 +79,44 @@ def by_group(predictions: Predictions, volumes: Sequence[Mapping[str, Any]]) -> 
     and ethnic group.
 
     Args:
-      predictions: of a label of two classes.
-      volumes: rows of `volumes.csv` of the predictions' split.
+      predictions: predictions of a label with two classes.
+      volumes: rows of `volumes.csv` for the volumes of the predictions.
 
     Returns:
       attribute -> as `subgroups.performance_by_group`, or {"not_measured": why}.
     """
-    facts = {volume["volume_id"]: volume for volume in volumes}
-    found = {}
+    volume_rows = {volume["volume_id"]: volume for volume in volumes}
+    by_attribute = {}
     for name in GROUPS:
-        values = [facts[volume_id][name] for volume_id in predictions.volume_id]
-        groups = (
-            [age_band(value if value != "" else None) for value in values]
-            if name == "age"
-            else values
-        )
+        groups = [volume_rows[volume_id][name] for volume_id in predictions.volume_id]
         groups = ["" if group is None else group for group in groups]
+        if name == "age":
+            groups = [age_band(None if age == "" else age) for age in groups]
         try:
-            found[name] = performance_by_group(
+            by_attribute[name] = performance_by_group(
                 predictions.label, predictions.probabilities[:, 1], predictions.patient_id, groups
             )
         except InputError as error:
-            found[name] = {"not_measured": str(error)}
-    return found
+            by_attribute[name] = {"not_measured": str(error)}
+    return by_attribute
 
 
 def mask_metrics(predictions: Predictions) -> dict[str, dict]:
-    """Dice and IoU of masks at probability .5.
+    """Dice and IoU of masks at probability 0.5.
 
     Args:
-      predictions: with pixel counts.
+      predictions: predictions with pixel counts.
 
     Returns:
-      As `bootstrap.summaries`: `dice` and `iou` of the slices whose true mask is not empty (the
-      first ones to look at); `dice_all_slices`, `iou_all_slices` (both empty counts 1, exactly one
-      empty 0); `volume_dice`, `volume_iou`, `patient_dice`, `patient_iou` of the voxels of a volume
-      or patient together.
+      Summaries as `bootstrap.summaries`.
+      `dice` and `iou`, the main measures, are means over the slices whose true mask is not empty.
+      `dice_all_slices` and `iou_all_slices` are means over all slices (both masks empty: 1, exactly
+      one empty: 0).
+      `volume_dice`, `volume_iou`, `patient_dice` and `patient_iou` are computed over all voxels of
+      a volume or patient.
 
     Raises:
-      InputError: no slice has a mask.
+      InputError: all true masks are empty.
     """
     annotated = np.flatnonzero(predictions.target_px > 0)
     if not len(annotated):
@@ -132,19 +133,23 @@ def mask_metrics(predictions: Predictions) -> dict[str, dict]:
         )
 
     of_annotated, of_all = summary(annotated), summary(slice(None))
-    found = {name: of_annotated[f"{name}/slice"] for name in ("dice", "iou")}
-    found |= {f"{name}_all_slices": of_all[f"{name}/slice"] for name in ("dice", "iou")}
-    levels = ("volume", "patient")
-    return found | {
-        f"{level}_{name}": of_all[f"{name}/{level}"] for level in levels for name in ("dice", "iou")
+    names, levels = ("dice", "iou"), ("volume", "patient")
+    return {
+        **{name: of_annotated[f"{name}/slice"] for name in names},
+        **{f"{name}_all_slices": of_all[f"{name}/slice"] for name in names},
+        **{f"{level}_{name}": of_all[f"{name}/{level}"] for level in levels for name in names},
     }
 
 
 def masks_of_volumes(
     predictions: Predictions, volume_index: np.ndarray, num_volumes: int
 ) -> dict[str, np.ndarray]:
-    """Dice and IoU of the voxels of each volume, [num_volumes] float64; `volume_index` [N] int
-    names the slices'."""
+    """Dice and IoU over the voxels of each volume, [num_volumes] float64.
+
+    Args:
+      predictions: predictions of N slices with pixel counts.
+      volume_index: [N] int in [0, num_volumes), the volume of each slice.
+    """
     counts = (predictions.intersection_px, predictions.predicted_px, predictions.target_px)
     sums = add_up(*counts, volume_index, num_volumes)
     return {"volume_dice": dice(*sums), "volume_iou": iou(*sums)}
@@ -157,7 +162,7 @@ def _threshold(validation: Predictions | None) -> float | None:
 
 
 def _mean_over_volumes(predictions: Predictions) -> Predictions:
-    """One item a volume; its slices have one label."""
+    """One item a volume, with mean probabilities; all slices of a volume have one label."""
     volumes, first, index = np.unique(predictions.volume_id, return_index=True, return_inverse=True)
     sums = np.stack(
         [

@@ -1,8 +1,8 @@
-"""What a model said of each slice of a split, kept beside its results: arms are compared in pairs
-from these files.
+"""The predictions of a model for each slice of a split, stored beside its results, so that arms of
+an experiment can be compared in pairs.
 
-Slices, volumes and patients are named by pseudonyms; labels, probabilities and pixel counts are all
-that is kept.
+The file contains labels, probabilities and pixel counts, and names slices, volumes and patients by
+pseudonyms.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ class Predictions(NamedTuple):
 
     patient_id, volume_id: [N] str, pseudonyms.
     slice_index: [N] int32, within the volume.
-    label: [N] int32 true class; None of a segmentation.
-    probabilities: [N, K] float32; None of a segmentation.
-    intersection_px, predicted_px, target_px: [N] float32 pixels of both masks, of the predicted and
-      of the true one; None of a classification.
+    label: [N] int32 true class; None for a segmentation.
+    probabilities: [N, K] float32; None for a segmentation.
+    intersection_px, predicted_px, target_px: [N] float32, pixels in both masks, in the predicted
+      mask and in the true mask; None for a classification.
     """
 
     patient_id: np.ndarray
@@ -47,6 +47,6 @@ def write(result: Path, predictions: Predictions) -> None:
 
 
 def read(result: Path) -> Predictions:
-    """The inverse of `write`."""
+    """Read the predictions beside RESULT.json."""
     with np.load(path_of(result)) as arrays:
         return Predictions(**{name: arrays[name] for name in arrays.files})

@@ -1,2 +1,3 @@
-"""Flax modules and nothing else: the vector-quantized autoencoder, classifiers, U-Nets,
-SE-ResNeXt."""
+"""Networks as Flax modules: the vector-quantized autoencoder, the classifier, the U-Nets and
+SE-ResNeXt.
+"""

@@ -1,11 +1,11 @@
 """The classifier of the pretext tasks that predict a label: the autoencoder's encoder, then
-compression and classification layers (paper, section II.B). The paper names these layers but not
-their sizes; these are ours.
+compression and classification layers (paper, section II.B). The paper names these layers without
+their sizes, so the sizes are our choice.
 
 Names of the modules, which are the keys of checkpoints:
 
-    encoder.*                             as in the autoencoder, so that encoders move between the
-    two compression.i.conv|norm               3 x 3 stride 2, leaky ReLU
+    encoder.*                             as in the autoencoder: encoders move between the two
+    compression.i.conv|norm               3 x 3 stride 2, leaky ReLU
     classification                        linear: kernel, bias
 """
 
@@ -29,8 +29,8 @@ class ClassifierConfig:
     Attributes:
         num_classes: number of labels.
         compression: features after each 3 x 3 convolution with stride 2 on the latents.
-        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan, dtype: of the encoder, as
-            in `VQVAEConfig`; dtype is that of the compression layers, too.
+        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan, dtype: settings of the
+            encoder, as in `VQVAEConfig`; the compression layers have the same dtype.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -84,8 +84,9 @@ class ClassifierOutput(NamedTuple):
 
 
 class Classifier(nnx.Module):
-    """Encoder, strided convolutions on its latents (not quantized), mean over pixels, linear
-    layer."""
+    """Encoder, strided convolutions on its latents (without a quantizer), mean over pixels, linear
+    layer.
+    """
 
     def __init__(self, config: ClassifierConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)

@@ -1,19 +1,19 @@
 """Building blocks of the autoencoder: convolutions with batch normalisation, residual blocks,
 upsampling.
 
-Everything is channels last. Parameters are float32; convolutions run in the `dtype` given to each
-block (float32 or bfloat16); batch-normalisation statistics are always float32.
+Images and features are channels last. Parameters and batch-normalisation statistics are float32.
+Convolutions run in the `dtype` of each block (float32 or bfloat16).
 
 Batch normalisation: decay 0.9 (PyTorch's momentum 0.1), epsilon 1e-5, one-pass variance. Statistics
-are those of the global batch: under `jax.jit` over a batch sharded on several devices XLA reduces
-over all of them. The running variance is the biased estimate, PyTorch's is the unbiased one: with n
-values a channel they differ by the factor n / (n - 1), below 1e-4 at any useful size. In evaluation
-both libraries use the running values as they are, so weights move between them unchanged.
+are computed over the global batch: under `jax.jit` over a batch sharded on several devices XLA
+reduces over all of them. The running variance is the biased estimate, in PyTorch the unbiased one:
+with n values a channel they differ by the factor n / (n - 1), below 1e-4 at any useful size. Both
+libraries use the running values as they are in evaluation, so weights move between them unchanged.
 
-Initialisation: convolution kernels are uniform with variance 1 / (3 fan_in), PyTorch's default and
-so that of the authors' release; biases are zero. Batch normalisation follows every convolution but
-the residual blocks' last one, so the scale matters there only: at the start each block adds 1/6 to
-the variance of the residual stream, with Flax's default (variance 1 / fan_in) 1/2.
+Initialisation: convolution kernels are uniform with variance 1 / (3 fan_in), the default of PyTorch
+and so of the authors' release; biases are zero. Batch normalisation follows every convolution
+except the last of each residual block, so the scale matters only there: at the start each block
+adds 1/6 to the variance of the residual stream, with Flax's default (variance 1 / fan_in) 1/2.
 """
 
 import jax
@@ -38,10 +38,9 @@ def transposed_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Equals `torch.nn.functional.conv_transpose2d(stride=2, padding=(k - 2) // 2)` with the kernel
     flipped in space, and `jax.lax.conv_transpose(strides=(2, 2), padding="SAME")`. Only its
-    gradient is written
-    differently: XLA derives a weight gradient that no convolution library runs well (ten times
-    slower on CPU). The adjoint of a transposed convolution is a strided convolution, so both
-    gradients are taken from that one.
+    gradient is written differently, since the weight gradient that XLA derives is slow in every
+    convolution library (ten times on CPU). The adjoint of a transposed convolution is a strided
+    convolution, which gives both gradients.
 
     Args:
         x: [B, H, W, I].
@@ -57,8 +56,9 @@ def transposed_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _flip_and_swap(kernel: jax.Array) -> jax.Array:
-    """[k, k, I, O] -> [k, k, O, I], mirrored in space: the kernel of the adjoint convolution (its
-    own inverse)."""
+    """[k, k, I, O] -> [k, k, O, I], mirrored in space: the kernel of the adjoint convolution. The
+    function is its own inverse.
+    """
     return kernel[::-1, ::-1].transpose(0, 1, 3, 2)
 
 
@@ -102,8 +102,7 @@ def sum_pixels(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x + bias in the dtype of x, [..., F] and [F] float32; the gradient of the bias is summed in
-    float32."""
+    """x + bias in the dtype of x, [..., F] and [F] float32; its gradient is summed in float32."""
     return x + bias.astype(x.dtype)
 
 
@@ -129,10 +128,9 @@ class TransposedConv(nnx.Module):
 
 
 class PointwiseConv(nnx.Module):
-    """1 x 1 convolution as a matrix product over pixels, whose weight gradient is several times
-    faster on CPU.
+    """1 x 1 convolution as a matrix product over pixels: [B, H, W, I] -> [B, H, W, O].
 
-    [B, H, W, I] -> [B, H, W, O]; the kernel has a convolution's shape, [1, 1, I, O].
+    Its weight gradient is several times faster on CPU. The kernel has the shape [1, 1, I, O].
     """
 
     def __init__(
@@ -150,27 +148,40 @@ class PointwiseConv(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """Convolution with a square kernel of odd size or, with stride 2, of even size: [B, H, W, I] ->
-    [B, H / stride, W / stride, O]."""
+    """Convolution with a square kernel of odd size or, with stride 2, of even size.
+
+    [B, H, W, I] -> [B, H / stride, W / stride, O].
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, kernel_size: int, *, stride: int, groups: int, use_bias: bool,
-        dtype: jnp.dtype, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        *,
+        stride: int,
+        groups: int,
+        use_bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         shape = (kernel_size, kernel_size, in_features // groups, out_features)
         self.kernel = nnx.Param(KERNEL_INIT(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32)) if use_bias else None
         if use_bias:
-            # `flax.nnx.Conv` draws a key for the bias, too: a seed stays the weights that it was
-            rngs.params()
+            rngs.params()  # as `flax.nnx.Conv` draws for the bias: each seed keeps its weights
         self.stride, self.groups, self.dtype = stride, groups, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, pad = self.kernel[...].astype(self.dtype), (self.kernel.shape[0] - 1) // 2
         y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel, (self.stride, self.stride), [(pad, pad), (pad, pad)],
-            dimension_numbers=_DIMENSIONS, feature_group_count=self.groups,
-        )  # fmt: skip
+            x.astype(self.dtype),
+            kernel,
+            (self.stride, self.stride),
+            [(pad, pad), (pad, pad)],
+            dimension_numbers=_DIMENSIONS,
+            feature_group_count=self.groups,
+        )
         return y if self.bias is None else add_bias(y, self.bias[...])
 
 
@@ -205,9 +216,9 @@ def normalize_by_batch(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Batch normalisation by the batch's own statistics, computed in float32.
 
-    Only its gradient is written differently from the one that JAX derives, to the same numbers: it
-    keeps x as it came (bfloat16 if so) and two values a channel for the backward pass, where JAX
-    keeps float32 copies of x. No gradient passes through the returned statistics.
+    Only its gradient is written differently from the one that JAX derives, with the same numbers:
+    for the backward pass it keeps x in its own dtype and two values a channel, where JAX keeps
+    float32 copies of x. The returned statistics pass no gradient.
 
     Args:
         x: [..., F] float32 or bfloat16.
@@ -242,7 +253,7 @@ normalize_by_batch.defvjp(_normalize_by_batch_forward, _normalize_by_batch_backw
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation over all axes but the last, in float32 whatever the input's dtype.
+    """Batch normalisation over all axes except the last, in float32 for every dtype of the input.
 
     (`flax.nnx.BatchNorm` rounds the running statistics to its compute dtype, which costs accuracy
     in bfloat16.)
@@ -256,7 +267,8 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """[..., F] -> [..., F] of the same dtype; `train` uses the batch's statistics and updates
-        the running ones."""
+        the running ones.
+        """
         if train:
             y, mean, var = normalize_by_batch(x, self.scale[...], self.bias[...])
             self.mean[...] = jax.lax.stop_gradient(
@@ -271,8 +283,10 @@ class BatchNorm(nnx.Module):
 
 
 class ConvNorm(nnx.Module):
-    """Convolution and batch normalisation: [B, H, W, I] -> [B, H / stride, W / stride, O], no
-    activation."""
+    """Convolution and batch normalisation, without activation.
+
+    [B, H, W, I] -> [B, H / stride, W / stride, O].
+    """
 
     def __init__(
         self,
@@ -296,8 +310,10 @@ class ConvNorm(nnx.Module):
 
 
 class TransposedConvNorm(nnx.Module):
-    """Transposed convolution and batch normalisation: [B, H, W, I] -> [B, 2H, 2W, O], no
-    activation."""
+    """Transposed convolution and batch normalisation, without activation.
+
+    [B, H, W, I] -> [B, 2H, 2W, O].
+    """
 
     def __init__(self, in_features: int, out_features: int, *, dtype, rngs: nnx.Rngs):
         self.conv = TransposedConv(in_features, out_features, dtype=dtype, rngs=rngs)
@@ -308,8 +324,7 @@ class TransposedConvNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv1(ReLU(norm(dropout(conv3(x))))), all of the same width, convolutions without
-    bias."""
+    """x + conv1(ReLU(norm(dropout(conv3(x))))), all of one width, convolutions without bias."""
 
     def __init__(self, features: int, *, drop_rate: float = 0.0, dtype, rngs: nnx.Rngs):
         self.conv3 = _conv(features, features, 3, 1, False, dtype, rngs)
@@ -332,19 +347,17 @@ def apply_blocks(
     """Run residual blocks one after the other: [B, H, W, F] -> [B, H, W, F].
 
     Unrolled is the default: on two busy CPU cores a step was 5 to 15 times slower with a scan
-    (convolutions inside a loop get slow weight gradients), and compiling was no faster (reference
-    model, traced and
-    compiled: 29 s unrolled, 58 s with a scan). A scan is for accelerators, with remat: the loop
-    keeps XLA from undoing the recomputation, as it does on CPU in unrolled blocks.
+    (convolutions inside a loop get slow weight gradients), and it took longer to compile (reference
+    model, traced and compiled: 29 s unrolled, 58 s with a scan). A scan is for accelerators, with
+    remat: the loop keeps XLA from undoing the recomputation, as it does on CPU in unrolled blocks.
 
     Args:
         blocks: list of `ResidualBlock`, all of the same width.
-        key: seeds the dropout of each block; needed only if a block drops anything in training.
+        key: seeds the dropout of each block; needed only in training with dropout.
         train: use and update batch statistics, apply dropout.
         remat: keep only each block's input for the backward pass and compute the rest again; same
-          numbers.
-        scan: one compiled block in a loop instead of one copy of it for each; same numbers and
-          names.
+            numbers.
+        scan: one compiled block in a loop instead of a copy for each block; same numbers and names.
     """
 
     def run(block, x, key):
@@ -375,7 +388,7 @@ def _scan_blocks(
         return x, nnx.as_pure(nnx.state(block, nnx.BatchStat))
 
     if remat and train:
-        # within a scan nothing can be merged with the first pass
+        # within a scan XLA cannot merge the recomputation with the first pass
         body = jax.checkpoint(body, prevent_cse=False)
     x, statistics = jax.lax.scan(body, x, (jnp.arange(len(blocks)), stacked))
     if train:

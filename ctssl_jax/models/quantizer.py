@@ -9,16 +9,15 @@ KMEANS_ITERATIONS = 10
 
 
 class CodebookState(nnx.Variable):
-    """The codebook under EMA updates and the statistics that move it: state that no gradient
-    reaches."""
+    """The codebook under EMA updates and the statistics that move it: state without gradient."""
 
 
 def nearest_codes(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Index of the code nearest to each vector, by squared distance: [N, D] and [K, D] -> [N]
-    int32.
+    """Index of the code nearest to each vector, by squared distance: [N, D], [K, D] -> [N] int32.
 
-    |z - e|^2 without its constant term |z|^2: one matrix product, in full float32 on every device. Of equally
-    near codes the first is taken. (`jnp.argmin` does the same, but several times slower on CPU.)
+    |z - e|^2 without its constant term |z|^2: one matrix product, in full float32 on every device.
+    Of equally near codes the first is taken. (`jnp.argmin` gives the same, several times slower on
+    CPU.)
     """
     products = jnp.dot(vectors, codebook.T, precision="highest")
     distances = jnp.sum(jnp.square(codebook), axis=1) - 2 * products
@@ -35,13 +34,12 @@ def sum_by_matrix_product(vectors: jax.Array, codes: jax.Array, num_codes: int) 
 
 
 def sum_by_code(vectors: jax.Array, codes: jax.Array, num_codes: int) -> jax.Array:
-    """Sum of the vectors assigned to each code: [N, D] and [N] int32 -> [K, D]; 0 for a code
-    without any.
+    """Sum of the vectors assigned to each code: [N, D], [N] int32 -> [K, D]; 0 for an unused code.
 
-    On CPU the vectors are added one after the other. Accelerators would do that by atomic
-    additions, which wait for each other where many latents share few codes (85 % of a training step
-    of the reference model on an H200) and whose order, and so the last bits of the result, differs
-    from run to run: there it is a matrix product.
+    On CPU the vectors are added one after the other. On accelerators this is a matrix product: they
+    would add by atomic operations, which wait for each other where many latents share few codes
+    (85 % of a training step of the reference model on an H200), and whose order, and so the last
+    bits of the result, differs from run to run.
     """
     return jax.lax.platform_dependent(
         vectors,
@@ -53,8 +51,7 @@ def sum_by_code(vectors: jax.Array, codes: jax.Array, num_codes: int) -> jax.Arr
 
 @jax.custom_vjp
 def select_codes(codebook: jax.Array, codes: jax.Array) -> jax.Array:
-    """The code of each index: [K, D] and [N] int32 -> [N, D]. Its gradient is taken by
-    `sum_by_code`."""
+    """The code of each index: [K, D], [N] int32 -> [N, D]. Its gradient is `sum_by_code`."""
     return codebook[codes]
 
 
@@ -87,8 +84,9 @@ def _random_vectors(key: jax.Array, vectors: jax.Array, count: int) -> jax.Array
 def kmeans(
     key: jax.Array, vectors: jax.Array, num_codes: int, iterations: int = KMEANS_ITERATIONS
 ) -> jax.Array:
-    """Lloyd's k-means from random vectors: [N, D] -> [num_codes, D]. A centre that attracts nothing
-    stays where it is."""
+    """Lloyd's k-means from random vectors: [N, D] -> [num_codes, D]. A centre without vectors stays
+    where it is.
+    """
 
     def step(_, centres):
         counts, sums = _counts_and_sums(vectors, nearest_codes(vectors, centres), num_codes)
@@ -101,13 +99,13 @@ class VectorQuantizer(nnx.Module):
     """Replaces each latent by its nearest code.
 
     update="gradient": `codebook` is an `nnx.Param`, trained by the codebook loss.
-    update="ema": `codebook` is a `CodebookState`; after each training batch it becomes the running
-    mean of the latents assigned to each code (running sums / running counts; a code without any
-    stays where it is). With init="data" the first training batch places the codes by k-means. With
-    revive_every = N, every N-th training step moves each code whose running count is below
-    revive_below of an equal share onto a random latent of the batch. The result depends on
-    parameters, state, batch and key only; under jit over a sharded batch it is that of the global
-    batch.
+    update="ema": `codebook` is a `CodebookState`. After each training batch it becomes the running
+    mean of the latents assigned to each code (running sums / running counts); a code without
+    latents stays where it is. With init="data" the first training batch places the codes by
+    k-means. With revive_every = N, every N-th training step moves each code whose running count is
+    below revive_below of an equal share onto a random latent of the batch. The result depends only
+    on parameters, state, batch and key; under jit over a sharded batch it is the result of the
+    global batch.
     """
 
     def __init__(
@@ -146,12 +144,13 @@ class VectorQuantizer(nnx.Module):
         Args:
             latents: [B, h, w, D] float32.
             train: update the codebook's state (EMA); False changes nothing.
-            key: for data-dependent start and revival; needed in training with either.
+            key: for init="data" and revive_every; needed in training with either.
 
         Returns:
-            quantized [B, h, w, D] float32 with the gradient passed straight to `latents`; codes [B,
-            h, w] int32; codebook_loss [B] and commitment_loss [B] float32 (the first is 0 under
-            EMA).
+            quantized [B, h, w, D] float32, whose gradient passes straight to `latents`;
+            codes [B, h, w] int32;
+            codebook_loss [B] float32, 0 under EMA;
+            commitment_loss [B] float32.
 
         Raises:
             ValueError: the key is missing.
@@ -178,8 +177,11 @@ class VectorQuantizer(nnx.Module):
         return quantized, codes.reshape(latents.shape[:-1]), codebook_loss, commitment_loss
 
     def _learn(self, vectors: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Assign vectors [N, D] and move the stored codebook; returns codes [N] and the codebook
-        [K, D] they refer to."""
+        """Assign vectors [N, D] to codes and move the stored codebook.
+
+        Returns:
+            codes [N], and the codebook [K, D] before the move, which they refer to.
+        """
         num_codes = len(self.codebook[...])
         codebook = self.codebook[...]
         if self.needs_key:
@@ -239,7 +241,8 @@ def code_counts(codes: jax.Array, num_codes: int, weight: jax.Array | None = Non
 
 def perplexity(counts: jax.Array | np.ndarray) -> float:
     """Exponential of the entropy of the code frequencies: [K] -> 1 (one code used) to K (all used
-    equally); 0 without codes."""
+    equally); 0 if all counts are 0.
+    """
     counts = np.asarray(counts, np.float64)
     if counts.sum() == 0:
         return 0.0
@@ -253,8 +256,7 @@ def used_codes(counts: jax.Array | np.ndarray) -> int:
 
 
 def codebook_use(counts: jax.Array | np.ndarray | None) -> dict[str, float]:
-    """`perplexity`, `used_codes`, `dead_codes` of code counts [K]; empty for None, a model without
-    a codebook."""
+    """`perplexity`, `used_codes`, `dead_codes` of code counts [K]; empty for None (no codebook)."""
     if counts is None:
         return {}
     used = used_codes(counts)

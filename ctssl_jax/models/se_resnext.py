@@ -1,5 +1,5 @@
-"""SE-ResNeXt-50 32x4d, the slice stage of the RSNA pulmonary-embolism challenge's winner (paper,
-section II.D, "SOTA").
+"""SE-ResNeXt-50 32x4d, the network that the winner of the RSNA pulmonary-embolism challenge
+applied to slices (paper, section II.D, "SOTA").
 
 A 7 x 7 convolution with stride 2 and a max-pooling, then stages of bottleneck blocks (1 x 1,
 grouped 3 x 3 that carries the stride, 1 x 1, squeeze and excitation, residual add), mean over
@@ -34,17 +34,16 @@ class SEResNeXtConfig:
     """Size of the network. The defaults are SE-ResNeXt-50 32x4d.
 
     Attributes:
-        num_classes: logits; 1 for a yes-or-no label.
+        num_classes: number of logits; 1 for a yes-or-no label.
         in_channels: channels of the images (three adjacent slices).
         layers: blocks of each stage.
-        width: features of the stem; stage s has 2 width 2^s inside a block and 4 width 2^s after
-          it.
-        groups: of the 3 x 3 convolutions; divides 2 width.
-        pooling: "legacy", no padding and rounded up (the winner's), or "timm", one pixel of padding
-            on each side: the only difference between the two published networks. Use the one that
-            the weights were trained with.
-        dtype: of convolutions and activations, "float32" or "bfloat16"; logits and embedding are
-          float32.
+        width: features of the stem; stage s has 2 width 2^s inside a block, 4 width 2^s after it.
+        groups: groups of the 3 x 3 convolutions; divides 2 width.
+        pooling: "legacy" (the winner's network), no padding and rounded up, or "timm", one pixel of
+            padding on each side: the only difference between the two published networks. Use the
+            one that the weights were trained with.
+        dtype: "float32" or "bfloat16" for convolutions and activations; logits and embedding are
+            float32.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -81,7 +80,7 @@ class SEResNeXtConfig:
 
     @property
     def stage_widths(self) -> tuple[tuple[int, int], ...]:
-        """Of each stage (features inside a block, features after it)."""
+        """(features inside a block, features after it) of each stage."""
         return tuple(
             (2 * self.width << stage, EXPANSION * self.width << stage)
             for stage in range(len(self.layers))
@@ -89,7 +88,7 @@ class SEResNeXtConfig:
 
 
 class SEResNeXtOutput(NamedTuple):
-    """What the network returns for images [B, H, W, C].
+    """Outputs of the network for images [B, H, W, C].
 
     logits: [B, num_classes] float32.
     embedding: [B, D] float32, the last stage's features averaged over pixels; D = 2048 at the
@@ -101,8 +100,10 @@ class SEResNeXtOutput(NamedTuple):
 
 
 class _Block(nnx.Module):
-    """Bottleneck with squeeze and excitation: [B, H, W, I] -> [B, H / stride, W / stride, O],
-    rounded up."""
+    """Bottleneck with squeeze and excitation.
+
+    [B, H, W, I] -> [B, H / stride, W / stride, O], sides rounded up.
+    """
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class _Block(nnx.Module):
         gate = self.excite(jax.nn.relu(self.squeeze(mean)))
         y = y * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(y.dtype)
         if self.downsample is not None:
-            # A 1 x 1 convolution with a stride reads every stride-th pixel and no other.
+            # A 1 x 1 convolution with a stride reads only every stride-th pixel.
             x = self.downsample(x[:, :: self.stride, :: self.stride], train=train)
         return jax.nn.relu(x + y)
 
@@ -194,8 +195,9 @@ class SEResNeXt(nnx.Module):
 
 
 def _pool_padding(size: int, config: SEResNeXtConfig) -> tuple[int, int]:
-    """Rounding up without padding ("legacy") equals one pixel behind an even side, and none behind
-    an odd one."""
+    """Pixels before and behind a side. "legacy" rounds up without padding, which equals 1 pixel
+    behind an even side and 0 behind an odd side.
+    """
     return (1, 1) if config.pooling == "timm" else (0, 1 - size % 2)
 
 

@@ -1,25 +1,25 @@
 """Segmentation networks: a U-Net whose down branch is the pretraining's encoder, and a standard
 U-Net as reference (paper, section II.E). The paper names the encoder's "compression layers" as the
-down branch and leaves the rest open; the rest is ours.
+down branch and leaves the rest open, so the rest is our choice.
 
-The first network is one graph whatever weights it starts from, so that a pretrained and a random
-start differ in nothing else. All of it but the encoder is random in either case:
+The first network has the same graph for every start, so that a pretrained and a random start differ
+only in the encoder's weights. All other weights are random in both cases:
 
     full resolution   stem                                            -> skip
     1/2               encoder.downsample.0                            -> skip
-    1/4               encoder.downsample.1, encoder.stem              -> skip; with residual_stack
-    encoder.blocks and
-                                                                         encoder.project follow, on
-                                                                         the way down only
+    1/4               encoder.downsample.1, encoder.stem              -> skip
+                      with residual_stack also encoder.blocks and
+                      encoder.project, on the way down only
     1/8               max-pooling, pooled.0                           -> skip
     1/16              max-pooling, pooled.1
-    1/8 ... 1         up.{3,2,1,0}: transposed convolution, concatenation with the skip, two
-    convolutions full resolution   head, 1 x 1
+    1/8 ... 1         up.{3,2,1,0}: transposed convolution, concatenation with the skip,
+                      two convolutions
+    full resolution   head, 1 x 1
 
 Names of the modules, which are the keys of checkpoints:
 
-    encoder.*                             as in the autoencoder, so that encoders move between the
-    two stem.{0,1}.conv|norm                  3 x 3, ReLU
+    encoder.*                             as in the autoencoder: encoders move between the two
+    stem.{0,1}.conv|norm                  3 x 3, ReLU
     pooled.i.{0,1}.conv|norm              3 x 3, ReLU (standard U-Net: down.i.{0,1})
     up.i.upsample.conv|norm               4 x 4 transposed stride 2, ReLU; i = 0 is full resolution
     up.i.convolutions.{0,1}.conv|norm     3 x 3, ReLU
@@ -40,8 +40,8 @@ from ctssl_jax.models.vqvae import Encoder, VQVAEConfig, encoder_flops
 
 STRIDE = 16
 _NUM_LEVELS = 5
-# Masks are small: without it hundreds of steps pass until the network has learned that nearly all
-# is background.
+# Masks are small: without this start the network needs hundreds of steps to learn that nearly all
+# pixels are background.
 FOREGROUND_PRIOR = 0.01
 
 
@@ -50,14 +50,14 @@ class UNetConfig:
     """Size and behaviour of the U-Net around the encoder. The defaults are the reference size.
 
     Attributes:
-        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan: of the encoder, as in
-            `VQVAEConfig`. All but the first two matter only with residual_stack.
-        residual_stack: the encoder's residual blocks and projection are part of the way down, too.
+        in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan: settings of the encoder,
+            as in `VQVAEConfig`. Only the first two matter without residual_stack.
+        residual_stack: the way down includes the encoder's residual blocks and projection.
         widths: features of the random parts at 1, 1/2, 1/4, 1/8 and 1/16 of the resolution (at 1/2
-            and 1/4 of the up branch alone); empty takes (hidden[0] / 4, hidden[0] / 2, hidden[1] /
-            2, hidden[1], hidden[1]).
-        dtype: of convolutions and activations, "float32" or "bfloat16"; logits and embedding are
-          float32.
+            and 1/4 of the up branch alone); empty takes (hidden[0] / 4, hidden[0] / 2,
+            hidden[1] / 2, hidden[1], hidden[1]).
+        dtype: "float32" or "bfloat16" for convolutions and activations; logits and embedding are
+            float32.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -102,7 +102,7 @@ class StandardUNetConfig:
     Attributes:
         in_channels: channels of the images.
         widths: features at 1, 1/2, 1/4, 1/8 and 1/16 of the resolution.
-        dtype: of convolutions and activations, "float32" or "bfloat16".
+        dtype: "float32" or "bfloat16" for convolutions and activations.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -128,9 +128,9 @@ def _checked_widths(widths) -> tuple[int, ...]:
 
 
 class UNetOutput(NamedTuple):
-    """What both networks return for images [B, H, W, C].
+    """Outputs of both networks for images [B, H, W, C].
 
-    logits: [B, H, W] float32; positive where foreground is the likelier.
+    logits: [B, H, W] float32; above 0 where foreground is more likely than background.
     embedding: [B, widths[4]] float32, the features at 1/16 of the resolution averaged over pixels.
     """
 
@@ -159,8 +159,10 @@ def _max_pool(x: jax.Array) -> jax.Array:
 
 
 class _Up(nnx.Module):
-    """Double the resolution, concatenate the skip, two convolutions: [B, h, w, I], [B, 2h, 2w, S]
-    -> [B, 2h, 2w, O]."""
+    """Double the resolution, concatenate the skip, two convolutions.
+
+    [B, h, w, I] and [B, 2h, 2w, S] -> [B, 2h, 2w, O].
+    """
 
     def __init__(
         self, in_features: int, skip_features: int, out_features: int, *, dtype, rngs: nnx.Rngs
@@ -211,8 +213,8 @@ def _check_sides(images: jax.Array) -> None:
 class UNet(nnx.Module):
     """U-Net whose down branch is the pretraining's encoder; the latents are not quantized.
 
-    The random parts are built before the encoder: one seed gives them the same values whatever the
-    encoder has. (With residual_stack the first pooled convolution alone differs, for it reads
+    The random parts are built before the encoder, so that one seed gives them the same values for
+    every encoder. (Only the first pooled convolution differs with residual_stack, since it reads
     embedding_dim features.)
     """
 
@@ -272,8 +274,7 @@ class UNet(nnx.Module):
 
 
 class StandardUNet(nnx.Module):
-    """U-Net with two 3 x 3 convolutions a level and four max-poolings; batch normalisation, padded
-    convolutions."""
+    """U-Net with two padded 3 x 3 convolutions a level, batch normalisation, four max-poolings."""
 
     def __init__(self, config: StandardUNetConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
@@ -302,7 +303,7 @@ def _pixels(image_size: int | tuple[int, int]) -> list[int]:
 
 
 def _up_flops(widths: tuple[int, ...], skips: tuple[int, ...], pixels: list[int]) -> int:
-    """Up branch and head."""
+    """Operations of the up branch and the head."""
     total = 2 * widths[0] * pixels[0]
     for level, skip in enumerate(skips):
         here, below = widths[level], widths[level + 1]
@@ -313,10 +314,9 @@ def _up_flops(widths: tuple[int, ...], skips: tuple[int, ...], pixels: list[int]
 
 
 def flops_per_slice(config: UNetConfig, image_size: int | tuple[int, int]) -> int:
-    """Floating-point operations of one forward pass of `UNet` on one slice, a multiply-add counted
-    as two.
+    """Floating-point operations of one forward pass of `UNet` on a slice, a multiply-add being two.
 
-    Counts convolutions; a training step does three times as many.
+    Counts convolutions. A training step does three times as many.
 
     Args:
         image_size: side, or (height, width), in pixels.
@@ -333,7 +333,7 @@ def flops_per_slice(config: UNetConfig, image_size: int | tuple[int, int]) -> in
 
 
 def standard_flops_per_slice(config: StandardUNetConfig, image_size: int | tuple[int, int]) -> int:
-    """The same of `StandardUNet`."""
+    """`flops_per_slice` for `StandardUNet`."""
     widths, pixels = config.widths, _pixels(image_size)
     levels = zip((config.in_channels, *widths), widths, pixels, strict=False)
     down = sum(9 * (before + after) * after * count for before, after, count in levels)

@@ -10,16 +10,15 @@ Transposed kernels are HWIO too: PyTorch's IOHW mirrored in H and W, then `trans
     here                                  PyTorch
     encoder.downsample.{0,1}.conv|norm    encoder.{0,1}.{0|1}            4 x 4 stride 2, leaky ReLU
     encoder.stem.conv|norm                encoder.2.{0|1}                3 x 3, leaky ReLU
-    encoder.blocks.i.conv3|norm|conv1     encoder.{3+i}.resblock.{0|2|4} (entry 1 is a dropout, 3 a
-    ReLU)
+    encoder.blocks.i.conv3|norm|conv1     encoder.{3+i}.resblock.{0|2|4} (1 is a dropout, 3 a ReLU)
                                           encoder.{3+d}                  leaky ReLU
     encoder.project.conv|norm             encoder.{4+d}.{0|1}            1 x 1, leaky ReLU
     quantizer.codebook                    vq_layer.embedding.weight
     decoder.stem.conv|norm                decoder.0.{0|1}                3 x 3, leaky ReLU
     decoder.blocks.i.conv3|norm|conv1     decoder.{1+i}.resblock.{0|1|3} (no dropout entry)
                                           decoder.{1+d}                  leaky ReLU
-    decoder.upsample.{0,1}.conv|norm      decoder.{2+d,3+d}.{0|1}        4 x 4 transposed stride 2;
-    leaky ReLU, tanh
+    decoder.upsample.{0,1}.conv|norm      decoder.{2+d,3+d}.{0|1}        4 x 4 transposed stride 2,
+                                                                         leaky ReLU | tanh
     conv: kernel, bias                    weight, bias (conv3, conv1: kernel only)
     norm: scale, bias, mean, var          weight, bias, running_mean, running_var
 """
@@ -55,21 +54,20 @@ class VQVAEConfig:
         output_activation: "unit_tanh", (tanh(y) + 1) / 2 in [0, 1]; "tanh", in [-1, 1], for the
             authors' weights.
         vq_update: "gradient", the codebook is a parameter trained by the codebook loss; "ema", it
-            follows the running mean of the latents assigned to each code and is no parameter. "ema"
-            with vq_init="data" and vq_revive_every=100 keeps most codes in use; "gradient" from a
-            uniform start is the paper's reading but tends to collapse to few codes.
+            follows the running mean of the latents assigned to each code and is not a parameter.
+            "ema" with vq_init="data" and vq_revive_every=100 keeps most codes in use. "gradient"
+            from a uniform start is how the paper reads, but tends to collapse to few codes.
         vq_ema_decay: decay of the running counts and sums, in [0, 1).
         vq_init: "uniform" in +-1 / num_codes, or "data", k-means on the latents of the first
             training batch ("ema" only).
-        vq_revive_every: every so many training steps, codes hardly used are moved onto random
-            latents of the batch; 0 never does ("ema" only).
-        vq_revive_below: a code counts as hardly used below this fraction of an equal share of the
-          latents.
+        vq_revive_every: training steps after which codes that are hardly used are moved onto
+            random latents of the batch; 0 never moves them ("ema" only).
+        vq_revive_below: a code is hardly used below this fraction of an equal share of the latents.
         remat: recompute residual blocks in the backward pass: less memory, more time, same numbers.
         scan: run the residual blocks as one loop instead of a copy each: same numbers, see
-          `apply_blocks`.
-        dtype: of convolutions and activations, "float32" or "bfloat16"; parameters, batch
-            statistics, vector quantization, latents and reconstruction are float32 either way.
+            `apply_blocks`.
+        dtype: "float32" or "bfloat16" for convolutions and activations; parameters, batch
+            statistics, vector quantization, latents and reconstruction are always float32.
 
     Raises:
         ValueError: a value out of range; the message names the field.
@@ -117,14 +115,13 @@ class VQVAEConfig:
                 )
         if self.vq_update == "gradient" and (self.vq_init == "data" or self.vq_revive_every):
             raise ValueError(
-                'vq_init="data" and vq_revive_every need vq_update="ema": a trained codebook is '
-                "left alone"
+                'vq_init="data" and vq_revive_every need vq_update="ema", since a trained codebook '
+                "is moved by its gradient alone"
             )
 
 
 class VQVAEOutput(NamedTuple):
-    """What the autoencoder returns for images [B, H, W, C]; h = H / 4, w = W / 4, D =
-    embedding_dim.
+    """Outputs of the autoencoder for images [B, H, W, C]; h = H / 4, w = W / 4, D = embedding_dim.
 
     reconstruction: [B, H, W, C] float32, in [0, 1] ("unit_tanh") or [-1, 1] ("tanh").
     latents: [B, h, w, D] float32, the encoder's output.
@@ -147,8 +144,8 @@ class VQVAEOutput(NamedTuple):
 class Encoder(nnx.Module):
     """Images to latents at a quarter of the resolution.
 
-    With `compression_only` it has the layers before the residual blocks alone, and only `compress`
-    can be called.
+    With `compression_only` it has only the layers before the residual blocks, and only `compress`
+    works.
     """
 
     stride = 4
@@ -227,7 +224,8 @@ class Encoder(nnx.Module):
         self, compressed: jax.Array, *, train: bool, key: jax.Array | None = None
     ) -> jax.Array:
         """The residual blocks and the projection: the last output of `compress` -> latents, as
-        `__call__`."""
+        `__call__`.
+        """
         self.check_key(train, key)
         x = leaky_relu(
             apply_blocks(
@@ -269,8 +267,9 @@ class Decoder(nnx.Module):
 
 
 class VQVAE(nnx.Module):
-    """Encoder, vector quantizer and decoder. State that is no `nnx.Param`: batch statistics, and
-    the codebook under EMA."""
+    """Encoder, vector quantizer and decoder. State beside `nnx.Param`: batch statistics, and the
+    codebook under EMA.
+    """
 
     def __init__(self, config: VQVAEConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -296,7 +295,8 @@ class VQVAE(nnx.Module):
             images: [B, H, W, C] float in [0, 1]; H and W divisible by 4.
             train: training behaviour (batch statistics, dropout, codebook updates); False changes
               no state.
-            key: one key a step; needed in training with dropout, vq_init="data" or vq_revive_every.
+            key: a new key each step, needed in training with dropout, vq_init="data" or
+                vq_revive_every.
 
         Returns:
             VQVAEOutput.
@@ -318,7 +318,9 @@ class VQVAE(nnx.Module):
 def encoder_flops(
     config: VQVAEConfig, image_size: int | tuple[int, int], *, compression_only: bool = False
 ) -> int:
-    """The encoder's share of `flops_per_slice`."""
+    """The encoder's share of `flops_per_slice`; with `compression_only` without residual blocks and
+    projection.
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     first, second = config.hidden
     half, quarter = (height // 2) * (width // 2), (height // 4) * (width // 4)
@@ -333,8 +335,8 @@ def encoder_flops(
 def flops_per_slice(config: VQVAEConfig, image_size: int | tuple[int, int]) -> int:
     """Floating-point operations of one forward pass of one slice, a multiply-add counted as two.
 
-    Counts convolutions and the distances to the codes (normalisation and activations are below 1
-    %); a training step does three times as many. Reference size: 3.32e12.
+    Counts convolutions and the distances to the codes; normalisation and activations are below 1 %.
+    A training step does three times as many. Reference size: 3.32e12.
 
     Args:
         image_size: side, or (height, width), in pixels.

@@ -1,10 +1,9 @@
-"""Augmentation of training slices: pure functions of (keys, batch), every example with a key of its
-own.
+"""Augmentation of training slices: pure functions of (keys, batch), with one key for each example.
 
-The strengths are those of the slice stage of the RSNA challenge's winner (contrast, shift, scale,
-rotation, cutout) and a horizontal flip. Each kind of augmentation draws from its own part of the
-key: to switch one off does not change the others. A strength of 0 leaves the values as they are,
-  bit by bit.
+The kinds of augmentation are contrast, shift, scale, rotation and cutout, as the winner of the RSNA
+challenge applied them to slices, and a horizontal flip. Each kind draws from its own part of the
+key, so switching one off does not change the others. A strength of 0 leaves the values unchanged to
+the bit.
 """
 
 from collections.abc import Mapping
@@ -24,20 +23,6 @@ def check(strengths: Mapping) -> None:
     Raises:
         InputError: names the field.
     """
-    known = {
-        "contrast",
-        "shift",
-        "scale",
-        "rotation_degrees",
-        "cutout_holes",
-        "cutout_side",
-        "flip",
-    }
-    for name in strengths:
-        if name not in known:
-            raise InputError(
-                f"config.augmentation.{name} is not known; choose among {', '.join(sorted(known))}"
-            )
     limits = {
         "contrast": 1,
         "shift": 1,
@@ -46,6 +31,12 @@ def check(strengths: Mapping) -> None:
         "cutout_side": 1,
         "cutout_holes": 100,
     }
+    fields = sorted([*limits, "flip"])
+    for name in strengths:
+        if name not in fields:
+            raise InputError(
+                f"config.augmentation.{name} is not known; choose among {', '.join(fields)}"
+            )
     for name, limit in limits.items():
         value = strengths.get(name, 0)
         if not 0 <= value <= limit:
@@ -75,7 +66,7 @@ def augment(
     cutout_side: float = 0.0,
     flip: bool = False,
 ) -> jax.Array:
-    """Augment every image on its own; all channels of an image alike.
+    """Augment each image with draws of its own, which all of its channels share.
 
     In this order: contrast; one affine map, resampled once, bilinear, 0 where it looks outside the
     image; flip; cutout.
@@ -84,13 +75,13 @@ def augment(
         keys: [B] one key an example.
         images: [B, H, W, C] float32 in [0, 1].
         contrast: the distance of each value from its channel's mean is multiplied by 1 - contrast
-          to 1 + contrast.
-        shift: of the image by up to this part of each side, each way.
+            to 1 + contrast.
+        shift: the image moves by up to this part of each side, each way.
         scale: enlargement about the centre by 1 - scale to 1 + scale.
         rotation_degrees: rotation about the centre by up to this angle, each way.
         cutout_holes: number of rectangles set to 0, centred anywhere and cut off at the border.
-        cutout_side: largest height and width of a rectangle, as a part of the image's; both uniform
-          from 0.
+        cutout_side: largest height and width of a rectangle, as parts of the image's height and
+            width; both uniform from 0.
         flip: swap left and right with probability 1/2.
 
     Returns:
@@ -113,8 +104,8 @@ def augment(
 def augment_with_masks(
     keys: jax.Array, images: jax.Array, masks: jax.Array, **strengths: float
 ) -> tuple[jax.Array, jax.Array]:
-    """`augment` of images and the same geometry for their masks: nearest pixel, 0 outside and in
-    cut out rectangles.
+    """`augment` of images, and the same geometry for their masks: nearest pixel, 0 outside and in
+    cutout rectangles.
 
     Args:
         keys: [B] one key an example.
@@ -124,7 +115,7 @@ def augment_with_masks(
 
     Returns:
         images [B, H, W, C] float32 in [0, 1], the same as without masks; masks [B, H, W] of the
-        same type, which hold no values that they did not hold before, but 0.
+        same type, whose values all occurred before or are 0.
     """
     unchanged_values = masks[..., None].astype(jnp.float32)
     affine = {name: strengths.get(name, 0.0) for name in ("shift", "scale", "rotation_degrees")}
@@ -146,7 +137,7 @@ def crop_to_box(images: jax.Array, boxes: jax.Array) -> jax.Array:
 
     Args:
         images: [B, H, W, C] float32.
-        boxes: [B, 4] float32: top, left, bottom, right in pixels, the latter two behind the last
+        boxes: [B, 4] float32: top, left, bottom, right in pixels, bottom and right behind the last
             row and column. Parts outside the image are left out; a box without an inside gives the
             whole image.
 
@@ -160,8 +151,8 @@ def crop_to_box(images: jax.Array, boxes: jax.Array) -> jax.Array:
         start, end = jnp.clip(box[:2], 0, size), jnp.clip(box[2:], 0, size)
         inside = jnp.all(end - start >= 1)
         start, end = jnp.where(inside, start, 0), jnp.where(inside, end, size)
-        # Sampled at pixel centres; at the box's border never half a pixel beyond it, into what the
-        # crop leaves out.
+        # Sampled at pixel centres, and never half a pixel beyond the box's border, where the
+        # pixels are left out.
         axes = [
             jnp.clip(
                 start[axis] + (jnp.arange(n) + 0.5) * ((end[axis] - start[axis]) / n) - 0.5,
@@ -195,8 +186,9 @@ def _change_contrast(keys: jax.Array, images: jax.Array, contrast: float) -> jax
 def _source_coordinates(
     keys: jax.Array, size: tuple[int, int], shift: float, scale: float, rotation_degrees: float
 ) -> jax.Array | None:
-    """Where each pixel of the output looks in the input: [B, 2, H, W] rows and columns; None if it
-    is itself."""
+    """Where each pixel of the output looks in the input: [B, 2, H, W] rows and columns; None for
+    the identity.
+    """
     if not (shift or scale or rotation_degrees):
         return None
     height, width = size

@@ -1,7 +1,7 @@
 """Image corruptions of the pretext tasks: pure functions of (keys, batch).
 
-Each example has a key of its own, made from the record's index, so that neither the batch size nor
-the order of the records nor the number of devices or hosts changes what an example looks like.
+The key of each example is made from the record's index, so that an example looks the same at every
+batch size, order of records and number of devices or hosts.
 """
 
 import math
@@ -16,7 +16,7 @@ def example_keys(
     """One random key an example: fold_in(fold_in(key, step), record_index).
 
     Args:
-        key: one jax key, the run's.
+        key: the jax key of the run.
         record_index: [B] int32, the index of each example's record within its split.
         step: training step; None (evaluation) leaves it out, so that each record is always
             corrupted the same way.
@@ -34,7 +34,7 @@ def mask_side(height: int, width: int, *, fraction: float, unit: str = "area") -
 
     "area": the mask covers `fraction` of the image area, side = sqrt(fraction * height * width)
     rounded to the nearest pixel (512 px: 114, 162, 229, 294 for 5, 10, 20, 33 %), so the covered
-    area is within side + 1/2 pixels of the wanted one. "side": side = fraction * width rounded
+    area is within side + 1/2 pixels of the requested area. "side": side = fraction * width rounded
     down, as in the authors' release (512 px: 25, 51, 102, 168).
 
     Raises:
@@ -50,8 +50,8 @@ def mask_side(height: int, width: int, *, fraction: float, unit: str = "area") -
         raise ValueError(f'mask unit must be "area" or "side", got "{unit}"')
     if side < 1:
         raise ValueError(
-            f"a mask of {fraction:g} ({unit}) is less than a pixel of a {height} x {width} image: "
-            f"raise it"
+            f"a mask of {fraction:g} ({unit}) is less than a pixel of a {height} x {width} image; "
+            "raise the fraction"
         )
     return side
 
@@ -88,8 +88,7 @@ def mask_region(
     if margin < 0 or side + margin > min(height, width):
         raise ValueError(
             f"a mask of {side} pixels with margin {margin} does not fit into a {height} x {width} "
-            f"image: "
-            "use a margin of 0 or more, and lower it or the fraction"
+            "image; use a margin of 0 or more, and lower the margin or the fraction"
         )
 
     def mask_one(key):
@@ -109,8 +108,8 @@ def salt_and_pepper(keys: jax.Array, images: jax.Array, *, fraction: float = 0.5
     """Turn random pixels white (salt) or black (pepper).
 
     Every pixel is noisy with probability `fraction`, independently of all others, and a noisy pixel
-    is white or black with equal probability: the share of noisy pixels is `fraction` in expectation
-    and varies from image to image like a binomial. All channels of a pixel share its fate.
+    is white or black with equal probability. The share of noisy pixels is therefore `fraction` in
+    expectation, with binomial variance. All channels of a pixel get the same noise.
 
     Args:
         keys: [B] one key an example, from `example_keys`.
@@ -157,12 +156,12 @@ def rotate(images: jax.Array, quarter_turns: jax.Array) -> jax.Array:
 
 
 def flip(images: jax.Array, direction: jax.Array) -> jax.Array:
-    """Mirror each image; flipping again in the same direction undoes it.
+    """Mirror each image; a second flip in the same direction restores it.
 
     Args:
         images: [B, H, W, C].
-        direction: [B] int32; 0 leaves the image, 1 flips it horizontally (swaps left and right), 2
-          vertically.
+        direction: [B] int32; 0 leaves the image, 1 flips it horizontally (swaps left and right),
+            2 vertically.
 
     Returns:
         [B, H, W, C].

@@ -1,5 +1,4 @@
-"""How widely embeddings spread: sums over batches on the device, and the rank that follows from
-them."""
+"""How widely embeddings spread: sums over batches on the device, and the rank that they give."""
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +28,11 @@ def effective_rank(sums: dict[str, np.ndarray]) -> float:
     normalised singular values of the centred embedding matrix [N, D] (Roy and Vetterli 2007).
 
     Args:
-        sums: added up from `moments`.
+        sums: `moments`, added up over batches.
 
     Returns:
-        1 (all on one line) to min(D, N - 1) (spread equally); 0 where all embeddings are equal. A
-        direction whose variance is below 1e-6 of the mean squared length counts as none: it is
+        1 (all on one line) to min(D, N - 1) (spread equally); 0 where all embeddings are equal.
+        Directions whose variance is below 1e-6 of the mean squared length are left out: they are
         float32 rounding.
     """
     count = float(sums["weight"])

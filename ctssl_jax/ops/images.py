@@ -1,5 +1,4 @@
-"""Grey values in [0, 1] and the structural similarity of images: pure functions, usable inside
-jit."""
+"""Grey values in [0, 1] and the structural similarity of images: pure functions, usable in jit."""
 
 import math
 
@@ -38,10 +37,10 @@ def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
 
     Gaussian window 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, data range 1, population
     covariance, averaged over the pixels whose whole window lies inside the image and over the
-    channels. Agrees with scikit-image's
-    `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1)` to 1e-5.
-    The window is separable and linear, so it is applied as two banded matrix products: faster than
-        convolutions.
+    channels. Agrees to 1e-5 with `structural_similarity` of scikit-image (gaussian_weights=True,
+    sigma=1.5, use_sample_covariance=False, data_range=1).
+    The window is separable and linear, so it is applied as two banded matrix products, which are
+    faster than convolutions.
 
     Args:
         x, y: [B, H, W, C]; computed in float32.
@@ -97,7 +96,7 @@ def to_unit_images(images: jax.Array, channels: int, normalize: str) -> jax.Arra
 
     Args:
       images: [B, H, W, C] uint8, windowed: 0 is the lower end of the window, 255 the upper.
-      channels: of the model; one grey channel is copied to three if the model wants three.
+      channels: channels of the model; a single grey channel is copied to all of them.
       normalize: `window` keeps the affine map from HU, the same for every slice; `slice_minmax`
         stretches each slice from its own minimum to its own maximum (the authors' release).
 

@@ -1,5 +1,6 @@
-"""Loss terms as pure functions. Each returns one value an example, [B] float32, so that the caller
-weights and averages."""
+"""Loss terms as pure functions. Each returns one value an example, [B] float32, which the caller
+weights and averages.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,17 @@ def masked_mse(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax
 def vector_quantization_loss(
     codebook_loss: jax.Array, commitment_loss: jax.Array, beta: float = 0.25
 ) -> jax.Array:
-    """codebook_loss + beta * commitment_loss, each [B] -> [B] (van den Oord et al. 2017, equation
-    3)."""
+    """codebook_loss + beta * commitment_loss, each [B] -> [B] (van den Oord et al. 2017, eq. 3)."""
     return codebook_loss + beta * commitment_loss
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Negative log-probability of the true class: logits [B, K] and labels [B] int in [0, K) -> [B]
-    float32 >= 0."""
+    """Negative log-probability of the true class, [B] float32 >= 0.
+
+    Args:
+        logits: [B, K].
+        labels: [B] int in [0, K).
+    """
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
 
@@ -45,26 +49,26 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def double_softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy with the softmax applied twice: [B, K] and [B] int in [0, K) -> [B] float32.
 
-    No good loss, but what the paper's Table II appears to report: with K classes it cannot fall
-    below ln(e + K - 1) - 1, which is 0.7437 for four classes (the paper's rotation: 0.7436) and
-    0.5514 for three.
+    The paper's Table II appears to report this value, although it is a poor loss: with K classes it
+    cannot fall below ln(e + K - 1) - 1, which is 0.7437 for four classes (the paper's rotation:
+    0.7436) and 0.5514 for three.
     """
     return cross_entropy(jax.nn.softmax(logits.astype(jnp.float32)), labels)
 
 
 def binary_cross_entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over pixels of the negative log-probability of the mask: [B, H, W] logits and 0/1 mask
-    -> [B] float32."""
+    """Mean over pixels of the negative log-probability of the mask: [B, H, W] logits and [B, H, W]
+    0/1 mask -> [B] float32.
+    """
     logits, mask = logits.astype(jnp.float32), mask.astype(jnp.float32)
     return jnp.mean(jax.nn.softplus(logits) - logits * mask, axis=(1, 2))
 
 
 def soft_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """1 - (2 sum(p m) + 1) / (sum p + sum m + 1) of probabilities p and 0/1 mask m: [B, H, W] twice
-    -> [B] float32.
+    """1 - (2 sum(p m) + 1) / (sum p + sum m + 1) with probabilities p and 0/1 mask m.
 
-    In [0, 1]. The added pixel makes an empty mask count: 0 where nothing is predicted on it, 1 - 1
-    / (sum p + 1) else.
+    [B, H, W] twice -> [B] float32 in [0, 1]. The added pixel gives an empty mask a loss: 0 if all
+    probabilities are 0, else 1 - 1 / (sum p + 1).
     """
     probabilities, mask = jax.nn.sigmoid(logits.astype(jnp.float32)), mask.astype(jnp.float32)
     intersection = jnp.sum(probabilities * mask, axis=(1, 2))

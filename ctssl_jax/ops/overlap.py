@@ -1,8 +1,8 @@
 """How well a predicted mask covers the true one: hard Dice and IoU at probability 0.5.
 
-Both are computed from three counts a slice (pixels in both masks, in the predicted one, in the true
-one), so that masks need not be kept; the counts of a volume's or patient's slices add up to those
-of the volume or patient. Where both masks are empty the score is 1, where exactly one is it is 0.
+Both are computed from three counts a slice (pixels in both masks, in the predicted mask, in the
+true mask), so that masks need not be kept. The counts of slices add up to the counts of their
+volume or patient. The score is 1 where both masks are empty, 0 where exactly one is empty.
 """
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def counts(logits: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Pixels in both masks, in the predicted and in the true one.
+    """Pixels in both masks, in the predicted mask, and in the true mask.
 
     Args:
       logits: [B, H, W]; above 0 (probability above 0.5) is foreground.
@@ -28,14 +28,14 @@ def counts(logits: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array, j
 
 
 def dice(intersection, predicted, target):
-    """2 * intersection / (predicted + target); arrays of jax or numpy of one shape, in [0, 1]."""
+    """2 * intersection / (predicted + target) in [0, 1]; arrays of jax or numpy of one shape."""
     total = predicted + target
     empty = total == 0  # counted as one pixel that is right
     return (2 * intersection + empty) / (total + empty)
 
 
 def iou(intersection, predicted, target):
-    """intersection / (predicted + target - intersection), as `dice`."""
+    """intersection / (predicted + target - intersection) in [0, 1]; arrays as in `dice`."""
     union = predicted + target - intersection
     empty = union == 0
     return (intersection + empty) / (union + empty)
@@ -48,6 +48,9 @@ def add_up(
     index: np.ndarray,
     number: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts of slices [N] to those of the volumes or patients that `index` [N] int in [0, number)
-    names: [number]."""
+    """Counts [number] of volumes or patients from the counts [N] of their slices.
+
+    Args:
+      index: [N] int in [0, number), the volume or patient of each slice.
+    """
     return tuple(np.bincount(index, values, number) for values in (intersection, predicted, target))

@@ -1,4 +1,4 @@
-"""Trees of arrays as flat dictionaries whose names a reader understands."""
+"""Trees of arrays as flat dictionaries with readable names."""
 
 import hashlib
 from typing import Any
@@ -8,8 +8,7 @@ import numpy as np
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """A tree as a flat dictionary with `/`-joined names, e.g.
-    `params/encoder/blocks/0/conv1/kernel`."""
+    """A tree as a flat dictionary with names such as `params/encoder/blocks/0/conv1/kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

@@ -1,4 +1,4 @@
-"""Models that leave the building and come back: folders for PyTorch users, and imported weights.
+"""Export of models as folders for PyTorch users, and import of weights from PyTorch.
 
 >>> from ctssl_jax.release import export, import_weights
 >>> manifest = export("run", "folder", ["torch"], "CC-BY-NC-4.0")  # doctest: +ELLIPSIS
@@ -6,8 +6,9 @@ model        VQVAE, ... parameters, step 2 of run
 ...
 >>> sorted(manifest["files"])
 ['ctssl_torch.py', 'test_input.npz', 'weights.pt']
->>> import_weights("folder", "imported", config=None, windows=[]) == len(manifest["parity"]["stages"])
-False
+>>> number = import_weights("folder", "imported", config=None, windows=[])
+>>> number > len(manifest["parity"]["stages"])
+True
 """
 
 import importlib

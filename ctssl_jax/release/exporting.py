@@ -35,7 +35,7 @@ from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import file_sha256, folder_written_whole, write_json, write_text
 
 FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
-# larger slices are cut to their middle for the test: nothing in the models depends on the size
+# Parity is measured on the middle of larger slices, since the models work the same at each size.
 MAX_TEST_SIDE = 256
 
 
@@ -53,111 +53,76 @@ def export(
 
     Args:
       workdir: run directory, of any task.
-      output_dir: folder that is made; it must not exist or be empty.
-      formats: of `FORMATS`.
-      licence: of the weights, as it stands in the manifest.
-      checkpoint: `best`, `last` or a step.
-      results: files of `ctssl_jax.evaluate` of this very model, for the model card.
+      output_dir: new or empty folder.
+      formats: names in `FORMATS`.
+      licence: licence of the weights, for the manifest.
+      checkpoint: `best`, `last`, `last_good` or a step.
+      results: results files of `ctssl_jax.evaluate` for this model, for the model card.
       num_test_slices: synthetic slices that parity is measured on.
 
     Returns:
       The contents of manifest.json.
 
     Raises:
-      InputError: no such run or checkpoint, another model's results, a format that is not known, a
-        folder in use, a missing package.
+      InputError: no such run or checkpoint, results of another model, an unknown format, a folder
+        in use, a missing package.
       RunFailed: the exported model is not the same function.
     """
     output_dir = Path(output_dir).resolve()
     _check_request(output_dir, formats, licence, num_test_slices)
     started = time.monotonic()
-    run = Run.open(workdir)
-    exported = open_model(run, checkpoint)
-    imported_under = run.imported.get("license")
-    if imported_under and imported_under != licence:
+    exported = open_model(Run.open(workdir), checkpoint)
+    imported = exported.run.imported
+    if (imported_under := imported.get("license")) and imported_under != licence:
         raise InputError(
-            f"--license={licence}, but these weights were imported under {imported_under}: give "
+            f"--license={licence}, but these weights were imported under {imported_under}; give "
             f"--license={imported_under}"
         )
     summaries = [_result(Path(path), exported.fingerprint) for path in results]
-    preprocessing = preprocessing_of(exported)
+    manifest = _manifest(exported, summaries, licence)
+    # A checkpoint that was not trained further keeps the counters with which it was imported.
+    counters = imported["num_batches_tracked"] if imported.get("step") == exported.step else None
     entries = state_dict(
-        exported.tensors, exported.architecture, exported.depth, _counters(exported)
+        exported.tensors, exported.architecture, exported.depth, counters or exported.step
     )
-    manifest = {
-        "format_version": ctssl_torch.FORMAT_VERSION,
-        "name": f"{run.config.recipe}, step {exported.step:,}",
-        "architecture": exported.architecture,
-        "model": exported.settings,
-        "num_parameters": exported.num_parameters,
-        "preprocessing": preprocessing,
-        "training": _training(exported),
-        "data": _data(run),
-        "results": summaries,
-        "license": licence,
-        "model_fingerprint": exported.fingerprint,
-        "versions": {name: version(name) for name in ("jax", "flax", "torch")},
-    }
-    size = f"{exported.num_parameters:,} parameters"
-    say(f"model        {exported.architecture}, {size}, step {exported.step:,} of {workdir}")
+    say(
+        f"model        {exported.architecture}, {exported.num_parameters:,} parameters, step "
+        f"{exported.step:,} of {workdir}"
+    )
 
     # ---- Is it the same model? ----
     twin = _twin(manifest, entries)
-    images = synthetic_images(preprocessing, len(twin.offsets), num_test_slices)
-    measured, outputs = parity.measure(
-        exported.model, twin, images, exported.architecture, exported.depth
-    )
-    say(
-        f"parity       largest difference of {len(measured.stages)} layers and of the outputs: "
-        f"{measured.worst:.1e} of "
-        "the largest value"
-        + (
-            ""
-            if measured.codes_equal is None
-            else f"; {measured.codes_equal:.4%} of the codes are equal"
-        )
-    )
-    if not measured.holds:
-        raise RunFailed(_not_the_same(measured))
-    manifest["parity"] = {
-        "tolerance": parity.TOLERANCE,
-        "input": f"{num_test_slices} synthetic slices of {images.shape[1]} x {images.shape[2]} "
-        f"pixels, float32",
-        "largest_difference": measured.worst,
-        "outputs": measured.outputs,
-        "stages": measured.stages,
-        "codes_equal": measured.codes_equal,
-        "code_margin": measured.code_margin,
-    }
+    images = synthetic_images(manifest["preprocessing"], len(twin.offsets), num_test_slices)
+    manifest["parity"], outputs = _measure_parity(exported, twin, images)
 
     # ---- Files, in a folder that takes its name when it is complete ----
     unfinished = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     try:
-        with folder_written_whole(output_dir, unfinished) as temporary:
-            _write_weights(temporary, formats, entries)
-            _write_test_input(temporary / "test_input.npz", images, outputs)
+        with folder_written_whole(output_dir, unfinished) as folder:
+            _write_weights(folder, formats, entries)
+            _write_test_input(folder / "test_input.npz", images, outputs)
             if "onnx" in formats:
-                manifest["onnx"] = onnx_file.write(
-                    temporary / FORMATS["onnx"], twin, images, outputs
+                path = folder / FORMATS["onnx"]
+                manifest["onnx"] = facts = onnx_file.write(path, twin, images, outputs)
+                say(
+                    f"ONNX         largest difference {facts['largest_difference']:.1e}, opset "
+                    f"{facts['opset']}"
                 )
-                difference = manifest["onnx"]["largest_difference"]
-                say(f"ONNX         largest difference {difference:.1e}, opset {onnx_file.OPSET}")
-            shutil.copyfile(ctssl_torch.__file__, temporary / "ctssl_torch.py")
+            shutil.copyfile(ctssl_torch.__file__, folder / "ctssl_torch.py")
             manifest["files"] = {
                 path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-                for path in sorted(temporary.iterdir())
+                for path in sorted(folder.iterdir())
             }
-            write_text(temporary / "README.md", model_card.text(manifest))
-            write_json(temporary / "manifest.json", manifest)
+            write_text(folder / "README.md", model_card.text(manifest))
+            write_json(folder / "manifest.json", manifest)
     except OSError as error:
         raise InputError(
             f"--output_dir={output_dir} cannot be written ({error.strerror}); choose another folder"
         ) from None
     size = sum(facts["bytes"] for facts in manifest["files"].values())
-    took = time.monotonic() - started
     say(
         f"written      {output_dir}: {', '.join(manifest['files'])} ({size / 1e6:.1f} MB) in "
-        f"{took:.0f} s"
+        f"{time.monotonic() - started:.0f} s"
     )
     return manifest
 
@@ -170,8 +135,8 @@ def _check_request(
         raise InputError(f"--format={','.join(formats)}: give one or more of {', '.join(FORMATS)}")
     if not licence:
         raise InputError(
-            "give --license, e.g. --license=CC-BY-NC-4.0: that of the weights, which follows from "
-            "the terms of the training data and of the weights that the run started from"
+            "give --license, e.g. --license=CC-BY-NC-4.0: the licence of the weights follows "
+            "from the terms of the training data and of the weights that the run started from"
         )
     if num_test_slices < 1:
         raise InputError(f"--num_test_slices={num_test_slices}: must be 1 or more")
@@ -190,14 +155,14 @@ class RunModel:
     """A checkpoint as a model in float32 on one device.
 
     run: the run.
-    step: of the checkpoint.
+    step: step of the checkpoint.
     architecture: `VQVAE`, `Classifier`, `UNet`, `StandardUNet` or `SEResNeXt`.
-    settings: of the architecture, as its PyTorch twin takes them.
-    depth: residual blocks; 0 where there are none.
-    model: in JAX, without remat and scan.
+    settings: settings of the architecture, as its PyTorch twin takes them.
+    depth: number of residual blocks of the encoder.
+    model: the model in JAX, without remat and scan.
     tensors: float32 arrays by name, without `params/` or `variables/`.
-    num_parameters: trainable ones.
-    fingerprint: `model_fingerprint` of results.
+    num_parameters: number of trainable parameters.
+    fingerprint: `model_fingerprint` in results.
     """
 
     run: Run
@@ -248,7 +213,8 @@ def preprocessing_of(exported: RunModel) -> dict[str, Any]:
     num_slices = 3 if exported.architecture == "SEResNeXt" else 1
     if num_slices > 1 and config.normalize != "window":
         raise InputError(
-            f"a run with config.normalize={config.normalize} on adjacent slices cannot be exported"
+            f"a run with config.normalize={config.normalize} on adjacent slices cannot be "
+            "exported; export a run with config.normalize=window"
         )
     return {
         "windows": [list(map(float, window)) for window in windows],
@@ -261,61 +227,61 @@ def preprocessing_of(exported: RunModel) -> dict[str, Any]:
     }
 
 
-def _counters(exported: RunModel) -> int | dict[str, int]:
-    """PyTorch's counters: those that were imported, or the step."""
-    imported = exported.run.imported
-    if imported.get("step") == exported.step and imported["num_batches_tracked"]:
-        return imported["num_batches_tracked"]
-    return exported.step
-
-
-def _training(exported: RunModel) -> dict[str, Any]:
+def _manifest(exported: RunModel, summaries: list[dict[str, Any]], licence: str) -> dict[str, Any]:
+    """The fields of manifest.json, except those that are measured while the folder is written."""
     run = exported.run
     return {
-        "task": run.config.task,
-        "recipe": run.config.recipe,
-        "checkpoint_step": exported.step,
-        **run.training_data,
-        "init_from": [*run.imported.get("init_from", []), *run.lineage],
-        "config": portable(run.config),
+        "format_version": ctssl_torch.FORMAT_VERSION,
+        "name": f"{run.config.recipe}, step {exported.step:,}",
+        "architecture": exported.architecture,
+        "model": exported.settings,
+        "num_parameters": exported.num_parameters,
+        "preprocessing": preprocessing_of(exported),
+        "training": {
+            "task": run.config.task,
+            "recipe": run.config.recipe,
+            "checkpoint_step": exported.step,
+            **run.training_data,
+            "init_from": [*run.imported.get("init_from", []), *run.lineage],
+            "config": portable(run.config),
+        },
+        "data": _data(run),
+        "results": summaries,
+        "license": licence,
+        "model_fingerprint": exported.fingerprint,
+        "versions": {name: version(name) for name in ("jax", "flax", "torch")},
     }
 
 
-def _label_facts(run: Run) -> dict[str, Any] | None:
-    """Classes, in the order of the logits, and level (slice or volume) of the label that the model
-    predicts."""
-    return (run.preparation.get("labels") or {}).get(run.config.get("label"))
-
-
 def _data(run: Run) -> dict[str, Any]:
-    """Counts only: no patients, and nothing that links to them."""
-    preparation = run.preparation
+    """The training data as counts, without patients and without links to them."""
+    preparation, label = run.preparation, run.config.get("label")
+    label_facts = (preparation.get("labels") or {}).get(label)
     counts = ("num_patients", "num_volumes", "num_slices")
-    splits = preparation.get("splits", {})
     return {
         "archive": preparation["archive"],
         "synthetic": preparation["synthetic"],
         "dataset_fingerprint": preparation["fingerprint"],
-        "labels": {run.config.label: facts} if (facts := _label_facts(run)) else {},
+        "labels": {label: label_facts} if label_facts else {},
         "splits": {
             split: {name: facts[name] for name in counts if name in facts}
-            for split, facts in splits.items()
+            for split, facts in preparation.get("splits", {}).items()
             if split in ("train", "validation")
         },
     }
 
 
 def _result(path: Path, fingerprint: str) -> dict[str, Any]:
-    """The facts of an evaluation for the model card.
+    """An evaluation in short, for the model card.
 
     Raises:
-      InputError: not a results file, or one of another model.
+      InputError: not a results file, or results of another model.
     """
     try:
         result = json.loads(path.read_text())
         if result["model_fingerprint"] != fingerprint:
             raise InputError(
-                f"--results={path} is of another model or checkpoint; evaluate this one"
+                f"--results={path} is of another model or checkpoint; evaluate this checkpoint"
             )
         fields = ("mean", "sd", "ci95", "num_volumes", "num_patients", "unit")
         return {
@@ -331,7 +297,8 @@ def _result(path: Path, fingerprint: str) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise InputError(
-            f"--results={path} is not a results file of ctssl_jax.evaluate ({reason})"
+            f"--results={path} is not a results file of ctssl_jax.evaluate ({reason}); give the "
+            "--output of an evaluation of this checkpoint"
         ) from None
 
 
@@ -347,7 +314,7 @@ def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int
     """Adjacent slices in the middle of a synthetic chest, preprocessed: [number, H, W, C] float32
     in [0, 1].
 
-    Of slices larger than `MAX_TEST_SIDE` the middle is taken.
+    Slices larger than `MAX_TEST_SIDE` are cut to their middle.
     """
     size = preprocessing["image_size"]
     options = Options(seed=0, image_size=size, num_slices=20, slice_spacing_mm=0.0)
@@ -371,15 +338,42 @@ def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int
     )
 
 
-def _not_the_same(measured: parity.Parity) -> str:
-    values = {**measured.stages, **measured.outputs}
-    name = max(values, key=values.get)
-    return (
-        f"the PyTorch model is not the same function: {name} differs by {values[name]:.1e} of its "
-        f"largest value, and codes by a margin of {measured.code_margin:.1e}; nothing was "
-        f"written. Please report it with the run's "
-        "config.json"
+def _measure_parity(
+    exported: RunModel, twin: ctssl_torch.ExportedModel, images: np.ndarray
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The field `parity` of manifest.json, and the outputs in JAX, channels last.
+
+    Raises:
+      RunFailed: the two models are not the same function.
+    """
+    measured, outputs = parity.measure(
+        exported.model, twin, images, exported.architecture, exported.depth
     )
+    codes = measured.codes_equal
+    say(
+        f"parity       largest difference of {len(measured.stages)} layers and of the outputs: "
+        f"{measured.worst:.1e} of the largest value"
+        + ("" if codes is None else f"; {codes:.4%} of the codes are equal")
+    )
+    if not measured.holds:
+        values = {**measured.stages, **measured.outputs}
+        name = max(values, key=values.get)
+        raise RunFailed(
+            f"the PyTorch model is not the same function: {name} differs by {values[name]:.1e} of "
+            f"its largest value, and codes by a margin of {measured.code_margin:.1e}; nothing was "
+            "written. Please report it with the run's config.json"
+        )
+    facts = {
+        "tolerance": parity.TOLERANCE,
+        "input": f"{len(images)} synthetic slices of {images.shape[1]} x {images.shape[2]} "
+        "pixels, float32",
+        "largest_difference": measured.worst,
+        "outputs": measured.outputs,
+        "stages": measured.stages,
+        "codes_equal": codes,
+        "code_margin": measured.code_margin,
+    }
+    return facts, outputs
 
 
 def _write_weights(folder: Path, formats: Sequence[str], entries: dict[str, np.ndarray]) -> None:
@@ -393,6 +387,6 @@ def _write_weights(folder: Path, formats: Sequence[str], entries: dict[str, np.n
 
 
 def _write_test_input(path: Path, images: np.ndarray, outputs: dict[str, np.ndarray]) -> None:
-    """In PyTorch's axes, without the losses and without outputs that follow from the codes."""
+    """The images and the outputs without losses, with the axes of PyTorch."""
     kept = {name: parity.channels_first(outputs[name]) for name in onnx_file.output_names(outputs)}
     np.savez(path, images=parity.channels_first(images), **kept)

@@ -1,5 +1,6 @@
-"""Weights of PyTorch as a run directory: the core of `ctssl_jax.import_torch`. A manifest is read
-without trust."""
+"""Weights of PyTorch as a run directory: the core of `ctssl_jax.import_torch`. Every field of a
+manifest is checked before it is used.
+"""
 
 import json
 import re
@@ -22,7 +23,7 @@ from data_prep.system.errors import InputError
 from data_prep.system.files import file_sha256, write_json
 
 FORMAT_VERSION = 1  # as in ctssl_torch.py
-# in place of the fingerprint of a pseudonym key: nobody knows whom these weights learned from
+# In place of the fingerprint of a pseudonym key, since the training patients are unknown.
 UNKNOWN_KEY = "unknown"
 _FIELDS = ("architecture", "model", "preprocessing", "training", "data", "files")
 
@@ -37,17 +38,17 @@ def import_weights(
 
     Args:
       checkpoint: weights file, or folder of `ctssl_jax.export`.
-      workdir: run directory that is made; it must not exist or be empty.
-      config: recipe of the autoencoder, whose model's sizes are replaced by those of the tensors;
-        unused for a folder, which has its own.
-      windows: (level, width) in HU that the weights learned from; unused for a folder.
+      workdir: new or empty folder, which becomes the run directory.
+      config: recipe of the autoencoder; the sizes of its model are replaced by the sizes of the
+        tensors. Unused for a folder, which contains its own configuration.
+      windows: (level, width) in HU that the weights were trained with; unused for a folder.
 
     Returns:
       Number of tensors.
 
     Raises:
-      InputError: no such file, not tensors alone, not the layout, tensors that are missing, extra
-        or of another shape.
+      InputError: no such file, a file with more than tensors, another layout, or tensors that are
+        missing, left over or of another shape.
     """
     checkpoint, workdir = Path(checkpoint), Path(workdir)
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
@@ -55,46 +56,21 @@ def import_weights(
     manifest = find_manifest(checkpoint)
     path = _weights_of(checkpoint, manifest) if manifest else checkpoint
     entries = read_tensors(path, "--checkpoint")
+    architecture, licence, init_from, step = "VQVAE", "", [], 0
     if manifest:
         config, preparation, step = _of_manifest(manifest)
+        architecture, licence = manifest["architecture"], manifest.get("license", "")
+        init_from = manifest["training"].get("init_from", [])
     else:
         config = _of_tensors(entries, config, checkpoint)
-        preparation, step = (
-            _unknown_data([list(window) for window in windows], config.image_size),
-            0,
-        )
-    task = get_task(config.task)
-    _, params, variables = abstract_model(config, task)
-    architecture = manifest["architecture"] if manifest else "VQVAE"
-    template = flatten({"params": params, "variables": variables})
-    wanted = {name.split("/", 1)[1]: (name, tuple(leaf.shape)) for name, leaf in template.items()}
-    shapes = {name: shape for name, (_, shape) in wanted.items()}
-    tensors_by_name, misfits = names.from_state_dict(
-        entries, shapes, architecture, config.model.get("depth", 0)
-    )
-    if misfits:
-        raise InputError(
-            f"--checkpoint={checkpoint} is not this model ({misfits.text()}); give weights in the "
-            f"authors' layout, or "
-            "a folder of ctssl_jax.export"
-        )
+        preparation = _unknown_data(windows, config.image_size)
+    state, num_tensors = _model_state(entries, config, architecture, checkpoint)
     counters = {
         name: int(value)
         for name, value in sorted(entries.items())
         if name.endswith(f".{names.COUNTER}")
     }
     step = step or max(counters.values(), default=0)
-    tensors = {
-        flat: tensors_by_name[name] for name, (flat, _) in wanted.items() if name in tensors_by_name
-    }
-    for name, (flat, shape) in wanted.items():
-        # how a codebook follows the latents: starts again, from these codes
-        if not names.is_exported(name):
-            initialised = name.endswith("initialised")
-            tensors[flat] = (
-                np.ones(shape, bool) if initialised else np.zeros(shape, template[flat].dtype)
-            )
-    state = unflatten({"params": params, "variables": variables}, tensors)
 
     no_patients = {"train": [], "validation": []}
     open_workdir(workdir, config, preparation, no_patients)
@@ -103,30 +79,62 @@ def import_weights(
         "sha256": file_sha256(path),
         "step": step,
         "num_batches_tracked": counters,
-        "license": manifest.get("license", "") if manifest else "",
-        "init_from": manifest["training"].get("init_from", []) if manifest else [],
+        "license": licence,
+        "init_from": init_from,
     }
     write_json(workdir / "imported.json", facts)
     checkpoints = Checkpoints(workdir)
     metadata = {"config": to_json(config), "preparation": preparation}
     checkpoints.save(step, jax.tree.map(jax.numpy.asarray, state), metadata, None)
     checkpoints.close()
-    return len(tensors_by_name)
+    return num_tensors
+
+
+def _model_state(
+    entries: Mapping[str, np.ndarray],
+    config: ml_collections.ConfigDict,
+    architecture: str,
+    checkpoint: Path,
+) -> tuple[dict[str, Any], int]:
+    """`params` and `variables` of the model with the tensors of a file, and their number.
+
+    Raises:
+      InputError: tensors that are missing, left over or of another shape.
+    """
+    _, params, variables = abstract_model(config, get_task(config.task))
+    template = {"params": params, "variables": variables}
+    leaves = {name.split("/", 1)[1]: leaf for name, leaf in flatten(template).items()}
+    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    tensors, misfits = names.from_state_dict(
+        entries, shapes, architecture, config.model.get("depth", 0)
+    )
+    if misfits:
+        raise InputError(
+            f"--checkpoint={checkpoint} is not this model ({misfits.text()}); give weights in the "
+            "authors' layout, or a folder of ctssl_jax.export"
+        )
+    num_tensors = len(tensors)
+    for name, leaf in leaves.items():
+        # How a codebook follows the latents is not in the file: it starts again from these codes.
+        if not names.is_exported(name):
+            tensors[name] = np.full(leaf.shape, name.endswith("initialised"), leaf.dtype)
+    flat = {name: tensors[name.split("/", 1)[1]] for name in flatten(template)}
+    return unflatten(template, flat), num_tensors
 
 
 def find_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest of an exported folder, or of the folder that the file lies in; None for other
-    weights.
+    """The manifest of an exported folder, or of a weights file in it; None for other weights.
 
     Raises:
-      InputError: a folder without a manifest, or a damaged one.
+      InputError: a folder without a manifest, or a damaged manifest.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     path = folder / "manifest.json"
     if not path.is_file():
         if checkpoint.is_dir():
             raise InputError(
-                f"--checkpoint={checkpoint} holds no manifest.json; give a weights file in it"
+                f"--checkpoint={checkpoint} does not contain a manifest.json; give a folder of "
+                "ctssl_jax.export, or a weights file"
             )
         return None
     manifest = read_manifest(path, "--checkpoint")
@@ -134,26 +142,29 @@ def find_manifest(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _weights_of(checkpoint: Path, manifest: Mapping[str, Any]) -> Path:
-    """The weights file, whose bytes must be those that the manifest knows."""
+    """The path of the weights file.
+
+    Raises:
+      InputError: no weights file, or a file whose SHA-256 differs from the manifest.
+    """
     candidates = [checkpoint, checkpoint / "weights.safetensors", checkpoint / "weights.pt"]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         raise InputError(
-            f"--checkpoint={checkpoint} holds neither weights.safetensors nor weights.pt"
+            f"--checkpoint={checkpoint} contains neither weights.safetensors nor weights.pt; "
+            "export again with --format=torch or safetensors"
         )
-    known = manifest["files"].get(path.name)
-    if known is None or file_sha256(path) != known["sha256"]:
+    facts = manifest["files"].get(path.name)
+    if facts is None or file_sha256(path) != facts["sha256"]:
         raise InputError(
             f"--checkpoint={path} is not the file that the manifest.json beside it describes "
-            f"(damaged, or of another "
-            "export); copy the whole folder again"
+            "(damaged, or of another export); copy the whole folder again"
         )
     return path
 
 
 def _of_manifest(manifest: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]:
-    """Configuration, preparation and step of the exported run; who its patients were did not
-    travel."""
+    """Configuration, preparation and step of the exported run; exports do not name its patients."""
     training, data = manifest["training"], manifest["data"]
     paths = {"dataset": "", "init_from": ""} | (
         {"init_weights": ""} if training["task"].endswith("se_resnext") else {}
@@ -171,10 +182,10 @@ def _of_manifest(manifest: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]
 
 
 def _of_tensors(entries: Mapping[str, Any], config: Any, checkpoint: Path) -> Any:
-    """The recipe with the sizes that an autoencoder's tensors have.
+    """The recipe with the sizes of an autoencoder's tensors.
 
     Raises:
-      InputError: they are not an autoencoder in the authors' layout.
+      InputError: the tensors are not an autoencoder in the authors' layout.
     """
     if config is None:
         raise InputError("give --config=configs/masked_region.py, the recipe of the autoencoder")
@@ -183,13 +194,13 @@ def _of_tensors(entries: Mapping[str, Any], config: Any, checkpoint: Path) -> An
     if missing:
         raise InputError(
             f"--checkpoint={checkpoint} is not an autoencoder in the authors' layout "
-            f"({missing[0]} is missing among its {len(entries)} tensors); give one, or a folder "
-            f"of ctssl_jax.export"
+            f"({missing[0]} is missing among its {len(entries)} tensors); give such a file, or a "
+            "folder of ctssl_jax.export"
         )
     if any(entries[name].ndim != number for name, number in zip(needed, (4, 4, 2), strict=True)):
         raise InputError(
             f"--checkpoint={checkpoint} is not an autoencoder in the authors' layout (tensors of "
-            f"other ranks)"
+            "other ranks); give such a file, or a folder of ctssl_jax.export"
         )
     blocks = [re.fullmatch(r"encoder\.(\d+)\.resblock\.0\.weight", name) for name in entries]
     first, second, codebook = (entries[name] for name in needed)
@@ -204,7 +215,7 @@ def _of_tensors(entries: Mapping[str, Any], config: Any, checkpoint: Path) -> An
 
 
 def _unknown_data(windows: list[list[float]], image_size: int) -> dict[str, Any]:
-    """A `preparation.json` of data that are known by their windows and size alone."""
+    """A `preparation.json` for data of which only windows and size are known."""
     return {
         "archive": "unknown",
         "synthetic": False,
@@ -227,14 +238,15 @@ def read_manifest(path: Path, flag: str) -> dict[str, Any]:
     """The manifest of an exported folder.
 
     Raises:
-      InputError: not JSON, of another version, or without what an import needs.
+      InputError: not JSON, of another version, or without the fields that an import needs.
     """
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
-            f"{flag}: {path} is not a manifest of ctssl_jax.export, or damaged"
+            f"{flag}: {path} is damaged or not a manifest of ctssl_jax.export; copy the whole "
+            "folder again"
         ) from None
     missing = [name for name in _FIELDS if name not in manifest]
     if version != FORMAT_VERSION or missing:
@@ -242,7 +254,7 @@ def read_manifest(path: Path, flag: str) -> dict[str, Any]:
             f"has format_version {version}" if version != FORMAT_VERSION else f"lacks {missing[0]}"
         )
         raise InputError(
-            f"{flag}: {path} {problem}; this version reads {FORMAT_VERSION}: export it again"
+            f"{flag}: {path} {problem}; this version reads {FORMAT_VERSION}, so export it again"
         )
     if not _is_sound(manifest):
         raise InputError(f"{flag}: {path} is damaged; copy the whole folder again")

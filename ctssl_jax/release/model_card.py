@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: a model card made of manifest.json, and of nothing else."""
+"""The README.md of an exported folder: a model card made from manifest.json alone."""
 
 from typing import Any
 
@@ -38,34 +38,32 @@ def _summary(manifest: dict[str, Any]) -> str:
 
 
 def _use(manifest: dict[str, Any]) -> str:
-    neighbours, crop = (
-        manifest["architecture"] == "SEResNeXt",
-        manifest["preprocessing"]["crop"] != ("none"),
-    )
-    example = "images[:1]"
-    if neighbours:  # the slice below, the slice and the one above
-        example = "ctssl_torch.neighbours(images, torch.arange(1), model.offsets)"
-    if crop:
+    outputs = _OUTPUTS[manifest["architecture"]]
+    if manifest["preprocessing"]["crop"] != "none":
         return f"""```python
 import ctssl_torch                              # the file in this folder; needs torch and numpy
 
 model = ctssl_torch.load(".")                   # evaluation mode
-output = model(images)                          # {_OUTPUTS[manifest["architecture"]]}
+output = model(images)                          # {outputs}
 ```
 
-The model was trained on slices cropped to the lungs, which `preprocess` does not find: `ctssl_jax.embed` and
-`ctssl_jax.predict` do."""
+The model was trained on slices cropped to the lungs, which `preprocess` cannot find: use
+`ctssl_jax.embed` and `ctssl_jax.predict`."""
+    example = "images[:1]"
+    if manifest["architecture"] == "SEResNeXt":  # the slice below, the slice, the slice above
+        example = "ctssl_torch.neighbours(images, torch.arange(1), model.offsets)"
     return f"""```python
-import ctssl_torch                              # the file in this folder; needs torch, numpy, pillow, pydicom
+import ctssl_torch                              # this folder's; needs torch, numpy, pillow, pydicom
 
 model = ctssl_torch.load(".")                   # evaluation mode
 hu, affine = ctssl_torch.read_dicom("SCAN")     # or nibabel: image.get_fdata(), image.affine
 images = model.preprocess(hu, affine)           # [S, C, H, W] float32
 z = model.embed(images)                         # [S, D], a vector a slice
-output = model({example})                      # {_OUTPUTS[manifest["architecture"]]}
+output = model({example})                      # {outputs}
 ```
 
-`python ctssl_torch.py .` computes a stored input again and prints how far your installation is from what was stored."""
+`python ctssl_torch.py .` computes the outputs of a stored input again and prints how far your
+installation is from the stored outputs."""
 
 
 def _input(preprocessing: dict[str, Any]) -> str:
@@ -82,11 +80,11 @@ def _input(preprocessing: dict[str, Any]) -> str:
         lines.append("- each slice is stretched from its own minimum to its own maximum")
     if preprocessing["crop"] != "none":
         lines.append(
-            "- slices cropped to the lungs' bounding box, which `preprocess` does not find: use "
+            "- slices cropped to the lungs' bounding box, which `preprocess` cannot find: use "
             "ctssl_jax.embed"
         )
     return "\n".join(lines) + (
-        "\n\n`preprocess` does all of it." if preprocessing["crop"] == "none" else ""
+        "\n\n`preprocess` does all these steps." if preprocessing["crop"] == "none" else ""
     )
 
 
@@ -112,13 +110,13 @@ def _training(manifest: dict[str, Any]) -> str:
     for ancestor in training["init_from"]:
         lines.append(f"- started from `{ancestor['recipe']}`, step {ancestor['checkpoint_step']:,}")
     if not data["splits"]:
-        lines.append("- training data: not known here (imported weights)")
+        lines.append("- training data: unknown (imported weights)")
     return "\n".join(lines)
 
 
 def _results(results: list[dict[str, Any]]) -> str:
     if not results:
-        return "None were given to the export (`--results`)."
+        return "The export was made without results (`--results`)."
     lines = ["| split | metric | mean | 95 % interval | patients |", "|---|---|---|---|---|"]
     for result in results:
         split = result["split"] + (" (synthetic)" if result["synthetic"] else "")
@@ -161,7 +159,6 @@ def _limits(manifest: dict[str, Any]) -> str:
     ]
     if manifest["data"]["synthetic"]:
         lines.append(
-            "All training data are synthetic: the weights show that the software works, and "
-            "nothing else."
+            "All training data are synthetic: the weights only show that the software works."
         )
     return "\n".join(f"- {line}" for line in lines)

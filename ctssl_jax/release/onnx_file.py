@@ -19,8 +19,9 @@ _MAX_OTHER_CODES = 0.01
 
 
 def output_names(outputs: Iterable[str]) -> list[str]:
-    """The outputs that a user of the model gets; losses, and outputs that follow from the codes,
-    are left out."""
+    """The outputs for users of the model: without losses, and without `quantized`, which the codes
+    determine.
+    """
     return [name for name in outputs if not name.endswith("_loss") and name != "quantized"]
 
 
@@ -40,14 +41,14 @@ def write(
     """Write the file, run it on the same images, in one batch and one by one, and compare.
 
     Args:
-      path: of the file; one file, weights included.
-      twin: in evaluation mode, on the CPU.
+      path: path of the file, which includes the weights.
+      twin: model in evaluation mode, on the CPU.
       images: [B, H, W, C] float32 in [0, 1].
-      expected: this package's outputs of them, channels last.
+      expected: outputs of this package's model for the images, channels last.
 
     Returns:
-      opset, names of input and outputs, and the differences, relative to the largest value; of
-      codes the share.
+      opset, names of input and outputs, and the differences relative to the largest value (for
+      codes the share that differs).
 
     Raises:
       RunFailed: the file is not the same function.
@@ -74,7 +75,8 @@ def write(
     if not worst <= parity.TOLERANCE or differences.get("codes", 0.0) > _MAX_OTHER_CODES:
         listed = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
         raise RunFailed(
-            f"the ONNX model is not the same function (differences: {listed}); nothing was written"
+            f"the ONNX model is not the same function (differences: {listed}); nothing was "
+            "written. Export without --format=onnx, and please report it"
         )
     return {
         "opset": OPSET,
@@ -97,20 +99,21 @@ def _compare(
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     differences = dict.fromkeys(names, 0.0)
     for chosen in (slice(None), *(slice(index, index + 1) for index in range(len(images)))):
-        found = session.run(names, {"images": parity.channels_first(images[chosen])})
-        for name, value in zip(names, found, strict=True):
-            want = expected[name][chosen]
+        values = session.run(names, {"images": parity.channels_first(images[chosen])})
+        outputs = dict(zip(names, values, strict=True))
+        for name, value in outputs.items():
+            reference = expected[name][chosen]
             if name == "reconstruction" and not np.array_equal(
-                found[names.index("codes")], expected["codes"][chosen]
+                outputs["codes"], expected["codes"][chosen]
             ):
-                # A code may fall the other way by rounding, and the reconstruction follows it: that
-                # of the same codes.
+                # Rounding may choose another code: compare with the decoder's output for it.
                 with torch.inference_mode():
-                    codes = torch.from_numpy(found[names.index("codes")]).long()
-                    want = parity.channels_last(twin.decode(twin.vq_layer.lookup(codes)).numpy())
+                    codes = torch.from_numpy(outputs["codes"]).long()
+                    decoded = twin.decode(twin.vq_layer.lookup(codes)).numpy()
+                reference = parity.channels_last(decoded)
             if name == "codes":
-                difference = float((value != want).mean())
+                difference = float((value != reference).mean())
             else:
-                difference = parity.relative_difference(parity.channels_last(value), want)
+                difference = parity.relative_difference(parity.channels_last(value), reference)
             differences[name] = max(differences[name], difference)
     return differences

@@ -1,9 +1,9 @@
 """Whether a model in JAX and its twin in PyTorch are the same function, measured layer by layer.
 
-Both run in float32 on the same inputs. Compared are the outputs of every convolution, normalisation
-and linear layer, and those of the model; each difference is the largest absolute one over the
-largest absolute value of that output. A code may differ only where the two nearest codes are
-equally near to within rounding; the decoder is compared on the same codes.
+Both run in float32 on the same inputs. Compared are the outputs of the model and of every
+convolution, normalisation and linear layer. Each difference is the largest absolute difference over
+the largest absolute value of that output. A code may differ only where the two nearest codes are
+equally near to within rounding. The decoder is compared on the same codes.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from ctssl_jax.torch_bridge.ctssl_torch import ExportedModel
 from ctssl_jax.torch_bridge.names import torch_name
 
 TOLERANCE = 1e-4
-# Distances of a latent to two codes, over the sum of the squares that they are differences of.
+# Difference of a latent's squared distances to two codes, over |latent|^2 + |code|^2.
 CODE_ROUNDING = 1e-5
 _LAYERS = (Conv, nnx.Linear, PointwiseConv, TransposedConv, BatchNorm)
 
 
 class Parity(NamedTuple):
-    """How far apart the two are.
+    """Differences between a model in JAX and its twin.
 
     stages: PyTorch's name of a layer -> relative difference of its output, in the order of
       computation.
-    outputs: output of the model (`latents`, `reconstruction`, `logits`, `embedding`) -> the same;
-      of an autoencoder also `decoder_on_same_codes`.
+    outputs: output of the model (`latents`, `reconstruction`, `logits`, `embedding`, and for an
+      autoencoder `decoder_on_same_codes`) -> relative difference.
     codes_equal: share of equal codes; None without a codebook.
-    code_margin: largest relative margin between the two codes where they differ; 0 where none does.
+    code_margin: largest relative margin between the two codes where they differ; 0 if all agree.
     """
 
     stages: dict[str, float]
@@ -45,28 +45,23 @@ class Parity(NamedTuple):
 
     @property
     def worst(self) -> float:
-        """The largest difference; that of an output which follows from another code does not
-        count."""
-        counted = {
-            name: value
+        """The largest difference, without outputs that follow from codes if the codes differ."""
+        after_codes = ("decoder.", "reconstruction", "quantized")
+        return max(
+            value
             for name, value in {**self.stages, **self.outputs}.items()
-            if self._counts(name)
-        }
-        return max(counted.values())
-
-    def _counts(self, name: str) -> bool:
-        after_codes = name.startswith("decoder.") or name in ("reconstruction", "quantized")
-        return not (after_codes and self.codes_equal != 1)
+            if self.codes_equal == 1 or not name.startswith(after_codes)
+        )
 
     @property
     def holds(self) -> bool:
-        """Whether all differences are within rounding."""
+        """True if all differences are within rounding."""
         return bool(self.worst <= TOLERANCE and self.code_margin <= CODE_ROUNDING)
 
 
 @contextlib.contextmanager
 def _recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
-    """Outputs of all layers of a model, by the layer's path, for as long as the context lasts."""
+    """A dictionary that receives the outputs of a model's layers, by path, within the context."""
     paths = {
         id(node): "/".join(map(str, path))
         for path, node in nnx.iter_graph(model)
@@ -96,17 +91,17 @@ def _recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
 def jax_outputs(
     model: nnx.Module, images: np.ndarray
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Layers' and model's outputs in evaluation mode.
+    """Outputs of the layers and of the model in evaluation mode.
 
     Args:
-      model: float32, without remat and scan.
+      model: float32 model, without remat and scan.
       images: [B, H, W, C] float32 in [0, 1].
 
     Returns:
       path of a layer -> its output, channels last; the model's outputs by name.
     """
     with jax.default_matmul_precision("highest"):
-        # One compiled function, whose layers are recorded while it is traced.
+        # One compiled function: its layers are recorded while it is traced.
         @jax.jit
         def run(images):
             with _recorded(model) as layers:
@@ -119,8 +114,8 @@ def jax_outputs(
 
 def _torch_outputs(
     model: ExportedModel, images: np.ndarray
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
-    """The same of PyTorch, channels last, and the layers' names in the order of computation."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Outputs of the layers, in the order of computation, and of the model, channels last."""
     layers: dict[str, np.ndarray] = {}
     hooks = [
         module.register_forward_hook(
@@ -137,12 +132,11 @@ def _torch_outputs(
     finally:
         for hook in hooks:
             hook.remove()
-    outputs = {name: channels_last(value.numpy()) for name, value in output._asdict().items()}
-    return layers, outputs, list(layers)
+    return layers, {name: channels_last(value.numpy()) for name, value in output._asdict().items()}
 
 
 def channels_first(images: np.ndarray) -> np.ndarray:
-    """[B, H, W, C] -> [B, C, H, W], contiguous; other ranks are left alone."""
+    """[B, H, W, C] -> [B, C, H, W], contiguous; other ranks are returned unchanged."""
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if images.ndim == 4 else images
 
 
@@ -154,8 +148,7 @@ def channels_last(images: np.ndarray) -> np.ndarray:
 def relative_difference(value: np.ndarray, expected: np.ndarray) -> float:
     """Largest absolute difference over the largest absolute expected value.
 
-    Infinite for other shapes, and where a value is not finite: such a model is not known to be the
-    same.
+    Infinite for other shapes and for values that are not finite, which cannot be compared.
     """
     if value.shape != expected.shape or not (
         np.isfinite(value).all() and np.isfinite(expected).all()
@@ -170,8 +163,8 @@ def measure(
     """Compare a model with its twin.
 
     Args:
-      model: float32, without remat and scan.
-      twin: in evaluation mode, on the CPU.
+      model: float32 model, without remat and scan.
+      twin: model in evaluation mode, on the CPU.
       images: [B, H, W, C] float32 in [0, 1].
       architecture, depth: see `names.torch_name`.
 
@@ -179,23 +172,21 @@ def measure(
       The differences, and the outputs in JAX, channels last.
     """
     layers, expected = jax_outputs(model, images)
-    there_layers, there, order = _torch_outputs(twin, images)
-    by_their_name = {
+    twin_layers, twin_outputs = _torch_outputs(twin, images)
+    expected_layers = {
         _layer_name(path, architecture, depth): value for path, value in layers.items()
     }
-    if missing := set(by_their_name) - set(there_layers):
+    if missing := set(expected_layers) - set(twin_layers):
         raise KeyError(f"layers without a twin: {', '.join(sorted(missing))}")
     stages = {
-        name: relative_difference(
-            _like(there_layers[name], by_their_name[name]), by_their_name[name]
-        )
-        for name in order
-        if name in by_their_name
+        name: relative_difference(_reshaped(value, expected_layers[name]), expected_layers[name])
+        for name, value in twin_layers.items()
+        if name in expected_layers
     }
     compared = [
         name for name in expected if name not in ("codes", "codebook_loss", "commitment_loss")
     ]
-    outputs = {name: relative_difference(there[name], expected[name]) for name in compared}
+    outputs = {name: relative_difference(twin_outputs[name], expected[name]) for name in compared}
     if not isinstance(model, VQVAE):
         return Parity(stages, outputs), expected
     with torch.inference_mode():
@@ -207,7 +198,7 @@ def measure(
         )(expected["codes"])
     outputs["decoder_on_same_codes"] = relative_difference(decoded, np.asarray(here))
     equal, margin = _compare_codes(
-        expected, there["codes"], np.asarray(model.quantizer.codebook[...])
+        expected, twin_outputs["codes"], np.asarray(model.quantizer.codebook[...])
     )
     return Parity(stages, outputs, equal, margin), expected
 
@@ -217,25 +208,24 @@ def _layer_name(path: str, architecture: str, depth: int) -> str:
     return torch_name(f"{path}/{field}", architecture, depth).removesuffix(".weight")
 
 
-def _like(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """A 1 x 1 convolution with a stride is applied here to every other pixel alone; shapes agree
-    all the same."""
+def _reshaped(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """The value in the shape of the expected value, if their sizes agree."""
     return value.reshape(expected.shape) if value.size == expected.size else value
 
 
 def _compare_codes(
     expected: dict[str, Any], codes: np.ndarray, codebook: np.ndarray
 ) -> tuple[float, float]:
-    """Share of equal codes, and the largest relative margin between unequal ones' distances to
-    their latent."""
-    here = np.asarray(expected["codes"]).ravel()
-    there = codes.ravel()
-    different = np.flatnonzero(here != there)
+    """Share of equal codes, and where two codes differ, the largest relative margin between their
+    distances to the latent.
+    """
+    jax_codes, torch_codes = np.asarray(expected["codes"]).ravel(), codes.ravel()
+    different = np.flatnonzero(jax_codes != torch_codes)
     if not len(different):
         return 1.0, 0.0
-    vectors = np.asarray(expected["latents"], np.float64).reshape(len(here), -1)[different]
-    pair = [np.square(vectors - codebook[index[different]]).sum(1) for index in (here, there)]
-    scale = np.square(vectors).sum(1) + np.square(codebook[here[different]]).sum(1)
-    return 1 - len(different) / len(here), float(
-        (np.abs(pair[0] - pair[1]) / np.maximum(scale, 1e-12)).max()
-    )
+    vectors = np.asarray(expected["latents"], np.float64).reshape(len(jax_codes), -1)[different]
+    ours, theirs = (codebook[index[different]] for index in (jax_codes, torch_codes))
+    margin = np.square(vectors - ours).sum(1) - np.square(vectors - theirs).sum(1)
+    scale = np.square(vectors).sum(1) + np.square(ours).sum(1)
+    relative = np.abs(margin) / np.maximum(scale, 1e-12)
+    return 1 - len(different) / len(jax_codes), float(relative.max())

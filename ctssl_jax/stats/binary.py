@@ -1,8 +1,8 @@
-"""How well probabilities tell a label: numpy, with weights, fast enough to be drawn thousands of
-times.
+"""How well probabilities predict a label: numpy, with weights, fast enough for thousands of
+bootstrap draws.
 
-A label is 1 (positive) or 0; a slice or volume is called positive where its probability is at least
-the threshold. The threshold is fixed on validation data (`youden_threshold`) and never on the data
+A label is 1 (positive) or 0. A slice or volume is called positive where its probability is at least
+the threshold. The threshold is fixed on validation data (`youden_threshold`), never on the data
 that are measured.
 """
 
@@ -33,8 +33,7 @@ def check_predictions(
     if labels.ndim != 1 or labels.shape != probabilities.shape or len(labels) == 0:
         raise InputError(
             f"labels {list(labels.shape)} and probabilities {list(probabilities.shape)} must be "
-            f"lists of equal length, "
-            "not empty"
+            "lists of equal length, not empty"
         )
     if not np.isin(labels, (0, 1)).all():
         raise InputError("labels must be 0 or 1; leave items without a label out")
@@ -60,8 +59,11 @@ class Ranking(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Summed weights of positives and of negatives with a probability of at least each distinct
-    one: both [T]."""
+    """Summed weights of the items whose probability is at least each distinct one, both [T].
+
+    true_positives: summed weights of positive items.
+    false_positives: summed weights of negative items.
+    """
 
     true_positives: np.ndarray
     false_positives: np.ndarray
@@ -75,14 +77,14 @@ def rank(positive: np.ndarray, probabilities: np.ndarray) -> Ranking:
 
 
 def curve(ranking: Ranking, weights: np.ndarray) -> Curve:
-    """The counts that ROC and precision-recall curves are made of; weights [N], 0 or more."""
+    """The counts behind ROC and precision-recall curves; weights [N], 0 or more."""
     weights = weights[ranking.order]
     positive = np.cumsum(np.where(ranking.positive, weights, 0.0))[ranking.ends]
     return Curve(positive, np.cumsum(weights)[ranking.ends] - positive)
 
 
 def auroc(counts: Curve) -> float:
-    """In [0, 1]; NaN without a positive or without a negative. scikit-learn's `roc_auc_score`."""
+    """scikit-learn's `roc_auc_score`, in [0, 1]; NaN without a positive or without a negative."""
     true, false = counts
     if true[-1] == 0 or false[-1] == 0:
         return math.nan
@@ -91,7 +93,7 @@ def auroc(counts: Curve) -> float:
 
 
 def average_precision(counts: Curve) -> float:
-    """In [0, 1]; NaN without a positive. scikit-learn's `average_precision_score`."""
+    """As scikit-learn's `average_precision_score`, in [0, 1]; NaN without a positive."""
     true, false = counts
     if true[-1] == 0:
         return math.nan
@@ -104,9 +106,9 @@ def youden_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """The threshold with the largest sensitivity + specificity - 1 (Youden 1950), for validation
     predictions.
 
-    It lies half-way between the lowest probability that is called positive and the next lower one,
-    so that rounding of stored probabilities changes nothing; of several equally good ones it is the
-    highest.
+    It lies half-way between the lowest probability that is called positive and the next lower
+    probability, so that rounding of stored probabilities changes nothing. Of several equally good
+    thresholds it is the highest.
 
     Args:
       labels: [N] 0 or 1.
@@ -118,8 +120,8 @@ def youden_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
     positive, probabilities = check_predictions(labels, probabilities)
     if positive.all() or not positive.any():
         raise InputError(
-            "all validation labels are the same, which fixes no threshold; prepare a --dataset "
-            "with more scans"
+            "all validation labels are the same, so they cannot fix a threshold; prepare a "
+            "--dataset with more scans"
         )
     ranking = rank(positive, probabilities)
     true, false = curve(ranking, np.ones(len(positive)))
@@ -134,15 +136,16 @@ def binary_statistic(
     threshold: float | None = None,
     names: Sequence[str] | None = None,
 ) -> bootstrap.Statistic:
-    """All measures of binary predictions as a function of weights, for `bootstrap`; sorts and bins
-    once.
+    """All measures of binary predictions as a function of weights, for `bootstrap`.
+
+    Items are sorted and binned once.
 
     Args:
       labels: [N] 0 or 1.
       probabilities: [N] in [0, 1].
-      threshold: of sensitivity and specificity, from `youden_threshold` of validation data.
-      names: of `MEASURES`; None takes all, without sensitivity and specificity if there is no
-        threshold.
+      threshold: for sensitivity and specificity, from `youden_threshold` of validation data.
+      names: a part of `MEASURES`; None takes all, without sensitivity and specificity if the
+        threshold is None.
 
     Returns:
       Weights [N] -> name -> float; NaN where undefined.
@@ -154,7 +157,7 @@ def binary_statistic(
     if names is None:
         names = [name for name in MEASURES if threshold is not None or name not in AT_THRESHOLD]
     if not set(names) <= set(MEASURES):
-        raise InputError(f"measures {', '.join(names)}: choose of {', '.join(MEASURES)}")
+        raise InputError(f"measures {', '.join(names)}: choose among {', '.join(MEASURES)}")
     if threshold is None and set(names) & set(AT_THRESHOLD):
         raise InputError(
             "sensitivity and specificity need a threshold; take youden_threshold of validation "
@@ -206,16 +209,16 @@ def binary_summary(
       labels: [N] 0 or 1.
       probabilities: [N] in [0, 1].
       patient_ids: N patients.
-      threshold: of sensitivity and specificity, from `youden_threshold` of validation data; None
+      threshold: for sensitivity and specificity, from `youden_threshold` of validation data; None
         leaves both out.
       volume_ids: N volumes if the items are slices; None if each item is a volume.
-      num_resamples, seed: of `bootstrap.patient_bootstrap`.
+      num_resamples, seed: as in `bootstrap.patient_bootstrap`.
 
     Returns:
-      As `bootstrap.summaries`, by the names of `MEASURES`.
+      As `bootstrap.summaries`, by the names in `MEASURES`.
 
     Raises:
-      InputError: as `check_predictions`, or one patient an item is not given.
+      InputError: as `check_predictions`, or not one patient or volume for each item.
     """
     _check_lengths(len(labels), patient_ids=patient_ids, volume_ids=volume_ids)
     statistic = binary_statistic(labels, probabilities, threshold)
@@ -227,7 +230,7 @@ def binary_summary(
 def _check_lengths(expected: int, **lists: Sequence | None) -> None:
     for name, values in lists.items():
         if values is not None and len(values) != expected:
-            raise InputError(f"{len(values)} {name} for {expected} labels; give one a label")
+            raise InputError(f"{len(values)} {name} for {expected} labels; give one for each label")
 
 
 def multiclass_statistic(
@@ -242,12 +245,12 @@ def multiclass_statistic(
 
     Returns:
       Weights [N] -> {"auroc": mean over the classes, "auroc/CLASS": ..., "accuracy": ...}. A class
-      that the labels lack is NaN and not part of the mean; where a draw lacks one that they have,
-      so is the mean: draws must not differ in what they average.
+      that the labels lack is NaN and not part of the mean. Where a draw lacks a class that the
+      labels have, the mean is NaN, too: all draws must average the same classes.
 
     Raises:
-      InputError: shapes that do not fit, a label that is no class, or a probability outside [0, 1]
-        or NaN.
+      InputError: shapes that do not fit, a label outside [0, K), or a probability outside [0, 1] or
+        NaN.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, np.float64)
     if len(labels) == 0 or probabilities.shape != (len(labels), len(classes)):
@@ -294,8 +297,12 @@ def multiclass_summary(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict[str, object]]:
-    """`multiclass_statistic` with 95 % bootstrap intervals by patient; arguments as there and in
-    `binary_summary`."""
+    """`multiclass_statistic` with 95 % bootstrap intervals by patient.
+
+    Args:
+      labels, probabilities, classes: as in `multiclass_statistic`.
+      patient_ids, volume_ids, num_resamples, seed: as in `binary_summary`.
+    """
     _check_lengths(len(labels), patient_ids=patient_ids, volume_ids=volume_ids)
     units = {
         "auroc": "one class against the rest, mean over the classes that occur",
@@ -314,13 +321,13 @@ def exam_scores(
     """The mean of the k highest slice probabilities of each exam; its maximum with k = 1.
 
     Args:
-      probabilities: [N] one a slice.
+      probabilities: [N], one for each slice.
       exam_index: [N] int in [0, num_exams), the exam of each slice.
       num_exams: E.
       top_k: k; an exam with fewer slices is averaged over all of them.
 
     Returns:
-      [E] float64. The label of an exam is the same of its slices' labels:
+      [E] float64. Exam labels follow from slice labels in the same way:
       `exam_scores(labels, exam_index, E)`.
 
     Raises:
@@ -335,10 +342,11 @@ def exam_scores(
     counts = np.bincount(exam_index, minlength=num_exams)
     if len(counts) != num_exams or not counts.all():
         raise InputError(
-            f"every one of the {num_exams} exams needs a slice, and every slice one of these exams"
+            f"every one of the {num_exams} exams needs a slice, and every slice must be of one of "
+            "these exams"
         )
     order = np.lexsort((-probabilities, exam_index))
-    # within its exam, from the highest
+    # 0 for the highest slice of an exam, 1 for the next, ...
     place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     kept = order[place < top_k]
     return np.bincount(exam_index[kept], probabilities[kept], num_exams) / np.minimum(counts, top_k)

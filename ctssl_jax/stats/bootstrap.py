@@ -6,8 +6,8 @@ statistic is a function of these weights, [N] float64 -> name -> value. Sorting 
 therefore done once and not in every draw. NaN says that the statistic is undefined (a draw with one
 class only). Such draws are left out of the interval, and counted.
 
-The intervals say how much a result depends on which patients were tested, not on the seed of
-training: average several seeds, and report their spread beside it.
+The intervals say how much a result depends on the choice of patients, not on the seed of training.
+Average several seeds, and report their spread beside the interval.
 """
 
 import math
@@ -21,10 +21,9 @@ Statistic = Callable[[np.ndarray], dict[str, float]]
 
 
 def draw_patients(num_patients: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Draws of as many patients as there are, with replacement: [num_patients] int in [0,
-    num_patients) each.
+    """Draws of `num_patients` patients with replacement: [num_patients] int in [0, num_patients).
 
-    Equal seeds and numbers of patients give equal draws, whatever is computed from them.
+    Equal seeds and numbers of patients give equal draws for every statistic.
     """
     random = np.random.default_rng(seed)
     for _ in range(num_resamples):
@@ -40,7 +39,7 @@ def patient_bootstrap(
       statistic: weights [N] float64 -> values; NaN where undefined.
       patient_ids: N patients, one an item.
       num_resamples: draws.
-      seed: of `draw_patients`.
+      seed: as in `draw_patients`.
 
     Returns:
       Values with all weights 1, and name -> [num_resamples] float64 of the draws.
@@ -49,7 +48,7 @@ def patient_bootstrap(
       InputError: no item.
     """
     if len(patient_ids) == 0:
-        raise InputError("no slice or volume to draw patients from; give a split that is not empty")
+        raise InputError("no slice or volume to draw patients from; choose a split with slices")
     patients, patient_index = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
     estimates = statistic(np.ones(len(patient_index)))
     draws = {name: np.empty(num_resamples) for name in estimates}
@@ -61,8 +60,9 @@ def patient_bootstrap(
 
 
 def interval(draws: np.ndarray) -> tuple[list[float] | None, int]:
-    """The 2.5th to 97.5th percentile of the defined draws [R], None without any; and how many are
-    undefined."""
+    """The 2.5th to 97.5th percentile of the defined draws among [R] draws, None if all are NaN; and
+    the number of NaN.
+    """
     defined = draws[~np.isnan(draws)]
     bounds = (
         [float(bound) for bound in np.percentile(defined, [2.5, 97.5])] if len(defined) else None
@@ -79,13 +79,13 @@ def summaries(
     seed: int = 0,
     volume_ids: Sequence[str] | None = None,
 ) -> dict[str, dict[str, object]]:
-    """A statistic with its intervals, as results files hold them.
+    """A statistic with its intervals, in the form of results files.
 
     Args:
       statistic: weights [N] float64 -> values; NaN where undefined.
       patient_ids: N patients, one an item.
       units: name -> unit of the number.
-      num_resamples, seed: of `patient_bootstrap`.
+      num_resamples, seed: as in `patient_bootstrap`.
       volume_ids: N volumes if the items are slices; None if each item is a volume.
 
     Returns:
@@ -114,7 +114,7 @@ def summaries(
 
 
 def mean_over(statistics: Sequence[Statistic]) -> Statistic:
-    """The mean of several statistics, such as those of the same arm trained with several seeds."""
+    """The mean of several statistics, such as one measure of an arm's training seeds."""
 
     def averaged(weights: np.ndarray) -> dict[str, float]:
         values = [statistic(weights) for statistic in statistics]
@@ -124,13 +124,15 @@ def mean_over(statistics: Sequence[Statistic]) -> Statistic:
 
 
 def weighted_mean(name: str, values: np.ndarray, chosen: np.ndarray | None = None) -> Statistic:
-    """The mean of values [N] (the Dice of each slice, say) as a statistic, or of those that are
-    chosen, [N] bool."""
+    """The mean of values [N], such as the Dice of each slice, as a statistic.
+
+    With `chosen` [N] bool, the mean of the chosen values.
+    """
     values = np.asarray(values, np.float64)
-    share = np.ones(len(values)) if chosen is None else np.asarray(chosen, np.float64)
+    counted = np.ones(len(values)) if chosen is None else np.asarray(chosen, np.float64)
 
     def mean(weights: np.ndarray) -> dict[str, float]:
-        total = weights @ share
-        return {name: float(weights @ (values * share) / total) if total > 0 else math.nan}
+        total = weights @ counted
+        return {name: float(weights @ (values * counted) / total) if total > 0 else math.nan}
 
     return mean

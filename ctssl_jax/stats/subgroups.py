@@ -10,13 +10,13 @@ from ctssl_jax.stats.binary import binary_statistic
 from ctssl_jax.stats.units import UNITS
 from data_prep.system.errors import InputError
 
-# with a positive, and with a negative, item: below, a group's number says nothing
+# Patients with a positive item, and as many with a negative item: with fewer, the measure of a
+# group is chance.
 LEAST_PATIENTS = 5
 
 
 def age_band(age: int | None) -> str:
-    """`60-69` for 60 to 69 whole years; `90+`, since ages above 89 are recorded as 90; "" for
-    None."""
+    """`60-69` for 60 to 69 whole years; `90+`, since ages above 89 are stored as 90; None: ""."""
     if age is None:
         return ""
     return "90+" if age >= 90 else f"{age // 10 * 10}-{age // 10 * 10 + 9}"
@@ -33,32 +33,34 @@ def performance_by_group(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, object]:
-    """A measure within each group, and the largest difference between groups, with bootstrap
-    intervals by patient.
+    """A measure within each group of patients, and the largest difference between groups, with
+    bootstrap intervals by patient.
 
     Args:
       labels: [N] 0 or 1.
       probabilities: [N] in [0, 1].
       patient_ids: N patients.
-      groups: N names; "" where it is not known, which belongs to no group.
-      metric: of `binary.MEASURES`.
-      threshold: of sensitivity and specificity, from validation data: the same for all groups.
-      num_resamples, seed: of `bootstrap.patient_bootstrap`.
+      groups: N names; "" leaves an item out, since its group is not known.
+      metric: one of `binary.MEASURES`.
+      threshold: for sensitivity and specificity, from validation data: the same for all groups.
+      num_resamples, seed: as in `bootstrap.patient_bootstrap`.
 
     Returns:
-      {"groups": name -> summary as `bootstrap.summaries`, "gap": that of the highest minus the
-      lowest of them, with "highest" and "lowest" (None with fewer than two groups), "too_small":
-      name -> {"num_positive_patients", "num_negative_patients"} of groups that were left out,
-      "num_without_group": items}. A gap is never below 0, so that its interval cannot show that
-      there is none: groups of equal performance differ by chance, too.
+      {"groups": name -> summary as `bootstrap.summaries`,
+      "gap": summary of the highest minus the lowest value, with the names "highest" and "lowest"
+      (None with fewer than two groups),
+      "too_small": name -> {"num_positive_patients", "num_negative_patients"} of groups left out,
+      "num_without_group": items}.
+      A gap is never below 0, and groups of equal performance differ by chance, so its interval
+      cannot show that groups perform equally.
 
     Raises:
       InputError: lengths that differ, an unknown measure, or no group that is large enough.
     """
     if not len(labels) == len(probabilities) == len(patient_ids) == len(groups) > 0:
         raise InputError(
-            "subgroups need one label, probability, patient and group an item, and at least one "
-            "item"
+            "subgroups need one label, probability, patient and group for each item, and at least "
+            "one item"
         )
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     patient_ids, groups = np.asarray(patient_ids, str), np.asarray(groups, str)
@@ -86,13 +88,14 @@ def performance_by_group(
     }
 
     def values(weights: np.ndarray) -> dict[str, float]:
-        found = {}
+        by_name = {}
         for name, chosen in members.items():
             inside = weights[chosen]
-            found[name] = statistics[name](inside)[metric] if inside.any() else math.nan
-        spread = list(found.values())
+            value = statistics[name](inside)[metric] if inside.any() else math.nan
+            by_name[f"group {name}"] = value
+        spread = list(by_name.values())
         gap = math.nan if np.isnan(spread).any() else max(spread) - min(spread)
-        return {**{f"group {name}": value for name, value in found.items()}, "gap": gap}
+        return {**by_name, "gap": gap}
 
     units = {
         **{f"group {name}": UNITS[metric] for name in members},

@@ -1,4 +1,4 @@
-"""What the numbers of a results file are: the `unit` of each measure."""
+"""The `unit` of each measure in results files."""
 
 CALIBRATION_BINS = 15
 UNITS = {

@@ -1,4 +1,4 @@
-"""Scores of slices brought to volumes and patients: means, one-vs-rest AUROC, overlap of masks."""
+"""From scores of slices to volumes and patients: means, one-vs-rest AUROC, overlap of masks."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def auroc_one_vs_rest(probabilities: np.ndarray, labels: np.ndarray) -> float:
         labels: [N] int in [0, K).
 
     Returns:
-        In [0, 1]; the mean is over the classes for which it is defined, NaN if there is none.
+        In [0, 1]; the mean over the classes whose AUROC is defined, NaN if all are undefined.
     """
     positives = [labels == label for label in range(probabilities.shape[1])]
     areas = [
@@ -44,12 +44,12 @@ def volume_means(
         [num_volumes] float64.
 
     Raises:
-        ValueError: a volume without a slice.
+        ValueError: a volume without slices.
     """
     volume_index = np.asarray(volume_index, np.int64)
     counts = np.bincount(volume_index, minlength=num_volumes)
     if np.any(counts == 0):
-        raise ValueError(f"volume {int(np.argmin(counts))} has no slice to average")
+        raise ValueError(f"volume {int(np.argmin(counts))} is without slices to average")
     return (
         np.bincount(volume_index, weights=np.asarray(values, np.float64), minlength=num_volumes)
         / counts
@@ -73,15 +73,16 @@ def volume_summary(
         volume_values: [V] one value a volume, from `volume_means`.
         patient_ids: V patients, one a volume.
         num_resamples: bootstrap draws.
-        seed: of the draws; the result is a function of the arguments.
+        seed: seed of the draws; equal arguments give equal results.
 
     Returns:
-        {"mean": float, "sd": float or None with one volume (sample standard deviation over
-        volumes), "ci95": [low, high] or None with one patient, "num_volumes": int, "num_patients":
-        int}.
+        {"mean": float,
+        "sd": sample standard deviation over volumes, None with one volume,
+        "ci95": [low, high], None with one patient,
+        "num_volumes": int, "num_patients": int}.
 
     Raises:
-        ValueError: no volume, or lengths that differ.
+        ValueError: lengths that are 0 or differ.
     """
     values = np.asarray(volume_values, np.float64)
     if len(values) == 0 or len(values) != len(patient_ids):
@@ -95,8 +96,7 @@ def volume_summary(
     counts = np.bincount(patient_index, minlength=num_patients)
     bounds = None
     if num_patients > 1:
-        # As a statistic of weights the sums would be rounded in another order than in results that
-        # are published.
+        # Not a statistic of weights: published results were rounded in this order of sums.
         draws = bootstrap.draw_patients(num_patients, num_resamples, seed)
         bounds, _ = bootstrap.interval(
             np.array([sums[drawn].sum() / counts[drawn].sum() for drawn in draws])
@@ -124,15 +124,15 @@ def overlap_summary(
     bootstrap intervals by patient.
 
     Args:
-      intersection, predicted, target: [N] counts of each slice, from `counts`.
+      intersection, predicted, target: [N] pixels of each slice, from `ops.overlap.counts`.
       volume_ids, patient_ids: N pseudonyms.
-      num_resamples, seed: of `bootstrap.patient_bootstrap`.
+      num_resamples, seed: as in `bootstrap.patient_bootstrap`.
 
     Returns:
       `dice/slice`, `dice/volume`, `dice/patient`, `iou/slice`, ... as `bootstrap.summaries`.
 
     Raises:
-      InputError: lengths that differ, no slice, or counts that no two masks can have.
+      InputError: lengths that are 0 or differ, or counts that two masks cannot have.
     """
     intersection, predicted, target = (
         np.asarray(values, np.float64) for values in (intersection, predicted, target)
@@ -146,8 +146,8 @@ def overlap_summary(
         > 0
     ):
         raise InputError(
-            "overlap needs one intersection, area, volume and patient a slice, and at least one "
-            "slice"
+            "overlap needs one intersection, area, volume and patient for each slice, and at "
+            "least one slice"
         )
     if np.any(intersection < 0) or np.any(intersection > np.minimum(predicted, target)):
         raise InputError(

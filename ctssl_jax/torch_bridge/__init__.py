@@ -1,2 +1,1 @@
-"""Weights between this package and PyTorch: names of tensors, twins of the models, measured
-parity."""
+"""Weights between this package and PyTorch: names of tensors, twins of the models, weight files."""

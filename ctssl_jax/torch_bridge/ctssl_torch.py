@@ -1,22 +1,22 @@
-"""Chest CT encoders, autoencoders, classifiers and U-Nets in PyTorch: all that a folder of exported
-weights needs.
+"""Chest CT encoders, autoencoders, classifiers and U-Nets in PyTorch: the code for a folder of
+exported weights.
 
     import ctssl_torch
 
-    model = ctssl_torch.load("FOLDER")                  # a torch.nn.Module in evaluation mode
-    hu, affine = ctssl_torch.read_dicom("SCAN")         # or nibabel: image.get_fdata(),
-    image.affine images = model.preprocess(hu, affine)               # [S, C, H, W] float32 in [0,
-    1], feet to head z = model.embed(images)                             # [S, D]; z.mean(0) is the
-    embedding of the scan
+    model = ctssl_torch.load("FOLDER")               # a torch.nn.Module in evaluation mode
+    hu, affine = ctssl_torch.read_dicom("SCAN")      # or nibabel: image.get_fdata(), image.affine
+    images = model.preprocess(hu, affine)            # [S, C, H, W] float32 in [0, 1], feet to head
+    z = model.embed(images)                          # [S, D]; z.mean(0) is the scan's embedding
 
-Needs torch and numpy; `preprocess` Pillow, `read_dicom` pydicom, and weights as .safetensors the
-package safetensors. `python ctssl_torch.py FOLDER` computes the stored test input again and says
-how far it is from what was stored.
+Needs torch and numpy; `preprocess` needs Pillow, `read_dicom` pydicom, and weights as .safetensors
+the package safetensors. `python ctssl_torch.py FOLDER` computes the outputs of the stored test
+input again and prints how far they are from the stored outputs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -66,8 +66,7 @@ def _transposed_conv_norm(
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1(ReLU(norm(conv3(x)))); the encoder's blocks hold a dropout after the first
-    convolution."""
+    """x + conv1(ReLU(norm(conv3(x)))); in the encoder with a dropout after conv3."""
 
     def __init__(self, features: int, drop_rate: float | None):
         super().__init__()
@@ -89,7 +88,7 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Sequential):
     """Images [B, C, H, W] in [0, 1], sides divisible by 4 -> latents [B, D, H / 4, W / 4].
 
-    With `compression_only` it has the three layers before the residual blocks alone.
+    With `compression_only` it has only the three layers before the residual blocks.
     """
 
     def __init__(
@@ -125,8 +124,7 @@ class Encoder(nn.Sequential):
         return super().forward(images)
 
     def compress(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """-> features [B, F1, H / 2, W / 2] of the first layer and [B, F2, H / 4, W / 4] of the
-        third."""
+        """The first layer's features [B, F1, H / 2, W / 2], the third's [B, F2, H / 4, W / 4]."""
         half = self[0](images)
         return half, self[2](self[1](half))
 
@@ -146,16 +144,19 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
 
     def distances(self, latents: Tensor) -> Tensor:
-        """Squared distances to all codes, without the term that all share: [B, D, h, w] -> [B h w,
-        K] float32."""
+        """Squared distances to all codes, without the term that all share.
+
+        [B, D, h, w] -> [B h w, K] float32.
+        """
         vectors = latents.permute(0, 2, 3, 1).float()
         vectors = vectors.reshape(-1, vectors.shape[-1])
         weight = self.embedding.weight.float()
         return weight.square().sum(1) - 2 * vectors @ weight.T
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[B, D, h, w] -> quantized [B, D, h, w], codes [B, h, w] int64, codebook and commitment
-        loss (scalars)."""
+        """Latents [B, D, h, w] -> quantized [B, D, h, w], codes [B, h, w] int64, codebook loss and
+        commitment loss (scalars).
+        """
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             codes = torch.argmin(self.distances(latents), dim=1)
         latents = latents.float()
@@ -177,7 +178,7 @@ class VectorQuantizer(nn.Module):
 
 
 class ExportedModel(nn.Module):
-    """What all models have: their input, and one vector for each image.
+    """Preprocessing and embeddings, which all models have.
 
     manifest: contents of the folder's manifest.json; empty for a model that was not loaded.
     """
@@ -201,21 +202,21 @@ class ExportedModel(nn.Module):
         """Embeddings of a scan's slices.
 
         Args:
-            images: [S, C, H, W] float32 in [0, 1], one slice after the other as `preprocess` gives
-                them. A model that reads several adjacent slices takes each slice's neighbours
-                itself; ends are repeated.
+            images: [S, C, H, W] float32 in [0, 1], the adjacent slices that `preprocess` returns.
+                A model that reads several adjacent slices takes each slice's neighbours itself;
+                ends are repeated.
             batch_size: slices at a time.
 
         Returns:
             [S, D] float32, on the CPU.
 
         Raises:
-            ValueError: the model or a part of it is in training mode, or the images are not [S, C,
-              H, W] in [0, 1].
+            ValueError: a module of the model is in training mode, or the images are not
+                [S, C, H, W] in [0, 1].
         """
         if any(module.training for module in self.modules()):
             raise ValueError(
-                "the model is in training mode, in which embeddings depend on the batch: call "
+                "the model is in training mode, in which embeddings depend on the batch; call "
                 "eval()"
             )
         if (
@@ -224,7 +225,7 @@ class ExportedModel(nn.Module):
             or not 0 <= float(images.min()) <= float(images.max()) <= 1
         ):
             raise ValueError(
-                "give images [S, C, H, W] in [0, 1], as preprocess makes them of Hounsfield units"
+                "give images [S, C, H, W] in [0, 1]; preprocess makes them from Hounsfield units"
             )
         first = next(self.parameters())
         parts = []
@@ -236,15 +237,15 @@ class ExportedModel(nn.Module):
 
 
 def neighbours(images: Tensor, numbers: Tensor, offsets: Sequence[int]) -> Tensor:
-    """Adjacent slices as channels: [S, C, H, W], [B], K offsets -> [B, K C, H, W]; ends are
-    repeated."""
+    """Adjacent slices as channels: [S, C, H, W], [B], K offsets -> [B, K C, H, W]; ends repeat."""
     last = len(images) - 1
     return torch.cat([images[(numbers + offset).clamp(0, last)] for offset in offsets], dim=1)
 
 
 class VQVAEOutput(NamedTuple):
     """reconstruction [B, C, H, W], latents and quantized [B, D, h, w], codes [B, h, w], two scalar
-    losses."""
+    losses.
+    """
 
     reconstruction: Tensor
     latents: Tensor
@@ -296,8 +297,7 @@ class VQVAE(ExportedModel):
         )
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """[B, D, h, w] -> images [B, C, 4h, 4w] in [0, 1], or in [-1, 1] with
-        output_activation="tanh"."""
+        """[B, D, h, w] -> images [B, C, 4h, 4w] in [0, 1], with "tanh" in [-1, 1]."""
         image = self.decoder(quantized.to(self.decoder[0][0].weight.dtype)).float()
         return (image + 1) / 2 if self.output_activation == "unit_tanh" else image
 
@@ -388,7 +388,7 @@ def _decode(
 
 
 class UNetOutput(NamedTuple):
-    """logits [B, H, W], positive where foreground is the likelier; embedding [B, D]."""
+    """logits [B, H, W], above 0 where foreground is more likely; embedding [B, D]."""
 
     logits: Tensor
     embedding: Tensor
@@ -546,15 +546,14 @@ class SEResNeXt(ExportedModel):
     def stages(self, images: Tensor) -> list[Tensor]:
         """Features after each stage, at 1/4, 1/8, 1/16 and 1/32 of the resolution."""
         x = self.pool(torch.relu(self.bn1(self.conv1(images))))
-        found = []
+        features = []
         for stage in range(self.num_stages):
             x = getattr(self, f"layer{stage + 1}")(x)
-            found.append(x)
-        return found
+            features.append(x)
+        return features
 
     def forward(self, images: Tensor) -> SEResNeXtOutput:
-        """Images [B, C, H, W] in [0, 1]: the slice below, the slice and the slice above as
-        channels."""
+        """Images [B, C, H, W] in [0, 1], channels: the slice below, the slice, the slice above."""
         embedding = self.embedding(images)
         return SEResNeXtOutput(self.fc(embedding), embedding)
 
@@ -568,8 +567,7 @@ ARCHITECTURES: dict[str, type[ExportedModel]] = {
 
 
 class FeatureInfo(list):
-    """timm's description of a feature extractor's outputs: a list of {num_chs, reduction,
-    module}."""
+    """timm's description of a feature extractor: a list of {num_chs, reduction, module}."""
 
     def channels(self) -> list[int]:
         return [entry["num_chs"] for entry in self]
@@ -582,17 +580,17 @@ class FeatureInfo(list):
 
 
 class Features(nn.Module):
-    """The encoder of a model as a feature extractor in timm's manner, for segmentation and
+    """The encoder of a model as a feature extractor with timm's interface, for segmentation and
     detection libraries.
 
-    The encoder is the model's own, not a copy: what trains one trains the other.
+    The encoder is shared with the model, not copied: training one trains the other.
 
-    `forward` gives a list of feature maps, from fine to coarse, which `feature_info` describes, as
-    `timm.create_model(..., features_only=True)` does; `forward_features`,
-    `forward_head(pre_logits=True)` and `num_features` are those of a classification backbone.
+    `forward` returns a list of feature maps, from fine to coarse, which `feature_info` describes,
+    as `timm.create_model(..., features_only=True)` does. `forward_features`,
+    `forward_head(pre_logits=True)` and `num_features` work as in timm's classification backbones.
 
     Raises:
-        ValueError: the model has no encoder of this project.
+        ValueError: the model's encoder is not an `Encoder`.
     """
 
     def __init__(self, model: ExportedModel):
@@ -624,12 +622,13 @@ class Features(nn.Module):
         return [half, self.encoder.refine(quarter)]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> the coarsest map alone."""
+        """[B, C, H, W] -> only the coarsest map."""
         return self(images)[-1]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over pixels: [B, F, h, w] -> [B, F]; there is no classification layer, `pre_logits`
-        changes nothing."""
+        """Mean over pixels: [B, F, h, w] -> [B, F]. Without a classification layer `pre_logits` has
+        no effect.
+        """
         return features.mean((2, 3))
 
 
@@ -640,14 +639,12 @@ def build(manifest: dict[str, Any]) -> ExportedModel:
     """The model that a manifest describes, with random weights.
 
     Raises:
-        ValueError: the manifest is of another version, or of an architecture that is not known
-          here.
+        ValueError: the manifest is of another version, or names an unknown architecture.
     """
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"the manifest has format_version {manifest.get('format_version')}, this file reads "
-            f"{FORMAT_VERSION}; "
-            "use the ctssl_torch.py of its own folder"
+            f"{FORMAT_VERSION}; use the ctssl_torch.py beside the manifest"
         )
     if manifest["architecture"] not in ARCHITECTURES:
         raise ValueError(
@@ -665,8 +662,8 @@ def load(path: str | Path) -> ExportedModel:
         path: the folder, or a weights file in it (.safetensors or .pt).
 
     Raises:
-        FileNotFoundError: no manifest or no weights there.
-        ValueError: the weights are not those that the manifest describes, or are damaged.
+        FileNotFoundError: the path, its manifest or its weights do not exist.
+        ValueError: the weights are damaged or not the weights that the manifest describes.
     """
     path = Path(path)
     if not path.exists():
@@ -674,7 +671,7 @@ def load(path: str | Path) -> ExportedModel:
     folder = path if path.is_dir() else path.parent
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(
-            f"{folder} holds no manifest.json; give a folder that ctssl_jax.export wrote"
+            f"{folder}/manifest.json does not exist; give a folder that ctssl_jax.export wrote"
         )
     manifest = json.loads((folder / "manifest.json").read_text())
     weights = _read_weights(path if path.is_file() else _weights_in(folder), manifest)
@@ -684,33 +681,34 @@ def load(path: str | Path) -> ExportedModel:
     except (KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{folder}: manifest.json does not describe these weights ({reason})"
+            f"{folder}: manifest.json does not describe these weights ({reason}); copy the whole "
+            "folder again"
         ) from None
     return model.eval()
 
 
 def _weights_in(folder: Path) -> Path:
-    try:
-        import safetensors  # noqa: F401
-
-        names = ("weights.safetensors", "weights.pt")
-    except ImportError:
-        names = ("weights.pt", "weights.safetensors")
+    names = ["weights.pt", "weights.safetensors"]
+    if importlib.util.find_spec("safetensors"):
+        names.reverse()
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"{folder} holds neither weights.safetensors nor weights.pt")
+    raise FileNotFoundError(
+        f"{folder} contains neither weights.safetensors nor weights.pt; copy the whole folder again"
+    )
 
 
 def _read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     if path.name not in manifest["files"]:
         raise ValueError(
-            f"{path} is not in its manifest, which lists {', '.join(manifest['files'])}"
+            f"{path} is not in its manifest; give one of {', '.join(manifest['files'])}"
         )
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest["files"][path.name]["sha256"]:
         raise ValueError(
-            f"{path} is damaged or not the file that manifest.json describes (SHA-256 differs)"
+            f"{path} is damaged or not the file that manifest.json describes (SHA-256 differs); "
+            "copy the whole folder again"
         )
     if path.suffix == ".safetensors":
         try:
@@ -732,22 +730,22 @@ def preprocess(hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any]
     Args:
         hu: [I, J, K] Hounsfield units, axes in any order.
         affine: [4, 4], array index -> mm to the patient's right-to-left, posterior-to-anterior,
-            inferior-to-superior (RAS+, as nibabel gives it).
-        preprocessing: of manifest.json: `windows` ((level, width) in HU a channel), `image_size`,
-            `normalize`, `in_channels`.
+            inferior-to-superior (RAS+, as in nibabel).
+        preprocessing: a field of manifest.json: `windows` ((level, width) in HU for each channel),
+            `image_size`, `normalize`, `in_channels`.
 
     Returns:
         [S, C, H, W] float32 in [0, 1]: slices from feet to head, rows to posterior, columns to the
         patient's left.
 
     Raises:
-        ValueError: shapes do not fit, the volume is not axial, its values are no Hounsfield units,
-            or the model was trained on cropped slices.
+        ValueError: shapes do not fit, the volume is not axial, its values are not Hounsfield
+            units, or the model was trained on cropped slices.
     """
     if preprocessing.get("crop", "none") != "none":
         raise ValueError(
-            "this model was trained on slices cropped to the lungs' bounding box, which is not "
-            "found here; use ctssl_jax.embed or ctssl_jax.predict"
+            "this model was trained on slices cropped to the lungs' bounding box, which this file "
+            "cannot find; use ctssl_jax.embed or ctssl_jax.predict"
         )
     volume, spacing = to_canonical(hu, affine)
     volume = np.where(volume < _BELOW_ANY_TISSUE_HU, np.asarray(AIR_HU, volume.dtype), volume)
@@ -762,7 +760,7 @@ def preprocess(hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any]
 
 
 def to_canonical(hu: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """[I, J, K] -> [S, H, W] view with slices to superior, rows to posterior, columns to the
+    """[I, J, K] -> a view [S, H, W] with slices to superior, rows to posterior and columns to the
     patient's left, and the spacing (mm) between rows and between columns.
 
     Raises:
@@ -806,14 +804,16 @@ def _check_is_hu(hu: np.ndarray) -> None:
         raise ValueError("hu has values that are not finite")
     if low > -500:
         raise ValueError(
-            f"hu lies between {low:g} and {high:g}, so no pixel is air: give Hounsfield units, "
-            f"before any window"
+            f"hu lies between {low:g} and {high:g}, so no pixel is air; give Hounsfield units, "
+            "before any window"
         )
 
 
 def _window(hu: np.ndarray, windows: Sequence[Sequence[float]]) -> np.ndarray:
-    """255 clip((HU - (level - width / 2)) / width, 0, 1), rounded half to even: [H, W] -> [H, W, C]
-    uint8."""
+    """255 clip((HU - (level - width / 2)) / width, 0, 1), rounded half to even.
+
+    [H, W] -> [H, W, C] uint8.
+    """
     channels = [
         np.rint(255 * np.clip((hu.astype(np.float64) - (level - width / 2)) / width, 0, 1))
         for level, width in windows
@@ -823,7 +823,8 @@ def _window(hu: np.ndarray, windows: Sequence[Sequence[float]]) -> np.ndarray:
 
 def _resize(hu: np.ndarray, spacing: tuple[float, float], size: int) -> np.ndarray:
     """The whole field as a square [size, size], undistorted: padded with air, then averaged
-    (antialiased bilinear)."""
+    (antialiased bilinear).
+    """
     if math.isclose(*spacing, rel_tol=1e-3) and hu.shape == (size, size):
         return hu
     from PIL import Image
@@ -849,19 +850,19 @@ def _resize(hu: np.ndarray, spacing: tuple[float, float], size: int) -> np.ndarr
 def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """One CT series in Hounsfield units.
 
-    Slices are sorted along their normal; Rescale Slope and Intercept are applied to each; padding
-    and what lies below -1500 HU becomes air (-1000). Localizers and objects that are no CT images
-    are left out.
+    Slices are sorted along their normal, and each gets its Rescale Slope and Intercept. Padding and
+    values below -1500 HU become air (-1000). Localizers and objects of other modalities are left
+    out.
 
     Args:
         path: folder (searched through) or zip file with the series.
 
     Returns:
-        [S, H, W] float32 and the affine [4, 4] of `preprocess`.
+        [S, H, W] float32 and the affine [4, 4] for `preprocess`.
 
     Raises:
-        ValueError: there is no CT series or more than one, or slices are missing tags, doubled or
-          of several grids.
+        ValueError: not exactly one CT series; or slices that are missing, lack tags, lie at one
+            position or on several grids.
     """
     try:
         import pydicom
@@ -877,26 +878,25 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             continue
         if "NumberOfFrames" in dataset:
             raise ValueError(
-                f"{name}: enhanced multi-frame CT is not read here; convert it to single-frame "
-                f"DICOM"
+                f"{name}: enhanced multi-frame CT cannot be read here; convert it to single-frame "
+                "DICOM"
             )
         # a file without preamble and meta information
         if "TransferSyntaxUID" not in dataset.file_meta:
             explicit = not dataset.original_encoding[0]
-            known = (
+            dataset.file_meta.TransferSyntaxUID = (
                 pydicom.uid.ExplicitVRLittleEndian
                 if explicit
                 else pydicom.uid.ImplicitVRLittleEndian
             )
-            dataset.file_meta.TransferSyntaxUID = known
         missing = [tag for tag in _NEEDED_TAGS if dataset.get(tag) in (None, "")]
         if missing:
             raise ValueError(f"{name} lacks {', '.join(missing)}")
         series.setdefault(dataset.SeriesInstanceUID, []).append(dataset)
     if len(series) != 1:
         sizes = ", ".join(str(len(slices)) for slices in series.values())
-        found = f"{len(series)} CT series (of {sizes} slices)" if series else "no CT series"
-        raise ValueError(f"{path} holds {found}; give the folder of one")
+        content = f"{len(series)} CT series (of {sizes} slices)" if series else "no CT series"
+        raise ValueError(f"{path} contains {content}; give the folder of one series")
     (slices,) = series.values()
     return _stack(path, slices)
 
@@ -917,7 +917,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
                 if not name.endswith("/"):
                     yield name, archive.read(name)
     else:
-        raise ValueError(f"{path} is neither a folder nor a zip file")
+        raise ValueError(f"{path} is neither a folder nor a zip file; give the folder of a series")
 
 
 def _stack(path: Any, slices: list[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -927,21 +927,23 @@ def _stack(path: Any, slices: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         for s in slices
     }
     if len({tuple(round(value, 4) for value in grid) for grid in grids}) > 1:
-        raise ValueError(f"{path}: the slices differ in orientation, spacing or matrix")
+        raise ValueError(
+            f"{path}: the slices differ in orientation, spacing or matrix; give the folder of one "
+            "reconstruction"
+        )
     along_columns, along_rows = np.array(first.ImageOrientationPatient, dtype=float).reshape(2, 3)
     normal = np.cross(along_columns, along_rows)
     origins = np.array([slice_.ImagePositionPatient for slice_ in slices], dtype=float)
     order = np.argsort(origins @ normal, kind="stable")
     origins = origins[order]
     if len(slices) < 2 or np.diff(origins @ normal).min() < 1e-3:
-        raise ValueError(
-            f"{path}: {'one slice only' if len(slices) < 2 else 'two slices at one position'}"
-        )
+        problem = "one slice only" if len(slices) < 2 else "two slices at one position"
+        raise ValueError(f"{path}: {problem}; give the folder of one complete series")
     steps = np.diff(origins @ normal)
     if steps.max() > 1.5 * np.median(steps):
         raise ValueError(
             f"{path}: slices are missing (a step of {steps.max():g} mm among steps of "
-            f"{np.median(steps):g} mm)"
+            f"{np.median(steps):g} mm); give the complete series"
         )
     volume = np.stack([_to_hu(slices[index]) for index in order])
     affine = np.eye(4)
@@ -970,43 +972,46 @@ def _to_hu(dataset: Any) -> np.ndarray:
     return hu.astype(np.float32)
 
 
-# ---- Whether this installation computes what was stored ------------------------------------------
+# ---- Whether this installation computes the stored outputs ---------------------------------------
 
 
 @torch.inference_mode()
 def verify(path: str | Path) -> dict[str, float]:
-    """Compute the folder's stored test input again.
+    """Compute the outputs of the folder's stored test input again.
 
     Returns:
-        output -> largest absolute difference to what was stored, over the largest absolute value
-        stored; of `codes` the share that differs.
+        output -> largest absolute difference to the stored output, over the largest absolute stored
+        value; for `codes` the share that differs.
     """
     model = load(path)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     stored = np.load(folder / "test_input.npz")
     output = model(torch.from_numpy(stored["images"]))
-    found = {}
+    differences = {}
     for name in stored.files:
         if name == "images":
             continue
         expected = torch.from_numpy(stored[name])
         value = getattr(output, name)
         if name == "codes":
-            found[name] = float((value != expected).float().mean())
+            differences[name] = float((value != expected).float().mean())
         else:
-            found[name] = float(
+            differences[name] = float(
                 (value - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
             )
-    return found
+    return differences
 
 
 if __name__ == "__main__":
-    differences = verify(sys.argv[1] if len(sys.argv) > 1 else ".")
-    for output_name, difference in differences.items():
+    measured = verify(sys.argv[1] if len(sys.argv) > 1 else ".")
+    for output_name, difference in measured.items():
         print(f"{output_name:16} {difference:.2e}")
     within_rounding = all(
-        value <= (0.01 if name == "codes" else 1e-3) for name, value in differences.items()
+        value <= (0.01 if name == "codes" else 1e-3) for name, value in measured.items()
     )
     sys.exit(
-        0 if within_rounding else "this installation computes something else than what was stored"
+        0
+        if within_rounding
+        else "this installation does not compute the stored outputs; install other versions of "
+        "torch and numpy"
     )

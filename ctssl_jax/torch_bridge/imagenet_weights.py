@@ -1,6 +1,6 @@
-"""Weights of SE-ResNeXt-50 32x4d from a PyTorch file of the user's, in either published layout of
-names: timm's (`seresnext50_32x4d`), see `names`, or the older one (the challenge winner's), which
-  differs in a few words.
+"""Weights of SE-ResNeXt-50 32x4d from a user's PyTorch file, in either published layout of names:
+timm's (`seresnext50_32x4d`, see `names`), or the older layout of the challenge's winner, which
+differs in a few words.
 """
 
 import re
@@ -20,52 +20,50 @@ _OLDER_LAYOUT = ((r"^layer0\.", ""), (r"\.se_module\.", ".se."), (r"^last_linear
 
 
 def read_file(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of `config.init_weights` by their names there, see `files.read_tensors`."""
+    """The tensors of `config.init_weights` by their names in the file; see `read_tensors`."""
     return read_tensors(path, "config.init_weights")
 
 
 def load_state_dict(
-    tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], *, head: bool
+    tensors: Mapping[str, np.ndarray], template: Mapping[str, Any], *, head: bool
 ) -> dict[str, np.ndarray]:
-    """Rename and transpose the tensors of a PyTorch `SE-ResNeXt`, every one of them or an error.
+    """Rename and transpose all tensors of an SE-ResNeXt in PyTorch.
 
     Args:
-        tensors: by their names there, either layout.
-        like: leaves of our model with a shape, by flat name, e.g. `params/stem/conv/kernel` and
-            `variables/stem/norm/mean`; other names than `params/` and `variables/` are left alone.
-        head: whether the linear layer is taken too; without it, the file's may have other classes
-          or be missing.
+        tensors: by their names in the file, either layout.
+        template: leaves of our model with a shape, by flat name, e.g. `params/stem/conv/kernel` and
+            `variables/stem/norm/mean`; other names than `params/` and `variables/` are skipped.
+        head: also take the linear layer; without it, the linear layer of the file may have other
+            classes or be missing.
 
     Returns:
-        float32 arrays by those flat names, all of `like` but the linear layer's if not head.
+        float32 arrays by the flat names of `template`, without the linear layer if not head.
 
     Raises:
-        InputError: a tensor is missing, has no place, or has another shape; the first of each is
-          named.
+        InputError: a tensor is missing, left over, or of another shape; names the first of each.
     """
     model = {
         name.split("/", 1)[1]: name
-        for name in like
+        for name in template
         if name.startswith(("params/", "variables/"))
         and (head or name.split("/")[1] != "classification")
     }
     entries = {_newer_name(name): value for name, value in tensors.items()}
     if not head:
         entries = {name: value for name, value in entries.items() if not name.startswith("fc.")}
-    wanted = {name: tuple(like[flat].shape) for name, flat in model.items()}
-    found, misfits = from_state_dict(entries, wanted, "SEResNeXt")
+    shapes = {name: tuple(template[flat].shape) for name, flat in model.items()}
+    loaded, misfits = from_state_dict(entries, shapes, "SEResNeXt")
     if misfits:
         raise InputError(
             f"config.init_weights: the file does not fit this model ({misfits.text()}); it must "
-            f"be an SE-ResNeXt of "
-            "the same config.model in timm's or the older layout of names"
+            "be an SE-ResNeXt of the same config.model in timm's or the older layout of names"
         )
-    return {model[name]: value for name, value in found.items()}
+    return {model[name]: value for name, value in loaded.items()}
 
 
 def load_into(state: Any, path: str | Path, *, head: bool = False) -> Any:
-    """The state with a file's weights in place of its own; all else, the optimizer's moments among
-    it, is untouched.
+    """The state with its weights replaced by the weights of a file. The rest of the state, such as
+    the optimizer's moments, stays.
 
     Args:
         state: tree with `params` and `variables`, arrays on their devices.

@@ -1,5 +1,5 @@
-"""Names and axes of tensors: this package's checkpoints and PyTorch's state_dict, both ways,
-without PyTorch.
+"""Names and axes of tensors, between this package's checkpoints and PyTorch's state_dict, both
+ways; without importing PyTorch.
 
     here                                  PyTorch
     encoder/downsample/{0,1}/conv|norm    encoder.{0,1}.{0|1}             the authors' layout
@@ -11,7 +11,7 @@ without PyTorch.
     decoder/blocks/i/conv3|norm|conv1     decoder.{1+i}.resblock.{0|1|3}
     decoder/upsample/{0,1}/conv|norm      decoder.{2+d,3+d}.{0|1}
     A/conv, A/norm                        A.0, A.1                        classifier and U-Nets,
-    beside the encoder head, classification                  the same
+    head, classification                  the same                        beside the encoder
     stem/conv, stem/norm                  conv1, bn1                      SE-ResNeXt: timm's layout
     stages/s/i/conv{k}/conv|norm          layer{s+1}.i.conv{k}|bn{k}
     stages/s/i/squeeze, excite            layer{s+1}.i.se.fc1, fc2
@@ -20,9 +20,9 @@ without PyTorch.
     kernel, bias; scale, bias             weight, bias
     mean, var                             running_mean, running_var
 
-Kernels of convolutions are HWIO here and OIHW there, of linear layers transposed; those of
-transposed convolutions are IOHW there and mirrored in H and W. PyTorch counts the batches that a
-norm has seen (`num_batches_tracked`); here the checkpoint's step stands for it.
+Kernels of convolutions are HWIO here and OIHW in PyTorch, kernels of linear layers are transposed,
+and kernels of transposed convolutions are IOHW in PyTorch and mirrored in H and W. PyTorch counts
+the batches that a norm has seen (`num_batches_tracked`); here the checkpoint's step is that number.
 """
 
 import dataclasses
@@ -46,13 +46,12 @@ _RESBLOCK = {
     "encoder": {"conv3": "0", "norm": "2", "conv1": "4"},
     "decoder": {"conv3": "0", "norm": "1", "conv1": "3"},
 }
-# State of training that PyTorch's layout has no place for: how a codebook follows the latents.
+# State of training without a name in PyTorch's layout: how a codebook follows the latents.
 _TRAINING_ONLY = re.compile(r"quantizer/(counts|sums|steps|initialised)")
 
 
 def architecture_settings(settings: Any) -> dict[str, Any]:
-    """A model's settings as its PyTorch twin takes them: what decides its tensors and its
-    function."""
+    """The settings that decide a model's tensors and function, as its PyTorch twin takes them."""
     return {
         field.name: list(value)
         if isinstance(value := getattr(settings, field.name), tuple)
@@ -71,12 +70,12 @@ def torch_name(name: str, architecture: str, depth: int = 0) -> str:
     """PyTorch's name of a tensor.
 
     Args:
-      name: here, without `params/` or `variables/`, e.g. `encoder/stem/conv/kernel`.
+      name: our name without `params/` or `variables/`, e.g. `encoder/stem/conv/kernel`.
       architecture: `VQVAE`, `Classifier`, `UNet`, `StandardUNet` or `SEResNeXt`.
-      depth: residual blocks of the encoder; without meaning for the last two.
+      depth: residual blocks of the encoder; unused for `StandardUNet` and `SEResNeXt`.
 
     Raises:
-      KeyError: a name that the architecture has not.
+      KeyError: a name that does not exist in the architecture.
     """
     if name == "quantizer/codebook":
         return "vq_layer.embedding.weight"
@@ -119,7 +118,7 @@ def _is_transposed(name: str) -> bool:
 
 
 def to_torch_axes(value: np.ndarray, name: str) -> np.ndarray:
-    """A tensor with the axes of PyTorch; `name` is ours."""
+    """A tensor with the axes of PyTorch; `name` is our name."""
     if not name.endswith("/kernel"):
         return value
     if value.ndim == 2:
@@ -155,26 +154,26 @@ def state_dict(
     Args:
       tensors: float32 arrays by our names, without `params/` or `variables/`.
       architecture, depth: see `torch_name`.
-      num_batches: for `num_batches_tracked` of every norm, or of each by its entry's name.
+      num_batches: `num_batches_tracked` of all norms, or of each norm by its entry's name.
 
     Returns:
-      contiguous arrays by their names there; the counters int64.
+      contiguous arrays by PyTorch's names; the counters int64.
     """
     entries = {}
     for name, value in tensors.items():
         if not is_exported(name):
             continue
-        there = torch_name(name, architecture, depth)
-        entries[there] = np.ascontiguousarray(to_torch_axes(np.asarray(value), name))
-        if there.endswith(".running_var"):
-            counter = there.replace("running_var", COUNTER)
+        entry = torch_name(name, architecture, depth)
+        entries[entry] = np.ascontiguousarray(to_torch_axes(np.asarray(value), name))
+        if entry.endswith(".running_var"):
+            counter = entry.replace("running_var", COUNTER)
             number = num_batches if isinstance(num_batches, int) else num_batches[counter]
             entries[counter] = np.array(number, np.int64)
     return entries
 
 
 class Misfits(NamedTuple):
-    """What of a state_dict does not fit a model, in words with PyTorch's names."""
+    """The entries of a state_dict that do not fit a model, as sentences with PyTorch's names."""
 
     shapes: list[str]
     missing: list[str]
@@ -184,44 +183,45 @@ class Misfits(NamedTuple):
         return any(self[:])
 
     def text(self) -> str:
-        """Numbers, and the first of each kind."""
+        """The number of misfits of each kind, and the first of each."""
         first = "; ".join(kind[0] for kind in self if kind)
-        counts = (
+        return (
             f"{len(self.missing)} tensors missing, {len(self.extra)} extra, {len(self.shapes)} of "
-            f"another shape"
+            f"another shape; {first}"
         )
-        return f"{counts}; {first}"
 
 
 def from_state_dict(
     entries: Mapping[str, np.ndarray],
-    wanted: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     architecture: str,
     depth: int = 0,
 ) -> tuple[dict[str, np.ndarray], Misfits]:
-    """Our tensors out of PyTorch's entries.
+    """Our tensors from PyTorch's entries.
 
     Args:
-      entries: arrays by their names there; counters are left alone.
-      wanted: name -> shape of the tensors that our model has, without `params/` or `variables/`.
+      entries: arrays by PyTorch's names; counters are skipped.
+      shapes: name -> shape of the tensors of our model, without `params/` or `variables/`.
       architecture, depth: see `torch_name`.
 
     Returns:
-      float32 arrays by our names, and what does not fit.
+      float32 arrays by our names, and the entries that do not fit.
     """
-    found, misfits = {}, Misfits([], [], [])
-    theirs = {torch_name(name, architecture, depth): name for name in wanted if is_exported(name)}
-    for there, name in theirs.items():
-        if there not in entries:
-            misfits.missing.append(f"{there} is missing")
+    tensors, misfits = {}, Misfits([], [], [])
+    names = {torch_name(name, architecture, depth): name for name in shapes if is_exported(name)}
+    for entry, name in names.items():
+        if entry not in entries:
+            misfits.missing.append(f"{entry} is missing")
             continue
-        shape = to_torch_axes(np.broadcast_to(np.float32(0), wanted[name]), name).shape
-        if entries[there].shape != shape:
-            misfits.shapes.append(
-                f"{there} has shape {tuple(entries[there].shape)} there, {shape} here"
-            )
+        value = entries[entry]
+        shape = to_torch_axes(np.broadcast_to(np.float32(0), shapes[name]), name).shape
+        if value.shape != shape:
+            misfits.shapes.append(f"{entry} has shape {tuple(value.shape)} there, {shape} here")
             continue
-        found[name] = np.ascontiguousarray(from_torch_axes(entries[there], name), dtype=np.float32)
-    known = {name for name in entries if name.endswith(f".{COUNTER}")} | theirs.keys()
-    misfits.extra.extend(f"{name} has no place here" for name in entries if name not in known)
-    return found, misfits
+        tensors[name] = np.ascontiguousarray(from_torch_axes(value, name), dtype=np.float32)
+    misfits.extra.extend(
+        f"{entry} has no place here"
+        for entry in entries
+        if entry not in names and not entry.endswith(f".{COUNTER}")
+    )
+    return tensors, misfits

@@ -1,4 +1,4 @@
-"""Files of tensors that others wrote: read without running anything that is in them."""
+"""Weight files of other programs, read without running code that is in them."""
 
 import pickle
 import zipfile
@@ -12,28 +12,28 @@ from data_prep.system.command_line import require
 from data_prep.system.errors import InputError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
-_WRAPPERS = ("model_state", "state_dict", "model")  # entries of a checkpoint that hold the tensors
+_WRAPPERS = ("model_state", "state_dict", "model")  # entries that may contain the tensors
 
 
 def read_tensors(path: str | Path, flag: str) -> dict[str, np.ndarray]:
-    """The tensors of a weights file by their names there.
+    """The tensors of a weights file by their names in it.
 
     Args:
       path: `.safetensors`, or a file of `torch.save` with tensors by name, alone or in an entry
         `model_state`, `state_dict` or `model` beside other tensors, numbers and text. A prefix
-        `module.` that all names have is taken off.
-      flag: what the user gave the path with, for messages.
+        `module.` that all names have is removed.
+      flag: the flag or field with which the user named the path, for messages.
 
     Returns:
-      arrays by name, floating ones as float32, others as they are.
+      arrays by name, floating-point arrays as float32, others with their dtype.
 
     Raises:
-      InputError: the file does not exist, has another ending, is damaged, holds code, or its reader
-        is not installed.
+      InputError: the file does not exist, has another ending, is damaged, contains code, or its
+        reader is not installed.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{flag}={path}: there is no such file")
+        raise InputError(f"{flag}={path}: no such file; give a weights file")
     if path.suffix not in SUFFIXES:
         raise InputError(f"{flag}={path}: give a file that ends in {', '.join(SUFFIXES)}")
     if path.suffix == ".safetensors":
@@ -50,7 +50,7 @@ def read_tensors(path: str | Path, flag: str) -> dict[str, np.ndarray]:
     ):
         raise InputError(f"{flag}={path} does not hold tensors by name; save model.state_dict()")
     if any(value.layout != torch.strided for value in content.values()):
-        raise InputError(f"{flag}={path} holds sparse tensors; save dense ones")
+        raise InputError(f"{flag}={path} contains sparse tensors; save dense tensors")
     return _plain(
         {
             str(name): (value.float() if value.is_floating_point() else value).detach().numpy()
@@ -60,7 +60,7 @@ def read_tensors(path: str | Path, flag: str) -> dict[str, np.ndarray]:
 
 
 def _plain(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without a prefix that all have, and floating ones as float32."""
+    """The tensors without a common prefix `module.`, floating-point arrays as float32."""
     whole = ("i", "u", "b")
     tensors = {
         name: value if value.dtype.kind in whole else value.astype(np.float32)
@@ -77,9 +77,10 @@ def _read_safetensors(path: Path, flag: str) -> dict[str, np.ndarray]:
 
     try:
         return _plain(safetensors.numpy.load_file(path))
-    except Exception as error:  # the reader has exceptions of its own kind
+    except Exception as error:  # the package raises its own class, in C
         raise InputError(
-            f"{flag}={path} is no readable safetensors file, or damaged: {_first_line(error)}"
+            f"{flag}={path} is damaged or not a safetensors file ({_first_line(error)}); copy it "
+            "again"
         ) from None
 
 
@@ -96,14 +97,15 @@ def _load_without_code(path: Path, flag: str) -> Any:
         if is_whole and isinstance(error, pickle.UnpicklingError):
             raise InputError(
                 f"{flag}={path} holds Python objects beside its tensors, which can run code when "
-                f"they are loaded, so "
-                "nothing was loaded; where you trust its source, save the tensors alone: "
+                "they are loaded, so nothing was loaded; if you trust its source, save only the "
+                "tensors: "
                 "torch.save({'model_state': torch.load(FILE, weights_only=False)['model_state']}, "
                 "NEW_FILE)"
             ) from None
-        damaged = "is a damaged or no" if is_whole else "is truncated or no"
+        damaged = "damaged" if is_whole else "truncated"
         raise InputError(
-            f"{flag}={path} {damaged} file of torch.save: {_first_line(error)}"
+            f"{flag}={path} is {damaged} or not a file of torch.save ({_first_line(error)}); copy "
+            "it again"
         ) from None
 
 

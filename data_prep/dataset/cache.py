@@ -1,12 +1,11 @@
-"""Datasets on object stores: a copy on this machine, since shards (ArrayRecord) are read from local
-files only.
+"""Datasets on object stores: a copy on this machine, since ArrayRecord reads local files only.
 
     directory, preparation = fetch("gs://BUCKET/DATASET", ("train", "validation"))
 
 The copy lies in a folder named by the dataset's fingerprint, below `$CTSSL_CACHE_DIR` or else the
 user's cache folder: a dataset that has changed is fetched again, and two URLs of one dataset share
 the copy. A file appears there when it is whole and has the checksum of preparation.json, so that a
-killed run continues where it stopped. Copies are the user's to remove.
+killed run continues where it stopped. Only the user removes copies.
 """
 
 import contextlib
@@ -29,18 +28,18 @@ from data_prep.dataset.schema import (
     split_shards,
 )
 from data_prep.system import stores
-from data_prep.system.errors import DatasetError, InputError
+from data_prep.system.errors import DatasetError
 from data_prep.system.files import PARTIAL, file_sha256, make_folder, publish, written_whole
 from data_prep.system.workers import Progress
 
 CACHE_VARIABLE = "CTSSL_CACHE_DIR"
 PIECE = 16 << 20  # bytes of a request
 _STREAMS = 8  # files at a time: one stream does not fill a fast network
-_TRIES = 2  # of a file whose checksum is wrong: the fault may be the network's
+_TRIES = 2  # of a file whose checksum is wrong: the network may have damaged it
 
 
 class _Snapshot(NamedTuple):
-    """A dataset as it is on the store when this process first asks; `directory` is its copy."""
+    """A dataset as it is on the store when this process first asks. `directory` is its copy."""
 
     url: str
     directory: Path
@@ -51,11 +50,11 @@ def fetch(url: str, splits: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
     """The local copy of a dataset, its tables and the shards of `splits`, and the content of
     preparation.json.
 
-    Asks the store once a process: what a process reads of a dataset is of one state.
+    Asks the store once a process, so that a process reads one state of a dataset.
 
     Raises:
-        DatasetError: no complete dataset there, a missing package or credentials, too little space,
-          a damaged file.
+        DatasetError: the store lacks a complete dataset, a file is damaged, or the disk is full.
+        InputError: a package or credentials are missing, or the folder for copies cannot be made.
     """
     snapshot = _open(stores.without_slash(url))
     names = [shard.name for split in splits for shard in split_shards(snapshot.preparation, split)]
@@ -85,21 +84,18 @@ def _open(url: str) -> _Snapshot:
         Path(name).name != name for name in checksums
     ):
         raise DatasetError(
-            f"{url}/{PREPARATION_FILE}: damaged (not of its checksums); upload the dataset again"
+            f"{url}/{PREPARATION_FILE}: damaged (its fingerprint differs from its checksums); "
+            "upload the dataset again"
         )
     directory = cache_dir() / fingerprint
-    try:
-        make_folder(directory, url, remedy=f"name another folder for copies by ${CACHE_VARIABLE}")
-    except InputError as error:
-        raise DatasetError(str(error)) from None
+    make_folder(directory, url, remedy=f"name another folder for copies by ${CACHE_VARIABLE}")
     snapshot = _Snapshot(url, directory, preparation)
     tables = [name for name in checksums if ".array_record-" not in name]
-    # The fingerprint does not cover all tables, and they are small: those of an older state are
-    # found by checksums.
+    # The fingerprint does not cover all tables. They are small, so checksums show the old ones.
     old = [
-        n
-        for n in tables
-        if not (directory / n).is_file() or file_sha256(directory / n) != checksums[n]
+        name
+        for name in tables
+        if not (directory / name).is_file() or file_sha256(directory / name) != checksums[name]
     ]
     preparation_file = directory / PREPARATION_FILE
     if old or not preparation_file.is_file() or preparation_file.read_bytes() != content:
@@ -111,16 +107,13 @@ def _open(url: str) -> _Snapshot:
 
 
 def _read_preparation(url: str) -> bytes:
-    try:
-        store, path = stores.open_store(url)
-    except InputError as error:
-        raise DatasetError(str(error)) from None
+    store, path = stores.open_store(url)
     try:
         return store.cat_file(f"{path}/{PREPARATION_FILE}")
     except FileNotFoundError:
         raise DatasetError(
             f"{url}: no complete dataset there (no {PREPARATION_FILE}); check the name, or upload "
-            f"it, that file last"
+            "the dataset, that file last"
         ) from None
     except Exception as error:  # each store has its own
         raise DatasetError(f"{url}: {stores.explain(url, error)}") from None
@@ -133,7 +126,9 @@ def _lock(snapshot: _Snapshot) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"{snapshot.url}: another process fetches it; waiting")
+            print(
+                f"{snapshot.url}: another process fetches it; waiting", file=sys.stderr, flush=True
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise DatasetError(
@@ -202,8 +197,8 @@ def _sizes(url: str) -> dict[str, int]:
 
 
 def _fetch_file(snapshot: _Snapshot, name: str, size: int, arrived: Callable[..., None]) -> None:
-    """Continues the part of a file that a killed process left; the file appears when its checksum
-    is right."""
+    """Fetches a file, from where a killed process stopped. It appears when its checksum is
+    right."""
     store, root = stores.open_store(snapshot.url)
     partial = snapshot.directory / f"{name}{PARTIAL}"
     for _ in range(_TRIES):
@@ -221,12 +216,11 @@ def _fetch_file(snapshot: _Snapshot, name: str, size: int, arrived: Callable[...
                         )
                     except Exception as error:
                         raise DatasetError(
-                            f"{snapshot.url}/{name}: {stores.explain(snapshot.url, error)}; what "
-                            f"is fetched stays: run "
-                            "again to continue"
+                            f"{snapshot.url}/{name}: {stores.explain(snapshot.url, error)}; the "
+                            "fetched part stays: run again to continue"
                         ) from None
                     if not piece:
-                        break  # shorter than it was listed
+                        break  # the file is shorter than the store lists it
                     digest.update(piece)
                     file.write(piece)
                     arrived(len(piece))
@@ -241,10 +235,6 @@ def _fetch_file(snapshot: _Snapshot, name: str, size: int, arrived: Callable[...
             return
         partial.unlink()
     raise DatasetError(
-        f"{snapshot.url}/{name}: damaged (its checksum is not that of {PREPARATION_FILE}); upload "
-        f"the dataset again"
+        f"{snapshot.url}/{name}: damaged (its checksum differs from {PREPARATION_FILE}); upload "
+        "the dataset again"
     )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,5 +1,4 @@
-"""The cohort of a dataset: its table of volumes, patients and labels, and a sheet of random
-slices."""
+"""The cohort of a dataset: table of volumes, patients and labels, and a sheet of random slices."""
 
 import collections
 import statistics
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.dataset.reader import Dataset
+from data_prep.dataset.schema import MASK_AREA_COLUMN
 
 _THIN_MM = 3.0
 _TILE = 192
@@ -18,8 +18,8 @@ _MAX_COLUMNS = 6
 
 
 def label_rows(dataset: Dataset) -> list[tuple[str, str, str]]:
-    """(group, item, value) rows of a dataset with labels or masks: how many slices, volumes or
-    patients there are of each class by split, and regions by split and malignancy."""
+    """(group, item, value) rows of a dataset with labels or masks: numbers of slices, volumes or
+    patients of each class by split, and of regions by split and malignancy."""
     volumes, slices, regions = dataset.volumes(), dataset.slices(), dataset.regions()
     split_of = {v["volume_id"]: v["split"] for v in volumes}
     patient_of = {v["volume_id"]: v["patient_id"] for v in volumes}
@@ -41,21 +41,19 @@ def label_rows(dataset: Dataset) -> list[tuple[str, str, str]]:
                 {patient_of[volume]: (volume, value) for volume, value in values}.values()
             )
         for index, text in [*enumerate(facts["classes"]), (None, "missing")]:
-            found = [split_of[volume] for volume, value in values if value == index]
-            if found or index is not None:
-                add(f"Label {name} ({level}s)", text, found)
-    if slices and "mask_area_px" in slices[0]:
+            class_splits = [split_of[volume] for volume, value in values if value == index]
+            if class_splits or index is not None:
+                add(f"Label {name} ({level}s)", text, class_splits)
+    if slices and MASK_AREA_COLUMN in slices[0]:
         add(
             "Masks",
             "slices with foreground",
-            [split_of[row["volume_id"]] for row in slices if row["mask_area_px"]],
+            [split_of[row["volume_id"]] for row in slices if row[MASK_AREA_COLUMN]],
         )
         add("Masks", "regions", [split_of[row["volume_id"]] for row in regions])
-    for score in sorted(
-        {row["malignancy"] for row in regions if row.get("malignancy") is not None}
-    ):
-        found = [split_of[row["volume_id"]] for row in regions if row["malignancy"] == score]
-        add("Masks", f"nodules of malignancy {score}", found)
+    for score in sorted({row.get("malignancy") for row in regions} - {None}):
+        rated = [split_of[row["volume_id"]] for row in regions if row["malignancy"] == score]
+        add("Masks", f"nodules of malignancy {score}", rated)
     return rows
 
 
@@ -134,8 +132,8 @@ def table_text(rows: list[tuple[str, str, str]], title: str) -> str:
 def choose_slices(
     volumes: list[dict[str, Any]], number: int, random: np.random.Generator
 ) -> list[tuple[dict[str, Any], int]]:
-    """(volume, slice index) of random slices, one of each volume in turn; no slice twice before all
-    were there."""
+    """(volume, slice index) of random slices, one of each volume in turn. A slice repeats only
+    after all others."""
     order = random.permutation(len(volumes))[:number]
     chosen = []
     while len(chosen) < number:
@@ -149,8 +147,8 @@ def choose_slices(
 
 
 def contact_sheet(dataset: Dataset, num_slices: int, seed: int) -> Image.Image:
-    """Random slices (`choose_slices`), each labelled with volume, slice and split;
-    labelled SYNTHETIC where the dataset is. Several windows stand side by side in each tile."""
+    """Random slices (`choose_slices`), each labelled with volume, slice and split. The title says
+    SYNTHETIC if the dataset is. Several windows stand side by side in each tile."""
     preparation, volumes = dataset.preparation, dataset.volumes()
     random = np.random.default_rng(seed)
     chosen = choose_slices(volumes, num_slices, random)
@@ -177,13 +175,15 @@ def contact_sheet(dataset: Dataset, num_slices: int, seed: int) -> Image.Image:
 
 
 def notes_on_parts(dataset: Dataset) -> Iterator[str]:
-    """A line for each part of a view that is no longer as it was when it was merged."""
+    """A line for each part of a view that has changed since it was merged."""
     for part in dataset.parts:
         if part.now is None:
             yield (
                 f"its part {part.directory} is not a complete dataset now: being changed, moved "
-                f"or removed"
+                "or removed"
             )
         elif part.now != part.merged:
-            remedy = "data_prep.merge into a new directory takes in its new volumes"
-            yield f"its part {part.directory} has grown since; {remedy}"
+            yield (
+                f"its part {part.directory} has grown since; data_prep.merge into a new directory "
+                "takes in its new volumes"
+            )

@@ -1,4 +1,4 @@
-"""A view of several datasets: a dataset directory whose shards are links to theirs."""
+"""A view of several datasets: a dataset directory whose shards are links to their shards."""
 
 import collections
 import errno
@@ -40,25 +40,25 @@ def merge(
     """Makes the view `output_dir` of datasets, in full or not at all. `link`: symlink, hard or
     copy.
 
-    Returns the content of its preparation.json, and whether there was anything to do.
+    Returns the content of its preparation.json, and whether the view is new.
 
     Raises:
         InputError: datasets that do not go together, or an unusable output directory.
-        data_prep.system.errors.DatasetError: one of them is damaged.
+        DatasetError: a dataset is damaged.
         OSError: the view cannot be written.
     """
     if len(parts) < 2:
         raise InputError("--datasets: give two datasets or more, separated by commas")
-    _refuse_what_lies_inside(parts, output_dir)
+    _refuse_nested_directories(parts, output_dir)
     if (output_dir / PREPARATION_FILE).exists():
         return _refuse_other_view(parts, output_dir, link), False
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise InputError(f"--output_dir={output_dir}: is not empty; choose a new directory")
-    labels = _refuse_what_does_not_fit(parts)
+    labels = _refuse_different_parts(parts)
     for part in parts:
         part.check_tables()  # `describe --verify` checks the shards
 
-    final = output_dir.resolve()  # relative links are seen from where it really lies
+    final = output_dir.resolve()  # relative links start at the real place of the view
     building = final.with_name(f".{final.name}.merging")
     building.mkdir(parents=True, exist_ok=True)
     with lock_directory(building):
@@ -72,27 +72,27 @@ def merge(
 # ---- refusals ------------------------------------------------------------------------------------
 
 
-def _refuse_what_lies_inside(parts: Sequence[Dataset], output_dir: Path) -> None:
+def _refuse_nested_directories(parts: Sequence[Dataset], output_dir: Path) -> None:
     for part in parts:
         a, b = part.directory.resolve(), output_dir.resolve()
         if a.is_relative_to(b) or b.is_relative_to(a):
             raise InputError(
-                f"--output_dir={output_dir}: lies inside {part.directory}, or it inside; choose "
-                f"another"
+                f"--output_dir={output_dir}: lies inside {part.directory}, or contains it; choose "
+                "another"
             )
-    places = collections.Counter(part.directory.resolve() for part in parts)
+    directories = collections.Counter(part.directory.resolve() for part in parts)
     for part in parts:
-        if places[part.directory.resolve()] > 1:
+        if directories[part.directory.resolve()] > 1:
             raise InputError(f"--datasets: {part.directory} is named twice; name it once")
 
 
 def _refuse_other_view(parts: Sequence[Dataset], output_dir: Path, link: str) -> dict[str, Any]:
-    """preparation.json of a view that is there already. Raises InputError unless it is the view of
-    these parts."""
+    """preparation.json of an existing view. Raises InputError unless it is the view of these
+    parts."""
     preparation = Dataset.open(output_dir).preparation
     if "parts" not in preparation:
         raise InputError(
-            f"--output_dir={output_dir}: is a dataset of its own; choose a new directory"
+            f"--output_dir={output_dir}: is a dataset, not a view; choose a new directory"
         )
     remedy = (
         "merge into a new --output_dir, which takes a moment; runs on this one keep the volumes "
@@ -106,7 +106,7 @@ def _refuse_other_view(parts: Sequence[Dataset], output_dir: Path, link: str) ->
     for part, fingerprint in zip(parts, known, strict=True):
         if part.fingerprint != fingerprint:
             raise InputError(
-                f"{output_dir}: {part.directory} has grown or is another one since; {remedy}"
+                f"{output_dir}: {part.directory} has grown or was replaced since; {remedy}"
             )
     shards = [
         shard for split in preparation["splits"] for shard in split_shards(preparation, split)
@@ -120,7 +120,7 @@ def _refuse_other_view(parts: Sequence[Dataset], output_dir: Path, link: str) ->
     return preparation
 
 
-def _refuse_what_does_not_fit(parts: Sequence[Dataset]) -> dict[str, dict[str, Any]]:
+def _refuse_different_parts(parts: Sequence[Dataset]) -> dict[str, dict[str, Any]]:
     """`labels` of the view's preparation.json. Raises InputError if the parts cannot be one
     dataset."""
     first = parts[0]
@@ -128,9 +128,8 @@ def _refuse_what_does_not_fit(parts: Sequence[Dataset]) -> dict[str, dict[str, A
         named = f"{first.directory} and {other.directory}"
         if first.preparation["key_fingerprint"] != other.preparation["key_fingerprint"]:
             raise InputError(
-                f"{named} have different pseudonym keys, so whom they share cannot be told; "
-                f"prepare both with one "
-                "--pseudonym_key_file"
+                f"{named} have different pseudonym keys, so their common patients are unknown; "
+                "prepare both with one --pseudonym_key_file"
             )
         for name in _ALIKE:
             values = [part.preparation[name] for part in (first, other)]
@@ -147,10 +146,8 @@ def _refuse_what_does_not_fit(parts: Sequence[Dataset]) -> dict[str, dict[str, A
             if known != facts:
                 raise InputError(
                     f"the label {name} is of {_label_text(known)} in {by.directory} and of "
-                    f"{_label_text(facts)} in "
-                    f"{part.directory}; prepare one of them with that column under another name, "
-                    f"or with the same "
-                    "classes"
+                    f"{_label_text(facts)} in {part.directory}; prepare one of them with that "
+                    "column under another name, or with the same classes"
                 )
     for first, other in itertools.combinations(parts, 2):
         _refuse_shared_volumes(first, other)
@@ -164,8 +161,7 @@ def _refuse_shared_volumes(first: Dataset, other: Dataset) -> None:
     if shared:
         raise InputError(
             f"{len(shared)} volumes are in {first.directory} and in {other.directory}; leave one "
-            f"of the datasets out, "
-            "or prepare the second without the scans of the first"
+            "of the datasets out, or prepare the second without the scans of the first"
         )
     splits = {row["patient_id"]: row["split"] for row in first.volumes()}
     elsewhere = {row["patient_id"]: row["split"] for row in other.volumes()}
@@ -201,8 +197,8 @@ def _write(
     final: Path,
     link: str,
 ) -> dict[str, Any]:
-    """Writes all files of the view that will lie at `final` into `building`, preparation.json
-    last."""
+    """Writes all files of the view, preparation.json last, into `building`, which becomes
+    `final`."""
     images = parts[0].preparation
     masks = images["masks"]
     checksums, shard_lengths = _link_shards(parts, building, final, link)
@@ -241,8 +237,8 @@ def _write(
 def _link_shards(
     parts: Sequence[Dataset], building: Path, final: Path, link: str
 ) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Returns the shards' checksums, as the parts list them, and the records of each shard by
-    split."""
+    """Links all shards. Returns {shard: checksum}, as the parts list them, and {split: records of
+    each shard}."""
     checksums, shard_lengths = {}, {}
     for split in SPLITS:
         for part in parts:
@@ -298,7 +294,7 @@ def _counts(
 
 
 def _sum(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Sums numbers name by name, and nested ones alike."""
+    """Sums numbers name by name, also in nested dictionaries."""
     added = {
         n: _sum(a.get(n, {}), value) if isinstance(value, dict) else a.get(n, 0) + value
         for n, value in b.items()
@@ -307,8 +303,8 @@ def _sum(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options(parts: Sequence[Dataset]) -> dict[str, Any]:
-    """The options that all parts share, and the tables of all parts; the other options are in
-    `parts`."""
+    """The options that all parts share, and the tables of all parts. preparation.json lists the
+    other options under `parts`."""
     options = [part.preparation["options"] for part in parts]
     tables = [table for of_part in options for table in of_part.get("tables", [])]
     return _common(options) | {
@@ -326,7 +322,8 @@ def _common(dictionaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _part_facts(part: Dataset) -> dict[str, Any]:
-    """No path: links say where the part lies, and VIEW is as public as its parts."""
+    """An entry of `parts` in preparation.json. It names no path, since a view is as public as its
+    parts: the links show the directory."""
     names = ("fingerprint", "archive", "synthetic", "options", "versions", "parts")
     facts = {name: part.preparation[name] for name in names if name in part.preparation}
     shards = {

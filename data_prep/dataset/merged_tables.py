@@ -1,8 +1,7 @@
-"""The tables of a merged dataset: the rows of its parts, split by split, in each split part by
-part.
+"""The tables of a merged dataset: the rows of its parts, by split and in each split by part.
 
-Tables of labels are read and written row by row, as slices may be millions. Cells stay as they are
-written.
+Tables of labels are read and written row by row, since there may be millions of slices. Cells keep
+their text.
 """
 
 import collections
@@ -24,7 +23,7 @@ from data_prep.system.errors import InputError
 
 
 def _rows(part: Dataset, name: str) -> Iterator[dict[str, str]]:
-    """Rows of one of its tables, their cells as they are written."""
+    """Rows of a table of the part, with the text of each cell."""
     with open(part.directory / name, newline="") as file:
         yield from csv.DictReader(file)
 
@@ -51,13 +50,12 @@ def rejected_rows(parts: Sequence[Dataset]) -> list[dict[str, str]]:
 
 
 def slice_rows(parts: Sequence[Dataset]) -> Iterator[dict[str, Any]]:
-    tables = []
-    for part in parts:
-        tables.append(
-            _rows(part, SLICES_FILE)
-            if SLICES_FILE in table_columns(part.preparation)
-            else _slices_without_labels(part)
-        )
+    tables = [
+        _rows(part, SLICES_FILE)
+        if SLICES_FILE in table_columns(part.preparation)
+        else _slices_without_labels(part)
+        for part in parts
+    ]
     for number, volume in in_order(parts):
         yield from itertools.islice(tables[number], volume["num_slices"])
 
@@ -71,48 +69,46 @@ def _slices_without_labels(part: Dataset) -> Iterator[dict[str, Any]]:
 def label_rows(
     parts: Sequence[Dataset], labels: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[dict[str, str]]:
-    """A label of a patient holds for the patient's volumes in all parts.
+    """Rows of labels.csv: a label of a patient holds for the patient's volumes in all parts.
 
     Raises:
         InputError: a patient has one class in one part and another in another.
     """
-    of_patients: dict[str, dict[str, str]] = {
-        n: {} for n, facts in labels.items() if facts["level"] == "patient"
+    patient_labels: dict[str, dict[str, str]] = {  # name -> patient -> cell
+        name: {} for name, facts in labels.items() if facts["level"] == "patient"
     }
     tables = []
     for part in parts:
         listed = _rows(part, LABELS_FILE) if LABELS_FILE in table_columns(part.preparation) else ()
         table = {row["volume_id"]: row for row in listed}
         tables.append(table)
-        for name, known in of_patients.items():
-            found = {
+        for name, cell_of in patient_labels.items():
+            own = {
                 v["patient_id"]: table.get(v["volume_id"], {}).get(name, "") for v in part.volumes()
             }
-            found = {patient: cell for patient, cell in found.items() if cell}
-            differing = [
-                patient for patient, cell in found.items() if known.get(patient, cell) != cell
-            ]
+            own = {patient: cell for patient, cell in own.items() if cell}
+            differing = sum(cell_of.get(patient, cell) != cell for patient, cell in own.items())
             if differing:
                 raise InputError(
-                    f"{len(differing)} patients have another class of the label {name} in "
-                    f"{part.directory} than in the "
-                    "datasets before it; make the tables agree and prepare it again"
+                    f"{differing} patients have another class of the label {name} in "
+                    f"{part.directory} than in the datasets before it; make the tables agree and "
+                    "prepare it again"
                 )
-            known |= found
+            cell_of |= own
     for number, volume in in_order(parts):
         row = tables[number].get(volume["volume_id"], {"volume_id": volume["volume_id"]})
         yield row | {
-            name: known.get(volume["patient_id"], "") for name, known in of_patients.items()
+            name: cell_of.get(volume["patient_id"], "") for name, cell_of in patient_labels.items()
         }
 
 
 def region_rows(parts: Sequence[Dataset]) -> Iterator[dict[str, str]]:
     tables = []
     for part in parts:
-        of_volume = collections.defaultdict(list)
+        table = collections.defaultdict(list)  # volume_id -> rows
         for row in _rows(part, REGIONS_FILE):
-            of_volume[row["volume_id"]].append(row)
-        tables.append(of_volume)
+            table[row["volume_id"]].append(row)
+        tables.append(table)
     for number, volume in in_order(parts):
         yield from tables[number][volume["volume_id"]]
 
@@ -122,7 +118,7 @@ def counted(
     columns: Iterable[str],
     cells: Mapping[str, collections.Counter],
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows as they are; counts the cells of each label in `cells`."""
+    """The same rows; counts the cells of each label in `cells`."""
     names = [name for name in columns if name in cells]
     for row in rows:
         for name in names:

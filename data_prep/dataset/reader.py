@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,14 +43,17 @@ class Dataset:
     """A complete dataset, opened: the handle by which all readers share it.
 
     preparation.json is read and checked once, at `open`. Each table is read at its first use and
-    kept: the rows belong to all readers and are not to be changed. A pickled handle holds no
-      tables.
+    kept. All readers share its rows, so do not change them. A pickled handle leaves the tables out.
     """
 
     name: str  # the path or URL that the user typed
     directory: Path  # on this machine
     preparation: dict[str, Any]  # content of preparation.json, without its checksum of itself
     parts: tuple[LinkedPart, ...] = ()  # of a view
+    # file name -> rows of the tables that were read
+    _tables: dict[str, list[dict[str, Any]]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def open(cls, path_or_url: str | os.PathLike, splits: Sequence[str] = ()) -> "Dataset":
@@ -59,8 +61,8 @@ class Dataset:
 
         Args:
             path_or_url: the dataset directory or its URL.
-            splits: of a dataset on a store, the shards of these are fetched now; `source` fetches
-              others.
+            splits: the splits whose shards are fetched now if the dataset is on a store; `source`
+                fetches the others.
 
         Raises:
             DatasetError: the directory is absent, incomplete, damaged or of another format version,
@@ -113,15 +115,15 @@ class Dataset:
         return SliceSource(self, split)
 
     def fetch(self, splits: Iterable[str]) -> None:
-        """Fetches the shards of some splits, if the dataset is on a store and they are not on this
-        machine."""
+        """Fetches the missing shards of some splits if the dataset is on a store."""
         if stores.is_url(self.name):
             cache.fetch(self.name, tuple(splits))
 
     def check_tables(self) -> None:
-        """Raises DatasetError if a file of `damaged_tables` is damaged; the shards are checked
-        record by record as they are read. The copy of a dataset that is named by a URL was checked
-        when it was opened."""
+        """Raises DatasetError if `damaged_tables` names a file.
+
+        Records are checked as they are read. `open` checked the copy of a dataset on a store.
+        """
         if stores.is_url(self.name):
             return
         if problems := self.damaged_tables():
@@ -131,8 +133,7 @@ class Dataset:
             )
 
     def damaged_tables(self) -> list[str]:
-        """Files that are missing or differ from preparation.json, a line each; of a shard only
-        whether it is there."""
+        """A line for each missing file and each table that differs from preparation.json."""
         problems = []
         for name, checksum in self.preparation["checksums"].items():
             path = self.directory / name
@@ -141,28 +142,24 @@ class Dataset:
             elif ".array_record-" not in name and file_sha256(path) != checksum:
                 problems.append(f"{name}: checksum differs from preparation.json")
         if dataset_fingerprint(self.preparation["checksums"]) != self.fingerprint:
-            problems.append("preparation.json: the fingerprint is not that of the checksums")
+            problems.append("preparation.json: its fingerprint differs from its checksums")
         return problems
-
-    @functools.cached_property
-    def _tables(self) -> dict[str, list[dict[str, Any]]]:
-        """The rows of the tables that were read, by file name."""
-        return {}
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         if name not in self._tables:
-            columns = ({VOLUMES_FILE: VOLUME_COLUMNS} | table_columns(self.preparation)).get(name)
+            is_volumes = name == VOLUMES_FILE
+            columns = VOLUME_COLUMNS if is_volumes else table_columns(self.preparation).get(name)
             self._tables[name] = read_table(self.directory / name, columns) if columns else []
         return self._tables[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return self.__dict__ | {"_tables": {}}
 
 
 def _open_parts(directory: Path, preparation: Mapping[str, Any]) -> Iterator[LinkedPart]:
     """Raises DatasetError if a shard of the view is no longer the shard that was merged."""
     for part, part_dir, names in linked_parts(directory, preparation):
-        # the part is being extended, moved or removed
+        # a run extends the part now, or it was moved or removed
         if not (part_dir / PREPARATION_FILE).is_file():
             yield LinkedPart(part_dir, part["fingerprint"], None)
             continue
@@ -174,8 +171,7 @@ def _open_parts(directory: Path, preparation: Mapping[str, Any]) -> Iterator[Lin
         ):
             raise DatasetError(
                 f"{directory}: its part {part_dir} was prepared again since they were merged; "
-                f"merge again into a new "
-                "directory"
+                "merge again into a new directory"
             )
         yield LinkedPart(part_dir, part["fingerprint"], opened.fingerprint)
 
@@ -205,8 +201,12 @@ class SliceSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`image` [H, W, C] uint8, `mask` [H, W] uint8 if the dataset has masks, and the scalars
-        `volume_id`, `slice_index`, `position_mm`, `pair_valid`. Raises DatasetError if it cannot be
-        read or is another slice."""
+        `volume_id`, `slice_index`, `position_mm`, `pair_valid`.
+
+        Raises:
+            IndexError: there is no record of this number.
+            DatasetError: the record cannot be read or is another slice.
+        """
         index = index.__index__()
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")

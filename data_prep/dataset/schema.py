@@ -2,20 +2,22 @@
 
 ::
 
-    DIR/train.array_record-00000 ...  ArrayRecord shards, one record = one slice, also validation.*
-    and test.* DIR/volumes.csv                   one row a volume (`VOLUME_COLUMNS`)
+    DIR/train.array_record-00000 ...  ArrayRecord shards, one record = one slice; also validation.*
+                                      and test.*
+    DIR/volumes.csv                   one row a volume (`VOLUME_COLUMNS`)
     DIR/rejected.csv                  one row a series that was not taken (`REJECTED_COLUMNS`)
-    DIR/slices.csv                    one row a slice: its labels, foreground of its mask (if there
-    are any) DIR/labels.csv                    one row a volume: labels of the volume or the patient
-    (if there are any) DIR/regions.csv                   one row a region (nodule) of the masks (if
-    there are masks) DIR/dataset_info.json             TFDS metadata, with features.json:
-                                      `tfds.builder_from_directory(DIR).as_data_source("train[:50%]")`
+    DIR/slices.csv                    one row a slice: its labels, foreground of its mask (if the
+                                      dataset has any)
+    DIR/labels.csv                    one row a volume: labels of the volume or the patient (if the
+                                      dataset has any)
+    DIR/regions.csv                   one row a region (nodule) of the masks (if it has masks)
+    DIR/dataset_info.json             TFDS metadata, with features.json:
+                              `tfds.builder_from_directory(DIR).as_data_source("train[:50%]")`
     DIR/preparation.json              how it was made, with checksums of all files and its own
-    (`sha256`); written last:
-                                      its presence means "complete"
+                                      (`sha256`); written last: its presence means "complete"
 
-The shards of a view (`data_prep.merge`) are links to those of the datasets that preparation.json
-lists as `parts`.
+The shards of a view (`data_prep.merge`) are links to the shards of the datasets that
+preparation.json lists as `parts`.
 
 A record is a serialised `tf.train.Example` with the features `image` (uint8, [H, W, C] in C order),
 `volume_id`, `slice_index` (int32, counts within the volume), `position_mm` (float32, along the
@@ -25,11 +27,11 @@ superior. Image rows run to posterior, columns to the patient's left. `first_rec
 `volumes.csv` counts within the split.
 
 Where a dataset has masks, every record has the feature `mask` (uint8, [H, W]): 0 is background, k
-the region that is number k of this volume in `regions.csv`. A label is a class: its cell is the
-index into the `classes` that preparation.json lists under `labels` with the `level` ("slice",
-"volume" or "patient"), or empty where it is missing.
+the region k of this volume in `regions.csv`. A label is a class: its cell is the index into the
+`classes` that preparation.json lists under `labels` with the `level` ("slice", "volume" or
+"patient"). An empty cell is a missing label.
 
-`data_prep.dataset.reader` reads it. TFDS reads it, too, without TensorFlow.
+`data_prep.dataset.reader` and TFDS (without TensorFlow) read it.
 """
 
 import dataclasses
@@ -61,8 +63,8 @@ VOLUME_COLUMNS: dict[str, type] = {
     "split": str,
     "first_record": int,  # within the split
     "num_slices": int,
-    "num_files": int,  # source files that the slices came from
-    "num_dropped_files": int,  # of the same series and not in the volume (duplicates, ...)
+    "num_files": int,  # source files of the slices
+    "num_dropped_files": int,  # files of the same series that are not in the volume
     "source_rows": int,  # matrix before resizing
     "source_columns": int,
     "pixel_spacing_row_mm": float,  # of the source, in the orientation of the dataset
@@ -84,7 +86,7 @@ VOLUME_COLUMNS: dict[str, type] = {
     "last_lung_slice": int,
     # "top left bottom right" of the lungs over all slices, pixels of the dataset's images
     "lung_box": str,
-    "notes": str,  # names of what is unusual, separated by a blank
+    "notes": str,  # names of `NOTES` (scan/reasons.py), separated by a blank
 }
 REJECTED_COLUMNS = ("series_id", "num_files", "reason", "detail")
 LEVELS = ("slice", "volume", "patient")  # of labels
@@ -108,10 +110,10 @@ _VERSIONED = ("numpy", "scipy", "pydicom", "imagecodecs", "array_record", "tenso
 
 
 def table_columns(preparation: Mapping[str, Any]) -> dict[str, dict[str, type]]:
-    """The columns, name -> type, of each table that a dataset may lack: of slices, labels and
-    regions.
+    """Columns (name -> type) of the tables of slices, labels and regions, by file name.
 
-    Tables that it lacks are left out. Of preparation.json only `labels` and `masks` are needed.
+    A table that the dataset lacks is left out. Only `labels` and `masks` of preparation.json are
+    needed.
     """
     labels, masks = preparation["labels"], preparation["masks"]
     slice_labels = [name for name, facts in labels.items() if facts["level"] == "slice"]
@@ -145,7 +147,7 @@ def shard_name(split: str, index: int) -> str:
 
 
 def split_shards(preparation: Mapping[str, Any], split: str) -> list[Shard]:
-    """The shards of a split in order."""
+    """The shards of a split in order. Raises DatasetError if there is no such split."""
     if split not in preparation["splits"]:
         raise DatasetError(
             f"split {split!r} is not in this dataset (it has {', '.join(preparation['splits'])}); "
@@ -207,10 +209,10 @@ def parse_preparation(content: bytes, name: str) -> dict[str, Any]:
             f"{name}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the "
             f"dataset again"
         )
-    # absent in datasets from before it
+    # older datasets lack it
     if preparation.get("sha256", own := preparation_sha256(preparation)) != own:
         raise DatasetError(
-            f"{name}: damaged (its checksum of itself is another); copy the dataset again"
+            f"{name}: damaged (its checksum of itself differs); copy the dataset again"
         )
     preparation.pop("sha256", None)
     return preparation
@@ -219,9 +221,11 @@ def parse_preparation(content: bytes, name: str) -> dict[str, Any]:
 def linked_parts(
     dataset_dir: Path, preparation: Mapping[str, Any]
 ) -> Iterator[tuple[Mapping[str, Any], Path, dict[str, str]]]:
-    """Of a view (`data_prep.merge`) whose shards are symbolic links: the facts of each part, its
-    directory, and the part's name of each of the view's shards that is the part's. Nothing of
-    another dataset."""
+    """The parts of a view (`data_prep.merge`) whose shards are symbolic links.
+
+    Yields the facts of each part, its directory, and {name of a shard in the view: name in the
+    part}. Yields nothing for other datasets.
+    """
     num_before = dict.fromkeys(SPLITS, 0)
     for part in preparation.get("parts", ()):
         names = {}
@@ -251,8 +255,8 @@ def make_preparation(
     counts: Mapping[str, Any],
     parts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The content of preparation.json, whose fingerprint and checksums are filled in once all files
-    are written.
+    """The content of preparation.json, still without fingerprint and checksums: `tfds.complete`
+    adds them.
 
     Args:
         archive: kind of the source.
@@ -261,11 +265,11 @@ def make_preparation(
         volumes: rows of volumes.csv.
         shard_lengths: records of each shard, by split.
         labels: `level` and `classes` of each label.
-        masks: how the masks were made; None: there are none.
+        masks: how the masks were made; None: the dataset has no masks.
         key_fingerprint: of the pseudonym key.
         options: of the preparation.
         versions: of the packages that the bytes depend on.
-        counts: what became of the files of the archive, and cells of labels by class.
+        counts: files of the archive by outcome, and cells of labels by class.
         parts: facts of the datasets that a view links to.
     """
     return {
@@ -303,7 +307,7 @@ def _split_facts(
 
 
 def description(preparation: Mapping[str, Any]) -> str:
-    """What the images are, for TFDS."""
+    """A line on the images, for TFDS."""
     windows = ", ".join(
         f"{window['level']:g}/{window['width']:g}" for window in preparation["windows"]
     )
@@ -315,8 +319,20 @@ def description(preparation: Mapping[str, Any]) -> str:
     return f"{kind}, windowed (level/width in HU: {windows}). Not for clinical use."
 
 
+def summary_text(preparation: Mapping[str, Any], changed: bool, dataset_dir: Path) -> str:
+    """The state and the splits of a dataset, for the user. `changed`: this run wrote it."""
+    state = "is complete" if changed else "is complete already: nothing to do"
+    lines = [f"{dataset_dir} {state}{' (SYNTHETIC data)' * preparation['synthetic']}."]
+    for split, facts in preparation["splits"].items():
+        volumes, patients, slices = (
+            facts[f"num_{name}"] for name in ("volumes", "patients", "slices")
+        )
+        lines.append(f"  {split}: {volumes} volumes of {patients} patients, {slices} slices")
+    return "\n".join(lines)
+
+
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that the bytes of a dataset may depend on."""
+    """Versions of Python and of the packages that decide the bytes of a dataset."""
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in _VERSIONED
     }

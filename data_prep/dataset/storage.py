@@ -37,7 +37,7 @@ def encode_record(
 ) -> bytes:
     """The record of one slice (a serialised tf.train.Example, features in alphabetical order).
 
-    `image` is [H, W, C] uint8, `mask` [H, W] uint8 (the record has no such feature if it is None).
+    `image` is [H, W, C] uint8, `mask` [H, W] uint8 (None: the record lacks this feature).
     """
     if image.dtype != np.uint8 or image.ndim != 3:
         raise ValueError(f"a record holds uint8 [H, W, C], not {image.dtype} {list(image.shape)}")
@@ -82,7 +82,7 @@ def decode_record(record: bytes, image_shape: Sequence[int]) -> dict[str, Any]:
     features = {}
     at, end = _payload(record, 0)
     while at < end:
-        # of the map of features: a name, and a list of one kind that holds one value
+        # an entry of the map of features: its name, and a list of one value
         entry, at = _payload(record, at)
         name, after = _payload(record, entry)
         values, _ = _payload(record, _payload(record, after)[0])
@@ -143,7 +143,7 @@ def write_records(path: Path, records: Iterable[bytes], options: str = WRITER_OP
 
 @contextlib.contextmanager
 def _errors_of_writing() -> Iterator[None]:
-    """ArrayRecord tells of a full disk by a RuntimeError of many clauses."""
+    """ArrayRecord reports a full disk as a RuntimeError with a long text: raises the OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -167,8 +167,8 @@ def read_records(path: Path) -> Iterable[bytes]:
 
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a CSV table: None is an empty cell, booleans are yes / no, floats keep all their
-    digits."""
+    """Writes a CSV table: None is an empty cell, booleans are yes / no, floats have at most six
+    decimals."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
@@ -186,6 +186,11 @@ def _cell(value: Any) -> Any:
 
 
 def read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The rows of a CSV table, typed; an empty cell is None ("" in text columns).
+
+    Raises:
+        DatasetError: the table is missing or damaged.
+    """
     if not path.is_file():
         raise DatasetError(f"{path}: no such file; run data_prep.prepare, again if it was stopped")
     with open(path, newline="", encoding="utf-8") as file:

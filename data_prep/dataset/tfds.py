@@ -20,9 +20,9 @@ def complete(
     """Writes the last files of a dataset and returns the content of preparation.json.
 
     Args:
-        dataset_dir: holds the shards and the tables.
-        preparation: of `make_preparation`.
-        tables: file names of its tables.
+        dataset_dir: directory with the shards and the tables.
+        preparation: from `make_preparation`.
+        tables: file names of the tables.
         shard_checksums: SHA-256 of each shard.
     """
     _write_tfds_metadata(dataset_dir, preparation)
@@ -39,7 +39,7 @@ def complete(
 
 def _write_tfds_metadata(dataset_dir: Path, preparation: Mapping[str, Any]) -> None:
     """Writes dataset_info.json and features.json."""
-    # Not at the top: it takes a second, which every worker process of a preparation would wait for.
+    # Not at the top: the import would delay every worker process of a preparation by a second.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import naming
 

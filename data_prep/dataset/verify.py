@@ -21,6 +21,7 @@ from data_prep.dataset.schema import (
     table_columns,
 )
 from data_prep.dataset.storage import decode_record, read_records
+from data_prep.masks.reading import MAX_REGIONS
 from data_prep.scan.geometry import measure_stack
 from data_prep.system.errors import DatasetError
 from data_prep.system.files import file_sha256
@@ -30,11 +31,14 @@ from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 def verify(dataset: Dataset, pool: WorkerPool) -> list[str]:
     """Problems of a dataset, each one line that names the file; [] if it is sound.
 
-    Checksums; the tables agree with the shards and with each other; no volume is there twice, no
-    patient in two splits; the records of a volume are consecutive, their positions increase, and
-    `pair_valid` is false exactly at its gaps, jumps and end. slices.csv lists the records in their
-    order with the foreground of their masks, labels.csv the volumes; labels are classes that
-    preparation.json names; what masks hold is in regions.csv.
+    Checks the checksums, and that:
+    - the tables agree with the shards and with each other;
+    - no volume occurs twice, and no patient in two splits;
+    - the records of a volume are consecutive, with increasing positions, and `pair_valid` is false
+      exactly at its gaps, jumps and end;
+    - slices.csv lists the records in their order with the foreground of their masks, labels.csv the
+      volumes, regions.csv all regions of the masks;
+    - labels are classes that preparation.json names.
     """
     preparation, volumes = dataset.preparation, dataset.volumes()
     label_problems = list(_label_problems(dataset))
@@ -146,7 +150,7 @@ def _label_problems(dataset: Dataset) -> Iterator[str]:
         strange = {row[name] for row in rows} - {None, *range(len(facts["classes"]))}
         if strange:
             yield (
-                f"{table}: {name} holds {min(strange)}, which is none of its "
+                f"{table}: {name} holds {min(strange)}, which is not one of its "
                 f"{len(facts['classes'])} classes"
             )
         if facts["level"] == "patient":
@@ -161,8 +165,8 @@ def _label_problems(dataset: Dataset) -> Iterator[str]:
             yield f"{place}: there is no such volume"
         elif not 0 <= row["first_slice"] <= row["last_slice"] < num_slices[row["volume_id"]]:
             yield f"{place}: its slices are not slices of the volume"
-        if not 1 <= row["region"] <= 255 or seen[row["volume_id"], row["region"]] > 1:
-            yield f"{place}: its number is there twice or beyond 255"
+        if not 1 <= row["region"] <= MAX_REGIONS or seen[row["volume_id"], row["region"]] > 1:
+            yield f"{place}: its number occurs twice or is not 1 to {MAX_REGIONS}"
 
 
 def _shard_problems(
@@ -175,11 +179,11 @@ def _shard_problems(
     rows: list[dict[str, Any]],
     masks: dict[str, tuple[list[int], set[int]]],
 ) -> list[str]:
-    """Problems of one shard, whose first record is record `first` of its split. `masks`: by volume,
-    foreground pixels of its slices, and its regions."""
+    """Problems of one shard, whose first record is record `first` of its split. `masks`: of each
+    volume, the foreground pixels of its slices, and its regions."""
     path = dataset_dir / shard.name
     if not path.is_file():
-        return []  # named already
+        return []  # `damaged_tables` names it
     problems = []
     if file_sha256(path) != checksum:
         problems.append(f"{shard.name}: checksum differs from preparation.json")
@@ -212,13 +216,13 @@ def _shard_problems(
         at += row["num_slices"]
     if at != len(records):
         problems.append(
-            f"{shard.name}: {len(records) - at} records belong to no volume of volumes.csv"
+            f"{shard.name}: {len(records) - at} records are not in a volume of volumes.csv"
         )
     return problems
 
 
 def _without_pixels(record: dict[str, Any]) -> dict[str, Any]:
-    """Of a mask, its area and its regions stay."""
+    """The record with the area and the regions of its mask in place of the pixels."""
     rest = {name: value for name, value in record.items() if name not in ("image", "mask")}
     if "mask" in record:
         rest["mask_area"] = int(np.count_nonzero(record["mask"]))
@@ -235,14 +239,14 @@ def _mask_faults(
     elif listed is not None:
         areas, regions = listed
         if [record["mask_area"] for record in records] != areas:
-            yield f"the foreground of its masks is not that of {SLICES_FILE}"
+            yield f"the foreground of its masks differs from {SLICES_FILE}"
         if strange := set().union(*(record["regions"] for record in records)) - regions:
             yield f"its masks hold region {min(strange)}, which {REGIONS_FILE} does not list"
 
 
 def _volume_faults(row: dict[str, Any], records: list[dict[str, Any]]) -> Iterator[str]:
     if [record["volume_id"] for record in records] != [row["volume_id"]] * row["num_slices"]:
-        yield "its records are missing or another volume's"
+        yield "its records are missing or belong to another volume"
         return
     if [record["slice_index"] for record in records] != list(range(row["num_slices"])):
         yield "slice_index does not count 0, 1, 2, ..."
@@ -252,7 +256,7 @@ def _volume_faults(row: dict[str, Any], records: list[dict[str, Any]]) -> Iterat
         return
     pair_valid = np.array([record["pair_valid"] for record in records])
     expected = measure_stack(positions).pair_valid
-    # positions along the normal do not show where the origin jumps aside
+    # positions along the normal do not show jumps of the origin to the side
     if "in_plane_jump" in row["notes"].split():
         expected &= pair_valid
     if not np.array_equal(pair_valid, expected):

@@ -1,2 +1,2 @@
-"""Labels and attributes of scans: tables, RSNA-PE's train.csv, LIDC-IDRI's readers; what is right
-for one exam."""
+"""Labels and attributes of scans: tables, RSNA-PE's train.csv, LIDC-IDRI's readers; their look-up
+for one volume."""

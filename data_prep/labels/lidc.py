@@ -6,9 +6,9 @@
 
 Four readers each drew every nodule of 3 mm and more, slice by slice. A contour is a list of pixels
 just outside the nodule. Nodules of different readers are one nodule where their contours come
-close; a voxel belongs to it where enough readers have it. The defaults give the numbers of the
-paper's Table I exactly (`experiments.table1`): 10,005 slices of nodules, 840 patients. Coordinates
-are pixels of the source matrix, x a column and y a row, from 0.
+close. A voxel belongs to a nodule where enough readers include it. The defaults give the numbers of
+the paper's Table I exactly (`experiments.table1`): 10,005 slices of nodules, 840 patients.
+Coordinates are pixels of the source matrix, x a column and y a row, from 0.
 """
 
 import collections
@@ -33,9 +33,9 @@ CHARACTERISTICS = (
     *("subtlety", "internalStructure", "calcification", "sphericity", "margin"),
     *("lobulation", "spiculation", "texture", "malignancy"),
 )
-# (Series Instance UID, session, nodule ID) of readings that the XML holds and the curated
-# annotations of the collection do not; the paper's counts are without it. LIDC-IDRI-0101: 23
-# contours, malignancy 4.
+# (Series Instance UID, session, nodule ID) of readings that are in the XML and not in the curated
+# annotations of the collection. The paper's counts are without them. LIDC-IDRI-0101: 23 contours,
+# malignancy 4.
 EXCLUDED_READINGS = {("1.3.6.1.4.1.14519.5.2.1.6279.6001.340202188094259402036602717327", 0, "2")}
 
 _NAMESPACE = "{http://www.nih.gov}"
@@ -46,7 +46,7 @@ _MIN_TOLERANCE = 0.1
 
 
 class LidcError(InputError):
-    """Annotations that can't be used; the message is one line."""
+    """Annotations that cannot be used, in one line."""
 
 
 class ContourOutside(LidcError):
@@ -64,7 +64,7 @@ class Contour(NamedTuple):
 
 
 class ReaderNodule(NamedTuple):
-    """One nodule of 3 mm and more as one reader saw it (`unblindedReadNodule`)."""
+    """One reader's nodule of 3 mm and more (`unblindedReadNodule`)."""
 
     nodule_id: str  # noduleID, the reader's own numbering
     characteristics: dict[str, int]  # `CHARACTERISTICS`, 1 to 5 or 6
@@ -72,36 +72,39 @@ class ReaderNodule(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """All that was read of one CT series."""
+    """The annotations of one CT series by all its readers."""
 
     series_instance_uid: str
     study_instance_uid: str
-    # a reader each; () where the reader saw no nodule of 3 mm
+    # one for each reader; () where the reader saw no nodule of 3 mm
     sessions: tuple[tuple[ReaderNodule, ...], ...]
+
+    @property
+    def contours(self) -> list[Contour]:
+        """The contours of all readers."""
+        return [c for session in self.sessions for nodule in session for c in nodule.contours]
 
 
 class Votes(NamedTuple):
-    """A nodule as several annotations together, before the consensus is taken."""
+    """All annotations of one nodule, before the consensus."""
 
     first_slice: int
     top: int
     left: int
-    votes: np.ndarray  # [S, h, w] uint8, how many annotations have the voxel
-    # that were grouped; more than `num_readers` where one reader drew it as two
-    num_annotations: int
+    votes: np.ndarray  # [S, h, w] uint8, number of annotations that include the voxel
+    num_annotations: int  # more than `num_readers` where a reader drew it as two nodules
     num_readers: int  # distinct
-    malignancy: int  # median of the annotations, the upper one of an even number
+    malignancy: int  # median of the annotations; of an even number the upper median
 
 
 class Nodule(NamedTuple):
-    """A consensus nodule: the box around it and its mask there. Slices that were not kept are
-    empty."""
+    """A consensus nodule: a box and the mask within it. Slices that were not kept are empty."""
 
     first_slice: int
     top: int
     left: int
     mask: np.ndarray  # [S, h, w] bool; the first and last slice, row and column are not empty
-    malignancy: int  # 1 to 5, median of the annotations, the upper one of an even number
+    malignancy: int  # 1 to 5, as in `Votes`
     num_readers: int  # distinct
 
 
@@ -109,22 +112,21 @@ class Nodule(NamedTuple):
 
 
 def read_reading(content: bytes, name: str = "annotations") -> Reading | None:
-    """The annotations of a CT series from the content of an XML file; None if it is of something
-    else (a radiograph).
+    """The annotations of a CT series from an XML file; None for other studies (radiographs).
 
-    Nodules below 3 mm and non-nodules have no characteristics, or blank or zero ones: they are left
-    out, and so are single points.
+    Nodules below 3 mm and non-nodules are left out: their characteristics are missing, blank or
+    zero. Single points are left out, too.
 
     Args:
-        content: of the file.
-        name: of the file, for messages.
+        content: the content of the file.
+        name: the name of the file, for messages.
 
     Raises:
-        LidcError: damaged XML, or a CT read without a series or with unreadable numbers.
+        LidcError: the XML is damaged, or lacks the series, or has unreadable numbers.
     """
     try:
         root = ElementTree.fromstring(content)
-    # the last two: an encoding that does not exist
+    # LookupError and ValueError: an encoding that does not exist.
     except (ElementTree.ParseError, LookupError, ValueError) as error:
         raise LidcError(f"{name}: damaged XML ({error}); fetch the file again") from error
     if root.tag != f"{_NAMESPACE}LidcReadMessage":
@@ -137,21 +139,21 @@ def read_reading(content: bytes, name: str = "annotations") -> Reading | None:
         return Reading(
             _text(header, "SeriesInstanceUid"), _text(header, "StudyInstanceUID"), sessions
         )
-    except InputError as error:
+    except ValueError as error:
         raise LidcError(f"{name}: {error}; fetch the file again") from error
 
 
 def _read_session(session: ElementTree.Element) -> tuple[ReaderNodule, ...]:
     nodules = []
     for element in session.findall(f"{_NAMESPACE}unblindedReadNodule"):
-        given = element.find(f"{_NAMESPACE}characteristics")
-        if given is None:
+        scores = element.find(f"{_NAMESPACE}characteristics")
+        if scores is None:
             continue
-        texts = [(given.findtext(f"{_NAMESPACE}{name}") or "").strip() for name in CHARACTERISTICS]
+        texts = [(scores.findtext(f"{_NAMESPACE}{name}") or "").strip() for name in CHARACTERISTICS]
         if any(text in ("", "0") for text in texts):
             continue
         if not all(text.isdecimal() for text in texts):
-            raise InputError("a characteristic (subtlety to malignancy) is not a whole number")
+            raise ValueError("a characteristic (subtlety to malignancy) is not a whole number")
         contours = (_read_contour(roi) for roi in element.findall(f"{_NAMESPACE}roi"))
         contours = tuple(contour for contour in contours if len(contour.points) > 1)
         if contours:
@@ -163,28 +165,28 @@ def _read_session(session: ElementTree.Element) -> tuple[ReaderNodule, ...]:
 def _read_contour(roi: ElementTree.Element) -> Contour:
     inclusion = _text(roi, "inclusion").upper()
     if inclusion not in ("TRUE", "FALSE"):
-        raise InputError("inclusion is neither TRUE nor FALSE")
+        raise ValueError("inclusion is neither TRUE nor FALSE")
     uid, position = _text(roi, "imageSOP_UID"), _text(roi, "imageZposition")
     edges = roi.findall(f"{_NAMESPACE}edgeMap")
     try:
         position_mm = float(position)
         points = [(int(edge.findtext(_X, "")), int(edge.findtext(_Y, ""))) for edge in edges]
     except ValueError:
-        raise InputError("a coordinate or imageZposition of a contour is not a number") from None
+        raise ValueError("a coordinate or imageZposition of a contour is not a number") from None
     return Contour(uid, position_mm, inclusion == "TRUE", np.array(points, np.int64).reshape(-1, 2))
 
 
 def _child(element: ElementTree.Element, name: str) -> ElementTree.Element:
     child = element.find(f"{_NAMESPACE}{name}")
     if child is None:
-        raise InputError(f"{name} is missing")
+        raise ValueError(f"{name} is missing")
     return child
 
 
 def _text(element: ElementTree.Element, name: str) -> str:
     text = (_child(element, name).text or "").strip()
     if not text:
-        raise InputError(f"{name} is empty")
+        raise ValueError(f"{name} is empty")
     return text
 
 
@@ -192,11 +194,11 @@ def read_readings(path: str | Path) -> dict[str, Reading]:
     """Every CT reading below a folder (zip files included) or in a tar file, by Series Instance
     UID.
 
-    The collection holds the read of six series in 2 to 6 files that differ in their headers: a
-    series counts once.
+    The collection has the readings of six series in 2 to 6 files that differ in their headers. Such
+    a series counts once.
 
     Raises:
-        LidcError: a damaged file, two different readings of one series, or no reading at all.
+        LidcError: a file is damaged, a series has two different readings, or `path` has no reading.
         OSError: `path` does not exist or cannot be read.
     """
     readings: dict[str, Reading] = {}
@@ -204,15 +206,15 @@ def read_readings(path: str | Path) -> dict[str, Reading]:
         reading = read_reading(content, name)
         if reading is None:
             continue
-        known = readings.setdefault(reading.series_instance_uid, reading)
-        if known is not reading and not same_contours(known, reading):
+        first = readings.setdefault(reading.series_instance_uid, reading)
+        if first is not reading and not same_contours(first, reading):
             raise LidcError(
                 f"{name}: a second, different reading of its series; leave one of the two files out"
             )
     if not readings:
         raise LidcError(
-            f"{path}: no CT reading of LIDC-IDRI (XML, root LidcReadMessage); give the folder or "
-            f"tar file"
+            f"{path}: no CT reading of LIDC-IDRI (XML, root LidcReadMessage); "
+            "give the folder or tar file"
         )
     return readings
 
@@ -237,7 +239,7 @@ def _xml_files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def same_contours(first: Reading, second: Reading) -> bool:
-    """Whether two readings say the same, whatever the order of their sessions and nodules."""
+    """Whether two readings are equal except for the order of their sessions and nodules."""
 
     def contents(reading: Reading) -> list:
         return sorted(
@@ -258,10 +260,10 @@ def same_contours(first: Reading, second: Reading) -> bool:
 
 
 def slices_from_positions(reading: Reading, slice_spacing_mm: float) -> dict[str, int]:
-    """`slice_uids` where there are no images: slices numbered by imageZposition, from the lowest
-    contour.
+    """The `slice_uids` of `consensus_nodules` without images: slices are numbered by
+    imageZposition, from the lowest contour.
 
-    In two series of the collection two images have one position: both get the number of that slice.
+    In two series of the collection two images share a position: both get the same number.
 
     Raises:
         LidcError: the spacing is not positive.
@@ -269,14 +271,12 @@ def slices_from_positions(reading: Reading, slice_spacing_mm: float) -> dict[str
     if not slice_spacing_mm > 0:
         raise LidcError(
             f"slice spacing {slice_spacing_mm} mm; give the distance of neighbouring slices, "
-            f"above 0"
+            "above 0"
         )
-    contours = [
-        contour for session in reading.sessions for nodule in session for contour in nodule.contours
-    ]
-    lowest = min((contour.position_mm for contour in contours), default=0.0)
+    lowest = min((c.position_mm for c in reading.contours), default=0.0)
     return {
-        c.sop_instance_uid: round((c.position_mm - lowest) / slice_spacing_mm) for c in contours
+        c.sop_instance_uid: round((c.position_mm - lowest) / slice_spacing_mm)
+        for c in reading.contours
     }
 
 
@@ -288,13 +288,13 @@ def reader_masks(
 ) -> np.ndarray:
     """One reader's nodule as voxels.
 
-    The contour lies outside the nodule: its pixels are not in the mask. Inclusions are united; a
-    hole takes its filled region away with its contour pixels.
+    The pixels of a contour lie outside the nodule, so they are not in the mask. Inclusions are
+    united. A hole removes its filled region with the pixels of its contour.
 
     Args:
-        contours: of one nodule of one reader.
-        slices: of each contour, the number of its slice.
-        box: (first slice, top, left, number of slices, height, width); holds all contours.
+        contours: one nodule of one reader.
+        slices: for each contour the number of its slice.
+        box: (first slice, top, left, number of slices, height, width) around all contours.
 
     Returns:
         bool, [S, h, w].
@@ -319,16 +319,17 @@ def cluster_annotations(points: Sequence[np.ndarray], slice_thickness_mm: float)
     """Groups annotations of different readers into nodules.
 
     Two annotations belong together where their contours come closer than a tolerance, directly or
-    through others. Distances are in voxel indices and the tolerance is the bare number of the slice
-    thickness, as in the collection's curated annotations (in mm the paper's counts do not come
-    out). While a group has more than four members, the tolerance shrinks by a tenth, down to 0.1.
+    through others. Distances are in voxel indices and the tolerance is the number of the slice
+    thickness without its unit, as in the collection's curated annotations. Distances in mm would
+    not give the paper's counts. While a group has more than four members, the tolerance shrinks by
+    a tenth, down to 0.1.
 
     Args:
-        points: of each annotation its contour pixels, [N, 3] (x, y, slice).
-        slice_thickness_mm: in mm.
+        points: for each annotation its contour pixels, [N, 3] (x, y, slice).
+        slice_thickness_mm: DICOM (0018,0050).
 
     Returns:
-        int, [annotations], the group of each, from 0.
+        int, [annotations], the group of each annotation, from 0.
     """
     number = len(points)
     trees = [KDTree(array) for array in points]
@@ -336,7 +337,7 @@ def cluster_annotations(points: Sequence[np.ndarray], slice_thickness_mm: float)
     for i in range(number):
         for j in range(i):
             gap = np.maximum(trees[i].mins - trees[j].maxes, trees[j].mins - trees[i].maxes)
-            # else their boxes are too far apart
+            # Otherwise the boxes of the two are too far apart already.
             if np.linalg.norm(np.maximum(gap, 0)) <= slice_thickness_mm:
                 distances[i, j] = trees[j].query(points[i])[0].min()
     tolerance = slice_thickness_mm
@@ -355,7 +356,7 @@ def nodule_votes(
     *,
     keep_excluded: bool = False,
 ) -> list[Votes]:
-    """The nodules of a series with how many annotations have each voxel; arguments as of
+    """The nodules of a series before the consensus; arguments and errors as in
     `consensus_nodules`."""
     if not slice_thickness_mm > 0:
         raise LidcError(f"slice thickness {slice_thickness_mm} mm; give the scan's, above 0")
@@ -378,8 +379,8 @@ def nodule_votes(
             for contour in nodule.contours:
                 if (contour.points < 0).any() or (contour.points >= shape[::-1]).any():
                     raise ContourOutside(
-                        f"a contour leaves the image of {shape[0]} x {shape[1]} pixels; is it its "
-                        f"scan?"
+                        f"a contour leaves the image of {shape[0]} x {shape[1]} pixels; "
+                        "is it its scan?"
                     )
             annotations.append((session, nodule))
             slices.append(numbers)
@@ -399,16 +400,13 @@ def nodule_votes(
 
 
 def _slice_numbers(reading: Reading, slice_of: Mapping[str, int]) -> dict[tuple[str, float], int]:
-    """The slice of every (image, position) that carries a contour.
+    """The slice of every (image, position) with a contour.
 
-    The image says it, unless a read names one image at two positions (LIDC-IDRI-0396: the slice
-    below bears the UID of its neighbour): then the position does, between those of the other
-    images.
+    The image tells the slice, unless a reading names one image at two positions (LIDC-IDRI-0396:
+    the slice below has the UID of its neighbour). Then the position tells it, interpolated between
+    the positions of the other images.
     """
-    contours = [
-        contour for session in reading.sessions for nodule in session for contour in nodule.contours
-    ]
-    named = sorted({(contour.position_mm, contour.sop_instance_uid) for contour in contours})
+    named = sorted({(c.position_mm, c.sop_instance_uid) for c in reading.contours})
     if any(uid not in slice_of for _, uid in named):
         raise LidcError(
             "a contour lies on an image that the series does not have; is the scan complete?"
@@ -439,19 +437,19 @@ def _votes(members: list[tuple[int, ReaderNodule, list[int], np.ndarray]]) -> Vo
 def consensus_nodule(
     votes: Votes, consensus: float = CONSENSUS, min_area_px: int = MIN_AREA_PX
 ) -> Nodule | None:
-    """The voxels that at least a share `consensus` of the annotations have, on slices where they
-    are more than `min_area_px`; None if there are none."""
+    """The voxels that at least the share `consensus` of the annotations include, on slices with
+    more than `min_area_px` such voxels; None if all slices have fewer."""
     if not 0 < consensus <= 1 or min_area_px < 0:
         raise LidcError(
-            f"consensus {consensus}, smallest area {min_area_px}; give a share in (0, 1] and at "
-            f"least 0"
+            f"consensus {consensus}, smallest area {min_area_px}; "
+            "give a share in (0, 1] and at least 0"
         )
     mask = votes.votes >= consensus * votes.num_annotations - 1e-9
     mask &= (mask.sum(axis=(1, 2)) > min_area_px)[:, None, None]
-    found = np.argwhere(mask)
-    if not len(found):
+    voxels = np.argwhere(mask)
+    if not len(voxels):
         return None
-    low, high = found.min(axis=0), found.max(axis=0) + 1
+    low, high = voxels.min(axis=0), voxels.max(axis=0) + 1
     kept = mask[tuple(map(slice, low, high))]
     corner = np.add(low, (votes.first_slice, votes.top, votes.left)).tolist()
     return Nodule(*corner, kept, votes.malignancy, votes.num_readers)
@@ -470,13 +468,13 @@ def consensus_nodules(
     """The nodules of a series.
 
     Args:
-        reading: of the series.
-        slice_uids: SOP Instance UIDs in slice order, along the normal, in either direction; or the
-            number of the slice of each UID, where a slice has several (a second image at the same
-            position).
+        reading: the annotations.
+        slice_uids: SOP Instance UIDs in slice order, along the normal, in either direction; or for
+          each UID the number of its slice, where a slice has several UIDs (a second image at the
+          same position).
         shape: (rows, columns) of the source matrix.
-        slice_thickness_mm: DICOM (0018,0050), in mm.
-        consensus: share of a nodule's annotations that must have a voxel, in (0, 1].
+        slice_thickness_mm: DICOM (0018,0050).
+        consensus: share of a nodule's annotations that must include a voxel, in (0, 1].
         min_area_px: a slice is kept where the nodule has more pixels than this.
         keep_excluded: also take `EXCLUDED_READINGS`.
 
@@ -484,8 +482,9 @@ def consensus_nodules(
         The nodules that have at least one slice.
 
     Raises:
-        LidcError: a contour lies on an image that is not in `slice_uids` or outside `shape`; a
-          value is out of range.
+        ContourOutside: a contour leaves `shape`.
+        LidcError: a contour lies on an image that is not in `slice_uids`, or a value is out of its
+          range.
     """
     votes = nodule_votes(
         reading, slice_uids, shape, slice_thickness_mm, keep_excluded=keep_excluded

@@ -1,13 +1,12 @@
-"""What a volume's labels, mask and attributes are, looked up by the workers in what
+"""Labels, mask and attributes of a volume, looked up by the workers in the tables that
 `data_prep.labels.staging` staged.
 
-    labels.fault(candidate)        # None, or a Rejection: it cannot have its mask
+    labels.fault(candidate)        # None, or a Rejection: the candidate cannot have its mask
     labels.labels_of(volume)       # VolumeLabels or Rejection
 
-A label keeps the level of its key: a slice (SOP Instance UID), a volume or a patient. What the
-archive has and the tables lack is missing and stays so. Masks are those of LIDC-IDRI's readers or
-files of a folder; a series without one is rejected, since nobody knows whether an unread scan has
-nodules.
+A label keeps the level of its key: a slice (SOP Instance UID), a volume or a patient. A label that
+the tables lack stays missing. Masks come from LIDC-IDRI's readers or from the files of a folder. A
+series without a mask is rejected, since an unread scan may or may not have nodules.
 """
 
 import dataclasses
@@ -33,18 +32,19 @@ from data_prep.scan.headers import Header
 from data_prep.scan.nifti_metadata import volume_name
 from data_prep.scan.series import Rejection, SeriesCandidate
 from data_prep.scan.volume import Volume
+from data_prep.system.files import file_sha256
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelSources:
-    """Where labels, masks and attributes come from."""
+    """The files and settings of labels, masks and attributes."""
 
     archive: str = "dicom"
     labels_csv: tuple[Path, ...] = ()
     attributes_csv: Path | None = None
-    metadata_csv: Path | None = None  # of a NIfTI archive (`data_prep.scan.nifti.read_metadata`)
+    metadata_csv: Path | None = None  # of a NIfTI archive (`data_prep.scan.nifti_metadata`)
     masks_dir: Path | None = None
-    annotations_dir: Path | None = None  # XML of LIDC-IDRI; None: they lie among the scans
+    annotations_dir: Path | None = None  # XML of LIDC-IDRI; None: among the scans
     consensus: float = lidc.CONSENSUS
     min_area_px: int = lidc.MIN_AREA_PX
 
@@ -60,9 +60,9 @@ class LabelSources:
 
 
 class VolumeLabels(NamedTuple):
-    """What labels and masks say of a volume."""
+    """Labels, mask and regions of a volume."""
 
-    slices: list[dict[str, int | None]]  # one a slice: class of each slice label
+    slices: list[dict[str, int | None]]  # for each slice: class of each slice label
     volume: dict[str, int | None]  # class of each label of volume or patient
     # [S, H, W] uint8 at the source matrix, canonical orientation; None: the dataset has none
     mask: np.ndarray | None
@@ -80,7 +80,7 @@ class TableSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What was staged; small, and the same in every worker."""
+    """The staged tables. Small, and the same in every worker."""
 
     database: Path
     tables: tuple[TableSpec, ...]
@@ -99,37 +99,30 @@ class Labels:
 
     @property
     def has_masks(self) -> bool:
+        """Whether the dataset gets masks."""
         return self.sources.mask_facts() is not None
 
     def attributes(self, patient_id: str) -> dict[str, Any]:
-        """What the table of attributes says of a patient; it goes before the headers."""
+        """The attributes of a patient in the table; they replace the attributes in headers."""
         row = _select(self.database, "SELECT cells FROM attributes WHERE key = ?", patient_id)
         return json.loads(row[0]) if row else {}
 
     def version(self, candidate: SeriesCandidate) -> str:
-        """Tells the annotation or mask of a series from another one; "" if it has none."""
+        """A digest of the annotation or mask of a series; "" if it is missing."""
         if self.sources.archive == "lidc_idri":
             reading = self._reading(candidate)
             return hashlib.sha256(repr(_plain(reading)).encode()).hexdigest() if reading else ""
         path = self._mask_path(candidate.headers[0]) if self.has_masks else None
-        if path is None:
-            return ""
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return "" if path is None else file_sha256(path)
 
     def fault(self, candidate: SeriesCandidate) -> Rejection | None:
-        """Why a series cannot have its mask, as far as headers tell."""
+        """The reason why a series cannot have its mask, as far as headers tell; None: it may."""
         if self.sources.archive == "lidc_idri":
             reading = self._reading(candidate)
             if reading is None:
                 return candidate.rejected("no_annotation", "")
-            numbers = _numbers_of_instances(candidate)
-            strange = {
-                contour.sop_instance_uid
-                for session in reading.sessions
-                for nodule in session
-                for contour in nodule.contours
-            } - set(numbers)
+            strange = {c.sop_instance_uid for c in reading.contours}
+            strange -= _numbers_of_instances(candidate).keys()
             if not strange:
                 return None
             return candidate.rejected("annotation_mismatch", f"{len(strange)} unknown slices")
@@ -147,8 +140,8 @@ class Labels:
         whole_volume: dict[str, int | None] = {}
         for number, table in enumerate(self.tables):
             if table.level == "slice":
-                for header, found in zip(volume.headers, slices, strict=True):
-                    found |= self._row(number, table, header)
+                for header, classes in zip(volume.headers, slices, strict=True):
+                    classes |= self._row(number, table, header)
             else:
                 whole_volume |= self._row(number, table, volume.headers[0])
         mask, regions = None, []
@@ -210,7 +203,7 @@ class Labels:
         mask = np.zeros(volume.hu.shape, np.uint8)
         for index, header in enumerate(volume.headers):
             source = np.zeros(shape, np.uint8)
-            # where two overlap, the first stays
+            # Where two overlap, the first stays.
             for region, nodule in reversed(list(enumerate(nodules, start=1))):
                 source[lidc.slice_mask([nodule], numbers[header.sop_instance_uid], shape)] = region
             mask[index] = orient(source, axes)
@@ -234,7 +227,7 @@ class Labels:
 
 def region_rows(mask: np.ndarray, volume: Volume) -> list[dict[str, Any]]:
     """`region`, `first_slice`, `last_slice`, `volume_mm3` and `diameter_mm` of the regions of
-    `mask` [S, H, W] at the source matrix. A region that others cover wholly has no row."""
+    `mask` [S, H, W] at the source matrix. A region that others cover wholly is left out."""
     voxel_mm3 = math.prod(volume.pixel_spacing_mm) * volume.slice_spacing_mm
     # [S, 256]
     areas = np.stack([np.bincount(image.reshape(-1), minlength=MAX_REGIONS + 1) for image in mask])
@@ -255,9 +248,9 @@ def region_rows(mask: np.ndarray, volume: Volume) -> list[dict[str, Any]]:
 
 
 def header_key(header: Header, key: str) -> str:
-    """What a table with the key column `key` calls this image; "" if nothing."""
+    """The key of this image in a table with the key column `key`, or ""."""
     if key == "SOPInstanceUID":
-        # else its label is of no one slice
+        # The UID of a multi-frame file names many slices.
         return header.sop_instance_uid if header.number_of_frames == 1 else ""
     if key == "VolumeName":
         return volume_name(header.source)
@@ -271,30 +264,26 @@ def header_key(header: Header, key: str) -> str:
 
 def _numbers_of_instances(candidate: SeriesCandidate) -> dict[str, int]:
     """Position in the planned stack of each SOP Instance UID, duplicates included."""
-    groups = zip(candidate.headers, candidate.duplicates, strict=True)
     return {
         header.sop_instance_uid: number
-        for number, (first, others) in enumerate(groups)
-        for header in (first, *others)
+        for number, group in enumerate(candidate.groups)
+        for header in group
     }
 
 
 def _plain(node: Any) -> Any:
-    """Nested tuples and lists without arrays, so that `repr` shows all of it."""
+    """Nested tuples and lists without arrays, since `repr` shortens arrays."""
     if isinstance(node, np.ndarray):
         return node.tolist()
     return [_plain(item) for item in node] if isinstance(node, tuple) else node
 
 
 def _select(database: Path, query: str, *values: Any) -> tuple | None:
-    return (
-        _connection(str(database), database.stat().st_mtime_ns, os.getpid())
-        .execute(query, values)
-        .fetchone()
-    )
+    connection = _connection(database, database.stat().st_mtime_ns, os.getpid())
+    return connection.execute(query, values).fetchone()
 
 
 @functools.lru_cache(maxsize=2)
-def _connection(database: str, mtime_ns: int, process: int) -> sqlite3.Connection:
-    """Read-only; opened once a process."""
-    return sqlite3.connect(f"{Path(database).absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+def _connection(database: Path, mtime_ns: int, process: int) -> sqlite3.Connection:
+    """A read-only connection, opened once in each process."""
+    return sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro&immutable=1", uri=True)

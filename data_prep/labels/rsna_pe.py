@@ -1,8 +1,8 @@
 """RSNA STR Pulmonary Embolism Detection (2020): `train.csv` beside the DICOM files.
 
-One row a slice: its own label, and labels of the exam, which are the same in all rows of the exam.
-The labels obey rules that the challenge states; exams that break one are listed, and kept as they
-are. A file has 1.8 million rows: it is read as a stream.
+Each row is a slice with its own label and the labels of its exam, which are equal in all rows of
+the exam. The labels obey rules that the challenge states. Exams that break a rule are listed, and
+kept unchanged. The file has 1.8 million rows, so it is read as a stream.
 """
 
 import errno
@@ -36,10 +36,11 @@ EXAM_LABELS = (
 POSITIVE_EXAM = "pe_positive_exam"  # neither negative nor indeterminate
 COLUMNS = (STUDY, SERIES, INSTANCE, SLICE_LABEL, *EXAM_LABELS)
 
-# Name -> what an exam that breaks it does.
+# Name of a rule -> the property of an exam that breaks it.
 RULES = {
     "not_constant": "A label of the exam differs between its rows; the first row's counts.",
-    "rv_lv_ratio": "Positive slices, and not exactly one of rv_lv_ratio_gte_1 and rv_lv_ratio_lt_1.",
+    "rv_lv_ratio": "Positive slices, and not exactly one of rv_lv_ratio_gte_1 and "
+    "rv_lv_ratio_lt_1.",
     "no_side": "Positive slices, and none of central_pe, leftsided_pe, rightsided_pe.",
     "chronic": "Positive slices, and both chronic_pe and acute_and_chronic_pe.",
     "positive_slices": "Positive slices, and negative_exam_for_pe or indeterminate.",
@@ -53,16 +54,21 @@ _ONLY_POSITIVE = (
 
 
 class Exam(NamedTuple):
-    """What the rows of one study say."""
+    """The rows of one study, combined."""
 
-    labels: dict[str, int]  # of `EXAM_LABELS`, by the first row
+    labels: dict[str, int]  # `EXAM_LABELS` in the first row
     positive_slices: int
-    constant: bool
+    constant: bool  # all rows have the same labels of the exam
 
 
 def train_csv(input_dir: Path | RemoteArchive) -> Path | None:
-    """`train.csv` of an archive; of one on a store, a copy that ends with this process. None: there
-    is none."""
+    """`train.csv` of an archive, or None if it is missing.
+
+    From a store it is a copy that is removed when this process ends.
+
+    Raises:
+        RunFailed: a store cannot be read.
+    """
     if isinstance(input_dir, RemoteArchive):
         try:
             return local_copy(input_dir, TRAIN_FILE)
@@ -86,31 +92,34 @@ def check_train_csv(input_dir: Path | RemoteArchive) -> Path:
     if path is None:
         raise InputError(
             f"--input_dir={input_dir}: no {TRAIN_FILE} in it; give the folder that holds it and "
-            f"the scans, or "
-            "--archive=dicom to do without labels"
+            "the scans, or --archive=dicom to do without labels"
         )
     names = read_header(path, "train.csv")
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise InputError(
             f"{path}: lacks the column {', '.join(missing)}; fetch the file of the challenge "
-            f"again, or give "
-            "--archive=dicom and your own --labels_csv"
+            "again, or give --archive=dicom and your own --labels_csv"
         )
     return path
 
 
 def slice_table(path: Path) -> Table:
+    """The labels of slices in `train.csv`."""
     return Table(path, INSTANCE, (SLICE_LABEL,))
 
 
 def exam_table(path: Path) -> Table:
+    """The labels of exams in `train.csv`, with `POSITIVE_EXAM`."""
     return Table(path, STUDY, (*EXAM_LABELS, POSITIVE_EXAM))
 
 
 def read_train_csv(path: Path, exams: dict[str, Exam]) -> Iterator[Row]:
-    """The rows of `slice_table`; once all are taken, `exams` holds every exam by its Study Instance
-    UID.
+    """The rows of `slice_table`.
+
+    Args:
+        path: of the file.
+        exams: gets every exam by its Study Instance UID, complete after the last row.
 
     Raises:
         InputError: a row without UIDs, or a label other than 0 and 1.
@@ -123,21 +132,22 @@ def read_train_csv(path: Path, exams: dict[str, Exam]) -> Iterator[Row]:
                 f"{path}, line {line}: a label is neither 0 nor 1; fetch the file again"
             )
         positive, *labels = map(int, cells)
-        known = exams.get(study)
-        of_exam = dict(zip(EXAM_LABELS, labels, strict=True)) if known is None else known.labels
-        constant = known is None or (known.constant and labels == list(known.labels.values()))
-        exams[study] = Exam(of_exam, (known.positive_slices if known else 0) + positive, constant)
+        first = dict(zip(EXAM_LABELS, labels, strict=True))
+        exam = exams.get(study) or Exam(first, 0, True)
+        exams[study] = Exam(
+            exam.labels, exam.positive_slices + positive, exam.constant and exam.labels == first
+        )
         yield Row(line, instance, (cells[0],))
 
 
 def exam_row(study: str, exam: Exam) -> Row:
-    """The row of `exam_table` of an exam."""
+    """The row of an exam in `exam_table`."""
     positive = exam.labels["negative_exam_for_pe"] == 0 and exam.labels["indeterminate"] == 0
     return Row(0, study, (*map(str, exam.labels.values()), str(int(positive))))
 
 
 def violations(exam: Exam) -> list[str]:
-    """Names of the `RULES` that an exam breaks."""
+    """The names of the `RULES` that an exam breaks."""
     labels = exam.labels
     if exam.positive_slices:
         broken = {

@@ -1,21 +1,19 @@
-"""Tables of labels and attributes, annotations and masks: read once into a private file, matched
-with the archive.
+"""Tables of labels and attributes, annotations and masks: read once into a private file, and
+matched with the archive.
 
     check(sources, input_dir)                       # columns, before anything else
     labels = stage(sources, input_dir, database)    # every row, before the headers are read
     counts = match(labels, headers)                 # against the archive, before the conversion
 
-The workers look up what is staged by `data_prep.labels.lookup`.
+The workers look up the staged tables by `data_prep.labels.lookup`.
 """
 
 import contextlib
 import errno
-import hashlib
-import itertools
 import json
 import pickle
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +24,39 @@ from data_prep.labels.tables import Row, Spellings, Table
 from data_prep.masks import reading as mask_files
 from data_prep.scan import nifti_metadata
 from data_prep.scan.headers import Header
+from data_prep.scan.loading import chunks
 from data_prep.system.errors import InputError
+from data_prep.system.files import file_sha256
 
-_MANY = 10_000
+_ROWS_AT_A_TIME = 10_000
 
 
 # ---- before anything else ------------------------------------------------------------------------
 
 
 def check(sources: LabelSources, input_dir: Path) -> None:
-    """Looks at flags and first lines only.
+    """Checks flags and the first lines of tables.
 
     Raises:
-        InputError: a file that is not there, lacks a column, or options that exclude each other.
+        InputError: a file is missing or lacks a column, or two options exclude each other.
     """
     if sources.archive == "lidc_idri" and sources.masks_dir:
         raise InputError(
             "--masks_dir and --archive=lidc_idri both give masks; leave one out (--archive=dicom)"
         )
     if sources.annotations_dir and sources.archive != "lidc_idri":
-        raise InputError("--annotations_dir is of --archive=lidc_idri; add that or leave it out")
+        raise InputError(
+            "--annotations_dir goes with --archive=lidc_idri; add --archive or leave the folder out"
+        )
     if sources.annotations_dir and not sources.annotations_dir.exists():
         raise InputError(
-            f"--annotations_dir={sources.annotations_dir}: no such directory; give the folder of "
-            f"the XML"
+            f"--annotations_dir={sources.annotations_dir}: no such directory; "
+            "give the folder of the XML"
         )
     if sources.metadata_csv and sources.archive != "nifti":
-        raise InputError("--metadata_csv is of --archive=nifti; add that or leave it out")
+        raise InputError(
+            "--metadata_csv goes with --archive=nifti; add --archive or leave the table out"
+        )
     if not 0 < sources.consensus <= 1:
         raise InputError(
             f"--consensus={sources.consensus:g}: give a share of the readers above 0, at most 1"
@@ -69,10 +73,9 @@ def check(sources: LabelSources, input_dir: Path) -> None:
         nifti_metadata.check(input_dir, sources.metadata_csv)
     tables = _tables(sources, input_dir)
     names = [name for table in tables for name in table.labels]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(
-            f"the label {twice[0]} is in two tables; rename a column or leave one table out"
+            f"the label {min(twice)} is in two tables; rename a column or leave one table out"
         )
 
 
@@ -85,8 +88,10 @@ def _tables(sources: LabelSources, input_dir: Path) -> list[Table]:
 
 
 def input_digests(sources: LabelSources, input_dir: Path) -> tuple[tuple[str, str], ...]:
-    """(option, SHA-256) of every table; annotations and masks are compared series by series
-    (`Labels.version`)."""
+    """(option, SHA-256) of every table.
+
+    Annotations and masks are compared series by series (`Labels.version`).
+    """
     files = [("labels_csv", path) for path in sources.labels_csv]
     if sources.attributes_csv:
         files.append(("attributes_csv", sources.attributes_csv))
@@ -94,11 +99,7 @@ def input_digests(sources: LabelSources, input_dir: Path) -> tuple[tuple[str, st
         files.append(("metadata_csv", sources.metadata_csv))
     if sources.archive == "rsna_pe":
         files.insert(0, ("train.csv", rsna_pe.train_csv(input_dir)))
-    digests = []
-    for name, path in files:
-        with open(path, "rb") as file:
-            digests.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
-    return tuple(digests)
+    return tuple((name, file_sha256(path)) for name, path in files)
 
 
 # ---- staging -------------------------------------------------------------------------------------
@@ -107,19 +108,18 @@ def input_digests(sources: LabelSources, input_dir: Path) -> tuple[tuple[str, st
 def stage(
     sources: LabelSources, input_dir: Path, database: Path, violations_csv: Path | None = None
 ) -> Labels:
-    """Reads every table and annotation into `database` (private: it holds UIDs), which is created
-    again.
+    """Reads every table and annotation into a new `database`, which is private: it has UIDs.
 
-    Exams that break a rule of the RSNA labels go to `violations_csv`, their number by rule into
-    `Labels.counts`.
+    Exams that break a rule of the RSNA labels go to `violations_csv`. Their number by rule goes
+    into `Labels.counts`.
 
     Raises:
-        InputError: a table that contradicts itself or holds what it can't; one line.
-        OSError: a file cannot be read, or the database not be written.
+        InputError: a table contradicts itself or has an impossible value.
+        OSError: a file cannot be read, or the database cannot be written.
     """
     try:
         return _stage(sources, input_dir, database, violations_csv)
-    # which says less than the system: a full disk, nearly always
+    # SQLite names the cause less clearly than the system. It is nearly always a full disk.
     except sqlite3.OperationalError as error:
         raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(database)) from error
 
@@ -131,7 +131,7 @@ def _stage(
     specs: list[TableSpec] = []
     counts: dict[str, Any] = {}
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        connection.execute("PRAGMA synchronous = OFF")  # after a killed run it is created again
+        connection.execute("PRAGMA synchronous = OFF")  # a killed run creates it again
         connection.execute(
             "CREATE TABLE labels (number, key, cells, line, PRIMARY KEY (number, key)) WITHOUT "
             "ROWID"
@@ -141,8 +141,10 @@ def _stage(
         exams: dict[str, rsna_pe.Exam] = {}
         for number, table in enumerate(_tables(sources, input_dir)):
             if sources.archive == "rsna_pe" and number < 2:
-                of_slices = number == 0
-                rows = rsna_pe.read_train_csv(table.path, exams) if of_slices else _exam_rows(exams)
+                if number == 0:
+                    rows = rsna_pe.read_train_csv(table.path, exams)
+                else:
+                    rows = (rsna_pe.exam_row(study, exam) for study, exam in exams.items())
                 _insert(connection, number, table, rows, None)
                 classes = dict.fromkeys(table.labels, ("0", "1"))
             else:
@@ -167,10 +169,6 @@ def _stage(
     return Labels(database, tuple(specs), sources, masks, counts)
 
 
-def _exam_rows(exams: Mapping[str, rsna_pe.Exam]) -> Iterator[Row]:
-    return (rsna_pe.exam_row(study, exam) for study, exam in exams.items())
-
-
 def _insert(
     connection: sqlite3.Connection,
     number: int,
@@ -178,38 +176,39 @@ def _insert(
     rows: Iterable[Row],
     spellings: Spellings | None,
 ) -> None:
-    """A key that is there again must say the same."""
-    rows = iter(rows)
-    while some := list(itertools.islice(rows, _MANY)):
-        for row in some if spellings else ():
+    """Inserts the rows of a table.
+
+    Raises:
+        InputError: two rows of one key have other labels.
+    """
+    for chunk in chunks(rows, _ROWS_AT_A_TIME):
+        for row in chunk if spellings else ():
             spellings.add(row)
-        cells = [(number, row.key, json.dumps(row.values), row.line) for row in some]
+        cells = [(number, row.key, json.dumps(row.values), row.line) for row in chunk]
         added = connection.executemany(
             "INSERT OR IGNORE INTO labels VALUES (?, ?, ?, ?)", cells
         ).rowcount
-        if added == len(some):
+        if added == len(chunk):
             continue
         for _, key, values, line in cells:
-            known = connection.execute(
+            other, first_line = connection.execute(
                 "SELECT cells, line FROM labels WHERE number = ? AND key = ?", (number, key)
-            )
-            other, first_line = known.fetchone()
+            ).fetchone()
             if other != values:
                 raise InputError(
                     f"{table.path}, line {line}: the {table.key} of line {first_line} with other "
-                    f"labels; "
-                    "leave one of the two rows out"
+                    "labels; leave one of the two rows out"
                 )
 
 
 def _insert_attributes(connection: sqlite3.Connection, path: Path) -> None:
     lines: dict[str, tuple[int, dict[str, Any]]] = {}
     for line, patient, attributes in label_tables.read_attributes(path):
-        first_line, known = lines.setdefault(patient, (line, attributes))
-        if known != attributes:
+        first_line, first = lines.setdefault(patient, (line, attributes))
+        if first != attributes:
             raise InputError(
                 f"{path}, line {line}: the patient of line {first_line} with other attributes; "
-                f"leave one of them out"
+                "leave one of the two rows out"
             )
     rows = ((patient, json.dumps(attributes)) for patient, (_, attributes) in lines.items())
     connection.executemany("INSERT INTO attributes VALUES (?, ?)", rows)
@@ -229,8 +228,8 @@ def _index_masks(masks_dir: Path) -> dict[str, Path]:
     masks = mask_files.index_masks(masks_dir)
     if not masks:
         raise InputError(
-            f"--masks_dir={masks_dir}: no masks in it; give the folder of the DICOM-SEG or NIfTI "
-            f"files"
+            f"--masks_dir={masks_dir}: no masks in it; "
+            "give the folder of the DICOM-SEG or NIfTI files"
         )
     return masks
 
@@ -239,8 +238,11 @@ def _index_masks(masks_dir: Path) -> dict[str, Path]:
 
 
 def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
-    """Counts of what the tables and annotations have and the archive lacks; `headers` are all of
-    the archive.
+    """Counts the rows and annotations without a match in the archive.
+
+    Args:
+        labels: the staged tables.
+        headers: all headers of the archive.
 
     Raises:
         InputError: a table, the annotations or the masks have nothing in common with the archive.
@@ -258,12 +260,13 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
         seen.execute("ATTACH DATABASE ? AS staged", (str(database),))
 
         def without(table: str, key: str, condition: str = "1") -> tuple[int, int]:
-            total, found = seen.execute(
+            """Number of rows of a staged table, and number of rows without a match."""
+            total, matched = seen.execute(
                 f"SELECT count(*), count(seen.value) FROM staged.{table} AS t LEFT JOIN seen ON "
                 f"seen.value = t.key AND seen.key = ? WHERE {condition}",
                 (key,),
             ).fetchone()
-            return total, total - found
+            return total, total - matched
 
         counts = dict(labels.counts)
         unmatched = {}
@@ -272,9 +275,8 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
             if lost == total:
                 raise InputError(
                     f"none of the {total} rows with the labels {', '.join(table.labels[:3])} is "
-                    f"of this archive: no "
-                    f"{table.key} of theirs is in it; give the table of these scans, or leave it "
-                    f"out"
+                    f"of this archive: no {table.key} of these rows is in it; "
+                    "give the table of these scans, or leave it out"
                 )
             unmatched[",".join(table.labels)] = lost
         if labels.tables:
@@ -284,32 +286,27 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
             if lost == total:
                 raise InputError(
                     f"--attributes_csv={sources.attributes_csv}: none of its {total} patients is "
-                    f"in this archive; "
-                    "PatientID must be written as in the scans"
+                    "in this archive; PatientID must be written as in the scans"
                 )
             counts["attribute_rows_without_match"] = lost
         if sources.archive == "lidc_idri":
             total, lost = without("annotations", "SeriesInstanceUID")
             if lost == total:
                 raise InputError(
-                    f"the XML of {total} readings is of other scans: no series of theirs is in "
-                    f"this archive; give "
-                    "--annotations_dir with the XML of these scans"
+                    f"the XML of {total} readings is of other scans: no series of the readings is "
+                    "in this archive; give --annotations_dir with the XML of these scans"
                 )
             counts["annotations_without_match"] = lost
         if sources.masks_dir:
-            keys = (("SeriesInstanceUID",), ("VolumeName",))
-            known = {
-                value
-                for key in keys
-                for (value,) in seen.execute("SELECT value FROM seen WHERE key = ?", key)
-            }
-            lost = len(labels.masks.keys() - known)
+            names = seen.execute(
+                "SELECT value FROM seen WHERE key IN ('SeriesInstanceUID', 'VolumeName')"
+            )
+            lost = len(labels.masks.keys() - {value for (value,) in names})
             if lost == len(labels.masks):
                 raise InputError(
                     f"--masks_dir={sources.masks_dir}: none of its {lost} masks is of this "
-                    f"archive; name a mask by the "
-                    "Series Instance UID of its scan, or as its NIfTI file"
+                    "archive; name a mask by the Series Instance UID of its scan, or as its NIfTI "
+                    "file"
                 )
             counts["masks_without_match"] = lost
     return counts

@@ -1,9 +1,9 @@
 """Tables that a user lays beside an archive: labels (--labels_csv) and attributes of patients
 (--attributes_csv).
 
-A table of labels has a key column, whose name says what a row is of, and a column a label. Cells
-are classes; an empty cell is a missing label. Messages name files, lines and columns, never the
-values of keys.
+A table of labels has a key column, whose name tells the level of a row, and a column for each
+label. Cells are classes, and an empty cell is a missing label. Messages name files, lines and
+columns, never the values of keys.
 """
 
 import csv
@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from data_prep.dataset.schema import MASK_AREA_COLUMN, VOLUME_COLUMNS
 from data_prep.system.errors import InputError
 
-# Key column -> level of the labels, the finest key first. The last but one: the name of a NIfTI
-# file.
+# Key column -> level of the labels, the finest key first. VolumeName is the name of a NIfTI file.
 KEY_LEVELS = {
     "SOPInstanceUID": "slice",
     "SeriesInstanceUID": "volume",
@@ -38,7 +37,7 @@ _NOT_LABELS = {"volume_id", "slice_index", MASK_AREA_COLUMN, *VOLUME_COLUMNS}
 
 
 class Table(NamedTuple):
-    """What the first line of a table of labels says."""
+    """The columns of a table of labels."""
 
     path: Path
     key: str  # name of `KEY_LEVELS`
@@ -46,23 +45,23 @@ class Table(NamedTuple):
 
     @property
     def level(self) -> str:
+        """`slice`, `volume` or `patient`."""
         return KEY_LEVELS[self.key]
 
 
 class Row(NamedTuple):
-    """A line of a table. `values`: the cells of its labels, "" where missing."""
+    """A line of a table."""
 
     line: int
     key: str
-    values: tuple[str, ...]
+    values: tuple[str, ...]  # one for each label, "" where missing
 
 
 def read_header(path: Path, flag: str) -> tuple[str, ...]:
-    """The names in the first line of a CSV file.
+    """The names in the first line of a CSV file; `flag` is the option that named it.
 
     Raises:
-        InputError: no such file, no table, or a name that is there twice; `flag` is the option that
-          named it.
+        InputError: the file is missing or not a table, or a name recurs.
     """
     if not path.is_file():
         raise InputError(
@@ -74,17 +73,16 @@ def read_header(path: Path, flag: str) -> tuple[str, ...]:
         raise InputError(
             f"{path}: the first line is empty; it names the columns, separated by commas"
         )
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
+    if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"{path}: column {min(twice)!r} is there twice; leave one out")
     return names
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """(line, cells of `columns`) of every line but the first and empty ones, stripped.
+    """(line, cells of `columns`, stripped) of every line except the first line and empty lines.
 
     Raises:
-        InputError: a line of another length than the first one.
+        InputError: a line has another length than the first line.
     """
     lines = _cells(path)
     _, header = next(lines)
@@ -95,8 +93,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[s
             continue
         if len(cells) != len(names):
             raise InputError(
-                f"{path}, line {line}: {len(cells)} cells, the first line has "
-                f"{len(names)}; correct it"
+                f"{path}, line {line}: {len(cells)} cells, the first line has {len(names)}; "
+                "correct it"
             )
         yield line, tuple(cells[place].strip() for place in places)
 
@@ -118,18 +116,19 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def open_labels(path: Path) -> Table:
-    """The key and the labels of a table; of several key columns the finest is the key, the others
-    are ignored.
+    """The key and the labels of a table. Of several key columns the finest is the key, and the
+    others are ignored.
 
     Raises:
-        InputError: no key column, no label, or a label's name that cannot stand in a dataset.
+        InputError: the key column or a label is missing, or a dataset cannot have the name of a
+          label.
     """
     names = read_header(path, "--labels_csv")
     key = next((name for name in KEY_LEVELS if name in names), None)
     if key is None:
         raise InputError(
-            f"--labels_csv={path}: no key column; name one of "
-            f"{', '.join(KEY_LEVELS)} in the first line"
+            f"--labels_csv={path}: no key column; name one of {', '.join(KEY_LEVELS)} "
+            "in the first line"
         )
     labels = tuple(name for name in names if name not in KEY_LEVELS)
     if not labels:
@@ -140,8 +139,7 @@ def open_labels(path: Path) -> Table:
         if not _LABEL_NAME.fullmatch(name) or name in _NOT_LABELS:
             raise InputError(
                 f"--labels_csv={path}: {name!r} cannot name a label; rename the column: letters, "
-                f"digits and _ . -, "
-                "a letter first, and no name of a column of the dataset"
+                "digits and _ . -, a letter first, and no name of a column of the dataset"
             )
     return Table(path, key, labels)
 
@@ -165,43 +163,51 @@ class Spellings:
 
     def __init__(self, table: Table):
         self._table = table
-        self._found: list[set[str]] = [set() for _ in table.labels]
+        self._spellings: list[set[str]] = [set() for _ in table.labels]
 
     def add(self, row: Row) -> None:
-        """Raises InputError where a label has too many values for classes."""
+        """Collects the cells of a row.
+
+        Raises:
+            InputError: a label has too many values for classes.
+        """
         for number, value in enumerate(row.values):
-            found = self._found[number]
-            if value and value not in found:
-                found.add(value)
-                if len(found) > _MAX_SPELLINGS:
+            spellings = self._spellings[number]
+            if value and value not in spellings:
+                spellings.add(value)
+                if len(spellings) > _MAX_SPELLINGS:
                     self._classes(number)
 
     def classes(self) -> dict[str, tuple[str, ...]]:
-        """The classes of each label. Raises InputError for what can't be classes."""
+        """The classes of each label.
+
+        Raises:
+            InputError: the values of a label cannot be classes.
+        """
         return {name: self._classes(number) for number, name in enumerate(self._table.labels)}
 
     def _classes(self, number: int) -> tuple[str, ...]:
         where = f"{self._table.path}, column {self._table.labels[number]}"
-        classes = classes_of(self._found[number])
+        classes = classes_of(self._spellings[number])
         if not classes:
             raise InputError(f"{where}: every cell is empty; fill it or leave the column out")
         if len(classes) > MAX_CLASSES:
             raise InputError(
-                f"{where}: more than {MAX_CLASSES} different values; a label is a class: put "
-                f"numbers into bins"
+                f"{where}: more than {MAX_CLASSES} different values; a label is a class: "
+                "put numbers into bins"
             )
         for value in classes:
             if not _CLASS.fullmatch(value) or _LIKE_AN_IDENTIFIER.search(value):
                 raise InputError(
                     f"{where}: a value cannot name a class (at most 32 letters, digits and "
-                    f".,_+/()<>=-, fewer than "
-                    "five digits in a row, since classes are published); rename it"
+                    ".,_+/()<>=-, fewer than five digits in a row, since classes are published); "
+                    "rename it"
                 )
         return classes
 
 
 def classes_of(values: Iterable[str]) -> tuple[str, ...]:
-    """Classes of the cells of a label: sorted as numbers if all are numbers (1 and 1.0 are one),
+    """The classes of a label's cells: sorted as numbers if all are numbers (1 and 1.0 are equal),
     else as text."""
     values = set(values)
     numbers = {_number(value) for value in values}
@@ -214,7 +220,7 @@ def class_index(value: str, classes: Sequence[str]) -> int | None:
     """Index of a cell's class; None for an empty cell.
 
     Raises:
-        ValueError: no such class.
+        ValueError: the class does not exist.
     """
     if not value:
         return None
@@ -233,14 +239,14 @@ def _number(value: str) -> float | None:
 
 
 def check_attributes(path: Path) -> tuple[str, ...]:
-    """The attributes that a table holds.
+    """The attributes in a table.
 
     Raises:
-        InputError: no PatientID, none of the attributes.
+        InputError: PatientID is missing, or all attributes are.
     """
     names = read_header(path, "--attributes_csv")
-    held = tuple(name for name in ATTRIBUTES if name in names)
-    if "PatientID" not in names or not held:
+    attributes = tuple(name for name in ATTRIBUTES if name in names)
+    if "PatientID" not in names or not attributes:
         lacks = (
             "no column PatientID"
             if "PatientID" not in names
@@ -250,52 +256,45 @@ def check_attributes(path: Path) -> tuple[str, ...]:
             f"--attributes_csv={path}: {lacks}; the first line names PatientID and any of "
             f"{', '.join(ATTRIBUTES)}"
         )
-    return held
+    return attributes
 
 
 def read_attributes(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(line, Patient ID, attributes) of every row; what a cell leaves empty is not among the
-    attributes.
+    """(line, Patient ID, attributes) of every row, without empty cells.
 
-    `age` in whole years, 90 for everything above 89; `sex` F, M or O; `ethnic_group` text of at
-    most 32 characters.
+    `age` is in whole years, 90 for an age above 89. `sex` is F, M or O. `ethnic_group` is text of
+    at most 32 characters.
 
     Raises:
-        InputError: no patient, or a value that is not allowed.
+        InputError: the patient is missing, or a value is not allowed.
     """
-    held = check_attributes(path)
-    for line, (patient, *cells) in read_rows(path, ("PatientID", *held)):
+    names = check_attributes(path)
+    for line, (patient, *cells) in read_rows(path, ("PatientID", *names)):
         if not patient:
             raise InputError(
                 f"{path}, line {line}: PatientID is empty; give it or leave the row out"
             )
         try:
-            yield (
-                line,
-                patient,
-                {
-                    name: _attribute(name, cell)
-                    for name, cell in zip(held, cells, strict=True)
-                    if cell
-                },
-            )
-        except InputError as error:
+            pairs = [pair for pair in zip(names, cells, strict=True) if pair[1]]
+            attributes = {name: _attribute(name, cell) for name, cell in pairs}
+        except ValueError as error:
             raise InputError(f"{path}, line {line}: {error}, or leave the cell empty") from None
+        yield line, patient, attributes
 
 
 def _attribute(name: str, cell: str) -> Any:
     if name == "age":
         years = _number(cell)
         if years is None or not 0 <= years <= 130:
-            raise InputError("age is not a number of years; give one from 0 to 130")
+            raise ValueError("age is not a number of years; give one from 0 to 130")
         return min(OLDEST, int(years))
     if name == "sex":
         if cell.upper() not in ("F", "M", "O"):
-            raise InputError("sex is not F, M or O; give one of the three")
+            raise ValueError("sex is not F, M or O; give one of the three")
         return cell.upper()
     if not _GROUP.fullmatch(cell) or _LIKE_AN_IDENTIFIER.search(cell):
-        raise InputError(
-            "ethnic_group is not a name of at most 32 letters, digits, blanks, _ / -; give "
-            "another one"
+        raise ValueError(
+            "ethnic_group is not a name of at most 32 letters, digits, blanks, _ / -; "
+            "give another one"
         )
     return " ".join(cell.split())

@@ -1,1 +1,1 @@
-"""Segmentation masks: reading DICOM-SEG and NIfTI, writing both, regions of a mask."""
+"""Segmentation masks: reading and writing DICOM-SEG and NIfTI, and the regions of a mask."""

@@ -1,11 +1,11 @@
 """Mask files of a folder -> regions on the grid of a volume.
 
-    masks = index_masks(masks_dir)                # {Series Instance UID or name of a NIfTI file:
-    path} mask = read_mask(masks[key], volume)          # [S, H, W] uint8
+    masks = index_masks(masks_dir)          # {Series Instance UID or name of a NIfTI file: path}
+    mask = read_mask(masks[key], volume)    # [S, H, W] uint8
 
-A mask is placed by what its file says of the patient's space, never by the order of its slices: a
-NIfTI mask may be stored along any axes, the frames of a DICOM segmentation (SEG) in any order. What
-does not fit the volume's voxels is refused; nothing is resampled.
+A mask is placed by its coordinates in the patient's space, never by the order of its slices: a
+NIfTI mask may be stored along any axes, the frames of a DICOM segmentation (SEG) in any order. A
+mask that does not fit the volume's voxels is refused. Masks are never resampled.
 """
 
 import re
@@ -24,26 +24,29 @@ from data_prep.scan.volume import Volume
 from data_prep.system.errors import InputError
 
 MAX_REGIONS = 255  # of a volume: a mask is uint8
-# of the distance of pixels, or of slices: a shift by half a voxel must not be overlooked
+# Fraction of the distance of pixels or slices: a shift by half a voxel must not be overlooked.
 POSITION_TOLERANCE = 0.25
 
 _SUFFIX = re.compile(r"[_-](mask|seg|label)$", re.IGNORECASE)
 
 
 class MaskError(InputError):
-    """A mask that can't be used; one line. The messages of `read_mask` hold no names and no
-    identifiers."""
+    """A mask that cannot be used, in one line.
+
+    The messages of `read_mask` are published in rejected.csv, so they are free of names and
+    identifiers.
+    """
 
 
 def index_masks(masks_dir: Path) -> dict[str, Path]:
-    """Mask files below `masks_dir` by what they are of; other files are passed over.
+    """Mask files below `masks_dir` by the key of their scan; other files are skipped.
 
-    DICOM-SEG: the Series Instance UID of the Referenced Series Sequence. NIfTI: the file's name
-    without .nii or .nii.gz and without a last `_mask`, `_seg` or `_label`; that is the name of a
-    NIfTI scan, or a Series Instance UID.
+    The key of a DICOM-SEG file is the Series Instance UID of its Referenced Series Sequence. The
+    key of a NIfTI file is its name without .nii or .nii.gz and without a last `_mask`, `_seg` or
+    `_label`: the name of a NIfTI scan, or a Series Instance UID.
 
     Raises:
-        MaskError: two masks of one scan, or a segmentation that does not name its series.
+        MaskError: two masks belong to one scan, or a segmentation does not name one series.
         OSError: a file cannot be read.
     """
     masks: dict[str, Path] = {}
@@ -61,7 +64,7 @@ def index_masks(masks_dir: Path) -> dict[str, Path]:
 
 
 def _referenced_series(path: Path) -> str | None:
-    """Of a segmentation the series that it is of; None for other files."""
+    """The series that a segmentation refers to; None for other files."""
     with open(path, "rb") as file:
         if file.read(132)[128:] != b"DICM":
             return None
@@ -79,14 +82,14 @@ def _referenced_series(path: Path) -> str | None:
                 }
         except OSError:
             raise
-        except Exception as error:  # whatever pydicom stumbles over
+        except Exception as error:  # pydicom raises a dozen kinds on damaged bytes
             raise MaskError(
                 f"{path}: damaged ({type(error).__name__}); leave the file out"
             ) from None
     if len(series) != 1:
         raise MaskError(
-            f"{path}: a segmentation that refers to {len(series)} series, not to one; leave the "
-            f"file out"
+            f"{path}: a segmentation that refers to {len(series)} series, not to one; "
+            "leave the file out"
         )
     return series.pop()
 
@@ -94,13 +97,13 @@ def _referenced_series(path: Path) -> str | None:
 def read_mask(path: Path, volume: Volume) -> np.ndarray:
     """[S, H, W] uint8: 0 background, else the region, on the voxels of `volume.hu`.
 
-    NIfTI: the label values as they are. SEG (binary): the segment numbers; where segments overlap,
-    the lowest one. Slices that the volume lacks may be in the file as long as they are empty.
+    Regions are the label values of a NIfTI file, or the segment numbers of a binary SEG, where the
+    lowest of overlapping segments wins. The file may have empty slices that the volume lacks.
 
     Raises:
-        MaskError: another matrix, voxels elsewhere by more than `POSITION_TOLERANCE`, slices that
-            are missing or that the volume lacks, values that are not whole numbers from 0 to 255,
-            or a damaged file.
+        MaskError: the matrix differs, voxels are off by more than `POSITION_TOLERANCE`, slices are
+          missing or the volume lacks them, values are not whole numbers from 0 to 255, or the file
+          is damaged.
         OSError: the file cannot be read.
     """
     return (_read_nifti if EXTENSION.search(path.name) else _read_segmentation)(path, volume)
@@ -115,8 +118,11 @@ def _corners(
     pixel_spacing: tuple[float, ...],
     shape: tuple[int, int],
 ) -> np.ndarray:
-    """[3, 3] in mm, DICOM's patient space: the first pixel, the last of its column and the last of
-    its row of a slice in canonical orientation; `shape` is of the stored slice."""
+    """Three corners of a slice in canonical orientation, [3, 3] in mm, DICOM's patient space: the
+    first pixel, the last pixel of its column, the last pixel of its row.
+
+    The arguments are attributes of the stored slice; `shape` is (rows, columns).
+    """
     rows, columns = (
         (shape[0] - 1) * np.array([[0, 0], [1, 1]]),
         (shape[1] - 1) * np.array([[0, 1], [0, 1]]),
@@ -132,7 +138,7 @@ def _corners(
 
 
 def _volume_corners(volume: Volume) -> np.ndarray:
-    """[S, 3, 3], see `_corners`."""
+    """The corners of each slice, [S, 3, 3] (see `_corners`)."""
     return np.stack(
         [
             _corners(h.position, h.orientation, h.pixel_spacing, (h.rows, h.columns))
@@ -142,8 +148,8 @@ def _volume_corners(volume: Volume) -> np.ndarray:
 
 
 def _same_places(corners: np.ndarray, others: np.ndarray, volume: Volume) -> np.ndarray:
-    """[N] for each slice of `corners` [N, 3, 3] the one of `others` [M, 3, 3] that lies there, or
-    -1."""
+    """For each slice of `corners` [N, 3, 3] the index of the slice in `others` [M, 3, 3] at the
+    same place, or -1; [N]."""
     normal = canonical_axes(volume.headers[0].orientation).normal
     nearest = np.abs((corners[:, None, 0] - others[None, :, 0]) @ normal).argmin(axis=1)
     difference = corners - others[nearest]
@@ -190,15 +196,15 @@ def _canonical_nifti(
     """Regions [M, H, W] uint8 with rows to posterior, columns to left, slices to superior, and
     corners [M, 3, 3].
 
-    `spacing_mm` (of columns, rows, slices) goes before the affine's: a mask shares the wrong
-    spacing of its scan's file, and is corrected the same way.
+    `spacing_mm` (of columns, rows, slices) replaces the spacing of the affine: a mask shares the
+    wrong spacing of its scan's file, and is corrected in the same way.
     """
-    with open(path, "rb"):  # nibabel calls it damaged if it cannot be opened
+    with open(path, "rb"):  # nibabel would call a file damaged that cannot be opened
         pass
     try:
         image = nibabel.load(path)
         stored = np.asarray(image.dataobj)
-        known = image.header["sform_code"] > 0 or image.header["qform_code"] > 0
+        has_affine = image.header["sform_code"] > 0 or image.header["qform_code"] > 0
     except Exception as error:  # nibabel and the decompressors raise a dozen kinds on damaged bytes
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -210,7 +216,7 @@ def _canonical_nifti(
             f"the mask has {stored.ndim} dimensions of {stored.dtype}, not 3 of whole numbers"
         )
     if (
-        not known
+        not has_affine
         or not np.isfinite(image.affine).all()
         or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6
     ):
@@ -272,11 +278,11 @@ def _read_segmentation(path: Path, volume: Volume) -> np.ndarray:
     if volume.headers[0].series_instance_uid not in series:
         raise MaskError("the segmentation refers to another series")
     axes = [canonical_axes(orientation) for _, orientation, _, _ in geometry]
-    if any(of_frame is None for of_frame in axes):
+    if None in axes:
         raise MaskError("the segmentation's Image Orientation (Patient) is invalid")
     if any(not 1 <= segment <= MAX_REGIONS for *_, segment in geometry):
         raise MaskError(f"the segmentation has segment numbers that are not 1 to {MAX_REGIONS}")
-    images = [orient(frame, of_frame) for frame, of_frame in zip(frames, axes, strict=True)]
+    images = [orient(*pair) for pair in zip(frames, axes, strict=True)]
     if {image.shape for image in images} != {volume.hu.shape[1:]}:
         height, width = images[0].shape
         raise MaskError(
@@ -288,11 +294,10 @@ def _read_segmentation(path: Path, volume: Volume) -> np.ndarray:
     if any(place < 0 and image.any() for place, image in zip(slice_of_frame, images, strict=True)):
         raise MaskError(
             "the segmentation has regions on slices that the scan has not, or lies elsewhere by "
-            "more than "
-            f"{POSITION_TOLERANCE:g} of a voxel"
+            f"more than {POSITION_TOLERANCE:g} of a voxel"
         )
     mask = np.zeros(volume.hu.shape, np.uint8)
-    # the lowest segment is painted last
+    # The lowest segment is painted last, so that it wins.
     for i in sorted(range(len(images)), key=lambda i: -geometry[i][-1]):
         if slice_of_frame[i] >= 0:
             mask[slice_of_frame[i]][images[i] != 0] = geometry[i][-1]

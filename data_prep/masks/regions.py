@@ -1,4 +1,4 @@
-"""The connected regions of a mask: how large they are, and where they lie in the patient."""
+"""The connected regions of a mask: their sizes, and their places in the patient."""
 
 import math
 
@@ -10,11 +10,11 @@ from data_prep.scan.volume import Volume
 
 
 def regions_of(mask: np.ndarray, probabilities: np.ndarray, volume: Volume) -> list[dict]:
-    """The connected parts of a mask, the largest first; voxels that share a corner are connected.
+    """The connected parts of a mask, the largest first. Voxels that share a corner are connected.
 
     Args:
         mask: [S, H, W] bool, on `volume.hu`.
-        probabilities: [S, H, W] float32.
+        probabilities: [S, H, W] float32, 0 to 1.
         volume: the scan.
 
     Returns:
@@ -53,14 +53,13 @@ def regions_of(mask: np.ndarray, probabilities: np.ndarray, volume: Volume) -> l
 
 
 def voxel_ml(volume: Volume) -> float:
-    """Of a voxel in millilitres, by the median slice spacing."""
-    step_mm = volume.slice_spacing_mm or volume.slice_thickness_mm  # a single slice has no step
+    """The volume of a voxel in millilitres, by the median slice spacing."""
+    step_mm = volume.slice_spacing_mm or volume.slice_thickness_mm  # for a single slice
     return float(np.prod(volume.pixel_spacing_mm)) * step_mm / 1000
 
 
 def patient_position_mm(index: np.ndarray, volume: Volume) -> np.ndarray:
-    """Where a place in the volume lies in DICOM's patient space: (slice, row, column), fractions
-    too -> [3] mm."""
+    """A place (slice, row, column), possibly between voxels, as [3] mm in DICOM's patient space."""
     header = volume.headers[0]
     axes = canonical_axes(header.orientation)
     height, width = volume.hu.shape[1:]

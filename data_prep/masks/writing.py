@@ -1,13 +1,14 @@
-"""A mask on a volume -> files in the scan's own geometry (NIfTI, DICOM segmentation); the way back
-of slices.
+"""A mask on a volume -> NIfTI or DICOM segmentation in the geometry of the scan.
 
-    probabilities = resize_back(values, volume.hu.shape[1:], volume.pixel_spacing_mm)   # [N, N] ->
-    [H, W] mask_image(mask, volume, input_dir).to_filename("mask.nii.gz")              # mask [S, H,
-    W] bool dicom_segmentation(mask, volume, input_dir, segment).save_as("segmentation.dcm")
+    # [N, N] -> [H, W]
+    probabilities = resize_back(values, volume.hu.shape[1:], volume.pixel_spacing_mm)
+    # mask: [S, H, W] bool
+    mask_image(mask, volume, input_dir).to_filename("mask.nii.gz")
+    dicom_segmentation(mask, volume, input_dir, segment).save_as("segmentation.dcm")
 
-Both are the inverse of what `data_prep.masks.reading.read_mask` reads. The NIfTI file holds no more
-than voxels and an affine. The DICOM segmentation holds the patient's name, identifiers and dates,
-as it must to be filed with its scan.
+`data_prep.masks.reading.read_mask` reads both files back. The NIfTI file has only voxels and an
+affine. The DICOM segmentation has the patient's name, identifiers and dates, as it must to be filed
+with its scan.
 """
 
 import io
@@ -30,9 +31,9 @@ from data_prep.scan.volume import Volume
 from data_prep.scan.window import needs_resize, resized_spacing_mm
 from data_prep.system.errors import InputError
 
-_SHEAR = 1e-4  # cosine between axes from which on a quaternion can't tell the affine
+_SHEAR = 1e-4  # cosine between axes; from here on a quaternion cannot express the affine
 _SERIES_NUMBER = 900  # beyond the scanner's own, as derived series are commonly numbered
-_MAY_BE_EMPTY = (  # which de-identified files often leave out
+_MAY_BE_EMPTY = (  # de-identified files often leave these out
     "PatientID",
     "PatientName",
     "PatientBirthDate",
@@ -52,8 +53,7 @@ _REPEATED = (
 
 
 class MaskOutputError(InputError):
-    """A mask that this kind of file cannot hold; one line that holds no names and no
-    identifiers."""
+    """A mask that this kind of file cannot store, in one line without names and identifiers."""
 
 
 # ---- the way back --------------------------------------------------------------------------------
@@ -64,11 +64,11 @@ def resize_back(
 ) -> np.ndarray:
     """The inverse of `window.resize_slice`, for probabilities.
 
-    What `resize_slice` padded with air is cut off; the rest goes through the same filter. Slices
-    that were never resized are returned as they are, so that nothing is lost.
+    The air that `resize_slice` padded with is cut off. The rest goes through the same filter.
+    Slices that were never resized are returned unchanged, so that they lose no detail.
 
     Args:
-        values: [N, N] float32, of the square field.
+        values: [N, N] float32, on the square field.
         shape: (H, W) of the slice before it was resized.
         pixel_spacing_mm: of the slice before it was resized, between rows and between columns.
 
@@ -89,16 +89,16 @@ def resize_back(
 
 
 def orient_back(image: np.ndarray, axes: Axes) -> np.ndarray:
-    """The inverse of `geometry.orient`: a view of a canonical image [H, W] as its file stores
-    it."""
+    """The inverse of `geometry.orient`: a view of a canonical image [H, W] in the orientation of
+    its file."""
     image = image[:: -1 if axes.flip_rows else 1, :: -1 if axes.flip_columns else 1]
     return image.T if axes.transpose else image
 
 
 def stored_slices(mask: np.ndarray, volume: Volume) -> np.ndarray:
-    """`mask` [S, H, W] with each slice as its file stores it, in the volume's order: [S, rows,
-    columns] uint8."""
-    # `load_volume` oriented all slices by the first one
+    """`mask` [S, H, W] with each slice in the orientation of its file, in the volume's order: [S,
+    rows, columns] uint8."""
+    # `load_volume` oriented all slices by the first slice.
     axes = canonical_axes(volume.headers[0].orientation)
     return np.stack([orient_back(image, axes) for image in mask]).astype(np.uint8)
 
@@ -109,17 +109,17 @@ def stored_slices(mask: np.ndarray, volume: Volume) -> np.ndarray:
 def mask_image(mask: np.ndarray, volume: Volume, input_dir: Path) -> nibabel.Nifti1Image:
     """The mask as NIfTI, 0 and 1.
 
-    Of a NIfTI scan it has the scan's shape, axes and affine. Of DICOM slices the axes are columns
-    and rows as stored, and slices towards superior, at the places that Image Position (Patient)
-    gives; slices that the scan misses within are empty. A gantry's tilt is a shear of the affine.
+    For a NIfTI scan it has the scan's shape, axes and affine. For DICOM slices the axes are columns
+    and rows as stored, and slices towards superior, at the places from Image Position (Patient).
+    Missing slices of the scan are empty. A gantry's tilt is a shear of the affine.
 
     Args:
         mask: [S, H, W] bool or 0 and 1, on `volume.hu`.
         volume: the scan.
-        input_dir: of the volume's sources.
+        input_dir: the directory that the volume's sources are relative to.
 
     Raises:
-        MaskOutputError: the slices lie too irregularly for any affine.
+        MaskOutputError: the slices are too irregular for an affine.
         OSError: the scan's file cannot be read.
     """
     stored = stored_slices(mask, volume).transpose(2, 1, 0)  # columns, rows, slices
@@ -138,15 +138,15 @@ def mask_image(mask: np.ndarray, volume: Volume, input_dir: Path) -> nibabel.Nif
 
 
 def slice_grid(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """The regular grid that DICOM slices lie on.
+    """The regular grid of DICOM slices.
 
     Returns:
         Affine [4, 4] float64 from (column, row, place) to right, anterior, superior in mm, and the
-        place of each slice on the third axis, [S] int, from 0 on; places that no slice has are
+        place of each slice on the third axis, [S] int, from 0 on. Places without a slice are
         missing slices.
 
     Raises:
-        MaskOutputError: a slice lies off every place by more than a quarter of a voxel.
+        MaskOutputError: a slice is off every place by more than a quarter of a voxel.
     """
     header = volume.headers[0]
     normal = canonical_axes(header.orientation).normal
@@ -166,8 +166,7 @@ def slice_grid(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     if astray.any():
         raise MaskOutputError(
             f"{np.count_nonzero(astray)} of {len(origins)} slices lie off a regular grid by more "
-            f"than "
-            f"{POSITION_TOLERANCE:g} of a voxel, which a NIfTI affine can't tell"
+            f"than {POSITION_TOLERANCE:g} of a voxel, which a NIfTI affine can't tell"
         )
     affine = np.eye(4)
     affine[:3, 0] = np.array(header.orientation[:3]) * header.pixel_spacing[1]
@@ -177,8 +176,8 @@ def slice_grid(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _like_the_scan(stored: np.ndarray, volume: Volume, input_dir: Path) -> nibabel.Nifti1Image:
-    """On the voxels of a NIfTI scan; of its header only the affines are taken, since its texts may
-    name the patient."""
+    """The mask on the voxels of a NIfTI scan. Only the affines of the scan's header are copied,
+    since its texts may name the patient."""
     first = volume.headers[0]
     voxels = np.zeros((first.columns, first.rows, first.number_of_frames), np.uint8)
     voxels[:, :, [header.frame for header in volume.headers]] = stored
@@ -198,15 +197,15 @@ def _like_the_scan(stored: np.ndarray, volume: Volume, input_dir: Path) -> nibab
 
 
 class Segment(NamedTuple):
-    """What a DICOM segmentation says of its one segment and of the model that drew it.
+    """The facts of a DICOM segmentation about its one segment and the model that drew it.
 
     label: Segment Label, up to 64 characters.
-    nodule: coded as a nodule (SNOMED CT 27925004); otherwise as tissue (85756007), the code that
-      says least.
+    nodule: coded as a nodule (SNOMED CT 27925004); otherwise as tissue (85756007), the least
+      specific code.
     algorithm: Segment Algorithm Name.
     algorithm_version: its version.
     model: Manufacturer's Model Name: the recipe.
-    serial_number: Device Serial Number: names the weights.
+    serial_number: Device Serial Number: the name of the weights.
     """
 
     label: str
@@ -226,12 +225,12 @@ def dicom_segmentation(
     Args:
         mask: [S, H, W] bool or 0 and 1, on `volume.hu`.
         volume: a DICOM scan.
-        input_dir: of the volume's sources.
-        segment: what is said of it.
+        input_dir: the directory that the volume's sources are relative to.
+        segment: its facts.
 
     Raises:
         ImportError: highdicom is not installed.
-        MaskOutputError: a NIfTI scan, or headers that lack what a segmentation must repeat.
+        MaskOutputError: a NIfTI scan, or headers without attributes that a segmentation repeats.
         OSError: a file of the scan cannot be read.
     """
     import highdicom
@@ -265,9 +264,9 @@ def dicom_segmentation(
             raise MaskOutputError(
                 f"the scan is {len(images)} multi-frame files, and a segmentation refers to one"
             )
-        of_file = np.zeros((volume.headers[0].number_of_frames, *frames.shape[1:]), np.uint8)
-        of_file[[header.frame for header in volume.headers]] = frames
-        frames = of_file
+        all_frames = np.zeros((volume.headers[0].number_of_frames, *frames.shape[1:]), np.uint8)
+        all_frames[[header.frame for header in volume.headers]] = frames
+        frames = all_frames
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

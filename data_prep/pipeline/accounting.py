@@ -7,18 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_prep.dataset.schema import summary_text
 from data_prep.labels.rsna_pe import RULES
 from data_prep.pipeline.notes import ExamNote
 from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
 from data_prep.scan.reasons import FAILED_FOR_NOW, REASONS
+from data_prep.system.errors import RunFailed
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 
 
 class FileAccount:
-    """Collects outcomes; writes one row a file to `sources_file` (private: it names the
-    sources)."""
+    """Collects outcomes and writes one row a file to `sources_file`, which is private: it names the
+    sources."""
 
     def __init__(self, sources_file: TextIO):
         self._writer = csv.writer(sources_file, lineterminator="\n")
@@ -76,14 +78,14 @@ class FileAccount:
     def counts(self, num_files: int) -> dict[str, Any]:
         """Numbers of files and series by outcome.
 
-        Raises RuntimeError unless they add up to `num_files`.
+        Raises:
+            RunFailed: they do not add up to `num_files`.
         """
         total = self._in_volumes + sum(sum(counter.values()) for counter in self._files.values())
         if total != num_files:
-            raise RuntimeError(
-                f"{num_files} files were listed and {total} accounted for; "
-                "if files come and go, run again when the archive is at rest, else please report "
-                "this"
+            raise RunFailed(
+                f"{num_files} files were listed and {total} accounted for; if files come and go, "
+                "run again when the archive is at rest, otherwise please report this"
             )
         return {
             "files": num_files,
@@ -107,7 +109,7 @@ def num_failed_for_now(counts: Mapping[str, Any]) -> int:
 
 
 def dry_run_text(counts: Mapping[str, Any]) -> str:
-    """What a preparation would do."""
+    """The result of a dry run, for the user."""
     return "\n".join(
         (
             "Dry run: what the headers say; pixels may refuse more. Nothing was written.",
@@ -121,29 +123,23 @@ def dry_run_text(counts: Mapping[str, Any]) -> str:
 def dataset_text(
     preparation: Mapping[str, Any], changed: bool, output_dir: Path, audit_dir: Path
 ) -> str:
-    """What a preparation did."""
+    """The result of a preparation, for the user."""
     counts = preparation["counts"]
-    state = "is complete" if changed else "is complete already: nothing to do"
-    lines = [f"{output_dir} {state}{' (SYNTHETIC data)' * preparation['synthetic']}."]
-    for split, facts in preparation["splits"].items():
-        volumes, patients, slices = (
-            facts[f"num_{name}"] for name in ("volumes", "patients", "slices")
-        )
-        lines.append(f"  {split}: {volumes} volumes of {patients} patients, {slices} slices")
-    lines.append(summary_table(counts))
+    lines = [summary_text(preparation, changed, output_dir), summary_table(counts)]
     if missing := counts["volumes_without_files"]:
         lines.append(f"{missing:>8} volumes whose files are gone; they stay in the dataset")
     if failed := num_failed_for_now(counts):
         lines.append(
             f"{failed:>8} series or files could not be read for now ({FAILED_FOR_NOW}); run again "
-            f"to retry"
+            "to retry"
         )
     lines.append(f"Private: {audit_dir} links pseudonyms to files; keep it with the scans.")
     return "\n".join(lines)
 
 
-def summary_table(counts: dict[str, Any]) -> str:
-    """What became of the files, by reason; the parts add up to the number of files."""
+def summary_table(counts: Mapping[str, Any]) -> str:
+    """Numbers of files by outcome and reason, which add up to the number of files; then the
+    labels."""
     lines = [f"{counts['files']:>8} files", f"{counts['files_in_volumes']:>8} in volumes"]
     for title, name in (
         ("of the volumes' series, dropped", "files_dropped"),
@@ -152,37 +148,28 @@ def summary_table(counts: dict[str, Any]) -> str:
     ):
         lines.append(f"{sum(counts[name].values()):>8} {title}")
         for reason, number in counts[name].items():
-            series = (
-                f" in {counts['series_rejected'][reason]} series"
-                if name == "files_rejected"
-                else ""
-            )
+            is_series = name == "files_rejected"
+            series = f" in {counts['series_rejected'][reason]} series" if is_series else ""
             lines.append(f"{number:>16} {reason}{series}: {REASONS[reason]}")
-    lines += label_lines(counts)
-    return "\n".join(lines)
+    return "\n".join(lines + _label_lines(counts))
 
 
-def label_lines(counts: dict[str, Any]) -> list[str]:
-    """What became of tables, annotations and masks."""
+def _label_lines(counts: Mapping[str, Any]) -> list[str]:
+    """Numbers of cells, rows, annotations and masks by outcome."""
     lines = []
     for name, classes in counts.get("labels", {}).items():
         numbers = ", ".join(f"{number} {text}" for text, number in classes.items())
         lines.append(f"{sum(classes.values()):>8} cells of {name}: {numbers}")
-    for names, number in counts.get("label_rows_without_match", {}).items():
-        lines += (
-            [f"{number:>8} rows of labels ({names}) of scans that are not in the archive"]
-            if number
-            else []
-        )
-    for name, text in (
-        (
-            "attribute_rows_without_match",
-            "rows of attributes of patients who are not in the archive",
-        ),
-        ("annotations_without_match", "annotations of scans that are not in the archive"),
-        ("masks_without_match", "masks of scans that are not in the archive"),
-    ):
-        lines += [f"{counts[name]:>8} {text}"] if counts.get(name) else []
+    unmatched = {
+        f"rows of labels ({names}) of scans that": number
+        for names, number in counts.get("label_rows_without_match", {}).items()
+    } | {
+        "rows of attributes of patients who": counts.get("attribute_rows_without_match"),
+        "annotations of scans that": counts.get("annotations_without_match"),
+        "masks of scans that": counts.get("masks_without_match"),
+    }
+    for text, number in unmatched.items():
+        lines += [f"{number:>8} {text} are not in the archive"] if number else []
     for rule, number in counts.get("exams_with_inconsistent_labels", {}).items():
         lines.append(f"{number:>8} exams whose labels break the rule {rule}: {RULES[rule]}")
     return lines

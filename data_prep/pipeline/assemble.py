@@ -1,8 +1,7 @@
-"""The last act of a preparation: staged volumes -> shards, tables, metadata.
+"""The last step of a preparation: staged volumes -> shards, tables, metadata.
 
-All decisions (splits, order, which volume goes to which shard) are frozen in one file before the
-first shard is written. From then on a killed run can be continued: sidecars tell which shards are
-finished.
+All decisions (splits, order, the shard of each volume) are frozen in one file before the first
+shard is written. From then on a killed run can be continued: sidecars mark the finished shards.
 """
 
 import collections
@@ -42,7 +41,7 @@ _MEGABYTE = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class FrozenPlan:
-    """Everything that the dataset will be."""
+    """All decisions about a dataset. Stored as JSON in the private work directory."""
 
     archive_digest: str
     options: dict[str, Any]
@@ -80,25 +79,24 @@ def freeze(
 ) -> FrozenPlan:
     """Decides splits, order and shards. `new_volumes`: key of the staged file -> (row, bytes).
 
-    Volumes lie in the order of their keyed hash, after those that earlier runs wrote.
+    New volumes are in the order of their keyed hash, after the volumes of earlier runs.
 
     Raises:
         InputError: too few patients for the splits.
-        RuntimeError: a volume would be in the dataset twice.
+        RuntimeError: a volume would be in the dataset twice (a bug).
     """
 
     def by_hash(pseudonym: str) -> str:
         return pseudonyms.shuffling_number(key, pseudonym)
 
-    volumes_per_patient: dict[str, int] = {}
     everything = [*old_volumes, *(row for row, _ in new_volumes.values())]
     for name, number in collections.Counter(row["volume_id"] for row in everything).items():
         if number > 1:
             raise RuntimeError(
                 f"volume {name} would be in the dataset {number} times; please report this"
             )
-    for patient in sorted((row["patient_id"] for row in everything), key=by_hash):
-        volumes_per_patient[patient] = volumes_per_patient.get(patient, 0) + 1
+    patients = sorted((row["patient_id"] for row in everything), key=by_hash)
+    volumes_per_patient = collections.Counter(patients)  # keeps this order
     splits = known_splits | assign_splits(
         volumes_per_patient, options["splits"], options["holdout_volumes"], known_splits
     )
@@ -111,11 +109,8 @@ def freeze(
         added.sort(key=lambda name: by_hash(new_volumes[name][0]["volume_id"]))
         if not present and not added:
             continue
-        lengths = (
-            list(old_preparation["splits"].get(split, {}).get("shard_lengths", []))
-            if old_preparation
-            else []
-        )
+        old_splits = old_preparation["splits"] if old_preparation else {}
+        lengths = list(old_splits[split]["shard_lengths"]) if split in old_splits else []
         rows += present
         slices = [new_volumes[name][0]["num_slices"] for name in added]
         for name, first in zip(added, running_totals(slices), strict=True):
@@ -147,8 +142,7 @@ def freeze(
 
 
 def can_be_assembled(frozen: FrozenPlan, output_dir: Path, records_dir: Path) -> bool:
-    """Whether every shard is written already or has its staged volumes: false if someone removed
-    the output."""
+    """Whether each shard is written or has its staged volumes; False if someone removed them."""
     old_shards = [name for name in frozen.old_checksums if ".array_record-" in name]
     return all((output_dir / name).exists() for name in old_shards) and all(
         (
@@ -168,19 +162,18 @@ def assemble(
     kept_notes_dir: Path,
     pool: WorkerPool,
 ) -> dict[str, Any]:
-    """Writes the missing files of a frozen dataset and returns preparation.json, which is written
-    last.
+    """Writes the missing files of a frozen dataset, preparation.json last, and returns its content.
 
-    The notes of the volumes hold their labels: in `notes_dir`, or in `kept_notes_dir` where
-    `keep_notes` moved them.
+    The notes of the volumes hold their labels. They are in `notes_dir`, or in `kept_notes_dir` once
+    `keep_notes` has moved them.
 
     Raises:
         OSError: the output can't be written.
     """
-    (output_dir / PREPARATION_FILE).unlink(missing_ok=True)  # until the end it is not complete
+    (output_dir / PREPARATION_FILE).unlink(missing_ok=True)  # incomplete until the end
     sync_directory(output_dir)
-    checksums = _write_shards(frozen, output_dir, records_dir, pool)
-    checksums = {n: c for n, c in frozen.old_checksums.items() if ".array_record-" in n} | checksums
+    checksums = {n: c for n, c in frozen.old_checksums.items() if ".array_record-" in n}
+    checksums |= _write_shards(frozen, output_dir, records_dir, pool)
     write_table(output_dir / VOLUMES_FILE, VOLUME_COLUMNS, frozen.volumes)
     write_table(output_dir / REJECTED_FILE, REJECTED_COLUMNS, frozen.rejected)
     label_counts = {}
@@ -209,7 +202,7 @@ def _label_tables(
 ) -> dict[str, tuple[dict[str, type], list[dict[str, Any]]]]:
     """Columns and rows of the tables of labels and regions that the dataset has, by file name."""
     columns = table_columns({"labels": frozen.labels, "masks": frozen.options["masks"]})
-    tables = {name: (of_table, []) for name, of_table in columns.items()}
+    tables = {name: (types, []) for name, types in columns.items()}
     for row in frozen.volumes if tables else ():
         labels = _note_of(row["volume_id"], frozen, notes_dir, kept_notes_dir).labels
         volume = {"volume_id": row["volume_id"]}
@@ -222,15 +215,15 @@ def _label_tables(
             LABELS_FILE: [volume | labels["volume"]],
             REGIONS_FILE: [volume | region for region in labels["regions"]],
         }
-        for name, (_, of_table) in tables.items():
-            of_table += rows[name]
+        for name, (_, table_rows) in tables.items():
+            table_rows += rows[name]
     return tables
 
 
 def _class_counts(
     rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Number of rows (of slices.csv, labels.csv) by class of each label that they hold, and
+    """Number of rows (of slices.csv or labels.csv) by class of each of their labels, and
     `missing`."""
     counts: dict[str, Any] = {}
     for name, fact in facts.items():
@@ -273,8 +266,8 @@ def _write_shards(
 
 
 def write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> str:
-    """Writes a shard of staged exams, then its sidecar, then removes what was staged; returns the
-    shard's SHA-256.
+    """Writes a shard of staged exams, then its sidecar, then removes the staged files; returns the
+    SHA-256 of the shard.
 
     Raises:
         OSError: it cannot be written.
@@ -298,12 +291,12 @@ def _staged_records(records_dir: Path, staged: list[str]) -> Iterator[bytes]:
 
 
 def sidecar_path(records_dir: Path, shard: str) -> Path:
-    """The file that says that a shard is done; it holds the shard's SHA-256."""
+    """The file whose presence means that a shard is finished. It holds the SHA-256 of the shard."""
     return records_dir / f"{shard}.done"
 
 
 def keep_notes(frozen: FrozenPlan, notes_dir: Path, kept_notes_dir: Path) -> None:
-    """Moves the notes of the new volumes to where later runs look for them."""
+    """Moves the notes of the new volumes to the directory in which later runs look for them."""
     kept_notes_dir.mkdir(mode=0o700, exist_ok=True)
     for volume, key in frozen.kept_notes.items():
         note = notes_dir / f"{key}.json"

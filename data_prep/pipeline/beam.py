@@ -1,39 +1,37 @@
-r"""The expensive steps of a preparation under Apache Beam: the conversion of the exams and the
-writing of the shards.
+r"""The expensive steps of a preparation under Apache Beam: conversion of exams, writing of shards.
 
-    python -m data_prep.prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"     # pip install ctssl_jax[beam]
+    pip install ctssl_jax[beam]
+    python -m data_prep.prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"
 
-The workers run the functions of the local runner, and the dataset is the same to the byte; either
-runner continues what the other began. Listing, headers, planning, the frozen decisions and the
-tables stay with the process that was started, on its --num_workers. Without a runner in
---beam_options the pipelines run here (Beam's FnApiRunner) with --num_workers workers, which is for
-trying things out and not faster than the local runner. On a cluster:
+The workers run the functions of the local runner, and the dataset is the same to the byte. Either
+runner continues the work of the other. Listing, headers, planning, the frozen plan and the tables
+stay with the process that was started, on its --num_workers. Without a runner in --beam_options the
+pipelines run on this machine (Beam's FnApiRunner) with --num_workers workers: good for a trial, not
+faster than the local runner. On a cluster:
 
     --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64
                     --environment_type=EXTERNAL --environment_config=WORKER:50000"
     --beam_options="--runner=SparkRunner --spark_master_url=spark://HOST:7077
                     --environment_type=EXTERNAL --environment_config=WORKER:50000"
     --beam_options="--runner=DataflowRunner --project=PROJECT --region=REGION
-    --temp_location=gs://BUCKET/tmp
-                    --sdk_container_image=IMAGE"                                  # and pip install
-                    'apache-beam[gcp]'
+                    --temp_location=gs://BUCKET/tmp --sdk_container_image=IMAGE"
+                    # and pip install 'apache-beam[gcp]'
 
 EXTERNAL: each worker machine of Flink or Spark runs
 `python -m apache_beam.runners.worker.worker_pool_main --service_port=50000` in an activated
-environment with this package (the pool starts the `python` that is first on PATH); WORKER is the
+environment with this package (the pool starts the `python` that is first on PATH). WORKER is the
 name by which a machine reaches itself. IMAGE holds this package and mounts the directories.
 
-All workers, and the machine that starts the job, see input_dir (or reach its URL, with credentials
-of their own), output_dir, audit_dir and the files of labels and masks under the same paths, with
-atomic renames and symbolic links (NFS, Lustre, GPFS, Filestore), and may write. What goes through
-Beam is paths and numbers: the pseudonym key and whatever names a scan stay in the audit directory,
+All workers, and the machine that starts the job, need the same paths to input_dir (or reach its
+URL, with credentials of their own), output_dir, audit_dir and the files of labels and masks. They
+may write there, with atomic renames and symbolic links (NFS, Lustre, GPFS, Filestore). Only paths
+and numbers go through Beam: the pseudonym key and all names of scans stay in the audit directory,
 where the workers read them.
 
 Beam may run a task again, after a lost worker or for no reason, also while its first run is still
 at work, perhaps cut off and on another machine. So each run of a task writes into a directory of
-its own and then renames; what is done is skipped. Before a job is started again its old one must
-have been cancelled: the lock that keeps two runs apart is held by the process that started the job,
-not by its workers.
+its own and then renames; finished tasks are skipped. Cancel the old job before you start it again:
+the lock that keeps two runs apart belongs to the process that started the job, not to its workers.
 """
 
 import contextlib
@@ -61,8 +59,7 @@ from data_prep.system.workers import WorkerDied, WorkerPool
 
 _HERE = "--runner=FnApiRunner"  # not DirectRunner, which may download another one
 _REMEDY = (
-    "what it finished stays: run the same command again to continue (--runner=local continues it, "
-    "too)"
+    "its finished work stays: run the same command again to continue (also with --runner=local)"
 )
 _CONVERSION_FILE = "conversion.pickle"  # private: it holds the pseudonym key
 
@@ -71,11 +68,10 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
     """Beam's own arguments, with a runner on this machine if `options` names none.
 
     Raises:
-        InputError: Beam does not take them; one line.
+        InputError: Beam refuses them.
     """
-    # workers here:
+    # They log the errors of workers on this machine, which `_run` raises, too.
     for name in ("common", "worker", "portability.fn_api_runner", "portability.local_job_service"):
-        # `_run` raises their errors
         logging.getLogger(f"apache_beam.runners.{name}").setLevel(logging.CRITICAL)
     arguments = list(options)
     if not any(option.split("=")[0] == "--runner" for option in options):
@@ -104,19 +100,22 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
 
 
 def convert_exams(
-    run: notes.Conversion, todo: Mapping[Path, list[int]], work_dir: Path, arguments: Sequence[str]
+    conversion: notes.Conversion,
+    exams_of_plan: Mapping[Path, list[int]],
+    work_dir: Path,
+    arguments: Sequence[str],
 ) -> None:
-    """Converts the exams `todo`: files of `plan_archive` and, of each, positions in its `exams`.
+    """Converts exams: positions in the `exams` of each file of `plan_archive`.
 
     Raises:
-        RunFailed: the pipeline failed; what it finished stays.
+        RunFailed: the pipeline failed; its finished work stays.
     """
-    elements = [(str(plan), exams) for plan, exams in todo.items()]
+    elements = [(str(plan), exams) for plan, exams in exams_of_plan.items()]
     if not elements:
         return
-    _say(f"converting: {sum(map(len, todo.values()))} exams under Apache Beam")
+    _say(f"converting: {sum(map(len, exams_of_plan.values()))} exams under Apache Beam")
     conversion_file = work_dir / _CONVERSION_FILE
-    write_file(conversion_file, pickle.dumps(run))
+    write_file(conversion_file, pickle.dumps(conversion))
     pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
     _ = (
         pipeline
@@ -134,49 +133,52 @@ def _exams_of_plan(element: tuple[str, list[int]]) -> list[tuple[str, int]]:
 
 
 class _Convert(beam.DoFn):
-    """In a process of its own, like the local runner's: a scan that kills it is noted and takes no
-    other along."""
+    """Converts in a process of its own, as the local runner does: a scan that kills it is noted and
+    stops no other scan."""
 
     def __init__(self, conversion_file: str):
         self._conversion_file = conversion_file
 
     def setup(self) -> None:
-        self._run = pickle.loads(Path(self._conversion_file).read_bytes())
+        self._conversion = pickle.loads(Path(self._conversion_file).read_bytes())
         self._open = contextlib.ExitStack()
         self._pool = self._open.enter_context(WorkerPool(1))
 
     def process(self, element: tuple[str, int]) -> None:
         plan, exam = element
-        convert_once(self._run, read_plan(Path(plan)).exams[exam], self._pool)
+        convert_once(self._conversion, read_plan(Path(plan)).exams[exam], self._pool)
 
     def teardown(self) -> None:
         self._open.close()
 
 
-def convert_once(run: notes.Conversion, exam: list[SeriesCandidate], pool: WorkerPool) -> None:
-    """`convert.convert_exam`, unless that is done, safe against another run of the same task at the
-    same time.
+def convert_once(
+    conversion: notes.Conversion, exam: list[SeriesCandidate], pool: WorkerPool
+) -> None:
+    """`convert.convert_exam`, unless the exam is converted. Another run of the same task at the
+    same time does no harm.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
     """
-    if notes.is_converted(run, exam):
+    if notes.is_converted(conversion, exam):
         return
-    key = notes.exam_key(run, exam)
+    key = notes.exam_key(conversion, exam)
     with (
-        _private_directory(run.notes_dir) as notes_dir,
-        _private_directory(run.records_dir) as records_dir,
+        _private_directory(conversion.notes_dir) as notes_dir,
+        _private_directory(conversion.records_dir) as records_dir,
     ):
-        private = dataclasses.replace(run, notes_dir=notes_dir, records_dir=records_dir)
+        private = dataclasses.replace(conversion, notes_dir=notes_dir, records_dir=records_dir)
         for _, result in pool.run(convert.convert_exam, [(private, exam)]):
             if isinstance(result, WorkerDied):
                 notes.write_note(private, convert.note_of_crash(private, exam))
-        if notes.is_converted(run, exam):  # another run was first; this one may have failed
+        if notes.is_converted(conversion, exam):  # another run was first; this one may have failed
             return
         records = notes.records_path(records_dir, key)
         if records.exists():
-            publish(records, notes.records_path(run.records_dir, key))
-        publish(notes.note_path(private, key), notes.note_path(run, key))  # last: it means "done"
+            publish(records, notes.records_path(conversion.records_dir, key))
+        # last: it means "done"
+        publish(notes.note_path(private, key), notes.note_path(conversion, key))
 
 
 # ---- shards --------------------------------------------------------------------------------------
@@ -189,11 +191,10 @@ def write_shards(
     records_dir: Path,
     arguments: Sequence[str],
 ) -> None:
-    """Writes the new shards that are not there yet, with the sidecars by which `assemble.assemble`
-    knows them.
+    """Writes the missing new shards, with the sidecars by which `assemble.assemble` knows them.
 
     Raises:
-        RunFailed: the pipeline failed; what it finished stays.
+        RunFailed: the pipeline failed; its finished work stays.
     """
     missing = [
         i
@@ -215,24 +216,21 @@ def write_shards(
 
 class _WriteShard(beam.DoFn):
     def __init__(self, frozen_file: str, output_dir: str, records_dir: str):
-        self._frozen_file, self._output_dir, self._records_dir = (
-            frozen_file,
-            output_dir,
-            records_dir,
-        )
+        self._files = (frozen_file, output_dir, records_dir)
 
     def setup(self) -> None:
-        self._shards = assemble.FrozenPlan.load(Path(self._frozen_file)).new_shards
+        frozen_file, self._output_dir, self._records_dir = map(Path, self._files)
+        self._shards = assemble.FrozenPlan.load(frozen_file).new_shards
 
     def process(self, element: int) -> None:
         shard = self._shards[element]
-        path = Path(self._output_dir) / shard["name"]
-        write_shard_once(path, Path(self._records_dir), shard["staged"], shard["num_records"])
+        path = self._output_dir / shard["name"]
+        write_shard_once(path, self._records_dir, shard["staged"], shard["num_records"])
 
 
 def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_records: int) -> None:
-    """Writes a shard of the staged volumes `staged`, unless that is done, safe against another run
-    of the same task.
+    """Writes a shard of the staged volumes `staged`, unless it is written. Another run of the same
+    task at the same time does no harm.
 
     Raises:
         OSError, RunFailed: the shard can't be written, or not all of its records are there.
@@ -240,7 +238,7 @@ def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_recor
     try:
         if not _is_written(path.name, path.parent, records_dir):
             _write_shard(path, records_dir, staged, num_records)
-    except Exception:  # of whatever kind: another run that was first takes the staged volumes away
+    except Exception:  # of any type: another run that was first removes the staged volumes
         if not _is_written(path.name, path.parent, records_dir):
             raise
     for key in staged:
@@ -249,7 +247,7 @@ def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_recor
 
 def _write_shard(path: Path, records_dir: Path, staged: list[str], num_records: int) -> None:
     with _private_directory(records_dir) as private:
-        # links: the function takes away what it has written, and another run may be reading it
+        # Links, since `write_shard` removes its staged volumes and another run may read them.
         for key in staged:
             notes.records_path(private, key).symlink_to(
                 notes.records_path(records_dir, key).absolute()
@@ -270,8 +268,8 @@ def _is_written(name: str, output_dir: Path, records_dir: Path) -> bool:
 
 @contextlib.contextmanager
 def _private_directory(parent: Path) -> Iterator[Path]:
-    """No two runs of a task share it, on whatever machines; what a killed one leaves, the next
-    preparation removes."""
+    """A directory for one run of a task, on any machine. If the run is killed, the next preparation
+    removes it."""
     with tempfile.TemporaryDirectory(
         dir=parent, suffix=PARTIAL, ignore_cleanup_errors=True
     ) as directory:
@@ -280,7 +278,7 @@ def _private_directory(parent: Path) -> Iterator[Path]:
 
 def _run(pipeline: beam.Pipeline) -> None:
     try:
-        # tracebacks of workers on this machine, which are raised too
+        # Workers on this machine print tracebacks of errors that are raised, too.
         with contextlib.redirect_stderr(io.StringIO()):
             state = pipeline.run().wait_until_finish()
     except Exception as error:  # of any runner
@@ -290,7 +288,7 @@ def _run(pipeline: beam.Pipeline) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line; runners hand on the tracebacks of their workers as text."""
+    """The error in one line: runners pass on the tracebacks of their workers as text."""
     raised = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", str(error), re.MULTILINE)
     lines = raised or str(error).strip().split("\n")
     return lines[-1].split(" [while running")[0].strip() or type(error).__name__

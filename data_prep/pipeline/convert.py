@@ -1,11 +1,9 @@
-"""One exam: pixels -> HU -> windowed slices in a staged file, with a note of what became of each of
-its files.
+"""One exam: pixels -> HU -> windowed slices in a staged file, with a note on each of its files.
 
-This is what worker processes run. A finished exam leaves `<key>.json` in the private work directory
-and, if one of its candidates was taken, `<key>.array_record` in the other one; the note is written
-last and is there in full or not at all, so that its presence means "done". The key covers the files
-with their sizes and all options: what an earlier run left is used only if it would come out the
-same.
+Worker processes run this. A finished exam leaves `<key>.json` in the private work directory and, if
+one of its candidates was taken, `<key>.array_record` in the other one. The note is written last,
+whole or not at all, so that its presence means "done". The key covers the files with their sizes
+and all options: files of an earlier run are used only if this run would write the same.
 """
 
 from collections.abc import Iterator
@@ -37,10 +35,9 @@ _STAGING_OPTIONS = "group_size:1,snappy"
 
 
 def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
-    """Stages the first candidate of an exam that becomes a volume, and notes what became of all of
-    them.
+    """Stages the first candidate of an exam that becomes a volume, and notes the outcome of all.
 
-    Where one fails for now, the whole exam is left for the next run.
+    If a candidate fails for now, the whole exam is left for the next run.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
@@ -65,7 +62,7 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
 
 
 def note_of_crash(conversion: Conversion, exam: list[SeriesCandidate]) -> ExamNote:
-    """For an exam whose conversion killed its worker."""
+    """The note of an exam whose conversion killed its worker."""
     rejections = [
         candidate.rejected(FAILED_FOR_NOW, "the worker process died") for candidate in exam
     ]
@@ -88,10 +85,10 @@ class _VolumeFacts:
         self.mask_areas: list[int] = []  # filled as the records are written
 
     def label_note(self) -> dict[str, Any]:
-        """What the tables of labels and regions say of the volume; {} if the dataset has none.
+        """The volume's part of the tables of labels and regions; {} if the dataset lacks them.
 
         `slices`: {column of slices.csv: [S]}, `volume`: {column of labels.csv: class}, `regions`:
-          rows of regions.csv.
+        rows of regions.csv.
         """
         names = self.labels.slices[0]
         slices = {name: [row[name] for row in self.labels.slices] for name in names}
@@ -137,7 +134,7 @@ def _records(
     conversion: Conversion,
     mask_areas: list[int],
 ) -> Iterator[bytes]:
-    """Appends the foreground of each mask to `mask_areas`."""
+    """The records of a volume. Appends the foreground of each mask, in pixels, to `mask_areas`."""
     for index, hu in enumerate(volume.hu):
         mask = None
         if labels.mask is not None:

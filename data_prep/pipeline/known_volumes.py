@@ -1,5 +1,4 @@
-"""What an earlier run left in a dataset: such volumes stay as they are when the archive grows or is
-rearranged."""
+"""Volumes that an earlier run wrote: they stay the same when the archive grows or is rearranged."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from data_prep.scan.series import Rejection, SeriesCandidate
 class KnownVolumes:
     """The volumes of a dataset by exam. `kept_notes_dir` holds the note of each.
 
-    Files are known by what they are (`slice_id`), not by where they lie.
+    Files are known by their content (`slice_id`), not by their place.
     """
 
     kept_notes_dir: Path
@@ -24,10 +23,10 @@ class KnownVolumes:
     one_per_study: bool = True
 
     def outcome(self, exam: list[SeriesCandidate]) -> list[ExamNote] | None:
-        """What becomes of an exam of which volumes are in the dataset; None: it is to be converted.
+        """The notes of an exam of which volumes are in the dataset; None: it is to be converted.
 
-        The files of a volume count as they did; a file that came to its series since is rejected as
-        `series_changed`.
+        The files of a volume count as before. A file that has come to its series since is rejected
+        as `series_changed`.
         """
         notes = self._notes(*exam[0].exam_key)
         names = [volume_id(self.key, candidate) for candidate in exam]
@@ -44,18 +43,15 @@ class KnownVolumes:
         return outcomes
 
     def outcome_of_rejection(self, rejection: Rejection, row: Rejected) -> list[ExamNote]:
-        """The same for a stack that the header checks refuse: its slices may be in a volume from
-        earlier."""
+        """The notes of a stack that the header checks refuse: its slices may be in a volume of an
+        earlier run."""
         first = rejection.headers[0]
         notes = self._notes(first.patient_key, first.study_instance_uid)
         if row.series_id in notes or any(
             self._is_known(header, notes) for header in rejection.headers
         ):
-            return self._account(
-                rejection.headers,
-                notes,
-                dataclasses.replace(row, reason="series_changed", detail=""),
-            )
+            changed = dataclasses.replace(row, reason="series_changed", detail="")
+            return self._account(rejection.headers, notes, changed)
         return [ExamNote("", None, 0, [], [], [row])]
 
     def _is_known(self, header: Header, notes: Mapping[str, ExamNote]) -> bool:
@@ -71,17 +67,17 @@ class KnownVolumes:
         dropped = {name: [] for name in notes}
         seen, new = set(), []
         for header in sorted(headers, key=lambda header: (header.source, header.frame)):
-            of_header = slice_id(self.key, header)
-            name = next((name for name, note in notes.items() if of_header in note.slices), None)
+            slice_name = slice_id(self.key, header)
+            name = next((name for name, note in notes.items() if slice_name in note.slices), None)
             if name is None:
                 new.append(header)
-            elif of_header in seen:
+            elif slice_name in seen:
                 dropped[name].append((header.source, "duplicate_slice"))
-            elif reason := notes[name].slices[of_header]:
+            elif reason := notes[name].slices[slice_name]:
                 dropped[name].append((header.source, reason))
             else:
                 taken[name].append(header)
-            seen.add(of_header)
+            seen.add(slice_name)
         outcomes = [
             ExamNote("", notes[name].volume, 0, sources_of(taken[name]), dropped[name], [])
             for name in notes

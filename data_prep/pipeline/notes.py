@@ -1,5 +1,4 @@
-"""What became of an exam: a note beside its staged volume, which is written last and so means
-"done"."""
+"""The outcome of an exam: a note beside its staged volume, written last, so it means "done"."""
 
 import dataclasses
 import json
@@ -17,7 +16,7 @@ from data_prep.system.files import read_json, write_file
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What every exam of a run is converted with."""
+    """The settings by which all exams of a run are converted."""
 
     input_dir: ArchiveDirectory
     notes_dir: Path  # private: notes name source files
@@ -32,17 +31,17 @@ class Conversion:
 
 @dataclasses.dataclass(frozen=True)
 class ExamNote:
-    """What became of an exam."""
+    """The outcome of an exam."""
 
     key: str
-    # row of volumes.csv but for split and first_record; None: nothing was taken
+    # row of volumes.csv without split and first_record; None: no volume
     volume: dict[str, Any] | None
     record_bytes: int
     taken: list[Source]
     # files of the taken series that are not in the volume, with reasons
     dropped: list[tuple[Source, str]]
     rejected: list[Rejected]
-    # of the volume: `slice_id` -> "" or why dropped
+    # of the volume: `slice_id` -> "" or the reason why it was dropped
     slices: dict[str, str] = dataclasses.field(default_factory=dict)
     # of the volume: see `_VolumeFacts.label_note`
     labels: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -96,7 +95,7 @@ def write_note(conversion: Conversion, note: ExamNote) -> None:
 
 
 def is_converted(conversion: Conversion, exam: list[SeriesCandidate]) -> bool:
-    """Whether an earlier run left the outcome of an exam, and it need not be tried again."""
+    """Whether an earlier run left the outcome of an exam, which is not to be tried again."""
     key = exam_key(conversion, exam)
     path = note_path(conversion, key)
     if not path.exists():

@@ -1,5 +1,4 @@
-"""The options and the directories of a preparation, and the comparison with the options of an
-earlier run."""
+"""The options and the directories of a preparation; comparison with those of an earlier run."""
 
 import dataclasses
 import hashlib
@@ -7,6 +6,7 @@ import itertools
 import json
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from data_prep.privacy.pseudonyms import KEY_FILE, key_fingerprint
 from data_prep.scan.archives import ArchiveDirectory, RemoteArchive
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
-from data_prep.system.files import make_folder, read_json
+from data_prep.system.files import make_folder, read_json, write_file
 
-_BOUND_FILE = "archive.json"  # of which archive and which dataset an audit directory is
+_SPLITS_FILE = "splits.json"  # patient -> split
+_BOUND_FILE = "archive.json"  # names the archive and the dataset of an audit directory
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the bytes of a dataset depend on, besides the archive and the pseudonym key."""
+    """The options that decide the bytes of a dataset, with the archive and the pseudonym key."""
 
     archive: str = "dicom"
     # (level, width) in HU, a channel each
@@ -48,8 +49,8 @@ class Options:
         return json.loads(json.dumps(fields))
 
     def conversion_digest(self) -> str:
-        """Of the options that the conversion of an exam depends on: with other splits its result
-        can stay."""
+        """Digest of the options that decide the conversion of an exam. The splits are not among
+        them."""
         relevant = (self.archive, self.windows, self.image_size, dataclasses.astuple(self.rules))
         return hashlib.sha256(repr((*relevant, self.masks, self.tables)).encode()).hexdigest()
 
@@ -79,7 +80,7 @@ def parse_beam_options(runner: str, text: str) -> list[str] | None:
     """The words of --beam_options; None: not under Beam. Raises InputError."""
     if runner != "beam":
         if text:
-            raise InputError("--beam_options are of --runner=beam; add that or leave them out")
+            raise InputError("--beam_options need --runner=beam; add it or leave them out")
         return None
     try:
         return shlex.split(text)
@@ -128,33 +129,34 @@ class Directories:
     def key_file(self) -> Path:
         return self.audit_dir / KEY_FILE
 
-    @property
-    def splits_file(self) -> Path:  # patient -> split
-        return self.audit_dir / "splits.json"
-
     def splits(self) -> dict[str, str]:
-        """The split of each patient that an earlier run assigned."""
-        return read_json(self.splits_file) if self.splits_file.exists() else {}
+        """The split of each patient, from earlier runs; {} at first."""
+        path = self.audit_dir / _SPLITS_FILE
+        return read_json(path) if path.exists() else {}
+
+    def write_splits(self, splits: Mapping[str, str]) -> None:
+        """Writes the file that `splits` reads."""
+        _write_private(self.audit_dir / _SPLITS_FILE, splits)
 
     def bound(self) -> dict[str, str]:
-        """The archive's `digest`, the dataset's `fingerprint` and its `output_dir` from here; all
-        "" at first."""
+        """`digest` of the archive, `fingerprint` of the dataset, and its `output_dir` relative to
+        the audit directory; all "" at first."""
         path = self.audit_dir / _BOUND_FILE
         stored = read_json(path) if path.exists() else {}
         return {"digest": "", "fingerprint": "", "output_dir": ""} | stored
 
-    def facts_to_bind(self, archive_digest: str, fingerprint: str) -> tuple[Path, dict[str, str]]:
-        """The file that `bound` reads, and its content once the dataset is complete."""
+    def bind(self, archive_digest: str, fingerprint: str) -> None:
+        """Writes the file that `bound` reads, once the dataset is complete."""
         content = {
             "digest": archive_digest,
             "fingerprint": fingerprint,
             "output_dir": self._relative_output_dir(),
         }
-        return self.audit_dir / _BOUND_FILE, content
+        _write_private(self.audit_dir / _BOUND_FILE, content)
 
     def check(self) -> None:
-        """Raises InputError for directories that contain one another, are missing or are used
-        otherwise."""
+        """Raises InputError for directories that contain one another, are missing or hold other
+        files."""
         remote = isinstance(self.input_dir, RemoteArchive)
         if remote:
             self.input_dir.check("--input_dir")
@@ -193,8 +195,8 @@ class Directories:
         self.audit_dir.chmod(0o700)
 
     def refuse_audit_dir_of_another(self, dataset: Dataset | None) -> None:
-        """An audit directory is of one dataset: the one that lies where it lay, or has its
-        fingerprint."""
+        """Raises InputError unless the audit directory belongs to this dataset: the dataset has the
+        place or the fingerprint that `bound` names."""
         bound = self.bound()
         if bound["output_dir"] in ("", self._relative_output_dir()):
             return
@@ -202,12 +204,16 @@ class Directories:
             return
         raise InputError(
             f"{self.audit_dir}: is the audit directory of another dataset, not of "
-            f"{self.output_dir}; give another "
-            "--audit_dir, and to share the pseudonyms --pseudonym_key_file with its key file"
+            f"{self.output_dir}; give another --audit_dir, and to share the pseudonyms "
+            "--pseudonym_key_file with its key file"
         )
 
     def _relative_output_dir(self) -> str:
         return os.path.relpath(self.output_dir.resolve(), self.audit_dir.resolve())
+
+
+def _write_private(path: Path, content: Mapping[str, str]) -> None:
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def with_absolute_paths(paths: Any) -> Any:
@@ -242,16 +248,16 @@ def refuse_other_options(
         names = [name for name, _ in stored.get("tables", []) + current["tables"]]
         raise InputError(
             f"{output_dir}: was prepared with other labels or attributes "
-            f"({', '.join(dict.fromkeys(names))}); give "
-            "the same files in the same order, or another --output_dir"
+            f"({', '.join(dict.fromkeys(names))}); give the same files in the same order, or "
+            "another --output_dir"
         )
     if stored.get("same_splits_as") and "same_splits_as" not in current:
         raise InputError(
-            f"{output_dir}: was prepared with --same_splits_as; give it again: patients who come "
-            f"may be known there"
+            f"{output_dir}: was prepared with --same_splits_as; give it again, since new patients "
+            "may have a split there"
         )
     for name in current:
-        # those datasets may grow, too
+        # the datasets of --same_splits_as may grow, too
         if name != "same_splits_as" and stored.get(name) != current[name]:
             raise InputError(
                 f"{output_dir}: was prepared with {name}={_option_text(stored.get(name))}, not "
@@ -259,8 +265,8 @@ def refuse_other_options(
             )
     if fingerprint != key_fingerprint(key):
         raise InputError(
-            f"{output_dir}: was prepared with another pseudonym key; give that "
-            f"--pseudonym_key_file or --audit_dir"
+            f"{output_dir}: was prepared with another pseudonym key; give its --pseudonym_key_file "
+            "or --audit_dir"
         )
 
 
@@ -268,9 +274,7 @@ def _option_text(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{name}:{_option_text(item)}" for name, item in value.items())
     if isinstance(value, list):
-        return (
-            " ".join(_option_text(v) for v in value)
-            if value and isinstance(value[0], list)
-            else ",".join(f"{number:g}" for number in value)
-        )
+        if value and isinstance(value[0], list):
+            return " ".join(_option_text(item) for item in value)
+        return ",".join(f"{number:g}" for number in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,12 +1,12 @@
 """From the files of an archive to exams to convert, with a bounded part of the headers in memory.
 
 The headers of an archive of millions of files do not fit into memory, and a series may lie in any
-number of folders. So headers are spread over bucket files by the study that they belong to, and
-each bucket is planned by itself.
+number of folders. So headers are spread over bucket files by their study, and each bucket is
+planned by itself.
 
-Reading the headers takes long, so what was read stays: the files are listed in chunks, and a staged
-file a chunk holds its headers as they go to the buckets. A run that is started again reads the
-chunks of which a file is missing, came or changed; buckets and plans are made again.
+Reading the headers takes long, so the result stays: the files are listed in chunks, and a staged
+file a chunk holds its headers as they go to the buckets. A run that is started again reads only
+the chunks of which a file is missing, new or changed. It writes all buckets and plans again.
 """
 
 import collections
@@ -17,7 +17,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from data_prep.scan.archives import ArchiveDirectory, Source, Unreadable, list_sources
 from data_prep.scan.headers import Header, NotAnImage, read_header
@@ -43,12 +43,12 @@ _STAGED = "staged"  # folder of the plan directory
 
 
 def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tuple[int, str]:
-    """Number of files, and a digest of their names and sizes: equal digests mean that nothing came
+    """Number of files, and a digest of their names and sizes: equal digests mean that no file came
     or went.
 
-    A file that is replaced by another of the same size is not noticed. Times are left out: copies
-    have other ones. `listing` (private): a file to write, so that `plan_archive` need not list
-    again and plans what was listed here.
+    A file that is replaced by a file of the same size is not noticed. Times are left out, since
+    copies have other times. `listing` (private): a file to write, so that `plan_archive` plans the
+    same files without listing them again.
 
     Raises:
         InputError: there are no files.
@@ -85,8 +85,8 @@ def plan_archive(
 ) -> list[Path]:
     """Reads all headers and writes one plan file a bucket into `plan_dir`; `read_plan` reads them.
 
-    `plan_dir` is private: it holds headers. What a killed run left in it is used. `listing`: from
-    `list_archive`; None: the archive is listed here.
+    `plan_dir` is private: it holds headers. Staged headers of a killed run are used. `listing` is
+    of `list_archive`; None: the archive is listed here.
 
     Raises:
         OSError: the archive went away.
@@ -147,11 +147,11 @@ def scan_headers(
         stale.unlink(missing_ok=True)
     num_buckets = _MIN_BUCKETS
     while num_buckets * _HEADERS_PER_BUCKET < num_files:
-        num_buckets *= 2  # so that what is staged remains of use while an archive grows
+        num_buckets *= (
+            2  # a growing archive rarely changes this number, so staged headers stay valid
+        )
     version = f"{num_buckets} {_version(read)}"
-    listed = (
-        _read_listing(listing) if listing else chunks(list_sources(input_dir), SOURCES_PER_TASK)
-    )
+    listed = _unpickled(listing) if listing else chunks(list_sources(input_dir), SOURCES_PER_TASK)
     with Progress("reading headers", "files", num_files) as progress:
         tasks = (
             (input_dir, chunk, read, staged_dir / f"{number:07d}", version, num_buckets)
@@ -159,10 +159,8 @@ def scan_headers(
         )
         for (_, chunk, *_), result in pool.run(stage_headers, tasks):
             if isinstance(result, WorkerDied):
-                result = (
-                    _by_bucket(read_headers_one_by_one(input_dir, chunk, read), num_buckets),
-                    False,
-                )
+                entries = read_headers_one_by_one(input_dir, chunk, read)
+                result = _by_bucket(entries, num_buckets), False
             by_bucket, already_there = result
             for bucket, content in by_bucket.items():
                 with open(plan_dir / f"{bucket:05d}.headers", "ab") as file:
@@ -182,8 +180,7 @@ def stage_headers(
     had staged them.
 
     The file at `path` holds them with a digest of the names, sizes and times of the files and of
-    `version`. A checksum tells a file that was not written to its end. Chunks of which a file could
-    not be read for now are not staged.
+    `version`, and a checksum. Chunks of which a file could not be read for now are not staged.
 
     Raises:
         OSError: the archive went away, or the staged file cannot be written.
@@ -194,16 +191,16 @@ def stage_headers(
         content = path.read_bytes()
         if content[:32] == hashlib.sha256(content[32:]).digest() and content[32:64] == digest:
             return pickle.loads(content[64:]), True
-    found = read_headers(input_dir, entries, read)
-    by_bucket = _by_bucket(found, num_buckets)
-    if not any(isinstance(entry, NotAnImage) and entry.reason == FAILED_FOR_NOW for entry in found):
+    headers = read_headers(input_dir, entries, read)
+    by_bucket = _by_bucket(headers, num_buckets)
+    if not any(isinstance(one, NotAnImage) and one.reason == FAILED_FOR_NOW for one in headers):
         content = digest + pickle.dumps(by_bucket, pickle.HIGHEST_PROTOCOL)
         write_file(path, hashlib.sha256(content).digest() + content)
     return by_bucket, False
 
 
 def _times(input_dir: ArchiveDirectory, entry: Source | Unreadable) -> tuple[int, int] | None:
-    """When a file was changed; None on a store, where name and size must do."""
+    """When a file was changed, in ns; None on a store, which shows names and sizes only."""
     if not isinstance(input_dir, Path):
         return None
     try:
@@ -214,7 +211,7 @@ def _times(input_dir: ArchiveDirectory, entry: Source | Unreadable) -> tuple[int
 
 
 def _version(read: ReadHeader) -> str:
-    """What headers depend on besides the files: what reads them, with the tables that it takes."""
+    """What headers depend on besides the files: the function that reads them, with its tables."""
     function, options = getattr(read, "func", read), getattr(read, "keywords", {})
     tables = [file_sha256(path) for path in options.values() if path]
     return repr(
@@ -230,42 +227,34 @@ def _version(read: ReadHeader) -> str:
 def _by_bucket(
     entries: Iterable[Header | NotAnImage | Unreadable], num_buckets: int
 ) -> dict[int, bytes]:
-    found = collections.defaultdict(list)
+    buckets = collections.defaultdict(list)
     for entry in entries:
-        found[_bucket_number(entry, num_buckets)].append(entry)
+        buckets[_bucket_number(entry, num_buckets)].append(entry)
     return {
-        bucket: pickle.dumps(content, pickle.HIGHEST_PROTOCOL) for bucket, content in found.items()
+        number: pickle.dumps(content, pickle.HIGHEST_PROTOCOL)
+        for number, content in buckets.items()
     }
 
 
-def _read_listing(path: Path) -> Iterator[tuple[Source | Unreadable, ...]]:
-    with open(path, "rb") as file:
-        yield from _unpickled(file)
-
-
-def _unpickled(file: BinaryIO) -> Iterator[Any]:
+def _unpickled(path: Path) -> Iterator[Any]:
     """The objects that were pickled into a file one after the other."""
-    with contextlib.suppress(EOFError):
+    with open(path, "rb") as file, contextlib.suppress(EOFError):
         while True:
             yield pickle.load(file)
 
 
 def _bucket_number(entry: Header | NotAnImage | Unreadable, num_buckets: int) -> int:
-    """Files of one study and patient share a bucket; files without an image are spread by their
-    names."""
+    """Files of one study and patient share a bucket. Files without an image are spread by name."""
     if isinstance(entry, Header):
         name = f"{entry.patient_key}|{entry.study_instance_uid}"
     else:
         name = repr(entry.source)
-    return (
-        int.from_bytes(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()[:8])
-        % num_buckets
-    )
+    digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()
+    return int.from_bytes(digest[:8]) % num_buckets
 
 
 def _plan_bucket(headers_path: Path, plan_path: Path, rules: Rules) -> None:
-    with open(headers_path, "rb") as file:
-        plan = plan_exams((entry for entries in _unpickled(file) for entry in entries), rules)
+    plan = plan_exams((entry for entries in _unpickled(headers_path) for entry in entries), rules)
     with open(plan_path, "wb") as file:
         pickle.dump(plan, file, pickle.HIGHEST_PROTOCOL)
     headers_path.unlink()

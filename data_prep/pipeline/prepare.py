@@ -1,21 +1,18 @@
-"""Archive of scans -> dataset directory: the steps, in order, each of which can be killed and run
-again.
+"""Archive of scans -> dataset directory: the steps in order. A killed step can run again.
 
     clean -> stage labels -> plan exams -> check splits -> convert exams -> account for files ->
     freeze -> write
 
-A dry run is the same steps in a temporary directory, without the conversion and all that follows
-it.
+A dry run is the same steps in a temporary directory, with expected notes in place of the
+conversion and without the last two.
 
-The private audit directory holds what links pseudonyms to the archive: the key, the split of each
-patient, `sources.csv` (what became of each file), and the notes that a grown archive is compared
-with.
+The private audit directory links pseudonyms to the archive: it holds the key, the split of each
+patient, `sources.csv` (the outcome of each file), and the notes with which a grown archive is
+compared.
 """
 
 import collections
-import contextlib
 import dataclasses
-import json
 import logging
 import os
 import tempfile
@@ -68,17 +65,17 @@ from data_prep.scan.loading import header_reader
 from data_prep.scan.series import SeriesCandidate
 from data_prep.system.command_line import require
 from data_prep.system.errors import InputError
-from data_prep.system.files import PARTIAL, lock_directory, remove_tree, sync_directory, write_file
+from data_prep.system.files import PARTIAL, lock_directory, remove_tree, sync_directory
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
-_SOURCES_FILE = "sources.csv"  # private: what became of each file
+_SOURCES_FILE = "sources.csv"  # private: the outcome of each file
 _BYTES_PER_PIXEL = 0.34  # zstd-1 on windowed CT slices, measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """What every step of a run works on."""
+    """The inputs of every step of a run."""
 
     options: Options
     directories: Directories
@@ -87,35 +84,25 @@ class Preparation:
     num_files: int  # of the archive, as `list_archive` counts them
     archive_digest: str
     pool: WorkerPool
-    dataset: Dataset | None = None  # by an earlier run; this one adds to it
-    elsewhere: KnownSplits | None = None
+    dataset: Dataset | None = None  # of an earlier run; this run adds to it
+    elsewhere: KnownSplits | None = None  # of --same_splits_as
     beam_arguments: Sequence[str] | None = None  # None: on worker processes of this machine
 
     @property
     def old_volumes(self) -> list[dict[str, Any]]:
-        """Rows of volumes.csv of the dataset that is there."""
+        """Rows of volumes.csv of earlier runs."""
         return self.dataset.volumes() if self.dataset else []
-
-    def known_volumes(self) -> KnownVolumes:
-        """What the dataset that is there holds of each exam."""
-        volumes_of_exam = collections.defaultdict(list)
-        for row in self.old_volumes:
-            volumes_of_exam[row["exam_id"]].append(row["volume_id"])
-        one_per_study = self.options.rules.reconstructions == "one_per_study"
-        return KnownVolumes(
-            self.directories.kept_notes_dir, self.key, volumes_of_exam, one_per_study
-        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Plans:
-    """What the headers say of an archive."""
+    """The exams of an archive, from its headers."""
 
     files: list[Path]  # of `plan_archive`
-    label_counts: dict[str, Any]  # rows, annotations and masks that match nothing
+    label_counts: dict[str, Any]  # rows, annotations and masks without a match
     known: KnownVolumes
-    patients: set[str]  # pseudonyms, also of volumes that are in the dataset already
-    num_exams: int  # to convert; if the pixels refuse nothing, as many volumes
+    patients: set[str]  # pseudonyms, also of volumes of earlier runs
+    num_exams: int  # to convert; as many volumes, unless their pixels are refused
     num_slices: int  # of these exams
 
     def new_exams(self) -> Iterator[tuple[Path, int, list[SeriesCandidate]]]:
@@ -148,16 +135,17 @@ def prepare(
         num_workers: processes; None: the usable cores.
         pseudonym_key_file: None: the key is made in the audit directory.
         same_splits_as: datasets of the same pseudonym key, whose patients keep the split that they
-          have there.
-        beam_options: convert and write shards under Apache Beam, with these arguments of its own
+            have there.
+        beam_options: convert and write shards under Apache Beam with these arguments
             (`data_prep.pipeline.beam`); None: on worker processes of this machine.
 
     Returns:
-        The content of preparation.json, and whether there was anything to do.
+        The content of preparation.json, and whether this run changed the dataset.
 
     Raises:
         InputError: unusable directories or options, too few patients.
         OSError: the archive went away or the output can't be written.
+        RunFailed: a worker was killed, or the Beam pipeline failed.
     """
     directories.check()
     sources = sources or LabelSources(options.archive)
@@ -173,40 +161,34 @@ def prepare(
         refuse_other_key(elsewhere, pseudonym_key_file or directories.key_file)
         options = dataclasses.replace(options, same_splits_as=elsewhere.fingerprints)
     directories.make()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lock_directory(directories.output_dir))
-        stack.enter_context(lock_directory(directories.audit_dir))
-        pool = stack.enter_context(WorkerPool(num_workers))
-        dataset = _dataset_that_is_there(directories)
+    with (
+        lock_directory(directories.output_dir),
+        lock_directory(directories.audit_dir),
+        WorkerPool(num_workers) as pool,
+    ):
+        dataset = _complete_dataset(directories)
         directories.refuse_audit_dir_of_another(dataset)
         key = key or make_key(directories.key_file)
         if elsewhere:
             refuse_other_splits(elsewhere, directories.splits())
-        options = _with_labels(options, sources, directories, key)
+        digests = staging.input_digests(sources, directories.input_dir)
+        tables = tuple((name, private_digest(key, "table", digest)) for name, digest in digests)
+        options = dataclasses.replace(options, masks=sources.mask_facts(), tables=tables)
         changed = _finish_killed_run(options, key, directories, pool, beam_arguments)
         if changed:
-            dataset = _dataset_that_is_there(directories)
+            dataset = _complete_dataset(directories)
         num_files, digest = list_archive(directories.input_dir, directories.listing)
         if dataset:
             _refuse_other_dataset(dataset, options, key, directories)
-            if directories.bound()["digest"] == digest and not num_failed_for_now(
-                dataset.preparation["counts"]
-            ):
+            same_archive = directories.bound()["digest"] == digest
+            if same_archive and not num_failed_for_now(dataset.preparation["counts"]):
                 _remove_work(directories)
                 return dataset.preparation, changed
-        preparation = Preparation(
-            options,
-            directories,
-            sources,
-            key,
-            num_files,
-            digest,
-            pool,
-            dataset,
-            elsewhere,
-            beam_arguments,
+        run = Preparation(options, directories, sources, key, num_files, digest, pool)
+        run = dataclasses.replace(
+            run, dataset=dataset, elsewhere=elsewhere, beam_arguments=beam_arguments
         )
-        return run_steps(preparation), True
+        return run_steps(run), True
 
 
 def dry_run(
@@ -217,9 +199,10 @@ def dry_run(
     num_workers: int | None = None,
     same_splits_as: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """What the headers say of an archive. Writes nothing but temporary files, which it removes.
+    """The expected result of `prepare`, from the headers. Writes temporary files only.
 
-    Pixels may refuse more. What lies in the output directory already makes no difference.
+    `prepare` may refuse more scans, for their pixels. The content of the output directory makes no
+    difference.
 
     Returns:
         The counts of preparation.json with the expected `exams`, `patients`, `slices` and `bytes`.
@@ -253,21 +236,32 @@ def dry_run(
 
 
 def run_steps(preparation: Preparation) -> dict[str, Any]:
-    """All steps; returns preparation.json."""
+    """All steps. Returns the content of preparation.json."""
     labels, plans = survey(preparation)
-    conversion = _conversion(preparation, labels)
+    options, directories = preparation.options, preparation.directories
+    conversion = Conversion(
+        input_dir=directories.input_dir,
+        notes_dir=directories.notes_dir,
+        records_dir=directories.records_dir,
+        rules=options.rules,
+        windows=options.windows,
+        image_size=options.image_size,
+        key=preparation.key,
+        labels=labels,
+        options_digest=options.conversion_digest(),
+    )
     convert_exams(preparation, plans, conversion)
-    account, new_volumes = account_for_files(
-        preparation, plans, lambda exam: _note_of(conversion, exam)
-    )
+
+    def note_of(exam: list[SeriesCandidate]) -> ExamNote:
+        return read_note(note_path(conversion, exam_key(conversion, exam)))
+
+    account, new_volumes = account_for_files(preparation, plans, note_of)
     frozen = freeze_plan(preparation, plans, labels, account, new_volumes)
-    return write_dataset(
-        frozen, preparation.directories, preparation.pool, preparation.beam_arguments
-    )
+    return write_dataset(frozen, directories, preparation.pool, preparation.beam_arguments)
 
 
 def survey(preparation: Preparation) -> tuple[Labels, Plans]:
-    """The steps before the conversion, which a dry run has, too."""
+    """The steps before the conversion, also of a dry run."""
     clean(preparation)
     labels = stage_labels(preparation)
     plans = plan_exams(preparation, labels)
@@ -276,14 +270,14 @@ def survey(preparation: Preparation) -> tuple[Labels, Plans]:
 
 
 def clean(preparation: Preparation) -> None:
-    """Removes files of a killed run that no run can use, and makes the working directories."""
+    """Removes useless files of a killed run, and makes the working directories."""
     directories, dataset = preparation.directories, preparation.dataset
     _remove_partial_files(directories)
     directories.notes_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     directories.records_dir.mkdir(parents=True, exist_ok=True)
     listed = dataset.preparation["checksums"] if dataset else {}
     shards = directories.output_dir.glob("*.array_record-*")
-    # the decisions behind them are gone
+    # without the frozen plan nobody knows their records
     unlisted = [path for path in shards if path.name not in listed]
     for stale in [*directories.records_dir.glob("*.done"), *unlisted]:
         stale.unlink()
@@ -302,23 +296,28 @@ def stage_labels(preparation: Preparation) -> Labels:
 
 def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
     """Reads all headers and plans which series become volumes."""
-    options, directories, sources = (
-        preparation.options,
-        preparation.directories,
-        preparation.sources,
-    )
+    directories, sources = preparation.directories, preparation.sources
+    rules, old_volumes = preparation.options.rules, preparation.old_volumes
     files = plan_archive(
         directories.input_dir,
         directories.work_dir / "plan",
-        options.rules,
+        rules,
         preparation.num_files,
         preparation.pool,
         header_reader(sources.archive, sources.metadata_csv),
         directories.listing,
     )
     label_counts = staging.match(labels, all_headers(files))
-    known = preparation.known_volumes()
-    patients = {row["patient_id"] for row in preparation.old_volumes}
+    volumes_of_exam = collections.defaultdict(list)
+    for row in old_volumes:
+        volumes_of_exam[row["exam_id"]].append(row["volume_id"])
+    known = KnownVolumes(
+        directories.kept_notes_dir,
+        preparation.key,
+        volumes_of_exam,
+        one_per_study=rules.reconstructions == "one_per_study",
+    )
+    patients = {row["patient_id"] for row in old_volumes}
     num_exams = num_slices = 0
     for plan in map(read_plan, files):
         for exam in plan.exams:
@@ -330,8 +329,8 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
 
 
 def check_splits(preparation: Preparation, plans: Plans) -> None:
-    """Raises InputError if there are too few patients or volumes for the splits, also if the pixels
-    refuse nothing."""
+    """Raises InputError if there are too few patients or volumes for the splits, before the long
+    conversion."""
     options = preparation.options
     if plans.patients:
         num_volumes = len(preparation.old_volumes) + plans.num_exams
@@ -354,9 +353,11 @@ def convert_exams(preparation: Preparation, plans: Plans, conversion: Conversion
             for path, position, exam in unconverted():
                 exams_of_plan[path].append(position)
                 num_slices += len(exam[0].headers)
-            work_dir = preparation.directories.work_dir
             _import_beam().convert_exams(
-                conversion, exams_of_plan, work_dir, preparation.beam_arguments
+                conversion,
+                exams_of_plan,
+                preparation.directories.work_dir,
+                preparation.beam_arguments,
             )
             progress.advance(num_slices)
             return
@@ -370,16 +371,16 @@ def convert_exams(preparation: Preparation, plans: Plans, conversion: Conversion
 def account_for_files(
     preparation: Preparation, plans: Plans, note_of: Callable[[list[SeriesCandidate]], ExamNote]
 ) -> tuple[FileAccount, dict[str, tuple[dict[str, Any], int]]]:
-    """What became of every file, which goes to `sources.csv`, too.
+    """The outcome of every file, which goes to `sources.csv`, too.
 
     Args:
-        preparation: of the run.
-        plans: of its archive.
-        note_of: returns the outcome of an exam to convert.
+        preparation: the inputs of the run.
+        plans: the exams of its archive.
+        note_of: returns the outcome of a new exam.
 
     Returns:
-        The account, and of each new volume by the key of its note: the row of volumes.csv and the
-        bytes of its records.
+        The account, and {key of the note: (row of volumes.csv, bytes of the records)} of the new
+        volumes.
     """
     known, new_volumes = plans.known, {}
     path = preparation.directories.work_dir / _SOURCES_FILE
@@ -394,10 +395,10 @@ def account_for_files(
             for exam in plan.exams:
                 notes = known.outcome(exam)
                 if notes is None:
-                    notes = [note_of(exam)]
-                    new_volumes |= {
-                        note.key: (note.volume, note.record_bytes) for note in notes if note.volume
-                    }
+                    note = note_of(exam)
+                    notes = [note]
+                    if note.volume:
+                        new_volumes[note.key] = (note.volume, note.record_bytes)
                 outcomes += notes
             account.add(outcomes, plan.not_images)
         file.flush()
@@ -415,7 +416,7 @@ def freeze_plan(
     """Decides splits, order and shards, and writes the decisions to the disk.
 
     Raises:
-        InputError: there is no volume, or there are too few patients for the splits.
+        InputError: no volume, or too few patients for the splits.
     """
     directories, old_volumes = preparation.directories, preparation.old_volumes
     counts = account.counts(preparation.num_files) | plans.label_counts
@@ -429,8 +430,7 @@ def freeze_plan(
         ]
         raise InputError(
             f"--input_dir={directories.input_dir}: no usable chest CT in {preparation.num_files} "
-            f"files "
-            f"({', '.join(reasons)}); the reason of each file is in "
+            f"files ({', '.join(reasons)}); the reason of each file is in "
             f"{directories.work_dir / _SOURCES_FILE}"
         )
     known_splits = directories.splits()
@@ -459,27 +459,22 @@ def write_dataset(
     pool: WorkerPool,
     beam_arguments: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Writes the frozen dataset: shards, tables, preparation.json, then the private files; returns
-    preparation.json."""
+    """Writes the frozen dataset: shards, tables, preparation.json, then the private files. Returns
+    the content of preparation.json."""
     _remove_partial_files(directories)
-    output_dir, records_dir, notes_dir = (
-        directories.output_dir,
-        directories.records_dir,
-        directories.notes_dir,
-    )
+    output_dir, records_dir = directories.output_dir, directories.records_dir
+    notes_dir, kept_notes_dir = directories.notes_dir, directories.kept_notes_dir
     if beam_arguments is not None:  # `assemble` then finds the shards written
         _import_beam().write_shards(
             frozen, directories.frozen_file, output_dir, records_dir, beam_arguments
         )
-    preparation = assemble(
-        frozen, output_dir, records_dir, notes_dir, directories.kept_notes_dir, pool
-    )
-    _write_private(directories.splits_file, frozen.splits)
-    keep_notes(frozen, notes_dir, directories.kept_notes_dir)
+    preparation = assemble(frozen, output_dir, records_dir, notes_dir, kept_notes_dir, pool)
+    directories.write_splits(frozen.splits)
+    keep_notes(frozen, notes_dir, kept_notes_dir)
     for name in (_SOURCES_FILE, _VIOLATIONS_FILE):
         if (directories.work_dir / name).exists():
             os.replace(directories.work_dir / name, directories.audit_dir / name)
-    _write_private(*directories.facts_to_bind(frozen.archive_digest, preparation["fingerprint"]))
+    directories.bind(frozen.archive_digest, preparation["fingerprint"])
     directories.frozen_file.unlink()
     sync_directory(directories.work_dir)
     _remove_work(directories)
@@ -489,8 +484,8 @@ def write_dataset(
 # ---- details -----------------------------------------------------------------------------------
 
 
-def _dataset_that_is_there(directories: Directories) -> Dataset | None:
-    """The dataset that an earlier run completed."""
+def _complete_dataset(directories: Directories) -> Dataset | None:
+    """The dataset of the output directory; None until a run has completed it."""
     complete = (directories.output_dir / PREPARATION_FILE).exists()
     return Dataset.open(directories.output_dir) if complete else None
 
@@ -498,24 +493,14 @@ def _dataset_that_is_there(directories: Directories) -> Dataset | None:
 def _refuse_other_dataset(
     dataset: Dataset, options: Options, key: bytes, directories: Directories
 ) -> None:
-    """Raises InputError unless this run may add to the dataset that is there."""
-    preparation = dataset.preparation
-    stored, fingerprint = preparation["options"], preparation["key_fingerprint"]
+    """Raises InputError unless this run may add to the dataset."""
+    stored, fingerprint = (dataset.preparation[name] for name in ("options", "key_fingerprint"))
     refuse_other_options(stored, fingerprint, options, key, directories.output_dir)
     if directories.bound()["fingerprint"] != dataset.fingerprint:
         raise InputError(
             f"{directories.audit_dir}: not the audit directory of {directories.output_dir}; "
             "give --audit_dir as it was when the dataset was made"
         )
-
-
-def _with_labels(
-    options: Options, sources: LabelSources, directories: Directories, key: bytes
-) -> Options:
-    """The options with all that follows from the files of labels and masks."""
-    digests = staging.input_digests(sources, directories.input_dir)
-    tables = tuple((name, private_digest(key, "table", digest)) for name, digest in digests)
-    return dataclasses.replace(options, masks=sources.mask_facts(), tables=tables)
 
 
 def _finish_killed_run(
@@ -525,7 +510,7 @@ def _finish_killed_run(
     pool: WorkerPool,
     beam_arguments: Sequence[str] | None,
 ) -> bool:
-    """Writes the dataset that an earlier run had frozen when it was killed. False: there was no
+    """Writes the dataset of a run that was killed after it had frozen its plan. False: there was no
     such run."""
     if not directories.frozen_file.exists():
         return False
@@ -540,27 +525,8 @@ def _finish_killed_run(
     return True
 
 
-def _conversion(preparation: Preparation, labels: Labels) -> Conversion:
-    options, directories = preparation.options, preparation.directories
-    return Conversion(
-        input_dir=directories.input_dir,
-        notes_dir=directories.notes_dir,
-        records_dir=directories.records_dir,
-        rules=options.rules,
-        windows=options.windows,
-        image_size=options.image_size,
-        key=preparation.key,
-        labels=labels,
-        options_digest=options.conversion_digest(),
-    )
-
-
-def _note_of(conversion: Conversion, exam: list[SeriesCandidate]) -> ExamNote:
-    return read_note(note_path(conversion, exam_key(conversion, exam)))
-
-
 def _expected_note(exam: list[SeriesCandidate]) -> ExamNote:
-    """What becomes of an exam if its preferred candidate is taken, as far as the headers tell."""
+    """The note of an exam whose first candidate becomes a volume, as far as the headers tell."""
     first, *others = exam
     dropped = [(header.source, reason) for header, reason in first.dropped]
     dropped += [
@@ -573,17 +539,13 @@ def _expected_note(exam: list[SeriesCandidate]) -> ExamNote:
 
 
 def _import_beam() -> ModuleType:
-    """`data_prep.pipeline.beam`, which needs an extra."""
+    """`data_prep.pipeline.beam`. Raises InputError if the extra is not installed."""
     require("apache_beam", "--runner=beam", "beam")
-    logging.disable(logging.WARNING)  # Beam complains that its own extras are not there
+    logging.disable(logging.WARNING)  # Beam warns that its own extras are missing
     from data_prep.pipeline import beam
 
     logging.disable(logging.NOTSET)
     return beam
-
-
-def _write_private(path: Path, content: Mapping[str, str]) -> None:
-    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _remove_work(directories: Directories) -> None:
@@ -592,13 +554,8 @@ def _remove_work(directories: Directories) -> None:
 
 
 def _remove_partial_files(directories: Directories) -> None:
-    for directory in (
-        directories.output_dir,
-        directories.records_dir,
-        directories.audit_dir,
-        directories.work_dir,
-        directories.notes_dir,
-    ):
+    public = (directories.output_dir, directories.records_dir)
+    for directory in (*public, directories.audit_dir, directories.work_dir, directories.notes_dir):
         for stale in directory.glob(f"*{PARTIAL}"):
             if stale.is_dir():  # of a task under Beam
                 remove_tree(stale)

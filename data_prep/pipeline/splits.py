@@ -2,8 +2,8 @@
 
 Datasets of one pseudonym key have the same pseudonyms and take patients in the same order. Their
 splits are the same only if they were made at once from the same patients with the same options:
-what a patient was assigned to is kept in each dataset's own audit directory. With --same_splits_as
-the splits of other datasets are taken over, so that no one learns from another's test patients.
+each dataset keeps the split of a patient in its own audit directory. With --same_splits_as a
+dataset takes over the splits of others, so that no training uses test patients of another dataset.
 """
 
 import dataclasses
@@ -31,9 +31,8 @@ def check_numbers(
         )
         raise InputError(
             f"{num_patients} patient{'s' * (num_patients != 1)} with a usable scan{shared} cannot "
-            f"fill the splits "
-            f"{', '.join(wanted)}; give --splits=1,0,0 (everything is training data), or more "
-            f"patients"
+            f"fill the splits {', '.join(wanted)}; give --splits=1,0,0 (everything is training "
+            "data), or more patients"
         )
     if 2 * holdout_volumes > num_volumes:
         raise InputError(
@@ -53,19 +52,19 @@ def assign_splits(
     Patients that are `known` keep their split. The others are taken in the order of
     `volumes_per_patient`, which must not depend on anything but the patients (their keyed hash):
     with `holdout_volumes` 0, each goes to the split that lacks most of its share of patients; else
-    first the test split gets the whole patients whose number of volumes comes nearest to what it
-    lacks, and the rest is shared between training and validation. From as many patients on as there
-    are splits with a share, none of these is empty.
+    first the test split gets the whole patients whose number of volumes comes nearest to the number
+    that it lacks, and training and validation share the others. If there are as many patients as
+    splits with a share, no such split is empty.
 
     Args:
-        volumes_per_patient: number of volumes by patient, known ones included.
+        volumes_per_patient: number of volumes by patient, also of known patients.
         fractions: of the patients in training, validation, test; only the ratio of the first two
             counts with `holdout_volumes`.
         holdout_volumes: number of test volumes; 0: go by fractions.
         known: split by patient, from earlier runs.
 
     Raises:
-        InputError: too few patients or volumes, or the known ones leave a split empty.
+        InputError: too few patients or volumes, or the known splits leave a split empty.
     """
     num_volumes = sum(volumes_per_patient.values())
     check_numbers(len(volumes_per_patient), num_volumes, fractions, holdout_volumes)
@@ -103,9 +102,8 @@ def assign_splits(
     if empty:
         raise InputError(
             f"no patient is left for the splits {', '.join(empty)}, as splits.json in the audit "
-            f"directory or "
-            "--same_splits_as keeps all in others; give --splits that leave them out, or another "
-            "--audit_dir to assign them again"
+            "directory or --same_splits_as keeps all in others; give --splits that leave them out, "
+            "or another --audit_dir to assign them again"
         )
     return {patient: splits[patient] for patient in volumes_per_patient}
 
@@ -116,8 +114,8 @@ def _wanted_splits(fractions: Sequence[float], holdout_volumes: int) -> list[str
 
 
 def _shares(total: int, fractions: Sequence[float]) -> dict[str, int]:
-    """Whole numbers near `fractions` of `total` that sum to it, at least 1 where the fraction is
-    not 0 (if `total` suffices): largest remainders."""
+    """Whole numbers near `fractions` of `total` that sum to `total`, at least 1 where the fraction
+    is not 0 (if `total` suffices): largest remainders."""
     scale = sum(fractions) or 1.0
     exact = [total * fraction / scale for fraction in fractions]
     shares = [
@@ -132,11 +130,9 @@ def _shares(total: int, fractions: Sequence[float]) -> dict[str, int]:
 
 
 def _nearest_subset(sizes: Sequence[int], target: int, at_least_one: bool) -> list[int]:
-    """Indices of a subset of `sizes` whose sum is as near to `target` as any subset's; the smaller
-    sum if two are.
+    """Indices of a subset of `sizes` whose sum is nearest to `target`; the smaller sum of two.
 
-    Of several such subsets the one that comes first is taken: a sum is made of the earliest sizes
-    that reach it.
+    Of several such subsets, the earliest sizes that reach the sum.
     """
     reached: dict[int, int] = {0: -1}  # sum -> index of the size that reached it first
     limit = max(target, 0) + max(sizes, default=0)
@@ -172,7 +168,7 @@ def cut_into_shards(sizes: Sequence[int], shard_bytes: int) -> list[range]:
 
 
 def running_totals(values: Sequence[int]) -> list[int]:
-    """The sum of everything before each value."""
+    """The sum of all values before each value."""
     return [0, *itertools.accumulate(values)][:-1]
 
 
@@ -181,7 +177,7 @@ def running_totals(values: Sequence[int]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class KnownSplits:
-    """Of the datasets that the user named."""
+    """The splits of the datasets that the user named."""
 
     directories: tuple[Path, ...]
     fingerprints: tuple[str, ...]
@@ -198,7 +194,7 @@ def read_known_splits(directories: Sequence[Path]) -> KnownSplits | None:
 
     Raises:
         InputError: they have different pseudonym keys, or a patient in different splits.
-        DatasetError: one of them is not a complete dataset.
+        DatasetError: a directory is not a complete dataset.
     """
     if not directories:
         return None
@@ -211,25 +207,24 @@ def read_known_splits(directories: Sequence[Path]) -> KnownSplits | None:
         split_of=split_of,
     )
     if len({dataset.preparation["key_fingerprint"] for dataset in datasets}) > 1:
-        raise InputError(f"{known.named}: have different pseudonym keys; name those of one key")
+        raise InputError(f"{known.named}: have different pseudonym keys; name datasets of one key")
     for dataset in datasets:
         here = {row["patient_id"]: row["split"] for row in dataset.volumes()}
         if differing := number_that_differ(here, split_of):
             raise InputError(
                 f"{known.named}: {differing} patients are in different splits of them; leave one "
-                f"out"
+                "out"
             )
         split_of |= here
     return known
 
 
 def refuse_other_key(known: KnownSplits, key_file: Path) -> None:
-    """Raises InputError unless the key of this preparation is the one of the known splits."""
+    """Raises InputError unless this preparation has the key of the known splits."""
     if not key_file.is_file() or key_fingerprint(read_key(key_file)) != known.key_fingerprint:
         raise InputError(
-            f"{known.named}: has another pseudonym key, so its patients cannot be told here; give "
-            f"the key it was "
-            "prepared with as --pseudonym_key_file"
+            f"{known.named}: has another pseudonym key, so its patients are unknown here; give its "
+            "key as --pseudonym_key_file"
         )
 
 
@@ -238,9 +233,8 @@ def refuse_other_splits(known: KnownSplits, own: Mapping[str, str]) -> None:
     splits earlier."""
     if differing := number_that_differ(own, known.split_of):
         raise InputError(
-            f"{known.named}: {differing} patients are in another split there than in this "
-            f"dataset, where they stay; "
-            "prepare it again with another --output_dir"
+            f"{known.named}: {differing} patients are in another split there than in this dataset, "
+            "where they stay; prepare it again with another --output_dir"
         )
 
 

@@ -1,1 +1,1 @@
-"""Pseudonyms, and the search of a dataset for what must not be in it."""
+"""Pseudonyms, and the search of a dataset for identifying values."""

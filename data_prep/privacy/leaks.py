@@ -1,31 +1,32 @@
-"""Search of a dataset for what it must not hold: values of the source headers that could identify
-someone.
+"""Search of a dataset for values of the source headers that could identify someone.
 
-Secret texts are the values of five characters or more of all elements of the value representations
-PN, UI, DA, TM, DT, LO, SH, LT, ST, UT, UC and AE (names, UIDs, dates and times, IDs, free text), at
-any depth, private elements included (of an unknown value representation if they are printable), the
-components of names by themselves, and, from the audit directory, the paths of the sources and the
-pseudonym key.
+Secret texts are
 
-The haystack is every byte of the dataset directory, and every record decompressed. Short needles
-occur by chance: five digits in every checksum, any five bytes somewhere in a million pixels.
+- values of five characters or more, at any depth, of all elements with the value representations
+  PN, UI, DA, TM, DT, LO, SH, LT, ST, UT, UC and AE (names, UIDs, dates, times, IDs, free text);
+- printable values of private elements whose value representation is unknown;
+- the components of names by themselves;
+- from the audit directory, the paths of the sources and the pseudonym key.
+
+They are searched in every byte of the dataset directory, and in every record decompressed. Short
+texts occur by chance: five digits in every checksum, any five bytes somewhere in a million pixels.
 Therefore
 
-- in text, a needle of fewer than 12 characters must stand by itself, between characters that are
+- in text, a secret of fewer than 12 characters must stand by itself, between characters that are
   not letters or digits;
-- in pixels and other binary data, needles of fewer than 12 characters or fewer than 4 different
-  ones are not sought;
-- columns of numbers are not sought in, and the program's own sentences (reasons, notes,
-  descriptions) not for single words of descriptive elements, such as a Series Description "chest";
-- manufacturer, kernel and ethnic group are published on purpose: their cells must be cleaned values
-  of just those elements (an ethnic group may also come from a table of attributes), and hold no
-  name, ID, date or institution, in capitals or not.
+- in pixels and other binary data, secrets with fewer than 12 characters, or with fewer than 4
+  different characters, are not searched;
+- columns of numbers are not searched;
+- the program's own sentences (reasons, notes, descriptions) are not searched for single words of
+  descriptive elements, such as a Series Description "chest";
+- manufacturer, kernel and ethnic group are published on purpose. Their cells must be cleaned values
+  of exactly these elements (an ethnic group may also come from a table of attributes). They must be
+  free of names, IDs, dates and institutions, in capitals or not.
 """
 
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import re
 import warnings
@@ -47,21 +48,22 @@ from data_prep.privacy.pseudonyms import (
 )
 from data_prep.scan.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
 from data_prep.scan.headers import inflates_too_far
+from data_prep.scan.loading import chunks
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
-LONG_NEEDLE = 12  # characters; found anywhere
+LONG_NEEDLE = 12  # characters; from here on a match counts anywhere
 _IDENTIFYING = {"PN", "UI", "DA", "TM", "DT"}
 _DESCRIPTIVE = {"LO", "SH", "LT", "ST", "UT", "UC", "AE"}
-# column of volumes.csv -> the elements that it may come from, and what is made of them
+# column of volumes.csv -> its source elements, and the function that cleans their values
 _PUBLISHED = {
     "manufacturer": ({0x00080070}, public_manufacturer),
     "kernel": ({0x00181210, 0x00189316}, public_kernel),
     "ethnic_group": ({0x00102160}, public_ethnic_group),
 }
 _PERSONAL_VRS = {"PN", "DA", "TM", "DT"}
-_PERSONAL = {  # elements of other value representations that are sought in the published texts too
+_PERSONAL = {  # elements of other value representations, searched in the published texts, too
     # accession number, institution, station, department
     *(0x00080050, 0x00080080, 0x00080081, 0x00081010, 0x00081040),
     # IDs, address, telephone, study ID
@@ -75,7 +77,7 @@ _PADDING = " \0\t\r\n"
 
 @dataclasses.dataclass
 class SourceValues:
-    """Values found in the headers of an archive."""
+    """Values from the headers of an archive."""
 
     identifying: set[str] = dataclasses.field(default_factory=set)
     # letters only, from descriptive elements
@@ -87,6 +89,7 @@ class SourceValues:
     )
 
     def update(self, other: "SourceValues") -> None:
+        """Adds the values of other files."""
         self.identifying |= other.identifying
         self.words |= other.words
         self.personal |= other.personal
@@ -99,15 +102,13 @@ def read_source_values(input_dir: ArchiveDirectory, pool: WorkerPool) -> SourceV
     values = SourceValues()
     sources = (entry for entry in list_sources(input_dir) if not isinstance(entry, Unreadable))
     with Progress("reading headers", "files", None) as progress:
-        chunks = iter(lambda: tuple(itertools.islice(sources, _FILES_PER_TASK)), ())
-        for (_, chunk), found in pool.run(
-            _values_of_files, ((input_dir, chunk) for chunk in chunks)
-        ):
-            if isinstance(found, WorkerDied):
+        tasks = ((input_dir, chunk) for chunk in chunks(sources, _FILES_PER_TASK))
+        for (_, chunk), result in pool.run(_values_of_files, tasks):
+            if isinstance(result, WorkerDied):
                 raise RunFailed(
                     f"{chunk[0].path} or one of the next {len(chunk)} files: reading it crashed"
                 )
-            values.update(found)
+            values.update(result)
             progress.advance(len(chunk))
     return values
 
@@ -122,7 +123,7 @@ def _values_of_files(input_dir: ArchiveDirectory, sources: Iterable[Source]) -> 
             except OSError:
                 if not input_dir.is_dir():
                     raise
-                continue  # a damaged file gave the dataset nothing
+                continue  # a damaged file is not in the dataset
             for element in header_elements(content):
                 _add_element(values, element)
     return values
@@ -137,15 +138,15 @@ def header_elements(content: bytes) -> list[pydicom.DataElement]:
             return []
         header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True)
         return [*getattr(header, "file_meta", ()), *header.iterall()]
-    except Exception:  # whatever pydicom stumbles over: no readable header
+    except Exception:  # pydicom raises a dozen kinds on headers that cannot be read
         return []
 
 
 def element_texts(element: pydicom.DataElement) -> list[str]:
-    """The values of an element that holds text, one by one and without padding; [] of any other.
+    """The values of a text element, one by one and without padding; [] for other elements.
 
-    A private element of unknown value representation (UN, as implicit files have them) is text if
-    all of it is printable.
+    A private element of unknown value representation (UN, as in implicit files) is text if its
+    value is printable.
     """
     value = element.value
     if element.VR in ("UN", "OB") and isinstance(value, bytes):
@@ -162,7 +163,7 @@ def element_texts(element: pydicom.DataElement) -> list[str]:
 
 
 def _add_element(values: SourceValues, element: pydicom.DataElement) -> None:
-    if element.VR == "CS":  # terms of the standard
+    if element.VR == "CS":  # defined terms of the standard
         return
     for text in element_texts(element):
         if element.VR == "PN":
@@ -198,7 +199,7 @@ class SecretTexts:
         )
 
     def find(self, data: bytes) -> Iterator[tuple[int, str]]:
-        """(place, needle) of every occurrence."""
+        """(offset, secret text) of every occurrence in `data`."""
         octets = np.frombuffer(data, dtype=np.uint8)
         if len(octets) < SHORTEST_NEEDLE or not len(self._keys):
             return
@@ -213,7 +214,8 @@ class SecretTexts:
                     yield place, needle.decode("utf-8", "surrogateescape")
 
     def find_in_text(self, text: str) -> Iterator[str]:
-        """Secret texts in a text: long ones anywhere, short ones where they stand by themselves."""
+        """Secret texts in a text: long texts anywhere, short texts where they stand by
+        themselves."""
         data = text.encode("utf-8", "surrogateescape")
         for place, needle in self.find(data):
             end = place + len(needle.encode("utf-8", "surrogateescape"))
@@ -231,25 +233,31 @@ def _alphanumeric(octet: bytes) -> bool:
 def find_leaks(
     dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, pool: WorkerPool
 ) -> list[str]:
-    """Where the dataset holds what it must not, one line each, naming file and place; [] if
-    nowhere.
+    """The places of secret texts in a dataset, a line each that names file and place.
 
-    The lines quote no more than the first two characters of a value: they may end up in a log.
+    The lines quote at most the first two characters of a value, since they may end up in a log.
+
+    Args:
+        dataset: to search.
+        input_dir: the archive that the dataset was made from.
+        audit_dir: the private directory of the dataset.
+        pool: the workers.
+
+    Raises:
+        InputError: `audit_dir` is not an audit directory.
+        RunFailed: a worker died while it read headers.
+        OSError: a file cannot be read.
     """
     values = read_source_values(input_dir, pool)
     secrets = _audit_secrets(audit_dir)
-    everything = SecretTexts(values.identifying | values.words | secrets)
+    all_values = values.identifying | values.words | secrets
+    everything = SecretTexts(all_values)
     without_words = SecretTexts(values.identifying | secrets)
-    binary = SecretTexts(
-        value
-        for value in values.identifying | values.words | secrets
-        if len(value) >= LONG_NEEDLE and len(set(value)) >= 4
-    )
+    binary = SecretTexts(v for v in all_values if len(v) >= LONG_NEEDLE and len(set(v)) >= 4)
     preparation = dataset.preparation
-    options = preparation["options"]
-    given = [name for name, _ in options.get("tables", ())]
-    not_from_headers = {"ethnic_group"} if "attributes_csv" in given else set()
-    not_from_headers |= {"manufacturer", "kernel"} if "metadata_csv" in given else set()
+    tables = [name for name, _ in preparation["options"].get("tables", ())]
+    not_from_headers = {"ethnic_group"} if "attributes_csv" in tables else set()
+    not_from_headers |= {"manufacturer", "kernel"} if "metadata_csv" in tables else set()
     columns = table_columns(preparation)
     own_sentences = {
         description(preparation | {"synthetic": synthetic}) for synthetic in (False, True)
@@ -273,18 +281,23 @@ def find_leaks(
                 name, "its bytes", (needle for _, needle in binary.find(path.read_bytes()))
             )
     with Progress("searching", "shards", len(shards)) as progress:
-        for (_, name, _), found in pool.run(_shard_leaks, shards):
-            leaks += [f"{name}: searching it crashed"] if isinstance(found, WorkerDied) else found
+        for (_, name, _), result in pool.run(_shard_leaks, shards):
+            leaks += [f"{name}: searching it crashed"] if isinstance(result, WorkerDied) else result
             progress.advance(1)
     return leaks
 
 
 def _audit_secrets(audit_dir: Path) -> set[str]:
-    """Source paths and the key. Raises InputError if this is not an audit directory."""
+    """The paths of the sources and the pseudonym key.
+
+    Raises:
+        InputError: `audit_dir` is not an audit directory.
+    """
     table = audit_dir / "sources.csv"
     if not table.is_file():
         raise InputError(
-            f"--audit_dir={audit_dir}: no sources.csv in it; give the one made by data_prep.prepare"
+            f"--audit_dir={audit_dir}: no sources.csv in it; give the audit directory that "
+            "data_prep.prepare made"
         )
     secrets = set()
     with open(table, newline="", errors="surrogateescape") as file:

@@ -1,9 +1,9 @@
-"""Pseudonyms, and what of a header may be published.
+"""Pseudonyms, and the values of a header that may be published.
 
-A pseudonym is an HMAC-SHA256 under a key that stays with the archive's owner: without the key it
-cannot be traced back by trying patient IDs or UIDs, with the same key it is the same in every run,
-so that re-runs and grown archives agree. Of the headers only `public_fields` leave the archive: no
-dates, names, UIDs, accession numbers, institutions or free-text descriptions.
+A pseudonym is an HMAC-SHA256 under a key that stays with the archive's owner. Without the key it
+cannot be traced back by trying patient IDs or UIDs. With the same key it is the same in every run,
+so that re-runs and grown archives agree. Only `public_fields` of the headers leave the archive.
+Dates, names, UIDs, accession numbers, institutions and free-text descriptions stay.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _PSEUDONYM_LENGTH = 32  # hexadecimal digits: 128 bits
 _SHORTEST_KEY = 16  # bytes
 _NOT_PUBLIC = re.compile(r"[^A-Za-z0-9 .,_+/()-]")
 _LONGEST_TEXT = 16
-_OTHER = "other"  # stands for what may hold anything
+_OTHER = "other"  # replaces values that may be private
 _VENDORS = set(
     "siemens ge imatron philips picker marconi elscint toshiba canon hitachi fujifilm shimadzu "
     "uih neusoft samsung neurologica anke minfound sinovision".split()
@@ -40,7 +40,7 @@ _VENDOR_WORDS = set(
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A row of rejected.csv with the files that it stands for."""
+    """A row of rejected.csv with its files."""
 
     series_id: str
     reason: str
@@ -55,15 +55,15 @@ def default_audit_dir(output_dir: Path) -> Path:
 
 
 def read_key(path: Path) -> bytes:
-    """The pseudonym key in a file, without surrounding blanks.
+    """The pseudonym key in a file, without blanks around it.
 
     Raises:
-        InputError: the file is absent or too short.
+        InputError: the file is missing or too short.
     """
     if not path.is_file():
         raise InputError(
             f"{path}: no such key file; leave out --pseudonym_key_file to have a key made in the "
-            f"audit directory"
+            "audit directory"
         )
     key = path.read_bytes().strip()
     if len(key) < _SHORTEST_KEY:
@@ -74,27 +74,27 @@ def read_key(path: Path) -> bytes:
 
 
 def make_key(path: Path) -> bytes:
-    """Makes a random key file that only its owner can read, and returns the key; an existing one is
-    read instead."""
+    """Makes a random key file that only its owner can read, unless it exists, and returns the
+    key."""
     if not path.exists():
         write_file(path, f"{secrets.token_hex(32)}\n".encode(), mode=0o600)
     return read_key(path)
 
 
 def key_fingerprint(key: bytes) -> str:
-    """Names a key without giving it away: datasets with equal fingerprints have comparable patient
-    pseudonyms."""
+    """A name of a key that does not reveal it. Datasets with equal fingerprints have comparable
+    patient pseudonyms."""
     return _digest(key, "key fingerprint")[:16]
 
 
 def patient_pseudonym(key: bytes, patient_key: str) -> str:
-    """Pseudonym of a patient. `patient_key` is Patient ID (0010,0020) or what stands in for it."""
+    """Pseudonym of a patient; `patient_key` as in `Header.patient_key`."""
     return _digest(key, "patient", patient_key)
 
 
 def series_pseudonym(key: bytes, patient_key: str, study_uid: str, series_key: str) -> str:
-    """Pseudonym of a series, or of one stack of it: the `volume_id` of a volume, the `series_id` of
-    a rejection."""
+    """Pseudonym of a series or of a stack in it: the `volume_id` of a volume, the `series_id` of a
+    rejection."""
     return _digest(key, "series", patient_key, study_uid, series_key)
 
 
@@ -109,7 +109,7 @@ def exam_id(key: bytes, patient_key: str, study_uid: str) -> str:
 
 
 def rejected_row(key: bytes, rejection: Rejection) -> Rejected:
-    """A rejection that was made from the headers."""
+    """The row of a rejection that was made from the headers."""
     first = rejection.headers[0]
     series_id = series_pseudonym(
         key, first.patient_key, first.study_instance_uid, rejection.series_key
@@ -118,7 +118,7 @@ def rejected_row(key: bytes, rejection: Rejection) -> Rejected:
 
 
 def slice_id(key: bytes, header: Header) -> str:
-    """Names a slice wherever its file lies: in a renamed folder, in a zip file."""
+    """A private name of a slice that does not depend on the place of its file."""
     parts = (
         header.series_instance_uid,
         header.sop_instance_uid,
@@ -129,17 +129,17 @@ def slice_id(key: bytes, header: Header) -> str:
 
 
 def sources_of(headers: Iterable[Header]) -> list[Source]:
-    """The files of some headers; a multi-frame file has many headers."""
+    """The files of some headers, each once: a multi-frame file has many headers."""
     return sorted({header.source for header in headers})
 
 
 def shuffling_number(key: bytes, pseudonym: str) -> str:
-    """What splits and shards are ordered by: as good as random, and the same in every run."""
+    """The sort key of splits and shards: as good as random, and the same in every run."""
     return _digest(key, "order", pseudonym)
 
 
 def private_digest(key: bytes, *parts: str) -> str:
-    """A name for private facts (file lists) that tells nothing of them."""
+    """A name of private facts (file lists) that does not reveal them."""
     return _digest(key, "private", *parts)
 
 
@@ -151,28 +151,31 @@ def _digest(key: bytes, kind: str, *parts: str) -> str:
 
 
 def public_manufacturer(value: str) -> str:
-    """The source's own spelling if it is made of names of CT manufacturers and of words that go
-    with them."""
+    """The source's own spelling if it has only names of CT manufacturers and words that go with
+    such names; else "other"."""
     rest = " " + " ".join(re.split(r"[\W_]+", value.casefold())) + " "
     named = False
     for vendor in _VENDORS:
         named |= f" {vendor} " in rest
         rest = rest.replace(f" {vendor} ", " ")
-    known = named and set(rest.split()) <= _VENDOR_WORDS
-    return _clean(value) if known or not value.strip() else _OTHER
+    is_vendor = named and set(rest.split()) <= _VENDOR_WORDS
+    return _clean(value) if is_vendor or not value.strip() else _OTHER
 
 
 def public_kernel(value: str) -> str:
-    """At most 16 letters, digits and ` .,_+/()-`, and nothing like a number of five digits; else
-    "other"."""
+    """The kernel if it has at most 16 letters, digits and ` .,_+/()-` and no number of five digits;
+    else "other"."""
     text = _clean(value)
     too_many_digits = re.search(r"[0-9]{5}", re.sub(r"[^A-Za-z0-9 ]", "", text))
     return _OTHER if len(text) > _LONGEST_TEXT or too_many_digits else text
 
 
 def public_ethnic_group(value: str) -> str:
-    """At most 16 letters, digits, blanks, hyphens and `_` that begin with a letter and hold two
-    digits at most (a code such as `group_a`), or one digit; else "other"."""
+    """The group if it is one digit, or a short name such as `group_a`; else "other".
+
+    A short name begins with a letter and has at most 16 letters, digits, blanks, hyphens and `_`,
+    with at most two digits.
+    """
     text = " ".join(value.split())
     short = re.fullmatch(rf"|[0-9]|[A-Za-z][A-Za-z0-9 _-]{{0,{_LONGEST_TEXT - 1}}}", text)
     return text if short and len(re.findall("[0-9]", text)) < 3 else _OTHER
@@ -183,13 +186,13 @@ def _clean(value: str) -> str:
 
 
 def public_fields(header: Header) -> dict[str, Any]:
-    """The allow-list: everything that `volumes.csv` takes from a header, but for geometry.
+    """The allow-list: all values that `volumes.csv` takes from a header, except geometry.
 
-    Manufacturer (0008,0070), Convolution Kernel (0018,1210), KVP (0018,0060), whether
+    They are Manufacturer (0008,0070), Convolution Kernel (0018,1210), KVP (0018,0060), whether
     Contrast/Bolus Agent (0018,0010) is filled, Patient's Age (0010,1010) in whole years with 90 for
-    everything above 89, Patient's Sex (0010,0040), Ethnic Group (0010,2160), and whether Quality
-    Control Subject (0010,0200) marks a phantom. The three texts are limited to what such texts look
-    like, since people write anything anywhere.
+    an age above 89, Patient's Sex (0010,0040), Ethnic Group (0010,2160), and whether Quality
+    Control Subject (0010,0200) marks a phantom. The three texts are published only in their usual
+    form, since people write private facts into any field.
     """
     return {
         "manufacturer": public_manufacturer(header.manufacturer),

@@ -1,14 +1,13 @@
-"""Raw scans -> prepared volumes, one at a time, without a dataset: the same as `data_prep.prepare`
-would write.
+"""Raw scans -> prepared volumes, one at a time, without a dataset.
 
     plan = plan_scans(path)                                     # headers only
     for exam in plan.exams:
         scan = read_scan(plan.input_dir, exam, windows, size)   # Scan or Refused
 
 `path` is a directory (one scan, or a tree of many), a zip file, or one DICOM or NIfTI file. The
-functions of `data_prep.scan.loading` list, read and choose, so that with the same options the
-slices equal those of a prepared dataset bit for bit. Labels and masks are not read. Nothing here
-needs JAX.
+functions of `data_prep.scan.loading` list, read and choose the files, as for `data_prep.prepare`.
+So with the same options the slices equal the records of a prepared dataset bit for bit. Labels and
+masks are not read. JAX is not needed.
 """
 
 import collections
@@ -42,7 +41,7 @@ from data_prep.system import stores
 from data_prep.system.errors import InputError
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
-_REMEDIES = {  # the flag that takes what a reason refuses
+_REMEDIES = {  # for a reason, the flag that takes such a scan
     "too_few_slices": "give a smaller --min_slices",
     "too_thick": "give a larger --max_slice_thickness_mm",
     "no_chest": "give --require_lung=false",
@@ -57,10 +56,10 @@ class Scan(NamedTuple):
     """A prepared volume.
 
     volume_id, patient_id: pseudonyms, as in `volumes.csv` of a dataset under the same key.
-    images: [S, H, W, C] uint8, a channel a window; slices to superior, rows to posterior, columns
-      to the left.
+    images: [S, H, W, C] uint8, a channel for each window; slices to superior, rows to posterior,
+      columns to the left.
     position_mm: [S] float64, along the slice normal, increasing.
-    volume: the HU of the source's matrix, headers and geometry.
+    volume: HU at the matrix of the source, headers and geometry.
     """
 
     volume_id: str
@@ -71,12 +70,12 @@ class Scan(NamedTuple):
 
 
 class PreparedVolume(NamedTuple):
-    """What the model reads of a volume.
+    """The part of a volume that a model reads.
 
-    images: [S, H, W, C] uint8, a channel a window.
-    gap_positions: slices whose next one is missing.
-    lung_box: "top left bottom right" in pixels as in `volumes.csv`; "" where no lung was found,
-      None where unknown.
+    images: [S, H, W, C] uint8, a channel for each window.
+    gap_positions: slices whose next slice is missing.
+    lung_box: "top left bottom right" in pixels as in `volumes.csv`; "" without lungs, None if
+      unknown.
     """
 
     images: np.ndarray
@@ -89,7 +88,7 @@ class Refused(NamedTuple):
 
     volume_id: its pseudonym.
     reason: a name of `data_prep.scan.reasons.REASONS`.
-    detail: holds no identifiers.
+    detail: free of identifiers.
     """
 
     volume_id: str
@@ -98,13 +97,13 @@ class Refused(NamedTuple):
 
 
 class ScanPlan(NamedTuple):
-    """What the headers of an input say.
+    """The exams and the refusals of an input, as far as headers tell.
 
     input_dir: the directory that sources are relative to.
-    exams: of each exam its candidates, the preferred one first; at least one exam.
-    rejections: series that the headers refuse.
+    exams: for each exam its candidates, the preferred candidate first; at least one exam.
+    rejections: series that are refused by their headers.
     not_images: files without an image.
-    num_files: all files, with the members of zip files.
+    num_files: number of files, with the members of zip files.
     """
 
     input_dir: Path
@@ -122,21 +121,22 @@ def plan_scans(
     *,
     num_workers: int = 0,
 ) -> ScanPlan:
-    """Reads the headers of an input and says which volumes it may hold.
+    """Reads the headers of an input and plans its volumes.
 
-    The headers stay in memory, about 3 KB a slice; an archive of many thousand scans is better
-    prepared first.
+    The headers stay in memory, about 3 KB for each slice. An archive of many thousand scans is
+    better prepared first.
 
     Args:
       input_path: directory, zip file, DICOM file or NIfTI file.
-      archive: `dicom`, `nifti`, or `auto`: NIfTI for a file of that name, else DICOM.
+      archive: `dicom`, `nifti`, or `auto`: NIfTI for a file name with .nii or .nii.gz, else DICOM.
       rules: which series are taken; None takes the defaults of `data_prep.prepare`.
       metadata_csv: table beside NIfTI files, see `data_prep.scan.nifti_metadata`.
       num_workers: processes that read headers; 0 reads them in this one.
 
     Raises:
-      InputError: no such input, a metadata table that cannot be used, or no CT volume in it: with
-        the reasons.
+      InputError: the input is missing or has no CT volume (with the reasons), or the metadata
+        table cannot be used.
+      OSError: the archive went away.
     """
     path, rules = local_input(input_path), rules or Rules()
     archive = _kind(path, archive)
@@ -146,9 +146,10 @@ def plan_scans(
             raise InputError(
                 "--metadata_csv goes with --archive=nifti; leave it out, or give --archive"
             )
-        nifti_metadata.check(path, metadata_csv) if path.is_dir() else nifti_metadata.read_metadata(
-            metadata_csv
-        )
+        if path.is_dir():
+            nifti_metadata.check(path, metadata_csv)
+        else:
+            nifti_metadata.read_metadata(metadata_csv)
     input_dir = path if path.is_dir() else path.parent
     entries = list(
         _read_headers(
@@ -164,7 +165,11 @@ def plan_scans(
 
 
 def local_input(input_path: str | Path) -> Path:
-    """The path of an input. Raises InputError for the URL of an object store."""
+    """The path of an input.
+
+    Raises:
+      InputError: it is the URL of an object store.
+    """
     remedy = "copy scans here first, or fetch a dataset with python -m data_prep.fetch"
     return stores.local_path(input_path, "--input", remedy)
 
@@ -177,28 +182,29 @@ def read_scan(
     rules: Rules | None = None,
     key: bytes = b"",
 ) -> Scan | Refused:
-    """Reads the pixels of an exam: its first candidate that becomes a volume. One volume is in
-    memory at a time.
+    """Reads the pixels of an exam, from its first candidate that becomes a volume.
+
+    At most one volume is in memory.
 
     Args:
-      input_dir: of the plan.
+      input_dir: the `input_dir` of the plan.
       exam: an exam of the plan.
       windows: (level, width) in HU, a channel each.
       image_size: height and width of the slices in pixels.
-      rules: of the plan.
-      key: of the pseudonyms; names under the empty key can be traced back, so they must not be
+      rules: the rules that the plan was made with.
+      key: the pseudonym key. Names under the empty key can be traced back, so they must not be
         published.
 
     Returns:
-      The scan, or why the preferred candidate was refused where none becomes a volume.
+      The scan, or the refusal of the preferred candidate if all candidates are refused.
 
     Raises:
       OSError: the archive went away.
     """
     loaded = load_exam(Path(input_dir), exam, rules or Rules())
     if loaded.volume is None:
-        # The preferred candidate speaks for the exam, unless another one failed for now and the
-        # exam is to be retried.
+        # The preferred candidate represents the exam, unless another candidate failed for now and
+        # the exam is to be tried again.
         number = len(loaded.rejections) - 1 if loaded.failed_for_now else 0
         rejection = loaded.rejections[number]
         return Refused(volume_id(key, exam[number]), rejection.reason, rejection.detail)
@@ -217,7 +223,7 @@ def prepared_volume(scan: Scan) -> PreparedVolume:
 
 
 def refused_series(plan: ScanPlan, key: bytes = b"") -> list[Refused]:
-    """The series that the headers refuse."""
+    """The series that are refused by their headers."""
     rows = [rejected_row(key, rejection) for rejection in plan.rejections]
     return [Refused(row.series_id, row.reason, row.detail) for row in rows]
 
@@ -225,10 +231,9 @@ def refused_series(plan: ScanPlan, key: bytes = b"") -> list[Refused]:
 def nothing_taken(
     input_path: str | Path, refused: Sequence[Refused | Rejection | NotAnImage | Unreadable]
 ) -> str:
-    """One line for an input of which nothing is taken: the reasons with counts, and the flag that
-    takes more.
+    """One line for an input without a usable scan: the reasons with counts, and the remedy.
 
-    A single series is explained by itself, whatever files without images lie beside it.
+    A single series is explained by itself, without the files beside it.
     """
     series = [entry for entry in refused if isinstance(entry, Refused | Rejection)]
     counts = collections.Counter(entry.reason for entry in series or refused)
@@ -265,7 +270,7 @@ def _kind(path: Path, archive: str) -> str:
 def _read_headers(
     input_dir: Path, entries: Sequence[Source | Unreadable], read: ReadHeader, num_workers: int
 ) -> Iterable[Header | NotAnImage | Unreadable]:
-    """The headers of all files; in processes where there are enough files."""
+    """The headers of all files, read in processes if there are many files."""
     tasks = [(input_dir, chunk, read) for chunk in chunks(entries, SOURCES_PER_TASK)]
     if num_workers == 0 or len(tasks) < 8:
         for task in tasks:

@@ -22,13 +22,13 @@ _IN_PLANE = np.array(
 
 @dataclasses.dataclass(frozen=True)
 class ChestSummary:
-    """Lung slices are those where lung takes at least a tenth of the body's area."""
+    """Chest anatomy of a volume. In a lung slice, lung is at least a tenth of the body's area."""
 
     body_area_mm2: np.ndarray  # [S] float64, lungs included
     lung_fraction: np.ndarray  # [S] float64, lung area over body area
     lung_volume_ml: float
     first_lung_slice: int | None
-    last_lung_slice: int | None  # itself included
+    last_lung_slice: int | None  # inclusive
     # first row, row after the last, first column, column after the last
     lung_box: tuple[int, int, int, int] | None
     middle_slice: int
@@ -41,9 +41,9 @@ def summarise(
 
     Body: HU > -300, opened, largest region of each slice, holes filled. Lung: -970 to -400 HU
     within the body, opened, without regions below a tenth of the largest (streaks between arm and
-    chest, bowel). Middle slice: of the lung slices (of all, if there are none) whose body area,
-    median filtered over five slices, is within 99.5 % of the largest, the one nearest the volume's
-    centre.
+    chest, bowel). Middle slice: the slice nearest to the volume's centre among the lung slices
+    whose body area, median filtered over five slices, is at least 99.5 % of the largest. A volume
+    without lung slices takes it from all slices.
     """
     steps = [max(1, round(_GRID_MM / spacing)) for spacing in pixel_spacing_mm]
     coarse = hu[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
@@ -66,9 +66,11 @@ def summarise(
 
 
 def covers_chest(summary: ChestSummary) -> bool:
-    """Whether the lungs take a chest's part of the volume: at least one litre of lung, or lung in
-    at least half of the slices (a slab, a child). The lung bases of an abdominal scan and the
-    apices of a neck scan have neither."""
+    """Whether a volume has at least one litre of lung, or lung in at least half of its slices (a
+    slab, a child).
+
+    The lung bases of an abdominal scan and the apices of a neck scan have neither.
+    """
     lung_slices = np.count_nonzero(summary.lung_fraction >= _LUNG_SLICE_FRACTION)
     return summary.lung_volume_ml >= _CHEST_LUNG_ML or lung_slices >= _CHEST_SLICE_FRACTION * len(
         summary.lung_fraction
@@ -76,7 +78,7 @@ def covers_chest(summary: ChestSummary) -> bool:
 
 
 def _body(hu: np.ndarray) -> np.ndarray:
-    """[S, h, w] bool: in each slice the largest region of tissue, opened, with what it encloses."""
+    """[S, h, w] bool: in each slice the largest region of tissue, opened, its holes filled."""
     tissue = _opened(hu > _BODY_HU)
     labels, count = ndimage.label(tissue, _IN_PLANE)
     if count == 0:
@@ -91,8 +93,7 @@ def _body(hu: np.ndarray) -> np.ndarray:
 
 
 def _lung(mask: np.ndarray) -> np.ndarray:
-    """[S, h, w] bool: the mask, opened in plane, without its small regions (in three
-    dimensions)."""
+    """[S, h, w] bool: the mask, opened in plane, without small three-dimensional regions."""
     mask = _opened(mask)
     labels, _ = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())
@@ -101,8 +102,8 @@ def _lung(mask: np.ndarray) -> np.ndarray:
 
 
 def _opened(mask: np.ndarray) -> np.ndarray:
-    """In-plane opening of [S, h, w] bool by a cross of three pixels; beyond the edge counts as the
-    edge."""
+    """In-plane opening of [S, h, w] bool by a cross of three pixels, with the edge repeated
+    beyond the image."""
     for combine in (np.logical_and, np.logical_or):
         padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)), mode="edge")
         mask = combine(mask, padded[:, :-2, 1:-1])

@@ -1,9 +1,9 @@
-"""The files of an archive: any directory tree, with zip files read in place; on an object store,
-too.
+"""The files of an archive: any directory tree or folder of an object store, with zip files read in
+place.
 
-Nothing is assumed of names or extensions. Every file is yielded exactly once, in an order that
-depends on the names alone, either as a `Source` that `read_bytes` can read or as an `Unreadable`
-entry that says why it was left.
+Names and extensions are not trusted. Every file is yielded exactly once, in an order that depends
+on the names alone: as a `Source` that `read_bytes` can read, or as an `Unreadable` entry with the
+reason.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from data_prep.system.errors import InputError
 from data_prep.system.stores import StoreReadError, store_failure
 
 MAX_FILE_BYTES = 4 << 30  # the largest DICOM file taken: an enhanced multi-frame CT of 8,000 slices
-# deflate cannot pass 1032; CT slices stay below 10, blank ones below 100
+# Deflate cannot pass 1032. CT slices stay below 10, blank slices below 100.
 MAX_COMPRESSION_RATIO = 200
-RATIO_FREE_BYTES = 16 << 20  # members up to this size are harmless whatever their ratio
-_TOTAL_FREE_BYTES = 256 << 20  # and zip files whose members come to no more than this
+RATIO_FREE_BYTES = 16 << 20  # members up to this size are harmless at any ratio
+_TOTAL_FREE_BYTES = 256 << 20  # so are zip files whose members add up to this size
 _LOCAL_HEADER_BYTES = 30  # of a zip member, at least
 ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 
@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A file that is left alone, with the reason (a name of `data_prep.scan.reasons.REASONS`)."""
+    """A file that is not read, with the reason (a name of `data_prep.scan.reasons.REASONS`)."""
 
     source: Source
     reason: str
@@ -55,22 +55,20 @@ class Unreadable(NamedTuple):
 def list_sources(input_dir: ArchiveDirectory) -> Iterator[Source | Unreadable]:
     """Every file below `input_dir`, sorted by path, zip files expanded in place.
 
-    Directory links are not followed (a loop cannot arise, and what they point to is listed where it
-    lies, or is outside the archive); file links are followed only to files inside `input_dir`. An
-    archive on a store gives the list of its local copy, but for zip files whose names do not end in
+    Directory links are not followed: a loop cannot arise, and their target is listed where it lies,
+    or is outside the archive. File links are followed only to files inside `input_dir`. An archive
+    on a store gives the same list as its local copy, except for zip files whose names do not end in
     .zip (see `data_prep.scan.remote_archives`).
 
     Raises:
-        InputError: `input_dir` does not exist.
-        NotADirectoryError: `input_dir` is not a directory.
-        InputError: a URL that cannot be used.
-        OSError: a store that cannot be listed to the end.
+        InputError: `input_dir` is missing, not a directory, or a URL that cannot be used.
+        OSError: a store cannot be listed to the end.
     """
     if isinstance(input_dir, RemoteArchive):
         input_dir.check()
         try:
             yield from _list_remote(input_dir)
-        except StoreReadError as error:  # a list with holes would be one of another archive
+        except StoreReadError as error:  # a partial list would describe another archive
             raise OSError(
                 f"{input_dir}: cannot be listed ({error.strerror}); run again to continue"
             ) from None
@@ -79,7 +77,7 @@ def list_sources(input_dir: ArchiveDirectory) -> Iterator[Source | Unreadable]:
     if not input_dir.exists():
         raise InputError(f"{input_dir}: no such directory; give the folder that holds the scans")
     if not input_dir.is_dir():
-        raise NotADirectoryError(
+        raise InputError(
             f"{input_dir}: is a file, not a directory; give the folder that holds the scans"
         )
     yield from _walk(input_dir, "", input_dir.resolve())
@@ -94,7 +92,7 @@ def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreada
         )
         return
     while entries:
-        # freed with what it keeps of its file: there may be a million in a folder
+        # Freed with its cached file status: a folder may hold a million files.
         entry = entries.pop()
         path = f"{folder}/{entry.name}" if folder else entry.name
         try:
@@ -125,7 +123,7 @@ def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreada
                 "unreadable",
                 "file name is not UTF-8",
             )
-        # RuntimeError: a loop of links, before Python 3.13
+        # RuntimeError: a loop of links, before Python 3.13.
         except (OSError, RuntimeError) as error:
             yield Unreadable(
                 Source(path, "", 0), "unreadable", getattr(error, "strerror", None) or str(error)
@@ -151,19 +149,22 @@ def _is_remote_zip(archive: RemoteArchive, source: Source) -> bool:
 
 
 def is_zip(path: str) -> bool:
+    """Whether a file begins as a zip file."""
     with open(path, "rb") as file:
         return file.read(4) in ZIP_SIGNATURES
 
 
 def zip_members(file: str | BinaryIO, source: Source) -> Iterator[Source | Unreadable]:
-    """The members of a zip file, sorted by name. One that would expand beyond any scan is refused
-    as a whole."""
+    """The members of a zip file, sorted by name.
+
+    A zip file that would expand beyond any scan is refused as a whole.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.filename)
             overlapping = _overlapping(members, archive.start_dir)
-    except Exception as error:  # zipfile raises what its parsing stumbles over
-        if failure := store_failure(error):  # nothing is known of the file
+    except Exception as error:  # zipfile raises many kinds on damaged bytes
+        if failure := store_failure(error):  # this says nothing about the file
             raise failure from None
         yield Unreadable(source, "bad_zip", str(error))
         return
@@ -181,8 +182,7 @@ def zip_members(file: str | BinaryIO, source: Source) -> Iterator[Source | Unrea
         if not member.filename or any(
             unicodedata.category(letter) == "Cc" for letter in member.orig_filename
         ):
-            # zipfile cuts names at NUL, and a member without a name would stand for the zip file
-            # itself
+            # zipfile cuts names at NUL. A member without a name would mean the zip file itself.
             yield Unreadable(
                 item._replace(member=f"member {number}"),
                 "bad_zip",
@@ -220,27 +220,31 @@ def _points_outside(name: str) -> bool:
 
 
 def _overlapping(members: list[zipfile.ZipInfo], end_of_members: int) -> set[int]:
-    """Offsets of the members that share bytes with another or with the directory: few bytes that
-    expand many times."""
-    found, last, last_end = set(), 0, 0
+    """Offsets of the members that share bytes with another member or with the directory.
+
+    In this way a few bytes could expand many times.
+    """
+    overlapping, last, last_end = set(), 0, 0
     for member in sorted(members, key=lambda member: member.header_offset):
         start = member.header_offset
         end = start + _LOCAL_HEADER_BYTES + member.compress_size
         if start < last_end:
-            found |= {last, start}
+            overlapping |= {last, start}
         if end > end_of_members:
-            found.add(start)
+            overlapping.add(start)
         if end > last_end:
             last, last_end = start, end
-    return found
+    return overlapping
 
 
 def reading_ahead(
     input_dir: ArchiveDirectory, sources: Iterable[Source], *, starts: bool = False
 ) -> ArchiveDirectory:
-    """The directory for reading these sources in this order in one thread, `starts`: the start of
-    each. On a store they are requested before they are asked for; a directory stays as it is: see
-    `will_read`."""
+    """The directory from which one thread reads these sources in this order.
+
+    A store is asked for several files at a time, with `starts` only for the start of each file. A
+    local directory is returned unchanged (see `will_read`).
+    """
     if not isinstance(input_dir, RemoteArchive):
         return input_dir
     plain = {source.path: source.size for source in sources if not source.member}
@@ -248,8 +252,11 @@ def reading_ahead(
 
 
 def open_source(input_dir: ArchiveDirectory, source: Source) -> BinaryIO:
-    """A source that is not a zip member, to read its start. Raises OSError, here or when it is
-    read: it is gone, has changed its size, or cannot be read."""
+    """An open source that is not a zip member, to read its start.
+
+    Raises:
+        OSError: here or from any read: the file is gone, has changed its size, or cannot be read.
+    """
     if isinstance(input_dir, RemoteArchive):
         return remote_archives.open_file(input_dir, source.path, source.size)
     file = open(os.path.join(input_dir, source.path), "rb")
@@ -258,13 +265,13 @@ def open_source(input_dir: ArchiveDirectory, source: Source) -> BinaryIO:
 
 
 def changed(source: Source, how: str) -> OSError:
-    """For a file that is being written or replaced while the archive is read: an error that the
-    next run retries."""
+    """The error for a file that is written or replaced while the archive is read; the next run
+    retries it."""
     return OSError(errno.ESTALE, f"the file {how}", source.path)
 
 
 def check_size(source: Source, size: int) -> None:
-    """Raises OSError if a plain file is not as long as it was when it was listed."""
+    """Raises OSError if a plain file has another size than when it was listed."""
     if size != source.size:
         raise changed(source, "changed since it was listed")
 
@@ -273,8 +280,8 @@ def read_bytes(input_dir: ArchiveDirectory, source: Source) -> bytes:
     """The whole content of one source.
 
     Raises:
-        OSError: the file is gone, has changed its size, cannot be read, or is a damaged zip member
-            (the message names it).
+        OSError: the file is gone, has changed its size, cannot be read, or is a damaged zip member,
+          which the message names.
     """
     if isinstance(input_dir, RemoteArchive):
         if not source.member:
@@ -307,10 +314,14 @@ def read_bytes(input_dir: ArchiveDirectory, source: Source) -> bytes:
 
 
 def will_read(input_dir: ArchiveDirectory, sources: Iterable[Source], num_bytes: int = 0) -> None:
-    """Asks the system to fetch files while others are at work (their first bytes, or all): a disk
-    likes a queue.
+    """Asks the system to fetch plain files ahead of their use, since disks are faster with a queue.
 
-    Plain files only; does nothing where it cannot.
+    On systems and stores that cannot, nothing happens.
+
+    Args:
+        input_dir: the archive.
+        sources: the files; zip members are skipped.
+        num_bytes: number of first bytes; 0 fetches whole files.
     """
     if isinstance(input_dir, RemoteArchive) or not hasattr(os, "posix_fadvise"):
         return

@@ -1,8 +1,8 @@
 """Decoders of compressed pixel data: pydicom's machinery with imagecodecs as its plugin.
 
 pydicom finds a frame among its fragments, shapes it, and honours bits allocated, bits stored and
-pixel representation; imagecodecs (BSD) decodes the frame. The decoders are objects of this module:
-pydicom's own stay as they are.
+pixel representation. imagecodecs (BSD) decodes the frame. The decoders are objects of this module,
+so that pydicom's own decoders stay unchanged.
 """
 
 from __future__ import annotations
@@ -46,14 +46,13 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
     """One frame's pixels as bytes; part of pydicom's plugin interface.
 
     Raises:
-        ValueError: the frame ends early, or holds another matrix than Rows x Columns, or several
+        ValueError: the frame ends early, or has another matrix than Rows x Columns, or several
           channels.
         RuntimeError: imagecodecs cannot decode it.
     """
     syntax = runner.transfer_syntax
     if syntax not in _RLE and not frame.rstrip(b"\0").endswith(_END_OF_IMAGE):
-        # the JPEG decoder would fill up what is missing, in silence, and the JPEG-LS decoder may
-        # take minutes
+        # Here the JPEG decoder fills in pixels silently, and the JPEG-LS decoder may take minutes.
         raise ValueError("the frame ends early")
     if syntax not in _RLE:
         _check_matrix(frame, runner.rows, runner.columns)
@@ -79,8 +78,10 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> bytes:
 
 
 def _check_matrix(frame: bytes, rows: int, columns: int) -> None:
-    """Raises ValueError if a frame names another matrix than the header: decoders allocate what the
-    frame names."""
+    """Raises ValueError if a frame names another matrix than the header.
+
+    Decoders allocate the matrix of the frame, so a damaged one could fill the memory.
+    """
     # JPEG, JPEG-LS: segments up to the start of frame (SOF0 .. SOF15, SOF55)
     if frame[:2] == b"\xff\xd8":
         at = 2
@@ -106,13 +107,15 @@ def _check_matrix(frame: bytes, rows: int, columns: int) -> None:
 
 
 def _check_segments(frame: bytes, number: int) -> None:
-    """Raises ValueError if the header of a run-length coded frame is damaged: the decoder reads
-    where it points to."""
+    """Raises ValueError if the header of a run-length coded frame is damaged.
+
+    The decoder reads wherever the header points to.
+    """
     if len(frame) < 64:
         raise ValueError("the frame ends within its header")
-    found, *offsets = struct.unpack_from("<16I", frame)
+    segments, *offsets = struct.unpack_from("<16I", frame)
     offsets = [*offsets[:number], len(frame)]
-    if found != number or offsets[0] < 64 or any(a >= b for a, b in itertools.pairwise(offsets)):
+    if segments != number or offsets[0] < 64 or any(a >= b for a, b in itertools.pairwise(offsets)):
         raise ValueError("the segments of the frame are not where its header says")
 
 
@@ -136,6 +139,6 @@ def decode(source: Dataset | bytes, syntax: str, frame: int, **properties: str |
           `bits_allocated`, ...
 
     Raises:
-        Exception: whatever pydicom and imagecodecs raise on pixel data that they cannot decode.
+        Exception: of many kinds, from pydicom and imagecodecs, on undecodable pixel data.
     """
     return _DECODERS[UID(syntax)].as_array(source, index=frame, raw=True, **properties)[0]

@@ -1,5 +1,4 @@
-"""Slice geometry: which way an image lies in the patient, and how regularly the slices of a stack
-follow."""
+"""Slice geometry: how an image lies in the patient, and how regular the slices of a stack are."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import math
 import numpy as np
 
 AIR_HU = -1000
-# affine of NIfTI's patient space to DICOM's; its own inverse
+# affine from NIfTI's patient space to DICOM's, and back
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _AXIAL_COSINE = math.cos(math.radians(35))  # gantries tilt by up to 30 degrees
@@ -66,25 +65,28 @@ def orient(image: np.ndarray, axes: Axes) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class StackMeasure:
-    """How the slices of a stack follow each other."""
+    """Spacing, gaps and tilt of a stack of slices."""
 
     spacing_mm: float  # median step; 0 for a single slice
     # [S] bool: the next slice is the neighbour; False at the end and before a gap or jump
     pair_valid: np.ndarray
     missing: int  # slices that fit into the gaps
-    uneven: bool  # steps that are neither the spacing nor a gap
+    uneven: bool  # some step is neither the spacing nor a gap
     tilt_degrees: float  # angle between the normal and the line through the slices
     jumps: bool  # a step leaves that line
 
 
 def measure_stack(position_mm: np.ndarray, origin_mm: np.ndarray | None = None) -> StackMeasure:
-    """Steps of a stack, sorted by `position_mm` [S] along the normal; `origin_mm` [S, 3] is Image
-    Position (Patient).
+    """Measures the steps of a stack.
 
     A step is a gap if it passes 1.5 times the local spacing, the median of the seven steps around
-    it: so a lasting change of the spacing is a change, not a row of gaps. The line through the
-    slices has the median direction of the steps; a step that ends more than 1 mm beside it is a
-    jump within the plane. Without origins neither tilt nor jumps are measured.
+    it. So a lasting change of the spacing is not a row of gaps. The line through the slices has the
+    median direction of the steps. A step that ends more than 1 mm beside it is a jump within the
+    plane.
+
+    Args:
+        position_mm: [S], along the slice normal, increasing.
+        origin_mm: [S, 3], Image Position (Patient). None: tilt and jumps are not measured.
     """
     steps = np.diff(position_mm)
     pair_valid = np.zeros(len(position_mm), dtype=bool)
@@ -105,8 +107,8 @@ def measure_stack(position_mm: np.ndarray, origin_mm: np.ndarray | None = None) 
 
 
 def _tilt_and_jumps(steps: np.ndarray, origin_mm: np.ndarray) -> tuple[float, np.ndarray]:
-    """Degrees, and [S-1] bool; `steps` [S-1] are the parts of the origins' shifts along the
-    normal."""
+    """Tilt in degrees and jumps [S-1] bool; `steps` [S-1] are the origins' shifts along the
+    normal, in mm."""
     shifts = np.diff(origin_mm, axis=0)
     # 1 mm along the normal, the rest within the plane
     direction = np.median(shifts / steps[:, None], axis=0)

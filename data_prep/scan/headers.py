@@ -1,8 +1,7 @@
-"""Headers of DICOM images: what planning needs, in plain and small values.
+"""Headers of DICOM images, reduced to the plain and small values that planning needs.
 
-Values are taken from the raw elements and parsed here, so that a broken value (a word where a
-number belongs, a wrong VR) becomes "missing" and never an exception; pydicom only finds the
-elements.
+pydicom only finds the elements. Their raw values are parsed here, so that a broken value (a word
+where a number belongs, a wrong VR) becomes "missing" and never an exception.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 # plain, enhanced, converted
 CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}
 NATIVE_SYNTAXES = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG)
-_META_BYTES = 4096  # the transfer syntax stands in the first of these
+_META_BYTES = 4096  # the transfer syntax is within these first bytes
 _INFLATED_CHUNK = 1 << 20
 NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.scan.nifti`)
 
-# All that this module asks for, in sequences, too: pydicom passes over other elements, which saves
+# All tags that this module reads, also within sequences. pydicom skips other elements, which saves
 # a fifth of the time.
 # fmt: off
 _TAGS = [pydicom.tag.Tag(tag) for tag in (
@@ -92,14 +91,14 @@ class Frame:
 class Header:
     """One image. A missing or unusable value is None, or "" for text.
 
-    A multi-frame file is read as one header with `number_of_frames` > 1 and its `frames`; planning
-    turns it into one header a frame, equal but for `frame` and the geometry, so that everywhere
-    else a header is one slice.
+    A multi-frame file is read as one header with `number_of_frames` > 1 and its `frames`. Planning
+    turns it into one header for each frame, which differ only in `frame` and the geometry.
+    Everywhere else a header is one slice.
     """
 
     source: Source
     transfer_syntax: str
-    # of the (7FE0,0010) element in the file; None where it has to be searched
+    # of the (7FE0,0010) element in the file; None: unknown, it must be searched
     pixel_data_offset: int | None
     sop_class_uid: str
     sop_instance_uid: str
@@ -146,7 +145,7 @@ class Header:
 
     @property
     def patient_key(self) -> str:
-        """The Patient ID or, where there is none, the Study Instance UID."""
+        """The Patient ID, or a name made of the Study Instance UID where the ID is missing."""
         return self.patient_id or f"study:{self.study_instance_uid}"
 
 
@@ -160,7 +159,7 @@ class NotAnImage:
 
 
 def read_header(input_dir: ArchiveDirectory, source: Source) -> Header | NotAnImage:
-    """The header of one source, without its pixels. Never raises for what the file holds.
+    """The header of one source, without its pixels. Never raises for the content of a file.
 
     Raises:
         OSError: the file cannot be read, has changed its size, or is a damaged zip member.
@@ -174,7 +173,7 @@ def read_header(input_dir: ArchiveDirectory, source: Source) -> Header | NotAnIm
 def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
     start = file.read(140)
     file.seek(0)
-    if start[:4] in ZIP_SIGNATURES:  # on a store: elsewhere it was listed as what is in it
+    if start[:4] in ZIP_SIGNATURES:  # only on a store: elsewhere its members are listed
         return NotAnImage(
             source, "bad_zip", "a zip file on a store whose name does not end in .zip; rename it"
         )
@@ -189,7 +188,7 @@ def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
                 file, stop_before_pixels=True, force=True, specific_tags=_TAGS
             )
             return _header(dataset, source, file.tell())
-    # pydicom raises a dozen kinds on damaged bytes; the kind is the detail
+    # pydicom raises a dozen kinds on damaged bytes. The kind becomes the detail.
     except Exception as error:
         # from the disk, not from pydicom
         if isinstance(error, OSError) and error.errno is not None:
@@ -198,11 +197,11 @@ def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
 
 
 def inflates_too_far(file: BinaryIO) -> bool:
-    """Whether a file of the deflated transfer syntax holds more than a zip member may
+    """Whether a file of the deflated transfer syntax expands further than a zip member may
     (`data_prep.scan.archives`).
 
-    pydicom inflates such a file as a whole, its pixels too, before it finds the first element. The
-    position in the file is kept.
+    pydicom inflates such a file as a whole, with its pixels, before it finds the first element. The
+    position in the file stays the same.
     """
     place = file.tell()
     start = file.read(_META_BYTES)
@@ -223,14 +222,14 @@ def inflates_too_far(file: BinaryIO) -> bool:
             rest = stream.unconsumed_tail
         return inflated > allowed
     except zlib.error:
-        return False  # which pydicom reports
+        return False  # pydicom reports the damage
     finally:
         file.seek(place)
 
 
 def _looks_like_dicom(start: bytes) -> bool:
-    """A preamble and DICM, or (files without a preamble) an element of group 0002 or 0008 at the
-    very start."""
+    """Whether a file begins with a preamble and DICM or, without a preamble, with an element of
+    group 0002 or 0008."""
     if start[128:132] == b"DICM":
         return True
     if len(start) < 12:
@@ -301,8 +300,8 @@ def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImag
 
 
 def _transfer_syntax(dataset: Dataset, meta: Elements) -> str:
-    """Transfer Syntax UID; of an uncompressed one (or none) what pydicom found the elements to be
-    written in."""
+    """Transfer Syntax UID. Where it is uncompressed or missing, the encoding that pydicom detected
+    counts."""
     named = _text(meta, 0x00020010)
     if named and named not in NATIVE_SYNTAXES:
         return named
@@ -340,8 +339,10 @@ def _frame_fields(groups: list[Elements]) -> dict[str, Any]:
 
 
 def _frames(dataset: Dataset, elements: Elements, number_of_frames: int) -> tuple[Frame, ...]:
-    """Per-frame values of an enhanced file: per-frame functional groups before shared ones before
-    the top level."""
+    """Per-frame values of an enhanced file.
+
+    Per-frame functional groups come first, then shared groups, then the top level.
+    """
     per_frame = _items(dataset, 0x52009230)
     if len(per_frame) < number_of_frames or (number_of_frames == 1 and not per_frame):
         return ()
@@ -400,14 +401,16 @@ def _text(elements: Elements, tag: int) -> str:
 
 
 def _texts(elements: Elements, tag: int) -> tuple[str, ...]:
-    """All values of a text element, stripped. Bytes that are not UTF-8 are read as Latin-1; with
-    control characters the value is damaged (it may hold parts of other elements) and counts as
-    missing."""
+    """All values of a text element, stripped.
+
+    Bytes that are not UTF-8 are read as Latin-1. A value with control characters is damaged (it may
+    hold parts of other elements) and counts as missing.
+    """
     raw = _bytes(elements, tag)[0]
     return _parse_texts(raw) if raw else ()
 
 
-@functools.lru_cache(maxsize=4096)  # most values repeat those of the file before
+@functools.lru_cache(maxsize=4096)  # most values repeat from file to file
 def _parse_texts(raw: bytes) -> tuple[str, ...]:
     try:
         text = raw.decode("utf-8")
@@ -418,7 +421,7 @@ def _parse_texts(raw: bytes) -> tuple[str, ...]:
 
 
 def _numbers(elements: Elements, tag: int) -> tuple[float, ...]:
-    """All values of a decimal string; () if any of them is not a usable number."""
+    """All values of a decimal string; () if any value is not a usable number."""
     try:
         values = tuple(float(part) for part in _texts(elements, tag))
     except ValueError:
@@ -439,8 +442,8 @@ def _number(elements: Elements, tag: int) -> float | None:
 
 
 def _integer(elements: Elements, tag: int) -> int | None:
-    """First value of an integer string, or of an unsigned short or long (a signed short comes as
-    its 16 bits)."""
+    """First value of an integer string, or of an unsigned short or long. A signed short is returned
+    as its 16 bits."""
     raw, order = _bytes(elements, tag)
     if tag in _INTEGER_STRINGS or not isinstance(elements.get(tag), RawDataElement):
         try:
@@ -455,14 +458,13 @@ def _integer(elements: Elements, tag: int) -> int | None:
 
 
 def _vr(elements: Elements, tag: int) -> str | None:
-    """The element's VR; by the dictionary where the file does not say (implicit, or UN)."""
+    """The element's VR, from the dictionary where the file does not name it (implicit, or UN)."""
     vr = elements[tag].VR if tag in elements else None
     return dictionary_VR(tag) if vr in (None, "UN") else vr
 
 
 def _stored_value(value: int | None, bits: int, representation: int) -> int | None:
-    """Pixel Padding Value with the sign that Pixel Representation asks for, whatever VR it was
-    written with."""
+    """Pixel Padding Value with the sign that Pixel Representation asks for, at any VR."""
     if value is None or not representation or bits not in (8, 16, 32):
         return value
     value &= (1 << bits) - 1
@@ -470,8 +472,8 @@ def _stored_value(value: int | None, bits: int, representation: int) -> int | No
 
 
 def age_in_years(text: str) -> int | None:
-    """Age String nnnD/W/M/Y, or a number of years, in whole years; more than 89 is 90. None if it
-    is neither."""
+    """Age in whole years from an Age String (nnnD, W, M or Y) or a number of years; None for other
+    text. An age above 89 becomes 90."""
     unit, digits = text[-1:].upper(), text[:-1]
     if unit.isdigit():
         unit, digits = "Y", text

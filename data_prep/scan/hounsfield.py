@@ -10,15 +10,15 @@ from data_prep.scan.geometry import AIR_HU
 from data_prep.scan.headers import Header
 from data_prep.scan.pixels import PixelError
 
-# scanners pad outside the field of view with -2000 or less, declared or not
+# Scanners pad outside the field of view with -2000 or less, declared or not.
 _BELOW_ANY_TISSUE_HU = -1500
-# a "padding value" in here is a mistake: some writers declare 0 where 0 is water
+# A "padding value" in this range is a mistake: some writers declare 0 where 0 is water.
 _TISSUE_HU = (-900, 4000)
 _SAMPLE_STEP = 8  # plausibility is judged on every 8th pixel of both directions
 
 
 def has_rescale(header: Header) -> bool:
-    """Whether Rescale Slope and Intercept are both there."""
+    """Whether a header has both Rescale Slope and Intercept."""
     return header.rescale_slope is not None and header.rescale_intercept is not None
 
 
@@ -26,7 +26,7 @@ def rescale(header: Header) -> tuple[float, float]:
     """Rescale Slope and Intercept; 1 and 0 where both are missing.
 
     Raises:
-        PixelError: only one is there, or the slope is 0.
+        PixelError: only one is present, or the slope is 0.
     """
     if header.rescale_slope is None and header.rescale_intercept is None:
         return 1.0, 0.0
@@ -53,8 +53,8 @@ def padding_range(header: Header) -> tuple[int, int] | None:
 def to_hu(stored: np.ndarray, header: Header) -> np.ndarray:
     """Stored values [H, W] in HU: int16, or float32 if any is fractional or beyond int16.
 
-    Padding, and whatever lies below -1500 HU, becomes air. MONOCHROME1 says how to display and
-    changes no value.
+    Padding and all values below -1500 HU become air, -1000 HU. MONOCHROME1 tells how to display a
+    value and does not change it.
 
     Raises:
         PixelError: see `rescale`.
@@ -82,7 +82,7 @@ def to_hu(stored: np.ndarray, header: Header) -> np.ndarray:
 def _add_intercept(
     stored: np.ndarray, intercept: int, padding: tuple[int, int] | None, lowest: int
 ) -> np.ndarray:
-    """The common case, in int16: the sum wraps around only where the result is air anyway."""
+    """The common case, in int16. The sum wraps around only where the result becomes air anyway."""
     bits = stored.view(np.int16) if stored.dtype.itemsize == 2 else stored.astype(np.int16)
     hu = bits + np.array(intercept % 65536, dtype=np.uint16).view(np.int16)
     below = math.ceil(_BELOW_ANY_TISSUE_HU - intercept)
@@ -94,8 +94,11 @@ def _add_intercept(
 
 
 class PlausibilityCount:
-    """Counts a volume's values, slice by slice: every CT has some air, some soft tissue and hardly
-    anything above 4000 HU. Shifted scales (a wrong sign, missing rescale tags) have not."""
+    """Counts a volume's values, slice by slice.
+
+    Every CT has some air, some soft tissue and hardly a value above 4000 HU. Shifted scales (a
+    wrong sign, missing rescale tags) break this rule.
+    """
 
     def __init__(self):
         self._total = self._air = self._soft = self._dense = 0
@@ -115,7 +118,7 @@ class PlausibilityCount:
         self._dense += np.count_nonzero(hu > 4000)
 
     def fault(self) -> str | None:
-        """What is implausible, or None."""
+        """The implausible property in words, or None."""
         if self._dense > 0.01 * self._total:
             return f"{100 * self._dense / self._total:.0f} % of the pixels are above 4000 HU"
         if self._soft < 0.01 * self._total:

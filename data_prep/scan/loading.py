@@ -1,13 +1,12 @@
-"""The one way in for scans: files -> headers -> exams; an exam -> a volume, or the reasons why not.
+"""The one way in for scans: files -> headers -> exams, and an exam -> a volume or its rejections.
 
     entries = read_headers(input_dir, tuple(list_input(path)), header_reader("dicom"))
     plan = plan_exams(entries, rules)
     for exam in plan.exams:
         loaded = load_exam(input_dir, exam, rules)
 
-`data_prep.prepare` takes archives through this module, and `data_prep.raw.scans` single scans, so
-that both accept and refuse alike. The rules themselves are in `series` (headers) and `volume`
-(pixels).
+`data_prep.prepare` reads archives through this module, and `data_prep.raw.scans` single scans, so
+that both accept and refuse alike. The rules are in `series` (headers) and `volume` (pixels).
 """
 
 import functools
@@ -44,8 +43,10 @@ ReadHeader = Callable[[ArchiveDirectory, Source], Header | NotAnImage]
 
 
 def list_input(path: Path) -> Iterator[Source | Unreadable]:
-    """Every file of a directory, of a zip file, or the file itself; paths are relative to the
-    directory."""
+    """Every file of a directory or of a zip file, or the single file.
+
+    Paths are relative to the directory, or to the folder of the file.
+    """
     if path.is_dir():
         yield from list_sources(path)
         return
@@ -57,7 +58,12 @@ def list_input(path: Path) -> Iterator[Source | Unreadable]:
 
 
 def header_reader(archive: str, metadata_csv: Path | None = None) -> ReadHeader:
-    """The function that reads a header of this kind of archive."""
+    """The function that reads a header.
+
+    Args:
+        archive: `nifti`; any other kind is read as DICOM.
+        metadata_csv: table beside NIfTI files.
+    """
     if archive == "nifti":
         return functools.partial(nifti.read_header, metadata_csv=metadata_csv)
     return headers.read_header
@@ -66,8 +72,9 @@ def header_reader(archive: str, metadata_csv: Path | None = None) -> ReadHeader:
 def read_headers(
     input_dir: ArchiveDirectory, entries: tuple[Source | Unreadable, ...], read: ReadHeader
 ) -> list[Header | NotAnImage | Unreadable]:
-    """What each file is, in the order of the files. Files that could not be listed stay as they
-    are.
+    """The header of each file, or the reason why it has none, in the order of the entries.
+
+    `Unreadable` entries are returned unchanged.
 
     Raises:
         OSError: the archive went away.
@@ -84,7 +91,7 @@ def read_headers(
 def read_headers_one_by_one(
     input_dir: ArchiveDirectory, entries: tuple[Source | Unreadable, ...], read: ReadHeader
 ) -> Iterator[Header | NotAnImage | Unreadable]:
-    """`read_headers` for files of which one killed its worker: that file alone is left out, by
+    """`read_headers` for files of which one killed its worker: only that file is left out, by
     name."""
     tasks = [(input_dir, (entry,), read) for entry in entries]
     with WorkerPool(1) as pool:
@@ -118,11 +125,11 @@ def _reason_of(error: OSError, input_dir: ArchiveDirectory) -> tuple[str, str]:
     """Reason and detail of a file that cannot be read.
 
     Raises:
-        OSError: nothing can be read any more.
+        OSError: the whole archive went away.
     """
     if not input_dir.is_dir():
         raise OSError(f"{input_dir}: the archive went away; run again to continue") from None
-    if error.errno is None:  # not from the disk, but from the content of the file
+    if error.errno is None:  # from the content of the file, not from the disk
         return "unreadable", "damaged"
     return FAILED_FOR_NOW, error.strerror or ""
 
@@ -131,10 +138,10 @@ def _reason_of(error: OSError, input_dir: ArchiveDirectory) -> tuple[str, str]:
 
 
 class ExamPlan(NamedTuple):
-    """What headers say of files.
+    """The exams and the refusals of some files, as far as headers tell.
 
-    exams: of each exam its candidates in order of preference.
-    rejections: series that no pixel needs to be read of.
+    exams: the candidates of each exam in order of preference.
+    rejections: series that are refused by their headers.
     not_images: files without an image.
     """
 
@@ -145,10 +152,10 @@ class ExamPlan(NamedTuple):
 
 def plan_exams(entries: Iterable[Header | NotAnImage | Unreadable], rules: Rules) -> ExamPlan:
     """Sorts the entries of some files into exams, rejected series, and files without an image."""
-    found, not_images = [], []
+    images, not_images = [], []
     for entry in entries:
-        (found if isinstance(entry, Header) else not_images).append(entry)
-    planned = plan_series(found, rules)
+        (images if isinstance(entry, Header) else not_images).append(entry)
+    planned = plan_series(images, rules)
     candidates = [entry for entry in planned if isinstance(entry, SeriesCandidate)]
     rejections = [entry for entry in planned if isinstance(entry, Rejection)]
     return ExamPlan(select_reconstructions(candidates, rules), rejections, not_images)
@@ -158,12 +165,12 @@ def plan_exams(entries: Iterable[Header | NotAnImage | Unreadable], rules: Rules
 
 
 class LoadedExam(NamedTuple):
-    """What became of an exam.
+    """The volume of an exam, and its refused candidates.
 
-    volume: of the first candidate that becomes one; None: there is none.
-    labels: what `label` returned for the volume.
-    rejections: the other candidates, in their order; after one that failed for now no further one
-      was tried.
+    volume: from the first candidate that could be read; None: all were refused.
+    labels: the result of `label` for the volume.
+    rejections: the other candidates, in their order. After a candidate that failed for now, no
+      further one was tried.
     """
 
     volume: Volume | None
@@ -172,8 +179,8 @@ class LoadedExam(NamedTuple):
 
     @property
     def failed_for_now(self) -> Rejection | None:
-        """The candidate because of which the exam is left for the next run: the preferred one keeps
-        its turn."""
+        """The candidate because of which the exam waits for the next run, so that the preferred
+        candidate keeps its turn."""
         last = self.rejections[-1] if self.rejections else None
         return last if last and last.reason == FAILED_FOR_NOW else None
 
@@ -185,15 +192,16 @@ def load_exam(
     fault: Callable[[SeriesCandidate], Rejection | None] = lambda candidate: None,
     label: Callable[[Volume], Any] = lambda volume: None,
 ) -> LoadedExam:
-    """Tries the candidates of an exam in order and takes the first that becomes a volume. Holds one
-    volume in memory.
+    """Tries the candidates of an exam in order and takes the first that becomes a volume.
+
+    At most one volume is in memory.
 
     Args:
-        input_dir: of the candidates.
-        exam: the candidates.
-        rules: of the plan.
-        fault: a further reason to refuse a candidate, before its pixels are read.
-        label: the labels of a volume, or a `Rejection`.
+        input_dir: the archive.
+        exam: the candidates, the preferred one first.
+        rules: the rules that the exam was planned with.
+        fault: returns a further reason to refuse a candidate, before its pixels are read.
+        label: returns the labels of a volume, or a `Rejection`.
 
     Raises:
         OSError: the archive went away.
@@ -229,6 +237,6 @@ def _load(
         return candidate.rejected(*_reason_of(error, input_dir))
     except MemoryError:
         return candidate.rejected(FAILED_FOR_NOW, "out of memory")
-    # one odd exam in a million must not end the run; it is reported by name
+    # One odd exam in a million must not end the run. It is reported by name.
     except Exception as error:
         return candidate.rejected("conversion_crashed", type(error).__name__)

@@ -1,17 +1,17 @@
-"""NIfTI archives: a .nii or .nii.gz file read as a multi-frame image, so that all else is done as
-for DICOM.
+"""NIfTI archives: a .nii or .nii.gz file is read as a multi-frame image, so that later steps treat
+it like DICOM.
 
     header = read_header(input_dir, source, metadata_csv)   # Header or NotAnImage
     frames = read_frames(content, header)                   # [slices, rows, columns], stored values
 
-The first two axes of the voxel array are columns and rows of the slices, the third one counts them;
-the affine, which points to right, anterior, superior (RAS+), becomes Image Position and Orientation
-of DICOM's left, posterior, superior. A file whose third axis does not run along the patient is
-refused as not axial, as a sagittal DICOM series is.
+The first two axes of the voxel array are columns and rows of the slices, the third counts the
+slices. The affine, which points to right, anterior, superior (RAS+), becomes Image Position and
+Orientation in DICOM's left, posterior, superior. A file whose third axis does not run along the
+patient is refused as not axial, like a sagittal DICOM series.
 
-A table of metadata (--metadata_csv) goes before the file, in the manner of CT-RATE: its Rescale
-Slope and Intercept apply to the stored values, and never on top of the file's own; its spacing
-replaces an affine's that differs.
+A table of metadata (--metadata_csv) overrides the file, as CT-RATE needs it. Its Rescale Slope and
+Intercept apply to the stored values, never on top of the file's own. Its spacing replaces the
+spacing of an affine that differs.
 """
 
 import functools
@@ -37,9 +37,8 @@ from data_prep.scan.archives import (
 from data_prep.scan.geometry import RAS_TO_LPS, canonical_axes
 from data_prep.scan.headers import MAX_FRAMES, NIFTI, Frame, Header, NotAnImage
 from data_prep.scan.nifti_metadata import Metadata, read_metadata, volume_name, without_extension
-from data_prep.system.errors import InputError
 
-SPACING_TOLERANCE = 0.01  # relative; an affine that differs more from the table gives way
+SPACING_TOLERANCE = 0.01  # relative; the spacing of an affine that differs more is replaced
 AFFINE_TOLERANCE_MM = 0.1  # between sform and qform, at the corners of the volume
 
 _HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
@@ -47,11 +46,11 @@ _CT_RATE = re.compile(r"(?P<study>(?P<patient>(?:train|valid|test)_\d+)_[a-z]+)_
 _GZIP = b"\x1f\x8b"
 _MILLIMETRES = ("mm", "unknown")
 _SILENT = logging.getLogger(__name__)
-_SILENT.setLevel(logging.CRITICAL)  # what matters is raised
+_SILENT.setLevel(logging.CRITICAL)  # serious faults are raised
 
 
-class NiftiError(InputError):
-    """A file that can't be used. `reason` is a name of `data_prep.scan.reasons.REASONS`; the
+class NiftiError(ValueError):
+    """A file that cannot be used. `reason` is a name of `data_prep.scan.reasons.REASONS`; the
     message is the detail."""
 
     def __init__(self, reason: str, detail: str):
@@ -70,10 +69,11 @@ def _read_once(path: Path, mtime_ns: int) -> dict[str, Metadata]:
 def read_header(
     input_dir: ArchiveDirectory, source: Source, metadata_csv: Path | None = None
 ) -> Header | NotAnImage:
-    """The header of one source, without its voxels. Never raises for what the file holds.
+    """The header of one source, without its voxels. Never raises for the content of the file.
 
-    The patient is PatientID of the table or, of a name such as CT-RATE's `train_1_a_2`, `train_1`
-    with the exam `train_1_a`; else unknown, and the file an exam by itself.
+    The patient is PatientID of the table. Without a table, a name such as CT-RATE's `train_1_a_2`
+    means patient `train_1` and exam `train_1_a`. Otherwise the patient is unknown, and the file is
+    an exam by itself.
 
     Raises:
         OSError: the file cannot be read.
@@ -109,7 +109,7 @@ def _start_of(input_dir: ArchiveDirectory, source: Source) -> bytes:
 
 
 def _unpacked(content: bytes, length: int) -> bytes:
-    """The first `length` bytes of a file that may be compressed; fewer if it ends before."""
+    """The first `length` bytes of a file that may be compressed; fewer if it ends earlier."""
     if content[:2] != _GZIP:
         return content[:length]
     parts, left = [], length
@@ -127,8 +127,8 @@ def nifti_header(content: bytes) -> nibabel.Nifti1Header | nibabel.Nifti2Header:
     """The header of a whole file, which may be compressed.
 
     Raises:
-        NiftiError: no single NIfTI file.
-        HeaderDataError, zlib.error: damaged.
+        NiftiError: it is not a single NIfTI file.
+        HeaderDataError, zlib.error: it is damaged.
     """
     return _parse_header(_unpacked(content, max(_HEADER_BYTES)))
 
@@ -178,7 +178,7 @@ def _header(nifti: Any, source: Source, name: str, row: Metadata | None) -> Head
     positions = affine[:3, 3] + np.arange(slices)[:, None] * affine[:3, 2]
     parts = _CT_RATE.fullmatch(name)
     path = posixpath.join(source.path, source.member) if source.member else source.path
-    # `nifti_metadata.check` refuses tables whose names recur
+    # A name is unique: `nifti_metadata.check` refuses tables whose names recur.
     series = name if row else without_extension(path)
     bits = 8 * dtype.itemsize
     return Header(
@@ -220,7 +220,7 @@ def _header(nifti: Any, source: Source, name: str, row: Metadata | None) -> Head
 
 
 def _affine(nifti: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """[4, 4] float64, RAS+ in mm: the sform, or the qform where that alone is set. Both must
+    """[4, 4] float64, RAS+ in mm: the sform, or the qform where only the qform is set. Both must
     agree."""
     unit = nifti.get_xyzt_units()[0]
     if unit not in _MILLIMETRES:
@@ -246,8 +246,10 @@ def _affine(nifti: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _with_spacing(affine: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, tuple[str, ...]]:
-    """`affine` with the spacing of the table where that differs, and the note that says so.
-    Directions stay."""
+    """`affine` with the spacing of the table where the two differ, and the note about it.
+
+    Directions stay the same.
+    """
     steps = np.linalg.norm(affine[:3, :3], axis=0)
     wanted = steps.copy()
     if metadata.xy_spacing is not None:
@@ -269,7 +271,7 @@ def _with_spacing(affine: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, t
 def _rescale(
     file_rescale: tuple[float | None, float | None], metadata: Metadata
 ) -> tuple[float | None, float | None]:
-    """What makes HU of the stored values; both None where neither the file nor the table says."""
+    """Slope and intercept from stored values to HU; both None where file and table lack them."""
     table_rescale = (metadata.rescale_slope, metadata.rescale_intercept)
     if table_rescale == (None, None):
         return file_rescale
@@ -286,11 +288,10 @@ def _rescale(
 
 
 def read_frames(content: bytes, header: Header) -> np.ndarray:
-    """The stored values [slices, rows, columns] of a whole file, in the file's data type;
-    read-only.
+    """The stored values [slices, rows, columns] of a whole file, in its data type; read-only.
 
     Raises:
-        NiftiError: damaged, cut off, or another file than `header` was read of.
+        NiftiError: the file is damaged, cut off, or not the file of `header`.
     """
     try:
         nifti = nifti_header(content)
@@ -299,7 +300,7 @@ def read_frames(content: bytes, header: Header) -> np.ndarray:
         if math.prod(nifti.get_data_shape()) != math.prod(shape):
             raise NiftiError("undecodable_pixels", "the file has another shape than its header had")
         expected = offset + math.prod(shape) * dtype.itemsize
-        # one more: only at the end the checksum is compared
+        # One byte more: zlib compares the checksum only at the end.
         data = _unpacked(content, expected + 1)
     except (HeaderDataError, zlib.error) as error:
         raise NiftiError("undecodable_pixels", type(error).__name__) from None

@@ -1,5 +1,5 @@
-"""The table beside a NIfTI archive (--metadata_csv): what the files do not say, in the manner of
-CT-RATE."""
+"""The table beside a NIfTI archive (--metadata_csv), with facts that the files lack, in the format
+of CT-RATE."""
 
 import collections
 import csv
@@ -26,7 +26,7 @@ _COLUMNS = (
 
 
 class Metadata(NamedTuple):
-    """A row of the metadata table; what is missing is None, or "" for text."""
+    """A row of the metadata table; a missing cell is None, or "" for text."""
 
     patient_id: str = ""
     sex: str = ""  # "M", "F", "O" or ""
@@ -56,24 +56,23 @@ def check(input_dir: Path, metadata_csv: Path) -> None:
     """Reads the whole table and looks for the files that it names, before long work starts.
 
     Raises:
-        InputError: see `read_metadata`, or the table names none of the files, or two by one name.
+        InputError: see `read_metadata`; or the table names no file of the archive, or two files
+          have one name.
     """
     metadata = read_metadata(metadata_csv)
     names = (
         volume_name(entry) for entry in list_sources(input_dir) if not isinstance(entry, Unreadable)
     )
-    found = collections.Counter(name for name in names if name in metadata)
-    if not found:
+    num_files = collections.Counter(name for name in names if name in metadata)
+    if not num_files:
         raise InputError(
             f"--metadata_csv={metadata_csv}: none of its {len(metadata)} volumes is in "
-            f"{input_dir}; "
-            "VolumeName is the name of a .nii or .nii.gz file"
+            f"{input_dir}; VolumeName is the name of a .nii or .nii.gz file"
         )
-    if several := sum(count > 1 for count in found.values()):
+    if several := sum(count > 1 for count in num_files.values()):
         raise InputError(
             f"--metadata_csv={metadata_csv}: {several} of its volumes have more than one file in "
-            f"{input_dir}; "
-            "leave the copies out or rename the files"
+            f"{input_dir}; leave the copies out or rename the files"
         )
 
 
@@ -82,13 +81,13 @@ def read_metadata(path: Path) -> dict[str, Metadata]:
     skipped.
 
     RescaleSlope, RescaleIntercept, PatientID, PatientSex, PatientAge (`061Y` or a number of years),
-    Manufacturer, ConvolutionKernel, SliceThickness and QualityControlSubject are the attributes of
-    DICOM of that name; XYSpacing is Pixel Spacing (`[0.7, 0.7]` or one number) and ZSpacing the
-    distance of the slices, in mm.
+    Manufacturer, ConvolutionKernel, SliceThickness and QualityControlSubject are the DICOM
+    attributes of the same names. XYSpacing is Pixel Spacing (`[0.7, 0.7]` or one number), ZSpacing
+    the distance of the slices, both in mm.
 
     Raises:
-        InputError: no such file, no column VolumeName, a cell that is not a number, or one volume
-          with two rows.
+        InputError: the file or its column VolumeName is missing, a cell is not a number, or one
+          volume has two different rows.
     """
     if not path.is_file():
         raise InputError(
@@ -111,8 +110,7 @@ def read_metadata(path: Path) -> dict[str, Metadata]:
                 if name and metadata.setdefault(name, entry) != entry:
                     raise InputError(
                         f"{path}, line {reader.line_num}: a second row of one volume that says "
-                        f"other things; "
-                        "leave one of the two out"
+                        f"other things; leave one of the two out"
                     )
     except (csv.Error, UnicodeDecodeError) as error:
         kind = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error

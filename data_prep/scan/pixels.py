@@ -1,9 +1,8 @@
-"""Stored pixel values of one slice, whatever the transfer syntax; NIfTI files, too.
+"""Stored pixel values of one slice, for every transfer syntax and for NIfTI files.
 
-Pixel data are read at the offset that the header reading noted, uncompressed ones (nearly all
-archives) straight from the bytes. Compressed ones go through pydicom's decoders, backed by
-imagecodecs: pydicom finds the frame among its fragments and honours bits stored and pixel
-  representation.
+Pixel data are read at the offset from the header. Uncompressed pixels (nearly all archives) are
+taken straight from the bytes. Compressed pixels go through pydicom's decoders, backed by
+imagecodecs (`data_prep.scan.decoders`).
 """
 
 from __future__ import annotations
@@ -22,13 +21,12 @@ from data_prep.scan.archives import ArchiveDirectory, Source, changed, read_byte
 from data_prep.scan.decoders import DECODER_DEPENDENCIES, decode
 from data_prep.scan.headers import DEFLATED, NATIVE_SYNTAXES, NIFTI, Header
 from data_prep.scan.nifti import NiftiError, read_frames
-from data_prep.system.errors import InputError
 
 MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
 
 
-class PixelError(InputError):
-    """Pixels that cannot be had. `reason` is a name of `data_prep.scan.reasons.REASONS`; the
+class PixelError(ValueError):
+    """Pixels that cannot be read. `reason` is a name of `data_prep.scan.reasons.REASONS`; the
     message is the detail."""
 
     def __init__(self, reason: str, detail: str):
@@ -37,8 +35,7 @@ class PixelError(InputError):
 
 
 class PixelReader:
-    """Reads the stored values of slices; keeps the last file, for the further frames of a
-    multi-frame one."""
+    """Reads the stored values of slices. Keeps the last file, since it may have more frames."""
 
     def __init__(self, input_dir: ArchiveDirectory):
         self._input_dir = input_dir
@@ -48,12 +45,13 @@ class PixelReader:
         self._frames: np.ndarray | None = None  # of a NIfTI file
 
     def read(self, header: Header) -> np.ndarray:
-        """The stored pixel values [rows, columns] of one slice: an integer array with the sign that
-        Pixel Representation gives, of NIfTI files also a float one; possibly read-only.
+        """The stored pixel values [rows, columns] of one slice; possibly read-only.
+
+        DICOM gives integers with the sign of Pixel Representation, NIfTI also floats.
 
         Raises:
             PixelError: unsupported, undecodable or truncated pixel data.
-            OSError: the file cannot be read, or is not the one whose header was read.
+            OSError: the file cannot be read, or was replaced since its header was read.
         """
         if header.rows * header.columns > MAX_PIXELS:
             raise PixelError("undecodable_pixels", f"matrix of {header.rows} x {header.columns}")
@@ -92,9 +90,11 @@ class PixelReader:
                 single = compressed and header.number_of_frames == 1 and not header.frames
                 if self._dataset is None:
                     self._dataset = (
-                        _pixel_data_element(self._data, header) if single else _whole(self._data)
+                        _pixel_data_element(self._data, header)
+                        if single
+                        else pydicom.dcmread(io.BytesIO(self._data), force=True)
                     )
-                # pydicom leaves out an element that does not end
+                # pydicom leaves out an element that does not end.
                 if "PixelData" not in self._dataset:
                     raise PixelError(
                         "truncated_pixel_data", "the pixel data do not end within the file"
@@ -110,27 +110,22 @@ class PixelReader:
             raise
         except NotImplementedError as error:
             raise PixelError("unsupported_transfer_syntax", header.transfer_syntax) from error
-        except Exception as error:  # decoders raise what they like on damaged bytes
+        except Exception as error:  # decoders raise many kinds on damaged bytes
             raise PixelError("undecodable_pixels", type(error).__name__) from error
         if values.shape != (header.rows, header.columns) or values.dtype.kind not in "iu":
             raise PixelError("undecodable_pixels", "decoded to another shape than Rows x Columns")
         return values
 
 
-def _whole(data: bytes) -> pydicom.Dataset:
-    return pydicom.dcmread(io.BytesIO(data), force=True)
-
-
 def _pixel_data_element(data: bytes, header: Header) -> pydicom.Dataset:
-    """The end of a compressed file, from its Pixel Data element on: the rest has been read
-    already."""
+    """The end of a compressed file, from its Pixel Data element on."""
     file = io.BytesIO(data)
     file.seek(header.pixel_data_offset)
     return read_dataset(file, is_implicit_VR=False, is_little_endian=True)
 
 
 def _image_properties(header: Header) -> dict[str, str | int]:
-    """What pydicom's decoders have to know of an image."""
+    """The properties of an image that pydicom's decoders need."""
     return {
         "rows": header.rows,
         "columns": header.columns,
@@ -145,8 +140,8 @@ def _image_properties(header: Header) -> dict[str, str | int]:
 
 
 def _holds_instance(data: bytes, header: Header) -> bool:
-    """Whether a file still is the image that its header named; one without a proper SOP Instance
-    UID can't be told."""
+    """Whether a file still is the image that its header named. Without a proper SOP Instance UID
+    the answer is yes."""
     uid = header.sop_instance_uid
     return not re.fullmatch(r"[0-9.]{8,64}", uid) or uid.encode() in data
 
@@ -173,8 +168,8 @@ def _native_extent(data: bytes, header: Header, order: str) -> tuple[int, int]:
     offset = header.pixel_data_offset
     if offset is None or data[offset : offset + 4] != struct.pack(order + "HH", 0x7FE0, 0x0010):
         raise PixelError("truncated_pixel_data", "no pixel data behind the header")
-    # by the bytes, not by the transfer syntax, which some files give wrongly; as an implicit length
-    # these are odd
+    # The bytes tell, since some files name a wrong transfer syntax. As an implicit length these VRs
+    # would be odd.
     explicit = data[offset + 4 : offset + 8] in (b"OW\0\0", b"OB\0\0", b"UN\0\0")
     start = offset + (12 if explicit else 8)
     if len(data) < start:
@@ -187,16 +182,19 @@ def _native_extent(data: bytes, header: Header, order: str) -> tuple[int, int]:
     damaged = length % 2 or (
         start + length > len(data) and header.transfer_syntax != NATIVE_SYNTAXES[0]
     )
-    # a damaged VR read as a length would shift the image by two values
+    # A damaged VR read as a length would shift the image by two values.
     if not explicit and damaged:
         raise PixelError("undecodable_pixels", "the pixel data element is damaged")
     return start, min(len(data), start + length)
 
 
 def _mask_unused_bits(values: np.ndarray, header: Header) -> np.ndarray:
-    """Drops what lies above the stored bits (old overlays), and extends the sign. High Bit must be
-    the last stored bit, as DICOM asks: otherwise one of the two is wrong, and so would be the
-    values."""
+    """Drops the bits above the stored bits (old overlays), and extends the sign.
+
+    Raises:
+        PixelError: High Bit is not the last stored bit, as DICOM asks. One of the two is wrong, so
+          the values would be wrong.
+    """
     bits = header.bits_allocated
     stored = header.bits_stored
     if stored == bits:

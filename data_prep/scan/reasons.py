@@ -1,10 +1,10 @@
-"""The names of what can happen to a file, a slice or a series, each with a sentence that explains
-it.
+"""Names and explanations of refusals and of remarkable properties.
 
-`REASONS`: why it is not taken. `NOTES`: what is remarkable about a volume that is taken.
+`REASONS`: why a file, a slice or a series is not taken. `NOTES`: remarkable properties of a volume
+that is taken.
 """
 
-FAILED_FOR_NOW = "failed_for_now"  # the one reason that is not final: the next run tries again
+FAILED_FOR_NOW = "failed_for_now"  # the only reason that is not final: the next run tries again
 
 REASONS = {
     # files without an image
@@ -17,7 +17,7 @@ REASONS = {
     "encrypted": "The zip member is protected by a password.",
     "nested_zip": "The zip file lies inside another zip file; unpack it first.",
     "not_nifti": "The file is not a NIfTI file (.nii, .nii.gz) with its voxels in it.",
-    "no_metadata": "The metadata table has no row of the NIfTI file.",
+    "no_metadata": "The metadata table lacks a row of the NIfTI file.",
     "unknown_affine": "The NIfTI file does not say where its voxels lie, or says two different "
     "things.",
     "ambiguous_rescale": "The NIfTI file and the metadata table have different slopes or "
@@ -33,7 +33,7 @@ REASONS = {
     "missing_position": "Image Position (Patient) is missing.",
     "missing_pixel_spacing": "Pixel Spacing is missing.",
     "secondary_capture": "The image is a secondary capture.",
-    "derived_image": "The image is derived and holds no CT numbers (reformat, projection, map).",
+    "derived_image": "The image is derived and without CT numbers (reformat, projection, map).",
     "not_grey": "The image is not monochrome.",
     "burned_in_annotation": "Burned In Annotation says YES.",
     "no_chest": "The volume does not cover the chest: too little lung between soft tissue, or "
@@ -57,7 +57,7 @@ REASONS = {
     "acquisitions_meet": "The slice lies where two acquisitions meet; the first acquisition's was "
     "taken.",
     # labels and masks
-    "no_annotation": "The series has no annotation or mask, so what it holds is unknown.",
+    "no_annotation": "The series lacks an annotation or mask, so its findings are unknown.",
     "annotation_mismatch": "The annotations are of other slices than the series has, or outside "
     "its images.",
     "mask_mismatch": "The mask does not fit the images.",

@@ -1,8 +1,7 @@
-"""Archives on an object store: what `data_prep.scan.archives` does with a directory, done by
-requests.
+"""Archives on an object store: the work of `data_prep.scan.archives` on a directory, by requests.
 
-Zip files are read in place, by ranges. Here only names that end in .zip are taken for zip files: to
-look into every file would cost a request for each.
+Zip files are read in place, by ranges. Here only names that end in .zip count as zip files, since a
+look into every file would cost a request each.
 """
 
 import concurrent.futures
@@ -19,16 +18,16 @@ from typing import BinaryIO
 from data_prep.system import stores
 from data_prep.system.errors import InputError
 
-# bytes of a request for a header: nearly all headers of CT slices are shorter
+# bytes of a request for a header; nearly all headers of CT slices are shorter
 HEADER_BLOCK = 64 << 10
 _REQUESTS_AT_A_TIME = 16
-_ZIP_BLOCK = 1 << 20  # a member of a zip file, mostly
+_ZIP_BLOCK = 1 << 20  # bytes; mostly a whole member of a zip file
 
 
 @dataclasses.dataclass(frozen=True)
 class RemoteArchive:
-    """A folder of a store. Goes where the `Path` of a local archive goes, also into worker
-    processes."""
+    """A folder of a store. It can stand for the `Path` of a local archive everywhere, also in
+    worker processes."""
 
     url: str  # without a slash at its end
     # see `reading_ahead`
@@ -39,7 +38,7 @@ class RemoteArchive:
         return self.url
 
     def is_dir(self) -> bool:
-        """Whether the folder is there and can be reached."""
+        """Whether the folder exists and can be reached."""
         try:
             self.check()
         except InputError:
@@ -47,32 +46,37 @@ class RemoteArchive:
         return True
 
     def is_file(self) -> bool:
-        return False  # `check` refuses it
+        return False  # `check` refuses a file
 
     def check(self, flag: str = "") -> None:
-        """Raises InputError if the URL is not a folder that can be reached; the message begins with
-        `flag`."""
+        """Checks that the URL is a folder that can be reached.
+
+        Raises:
+            InputError: it is not; the message begins with `flag`.
+        """
         store, path = stores.open_store(self.url)
         named = f"{flag}={self.url}" if flag else self.url
         try:
             kind = store.info(path)["type"]
-        except Exception as error:  # each store has its own
+        except Exception as error:  # each store raises its own kinds
             raise InputError(f"{named}: {stores.explain(self.url, error)}") from None
         if kind != "directory":
             raise InputError(f"{named}: is a file; give the folder of the scans")
 
 
 class _Ahead:
-    """What will be asked for is requested before: a store takes as long for sixteen requests as for
-    one."""
+    """Requests files before they are needed: sixteen requests take a store as long as one."""
 
     def __init__(self, request: Callable[[str], bytes], paths: Iterable[str]):
         self._request, self._following = request, iter(dict.fromkeys(paths))
         self._requested: dict[str, concurrent.futures.Future] = {}
 
     def take(self, path: str) -> bytes | None:
-        """What was requested for a path; None if it was not, or was taken. Raises
-        StoreReadError."""
+        """The content of a path; None if it was not requested, or was taken before.
+
+        Raises:
+            StoreReadError: the request failed.
+        """
         future = self._requested.pop(path, None)
         while (
             len(self._requested) < _REQUESTS_AT_A_TIME
@@ -94,8 +98,8 @@ def _threads() -> concurrent.futures.ThreadPoolExecutor:
 def reading_ahead(
     archive: RemoteArchive, sizes: Mapping[str, int], *, starts: bool
 ) -> RemoteArchive:
-    """The archive for reading files in this order in one thread: their first blocks (`starts`), or
-    all of each."""
+    """The archive from which one thread reads files in the order of `sizes`: their first blocks
+    with `starts`, else whole files."""
     if not starts:
         return dataclasses.replace(
             archive, contents=_Ahead(functools.partial(read_file, archive), sizes)
@@ -116,12 +120,11 @@ def archive_directory(text: str | os.PathLike) -> Path | RemoteArchive:
 
 
 def walk(archive: RemoteArchive, folder: str = "") -> Iterator[tuple[str, int, str]]:
-    """(path, size, fault) of every file below a folder, in the order in which a local copy is
-    listed.
+    """(path, size, fault) of every file below a folder, in the order of a local copy's list.
 
-    Paths are relative to the archive. `fault` is "" or why a file or a folder is left alone.
-    Objects that stand for empty folders are passed over, and so are names with an empty part
-    (`a//b`), which no folder can hold.
+    Paths are relative to the archive. `fault` is the reason why a file cannot be read, or "".
+    Objects that stand for empty folders are skipped, and so are names with an empty part (`a//b`),
+    which a folder cannot hold.
 
     Raises:
         StoreReadError: a folder cannot be listed.
@@ -129,11 +132,11 @@ def walk(archive: RemoteArchive, folder: str = "") -> Iterator[tuple[str, int, s
     store, root = stores.open_store(archive.url)
     whole = f"{root}/{folder}" if folder else root
     try:
-        found = store.ls(whole, detail=True)
+        listed = store.ls(whole, detail=True)
     except Exception as error:
         raise stores.read_error(error) from error
     entries = []
-    for entry in found:
+    for entry in listed:
         name = entry["name"].rstrip("/")
         if name != whole.rstrip("/"):
             entries.append((name.rsplit("/", 1)[-1], entry["type"], entry.get("size")))
@@ -150,8 +153,13 @@ def walk(archive: RemoteArchive, folder: str = "") -> Iterator[tuple[str, int, s
 def open_file(
     archive: RemoteArchive, path: str, size: int | None = None, block: int = HEADER_BLOCK
 ) -> BinaryIO:
-    """A file that is read by requests for `block` bytes or more. `size`: its size; None asks the
-    store.
+    """A file that is read by requests for `block` bytes or more.
+
+    Args:
+        archive: with the files that were requested before.
+        path: of the file, relative to the archive.
+        size: of the file, in bytes; None asks the store.
+        block: bytes of the smallest request.
 
     Raises:
         StoreReadError: here and from any read, if the store fails.
@@ -185,10 +193,11 @@ def read_file(archive: RemoteArchive, path: str) -> bytes:
 
 @functools.lru_cache(maxsize=8)
 def local_copy(archive: RemoteArchive, name: str) -> Path:
-    """A file of the archive's own folder, copied into a private temporary directory that ends with
-    this process.
+    """A file of the archive's own folder, copied into a private temporary directory that is removed
+    when this process ends.
 
-    Raises StoreReadError; its errno is ENOENT if the file is not there.
+    Raises:
+        StoreReadError: its errno is ENOENT if the file does not exist.
     """
     content = read_file(archive, name)
     path = Path(_temporary_directory().name) / name
@@ -202,13 +211,13 @@ def _temporary_directory() -> tempfile.TemporaryDirectory:
 
 
 class _StoreFile(io.RawIOBase):
-    """A seekable object of known size, of which `start` is known, too; each read of the rest is one
+    """A seekable object of a store. `start` was read before; each read of the rest is one
     request."""
 
     def __init__(self, store, path: str, size: int, start: bytes = b""):
         super().__init__()
         self._store, self._size, self._start, self._at = store, size, start, 0
-        self.name = path  # every file has one, and pydicom asks for it
+        self.name = path  # pydicom asks for the name
 
     def readable(self) -> bool:
         return True
@@ -222,7 +231,7 @@ class _StoreFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         at = offset + (0, self._at, self._size)[whence]
         if at < 0:
-            # as of any file: zipfile counts on it
+            # zipfile counts on this error of files
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._at = at
         return at
@@ -233,7 +242,7 @@ class _StoreFile(io.RawIOBase):
         return len(content)
 
     def readall(self) -> bytes:
-        return self._read(self._size) + self._read(self._size)  # what is known, and the rest
+        return self._read(self._size) + self._read(self._size)  # `start`, and the rest
 
     def _read(self, number: int) -> bytes:
         end = min(self._at + number, self._size)

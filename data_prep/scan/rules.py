@@ -1,10 +1,10 @@
-"""What is asked of a scan. Light to import, so that flags can be defined from it."""
+"""The rules for taking scans. Light to import, so that flags can be defined from them."""
 
 import dataclasses
 
 from data_prep.system.errors import InputError
 
-# kinds of raw scans; auto: NIfTI for a file of that name, else DICOM
+# kinds of raw scans; auto: NIfTI for a file name with .nii or .nii.gz, else DICOM
 ARCHIVES = ("auto", "dicom", "nifti")
 
 

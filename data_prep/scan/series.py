@@ -1,5 +1,5 @@
-"""From headers to series that may become volumes: grouping, ordering along the slice normal, header
-checks."""
+"""From headers to series that may become volumes: grouping, order along the slice normal, checks of
+headers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data_prep.scan.headers import CT_IMAGE_STORAGE, Header
 from data_prep.scan.rules import Rules
 
 _SAME_POSITION_MM = 0.05
-_MEETING_SLICES = 1.5  # acquisitions that follow each other share at most so many slice spacings
+_MEETING_SLICES = 1.5  # slice spacings that two acquisitions in a row may share
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _LOCALIZER = {"LOCALIZER", "SCOUT", "SCANOGRAM", "TOPOGRAM", "SURVIEW"}
 _PROJECTED = {
@@ -33,7 +33,7 @@ _PROJECTED = {
     "3D",
     "VOLREN",
 }
-# beside the slices of a series, not slices lost
+# images beside the slices of a series; they do not count as lost slices
 _EXTRAS = {"secondary_capture", "derived_image", "not_grey"}
 _NOT_HU_RESCALE = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}
 _NOT_CHEST = {
@@ -53,7 +53,7 @@ _NOT_CHEST = {
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
-    """A series (or the part of one) that is not taken. `detail` holds no identifier."""
+    """A series, or a part of a series, that is not taken. `detail` is free of identifiers."""
 
     series_key: str
     headers: tuple[Header, ...]
@@ -65,11 +65,11 @@ class Rejection:
 class SeriesCandidate:
     """A stack of slices that passed the header checks.
 
-    `headers`, `duplicates` and `position_mm` run along the slices, towards superior. The other
-    headers at a slice's position are its duplicates: `load_volume` compares the pixels.
+    `headers`, `duplicates` and `position_mm` run along the slices, towards superior. Further
+    headers at a slice's position are its duplicates. `load_volume` compares their pixels.
     """
 
-    # the Series Instance UID, with a suffix where a series holds several stacks; unique in its exam
+    # the Series Instance UID, with a suffix where a series has several stacks; unique in its exam
     series_key: str
     exam_key: tuple[str, str]  # patient key, Study Instance UID
     patient_key: str
@@ -77,15 +77,21 @@ class SeriesCandidate:
     duplicates: tuple[tuple[Header, ...], ...]
     position_mm: tuple[float, ...]
     slice_spacing_mm: float  # median
-    slice_thickness_mm: float  # the thickest slice; the spacing where no slice says
+    slice_thickness_mm: float  # the thickest slice; the spacing where all slices lack it
     gantry_tilt_degrees: float
-    dropped: tuple[tuple[Header, str], ...]  # with the reason of each
+    dropped: tuple[tuple[Header, str], ...]  # each with its reason
     notes: tuple[str, ...]  # names of `data_prep.scan.reasons.NOTES`
     preference: tuple  # smaller is preferred within an exam
 
     @property
+    def groups(self) -> list[tuple[Header, ...]]:
+        """For each slice its header, followed by its duplicates."""
+        pairs = zip(self.headers, self.duplicates, strict=True)
+        return [(first, *others) for first, others in pairs]
+
+    @property
     def all_headers(self) -> tuple[Header, ...]:
-        """Every header that went in: slices, duplicates and dropped ones."""
+        """Every header of the stack: slices, duplicates and dropped headers."""
         extra = [header for group in self.duplicates for header in group]
         return (*self.headers, *extra, *(header for header, _ in self.dropped))
 
@@ -95,17 +101,18 @@ class SeriesCandidate:
 
 
 def plan_series(headers: Iterable[Header], rules: Rules) -> list[SeriesCandidate | Rejection]:
-    """Groups images into stacks and checks what headers can tell.
+    """Groups images into stacks and checks their headers.
 
-    A series is a Series Instance UID (of one study and patient). It is split by orientation and,
-    where several acquisitions cover the same range, by Acquisition Number; acquisitions that follow
-    each other (step and shoot) stay one stack, even if they share a slice. Localizers, reformats in
-    other planes and captures within a series are dropped from it. Of several matrices or pixel
-    spacings in one stack the most frequent is kept if the others are fewer than
-    `max_lost_fraction`; otherwise the stack is refused.
+    Images of one Series Instance UID, study and patient are a series. It is split by orientation
+    and, where several acquisitions cover the same range, by Acquisition Number. Acquisitions that
+    follow each other (step and shoot) stay one stack, even if they share a slice. Localizers,
+    reformats in other planes and captures within a series are dropped. Where the slices of a stack
+    differ in matrix or pixel spacing, the most frequent grid is kept if at most
+    `max_lost_fraction` of the slices differ from it. Otherwise the stack is refused.
 
-    Returns one entry a stack, in an order that depends on the headers alone. Every header is in
-    exactly one entry.
+    Returns:
+        One entry for each stack, in an order that depends on the headers alone. Every header is in
+        exactly one entry.
     """
     series = collections.defaultdict(list)
     for header in headers:
@@ -123,8 +130,8 @@ def plan_series(headers: Iterable[Header], rules: Rules) -> list[SeriesCandidate
 
 
 def slice_headers(header: Header) -> list[Header]:
-    """One header a slice: the header itself, or one a frame with the frame's own geometry and
-    rescale."""
+    """One header for each slice: the header itself, or a header for each frame with the frame's own
+    geometry and rescale."""
     if not header.frames:
         if header.number_of_frames == 1:
             return [header]
@@ -164,7 +171,7 @@ def _plan_one(
     faulty = {id(h): reason for h in images if (reason := _fault(h, rules))}
     good = [h for h in images if id(h) not in faulty]
     faults = [(h, faulty[id(h)]) for h in images if id(h) in faulty]
-    # what one slice says, others may not say
+    # The mark may be missing on other slices.
     if any(reason == "burned_in_annotation" for _, reason in faults):
         return [Rejection(series_key, tuple(slices), "burned_in_annotation", "")]
     lost = sum(reason not in _EXTRAS for _, reason in faults)
@@ -205,9 +212,9 @@ def _foreign(header: Header) -> str | None:
 def _fault(header: Header, rules: Rules) -> str | None:
     """Why an axial CT image cannot be a slice of a volume.
 
-    Image Type: a secondary capture, DERIVED\\SECONDARY and projections hold no CT numbers.
-    ORIGINAL\\SECONDARY (some scanners' own images after a transfer) and DERIVED\\PRIMARY (axial
-    reconstructions, lossy copies) do.
+    By their Image Type, secondary captures, DERIVED\\SECONDARY images and projections are without
+    CT numbers. ORIGINAL\\SECONDARY (some scanners' own images after a transfer) and
+    DERIVED\\PRIMARY (axial reconstructions, lossy copies) have them.
     """
     if header.sop_class_uid == _SECONDARY_CAPTURE or header.sop_class_uid.startswith(
         _SECONDARY_CAPTURE + "."
@@ -249,6 +256,7 @@ def _too_few(series_key: str, slices: Iterable[Header], count: int, rules: Rules
 
 
 def too_few_detail(count: int, rules: Rules) -> str:
+    """The detail of the reason `too_few_slices`."""
     return f"{count} {'slice' if count == 1 else 'slices'}, at least {rules.min_slices} asked"
 
 
@@ -264,7 +272,7 @@ def _cluster(headers: list[Header], same) -> list[list[Header]]:
 
 
 def _same_orientation(a: Header, b: Header) -> bool:
-    # 0.3 degrees
+    # The tolerance is 0.3 degrees.
     return a.orientation == b.orientation or bool(
         np.allclose(a.orientation, b.orientation, atol=0.005)
     )
@@ -278,13 +286,13 @@ def _same_grid(a: Header, b: Header) -> bool:
     )
 
 
-# slices, dropped with reasons, what it was split by
+# slices; dropped headers with their reasons; how the series was split, or ""
 Stack = tuple[list[Header], list[tuple[Header, str]], str]
 
 
 def _stacks_of(headers: list[Header], rules: Rules) -> list[Stack]:
-    """Slices of one orientation, as stacks; a stack whose grid varies too much comes with
-    `split_by` "grid"."""
+    """Slices of one orientation, as stacks. A stack whose grid varies too much is marked as split
+    by "grid"."""
     if _acquisitions_overlap(headers, rules):
         by_acquisition = collections.defaultdict(list)
         for header in headers:
@@ -306,8 +314,11 @@ def _stacks_of(headers: list[Header], rules: Rules) -> list[Stack]:
 
 
 def _acquisitions_overlap(headers: list[Header], rules: Rules) -> bool:
-    """Whether the ranges of two acquisitions intersect by more than a slice spacing. A few slices
-    that don't name their acquisition may be of any; many are taken for an acquisition."""
+    """Whether the ranges of two acquisitions overlap by more than `_MEETING_SLICES`.
+
+    A few slices without an Acquisition Number may belong to any acquisition. Many of them count as
+    an acquisition.
+    """
     positions = collections.defaultdict(list)
     for header, position in zip(*_order(headers), strict=True):
         positions[header.acquisition_number].append(position)
@@ -315,11 +326,11 @@ def _acquisitions_overlap(headers: list[Header], rules: Rules) -> bool:
         del positions[None]
     if len(positions) < 2:
         return False
-    steps = np.concatenate([np.diff(of_one) for of_one in positions.values()])
+    steps = np.concatenate([np.diff(along) for along in positions.values()])
     steps = steps[steps >= _SAME_POSITION_MM]
     if not len(steps):
         return False
-    ranges = sorted((of_one[0], of_one[-1]) for of_one in positions.values())
+    ranges = sorted((along[0], along[-1]) for along in positions.values())
     ends = itertools.accumulate((end for _, end in ranges), max)
     allowed = _MEETING_SLICES * float(np.median(steps))
     return any(
@@ -392,7 +403,7 @@ def _check_stack(
     if fault:
         return Rejection(series_key, everything, *fault)
     tilt = round(measured.tilt_degrees, 3)
-    if tilt < 0.5:  # the line through the slices goes before the tag
+    if tilt < 0.5:  # degrees; the tag counts only where the slices show no tilt
         tilt = abs(headers[0].gantry_tilt or 0.0)
     if tilt >= 0.5:
         notes.append("gantry_tilt")
@@ -414,8 +425,8 @@ def _check_stack(
 
 
 def irregularity(measured: StackMeasure, num_slices: int, rules: Rules) -> tuple[str, str] | None:
-    """(reason, detail) if a stack lost too many slices, or is irregular and the rules refuse that;
-    else None."""
+    """(reason, detail) if a stack lost too many slices, or if it is irregular and the rules refuse
+    irregular stacks; else None."""
     total = num_slices + measured.missing
     if measured.missing > rules.max_lost_fraction * total:
         return "too_many_lost", f"{measured.missing} of {total} slices missing"
@@ -429,10 +440,11 @@ def irregularity(measured: StackMeasure, num_slices: int, rules: Rules) -> tuple
 
 
 def kernel_class(header: Header) -> str:
-    """`"soft"`, `"sharp"` or `"unknown"` of a convolution kernel's name, by the vendors' habits.
+    """`"soft"`, `"sharp"` or `"unknown"`, from the name of a convolution kernel.
 
-    Siemens letters + number (B31f, Br40d, I70f: sharp from 50 on); GE words; Philips letters; Canon
-    FC numbers (FC01-29 body, from FC30 bone and lung).
+    Names by vendor: Siemens has letters and a number (B31f, Br40d, I70f), sharp from 50 on. GE has
+    words. Philips has letters. Canon has FC numbers: 01 to 29 for body, from 30 on for bone and
+    lung.
     """
     name = header.kernel.upper()
     if match := re.fullmatch(r"FC\s*(\d+).*", name):
@@ -463,10 +475,10 @@ def _preference(
 def select_reconstructions(
     candidates: Iterable[SeriesCandidate], rules: Rules
 ) -> list[list[SeriesCandidate]]:
-    """One list an exam (patient and study), in order of preference; with `reconstructions="all"`
-    one list a candidate.
+    """The candidates of each exam (patient and study) in order of preference; with
+    `reconstructions="all"` a list for each candidate.
 
-    The rule: the preferred kernel class (soft tissue by default; unknown kernels next), then
+    The order: the preferred kernel class (soft tissue by default; unknown kernels next), then
     thinner slices, then more slices, then ORIGINAL before DERIVED, then the smaller series key.
     """
     ordered = sorted(candidates, key=lambda candidate: (candidate.exam_key, candidate.preference))

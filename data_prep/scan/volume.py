@@ -1,5 +1,5 @@
-"""From a planned series to a volume in Hounsfield units, canonically oriented, or a named reason
-why not."""
+"""From a planned series to a volume in Hounsfield units, canonically oriented, or to a named reason
+against it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data_prep.scan.pixels import PixelError, PixelReader
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import Rejection, SeriesCandidate, irregularity, too_few_detail
 
-_READ_AHEAD = 8  # slices on their way from the disk while one is decoded
+_READ_AHEAD = 8  # slices that the disk fetches while one slice is decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Volume:
     """A CT volume: rows to posterior, columns to the patient's left, slices to superior."""
 
     candidate: SeriesCandidate
-    headers: tuple[Header, ...]  # of the slices, in their order
+    headers: tuple[Header, ...]  # one for each slice, in the order of `hu`
     hu: np.ndarray  # [S, H, W] int16; float32 where a value is fractional or beyond int16
     position_mm: np.ndarray  # [S] float64, along the slice normal, increasing
     pair_valid: np.ndarray  # [S] bool: the next slice is the neighbour, with no gap or jump between
@@ -35,22 +35,21 @@ class Volume:
     gantry_tilt_degrees: float
     chest: ChestSummary
     notes: tuple[str, ...]  # names of `data_prep.scan.reasons.NOTES`
-    # headers that are not in the volume, each with its reason
+    # headers without a slice in the volume, each with its reason
     dropped: tuple[tuple[Header, str], ...]
 
 
 def load_volume(
     input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: Rules
 ) -> Volume | Rejection:
-    """Reads the pixels of a candidate, once. Never raises for what the files hold; holds one volume
-    in memory.
+    """Reads the pixels of a candidate, once. Never raises for the content of the files.
 
-    Slices that cannot be decoded are dropped, up to `rules.max_lost_fraction`; identical slices at
-    one position count once. Where two acquisitions meet, each may have an image of its own at one
-    position, and none is wrong: the first acquisition's is taken, at up to
-    `rules.max_lost_fraction` of the positions. Different images of one acquisition at one position
-    refuse the volume. Padding and what lies below -1500 HU become air, -1000 HU. The volume must be
-    plausible as HU and, with `rules.require_lung`, cover the chest.
+    At most one volume is in memory. Slices that cannot be decoded are dropped, up to
+    `rules.max_lost_fraction`. Identical slices at one position count once. Where two acquisitions
+    meet, each may have its own image at one position, and both are right: the first acquisition's
+    image is taken, at up to `rules.max_lost_fraction` of the positions. Different images of one
+    acquisition at one position refuse the volume. Padding and all values below -1500 HU become air,
+    -1000 HU. The volume must be plausible as HU and, with `rules.require_lung`, cover the chest.
 
     Raises:
         OSError: the archive cannot be read any more.
@@ -60,9 +59,7 @@ def load_volume(
         return candidate.rejected(
             "missing_rescale", "some slices have rescale tags and some have none"
         )
-    in_order = zip(candidate.headers, candidate.duplicates, strict=True)
-    sources = (header.source for first, others in in_order for header in (first, *others))
-    input_dir = reading_ahead(input_dir, sources)
+    input_dir = reading_ahead(input_dir, (h.source for group in candidate.groups for h in group))
     axes = canonical_axes(candidate.headers[0].orientation)
     loader = _SliceLoader(PixelReader(input_dir), axes, len(candidate.headers))
     kept: list[int] = []
@@ -71,13 +68,11 @@ def load_volume(
     meeting: list[tuple[Header, str]] = []
     used: list[Header] = []
     will_read(input_dir, (header.source for header in candidate.headers[:_READ_AHEAD]))
-    for i, group in enumerate(zip(candidate.headers, candidate.duplicates, strict=True)):
+    for i, group in enumerate(candidate.groups):
         taken = None
-        will_read(
-            input_dir,
-            (header.source for header in candidate.headers[i + _READ_AHEAD : i + _READ_AHEAD + 1]),
-        )
-        for header in (group[0], *group[1]):
+        following = candidate.headers[i + _READ_AHEAD : i + _READ_AHEAD + 1]
+        will_read(input_dir, (header.source for header in following))
+        for header in group:
             try:
                 if taken is None:
                     loader.add(header)
@@ -172,7 +167,7 @@ class _SliceLoader:
         """Appends a slice.
 
         Raises:
-            PixelError: no pixels; nothing is appended.
+            PixelError: the pixels cannot be read; nothing is appended.
         """
         stored = self._reader.read(header)
         image = orient(to_hu(stored, header), self._axes)
@@ -185,14 +180,14 @@ class _SliceLoader:
         self.plausibility.add(stored, header)
 
     def equals_last(self, header: Header) -> bool:
-        """Whether this slice is the same image as the last one added.
+        """Whether this slice is the same image as the slice that was added last.
 
         Raises:
-            PixelError: no pixels.
+            PixelError: the pixels cannot be read.
         """
         image = orient(to_hu(self._reader.read(header), header), self._axes)
         return np.array_equal(image, self._hu[self._count - 1])
 
     def volume(self) -> np.ndarray:
-        """[S, H, W] of the slices added."""
+        """The added slices, [S, H, W]."""
         return self._hu[: self._count]

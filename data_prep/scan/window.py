@@ -17,7 +17,11 @@ Window = tuple[float, float]  # level, width in HU
 
 
 def parse_window(text: str) -> Window:
-    """(level, width) of "level,width". Raises InputError."""
+    """The window (level, width) of a text such as "50,350".
+
+    Raises:
+        InputError: the text is not two numbers, or the width is not positive.
+    """
     try:
         level, width = (float(part) for part in text.split(","))
     except ValueError:
@@ -30,16 +34,17 @@ def parse_window(text: str) -> Window:
 
 
 def window_to_uint8(hu: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
-    """Grey values [..., C] uint8 of `hu` [...], one channel a window.
+    """Grey values [..., C] uint8 of `hu` [...], one channel for each window.
 
-    255 clip((HU - (level - width / 2)) / width, 0, 1) in float64, rounded half to even. For int16
-    in float32 where that gives the same for every int16, else through a table.
+    The value is 255 clip((HU - (level - width / 2)) / width, 0, 1) in float64, rounded half to
+    even. int16 is computed in float32 where the result is the same for every int16, else by a
+    table.
 
     Raises:
         InputError: no window, or a width that is not positive.
     """
     if not windows:
-        raise InputError("no window given; give level,width such as 50,350")
+        raise InputError("no window; give level,width such as 50,350")
     for level, width in windows:
         if not (width > 0 and math.isfinite(width) and math.isfinite(level)):
             raise InputError(f"window {level:g},{width:g}: give a finite level and a width above 0")
@@ -65,7 +70,7 @@ def _grey(hu: np.ndarray, level: float, width: float) -> np.ndarray:
 
 
 def _grey_float32(hu: np.ndarray, level: float, width: float) -> np.ndarray:
-    """Twice as fast as the table."""
+    """As `_grey`, in float32: twice as fast as the table."""
     grey = np.subtract(hu, np.float32(level - width / 2), dtype=np.float32)
     grey *= np.float32(255 / width)
     np.clip(grey, 0, 255, out=grey)
@@ -87,7 +92,7 @@ def _table(level: float, width: float) -> np.ndarray:
 def needs_resize(
     shape: tuple[int, int], pixel_spacing_mm: tuple[float, float], image_size: int
 ) -> bool:
-    """Whether slices of this matrix have to be resampled to become `image_size` squares."""
+    """Whether slices of this matrix must be resampled to become squares of `image_size` pixels."""
     square_pixels = math.isclose(*pixel_spacing_mm, rel_tol=1e-3)
     return not (square_pixels and tuple(shape) == (image_size, image_size))
 
@@ -98,9 +103,9 @@ def resize_slice(
     """`hu` [H, W] as a square [image_size, image_size] of the same field, undistorted.
 
     A field that is not square is first padded with air (-1000 HU) around its centre. Then Pillow's
-    bilinear filter in float32, which averages over the whole source area when it shrinks
-    (antialiased); its result depends on nothing but the input. A slice that fits already is
-    returned as it is, in its own type.
+    bilinear filter resizes it in float32. The filter averages over the whole source area when it
+    shrinks (antialiased), and its result depends on the input alone. A slice that has the right
+    size already is returned unchanged, in its own type.
     """
     if not needs_resize(hu.shape, pixel_spacing_mm, image_size):
         return hu
@@ -110,21 +115,21 @@ def resize_slice(
 def resize_mask(
     mask: np.ndarray, pixel_spacing_mm: tuple[float, float], image_size: int
 ) -> np.ndarray:
-    """`mask` [H, W] uint8 (0 background, k region k) as [image_size, image_size] uint8, of the same
-    field as `resize_slice`.
+    """`mask` [H, W] uint8 (0 background, k region k) as [image_size, image_size] uint8, on the
+    field of `resize_slice`.
 
-    Each region goes through the filter of the images by itself. A pixel is of the region that
-    covers most of it (of two equal ones the smaller number) if that is at least half; else it is
-    background.
+    Each region goes through the filter of the images by itself. A pixel belongs to the region that
+    covers the largest part of it, if this part is at least half; else it is background. Of two
+    equal parts the region with the smaller number wins.
     """
     if not needs_resize(mask.shape, pixel_spacing_mm, image_size):
         return np.ascontiguousarray(mask)
     resized = np.zeros((image_size, image_size), np.uint8)
-    most = np.full((image_size, image_size), 0.5, np.float32)
+    largest_part = np.full((image_size, image_size), 0.5, np.float32)
     for region in np.unique(mask[mask > 0])[::-1]:
         covered = _resize(mask == region, pixel_spacing_mm, image_size, 0)
-        resized[covered >= most] = region
-        np.maximum(most, covered, out=most)
+        resized[covered >= largest_part] = region
+        np.maximum(largest_part, covered, out=largest_part)
     return resized
 
 
@@ -145,22 +150,10 @@ def _resize(
     return np.asarray(resized)
 
 
-def resize_volume(
-    hu: np.ndarray, pixel_spacing_mm: tuple[float, float], image_size: int
-) -> np.ndarray:
-    """`resize_slice` of each slice of `hu` [S, H, W]; the volume itself where it fits already."""
-    if not needs_resize(hu.shape[1:], pixel_spacing_mm, image_size):
-        return hu
-    resized = np.empty((len(hu), image_size, image_size), dtype=np.float32)
-    for image, out in zip(hu, resized, strict=True):
-        out[:] = resize_slice(image, pixel_spacing_mm, image_size)
-    return resized
-
-
 def resized_spacing_mm(
     shape: tuple[int, int], pixel_spacing_mm: tuple[float, float], image_size: int
 ) -> float:
-    """Edge of a pixel (mm) after `resize_slice`."""
+    """Edge of a pixel after `resize_slice`, in mm."""
     return _square_field(shape, pixel_spacing_mm)[2] * pixel_spacing_mm[0] / image_size
 
 
@@ -170,8 +163,11 @@ def resize_box(
     pixel_spacing_mm: tuple[float, float],
     image_size: int,
 ) -> tuple[int, int, int, int]:
-    """A box (first row, row after the last, first column, column after the last) of slices of
-    `shape`, in the pixels of their resized form; every pixel it touches is inside."""
+    """A box of slices of `shape`, in the pixels of the resized slices.
+
+    A box is (first row, row after the last, first column, column after the last). The resized box
+    includes every pixel that it touches.
+    """
     if not needs_resize(shape, pixel_spacing_mm, image_size):
         return box
     top, left, rows, columns = _square_field(shape, pixel_spacing_mm)
@@ -200,8 +196,8 @@ def lung_box(
     pixel_spacing_mm: tuple[float, float],
     image_size: int,
 ) -> str:
-    """Top, left, bottom and right of the lungs in pixels of the resized image (the last two not
-    included), or ""."""
+    """The box of the lungs in pixels of the resized image, "top left bottom right" (bottom and
+    right exclusive), or "" without lungs."""
     if chest.lung_box is None:
         return ""
     top, bottom, left, right = resize_box(chest.lung_box, shape, pixel_spacing_mm, image_size)
@@ -214,8 +210,17 @@ def prepare_images(
     windows: Sequence[Window],
     image_size: int,
 ) -> np.ndarray:
-    """Resized and windowed slices of a canonically oriented volume: HU [S, H, W] -> [S, size, size,
-    C] uint8."""
+    """Resized and windowed slices of a canonically oriented volume.
+
+    Args:
+        hu: [S, H, W], rows to posterior, columns to the left, slices to superior.
+        pixel_spacing_mm: between rows, between columns.
+        windows: (level, width) in HU, a channel each.
+        image_size: height and width of the slices in pixels.
+
+    Returns:
+        [S, image_size, image_size, C] uint8.
+    """
     images = np.empty((len(hu), image_size, image_size, len(windows)), np.uint8)
     for image, out in zip(hu, images, strict=True):
         out[:] = window_to_uint8(resize_slice(image, pixel_spacing_mm, image_size), windows)

@@ -1,9 +1,10 @@
 """Writes synthetic patients in the folder layouts of three kinds of archives.
 
-dicom: `P0000/...`, one folder a patient, its files named as some scanner or archive would. rsna_pe:
-`train.csv` beside `train/<study>/<series>/<instance>.dcm`, as the RSNA STR Pulmonary Embolism data.
-lidc_idri: `PHANTOM-0001/<study>/ <series>/*.dcm` with the readers' XML in the series folder, as
-  LIDC-IDRI.
+dicom       `P0000/...`, one folder a patient, its files named as some scanner or archive would
+rsna_pe     `train.csv` beside `train/<study>/<series>/<instance>.dcm`, as the RSNA STR
+            Pulmonary Embolism data
+lidc_idri   `PHANTOM-0001/<study>/<series>/*.dcm` with the readers' XML in the series folder, as
+            LIDC-IDRI
 """
 
 import csv

@@ -1,8 +1,8 @@
 """Four imperfect readers of the phantom's nodules, and their reading as an LIDC-IDRI XML file.
 
 As in LIDC-IDRI, a nodule of 3 mm or more is outlined slice by slice one pixel outside its border
-and rated on nine scales; a smaller one is a single point without ratings; something else than a
-nodule is a point, too.
+and rated on nine scales; a smaller one is a single point without ratings; anything else that a
+reader marks is a point, too.
 """
 
 import dataclasses

@@ -78,8 +78,8 @@ class Scan:
     patient's mm.
 
     `contrast` is "none", "pulmonary" (arterial, dense pulmonary arteries) or "venous", `bolus` the
-    enhancement relative to the usual; `kernel` is "soft" or "sharp";
-    `noise_hu` the standard deviation of a soft reconstruction's noise inside the body.
+    enhancement relative to the usual; `kernel` is "soft" or "sharp"; `noise_hu` the standard
+    deviation of a soft reconstruction's noise inside the body.
     """
 
     image_size: int
@@ -541,8 +541,8 @@ def paint_abdomen(
 
 
 def table_layer(anatomy: Anatomy, scan: Scan) -> np.ndarray:
-    """[H, W] float32: HU above air of the patient table and its mattress; below the patient,
-    whoever lies prone."""
+    """[H, W] float32: HU above air of the patient table and its mattress, which lie below the
+    patient, supine or prone."""
     along = (np.arange(scan.image_size) - (scan.image_size - 1) / 2) * scan.pixel_spacing_mm
     x, y = along[None, :] + scan.centre_mm[0], along[:, None] + scan.centre_mm[1]
     patient = anatomy.patient

@@ -3,8 +3,7 @@ lungs.
 
 The trees follow the volume-filling rule of Tawhai and others: a branch runs part of the way to the
 centre of the points that it supplies, splits them by a plane and repeats until one point a branch
-is left. Radii follow Murray's
-law: r is proportional to a power of the number of points supplied.
+is left. Radii follow Murray's law: r is proportional to a power of the number of points supplied.
 """
 
 import dataclasses

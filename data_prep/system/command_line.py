@@ -1,4 +1,4 @@
-"""What every command line does alike: errors in one line, exit codes, requests to stop.
+"""The one runner of all command lines: errors in one line, exit codes, requests to stop.
 
 0   finished
 1   the world failed (a full disk, a lost worker): one line; or a bug: a traceback
@@ -65,7 +65,7 @@ def require(package: str, user: str, extra: str) -> None:
 
     Args:
       package: name to import.
-      user: what needs it, the message's first words.
+      user: the part that needs it, the first words of the message.
       extra: of this project's installation that brings it.
 
     Raises:
@@ -101,25 +101,25 @@ def _run_guarded(
 
 def _stop(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)  # the second time it ends at once
-    raise KeyboardInterrupt  # of the exceptions the one that no handler of errors takes
+    raise KeyboardInterrupt  # handlers of errors let it through
 
 
 def _report_unraisable(error: Any) -> None:
-    """As usual, but not what TensorStore's threads say dozens of times after a save that failed."""
+    """As usual, without the line that TensorStore's threads print dozens of times after a failed
+    save."""
     if not (error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(error)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but a flag or a configuration field that cannot be is one line and exit code
-    2."""
+    """absl's parser; a wrong flag or configuration field is one line and exit code 2."""
     try:
         return flags.FLAGS(argv)
-    # the last three: from --config and its fields
+    # --config and its fields raise the last three
     except (flags.Error, AttributeError, TypeError, OSError) as error:
         message = str(error).replace("\\n", "\n").replace("\\", "")
         if refusals := [cause for cause in _causes(error) if isinstance(cause, InputError)]:
-            # by the recipe itself; around it the message is a traceback
+            # The recipe itself refused; the message around it is a traceback.
             message = f"--config: {refusals[-1]}"
         elif isinstance(error, AttributeError):
             message = f"the recipe has no such field: {message}"
@@ -133,7 +133,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _fail(code: int, message: str) -> int:
-    """Print one line; to be stopped is not an error."""
+    """Print one line; a stop is not an error."""
     prefix = "" if code == EXIT_START_AGAIN else "error: "
     print(prefix + " ".join(message.split()), file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""What a command can end with, beside success and a bug (which is a traceback)."""
+"""The errors that end a command in one line. Any other exception is a bug: a traceback."""
 
 
 class InputError(ValueError):

@@ -1,5 +1,4 @@
-"""Files that are written whole or not at all, and what folders need: locks, renames that last,
-removal."""
+"""Files that are written whole or not at all; locks, lasting renames and removal of folders."""
 
 import contextlib
 import errno
@@ -30,7 +29,7 @@ REMEDIES = {
 
 
 def explain(error: OSError) -> str:
-    """The message for the user, in one line and with the remedy where there is one."""
+    """The message for the user: one line, with the remedy if one is known."""
     place = f"{error.filename}: " if error.filename else ""
     if error.errno not in REMEDIES:
         return f"{place}{error.strerror}" if error.strerror else str(error)
@@ -41,18 +40,17 @@ def explain(error: OSError) -> str:
 
 
 def unique_name(path: Path) -> Path:
-    """A name to write to that no other process uses: no worker that outlives its killed parent by a
-    moment, and none on another machine that shares the folder."""
+    """A name to write to that no other process uses, such as a worker that outlives its killed
+    parent by a moment, or a process on another machine that shares the folder."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
 
 
 @contextlib.contextmanager
 def written_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once all is written; after an error nothing is left
-    of it.
+    """A name to write to, which becomes `path` once all is written. An error removes the file.
 
     `temporary`: by default the name with `.tmp`, which the next run overwrites if this one is
-      killed.
+    killed.
     """
     temporary = temporary or path.with_name(f"{path.name}.tmp")
     try:
@@ -73,7 +71,7 @@ def folder_written_whole(path: Path, temporary: Path) -> Iterator[Path]:
     """A new folder to fill, which becomes `path` (absent, or an empty folder) at the end of the
     block.
 
-    After an error nothing is left of it. What a killed process left there is removed first.
+    An error removes it. The folder of a killed process is removed first.
     """
     remove_tree(temporary)
     try:

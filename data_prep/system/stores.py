@@ -1,9 +1,9 @@
 """Object stores by URL (`gs://BUCKET/DIR`, `s3://BUCKET/DIR`), through fsspec and its packages for
 each store.
 
-Credentials, endpoints and retries are those of the packages: gcsfs takes
-`gcloud auth application-default login`, s3fs takes `aws configure` or the variables `AWS_*`;
-fsspec's own configuration files and variables hold for both.
+The packages bring credentials, endpoints and retries: gcsfs uses the login of
+`gcloud auth application-default login`, s3fs uses `aws configure` or the variables `AWS_*`. The
+configuration files and variables of fsspec hold for both.
 """
 
 import errno
@@ -34,7 +34,7 @@ class StoreReadError(OSError):
 
 
 def is_url(text: str | os.PathLike) -> bool:
-    """Whether a directory is named by a URL of a store. `file://` is none: see `local_path`."""
+    """Whether a directory is named by a URL of a store. `file://` names a local directory."""
     text = os.fspath(text)
     return _URL.match(text) is not None and not text.startswith(_LOCAL)
 
@@ -47,8 +47,7 @@ def local_path(text: str | os.PathLike, name: str = "", remedy: str = "give a lo
     """The path that `text` names, `~` and `file://` resolved.
 
     Raises:
-        InputError: it is the URL of a store, where only a local path will do; the message begins
-          with `name`, a flag.
+        InputError: it is the URL of a store; the message begins with `name`, a flag.
     """
     text = os.fspath(text)
     if is_url(text):
@@ -64,7 +63,7 @@ def open_store(url: str) -> tuple["AbstractFileSystem", str]:
     """The file system of a URL and the path in it, without a slash at its end.
 
     Raises:
-        InputError: a package or credentials are missing, or nobody knows the protocol.
+        InputError: a package or credentials are missing, or the protocol is unknown.
     """
     return _open_store(url, os.getpid())
 
@@ -72,11 +71,11 @@ def open_store(url: str) -> tuple["AbstractFileSystem", str]:
 @functools.lru_cache(maxsize=32)
 def _open_store(url: str, process: int) -> tuple["AbstractFileSystem", str]:
     """One connection for all threads of a process; a forked process opens its own."""
-    # they quote names of files and print tracebacks; what fails is raised, too
+    # Their logs quote file names and print tracebacks of errors that are raised, too.
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        # of millions of files it would fill the memory
+        # A cached listing of millions of files would fill the memory.
         store, path = fsspec.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         extra = _extra(url)
@@ -92,8 +91,7 @@ def _open_store(url: str, process: int) -> tuple["AbstractFileSystem", str]:
 
 
 def explain(url: str, error: Exception) -> str:
-    """What a store's failure means and its remedy, in one line; for errors about the whole of
-    `url`."""
+    """A line on the failure of a store and the remedy, for errors that concern all of `url`."""
     if isinstance(error, FileNotFoundError):
         return "no such bucket or folder; check the name"
     said = " ".join(str(error).split())[:200]
@@ -112,8 +110,8 @@ def read_error(error: Exception) -> StoreReadError:
 
 
 def store_failure(error: BaseException | None) -> StoreReadError | None:
-    """What stands behind an error: zipfile makes "not a zip file" of a file that could not be
-    read."""
+    """The failed read that caused an error, or None. zipfile reports a file that could not be read
+    as "not a zip file"."""
     while error is not None and not isinstance(error, StoreReadError):
         error = error.__cause__ or error.__context__
     return error

@@ -21,8 +21,7 @@ _SECONDS_BETWEEN_LINES = 15
 
 
 class WorkerDied:
-    """Stands for the result of a task whose worker process was killed, also when it had the machine
-    to itself."""
+    """Stands for the result of a task whose worker process was killed, also when it ran alone."""
 
 
 def usable_cores() -> int:
@@ -69,7 +68,7 @@ class WorkerPool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._executor.shutdown(cancel_futures=True)  # waits for what is under way
+        self._executor.shutdown(cancel_futures=True)  # waits for the tasks under way
 
 
 def _run_one_by_one(function, under_way) -> Iterator[tuple[tuple, Any]]:
@@ -100,12 +99,12 @@ def _submit(executor, function, task) -> concurrent.futures.Future:
 
 @contextlib.contextmanager
 def _requests_to_stop_wait() -> Iterator[None]:
-    """A request to stop waits until a worker that is being started has been told what it is: else
-    it would complain.
+    """A request to stop waits until a worker that is being started has its setup: otherwise the
+    worker would print a traceback.
 
-    Blocking the signals serves the worker, which inherits it; it does not keep them from this
-    process, since any other thread (one of a numerical library's) takes them and the main thread
-    then runs the handler.
+    The worker inherits the blocked signals. Blocking is not enough for this process, since another
+    thread (such as a thread of a numerical library) takes the signal and the main thread then runs
+    the handler.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers run in the main thread only
@@ -134,7 +133,7 @@ def _new_executor(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
 def _start_worker() -> None:
     # Ctrl-C reaches the whole process group: the parent decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # a worker inherits what was blocked at its start
+    # a worker inherits the blocked signals
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
@@ -159,7 +158,7 @@ class Progress:
             )
 
     def advance(self, number: int, *, already_there: bool = False) -> None:
-        """`already_there`: found done, so that it counts for the position and not for the speed."""
+        """`already_there`: an earlier run did it, so it counts for the position, not the speed."""
         self._done += number
         self._worked += 0 if already_there else number
         if self._bar is not None:

@@ -54,8 +54,8 @@ STANDARD_UIDS = "1.2.840.10008."
 OWN_WORDS = {  # values that are words of our own: what they have to stand in, in small letters
     "chest": rb"no_chest|chest_ct|chest ct|chest scans?|cover the chest",
     # a folder's name, and a kind of archive
-    "nifti": rb"not_nifti|no nifti file|archive(\": \"|=)nifti",
-    "unknown": rb"what it holds is unknown",
+    "nifti": rb"not_nifti|not a nifti file|archive(\": \"|=)nifti",
+    "unknown": rb"its findings are unknown",
     "license": rb"\"license\":",
     "applied": rb"rescale slope and intercept are applied",
     "brain": rb"brain\.event:2",  # how every file of TensorBoard begins

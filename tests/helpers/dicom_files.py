@@ -1,5 +1,5 @@
-"""Small DICOM series for tests: a coarse thorax, every attribute open to change; and the whole path
-over a folder."""
+"""Small DICOM series for tests: a coarse thorax whose attributes can be changed, and the whole path
+from a folder to volumes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def uid(*numbers: int) -> str:
 
 def thorax(num_slices: int = 24, size: int = 64, seed: int = 0) -> np.ndarray:
     """[S, H, W] int16 HU in canonical orientation (rows to posterior, columns to left, slices to
-    superior): body, two lungs, the heart on the left, the spine behind, noise. No two slices are
-    alike, nor any mirror image."""
+    superior): body, two lungs, the heart on the left, the spine behind, noise. All slices and their
+    mirror images differ."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     hu = np.full((num_slices, size, size), -1000.0)
@@ -61,7 +61,7 @@ def slices(
     orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0),
     origin: tuple[float, float, float] = (-170.0, -160.0, -300.0),
 ) -> list[Dataset]:
-    """One data set a slice of `hu` [S, H, W], in the order of `hu`, stacked along +z."""
+    """One data set for each slice of `hu` [S, H, W], in the order of `hu`, stacked along +z."""
     datasets = []
     for i, image in enumerate(hu):
         ds = Dataset()
@@ -124,7 +124,7 @@ def compress(ds: Dataset, syntax: str, encode: Callable[[np.ndarray], bytes]) ->
 
 
 def to_bytes(ds: Dataset, *, preamble: bool = True) -> bytes:
-    """The data set as the bytes of a DICOM file; without preamble also without file meta
+    """The data set as the bytes of a DICOM file; without the preamble also without file meta
     information."""
     syntax = ds.file_meta.TransferSyntaxUID
     buffer = io.BytesIO()
@@ -146,8 +146,8 @@ def _without_meta(ds: Dataset) -> Dataset:
 
 
 def write(folder: Path, datasets: list[Dataset], *, seed: int = 0, preamble: bool = True) -> Path:
-    """Writes one file a data set under names without extension, in an order that has nothing to do
-    with the slices'. Names that exist are passed over."""
+    """Writes one file for each data set, in random order, under names without extension that
+    continue the names in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     taken = sum(1 for _ in folder.iterdir())
     order = np.random.default_rng(seed).permutation(len(datasets))
@@ -159,8 +159,8 @@ def write(folder: Path, datasets: list[Dataset], *, seed: int = 0, preamble: boo
 def enhanced(
     hu: np.ndarray, *, intercepts: list[int], order: list[int], series: int = 1
 ) -> Dataset:
-    """One enhanced multi-frame CT of `hu` [S, H, W]: the frames in the given order, an intercept
-    for each."""
+    """One enhanced multi-frame CT of `hu` [S, H, W]: the frames in this order, with an intercept
+    for each slice."""
     plain = slices(hu, series=series)
     ds = Dataset()
     ds.update(plain[0])
@@ -207,7 +207,7 @@ def _picked(ds: Dataset, *keywords: str) -> Dataset:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a folder."""
+    """The volumes and refusals of a folder."""
 
     volumes: list[Volume]
     rejections: list[Rejection]
@@ -216,7 +216,7 @@ class Outcome:
 
 
 def convert(folder: Path, rules: Rules | None = None) -> Outcome:
-    """Runs the whole path over a folder and checks that every slice is accounted for exactly
+    """Runs the whole path over a folder and checks that every slice is in the outcome exactly
     once."""
     rules = rules or Rules()
     read = [read_header(folder, source) for source in list_sources(folder)]

@@ -103,14 +103,33 @@ def test_result_files(run, result, tiny_dataset):
     output, content = result
     assert json.loads(output.read_text()) == content
     assert {
-        "task", "recipe", "synthetic", "split", "metrics", "codebook", "num_slices", "num_patients_seen_in_training",
-        "checkpoint_step", "model_fingerprint", "dataset_fingerprint", "trained_on_fingerprint", "init_from",
-        "train_fraction", "seed", "config", "preparation", "versions", "device", "baselines",
-    } <= content.keys()  # fmt: skip
+        "task",
+        "recipe",
+        "synthetic",
+        "split",
+        "metrics",
+        "codebook",
+        "num_slices",
+        "num_patients_seen_in_training",
+        "checkpoint_step",
+        "model_fingerprint",
+        "dataset_fingerprint",
+        "trained_on_fingerprint",
+        "init_from",
+        "train_fraction",
+        "seed",
+        "config",
+        "preparation",
+        "versions",
+        "device",
+        "baselines",
+    } <= content.keys()
     assert content["split"] == "test" and content["num_slices"] == 24 and content["synthetic"]
     assert content["dataset_fingerprint"] == Dataset.open(tiny_dataset).preparation["fingerprint"]
-    assert all(set(metric) == {"mean", "sd", "ci95", "num_volumes", "num_patients", "unit"}
-               for metric in content["metrics"].values())  # fmt: skip
+    assert all(
+        set(metric) == {"mean", "sd", "ci95", "num_volumes", "num_patients", "unit"}
+        for metric in content["metrics"].values()
+    )
     assert str(tiny_dataset) not in output.read_text() and str(run) not in output.read_text()
     with open(output.with_suffix(".csv"), newline="") as file:
         rows = list(csv.DictReader(file))

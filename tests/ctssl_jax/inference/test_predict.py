@@ -19,7 +19,7 @@ from PIL import Image
 
 from ctssl_jax.evaluation import predictions
 from ctssl_jax.evaluation.measure import evaluate
-from ctssl_jax.inference import mask_prediction, pretrained
+from ctssl_jax.inference import mask_prediction, prediction, pretrained
 from ctssl_jax.inference.prediction import Request, predict, table
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.run import open_workdir
@@ -233,7 +233,9 @@ def test_real_scans(runs, real_data, tmp_path, monkeypatch, name):
     pytest.importorskip("highdicom")
     made_certain(monkeypatch, np.s_[40:50, 10:16, 20:27])
     read, taken = scans.read_scan, []
-    monkeypatch.setattr(scans, "read_scan", lambda *given: taken.append(read(*given)) or taken[0])
+    monkeypatch.setattr(
+        prediction, "read_scan", lambda *given: taken.append(read(*given)) or taken[0]
+    )
     predict_scan(runs / "nodules", real_data / name, tmp_path / "out")
     volume = taken[0].volume
     image = nibabel.load(tmp_path / "out" / "mask.nii.gz")

@@ -355,7 +355,7 @@ def test_unreadable_files_are_refused(tmp_path):
         imagenet_weights.read_file(tmp_path / "a.h5")
     pytest.importorskip("torch", reason="PyTorch is not installed")
     (tmp_path / "a.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(InputError, match=r"is truncated or no file of torch\.save"):
+    with pytest.raises(InputError, match=r"is truncated or not a file of torch\.save"):
         imagenet_weights.read_file(tmp_path / "a.pth")
 
 

@@ -419,6 +419,8 @@ def test_code_statistics():
 
 def test_codebook_use():
     assert quantizer.codebook_use(np.array([2.0, 2.0, 0.0])) == {
-        "perplexity": pytest.approx(2), "used_codes": 2, "dead_codes": 1,
-    }  # fmt: skip
+        "perplexity": pytest.approx(2),
+        "used_codes": 2,
+        "dead_codes": 1,
+    }
     assert quantizer.codebook_use(None) == {}

@@ -110,8 +110,16 @@ def test_exam_scores():
 
 def test_several_classes():
     labels = np.array([0, 0, 1, 1, 2, 2])
-    probabilities = np.array([[0.8, 0.1, 0.1], [0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1],
-                              [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]])  # fmt: skip
+    probabilities = np.array(
+        [
+            [0.8, 0.1, 0.1],
+            [0.5, 0.3, 0.2],
+            [0.6, 0.3, 0.1],
+            [0.1, 0.8, 0.1],
+            [0.1, 0.1, 0.8],
+            [0.3, 0.3, 0.4],
+        ]
+    )
     statistic = binary.multiclass_statistic(labels, probabilities, ["a", "b", "c"])
     found = statistic(np.ones(6))
     assert found["auroc/a"] == 7 / 8 and found["auroc/c"] == 1 and found["accuracy"] == 5 / 6
@@ -142,7 +150,7 @@ def test_wrong_predictions(labels, probabilities, message):
 def test_wrong_requests():
     with pytest.raises(InputError, match="need a threshold"):
         binary.binary_statistic([0, 1], [0.1, 0.2], names=["sensitivity"])
-    with pytest.raises(InputError, match="choose of auroc"):
+    with pytest.raises(InputError, match="choose among auroc"):
         binary.binary_statistic([0, 1], [0.1, 0.2], names=["f1"])
     with pytest.raises(InputError, match="1 patient_ids for 2 labels"):
         binary.binary_summary([0, 1], [0.1, 0.2], ["p"])
@@ -225,8 +233,16 @@ def test_summary_of_slices():
     found = binary.binary_summary(labels, probabilities, patient_ids, 0.5, volume_ids=patient_ids)
     assert set(found) == set(binary.MEASURES)
     for name, value in found.items():
-        assert set(value) == {"mean", "sd", "ci95", "num_slices", "num_volumes", "num_patients", "unit",
-                              "num_undefined_draws"}  # fmt: skip
+        assert set(value) == {
+            "mean",
+            "sd",
+            "ci95",
+            "num_slices",
+            "num_volumes",
+            "num_patients",
+            "unit",
+            "num_undefined_draws",
+        }
         # never below 0
         assert value["ci95"][0] <= value["mean"] <= value["ci95"][1] or name == "ece"
         assert value["num_slices"] == 400 and value["num_patients"] == 40

@@ -201,7 +201,7 @@ def test_other_refusals_name_the_url_and_the_remedy(remote, cache, monkeypatch):
         match=re.escape("example://data: no complete dataset there (no preparation.js"),
     ):
         Dataset.open("example://data")
-    with pytest.raises(DatasetError, match="Protocol not known"):
+    with pytest.raises(InputError, match="Protocol not known"):
         Dataset.open("nosuch://data")
     usage = shutil.disk_usage(remote.folder)._replace(free=1000)
     with monkeypatch.context() as patch:

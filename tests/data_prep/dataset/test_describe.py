@@ -209,7 +209,7 @@ def backwards(records):
         (paired_across_the_gap, "pair_valid does not agree with"),
         (backwards, "positions do not increase"),
         (lambda records: records[:-1], "23 records"),
-        (lambda records: records[12:] + records[:12], "another volume's"),
+        (lambda records: records[12:] + records[:12], "belong to another volume"),
     ],
 )
 def test_verify_finds_wrong_records_behind_right_checksums(example, pool, change, problem):
@@ -409,11 +409,11 @@ def change_cell(path: Path, column: str, value: str) -> None:
         ),
         (
             lambda d: change_cell(d / "slices.csv", "mask_area_px", "3"),
-            "the foreground of its masks is not that of",
+            "the foreground of its masks differs from slices.csv",
         ),
         (
             lambda d: change_cell(d / "slices.csv", "pe_present_on_image", "2"),
-            "holds 2, which is none of its 2",
+            "holds 2, which is not one of its 2",
         ),
         (
             lambda d: change_cell(d / "slices.csv", "pe_present_on_image", "x"),

@@ -225,7 +225,7 @@ def test_what_reads_datasets_reads_views(tmp_path, parts):
     )
     assert (
         searched.returncode == 2
-        and "was merged, so no one archive is its source" in searched.stderr
+        and "was merged from several datasets; search each part" in searched.stderr
     )
     source = tfds.builder_from_directory(tmp_path / "view").as_data_source("train[50%:]")
     ours = records(tmp_path / "view", "train")
@@ -338,7 +338,7 @@ def other_split(a, b):
 )
 def test_datasets_that_cannot_be_one_are_refused(tmp_path, parts, spoil, named):
     spoil(*parts)
-    with pytest.raises(ValueError, match=named) as error:
+    with pytest.raises(InputError, match=named) as error:
         merge(parts, tmp_path / "view")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "view").exists() and not list(tmp_path.glob(".*"))
@@ -374,7 +374,7 @@ def test_wrong_directories_are_refused_in_one_line(tmp_path, parts):
             result.returncode == 2 and result.stderr.count("\n") == 1 and named in result.stderr
         ), result.stderr
     third = write_example_dataset(tmp_path / "c", image_size=16, seed=2)
-    with pytest.raises(InputError, match="is a dataset of its own"):
+    with pytest.raises(InputError, match="is a dataset, not a view"):
         merge(parts, third)
     merge(parts, tmp_path / "view")
     with pytest.raises(InputError, match=r"a view of 2 datasets, not of 3; .* new --output_dir"):

@@ -1,4 +1,4 @@
-"""LIDC-IDRI: what is read of the XML, one reader's mask, readers grouped into nodules, nodules on
+"""LIDC-IDRI: the XML, masks of one reader, readers grouped into nodules, nodules on
 real scans."""
 
 import tarfile
@@ -59,7 +59,7 @@ def mask_of(*contours: lidc.Contour) -> np.ndarray:
 def xml(
     *sessions: list[str], root: str = "LidcReadMessage", series: str = "series", note: str = ""
 ) -> bytes:
-    """A read with the given nodules."""
+    """A reading with these nodules for each reader."""
     texts = "".join(f"<readingSession>{''.join(nodules)}</readingSession>" for nodules in sessions)
     header = f"<ResponseHeader><SeriesInstanceUid>{series}</SeriesInstanceUid>{note}"
     header += "<StudyInstanceUID>study</StudyInstanceUID></ResponseHeader>"
@@ -75,8 +75,8 @@ def xml_nodule(points, characteristics: dict | None = None, inclusion: str = "TR
     )
     roi = "<roi><imageZposition>-2.5 </imageZposition><imageSOP_UID> image-1 </imageSOP_UID>"
     roi += f"<inclusion>{inclusion}</inclusion>{edges}</roi>"
-    given = "" if characteristics is None else f"<characteristics>{values}</characteristics>"
-    return f"<unblindedReadNodule><noduleID>7</noduleID>{given}{roi}</unblindedReadNodule>"
+    element = "" if characteristics is None else f"<characteristics>{values}</characteristics>"
+    return f"<unblindedReadNodule><noduleID>7</noduleID>{element}{roi}</unblindedReadNodule>"
 
 
 SCORES = dict(zip(lidc.CHARACTERISTICS, (5, 1, 6, 3, 4, 1, 2, 5, 4), strict=True))

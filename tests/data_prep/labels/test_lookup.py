@@ -422,8 +422,10 @@ def xml(
     malignancy: int = 4,
     root="LidcReadMessage",
 ):
-    """Four readers who outline the rectangles (instance, first and last column and row) of one
-    nodule alike; the outline runs one pixel outside."""
+    """XML of four readers with the same outline of one nodule, one pixel outside its rectangles.
+
+    A rectangle is (instance, first and last column, first and last row).
+    """
     names = (
         *("subtlety", "internalStructure", "calcification", "sphericity", "margin"),
         *("lobulation", "spiculation", "texture"),
@@ -447,7 +449,10 @@ def xml(
     session = (
         f"<readingSession><unblindedReadNodule>{nodule}</unblindedReadNodule></readingSession>"
     )
-    uids = f"<SeriesInstanceUid>{series}</SeriesInstanceUid><StudyInstanceUID>{study}</StudyInstanceUID>"
+    uids = (
+        f"<SeriesInstanceUid>{series}</SeriesInstanceUid>"
+        f"<StudyInstanceUID>{study}</StudyInstanceUID>"
+    )
     start = f'<?xml version="1.0"?><{root} xmlns="http://www.nih.gov">'
     return f"{start}<ResponseHeader>{uids}</ResponseHeader>{session * 4}</{root}>"
 
@@ -541,7 +546,8 @@ def test_tfds_reads_the_masks(with_nodules):
 import sys
 import tensorflow_datasets as tfds
 source = tfds.builder_from_directory({str(with_nodules.output_dir)!r}).as_data_source("train")
-print([int(source[i]["mask"].sum()) for i in range(len(source))], source[0]["mask"].shape, "tensorflow" in sys.modules)
+masks = [source[i]["mask"] for i in range(len(source))]
+print([int(mask.sum()) for mask in masks], masks[0].shape, "tensorflow" in sys.modules)
 """
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -596,7 +602,7 @@ def test_nodules_of_few_pixels_are_left_out_where_asked(lidc_archive, tmp_path):
 
 
 def test_masks_of_files(archive, tmp_path, monkeypatch):
-    """`labels` without the readers of mask files: what is done with what they give."""
+    """The use of masks by `labels`, without the readers of mask files."""
     (volume,), _ = loaded(archive / "1")
     uid = dicom_files.uid(1, 1)
     mask = np.zeros(volume.hu.shape, np.uint8)
@@ -639,7 +645,7 @@ def loaded(folder: Path):
             {"archive": "lidc_idri", "masks_dir": Path(".")},
             "--masks_dir and --archive=lidc_idri both give masks",
         ),
-        ({"annotations_dir": Path(".")}, "--annotations_dir is of --archive=lidc_idri"),
+        ({"annotations_dir": Path(".")}, "--annotations_dir goes with --archive=lidc_idri"),
         (
             {"archive": "lidc_idri", "annotations_dir": Path("absent")},
             "--annotations_dir=absent: no such directory",

@@ -1,4 +1,4 @@
-"""Tables of labels and attributes: keys, classes, missing cells, and what is refused by line or
+"""Tables of labels and attributes: keys, classes, missing cells, and refusals by line or
 column."""
 
 import pytest

@@ -33,7 +33,7 @@ SERIES = dicom_files.uid(1, 1)
 
 
 def pattern(shape: tuple[int, ...] = THORAX.shape, seed: int = 0) -> np.ndarray:
-    """Regions 1 to 3 strewn at random, so that no shift, turn or mirror image of it is the same."""
+    """Regions 1 to 3 at random places, so that every shift, turn or mirror image differs."""
     rng = np.random.default_rng(seed)
     return (rng.integers(1, 4, shape) * (rng.random(shape) < 0.2)).astype(np.uint8)
 

@@ -1,5 +1,5 @@
-"""Masks on their way back to the scan: exact in resolution and orientation, and what our own
-importer reads of them."""
+"""Masks on their way back to the scan: exact in resolution and orientation, and equal when our own
+importer reads them."""
 
 import gzip
 import itertools
@@ -37,7 +37,7 @@ ROW_MM, COLUMN_MM, SLICE_MM = 5.5, 5.0, 2.5
 ORIGIN = (-150.0, -170.0, -300.0)
 THORAX = dicom_files.thorax(22, size=66)[:, 1:, 2:65]  # 65 rows and 63 columns
 NUM_SLICES, HEIGHT, WIDTH = THORAX.shape
-# no shift, turn or mirror image of it is the same
+# Every shift, turn or mirror image differs.
 PATTERN = np.random.default_rng(0).random(THORAX.shape) < 0.2
 SEGMENT = Segment("nodule", True, "ctssl_jax", "0.1.0", "nodules", "0123456789abcdef")
 
@@ -115,7 +115,7 @@ def test_orient_back_undoes_every_orientation():
 )
 def test_places_come_back_to_where_they_were(shape, spacing, size):
     """A ramp over the field, sampled at the centres of the model's pixels, is the same ramp at
-    those of the scan."""
+    the centres of the scan's pixels."""
     field_mm = max(shape[0] * spacing[0], shape[1] * spacing[1])
     edge_mm = field_mm / size
     middle_mm = (np.arange(size) + 0.5) * edge_mm - field_mm / 2  # from the middle of the field
@@ -242,8 +242,7 @@ def test_a_tilted_gantry_shears_the_affine(tmp_path):
 
 @pytest.mark.parametrize("axis", [0, 2])
 def test_slices_off_the_grid_are_told(tmp_path, axis):
-    """Along the slices or within the plane; a shift that the importer would let pass is let
-    pass."""
+    """Along the slices or within the plane. A shift that the importer allows is allowed."""
     datasets = slices_of()
     pitch = (COLUMN_MM, ROW_MM, SLICE_MM)[axis]
     for name, shift, fits in (("small", 0.2, True), ("large", 0.4, False)):
@@ -404,9 +403,9 @@ def test_what_a_segmentation_needs_is_named(tmp_path):
         match=r"lack what a segmentation must repeat \(no FrameOfReferenceUID\)$",
     ):
         dicom_segmentation(PATTERN, volume, tmp_path / "scan", SEGMENT)
-    _, of_nifti = nifti_scan(tmp_path / "nifti", "LPS", "scan.nii")
+    _, nifti_volume = nifti_scan(tmp_path / "nifti", "LPS", "scan.nii")
     with pytest.raises(MaskOutputError, match="NIfTI"):
-        dicom_segmentation(PATTERN, of_nifti, tmp_path / "nifti", SEGMENT)
+        dicom_segmentation(PATTERN, nifti_volume, tmp_path / "nifti", SEGMENT)
 
 
 # ---- regions -------------------------------------------------------------------------------------

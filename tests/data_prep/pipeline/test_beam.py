@@ -434,7 +434,7 @@ def test_options_that_beam_cannot_take_are_refused_in_one_line_before_any_work(
         ),
     ):
         with pytest.raises(
-            ValueError, match=f"^--beam_options={' '.join(options)}: {reason}"
+            InputError, match=f"^--beam_options={' '.join(options)}: {reason}"
         ) as error:
             prepare(OPTIONS, where, beam_options=options)
         assert "\n" not in str(error.value)
@@ -461,7 +461,7 @@ def test_beam_options_are_split_like_a_command_line():
     assert parse_beam_options("local", "") is None
     assert parse_beam_options("beam", "") == []
     assert parse_beam_options("beam", "--a=1 --b='{\"c\": 2}'") == ["--a=1", '--b={"c": 2}']
-    with pytest.raises(ValueError, match="of --runner=beam"):
+    with pytest.raises(InputError, match="need --runner=beam"):
         parse_beam_options("local", "--a=1")
-    with pytest.raises(ValueError, match="No closing quotation"):
+    with pytest.raises(InputError, match="No closing quotation"):
         parse_beam_options("beam", "--a='1")

@@ -126,7 +126,7 @@ def test_a_dataset_that_was_split_by_itself_is_refused_and_stays(tmp_path, first
     differing = sum(known.get(patient, split) != split for patient, split in splits.items())
     assert differing, "choose other fractions: this test needs a contradiction"
     with pytest.raises(
-        ValueError,
+        InputError,
         match=rf"{differing} patients are in another split there .* another --output_dir",
     ):
         prepare(options, where, num_workers=1, pseudonym_key_file=key_file, same_splits_as=[first])
@@ -144,7 +144,7 @@ def test_other_keys_are_refused_before_anything_is_made(tmp_path, first):
     (tmp_path / "key").write_text("another key, another key")
     for key_file in (None, tmp_path / "key"):
         with pytest.raises(
-            ValueError,
+            InputError,
             match=r"--same_splits_as=.*first: has another pseudonym key, .*_key_file",
         ) as e:
             prepare(
@@ -169,9 +169,9 @@ def test_known_datasets_that_contradict_each_other_are_refused(tmp_path):
             "key_fingerprint": key,
         }
         write_preparation(tmp_path / name, preparation)
-    with pytest.raises(ValueError, match="1 patients are in different splits of them"):
+    with pytest.raises(InputError, match="1 patients are in different splits of them"):
         read_known_splits([tmp_path / "a", tmp_path / "b"])
-    with pytest.raises(ValueError, match="have different pseudonym keys"):
+    with pytest.raises(InputError, match="have different pseudonym keys"):
         read_known_splits([tmp_path / "a", tmp_path / "c"])
     with pytest.raises(DatasetError, match="no such directory"):
         read_known_splits([tmp_path / "none"])

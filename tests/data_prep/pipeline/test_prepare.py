@@ -480,12 +480,12 @@ def test_a_holdout_of_more_than_half_is_refused_before_converting(tmp_path, arch
     options = dataclasses.replace(OPTIONS, holdout_volumes=3)
     where = places(tmp_path, archive)
     with pytest.raises(
-        ValueError,
+        InputError,
         match=r"--holdout_volumes=3: more than half of the 5 .* at most 2",
     ):
         dry_run(options, where, num_workers=1)
     with pytest.raises(
-        ValueError,
+        InputError,
         match=r"--holdout_volumes=3: more than half of the 5 .* at most 2",
     ):
         prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
@@ -495,7 +495,7 @@ def test_a_holdout_of_more_than_half_is_refused_before_converting(tmp_path, arch
 def test_scans_of_one_patient_id_say_so(tmp_path, key_file):
     for number in (1, 2, 3):
         add_scan(tmp_path / "scans", number, patient="ANON")
-    with pytest.raises(ValueError, match=r"1 patient .*all 3 scans have one Patient ID"):
+    with pytest.raises(InputError, match=r"1 patient .*all 3 scans have one Patient ID"):
         dry_run(OPTIONS, places(tmp_path, tmp_path / "scans"), num_workers=1)
 
 
@@ -526,7 +526,7 @@ def test_too_few_patients_are_refused_before_converting_with_the_remedy(tmp_path
         add_scan(tmp_path / "scans", number)
     where = places(tmp_path, tmp_path / "scans")
     with pytest.raises(
-        ValueError,
+        InputError,
         match=r"2 patients .* train, validation, test; give --splits=1,0,0",
     ):
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
@@ -546,7 +546,7 @@ def test_converted_volumes_stay_when_pixels_leave_too_few_patients(tmp_path, key
     )
     dicom_files.write(tmp_path / "scans" / "water", water)
     where = places(tmp_path, tmp_path / "scans")
-    with pytest.raises(ValueError, match="2 patients"):
+    with pytest.raises(InputError, match="2 patients"):
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     staged = {path: path.stat().st_mtime_ns for path in where.records_dir.glob("*.array_record")}
     assert len(staged) == 2

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from data_prep.pipeline.splits import assign_splits, cut_into_shards
+from data_prep.system.errors import InputError
 
 THIRDS = (0.8, 0.1, 0.1)
 
@@ -28,14 +29,14 @@ def test_from_three_patients_on_no_split_is_empty(number, holdout):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_fewer_patients_than_splits_name_the_remedy(number):
-    with pytest.raises(ValueError, match="--splits=1,0,0"):
+    with pytest.raises(InputError, match="--splits=1,0,0"):
         assign_splits(patients(*[1] * number), THIRDS, 0, {})
     assert set(assign_splits(patients(*[1] * number), (1, 0, 0), 0, {}).values()) == {"train"}
 
 
 def test_a_holdout_of_more_than_half_is_refused():
     with pytest.raises(
-        ValueError,
+        InputError,
         match=r"--holdout_volumes=128: more than half of the 100 .* at most 50",
     ):
         assign_splits(patients(*[1] * 100), THIRDS, 128, {})
@@ -89,7 +90,7 @@ def test_growth_in_any_steps_keeps_every_split():
 
 
 def test_known_patients_that_leave_a_split_empty_are_named():
-    with pytest.raises(ValueError, match=r"splits validation, test, .* another --audit_dir"):
+    with pytest.raises(InputError, match=r"splits validation, test, .* another --audit_dir"):
         assign_splits(
             patients(1, 1, 1), THIRDS, 0, {"p000": "train", "p001": "train", "p002": "train"}
         )

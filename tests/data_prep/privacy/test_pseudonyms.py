@@ -43,10 +43,10 @@ def test_unusable_key_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "SIEMENS", "Siemens Healthineers", "GE MEDICAL SYSTEMS", "Philips", "Philips Medical "
-                                                                            "Systems", "TOSHIBA",
-        "TOSHIBA_MEC", "Canon Medical Systems", "CANON_MEC", "Hitachi, Ltd.", "FUJIFILM Corporation", "UIH",
-        "United Imaging Healthcare", "NeuSoft Medical Systems Co., Ltd.", "Marconi Medical Systems", "General Electric",
+        "SIEMENS", "Siemens Healthineers", "GE MEDICAL SYSTEMS", "Philips",
+        "Philips Medical Systems", "TOSHIBA", "TOSHIBA_MEC", "Canon Medical Systems", "CANON_MEC",
+        "Hitachi, Ltd.", "FUJIFILM Corporation", "UIH", "United Imaging Healthcare",
+        "NeuSoft Medical Systems Co., Ltd.", "Marconi Medical Systems", "General Electric",
     ],
 )  # fmt: skip
 def test_known_manufacturers_keep_their_spelling(name):
@@ -86,8 +86,9 @@ def test_ethnic_groups_are_a_short_word_or_a_code():
 
 def test_only_the_allow_list_leaves_a_header():
     header = types.SimpleNamespace(
-        manufacturer="GE, Inc.", kernel="B40f", kvp=120.0, contrast_agent="APPLIED", age=97, sex="F", ethnic_group="",
-        quality_control_subject=False, patient_id="4711", series_instance_uid="1.2.3", study_date="20000101",
+        manufacturer="GE, Inc.", kernel="B40f", kvp=120.0, contrast_agent="APPLIED", age=97,
+        sex="F", ethnic_group="", quality_control_subject=False, patient_id="4711",
+        series_instance_uid="1.2.3", study_date="20000101",
     )  # fmt: skip
     fields = pseudonyms.public_fields(header)
     assert fields == {

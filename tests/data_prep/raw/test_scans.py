@@ -204,7 +204,7 @@ def test_nothing_to_take_is_one_line_with_the_remedy(tmp_path):
     write_dicom(tmp_path / "several" / "short", HU[:4], study=5)
     for path, settings, message in (
         (tmp_path / "nowhere", {}, "no such file or directory; give a scan"),
-        (one, {}, r"has too few slices \(1 slice, at least 20 asked\); give a smaller --min_slices"),
+        (one, {}, r"has too few slices \(1 slice, at least 20 asked\); give a smaller --min_sli"),
         (one / "slice", {}, "give a smaller --min_slices"),
         (thick, {}, r"thicker than the limit \(4 mm, .*; give a larger --max_slice_thickness_mm"),
         (head, {}, "does not cover the chest.*; give --require_lung=false"),

@@ -53,7 +53,7 @@ def test_zip_members_whatever_the_zip_is_called(tmp_path):
     assert [read_bytes(tmp_path, source) for source in listing(tmp_path)] == [b"one", b"two" * 1000]
 
 
-def test_zip_file_that_changed_is_opened_anew(tmp_path):
+def test_zip_file_that_changed_is_opened_again(tmp_path):
     for content in (b"first", b"second, longer"):
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
             archive.writestr("m", content)
@@ -108,7 +108,7 @@ def test_incompressible_members_have_no_total_limit(tmp_path, monkeypatch):
 
 
 def _with_entries(path, content: bytes, entries: list[tuple[str, int]]) -> None:
-    """A zip file of one stored member, whose directory has further entries: (name, offset of its
+    """A zip file of one stored member; `entries` of its directory are added: (name, offset of the
     local header)."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a", content)
@@ -171,7 +171,7 @@ def is_zip_content(data: bytes) -> bool:
 def test_member_names_that_lead_outside_on_any_system_are_refused(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(name, b"x")
-        archive.writestr("1.2.840:5/a..b", b"x")  # and what only looks a little like it
+        archive.writestr("1.2.840:5/a..b", b"x")  # names that are only similar
     assert list(reasons(tmp_path).values()) == ["outside_archive"]
     assert Source("a.zip", "1.2.840:5/a..b", 1) in listing(tmp_path)
 
@@ -287,8 +287,8 @@ def test_links_cannot_loop_nor_leave(tmp_path):
     (inside / "nowhere").symlink_to(inside / "missing")
     (inside / "same").symlink_to(inside / "a" / "file")
     os.mkfifo(inside / "pipe")
-    found = reasons(inside)
-    assert {path for path, _ in found} == {
+    left_out = reasons(inside)
+    assert {path for path, _ in left_out} == {
         "a/up",
         "away",
         "itself",
@@ -297,7 +297,7 @@ def test_links_cannot_loop_nor_leave(tmp_path):
         "other",
         "pipe",
     }
-    assert found["a/up", ""] == found["away", ""] == "outside_archive"
+    assert left_out["a/up", ""] == left_out["away", ""] == "outside_archive"
     assert [entry.path for entry in listing(inside) if isinstance(entry, Source)] == [
         "a/file",
         "same",
@@ -314,7 +314,7 @@ def test_no_such_directory(tmp_path):
     with pytest.raises(InputError, match="no such directory"):
         list(list_sources(tmp_path / "missing"))
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(NotADirectoryError, match="file: is a file, not a directory"):
+    with pytest.raises(InputError, match="file: is a file, not a directory"):
         list(list_sources(tmp_path / "file"))
 
 

@@ -115,7 +115,7 @@ def test_in_plane_jitter_is_no_jump(tmp_path, hu):
 
 
 def test_a_jump_across_a_missing_slice_of_a_tilted_gantry(tmp_path, hu):
-    """The step across the gap is twice as long in the plane as well, which is no jump."""
+    """The step across the gap is twice as long in the plane as well. It is not a jump."""
     angle = np.radians(30)
     datasets = dicom_files.slices(hu, orientation=(1, 0, 0, 0, np.cos(angle), -np.sin(angle)))
     del datasets[10]

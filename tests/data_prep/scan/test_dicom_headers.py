@@ -91,7 +91,7 @@ def test_ct_image_whose_header_is_cut(tmp_path, dataset):
 
 
 def test_damaged_text_holds_no_other_elements(tmp_path, dataset):
-    """A length byte gone wrong joins elements; what they hold must not pass for a manufacturer."""
+    """A wrong length byte joins elements. Their text must not become the manufacturer."""
     content = bytearray(dicom_files.to_bytes(dataset))
     at = content.index(b"Example Scanners")
     content[at - 2] = 40
@@ -181,7 +181,7 @@ def test_other_attributes(tmp_path, dataset):
     "syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"]
 )
 def test_meta_information_names_another_syntax(tmp_path, syntax):
-    """Files that are implicit but say explicit, and the like, are read as they are."""
+    """Files that name another syntax than they are written in are read by their bytes."""
     hu = dicom_files.thorax()
     datasets = dicom_files.slices(hu)
     folder = dicom_files.write(tmp_path, datasets)
@@ -283,7 +283,7 @@ def test_a_deflated_file_is_read(tmp_path, dataset):
 def test_a_deflated_file_that_expands_beyond_any_scan_is_refused_before(
     tmp_path, dataset, monkeypatch
 ):
-    """pydicom would inflate all of it to find the first element."""
+    """pydicom would inflate the whole file to find the first element."""
     content = deflated(dataset, 30 << 20)
     monkeypatch.setattr(pydicom, "dcmread", lambda *arguments, **options: pytest.fail("inflated"))
     entry = read(tmp_path, content)

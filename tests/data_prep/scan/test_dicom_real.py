@@ -1,4 +1,4 @@
-"""Real scans: what is taken, what is refused and why, and every voxel's HU."""
+"""Real scans: volumes, refusals with their reasons, and the HU of every voxel."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""NIfTI archives: the same slices as from DICOM, rescale applied once, what is refused and why."""
+"""NIfTI archives: the same slices as from DICOM, rescale applied once, refusals by reason."""
 
 import gzip
 import subprocess
@@ -73,7 +73,7 @@ def headers_of(folder: Path, table: Path | None = None) -> list:
 
 
 def load(folder: Path, table: Path | None = None, rules: Rules | None = None):
-    """The volume or Rejection of the only file of a folder, or why it is no image."""
+    """The volume or Rejection of the only file of a folder, or its `NotAnImage`."""
     (header,) = headers_of(folder, table)
     if isinstance(header, NotAnImage):
         return header
@@ -512,7 +512,7 @@ def test_prepare_makes_a_dataset_and_names_what_it_leaves(tmp_path):
     options = (f"--input_dir={scans}", f"--output_dir={tmp_path / 'out'}", "--image_size=64")
     done = run_prepare(*options, f"--metadata_csv={table}", "--window=-300,1400")
     assert done.returncode == 0, done.stderr
-    assert "1 no_metadata: The metadata table has no row of the NIfTI file." in done.stdout
+    assert "1 no_metadata: The metadata table lacks a row of the NIfTI file." in done.stdout
     volumes = Dataset.open(tmp_path / "out").volumes()
     assert [v["num_slices"] for v in volumes] == [NUM_SLICES] * 3
     assert len({v["patient_id"] for v in volumes}) == 3 and {v["split"] for v in volumes} == set(
@@ -536,7 +536,7 @@ def test_prepare_makes_a_dataset_and_names_what_it_leaves(tmp_path):
 
 
 def test_real_scans(real_data):
-    """Torso, 3 mm; what nibabel reads, in the order of the canonical axes."""
+    """A torso, 3 mm: the values that nibabel reads, in the order of the canonical axes."""
     folder = real_data / "nifti"
     planned = plan_series(headers_of(folder), Rules())
     assert sorted(len(candidate.headers) for candidate in planned) == [30, 112]

@@ -35,8 +35,7 @@ NUM_SLICES = 21
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory) -> Path:
-    """Four patients, one of them in a zip file; a file that is none, an empty one, and a broken zip
-    file."""
+    """Four patients, the last in a zip file; a text file, an empty file and a broken zip file."""
     folder = tmp_path_factory.mktemp("archive") / "scans"
     for number in range(1, 5):
         slices = dicom_files.slices(
