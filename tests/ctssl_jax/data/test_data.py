@@ -53,7 +53,7 @@ def test_neighbours_are_what_the_records_say(tiny_dataset):
 
 
 def joined(iterators, number, parts=1):
-    """Record numbers of the next global batches: those of all processes, part by part."""
+    """Record numbers of the next global batches, from all processes, part by part."""
     batches = []
     for _ in range(number):
         pieces = [next(iterator) for _ in range(parts) for iterator in iterators]

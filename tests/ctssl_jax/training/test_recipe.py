@@ -139,7 +139,7 @@ def test_folders_that_cannot_be_run_directories(tiny_dataset, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "other", "thesis.tex"]
 
 
-def test_a_run_that_ended_at_its_very_start_is_begun_anew(tiny_dataset, tmp_path):
+def test_a_run_that_ended_at_its_very_start_starts_again(tiny_dataset, tmp_path):
     config, preparation = tiny_config(tiny_dataset), Dataset.open(tiny_dataset).preparation
     for name in ("preparation.json", "patients.json.tmp"):
         (tmp_path / name).write_text("{")
