@@ -149,7 +149,7 @@ def two_processes(tiny_dataset, tmp_path_factory):
 def test_only_the_first_process_prints_and_writes(two_processes):
     workdir, printed = two_processes
     assert "2 x cpu in 2 process(es)" in printed[0][0][1]
-    assert "going on     from step 4" in printed[1][0][1]
+    assert "resuming     from step 4" in printed[1][0][1]
     of_second = [line for results in printed for line in results[1][1].splitlines()]
     # the transport's own greeting
     assert [line for line in of_second if not line.startswith("[Gloo]")] == []
