@@ -128,3 +128,17 @@ def test_doors_are_short():
                 node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)
             }
             assert "main" in functions or "start" in functions, path
+
+
+def test_public_signatures_are_typed():
+    untyped = []
+    for path, text in sources().items():
+        tree = ast.parse(text)
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for node in [*tree.body, *(inner for one in classes for inner in one.body)]:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                types = [one.annotation for one in arguments if one.arg not in ("self", "cls")]
+                if None in (*types, node.returns):
+                    untyped.append(f"{path}:{node.lineno} {node.name}")
+    assert untyped == []

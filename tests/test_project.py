@@ -91,6 +91,7 @@ def test_readme_shows_the_commands():
         "'.[test,torch]'",
         "ruff check",
         "ruff format --check",
+        ".venv/bin/mypy",
         "-m pytest",
     ):
         assert part in command

@@ -91,13 +91,14 @@ def evaluate(
     slices = model.score(source)
     volumes, volume_index = _volumes_of_records(source.volumes, slices.record_index)
     by_volume = _volume_values(slices.scores, task, volume_index, len(volumes))
-    predicted, metrics, fields = None, {}, {}
-    if targets.label or targets.mask:
-        predicted = _predictions(source, slices)
+    predicted: Predictions | None = None
+    metrics, fields = {}, {}
     if targets.mask:
+        predicted = _predictions(source, slices)
         by_volume |= outcomes.masks_of_volumes(predicted, volume_index, len(volumes))
         metrics = outcomes.mask_metrics(predicted)
     elif targets.label:
+        predicted = _predictions(source, slices)
         metrics, fields = _measure_label(model, targets.label, predicted, volumes)
     elif slices.classes is not None:
         by_volume["auroc"] = _volume_aurocs(
@@ -157,7 +158,9 @@ class _Model:
     def score(self, source: NeighbourSource) -> SplitScores:
         """Scores of all slices of a split."""
         batches = evaluation_batches(source, self.batch_size)
-        return evaluate_split(self.scorer, self.state, batches)
+        scores = evaluate_split(self.scorer, self.state, batches)
+        assert scores is not None  # `open_source` refuses a split without slices
+        return scores
 
     def render(self, source: NeighbourSource) -> dict[str, np.ndarray]:
         """Pictures of slices spread over a split, see `render_pictures`."""
@@ -204,7 +207,7 @@ def _facts(model: _Model, slices: SplitScores) -> dict[str, Any]:
         "embedding": embedding,
         "warnings": warnings(embedding | codebook),
     }
-    if codebook:
+    if slices.code_counts is not None:
         facts["codebook"] = {**codebook, "num_codes": len(slices.code_counts)}
     if slices.classes is not None:
         facts["confusion"] = _confusion(**slices.classes)
@@ -221,7 +224,8 @@ def _measure_label(
     """
     dataset = model.measured.dataset
     classes, level = label_classes(dataset, label)
-    fields, validation = {"label": label, "classes": list(classes)}, None
+    fields: dict[str, Any] = {"label": label, "classes": list(classes)}
+    validation = None
     if len(classes) == 2:
         try:
             source = _open_split(model.measured, model.task, "validation")

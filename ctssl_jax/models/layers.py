@@ -16,6 +16,8 @@ except the last of each residual block, so the scale matters only there: at the 
 adds 1/6 to the variance of the residual stream, with Flax's default (variance 1 / fan_in) 1/2.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -134,7 +136,13 @@ class PointwiseConv(nnx.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, use_bias: bool, dtype, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(
             KERNEL_INIT(rngs.params(), (1, 1, in_features, out_features), jnp.float32)
@@ -315,7 +323,7 @@ class TransposedConvNorm(nnx.Module):
     [B, H, W, I] -> [B, 2H, 2W, O].
     """
 
-    def __init__(self, in_features: int, out_features: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.conv = TransposedConv(in_features, out_features, dtype=dtype, rngs=rngs)
         self.norm = BatchNorm(out_features)
 
@@ -326,7 +334,7 @@ class TransposedConvNorm(nnx.Module):
 class ResidualBlock(nnx.Module):
     """x + conv1(ReLU(norm(dropout(conv3(x))))), all of one width, convolutions without bias."""
 
-    def __init__(self, features: int, *, drop_rate: float = 0.0, dtype, rngs: nnx.Rngs):
+    def __init__(self, features: int, *, drop_rate: float = 0.0, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.conv3 = _conv(features, features, 3, 1, False, dtype, rngs)
         self.norm = BatchNorm(features)
         self.conv1 = _conv(features, features, 1, 1, False, dtype, rngs)
@@ -342,7 +350,13 @@ class ResidualBlock(nnx.Module):
 
 
 def apply_blocks(
-    blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool, scan: bool
+    blocks: Sequence[nnx.Module],
+    x: jax.Array,
+    key: jax.Array | None,
+    *,
+    train: bool,
+    remat: bool,
+    scan: bool,
 ) -> jax.Array:
     """Run residual blocks one after the other: [B, H, W, F] -> [B, H, W, F].
 
@@ -373,7 +387,7 @@ def apply_blocks(
 
 
 def _scan_blocks(
-    blocks, x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool
+    blocks: Sequence[nnx.Module], x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool
 ) -> jax.Array:
     """The loop of `apply_blocks` as `jax.lax.scan` over the blocks' stacked parameters and batch
     statistics."""

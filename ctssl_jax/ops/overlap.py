@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray
+
 
 def counts(logits: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Pixels in both masks, in the predicted mask, and in the true mask.
@@ -27,14 +29,14 @@ def counts(logits: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array, j
     )
 
 
-def dice(intersection, predicted, target):
+def dice(intersection: Array, predicted: Array, target: Array) -> Array:
     """2 * intersection / (predicted + target) in [0, 1]; arrays of jax or numpy of one shape."""
     total = predicted + target
     empty = total == 0  # counted as one pixel that is right
     return (2 * intersection + empty) / (total + empty)
 
 
-def iou(intersection, predicted, target):
+def iou(intersection: Array, predicted: Array, target: Array) -> Array:
     """intersection / (predicted + target - intersection) in [0, 1]; arrays as in `dice`."""
     union = predicted + target - intersection
     empty = union == 0

@@ -357,7 +357,7 @@ def _measure_parity(
     )
     if not measured.holds:
         values = {**measured.stages, **measured.outputs}
-        name = max(values, key=values.get)
+        name = max(values, key=values.__getitem__)
         raise RunFailed(
             f"the PyTorch model is not the same function: {name} differs by {values[name]:.1e} of "
             f"its largest value, and codes by a margin of {measured.code_margin:.1e}; nothing was "
@@ -388,5 +388,7 @@ def _write_weights(folder: Path, formats: Sequence[str], entries: dict[str, np.n
 
 def _write_test_input(path: Path, images: np.ndarray, outputs: dict[str, np.ndarray]) -> None:
     """The images and the outputs without losses, with the axes of PyTorch."""
-    kept = {name: parity.channels_first(outputs[name]) for name in onnx_file.output_names(outputs)}
+    kept: dict[str, Any] = {
+        name: parity.channels_first(outputs[name]) for name in onnx_file.output_names(outputs)
+    }
     np.savez(path, images=parity.channels_first(images), **kept)

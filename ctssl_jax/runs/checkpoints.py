@@ -40,7 +40,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path):
-        self._workdir = workdir
+        self.workdir = workdir
         self._pending: tuple[int, Any] = (0, None)
         policies = ocp.training.preservation_policies
         self._checkpointer = _open(
@@ -98,7 +98,7 @@ class Checkpoints:
         """Wait for the save that is under way, and write its checksums."""
         (step, saving), self._pending = self._pending, (0, None)
         if saving is not None and saving.result() and jax.process_index() == 0:
-            write_sums(self._workdir, step)
+            write_sums(self.workdir, step)
 
     def close(self) -> None:
         """Wait until everything is on disk.
@@ -114,7 +114,7 @@ class Checkpoints:
 
     def _not_saved(self, error: Exception) -> RunFailed:
         return RunFailed(
-            f"a checkpoint could not be saved in {self._workdir} ({first_line(error)}); make room "
+            f"a checkpoint could not be saved in {self.workdir} ({first_line(error)}); make room "
             "or permit writing there and run again: it resumes from the last complete checkpoint"
         )
 

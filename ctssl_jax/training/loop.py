@@ -45,18 +45,19 @@ def train(
       InputError: something in the configuration, the dataset or the run directory cannot work.
       TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before.
     """
+    workdir = Path(workdir)
     with stop_requests() as should_stop:
-        job = check(config, Path(workdir), devices, dataset, set_aside_damaged=set_aside_damaged)
+        job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
         checkpoints = job.open_run()  # nothing was written before
         program, start = job.compile(), checkpoints.last_step
         # In this order: resume, else a warm start (from another run or a weight file), else random
         # weights.
         if start is not None:
-            state = restore(job.workdir, start, program.template)
+            state = restore(workdir, start, program.template)
             say(f"resuming     from step {start:,} of {workdir}")
         else:
             state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
-        reports = Reports(job.workdir, -1 if start is None else start)
+        reports = Reports(workdir, -1 if start is None else start)
         try:
             step, finished = _steps(job, program, state, checkpoints, reports, should_stop)
         finally:
@@ -95,7 +96,7 @@ def _steps(
         at_end, stopping = step >= config.num_steps, should_stop(step)
         due = at_end or step % config.eval_every == 0
         if unsaved and (due or stopping):
-            check_state(state, job.workdir, checkpoints.last_step)
+            check_state(state, checkpoints.workdir, checkpoints.last_step)
             with clock.validating():
                 scores = (
                     validate(job, program, state, step, should_stop)
@@ -103,20 +104,20 @@ def _steps(
                     else None
                 )
                 if scores is not None:
-                    check_finite(scores["loss"], step, job.workdir, checkpoints.last_step)
+                    check_finite(scores["loss"], step, checkpoints.workdir, checkpoints.last_step)
                     show(job, program, state, step, scores, norms, reports)
                 stopping = stopping or scores is None
                 if step > 0 or scores is not None:
                     checkpoints.save(step, state, job.metadata, scores["loss"] if scores else None)
             unsaved = False
-        if at_end or stopping:
+        if at_end or stopping or feed is None:  # no batches are left at the end
             return step, at_end and not stopping
         state = run_step(program, state, feed.parts)
         step, unsaved = step + 1, True
         if step < config.num_steps:
             feed.advance(state.step)
         if step % config.log_every == 0:
-            check_state(state, job.workdir, checkpoints.last_step)
+            check_state(state, checkpoints.workdir, checkpoints.last_step)
             state, report = take_report(program, state)
             norms = report.layer_gradient_norms
             log(job, step, report, clock, feed, reports)

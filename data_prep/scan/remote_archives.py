@@ -236,7 +236,7 @@ class _StoreFile(io.RawIOBase):
         self._at = at
         return at
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: memoryview) -> int:
         content = self._read(len(buffer))
         buffer[: len(content)] = content
         return len(content)

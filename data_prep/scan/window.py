@@ -171,13 +171,12 @@ def resize_box(
     if not needs_resize(shape, pixel_spacing_mm, image_size):
         return box
     top, left, rows, columns = _square_field(shape, pixel_spacing_mm)
-    edges = (
-        math.floor((box[0] - top) * image_size / rows),
-        math.ceil((box[1] - top) * image_size / rows),
-        math.floor((box[2] - left) * image_size / columns),
-        math.ceil((box[3] - left) * image_size / columns),
+    return (
+        max(0, math.floor((box[0] - top) * image_size / rows)),
+        min(image_size, math.ceil((box[1] - top) * image_size / rows)),
+        max(0, math.floor((box[2] - left) * image_size / columns)),
+        min(image_size, math.ceil((box[3] - left) * image_size / columns)),
     )
-    return tuple(min(image_size, max(0, edge)) for edge in edges)
 
 
 def _square_field(

@@ -143,7 +143,7 @@ HEART_WALLS_MM = {"right_atrium": 3, "right_ventricle": 4, "left_ventricle": 9, 
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
-    """A patient with all that is made once: skeleton and vessel trees, in reference space."""
+    """A patient with skeleton and vessel trees, in reference space."""
 
     patient: Patient
     ribs: Capsules
@@ -305,7 +305,9 @@ def build_anatomy(patient: Patient) -> Anatomy:
     """Skeleton and vessel trees of a patient. The trees fill the patient's own lungs."""
     great = great_vessels(patient, lambda z: spine_y(z, patient))
     anatomy = Anatomy(patient, *_ribs(patient), _clavicles(patient), _colon(patient), great)
-    return dataclasses.replace(anatomy, vessels=grow_trees(great, _lung_points(anatomy), patient))
+    return dataclasses.replace(
+        anatomy, vessels=grow_trees(great, _lung_points(anatomy), patient.seed)
+    )
 
 
 def _lung_points(anatomy: Anatomy) -> np.ndarray:

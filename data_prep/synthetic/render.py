@@ -489,7 +489,12 @@ def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhan
 
 
 def paint_abdomen(
-    canvas, anatomy: Anatomy, z: float, blood: Enhancement, pleura: np.ndarray, texture: np.ndarray
+    canvas: Canvas,
+    anatomy: Anatomy,
+    z: float,
+    blood: Enhancement,
+    pleura: np.ndarray,
+    texture: np.ndarray,
 ) -> None:
     """Diaphragm, liver, stomach, spleen and kidneys below the domes."""
     patient = anatomy.patient

@@ -8,6 +8,7 @@ is left. Radii follow Murray's law: r is proportional to a power of the number o
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Vessels:
     airways_tree: Capsules
 
 
-def great_vessels(patient, spine_y: Callable[[float], float]) -> Vessels:
+def great_vessels(patient: Any, spine_y: Callable[[float], float]) -> Vessels:
     """The large vessels, oesophagus and trachea of a `patient.Patient`; the trees are still
     empty."""
     s = patient.aorta_scale
@@ -154,10 +155,10 @@ def great_vessels(patient, spine_y: Callable[[float], float]) -> Vessels:
     )
 
 
-def grow_trees(great: Vessels, points: np.ndarray, patient) -> Vessels:
+def grow_trees(great: Vessels, points: np.ndarray, seed: int) -> Vessels:
     """`great` with arterial, venous and bronchial trees that reach the points [N, 3] of the
     lungs."""
-    rng = np.random.default_rng(patient.seed + 1)
+    rng = np.random.default_rng(seed + 1)
     chosen = rng.permutation(len(points))[:12000]
     arterial, venous = points[chosen[: len(chosen) // 2]], points[chosen[len(chosen) // 2 :]]
     hila = np.array([(-46, 4, -38), (46, 18, -22)], np.float32)

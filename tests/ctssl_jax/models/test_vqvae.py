@@ -348,7 +348,8 @@ def test_eight_devices_give_the_result_of_one(settings):
     sharded_images = jax.device_put(images_of(16), NamedSharding(mesh, PartitionSpec("data")))
     sharded = gradient_step(graph, *replicated, sharded_images, jax.random.key(1))
     assert len(sharded[1].reconstruction.sharding.device_set) == 8
-    assert_trees_close(single[:3], sharded[:3], rtol=1e-4, atol=1e-5)
+    # Sums run in another order: on some processors one pixel of 8,192 ends 1.05e-5 away.
+    assert_trees_close(single[:3], sharded[:3], rtol=1e-4, atol=2e-5)
     # Gradients lose digits in batch normalisation: compared to the largest one of each tensor.
     for (path, a), (_, b) in zip(
         nnx.to_flat_state(single[3]), nnx.to_flat_state(sharded[3]), strict=True

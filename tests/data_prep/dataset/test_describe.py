@@ -424,7 +424,7 @@ def change_cell(path: Path, column: str, value: str) -> None:
             lambda d: change_cell(d / "regions.csv", "last_slice", "12"),
             "its slices are not slices of the volume",
         ),
-        (lambda d: change_cell(d / "regions.csv", "region", "2"), "its number is there twice"),
+        (lambda d: change_cell(d / "regions.csv", "region", "2"), "its number occurs twice"),
         (lambda d: (d / "regions.csv").unlink(), "regions.csv: no such file"),
     ],
 )

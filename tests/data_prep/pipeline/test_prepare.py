@@ -418,9 +418,17 @@ def test_a_volume_is_never_added_twice():
     row = {"volume_id": "v", "patient_id": "p", "num_slices": 20, "split": "train"}
     with pytest.raises(RuntimeError, match="volume v would be in the dataset 2 times"):
         freeze(
-            options=OPTIONS.as_dict(), key=b"0123456789abcdef", archive_digest="", new_volumes={"a": (row, 1)},
-            old_volumes=[row], old_preparation=None, known_splits={}, rejected=[], counts={}, labels={},
-        )  # fmt: skip
+            options=OPTIONS.as_dict(),
+            key=b"0123456789abcdef",
+            archive_digest="",
+            new_volumes={"a": (row, 1)},
+            old_volumes=[row],
+            old_preparation=None,
+            known_splits={},
+            rejected=[],
+            counts={},
+            labels={},
+        )
 
 
 def test_headers_lie_in_as_many_buckets_as_the_archive_needs(tmp_path, archive, monkeypatch):
