@@ -1,9 +1,10 @@
-"""Self-supervised pretraining for chest CT in JAX and Flax: data loading, models, training,
-evaluation.
+"""Self-supervised pretraining for chest CT in JAX and Flax.
 
-model = ctssl_jax.load(RUN)
-z = model.embed("scan.zip")      # z.slices [S, D], z.mean [D], z.max [D]; see
-`ctssl_jax.inference.pretrained`
+    model = ctssl_jax.load(RUN)
+    z = model.embed("scan.zip")      # z.slices [S, D], z.mean [D], z.max [D]
+
+`ctssl_jax.inference.pretrained` says what a model can do. Each file here is a command, each folder
+a part of the program: python -m ctssl_jax.train --help.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,7 @@ __all__ = ["load"]
 
 
 def load(workdir: Any, checkpoint: str = "best", *, batch_size: int = 0) -> "PretrainedModel":
-    """A run's model as a function of scans: `ctssl_jax.inference.load`, imported when it is
-    called."""
+    """Load the model of a run: `ctssl_jax.inference.load`, imported when it is called."""
     from ctssl_jax.inference import pretrained
 
     return pretrained.load(workdir, checkpoint, batch_size=batch_size)
