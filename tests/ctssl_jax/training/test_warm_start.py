@@ -10,7 +10,7 @@ import pytest
 
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.ops.trees import flatten
-from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.step import make_program
@@ -44,7 +44,7 @@ def runs(tiny_dataset, tmp_path_factory):
 
 def initial_state(config):
     """What a run of this configuration starts from without a donor, by name."""
-    mesh = distributed.make_mesh(jax.devices()[:1])
+    mesh = make_mesh(jax.devices()[:1])
     program = make_program(config, get_task(config.task), 1, mesh)
     return flatten(jax.device_get(program.initial_state()))
 
