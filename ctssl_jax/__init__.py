@@ -3,8 +3,8 @@
     model = ctssl_jax.load(RUN)
     z = model.embed("scan.zip")      # z.slices [S, D], z.mean [D], z.max [D]
 
-`ctssl_jax.inference.pretrained` says what a model can do. Each file here is a command, each folder
-a part of the program: python -m ctssl_jax.train --help.
+`ctssl_jax.inference.pretrained` lists the methods of a model. Each file here is a command (python
+-m ctssl_jax.train --help), each folder a part of the program.
 """
 
 from typing import TYPE_CHECKING, Any

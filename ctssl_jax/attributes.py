@@ -39,8 +39,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "attributes",
         None,
-        "age, sex, ethnic_group, or labels of volumes or patients; by default those of the first "
-        "three that the dataset has.",
+        "age, sex, ethnic_group, or labels of volumes or patients; by default the first three, as "
+        "far as the dataset has them.",
     )
     flags.DEFINE_string(
         "checkpoint",

@@ -3,9 +3,9 @@ r"""Embeddings of scans by a trained model: per slice, and their mean and maximu
     python -m ctssl_jax.embed --workdir=RUN --input=SCANS --output=FILE.parquet
 
 SCANS is a folder of one scan or of many, a zip file, a DICOM or NIfTI file, or a prepared dataset.
-Raw scans are read as `data_prep.prepare` reads them, with the run's window and image size: the
-embeddings are those of the dataset that it would make. `ctssl_jax.inference.embedding_files` says
-what the files hold; FILE.npz instead of FILE.parquet holds the same.
+Raw scans are read as `data_prep.prepare` reads them, with the window and the image size of the run:
+the embeddings equal the embeddings of a dataset of these scans. FILE.npz instead of FILE.parquet
+holds the same; `ctssl_jax.inference.embedding_files` describes both.
 
 FILE.rejected.csv lists refused series. After a kill at any moment the same command continues, with
 the same result to the byte on the same device (FILE.parts holds the finished volumes until then).

@@ -17,7 +17,7 @@ from absl import flags
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
-from data_prep.system.files import written_whole
+from data_prep.system.files import make_folder, written_whole
 
 if TYPE_CHECKING:
     from data_prep.dataset.reader import Dataset
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         FLAGS.output_dir
         or f"{named.rsplit('/', 1)[-1] if stores.is_url(named) else named}-description"
     )
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir, "--output_dir")
     columns = ("group", "item", "value")
     cells = [dict(zip(columns, row, strict=True)) for row in rows]
     write_table(output_dir / "cohort.csv", columns, cells)

@@ -33,6 +33,7 @@ from pathlib import Path
 
 from absl import flags
 
+from data_prep.dataset.storage import write_records
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from experiments.bench.converters import (
@@ -84,7 +85,7 @@ def measure(name: str, archive: Path, copies: int, repeats: int, scratch: Path) 
         share = "" if beside is None else f"{beside / seconds:7.2f}"
         print(f"{name:<16}{title:<40}{len(paths) / seconds:9.0f}{share}", flush=True)
 
-    least = median_seconds(lambda: floor(paths, shard), repeats)
+    least = median_seconds(lambda: write_records(shard, floor(paths)), repeats)
     row("floor: decode, window, compress", least)
     row(
         "prepare, one worker, all of it",
@@ -105,7 +106,7 @@ def measure(name: str, archive: Path, copies: int, repeats: int, scratch: Path) 
             with warnings.catch_warnings(), contextlib.redirect_stdout(open(os.devnull, "w")):
                 warnings.simplefilter("ignore")
                 seconds = median_seconds(
-                    lambda function=function: function(folders, shard), repeats
+                    lambda function=function: write_records(shard, function(folders)), repeats
                 )
         except Exception as error:  # of any kind: some cannot read some of the syntaxes
             print(f"{name:<16}{package}: failed ({type(error).__name__})", flush=True)

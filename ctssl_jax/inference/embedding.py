@@ -139,8 +139,11 @@ def embed(
 
 
 def _embed_missing(model: PretrainedModel, opened: Input, parts: list[Path]) -> dict[Path, Refused]:
-    """Write the parts that do not exist yet; returns those of volumes that cannot be read for now,
-    with their refusals."""
+    """Write the parts that do not exist yet.
+
+    Returns:
+      The parts of volumes that cannot be read for now -> their refusals.
+    """
     missing = [
         (job, part) for job, part in zip(opened.jobs, parts, strict=True) if not part.exists()
     ]

@@ -167,7 +167,14 @@ def _check_settings(pooling_regions: int, min_patients: int, seed: int | None) -
 def _read_attributes(
     dataset: Dataset, names: list[str] | None, min_patients: int
 ) -> tuple[list[AttributeLabels], dict[str, str]]:
-    """The named attributes, or those of `OF_VOLUMES` that can be probed; why others cannot be."""
+    """Read the named attributes, or all of `OF_VOLUMES` that can be probed.
+
+    Returns:
+      The attributes; and the refused ones with the reasons.
+
+    Raises:
+      InputError: a named attribute cannot be probed, or all are refused.
+    """
     remedy = "give a smaller --min_patients or a --dataset of more patients"
     chosen, refused = [], {}
     for name in OF_VOLUMES if names is None else dict.fromkeys(names):

@@ -71,7 +71,7 @@ def write_archive(input_dir: Path, folder: Path, syntax: Syntax, copies: int) ->
         the slices of one patient.
 
     Raises:
-        InputError: `prepare` takes none of its series, or the matrix is not 512 x 512.
+        InputError: `prepare` refuses all its series, or the matrix is not 512 x 512.
     """
     exams = exams_of(input_dir)
     volume = load_volume(input_dir, exams[0][0], OPTIONS.rules) if exams else None
@@ -113,49 +113,38 @@ def write_archive(input_dir: Path, folder: Path, syntax: Syntax, copies: int) ->
     return len(frames)
 
 
-def floor(paths: list[Path], shard: Path) -> None:
-    """Bare decoding, windowing and compression."""
-
-    def records() -> Iterator[bytes]:
-        for index, path in enumerate(paths):
-            ds = pydicom.dcmread(path)
-            syntax = ds.file_meta.TransferSyntaxUID
-            ours = syntax in DECODER_DEPENDENCIES
-            stored = decode(ds, syntax, 0) if ours else pixel_array(ds, raw=True)
-            yield _record(stored.astype(np.int16) + np.int16(-1024), index)
-
-    write_records(shard, records())
+def floor(paths: list[Path]) -> Iterator[bytes]:
+    """Records of bare decoding and windowing."""
+    for index, path in enumerate(paths):
+        ds = pydicom.dcmread(path)
+        syntax = ds.file_meta.TransferSyntaxUID
+        ours = syntax in DECODER_DEPENDENCIES
+        stored = decode(ds, syntax, 0) if ours else pixel_array(ds, raw=True)
+        yield _record(stored.astype(np.int16) + np.int16(-1024), index)
 
 
-def simple_itk(folders: list[Path], shard: Path) -> None:
-    """SimpleITK's series reader."""
+def simple_itk(folders: list[Path]) -> Iterator[bytes]:
+    """Records from SimpleITK's series reader."""
     import SimpleITK
 
-    def records() -> Iterator[bytes]:
-        for folder in folders:
-            reader = SimpleITK.ImageSeriesReader()
-            reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
-            hu = SimpleITK.GetArrayFromImage(reader.Execute())
-            yield from (_record(image.astype(np.int16), index) for index, image in enumerate(hu))
-
-    write_records(shard, records())
+    for folder in folders:
+        reader = SimpleITK.ImageSeriesReader()
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+        hu = SimpleITK.GetArrayFromImage(reader.Execute())
+        yield from (_record(image.astype(np.int16), index) for index, image in enumerate(hu))
 
 
-def dicom2nifti_nibabel(folders: list[Path], shard: Path) -> None:
-    """dicom2nifti, then nibabel on its file."""
+def dicom2nifti_nibabel(folders: list[Path]) -> Iterator[bytes]:
+    """Records from dicom2nifti, then nibabel on its file."""
     import dicom2nifti
     import nibabel
 
-    def records() -> Iterator[bytes]:
-        for folder in folders:
-            with tempfile.TemporaryDirectory() as scratch:
-                dicom2nifti.dicom_series_to_nifti(
-                    str(folder), f"{scratch}/volume.nii", reorient_nifti=False
-                )
-                hu = np.asanyarray(nibabel.load(f"{scratch}/volume.nii").dataobj)
-            yield from (_record(hu[..., i].T.astype(np.int16), i) for i in range(hu.shape[2]))
-
-    write_records(shard, records())
+    for folder in folders:
+        with tempfile.TemporaryDirectory() as scratch:
+            volume = f"{scratch}/volume.nii"
+            dicom2nifti.dicom_series_to_nifti(str(folder), volume, reorient_nifti=False)
+            hu = np.asanyarray(nibabel.load(volume).dataobj)
+        yield from (_record(hu[..., i].T.astype(np.int16), i) for i in range(hu.shape[2]))
 
 
 def _record(hu: np.ndarray, index: int) -> bytes:

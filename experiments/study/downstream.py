@@ -250,7 +250,7 @@ class Point(NamedTuple):
 def grid_cells(
     study: Study, kind: str, arms: Sequence[str]
 ) -> tuple[list[Cell], dict[Point, Cell]]:
-    """The cells of a figure in order, and those of its grid by their point.
+    """The cells of a figure in order, and the cells of its grid by their point.
 
     Args:
       study: whose preset has the shares, seeds and steps.
