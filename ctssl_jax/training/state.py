@@ -77,11 +77,6 @@ class Definition:
     train_key: jax.Array
     model_key: jax.Array
 
-    @property
-    def part_size(self) -> int:
-        """Slices of a microbatch, on all devices together."""
-        return self.config.batch_size // self.config.microbatches
-
     def model(self, params: Any, variables: Any) -> nnx.Module:
         """The model with these tensors, for one use within a compiled function."""
         return nnx.merge(self.graph, fetch_parameters(self.mesh, params), variables, copy=True)
@@ -146,7 +141,8 @@ def evaluation_keys(record_index: jax.Array) -> jax.Array:
 
 def abstract_batch(definition: Definition) -> dict[str, Any]:
     """Shapes of a microbatch."""
-    config, size = definition.config, definition.part_size
+    config = definition.config
+    size = config.batch_size // config.microbatches
     side, targets = config.image_size, definition.task.targets(config)
     shapes = {
         "images": (

@@ -282,8 +282,7 @@ def begin(
         say(f"start        weights of {source.path}")
     elif source is not None:
         state = move(source, state)
-        for line in moved_lines(source):
-            say(line)
+        _say_moved(source)
         if source.allowed_overlap:
             say(f"WARNING      config.leakage={config.leakage}: {source.allowed_overlap}")
     return state
@@ -300,20 +299,14 @@ def record(source: WarmStart | WeightFile | None, workdir: Path) -> None:
     write_json(workdir / "transplant.json", names)
 
 
-def moved_lines(warm_start: WarmStart) -> list[str]:
-    """Lines for the screen: the parts of the model that moved, with their number of tensors."""
-    step, workdir = warm_start.step, warm_start.run.workdir
-    said = [f"start        {len(warm_start.moved)} tensors of checkpoint {step:,} of {workdir}"]
-    groups = (
-        ("moved", warm_start.moved),
-        ("initialised", warm_start.kept),
-        ("left behind", warm_start.left),
+def _say_moved(source: WarmStart) -> None:
+    say(
+        f"start        {len(source.moved)} tensors of checkpoint {source.step:,} of "
+        f"{source.run.workdir}"
     )
-    for title, names in groups:
-        if names:
-            counts = collections.Counter(name.split("/")[1] for name in names)
-            said.append(
-                f"{'':13}{title}: "
-                + ", ".join(f"{part} ({number})" for part, number in counts.items())
-            )
-    return said
+    groups = {"moved": source.moved, "initialised": source.kept, "left behind": source.left}
+    for title, names in groups.items():
+        counts = collections.Counter(name.split("/")[1] for name in names)
+        if counts:
+            parts = ", ".join(f"{part} ({number})" for part, number in counts.items())
+            say(f"{'':13}{title}: {parts}")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from ctssl_jax.parallel import processes as run_processes
+from ctssl_jax.parallel.processes import _devices_to_use, initialize
 from ctssl_jax.runs import reports
 from ctssl_jax.runs.checkpoints import choose_step
 from tests.helpers.training_runs import (
@@ -57,8 +57,8 @@ def start_two(dataset, workdir, end=None, **overrides):
 
 
 def slurm_variables(task, tasks=2, port=0):
-    """What `srun --nodes=TASKS` with one task a node tells each task, with this machine as every
-    node."""
+    """Variables of a task under `srun --nodes=TASKS` with one task a node; every node is this
+    machine."""
     return {
         "JAX_COORDINATOR_PORT": str(port),
         "SLURM_JOB_ID": "4711",
@@ -72,7 +72,7 @@ def slurm_variables(task, tasks=2, port=0):
 
 
 def start_two_as_slurm_does(dataset, workdir, **overrides):
-    """The same, found by JAX in the variables that Slurm sets."""
+    """The same two processes. JAX reads the settings from the variables of Slurm."""
     port, processes = free_port(), []
     for task in range(2):
         with pytest.MonkeyPatch.context() as environment:
@@ -233,14 +233,13 @@ def test_slurm_jobs_see_their_devices(monkeypatch):
     for name, value in slurm_variables(0, tasks=2).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert run_processes._devices_to_use() == []  # one task a node: all GPUs of the node
+    assert _devices_to_use() == []  # one task a node: all GPUs of the node
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
-    assert (
-        run_processes._devices_to_use() is None
-    )  # one task a GPU, which sees all of the node: JAX chooses
+    # one task a GPU, which sees all GPUs of the node: JAX chooses
+    assert _devices_to_use() is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert run_processes._devices_to_use() == []  # one task a GPU, which sees no other
-    run_processes.initialize(False)  # a single-process task, e.g. of a job array, joins nothing
+    assert _devices_to_use() == []  # one task a GPU, which sees no other
+    initialize(False)  # a single-process task, e.g. of a job array, joins nothing
     assert not jax.distributed.is_initialized()
 
 

@@ -37,7 +37,7 @@ NEW = ("next_slice", "denoising", "rotation", "flip")
 
 
 def apply_untrained(config, images, keys, train=False):
-    """The model as it is before training, its output for a batch, and what the task makes of it."""
+    """The untrained model, its output for a batch, and the task's output."""
     task = get_task(config.task)
     model = task.build(config, nnx.Rngs(params=0))
     batch = {"images": images, "weight": jnp.ones(len(images))}

@@ -1,5 +1,4 @@
-"""What cannot work is refused at once, in one line that names the remedy, and nothing is
-written."""
+"""Impossible recipes are refused before any file is written, in one line with the remedy."""
 
 import json
 import resource

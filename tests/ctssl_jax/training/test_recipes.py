@@ -1,5 +1,4 @@
-"""Recipes: resolved to the same values as ever, and every field explained with its type and
-range."""
+"""Recipes: their resolved values stay the same, and every field has a meaning, type and range."""
 
 import importlib
 import json

@@ -110,7 +110,7 @@ def test_batch_statistics_and_ema_codebook_move_through_the_step(tiny_dataset, s
 
 
 def test_step_and_scores_are_functions_of_a_state(tiny_dataset, source, program_of):
-    """Called alone, without the program that a run compiles: the same numbers."""
+    """Called alone, without the compiled program of a run, they give the same numbers."""
     config = tiny_config(tiny_dataset)
     program = program_of(config, 1, "{}")
     definition = define(config, get_task(config.task), 1, make_mesh(jax.devices()[:1]))
