@@ -3,8 +3,24 @@
     model = ctssl_jax.load(RUN)
     z = model.embed("scan.zip")      # z.slices [S, D], z.mean [D], z.max [D]
 
-`ctssl_jax.inference.pretrained` lists the methods of a model. Each file here is a command (python
--m ctssl_jax.train --help), each folder a part of the program.
+`ctssl_jax.inference.pretrained` lists the methods of a model.
+
+A file at the top is a command (`python -m ctssl_jax.train --help`). A folder is a part of the
+program; it imports only the folders that stand before it here:
+
+    models         Flax modules: autoencoder, classifiers, U-Nets, SE-ResNeXt
+    ops            pure functions: losses, corruptions, augmentations, image scores
+    data           a `data_prep.Dataset` -> batches of neighbouring slices and labels
+    tasks          each strategy and application as a row: model, corruption, loss, scores
+    runs           a run directory: `Run`, checkpoints, their damage, reports, pictures
+    stats          AUROC, bootstrap, subgroups: numbers of results
+    torch_bridge   the models in PyTorch, and names of tensors on both sides
+    parallel       mesh of devices, processes of a run, lost hosts
+    training       `train`: checks, start, loop, step, cost (a run directory comes out)
+    evaluation     `evaluate`: a run on a split -> results JSON, comparisons
+    release        `export` to PyTorch, safetensors and ONNX, and `import_weights` back
+    inference      `load`, `embed`, `predict`: a run on scans or datasets
+    probes         `probe`, `attributes`: what a frozen encoder knows
 """
 
 from typing import TYPE_CHECKING, Any
