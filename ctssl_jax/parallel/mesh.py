@@ -13,7 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from data_prep.system.errors import InputError
 
 SMALLEST_SPLIT_ARRAY = 4096
 
@@ -24,11 +27,45 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, fsdp_devices: int = 1
     Args:
       devices: by default all devices of all hosts.
       fsdp_devices: devices that share one copy of parameters and optimizer state; divides the
-        number of devices. Neighbours share one, so devices of one host if it has enough.
+        number of devices.
+
+    Raises:
+      InputError: as `arrange_devices`.
     """
     devices = jax.devices() if devices is None else list(devices)
+    types = (AxisType.Auto,) * 2
+    return Mesh(arrange_devices(devices, fsdp_devices), ("data", "fsdp"), axis_types=types)
+
+
+def arrange_devices(devices: Sequence[jax.Device], fsdp_devices: int) -> np.ndarray:
+    """The devices as a mesh: [devices / fsdp_devices, fsdp_devices] objects.
+
+    Neighbours share one copy of the parameters. On GPUs and CPUs these are devices of one host, if
+    it has enough (JAX calls each host a slice there). On TPUs JAX lays both axes along the links
+    between chips, and no copy is shared by two slices, whose network is slow.
+
+    Raises:
+      InputError: devices that no such mesh can be made of; names the values that work.
+    """
     shape = (len(devices) // fsdp_devices, fsdp_devices)
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    if devices[0].platform != "tpu":
+        return np.array(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(shape)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % num_slices:
+        in_slice = len(devices) // num_slices
+        divisors = [str(n) for n in range(1, in_slice + 1) if in_slice % n == 0]
+        raise InputError(
+            f"config.fsdp_devices={fsdp_devices}: the devices of one copy of the parameters must "
+            f"lie in one of {num_slices} TPU slices of {in_slice} chips; give {', '.join(divisors)}"
+        )
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // num_slices, fsdp_devices),
+        (num_slices, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
