@@ -7,9 +7,9 @@ Needs an accelerator. Not run at this size; the hours are not known. On the synt
 `experiments.figure6` (64 x 64 pixels, 48 test patients), 100 steps of `:small` told sex with an
 AUROC of 0.972. The whole figure of 18 cells took 8 minutes 41 seconds on two busy CPU cores.
 
-The encoder is the pretraining's with random weights. `ctssl_jax.attributes` probes frozen
-pretrained encoders. A label is one of the dataset's, or `sex`, `ethnic_group` or `age` (decades) of
-its volumes.
+The network is the encoder of the pretraining, with random weights. `ctssl_jax.attributes` probes
+frozen pretrained encoders. `config.label` names a label of the dataset, or `sex`, `ethnic_group` or
+`age` (decades) of its volumes.
 """
 
 import ml_collections

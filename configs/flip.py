@@ -1,4 +1,4 @@
-"""Flip prediction (paper, section II.C.5): a slice flipped horizontally, vertically or not at all.
+r"""Flip prediction (paper, section II.C.5): a slice flipped horizontally, vertically or not at all.
 
     python -m ctssl_jax.train --config=configs/flip.py \
         --config.dataset=DATASET --workdir=RUN --config.dtype=bfloat16
@@ -8,8 +8,8 @@ Needs an accelerator. Not run at this size; the hours are not known. On the synt
 `--config.num_steps=750` reached AUROC 1.0000 and cross-entropy 0.0062 ± 0.0078. It was trained in a
 study of eight models that took 40 minutes on two busy CPU cores (`experiments.table2`).
 
-The encoder is the autoencoder's of `configs/masked_region.py`, with compression and classification
-layers instead of codebook and decoder. Data, optimizer and schedule are the same. The loss is the
+The encoder, the data, the optimizer and the schedule are as in `configs/masked_region.py`.
+Compression and classification layers stand in the place of codebook and decoder. The loss is the
 cross-entropy on logits.
 """
 

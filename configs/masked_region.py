@@ -3,16 +3,17 @@ r"""Masked region prediction with the paper's model (section II.C.2): 101 millio
     python -m ctssl_jax.train --config=configs/masked_region.py \
         --config.dataset=DATASET --workdir=RUN --config.dtype=bfloat16
 
-needs an accelerator, since a step costs about 10 TFLOP a slice. One H200 does 52.6 slices/s at
-batch 16 (bfloat16), so that the 100,000 steps would take 8.4 hours; they were not run. The same
-code at a size that a laptop trains in minutes, on a dataset prepared with `--image_size=64` (every
-recipe has it, `configs/rotation.py:small` and so on):
+Needs an accelerator, since a step costs about 10 TFLOP a slice. One H200 does 52.6 slices/s at
+batch 16 (bfloat16), so that the 100,000 steps would take 8.4 hours; they were not run.
+
+Every recipe has a size that a laptop trains in minutes, on a dataset prepared with
+`--image_size=64`:
 
     python -m ctssl_jax.train --config=configs/masked_region.py:small \
         --config.dataset=DATASET --workdir=RUN
 
 On the synthetic archive of `python -m experiments.quickstart` (34 patients for training, 7 for the
-test) that took 777 s on two busy CPU cores and reached masked MSE 0.0223, MSE 0.0088 and SSIM 0.844
+test) this took 777 s on two busy CPU cores. It reached masked MSE 0.0223, MSE 0.0088 and SSIM 0.844
 on the test patients; the mean training slice has a masked MSE of 0.0574. `--config.FIELD=VALUE`
 overrides any field.
 """
@@ -31,7 +32,7 @@ from ctssl_jax.training.blocks import (
 
 
 def get_config(size: str = "reference") -> ml_collections.ConfigDict:
-    """The paper's values or, where it is silent or contradicts itself, those of README's table."""
+    """The values of the paper; where it is silent or contradicts itself, of the table in README."""
     small = is_small(size)
     config = ml_collections.ConfigDict()
     config.recipe = "masked_region_small" if small else "masked_region"

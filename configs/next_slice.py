@@ -1,9 +1,9 @@
-"""Next-slice prediction with the paper's model (section II.C.1): the next slice towards superior.
+r"""Next-slice prediction with the paper's model (section II.C.1): the next slice towards superior.
 
     python -m ctssl_jax.train --config=configs/next_slice.py \
         --config.dataset=DATASET --workdir=RUN --config.dtype=bfloat16
 
-Needs an accelerator; a step costs what it does in `configs/masked_region.py` (8.4 hours on one
+Needs an accelerator; a step costs as much as in `configs/masked_region.py` (8.4 hours on one
 H200). Not run at this size. On the synthetic archive of `python -m experiments.quickstart` (64 x 64
 pixels, 7 test patients), `:small` with `--config.num_steps=750` reached MSE 0.0054 ± 0.0007 and
 SSIM 0.917 ± 0.007. It was trained in a study of eight models that took 40 minutes on two busy CPU

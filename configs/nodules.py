@@ -9,9 +9,9 @@ Needs an accelerator. Not run at this size; the hours are not known. On the synt
 evaluation took 35 to 75 seconds on two busy CPU cores.
 
 DATASET is made by `python -m data_prep.prepare --archive=lidc_idri`, or with `--masks_dir` beside
-any archive. Without `init_from` all weights are random: the paper's baseline, the same network.
-`--config.model.residual_stack=True --config.init_scope=encoder` takes the encoder's residual
-blocks, too, as the bottleneck.
+any archive. Without `init_from` all weights of the same network are random, which is the paper's
+baseline. `--config.model.residual_stack=True --config.init_scope=encoder` also takes the residual
+blocks of the encoder, as the bottleneck.
 """
 
 import ml_collections
@@ -29,7 +29,7 @@ from ctssl_jax.training.blocks import (
 
 
 def get_config(size: str = "reference") -> ml_collections.ConfigDict:
-    """The encoder in a U-Net, on the union of a slice's masks."""
+    """The encoder in a U-Net, on the union of all masks of a slice."""
     small = is_small(size)
     config = ml_collections.ConfigDict()
     config.recipe = "nodules_small" if small else "nodules"

@@ -5,8 +5,8 @@ r"""Nodule segmentation by a standard U-Net of 64 to 1,024 features, beside `con
 
 Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
 `experiments.figure5`, 150 steps of `:small` from random weights differed from `configs/nodules.py`
-by +0.014, -0.035 and +0.020 Dice with an eighth, a quarter and all of the training studies; all
-three intervals held zero.
+by +0.014, -0.035 and +0.020 Dice with an eighth, a quarter and all of the training studies. All
+three intervals contain zero.
 """
 
 import ml_collections

@@ -7,11 +7,12 @@ r"""Pulmonary embolism on a slice by SE-ResNeXt-50 32x4d, the RSNA winner's slic
 Needs an accelerator. Not run at this size, nor on the synthetic archives; hours and score are not
 known.
 
-Three adjacent slices as channels, level 100 / width 700 (`--window=100,700` of `data_prep.prepare`,
-one of the defaults of `--archive=rsna_pe`), each image stretched from its minimum to its maximum
-and cropped to the lungs; binary cross-entropy, Adam, one epoch, learning rate falling to zero.
-Weights of ImageNet are a file of yours in timm's or the older layout. Without them training starts
-from random weights, which cost the winner about 0.09 of AUROC.
+Three adjacent slices are the channels, level 100 / width 700 (`--window=100,700` of
+`data_prep.prepare`, one of the defaults of `--archive=rsna_pe`). Each image is stretched from its
+minimum to its maximum and cropped to the lungs. Binary cross-entropy, Adam, one epoch, a learning
+rate that falls to zero. `init_weights` names your file of ImageNet weights in the layout of timm or
+the older one. Without it training starts from random weights, which cost the winner about 0.09 of
+AUROC.
 """
 
 import ml_collections

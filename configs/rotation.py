@@ -1,4 +1,4 @@
-"""Rotation prediction (paper, section II.C.4): a slice rotated by 0, 90, 180 or 270 degrees.
+r"""Rotation prediction (paper, section II.C.4): a slice rotated by 0, 90, 180 or 270 degrees.
 
     python -m ctssl_jax.train --config=configs/rotation.py \
         --config.dataset=DATASET --workdir=RUN --config.dtype=bfloat16
@@ -8,8 +8,8 @@ Needs an accelerator. Not run at this size; the hours are not known. On the synt
 `--config.num_steps=750` reached AUROC 1.0000 and cross-entropy 0.0002 ± 0.0003. It was trained in a
 study of eight models that took 40 minutes on two busy CPU cores (`experiments.table2`).
 
-The encoder is the autoencoder's of `configs/masked_region.py`, with compression and classification
-layers instead of codebook and decoder. Data, optimizer and schedule are the same. The loss is the
+The encoder, the data, the optimizer and the schedule are as in `configs/masked_region.py`.
+Compression and classification layers stand in the place of codebook and decoder. The loss is the
 cross-entropy on logits.
 """
 

@@ -1,26 +1,27 @@
-r"""What a frozen encoder knows of patients: age, sex, ethnic group (paper, section II.E and Figure
-6).
+r"""Measure what a frozen encoder has learned of patients: age, sex, ethnic group.
 
     python -m ctssl_jax.attributes --workdir=RUN --dataset=DATASET --output=RESULT.json
 
-Each volume's middle slice (that of the largest body cross-section) is encoded, the latents are
-averaged, and logistic regression on the standardised averages is fitted to the training split; its
-penalty is the one with the highest AUROC on the validation split. The test split is scored by the
-AUROC of each class against the rest and their mean, with 95 % bootstrap intervals by patient. Ages
-are classes of ten years, joined where the training split has too few patients.
+This is the paper's section II.E and Figure 6. The middle slice of each volume (the slice of the
+largest body cross-section) is encoded, and its latents are averaged. Logistic regression on the
+standardised averages is fitted to the training split, with the penalty of the highest AUROC on the
+validation split. The test split is scored by the AUROC of each class against the rest and by their
+mean, with 95 % bootstrap intervals by patient. Ages are classes of ten years, joined where the
+training split has too few patients.
 
-Controls: `--encoder=untrained`, the run's architecture with random weights by --seed and batch
-statistics of training slices; `--encoder=pixels`, the slice averaged down to about as many numbers;
-`--shuffled_labels`, labels of training and validation shuffled among their volumes: its AUROCs
-scatter around 0.5 from --seed to --seed, and a mean over seeds that is not 0.5 shows a leak. What
-an encoder adds is seen against `untrained`, `pixels`, and configs/attributes.py, trained end to
-end.
+Three controls:
 
-Beside RESULT.json stands RESULT.csv, one row a test volume with its pseudonyms and, of each
-attribute, true class and probabilities.
+    --encoder=untrained  the architecture of the run, random weights by --seed, and batch statistics
+                         of training slices
+    --encoder=pixels     the slice averaged down to about as many numbers
+    --shuffled_labels    labels of training and validation shuffled among their volumes: the AUROCs
+                         scatter around 0.5 from --seed to --seed, and a mean over seeds that is not
+                         0.5 shows a leak
+
+Compare an encoder with `untrained`, with `pixels`, and with configs/attributes.py, which is trained
+end to end. RESULT.csv beside RESULT.json has one row a test volume: its pseudonyms and, for each
+attribute, the true class and the probabilities.
 """
-
-import functools
 
 from absl import flags
 
@@ -28,44 +29,42 @@ from data_prep.system import command_line
 from data_prep.system.errors import InputError
 
 
-def define_flags(given: flags.FlagValues = flags.FLAGS) -> None:
-    """Only where this module is the program: another one may define flags of the same names."""
-    text = functools.partial(flags.DEFINE_string, flag_values=given)
-    number = functools.partial(flags.DEFINE_integer, flag_values=given)
-    text("workdir", None, "Run directory of ctssl_jax.train, of any task.")
-    text("dataset", None, "Dataset directory; by default the one that the run was trained on.")
-    text("output", None, "Results file, ending in .json.")
+def define_flags() -> None:
+    """Only where this module is the program: others define flags of the same names."""
+    flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train, of any task.")
+    flags.DEFINE_string(
+        "dataset", None, "Dataset directory; by default the one that the run was trained on."
+    )
+    flags.DEFINE_string("output", None, "Results file, ending in .json.")
     flags.DEFINE_list(
         "attributes",
         None,
         "age, sex, ethnic_group, or labels of volumes or patients; by default the first three, as "
-        "far as they can be.",
-        flag_values=given,
+        "far as the dataset has them.",
     )
-    text(
+    flags.DEFINE_string(
         "checkpoint",
         "best",
         "best (by validation loss), last, last_good, or a step; the controls read none.",
     )
-    text("encoder", "run", "run, or a control: untrained (random weights), pixels (no network).")
-    number(
+    flags.DEFINE_string(
+        "encoder", "run", "run, or a control: untrained (random weights), pixels (no network)."
+    )
+    flags.DEFINE_integer(
         "pooling_regions", 1, "Latents are averaged over the whole slice (1) or 4 x 4 regions (4)."
     )
-    flags.DEFINE_bool(
-        "shuffled_labels",
-        False,
-        "Control: shuffle training and validation labels.",
-        flag_values=given,
+    flags.DEFINE_bool("shuffled_labels", False, "Control: shuffle training and validation labels.")
+    flags.DEFINE_integer("min_patients", 10, "Training patients that a class needs.")
+    flags.DEFINE_integer(
+        "seed", None, "Seed of shuffling, random weights and bootstrap; by default the run's."
     )
-    number("min_patients", 10, "Training patients that a class needs.")
-    number("seed", None, "Of shuffling, random weights and bootstrap; by default the run's.")
-    number("batch_size", 0, "Slices at a time; 0 takes the training's.")
+    flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.")
 
 
-def start(given: flags.FlagValues) -> bool:
+def start(flag_values: flags.FlagValues) -> None:
     """Probe as the flags ask, in this process."""
     for name in ("workdir", "output"):
-        if not given[name].value:
+        if not flag_values[name].value:
             raise InputError(f"give --{name}")
     from ctssl_jax.parallel.processes import configure_jax
 
@@ -73,21 +72,20 @@ def start(given: flags.FlagValues) -> bool:
     from ctssl_jax.probes.attribute_probe import attributes, table
 
     result = attributes(
-        given.workdir,
-        given.dataset,
-        given.output,
-        names=given.attributes,
-        checkpoint=given.checkpoint,
-        encoder=given.encoder,
-        pooling_regions=given.pooling_regions,
-        shuffled_labels=given.shuffled_labels,
-        min_patients=given.min_patients,
-        seed=given.seed,
-        batch_size=given.batch_size,
+        flag_values.workdir,
+        flag_values.dataset,
+        flag_values.output,
+        names=flag_values.attributes,
+        checkpoint=flag_values.checkpoint,
+        encoder=flag_values.encoder,
+        pooling_regions=flag_values.pooling_regions,
+        shuffled_labels=flag_values.shuffled_labels,
+        min_patients=flag_values.min_patients,
+        seed=flag_values.seed,
+        batch_size=flag_values.batch_size,
     )
     print(table(result))
-    print(f"written: {given.output} and, beside it, .csv", flush=True)
-    return True
+    print(f"written: {flag_values.output} and, beside it, .csv", flush=True)
 
 
 def main(argv: list[str]) -> int:

@@ -1,29 +1,29 @@
-r"""Measure what a frozen encoder knows beside its own task: labels of other tasks, and
-reconstruction.
+r"""Measure what a frozen encoder has learned beside its own task.
 
     python -m ctssl_jax.probe --workdir=RUN --dataset=DATASET --output=RESULT.json
 
-The encoder's numbers stay as they are; simple probes are fitted to its features of training slices,
-their settings are chosen on the validation split, and all slices of the test split are scored as
-`ctssl_jax.evaluate` does: per volume, with a 95 % bootstrap interval by patient. The targets and
-corruptions are the same for every encoder:
+The weights of the encoder stay as they are. Simple probes are fitted to its features of training
+slices, and the validation split chooses their settings. All slices of the test split are scored as
+`ctssl_jax.evaluate` scores them: per volume, with a 95 % bootstrap interval by patient. The targets
+and corruptions are the same for every encoder:
 
-    rotation, flip        which of 4 (3) ways the slice was turned, the same labels as in evaluation
-    clean                 the slice itself
-    masked_region         the slice, 20 % of whose area is covered
-    denoising             the slice, half of whose pixels are salt or pepper
-    next_slice            the slice after it, of the same volume and across no gap
+    rotation, flip    which of 4 (3) ways the slice was turned, the same labels as in evaluation
+    clean             the slice itself
+    masked_region     the slice, 20 % of whose area is covered
+    denoising         the slice, half of whose pixels are salt or pepper
+    next_slice        the slice after it, of the same volume and not across a gap
 
-    linear                labels: logistic regression on latents averaged over 4 x 4 regions;
-    slices: ridge regression
-                          from each latent to the 4 x 4 pixels that it stands for
-    knn                   the nearest training slices by cosine of the averaged latents: shares of
-    labels, mean slice
+and so are the two kinds of probes:
 
-`--encoder=untrained` is the control with the run's architecture and random weights, its batch
-statistics set from training slices; `--encoder=pixels` is the control without a network: the slice
-averaged down to as many numbers for labels and neighbours, and the mean of each block of 4 x 4
-pixels for the linear decoder. Beside RESULT.json stands RESULT.csv, one row a volume.
+    linear            labels: logistic regression on latents averaged over 4 x 4 regions
+                      slices: ridge regression from each latent to the 4 x 4 pixels that it covers
+    knn               the nearest training slices by cosine of the averaged latents: the shares of
+                      their labels, or their mean slice
+
+Two controls show what an encoder adds. `--encoder=untrained` has the architecture of the run,
+random weights, and batch statistics of training slices. `--encoder=pixels` has no network: labels
+and neighbours get the slice averaged down to as many numbers, the linear decoder gets the mean of
+each block of 4 x 4 pixels. RESULT.csv beside RESULT.json has one row a volume.
 """
 
 from absl import flags
@@ -33,7 +33,7 @@ from data_prep.system.errors import InputError
 
 
 def define_flags() -> None:
-    """Only where this module is the program: another one may define flags of the same names."""
+    """Only where this module is the program: others define flags of the same names."""
     flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train, of any task.")
     flags.DEFINE_string(
         "dataset", None, "Dataset directory; by default the one that the run was trained on."
@@ -56,10 +56,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.")
 
 
-def start(given: flags.FlagValues) -> bool:
+def start(flag_values: flags.FlagValues) -> None:
     """Probe as the flags ask, in this process."""
     for name in ("workdir", "output"):
-        if not given[name].value:
+        if not flag_values[name].value:
             raise InputError(f"give --{name}")
     from ctssl_jax.parallel.processes import configure_jax
 
@@ -67,18 +67,17 @@ def start(given: flags.FlagValues) -> bool:
     from ctssl_jax.probes.probing import probe, table
 
     result = probe(
-        given.workdir,
-        given.dataset,
-        given.output,
-        checkpoint=given.checkpoint,
-        encoder=given.encoder,
-        split=given.split,
-        max_slices=given.max_slices,
-        batch_size=given.batch_size,
+        flag_values.workdir,
+        flag_values.dataset,
+        flag_values.output,
+        checkpoint=flag_values.checkpoint,
+        encoder=flag_values.encoder,
+        split=flag_values.split,
+        max_slices=flag_values.max_slices,
+        batch_size=flag_values.batch_size,
     )
     print(table(result))
-    print(f"written: {given.output} and, beside it, .csv", flush=True)
-    return True
+    print(f"written: {flag_values.output} and, beside it, .csv", flush=True)
 
 
 def main(argv: list[str]) -> int:

@@ -1,11 +1,12 @@
 r"""Train a model: pretraining and downstream.
 
-    python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET --workdir=RUN
+    python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET \
+        --workdir=RUN
 
-Run it again to resume where it stopped: checkpoints hold everything, the order of the data
-included. SIGTERM and Ctrl-C save and end with exit code 75. `--config.init_from=OTHER_RUN` starts
-from the weights of another run. `--estimate` says after a few timed steps what the run will cost,
-and writes nothing. On several hosts start one process on each with `--distributed`.
+Run it again to resume where it stopped: a checkpoint holds the whole state, also the order of the
+data. SIGTERM and Ctrl-C save and end with exit code 75. `--config.init_from=OTHER_RUN` starts from
+the weights of another run. `--estimate` prints the cost of the run after a few timed steps, and
+writes nothing. On several hosts start one process on each with `--distributed`.
 """
 
 import functools
@@ -18,7 +19,7 @@ from data_prep.system.errors import InputError, StartAgain
 
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Only where this module is the program: another one may define flags of the same names."""
+    """Called if this module is the program: other programs may have flags of the same names."""
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -30,16 +31,8 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         for define in (flags.DEFINE_string, flags.DEFINE_bool, flags.DEFINE_integer)
     )
     text("workdir", None, "Run directory: made, or resumed.")
-    flag(
-        "estimate",
-        False,
-        "Only say what the run will cost, after a few timed steps; writes nothing.",
-    )
-    flag(
-        "set_aside_damaged",
-        False,
-        "Move damaged checkpoints aside and resume from the last good one.",
-    )
+    flag("estimate", False, "Print the cost of the run after a few timed steps; writes nothing.")
+    flag("set_aside_damaged", False, "Move damaged checkpoints and resume from the last good one.")
     flag("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
     text("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
     number("num_processes", 0, "Number of processes, where it cannot be detected.")
@@ -54,22 +47,22 @@ def start(flag_values: flags.FlagValues) -> bool:
         raise InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
     try:
         config.lock()
-    except OSError:  # what stands for a recipe that could not be loaded raises this at any use
+    except OSError:  # raised at any use of a recipe that could not be loaded
         name = config_flags.get_config_filename(flag_values["config"])
         raise InputError(f"--config={name}: no such file; recipes are in configs/") from None
-    from ctssl_jax.parallel.processes import configure_jax
+    from ctssl_jax.parallel.processes import configure_jax, initialize
 
     configure_jax()
-    from ctssl_jax.parallel import lost_host, mesh
+    from ctssl_jax.parallel import lost_host
     from ctssl_jax.training.estimate import estimate
     from ctssl_jax.training.loop import train
     from data_prep.dataset.reader import Dataset
     from data_prep.system import stores
 
     dataset = None
-    if stores.is_url(config.dataset):  # fetched before the processes of a run wait for each other
+    if stores.is_url(config.dataset):  # fetched before the processes wait for each other
         dataset = Dataset.open(config.dataset, ("train", "validation"))
-    mesh.initialize(
+    initialize(
         flag_values.distributed,
         flag_values.coordinator_address,
         flag_values.num_processes,

@@ -21,6 +21,19 @@ A directory that `python -m data_prep.prepare` wrote:
     >>> dataset = Dataset.open("dataset")
     >>> len(dataset.volumes("train")), dataset.source("train")[0]["image"].shape
     (5, (16, 16, 1))
+
+A file at the top is a command (`python -m data_prep.prepare --help`). A folder is a part of the
+program; it imports only the folders that stand before it here:
+
+    system      errors, files, object stores, worker processes, the runner of commands
+    scan        files -> headers -> series -> volume in HU, or the reason why not
+    masks       segmentation masks: read, written, their regions
+    dataset     the dataset directory: schema, `Dataset`, writers, cache, merged views
+    labels      labels and attributes of an exam, from tables, RSNA-PE and LIDC-IDRI
+    privacy     pseudonyms, and the search for what identifies a patient
+    raw         one scan -> prepared slices, without a dataset (for inference)
+    synthetic   the phantom: a synthetic archive, as DICOM
+    pipeline    an archive -> a dataset directory, in steps that can be killed and resumed
 """
 
 import importlib

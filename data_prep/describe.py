@@ -10,7 +10,6 @@ With --audit_dir and --input_dir it also searches the dataset for values of the 
 """
 
 import csv
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from absl import flags
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
-from data_prep.system.files import written_whole
+from data_prep.system.files import make_folder, written_whole
 
 if TYPE_CHECKING:
     from data_prep.dataset.reader import Dataset
@@ -36,6 +35,7 @@ def main(argv: list[str]) -> int:
     )
     from data_prep.dataset.reader import Dataset
     from data_prep.dataset.schema import REJECTED_FILE
+    from data_prep.dataset.storage import write_table
     from data_prep.system import stores
 
     dataset = Dataset.open(FLAGS.dataset)
@@ -62,12 +62,10 @@ def main(argv: list[str]) -> int:
         FLAGS.output_dir
         or f"{named.rsplit('/', 1)[-1] if stores.is_url(named) else named}-description"
     )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([("group", "item", "value"), *rows])
-    with written_whole(output_dir / "cohort.csv") as temporary:
-        temporary.write_text(text.getvalue())
+    make_folder(output_dir, "--output_dir")
+    columns = ("group", "item", "value")
+    cells = [dict(zip(columns, row, strict=True)) for row in rows]
+    write_table(output_dir / "cohort.csv", columns, cells)
     print(f"Written: {output_dir}/cohort.csv")
     if problems := _verify(dataset) if FLAGS.verify else []:
         return _wrong(problems)

@@ -1,12 +1,11 @@
-"""Time to compile a training step of the autoencoder with its residual blocks unrolled and in a
-scan.
+"""Time to compile a training step, with residual blocks unrolled and in a scan.
 
     python -m experiments.benchmark_compile --image_size=64 --steps=3
     python -m experiments.benchmark_compile --image_size=512
 
 Each program is traced and compiled once, with JAX's cache of compiled programs off. With --steps
-the step is also run (its first run is not counted) and the median time given. The model has the
-reference widths unless --hidden says otherwise; the step is that of
+the step is also run, and its median time printed (the first run does not count). The model has the
+reference widths unless --hidden changes them; the step is the same as in
 `experiments.benchmark_training`.
 """
 
@@ -20,6 +19,7 @@ import optax
 from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
+from ctssl_jax.parallel.processes import configure_jax
 from experiments.bench.sides import (
     GIB,
     LEARNING_RATE,
@@ -31,7 +31,7 @@ from experiments.bench.sides import (
 
 
 def step_milliseconds(compiled: jax.stages.Compiled, carry: tuple, batch, steps: int) -> float:
-    """Median time of a step; the first one is not counted."""
+    """Median time of a step; the first step does not count."""
 
     def step():
         nonlocal carry
@@ -43,8 +43,7 @@ def step_milliseconds(compiled: jax.stages.Compiled, carry: tuple, batch, steps:
 
 
 def measure(config: VQVAEConfig, image_size: int, batch_size: int, steps: int) -> list[str]:
-    """Cells of one row: seconds to trace and lower, to compile, size of the program, memory, ms a
-    step."""
+    """Cells of one row: seconds to lower and to compile, KiB of StableHLO, GiB, ms a step."""
     make = (lambda build: build()) if steps else nnx.eval_shape
     graph, params, variables = nnx.split(
         make(lambda: VQVAE(config, rngs=nnx.Rngs(0))), nnx.Param, ...
@@ -70,7 +69,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--image_size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--hidden", default="256,512", help="the model's two widths")
+    parser.add_argument("--hidden", default="256,512", help="the two widths of the model")
     parser.add_argument(
         "--depths", default="2,6,18", help="residual blocks, in the encoder and in the decoder"
     )
@@ -83,15 +82,13 @@ def main() -> None:
         "--steps", type=int, default=0, help="steps to run and time; 0 compiles only"
     )
     arguments = parser.parse_args()
-    from ctssl_jax.parallel.processes import configure_jax
-
     configure_jax()
     jax.config.update("jax_enable_compilation_cache", False)
 
     hidden = tuple(int(width) for width in arguments.hidden.split(","))
     switches = {"hidden": hidden, "dtype": arguments.dtype, "remat": arguments.remat}
     shape = arguments.image_size, arguments.batch_size
-    # what the first program alone pays
+    # start the compiler: only the first program pays for it
     measure(VQVAEConfig(depth=1, **{**switches, "hidden": (4, 8)}), 16, 1, 0)
     print(
         f"{jax.devices()[0].device_kind}, {shape[0]} pixels, hidden {hidden}, batch {shape[1]}, "
@@ -102,12 +99,9 @@ def main() -> None:
     for depth in arguments.depths.split(","):
         for scan in (False, True):
             config = VQVAEConfig(depth=int(depth), scan=scan, **switches)
-            cells = [
-                depth,
-                "scan" if scan else "unrolled",
-                *measure(config, *shape, arguments.steps),
-            ]
-            print("| " + " | ".join(cells) + " |", flush=True)
+            cells = measure(config, *shape, arguments.steps)
+            blocks = "scan" if scan else "unrolled"
+            print("| " + " | ".join([depth, blocks, *cells]) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-r"""Speed of `prepare` beside its floor and beside other converters, by transfer syntax, on one
-core.
+r"""Speed of `prepare`, its floor and other converters on one core, by transfer syntax.
 
     python -m experiments.benchmark_preparation --input_dir=SCAN
 
-SCAN holds one CT series as plain DICOM files. Its slices are written anew in each of --syntaxes,
---copies times as other patients, and each archive is measured with a warm page cache:
+SCAN holds one CT series as plain DICOM files. Its slices are written again in each of --syntaxes,
+--copies times as other patients. Each archive is measured with a warm page cache, the uncompressed
+archive also with a cold one:
 
-    floor         reading the files (pydicom, with our decoders), windowing, writing one ArrayRecord
-    file: nothing else prepare       `data_prep.pipeline.prepare.prepare` with one worker, from its
-                  first process to the last table; its steps one after the other in this process,
-                  too
-    SimpleITK, dicom2nifti + nibabel (where installed; dicom2nifti writes NIfTI without compression)
-                  the same slices through them, then our windowing and one ArrayRecord file
+    floor                   read the files (pydicom, with our decoders), window them, write one
+                            ArrayRecord file, and nothing else
+    prepare                 `data_prep.pipeline.prepare.prepare` with one worker, from its first
+                            process to the last table; and its steps one by one in this process
+    SimpleITK               the same slices, then our windowing and one ArrayRecord file; if it is
+                            installed
+    dicom2nifti + nibabel   the same, if they are installed; dicom2nifti does not compress
 
-and the uncompressed one with a cold page cache. Numbers are slices per second of CPU time, of all
-threads and processes, the median of --repeats; those of a cold cache are of wall time.
+Numbers are slices per second of CPU time, of all threads and processes, the median of --repeats.
+With a cold cache they are per second of wall time.
 """
 
 import contextlib
@@ -27,218 +28,27 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import imagecodecs
-import numpy as np
-import pydicom
 from absl import flags
-from pydicom.encaps import encapsulate
-from pydicom.pixels import pixel_array
 
-from data_prep.dataset.storage import encode_record, read_records, write_records
-from data_prep.labels import staging
-from data_prep.labels.lookup import LabelSources
-from data_prep.pipeline.convert import convert_exam
-from data_prep.pipeline.notes import Conversion
-from data_prep.pipeline.options import Directories, Options
-from data_prep.pipeline.prepare import prepare
-from data_prep.scan.archives import Source, list_sources
-from data_prep.scan.decoders import DECODER_DEPENDENCIES, decode
-from data_prep.scan.headers import Header, read_header
-from data_prep.scan.series import SeriesCandidate, plan_series, select_reconstructions
-from data_prep.scan.volume import load_volume
-from data_prep.scan.window import window_to_uint8
+from data_prep.dataset.storage import write_records
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
-from data_prep.system.files import file_sha256
-
-OPTIONS = Options(splits=(1.0, 0.0, 0.0))
-EXPLICIT = "1.2.840.10008.1.2.1"
-RLE = "1.2.840.10008.1.2.5"
-
-
-class Syntax(NamedTuple):
-    """A transfer syntax and how to write a frame [H, W] uint16 in it."""
-
-    uid: str
-    encode: Callable[[np.ndarray], bytes] | None
-
-
-SYNTAXES = {
-    "uncompressed": Syntax(EXPLICIT, None),
-    "RLE": Syntax(RLE, None),  # written by pydicom
-    "JPEG-LS": Syntax("1.2.840.10008.1.2.4.80", imagecodecs.jpegls_encode),
-    "JPEG lossless": Syntax(
-        "1.2.840.10008.1.2.4.70", lambda frame: imagecodecs.ljpeg_encode(frame, bitspersample=16)
-    ),
-    "JPEG 2000": Syntax(
-        "1.2.840.10008.1.2.4.90",
-        lambda frame: imagecodecs.jpeg2k_encode(frame, level=0, reversible=True, codecformat="j2k"),
-    ),
-}
-
-
-def exams_of(input_dir: Path) -> list[list[SeriesCandidate]]:
-    """What `prepare` would try to convert."""
-    headers = [
-        read_header(input_dir, source)
-        for source in list_sources(input_dir)
-        if isinstance(source, Source)
-    ]
-    planned = plan_series(
-        [header for header in headers if isinstance(header, Header)], OPTIONS.rules
-    )
-    return select_reconstructions(
-        [p for p in planned if isinstance(p, SeriesCandidate)], OPTIONS.rules
-    )
-
-
-def write_archive(input_dir: Path, folder: Path, syntax: Syntax, copies: int) -> int:
-    """Writes the first series of `input_dir` in a transfer syntax, as `copies` patients; returns
-    the slices of one.
-
-    Raises:
-        InputError: there is no series that `prepare` takes, or its matrix is not 512 x 512.
-    """
-    exams = exams_of(input_dir)
-    volume = load_volume(input_dir, exams[0][0], OPTIONS.rules) if exams else None
-    if not hasattr(volume, "hu"):
-        raise InputError(
-            f"--input_dir={input_dir}: no series that prepare takes; give one CT series"
-        )
-    if volume.hu.shape[1:] != (512, 512):
-        raise InputError(
-            f"--input_dir={input_dir}: slices of {volume.hu.shape[1:]}; give 512 x 512"
-        )
-    frames = (volume.hu.astype(np.int32) + 1024).clip(0, 65535).astype(np.uint16)
-    for index, (header, frame) in enumerate(zip(volume.headers, frames, strict=True)):
-        ds = pydicom.dcmread(input_dir / header.source.path)
-        ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
-        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
-        for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
-            if keyword in ds:
-                del ds[keyword]
-        ds.PixelData = frame.tobytes()
-        ds["PixelData"].VR = "OW"
-        ds.file_meta.TransferSyntaxUID = EXPLICIT
-        if syntax.uid == RLE:
-            ds.compress(RLE, generate_instance_uid=False)
-        elif syntax.encode:
-            ds.PixelData = encapsulate([syntax.encode(frame)])
-            ds["PixelData"].VR = "OB"
-            ds["PixelData"].is_undefined_length = True
-            ds.file_meta.TransferSyntaxUID = syntax.uid
-        study, series = ds.StudyInstanceUID[:58], ds.SeriesInstanceUID[:58]
-        for copy in range(copies):
-            ds.PatientID, ds.StudyInstanceUID, ds.SeriesInstanceUID = (
-                f"copy{copy}",
-                f"{study}.{copy}",
-                f"{series}.{copy}",
-            )
-            (folder / f"{copy}").mkdir(parents=True, exist_ok=True)
-            ds.save_as(folder / f"{copy}" / f"{index:05d}.dcm")
-    return len(frames)
-
-
-# ---- what is measured ----------------------------------------------------------------------------
-
-
-def floor(paths: list[Path], shard: Path) -> None:
-    """Bare decoding, windowing and compression."""
-
-    def records() -> Iterator[bytes]:
-        for index, path in enumerate(paths):
-            ds = pydicom.dcmread(path)
-            syntax = ds.file_meta.TransferSyntaxUID
-            if syntax in DECODER_DEPENDENCIES:
-                stored = decode(ds, syntax, 0)
-            else:
-                stored = pixel_array(ds, raw=True)
-            yield _record(stored.astype(np.int16) + np.int16(-1024), index)
-
-    write_records(shard, records())
-
-
-def simple_itk(folders: list[Path], shard: Path) -> None:
-    """SimpleITK's series reader."""
-    import SimpleITK
-
-    def records() -> Iterator[bytes]:
-        for folder in folders:
-            reader = SimpleITK.ImageSeriesReader()
-            reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
-            hu = SimpleITK.GetArrayFromImage(reader.Execute())
-            yield from (_record(image.astype(np.int16), index) for index, image in enumerate(hu))
-
-    write_records(shard, records())
-
-
-def dicom2nifti_nibabel(folders: list[Path], shard: Path) -> None:
-    """dicom2nifti, and nibabel on what it wrote."""
-    import dicom2nifti
-    import nibabel
-
-    def records() -> Iterator[bytes]:
-        for folder in folders:
-            with tempfile.TemporaryDirectory() as scratch:
-                dicom2nifti.dicom_series_to_nifti(
-                    str(folder), f"{scratch}/volume.nii", reorient_nifti=False
-                )
-                hu = np.asanyarray(nibabel.load(f"{scratch}/volume.nii").dataobj)
-            yield from (_record(hu[..., i].T.astype(np.int16), i) for i in range(hu.shape[2]))
-
-    write_records(shard, records())
-
-
-def _record(hu: np.ndarray, index: int) -> bytes:
-    return encode_record(window_to_uint8(hu, OPTIONS.windows), "volume", index, float(index), True)
-
-
-def steps(archive: Path, folder: Path) -> dict[str, Callable[[], None]]:
-    """The steps of `prepare`, each to be called after the one before."""
-    notes, records = folder / "notes", folder / "records"
-    notes.mkdir(parents=True)
-    records.mkdir()
-    labels = staging.stage(
-        LabelSources("dicom"), archive, folder / "labels.sqlite", folder / "violations.csv"
-    )
-    run = Conversion(
-        archive,
-        notes,
-        records,
-        OPTIONS.rules,
-        OPTIONS.windows,
-        OPTIONS.image_size,
-        b"0" * 16,
-        labels,
-    )
-    exams = exams_of(archive)
-
-    def convert() -> None:
-        for exam in exams:
-            convert_exam(run, exam)
-
-    def write_shards() -> None:
-        staged = (
-            record
-            for path in sorted(records.glob("*.array_record"))
-            for record in read_records(path)
-        )
-        write_records(folder / "shard", staged)
-        file_sha256(folder / "shard")
-
-    return {
-        "headers, plan": lambda: exams_of(archive),
-        "convert, stage": convert,
-        "shards": write_shards,
-    }
+from experiments.bench.converters import (
+    SYNTAXES,
+    dicom2nifti_nibabel,
+    floor,
+    prepare_quietly,
+    simple_itk,
+    steps,
+    write_archive,
+)
 
 
 def cpu_seconds() -> float:
-    """Of this process, its threads, and the children that it has waited for."""
+    """CPU seconds of this process, its threads, and its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -246,7 +56,7 @@ def cpu_seconds() -> float:
 def median_seconds(
     function: Callable[[], object], repeats: int, clock: Callable[[], float] = cpu_seconds
 ) -> float:
-    """Of some calls."""
+    """The median time of some calls."""
     times = []
     for _ in range(repeats):
         start = clock()
@@ -256,7 +66,7 @@ def median_seconds(
 
 
 def evict(folder: Path) -> None:
-    """Drops the files of a folder from the page cache."""
+    """Drop the files of a folder from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -265,28 +75,21 @@ def evict(folder: Path) -> None:
             os.close(descriptor)
 
 
-def prepare_anew(archive: Path, num_workers: int = 1) -> None:
-    """Into a temporary directory, silently."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(open(os.devnull, "w")):
-        where = Directories(archive, Path(folder) / "dataset", Path(folder) / "audit")
-        prepare(OPTIONS, where, num_workers=num_workers)
-
-
 def measure(name: str, archive: Path, copies: int, repeats: int, scratch: Path) -> None:
-    """Prints the rows of one archive."""
+    """Print the rows of one archive."""
     folders = [archive / str(copy) for copy in range(copies)]
     paths = [path for folder in folders for path in sorted(folder.iterdir())]
     shard = scratch / "shard"
 
-    def row(what: str, seconds: float, beside: float | None = None) -> None:
+    def row(title: str, seconds: float, beside: float | None = None) -> None:
         share = "" if beside is None else f"{beside / seconds:7.2f}"
-        print(f"{name:<16}{what:<40}{len(paths) / seconds:9.0f}{share}", flush=True)
+        print(f"{name:<16}{title:<40}{len(paths) / seconds:9.0f}{share}", flush=True)
 
-    least = median_seconds(lambda: floor(paths, shard), repeats)
+    least = median_seconds(lambda: write_records(shard, floor(paths)), repeats)
     row("floor: decode, window, compress", least)
     row(
         "prepare, one worker, all of it",
-        median_seconds(lambda: prepare_anew(archive), repeats),
+        median_seconds(lambda: prepare_quietly(archive), repeats),
         least,
     )
     total = 0.0
@@ -303,7 +106,7 @@ def measure(name: str, archive: Path, copies: int, repeats: int, scratch: Path) 
             with warnings.catch_warnings(), contextlib.redirect_stdout(open(os.devnull, "w")):
                 warnings.simplefilter("ignore")
                 seconds = median_seconds(
-                    lambda function=function: function(folders, shard), repeats
+                    lambda function=function: write_records(shard, function(folders)), repeats
                 )
         except Exception as error:  # of any kind: some cannot read some of the syntaxes
             print(f"{name:<16}{package}: failed ({type(error).__name__})", flush=True)
@@ -312,7 +115,7 @@ def measure(name: str, archive: Path, copies: int, repeats: int, scratch: Path) 
 
 
 def measure_cold(archive: Path, num_slices: int, repeats: int) -> None:
-    """Prints wall times of `prepare` with a warm and a cold page cache, and of reading alone."""
+    """Print wall times of `prepare` with a warm and a cold page cache, and of reading alone."""
 
     def read() -> None:
         for path in sorted(archive.rglob("*.dcm")):
@@ -325,15 +128,15 @@ def measure_cold(archive: Path, num_slices: int, repeats: int) -> None:
             times.append(median_seconds(function, 1, time.perf_counter))
         return statistics.median(times)
 
-    for what, seconds in (
+    for title, seconds in (
         ("reading the files one by one, cold", cold(read)),
         (
             "prepare, one worker, warm",
-            median_seconds(lambda: prepare_anew(archive), repeats, time.perf_counter),
+            median_seconds(lambda: prepare_quietly(archive), repeats, time.perf_counter),
         ),
-        ("prepare, one worker, cold", cold(lambda: prepare_anew(archive))),
+        ("prepare, one worker, cold", cold(lambda: prepare_quietly(archive))),
     ):
-        print(f"{'wall time':<16}{what:<40}{num_slices / seconds:9.0f}", flush=True)
+        print(f"{'wall time':<16}{title:<40}{num_slices / seconds:9.0f}", flush=True)
 
 
 def main(argv: list[str]) -> int:

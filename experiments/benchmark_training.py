@@ -1,27 +1,29 @@
-"""Speed and memory of a training step of the autoencoder: this project's and the same model in
-PyTorch, in one run.
+r"""Speed and memory of a training step: this project and the same model in PyTorch, in one run.
 
     python -m experiments.benchmark_training --preset=64,128
-    python -m experiments.benchmark_training --preset=reference --dtype=bfloat16 --batch_size=4,8,16,32 --sides=jax
+    python -m experiments.benchmark_training --preset=reference --dtype=bfloat16 \
+        --batch_size=4,8,16,32 --sides=jax
 
 A step is the forward pass in training mode, the loss of `configs/masked_region.py` (0.2 MSE + 0.2
 masked MSE + 0.8 vector quantization - 0.1 SSIM), the backward pass and a RAdam update. Both sides
-start from the same weights and see the same images, so their first losses must agree; what differs
-is what each library does with them.
+start from the same weights and see the same images, so their first losses must agree. Repeats
+alternate between the sides, so that a busy machine slows both. The columns are
 
-Repeats alternate between the sides, so that a busy machine slows both; the median is reported, and
-the spread of the middle half. "of peak" is the model's arithmetic (3 x the forward pass,
-`flops_per_slice`) over the fastest square matrix product in the same dtype that either library does
-in the same run (float32 may be TF32 there, as it is in the convolutions). "compiled" is the memory
-that XLA expects the step to need, "peak" what the device has held at most: for JAX since the
-program began (batch sizes are tried in rising order), for PyTorch within the row; "-" where a
-backend cannot tell. On a GPU both sides share the memory: to find the largest batch of each, run
---sides=jax and --sides=torch one after the other. Without PyTorch (`pip install '.[torch]'`) only
-this project is timed. "compile" is tracing and compilation together, from nothing (compiled
-programs that earlier runs kept are not used).
+    ms a step   the median, and the spread of the middle half
+    of peak     the arithmetic of the model (3 x the forward pass, `flops_per_slice`) over the
+                fastest square matrix product in the same dtype that either library does in the same
+                run (float32 may be TF32 there, as in the convolutions)
+    compiled    the memory that XLA expects the step to need
+    peak        the highest memory of the device: for JAX since the program began (batch sizes are
+                tried in rising order), for PyTorch within the row; "-" where it is unknown
+    compile     the time of tracing and compilation together; programs of earlier runs are not used
 
---profile=FOLDER traces a few more steps of this project's side, writes the trace and the compiled
-program there and prints the operations that take most of a step.
+On a GPU both sides share the memory: to measure the largest batch of each, run --sides=jax and
+--sides=torch one after the other. Without PyTorch (`pip install '.[torch]'`) only this project is
+timed.
+
+--profile=FOLDER traces a few more steps of this project, writes the trace and the compiled program
+there, and prints the operations that take most of a step.
 """
 
 import argparse
@@ -31,26 +33,21 @@ import importlib.util
 import json
 import os
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
-from experiments.bench import step_profile
+from ctssl_jax.parallel.processes import configure_jax
 from experiments.bench.sides import (
     GIB,
-    Side,
-    compiled_bytes,
     example_batch,
     make_jax_side,
     make_torch_side,
-    time_steps,
 )
+from experiments.bench.timing import matmul_peak, time_sides
 
 # image side, hidden, depth, batch
 PRESETS = {
@@ -62,78 +59,6 @@ PRESETS = {
 }
 
 
-def matmul_peak(side: str, dtype: str, *, use_gpu: bool) -> float:
-    """The most that one square matrix product in this dtype reaches, in FLOP/s, over several sizes
-    and tries."""
-    best = 0.0
-    for size in (4096, 8192, 16384) if use_gpu else (1024, 2048):
-        values = np.random.default_rng(0).standard_normal((size, size), np.float32)
-        if side == "jax":
-            matrix = jnp.asarray(values, dtype)
-            multiply = jax.jit(jnp.dot)
-
-            def product(matrix=matrix, multiply=multiply):
-                return multiply(matrix, matrix)[0, 0]
-        else:
-            import torch
-
-            torch.backends.cuda.matmul.allow_tf32 = True
-            matrix = torch.tensor(
-                values, dtype=getattr(torch, dtype), device="cuda" if use_gpu else "cpu"
-            )
-
-            def product(matrix=matrix):
-                return (matrix @ matrix)[0, 0]
-
-        time_steps(product, 1)
-        milliseconds = min(time_steps(product, 10 if use_gpu else 2) for _ in range(5))
-        best = max(best, 2 * size**3 / milliseconds * 1000)
-        if side == "torch":
-            torch.backends.cuda.matmul.allow_tf32 = False
-    return best
-
-
-def benchmark(
-    makers: dict[str, Callable[[], Side]], *, repeats: int, steps: int, profile: Path | None = None
-) -> tuple[dict[str, dict], str]:
-    """Time all sides, alternating; with a folder for it, then profile the JAX side.
-
-    Returns:
-        for each side its first loss, the times of all repeats and their median in ms, and memory in
-        bytes; a side that ran out of memory has only {"failed": "out of memory"}. And the profile
-        as a table, "" without one.
-    """
-    sides, results = {}, {}
-    for name, make in makers.items():
-        try:
-            side = make()
-            results[name] = {"first_loss": float(side.step()), "times_ms": []}
-            time_steps(side.step, 2)
-            sides[name] = side
-        except Exception as error:  # the libraries have no common type for it
-            if not any(
-                phrase in str(error)
-                for phrase in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
-            ):
-                raise
-            results[name] = {"failed": "out of memory"}
-    for _ in range(repeats):
-        for name, side in sides.items():
-            results[name]["times_ms"].append(time_steps(side.step, steps))
-    for name, side in sides.items():
-        results[name] |= {
-            "median_ms": statistics.median(results[name]["times_ms"]),
-            "compiled_bytes": side.program and compiled_bytes(side.program),
-            "compile_seconds": side.compile_seconds,
-            "peak_bytes": side.peak(),
-        }
-    if not profile or "jax" not in sides:
-        return results, ""
-    return results, step_profile.table(
-        step_profile.profile(sides["jax"].step, sides["jax"].program.as_text(), profile)
-    )
-
-
 def _row(*cells: Any) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
@@ -142,21 +67,35 @@ def _gib(value: int | None) -> str:
     return "-" if value is None else f"{value / GIB:.2f}"
 
 
+def _row_of(row: dict) -> str:
+    """A result as a row of the table."""
+    cells = [row[name] for name in ("image_size", "hidden", "depth", "batch_size", "dtype", "side")]
+    if "failed" in row:
+        return _row(*cells, row["failed"], *["-"] * 7)
+    low, _, high = statistics.quantiles(row["times_ms"], n=4)
+    compiling = row["compile_seconds"]
+    return _row(
+        *cells,
+        f"{row['median_ms']:.1f} ({low:.1f} to {high:.1f})",
+        f"{row['slices_per_s']:.1f}",
+        f"{100 * row['of_peak']:.1f} %",
+        _gib(row["compiled_bytes"]),
+        _gib(row["peak_bytes"]),
+        "-" if compiling is None else f"{compiling:.1f}",
+        f"{row['first_loss']:.6f}",
+    )
+
+
 def run_preset(
     preset: str, arguments: argparse.Namespace, sides: list[str], peak: float
 ) -> list[dict]:
-    """Time one preset at every batch size that was asked for; prints a line a side and returns them
-    as dicts."""
+    """Time one preset at every batch size; prints a line a side and returns the lines as dicts."""
     image_size, hidden, depth, batch_size = PRESETS[preset]
     use_gpu = jax.devices()[0].platform == "gpu"
     switches = {"dtype": arguments.dtype, "remat": arguments.remat, "scan": arguments.scan}
     config = VQVAEConfig(hidden=hidden, depth=depth, **switches)
     model = VQVAE(config, rngs=nnx.Rngs(0))
-    sizes = (
-        sorted(int(size) for size in arguments.batch_size.split(","))
-        if arguments.batch_size
-        else [batch_size]
-    )
+    sizes = sorted(int(size) for size in (arguments.batch_size or str(batch_size)).split(","))
     rows = []
     for size in sizes:
         batch = example_batch(size, image_size)
@@ -171,39 +110,19 @@ def run_preset(
                 compiled=arguments.torch_compile,
             ),
         }
-        results, profile = benchmark(
+        results, profile = time_sides(
             {side: makers[side] for side in sides},
             repeats=arguments.repeats,
             steps=arguments.steps,
             profile=arguments.profile and arguments.profile / f"{preset}_batch{size}",
         )
         for side, result in results.items():
-            row = {
-                "preset": preset,
-                "image_size": image_size,
-                **dataclasses.asdict(config),
-                "batch_size": size,
-            }
-            row |= {"side": side, **result}
-            cells = (image_size, hidden, depth, size, arguments.dtype, side)
-            if "failed" in result:
-                print(_row(*cells, result["failed"], *["-"] * 7), flush=True)
-            else:
-                row["slices_per_s"] = 1000 * size / result["median_ms"]
-                row["of_peak"] = (
-                    3 * flops_per_slice(config, image_size) * row["slices_per_s"] / peak
-                )
-                low, _, high = statistics.quantiles(result["times_ms"], n=4)
-                times = f"{result['median_ms']:.1f} ({low:.1f} to {high:.1f})"
-                speeds = f"{row['slices_per_s']:.1f}", f"{100 * row['of_peak']:.1f} %"
-                memory = _gib(result["compiled_bytes"]), _gib(result["peak_bytes"])
-                compiling = (
-                    "-" if result["compile_seconds"] is None else f"{result['compile_seconds']:.1f}"
-                )
-                print(
-                    _row(*cells, times, *speeds, *memory, compiling, f"{result['first_loss']:.6f}"),
-                    flush=True,
-                )
+            model_settings = {"image_size": image_size, **dataclasses.asdict(config)}
+            row = {"preset": preset, **model_settings, "batch_size": size, "side": side, **result}
+            if "failed" not in result:
+                speed = row["slices_per_s"] = 1000 * size / result["median_ms"]
+                row["of_peak"] = 3 * flops_per_slice(config, image_size) * speed / peak
+            print(_row_of(row), flush=True)
             rows.append(row)
         if profile:
             print(f"\n{profile}\n", flush=True)
@@ -213,8 +132,7 @@ def run_preset(
 
 
 def best_batches(rows: list[dict]) -> list[str]:
-    """For each side the batch size with the most slices a second, and how the sides then compare;
-    one line each."""
+    """A line for the fastest batch size of each side, and one that compares the sides there."""
     fastest = {}
     for row in rows:
         if row.get("slices_per_s", 0) > fastest.get(row["side"], {}).get("slices_per_s", 0):
@@ -252,12 +170,10 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps timed in each repeat")
-    parser.add_argument("--profile", type=Path, help="folder for a trace of this project's side")
+    parser.add_argument("--profile", type=Path, help="folder for a trace of this project")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to PyTorch
-    from ctssl_jax.parallel.processes import configure_jax
-
     configure_jax()
     jax.config.update("jax_enable_compilation_cache", False)
     presets, sides = arguments.preset.split(","), arguments.sides.split(",")
@@ -280,17 +196,7 @@ def main() -> None:
         f"{device.device_kind}, {os.cpu_count()} CPU cores; fastest {arguments.dtype} matrix "
         f"product: {measured}\n"
     )
-    titles = (
-        "pixels",
-        "hidden",
-        "depth",
-        "batch",
-        "dtype",
-        "side",
-        "ms a step",
-        "slices/s",
-        "of peak",
-    )
+    titles = "pixels,hidden,depth,batch,dtype,side,ms a step,slices/s,of peak".split(",")
     print(_row(*titles, "compiled GiB", "peak GiB", "compile s", "first loss"))
     print(_row(*["---"] * 13))
     rows = [
@@ -299,11 +205,8 @@ def main() -> None:
         for row in run_preset(preset, arguments, sides, max(peaks.values()))
     ]
     for preset in presets:
-        print(
-            "\n".join(
-                [f"\n{preset}", *best_batches([row for row in rows if row["preset"] == preset])]
-            )
-        )
+        best = best_batches([row for row in rows if row["preset"] == preset])
+        print("\n".join([f"\n{preset}", *best]))
     if arguments.json:
         content = {
             "device": device.device_kind,

@@ -1,16 +1,16 @@
-r"""The progressive chain of masked region prediction (paper, section II.C.2): 5 -> 10 -> 20 -> 33 %
-of the area.
+r"""The progressive chain of masked region prediction: 5, 10, 20, then 33 % of the area.
 
-    python -m experiments.chain --dataset=DATASET --workdir=STUDY                  # each starts from the one before
-    python -m experiments.chain --dataset=DATASET --workdir=STUDY --nochained      # ablation: each from random weights
+    python -m experiments.chain --dataset=DATASET --workdir=STUDY                # the chain
+    python -m experiments.chain --dataset=DATASET --workdir=STUDY --nochained    # the ablation
 
-The chain confounds a larger mask with longer training: its fourth model has seen four times as many
-steps as its first. The ablation trains each mask size from random weights for as many steps as the
-chain took to get there, so that the two rows of a mask size differ in the way alone. Results of
-both stay in the same folder and the table shows both.
+In the chain (paper, section II.C.2) each model starts from the one before. So a larger mask comes
+with longer training: the fourth model has seen four times as many steps as the first. The ablation
+trains each mask size from random weights, for as many steps as the chain took to get there. The two
+rows of a mask size then differ in the chain alone. Results of both stay in the same folder, and the
+table shows both.
 
 Without a verb it runs the missing cells and draws the table; `plan`, `run` and `draw` do one of the
-three. It can be killed at any moment and started again.
+three. After a kill at any moment the same command continues.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,10 @@ RECIPE = "masked_region"
 
 
 def ablation_cells(settings: Settings) -> list[Cell]:
-    """The mask sizes from random weights, each for as many steps as the chain took in all; the
-    first is the chain's."""
+    """The mask sizes from random weights, each for as many steps as the chain took to get there.
+
+    The first model of the chain serves both.
+    """
     steps = settings.steps(RECIPE)
     return [
         settings.cell(
@@ -63,7 +65,11 @@ def table_rows(chained: Sequence[Cell], alone: Sequence[Cell], steps: int) -> li
 
 
 def draw(settings: Settings) -> str:
-    """Write `chain.md` and `chain.csv` into the study's folder; returns the Markdown."""
+    """Write chain.md and chain.csv into the folder of the study; returns the Markdown.
+
+    Raises:
+      InputError: there are no results yet.
+    """
     chained, alone = chain_cells(settings), ablation_cells(settings)
     rows = table_rows(chained, alone, settings.steps(RECIPE))
     complete = [result for cell in (*chained, *alone) if (result := results.read_result(cell))]

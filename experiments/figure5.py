@@ -1,11 +1,11 @@
-r"""Figure 5: nodule segmentation (Dice, IoU) against the size of the training set and the number of
-training steps.
+r"""Figure 5: nodule segmentation against the size of the training set and the training steps.
 
     python -m experiments.figure5 run --preset=phantom --workdir=STUDY
     python -m experiments.figure5 draw --preset=phantom --workdir=STUDY
 
-All arms are one graph, a U-Net whose down branch is the encoder's compression layers; they differ
-in the weights of these layers alone. A standard U-Net is a reference beside them.
+Dice and IoU are drawn. All arms are the same U-Net, whose down branch has the compression layers of
+the encoder; they differ in the weights of these layers alone. A standard U-Net is a reference
+beside them.
 """
 
 from absl import flags

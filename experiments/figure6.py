@@ -1,5 +1,4 @@
-r"""Figure 6: what pretrained encoders know of patients (age, sex, ethnic group), against no
-pretraining and controls.
+r"""Figure 6: patient attributes (age, sex, ethnic group) in pretrained encoders and in controls.
 
     python -m experiments.figure6 run --preset=phantom --workdir=STUDY
     python -m experiments.figure6 draw --preset=phantom --workdir=STUDY
@@ -11,8 +10,9 @@ with the architecture and weights of the first arm: random weights, pixels witho
 shuffled labels. Random parts are run once a seed; probes of trained weights are not. `plan` lists
 the cells, one command each. With your own data:
 
-    python -m experiments.figure6 run --preset=paper --workdir=STUDY --dataset=DATASET --attributes=age,sex \
-        --pretrained=masked_20=RUN --pretrained=rotation=RUN --arms=masked_20,rotation
+    python -m experiments.figure6 run --preset=paper --workdir=STUDY --dataset=DATASET \
+        --pretrained=masked_20=RUN --pretrained=rotation=RUN --arms=masked_20,rotation \
+        --attributes=age,sex
 """
 
 from collections.abc import Sequence
@@ -44,10 +44,10 @@ def probe_cell(
     Args:
       study: the study.
       arm: whose run is read.
-      attributes: to probe; others than the default ones are part of the cell's name.
+      attributes: to probe; if they are not the default ones, the name of the cell lists them.
       name: of the cell, after `probe_`.
       control: options of `ctssl_jax.attributes`, for a control.
-      seed: of its random weights, shuffling and bootstrap.
+      seed: of random weights, shuffling and bootstrap.
     """
     name = "_".join([f"probe_{name}", *(attributes if tuple(attributes) != ATTRIBUTES else ())])
     result = study.workdir / "results" / f"{name}.json"
@@ -72,11 +72,8 @@ def models_of(study: Study, arms: Sequence[str], attributes: Sequence[str]) -> l
     models = []
     for arm in arms:
         cell = probe_cell(study, arm, attributes, arm, {}, seeds[0])
-        models.append(
-            Model(
-                TITLES.get(arm, arm), "pretrained", {attribute: [cell] for attribute in attributes}
-            )
-        )
+        cells = {attribute: [cell] for attribute in attributes}
+        models.append(Model(TITLES.get(arm, arm), "pretrained", cells))
 
     (steps,) = study.sizes.steps["attributes"]
     fields = {"dataset": study.dataset, "num_classes": 0, **downstream.schedule(steps)}
@@ -96,11 +93,11 @@ def models_of(study: Study, arms: Sequence[str], attributes: Sequence[str]) -> l
     models.append(Model(END_TO_END, "baseline", baseline))
 
     for control, (title, options) in CONTROLS.items():
-        of_seeds = [
+        cells = [
             probe_cell(study, first, attributes, f"{first}_{control}_s{seed}", options, seed)
             for seed in (seeds[:1] if control == "pixels" else seeds)
         ]
-        models.append(Model(title, "control", dict.fromkeys(attributes, of_seeds)))
+        models.append(Model(title, "control", dict.fromkeys(attributes, cells)))
     return models
 
 

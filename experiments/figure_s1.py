@@ -1,11 +1,10 @@
-r"""Figure S1: nodule segmentation from masked region prediction with 5, 10, 20 and 33 % of the area
-covered.
+r"""Figure S1: nodule segmentation from masked region prediction, by the covered area (5 to 33 %).
 
     python -m experiments.figure_s1 run --preset=phantom --workdir=STUDY
     python -m experiments.figure_s1 draw --preset=phantom --workdir=STUDY
 
-Same cells, data and statistics as `experiments.figure5`; in one --workdir the arms that both have
-are run once.
+Cells, data and statistics are as in `experiments.figure5`. In one --workdir the arms of both
+figures are run once.
 """
 
 from absl import flags

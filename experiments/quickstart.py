@@ -1,11 +1,10 @@
-r"""The whole path on one machine in minutes: scans, dataset, pretraining, evaluation on held-out
-patients, a report.
+r"""The whole path on one machine in minutes: scans, dataset, pretraining, evaluation, a report.
 
-    python -m experiments.quickstart                          # makes synthetic chest CT first: no data needed
+    python -m experiments.quickstart                          # makes synthetic chest CT first
     python -m experiments.quickstart --input_dir=MY_DICOM     # the same on your own scans
 
 Every stage is one command that is printed and that you can run yourself. Run it again after an
-interruption: finished stages are kept, unfinished ones continue.
+interruption: finished stages are kept, unfinished stages continue.
 """
 
 import csv
@@ -26,8 +25,8 @@ IMAGE_SIZE = 64
 
 
 class StageTimes:
-    """Seconds of each stage, kept in a file: a stage that a later run finds complete keeps its
-    longest time."""
+    """Seconds of each stage, kept in a file: the longest run of a stage counts, since a later one
+    does nothing."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -132,7 +131,7 @@ def main(argv: list[str]) -> int:
     print(
         f"\nInside the masked square the model's error is {factors['mean_image']:.1f} times "
         f"smaller than the mean slice's and {factors['copy_input']:.1f} times smaller than the "
-        f"masked input's"
+        "masked input's"
         + (" (SYNTHETIC data)" if result["synthetic"] else "")
         + f".\nReport: {output / 'report.html'}   ({sum(seconds.known.values()):.0f} s)"
     )

@@ -1,17 +1,17 @@
-"""Table I of the paper: the cohort of the nodule task, counted from the readers' annotations, and
-prepared datasets.
+r"""Table I of the paper: the nodule cohort, counted from annotations, and prepared datasets.
 
-    python -m experiments.table1 --annotations=LIDC-XML-only.tar --geometry=series_geometry.csv --output_dir=TABLE1
-    python -m experiments.table1 --dataset=DATASET --dataset=OTHER --output_dir=TABLE1
+    python -m experiments.table1 --output_dir=TABLE1 \
+        --annotations=LIDC-XML-only.tar --geometry=series_geometry.csv
+    python -m experiments.table1 --output_dir=TABLE1 --dataset=DATASET --dataset=OTHER
 
-Writes table1.md and table1.csv. No images are needed for the first part; it takes half a minute.
---geometry is a CSV with a line for each CT series and the columns patient_id, series_instance_uid,
-slice_thickness_mm (DICOM (0018,0050)) and median_slice_spacing_mm (of neighbouring slices, along
-the normal). Of a patient the first scan counts: that of the lowest scan_order, or the first in the
-file without this column. The defaults give the paper's counts exactly, but for the number of
-volumes; what is counted under each name stands below the table.
+Writes table1.md and table1.csv. The first part counts the annotations of the readers; it needs no
+images and takes half a minute. --geometry is a CSV with a line for each CT series and the columns
+patient_id, series_instance_uid, slice_thickness_mm (DICOM (0018,0050)) and median_slice_spacing_mm
+(of neighbouring slices, along the normal). The first scan of a patient counts: the scan of the
+lowest scan_order, or without this column the first scan in the file. The defaults give the paper's
+counts exactly, but for the number of volumes. The caption says what each line counts.
 
-The second part is what `data_prep.describe` computes of each dataset; its files go to
+The second part has the numbers of `data_prep.describe` for each dataset; its files go to
 OUTPUT_DIR/DATASET.
 """
 
@@ -31,7 +31,7 @@ from experiments.study.runner import run_stage
 
 
 def lidc_rows(counted: dict[str, int], num_series: int) -> list[dict[str, str]]:
-    """A line for each of `TABLE1`, ours beside it."""
+    """The lines of `TABLE1`, ours beside the paper's."""
     ours = {"Volumes": num_series, **counted}
     return [
         {"characteristic": name, "ours": f"{ours[name]:,}", "the paper's": f"{value:,}"}
@@ -43,22 +43,19 @@ def caption(num_patients: int, consensus: float, min_area_px: int) -> str:
     """What the lines count."""
     return (
         f"Volumes: annotated CT series, of {num_patients:,} patients; all else is of a patient's "
-        f"first scan. A slice "
-        "counts once for each nodule that it shows. A pixel is of a nodule where a share of at "
-        "least "
-        f"{consensus:g} of its annotations has it; a slice is kept where the nodule has more than "
-        f"{min_area_px} "
-        "pixels. The score is the median of the readers' (the upper one of an even number); above "
-        "3 cancer, below no cancer. A volume counts under each finding that it shows. Patients: "
-        "with at least one kept nodule."
+        "first scan. A slice counts once for each nodule that it shows. A pixel is of a nodule "
+        f"where a share of at least {consensus:g} of its annotations has it; a slice is kept where "
+        f"the nodule has more than {min_area_px} pixels. The score is the median of the readers' "
+        "(the upper one of an even number); above 3 cancer, below no cancer. A volume counts under "
+        "each finding that it shows. Patients: with at least one kept nodule."
     )
 
 
 def dataset_rows(dataset: Path, output_dir: Path) -> list[dict[str, str]]:
-    """What `data_prep.describe` computes of a dataset, which it also writes into `output_dir`.
+    """The numbers of `data_prep.describe` for a dataset, which it also writes into `output_dir`.
 
     Raises:
-        InputError: it is no dataset; the command has said why.
+        InputError: it is not a dataset; the command has said why.
     """
     run_stage(
         f"characteristics of {dataset}",
@@ -82,7 +79,7 @@ def define_flags() -> None:
         "geometry", None, "CSV of slice thickness and spacing of the series (see above)."
     )
     flags.DEFINE_multi_string("dataset", [], "Prepared dataset; repeatable.")
-    flags.DEFINE_string("output_dir", None, "Where table1.md and table1.csv go.", required=True)
+    flags.DEFINE_string("output_dir", None, "Folder for table1.md and table1.csv.", required=True)
     flags.DEFINE_float(
         "consensus",
         lidc.CONSENSUS,
@@ -110,8 +107,8 @@ def main(argv: list[str]) -> int:
     datasets = [Path(name) for name in flag.dataset]
     if len({path.resolve().name for path in datasets}) < len(datasets):
         raise InputError(
-            "two --dataset have the same folder name; rename one, their descriptions go to "
-            "folders of it"
+            "two --dataset have the same folder name; rename one, their descriptions go to folders "
+            "of it"
         )
     output_dir = Path(flag.output_dir)
     parts, table = ["# Table I: characteristics of the cohorts\n"], []

@@ -1,14 +1,13 @@
-r"""Table II of the paper: the eight pretrained models, each on its own task, on the same held-out
-volumes.
+r"""Table II of the paper: eight pretrained models on held-out volumes, each on its own task.
 
-    python -m experiments.table2 plan --dataset=DATASET --workdir=STUDY      # one command a cell
-    python -m experiments.table2 run  --dataset=DATASET --workdir=STUDY      # trains and evaluates what is missing
-    python -m experiments.table2 draw --dataset=DATASET --workdir=STUDY      # Markdown, CSV and PNG from results JSON
+    python -m experiments.table2 plan --dataset=DATASET --workdir=STUDY  # one command a cell
+    python -m experiments.table2 run  --dataset=DATASET --workdir=STUDY  # runs the missing cells
+    python -m experiments.table2 draw --dataset=DATASET --workdir=STUDY  # from results JSON alone
 
 The four mask sizes are the paper's progressive chain; the other four start from random weights.
-Beyond the paper, every frozen encoder is probed on the other tasks' labels and on reconstruction
-(`--nocross` leaves that out), beside an untrained encoder and the pixels themselves, so that
-encoders are compared on equal terms.
+Beyond the paper, every frozen encoder is probed on the labels of the other tasks and on
+reconstruction (`--nocross` leaves that out), beside an untrained encoder and the pixels themselves,
+so that encoders are compared on equal terms. `draw` writes Markdown, CSV and PNG.
 
 `--size=small` (64 x 64 pixels) with `--num_steps=750` took 46 minutes on two busy CPU cores;
 `--size=reference --override=dtype=bfloat16` is the paper's model.
@@ -45,8 +44,7 @@ def model_cells(settings: Settings) -> list[Cell]:
 
 
 def cross_cells(settings: Settings) -> list[Cell]:
-    """A probe of each frozen encoder, and of two controls, which need a run for its configuration
-    only."""
+    """A probe of each frozen encoder, and of two controls, which use the configuration of a run."""
     cells = []
     names = [cell.name for cell in model_cells(settings)]
     for name in (*names, "untrained", "pixels"):
@@ -65,11 +63,10 @@ def cross_cells(settings: Settings) -> list[Cell]:
 
 
 def draw(settings: Settings) -> str:
-    """Write `table2.md`, `.csv`, `.png` and `cross.csv` into the study's folder; returns the
-    Markdown.
+    """Write table2.md, .csv, .png and cross.csv into the folder of the study; returns the Markdown.
 
     Raises:
-      InputError: no result at all.
+      InputError: there are no results yet.
     """
     cells = {cell.name: cell for cell in model_cells(settings)}
     results = {name: read_result(cell) for name, cell in cells.items()}
@@ -82,15 +79,15 @@ def draw(settings: Settings) -> str:
     total = sum(seconds(settings.workdir).values())
     took = f" The cells took {total / 60:.0f} minutes by the clock." if total else ""
     parts = [
-        f"# Table II: self-supervised models on held-out "
+        "# Table II: self-supervised models on held-out "
         f"volumes\n\n{caption}{took}\n\n{table_markdown(rows)}"
     ]
     parts.append(f"## Representation health\n\n{health_markdown(results)}")
     if any(cross.values()):
         parts.append(
             "## Cross table: frozen encoders on equal terms\n\nLinear probe and k nearest "
-            "neighbours on the frozen "
-            f"encoder's features, mean ± sd over volumes.\n\n{markdown(cross_rows(cross))}"
+            "neighbours on the frozen encoder's features, mean ± sd over "
+            f"volumes.\n\n{markdown(cross_rows(cross))}"
         )
     text = "\n".join(parts)
     write_text(settings.workdir / "table2.md", text)

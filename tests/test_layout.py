@@ -17,10 +17,14 @@ ORDER = {
     "ctssl_jax": "models ops data tasks runs stats torch_bridge parallel training evaluation "
     "release inference probes".split(),
 }
-# for ctssl_jax
+# What ctssl_jax may import of data_prep.
 OF_DATA_PREP = ("system", "scan", "masks", "privacy", "dataset", "raw", "synthetic.exam")
-EXTRAS = ("apache_beam", "highdicom", "onnx", "onnxruntime", "onnxscript", "pyarrow", "safetensors", "tensorboardX", "torch",
-          "tensorflow_datasets", "data_prep.pipeline.beam")  # seconds that every worker process would take; needs Beam  # fmt: skip
+# May be imported inside a function: the packages of extras, TFDS, which would cost every worker
+# process a second, and the one file that cannot be imported without its extra.
+EXTRAS = (
+    *("apache_beam", "highdicom", "onnx", "onnxruntime", "onnxscript", "pyarrow", "safetensors"),
+    *("tensorboardX", "torch", "tensorflow_datasets", "data_prep.pipeline.beam"),
+)
 
 
 def sources() -> dict[str, str]:

@@ -1,2 +1,1 @@
-"""Dataset directory -> batches: neighbouring slices, labels, the deterministic order of a
-training."""
+"""Batches of a dataset: neighbouring slices, labels, and the deterministic order of a training."""

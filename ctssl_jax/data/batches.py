@@ -1,4 +1,4 @@
-"""Batches of slices for the devices: grain shuffles, reads and batches; the images stay uint8.
+"""Batches of slices for the devices: grain shuffles and reads them. The images stay uint8.
 
 The order of the slices depends on the seed alone, not on the number of hosts, devices or reading
 threads.
@@ -26,24 +26,22 @@ def training_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless shuffled batches, in `microbatches` parts each, reshuffled every epoch.
 
-    Every process gets one run of consecutive items of each part: joined in the order of the
-    processes they are the part that one process alone would get.
+    Every process gets consecutive items of each part. Joined in the order of the processes they are
+    the part that a single process would get.
 
     Args:
       source: the slices.
       batch_size: global batch size, divisible by `microbatches * process_count`.
       seed: fixes the order of all epochs.
       microbatches: number of parts that make a batch.
-      start_step: number of batches (not parts) already consumed: the iterator continues exactly
-        there.
+      start_step: number of batches (not parts) that were used before; the iterator continues there.
       process_index: this process's number.
       process_count: number of processes.
       num_threads: reading threads.
 
     Returns:
-      Iterator of parts
-      `{"images": uint8 [b, K, H, W, C], "record_index": int32 [b], "weight": float32 [b]}` with b =
-      batch_size / microbatches / process_count.
+      Iterator of parts with the arrays of `NeighbourSource.read`, b = batch_size / microbatches /
+      process_count items each.
     """
     positive_share = source.targets.positive_share
     if positive_share:
@@ -54,9 +52,9 @@ def training_batches(
         items = grain.MapDataset.mix(kinds, [positive_share, 1 - positive_share])
     else:
         items = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
-    share = batch_size // microbatches // process_count
-    # endless: nothing is dropped
-    parts = items.batch(share, drop_remainder=True)[process_index::process_count]
+    part_size = batch_size // microbatches // process_count
+    # endless, so no remainder is dropped
+    parts = items.batch(part_size, drop_remainder=True)[process_index::process_count]
     iterator = iter(parts.map(source.read).to_iter_dataset(_reading(num_threads)))
     if start_step:
         iterator.set_state({"next_index": start_step * microbatches})
@@ -71,11 +69,10 @@ def evaluation_batches(
     process_count: int = 1,
     num_threads: int = 4,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every item once, in order; the last batch is padded with items of weight 0, so that all
-    batches have one shape.
+    """Every item once, in order. The last batch is padded with items of weight 0.
 
-    All processes see the same number of batches. Arguments and items as in `training_batches`, with
-    one part a batch.
+    So all batches have one shape, and all processes get the same number of batches. Arguments as in
+    `training_batches`; a batch is one part.
     """
     padded = math.ceil(len(source) / batch_size) * batch_size
 
@@ -89,8 +86,8 @@ def evaluation_batches(
 
 
 def picture_batch(source: NeighbourSource, batch_size: int, number: int) -> dict[str, np.ndarray]:
-    """One batch whose first `number` items are spread evenly over the split, or over its slices
-    with foreground where masks are wanted; the rest repeats the last one."""
+    """A batch whose first `number` items are spread evenly over the split, or over its slices with
+    foreground if the task has masks. All others repeat the last one."""
     candidates = np.arange(len(source))
     if source.targets.mask and source.positive.any():
         candidates = np.flatnonzero(source.positive)
@@ -100,6 +97,5 @@ def picture_batch(source: NeighbourSource, batch_size: int, number: int) -> dict
 
 
 def _reading(num_threads: int) -> grain.ReadOptions:
-    """Each thread makes whole batches; finished batches wait in the buffer, which must have room
-    for one of each."""
+    """Each thread makes whole batches. The buffer must have room for one batch of each thread."""
     return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(8, num_threads))

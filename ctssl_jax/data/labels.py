@@ -1,7 +1,6 @@
-"""Labels and masks of slices as numbers, and the classes of labels and of patient attributes (sex,
-ethnic group, age).
+"""Labels and masks of slices as numbers; classes of labels and attributes (sex, ethnic group, age).
 
-The training split alone decides which classes an attribute has. A class of too few training
+The training split alone decides which classes an attribute has. A class with too few training
 patients cannot be learned: decades of age are joined with their neighbours, and volumes of other
 small classes are left out.
 """
@@ -23,10 +22,10 @@ LEAST_PATIENTS = 10
 class AttributeLabels(NamedTuple):
     """An attribute of every volume of a dataset.
 
-    name: of the attribute.
+    name: the attribute.
     classes: K names.
-    labels: split -> [V] int64, the class of each volume in the order of `volumes.csv`; -1 where it
-      is left out.
+    labels: split -> [V] int64, the class of each volume in the order of `volumes.csv`; -1 for
+      volumes that are left out.
     missing: split -> volumes without a value.
     too_small: class that was left out -> its volumes, of all splits.
     """
@@ -41,18 +40,18 @@ class AttributeLabels(NamedTuple):
 def join_decades(
     decades: Sequence[int], patient_ids: Sequence[str], least_patients: int
 ) -> list[int]:
-    """First decades of classes of neighbouring decades that have enough patients.
+    """Join neighbouring decades of age to classes that have enough patients.
 
-    From the youngest on, decades are joined until a class has enough patients; what is left over at
-    the old end joins the class before it.
+    From the youngest on, decades are joined until a class has enough patients. Decades that are too
+    few for a last class join the class before.
 
     Args:
       decades: N, floor(age / 10) of each volume.
       patient_ids: N patients.
-      least_patients: of a class.
+      least_patients: patients that a class needs.
 
     Returns:
-      The first decade of each class but the youngest, rising; empty if all are one class.
+      The first decade of each class without the youngest, rising; [] if all decades are one class.
     """
     starts, patients = [], set()
     for decade in sorted(set(decades)):
@@ -72,8 +71,7 @@ def age_classes(starts: Sequence[int]) -> tuple[str, ...]:
 
 
 class AttributeRefused(InputError):
-    """An attribute that cannot be learned; `reason` is the message without what asked for it and
-    the remedy."""
+    """An attribute that cannot be learned. `reason` is the middle of the message."""
 
     def __init__(self, asked_by: str, reason: str, remedy: str):
         super().__init__(f"{asked_by}: {reason}; {remedy}")
@@ -93,47 +91,18 @@ def read_attribute(
     Args:
       dataset: the dataset.
       name: `age`, `sex`, `ethnic_group`, or a label of volumes or patients of the dataset.
-      least_patients: of the training split that a class needs.
-      asked_by: flag or field that the user named the attribute by, for error messages.
-      remedy: where classes are too small, for error messages.
+      least_patients: training patients that a class needs.
+      asked_by: the user's flag or field with the attribute, for error messages.
+      remedy: for the message that classes are too small.
 
     Raises:
-      AttributeRefused: no such attribute, a label of slices, or fewer than two classes that are
-        large enough.
+      AttributeRefused: the attribute is unknown or a label of slices, or fewer than two of its
+        classes are large enough.
     """
-    labels = dataset.preparation["labels"]
-    by_split = {split: dataset.volumes(split) for split in SPLITS}
-    if name in OF_VOLUMES:
-        values = {
-            split: [_known(volume[name]) for volume in volumes]
-            for split, volumes in by_split.items()
-        }
-    elif name not in labels:
-        of_dataset = [label for label, facts in labels.items() if facts["level"] != "slice"]
-        choices = ", ".join([*OF_VOLUMES, *of_dataset])
-        raise AttributeRefused(
-            asked_by, f"the dataset has no attribute {name!r}", f"choose of {choices}"
-        )
-    elif labels[name]["level"] == "slice":
-        raise AttributeRefused(
-            asked_by,
-            f"{name} is a label of slices, not of patients",
-            f"train on it with --config.label={name}",
-        )
-    else:
-        classes = labels[name]["classes"]
-        of_volume = {row["volume_id"]: row[name] for row in dataset.labels()}
-        indices = {
-            split: [of_volume[volume["volume_id"]] for volume in by_split[split]]
-            for split in SPLITS
-        }
-        values = {
-            split: [None if index is None else classes[index] for index in of_split]
-            for split, of_split in indices.items()
-        }
+    values = _attribute_values(dataset, name, asked_by)
     known = [
         (value, volume["patient_id"])
-        for value, volume in zip(values["train"], by_split["train"], strict=True)
+        for value, volume in zip(values["train"], dataset.volumes("train"), strict=True)
         if value is not None
     ]
     if not known:
@@ -188,18 +157,45 @@ def read_attribute(
     )
 
 
-def _known(value: str | int | None) -> str | int | None:
-    return None if value == "" else value
+def _attribute_values(dataset: Dataset, name: str, asked_by: str) -> dict[str, list]:
+    """split -> the attribute of each volume; None where it is missing."""
+    labels = dataset.preparation["labels"]
+    if name in OF_VOLUMES:
+        of_volume = {
+            volume["volume_id"]: None if volume[name] == "" else volume[name]
+            for volume in dataset.volumes()
+        }
+    elif name not in labels:
+        of_dataset = [label for label, facts in labels.items() if facts["level"] != "slice"]
+        choices = ", ".join([*OF_VOLUMES, *of_dataset])
+        raise AttributeRefused(
+            asked_by, f"the dataset has no attribute {name!r}", f"choose of {choices}"
+        )
+    elif labels[name]["level"] == "slice":
+        raise AttributeRefused(
+            asked_by,
+            f"{name} is a label of slices, not of patients",
+            f"train on it with --config.label={name}",
+        )
+    else:
+        classes = labels[name]["classes"]
+        of_volume = {
+            row["volume_id"]: None if row[name] is None else classes[row[name]]
+            for row in dataset.labels()
+        }
+    return {
+        split: [of_volume[volume["volume_id"]] for volume in dataset.volumes(split)]
+        for split in SPLITS
+    }
 
 
 def label_classes(dataset: Dataset, label: str) -> tuple[tuple[str, ...], str]:
     """Names of a label's classes, and its level: `slice`, `volume` or `patient`.
 
-    Beside the dataset's own labels these are `sex`, `ethnic_group` and `age` (decades) of
-    volumes.csv.
+    `label` is a label of the dataset, or `sex`, `ethnic_group` or `age` (decades) of volumes.csv.
 
     Raises:
-      InputError: no such label, or an attribute with fewer than two classes that are large enough.
+      InputError: the dataset has no such label, or fewer than two of its classes are large enough.
     """
     labels = dataset.preparation["labels"]
     if label in labels:
@@ -209,8 +205,7 @@ def label_classes(dataset: Dataset, label: str) -> tuple[tuple[str, ...], str]:
     have = ", ".join([*labels, *OF_VOLUMES])
     raise InputError(
         f"config.label={label}: the dataset {dataset.name} has no such label (it has {have}); "
-        f"prepare it with "
-        "--labels_csv or another --archive, or choose one that it has"
+        "prepare it with --labels_csv or another --archive, or choose one that it has"
     )
 
 
@@ -238,8 +233,8 @@ def mask_areas(dataset: Dataset, split: str) -> np.ndarray:
 
 
 def lung_boxes(volumes: Sequence[dict], image_size: int) -> dict[str, np.ndarray]:
-    """The lungs' box of each volume, the whole slice where no lung was found: volume_id -> [4]
-    float32."""
+    """The box of the lungs of each volume: volume_id -> [4] float32 (top, left, bottom, right in
+    pixels). A volume without a box gets the whole slice."""
     whole = f"0 0 {image_size} {image_size}"
     return {
         volume["volume_id"]: np.array((volume["lung_box"] or whole).split(), np.float32)

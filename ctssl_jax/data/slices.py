@@ -1,8 +1,8 @@
 """Slices of a dataset as the items of batches.
 
 An item is a tuple of neighbouring slices of one volume, named by their offsets: (0,) for most
-tasks, (0, 1) for next-slice prediction, (-1, 0, 1) for three adjacent slices. A label, a mask or a
-box come with it where a task asks for them.
+tasks, (0, 1) for next-slice prediction, (-1, 0, 1) for three adjacent slices. A task can add a
+label, a mask or a box.
 """
 
 import math
@@ -17,14 +17,14 @@ from data_prep.system.errors import InputError
 
 
 def select_channels(preparation: dict, windows: Sequence[Sequence[float]]) -> tuple[int, ...]:
-    """Channels of a dataset that hold the wanted windows.
+    """Channels of a dataset with the wanted windows.
 
     Args:
-      preparation: contents of `preparation.json`.
-      windows: (level, width) pairs in HU; empty takes all channels.
+      preparation: content of `preparation.json`.
+      windows: (level, width) pairs in HU; empty selects all channels.
 
     Raises:
-      InputError: a window that the dataset was not prepared with.
+      InputError: the dataset was prepared without one of the windows.
     """
     prepared = [
         (float(window["level"]), float(window["width"])) for window in preparation["windows"]
@@ -37,8 +37,8 @@ def select_channels(preparation: dict, windows: Sequence[Sequence[float]]) -> tu
             have = ", ".join(f"{level:g}/{width:g}" for level, width in prepared)
             flag = f"--window={window[0]:g},{window[1]:g}"
             raise InputError(
-                f"config.windows asks for level/width {window[0]:g}/{window[1]:g}, but the "
-                f"dataset holds {have}; prepare it again with {flag}, or change config.windows"
+                f"config.windows asks for level/width {window[0]:g}/{window[1]:g}, but the dataset "
+                f"holds {have}; prepare it again with {flag}, or change config.windows"
             )
     return tuple(prepared.index(window) for window in wanted)
 
@@ -50,16 +50,16 @@ def selected_windows(preparation: dict, channels: Sequence[int]) -> list[tuple[f
 
 
 class Targets(NamedTuple):
-    """What a task asks for beside the slices, and which slices it takes.
+    """The data that a task needs beside the slices, and the slices that it uses.
 
-    label: name of a label of the dataset; slices without it are left out. "" asks for none.
-    mask: whether the slice's mask is wanted: 0 background, k the k-th region of its volume.
-    lung_box: whether the box of the volume's lungs is wanted.
-    repeat_edges: a neighbour beyond the volume's end or a gap is replaced by the slice itself, not
-      left out.
-    middle_only: only the middle slice of each volume (its largest body cross-section).
-    positive_share: share of slices with a positive label or with foreground in training batches; of
-      each kind all come once before any comes again. 0 takes the slices as they are.
+    label: name of a label of the dataset; slices without it are left out. "": no label.
+    mask: add the slice's mask: 0 background, k the k-th region of its volume.
+    lung_box: add the box of the volume's lungs.
+    repeat_edges: replace a neighbour beyond the volume's end or a gap by the slice itself; else the
+      item is left out.
+    middle_only: use the middle slice of each volume alone (its largest body cross-section).
+    positive_share: share of slices with a positive label or with foreground in training batches;
+      both kinds are used up before they repeat. 0 keeps the dataset's share.
     """
 
     label: str = ""
@@ -80,14 +80,13 @@ def neighbour_table(
     repeat_edges: bool = False,
     middle_only: bool = False,
 ) -> np.ndarray:
-    """Record numbers of every tuple of neighbours that exists within one volume, across no gap.
+    """Record numbers of every tuple of neighbours that lies in one volume and has no gap.
 
     Args:
       volumes: rows of `volumes.csv` of one split (`first_record`, `num_slices`, `middle_slice`, and
         `gap_positions`: the slice indices, separated by blanks, whose next slice is missing).
-      offsets: slice offsets, e.g. (0, 1); 0 is among them.
-      repeat_edges: keep tuples whose neighbours do not exist, with the slice at offset 0 in their
-        place.
+      offsets: slice offsets with 0, e.g. (0, 1).
+      repeat_edges: replace neighbours that do not exist by the slice at offset 0.
       middle_only: only tuples around the middle slice of each volume.
 
     Returns:
@@ -115,13 +114,12 @@ def neighbour_table(
 
 
 def training_subset(volumes: Sequence[dict], fraction: float, seed: int) -> list[dict]:
-    """A share of the volumes by whole studies; of one seed, a smaller share is part of every larger
-    one.
+    """The volumes of a fraction of the studies; a larger fraction extends a smaller one.
 
     Args:
       volumes: rows of `volumes.csv` of one split.
-      fraction: of the studies, above 0 and up to 1; rounded up to whole studies.
-      seed: of the order in which studies are taken.
+      fraction: fraction of the studies, above 0 and up to 1; rounded up to whole studies.
+      seed: seed of the order of the studies.
     """
     studies = sorted({volume["exam_id"] for volume in volumes})
     order = np.random.default_rng(seed).permutation(len(studies))
@@ -132,19 +130,22 @@ def training_subset(volumes: Sequence[dict], fraction: float, seed: int) -> list
 class NeighbourSource:
     """Random access to tuples of neighbouring slices of one split.
 
-    Item `i` is
-    `{"images": uint8 [len(offsets), H, W, C], "record_index": int32, "weight": float32 1}`; the
-    record index is that of the slice at offset 0, counted within the split. Targets add `label`
-    int32, `mask` uint8 [H, W], `box` float32 [4] (top, left, bottom, right of the lungs in pixels,
-    the whole slice where no lung was found).
+    An item has these arrays:
+
+        images        [len(offsets), H, W, C] uint8
+        record_index  int32, the record of the slice at offset 0, counted within the split
+        weight        float32, 1
+        label         int32, with `Targets.label`
+        mask          [H, W] uint8, with `Targets.mask`
+        box           [4] float32, with `Targets.lung_box`, see `labels.lung_boxes`
 
     Attributes:
       targets: see `Targets`.
-      volumes: rows of `volumes.csv` that the items are of.
+      volumes: rows of `volumes.csv` of the items.
       table: [N, len(offsets)] int64 record numbers.
       labels: [N] int32 class of each item; None without a label.
-      positive: [N] bool, items with a label above 0 or, of a mask, with foreground; None without
-        either.
+      positive: [N] bool, items with a label above 0 or with foreground; None without label and
+        mask.
     """
 
     def __init__(
@@ -199,8 +200,7 @@ class NeighbourSource:
         return {name: values[0] for name, values in self.read(np.array([item])).items()}
 
     def read(self, items: np.ndarray) -> dict[str, np.ndarray]:
-        """Some items [b] at once: the arrays of an item, with a leading axis of length b. Each
-        slice is copied once."""
+        """The arrays of items [b], with a leading axis of length b. Each slice is copied once."""
         numbers = self.table[items]
         channels = slice(None) if self._channels is None else self._channels
         records = [[self._records[number] for number in row] for row in numbers.tolist()]
@@ -237,31 +237,29 @@ def open_source(
     fraction: float = 1.0,
     seed: int = 0,
 ) -> NeighbourSource:
-    """Open a split, or a share of its studies.
+    """Open a split, or a fraction of its studies.
 
     Raises:
-      InputError: the split is empty, has no tuple of neighbours with these offsets, or lacks the
+      InputError: the split is empty, no neighbours have these offsets, or the dataset lacks the
         targets.
     """
     if targets.label:
         label_classes(dataset, targets.label)
     if targets.mask and not dataset.preparation["masks"]:
         raise InputError(
-            f"the dataset {dataset.name} has no masks; prepare it with --archive=lidc_idri or "
-            f"with --masks_dir=DIR"
+            f"the dataset {dataset.name} has no masks; prepare it with --archive=lidc_idri or with "
+            "--masks_dir=DIR"
         )
     source = NeighbourSource(dataset, split, channels, offsets, targets, fraction, seed)
     if not source.volumes:
         raise InputError(
             f"the dataset {dataset.name} has no {split} split; prepare it with --splits that give "
-            f"{split} a share "
-            "(three patients or more)"
+            f"{split} a share (three patients or more)"
         )
     if not len(source):
         kind = f"slices with the label {targets.label}" if targets.label else "slices"
         raise InputError(
             f"the {split} split of {dataset.name} has no {kind} with neighbours at offsets "
-            f"{tuple(offsets)}; choose a "
-            "smaller distance, or prepare longer scans"
+            f"{tuple(offsets)}; choose a smaller distance, or prepare longer scans"
         )
     return source

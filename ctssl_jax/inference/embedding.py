@@ -58,27 +58,25 @@ def embed(
       workdir: run directory, of any task.
       input_path: raw scans or a dataset directory.
       output: FILE.parquet or FILE.npz; its folder is made.
-      checkpoint: `best`, `last` or a step.
+      checkpoint: `best`, `last`, `last_good` or a step.
       split: of a dataset; None takes all.
       archive, metadata_csv, rules: of raw scans, see `data_prep.raw.scans.plan_scans`.
       pseudonym_key_file: key of the pseudonyms of raw scans; None makes one in FILE-audit.
       batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the training's.
       num_workers: processes that decode raw scans; None takes the usable cores, at most four; 0
-        this process alone.
+        takes this process alone.
 
     Returns:
       The facts that the files hold (among them `num_volumes`, `num_patients`, `num_slices`, and
-      `refused`: series by reason), `not_images` (files by reason), and `changed`: False if all was
-        there already.
+      `refused`, the number of series by reason), `not_images` (number of files by reason), and
+      `changed`, False if the files were complete already.
 
     Raises:
-      InputError: no such run, checkpoint or input, data prepared otherwise than the run's, or no
-        volume that is taken.
-      RunFailed: the input went away.
+      InputError: an unknown run, checkpoint or input, data prepared otherwise than the data of the
+        run, or an input whose volumes are all refused.
+      OSError: the input went away, or the files cannot be written.
     """
-    # ---- Can the request work? ----
-    output = Path(output).expanduser()
-    input_path = local_input(input_path)
+    output, input_path = Path(output).expanduser(), local_input(input_path)
     embedding_files.check_format(output)
     key = read_key(pseudonym_key_file)
     num_workers = min(MAX_WORKERS, usable_cores()) if num_workers is None else num_workers
@@ -90,59 +88,50 @@ def embed(
     else:
         if split is not None:
             raise InputError(
-                f"--split={split} is of prepared datasets, and --input={input_path} is not one; "
-                f"leave it out"
+                f"--split={split} is for prepared datasets, and --input={input_path} is not one; "
+                "leave it out"
             )
         rules = rules or Rules()
         plan = plan_scans(input_path, archive, rules, metadata_csv, num_workers=num_workers)
         make_folder(output.parent, "--output")
         key = keep_audit(output.with_suffix(""), plan, key)
         opened = open_scans(plan, rules, key, model.windows, model.image_size, num_workers)
+
     facts = _facts(model) | opened.facts
-    made_by = json.dumps(facts, sort_keys=True)
-    facts["content"] = _digest(
-        made_by, *(job.digest for job in opened.jobs), *map(repr, sorted(opened.refused))
-    )
+    settings = json.dumps(facts, sort_keys=True)
+    digests = [job.digest for job in opened.jobs]
+    facts["content"] = _digest(settings, *digests, *map(repr, sorted(opened.refused)))
     present = embedding_files.read_facts(output)
     if present and present["complete"] and facts.items() <= present.items():
         _remove_parts(output)
         return {**present, "not_images": opened.not_images, "changed": False}
 
-    # ---- One volume after the other ----
     make_folder(_parts_dir(output), "--output")
-    parts = [_parts_dir(output) / f"{_digest(made_by, job.digest)}.npz" for job in opened.jobs]
+    parts = [_parts_dir(output) / f"{_digest(settings, digest)}.npz" for digest in digests]
     failed = _embed_missing(model, opened, parts)
-
-    # ---- Files ----
-    def outcomes() -> Iterator[VolumeEmbedding | Refused]:
-        for part in parts:
-            yield failed.get(part) or embedding_files.read_part(part)
-
-    refused, patients, num_volumes, num_slices = list(opened.refused), set(), 0, 0
-    for outcome in outcomes():
+    refused, embedded = list(opened.refused), []
+    for outcome in _outcomes(parts, failed):
         if isinstance(outcome, Refused):
             refused.append(outcome)
         else:
-            patients.add(outcome.patient_id)
-            num_volumes, num_slices = num_volumes + 1, num_slices + len(outcome.slices)
+            embedded.append((outcome.patient_id, len(outcome.slices)))
     refused.sort()
     rows = [dict(zip(_REJECTED_COLUMNS, series, strict=True)) for series in refused]
     write_table(output.with_suffix(".rejected.csv"), _REJECTED_COLUMNS, rows)
-    if not (num_volumes or failed):
-        _remove_parts(output)
-    if not num_volumes:
+    if not embedded:
+        if not failed:
+            _remove_parts(output)
         raise InputError(nothing_taken(input_path, refused))
+    patients = sorted({patient_id for patient_id, _ in embedded})
     facts |= {
-        "num_volumes": num_volumes,
+        "num_volumes": len(embedded),
         "num_patients": len(patients),
-        "num_slices": num_slices,
-        "num_patients_seen_in_training": _patients_seen(
-            run, facts["key_fingerprint"], sorted(patients)
-        ),
+        "num_slices": sum(num_slices for _, num_slices in embedded),
+        "num_patients_seen_in_training": _patients_seen(run, facts["key_fingerprint"], patients),
         "refused": dict(sorted(collections.Counter(series.reason for series in refused).items())),
         "complete": not failed,
     }
-    volumes = (outcome for outcome in outcomes() if not isinstance(outcome, Refused))
+    volumes = (one for one in _outcomes(parts, failed) if not isinstance(one, Refused))
     embedding_files.write(output, volumes, model.embedding_dim, facts)
     if not failed:
         _remove_parts(output)
@@ -150,8 +139,11 @@ def embed(
 
 
 def _embed_missing(model: PretrainedModel, opened: Input, parts: list[Path]) -> dict[Path, Refused]:
-    """Write the parts of the volumes that have none yet; returns the volumes that cannot be read
-    for now, by part."""
+    """Write the parts that do not exist yet.
+
+    Returns:
+      The parts of volumes that cannot be read for now -> their refusals.
+    """
     missing = [
         (job, part) for job, part in zip(opened.jobs, parts, strict=True) if not part.exists()
     ]
@@ -169,6 +161,13 @@ def _embed_missing(model: PretrainedModel, opened: Input, parts: list[Path]) -> 
     return failed
 
 
+def _outcomes(
+    parts: list[Path], failed: dict[Path, Refused]
+) -> Iterator[VolumeEmbedding | Refused]:
+    for part in parts:  # one volume at a time in memory
+        yield failed.get(part) or embedding_files.read_part(part)
+
+
 def summary(result: dict[str, Any]) -> str:
     """The outcome of `embed`, as lines for the screen."""
     slices, volumes, patients = (
@@ -177,8 +176,7 @@ def summary(result: dict[str, Any]) -> str:
     )
     lines = [
         f"{result['recipe']}, step {result['checkpoint_step']:,}: {slices} of {volumes} of "
-        f"{patients}, "
-        f"{result['embedding_dim']} numbers a "
+        f"{patients}, {result['embedding_dim']} numbers a "
         f"slice{'  SYNTHETIC DATA' if result['synthetic'] else ''}"
     ]
     for reason, number in result["refused"].items():
@@ -188,7 +186,7 @@ def summary(result: dict[str, Any]) -> str:
     if result["num_patients_seen_in_training"]:
         lines.append(
             f"NOTE: the model has learned from {result['num_patients_seen_in_training']} of these "
-            f"patients"
+            "patients"
         )
     if not result["complete"]:
         lines.append("NOTE: some scans could not be read for now; run again to retry them")
@@ -196,7 +194,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _facts(model: PretrainedModel) -> dict[str, Any]:
-    """All that the numbers of a volume depend on."""
+    """All settings that the embedding of a volume depends on."""
     return {
         "kind": "embeddings",
         "format_version": FORMAT_VERSION,
@@ -217,7 +215,7 @@ def _facts(model: PretrainedModel) -> dict[str, Any]:
 
 
 def _embedded(model: PretrainedModel, volume: InputVolume | Refused) -> VolumeEmbedding | Refused:
-    """The embedding of a volume; a refusal stays one."""
+    """The embedding of a volume; a refusal stays a refusal."""
     if isinstance(volume, Refused):
         return volume
     embedding = summarise_slices(model.outputs(volume.prepared)["embedding"])
@@ -225,8 +223,8 @@ def _embedded(model: PretrainedModel, volume: InputVolume | Refused) -> VolumeEm
 
 
 def _patients_seen(run: Run, key_fingerprint: str, patients: list[str]) -> int | None:
-    """How many of the patients the run or one of its ancestors has learned from; None if this
-    cannot be known."""
+    """Number of the patients that the run or one of its ancestors has learned from; None if this is
+    unknown."""
     ancestors = run.ancestors  # a damaged list is refused even where the patients are not known
     if not (run.workdir / "patients.json").is_file():
         return None
@@ -243,8 +241,7 @@ def _parts_dir(output: Path) -> Path:
 
 
 def _remove_parts(output: Path) -> None:
-    """Removes the parts of this run and of killed ones to this output; files that are not ours
-    stay."""
+    """Remove the parts of this output, also of killed runs; other files stay."""
     folder = _parts_dir(output)
     partial = output.parent.glob(f"{output.stem}.*.partial")
     for path in (*folder.glob("*.npz"), *folder.glob("*.npz.*.partial"), *partial):

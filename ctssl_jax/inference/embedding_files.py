@@ -1,15 +1,15 @@
 """Files of embeddings: one part a volume while the work lasts, then FILE.parquet or FILE.npz.
 
-FILE.parquet holds a row a slice: `volume_id`, `patient_id`, `slice_index`, `position_mm`,
-`embedding` (fixed-size list of D float32); beside it FILE.volumes.parquet a row a volume:
-`volume_id`, `patient_id`, `split`, `num_slices`, `mean` and `max` over the slices. The settings
-that made them stand as JSON under `ctssl_jax` in the metadata of both schemas.
+    FILE.parquet          a row a slice: `volume_id`, `patient_id`, `slice_index`, `position_mm`,
+                          `embedding` (fixed-size list of D float32)
+    FILE.volumes.parquet  a row a volume: `volume_id`, `patient_id`, `split`, `num_slices`, `mean`
+                          and `max` over the slices
+    FILE.npz              the same as arrays. For V volumes: `volume_id`, `patient_id`, `split`,
+                          `num_slices`, `mean` and `max` [V, D]. For N slices: `slice_volume` (index
+                          of the volume), `slice_index`, `position_mm`, `embedding` [N, D]
 
-FILE.npz holds the same as arrays: of V volumes `volume_id`, `patient_id`, `split`, `num_slices`,
-`mean`, `max` [V, D]; of N slices `slice_volume` (which volume), `slice_index`, `position_mm`,
-`embedding` [N, D]; and `facts`, the JSON.
-
-All of it depends on the content alone, so that equal embeddings make equal bytes.
+The settings that made them are JSON: under `ctssl_jax` in the metadata of both schemas, and in the
+array `facts` of FILE.npz. All bytes depend on the content alone: equal embeddings, equal files.
 """
 
 import io
@@ -30,10 +30,10 @@ _METADATA = b"ctssl_jax"
 
 
 class VolumeEmbedding(NamedTuple):
-    """A volume's embeddings.
+    """The embeddings of a volume.
 
     volume_id, patient_id: pseudonyms.
-    split: of the dataset; "" of raw scans.
+    split: of the dataset; "" for raw scans.
     position_mm: [S] float32, along the slice normal.
     slices: [S, D] float32, towards superior.
     mean, max: [D] float32 over the slices.
@@ -49,7 +49,7 @@ class VolumeEmbedding(NamedTuple):
 
 
 def check_format(output: Path) -> None:
-    """Refuse an output of another ending, or Parquet without the library for it.
+    """Refuse an output of another ending, or Parquet without pyarrow.
 
     Raises:
       InputError: names the remedy.
@@ -74,7 +74,7 @@ def volumes_path(output: Path) -> Path:
 
 
 def write_part(path: Path, content: VolumeEmbedding | Refused) -> None:
-    """Writes the embedding of one volume, or its refusal, in full or not at all."""
+    """Write the embedding of one volume, or its refusal, in full or not at all."""
     buffer = io.BytesIO()
     np.savez(buffer, **content._asdict())
     write_file(path, buffer.getvalue())
@@ -96,13 +96,13 @@ def read_part(path: Path) -> VolumeEmbedding | Refused:
 def write(
     output: Path, volumes: Iterable[VolumeEmbedding], embedding_dim: int, facts: dict[str, Any]
 ) -> None:
-    """Writes the results, FILE itself last: with it they are complete.
+    """Write the results; FILE itself is written last, and completes them.
 
     Args:
       output: FILE.parquet (a volume at a time is in memory) or FILE.npz (all embeddings are).
       volumes: in the order of the rows; at least one.
       embedding_dim: D.
-      facts: settings that made them, in types of JSON.
+      facts: the settings, in types of JSON.
     """
     text = json.dumps(facts, sort_keys=True)
     if output.suffix == ".parquet":
@@ -112,8 +112,7 @@ def write(
 
 
 def read_facts(output: Path) -> dict[str, Any] | None:
-    """The settings that made existing results; None without results, or with other files of these
-    names."""
+    """The settings of existing results; None without results, or for other files of these names."""
     try:
         if output.suffix == ".npz":
             with np.load(output) as arrays:
@@ -124,7 +123,7 @@ def read_facts(output: Path) -> dict[str, Any] | None:
             parquet.read_schema(path).metadata[_METADATA] for path in (output, volumes_path(output))
         ]
         return json.loads(facts[0]) if facts[0] == facts[1] else None
-    except Exception:  # absent, of another kind or damaged: they are written again
+    except Exception:  # files that are absent, damaged or of another kind are written again
         return None
 
 
@@ -179,10 +178,8 @@ def _write_npz(output: Path, volumes: list[VolumeEmbedding], facts: str) -> None
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        **{
-            name: np.array([getattr(volume, name) for volume in volumes])
-            for name in ("volume_id", "patient_id")
-        },
+        volume_id=np.array([volume.volume_id for volume in volumes]),
+        patient_id=np.array([volume.patient_id for volume in volumes]),
         split=np.array([volume.split for volume in volumes]),
         num_slices=num_slices,
         mean=np.stack([volume.mean for volume in volumes]),

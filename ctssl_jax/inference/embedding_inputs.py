@@ -1,4 +1,4 @@
-"""What `ctssl_jax.embed` reads: a prepared dataset, or raw scans under pseudonyms of their own."""
+"""Inputs of `ctssl_jax.embed`: a prepared dataset, or raw scans, which get pseudonyms."""
 
 import collections
 import csv
@@ -34,9 +34,9 @@ from data_prep.system.workers import WorkerDied, WorkerPool
 class Job(NamedTuple):
     """One volume to embed.
 
-    volume_id: its pseudonym; of raw scans that of the preferred reconstruction.
-    digest: of all that its embedding depends on, for this volume.
-    num_slices: about.
+    volume_id: its pseudonym; for raw scans the pseudonym of the preferred reconstruction.
+    digest: of the volume, as far as its embedding depends on it.
+    num_slices: for raw scans the expected number.
     source: an exam, or a row of `volumes.csv`.
     """
 
@@ -60,10 +60,10 @@ class Input(NamedTuple):
     """An opened input.
 
     jobs: in the order of the results.
-    read: jobs -> the volume of each, or its refusal, in their order.
+    read: jobs -> their volumes or refusals, in the order of the jobs.
     facts: of the results, with `key_fingerprint` of the pseudonyms.
-    refused: series that the headers refuse.
-    not_images: number of files that hold no image, by reason.
+    refused: series that are refused by their headers.
+    not_images: reason -> number of files that are not images.
     """
 
     jobs: list[Job]
@@ -74,11 +74,11 @@ class Input(NamedTuple):
 
 
 def open_dataset(run: Run, dataset: Path, split: str | None) -> Input:
-    """A prepared dataset, or one split of it.
+    """A prepared dataset; only one split, if `split` is not None.
 
     Raises:
-      InputError: it was prepared otherwise than the data of the run, as `ctssl_jax.evaluate`
-        refuses it, or the split does not exist.
+      InputError: it was prepared otherwise than the data of the run (see `MeasuredRun.open`), or
+        the split does not exist.
     """
     if split is not None and split not in SPLITS:
         raise InputError(f"--split={split}: choose one of {', '.join(SPLITS)}, or leave it out")
@@ -87,10 +87,9 @@ def open_dataset(run: Run, dataset: Path, split: str | None) -> Input:
     rows = [row for name in SPLITS if split in (None, name) for row in opened.volumes(name)]
     return Input(
         jobs=[
-            Job(
-                row["volume_id"], f"{opened.fingerprint} {row['volume_id']}", row["num_slices"], row
-            )
+            Job(name, f"{opened.fingerprint} {name}", row["num_slices"], row)
             for row in rows
+            for name in [row["volume_id"]]
         ],
         read=functools.partial(_read_dataset, opened, list(measured.channels)),
         facts={
@@ -129,14 +128,13 @@ def open_scans(
     image_size: int,
     num_workers: int,
 ) -> Input:
-    """Raw scans, ordered by pseudonyms: the order of the results does not tell the order of the
-    archive.
+    """Raw scans, ordered by pseudonyms, so that results do not show the order of the archive.
 
     Args:
       plan, rules: see `data_prep.raw.scans.plan_scans`.
       key: of the pseudonyms.
       windows, image_size: of the model.
-      num_workers: processes that decode ahead of the model; 0 this process alone.
+      num_workers: processes that decode ahead of the model; 0 takes this process alone.
     """
     jobs = []
     for exam in plan.exams:
@@ -182,7 +180,7 @@ def _read_scans(
 
 
 def _read_scan(*arguments: Any) -> InputVolume | Refused:
-    """The part of a scan that the model reads; its HU stay in the worker."""
+    """The input of the model for a scan; its HU stay in the worker."""
     scan = read_scan(*arguments)
     if isinstance(scan, Refused):
         return scan
@@ -193,35 +191,32 @@ def _read_scan(*arguments: Any) -> InputVolume | Refused:
 
 
 def read_key(pseudonym_key_file: str | Path | None) -> bytes | None:
-    """The key that the user names, if any.
+    """The key in the file of the user; None without a file.
 
     Raises:
-      InputError: no such file, or too short a key.
+      InputError: the file cannot be read, or its key is too short.
     """
+    if not pseudonym_key_file:
+        return None
     try:
-        return (
-            pseudonyms.read_key(Path(pseudonym_key_file).expanduser())
-            if pseudonym_key_file
-            else None
-        )
+        return pseudonyms.read_key(Path(pseudonym_key_file).expanduser())
     except InputError as error:
         raise InputError(f"--pseudonym_key_file={error}") from None
 
 
 def keep_audit(output: Path, plan: ScanPlan, key: bytes | None) -> bytes:
-    """Makes or reads the key in the private folder OUTPUT-audit, and writes its sources.csv: the
-    files of each volume.
+    """Make the private folder OUTPUT-audit with the key and sources.csv, the files of each volume.
 
     Args:
-      output: beside which the folder lies.
+      output: the folder lies beside it.
       plan: of the scans.
-      key: of the user; None takes the key of the folder.
+      key: of the user; None takes the key of the folder, which is made if it does not exist.
 
     Returns:
       The key.
 
     Raises:
-      InputError: the folder cannot be made or holds no usable key.
+      InputError: the folder cannot be made, or its key cannot be used.
     """
     audit_dir = pseudonyms.default_audit_dir(output)
     try:
@@ -233,7 +228,7 @@ def keep_audit(output: Path, plan: ScanPlan, key: bytes | None) -> bytes:
             f"--output: cannot make {audit_dir} ({error.strerror}); choose another place"
         ) from None
     except InputError as error:
-        raise InputError(f"{error}; remove it, and another one is made") from None
+        raise InputError(f"{error}; remove it, and a new one is made") from None
     rows = []
     for candidate in (candidate for exam in plan.exams for candidate in exam):
         volume_id = pseudonyms.volume_id(key, candidate)

@@ -1,5 +1,4 @@
-"""Arrays of HU in any orientation (of nibabel, SimpleITK) -> volumes as `data_prep` prepares
-them."""
+"""Arrays of HU in any orientation (nibabel, SimpleITK), prepared as `data_prep` prepares scans."""
 
 import types
 from collections.abc import Sequence
@@ -21,13 +20,15 @@ _VALUES_ARE_HU = types.SimpleNamespace(
 def prepare_array(
     array: np.ndarray, affine: np.ndarray, windows: Sequence[tuple[float, float]], image_size: int
 ) -> PreparedVolume:
-    """What a model reads of an array of HU; an affine knows of no gaps. Errors as in
-    `canonical_volume`.
+    """The input of a model for an array of HU, which has no gaps.
 
     Args:
-      array, affine: the volume.
+      array, affine: the volume, see `canonical_volume`.
       windows: (level, width) in HU, a channel each.
       image_size: height and width of the slices in pixels.
+
+    Raises:
+      InputError: as `canonical_volume`.
     """
     hu, pixel_spacing_mm, slice_spacing_mm = canonical_volume(array, affine)
     chest = summarise(hu, pixel_spacing_mm, slice_spacing_mm)
@@ -40,11 +41,10 @@ def prepare_array(
 def canonical_volume(
     array: np.ndarray, affine: np.ndarray
 ) -> tuple[np.ndarray, tuple[float, float], float]:
-    """HU in any orientation to slices towards superior, rows towards posterior, columns to the
-    patient's left.
+    """HU in any orientation -> slices towards superior, rows to posterior, columns to the left.
 
-    The axis that runs most along the patient counts the slices. What lies below -1500 HU becomes
-    air, as `data_prep` has it.
+    The axis that is closest to the patient's long axis counts the slices. Values below -1500 HU
+    become air, as in `data_prep`.
 
     Args:
       array: 3-D, HU.
@@ -55,7 +55,7 @@ def canonical_volume(
       in mm.
 
     Raises:
-      InputError: not 3-D, no such affine, an oblique volume, or values that are not HU.
+      InputError: not 3-D, an unusable affine, an oblique volume, or values that are not HU.
     """
     affine = np.asarray(affine, np.float64)
     if (
@@ -95,8 +95,7 @@ def canonical_volume(
 
 
 def _to_hu(frames: Sequence[np.ndarray]) -> np.ndarray:
-    """[S, H, W] as `load_volume` makes it of these stored values; refuses values that are not
-    HU."""
+    """Stored values -> HU [S, H, W] as in `load_volume`; refuses values that are not HU."""
     if frames[0].dtype == np.float16:
         frames = [frame.astype(np.float32) for frame in frames]
     if not all(np.isfinite(frame).all() for frame in frames):
@@ -109,8 +108,8 @@ def _to_hu(frames: Sequence[np.ndarray]) -> np.ndarray:
     if fault := plausibility.fault():
         lowest, highest = min(frame.min() for frame in frames), max(frame.max() for frame in frames)
         raise InputError(
-            f"values from {lowest:g} to {highest:g} are not HU ({fault}); give HU, stored values "
-            f"x Rescale Slope "
-            "+ Intercept, or slices of a prepared dataset as uint8 [S, H, W, C] without an affine"
+            f"values from {lowest:g} to {highest:g} are not HU ({fault}); give HU, stored values x "
+            "Rescale Slope + Intercept, or slices of a prepared dataset as uint8 [S, H, W, C] "
+            "without an affine"
         )
     return np.stack([to_hu(frame, _VALUES_ARE_HU) for frame in frames])

@@ -1,5 +1,4 @@
-"""The label of one scan: probabilities of its slices, and of the exam by the rule of the
-evaluation."""
+"""The label of one scan: probabilities of its slices, and of the exam as in the evaluation."""
 
 import csv
 import json
@@ -29,13 +28,13 @@ def predict_label(
 ) -> dict[str, Any]:
     """Write slices.csv and prediction.png.
 
-    The exam's score is as in `outcomes.label_metrics`: of a two-class label of slices the highest
-    slice, of any other label the mean over slices.
+    The score of the exam is as in `outcomes.label_metrics`: the highest slice for a label of slices
+    with two classes, else the mean over slices.
 
     Args:
       model: of one of `TASKS`.
-      scan: prepared with the model's windows and image size.
-      thresholds: of `read_thresholds`; {} for none.
+      scan: prepared with the windows and the image size of the model.
+      thresholds: from `read_thresholds`, or {}.
       output: folder.
       title: of the picture; the score is added.
 
@@ -53,26 +52,22 @@ def predict_label(
 
     rule, scores = exam_probabilities(probabilities, level)
     exam = {"rule": rule, "probabilities": dict(zip(classes, scores.tolist(), strict=True))}
-    threshold, slice_threshold = (
-        thresholds.get("exam" if level == "slice" else "volume"),
-        thresholds.get("slice"),
-    )
+    threshold = thresholds.get("exam" if level == "slice" else "volume")
+    slice_threshold = thresholds.get("slice")
     if threshold is not None:
         exam |= {"threshold": threshold, "positive": bool(scores[1] >= threshold)}
     if slice_threshold is not None:
         above = int(np.count_nonzero(probabilities[:, 1] >= slice_threshold))
         exam |= {"slice_threshold": slice_threshold, "slices_at_or_above_threshold": above}
     binary = len(classes) == 2
-    shown = probabilities[:, 1:] if binary else probabilities
+    first = 1 if binary else 0  # of two classes one curve tells both
+    shown = probabilities[:, first:]
     top = int(shown.max(axis=1).argmax())
     named = 1 if binary else int(scores.argmax())
     save_curve(
         output / "prediction.png",
         position_mm,
-        {
-            f"P({name})": curve
-            for name, curve in zip(classes[1:] if binary else classes, shown.T, strict=True)
-        },
+        {f"P({name})": curve for name, curve in zip(classes[first:], shown.T, strict=True)},
         scan.images[slices[top], ..., 0],
         top,
         threshold=slice_threshold,
@@ -92,8 +87,15 @@ def predict_label(
 
 
 def exam_probabilities(probabilities: np.ndarray, level: str) -> tuple[str, np.ndarray]:
-    """The rule in words, and the probabilities of the exam [K] float64 from those of its slices [N,
-    K]."""
+    """The rule in words, and the probabilities of the exam.
+
+    Args:
+      probabilities: [N, K] of its slices.
+      level: of the label: `slice`, `volume` or `patient`.
+
+    Returns:
+      The rule, and [K] float64.
+    """
     if level == "slice" and probabilities.shape[1] == 2:
         (positive,) = exam_scores(probabilities[:, 1], np.zeros(len(probabilities), int), 1)
         return "highest slice", np.array([1 - positive, positive])
@@ -103,17 +105,19 @@ def exam_probabilities(probabilities: np.ndarray, level: str) -> tuple[str, np.n
 def read_thresholds(
     path: str | Path, config: ml_collections.ConfigDict, fingerprint: str
 ) -> dict[str, float | None]:
-    """Thresholds that an evaluation of these weights fixed on the validation split: of `slice` and
-    `exam`, or `volume`.
+    """The thresholds that an evaluation of these weights fixed on the validation split.
 
     Args:
       path: RESULT.json of `ctssl_jax.evaluate`.
       config: of the run.
       fingerprint: of the weights.
 
+    Returns:
+      `slice` and `exam`, or `volume` -> threshold; None where one class alone occurs.
+
     Raises:
-      InputError: no such file, one of another label, of more than two classes or of other weights,
-        or without any.
+      InputError: an unreadable file, or a result of another label, of more than two classes, of
+        other weights, or without a threshold.
     """
     try:
         result = json.loads(Path(path).read_text())
@@ -128,19 +132,17 @@ def read_thresholds(
     if not fits:
         raise InputError(
             f"--evaluation={path} has no thresholds of the label {config.label}; give the "
-            f"RESULT.json that "
-            "ctssl_jax.evaluate wrote of this run, of a label with two classes"
+            "RESULT.json that ctssl_jax.evaluate wrote of this run, of a label with two classes"
         )
     if not same_weights:
         raise InputError(
             f"--evaluation={path} is of other weights (step {result.get('checkpoint_step')}) than "
-            f"the checkpoint; give "
-            "the evaluation of this run, and the same --checkpoint"
+            "the checkpoint; give the evaluation of this run, and the same --checkpoint"
         )
     if all(threshold is None for threshold in result["thresholds"].values()):
         raise InputError(
             f"--evaluation={path} fixed no threshold: its validation split has one class only; "
-            f"leave it out"
+            "leave it out"
         )
     return result["thresholds"]
 
@@ -162,16 +164,16 @@ def _write_csv(
 
 
 def _classes(model: PretrainedModel, number: int) -> tuple[tuple[str, ...], str]:
-    """Names of the classes and the label's level; numbers where nothing names an attribute's
-    classes any more."""
+    """Names of the classes and the level of the label; `class_0`, ... where the dataset that names
+    the classes of an attribute is gone."""
     label = model.config.label
     if label in model.preparation["labels"]:
         facts = model.preparation["labels"][label]
         return tuple(facts["classes"]), facts["level"]
-    try:  # an attribute: which classes there are is decided by the training patients
+    try:  # the classes of an attribute follow from the training patients
         classes, level = label_classes(Dataset.open(model.config.dataset), label)
     except (InputError, OSError):
         classes, level = (), "volume"
-    return (
-        tuple(classes) if len(classes) == number else tuple(f"class_{k}" for k in range(number))
-    ), level
+    if len(classes) != number:
+        classes = [f"class_{k}" for k in range(number)]
+    return tuple(classes), level

@@ -23,7 +23,7 @@ from data_prep.scan.window import window_to_uint8
 
 TASKS = ("segmentation", "segmentation_standard_unet")
 THRESHOLD = 0.5  # as `ctssl_jax.evaluate` measures masks
-_LISTED_REGIONS = 200  # listed in prediction.json, the largest first
+_LISTED_REGIONS = 200  # the largest ones, in prediction.json
 _SHOWN = 6
 IDENTITY_NOTE = (
     "segmentation.dcm carries the patient's name and identifiers, as the scan does; the other "
@@ -43,20 +43,20 @@ def predict_mask(
 ) -> tuple[dict[str, Any], list[str]]:
     """Write mask.nii.gz, segmentation.dcm and prediction.png.
 
-    Probabilities are brought back to the scan's matrix, and cut at `THRESHOLD` there.
+    Probabilities are resized to the matrix of the scan, and cut at `THRESHOLD` there.
 
     Args:
       model: of one of `TASKS`.
-      scan: prepared with the model's windows and image size.
+      scan: prepared with the windows and the image size of the model.
       input_dir: of the scan's sources.
       output: folder.
       title: of the picture; the volume is added.
-      dicom_seg: whether segmentation.dcm is wanted; None: where it can be written.
+      dicom_seg: whether to write segmentation.dcm; None writes it where this is possible.
       segment_label: Segment Label; "" takes `nodule` for a run on LIDC-IDRI, else `foreground`.
 
     Returns:
-      Fields of prediction.json, and notes: files that could not be written, and facts that must be
-      known.
+      Fields of prediction.json; and notes: files that could not be written, and the warning that
+      segmentation.dcm identifies the patient.
     """
     volume = scan.volume
     probabilities = np.empty(volume.hu.shape, np.float32)
@@ -90,15 +90,14 @@ def predict_mask(
 
 
 def slice_probabilities(model: PretrainedModel, images: np.ndarray) -> np.ndarray:
-    """How probable foreground is: slices [S, size, size, C] uint8 -> [S, size, size] float32."""
+    """Probability of foreground: slices [S, size, size, C] uint8 -> [S, size, size] float32."""
     graph, *_ = abstract_model(model.config, get_task(model.config.task))
 
     @jax.jit
     def probabilities(state: dict, batch: dict) -> jax.Array:
         network = nnx.merge(graph, state["params"], state["variables"], copy=True)
-        return jax.nn.sigmoid(
-            network(item_slices(batch["images"], 0, model.config), train=False).logits
-        )
+        inputs = item_slices(batch["images"], 0, model.config)
+        return jax.nn.sigmoid(network(inputs, train=False).logits)
 
     return model.in_batches(probabilities, {"images": images})
 
@@ -150,8 +149,8 @@ def _save_picture(
     regions: list[dict],
     title: str,
 ) -> None:
-    """The largest regions, each where its area is largest; without any, the slice of the highest
-    probability."""
+    """The largest regions, each on the slice of its largest area; if there are no regions, the
+    slice of the highest probability."""
     shown = list(dict.fromkeys(region["largest_slice"] for region in regions))[:_SHOWN]
     captions = []
     for k in shown:

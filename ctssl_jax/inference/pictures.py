@@ -1,5 +1,4 @@
-"""Pictures of a prediction: probabilities along the slices of a scan, or the regions of its
-mask."""
+"""Pictures of a prediction: probabilities along the slices of a scan, or regions of its mask."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -22,13 +22,13 @@ _LISTED_VOLUMES = 8  # in the line that asks for --series_index
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A scan, and what to make of it.
+    """A scan, and the settings of its prediction.
 
     input_path: directory, zip file, DICOM or NIfTI file.
     archive: `dicom`, `nifti` or `auto`.
     metadata_csv: table beside NIfTI files, see `data_prep.scan.nifti_metadata`.
-    rules: which scans are taken; None takes the defaults of `data_prep.prepare`.
-    series_index: which volume, where the input holds several.
+    rules: by which scans are accepted; None takes the defaults of `data_prep.prepare`.
+    series_index: of the volume, from 0; None where the input has one volume.
     evaluation: RESULT.json of `ctssl_jax.evaluate` of the same weights, for its thresholds.
     dicom_seg: write segmentation.dcm; None writes it where this is possible.
     segment_label: Segment Label of segmentation.dcm; "" takes `nodule` for a run on LIDC-IDRI, else
@@ -53,24 +53,23 @@ def predict(
     checkpoint: str = "best",
     batch_size: int = 0,
 ) -> dict[str, Any]:
-    """Apply a run to one scan and write the prediction into a folder; results of an earlier call
-    there are replaced.
+    """Apply a run to one scan and write the prediction into a folder.
 
     Args:
       workdir: run directory of a label or segmentation recipe.
       request: the scan.
-      output: folder of the results; made.
-      checkpoint: `best`, `last` or a step.
+      output: folder of the results; it is made, and results of an earlier call are replaced.
+      checkpoint: `best`, `last`, `last_good` or a step.
       batch_size: slices at a time; 0 takes the training's.
 
     Returns:
       The contents of prediction.json.
 
     Raises:
-      InputError: no such run, a run of another task, an input that holds no volume or several, or
-        no room to write.
+      InputError: an unknown run, a run of another task, or an input without a volume or with
+        several.
+      RunFailed: the results cannot be written.
     """
-    # ---- Can the request work? ----
     run, output = open_run(workdir), Path(output)
     predicts_label = run.config.task in label_prediction.TASKS
     _check_request(predicts_label, request)
@@ -78,8 +77,8 @@ def predict(
     exam = choose_exam(plan.exams, request.series_index, request.input_path)
     if request.dicom_seg and exam[0].headers[0].transfer_syntax == NIFTI:
         raise InputError(
-            "--dicom_seg: a DICOM segmentation refers to a DICOM scan, and --input is NIfTI; "
-            "leave it out"
+            "--dicom_seg: a DICOM segmentation refers to a DICOM scan, and --input is NIfTI; leave "
+            "it out"
         )
     model = load(run, checkpoint, batch_size=batch_size)
     thresholds = {}
@@ -89,7 +88,6 @@ def predict(
         )
     make_folder(output, "--output")
 
-    # ---- The scan ----
     try:
         scan = read_scan(plan.input_dir, exam, model.windows, model.image_size, request.rules)
     except OSError as error:
@@ -100,10 +98,8 @@ def predict(
         raise InputError(nothing_taken(request.input_path, [scan]))
     trained_on_synthetic = bool(model.preparation["synthetic"])
     synthetic_scan = scan.volume.headers[0].quality_control_subject
-    title = (
-        f"{run.config.recipe}, step "
-        f"{model.step}{', trained on SYNTHETIC data' * trained_on_synthetic}"
-    )
+    title = f"{run.config.recipe}, step {model.step}"
+    title += ", trained on SYNTHETIC data" * trained_on_synthetic
     title += ", SYNTHETIC scan" * synthetic_scan
     result = {
         "task": run.config.task,
@@ -115,13 +111,17 @@ def predict(
         "normalize": run.config.normalize,
         "synthetic": trained_on_synthetic or synthetic_scan,
         "trained_on_synthetic": trained_on_synthetic,
-        "scan": _describe(scan.volume, request.series_index or 0, len(plan.exams), len(exam)),
+        "scan": {
+            "series_index": request.series_index or 0,
+            "num_volumes_in_input": len(plan.exams),
+            "num_reconstructions": len(exam),
+            **_volume_facts(scan.volume),
+        },
         "versions": {"ctssl_jax": version("ctssl_jax"), "jax": version("jax")},
     }
 
-    # ---- The prediction ----
     try:
-        for name in FILES:  # of another scan, maybe
+        for name in FILES:  # maybe of another scan
             (output / name).unlink(missing_ok=True)
         notes = _note_choice(exam, scan.volume.candidate)
         if predicts_label:
@@ -146,7 +146,7 @@ def predict(
     except OSError as error:
         raise RunFailed(
             f"--output={output} could not be written ({error.strerror or error}); make room or "
-            f"choose another folder"
+            "choose another folder"
         ) from None
     return result
 
@@ -162,8 +162,7 @@ def open_run(workdir: str | Path) -> Run:
         labels, masks = (", ".join(module.TASKS) for module in (label_prediction, mask_prediction))
         raise InputError(
             f"--workdir={workdir} is a run of the task {run.config.task}; predict takes runs of "
-            f"{labels} (configs/pe.py) and {masks} (configs/nodules.py); for the embedding of a "
-            f"scan by another run use "
+            f"{labels} (configs/pe.py) and {masks} (configs/nodules.py); for embeddings use "
             "ctssl_jax.embed"
         )
     return run
@@ -172,7 +171,7 @@ def open_run(workdir: str | Path) -> Run:
 def _check_request(predicts_label: bool, request: Request) -> None:
     if predicts_label and (request.dicom_seg or request.segment_label):
         flag = "--dicom_seg" if request.dicom_seg else "--segment_label"
-        raise InputError(f"{flag}: the run predicts a label and draws no mask; leave the flag out")
+        raise InputError(f"{flag}: the run predicts a label, not a mask; leave the flag out")
     if request.evaluation and not predicts_label:
         raise InputError(
             "--evaluation: only labels have thresholds, masks are cut at probability .5; leave it "
@@ -195,8 +194,8 @@ def choose_exam(
     """The exam of the request: its reconstructions, the preferred one first.
 
     Args:
-      exams: of a plan.
-      series_index: the choice of the user; None where there has to be only one.
+      exams: all exams of the input.
+      series_index: the choice of the user; None accepts an input of one exam only.
       input_path: for the message.
 
     Raises:
@@ -219,18 +218,15 @@ def choose_exam(
 
 
 def _note_choice(exam: list[SeriesCandidate], taken: SeriesCandidate) -> list[str]:
-    """Which reconstruction was taken, where there are several."""
+    """The note on the choice of a reconstruction, if there are several."""
     if len(exam) == 1:
         return []
-    why = (
-        "the preferred one was taken"
-        if taken == exam[0]
-        else "the preferred one was refused, another was taken"
-    )
+    why = "the preferred one was taken"
+    if taken != exam[0]:
+        why = "the preferred one was refused, another was taken"
     return [
         f"the exam has {len(exam)} reconstructions; {why} ({_in_words(taken)}), as "
-        f"data_prep.prepare does; "
-        "--reconstructions=all with --series_index takes another"
+        "data_prep.prepare does; --reconstructions=all with --series_index takes another"
     ]
 
 
@@ -239,12 +235,9 @@ def _in_words(candidate: SeriesCandidate) -> str:
     return f"{len(candidate.headers)} slices of {candidate.slice_thickness_mm:g} mm{kernel}"
 
 
-def _describe(volume: Volume, index: int, num_volumes: int, num_reconstructions: int) -> dict:
-    """The facts of the volume that name nobody."""
+def _volume_facts(volume: Volume) -> dict[str, Any]:
+    """Facts of the volume that do not identify the patient."""
     return {
-        "series_index": index,
-        "num_volumes_in_input": num_volumes,
-        "num_reconstructions": num_reconstructions,
         "num_slices": len(volume.hu),
         "num_dropped_images": len(volume.dropped),
         "rows": volume.hu.shape[1],
@@ -259,32 +252,28 @@ def _describe(volume: Volume, index: int, num_volumes: int, num_reconstructions:
 def table(result: dict) -> str:
     """The prediction as lines for the screen."""
     scan = result["scan"]
+    synthetic = ", trained on SYNTHETIC data" * result["trained_on_synthetic"]
     lines = [
-        f"{result['recipe']}, step {result['checkpoint_step']:,}"
-        f"{', trained on SYNTHETIC data' * result['trained_on_synthetic']}: "
-        f"{scan['num_slices']} slices of {scan['slice_thickness_mm']:g} mm, {scan['rows']} x "
-        f"{scan['columns']}"
+        f"{result['recipe']}, step {result['checkpoint_step']:,}{synthetic}: {scan['num_slices']} "
+        f"slices of {scan['slice_thickness_mm']:g} mm, {scan['rows']} x {scan['columns']}"
     ]
     if "label" in result:
         exam, top = result["exam"], result["top_slice"]
         values = ", ".join(f"{name} {value:.4f}" for name, value in exam["probabilities"].items())
         lines.append(f"{result['label']} ({exam['rule']}): {values}")
         if "threshold" in exam:
-            lines.append(
-                f"{'at or above' if exam['positive'] else 'below'} the threshold "
-                f"{exam['threshold']:.4f}"
-            )
+            side = "at or above" if exam["positive"] else "below"
+            lines.append(f"{side} the threshold {exam['threshold']:.4f}")
         lines.append(f"highest slice: {top['slice_index']} at {top['position_mm']:.1f} mm")
     else:
         lines.append(
             f"{result['num_regions']} regions on {result['num_foreground_slices']} slices, "
-            f"{result['volume_ml']:.3f} ml"
-            f" (highest probability {result['highest_probability']:.3f})"
+            f"{result['volume_ml']:.3f} ml (highest probability "
+            f"{result['highest_probability']:.3f})"
         )
         for region in result["regions"][:5]:
             lines.append(
                 f"  {region['equivalent_diameter_mm']:.1f} mm, {region['volume_ml']:.3f} ml, "
-                f"around slice "
-                f"{region['centre_slice']} at {region['centre_position_mm']:.1f} mm"
+                f"around slice {region['centre_slice']} at {region['centre_position_mm']:.1f} mm"
             )
     return "\n".join([*lines, *(f"NOTE: {note}" for note in result["notes"])])

@@ -5,10 +5,9 @@
     z = model.embed(hu, affine)          # any 3-D array of HU, with the affine of nibabel
     z.slices, z.mean, z.max              # [S, D], [D], [D]
 
-Slices are oriented, resized and windowed as the run's data were. The embedding of a slice is what
-`StepOutput.embedding` holds of an uncorrupted slice: the encoder's latents averaged over the slice;
-of a U-Net its deepest features, of SE-ResNeXt (which sees three adjacent slices) its last ones,
-averaged likewise.
+Slices are oriented, resized and windowed as the data of the run were. The embedding of a slice is
+`StepOutput.embedding` of the uncorrupted slice: the mean of the encoder's latents over the slice,
+for a U-Net of its deepest features, for SE-ResNeXt (which sees three adjacent slices) of its last.
 """
 
 import dataclasses
@@ -46,8 +45,7 @@ from data_prep.system.errors import InputError
 
 
 class Embedding(NamedTuple):
-    """Embeddings of a volume, float32: slices [S, D] towards superior, mean [D] and max [D] over
-    them."""
+    """Embeddings of a volume, float32: slices [S, D] towards superior; their mean and max [D]."""
 
     slices: np.ndarray
     mean: np.ndarray
@@ -99,10 +97,8 @@ class PretrainedModel:
 
     @property
     def embedding_dim(self) -> int:
-        """D."""
-        return jax.eval_shape(self._outputs, self.state, self._abstract_batch())["embedding"].shape[
-            -1
-        ]
+        """D, the numbers of an embedding."""
+        return self._abstract_outputs()["embedding"].shape[-1]
 
     def embed(
         self, volume: Any, affine: np.ndarray | None = None, *, rules: Rules | None = None
@@ -118,8 +114,8 @@ class PretrainedModel:
           rules: which scans a path may hold; None takes the defaults of `data_prep.prepare`.
 
         Raises:
-          InputError: no scan or several, an oblique volume, values that are not HU, or slices of
-            another size.
+          InputError: a path without a scan or with several, an oblique volume, values that are not
+            HU, or slices of another size.
         """
         return summarise_slices(
             self.outputs(self.prepare(volume, affine, rules=rules))["embedding"]
@@ -131,12 +127,12 @@ class PretrainedModel:
         """Class probabilities of each slice, [S, K] float32; arguments as in `embed`.
 
         Raises:
-          InputError: as `embed`, or the model predicts no classes.
+          InputError: as `embed`, or the model does not predict classes.
         """
-        if "probabilities" not in jax.eval_shape(self._outputs, self.state, self._abstract_batch()):
+        if "probabilities" not in self._abstract_outputs():
             raise InputError(
-                f"a model of the task {self.config.task} predicts no classes; load a classifier's "
-                f"run"
+                f"a model of the task {self.config.task} does not predict classes; load the run of "
+                "a classifier"
             )
         return self.outputs(self.prepare(volume, affine, rules=rules))["probabilities"]
 
@@ -146,12 +142,12 @@ class PretrainedModel:
         """The encoder's output of each slice, [S, h, w, D] float32; arguments as in `embed`.
 
         Raises:
-          InputError: as `embed`, or the model has no encoder.
+          InputError: as `embed`, or a model without an encoder.
         """
         if self._latents is None:
             raise InputError(
-                f"a model of the task {self.config.task} has no encoder with latents; load "
-                f"another run"
+                f"a model of the task {self.config.task} has no encoder with latents; load another "
+                "run"
             )
         images = self.prepare(volume, affine, rules=rules).images
         return self.in_batches(self._latents, {"images": images})
@@ -159,7 +155,7 @@ class PretrainedModel:
     def prepare(
         self, volume: Any, affine: np.ndarray | None = None, *, rules: Rules | None = None
     ) -> PreparedVolume:
-        """What the model reads of a volume; arguments and errors as in `embed`."""
+        """The input of the model for a volume; arguments and errors as in `embed`."""
         if isinstance(volume, str | Path):
             return self._prepare_path(Path(volume), affine, rules)
         volume = np.asarray(volume)
@@ -168,19 +164,18 @@ class PretrainedModel:
                 return PreparedVolume(volume)
             raise InputError(
                 f"an array of {volume.dtype} {list(volume.shape)} without an affine; give HU with "
-                f"the affine of "
-                "nibabel, or slices of a prepared dataset as uint8 [S, H, W, C]"
+                "the affine of nibabel, or slices of a prepared dataset as uint8 [S, H, W, C]"
             )
         return prepare_array(volume, affine, self.windows, self.image_size)
 
     def outputs(self, prepared: PreparedVolume) -> dict[str, np.ndarray]:
         """`embedding` [S, D] float32 and, of a model with classes, `probabilities` [S, K] float32.
 
-        Every volume makes batches of its own, so that its numbers depend on no other volume.
+        Every volume has batches of its own, so that other volumes do not change its numbers.
 
         Raises:
-          InputError: slices of another size or number of channels, or no lung box where the model
-            crops to the lungs.
+          InputError: slices of another size or number of channels, or a missing lung box where the
+            model crops to the lungs.
         """
         images = prepared.images
         size, channels = self.image_size, len(self.windows)
@@ -190,9 +185,8 @@ class PretrainedModel:
             or not len(images)
         ):
             raise InputError(
-                f"slices of {images.dtype} {list(images.shape)}, but the run's are uint8 [S, "
-                f"{size}, {size}, "
-                f"{channels}]; prepare them with its --image_size and --window"
+                f"slices of {images.dtype} {list(images.shape)}, but the run takes uint8 [S, "
+                f"{size}, {size}, {channels}]; prepare them with its --image_size and --window"
             )
         row = {
             "num_slices": len(images),
@@ -219,32 +213,27 @@ class PretrainedModel:
     ) -> PreparedVolume:
         if affine is not None:
             raise InputError(
-                "an affine goes with an array; a scan on disk has its own, leave it out"
+                "an affine goes with an array, and a scan on disk has its own; leave it out"
             )
         plan = plan_scans(path, rules=rules)
         if len(plan.exams) > 1:
             raise InputError(
                 f"--input={path} holds {len(plan.exams)} scans; give one, or all to python -m "
-                f"ctssl_jax.embed"
+                "ctssl_jax.embed"
             )
         scan = read_scan(plan.input_dir, plan.exams[0], self.windows, self.image_size, rules)
         if isinstance(scan, Refused):
             raise InputError(nothing_taken(path, [scan]))
         return prepared_volume(scan)
 
-    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        shape = (
-            self.batch_size,
-            len(self._offsets),
-            self.image_size,
-            self.image_size,
-            len(self.windows),
-        )
-        box = jax.ShapeDtypeStruct((self.batch_size, 4), np.float32)
-        images = jax.ShapeDtypeStruct(shape, np.uint8)
-        return {"images": images} | (
-            {"box": box} if self._task.targets(self.config).lung_box else {}
-        )
+    def _abstract_outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of `outputs` of a batch."""
+        size = self.image_size
+        shape = (self.batch_size, len(self._offsets), size, size, len(self.windows))
+        batch = {"images": jax.ShapeDtypeStruct(shape, np.uint8)}
+        if self._task.targets(self.config).lung_box:
+            batch["box"] = jax.ShapeDtypeStruct((self.batch_size, 4), np.float32)
+        return jax.eval_shape(self._outputs, self.state, batch)
 
     def in_batches(self, function: Callable, arrays: dict[str, np.ndarray]) -> Any:
         """A function of all slices, in batches of one size, so that one program is compiled.
@@ -252,7 +241,7 @@ class PretrainedModel:
         Args:
           function: (state, batch) -> tree of arrays [B, ...]; jitted.
           arrays: `images` [S, H, W, C] uint8, further arrays [S, ...], and `neighbours` [S, K] int,
-            the slices of each input; without it each slice is an input of its own.
+            the slices of each input; without `neighbours` each slice is an input.
 
         Returns:
           The tree with arrays [S, ...], on the host.
@@ -279,11 +268,11 @@ def load(
 
     Args:
       workdir: run directory, of any task, or the opened run.
-      checkpoint: `best`, `last` or a step.
+      checkpoint: `best`, `last`, `last_good` or a step.
       batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the training's.
 
     Raises:
-      InputError: no such run or checkpoint.
+      InputError: an unknown run or checkpoint, or a negative batch size.
     """
     if batch_size < 0:
         raise InputError(f"--batch_size={batch_size}: must be 0 or more")
@@ -294,7 +283,9 @@ def load(
     mesh = make_mesh(jax.local_devices())
     batch_size = batch_size or config.batch_size // config.microbatches
     graph, state = restore_model(run.workdir, step, config, task, replicated(mesh))
-    downstream = _sees_whole_slices(task, config)
+    targets = task.targets(config)
+    # an evaluation of these tasks feeds uncorrupted slices; pretraining corrupts them
+    downstream = bool(targets.label or targets.mask)
 
     def outputs(state: dict, batch: dict) -> dict[str, jax.Array]:
         model = nnx.merge(graph, state["params"], state["variables"], copy=True)
@@ -324,15 +315,9 @@ def load(
     )
 
 
-def _sees_whole_slices(task: Task, config: ml_collections.ConfigDict) -> bool:
-    """Whether the task itself, in evaluation, feeds the slice as it is; pretraining corrupts it."""
-    targets = task.targets(config)
-    return bool(targets.label or targets.mask)
-
-
 def _downstream_outputs(model: nnx.Module, batch: dict, task: Task, config) -> dict[str, jax.Array]:
-    """The outputs of an evaluation. Its scores are against made-up targets: unused, so the compiler
-    leaves them out."""
+    """The outputs of an evaluation. Its scores have false targets, but they are not used, so the
+    compiler leaves them out."""
     number, _, height, width, _ = batch["images"].shape
     targets = {
         "label": jnp.zeros(number, jnp.int32),

@@ -1,7 +1,4 @@
-"""Flags of the commands that read raw scans (`data_prep.raw.scans`), named as `data_prep.prepare`
-names them."""
-
-import functools
+"""Flags of the commands that read raw scans, with the names that `data_prep.prepare` gives them."""
 
 from absl import flags
 
@@ -12,32 +9,24 @@ RULES = ("max_slice_thickness_mm", "min_slices", "require_lung", "irregular", "r
 ALL = ("archive", "metadata_csv", *RULES)
 
 
-def define(given: flags.FlagValues = flags.FLAGS) -> None:
+def define() -> None:
     """Define the flags."""
-    enum = functools.partial(flags.DEFINE_enum, flag_values=given)
-    enum(
+    flags.DEFINE_enum(
         "archive",
         "auto",
         list(ARCHIVES),
         "Kind of raw scans; auto: NIfTI for a file of that name, else DICOM.",
     )
     flags.DEFINE_string(
-        "metadata_csv",
-        None,
-        "Table of VolumeName and what NIfTI files do not say.",
-        flag_values=given,
+        "metadata_csv", None, "Table of VolumeName and the facts that NIfTI files do not hold."
     )
-    flags.DEFINE_float(
-        "max_slice_thickness_mm", 3.0, "Thicker series are refused.", flag_values=given
+    flags.DEFINE_float("max_slice_thickness_mm", 3.0, "Thicker series are refused.")
+    flags.DEFINE_integer("min_slices", 20, "Series of fewer slices are refused.", lower_bound=1)
+    flags.DEFINE_bool("require_lung", True, "Refuse volumes that do not cover the chest.")
+    flags.DEFINE_enum(
+        "irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing."
     )
-    flags.DEFINE_integer(
-        "min_slices", 20, "Series of fewer slices are refused.", lower_bound=1, flag_values=given
-    )
-    flags.DEFINE_bool(
-        "require_lung", True, "Refuse volumes that do not cover the chest.", flag_values=given
-    )
-    enum("irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing.")
-    enum(
+    flags.DEFINE_enum(
         "reconstructions",
         "one_per_study",
         ["one_per_study", "all"],
@@ -45,13 +34,13 @@ def define(given: flags.FlagValues = flags.FLAGS) -> None:
     )
 
 
-def rules_of(given: flags.FlagValues) -> Rules:
+def rules_of(flag_values: flags.FlagValues) -> Rules:
     """The rules that the flags ask for.
 
     Raises:
       InputError: a value out of its range.
     """
     try:
-        return Rules(**{name: given[name].value for name in RULES})
+        return Rules(**{name: flag_values[name].value for name in RULES})
     except InputError as error:
         raise InputError(f"--{error}") from None

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ctssl_jax.models.layers import ConvNorm, PointwiseConv, TransposedConvNorm
-from ctssl_jax.models.vqvae import Encoder, VQVAEConfig, encoder_flops
+from ctssl_jax.models.vqvae import Encoder, VQVAEConfig, encoder_flops, level_pixels
 
 STRIDE = 16
 _NUM_LEVELS = 5
@@ -297,11 +297,6 @@ class StandardUNet(nnx.Module):
         return _decode(self.up, self.head, levels[-1], levels[:-1], train=train)
 
 
-def _pixels(image_size: int | tuple[int, int]) -> list[int]:
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return [(height >> level) * (width >> level) for level in range(_NUM_LEVELS)]
-
-
 def _up_flops(widths: tuple[int, ...], skips: tuple[int, ...], pixels: list[int]) -> int:
     """Operations of the up branch and the head."""
     total = 2 * widths[0] * pixels[0]
@@ -321,7 +316,8 @@ def flops_per_slice(config: UNetConfig, image_size: int | tuple[int, int]) -> in
     Args:
         image_size: side, or (height, width), in pixels.
     """
-    (first, second), widths, pixels = config.hidden, config.widths, _pixels(image_size)
+    (first, second), widths = config.hidden, config.widths
+    pixels = level_pixels(image_size, _NUM_LEVELS)
     deepest = config.embedding_dim if config.residual_stack else second
     down = 9 * (config.in_channels + widths[0]) * widths[0] * pixels[0]
     down += (
@@ -334,7 +330,7 @@ def flops_per_slice(config: UNetConfig, image_size: int | tuple[int, int]) -> in
 
 def standard_flops_per_slice(config: StandardUNetConfig, image_size: int | tuple[int, int]) -> int:
     """`flops_per_slice` for `StandardUNet`."""
-    widths, pixels = config.widths, _pixels(image_size)
+    widths, pixels = config.widths, level_pixels(image_size, _NUM_LEVELS)
     levels = zip((config.in_channels, *widths), widths, pixels, strict=False)
     down = sum(9 * (before + after) * after * count for before, after, count in levels)
     return 2 * down + _up_flops(widths, widths[:-1], pixels)

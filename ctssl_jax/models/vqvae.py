@@ -315,15 +315,19 @@ class VQVAE(nnx.Module):
         )
 
 
+def level_pixels(image_size: int | tuple[int, int], num_levels: int) -> list[int]:
+    """Pixels at 1, 1/2, 1/4, ... of the resolution; `image_size` is a side or (height, width)."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return [(height >> level) * (width >> level) for level in range(num_levels)]
+
+
 def encoder_flops(
     config: VQVAEConfig, image_size: int | tuple[int, int], *, compression_only: bool = False
 ) -> int:
     """The encoder's share of `flops_per_slice`; with `compression_only` without residual blocks and
     projection.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    first, second = config.hidden
-    half, quarter = (height // 2) * (width // 2), (height // 4) * (width // 4)
+    (first, second), (_, half, quarter) = config.hidden, level_pixels(image_size, 3)
     downsample = 16 * config.in_channels * first * half + 16 * first * second * quarter
     compression = 2 * (downsample + 9 * second * second * quarter)
     if compression_only:
@@ -341,9 +345,7 @@ def flops_per_slice(config: VQVAEConfig, image_size: int | tuple[int, int]) -> i
     Args:
         image_size: side, or (height, width), in pixels.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    first, second = config.hidden
-    half, quarter = (height // 2) * (width // 2), (height // 4) * (width // 4)
+    (first, second), (_, half, quarter) = config.hidden, level_pixels(image_size, 3)
     latent = config.embedding_dim
     blocks = config.depth * (9 + 1) * second * second * quarter
     decoder = (

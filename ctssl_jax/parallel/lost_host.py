@@ -1,11 +1,10 @@
-"""The end of a run of several processes when one of them is lost: in bounded time, with one line
-that says what to do.
+"""The end of a run of several processes when one is lost: in bounded time, with one line.
 
-JAX notices a lost process by missing heartbeats (at once if it was process 0) and then ends the
-others by `abort()`, from a thread of its own: a process that waits for its devices gets no Python
-exception. Where a connection breaks first, an exception does come. Either becomes one line on
-stderr and exit code 75. Nothing is saved then: checkpoints appear under their names only when they
-are complete, so the last one is whole.
+JAX notices a lost process by missing heartbeats (process 0 at once) and ends the others by
+`abort()` in a thread of its own: a process that waits for its devices gets no Python exception. If
+a connection breaks first, there is an exception. Either becomes one line with the remedy on stderr
+and exit code 75. No checkpoint is saved then. The last one is whole, since a checkpoint gets its
+name when it is complete.
 """
 
 import contextlib
@@ -22,20 +21,18 @@ from ctssl_jax.runs.damage import CHECKPOINTS
 from data_prep.system.command_line import EXIT_START_AGAIN, exit_code
 from data_prep.system.errors import InputError, RunFailed
 
-# for a process that failed: the others may be about to end by the same error, and say so
+# For a process that failed: the others may be about to end by the same error, and report it.
 LEAVING_SECONDS = 5.0
-# the last one is NCCL's
+# In messages of errors. The last one is NCCL's.
 SIGNS = ("Gloo", "UNAVAILABLE", "CoordinationService", "remote process exited")
 
 _handlers = []  # C keeps only their addresses
 
 
 def at_abort(line: Callable[[], str], exit_code: int = EXIT_START_AGAIN) -> None:
-    """From now on `abort()` in this process, by whatever thread, writes a line and ends it with an
-    exit code.
+    """From now on `abort()` in any thread writes a line and ends the process with an exit code.
 
-    A handler of Python's `signal` would run too late: when it returned to Python, the process would
-    be gone.
+    A handler of Python's `signal` would run too late: the process would be gone before.
     """
 
     def end(signal_number: int) -> None:
@@ -50,14 +47,13 @@ def at_abort(line: Callable[[], str], exit_code: int = EXIT_START_AGAIN) -> None
 
 @contextlib.contextmanager
 def ending_together(workdir: str | Path) -> Iterator[None]:
-    """A block, and what follows until the process ends, in which no process of a run outlives
-    another that was lost.
+    """From the start of the block to the end of the process, a lost process ends all others.
 
-    A process that raises an error of its own does not wait for the others for longer than
-    `LEAVING_SECONDS`; they then miss it. Does nothing in a run of one process.
+    A process that raises its own error leaves after at most `LEAVING_SECONDS`, so that the others
+    notice. In a run of one process the block has no effect.
 
     Args:
-      workdir: the run directory, whose last checkpoint is named.
+      workdir: the run directory; the line names its last checkpoint.
     """
     if jax.process_count() == 1:
         yield
@@ -78,11 +74,11 @@ def ending_together(workdir: str | Path) -> Iterator[None]:
 
 
 def _sign_of_loss(error: BaseException | None, signs: tuple[str, ...] = SIGNS) -> str:
-    """What an error, or one that led to it, says of a broken connection to another process; empty
-    if it does not."""
+    """The message of a broken connection to another process, of an error or of its causes; ""
+    if the error is another one."""
     if error is None or isinstance(error, InputError):
         return ""
-    # a checkpoint that could not be saved: storage, too, may be UNAVAILABLE
+    # of a checkpoint that could not be saved: storage, too, may be UNAVAILABLE
     if isinstance(error, RunFailed):
         signs = tuple(sign for sign in signs if sign != "UNAVAILABLE")
     said = " ".join(str(error).split())
@@ -97,6 +93,5 @@ def _lost_line(workdir: str | Path, sign: str = "") -> str:
     kept = f"the last checkpoint is step {max(steps):,}" if steps else "there is no checkpoint"
     return (
         f"error: another process of this run was lost{sign}; {kept} of {workdir}; start all "
-        f"processes again with the "
-        "same command to go on\n"
+        "processes again with the same command to go on\n"
     )

@@ -1,5 +1,4 @@
-"""What can be read out of a frozen encoder without training a network: `probe` and, of patients,
-`attributes`.
+"""Simple probes of a frozen encoder: `probe` for tasks of slices, `attributes` for patients.
 
 >>> from ctssl_jax.probes import probe
 >>> result = probe("run", "dataset", "probe.json", encoder="pixels")  # doctest: +ELLIPSIS

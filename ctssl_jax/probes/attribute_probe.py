@@ -11,11 +11,10 @@ import threadpoolctl
 from ctssl_jax.data.batches import evaluation_batches
 from ctssl_jax.data.labels import OF_VOLUMES, AttributeLabels, AttributeRefused, read_attribute
 from ctssl_jax.data.slices import NeighbourSource, Targets, open_source
-from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header, notes
+from ctssl_jax.evaluation.measured_run import MeasuredRun, notes
 from ctssl_jax.ops.images import to_unit_images
-from ctssl_jax.probes.encoders import PATCH, FrozenEncoder, check_encoder, open_encoder
+from ctssl_jax.probes.encoders import FrozenEncoder, ProbedRun
 from ctssl_jax.probes.label_probe import LabelFeatures, fit_logistic
-from ctssl_jax.runs.run import Run
 from ctssl_jax.stats.binary import multiclass_summary
 from data_prep.dataset.reader import Dataset
 from data_prep.dataset.schema import SPLITS
@@ -42,112 +41,71 @@ def attributes(
     """Probe the encoder of a run for attributes of patients; writes RESULT.json and RESULT.csv.
 
     Args:
-      workdir: run directory, of any task whose model has the pretraining's encoder.
-      dataset: dataset directory; None takes the training's.
+      workdir: run directory, of any task whose model has the encoder of the pretraining.
+      dataset: dataset directory; None takes the dataset of the training.
       output: path of RESULT.json; its folder is made.
-      names: attributes, see `data.labels.read_attribute`; None takes those of age, sex and ethnic
-        group that can be learned from this dataset.
-      checkpoint: `best`, `last` or a step; the controls read none.
+      names: attributes, see `data.labels.read_attribute`; None takes age, sex and ethnic group, as
+        far as they can be learned from this dataset.
+      checkpoint: `best`, `last`, `last_good` or a step; the controls read no checkpoint.
       encoder: `run`, or one of the controls `untrained` and `pixels`.
       pooling_regions: latents are averaged over the whole slice (1) or over 4 x 4 regions (4).
       shuffled_labels: shuffle the labels of training and validation; the test labels stay.
       min_patients: training patients that a class needs.
-      seed: of shuffling, random weights and bootstrap; None takes the run's.
+      seed: of shuffling, random weights and bootstrap; None takes the seed of the run.
       batch_size: slices at a time; 0 takes the training's.
 
     Returns:
       The contents of RESULT.json.
 
     Raises:
-      InputError: no such run, checkpoint or attribute, data prepared otherwise than the run's, an
-        attribute without two classes in a split, or a model without the encoder.
+      InputError: an unknown run, checkpoint or attribute, data prepared otherwise than the data of
+        the run, an attribute without two classes in a split, or a model without the encoder.
     """
-    # ---- Can the request work? ----
     output = Path(output)
-    check_encoder(encoder)
-    if pooling_regions not in REGIONS:
-        raise InputError(
-            f"--pooling_regions={pooling_regions}: choose one of {', '.join(map(str, REGIONS))}"
-        )
-    if min_patients < 1:
-        raise InputError(f"--min_patients={min_patients}: must be 1 or more")
-    if seed is not None and not 0 <= seed < 2**32:
-        raise InputError(f"--seed={seed}: must be 0 to {2**32 - 1}")
-    check_request(output, batch_size)
-    measured = MeasuredRun.open(Run.open(workdir), dataset, SPLITS)
-    config = measured.config
+    _check_settings(pooling_regions, min_patients, seed)
+    probed = ProbedRun.open(
+        workdir,
+        dataset,
+        output,
+        SPLITS,
+        encoder=encoder,
+        checkpoint=checkpoint,
+        batch_size=batch_size,
+    )
+    config, data = probed.measured.config, probed.measured.dataset
     config.seed = config.seed if seed is None else seed
-    step = measured.run.choose_step(checkpoint) if encoder == "run" else None
-    chosen, not_probed = _read_attributes(measured.dataset, names, min_patients)
-    if any(volume["middle_slice"] is None for volume in measured.dataset.volumes()):
-        raise InputError(
-            f"--dataset={config.dataset}: a volume has no middle slice; prepare the dataset again"
-        )
-    sources = {
-        split: open_source(
-            measured.dataset, split, measured.channels, (0,), Targets(middle_only=True)
-        )
-        for split in SPLITS
-    }
+    chosen, not_probed = _read_attributes(data, names, min_patients)
+    sources = _middle_slices(probed.measured)
     make_folder(output.parent, "--output")
 
-    # ---- Features of the middle slices ----
-    batch_size = batch_size or config.batch_size // config.microbatches
-    # of the smallest images there are fewer latents
-    regions = min(pooling_regions, config.image_size // PATCH)
-    frozen, origin = open_encoder(encoder, measured, step, sources["train"], batch_size, regions)
-    print(
-        f"encoder        {config.recipe} ({origin}) on {jax.local_devices()[0].device_kind}",
-        flush=True,
-    )
-    features = _features(frozen, sources, batch_size)
+    frozen = probed.load_encoder(sources["train"], pooling_regions)
+    features = _features(frozen, sources, probed.batch_size)
     patients = {
         split: [volume["patient_id"] for volume in source.volumes]
         for split, source in sources.items()
     }
-
-    # ---- One probe an attribute ----
     metrics, settings, probabilities = {}, {}, {}
     for attribute in chosen:
         labels = dict(attribute.labels)
         if shuffled_labels:
             for split in ("train", "validation"):
                 labels[split] = _shuffle(labels[split], config.seed)
-        train, validation, test = (
-            LabelFeatures(features[split][kept], labels[split][kept], kept)
-            for split in SPLITS
-            for kept in [labels[split] >= 0]
-        )
-        with threadpoolctl.threadpool_limits(1):  # same sums on any number of cores
-            readout = fit_logistic(train, validation)
-            probabilities[attribute.name] = readout.probabilities(test.pooled)
+        penalty, probabilities[attribute.name], test = _fit(features, labels)
+        test_patients = [patients["test"][index] for index in test.record_index]
         summary = multiclass_summary(
             test.label,
             probabilities[attribute.name],
-            [
-                patient
-                for patient, kept in zip(patients["test"], labels["test"] >= 0, strict=True)
-                if kept
-            ],
+            test_patients,
             attribute.classes,
             seed=config.seed,
         )
         metrics |= {f"{attribute.name}/{name}": value for name, value in summary.items()}
-        settings[attribute.name] = {"inverse_penalty": readout.chosen}
+        settings[attribute.name] = {"inverse_penalty": penalty}
         print(f"{attribute.name:15}AUROC {summary['auroc']['mean']:.4f}", flush=True)
 
-    # ---- Files ----
     result = {
         "kind": "attributes",
-        **header(
-            measured,
-            "test",
-            patients["test"],
-            step,
-            device=jax.local_devices()[0].device_kind,
-            packages=("jax", "flax", "numpy", "scikit-learn"),
-        ),
-        "encoder": encoder,
+        **probed.header("test", patients["test"]),
         "pooling_regions": pooling_regions,
         "shuffled_labels": shuffled_labels,
         "metrics": metrics,
@@ -169,8 +127,8 @@ def table(result: dict) -> str:
     shuffled = ", SHUFFLED LABELS" if result["shuffled_labels"] else ""
     lines = [
         f"{result['recipe']}, encoder: {result['encoder']}{step}, {result['num_features']} "
-        f"features of the middle slice"
-        f"{shuffled}{'  SYNTHETIC DATA' if result['synthetic'] else ''}",
+        "features of the middle "
+        f"slice{shuffled}{'  SYNTHETIC DATA' if result['synthetic'] else ''}",
         f"{'':32}{'value':>7}   95 % interval     volumes patients",
     ]
     for name, value in result["metrics"].items():
@@ -195,11 +153,28 @@ def table(result: dict) -> str:
     return "\n".join([*lines, *notes(result)])
 
 
+def _check_settings(pooling_regions: int, min_patients: int, seed: int | None) -> None:
+    if pooling_regions not in REGIONS:
+        raise InputError(
+            f"--pooling_regions={pooling_regions}: choose one of {', '.join(map(str, REGIONS))}"
+        )
+    if min_patients < 1:
+        raise InputError(f"--min_patients={min_patients}: must be 1 or more")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise InputError(f"--seed={seed}: must be 0 to {2**32 - 1}")
+
+
 def _read_attributes(
     dataset: Dataset, names: list[str] | None, min_patients: int
 ) -> tuple[list[AttributeLabels], dict[str, str]]:
-    """The named attributes; or the attributes of volumes.csv that can be probed, and why others
-    cannot."""
+    """Read the named attributes, or all of `OF_VOLUMES` that can be probed.
+
+    Returns:
+      The attributes; and the refused ones with the reasons.
+
+    Raises:
+      InputError: a named attribute cannot be probed, or all are refused.
+    """
     remedy = "give a smaller --min_patients or a --dataset of more patients"
     chosen, refused = [], {}
     for name in OF_VOLUMES if names is None else dict.fromkeys(names):
@@ -221,16 +196,30 @@ def _read_attributes(
     if not chosen:
         raise InputError(
             f"no attribute can be probed on {dataset.name}: "
-            f"{'; '.join(refused.values()) or '--attributes is empty'}; "
-            "name labels of the dataset by --attributes, or prepare it again with --attributes_csv"
+            f"{'; '.join(refused.values()) or '--attributes is empty'}; name labels of the dataset "
+            "by --attributes, or prepare it again with --attributes_csv"
         )
     return chosen, refused
+
+
+def _middle_slices(measured: MeasuredRun) -> dict[str, NeighbourSource]:
+    """The middle slice of each volume, in the order of the volumes, by split."""
+    if any(volume["middle_slice"] is None for volume in measured.dataset.volumes()):
+        raise InputError(
+            f"--dataset={measured.dataset.name}: a volume has no middle slice; prepare the dataset "
+            "again"
+        )
+    targets = Targets(middle_only=True)
+    return {
+        split: open_source(measured.dataset, split, measured.channels, (0,), targets)
+        for split in SPLITS
+    }
 
 
 def _features(
     frozen: FrozenEncoder, sources: dict[str, NeighbourSource], batch_size: int
 ) -> dict[str, np.ndarray]:
-    """Features of the middle slices in the order of the volumes: split -> [V, F] float32."""
+    """Features of the middle slices, in the order of the volumes: split -> [V, F] float32."""
 
     @jax.jit
     def encode(state, images):
@@ -247,15 +236,38 @@ def _features(
     return {split: features(source) for split, source in sources.items()}
 
 
+def _fit(
+    features: dict[str, np.ndarray], labels: dict[str, np.ndarray]
+) -> tuple[float, np.ndarray, LabelFeatures]:
+    """Fit the probe of an attribute and apply it to the test split.
+
+    Args:
+      features: split -> [V, F].
+      labels: split -> [V] int, -1 where the label is missing.
+
+    Returns:
+      The chosen inverse penalty, the probabilities [T, K] of the T test slices that have a label,
+      and these slices.
+    """
+    train, validation, test = (
+        LabelFeatures(features[split][labelled], labels[split][labelled], labelled)
+        for split in SPLITS
+        for labelled in [np.flatnonzero(labels[split] >= 0)]
+    )
+    with threadpoolctl.threadpool_limits(1):  # same sums on any number of cores
+        readout = fit_logistic(train, validation)
+        return readout.chosen, readout.probabilities(test.pooled), test
+
+
 def _shuffle(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Shuffle the labels [V] of the volumes that have one; missing ones (-1) stay missing."""
-    shuffled, known = labels.copy(), labels >= 0
-    shuffled[known] = np.random.default_rng(seed).permutation(labels[known])
+    """Shuffle the labels [V]; missing labels (-1) stay where they are."""
+    shuffled, labelled = labels.copy(), labels >= 0
+    shuffled[labelled] = np.random.default_rng(seed).permutation(labels[labelled])
     return shuffled
 
 
 def _facts(attribute: AttributeLabels, patients: dict[str, list[str]]) -> dict:
-    """Classes, patients of each by split, and what was left out."""
+    """The patients of each class and split, and the volumes that were left out."""
     counts = {
         name: {
             split: len(
@@ -278,8 +290,8 @@ def _write_volumes(
     chosen: list[AttributeLabels],
     probabilities: dict[str, np.ndarray],
 ) -> None:
-    """One row a test volume: pseudonyms; of each attribute the true class and probabilities, empty
-    where left out."""
+    """One row a test volume: pseudonyms, then the true class and the probabilities of each
+    attribute, empty where the volume was left out."""
     columns = ["volume_id", "patient_id"]
     rows = [[volume["volume_id"], volume["patient_id"]] for volume in volumes]
     for attribute in chosen:
@@ -287,12 +299,12 @@ def _write_volumes(
             f"{attribute.name}/class",
             *(f"{attribute.name}/probability/{name}" for name in attribute.classes),
         ]
-        of_kept = iter(probabilities[attribute.name])
+        labelled = iter(probabilities[attribute.name])
         for row, label in zip(rows, attribute.labels["test"], strict=True):
             if label < 0:
                 row += [""] * (1 + len(attribute.classes))
             else:
-                row += [attribute.classes[label], *(f"{value:.6g}" for value in next(of_kept))]
+                row += [attribute.classes[label], *(f"{value:.6g}" for value in next(labelled))]
     with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)

@@ -1,11 +1,13 @@
 """Frozen encoders that probes read: the encoder of a run, and two controls.
 
 The control `untrained` has the architecture of the run and random weights. The control `pixels` has
-no network. The weights of `untrained` are the only thing here that is random.
+no network. Only the weights of `untrained` are random.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ from flax import nnx
 
 from ctssl_jax.data.batches import training_batches
 from ctssl_jax.data.slices import NeighbourSource
-from ctssl_jax.evaluation.measured_run import MeasuredRun
+from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.runs.run import Run
@@ -26,19 +28,19 @@ from ctssl_jax.training.state import abstract_model
 from data_prep.system.errors import InputError
 
 ENCODERS = ("run", "untrained", "pixels")
-REGIONS = 4  # latents are averaged over 4 x 4 regions: the mean of all would lose where things are
-PATCH = Encoder.stride  # pixels a side that one latent stands for
-NEIGHBOURS = (64, 16, 4, 1)  # of which the validation split chooses, in both kinds of probes
-STATISTICS_STEPS = 64  # of the 0 and 1 that batch statistics start from 0.9 ** 64 = 0.1 % is left
+REGIONS = 4  # latents are averaged over 4 x 4 regions: one mean would lose where things are
+PATCH = Encoder.stride  # a latent covers PATCH x PATCH pixels
+NEIGHBOURS = (64, 16, 4, 1)  # the validation split chooses one, for labels and for images
+STATISTICS_STEPS = 64  # then 0.9 ** 64 = 0.1 % is left of the first values of batch statistics
 
 
 class FrozenEncoder(NamedTuple):
-    """An encoder whose numbers no longer change.
+    """An encoder whose weights no longer change.
 
-    state: its numbers.
+    state: its weights and batch statistics.
     encode: (state, images [B, H, W, channels] float32) -> latents [B, H / 4, W / 4, D] and pooled
       [B, F], float32.
-    channels, normalize: of the images that it takes, see `ops.images.to_unit_images`.
+    channels, normalize: of its input images, see `ops.images.to_unit_images`.
     """
 
     state: Any
@@ -47,59 +49,103 @@ class FrozenEncoder(NamedTuple):
     normalize: str
 
 
-def check_encoder(encoder: str) -> None:
-    """Refuse a name that is not in `ENCODERS`.
+@dataclasses.dataclass(frozen=True)
+class ProbedRun:
+    """A run whose encoder is probed, or a control in its place; made by `open`.
 
-    Raises:
-      InputError: names the flag.
+    encoder: name in `ENCODERS`.
+    measured: the run and the data.
+    step: of the checkpoint; None for a control, which reads no checkpoint.
+    batch_size: slices at a time.
     """
-    if encoder not in ENCODERS:
-        raise InputError(f"--encoder={encoder}: choose one of {', '.join(ENCODERS)}")
 
+    encoder: str
+    measured: MeasuredRun
+    step: int | None
+    batch_size: int
 
-def open_encoder(
-    name: str,
-    measured: MeasuredRun,
-    step: int | None,
-    training_slices: NeighbourSource,
-    batch_size: int,
-    regions: int = REGIONS,
-) -> tuple[FrozenEncoder, str]:
-    """The encoder of a run or a control, and its origin in words.
+    @classmethod
+    def open(
+        cls,
+        workdir: str | Path,
+        dataset: str | Path | None,
+        output: Path,
+        splits: tuple[str, ...],
+        *,
+        encoder: str,
+        checkpoint: str,
+        batch_size: int,
+    ) -> "ProbedRun":
+        """Open the run and its data, before any work.
 
-    Args:
-      name: of `ENCODERS`.
-      measured: the run and its data.
-      step: of the checkpoint; the controls read none.
-      training_slices: set the batch statistics of the control `untrained`.
-      batch_size: training slices at a time.
-      regions: latents are averaged over regions x regions.
+        Args:
+          workdir: run directory.
+          dataset: dataset directory; None takes the dataset of the training.
+          output: path of RESULT.json.
+          splits: that will be read.
+          encoder: name in `ENCODERS`.
+          checkpoint: `best`, `last`, `last_good` or a step.
+          batch_size: slices at a time; 0 takes the training's.
 
-    Raises:
-      InputError: the model of the run has no encoder, or the checkpoint cannot be restored.
-    """
-    config = measured.config
-    if name == "pixels":
-        dim = config.model.get("embedding_dim", 64)
-        return pixel_encoder(len(measured.channels), dim, regions), "control: pixels"
-    task = get_task(config.task)
-    if "encoder" not in abstract_model(config, task)[1]:
-        raise InputError(
-            f"--workdir={measured.run.workdir}: a model of the task {config.task} has no encoder "
-            f"to probe; give "
-            "another run"
+        Raises:
+          InputError: an unknown encoder, run or checkpoint, a results file that is not JSON, or
+            data prepared otherwise than the data of the run.
+        """
+        if encoder not in ENCODERS:
+            raise InputError(f"--encoder={encoder}: choose one of {', '.join(ENCODERS)}")
+        check_request(output, batch_size)
+        measured = MeasuredRun.open(Run.open(workdir), dataset, splits)
+        step = measured.run.choose_step(checkpoint) if encoder == "run" else None
+        config = measured.config
+        return cls(encoder, measured, step, batch_size or config.batch_size // config.microbatches)
+
+    def load_encoder(
+        self, training_slices: NeighbourSource, regions: int = REGIONS
+    ) -> FrozenEncoder:
+        """The encoder; prints its origin.
+
+        Args:
+          training_slices: set the batch statistics of the control `untrained`.
+          regions: latents are averaged over regions x regions.
+
+        Raises:
+          InputError: the model of the run has no encoder, or the checkpoint cannot be restored.
+        """
+        run, config = self.measured.run, self.measured.config
+        task = get_task(config.task)
+        if self.encoder == "pixels":
+            dim = config.model.get("embedding_dim", 64)
+            frozen = pixel_encoder(len(self.measured.channels), dim, regions)
+            origin = "control: pixels"
+        elif "encoder" not in abstract_model(config, task)[1]:
+            raise InputError(
+                f"--workdir={run.workdir}: a model of the task {config.task} has no encoder to "
+                "probe; give another run"
+            )
+        elif self.encoder == "run":
+            frozen = trained_encoder(config, task, run, self.step, regions)
+            origin = f"run, step {self.step:,}"
+        else:
+            size = min(self.batch_size, len(training_slices))
+            batches = training_batches(training_slices, size, config.seed)
+            frozen = untrained_encoder(config, task, batches, regions)
+            origin = f"control: untrained, seed {config.seed}"
+        device = jax.local_devices()[0].device_kind
+        print(f"encoder        {config.recipe} ({origin}) on {device}", flush=True)
+        return frozen
+
+    def header(self, split: str, patient_ids: Sequence[str]) -> dict[str, Any]:
+        """The first fields of RESULT.json, for a split and its patients."""
+        packages = ("jax", "flax", "numpy", "scikit-learn")
+        device = jax.local_devices()[0].device_kind
+        fields = header(
+            self.measured, split, patient_ids, self.step, device=device, packages=packages
         )
-    if name == "run":
-        return trained_encoder(config, task, measured.run, step, regions), f"run, step {step:,}"
-    batches = training_batches(training_slices, min(batch_size, len(training_slices)), config.seed)
-    return untrained_encoder(
-        config, task, batches, regions
-    ), f"control: untrained, seed {config.seed}"
+        return fields | {"encoder": self.encoder}
 
 
 def area_weights(size: int, parts: int) -> np.ndarray:
-    """[parts, size] float32: row i averages the i-th of `parts` equal stretches of `size`
-    pixels."""
+    """[parts, size] float32: row i averages the i-th of `parts` equal parts of `size` pixels."""
     edges = np.linspace(0, size, parts + 1)
     pixels = np.arange(size)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
@@ -107,8 +153,7 @@ def area_weights(size: int, parts: int) -> np.ndarray:
 
 
 def pool(images: jax.Array, parts: int) -> jax.Array:
-    """Means over parts x parts regions, flattened: [B, H, W, C] -> [B, parts * parts * C]
-    float32."""
+    """Means over parts x parts regions: [B, H, W, C] -> [B, parts * parts * C] float32."""
     rows, columns = (area_weights(size, parts) for size in images.shape[1:3])
     means = jnp.einsum("bhwc,ih,jw->bijc", images, rows, columns, precision="highest")
     return means.reshape(len(images), -1)
@@ -125,7 +170,7 @@ def _network(
 ) -> FrozenEncoder:
     def encode(state, images):
         latents = nnx.merge(graph, *state, copy=True)(images, train=False)
-        return latents, pool(latents, regions)
+        return latents, pool(latents, min(regions, latents.shape[1]))  # of small images
 
     return FrozenEncoder(state, jax.jit(encode), config.model.in_channels, config.normalize)
 
@@ -145,9 +190,8 @@ def trained_encoder(
         {"params": {"encoder": params}, "variables": {"encoder": variables}},
     )
     restored = run.restore(step, template)
-    return _network(
-        config, graph, (restored["params"]["encoder"], restored["variables"]["encoder"]), regions
-    )
+    state = restored["params"]["encoder"], restored["variables"]["encoder"]
+    return _network(config, graph, state, regions)
 
 
 def untrained_encoder(
@@ -156,12 +200,11 @@ def untrained_encoder(
     batches: Iterator[dict[str, np.ndarray]],
     regions: int = REGIONS,
 ) -> FrozenEncoder:
-    """The encoder before it learned anything: random weights by the seed of the run, whatever
-    `init_from` says.
+    """The encoder with random weights by the seed of the run; `init_from` is ignored.
 
-    Its batch statistics are those of training slices, set by `STATISTICS_STEPS` passes in training
-    mode. With the 0 and 1 that they start from, activations fade from layer to layer, and the
-    comparison would be with rounding.
+    `STATISTICS_STEPS` passes in training mode set its batch statistics from training slices. With
+    their initial 0 and 1, activations fade from layer to layer, and the comparison would be with
+    rounding errors.
 
     Args:
       config, task: of the run.
@@ -173,52 +216,44 @@ def untrained_encoder(
     )
 
     @jax.jit
-    def follow(params, variables, images, key):
+    def update_statistics(params, variables, images, key):
         encoder = nnx.merge(graph, params, variables, copy=True)
-        encoder(
-            to_unit_images(images, config.model.in_channels, config.normalize), train=True, key=key
-        )
+        images = to_unit_images(images, config.model.in_channels, config.normalize)
+        encoder(images, train=True, key=key)
         return nnx.as_pure(nnx.split(encoder, nnx.Param, ...)[2])
 
-    params, variables, key = (
-        nnx.as_pure(params),
-        nnx.as_pure(variables),
-        jax.random.key(config.seed),
-    )
+    params, variables = nnx.as_pure(params), nnx.as_pure(variables)
     for step in range(STATISTICS_STEPS):
-        variables = follow(
-            params, variables, next(batches)["images"][:, 0], jax.random.fold_in(key, step)
-        )
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        variables = update_statistics(params, variables, next(batches)["images"][:, 0], key)
     return _network(config, graph, (params, variables), regions)
 
 
 def pixel_encoder(channels: int, embedding_dim: int, regions: int = REGIONS) -> FrozenEncoder:
     """A control without a network.
 
-    Latents are the means of blocks of 4 x 4 pixels, one number a channel: all 16 pixels would make
-    reconstruction of a clean slice perfect, and say nothing. Pooled features are the slice averaged
-    down to as many numbers as the pooled latents of an encoder have, or as near below as a square
-    allows.
+    Latents are the means of blocks of 4 x 4 pixels, one number a channel. With all 16 pixels the
+    reconstruction of a clean slice would be perfect, and mean nothing. Pooled features are the
+    slice averaged down to as many numbers as the pooled latents of an encoder, or to the largest
+    square below that number.
 
     Args:
       channels: of the dataset.
-      embedding_dim: features of a latent of the encoder that it is compared with.
-      regions: over regions x regions of which that encoder averages.
+      embedding_dim: numbers of a latent of the encoder that the control is compared with.
+      regions: that encoder averages its latents over regions x regions.
     """
     side = math.isqrt(regions * regions * embedding_dim // channels)
 
     def encode(state, images):
-        size = images.shape[1]
-        means = pool(images, size // PATCH).reshape(
-            len(images), size // PATCH, size // PATCH, channels
-        )
+        size, blocks = images.shape[1], images.shape[1] // PATCH
+        means = pool(images, blocks).reshape(len(images), blocks, blocks, channels)
         return means, pool(images, max(1, min(side, size)))
 
     return FrozenEncoder((), jax.jit(encode), channels, "window")
 
 
 def num_features(encoder: FrozenEncoder, image_size: int) -> dict[str, int]:
-    """Numbers that the probes see: `latent`, of a position, and `pooled`, of a slice."""
+    """Numbers of one latent (`latent`) and of the pooled features of a slice (`pooled`)."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, encoder.channels), jnp.float32)
     latents, pooled = jax.eval_shape(encoder.encode, encoder.state, images)
     return {"latent": latents.shape[-1], "pooled": pooled.shape[-1]}

@@ -1,5 +1,4 @@
-"""A slice read out of a frozen encoder: a linear decoder of each latent, and the mean of the
-nearest training slices.
+"""Slices, read out of a frozen encoder by a linear decoder and by nearest neighbours.
 
 Every encoder sees the same corruptions, whatever task it was trained on. The validation split
 chooses the settings. Nothing here is random.
@@ -27,9 +26,9 @@ NOISE_FRACTION = 0.5
 
 
 class ImageTarget(NamedTuple):
-    """A slice to be told from another or a corrupted one.
+    """A slice to reconstruct from a corrupted one or from the slice before it.
 
-    offsets: the input and the target, relative to each other; (0,) where they are the same slice.
+    offsets: of the input and the target in the volume; (0,) where they are the same slice.
     corrupt: (keys, images) -> inputs, and region [B, H, W, 1] float32 (1 where covered) or None.
     """
 
@@ -61,7 +60,7 @@ def _corrupt(target: ImageTarget, channels: int, normalize: str, images, record_
 
 
 class ImageFeatures(NamedTuple):
-    """A batch of what an image is to be told from.
+    """A batch of encoded slices and their targets.
 
     latents: [B, h, w, D] float32.
     pooled: [B, F] float32.
@@ -84,13 +83,13 @@ def image_features(
 ) -> Iterator[ImageFeatures]:
     """Corrupt each slice and encode it.
 
-    The target is the windowed slice in [0, 1] whatever the encoder's own grey scale, so that errors
-    compare.
+    The target is the windowed slice in [0, 1] whatever grey scale the encoder takes, so that errors
+    of encoders can be compared.
 
     Args:
       encoder: the encoder.
-      target: what is to be reconstructed.
-      batches: from `data.evaluation_batches` with the target's offsets.
+      target: the slice to reconstruct.
+      batches: from `data.evaluation_batches` with the offsets of the target.
     """
     for batch in batches:
         inputs, region = _corrupt(
@@ -104,7 +103,7 @@ def image_features(
 
 
 def to_patches(images: np.ndarray) -> np.ndarray:
-    """[B, H, W, C] -> [B, H / 4, W / 4, 16 * C]: the pixels that each latent stands for."""
+    """[B, H, W, C] -> [B, H / 4, W / 4, 16 * C]: the pixels that each latent covers."""
     size, height, width, channels = images.shape
     patches = images.reshape(size, height // PATCH, PATCH, width // PATCH, PATCH, channels)
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(size, height // PATCH, width // PATCH, -1)
@@ -144,7 +143,7 @@ def ridge(sums: np.ndarray, num_features: int, penalty: float) -> np.ndarray:
         (scikit-learn's alpha / N). A constant feature gets weight 0.
 
     Returns:
-      [1 + D, P] float64: intercept, then the weight of each feature as it is.
+      [1 + D, P] float64: intercept, then the weight of each feature, which is not standardised.
     """
     mean = sums[0, 1:] / sums[0, 0]
     covariance = sums[1:, 1:] / sums[0, 0] - np.outer(mean, mean)
@@ -162,8 +161,7 @@ def ridge(sums: np.ndarray, num_features: int, penalty: float) -> np.ndarray:
 
 
 def ridge_error(sums: np.ndarray, weights: np.ndarray) -> float:
-    """Mean squared error of `ridge`'s weights [1 + D, P] on the data that `sums` were added up
-    from."""
+    """Mean squared error of the weights [1 + D, P] of `ridge` on the data behind `sums`."""
     residual = np.concatenate([weights, -np.eye(weights.shape[1])])
     return float(
         np.einsum("ip,ij,jp->", residual, sums, residual, optimize=True)
@@ -178,14 +176,14 @@ def predict_ridge(weights: np.ndarray, latents: np.ndarray) -> np.ndarray:
 
 
 class ImageProbes(NamedTuple):
-    """Both probes of an image, fitted.
+    """Both fitted probes of an image.
 
     weights: of the linear decoder, [1 + D, 16 * C].
-    penalty: of the linear decoder, as chosen.
+    penalty: of the linear decoder, the chosen one.
     scaler: standardises pooled features.
     neighbours: finds the nearest training slices.
     targets: [N, H, W, C] uint8, of the training slices.
-    number: of neighbours, as chosen.
+    number: of neighbours, the chosen one.
     """
 
     weights: np.ndarray
@@ -199,7 +197,7 @@ class ImageProbes(NamedTuple):
 def _neighbour_means(
     probes: ImageProbes, pooled: np.ndarray, numbers: Iterable[int]
 ) -> dict[int, np.ndarray]:
-    """Mean target of the nearest so many training slices: number -> [B, H, W, C] float32."""
+    """Mean target of the nearest training slices: their number -> [B, H, W, C] float32."""
     features = probes.scaler.transform(pooled.astype(np.float64))
     nearest = probes.neighbours.kneighbors(features, max(numbers), return_distance=False)
     total, means = np.zeros((len(pooled), *probes.targets.shape[1:]), np.float32), {}
@@ -213,8 +211,8 @@ def _neighbour_means(
 def fit_images(train: Iterable[ImageFeatures], validation: Iterable[ImageFeatures]) -> ImageProbes:
     """Fit the linear decoder and the nearest neighbours; validation slices choose by MSE.
 
-    The decoder sees one latent at a time and predicts the 4 x 4 pixels that it stands for: what
-    lies around them must be in the latent. Neighbours are nearest by cosine of standardised pooled
+    The decoder sees one latent at a time and predicts the 4 x 4 pixels that it covers, so all that
+    it knows of them is in that latent. Neighbours are nearest by cosine of standardised pooled
     features.
 
     Args:

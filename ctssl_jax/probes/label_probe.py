@@ -1,5 +1,4 @@
-"""A label read out of a frozen encoder: logistic regression on features of slices, and their
-nearest neighbours.
+"""Labels, read out of a frozen encoder by logistic regression and by nearest neighbours.
 
 Every encoder is asked for the same labels, whatever task it was trained on. The validation split
 chooses the settings. Nothing here is random.
@@ -26,8 +25,11 @@ INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class LabelTarget(NamedTuple):
-    """A label to be told from a slice: one of `num_classes`; `transform` is (images, labels) ->
-    images."""
+    """A label of a slice.
+
+    num_classes: its classes are 0 to num_classes - 1.
+    transform: (images, labels) -> images that show their labels.
+    """
 
     num_classes: int
     transform: Callable[[jax.Array, jax.Array], jax.Array]
@@ -37,8 +39,7 @@ LABELS = {"rotation": LabelTarget(4, corruptions.rotate), "flip": LabelTarget(3,
 
 
 class LabelFeatures(NamedTuple):
-    """What a label is to be told from: pooled [N, F] float32, label [N] int32, record_index [N]
-    int32."""
+    """Pooled features [N, F] float32, label [N] int32 and record_index [N] int32 of slices."""
 
     pooled: np.ndarray
     label: np.ndarray
@@ -46,7 +47,7 @@ class LabelFeatures(NamedTuple):
 
 
 def labels_of(record_index: np.ndarray, num_classes: int) -> np.ndarray:
-    """The labels that `ctssl_jax.evaluate` gives these records: [N] -> [N] int32."""
+    """The labels of these records in `ctssl_jax.evaluate`: [N] int32 -> [N] int32."""
     return np.asarray(corruptions.random_labels(evaluation_keys(record_index), num_classes))
 
 
@@ -71,25 +72,26 @@ def label_features(
         inputs, label = _transform(
             target, encoder.channels, encoder.normalize, batch["images"], batch["record_index"]
         )
-        values = (
-            *jax.device_get((encoder.encode(encoder.state, inputs)[1], label)),
-            batch["record_index"],
-        )
+        pooled, label = jax.device_get((encoder.encode(encoder.state, inputs)[1], label))
+        values = pooled, label, batch["record_index"]
         parts.append([value[batch["weight"] > 0] for value in values])
     return LabelFeatures(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
 class Readout(NamedTuple):
-    """A probe that has been fitted: pooled [N, F] -> probabilities [N, K], and the setting that was
-    chosen."""
+    """A fitted probe.
+
+    probabilities: pooled [N, F] -> probabilities [N, K].
+    chosen: its setting.
+    """
 
     probabilities: Callable[[np.ndarray], np.ndarray]
     chosen: float
 
 
 def _fit(models: dict[float, Any], train: LabelFeatures, validation: LabelFeatures) -> Readout:
-    """The model with the highest AUROC over all validation slices, then the highest accuracy, then
-    the first."""
+    """Fit all models to the training slices and take the one with the highest AUROC over all
+    validation slices; of several the one with the highest accuracy, then the first."""
     scaler = StandardScaler().fit(train.pooled.astype(np.float64))
     features = scaler.transform(train.pooled.astype(np.float64))
     unseen = scaler.transform(validation.pooled.astype(np.float64))
@@ -120,7 +122,7 @@ def fit_logistic(train: LabelFeatures, validation: LabelFeatures) -> Readout:
 
 def fit_neighbours(train: LabelFeatures, validation: LabelFeatures) -> Readout:
     """Shares of the classes among the nearest training slices, by cosine of standardised features;
-    chooses how many."""
+    the validation slices choose the number of neighbours."""
     models = {
         number: KNeighborsClassifier(number, metric="cosine", algorithm="brute")
         for number in NEIGHBOURS

@@ -1,26 +1,17 @@
-"""The probes of `ctssl_jax.probe`: labels of other tasks and reconstruction, read out of a frozen
-encoder."""
+"""The probes of `ctssl_jax.probe`: labels of other tasks, and reconstructions of slices."""
 
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import threadpoolctl
 
 from ctssl_jax.data.batches import evaluation_batches
 from ctssl_jax.data.slices import NeighbourSource, open_source
-from ctssl_jax.evaluation.measured_run import (
-    MeasuredRun,
-    check_request,
-    header,
-    notes,
-    summaries,
-    write_volumes,
-)
+from ctssl_jax.evaluation.measured_run import MeasuredRun, notes, summaries, write_volumes
 from ctssl_jax.ops.images import SSIM_WINDOW
-from ctssl_jax.probes.encoders import FrozenEncoder, check_encoder, num_features, open_encoder
+from ctssl_jax.probes.encoders import FrozenEncoder, ProbedRun, num_features
 from ctssl_jax.probes.image_probe import (
     IMAGES,
     MASK_FRACTION,
@@ -36,7 +27,6 @@ from ctssl_jax.probes.label_probe import (
     label_features,
     labels_of,
 )
-from ctssl_jax.runs.run import Run
 from ctssl_jax.stats.volumes import auroc_one_vs_rest
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, write_json
@@ -55,69 +45,66 @@ def probe(
     max_slices: int = 4096,
     batch_size: int = 0,
 ) -> dict[str, Any]:
-    """Probe the encoder of a run and write RESULT.json and RESULT.csv; prints a line a stage.
+    """Probe the encoder of a run and write RESULT.json and RESULT.csv; prints a line a target.
 
     Args:
       workdir: run directory, of any task.
-      dataset: dataset directory; None takes the training's.
+      dataset: dataset directory; None takes the dataset of the training.
       output: path of RESULT.json; its folder is made.
-      checkpoint: `best`, `last` or a step; the controls read none.
+      checkpoint: `best`, `last`, `last_good` or a step; the controls read no checkpoint.
       encoder: `run`, or one of the controls `untrained` and `pixels`.
-      split: `test` or `validation`, which also chooses the probes' settings.
-      max_slices: training slices at most, and validation slices to choose by, spread evenly over
-        their splits. The training slices are held in memory (4,096 of 512 x 512: 1 GiB a channel).
+      split: `test` or `validation`, which also chooses the settings of the probes.
+      max_slices: limit of the training slices, and of the validation slices that choose settings;
+        they are spread evenly over their splits. The training slices are held in memory (4,096 of
+        512 x 512: 1 GiB a channel).
       batch_size: slices at a time; 0 takes the training's.
 
     Returns:
       The contents of RESULT.json.
 
     Raises:
-      InputError: no such run or checkpoint, data prepared otherwise than the run's, or too few
-        slices.
+      InputError: an unknown run or checkpoint, data prepared otherwise than the data of the run, or
+        too few slices.
     """
-    # ---- Can the request work? ----
-    output = Path(output)
-    check_encoder(encoder)
+    output, splits = Path(output), ("train", "validation", split)
     if split not in ("test", "validation"):
         raise InputError(
             f"--split={split}: choose test or validation; the probes are fitted to train"
         )
     if max_slices < LEAST_TRAINING_SLICES:
         raise InputError(f"--max_slices={max_slices}: must be {LEAST_TRAINING_SLICES} or more")
-    check_request(output, batch_size)
-    measured = MeasuredRun.open(Run.open(workdir), dataset, ("train", "validation", split))
-    config = measured.config
-    step = measured.run.choose_step(checkpoint) if encoder == "run" else None
-    if config.image_size < SSIM_WINDOW:
+    probed = ProbedRun.open(
+        workdir,
+        dataset,
+        output,
+        splits,
+        encoder=encoder,
+        checkpoint=checkpoint,
+        batch_size=batch_size,
+    )
+    image_size = probed.measured.config.image_size
+    if image_size < SSIM_WINDOW:
         raise InputError(
-            f"--dataset={config.dataset}: SSIM needs images of {SSIM_WINDOW} pixels or more"
+            f"--dataset={probed.measured.dataset.name}: SSIM needs images of {SSIM_WINDOW} pixels "
+            "or more; prepare it again with a larger --image_size"
         )
     sources: dict[tuple[str, tuple[int, ...]], NeighbourSource] = {
-        (name, offsets): _open(measured, name, offsets, 0 if name == split else max_slices)
+        (name, offsets): _open(probed.measured, name, offsets, 0 if name == split else max_slices)
         for offsets in ((0,), (0, 1))
-        for name in ("train", "validation", split)
+        for name in splits
     }
     _check_sources(sources, split)
     make_folder(output.parent, "--output")
 
-    # ---- The encoder ----
-    batch_size = batch_size or config.batch_size // config.microbatches
-    frozen, origin = open_encoder(encoder, measured, step, sources["train", (0,)], batch_size)
-    print(
-        f"encoder        {config.recipe} ({origin}) on {jax.local_devices()[0].device_kind}",
-        flush=True,
-    )
-
-    # ---- The probes, one target after the other ----
+    frozen = probed.load_encoder(sources["train", (0,)])
     volumes = sources[split, (0,)].volumes
     by_volume, chosen = {}, {}
-    for name in (*LABELS, *IMAGES):
+    for name in (*LABELS, *IMAGES):  # one target after the other
         started = time.monotonic()
         measure = _label_values if name in LABELS else _image_values
         offsets = (0,) if name in LABELS else IMAGES[name].offsets
         train, validation, tested = (
-            evaluation_batches(sources[part, offsets], batch_size)
-            for part in ("train", "validation", split)
+            evaluation_batches(sources[part, offsets], probed.batch_size) for part in splits
         )
         # same sums on any number of cores; on busy ones twenty times faster
         with threadpoolctl.threadpool_limits(1):
@@ -126,22 +113,13 @@ def probe(
         chosen |= {f"{name}/{probe}": setting for probe, setting in settings.items()}
         print(f"{name:15}{time.monotonic() - started:.1f} s", flush=True)
 
-    # ---- Files ----
     patient_ids = [volume["patient_id"] for volume in volumes]
     result = {
         "kind": "probe",
-        **header(
-            measured,
-            split,
-            patient_ids,
-            step,
-            device=jax.local_devices()[0].device_kind,
-            packages=("jax", "flax", "numpy", "scikit-learn"),
-        ),
-        "encoder": encoder,
+        **probed.header(split, patient_ids),
         "metrics": summaries(by_volume, patient_ids),
         "chosen": chosen,
-        "num_features": num_features(frozen, config.image_size),
+        "num_features": num_features(frozen, image_size),
         "corruptions": {
             "mask_fraction_of_area": MASK_FRACTION,
             "noise_fraction": NOISE_FRACTION,
@@ -178,7 +156,7 @@ def table(result: dict) -> str:
 def _open(
     measured: MeasuredRun, split: str, offsets: tuple[int, ...], limit: int
 ) -> NeighbourSource:
-    """A split, or at most so many of its items, spread evenly (0: all)."""
+    """The items of a split; with a limit above 0 so many of them, spread evenly."""
     source = open_source(measured.dataset, split, measured.channels, offsets)
     if 0 < limit < len(source):
         source.table = source.table[np.linspace(0, len(source) - 1, limit).astype(int)]
@@ -186,14 +164,13 @@ def _open(
 
 
 def _check_sources(sources: dict, split: str) -> None:
-    """Refuse, before any work, slices too few to fit, to choose or to score. All labels are known
-    beforehand."""
+    """Refuse slices too few to fit, to choose or to score, before any work. The labels follow from
+    the numbers of the records."""
     for offsets, items in (((0,), "slices"), ((0, 1), "pairs of neighbouring slices")):
         if len(sources["train", offsets]) < LEAST_TRAINING_SLICES:
             raise InputError(
                 f"{len(sources['train', offsets])} training {items} are too few for probes, which "
-                f"need "
-                f"{LEAST_TRAINING_SLICES}; give a --dataset of more scans"
+                f"need {LEAST_TRAINING_SLICES}; give a --dataset of more scans"
             )
     for name, target in LABELS.items():
         train, validation, scored = (
@@ -204,31 +181,32 @@ def _check_sources(sources: dict, split: str) -> None:
         if len(set(train)) < target.num_classes or len(set(validation)) < 2:
             raise InputError(
                 f"the training and validation slices are too few: not every {name} occurs; give a "
-                f"larger --max_slices "
-                "or a --dataset of more scans"
+                "larger --max_slices or a --dataset of more scans"
             )
-        if all(len(set(scored[of_volume])) < 2 for of_volume in chosen):
+        if all(len(set(scored[inside])) < 2 for inside in chosen):
             raise InputError(
                 f"the volumes of the {split} split have too few slices for an AUROC of {name} "
-                f"each; prepare the "
-                "--dataset again with a larger --min_slices"
+                "each; prepare the --dataset again with a larger --min_slices"
             )
 
 
 def _slices_of_volumes(volumes: list[dict], record_index) -> list:
-    """Which of the records [N] belong to each volume: a list of [N] bool."""
-    firsts = [volume["first_record"] for volume in volumes]
+    """For each volume a mask [N] bool of its records."""
     return [
-        (record_index >= first) & (record_index < first + volume["num_slices"])
-        for first, volume in zip(firsts, volumes, strict=True)
+        (record_index >= volume["first_record"])
+        & (record_index < volume["first_record"] + volume["num_slices"])
+        for volume in volumes
     ]
 
 
 def _label_values(
     frozen: FrozenEncoder, name: str, train, validation, test, volumes: list[dict]
 ) -> tuple[dict, dict]:
-    """Fit both probes of a label and score them: `linear/auroc`, ... -> [V], NaN where undefined;
-    chosen settings."""
+    """Fit both probes of a label and score them.
+
+    Returns:
+      `linear/auroc`, `knn/accuracy`, ... -> [V], NaN where undefined; and the chosen settings.
+    """
     target = LABELS[name]
     train, validation, test = (
         label_features(frozen, target, batches) for batches in (train, validation, test)
@@ -255,8 +233,11 @@ def _label_values(
 def _image_values(
     frozen: FrozenEncoder, name: str, train, validation, test, volumes: list[dict]
 ) -> tuple[dict, dict]:
-    """The same for an image: `linear/mse`, ... -> [V], NaN for a volume without a pair of
-    neighbours."""
+    """Fit both probes of an image and score them; as `_label_values`.
+
+    Returns:
+      `linear/mse`, ... -> [V], NaN for a volume without neighbouring slices; and the settings.
+    """
     train, validation, test = (
         image_features(frozen, IMAGES[name], batches) for batches in (train, validation, test)
     )

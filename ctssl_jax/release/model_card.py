@@ -53,7 +53,7 @@ The model was trained on slices cropped to the lungs, which `preprocess` cannot 
     if manifest["architecture"] == "SEResNeXt":  # the slice below, the slice, the slice above
         example = "ctssl_torch.neighbours(images, torch.arange(1), model.offsets)"
     return f"""```python
-import ctssl_torch                              # this folder's; needs torch, numpy, pillow, pydicom
+import ctssl_torch                              # the file here; needs torch, numpy, pillow, pydicom
 
 model = ctssl_torch.load(".")                   # evaluation mode
 hu, affine = ctssl_torch.read_dicom("SCAN")     # or nibabel: image.get_fdata(), image.affine

@@ -1,13 +1,11 @@
-"""Orbax checkpoints of the training state, with the configuration and preparation that they belong
-to.
+"""Orbax checkpoints of the training state, each with its configuration and preparation.
 
 A checkpoint is one flat dictionary `name -> array` (`params/encoder/...`, `variables/...`,
-`optimizer/...`, `step`), so that names stay readable and parts can be taken alone; its JSON
-metadata holds the configuration and the preparation. The position in the order of the data is the
-step itself.
+`optimizer/...`, `step`), so that names stay readable and parts can be restored alone. Its JSON
+metadata holds the configuration and the preparation. The position in the data is the step itself.
 
 Orbax and TensorStore report a full disk or a damaged file by many types of exception, bare
-`Exception` among them; whatever they raise here becomes one line with the remedy.
+`Exception` among them. So all of them are caught here and become one line with the remedy.
 """
 
 from pathlib import Path
@@ -34,8 +32,8 @@ from data_prep.system.errors import InputError, RunFailed
 class Checkpoints:
     """Asynchronous checkpoints of one run.
 
-    Keeps the one with the lowest validation loss and the last two: should the last one be damaged,
-    one before it is still there.
+    Keeps the one with the lowest validation loss and the last two: if the last one is damaged, one
+    before it is still there.
 
     Raises:
       InputError: the folder holds a checkpoint that cannot be read.
@@ -70,14 +68,13 @@ class Checkpoints:
 
     @property
     def last_is_scored(self) -> bool:
-        """Whether the newest checkpoint has a validation loss; one that was saved on request to
-        stop has none."""
+        """Whether the newest checkpoint has a validation loss; a request to stop saves without
+        one."""
         latest = self._checkpointer.latest
         return latest is not None and bool(latest.metrics)
 
     def save(self, step: int, state: Any, metadata: dict, validation_loss: float | None) -> None:
-        """Start saving `state`; returns when the save before is complete and the device arrays are
-        copied.
+        """Start saving `state`; returns when the last save is complete and the arrays are copied.
 
         A checkpoint of the same step without a validation loss is replaced.
 
@@ -118,8 +115,7 @@ class Checkpoints:
     def _not_saved(self, error: Exception) -> RunFailed:
         return RunFailed(
             f"a checkpoint could not be saved in {self.workdir} ({first_line(error)}); make room "
-            f"or permit writing "
-            "there and run again: it goes on from the last complete checkpoint"
+            "or permit writing there and run again: it resumes from the last complete checkpoint"
         )
 
 
@@ -129,27 +125,31 @@ def _open(workdir: Path, **options: Any) -> ocp.training.Checkpointer:
         return ocp.training.Checkpointer(folder.resolve(), **options)
     except Exception as error:
         raise InputError(
-            f"a checkpoint in {folder} is damaged ({first_line(error)}); remove the newest one "
-            f"and run again"
+            f"a checkpoint in {folder} is damaged ({first_line(error)}); remove the newest one and "
+            "run again"
         ) from error
 
 
 def _steps(workdir: Path) -> list[Any]:
     if not (steps := step_numbers(workdir)):
         return []
-    for step in steps:  # the small files hold the losses, by which the best one is chosen
+    for step in steps:  # the small files hold the losses that decide which one is the best
         check_undamaged(workdir, step, small_files_only=True)
     with _open(workdir) as checkpointer:
         return list(checkpointer.checkpoints)
 
 
 def choose_step(workdir: Path, which: str = "best") -> int:
-    """Resolve `best` (lowest validation loss), `last`, `last_good` (the last one that is not
-    damaged) or a step number to a checkpoint that exists.
+    """Step of a checkpoint that exists.
+
+    Args:
+      workdir: run directory.
+      which: `best` (lowest validation loss), `last`, `last_good` (the last undamaged one) or a
+        step number.
 
     Raises:
-      InputError: no such run, no checkpoint, or not that step; of `best` and `last`, if one of them
-        is damaged.
+      InputError: the run has no such checkpoint, or `best` and `last` could not be told because
+        one is damaged.
     """
     numbers = step_numbers(workdir)
     if which.isdigit() and int(which) in numbers:
@@ -162,7 +162,7 @@ def choose_step(workdir: Path, which: str = "best") -> int:
     steps = _steps(workdir)
     if not steps:
         raise InputError(
-            f"{workdir} holds no checkpoint; give the --workdir of a run of ctssl_jax.train"
+            f"{workdir} has no checkpoint; give the --workdir of a run of ctssl_jax.train"
         )
     numbers = [item.step for item in steps]
     if which == "last":
@@ -170,10 +170,10 @@ def choose_step(workdir: Path, which: str = "best") -> int:
     if which == "best":
         scored = [(item.metrics["loss"], item.step) for item in steps if item.metrics]
         return min(scored)[1] if scored else numbers[-1]
-    known = ", ".join(str(number) for number in numbers)
+    existing = ", ".join(map(str, numbers))
     raise InputError(
-        f"{workdir} has no checkpoint {which!r}; there are steps {known}, and the names best, "
-        f"last and last_good"
+        f"{workdir} has no checkpoint {which!r}; there are steps {existing}, and the names best, "
+        "last and last_good"
     )
 
 
@@ -183,9 +183,8 @@ def restore(workdir: Path, step: int, template: Any) -> Any:
     Args:
       workdir: run directory.
       step: a step that `choose_step` gave.
-      template: tree of `jax.ShapeDtypeStruct` (or arrays) with the shardings wanted, which may be
-        of another number of devices than the run that saved it. Parts of the checkpoint that the
-        template lacks are not read.
+      template: tree of `jax.ShapeDtypeStruct` or arrays; the result has their shardings, on any
+        number of devices. Parts of the checkpoint that the template lacks are not read.
 
     Raises:
       InputError: tensors are missing or have another shape, and the message names them; or the
@@ -208,7 +207,7 @@ def restore(workdir: Path, step: int, template: Any) -> Any:
         raise InputError(
             f"checkpoint {step} of {workdir} does not fit this model ({len(missing)} tensors "
             f"missing, {len(shapes)} of another shape; {'; '.join(problems)}); use the "
-            f"configuration that it was trained with"
+            "configuration that it was trained with"
         )
     context = ocp.Context()
     context.pytree.loading.partial_load = True
@@ -242,7 +241,7 @@ def read_metadata(workdir: Path, step: int) -> dict:
 
 
 def saved_with(workdir: Path) -> dict | None:
-    """The JSON that was saved with the newest checkpoint whose checksums vouch for it; None if
-    there is none."""
+    """The JSON that was saved with the newest checkpoint that agrees with its checksums; None if
+    no checkpoint does."""
     step = newest_vouched_for(workdir)
     return None if step is None else read_metadata(workdir, step)

@@ -1,10 +1,12 @@
-"""Damaged checkpoints: checksums that notice them, and setting them aside.
+"""Damaged checkpoints: checksums that notice them, and a folder to set them aside.
 
-Orbax does not notice a changed bit in the numbers of a tensor. So every checkpoint gets a file
-SHA256SUMS once it is complete (with the next one, or when the run ends or stops): of its own files
-and of the run's files that never change. A checkpoint is compared with it before it is restored.
-One without it, of a killed process or of an older version, is taken as it is.
-`sha256sum -c STEP/SHA256SUMS` in `checkpoints/` does the same.
+Orbax does not notice a changed bit in the numbers of a tensor. So a complete checkpoint gets a file
+SHA256SUMS, with the checksums of its files and of the run's files that never change. It is written
+together with the next checkpoint, or when the run ends or stops.
+
+A checkpoint is compared with its checksums before it is restored. One that has none, because its
+process was killed or an older version wrote it, is restored unchecked.
+`sha256sum -c STEP/SHA256SUMS` in `checkpoints/` makes the same comparison.
 """
 
 import os
@@ -54,8 +56,7 @@ def write_sums(workdir: Path, step: int) -> None:
     folder = workdir / CHECKPOINTS / str(step)
     if not folder.is_dir():
         return
-    # The run's files first: a list that is cut then always lacks files of the checkpoint, which is
-    # noticed.
+    # The run's files first: a list that is cut then lacks files of the checkpoint, and is noticed.
     files = [workdir / name for name in _NEVER_CHANGE if (workdir / name).is_file()]
     files += [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
     lines = [f"{file_sha256(path)}  {os.path.relpath(path, folder.parent)}\n" for path in files]
@@ -63,8 +64,8 @@ def write_sums(workdir: Path, step: int) -> None:
 
 
 def _difference(workdir: Path, step: int, of_run: bool, small_files_only: bool = False) -> str:
-    """The first file, of the checkpoint or of its run, that differs from SHA256SUMS, in words; ""
-    if none does."""
+    """The first file of the checkpoint (or of its run) that differs from SHA256SUMS, in words; ""
+    if all agree."""
     folder = workdir / CHECKPOINTS / str(step)
     if not (folder / SUMS).exists():
         return ""
@@ -74,13 +75,13 @@ def _difference(workdir: Path, step: int, of_run: bool, small_files_only: bool =
         return f"{SUMS} cannot be read: {first_line(error)}"
     lines = [_SUM.fullmatch(line) for line in text.splitlines()]
     if not all(lines) or not text.endswith("\n"):
-        return f"{SUMS} is cut or no list of checksums"
+        return f"{SUMS} is cut or not a list of checksums"
     sums = {
         line["name"]: line["sha256"] for line in lines if line["name"].startswith("../") == of_run
     }
     if not of_run:
         if other := [name.split("/")[0] for name in sums if not name.startswith(f"{step}/")]:
-            return f"it is that of step {other[0]}"
+            return f"it is the checkpoint of step {other[0]}"
         there = {
             os.path.relpath(path, folder.parent) for path in folder.rglob("*") if path.is_file()
         }
@@ -99,7 +100,7 @@ def _difference(workdir: Path, step: int, of_run: bool, small_files_only: bool =
 
 
 def check_undamaged(workdir: Path, step: int, *, small_files_only: bool = False) -> None:
-    """Refuse a changed checkpoint, one in the place of another, and changed files of its run.
+    """Refuse a changed checkpoint, a checkpoint of another step, and changed files of the run.
 
     Raises:
       InputError: names the file and the remedy.
@@ -109,13 +110,14 @@ def check_undamaged(workdir: Path, step: int, *, small_files_only: bool = False)
     if difference := _difference(workdir, step, of_run=True):
         raise InputError(
             f"{workdir} is damaged ({difference}; it was not when checkpoint {step} was saved); "
-            f"bring back a copy of it"
+            "bring back a copy of it"
         )
 
 
 def check_all_undamaged(workdir: Path, except_steps: Sequence[int] = ()) -> None:
-    """Refuse a run with a damaged checkpoint. All files of the newest are compared, the small files
-    of others.
+    """Refuse a run with a damaged checkpoint.
+
+    All files of the newest checkpoint are compared, and the small files of all others.
 
     Raises:
       InputError: names the file and the remedy.
@@ -151,8 +153,8 @@ def damaged_steps(workdir: Path) -> list[int]:
 
 
 def set_aside(workdir: Path, steps: Sequence[int]) -> None:
-    """Move checkpoints into `damaged_checkpoints/`: a run then resumes from the last one that is
-    left."""
+    """Move checkpoints into `damaged_checkpoints/`: the run then resumes from the last one that
+    stays."""
     for step in steps:
         (workdir / SET_ASIDE).mkdir(exist_ok=True)
         os.replace(workdir / CHECKPOINTS / str(step), _free(workdir / SET_ASIDE / str(step)))
@@ -186,19 +188,18 @@ def is_damaged(workdir: Path, step: int) -> bool:
 
 
 def damaged(workdir: Path, step: int, reason: Exception | str) -> InputError:
-    """The error that names a damaged checkpoint, the good ones and how to resume from them."""
+    """The error that names a damaged checkpoint, the good ones and how to use them."""
     reason = reason if isinstance(reason, str) else first_line(reason)
     others = [
         other
         for other in step_numbers(workdir)
         if other != step and not _difference(workdir, other, of_run=False)
     ]
-    remedy = "there is no other one"
+    remedy = "no other one is good; train again in another --workdir"
     if others:
         remedy = (
             f"good ones are: {', '.join(map(str, others))}; --checkpoint={LAST_GOOD} takes the "
-            f"last of them, and "
-            "ctssl_jax.train --set_aside_damaged goes on from it"
+            "last of them, and ctssl_jax.train --set_aside_damaged resumes from it"
         )
     return InputError(f"checkpoint {step} of {workdir} is damaged ({reason}); {remedy}")
 

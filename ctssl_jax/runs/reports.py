@@ -30,8 +30,8 @@ def duration(seconds: float) -> str:
 class Reports:
     """`metrics.jsonl` and `tensorboard/` of a run directory.
 
-    A run that goes on at `start_step` first drops what an interrupted attempt wrote beyond it; one
-    that starts from scratch (-1) drops everything.
+    A run that resumes at `start_step` first drops the later lines of its interrupted attempt. One
+    that starts from scratch (-1) drops all lines.
     """
 
     def __init__(self, workdir: Path, start_step: int):
@@ -65,19 +65,21 @@ class Reports:
             raise
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush and close the files."""
         if self._writes:
             self._file.close()
             self._events.close()
 
 
 class _EventFile:
-    """A TensorBoard event file that the run itself writes. tensorboardX's `SummaryWriter` has a
-    thread for it, which a full disk ends, and so does a clock that is set back by a month; the run
-    would then wait for it for ever."""
+    """A TensorBoard event file that the run itself writes.
+
+    tensorboardX's `SummaryWriter` writes in a thread, which ends when the disk is full or the clock
+    is set back by a month. The run would then wait for it for ever.
+    """
 
     def __init__(self, folder: Path, purge_step: int):
-        # tensorboardX would import it, which takes seconds
+        # tensorboardX would import torch, which takes seconds
         hides_torch = sys.modules.setdefault("torch", None) is None
         try:
             from tensorboardX import summary
@@ -90,7 +92,7 @@ class _EventFile:
         folder.mkdir(exist_ok=True)
         self._event, self._scalar = Event, summary.scalar
         self._writer = EventsWriter(str(folder / "events"))
-        # TensorBoard drops what earlier files have of these steps
+        # TensorBoard drops the points that earlier files have from this step on
         restart = SessionLog(status=SessionLog.START)
         self._writer.write_event(Event(step=purge_step, session_log=restart, wall_time=time.time()))
         self._flushed = time.monotonic()
@@ -108,7 +110,7 @@ class _EventFile:
 
 
 def _complete_lines(path: Path) -> list[str]:
-    """Lines of a JSON-lines file; a last line that a kill cut short is left out."""
+    """Lines of a JSON-lines file, without a last line that was cut by a kill."""
     if not path.exists():
         return []
     return [

@@ -4,13 +4,14 @@ Layout of a run directory:
 
     config.json           the configuration of the run
     patients.json         pseudonyms of the patients of the training and validation splits
-    ancestors.json        the runs that its first weights come from, from the first to the last,
-    with their patients transplant.json       which tensors came from there
-    training_data.json    share, studies and slices of the training split that the run learns from
-    preparation.json      how the slices were prepared (window, size, key fingerprint), as the
-    dataset recorded it checkpoints/STEP      Orbax checkpoints: the last two and the best one by
-    validation loss metrics.jsonl         one line a report: step, losses, slices/s
-    tensorboard/          the same as event files
+    ancestors.json        the runs that the first weights come from, oldest first, with their
+                          patients
+    transplant.json       the tensors that come from there
+    training_data.json    fraction, studies and slices of the training split that are used
+    preparation.json      preparation.json of the dataset: windows, size, key fingerprint
+    checkpoints/STEP      Orbax checkpoints: the last two, and the best one by validation loss
+    metrics.jsonl         one line a report: step, losses, slices/s
+    tensorboard/          the same numbers as event files
     pictures/             input | target | prediction | difference of fixed validation slices
 """
 
@@ -27,7 +28,7 @@ from ctssl_jax.runs.damage import holds_checkpoint
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_json
 
-# A run may resume with other values of these; everything else is part of what the run is.
+# A run may resume with other values of these fields; all others decide what it computes.
 # `num_steps` only under a constant schedule: a cosine depends on it from the first step.
 MAY_CHANGE = (
     "dataset",
@@ -53,7 +54,7 @@ _WRITTEN_FIRST = ("preparation.json", "patients.json", "config.json")  # in this
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """A configuration as JSON would give it back (tuples become lists)."""
+    """A configuration as it is read back from JSON: tuples become lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 
@@ -83,8 +84,8 @@ class Run:
 
     @classmethod
     def open(cls, workdir: str | Path) -> "Run":
-        """Read `config.json` and `preparation.json`, and compare them with the newest checkpoint's
-        own copy.
+        """Read `config.json` and `preparation.json`, and compare them with the copies in the newest
+        checkpoint.
 
         Raises:
           InputError: not a run directory, or a damaged one.
@@ -93,14 +94,14 @@ class Run:
         if not (workdir / "config.json").is_file():
             raise InputError(
                 f"--workdir={workdir} is not a run directory; give the --workdir of a run of "
-                f"ctssl_jax.train"
+                "ctssl_jax.train"
                 + ("" if not holds_checkpoint(workdir) else ", or bring back its config.json")
             )
         config = read_json(workdir / "config.json", ("task", "recipe", "windows", "model"))
         preparation = read_json(workdir / "preparation.json", OF_THE_DATA)
         saved = checkpoints.saved_with(workdir) or {}
         if "config" in saved:
-            old, new = _flat(saved["config"]), _flat(config)
+            old, new = flat(saved["config"]), flat(config)
             for name in sorted(old.keys() | new.keys()):
                 if name.split(".")[0] not in MAY_CHANGE and old.get(name) != new.get(name):
                     raise _other_than_saved(workdir / "config.json", name)
@@ -131,7 +132,7 @@ class Run:
 
     @functools.cached_property
     def ancestors(self) -> list[dict]:
-        """`ancestors.json`, the runs that the first weights come from; empty if those were random.
+        """`ancestors.json`, the runs that the first weights come from; empty if they were random.
 
         Raises:
           InputError: the file is damaged.
@@ -141,13 +142,15 @@ class Run:
         if not isinstance(ancestors, list) or not all(
             "patients" in ancestor for ancestor in ancestors
         ):
-            raise InputError(f"{path} is damaged (it is no list of runs); bring back a copy of it")
+            raise InputError(
+                f"{path} is damaged (it is not a list of runs); bring back a copy of it"
+            )
         return ancestors
 
     @functools.cached_property
     def training_data(self) -> dict:
-        """What the run learns from: `train_fraction`, `num_train_studies`, `num_train_slices`;
-        empty if not known."""
+        """`training_data.json`: `train_fraction`, `num_train_studies`, `num_train_slices`; empty
+        in a run that was not trained here."""
         path = self.workdir / "training_data.json"
         return read_json(path) if path.exists() else {}
 
@@ -174,7 +177,7 @@ class Run:
 
 def _other_than_saved(path: Path, name: str) -> InputError:
     return InputError(
-        f"{path} is damaged ({name} is another than in the checkpoint); bring back a copy of it"
+        f"{path} is damaged ({name} differs from the checkpoint's); bring back a copy of it"
     )
 
 
@@ -187,8 +190,7 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
     """
     path = workdir / "config.json"
     if not path.exists():
-        # A run that was killed at its very start may have left these: it is not a run yet, and does
-        # no harm.
+        # A run that was killed at its very start may leave these: they are not a run yet.
         begun = {name + ending for name in _WRITTEN_FIRST for ending in ("", ".tmp")}
         if workdir.is_dir() and any(entry.name not in begun for entry in workdir.iterdir()):
             raise InputError(
@@ -198,7 +200,7 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
     if not holds_checkpoint(workdir):
         return  # nothing was learned yet: a corrected configuration may take its place
     run = Run.open(workdir)
-    old, new = _flat(to_json(run.config)), _flat(to_json(config))
+    old, new = flat(to_json(run.config)), flat(to_json(config))
     may_change = (
         MAY_CHANGE if config.schedule == "constant" else tuple(set(MAY_CHANGE) - {"num_steps"})
     )
@@ -208,34 +210,33 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
         ):
             continue
         if name in ("init_from", "init_weights") and bool(old.get(name)) == bool(new[name]):
-            # another spelling of the path; where the weights came from stands in ancestors.json
+            # another spelling of the path; ancestors.json says where the weights came from
             continue
         if name in old and name in new:
             remedy = f"use another --workdir, or --config.{name}={old[name]}"
             raise InputError(
-                f"--workdir={workdir} holds a run with config.{name}={old[name]}, not "
-                f"{new[name]}; {remedy}"
+                f"--workdir={workdir} holds a run with config.{name}={old[name]}, not {new[name]}; "
+                f"{remedy}"
             )
         raise InputError(
-            f"--workdir={workdir} holds a run of another version of this program (config.{name} "
-            f"is not in both); use "
-            "another --workdir"
+            f"--workdir={workdir} holds a run of another version of this program (config.{name} is "
+            "not in both); use another --workdir"
         )
     if run.preparation["fingerprint"] != preparation["fingerprint"]:
         raise InputError(
             f"--workdir={workdir} holds a run on other data than {config.dataset} (dataset "
-            f"fingerprints differ); give "
-            "the dataset that it began with, or another --workdir"
+            "fingerprints differ); give the dataset that it began with, or another --workdir"
         )
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """A tree of dictionaries as one, with names like `mask.fraction`."""
+    fields = {}
     for name, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        fields |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
         )
-    return flat
+    return fields
 
 
 def open_workdir(

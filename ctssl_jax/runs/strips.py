@@ -1,4 +1,4 @@
-"""Pictures of what a model does: strips of input, target, prediction and difference."""
+"""Pictures of predictions: strips of input, target, prediction and difference."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def difference(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
 
     Args:
       prediction: [H, W, C] float32 in [0, 1]; the first channel is shown.
-      target: like `prediction`.
+      target: of the same shape.
 
     Returns:
       [H, W, 3] uint8.
@@ -47,9 +47,9 @@ def strip(pictures: dict[str, np.ndarray], label: str = "") -> Image.Image:
     """One row a slice: input | target | prediction | difference.
 
     Args:
-      pictures: `input`, `target`, `prediction`, each [N, H, W, C] float32 in [0, 1]; of a
-        segmentation also `target_mask` and `prediction_mask`, [N, H, W, 1], which are drawn over
-        these and whose difference is shown.
+      pictures: `input`, `target`, `prediction`, each [N, H, W, C] float32 in [0, 1]. A segmentation
+        adds `target_mask` and `prediction_mask`, [N, H, W, 1]: they are drawn over target and
+        prediction, and the difference is between them.
       label: written at the top left, e.g. "SYNTHETIC".
     """
     gap = 2

@@ -1,2 +1,1 @@
-"""A task is a row of data: model, corruption, loss and scores of each strategy and downstream
-application."""
+"""Tasks, each a row of data: model, corruption, loss and scores."""

@@ -1,7 +1,7 @@
-"""What a task is to the training loop and the evaluation, which know nothing else of it.
+"""The interface of tasks, which is all that training and evaluation know of a task.
 
-All per-example numbers are `[B] float32`, so that padded examples get weight 0 and nothing depends
-on how a batch was put together.
+All numbers of examples are `[B] float32`: padded examples get weight 0, and no score depends on the
+other examples of a batch.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from data_prep.system.errors import InputError
 
 
 class StepOutput(NamedTuple):
-    """What a task computes from one batch.
+    """The values that a task computes from one batch.
 
     loss: [B] float32, the quantity that is minimised.
     scores: name -> [B] float32, reported as means over examples.
-    pictures: `input`, `target`, `prediction`, each [B, H, W, C] float32 in [0, 1]; of a
-      segmentation also `target_mask` and `prediction_mask`, [B, H, W, 1] float32, 0 or 1.
-    embedding: [B, D] float32, the encoder's latents averaged over the slice: what a downstream task
-      would be given.
-    code_counts: [num_codes] float32, how often each code was used (weighted by example); None
-      without a codebook.
-    classes: `label` [B] int32 and `probabilities` [B, K] float32, which scores of a whole split
-      need; None unless the task predicts a label.
+    pictures: `input`, `target`, `prediction`, each [B, H, W, C] float32 in [0, 1]. A segmentation
+      adds `target_mask` and `prediction_mask`, [B, H, W, 1] float32, 0 or 1.
+    embedding: [B, D] float32, the encoder's latents averaged over the slice, as downstream tasks
+      use them.
+    code_counts: [num_codes] float32, uses of each code (weighted by example); None without a
+      codebook.
+    classes: `label` [B] int32 and `probabilities` [B, K] float32, for scores of a whole split; None
+      unless the task predicts a label.
     """
 
     loss: jax.Array
@@ -42,17 +42,17 @@ class StepOutput(NamedTuple):
 class Task(NamedTuple):
     """One pretraining strategy or downstream application.
 
-    fields: the configuration's fields that belong to this task and not to all.
+    fields: the fields of the configuration that belong to this task and not to all.
     offsets: configuration -> slices of one item, relative to each other.
-    targets: configuration -> what an item carries beside its slices, and which slices are taken.
+    targets: configuration -> the labels and masks of an item, and the slices that are used.
     reported: the scores that evaluation reports, in the order of the paper's Table II.
     check: raises `InputError` if the configuration cannot work at its image size.
     build: makes the model from the configuration.
     flops: configuration -> floating-point operations of one forward pass of one slice.
-    apply: (model, batch, keys, model_key, config, train=) -> `StepOutput`; the batch is that of
-      `ctssl_jax.data.slices`, on the devices.
-    baselines: (batch, keys, mean_image, config) -> scores of predictors without a model, on the
-      same inputs; empty if there are none.
+    apply: (model, batch, keys, model_key, config, train=) -> `StepOutput`; the batch is from
+      `ctssl_jax.data.batches`, on the devices.
+    baselines: (batch, keys, mean_image, config) -> scores of predictors without a model on the same
+      inputs; may be empty.
     """
 
     fields: tuple[str, ...]
@@ -67,12 +67,11 @@ class Task(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """What differs between the models of a task that has several.
+    """The differences between the models of one task.
 
-    settings: configuration -> settings of the model; raises `InputError` for what the model cannot
-      have.
+    settings: configuration -> settings of the model; raises `InputError` for impossible settings.
     build: (settings, rngs) -> model.
-    call: (model, inputs, train, key, configuration) -> what the task takes from the model.
+    call: (model, inputs, train, key, configuration) -> output of the model.
     flops: (settings, image_size) -> floating-point operations of one forward pass of one input.
     """
 
@@ -87,18 +86,14 @@ def item_slices(images: jax.Array, index: int, config: ml_collections.ConfigDict
     return to_unit_images(images[:, index], config.model.in_channels, config.normalize)
 
 
-def model_config(
-    make: Callable[..., Any], config: ml_collections.ConfigDict, **settings: Any
-) -> Any:
-    """The model's settings out of a training configuration; `InputError` for one that the model
-    cannot have."""
+def model_config(make: type[Any], config: ml_collections.ConfigDict, **settings: Any) -> Any:
+    """Settings of the model from a training configuration; `InputError` for impossible settings."""
+    execution = {
+        name: config[name]
+        for name in ("dtype", "remat", "scan")
+        if name in make.__dataclass_fields__
+    }
     try:
-        return make(
-            **config.model.to_dict(),
-            **settings,
-            dtype=config.dtype,
-            remat=config.remat,
-            scan=config.scan,
-        )
+        return make(**config.model.to_dict(), **settings, **execution)
     except (TypeError, ValueError) as error:
         raise InputError(f"config.model: {error}") from None

@@ -1,10 +1,10 @@
-"""Tasks that reconstruct a slice from a corrupted or neighbouring one (paper, sections II.C.1 to
-3): masked region, next slice, denoising. They differ in the corruption alone; model, scores and
-composite loss are the same.
+"""Tasks that reconstruct a slice: masked region, next slice, denoising.
+
+Paper, sections II.C.1 to 3. They differ in the corruption alone: model, scores and composite loss
+are the same.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,10 +22,10 @@ from data_prep.system.errors import InputError
 
 
 class Example(NamedTuple):
-    """What the autoencoder sees and must give back.
+    """Input and target of the autoencoder.
 
     inputs, target: [B, H, W, channels] float32 in [0, 1].
-    region: [B, H, W, 1] float32, 1 where the slice was covered; None if nothing was.
+    region: [B, H, W, 1] float32, 1 where the slice is covered; None if it is not.
     """
 
     inputs: jax.Array
@@ -43,8 +43,8 @@ def _mask_region(images: jax.Array, keys: jax.Array, config: ml_collections.Conf
 
 
 def _next_slice(images: jax.Array, keys: jax.Array, config: ml_collections.ConfigDict) -> Example:
-    """Predict the slice `config.slice_gap` further towards superior (paper, section II.C.1);
-    nothing is random."""
+    """Predict the slice `config.slice_gap` further towards superior, without any randomness (paper,
+    section II.C.1)."""
     return Example(item_slices(images, 0, config), item_slices(images, 1, config))
 
 
@@ -81,11 +81,10 @@ def _reconstruct(
 
     Args:
       corrupt: the corruption, (images, keys, config) -> `Example`.
-      model: the autoencoder; its state (BatchNorm statistics, codebook) is updated in place if
-        `train`.
+      model: the autoencoder. Training updates its BatchNorm statistics and codebook in place.
       batch: `images` [B, K, H, W, C] uint8, one slice for each of the task's offsets; `weight` [B]
         float32, 0 for padding.
-      keys: [B] keys, one an example: where the region lies, which pixels are noisy.
+      keys: [B] keys, one an example, for the place of the region or the noisy pixels.
       model_key: key of the model's own randomness (dropout, codebook revival); None in evaluation.
       config: the training configuration.
       train: training or evaluation mode.
@@ -101,7 +100,7 @@ def _reconstruct(
     if example.region is not None:
         loss += terms.masked_mse * scores["masked_mse"]
     similarity = scores["ssim"]
-    if config.ssim_rescale:  # in the loss only: what is reported stays comparable
+    if config.ssim_rescale:  # in the loss only: the reported SSIM stays comparable
         similarity = ssim(to_unit_range(output.reconstruction, rescale=True), example.target)
     loss = loss + terms.vq * scores["vq_loss"] - terms.ssim * similarity
     return StepOutput(
@@ -152,52 +151,31 @@ def _check_reconstruction(check: Callable[..., None], config: ml_collections.Con
     if config.image_size < SSIM_WINDOW:
         raise InputError(
             f"config.image_size={config.image_size}: SSIM needs at least {SSIM_WINDOW} pixels; "
-            f"prepare with a "
-            "larger --image_size"
+            "prepare with a larger --image_size"
         )
-    if not (math.isfinite(config.commitment) and config.commitment >= 0):
-        raise InputError(f"config.commitment={config.commitment}: must be 0 or more")
-    for name, value in config.loss.items():
-        if not math.isfinite(value):
-            raise InputError(f"config.loss.{name}={value}: must be a finite number")
     model_config(VQVAEConfig, config)
     check(config)
 
 
 def _check_mask(config: ml_collections.ConfigDict) -> None:
     mask, image_size = config.mask, config.image_size
-    if not math.isfinite(mask.fill):
-        raise InputError(f"config.mask.fill={mask.fill}: must be a finite number")
     try:
         side = corruptions.mask_side(image_size, image_size, fraction=mask.fraction, unit=mask.unit)
     except ValueError as error:
         raise InputError(f"config.mask: {error}") from None
-    if mask.margin < 0 or side + mask.margin > image_size:
+    if side + mask.margin > image_size:
         raise InputError(
             f"config.mask: a mask of {side} pixels with margin {mask.margin} does not fit into "
-            f"{image_size} pixels; "
-            "lower config.mask.margin or config.mask.fraction"
-        )
-
-
-def _check_gap(config: ml_collections.ConfigDict) -> None:
-    if config.slice_gap < 1:
-        raise InputError(f"config.slice_gap={config.slice_gap}: must be 1 or more")
-
-
-def _check_noise(config: ml_collections.ConfigDict) -> None:
-    if not 0 < config.noise.fraction <= 1:
-        raise InputError(
-            f"config.noise.fraction={config.noise.fraction}: must lie above 0 and be at most 1"
+            f"{image_size} pixels; lower config.mask.margin or config.mask.fraction"
         )
 
 
 def _task(
     corrupt: Callable[..., Example],
-    check: Callable[[ml_collections.ConfigDict], None],
     *,
     field: str,
     reported: tuple[str, ...],
+    check: Callable[[ml_collections.ConfigDict], None] = lambda config: None,
     offsets: Callable[[ml_collections.ConfigDict], tuple[int, ...]] = lambda config: (0,),
 ) -> Task:
     return Task(
@@ -214,13 +192,12 @@ def _task(
 
 
 MASKED_REGION = _task(
-    _mask_region, _check_mask, field="mask", reported=("mse", "masked_mse", "ssim")
+    _mask_region, field="mask", reported=("mse", "masked_mse", "ssim"), check=_check_mask
 )
 NEXT_SLICE = _task(
     _next_slice,
-    _check_gap,
     field="slice_gap",
     reported=("mse", "ssim"),
     offsets=lambda config: (0, config.slice_gap),
 )
-DENOISING = _task(_add_noise, _check_noise, field="noise", reported=("mse", "ssim"))
+DENOISING = _task(_add_noise, field="noise", reported=("mse", "ssim"))

@@ -1,7 +1,6 @@
-"""Tasks that draw a mask on a slice: nodules, or a user's own (paper, section II.E).
+"""Tasks that draw a mask on a slice: nodules, or masks of the user (paper, section II.E).
 
-Two models: the U-Net whose down branch is the pretraining's encoder, and a standard U-Net as
-reference.
+Two models: a U-Net whose down branch is the pretrained encoder, and a standard U-Net as reference.
 """
 
 import functools
@@ -30,14 +29,13 @@ def _segment(
 ) -> StepOutput:
     """Binary cross-entropy plus soft Dice loss against the union of the slice's regions.
 
-    A correct detection is never penalised: all regions count, whichever made the slice part of the
-    data.
+    All regions of a slice count, so that a correct detection is never penalised.
 
     Args:
-      architecture: the model's kind; it gives a `UNetOutput`.
-      model: its BatchNorm statistics are updated in place if `train`.
+      architecture: the kind of model, with a `UNetOutput`.
+      model: the U-Net. Training updates its BatchNorm statistics in place.
       batch: `images` [B, 1, H, W, C] uint8, `mask` [B, H, W] uint8 (0 background).
-      keys: [B] keys, one an example: its augmentation.
+      keys: [B] keys, one an example, for the augmentation.
       model_key: key of the model's own randomness (dropout); None in evaluation.
       config: the training configuration.
       train: training or evaluation mode.
@@ -72,17 +70,12 @@ def _segment(
 
 
 def _check(architecture: Architecture, config: ml_collections.ConfigDict) -> None:
-    if not 0 <= config.positive_share < 1:
-        raise InputError(
-            f"config.positive_share={config.positive_share}: must be 0 or more and below 1"
-        )
     augmentations.check(config.augmentation)
     architecture.settings(config)
     if config.image_size % unet.STRIDE:
         raise InputError(
             f"config.image_size={config.image_size} is not divisible by the U-Net's stride "
-            f"{unet.STRIDE}; prepare with "
-            "an --image_size that is"
+            f"{unet.STRIDE}; prepare with an --image_size that is"
         )
 
 
@@ -100,29 +93,23 @@ def _task(architecture: Architecture) -> Task:
     )
 
 
-def _encoder_unet_settings(config: ml_collections.ConfigDict) -> unet.UNetConfig:
-    return model_config(unet.UNetConfig, config)
-
-
 def _call_encoder_unet(model, images, train, key, config) -> unet.UNetOutput:
     return model(
         images, train=train, key=key, frozen_encoder=config.encoder_learning_rate_factor == 0
     )
 
 
-def _standard_unet_settings(config: ml_collections.ConfigDict) -> unet.StandardUNetConfig:
-    try:
-        return unet.StandardUNetConfig(**config.model.to_dict(), dtype=config.dtype)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"config.model: {error}") from None
-
-
 SEGMENTATION = _task(
-    Architecture(_encoder_unet_settings, unet.UNet, _call_encoder_unet, unet.flops_per_slice)
+    Architecture(
+        settings=functools.partial(model_config, unet.UNetConfig),
+        build=unet.UNet,
+        call=_call_encoder_unet,
+        flops=unet.flops_per_slice,
+    )
 )
 SEGMENTATION_STANDARD_UNET = _task(
     Architecture(
-        settings=_standard_unet_settings,
+        settings=functools.partial(model_config, unet.StandardUNetConfig),
         build=unet.StandardUNet,
         call=lambda model, images, train, key, config: model(images, train=train),
         flops=unet.standard_flops_per_slice,

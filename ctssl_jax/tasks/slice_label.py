@@ -1,8 +1,7 @@
-"""Tasks that predict a label of the dataset from a slice: pulmonary embolism, or a user's own
-(paper, section II.D).
+"""Tasks that predict a label from a slice: pulmonary embolism, or a label of the user.
 
-Two models: the pretraining's encoder with classification layers, and SE-ResNeXt-50 on three
-adjacent slices, the slice stage of the winner of the RSNA challenge.
+Paper, section II.D. Two models: the pretrained encoder with classification layers, and
+SE-ResNeXt-50 on three adjacent slices, the slice stage of the winner of the RSNA challenge.
 """
 
 import functools
@@ -19,17 +18,14 @@ from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.tasks.interface import Architecture, StepOutput, Task, model_config
 from data_prep.system.errors import InputError
 
-SLICES = ("all", "middle")
-CROPS = ("none", "lung_box")
-
 
 def _probabilities(logits: jax.Array) -> jax.Array:
-    """[B, K] float32; of one logit the two classes' probabilities."""
+    """Logits [B, K] (or one logit [B, 1] of two classes) -> probabilities [B, classes] float32."""
     return jax.nn.softmax(_two_columns(logits).astype(jnp.float32))
 
 
 def _two_columns(logits: jax.Array) -> jax.Array:
-    """One logit of a positive class as two of a softmax, which is the same model."""
+    """One logit of a positive class as two logits of a softmax, which is the same model."""
     return (
         jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
         if logits.shape[-1] == 1
@@ -38,8 +34,8 @@ def _two_columns(logits: jax.Array) -> jax.Array:
 
 
 def _inputs(batch: dict[str, jax.Array], config: ml_collections.ConfigDict) -> jax.Array:
-    """The slices of an item as channels, cropped if asked for: [B, H, W, channels] float32 in [0,
-    1]."""
+    """The slices of an item as channels, cropped by `config.crop`: [B, H, W, channels] float32 in
+    [0, 1]."""
     images = jnp.concatenate(list(jnp.moveaxis(batch["images"], 1, 0)), axis=-1)
     images = to_unit_images(images, config.model.in_channels, config.normalize)
     return augmentations.crop_to_box(images, batch["box"]) if config.crop == "lung_box" else images
@@ -55,14 +51,14 @@ def _predict(
     *,
     train: bool,
 ) -> StepOutput:
-    """Cross-entropy of the label, of augmented slices in training.
+    """Cross-entropy of the label. Slices of the training are augmented.
 
     Args:
-      architecture: the model's kind; it gives logits [B, K] and embedding [B, D].
-      model: its BatchNorm statistics are updated in place if `train`.
-      batch: `images` [B, K, H, W, C] uint8, `label` [B] int32, with `config.crop` `box` [B, 4]
+      architecture: the kind of model, with logits [B, K] and embedding [B, D].
+      model: the classifier. Training updates its BatchNorm statistics in place.
+      batch: `images` [B, K, H, W, C] uint8, `label` [B] int32; with `config.crop` `box` [B, 4]
         float32.
-      keys: [B] keys, one an example: its augmentation.
+      keys: [B] keys, one an example, for the augmentation.
       model_key: key of the model's own randomness (dropout); None in evaluation.
       config: the training configuration.
       train: training or evaluation mode.
@@ -94,14 +90,7 @@ def _check(
     if config.num_classes < 2:
         raise InputError(
             f"config.num_classes={config.num_classes}: must be 2 or more, or 0 for as many as it "
-            f"has"
-        )
-    for name, allowed in (("slices", SLICES), ("crop", CROPS)):
-        if config[name] not in allowed:
-            raise InputError(f"config.{name}={config[name]!r}: choose one of {', '.join(allowed)}")
-    if not 0 <= config.positive_share < 1:
-        raise InputError(
-            f"config.positive_share={config.positive_share}: must be 0 or more and below 1"
+            "has"
         )
     augmentations.check(config.augmentation)
     settings = architecture.settings(config)
@@ -126,8 +115,7 @@ def _targets(config: ml_collections.ConfigDict) -> Targets:
 def _task(
     architecture: Architecture, offsets: tuple[int, ...], fields: tuple[str, ...] = ()
 ) -> Task:
-    """A model on slices at these offsets, its channels; `fields` of the configuration beside those
-    of both models."""
+    """A task whose model gets slices at these offsets as channels; `fields` are its own fields."""
     return Task(
         fields=(
             "label",
@@ -161,12 +149,7 @@ def _call_classifier(model, inputs, train, key, config) -> tuple[jax.Array, jax.
 
 def _se_resnext_settings(config: ml_collections.ConfigDict) -> se_resnext.SEResNeXtConfig:
     num_classes = 1 if config.num_classes == 2 else config.num_classes
-    try:
-        return se_resnext.SEResNeXtConfig(
-            **config.model.to_dict(), num_classes=num_classes, dtype=config.dtype
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"config.model: {error}") from None
+    return model_config(se_resnext.SEResNeXtConfig, config, num_classes=num_classes)
 
 
 def _call_se_resnext(model, inputs, train, key, config) -> tuple[jax.Array, jax.Array]:

@@ -26,10 +26,10 @@ _RECIPES = {
 
 
 def get_task(name: str) -> Task:
-    """Task by the name that `config.task` gives.
+    """The task with the name of `config.task`.
 
     Raises:
-      InputError: no such task.
+      InputError: there is no task of this name.
     """
     if name not in TASKS:
         raise InputError(f"config.task={name!r} is not known; choose one of {', '.join(TASKS)}")
@@ -37,18 +37,17 @@ def get_task(name: str) -> Task:
 
 
 def check_task(config: ml_collections.ConfigDict) -> None:
-    """Refuse a configuration whose task is unknown, cannot work, or is not the one that its recipe
-    was written for.
+    """Refuse a configuration whose task is unknown, impossible, or not the task of its recipe.
 
     Raises:
       InputError: names the field and the remedy.
     """
     task = get_task(config.task)
-    known = dict.fromkeys(field for other in TASKS.values() for field in other.fields)
+    all_fields = dict.fromkeys(field for other in TASKS.values() for field in other.fields)
     missing = [f"config.{field} is missing" for field in task.fields if field not in config]
     foreign = [
         f"config.{field} has no meaning"
-        for field in known
+        for field in all_fields
         if field not in task.fields and field in config
     ]
     if missing or foreign:

@@ -1,5 +1,6 @@
-"""Tasks that tell how a slice was transformed (paper, sections II.C.4 and 5): rotation, flip. They
-differ in the transformation alone; model, scores and loss are the same.
+"""Tasks that tell how a slice was transformed: rotation, flip (paper, sections II.C.4 and 5).
+
+They differ in the transformation alone: model, scores and loss are the same.
 """
 
 import functools
@@ -17,9 +18,9 @@ from ctssl_jax.tasks.interface import StepOutput, Task, item_slices, model_confi
 
 
 class Transformation(NamedTuple):
-    """What is done to a slice; which of it was done is the label.
+    """A set of transformations of a slice. The label is the number of the one that was applied.
 
-    num_classes: number of labels.
+    num_classes: number of transformations.
     apply, undo: (images [B, H, W, C], labels [B] int32) -> images.
     """
 
@@ -46,17 +47,16 @@ def _classify(
     *,
     train: bool,
 ) -> StepOutput:
-    """Tell which transformation was applied (paper, sections II.C.4 and 5); the loss is the
-    cross-entropy on logits.
+    """Tell which transformation was applied. The loss is the cross-entropy on logits.
 
-    The picture of a prediction is the input with the predicted transformation undone: right where
-    it equals the target.
+    The picture of a prediction is the input with the predicted transformation undone. A right one
+    equals the target.
 
     Args:
       transformation: rotation or flip.
-      model: the classifier; its BatchNorm statistics are updated in place if `train`.
+      model: the classifier. Training updates its BatchNorm statistics in place.
       batch: `images` [B, 1, H, W, C] uint8.
-      keys: [B] keys, one an example: its label.
+      keys: [B] keys, one an example, for the label.
       model_key: key of the model's own randomness (dropout); None in evaluation.
       config: the training configuration.
       train: training or evaluation mode.
@@ -86,8 +86,8 @@ def _classification_baselines(
     mean_image: jax.Array,
     config: ml_collections.ConfigDict,
 ) -> dict[str, dict[str, jax.Array]]:
-    """`{"equal_probabilities": {score: [B]}}`: every class is as probable (accuracy: the first one
-    is taken)."""
+    """`{"equal_probabilities": {score: [B]}}`: all classes are equally probable. For the accuracy
+    the first one is predicted."""
     labels = corruptions.random_labels(keys, num_classes)
     return {
         "equal_probabilities": _classification_scores(jnp.zeros((len(labels), num_classes)), labels)

@@ -729,8 +729,8 @@ def preprocess(hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any]
 
     Args:
         hu: [I, J, K] Hounsfield units, axes in any order.
-        affine: [4, 4], array index -> mm to the patient's right-to-left, posterior-to-anterior,
-            inferior-to-superior (RAS+, as in nibabel).
+        affine: [4, 4], array index -> mm towards the patient's right, anterior and superior (RAS+,
+            as in nibabel).
         preprocessing: a field of manifest.json: `windows` ((level, width) in HU for each channel),
             `image_size`, `normalize`, `in_channels`.
 
@@ -881,7 +881,7 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
                 f"{name}: enhanced multi-frame CT cannot be read here; convert it to single-frame "
                 "DICOM"
             )
-        # a file without preamble and meta information
+        # A file without preamble and meta information does not name its transfer syntax.
         if "TransferSyntaxUID" not in dataset.file_meta:
             explicit = not dataset.original_encoding[0]
             dataset.file_meta.TransferSyntaxUID = (

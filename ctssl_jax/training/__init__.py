@@ -1,14 +1,13 @@
-"""One training loop for every task: what is refused, the start, the loop, the step, and the cost of
-a run.
+"""Training of every task: checks and start, the loop, the step, and the cost of a run.
 
-    >>> from configs import rotation
-    >>> from ctssl_jax.training import train
-    >>> config = rotation.get_config("small")
-    >>> config.dataset, config.image_size, config.num_steps = "dataset", 16, 1
-    >>> config.model.hidden, config.model.depth, config.reading_threads = (4, 8), 1, 1
-    >>> train(config, "trained")  # False: asked to stop before the last step  # doctest: +ELLIPSIS
-    devices      ...
-    True
+>>> from configs import rotation
+>>> from ctssl_jax.training import train
+>>> config = rotation.get_config("small")
+>>> config.dataset, config.image_size, config.num_steps = "dataset", 16, 1
+>>> config.model.hidden, config.model.depth, config.reading_threads = (4, 8), 1, 1
+>>> train(config, "trained")  # False: stopped before the last step  # doctest: +ELLIPSIS
+devices      ...
+True
 """
 
 import importlib
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
-# imported when they are used: JAX takes seconds
+# Imported at the first use, since JAX takes seconds.
 _HOMES = {"train": "ctssl_jax.training.loop"}
 
 

@@ -1,16 +1,14 @@
-"""Blocks of recipes: models, optimizers and the fields that all recipes share, each a plain dict.
+"""Blocks of recipes: models, optimizers and the fields of all recipes, each a plain dict.
 
-`FIELDS` beside this file says what each field means, and which values it takes.
+`ctssl_jax.training.fields.FIELDS` has the meaning and the allowed values of each field.
 """
 
 from typing import Any
 
 from data_prep.system.errors import InputError
 
-_SMALL_ENCODER = {
-    "hidden": (24, 48),
-    "depth": 6,
-}  # an output pixel sees the masked square and its surroundings
+# An output pixel sees the masked square and its surroundings.
+_SMALL_ENCODER = {"hidden": (24, 48), "depth": 6}
 
 
 def is_small(size: str) -> bool:
@@ -27,13 +25,13 @@ def is_small(size: str) -> bool:
 def dataset(
     *, image_size: int, windows: tuple = ((50, 350),), normalize: str = "window"
 ) -> dict[str, Any]:
-    """What is read, and how grey values become inputs."""
+    """Data that are read, and how grey values become inputs."""
     read = {"dataset": "", "windows": windows, "image_size": image_size, "normalize": normalize}
     return read | {"train_fraction": 1.0, "seed": 0, "reading_threads": 4}
 
 
 def initial_weights(*, init_scope: str) -> dict[str, Any]:
-    """Which weights come from another run, if `init_from` names one."""
+    """Weights that come from another run, if `init_from` names one."""
     return {
         "init_from": "",
         "init_scope": init_scope,
@@ -80,7 +78,7 @@ def augmentation(**strengths: Any) -> dict[str, Any]:
 def optimizer(
     name: str, learning_rate: float, *, schedule: str = "constant", warmup_steps: int = 0
 ) -> dict[str, Any]:
-    """RAdam or AdamW without weight decay and clipping; the encoder learns as fast as the rest."""
+    """RAdam or AdamW without weight decay and clipping, with one learning rate for all layers."""
     rate = {"learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps}
     return {
         "optimizer": name,

@@ -1,4 +1,4 @@
-"""What a training run will cost, from a few timed steps on the real data."""
+"""The cost of a training run, from a few timed steps on the real data."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -26,12 +26,12 @@ def estimate(
     *,
     dataset: Dataset | None = None,
 ) -> None:
-    """Print what a training run with this configuration will cost. Nothing is written.
+    """Print what a training run with this configuration will cost. No file is written.
 
     Args:
       config: a recipe.
       devices: JAX devices to use, by default all of all processes.
-      dataset: that `config.dataset` names, if it is open already.
+      dataset: the dataset of `config.dataset`, if it is open already.
 
     Raises:
       InputError: something in the configuration or the dataset cannot work.
@@ -75,7 +75,7 @@ def timed_steps(program: Program, batches: Iterator[dict[str, np.ndarray]]) -> d
     feed.waited = 0.0
     seconds = seconds_of(FEWEST_STEPS)
     more = min(MOST_STEPS, int(SECONDS * FEWEST_STEPS / seconds)) - FEWEST_STEPS
-    # all processes take as many
+    # the same number on all processes
     more = max(0, int(multihost_utils.broadcast_one_to_all(np.int32(more))))
     seconds, taken = seconds + seconds_of(more), FEWEST_STEPS + more
     return {
@@ -105,8 +105,8 @@ def lines(
     size = f"{gib:,.2f} GiB" if gib >= 1 else f"{1024 * gib:,.1f} MiB"
     return [
         f"speed        {speed:,.1f} slices/s, {1000 * times['seconds_a_step']:,.0f} ms a step of "
-        f"{config.batch_size} "
-        f"({times['num_timed_steps']} timed; {times['waiting_for_data']:.0%} waiting for data)",
+        f"{config.batch_size} ({times['num_timed_steps']} timed; {times['waiting_for_data']:.0%} "
+        "waiting for data)",
         f"an epoch     {num_slices / speed / 3600:,.2f} hours for {num_slices:,} slices",
         f"this run     {run_slices / speed / 3600:,.2f} hours for {config.num_steps:,} steps, "
         f"{run_slices / num_slices:,.1f} epochs; validation and start-up come on top",

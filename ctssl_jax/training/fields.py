@@ -3,7 +3,8 @@
 `config.mask.fraction` is `FIELDS["mask.fraction"]`. A recipe has the fields that its task needs.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 
 class Field(NamedTuple):
@@ -18,10 +19,30 @@ class Field(NamedTuple):
     kind: type
     meaning: str
     choices: tuple[str, ...] = ()
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def remedy(self, value: Any) -> str:
+        """Which values are allowed, if this one is not; "" if it is."""
+        if self.choices:
+            return "" if value in self.choices else f"choose one of {', '.join(self.choices)}"
+        values = value if isinstance(value, list | tuple) else (value,)
+        if all(
+            self.at_least <= number <= self.at_most and self.above < number < self.below
+            for number in values
+            if isinstance(number, int | float)
+        ):
+            return ""
+        bounds = {
+            "{} or more": self.at_least,
+            "above {}": self.above,
+            "at most {}": self.at_most,
+            "below {}": self.below,
+        }
+        words = [text.format(bound) for text, bound in bounds.items() if math.isfinite(bound)]
+        return f"must be {' and '.join(words) or 'a finite number'}"
 
 
 FIELDS = {
@@ -50,8 +71,8 @@ FIELDS = {
     "image_size": Field(int, "side of the images in pixels; must be the dataset's", at_least=1),
     "normalize": Field(
         str,
-        "window: the same HU is the same grey; slice_minmax: each slice is stretched (the "
-        "authors' release)",
+        "window: the same HU is the same grey; slice_minmax: each slice is stretched (the authors' "
+        "release)",
         ("window", "slice_minmax"),
     ),
     "train_fraction": Field(

@@ -1,5 +1,4 @@
-"""Training, from random weights, from other weights or from where the run stopped, until its last
-step."""
+"""The training loop: from where a run stopped, a warm start or random weights to the last step."""
 
 import itertools
 import time
@@ -10,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from ctssl_jax.models.quantizer import codebook_use
-from ctssl_jax.parallel.mesh import stop_requests
+from ctssl_jax.parallel.processes import stop_requests
 from ctssl_jax.runs.checkpoints import Checkpoints, restore
 from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.training import health, warm_start
@@ -36,11 +35,11 @@ def train(
       config: a recipe, see `configs/masked_region.py`.
       workdir: the run directory, see `ctssl_jax.runs.run`.
       devices: JAX devices to use, by default all of all processes.
-      dataset: that `config.dataset` names, if it is open already.
+      dataset: the dataset of `config.dataset`, if it is open already.
       set_aside_damaged: move damaged checkpoints aside and resume from the last good one.
 
     Returns:
-      True if the run is complete, False if it was asked to stop before.
+      True if the run is complete, False if a signal stopped it before.
 
     Raises:
       InputError: something in the configuration, the dataset or the run directory cannot work.
@@ -55,7 +54,7 @@ def train(
         # weights.
         if start is not None:
             state = restore(workdir, start, program.template)
-            say(f"going on     from step {start:,} of {workdir}")
+            say(f"resuming     from step {start:,} of {workdir}")
         else:
             state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
         reports = Reports(workdir, -1 if start is None else start)
@@ -79,10 +78,9 @@ def _steps(
     reports: Reports,
     should_stop: Callable[[int], bool],
 ) -> tuple[int, bool]:
-    """The step at which training ended, and whether it is complete."""
+    """Train; returns the step at which training ended, and whether it is complete."""
     config, step, norms = job.config, checkpoints.last_step or 0, {}
-    # A stop may have come just before a validation or within it: then the newest checkpoint has no
-    # score yet.
+    # A run that was stopped just before or within a validation has a checkpoint without a score.
     unsaved = not checkpoints.last_is_scored and (
         step % config.eval_every == 0 or step >= config.num_steps
     )
@@ -93,8 +91,7 @@ def _steps(
     )
     clock = Clock(step, step, time.monotonic())
     # In this order: evaluate, save, step, fetch the next batch. So a checkpoint has the score of
-    # its own weights, and the position in the data is the step itself: a resumed run sees the same
-    # batches.
+    # its own weights, and the position in the data is the step: a resumed run sees equal batches.
     while True:
         at_end, stopping = step >= config.num_steps, should_stop(step)
         due = at_end or step % config.eval_every == 0
@@ -129,10 +126,10 @@ def _steps(
 def validate(
     job: Job, program: Program, state: TrainState, step: int, should_stop: Callable[[int], bool]
 ) -> dict[str, float] | None:
-    """Mean scores of the validation split, use of the codebook and of the embedding; None if a stop
-    came first."""
+    """Mean scores of the validation split, and how codebook and embedding are used; None if a
+    request to stop came first."""
     batches = job.validation_batches()
-    if job.num_processes == 1:  # a request to stop does not wait for the end of a long validation
+    if job.num_processes == 1:  # a request to stop then ends a long validation, too
         batches = itertools.takewhile(lambda batch: not should_stop(step), batches)
     result = evaluate_split(program.scorer, state, batches)
     if result is None or len(result.record_index) < len(job.validation_source):

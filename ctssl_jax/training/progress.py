@@ -1,5 +1,4 @@
-"""What a run says of itself while it trains: speed, scores, pictures, warnings and the time that is
-left."""
+"""Reports of a training: speed, scores, pictures, warnings and the remaining time."""
 
 import contextlib
 import dataclasses
@@ -18,7 +17,7 @@ from ctssl_jax.training.step import Feed, Program, Report
 
 @dataclasses.dataclass
 class Clock:
-    """Where the time goes. Slices/s is of training alone, so validations stop the clock."""
+    """Times of steps and validations. Slices/s is without validations, which stop the clock."""
 
     first_step: int
     step: int  # of the last lap
@@ -41,7 +40,7 @@ class Clock:
         return steps, seconds
 
     def left(self, num_steps: int, eval_every: int) -> float:
-        """Seconds until the run is complete."""
+        """Seconds until the last step, by the speed so far."""
         steps = num_steps - self.step
         training = steps * self.training_seconds / (self.step - self.first_step)
         return training + (steps // eval_every + 1) * self.validation_seconds
@@ -72,7 +71,7 @@ def show(
 
 
 def log(job: Job, step: int, report: Report, clock: Clock, feed: Feed, reports: Reports) -> None:
-    """Report the training since the last time, and say how long the rest will take."""
+    """Report the steps since the last report, and the time that the rest will take."""
     steps, seconds = clock.lap(step)
     speed, waiting, feed.waited = (
         steps * job.config.batch_size / seconds,

@@ -1,41 +1,15 @@
-"""What must hold of a recipe and of its dataset before any work starts."""
-
-import math
+"""Checks of a recipe and of its dataset, before any work starts."""
 
 import ml_collections
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
+from ctssl_jax.runs.run import flat, to_json
 from ctssl_jax.tasks.table import check_task
+from ctssl_jax.training.fields import FIELDS
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
-
-CHOICES = {
-    "normalize": ("window", "slice_minmax"),
-    "optimizer": ("radam", "adamw"),
-    "schedule": ("constant", "cosine", "linear"),
-    "dtype": ("float32", "bfloat16"),
-    "init_scope": ("model", "encoder", "compression"),
-    "leakage": ("refuse", "allow_unchecked", "allow"),
-}
-AT_LEAST_ONE = (
-    "batch_size",
-    "microbatches",
-    "num_steps",
-    "log_every",
-    "eval_every",
-    "num_pictures",
-    "reading_threads",
-    "fsdp_devices",
-)
-AT_LEAST_ZERO = (
-    "learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "gradient_clip",
-    "encoder_learning_rate_factor",
-)
 
 
 def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
@@ -49,23 +23,13 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             "config.dataset is empty; give --config.dataset=DIR, made by python -m "
             "data_prep.prepare"
         )
-    for name, allowed in CHOICES.items():
-        if config[name] not in allowed:
-            raise InputError(f"config.{name}={config[name]!r}: choose one of {', '.join(allowed)}")
-    for names, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
-        for name in names:
-            if not (math.isfinite(config[name]) and config[name] >= least):
-                raise InputError(f"config.{name}={config[name]}: must be {least} or more")
-    if not 0 < config.train_fraction <= 1:
-        raise InputError(
-            f"config.train_fraction={config.train_fraction}: must lie above 0 and be at most 1"
-        )
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"config.seed={config.seed}: must be 0 to {2**32 - 1}")
+    for name, value in flat(to_json(config)).items():
+        if name in FIELDS and (remedy := FIELDS[name].remedy(value)):
+            raise InputError(f"config.{name}={value!r}: {remedy}")
     if any(not isinstance(window, tuple | list) or len(window) != 2 for window in config.windows):
         raise InputError(
             f"config.windows={config.windows}: must hold (level, width) pairs, e.g. "
-            f"--config.windows='((50, 350),)'"
+            "--config.windows='((50, 350),)'"
         )
     part = num_devices * config.microbatches
     if config.batch_size % part:
@@ -75,8 +39,8 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         )
     if num_devices % config.fsdp_devices:
         raise InputError(
-            f"config.fsdp_devices={config.fsdp_devices} does not divide the {num_devices} "
-            f"devices; choose a divisor"
+            f"config.fsdp_devices={config.fsdp_devices} does not divide the {num_devices} devices; "
+            "choose a divisor"
         )
     if config.image_size % Encoder.stride:
         raise InputError(
@@ -89,11 +53,11 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
 def check_dataset(
     config: ml_collections.ConfigDict, dataset: Dataset, splits: tuple[str, ...]
 ) -> tuple[int, ...]:
-    """Refuse a dataset that was prepared for something else.
+    """Refuse a dataset that does not fit the configuration.
 
     Args:
       config: a configuration that passed `check_config`.
-      dataset: that `config.dataset` names.
+      dataset: the dataset of `config.dataset`.
       splits: the splits that will be read.
 
     Returns:
@@ -109,9 +73,8 @@ def check_dataset(
     if preparation["image_size"] != config.image_size:
         raise InputError(
             f"the dataset {config.dataset} holds images of {preparation['image_size']} pixels, "
-            f"config.image_size is "
-            f"{config.image_size}; set --config.image_size={preparation['image_size']} or prepare "
-            f"it again with "
+            f"config.image_size is {config.image_size}; set "
+            f"--config.image_size={preparation['image_size']} or prepare it again with "
             f"--image_size={config.image_size}"
         )
     channels = slices.select_channels(preparation, config.windows)
@@ -119,14 +82,13 @@ def check_dataset(
         raise InputError(
             f"{len(channels)} windows are selected, but config.model.in_channels is "
             f"{config.model.in_channels}; set it to {len(channels)}, or choose one window by "
-            f"--config.windows"
+            "--config.windows"
         )
     for split in splits:
         if not preparation["splits"].get(split, {}).get("num_slices"):
             raise InputError(
                 f"the dataset {config.dataset} has no {split} slices; prepare it again with "
-                f"--splits that give {split} "
-                "a share (that takes three patients or more)"
+                f"--splits that give {split} a share (that takes three patients or more)"
             )
     return channels
 
@@ -134,8 +96,8 @@ def check_dataset(
 def with_num_classes(
     config: ml_collections.ConfigDict, dataset: Dataset
 ) -> ml_collections.ConfigDict:
-    """A `config.num_classes` of 0 replaced by the number of classes that `config.label` has in the
-    dataset.
+    """The configuration with the dataset's number of classes of `config.label`, where
+    `config.num_classes` is 0.
 
     Raises:
       InputError: no such label.
@@ -152,13 +114,12 @@ def with_num_classes(
 def check_targets(
     config: ml_collections.ConfigDict, dataset: Dataset, source: slices.NeighbourSource
 ) -> None:
-    """Refuse training slices that cannot teach what the task asks: too few classes, no positive
-    slice.
+    """Refuse training slices that cannot teach the task: too few classes, or no positive slice.
 
     Args:
       config: a configuration that passed `check_config`.
-      dataset: that `config.dataset` names.
-      source: the training slices, after `config.train_fraction` was taken.
+      dataset: the dataset of `config.dataset`.
+      source: the training slices that `config.train_fraction` leaves.
 
     Raises:
       InputError: names what is missing, and the remedy.
@@ -180,8 +141,8 @@ def check_targets(
         if len(classes) != config.num_classes:
             raise InputError(
                 f"config.num_classes={config.num_classes}, but the label {targets.label} has "
-                f"{len(classes)} classes "
-                f"({', '.join(classes[:8])}); set --config.num_classes={len(classes)}"
+                f"{len(classes)} classes ({', '.join(classes[:8])}); set "
+                f"--config.num_classes={len(classes)}"
             )
         if config.num_classes == 2 and not source.positive.any():
             raise InputError(f"none of the {which} is positive for {targets.label}; {remedy}")
@@ -191,7 +152,6 @@ def check_targets(
         raise InputError(f"none of the {which} has a mask with foreground; {remedy}")
     if targets.positive_share and source.positive.all():
         raise InputError(
-            f"all of the {which} are positive, so "
-            f"config.positive_share={targets.positive_share:g} cannot be kept; "
-            "set --config.positive_share=0"
+            f"all of the {which} are positive, so config.positive_share={targets.positive_share:g} "
+            "cannot be kept; set --config.positive_share=0"
         )

@@ -1,5 +1,4 @@
-"""The scores of every slice of a split, and pictures of some: what validation and evaluation
-share."""
+"""Scores of all slices of a split, and pictures of some slices, for validation and evaluation."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -10,16 +9,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ctssl_jax.ops.embeddings import moments
-from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.parallel.mesh import replicated, split_along_batch, to_devices
 from ctssl_jax.training.state import Definition, TrainState, evaluation_keys
 
 
 class Scorer(NamedTuple):
-    """Compiled functions that score batches, for a state that lies anyhow on the mesh.
+    """Compiled functions that score batches, for a state of any sharding.
 
     mesh: the devices.
-    score_batch: (state, batch) -> `score_batch`'s values; the pictures stay split along the batch.
-    replicate: copies a split tree to every device of every host.
+    score_batch: (state, batch) -> values of `score_batch`; pictures stay split along the batch.
+    replicate: a split tree -> a copy on every device of every host.
     """
 
     mesh: Mesh
@@ -28,14 +27,14 @@ class Scorer(NamedTuple):
 
 
 def make_scorer(definition: Definition) -> Scorer:
-    """Compile-once functions of `Scorer` for a model."""
-    everywhere = distributed.replicated(definition.mesh)
-    along_batch = distributed.split_along_batch(definition.mesh)
+    """The `Scorer` of a model."""
+    everywhere = replicated(definition.mesh)
+    along_batch = split_along_batch(definition.mesh)
     return Scorer(
         mesh=definition.mesh,
         score_batch=jax.jit(
             functools.partial(score_batch, definition),
-            # the state as it lies: an evaluation may hold a part of it only
+            # None takes any sharding: an evaluation has only a part of the state
             in_shardings=(None, along_batch),
             out_shardings=(everywhere, everywhere, along_batch),
         ),
@@ -90,12 +89,12 @@ def evaluate_split(
       batches: this process's slices, from `evaluation_batches`.
 
     Returns:
-      The same on every process; None if there was no batch.
+      Equal values on every process; None if there was no batch.
     """
     pending, fetched = None, []
     for batch in batches:
-        running = scorer.score_batch(state, distributed.to_devices(scorer.mesh, batch))[:2]
-        # fetch one batch behind, so that the devices never wait for the host
+        running = scorer.score_batch(state, to_devices(scorer.mesh, batch))[:2]
+        # fetched one batch later, so that the devices never wait for the host
         if pending is not None:
             fetched.append(jax.device_get(pending))
         pending = running
@@ -116,7 +115,7 @@ def render_pictures(
 ) -> dict[str, np.ndarray]:
     """Input, target and prediction of the first `number` slices of a batch: [number, H, W, C]
     float32 in [0, 1]."""
-    _, _, pictures = scorer.score_batch(state, distributed.to_devices(scorer.mesh, batch))
+    _, _, pictures = scorer.score_batch(state, to_devices(scorer.mesh, batch))
     return {
         name: images[:number] for name, images in jax.device_get(scorer.replicate(pictures)).items()
     }

@@ -1,4 +1,4 @@
-"""What a training run needs before its first step: every refusal, and then the run directory."""
+"""The start of a training run: first every refusal, then the run directory and the program."""
 
 import dataclasses
 import functools
@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.batches import evaluation_batches, picture_batch, training_batches
-from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.parallel.mesh import make_mesh
+from ctssl_jax.parallel.processes import refusing_together, require_agreement
 from ctssl_jax.runs import damage
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.reports import read_reports, say
@@ -29,7 +30,7 @@ from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_json
 
-# fields that may differ between the processes of a run
+# Fields that may differ between the processes of a run.
 PATHS = ("dataset", "init_from", "init_weights")
 
 
@@ -39,9 +40,9 @@ class Job:
 
     config: checked, with `num_classes` filled in.
     workdir: the run directory; None for an estimate.
-    dataset: that `config.dataset` names.
-    task: that `config.task` names.
-    channels: of the dataset's images that are read.
+    dataset: the dataset of `config.dataset`.
+    task: the task of `config.task`.
+    channels: channels of the dataset's images that are read.
     train_source, validation_source: the slices.
     mesh: the devices.
     params: shapes of the model's parameters.
@@ -80,7 +81,7 @@ class Job:
 
     @property
     def num_pictures(self) -> int:
-        """Pictures of a validation: at most one process's slices of a microbatch."""
+        """Slices that a validation shows: at most as many as a process has in a microbatch."""
         return min(self.config.num_pictures, self.part_size // self.num_processes)
 
     @property
@@ -90,13 +91,13 @@ class Job:
 
     @functools.cached_property
     def picture_slices(self) -> dict[str, np.ndarray]:
-        """The validation slices that pictures show, in a batch of this process."""
+        """A batch of this process that begins with the slices that a validation shows."""
         return picture_batch(
             self.validation_source, self.part_size // self.num_processes, self.num_pictures
         )
 
     def training_batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """This process's slices of each microbatch, from a step on."""
+        """This process's slices of each microbatch, beginning at a step."""
         return training_batches(
             self.train_source,
             self.config.batch_size,
@@ -118,8 +119,7 @@ class Job:
         }
 
     def compile(self) -> Program:
-        """The run's functions with the step compiled, after lines on the screen about devices,
-        model and data."""
+        """Print devices, model and data, then compile the step."""
         for line in self.description():
             say(line)
         began = time.monotonic()
@@ -128,7 +128,7 @@ class Job:
         )
         say(
             f"compiled     in {time.monotonic() - began:.1f} s; XLA expects {memory / 2**30:.2f} "
-            f"GiB a device"
+            "GiB a device"
         )
         return program
 
@@ -142,38 +142,35 @@ class Job:
         synthetic = "; SYNTHETIC" if self.dataset.preparation["synthetic"] else ""
         return [
             f"devices      {len(devices)} x {devices[0].device_kind} in {self.num_processes} "
-            f"process(es), jax "
-            f"{jax.__version__}",
+            f"process(es), jax {jax.__version__}",
             f"model        {count_parameters(self.params):,} trainable parameters "
             f"({encoder_size:,} encoder)",
             f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {3 * flops / 1e9:,.2f} with "
-            f"the backward pass",
+            "the backward pass",
             f"batch        {config.batch_size} slices = {len(devices)} device(s) x "
             f"{config.microbatches} microbatch(es) x {self.part_size // len(devices)}, "
             f"{config.dtype}",
             f"data         {len(source):,} training slices of {len(source.volumes)} volumes, "
             f"{len(self.validation_source):,} validation slices of "
-            f"{len(self.validation_source.volumes)}; "
-            f"{config.num_steps:,} steps are "
+            f"{len(self.validation_source.volumes)}; {config.num_steps:,} steps are "
             f"{config.num_steps * config.batch_size / len(source):.1f} epochs" + synthetic,
         ]
 
     def open_run(self) -> Checkpoints:
-        """Write what the run directory holds before the first step, and open its checkpoints.
+        """Write the run directory's first files, and open its checkpoints.
 
         Raises:
-          InputError: the directory cannot be written, or holds an incomplete checkpoint alone.
+          InputError: the directory cannot be written, or its only checkpoint is incomplete.
         """
-        with distributed.refusing_together():  # process 0 alone writes, and may fail alone
+        with refusing_together():  # process 0 alone writes, and may fail alone
             if self.process_index == 0:
                 self._write_workdir()
         checkpoints = Checkpoints(self.workdir)
-        distributed.require_agreement("last checkpoint in --workdir", checkpoints.last_step or 0)
+        require_agreement("last checkpoint in --workdir", checkpoints.last_step or 0)
         if self.has_checkpoint and checkpoints.last_step is None and self.config.init_from:
             raise InputError(
-                f"--workdir={self.workdir} holds an incomplete checkpoint and nothing else; "
-                f"remove its checkpoints "
-                "folder"
+                f"--workdir={self.workdir} holds an incomplete checkpoint and nothing else; remove "
+                "its checkpoints folder"
             )
         return checkpoints
 
@@ -215,20 +212,20 @@ def check(
     *,
     set_aside_damaged: bool = False,
 ) -> Job:
-    """Refuse all that cannot work, on all processes together; nothing is written.
+    """Refuse a run that cannot work, on all processes together. Nothing is written.
 
     Args:
       config: a recipe.
       workdir: the run directory; None for an estimate.
       devices: JAX devices to use, by default all of all processes.
-      dataset: that `config.dataset` names, if it is open already.
+      dataset: the dataset of `config.dataset`, if it is open already.
       set_aside_damaged: plan to move damaged checkpoints aside instead of refusing them.
 
     Raises:
       InputError: something in the configuration, the dataset or the run directory cannot work.
     """
     devices = jax.devices() if devices is None else devices
-    with distributed.refusing_together():
+    with refusing_together():
         if dataset is None and config.dataset:  # `check_config` refuses an empty one
             dataset = Dataset.open(config.dataset)
         if dataset is not None:
@@ -257,9 +254,9 @@ def check(
             other_run = warm_start.open_other_run(config)
         if workdir is not None and jax.process_index() == 0:
             check_resumable(workdir, config, dataset.preparation)
-    # Not in the block above: Orbax waits for all processes when it opens checkpoints, so none may
-    # have refused before.
-    with distributed.refusing_together():
+    # In a second block, since Orbax waits for all processes when it opens checkpoints: a process
+    # that had refused before would let the others wait for ever.
+    with refusing_together():
         if other_run is not None:
             windows = slices.selected_windows(dataset.preparation, channels)
             source = warm_start.find(config, other_run, windows, model)
@@ -272,9 +269,9 @@ def check(
                 allowed_overlap=warm_start.check_leakage(config, source, key, held_out)
             )
     settings = {name: value for name, value in to_json(config).items() if name not in PATHS}
-    distributed.require_agreement("configuration or dataset", [settings, dataset.fingerprint])
+    require_agreement("configuration or dataset", [settings, dataset.fingerprint])
     tensors = [source.step, source.moved] if isinstance(source, WarmStart) else None
-    distributed.require_agreement("checkpoint of config.init_from", tensors)
+    require_agreement("checkpoint of config.init_from", tensors)
     return Job(
         config=config,
         workdir=workdir,
@@ -283,7 +280,7 @@ def check(
         channels=channels,
         train_source=train_source,
         validation_source=validation_source,
-        mesh=distributed.make_mesh(devices, config.fsdp_devices),
+        mesh=make_mesh(devices, config.fsdp_devices),
         params=params,
         has_checkpoint=has_checkpoint,
         warm_start=source,

@@ -1,4 +1,4 @@
-"""The training state, the model that it belongs to, and its optimizer.
+"""The training state, its model and its optimizer.
 
 The state is a plain tree. Randomness comes from the seed, the step and each slice's record index
 alone, so a run that resumes from a checkpoint repeats exactly.
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, Sharding
 
 from ctssl_jax.ops.corruptions import example_keys
 from ctssl_jax.ops.trees import flatten
-from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.parallel.mesh import fetch_parameters
 from ctssl_jax.runs.checkpoints import restore
 from ctssl_jax.tasks.interface import Task
 from data_prep.system.errors import RunFailed
@@ -28,21 +28,19 @@ EVALUATION_SEED = 0
 
 
 class TrainingDiverged(RunFailed):
-    """The loss or a gradient was not finite. The message is one line."""
+    """The loss, a gradient or a parameter was not finite. The message is one line."""
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a checkpoint holds.
+    """The content of a checkpoint.
 
     step: int32, optimizer steps taken.
     params: trainable parameters.
-    variables: the model's other state: BatchNorm statistics, a codebook that follows by moving
-      averages.
+    variables: the model's other state: BatchNorm statistics, a codebook of moving averages.
     optimizer: optax state.
-    sums: sums over examples since the last report (scores, loss, weight, code counts) and over
-      steps (gradient norms, of all parameters and of each layer), so that reports, too, resume
-      where they were.
+    sums: sums since the last report, so that reports resume, too: over examples (scores, loss,
+      weight, code counts) and over steps (gradient norms of all parameters and of each layer).
     nonfinite_step: int32, the first step whose loss, gradient or new parameters were not finite, or
       -1.
     """
@@ -57,17 +55,16 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """All that is fixed in a run, so that a step or an evaluation is a function of the state and a
-    batch alone.
+    """The constants of a run: a step or a score is a function of them, the state and a batch.
 
     config: a checked configuration.
-    task: the task that `config.task` names.
+    task: the task of `config.task`.
     channels: channels of the dataset's images that are read.
     mesh: the devices.
     graph: the structure of the model.
-    params, variables: shapes of its parameters and of its other variables.
-    train_key: seeds what happens to each slice.
-    model_key: seeds what the model draws for a batch, e.g. its dropout.
+    params, variables: shapes of the model's parameters and of its other variables.
+    train_key: seed of the corruption of each slice.
+    model_key: seed of the model's own randomness, e.g. its dropout.
     """
 
     config: ml_collections.ConfigDict
@@ -80,20 +77,13 @@ class Definition:
     train_key: jax.Array
     model_key: jax.Array
 
-    @property
-    def part_size(self) -> int:
-        """Slices of a microbatch, on all devices together."""
-        return self.config.batch_size // self.config.microbatches
-
     def model(self, params: Any, variables: Any) -> nnx.Module:
-        """The model with these numbers, for one use within a compiled function."""
-        return nnx.merge(
-            self.graph, distributed.fetch_parameters(self.mesh, params), variables, copy=True
-        )
+        """The model with these tensors, for one use within a compiled function."""
+        return nnx.merge(self.graph, fetch_parameters(self.mesh, params), variables, copy=True)
 
 
 def define(config: ml_collections.ConfigDict, task: Task, channels: int, mesh: Mesh) -> Definition:
-    """The `Definition` of a run with this configuration on these devices."""
+    """The `Definition` of a configuration on the devices of a mesh."""
     keys = jax.random.split(jax.random.key(config.seed))
     return Definition(config, task, channels, mesh, *abstract_model(config, task), *keys)
 
@@ -101,8 +91,7 @@ def define(config: ml_collections.ConfigDict, task: Task, channels: int, mesh: M
 def abstract_model(
     config: ml_collections.ConfigDict, task: Task
 ) -> tuple[Any, nnx.State, nnx.State]:
-    """The model's structure without its numbers: graph definition, parameters and other variables
-    as shapes."""
+    """Graph definition of the model; shapes of its parameters and of its other variables."""
     model = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(params=config.seed)))
     return split_model(model)
 
@@ -116,14 +105,14 @@ def split_model(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
 def restore_model(
     workdir: Path, step: int, config: ml_collections.ConfigDict, task: Task, sharding: Sharding
 ) -> tuple[Any, dict[str, Any]]:
-    """A checkpoint's model without the rest of the training state.
+    """The model of a checkpoint, without the rest of the training state.
 
     Args:
       workdir: run directory.
       step: a checkpoint that exists.
       config: the run's configuration.
       task: the run's task.
-      sharding: of every tensor.
+      sharding: the sharding of every tensor.
 
     Returns:
       The graph definition; `params` and `variables` as arrays.
@@ -145,14 +134,15 @@ def count_parameters(params: Any) -> int:
 
 
 def evaluation_keys(record_index: jax.Array) -> jax.Array:
-    """[B] int32 -> [B] keys: a slice is corrupted the same way in every evaluation, whatever the
-    seed of the run."""
+    """[B] int32 -> [B] keys. They do not depend on the run's seed: every evaluation corrupts a
+    slice in the same way."""
     return example_keys(jax.random.key(EVALUATION_SEED), record_index)
 
 
 def abstract_batch(definition: Definition) -> dict[str, Any]:
     """Shapes of a microbatch."""
-    config, size = definition.config, definition.part_size
+    config = definition.config
+    size = config.batch_size // config.microbatches
     side, targets = config.image_size, definition.task.targets(config)
     shapes = {
         "images": (
@@ -185,7 +175,7 @@ def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """RAdam (the release's) or AdamW, with optional clipping of the gradient's global norm.
+    """RAdam (the authors' release) or AdamW, with optional clipping of the gradient's global norm.
 
     The encoder's steps are multiplied by `encoder_learning_rate_factor`.
     """
@@ -218,8 +208,7 @@ def _scale_encoder(factor: float) -> optax.GradientTransformation:
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: `encoder/blocks/0/conv3/kernel` ->
-    `encoder/blocks/0`."""
+    """The layer of a parameter: `encoder/blocks/0/conv3/kernel` -> `encoder/blocks/0`."""
     parts = name.split("/")
     return "/".join(parts[:-2]) or parts[0]
 
@@ -234,10 +223,10 @@ def layer_norms(gradients: Any) -> dict[str, jax.Array]:
 
 
 def check_state(state: TrainState, workdir: Path, last_checkpoint: int | None) -> None:
-    """Stop a run whose numbers are no longer finite, before it saves them. Waits for the devices.
+    """Stop a run whose numbers are not finite, before it saves them. Waits for the devices.
 
     Raises:
-      TrainingDiverged: names the step, the checkpoint that is still good, and what to try.
+      TrainingDiverged: names the step, the last good checkpoint and the remedy.
     """
     step = int(state.nonfinite_step)
     if step >= 0:
@@ -247,7 +236,7 @@ def check_state(state: TrainState, workdir: Path, last_checkpoint: int | None) -
 def check_finite(
     validation_loss: float, step: int, workdir: Path, last_checkpoint: int | None
 ) -> None:
-    """The same by the validation loss."""
+    """Stop a run whose validation loss is not finite. Raises TrainingDiverged."""
     if not np.isfinite(validation_loss):
         raise _diverged("the validation loss", step, workdir, last_checkpoint)
 
@@ -262,6 +251,5 @@ def _diverged(
     )
     return TrainingDiverged(
         f"not finite at step {step} of {workdir}: {quantity}; {kept}; lower config.learning_rate "
-        f"or set "
-        "config.gradient_clip=1, with another --workdir"
+        "or set config.gradient_clip=1, with another --workdir"
     )

@@ -1,5 +1,4 @@
-"""The training step: pure functions of the state and a batch, and how they are compiled for the
-mesh."""
+"""The training step: pure functions of the state and a batch, compiled for the mesh."""
 
 import dataclasses
 import functools
@@ -16,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ctssl_jax.ops.corruptions import example_keys
-from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.parallel.mesh import replicated, split_along_batch, split_parameters, to_devices
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.training.scoring import Scorer, make_scorer
 from ctssl_jax.training.state import (
@@ -66,8 +65,7 @@ def zeros_of(tree: Any) -> Any:
 def loss_of(
     definition: Definition, params: Any, variables: Any, batch: dict, step: jax.Array
 ) -> tuple:
-    """The loss of a microbatch, its part of the batch's mean; with it (the model's new variables,
-    the sums to add)."""
+    """Loss of a microbatch, as its part of the batch's mean, and (new variables, sums to add)."""
     config, weight = definition.config, batch["weight"]
     model = definition.model(params, variables)
     keys = example_keys(definition.train_key, batch["record_index"], step)
@@ -87,7 +85,7 @@ def loss_of(
 
 
 def gradients_of(definition: Definition, state: TrainState, batch: dict) -> tuple[TrainState, Any]:
-    """The state with the variables and sums after a microbatch, and the gradients of its loss."""
+    """The state with variables and sums of a microbatch, and the gradients of its loss."""
     (_, (variables, sums)), gradients = jax.value_and_grad(
         functools.partial(loss_of, definition), has_aux=True
     )(state.params, state.variables, batch, state.step)
@@ -99,7 +97,7 @@ def _added(sums: dict, more: dict) -> dict:
 
 
 def apply_gradients(definition: Definition, state: TrainState, gradients: Any) -> TrainState:
-    """The state after an optimizer step; notes the first step that was not finite."""
+    """The state after an optimizer step; it keeps the first step that was not finite."""
     updates, optimizer_state = make_optimizer(definition.config).update(
         gradients, state.optimizer, state.params
     )
@@ -124,15 +122,14 @@ def apply_gradients(definition: Definition, state: TrainState, gradients: Any) -
 
 
 def train_step(definition: Definition, state: TrainState, batch: dict) -> TrainState:
-    """The state after a step on a batch of one part."""
+    """The state after a step on a batch in one part."""
     return apply_gradients(definition, *gradients_of(definition, state, batch))
 
 
 def accumulate(
     definition: Definition, state: TrainState, total: Any, batch: dict
 ) -> tuple[TrainState, Any]:
-    """The state after a microbatch, and the total of the gradients with those of this
-    microbatch."""
+    """The state after a microbatch, and the total with the gradients of this microbatch."""
     state, gradients = gradients_of(definition, state, batch)
     return state, jax.tree.map(jnp.add, total, gradients)
 
@@ -141,15 +138,15 @@ def accumulate(
 class Program:
     """The functions of this file, each compiled once for a run and its mesh.
 
-    definition: what they are compiled for.
-    template: shapes of the state and how each of its arrays lies on the mesh.
+    definition: the run that they are compiled for.
+    template: shape and sharding of each array of the state.
     initial_state: () -> state
     zero_gradients: () -> zeros in the shapes of the parameters
     train_step: (state, batch) -> state, for one microbatch
     accumulate: (state, gradients, batch) -> (state, gradients), for more microbatches
     apply_gradients: (state, gradients) -> state
     zeros_like: a tree -> zeros of its shapes, on every device of every host
-    scorer: scores batches
+    scorer: the functions of a validation
     """
 
     definition: Definition
@@ -175,10 +172,10 @@ def make_program(
       mesh: the devices.
     """
     definition = define(config, task, channels, mesh)
-    everywhere, along_batch = distributed.replicated(mesh), distributed.split_along_batch(mesh)
-    parts = distributed.split_parameters(mesh, definition.params)
+    everywhere, along_batch = replicated(mesh), split_along_batch(mesh)
+    parts = split_parameters(mesh, definition.params)
     run_once = None
-    # optimising code that runs once took 28 s, ten times what is left
+    # To optimise code that runs once took 28 s; without it, it takes a tenth.
     if mesh.devices.flat[0].platform == "cpu":
         run_once = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -187,7 +184,7 @@ def make_program(
 
     shapes = jax.eval_shape(of_run(initial_state))
     shardings = jax.tree.map(lambda leaf: everywhere, shapes).replace(
-        params=parts, optimizer=distributed.split_parameters(mesh, shapes.optimizer)
+        params=parts, optimizer=split_parameters(mesh, shapes.optimizer)
     )
     return Program(
         definition=definition,
@@ -245,40 +242,34 @@ def compile_step(program: Program) -> tuple[Program, int]:
 
 
 class Feed:
-    """Global batches on the devices, one ahead of the step that runs, so that reading and copying
-    cost no time of it.
+    """Global batches on the devices, one ahead of the step that runs: it never waits for a copy.
 
     Attributes:
       parts: the parts of the next step's batch, for `run_step`.
-      waited: seconds so far in which no device had anything to do because the next batch was not
-        there.
+      waited: seconds in which the devices were idle because the next batch was not there.
     """
 
     def __init__(self, mesh: Mesh, batches: Iterator[dict[str, np.ndarray]], microbatches: int):
-        """Fetches the first batch. `batches`: this process's slices of the parts, from
-        `training_batches`."""
+        """Fetch the first batch. `batches`: from `training_batches`."""
         self._mesh, self._batches, self._microbatches = mesh, batches, microbatches
         self.waited = 0.0
         self.parts = self._fetch()
 
     def _fetch(self) -> list[dict[str, jax.Array]]:
-        return [
-            distributed.to_devices(self._mesh, next(self._batches))
-            for _ in range(self._microbatches)
-        ]
+        return [to_devices(self._mesh, next(self._batches)) for _ in range(self._microbatches)]
 
     def advance(self, running: jax.Array) -> None:
         """Fetch the next batch; `running` is a result of the step that was just begun."""
         began, idle = time.monotonic(), running.is_ready()
         self.parts = self._fetch()
-        if idle or running.is_ready():  # else the devices were at work all the while
+        if idle or running.is_ready():  # else the devices were busy all the time
             self.waited += time.monotonic() - began
 
 
 def run_step(
     program: Program, state: TrainState, microbatches: Sequence[dict[str, jax.Array]]
 ) -> TrainState:
-    """One optimizer step on one global batch in equal parts.
+    """The state after one optimizer step on one global batch in equal parts.
 
     Gradient accumulation is a host loop over one compiled function: a scan over microbatches would
     make convolutions inside it slow on CPU, and an unrolled loop would multiply the compile time.
@@ -286,8 +277,8 @@ def run_step(
     Args:
       program: from `make_program`.
       state: donated; use the returned one.
-      microbatches: `config.microbatches` parts, global arrays `[B / microbatches, ...]`, as a
-        `Feed` has them.
+      microbatches: `config.microbatches` parts, global arrays `[B / microbatches, ...]`, from
+        `Feed.parts`.
     """
     if len(microbatches) == 1:
         return program.train_step(state, microbatches[0])
@@ -298,7 +289,7 @@ def run_step(
 
 
 class Report(NamedTuple):
-    """What was learned since the last report.
+    """Means over the steps since the last report.
 
     means: loss, scores and gradient norm, means over examples.
     code_counts: [num_codes], how often each code was used; None without a codebook.
@@ -311,7 +302,7 @@ class Report(NamedTuple):
 
 
 def take_report(program: Program, state: TrainState) -> tuple[TrainState, Report]:
-    """The state with its sums set to zero, and what they say."""
+    """The state with its sums set to zero, and the means that they give."""
     sums = jax.device_get(state.sums)
     weight, code_counts, norms = (
         sums.pop(name) for name in ("weight", "code_counts", "layer_gradient_norms")

@@ -1,11 +1,10 @@
-"""Weights that a run starts from: those of another run, or of a file in PyTorch's format.
+"""Warm starts: weights of another run, or of a file in PyTorch's format.
 
-From another run comes the whole model (the paper's progressive chain) or its encoder alone (any
-task to any other). Nothing is taken in silence: what moves is listed, and what does not fit is
-refused.
+Another run gives its whole model (the paper's progressive chain) or its encoder alone (from any
+task to any task). All tensors that move are listed, and weights that do not fit are refused.
 
-A run remembers where its weights come from in `ancestors.json`: one entry a run, from the first to
-the one that it started from, with the pseudonyms of the patients that each was trained on.
+`ancestors.json` of a run names the runs that its weights come from, oldest first, each with the
+pseudonyms of the patients that it was trained on.
 """
 
 import collections
@@ -33,10 +32,10 @@ class WarmStart(NamedTuple):
     step: the checkpoint that is taken.
     moved: names of the tensors that are taken, as in checkpoints
       (`params/encoder/stem/conv/kernel`).
-    kept: names of the model's tensors that stay as the new run initialises them.
-    left: names of the other run's model tensors that are not taken.
-    ancestors: contents of the new run's `ancestors.json`.
-    allowed_overlap: from `check_leakage`; results of the new run and of its descendants say it.
+    kept: names of the new model's tensors that keep their random values.
+    left: names of the other model's tensors that are not taken.
+    ancestors: content of the new run's `ancestors.json`.
+    allowed_overlap: from `check_leakage`; results of the new run and of its descendants report it.
     """
 
     run: Run
@@ -56,12 +55,12 @@ class WeightFile(NamedTuple):
 
 
 def in_scope(name: str, scope: str) -> bool:
-    """Whether a checkpoint's tensor belongs to the part that moves.
+    """Whether a tensor of a checkpoint is in the part that moves.
 
     Args:
       name: `params/encoder/stem/conv/kernel`, `variables/decoder/...`.
-      scope: `model`, all; `encoder`, the encoder; `compression`, its layers before the residual
-        blocks.
+      scope: `model`, all; `encoder`, the encoder; `compression`, the encoder's layers before the
+        residual blocks.
     """
     kind, part, layer = (*name.split("/"), "", "")[:3]
     if kind not in ("params", "variables"):
@@ -80,7 +79,7 @@ def open_other_run(config: ml_collections.ConfigDict) -> Run:
     if not (Path(config.init_from) / "config.json").is_file():
         raise InputError(
             f"config.init_from={config.init_from} is not a run directory; give the --workdir of a "
-            f"finished run"
+            "finished run"
         )
     return Run.open(config.init_from)
 
@@ -108,13 +107,12 @@ def check_weight_file(config: ml_collections.ConfigDict, template: Any) -> Weigh
 def find(
     config: ml_collections.ConfigDict, run: Run, windows: list[tuple[float, float]], template: Any
 ) -> WarmStart:
-    """Check, before any work, that the weights which `config.init_from` names fit. All processes
-    call it together.
+    """Check that the weights of `config.init_from` fit. All processes call it together.
 
     Args:
       config: the new run's configuration.
       run: from `open_other_run`.
-      windows: (level, width) in HU of each channel that the new run reads.
+      windows: (level, width) in HU of each channel of the new run.
       template: tree with `params` and `variables` of the new model (arrays or shapes).
 
     Raises:
@@ -144,7 +142,7 @@ def find(
 def _check_grey_values(
     config: ml_collections.ConfigDict, run: Run, windows: list[tuple[float, float]]
 ) -> None:
-    """An encoder is worth nothing on grey values that mean other HU than in its training."""
+    """Refuse grey values that mean other HU than in the other run: its encoder is useless there."""
     workdir = config.init_from
     channels = slices.select_channels(run.preparation, run.config.windows)
     run_windows = slices.selected_windows(run.preparation, channels)
@@ -154,9 +152,8 @@ def _check_grey_values(
             for pairs in (run_windows, windows)
         )
         raise InputError(
-            f"config.init_from={workdir} was trained on level/width {have}, this run reads "
-            f"{want}; set config.windows "
-            "to the former (on a dataset that has it), or start from another run"
+            f"config.init_from={workdir} was trained on level/width {have}, this run reads {want}; "
+            "set config.windows to the former (on a dataset that has it), or start from another run"
         )
     if run.config.normalize != config.normalize:
         raise InputError(
@@ -168,8 +165,8 @@ def _check_grey_values(
 def _match(
     path: str, stored: dict[str, tuple[int, ...]], wanted: dict[str, Any], scope: str
 ) -> tuple[tuple[str, ...], ...]:
-    """Names that move, stay and are left behind; refuses a tensor of the scope that is not on both
-    sides alike."""
+    """Names that move, stay and are left behind; refuses a tensor of the scope that differs or is
+    on one side only."""
     have = {name: shape for name, shape in stored.items() if in_scope(name, scope)}
     want = {name: tuple(leaf.shape) for name, leaf in wanted.items() if in_scope(name, scope)}
     missing = [f"{name} is missing there" for name in want if name not in have]
@@ -199,8 +196,7 @@ def _match(
                 break
         raise InputError(
             f"config.init_from={path} does not fit this model ({len(missing)} tensors missing, "
-            f"{len(extra)} extra, "
-            f"{len(shapes)} of another shape; {'; '.join(problems)}); {remedy}"
+            f"{len(extra)} extra, {len(shapes)} of another shape; {'; '.join(problems)}); {remedy}"
         )
     kept = [name for name in wanted if in_scope(name, "model") and name not in want]
     left = [name for name in stored if in_scope(name, "model") and name not in have]
@@ -213,16 +209,16 @@ def check_leakage(
     key_fingerprint: str,
     held_out: set[str],
 ) -> str:
-    """Refuse weights that were learned from patients whom the new run is evaluated on.
+    """Refuse weights that learned from the validation or test patients of the new run.
 
     Args:
       config: the new run's configuration; `leakage` says which overlap is allowed.
       warm_start: the weights that it starts from.
-      key_fingerprint: of the pseudonyms of the new run's dataset.
-      held_out: pseudonyms of its validation and test patients.
+      key_fingerprint: of the pseudonym key of the new run's dataset.
+      held_out: pseudonyms of the dataset's validation and test patients.
 
     Returns:
-      The overlap that was allowed, in words; "" where there is none.
+      The overlap that `config.leakage` allowed, in words; "" if there is no overlap.
 
     Raises:
       InputError: such patients occur, or the data sets cannot be compared, and `config.leakage`
@@ -237,23 +233,21 @@ def check_leakage(
     if seen and config.leakage != "allow":
         raise InputError(
             f"config.init_from={config.init_from}: {len(seen)} of the {len(held_out)} validation "
-            f"and test patients of "
-            "config.dataset were in the training data of these weights, so its results would not "
-            "be of held-out patients; pretrain without them (the same --pseudonym_key_file and "
-            "splits), or --config.leakage=allow, which results will say"
+            "and test patients of config.dataset were in the training data of these weights, so "
+            "its results would not be of held-out patients; pretrain without them (the same "
+            "--pseudonym_key_file and splits), or --config.leakage=allow, which results will say"
         )
     if any(unknown) and config.leakage == "refuse":
         raise InputError(
             f"config.init_from={config.init_from} was trained on data with another pseudonym key, "
-            f"so whether its "
-            "patients are in the validation and test splits of config.dataset cannot be checked; "
-            "prepare both with one --pseudonym_key_file, or --config.leakage=allow_unchecked, "
-            "which results will say"
+            "so whether its patients are in the validation and test splits of config.dataset "
+            "cannot be checked; prepare both with one --pseudonym_key_file, or "
+            "--config.leakage=allow_unchecked, which results will say"
         )
     if seen:
         return (
             f"{len(seen)} validation and test patients were in the training data of the initial "
-            f"weights"
+            "weights"
         )
     return (
         "overlap with the training data of the initial weights could not be checked"
@@ -263,8 +257,7 @@ def check_leakage(
 
 
 def move(warm_start: WarmStart, state: Any) -> Any:
-    """The state with the other run's tensors in place of its own; all others, the optimizer's too,
-    are untouched.
+    """The state with the tensors of the other run; all other tensors and the optimizer's stay.
 
     Args:
       warm_start: from `find`.
@@ -283,23 +276,20 @@ def move(warm_start: WarmStart, state: Any) -> Any:
 def begin(
     config: ml_collections.ConfigDict, state: Any, source: WarmStart | WeightFile | None
 ) -> Any:
-    """A random initial state with the weights of another run or of a file, if there are any, in
-    their places."""
+    """The initial state with the weights of the warm start, if there is one."""
     if isinstance(source, WeightFile):
         state = imagenet_weights.load_into(state, source.path)
         say(f"start        weights of {source.path}")
     elif source is not None:
         state = move(source, state)
-        for line in moved_lines(source):
-            say(line)
+        _say_moved(source)
         if source.allowed_overlap:
             say(f"WARNING      config.leakage={config.leakage}: {source.allowed_overlap}")
     return state
 
 
 def record(source: WarmStart | WeightFile | None, workdir: Path) -> None:
-    """Write `ancestors.json` and `transplant.json` (every tensor's name) into the directory of a
-    run that starts."""
+    """Write `ancestors.json` and `transplant.json` (the name of every tensor) of a new run."""
     names, ancestors = {}, []
     if isinstance(source, WarmStart):
         names = {"moved": source.moved, "initialised": source.kept, "left_behind": source.left}
@@ -309,20 +299,14 @@ def record(source: WarmStart | WeightFile | None, workdir: Path) -> None:
     write_json(workdir / "transplant.json", names)
 
 
-def moved_lines(warm_start: WarmStart) -> list[str]:
-    """What moved, for the screen: parts of the model with their number of tensors."""
-    step, workdir = warm_start.step, warm_start.run.workdir
-    said = [f"start        {len(warm_start.moved)} tensors of checkpoint {step:,} of {workdir}"]
-    groups = (
-        ("moved", warm_start.moved),
-        ("initialised", warm_start.kept),
-        ("left behind", warm_start.left),
+def _say_moved(source: WarmStart) -> None:
+    say(
+        f"start        {len(source.moved)} tensors of checkpoint {source.step:,} of "
+        f"{source.run.workdir}"
     )
-    for title, names in groups:
-        if names:
-            counts = collections.Counter(name.split("/")[1] for name in names)
-            said.append(
-                f"{'':13}{title}: "
-                + ", ".join(f"{part} ({number})" for part, number in counts.items())
-            )
-    return said
+    groups = {"moved": source.moved, "initialised": source.kept, "left behind": source.left}
+    for title, names in groups.items():
+        counts = collections.Counter(name.split("/")[1] for name in names)
+        if counts:
+            parts = ", ".join(f"{part} ({number})" for part, number in counts.items())
+            say(f"{'':13}{title}: {parts}")

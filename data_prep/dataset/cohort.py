@@ -62,22 +62,21 @@ def cohort_table(
 ) -> list[tuple[str, str, str]]:
     """(group, item, value) rows: the characteristics of the paper's Table I, and rejections by
     reason."""
-    rows = [("Dataset", "Volumes, slices", _size(volumes))]
-    thin = [
-        v
-        for v in volumes
-        if v["slice_thickness_mm"] is not None and v["slice_thickness_mm"] < _THIN_MM
+    known = [v for v in volumes if v["slice_thickness_mm"] is not None]
+    groups = {
+        "Volumes, slices": volumes,
+        "Slice thickness < 3 mm: volumes, slices": [
+            v for v in known if v["slice_thickness_mm"] < _THIN_MM
+        ],
+        "Slice thickness 3 mm: volumes, slices": [
+            v for v in known if v["slice_thickness_mm"] == _THIN_MM
+        ],
+        "Contrast-enhanced: volumes, slices": [v for v in volumes if v["contrast"]],
+    }
+    rows = [
+        ("Dataset", item, f"{len(group)}, {sum(volume['num_slices'] for volume in group)}")
+        for item, group in groups.items()
     ]
-    rows.append(("Dataset", "Slice thickness < 3 mm: volumes, slices", _size(thin)))
-    at_limit = [v for v in volumes if v["slice_thickness_mm"] == _THIN_MM]
-    rows.append(("Dataset", "Slice thickness 3 mm: volumes, slices", _size(at_limit)))
-    rows.append(
-        (
-            "Dataset",
-            "Contrast-enhanced: volumes, slices",
-            _size([v for v in volumes if v["contrast"]]),
-        )
-    )
     for split, number in collections.Counter(v["split"] for v in volumes).items():
         patients = {v["patient_id"] for v in volumes if v["split"] == split}
         rows.append(("Split", f"{split}: volumes, patients", f"{number}, {len(patients)}"))
@@ -91,26 +90,19 @@ def cohort_table(
         else "not recorded"
     )
     rows.append(("Patients", "Age, mean +/- sd", age))
-    for item, number in _counts(v["sex"] or "not recorded" for v in by_patient.values()):
-        rows.append(
-            ("Sex", {"F": "Female", "M": "Male", "O": "Other"}.get(item, item), str(number))
-        )
-    for item, number in _counts(v["ethnic_group"] or "not recorded" for v in by_patient.values()):
-        rows.append(("Ethnic group", item, str(number)))
-    for item, number in _counts(v["manufacturer"].upper() or "NOT RECORDED" for v in volumes):
-        rows.append(("Manufacturer", item, f"{number} volumes"))
-    for item, number in _counts(note for v in volumes for note in v["notes"].split()):
-        rows.append(("Noted", item, f"{number} volumes"))
-    files = collections.Counter()
-    for row in rejected:
-        files[row["reason"]] += int(row["num_files"])
-    for item, number in _counts(row["reason"] for row in rejected):
-        rows.append(("Rejected", item, f"{number} series, {files[item]} files"))
+    sexes = _counts(v["sex"] or "not recorded" for v in by_patient.values())
+    words = {"F": "Female", "M": "Male", "O": "Other"}
+    rows += [("Sex", words.get(item, item), str(number)) for item, number in sexes]
+    ethnic_groups = _counts(v["ethnic_group"] or "not recorded" for v in by_patient.values())
+    rows += [("Ethnic group", item, str(number)) for item, number in ethnic_groups]
+    makers = _counts(v["manufacturer"].upper() or "NOT RECORDED" for v in volumes)
+    rows += [("Manufacturer", item, f"{number} volumes") for item, number in makers]
+    notes = _counts(note for v in volumes for note in v["notes"].split())
+    rows += [("Noted", item, f"{number} volumes") for item, number in notes]
+    for reason, number in _counts(row["reason"] for row in rejected):
+        files = sum(int(row["num_files"]) for row in rejected if row["reason"] == reason)
+        rows.append(("Rejected", reason, f"{number} series, {files} files"))
     return rows
-
-
-def _size(volumes: list[dict[str, Any]]) -> str:
-    return f"{len(volumes)}, {sum(volume['num_slices'] for volume in volumes)}"
 
 
 def _counts(items: Iterable[str]) -> list[tuple[str, int]]:

@@ -29,7 +29,7 @@ from data_prep.dataset.schema import (
 from data_prep.dataset.storage import write_table
 from data_prep.dataset.tfds import complete
 from data_prep.system.errors import InputError
-from data_prep.system.files import lock_directory, publish
+from data_prep.system.files import lock_directory, make_folder, publish
 
 _ALIKE = ("windows", "image_size", "channels", "masks")  # of preparation.json
 
@@ -60,7 +60,7 @@ def merge(
 
     final = output_dir.resolve()  # relative links start at the real place of the view
     building = final.with_name(f".{final.name}.merging")
-    building.mkdir(parents=True, exist_ok=True)
+    make_folder(building, "--output_dir")
     with lock_directory(building):
         for stale in building.iterdir():  # of a run that was killed
             stale.unlink()

@@ -233,7 +233,7 @@ class SliceSource:
         path = self._directory / self._shards[shard].name
         return DatasetError(
             f"{path}: damaged ({problem}); search all files by python -m data_prep.describe "
-            f"--verify, and copy it again"
+            "--verify, and copy it again"
         )
 
     def _reader(self, shard: int) -> Any:

@@ -207,7 +207,7 @@ def parse_preparation(content: bytes, name: str) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise DatasetError(
             f"{name}: format_version {version}, this program reads {FORMAT_VERSION}; prepare the "
-            f"dataset again"
+            "dataset again"
         )
     # older datasets lack it
     if preparation.get("sha256", own := preparation_sha256(preparation)) != own:

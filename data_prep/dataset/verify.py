@@ -114,7 +114,7 @@ def _table_problems(dataset: Dataset) -> Iterator[str]:
         if row["split"] not in preparation["splits"]:
             yield (
                 f"volumes.csv: volume {row['volume_id']} is in split {row['split']!r}, which does "
-                f"not exist"
+                "not exist"
             )
 
 
@@ -143,7 +143,7 @@ def _label_problems(dataset: Dataset) -> Iterator[str]:
         if facts["level"] not in LEVELS:
             yield (
                 f"preparation.json: label {name} is of the level {facts['level']!r}, which does "
-                f"not exist"
+                "not exist"
             )
         of_slices = facts["level"] == "slice"
         table, rows = (SLICES_FILE, slices) if of_slices else (LABELS_FILE, of_volumes)
@@ -154,8 +154,8 @@ def _label_problems(dataset: Dataset) -> Iterator[str]:
                 f"{len(facts['classes'])} classes"
             )
         if facts["level"] == "patient":
-            found = {(patient_of.get(row["volume_id"]), row[name]) for row in rows}
-            if len(found) > len({patient for patient, _ in found}):
+            classes = {(patient_of.get(row["volume_id"]), row[name]) for row in rows}
+            if len(classes) > len({patient for patient, _ in classes}):
                 yield f"{table}: {name} is a label of patients and differs between volumes of one"
     num_slices = {row["volume_id"]: row["num_slices"] for row in volumes}
     seen = collections.Counter((row["volume_id"], row["region"]) for row in regions)

@@ -199,7 +199,8 @@ def read_readings(path: str | Path) -> dict[str, Reading]:
 
     Raises:
         LidcError: a file is damaged, a series has two different readings, or `path` has no reading.
-        OSError: `path` does not exist or cannot be read.
+        InputError: `path` does not exist.
+        OSError: a file cannot be read.
     """
     readings: dict[str, Reading] = {}
     for name, content in _xml_files(Path(path)):

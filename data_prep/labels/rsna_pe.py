@@ -15,7 +15,6 @@ from data_prep.scan.remote_archives import RemoteArchive, local_copy
 from data_prep.system.errors import InputError, RunFailed
 
 TRAIN_FILE = "train.csv"
-WINDOWS = ((50.0, 350.0), (100.0, 700.0))  # level, width in HU: soft tissue, pulmonary arteries
 STUDY, SERIES, INSTANCE = "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"
 SLICE_LABEL = "pe_present_on_image"
 EXAM_LABELS = (

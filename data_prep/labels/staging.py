@@ -92,14 +92,13 @@ def input_digests(sources: LabelSources, input_dir: Path) -> tuple[tuple[str, st
 
     Annotations and masks are compared series by series (`Labels.version`).
     """
-    files = [("labels_csv", path) for path in sources.labels_csv]
-    if sources.attributes_csv:
-        files.append(("attributes_csv", sources.attributes_csv))
-    if sources.metadata_csv:
-        files.append(("metadata_csv", sources.metadata_csv))
-    if sources.archive == "rsna_pe":
-        files.insert(0, ("train.csv", rsna_pe.train_csv(input_dir)))
-    return tuple((name, file_sha256(path)) for name, path in files)
+    files = [
+        ("train.csv", rsna_pe.train_csv(input_dir) if sources.archive == "rsna_pe" else None),
+        *(("labels_csv", path) for path in sources.labels_csv),
+        ("attributes_csv", sources.attributes_csv),
+        ("metadata_csv", sources.metadata_csv),
+    ]
+    return tuple((name, file_sha256(path)) for name, path in files if path is not None)
 
 
 # ---- staging -------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def dry_run_text(counts: Mapping[str, Any]) -> str:
     """The result of a dry run, for the user."""
     return "\n".join(
         (
-            "Dry run: what the headers say; pixels may refuse more. Nothing was written.",
+            "Dry run: from the headers; pixels may refuse more. Nothing was written.",
             f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} "
             f"slices would be converted, about {counts['bytes'] / 1e6:.0f} MB.",
             summary_table(counts),

@@ -1,4 +1,4 @@
-"""The options and the directories of a preparation; comparison with those of an earlier run."""
+"""Options and directories of a preparation; comparison with the options of an earlier run."""
 
 import dataclasses
 import hashlib

@@ -26,29 +26,33 @@ def _finish_patient(output_dir: Path, index: int, options: Options) -> int:
 def make_archive(
     output_dir: Path, num_patients: int, options: Options, num_workers: int = 1
 ) -> int:
-    """Writes patients 0..num_patients-1 that are not there yet; returns the number of files
-    written.
+    """Writes the missing patients of 0..num_patients-1; returns the number of files written.
 
-    Raises InputError if the folder holds something else or was made with other options, or an
-    option is impossible.
+    Raises:
+        InputError: an impossible option, a folder with other files, or an archive of other options.
+        RunFailed: a worker was killed.
     """
-    if num_patients < 1:
-        raise InputError(f"--num_patients={num_patients}: at least 1 is needed")
-    if not 32 <= options.image_size <= 1024:
-        raise InputError(f"--image_size={options.image_size}: choose 32 to 1024")
-    if options.num_slices < 0:
-        raise InputError(
-            f"--num_slices={options.num_slices}: 0 for the whole chest, or a number of slices"
-        )
-    if options.slice_spacing_mm != 0 and not 0.5 <= options.slice_spacing_mm <= 10:
-        raise InputError(
-            f"--slice_spacing_mm={options.slice_spacing_mm:g}: 0 (the scanner's choice) or 0.5 to "
-            f"10"
-        )
-    if options.layout not in LAYOUTS:
-        raise InputError(f"--layout={options.layout}: choose {', '.join(LAYOUTS)}")
-    if options.seed < 0:
-        raise InputError(f"--seed={options.seed}: 0 or larger")
+    spacing = options.slice_spacing_mm
+    for flag, value, is_possible, remedy in (
+        ("num_patients", num_patients, num_patients >= 1, "at least 1 is needed"),
+        ("image_size", options.image_size, 32 <= options.image_size <= 1024, "choose 32 to 1024"),
+        (
+            "num_slices",
+            options.num_slices,
+            options.num_slices >= 0,
+            "0 for the whole chest, or a number of slices",
+        ),
+        (
+            "slice_spacing_mm",
+            f"{spacing:g}",
+            spacing == 0 or 0.5 <= spacing <= 10,
+            "0 (the scanner's choice) or 0.5 to 10",
+        ),
+        ("layout", options.layout, options.layout in LAYOUTS, f"choose {', '.join(LAYOUTS)}"),
+        ("seed", options.seed, options.seed >= 0, "0 or larger"),
+    ):
+        if not is_possible:
+            raise InputError(f"--{flag}={value}: {remedy}")
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir={output_dir}: is a file; give a folder")
     make_folder(output_dir, "--output_dir")
@@ -63,7 +67,7 @@ def make_archive(
     elif any(output_dir.iterdir()):
         raise InputError(
             f"--output_dir={output_dir}: is not empty and not a phantom archive; choose another "
-            f"folder"
+            "folder"
         )
     write_text(marker, json.dumps(recorded, indent=1) + "\n")
     missing = [
@@ -88,7 +92,7 @@ def _write_missing(output_dir: Path, missing: list[int], options: Options, num_w
             if isinstance(written, WorkerDied):
                 raise RunFailed(
                     f"making patient {i} was killed, probably for memory; give a smaller "
-                    f"--num_workers"
+                    "--num_workers"
                 )
             count += written
     return count

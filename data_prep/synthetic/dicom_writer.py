@@ -133,9 +133,9 @@ class Series:
     to the left.
 
     `position_mm` is (x, y, z) of the centre of the first voxel of slice 0 in the patient coordinate
-    system; `outside` [H, W] bool marks what the scanner did not reconstruct. `patient_position` is
-    (0018,5100); `mirrored` writes the columns to the patient's right, as some feet-first scans have
-    it.
+    system; `outside` [H, W] bool marks pixels that the scanner did not reconstruct.
+    `patient_position` is (0018,5100); `mirrored` writes the columns to the patient's right, as some
+    feet-first scans have it.
     """
 
     hu: np.ndarray

@@ -24,9 +24,11 @@ CONTRAST_SHARES = {"dicom": (0.4, 0.35, 0.25), "rsna_pe": (0, 1, 0), "lidc_idri"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the bytes of a patient's files, beside the patient's number. `num_slices` 0 is
-    the whole chest; `slice_spacing_mm` 0 leaves the spacing to the scanner; `layout` is one of
-    LAYOUTS."""
+    """The options that decide the bytes of a patient's files, with the patient's number.
+
+    `num_slices` 0 is the whole chest; `slice_spacing_mm` 0 leaves the spacing to the scanner;
+    `layout` is one of LAYOUTS.
+    """
 
     seed: int
     image_size: int
@@ -37,10 +39,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-    """One patient's study before it is rendered. `position` is Patient Position (0018,5100);
-    `mirrored` and `transfer_syntax` as in `Series`; `origin_mm` the centre of the first voxel;
-    `attributes` what all series share; `entropy` names the study; `poor_quality` lists which of
-    "motion" and "contrast" spoil it."""
+    """One patient's study before it is rendered.
+
+    `position` is Patient Position (0018,5100); `mirrored` and `transfer_syntax` as in `Series`;
+    `origin_mm` the centre of the first voxel; `attributes` the attributes of all series; `entropy`
+    names the study; `poor_quality` lists the faults of the images: "motion", "contrast".
+    """
 
     anatomy: Anatomy
     scan: Scan
@@ -121,8 +125,7 @@ def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator
 def render_series(
     exam: Exam, reconstruction: str, number: int, rng: np.random.Generator
 ) -> tuple[Series, Rendering]:
-    """Series `number` of an exam with the "soft" or the "sharp" kernel, and the rendering that it
-    holds."""
+    """Series `number` of an exam with the "soft" or the "sharp" kernel, and its rendering."""
     scan = dataclasses.replace(exam.scan, kernel=reconstruction)
     rendering = render_scan(exam.anatomy, scan, exam.findings, rng)
     kernels = exam.vendor.soft_kernels if reconstruction == "soft" else exam.vendor.sharp_kernels

@@ -24,7 +24,7 @@ TRUNK, LEFT_ARTERY, RIGHT_ARTERY = (0, 1), (2, 3, 4), (5, 6, 7, 8)
 class Nodule:
     """A lung nodule. `centre` in reference space; `texture` 1 (ground glass) to 5 (solid),
     `malignancy` 1 to 5 on the LIDC-IDRI scales; `lobulation` and `spiculation` are relative heights
-    of bumps and spicules; `cavity_mm` is the radius of an air-filled cavity, 0 for none;
+    of bumps and spicules; `cavity_mm` is the radius of an air-filled cavity (0: solid);
     `directions` [K, 3] point where the bumps and spicules are."""
 
     centre: tuple[float, float, float]
@@ -102,7 +102,7 @@ def sample_nodule(
     anatomy: Anatomy, z_range: tuple[float, float], taken: list[Nodule], rng: np.random.Generator
 ) -> Nodule | None:
     """A nodule in lung tissue whose centre lies between two heights of reference space, clear of
-    those `taken`; None where no place was found. Growing malignancy makes it larger, spiculated,
+    those `taken`; None if there is no such place. Growing malignancy makes it larger, spiculated,
     less sharp and less often calcified."""
     malignancy = int(rng.choice(5, p=MALIGNANCY_SHARES)) + 1
     diameter = float(np.clip(DIAMETER_MM[malignancy - 1] * rng.lognormal(0, 0.28), 3.6, 30))
@@ -325,8 +325,8 @@ def paint_nodule(
 
 def paint_embolus(canvas: Canvas, embolus: Embolus, z: float, blood_hu: float) -> float:
     """Puts an embolus in the place of arterial blood of some HU; returns the mm^2 that it takes.
-    Only what the slice shows of the arteries can be taken, so that no embolus is counted that a
-    reader could not see."""
+    It takes only blood that the slice shows, so that no embolus counts that a reader could not
+    see."""
     cut = canvas.tubes(embolus.tubes, z, z_scale=1.0 if embolus.central else 0.6)
     if cut is None:
         return 0.0

@@ -143,7 +143,7 @@ HEART_WALLS_MM = {"right_atrium": 3, "right_ventricle": 4, "left_ventricle": 9, 
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
-    """A patient with all that is made once: skeleton and vessel trees, in reference space."""
+    """A patient with skeleton and vessel trees, in reference space."""
 
     patient: Patient
     ribs: Capsules

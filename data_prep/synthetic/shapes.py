@@ -49,8 +49,8 @@ class Capsules:
         )
 
     def blurred(self, edge_mm: float) -> "Capsules":
-        """The same tubes with those thinner than the blur shrunk until their peak is that of a
-        blurred thin tube."""
+        """The same tubes; tubes thinner than the blur shrink until they have the peak of a blurred
+        thin tube."""
         return dataclasses.replace(
             self,
             start_radius=np.minimum(
@@ -240,8 +240,8 @@ class Canvas:
         edge_mm: float | None = None,
         inner: tuple[tuple[float, float], ...] = (),
     ) -> None:
-        """Fills a coarse signed distance with a HU, or with HU per pixel [H, W]; then what lies
-        deeper inside it by the millimetres and HU of `inner`."""
+        """Fills a coarse signed distance with a HU, or with HU per pixel [H, W]; then the
+        part that lies deeper by the millimetres of each pair of `inner` with its HU."""
         refined = self.refine(coarse)
         if refined is not None:
             box, distance = refined

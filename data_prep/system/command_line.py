@@ -28,7 +28,7 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
 
     Args:
       main: gets the program's name and, if there are any, its verb.
-      verbs: what may stand on the command line beside options, e.g. `plan`, `run` and `draw`.
+      verbs: words that the command line may have beside options, e.g. `plan`, `run` and `draw`.
     """
     app.run(functools.partial(_run_guarded, main, verbs), flags_parser=_parse_flags)
 

@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """The user can mend it: exit code 2. The message is one line: what is wrong, where, and the
+    """The user can mend it: exit code 2. The message is one line: the place, the fault, and the
     remedy."""
 
 

@@ -124,7 +124,7 @@ def read_json(
     Args:
       path: of the file.
       fields: names that the content must have.
-      remedy: what the user can do about a damaged or missing file.
+      remedy: the advice to the user about a damaged or missing file.
 
     Raises:
       InputError: the file is missing or not JSON, or lacks one of the fields.

@@ -32,9 +32,12 @@ class Batch(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One library's training: `step` takes a step and returns the loss, not waiting for it; `peak`
-    () -> bytes held at most, None where unknown; `program` the compiled step and the seconds that
-    compiling took, None for PyTorch."""
+    """The training of one library.
+
+    step: takes a step and returns the loss, not waiting for it.
+    peak: () -> highest memory in bytes, None where it is unknown.
+    program, compile_seconds: the compiled step and the time of compiling; None for PyTorch.
+    """
 
     step: Callable[[], Any]
     peak: Callable[[], int | None]
@@ -67,8 +70,8 @@ def loss_of(graph, params, variables, batch: Batch) -> tuple[jax.Array, Any]:
 
 
 def make_train_step(graph) -> Callable:
-    """The jitted step: (params, variables, optimizer_state, batch) -> the first three, updated, and
-    the loss."""
+    """The jitted step: (params, variables, optimizer_state, batch) -> new values of the first three
+    and the loss."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def train_step(params, variables, optimizer_state, batch):
@@ -92,7 +95,7 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int:
 def make_jax_side(model: VQVAE, batch: Batch) -> Side:
     """Training by JAX from the model's weights, which it copies."""
     graph, params, variables = nnx.split(model, nnx.Param, ...)
-    # Own copies, since the step gives its arguments' memory away.
+    # copies, since the step donates the memory of its arguments
     carry = jax.tree.map(jnp.copy, (params, variables, optax.radam(LEARNING_RATE).init(params)))
     batch = jax.tree.map(jnp.asarray, batch)
     began = time.perf_counter()
@@ -168,9 +171,9 @@ def make_torch_side(
             training_loss().backward()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever the compiler lacks; the first line says it
+        except Exception as error:  # of any type: the compiler lacks something, see its first line
             print(
-                f"torch.compile failed, PyTorch runs without it: "
+                "torch.compile failed, PyTorch runs without it: "
                 f"{(str(error).splitlines() or [repr(error)])[0]}"
             )
             training_loss = eager_loss

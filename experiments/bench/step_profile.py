@@ -1,5 +1,4 @@
-"""Where the time of a compiled step goes: a trace of JAX's profiler, summed by operation of the
-program.
+"""The time of a compiled step by operation: a trace of JAX's profiler, summed up.
 
 Used by `experiments.benchmark_training --profile=FOLDER`.
 """
@@ -21,8 +20,7 @@ _NUMBER = re.compile(r"\.?\d+$")
 
 
 class Operation(NamedTuple):
-    """Instructions of one kind, of a step: what they compute, where they stem from, and what they
-    took."""
+    """All instructions of one kind in a step, and their time."""
 
     kind: str  # opcode, or the library function that a custom call goes to
     shape: str  # of the result, as XLA writes it
@@ -35,16 +33,16 @@ def describe_instructions(program: str) -> dict[str, tuple[str, str, str]]:
     """The text of a compiled program -> (kind, shape, origin) of every instruction, by its name."""
     instructions = {}
     for line in program.splitlines():
-        if found := _INSTRUCTION.match(line):
+        if instruction := _INSTRUCTION.match(line):
             target, origin = _TARGET.search(line), _ORIGIN.search(line)
-            kind = target[1] if target else found["opcode"]
+            kind = target[1] if target else instruction["opcode"]
             if kind == "fusion":
-                kind = _NUMBER.sub("", found["name"])
+                kind = _NUMBER.sub("", instruction["name"])
             path = origin[1].split("/") if origin else []
             # The pass and the primitive; modules between them differ from block to block.
             backward = "backward " if any(part.startswith("transpose(") for part in path) else ""
-            shape = re.sub(r"\{[^}]*\}", "", found["shape"])
-            instructions[found["name"]] = kind, shape, backward + (path[-1] if path else "")
+            shape = re.sub(r"\{[^}]*\}", "", instruction["shape"])
+            instructions[instruction["name"]] = kind, shape, backward + (path[-1] if path else "")
     return instructions
 
 
@@ -75,8 +73,8 @@ def profile(
 def summarize(trace: Path, program: str, steps: int) -> list[Operation]:
     """The operations of a trace (`*.xplane.pb`) of so many steps, the longest first.
 
-    Kernels that a GPU runs as part of a CUDA graph are known by their own names alone, which are
-    those of XLA's fusions; the kernels of libraries then stand under their names.
+    Kernels that a GPU runs as part of a CUDA graph have their own names alone: the names of XLA's
+    fusions, or of kernels of libraries.
     """
     instructions = describe_instructions(program)
     kernels = {
@@ -106,7 +104,7 @@ def summarize(trace: Path, program: str, steps: int) -> list[Operation]:
 
 
 def table(operations: list[Operation], rows: int = 25) -> str:
-    """Markdown; what did not fit is summed in the last row."""
+    """Markdown; operations beyond `rows` are summed in the last row."""
     total = sum(operation.milliseconds for operation in operations)
     lines = ["| operation | result | from | a step | ms | share |", "|---|---|---|---|---|---|"]
     rest = sum(operation.milliseconds for operation in operations[rows:])

@@ -1,5 +1,4 @@
-"""Structural similarity in PyTorch, as `ctssl_jax.ops.images` has it: for comparisons of training
-speed."""
+"""Structural similarity in PyTorch, equal to `ctssl_jax.ops.images`, for comparisons of speed."""
 
 import math
 

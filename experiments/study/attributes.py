@@ -31,21 +31,16 @@ class Model(NamedTuple):
 
 def cells_of(models: Sequence[Model]) -> list[Cell]:
     """The cells of the rows, each once, in order."""
-    cells = {
-        cell.name: cell
-        for model in models
-        for of_seeds in model.cells.values()
-        for cell in of_seeds
-    }
-    return list(cells.values())
+    groups = (cells for model in models for cells in model.cells.values())
+    return list({cell.name: cell for cells in groups for cell in cells}.values())
 
 
 def aurocs(result: dict, attribute: str) -> dict[str, dict]:
-    """`auroc` (mean of each class against the rest) and `auroc/CLASS` of an attribute; of a probe
-    or a training.
+    """The AUROCs of an attribute in the result of a probe or a training.
 
     Returns:
-      name -> the measure; empty if the result has none of this attribute.
+      `auroc` (mean of each class against the rest) and `auroc/CLASS` -> the measure; empty for a
+      result of other attributes.
     """
     probed = result.get("kind") == "attributes"
     if not probed and result["label"] != attribute:
@@ -71,20 +66,16 @@ def rows_of(models: Sequence[Model], by_name: dict[str, dict | None]) -> list[di
       by_name: name of a cell -> its results, None while it is missing.
 
     Returns:
-      rows; `mean` is over the seeds that are there, `ci95_low` and `ci95_high` are the mean bounds
-      of their intervals by patient. All None where nothing is there (`num_seeds` 0) or no AUROC is
-      defined.
+      rows; `mean` is over the seeds with results, `ci95_low` and `ci95_high` are the mean bounds of
+      their intervals by patient. All are None without results (`num_seeds` 0) or where the AUROC is
+      undefined.
     """
     rows = []
     for model in models:
         for attribute, cells in model.cells.items():
-            of_seeds = [
-                aurocs(result, attribute) for cell in cells if (result := by_name[cell.name])
-            ]
-            for metric in dict.fromkeys(
-                ["auroc", *(name for measures in of_seeds for name in measures)]
-            ):
-                measures = [of_seed[metric] for of_seed in of_seeds if metric in of_seed]
+            seeds = [aurocs(result, attribute) for cell in cells if (result := by_name[cell.name])]
+            for metric in dict.fromkeys(["auroc", *(name for seed in seeds for name in seed)]):
+                measures = [seed[metric] for seed in seeds if metric in seed]
                 values = [measure["mean"] for measure in measures if measure["mean"] is not None]
                 bounds = np.array(
                     [measure["ci95"] for measure in measures if measure["ci95"] is not None]
@@ -122,8 +113,7 @@ def cell_text(row: dict[str, Any]) -> str:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Models against attributes, then models against the classes of each attribute of more than
-    two."""
+    """Models against attributes, then against the classes of each attribute with more than two."""
 
     def table(chosen: Sequence[dict[str, Any]], column: str) -> str:
         columns = dict.fromkeys(row[column].removeprefix("auroc/") for row in chosen)
@@ -150,7 +140,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def caption_of(complete: Sequence[dict], rows: Sequence[dict[str, Any]], num_cells: int) -> str:
-    """The words below the figure: what it shows, and the warnings that its reader needs."""
+    """The words below the figure, with the warnings that its reader needs."""
     patients = []
     for attribute in dict.fromkeys(row["attribute"] for row in rows):
         numbers = sorted(
@@ -180,29 +170,19 @@ def caption_of(complete: Sequence[dict], rows: Sequence[dict[str, Any]], num_cel
 
 
 def save_figure(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> None:
-    """Draw a panel an attribute as PNG and SVG: mean and interval of each model, small rings for
-    its seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draw a panel an attribute as PNG and SVG: mean, interval and seeds of each model."""
+    from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["metric"] == "auroc"]
     attributes = list(dict.fromkeys(row["attribute"] for row in rows))
     models = list(dict.fromkeys((row["model"], row["group"]) for row in rows))
     places, height = {}, 0.0
-    for number, (model, group) in enumerate(models):
-        # a gap sets the groups apart
+    for number, (model, group) in enumerate(models):  # a gap separates the groups
         height += 1.0 if number and group == models[number - 1][1] else 1.8
         places[model] = height
-    figure, axes = plt.subplots(
-        1,
-        len(attributes),
-        figsize=(2.2 + 2.6 * len(attributes), 1.6 + 0.3 * height),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = 2.2 + 2.6 * len(attributes), 1.6 + 0.3 * height
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(attributes), sharey=True, squeeze=False)
     for axis, attribute in zip(axes.flat, attributes, strict=True):
         axis.axvline(0.5, color="0.3", linestyle=":", linewidth=1)
         for row in rows:
@@ -241,14 +221,13 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> Non
     )
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=130)
-    plt.close(figure)
 
 
 def draw(study: Study, models: Sequence[Model]) -> str:
     """Write figure6.md, .csv, .png and .svg from the results alone; returns the Markdown.
 
     Raises:
-      InputError: no result at all.
+      InputError: there are no results yet.
     """
     by_name = {cell.name: results.read_result(cell) for cell in cells_of(models)}
     complete = [result for result in by_name.values() if result]

@@ -84,7 +84,7 @@ def train_cell(
     Args:
       name: of the cell; the run is `WORKDIR/runs/NAME`, the result `WORKDIR/results/NAME.json`.
       recipe: with all fields that the study sets.
-      workdir: the study's folder.
+      workdir: folder of the study.
       evaluation: options of `ctssl_jax.evaluate`.
       after: cells that must be complete before.
     """
@@ -96,12 +96,12 @@ def train_cell(
 
 
 class Settings(NamedTuple):
-    """What all cells of a study of one dataset share.
+    """The settings of all cells of a study of one dataset.
 
     dataset: dataset directory.
-    workdir: the study's folder.
+    workdir: folder of the study.
     size: of the recipes, `reference` or `small`.
-    num_steps: of each training; 0 takes the recipe's.
+    num_steps: of each training; 0 takes the number of the recipe.
     seed: of weights and data order.
     overrides: `FIELD=VALUE` of every recipe, e.g. `dtype=bfloat16`.
     split: that is evaluated.
@@ -129,7 +129,7 @@ class Settings(NamedTuple):
           recipe: file in `configs/`.
           fields: of the configuration.
           after: cell whose last checkpoint the training starts from.
-          num_steps: training steps, by default the recipe's.
+          num_steps: training steps; 0 takes `steps(recipe)`.
         """
         fields = dict(fields)
         if after:

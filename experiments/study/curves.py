@@ -1,8 +1,8 @@
 """Scores against the size of the training set: rows, comparisons with random weights, figures.
 
-Everything is a function of the study's results: RESULT.json of each cell, and beside it
-RESULT.predictions.npz (the model's answer for each slice, with its patient's pseudonym), from which
-arms are compared in pairs.
+Everything follows from the results of the study: RESULT.json of each cell, and beside it
+RESULT.predictions.npz, the probabilities of each slice with the pseudonym of its patient. They are
+needed to compare arms in pairs.
 """
 
 import itertools
@@ -29,7 +29,7 @@ class Panel(NamedTuple):
     title: above it.
     metric: of the results JSON.
     arms: beginnings of the names of the arms that are drawn.
-    steps: training steps of the cells that are drawn; 0 is the recipe's number.
+    steps: training steps of the cells that are drawn; 0 means the number of the recipe.
     """
 
     title: str
@@ -86,8 +86,7 @@ def nodule_figure(name: str, title: str) -> Figure:
 
 
 def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One row an arm, share, number of steps and metric: mean and standard deviation over the seeds
-    that are there."""
+    """One row an arm, share, number of steps and metric, over the seeds that have results."""
     rows = []
     keys = list(dict.fromkeys((point.arm, point.fraction, point.steps) for point in of_points))
     for (arm, fraction, steps), metric in itertools.product(keys, metrics):
@@ -127,13 +126,12 @@ def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> l
 
 
 def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str, Any]]:
-    """Each arm against random weights at each share: difference of the metric, averaged over the
-    seeds of both.
+    """Difference of the metric between each arm and random weights at each share, mean over seeds.
 
-    Intervals and p are of the paired bootstrap by test patient; p is corrected by Holm over all
+    Intervals and p come from the paired bootstrap by test patient; p is corrected by Holm over all
     rows.
     """
-    # here: they import JAX, which --help does not need
+    # not at the top: they import JAX, and --help should be fast
     from ctssl_jax.evaluation import comparisons, predictions
 
     rows = []
@@ -219,22 +217,15 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
 def save_figure(
     path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Panel], title: str, caption: str
 ) -> None:
-    """Draw the panels as PNG and SVG; a point is the mean over seeds, its bar the standard
-    deviation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draw the panels as PNG and SVG: mean over seeds, with the standard deviation as a bar."""
+    from matplotlib import figure as matplotlib_figure
 
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        lines,
-        columns,
-        figsize=(4.3 * columns, 3.5 * lines + 1.1),
-        squeeze=False,
-        layout="constrained",
+    figure = matplotlib_figure.Figure(
+        figsize=(4.3 * columns, 3.5 * lines + 1.1), layout="constrained"
     )
+    axes = figure.subplots(lines, columns, squeeze=False)
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     colours = {arm: f"C{number % 10}" for number, arm in enumerate(arms)}
     for axis, panel in itertools.zip_longest(axes.flat, panels):
@@ -292,14 +283,13 @@ def save_figure(
     figure.supxlabel(textwrap.fill(caption.replace("**", ""), 52 * columns), fontsize=7.5)
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=130)
-    plt.close(figure)
 
 
 def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:
     """Write NAME.md, NAME.csv, NAME_comparisons.csv, NAME.png and NAME.svg; returns the Markdown.
 
     Raises:
-      InputError: no result at all.
+      InputError: there are no results yet.
     """
     of_points = {point: results.read_result(cell) for point, cell in grid.items()}
     complete = [result for result in of_points.values() if result]

@@ -1,12 +1,13 @@
 """The downstream studies (Figures 3 to 6 and S1): presets, data, pretrained arms, and their cells.
 
-A study is a grid of arm x share of the training data x seed (x training steps). Its arms differ in
-the weights that they start from and in nothing else: data order, augmentation, schedule and the new
-layers' initial values are the same at the same seed.
+A study is a grid of arm x share of the training data x seed (x training steps). Its arms differ
+only in the weights that they start from: at the same seed, data order, augmentation, schedule and
+the first values of new layers are the same.
 
-    --preset=phantom    everything is made here, on two cores: synthetic archives, datasets,
-    pretrained runs --preset=paper      your datasets (--dataset) and your pretrained runs
-    (--pretrained=NAME=RUN, repeated)
+    --preset=phantom    makes everything here, on two cores: synthetic archives, datasets,
+                        pretrained runs
+    --preset=paper      takes your datasets (--dataset) and your pretrained runs
+                        (--pretrained=NAME=RUN, repeated)
 
 Studies of one --workdir share data, pretrained runs and cells.
 """
@@ -45,7 +46,7 @@ OTHER_NETWORKS = {"se_resnext": "pe_se_resnext", "standard_unet": "nodules_stand
 class Archive(NamedTuple):
     """A synthetic archive of the phantom preset.
 
-    layout: of `data_prep.phantom` and kind of `data_prep.prepare`.
+    layout: of `data_prep.phantom`, and `--archive` of `data_prep.prepare`.
     num_patients, seed: of the phantom.
     splits: of `data_prep.prepare`.
     """
@@ -60,15 +61,15 @@ class Preset(NamedTuple):
     """Size of all studies.
 
     size: of the recipes.
-    archives: data set -> archive that is made; empty: the user's.
+    archives: dataset -> synthetic archive; empty where the user gives the datasets.
     fractions: shares of the training studies.
     seeds: of weights, data order and subset.
-    pretraining_steps: of each pretext; 0 takes the recipe's.
+    pretraining_steps: of each pretext; 0 takes the number of the recipe.
     steps: kind of study (`pe`, `nodules`, `attributes`) -> training steps of its cells, one curve
-      each; 0 takes the recipe's.
+      each; 0 takes the number of the recipe.
     overrides: fields of the recipes, e.g. `{"dtype": "bfloat16"}`.
-    left_out: arms that are run only where `--arms` names them: a figure on two cores should take
-      less than an hour.
+    left_out: arms that run only if `--arms` names them, so that a figure takes less than an hour on
+      two cores.
     """
 
     size: str
@@ -110,13 +111,13 @@ PRESETS = {
 
 
 class Study(NamedTuple):
-    """A downstream study as the flags describe it.
+    """A downstream study.
 
     preset: name of the preset.
-    sizes: the preset, as far as flags did not change it.
+    sizes: the preset, with the changes of the flags.
     workdir: folder of all studies.
     dataset: the downstream dataset.
-    pretrained: arm -> its run directory, for arms that are flag.
+    pretrained: arm -> run directory, for the arms of `--pretrained`.
     """
 
     preset: str
@@ -145,19 +146,19 @@ class Study(NamedTuple):
           recipe: file in `configs/`.
           fields: of the configuration.
           after: cells that must be complete before.
-          own_network: the network is not the pretraining's: overrides of its model are left out.
+          own_network: the network is not the pretrained one: overrides of the model do not apply.
         """
         for field, value in self.sizes.overrides.items():
             if not (own_network and field.startswith("model.")):
                 fields = fields | {field: value}
-        # By the loss on few patients, the best checkpoint may be the one before any training.
+        # not the best: by the loss on few patients that may be the checkpoint before any training
         evaluation = {"checkpoint": "last"}
         trained = Recipe(recipe, self.sizes.size, fields)
         return train_cell(name, trained, self.workdir, evaluation, after)
 
 
 def data_cells(study: Study, names: Sequence[str]) -> list[Cell]:
-    """Make and prepare the synthetic archives; none where the data are the user's."""
+    """Make and prepare the synthetic archives; no cells where the user gives the datasets."""
     data = study.workdir / "data"
     cells = []
     for name in names if study.sizes.archives else ():
@@ -190,14 +191,17 @@ def data_cells(study: Study, names: Sequence[str]) -> list[Cell]:
 
 
 def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
-    """Pretrain the arms that have no run yet: the mask sizes up to the largest, and single
-    pretexts."""
+    """Pretrain the arms that are not given: the mask sizes up to the largest, and single pretexts.
+
+    Raises:
+      InputError: an arm without weights, where the data are the user's.
+    """
     wanted = [arm for arm in arms if arm in PRETEXTS and arm not in study.pretrained]
     if not study.sizes.archives:
         if wanted:
             raise InputError(
                 f"no weights for {', '.join(wanted)}: give --pretrained={wanted[0]}=RUN for each, "
-                f"or choose --arms"
+                "or choose --arms"
             )
         return []
     chain = list(MASKED)
@@ -219,17 +223,17 @@ def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
 
 
 def schedule(steps: int) -> dict[str, int]:
-    """The fields of a training of so many steps; none where the recipe decides."""
+    """The fields of a training of so many steps; empty for 0, where the recipe decides."""
     return {"num_steps": steps, "eval_every": steps} if steps else {}
 
 
 class Point(NamedTuple):
     """One cell of the grid.
 
-    arm: name in `TITLES`, or of a run of the user's.
+    arm: name in `TITLES` or in `Study.pretrained`.
     fraction: of the training studies.
     seed: of weights, data order and subset.
-    steps: of the training; 0 is the recipe's.
+    steps: of the training; 0 takes the number of the recipe.
     """
 
     arm: str
@@ -239,15 +243,14 @@ class Point(NamedTuple):
 
     def cell_name(self, kind: str) -> str:
         """`pe_masked_20_0.25_s1_150`."""
-        return f"{kind}_{self.arm}_{self.fraction:g}_s{self.seed}" + (
-            f"_{self.steps}" if self.steps else ""
-        )
+        steps = f"_{self.steps}" if self.steps else ""
+        return f"{kind}_{self.arm}_{self.fraction:g}_s{self.seed}{steps}"
 
 
 def grid_cells(
     study: Study, kind: str, arms: Sequence[str]
 ) -> tuple[list[Cell], dict[Point, Cell]]:
-    """The cells of a figure in order, and those of its grid by their point.
+    """The cells of a figure in order, and the cells of its grid by their point.
 
     Args:
       study: whose preset has the shares, seeds and steps.
@@ -255,8 +258,7 @@ def grid_cells(
       arms: of the grid.
 
     Returns:
-      all cells; and the grid, smallest shares first, so that a study that is stopped has whole
-      columns.
+      all cells; and the grid, smallest shares first: a stopped study then has complete shares.
     """
     points = [
         Point(arm, fraction, seed, steps)
@@ -289,10 +291,10 @@ def define_flags(arms: Sequence[str]) -> None:
     flags.DEFINE_string("workdir", None, "Folder of the studies: data, runs, results, figures.")
     flags.DEFINE_string("dataset", None, "Downstream dataset directory (--preset=paper).")
     flags.DEFINE_multi_string(
-        "pretrained", [], "NAME=RUN: weights of an arm, NAME of --arms or one of your own."
+        "pretrained", [], "NAME=RUN: weights of an arm; NAME is one of --arms or a new one."
     )
     flags.DEFINE_list(
-        "arms", list(arms), "Arms, separated by commas; by default those of the preset."
+        "arms", list(arms), "Arms, separated by commas; by default the arms of the preset."
     )
     flags.DEFINE_list("fractions", [], "Shares of the training studies; by default the preset's.")
     flags.DEFINE_list("seeds", [], "Seeds; by default the preset's.")
@@ -302,14 +304,14 @@ def define_flags(arms: Sequence[str]) -> None:
 
 
 def study_of_flags(verb: str, kind: str) -> Study:
-    """The study that the command line asks for.
+    """The study of the command line.
 
     Args:
       verb: `plan`, `run` or `draw`.
-      kind: data set of the study: `pe`, `nodules` or `attributes`.
+      kind: of the dataset: `pe`, `nodules` or `attributes`.
 
     Raises:
-      InputError: a flag is missing, or names something that does not exist.
+      InputError: a flag is missing, or names an arm, a run or a dataset that does not exist.
     """
     flag = flags.FLAGS
     if not flag.workdir:
@@ -337,7 +339,7 @@ def study_of_flags(verb: str, kind: str) -> Study:
     if unknown:
         raise InputError(
             f"--arms: {unknown[0]} is not known; choose from {', '.join(TITLES)}, or give "
-            f"--pretrained"
+            "--pretrained"
         )
     if sizes.archives:
         dataset = workdir / "data" / kind
@@ -358,7 +360,7 @@ def act(
       module: of the study, whose `run` verb runs a cell.
       study: the study.
       cells: of the study.
-      lists: its flags of comma-separated lists, beside the flags that all downstream studies share.
+      lists: names of its own flags that hold lists.
     """
     if verb == "plan":
         flag = flags.FLAGS

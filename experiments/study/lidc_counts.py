@@ -13,7 +13,7 @@ _MATRIX = (512, 512)  # of every CT series of the collection
 
 
 class Series(NamedTuple):
-    """A line of --geometry."""
+    """A CT series: a line of --geometry."""
 
     patient_id: str
     series_instance_uid: str
@@ -29,10 +29,10 @@ class PatientVotes(NamedTuple):
 
 
 def read_geometry(path: Path) -> list[Series]:
-    """The CT series, by scan_order (else as they stand).
+    """The CT series by scan_order, or without this column in the order of the file.
 
     Raises:
-        InputError: no such file, a missing column or value, or a series twice.
+        InputError: an unreadable file, a missing column or value, or a series twice.
     """
     try:
         with open(path, newline="") as file:
@@ -58,8 +58,8 @@ def read_geometry(path: Path) -> list[Series]:
             ) from error
         if not (0 < thickness < float("inf") and 0 < spacing < float("inf")):
             raise InputError(
-                f"--geometry={path}, line {number}: thickness and spacing are not above 0; "
-                f"correct them"
+                f"--geometry={path}, line {number}: thickness and spacing are not above 0; correct "
+                "them"
             )
         series.append(Series(row[needed[0]], row[needed[1]], thickness, spacing))
     if len({one.series_instance_uid for one in series}) < len(series):
@@ -85,8 +85,7 @@ def first_scan_votes(
     if without_geometry or without_reading:
         raise InputError(
             f"{without_geometry} series of --annotations are not in --geometry, and "
-            f"{without_reading} the reverse; "
-            "give both for the same series"
+            f"{without_reading} the reverse; give both for the same series"
         )
     first = {series.patient_id: series for series in reversed(geometry)}
     patients = []
@@ -103,7 +102,7 @@ def first_scan_votes(
 
 
 def count(patients: Iterable[PatientVotes], consensus: float, min_area_px: int) -> dict[str, int]:
-    """The lines of `TABLE1` but the number of volumes, under `lidc.consensus_nodule`'s rule."""
+    """The lines of `TABLE1` but the number of volumes, by the rule of `lidc.consensus_nodule`."""
     slices, volumes, kept = collections.Counter(), collections.defaultdict(set), set()
     for patient in patients:
         for votes in patient.nodules:

@@ -1,5 +1,4 @@
-"""Figures that the paper prints, to stand beside ours. Nothing else in `experiments/` holds a
-typed-in result."""
+"""Numbers that the paper prints, to stand beside ours: the only results here that are typed in."""
 
 # Table I, column LIDC-IDRI.
 TABLE1 = {

@@ -14,12 +14,10 @@ PREDICTORS = {
 
 def loss_curve(reports: list[dict], validation: list[dict]) -> bytes:
     """PNG of training and validation loss, masked MSE and SSIM against the step."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, name in zip(axes, ("loss", "masked_mse", "ssim"), strict=True):
         axis.plot(
             [line["step"] for line in reports],
@@ -39,7 +37,6 @@ def loss_curve(reports: list[dict], validation: list[dict]) -> bytes:
     axes[0].legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
-    plt.close(figure)
     return buffer.getvalue()
 
 
@@ -61,7 +58,7 @@ def _cell(value: dict) -> str:
 
 
 def improvement(result: dict) -> dict[str, float]:
-    """How many times smaller the model's masked MSE is than each baseline's."""
+    """The masked MSE of each baseline as a multiple of the masked MSE of the model."""
     model = result["metrics"]["masked_mse"]["mean"]
     return {
         name: scores["masked_mse"]["mean"] / model for name, scores in result["baselines"].items()
@@ -87,16 +84,13 @@ def report_html(
       sheet: PNG of random slices of the dataset.
     """
     synthetic = result["synthetic"]
-    banner = (
-        "<p class=banner>SYNTHETIC DATA: computer-made scans, no patients. Nothing here is a "
-        "medical result.</p>"
-    )
+    text = "computer-made scans, no patients. Nothing here is a medical result."
+    banner = f"<p class=banner>SYNTHETIC DATA: {text}</p>" if synthetic else ""
     rows = {"model": result["metrics"], **result["baselines"]}
-    scores = list(NAMES)
-    table = "".join(
-        f"<tr><th>{PREDICTORS[predictor]}</th>{''.join(_cell(metrics[name]) for name in scores)}</tr>"
-        for predictor, metrics in rows.items()
-    )
+    table = ""
+    for predictor, metrics in rows.items():
+        cells = "".join(_cell(metrics[name]) for name in NAMES)
+        table += f"<tr><th>{PREDICTORS[predictor]}</th>{cells}</tr>"
     factors = improvement(result)
     mask = result["config"]["mask"]
     volumes, patients = (result["metrics"]["mse"][name] for name in ("num_volumes", "num_patients"))
@@ -109,25 +103,29 @@ def report_html(
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Chest CT pretraining: quickstart</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-img {{ max-width: 100% }} table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; text-align: left;
-border-bottom: 1px solid #ddd }} pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto }}
-.banner {{ background: #fff3cd; border: 1px solid #e0c060; padding: .5rem .8rem }} small {{ color: #666 }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222;
+  max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
+img {{ max-width: 100% }} table {{ border-collapse: collapse }}
+td, th {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #ddd }}
+pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto }} small {{ color: #666 }}
+.banner {{ background: #fff3cd; border: 1px solid #e0c060; padding: .5rem .8rem }}
 </style>
 <h1>Masked region prediction on chest CT</h1>
-{banner if synthetic else ""}
-<p>A vector-quantized autoencoder saw slices with one square of {100 * mask["fraction"]:g} % of the area blacked out
-and learned to fill it in. Below: {volumes} scan(s) of {patients} held-out patient(s), {result["num_slices"]} slices,
-that it never saw in training. Not for clinical use.</p>
+{banner}
+<p>A vector-quantized autoencoder saw slices with one square of {100 * mask["fraction"]:g} % of
+the area blacked out and learned to fill it in. Below: {volumes} scan(s) of {patients} held-out
+patient(s), {result["num_slices"]} slices, that it never saw in training. Not for clinical use.</p>
 <h2>Held-out reconstructions</h2>
 {_image(strip, "input, target, prediction and difference of held-out slices")}
 <p><small>Difference: grey is equal, red is too bright, blue too dark.</small></p>
 <h2>Scores</h2>
-<table><tr><th></th>{"".join(f"<th>{NAMES[name]}</th>" for name in scores)}</tr>{table}</table>
-<p>Mean ± standard deviation over volumes; below it the 95 % bootstrap interval by patient (none with one patient).
-Inside the masked square the model's error is <b>{factors["mean_image"]:.1f} times</b> smaller than that of the mean
-slice and <b>{factors["copy_input"]:.1f} times</b> smaller than that of the masked input.
-Codebook: {codebook["used_codes"]} of {codebook["num_codes"]} codes in use, perplexity {codebook["perplexity"]:.0f}.</p>
+<table><tr><th></th>{"".join(f"<th>{title}</th>" for title in NAMES.values())}</tr>{table}</table>
+<p>Mean ± standard deviation over volumes; below it the 95 % bootstrap interval by patient (none
+with one patient). Inside the masked square the error of the model is
+<b>{factors["mean_image"]:.1f} times</b> smaller than the error of the mean slice and
+<b>{factors["copy_input"]:.1f} times</b> smaller than the error of the masked input. Codebook:
+{codebook["used_codes"]} of {codebook["num_codes"]} codes in use, perplexity
+{codebook["perplexity"]:.0f}.</p>
 <h2>Training</h2>
 {_image(curve, "loss curves")}
 <p><small>{times}; {html.escape(result["device"])}.</small></p>
@@ -138,8 +136,8 @@ Codebook: {codebook["used_codes"]} of {codebook["num_codes"]} codes in use, perp
 <p>On your own archive, with the paper's model (an accelerator is needed):</p>
 <pre>python -m data_prep.prepare --archive=dicom --input_dir=MY_DICOM --output_dir=DATASET
 python -m data_prep.describe --dataset=DATASET --verify
-python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET --workdir=RUN \\
-    --config.dtype=bfloat16
+python -m ctssl_jax.train --config=configs/masked_region.py --config.dtype=bfloat16 \\
+    --config.dataset=DATASET --workdir=RUN
 python -m ctssl_jax.evaluate --workdir=RUN --dataset=DATASET --split=test --output=RESULT.json</pre>
 </html>
 """

@@ -48,24 +48,24 @@ def read_result(cell: Cell) -> dict | None:
 
 
 def not_held_out(num_patients: int) -> str:
-    """The warning that patients of the evaluation were trained on."""
+    """The warning that the evaluation has patients of the training."""
     return f" NOT HELD OUT: up to {num_patients} of these patients were in the training data."
 
 
 def synthetic_warning(results: Sequence[dict]) -> str:
-    """The first words of a caption of synthetic data."""
+    """The first words of a caption, if a result is of synthetic data."""
     text = "computer-made scans, no patients; nothing here is a medical result."
     return f"**SYNTHETIC DATA: {text}** " if any(one["synthetic"] for one in results) else ""
 
 
 def different_datasets(results: Sequence[dict]) -> str:
-    """The last words of a caption of results that cannot be compared."""
+    """The last words of a caption, if the results cannot be compared."""
     several = len({result["dataset_fingerprint"] for result in results}) > 1
     return " The results are of DIFFERENT datasets." if several else ""
 
 
 def caption(results: Sequence[dict]) -> str:
-    """Data, sizes and training that the results have in common, in words; differences are said."""
+    """Data, sizes and training of the results in words; all values where they differ."""
 
     def common(values: Sequence[Any]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values))

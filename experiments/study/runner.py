@@ -22,8 +22,10 @@ from data_prep.system.files import read_json, write_text
 from experiments.study.cells import PROJECT, Cell, Settings, Stage, load_recipe
 
 VERBS = ("plan", "run", "draw")
+# commands that `run_stage_here` can run
 HERE = ("ctssl_jax.train", "ctssl_jax.evaluate", "ctssl_jax.attributes")
 SETTINGS = "study.json"
+# fields of a recipe that a study sets
 FIXED_FIELDS = (
     "dataset",
     "seed",
@@ -55,7 +57,7 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
     A request to stop (SIGTERM, Ctrl-C) is passed on, and the stage may save its state.
 
     Raises:
-      InputError: the stage refused its input; it has already said why.
+      InputError: the stage refused its input, and has printed the reason.
       StartAgain: it was asked to stop, or stopped before its end.
       RunFailed: it failed otherwise.
     """
@@ -85,7 +87,7 @@ def _stopped(title: str) -> str:
 
 
 def run_stage_here(stage: Stage) -> float:
-    """Train, evaluate or probe in this process, which saves its start; returns its seconds.
+    """Train, evaluate or probe in this process, without the start of another; returns its seconds.
 
     Raises:
       StartAgain: the training was asked to stop.
@@ -113,7 +115,7 @@ def run_stage_here(stage: Stage) -> float:
         names = stage.options["attributes"].split(",")
         options = {name: value for name, value in stage.options.items() if name != "attributes"}
         print(attribute_probe.table(attribute_probe.attributes(**options, names=names)), flush=True)
-    jax.clear_caches()  # only programs that are kept on disk are of use to the next cell
+    jax.clear_caches()  # the next cell uses only programs that are kept on disk
     return time.monotonic() - started
 
 
@@ -139,7 +141,7 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
       cells: of the study.
       chosen: names of cells.
       workdir: the study's folder; its settings were recorded.
-      here: run trainings, evaluations and probes in this process, which saves their start.
+      here: run trainings, evaluations and probes in this process, which is faster.
 
     Raises:
       InputError: an unknown cell, one whose predecessor is missing, or a stage that refused its
@@ -175,9 +177,9 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
 
 
 def record_settings(workdir: Path, content: dict[str, Any]) -> None:
-    """Write the settings of a study into its folder, or compare them with its recorded ones.
+    """Write the settings of a study into its folder, or compare them with the recorded settings.
 
-    Cells may start at the same time on several machines: the file appears whole, and the first one
+    Cells may start at the same time on several machines: the file appears whole, and the first file
     stays.
 
     Args:
@@ -185,7 +187,7 @@ def record_settings(workdir: Path, content: dict[str, Any]) -> None:
       content: settings that all cells share, without paths.
 
     Raises:
-      InputError: the folder has a study with other settings, or cannot be written.
+      InputError: the folder holds a study with other settings, or cannot be written.
     """
     content = json.loads(json.dumps(content))
     path = workdir / SETTINGS
@@ -215,10 +217,10 @@ def settings_content(settings: Settings) -> dict[str, Any]:
 
 
 def recorded(settings: Settings) -> Settings:
-    """The settings that the study's cells were run with, whatever the flags say; for drawing.
+    """The settings that the cells of the study were run with, for drawing; flags do not count.
 
     Raises:
-      InputError: no study was begun there.
+      InputError: the folder has no study.
     """
     path = settings.workdir / SETTINGS
     if not path.exists():
@@ -251,19 +253,19 @@ def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:
 
 
 def define_flags() -> None:
-    """Flags that all studies of one dataset share; only where a study is the program."""
+    """Flags that all studies of one dataset share, only where a study is the program."""
     flags.DEFINE_string("dataset", None, "Dataset directory made by data_prep.prepare.")
     flags.DEFINE_string("workdir", None, "Folder of the study: runs, results, tables, figures.")
     flags.DEFINE_enum(
         "size",
         "small",
         ["small", "reference"],
-        "Of the recipes: 64 x 64 pixels, or the paper's model.",
+        "Size of the recipes: 64 x 64 pixels, or the paper's model.",
     )
     flags.DEFINE_integer(
         "num_steps", 0, "Steps of each training; 0 takes the recipe's.", lower_bound=0
     )
-    flags.DEFINE_integer("seed", 0, "Of weights and order of slices.")
+    flags.DEFINE_integer("seed", 0, "Seed of weights and of the order of slices.")
     flags.DEFINE_multi_string(
         "override", [], "FIELD=VALUE of every recipe, e.g. dtype=bfloat16; repeatable."
     )
@@ -274,13 +276,17 @@ def define_flags() -> None:
 
 
 def local_dataset(dataset: str) -> Path:
-    """The absolute path of a dataset. Raises InputError for a URL."""
+    """The absolute path of a dataset.
+
+    Raises:
+      InputError: for a URL.
+    """
     remedy = "fetch it first: python -m data_prep.fetch"
     return stores.local_path(dataset, "--dataset", remedy).resolve()
 
 
 def settings_of_flags(verb: str) -> Settings:
-    """The settings of the command line; `draw` takes all but the folder from the recorded ones.
+    """The settings of the command line; `draw` takes all but the folder from the recorded study.
 
     Raises:
       InputError: a flag is missing, or an override is not FIELD=VALUE.
@@ -306,7 +312,7 @@ def settings_of_flags(verb: str) -> Settings:
 
 
 def options_of(settings: Settings) -> list[str]:
-    """The flags that ask for these settings."""
+    """The flags of these settings."""
     options = [f"--dataset={settings.dataset}", f"--workdir={settings.workdir}"]
     options += [f"--size={settings.size}", f"--seed={settings.seed}", f"--split={settings.split}"]
     options += [f"--num_steps={settings.num_steps}"] if settings.num_steps else []

@@ -1,5 +1,4 @@
-"""Table II: its rows as text, and the picture in the paper's layout (measures, input, output,
-difference)."""
+"""Table II: its rows as text, and the picture in the paper's layout."""
 
 import textwrap
 from collections.abc import Sequence
@@ -49,8 +48,8 @@ COLUMNS = {"input": "Sample input", "prediction": "Predicted output", "differenc
 
 
 def figure_rows(results: dict[str, dict | None]) -> list[dict[str, str | float | None]]:
-    """One row a model and metric: ours with standard deviation and interval, the paper's, the unit;
-    None if missing."""
+    """One row a model and metric: our mean, sd and interval, the paper's numbers, the unit; None
+    where a number is missing."""
     rows = []
     for name in (*RECONSTRUCTION, *CLASSIFICATION):
         result = results[name]
@@ -100,17 +99,10 @@ def table_markdown(rows: Sequence[dict]) -> str:
 
 
 def health_markdown(results: dict[str, dict | None]) -> str:
-    """How much of embedding and codebook each model uses, and its warnings of a collapse."""
+    """A line a model: its use of embedding and codebook, and its warnings of a collapse."""
     rows = []
     for name, result in results.items():
-        columns = (
-            "strategy",
-            "checkpoint",
-            "effective rank",
-            "codes used",
-            "perplexity",
-            "collapsed",
-        )
+        columns = "strategy,checkpoint,effective rank,codes used,perplexity,collapsed".split(",")
         row = dict.fromkeys(columns, "")
         row["strategy"] = TITLES[name]
         if result:
@@ -153,22 +145,14 @@ def save_picture(
     Args:
       path: of the PNG.
       models: title, rows (`metric`, `mean`, `sd`, `paper_mean`, `paper_sd`) and the pictures' npz
-        of each model; what is not there is drawn as missing.
-      names: metric -> what it is called.
+        of each model; absent pictures are drawn as missing.
+      names: metric -> its title.
       caption: written below.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(models),
-        4,
-        figsize=(9.5, 1.75 * len(models) + 1),
-        width_ratios=(1.9, 1, 1, 1),
-        layout="constrained",
-    )
+    figure = Figure(figsize=(9.5, 1.75 * len(models) + 1), layout="constrained")
+    axes = figure.subplots(len(models), 4, width_ratios=(1.9, 1, 1, 1))
     for axis in axes.flat:
         axis.set_axis_off()
     axes[0, 0].set_title("Performance: ours (the paper's)", fontsize=9, loc="left")
@@ -199,7 +183,6 @@ def save_picture(
         row[3].imshow(strips.difference(shown["prediction"][0], shown["target"][0]))
     figure.supxlabel(textwrap.fill(caption.replace("**", ""), 130), fontsize=7.5)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def _values(row: dict) -> str:

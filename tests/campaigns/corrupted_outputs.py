@@ -1,14 +1,13 @@
-r"""Damaged datasets and run directories: named in one line by every command that reads them, never
-used in silence.
+r"""Damaged datasets and runs: every command that reads them names the damage in one line.
 
     python -m tests.campaigns.corrupted_outputs --num_corruptions=300 --seed=0
 
-Corruption number i of a seed is always the same: one file of a tiny dataset or of a tiny trained
+Corruption number i of a seed is always the same. One file of a tiny dataset or of a tiny trained
 run gets flipped bits, loses its end or a part of it to zeros, is removed, or changes places with
-another one of its kind. Then a command reads it, as its command line would: `describe --verify`,
-train (going on with the run), evaluate, embed or export. It must name the file, or the checkpoint
-that it belongs to, in one line, or its result must be that of the undamaged files (so where it does
-not read the file); of a damaged dataset `describe --verify` must always tell.
+another file of its kind. Then a command reads it, as its command line would: `describe --verify`,
+train (which resumes the run), evaluate, embed or export. It must name the file, or its checkpoint,
+in one line. Otherwise its result must equal the result of the undamaged files, since it may not
+read this file. `describe --verify` must always name a damage of a dataset.
 """
 
 import argparse
@@ -57,7 +56,7 @@ COMMANDS = tuple(dict.fromkeys(OF_DATASETS + OF_RUNS))
 
 
 class Corruption(NamedTuple):
-    """What was done: to `run/...` or `dataset/...`, and which command then read it."""
+    """The damage of `run/...` or `dataset/...`, and the command that then read it."""
 
     kind: str
     path: str
@@ -65,14 +64,14 @@ class Corruption(NamedTuple):
 
 
 class Sound(NamedTuple):
-    """The undamaged folder with `run` and `dataset`, and what each command makes of it."""
+    """The undamaged folder with `run` and `dataset`, and the result of each command."""
 
     folder: Path
     results: dict[str, Any]
 
 
 def make_sound(folder: Path, commands: Sequence[str] = COMMANDS) -> Sound:
-    """A tiny dataset, a run with three checkpoints on it, and what the commands make of them."""
+    """A tiny dataset, a run with three checkpoints on it, and the results of the commands."""
     dataset = write_example_dataset(folder / "dataset", image_size=16, slice_labels=True)
     save_run(_config(dataset, STEPS), folder / "run")
     results = {}
@@ -195,7 +194,7 @@ def names_damage(message: str, corruption: Corruption) -> bool:
 def outcome(
     sound: Sound, work: Path, random: np.random.Generator, pool: WorkerPool
 ) -> tuple[str, Corruption]:
-    """What becomes of one corruption: "named", "same result" or a name of `DEFECTS`."""
+    """The outcome of a corruption: "named", "same result" or a name of `DEFECTS`."""
     shutil.copytree(sound.folder, work)
     corruption = corrupt(work, random, tuple(sound.results))
     try:
@@ -241,7 +240,7 @@ def run(
 
 
 def defects(found: list[tuple[str, Corruption]]) -> list[tuple[str, Corruption]]:
-    """Those outcomes that must not be."""
+    """The outcomes that must not occur."""
     return [(text, corruption) for text, corruption in found if text.startswith(DEFECTS)]
 
 

@@ -1,24 +1,24 @@
-r"""Faults of disk, files and clock: one clear line and an exit code, nothing lost, and afterwards
-the same bytes.
+r"""Faults of disk, files and clock: one clear line, an exit code, then the undisturbed result.
 
-    python -m tests.campaigns.faults [--commands=prepare,train,embed,evaluate,describe,export,chain] [--faults=...]
+    python -m tests.campaigns.faults [--faults=...]
+        [--commands=prepare,train,embed,evaluate,describe,export,chain]
 
-Every command runs undisturbed, then under each fault, then again with the fault lifted:
+Every command runs undisturbed, then under each fault, then again without the fault:
 
-    file_limit   no file may grow beyond a part of the largest one that the command writes
-    (RLIMIT_FSIZE) disk_full    a file system (tmpfs) with room for a part of what it writes
+    file_limit   no file may grow beyond a part of the largest file of the command (RLIMIT_FSIZE)
+    disk_full    a file system (tmpfs) with room for a part of the output
     read_only    a file system that is mounted read-only
-    turned       one that turns read-only in the middle of the work
+    turned       a file system that turns read-only in the middle of the work
     below_file   the output lies below a file
-    clock        the wall clock jumps by ten years back and forth, every few times that it is asked
-    unreadable   reading one of the scans fails (EIO), of prepare and embed
+    clock        the wall clock jumps by ten years back and forth, every few calls
+    unreadable   a scan cannot be read (EIO), in prepare and embed
 
 Under a fault a command must either succeed with the undisturbed result or end with an exit code and
-one line that begins with "error:" (no traceback); with the fault lifted it must end with the result
-of the undisturbed run, as `tests.campaigns.kills` compares it. A scan that cannot be read ends no
-run: it is left out, and said so, and comes with the next run, of a dataset in a further shard.
-Mounting needs root on Linux; without it those faults are skipped, and said so. Files that change
-while they are read: see tests/campaigns/test_campaigns.py.
+one line that begins with "error:" (no traceback). Without the fault it must end with the result of
+the undisturbed run, as `tests.campaigns.kills` compares it. A scan that cannot be read does not end
+a run: the run leaves it out and says so, and the next run takes it, into a further shard of a
+dataset. Mounting needs root on Linux; otherwise these faults are skipped with a line. Files that
+change while they are read: see tests/campaigns/test_campaigns.py.
 """
 
 import argparse
@@ -44,7 +44,7 @@ START = Path(__file__).resolve().parent / "faulty_start"
 
 
 class Ended(NamedTuple):
-    """How a command ended: its exit code, and what its user read."""
+    """How a command ended: its exit code, and its output."""
 
     code: int
     text: str
@@ -53,8 +53,8 @@ class Ended(NamedTuple):
 def run(
     command: list[str], cache: Path, *, file_limit: int | None = None, **variables: str
 ) -> Ended:
-    """Runs a command line to its end, where asked with a limit on the size of files and faults of
-    `faulty_start`."""
+    """Runs a command line to its end, with a limit on the size of files and with the faults of
+    `faulty_start` if they are given."""
     environment = kills.environment(cache) | variables
     if variables:
         environment["PYTHONPATH"] = os.pathsep.join([str(START), environment["PYTHONPATH"]])
@@ -80,7 +80,7 @@ def run(
 
 
 def faults_of_message(ended: Ended) -> list[str]:
-    """What is wrong with how a command ended that could not do its work."""
+    """Faults in the end of a command that could not do its work."""
     lines = [line for line in ended.text.splitlines() if line.startswith("error:")]
     # what a chain says of a command of it
     lines = [line for line in lines if "its message stands above" not in line]
@@ -91,7 +91,7 @@ def faults_of_message(ended: Ended) -> list[str]:
 
 
 def check(command: list[str], folder: Path, cache: Path, expected: dict, ended: Ended) -> list[str]:
-    """What is wrong with a faulty run, and with the one after it, which has no fault."""
+    """Faults of a disturbed run and of the undisturbed run after it."""
     wrong = faults_of_message(ended)
     left_out = "read for now" in ended.text
     if ended.code == 0 and not left_out:
@@ -115,7 +115,7 @@ def check(command: list[str], folder: Path, cache: Path, expected: dict, ended: 
 
 
 def volume_ids(table: bytes) -> set[str]:
-    """Of volumes.csv."""
+    """The volume ids in volumes.csv."""
     return {row["volume_id"] for row in csv.DictReader(table.decode().splitlines())}
 
 
@@ -171,10 +171,10 @@ def try_fault(
     Args:
       fault: of `FAULTS`.
       make_command: folder of the output -> command line.
-      folder: empty, or not there.
+      folder: an empty or absent folder.
       expected: `kills.contents` of an undisturbed run in the same folder.
-      sizes: of what that wrote, as `size_of`.
-      seconds: that it took.
+      sizes: of the output of that run, as `size_of`.
+      seconds: duration of that run.
       parts: of the largest file, or of all bytes, that may be written.
     """
     command, (largest, total) = make_command(folder), sizes
@@ -238,13 +238,13 @@ def try_fault(
 
 
 def empty(folder: Path) -> None:
-    """Makes a folder, or removes what is in it."""
+    """Makes an empty folder, or empties it."""
     subprocess.run(["rm", "-rf", str(folder)], check=True)
     folder.mkdir(parents=True)
 
 
 def make_commands(names: list[str], work: Path, cache: Path) -> dict:
-    """Name -> (folder -> command line); what they need is made here."""
+    """Name -> (folder -> command line). Makes their inputs."""
     tiny = example_dataset.write_example_dataset(work / "tiny", image_size=16)
     archive = kills.make_archive(work) if {"prepare", "embed"} & set(names) else work
     run_dir = work / "trained" / "run"
@@ -261,18 +261,21 @@ def make_commands(names: list[str], work: Path, cache: Path) -> dict:
         "evaluate": lambda folder: kills.report_stage(folder, tiny, run_dir).commands[1],
         "describe": lambda folder: kills.report_stage(folder, tiny, run_dir).commands[0],
         "export": lambda folder: python(
-            "ctssl_jax.export", f"--workdir={run_dir}", f"--output_dir={folder / 'model'}", "--format=safetensors",
+            "ctssl_jax.export",
+            f"--workdir={run_dir}",
+            f"--output_dir={folder / 'model'}",
+            "--format=safetensors",
             "--license=Apache-2.0",
         ),
         "chain": lambda folder: kills.chain_stage(folder, work / "larger").commands[0],
-    }  # fmt: skip
+    }
     return {name: commands[name] for name in names}
 
 
 def campaign(
     commands: dict, faults: list[str], parts: list[float], work: Path, cache: Path
 ) -> tuple[int, dict[str, list[str]]]:
-    """Tries the faults on the commands; returns the number of cases, and what was wrong by case."""
+    """Tries the faults on the commands; returns the number of cases, and the failures by case."""
     number, wrong = 0, {}
     for name, make_command in commands.items():
         folder = work / name / "output"

@@ -1,18 +1,18 @@
-r"""`kill -9` at random moments, run again until complete: the result is that of an undisturbed run.
+r"""`kill -9` at random moments, run again until complete: the result equals an undisturbed run.
 
-    python -m tests.campaigns.kills --num_kills=200 --seed=0 [--stages=prepare,train,chain,embed,report,quickstart]
+    python -m tests.campaigns.kills --num_kills=200 --seed=0
+        [--stages=prepare,train,chain,embed,report,quickstart]
 
-Every stage first runs undisturbed, twice, which gives the result and the duration. Then its command
-is started again and again in the same folder, and its whole process group is killed after a random
-part of that duration, until an attempt gets through; its result is compared, the folder removed,
-and so on until all kills are spent. The phase of a kill, told by the files that are there, shows
-where the kills came.
+Every stage first runs undisturbed, twice, for the result and the duration. Then its command is
+started again and again in the same folder, and its whole process group is killed after a random
+part of that duration, until an attempt gets through. Its result is compared and the folder removed,
+until all kills are spent. The files in the folder show the phase of a kill.
 
-Compared are all files, byte for byte, but for what tells the time or belongs to one attempt: of a
-run directory the checkpoints (the last one tensor by tensor, and which one is best),
-`metrics.jsonl` (every line without its times, so that none is lost or doubled) and the TensorBoard
-files (not compared); of a study `seconds/`; of the quickstart its seconds, also in report.html.
-Nothing else may be left, no partial file either.
+All files are compared byte by byte, except for times and for files of one attempt: in a run
+directory the checkpoints (the last one tensor by tensor, and the choice of the best one),
+`metrics.jsonl` (every line without its times, so that no line is lost or doubled) and the
+TensorBoard files (not compared); in a study `seconds/`; in the quickstart its seconds, also in
+report.html. No other file may remain, also no partial file.
 """
 
 import argparse
@@ -48,15 +48,24 @@ SHARES = {
 MOST_SECONDS = 1800  # of an attempt, on a busy machine; more is a hang
 _XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 _NOT_COMPARED = ("checkpoints", "tensorboard", "metrics.jsonl", "seconds", "seconds.json")
-_SMALL_MODEL = ("model.hidden=(4,8)", "model.depth=1", "model.embedding_dim=4", "model.num_codes=8", "batch_size=8",
-                "log_every=4", "eval_every=6", "num_pictures=2", "reading_threads=2")  # fmt: skip
+_SMALL_MODEL = (
+    "model.hidden=(4,8)",
+    "model.depth=1",
+    "model.embedding_dim=4",
+    "model.num_codes=8",
+    "batch_size=8",
+    "log_every=4",
+    "eval_every=6",
+    "num_pictures=2",
+    "reading_threads=2",
+)
 
 
 class Stage(NamedTuple):
     """A command under fire.
 
     commands: run one after the other, each a command line; they write into their folder alone.
-    phases: (name, pattern of files): the last one whose pattern is there names the phase.
+    phases: (name, pattern of files): the last pattern with a file names the phase.
     """
 
     commands: list[list[str]]
@@ -64,8 +73,8 @@ class Stage(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a stage: kills by phase, runs that were completed, and what was wrong (empty:
-    nothing)."""
+    """The result of a stage: kills by phase, number of completed runs, and faults (empty: all is
+    well)."""
 
     kills: collections.Counter
     completed: int
@@ -91,8 +100,15 @@ def key_of(archive: Path) -> str:
 
 def prepare_stage(folder: Path, archive: Path) -> Stage:
     """DICOM archive -> dataset, several small shards."""
-    command = python("data_prep.prepare", f"--input_dir={archive}", f"--output_dir={folder / 'dataset'}",
-                     key_of(archive), "--image_size=48", "--shard_size_mb=0.03", "--num_workers=1")  # fmt: skip
+    command = python(
+        "data_prep.prepare",
+        f"--input_dir={archive}",
+        f"--output_dir={folder / 'dataset'}",
+        key_of(archive),
+        "--image_size=48",
+        "--shard_size_mb=0.03",
+        "--num_workers=1",
+    )
     phases = (
         ("starting", "dataset*"),
         ("listing, reading headers", "dataset-audit/work"),
@@ -194,8 +210,14 @@ def report_stage(folder: Path, dataset: Path, run: Path) -> Stage:
 
 def quickstart_stage(folder: Path) -> Stage:
     """The whole path: phantom, preparation, description, training, evaluation, report."""
-    command = python("experiments.quickstart", f"--output_dir={folder / 'quick'}", "--num_patients=6",
-                     "--num_slices=21", "--num_steps=8", key_of(folder))  # fmt: skip
+    command = python(
+        "experiments.quickstart",
+        f"--output_dir={folder / 'quick'}",
+        "--num_patients=6",
+        "--num_slices=21",
+        "--num_steps=8",
+        key_of(folder),
+    )
     phases = (
         ("making scans", "quick/dicom"),
         ("preparing", "quick/dataset"),
@@ -228,8 +250,8 @@ def contents(folder: Path) -> dict[str, Any]:
 def in_time(
     function: Callable[..., Any], *arguments: Any, seconds: float = 120, tries: int = 3
 ) -> Any:
-    """The result of a function; where it takes too long it is tried again. In a process that lives
-    long and reads many checkpoints, Orbax's reading was once seen to wait for ever."""
+    """The result of a function, which is tried again if it takes too long: in a long process that
+    reads many checkpoints, Orbax once waited for ever."""
     for _ in range(tries):
         results: queue.Queue = queue.Queue()
         thread = threading.Thread(
@@ -262,7 +284,7 @@ def _without_times(page: bytes) -> bytes:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Names of what is missing, left over, or not the same."""
+    """A line for each file that is missing, left over, or different."""
     lines = [f"missing: {name}" for name in expected.keys() - found.keys()]
     lines += [f"left over: {name}" for name in found.keys() - expected.keys()]
     lines += [
@@ -277,7 +299,7 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Of all attempts: one device, compiled programs kept, quick compilation."""
+    """Variables of all attempts: one device, a cache of compiled programs, quick compilation."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -292,7 +314,7 @@ def environment(cache: Path) -> dict[str, str]:
 def attempt(stage: Stage, cache: Path, seconds: float = MOST_SECONDS) -> tuple[bool, list[str]]:
     """Runs the commands of a stage; the whole process group is killed after some seconds.
 
-    Returns whether it was killed, and what was wrong: an exit code, a traceback.
+    Returns whether it was killed, and its faults: an exit code, a traceback.
     """
     line = " && ".join(shlex.join(command) for command in stage.commands)
     with tempfile.TemporaryFile("w+") as output:
@@ -324,7 +346,7 @@ def attempt(stage: Stage, cache: Path, seconds: float = MOST_SECONDS) -> tuple[b
 
 
 def phase(stage: Stage, folder: Path) -> str:
-    """Where a run stands, by its files."""
+    """The phase of a run, by its files."""
     present = [name for name, pattern in stage.phases if any(folder.glob(pattern))]
     return present[-1] if present else "nothing written yet"
 
@@ -339,10 +361,10 @@ def campaign(
     warm_up: int = 1,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Kills a stage so many times, see the module's text. `work`/run is its folder; what went wrong
-    stays beside it.
+    """Kills a stage so many times: see the text of the module. `work`/run is its folder; folders of
+    failed attempts stay beside it.
 
-    `warm_up`: undisturbed runs before the one that is measured, which then finds programs compiled.
+    `warm_up`: undisturbed runs before the measured run, so that its programs are compiled.
     """
     folder = work / "run"
 
@@ -385,7 +407,7 @@ def campaign(
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
-    """Stage, kills, completed runs, what was wrong; then kills by phase."""
+    """Stage, kills, completed runs, faults; then kills by phase."""
     lines = [f"{'stage':12}{'kills':>7}{'completed':>11}{'wrong':>7}"]
     for name, (kills, completed, wrong) in outcomes.items():
         lines.append(f"{name:12}{sum(kills.values()):7}{completed:11}{len(wrong):7}")
@@ -408,8 +430,14 @@ def table(outcomes: dict[str, Outcome]) -> str:
 def make_archive(folder: Path) -> Path:
     """Eight synthetic patients as DICOM."""
     archive = folder / "archive"
-    phantom = python("data_prep.phantom", f"--output_dir={archive}", "--num_patients=8", "--num_slices=22",
-                     "--image_size=96", "--seed=0")  # fmt: skip
+    phantom = python(
+        "data_prep.phantom",
+        f"--output_dir={archive}",
+        "--num_patients=8",
+        "--num_slices=22",
+        "--image_size=96",
+        "--seed=0",
+    )
     subprocess.run(
         phantom, cwd=PROJECT, env=environment(folder), check=True, stdout=subprocess.DEVNULL
     )
@@ -417,7 +445,7 @@ def make_archive(folder: Path) -> Path:
 
 
 def make_stages(names: list[str], work: Path, cache: Path) -> dict[str, Callable[[Path], Stage]]:
-    """What the stages need is made here: an archive, datasets, a trained run."""
+    """The stages with their inputs: an archive, datasets, a trained run."""
     archive = make_archive(work) if {"prepare", "embed"} & set(names) else work
     tiny = example_dataset.write_example_dataset(work / "tiny", image_size=16)
     run = work / "trained" / "run"

@@ -1,11 +1,10 @@
-r"""Mutated DICOM files through header, plan and pixels: no exception, no hang, no wrong HU, bounded
-memory.
+r"""Mutated DICOM files: no exception, no hang, no wrong HU, bounded memory.
 
     python -m tests.campaigns.mutated_dicom --archive=SCANS --num_mutants=10000 --seed=0
 
-Mutant number i of a seed is always the same. A worker process makes and reads the mutants; it is
-ended if one takes more than 20 s. Where pydicom reads a mutant, too, the HU must be equal but for
-padding and what lies below -1500 HU.
+Mutant number i of a seed is always the same. A worker process makes the mutants and reads header,
+plan and pixels; it is ended if a mutant takes more than 20 s. If pydicom reads a mutant, too, the
+HU must be equal, except for padding and HU below -1500.
 """
 
 import argparse
@@ -146,8 +145,14 @@ def _frame_size(data, parts, random):
     """The matrix that the compressed frame itself names: JPEG and JPEG-LS (SOF), JPEG 2000
     (SIZ)."""
     changed, end = bytearray(data), min(len(data), parts.pixels + 2000)
-    for marker, offset, size in ((b"\xff\xc0", 5, 4), (b"\xff\xc1", 5, 4), (b"\xff\xc3", 5, 4), (b"\xff\xf7", 5, 4),
-                                 (b"\xff\xc2", 5, 4), (b"\xff\x51", 6, 8)):  # fmt: skip
+    for marker, offset, size in (
+        (b"\xff\xc0", 5, 4),
+        (b"\xff\xc1", 5, 4),
+        (b"\xff\xc3", 5, 4),
+        (b"\xff\xf7", 5, 4),
+        (b"\xff\xc2", 5, 4),
+        (b"\xff\x51", 6, 8),
+    ):
         at = data.find(marker, parts.pixels, end)
         if at >= 0 and at + offset + size <= len(data):
             number = int(random.choice([1, 513, 30000, 65535]))
@@ -240,8 +245,20 @@ def _other_syntax(data, parts, random):
     return data[: at + 6] + struct.pack("<H", len(value)) + value + data[at + 8 + size :]
 
 
-MUTATIONS = (_header_bits, _pixel_bits, _start_of_pixels, _frame_size, _truncated, _inserted_or_cut, _elements_moved,
-             _absurd_value, _absurd_value, _absurd_length, _nested, _other_syntax)  # fmt: skip
+MUTATIONS = (
+    _header_bits,
+    _pixel_bits,
+    _start_of_pixels,
+    _frame_size,
+    _truncated,
+    _inserted_or_cut,
+    _elements_moved,
+    _absurd_value,
+    _absurd_value,
+    _absurd_length,
+    _nested,
+    _other_syntax,
+)
 
 
 def mutate(files: list[bytes], seed: int, number: int) -> tuple[bytes, str]:
@@ -280,7 +297,7 @@ def expected_hu(path: Path, frame: int) -> np.ndarray | None:
 
 
 def read_mutant(folder: Path, mutation: str) -> str:
-    """What becomes of `folder`/mutant: "not_image reason", "rejected reason", "pixels reason",
+    """The outcome of `folder`/mutant: "not_image reason", "rejected reason", "pixels reason",
     "equal", ..."""
     header = read_header(folder, Source("mutant", "", (folder / "mutant").stat().st_size))
     if isinstance(header, NotAnImage):
@@ -341,7 +358,7 @@ def _work(connection, files: list[bytes], seed: int) -> None:
         while (number := connection.recv()) is not None:
             data, mutation = mutate(files, seed, number)
             (Path(folder) / "mutant").write_bytes(data)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             before = _peak_bytes()
             try:
                 outcome = read_mutant(Path(folder), mutation)
@@ -353,7 +370,7 @@ def _work(connection, files: list[bytes], seed: int) -> None:
 
 
 def run(files: list[bytes], num_mutants: int, seed: int, first: int = 0) -> dict[str, list[int]]:
-    """Outcome -> numbers of the mutants; whatever begins with a name of `DEFECTS` is a defect."""
+    """Outcome -> numbers of mutants. Outcomes that begin with a name of `DEFECTS` are defects."""
     outcomes = collections.defaultdict(list)
     context, process, ours = multiprocessing.get_context("fork"), None, None
     for number in range(first, first + num_mutants):

@@ -1,5 +1,4 @@
-"""Every byte of a file as it is stored and as it reads: what is compressed in it, or coded as text,
-is opened.
+"""Every byte of a file, stored and unpacked: compressed parts and base64 are opened.
 
 ArrayRecord files give their records, pixels apart from the rest, PNG files their chunks, zip, npz,
 `.pt` and Parquet files their members and columns. In all other bytes, and in those, streams of
@@ -31,7 +30,7 @@ _SHORTEST_STREAM = 8  # bytes; what two chance bytes of a magic number open is s
 
 
 def pieces(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(place, bytes) of a file: "bytes" as they are, and what is packed in them."""
+    """(place, bytes) of a file: "bytes" as they are stored, and the unpacked parts."""
     data = path.read_bytes()
     yield "bytes", data
     if ".array_record-" in path.name:
@@ -50,7 +49,7 @@ def _features(record: bytes) -> tuple[bytes, bytes]:
 
 
 def unpacked(data: bytes, place: str = "", depth: int = 0) -> Iterator[tuple[str, bytes]]:
-    """(place, bytes) of all that is packed in some bytes, at any depth up to four."""
+    """(place, bytes) of all packed parts of some bytes, at any depth up to four."""
     if depth == _DEPTH:
         return
     for name, inner in _members(data) if data.startswith(tuple(_CONTAINERS)) else _streams(data):
@@ -92,8 +91,8 @@ _CONTAINERS = {b"PK\x03\x04": _zip_members, b"PAR1": _columns, b"\x89PNG\r\n\x1a
 
 
 def _streams(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Compressed streams wherever they begin; bytes that only look like the beginning of one give
-    nothing."""
+    """Compressed streams at every place. Bytes that only look like the beginning of a stream are
+    left out."""
     at = 0
     while match := _MAGIC.search(data, at):
         kind, at = match.lastgroup, match.start() + 1

@@ -1,12 +1,10 @@
-r"""Whether anything that the program writes or prints holds what the headers or the paths of its
-sources hold.
+r"""Search of all outputs of the program for values of the headers and paths of its scans.
 
     python -m tests.campaigns.privacy --archive=SCANS [--work_dir=DIR]
 
-Runs every command that reads scans or what was made of them (prepare of each kind of archive,
-describe, quickstart and its report, train, evaluate, embed, predict, export) on SCANS and searches
-every file that they leave, its name and what they print, as they are and decompressed
-(`tests.campaigns.output_bytes`), for
+Runs every command that reads scans or their datasets (prepare of each kind of archive, describe,
+quickstart and its report, train, evaluate, embed, predict, export) on SCANS. Searches every output
+file, its name and the printed lines, stored and decompressed (`tests.campaigns.output_bytes`), for
 
 - every value of five characters or more of every PN, UI, DA, TM, DT, LO, SH, ST, LT, UT, UC and AE
   element of every header, of the ID elements of CS, and of private elements of unknown kind that
@@ -15,10 +13,10 @@ every file that they leave, its name and what they print, as they are and decomp
   without its ending where it has a digit;
 - the key of the pseudonyms.
 
-Capitals do not matter. Searched are all outputs but the private ones: audit directories, and
-segmentation.dcm, which carries the patient's identity by purpose (there the values have to be
-found, or the search does not work). What may occur nevertheless is what `Search.kind` names; all of
-it is counted and printed.
+Capitals do not matter. All outputs are searched but the private ones: audit directories, and
+segmentation.dcm, which carries the patient's identity by purpose (the search must find the values
+there, otherwise it does not work). `Search.kind` names the values that may occur; all of them are
+counted and printed.
 """
 
 import argparse
@@ -82,7 +80,7 @@ class Source(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A value in an output. `kind`: "hit", or why it is none."""
+    """A value in an output. `kind`: "hit", or the reason why it is allowed."""
 
     path: str
     place: str
@@ -91,7 +89,7 @@ class Finding(NamedTuple):
 
 
 def read_source(archive: Path) -> Source:
-    """All that must not occur in any output."""
+    """The values that must not occur in any output."""
     values, num_headers, num_paths = collections.defaultdict(set), 0, 0
     for entry in list_sources(archive):
         source = entry.source if isinstance(entry, Unreadable) else entry
@@ -145,7 +143,7 @@ class Search:
         self.made_up_in_pixels = 0
 
     def find(self, path: str, place: str, data: bytes) -> Iterator[Finding]:
-        """Every occurrence, and what it is."""
+        """Every occurrence with its kind."""
         data = data.lower()
         if place.endswith(PIXELS):
             self.made_up_in_pixels += sum(1 for _ in self._made_up.find(data))
@@ -240,26 +238,85 @@ def stages(archive: Path, work_dir: Path) -> list[tuple[str, int, list[str]]]:
         ]
 
     def evaluate(name: str, split: str) -> list[str]:
-        return ["ctssl_jax.evaluate", f"--workdir={w}/{name}-run", f"--dataset={w}/{name}", f"--split={split}",
-                f"--output={w}/{name}-result.json"]  # fmt: skip
+        return [
+            "ctssl_jax.evaluate",
+            f"--workdir={w}/{name}-run",
+            f"--dataset={w}/{name}",
+            f"--split={split}",
+            f"--output={w}/{name}-result.json",
+        ]
 
     def predict(name: str, *more: str) -> list[str]:
-        return ["ctssl_jax.predict", f"--workdir={w}/{name}-run", f"--input={archive}",
-                f"--output={w}/{name}-prediction", *more]  # fmt: skip
+        return [
+            "ctssl_jax.predict",
+            f"--workdir={w}/{name}-run",
+            f"--input={archive}",
+            f"--output={w}/{name}-prediction",
+            *more,
+        ]
 
     return [
         ("dry_run", 0, [*prepare, f"--output_dir={w}/full", "--dry_run"]),
         ("prepare", 0, [*prepare, f"--output_dir={w}/full"]),
-        ("describe", 0, ["data_prep.describe", f"--dataset={w}/full", "--verify", f"--input_dir={archive}",
-                         f"--audit_dir={w}/full-audit"]),
-        ("quickstart", 0, ["experiments.quickstart", f"--input_dir={archive}", f"--output_dir={w}/quickstart",
-                           "--num_steps=2"]),
-        ("lidc", 0, [*prepare, f"--output_dir={w}/nodules", "--archive=lidc_idri", "--image_size=64",
-                     f"--annotations_dir={archive}/lidc_xml", "--splits=0.5,0.5,0"]),
-        ("labels", 0, [*prepare, f"--output_dir={w}/labels", "--image_size=64", "--window=50,350", "--window=-600,1500",
-                       f"--labels_csv={w}/private/labels.csv", f"--labels_csv={w}/private/smokers.csv"]),
-        ("torso", 0, [*prepare, f"--output_dir={w}/torso", "--archive=nifti", "--image_size=64", "--splits=1,0,0",
-                      "--norequire_lung", "--max_slice_thickness_mm=10"]),
+        (
+            "describe",
+            0,
+            [
+                "data_prep.describe",
+                f"--dataset={w}/full",
+                "--verify",
+                f"--input_dir={archive}",
+                f"--audit_dir={w}/full-audit",
+            ],
+        ),
+        (
+            "quickstart",
+            0,
+            [
+                "experiments.quickstart",
+                f"--input_dir={archive}",
+                f"--output_dir={w}/quickstart",
+                "--num_steps=2",
+            ],
+        ),
+        (
+            "lidc",
+            0,
+            [
+                *prepare,
+                f"--output_dir={w}/nodules",
+                "--archive=lidc_idri",
+                "--image_size=64",
+                f"--annotations_dir={archive}/lidc_xml",
+                "--splits=0.5,0.5,0",
+            ],
+        ),
+        (
+            "labels",
+            0,
+            [
+                *prepare,
+                f"--output_dir={w}/labels",
+                "--image_size=64",
+                "--window=50,350",
+                "--window=-600,1500",
+                f"--labels_csv={w}/private/labels.csv",
+                f"--labels_csv={w}/private/smokers.csv",
+            ],
+        ),
+        (
+            "torso",
+            0,
+            [
+                *prepare,
+                f"--output_dir={w}/torso",
+                "--archive=nifti",
+                "--image_size=64",
+                "--splits=1,0,0",
+                "--norequire_lung",
+                "--max_slice_thickness_mm=10",
+            ],
+        ),
         ("train_labels", 0, train("labels", "pe", "label=finding")),
         ("train_nodules", 0, train("nodules", "nodules")),
         ("evaluate_labels", 0, evaluate("labels", "test")),
@@ -267,13 +324,40 @@ def stages(archive: Path, work_dir: Path) -> list[tuple[str, int, list[str]]]:
         ("predict_several", 2, predict("labels")),
         ("predict_label", 0, predict("labels", "--series_index=0")),
         ("predict_mask", 0, predict("nodules", "--series_index=1", "--dicom_seg")),
-        ("embed_scans", 0, ["ctssl_jax.embed", run, f"--input={archive}", key,
-                            f"--output={w}/embeddings/scans.parquet"]),
-        ("embed_dataset", 0, ["ctssl_jax.embed", run, f"--input={w}/quickstart/dataset",
-                              f"--output={w}/embeddings/dataset.npz"]),
-        ("export", 0, ["ctssl_jax.export", run, f"--output_dir={w}/exported", "--format=torch,safetensors,onnx",
-                       "--license=CC-BY-4.0", f"--results={w}/quickstart/result.json"]),
-    ]  # fmt: skip
+        (
+            "embed_scans",
+            0,
+            [
+                "ctssl_jax.embed",
+                run,
+                f"--input={archive}",
+                key,
+                f"--output={w}/embeddings/scans.parquet",
+            ],
+        ),
+        (
+            "embed_dataset",
+            0,
+            [
+                "ctssl_jax.embed",
+                run,
+                f"--input={w}/quickstart/dataset",
+                f"--output={w}/embeddings/dataset.npz",
+            ],
+        ),
+        (
+            "export",
+            0,
+            [
+                "ctssl_jax.export",
+                run,
+                f"--output_dir={w}/exported",
+                "--format=torch,safetensors,onnx",
+                "--license=CC-BY-4.0",
+                f"--results={w}/quickstart/result.json",
+            ],
+        ),
+    ]
 
 
 def write_private_tables(archive: Path, folder: Path) -> None:
@@ -308,8 +392,13 @@ def make_outputs(archive: Path, work_dir: Path) -> list[str]:
     wrong = []
     for name, code, command in stages(archive, work_dir):
         with open(work_dir / "logs" / f"{name}.log", "w") as log:
-            done = subprocess.run([sys.executable, "-m", *command], cwd=PROJECT, stdout=log, stderr=subprocess.STDOUT,
-                                  env=os.environ | {"JAX_PLATFORMS": "cpu"})  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-m", *command],
+                cwd=PROJECT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            )
         print(f"{name}: exit code {done.returncode}", flush=True)
         wrong += [name] if done.returncode != code else []
     return wrong
@@ -319,15 +408,15 @@ def make_outputs(archive: Path, work_dir: Path) -> list[str]:
 
 
 def is_private(path: str) -> bool:
-    """Whether an output is meant for the archive's owner alone."""
+    """Whether an output is for the archive's owner alone."""
     return any(part in path for part in PRIVATE)
 
 
 def report(
     source: Source, findings: Iterable[Finding], counts: Mapping[str, int], made_up_in_pixels: int
 ) -> tuple[list[str], bool]:
-    """What was found as lines, and whether nothing leaked. No line quotes more than two characters
-    of a value."""
+    """The findings as lines, and whether no value leaked. A line quotes at most two characters of a
+    value."""
     origins = source.values
     kinds = collections.defaultdict(list)
     for finding in findings:

@@ -100,7 +100,7 @@ def test_training_goes_on_from_the_last_good_checkpoint_when_asked(sound, tmp_pa
         train(config, run, devices)
     assert "compiled" not in capsys.readouterr().out, "refused before the work begins"
     assert train(config, run, devices, set_aside_damaged=True)
-    assert "going on     from step 2" in capsys.readouterr().out
+    assert "resuming     from step 2" in capsys.readouterr().out
     assert (run / "damaged_checkpoints" / "4").is_dir()
     assert choose_step(run, "last") == campaign.MORE_STEPS
     assert int(saved_state(run)["step"]) == campaign.MORE_STEPS
@@ -216,7 +216,7 @@ def test_preparation_json_checks_itself(damaged):
             '"tr\\u0001in"',
             r"patients.json is damaged \(train is not in it\)",
         ),
-        ("ancestors.json", "[]", "{}", r"ancestors.json is damaged \(it is no list"),
+        ("ancestors.json", "[]", "{}", r"ancestors.json is damaged \(it is not a list"),
         (
             "training_data.json",
             "1.0",

@@ -55,8 +55,20 @@ def source(tmp_path_factory) -> privacy.Source:
 
 def test_what_is_searched_for(source):
     assert (source.num_headers, source.num_paths) == (2, 2)
-    expected = {"quixote^alonso", "quixote", "alonso", TIME, IDENTIFIER, "dulcinea del t.", "windmill7", "sancho",
-                "sancho/12345.dcm", "12345.dcm", "12345", dicom_files.uid(1)}  # fmt: skip
+    expected = {
+        "quixote^alonso",
+        "quixote",
+        "alonso",
+        TIME,
+        IDENTIFIER,
+        "dulcinea del t.",
+        "windmill7",
+        "sancho",
+        "sancho/12345.dcm",
+        "12345.dcm",
+        "12345",
+        dicom_files.uid(1),
+    }
     assert expected <= source.values.keys()
     assert all(len(value) >= 5 for value in source.values)
     assert source.values["quixote"] == {"PN PatientName"}

@@ -75,12 +75,12 @@ def test_file_and_face_are_imported_in_any_order(file_first):
     files = [
         "import ctssl_jax.evaluation.measure, ctssl_jax.inference.embedding, "
         "ctssl_jax.inference.prediction",
-        "import ctssl_jax.training.loop, ctssl_jax.probes.probing, ctssl_jax.probes.attribute_probe, "
-        "ctssl_jax.release.importing",
+        "import ctssl_jax.training.loop, ctssl_jax.probes.probing",
+        "import ctssl_jax.probes.attribute_probe, ctssl_jax.release.importing",
     ]
     program += [*files, *faces] if file_first else [*faces, *files, *faces]
     program.append(
-        "assert all(map(callable, (attributes, embed, evaluate, import_weights, load, predict, train, "
-        "probe)))"
+        "assert all(map(callable, (attributes, embed, evaluate, import_weights, load, predict)))"
     )
+    program.append("assert callable(probe) and callable(train)")
     subprocess.run([sys.executable, "-c", "\n".join(program)], check=True, cwd=PROJECT)

@@ -79,10 +79,10 @@ def test_a_killed_scan_reads_only_what_is_missing(tmp_path, archive, pool):
     expected, read = plan(archive, tmp_path / "undisturbed", pool)
     assert len(read) == len(set(read)) == NUM_SCANS * NUM_SLICES + 1
     program = (
-        "import sys; from pathlib import Path; from tests.experiments import test_inventory\n"
-        "test_inventory.planning.SOURCES_PER_TASK = 4\n"
-        "with test_inventory.WorkerPool(1) as pool:\n"
-        "    test_inventory.plan(*map(Path, sys.argv[1:]), pool)\n"
+        "import sys; from pathlib import Path; from tests.experiments import "
+        "test_inventory\ntest_inventory.planning.SOURCES_PER_TASK = 4\nwith "
+        "test_inventory.WorkerPool(1) as pool:\n    test_inventory.plan(*map(Path, sys.argv[1:]), "
+        "pool)\n"
     )
     (tmp_path / "slow").touch()
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

@@ -7,6 +7,7 @@ from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
 from experiments import memory_table
+from experiments.bench import memory
 from experiments.bench.sides import example_batch, loss_of
 
 TINY = {"hidden": (4, 8), "depth": 1, "embedding_dim": 4, "num_codes": 8}
@@ -14,8 +15,8 @@ WIDE = {**TINY, "hidden": (16, 32), "depth": 2}
 
 
 def test_parameters_are_those_of_the_reference_model():
-    _, params, _ = memory_table.abstract_model(VQVAEConfig(in_channels=3))
-    assert memory_table.num_scalars(params) == 101_353_673
+    _, params, _ = memory.abstract_model(VQVAEConfig(in_channels=3))
+    assert memory.num_scalars(params) == 101_353_673
 
 
 def test_residuals_are_those_that_a_backward_pass_holds():
@@ -38,13 +39,13 @@ def test_residuals_are_those_that_a_backward_pass_holds():
     total = sum(
         array.nbytes for array in held if contents(array) not in arguments and np.any(array != 0)
     )
-    assert memory_table.residual_bytes(config, 16, 2) == pytest.approx(total, rel=0.01)
+    assert memory.residual_bytes(config, 16, 2) == pytest.approx(total, rel=0.01)
 
 
 def slice_bytes(**settings) -> int:
     """Residuals of one slice of 32 x 32."""
     config = VQVAEConfig(**{**WIDE, **settings})
-    return memory_table.residual_bytes(config, 32, 2) - memory_table.residual_bytes(config, 32, 1)
+    return memory.residual_bytes(config, 32, 2) - memory.residual_bytes(config, 32, 1)
 
 
 def test_switches_lower_what_is_kept():
@@ -67,17 +68,17 @@ def test_batch_normalisation_keeps_its_input_as_it_came():
     assert block == values * (2 + 2 + 2 + 1)
 
 
-def test_table_reckons_every_row_and_shares_the_state():
+def test_table_has_every_row_and_shares_the_state():
     lines = memory_table.table([1, 2], 32, measured=False, scan=False, **WIDE)
     assert len(lines) == 2 + 8 and all(line.count("|") == lines[0].count("|") for line in lines)
     config = VQVAEConfig(**WIDE)
-    alone, per_slice = memory_table.reckon(config, 32, 1)
-    shared, same = memory_table.reckon(config, 32, 8)
+    alone, per_slice = memory.estimate_bytes(config, 32, 1)
+    shared, same = memory.estimate_bytes(config, 32, 8)
     assert shared < alone and same == per_slice > 0
-    assert memory_table.largest_batch(alone, per_slice, 0) == 0
+    assert memory.largest_batch(alone, per_slice, 0) == 0
 
 
 def test_compiled_step_needs_at_least_its_state():
     config = VQVAEConfig(**{**TINY, "depth": 0})
-    scalars = memory_table.num_scalars(memory_table.abstract_model(config)[1])
-    assert memory_table.measure(config, 16, 1) > 3 * 4 * scalars
+    scalars = memory.num_scalars(memory.abstract_model(config)[1])
+    assert memory.measure(config, 16, 1) > 3 * 4 * scalars

@@ -72,7 +72,7 @@ def test_a_second_run_repeats_nothing(finished):
     again = run(f"--output_dir={finished}", "--num_patients=6", "--num_slices=24", "--num_steps=3")
     assert again.returncode == 0, again.stderr[-3000:]
     assert "is complete already" in again.stdout
-    assert "going on     from step 3" in again.stdout
+    assert "resuming     from step 3" in again.stdout
     assert (
         json.loads((finished / "result.json").read_text())["metrics"]
         == json.loads(before)["metrics"]

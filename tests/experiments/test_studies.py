@@ -201,13 +201,12 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
     fields = {**TINY, "log_every": 2, "eval_every": 100_000, "model.vq_revive_every": 0}
     fields.pop("num_steps")
     program = (
-        "import sys; from pathlib import Path; from data_prep.system import command_line\n"
-        "from experiments.study import runner; from experiments.study.cells import Settings\n"
-        f"settings = Settings(Path({str(tiny_dataset)!r}), Path({str(settings.workdir)!r}), "
-        f"*{settings[2:]!r})\n"
-        f"cell = settings.cell('mask_05', 'masked_region', {fields!r})\n"
-        "sys.argv = ['study']\n"
-        "command_line.run(lambda argv: runner.run([cell], [], settings.workdir))\n"
+        "import sys; from pathlib import Path; from data_prep.system import command_line\nfrom "
+        "experiments.study import runner; from experiments.study.cells import Settings\nsettings = "
+        f"Settings(Path({str(tiny_dataset)!r}), Path({str(settings.workdir)!r}), "
+        f"*{settings[2:]!r})\ncell = settings.cell('mask_05', 'masked_region', "
+        f"{fields!r})\nsys.argv = ['study']\ncommand_line.run(lambda argv: runner.run([cell], [], "
+        "settings.workdir))\n"
     )
     process = start([sys.executable, "-c", program])
     metrics = settings.workdir / "runs" / "mask_05" / "metrics.jsonl"

@@ -53,12 +53,11 @@ def test_neighbours_are_what_the_records_say(tiny_dataset):
 
 
 def joined(iterators, number, parts=1):
-    """Record numbers of the next global batches: those of all processes, part by part."""
+    """Record numbers of the next global batches, from all processes, part by part."""
     batches = []
     for _ in range(number):
-        batches.append([
-            index for _ in range(parts) for iterator in iterators for index in next(iterator)["record_index"].tolist()
-        ])  # fmt: skip
+        pieces = [next(iterator) for _ in range(parts) for iterator in iterators]
+        batches.append([index for piece in pieces for index in piece["record_index"].tolist()])
     return batches
 
 

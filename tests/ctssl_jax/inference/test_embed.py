@@ -280,7 +280,7 @@ def test_other_outputs(runs, folder, archive):
     assert not np.allclose(
         ctssl_jax.load(runs / "rotation").embed(scan).slices, model.embed(scan).slices
     )
-    with pytest.raises(InputError, match="of the task next_slice predicts no classes"):
+    with pytest.raises(InputError, match="of the task next_slice does not predict classes"):
         ctssl_jax.load(runs / "next_slice").probabilities(scan)
     with pytest.raises(InputError, match="of the task slice_label_se_resnext has no encoder"):
         ctssl_jax.load(runs / "pe_se_resnext").latents(scan)
@@ -348,8 +348,9 @@ def test_both_formats_hold_the_same(runs, folder, tmp_path):
         assert json.loads(parquet.read_schema(path).metadata[b"ctssl_jax"]) == facts
     assert facts.items() <= result.items()
     assert {
-        "kind": "embeddings", "task": "next_slice", "checkpoint_step": 4, "windows": [[-600.0, 1500.0]],
-        "image_size": 32, "normalize": "window", "embedding_dim": 4, "num_volumes": 4, "split": None,
+        "kind": "embeddings", "task": "next_slice", "checkpoint_step": 4,
+        "windows": [[-600.0, 1500.0]], "image_size": 32, "normalize": "window",
+        "embedding_dim": 4, "num_volumes": 4, "split": None,
         "dataset_fingerprint": Dataset.open(folder / "dataset").preparation["fingerprint"],
     }.items() <= facts.items()  # fmt: skip
     for name in ("volume_id", "patient_id", "split", "num_slices", "mean", "max"):
@@ -482,17 +483,19 @@ def test_wrong_requests(runs, folder, archive, tmp_path):
         ((run, archive, tmp_path / "file" / "z.npz"), {}, "cannot make .*file .*choose another "
                                                           "folder"),
         ((run, tmp_path / "none", output), {}, "--input=.*none: no such file or directory"),
-        ((run, archive / "short", output), {}, "has too few slices .*; give a smaller --min_slices"),
+        ((run, archive / "short", output), {},
+         "has too few slices .*; give a smaller --min_slices"),
         ((run, archive / "notes.txt", output), {}, "not a DICOM file; give DICOM, or "
                                                    "--archive=nifti"),
-        ((run, archive, output), {"split": "test"}, "--split=test is of prepared datasets, and "
+        ((run, archive, output), {"split": "test"}, "--split=test is for prepared datasets, and "
                                                     "--input="),
         ((run, ready, output), {"split": "none"}, "--split=none: choose one of train, validation, "
                                                   "test"),
         ((run, archive, output), {"batch_size": -1}, "--batch_size=-1: must be 0 or more"),
-        ((run, archive, output), {"pseudonym_key_file": tmp_path / "x"}, "--pseudonym_key_file=.*no such key file"),
-        ((run, archive, output), {"pseudonym_key_file": tmp_path / "short_key"}, "at least 16 "
-                                                                                 "bytes, this one 3"),
+        ((run, archive, output), {"pseudonym_key_file": tmp_path / "x"},
+         "--pseudonym_key_file=.*no such key file"),
+        ((run, archive, output), {"pseudonym_key_file": tmp_path / "short_key"},
+         "at least 16 bytes, this one 3"),
         ((tmp_path / "other_window", ready, output), {},
          "--input=.* was prepared otherwise than the run's data: .*asks for level/width -600/1400"),
     ):  # fmt: skip
@@ -512,12 +515,12 @@ def test_wrong_volumes(runs, archive):
             r"an array of int16 \[21, 64, 64\] without an affine; give HU with the affine of "
             r"nibabel",
         ),
-        (np.zeros((4, 16, 16, 1), np.uint8), None, r"but the run's are uint8 \[S, 32, 32, 1\]"),
-        (np.zeros((4, 32, 32, 2), np.uint8), None, r"but the run's are uint8 \[S, 32, 32, 1\]"),
+        (np.zeros((4, 16, 16, 1), np.uint8), None, r"but the run takes uint8 \[S, 32, 32, 1\]"),
+        (np.zeros((4, 32, 32, 2), np.uint8), None, r"but the run takes uint8 \[S, 32, 32, 1\]"),
         (np.zeros((0, 32, 32, 1), np.uint8), None, r"slices of uint8 \[0, 32, 32, 1\]"),
         (np.clip(hu, 0, 255).astype(np.uint8), AFFINE, "values from 0 to 255 are not HU"),
         (archive, None, "holds 4 scans; give one, or all to python -m ctssl_jax.embed"),
-        (archive / "scan1", AFFINE, "a scan on disk has its own, leave it out"),
+        (archive / "scan1", AFFINE, "a scan on disk has its own; leave it out"),
         (archive / "short", None, "give a smaller --min_slices"),
     ):
         with pytest.raises(InputError, match=message) as raised:
@@ -544,8 +547,8 @@ def test_command_line(runs, folder, archive, tmp_path):
     run = runs / "rotation"
     assert listed(outputs[0][1]) == [str(run / "config.json"), str(run / "preparation.json")]
     assert outputs[1][1] == (
-        f"error: --min_slices is of raw scans, and --input={folder / 'dataset'} is a dataset; "
-        f"leave it out\n"
+        f"error: --min_slices is for raw scans, and --input={folder / 'dataset'} is a dataset; "
+        "leave it out\n"
     )
     assert outputs[2][1] == "error: give --input\n"
     (on_one_device,) = slices_of(tmp_path / "z.parquet").values()

@@ -62,7 +62,7 @@ def test_levels():
 
 def test_wrong_counts():
     for changed, message in (
-        (([1], [1, 1], [1, 1]), "one intersection, area, volume and patient a slice"),
+        (([1], [1, 1], [1, 1]), "one intersection, area, volume and patient for each slice"),
         (([2, 0], [1, 1], [2, 1]), "larger than one of its masks"),
         (([-1, 0], [1, 1], [2, 1]), "below 0"),
     ):

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from ctssl_jax.parallel import mesh
+from ctssl_jax.parallel.processes import _devices_to_use, initialize
 from ctssl_jax.runs import reports
 from ctssl_jax.runs.checkpoints import choose_step
 from tests.helpers.training_runs import (
@@ -57,8 +57,8 @@ def start_two(dataset, workdir, end=None, **overrides):
 
 
 def slurm_variables(task, tasks=2, port=0):
-    """What `srun --nodes=TASKS` with one task a node tells each task, with this machine as every
-    node."""
+    """Variables of a task under `srun --nodes=TASKS` with one task a node; every node is this
+    machine."""
     return {
         "JAX_COORDINATOR_PORT": str(port),
         "SLURM_JOB_ID": "4711",
@@ -72,7 +72,7 @@ def slurm_variables(task, tasks=2, port=0):
 
 
 def start_two_as_slurm_does(dataset, workdir, **overrides):
-    """The same, found by JAX in the variables that Slurm sets."""
+    """The same two processes. JAX reads the settings from the variables of Slurm."""
     port, processes = free_port(), []
     for task in range(2):
         with pytest.MonkeyPatch.context() as environment:
@@ -123,7 +123,7 @@ def test_sigterm_to_one_stops_and_saves_both(interrupted):
 def test_a_killed_process_ends_the_other_with_one_clear_line(interrupted):
     workdir, lost = interrupted.workdir, interrupted.lost
     assert [returncode for returncode, _, _ in lost] == [75, -signal.SIGKILL]
-    assert f"going on     from step {interrupted.stopped_at:,}" in lost[0][1]
+    assert f"resuming     from step {interrupted.stopped_at:,}" in lost[0][1]
     last_line = lost[0][2].splitlines()[-1]
     assert last_line.startswith("error: another process of this run was lost")
     step = choose_step(workdir, "last")
@@ -149,7 +149,7 @@ def two_processes(tiny_dataset, tmp_path_factory):
 def test_only_the_first_process_prints_and_writes(two_processes):
     workdir, printed = two_processes
     assert "2 x cpu in 2 process(es)" in printed[0][0][1]
-    assert "going on     from step 4" in printed[1][0][1]
+    assert "resuming     from step 4" in printed[1][0][1]
     of_second = [line for results in printed for line in results[1][1].splitlines()]
     # the transport's own greeting
     assert [line for line in of_second if not line.startswith("[Gloo]")] == []
@@ -187,9 +187,9 @@ WAITING = """
 import sys, time
 import numpy as np
 from jax.experimental import multihost_utils
-from ctssl_jax.parallel import lost_host, mesh
+from ctssl_jax.parallel import lost_host, processes
 address, number, workdir, end = sys.argv[1:]
-mesh.initialize(True, address, 2, int(number), heartbeat_timeout_seconds=4)
+processes.initialize(True, address, 2, int(number), heartbeat_timeout_seconds=4)
 with lost_host.ending_together(workdir):
     multihost_utils.process_allgather(np.zeros(1))
     print("joined", flush=True)
@@ -233,19 +233,20 @@ def test_slurm_jobs_see_their_devices(monkeypatch):
     for name, value in slurm_variables(0, tasks=2).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert mesh._devices_to_use() == []  # one task a node: all GPUs of the node
+    assert _devices_to_use() == []  # one task a node: all GPUs of the node
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
-    assert mesh._devices_to_use() is None  # one task a GPU, which sees all of the node: JAX chooses
+    # one task a GPU, which sees all GPUs of the node: JAX chooses
+    assert _devices_to_use() is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert mesh._devices_to_use() == []  # one task a GPU, which sees no other
-    mesh.initialize(False)  # a single-process task, e.g. of a job array, joins nothing
+    assert _devices_to_use() == []  # one task a GPU, which sees no other
+    initialize(False)  # a single-process task, e.g. of a job array, joins nothing
     assert not jax.distributed.is_initialized()
 
 
 def test_a_slurm_job_of_one_task_uses_all_devices():
     program = (
-        "import jax; from ctssl_jax.parallel import mesh; mesh.initialize(True);"
-        "print(jax.process_count(), jax.device_count(), "
+        "import jax; from ctssl_jax.parallel import processes; "
+        "processes.initialize(True); print(jax.process_count(), jax.device_count(), "
         "jax.config.read('jax_cuda_visible_devices'))"
     )
     environment = {**os.environ, **slurm_variables(0, tasks=1, port=free_port())}

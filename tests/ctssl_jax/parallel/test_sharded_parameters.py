@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ctssl_jax.ops.trees import flatten
-from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.parallel.mesh import SMALLEST_SPLIT_ARRAY, make_mesh
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.step import compile_step, make_program
 from data_prep.system.errors import InputError
@@ -42,7 +42,7 @@ SHORT = {
 
 def built(config, num_devices=8):
     """The program of a configuration and the memory that XLA expects a device to need, in bytes."""
-    mesh = distributed.make_mesh(jax.devices()[:num_devices], config.fsdp_devices)
+    mesh = make_mesh(jax.devices()[:num_devices], config.fsdp_devices)
     program = make_program(config, get_task(config.task), 1, mesh)
     return compile_step(program)
 
@@ -90,9 +90,7 @@ def test_every_device_holds_its_part(tiny_dataset):
     split = {
         name for name, leaf in leaves.items() if leaf.addressable_shards[0].data.size < leaf.size
     }
-    assert split == {
-        name for name, leaf in leaves.items() if leaf.size >= distributed.SMALLEST_SPLIT_ARRAY
-    }
+    assert split == {name for name, leaf in leaves.items() if leaf.size >= SMALLEST_SPLIT_ARRAY}
     assert {name.split("/")[0] for name in split} == {"params", "optimizer"}
     for name in split:
         assert leaves[name].addressable_shards[0].data.size == leaves[name].size // 8

@@ -212,9 +212,10 @@ def test_result_files(run, planted, result):
     assert json.loads(output.read_text()) == content
     assert str(planted) not in output.read_text() and str(run) not in output.read_text()
     assert {
-        "kind": "attributes", "task": "rotation", "encoder": "pixels", "synthetic": True, "split": "test",
-        "num_patients_seen_in_training": 0, "num_features": 64, "seed": 0, "num_volumes": VOLUMES,
-        "dataset_fingerprint": Dataset.open(planted).preparation["fingerprint"], "shuffled_labels": False,
+        "kind": "attributes", "task": "rotation", "encoder": "pixels", "synthetic": True,
+        "split": "test", "num_patients_seen_in_training": 0, "num_features": 64, "seed": 0,
+        "num_volumes": VOLUMES, "shuffled_labels": False,
+        "dataset_fingerprint": Dataset.open(planted).preparation["fingerprint"],
     }.items() <= content.items()  # fmt: skip
     for metric in content["metrics"].values():
         assert {"mean", "sd", "ci95", "num_volumes", "num_patients", "unit"} <= set(metric)

@@ -57,8 +57,8 @@ def runs(tiny_dataset, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(runs, tiny_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    return {task: (folder / f"{task}.json", probe(runs / task, tiny_dataset, folder / f"{task}.json"))
-            for task in ("masked_region", "rotation")}  # fmt: skip
+    files = {task: folder / f"{task}.json" for task in ("masked_region", "rotation")}
+    return {task: (file, probe(runs / task, tiny_dataset, file)) for task, file in files.items()}
 
 
 def same_image(**settings):
@@ -283,10 +283,12 @@ def test_result_files(runs, results, tiny_dataset):
             assert np.isfinite([metric["mean"], metric["sd"], *metric["ci95"]]).all()
             assert (metric["num_volumes"], metric["num_patients"]) == (2, 2)
         assert {
-            "kind": "probe", "task": task, "recipe": task, "encoder": "run", "synthetic": True, "split": "test",
+            "kind": "probe", "task": task, "recipe": task, "encoder": "run", "synthetic": True,
+            "split": "test",
             # a gap in each volume
             "num_train_slices": 60, "num_train_pairs": 50, "num_slices": 24, "num_pairs": 20,
-            "num_patients_seen_in_training": 0, "num_features": {"latent": 4, "pooled": 64}, "seed": 0,
+            "num_patients_seen_in_training": 0, "seed": 0,
+            "num_features": {"latent": 4, "pooled": 64},
             "dataset_fingerprint": Dataset.open(tiny_dataset).preparation["fingerprint"],
             "checkpoint_step": choose_step(runs / task),
         }.items() <= content.items()  # fmt: skip
@@ -353,7 +355,8 @@ def test_wrong_requests(runs, tiny_dataset, tmp_path):
     )
     large = write_example_dataset(tmp_path / "large", image_size=32)
     for arguments, settings, message in (
-        ((tmp_path, tiny_dataset, output), {}, "is not a run directory; give the --workdir of a run"),
+        ((tmp_path, tiny_dataset, output), {},
+         "is not a run directory; give the --workdir of a run"),
         ((run, tiny_dataset, tmp_path / "r.csv"), {}, "must end in .json"),
         ((run, tiny_dataset, tmp_path / "file" / "r.json"), {}, "cannot make .*file"),
         ((run, tiny_dataset, output), {"checkpoint": "99"}, "has no checkpoint '99'"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ctssl_jax.ops.trees import flatten, unflatten
-from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.parallel.mesh import make_mesh, replicated
 from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, read_metadata, restore
 from ctssl_jax.runs.damage import LAST_GOOD, check_all_undamaged, damaged_steps, set_aside
 from data_prep.system.errors import InputError, RunFailed
@@ -70,8 +70,8 @@ def test_best_and_last_two_are_kept_and_restored_exactly(three_checkpoints):
 
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
 def test_restores_onto_any_number_of_devices_and_in_parts(three_checkpoints, num_devices):
-    mesh = distributed.make_mesh(jax.devices()[:num_devices])
-    like = shapes({"params": state(0)["params"]}, distributed.replicated(mesh))
+    mesh = make_mesh(jax.devices()[:num_devices])
+    like = shapes({"params": state(0)["params"]}, replicated(mesh))
     restored = restore(three_checkpoints, 5, like)
     jax.tree.map(np.testing.assert_array_equal, restored["params"], state(5)["params"])
     assert restored["params"]["layers"][1].sharding.device_set == set(mesh.devices.flat)
@@ -79,7 +79,7 @@ def test_restores_onto_any_number_of_devices_and_in_parts(three_checkpoints, num
 
 def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path):
     """The training step gives its buffers away while a checkpoint is still being written."""
-    sharding = distributed.replicated(distributed.make_mesh())
+    sharding = replicated(make_mesh())
     values = jax.device_put(jnp.zeros((1000, 1000)), sharding)
     step = jax.jit(lambda values: values + 1, donate_argnums=0)
     checkpoints = Checkpoints(tmp_path)
@@ -107,7 +107,7 @@ def test_choosing_a_checkpoint_that_is_not_there(three_checkpoints, tmp_path):
         InputError, match="has no checkpoint '3'; there are steps 2, 4, 5, and the names best, last"
     ):
         choose_step(three_checkpoints, "3")
-    with pytest.raises(InputError, match="holds no checkpoint; give the --workdir of a run"):
+    with pytest.raises(InputError, match="has no checkpoint; give the --workdir of a run"):
         choose_step(tmp_path, "last")
 
 
@@ -165,7 +165,9 @@ def test_a_changed_loss_does_not_make_another_checkpoint_the_best(run):
 def test_a_checkpoint_in_the_place_of_another_is_found(run):
     folder = run / "checkpoints"
     (folder / "5").rename(folder / "6")
-    with pytest.raises(InputError, match=r"checkpoint 6 of .* is damaged \(it is that of step 5\)"):
+    with pytest.raises(
+        InputError, match=r"checkpoint 6 of .* is damaged \(it is the checkpoint of step 5\)"
+    ):
         check_all_undamaged(run)
 
 
@@ -251,7 +253,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(run):
     try:
         with pytest.raises(
             RunFailed,
-            match=r"could not be saved in .*run \(.*File too large.*run again: it goes on",
+            match=r"could not be saved in .*run \(.*File too large.*run again: it resumes",
         ):
             checkpoints.save(6, state(6), {}, 0.5)
             checkpoints.close()

@@ -1,4 +1,4 @@
-"""Strips of pictures: what a pixel's colour means, and the layout."""
+"""Strips of pictures: the meaning of a colour, and the layout."""
 
 import numpy as np
 from PIL import Image

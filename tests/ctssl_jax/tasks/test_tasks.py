@@ -37,7 +37,7 @@ NEW = ("next_slice", "denoising", "rotation", "flip")
 
 
 def apply_untrained(config, images, keys, train=False):
-    """The model as it is before training, its output for a batch, and what the task makes of it."""
+    """The untrained model, its output for a batch, and the task's output."""
     task = get_task(config.task)
     model = task.build(config, nnx.Rngs(params=0))
     batch = {"images": images, "weight": jnp.ones(len(images))}
@@ -187,8 +187,12 @@ def test_interrupted_run_equals_straight_run(task, straight, tiny_dataset, tmp_p
 
 
 def test_runs_report_what_their_model_has(straight, tiny_dataset):
-    names = {task: {name.split("/")[1] for name in saved_state(straight(task)) if name.startswith("params/")}
-             for task in ("denoising", "rotation")}  # fmt: skip
+    names = {
+        task: {
+            name.split("/")[1] for name in saved_state(straight(task)) if name.startswith("params/")
+        }
+        for task in ("denoising", "rotation")
+    }
     assert names == {
         "denoising": {"encoder", "quantizer", "decoder"},
         "rotation": {"encoder", "compression", "classification"},
@@ -276,11 +280,10 @@ def test_the_recipes_pass_the_checks_and_hold_no_field_of_another_task(recipe, s
         ("next_slice", "slice_gap", 0, "config.slice_gap=0: must be 1 or more"),
         ("next_slice", "slice_gap", 20, r"no slices with neighbours at offsets (0, 20)"),
         ("next_slice", "commitment", -1.0, "config.commitment=-1.0: must be 0 or more"),
-        ("denoising", "noise.fraction", 1.5, "config.noise.fraction=1.5: must lie above 0 and be "
-                                             "at most 1"),
-        ("rotation", "model.compression", (0,), "config.model: compression must be one or more "
-                                                "positive widths"),
-        ("flip", "model.depth", -1, "config.model: depth must not be negative"),
+        ("denoising", "noise.fraction", 1.5, "config.noise.fraction=1.5: must be above 0 and at "
+                                             "most 1"),
+        ("rotation", "model.compression", (0,), "config.model.compression=[0]: must be 1 or more"),
+        ("flip", "model.depth", -1, "config.model.depth=-1: must be 0 or more"),
         (
             "rotation", "task", "denoising",
             "config.task='denoising' does not fit this recipe (config.noise is missing, "

@@ -1,4 +1,4 @@
-"""`--estimate`: what a run will cost, from timed steps; nothing is written."""
+"""`--estimate`: the cost of a run from timed steps, without any file."""
 
 import os
 import re

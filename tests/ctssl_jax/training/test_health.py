@@ -1,4 +1,4 @@
-"""Effective rank, gradient norms of layers, and what a collapse is called."""
+"""Effective rank, gradient norms of layers, and warnings of a collapse."""
 
 import jax
 import jax.numpy as jnp

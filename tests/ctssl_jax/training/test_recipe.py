@@ -1,5 +1,4 @@
-"""What cannot work is refused at once, in one line that names the remedy, and nothing is
-written."""
+"""Impossible recipes are refused before any file is written, in one line with the remedy."""
 
 import json
 import resource
@@ -18,7 +17,7 @@ from tests.helpers.training_runs import command, start, tiny_config, train_on
 
 WRONG_FIELDS = {
     "dataset": ("", "config.dataset is empty; give --config.dataset=DIR"),
-    "task": ("jigsaw", "config.task='jigsaw' is not known; choose one of masked_region"),
+    "task": ("jigsaw", "config.task='jigsaw': choose one of masked_region"),
     "optimizer": ("sgd", "config.optimizer='sgd': choose one of radam, adamw"),
     "schedule": ("stepwise", "config.schedule='stepwise': choose one of constant, cosine, linear"),
     "normalize": ("none", "config.normalize='none': choose one of window, slice_minmax"),
@@ -35,14 +34,14 @@ WRONG_FIELDS = {
         18,
         "config.image_size=18 is not divisible by the encoder's stride 4; prepare with",
     ),
-    "model.depth": (-1, "config.model: depth must not be negative"),
+    "model.depth": (-1, "config.model.depth=-1: must be 0 or more"),
     "model.vq_init": (
         "data",
         'config.model: vq_init="data" and vq_revive_every need vq_update="ema"',
     ),
-    "model.in_channels": (0, "config.model: in_channels must be at least 1"),
-    "mask.fraction": (1.5, "config.mask: mask fraction must lie between 0 and 1, got 1.5"),
-    "mask.unit": ("volume", 'config.mask: mask unit must be "area" or "side"'),
+    "model.in_channels": (0, "config.model.in_channels=0: must be 1 or more"),
+    "mask.fraction": (1.5, "config.mask.fraction=1.5: must be above 0 and below 1"),
+    "mask.unit": ("volume", "config.mask.unit='volume': choose one of area, side"),
     "mask.margin": (
         100,
         "config.mask: a mask of 7 pixels with margin 100 does not fit into 16 pixels; lower",
@@ -55,7 +54,7 @@ WRONG_FIELDS = {
         "config.init_from=nowhere is not a run directory; give the --workdir of a finished run",
     ),
     "fsdp_devices": (3, "config.fsdp_devices=3 does not divide the 1 devices; choose a divisor"),
-    "seed": (-1, "config.seed=-1: must be 0 to 4294967295"),
+    "seed": (-1, "config.seed=-1: must be 0 or more and below 4294967296"),
     "windows": (
         ((100, 700),),
         "level/width 100/700, but the dataset holds 50/350; prepare it again with --window=",
@@ -139,7 +138,7 @@ def test_folders_that_cannot_be_run_directories(tiny_dataset, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "other", "thesis.tex"]
 
 
-def test_a_run_that_ended_at_its_very_start_is_begun_anew(tiny_dataset, tmp_path):
+def test_a_run_that_ended_at_its_very_start_starts_again(tiny_dataset, tmp_path):
     config, preparation = tiny_config(tiny_dataset), Dataset.open(tiny_dataset).preparation
     for name in ("preparation.json", "patients.json.tmp"):
         (tmp_path / name).write_text("{")

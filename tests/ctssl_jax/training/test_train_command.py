@@ -102,8 +102,8 @@ def test_run_directory_and_start_up_report(tiny_dataset, tmp_path, capsys):
         assert word in printed
     assert "slices/s" in printed and " left" in printed
     assert sorted(path.name for path in workdir.iterdir()) == [
-        "ancestors.json", "checkpoints", "config.json", "metrics.jsonl", "patients.json", "pictures",
-        "preparation.json", "tensorboard", "training_data.json", "transplant.json",
+        "ancestors.json", "checkpoints", "config.json", "metrics.jsonl", "patients.json",
+        "pictures", "preparation.json", "tensorboard", "training_data.json", "transplant.json",
     ]  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["dataset"] == str(tiny_dataset)
     assert sorted(path.name for path in (workdir / "pictures").iterdir()) == [
@@ -235,7 +235,7 @@ def test_a_wall_clock_that_jumps_shows_in_no_speed(tiny_dataset, tmp_path, monke
 
 
 def test_each_folder_is_opened_once(straight, tiny_dataset, tmp_path):
-    """The dataset, the run that goes on, and the run whose weights another one starts from."""
+    """The dataset, the run that resumes, and the run of a warm start."""
     names = ("config.json", "preparation.json")
     workdir = shutil.copytree(straight("gradient"), tmp_path / "run")
     with opened_files(*names) as opened:

@@ -13,7 +13,7 @@ from ctssl_jax.data import slices as data
 from ctssl_jax.data.batches import evaluation_batches, training_batches
 from ctssl_jax.ops.corruptions import example_keys
 from ctssl_jax.ops.trees import flatten
-from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.parallel.mesh import make_mesh, to_devices
 from ctssl_jax.tasks.table import TASKS, get_task
 from ctssl_jax.training.scoring import evaluate_split, render_pictures, score_batch
 from ctssl_jax.training.state import (
@@ -37,7 +37,7 @@ def program_of():
     def build(config, num_devices=1, key=None):
         key = (num_devices, key)
         if key not in built:
-            mesh = distributed.make_mesh(jax.devices()[:num_devices])
+            mesh = make_mesh(jax.devices()[:num_devices])
             built[key] = make_program(config, get_task(config.task), 1, mesh)
         return built[key]
 
@@ -110,18 +110,16 @@ def test_batch_statistics_and_ema_codebook_move_through_the_step(tiny_dataset, s
 
 
 def test_step_and_scores_are_functions_of_a_state(tiny_dataset, source, program_of):
-    """Called alone, without the program that a run compiles: the same numbers."""
+    """Called alone, without the compiled program of a run, they give the same numbers."""
     config = tiny_config(tiny_dataset)
     program = program_of(config, 1, "{}")
-    definition = define(config, get_task(config.task), 1, distributed.make_mesh(jax.devices()[:1]))
+    definition = define(config, get_task(config.task), 1, make_mesh(jax.devices()[:1]))
     batch = next(training_batches(source, config.batch_size, config.seed))
     state = jax.jit(functools.partial(initial_state, definition))()
     slices, _, pictures = jax.jit(functools.partial(score_batch, definition))(state, batch)
     assert slices["scores"]["loss"].shape == (8,) and pictures["prediction"].shape == (8, 16, 16, 1)
     state = jax.jit(functools.partial(train_step, definition))(state, batch)
-    expected = run_step(
-        program, program.initial_state(), [distributed.to_devices(definition.mesh, batch)]
-    )
+    expected = run_step(program, program.initial_state(), [to_devices(definition.mesh, batch)])
     for name, value in flatten(jax.device_get(expected)).items():
         np.testing.assert_allclose(flatten(state)[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
@@ -141,11 +139,11 @@ def test_microbatches_add_up_to_the_gradient_of_the_batch(
     gradients = []
     for microbatches in (1, 4):
         config = tiny_config(tiny_dataset, microbatches=microbatches)
-        program = make_program(config, task, 1, distributed.make_mesh(jax.devices()[:1]))
+        program = make_program(config, task, 1, make_mesh(jax.devices()[:1]))
         state, total = program.initial_state(), program.zero_gradients()
         batches = training_batches(source, 8, 0, microbatches=microbatches)
         for _ in range(microbatches):
-            part = distributed.to_devices(program.definition.mesh, next(batches))
+            part = to_devices(program.definition.mesh, next(batches))
             state, total = program.accumulate(state, total, part)
         assert float(state.sums["weight"]) == 8
         gradients.append(flatten(jax.device_get(total)))

@@ -1,5 +1,4 @@
-"""Weights from one run to another: what moves, what stays, what is refused, and whom the model has
-then seen."""
+"""Warm starts: the tensors that move or stay, refusals, and the patients that a model has seen."""
 
 import json
 import shutil
@@ -10,7 +9,7 @@ import pytest
 
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.ops.trees import flatten
-from ctssl_jax.parallel import mesh as distributed
+from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.step import make_program
@@ -43,8 +42,8 @@ def runs(tiny_dataset, tmp_path_factory):
 
 
 def initial_state(config):
-    """What a run of this configuration starts from without a donor, by name."""
-    mesh = distributed.make_mesh(jax.devices()[:1])
+    """The tensors of a run with this configuration before its first step, by name."""
+    mesh = make_mesh(jax.devices()[:1])
     program = make_program(config, get_task(config.task), 1, mesh)
     return flatten(jax.device_get(program.initial_state()))
 
@@ -75,7 +74,7 @@ def test_exactly_the_reported_tensors_change(
         np.testing.assert_array_equal(after[name], expected, err_msg=name)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed <= set(names["moved"])
-    # and they were not equal before
+    # they were not equal before
     assert {name for name in names["moved"] if name.endswith("kernel")} <= changed
     model = {name for name in before if name.split("/")[0] in ("params", "variables")}
     parts = {name.split("/")[1] for name in names["moved"]}
@@ -210,6 +209,6 @@ def test_weights_of_another_window_are_refused(runs, tmp_path):
         match=r"was trained on level/width 50/350, this run reads -600/350; set config.wind",
     ):
         train_on(config, tmp_path / "run")
-    config.windows = ()  # all that the dataset has
+    config.windows = ()  # all windows of the dataset
     with pytest.raises(InputError, match="50/350, this run reads -600/350"):
         train_on(config, tmp_path / "run")

@@ -61,9 +61,9 @@ def prepared(tmp_path_factory) -> Directories:
             ds.Manufacturer = "SIEMENS"
             ds.RequestAttributesSequence = [pydicom_item(f"order for {number} by Dr. Grey")]
         dicom_files.write(folder / "scans" / str(number), datasets)
-    places = Directories(folder / "scans", folder / "dataset", folder / "dataset-audit")
-    prepare(Options(image_size=64), places, num_workers=1)
-    return places
+    directories = Directories(folder / "scans", folder / "dataset", folder / "dataset-audit")
+    prepare(Options(image_size=64), directories, num_workers=1)
+    return directories
 
 
 def pydicom_item(text: str):
@@ -233,14 +233,17 @@ def test_jumps_and_damaged_files_are_no_faults_of_the_dataset(tmp_path, pool):
     damaged = bytearray((tmp_path / "scans" / "b.zip").read_bytes())
     damaged[60:70] = b"\xff" * 10
     (tmp_path / "scans" / "b.zip").write_bytes(damaged)
-    places = Directories(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
-    preparation, _ = prepare(Options(image_size=64, splits=(1, 0, 0)), places, num_workers=1)
+    directories = Directories(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
+    preparation, _ = prepare(Options(image_size=64, splits=(1, 0, 0)), directories, num_workers=1)
     assert preparation["counts"]["files_in_volumes"] == 24
     assert sum(preparation["counts"]["files_not_images"].values()) == 1
-    assert Dataset.open(places.output_dir).volumes()[0]["gap_positions"] == "11"
-    assert verify(Dataset.open(places.output_dir), pool) == []
+    assert Dataset.open(directories.output_dir).volumes()[0]["gap_positions"] == "11"
+    assert verify(Dataset.open(directories.output_dir), pool) == []
     assert (
-        find_leaks(Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool) == []
+        find_leaks(
+            Dataset.open(directories.output_dir), directories.input_dir, directories.audit_dir, pool
+        )
+        == []
     )
 
 
@@ -324,10 +327,12 @@ def test_identifiers_in_the_published_texts_are_found(tmp_path, pool, keyword, v
                 setattr(ds, keyword, value)
                 ds.ConvolutionKernel = kernel
         dicom_files.write(tmp_path / "scans" / str(number), datasets)
-    places = Directories(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
-    prepare(Options(image_size=32), places, num_workers=1)
-    leaks = find_leaks(Dataset.open(places.output_dir), places.input_dir, places.audit_dir, pool)
-    published = {volume["kernel"] for volume in Dataset.open(places.output_dir).volumes()}
+    directories = Directories(tmp_path / "scans", tmp_path / "dataset", tmp_path / "dataset-audit")
+    prepare(Options(image_size=32), directories, num_workers=1)
+    leaks = find_leaks(
+        Dataset.open(directories.output_dir), directories.input_dir, directories.audit_dir, pool
+    )
+    published = {volume["kernel"] for volume in Dataset.open(directories.output_dir).volumes()}
     assert bool(leaks) == (kernel in published) and all(", kernel: " in leak for leak in leaks), (
         leaks,
         published,
@@ -424,7 +429,7 @@ def change_cell(path: Path, column: str, value: str) -> None:
             lambda d: change_cell(d / "regions.csv", "last_slice", "12"),
             "its slices are not slices of the volume",
         ),
-        (lambda d: change_cell(d / "regions.csv", "region", "2"), "its number is there twice"),
+        (lambda d: change_cell(d / "regions.csv", "region", "2"), "its number occurs twice"),
         (lambda d: (d / "regions.csv").unlink(), "regions.csv: no such file"),
     ],
 )

@@ -396,7 +396,7 @@ def test_a_shard_that_is_gone_or_changed_is_told(tmp_path, parts, pool):
     assert "test.array_record-00001: missing" in verify(Dataset.open(tmp_path / "view"), pool)
     with pytest.raises(DatasetError, match=r"test\.array_record-00001: a shard is missing"):
         records(tmp_path / "view", "test")
-    shutil.rmtree(parts[1])  # and made anew, of other scans
+    shutil.rmtree(parts[1])  # and prepared again, from other scans
     write_example_dataset(parts[1], image_size=16, seed=3, volumes_per_split=MORE)
     with pytest.raises(
         DatasetError,

@@ -94,11 +94,11 @@ def test_read_keeps_what_is_a_nodule_of_3_mm_and_whose_it_is():
         xml_nodule(OUTLINE, SCORES | {"margin": ""}),
         xml_nodule([(3, 4)], SCORES),
     ]
-    found = lidc.read_reading(xml(small, [xml_nodule(OUTLINE, SCORES), *small]))
-    assert (found.series_instance_uid, found.study_instance_uid) == ("series", "study")
+    result = lidc.read_reading(xml(small, [xml_nodule(OUTLINE, SCORES), *small]))
+    assert (result.series_instance_uid, result.study_instance_uid) == ("series", "study")
     # the reader without a nodule keeps the place
-    assert [len(session) for session in found.sessions] == [0, 1]
-    (kept,) = found.sessions[1]
+    assert [len(session) for session in result.sessions] == [0, 1]
+    (kept,) = result.sessions[1]
     assert kept.characteristics == SCORES and kept.nodule_id == "7"
     (outline,) = kept.contours
     assert (
@@ -205,8 +205,8 @@ def test_more_than_four_members_shrink_the_tolerance():
 # ---- consensus -----------------------------------------------------------------------------------
 
 
-def nodules_of(found: lidc.Reading, **rule) -> list[lidc.Nodule]:
-    return lidc.consensus_nodules(found, SLICES, SHAPE, 2.0, **{"min_area_px": 0, **rule})
+def nodules_of(one_reading: lidc.Reading, **rule) -> list[lidc.Nodule]:
+    return lidc.consensus_nodules(one_reading, SLICES, SHAPE, 2.0, **{"min_area_px": 0, **rule})
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,9 @@ def test_seven_tenths_of_the_readers(readers, of, taken):
         nodule(contour(3, rectangle(10, 10, 8, 8))),
         nodule(contour(3, rectangle(10, 10, 5, 8))),
     )
-    (found,) = nodules_of(reading(*[(wide,)] * readers, *[(narrow,)] * (of - readers)))
-    assert found.mask.shape == (1, 6, 6 if taken else 3) and found.mask.all()
-    assert (found.first_slice, found.top, found.left, found.num_readers) == (3, 11, 11, of)
+    (kept,) = nodules_of(reading(*[(wide,)] * readers, *[(narrow,)] * (of - readers)))
+    assert kept.mask.shape == (1, 6, 6 if taken else 3) and kept.mask.all()
+    assert (kept.first_slice, kept.top, kept.left, kept.num_readers) == (3, 11, 11, of)
     (half,) = nodules_of(
         reading(*[(wide,)] * readers, *[(narrow,)] * (of - readers)), consensus=0.5
     )
@@ -228,13 +228,14 @@ def test_seven_tenths_of_the_readers(readers, of, taken):
 
 
 def test_malignancy_is_the_upper_median_of_the_readers():
-    def found(*scores):
+    def malignancy(*scores):
         (one,) = nodules_of(
             reading(*[(nodule(contour(0, OUTLINE), malignancy=score),) for score in scores])
         )
         return one.malignancy
 
-    assert (found(2), found(2, 3), found(1, 2, 5), found(1, 2, 4, 5)) == (2, 3, 2, 4)
+    assert (malignancy(2), malignancy(2, 3)) == (2, 3)
+    assert (malignancy(1, 2, 5), malignancy(1, 2, 4, 5)) == (2, 4)
     assert [lidc.finding(score) for score in (1, 2, 3, 4, 5)] == ["no cancer"] * 2 + [
         "ambiguous"
     ] + ["cancer"] * 2
@@ -246,29 +247,29 @@ def test_slices_are_kept_above_the_smallest_area_and_the_box_is_of_these():
         contour(2, rectangle(8, 8, 6, 6)),
         contour(4, rectangle(8, 8, 7, 7)),
     )
-    (found,) = nodules_of(reading((one,)), min_area_px=9)
-    assert found.first_slice == 2 and found.mask.sum(axis=(1, 2)).tolist() == [16, 0, 25]
+    (kept,) = nodules_of(reading((one,)), min_area_px=9)
+    assert kept.first_slice == 2 and kept.mask.sum(axis=(1, 2)).tolist() == [16, 0, 25]
     assert nodules_of(reading((one,)), min_area_px=25) == []
     assert nodules_of(reading((), ())) == []
 
 
 def test_order_of_the_slices_may_be_either():
     one = nodule(contour(1, rectangle(9, 9, 5, 5)), contour(2, rectangle(8, 8, 6, 6)))
-    (found,) = lidc.consensus_nodules(reading((one,)), SLICES[::-1], SHAPE, 2.0, min_area_px=0)
-    assert found.first_slice == 3 and found.mask.sum(axis=(1, 2)).tolist() == [16, 9]
+    (kept,) = lidc.consensus_nodules(reading((one,)), SLICES[::-1], SHAPE, 2.0, min_area_px=0)
+    assert kept.first_slice == 3 and kept.mask.sum(axis=(1, 2)).tolist() == [16, 9]
 
 
 def test_slice_mask_is_the_union_in_the_whole_image():
     near = nodule(contour(1, rectangle(9, 9, 5, 5)), contour(2, rectangle(9, 9, 5, 5)))
     far = nodule(contour(2, rectangle(30, 20, 4, 5)))
-    found = nodules_of(reading((near, far)))
-    assert len(found) == 2
+    nodules = nodules_of(reading((near, far)))
+    assert len(nodules) == 2
     expected = np.zeros(SHAPE, bool)
     expected[10:13, 10:13] = True
-    np.testing.assert_array_equal(lidc.slice_mask(found, 1, SHAPE), expected)
+    np.testing.assert_array_equal(lidc.slice_mask(nodules, 1, SHAPE), expected)
     expected[21:24, 31:33] = True
-    np.testing.assert_array_equal(lidc.slice_mask(found, 2, SHAPE), expected)
-    assert not lidc.slice_mask(found, 0, SHAPE).any() and not lidc.slice_mask(found, 3, SHAPE).any()
+    np.testing.assert_array_equal(lidc.slice_mask(nodules, 2, SHAPE), expected)
+    assert not any(lidc.slice_mask(nodules, number, SHAPE).any() for number in (0, 3))
 
 
 def test_two_nodules_of_one_reader_in_one_group_are_two_annotations_of_one_reader():
@@ -283,10 +284,10 @@ def test_two_nodules_of_one_reader_in_one_group_are_two_annotations_of_one_reade
 def test_an_excluded_reading_is_left_out_unless_asked_for():
     series, session, name = next(iter(lidc.EXCLUDED_READINGS))
     assert session == 0
-    found = reading((nodule(contour(0, OUTLINE), name=name),), series=series)
-    assert nodules_of(found) == []
-    assert len(nodules_of(found, keep_excluded=True)) == 1
-    assert len(nodules_of(found._replace(series_instance_uid="another"))) == 1
+    one_reading = reading((nodule(contour(0, OUTLINE), name=name),), series=series)
+    assert nodules_of(one_reading) == []
+    assert len(nodules_of(one_reading, keep_excluded=True)) == 1
+    assert len(nodules_of(one_reading._replace(series_instance_uid="another"))) == 1
 
 
 # ---- images and slices ---------------------------------------------------------------------------
@@ -310,25 +311,25 @@ def test_an_image_named_at_two_positions_is_placed_by_position():
     contours = [contour(z // 2, rectangle(8, 8, side, side)) for z, side in size.items()]
     contours.append(contour(2, rectangle(8, 8, 8, 8), position_mm=2.0))
     for slices, areas in ((SLICES, [9, 36, 16, 25]), (SLICES[::-1], [25, 16, 36, 9])):
-        (found,) = lidc.consensus_nodules(
+        (placed,) = lidc.consensus_nodules(
             reading((nodule(*contours),)), slices, SHAPE, 2.0, min_area_px=0
         )
-        assert found.mask.sum(axis=(1, 2)).tolist() == areas
+        assert placed.mask.sum(axis=(1, 2)).tolist() == areas
 
 
 def test_annotations_of_another_scan_are_refused_without_naming_it():
-    found = reading((nodule(contour(4, OUTLINE)),))
+    one_reading = reading((nodule(contour(4, OUTLINE)),))
     with pytest.raises(lidc.LidcError, match="an image that the series does not have") as caught:
-        lidc.consensus_nodules(found, SLICES[:4], SHAPE, 2.0)
+        lidc.consensus_nodules(one_reading, SLICES[:4], SHAPE, 2.0)
     assert "image-4" not in str(caught.value)
     # the outline's last row is 23
     with pytest.raises(lidc.LidcError, match="leaves the image of 23 x 50"):
-        lidc.consensus_nodules(found, SLICES, (23, 50), 2.0)
+        lidc.consensus_nodules(one_reading, SLICES, (23, 50), 2.0)
     for arguments in ({"consensus": 0.0}, {"consensus": 1.1}, {"min_area_px": -1}):
         with pytest.raises(lidc.LidcError, match="consensus"):
-            nodules_of(found, **arguments)
+            nodules_of(one_reading, **arguments)
     with pytest.raises(lidc.LidcError, match="slice thickness"):
-        lidc.consensus_nodules(found, SLICES, SHAPE, 0.0)
+        lidc.consensus_nodules(one_reading, SLICES, SHAPE, 0.0)
 
 
 # ---- real scans ----------------------------------------------------------------------------------
@@ -352,12 +353,12 @@ def test_masks_lie_on_the_nodules_of_real_scans(real_data, scan, annotations, ex
     ]
     candidate = next(entry for entry in plan_series(headers, Rules()) if len(entry.headers) > 100)
     hu = load_volume(real_data, candidate, Rules()).hu
-    found = lidc.read_reading((real_data / "lidc_xml" / annotations).read_bytes())
+    one_reading = lidc.read_reading((real_data / "lidc_xml" / annotations).read_bytes())
     assert {header.series_instance_uid for header in candidate.headers} == {
-        found.series_instance_uid
+        one_reading.series_instance_uid
     }
     uids = [header.sop_instance_uid for header in candidate.headers]
-    nodules = lidc.consensus_nodules(found, uids, hu.shape[1:], candidate.slice_thickness_mm)
+    nodules = lidc.consensus_nodules(one_reading, uids, hu.shape[1:], candidate.slice_thickness_mm)
     facts = [(one.first_slice, len(one.mask), one.malignancy, one.num_readers) for one in nodules]
     assert sorted(facts) == expected
     for one in nodules:

@@ -172,8 +172,8 @@ def test_labels_of_every_level_reach_their_rows(labelled):
     assert grades[names[0]] == [i % 3 for i in range(NUM_SLICES)]
     assert grades[names[1]] == [2 if i == 4 else None for i in range(NUM_SLICES)]
     assert grades[names[2]] == [None] * NUM_SLICES
-    found = {row.pop("volume_id"): row for row in Dataset.open(labelled.output_dir).labels()}
-    assert [found[name] for name in names] == [
+    rows = {row.pop("volume_id"): row for row in Dataset.open(labelled.output_dir).labels()}
+    assert [rows[name] for name in names] == [
         {"nodule": None, "smoker": 1},
         {"nodule": 2, "smoker": None},
         {"nodule": 0, "smoker": 0},
@@ -205,8 +205,8 @@ def test_what_is_missing_or_unmatched_is_counted(labelled):
 
 
 def test_attributes_go_before_the_headers_and_empty_cells_do_not(labelled):
-    found = {volume["volume_id"]: volume for volume in Dataset.open(labelled.output_dir).volumes()}
-    people = [found[volume_of_patient(labelled, number)] for number in (1, 2, 3)]
+    rows = {volume["volume_id"]: volume for volume in Dataset.open(labelled.output_dir).volumes()}
+    people = [rows[volume_of_patient(labelled, number)] for number in (1, 2, 3)]
     assert [(p["age"], p["sex"], p["ethnic_group"]) for p in people] == [
         (61, "F", ""),
         (90, "F", "group_a"),
@@ -371,9 +371,9 @@ def test_rsna_archive_from_the_command_line(archive, copy, tmp_path):
     assert list(preparation["labels"]) == ["pe_present_on_image", *EXAM_LABELS, "pe_positive_exam"]
     places = Directories(copy, tmp_path / "d", tmp_path / "d-audit")
     volumes = [volume_of_patient(places, number) for number in (1, 2, 3)]
-    found = {row["volume_id"]: row for row in Dataset.open(tmp_path / "d").labels()}
-    assert [found[v]["pe_positive_exam"] for v in volumes] == [1, 0, 0]
-    assert [found[v]["central_pe"] for v in volumes] == [1, 0, 0]
+    rows = {row["volume_id"]: row for row in Dataset.open(tmp_path / "d").labels()}
+    assert [rows[v]["pe_positive_exam"] for v in volumes] == [1, 0, 0]
+    assert [rows[v]["central_pe"] for v in volumes] == [1, 0, 0]
     of_slices = [
         [
             r["pe_present_on_image"]
@@ -523,11 +523,11 @@ def test_tables_of_masks(with_nodules):
     preparation = Dataset.open(with_nodules.output_dir).preparation
     assert preparation["masks"] == {"source": "lidc_idri", "consensus": 0.7, "min_area_px": 20}
     assert preparation["labels"] == {}
-    found = {row["volume_id"]: row for row in Dataset.open(with_nodules.output_dir).regions()}
-    assert len(found) == 2
+    rows = {row["volume_id"]: row for row in Dataset.open(with_nodules.output_dir).regions()}
+    assert len(rows) == 2
     mm3 = 3 * 7 * 6 * dicom_files.PIXEL_MM**2 * dicom_files.SPACING_MM
     for number, malignancy in ((1, 4), (2, 2)):
-        row = found[volume_of_patient(with_nodules, number)]
+        row = rows[volume_of_patient(with_nodules, number)]
         assert (row["region"], row["first_slice"], row["last_slice"]) == (1, 9, 11)
         assert (row["malignancy"], row["num_readers"]) == (malignancy, 4)
         assert row["volume_mm3"] == pytest.approx(mm3) and row["diameter_mm"] == pytest.approx(
@@ -612,14 +612,14 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     (tmp_path / "seg").write_bytes(b"mask")
     staged = staging.stage(LabelSources(masks_dir=tmp_path), archive, tmp_path / "db")
     assert staged.fault(volume.candidate) is None and len(staged.version(volume.candidate)) == 64
-    found = staged.labels_of(volume)
-    np.testing.assert_array_equal(found.mask, mask)
+    volume_labels = staged.labels_of(volume)
+    np.testing.assert_array_equal(volume_labels.mask, mask)
     voxel = dicom_files.PIXEL_MM**2 * dicom_files.SPACING_MM
-    assert [(r["region"], r["first_slice"], r["last_slice"]) for r in found.regions] == [
+    assert [(r["region"], r["first_slice"], r["last_slice"]) for r in volume_labels.regions] == [
         (2, 3, 4),
         (5, 4, 4),
     ]
-    assert [r["volume_mm3"] for r in found.regions] == pytest.approx([12 * voxel, voxel])
+    assert [r["volume_mm3"] for r in volume_labels.regions] == pytest.approx([12 * voxel, voxel])
     mask = mask[:-1]
     assert staged.labels_of(volume).reason == "mask_mismatch"
     (other,), _ = loaded(archive / "2")

@@ -32,7 +32,7 @@ def row(study: str, instance: str, positive: int, *ones: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("found", "broken"),
+    ("one_exam", "broken"),
     [
         (exam(0, "negative_exam_for_pe"), []),
         (exam(0, "indeterminate", "qa_motion", "flow_artifact", "true_filling_defect_not_pe"), []),
@@ -54,8 +54,8 @@ def row(study: str, instance: str, positive: int, *ones: str) -> dict:
         (exam(0, "negative_exam_for_pe", constant=False), ["not_constant"]),
     ],
 )
-def test_rules(found, broken):
-    assert violations(found) == broken
+def test_rules(one_exam, broken):
+    assert violations(one_exam) == broken
     assert set(broken) <= set(rsna_pe.RULES)
 
 

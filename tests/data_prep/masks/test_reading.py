@@ -417,9 +417,9 @@ def test_masks_are_indexed_by_what_they_are_of(tmp_path):
     )
     (tmp_path / "readme.txt").write_text("masks")
     (tmp_path / "ct.dcm").write_bytes(dicom_files.to_bytes(dicom_files.slices(THORAX[:1])[0]))
-    found = {key: str(path.relative_to(tmp_path)) for key, path in index_masks(tmp_path).items()}
+    masks = {key: str(path.relative_to(tmp_path)) for key, path in index_masks(tmp_path).items()}
     expected = {key: name for name, key in names.items()} | {SERIES: "deep/without_extension"}
-    assert found == expected
+    assert masks == expected
 
 
 def test_masks_that_cannot_be_told_apart_are_refused(tmp_path):

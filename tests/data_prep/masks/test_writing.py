@@ -124,11 +124,11 @@ def test_places_come_back_to_where_they_were(shape, spacing, size):
             np.float32
         )
         expected = (np.arange(shape[axis]) + 0.5 - shape[axis] / 2) * spacing[axis]
-        found = resize_back(ramp, shape, spacing)
-        assert found.shape == shape
+        resized = resize_back(ramp, shape, spacing)
+        assert resized.shape == shape
         # the filter's reach from the rim
         inner = np.abs(expected) < field_mm / 2 - 2 * max(edge_mm, spacing[axis])
-        along = np.moveaxis(found, axis, 0)[inner]
+        along = np.moveaxis(resized, axis, 0)[inner]
         # Pillow's weights are exact where they interpolate; where they average they are sampled,
         # not integrated
         atol = 1e-4 if spacing[axis] <= edge_mm else 0.07
@@ -191,8 +191,8 @@ def assert_placed(image: nibabel.Nifti1Image, volume, slices=slice(None)) -> Non
                 + row * header.pixel_spacing[0] * down
                 + column * header.pixel_spacing[1] * right
             )
-            found = image.affine @ [column, row, place, 1]
-            np.testing.assert_allclose(found[:3] * [-1, -1, 1], expected, atol=1e-3)
+            placed = image.affine @ [column, row, place, 1]
+            np.testing.assert_allclose(placed[:3] * [-1, -1, 1], expected, atol=1e-3)
 
 
 def test_nifti_lies_on_the_dicom_slices_and_reads_back(any_scan, tmp_path):
@@ -443,6 +443,6 @@ def test_regions_by_hand(scan):
 
 def test_a_place_in_the_patient_is_that_of_the_canonical_voxel(any_scan):
     _, volume = any_scan
-    found = patient_position_mm(np.array([2.5, 10, 20.25]), volume)
+    position_mm = patient_position_mm(np.array([2.5, 10, 20.25]), volume)
     expected = (ORIGIN[0] + 20.25 * COLUMN_MM, ORIGIN[1] + 10 * ROW_MM, ORIGIN[2] + 2.5 * SLICE_MM)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(position_mm, expected, atol=1e-6)

@@ -52,13 +52,13 @@ def archive(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory, archive, key_file) -> Directories:
-    where = places(tmp_path_factory.mktemp("local"), archive)
+    where = directories(tmp_path_factory.mktemp("local"), archive)
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     assert len(list(where.output_dir.glob("*.array_record-*"))) > 3
     return where
 
 
-def places(folder: Path, archive: Path) -> Directories:
+def directories(folder: Path, archive: Path) -> Directories:
     return Directories(archive, folder / "dataset", folder / "private")
 
 
@@ -157,7 +157,7 @@ def test_a_complete_dataset_is_left_alone(
 def test_bundles_that_run_twice_do_nothing_twice(
     beam_runner, in_process, tmp_path, archive, key_file, local, monkeypatch, published
 ):
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     calls = Counter()
 
     def counted(name: str) -> None:
@@ -185,7 +185,7 @@ def test_a_bundle_that_fails_once_is_retried(
 ):
     """Fails before or after each kind of file is put in its place; what has its note or sidecar is
     not done again."""
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     publish = beam_runner.publish
     failed, targets = [], Counter()
 
@@ -215,7 +215,7 @@ def test_a_task_that_runs_twice_at_the_same_time(
 ):
     """In the middle of a task the same task is run from start to end, as after a worker was given
     up for lost."""
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     unhindered, write = convert.convert_exam, assemble.write_shard
     exams, shards = [], []
 
@@ -250,7 +250,7 @@ def test_a_task_that_runs_twice_at_the_same_time(
 def test_the_local_runner_continues_what_beam_began(
     beam_runner, in_process, tmp_path, archive, key_file, local, monkeypatch
 ):
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     publish = beam_runner.publish
 
     def run_until_full(suffix: str, number: int) -> None:
@@ -289,7 +289,7 @@ def test_the_local_runner_continues_what_beam_began(
 def test_beam_continues_what_the_local_runner_began(
     beam_runner, in_process, tmp_path, archive, key_file, local, monkeypatch, published
 ):
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     run = InProcess.run
 
     def run_until_killed(function, number: int) -> None:
@@ -326,7 +326,7 @@ def test_beam_continues_what_the_local_runner_began(
 def test_a_killed_run_is_continued(
     beam_runner, in_process, tmp_path, archive, key_file, local, published
 ):
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     command = [
         sys.executable,
         "-m",
@@ -369,7 +369,7 @@ def kill_worker(run, exam) -> None:
 def test_an_exam_that_kills_its_worker_is_noted_and_tried_again(
     beam_runner, in_process, tmp_path, archive, key_file, local, monkeypatch
 ):
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     convert_once = beam_runner.convert_once
     deadly = []
 
@@ -405,7 +405,7 @@ def test_neither_key_nor_identifiers_go_through_beam(
 ):
     from apache_beam.internal import pickler
 
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     dumps = pickler.dumps
     sent = []
 
@@ -424,7 +424,7 @@ def test_neither_key_nor_identifiers_go_through_beam(
 def test_options_that_beam_cannot_take_are_refused_in_one_line_before_any_work(
     beam_runner, tmp_path, archive
 ):
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     for options, reason in (
         (["--runner=FlinkRuner"], "Unexpected pipeline runner: FlinkRuner"),
         (["--direct_num_workers=x"], "argument --direct_num_workers: invalid int value: 'x'"),
@@ -448,7 +448,7 @@ def test_without_the_package_the_extra_is_named_before_any_work(tmp_path, archiv
         "find_spec",
         lambda name, *rest: None if name == "apache_beam" else find_spec(name, *rest),
     )
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     with pytest.raises(
         InputError,
         match=r"^--runner=beam needs .*: pip install 'ctssl_jax\[beam\]'$",

@@ -31,7 +31,7 @@ def add_scans(archive: Path, patients: range | tuple[int, ...], study: int = 0) 
         dicom_files.write(archive / f"scan{number + study}", made)
 
 
-def places(folder: Path, name: str) -> Directories:
+def directories(folder: Path, name: str) -> Directories:
     return Directories(folder / f"scans-{name}", folder / name, folder / f"{name}-audit")
 
 
@@ -45,13 +45,13 @@ def first(tmp_path_factory, key_file) -> Path:
     two new patients."""
     folder = tmp_path_factory.mktemp("sites")
     add_scans(folder / "scans-first", range(1, 6))
-    prepare(OPTIONS, places(folder, "first"), num_workers=1, pseudonym_key_file=key_file)
+    prepare(OPTIONS, directories(folder, "first"), num_workers=1, pseudonym_key_file=key_file)
     return folder / "first"
 
 
 def second_archive(folder: Path) -> Directories:
     add_scans(folder / "scans-second", range(3, 8), study=20)
-    return places(folder, "second")
+    return directories(folder, "second")
 
 
 def test_patients_keep_the_split_that_they_have_elsewhere(tmp_path, first, key_file):
@@ -95,7 +95,7 @@ def test_both_may_grow(tmp_path, key_file):
     way."""
     add_scans(tmp_path / "scans-first", range(1, 4))
     add_scans(tmp_path / "scans-second", range(11, 14))
-    a, b = places(tmp_path, "first"), places(tmp_path, "second")
+    a, b = directories(tmp_path, "first"), directories(tmp_path, "second")
 
     def prepare_after(where: Directories, other: Directories | None):
         others = [other.output_dir] if other else []

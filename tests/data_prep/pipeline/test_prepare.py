@@ -49,7 +49,7 @@ def add_scan(archive: Path, number: int, **attributes) -> None:
     dicom_files.write(archive / f"scan{number}", dicom_files.slices(hu, **options))
 
 
-def places(folder: Path, archive: Path) -> Directories:
+def directories(folder: Path, archive: Path) -> Directories:
     return Directories(archive, folder / "dataset", folder / "private")
 
 
@@ -84,7 +84,7 @@ def archive(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, archive, key_file) -> Directories:
-    where = places(tmp_path_factory.mktemp("prepared"), archive)
+    where = directories(tmp_path_factory.mktemp("prepared"), archive)
     _, changed = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     assert changed
     return where
@@ -149,7 +149,7 @@ def test_private_things_are_private_and_nothing_is_left_over(prepared):
 def test_same_bytes_with_two_workers_and_from_another_folder(prepared, tmp_path, archive, key_file):
     copy = tmp_path / "elsewhere" / "scans"
     shutil.copytree(archive, copy)
-    other = places(tmp_path, copy)
+    other = directories(tmp_path, copy)
     prepare(OPTIONS, other, num_workers=2, pseudonym_key_file=key_file)
     assert content(other.output_dir) == content(prepared.output_dir)
     assert content(other.audit_dir) == content(prepared.audit_dir)
@@ -158,7 +158,7 @@ def test_same_bytes_with_two_workers_and_from_another_folder(prepared, tmp_path,
 def test_killed_at_random_moments_and_run_again(prepared, tmp_path, archive, key_file):
     """SIGKILL, later and later, until a run gets through; nothing that a killed run left shows in
     the result."""
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     command = [
         sys.executable,
         "-m",
@@ -198,7 +198,7 @@ def test_killed_at_random_moments_and_run_again(prepared, tmp_path, archive, key
 
 
 def test_a_killed_run_is_not_taken_for_a_dataset(tmp_path, archive, key_file, monkeypatch):
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
 
     def killed(*arguments, **options):
         raise KeyboardInterrupt
@@ -274,7 +274,7 @@ def test_grown_archive_appends(tmp_path, archive, key_file):
     in an old series."""
     scans = tmp_path / "scans"
     shutil.copytree(archive, scans)
-    where = places(tmp_path, scans)
+    where = directories(tmp_path, scans)
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     before = content(where.output_dir)
     files = {path.name: path.stat() for path in where.output_dir.glob("*.array_record-*")}
@@ -339,7 +339,7 @@ def test_growth_that_is_killed_touches_nothing_old_and_ends_the_same(
     for name in ("undisturbed", "disturbed"):
         scans = tmp_path / name / "scans"
         shutil.copytree(archive, scans)
-        where = places(tmp_path / name, scans)
+        where = directories(tmp_path / name, scans)
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
         old = {path: path.stat() for path in where.output_dir.glob("*.array_record-*")}
         add_scan(scans, 11)
@@ -359,7 +359,7 @@ def test_growth_that_is_killed_touches_nothing_old_and_ends_the_same(
             }
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     disturbed, undisturbed = (
-        places(tmp_path / name, archive) for name in ("disturbed", "undisturbed")
+        directories(tmp_path / name, archive) for name in ("disturbed", "undisturbed")
     )
     assert content(disturbed.output_dir) == content(undisturbed.output_dir)
     assert content(disturbed.audit_dir) == content(undisturbed.audit_dir)
@@ -383,7 +383,7 @@ def test_a_rearranged_archive_is_the_same_archive(
     scans = tmp_path / "scans"
     shutil.copytree(archive, scans)
     options = dataclasses.replace(OPTIONS, rules=Rules(reconstructions=reconstructions))
-    where = places(tmp_path, scans)
+    where = directories(tmp_path, scans)
     before, _ = prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
     volumes = Dataset.open(where.output_dir).volumes()
     rearranged(scans)
@@ -399,7 +399,7 @@ def test_a_rearranged_archive_is_the_same_archive(
 
 def test_volumes_whose_files_are_gone_stay_and_are_counted(tmp_path, archive, key_file):
     shutil.copytree(archive, tmp_path / "scans")
-    where = places(tmp_path, tmp_path / "scans")
+    where = directories(tmp_path, tmp_path / "scans")
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     shutil.rmtree(tmp_path / "scans" / "scan4")
     command = [*listing("preparation.json"), "data_prep.prepare"]
@@ -421,9 +421,17 @@ def test_a_volume_is_never_added_twice():
     row = {"volume_id": "v", "patient_id": "p", "num_slices": 20, "split": "train"}
     with pytest.raises(RuntimeError, match="volume v would be in the dataset 2 times"):
         freeze(
-            options=OPTIONS.as_dict(), key=b"0123456789abcdef", archive_digest="", new_volumes={"a": (row, 1)},
-            old_volumes=[row], old_preparation=None, known_splits={}, rejected=[], counts={}, labels={},
-        )  # fmt: skip
+            options=OPTIONS.as_dict(),
+            key=b"0123456789abcdef",
+            archive_digest="",
+            new_volumes={"a": (row, 1)},
+            old_volumes=[row],
+            old_preparation=None,
+            known_splits={},
+            rejected=[],
+            counts={},
+            labels={},
+        )
 
 
 def test_headers_lie_in_as_many_buckets_as_the_archive_needs(tmp_path, archive, monkeypatch):
@@ -443,7 +451,7 @@ def test_headers_lie_in_as_many_buckets_as_the_archive_needs(tmp_path, archive, 
 
 
 def test_an_audit_directory_is_of_one_dataset(tmp_path, archive, key_file):
-    first = places(tmp_path / "a", archive)
+    first = directories(tmp_path / "a", archive)
     first.output_dir.parent.mkdir()
     prepare(OPTIONS, first, num_workers=1, pseudonym_key_file=key_file)
     made = content(tmp_path / "a")
@@ -453,9 +461,12 @@ def test_an_audit_directory_is_of_one_dataset(tmp_path, archive, key_file):
     assert content(tmp_path / "a") == made
     (tmp_path / "a").rename(tmp_path / "moved")
     assert not prepare(
-        OPTIONS, places(tmp_path / "moved", archive), num_workers=1, pseudonym_key_file=key_file
+        OPTIONS,
+        directories(tmp_path / "moved", archive),
+        num_workers=1,
+        pseudonym_key_file=key_file,
     )[1]
-    moved = places(tmp_path / "moved", archive)
+    moved = directories(tmp_path / "moved", archive)
     shutil.rmtree(moved.output_dir)
     prepare(OPTIONS, moved, num_workers=1, pseudonym_key_file=key_file)
     assert content(tmp_path / "moved") == made
@@ -464,7 +475,7 @@ def test_an_audit_directory_is_of_one_dataset(tmp_path, archive, key_file):
 def test_an_output_that_was_removed_after_a_kill_is_made_again(
     tmp_path, archive, prepared, key_file, monkeypatch
 ):
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
 
     def killed(*arguments, **options):
         raise KeyboardInterrupt
@@ -481,7 +492,7 @@ def test_an_output_that_was_removed_after_a_kill_is_made_again(
 
 def test_a_holdout_of_more_than_half_is_refused_before_converting(tmp_path, archive, key_file):
     options = dataclasses.replace(OPTIONS, holdout_volumes=3)
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     with pytest.raises(
         InputError,
         match=r"--holdout_volumes=3: more than half of the 5 .* at most 2",
@@ -499,7 +510,7 @@ def test_scans_of_one_patient_id_say_so(tmp_path, key_file):
     for number in (1, 2, 3):
         add_scan(tmp_path / "scans", number, patient="ANON")
     with pytest.raises(InputError, match=r"1 patient .*all 3 scans have one Patient ID"):
-        dry_run(OPTIONS, places(tmp_path, tmp_path / "scans"), num_workers=1)
+        dry_run(OPTIONS, directories(tmp_path, tmp_path / "scans"), num_workers=1)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
@@ -527,7 +538,7 @@ def test_a_terminated_dry_run_leaves_nothing(tmp_path, archive, signum):
 def test_too_few_patients_are_refused_before_converting_with_the_remedy(tmp_path, key_file):
     for number in (1, 2):
         add_scan(tmp_path / "scans", number)
-    where = places(tmp_path, tmp_path / "scans")
+    where = directories(tmp_path, tmp_path / "scans")
     with pytest.raises(
         InputError,
         match=r"2 patients .* train, validation, test; give --splits=1,0,0",
@@ -548,7 +559,7 @@ def test_converted_volumes_stay_when_pixels_leave_too_few_patients(tmp_path, key
         np.zeros((NUM_SLICES, 64, 64), np.int16), study=3, patient="patient-3"
     )
     dicom_files.write(tmp_path / "scans" / "water", water)
-    where = places(tmp_path, tmp_path / "scans")
+    where = directories(tmp_path, tmp_path / "scans")
     with pytest.raises(InputError, match="2 patients"):
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     staged = {path: path.stat().st_mtime_ns for path in where.records_dir.glob("*.array_record")}
@@ -565,11 +576,11 @@ def test_archive_without_any_chest_ct_says_what_there_was(tmp_path, archive):
         InputError,
         match=r"no usable chest CT in 5 files \(1 too_few_slices\); .*sources.csv",
     ):
-        prepare(OPTIONS, places(tmp_path, tmp_path / "scans"), num_workers=1)
+        prepare(OPTIONS, directories(tmp_path, tmp_path / "scans"), num_workers=1)
 
 
 def test_dry_run_writes_nothing(tmp_path, archive):
-    where = places(tmp_path, archive)
+    where = directories(tmp_path, archive)
     counts = dry_run(OPTIONS, where, num_workers=1)
     assert list(tmp_path.iterdir()) == []
     assert (counts["exams"], counts["patients"], counts["slices"]) == (5, 5, 5 * NUM_SLICES)
@@ -596,7 +607,7 @@ def test_slices_are_the_source_through_each_window(tmp_path, key_file):
     for number in (1, 2, 3):
         add_scan(tmp_path / "scans", number)
     options = Options(image_size=64, windows=((50, 350), (-600, 1500)))
-    where = places(tmp_path, tmp_path / "scans")
+    where = directories(tmp_path, tmp_path / "scans")
     prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
     expected = set()
     for number in (1, 2, 3):
@@ -645,7 +656,7 @@ def test_a_failure_that_may_pass_leaves_the_exam_to_the_next_run(
 ):
     for number in range(1, 5):
         add_scan(tmp_path / "scans", number)
-    where = places(tmp_path, tmp_path / "scans")
+    where = directories(tmp_path, tmp_path / "scans")
     monkeypatch.setattr(convert, "convert_exam", failing)
     for _ in range(2):  # the rest is complete, however often it fails
         preparation, changed = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
@@ -662,7 +673,7 @@ def test_a_failure_that_may_pass_leaves_the_exam_to_the_next_run(
 def test_a_file_that_cannot_be_read_any_more_costs_its_exam_only(tmp_path, key_file, monkeypatch):
     for number in range(1, 5):
         add_scan(tmp_path / "scans", number)
-    where = places(tmp_path, tmp_path / "scans")
+    where = directories(tmp_path, tmp_path / "scans")
     plan_archive = preparation_module.plan_archive
 
     def plan_and_lose_a_file(*arguments):
@@ -719,7 +730,7 @@ def test_wrong_flags_end_in_one_line(tmp_path, archive):
 
 @pytest.fixture(scope="module")
 def real_dataset(tmp_path_factory, real_data) -> Directories:
-    where = places(tmp_path_factory.mktemp("real"), real_data)
+    where = directories(tmp_path_factory.mktemp("real"), real_data)
     prepare(Options(), where)
     return where
 

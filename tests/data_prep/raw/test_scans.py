@@ -51,14 +51,14 @@ def prepared(folder, archive, options, **sources):
         num_workers=1,
         pseudonym_key_file=key_file,
     )
-    found = {}
+    volumes = {}
     for row in Dataset.open(places.output_dir).volumes():
         source = Dataset.open(places.output_dir).source(row["split"])
         records = [source[row["first_record"] + index] for index in range(row["num_slices"])]
         images = np.stack([record["image"] for record in records])
         position_mm = np.array([record["position_mm"] for record in records], np.float32)
-        found[row["volume_id"]] = (row["patient_id"], images, position_mm)
-    return found
+        volumes[row["volume_id"]] = (row["patient_id"], images, position_mm)
+    return volumes
 
 
 def read_all(path, options, archive="auto", metadata_csv=None):
@@ -75,12 +75,12 @@ def assert_as_prepared(folder, archive, options, metadata_csv=None, number=None)
     expected = prepared(
         folder, archive, options, **({"metadata_csv": metadata_csv} if metadata_csv else {})
     )
-    found = {
+    read = {
         scan.volume_id: scan for scan in read_all(archive, options, options.archive, metadata_csv)
     }
-    assert found.keys() == expected.keys() and len(found) == number
+    assert read.keys() == expected.keys() and len(read) == number
     for volume_id, (patient_id, images, position_mm) in expected.items():
-        scan = found[volume_id]
+        scan = read[volume_id]
         assert scan.patient_id == patient_id
         assert scan.images.dtype == np.uint8 and scan.images.std() > 10
         np.testing.assert_array_equal(scan.images, images)
@@ -268,11 +268,11 @@ def test_the_next_reconstruction_stands_in_for_a_refused_one(tmp_path):
 
 
 def test_flags_are_those_of_prepare():
-    given = flags.FlagValues()
-    scan_flags.define(given)
-    given(["program"])
-    assert scan_flags.rules_of(given) == Rules()
-    given(
+    flag_values = flags.FlagValues()
+    scan_flags.define(flag_values)
+    flag_values(["program"])
+    assert scan_flags.rules_of(flag_values) == Rules()
+    flag_values(
         [
             "program",
             "--min_slices=3",
@@ -281,13 +281,15 @@ def test_flags_are_those_of_prepare():
             "--max_slice_thickness_mm=5",
         ]
     )
-    assert scan_flags.rules_of(given) == Rules(5.0, 3, require_lung=False, reconstructions="all")
-    given(["program", "--max_slice_thickness_mm=-1"])
+    assert scan_flags.rules_of(flag_values) == Rules(
+        5.0, 3, require_lung=False, reconstructions="all"
+    )
+    flag_values(["program", "--max_slice_thickness_mm=-1"])
     with pytest.raises(
         InputError,
         match=r"--max_slice_thickness_mm is -1\.0; give a positive number",
     ):
-        scan_flags.rules_of(given)
+        scan_flags.rules_of(flag_values)
 
 
 def test_nothing_here_loads_jax():
@@ -349,7 +351,7 @@ def test_small_tilts_pass_and_oblique_volumes_do_not():
         hu_arrays.canonical_volume(HU, sheared)
 
 
-def test_values_that_are_no_hu_are_refused():
+def test_values_that_are_not_hu_are_refused():
     missing = HU.astype(np.float32)
     missing[3, 3, 3] = np.nan
     for values, message in (

@@ -104,7 +104,7 @@ def test_the_origin_jumps_within_the_plane(tmp_path, hu, angle):
     )
 
 
-def test_in_plane_jitter_is_no_jump(tmp_path, hu):
+def test_in_plane_jitter_is_not_a_jump(tmp_path, hu):
     datasets = dicom_files.slices(hu)
     for ds, jitter in zip(
         datasets, np.random.default_rng(0).uniform(-0.3, 0.3, len(datasets)), strict=True

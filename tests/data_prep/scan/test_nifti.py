@@ -270,9 +270,9 @@ def test_files_that_hold_no_scan(tmp_path):
     image = image_of(THORAX)
     four = np.stack([np.asarray(image.dataobj)] * 2, axis=-1)
     nibabel.Nifti1Image(four, image.affine).to_filename(tmp_path / "four.nii")
-    found = {entry.source.path: getattr(entry, "reason", "") for entry in headers_of(tmp_path)}
+    reasons = {entry.source.path: getattr(entry, "reason", "") for entry in headers_of(tmp_path)}
     expected = {name: reason for name, (_, reason) in contents.items()}
-    assert found == expected | {"good.nii.gz": "", "four.nii": "unreadable"}
+    assert reasons == expected | {"good.nii.gz": "", "four.nii": "unreadable"}
 
 
 @pytest.mark.parametrize("compressed", [False, True])

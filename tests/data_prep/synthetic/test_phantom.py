@@ -199,9 +199,19 @@ def test_written_voxels_keep_their_place_in_the_patient(position, mirrored, tmp_
     hu = np.full((2, 8, 8), -1000, np.int16)
     hu[1, 2, 5] = 500
     series = Series(
-        hu, (-7.0, -3.0, 10.0), 2.0, 3.0, 3.0, np.zeros((8, 8), bool), VENDORS[1],
-        pydicom.uid.ExplicitVRLittleEndian, position, mirrored, {"SeriesInstanceUID": "1.2"}, ("t",),
-    )  # fmt: skip
+        hu,
+        (-7.0, -3.0, 10.0),
+        2.0,
+        3.0,
+        3.0,
+        np.zeros((8, 8), bool),
+        VENDORS[1],
+        pydicom.uid.ExplicitVRLittleEndian,
+        position,
+        mirrored,
+        {"SeriesInstanceUID": "1.2"},
+        ("t",),
+    )
     write_series(series, [tmp_path / "a", tmp_path / "b"])
     dataset = pydicom.dcmread(tmp_path / "b")
     row, column = np.argwhere(dataset.pixel_array == dataset.pixel_array.max())[0]
