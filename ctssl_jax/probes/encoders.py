@@ -208,7 +208,7 @@ def untrained_encoder(
 
     Args:
       config, task: of the run.
-      batches: endless, from `data.training_batches`.
+      batches: endless, from `data.batches.training_batches`.
       regions: latents are averaged over regions x regions.
     """
     graph, params, variables = nnx.split(

@@ -89,7 +89,7 @@ def image_features(
     Args:
       encoder: the encoder.
       target: the slice to reconstruct.
-      batches: from `data.evaluation_batches` with the offsets of the target.
+      batches: from `data.batches.evaluation_batches` with the offsets of the target.
     """
     for batch in batches:
         inputs, region = _corrupt(

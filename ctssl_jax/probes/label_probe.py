@@ -65,7 +65,7 @@ def label_features(
     Args:
       encoder: the encoder.
       target: the label.
-      batches: from `data.evaluation_batches`.
+      batches: from `data.batches.evaluation_batches`.
     """
     parts = []
     for batch in batches:

@@ -33,25 +33,33 @@ def opened_files(*names: str) -> Iterator[list[str]]:
     paths += [path for path in _heard[begin:] if os.path.basename(path) in names]
 
 
+def listing(*names: str) -> list[str]:
+    """What stands for `python -m` in a command line, so that the command lists the files of these
+    names that its own process opens: for `listed`."""
+    return [sys.executable, __file__, ",".join(names)]
+
+
+def listed(errors: str) -> list[str]:
+    """The paths that a command of `listing` wrote to its error stream, sorted."""
+    lines = errors.splitlines()
+    return sorted(line.removeprefix("OPENED ") for line in lines if line.startswith("OPENED "))
+
+
 def opened_by_command(module: str, *flags: object, names: tuple[str, ...]) -> list[str]:
     """The paths of files of these names that a command opens in its own process, sorted; it must
     end with code 0."""
-    command = [sys.executable, __file__, ",".join(names), module, *map(str, flags)]
+    command = [*listing(*names), module, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode == 0, done.stderr
-    return sorted(
-        line.removeprefix("OPENED ")
-        for line in done.stderr.splitlines()
-        if line.startswith("OPENED ")
-    )
+    return listed(done.stderr)
 
 
 if __name__ == "__main__":
-    listed, module = sys.argv[1:3]
+    names, module = sys.argv[1:3]
     sys.path[0] = str(PROJECT)
     sys.argv = sys.argv[2:]
     try:
-        with opened_files(*listed.split(",")) as heard:
+        with opened_files(*names.split(",")) as heard:
             try:
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
             except SystemExit as end:

@@ -17,7 +17,8 @@ from ctssl_jax.training.state import abstract_model
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import DatasetError, InputError
 from tests.helpers.example_dataset import change_preparation, write_example_dataset
-from tests.helpers.training_runs import command, start, tiny_config, train_on
+from tests.helpers.opened_files import listed, listing
+from tests.helpers.training_runs import start, tiny_config, train_on
 
 
 @pytest.fixture(scope="module")
@@ -246,12 +247,14 @@ def test_wrong_requests(run, tmp_path):
 
 
 def test_command_line(run, result, tiny_dataset, tmp_path):
-    python = command(tiny_dataset, run)[0]
     flags = [f"--workdir={run}", f"--dataset={tiny_dataset}", f"--output={tmp_path / 'r.json'}"]
-    process = start([python, "-m", "ctssl_jax.evaluate", *flags], num_devices=2)
+    program = [*listing("config.json", "preparation.json"), "ctssl_jax.evaluate"]
+    process = start([*program, *flags], num_devices=2)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "masked_mse" in output and "95 % interval" in output
+    files = (run / "config.json", run / "preparation.json", tiny_dataset / "preparation.json")
+    assert listed(errors) == sorted(map(str, files))  # each opened once
     again = json.loads((tmp_path / "r.json").read_text())
     assert again["metrics"]["ssim"]["mean"] == pytest.approx(
         result[1]["metrics"]["ssim"]["mean"], abs=1e-6

@@ -32,6 +32,7 @@ from data_prep.raw import scans
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from tests.helpers import dicom_files
+from tests.helpers.opened_files import listed, listing
 from tests.helpers.training_runs import start, tiny_recipe
 
 NUM_SLICES = 21
@@ -531,8 +532,9 @@ def test_wrong_volumes(runs, archive):
 def test_command_line(runs, folder, archive, tmp_path):
     program = [sys.executable, "-m", "ctssl_jax.embed", f"--workdir={runs / 'rotation'}"]
     given = [f"--input={archive / 'short'}", f"--output={tmp_path / 'z.parquet'}", "--min_slices=5"]
+    named = [*listing("config.json", "preparation.json"), *program[2:]]
     processes = [
-        start([*program, *given]),
+        start([*named, *given]),
         start([*program, f"--input={folder / 'dataset'}", "--output=z.npz", "--min_slices=5"]),
         start([*program, "--output=z.npz"]),
     ]
@@ -542,6 +544,8 @@ def test_command_line(runs, folder, archive, tmp_path):
         "5 slices of 1 volume of 1 patient, 4 numbers" in outputs[0][0]
         and "written: " in outputs[0][0]
     )
+    run = runs / "rotation"
+    assert listed(outputs[0][1]) == [str(run / "config.json"), str(run / "preparation.json")]
     assert outputs[1][1] == (
         f"error: --min_slices is for raw scans, and --input={folder / 'dataset'} is a dataset; "
         "leave it out\n"

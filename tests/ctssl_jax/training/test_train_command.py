@@ -18,7 +18,7 @@ from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.state import TrainingDiverged
 from ctssl_jax.training.step import compile_step
 from data_prep.system.errors import InputError
-from tests.helpers.opened_files import opened_files
+from tests.helpers.opened_files import listed, listing, opened_files
 from tests.helpers.training_runs import (
     EMA,
     ask_to_stop_at,
@@ -161,9 +161,11 @@ def test_killed_and_terminated_processes_lose_nothing_saved(tiny_dataset, tmp_pa
             assert process.returncode == -signal.SIGKILL, errors
             assert saved % 10 == 0
         saved_before = saved
-    process = start(arguments)
+    process = start([*listing("config.json", "preparation.json"), *arguments[2:]])
     output, errors = process.communicate()
     assert process.returncode == 0, errors
+    files = [workdir / "config.json", workdir / "preparation.json"]
+    assert listed(errors) == sorted(map(str, [*files, tiny_dataset / "preparation.json"]))
     assert_same_state(workdir, tmp_path / "straight")
     assert numbers(workdir) == numbers(tmp_path / "straight")
 

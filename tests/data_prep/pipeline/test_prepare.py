@@ -37,6 +37,7 @@ from data_prep.scan.volume import load_volume
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.workers import WorkerPool
 from tests.helpers import dicom_files
+from tests.helpers.opened_files import listed, listing
 
 NUM_SLICES = 21
 OPTIONS = Options(image_size=48, shard_size_mb=0.05)
@@ -401,7 +402,8 @@ def test_volumes_whose_files_are_gone_stay_and_are_counted(tmp_path, archive, ke
     where = directories(tmp_path, tmp_path / "scans")
     prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     shutil.rmtree(tmp_path / "scans" / "scan4")
-    command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={tmp_path / 'scans'}"]
+    command = [*listing("preparation.json"), "data_prep.prepare"]
+    command += [f"--input_dir={tmp_path / 'scans'}"]
     command += [
         f"--output_dir={where.output_dir}",
         f"--audit_dir={where.audit_dir}",
@@ -410,6 +412,7 @@ def test_volumes_whose_files_are_gone_stay_and_are_counted(tmp_path, archive, ke
     command += ["--shard_size_mb=0.05", f"--pseudonym_key_file={key_file}", "--num_workers=1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert "1 volumes whose files are gone" in result.stdout, result.stderr
+    assert listed(result.stderr) == [str(where.output_dir / "preparation.json")]  # once
     assert Dataset.open(where.output_dir).preparation["counts"]["volumes_without_files"] == 1
     assert len(Dataset.open(where.output_dir).volumes()) == 5
 
