@@ -6,7 +6,8 @@
 `ctssl_jax.inference.pretrained` lists the methods of a model.
 
 A file at the top is a command (`python -m ctssl_jax.train --help`). A folder is a part of the
-program; it imports only the folders that stand before it here:
+program; it imports only the folders that stand before it here, and of `data_prep` (which knows
+nothing of this package) system, scan, masks, privacy, dataset and raw:
 
     models         Flax modules: autoencoder, classifiers, U-Nets, SE-ResNeXt
     ops            pure functions: losses, corruptions, augmentations, image scores

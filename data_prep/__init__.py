@@ -36,8 +36,9 @@ program; it imports only the folders that stand before it here:
     pipeline    an archive -> a dataset directory, in steps that can be killed and resumed
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from data_prep.system import lazy_names
 
 if TYPE_CHECKING:
     from data_prep.dataset.reader import Dataset
@@ -57,8 +58,4 @@ _HOMES = {
     "read_scan": "data_prep.raw.scans",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names.importer(__name__, _HOMES)

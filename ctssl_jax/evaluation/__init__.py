@@ -8,8 +8,9 @@
 (2, 2)
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from data_prep.system import lazy_names
 
 if TYPE_CHECKING:
     from ctssl_jax.evaluation.measure import evaluate
@@ -19,8 +20,4 @@ __all__ = ["evaluate"]
 # imported when they are used: JAX takes seconds
 _HOMES = {"evaluate": "ctssl_jax.evaluation.measure"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names.importer(__name__, _HOMES)

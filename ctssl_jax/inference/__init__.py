@@ -11,8 +11,9 @@
 A run of a label or a segmentation recipe predicts: `predict("run", Request("scan"), "folder")`.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from data_prep.system import lazy_names
 
 if TYPE_CHECKING:
     from ctssl_jax.inference.embedding import embed
@@ -28,8 +29,4 @@ _HOMES = {  # imported when they are used: JAX takes seconds
     "predict": "ctssl_jax.inference.prediction",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names.importer(__name__, _HOMES)

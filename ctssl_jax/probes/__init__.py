@@ -7,8 +7,9 @@ encoder        masked_region (control: pixels) on ...
 {'latent': 1, 'pooled': 64}
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from data_prep.system import lazy_names
 
 if TYPE_CHECKING:
     from ctssl_jax.probes.attribute_probe import attributes
@@ -21,8 +22,4 @@ _HOMES = {  # imported when they are used: JAX takes seconds
     "probe": "ctssl_jax.probes.probing",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names.importer(__name__, _HOMES)

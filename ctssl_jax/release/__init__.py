@@ -11,9 +11,9 @@ model        VQVAE, ... parameters, step 2 of run
 True
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from data_prep.system import lazy_names
 from data_prep.system.command_line import require
 
 if TYPE_CHECKING:
@@ -27,10 +27,4 @@ _HOMES = {  # imported when they are used: PyTorch takes seconds, and may be abs
     "import_weights": "ctssl_jax.release.importing",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "export":
-        require("torch", "an export", "torch")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names.importer(__name__, _HOMES)

@@ -10,8 +10,9 @@ devices      ...
 True
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from data_prep.system import lazy_names
 
 if TYPE_CHECKING:
     from ctssl_jax.training.loop import train
@@ -21,8 +22,4 @@ __all__ = ["train"]
 # Imported at the first use, since JAX takes seconds.
 _HOMES = {"train": "ctssl_jax.training.loop"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names.importer(__name__, _HOMES)
