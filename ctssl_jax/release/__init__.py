@@ -11,7 +11,7 @@ model        VQVAE, ... parameters, step 2 of run
 True
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_prep.system import lazy_names
 from data_prep.system.command_line import require
@@ -27,4 +27,10 @@ _HOMES = {  # imported when they are used: PyTorch takes seconds, and may be abs
     "import_weights": "ctssl_jax.release.importing",
 }
 
-__getattr__ = lazy_names.importer(__name__, _HOMES)
+_import_name = lazy_names.importer(__name__, _HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export":
+        require("torch", "an export", "torch")
+    return _import_name(name)
