@@ -9,28 +9,47 @@ RULES = ("max_slice_thickness_mm", "min_slices", "require_lung", "irregular", "r
 ALL = ("archive", "metadata_csv", *RULES)
 
 
-def define() -> None:
+def define(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the flags."""
     flags.DEFINE_enum(
         "archive",
         "auto",
         list(ARCHIVES),
         "Kind of raw scans; auto: NIfTI for a file of that name, else DICOM.",
+        flag_values=flag_values,
     )
     flags.DEFINE_string(
-        "metadata_csv", None, "Table of VolumeName and the facts that NIfTI files do not hold."
+        "metadata_csv",
+        None,
+        "Table of VolumeName and the facts that NIfTI files do not hold.",
+        flag_values=flag_values,
     )
-    flags.DEFINE_float("max_slice_thickness_mm", 3.0, "Thicker series are refused.")
-    flags.DEFINE_integer("min_slices", 20, "Series of fewer slices are refused.", lower_bound=1)
-    flags.DEFINE_bool("require_lung", True, "Refuse volumes that do not cover the chest.")
+    flags.DEFINE_float(
+        "max_slice_thickness_mm", 3.0, "Thicker series are refused.", flag_values=flag_values
+    )
+    flags.DEFINE_integer(
+        "min_slices",
+        20,
+        "Series of fewer slices are refused.",
+        lower_bound=1,
+        flag_values=flag_values,
+    )
+    flags.DEFINE_bool(
+        "require_lung", True, "Refuse volumes that do not cover the chest.", flag_values=flag_values
+    )
     flags.DEFINE_enum(
-        "irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing."
+        "irregular",
+        "keep",
+        ["keep", "refuse"],
+        "Volumes with gaps or uneven spacing.",
+        flag_values=flag_values,
     )
     flags.DEFINE_enum(
         "reconstructions",
         "one_per_study",
         ["one_per_study", "all"],
         "Reconstructions to take of an exam.",
+        flag_values=flag_values,
     )
 
 

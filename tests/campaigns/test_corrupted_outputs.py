@@ -195,7 +195,7 @@ def test_preparation_json_checks_itself(damaged):
             "config.json",
             '"fraction": 0.2',
             '"fraction": 0.3',
-            r"config.json is damaged \(mask.fraction is another than",
+            r"config.json is damaged \(mask.fraction differs from",
         ),
         (
             "config.json",
@@ -208,7 +208,7 @@ def test_preparation_json_checks_itself(damaged):
             "preparation.json",
             '"level": 50.0',
             '"level": 51.0',
-            r"preparation.json is damaged \(windows is another",
+            r"preparation.json is damaged \(windows differs from",
         ),
         (
             "patients.json",
