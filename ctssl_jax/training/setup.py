@@ -167,7 +167,9 @@ class Job:
                 self._write_workdir()
         checkpoints = Checkpoints(self.workdir)
         require_agreement("last checkpoint in --workdir", checkpoints.last_step or 0)
-        if self.has_checkpoint and checkpoints.last_step is None and self.config.init_from:
+        other_weights = self.config.init_from or self.config.get("init_weights")
+        if self.has_checkpoint and checkpoints.last_step is None and other_weights:
+            checkpoints.close()
             raise InputError(
                 f"--workdir={self.workdir} holds an incomplete checkpoint and nothing else; remove "
                 "its checkpoints folder"

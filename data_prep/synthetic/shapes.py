@@ -42,12 +42,6 @@ class Capsules:
             self.start[keep], self.end[keep], self.start_radius[keep], self.end_radius[keep]
         )
 
-    def inflate(self, by_mm: float) -> "Capsules":
-        """The same tubes, thicker."""
-        return dataclasses.replace(
-            self, start_radius=self.start_radius + by_mm, end_radius=self.end_radius + by_mm
-        )
-
     def blurred(self, edge_mm: float) -> "Capsules":
         """The same tubes; tubes thinner than the blur shrink until they have the peak of a blurred
         thin tube."""

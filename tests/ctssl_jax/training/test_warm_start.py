@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training import setup
 from ctssl_jax.training.step import make_program
 from data_prep.system.errors import InputError
 from tests.helpers.example_dataset import change_preparation, write_example_dataset
@@ -212,3 +215,20 @@ def test_weights_of_another_window_are_refused(runs, tmp_path):
     config.windows = ()  # all windows of the dataset
     with pytest.raises(InputError, match="50/350, this run reads -600/350"):
         train_on(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("field", ["init_from", "init_weights"])
+def test_an_incomplete_checkpoint_is_no_reason_to_leave_out_the_other_weights(field, tmp_path):
+    """`check` looked for no weights, since the folder has a checkpoint; Orbax cannot read it."""
+    job = SimpleNamespace(
+        process_index=1,  # another one writes
+        workdir=tmp_path,
+        has_checkpoint=True,
+        config=ml_collections.ConfigDict({"init_from": "", field: "weights"}),
+    )
+    with pytest.raises(InputError, match="holds an incomplete checkpoint and nothing else; remove"):
+        setup.Job.open_run(job)
+    job.config[field] = ""
+    checkpoints = setup.Job.open_run(job)
+    assert checkpoints.last_step is None
+    checkpoints.close()
