@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ctssl_jax.runs.reports import say
+from ctssl_jax.training import fitting
 from ctssl_jax.training.setup import check
 from ctssl_jax.training.step import Feed, Program, run_step
 from data_prep.dataset.reader import Dataset
@@ -36,9 +37,11 @@ def estimate(
     Raises:
       InputError: something in the configuration or the dataset cannot work.
     """
-    job = check(config, None, devices, dataset)
-    program = job.compile()
-    times = timed_steps(program, job.training_batches())
+    with fitting.end_of_memory(config):
+        job = check(config, None, devices, dataset)
+        program, needed = job.compile()
+        say(fitting.memory_line(program, needed))
+        times = timed_steps(program, job.training_batches())
     for line in lines(times, job.config, len(job.train_source), state_bytes(program.template)):
         say(line)
 

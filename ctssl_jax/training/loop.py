@@ -12,7 +12,7 @@ from ctssl_jax.models.quantizer import codebook_use
 from ctssl_jax.parallel.processes import stop_requests
 from ctssl_jax.runs.checkpoints import Checkpoints, restore
 from ctssl_jax.runs.reports import Reports, say
-from ctssl_jax.training import health, warm_start
+from ctssl_jax.training import fitting, health, warm_start
 from ctssl_jax.training.progress import Clock, log, show
 from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.setup import Job, check
@@ -46,10 +46,11 @@ def train(
       TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before.
     """
     workdir = Path(workdir)
-    with stop_requests() as should_stop:
+    with stop_requests() as should_stop, fitting.end_of_memory(config):
         job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
+        program, _ = job.compile()
         checkpoints = job.open_run()  # nothing was written before
-        program, start = job.compile(), checkpoints.last_step
+        start = checkpoints.last_step
         # In this order: resume, else a warm start (from another run or a weight file), else random
         # weights.
         if start is not None:
