@@ -1,4 +1,4 @@
-"""Slices at a time where a model only computes (evaluation, embeddings, probes, predictions): by the
+"""Slices at a time where nothing is learned (evaluation, embeddings, probes, predictions): by the
 memory of a device, and by how many there are. Results depend on it by rounding alone.
 """
 
