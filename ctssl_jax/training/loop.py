@@ -9,7 +9,8 @@ from typing import Any
 import ml_collections
 
 from ctssl_jax.models.quantizer import codebook_use
-from ctssl_jax.parallel.processes import stop_requests
+from ctssl_jax.parallel.meeting import gather
+from ctssl_jax.parallel.stopping import stop_requests
 from ctssl_jax.runs.checkpoints import Checkpoints, restore
 from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.training import health, warm_start
@@ -46,28 +47,26 @@ def train(
       TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before.
     """
     workdir = Path(workdir)
-    with stop_requests() as should_stop:
-        job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
-        checkpoints = job.open_run()  # nothing was written before
-        program, start = job.compile(), checkpoints.last_step
-        # In this order: resume, else a warm start (from another run or a weight file), else random
-        # weights.
-        if start is not None:
-            state = restore(workdir, start, program.template)
-            say(f"resuming     from step {start:,} of {workdir}")
-        else:
-            state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
+    job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
+    checkpoints = job.open_run()  # nothing was written before
+    program, start = job.compile(), checkpoints.last_step
+    # In this order: resume, else a warm start (from another run or a weight file), else random
+    # weights.
+    if start is not None:
+        state = restore(workdir, start, program.template)
+        say(f"resuming     from step {start:,} of {workdir}")
+    else:
+        state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
+    with stop_requests() as should_stop:  # before, there was nothing to save
         reports = Reports(workdir, -1 if start is None else start)
         try:
             step, finished = _steps(job, program, state, checkpoints, reports, should_stop)
         finally:
             checkpoints.close()
             reports.close()
-        say(
-            f"{'finished' if finished else 'stopped'}     at step {step:,}; checkpoints in "
-            f"{workdir}"
-        )
-        return finished
+        gather("saving the last checkpoint")  # a launcher may end all when the first one ends
+    say(f"{'finished' if finished else 'stopped'}     at step {step:,}; checkpoints in {workdir}")
+    return finished
 
 
 def _steps(
@@ -76,7 +75,7 @@ def _steps(
     state: TrainState,
     checkpoints: Checkpoints,
     reports: Reports,
-    should_stop: Callable[[int], bool],
+    should_stop: Callable[[], bool],
 ) -> tuple[int, bool]:
     """Train; returns the step at which training ended, and whether it is complete."""
     config, step, norms = job.config, checkpoints.last_step or 0, {}
@@ -93,7 +92,7 @@ def _steps(
     # In this order: evaluate, save, step, fetch the next batch. So a checkpoint has the score of
     # its own weights, and the position in the data is the step: a resumed run sees equal batches.
     while True:
-        at_end, stopping = step >= config.num_steps, should_stop(step)
+        at_end, stopping = step >= config.num_steps, should_stop()
         due = at_end or step % config.eval_every == 0
         if unsaved and (due or stopping):
             check_state(state, checkpoints.workdir, checkpoints.last_step)
@@ -124,13 +123,13 @@ def _steps(
 
 
 def validate(
-    job: Job, program: Program, state: TrainState, step: int, should_stop: Callable[[int], bool]
+    job: Job, program: Program, state: TrainState, step: int, should_stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """Mean scores of the validation split, and how codebook and embedding are used; None if a
     request to stop came first."""
     batches = job.validation_batches()
-    if job.num_processes == 1:  # a request to stop then ends a long validation, too
-        batches = itertools.takewhile(lambda batch: not should_stop(step), batches)
+    # All processes have as many batches, and stop at the same one.
+    batches = itertools.takewhile(lambda batch: not should_stop(), batches)
     result = evaluate_split(program.scorer, state, batches)
     if result is None or len(result.record_index) < len(job.validation_source):
         return None
