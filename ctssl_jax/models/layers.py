@@ -7,9 +7,10 @@ Convolutions run in the `dtype` of each block (float32 or bfloat16).
 Batch normalisation: decay 0.9 (PyTorch's momentum 0.1), epsilon 1e-5, one-pass variance. Statistics
 are computed over the global batch: under `jax.jit` over a batch sharded on several devices XLA
 reduces over all of them, once a layer in the forward pass and once in the backward pass.
-`normalize_in_groups` makes it reduce within equal parts of the batch alone. The running variance is the biased estimate, in PyTorch the unbiased one:
-with n values a channel they differ by the factor n / (n - 1), below 1e-4 at any useful size. Both
-libraries use the running values as they are in evaluation, so weights move between them unchanged.
+`normalize_in_groups` makes it reduce within equal parts of the batch alone. The running variance is
+the biased estimate, in PyTorch the unbiased one: with n values a channel they differ by the factor
+n / (n - 1), below 1e-4 at any useful size. Both libraries use the running values as they are in
+evaluation, so weights move between them unchanged.
 
 Initialisation: convolution kernels are uniform with variance 1 / (3 fan_in), the default of PyTorch
 and so of the authors' release; biases are zero. Batch normalisation follows every convolution

@@ -63,7 +63,10 @@ def select_codes(codebook: jax.Array, codes: jax.Array) -> jax.Array:
     On TPUs a matrix product: they fetch rows one after the other.
     """
     return jax.lax.platform_dependent(
-        codebook, codes, tpu=select_by_matrix_product, default=lambda codebook, codes: codebook[codes]
+        codebook,
+        codes,
+        tpu=select_by_matrix_product,
+        default=lambda codebook, codes: codebook[codes],
     )
 
 

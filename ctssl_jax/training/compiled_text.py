@@ -173,7 +173,9 @@ class _Counter:
             total.collectives[kind] = 1
             total.collective_bytes[kind] = one.size if one.opcode == kind else one.size // 2
         if one.opcode.endswith("-start"):  # a copy of the last array but the context
-            moved = min(array.stored for array in one.arrays if len(array.sides) or array.stored > 4)
+            moved = min(
+                array.stored for array in one.arrays if len(array.sides) or array.stored > 4
+            )
             total.traffic = moved * sum(array.in_main_memory for array in one.arrays[:2])
         elif one.opcode in _PARTS:
             total.traffic = one.size + one.moved

@@ -29,8 +29,8 @@ class Chip(NamedTuple):
     memory_gib: HBM.
     memory_speed: of HBM, GB/s.
     peak: bfloat16, TFLOP/s.
-    link_speed: GB/s that a chip takes part in an all-reduce with: of a pod divided by its chips; for
-      v5p half of the bidirectional link bandwidth.
+    link_speed: GB/s of an all-reduce: that of a pod divided by its chips; for v5p half of the
+      bidirectional bandwidth of its links.
     clock: GHz: the peak divided by 2 x 128^2 operations of each matrix unit a cycle (v6e: 256^2).
     """
 
@@ -49,6 +49,8 @@ CHIPS = {
 }
 CHIPS["TPU v5p"] = CHIPS["TPU v5"]
 FEWEST_SLICES = 8  # a chip: XLA rewrites convolutions of fewer images, see `rewritten`
+# The reference model at 512 x 512 needs 16 GiB and more a chip for them without recomputation.
+SMALL_MEMORY_GIB = 16
 
 
 def topology_devices(name: str) -> list[Any]:
@@ -149,6 +151,30 @@ def estimate_topology(config: ml_collections.ConfigDict, name: str) -> None:
         say(line)
 
 
+def advice(config: ml_collections.ConfigDict, mesh: Mesh) -> list[str]:
+    """Lines for the screen: better settings that are known for the TPUs of a mesh; else none.
+
+    Found with `estimate_topology`; the README has the table.
+    """
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return []
+    better = {}
+    if config.dtype != "bfloat16":
+        better["dtype"] = "bfloat16"
+    if slices_a_chip(config, mesh) < FEWEST_SLICES:
+        better["batch_size"] = FEWEST_SLICES * mesh.size * config.microbatches
+        if chip.memory_gib <= SMALL_MEMORY_GIB and not config.remat:
+            better["remat"] = True
+    if not better:
+        return []
+    flags = " ".join(f"--config.{name}={value}" for name, value in better.items())
+    return [
+        f"WARNING      {mesh.devices.flat[0].device_kind}: {flags} takes less time a slice; see "
+        "--estimate --topology"
+    ]
+
+
 def slices_a_chip(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
     """Slices of a microbatch on one device."""
     return config.batch_size // config.microbatches // mesh.size
@@ -171,8 +197,8 @@ def compile_ahead(program: Program) -> Any:
         if not used:
             raise
         raise InputError(
-            f"the step needs {used[1]}iB of the {used[2]}iB that a {mesh.devices.flat[0].device_kind}"
-            f" chip has for it: {_with_less_memory(config, mesh)}"
+            f"the step needs {used[1]}iB of the {used[2]}iB that a chip "
+            f"({mesh.devices.flat[0].device_kind}) has for it; {_with_less_memory(config, mesh)}"
         ) from None
 
 
@@ -212,6 +238,7 @@ def lines(program: Program, memory: Any, work: Work) -> list[str]:
     chip, gib = CHIPS[kind], 2**30
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     operations, traffic = work.operations / slices, work.traffic / slices
+    unit, name_of_unit = (1e12, "TFLOP") if operations > 1e11 else (1e9, "GFLOP")
     of_model = 3 * program.definition.task.flops(config)
     by_compute, by_memory = (
         1000 * operations / (1e12 * chip.peak),
@@ -225,8 +252,8 @@ def lines(program: Program, memory: Any, work: Work) -> list[str]:
         f"memory       {(kept + memory.temp_size_in_bytes) / gib:.2f} of {chip.memory_gib} GiB a "
         f"chip: {kept / gib:.2f} state and batch, {memory.temp_size_in_bytes / gib:.2f} while the "
         "step runs",
-        f"arithmetic   {operations / 1e12:.3g} TFLOP a slice in convolutions and matrix products "
-        f"(the model: {of_model / 1e12:.3g}), loops and recomputation included",
+        f"arithmetic   {operations / unit:.3g} {name_of_unit} a slice in convolutions and matrix "
+        f"products (the model: {of_model / unit:.3g}), loops and recomputation included",
         f"traffic      {traffic / 1e9:.3g} GB a slice between a chip and its memory",
         "collectives  "
         + (
@@ -239,16 +266,16 @@ def lines(program: Program, memory: Any, work: Work) -> list[str]:
         + f" a step{' and microbatch' if config.microbatches > 1 else ''}; the links of a slice "
         f"take {1000 * sent / (1e9 * chip.link_speed):.2g} ms for it at {chip.link_speed:g} GB/s",
         f"bound        {bound:.3g} ms a slice and chip by "
-        f"{'arithmetic' if by_compute >= by_memory else 'traffic'}, {mesh.size * 1000 / bound:,.0f} "
-        f"slices/s on all ({by_compute:.3g} ms at {chip.peak:g} TFLOP/s, {by_memory:.3g} ms at "
-        f"{chip.memory_speed:g} GB/s)",
+        f"{'arithmetic' if by_compute >= by_memory else 'traffic'}, "
+        f"{mesh.size * 1000 / bound:,.0f} slices/s on all ({by_compute:.3g} ms at {chip.peak:g} "
+        f"TFLOP/s, {by_memory:.3g} ms at {chip.memory_speed:g} GB/s)",
         f"compiler     XLA expects {work.cycles / slices / (1e6 * chip.clock):.3g} ms a slice and "
         f"chip, its instructions one after the other at {chip.clock:g} GHz",
     ]
     if rewritten(work, slices):
         found.append(
-            f"WARNING      {slices} slices a chip are few: XLA makes {work.largest_map} smaller maps "
-            f"of them by copies; give each chip {FEWEST_SLICES} or more: --config.batch_size="
+            f"WARNING      {slices} slices a chip are few: XLA makes {work.largest_map} smaller "
+            f"maps of them by copies; give each chip {FEWEST_SLICES} or more: --config.batch_size="
             f"{FEWEST_SLICES * mesh.size * config.microbatches}, with --config.remat=True where "
             "memory asks for it"
         )

@@ -5,8 +5,11 @@ Where libtpu is missing, as in the test environment, nothing is compiled; `.ci/r
 
 import importlib.util
 import re
+import types
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from ctssl_jax.training import topology
@@ -22,51 +25,7 @@ needs_libtpu = pytest.mark.skipif(
 # As XLA writes programs for TPUs: a loop of 18 turns over stacked kernels, of which each turn takes
 # one; S(1) is memory on the chip's core. A map of four images, taken apart into eight of half the
 # width. The rare branch of a condition moves more.
-TEXT = """\
-HloModule jit_step, is_scheduled=true
-
-%fused.1 (param_0.1: f32[18,8,128], param_1.1: s32[]) -> f32[8,128] {
-  %param_0.1 = f32[18,8,128]{2,1,0:T(8,128)} parameter(0)
-  %param_1.1 = s32[]{:T(128)} parameter(1)
-  %zero.1 = s32[]{:T(128)} constant(0)
-  ROOT %dynamic-slice.1 = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%param_0.1, %param_1.1, %zero.1, %zero.1), dynamic_slice_sizes={1,8,128}
-}
-
-%body (state.1: (s32[], f32[18,8,128])) -> (s32[], f32[18,8,128]) {
-  %state.1 = (s32[]{:T(128)}, f32[18,8,128]{2,1,0:T(8,128)}) parameter(0)
-  %turn = s32[]{:T(128)} get-tuple-element(%state.1), index=0
-  %stacked = f32[18,8,128]{2,1,0:T(8,128)} get-tuple-element(%state.1), index=1
-  %one = f32[8,128]{1,0:T(8,128)} fusion(%stacked, %turn), kind=kLoop, calls=%fused.1, backend_config={"window_config":{"estimated_cycles":"100"}}
-  %sums = (f32[8]{0:T(128)S(1)}, f32[8]{0:T(128)S(1)}) all-reduce(%one, %one), replica_groups={{0,1}}, to_apply=%add
-  ROOT %next = (s32[]{:T(128)}, f32[18,8,128]{2,1,0:T(8,128)}) tuple(%turn, %stacked)
-}
-
-%condition (state.2: (s32[], f32[18,8,128])) -> pred[] {
-  %state.2 = (s32[]{:T(128)}, f32[18,8,128]{2,1,0:T(8,128)}) parameter(0)
-  ROOT %less = pred[]{:T(512)} constant(true)
-}
-
-%rare (given.1: f32[8,128]) -> f32[8,128] {
-  %given.1 = f32[8,128]{1,0:T(8,128)} parameter(0)
-  ROOT %copy.1 = f32[8,128]{1,0:T(8,128)} copy(%given.1)
-}
-
-%usual (given.2: f32[8,128]) -> f32[8,128] {
-  ROOT %given.2 = f32[8,128]{1,0:T(8,128)} parameter(0)
-}
-
-ENTRY %main (image: bf16[8,16,9,4], kernel: bf16[3,3,4,4], stack: f32[18,8,128]) -> f32[8,128] {
-  %image = bf16[16,8,9,4]{3,1,2,0:T(8,128)(2,1)S(1)} parameter(0)
-  %kernel = bf16[3,3,4,4]{3,2,1,0:T(4,128)(2,1)S(1)} parameter(1)
-  %stack = f32[18,8,128]{2,1,0:T(8,128)} parameter(2)
-  %maps = bf16[16,8,8,4]{3,1,2,0:T(8,128)(2,1)S(1)} convolution(%image, %kernel), window={size=3x3 pad=1_1x0_0}, dim_labels=0b1f_01io->0b1f, metadata={op_name="jit(step)/jvp()/conv_general_dilated"}
-  %start = s32[]{:T(128)} constant(0)
-  %first = (s32[]{:T(128)}, f32[18,8,128]{2,1,0:T(8,128)}) tuple(%start, %stack)
-  %loop = (s32[]{:T(128)}, f32[18,8,128]{2,1,0:T(8,128)}) while(%first), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"18"}}
-  %narrow = f32[8,1]{1,0:T(8,128)} constant({...})
-  ROOT %result = f32[8,128]{1,0:T(8,128)} conditional(%start, %narrow, %narrow), branch_computations={%usual, %rare}
-}
-"""
+TEXT = (Path(__file__).parent / "tpu_program.txt").read_text()
 
 
 def test_loops_are_counted_as_often_as_they_run():
@@ -74,8 +33,9 @@ def test_loops_are_counted_as_often_as_they_run():
     assert work.collectives == {"all-reduce": 18}
     assert work.collective_bytes == {"all-reduce": 18 * 2 * 512}  # eight numbers fill a tile of 128
     assert work.cycles == 18 * 100
-    # A turn reads and writes one kernel of 4 KiB and sums it twice; the rest lies on the core.
-    assert work.traffic == 18 * 4 * 4096
+    # A turn reads its number, reads and writes one kernel of 4 KiB and sums it twice; the rest lies
+    # on the core.
+    assert work.traffic == 18 * (4 + 4 * 4096)
     assert work.operations == 2 * 16 * 8 * 8 * 4 * 3 * 3 * 4
     assert work.largest_map == 8
     assert topology.rewritten(work, 4) and not topology.rewritten(work, 8)
@@ -91,6 +51,26 @@ def test_without_libtpu_the_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs libtpu, but no TPU: pip install '\.\[tpu\]'"):
         topology_devices("v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "better"),
+    [
+        ("TPU v5 lite", {}, "--config.dtype=bfloat16 --config.batch_size=128 --config.remat=True"),
+        ("TPU v6 lite", {"dtype": "bfloat16"}, "--config.batch_size=128"),
+        ("TPU v4", {"dtype": "bfloat16", "microbatches": 2}, "--config.batch_size=256"),
+        ("TPU v4", {"batch_size": 128}, "--config.dtype=bfloat16"),
+        ("TPU v5", {"dtype": "bfloat16", "batch_size": 128}, ""),
+        ("cpu", {}, ""),
+    ],
+)
+def test_a_run_on_tpus_is_told_of_better_settings(kind, settings, better):
+    config = tiny_config("", **{"batch_size": 16, **settings})
+    devices = np.full((16, 1), types.SimpleNamespace(device_kind=kind))
+    lines = topology.advice(config, types.SimpleNamespace(size=16, devices=devices))
+    assert [line.split(f"{kind}: ")[1].split(" takes")[0] for line in lines] == [better][
+        : len(better)
+    ]
 
 
 @needs_libtpu
