@@ -213,8 +213,8 @@ def holm(p_values: Sequence[float], smallest: Sequence[float] = ()) -> list[floa
     if len(smallest) and min(smallest) * len(p_values) >= LEVEL:
         raise InputError(
             f"Holm's correction of {len(p_values)} comparisons cannot give a p below {LEVEL:g}: "
-            f"each p is {min(smallest):.2g} or more; take {draws_of_family(len(p_values)):,} draws, "
-            f"{_patients_for(len(p_values))} patients or more, or fewer comparisons"
+            f"each p is {min(smallest):.2g} or more; take {draws_of_family(len(p_values)):,} draws "
+            f"of {_patients_for(len(p_values))} patients or more, or compare less"
         )
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)

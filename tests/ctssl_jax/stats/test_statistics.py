@@ -139,7 +139,7 @@ def test_several_classes():
         ([], [], "not empty"),
         ([0, 2], [0.5, 0.5], "labels must be 0 or 1"),
         ([0, 1], [0.5, 1.5], r"probabilities must lie in \[0, 1\]"),
-        ([0, 1], [0.5, math.nan], r"probabilities must lie in \[0, 1\]"),
+        ([0, 1], [0.5, math.nan], "1 of 2 are NaN"),
     ],
 )
 def test_wrong_predictions(labels, probabilities, message):
@@ -383,6 +383,34 @@ def test_holm():
     for wrong in ([0.5, math.nan], [1.1]):
         with pytest.raises(InputError, match="outside"):
             comparisons.holm(wrong)
+
+
+def test_draws_follow_the_rows_and_a_correction_that_cannot_succeed_is_refused():
+    assert [comparisons.draws_of_family(rows) for rows in (1, 50, 90)] == [20_000, 20_000, 36_000]
+    for rows in (1, 90, 5_000):
+        smallest = comparisons.smallest_p(comparisons.draws_of_family(rows), 100)
+        assert max(comparisons.holm([smallest] * rows, [smallest] * rows)) < 0.01
+    old = comparisons.smallest_p(2000, 100)
+    with pytest.raises(
+        InputError, match=r"90 comparisons cannot give a p below 0.05.*36,000 draws"
+    ):
+        comparisons.holm([old] * 90, [old] * 90)
+    few = comparisons.smallest_p(20_000, 4)  # draws do not make up for patients
+    assert few == 2 / 2**4
+    with pytest.raises(InputError, match=r"each p is 0.12 or more.*of 6 patients or more"):
+        comparisons.holm([few], [few])
+    assert comparisons.holm([0.03125], [comparisons.smallest_p(20_000, 6)]) == [0.03125]
+
+
+def test_p_of_few_patients_and_of_arms_that_rounding_alone_parts():
+    numbers = np.array([0.1, 0.2, 0.3])
+    arms = [[bootstrap.weighted_mean("dice", numbers + more)] for more in (0.5, 0.0)]
+    found = comparisons.paired_difference(*arms, ["a", "b", "c"])
+    assert found["ci95"][0] > 0 and found["p"] == 0.25 == found["smallest_p"]
+    assert found["num_draws"] == 20_000
+    values = [bootstrap.weighted_mean("dice", numbers + seed / 3) for seed in range(3)]
+    found = comparisons.paired_difference(values, values[::-1], ["a", "b", "c"])
+    assert found["p"] == 1
 
 
 # ---- Subgroups ----
