@@ -224,7 +224,6 @@ def test_gradient_clipping_bounds_the_update(tiny_dataset):
     assert float(jnp.linalg.norm(momentum)) == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("part", ["loss", "gradient", "parameters"])
 def test_sums_of_another_version_begin_at_zero(tmp_path):
     """A run made before has no `annotated_slices`, and summed Dice over all slices."""
     sums = {"dice": jnp.float32(3), "weight": jnp.float32(8)}
@@ -243,6 +242,7 @@ def test_sums_of_another_version_begin_at_zero(tmp_path):
     assert resumed.sums == {"dice": 0, "weight": 0, "annotated_slices": 0}
 
 
+@pytest.mark.parametrize("part", ["loss", "gradient", "parameters"])
 def test_the_first_step_that_is_not_finite_is_kept(
     part, tiny_dataset, source, program_of, tmp_path
 ):
