@@ -11,7 +11,7 @@ import ml_collections
 from ctssl_jax.models.quantizer import codebook_use
 from ctssl_jax.parallel.meeting import gather
 from ctssl_jax.parallel.stopping import stop_requests
-from ctssl_jax.runs.checkpoints import Checkpoints, restore
+from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
@@ -20,7 +20,7 @@ from ctssl_jax.training.headline import headline_scores
 from ctssl_jax.training.progress import Clock, log, show, show_pictures
 from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.setup import Job, check
-from ctssl_jax.training.state import TrainState, check_finite, check_state
+from ctssl_jax.training.state import TrainState, check_finite, check_state, resume
 from ctssl_jax.training.step import Feed, Program, run_step, take_report
 from data_prep.dataset.reader import Dataset
 
@@ -57,7 +57,7 @@ def train(
     # In this order: resume, else a warm start (from another run or a weight file), else random
     # weights.
     if start is not None:
-        state = restore(workdir, start, program.template)
+        state = resume(workdir, start, program.template)
         say(f"resuming     from step {start:,} of {workdir}")
     else:
         state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
