@@ -6,16 +6,25 @@ r"""Train a model: pretraining and downstream.
 Run it again to resume where it stopped: a checkpoint holds the whole state, also the order of the
 data. SIGTERM and Ctrl-C save and end with exit code 75. `--config.init_from=OTHER_RUN` starts from
 the weights of another run. `--estimate` prints the cost of the run after a few timed steps, and
-writes nothing. On several hosts start one process on each with `--distributed`.
+writes nothing; with `--topology=v5e:4x4` it compiles the step for those TPUs instead, without any
+TPU or dataset. On several hosts start one process on each with `--distributed`.
 """
+
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
 
 import functools
 
 from absl import flags
 from ml_collections import config_flags
 
-from data_prep.system import command_line
+from data_prep.system import command_line, early_stop
 from data_prep.system.errors import InputError, StartAgain
+
+# A host with an empty cache fetches while the others wait.
+MOST_SECONDS_TO_FETCH = 48 * 3600.0
 
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -32,6 +41,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     )
     text("workdir", None, "Run directory: made, or resumed.")
     flag("estimate", False, "Print the cost of the run after a few timed steps; writes nothing.")
+    text("topology", "", "--estimate for TPUs that need not be there: v5e:4x4; v6e:4x4:2 (slices).")
     flag("set_aside_damaged", False, "Move damaged checkpoints and resume from the last good one.")
     flag("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
     text("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
@@ -45,6 +55,8 @@ def start(flag_values: flags.FlagValues) -> bool:
     config = flag_values.config
     if config is None or not (flag_values.workdir or flag_values.estimate):
         raise InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
+    if flag_values.topology and not flag_values.estimate:
+        raise InputError("--topology compiles for an estimate; add --estimate")
     try:
         config.lock()
     except OSError:  # raised at any use of a recipe that could not be loaded
@@ -54,14 +66,16 @@ def start(flag_values: flags.FlagValues) -> bool:
 
     configure_jax()
     from ctssl_jax.parallel import lost_host
+    from ctssl_jax.parallel.meeting import refusing_together
     from ctssl_jax.training.estimate import estimate
     from ctssl_jax.training.loop import train
+    from ctssl_jax.training.topology import estimate_topology
     from data_prep.dataset.reader import Dataset
     from data_prep.system import stores
 
-    dataset = None
-    if stores.is_url(config.dataset):  # fetched before the processes wait for each other
-        dataset = Dataset.open(config.dataset, ("train", "validation"))
+    if flag_values.topology:
+        estimate_topology(config, flag_values.topology)
+        return True
     initialize(
         flag_values.distributed,
         flag_values.coordinator_address,
@@ -69,7 +83,11 @@ def start(flag_values: flags.FlagValues) -> bool:
         flag_values.process_id,
         flag_values.heartbeat_timeout_seconds,
     )
+    dataset = None
     with lost_host.ending_together(flag_values.workdir or ""):
+        if stores.is_url(config.dataset):
+            with refusing_together(f"fetching {config.dataset}", MOST_SECONDS_TO_FETCH):
+                dataset = Dataset.open(config.dataset, ("train", "validation"))
         if flag_values.estimate:
             estimate(config, dataset=dataset)
             return True
@@ -83,6 +101,7 @@ def start(flag_values: flags.FlagValues) -> bool:
 
 def main(argv: list[str]) -> int:
     """Command line."""
+    early_stop.leave_at_once()  # until the first step, when there is something to save
     if not start(flags.FLAGS):
         raise StartAgain("stopped before the last step; run the same command again to continue")
     return 0

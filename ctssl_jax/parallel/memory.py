@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.extend.core import Jaxpr, Literal, Var
 
+from ctssl_jax.parallel.meeting import gather
 from data_prep.system.errors import InputError
 
 GIB = 2**30
+COMPILING_SECONDS = 1800.0  # one host may have kept a program that the others compile
 OF_THE_HOST = GIB // 2  # is left to compilers and checkpoints, where the CPU computes
 USABLE = 0.9  # of a device: the share that settings may need which are said to fit
 # In errors of XLA, CUDA and their libraries. A full disk is RESOURCE_EXHAUSTED, too.
@@ -45,9 +46,7 @@ def device_memory(devices: Sequence[jax.Device]) -> int | None:
         statistics = [device.memory_stats() or {} for device in here]
         known = [each["bytes_limit"] for each in statistics if "bytes_limit" in each]
     least = min(known, default=0)
-    if jax.process_count() > 1:
-        least = int(multihost_utils.process_allgather(np.float64(least)).min())
-    return least or None
+    return min(gather("the look at memory", least, COMPILING_SECONDS)) or None
 
 
 def host_memory(root: Path = Path("/")) -> int | None:

@@ -21,6 +21,7 @@ MOST_STEPS = 50
 SECONDS = 15.0
 
 
+@fitting.with_end_of_memory
 def estimate(
     config: ml_collections.ConfigDict,
     devices: Sequence[Any] | None = None,
@@ -37,11 +38,10 @@ def estimate(
     Raises:
       InputError: something in the configuration or the dataset cannot work.
     """
-    with fitting.end_of_memory(config):
-        job = check(config, None, devices, dataset)
-        program, needed = job.compile()
-        say(fitting.memory_line(program, needed))
-        times = timed_steps(program, job.training_batches())
+    job = check(config, None, devices, dataset)
+    program, needed = job.compile()
+    say(fitting.memory_line(program, needed))
+    times = timed_steps(program, job.training_batches())
     for line in lines(times, job.config, len(job.train_source), state_bytes(program.template)):
         say(line)
 

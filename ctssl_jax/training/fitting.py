@@ -2,11 +2,11 @@
 first step, and wherever memory ends all the same.
 """
 
-import contextlib
+import functools
 import math
 import os
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import ml_collections
@@ -24,6 +24,7 @@ from ctssl_jax.training.step import (
 )
 from data_prep.system.errors import InputError
 
+P, R = ParamSpec("P"), TypeVar("R")
 _SHARE_OF_GPU = 0.75  # that JAX takes unless $XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 _LARGEST_SHARE_OF_GPU = 0.95
 
@@ -104,26 +105,32 @@ def memory_line(program: Program, needed: int) -> str:
     )
 
 
-def end_of_memory(config: ml_collections.ConfigDict) -> contextlib.AbstractContextManager[None]:
-    """A block of a run of this configuration in which the end of memory is an `InputError` with a
+def with_end_of_memory(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of a configuration and more, in which the end of memory is an `InputError` with a
     remedy."""
 
-    def line() -> str:
-        half = f"--config.microbatches={2 * config.microbatches}"
-        if config.batch_size % (2 * config.microbatches * jax.device_count()):
-            half = f"--config.batch_size={max(1, config.batch_size // 2)}"
-        device = jax.local_devices()[0]
-        remedies = [half]
-        if device.platform != "cpu":  # there they save nothing
-            remedies += ["--config.dtype=bfloat16"] * (config.dtype == "float32")
-            remedies += ["--config.remat=True"] * (not config.remat)
-        part = config.batch_size // config.microbatches
-        return (
-            f"config.batch_size={config.batch_size}: memory ran out with {part:,} slices at a time "
-            f"({device.device_kind}; another program may use it, too); give {' or '.join(remedies)}"
-        )
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        config = cast(ml_collections.ConfigDict, args[0] if args else kwargs["config"])
+        with end_in_one_line(lambda: _line_of_the_end(config)):
+            return function(*args, **kwargs)
 
-    return end_in_one_line(line)
+    return run
+
+
+def _line_of_the_end(config: ml_collections.ConfigDict) -> str:
+    remedies = [f"--config.microbatches={2 * config.microbatches}"]
+    if config.batch_size % (2 * config.microbatches * jax.device_count()):
+        remedies = [f"--config.batch_size={max(1, config.batch_size // 2)}"]
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":  # there they save nothing
+        remedies += ["--config.dtype=bfloat16"] * (config.dtype == "float32")
+        remedies += ["--config.remat=True"] * (not config.remat)
+    part = config.batch_size // config.microbatches
+    return (
+        f"config.batch_size={config.batch_size}: memory ran out with {part:,} slices at a time "
+        f"({device.device_kind}; another program may use it, too); give {' or '.join(remedies)}"
+    )
 
 
 def _refusal(program: Program, needed: int, available: int, need: Need) -> str:

@@ -14,8 +14,14 @@ from jax.sharding import Mesh
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.batches import evaluation_batches, picture_batch, training_batches
+from ctssl_jax.parallel.meeting import (
+    WAIT_SECONDS,
+    refusing_together,
+    require_agreement,
+    require_shared,
+)
+from ctssl_jax.parallel.memory import COMPILING_SECONDS
 from ctssl_jax.parallel.mesh import make_mesh
-from ctssl_jax.parallel.processes import refusing_together, require_agreement
 from ctssl_jax.runs import damage
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.reports import read_reports, say
@@ -25,6 +31,7 @@ from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import fitting, recipe, warm_start
 from ctssl_jax.training.state import abstract_model, count_parameters
 from ctssl_jax.training.step import Program, compile_step, make_program
+from ctssl_jax.training.topology import advice
 from ctssl_jax.training.warm_start import WarmStart, WeightFile
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
@@ -133,7 +140,7 @@ class Job:
         program, memory = compile_step(
             make_program(self.config, self.task, len(self.channels), self.mesh)
         )
-        with refusing_together():
+        with refusing_together("the look at memory", COMPILING_SECONDS):
             program, memory = fitting.check_fits(program, memory)
         say(
             f"compiled     in {time.monotonic() - began:.1f} s; XLA expects {memory / 2**30:.2f} "
@@ -163,6 +170,7 @@ class Job:
             f"{len(self.validation_source):,} validation slices of "
             f"{len(self.validation_source.volumes)}; {config.num_steps:,} steps are "
             f"{config.num_steps * config.batch_size / len(source):.1f} epochs" + synthetic,
+            *advice(config, self.mesh),
         ]
 
     def open_run(self) -> Checkpoints:
@@ -171,9 +179,11 @@ class Job:
         Raises:
           InputError: the directory cannot be written, or its only checkpoint is incomplete.
         """
-        with refusing_together():  # process 0 alone writes, and may fail alone
+        # process 0 alone writes, and may fail alone
+        with refusing_together("writing the first files of --workdir"):
             if self.process_index == 0:
                 self._write_workdir()
+        require_shared(self.workdir)
         checkpoints = Checkpoints(self.workdir)
         require_agreement("last checkpoint in --workdir", checkpoints.last_step or 0)
         other_weights = self.config.init_from or self.config.get("init_weights")
@@ -236,7 +246,7 @@ def check(
       InputError: something in the configuration, the dataset or the run directory cannot work.
     """
     devices = jax.devices() if devices is None else devices
-    with refusing_together():
+    with refusing_together("checking the dataset and the checkpoints", _seconds_to_check(workdir)):
         if dataset is None and config.dataset:  # `check_config` refuses an empty one
             dataset = Dataset.open(config.dataset)
         if dataset is not None:
@@ -267,7 +277,7 @@ def check(
             check_resumable(workdir, config, dataset.preparation)
     # In a second block, since Orbax waits for all processes when it opens checkpoints: a process
     # that had refused before would let the others wait for ever.
-    with refusing_together():
+    with refusing_together("reading config.init_from"):
         if other_run is not None:
             windows = slices.selected_windows(dataset.preparation, channels)
             source = warm_start.find(config, other_run, windows, model)
@@ -297,3 +307,11 @@ def check(
         warm_start=source,
         damaged_steps=damaged_steps,
     )
+
+
+def _seconds_to_check(workdir: Path | None) -> float:
+    """How long the other processes wait while process 0 reads all checkpoints: two minutes, and a
+    second for 10 MB."""
+    folder = None if workdir is None else workdir / damage.CHECKPOINTS
+    files = [] if folder is None else folder.rglob("*")
+    return WAIT_SECONDS + sum(path.stat().st_size for path in files if path.is_file()) / 1e7
