@@ -239,6 +239,11 @@ FIELDS = {
     "schedule": Field(
         str, "cosine and linear fall to zero at num_steps", ("constant", "cosine", "linear")
     ),
+    "prolonged": Field(
+        tuple,
+        "(step, number) pairs: up to the step, num_steps was the number. A run whose num_steps "
+        "grows records them itself; () in a new run",
+    ),
     "warmup_steps": Field(int, "steps in which the learning rate rises from zero", at_least=0),
     "weight_decay": Field(float, "decoupled from the gradients", at_least=0),
     "gradient_clip": Field(
@@ -268,6 +273,12 @@ FIELDS = {
     "log_every": Field(int, "steps between reports of the training", at_least=1),
     "eval_every": Field(
         int, "steps between validations, each with pictures and a checkpoint", at_least=1
+    ),
+    "validation_slices": Field(
+        int,
+        "slices of a validation, spread over patients, and with as many positive ones as the split "
+        "has, but 64 at least; 0, or more than the split has: the whole split, as in evaluate",
+        at_least=0,
     ),
     "num_pictures": Field(int, "validation slices in each picture", at_least=1),
 }

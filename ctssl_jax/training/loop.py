@@ -132,7 +132,7 @@ def validate(
     if job.num_processes == 1:  # a request to stop then ends a long validation, too
         batches = itertools.takewhile(lambda batch: not should_stop(step), batches)
     result = evaluate_split(program.scorer, state, batches)
-    if result is None or len(result.record_index) < len(job.validation_source):
+    if result is None or len(result.record_index) < len(job.validation_items):
         return None
     means = {name: float(values.mean(dtype=float)) for name, values in result.scores.items()}
     return means | codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)

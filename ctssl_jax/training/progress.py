@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 
@@ -22,14 +23,16 @@ class Clock:
     first_step: int
     step: int  # of the last lap
     began: float
-    training_seconds: float = 0.0
+    training_seconds: float = 0.0  # of all laps
     validation_seconds: float = 0.0  # of the last validation
+    all_validation_seconds: float = 0.0
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[None]:
         paused = time.monotonic()
         yield
         self.validation_seconds = time.monotonic() - paused
+        self.all_validation_seconds += self.validation_seconds
         self.began += self.validation_seconds
 
     def lap(self, step: int) -> tuple[int, float]:
@@ -39,11 +42,16 @@ class Clock:
         self.step, self.began, self.training_seconds = step, now, self.training_seconds + seconds
         return steps, seconds
 
+    @property
+    def validation_share(self) -> float:
+        """Share of the time up to the last lap that validations took."""
+        return self.all_validation_seconds / (self.all_validation_seconds + self.training_seconds)
+
     def left(self, num_steps: int, eval_every: int) -> float:
         """Seconds until the last step, by the speed so far."""
-        steps = num_steps - self.step
-        training = steps * self.training_seconds / (self.step - self.first_step)
-        return training + (steps // eval_every + 1) * self.validation_seconds
+        training = (num_steps - self.step) * self.training_seconds / (self.step - self.first_step)
+        validations = math.ceil(num_steps / eval_every) - self.step // eval_every
+        return training + validations * self.validation_seconds
 
 
 def show(
@@ -90,5 +98,6 @@ def log(job: Job, step: int, report: Report, clock: Clock, feed: Feed, reports: 
         f"step {step:,}/{job.config.num_steps:,}  loss {means['loss']:.4g}  "
         + "  ".join(f"{name} {means[name]:.4g}" for name in job.task.reported)
         + (f"  codes {means['used_codes']}" if "used_codes" in means else "")
-        + f"  {speed:.1f} slices/s ({waiting:.0%} waiting for data)  {duration(left)} left"
+        + f"  {speed:.1f} slices/s ({waiting:.0%} waiting for data)  {clock.validation_share:.1%} "
+        f"of the time in validation  {duration(left)} left"
     )
