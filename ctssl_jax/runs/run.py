@@ -9,7 +9,7 @@ Layout of a run directory:
     transplant.json       the tensors that come from there
     training_data.json    fraction, studies and slices of the training split that are used
     preparation.json      preparation.json of the dataset: windows, size, key fingerprint
-    checkpoints/STEP      Orbax checkpoints: the last two, and the best one by validation loss
+    checkpoints/STEP      Orbax checkpoints, each with its score.json: the last two, and the best
     metrics.jsonl         one line a report: step, losses, slices/s
     tensorboard/          the same numbers as event files
     pictures/             input | target | prediction | difference of fixed validation slices
@@ -26,6 +26,7 @@ import ml_collections
 
 from ctssl_jax.runs import checkpoints
 from ctssl_jax.runs.damage import holds_checkpoint, step_numbers
+from ctssl_jax.runs.reports import say
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_json
 
@@ -48,8 +49,9 @@ MAY_CHANGE = {
 }
 # Fields that recipes did not always have -> the value that says what runs without them did.
 ADDED_SINCE = {
-    "validation_slices": 0,
+    "best_by": "loss",
     "prolonged": [],
+    "validation_slices": 0,
 }
 _WEIGHTS = ("init_from", "init_weights")
 OF_THE_DATA = (
@@ -124,9 +126,13 @@ class Run:
         return cls(workdir, from_json(config), preparation)
 
     def choose_step(self, which: str = "best") -> int:
-        """Step of the checkpoint that `best`, `last`, `last_good` or a number names:
-        `checkpoints.choose_step`."""
-        return checkpoints.choose_step(self.workdir, which)
+        """Step of the checkpoint that `best`, `last`, `last_good` or a number names
+        (`checkpoints.choose`); says which one it is, and its score."""
+        chosen = checkpoints.choose(self.workdir, which)
+        say(f"checkpoint   step {chosen.step:,} of {self.workdir}: {chosen.why}")
+        for warning in chosen.warnings:
+            say(f"WARNING      {warning}")
+        return chosen.step
 
     def restore(self, step: int, template: Any) -> Any:
         """The tensors of a checkpoint, in the structure and with the shardings of a template:

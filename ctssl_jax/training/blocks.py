@@ -102,11 +102,12 @@ def execution(*, batch_size: int = 16) -> dict[str, Any]:
     return {"batch_size": batch_size, **memory}
 
 
-def reporting(*, eval_every: int = 2_000) -> dict[str, Any]:
-    """How often a run reports, validates and saves.
+def reporting(*, best_by: str, eval_every: int = 2_000) -> dict[str, Any]:
+    """How often a run reports, saves and validates, and what its best checkpoint is.
 
     A validation scores three slices for every four steps before it: at 16 slices a step, each of
     which costs about three forward passes, that is 1.6 % of the time.
     """
     every = {"log_every": 50, "eval_every": eval_every}
-    return {**every, "validation_slices": 3 * eval_every // 4, "num_pictures": 4}
+    scored = {"validation_slices": 3 * eval_every // 4, "best_by": best_by}
+    return {**every, **scored, "num_pictures": 4}

@@ -16,25 +16,43 @@ WARM_STEPS = 5
 
 
 class StepTrace:
-    """Traces `number` steps, after `WARM_STEPS` steps of this process, into `RUN/profile`.
+    """Traces some steps of a run into `RUN/profile`, after `WARM_STEPS` steps of this process.
 
-    One process writes: process 0. Its trace holds its own devices.
+    Process 0 alone writes a trace, of its own devices.
+
+    Args:
+      workdir: the run directory.
+      number: steps to trace; 0 traces nothing.
+      step: steps that were taken before.
+      num_steps: last step of the run. The warm-up is shorter where too few are left.
+      eval_every: steps between validations; the trace begins after one instead of containing it.
     """
 
-    def __init__(self, workdir: Path, number: int, first_step: int):
-        """A `number` of 0 traces nothing. `first_step`: the steps that were taken before."""
+    def __init__(self, workdir: Path, number: int, step: int, num_steps: int, eval_every: int):
         self._folder = workdir / FOLDER
         self._number = number if jax.process_index() == 0 else 0
-        self._first = first_step + WARM_STEPS
+        self._first = step + max(0, min(WARM_STEPS, num_steps - step - number))
+        due = -(-self._first // eval_every) * eval_every
+        if due < self._first + number <= due + number <= num_steps:
+            self._first = due
         self._running, self._taken, self._began = False, 0, 0.0
+        if self._number and step >= num_steps:
+            say("profile      no step is left to trace; give a larger --config.num_steps")
 
     @contextlib.contextmanager
     def step(self, step: int, state: Any) -> Iterator[None]:
-        """Around the step after `step` and the fetch of the next batch; `state` is what the step
-        begins with."""
-        if self._number and not self._running and step >= self._first:
+        """Around a step and the fetch of the next batch.
+
+        Args:
+          step: steps that were taken before.
+          state: the state before the step.
+        """
+        if self._taken < self._number and not self._running and step >= self._first:
             jax.block_until_ready(state)
-            self._start()
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # else each call of a function is an event
+            jax.profiler.start_trace(self._folder, profiler_options=options)
+            self._running, self._began = True, time.perf_counter()
         if not self._running:
             yield
             return
@@ -42,34 +60,38 @@ class StepTrace:
             yield
         self._taken += 1
 
-    def _start(self) -> None:
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # each call of a function would be an event
-        jax.profiler.start_trace(self._folder, profiler_options=options)
-        self._running, self._began = True, time.perf_counter()
-
     def end(self, step: int, state: Any, *, at_once: bool = False) -> None:
-        """After each step: ends the trace once it has all its steps, or `at_once`; says where it
-        is and what it does not show."""
+        """End the trace if it has all its steps, or `at_once`; say where it is and what it lacks.
+
+        Args:
+          step: steps that were taken.
+          state: the state after them.
+          at_once: the run ends here.
+        """
         if not self._running or (self._taken < self._number and not at_once):
             return
         jax.block_until_ready(state)
         seconds = time.perf_counter() - self._began
-        jax.profiler.stop_trace()
-        self._running, self._number = False, 0
+        self.stop()
         newest = max(self._folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-        milliseconds = 1000 * seconds / max(self._taken, 1)
         say(
-            f"profile      steps {step - self._taken + 1:,} to {step:,}, {milliseconds:,.0f} ms a "
-            f"step, in {self._folder}; pip install xprof && xprof --logdir={self._folder}"
+            f"profile      steps {step - self._taken + 1:,} to {step:,} in {self._folder}, "
+            f"{1000 * seconds / self._taken:,.0f} ms each while traced; to see it: "
+            f"pip install xprof && xprof --logdir={self._folder}"
+        )
+        unseen = (
+            ": on a CPU convolutions run in threads of a library that the trace does not see"
+            if jax.default_backend() == "cpu"
+            else ""
         )
         shown = seconds_with_operations(newest) / seconds
-        text = f"{'':13}it shows operations in {shown:.0%} of this time"
-        if jax.default_backend() == "cpu":
-            text += (
-                ": on a CPU convolutions run in threads of a library that the trace does not see"
-            )
-        say(text)
+        say(f"{'':13}it shows operations in {shown:.0%} of this time{unseen}")
+
+    def stop(self) -> None:
+        """End a trace that is under way, without a word."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
 
 
 def seconds_with_operations(trace: Path) -> float:

@@ -29,11 +29,20 @@ class Clock:
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[None]:
+        """Around a validation."""
+        before = self.all_validation_seconds
+        with self.pausing():
+            yield
+        self.validation_seconds = self.all_validation_seconds - before
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Around work that belongs to validations, not to steps."""
         paused = time.monotonic()
         yield
-        self.validation_seconds = time.monotonic() - paused
-        self.all_validation_seconds += self.validation_seconds
-        self.began += self.validation_seconds
+        seconds = time.monotonic() - paused
+        self.all_validation_seconds += seconds
+        self.began += seconds
 
     def lap(self, step: int) -> tuple[int, float]:
         """Steps and seconds since the last lap."""
@@ -47,11 +56,25 @@ class Clock:
         """Share of the time up to the last lap that validations took."""
         return self.all_validation_seconds / (self.all_validation_seconds + self.training_seconds)
 
+    def say_share(self, step: int) -> None:
+        """Say how much of the time of this start went into validations."""
+        if step > self.first_step:
+            self.lap(step)
+            say(f"validation   took {self.validation_share:.1%} of the time since the start")
+
     def left(self, num_steps: int, eval_every: int) -> float:
         """Seconds until the last step, by the speed so far."""
         training = (num_steps - self.step) * self.training_seconds / (self.step - self.first_step)
         validations = math.ceil(num_steps / eval_every) - self.step // eval_every
         return training + validations * self.validation_seconds
+
+
+def show_pictures(job: Job, program: Program, state: TrainState, step: int) -> None:
+    """Write the pictures of a step."""
+    strip = render_pictures(program.scorer, state, job.picture_slices, job.num_pictures)
+    if job.process_index == 0:
+        label = "SYNTHETIC" if job.dataset.preparation["synthetic"] else ""
+        strips.save_strip(job.workdir / "pictures" / f"step_{step:08d}.png", strip, label)
 
 
 def show(
@@ -66,15 +89,12 @@ def show(
     """Report a validation: its numbers, pictures, and warnings of a collapse."""
     means = {name: value for name, value in scores.items() if name != "embedding_dim"}
     reports.write("validation", step, means)
-    strip = render_pictures(program.scorer, state, job.picture_slices, job.num_pictures)
-    if job.process_index == 0:
-        label = "SYNTHETIC" if job.dataset.preparation["synthetic"] else ""
-        strips.save_strip(job.workdir / "pictures" / f"step_{step:08d}.png", strip, label)
+    show_pictures(job, program, state, step)
     say(
         f"validation   step {step:,}  "
         + "  ".join(f"{name} {value:.4g}" for name, value in means.items())
     )
-    for warning in health.warnings(scores, norms) if step > 0 else ():
+    for warning in health.warnings(scores, norms):
         say(f"WARNING      step {step:,}: {warning}")
 
 
