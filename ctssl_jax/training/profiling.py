@@ -77,7 +77,7 @@ class StepTrace:
         say(
             f"profile      steps {step - self._taken + 1:,} to {step:,} in {self._folder}, "
             f"{1000 * seconds / self._taken:,.0f} ms each while traced; to see it: "
-            f"pip install xprof && xprof --logdir={self._folder}"
+            f"pip install xprof && xprof {self._folder}"
         )
         unseen = (
             ": on a CPU convolutions run in threads of a library that the trace does not see"

@@ -30,19 +30,18 @@ class Clock:
     @contextlib.contextmanager
     def validating(self) -> Iterator[None]:
         """Around a validation."""
-        before = self.all_validation_seconds
+        before = self.began
         with self.pausing():
             yield
-        self.validation_seconds = self.all_validation_seconds - before
+        self.validation_seconds = self.began - before
+        self.all_validation_seconds += self.validation_seconds
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
-        """Around work that belongs to validations, not to steps."""
+        """Around work of the start, which belongs neither to steps nor to validations."""
         paused = time.monotonic()
         yield
-        seconds = time.monotonic() - paused
-        self.all_validation_seconds += seconds
-        self.began += seconds
+        self.began += time.monotonic() - paused
 
     def lap(self, step: int) -> tuple[int, float]:
         """Steps and seconds since the last lap."""
@@ -60,7 +59,10 @@ class Clock:
         """Say how much of the time of this start went into validations."""
         if step > self.first_step:
             self.lap(step)
-            say(f"validation   took {self.validation_share:.1%} of the time since the start")
+            say(
+                f"validation   took {self.validation_share:.1%} of the time since step "
+                f"{self.first_step:,}"
+            )
 
     def left(self, num_steps: int, eval_every: int) -> float:
         """Seconds until the last step, by the speed so far."""
