@@ -49,6 +49,7 @@ MAY_CHANGE = {
 }
 # Fields that recipes did not always have -> the value that says what runs without them did.
 ADDED_SINCE = {
+    "batch_norm_group": 0,
     "best_by": "loss",
     "prolonged": [],
     "validation_slices": 0,

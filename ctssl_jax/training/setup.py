@@ -26,6 +26,7 @@ from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import recipe, validation_share, warm_start
 from ctssl_jax.training.state import abstract_model, count_parameters
 from ctssl_jax.training.step import Program, compile_step, make_program
+from ctssl_jax.training.topology import advice
 from ctssl_jax.training.warm_start import WarmStart, WeightFile
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
@@ -173,6 +174,7 @@ class Job:
                 "the run was prolonged"
                 for until, number in config.prolonged
             ],
+            *advice(config, self.mesh),
         ]
 
     def open_run(self) -> Checkpoints:
