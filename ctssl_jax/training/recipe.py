@@ -6,7 +6,7 @@ from ctssl_jax.data import slices
 from ctssl_jax.data.labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.runs.run import flat, to_json
-from ctssl_jax.tasks.table import check_task
+from ctssl_jax.tasks.table import check_task, get_task
 from ctssl_jax.training.fields import FIELDS
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
@@ -48,6 +48,21 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"{Encoder.stride}; prepare with an --image_size that is"
         )
     check_task(config)
+
+
+def check_encoder(config: ml_collections.ConfigDict) -> None:
+    """Refuse an `encoder_learning_rate_factor` for a model without an encoder. Runs made before,
+    which left it out, resume as they began.
+
+    Raises:
+      InputError: names the field and the remedy.
+    """
+    if config.encoder_learning_rate_factor != 1 and not get_task(config.task).encoder:
+        raise InputError(
+            f"config.encoder_learning_rate_factor={config.encoder_learning_rate_factor:g}: the "
+            f"model of config.task={config.task!r} has no encoder that it could apply to; set it "
+            "to 1, or train configs/nodules.py, whose U-Net has one"
+        )
 
 
 def check_dataset(

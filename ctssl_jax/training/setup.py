@@ -14,16 +14,17 @@ from jax.sharding import Mesh
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.batches import evaluation_batches, picture_batch, training_batches
+from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.parallel.processes import refusing_together, require_agreement
 from ctssl_jax.runs import damage
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.reports import read_reports, say
 from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
-from ctssl_jax.tasks.interface import Task
+from ctssl_jax.tasks.interface import Task, is_frozen, step_flops
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import recipe, warm_start
-from ctssl_jax.training.state import abstract_model, count_parameters
+from ctssl_jax.training.state import abstract_model, count_parameters, trained_names
 from ctssl_jax.training.step import Program, compile_step, make_program
 from ctssl_jax.training.warm_start import WarmStart, WeightFile
 from data_prep.dataset.reader import Dataset
@@ -135,17 +136,18 @@ class Job:
     def description(self) -> list[str]:
         """Devices, model and data, as lines for the screen."""
         config, devices, source = self.config, self.mesh.devices.flat, self.train_source
-        encoder_size, flops = (
-            count_parameters(self.params.get("encoder", {})),
-            self.task.flops(config),
-        )
+        names = trained_names(config, self.task, self.params)
+        trained = [leaf for name, leaf in flatten(self.params).items() if name in names]
+        encoder = [self.params[part] for part in self.task.encoder]
+        flops, of_step = self.task.flops(config), step_flops(self.task, config)
         synthetic = "; SYNTHETIC" if self.dataset.preparation["synthetic"] else ""
         return [
             f"devices      {len(devices)} x {devices[0].device_kind} in {self.num_processes} "
             f"process(es), jax {jax.__version__}",
-            f"model        {count_parameters(self.params):,} trainable parameters "
-            f"({encoder_size:,} encoder)",
-            f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {3 * flops / 1e9:,.2f} with "
+            f"model        {count_parameters(self.params):,} parameters "
+            f"({count_parameters(encoder):,} encoder), {count_parameters(trained):,} trained"
+            + ("; the encoder is frozen" if is_frozen(config) else ""),
+            f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {of_step / 1e9:,.2f} with "
             "the backward pass",
             f"batch        {config.batch_size} slices = {len(devices)} device(s) x "
             f"{config.microbatches} microbatch(es) x {self.part_size // len(devices)}, "
@@ -249,6 +251,8 @@ def check(
         _, params, variables = abstract_model(config, task)
         model = {"params": params, "variables": variables}
         has_checkpoint = workdir is not None and damage.holds_checkpoint(workdir)
+        if not has_checkpoint:
+            recipe.check_encoder(config)
         other_run = source = None
         if not has_checkpoint and config.get("init_weights"):
             source = warm_start.check_weight_file(config, model)
