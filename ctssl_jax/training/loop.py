@@ -13,6 +13,7 @@ from ctssl_jax.parallel.processes import stop_requests
 from ctssl_jax.runs.checkpoints import Checkpoints, restore
 from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.training import health, warm_start
+from ctssl_jax.training.headline import headline_scores
 from ctssl_jax.training.progress import Clock, log, show
 from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.setup import Job, check
@@ -126,13 +127,13 @@ def _steps(
 def validate(
     job: Job, program: Program, state: TrainState, step: int, should_stop: Callable[[int], bool]
 ) -> dict[str, float] | None:
-    """Mean scores of the validation split, and how codebook and embedding are used; None if a
-    request to stop came first."""
+    """Scores of the validation split, named as those of `evaluate`, and how codebook and embedding
+    are used; None if a request to stop came first."""
     batches = job.validation_batches()
     if job.num_processes == 1:  # a request to stop then ends a long validation, too
         batches = itertools.takewhile(lambda batch: not should_stop(step), batches)
     result = evaluate_split(program.scorer, state, batches)
     if result is None or len(result.record_index) < len(job.validation_source):
         return None
-    means = {name: float(values.mean(dtype=float)) for name, values in result.scores.items()}
+    means = headline_scores(result, job.validation_source)
     return means | codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)
