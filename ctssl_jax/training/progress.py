@@ -66,7 +66,7 @@ def show(
         f"validation   step {step:,}  "
         + "  ".join(f"{name} {value:.4g}" for name, value in means.items())
     )
-    for warning in health.warnings(scores, norms) if step > 0 else ():
+    for warning in health.warnings(job.config, scores, norms) if step > 0 else ():
         say(f"WARNING      step {step:,}: {warning}")
 
 
