@@ -12,9 +12,11 @@ from ctssl_jax.models.quantizer import codebook_use
 from ctssl_jax.parallel.processes import stop_requests
 from ctssl_jax.runs.checkpoints import Checkpoints, restore
 from ctssl_jax.runs.reports import Reports, say
+from ctssl_jax.runs.scores import make_score
+from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
 from ctssl_jax.training import health, warm_start
 from ctssl_jax.training.headline import headline_scores
-from ctssl_jax.training.progress import Clock, log, show
+from ctssl_jax.training.progress import Clock, log, show, show_pictures
 from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.setup import Job, check
 from ctssl_jax.training.state import TrainState, check_finite, check_state
@@ -44,7 +46,8 @@ def train(
 
     Raises:
       InputError: something in the configuration, the dataset or the run directory cannot work.
-      TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before.
+      TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before
+        (its own validation loss may be what was not finite).
     """
     workdir = Path(workdir)
     with stop_requests() as should_stop:
@@ -58,7 +61,11 @@ def train(
             say(f"resuming     from step {start:,} of {workdir}")
         else:
             state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
-        reports = Reports(workdir, -1 if start is None else start)
+        reports = Reports(
+            workdir,
+            -1 if start is None else start,
+            validates_again=not checkpoints.last_is_scored,
+        )
         try:
             step, finished = _steps(job, program, state, checkpoints, reports, should_stop)
         finally:
@@ -81,40 +88,47 @@ def _steps(
 ) -> tuple[int, bool]:
     """Train; returns the step at which training ended, and whether it is complete."""
     config, step, norms = job.config, checkpoints.last_step or 0, {}
-    # A run that was stopped just before or within a validation has a checkpoint without a score.
-    unsaved = not checkpoints.last_is_scored and (
-        step % config.eval_every == 0 or step >= config.num_steps
-    )
+    saved, scored, undefined_said = step, checkpoints.last_is_scored, False
     feed = (
         Feed(job.mesh, job.training_batches(step), config.microbatches)
         if step < config.num_steps
         else None
     )
     clock = Clock(step, step, time.monotonic())
-    # In this order: evaluate, save, step, fetch the next batch. So a checkpoint has the score of
-    # its own weights, and the position in the data is the step: a resumed run sees equal batches.
+    # In this order: save, validate, write the score, step, fetch the next batch. So a score never
+    # lacks its checkpoint, and the position in the data is the step: a resumed run sees equal
+    # batches. A run that was stopped between save and score writes that score first.
     while True:
         at_end, stopping = step >= config.num_steps, should_stop(step)
-        due = at_end or step % config.eval_every == 0
-        if unsaved and (due or stopping):
-            check_state(state, checkpoints.workdir, checkpoints.last_step)
+        due = step > 0 and (at_end or step % config.eval_every == 0)
+        if step == 0 and not stopping:
             with clock.validating():
-                scores = (
-                    validate(job, program, state, step, should_stop)
-                    if due and not stopping
-                    else None
-                )
+                show_pictures(job, program, state, step)
+        if step != saved and (due or stopping):
+            check_state(state, checkpoints.workdir, checkpoints.last_step)
+            checkpoints.save(step, state, job.metadata)
+            saved, scored = step, False
+        if due and not scored and not stopping:
+            with clock.validating():
+                scores = validate(job, program, state, step, should_stop)
                 if scores is not None:
                     check_finite(scores["loss"], step, checkpoints.workdir, checkpoints.last_step)
                     show(job, program, state, step, scores, norms, reports)
-                stopping = stopping or scores is None
-                if step > 0 or scores is not None:
-                    checkpoints.save(step, state, job.metadata, scores["loss"] if scores else None)
-            unsaved = False
+                    score = make_score(config.best_by, HIGHER_IS_BETTER[config.best_by], scores)
+                    if score.value is None and not undefined_said:
+                        say(
+                            f"WARNING      step {step:,}: config.best_by={config.best_by} is "
+                            "undefined on the validation slices, so no checkpoint can be chosen by "
+                            "it, and the last one is taken as the best"
+                        )
+                        undefined_said = True
+                    checkpoints.score(score)
+                    scored = True
+                stopping = scores is None
         if at_end or stopping or feed is None:  # no batches are left at the end
             return step, at_end and not stopping
         state = run_step(program, state, feed.parts)
-        step, unsaved = step + 1, True
+        step += 1
         if step < config.num_steps:
             feed.advance(state.step)
         if step % config.log_every == 0:
