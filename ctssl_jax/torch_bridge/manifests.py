@@ -1,6 +1,6 @@
-"""manifest.json of exported folders: what the weights beside it are, as `ctssl_jax.export` wrote it.
+"""manifest.json of exported folders: what the weights beside it are.
 
-Every field is checked before it is used.
+It is written by `ctssl_jax.export`. Every field is checked before it is used.
 """
 
 import json
