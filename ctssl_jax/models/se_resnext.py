@@ -42,7 +42,7 @@ class SEResNeXtConfig:
         groups: groups of the 3 x 3 convolutions; divides 2 width.
         pooling: "legacy" (the winner's network), no padding and rounded up, or "timm", one pixel of
             padding on each side: the only difference between the two published networks. Use the
-            one that the weights were trained with.
+            one that the weights were trained with. "auto" becomes "legacy".
         dtype: "float32" or "bfloat16" for convolutions and activations; logits and embedding are
             float32.
 
@@ -60,6 +60,8 @@ class SEResNeXtConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
+        if self.pooling == "auto":
+            object.__setattr__(self, "pooling", "legacy")
         for name in ("num_classes", "in_channels", "width", "groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

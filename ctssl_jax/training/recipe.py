@@ -1,12 +1,16 @@
 """Checks of a recipe and of its dataset, before any work starts."""
 
+from pathlib import Path
+
 import ml_collections
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
-from ctssl_jax.runs.run import flat, to_json
+from ctssl_jax.runs.damage import holds_checkpoint
+from ctssl_jax.runs.run import Run, flat, to_json
 from ctssl_jax.tasks.table import check_task, get_task
+from ctssl_jax.torch_bridge import imagenet_weights
 from ctssl_jax.training.fields import FIELDS
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
@@ -123,6 +127,38 @@ def with_num_classes(
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.num_classes = len(classes)
+    return config
+
+
+def with_pooling(
+    config: ml_collections.ConfigDict, workdir: Path | None
+) -> ml_collections.ConfigDict:
+    """The configuration with the pooling of the weights where `config.model.pooling` is `auto`.
+
+    Args:
+      config: the training configuration.
+      workdir: the run directory; a run that began keeps its pooling. None for an estimate.
+
+    Raises:
+      InputError: the weights cannot be read.
+    """
+    if config.model.get("pooling") != "auto":
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        if workdir is not None and holds_checkpoint(workdir):
+            stored = Run.open(workdir).config.model
+            if "pooling" not in stored:  # made before there was the field: legacy
+                del config.model["pooling"]
+                return config
+            config.model.pooling = stored.pooling
+        elif config.get("init_weights"):
+            config.model.pooling = imagenet_weights.pooling_of(config.init_weights)
+        elif config.init_from and (Path(config.init_from) / "config.json").is_file():
+            donor = Run.open(config.init_from).config.model
+            config.model.pooling = donor.get("pooling", "legacy")
+        else:
+            config.model.pooling = "legacy"
     return config
 
 

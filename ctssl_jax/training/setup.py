@@ -234,6 +234,7 @@ def check(
             dataset = Dataset.open(config.dataset)
         if dataset is not None:
             config = recipe.with_num_classes(config, dataset)
+        config = recipe.with_pooling(config, workdir)
         recipe.check_config(config, len(devices))
         damaged_steps = []
         if workdir is not None and jax.process_index() == 0:
@@ -254,8 +255,9 @@ def check(
         if not has_checkpoint:
             recipe.check_encoder(config)
         other_run = source = None
+        windows = slices.selected_windows(dataset.preparation, channels)
         if not has_checkpoint and config.get("init_weights"):
-            source = warm_start.check_weight_file(config, model)
+            source = warm_start.open_weight_file(config, dataset, windows, model)
         elif not has_checkpoint and config.init_from:
             other_run = warm_start.open_other_run(config)
         if workdir is not None and jax.process_index() == 0:
@@ -264,8 +266,8 @@ def check(
     # that had refused before would let the others wait for ever.
     with refusing_together():
         if other_run is not None:
-            windows = slices.selected_windows(dataset.preparation, channels)
             source = warm_start.find(config, other_run, windows, model)
+        if source is not None:
             held_out = {
                 volume["patient_id"]
                 for volume in (*validation_source.volumes, *dataset.volumes("test"))
