@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
+from ctssl_jax.models.layers import normalize_in_groups
 from ctssl_jax.ops.corruptions import example_keys
 from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.parallel.mesh import fetch_parameters
@@ -82,7 +83,7 @@ class Definition:
 
     def model(self, params: Any, variables: Any) -> nnx.Module:
         """The model with these tensors, for one use within a compiled function."""
-        whole = fetch_parameters(self.mesh, params)
+        whole = fetch_parameters(self.mesh, params, jnp.dtype(self.config.dtype))
         params = with_trained(jax.lax.stop_gradient(whole), self.trained_part(whole))
         return nnx.merge(self.graph, params, variables, copy=True)
 
@@ -103,7 +104,8 @@ def with_trained(params: Any, trained: Any) -> Any:
 def define(config: ml_collections.ConfigDict, task: Task, channels: int, mesh: Mesh) -> Definition:
     """The `Definition` of a configuration on the devices of a mesh."""
     keys = jax.random.split(jax.random.key(config.seed))
-    graph, params, variables = abstract_model(config, task)
+    devices = config.get("batch_norm_group", 0) or mesh.size
+    graph, params, variables = abstract_model(config, task, mesh.size // devices)
     trained = trained_names(config, task, params)
     return Definition(config, task, channels, mesh, graph, params, variables, trained, *keys)
 
@@ -131,10 +133,17 @@ def trained_names(config: ml_collections.ConfigDict, task: Task, params: Any) ->
 
 
 def abstract_model(
-    config: ml_collections.ConfigDict, task: Task
+    config: ml_collections.ConfigDict, task: Task, num_norm_groups: int = 1
 ) -> tuple[Any, nnx.State, nnx.State]:
-    """Graph definition of the model; shapes of its parameters and of its other variables."""
+    """Graph definition of the model; shapes of its parameters and of its other variables.
+
+    Args:
+      config: a checked configuration.
+      task: the task of `config.task`.
+      num_norm_groups: parts of a batch with BatchNorm statistics of their own.
+    """
     model = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(params=config.seed)))
+    normalize_in_groups(model, num_norm_groups)
     return split_model(model)
 
 
