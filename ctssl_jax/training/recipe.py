@@ -1,5 +1,8 @@
 """Checks of a recipe and of its dataset, before any work starts."""
 
+import itertools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
@@ -35,6 +38,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"config.windows={config.windows}: must hold (level, width) pairs, e.g. "
             "--config.windows='((50, 350),)'"
         )
+    _check_prolonged(config)
     part = num_devices * config.microbatches
     if config.batch_size % part:
         raise InputError(
@@ -72,6 +76,27 @@ def check_encoder(config: ml_collections.ConfigDict) -> None:
             f"config.encoder_learning_rate_factor={config.encoder_learning_rate_factor:g}: the "
             f"model of config.task={config.task!r} has no encoder that it could apply to; set it "
             "to 1, or train configs/nodules.py, whose U-Net has one"
+        )
+
+
+def _check_prolonged(config: ml_collections.ConfigDict) -> None:
+    changes = [
+        tuple(change) if isinstance(change, list | tuple) else () for change in config.prolonged
+    ]
+    numbers = [number for change in changes for number in change]
+    in_order = (
+        all(len(change) == 2 for change in changes)
+        and all(isinstance(number, int) for number in numbers)
+        and all(0 < until <= number for until, number in changes)
+        and all(
+            before[0] < after[0] and before[1] < after[1]
+            for before, after in itertools.pairwise([*changes, (math.inf, config.num_steps)])
+        )
+    )
+    if not in_order:
+        raise InputError(
+            f"config.prolonged={config.prolonged}: must hold (step, number of steps) pairs, both "
+            "rising, with numbers below config.num_steps; leave it out, a run records it itself"
         )
 
 
@@ -165,6 +190,16 @@ def with_pooling(
             config.model.pooling = donor.get("pooling", "legacy")
         else:
             config.model.pooling = "legacy"
+    return config
+
+
+def with_prolonged(
+    config: ml_collections.ConfigDict, prolonged: Sequence[Sequence[int]]
+) -> ml_collections.ConfigDict:
+    """The configuration with the record of `run.check_resumable`."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        config.prolonged = tuple((until, number) for until, number in prolonged)
     return config
 
 
