@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "num_pictures",
     "reading_threads",
     "remat",
+    "remat_convolutions",
     "scan",
     "fsdp_devices",
 )
