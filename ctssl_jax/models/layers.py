@@ -18,7 +18,7 @@ except the last of each residual block, so the scale matters only there: at the 
 adds 1/6 to the variance of the residual stream, with Flax's default (variance 1 / fan_in) 1/2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -382,7 +382,7 @@ class ResidualBlock(nnx.Module):
         return x + self.conv1(y)
 
     @property
-    def kept(self):
+    def kept(self) -> Callable[..., bool]:
         """What `remat` keeps beside the block's input."""
         return _KEEP_CONVOLUTIONS if self.keep_convolution else _KEEP_STATISTICS
 
