@@ -221,7 +221,7 @@ def _facts(model: _Model, slices: SplitScores) -> dict[str, Any]:
             for name in ("archive", "windows", "image_size", "options")
         },
         "embedding": embedding,
-        "warnings": warnings(embedding | codebook),
+        "warnings": warnings(measured.config, embedding | codebook),
     }
     if slices.code_counts is not None:
         facts["codebook"] = {**codebook, "num_codes": len(slices.code_counts)}
