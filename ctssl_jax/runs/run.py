@@ -44,6 +44,7 @@ MAY_CHANGE = {
     "num_pictures": "pictures alone",
     "reading_threads": "speed alone",
     "remat": "memory and speed",
+    "remat_convolutions": "memory and speed",
     "scan": "memory and speed",
     "fsdp_devices": "memory and speed; equal up to the order of sums",
 }
@@ -53,6 +54,7 @@ ADDED_SINCE = {
     "batch_norm_group": 0,
     "best_by": "loss",
     "prolonged": [],
+    "remat_convolutions": True,
     "validation_slices": 0,
 }
 OF_TASK: dict[str, str] = {}
