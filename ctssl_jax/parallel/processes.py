@@ -99,6 +99,7 @@ def initialize(
     lost_host.at_abort(
         lambda: f"error: {_not_joined('one of them was lost while all joined')}\n", EXIT_INPUT
     )
+    jax.config.update("jax_check_proxy_envs", False)  # `rendezvous` leads around a proxy
     try:
         jax.distributed.initialize(
             address,
