@@ -136,7 +136,10 @@ def _introduce(
     if its_number != number:
         guest.sendall(b'"process 0 waits for another number of processes"\n')
         guest.close()
-        return f"process {its_process} ({where}) has --num_processes={its_number}, process 0 has {number}"
+        return (
+            f"process {its_process} ({where}) has --num_processes={its_number}, process 0 has "
+            f"{number}"
+        )
     if its_process in came or its_process == 0:
         other = came[its_process][1] if its_process else "process 0"
         guest.sendall(b'"another process has this number"\n')
