@@ -52,10 +52,11 @@ MAY_CHANGE = {
 ADDED_SINCE = {
     "batch_norm_group": 0,
     "best_by": "loss",
+    "model.pooling": "legacy",
     "prolonged": [],
     "validation_slices": 0,
 }
-OF_TASK: dict[str, str] = {}
+OF_TASK = {"model.pooling": "slice_label_se_resnext"}
 _WEIGHTS = ("init_from", "init_weights")
 OF_THE_DATA = (
     "archive",
