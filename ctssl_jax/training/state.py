@@ -218,10 +218,10 @@ def evaluation_keys(record_index: jax.Array) -> jax.Array:
     return example_keys(jax.random.key(EVALUATION_SEED), record_index)
 
 
-def abstract_batch(definition: Definition) -> dict[str, Any]:
-    """Shapes of a microbatch."""
+def abstract_batch(definition: Definition, size: int = 0) -> dict[str, Any]:
+    """Shapes of a batch of so many slices; 0 takes the size of a microbatch."""
     config = definition.config
-    size = config.batch_size // config.microbatches
+    size = size or config.batch_size // config.microbatches
     side, targets = config.image_size, definition.task.targets(config)
     shapes = {
         "images": (
