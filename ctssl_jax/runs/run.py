@@ -45,7 +45,6 @@ MAY_CHANGE = {
     "reading_threads": "speed alone",
     "remat": "memory and speed",
     "remat_convolutions": "memory and speed",
-    "remat_convolutions": "memory and speed",
     "scan": "memory and speed",
     "fsdp_devices": "memory and speed; equal up to the order of sums",
 }
