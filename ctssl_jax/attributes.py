@@ -63,7 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "seed", None, "Seed of shuffling, random weights and bootstrap; by default the run's."
     )
-    flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.")
+    flags.DEFINE_integer("batch_size", 0, "Slices at a time at most; 0 chooses.")
 
 
 def start(flag_values: flags.FlagValues) -> None:

@@ -47,7 +47,7 @@ def define_flags() -> None:
         None,
         "File with the key of the pseudonyms (default: made in FILE-audit).",
     )
-    flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.")
+    flags.DEFINE_integer("batch_size", 0, "Slices at a time at most; 0 chooses.")
     flags.DEFINE_integer(
         "num_workers",
         None,

@@ -36,7 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "batch_size",
         0,
-        "Slices at a time; 0 takes the batch size of the training. Does not change results.",
+        "Slices at a time at most; 0 chooses by memory. Does not change results.",
     )
     flags.DEFINE_bool(
         "baselines",

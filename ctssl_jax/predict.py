@@ -62,9 +62,7 @@ def define_flags() -> None:
         "Write segmentation.dcm, which carries the patient's identity (default: where highdicom is "
         "installed).",
     )
-    flags.DEFINE_integer(
-        "batch_size", 0, "Slices at a time; 0 takes the training's. Changes no result."
-    )
+    flags.DEFINE_integer("batch_size", 0, "Slices at a time at most; 0 chooses. Changes no result.")
     scan_flags.define()
 
 

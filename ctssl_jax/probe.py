@@ -58,7 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "max_slices", 4096, "Training slices at most, and validation slices to choose settings by."
     )
-    flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.")
+    flags.DEFINE_integer("batch_size", 0, "Slices at a time at most; 0 chooses.")
 
 
 def start(flag_values: flags.FlagValues) -> None:

@@ -18,7 +18,7 @@ from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
-from ctssl_jax.training import health, warm_start
+from ctssl_jax.training import fitting, health, warm_start
 from ctssl_jax.training.headline import headline_scores
 from ctssl_jax.training.profiling import StepTrace
 from ctssl_jax.training.progress import Clock, log, show, show_pictures
@@ -33,6 +33,7 @@ STEPS_IN_FLIGHT = 2  # that the devices have still to do when the next one is pr
 _copied = jax.jit(lambda step: step + 0)
 
 
+@fitting.with_end_of_memory
 def train(
     config: ml_collections.ConfigDict,
     workdir: str | Path,
@@ -62,8 +63,9 @@ def train(
     """
     workdir = Path(workdir)
     job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
+    program, _ = job.compile()
     checkpoints = job.open_run()  # nothing was written before
-    program, start = job.compile(), checkpoints.last_step
+    start = checkpoints.last_step
     # In this order: resume, else a warm start (from another run or a weight file), else random
     # weights.
     if start is not None:
