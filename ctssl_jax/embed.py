@@ -15,6 +15,11 @@ Raw scans get pseudonyms, as in a dataset; the private folder FILE-audit holds t
 files. Keep it with the scans.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from pathlib import Path
 
 from absl import flags
