@@ -15,8 +15,6 @@ Raw scans get pseudonyms, as in a dataset; the private folder FILE-audit holds t
 files. Keep it with the scans.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from ctssl_jax.inference import scan_flags
@@ -59,8 +57,9 @@ def start(flag_values: flags.FlagValues) -> None:
         if not flag_values[name].value:
             raise InputError(f"give --{name}")
     from data_prep.dataset.schema import PREPARATION_FILE
+    from data_prep.raw.scans import local_input
 
-    if (Path(flag_values.input).expanduser() / PREPARATION_FILE).is_file():
+    if (local_input(flag_values.input) / PREPARATION_FILE).is_file():
         for name in _FLAGS_OF_RAW_SCANS:
             if flag_values[name].present:
                 raise InputError(

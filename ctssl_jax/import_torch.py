@@ -11,7 +11,6 @@ prepared, by default as in the authors' release. The second form takes a folder 
 Python objects beside the tensors is refused.
 """
 
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -19,6 +18,7 @@ from ml_collections import config_flags
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
+from data_prep.system.stores import local_path
 
 
 def define_flags() -> None:
@@ -55,7 +55,8 @@ def start(values: flags.FlagValues) -> None:
     configure_jax()
     from ctssl_jax.release.importing import find_manifest, import_weights
 
-    config = _recipe(values, windows) if find_manifest(Path(values.checkpoint)) is None else None
+    checkpoint = local_path(values.checkpoint, "--checkpoint")
+    config = _recipe(values, windows) if find_manifest(checkpoint) is None else None
     number = import_weights(values.checkpoint, values.workdir, config, windows)
     print(f"{number} tensors of {values.checkpoint} are in {values.workdir}")
 

@@ -31,6 +31,7 @@ from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder
+from data_prep.system.stores import local_path
 from data_prep.system.workers import Progress, usable_cores
 
 FORMAT_VERSION = 1
@@ -76,11 +77,12 @@ def embed(
         run, or an input whose volumes are all refused.
       OSError: the input went away, or the files cannot be written.
     """
-    output, input_path = Path(output).expanduser(), local_input(input_path)
+    output = local_path(output, "--output", "choose a folder here")
+    input_path = local_input(input_path)
     embedding_files.check_format(output)
     key = read_key(pseudonym_key_file)
     num_workers = min(MAX_WORKERS, usable_cores()) if num_workers is None else num_workers
-    run = Run.open(Path(workdir).expanduser())
+    run = Run.open(workdir)
     model = load(run, checkpoint, batch_size=batch_size)
     if (input_path / PREPARATION_FILE).is_file():
         opened = open_dataset(run, input_path, split)

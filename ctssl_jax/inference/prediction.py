@@ -15,6 +15,7 @@ from data_prep.scan.series import SeriesCandidate
 from data_prep.scan.volume import Volume
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import make_folder, write_json
+from data_prep.system.stores import local_path
 
 FILES = ("prediction.json", "prediction.png", "slices.csv", "mask.nii.gz", "segmentation.dcm")
 _LISTED_VOLUMES = 8  # in the line that asks for --series_index
@@ -70,7 +71,8 @@ def predict(
         several.
       RunFailed: the results cannot be written.
     """
-    run, output = open_run(workdir), Path(output)
+    output = local_path(output, "--output", "choose a folder here")
+    run = open_run(workdir)
     predicts_label = run.config.task in label_prediction.TASKS
     _check_request(predicts_label, request)
     plan = plan_scans(request.input_path, request.archive, request.rules, request.metadata_csv)

@@ -25,6 +25,7 @@ import ml_collections
 
 from ctssl_jax.runs import checkpoints
 from ctssl_jax.runs.damage import holds_checkpoint
+from ctssl_jax.runs.directory import run_directory
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_json
 
@@ -83,14 +84,14 @@ class Run:
     preparation: dict
 
     @classmethod
-    def open(cls, workdir: str | Path) -> "Run":
+    def open(cls, workdir: str | Path, flag: str = "--workdir") -> "Run":
         """Read `config.json` and `preparation.json`, and compare them with the copies in the newest
         checkpoint.
 
         Raises:
           InputError: not a run directory, or a damaged one.
         """
-        workdir = Path(workdir)
+        workdir = run_directory(workdir, flag)
         if not (workdir / "config.json").is_file():
             raise InputError(
                 f"--workdir={workdir} is not a run directory; give the --workdir of a run of "
