@@ -46,11 +46,10 @@ class TrainingLock:
     """The right to train in a run directory, until the end of the block. Only process 0 takes it.
 
     Raises:
-      InputError: by `check` and `take`: another process holds it.
+      InputError: by its methods: another process holds it.
     """
 
-    def __init__(self, workdir: Path):
-        self._workdir = workdir
+    def __init__(self) -> None:
         self._held: _FileLock | _ObjectLock | None = None
 
     def __enter__(self) -> "TrainingLock":
@@ -60,19 +59,19 @@ class TrainingLock:
         if self._held:
             self._held.release()
 
-    def check(self) -> None:
-        """Take a lock that is there already; a new directory has none, and stays as it is."""
-        self._take(make=False)
+    def take_if_there(self, workdir: Path) -> None:
+        """Take a lock that was made before: nothing is written where no run is."""
+        self._take(workdir, make=False)
 
-    def take(self) -> None:
-        """Take the lock in a directory that exists."""
-        self._take(make=True)
+    def take(self, workdir: Path) -> None:
+        """Take the lock, and make the directory for it."""
+        self._take(workdir, make=True)
 
-    def _take(self, make: bool) -> None:
+    def _take(self, workdir: Path, make: bool) -> None:
         if self._held or jax.process_index() > 0:
             return
-        kind = _FileLock if isinstance(self._workdir, Path) else _ObjectLock
-        self._held = kind.taken(self._workdir, make)
+        kind = _FileLock if isinstance(workdir, Path) else _ObjectLock
+        self._held = kind.taken(workdir, make)
 
 
 def _this_process() -> dict[str, Any]:
@@ -136,12 +135,12 @@ class _FileLock:
         path = workdir / FILE
         while True:
             try:
+                if make:
+                    workdir.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o666)
-            except FileNotFoundError:
-                if not make:
-                    return None
-                raise
             except OSError as error:
+                if isinstance(error, FileNotFoundError) and not make:
+                    return None
                 raise InputError(
                     f"--workdir={workdir} cannot be written ({error.strerror}); choose another "
                     "folder"
@@ -214,15 +213,14 @@ class _ObjectLock:
     def _renew(self) -> None:
         while not self._ended.wait(RENEWAL_SECONDS):
             try:
-                if _write(self._blob, self._content, self._generation):
-                    self._generation = self._blob.generation
-                    continue
+                if not _write(self._blob, self._content, self._generation):
+                    break
+                self._generation = self._blob.generation
             except Exception:  # the network; the next renewal tells whose the lock is
                 continue
-            if not self._ended.is_set():
-                line = "error: another process took over this training; this one ends unsaved\n"
-                os.write(2, line.encode())
-                os._exit(EXIT_FAILED)
+        if not self._ended.is_set():
+            os.write(2, b"error: another process took over this training; this one ends unsaved\n")
+            os._exit(EXIT_FAILED)
 
     def release(self) -> None:
         self._ended.set()

@@ -9,6 +9,7 @@ Layout of a run directory:
     transplant.json       the tensors that come from there
     training_data.json    fraction, studies and slices of the training split that are used
     preparation.json      preparation.json of the dataset: windows, size, key fingerprint
+    training.lock         the process that trains here, or did last: `ctssl_jax.runs.lock`
     checkpoints/STEP      Orbax checkpoints: the last two, and the best one by validation loss
     metrics.jsonl         one line a report: step, losses, slices/s
     tensorboard/          the same numbers as event files
@@ -23,7 +24,7 @@ from typing import Any
 
 import ml_collections
 
-from ctssl_jax.runs import checkpoints
+from ctssl_jax.runs import checkpoints, lock
 from ctssl_jax.runs.damage import holds_checkpoint
 from ctssl_jax.runs.directory import run_directory
 from data_prep.system.errors import InputError
@@ -193,6 +194,7 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
     if not path.exists():
         # A run that was killed at its very start may leave these: they are not a run yet.
         begun = {name + ending for name in _WRITTEN_FIRST for ending in ("", ".tmp")}
+        begun.add(lock.FILE)
         if workdir.is_dir() and any(entry.name not in begun for entry in workdir.iterdir()):
             raise InputError(
                 f"--workdir={workdir} holds files but no run; give a new or empty folder"

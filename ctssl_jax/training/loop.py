@@ -9,8 +9,10 @@ from typing import Any
 import ml_collections
 
 from ctssl_jax.models.quantizer import codebook_use
-from ctssl_jax.parallel.processes import stop_requests
+from ctssl_jax.parallel.processes import refusing_together, stop_requests
 from ctssl_jax.runs.checkpoints import Checkpoints, restore
+from ctssl_jax.runs.directory import run_directory
+from ctssl_jax.runs.lock import TrainingLock
 from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.training import health, warm_start
 from ctssl_jax.training.progress import Clock, log, show
@@ -45,10 +47,12 @@ def train(
       InputError: something in the configuration, the dataset or the run directory cannot work.
       TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before.
     """
-    workdir = Path(workdir)
-    with stop_requests() as should_stop:
+    with stop_requests() as should_stop, TrainingLock() as lock:
+        with refusing_together():
+            workdir = run_directory(workdir)
+            lock.take_if_there(workdir)
         job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
-        checkpoints = job.open_run()  # nothing was written before
+        checkpoints = job.open_run(lock)  # nothing was written before
         program, start = job.compile(), checkpoints.last_step
         # In this order: resume, else a warm start (from another run or a weight file), else random
         # weights.

@@ -18,6 +18,7 @@ from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.parallel.processes import refusing_together, require_agreement
 from ctssl_jax.runs import damage
 from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.lock import TrainingLock
 from ctssl_jax.runs.reports import read_reports, say
 from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
 from ctssl_jax.tasks.interface import Task
@@ -156,14 +157,15 @@ class Job:
             f"{config.num_steps * config.batch_size / len(source):.1f} epochs" + synthetic,
         ]
 
-    def open_run(self) -> Checkpoints:
+    def open_run(self, lock: TrainingLock) -> Checkpoints:
         """Write the run directory's first files, and open its checkpoints.
 
         Raises:
-          InputError: the directory cannot be written, or its only checkpoint is incomplete.
+          InputError: another process trains in it, the directory cannot be written, or its only checkpoint is incomplete.
         """
         with refusing_together():  # process 0 alone writes, and may fail alone
             if self.process_index == 0:
+                lock.take(self.workdir)
                 self._write_workdir()
         checkpoints = Checkpoints(self.workdir)
         require_agreement("last checkpoint in --workdir", checkpoints.last_step or 0)
