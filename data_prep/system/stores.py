@@ -137,6 +137,14 @@ def explain(url: str, error: Exception) -> str:
     return f"the store refuses or cannot be reached ({type(error).__name__}: {said}); {remedy}"
 
 
+def failed(error: BaseException) -> str:
+    """A line on an error that a store's package raised outside of this module; "" for others."""
+    package = type(error).__module__.partition(".")[0]
+    if package not in ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"):
+        return ""
+    return explain("gs://" if package in ("gcsfs", "google") else "", error)
+
+
 def read_error(error: Exception) -> StoreReadError:
     """The failure of a read as the operating system would report it, with an errno and without
     names."""
