@@ -49,5 +49,5 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
         config.update(optimizer("adamw", 1e-4, schedule="cosine"))
     config.num_steps = 150 if small else 2_000
     config.update(execution())
-    config.update(reporting(eval_every=150 if small else 2_000))
+    config.update(reporting(best_by="auroc", eval_every=150 if small else 2_000))
     return config

@@ -47,5 +47,5 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
         config.update(optimizer("radam", 1e-3))
     config.num_steps = 1_500 if small else 100_000
     config.update(execution())
-    config.update(reporting(eval_every=500 if small else 2_000))
+    config.update(reporting(best_by="mse", eval_every=500 if small else 2_000))
     return config

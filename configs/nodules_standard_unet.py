@@ -45,5 +45,5 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
         config.update(optimizer("adamw", 1e-4, schedule="cosine"))
     config.num_steps = 300 if small else 20_000
     config.update(execution())
-    config.update(reporting(eval_every=300 if small else 2_000))
+    config.update(reporting(best_by="dice", eval_every=300 if small else 2_000))
     return config

@@ -61,5 +61,5 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
         config.update(optimizer("adamw", 4e-4, schedule="linear"))
     config.num_steps = 200 if small else 12_048  # an epoch of the winner's 1,542,133 slices
     config.update(execution(batch_size=16 if small else 128))
-    config.update(reporting(eval_every=200 if small else 2_000))
+    config.update(reporting(best_by="auroc", eval_every=200 if small else 2_000))
     return config

@@ -32,7 +32,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("output", None, "FILE.parquet or FILE.npz.")
     flags.DEFINE_string(
-        "checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step."
+        "checkpoint", "best", "best (by config.best_by), last, last_good (undamaged), or a step."
     )
     flags.DEFINE_string("split", None, "train, validation or test of a dataset; by default all.")
     flags.DEFINE_string(

@@ -27,7 +27,7 @@ def define_flags() -> None:
     text("dataset", None, "Dataset directory; by default the dataset of the training.")
     text("split", "test", "train, validation or test.")
     text("output", None, "Results file, ending in .json.")
-    text("checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step.")
+    text("checkpoint", "best", "best (by config.best_by), last, last_good (undamaged), or a step.")
     flags.DEFINE_integer(
         "batch_size",
         0,

@@ -40,7 +40,7 @@ def define_flags() -> None:
         "Licence of the weights (required): it follows from the data and from the initial weights.",
     )
     flags.DEFINE_string(
-        "checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step."
+        "checkpoint", "best", "best (by config.best_by), last, last_good (undamaged), or a step."
     )
     flags.DEFINE_multi_string(
         "results", [], "Results file of ctssl_jax.evaluate for the model card; repeatable."

@@ -38,7 +38,7 @@ def define_flags() -> None:
         "output", None, "Folder of the results; results of an earlier scan are replaced."
     )
     flags.DEFINE_string(
-        "checkpoint", "best", "best (by validation loss), last, last_good (undamaged), or a step."
+        "checkpoint", "best", "best (by config.best_by), last, last_good (undamaged), or a step."
     )
     flags.DEFINE_string(
         "evaluation",

@@ -45,7 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint",
         "best",
-        "best (by validation loss), last, last_good, or a step; the controls read none.",
+        "best (by config.best_by), last, last_good, or a step; the controls read none.",
     )
     flags.DEFINE_string(
         "encoder", "run", "run, or a control: untrained (random weights), pixels (no network)."

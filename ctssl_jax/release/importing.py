@@ -87,7 +87,7 @@ def import_weights(
     write_json(workdir / "imported.json", facts)
     checkpoints = Checkpoints(workdir)
     metadata = {"config": to_json(config), "preparation": preparation}
-    checkpoints.save(step, jax.tree.map(jax.numpy.asarray, state), metadata, None)
+    checkpoints.save(step, jax.tree.map(jax.numpy.asarray, state), metadata)
     checkpoints.close()
     return num_tensors
 

@@ -3,15 +3,20 @@
 A checkpoint is one flat dictionary `name -> array` (`params/encoder/...`, `variables/...`,
 `optimizer/...`, `step`), so that names stay readable and parts can be restored alone. Its JSON
 metadata holds the configuration and the preparation. The position in the data is the step itself.
+Beside it lies `score.json` (see `ctssl_jax.runs.scores`), once the checkpoint was validated.
 
 Orbax and TensorStore report a full disk or a damaged file by many types of exception, bare
 `Exception` among them. So all of them are caught here and become one line with the remedy.
 """
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from ctssl_jax.ops.trees import flatten, unflatten
@@ -26,14 +31,18 @@ from ctssl_jax.runs.damage import (
     step_numbers,
     write_sums,
 )
+from ctssl_jax.runs.scores import Score, best_step, read_score, write_score
 from data_prep.system.errors import InputError, RunFailed
+
+_REMOVED = ".removed"  # ending of a checkpoint that is no longer in the list, and is being removed
 
 
 class Checkpoints:
-    """Asynchronous checkpoints of one run.
+    """Asynchronous checkpoints of one run, each with a score once it was validated.
 
-    Keeps the one with the lowest validation loss and the last two: if the last one is damaged, one
-    before it is still there.
+    Keeps the last two and the best one: if the last one is damaged, one before it is still there.
+    No checkpoint is ever written over, and none is removed before a newer one is complete. All
+    processes of a run call each method together; process 0 writes scores and removes.
 
     Raises:
       InputError: the folder holds a checkpoint that cannot be read.
@@ -41,64 +50,63 @@ class Checkpoints:
 
     def __init__(self, workdir: Path):
         self.workdir = workdir
-        self._pending: tuple[int, Any] = (0, None)
-        policies = ocp.training.preservation_policies
+        self._pending: tuple[int, Any] | None = None
+        policies = ocp.training
+        # Orbax decides what to remove when a save begins, before the score of that checkpoint is
+        # known, and it removes in place: a kill would leave half of a checkpoint under its name.
         self._checkpointer = _open(
             workdir,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(2),
-                    policies.BestN(
-                        n=1,
-                        get_metric_fn=lambda metrics: metrics["loss"],
-                        reverse=True,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
+            save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.preservation_policies.PreserveAll(),
             cleanup_tmp_directories=True,
         )
+        if jax.process_index() == 0:
+            _remove_removed(workdir)
+        self._last_step = max(step_numbers(workdir), default=None)
+        score = None if self._last_step is None else read_score(_path(workdir, self._last_step))[0]
+        self._last_is_scored = _as_on_process_0(score is not None)
 
     @property
     def last_step(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        """Step of the newest complete checkpoint, or of the one that is being saved; None before
+        the first one."""
+        return self._last_step
 
     @property
     def last_is_scored(self) -> bool:
-        """Whether the newest checkpoint has a validation loss; a request to stop saves without
-        one."""
-        latest = self._checkpointer.latest
-        return latest is not None and bool(latest.metrics)
+        """Whether the checkpoint of `last_step` has a score, the same on all processes."""
+        return self._last_is_scored
 
-    def save(self, step: int, state: Any, metadata: dict, validation_loss: float | None) -> None:
+    def save(self, step: int, state: Any, metadata: dict) -> None:
         """Start saving `state`; returns when the last save is complete and the arrays are copied.
-
-        A checkpoint of the same step without a validation loss is replaced.
 
         Raises:
           RunFailed: this checkpoint or the one before could not be written.
         """
         try:
-            self._complete()
+            self._finish()
             saving = self._checkpointer.save_checkpointables_async(
-                step,
-                {"state": flatten(state)},
-                metrics=None if validation_loss is None else {"loss": validation_loss},
-                custom_metadata=metadata,
-                overwrite=step == self.last_step,
+                step, {"state": flatten(state)}, custom_metadata=metadata
             )
-            self._pending = (step, saving)
         except Exception as error:
             raise self._not_saved(error) from error
+        self._pending = (step, saving)
+        self._last_step, self._last_is_scored = step, False
 
-    def _complete(self) -> None:
-        """Wait for the save that is under way, and write its checksums."""
-        (step, saving), self._pending = self._pending, (0, None)
-        if saving is not None and saving.result() and jax.process_index() == 0:
-            write_sums(self.workdir, step)
+    def score(self, score: Score) -> None:
+        """Write the score beside the last checkpoint, once that is complete.
+
+        Raises:
+          RunFailed: the checkpoint or its score could not be written.
+        """
+        try:
+            self._complete()
+            if jax.process_index() == 0:
+                write_score(_path(self.workdir, self._last_step), score)
+        except Exception as error:
+            raise self._not_saved(error) from error
+        self._last_is_scored = True
+        self._retain()
 
     def close(self) -> None:
         """Wait until everything is on disk.
@@ -107,16 +115,63 @@ class Checkpoints:
           RunFailed: the last checkpoint could not be written.
         """
         try:
-            self._complete()
+            self._finish()
             self._checkpointer.close()
         except Exception as error:
             raise self._not_saved(error) from error
+
+    def _complete(self) -> None:
+        """Wait for the save that is under way, and write its checksums."""
+        pending, self._pending = self._pending, None
+        if pending is not None and pending[1].result() and jax.process_index() == 0:
+            write_sums(self.workdir, pending[0])
+
+    def _finish(self) -> None:
+        """Complete a save whose checkpoint gets no score, because the run stops."""
+        if self._pending is not None:
+            self._complete()
+            self._retain()
+
+    def _retain(self) -> None:
+        """Remove all complete checkpoints but the last two and the best one."""
+        if jax.process_index() == 0:
+            steps = step_numbers(self.workdir)
+            kept = {*steps[-2:], best_step(_read_scores(self.workdir, steps)[0])}
+            for step in steps:
+                if step not in kept:
+                    path = _path(self.workdir, step)
+                    path.replace(path.with_name(f"{step}{_REMOVED}"))  # a kill leaves all or none
+            _remove_removed(self.workdir)
 
     def _not_saved(self, error: Exception) -> RunFailed:
         return RunFailed(
             f"a checkpoint could not be saved in {self.workdir} ({first_line(error)}); make room "
             "or permit writing there and run again: it resumes from the last complete checkpoint"
         )
+
+
+def _path(workdir: Path, step: int) -> Path:
+    return workdir / CHECKPOINTS / str(step)
+
+
+def _remove_removed(workdir: Path) -> None:
+    """Remove what was taken out of the list of checkpoints, now or before a kill."""
+    for path in (workdir / CHECKPOINTS).glob(f"*{_REMOVED}"):
+        shutil.rmtree(path, ignore_errors=True)  # what stays is tried again the next time
+
+
+def _as_on_process_0(value: bool) -> bool:
+    """A shared file system may show a new file to one host later than to another."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def _read_scores(workdir: Path, steps: Sequence[int]) -> tuple[dict[int, Score], list[str]]:
+    """The scores by step, and a line for each that is there and cannot be used."""
+    found = {step: read_score(_path(workdir, step)) for step in steps}
+    scores = {step: score for step, (score, _) in found.items() if score is not None}
+    return scores, [problem for _, problem in found.values() if problem]
 
 
 def _open(workdir: Path, **options: Any) -> ocp.training.Checkpointer:
@@ -130,51 +185,77 @@ def _open(workdir: Path, **options: Any) -> ocp.training.Checkpointer:
         ) from error
 
 
-def _steps(workdir: Path) -> list[Any]:
-    if not (steps := step_numbers(workdir)):
-        return []
-    for step in steps:  # the small files hold the losses that decide which one is the best
-        check_undamaged(workdir, step, small_files_only=True)
-    with _open(workdir) as checkpointer:
-        return list(checkpointer.checkpoints)
+class Chosen(NamedTuple):
+    """A checkpoint that was chosen.
+
+    step: its step.
+    score: its score; None if it has none.
+    why: the choice in words, `best masked_mse 0.0223`.
+    warnings: a line for each damaged score, whose checkpoint counts as unscored.
+    """
+
+    step: int
+    score: Score | None
+    why: str
+    warnings: tuple[str, ...] = ()
 
 
-def choose_step(workdir: Path, which: str = "best") -> int:
-    """Step of a checkpoint that exists.
+def choose(workdir: Path, which: str = "best") -> Chosen:
+    """A checkpoint that exists.
 
     Args:
       workdir: run directory.
-      which: `best` (lowest validation loss), `last`, `last_good` (the last undamaged one) or a
-        step number.
+      which: `best` (by the score that the run's recipe names; never step 0), `last`, `last_good`
+        (the last undamaged one) or a step number. Where no checkpoint has a score, `best` is the
+        last one: the run was stopped before its first validation, or an older version of this
+        program made it, which stored the loss alone.
 
     Raises:
-      InputError: the run has no such checkpoint, or `best` and `last` could not be told because
-        one is damaged.
+      InputError: the run has no such checkpoint.
     """
-    numbers = step_numbers(workdir)
-    if which.isdigit() and int(which) in numbers:
-        return int(which)
-    if which == LAST_GOOD and numbers:
-        good = (step for step in reversed(numbers) if not is_damaged(workdir, step))
-        if (step := next(good, None)) is None:
-            raise InputError(f"all checkpoints of {workdir} are damaged")
-        return step
-    steps = _steps(workdir)
+    steps = step_numbers(workdir)
     if not steps:
         raise InputError(
             f"{workdir} has no checkpoint; give the --workdir of a run of ctssl_jax.train"
         )
-    numbers = [item.step for item in steps]
-    if which == "last":
-        return numbers[-1]
+    scores, problems = _read_scores(workdir, steps)
+    warnings = tuple(f"{problem}; its checkpoint counts as unscored" for problem in problems)
     if which == "best":
-        scored = [(item.metrics["loss"], item.step) for item in steps if item.metrics]
-        return min(scored)[1] if scored else numbers[-1]
-    existing = ", ".join(map(str, numbers))
-    raise InputError(
-        f"{workdir} has no checkpoint {which!r}; there are steps {existing}, and the names best, "
-        "last and last_good"
-    )
+        step = best_step(scores)
+        if step is not None:
+            name = scores[max(scores)].name
+            return Chosen(
+                step, scores[step], f"best {name} {scores[step].scores[name]:.4g}", warnings
+            )
+        if any((_path(workdir, step) / "metrics").exists() for step in steps):
+            why = "the last one, since an older version made this run, which stored the loss alone"
+        elif scores:
+            why = f"the last one, since {scores[max(scores)].name} was undefined in each validation"
+        else:
+            why = "the last one, unscored, since no checkpoint of this run has a score"
+        return Chosen(steps[-1], scores.get(steps[-1]), why, warnings)
+    if which == LAST_GOOD:
+        step = next((step for step in reversed(steps) if not is_damaged(workdir, step)), None)
+        if step is None:
+            raise InputError(f"all checkpoints of {workdir} are damaged")
+    elif which == "last":
+        step = steps[-1]
+    elif which.isdigit() and int(which) in steps:
+        step = int(which)
+    else:
+        raise InputError(
+            f"{workdir} has no checkpoint {which!r}; there are steps "
+            f"{', '.join(map(str, steps))}, and the names best, last and last_good"
+        )
+    score = scores.get(step)
+    value = None if score is None else score.value
+    why = "unscored" if value is None else f"{score.name} {value:.4g}"
+    return Chosen(step, score, why if which.isdigit() else f"{which}, {why}", warnings)
+
+
+def choose_step(workdir: Path, which: str = "best") -> int:
+    """Step of the checkpoint that `choose` gives."""
+    return choose(workdir, which).step
 
 
 def restore(workdir: Path, step: int, template: Any) -> Any:

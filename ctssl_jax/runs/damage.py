@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from ctssl_jax.runs.scores import is_of_score
 from data_prep.system.errors import InputError
 from data_prep.system.files import file_sha256, write_text
 
@@ -58,9 +59,16 @@ def write_sums(workdir: Path, step: int) -> None:
         return
     # The run's files first: a list that is cut then lacks files of the checkpoint, and is noticed.
     files = [workdir / name for name in _NEVER_CHANGE if (workdir / name).is_file()]
-    files += [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
+    files += [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and not _later(path.name)
+    ]
     lines = [f"{file_sha256(path)}  {os.path.relpath(path, folder.parent)}\n" for path in files]
     write_text(folder / SUMS, "".join(lines))
+
+
+def _later(name: str) -> bool:
+    """Whether a file of a checkpoint, by its name, is written when the checkpoint is complete."""
+    return name == SUMS or is_of_score(name)
 
 
 def _difference(workdir: Path, step: int, of_run: bool, small_files_only: bool = False) -> str:
@@ -83,9 +91,11 @@ def _difference(workdir: Path, step: int, of_run: bool, small_files_only: bool =
         if other := [name.split("/")[0] for name in sums if not name.startswith(f"{step}/")]:
             return f"it is the checkpoint of step {other[0]}"
         there = {
-            os.path.relpath(path, folder.parent) for path in folder.rglob("*") if path.is_file()
+            os.path.relpath(path, folder.parent)
+            for path in folder.rglob("*")
+            if path.is_file() and not _later(path.name)
         }
-        if unknown := sorted(there - sums.keys() - {f"{step}/{SUMS}"}):
+        if unknown := sorted(there - sums.keys()):
             return f"{SUMS} lacks {unknown[0]}"
     for name, sha256 in sums.items():
         path = workdir / CHECKPOINTS / name

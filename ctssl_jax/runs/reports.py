@@ -31,16 +31,22 @@ class Reports:
     """`metrics.jsonl` and `tensorboard/` of a run directory.
 
     A run that resumes at `start_step` first drops the later lines of its interrupted attempt. One
-    that starts from scratch (-1) drops all lines.
+    that starts from scratch (-1) drops all lines. `validates_again`: the validation of the step
+    itself was not complete, so its line is dropped, too.
     """
 
-    def __init__(self, workdir: Path, start_step: int):
+    def __init__(self, workdir: Path, start_step: int, *, validates_again: bool = False):
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
         self._workdir = workdir
         path = workdir / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if _parsed(path, line)["step"] <= start_step]
+        kept = []
+        for line in _complete_lines(path):
+            report = _parsed(path, line)
+            last = start_step - (validates_again and report["kind"] == "validation")
+            if report["step"] <= last:
+                kept.append(line)
         write_text(path, "".join(kept))
         self._file = open(path, "a")
         self._events = _EventFile(workdir / "tensorboard", start_step + 1)

@@ -10,7 +10,7 @@ Layout of a run directory:
     training_data.json    fraction, studies and slices of the training split that are used
     preparation.json      preparation.json of the dataset: windows, size, key fingerprint
     training.lock         the process that trains here, or did last: `ctssl_jax.runs.lock`
-    checkpoints/STEP      Orbax checkpoints: the last two, and the best one by validation loss
+    checkpoints/STEP      Orbax checkpoints, each with its score.json: the last two, and the best
     metrics.jsonl         one line a report: step, losses, slices/s
     tensorboard/          the same numbers as event files
     pictures/             input | target | prediction | difference of fixed validation slices
@@ -27,6 +27,7 @@ import ml_collections
 from ctssl_jax.runs import checkpoints, lock
 from ctssl_jax.runs.damage import holds_checkpoint
 from ctssl_jax.runs.directory import run_directory
+from ctssl_jax.runs.reports import say
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_json
 
@@ -37,6 +38,7 @@ MAY_CHANGE = (
     "num_steps",
     "log_every",
     "eval_every",
+    "best_by",
     "num_pictures",
     "reading_threads",
     "remat",
@@ -113,9 +115,13 @@ class Run:
         return cls(workdir, from_json(config), preparation)
 
     def choose_step(self, which: str = "best") -> int:
-        """Step of the checkpoint that `best`, `last`, `last_good` or a number names:
-        `checkpoints.choose_step`."""
-        return checkpoints.choose_step(self.workdir, which)
+        """Step of the checkpoint that `best`, `last`, `last_good` or a number names
+        (`checkpoints.choose`); says which one it is, and its score."""
+        chosen = checkpoints.choose(self.workdir, which)
+        say(f"checkpoint   step {chosen.step:,} of {self.workdir}: {chosen.why}")
+        for warning in chosen.warnings:
+            say(f"WARNING      {warning}")
+        return chosen.step
 
     def restore(self, step: int, template: Any) -> Any:
         """The tensors of a checkpoint, in the structure and with the shardings of a template:

@@ -15,6 +15,20 @@ from ctssl_jax.data.slices import Targets
 from ctssl_jax.ops.images import to_unit_images
 from data_prep.system.errors import InputError
 
+# The scores that may choose the best checkpoint (`config.best_by`), each with its direction.
+HIGHER_IS_BETTER = {
+    "mse": False,
+    "masked_mse": False,
+    "ssim": True,
+    "cross_entropy": False,
+    "double_softmax_cross_entropy": False,
+    "accuracy": True,
+    "auroc": True,
+    "binary_cross_entropy": False,
+    "dice": True,
+    "iou": True,
+}
+
 
 class StepOutput(NamedTuple):
     """The values that a task computes from one batch.

@@ -56,4 +56,16 @@ def check_task(config: ml_collections.ConfigDict) -> None:
             f"({', '.join(missing + foreign)}); start from "
             f"--config=configs/{_RECIPES.get(config.task, config.task)}.py"
         )
+    names = scores_of(task)
+    if config.get("best_by") not in names:
+        raise InputError(
+            f"config.best_by={config.get('best_by')!r}: a validation of the task {config.task} has "
+            f"no such score; choose one of {', '.join(names)}"
+        )
     task.check(config)
+
+
+def scores_of(task: Task) -> tuple[str, ...]:
+    """The names that `config.best_by` may have."""
+    predicts_label = "cross_entropy" in task.reported
+    return (*task.reported, *(["auroc"] if predicts_label else []))

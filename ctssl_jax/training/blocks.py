@@ -101,6 +101,6 @@ def execution(*, batch_size: int = 16) -> dict[str, Any]:
     return {"batch_size": batch_size, **memory}
 
 
-def reporting(*, eval_every: int = 2_000) -> dict[str, Any]:
-    """How often a run reports, validates and saves."""
-    return {"log_every": 50, "eval_every": eval_every, "num_pictures": 4}
+def reporting(*, best_by: str, eval_every: int = 2_000) -> dict[str, Any]:
+    """How often a run reports, saves and validates, and what its best checkpoint is."""
+    return {"log_every": 50, "eval_every": eval_every, "best_by": best_by, "num_pictures": 4}

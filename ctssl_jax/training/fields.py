@@ -6,6 +6,8 @@
 import math
 from typing import Any, NamedTuple
 
+from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
+
 
 class Field(NamedTuple):
     """One field of a recipe.
@@ -267,7 +269,13 @@ FIELDS = {
     # ---- reports
     "log_every": Field(int, "steps between reports of the training", at_least=1),
     "eval_every": Field(
-        int, "steps between validations, each with pictures and a checkpoint", at_least=1
+        int, "steps between checkpoints, each with a validation and pictures", at_least=1
+    ),
+    "best_by": Field(
+        str,
+        "validation score that chooses the best checkpoint, of those that the task reports; of "
+        "equal ones the later is taken, step 0 never",
+        tuple(HIGHER_IS_BETTER),
     ),
     "num_pictures": Field(int, "validation slices in each picture", at_least=1),
 }

@@ -14,8 +14,11 @@ from ctssl_jax.runs.checkpoints import Checkpoints, restore
 from ctssl_jax.runs.directory import run_directory
 from ctssl_jax.runs.lock import TrainingLock
 from ctssl_jax.runs.reports import Reports, say
+from ctssl_jax.runs.scores import Score, make_score
+from ctssl_jax.stats.volumes import auroc_one_vs_rest
+from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
 from ctssl_jax.training import health, warm_start
-from ctssl_jax.training.progress import Clock, log, show
+from ctssl_jax.training.progress import Clock, log, show, show_pictures
 from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.setup import Job, check
 from ctssl_jax.training.state import TrainState, check_finite, check_state
@@ -45,7 +48,8 @@ def train(
 
     Raises:
       InputError: something in the configuration, the dataset or the run directory cannot work.
-      TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before.
+      TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before
+        (its own validation loss may be what was not finite).
     """
     with stop_requests() as should_stop, TrainingLock() as lock:
         with refusing_together():
@@ -61,7 +65,11 @@ def train(
             say(f"resuming     from step {start:,} of {workdir}")
         else:
             state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
-        reports = Reports(workdir, -1 if start is None else start)
+        reports = Reports(
+            workdir,
+            -1 if start is None else start,
+            validates_again=not checkpoints.last_is_scored,
+        )
         try:
             step, finished = _steps(job, program, state, checkpoints, reports, should_stop)
         finally:
@@ -84,40 +92,39 @@ def _steps(
 ) -> tuple[int, bool]:
     """Train; returns the step at which training ended, and whether it is complete."""
     config, step, norms = job.config, checkpoints.last_step or 0, {}
-    # A run that was stopped just before or within a validation has a checkpoint without a score.
-    unsaved = not checkpoints.last_is_scored and (
-        step % config.eval_every == 0 or step >= config.num_steps
-    )
+    saved, scored = step, checkpoints.last_is_scored
     feed = (
         Feed(job.mesh, job.training_batches(step), config.microbatches)
         if step < config.num_steps
         else None
     )
     clock = Clock(step, step, time.monotonic())
-    # In this order: evaluate, save, step, fetch the next batch. So a checkpoint has the score of
-    # its own weights, and the position in the data is the step: a resumed run sees equal batches.
+    if step == 0:
+        with clock.validating():
+            show_pictures(job, program, state, step)
+    # In this order: save, validate, write the score, step, fetch the next batch. So a score never
+    # lacks its checkpoint, and the position in the data is the step: a resumed run sees equal
+    # batches. A run that was stopped between save and score writes that score first.
     while True:
         at_end, stopping = step >= config.num_steps, should_stop(step)
-        due = at_end or step % config.eval_every == 0
-        if unsaved and (due or stopping):
+        due = step > 0 and (at_end or step % config.eval_every == 0)
+        if step != saved and (due or stopping):
             check_state(state, checkpoints.workdir, checkpoints.last_step)
+            checkpoints.save(step, state, job.metadata)
+            saved, scored = step, False
+        if due and not scored and not stopping:
             with clock.validating():
-                scores = (
-                    validate(job, program, state, step, should_stop)
-                    if due and not stopping
-                    else None
-                )
+                scores = validate(job, program, state, step, should_stop)
                 if scores is not None:
                     check_finite(scores["loss"], step, checkpoints.workdir, checkpoints.last_step)
                     show(job, program, state, step, scores, norms, reports)
-                stopping = stopping or scores is None
-                if step > 0 or scores is not None:
-                    checkpoints.save(step, state, job.metadata, scores["loss"] if scores else None)
-            unsaved = False
+                    checkpoints.score(_score(config, scores, step))
+                    scored = True
+                stopping = scores is None
         if at_end or stopping or feed is None:  # no batches are left at the end
             return step, at_end and not stopping
         state = run_step(program, state, feed.parts)
-        step, unsaved = step + 1, True
+        step += 1
         if step < config.num_steps:
             feed.advance(state.step)
         if step % config.log_every == 0:
@@ -125,6 +132,17 @@ def _steps(
             state, report = take_report(program, state)
             norms = report.layer_gradient_norms
             log(job, step, report, clock, feed, reports)
+
+
+def _score(config: ml_collections.ConfigDict, scores: dict[str, float], step: int) -> Score:
+    """The score of a checkpoint; says so if there is nothing to choose by."""
+    score = make_score(config.best_by, HIGHER_IS_BETTER[config.best_by], scores)
+    if score.value is None:
+        say(
+            f"WARNING      step {step:,}: config.best_by={config.best_by} is undefined on the "
+            "validation slices, so this checkpoint cannot be the best"
+        )
+    return score
 
 
 def validate(
@@ -139,4 +157,6 @@ def validate(
     if result is None or len(result.record_index) < len(job.validation_source):
         return None
     means = {name: float(values.mean(dtype=float)) for name, values in result.scores.items()}
+    if result.classes is not None and job.task.targets(job.config).label:
+        means["auroc"] = auroc_one_vs_rest(result.classes["probabilities"], result.classes["label"])
     return means | codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)

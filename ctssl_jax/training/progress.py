@@ -46,6 +46,14 @@ class Clock:
         return training + (steps // eval_every + 1) * self.validation_seconds
 
 
+def show_pictures(job: Job, program: Program, state: TrainState, step: int) -> None:
+    """Write the pictures of a step."""
+    strip = render_pictures(program.scorer, state, job.picture_slices, job.num_pictures)
+    if job.process_index == 0:
+        label = "SYNTHETIC" if job.dataset.preparation["synthetic"] else ""
+        strips.save_strip(job.workdir / "pictures" / f"step_{step:08d}.png", strip, label)
+
+
 def show(
     job: Job,
     program: Program,
@@ -58,15 +66,12 @@ def show(
     """Report a validation: its numbers, pictures, and warnings of a collapse."""
     means = {name: value for name, value in scores.items() if name != "embedding_dim"}
     reports.write("validation", step, means)
-    strip = render_pictures(program.scorer, state, job.picture_slices, job.num_pictures)
-    if job.process_index == 0:
-        label = "SYNTHETIC" if job.dataset.preparation["synthetic"] else ""
-        strips.save_strip(job.workdir / "pictures" / f"step_{step:08d}.png", strip, label)
+    show_pictures(job, program, state, step)
     say(
         f"validation   step {step:,}  "
         + "  ".join(f"{name} {value:.4g}" for name, value in means.items())
     )
-    for warning in health.warnings(scores, norms) if step > 0 else ():
+    for warning in health.warnings(scores, norms):
         say(f"WARNING      step {step:,}: {warning}")
 
 

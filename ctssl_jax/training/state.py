@@ -244,12 +244,13 @@ def check_finite(
 def _diverged(
     quantity: str, step: int, workdir: Path, last_checkpoint: int | None
 ) -> TrainingDiverged:
-    kept = (
-        "there is no checkpoint"
-        if last_checkpoint is None
-        else f"the checkpoint of step {last_checkpoint} is kept"
-    )
+    kept, place = "there is no checkpoint", ""
+    if last_checkpoint is not None:
+        kept, place = (
+            f"the checkpoint of step {last_checkpoint} is kept",
+            ", with another --workdir",
+        )
     return TrainingDiverged(
         f"not finite at step {step} of {workdir}: {quantity}; {kept}; lower config.learning_rate "
-        "or set config.gradient_clip=1, with another --workdir"
+        f"or set config.gradient_clip=1{place}"
     )

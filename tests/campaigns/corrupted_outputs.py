@@ -34,6 +34,7 @@ from ctssl_jax.release.exporting import export
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.reports import Reports
 from ctssl_jax.runs.run import open_workdir, to_json
+from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.loop import train
 from ctssl_jax.training.recipe import check_dataset
@@ -101,8 +102,9 @@ def save_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     for step, loss in ((1, 0.7), (2, 0.5), (STEPS, 0.6)):
         params = jax.tree.map(lambda leaf, factor=1 + step / 10: leaf * factor, state.params)
         checkpoints.save(
-            step, state.replace(step=jnp.asarray(step, jnp.int32), params=params), metadata, loss
+            step, state.replace(step=jnp.asarray(step, jnp.int32), params=params), metadata
         )
+        checkpoints.score(make_score(config.best_by, False, {config.best_by: loss}))
         metrics.write("train", step, {"loss": loss})
     checkpoints.close()
     metrics.close()

@@ -20,7 +20,6 @@ from tensorboardX import SummaryWriter
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference.embedding import embed
 from ctssl_jax.inference.prediction import Request, predict
-from ctssl_jax.runs.checkpoints import Checkpoints
 from data_prep.dataset.cohort import contact_sheet
 from data_prep.dataset.reader import Dataset
 from data_prep.dataset.storage import encode_record, write_records
@@ -33,7 +32,7 @@ from data_prep.scan.rules import Rules
 from tests.campaigns import privacy
 from tests.helpers import dicom_files
 from tests.helpers.example_dataset import write_example_dataset
-from tests.helpers.training_runs import save_untrained, tiny_recipe
+from tests.helpers.training_runs import save_scored, save_untrained, tiny_recipe
 
 NAME, TIME, IDENTIFIER = "Quixote^Alonso", "131415", "ab-47-cd"
 
@@ -91,11 +90,8 @@ def in_record(folder, text: str) -> None:
 
 def in_checkpoint(state, metadata):
     def plant(folder, text: str) -> None:
-        saving = Checkpoints(folder)
-        saving.save(
-            1, {name: value(text) for name, value in state(text).items()}, metadata(text), 0.5
-        )
-        saving.close()
+        states = {name: value(text) for name, value in state(text).items()}
+        save_scored(folder, {1: (states, 0.5)}, metadata(text))
 
     return plant
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -22,6 +23,7 @@ from ctssl_jax.runs import reports
 from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, restore
 from ctssl_jax.runs.damage import write_sums
 from ctssl_jax.runs.run import open_workdir, to_json
+from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import loop, setup
@@ -134,7 +136,7 @@ def train_on(config: ml_collections.ConfigDict, workdir: Path, num_devices: int 
 
 _NOT_OF_THE_PROGRAM = (
     *("dataset", "train_fraction", "init_from", "init_checkpoint", "init_weights", "leakage"),
-    *("log_every", "eval_every", "num_pictures", "reading_threads"),
+    *("log_every", "eval_every", "best_by", "num_pictures", "reading_threads"),
 )
 _programs: dict[str, Program] = {}
 _compiled: dict[int, tuple[Program, int]] = {}
@@ -223,10 +225,21 @@ def save_untrained(
     open_workdir(workdir, config, preparation, patients)
     model = randomised(get_task(config.task).build(config, nnx.Rngs(params=seed)), seed)
     _, params, variables = nnx.split(model, nnx.Param, ...)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(
-        step, {"params": nnx.as_pure(params), "variables": nnx.as_pure(variables)}, {}, 0.5
+    save_scored(
+        workdir,
+        {step: ({"params": nnx.as_pure(params), "variables": nnx.as_pure(variables)}, 0.5)},
     )
+
+
+def save_scored(
+    workdir: Path, states: dict[int, tuple[Any, float | None]], metadata: dict | None = None
+) -> None:
+    """Checkpoints of states by step, each with its validation error; None leaves it unscored."""
+    checkpoints = Checkpoints(workdir)
+    for step, (state, error) in states.items():
+        checkpoints.save(step, state, metadata or {})
+        if error is not None:
+            checkpoints.score(make_score("mse", False, {"mse": error}))
     checkpoints.close()
 
 

@@ -21,7 +21,6 @@ from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference import embedding, embedding_files, embedding_inputs, pretrained
 from ctssl_jax.inference.embedding import embed, summary
 from ctssl_jax.probes.encoders import trained_encoder
-from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.run import Run, open_workdir
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.state import abstract_model, evaluation_keys
@@ -33,7 +32,7 @@ from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from tests.helpers import dicom_files
 from tests.helpers.opened_files import listed, listing
-from tests.helpers.training_runs import start, tiny_recipe
+from tests.helpers.training_runs import save_scored, start, tiny_recipe
 
 NUM_SLICES = 21
 TASKS = {
@@ -68,11 +67,11 @@ def save_untrained(config, workdir, preparation, steps):
         return jnp.asarray(1 + np.abs(values) if positive else values, leaf.dtype)
 
     params, variables = jax.tree_util.tree_map_with_path(numbers, (params, variables))
-    checkpoints = Checkpoints(workdir)
+    states = {}
     for step in steps:
         scaled = jax.tree.map(lambda leaf, step=step: leaf * step / 2, params)
-        checkpoints.save(step, {"params": scaled, "variables": variables}, {}, 1 / step)
-    checkpoints.close()
+        states[step] = ({"params": scaled, "variables": variables}, 1 / step)
+    save_scored(workdir, states)
 
 
 @pytest.fixture(scope="module")

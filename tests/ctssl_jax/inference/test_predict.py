@@ -21,7 +21,6 @@ from ctssl_jax.evaluation import predictions
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference import mask_prediction, prediction, pretrained
 from ctssl_jax.inference.prediction import Request, predict, table
-from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.run import open_workdir
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.state import abstract_model
@@ -37,7 +36,7 @@ from data_prep.synthetic.exam import Options
 from data_prep.system.errors import InputError
 from tests.helpers import dicom_files
 from tests.helpers.example_dataset import write_example_dataset
-from tests.helpers.training_runs import tiny_recipe
+from tests.helpers.training_runs import save_scored, tiny_recipe
 
 PROJECT = Path(__file__).resolve().parents[3]
 WINDOW = ((50, 350),)
@@ -66,9 +65,7 @@ def make_run(config, workdir: Path) -> None:
     state = jax.tree_util.tree_map_with_path(numbers, {"params": params, "variables": variables})
     preparation = Dataset.open(config.dataset).preparation
     open_workdir(workdir, config, preparation, {"train": [], "validation": []})
-    saving = Checkpoints(workdir)
-    saving.save(2, state, {}, 0.5)
-    saving.close()
+    save_scored(workdir, {2: (state, 0.5)})
 
 
 @pytest.fixture(scope="module")

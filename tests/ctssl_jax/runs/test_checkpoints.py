@@ -12,8 +12,9 @@ import pytest
 
 from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.parallel.mesh import make_mesh, replicated
-from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, read_metadata, restore
+from ctssl_jax.runs.checkpoints import Checkpoints, choose, choose_step, read_metadata, restore
 from ctssl_jax.runs.damage import LAST_GOOD, check_all_undamaged, damaged_steps, set_aside
+from ctssl_jax.runs.scores import make_score
 from data_prep.system.errors import InputError, RunFailed
 
 
@@ -36,8 +37,10 @@ def shapes(tree: dict, sharding=None) -> dict:
 def three_checkpoints(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("checkpoints") / "run"
     checkpoints = Checkpoints(workdir)
-    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, None), (5, 1.5)):
-        checkpoints.save(step, state(step), {"config": {"step": step}}, loss)
+    for step, error in ((0, 0.1), (1, 2.0), (2, 1.0), (3, 3.0), (4, None), (5, 1.5)):
+        checkpoints.save(step, state(step), {"config": {"step": step}})
+        if error is not None:
+            checkpoints.score(make_score("mse", False, {"mse": error}))
     checkpoints.close()
     return workdir
 
@@ -85,7 +88,7 @@ def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for number in range(20):
         if number % 5 == 0:
-            checkpoints.save(number, {"values": values}, {}, float(-number))
+            checkpoints.save(number, {"values": values}, {})
         values = step(values)
     checkpoints.close()
     for number in (10, 15):
@@ -152,14 +155,19 @@ def test_a_changed_bit_of_a_tensor_is_found(run):
     assert not np.array_equal(restored["params"]["layers"][0], state(5)["params"]["layers"][0])
 
 
-def test_a_changed_loss_does_not_make_another_checkpoint_the_best(run):
-    metrics = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
-    metrics.write_text(metrics.read_text().replace("4", "5", 1))
-    with pytest.raises(InputError, match=r"checkpoint 4 of .* is damaged"):
-        choose_step(run, "best")
-    assert choose_step(run, "5") == choose_step(run, LAST_GOOD) == 5
-    set_aside(run, damaged_steps(run))
-    assert (run / "damaged_checkpoints" / "4").is_dir() and choose_step(run, "best") == 2
+def test_a_damaged_score_is_said_and_does_not_make_another_checkpoint_the_best(run):
+    """Changed, cut, of another step, no JSON: the checkpoint itself is not damaged."""
+    path = run / "checkpoints" / "5" / "score.json"
+    text = path.read_text()
+    other = (run / "checkpoints" / "2" / "score.json").read_text()
+    for content in (text.replace("1.5", "0.5"), text[: len(text) // 2], "", "[]", other, "\udcff"):
+        path.write_text(content, errors="surrogateescape")
+        chosen = choose(run, "best")
+        assert chosen.step == 2 and chosen.why == "best mse 1"
+        (warning,) = chosen.warnings
+        assert str(path) in warning and "counts as unscored" in warning
+        assert not Checkpoints(run).last_is_scored
+    check_all_undamaged(run)
 
 
 def test_a_checkpoint_in_the_place_of_another_is_found(run):
@@ -176,7 +184,7 @@ def test_a_damaged_file_of_the_run_is_named(three_checkpoints, tmp_path):
     run.mkdir()
     (run / "patients.json").write_text('{"train": ["a"]}')
     checkpoints = Checkpoints(run)
-    checkpoints.save(1, state(1), {}, 1.0)
+    checkpoints.save(1, state(1), {})
     checkpoints.close()
     check_all_undamaged(run)
     sums = run / "checkpoints" / "1" / "SHA256SUMS"
@@ -236,13 +244,13 @@ def test_all_damaged_is_said_and_nothing_is_moved(run):
 
 def test_a_damaged_list_of_checkpoints_is_named(run):
     (run / "checkpoints" / "5" / "SHA256SUMS").unlink()
+    (run / "checkpoints" / "5" / "metrics").mkdir()
     (run / "checkpoints" / "5" / "metrics" / "metrics").write_text('{"loss')
-    for attempt in (lambda: Checkpoints(run), lambda: choose_step(run, "best")):
-        with pytest.raises(
-            InputError,
-            match=r"a checkpoint in .*checkpoints is damaged .*; remove the newest one",
-        ):
-            attempt()
+    with pytest.raises(
+        InputError,
+        match=r"a checkpoint in .*checkpoints is damaged .*; remove the newest one",
+    ):
+        Checkpoints(run)
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(run):
@@ -255,12 +263,12 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(run):
             RunFailed,
             match=r"could not be saved in .*run \(.*File too large.*run again: it resumes",
         ):
-            checkpoints.save(6, state(6), {}, 0.5)
+            checkpoints.save(6, state(6), {})
             checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     checkpoints = Checkpoints(run)
     assert checkpoints.last_step == 5
-    checkpoints.save(6, state(6), {}, 0.5)
+    checkpoints.save(6, state(6), {})
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, restore(run, 6, shapes(state(0))), state(6))

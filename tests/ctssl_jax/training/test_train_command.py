@@ -8,15 +8,16 @@ import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from ctssl_jax.runs import reports
-from ctssl_jax.runs.checkpoints import choose_step, read_metadata
+from ctssl_jax.runs.checkpoints import choose, choose_step, read_metadata
 from ctssl_jax.training import loop, setup
 from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.state import TrainingDiverged
-from ctssl_jax.training.step import compile_step
+from ctssl_jax.training.step import compile_step, run_step
 from data_prep.system.errors import InputError
 from tests.helpers.opened_files import listed, listing, opened_files
 from tests.helpers.training_runs import (
@@ -117,9 +118,10 @@ def test_best_and_last_checkpoints_are_kept(tiny_dataset, tmp_path):
     config = tiny_config(tiny_dataset, num_steps=8, eval_every=1, learning_rate=0.02)
     assert train_on(config, tmp_path / "run")
     validation = {
-        line["step"]: line["loss"] for line in reports.read_reports(tmp_path / "run", "validation")
+        line["step"]: line["masked_mse"]
+        for line in reports.read_reports(tmp_path / "run", "validation")
     }
-    assert sorted(validation) == list(range(9))
+    assert sorted(validation) == list(range(1, 9))
     best = min(validation, key=validation.get)
     assert choose_step(tmp_path / "run", "best") == best
     assert choose_step(tmp_path / "run", "last") == 8
@@ -128,15 +130,20 @@ def test_best_and_last_checkpoints_are_kept(tiny_dataset, tmp_path):
     assert read_metadata(tmp_path / "run", best)["preparation"]["image_size"] == 16
 
 
-def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_dataset, tmp_path):
-    message = (
-        r"not finite at step 1 of .*run: .* the checkpoint of step 0 is kept; lower "
-        r"config.learning_rate"
-    )
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    def diverging(program, state, microbatches):
+        if int(state.step) == 3:
+            state = state.replace(params=jax.tree.map(lambda leaf: leaf * np.inf, state.params))
+        return run_step(program, state, microbatches)
+
+    monkeypatch.setattr(loop, "run_step", diverging)
+    message = r"not finite at step 4 of .*run: .* the checkpoint of step 3 is kept; lower "
     for _ in range(2):  # run again, it says the same
         with pytest.raises(TrainingDiverged, match=message):
-            train_on(tiny_config(tiny_dataset, learning_rate=1e30), tmp_path / "run")
-    assert choose_step(tmp_path / "run", "last") == 0
+            train_on(tiny_config(tiny_dataset, eval_every=3), tmp_path / "run")
+    assert choose_step(tmp_path / "run", "last") == choose_step(tmp_path / "run", "best") == 3
     assert all(np.isfinite(value).all() for value in saved_state(tmp_path / "run").values())
 
 
@@ -182,8 +189,8 @@ def test_a_checkpoint_goes_on_with_other_numbers_of_devices(straight, tiny_datas
 def test_a_request_to_stop_does_not_wait_for_a_validation(
     straight, tiny_dataset, tmp_path, monkeypatch
 ):
-    """SIGTERM within the validation of step 6: saved at once without a score, validated when the
-    run goes on."""
+    """SIGTERM within the validation of step 6, which is saved before: validated when the run goes
+    on, before the next step."""
     expected = straight("gradient")
 
     def signal_during_the_second(scorer, state, batches):
@@ -198,8 +205,9 @@ def test_a_request_to_stop_does_not_wait_for_a_validation(
     monkeypatch.setattr(loop, "evaluate_split", signal_during_the_second)
     workdir = tmp_path / "run"
     assert not train_on(tiny_config(tiny_dataset), workdir)
-    assert [line["step"] for line in reports.read_reports(workdir, "validation")] == [0]
-    assert choose_step(workdir, "last") == 6 and choose_step(workdir, "best") == 0
+    assert reports.read_reports(workdir, "validation") == []
+    chosen = choose(workdir, "best")
+    assert chosen.step == choose_step(workdir, "last") == 6 and "unscored" in chosen.why
     monkeypatch.undo()
     assert train_on(tiny_config(tiny_dataset), workdir)
     assert_same_state(workdir, expected)
