@@ -110,6 +110,7 @@ def _steps(
         due = step > 0 and (at_end or step % config.eval_every == 0)
         if step != saved and (due or stopping):
             check_state(state, checkpoints.workdir, checkpoints.last_step)
+            reports.flush()
             checkpoints.save(step, state, job.metadata)
             saved, scored = step, False
         if due and not scored and not stopping:

@@ -161,7 +161,8 @@ class Job:
         """Write the run directory's first files, and open its checkpoints.
 
         Raises:
-          InputError: another process trains in it, the directory cannot be written, or its only checkpoint is incomplete.
+          InputError: another process trains in it, it cannot be written, or its only checkpoint is
+            incomplete.
         """
         with refusing_together():  # process 0 alone writes, and may fail alone
             if self.process_index == 0:
