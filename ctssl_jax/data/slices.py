@@ -144,6 +144,7 @@ class NeighbourSource:
       volumes: rows of `volumes.csv` of the items.
       table: [N, len(offsets)] int64 record numbers.
       labels: [N] int32 class of each item; None without a label.
+      label_level: what has the label: `slice`, `volume` or `patient`; "" without a label.
       positive: [N] bool, items with a label above 0 or with foreground; None without label and
         mask.
     """
@@ -171,12 +172,14 @@ class NeighbourSource:
             middle_only=targets.middle_only,
         )
         self._centre = list(offsets).index(0)
-        self.labels = self.positive = None
+        self.labels, self.positive, self.label_level = None, None, ""
         centres = self.table[:, self._centre]
         if targets.label:
             labels = labels_of_records(dataset, split, targets.label)[centres]
             self.table, self.labels = self.table[labels >= 0], labels[labels >= 0]
             self.positive = self.labels > 0
+            of_dataset = preparation["labels"].get(targets.label, {"level": "volume"})
+            self.label_level = of_dataset["level"]
         elif targets.mask:
             self.positive = mask_areas(dataset, split)[centres] > 0
         self._records = dataset.source(split) if len(self.table) else ()

@@ -26,7 +26,7 @@ from ctssl_jax.ops.trees import fingerprint, flatten
 from ctssl_jax.parallel.mesh import make_mesh, replicated
 from ctssl_jax.runs.run import Run, portable
 from ctssl_jax.runs.strips import save_arrays, save_strip
-from ctssl_jax.stats.volumes import auroc_one_vs_rest, volume_means
+from ctssl_jax.stats.volumes import volume_aurocs, volume_means, volumes_of_records
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.health import embedding_use, warnings
@@ -90,7 +90,7 @@ def evaluate(
     # ---- Scores: slices, then volumes, then the split ----
     model = _restore(measured, task, step, batch_size)
     slices = model.score(source)
-    volumes, volume_index = _volumes_of_records(source.volumes, slices.record_index)
+    volumes, volume_index = volumes_of_records(source.volumes, slices.record_index)
     by_volume = _volume_values(slices.scores, task, volume_index, len(volumes))
     predicted: Predictions | None = None
     metrics, fields = {}, {}
@@ -102,7 +102,7 @@ def evaluate(
         predicted = _predictions(source, slices)
         metrics, fields = _measure_label(model, targets.label, predicted, volumes)
     elif slices.classes is not None:
-        by_volume["auroc"] = _volume_aurocs(
+        by_volume["auroc"] = volume_aurocs(
             **slices.classes, volume_index=volume_index, num_volumes=len(volumes)
         )
 
@@ -306,7 +306,7 @@ def _group_line(name: str, groups: dict) -> str:
 
 def _predictions(source: NeighbourSource, slices: SplitScores) -> Predictions:
     """The predictions of a label or of masks for each slice."""
-    volumes, index = _volumes_of_records(source.volumes, slices.record_index)
+    volumes, index = volumes_of_records(source.volumes, slices.record_index)
     first = np.array([volume["first_record"] for volume in volumes])
     counts = {
         name: np.asarray(slices.scores[name])
@@ -319,31 +319,6 @@ def _predictions(source: NeighbourSource, slices: SplitScores) -> Predictions:
         slice_index=(slices.record_index - first[index]).astype(np.int32),
         **(slices.classes or {}),
         **counts,
-    )
-
-
-def _volumes_of_records(volumes: list[dict], record_index):
-    """The volumes that the records [N] belong to, and the index of each record's volume among them,
-    [N] int.
-
-    A volume without adjacent slices gives no pair of neighbours, and so has no records here.
-    """
-    first = np.array([volume["first_record"] for volume in volumes])
-    order = np.argsort(first)
-    occurring, place = np.unique(
-        order[np.searchsorted(first[order], record_index, side="right") - 1], return_inverse=True
-    )
-    return [volumes[index] for index in occurring], place
-
-
-def _volume_aurocs(label, probabilities, *, volume_index, num_volumes: int):
-    """One-vs-rest AUROC over the slices of each volume, NaN where all slices have one label.
-
-    [num_volumes] float64.
-    """
-    of_volume = [volume_index == index for index in range(num_volumes)]
-    return np.array(
-        [auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume]
     )
 
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from ctssl_jax.ops.overlap import add_up, dice, iou
 from ctssl_jax.stats import bootstrap
+from ctssl_jax.stats.binary import auroc, curve, rank
 from ctssl_jax.stats.units import UNITS
 from data_prep.system.errors import InputError
 
@@ -24,11 +24,53 @@ def auroc_one_vs_rest(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """
     positives = [labels == label for label in range(probabilities.shape[1])]
     areas = [
-        float(roc_auc_score(positive, scores))
+        auroc(curve(rank(positive, scores), np.ones(len(labels))))
         for positive, scores in zip(positives, probabilities.T, strict=True)
         if 0 < np.count_nonzero(positive) < len(labels)
     ]
     return sum(areas) / len(areas) if areas else math.nan
+
+
+def volume_aurocs(
+    label: np.ndarray, probabilities: np.ndarray, volume_index: np.ndarray, num_volumes: int
+) -> np.ndarray:
+    """One-vs-rest AUROC over the slices of each volume, NaN where all slices have one label.
+
+    Args:
+        label: [N] int in [0, K).
+        probabilities: [N, K] float.
+        volume_index: [N] int in [0, num_volumes), the volume of each slice.
+
+    Returns:
+        [num_volumes] float64.
+    """
+    order = np.argsort(volume_index, kind="stable")
+    ends = np.searchsorted(volume_index[order], np.arange(1, num_volumes))
+    of_volume = np.split(order, ends)
+    return np.array(
+        [auroc_one_vs_rest(probabilities[chosen], label[chosen]) for chosen in of_volume]
+    )
+
+
+def volumes_of_records(
+    volumes: Sequence[dict], record_index: np.ndarray
+) -> tuple[list[dict], np.ndarray]:
+    """The volumes that some records belong to, and the volume of each record.
+
+    Args:
+        volumes: rows of `volumes.csv` of one split.
+        record_index: [N] int, counted within the split.
+
+    Returns:
+        The volumes that occur (one without adjacent slices gives no pair of neighbours, and so has
+        no records here), and [N] int, which of them each record belongs to.
+    """
+    first = np.array([volume["first_record"] for volume in volumes])
+    order = np.argsort(first)
+    occurring, place = np.unique(
+        order[np.searchsorted(first[order], record_index, side="right") - 1], return_inverse=True
+    )
+    return [volumes[index] for index in occurring], place
 
 
 def volume_means(

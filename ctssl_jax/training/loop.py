@@ -14,10 +14,10 @@ from ctssl_jax.runs.checkpoints import Checkpoints, restore
 from ctssl_jax.runs.directory import run_directory
 from ctssl_jax.runs.lock import TrainingLock
 from ctssl_jax.runs.reports import Reports, say
-from ctssl_jax.runs.scores import Score, make_score
-from ctssl_jax.stats.volumes import auroc_one_vs_rest
+from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
 from ctssl_jax.training import health, warm_start
+from ctssl_jax.training.headline import headline_scores
 from ctssl_jax.training.progress import Clock, log, show, show_pictures
 from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.setup import Job, check
@@ -92,22 +92,22 @@ def _steps(
 ) -> tuple[int, bool]:
     """Train; returns the step at which training ended, and whether it is complete."""
     config, step, norms = job.config, checkpoints.last_step or 0, {}
-    saved, scored = step, checkpoints.last_is_scored
+    saved, scored, undefined_said = step, checkpoints.last_is_scored, False
     feed = (
         Feed(job.mesh, job.training_batches(step), config.microbatches)
         if step < config.num_steps
         else None
     )
     clock = Clock(step, step, time.monotonic())
-    if step == 0:
-        with clock.validating():
-            show_pictures(job, program, state, step)
     # In this order: save, validate, write the score, step, fetch the next batch. So a score never
     # lacks its checkpoint, and the position in the data is the step: a resumed run sees equal
     # batches. A run that was stopped between save and score writes that score first.
     while True:
         at_end, stopping = step >= config.num_steps, should_stop(step)
         due = step > 0 and (at_end or step % config.eval_every == 0)
+        if step == 0 and not stopping:
+            with clock.validating():
+                show_pictures(job, program, state, step)
         if step != saved and (due or stopping):
             check_state(state, checkpoints.workdir, checkpoints.last_step)
             reports.flush()
@@ -119,7 +119,15 @@ def _steps(
                 if scores is not None:
                     check_finite(scores["loss"], step, checkpoints.workdir, checkpoints.last_step)
                     show(job, program, state, step, scores, norms, reports)
-                    checkpoints.score(_score(config, scores, step))
+                    score = make_score(config.best_by, HIGHER_IS_BETTER[config.best_by], scores)
+                    if score.value is None and not undefined_said:
+                        say(
+                            f"WARNING      step {step:,}: config.best_by={config.best_by} is "
+                            "undefined on the validation slices, so no checkpoint can be chosen by "
+                            "it, and the last one is taken as the best"
+                        )
+                        undefined_said = True
+                    checkpoints.score(score)
                     scored = True
                 stopping = scores is None
         if at_end or stopping or feed is None:  # no batches are left at the end
@@ -135,29 +143,16 @@ def _steps(
             log(job, step, report, clock, feed, reports)
 
 
-def _score(config: ml_collections.ConfigDict, scores: dict[str, float], step: int) -> Score:
-    """The score of a checkpoint; says so if there is nothing to choose by."""
-    score = make_score(config.best_by, HIGHER_IS_BETTER[config.best_by], scores)
-    if score.value is None:
-        say(
-            f"WARNING      step {step:,}: config.best_by={config.best_by} is undefined on the "
-            "validation slices, so this checkpoint cannot be the best"
-        )
-    return score
-
-
 def validate(
     job: Job, program: Program, state: TrainState, step: int, should_stop: Callable[[int], bool]
 ) -> dict[str, float] | None:
-    """Mean scores of the validation split, and how codebook and embedding are used; None if a
-    request to stop came first."""
+    """Scores of the validation split, named as those of `evaluate`, and how codebook and embedding
+    are used; None if a request to stop came first."""
     batches = job.validation_batches()
     if job.num_processes == 1:  # a request to stop then ends a long validation, too
         batches = itertools.takewhile(lambda batch: not should_stop(step), batches)
     result = evaluate_split(program.scorer, state, batches)
     if result is None or len(result.record_index) < len(job.validation_source):
         return None
-    means = {name: float(values.mean(dtype=float)) for name, values in result.scores.items()}
-    if result.classes is not None and job.task.targets(job.config).label:
-        means["auroc"] = auroc_one_vs_rest(result.classes["probabilities"], result.classes["label"])
+    means = headline_scores(result, job.validation_source)
     return means | codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)

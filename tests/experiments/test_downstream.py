@@ -13,6 +13,7 @@ from ctssl_jax.data.labels import label_classes, read_attribute
 from ctssl_jax.evaluation import outcomes, predictions
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.evaluation.predictions import Predictions
+from ctssl_jax.runs.reports import read_reports
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
 from tests.helpers.example_dataset import renew_checksums, write_example_dataset
@@ -202,6 +203,26 @@ def test_mask_results(runs, labelled, tmp_path):
         arrays["target_mask"].any()
         and arrays["prediction_mask"].shape == arrays["target_mask"].shape
     )
+
+
+@pytest.mark.parametrize(
+    ("run", "names"),
+    [
+        ("pe", {"auroc", "average_precision", "cross_entropy", "accuracy"}),
+        (
+            "nodules",
+            {"dice", "iou", "dice_all_slices", "iou_all_slices", "binary_cross_entropy"},
+        ),
+    ],
+)
+def test_a_validation_has_the_names_and_numbers_of_the_evaluation(run, names, runs, tmp_path):
+    (line,) = read_reports(runs / run, "validation")[-1:]
+    metrics = evaluate(runs / run, None, "validation", tmp_path / "r.json", checkpoint="last")[
+        "metrics"
+    ]
+    assert names <= metrics.keys() & line.keys()
+    for name in metrics.keys() & line.keys():
+        assert line[name] == pytest.approx(metrics[name]["mean"], abs=1e-6), name
 
 
 @pytest.mark.parametrize(
