@@ -12,6 +12,9 @@ import shutil
 from pathlib import Path
 from typing import cast
 
+import fsspec
+from etils import epath
+
 from data_prep.system import stores
 from data_prep.system.errors import InputError
 
@@ -47,9 +50,6 @@ def run_directory(text: str | os.PathLike, name: str = "--workdir") -> Path:
         raise InputError(
             f"{name}={text}: needs packages that are not installed: pip install 'ctssl_jax[gcs]'"
         )
-    import fsspec
-    from etils import epath
-
     # A kept listing would hide the objects that TensorStore writes.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     store, _ = stores.open_store(f"gs://{bucket}")
