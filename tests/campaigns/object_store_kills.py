@@ -99,6 +99,7 @@ def in_child(function: Any, *arguments: Any, killed_at: tuple[Killer, int, bool]
         for descriptor in (started, go):
             os.close(descriptor)
         if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL, f"ended by signal {status}"
             return None
         assert status == 0, "it failed; its message is above"
         return pickle.loads(path.read_bytes())
@@ -166,10 +167,7 @@ def run(num_kills: int, seed: int, dataset: Path) -> int:
         threading.Event().wait(0.01)
     server._api._httpd.handle_error = lambda *connection: None  # of a killed process
     os.environ.update(bucket.environment(server._api._httpd.server_address[1]))
-    # imported once, here; devices and connections are those of each child
-    import gcsfs  # noqa: F401
-    from google.cloud import storage  # noqa: F401
-
+    # Imported once, here. A child has its own devices, and gRPC does not survive a fork.
     import tests.helpers.training_runs  # noqa: F401
 
     reference = f"gs://{bucket.BUCKET}/reference"

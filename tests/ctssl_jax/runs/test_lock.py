@@ -13,7 +13,6 @@ from etils import epath
 from ctssl_jax.runs import lock
 from ctssl_jax.runs.lock import TrainingLock
 from data_prep.system.errors import InputError
-from tests.helpers import bucket
 
 HOLDER = """
 import sys, time
@@ -74,22 +73,12 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
 # ---- gs:// ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def emulator():
-    """Variables that lead to an emulated bucket with preconditions."""
-    pytest.importorskip("gcp_storage_emulator")
-    with bucket.serving() as port:
-        yield bucket.environment(port)
-
-
 @pytest.fixture
-def workdir(emulator, monkeypatch, tmp_path):
-    """A run directory in that bucket."""
+def workdir(emulated_bucket, monkeypatch, tmp_path):
+    """A run directory in an emulated bucket."""
     monkeypatch.setattr(lock, "RENEWAL_SECONDS", 0.05)
     monkeypatch.setattr(lock, "LOST_SECONDS", 0.5)
-    for name, value in emulator.items():
-        monkeypatch.setenv(name, value)
-    return epath.Path(f"gs://{bucket.BUCKET}/{tmp_path.name}")
+    return epath.Path(f"gs://{emulated_bucket}/{tmp_path.name}")
 
 
 def leave(workdir, **holder):
