@@ -14,8 +14,13 @@ from jax.sharding import Mesh
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.batches import evaluation_batches, picture_batch, training_batches
+from ctssl_jax.parallel.meeting import (
+    WAIT_SECONDS,
+    refusing_together,
+    require_agreement,
+    require_shared,
+)
 from ctssl_jax.parallel.mesh import make_mesh
-from ctssl_jax.parallel.processes import refusing_together, require_agreement
 from ctssl_jax.runs import damage
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.lock import TrainingLock
@@ -166,10 +171,12 @@ class Job:
           InputError: another process trains in it, it cannot be written, or its only checkpoint is
             incomplete.
         """
-        with refusing_together():  # process 0 alone writes, and may fail alone
+        # process 0 alone writes, and may fail alone
+        with refusing_together("writing the first files of --workdir"):
             if self.process_index == 0:
                 lock.take(self.workdir)
                 self._write_workdir()
+        require_shared(self.workdir)
         checkpoints = Checkpoints(self.workdir)
         require_agreement("last checkpoint in --workdir", checkpoints.last_step or 0)
         other_weights = self.config.init_from or self.config.get("init_weights")
@@ -232,7 +239,7 @@ def check(
       InputError: something in the configuration, the dataset or the run directory cannot work.
     """
     devices = jax.devices() if devices is None else devices
-    with refusing_together():
+    with refusing_together("checking the dataset and the checkpoints", _seconds_to_check(workdir)):
         if dataset is None and config.dataset:  # `check_config` refuses an empty one
             dataset = Dataset.open(config.dataset)
         if dataset is not None:
@@ -263,7 +270,7 @@ def check(
             check_resumable(workdir, config, dataset.preparation)
     # In a second block, since Orbax waits for all processes when it opens checkpoints: a process
     # that had refused before would let the others wait for ever.
-    with refusing_together():
+    with refusing_together("reading config.init_from"):
         if other_run is not None:
             windows = slices.selected_windows(dataset.preparation, channels)
             source = warm_start.find(config, other_run, windows, model)
@@ -293,3 +300,10 @@ def check(
         warm_start=source,
         damaged_steps=damaged_steps,
     )
+
+
+def _seconds_to_check(workdir: Path | None) -> float:
+    """How long the other processes wait while process 0 reads all checkpoints: two minutes, and a
+    second for 10 MB. On `gs://` it reads none."""
+    files = workdir.glob(f"{damage.CHECKPOINTS}/**/*") if isinstance(workdir, Path) else ()
+    return WAIT_SECONDS + sum(path.stat().st_size for path in files if path.is_file()) / 1e7
