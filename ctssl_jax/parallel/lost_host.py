@@ -21,8 +21,7 @@ import jax
 
 from ctssl_jax.parallel import meeting
 from ctssl_jax.runs.damage import CHECKPOINTS
-from data_prep.system import early_stop
-from data_prep.system import stores
+from data_prep.system import early_stop, stores
 from data_prep.system.command_line import exit_code
 from data_prep.system.early_stop import EXIT_START_AGAIN
 from data_prep.system.errors import InputError, RunFailed
