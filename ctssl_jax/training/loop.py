@@ -61,17 +61,17 @@ def train(
 
 
 def _train(job: Job, checkpoints: Checkpoints) -> bool:
-    program, start = job.compile(), checkpoints.last_step
+    program, workdir, start = job.compile(), checkpoints.workdir, checkpoints.last_step
     # In this order: resume, else a warm start (from another run or a weight file), else random
     # weights.
     if start is not None:
-        state = resume(job.workdir, start, program.template)
-        say(f"resuming     from step {start:,} of {job.workdir}")
+        state = resume(workdir, start, program.template)
+        say(f"resuming     from step {start:,} of {workdir}")
     else:
         state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
     with stop_requests() as should_stop:  # before, there was nothing to save
         reports = Reports(
-            job.workdir,
+            workdir,
             -1 if start is None else start,
             validates_again=not checkpoints.last_is_scored,
         )
@@ -82,7 +82,7 @@ def _train(job: Job, checkpoints: Checkpoints) -> bool:
             reports.close()
         gather("saving the last checkpoint")  # a launcher may end all when the first one ends
     end = "finished" if finished else "stopped"
-    say(f"{end}     at step {step:,}; checkpoints in {job.workdir}")
+    say(f"{end}     at step {step:,}; checkpoints in {workdir}")
     return finished
 
 
