@@ -19,9 +19,10 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -76,41 +77,36 @@ def watched(killer: Killer) -> Any:
     return server
 
 
-def in_child(function: Any, *arguments: Any, killed_at: tuple[Killer, int, bool] | None = None):
-    """The result of a function in a process of its own; None if it was killed."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "result"
-        started, go = os.pipe()
-        process = os.fork()
-        if process == 0:
-            os.read(started, 1)
-            code = 1
-            try:
-                path.write_bytes(pickle.dumps(function(*arguments)))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            os._exit(code)
+_CHILD = """
+import pickle, sys
+from tests.campaigns import object_store_kills
+result = getattr(object_store_kills, sys.argv[2])(*sys.argv[3:])
+with open(sys.argv[1], "wb") as file:
+    pickle.dump(result, file)
+"""
+
+
+def in_child(name: str, *arguments: str, killed_at: tuple[Killer, int, bool] | None = None) -> Any:
+    """The result of a function of this file in a process of its own; None if it was killed."""
+    with tempfile.NamedTemporaryFile() as file:
+        child = subprocess.Popen([sys.executable, "-c", _CHILD, file.name, name, *arguments])
         if killed_at:
             killer, number, after = killed_at
-            killer.aim(process, number, after)
-        os.write(go, b"x")
-        _, status = os.waitpid(process, 0)
-        for descriptor in (started, go):
-            os.close(descriptor)
-        if os.WIFSIGNALED(status):
-            assert os.WTERMSIG(status) == signal.SIGKILL, f"ended by signal {status}"
+            killer.aim(child.pid, number, after)
+        if child.wait() == -signal.SIGKILL:
             return None
-        assert status == 0, "it failed; its message is above"
-        return pickle.loads(path.read_bytes())
+        assert child.returncode == 0, f"{name} failed; its message is above"
+        return pickle.load(file)
 
 
 def train(workdir: str, dataset: str) -> bool:
     """Train to the end, silently."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    from ctssl_jax.parallel.processes import configure_jax
     from ctssl_jax.training.loop import train
     from tests.helpers.training_runs import tiny_config
 
+    configure_jax()
     config = tiny_config(Path(dataset), num_steps=STEPS, eval_every=2, log_every=2)
     return train(config, workdir)
 
@@ -167,13 +163,11 @@ def run(num_kills: int, seed: int, dataset: Path) -> int:
         threading.Event().wait(0.01)
     server._api._httpd.handle_error = lambda *connection: None  # of a killed process
     os.environ.update(bucket.environment(server._api._httpd.server_address[1]))
-    # Imported once, here. A child has its own devices, and gRPC does not survive a fork.
-    import tests.helpers.training_runs  # noqa: F401
 
     reference = f"gs://{bucket.BUCKET}/reference"
-    in_child(train, reference, str(dataset), killed_at=(killer, 0, False))
+    in_child("train", reference, str(dataset), killed_at=(killer, 0, False))
     number_of_requests = killer.aim(0, 0, False)
-    wanted = in_child(result, reference)
+    wanted = in_child("result", reference)
     print(f"undisturbed: {number_of_requests} writing requests, steps {wanted['steps']}")
     kills, rounds = 0, 0
     while kills < num_kills:
@@ -182,13 +176,13 @@ def run(num_kills: int, seed: int, dataset: Path) -> int:
             point = (killer, draw.randint(1, number_of_requests), draw.random() < 0.5)
             if kills == num_kills or len(points) > 8:
                 point = (killer, 0, False)
-            if in_child(train, workdir, str(dataset), killed_at=point) is not None:
+            if in_child("train", workdir, str(dataset), killed_at=point) is not None:
                 break
             kills += 1
             points.append(killer.last.split("?")[0][-60:])
-            before, last = last, in_child(last_step, workdir)
+            before, last = last, in_child("last_step", workdir)
             assert last >= before, f"{workdir} lost step {before}: {points}"
-        found = in_child(result, workdir)
+        found = in_child("result", workdir)
         different = [name for name in wanted if found[name] != wanted[name]]
         assert not different, f"{workdir} differs in {different} after {points}"
         rounds += 1
