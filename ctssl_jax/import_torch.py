@@ -53,10 +53,12 @@ def start(values: flags.FlagValues) -> None:
 
     windows = [list(parse_window(text)) for text in values.window]
     configure_jax()
-    from ctssl_jax.release.importing import find_manifest, import_weights
+    from ctssl_jax.release.importing import import_weights
+    from ctssl_jax.torch_bridge.manifests import find_manifest
 
     checkpoint = local_path(values.checkpoint, "--checkpoint")
-    config = _recipe(values, windows) if find_manifest(checkpoint) is None else None
+    is_export = find_manifest(checkpoint, "--checkpoint") is not None
+    config = None if is_export else _recipe(values, windows)
     number = import_weights(values.checkpoint, values.workdir, config, windows)
     print(f"{number} tensors of {values.checkpoint} are in {values.workdir}")
 

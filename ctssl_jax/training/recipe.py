@@ -1,12 +1,19 @@
 """Checks of a recipe and of its dataset, before any work starts."""
 
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
 import ml_collections
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
-from ctssl_jax.runs.run import flat, to_json
-from ctssl_jax.tasks.table import check_task
+from ctssl_jax.runs.damage import holds_checkpoint
+from ctssl_jax.runs.run import Run, flat, to_json
+from ctssl_jax.tasks.table import check_task, get_task
+from ctssl_jax.torch_bridge import imagenet_weights
 from ctssl_jax.training.fields import FIELDS
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
@@ -31,6 +38,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"config.windows={config.windows}: must hold (level, width) pairs, e.g. "
             "--config.windows='((50, 350),)'"
         )
+    _check_prolonged(config)
     part = num_devices * config.microbatches
     if config.batch_size % part:
         raise InputError(
@@ -54,6 +62,42 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"{Encoder.stride}; prepare with an --image_size that is"
         )
     check_task(config)
+
+
+def check_encoder(config: ml_collections.ConfigDict) -> None:
+    """Refuse an `encoder_learning_rate_factor` for a model without an encoder. Runs made before,
+    which left it out, resume as they began.
+
+    Raises:
+      InputError: names the field and the remedy.
+    """
+    if config.encoder_learning_rate_factor != 1 and not get_task(config.task).encoder:
+        raise InputError(
+            f"config.encoder_learning_rate_factor={config.encoder_learning_rate_factor:g}: the "
+            f"model of config.task={config.task!r} has no encoder that it could apply to; set it "
+            "to 1, or train configs/nodules.py, whose U-Net has one"
+        )
+
+
+def _check_prolonged(config: ml_collections.ConfigDict) -> None:
+    changes = [
+        tuple(change) if isinstance(change, list | tuple) else () for change in config.prolonged
+    ]
+    numbers = [number for change in changes for number in change]
+    in_order = (
+        all(len(change) == 2 for change in changes)
+        and all(isinstance(number, int) for number in numbers)
+        and all(0 < until <= number for until, number in changes)
+        and all(
+            before[0] < after[0] and before[1] < after[1]
+            for before, after in itertools.pairwise([*changes, (math.inf, config.num_steps)])
+        )
+    )
+    if not in_order:
+        raise InputError(
+            f"config.prolonged={config.prolonged}: must hold (step, number of steps) pairs, both "
+            "rising, with numbers below config.num_steps; leave it out, a run records it itself"
+        )
 
 
 def check_dataset(
@@ -114,6 +158,48 @@ def with_num_classes(
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.num_classes = len(classes)
+    return config
+
+
+def with_pooling(
+    config: ml_collections.ConfigDict, workdir: Path | None
+) -> ml_collections.ConfigDict:
+    """The configuration with the pooling of the weights where `config.model.pooling` is `auto`.
+
+    Args:
+      config: the training configuration.
+      workdir: the run directory; a run that began keeps its pooling. None for an estimate.
+
+    Raises:
+      InputError: the weights cannot be read.
+    """
+    if config.model.get("pooling") != "auto":
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        if workdir is not None and holds_checkpoint(workdir):
+            stored = Run.open(workdir).config.model
+            if "pooling" not in stored:  # made before there was the field: legacy
+                del config.model["pooling"]
+                return config
+            config.model.pooling = stored.pooling
+        elif config.get("init_weights"):
+            config.model.pooling = imagenet_weights.pooling_of(config.init_weights)
+        elif config.init_from and (Path(config.init_from) / "config.json").is_file():
+            donor = Run.open(config.init_from).config.model
+            config.model.pooling = donor.get("pooling", "legacy")
+        else:
+            config.model.pooling = "legacy"
+    return config
+
+
+def with_prolonged(
+    config: ml_collections.ConfigDict, prolonged: Sequence[Sequence[int]]
+) -> ml_collections.ConfigDict:
+    """The configuration with the record of `run.check_resumable`."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        config.prolonged = tuple((until, number) for until, number in prolonged)
     return config
 
 

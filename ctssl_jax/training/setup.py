@@ -14,8 +14,11 @@ from jax.sharding import Mesh
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.batches import evaluation_batches, picture_batch, training_batches
+from ctssl_jax.data.subset import spread_items
+from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.meeting import (
     WAIT_SECONDS,
+    gather,
     refusing_together,
     require_agreement,
     require_shared,
@@ -26,10 +29,10 @@ from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.lock import TrainingLock
 from ctssl_jax.runs.reports import read_reports, say
 from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
-from ctssl_jax.tasks.interface import Task
+from ctssl_jax.tasks.interface import Task, is_frozen, step_flops
 from ctssl_jax.tasks.table import get_task
-from ctssl_jax.training import recipe, warm_start
-from ctssl_jax.training.state import abstract_model, count_parameters
+from ctssl_jax.training import recipe, validation_share, warm_start
+from ctssl_jax.training.state import abstract_model, count_parameters, trained_names
 from ctssl_jax.training.step import Program, compile_step, make_program
 from ctssl_jax.training.topology import advice
 from ctssl_jax.training.warm_start import WarmStart, WeightFile
@@ -103,6 +106,13 @@ class Job:
             self.validation_source, self.part_size // self.num_processes, self.num_pictures
         )
 
+    @functools.cached_property
+    def validation_items(self) -> np.ndarray:
+        """Items of `validation_source` that a validation scores: `config.validation_slices` of
+        them, equal in every process."""
+        config = self.config
+        return spread_items(self.validation_source, config.validation_slices, config.seed)
+
     def training_batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This process's slices of each microbatch, beginning at a step."""
         return training_batches(
@@ -115,8 +125,13 @@ class Job:
         )
 
     def validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """This process's slices of the validation split."""
-        return evaluation_batches(self.validation_source, self.part_size, **self._process_slice())
+        """This process's slices of a validation."""
+        return evaluation_batches(
+            self.validation_source,
+            self.part_size,
+            items=self.validation_items,
+            **self._process_slice(),
+        )
 
     def _process_slice(self) -> dict[str, int]:
         return {
@@ -142,17 +157,18 @@ class Job:
     def description(self) -> list[str]:
         """Devices, model and data, as lines for the screen."""
         config, devices, source = self.config, self.mesh.devices.flat, self.train_source
-        encoder_size, flops = (
-            count_parameters(self.params.get("encoder", {})),
-            self.task.flops(config),
-        )
+        names = trained_names(config, self.task, self.params)
+        trained = [leaf for name, leaf in flatten(self.params).items() if name in names]
+        encoder = [self.params[part] for part in self.task.encoder]
+        flops, of_step = self.task.flops(config), step_flops(self.task, config)
         synthetic = "; SYNTHETIC" if self.dataset.preparation["synthetic"] else ""
         return [
             f"devices      {len(devices)} x {devices[0].device_kind} in {self.num_processes} "
             f"process(es), jax {jax.__version__}",
-            f"model        {count_parameters(self.params):,} trainable parameters "
-            f"({encoder_size:,} encoder)",
-            f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {3 * flops / 1e9:,.2f} with "
+            f"model        {count_parameters(self.params):,} parameters "
+            f"({count_parameters(encoder):,} encoder), {count_parameters(trained):,} trained"
+            + ("; the encoder is frozen" if is_frozen(config) else ""),
+            f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {of_step / 1e9:,.2f} with "
             "the backward pass",
             f"batch        {config.batch_size} slices = {len(devices)} device(s) x "
             f"{config.microbatches} microbatch(es) x {self.part_size // len(devices)}, "
@@ -161,6 +177,12 @@ class Job:
             f"{len(self.validation_source):,} validation slices of "
             f"{len(self.validation_source.volumes)}; {config.num_steps:,} steps are "
             f"{config.num_steps * config.batch_size / len(source):.1f} epochs" + synthetic,
+            validation_share.line(config, self.task, self.validation_source, self.validation_items),
+            *[
+                f"schedule     {config.schedule} over {number:,} steps up to step {until:,}, where "
+                "the run was prolonged"
+                for until, number in config.prolonged
+            ],
             *advice(config, self.mesh),
         ]
 
@@ -244,8 +266,9 @@ def check(
             dataset = Dataset.open(config.dataset)
         if dataset is not None:
             config = recipe.with_num_classes(config, dataset)
+        config = recipe.with_pooling(config, workdir)
         recipe.check_config(config, len(devices))
-        damaged_steps = []
+        damaged_steps, prolonged = [], None
         if workdir is not None and jax.process_index() == 0:
             damaged_steps = damage.damaged_steps(workdir) if set_aside_damaged else []
             damage.check_all_undamaged(workdir, except_steps=damaged_steps)
@@ -261,19 +284,24 @@ def check(
         _, params, variables = abstract_model(config, task)
         model = {"params": params, "variables": variables}
         has_checkpoint = workdir is not None and damage.holds_checkpoint(workdir)
+        if not has_checkpoint:
+            recipe.check_encoder(config)
         other_run = source = None
+        windows = slices.selected_windows(dataset.preparation, channels)
         if not has_checkpoint and config.get("init_weights"):
-            source = warm_start.check_weight_file(config, model)
+            source = warm_start.open_weight_file(config, dataset, windows, model)
         elif not has_checkpoint and config.init_from:
             other_run = warm_start.open_other_run(config)
         if workdir is not None and jax.process_index() == 0:
-            check_resumable(workdir, config, dataset.preparation)
+            prolonged = check_resumable(workdir, config, dataset.preparation, damaged_steps)
+    if workdir is not None:
+        config = recipe.with_prolonged(config, gather("reading the run", prolonged)[0])
     # In a second block, since Orbax waits for all processes when it opens checkpoints: a process
     # that had refused before would let the others wait for ever.
     with refusing_together("reading config.init_from"):
         if other_run is not None:
-            windows = slices.selected_windows(dataset.preparation, channels)
             source = warm_start.find(config, other_run, windows, model)
+        if source is not None:
             held_out = {
                 volume["patient_id"]
                 for volume in (*validation_source.volumes, *dataset.volumes("test"))

@@ -26,6 +26,7 @@ from ctssl_jax.training.state import (
     layer_norms,
     make_optimizer,
     split_model,
+    with_trained,
 )
 
 
@@ -37,10 +38,14 @@ def initial_state(definition: Definition) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         variables=variables,
-        optimizer=make_optimizer(definition.config).init(params),
+        optimizer=_optimizer(definition).init(definition.trained_part(params)),
         sums=zero_sums(definition),
         nonfinite_step=jnp.full((), -1, jnp.int32),
     )
+
+
+def _optimizer(definition: Definition) -> optax.GradientTransformation:
+    return make_optimizer(definition.config, definition.task.encoder)
 
 
 def zero_sums(definition: Definition) -> dict[str, jax.Array]:
@@ -53,7 +58,9 @@ def zero_sums(definition: Definition) -> dict[str, jax.Array]:
     )
     _, (_, sums) = jax.eval_shape(functools.partial(loss_of, definition), *shapes)
     sums["gradient_norm"] = jax.ShapeDtypeStruct((), jnp.float32)  # both are added once a step
-    sums["layer_gradient_norms"] = jax.eval_shape(layer_norms, definition.params)
+    sums["layer_gradient_norms"] = jax.eval_shape(
+        layer_norms, definition.trained_part(definition.params)
+    )
     return zeros_of(sums)
 
 
@@ -85,10 +92,16 @@ def loss_of(
 
 
 def gradients_of(definition: Definition, state: TrainState, batch: dict) -> tuple[TrainState, Any]:
-    """The state with variables and sums of a microbatch, and the gradients of its loss."""
-    (_, (variables, sums)), gradients = jax.value_and_grad(
-        functools.partial(loss_of, definition), has_aux=True
-    )(state.params, state.variables, batch, state.step)
+    """The state with variables and sums of a microbatch, and the gradients of its loss, in the
+    structure of `Definition.trained_part`: what leads to no trained parameter is not computed."""
+
+    def loss(trained: Any) -> tuple:
+        params = with_trained(state.params, trained)
+        return loss_of(definition, params, state.variables, batch, state.step)
+
+    (_, (variables, sums)), gradients = jax.value_and_grad(loss, has_aux=True)(
+        definition.trained_part(state.params)
+    )
     return state.replace(variables=variables, sums=_added(state.sums, sums)), gradients
 
 
@@ -98,12 +111,11 @@ def _added(sums: dict, more: dict) -> dict:
 
 def apply_gradients(definition: Definition, state: TrainState, gradients: Any) -> TrainState:
     """The state after an optimizer step; it keeps the first step that was not finite."""
-    updates, optimizer_state = make_optimizer(definition.config).update(
-        gradients, state.optimizer, state.params
-    )
+    trained = definition.trained_part(state.params)
+    updates, optimizer_state = _optimizer(definition).update(gradients, state.optimizer, trained)
     norm = optax.tree.norm(gradients)
     norms = {"gradient_norm": norm, "layer_gradient_norms": layer_norms(gradients)}
-    params = optax.apply_updates(state.params, updates)
+    params = with_trained(state.params, optax.apply_updates(trained, updates))
     finite = (
         jnp.isfinite(norm)
         & jnp.isfinite(state.sums["loss"])
@@ -141,7 +153,7 @@ class Program:
     definition: the run that they are compiled for.
     template: shape and sharding of each array of the state.
     initial_state: () -> state
-    zero_gradients: () -> zeros in the shapes of the parameters
+    zero_gradients: () -> zeros in the shapes of the trained parameters
     train_step: (state, batch) -> state, for one microbatch
     accumulate: (state, gradients, batch) -> (state, gradients), for more microbatches
     apply_gradients: (state, gradients) -> state
@@ -174,6 +186,8 @@ def make_program(
     definition = define(config, task, channels, mesh)
     everywhere, along_batch = replicated(mesh), split_along_batch(mesh)
     parts = split_parameters(mesh, definition.params)
+    trained = definition.trained_part(definition.params)
+    gradient_parts = split_parameters(mesh, trained)
     run_once = None
     # To optimise code that runs once took 28 s; without it, it takes a tenth.
     if mesh.devices.flat[0].platform == "cpu":
@@ -196,7 +210,7 @@ def make_program(
         initial_state=jax.jit(
             of_run(initial_state), out_shardings=shardings, compiler_options=run_once
         ),
-        zero_gradients=jax.jit(functools.partial(zeros_of, definition.params), out_shardings=parts),
+        zero_gradients=jax.jit(functools.partial(zeros_of, trained), out_shardings=gradient_parts),
         train_step=jax.jit(
             of_run(train_step),
             in_shardings=(shardings, along_batch),
@@ -205,13 +219,13 @@ def make_program(
         ),
         accumulate=jax.jit(
             of_run(accumulate),
-            in_shardings=(shardings, parts, along_batch),
-            out_shardings=(shardings, parts),
+            in_shardings=(shardings, gradient_parts, along_batch),
+            out_shardings=(shardings, gradient_parts),
             donate_argnums=(0, 1),
         ),
         apply_gradients=jax.jit(
             of_run(apply_gradients),
-            in_shardings=(shardings, parts),
+            in_shardings=(shardings, gradient_parts),
             out_shardings=shardings,
             donate_argnums=0,
         ),
@@ -234,7 +248,8 @@ def compile_step(program: Program) -> tuple[Program, int]:
         compiled = program.train_step.lower(state, batch).compile()
         program = dataclasses.replace(program, train_step=compiled)
     else:
-        compiled = program.accumulate.lower(state, state.params, batch).compile()
+        gradients = program.definition.trained_part(state.params)
+        compiled = program.accumulate.lower(state, gradients, batch).compile()
         program = dataclasses.replace(program, accumulate=compiled)
     memory = compiled.memory_analysis()
     parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)

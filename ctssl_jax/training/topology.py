@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.runs.reports import say
+from ctssl_jax.tasks.interface import step_flops
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.compiled_text import Work, count_work
 from ctssl_jax.training.recipe import check_config
@@ -191,7 +192,8 @@ def compile_ahead(program: Program) -> Any:
     try:
         if config.microbatches == 1:
             return program.train_step.lower(state, batch).compile()
-        return program.accumulate.lower(state, state.params, batch).compile()
+        gradients = program.definition.trained_part(state.params)
+        return program.accumulate.lower(state, gradients, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG]) hbm", str(error))
         if not used:
@@ -239,7 +241,7 @@ def lines(program: Program, memory: Any, work: Work) -> list[str]:
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     operations, traffic = work.operations / slices, work.traffic / slices
     unit, name_of_unit = (1e12, "TFLOP") if operations > 1e11 else (1e9, "GFLOP")
-    of_model = 3 * program.definition.task.flops(config)
+    of_model = step_flops(program.definition.task, config)
     by_compute, by_memory = (
         1000 * operations / (1e12 * chip.peak),
         1000 * traffic / (1e9 * chip.memory_speed),

@@ -121,8 +121,10 @@ def start(arguments: list[str], num_devices: int = 1) -> subprocess.Popen:
     )
 
 
-def train_on(config: ml_collections.ConfigDict, workdir: Path, num_devices: int = 1) -> bool:
-    """`train` on the first few simulated devices.
+def train_on(
+    config: ml_collections.ConfigDict, workdir: Path, num_devices: int = 1, **options
+) -> bool:
+    """`train` on the first few simulated devices, with its options.
 
     A program that was compiled before in this process, for the same model and devices, is taken
     again.
@@ -131,12 +133,12 @@ def train_on(config: ml_collections.ConfigDict, workdir: Path, num_devices: int 
         if setup.compile_step is compile_step:  # else a test replaced it
             patch.setattr(setup, "make_program", program_made_once)
             patch.setattr(setup, "compile_step", program_compiled_once)
-        return train(config, workdir, jax.devices()[:num_devices])
+        return train(config, workdir, jax.devices()[:num_devices], **options)
 
 
 _NOT_OF_THE_PROGRAM = (
     *("dataset", "train_fraction", "init_from", "init_checkpoint", "init_weights", "leakage"),
-    *("log_every", "eval_every", "best_by", "num_pictures", "reading_threads"),
+    *("log_every", "eval_every", "validation_slices", "best_by", "num_pictures", "reading_threads"),
 )
 _programs: dict[str, Program] = {}
 _compiled: dict[int, tuple[Program, int]] = {}
