@@ -100,10 +100,15 @@ class Reports:
 
     def close(self) -> None:
         """Flush and close the files."""
-        if self._writes:
+        if not self._writes:
+            return
+        try:
             self._file.close()
             self._events.close()
-            self._upload()
+        except OSError as error:
+            error.filename = str(self._workdir)
+            raise
+        self._upload()
 
 
 class _EventFile:
