@@ -46,7 +46,6 @@ MAY_CHANGE = {
     "num_pictures": "pictures alone",
     "reading_threads": "speed alone",
     "remat": "memory and speed",
-    "remat_convolutions": "memory and speed",
     "scan": "memory and speed",
     "fsdp_devices": "memory and speed; equal up to the order of sums",
 }
@@ -57,7 +56,6 @@ ADDED_SINCE = {
     "best_by": "loss",
     "model.pooling": "legacy",
     "prolonged": [],
-    "remat_convolutions": True,
     "validation_slices": 0,
 }
 OF_TASK = {"model.pooling": "slice_label_se_resnext"}
