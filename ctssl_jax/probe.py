@@ -26,6 +26,11 @@ and neighbours get the slice averaged down to as many numbers, the linear decode
 each block of 4 x 4 pixels. RESULT.csv beside RESULT.json has one row a volume.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line

@@ -22,7 +22,16 @@ OF_DATA_PREP = ("system", "scan", "masks", "privacy", "dataset", "raw", "synthet
 # May be imported inside a function: the packages of extras, TFDS, which would cost every worker
 # process a second, and the one file that cannot be imported without its extra.
 EXTRAS = (
-    *("apache_beam", "highdicom", "onnx", "onnxruntime", "onnxscript", "pyarrow", "safetensors"),
+    *(
+        "apache_beam",
+        "google",
+        "highdicom",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "pyarrow",
+        "safetensors",
+    ),
     *("tensorboardX", "torch", "tensorflow_datasets", "data_prep.pipeline.beam"),
 )
 
@@ -132,6 +141,13 @@ def test_doors_are_short():
                 node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)
             }
             assert "main" in functions or "start" in functions, path
+
+
+def test_doors_hear_a_request_to_stop_before_their_other_imports():
+    for path in sources():
+        if path.count("/") == 1 and not path.endswith("__init__.py"):
+            first = ast.unparse(ast.parse((PROJECT / path).read_text()).body[1])
+            assert first.endswith("early_stop.leave_at_once()"), path
 
 
 def test_public_signatures_are_typed():

@@ -9,7 +9,7 @@ Orbax and TensorStore report a full disk or a damaged file by many types of exce
 `Exception` among them. So all of them are caught here and become one line with the remedy.
 """
 
-import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +31,11 @@ from ctssl_jax.runs.damage import (
     step_numbers,
     write_sums,
 )
+from ctssl_jax.runs.directory import absolute, remove_checkpoint, remove_incomplete
 from ctssl_jax.runs.scores import Score, best_step, read_score, write_score
 from data_prep.system.errors import InputError, RunFailed
 
-_REMOVED = ".removed"  # ending of a checkpoint that is no longer in the list, and is being removed
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Checkpoints:
@@ -52,6 +53,8 @@ class Checkpoints:
         self.workdir = workdir
         self._pending: tuple[int, Any] | None = None
         policies = ocp.training
+        if jax.process_index() == 0:
+            remove_incomplete(workdir / CHECKPOINTS)
         # Orbax decides what to remove when a save begins, before the score of that checkpoint is
         # known, and it removes in place: a kill would leave half of a checkpoint under its name.
         self._checkpointer = _open(
@@ -60,8 +63,6 @@ class Checkpoints:
             preservation_policy=policies.preservation_policies.PreserveAll(),
             cleanup_tmp_directories=True,
         )
-        if jax.process_index() == 0:
-            _remove_removed(workdir)
         self._last_step = max(step_numbers(workdir), default=None)
         score = None if self._last_step is None else read_score(_path(workdir, self._last_step))[0]
         self._last_is_scored = _as_on_process_0(score is not None)
@@ -93,6 +94,32 @@ class Checkpoints:
         self._pending = (step, saving)
         self._last_step, self._last_is_scored = step, False
 
+    def check(self) -> None:
+        """Notice a save that has failed; does not wait.
+
+        Raises:
+          RunFailed: it could not be written.
+        """
+        try:
+            if self._pending is not None:
+                self._pending[1].result(timeout=0)
+        except TimeoutError:
+            pass  # still under way, or too late: `score` and `close` tell
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def wait(self) -> None:
+        """Wait until the save that is under way is complete.
+
+        Raises:
+          RunFailed: it could not be written.
+        """
+        try:
+            if self._pending is not None:
+                self._result(self._pending)
+        except Exception as error:
+            raise self._not_saved(error) from error
+
     def score(self, score: Score) -> None:
         """Write the score beside the last checkpoint, once that is complete.
 
@@ -123,8 +150,27 @@ class Checkpoints:
     def _complete(self) -> None:
         """Wait for the save that is under way, and write its checksums."""
         pending, self._pending = self._pending, None
-        if pending is not None and pending[1].result() and jax.process_index() == 0:
+        if pending is not None and self._result(pending) and jax.process_index() == 0:
             write_sums(self.workdir, pending[0])
+
+    def _result(self, pending: tuple[int, Any]) -> bool:
+        """Wait for a save, and say so every ten seconds. Orbax ends it in bounded time: see
+        `parallel.processes`."""
+        step, saving = pending
+        began = time.monotonic()
+        while True:
+            asked = time.monotonic()
+            try:
+                return saving.result(timeout=_SECONDS_BETWEEN_LINES)
+            except TimeoutError:
+                if time.monotonic() - asked < _SECONDS_BETWEEN_LINES - 1:
+                    raise  # Orbax's own
+            if jax.process_index() == 0:
+                print(
+                    f"waiting      for checkpoint {step:,} to be written by all processes "
+                    f"({time.monotonic() - began:.0f} s)",
+                    flush=True,
+                )
 
     def _finish(self) -> None:
         """Complete a save whose checkpoint gets no score, because the run stops."""
@@ -139,9 +185,7 @@ class Checkpoints:
             kept = {*steps[-2:], best_step(_read_scores(self.workdir, steps)[0])}
             for step in steps:
                 if step not in kept:
-                    path = _path(self.workdir, step)
-                    path.replace(path.with_name(f"{step}{_REMOVED}"))  # a kill leaves all or none
-            _remove_removed(self.workdir)
+                    remove_checkpoint(_path(self.workdir, step))
 
     def _not_saved(self, error: Exception) -> RunFailed:
         return RunFailed(
@@ -152,12 +196,6 @@ class Checkpoints:
 
 def _path(workdir: Path, step: int) -> Path:
     return workdir / CHECKPOINTS / str(step)
-
-
-def _remove_removed(workdir: Path) -> None:
-    """Remove what was taken out of the list of checkpoints, now or before a kill."""
-    for path in (workdir / CHECKPOINTS).glob(f"*{_REMOVED}"):
-        shutil.rmtree(path, ignore_errors=True)  # what stays is tried again the next time
 
 
 def _as_on_process_0(value: bool) -> bool:
@@ -177,7 +215,7 @@ def _read_scores(workdir: Path, steps: Sequence[int]) -> tuple[dict[int, Score],
 def _open(workdir: Path, **options: Any) -> ocp.training.Checkpointer:
     folder = workdir / CHECKPOINTS
     try:
-        return ocp.training.Checkpointer(folder.resolve(), **options)
+        return ocp.training.Checkpointer(absolute(folder), **options)
     except Exception as error:
         raise InputError(
             f"a checkpoint in {folder} is damaged ({first_line(error)}); remove the newest one and "
@@ -271,7 +309,7 @@ def restore(workdir: Path, step: int, template: Any) -> Any:
       InputError: tensors are missing or have another shape, and the message names them; or the
         checkpoint is damaged.
     """
-    path = (workdir / CHECKPOINTS / str(step)).resolve()
+    path = absolute(_path(workdir, step))
     check_undamaged(workdir, step)
     wanted = flatten(template)
     stored = stored_shapes(workdir, step)
@@ -307,9 +345,7 @@ def stored_shapes(workdir: Path, step: int) -> dict[str, tuple[int, ...]]:
       InputError: the checkpoint is damaged.
     """
     try:
-        stored = ocp.checkpointables_metadata(
-            (workdir / CHECKPOINTS / str(step)).resolve()
-        ).metadata["state"]
+        stored = ocp.checkpointables_metadata(absolute(_path(workdir, step))).metadata["state"]
         return {name: tuple(stored[name].shape) for name in stored}
     except Exception as error:
         raise damaged(workdir, step, error) from error
@@ -317,7 +353,7 @@ def stored_shapes(workdir: Path, step: int) -> dict[str, tuple[int, ...]]:
 
 def read_metadata(workdir: Path, step: int) -> dict:
     """The JSON that was saved with a checkpoint: `config`, `preparation`."""
-    path = (workdir / CHECKPOINTS / str(step)).resolve()
+    path = absolute(_path(workdir, step))
     return dict(ocp.checkpointables_metadata(path).custom_metadata)
 
 

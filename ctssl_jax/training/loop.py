@@ -1,17 +1,22 @@
 """The training loop: from where a run stopped, a warm start or random weights to the last step."""
 
+import collections
 import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
 from ctssl_jax.models.quantizer import codebook_use
-from ctssl_jax.parallel.meeting import gather
+from ctssl_jax.parallel.lost_host import leave_soon
+from ctssl_jax.parallel.meeting import WAIT_SECONDS, gather, refusing_together, require_writable
 from ctssl_jax.parallel.stopping import stop_requests
 from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.directory import run_directory
+from ctssl_jax.runs.lock import LOST_SECONDS, TrainingLock
 from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
@@ -24,6 +29,10 @@ from ctssl_jax.training.setup import Job, check
 from ctssl_jax.training.state import TrainState, check_finite, check_state, resume
 from ctssl_jax.training.step import Feed, Program, run_step, take_report
 from data_prep.dataset.reader import Dataset
+
+STEPS_IN_FLIGHT = 2  # that the devices have still to do when the next one is prepared
+# The state's own counter is given to the next step.
+_copied = jax.jit(lambda step: step + 0)
 
 
 @fitting.with_end_of_memory
@@ -54,11 +63,18 @@ def train(
       TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before
         (its own validation loss may be what was not finite).
     """
-    workdir = Path(workdir)
-    job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
-    program, _ = job.compile()
-    checkpoints = job.open_run()  # nothing was written before
-    start = checkpoints.last_step
+    with TrainingLock() as lock:
+        with refusing_together("taking the lock of --workdir", LOST_SECONDS + WAIT_SECONDS):
+            workdir = run_directory(workdir)
+            lock.take_if_there(workdir)
+        job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
+        program, _ = job.compile()
+        checkpoints = job.open_run(lock)  # nothing was written before
+        return _train(job, program, checkpoints, profile_steps)
+
+
+def _train(job: Job, program: Program, checkpoints: Checkpoints, profile_steps: int) -> bool:
+    workdir, start = checkpoints.workdir, checkpoints.last_step
     # In this order: resume, else a warm start (from another run or a weight file), else random
     # weights.
     if start is not None:
@@ -77,12 +93,16 @@ def train(
         )
         try:
             step, finished = _steps(job, program, state, checkpoints, reports, should_stop, trace)
+        except BaseException as error:
+            leave_soon(error)  # to close the checkpoints may mean to wait for the others
+            raise
         finally:
             trace.stop()
             checkpoints.close()
             reports.close()
         gather("saving the last checkpoint")  # a launcher may end all when the first one ends
-    say(f"{'finished' if finished else 'stopped'}     at step {step:,}; checkpoints in {workdir}")
+    end = "finished" if finished else "stopped"
+    say(f"{end}     at step {step:,}; checkpoints in {workdir}")
     return finished
 
 
@@ -97,6 +117,8 @@ def _steps(
 ) -> tuple[int, bool]:
     """Train; returns the step at which training ended, and whether it is complete."""
     config, step, norms = job.config, checkpoints.last_step or 0, {}
+    began = step
+    running: collections.deque[jax.Array] = collections.deque()
     saved, scored, undefined_said = step, checkpoints.last_is_scored, False
     feed = (
         Feed(job.mesh, job.training_batches(step), config.microbatches)
@@ -104,6 +126,11 @@ def _steps(
         else None
     )
     clock = Clock(step, step, time.monotonic())
+
+    def should_stop_here() -> bool:
+        checkpoints.check()
+        return should_stop()
+
     # In this order: save, validate, write the score, step, fetch the next batch. So a score never
     # lacks its checkpoint, and the position in the data is the step: a resumed run sees equal
     # batches. A run that was stopped between save and score writes that score first.
@@ -115,11 +142,15 @@ def _steps(
                 show_pictures(job, program, state, step)
         if step != saved and (due or stopping):
             check_state(state, checkpoints.workdir, checkpoints.last_step)
+            reports.flush()
+            require_writable(checkpoints.workdir)
             checkpoints.save(step, state, job.metadata)
+            if saved == began:  # before hours of training a run knows that it can save
+                checkpoints.wait()
             saved, scored = step, False
         if due and not scored and not stopping:
             with clock.validating():
-                scores = validate(job, program, state, step, should_stop)
+                scores = validate(job, program, state, step, should_stop_here)
                 if scores is not None:
                     check_finite(scores["loss"], step, checkpoints.workdir, checkpoints.last_step)
                     show(job, program, state, step, scores, norms, reports)
@@ -141,8 +172,12 @@ def _steps(
         with trace.step(step, state):
             state = run_step(program, state, feed.parts)
             step += 1
+            running.append(_copied(state.step))
+            checkpoints.check()
             if step < config.num_steps:
                 feed.advance(state.step)
+            if len(running) > STEPS_IN_FLIGHT:  # a request to stop waits for no more
+                jax.block_until_ready(running.popleft())
         trace.end(step, state)
         if step % config.log_every == 0:
             check_state(state, checkpoints.workdir, checkpoints.last_step)
