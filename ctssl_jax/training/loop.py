@@ -91,7 +91,8 @@ def train(
             trace.stop()
             checkpoints.close()
             reports.close()
-        gather("saving the last checkpoint")  # a launcher may end all when the first one ends
+        # A launcher may end all when the first one ends. Process 0 reads the whole checkpoint.
+        gather("saving the last checkpoint", 600)
     say(f"{'finished' if finished else 'stopped'}     at step {step:,}; checkpoints in {workdir}")
     return finished
 
