@@ -13,6 +13,7 @@ Layout of a run directory:
     checkpoints/STEP      Orbax checkpoints, each with its score.json: the last two, and the best
     metrics.jsonl         one line a report: step, losses, slices/s
     tensorboard/          the same numbers as event files
+    profile/              traces of `ctssl_jax.train --profile=N`
     pictures/             input | target | prediction | difference of fixed validation slices
 """
 
