@@ -11,6 +11,11 @@ prepared, by default as in the authors' release. The second form takes a folder 
 Python objects beside the tensors is refused.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from pathlib import Path
 from typing import Any
 

@@ -44,6 +44,7 @@ MAY_CHANGE = {
     "num_pictures": "pictures alone",
     "reading_threads": "speed alone",
     "remat": "memory and speed",
+    "remat_convolutions": "memory and speed",
     "scan": "memory and speed",
     "fsdp_devices": "memory and speed; equal up to the order of sums",
 }
@@ -52,10 +53,12 @@ MAY_CHANGE = {
 ADDED_SINCE = {
     "batch_norm_group": 0,
     "best_by": "loss",
+    "model.pooling": "legacy",
     "prolonged": [],
+    "remat_convolutions": True,
     "validation_slices": 0,
 }
-OF_TASK: dict[str, str] = {}
+OF_TASK = {"model.pooling": "slice_label_se_resnext"}
 _WEIGHTS = ("init_from", "init_weights")
 OF_THE_DATA = (
     "archive",

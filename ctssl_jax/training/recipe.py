@@ -178,16 +178,12 @@ def with_pooling(
     config = config.copy_and_resolve_references()
     with config.unlocked():
         if workdir is not None and holds_checkpoint(workdir):
-            stored = Run.open(workdir).config.model
-            if "pooling" not in stored:  # made before there was the field: legacy
-                del config.model["pooling"]
-                return config
-            config.model.pooling = stored.pooling
+            config.model.pooling = Run.open(workdir).config.model.pooling
         elif config.get("init_weights"):
             config.model.pooling = imagenet_weights.pooling_of(config.init_weights)
         elif config.init_from and (Path(config.init_from) / "config.json").is_file():
             donor = Run.open(config.init_from).config.model
-            config.model.pooling = donor.get("pooling", "legacy")
+            config.model.pooling = donor.get("pooling", "legacy")  # the donor may be another model
         else:
             config.model.pooling = "legacy"
     return config

@@ -23,6 +23,7 @@ from ctssl_jax.parallel.meeting import (
     require_agreement,
     require_shared,
 )
+from ctssl_jax.parallel.memory import COMPILING_SECONDS
 from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.runs import damage
 from ctssl_jax.runs.checkpoints import Checkpoints
@@ -30,7 +31,7 @@ from ctssl_jax.runs.reports import read_reports, say
 from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
 from ctssl_jax.tasks.interface import Task, is_frozen, step_flops
 from ctssl_jax.tasks.table import get_task
-from ctssl_jax.training import recipe, validation_share, warm_start
+from ctssl_jax.training import fitting, recipe, validation_share, warm_start
 from ctssl_jax.training.state import abstract_model, count_parameters, trained_names
 from ctssl_jax.training.step import Program, compile_step, make_program
 from ctssl_jax.training.topology import advice
@@ -139,19 +140,28 @@ class Job:
             "num_threads": self.config.reading_threads,
         }
 
-    def compile(self) -> Program:
-        """Print devices, model and data, then compile the step."""
+    def compile(self) -> tuple[Program, int]:
+        """Print devices, model and data, then compile the step.
+
+        Returns:
+          The program, and the bytes a device that XLA expects its step to need.
+
+        Raises:
+          InputError: the step needs more memory than a device has.
+        """
         for line in self.description():
             say(line)
         began = time.monotonic()
         program, memory = compile_step(
             make_program(self.config, self.task, len(self.channels), self.mesh)
         )
+        with refusing_together("the look at memory", COMPILING_SECONDS):
+            program, memory = fitting.check_fits(program, memory)
         say(
             f"compiled     in {time.monotonic() - began:.1f} s; XLA expects {memory / 2**30:.2f} "
             "GiB a device"
         )
-        return program
+        return program, memory
 
     def description(self) -> list[str]:
         """Devices, model and data, as lines for the screen."""

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
-from ctssl_jax.models.layers import normalize_in_groups
+from ctssl_jax.models.layers import keep_convolutions, normalize_in_groups
 from ctssl_jax.ops.corruptions import example_keys
 from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.parallel.mesh import fetch_parameters
@@ -145,6 +145,8 @@ def abstract_model(
     """
     model = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(params=config.seed)))
     normalize_in_groups(model, num_norm_groups)
+    if not config.get("remat_convolutions", True):
+        keep_convolutions(model)
     return split_model(model)
 
 
@@ -216,10 +218,10 @@ def evaluation_keys(record_index: jax.Array) -> jax.Array:
     return example_keys(jax.random.key(EVALUATION_SEED), record_index)
 
 
-def abstract_batch(definition: Definition) -> dict[str, Any]:
-    """Shapes of a microbatch."""
+def abstract_batch(definition: Definition, size: int = 0) -> dict[str, Any]:
+    """Shapes of a batch of so many slices; 0 takes the size of a microbatch."""
     config = definition.config
-    size = config.batch_size // config.microbatches
+    size = size or config.batch_size // config.microbatches
     side, targets = config.image_size, definition.task.targets(config)
     shapes = {
         "images": (

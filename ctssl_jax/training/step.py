@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ctssl_jax.ops.corruptions import example_keys
+from ctssl_jax.parallel.memory import (
+    compiled_bytes,
+    device_memory,
+    is_out_of_memory,
+    peak_bytes,
+)
 from ctssl_jax.parallel.mesh import replicated, split_along_batch, split_parameters, to_devices
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.training.scoring import Scorer, make_scorer
@@ -28,6 +35,8 @@ from ctssl_jax.training.state import (
     split_model,
     with_trained,
 )
+
+HOPELESS = 1.5  # times the memory of a device: reckoned figures may be a fifth too high
 
 
 def initial_state(definition: Definition) -> TrainState:
@@ -188,10 +197,6 @@ def make_program(
     parts = split_parameters(mesh, definition.params)
     trained = definition.trained_part(definition.params)
     gradient_parts = split_parameters(mesh, trained)
-    run_once = None
-    # To optimise code that runs once took 28 s; without it, it takes a tenth.
-    if mesh.devices.flat[0].platform == "cpu":
-        run_once = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
     def of_run(function: Callable) -> Callable:
         return functools.partial(function, definition)
@@ -208,7 +213,7 @@ def make_program(
             shardings,
         ),
         initial_state=jax.jit(
-            of_run(initial_state), out_shardings=shardings, compiler_options=run_once
+            of_run(initial_state), out_shardings=shardings, compiler_options=quick_to_compile(mesh)
         ),
         zero_gradients=jax.jit(functools.partial(zeros_of, trained), out_shardings=gradient_parts),
         train_step=jax.jit(
@@ -236,24 +241,63 @@ def make_program(
     )
 
 
-def compile_step(program: Program) -> tuple[Program, int]:
+def quick_to_compile(mesh: Mesh) -> dict[str, Any] | None:
+    """Options for code that runs once or never: to optimise it took 28 s, ten times as long."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def compile_step(
+    program: Program, *, to_run: bool = True, hopeless: float = HOPELESS
+) -> tuple[Program, int]:
     """Compile the training step ahead of the first batch.
+
+    Args:
+      program: from `make_program`.
+      to_run: False takes less time where that is possible, and gives a slow step.
+      hopeless: a step that is reckoned to need so many times the memory of a device is not
+        compiled: on a GPU XLA would try convolutions of that size.
 
     Returns:
       The program with the compiled step in place, and the bytes a device that XLA expects it to
-      need.
+      need. If the step is not compiled, or XLA refuses to, they are the reckoned ones, and above
+      the memory of a device.
     """
+    available = device_memory(list(program.definition.mesh.devices.flat))
+    traced = trace_step(program)
+    reckoned = reckoned_bytes(program, traced)
+    if available is not None and reckoned > hopeless * available:
+        return program, reckoned
+    options = None if to_run else quick_to_compile(program.definition.mesh)
+    try:
+        compiled = traced.lower().compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:  # TPUs refuse here
+        if available is None or not is_out_of_memory(error):
+            raise
+        return program, max(reckoned, available + 1)
+    name = "train_step" if program.definition.config.microbatches == 1 else "accumulate"
+    return dataclasses.replace(program, **{name: compiled}), compiled_bytes(compiled)
+
+
+def trace_step(program: Program) -> jax.stages.Traced:
+    """The part of the training step that needs the most memory: that of one microbatch."""
     batch, state = abstract_batch(program.definition), program.template
     if program.definition.config.microbatches == 1:
-        compiled = program.train_step.lower(state, batch).compile()
-        program = dataclasses.replace(program, train_step=compiled)
-    else:
-        gradients = program.definition.trained_part(state.params)
-        compiled = program.accumulate.lower(state, gradients, batch).compile()
-        program = dataclasses.replace(program, accumulate=compiled)
-    memory = compiled.memory_analysis()
-    parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-    return program, sum(parts) - memory.alias_size_in_bytes
+        return program.train_step.trace(state, batch)
+    gradients = program.definition.trained_part(state.params)
+    return program.accumulate.trace(state, gradients, batch)
+
+
+def reckoned_bytes(program: Program, traced: jax.stages.Traced) -> int:
+    """Bytes a device that a traced step needs, within about 20 %, without compiling it."""
+    state = jax.tree.leaves(program.template)
+    everywhere = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in state)
+    on_each = sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in state
+    )
+    num_devices = program.definition.mesh.size
+    return on_each + max(0, peak_bytes(traced.jaxpr.jaxpr) - everywhere) // num_devices
 
 
 class Feed:

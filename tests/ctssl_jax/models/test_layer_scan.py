@@ -1,6 +1,7 @@
 """Residual blocks run as one loop (scan) give what the unrolled ones give, under the same names."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 from ctssl_jax.models.classifier import Classifier, ClassifierConfig
+from ctssl_jax.models.layers import keep_convolutions
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
 
 TINY = {"hidden": (4, 8), "depth": 2, "embedding_dim": 4, "num_codes": 8}
@@ -97,3 +99,29 @@ def test_scan_keeps_types_in_bfloat16():
     plain = jax.eval_shape(functools.partial(training_step, graph), *state)
     graph, *state = build("autoencoder", dtype="bfloat16", scan=True)
     assert jax.eval_shape(functools.partial(training_step, graph), *state) == plain
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_recomputation_that_keeps_convolutions_computes_none_again(scan):
+    """Norms are computed again, statistics are not: on many devices they would wait again."""
+    counts, results = {}, {}
+    for kind in ("all in memory", "nothing kept", "convolutions kept"):
+        model = VQVAE(
+            VQVAEConfig(**TINY, drop_rate=0.3, remat=kind != "all in memory", scan=scan),
+            rngs=nnx.Rngs(0),
+        )
+        if kind == "convolutions kept":
+            keep_convolutions(model)
+        graph, *state = nnx.split(model, nnx.Param, ...)
+        lowered = training_step.trace(graph, *state).lower(lowering_platforms=("tpu",))
+        operations = re.findall(r"stablehlo\.(\w+)", lowered.as_text())
+        counts[kind] = [operations.count(name) for name in ("convolution", "rsqrt", "reduce")]
+        if not scan and kind != "nothing kept":
+            results[kind] = training_step(graph, *state)
+    loops = 2 if scan else 4  # encoder and decoder, of two blocks each
+    convolutions, norms, sums = counts["all in memory"]
+    assert counts["nothing kept"][:2] == [convolutions + loops, norms + loops]
+    assert counts["convolutions kept"][:2] == [convolutions, norms + loops]
+    assert counts["nothing kept"][2] == counts["convolutions kept"][2] == sums
+    if results:
+        assert_close(results["all in memory"][:2], results["convolutions kept"][:2], 1e-6)
