@@ -266,6 +266,6 @@ def test_the_first_step_that_is_not_finite_is_kept(
         match=r"not finite at step 3 of .*; there is no checkpoint; .* or set config.gradient_clip",
     ):
         check_state(config, state, tmp_path, None)
-    config.gradient_clip = 1.0
+    clipped = tiny_config(tiny_dataset, gradient_clip=1.0)
     with pytest.raises(TrainingDiverged, match=r"learning_rate or lower config\.gradient_clip"):
-        check_state(config, state, tmp_path, None)
+        check_state(clipped, state, tmp_path, None)
