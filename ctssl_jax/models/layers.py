@@ -18,7 +18,7 @@ except the last of each residual block, so the scale matters only there: at the 
 adds 1/6 to the variance of the residual stream, with Flax's default (variance 1 / fan_in) 1/2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ NORM_DECAY = 0.9
 NORM_EPSILON = 1e-5
 # What recomputation keeps: to compute statistics again would be to wait for all devices again.
 _KEEP_STATISTICS = jax.checkpoint_policies.save_only_these_names("norm_statistics")
-_KEEP_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names("norm_statistics", "conv3")
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -361,41 +360,21 @@ class TransposedConvNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv1(ReLU(norm(dropout(conv3(x))))), all of one width, convolutions without bias.
-
-    keep_convolution: recomputation keeps the output of conv3, see `keep_convolutions`.
-    """
+    """x + conv1(ReLU(norm(dropout(conv3(x))))), all of one width, convolutions without bias."""
 
     def __init__(self, features: int, *, drop_rate: float = 0.0, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.keep_convolution = False
         self.conv3 = _conv(features, features, 3, 1, False, dtype, rngs)
         self.norm = BatchNorm(features)
         self.conv1 = _conv(features, features, 1, 1, False, dtype, rngs)
         self.drop_rate = drop_rate
 
     def __call__(self, x: jax.Array, key: jax.Array | None, *, train: bool) -> jax.Array:
-        y = checkpoint_name(self.conv3(x), "conv3")
+        y = self.conv3(x)
         if train and self.drop_rate > 0:
             keep = jax.random.bernoulli(key, 1 - self.drop_rate, y.shape)
             y = jnp.where(keep, y / (1 - self.drop_rate), 0)
         y = jax.nn.relu(self.norm(y, train=train))
         return x + self.conv1(y)
-
-    @property
-    def kept(self) -> Callable[..., bool]:
-        """What `remat` keeps beside the block's input."""
-        return _KEEP_CONVOLUTIONS if self.keep_convolution else _KEEP_STATISTICS
-
-
-def keep_convolutions(model: nnx.Module) -> None:
-    """Let the recomputation of residual blocks keep the outputs of their 3 x 3 convolutions.
-
-    Then it computes normalisation and ReLU again, which cost next to nothing, and no convolution.
-    Two maps a block stay in memory instead of one; without recomputation more than three.
-    """
-    for _, module in nnx.iter_graph(model):
-        if isinstance(module, ResidualBlock):
-            module.keep_convolution = True
 
 
 def apply_blocks(
@@ -428,8 +407,8 @@ def apply_blocks(
 
     if scan and len(blocks) > 0:
         return _scan_blocks(blocks, x, key, train=train, remat=remat)
-    if remat and train and len(blocks) > 0:
-        run = nnx.remat(run, policy=blocks[0].kept)
+    if remat and train:
+        run = nnx.remat(run, policy=_KEEP_STATISTICS)
     for index, block in enumerate(blocks):
         x = run(block, x, None if key is None else jax.random.fold_in(key, index))
     return x
@@ -452,7 +431,7 @@ def _scan_blocks(
 
     if remat and train:
         # within a scan XLA cannot merge the recomputation with the first pass
-        body = jax.checkpoint(body, prevent_cse=False, policy=blocks[0].kept)
+        body = jax.checkpoint(body, prevent_cse=False, policy=_KEEP_STATISTICS)
     x, statistics = jax.lax.scan(body, x, (jnp.arange(len(blocks)), stacked))
     if train:
         for index, block in enumerate(blocks):

@@ -96,7 +96,6 @@ def execution(*, batch_size: int = 16) -> dict[str, Any]:
         "microbatches": 1,
         "dtype": "float32",
         "remat": False,
-        "remat_convolutions": True,
         "scan": False,
         "fsdp_devices": 1,
         "batch_norm_group": 0,

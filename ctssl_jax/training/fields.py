@@ -277,11 +277,6 @@ FIELDS = {
         str, "of convolutions; weights, statistics and losses are float32", ("float32", "bfloat16")
     ),
     "remat": Field(bool, "recompute residual blocks in the backward pass: less memory, more time"),
-    "remat_convolutions": Field(
-        bool,
-        "with remat: the blocks' 3 x 3 convolutions, too; False keeps their outputs: more memory, "
-        "no more arithmetic than without remat",
-    ),
     "scan": Field(
         bool, "residual blocks as one loop: smaller programs on accelerators, slow on CPU"
     ),

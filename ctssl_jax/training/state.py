@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
-from ctssl_jax.models.layers import keep_convolutions, normalize_in_groups
+from ctssl_jax.models.layers import normalize_in_groups
 from ctssl_jax.ops.corruptions import example_keys
 from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.parallel.mesh import fetch_parameters
@@ -145,8 +145,6 @@ def abstract_model(
     """
     model = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(params=config.seed)))
     normalize_in_groups(model, num_norm_groups)
-    if not config.get("remat_convolutions", True):
-        keep_convolutions(model)
     return split_model(model)
 
 

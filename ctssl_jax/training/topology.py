@@ -53,8 +53,6 @@ CHIPS["TPU v5p"] = CHIPS["TPU v5"]
 # Sides of a topology and chips of a pod, from the same pages: libtpu compiles for any.
 PODS = {"v4": (3, 4096), "v5e": (2, 256), "v5p": (3, 8960), "v6e": (2, 256)}
 FEWEST_SLICES = 8  # a chip: XLA rewrites convolutions of fewer images, see `rewritten`
-# The reference model at 512 x 512 needs 16 GiB and more a chip for them without recomputation.
-SMALL_MEMORY_GIB = 16
 
 
 def topology_devices(name: str) -> list[Any]:
@@ -149,7 +147,7 @@ def estimate_topology(config: ml_collections.ConfigDict, name: str) -> None:
     say(
         f"batch        {config.batch_size} slices = {mesh.size} chip(s) x {config.microbatches} "
         f"microbatch(es) x {slices_a_chip(config, mesh)}, {config.dtype}, remat={config.remat}, "
-        f"remat_convolutions={config.get('remat_convolutions', True)}, scan={config.scan}"
+        f"scan={config.scan}"
     )
     began = time.monotonic()
     compiled = compile_ahead(program)
@@ -171,8 +169,6 @@ def advice(config: ml_collections.ConfigDict, mesh: Mesh) -> list[str]:
         better["dtype"] = "bfloat16"
     if slices_a_chip(config, mesh) < FEWEST_SLICES:
         better["batch_size"] = FEWEST_SLICES * mesh.size * config.microbatches
-        if chip.memory_gib <= SMALL_MEMORY_GIB and not config.remat:
-            better |= {"remat": True, "remat_convolutions": False}
     if not better:
         return []
     flags = " ".join(f"--config.{name}={value}" for name, value in better.items())
@@ -214,9 +210,7 @@ def _with_less_memory(config: ml_collections.ConfigDict, mesh: Mesh) -> str:
     if config.dtype != "bfloat16":
         return "set --config.dtype=bfloat16"
     if not config.remat:
-        return "set --config.remat=True --config.remat_convolutions=False"
-    if not config.get("remat_convolutions", True):
-        return "set --config.remat_convolutions=True"
+        return "set --config.remat=True"
     slices = slices_a_chip(config, mesh)
     if slices > 1:
         return (
@@ -286,7 +280,7 @@ def lines(program: Program, memory: Any, work: Work) -> list[str]:
         found.append(
             f"WARNING      {slices} slices a chip are few: XLA makes {work.largest_map} smaller "
             f"maps of them by copies; give each chip {FEWEST_SLICES} or more: --config.batch_size="
-            f"{FEWEST_SLICES * mesh.size * config.microbatches}, with --config.remat=True "
-            "--config.remat_convolutions=False where memory asks for it"
+            f"{FEWEST_SLICES * mesh.size * config.microbatches}, with --config.remat=True where "
+            "memory asks for it"
         )
     return found

@@ -61,12 +61,7 @@ def test_without_libtpu_the_package_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "settings", "better"),
     [
-        (
-            "TPU v5 lite",
-            {},
-            "--config.dtype=bfloat16 --config.batch_size=128 --config.remat=True "
-            "--config.remat_convolutions=False",
-        ),
+        ("TPU v5 lite", {}, "--config.dtype=bfloat16 --config.batch_size=128"),
         ("TPU v6 lite", {"dtype": "bfloat16"}, "--config.batch_size=128"),
         ("TPU v4", {"dtype": "bfloat16", "microbatches": 2}, "--config.batch_size=256"),
         ("TPU v4", {"batch_size": 128}, "--config.dtype=bfloat16"),
