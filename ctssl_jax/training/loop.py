@@ -13,6 +13,7 @@ import ml_collections
 from ctssl_jax.models.quantizer import codebook_use
 from ctssl_jax.parallel.lost_host import leave_soon
 from ctssl_jax.parallel.meeting import WAIT_SECONDS, gather, refusing_together, require_writable
+from ctssl_jax.parallel.processes import bound_waits_of_orbax
 from ctssl_jax.parallel.stopping import stop_requests
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.directory import run_directory
@@ -75,6 +76,8 @@ def train(
 
 def _train(job: Job, program: Program, checkpoints: Checkpoints, profile_steps: int) -> bool:
     workdir, start = checkpoints.workdir, checkpoints.last_step
+    leaves = jax.tree.leaves(program.template)
+    bound_waits_of_orbax(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
     # In this order: resume, else a warm start (from another run or a weight file), else random
     # weights.
     if start is not None:
@@ -100,7 +103,8 @@ def _train(job: Job, program: Program, checkpoints: Checkpoints, profile_steps: 
             trace.stop()
             checkpoints.close()
             reports.close()
-        gather("saving the last checkpoint")  # a launcher may end all when the first one ends
+        # A launcher may end all when the first one ends. Process 0 reads the whole checkpoint.
+        gather("saving the last checkpoint", seconds=600)
     end = "finished" if finished else "stopped"
     say(f"{end}     at step {step:,}; checkpoints in {workdir}")
     return finished

@@ -162,7 +162,7 @@ def test_onnx(runs, tmp_path):
     assert (
         facts["input"].startswith("images [batch, 1, H, W] ") and "multiples of 4" in facts["input"]
     )
-    assert facts["codes"]["compared"] == 4 * 4 * 4 and facts["codes"]["different"] == 0
+    assert facts["codes"]["compared"] == 4 * 4 * 4 + 8 * 7 and facts["codes"]["different"] == 0
     assert facts["input"] in (folder / "README.md").read_text()
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     assert session.get_modelmeta() and not (folder / "model.onnx.data").exists()
