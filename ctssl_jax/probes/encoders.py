@@ -21,6 +21,7 @@ from ctssl_jax.data.slices import NeighbourSource
 from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.ops.images import to_unit_images
+from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.tasks.table import get_task
@@ -55,13 +56,13 @@ class ProbedRun:
 
     encoder: name in `ENCODERS`.
     measured: the run and the data.
-    step: of the checkpoint; None for a control, which reads no checkpoint.
+    checkpoint: its step and score; None for a control, which reads no checkpoint.
     batch_size: slices at a time.
     """
 
     encoder: str
     measured: MeasuredRun
-    step: int | None
+    checkpoint: Chosen | None
     batch_size: int
 
     @classmethod
@@ -95,9 +96,11 @@ class ProbedRun:
             raise InputError(f"--encoder={encoder}: choose one of {', '.join(ENCODERS)}")
         check_request(output, batch_size)
         measured = MeasuredRun.open(Run.open(workdir), dataset, splits)
-        step = measured.run.choose_step(checkpoint) if encoder == "run" else None
+        chosen = measured.run.choose_checkpoint(checkpoint) if encoder == "run" else None
         config = measured.config
-        return cls(encoder, measured, step, batch_size or config.batch_size // config.microbatches)
+        return cls(
+            encoder, measured, chosen, batch_size or config.batch_size // config.microbatches
+        )
 
     def load_encoder(
         self, training_slices: NeighbourSource, regions: int = REGIONS
@@ -123,8 +126,8 @@ class ProbedRun:
                 "probe; give another run"
             )
         elif self.encoder == "run":
-            frozen = trained_encoder(config, task, run, self.step, regions)
-            origin = f"run, step {self.step:,}"
+            frozen = trained_encoder(config, task, run, self.checkpoint.step, regions)
+            origin = f"run, step {self.checkpoint.step:,}"
         else:
             size = min(self.batch_size, len(training_slices))
             batches = training_batches(training_slices, size, config.seed)
@@ -139,7 +142,7 @@ class ProbedRun:
         packages = ("jax", "flax", "numpy", "scikit-learn")
         device = jax.local_devices()[0].device_kind
         fields = header(
-            self.measured, split, patient_ids, self.step, device=device, packages=packages
+            self.measured, split, patient_ids, self.checkpoint, device=device, packages=packages
         )
         return fields | {"encoder": self.encoder}
 

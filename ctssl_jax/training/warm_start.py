@@ -120,23 +120,23 @@ def find(
         extra or of another shape.
     """
     try:
-        step = run.choose_step(str(config.init_checkpoint))
+        chosen = run.choose_checkpoint(str(config.init_checkpoint))
     except InputError as error:
         raise InputError(f"config.init_from: {error}") from None
     _check_grey_values(config, run, windows)
-    stored = stored_shapes(run.workdir, step)
+    stored = stored_shapes(run.workdir, chosen.step)
     moved, kept, left = _match(config.init_from, stored, flatten(template), config.init_scope)
     ancestor = {
         "recipe": run.config.recipe,
         "task": run.config.task,
-        "checkpoint_step": step,
+        **chosen.facts,
         "seed": run.config.seed,
         "scope": config.init_scope,
         "num_tensors_moved": len(moved),
         "dataset_fingerprint": run.preparation["fingerprint"],
         "patients": run.patients,
     }
-    return WarmStart(run, step, moved, kept, left, [*run.ancestors, ancestor])
+    return WarmStart(run, chosen.step, moved, kept, left, [*run.ancestors, ancestor])
 
 
 def _check_grey_values(
