@@ -6,7 +6,8 @@ r"""Train a model: pretraining and downstream.
 Run it again to resume where it stopped: a checkpoint holds the whole state, also the order of the
 data. SIGTERM and Ctrl-C save and end with exit code 75. `--config.init_from=OTHER_RUN` starts from
 the weights of another run. `--estimate` prints the cost of the run after a few timed steps, and
-writes nothing. On several hosts start one process on each with `--distributed`.
+writes nothing; with `--topology=v5e:4x4` it compiles the step for those TPUs instead, without any
+TPU or dataset. On several hosts start one process on each with `--distributed`.
 """
 
 import functools
@@ -32,6 +33,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     )
     text("workdir", None, "Run directory: made, or resumed.")
     flag("estimate", False, "Print the cost of the run after a few timed steps; writes nothing.")
+    text("topology", "", "--estimate for TPUs that need not be there: v5e:4x4; v6e:4x4:2 (slices).")
     flag("set_aside_damaged", False, "Move damaged checkpoints and resume from the last good one.")
     flag("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
     text("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
@@ -45,6 +47,8 @@ def start(flag_values: flags.FlagValues) -> bool:
     config = flag_values.config
     if config is None or not (flag_values.workdir or flag_values.estimate):
         raise InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
+    if flag_values.topology and not flag_values.estimate:
+        raise InputError("--topology compiles for an estimate; add --estimate")
     try:
         config.lock()
     except OSError:  # raised at any use of a recipe that could not be loaded
@@ -56,9 +60,13 @@ def start(flag_values: flags.FlagValues) -> bool:
     from ctssl_jax.parallel import lost_host
     from ctssl_jax.training.estimate import estimate
     from ctssl_jax.training.loop import train
+    from ctssl_jax.training.topology import estimate_topology
     from data_prep.dataset.reader import Dataset
     from data_prep.system import stores
 
+    if flag_values.topology:
+        estimate_topology(config, flag_values.topology)
+        return True
     dataset = None
     if stores.is_url(config.dataset):  # fetched before the processes wait for each other
         dataset = Dataset.open(config.dataset, ("train", "validation"))

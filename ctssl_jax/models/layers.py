@@ -6,9 +6,11 @@ Convolutions run in the `dtype` of each block (float32 or bfloat16).
 
 Batch normalisation: decay 0.9 (PyTorch's momentum 0.1), epsilon 1e-5, one-pass variance. Statistics
 are computed over the global batch: under `jax.jit` over a batch sharded on several devices XLA
-reduces over all of them. The running variance is the biased estimate, in PyTorch the unbiased one:
-with n values a channel they differ by the factor n / (n - 1), below 1e-4 at any useful size. Both
-libraries use the running values as they are in evaluation, so weights move between them unchanged.
+reduces over all of them, once a layer in the forward pass and once in the backward pass.
+`normalize_in_groups` makes it reduce within equal parts of the batch alone. The running variance is
+the biased estimate, in PyTorch the unbiased one: with n values a channel they differ by the factor
+n / (n - 1), below 1e-4 at any useful size. Both libraries use the running values as they are in
+evaluation, so weights move between them unchanged.
 
 Initialisation: convolution kernels are uniform with variance 1 / (3 fan_in), the default of PyTorch
 and so of the authors' release; biases are zero. Batch normalisation follows every convolution
@@ -21,11 +23,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 LEAKY_SLOPE = 0.01
 NORM_DECAY = 0.9
 NORM_EPSILON = 1e-5
+# What recomputation keeps: it would wait for all devices again to compute the statistics again.
+KEEP_STATISTICS = jax.checkpoint_policies.save_only_these_names("norm_statistics")
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -242,6 +247,7 @@ def _normalize_by_batch_forward(x, scale, bias):
     values, count = x.astype(jnp.float32), x.size // x.shape[-1]
     mean = sum_pixels(values) / count
     var = jnp.maximum(sum_pixels(jnp.square(values)) / count - jnp.square(mean), 0)
+    mean, var = (checkpoint_name(value, "norm_statistics") for value in (mean, var))
     inverse = jax.lax.rsqrt(var + NORM_EPSILON)
     y = (values - mean) * (scale * inverse) + bias
     return (y.astype(x.dtype), mean, var), (x, mean, inverse, scale)
@@ -265,9 +271,13 @@ class BatchNorm(nnx.Module):
 
     (`flax.nnx.BatchNorm` rounds the running statistics to its compute dtype, which costs accuracy
     in bfloat16.)
+
+    num_groups: equal parts of the batch, in order, each with statistics of its own; the running
+      statistics follow the means of those of the parts.
     """
 
     def __init__(self, features: int):
+        self.num_groups = 1
         self.scale = nnx.Param(jnp.ones(features, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
         self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
@@ -278,7 +288,7 @@ class BatchNorm(nnx.Module):
         the running ones.
         """
         if train:
-            y, mean, var = normalize_by_batch(x, self.scale[...], self.bias[...])
+            y, mean, var = self._normalize(x)
             self.mean[...] = jax.lax.stop_gradient(
                 NORM_DECAY * self.mean[...] + (1 - NORM_DECAY) * mean
             )
@@ -288,6 +298,24 @@ class BatchNorm(nnx.Module):
             return y
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + NORM_EPSILON)
         return ((x.astype(jnp.float32) - self.mean[...]) * scale + self.bias[...]).astype(x.dtype)
+
+    def _normalize(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scale, bias = self.scale[...], self.bias[...]
+        if self.num_groups == 1:
+            return normalize_by_batch(x, scale, bias)
+        parts = x.reshape(self.num_groups, -1, *x.shape[1:])
+        y, mean, var = jax.vmap(normalize_by_batch, (0, None, None))(parts, scale, bias)
+        return y.reshape(x.shape), jnp.mean(mean, axis=0), jnp.mean(var, axis=0)
+
+
+def normalize_in_groups(model: nnx.Module, num_groups: int) -> None:
+    """Give each of `num_groups` equal parts of a batch its own statistics in all `BatchNorm`s.
+
+    Where the parts are those of groups of devices, no device waits for another group.
+    """
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, BatchNorm):
+            module.num_groups = num_groups
 
 
 class ConvNorm(nnx.Module):
@@ -369,8 +397,8 @@ def apply_blocks(
         blocks: list of `ResidualBlock`, all of the same width.
         key: seeds the dropout of each block; needed only in training with dropout.
         train: use and update batch statistics, apply dropout.
-        remat: keep only each block's input for the backward pass and compute the rest again; same
-            numbers.
+        remat: keep only each block's input and batch statistics for the backward pass and compute
+            the rest again; same numbers.
         scan: one compiled block in a loop instead of a copy for each block; same numbers and names.
     """
 
@@ -380,7 +408,7 @@ def apply_blocks(
     if scan and len(blocks) > 0:
         return _scan_blocks(blocks, x, key, train=train, remat=remat)
     if remat and train:
-        run = nnx.remat(run)
+        run = nnx.remat(run, policy=KEEP_STATISTICS)
     for index, block in enumerate(blocks):
         x = run(block, x, None if key is None else jax.random.fold_in(key, index))
     return x
@@ -403,7 +431,7 @@ def _scan_blocks(
 
     if remat and train:
         # within a scan XLA cannot merge the recomputation with the first pass
-        body = jax.checkpoint(body, prevent_cse=False)
+        body = jax.checkpoint(body, prevent_cse=False, policy=KEEP_STATISTICS)
     x, statistics = jax.lax.scan(body, x, (jnp.arange(len(blocks)), stacked))
     if train:
         for index, block in enumerate(blocks):

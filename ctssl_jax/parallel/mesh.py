@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -104,24 +105,35 @@ def split_parameters(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(sharding, tree)
 
 
-def fetch_parameters(mesh: Mesh, params: Any) -> Any:
+def fetch_parameters(mesh: Mesh, params: Any, dtype: jnp.dtype) -> Any:
     """Whole parameters on each device while it uses them; gradients are summed and split again.
 
-    For use within a compiled function.
+    For use within a compiled function. Kernels of convolutions, which have four axes, travel in the
+    dtype of convolutions, in which alone they are used; their gradients become float32 again.
     """
-    return params if mesh.shape["fsdp"] == 1 else _fetch(mesh, params)
+    return params if mesh.shape["fsdp"] == 1 else _fetch(mesh, dtype, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fetch(mesh: Mesh, params: Any) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fetch(mesh: Mesh, dtype: jnp.dtype, params: Any) -> Any:
+    shardings = split_parameters(mesh, params)
+
+    def cast(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if leaf.ndim != 4 or sharding.is_fully_replicated:
+            return leaf
+        # Where the parts lie: without the constraint XLA may fetch first and cast then.
+        return jax.lax.with_sharding_constraint(leaf.astype(dtype), sharding)
+
+    params = jax.tree.map(cast, params, shardings)
     return jax.lax.with_sharding_constraint(params, replicated(mesh))
 
 
-def _fetch_forward(mesh: Mesh, params: Any) -> tuple[Any, None]:
-    return _fetch(mesh, params), None
+def _fetch_forward(mesh: Mesh, dtype: jnp.dtype, params: Any) -> tuple[Any, None]:
+    return _fetch(mesh, dtype, params), None
 
 
-def _fetch_backward(mesh: Mesh, _: None, gradients: Any) -> tuple[Any]:
+def _fetch_backward(mesh: Mesh, dtype: jnp.dtype, _: None, gradients: Any) -> tuple[Any]:
+    gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
     return (jax.lax.with_sharding_constraint(gradients, split_parameters(mesh, gradients)),)
 
 

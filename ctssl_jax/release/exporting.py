@@ -104,11 +104,12 @@ def export(
             _write_test_input(folder / "test_input.npz", images, outputs)
             if "onnx" in formats:
                 path = folder / FORMATS["onnx"]
-                manifest["onnx"] = facts = onnx_file.write(path, twin, images, outputs)
-                say(
-                    f"ONNX         largest difference {facts['largest_difference']:.1e}, opset "
-                    f"{facts['opset']}"
+                whole = synthetic_images(
+                    manifest["preprocessing"], len(twin.offsets), num_test_slices, cut=False
                 )
+                manifest["onnx"] = facts = onnx_file.write(path, twin, exported.model, whole)
+                for line in onnx_file.lines(facts):
+                    say(line)
             shutil.copyfile(ctssl_torch.__file__, folder / "ctssl_torch.py")
             manifest["files"] = {
                 path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
@@ -209,19 +210,10 @@ def open_model(run: Run, checkpoint: str) -> RunModel:
 
 
 def preprocessing_of(exported: RunModel) -> dict[str, Any]:
-    """How slices become the model's input, as `ctssl_torch.preprocess` takes it.
-
-    Raises:
-      InputError: the run normalises adjacent slices together, which a slice alone cannot reproduce.
-    """
+    """How slices become the model's input, as `ctssl_torch.preprocess` takes it."""
     config, preparation = exported.run.config, exported.run.preparation
     windows = selected_windows(preparation, select_channels(preparation, config.windows))
     num_slices = 3 if exported.architecture == "SEResNeXt" else 1
-    if num_slices > 1 and config.normalize != "window":
-        raise InputError(
-            f"a run with config.normalize={config.normalize} on adjacent slices cannot be "
-            "exported; export a run with config.normalize=window"
-        )
     return {
         "windows": [list(map(float, window)) for window in windows],
         "image_size": config.image_size,
@@ -316,11 +308,13 @@ def _twin(manifest: dict[str, Any], entries: dict[str, np.ndarray]) -> ctssl_tor
     return twin.eval()
 
 
-def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int) -> np.ndarray:
-    """Adjacent slices in the middle of a synthetic chest, preprocessed: [number, H, W, C] float32
-    in [0, 1].
+def synthetic_images(
+    preprocessing: dict[str, Any], num_slices: int, number: int, *, cut: bool = True
+) -> np.ndarray:
+    """Adjacent slices in the middle of a synthetic chest, preprocessed, but not cropped to the
+    lungs: [number, H, W, C] float32 in [0, 1].
 
-    Slices larger than `MAX_TEST_SIDE` are cut to their middle.
+    With `cut` slices larger than `MAX_TEST_SIDE` are cut to their middle.
     """
     size = preprocessing["image_size"]
     options = Options(seed=0, image_size=size, num_slices=20, slice_spacing_mm=0.0)
@@ -330,18 +324,18 @@ def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int
         window_to_uint8(np.rint(hu).astype(np.int16), preprocessing["windows"]).astype(np.float32)
         / 255
     )
-    if preprocessing["normalize"] == "slice_minmax":
-        low, high = unit.min((1, 2, 3), keepdims=True), unit.max((1, 2, 3), keepdims=True)
-        unit = (unit - low) / np.maximum(high - low, 1e-8)
-    cut = max(0, size - MAX_TEST_SIDE) // 2
-    unit = unit[:, cut : size - cut, cut : size - cut]
     if unit.shape[-1] == 1:
         unit = np.repeat(unit, preprocessing["in_channels"], axis=-1)
     middle = len(unit) // 2 - number // 2 + np.arange(number)
     offsets = np.arange(num_slices) - num_slices // 2
-    return np.concatenate(
+    images = np.concatenate(
         [unit[np.clip(middle + offset, 0, len(unit) - 1)] for offset in offsets], axis=-1
     )
+    if preprocessing["normalize"] == "slice_minmax":
+        low, high = images.min((1, 2, 3), keepdims=True), images.max((1, 2, 3), keepdims=True)
+        images = (images - low) / np.maximum(high - low, 1e-8)
+    border = max(0, size - MAX_TEST_SIDE) // 2 if cut else 0
+    return images[:, border : size - border, border : size - border]
 
 
 def _measure_parity(

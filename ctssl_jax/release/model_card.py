@@ -17,7 +17,7 @@ def text(manifest: dict[str, Any]) -> str:
         f"# {manifest['name']}",
         _summary(manifest),
         "## Use\n\n" + _use(manifest),
-        "## Input\n\n" + _input(manifest["preprocessing"]),
+        "## Input\n\n" + _input(manifest["preprocessing"], _num_slices(manifest)),
         "## Training\n\n" + _training(manifest),
         "## Results\n\n" + _results(manifest["results"]),
         "## Is it the same model?\n\n" + _parity(manifest),
@@ -26,6 +26,11 @@ def text(manifest: dict[str, Any]) -> str:
         f"Apache-2.0.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _num_slices(manifest: dict[str, Any]) -> int:
+    """Adjacent slices of one input: the slice below, the slice, the slice above."""
+    return 3 if manifest["architecture"] == "SEResNeXt" else 1
 
 
 def _summary(manifest: dict[str, Any]) -> str:
@@ -39,26 +44,24 @@ def _summary(manifest: dict[str, Any]) -> str:
 
 def _use(manifest: dict[str, Any]) -> str:
     outputs = _OUTPUTS[manifest["architecture"]]
-    if manifest["preprocessing"]["crop"] != "none":
-        return f"""```python
-import ctssl_torch                              # the file in this folder; needs torch and numpy
-
-model = ctssl_torch.load(".")                   # evaluation mode
-output = model(images)                          # {outputs}
-```
-
-The model was trained on slices cropped to the lungs, which `preprocess` cannot find: use
-`ctssl_jax.embed` and `ctssl_jax.predict`."""
+    cropped = manifest["preprocessing"]["crop"] != "none"
+    box, argument = "", ""
+    if cropped:
+        box = (
+            "box = (TOP, LEFT, BOTTOM, RIGHT)                # around the scan's lungs, in pixels\n"
+        )
+        argument = ", box=box"
     example = "images[:1]"
-    if manifest["architecture"] == "SEResNeXt":  # the slice below, the slice, the slice above
-        example = "ctssl_torch.neighbours(images, torch.arange(1), model.offsets)"
+    if _num_slices(manifest) > 1 or cropped:
+        example = f"model.inputs(images, torch.arange(1){argument})"
     return f"""```python
+import torch
 import ctssl_torch                              # the file here; needs torch, numpy, pillow, pydicom
 
 model = ctssl_torch.load(".")                   # evaluation mode
 hu, affine = ctssl_torch.read_dicom("SCAN")     # or nibabel: image.get_fdata(), image.affine
 images = model.preprocess(hu, affine)           # [S, C, H, W] float32
-z = model.embed(images)                         # [S, D], a vector a slice
+{box}z = model.embed(images{argument}){" " * (25 - len(argument))}# [S, D], a vector a slice
 output = model({example})                      # {outputs}
 ```
 
@@ -66,7 +69,7 @@ output = model({example})                      # {outputs}
 installation is from the stored outputs."""
 
 
-def _input(preprocessing: dict[str, Any]) -> str:
+def _input(preprocessing: dict[str, Any], num_slices: int) -> str:
     windows = ", ".join(
         f"level {level:g} / width {width:g} HU" for level, width in preprocessing["windows"]
     )
@@ -77,15 +80,20 @@ def _input(preprocessing: dict[str, Any]) -> str:
         f"- orientation: {preprocessing['orientation']}",
     ]
     if preprocessing["normalize"] == "slice_minmax":
-        lines.append("- each slice is stretched from its own minimum to its own maximum")
+        image = (
+            "the slice and its neighbours are stretched together from their"
+            if num_slices > 1
+            else "each slice is stretched from its own"
+        )
+        lines.append(f"- {image} minimum to {'their' if num_slices > 1 else 'its own'} maximum")
     if preprocessing["crop"] != "none":
         lines.append(
-            "- slices cropped to the lungs' bounding box, which `preprocess` cannot find: use "
-            "ctssl_jax.embed"
+            "- crop: slices are cropped to the bounding box of the scan's lungs and enlarged to "
+            "the same size. The box is yours to find (ctssl_jax.embed and ctssl_jax.predict find "
+            "it themselves); `inputs` and `embed` take it, in pixels of the preprocessed slices"
         )
-    return "\n".join(lines) + (
-        "\n\n`preprocess` does all these steps." if preprocessing["crop"] == "none" else ""
-    )
+        return "\n".join(lines) + "\n\n`preprocess` and `inputs` do all these steps."
+    return "\n".join(lines) + "\n\n`preprocess` does all these steps."
 
 
 def _training(manifest: dict[str, Any]) -> str:
@@ -144,9 +152,14 @@ def _parity(manifest: dict[str, Any]) -> str:
     if "onnx" in manifest:
         onnx = manifest["onnx"]
         lines.append(
-            f"The ONNX file (opset {onnx['opset']}) in onnxruntime: "
-            f"{onnx['largest_difference']:.1e}."
+            f"The ONNX file (opset {onnx['opset']}) takes {onnx['input']}. In onnxruntime, on "
+            f"{onnx['compared']}, the largest difference is {onnx['largest_difference']:.1e}."
         )
+        if "codes" in onnx:
+            lines.append(
+                "{different} of {compared:,} codes differ there, all of them among the {near_ties} "
+                "whose two nearest codes are equally near to {tie:g}.".format(**onnx["codes"])
+            )
     return " ".join(lines)
 
 

@@ -10,12 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from flax import nnx
 
+from ctssl_jax.models.vqvae import VQVAE
 from ctssl_jax.release import parity
+from ctssl_jax.torch_bridge.ctssl_torch import ExportedModel
 from data_prep.system.errors import RunFailed
 
 OPSET = 18
-_MAX_OTHER_CODES = 0.01
+# Two codes are equally near to a latent if its squared distances to them differ by less than this
+# share of |latent|^2 + |code|^2. Rounding may then choose either.
+NEAR_TIE = 1e-4
+SMALLEST_SIDE = 16
 
 
 def output_names(outputs: Iterable[str]) -> list[str]:
@@ -35,85 +41,164 @@ class _Outputs(torch.nn.Module):
         return tuple(getattr(output, name) for name in self.names)
 
 
-def write(
-    path: Path, twin: torch.nn.Module, images: np.ndarray, expected: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """Write the file, run it on the same images, in one batch and one by one, and compare.
+def write(path: Path, twin: ExportedModel, model: nnx.Module, images: np.ndarray) -> dict[str, Any]:
+    """Write the file, run it, and compare it with the model in JAX.
+
+    The number of images is free. So are height and width, where PyTorch can trace the network for
+    all of them, else they are the sides of `images`. Compared are the images in one batch, each
+    alone (an only image twice in one batch, too), and where the sides are free their middle.
 
     Args:
       path: path of the file, which includes the weights.
-      twin: model in evaluation mode, on the CPU.
-      images: [B, H, W, C] float32 in [0, 1].
-      expected: outputs of this package's model for the images, channels last.
+      twin: the model in PyTorch, in evaluation mode, on the CPU.
+      model: the model in JAX, float32, without remat and scan.
+      images: [B, H, W, C] float32 in [0, 1], of the size that the model was trained on.
 
     Returns:
-      opset, names of input and outputs, and the differences relative to the largest value (for
-      codes the share that differs).
+      `opset`; `input` and `outputs`; `compared`, the shapes, in words; `differences` relative to
+      the largest value of each output, and the `largest_difference`. With a codebook `codes`: how
+      many were `compared`, how many of these are `near_ties` within `tie`, and how many are
+      `different`.
 
     Raises:
       RunFailed: the file is not the same function.
     """
+    _, expected = parity.jax_outputs(model, images)
     names = output_names(expected)
-    batch = torch.from_numpy(parity.channels_first(np.concatenate([images, images])))
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _Outputs(twin, names).eval(),
-            (batch,),
-            path,
-            dynamo=True,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            input_names=["images"],
-            output_names=names,
-            opset_version=OPSET,
-            external_data=False,
-            verbose=False,
+    sides_are_free = _export(path, twin, names, images)
+    number = len(images)
+    chosen = [[0, 0] if number == 1 else list(range(number)), *([i] for i in range(number))]
+    cases = [
+        (
+            images[numbers],
+            {name: values[numbers] for name, values in expected.items() if values.ndim},
         )
-    differences = _compare(path, twin, names, images, expected)
-    worst = max(value for name, value in differences.items() if name != "codes")
-    if not worst <= parity.TOLERANCE or differences.get("codes", 0.0) > _MAX_OTHER_CODES:
+        for numbers in chosen
+    ]
+    if sides_are_free and (middle := _middle(images[:1], twin.stride)) is not None:
+        cases.append((middle, parity.jax_outputs(model, middle)[1]))
+    differences, codes = _compare(path, twin, model, names, cases)
+    facts = {
+        "opset": OPSET,
+        "input": _input(images, twin.stride, sides_are_free),
+        "outputs": names,
+        "compared": ", ".join(
+            " x ".join(map(str, parity.channels_first(batch).shape)) for batch, _ in cases
+        ),
+        "largest_difference": max(differences.values()),
+        "differences": differences,
+    } | ({"codes": codes} if codes else {})
+    if not facts["largest_difference"] <= parity.TOLERANCE or codes.get("wrong", 0):
         listed = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        if codes:
+            listed += f", {codes['wrong']} codes that are clearly nearest"
         raise RunFailed(
             f"the ONNX model is not the same function (differences: {listed}); nothing was "
             "written. Export without --format=onnx, and please report it"
         )
-    return {
-        "opset": OPSET,
-        "input": "images [batch, C, H, W] float32 in [0, 1]",
-        "outputs": names,
-        "largest_difference": worst,
-        "differences": differences,
-    }
+    codes.pop("wrong", None)
+    return facts
+
+
+def lines(facts: dict[str, Any]) -> list[str]:
+    """The facts of `write` as lines for the screen."""
+    codes = facts.get("codes")
+    return [
+        f"ONNX         opset {facts['opset']}, {facts['input']}",
+        f"{'':13}largest difference {facts['largest_difference']:.1e} on {facts['compared']}"
+        + (
+            f"; {codes['different']} of {codes['compared']:,} codes differ, "
+            f"{codes['near_ties']} are near ties"
+            if codes
+            else ""
+        ),
+    ]
+
+
+def _input(images: np.ndarray, stride: int, sides_are_free: bool) -> str:
+    channels, sides = images.shape[-1], f"{images.shape[1]}, {images.shape[2]}"
+    if sides_are_free:
+        sides = "H, W"
+    free = f", H and W multiples of {stride}" if sides_are_free and stride > 1 else ""
+    return f"images [batch, {channels}, {sides}] float32 in [0, 1]{free}"
+
+
+def _export(path: Path, twin: ExportedModel, names: list[str], images: np.ndarray) -> bool:
+    """Write the file; returns whether height and width are free in it."""
+    batch = torch.from_numpy(parity.channels_first(np.concatenate([images[:1], images[:1]])))
+    fewest = -(-SMALLEST_SIDE // twin.stride)
+    height, width = (
+        twin.stride * torch.export.Dim(name, min=fewest) for name in ("rows", "columns")
+    )
+    free = {0: torch.export.Dim("batch"), 2: height, 3: width}
+    for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "torch._guards"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # an attempt that fails is no news
+    for dimensions in (free, {0: free[0]}):
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                torch.onnx.export(
+                    _Outputs(twin, names).eval(),
+                    (batch,),
+                    path,
+                    dynamo=True,
+                    dynamic_shapes={"images": dimensions},
+                    input_names=["images"],
+                    output_names=names,
+                    opset_version=OPSET,
+                    external_data=False,
+                    verbose=False,
+                )
+            return dimensions is free
+        except torch.onnx.OnnxExporterError:
+            if dimensions is not free:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _middle(images: np.ndarray, stride: int) -> np.ndarray | None:
+    """About half of each side, not square, from the middle; None if that is too small."""
+    height, width = (side // 2 // stride * stride for side in images.shape[1:3])
+    if min(height, width - stride) < SMALLEST_SIDE:
+        return None
+    top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
+    return images[:, top : top + height, left : left + width - stride]
 
 
 def _compare(
     path: Path,
-    twin: torch.nn.Module,
+    twin: ExportedModel,
+    model: nnx.Module,
     names: list[str],
-    images: np.ndarray,
-    expected: dict[str, np.ndarray],
-) -> dict[str, float]:
+    cases: list[tuple[np.ndarray, dict[str, np.ndarray]]],
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Largest differences of each output but the codes, and facts about the codes."""
     import onnxruntime  # an extra
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    differences = dict.fromkeys(names, 0.0)
-    for chosen in (slice(None), *(slice(index, index + 1) for index in range(len(images)))):
-        values = session.run(names, {"images": parity.channels_first(images[chosen])})
+    differences = {name: 0.0 for name in names if name != "codes"}
+    codes: dict[str, Any] = {}
+    if isinstance(model, VQVAE):
+        codes = {"tie": NEAR_TIE} | dict.fromkeys(
+            ("compared", "near_ties", "different", "wrong"), 0
+        )
+    for images, expected in cases:
+        values = session.run(names, {"images": parity.channels_first(images)})
         outputs = dict(zip(names, values, strict=True))
-        for name, value in outputs.items():
-            reference = expected[name][chosen]
-            if name == "reconstruction" and not np.array_equal(
-                outputs["codes"], expected["codes"][chosen]
-            ):
-                # Rounding may choose another code: compare with the decoder's output for it.
+        if codes:
+            codebook = np.asarray(model.quantizer.codebook[...])
+            tied = parity.relative_margins(expected["latents"], codebook) <= NEAR_TIE
+            other = outputs["codes"] != expected["codes"]
+            codes["compared"] += other.size
+            codes["near_ties"] += int(tied.sum())
+            codes["different"] += int(other.sum())
+            codes["wrong"] += int((other & ~tied).sum())
+            if other.any():  # compare with the decoder's output for the same codes
                 with torch.inference_mode():
-                    codes = torch.from_numpy(outputs["codes"]).long()
-                    decoded = twin.decode(twin.vq_layer.lookup(codes)).numpy()
-                reference = parity.channels_last(decoded)
-            if name == "codes":
-                difference = float((value != reference).mean())
-            else:
-                difference = parity.relative_difference(parity.channels_last(value), reference)
-            differences[name] = max(differences[name], difference)
-    return differences
+                    chosen = torch.from_numpy(outputs["codes"]).long()
+                    decoded = twin.decode(twin.vq_layer.lookup(chosen)).numpy()
+                expected = {**expected, "reconstruction": parity.channels_last(decoded)}
+        for name in differences:
+            value = parity.relative_difference(parity.channels_last(outputs[name]), expected[name])
+            differences[name] = max(differences[name], value)
+    return differences, codes

@@ -229,3 +229,29 @@ def _compare_codes(
     scale = np.square(vectors).sum(1) + np.square(ours).sum(1)
     relative = np.abs(margin) / np.maximum(scale, 1e-12)
     return 1 - len(different) / len(jax_codes), float(relative.max())
+
+
+def relative_margins(latents: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """How much nearer the nearest code is than the second: the difference of the squared distances
+    over |latent|^2 + |nearest code|^2.
+
+    Args:
+      latents: [..., D] float32.
+      codebook: [K, D] float32.
+
+    Returns:
+      [...] float64; infinite with a codebook of one code.
+    """
+    codebook = np.asarray(codebook, np.float64)
+    vectors = np.asarray(latents, np.float64).reshape(-1, codebook.shape[1])
+    margins = np.full(len(vectors), np.inf)
+    if len(codebook) > 1:
+        lengths = np.square(codebook).sum(1)
+        for start in range(0, len(vectors), 4096):  # all distances at once may take gigabytes
+            part = vectors[start : start + 4096]
+            distances = lengths - 2 * part @ codebook.T  # without |latent|^2, which all share
+            two = np.argpartition(distances, 1)[:, :2]
+            values = np.sort(np.take_along_axis(distances, two, 1), axis=1)
+            scale = np.square(part).sum(1) + lengths[distances.argmin(1)]
+            margins[start : start + 4096] = (values[:, 1] - values[:, 0]) / np.maximum(scale, 1e-12)
+    return margins.reshape(np.shape(latents)[:-1])

@@ -184,6 +184,7 @@ class ExportedModel(nn.Module):
     """
 
     offsets: tuple[int, ...] = (0,)  # slices of one input, relative to each other, as its channels
+    stride: int = 4  # the sides of images are multiples of it
 
     def __init__(self):
         super().__init__()
@@ -195,10 +196,46 @@ class ExportedModel(nn.Module):
 
     def preprocess(self, hu: np.ndarray, affine: np.ndarray) -> Tensor:
         """`preprocess` as this model was trained."""
-        return preprocess(hu, affine, self.manifest["preprocessing"])
+        return preprocess(hu, affine, self.manifest["preprocessing"], len(self.offsets))
+
+    def inputs(self, images: Tensor, numbers: Tensor, box: Sequence[float] | None = None) -> Tensor:
+        """What `forward` takes for some slices of a scan.
+
+        A model of adjacent slices gets each slice with its neighbours as channels, stretched
+        together if it was trained so. A model of cropped slices gets the box, enlarged.
+
+        Args:
+            images: [S, C, H, W] float32 in [0, 1], all slices that `preprocess` returns.
+            numbers: [B] int64, numbers of the slices.
+            box: (top, left, bottom, right) of the lungs in pixels of `images`, bottom and right
+                behind the last row and column; one box for all slices of a scan. Only for a model
+                that was trained on cropped slices, which needs it.
+
+        Returns:
+            [B, K C, H, W] float32 in [0, 1] for K adjacent slices.
+
+        Raises:
+            ValueError: the box is missing, lies outside of the slices, or the model takes none.
+        """
+        preprocessing = self.manifest.get("preprocessing", {})
+        batch = neighbours(images, numbers, self.offsets)
+        if len(self.offsets) > 1 and preprocessing.get("normalize") == "slice_minmax":
+            batch = _stretched(batch)
+        cropped = preprocessing.get("crop", "none") != "none"
+        if cropped and box is None:
+            raise ValueError(
+                "this model was trained on slices cropped to the lungs; give "
+                "box=(top, left, bottom, right), the bounding box of the scan's lungs in pixels of "
+                "the preprocessed slices"
+            )
+        if not cropped and box is not None:
+            raise ValueError("this model was trained on whole slices; give no box")
+        return batch if box is None else crop_to_box(batch, box)
 
     @torch.no_grad()
-    def embed(self, images: Tensor, batch_size: int = 8) -> Tensor:
+    def embed(
+        self, images: Tensor, batch_size: int = 8, *, box: Sequence[float] | None = None
+    ) -> Tensor:
         """Embeddings of a scan's slices.
 
         Args:
@@ -206,13 +243,14 @@ class ExportedModel(nn.Module):
                 A model that reads several adjacent slices takes each slice's neighbours itself;
                 ends are repeated.
             batch_size: slices at a time.
+            box: see `inputs`.
 
         Returns:
             [S, D] float32, on the CPU.
 
         Raises:
-            ValueError: a module of the model is in training mode, or the images are not
-                [S, C, H, W] in [0, 1].
+            ValueError: a module of the model is in training mode, the images are not
+                [S, C, H, W] in [0, 1], or as `inputs`.
         """
         if any(module.training for module in self.modules()):
             raise ValueError(
@@ -231,7 +269,7 @@ class ExportedModel(nn.Module):
         parts = []
         for start in range(0, len(images), batch_size):
             numbers = torch.arange(start, min(start + batch_size, len(images)))
-            batch = neighbours(images, numbers, self.offsets).to(first.device, first.dtype)
+            batch = self.inputs(images, numbers, box).to(first.device, first.dtype)
             parts.append(self.embedding(batch).float().cpu())
         return torch.cat(parts)
 
@@ -240,6 +278,47 @@ def neighbours(images: Tensor, numbers: Tensor, offsets: Sequence[int]) -> Tenso
     """Adjacent slices as channels: [S, C, H, W], [B], K offsets -> [B, K C, H, W]; ends repeat."""
     last = len(images) - 1
     return torch.cat([images[(numbers + offset).clamp(0, last)] for offset in offsets], dim=1)
+
+
+def crop_to_box(images: Tensor, box: Sequence[float]) -> Tensor:
+    """A box of the images, enlarged to their size, bilinear; height and width are stretched
+    independently.
+
+    Args:
+        images: [B, C, H, W] float32.
+        box: (top, left, bottom, right) in pixels, bottom and right behind the last row and column.
+            Parts outside of the images are left out.
+
+    Returns:
+        [B, C, H, W] float32.
+
+    Raises:
+        ValueError: the box has not four finite numbers, or less than a pixel of it lies inside.
+    """
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        raise ValueError(f"box={tuple(box)}: give (top, left, bottom, right) in pixels")
+    weights = []
+    for size, start, end in zip(images.shape[-2:], box[:2], box[2:], strict=True):
+        start, end = max(0.0, float(start)), min(float(size), float(end))
+        if end - start < 1:
+            raise ValueError(
+                f"box={tuple(box)}: less than a pixel of it lies in slices of "
+                f"{images.shape[-2]} x {images.shape[-1]} pixels"
+            )
+        # Sampled at pixel centres, and never half a pixel beyond the box's border, where the
+        # pixels are left out.
+        centres = start + (torch.arange(size) + 0.5) * ((end - start) / size) - 0.5
+        at = centres.clamp(start, end - 1)
+        distance = (at[:, None] - torch.arange(size)[None]).abs()
+        weights.append((1 - distance).clamp_min(0).to(images.device, images.dtype))
+    rows, columns = weights
+    return rows @ images @ columns.T
+
+
+def _stretched(images: Tensor) -> Tensor:
+    """Each image from its own minimum to its own maximum: [B, C, H, W] -> the same shape."""
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return (images - low) / (high - low).clamp_min(1e-8)
 
 
 class VQVAEOutput(NamedTuple):
@@ -397,6 +476,8 @@ class UNetOutput(NamedTuple):
 class UNet(ExportedModel):
     """U-Net whose down branch is the encoder."""
 
+    stride = 16
+
     def __init__(
         self,
         *,
@@ -444,6 +525,8 @@ class UNet(ExportedModel):
 
 class StandardUNet(ExportedModel):
     """U-Net with two 3 x 3 convolutions a level and four max-poolings."""
+
+    stride = 16
 
     def __init__(self, *, in_channels: int, widths: Sequence[int]):
         super().__init__()
@@ -511,6 +594,7 @@ class SEResNeXt(ExportedModel):
     """SE-ResNeXt on three adjacent slices; entries are named as timm's `seresnext50_32x4d`."""
 
     offsets = (-1, 0, 1)
+    stride = 1
 
     def __init__(
         self,
@@ -724,8 +808,13 @@ def _read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
 # ---- Preprocessing: from Hounsfield units to the model's input -----------------------------------
 
 
-def preprocess(hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any]) -> Tensor:
+def preprocess(
+    hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any], num_slices: int = 1
+) -> Tensor:
     """A CT volume as the model was trained on it: oriented, resized, windowed, normalised.
+
+    Slices are whole, also of a model that was trained on cropped slices: `ExportedModel.inputs`
+    crops them.
 
     Args:
         hu: [I, J, K] Hounsfield units, axes in any order.
@@ -733,28 +822,24 @@ def preprocess(hu: np.ndarray, affine: np.ndarray, preprocessing: dict[str, Any]
             as in nibabel).
         preprocessing: a field of manifest.json: `windows` ((level, width) in HU for each channel),
             `image_size`, `normalize`, `in_channels`.
+        num_slices: adjacent slices of one input of the model. Several are stretched together, so
+            `ExportedModel.inputs` does it.
 
     Returns:
         [S, C, H, W] float32 in [0, 1]: slices from feet to head, rows to posterior, columns to the
         patient's left.
 
     Raises:
-        ValueError: shapes do not fit, the volume is not axial, its values are not Hounsfield
-            units, or the model was trained on cropped slices.
+        ValueError: shapes do not fit, the volume is not axial, or its values are not Hounsfield
+            units.
     """
-    if preprocessing.get("crop", "none") != "none":
-        raise ValueError(
-            "this model was trained on slices cropped to the lungs' bounding box, which this file "
-            "cannot find; use ctssl_jax.embed or ctssl_jax.predict"
-        )
     volume, spacing = to_canonical(hu, affine)
     volume = np.where(volume < _BELOW_ANY_TISSUE_HU, np.asarray(AIR_HU, volume.dtype), volume)
     size, windows = preprocessing["image_size"], preprocessing["windows"]
     grey = np.stack([_window(_resize(image, spacing, size), windows) for image in volume])
     unit = torch.from_numpy(grey).permute(0, 3, 1, 2).float() / 255
-    if preprocessing["normalize"] == "slice_minmax":
-        low, high = unit.amin((1, 2, 3), keepdim=True), unit.amax((1, 2, 3), keepdim=True)
-        unit = (unit - low) / (high - low).clamp_min(1e-8)
+    if preprocessing["normalize"] == "slice_minmax" and num_slices == 1:
+        unit = _stretched(unit)
     channels = preprocessing["in_channels"]
     return unit.expand(-1, channels, -1, -1).contiguous() if unit.shape[1] == 1 else unit
 

@@ -97,6 +97,7 @@ def execution(*, batch_size: int = 16) -> dict[str, Any]:
         "remat": False,
         "scan": False,
         "fsdp_devices": 1,
+        "batch_norm_group": 0,
     }
     return {"batch_size": batch_size, **memory}
 

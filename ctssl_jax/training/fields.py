@@ -266,6 +266,11 @@ FIELDS = {
         "devices that share one copy of parameters and optimizer state; 1: each has a whole copy",
         at_least=1,
     ),
+    "batch_norm_group": Field(
+        int,
+        "neighbouring devices that share BatchNorm statistics; 0: all, which is one model's batch",
+        at_least=0,
+    ),
     # ---- reports
     "log_every": Field(int, "steps between reports of the training", at_least=1),
     "eval_every": Field(

@@ -42,6 +42,12 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"config.fsdp_devices={config.fsdp_devices} does not divide the {num_devices} devices; "
             "choose a divisor"
         )
+    group = config.get("batch_norm_group", 0)
+    if group and num_devices % group:
+        raise InputError(
+            f"config.batch_norm_group={group} does not divide the {num_devices} devices; choose a "
+            "divisor, or 0 for all"
+        )
     if config.image_size % Encoder.stride:
         raise InputError(
             f"config.image_size={config.image_size} is not divisible by the encoder's stride "

@@ -25,6 +25,7 @@ from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import recipe, warm_start
 from ctssl_jax.training.state import abstract_model, count_parameters
 from ctssl_jax.training.step import Program, compile_step, make_program
+from ctssl_jax.training.topology import advice
 from ctssl_jax.training.warm_start import WarmStart, WeightFile
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
@@ -154,6 +155,7 @@ class Job:
             f"{len(self.validation_source):,} validation slices of "
             f"{len(self.validation_source.volumes)}; {config.num_steps:,} steps are "
             f"{config.num_steps * config.batch_size / len(source):.1f} epochs" + synthetic,
+            *advice(config, self.mesh),
         ]
 
     def open_run(self) -> Checkpoints:

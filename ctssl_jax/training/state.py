@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
+from ctssl_jax.models.layers import normalize_in_groups
 from ctssl_jax.ops.corruptions import example_keys
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.mesh import fetch_parameters
@@ -79,20 +80,30 @@ class Definition:
 
     def model(self, params: Any, variables: Any) -> nnx.Module:
         """The model with these tensors, for one use within a compiled function."""
-        return nnx.merge(self.graph, fetch_parameters(self.mesh, params), variables, copy=True)
+        params = fetch_parameters(self.mesh, params, jnp.dtype(self.config.dtype))
+        return nnx.merge(self.graph, params, variables, copy=True)
 
 
 def define(config: ml_collections.ConfigDict, task: Task, channels: int, mesh: Mesh) -> Definition:
     """The `Definition` of a configuration on the devices of a mesh."""
     keys = jax.random.split(jax.random.key(config.seed))
-    return Definition(config, task, channels, mesh, *abstract_model(config, task), *keys)
+    devices = config.get("batch_norm_group", 0) or mesh.size
+    model = abstract_model(config, task, mesh.size // devices)
+    return Definition(config, task, channels, mesh, *model, *keys)
 
 
 def abstract_model(
-    config: ml_collections.ConfigDict, task: Task
+    config: ml_collections.ConfigDict, task: Task, num_norm_groups: int = 1
 ) -> tuple[Any, nnx.State, nnx.State]:
-    """Graph definition of the model; shapes of its parameters and of its other variables."""
+    """Graph definition of the model; shapes of its parameters and of its other variables.
+
+    Args:
+      config: a checked configuration.
+      task: the task of `config.task`.
+      num_norm_groups: parts of a batch with BatchNorm statistics of their own.
+    """
     model = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(params=config.seed)))
+    normalize_in_groups(model, num_norm_groups)
     return split_model(model)
 
 

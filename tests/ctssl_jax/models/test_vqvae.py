@@ -212,6 +212,16 @@ def test_sums_by_code_are_those_of_additions_one_by_one():
         np.testing.assert_allclose(sums(vectors, codes, 7), expected, atol=1e-5)
 
 
+def test_codes_fetched_by_a_matrix_product_are_the_same_to_the_bit():
+    """As TPUs fetch them. Their program has no gather."""
+    codebook = jax.random.normal(jax.random.key(0), (7, 3))
+    codes = jnp.array([3, 0, 6, 3, 5])
+    selected = quantizer.select_by_matrix_product(codebook, codes)
+    np.testing.assert_array_equal(selected, quantizer.select_codes(codebook, codes))
+    assert "stablehlo.gather" not in program_of("tpu", **TINY)
+    assert "stablehlo.gather" in program_of("cpu", **TINY)
+
+
 @functools.cache
 def program_of(platform: str, **settings) -> str:
     """StableHLO of a training step as it is lowered for a platform, which need not be there."""

@@ -192,3 +192,18 @@ def test_impossible_strengths_are_refused(strengths, message):
     with pytest.raises(InputError, match=message):
         augmentations.check(strengths)
     augmentations.check(WINNER)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("rotation_degrees", [0.0, 180.0])
+def test_matrix_products_resample_as_gathers_do(rotation_degrees, order):
+    """TPUs take the first, other devices the second. 22 rows: not whole blocks of rows."""
+    images = IMAGES[:3, :22]
+    where = augmentations._source_coordinates(
+        KEYS[:3], images.shape[1:3], 0.2, 0.2, rotation_degrees
+    )
+    moved = augmentations.resample_by_matrix_products(images, *where, order=order)
+    np.testing.assert_allclose(
+        moved, augmentations.resample_by_gathers(images, *where, order=order), atol=1e-6
+    )
+    assert np.mean(moved == 0) > 0.05 and np.mean(moved > 0) > 0.5  # some look outside

@@ -3,11 +3,16 @@
 import dataclasses
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctssl_jax.parallel.mesh import arrange_devices
+from ctssl_jax.parallel.mesh import arrange_devices, fetch_parameters, make_mesh, to_devices
+from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training.step import make_program
 from data_prep.system.errors import InputError
+from tests.helpers.training_runs import tiny_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +82,45 @@ def test_a_copy_of_the_parameters_in_two_slices_is_refused():
         InputError, match=r"fsdp_devices=32: .* 2 TPU slices .*; give 1, 2, 4, 8, 16$"
     ):
         arrange_devices(DEVICES["two slices of v5e 4x4"], 32)
+
+
+@pytest.mark.parametrize("fsdp_devices", [2, 8])
+def test_a_step_on_such_a_mesh_is_that_of_one_device(fsdp_devices, tiny_dataset):
+    """Eight devices in groups that share a copy; what XLA compiles for them needs no GPU or TPU."""
+    settings = {"model.hidden": (16, 32), "optimizer": "adamw", "dtype": "float32"}
+    shuffled = [jax.devices()[i] for i in np.random.default_rng(1).permutation(8)]
+    states = []
+    for devices, group in ((jax.devices()[:1], 1), (shuffled, fsdp_devices)):
+        config = tiny_config(tiny_dataset, **settings, fsdp_devices=group)
+        program = make_program(config, get_task(config.task), 1, make_mesh(devices, group))
+        batch = {
+            "images": np.random.default_rng(0).integers(0, 255, (8, 1, 16, 16, 1), np.uint8),
+            "record_index": np.arange(8, dtype=np.int32),
+            "weight": np.ones(8, np.float32),
+        }
+        state = program.train_step(
+            program.initial_state(), to_devices(program.definition.mesh, batch)
+        )
+        states.append(jax.device_get((state.sums["loss"], state.sums["layer_gradient_norms"])))
+    (one_loss, one), (loss, norms) = states
+    assert loss == pytest.approx(one_loss, rel=1e-5)
+    assert norms == {name: pytest.approx(norm, rel=1e-3) for name, norm in one.items()}
+
+
+def test_large_kernels_travel_in_the_dtype_of_convolutions():
+    mesh = make_mesh(fsdp_devices=4)
+    params = {
+        "kernel": jnp.full((3, 3, 32, 32), 1 / 3),
+        "codebook": jnp.full((64, 64), 1 / 3),
+        "head": jnp.full((1, 1, 8, 1), 1 / 3),
+    }
+
+    def total(params):
+        fetched = fetch_parameters(mesh, params, jnp.dtype("bfloat16"))
+        types = {name: value.dtype.name for name, value in fetched.items()}
+        assert types == {"kernel": "bfloat16", "codebook": "float32", "head": "float32"}
+        return sum(jnp.sum(value.astype(jnp.float32)) for value in fetched.values())
+
+    gradients = jax.jit(jax.grad(total))(params)
+    assert all(np.all(leaf == 1) and leaf.dtype == jnp.float32 for leaf in gradients.values())
+    assert gradients["kernel"].sharding.shard_shape((3, 3, 32, 32)) == (3, 3, 8, 32)

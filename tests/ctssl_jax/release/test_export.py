@@ -7,10 +7,13 @@ import pickle
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.runs.run import Run
+from ctssl_jax.tasks import slice_label
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError, RunFailed
 from tests.helpers import dicom_files
@@ -27,7 +30,7 @@ from tests.helpers.training_runs import (
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
 pytest.importorskip("safetensors", reason="safetensors is not installed: pip install '.[torch]'")
 
-from ctssl_jax.release import exporting, importing  # noqa: E402
+from ctssl_jax.release import exporting, importing, onnx_file, parity  # noqa: E402
 from ctssl_jax.release.exporting import export  # noqa: E402
 from ctssl_jax.release.importing import import_weights  # noqa: E402
 from ctssl_jax.torch_bridge import ctssl_torch  # noqa: E402
@@ -153,16 +156,92 @@ def test_onnx(runs, tmp_path):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[torch]'")
     import onnxruntime
 
-    manifest = export(runs / "rotation", tmp_path / "model", ("onnx",), "CC0-1.0")
-    assert manifest["onnx"]["largest_difference"] < 1e-5 and manifest["onnx"]["outputs"] == [
-        "logits",
-        "latents",
-    ]
-    session = onnxruntime.InferenceSession(str(tmp_path / "model" / "model.onnx"))
-    images = np.random.default_rng(0).uniform(size=(5, 1, 16, 16)).astype(np.float32)
-    logits, latents = session.run(None, {"images": images})
-    assert logits.shape == (5, 4) and latents.shape == (5, 4, 4, 4)
-    assert session.get_modelmeta() and not (tmp_path / "model" / "model.onnx.data").exists()
+    folder = tmp_path / "model"
+    facts = export(runs / "masked_region", folder, ("onnx",), "CC0-1.0")["onnx"]
+    assert facts["largest_difference"] < 1e-5
+    assert (
+        facts["input"].startswith("images [batch, 1, H, W] ") and "multiples of 4" in facts["input"]
+    )
+    assert facts["codes"]["compared"] == 4 * 4 * 4 and facts["codes"]["different"] == 0
+    assert facts["input"] in (folder / "README.md").read_text()
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    assert session.get_modelmeta() and not (folder / "model.onnx.data").exists()
+    images = np.random.default_rng(0).uniform(size=(3, 1, 32, 20)).astype(np.float32)
+    outputs = dict(zip(facts["outputs"], session.run(None, {"images": images}), strict=True))
+    model = exporting.open_model(Run.open(runs / "masked_region"), "best").model
+    _, expected = parity.jax_outputs(model, images.transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(
+        outputs["latents"].transpose(0, 2, 3, 1), expected["latents"], atol=1e-5
+    )
+    margins = parity.relative_margins(expected["latents"], np.asarray(model.quantizer.codebook))
+    clear = margins > onnx_file.NEAR_TIE
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(outputs["codes"][clear], expected["codes"][clear])
+
+    # A code that rounding cannot explain is a fault.
+    twin = ctssl_torch.build(json.loads((folder / "manifest.json").read_text()))
+    wrong = {**expected, "codes": np.where(clear, (expected["codes"] + 1) % 8, expected["codes"])}
+    _, codes = onnx_file._compare(
+        folder / "model.onnx",
+        twin,
+        model,
+        ["latents", "codes"],
+        [(images.transpose(0, 2, 3, 1), wrong)],
+    )
+    assert codes["wrong"] == clear.sum()
+
+
+def test_margins_of_codes():
+    codebook = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 9.0]])
+    latents = np.array([[[1.0, 0.0], [0.5, 0.0]]])
+    np.testing.assert_allclose(parity.relative_margins(latents, codebook), [[0.0, 8.0]])
+    assert np.isinf(parity.relative_margins(latents, codebook[:1])).all()
+
+
+def test_cropped_slices_that_are_stretched_with_their_neighbours(tiny_dataset, tmp_path):
+    config = tiny_recipe(
+        tiny_dataset,
+        "pe_se_resnext",
+        windows=((50.0, 350.0),),
+        model__layers=(1, 1),
+        model__width=8,
+        model__groups=4,
+    )
+    assert (config.normalize, config.crop) == ("slice_minmax", "lung_box")
+    save_untrained(config, tmp_path / "run")
+    manifest = export(tmp_path / "run", tmp_path / "model", ("torch",), "CC0-1.0")
+    model = ctssl_torch.load(tmp_path / "model")
+    grey = np.random.default_rng(0).integers(20, 200, (5, 16, 16, 1), np.uint8)
+    images = torch.from_numpy(grey.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+    box, numbers = (2.25, -1.0, 13.5, 12.0), [0, 2, 4]
+    around = np.clip(np.array(numbers)[:, None] + [-1, 0, 1], 0, 4)
+    batch = {
+        "images": jnp.asarray(grey[around]),
+        "box": jnp.asarray([box] * len(numbers), jnp.float32),
+    }
+    expected = np.asarray(slice_label._inputs(batch, config))
+    inputs = model.inputs(images, torch.tensor(numbers), box)
+    np.testing.assert_allclose(inputs.numpy().transpose(0, 2, 3, 1), expected, atol=1e-5)
+    ours = exporting.open_model(Run.open(tmp_path / "run"), "best").model
+    embeddings = ours(jnp.asarray(expected), train=False).embedding
+    np.testing.assert_allclose(
+        model.embed(images, box=box).numpy()[numbers], embeddings, rtol=1e-4, atol=1e-5
+    )
+    hu = dicom_files.thorax(6, size=16).transpose(2, 1, 0)
+    whole = model.preprocess(hu, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    assert whole.shape == (6, 1, 16, 16) and model.inputs(whole, torch.arange(6), box).shape[1] == 3
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "box = (TOP, LEFT, BOTTOM, RIGHT)" in card and "stretched together" in card
+    assert manifest["preprocessing"]["crop"] == "lung_box"
+    for given, message in (
+        (None, r"give box=\(top, left, bottom, right\)"),
+        ((1, 2, 3), "give \\(top, left, bottom, right\\) in pixels"),
+        ((1, 2, float("nan"), 5), "in pixels"),
+        ((8, 3, 8.5, 9), "less than a pixel of it"),
+        ((20, 3, 30, 9), "less than a pixel of it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.embed(images, box=given)
 
 
 # ---- the way back --------------------------------------------------------------------------------
@@ -320,12 +399,10 @@ def sheared():
     return np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
 
-def test_models_of_cropped_slices_refuse_to_guess(exported):
-    preprocessing = json.loads((exported / "manifest.json").read_text())["preprocessing"] | {
-        "crop": "lung_box"
-    }
-    with pytest.raises(ValueError, match="cropped to the lungs"):
-        ctssl_torch.preprocess(dicom_files.thorax(6), np.eye(4), preprocessing)
+def test_models_of_whole_slices_take_no_box(exported):
+    model = ctssl_torch.load(exported)
+    with pytest.raises(ValueError, match="whole slices; give no box"):
+        model.embed(torch.zeros(1, 1, 16, 16), box=(0, 0, 8, 8))
 
 
 def test_series_that_cannot_be_read_are_refused(tmp_path):

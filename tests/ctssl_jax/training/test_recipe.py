@@ -53,6 +53,10 @@ WRONG_FIELDS = {
         "nowhere",
         "config.init_from=nowhere is not a run directory; give the --workdir of a finished run",
     ),
+    "batch_norm_group": (
+        3,
+        "config.batch_norm_group=3 does not divide the 1 devices; choose a divisor, or 0 for all",
+    ),
     "fsdp_devices": (3, "config.fsdp_devices=3 does not divide the 1 devices; choose a divisor"),
     "seed": (-1, "config.seed=-1: must be 0 or more and below 4294967296"),
     "windows": (
