@@ -10,13 +10,21 @@ writes nothing; with `--topology=v5e:4x4` it compiles the step for those TPUs in
 TPU or dataset. On several hosts start one process on each with `--distributed`.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 import functools
 
 from absl import flags
 from ml_collections import config_flags
 
-from data_prep.system import command_line
+from data_prep.system import command_line, early_stop
 from data_prep.system.errors import InputError, StartAgain
+
+# A host with an empty cache fetches while the others wait.
+MOST_SECONDS_TO_FETCH = 48 * 3600.0
 
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -58,6 +66,7 @@ def start(flag_values: flags.FlagValues) -> bool:
 
     configure_jax()
     from ctssl_jax.parallel import lost_host
+    from ctssl_jax.parallel.meeting import refusing_together
     from ctssl_jax.training.estimate import estimate
     from ctssl_jax.training.loop import train
     from ctssl_jax.training.topology import estimate_topology
@@ -67,9 +76,6 @@ def start(flag_values: flags.FlagValues) -> bool:
     if flag_values.topology:
         estimate_topology(config, flag_values.topology)
         return True
-    dataset = None
-    if stores.is_url(config.dataset):  # fetched before the processes wait for each other
-        dataset = Dataset.open(config.dataset, ("train", "validation"))
     initialize(
         flag_values.distributed,
         flag_values.coordinator_address,
@@ -77,7 +83,11 @@ def start(flag_values: flags.FlagValues) -> bool:
         flag_values.process_id,
         flag_values.heartbeat_timeout_seconds,
     )
+    dataset = None
     with lost_host.ending_together(flag_values.workdir or ""):
+        if stores.is_url(config.dataset):
+            with refusing_together(f"fetching {config.dataset}", MOST_SECONDS_TO_FETCH):
+                dataset = Dataset.open(config.dataset, ("train", "validation"))
         if flag_values.estimate:
             estimate(config, dataset=dataset)
             return True
@@ -91,6 +101,7 @@ def start(flag_values: flags.FlagValues) -> bool:
 
 def main(argv: list[str]) -> int:
     """Command line."""
+    early_stop.leave_at_once()  # until the first step, when there is something to save
     if not start(flags.FLAGS):
         raise StartAgain("stopped before the last step; run the same command again to continue")
     return 0

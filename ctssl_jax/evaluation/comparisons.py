@@ -15,16 +15,37 @@ from ctssl_jax.evaluation.predictions import Predictions
 from ctssl_jax.ops.overlap import dice, iou
 from ctssl_jax.stats.binary import binary_statistic, multiclass_statistic
 from ctssl_jax.stats.bootstrap import (
+    Draws,
     Statistic,
     interval,
     mean_over,
+    only,
     patient_bootstrap,
     weighted_mean,
 )
 from data_prep.system.errors import InputError
 
+LEVEL = 0.05
+LEAST_DRAWS = 20_000
+DRAWS_A_ROW = 400  # with these the smallest p of a family is a tenth of LEVEL after the correction
+_EQUAL = 1e-12  # differences that rounding makes of equal arms
+
 OF_CLASSES = ("auroc", "average_precision", "brier", "ece")
 OF_MASKS = {"dice": dice, "iou": iou}
+
+
+def draws_of_family(num_rows: int) -> int:
+    """Bootstrap draws of each of the comparisons that are corrected together."""
+    return max(LEAST_DRAWS, DRAWS_A_ROW * num_rows)
+
+
+def smallest_p(num_draws: int, num_patients: int) -> float:
+    """The smallest p-value that a comparison can have, in (0, 1].
+
+    2 / (num_draws + 1), as no draw lies on the other side; and not below 2 / 2^num_patients, that
+    of a test which exchanges the arms of whole patients: draws do not make up for patients.
+    """
+    return min(1.0, max(2 / (num_draws + 1), 2.0 ** (1 - num_patients)))
 
 
 def paired_difference(
@@ -32,14 +53,13 @@ def paired_difference(
     arm_b: Sequence[Statistic],
     patient_ids: Sequence[str],
     *,
-    num_resamples: int = 2000,
+    num_resamples: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> dict[str, object]:
     """Compare one measure of two arms.
 
-    The two-sided p-value is twice the smaller share of draws whose difference does not lie beyond
-    0, where the data themselves count as one more draw. It is at least 2 / (num_resamples + 1), and
-    1 for equal arms.
+    The two-sided p-value is 2 (1 + k) / (1 + n) of n draws, of which the smaller side has k: those
+    whose difference does not lie beyond 0. It is at least `smallest_p`, and 1 for equal arms.
 
     Args:
       arm_a, arm_b: the statistics of each arm, one for each training seed, all with one name and
@@ -49,7 +69,7 @@ def paired_difference(
 
     Returns:
       {"a", "b": values of the arms, "difference": a - b, "ci95": [low, high] of the difference,
-      "p", "num_patients", "num_undefined_draws"}.
+      "p", "smallest_p": that p could be, "num_draws", "num_patients", "num_undefined_draws"}.
 
     Raises:
       InputError: an arm without statistics, fewer than two patients, or a measure that is undefined
@@ -62,12 +82,18 @@ def paired_difference(
         raise InputError(
             f"{num_patients} patients cannot be compared; evaluate on a split with two or more"
         )
-    mean_a, mean_b = mean_over(arm_a), mean_over(arm_b)
+    means = mean_over(arm_a), mean_over(arm_b)
 
-    def both(weights: np.ndarray) -> dict[str, float]:
-        (a,), (b,) = mean_a(weights).values(), mean_b(weights).values()
-        return {"a": a, "b": b}
+    def of_patients(patient_index: np.ndarray, num_patients: int) -> Draws:
+        sides = [mean.of_patients(patient_index, num_patients) for mean in means]
 
+        def values(times: np.ndarray) -> dict[str, np.ndarray]:
+            (a,), (b,) = (side(times).values() for side in sides)
+            return {"a": a, "b": b}
+
+        return values
+
+    both = Statistic(len(patient_ids), of_patients)
     estimates, draws = patient_bootstrap(both, patient_ids, num_resamples=num_resamples, seed=seed)
     differences = draws["a"] - draws["b"]
     bounds, undefined = interval(differences)
@@ -76,24 +102,29 @@ def paired_difference(
         raise InputError(
             "the measure is undefined for these slices (one class only); evaluate on a larger split"
         )
+    defined = differences[~np.isnan(differences)]
+    smallest = smallest_p(len(defined), num_patients)
     return {
         "a": float(estimates["a"]),
         "b": float(estimates["b"]),
         "difference": difference,
         "ci95": bounds,
-        "p": _two_sided(differences[~np.isnan(differences)]),
+        "p": max(smallest, _two_sided(defined)),
+        "smallest_p": smallest,
+        "num_draws": num_resamples,
         "num_patients": num_patients,
         "num_undefined_draws": undefined,
     }
 
 
 def _two_sided(differences: np.ndarray) -> float:
-    not_beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    sides = (differences <= _EQUAL, differences >= -_EQUAL)
+    not_beyond = min(np.count_nonzero(side) for side in sides)
     return min(1.0, 2 * (1 + int(not_beyond)) / (1 + len(differences)))
 
 
 def statistic_of(predictions: Predictions, metric: str) -> Statistic:
-    """A measure of a run's predictions as a function of weights.
+    """A measure of a run's predictions, for `bootstrap`.
 
     Args:
       predictions: the predictions.
@@ -116,7 +147,7 @@ def statistic_of(predictions: Predictions, metric: str) -> Statistic:
         if metric == "auroc":
             classes = [str(index) for index in range(predictions.probabilities.shape[1])]
             whole = multiclass_statistic(predictions.label, predictions.probabilities, classes)
-            return lambda weights: {metric: whole(weights)[metric]}
+            return only(whole, metric)
     raise InputError(
         f"{metric} cannot be compared for these predictions; choose among "
         f"{', '.join(OF_CLASSES)} for a label with two classes, auroc for a label with more, "
@@ -129,7 +160,7 @@ def paired_comparison(
     arm_b: Sequence[Predictions],
     metric: str,
     *,
-    num_resamples: int = 2000,
+    num_resamples: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> dict[str, object]:
     """Compare two arms by the predictions of their runs, one run for each training seed.
@@ -160,24 +191,38 @@ def paired_comparison(
     )
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], smallest: Sequence[float] = ()) -> list[float]:
     """Holm's correction (1979) of the p-values of a family of comparisons.
 
     Args:
       p_values: K numbers in [0, 1].
+      smallest: the smallest p-values that each of the K comparisons could have, from `smallest_p`;
+        empty if they can be as small as they like.
 
     Returns:
       K adjusted p-values in [0, 1], in the same order. Whoever rejects the hypotheses with an
       adjusted p-value below 5 % makes an error in the family with a probability of at most 5 %.
 
     Raises:
-      InputError: a value outside [0, 1], or NaN.
+      InputError: a value outside [0, 1], or NaN; or no comparison could be below 5 % after the
+        correction, whatever the data.
     """
     p_values = np.asarray(p_values, np.float64)
     if not np.all((p_values >= 0) & (p_values <= 1)):
         raise InputError("a p-value lies outside [0, 1]; leave out undefined comparisons")
+    if len(smallest) and min(smallest) * len(p_values) >= LEVEL:
+        raise InputError(
+            f"Holm's correction of {len(p_values)} comparisons cannot give a p below {LEVEL:g}: "
+            f"each p is {min(smallest):.2g} or more; take {draws_of_family(len(p_values)):,} draws "
+            f"of {_patients_for(len(p_values))} patients or more, or compare less"
+        )
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
     adjusted = np.empty(len(p_values))
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * factors))
     return adjusted.tolist()
+
+
+def _patients_for(num_rows: int) -> int:
+    """The fewest patients with which a family of so many comparisons can be below `LEVEL`."""
+    return math.floor(math.log2(num_rows / LEVEL)) + 2

@@ -156,10 +156,22 @@ class _Model:
     batch_size: int
 
     def score(self, source: NeighbourSource) -> SplitScores:
-        """Scores of all slices of a split."""
+        """Scores of all slices of a split.
+
+        Raises:
+          InputError: a score that is not finite, which would be missing in a mean.
+        """
         batches = evaluation_batches(source, self.batch_size)
         scores = evaluate_split(self.scorer, self.state, batches)
         assert scores is not None  # `open_source` refuses a split without slices
+        for name, values in (scores.scores | (scores.classes or {})).items():
+            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+            if not finite.all():
+                raise InputError(
+                    f"{name} is not a finite number for {np.count_nonzero(~finite):,} of "
+                    f"{len(values):,} slices: the model's weights or the data are damaged; "
+                    "evaluate another --checkpoint"
+                )
         return scores
 
     def render(self, source: NeighbourSource) -> dict[str, np.ndarray]:
@@ -184,7 +196,11 @@ def _volume_values(
     scores: dict[str, np.ndarray], task: Task, volume_index: np.ndarray, num_volumes: int
 ) -> dict[str, np.ndarray]:
     """Means of the task's reported scores over the slices of each volume: [num_volumes] float64."""
-    values = {name: volume_means(scores[name], volume_index, num_volumes) for name in task.reported}
+    values = {
+        name: volume_means(scores[name], volume_index, num_volumes)
+        for name in task.reported
+        if name not in task.over_annotated
+    }
     if "masked_mse" in values:
         values["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * values["masked_mse"]
     return values
@@ -240,7 +256,10 @@ def _measure_label(
         predicted, validation, classes, exams if level == "slice" else None
     )
     if len(classes) == 2:
-        fields |= {"thresholds": thresholds, "by_group": outcomes.by_group(predicted, volumes)}
+        fields |= {
+            "thresholds": thresholds,
+            "by_group": outcomes.by_group(predicted, volumes, level),
+        }
     return metrics, fields
 
 
@@ -280,6 +299,14 @@ def table(result: dict) -> str:
         f"{embedding['embedding_dim']} directions"
     )
     lines += [f"WARNING: {warning}" for warning in result["warnings"]]
+    missing = [
+        item for item, threshold in result.get("thresholds", {}).items() if threshold is None
+    ]
+    if missing:
+        lines.append(
+            f"NOTE: no sensitivity and specificity of a {' or '.join(missing)}: the validation "
+            "split has no labels of both classes, which would fix the threshold"
+        )
     if "confusion" in result:
         counts = "; ".join(" ".join(map(str, row)) for row in result["confusion"])
         lines.append(f"slices by true class (rows) and predicted class: {counts}")
@@ -296,11 +323,12 @@ def _group_line(name: str, groups: dict) -> str:
     if "not_measured" in groups:
         return f"AUROC by {name}: {groups['not_measured']}"
     values = ", ".join(f"{group} {value['mean']:.3f}" for group, value in groups["groups"].items())
+    start = f"AUROC by {name} ({groups['items']}): {values}"
     gap = groups["gap"]
     if gap is None or gap["mean"] is None:
-        return f"AUROC by {name}: {values}"
+        return start
     interval = "" if gap["ci95"] is None else f" ({gap['ci95'][0]:.3f} to {gap['ci95'][1]:.3f})"
-    return f"AUROC by {name}: {values}; gap {gap['mean']:.3f}{interval}"
+    return f"{start}; gap {gap['mean']:.3f}{interval}"
 
 
 def _predictions(source: NeighbourSource, slices: SplitScores) -> Predictions:

@@ -18,6 +18,7 @@ import numpy as np
 from ctssl_jax.data.slices import select_channels, selected_windows
 from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.run import Run
+from ctssl_jax.stats.bootstrap import LEAST_PATIENTS
 from ctssl_jax.stats.units import UNITS
 from ctssl_jax.stats.volumes import volume_summary
 from ctssl_jax.training.recipe import check_dataset
@@ -197,13 +198,29 @@ def header(
 
 
 def notes(result: dict) -> list[str]:
-    """Warnings about the patients of a result: lines for the screen, empty if all are held out."""
+    """Warnings about the patients of a result: lines for the screen, empty if all are held out and
+    there are enough."""
     allowed = [
         ancestor["leakage_let_pass"]
         for ancestor in result["init_from"]
         if ancestor.get("leakage_let_pass")
     ]
-    return [*_seen(result), *(f"NOTE: allowed by config.leakage: {text}" for text in allowed)]
+    return [
+        *_seen(result),
+        *(f"NOTE: allowed by config.leakage: {text}" for text in allowed),
+        *_few(result),
+    ]
+
+
+def _few(result: dict) -> list[str]:
+    with_interval = [value for value in result["metrics"].values() if value["ci95"] is not None]
+    fewest = min((value["num_patients"] for value in with_interval), default=LEAST_PATIENTS)
+    if fewest >= LEAST_PATIENTS:
+        return []
+    return [
+        f"NOTE: intervals of {fewest} patients do not cover 95 %: with fewer than {LEAST_PATIENTS} "
+        "patients none can"
+    ]
 
 
 def _seen(result: dict) -> list[str]:

@@ -14,7 +14,8 @@ from ctssl_jax.evaluation.predictions import Predictions
 from ctssl_jax.ops.overlap import add_up, dice, iou
 from ctssl_jax.stats.binary import binary_summary, exam_scores, multiclass_summary, youden_threshold
 from ctssl_jax.stats.subgroups import age_band, performance_by_group
-from ctssl_jax.stats.volumes import overlap_summary
+from ctssl_jax.stats.units import UNITS
+from ctssl_jax.stats.volumes import overlap_summary, volume_means
 from data_prep.system.errors import InputError
 
 GROUPS = ("sex", "age", "ethnic_group")  # columns of volumes.csv
@@ -74,30 +75,38 @@ def label_metrics(
     return summaries, thresholds
 
 
-def by_group(predictions: Predictions, volumes: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
-    """AUROC over slices within groups of patients and the largest gap between groups, by sex, age
-    and ethnic group.
+def by_group(
+    predictions: Predictions, volumes: Sequence[Mapping[str, Any]], level: str
+) -> dict[str, dict]:
+    """AUROC within groups of patients and the largest gap between groups, by sex, age and ethnic
+    group: over the items of the main `auroc` of `label_metrics`.
 
     Args:
       predictions: predictions of a label with two classes.
       volumes: rows of `volumes.csv` for the volumes of the predictions.
+      level: `slice`, `volume` or `patient`, which have the label.
 
     Returns:
-      attribute -> as `subgroups.performance_by_group`, or {"not_measured": why}.
+      attribute -> as `subgroups.performance_by_group`, with `items`: `slices`, or `volumes` with
+      their mean probabilities; or {"not_measured": why}.
     """
+    items = predictions if level == "slice" else _mean_over_volumes(predictions)
     volume_rows = {volume["volume_id"]: volume for volume in volumes}
-    by_attribute = {}
+    by_attribute: dict[str, dict] = {}
     for name in GROUPS:
-        groups = [volume_rows[volume_id][name] for volume_id in predictions.volume_id]
+        groups = [volume_rows[volume_id][name] for volume_id in items.volume_id]
         groups = ["" if group is None else group for group in groups]
         if name == "age":
             groups = [age_band(None if age == "" else age) for age in groups]
         try:
-            by_attribute[name] = performance_by_group(
-                predictions.label, predictions.probabilities[:, 1], predictions.patient_id, groups
+            found = performance_by_group(
+                items.label, items.probabilities[:, 1], items.patient_id, groups
             )
         except InputError as error:
             by_attribute[name] = {"not_measured": str(error)}
+        else:
+            kind = "slices" if level == "slice" else "volumes"
+            by_attribute[name] = {"items": kind, **found}
     return by_attribute
 
 
@@ -113,7 +122,8 @@ def mask_metrics(predictions: Predictions) -> dict[str, dict]:
       `dice_all_slices` and `iou_all_slices` are means over all slices (both masks empty: 1, exactly
       one empty: 0).
       `volume_dice`, `volume_iou`, `patient_dice` and `patient_iou` are computed over all voxels of
-      a volume or patient.
+      a volume or patient, and averaged over all of them (both masks empty: 1). The unit of each
+      says so.
 
     Raises:
       InputError: all true masks are empty.
@@ -134,17 +144,19 @@ def mask_metrics(predictions: Predictions) -> dict[str, dict]:
 
     of_annotated, of_all = summary(annotated), summary(slice(None))
     names, levels = ("dice", "iou"), ("volume", "patient")
-    return {
+    summaries = {
         **{name: of_annotated[f"{name}/slice"] for name in names},
         **{f"{name}_all_slices": of_all[f"{name}/slice"] for name in names},
         **{f"{level}_{name}": of_all[f"{name}/{level}"] for level in levels for name in names},
     }
+    return {name: {**value, "unit": UNITS[name]} for name, value in summaries.items()}
 
 
 def masks_of_volumes(
     predictions: Predictions, volume_index: np.ndarray, num_volumes: int
 ) -> dict[str, np.ndarray]:
-    """Dice and IoU over the voxels of each volume, [num_volumes] float64.
+    """Dice and IoU of each volume, [num_volumes] float64, named as in `mask_metrics`: `dice` is the
+    mean over the volume's slices whose true mask is not empty, NaN if there is none.
 
     Args:
       predictions: predictions of N slices with pixel counts.
@@ -152,7 +164,17 @@ def masks_of_volumes(
     """
     counts = (predictions.intersection_px, predictions.predicted_px, predictions.target_px)
     sums = add_up(*counts, volume_index, num_volumes)
-    return {"volume_dice": dice(*sums), "volume_iou": iou(*sums)}
+    annotated = np.flatnonzero(predictions.target_px > 0)
+    number = np.bincount(volume_index[annotated], minlength=num_volumes)
+    of_volumes = {}
+    for name, measure in (("dice", dice), ("iou", iou)):
+        values = measure(*(np.asarray(count, np.float64) for count in counts))
+        total = np.bincount(volume_index[annotated], values[annotated], num_volumes)
+        of_volumes[name] = np.divide(
+            total, number, out=np.full(num_volumes, np.nan), where=number > 0
+        )
+        of_volumes[f"{name}_all_slices"] = volume_means(values, volume_index, num_volumes)
+    return of_volumes | {"volume_dice": dice(*sums), "volume_iou": iou(*sums)}
 
 
 def _threshold(validation: Predictions | None) -> float | None:

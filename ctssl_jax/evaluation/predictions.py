@@ -5,11 +5,14 @@ The file contains labels, probabilities and pixel counts, and names slices, volu
 pseudonyms.
 """
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.system.errors import InputError
 from data_prep.system.files import written_whole
 
 
@@ -47,6 +50,16 @@ def write(result: Path, predictions: Predictions) -> None:
 
 
 def read(result: Path) -> Predictions:
-    """Read the predictions beside RESULT.json."""
-    with np.load(path_of(result)) as arrays:
-        return Predictions(**{name: arrays[name] for name in arrays.files})
+    """Read the predictions beside RESULT.json.
+
+    Raises:
+      InputError: there are none, or they are damaged.
+    """
+    path = path_of(result)
+    try:
+        with np.load(path) as arrays:
+            return Predictions(**{name: arrays[name] for name in arrays.files})
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}); evaluate the run again"
+        ) from error

@@ -1,10 +1,11 @@
 """The end of a run of several processes when one is lost: in bounded time, with one line.
 
-JAX notices a lost process by missing heartbeats (process 0 at once) and ends the others by
-`abort()` in a thread of its own: a process that waits for its devices gets no Python exception. If
-a connection breaks first, there is an exception. Either becomes one line with the remedy on stderr
-and exit code 75. No checkpoint is saved then. The last one is whole, since a checkpoint gets its
-name when it is complete.
+A process that ends by an error tells the others, which end with its exit code and name it. A
+process that is lost without a word is noticed by JAX, by missing heartbeats (process 0 at once):
+JAX ends the others by `abort()` in a thread of its own, for a process that waits for its devices
+gets no Python exception. If a connection breaks first, there is an exception. Either becomes one
+line with the remedy on stderr and exit code 75. No checkpoint is saved then. The last one is whole,
+since a checkpoint gets its name when it is complete.
 """
 
 import contextlib
@@ -12,17 +13,23 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
+from ctssl_jax.parallel import meeting
 from ctssl_jax.runs.damage import CHECKPOINTS
-from data_prep.system.command_line import EXIT_START_AGAIN, exit_code
+from data_prep.system import early_stop
+from data_prep.system.command_line import exit_code
+from data_prep.system.early_stop import EXIT_START_AGAIN
 from data_prep.system.errors import InputError, RunFailed
 
 # For a process that failed: the others may be about to end by the same error, and report it.
 LEAVING_SECONDS = 5.0
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_FOR_ITS_OWN_ERROR = 3.0  # of a process whose neighbour has announced its end
 # In messages of errors. The last one is NCCL's.
 SIGNS = ("Gloo", "UNAVAILABLE", "CoordinationService", "remote process exited")
 
@@ -59,18 +66,46 @@ def ending_together(workdir: str | Path) -> Iterator[None]:
         yield
         return
     at_abort(lambda: _lost_line(workdir))
+    early_stop.tell_before_leaving(_tell_of_the_signal)
+    over = threading.Event()
+    threading.Thread(target=_follow, args=(over,), name="lost hosts", daemon=True).start()
     try:
         yield
     except BaseException as error:
+        over.set()
         sign = _sign_of_loss(error)
         if sign:
             os.write(2, _lost_line(workdir, f" ({sign})").encode())
             os._exit(EXIT_START_AGAIN)
+        meeting.announce_end(exit_code(error), meeting.text_of(error))
         at_abort(lambda: "", exit_code(error))  # its own message is the one to read
         leave = threading.Timer(LEAVING_SECONDS, os._exit, [exit_code(error)])
         leave.daemon = True
         leave.start()
         raise
+    over.set()
+
+
+def _tell_of_the_signal() -> None:
+    meeting.announce_end(EXIT_START_AGAIN, "it was asked to stop before the first step")
+    if jax.process_index() == 0:  # the others could not read it without the coordinator
+        time.sleep(2 * _SECONDS_BETWEEN_LOOKS)
+
+
+def _follow(over: threading.Event) -> None:
+    """End this process, too, if another one has announced its end."""
+    while not over.wait(_SECONDS_BETWEEN_LOOKS):
+        try:
+            ended = meeting.ended()
+        except RuntimeError:
+            return  # the coordinator is gone: JAX ends this process
+        if ended is None:
+            continue
+        if not over.wait(_SECONDS_FOR_ITS_OWN_ERROR):
+            process, code, message = ended
+            line = f"process {process} of {jax.process_count()} ended: {message}"
+            os.write(2, f"{'' if code == EXIT_START_AGAIN else 'error: '}{line}\n".encode())
+            os._exit(code)
 
 
 def _sign_of_loss(error: BaseException | None, signs: tuple[str, ...] = SIGNS) -> str:

@@ -1,20 +1,16 @@
-"""The processes of a run: settings of JAX, joining, agreement, and requests to stop."""
+"""The processes of a run: settings of JAX, and joining."""
 
-import contextlib
-import hashlib
-import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import clusters
 
-from ctssl_jax.parallel import lost_host
-from data_prep.system.command_line import EXIT_INPUT, STOP_SIGNALS, stop_signals_handled_by
+from ctssl_jax.parallel import lost_host, meeting, rendezvous
+from data_prep.system import early_stop
+from data_prep.system.command_line import EXIT_INPUT
 from data_prep.system.errors import InputError
 
 
@@ -57,8 +53,7 @@ def initialize(
     are needed: `host:port` of process 0, the number of processes, this process's number.
 
     A process that is silent for `heartbeat_timeout_seconds` is lost, and ends the others (see
-    `ctssl_jax.parallel.lost_host`). JAX waits five minutes for processes that do not come. Then
-    this process ends with one line and exit code 2.
+    `ctssl_jax.parallel.lost_host`). Processes that do not come within two minutes are named.
 
     Raises:
       InputError: the explicit settings are incomplete, or the cluster could not be detected or
@@ -76,20 +71,46 @@ def initialize(
             "--coordinator_address, --num_processes and --process_id are given together or not at "
             "all"
         )
-    lost_host.at_abort(
-        lambda: f"error: {_not_joined('not all of them came, or one was lost')}\n", EXIT_INPUT
-    )
-    # Python's handler would not run while JAX waits for the others. Afterwards JAX has its own.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    given = (coordinator_address, num_processes, process_id) if all(explicit) else ()
+    if all(explicit) and process_id >= num_processes:
+        raise InputError(
+            f"--process_id={process_id}: numbers of {num_processes} processes are 0 to "
+            f"{num_processes - 1}"
+        )
     try:
-        jax.distributed.initialize(
-            *given,
-            local_device_ids=_devices_to_use(),
-            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+        # JAX's own detection; what is given stays. Each is None if it finds no cluster.
+        address, number, process, devices = (
+            clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+                num_processes or None,
+                process_id if process_id >= 0 else None,
+                None,
+                None,
+                int(meeting.WAIT_SECONDS),
+            )
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(_not_joined(str(error).splitlines()[0])) from error
+    if address is None or number is None or process is None:
+        raise InputError(_not_joined("no TPU pod, Slurm or MPI was found"))
+    rendezvous.meet(address, number, process)
+    lost_host.at_abort(
+        lambda: f"error: {_not_joined('one of them was lost while all joined')}\n", EXIT_INPUT
+    )
+    try:
+        jax.distributed.initialize(
+            address,
+            number,
+            process,
+            local_device_ids=_devices_to_use(devices),
+            cluster_detection_method="deactivate",
+            initialization_timeout=int(meeting.WAIT_SECONDS),
+            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+            shutdown_timeout_seconds=int(meeting.WAIT_SECONDS),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(_not_joined(str(error).splitlines()[0])) from error
+    # JAX has set a handler of its own, which would hold a request to stop until the first step.
+    early_stop.leave_at_once()
     # joined: from here on `lost_host.ending_together` handles an abort
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
 
@@ -101,91 +122,18 @@ def _not_joined(why: str) -> str:
     )
 
 
-def _devices_to_use() -> list[int] | None:
+def _devices_to_use(chosen: Sequence[int] | None) -> Sequence[int] | None:
     """`local_device_ids` for JAX, which under Slurm uses the GPU with the task's number on a node.
+
+    Args:
+      chosen: by JAX.
 
     Returns:
       [] for all visible devices, where JAX's choice would be wrong: Slurm runs one task a node, or
-      shows each task its own GPU only (`--gpus-per-task=1`). None leaves the choice to JAX and
-      `$JAX_LOCAL_DEVICE_IDS`.
+      shows each task its own GPU only (`--gpus-per-task=1`). None for `$JAX_LOCAL_DEVICE_IDS`.
     """
     tasks, nodes = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
     seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    if tasks is None or os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+    if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
         return None
-    return [] if tasks == nodes or len(seen) == 1 else None
-
-
-@contextlib.contextmanager
-def refusing_together() -> Iterator[None]:
-    """A block of checks: an error on one process ends the block on all, so that no process waits.
-
-    Raises:
-      InputError: another process refused; its own message says why.
-    """
-    error = None
-    try:
-        yield
-    except Exception as caught:  # raised again below, once the others know
-        error = caught
-    if jax.process_count() > 1:
-        refused = multihost_utils.process_allgather(np.asarray(error is not None))
-        if error is None and refused.any():
-            raise InputError(
-                f"process {int(np.argmax(refused))} of {len(refused)} refused to start; see its "
-                "message"
-            )
-    if error is not None:
-        raise error
-
-
-def require_agreement(name: str, content: Any) -> None:
-    """Refuse processes with different settings: collectives would hang or mix different models.
-
-    Args:
-      name: of the content, for the message.
-      content: JSON content.
-
-    Raises:
-      InputError: on every process, if one differs from process 0.
-    """
-    if jax.process_count() == 1:
-        return
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
-    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    differing = np.flatnonzero((digests != digests[0]).any(axis=1))
-    if len(differing):
-        raise InputError(
-            f"process {differing[0]} has another {name} than process 0; start all with the same "
-            "flags and files"
-        )
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Listen for SIGTERM (preemption, `scancel`, `kill`), SIGINT (Ctrl-C) and SIGHUP within a block
-    of the main thread.
-
-    Yields:
-      `should_stop(step)`, to be called at every step: true once any process of the run got a
-      signal, on all processes at the same step. A second Ctrl-C interrupts at once.
-    """
-    # In a run of several processes SIGTERM is JAX's own preemption notice, and reaches all hosts.
-    several = jax.process_count() > 1
-    received = []
-
-    def note(signal_number: int, frame: object) -> None:
-        if received and signal_number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signal_number)
-        if several:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with stop_signals_handled_by(
-        note, [number for number in STOP_SIGNALS if not several or number != signal.SIGTERM]
-    ):
-        yield (
-            multihost_utils.reached_preemption_sync_point
-            if several
-            else lambda step: bool(received)
-        )
+    return [] if tasks is not None and (tasks == nodes or len(seen) == 1) else chosen

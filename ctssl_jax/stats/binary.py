@@ -1,5 +1,4 @@
-"""How well probabilities predict a label: numpy, with weights, fast enough for thousands of
-bootstrap draws.
+"""How well probabilities predict a label: numpy, for tens of thousands of bootstrap draws.
 
 A label is 1 (positive) or 0. A slice or volume is called positive where its probability is at least
 the threshold. The threshold is fixed on validation data (`youden_threshold`), never on the data
@@ -7,7 +6,7 @@ that are measured.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from ctssl_jax.stats import bootstrap
 from ctssl_jax.stats.units import CALIBRATION_BINS, UNITS
 from data_prep.system.errors import InputError
 
+_MOST_PAIRS = 2**24  # pairs of patients that are kept: 128 MB
 AT_THRESHOLD = ("sensitivity", "specificity")
 MEASURES = ("auroc", "average_precision", "brier", "ece", *AT_THRESHOLD)
 
@@ -37,6 +37,12 @@ def check_predictions(
         )
     if not np.isin(labels, (0, 1)).all():
         raise InputError("labels must be 0 or 1; leave items without a label out")
+    if np.isnan(probabilities).any():
+        raise InputError(
+            f"{np.count_nonzero(np.isnan(probabilities)):,} of {len(probabilities):,} are NaN, and "
+            "probabilities must lie in [0, 1]: the model's output is not finite; take an earlier "
+            "--checkpoint"
+        )
     if not np.all((probabilities >= 0) & (probabilities <= 1)):
         raise InputError(
             "probabilities must lie in [0, 1]; scores of another scale (logits) have to be "
@@ -59,7 +65,7 @@ class Ranking(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Summed weights of the items whose probability is at least each distinct one, both [T].
+    """Summed weights of the items whose probability is at least each distinct one, both [..., T].
 
     true_positives: summed weights of positive items.
     false_positives: summed weights of negative items.
@@ -77,29 +83,100 @@ def rank(positive: np.ndarray, probabilities: np.ndarray) -> Ranking:
 
 
 def curve(ranking: Ranking, weights: np.ndarray) -> Curve:
-    """The counts behind ROC and precision-recall curves; weights [N], 0 or more."""
-    weights = weights[ranking.order]
-    positive = np.cumsum(np.where(ranking.positive, weights, 0.0))[ranking.ends]
-    return Curve(positive, np.cumsum(weights)[ranking.ends] - positive)
+    """The counts behind ROC and precision-recall curves; weights [..., N], 0 or more."""
+    return _curve_of_sorted(ranking, np.asarray(weights, np.float64)[..., ranking.order])
 
 
-def auroc(counts: Curve) -> float:
-    """scikit-learn's `roc_auc_score`, in [0, 1]; NaN without a positive or without a negative."""
+def _curve_of_sorted(ranking: Ranking, weights: np.ndarray) -> Curve:
+    """As `curve`, of weights [..., N] in the order of the ranking."""
+    called = np.cumsum(weights, axis=-1)[..., ranking.ends]
+    positive = np.cumsum(np.where(ranking.positive, weights, 0.0), axis=-1)[..., ranking.ends]
+    return Curve(positive, called - positive)
+
+
+def auroc(counts: Curve) -> np.ndarray:
+    """scikit-learn's `roc_auc_score`, in [0, 1], [...]; NaN without a positive or a negative."""
     true, false = counts
-    if true[-1] == 0 or false[-1] == 0:
-        return math.nan
-    area = true[0] * false[0] / 2 + np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2)
-    return float(area / (true[-1] * false[-1]))
+    area = true[..., 0] * false[..., 0] / 2 + np.sum(
+        np.diff(false) * (true[..., 1:] + true[..., :-1]) / 2, axis=-1
+    )
+    return _ratio(area, true[..., -1] * false[..., -1])
 
 
-def average_precision(counts: Curve) -> float:
-    """As scikit-learn's `average_precision_score`, in [0, 1]; NaN without a positive."""
+def average_precision(counts: Curve) -> np.ndarray:
+    """As scikit-learn's `average_precision_score`, in [0, 1], [...]; NaN without a positive."""
     true, false = counts
-    if true[-1] == 0:
-        return math.nan
     called = true + false
     precision = np.divide(true, called, out=np.zeros_like(true), where=called > 0)
-    return float(np.sum(np.diff(true, prepend=0.0) * precision) / true[-1])
+    return _ratio(np.sum(np.diff(true, prepend=0.0) * precision, axis=-1), true[..., -1])
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """[...], NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), math.nan), where=whole > 0)
+
+
+def _curves_of_draws(
+    ranking: Ranking,
+    measures: Mapping[str, Callable[[Curve], np.ndarray]],
+    patient_index: np.ndarray,
+) -> bootstrap.Draws:
+    """Measures of the curves of each draw, as many draws at a time as fit into a block."""
+    patient_of_sorted = patient_index[ranking.order]
+    at_once = max(1, bootstrap.BLOCK // len(patient_index))
+
+    def draws(times: np.ndarray) -> dict[str, np.ndarray]:
+        blocks = []
+        for first in range(0, len(times), at_once):
+            counts = _curve_of_sorted(ranking, times[first : first + at_once, patient_of_sorted])
+            blocks.append({name: measure(counts) for name, measure in measures.items()})
+        return {name: np.concatenate([block[name] for block in blocks]) for name in measures}
+
+    return draws
+
+
+def _auroc_of_patients(
+    positive: np.ndarray, probabilities: np.ndarray, patient_index: np.ndarray, num_patients: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The AUROC of draws: times drawn [R, P] -> [R].
+
+    It is the share of pairs of a positive and a negative item whose positive one has the higher
+    probability; equal ones count half. The pairs are counted once for every two patients, where
+    that is less work than to go through all items in every draw. Both ways count whole and half
+    pairs, so they give the same number to the last bit.
+    """
+    with_positives, with_negatives = (
+        np.unique(patient_index[chosen]) for chosen in (positive, ~positive)
+    )
+    num_pairs = len(with_positives) * len(with_negatives)
+    # a product of matrices does about a hundred pairs in the time of one item of a curve
+    if num_pairs == 0 or num_pairs > min(100 * len(positive), _MOST_PAIRS):
+        draws = _curves_of_draws(rank(positive, probabilities), {"auroc": auroc}, patient_index)
+        return lambda times: draws(times)["auroc"]
+    won = np.empty((len(with_negatives), len(with_positives)))
+    by_patient = np.argsort(patient_index[positive], kind="stable")
+    starts = np.searchsorted(patient_index[positive][by_patient], with_positives)
+    distinct, place = np.unique(probabilities[positive], return_inverse=True)
+    place = place[by_patient]
+    negatives = np.flatnonzero(~positive)
+    negatives = negatives[np.argsort(patient_index[negatives], kind="stable")]
+    ends = np.searchsorted(patient_index[negatives], with_negatives[1:])
+    for row, own in zip(won, np.split(probabilities[negatives], ends), strict=True):
+        # twice the negatives below each distinct probability, and once those that are equal
+        halves = np.zeros(len(distinct) + 1)
+        for side in ("left", "right"):
+            halves += np.bincount(np.searchsorted(distinct, own, side), minlength=len(halves))
+        row[:] = np.add.reduceat(np.cumsum(halves)[place], starts) / 2
+    num_positives, num_negatives = (
+        np.bincount(patient_index[chosen], minlength=num_patients).astype(np.float64)
+        for chosen in (positive, ~positive)
+    )
+
+    def draws_by_pairs(times: np.ndarray) -> np.ndarray:
+        pairs_won = np.einsum("rp,rp->r", times[:, with_negatives] @ won, times[:, with_positives])
+        return _ratio(pairs_won, (times @ num_positives) * (times @ num_negatives))
+
+    return draws_by_pairs
 
 
 def youden_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -136,9 +213,7 @@ def binary_statistic(
     threshold: float | None = None,
     names: Sequence[str] | None = None,
 ) -> bootstrap.Statistic:
-    """All measures of binary predictions as a function of weights, for `bootstrap`.
-
-    Items are sorted and binned once.
+    """All measures of binary predictions, for `bootstrap`. Items are sorted and binned once.
 
     Args:
       labels: [N] 0 or 1.
@@ -148,7 +223,7 @@ def binary_statistic(
         threshold is None.
 
     Returns:
-      Weights [N] -> name -> float; NaN where undefined.
+      A statistic of N items with these names; NaN where undefined.
 
     Raises:
       InputError: as `check_predictions`, an unknown name, or sensitivity without a threshold.
@@ -165,32 +240,49 @@ def binary_statistic(
         )
     ranking = rank(positive, probabilities)
     error = probabilities - positive
-    squared_error = np.square(error)
     bins = np.minimum((probabilities * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
     called = probabilities >= (math.inf if threshold is None else threshold)
+    # part and whole of the measures that are a share or a mean
+    shares = {
+        "brier": (np.square(error), np.ones(len(error))),
+        "sensitivity": (positive & called, positive),
+        "specificity": (~positive & ~called, ~positive),
+    }
 
-    def share(weights: np.ndarray, chosen: np.ndarray, right: np.ndarray) -> float:
-        total = weights[chosen].sum()
-        return float(weights[chosen & right].sum() / total) if total > 0 else math.nan
-
-    def values(weights: np.ndarray) -> dict[str, float]:
-        scores = {}
-        if "auroc" in names or "average_precision" in names:
-            counts = curve(ranking, weights)
-            of_curve = {"auroc": auroc, "average_precision": average_precision}
-            scores |= {name: measure(counts) for name, measure in of_curve.items() if name in names}
-        if "brier" in names:
-            scores["brier"] = float(weights @ squared_error / weights.sum())
+    def of_patients(patient_index: np.ndarray, num_patients: int) -> bootstrap.Draws:
+        grouping = patient_index, num_patients
+        draws: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            name: bootstrap.share(*shares[name], *grouping) for name in names if name in shares
+        }
         if "ece" in names:
-            gaps = np.bincount(bins, weights * error, CALIBRATION_BINS)
-            scores["ece"] = float(np.abs(gaps).sum() / weights.sum())
-        if "sensitivity" in names:
-            scores["sensitivity"] = share(weights, positive, called)
-        if "specificity" in names:
-            scores["specificity"] = share(weights, ~positive, ~called)
-        return {name: scores[name] for name in names}
+            draws["ece"] = _calibration_error(error, bins, *grouping)
+        curves = None
+        if "average_precision" in names:
+            of_curve = {"auroc": auroc, "average_precision": average_precision}
+            measures = {name: measure for name, measure in of_curve.items() if name in names}
+            curves = _curves_of_draws(ranking, measures, patient_index)
+        elif "auroc" in names:
+            draws["auroc"] = _auroc_of_patients(positive, probabilities, *grouping)
 
-    return values
+        def values(times: np.ndarray) -> dict[str, np.ndarray]:
+            found = {name: of_draws(times) for name, of_draws in draws.items()}
+            found |= {} if curves is None else curves(times)
+            return {name: found[name] for name in names}
+
+        return values
+
+    return bootstrap.Statistic(len(positive), of_patients)
+
+
+def _calibration_error(
+    error: np.ndarray, bins: np.ndarray, patient_index: np.ndarray, num_patients: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The expected calibration error of draws: times drawn [R, P] -> [R]."""
+    place = patient_index * CALIBRATION_BINS + bins
+    gaps = np.bincount(place, error, num_patients * CALIBRATION_BINS)
+    gaps = gaps.reshape(num_patients, CALIBRATION_BINS)
+    number = np.bincount(patient_index, minlength=num_patients).astype(np.float64)
+    return lambda times: _ratio(np.abs(times @ gaps).sum(axis=1), times @ number)
 
 
 def binary_summary(
@@ -236,7 +328,7 @@ def _check_lengths(expected: int, **lists: Sequence | None) -> None:
 def multiclass_statistic(
     labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
 ) -> bootstrap.Statistic:
-    """One-vs-rest AUROC of each class, their mean, and accuracy, as a function of weights.
+    """One-vs-rest AUROC of each class, their mean, and accuracy, for `bootstrap`.
 
     Args:
       labels: [N] int in [0, K).
@@ -244,9 +336,9 @@ def multiclass_statistic(
       classes: K names.
 
     Returns:
-      Weights [N] -> {"auroc": mean over the classes, "auroc/CLASS": ..., "accuracy": ...}. A class
-      that the labels lack is NaN and not part of the mean. Where a draw lacks a class that the
-      labels have, the mean is NaN, too: all draws must average the same classes.
+      A statistic of N items: "auroc", the mean over the classes, "auroc/CLASS" and "accuracy". A
+      class that the labels lack is NaN and not part of the mean. Where a draw lacks a class that
+      the labels have, the mean is NaN, too: all draws must average the same classes.
 
     Raises:
       InputError: shapes that do not fit, a label outside [0, K), or a probability outside [0, 1] or
@@ -260,9 +352,8 @@ def multiclass_statistic(
         )
     if not np.isin(labels, np.arange(len(classes))).all():
         raise InputError(f"labels must be 0 to {len(classes) - 1}; leave items without a label out")
-    rankings = [
-        rank(*check_predictions(labels == index, probabilities[:, index]))
-        for index in range(len(classes))
+    of_classes = [
+        check_predictions(labels == index, probabilities[:, index]) for index in range(len(classes))
     ]
     occurring = [
         name
@@ -271,20 +362,29 @@ def multiclass_statistic(
     ]
     right = probabilities.argmax(axis=1) == labels
 
-    def values(weights: np.ndarray) -> dict[str, float]:
+    def of_patients(patient_index: np.ndarray, num_patients: int) -> bootstrap.Draws:
+        grouping = patient_index, num_patients
         areas = {
-            name: auroc(curve(ranking, weights))
-            for name, ranking in zip(classes, rankings, strict=True)
+            name: _auroc_of_patients(*of_class, *grouping)
+            for name, of_class in zip(classes, of_classes, strict=True)
         }
-        mean = sum(areas[name] for name in occurring) / len(occurring) if occurring else math.nan
-        accuracy = float(weights[right].sum() / weights.sum())
-        return {
-            "auroc": mean,
-            **{f"auroc/{name}": area for name, area in areas.items()},
-            "accuracy": accuracy,
-        }
+        accuracy = bootstrap.share(right, np.ones(len(right)), *grouping)
 
-    return values
+        def values(times: np.ndarray) -> dict[str, np.ndarray]:
+            found = {name: area(times) for name, area in areas.items()}
+            undefined = np.full(len(times), math.nan)
+            mean = (
+                sum(found[name] for name in occurring) / len(occurring) if occurring else undefined
+            )
+            return {
+                "auroc": mean,
+                **{f"auroc/{name}": area for name, area in found.items()},
+                "accuracy": accuracy(times),
+            }
+
+        return values
+
+    return bootstrap.Statistic(len(labels), of_patients)
 
 
 def multiclass_summary(

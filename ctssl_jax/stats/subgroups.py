@@ -1,6 +1,5 @@
 """Whether a model works alike in groups of patients: sex, age, ethnic group."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -87,22 +86,26 @@ def performance_by_group(
         for name, chosen in members.items()
     }
 
-    def values(weights: np.ndarray) -> dict[str, float]:
-        by_name = {}
-        for name, chosen in members.items():
-            inside = weights[chosen]
-            value = statistics[name](inside)[metric] if inside.any() else math.nan
-            by_name[f"group {name}"] = value
-        spread = list(by_name.values())
-        gap = math.nan if np.isnan(spread).any() else max(spread) - min(spread)
-        return {**by_name, "gap": gap}
+    def of_patients(patient_index: np.ndarray, num_patients: int) -> bootstrap.Draws:
+        of_groups = {
+            f"group {name}": statistics[name].of_patients(patient_index[chosen], num_patients)
+            for name, chosen in members.items()
+        }
+
+        def values(times: np.ndarray) -> dict[str, np.ndarray]:
+            by_name = {name: draws(times)[metric] for name, draws in of_groups.items()}
+            spread = np.stack(list(by_name.values()))  # NaN where one is undefined
+            return {**by_name, "gap": spread.max(axis=0) - spread.min(axis=0)}
+
+        return values
 
     units = {
         **{f"group {name}": UNITS[metric] for name in members},
         "gap": f"highest minus lowest {metric} of a group",
     }
+    statistic = bootstrap.Statistic(len(labels), of_patients)
     summaries = bootstrap.summaries(
-        values, patient_ids, units, num_resamples=num_resamples, seed=seed
+        statistic, patient_ids, units, num_resamples=num_resamples, seed=seed
     )
     gap, by_group = summaries.pop("gap"), {}
     for name, chosen in members.items():

@@ -23,6 +23,12 @@ UNITS = {
     "sensitivity": "share of positives called positive, at the threshold fixed on validation",
     "specificity": "share of negatives called negative, at the threshold fixed on validation",
     # Of a mask.
-    "dice": "2 |both| / (|predicted| + |true|) at 0.5; both empty 1, one empty 0",
-    "iou": "|both| / |either| at 0.5; both empty 1, one empty 0",
+    "dice": "2 |both| / (|predicted| + |true|) at 0.5, of slices whose true mask is not empty",
+    "iou": "|both| / |either| at 0.5, of slices whose true mask is not empty",
+    "dice_all_slices": "Dice of all slices; both masks empty 1, one empty 0",
+    "iou_all_slices": "IoU of all slices; both masks empty 1, one empty 0",
+    "volume_dice": "Dice over the voxels of each volume; both masks empty 1, one empty 0",
+    "volume_iou": "IoU over the voxels of each volume; both masks empty 1, one empty 0",
+    "patient_dice": "Dice over the voxels of each patient; both masks empty 1, one empty 0",
+    "patient_iou": "IoU over the voxels of each patient; both masks empty 1, one empty 0",
 }

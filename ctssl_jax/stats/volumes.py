@@ -24,7 +24,7 @@ def auroc_one_vs_rest(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """
     positives = [labels == label for label in range(probabilities.shape[1])]
     areas = [
-        auroc(curve(rank(positive, scores), np.ones(len(labels))))
+        float(auroc(curve(rank(positive, scores), np.ones(len(labels)))))
         for positive, scores in zip(positives, probabilities.T, strict=True)
         if 0 < np.count_nonzero(positive) < len(labels)
     ]
@@ -132,17 +132,16 @@ def volume_summary(
             f"need as many patients as volumes and at least one, got {len(values)} and "
             f"{len(patient_ids)}"
         )
-    patients, patient_index = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
-    num_patients = len(patients)
-    sums = np.bincount(patient_index, weights=values, minlength=num_patients)
-    counts = np.bincount(patient_index, minlength=num_patients)
+    num_patients = len(set(patient_ids))
     bounds = None
     if num_patients > 1:
-        # Not a statistic of weights: published results were rounded in this order of sums.
-        draws = bootstrap.draw_patients(num_patients, num_resamples, seed)
-        bounds, _ = bootstrap.interval(
-            np.array([sums[drawn].sum() / counts[drawn].sum() for drawn in draws])
+        _, draws = bootstrap.patient_bootstrap(
+            bootstrap.weighted_mean("mean", values),
+            patient_ids,
+            num_resamples=num_resamples,
+            seed=seed,
         )
+        bounds, _ = bootstrap.interval(draws["mean"])
     return {
         "mean": float(values.mean()),
         "sd": float(values.std(ddof=1)) if len(values) > 1 else None,

@@ -67,6 +67,8 @@ class Task(NamedTuple):
       `ctssl_jax.data.batches`, on the devices.
     baselines: (batch, keys, mean_image, config) -> scores of predictors without a model on the same
       inputs; may be empty.
+    over_annotated: scores that are means over the slices with a mask alone. They are 0 on the
+      others, and the score `annotated_slices` is 1 or 0.
     """
 
     fields: tuple[str, ...]
@@ -78,6 +80,7 @@ class Task(NamedTuple):
     flops: Callable[[ml_collections.ConfigDict], int]
     apply: Callable[..., StepOutput]
     baselines: Callable[..., dict[str, dict[str, jax.Array]]]
+    over_annotated: tuple[str, ...] = ()
 
 
 class Architecture(NamedTuple):

@@ -47,10 +47,12 @@ def _segment(
     bce = losses.binary_cross_entropy(logits, mask)
     soft_dice = losses.soft_dice(logits, mask)
     intersection, predicted, target = overlap.counts(logits, mask)
+    annotated = (target > 0).astype(jnp.float32)
     scores = {
         "binary_cross_entropy": bce,
-        "dice": overlap.dice(intersection, predicted, target),
-        "iou": overlap.iou(intersection, predicted, target),
+        "annotated_slices": annotated,
+        "dice": annotated * overlap.dice(intersection, predicted, target),
+        "iou": annotated * overlap.iou(intersection, predicted, target),
         "intersection_px": intersection,
         "predicted_px": predicted,
         "target_px": target,
@@ -90,6 +92,7 @@ def _task(architecture: Architecture) -> Task:
         flops=lambda config: architecture.flops(architecture.settings(config), config.image_size),
         apply=functools.partial(_segment, architecture),
         baselines=lambda batch, keys, mean_image, config: {},
+        over_annotated=("dice", "iou"),
     )
 
 

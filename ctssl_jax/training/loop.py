@@ -9,8 +9,9 @@ from typing import Any
 import ml_collections
 
 from ctssl_jax.models.quantizer import codebook_use
-from ctssl_jax.parallel.processes import stop_requests
-from ctssl_jax.runs.checkpoints import Checkpoints, restore
+from ctssl_jax.parallel.meeting import gather
+from ctssl_jax.parallel.stopping import stop_requests
+from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
@@ -19,7 +20,7 @@ from ctssl_jax.training.headline import headline_scores
 from ctssl_jax.training.progress import Clock, log, show, show_pictures
 from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.setup import Job, check
-from ctssl_jax.training.state import TrainState, check_finite, check_state
+from ctssl_jax.training.state import TrainState, check_finite, check_state, resume
 from ctssl_jax.training.step import Feed, Program, run_step, take_report
 from data_prep.dataset.reader import Dataset
 
@@ -50,17 +51,17 @@ def train(
         (its own validation loss may be what was not finite).
     """
     workdir = Path(workdir)
-    with stop_requests() as should_stop:
-        job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
-        checkpoints = job.open_run()  # nothing was written before
-        program, start = job.compile(), checkpoints.last_step
-        # In this order: resume, else a warm start (from another run or a weight file), else random
-        # weights.
-        if start is not None:
-            state = restore(workdir, start, program.template)
-            say(f"resuming     from step {start:,} of {workdir}")
-        else:
-            state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
+    job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
+    checkpoints = job.open_run()  # nothing was written before
+    program, start = job.compile(), checkpoints.last_step
+    # In this order: resume, else a warm start (from another run or a weight file), else random
+    # weights.
+    if start is not None:
+        state = resume(workdir, start, program.template)
+        say(f"resuming     from step {start:,} of {workdir}")
+    else:
+        state = warm_start.begin(job.config, program.initial_state(), job.warm_start)
+    with stop_requests() as should_stop:  # before, there was nothing to save
         reports = Reports(
             workdir,
             -1 if start is None else start,
@@ -71,11 +72,9 @@ def train(
         finally:
             checkpoints.close()
             reports.close()
-        say(
-            f"{'finished' if finished else 'stopped'}     at step {step:,}; checkpoints in "
-            f"{workdir}"
-        )
-        return finished
+        gather("saving the last checkpoint")  # a launcher may end all when the first one ends
+    say(f"{'finished' if finished else 'stopped'}     at step {step:,}; checkpoints in {workdir}")
+    return finished
 
 
 def _steps(
@@ -84,7 +83,7 @@ def _steps(
     state: TrainState,
     checkpoints: Checkpoints,
     reports: Reports,
-    should_stop: Callable[[int], bool],
+    should_stop: Callable[[], bool],
 ) -> tuple[int, bool]:
     """Train; returns the step at which training ended, and whether it is complete."""
     config, step, norms = job.config, checkpoints.last_step or 0, {}
@@ -99,7 +98,7 @@ def _steps(
     # lacks its checkpoint, and the position in the data is the step: a resumed run sees equal
     # batches. A run that was stopped between save and score writes that score first.
     while True:
-        at_end, stopping = step >= config.num_steps, should_stop(step)
+        at_end, stopping = step >= config.num_steps, should_stop()
         due = step > 0 and (at_end or step % config.eval_every == 0)
         if step == 0 and not stopping:
             with clock.validating():
@@ -139,13 +138,13 @@ def _steps(
 
 
 def validate(
-    job: Job, program: Program, state: TrainState, step: int, should_stop: Callable[[int], bool]
+    job: Job, program: Program, state: TrainState, step: int, should_stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """Scores of the validation split, named as those of `evaluate`, and how codebook and embedding
     are used; None if a request to stop came first."""
     batches = job.validation_batches()
-    if job.num_processes == 1:  # a request to stop then ends a long validation, too
-        batches = itertools.takewhile(lambda batch: not should_stop(step), batches)
+    # All processes have as many batches, and stop at the same one.
+    batches = itertools.takewhile(lambda batch: not should_stop(), batches)
     result = evaluate_split(program.scorer, state, batches)
     if result is None or len(result.record_index) < len(job.validation_source):
         return None

@@ -93,7 +93,7 @@ def log(job: Job, step: int, report: Report, clock: Clock, feed: Feed, reports: 
     left = clock.left(job.config.num_steps, job.config.eval_every)
     say(
         f"step {step:,}/{job.config.num_steps:,}  loss {means['loss']:.4g}  "
-        + "  ".join(f"{name} {means[name]:.4g}" for name in job.task.reported)
+        + "  ".join(f"{name} {means[name]:.4g}" for name in job.task.reported if name in means)
         + (f"  codes {means['used_codes']}" if "used_codes" in means else "")
         + f"  {speed:.1f} slices/s ({waiting:.0%} waiting for data)  {duration(left)} left"
     )

@@ -14,8 +14,13 @@ from jax.sharding import Mesh
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.batches import evaluation_batches, picture_batch, training_batches
+from ctssl_jax.parallel.meeting import (
+    WAIT_SECONDS,
+    refusing_together,
+    require_agreement,
+    require_shared,
+)
 from ctssl_jax.parallel.mesh import make_mesh
-from ctssl_jax.parallel.processes import refusing_together, require_agreement
 from ctssl_jax.runs import damage
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.reports import read_reports, say
@@ -164,9 +169,11 @@ class Job:
         Raises:
           InputError: the directory cannot be written, or its only checkpoint is incomplete.
         """
-        with refusing_together():  # process 0 alone writes, and may fail alone
+        # process 0 alone writes, and may fail alone
+        with refusing_together("writing the first files of --workdir"):
             if self.process_index == 0:
                 self._write_workdir()
+        require_shared(self.workdir)
         checkpoints = Checkpoints(self.workdir)
         require_agreement("last checkpoint in --workdir", checkpoints.last_step or 0)
         other_weights = self.config.init_from or self.config.get("init_weights")
@@ -229,7 +236,7 @@ def check(
       InputError: something in the configuration, the dataset or the run directory cannot work.
     """
     devices = jax.devices() if devices is None else devices
-    with refusing_together():
+    with refusing_together("checking the dataset and the checkpoints", _seconds_to_check(workdir)):
         if dataset is None and config.dataset:  # `check_config` refuses an empty one
             dataset = Dataset.open(config.dataset)
         if dataset is not None:
@@ -260,7 +267,7 @@ def check(
             check_resumable(workdir, config, dataset.preparation)
     # In a second block, since Orbax waits for all processes when it opens checkpoints: a process
     # that had refused before would let the others wait for ever.
-    with refusing_together():
+    with refusing_together("reading config.init_from"):
         if other_run is not None:
             windows = slices.selected_windows(dataset.preparation, channels)
             source = warm_start.find(config, other_run, windows, model)
@@ -290,3 +297,11 @@ def check(
         warm_start=source,
         damaged_steps=damaged_steps,
     )
+
+
+def _seconds_to_check(workdir: Path | None) -> float:
+    """How long the other processes wait while process 0 reads all checkpoints: two minutes, and a
+    second for 10 MB."""
+    folder = None if workdir is None else workdir / damage.CHECKPOINTS
+    files = [] if folder is None else folder.rglob("*")
+    return WAIT_SECONDS + sum(path.stat().st_size for path in files if path.is_file()) / 1e7

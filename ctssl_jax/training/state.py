@@ -21,7 +21,7 @@ from ctssl_jax.models.layers import normalize_in_groups
 from ctssl_jax.ops.corruptions import example_keys
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.mesh import fetch_parameters
-from ctssl_jax.runs.checkpoints import restore
+from ctssl_jax.runs.checkpoints import restore, stored_shapes
 from ctssl_jax.tasks.interface import Task
 from data_prep.system.errors import RunFailed
 
@@ -137,6 +137,31 @@ def restore_model(
         {"params": params, "variables": variables},
     )
     return graph, restore(workdir, step, template)
+
+
+def resume(workdir: Path, step: int, template: TrainState) -> TrainState:
+    """The state of a checkpoint from which training goes on.
+
+    Another version of the program may have added up other scores. Then all sums begin at zero: the
+    next report is of the steps after the checkpoint alone.
+
+    Args:
+      workdir: run directory.
+      step: a checkpoint that exists.
+      template: shape and sharding of each array.
+
+    Raises:
+      InputError: the checkpoint does not fit the template, or is damaged.
+    """
+    stored = stored_shapes(workdir, step)
+    if all(name in stored for name in flatten({"sums": template.sums})):
+        return restore(workdir, step, template)
+    state = restore(workdir, step, template.replace(sums={}))
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template.sums),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template.sums),
+    )
+    return state.replace(sums=zeros())
 
 
 def count_parameters(params: Any) -> int:

@@ -291,7 +291,8 @@ def run_step(
 class Report(NamedTuple):
     """Means over the steps since the last report.
 
-    means: loss, scores and gradient norm, means over examples.
+    means: loss, scores and gradient norm, means over examples; those of `Task.over_annotated` over
+      the examples with a mask, and absent if there was none.
     code_counts: [num_codes], how often each code was used; None without a codebook.
     layer_gradient_norms: layer -> mean over the steps.
     """
@@ -311,4 +312,8 @@ def take_report(program: Program, state: TrainState) -> tuple[TrainState, Report
     means, norms = (
         {name: float(value) / weight for name, value in values.items()} for values in (sums, norms)
     )
+    for name in program.definition.task.over_annotated:
+        total = means.pop(name)
+        if means["annotated_slices"] > 0:
+            means[name] = total / means["annotated_slices"]
     return state.replace(sums=program.zeros_like(state.sums)), Report(means, code_counts, norms)

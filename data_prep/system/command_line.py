@@ -16,11 +16,11 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from data_prep.system.early_stop import EXIT_START_AGAIN, STOP_SIGNALS, STOPPED, leave_at_once
 from data_prep.system.errors import InputError, RunFailed, StartAgain
 from data_prep.system.files import explain
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-EXIT_FAILED, EXIT_INPUT, EXIT_START_AGAIN = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h
+EXIT_FAILED, EXIT_INPUT = 1, 2
 
 
 def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> None:
@@ -30,6 +30,7 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
       main: gets the program's name and, if there are any, its verb.
       verbs: words that the command line may have beside options, e.g. `plan`, `run` and `draw`.
     """
+    leave_at_once()  # recipes are read with the flags, and may take their time
     app.run(functools.partial(_run_guarded, main, verbs), flags_parser=_parse_flags)
 
 
@@ -92,7 +93,7 @@ def _run_guarded(
         with stop_signals_handled_by(_stop):
             return main(argv) or 0
     except KeyboardInterrupt:
-        return _fail(EXIT_START_AGAIN, "stopped; run the same command again to continue")
+        return _fail(EXIT_START_AGAIN, STOPPED)
     except (InputError, RunFailed, StartAgain) as error:
         return _fail(exit_code(error), str(error))
     except OSError as error:

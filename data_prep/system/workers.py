@@ -15,7 +15,8 @@ from typing import Any
 
 import tqdm
 
-from data_prep.system.command_line import STOP_SIGNALS, stop_signals_handled_by
+from data_prep.system.command_line import stop_signals_handled_by
+from data_prep.system.early_stop import STOP_SIGNALS
 
 _SECONDS_BETWEEN_LINES = 15
 

@@ -81,12 +81,16 @@ def nodule_figure(name: str, title: str) -> Figure:
     """A figure of nodule segmentation."""
     panels = Panel("Dice of annotated slices", "dice"), Panel("IoU of annotated slices", "iou")
     more = ("dice_all_slices", "volume_dice", "volume_iou")
-    note = "Hard at probability .5; both masks empty count 1, exactly one empty 0."
+    note = (
+        "Hard at probability .5. Dice and IoU are means over the slices whose true mask is not "
+        "empty; in dice_all_slices, volume_dice and volume_iou both masks empty count 1."
+    )
     return Figure(name, title, "nodules", panels, "dice", more, note)
 
 
 def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One row an arm, share, number of steps and metric, over the seeds that have results."""
+    """One row an arm, share, number of steps and metric, over the seeds whose results have it: a
+    measure can be undefined on a split (labels of one class)."""
     rows = []
     keys = list(dict.fromkeys((point.arm, point.fraction, point.steps) for point in of_points))
     for (arm, fraction, steps), metric in itertools.product(keys, metrics):
@@ -94,6 +98,11 @@ def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> l
             result
             for point, result in of_points.items()
             if result and (point.arm, point.fraction, point.steps) == (arm, fraction, steps)
+        ]
+        of_seeds = [
+            result
+            for result in of_seeds
+            if result["metrics"].get(metric, {"mean": None})["mean"] is not None
         ]
         values = [result["metrics"][metric]["mean"] for result in of_seeds]
         intervals = [result["metrics"][metric]["ci95"] for result in of_seeds]
@@ -128,13 +137,14 @@ def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> l
 def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str, Any]]:
     """Difference of the metric between each arm and random weights at each share, mean over seeds.
 
-    Intervals and p come from the paired bootstrap by test patient; p is corrected by Holm over all
-    rows.
+    Intervals and p come from the paired bootstrap by test patient, with as many draws as the number
+    of rows asks for; p is corrected by Holm over all rows. Where no row could be below 5 % after
+    the correction, `p_holm` is None and `not_corrected` says why.
     """
     # not at the top: they import JAX, and --help should be fast
     from ctssl_jax.evaluation import comparisons, predictions
 
-    rows = []
+    pairs_of_rows = {}
     for arm, fraction, steps in dict.fromkeys(
         (point.arm, point.fraction, point.steps) for point in cells
     ):
@@ -147,12 +157,14 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
             if arm != REFERENCE and Point(REFERENCE, fraction, seed, steps) in cells
         ]
         pairs = [pair for pair in pairs if all(result.exists() for result in pair)]
-        if not pairs:
-            continue
+        if pairs:
+            pairs_of_rows[arm, fraction, steps] = pairs
+    rows, num_draws = [], comparisons.draws_of_family(len(pairs_of_rows))
+    for (arm, fraction, steps), pairs in pairs_of_rows.items():
         ours, reference = (
             [predictions.read(path) for path in side] for side in zip(*pairs, strict=True)
         )
-        comparison = comparisons.paired_comparison(ours, reference, metric)
+        comparison = comparisons.paired_comparison(ours, reference, metric, num_resamples=num_draws)
         rows.append(
             {
                 "arm": arm,
@@ -162,8 +174,17 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
                 **comparison,
             }
         )
-    corrected = comparisons.holm([row["p"] for row in rows])
-    return [{**row, "p_holm": value} for row, value in zip(rows, corrected, strict=True)]
+    refused = ""
+    try:
+        corrected = comparisons.holm(
+            [row["p"] for row in rows], [row["smallest_p"] for row in rows]
+        )
+    except InputError as error:
+        corrected, refused = [None] * len(rows), str(error)
+    return [
+        {**row, "p_holm": value, "not_corrected": refused}
+        for row, value in zip(rows, corrected, strict=True)
+    ]
 
 
 def curve_markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -203,14 +224,16 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
             "seeds": str(row["num_seeds"]),
             f"difference of {metric}": f"{row['difference']:+.4f}",
             "95 % interval": f"{row['ci95'][0]:+.4f} to {row['ci95'][1]:+.4f}",
-            "p (Holm)": f"{row['p_holm']:.3f}",
+            "p (Holm)": "refused" if row["p_holm"] is None else f"{row['p_holm']:.4f}",
         }
         for row in rows
     ]
     text = (
-        "Paired bootstrap by test patient, seeds averaged; p corrected by Holm over the rows of "
-        "this table."
+        f"Paired bootstrap by test patient, {rows[0]['num_draws']:,} draws, seeds averaged; p "
+        "corrected by Holm over the rows of this table."
     )
+    if rows[0]["not_corrected"]:
+        text += f" REFUSED: {rows[0]['not_corrected']}."
     return f"### {metric}: minus random weights\n\n{text}\n\n{results.markdown(lines)}"
 
 

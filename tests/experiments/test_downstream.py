@@ -1,7 +1,9 @@
 """Downstream tasks from training to results: labels of slices and attributes, masks, subsets,
 leakage, wrong input."""
 
+import csv
 import json
+import math
 import shutil
 
 import numpy as np
@@ -179,6 +181,27 @@ def test_label_results(runs, labelled, tmp_path):
     )
 
 
+def test_groups_are_measured_over_the_items_of_the_headline(tmp_path):
+    random = np.random.default_rng(0)
+    volumes = [
+        {"volume_id": f"v{number:02d}", "patient_id": f"p{number:02d}", "sex": "FM"[number % 2]}
+        for number in range(24)
+    ]
+    rows = [{**volume, "age": "", "ethnic_group": ""} for volume in volumes]
+    found = hand_made(
+        random.random(72),
+        np.repeat(np.arange(24) // 2 % 2, 3),
+        [volume["volume_id"] for volume in volumes for _ in range(3)],
+    )._replace(patient_id=np.repeat([volume["patient_id"] for volume in volumes], 3))
+    for level, items, number in (("slice", "slices", 36), ("patient", "volumes", 12)):
+        groups = outcomes.by_group(found, rows, level)["sex"]
+        assert groups["items"] == items and groups["groups"]["F"]["num_items"] == number
+    # one group: its AUROC is the headline's
+    alone = outcomes.by_group(found, [{**row, "sex": "F"} for row in rows], "volume")["sex"]
+    metrics, _ = outcomes.label_metrics(found, None, ["no", "yes"], None)
+    assert alone["groups"]["F"]["mean"] == metrics["auroc"]["mean"]
+
+
 def test_mask_results(runs, labelled, tmp_path):
     result = evaluate(runs / "nodules", None, "test", tmp_path / "nodules.json")
     found = predictions.read(tmp_path / "nodules.json")
@@ -189,6 +212,14 @@ def test_mask_results(runs, labelled, tmp_path):
     assert result["metrics"]["dice"]["mean"] == pytest.approx(dice[found.target_px > 0].mean())
     assert result["metrics"]["dice"]["num_slices"] == np.count_nonzero(areas)
     assert result["metrics"]["dice_all_slices"]["num_slices"] == len(areas)
+    assert "not empty" in result["metrics"]["dice"]["unit"]
+    assert "both masks empty 1" in result["metrics"]["dice_all_slices"]["unit"]
+    with open(tmp_path / "nodules.csv") as file:
+        by_volume = list(csv.DictReader(file))
+    for row in by_volume:
+        own = (found.volume_id == row["volume_id"]) & (found.target_px > 0)
+        expected = dice[own].mean() if own.any() else math.nan
+        assert float(row["dice"] or "nan") == pytest.approx(expected, abs=1e-5, nan_ok=True)
     one = found.volume_id == found.volume_id[0]
     whole = (
         2

@@ -122,6 +122,18 @@ def test_the_comparison_is_paired_and_names_the_better_arm(study):
     assert rows["masked_10"]["p_holm"] == pytest.approx(2 * rows["masked_10"]["p"])
 
 
+def test_a_correction_that_cannot_succeed_is_refused(study):
+    """Eight patients allow no p below 1/128: too many for seven rows."""
+    _, grid = downstream.grid_cells(study, "pe", ["random", *downstream.PRETEXTS[:7]])
+    for point, cell in grid.items():
+        write_result(cell, 0.5 if point.arm == "random" else 0.9, point.seed)
+    rows = curves.compare_with_random(grid, "auroc")
+    assert len(rows) == 7 and {row["p"] for row in rows} == {2 / 2**8}
+    assert {row["p_holm"] for row in rows} == {None}
+    text = curves.comparison_markdown(rows, "auroc")
+    assert "20,000 draws" in text and "REFUSED: Holm's correction of 7 comparisons" in text
+
+
 def test_figures_come_from_results_and_say_what_is_missing(study):
     _, grid = downstream.grid_cells(study, "pe", ["random", "masked_10"])
     figure = figure3.FIGURE._replace(more=())

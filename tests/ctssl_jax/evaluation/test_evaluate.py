@@ -156,7 +156,7 @@ def test_the_model_before_training_is_told(result):
         "the last"
     )
     assert note in table(result[1] | {"checkpoint_step": 0}).splitlines()
-    assert "NOTE" not in table(result[1] | {"checkpoint_step": 3})
+    assert "NOTE: step 0" not in table(result[1] | {"checkpoint_step": 3})
 
 
 @pytest.mark.parametrize("batch_size", [5, 24])

@@ -305,7 +305,7 @@ def test_result_files(runs, results, tiny_dataset):
         assert (
             "SYNTHETIC DATA" in printed
             and "masked_region  knn" in printed
-            and "NOTE" not in printed
+            and "NOTE: intervals of 2 patients" in printed
         )
 
 

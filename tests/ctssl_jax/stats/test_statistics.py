@@ -139,7 +139,7 @@ def test_several_classes():
         ([], [], "not empty"),
         ([0, 2], [0.5, 0.5], "labels must be 0 or 1"),
         ([0, 1], [0.5, 1.5], r"probabilities must lie in \[0, 1\]"),
-        ([0, 1], [0.5, math.nan], r"probabilities must lie in \[0, 1\]"),
+        ([0, 1], [0.5, math.nan], "1 of 2 are NaN"),
     ],
 )
 def test_wrong_predictions(labels, probabilities, message):
@@ -159,23 +159,48 @@ def test_wrong_requests():
     with pytest.raises(InputError, match="labels must be 0 to 1"):
         binary.multiclass_statistic([0, 2], [[0.5, 0.5], [0.5, 0.5]], ["a", "b"])
     with pytest.raises(InputError, match="no slice or volume"):
-        bootstrap.patient_bootstrap(lambda weights: {}, [])
+        bootstrap.patient_bootstrap(bootstrap.weighted_mean("mean", []), [])
 
 
 # ---- Bootstrap ----
 
 
 def test_whole_patients_are_drawn():
-    patient_ids = ["b", "a", "b", "c", "a", "b"]
-    seen = []
-    bootstrap.patient_bootstrap(
-        lambda weights: seen.append(weights) or {"n": 0.0}, patient_ids, num_resamples=50
-    )
-    assert seen[0].tolist() == [1] * 6
-    for weights in seen[1:]:
-        assert weights[0] == weights[2] == weights[5] and weights[1] == weights[4]
-        assert weights[0] + weights[1] + weights[3] == 3  # as many patients as there are
-    assert len({tuple(weights) for weights in seen}) > 5
+    patient_ids, seen = ["b", "a", "b", "c", "a", "b"], []
+
+    def of_patients(patient_index, num_patients):
+        # the items of a patient have one number, and so are drawn together
+        assert patient_index.tolist() == [1, 0, 1, 2, 0, 1] and num_patients == 3
+        return lambda times: seen.extend(times.tolist()) or {"n": times[:, 0]}
+
+    statistic = bootstrap.Statistic(6, of_patients)
+    estimates, draws = bootstrap.patient_bootstrap(statistic, patient_ids, num_resamples=50)
+    assert seen[0] == [1, 1, 1] and estimates == {"n": 1} and len(seen) == 51
+    assert all(sum(times) == 3 for times in seen)  # as many patients as there are
+    assert draws["n"].tolist() == [times[0] for times in seen[1:]]
+    assert len({tuple(times) for times in seen}) > 5
+
+
+def test_draws_are_the_same_in_blocks_of_any_size(monkeypatch):
+    """All measures; curves and pairs of patients give the same AUROC to the last bit."""
+    labels, probabilities, patient_ids = predictions_of_patients()
+    index = np.unique(patient_ids, return_inverse=True)[1]
+    found = []
+    for block, most_pairs in ((2**20, 2**24), (900, 0)):
+        monkeypatch.setattr(bootstrap, "BLOCK", block)
+        monkeypatch.setattr(binary, "_MOST_PAIRS", most_pairs)
+        times = np.concatenate(list(bootstrap.draw_patients(40, 60, 3)))
+        statistic = binary.binary_statistic(labels, probabilities, 0.5)
+        auroc = binary.binary_statistic(labels, probabilities, names=["auroc"])
+        values = statistic.of_patients(index, 40)(times)
+        np.testing.assert_array_equal(auroc.of_patients(index, 40)(times)["auroc"], values["auroc"])
+        assert times.shape == (60, 40)
+        for row in (0, 59):  # a patient that is drawn twice weighs twice
+            alone = statistic(times[row, index])
+            assert {name: value[row] for name, value in values.items()} == pytest.approx(alone)
+        found.append({"times": times, **values})
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, rtol=1e-14, err_msg=name)
 
 
 def test_interval_by_patient_is_that_of_patient_means():
@@ -358,6 +383,34 @@ def test_holm():
     for wrong in ([0.5, math.nan], [1.1]):
         with pytest.raises(InputError, match="outside"):
             comparisons.holm(wrong)
+
+
+def test_draws_follow_the_rows_and_a_correction_that_cannot_succeed_is_refused():
+    assert [comparisons.draws_of_family(rows) for rows in (1, 50, 90)] == [20_000, 20_000, 36_000]
+    for rows in (1, 90, 5_000):
+        smallest = comparisons.smallest_p(comparisons.draws_of_family(rows), 100)
+        assert max(comparisons.holm([smallest] * rows, [smallest] * rows)) < 0.01
+    old = comparisons.smallest_p(2000, 100)
+    with pytest.raises(
+        InputError, match=r"90 comparisons cannot give a p below 0.05.*36,000 draws"
+    ):
+        comparisons.holm([old] * 90, [old] * 90)
+    few = comparisons.smallest_p(20_000, 4)  # draws do not make up for patients
+    assert few == 2 / 2**4
+    with pytest.raises(InputError, match=r"each p is 0.12 or more.*of 6 patients or more"):
+        comparisons.holm([few], [few])
+    assert comparisons.holm([0.03125], [comparisons.smallest_p(20_000, 6)]) == [0.03125]
+
+
+def test_p_of_few_patients_and_of_arms_that_rounding_alone_parts():
+    numbers = np.array([0.1, 0.2, 0.3])
+    arms = [[bootstrap.weighted_mean("dice", numbers + more)] for more in (0.5, 0.0)]
+    found = comparisons.paired_difference(*arms, ["a", "b", "c"])
+    assert found["ci95"][0] > 0 and found["p"] == 0.25 == found["smallest_p"]
+    assert found["num_draws"] == 20_000
+    values = [bootstrap.weighted_mean("dice", numbers + seed / 3) for seed in range(3)]
+    found = comparisons.paired_difference(values, values[::-1], ["a", "b", "c"])
+    assert found["p"] == 1
 
 
 # ---- Subgroups ----

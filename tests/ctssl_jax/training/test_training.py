@@ -14,15 +14,18 @@ from ctssl_jax.data.batches import evaluation_batches, training_batches
 from ctssl_jax.ops.corruptions import example_keys
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.mesh import make_mesh, to_devices
+from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.tasks.table import TASKS, get_task
 from ctssl_jax.training.scoring import evaluate_split, render_pictures, score_batch
 from ctssl_jax.training.state import (
     TrainingDiverged,
+    TrainState,
     check_state,
     define,
     evaluation_keys,
     learning_rate_schedule,
     make_optimizer,
+    resume,
 )
 from ctssl_jax.training.step import initial_state, make_program, run_step, take_report, train_step
 from data_prep.dataset.reader import Dataset
@@ -219,6 +222,24 @@ def test_gradient_clipping_bounds_the_update(tiny_dataset):
     _, state = optimizer.update({"a": jnp.full(3, 1e6)}, state, params)
     momentum = next(leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "shape", None) == (3,))
     assert float(jnp.linalg.norm(momentum)) == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def test_sums_of_another_version_begin_at_zero(tmp_path):
+    """A run made before has no `annotated_slices`, and summed Dice over all slices."""
+    sums = {"dice": jnp.float32(3), "weight": jnp.float32(8)}
+    step, params = jnp.int32(5), {"kernel": jnp.ones(2)}
+    state = TrainState(step, params, {}, {}, sums, jnp.int32(-1))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, state, {})
+    checkpoints.close()
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
+    assert resume(tmp_path, 5, template).sums["dice"] == 3
+    template.sums["annotated_slices"] = template.sums["weight"]
+    resumed = resume(tmp_path, 5, template)
+    assert resumed.step == 5 and resumed.params["kernel"].tolist() == [1, 1]
+    assert resumed.sums == {"dice": 0, "weight": 0, "annotated_slices": 0}
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient", "parameters"])

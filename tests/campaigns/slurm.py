@@ -1,0 +1,342 @@
+r"""The README's Slurm recipes, word for word but for their GPU lines, on a real Slurm of two nodes.
+
+    python -m tests.campaigns.slurm [--only=stopped,first_second,time_limit,node_failure,array]
+
+Two `slurmd` run on this machine; needs root and Debian's packages slurm-wlm and munge. Every job
+trains a tiny model in two tasks, one a node. It must end as completed, with the training losses of
+a job that nothing disturbed.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.helpers import example_dataset, training_runs
+
+PROJECT = Path(__file__).resolve().parents[2]
+MOST_SECONDS = 900.0  # of a job
+CONFIGURATION = """
+ClusterName=campaign
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort=46817
+AuthType=auth/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+SlurmdTimeout=20
+KillWait=5
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=1
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.1.1 Port=46818 CPUs=2 RealMemory=4000
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.1.2 Port=46819 CPUs=2 RealMemory=4000
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+NODES = ("node1", "node2")
+# In place of the recipe's words: a tiny model, no GPU.
+TINY = {
+    "--nodes=4": "--nodes=2",
+    "--gres=gpu:8 ": "",
+    "--gres=gpu:1 ": "",
+    "--cpus-per-task=32": "--cpus-per-task=2",
+    "--cpus-per-task=16": "--cpus-per-task=2",
+    "--config.dtype=bfloat16": "--config.num_steps=120 --config.eval_every=40",
+    "--config.batch_size=256": "--config.batch_size=16 --config.log_every=10",
+}
+
+
+class Slurm:
+    """A Slurm of two nodes in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        host = subprocess.check_output(["hostname", "-s"], text=True).strip()
+        for name in ("state", *(f"spool-{node}" for node in NODES)):
+            (folder / name).mkdir(parents=True)
+        (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, host=host))
+        os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+        if subprocess.run(["munge", "-n"], capture_output=True).returncode:
+            Path("/run/munge").mkdir(exist_ok=True)
+            shutil.chown("/run/munge", "munge", "munge")
+            subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", "/usr/sbin/munged"], check=True)
+        subprocess.run(["slurmctld", "-c"], check=True)
+        time.sleep(2)
+        for node in NODES:
+            self.start(node)
+        self.until(lambda: self.say("sinfo", "-h", "-o", "%T") == "idle", 30)
+
+    def start(self, node: str) -> None:
+        """Start the daemon of a node."""
+        subprocess.run(["slurmd", "-N", node], check=True)
+
+    def end(self, node: str) -> None:
+        """The node dies: its daemon and all tasks on it get SIGKILL."""
+        daemon = int((self.folder / f"slurmd-{node}.pid").read_text())
+        for process in [daemon, *self.processes_on(node)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def processes_on(self, node: str) -> list[int]:
+        """Processes that Slurm started there."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if f"SLURMD_NODENAME={node}".encode() in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
+
+    def close(self) -> None:
+        """End all daemons and jobs."""
+        subprocess.run(["scancel", "--full", "--state=RUNNING"], capture_output=True)
+        subprocess.run(["scancel", "-u", "root"], capture_output=True)
+        time.sleep(3)
+        for name in ("slurmctld", *(f"slurmd-{node}" for node in NODES)):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGTERM)
+        time.sleep(1)
+
+    def say(self, *command: str) -> str:
+        """What a command of Slurm prints."""
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    def state(self, job: str) -> str:
+        """State, exit code and restarts of a job."""
+        shown = self.say("scontrol", "show", "job", job)
+        fields = [re.search(rf"{name}=(\S+)", shown) for name in ("JobState", "ExitCode")]
+        restarts = re.search(r"Restarts=(\d+)", shown)
+        return " ".join(field[1] for field in [*fields, restarts] if field)
+
+    def until(self, true: Callable[[], bool], seconds: float = MOST_SECONDS) -> None:
+        """Wait.
+
+        Raises:
+          TimeoutError: it did not come true.
+        """
+        deadline = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not within {seconds:.0f} s: {self.say('squeue')}")
+            time.sleep(0.1)
+
+    def until_complete(self, job: str) -> None:
+        """Wait for the end of a job that may be requeued."""
+        ended = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+        self.until(lambda: self.state(job).startswith(ended))
+
+
+def recipes() -> list[str]:
+    """The README's scripts for `sbatch`: of several nodes, and of an array."""
+    text = (PROJECT / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [block for block in blocks if "#SBATCH" in block]
+
+
+def tiny(recipe: str, dataset: Path, workdir: Path, **words: str) -> str:
+    """A recipe with paths, and a tiny model in place of its GPU lines."""
+    flags = [
+        f"--config.{name}={value}"
+        for name, value in training_runs.TINY.items()
+        if name not in ("batch_size", "num_steps", "eval_every", "log_every", "reading_threads")
+    ]
+    replaced = {
+        **TINY,
+        "--config.reading_threads=16": "--config.reading_threads=1 " + shlex.join(flags),
+        "DATASET": str(dataset),
+        "RUN ": f"{workdir} ",
+        "STUDY": str(workdir),
+        **words,
+    }
+    for old, new in replaced.items():
+        recipe = recipe.replace(old, new)
+    return recipe
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    """The training losses of a run, by step."""
+    from ctssl_jax.runs import reports
+
+    return [(line["step"], line["loss"]) for line in reports.read_reports(workdir, "train")]
+
+
+class Jobs:
+    """Jobs of the first recipe."""
+
+    def __init__(self, slurm: Slurm, folder: Path, dataset: Path):
+        self.slurm, self.folder, self.dataset = slurm, folder, dataset
+        self.checkout = folder / "checkout"
+        self.checkout.mkdir()
+        for name in ("configs", "ctssl_jax", "data_prep", "experiments"):
+            (self.checkout / name).symlink_to(PROJECT / name)
+        (self.checkout / ".venv" / "bin").mkdir(parents=True)
+        activate = f'export PATH="{Path(sys.executable).parent}:$PATH"\n'
+        (self.checkout / ".venv" / "bin" / "activate").write_text(activate)
+        self.number = 0
+
+    def submit(self, name: str, **words: str) -> tuple[str, Path, Path]:
+        """Number, run directory and log of a new job."""
+        workdir = self.folder / name
+        script = self.checkout / f"{name}.sh"
+        script.write_text(tiny(recipes()[0], self.dataset, workdir, **words))
+        job = self.slurm.say("sbatch", "--parsable", f"--chdir={self.checkout}", str(script))
+        assert job.isdigit(), job
+        return job, workdir, self.checkout / f"ctssl-{job}.log"
+
+    def stopped(self, name: str, when: Callable[[str, Path, Path], None], **words: str) -> Path:
+        """A job that something disturbs; prints what became of it."""
+        job, workdir, log = self.submit(name, **words)
+        began = time.monotonic()
+        when(job, workdir, log)
+        asked = time.monotonic()
+        self.slurm.until_complete(job)
+        kept = [
+            line
+            for line in (log.read_text() if log.exists() else "").splitlines()
+            if line.startswith(("stopped", "resuming", "finished", "error", "process", "waiting"))
+        ]
+        print(
+            f"{name}: {self.slurm.state(job)}; disturbed after {asked - began:.1f} s, complete "
+            f"{time.monotonic() - asked:.0f} s later"
+        )
+        for line in kept:
+            print(f"    {line[:150]}")
+        if not self.slurm.state(job).startswith("COMPLETED"):
+            print(log.read_text()[-3000:])
+        return workdir
+
+
+def at_step(step: int) -> Callable[[Path], bool]:
+    """Whether a log shows this step."""
+    return lambda log: log.exists() and f"step {step}/" in log.read_text()
+
+
+def check_curve(name: str, workdir: Path, expected: list[tuple[int, float]]) -> bool:
+    """Whether a run has the losses of the undisturbed one."""
+    same = losses(workdir) == expected
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    print(f"    losses {'equal' if same else 'DIFFER'}, checkpoints {steps}", flush=True)
+    return same
+
+
+def array(jobs: Jobs) -> bool:
+    """The recipe of an array over the cells of a study, all of it."""
+    study = jobs.folder / "study"
+    small = [f"--override={flag}" for flag in ("model.hidden=(4,8)", "model.depth=1")]
+    words = {
+        "--size=reference --override=dtype=bfloat16": "--size=small --num_steps=4 "
+        + shlex.join(small),
+        "mask_05,mask_10,mask_20,mask_33 next_slice denoising rotation flip": "mask_05,mask_10 "
+        "rotation",
+        "| sed -n": "--size=small --num_steps=4 | sed -n",
+        "STUDY": str(study),
+        "table2 plan": f"table2 plan --nocross {shlex.join(small)}",
+    }
+    block = tiny(recipes()[1], jobs.dataset_64, study, **words)
+    script = jobs.checkout / "array.sh"
+    script.write_text("source .venv/bin/activate\n" + block)
+    done = subprocess.run(["bash", str(script)], cwd=jobs.checkout, capture_output=True, text=True)
+    print(done.stdout[-500:], done.stderr[-1500:])
+    jobs.slurm.until(lambda: not jobs.slurm.say("squeue", "-h"))
+    for log in sorted(jobs.checkout.glob("cell-*.log")):
+        print(f"    {log.name}: {log.read_text().splitlines()[-1:]}")
+    complete = sorted(path.stem for path in study.rglob("*.json"))
+    print(f"array: {complete}", flush=True)
+    return bool(complete)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="stopped,first_second,time_limit,node_failure,array")
+    chosen = parser.parse_args().only.split(",")
+    if os.geteuid() or not all(map(shutil.which, ("slurmctld", "slurmd", "munge"))):
+        sys.exit("needs root, and Debian's packages slurm-wlm and munge")
+    if "CTSSL_NODES_ARE_NAMED" not in os.environ:  # in a mount namespace of this campaign
+        os.environ["CTSSL_NODES_ARE_NAMED"] = "1"
+        names = Path(tempfile.mkstemp(prefix="hosts")[1])
+        own = subprocess.check_output(["hostname", "-s"], text=True).strip()
+        names.write_text(f"127.0.0.1 localhost {own}\n127.0.1.1 node1\n127.0.1.2 node2\n")
+        script = f'mount --bind {names} /etc/hosts && exec "$@"'
+        command = [sys.executable, "-u", "-m", "tests.campaigns.slurm", *sys.argv[1:]]
+        os.execvp("unshare", ["unshare", "--mount", "sh", "-c", script, "sh", *command])
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ.pop("PYTHONPATH", None)
+    dataset = example_dataset.write_example_dataset(folder / "data", image_size=16)
+    slurm = Slurm(folder / "cluster")
+    jobs = Jobs(slurm, folder, dataset)
+    good = True
+    try:
+        plain = jobs.stopped("undisturbed", lambda job, workdir, log: None)
+        expected = losses(plain)
+        assert expected[-1][0] == 120, expected
+
+        def signalled(ready: Callable[[str, Path], bool], seconds: float = 0.0):
+            def disturb(job: str, workdir: Path, log: Path) -> None:
+                slurm.until(lambda: ready(job, log))
+                time.sleep(seconds)
+                slurm.say("scancel", "--signal=TERM", job)
+
+            return disturb
+
+        def step_begun(job: str, log: Path) -> bool:
+            return f"{job}.0" in slurm.say("squeue", "-s", "-h", "-o", "%i")
+
+        if "stopped" in chosen:
+            name = "stopped"
+            run = jobs.stopped(name, signalled(lambda job, log: at_step(40)(log)))
+            good &= check_curve(name, run, expected)
+        if "first_second" in chosen:
+            for seconds in (0.0, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 4.0):
+                name = f"first_second_{seconds}"
+                run = jobs.stopped(name, signalled(step_begun, seconds))
+                good &= check_curve(name, run, expected)
+        if "time_limit" in chosen:
+            words = {"--time=12:00:00": "--time=2", "num_steps=120": "num_steps=4000"}
+            words |= {"TERM@120": "TERM@60", "eval_every=40": "eval_every=1000"}
+            run = jobs.stopped("time_limit", lambda job, workdir, log: None, **words)
+            good &= losses(run)[-1][0] == 4000
+        if "node_failure" in chosen:
+
+            def node_dies(job: str, workdir: Path, log: Path) -> None:
+                slurm.until(lambda: at_step(40)(log))
+                slurm.end("node2")
+                slurm.until(lambda: "down" in slurm.say("sinfo", "-h", "-n", "node2", "-o", "%T"))
+                slurm.start("node2")
+
+            run = jobs.stopped("node_failure", node_dies)
+            good &= check_curve("node_failure", run, expected)
+        if "array" in chosen:
+            jobs.dataset_64 = example_dataset.write_example_dataset(
+                folder / "data_64", image_size=64
+            )
+            good &= array(jobs)
+    finally:
+        slurm.close()
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
