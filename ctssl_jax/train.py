@@ -43,6 +43,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     flag("estimate", False, "Print the cost of the run after a few timed steps; writes nothing.")
     text("topology", "", "--estimate for TPUs that need not be there: v5e:4x4; v6e:4x4:2 (slices).")
     flag("set_aside_damaged", False, "Move damaged checkpoints and resume from the last good one.")
+    number("profile", 0, "Trace so many steps into RUN/profile, for TensorBoard and XProf.", 0)
     flag("distributed", False, "One of several processes (TPU pod, Slurm, or the flags below).")
     text("coordinator_address", "", "host:port of process 0, where it cannot be detected.")
     number("num_processes", 0, "Number of processes, where it cannot be detected.")
@@ -55,6 +56,8 @@ def start(flag_values: flags.FlagValues) -> bool:
     config = flag_values.config
     if config is None or not (flag_values.workdir or flag_values.estimate):
         raise InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
+    if flag_values.profile and flag_values.estimate:
+        raise InputError("--profile traces a training: leave --estimate out")
     if flag_values.topology and not flag_values.estimate:
         raise InputError("--topology compiles for an estimate; add --estimate")
     try:
@@ -96,6 +99,7 @@ def start(flag_values: flags.FlagValues) -> bool:
             flag_values.workdir,
             dataset=dataset,
             set_aside_damaged=flag_values.set_aside_damaged,
+            profile_steps=flag_values.profile,
         )
 
 

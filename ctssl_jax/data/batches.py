@@ -65,6 +65,7 @@ def evaluation_batches(
     source: NeighbourSource,
     batch_size: int,
     *,
+    items: np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 4,
@@ -72,16 +73,18 @@ def evaluation_batches(
     """Every item once, in order. The last batch is padded with items of weight 0.
 
     So all batches have one shape, and all processes get the same number of batches. Arguments as in
-    `training_batches`; a batch is one part.
+    `training_batches`; a batch is one part. `items` names the items of a part of the split, see
+    `subset.spread_items`; by default all are read.
     """
-    padded = math.ceil(len(source) / batch_size) * batch_size
+    chosen = np.arange(len(source)) if items is None else items
+    padded = math.ceil(len(chosen) / batch_size) * batch_size
 
-    def read(items: np.ndarray) -> dict[str, np.ndarray]:
-        batch = source.read(np.minimum(items, len(source) - 1))
-        return batch | {"weight": (items < len(source)).astype(np.float32)}
+    def read(places: np.ndarray) -> dict[str, np.ndarray]:
+        batch = source.read(chosen[np.minimum(places, len(chosen) - 1)])
+        return batch | {"weight": (places < len(chosen)).astype(np.float32)}
 
-    items = grain.MapDataset.range(padded)
-    batches = items[process_index::process_count].batch(batch_size // process_count)
+    places = grain.MapDataset.range(padded)
+    batches = places[process_index::process_count].batch(batch_size // process_count)
     return iter(batches.map(read).to_iter_dataset(_reading(num_threads)))
 
 

@@ -5,6 +5,7 @@ tasks, (0, 1) for next-slice prediction, (-1, 0, 1) for three adjacent slices. A
 label, a mask or a box.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -198,6 +199,17 @@ class NeighbourSource:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @functools.cached_property
+    def patients(self) -> np.ndarray:
+        """[N] int64, the patient of each item, numbered from 0 in the order of the volumes."""
+        starts = np.array([volume["first_record"] for volume in self.volumes])
+        ids = [volume["patient_id"] for volume in self.volumes]
+        numbers = {patient: number for number, patient in enumerate(dict.fromkeys(ids))}
+        order = np.argsort(starts)
+        of_volumes = np.array([numbers[patient] for patient in ids])[order]
+        within = np.searchsorted(starts[order], self.table[:, self._centre], side="right") - 1
+        return of_volumes[within]
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
         return {name: values[0] for name, values in self.read(np.array([item])).items()}

@@ -323,7 +323,7 @@ def _group_line(name: str, groups: dict) -> str:
     if "not_measured" in groups:
         return f"AUROC by {name}: {groups['not_measured']}"
     values = ", ".join(f"{group} {value['mean']:.3f}" for group, value in groups["groups"].items())
-    start = f"AUROC by {name} ({groups['items']}): {values}"
+    start = f"AUROC by {name} ({groups.get('items', 'slices')}): {values}"
     gap = groups["gap"]
     if gap is None or gap["mean"] is None:
         return start

@@ -26,6 +26,8 @@ from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import written_whole
 
+MANY_UNDEFINED_DRAWS = 100  # of 2,000
+
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredRun:
@@ -213,14 +215,28 @@ def notes(result: dict) -> list[str]:
 
 
 def _few(result: dict) -> list[str]:
-    with_interval = [value for value in result["metrics"].values() if value["ci95"] is not None]
-    fewest = min((value["num_patients"] for value in with_interval), default=LEAST_PATIENTS)
-    if fewest >= LEAST_PATIENTS:
-        return []
-    return [
-        f"NOTE: intervals of {fewest} patients do not cover 95 %: with fewer than {LEAST_PATIENTS} "
-        "patients none can"
-    ]
+    """Intervals that say less than 95 %."""
+    intervals = {
+        name: value for name, value in result["metrics"].items() if value["ci95"] is not None
+    }
+    lines = []
+    fewest = min((value["num_patients"] for value in intervals.values()), default=LEAST_PATIENTS)
+    if fewest < LEAST_PATIENTS:
+        lines.append(
+            f"NOTE: intervals of {fewest} patients do not cover 95 %: with fewer than "
+            f"{LEAST_PATIENTS} patients none can"
+        )
+    undefined = {
+        name: number
+        for name, value in intervals.items()
+        if (number := value.get("num_undefined_draws", 0)) > MANY_UNDEFINED_DRAWS
+    }
+    if undefined:
+        lines.append(
+            f"NOTE: {', '.join(undefined)}: up to {max(undefined.values()):,} bootstrap draws lack "
+            "a class, and the interval is of the others; measure more patients"
+        )
+    return lines
 
 
 def _seen(result: dict) -> list[str]:

@@ -18,31 +18,43 @@ Layout of a run directory:
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from ctssl_jax.runs import checkpoints
-from ctssl_jax.runs.damage import holds_checkpoint
+from ctssl_jax.runs.damage import holds_checkpoint, step_numbers
 from ctssl_jax.runs.reports import say
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_json
 
-# A run may resume with other values of these fields; all others decide what it computes.
-# `num_steps` only under a constant schedule: a cosine depends on it from the first step.
-MAY_CHANGE = (
-    "dataset",
-    "num_steps",
-    "log_every",
-    "eval_every",
-    "best_by",
-    "num_pictures",
-    "reading_threads",
-    "remat",
-    "scan",
-    "fsdp_devices",
-)
+# A run may resume with other values of these fields, which the table in README repeats; all others
+# decide what it computes.
+MAY_CHANGE = {
+    "dataset": "another path of the same data (the fingerprint decides)",
+    "init_from": "another path of the same weights; not from empty to a path or back",
+    "init_weights": "another path of the same weights; not from empty to a path or back",
+    "num_steps": "constant rate: any number; cosine and linear: a larger one, see below",
+    "log_every": "reports alone",
+    "eval_every": "when checkpoints are saved and validated",
+    "validation_slices": "which validation slices the later scores are means of",
+    "best_by": "which score chooses the best checkpoint",
+    "num_pictures": "pictures alone",
+    "reading_threads": "speed alone",
+    "remat": "memory and speed",
+    "scan": "memory and speed",
+    "fsdp_devices": "memory and speed; equal up to the order of sums",
+}
+# Fields that recipes did not always have -> the value that says what runs without them did.
+ADDED_SINCE = {
+    "batch_norm_group": 0,
+    "best_by": "loss",
+    "prolonged": [],
+    "validation_slices": 0,
+}
+_WEIGHTS = ("init_from", "init_weights")
 OF_THE_DATA = (
     "archive",
     "fingerprint",
@@ -62,13 +74,14 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def portable(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """A configuration as JSON for results and exports: without the paths of this machine."""
-    paths = ("dataset", "init_from", "init_weights")
+    paths = ("dataset", *_WEIGHTS)
     return {name: value for name, value in to_json(config).items() if name not in paths}
 
 
 def from_json(content: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The inverse of `to_json`."""
-    return ml_collections.ConfigDict(content)
+    """The inverse of `to_json`. A configuration that was written before a field existed gets the
+    field, with the value of `ADDED_SINCE`."""
+    return ml_collections.ConfigDict(ADDED_SINCE | content)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +116,10 @@ class Run:
         preparation = read_json(workdir / "preparation.json", OF_THE_DATA)
         saved = checkpoints.saved_with(workdir) or {}
         if "config" in saved:
-            old, new = flat(saved["config"]), flat(config)
+            old, new = (flat(ADDED_SINCE | content) for content in (saved["config"], config))
             for name in sorted(old.keys() | new.keys()):
-                if name.split(".")[0] not in MAY_CHANGE and old.get(name) != new.get(name):
+                may_differ = name in MAY_CHANGE or name == "prolonged"
+                if not may_differ and old.get(name) != new.get(name):
                     raise _other_than_saved(workdir / "config.json", name)
         for name in OF_THE_DATA if "preparation" in saved else ():
             if saved["preparation"].get(name) != preparation[name]:
@@ -187,13 +201,28 @@ def _other_than_saved(path: Path, name: str) -> InputError:
     )
 
 
-def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparation: dict) -> None:
+def check_resumable(
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    preparation: dict,
+    set_aside: Sequence[int] = (),
+) -> list[list[int]]:
     """Refuse to resume a run under another configuration or on other data; accept a new or empty
     folder.
+
+    Args:
+      workdir: the run directory.
+      config: the configuration that the run shall go on with.
+      preparation: `preparation.json` of the dataset.
+      set_aside: damaged checkpoints, which the run does not resume from.
+
+    Returns:
+      `config.prolonged` of the run that goes on: it is recorded here if `num_steps` grows.
 
     Raises:
       InputError: names the first field that differs, or says that the folder holds something else.
     """
+    new = flat(to_json(config))
     path = workdir / "config.json"
     if not path.exists():
         # A run that was killed at its very start may leave these: they are not a run yet.
@@ -202,22 +231,24 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
             raise InputError(
                 f"--workdir={workdir} holds files but no run; give a new or empty folder"
             )
-        return
-    if not holds_checkpoint(workdir):
-        return  # nothing was learned yet: a corrected configuration may take its place
+        return new["prolonged"]
+    steps = [step for step in step_numbers(workdir) if step not in set_aside]
+    if not steps:  # nothing was learned yet: a corrected configuration may take its place
+        return new["prolonged"]
     run = Run.open(workdir)
-    old, new = flat(to_json(run.config)), flat(to_json(config))
-    may_change = (
-        MAY_CHANGE if config.schedule == "constant" else tuple(set(MAY_CHANGE) - {"num_steps"})
-    )
+    old = flat(to_json(run.config))
+    history = old["prolonged"]
+    if config.schedule != "constant" and old["num_steps"] != new["num_steps"]:
+        history = _prolonged(workdir, run.config, config.num_steps, steps[-1])
+    if not new["prolonged"]:
+        new["prolonged"] = old["prolonged"]  # the recipe's () is not a wish
     for name in sorted(old | new):
-        if name.split(".")[0] in may_change or (
-            name in old and name in new and old[name] == new[name]
-        ):
+        if name in old and name in new and old[name] == new[name]:
             continue
-        if name in ("init_from", "init_weights") and bool(old.get(name)) == bool(new[name]):
-            # another spelling of the path; ancestors.json says where the weights came from
+        if name in MAY_CHANGE and name not in _WEIGHTS:
             continue
+        if name in _WEIGHTS and bool(old.get(name)) == bool(new.get(name)):
+            continue  # ancestors.json says where the weights came from
         if name in old and name in new:
             remedy = f"use another --workdir, or --config.{name}={old[name]}"
             raise InputError(
@@ -233,6 +264,29 @@ def check_resumable(workdir: Path, config: ml_collections.ConfigDict, preparatio
             f"--workdir={workdir} holds a run on other data than {config.dataset} (dataset "
             "fingerprints differ); give the dataset that it began with, or another --workdir"
         )
+    return history
+
+
+def _prolonged(
+    workdir: Path, config: ml_collections.ConfigDict, num_steps: int, step: int
+) -> list[list[int]]:
+    """`config.prolonged` of a run that goes on from a step to a larger number of steps.
+
+    Raises:
+      InputError: the number is smaller.
+    """
+    if num_steps < config.num_steps:
+        raise InputError(
+            f"--workdir={workdir} holds a run with config.num_steps={config.num_steps}, not "
+            f"{num_steps}: under config.schedule={config.schedule} the number may grow, not "
+            f"shrink; give --config.num_steps={config.num_steps} or more, or another --workdir"
+        )
+    history = [[until, number] for until, number in config.prolonged]
+    kept = [change for change in history if change[0] <= step]
+    if step and not (kept and kept[-1][0] == step):
+        later = [number for until, number in history if until > step]
+        kept.append([step, [*later, config.num_steps][0]])
+    return kept
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:

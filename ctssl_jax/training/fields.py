@@ -241,6 +241,11 @@ FIELDS = {
     "schedule": Field(
         str, "cosine and linear fall to zero at num_steps", ("constant", "cosine", "linear")
     ),
+    "prolonged": Field(
+        tuple,
+        "(step, number) pairs: up to the step, num_steps was the number. A run whose num_steps "
+        "grows records them itself; () in a new run",
+    ),
     "warmup_steps": Field(int, "steps in which the learning rate rises from zero", at_least=0),
     "weight_decay": Field(float, "decoupled from the gradients", at_least=0),
     "gradient_clip": Field(
@@ -281,6 +286,12 @@ FIELDS = {
         "validation score that chooses the best checkpoint, of those that the task reports; of "
         "equal ones the later is taken, step 0 never",
         tuple(HIGHER_IS_BETTER),
+    ),
+    "validation_slices": Field(
+        int,
+        "slices of a validation, spread over patients, and with as many positive ones as the split "
+        "has, but 64 at least; 0, or more than the split has: the whole split, as in evaluate",
+        at_least=0,
     ),
     "num_pictures": Field(int, "validation slices in each picture", at_least=1),
 }

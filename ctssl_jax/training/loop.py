@@ -17,6 +17,7 @@ from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
 from ctssl_jax.training import health, warm_start
 from ctssl_jax.training.headline import headline_scores
+from ctssl_jax.training.profiling import StepTrace
 from ctssl_jax.training.progress import Clock, log, show, show_pictures
 from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.setup import Job, check
@@ -32,6 +33,7 @@ def train(
     *,
     dataset: Dataset | None = None,
     set_aside_damaged: bool = False,
+    profile_steps: int = 0,
 ) -> bool:
     """Train, or resume training, until `config.num_steps`.
 
@@ -41,6 +43,7 @@ def train(
       devices: JAX devices to use, by default all of all processes.
       dataset: the dataset of `config.dataset`, if it is open already.
       set_aside_damaged: move damaged checkpoints aside and resume from the last good one.
+      profile_steps: steps to trace into `RUN/profile`, see `ctssl_jax.training.profiling`.
 
     Returns:
       True if the run is complete, False if a signal stopped it before.
@@ -67,9 +70,13 @@ def train(
             -1 if start is None else start,
             validates_again=not checkpoints.last_is_scored,
         )
+        trace = StepTrace(
+            workdir, profile_steps, start or 0, job.config.num_steps, job.config.eval_every
+        )
         try:
-            step, finished = _steps(job, program, state, checkpoints, reports, should_stop)
+            step, finished = _steps(job, program, state, checkpoints, reports, should_stop, trace)
         finally:
+            trace.stop()
             checkpoints.close()
             reports.close()
         gather("saving the last checkpoint")  # a launcher may end all when the first one ends
@@ -84,6 +91,7 @@ def _steps(
     checkpoints: Checkpoints,
     reports: Reports,
     should_stop: Callable[[], bool],
+    trace: StepTrace,
 ) -> tuple[int, bool]:
     """Train; returns the step at which training ended, and whether it is complete."""
     config, step, norms = job.config, checkpoints.last_step or 0, {}
@@ -101,7 +109,7 @@ def _steps(
         at_end, stopping = step >= config.num_steps, should_stop()
         due = step > 0 and (at_end or step % config.eval_every == 0)
         if step == 0 and not stopping:
-            with clock.validating():
+            with clock.pausing():
                 show_pictures(job, program, state, step)
         if step != saved and (due or stopping):
             check_state(state, checkpoints.workdir, checkpoints.last_step)
@@ -125,11 +133,15 @@ def _steps(
                     scored = True
                 stopping = scores is None
         if at_end or stopping or feed is None:  # no batches are left at the end
+            trace.end(step, state, at_once=True)
+            clock.say_share(step)
             return step, at_end and not stopping
-        state = run_step(program, state, feed.parts)
-        step += 1
-        if step < config.num_steps:
-            feed.advance(state.step)
+        with trace.step(step, state):
+            state = run_step(program, state, feed.parts)
+            step += 1
+            if step < config.num_steps:
+                feed.advance(state.step)
+        trace.end(step, state)
         if step % config.log_every == 0:
             check_state(state, checkpoints.workdir, checkpoints.last_step)
             state, report = take_report(program, state)
@@ -146,7 +158,7 @@ def validate(
     # All processes have as many batches, and stop at the same one.
     batches = itertools.takewhile(lambda batch: not should_stop(), batches)
     result = evaluate_split(program.scorer, state, batches)
-    if result is None or len(result.record_index) < len(job.validation_source):
+    if result is None or len(result.record_index) < len(job.validation_items):
         return None
     means = headline_scores(result, job.validation_source)
     return means | codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 
@@ -22,15 +23,25 @@ class Clock:
     first_step: int
     step: int  # of the last lap
     began: float
-    training_seconds: float = 0.0
+    training_seconds: float = 0.0  # of all laps
     validation_seconds: float = 0.0  # of the last validation
+    all_validation_seconds: float = 0.0
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[None]:
+        """Around a validation."""
+        before = self.began
+        with self.pausing():
+            yield
+        self.validation_seconds = self.began - before
+        self.all_validation_seconds += self.validation_seconds
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Around work of the start, which belongs neither to steps nor to validations."""
         paused = time.monotonic()
         yield
-        self.validation_seconds = time.monotonic() - paused
-        self.began += self.validation_seconds
+        self.began += time.monotonic() - paused
 
     def lap(self, step: int) -> tuple[int, float]:
         """Steps and seconds since the last lap."""
@@ -39,11 +50,25 @@ class Clock:
         self.step, self.began, self.training_seconds = step, now, self.training_seconds + seconds
         return steps, seconds
 
+    @property
+    def validation_share(self) -> float:
+        """Share of the time up to the last lap that validations took."""
+        return self.all_validation_seconds / (self.all_validation_seconds + self.training_seconds)
+
+    def say_share(self, step: int) -> None:
+        """Say how much of the time of this start went into validations."""
+        if step > self.first_step:
+            self.lap(step)
+            say(
+                f"validation   took {self.validation_share:.1%} of the time since step "
+                f"{self.first_step:,}"
+            )
+
     def left(self, num_steps: int, eval_every: int) -> float:
         """Seconds until the last step, by the speed so far."""
-        steps = num_steps - self.step
-        training = steps * self.training_seconds / (self.step - self.first_step)
-        return training + (steps // eval_every + 1) * self.validation_seconds
+        training = (num_steps - self.step) * self.training_seconds / (self.step - self.first_step)
+        validations = math.ceil(num_steps / eval_every) - self.step // eval_every
+        return training + validations * self.validation_seconds
 
 
 def show_pictures(job: Job, program: Program, state: TrainState, step: int) -> None:
@@ -95,5 +120,6 @@ def log(job: Job, step: int, report: Report, clock: Clock, feed: Feed, reports: 
         f"step {step:,}/{job.config.num_steps:,}  loss {means['loss']:.4g}  "
         + "  ".join(f"{name} {means[name]:.4g}" for name in job.task.reported if name in means)
         + (f"  codes {means['used_codes']}" if "used_codes" in means else "")
-        + f"  {speed:.1f} slices/s ({waiting:.0%} waiting for data)  {duration(left)} left"
+        + f"  {speed:.1f} slices/s ({waiting:.0%} waiting for data)  {clock.validation_share:.1%} "
+        f"of the time in validation  {duration(left)} left"
     )

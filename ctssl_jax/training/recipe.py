@@ -1,5 +1,9 @@
 """Checks of a recipe and of its dataset, before any work starts."""
 
+import itertools
+import math
+from collections.abc import Sequence
+
 import ml_collections
 
 from ctssl_jax.data import slices
@@ -31,6 +35,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"config.windows={config.windows}: must hold (level, width) pairs, e.g. "
             "--config.windows='((50, 350),)'"
         )
+    _check_prolonged(config)
     part = num_devices * config.microbatches
     if config.batch_size % part:
         raise InputError(
@@ -54,6 +59,27 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"{Encoder.stride}; prepare with an --image_size that is"
         )
     check_task(config)
+
+
+def _check_prolonged(config: ml_collections.ConfigDict) -> None:
+    changes = [
+        tuple(change) if isinstance(change, list | tuple) else () for change in config.prolonged
+    ]
+    numbers = [number for change in changes for number in change]
+    in_order = (
+        all(len(change) == 2 for change in changes)
+        and all(isinstance(number, int) for number in numbers)
+        and all(0 < until <= number for until, number in changes)
+        and all(
+            before[0] < after[0] and before[1] < after[1]
+            for before, after in itertools.pairwise([*changes, (math.inf, config.num_steps)])
+        )
+    )
+    if not in_order:
+        raise InputError(
+            f"config.prolonged={config.prolonged}: must hold (step, number of steps) pairs, both "
+            "rising, with numbers below config.num_steps; leave it out, a run records it itself"
+        )
 
 
 def check_dataset(
@@ -114,6 +140,16 @@ def with_num_classes(
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.num_classes = len(classes)
+    return config
+
+
+def with_prolonged(
+    config: ml_collections.ConfigDict, prolonged: Sequence[Sequence[int]]
+) -> ml_collections.ConfigDict:
+    """The configuration with the record of `run.check_resumable`."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        config.prolonged = tuple((until, number) for until, number in prolonged)
     return config
 
 

@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.batches import evaluation_batches, picture_batch, training_batches
+from ctssl_jax.data.subset import spread_items
 from ctssl_jax.parallel.meeting import (
     WAIT_SECONDS,
+    gather,
     refusing_together,
     require_agreement,
     require_shared,
@@ -27,7 +29,7 @@ from ctssl_jax.runs.reports import read_reports, say
 from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.tasks.table import get_task
-from ctssl_jax.training import recipe, warm_start
+from ctssl_jax.training import recipe, validation_share, warm_start
 from ctssl_jax.training.state import abstract_model, count_parameters
 from ctssl_jax.training.step import Program, compile_step, make_program
 from ctssl_jax.training.topology import advice
@@ -102,6 +104,13 @@ class Job:
             self.validation_source, self.part_size // self.num_processes, self.num_pictures
         )
 
+    @functools.cached_property
+    def validation_items(self) -> np.ndarray:
+        """Items of `validation_source` that a validation scores: `config.validation_slices` of
+        them, equal in every process."""
+        config = self.config
+        return spread_items(self.validation_source, config.validation_slices, config.seed)
+
     def training_batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This process's slices of each microbatch, beginning at a step."""
         return training_batches(
@@ -114,8 +123,13 @@ class Job:
         )
 
     def validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """This process's slices of the validation split."""
-        return evaluation_batches(self.validation_source, self.part_size, **self._process_slice())
+        """This process's slices of a validation."""
+        return evaluation_batches(
+            self.validation_source,
+            self.part_size,
+            items=self.validation_items,
+            **self._process_slice(),
+        )
 
     def _process_slice(self) -> dict[str, int]:
         return {
@@ -160,6 +174,12 @@ class Job:
             f"{len(self.validation_source):,} validation slices of "
             f"{len(self.validation_source.volumes)}; {config.num_steps:,} steps are "
             f"{config.num_steps * config.batch_size / len(source):.1f} epochs" + synthetic,
+            validation_share.line(config, self.task, self.validation_source, self.validation_items),
+            *[
+                f"schedule     {config.schedule} over {number:,} steps up to step {until:,}, where "
+                "the run was prolonged"
+                for until, number in config.prolonged
+            ],
             *advice(config, self.mesh),
         ]
 
@@ -242,7 +262,7 @@ def check(
         if dataset is not None:
             config = recipe.with_num_classes(config, dataset)
         recipe.check_config(config, len(devices))
-        damaged_steps = []
+        damaged_steps, prolonged = [], None
         if workdir is not None and jax.process_index() == 0:
             damaged_steps = damage.damaged_steps(workdir) if set_aside_damaged else []
             damage.check_all_undamaged(workdir, except_steps=damaged_steps)
@@ -264,7 +284,9 @@ def check(
         elif not has_checkpoint and config.init_from:
             other_run = warm_start.open_other_run(config)
         if workdir is not None and jax.process_index() == 0:
-            check_resumable(workdir, config, dataset.preparation)
+            prolonged = check_resumable(workdir, config, dataset.preparation, damaged_steps)
+    if workdir is not None:
+        config = recipe.with_prolonged(config, gather("reading the run", prolonged)[0])
     # In a second block, since Orbax waits for all processes when it opens checkpoints: a process
     # that had refused before would let the others wait for ever.
     with refusing_together("reading config.init_from"):

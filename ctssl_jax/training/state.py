@@ -5,6 +5,7 @@ alone, so a run that resumes from a checkpoint repeats exactly.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +200,27 @@ def abstract_batch(definition: Definition) -> dict[str, Any]:
 
 def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     """Step -> learning rate: linear warm-up, then constant, or a cosine or a line to zero at
-    `num_steps`."""
+    `num_steps`.
+
+    Where `num_steps` grew, the rate is the one of a run of so many steps from there on: it depends
+    on `num_steps` and `prolonged` alone, so that a run that resumes repeats exactly.
+    """
+    rate = _schedule(config, config.num_steps)
+    for until, num_steps in reversed(config.prolonged):
+        rate = functools.partial(_first_then, _schedule(config, num_steps), rate, until)
+    return rate
+
+
+def _first_then(first: optax.Schedule, then: optax.Schedule, until: int, step: Any) -> jax.Array:
+    return jnp.where(step < until, first(step), then(step))
+
+
+def _schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(config.num_steps - warmup, 1))
+        after = optax.cosine_decay_schedule(peak, max(num_steps - warmup, 1))
     elif config.schedule == "linear":
-        after = optax.linear_schedule(peak, 0.0, max(config.num_steps - warmup, 1))
+        after = optax.linear_schedule(peak, 0.0, max(num_steps - warmup, 1))
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])

@@ -122,8 +122,10 @@ def start(arguments: list[str], num_devices: int = 1) -> subprocess.Popen:
     )
 
 
-def train_on(config: ml_collections.ConfigDict, workdir: Path, num_devices: int = 1) -> bool:
-    """`train` on the first few simulated devices.
+def train_on(
+    config: ml_collections.ConfigDict, workdir: Path, num_devices: int = 1, **options
+) -> bool:
+    """`train` on the first few simulated devices, with its options.
 
     A program that was compiled before in this process, for the same model and devices, is taken
     again.
@@ -133,7 +135,7 @@ def train_on(config: ml_collections.ConfigDict, workdir: Path, num_devices: int 
             patch.setattr(setup, "make_program", program_made_once)
             patch.setattr(setup, "compile_step", program_compiled_once)
         patch.setattr(warm_start, "begin", _begin_and_keep(str(workdir)))
-        return train(config, workdir, jax.devices()[:num_devices])
+        return train(config, workdir, jax.devices()[:num_devices], **options)
 
 
 _begun: dict[str, dict[str, np.ndarray]] = {}
@@ -157,7 +159,7 @@ def _begin_and_keep(workdir: str) -> Callable:
 
 _NOT_OF_THE_PROGRAM = (
     *("dataset", "train_fraction", "init_from", "init_checkpoint", "init_weights", "leakage"),
-    *("log_every", "eval_every", "best_by", "num_pictures", "reading_threads"),
+    *("log_every", "eval_every", "validation_slices", "best_by", "num_pictures", "reading_threads"),
 )
 _programs: dict[str, Program] = {}
 _compiled: dict[int, tuple[Program, int]] = {}

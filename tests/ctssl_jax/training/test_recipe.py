@@ -1,5 +1,6 @@
 """Impossible recipes are refused before any file is written, in one line with the remedy."""
 
+import importlib
 import json
 import resource
 import shutil
@@ -8,13 +9,26 @@ import sys
 
 import pytest
 
-from ctssl_jax.runs.run import check_resumable, from_json, open_workdir, to_json
+from ctssl_jax.runs.run import (
+    ADDED_SINCE,
+    MAY_CHANGE,
+    Run,
+    check_resumable,
+    flat,
+    from_json,
+    open_workdir,
+    to_json,
+)
+from ctssl_jax.training.fields import FIELDS
 from ctssl_jax.training.recipe import check_config, check_dataset
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import DatasetError, InputError
+from data_prep.system.files import write_json
 from tests.helpers.example_dataset import change_preparation, write_example_dataset
-from tests.helpers.training_runs import command, start, tiny_config, train_on
+from tests.helpers.training_runs import PROJECT, command, start, tiny_config, train_on
 
+# Every recipe as `config.json` of a run held it before the fields of `ADDED_SINCE` existed.
+OLDER_RUNS = json.loads((PROJECT / "tests/ctssl_jax/runs/recipes_of_older_runs.json").read_text())
 WRONG_FIELDS = {
     "dataset": ("", "config.dataset is empty; give --config.dataset=DIR"),
     "task": ("jigsaw", "config.task='jigsaw': choose one of masked_region"),
@@ -212,14 +226,68 @@ def test_before_the_first_checkpoint_a_corrected_configuration_takes_the_place(
     )
 
 
-def test_the_end_of_a_cosine_schedule_is_fixed(tiny_dataset, tmp_path):
-    preparation = make_workdir(tmp_path / "run", tiny_config(tiny_dataset, schedule="cosine"))
-    with pytest.raises(InputError, match=r"holds a run with config.num_steps=12, not 24"):
-        check_resumable(
-            tmp_path / "run",
-            tiny_config(tiny_dataset, schedule="cosine", num_steps=24),
-            preparation,
-        )
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_with_a_falling_rate_may_grow_but_not_shrink(schedule, tiny_dataset, tmp_path):
+    """Steps that were taken keep the number of steps which their rate was of."""
+    workdir = tmp_path / "run"
+
+    def config(num_steps, **fields):
+        return tiny_config(tiny_dataset, schedule=schedule, num_steps=num_steps, **fields)
+
+    preparation = make_workdir(workdir, config(12))  # a checkpoint of step 6
+    assert check_resumable(workdir, config(12), preparation) == []
+    assert check_resumable(workdir, config(24), preparation) == [[6, 12]]
+    with pytest.raises(InputError, match=r"num_steps=12, not 9: under config.schedule=.* may grow"):
+        check_resumable(workdir, config(9), preparation)
+    grown = config(24, prolonged=((6, 12),))
+    write_json(workdir / "config.json", to_json(grown))
+    for asked in (config(24), grown):
+        assert check_resumable(workdir, asked, preparation) == [[6, 12]]
+    with pytest.raises(InputError, match=r"config.prolonged=\[\[6, 12\]\], not \[\[5, 12\]\]"):
+        check_resumable(workdir, config(24, prolonged=((5, 12),)), preparation)
+    # no step was taken of the 24
+    assert check_resumable(workdir, config(36), preparation) == [[6, 12]]
+    for step in (3, 18):
+        (workdir / "checkpoints" / str(step)).mkdir()
+    assert check_resumable(workdir, config(36), preparation) == [[6, 12], [18, 24]]
+    # the run goes back to step 3 of the first 12
+    assert check_resumable(workdir, config(36), preparation, set_aside=[6, 18]) == [[3, 12]]
+    assert check_resumable(workdir, config(24), preparation, set_aside=[6, 18]) == [[6, 12]]
+
+
+@pytest.mark.parametrize(
+    "prolonged", [((6,),), ((0, 6),), ((8, 6),), ((6, 12),), ((4, 8), (3, 9)), (("a", 6),), (6, 8)]
+)
+def test_an_impossible_record_of_growth_is_refused(prolonged, tiny_dataset):
+    config = tiny_config(tiny_dataset, prolonged=prolonged)
+    with pytest.raises(InputError, match=r"must hold .step, number of steps. pairs, both rising"):
+        check_config(config, 1)
+
+
+@pytest.mark.parametrize("name", OLDER_RUNS)
+def test_a_run_from_before_some_fields_existed_goes_on_with_the_recipe_of_today(
+    name, tiny_dataset, tmp_path
+):
+    preparation = Dataset.open(tiny_dataset).preparation
+    old = OLDER_RUNS[name]
+    write_json(tmp_path / "config.json", old)
+    write_json(tmp_path / "preparation.json", preparation)
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
+    recipe, size = name.split(":")
+    config = importlib.import_module(f"configs.{recipe}").get_config(size)
+    check_resumable(tmp_path, config, preparation)
+    run = Run.open(tmp_path)
+    assert set(flat(to_json(run.config))) == set(flat(to_json(config)))
+    added = set(flat(to_json(config))) - set(flat(old))
+    assert added and {name: run.config[name] for name in added} == {
+        name: ADDED_SINCE[name] for name in added
+    }
+
+
+def test_the_table_of_fields_that_may_change_is_in_the_documents():
+    rows = "".join(f"| `{name}` | {effect} |\n" for name, effect in MAY_CHANGE.items())
+    assert f"|---|---|\n{rows}\n" in (PROJECT / "README.md").read_text()
+    assert MAY_CHANGE.keys() <= FIELDS.keys() and ADDED_SINCE.keys() <= FIELDS.keys()
 
 
 def test_a_run_of_another_version_is_told_from_a_changed_field(workdir, tiny_dataset):
@@ -242,6 +310,7 @@ def test_what_may_change_when_a_run_goes_on(workdir, tiny_dataset, tmp_path):
 
     check()
     check(num_steps=99, log_every=1, eval_every=3, remat=True, dataset="moved/elsewhere")
+    check(num_steps=6, validation_slices=5, num_pictures=1, reading_threads=1, scan=True)
     for name, value in (
         ("seed", 1),
         ("batch_size", 16),
