@@ -1,8 +1,8 @@
 /* Ends a process at its N-th system call below a folder, for tests.campaigns.kill_points.
 
    Loaded by LD_PRELOAD. It counts the calls, of all threads together, that change a file or folder
-   whose path lies below KILL_POINTS_FOLDER, and acts at the call with the number in
-   KILL_POINTS_AT (read again at each call from the file KILL_POINTS_AT names, if it is a path):
+   whose path lies below KILL_POINTS_FOLDER, and acts at the call with the number KILL_POINTS_AT, as
+   KILL_POINTS_KIND says:
 
      kill    SIGKILL before the call; a write is first done by half
      full    this call and all later ones that need room fail with ENOSPC

@@ -389,6 +389,9 @@ def campaign(num_kills: int, num_full: int, seed: int, **adapted: Callable) -> i
     """All attempts; prints a table, and returns the exit code."""
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kill-points-")))
+        if shutil.which("cc") is None:
+            print("no C compiler on this machine: nothing was tried")
+            return 0
         if not hasattr(ctypes.CDLL(None), "kill_points_begin"):
             os.environ["LD_PRELOAD"] = str(compiled_library(work))
             return subprocess.run([sys.executable, *sys.orig_argv[1:]]).returncode
