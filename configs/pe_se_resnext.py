@@ -2,7 +2,7 @@ r"""Pulmonary embolism on a slice by SE-ResNeXt-50 32x4d, the RSNA winner's slic
 
     python -m ctssl_jax.train --config=configs/pe_se_resnext.py \
         --config.dataset=DATASET --workdir=RUN \
-        --config.init_weights=seresnext50_32x4d.safetensors --config.dtype=bfloat16
+        --config.init_weights=seresnext50_32x4d_racm-a304a460.pth --config.dtype=bfloat16
 
 Needs an accelerator. Not run at this size, nor on the synthetic archives; hours and score are not
 known.
@@ -11,8 +11,10 @@ Three adjacent slices are the channels, level 100 / width 700 (`--window=100,700
 `data_prep.prepare`, one of the defaults of `--archive=rsna_pe`). Each image is stretched from its
 minimum to its maximum and cropped to the lungs. Binary cross-entropy, Adam, one epoch, a learning
 rate that falls to zero. `init_weights` names your file of ImageNet weights in the layout of timm or
-the older one. Without it training starts from random weights, which cost the winner about 0.09 of
-AUROC.
+the older one, whose pooling the network takes. Without it training starts from random weights,
+which cost the winner about 0.09 of AUROC. A file that is not known by its SHA-256 as one of the
+published ones needs `--config.leakage=allow_unchecked`, since nobody can tell whose scans it
+learned from; results say it.
 """
 
 import ml_collections
@@ -59,6 +61,7 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     else:
         config.model = {"in_channels": 3, "layers": (3, 4, 6, 3), "width": 64, "groups": 32}
         config.update(optimizer("adamw", 4e-4, schedule="linear"))
+    config.model.pooling = "auto"  # that of the weights
     config.num_steps = 200 if small else 12_048  # an epoch of the winner's 1,542,133 slices
     config.update(execution(batch_size=16 if small else 128))
     config.update(reporting(best_by="auroc", eval_every=200 if small else 2_000))

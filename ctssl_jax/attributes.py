@@ -23,6 +23,11 @@ end to end. RESULT.csv beside RESULT.json has one row a test volume: its pseudon
 attribute, the true class and the probabilities.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line
@@ -58,7 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "seed", None, "Seed of shuffling, random weights and bootstrap; by default the run's."
     )
-    flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.")
+    flags.DEFINE_integer("batch_size", 0, "Slices at a time at most; 0 chooses.")
 
 
 def start(flag_values: flags.FlagValues) -> None:

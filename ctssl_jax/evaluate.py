@@ -14,6 +14,11 @@ RESULT.predictions.npz contains the predictions for each slice, so that runs can
 pairs.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line
@@ -31,7 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "batch_size",
         0,
-        "Slices at a time; 0 takes the batch size of the training. Does not change results.",
+        "Slices at a time at most; 0 chooses by memory. Does not change results.",
     )
     flags.DEFINE_bool(
         "baselines",

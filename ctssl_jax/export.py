@@ -19,6 +19,11 @@ The folder does not name patients. The export fails if any layer of the PyTorch 
 the same layer in JAX by more than 1e-4 of the layer's largest value.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line

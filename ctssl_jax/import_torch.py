@@ -11,6 +11,11 @@ prepared, by default as in the authors' release. The second form takes a folder 
 Python objects beside the tensors is refused.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +58,11 @@ def start(values: flags.FlagValues) -> None:
 
     windows = [list(parse_window(text)) for text in values.window]
     configure_jax()
-    from ctssl_jax.release.importing import find_manifest, import_weights
+    from ctssl_jax.release.importing import import_weights
+    from ctssl_jax.torch_bridge.manifests import find_manifest
 
-    config = _recipe(values, windows) if find_manifest(Path(values.checkpoint)) is None else None
+    is_export = find_manifest(Path(values.checkpoint), "--checkpoint") is not None
+    config = None if is_export else _recipe(values, windows)
     number = import_weights(values.checkpoint, values.workdir, config, windows)
     print(f"{number} tensors of {values.checkpoint} are in {values.workdir}")
 

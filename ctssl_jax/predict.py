@@ -21,6 +21,11 @@ with the scan; --dicom_seg=false leaves it out. The other files do not name the 
 software: nothing here is cleared for diagnosis.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from ctssl_jax.inference import scan_flags
@@ -57,9 +62,7 @@ def define_flags() -> None:
         "Write segmentation.dcm, which carries the patient's identity (default: where highdicom is "
         "installed).",
     )
-    flags.DEFINE_integer(
-        "batch_size", 0, "Slices at a time; 0 takes the training's. Changes no result."
-    )
+    flags.DEFINE_integer("batch_size", 0, "Slices at a time at most; 0 chooses. Changes no result.")
     scan_flags.define()
 
 

@@ -26,6 +26,11 @@ and neighbours get the slice averaged down to as many numbers, the linear decode
 each block of 4 x 4 pixels. RESULT.csv beside RESULT.json has one row a volume.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line
@@ -53,7 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "max_slices", 4096, "Training slices at most, and validation slices to choose settings by."
     )
-    flags.DEFINE_integer("batch_size", 0, "Slices at a time; 0 takes the training's.")
+    flags.DEFINE_integer("batch_size", 0, "Slices at a time at most; 0 chooses.")
 
 
 def start(flag_values: flags.FlagValues) -> None:

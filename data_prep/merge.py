@@ -18,6 +18,11 @@ or removed. hard: the same bytes under two names, which stay when a part is remo
 system. copy: independent of the parts.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from pathlib import Path
 
 from absl import flags

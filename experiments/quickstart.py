@@ -7,6 +7,11 @@ Every stage is one command that is printed and that you can run yourself. Run it
 interruption: finished stages are kept, unfinished stages continue.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 import csv
 import json
 from pathlib import Path

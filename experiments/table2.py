@@ -13,6 +13,11 @@ so that encoders are compared on equal terms. `draw` writes Markdown, CSV and PN
 `--size=reference --override=dtype=bfloat16` is the paper's model.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 from absl import flags
 
 from data_prep.system import command_line

@@ -134,6 +134,13 @@ def test_doors_are_short():
             assert "main" in functions or "start" in functions, path
 
 
+def test_doors_hear_a_request_to_stop_before_their_other_imports():
+    for path in sources():
+        if path.count("/") == 1 and not path.endswith("__init__.py"):
+            first = ast.unparse(ast.parse((PROJECT / path).read_text()).body[1])
+            assert first.endswith("early_stop.leave_at_once()"), path
+
+
 def test_public_signatures_are_typed():
     untyped = []
     for path, text in sources().items():

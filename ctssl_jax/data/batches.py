@@ -99,6 +99,18 @@ def picture_batch(source: NeighbourSource, batch_size: int, number: int) -> dict
     return {name: np.stack([item[name] for item in items]) for name in items[0]}
 
 
+def batches_read_ahead(num_threads: int) -> int:
+    """Batches that are in memory at the same time: in the buffer, on their way, and in use."""
+    return _buffer_size(num_threads) + 2
+
+
 def _reading(num_threads: int) -> grain.ReadOptions:
-    """Each thread makes whole batches. The buffer must have room for one batch of each thread."""
-    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(8, num_threads))
+    """Each thread makes whole batches."""
+    return grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=_buffer_size(num_threads)
+    )
+
+
+def _buffer_size(num_threads: int) -> int:
+    """The buffer must have room for one batch of each thread."""
+    return max(8, num_threads)

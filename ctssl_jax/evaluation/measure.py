@@ -1,6 +1,7 @@
 """A trained model measured on a split of a dataset: the core of `ctssl_jax.evaluate`."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from ctssl_jax.evaluation.measured_run import (
 from ctssl_jax.evaluation.predictions import Predictions
 from ctssl_jax.models.quantizer import codebook_use
 from ctssl_jax.ops.images import to_unit_images
-from ctssl_jax.ops.trees import fingerprint, flatten
-from ctssl_jax.parallel.mesh import make_mesh, replicated
+from ctssl_jax.ops.trees import fingerprint, flatten, with_sharding
+from ctssl_jax.parallel import batch_sizes
+from ctssl_jax.parallel.mesh import make_mesh, replicated, split_along_batch
 from ctssl_jax.runs.run import Run, portable
 from ctssl_jax.runs.strips import save_arrays, save_strip
 from ctssl_jax.stats.volumes import volume_aurocs, volume_means, volumes_of_records
@@ -37,7 +39,13 @@ from ctssl_jax.training.scoring import (
     make_scorer,
     render_pictures,
 )
-from ctssl_jax.training.state import TrainState, define, evaluation_keys, restore_model
+from ctssl_jax.training.state import (
+    TrainState,
+    abstract_batch,
+    define,
+    evaluation_keys,
+    restore_model,
+)
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import make_folder, write_json
 
@@ -63,8 +71,7 @@ def evaluate(
       split: `train`, `validation` or `test`.
       output: path of RESULT.json; its folder is made.
       checkpoint: `best`, `last`, `last_good` or a step.
-      batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the batch size
-        of the training.
+      batch_size: slices at a time at most, a multiple of the devices; 0 chooses by memory.
       baselines: also score the mean training slice and the copied input as predictions.
 
     Returns:
@@ -87,7 +94,7 @@ def evaluate(
     make_folder(output.parent, "--output")
 
     # ---- Scores: slices, then volumes, then the split ----
-    model = _restore(measured, task, chosen.step, batch_size)
+    model = _restore(measured, task, chosen.step, batch_size, _most_items(measured, source))
     slices = model.score(source)
     volumes, volume_index = volumes_of_records(source.volumes, slices.record_index)
     by_volume = _volume_values(slices.scores, task, volume_index, len(volumes))
@@ -162,7 +169,8 @@ class _Model:
           InputError: a score that is not finite, which would be missing in a mean.
         """
         batches = evaluation_batches(source, self.batch_size)
-        scores = evaluate_split(self.scorer, self.state, batches)
+        with batch_sizes.end_of_memory(self.batch_size):
+            scores = evaluate_split(self.scorer, self.state, batches)
         assert scores is not None  # `open_source` refuses a split without slices
         for name, values in (scores.scores | (scores.classes or {})).items():
             finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
@@ -176,20 +184,46 @@ class _Model:
 
     def render(self, source: NeighbourSource) -> dict[str, np.ndarray]:
         """Pictures of slices spread over a split, see `render_pictures`."""
-        number = min(self.measured.config.num_pictures, self.batch_size)
-        batch = picture_batch(source, self.batch_size, number)
-        return render_pictures(self.scorer, self.state, batch, number)
+        number, size = min(self.measured.config.num_pictures, len(source)), self.batch_size
+        batch = picture_batch(source, math.ceil(number / size) * size, number)
+        with batch_sizes.end_of_memory(size):
+            parts = [
+                render_pictures(
+                    self.scorer,
+                    self.state,
+                    {name: values[start : start + size] for name, values in batch.items()},
+                    number - start,
+                )
+                for start in range(0, number, size)
+            ]
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
-def _restore(measured: MeasuredRun, task: Task, step: int, batch_size: int) -> _Model:
-    """A checkpoint on all devices; batch size 0 takes the batch size of the training."""
+def _restore(measured: MeasuredRun, task: Task, step: int, batch_size: int, number: int) -> _Model:
+    """A checkpoint on all devices, for a split of so many slices; batch size 0 chooses."""
     config, mesh = measured.config, make_mesh()
-    batch_size = batch_size or config.batch_size // config.microbatches
-    scorer = make_scorer(define(config, task, len(measured.channels), mesh))
+    definition = define(config, task, len(measured.channels), mesh)
+    scorer = make_scorer(definition)
     _, model = restore_model(measured.run.workdir, step, config, task, replicated(mesh))
     state = TrainState(step=(), optimizer=(), sums={}, nonfinite_step=(), **model)
-    multiple = -(-batch_size // jax.device_count()) * jax.device_count()
-    return _Model(measured, task, scorer, state, multiple)
+
+    def trace(size: int) -> jax.stages.Traced:  # JAX keeps it for `score_batch`
+        batch = with_sharding(split_along_batch(mesh), abstract_batch(definition, size))
+        return scorer.score_batch.trace(state, batch)
+
+    size = batch_sizes.choose(
+        batch_size, number, config.image_size, list(mesh.devices.flat), trace, model
+    )
+    return _Model(measured, task, scorer, state, size)
+
+
+def _most_items(measured: MeasuredRun, source: NeighbourSource) -> int:
+    """Slices of the largest split that is scored: the validation split fixes thresholds of labels,
+    and a second batch size would be a second program."""
+    if not source.targets.label or source.targets.middle_only:
+        return len(source)
+    splits = measured.dataset.preparation["splits"]
+    return max(len(source), splits.get("validation", {}).get("num_slices", 0))
 
 
 def _volume_values(
@@ -221,7 +255,7 @@ def _facts(model: _Model, slices: SplitScores) -> dict[str, Any]:
             for name in ("archive", "windows", "image_size", "options")
         },
         "embedding": embedding,
-        "warnings": warnings(embedding | codebook),
+        "warnings": warnings(measured.config, embedding | codebook),
     }
     if slices.code_counts is not None:
         facts["codebook"] = {**codebook, "num_codes": len(slices.code_counts)}

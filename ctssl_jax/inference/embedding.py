@@ -62,7 +62,7 @@ def embed(
       split: of a dataset; None takes all.
       archive, metadata_csv, rules: of raw scans, see `data_prep.raw.scans.plan_scans`.
       pseudonym_key_file: key of the pseudonyms of raw scans; None makes one in FILE-audit.
-      batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the training's.
+      batch_size: slices at a time at most, a multiple of the devices; 0 chooses by memory.
       num_workers: processes that decode raw scans; None takes the usable cores, at most four; 0
         takes this process alone.
 

@@ -60,7 +60,7 @@ def predict(
       request: the scan.
       output: folder of the results; it is made, and results of an earlier call are replaced.
       checkpoint: `best`, `last`, `last_good` or a step.
-      batch_size: slices at a time; 0 takes the training's.
+      batch_size: slices at a time at most; 0 chooses by memory.
 
     Returns:
       The contents of prediction.json.

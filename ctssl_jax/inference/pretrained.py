@@ -26,7 +26,8 @@ from jax.sharding import Mesh
 from ctssl_jax.data.slices import neighbour_table, select_channels, selected_windows
 from ctssl_jax.inference.hu_arrays import prepare_array
 from ctssl_jax.models.classifier import Classifier
-from ctssl_jax.ops.trees import fingerprint, flatten
+from ctssl_jax.ops.trees import fingerprint, flatten, with_sharding
+from ctssl_jax.parallel import batch_sizes
 from ctssl_jax.parallel.mesh import make_mesh, replicated, split_along_batch, to_devices
 from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.run import Run
@@ -61,19 +62,18 @@ class PretrainedModel:
       run: the run.
       windows: (level, width) in HU that the model reads, a channel each.
       checkpoint: its step and score.
-      batch_size: slices at a time, a multiple of the devices.
       state: the model's `params` and `variables`, on the devices.
     """
 
     run: Run = dataclasses.field(repr=False)
     windows: tuple[tuple[float, float], ...]
     checkpoint: Chosen
-    batch_size: int
     state: dict[str, Any] = dataclasses.field(repr=False)
     _task: Task = dataclasses.field(repr=False)
     _offsets: tuple[int, ...] = dataclasses.field(repr=False)
     _mesh: Mesh = dataclasses.field(repr=False)
-    _outputs: Callable = dataclasses.field(repr=False)
+    _asked_batch_size: int = dataclasses.field(repr=False)
+    _outputs: jax.stages.Wrapped = dataclasses.field(repr=False)
     _latents: Callable | None = dataclasses.field(repr=False)
 
     @property
@@ -95,6 +95,22 @@ class PretrainedModel:
     def image_size(self) -> int:
         """Height and width of the slices in pixels."""
         return self.config.image_size
+
+    @functools.cached_property
+    def batch_size(self) -> int:
+        """Slices at a time at most, a multiple of the devices: as asked, or chosen by memory.
+
+        Raises:
+          InputError: more slices than fit are asked for.
+        """
+        return batch_sizes.choose(
+            self._asked_batch_size,
+            None,
+            self.image_size,
+            list(self._mesh.devices.flat),
+            lambda size: self._outputs.trace(self.state, self._abstract_batch(size)),
+            self.state,
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -234,15 +250,19 @@ class PretrainedModel:
 
     def _abstract_outputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of `outputs` of a batch."""
+        return jax.eval_shape(self._outputs, self.state, self._abstract_batch(self.batch_size))
+
+    def _abstract_batch(self, number: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the input of `_outputs`."""
         size = self.image_size
-        shape = (self.batch_size, len(self._offsets), size, size, len(self.windows))
+        shape = (number, len(self._offsets), size, size, len(self.windows))
         batch = {"images": jax.ShapeDtypeStruct(shape, np.uint8)}
         if self._task.targets(self.config).lung_box:
-            batch["box"] = jax.ShapeDtypeStruct((self.batch_size, 4), np.float32)
-        return jax.eval_shape(self._outputs, self.state, batch)
+            batch["box"] = jax.ShapeDtypeStruct((number, 4), np.float32)
+        return with_sharding(split_along_batch(self._mesh), batch)
 
     def in_batches(self, function: Callable, arrays: dict[str, np.ndarray]) -> Any:
-        """A function of all slices, in batches of one size, so that one program is compiled.
+        """A function of all slices, in batches of few sizes, so that few programs are compiled.
 
         Args:
           function: (state, batch) -> tree of arrays [B, ...]; jitted.
@@ -252,18 +272,21 @@ class PretrainedModel:
         Returns:
           The tree with arrays [S, ...], on the host.
         """
-        number, pending, fetched = len(arrays["images"]), None, []
-        for start in range(0, number, self.batch_size):
-            index = np.minimum(np.arange(start, start + self.batch_size), number - 1)
-            batch = {name: values[index] for name, values in arrays.items() if name != "neighbours"}
-            neighbours = arrays["neighbours"][index] if "neighbours" in arrays else index[:, None]
-            batch["images"] = arrays["images"][neighbours]
-            running = function(self.state, to_devices(self._mesh, batch))
-            # fetch one batch behind, so that the devices never wait for the host
-            if pending is not None:
-                fetched.append(jax.device_get(pending))
-            pending = running
-        fetched.append(jax.device_get(pending))
+        number, start, pending, fetched = len(arrays["images"]), 0, None, []
+        with batch_sizes.end_of_memory(self.batch_size):
+            for size in batch_sizes.in_few_sizes(number, self.batch_size, self._mesh.size):
+                index = np.minimum(np.arange(start, start + size), number - 1)
+                batch = {name: all_[index] for name, all_ in arrays.items() if name != "neighbours"}
+                neighbours = (
+                    arrays["neighbours"][index] if "neighbours" in arrays else index[:, None]
+                )
+                batch["images"] = arrays["images"][neighbours]
+                running = function(self.state, to_devices(self._mesh, batch))
+                # fetch one batch behind, so that the devices never wait for the host
+                if pending is not None:
+                    fetched.append(jax.device_get(pending))
+                pending, start = running, start + size
+            fetched.append(jax.device_get(pending))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:number], *fetched)
 
 
@@ -275,7 +298,7 @@ def load(
     Args:
       workdir: run directory, of any task, or the opened run.
       checkpoint: `best`, `last`, `last_good` or a step.
-      batch_size: slices at a time, rounded up to a multiple of the devices; 0 takes the training's.
+      batch_size: slices at a time at most, a multiple of the devices; 0 chooses by memory.
 
     Raises:
       InputError: an unknown run or checkpoint, or a negative batch size.
@@ -287,7 +310,6 @@ def load(
     windows = selected_windows(run.preparation, select_channels(run.preparation, config.windows))
     chosen, task = run.choose_checkpoint(checkpoint), get_task(config.task)
     mesh = make_mesh(jax.local_devices())
-    batch_size = batch_size or config.batch_size // config.microbatches
     graph, state = restore_model(run.workdir, chosen.step, config, task, replicated(mesh))
     targets = task.targets(config)
     # an evaluation of these tasks feeds uncorrupted slices; pretraining corrupts them
@@ -311,10 +333,10 @@ def load(
         run=run,
         windows=tuple(windows),
         checkpoint=chosen,
-        batch_size=-(-batch_size // mesh.size) * mesh.size,
         _task=task,
         _offsets=task.offsets(config) if downstream else (0,),
         _mesh=mesh,
+        _asked_batch_size=batch_size,
         state=state,
         _outputs=jitted(outputs),
         _latents=jitted(latents) if "project" in state["params"].get("encoder", {}) else None,

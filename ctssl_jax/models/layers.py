@@ -29,8 +29,8 @@ KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 LEAKY_SLOPE = 0.01
 NORM_DECAY = 0.9
 NORM_EPSILON = 1e-5
-# What recomputation keeps: it would wait for all devices again to compute the statistics again.
-KEEP_STATISTICS = jax.checkpoint_policies.save_only_these_names("norm_statistics")
+# What recomputation keeps: to compute statistics again would be to wait for all devices again.
+_KEEP_STATISTICS = jax.checkpoint_policies.save_only_these_names("norm_statistics")
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -408,7 +408,7 @@ def apply_blocks(
     if scan and len(blocks) > 0:
         return _scan_blocks(blocks, x, key, train=train, remat=remat)
     if remat and train:
-        run = nnx.remat(run, policy=KEEP_STATISTICS)
+        run = nnx.remat(run, policy=_KEEP_STATISTICS)
     for index, block in enumerate(blocks):
         x = run(block, x, None if key is None else jax.random.fold_in(key, index))
     return x
@@ -431,7 +431,7 @@ def _scan_blocks(
 
     if remat and train:
         # within a scan XLA cannot merge the recomputation with the first pass
-        body = jax.checkpoint(body, prevent_cse=False, policy=KEEP_STATISTICS)
+        body = jax.checkpoint(body, prevent_cse=False, policy=_KEEP_STATISTICS)
     x, statistics = jax.lax.scan(body, x, (jnp.arange(len(blocks)), stacked))
     if train:
         for index, block in enumerate(blocks):

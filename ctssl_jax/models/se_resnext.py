@@ -27,6 +27,7 @@ from ctssl_jax.models.layers import KERNEL_INIT, ConvNorm, PointwiseConv
 
 EXPANSION = 4  # features that leave a block, over the plain width of its stage
 SQUEEZE_REDUCTION = 16
+BACKBONE = ("stem", "stages")  # what ImageNet weights give
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SEResNeXtConfig:
         groups: groups of the 3 x 3 convolutions; divides 2 width.
         pooling: "legacy" (the winner's network), no padding and rounded up, or "timm", one pixel of
             padding on each side: the only difference between the two published networks. Use the
-            one that the weights were trained with.
+            one that the weights were trained with. "auto" becomes "legacy".
         dtype: "float32" or "bfloat16" for convolutions and activations; logits and embedding are
             float32.
 
@@ -59,6 +60,8 @@ class SEResNeXtConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
+        if self.pooling == "auto":
+            object.__setattr__(self, "pooling", "legacy")
         for name in ("num_classes", "in_channels", "width", "groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -166,12 +169,15 @@ class SEResNeXt(nnx.Module):
             before, config.num_classes, kernel_init=KERNEL_INIT, rngs=rngs
         )
 
-    def __call__(self, images: jax.Array, *, train: bool) -> SEResNeXtOutput:
+    def __call__(
+        self, images: jax.Array, *, train: bool, frozen_encoder: bool = False
+    ) -> SEResNeXtOutput:
         """Classify.
 
         Args:
             images: [B, H, W, C] float; H and W at least 5.
             train: use and update batch statistics; False changes no state.
+            frozen_encoder: all but the linear layer behaves as in evaluation.
 
         Returns:
             SEResNeXtOutput.
@@ -183,6 +189,7 @@ class SEResNeXt(nnx.Module):
             raise ValueError(
                 f"image sides must be at least 5, got {images.shape[1]} x {images.shape[2]}"
             )
+        train = train and not frozen_encoder
         x = jax.nn.relu(self.stem(images.astype(self.dtype), train=train))
         x = nnx.max_pool(
             x, (3, 3), strides=(2, 2), padding=[_pool_padding(n, self.config) for n in x.shape[1:3]]
@@ -227,3 +234,9 @@ def flops_per_slice(config: SEResNeXtConfig, image_size: int) -> int:
                 total += before * after * side * side
             before = after
     return 2 * (total + before * config.num_classes)
+
+
+def backbone_flops(config: SEResNeXtConfig, image_size: int) -> int:
+    """The share of all layers but the linear one in `flops_per_slice`."""
+    features = config.stage_widths[-1][1]
+    return flops_per_slice(config, image_size) - 2 * features * config.num_classes

@@ -324,8 +324,13 @@ def flops_per_slice(config: UNetConfig, image_size: int | tuple[int, int]) -> in
         9 * (deepest + widths[3]) * widths[3] * pixels[3]
         + 9 * (widths[3] + widths[4]) * widths[4] * pixels[4]
     )
-    encoder = encoder_flops(config.encoder, image_size, compression_only=not config.residual_stack)
+    encoder = encoder_flops_per_slice(config, image_size)
     return encoder + 2 * down + _up_flops(widths, (widths[0], first, second, widths[3]), pixels)
+
+
+def encoder_flops_per_slice(config: UNetConfig, image_size: int | tuple[int, int]) -> int:
+    """The share of the encoder in `flops_per_slice`."""
+    return encoder_flops(config.encoder, image_size, compression_only=not config.residual_stack)
 
 
 def standard_flops_per_slice(config: StandardUNetConfig, image_size: int | tuple[int, int]) -> int:

@@ -287,7 +287,12 @@ class VQVAE(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        frozen_encoder: bool = False,
     ) -> VQVAEOutput:
         """Encode, quantize and decode.
 
@@ -297,6 +302,7 @@ class VQVAE(nnx.Module):
               no state.
             key: a new key each step, needed in training with dropout, vq_init="data" or
                 vq_revive_every.
+            frozen_encoder: the encoder behaves as in evaluation.
 
         Returns:
             VQVAEOutput.
@@ -305,7 +311,7 @@ class VQVAE(nnx.Module):
             ValueError: as `Encoder` and `VectorQuantizer`.
         """
         encoder_key, quantizer_key = (None, None) if key is None else jax.random.split(key)
-        latents = self.encoder(images, train=train, key=encoder_key)
+        latents = self.encoder(images, train=train and not frozen_encoder, key=encoder_key)
         quantized, codes, codebook_loss, commitment_loss = self.quantizer(
             latents, train=train, key=quantizer_key
         )

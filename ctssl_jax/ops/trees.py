@@ -20,6 +20,13 @@ def unflatten(template: Any, flat: dict[str, Any]) -> Any:
     return jax.tree_util.tree_unflatten(structure, [flat[name] for name in names])
 
 
+def with_sharding(sharding: jax.sharding.Sharding, tree: Any) -> Any:
+    """The shapes of arrays or shapes, on these devices."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
 def fingerprint(flat: dict[str, Any]) -> str:
     """SHA-256 over names and bytes of a model's tensors, the `model_fingerprint` of results."""
     digest = hashlib.sha256()

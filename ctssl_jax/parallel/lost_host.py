@@ -34,6 +34,8 @@ _SECONDS_FOR_ITS_OWN_ERROR = 3.0  # of a process whose neighbour has announced i
 SIGNS = ("Gloo", "UNAVAILABLE", "CoordinationService", "remote process exited")
 
 _handlers = []  # C keeps only their addresses
+_workdirs: list[str | Path] = []  # the run directory, in a block of `ending_together`
+_over = threading.Event()
 
 
 def at_abort(line: Callable[[], str], exit_code: int = EXIT_START_AGAIN) -> None:
@@ -57,33 +59,59 @@ def ending_together(workdir: str | Path) -> Iterator[None]:
     """From the start of the block to the end of the process, a lost process ends all others.
 
     A process that raises its own error leaves after at most `LEAVING_SECONDS`, so that the others
-    notice. In a run of one process the block has no effect.
+    notice, and whatever its reading threads wait for.
 
     Args:
       workdir: the run directory; the line names its last checkpoint.
     """
     if jax.process_count() == 1:
-        yield
+        try:
+            yield
+        except BaseException as error:
+            _leave_in_time(error)
+            raise
         return
+    _workdirs[:] = [workdir]
     at_abort(lambda: _lost_line(workdir))
     early_stop.tell_before_leaving(_tell_of_the_signal)
-    over = threading.Event()
-    threading.Thread(target=_follow, args=(over,), name="lost hosts", daemon=True).start()
+    threading.Thread(target=_follow, name="lost hosts", daemon=True).start()
     try:
         yield
     except BaseException as error:
-        over.set()
-        sign = _sign_of_loss(error)
-        if sign:
-            os.write(2, _lost_line(workdir, f" ({sign})").encode())
-            os._exit(EXIT_START_AGAIN)
-        meeting.announce_end(exit_code(error), meeting.text_of(error))
-        at_abort(lambda: "", exit_code(error))  # its own message is the one to read
-        leave = threading.Timer(LEAVING_SECONDS, os._exit, [exit_code(error)])
-        leave.daemon = True
-        leave.start()
+        leave_soon(error)
         raise
-    over.set()
+    finally:
+        _over.set()
+
+
+def leave_soon(error: BaseException) -> None:
+    """In a block of `ending_together`: tell the others of this error, and leave in time.
+
+    For a process that still has something to close, which may wait for the others. Where the error
+    says that another process is lost, this one leaves at once. In a run of one process, and
+    outside such a block, this has no effect.
+    """
+    if not _workdirs or _over.is_set():
+        return
+    _over.set()
+    if sign := _sign_of_loss(error):
+        deadline = time.monotonic() + _SECONDS_BETWEEN_LOOKS + 1
+        while time.monotonic() < deadline:  # perhaps it has said why it goes
+            with contextlib.suppress(RuntimeError):
+                if ended := meeting.ended():
+                    _end_as(ended)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        os.write(2, _lost_line(_workdirs[0], f" ({sign})").encode())
+        os._exit(EXIT_START_AGAIN)
+    meeting.announce_end(exit_code(error), meeting.text_of(error))
+    at_abort(lambda: "", exit_code(error))  # its own message is the one to read
+    _leave_in_time(error)
+
+
+def _leave_in_time(error: BaseException) -> None:
+    leave = threading.Timer(LEAVING_SECONDS, os._exit, [exit_code(error)])
+    leave.daemon = True
+    leave.start()
 
 
 def _tell_of_the_signal() -> None:
@@ -92,20 +120,22 @@ def _tell_of_the_signal() -> None:
         time.sleep(2 * _SECONDS_BETWEEN_LOOKS)
 
 
-def _follow(over: threading.Event) -> None:
+def _follow() -> None:
     """End this process, too, if another one has announced its end."""
-    while not over.wait(_SECONDS_BETWEEN_LOOKS):
+    while not _over.wait(_SECONDS_BETWEEN_LOOKS):
         try:
             ended = meeting.ended()
         except RuntimeError:
             return  # the coordinator is gone: JAX ends this process
-        if ended is None:
-            continue
-        if not over.wait(_SECONDS_FOR_ITS_OWN_ERROR):
-            process, code, message = ended
-            line = f"process {process} of {jax.process_count()} ended: {message}"
-            os.write(2, f"{'' if code == EXIT_START_AGAIN else 'error: '}{line}\n".encode())
-            os._exit(code)
+        if ended and not _over.wait(_SECONDS_FOR_ITS_OWN_ERROR):
+            _end_as(ended)
+
+
+def _end_as(ended: tuple[int, int, str]) -> None:
+    process, code, message = ended
+    line = f"process {process} of {jax.process_count()} ended: {message}"
+    os.write(2, f"{'' if code == EXIT_START_AGAIN else 'error: '}{line}\n".encode())
+    os._exit(code)
 
 
 def _sign_of_loss(error: BaseException | None, signs: tuple[str, ...] = SIGNS) -> str:

@@ -26,6 +26,8 @@ WAIT_SECONDS = 120.0
 SAY_AFTER_SECONDS = 10.0
 # A host may learn of a new file on shared storage only when its cache expires.
 _SECONDS_TO_SEE_A_FILE = 20.0
+# More than a full disk still takes into the place of a file's name.
+_PROBE_BYTES = 65536
 _ENDED = "ctssl/ended"
 
 _numbers = itertools.count()
@@ -178,10 +180,33 @@ def require_shared(workdir: Path) -> None:
             own.unlink(missing_ok=True)
 
 
+def require_writable(workdir: Path) -> None:
+    """Refuse to go on to a checkpoint that one of the processes cannot write.
+
+    Raises:
+      RunFailed: on every process; names the process, its host and the run directory.
+    """
+    if jax.process_count() == 1:
+        return  # the save itself tells
+    this = jax.process_index()
+    own = workdir / f".process-{this}"
+    with refusing_together(f"writing in {workdir}"):
+        try:
+            own.write_bytes(bytes(_PROBE_BYTES))
+        except OSError as error:
+            raise RunFailed(
+                f"process {this} ({socket.gethostname()}) cannot write in {workdir} "
+                f"({error.strerror}); make room or permit writing there and run again: it resumes "
+                "from the last complete checkpoint"
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                own.unlink(missing_ok=True)
+
+
 def _write(path: Path, fault: str, remedy: str) -> None:
     try:
-        # more than what a full disk may still take into an inode
-        path.write_bytes(bytes(65536))
+        path.write_bytes(bytes(_PROBE_BYTES))
     except OSError as error:
         raise InputError(f"{fault} ({error.strerror}); {remedy}") from None
 

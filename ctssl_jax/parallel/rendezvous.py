@@ -15,7 +15,9 @@ from ctssl_jax.parallel.meeting import SAY_AFTER_SECONDS, WAIT_SECONDS, name_pro
 from data_prep.system.errors import InputError
 
 _SECONDS_TO_RESOLVE = 10.0
+_SECONDS_FOR_LATE_GUESTS = 3.0
 _GO = "go"
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 
 def meet(address: str, number: int, process: int, seconds: float = WAIT_SECONDS) -> None:
@@ -34,10 +36,9 @@ def meet(address: str, number: int, process: int, seconds: float = WAIT_SECONDS)
     host, port = _resolved(address)
     if number == 1:
         return
-    # gRPC would look for process 0 behind a proxy
-    os.environ["no_grpc_proxy"] = ",".join(
-        [host, *filter(None, [os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")])]
-    )
+    if any(os.environ.get(name) for name in _PROXIES):  # gRPC would look behind the proxy
+        kept = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")
+        os.environ["no_grpc_proxy"] = f"{host},{kept}" if kept else host
     deadline = time.monotonic() + seconds
     if process == 0:
         _receive(address, port, number, deadline)
@@ -102,12 +103,17 @@ def _receive(address: str, port: int, number: int, deadline: float) -> None:
                 for n in [n for n, (guest, _) in came.items() if guest is one]:
                     came.pop(n)[0].close()
     answer = (json.dumps(refusal or _GO) + "\n").encode()
-    for guest in _sockets(came):
+    guests = [*_sockets(came), *unnamed]
+    late = time.monotonic() + (_SECONDS_FOR_LATE_GUESTS if refusal else 0)
+    while time.monotonic() < late:  # they, too, shall hear why
+        if select.select([listener], [], [], 0.2)[0]:
+            guests.append(listener.accept()[0])
+    for guest in guests:
         with contextlib.suppress(OSError):
             guest.sendall(answer)
             guest.settimeout(2)
-            guest.recv(1)  # the guest closes first, so that the port is free at once
-    for one in [listener, *unnamed, *_sockets(came)]:
+            guest.recv(100)  # the guest closes first, so that the port is free at once
+    for one in [listener, *guests]:
         one.close()
     if refusal:
         raise InputError(f"--distributed: {refusal}; start all processes with the same settings")
@@ -131,7 +137,8 @@ def _introduce(
         guest.sendall(b'"process 0 waits for another number of processes"\n')
         guest.close()
         return (
-            f"process {its_process} ({where}) has --num_processes={its_number}, process 0 {number}"
+            f"process {its_process} ({where}) has --num_processes={its_number}, process 0 has "
+            f"{number}"
         )
     if its_process in came or its_process == 0:
         other = came[its_process][1] if its_process else "process 0"

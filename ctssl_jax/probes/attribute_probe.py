@@ -13,6 +13,7 @@ from ctssl_jax.data.labels import OF_VOLUMES, AttributeLabels, AttributeRefused,
 from ctssl_jax.data.slices import NeighbourSource, Targets, open_source
 from ctssl_jax.evaluation.measured_run import MeasuredRun, notes
 from ctssl_jax.ops.images import to_unit_images
+from ctssl_jax.parallel import batch_sizes
 from ctssl_jax.probes.encoders import FrozenEncoder, ProbedRun
 from ctssl_jax.probes.label_probe import LabelFeatures, fit_logistic
 from ctssl_jax.stats.binary import multiclass_summary
@@ -52,7 +53,7 @@ def attributes(
       shuffled_labels: shuffle the labels of training and validation; the test labels stay.
       min_patients: training patients that a class needs.
       seed: of shuffling, random weights and bootstrap; None takes the seed of the run.
-      batch_size: slices at a time; 0 takes the training's.
+      batch_size: slices at a time at most; 0 chooses by memory.
 
     Returns:
       The contents of RESULT.json.
@@ -79,7 +80,9 @@ def attributes(
     make_folder(output.parent, "--output")
 
     frozen = probed.load_encoder(sources["train"], pooling_regions)
-    features = _features(frozen, sources, probed.batch_size)
+    batch_size = probed.batch_size(frozen, max(map(len, sources.values())))
+    with batch_sizes.end_of_memory(batch_size):
+        features = _features(frozen, sources, batch_size)
     patients = {
         split: [volume["patient_id"] for volume in source.volumes]
         for split, source in sources.items()
@@ -226,7 +229,7 @@ def _features(
         return frozen.encode(state, to_unit_images(images, frozen.channels, frozen.normalize))[1]
 
     def features(source: NeighbourSource) -> np.ndarray:
-        batches = evaluation_batches(source, min(batch_size, len(source)))
+        batches = evaluation_batches(source, batch_size)
         parts = [
             jax.device_get(encode(frozen.state, batch["images"][:, 0]))[batch["weight"] > 0]
             for batch in batches

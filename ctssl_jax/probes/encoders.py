@@ -6,7 +6,7 @@ no network. Only the weights of `untrained` are random.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from ctssl_jax.data.slices import NeighbourSource
 from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.ops.images import to_unit_images
+from ctssl_jax.parallel import batch_sizes
 from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.interface import Task
@@ -32,6 +33,7 @@ ENCODERS = ("run", "untrained", "pixels")
 REGIONS = 4  # latents are averaged over 4 x 4 regions: one mean would lose where things are
 PATCH = Encoder.stride  # a latent covers PATCH x PATCH pixels
 NEIGHBOURS = (64, 16, 4, 1)  # the validation split chooses one, for labels and for images
+STATISTICS_SLICES = 16  # at a time: batch statistics need no more, and memory has room for them
 STATISTICS_STEPS = 64  # then 0.9 ** 64 = 0.1 % is left of the first values of batch statistics
 
 
@@ -45,7 +47,7 @@ class FrozenEncoder(NamedTuple):
     """
 
     state: Any
-    encode: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+    encode: jax.stages.Wrapped
     channels: int
     normalize: str
 
@@ -57,13 +59,13 @@ class ProbedRun:
     encoder: name in `ENCODERS`.
     measured: the run and the data.
     checkpoint: its step and score; None for a control, which reads no checkpoint.
-    batch_size: slices at a time.
+    asked_batch_size: slices at a time at most; 0 leaves it to `batch_size`.
     """
 
     encoder: str
     measured: MeasuredRun
     checkpoint: Chosen | None
-    batch_size: int
+    asked_batch_size: int
 
     @classmethod
     def open(
@@ -86,7 +88,7 @@ class ProbedRun:
           splits: that will be read.
           encoder: name in `ENCODERS`.
           checkpoint: `best`, `last`, `last_good` or a step.
-          batch_size: slices at a time; 0 takes the training's.
+          batch_size: slices at a time at most; 0 chooses by memory.
 
         Raises:
           InputError: an unknown encoder, run or checkpoint, a results file that is not JSON, or
@@ -97,9 +99,22 @@ class ProbedRun:
         check_request(output, batch_size)
         measured = MeasuredRun.open(Run.open(workdir), dataset, splits)
         chosen = measured.run.choose_checkpoint(checkpoint) if encoder == "run" else None
-        config = measured.config
-        return cls(
-            encoder, measured, chosen, batch_size or config.batch_size // config.microbatches
+        return cls(encoder, measured, chosen, batch_size)
+
+    def batch_size(self, frozen: FrozenEncoder, number: int) -> int:
+        """Slices at a time, for splits of so many slices at most: one size, so one program.
+
+        Raises:
+          InputError: more slices than fit are asked for.
+        """
+        size = self.measured.config.image_size
+
+        def trace(slices: int) -> jax.stages.Traced:
+            shape = (slices, size, size, frozen.channels)
+            return frozen.encode.trace(frozen.state, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+        return batch_sizes.choose(
+            self.asked_batch_size, number, size, jax.local_devices()[:1], trace, frozen.state
         )
 
     def load_encoder(
@@ -129,7 +144,8 @@ class ProbedRun:
             frozen = trained_encoder(config, task, run, self.checkpoint.step, regions)
             origin = f"run, step {self.checkpoint.step:,}"
         else:
-            size = min(self.batch_size, len(training_slices))
+            part = config.batch_size // config.microbatches
+            size = min(STATISTICS_SLICES, part, len(training_slices))
             batches = training_batches(training_slices, size, config.seed)
             frozen = untrained_encoder(config, task, batches, regions)
             origin = f"control: untrained, seed {config.seed}"

@@ -11,6 +11,7 @@ from ctssl_jax.data.batches import evaluation_batches
 from ctssl_jax.data.slices import NeighbourSource, open_source
 from ctssl_jax.evaluation.measured_run import MeasuredRun, notes, summaries, write_volumes
 from ctssl_jax.ops.images import SSIM_WINDOW
+from ctssl_jax.parallel import batch_sizes
 from ctssl_jax.probes.encoders import FrozenEncoder, ProbedRun, num_features
 from ctssl_jax.probes.image_probe import (
     IMAGES,
@@ -57,7 +58,7 @@ def probe(
       max_slices: limit of the training slices, and of the validation slices that choose settings;
         they are spread evenly over their splits. The training slices are held in memory (4,096 of
         512 x 512: 1 GiB a channel).
-      batch_size: slices at a time; 0 takes the training's.
+      batch_size: slices at a time at most; 0 chooses by memory.
 
     Returns:
       The contents of RESULT.json.
@@ -97,6 +98,7 @@ def probe(
     make_folder(output.parent, "--output")
 
     frozen = probed.load_encoder(sources["train", (0,)])
+    batch_size = probed.batch_size(frozen, max(map(len, sources.values())))
     volumes = sources[split, (0,)].volumes
     by_volume, chosen = {}, {}
     for name in (*LABELS, *IMAGES):  # one target after the other
@@ -104,10 +106,10 @@ def probe(
         measure = _label_values if name in LABELS else _image_values
         offsets = (0,) if name in LABELS else IMAGES[name].offsets
         train, validation, tested = (
-            evaluation_batches(sources[part, offsets], probed.batch_size) for part in splits
+            evaluation_batches(sources[part, offsets], batch_size) for part in splits
         )
         # same sums on any number of cores; on busy ones twenty times faster
-        with threadpoolctl.threadpool_limits(1):
+        with threadpoolctl.threadpool_limits(1), batch_sizes.end_of_memory(batch_size):
             values, settings = measure(frozen, name, train, validation, tested, volumes)
         by_volume |= {f"{name}/{score}": value for score, value in values.items()}
         chosen |= {f"{name}/{probe}": setting for probe, setting in settings.items()}

@@ -4,6 +4,7 @@
 It needs PyTorch; `ctssl_jax.release` says so where it is not installed.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -26,7 +27,7 @@ from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.reports import say
 from ctssl_jax.runs.run import Run, portable
 from ctssl_jax.tasks.table import get_task
-from ctssl_jax.torch_bridge import ctssl_torch
+from ctssl_jax.torch_bridge import ctssl_torch, manifests, weight_files
 from ctssl_jax.torch_bridge.names import architecture_settings, state_dict
 from ctssl_jax.training.state import count_parameters, restore_model
 from data_prep.scan.window import window_to_uint8
@@ -100,7 +101,7 @@ def export(
     unfinished = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     try:
         with folder_written_whole(output_dir, unfinished) as folder:
-            _write_weights(folder, formats, entries)
+            _write_weights(folder, formats, entries, manifests.note(manifest))
             _write_test_input(folder / "test_input.npz", images, outputs)
             if "onnx" in formats:
                 path = folder / FORMATS["onnx"]
@@ -376,13 +377,20 @@ def _measure_parity(
     return facts, outputs
 
 
-def _write_weights(folder: Path, formats: Sequence[str], entries: dict[str, np.ndarray]) -> None:
+def _write_weights(
+    folder: Path, formats: Sequence[str], entries: dict[str, np.ndarray], note: str
+) -> None:
     if "safetensors" in formats:
         import safetensors.numpy
 
-        (folder / FORMATS["safetensors"]).write_bytes(safetensors.numpy.save(entries))
+        (folder / FORMATS["safetensors"]).write_bytes(
+            safetensors.numpy.save(entries, metadata={weight_files.NOTE: note})
+        )
     if "torch" in formats:
-        tensors = {name: torch.from_numpy(value.copy()) for name, value in entries.items()}
+        tensors = collections.OrderedDict(
+            (name, torch.from_numpy(value.copy())) for name, value in entries.items()
+        )
+        setattr(tensors, weight_files.NOTE, note)  # PyTorch keeps attributes of this type alone
         torch.save(tensors, folder / FORMATS["torch"])
 
 

@@ -2,7 +2,6 @@
 manifest is checked before it is used.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +16,14 @@ from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.run import from_json, open_workdir, to_json
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.torch_bridge import names
+from ctssl_jax.torch_bridge.manifests import find_manifest
 from ctssl_jax.torch_bridge.weight_files import read_tensors
 from ctssl_jax.training.state import abstract_model
 from data_prep.system.errors import InputError
 from data_prep.system.files import file_sha256, write_json
 
-FORMAT_VERSION = 1  # as in ctssl_torch.py
 # In place of the fingerprint of a pseudonym key, since the training patients are unknown.
 UNKNOWN_KEY = "unknown"
-_FIELDS = ("architecture", "model", "preprocessing", "training", "data", "files")
 
 
 def import_weights(
@@ -53,7 +51,7 @@ def import_weights(
     checkpoint, workdir = Path(checkpoint), Path(workdir)
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise InputError(f"--workdir={workdir} is there already; give a new or empty folder")
-    manifest = find_manifest(checkpoint)
+    manifest = find_manifest(checkpoint, "--checkpoint")
     path = _weights_of(checkpoint, manifest) if manifest else checkpoint
     entries = read_tensors(path, "--checkpoint")
     architecture, licence, init_from, step = "VQVAE", "", [], 0
@@ -120,25 +118,6 @@ def _model_state(
             tensors[name] = np.full(leaf.shape, name.endswith("initialised"), leaf.dtype)
     flat = {name: tensors[name.split("/", 1)[1]] for name in flatten(template)}
     return unflatten(template, flat), num_tensors
-
-
-def find_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest of an exported folder, or of a weights file in it; None for other weights.
-
-    Raises:
-      InputError: a folder without a manifest, or a damaged manifest.
-    """
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    path = folder / "manifest.json"
-    if not path.is_file():
-        if checkpoint.is_dir():
-            raise InputError(
-                f"--checkpoint={checkpoint} does not contain a manifest.json; give a folder of "
-                "ctssl_jax.export, or a weights file"
-            )
-        return None
-    manifest = read_manifest(path, "--checkpoint")
-    return manifest if checkpoint.is_dir() or checkpoint.name in manifest["files"] else None
 
 
 def _weights_of(checkpoint: Path, manifest: Mapping[str, Any]) -> Path:
@@ -229,53 +208,3 @@ def _unknown_data(windows: list[list[float]], image_size: int) -> dict[str, Any]
         "labels": {},
         "masks": None,
     }
-
-
-# ---- manifest.json ----
-
-
-def read_manifest(path: Path, flag: str) -> dict[str, Any]:
-    """The manifest of an exported folder.
-
-    Raises:
-      InputError: not JSON, of another version, or without the fields that an import needs.
-    """
-    try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{flag}: {path} is damaged or not a manifest of ctssl_jax.export; copy the whole "
-            "folder again"
-        ) from None
-    missing = [name for name in _FIELDS if name not in manifest]
-    if version != FORMAT_VERSION or missing:
-        problem = (
-            f"has format_version {version}" if version != FORMAT_VERSION else f"lacks {missing[0]}"
-        )
-        raise InputError(
-            f"{flag}: {path} {problem}; this version reads {FORMAT_VERSION}, so export it again"
-        )
-    if not _is_sound(manifest):
-        raise InputError(f"{flag}: {path} is damaged; copy the whole folder again")
-    return manifest
-
-
-def _is_sound(manifest: dict[str, Any]) -> bool:
-    """Whether the fields that an import reads have the types that an export writes."""
-    training, preprocessing = manifest["training"], manifest["preprocessing"]
-    dictionaries = [manifest[name] for name in _FIELDS[1:]]
-    try:
-        dictionaries += [training["config"], manifest["data"]["splits"]]
-        windows = [(float(level), float(width)) for level, width in preprocessing["windows"]]
-        step, task = training["checkpoint_step"], training["task"]
-    except (KeyError, TypeError, ValueError):
-        return False
-    are_dictionaries = all(isinstance(value, dict) for value in dictionaries)
-    return (
-        are_dictionaries
-        and bool(windows)
-        and isinstance(step, int)
-        and step >= 0
-        and isinstance(task, str)
-    )

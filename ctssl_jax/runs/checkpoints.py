@@ -10,6 +10,7 @@ Orbax and TensorStore report a full disk or a damaged file by many types of exce
 """
 
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from ctssl_jax.runs.damage import (
 from ctssl_jax.runs.scores import Score, best_step, read_score, write_score
 from data_prep.system.errors import InputError, RunFailed
 
+_SECONDS_BETWEEN_LINES = 10.0
 _REMOVED = ".removed"  # ending of a checkpoint that is no longer in the list, and is being removed
 
 
@@ -93,6 +95,32 @@ class Checkpoints:
         self._pending = (step, saving)
         self._last_step, self._last_is_scored = step, False
 
+    def check(self) -> None:
+        """Notice a save that has failed; does not wait.
+
+        Raises:
+          RunFailed: it could not be written.
+        """
+        try:
+            if self._pending is not None:
+                self._pending[1].result(timeout=0)
+        except TimeoutError:
+            pass  # still under way, or too late: `score` and `close` tell
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def wait(self) -> None:
+        """Wait until the save that is under way is complete.
+
+        Raises:
+          RunFailed: it could not be written.
+        """
+        try:
+            if self._pending is not None:
+                self._result(self._pending)
+        except Exception as error:
+            raise self._not_saved(error) from error
+
     def score(self, score: Score) -> None:
         """Write the score beside the last checkpoint, once that is complete.
 
@@ -123,8 +151,27 @@ class Checkpoints:
     def _complete(self) -> None:
         """Wait for the save that is under way, and write its checksums."""
         pending, self._pending = self._pending, None
-        if pending is not None and pending[1].result() and jax.process_index() == 0:
+        if pending is not None and self._result(pending) and jax.process_index() == 0:
             write_sums(self.workdir, pending[0])
+
+    def _result(self, pending: tuple[int, Any]) -> bool:
+        """Wait for a save, and say so every ten seconds. Orbax ends it in bounded time: see
+        `parallel.processes`."""
+        step, saving = pending
+        began = time.monotonic()
+        while True:
+            asked = time.monotonic()
+            try:
+                return saving.result(timeout=_SECONDS_BETWEEN_LINES)
+            except TimeoutError:
+                if time.monotonic() - asked < _SECONDS_BETWEEN_LINES - 1:
+                    raise  # Orbax's own
+            if jax.process_index() == 0:
+                print(
+                    f"waiting      for checkpoint {step:,} to be written by all processes "
+                    f"({time.monotonic() - began:.0f} s)",
+                    flush=True,
+                )
 
     def _finish(self) -> None:
         """Complete a save whose checkpoint gets no score, because the run stops."""

@@ -72,9 +72,14 @@ class Reports:
 
     def close(self) -> None:
         """Flush and close the files."""
-        if self._writes:
+        if not self._writes:
+            return
+        try:
             self._file.close()
             self._events.close()
+        except OSError as error:
+            error.filename = str(self._workdir)
+            raise
 
 
 class _EventFile:

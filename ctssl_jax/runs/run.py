@@ -47,13 +47,16 @@ MAY_CHANGE = {
     "scan": "memory and speed",
     "fsdp_devices": "memory and speed; equal up to the order of sums",
 }
-# Fields that recipes did not always have -> the value that says what runs without them did.
+# Fields that recipes did not always have -> the value that says what runs without them did. A field
+# of one task alone has its task in `OF_TASK`.
 ADDED_SINCE = {
     "batch_norm_group": 0,
     "best_by": "loss",
+    "model.pooling": "legacy",
     "prolonged": [],
     "validation_slices": 0,
 }
+OF_TASK = {"model.pooling": "slice_label_se_resnext"}
 _WEIGHTS = ("init_from", "init_weights")
 OF_THE_DATA = (
     "archive",
@@ -79,9 +82,22 @@ def portable(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def from_json(content: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The inverse of `to_json`. A configuration that was written before a field existed gets the
-    field, with the value of `ADDED_SINCE`."""
-    return ml_collections.ConfigDict(ADDED_SINCE | content)
+    """The inverse of `to_json`, for configurations of any age: see `with_added`."""
+    return ml_collections.ConfigDict(with_added(content))
+
+
+def with_added(content: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the fields of `ADDED_SINCE` that it lacks."""
+    content = {**content}
+    for name, value in ADDED_SINCE.items():
+        if OF_TASK.get(name) not in (None, content.get("task")):
+            continue
+        section, _, field = name.rpartition(".")
+        if section:
+            content[section] = {field: value} | content[section]
+        else:
+            content.setdefault(name, value)
+    return content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +132,7 @@ class Run:
         preparation = read_json(workdir / "preparation.json", OF_THE_DATA)
         saved = checkpoints.saved_with(workdir) or {}
         if "config" in saved:
-            old, new = (flat(ADDED_SINCE | content) for content in (saved["config"], config))
+            old, new = (flat(with_added(content)) for content in (saved["config"], config))
             for name in sorted(old.keys() | new.keys()):
                 may_differ = name in MAY_CHANGE or name == "prolonged"
                 if not may_differ and old.get(name) != new.get(name):

@@ -63,6 +63,9 @@ class Task(NamedTuple):
     check: raises `InputError` if the configuration cannot work at its image size.
     build: makes the model from the configuration.
     flops: configuration -> floating-point operations of one forward pass of one slice.
+    encoder: names of the model's parts that pretraining gives and
+      `config.encoder_learning_rate_factor` applies to; empty if there is no such part.
+    encoder_flops: configuration -> the share of `flops` of these parts.
     apply: (model, batch, keys, model_key, config, train=) -> `StepOutput`; the batch is from
       `ctssl_jax.data.batches`, on the devices.
     baselines: (batch, keys, mean_image, config) -> scores of predictors without a model on the same
@@ -78,6 +81,8 @@ class Task(NamedTuple):
     check: Callable[[ml_collections.ConfigDict], None]
     build: Callable[[ml_collections.ConfigDict, nnx.Rngs], nnx.Module]
     flops: Callable[[ml_collections.ConfigDict], int]
+    encoder: tuple[str, ...]
+    encoder_flops: Callable[[ml_collections.ConfigDict], int]
     apply: Callable[..., StepOutput]
     baselines: Callable[..., dict[str, dict[str, jax.Array]]]
     over_annotated: tuple[str, ...] = ()
@@ -90,12 +95,27 @@ class Architecture(NamedTuple):
     build: (settings, rngs) -> model.
     call: (model, inputs, train, key, configuration) -> output of the model.
     flops: (settings, image_size) -> floating-point operations of one forward pass of one input.
+    encoder, encoder_flops: as `Task.encoder`, and its share of `flops`, with the same arguments.
     """
 
     settings: Callable
     build: Callable
     call: Callable
     flops: Callable
+    encoder: tuple[str, ...]
+    encoder_flops: Callable
+
+
+def is_frozen(config: ml_collections.ConfigDict) -> bool:
+    """Whether the task's encoder keeps its weights and behaves as in evaluation."""
+    return config.encoder_learning_rate_factor == 0
+
+
+def step_flops(task: Task, config: ml_collections.ConfigDict) -> int:
+    """Floating-point operations of a training step on one slice: three times those of the forward
+    pass, but of a frozen encoder only its forward pass."""
+    learning = task.flops(config) - (task.encoder_flops(config) if is_frozen(config) else 0)
+    return task.flops(config) + 2 * learning
 
 
 def item_slices(images: jax.Array, index: int, config: ml_collections.ConfigDict) -> jax.Array:

@@ -14,10 +14,10 @@ import ml_collections
 
 from ctssl_jax.data.slices import Targets
 from ctssl_jax.models.quantizer import code_counts
-from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
+from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, encoder_flops, flops_per_slice
 from ctssl_jax.ops import corruptions, losses
 from ctssl_jax.ops.images import SSIM_WINDOW, ssim, to_unit_range
-from ctssl_jax.tasks.interface import StepOutput, Task, item_slices, model_config
+from ctssl_jax.tasks.interface import StepOutput, Task, is_frozen, item_slices, model_config
 from data_prep.system.errors import InputError
 
 
@@ -90,7 +90,7 @@ def _reconstruct(
       train: training or evaluation mode.
     """
     example = corrupt(batch["images"], keys, config)
-    output = model(example.inputs, train=train, key=model_key)
+    output = model(example.inputs, train=train, key=model_key, frozen_encoder=is_frozen(config))
     scores = _reconstruction_scores(output.reconstruction, example)
     scores["vq_loss"] = losses.vector_quantization_loss(
         output.codebook_loss, output.commitment_loss, config.commitment
@@ -186,6 +186,10 @@ def _task(
         check=functools.partial(_check_reconstruction, check),
         build=lambda config, rngs: VQVAE(model_config(VQVAEConfig, config), rngs=rngs),
         flops=lambda config: flops_per_slice(model_config(VQVAEConfig, config), config.image_size),
+        encoder=("encoder",),
+        encoder_flops=lambda config: encoder_flops(
+            model_config(VQVAEConfig, config), config.image_size
+        ),
         apply=functools.partial(_reconstruct, corrupt),
         baselines=functools.partial(_reconstruction_baselines, corrupt),
     )

@@ -13,7 +13,14 @@ from flax import nnx
 from ctssl_jax.data.slices import Targets
 from ctssl_jax.models import unet
 from ctssl_jax.ops import augmentations, losses, overlap
-from ctssl_jax.tasks.interface import Architecture, StepOutput, Task, item_slices, model_config
+from ctssl_jax.tasks.interface import (
+    Architecture,
+    StepOutput,
+    Task,
+    is_frozen,
+    item_slices,
+    model_config,
+)
 from data_prep.system.errors import InputError
 
 
@@ -90,6 +97,10 @@ def _task(architecture: Architecture) -> Task:
         check=functools.partial(_check, architecture),
         build=lambda config, rngs: architecture.build(architecture.settings(config), rngs=rngs),
         flops=lambda config: architecture.flops(architecture.settings(config), config.image_size),
+        encoder=architecture.encoder,
+        encoder_flops=lambda config: architecture.encoder_flops(
+            architecture.settings(config), config.image_size
+        ),
         apply=functools.partial(_segment, architecture),
         baselines=lambda batch, keys, mean_image, config: {},
         over_annotated=("dice", "iou"),
@@ -97,9 +108,7 @@ def _task(architecture: Architecture) -> Task:
 
 
 def _call_encoder_unet(model, images, train, key, config) -> unet.UNetOutput:
-    return model(
-        images, train=train, key=key, frozen_encoder=config.encoder_learning_rate_factor == 0
-    )
+    return model(images, train=train, key=key, frozen_encoder=is_frozen(config))
 
 
 SEGMENTATION = _task(
@@ -108,6 +117,8 @@ SEGMENTATION = _task(
         build=unet.UNet,
         call=_call_encoder_unet,
         flops=unet.flops_per_slice,
+        encoder=("encoder",),
+        encoder_flops=unet.encoder_flops_per_slice,
     )
 )
 SEGMENTATION_STANDARD_UNET = _task(
@@ -116,5 +127,7 @@ SEGMENTATION_STANDARD_UNET = _task(
         build=unet.StandardUNet,
         call=lambda model, images, train, key, config: model(images, train=train),
         flops=unet.standard_flops_per_slice,
+        encoder=(),
+        encoder_flops=lambda settings, size: 0,
     )
 )

@@ -12,10 +12,10 @@ import ml_collections
 from flax import nnx
 
 from ctssl_jax.data.slices import Targets
-from ctssl_jax.models import classifier, se_resnext
+from ctssl_jax.models import classifier, se_resnext, vqvae
 from ctssl_jax.ops import augmentations, losses
 from ctssl_jax.ops.images import to_unit_images
-from ctssl_jax.tasks.interface import Architecture, StepOutput, Task, model_config
+from ctssl_jax.tasks.interface import Architecture, StepOutput, Task, is_frozen, model_config
 from data_prep.system.errors import InputError
 
 
@@ -132,6 +132,10 @@ def _task(
         check=functools.partial(_check, architecture, offsets),
         build=lambda config, rngs: architecture.build(architecture.settings(config), rngs=rngs),
         flops=lambda config: architecture.flops(architecture.settings(config), config.image_size),
+        encoder=architecture.encoder,
+        encoder_flops=lambda config: architecture.encoder_flops(
+            architecture.settings(config), config.image_size
+        ),
         apply=functools.partial(_predict, architecture),
         baselines=lambda batch, keys, mean_image, config: {},
     )
@@ -142,8 +146,7 @@ def _classifier_settings(config: ml_collections.ConfigDict) -> classifier.Classi
 
 
 def _call_classifier(model, inputs, train, key, config) -> tuple[jax.Array, jax.Array]:
-    frozen = config.encoder_learning_rate_factor == 0
-    logits, latents = model(inputs, train=train, key=key, frozen_encoder=frozen)
+    logits, latents = model(inputs, train=train, key=key, frozen_encoder=is_frozen(config))
     return logits, jnp.mean(latents, axis=(1, 2))
 
 
@@ -153,7 +156,7 @@ def _se_resnext_settings(config: ml_collections.ConfigDict) -> se_resnext.SEResN
 
 
 def _call_se_resnext(model, inputs, train, key, config) -> tuple[jax.Array, jax.Array]:
-    output = model(inputs, train=train)
+    output = model(inputs, train=train, frozen_encoder=is_frozen(config))
     return output.logits, output.embedding
 
 
@@ -163,6 +166,8 @@ SLICE_LABEL = _task(
         build=classifier.Classifier,
         call=_call_classifier,
         flops=classifier.flops_per_slice,
+        encoder=("encoder",),
+        encoder_flops=lambda settings, size: vqvae.encoder_flops(settings.encoder, size),
     ),
     offsets=(0,),
 )
@@ -172,6 +177,8 @@ SLICE_LABEL_SE_RESNEXT = _task(
         build=se_resnext.SEResNeXt,
         call=_call_se_resnext,
         flops=se_resnext.flops_per_slice,
+        encoder=se_resnext.BACKBONE,
+        encoder_flops=se_resnext.backbone_flops,
     ),
     offsets=(-1, 0, 1),
     fields=("init_weights",),

@@ -13,8 +13,9 @@ import ml_collections
 
 from ctssl_jax.data.slices import Targets
 from ctssl_jax.models.classifier import Classifier, ClassifierConfig, flops_per_slice
+from ctssl_jax.models.vqvae import encoder_flops
 from ctssl_jax.ops import corruptions, losses
-from ctssl_jax.tasks.interface import StepOutput, Task, item_slices, model_config
+from ctssl_jax.tasks.interface import StepOutput, Task, is_frozen, item_slices, model_config
 
 
 class Transformation(NamedTuple):
@@ -64,7 +65,7 @@ def _classify(
     target = item_slices(batch["images"], 0, config)
     labels = corruptions.random_labels(keys, transformation.num_classes)
     inputs = transformation.apply(target, labels)
-    logits, latents = model(inputs, train=train, key=model_key)
+    logits, latents = model(inputs, train=train, key=model_key, frozen_encoder=is_frozen(config))
     scores = _classification_scores(logits, labels)
     return StepOutput(
         loss=scores["cross_entropy"],
@@ -109,6 +110,8 @@ def _task(transformation: Transformation) -> Task:
         check=check,
         build=lambda config, rngs: Classifier(settings(config), rngs=rngs),
         flops=lambda config: flops_per_slice(settings(config), config.image_size),
+        encoder=("encoder",),
+        encoder_flops=lambda config: encoder_flops(settings(config).encoder, config.image_size),
         apply=functools.partial(_classify, transformation),
         baselines=functools.partial(_classification_baselines, transformation.num_classes),
     )

@@ -12,16 +12,36 @@ import jax
 import numpy as np
 
 from ctssl_jax.ops.trees import flatten, unflatten
+from ctssl_jax.torch_bridge.manifests import facts_of
 from ctssl_jax.torch_bridge.names import from_state_dict
 from ctssl_jax.torch_bridge.weight_files import read_tensors
 from data_prep.system.errors import InputError
 
+# ImageNet weights that were published under the first eight digits of their SHA-256: timm's own,
+# Gluon's and the older network's, as timm lists them, and the older network's first release.
+PUBLISHED = ("a304a460", "90cf2d6e", "f3651bad", "a260b3a4")
 _OLDER_LAYOUT = ((r"^layer0\.", ""), (r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
 
 
 def read_file(path: str | Path) -> dict[str, np.ndarray]:
     """The tensors of `config.init_weights` by their names in the file; see `read_tensors`."""
     return read_tensors(path, "config.init_weights")
+
+
+def pooling_of(path: str | Path) -> str:
+    """The pooling of the network that a file of weights was trained with, `timm` or `legacy`.
+
+    An export of this program says it. Each of the two published networks has its own layout of
+    names.
+
+    Raises:
+      InputError: as `read_file`; a damaged export.
+    """
+    facts = facts_of(Path(path), "config.init_weights")
+    if facts is not None:
+        return facts["model"].get("pooling", "legacy")
+    older = any(name != _newer_name(name) for name in read_file(path))
+    return "legacy" if older else "timm"
 
 
 def load_state_dict(

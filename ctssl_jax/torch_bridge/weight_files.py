@@ -59,6 +59,29 @@ def read_tensors(path: str | Path, flag: str) -> dict[str, np.ndarray]:
     )
 
 
+NOTE = "ctssl_jax"  # metadata of a safetensors file; attribute of the dictionary in a .pt file
+
+
+def read_note(path: Path, flag: str) -> str:
+    """The text that `ctssl_jax.export` wrote into a weights file; "" in files of others.
+
+    Args:
+      path: as `read_tensors`.
+      flag: as `read_tensors`.
+
+    Raises:
+      InputError: as `read_tensors`.
+    """
+    read_tensors(path, flag)
+    if path.suffix == ".safetensors":
+        import safetensors
+
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get(NOTE, "")
+    text = getattr(_load_without_code(path, flag), NOTE, "")
+    return text if isinstance(text, str) else ""
+
+
 def _plain(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors without a common prefix `module.`, floating-point arrays as float32."""
     whole = ("i", "u", "b")

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ctssl_jax.runs.reports import say
+from ctssl_jax.training import fitting
 from ctssl_jax.training.setup import check
 from ctssl_jax.training.step import Feed, Program, run_step
 from data_prep.dataset.reader import Dataset
@@ -20,6 +21,7 @@ MOST_STEPS = 50
 SECONDS = 15.0
 
 
+@fitting.with_end_of_memory
 def estimate(
     config: ml_collections.ConfigDict,
     devices: Sequence[Any] | None = None,
@@ -37,7 +39,8 @@ def estimate(
       InputError: something in the configuration or the dataset cannot work.
     """
     job = check(config, None, devices, dataset)
-    program = job.compile()
+    program, needed = job.compile()
+    say(fitting.memory_line(program, needed))
     times = timed_steps(program, job.training_batches())
     for line in lines(times, job.config, len(job.train_source), state_bytes(program.template)):
         say(line)

@@ -95,13 +95,15 @@ FIELDS = {
     "init_checkpoint": Field(str, "best, last or the number of a step"),
     "init_weights": Field(
         str,
-        'file of ImageNet weights (.safetensors, .pth); "" starts from random weights',
+        'file of weights (.safetensors, .pt, .pth) in the layout of timm or the older one; "" '
+        "starts from random weights. But for ImageNet weights that are known by their SHA-256, and "
+        "exports of runs on this dataset, it falls under `leakage`",
     ),
     "leakage": Field(
         str,
         "weights that were learned from validation or test patients of the dataset. refuse: "
         "refused; allow_unchecked: allowed if the patients cannot be compared (other pseudonym "
-        "key); allow: allowed. Results say it",
+        "key, or a file of weights from elsewhere); allow: allowed. Results say it",
         ("refuse", "allow_unchecked", "allow"),
     ),
     # ---- pretext tasks
@@ -216,6 +218,13 @@ FIELDS = {
     ),
     "model.layers": Field(tuple, "blocks of each stage", at_least=1),
     "model.width": Field(int, "features of the stem; all other widths follow from it", at_least=4),
+    "model.pooling": Field(
+        str,
+        "of the stem. legacy: no padding, rounded up (the winner's network); timm: one pixel of "
+        "padding; auto: the one of the weights that the run begins with, else legacy. The run "
+        "keeps which",
+        ("auto", "legacy", "timm"),
+    ),
     "model.groups": Field(
         int, "groups of the 3 x 3 convolutions; must divide twice the width", at_least=1
     ),
@@ -236,7 +245,10 @@ FIELDS = {
     "optimizer": Field(str, "of all weights", ("radam", "adamw")),
     "learning_rate": Field(float, "after the warm-up", at_least=0),
     "encoder_learning_rate_factor": Field(
-        float, "factor of the encoder's steps; 0 freezes it, batch statistics included", at_least=0
+        float,
+        "factor of the encoder's steps (of all but the last layer of SE-ResNeXt). 0 freezes it: no "
+        "gradient, no optimizer state, batch statistics as in evaluation",
+        at_least=0,
     ),
     "schedule": Field(
         str, "cosine and linear fall to zero at num_steps", ("constant", "cosine", "linear")
@@ -249,7 +261,9 @@ FIELDS = {
     "warmup_steps": Field(int, "steps in which the learning rate rises from zero", at_least=0),
     "weight_decay": Field(float, "decoupled from the gradients", at_least=0),
     "gradient_clip": Field(
-        float, "largest global norm of the gradients; 0 does not clip", at_least=0
+        float,
+        "largest global norm of the gradients of all trained parameters; 0 does not clip",
+        at_least=0,
     ),
     # ---- execution
     "num_steps": Field(int, "training steps", at_least=1),

@@ -1,12 +1,16 @@
 """Warnings in plain words of a collapse: of the codebook, of the embeddings or of a gradient."""
 
+import ml_collections
 import numpy as np
 
 from ctssl_jax.ops.embeddings import effective_rank
+from ctssl_jax.tasks.interface import is_frozen
 
 FEWEST_DIRECTIONS = 2.0
 SMALLEST_SHARE_OF_CODES = 0.05
 SMALLEST_SHARE_OF_GRADIENT = 1e-6
+# Settings that keep codes in use, in the order of their effect.
+_LIVELY = {"vq_update": "ema", "vq_init": "data", "vq_revive_every": 50}
 
 
 def embedding_use(moments: dict[str, np.ndarray]) -> dict[str, float]:
@@ -16,29 +20,33 @@ def embedding_use(moments: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def warnings(
-    use: dict[str, float], layer_gradient_norms: dict[str, float] | None = None
+    config: ml_collections.ConfigDict,
+    use: dict[str, float],
+    layer_gradient_norms: dict[str, float] | None = None,
 ) -> list[str]:
-    """One line for each collapse; [] if there is none.
+    """One line for each collapse; [] if there is none. A line names only settings that the run
+    does not have already.
 
     Args:
+      config: the run's configuration.
       use: `effective_rank` and `embedding_dim`, and with a codebook `used_codes`, `dead_codes` and
         `perplexity`.
-      layer_gradient_norms: layer -> norm of its gradient; None where no gradient was taken.
+      layer_gradient_norms: layer -> norm of its gradient, without layers that are not trained; None
+        where no gradient was taken.
     """
     lines = []
     if use["effective_rank"] < min(FEWEST_DIRECTIONS, use["embedding_dim"]):
         lines.append(
             "the encoder has collapsed: the embeddings of all slices spread over "
             f"{use['effective_rank']:.1f} of {use['embedding_dim']} directions, so it hardly tells "
-            "slices apart; try a lower config.learning_rate, or a longer config.warmup_steps"
+            f"slices apart; {_encoder_remedy(config)}"
         )
     if "used_codes" in use:
         num_codes = use["used_codes"] + use["dead_codes"]
         if use["perplexity"] < 2 or use["used_codes"] < SMALLEST_SHARE_OF_CODES * num_codes:
             lines.append(
                 f"the codebook has collapsed: {use['used_codes']} of {num_codes} codes are in use "
-                f"(perplexity {use['perplexity']:.1f}); in a new run --config.model.vq_update=ema "
-                "--config.model.vq_init=data --config.model.vq_revive_every=50 keeps them alive"
+                f"(perplexity {use['perplexity']:.1f}); {_codebook_remedy(config)}"
             )
     norms = layer_gradient_norms or {}
     largest = max(norms.values(), default=0.0)
@@ -52,3 +60,27 @@ def warnings(
             "not learn"
         )
     return lines
+
+
+def _encoder_remedy(config: ml_collections.ConfigDict) -> str:
+    if is_frozen(config):
+        return (
+            "it is frozen: in a new run give it other weights by config.init_from, or train it by "
+            "--config.encoder_learning_rate_factor=1"
+        )
+    return "try a lower config.learning_rate, or a longer config.warmup_steps"
+
+
+def _codebook_remedy(config: ml_collections.ConfigDict) -> str:
+    """The settings of `_LIVELY` that are not on, else those that can be turned further."""
+    off = [
+        f"--config.model.{name}={value}"
+        for name, value in _LIVELY.items()
+        if config.model[name] in ("gradient", "uniform", 0)
+    ]
+    if off:
+        return f"in a new run {' '.join(off)} keeps them alive"
+    return (
+        "what keeps codes alive is on already: in a new run try a smaller config.model.num_codes, "
+        "a smaller config.model.vq_revive_every or a lower config.learning_rate"
+    )

@@ -1,21 +1,24 @@
 """The training loop: from where a run stopped, a warm start or random weights to the last step."""
 
+import collections
 import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
 from ctssl_jax.models.quantizer import codebook_use
-from ctssl_jax.parallel.meeting import gather
+from ctssl_jax.parallel.lost_host import leave_soon
+from ctssl_jax.parallel.meeting import gather, require_writable
 from ctssl_jax.parallel.stopping import stop_requests
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
-from ctssl_jax.training import health, warm_start
+from ctssl_jax.training import fitting, health, warm_start
 from ctssl_jax.training.headline import headline_scores
 from ctssl_jax.training.profiling import StepTrace
 from ctssl_jax.training.progress import Clock, log, show, show_pictures
@@ -25,7 +28,12 @@ from ctssl_jax.training.state import TrainState, check_finite, check_state, resu
 from ctssl_jax.training.step import Feed, Program, run_step, take_report
 from data_prep.dataset.reader import Dataset
 
+STEPS_IN_FLIGHT = 2  # that the devices have still to do when the next one is prepared
+# The state's own counter is given to the next step.
+_copied = jax.jit(lambda step: step + 0)
 
+
+@fitting.with_end_of_memory
 def train(
     config: ml_collections.ConfigDict,
     workdir: str | Path,
@@ -55,8 +63,9 @@ def train(
     """
     workdir = Path(workdir)
     job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
+    program, _ = job.compile()
     checkpoints = job.open_run()  # nothing was written before
-    program, start = job.compile(), checkpoints.last_step
+    start = checkpoints.last_step
     # In this order: resume, else a warm start (from another run or a weight file), else random
     # weights.
     if start is not None:
@@ -75,6 +84,9 @@ def train(
         )
         try:
             step, finished = _steps(job, program, state, checkpoints, reports, should_stop, trace)
+        except BaseException as error:
+            leave_soon(error)  # to close the checkpoints may mean to wait for the others
+            raise
         finally:
             trace.stop()
             checkpoints.close()
@@ -95,6 +107,8 @@ def _steps(
 ) -> tuple[int, bool]:
     """Train; returns the step at which training ended, and whether it is complete."""
     config, step, norms = job.config, checkpoints.last_step or 0, {}
+    began = step
+    running: collections.deque[jax.Array] = collections.deque()
     saved, scored, undefined_said = step, checkpoints.last_is_scored, False
     feed = (
         Feed(job.mesh, job.training_batches(step), config.microbatches)
@@ -102,6 +116,11 @@ def _steps(
         else None
     )
     clock = Clock(step, step, time.monotonic())
+
+    def should_stop_here() -> bool:
+        checkpoints.check()
+        return should_stop()
+
     # In this order: save, validate, write the score, step, fetch the next batch. So a score never
     # lacks its checkpoint, and the position in the data is the step: a resumed run sees equal
     # batches. A run that was stopped between save and score writes that score first.
@@ -113,11 +132,14 @@ def _steps(
                 show_pictures(job, program, state, step)
         if step != saved and (due or stopping):
             check_state(state, checkpoints.workdir, checkpoints.last_step)
+            require_writable(checkpoints.workdir)
             checkpoints.save(step, state, job.metadata)
+            if saved == began:  # before hours of training a run knows that it can save
+                checkpoints.wait()
             saved, scored = step, False
         if due and not scored and not stopping:
             with clock.validating():
-                scores = validate(job, program, state, step, should_stop)
+                scores = validate(job, program, state, step, should_stop_here)
                 if scores is not None:
                     check_finite(scores["loss"], step, checkpoints.workdir, checkpoints.last_step)
                     show(job, program, state, step, scores, norms, reports)
@@ -139,8 +161,12 @@ def _steps(
         with trace.step(step, state):
             state = run_step(program, state, feed.parts)
             step += 1
+            running.append(_copied(state.step))
+            checkpoints.check()
             if step < config.num_steps:
                 feed.advance(state.step)
+            if len(running) > STEPS_IN_FLIGHT:  # a request to stop waits for no more
+                jax.block_until_ready(running.popleft())
         trace.end(step, state)
         if step % config.log_every == 0:
             check_state(state, checkpoints.workdir, checkpoints.last_step)

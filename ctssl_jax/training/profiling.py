@@ -1,6 +1,7 @@
 """A trace of some training steps by JAX's profiler, for TensorBoard and XProf: `--profile=N`."""
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,9 @@ class StepTrace:
             jax.block_until_ready(state)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # else each call of a function is an event
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            # The profiler writes to file systems alone, and the run may be in a bucket.
+            self._local = tempfile.TemporaryDirectory(prefix="ctssl_profile_")
+            jax.profiler.start_trace(self._local.name, profiler_options=options)
             self._running, self._began = True, time.perf_counter()
         if not self._running:
             yield
@@ -72,8 +75,18 @@ class StepTrace:
             return
         jax.block_until_ready(state)
         seconds = time.perf_counter() - self._began
-        self.stop()
-        newest = max(self._folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+        self._running = False
+        jax.profiler.stop_trace()
+        with self._local:
+            (trace,) = Path(self._local.name).rglob("*.xplane.pb")
+            shown = seconds_with_operations(trace) / seconds
+            try:
+                _copy(Path(self._local.name), self._folder)
+            except OSError as error:
+                say(
+                    f"WARNING      the trace cannot be written to {self._folder} ({error.strerror})"
+                )
+                return
         say(
             f"profile      steps {step - self._taken + 1:,} to {step:,} in {self._folder}, "
             f"{1000 * seconds / self._taken:,.0f} ms each while traced; to see it: "
@@ -84,14 +97,22 @@ class StepTrace:
             if jax.default_backend() == "cpu"
             else ""
         )
-        shown = seconds_with_operations(newest) / seconds
         say(f"{'':13}it shows operations in {shown:.0%} of this time{unseen}")
 
     def stop(self) -> None:
-        """End a trace that is under way, without a word."""
+        """End a trace that is under way, and leave it."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            self._local.cleanup()
+
+
+def _copy(source: Path, target: Path) -> None:
+    for path in source.rglob("*"):
+        if path.is_file():
+            copied = target / path.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copied.write_bytes(path.read_bytes())
 
 
 def seconds_with_operations(trace: Path) -> float:

@@ -96,7 +96,7 @@ def show(
         f"validation   step {step:,}  "
         + "  ".join(f"{name} {value:.4g}" for name, value in means.items())
     )
-    for warning in health.warnings(scores, norms):
+    for warning in health.warnings(job.config, scores, norms):
         say(f"WARNING      step {step:,}: {warning}")
 
 

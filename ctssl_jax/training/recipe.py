@@ -3,14 +3,17 @@
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import ml_collections
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
-from ctssl_jax.runs.run import flat, to_json
-from ctssl_jax.tasks.table import check_task
+from ctssl_jax.runs.damage import holds_checkpoint
+from ctssl_jax.runs.run import Run, flat, to_json
+from ctssl_jax.tasks.table import check_task, get_task
+from ctssl_jax.torch_bridge import imagenet_weights
 from ctssl_jax.training.fields import FIELDS
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
@@ -59,6 +62,21 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
             f"{Encoder.stride}; prepare with an --image_size that is"
         )
     check_task(config)
+
+
+def check_encoder(config: ml_collections.ConfigDict) -> None:
+    """Refuse an `encoder_learning_rate_factor` for a model without an encoder. Runs made before,
+    which left it out, resume as they began.
+
+    Raises:
+      InputError: names the field and the remedy.
+    """
+    if config.encoder_learning_rate_factor != 1 and not get_task(config.task).encoder:
+        raise InputError(
+            f"config.encoder_learning_rate_factor={config.encoder_learning_rate_factor:g}: the "
+            f"model of config.task={config.task!r} has no encoder that it could apply to; set it "
+            "to 1, or train configs/nodules.py, whose U-Net has one"
+        )
 
 
 def _check_prolonged(config: ml_collections.ConfigDict) -> None:
@@ -140,6 +158,34 @@ def with_num_classes(
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.num_classes = len(classes)
+    return config
+
+
+def with_pooling(
+    config: ml_collections.ConfigDict, workdir: Path | None
+) -> ml_collections.ConfigDict:
+    """The configuration with the pooling of the weights where `config.model.pooling` is `auto`.
+
+    Args:
+      config: the training configuration.
+      workdir: the run directory; a run that began keeps its pooling. None for an estimate.
+
+    Raises:
+      InputError: the weights cannot be read.
+    """
+    if config.model.get("pooling") != "auto":
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        if workdir is not None and holds_checkpoint(workdir):
+            config.model.pooling = Run.open(workdir).config.model.pooling
+        elif config.get("init_weights"):
+            config.model.pooling = imagenet_weights.pooling_of(config.init_weights)
+        elif config.init_from and (Path(config.init_from) / "config.json").is_file():
+            donor = Run.open(config.init_from).config.model
+            config.model.pooling = donor.get("pooling", "legacy")  # the donor may be another model
+        else:
+            config.model.pooling = "legacy"
     return config
 
 

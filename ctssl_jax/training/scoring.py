@@ -22,7 +22,7 @@ class Scorer(NamedTuple):
     """
 
     mesh: Mesh
-    score_batch: Callable
+    score_batch: jax.stages.Wrapped
     replicate: Callable
 
 

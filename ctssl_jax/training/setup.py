@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ctssl_jax.data import slices
 from ctssl_jax.data.batches import evaluation_batches, picture_batch, training_batches
 from ctssl_jax.data.subset import spread_items
+from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.meeting import (
     WAIT_SECONDS,
     gather,
@@ -22,15 +23,16 @@ from ctssl_jax.parallel.meeting import (
     require_agreement,
     require_shared,
 )
+from ctssl_jax.parallel.memory import COMPILING_SECONDS
 from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.runs import damage
 from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.reports import read_reports, say
 from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
-from ctssl_jax.tasks.interface import Task
+from ctssl_jax.tasks.interface import Task, is_frozen, step_flops
 from ctssl_jax.tasks.table import get_task
-from ctssl_jax.training import recipe, validation_share, warm_start
-from ctssl_jax.training.state import abstract_model, count_parameters
+from ctssl_jax.training import fitting, recipe, validation_share, warm_start
+from ctssl_jax.training.state import abstract_model, count_parameters, trained_names
 from ctssl_jax.training.step import Program, compile_step, make_program
 from ctssl_jax.training.topology import advice
 from ctssl_jax.training.warm_start import WarmStart, WeightFile
@@ -138,34 +140,44 @@ class Job:
             "num_threads": self.config.reading_threads,
         }
 
-    def compile(self) -> Program:
-        """Print devices, model and data, then compile the step."""
+    def compile(self) -> tuple[Program, int]:
+        """Print devices, model and data, then compile the step.
+
+        Returns:
+          The program, and the bytes a device that XLA expects its step to need.
+
+        Raises:
+          InputError: the step needs more memory than a device has.
+        """
         for line in self.description():
             say(line)
         began = time.monotonic()
         program, memory = compile_step(
             make_program(self.config, self.task, len(self.channels), self.mesh)
         )
+        with refusing_together("the look at memory", COMPILING_SECONDS):
+            program, memory = fitting.check_fits(program, memory)
         say(
             f"compiled     in {time.monotonic() - began:.1f} s; XLA expects {memory / 2**30:.2f} "
             "GiB a device"
         )
-        return program
+        return program, memory
 
     def description(self) -> list[str]:
         """Devices, model and data, as lines for the screen."""
         config, devices, source = self.config, self.mesh.devices.flat, self.train_source
-        encoder_size, flops = (
-            count_parameters(self.params.get("encoder", {})),
-            self.task.flops(config),
-        )
+        names = trained_names(config, self.task, self.params)
+        trained = [leaf for name, leaf in flatten(self.params).items() if name in names]
+        encoder = [self.params[part] for part in self.task.encoder]
+        flops, of_step = self.task.flops(config), step_flops(self.task, config)
         synthetic = "; SYNTHETIC" if self.dataset.preparation["synthetic"] else ""
         return [
             f"devices      {len(devices)} x {devices[0].device_kind} in {self.num_processes} "
             f"process(es), jax {jax.__version__}",
-            f"model        {count_parameters(self.params):,} trainable parameters "
-            f"({encoder_size:,} encoder)",
-            f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {3 * flops / 1e9:,.2f} with "
+            f"model        {count_parameters(self.params):,} parameters "
+            f"({count_parameters(encoder):,} encoder), {count_parameters(trained):,} trained"
+            + ("; the encoder is frozen" if is_frozen(config) else ""),
+            f"compute      {flops / 1e9:,.2f} GFLOP a slice forward, {of_step / 1e9:,.2f} with "
             "the backward pass",
             f"batch        {config.batch_size} slices = {len(devices)} device(s) x "
             f"{config.microbatches} microbatch(es) x {self.part_size // len(devices)}, "
@@ -261,6 +273,7 @@ def check(
             dataset = Dataset.open(config.dataset)
         if dataset is not None:
             config = recipe.with_num_classes(config, dataset)
+        config = recipe.with_pooling(config, workdir)
         recipe.check_config(config, len(devices))
         damaged_steps, prolonged = [], None
         if workdir is not None and jax.process_index() == 0:
@@ -278,9 +291,12 @@ def check(
         _, params, variables = abstract_model(config, task)
         model = {"params": params, "variables": variables}
         has_checkpoint = workdir is not None and damage.holds_checkpoint(workdir)
+        if not has_checkpoint:
+            recipe.check_encoder(config)
         other_run = source = None
+        windows = slices.selected_windows(dataset.preparation, channels)
         if not has_checkpoint and config.get("init_weights"):
-            source = warm_start.check_weight_file(config, model)
+            source = warm_start.open_weight_file(config, dataset, windows, model)
         elif not has_checkpoint and config.init_from:
             other_run = warm_start.open_other_run(config)
         if workdir is not None and jax.process_index() == 0:
@@ -291,8 +307,8 @@ def check(
     # that had refused before would let the others wait for ever.
     with refusing_together("reading config.init_from"):
         if other_run is not None:
-            windows = slices.selected_windows(dataset.preparation, channels)
             source = warm_start.find(config, other_run, windows, model)
+        if source is not None:
             held_out = {
                 volume["patient_id"]
                 for volume in (*validation_source.volumes, *dataset.volumes("test"))

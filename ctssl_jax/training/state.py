@@ -20,10 +20,10 @@ from jax.sharding import Mesh, Sharding
 
 from ctssl_jax.models.layers import normalize_in_groups
 from ctssl_jax.ops.corruptions import example_keys
-from ctssl_jax.ops.trees import flatten
+from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.parallel.mesh import fetch_parameters
 from ctssl_jax.runs.checkpoints import restore, stored_shapes
-from ctssl_jax.tasks.interface import Task
+from ctssl_jax.tasks.interface import Task, is_frozen
 from data_prep.system.errors import RunFailed
 
 EVALUATION_SEED = 0
@@ -38,11 +38,12 @@ class TrainState:
     """The content of a checkpoint.
 
     step: int32, optimizer steps taken.
-    params: trainable parameters.
+    params: all parameters, those that keep their values among them.
     variables: the model's other state: BatchNorm statistics, a codebook of moving averages.
-    optimizer: optax state.
+    optimizer: optax state, of the trained parameters alone.
     sums: sums since the last report, so that reports resume, too: over examples (scores, loss,
-      weight, code counts) and over steps (gradient norms of all parameters and of each layer).
+      weight, code counts) and over steps (gradient norms of all trained parameters together and
+      of those of each layer, before they are clipped).
     nonfinite_step: int32, the first step whose loss, gradient or new parameters were not finite, or
       -1.
     """
@@ -65,6 +66,7 @@ class Definition:
     mesh: the devices.
     graph: the structure of the model.
     params, variables: shapes of the model's parameters and of its other variables.
+    trained: names of the parameters that the optimizer moves, from `trained_names`.
     train_key: seed of the corruption of each slice.
     model_key: seed of the model's own randomness, e.g. its dropout.
     """
@@ -76,21 +78,59 @@ class Definition:
     graph: Any
     params: nnx.State
     variables: nnx.State
+    trained: frozenset[str]
     train_key: jax.Array
     model_key: jax.Array
 
     def model(self, params: Any, variables: Any) -> nnx.Module:
         """The model with these tensors, for one use within a compiled function."""
-        params = fetch_parameters(self.mesh, params, jnp.dtype(self.config.dtype))
+        whole = fetch_parameters(self.mesh, params, jnp.dtype(self.config.dtype))
+        params = with_trained(jax.lax.stop_gradient(whole), self.trained_part(whole))
         return nnx.merge(self.graph, params, variables, copy=True)
+
+    def trained_part(self, params: Any) -> Any:
+        """A tree of all parameters with None in place of those that keep their values."""
+        leaves = flatten(params)
+        kept = {name: leaf if name in self.trained else None for name, leaf in leaves.items()}
+        return unflatten(params, kept)
+
+
+def with_trained(params: Any, trained: Any) -> Any:
+    """The parameters with the values of `Definition.trained_part` in place of their own."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, trained, params, is_leaf=lambda x: x is None
+    )
 
 
 def define(config: ml_collections.ConfigDict, task: Task, channels: int, mesh: Mesh) -> Definition:
     """The `Definition` of a configuration on the devices of a mesh."""
     keys = jax.random.split(jax.random.key(config.seed))
     devices = config.get("batch_norm_group", 0) or mesh.size
-    model = abstract_model(config, task, mesh.size // devices)
-    return Definition(config, task, channels, mesh, *model, *keys)
+    graph, params, variables = abstract_model(config, task, mesh.size // devices)
+    trained = trained_names(config, task, params)
+    return Definition(config, task, channels, mesh, graph, params, variables, trained, *keys)
+
+
+def trained_names(config: ml_collections.ConfigDict, task: Task, params: Any) -> frozenset[str]:
+    """Names of the parameters that the optimizer moves. All others keep their values.
+
+    These are the parameters of a frozen encoder, and biases of convolutions before a batch
+    normalisation. Such a bias is subtracted again with the batch's mean, so its gradient is
+    rounding alone, which Adam and RAdam would scale up to whole steps.
+
+    Args:
+      config: the training configuration.
+      task: the task of `config.task`.
+      params: the model's parameters, arrays or shapes.
+    """
+    names = set(flatten(params))
+    frozen = task.encoder if is_frozen(config) else ()
+    before_norm = {
+        name
+        for name in names
+        if name.endswith("/conv/bias") and f"{name.removesuffix('conv/bias')}norm/bias" in names
+    }
+    return frozenset(name for name in names - before_norm if name.partition("/")[0] not in frozen)
 
 
 def abstract_model(
@@ -166,7 +206,7 @@ def resume(workdir: Path, step: int, template: TrainState) -> TrainState:
 
 
 def count_parameters(params: Any) -> int:
-    """Number of trainable scalars."""
+    """Number of scalars."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
@@ -176,10 +216,10 @@ def evaluation_keys(record_index: jax.Array) -> jax.Array:
     return example_keys(jax.random.key(EVALUATION_SEED), record_index)
 
 
-def abstract_batch(definition: Definition) -> dict[str, Any]:
-    """Shapes of a microbatch."""
+def abstract_batch(definition: Definition, size: int = 0) -> dict[str, Any]:
+    """Shapes of a batch of so many slices; 0 takes the size of a microbatch."""
     config = definition.config
-    size = config.batch_size // config.microbatches
+    size = size or config.batch_size // config.microbatches
     side, targets = config.image_size, definition.task.targets(config)
     shapes = {
         "images": (
@@ -226,10 +266,17 @@ def _schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedu
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ml_collections.ConfigDict, encoder: tuple[str, ...]
+) -> optax.GradientTransformation:
     """RAdam (the authors' release) or AdamW, with optional clipping of the gradient's global norm.
 
-    The encoder's steps are multiplied by `encoder_learning_rate_factor`.
+    It takes the trained parameters alone, so that no other counts in the clipped norm. The
+    encoder's steps are multiplied by `encoder_learning_rate_factor`.
+
+    Args:
+      config: the training configuration.
+      encoder: `Task.encoder`.
     """
     schedule = learning_rate_schedule(config)
     if config.optimizer == "radam":
@@ -246,13 +293,14 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     if config.gradient_clip > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
     if config.encoder_learning_rate_factor != 1:
-        optimizer = optax.chain(optimizer, _scale_encoder(config.encoder_learning_rate_factor))
+        factor = config.encoder_learning_rate_factor
+        optimizer = optax.chain(optimizer, _scale_parts(encoder, factor))
     return optimizer
 
 
-def _scale_encoder(factor: float) -> optax.GradientTransformation:
+def _scale_parts(parts: tuple[str, ...], factor: float) -> optax.GradientTransformation:
     def scale(path, update):
-        return factor * update if path[0].key == "encoder" else update
+        return factor * update if path[0].key in parts else update
 
     return optax.stateless(
         lambda updates, params=None: jax.tree_util.tree_map_with_path(scale, updates)
@@ -266,7 +314,10 @@ def layer_of(name: str) -> str:
 
 
 def layer_norms(gradients: Any) -> dict[str, jax.Array]:
-    """L2 norm of the gradient of each layer's parameters: layer -> float32 scalar."""
+    """L2 norm of the gradient of each layer's parameters: layer -> float32 scalar.
+
+    A layer that is not trained has none.
+    """
     squares: dict[str, jax.Array] = {}
     for name, gradient in flatten(gradients).items():
         square = jnp.sum(jnp.square(gradient.astype(jnp.float32)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ctssl_jax.ops.corruptions import example_keys
+from ctssl_jax.parallel.memory import (
+    compiled_bytes,
+    device_memory,
+    is_out_of_memory,
+    peak_bytes,
+)
 from ctssl_jax.parallel.mesh import replicated, split_along_batch, split_parameters, to_devices
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.training.scoring import Scorer, make_scorer
@@ -26,7 +33,10 @@ from ctssl_jax.training.state import (
     layer_norms,
     make_optimizer,
     split_model,
+    with_trained,
 )
+
+HOPELESS = 1.5  # times the memory of a device: reckoned figures may be a fifth too high
 
 
 def initial_state(definition: Definition) -> TrainState:
@@ -37,10 +47,14 @@ def initial_state(definition: Definition) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         variables=variables,
-        optimizer=make_optimizer(definition.config).init(params),
+        optimizer=_optimizer(definition).init(definition.trained_part(params)),
         sums=zero_sums(definition),
         nonfinite_step=jnp.full((), -1, jnp.int32),
     )
+
+
+def _optimizer(definition: Definition) -> optax.GradientTransformation:
+    return make_optimizer(definition.config, definition.task.encoder)
 
 
 def zero_sums(definition: Definition) -> dict[str, jax.Array]:
@@ -53,7 +67,9 @@ def zero_sums(definition: Definition) -> dict[str, jax.Array]:
     )
     _, (_, sums) = jax.eval_shape(functools.partial(loss_of, definition), *shapes)
     sums["gradient_norm"] = jax.ShapeDtypeStruct((), jnp.float32)  # both are added once a step
-    sums["layer_gradient_norms"] = jax.eval_shape(layer_norms, definition.params)
+    sums["layer_gradient_norms"] = jax.eval_shape(
+        layer_norms, definition.trained_part(definition.params)
+    )
     return zeros_of(sums)
 
 
@@ -85,10 +101,16 @@ def loss_of(
 
 
 def gradients_of(definition: Definition, state: TrainState, batch: dict) -> tuple[TrainState, Any]:
-    """The state with variables and sums of a microbatch, and the gradients of its loss."""
-    (_, (variables, sums)), gradients = jax.value_and_grad(
-        functools.partial(loss_of, definition), has_aux=True
-    )(state.params, state.variables, batch, state.step)
+    """The state with variables and sums of a microbatch, and the gradients of its loss, in the
+    structure of `Definition.trained_part`: what leads to no trained parameter is not computed."""
+
+    def loss(trained: Any) -> tuple:
+        params = with_trained(state.params, trained)
+        return loss_of(definition, params, state.variables, batch, state.step)
+
+    (_, (variables, sums)), gradients = jax.value_and_grad(loss, has_aux=True)(
+        definition.trained_part(state.params)
+    )
     return state.replace(variables=variables, sums=_added(state.sums, sums)), gradients
 
 
@@ -98,12 +120,11 @@ def _added(sums: dict, more: dict) -> dict:
 
 def apply_gradients(definition: Definition, state: TrainState, gradients: Any) -> TrainState:
     """The state after an optimizer step; it keeps the first step that was not finite."""
-    updates, optimizer_state = make_optimizer(definition.config).update(
-        gradients, state.optimizer, state.params
-    )
+    trained = definition.trained_part(state.params)
+    updates, optimizer_state = _optimizer(definition).update(gradients, state.optimizer, trained)
     norm = optax.tree.norm(gradients)
     norms = {"gradient_norm": norm, "layer_gradient_norms": layer_norms(gradients)}
-    params = optax.apply_updates(state.params, updates)
+    params = with_trained(state.params, optax.apply_updates(trained, updates))
     finite = (
         jnp.isfinite(norm)
         & jnp.isfinite(state.sums["loss"])
@@ -141,7 +162,7 @@ class Program:
     definition: the run that they are compiled for.
     template: shape and sharding of each array of the state.
     initial_state: () -> state
-    zero_gradients: () -> zeros in the shapes of the parameters
+    zero_gradients: () -> zeros in the shapes of the trained parameters
     train_step: (state, batch) -> state, for one microbatch
     accumulate: (state, gradients, batch) -> (state, gradients), for more microbatches
     apply_gradients: (state, gradients) -> state
@@ -174,10 +195,8 @@ def make_program(
     definition = define(config, task, channels, mesh)
     everywhere, along_batch = replicated(mesh), split_along_batch(mesh)
     parts = split_parameters(mesh, definition.params)
-    run_once = None
-    # To optimise code that runs once took 28 s; without it, it takes a tenth.
-    if mesh.devices.flat[0].platform == "cpu":
-        run_once = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    trained = definition.trained_part(definition.params)
+    gradient_parts = split_parameters(mesh, trained)
 
     def of_run(function: Callable) -> Callable:
         return functools.partial(function, definition)
@@ -194,9 +213,9 @@ def make_program(
             shardings,
         ),
         initial_state=jax.jit(
-            of_run(initial_state), out_shardings=shardings, compiler_options=run_once
+            of_run(initial_state), out_shardings=shardings, compiler_options=quick_to_compile(mesh)
         ),
-        zero_gradients=jax.jit(functools.partial(zeros_of, definition.params), out_shardings=parts),
+        zero_gradients=jax.jit(functools.partial(zeros_of, trained), out_shardings=gradient_parts),
         train_step=jax.jit(
             of_run(train_step),
             in_shardings=(shardings, along_batch),
@@ -205,13 +224,13 @@ def make_program(
         ),
         accumulate=jax.jit(
             of_run(accumulate),
-            in_shardings=(shardings, parts, along_batch),
-            out_shardings=(shardings, parts),
+            in_shardings=(shardings, gradient_parts, along_batch),
+            out_shardings=(shardings, gradient_parts),
             donate_argnums=(0, 1),
         ),
         apply_gradients=jax.jit(
             of_run(apply_gradients),
-            in_shardings=(shardings, parts),
+            in_shardings=(shardings, gradient_parts),
             out_shardings=shardings,
             donate_argnums=0,
         ),
@@ -222,23 +241,63 @@ def make_program(
     )
 
 
-def compile_step(program: Program) -> tuple[Program, int]:
+def quick_to_compile(mesh: Mesh) -> dict[str, Any] | None:
+    """Options for code that runs once or never: to optimise it took 28 s, ten times as long."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def compile_step(
+    program: Program, *, to_run: bool = True, hopeless: float = HOPELESS
+) -> tuple[Program, int]:
     """Compile the training step ahead of the first batch.
+
+    Args:
+      program: from `make_program`.
+      to_run: False takes less time where that is possible, and gives a slow step.
+      hopeless: a step that is reckoned to need so many times the memory of a device is not
+        compiled: on a GPU XLA would try convolutions of that size.
 
     Returns:
       The program with the compiled step in place, and the bytes a device that XLA expects it to
-      need.
+      need. If the step is not compiled, or XLA refuses to, they are the reckoned ones, and above
+      the memory of a device.
     """
+    available = device_memory(list(program.definition.mesh.devices.flat))
+    traced = trace_step(program)
+    reckoned = reckoned_bytes(program, traced)
+    if available is not None and reckoned > hopeless * available:
+        return program, reckoned
+    options = None if to_run else quick_to_compile(program.definition.mesh)
+    try:
+        compiled = traced.lower().compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:  # TPUs refuse here
+        if available is None or not is_out_of_memory(error):
+            raise
+        return program, max(reckoned, available + 1)
+    name = "train_step" if program.definition.config.microbatches == 1 else "accumulate"
+    return dataclasses.replace(program, **{name: compiled}), compiled_bytes(compiled)
+
+
+def trace_step(program: Program) -> jax.stages.Traced:
+    """The part of the training step that needs the most memory: that of one microbatch."""
     batch, state = abstract_batch(program.definition), program.template
     if program.definition.config.microbatches == 1:
-        compiled = program.train_step.lower(state, batch).compile()
-        program = dataclasses.replace(program, train_step=compiled)
-    else:
-        compiled = program.accumulate.lower(state, state.params, batch).compile()
-        program = dataclasses.replace(program, accumulate=compiled)
-    memory = compiled.memory_analysis()
-    parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-    return program, sum(parts) - memory.alias_size_in_bytes
+        return program.train_step.trace(state, batch)
+    gradients = program.definition.trained_part(state.params)
+    return program.accumulate.trace(state, gradients, batch)
+
+
+def reckoned_bytes(program: Program, traced: jax.stages.Traced) -> int:
+    """Bytes a device that a traced step needs, within about 20 %, without compiling it."""
+    state = jax.tree.leaves(program.template)
+    everywhere = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in state)
+    on_each = sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in state
+    )
+    num_devices = program.definition.mesh.size
+    return on_each + max(0, peak_bytes(traced.jaxpr.jaxpr) - everywhere) // num_devices
 
 
 class Feed:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 import os
 import re
 import time
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.runs.reports import say
+from ctssl_jax.tasks.interface import step_flops
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.compiled_text import Work, count_work
 from ctssl_jax.training.recipe import check_config
@@ -48,9 +50,9 @@ CHIPS = {
     "TPU v6 lite": Chip(32, 1600, 918, 400, 1.75),
 }
 CHIPS["TPU v5p"] = CHIPS["TPU v5"]
+# Sides of a topology and chips of a pod, from the same pages: libtpu compiles for any.
+PODS = {"v4": (3, 4096), "v5e": (2, 256), "v5p": (3, 8960), "v6e": (2, 256)}
 FEWEST_SLICES = 8  # a chip: XLA rewrites convolutions of fewer images, see `rewritten`
-# The reference model at 512 x 512 needs 16 GiB and more a chip for them without recomputation.
-SMALL_MEMORY_GIB = 16
 
 
 def topology_devices(name: str) -> list[Any]:
@@ -62,22 +64,25 @@ def topology_devices(name: str) -> list[Any]:
     Raises:
       InputError: no such topology, or libtpu is missing.
     """
-    found = re.fullmatch(r"(v\d+\w*):(\d+(?:x\d+){1,2})(?::([1-9]\d*))?", name)
-    if not found:
+    found = re.fullmatch(r"(v\w+):([1-9]\d*(?:x[1-9]\d*)+)(?::([1-9]\d*))?", name)
+    kind, shape, num_slices = (found[1], found[2], int(found[3] or 1)) if found else ("", "", 1)
+    sides = [int(side) for side in shape.split("x")] if shape else []
+    num_sides, pod = PODS.get(kind, (0, 0))
+    if len(sides) != num_sides or not 0 < math.prod(sides) <= pod:
         raise InputError(
-            f"--topology={name}: must be KIND:SHAPE or KIND:SHAPE:SLICES, e.g. v5e:4x4, v4:2x2x4, "
-            "v6e:16x16:2"
+            f"--topology={name}: must be KIND:SHAPE or KIND:SHAPE:SLICES: v4 and v5p with three "
+            "sides (v4:2x2x4, at most 4,096 chips; v5p:4x4x4, 8,960), v5e and v6e with two "
+            "(v5e:4x4, v6e:16x16:2; at most 256 chips a slice)"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "--topology needs libtpu, but no TPU: pip install '.[tpu]', on Linux, best in an "
             "environment of its own"
         )
-    kind, shape, num_slices = found[1], found[2], int(found[3] or 1)
     settings: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
     if kind == "v4":  # JAX takes the two cores of a chip as one device there
         settings["chip_config_name"] = "megacore"
-    if set(shape.split("x")) == {"1"}:
+    if math.prod(sides) == 1:
         settings["chips_per_host_bounds"] = [1, 1, 1]
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # asks no server which TPU this machine is
@@ -93,10 +98,10 @@ def topology_devices(name: str) -> list[Any]:
             platform="tpu", topology_name=f"{kind}:{shape}", **settings
         )
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"--topology={name}: libtpu knows no such topology ({reason}); v4 and v5p have three "
-            "sides (2x2x1, 4x4x4), v5e and v6e two (2x2, 4x4, 16x16)"
+            f"--topology={name}: libtpu knows no such topology ({str(error).splitlines()[0]}); "
+            "choose a shape that the documentation of Cloud TPU lists, e.g. 2x2x1, 2x2x4, 4x4x4 "
+            "or 2x2, 2x4, 4x4, 8x8"
         ) from None
     return list(topology.devices)
 
@@ -164,8 +169,6 @@ def advice(config: ml_collections.ConfigDict, mesh: Mesh) -> list[str]:
         better["dtype"] = "bfloat16"
     if slices_a_chip(config, mesh) < FEWEST_SLICES:
         better["batch_size"] = FEWEST_SLICES * mesh.size * config.microbatches
-        if chip.memory_gib <= SMALL_MEMORY_GIB and not config.remat:
-            better["remat"] = True
     if not better:
         return []
     flags = " ".join(f"--config.{name}={value}" for name, value in better.items())
@@ -191,13 +194,14 @@ def compile_ahead(program: Program) -> Any:
     try:
         if config.microbatches == 1:
             return program.train_step.lower(state, batch).compile()
-        return program.accumulate.lower(state, state.params, batch).compile()
+        gradients = program.definition.trained_part(state.params)
+        return program.accumulate.lower(state, gradients, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG]) hbm", str(error))
-        if not used:
+        sizes = re.findall(r"\b([\d.]+[KMGT])\b", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not re.search("hbm", str(error), re.I):
             raise
         raise InputError(
-            f"the step needs {used[1]}iB of the {used[2]}iB that a chip "
+            f"the step needs {sizes[0]}iB of the {sizes[1]}iB that a chip "
             f"({mesh.devices.flat[0].device_kind}) has for it; {_with_less_memory(config, mesh)}"
         ) from None
 
@@ -239,7 +243,7 @@ def lines(program: Program, memory: Any, work: Work) -> list[str]:
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     operations, traffic = work.operations / slices, work.traffic / slices
     unit, name_of_unit = (1e12, "TFLOP") if operations > 1e11 else (1e9, "GFLOP")
-    of_model = 3 * program.definition.task.flops(config)
+    of_model = step_flops(program.definition.task, config)
     by_compute, by_memory = (
         1000 * operations / (1e12 * chip.peak),
         1000 * traffic / (1e9 * chip.memory_speed),

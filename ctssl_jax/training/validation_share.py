@@ -6,16 +6,12 @@ import ml_collections
 import numpy as np
 
 from ctssl_jax.data.slices import NeighbourSource
-from ctssl_jax.tasks.interface import Task
+from ctssl_jax.tasks.interface import Task, step_flops
 
-# Forward passes that a training slice costs: its own, and about two for the backward pass.
-STEP_COST = 3.0
 LARGEST_SHARE = 0.05
 
 
-def reckoned_share(
-    config: ml_collections.ConfigDict, num_slices: int, step_cost: float = STEP_COST
-) -> float:
+def reckoned_share(config: ml_collections.ConfigDict, task: Task, num_slices: int) -> float:
     """Share of the time in validations, counted in forward passes of the model.
 
     A validation comes every `eval_every` steps and after the last one. It scores whole batches, and
@@ -23,8 +19,8 @@ def reckoned_share(
 
     Args:
       config: a recipe.
+      task: the task of `config.task`.
       num_slices: slices of a validation.
-      step_cost: forward passes that a training slice costs.
 
     Returns:
       Share in [0, 1). Reading, compiling and writing files are not in it.
@@ -32,7 +28,9 @@ def reckoned_share(
     part = config.batch_size // config.microbatches
     number = math.ceil(config.num_steps / config.eval_every)
     validation = number * (math.ceil(num_slices / part) + 1) * part
-    return validation / (validation + config.num_steps * config.batch_size * step_cost)
+    # three for a training slice, less where the encoder is frozen
+    passes = step_flops(task, config) / task.flops(config)
+    return validation / (validation + config.num_steps * config.batch_size * passes)
 
 
 def line(
@@ -47,7 +45,7 @@ def line(
       source: the validation split.
       items: its items that a validation scores.
     """
-    share = reckoned_share(config, len(items))
+    share = reckoned_share(config, task, len(items))
     of_patients = len(np.unique(source.patients[items]))
     text = (
         f"validation   {len(items):,} of {len(source):,} slices, of {of_patients:,} of "
@@ -56,8 +54,9 @@ def line(
     )
     part = config.batch_size // config.microbatches
     fewer = (len(items) - 1) // part * part
-    while fewer > 0 and reckoned_share(config, fewer) > LARGEST_SHARE:
+    while fewer > 0 and reckoned_share(config, task, fewer) > LARGEST_SHARE:
         fewer -= part
     if share > LARGEST_SHARE and fewer > 0:
-        text += f"; --config.validation_slices={fewer} makes it {reckoned_share(config, fewer):.1%}"
+        less = reckoned_share(config, task, fewer)
+        text += f"; --config.validation_slices={fewer} makes it {less:.1%}"
     return text

@@ -8,7 +8,6 @@ pseudonyms of the patients that it was trained on.
 """
 
 import collections
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +19,10 @@ from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.runs.checkpoints import stored_shapes
 from ctssl_jax.runs.reports import say
 from ctssl_jax.runs.run import Run
-from ctssl_jax.torch_bridge import imagenet_weights
+from ctssl_jax.torch_bridge import imagenet_weights, manifests
+from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
-from data_prep.system.files import write_json
+from data_prep.system.files import file_sha256, write_json
 
 
 class WarmStart(NamedTuple):
@@ -48,10 +48,21 @@ class WarmStart(NamedTuple):
 
 
 class WeightFile(NamedTuple):
-    """Weights of `config.init_weights`, and the file's SHA-256."""
+    """Weights of `config.init_weights`.
+
+    path: the file.
+    sha256: of the file.
+    ancestors, allowed_overlap: as `WarmStart`. Published ImageNet weights have no ancestors.
+    """
 
     path: str
     sha256: str
+    ancestors: list[dict]
+    allowed_overlap: str = ""
+
+
+# `patients.json` of weights whose patients nobody knows: no dataset has this key.
+_UNKNOWN_PATIENTS = {"key_fingerprint": "unknown", "train": [], "validation": []}
 
 
 def in_scope(name: str, scope: str) -> bool:
@@ -84,24 +95,88 @@ def open_other_run(config: ml_collections.ConfigDict) -> Run:
     return Run.open(config.init_from)
 
 
-def check_weight_file(config: ml_collections.ConfigDict, template: Any) -> WeightFile:
-    """Refuse a `config.init_weights` that does not fit the model.
+def open_weight_file(
+    config: ml_collections.ConfigDict,
+    dataset: Dataset,
+    windows: list[tuple[float, float]],
+    template: Any,
+) -> WeightFile:
+    """Check that the weights of `config.init_weights` fit, and find out what they learned from.
+
+    Exports do not name patients. So only those of runs on the very dataset of the new run are known
+    to have learned from its training patients alone.
 
     Args:
       config: the new run's configuration.
+      dataset: the dataset of the new run.
+      windows: (level, width) in HU of each channel of the new run.
       template: tree with `params` and `variables` of the new model (arrays or shapes).
 
     Raises:
-      InputError: tensors are missing, extra or of another shape, or `config.init_from` names
-        weights, too.
+      InputError: tensors are missing, extra or of another shape, an export with other windows or
+        grey scale, or `config.init_from` names weights, too.
     """
     if config.init_from:
         raise InputError("config.init_weights and config.init_from: give one of them, not both")
     path = config.init_weights
-    imagenet_weights.load_state_dict(
+    loaded = imagenet_weights.load_state_dict(
         imagenet_weights.read_file(path), flatten(template), head=False
     )
-    return WeightFile(path, hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    sha256 = file_sha256(Path(path))
+    facts = manifests.facts_of(Path(path), "config.init_weights")
+    if facts is None:
+        return WeightFile(path, sha256, _ancestors_of_file(sha256, len(loaded)))
+    grey = facts["preprocessing"]
+    theirs = [(float(level), float(width)) for level, width in grey["windows"]]
+    _check_grey_values(config, f"init_weights={path}", theirs, grey.get("normalize"), windows)
+    training, known = facts["training"], _patients_of(dataset)
+    exported = {
+        "recipe": training.get("recipe", "unknown"),
+        "task": training["task"],
+        "checkpoint_step": training["checkpoint_step"],
+        "seed": training["config"].get("seed", 0),
+        "scope": "model",
+        "num_tensors_moved": len(loaded),
+        "dataset_fingerprint": facts["data"].get("dataset_fingerprint", "unknown"),
+    }
+    runs = [*training.get("init_from", []), exported]
+    begun = training.get("init_weights_sha256", "")
+    unrecorded = [] if not begun or training.get("init_from") else _ancestors_of_file(begun, 0)
+    ancestors = [
+        {**run, "patients": known.get(run.get("dataset_fingerprint"), _UNKNOWN_PATIENTS)}
+        for run in runs
+    ]
+    return WeightFile(path, sha256, [*unrecorded, *ancestors])
+
+
+def _patients_of(dataset: Dataset) -> dict[str, dict]:
+    """Fingerprint of the dataset -> `patients.json` of a run on it."""
+    patients = {
+        split: sorted({volume["patient_id"] for volume in dataset.volumes(split)})
+        for split in ("train", "validation")
+    }
+    key = dataset.preparation["key_fingerprint"]
+    return {dataset.fingerprint: {"key_fingerprint": key, **patients}}
+
+
+def _ancestors_of_file(sha256: str, num_tensors: int) -> list[dict]:
+    """The entry of `ancestors.json` for weights of another program; none for published ImageNet
+    weights, which learned from photographs."""
+    if sha256.startswith(imagenet_weights.PUBLISHED):
+        return []
+    return [
+        {
+            "recipe": "weights of a file",
+            "task": "unknown",
+            "checkpoint_step": 0,
+            "seed": 0,
+            "scope": "model",
+            "num_tensors_moved": num_tensors,
+            "dataset_fingerprint": "unknown",
+            "sha256": sha256,
+            "patients": _UNKNOWN_PATIENTS,
+        }
+    ]
 
 
 def find(
@@ -123,7 +198,10 @@ def find(
         chosen = run.choose_checkpoint(str(config.init_checkpoint))
     except InputError as error:
         raise InputError(f"config.init_from: {error}") from None
-    _check_grey_values(config, run, windows)
+    channels = slices.select_channels(run.preparation, run.config.windows)
+    theirs = slices.selected_windows(run.preparation, channels)
+    where = f"init_from={config.init_from}"
+    _check_grey_values(config, where, theirs, run.config.normalize, windows)
     stored = stored_shapes(run.workdir, chosen.step)
     moved, kept, left = _match(config.init_from, stored, flatten(template), config.init_scope)
     ancestor = {
@@ -136,29 +214,33 @@ def find(
         "dataset_fingerprint": run.preparation["fingerprint"],
         "patients": run.patients,
     }
-    return WarmStart(run, chosen.step, moved, kept, left, [*run.ancestors, ancestor])
+    # Earlier versions did not list a file of weights among the ancestors.
+    begun = run.training_data.get("init_weights_sha256", "")
+    unrecorded = [] if not begun or run.ancestors else _ancestors_of_file(begun, 0)
+    return WarmStart(run, chosen.step, moved, kept, left, [*unrecorded, *run.ancestors, ancestor])
 
 
 def _check_grey_values(
-    config: ml_collections.ConfigDict, run: Run, windows: list[tuple[float, float]]
+    config: ml_collections.ConfigDict,
+    where: str,
+    run_windows: list[tuple[float, float]],
+    normalize: str,
+    windows: list[tuple[float, float]],
 ) -> None:
     """Refuse grey values that mean other HU than in the other run: its encoder is useless there."""
-    workdir = config.init_from
-    channels = slices.select_channels(run.preparation, run.config.windows)
-    run_windows = slices.selected_windows(run.preparation, channels)
     if windows != run_windows:
         have, want = (
             ", ".join(f"{level:g}/{width:g}" for level, width in pairs)
             for pairs in (run_windows, windows)
         )
         raise InputError(
-            f"config.init_from={workdir} was trained on level/width {have}, this run reads {want}; "
+            f"config.{where} was trained on level/width {have}, this run reads {want}; "
             "set config.windows to the former (on a dataset that has it), or start from another run"
         )
-    if run.config.normalize != config.normalize:
+    if normalize != config.normalize:
         raise InputError(
-            f"config.init_from={workdir} was trained with normalize={run.config.normalize}; set "
-            f"--config.normalize={run.config.normalize}"
+            f"config.{where} was trained with normalize={normalize}; set "
+            f"--config.normalize={normalize}"
         )
 
 
@@ -205,7 +287,7 @@ def _match(
 
 def check_leakage(
     config: ml_collections.ConfigDict,
-    warm_start: WarmStart,
+    source: WarmStart | WeightFile,
     key_fingerprint: str,
     held_out: set[str],
 ) -> str:
@@ -213,7 +295,7 @@ def check_leakage(
 
     Args:
       config: the new run's configuration; `leakage` says which overlap is allowed.
-      warm_start: the weights that it starts from.
+      source: the weights that it starts from.
       key_fingerprint: of the pseudonym key of the new run's dataset.
       held_out: pseudonyms of the dataset's validation and test patients.
 
@@ -224,7 +306,9 @@ def check_leakage(
       InputError: such patients occur, or the data sets cannot be compared, and `config.leakage`
         does not allow it.
     """
-    learned_from = [ancestor["patients"] for ancestor in warm_start.ancestors]
+    learned_from = [ancestor["patients"] for ancestor in source.ancestors]
+    of_file = isinstance(source, WeightFile)
+    where = f"init_weights={source.path}" if of_file else f"init_from={config.init_from}"
     unknown = [patients["key_fingerprint"] != key_fingerprint for patients in learned_from]
     comparable = [
         patients for patients, other in zip(learned_from, unknown, strict=True) if not other
@@ -232,10 +316,16 @@ def check_leakage(
     seen = {patient for patients in comparable for patient in patients["train"]} & held_out
     if seen and config.leakage != "allow":
         raise InputError(
-            f"config.init_from={config.init_from}: {len(seen)} of the {len(held_out)} validation "
+            f"config.{where}: {len(seen)} of the {len(held_out)} validation "
             "and test patients of config.dataset were in the training data of these weights, so "
             "its results would not be of held-out patients; pretrain without them (the same "
             "--pseudonym_key_file and splits), or --config.leakage=allow, which results will say"
+        )
+    if any(unknown) and config.leakage == "refuse" and of_file:
+        raise InputError(
+            f"config.{where}: whether these weights were learned from validation or test patients "
+            "of config.dataset cannot be told; give the run itself as config.init_from, or weights "
+            "of ImageNet as published, or --config.leakage=allow_unchecked, which results will say"
         )
     if any(unknown) and config.leakage == "refuse":
         raise InputError(
@@ -279,12 +369,12 @@ def begin(
     """The initial state with the weights of the warm start, if there is one."""
     if isinstance(source, WeightFile):
         state = imagenet_weights.load_into(state, source.path)
-        say(f"start        weights of {source.path}")
+        say(f"start        weights of {source.path}, pooling {config.model.pooling}")
     elif source is not None:
         state = move(source, state)
         _say_moved(source)
-        if source.allowed_overlap:
-            say(f"WARNING      config.leakage={config.leakage}: {source.allowed_overlap}")
+    if source is not None and source.allowed_overlap:
+        say(f"WARNING      config.leakage={config.leakage}: {source.allowed_overlap}")
     return state
 
 
@@ -293,6 +383,7 @@ def record(source: WarmStart | WeightFile | None, workdir: Path) -> None:
     names, ancestors = {}, []
     if isinstance(source, WarmStart):
         names = {"moved": source.moved, "initialised": source.kept, "left_behind": source.left}
+    if source is not None and source.ancestors:
         ancestors = list(source.ancestors)
         ancestors[-1] = {**ancestors[-1], "leakage_let_pass": source.allowed_overlap}
     write_json(workdir / "ancestors.json", ancestors)

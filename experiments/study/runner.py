@@ -76,6 +76,11 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
         code = process.wait()
     if requests or code == command_line.EXIT_START_AGAIN:
         raise StartAgain(_stopped(title))
+    if code == -signal.SIGKILL:
+        raise RunFailed(
+            f"stage '{title}' was killed, probably since memory ran out; give it a smaller batch "
+            "size or more memory, and run the same command again"
+        )
     if code:
         failure = InputError if code == command_line.EXIT_INPUT else RunFailed
         raise failure(f"stage '{title}' ended with exit code {code}; its message stands above")

@@ -465,9 +465,8 @@ def test_weights_of_a_file_are_where_the_training_starts(labelled, tmp_path):
         value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value
         tensors[f"{block}.{layer}.{names[last]}"] = torch.tensor(np.ascontiguousarray(value))
     torch.save(tensors, tmp_path / "weights.pth")
-    config = tiny_recipe(
-        labelled, "pe_se_resnext", **SHORT, **fields, init_weights=str(tmp_path / "weights.pth")
-    )
+    named = {"init_weights": str(tmp_path / "weights.pth"), "leakage": "allow_unchecked"}
+    config = tiny_recipe(labelled, "pe_se_resnext", **SHORT, **fields, **named)
     assert train_on(config, tmp_path / "run")
     start, given = begun_state(tmp_path / "run"), saved_state(tmp_path / "other")
     model = [name for name in start if name.split("/")[0] in ("params", "variables")]
@@ -481,6 +480,8 @@ def test_weights_of_a_file_are_where_the_training_starts(labelled, tmp_path):
     assert len(result["init_weights_sha256"]) == 64 and str(tmp_path) not in json.dumps(
         result["config"]
     )
+    assert result["num_patients_seen_in_training"] is None
+    assert "overlap with the training data of the initial weights could not be" in table(result)
     assert train_on(config, tmp_path / "run")  # started again: what it began from is still known
     assert evaluate(tmp_path / "run", None, "test", tmp_path / "result.json")["init_weights_sha256"]
     del tensors["layer1.0.conv1.weight"]

@@ -183,7 +183,7 @@ def test_only_the_segmentation_says_whose_scan_it_is(runs, scan, tmp_path):
 def test_probabilities_are_those_of_the_evaluated_model(runs):
     """More slices than a batch, on eight devices: equal to what the task computes, slice by
     slice."""
-    model = pretrained.load(runs / "nodules")
+    model = pretrained.load(runs / "nodules", batch_size=8)
     brightest = np.linspace(20, 255, 22).astype(int)[:, None, None, None]
     images = np.random.default_rng(0).integers(0, brightest, (22, 32, 32, 1), np.uint8)
     assert len(images) > model.batch_size

@@ -1,6 +1,7 @@
 """Residual blocks run as one loop (scan) give what the unrolled ones give, under the same names."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -97,3 +98,17 @@ def test_scan_keeps_types_in_bfloat16():
     plain = jax.eval_shape(functools.partial(training_step, graph), *state)
     graph, *state = build("autoencoder", dtype="bfloat16", scan=True)
     assert jax.eval_shape(functools.partial(training_step, graph), *state) == plain
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_recomputation_takes_no_statistics_again(scan):
+    """On many devices it would wait for all of them again. Convolutions and norms are repeated."""
+    counts = []
+    for remat in (False, True):
+        graph, *state = build("autoencoder", remat=remat, scan=scan)
+        lowered = training_step.trace(graph, *state).lower(lowering_platforms=("tpu",))
+        operations = re.findall(r"stablehlo\.(\w+)", lowered.as_text())
+        counts.append([operations.count(name) for name in ("convolution", "rsqrt", "reduce")])
+    (convolutions, norms, sums), again = counts
+    blocks = 2 if scan else 4  # of encoder and decoder, two each
+    assert again == [convolutions + blocks, norms + blocks, sums]

@@ -84,25 +84,26 @@ def test_a_copy_of_the_parameters_in_two_slices_is_refused():
         arrange_devices(DEVICES["two slices of v5e 4x4"], 32)
 
 
-@pytest.mark.parametrize("fsdp_devices", [2, 8])
-def test_a_step_on_such_a_mesh_is_that_of_one_device(fsdp_devices, tiny_dataset):
-    """Eight devices in groups that share a copy; what XLA compiles for them needs no GPU or TPU."""
-    settings = {"model.hidden": (16, 32), "optimizer": "adamw", "dtype": "float32"}
+def test_a_step_on_two_groups_of_devices_is_that_of_one_device(tiny_dataset):
+    """What XLA compiles for GPUs and TPUs, on simulated devices; each group shares one copy."""
     shuffled = [jax.devices()[i] for i in np.random.default_rng(1).permutation(8)]
-    states = []
-    for devices, group in ((jax.devices()[:1], 1), (shuffled, fsdp_devices)):
-        config = tiny_config(tiny_dataset, **settings, fsdp_devices=group)
-        program = make_program(config, get_task(config.task), 1, make_mesh(devices, group))
-        batch = {
-            "images": np.random.default_rng(0).integers(0, 255, (8, 1, 16, 16, 1), np.uint8),
-            "record_index": np.arange(8, dtype=np.int32),
-            "weight": np.ones(8, np.float32),
-        }
-        state = program.train_step(
-            program.initial_state(), to_devices(program.definition.mesh, batch)
+    images = np.random.default_rng(0).integers(0, 255, (8, 1, 16, 16, 1), np.uint8)
+    numbers, weight = np.arange(8, dtype=np.int32), np.ones(8, np.float32)
+    batch = {"images": images, "record_index": numbers, "weight": weight}
+    start, results = None, []
+    for devices, fsdp_devices in ((jax.devices()[:1], 1), (shuffled, 4)):
+        mesh = make_mesh(devices, fsdp_devices)
+        config = tiny_config(
+            tiny_dataset, **{"model.hidden": (16, 32), "fsdp_devices": fsdp_devices}
         )
-        states.append(jax.device_get((state.sums["loss"], state.sums["layer_gradient_norms"])))
-    (one_loss, one), (loss, norms) = states
+        program = make_program(config, get_task(config.task), 1, mesh)
+        start = jax.device_get(program.initial_state()) if start is None else start
+        state = jax.tree.map(
+            lambda leaf, like: jax.device_put(leaf, like.sharding), start, program.template
+        )
+        state = program.train_step(state, to_devices(mesh, batch))
+        results.append(jax.device_get((state.sums["loss"], state.sums["layer_gradient_norms"])))
+    (one_loss, one), (loss, norms) = results
     assert loss == pytest.approx(one_loss, rel=1e-5)
     assert norms == {name: pytest.approx(norm, rel=1e-3) for name, norm in one.items()}
 

@@ -30,10 +30,10 @@ from tests.helpers.training_runs import (
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
 pytest.importorskip("safetensors", reason="safetensors is not installed: pip install '.[torch]'")
 
-from ctssl_jax.release import exporting, importing, onnx_file, parity  # noqa: E402
+from ctssl_jax.release import exporting, onnx_file, parity  # noqa: E402
 from ctssl_jax.release.exporting import export  # noqa: E402
 from ctssl_jax.release.importing import import_weights  # noqa: E402
-from ctssl_jax.torch_bridge import ctssl_torch  # noqa: E402
+from ctssl_jax.torch_bridge import ctssl_torch, manifests  # noqa: E402
 
 ALL = ("torch", "safetensors")
 WINDOWS = [[50.0, 350.0]]
@@ -87,7 +87,7 @@ def test_folder(exported, runs, tiny_dataset):
         )
     }
     manifest = json.loads((exported / "manifest.json").read_text())
-    assert manifest["format_version"] == ctssl_torch.FORMAT_VERSION == importing.FORMAT_VERSION
+    assert manifest["format_version"] == ctssl_torch.FORMAT_VERSION == manifests.FORMAT_VERSION
     assert manifest["license"] == "CC0-1.0" and manifest["architecture"] == "VQVAE"
     assert (
         manifest["preprocessing"]["windows"] == WINDOWS

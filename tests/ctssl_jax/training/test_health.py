@@ -16,7 +16,7 @@ from ctssl_jax.training import health
 from ctssl_jax.training.state import layer_norms, layer_of
 from ctssl_jax.training.step import make_program, run_step, take_report
 from data_prep.dataset.reader import Dataset
-from tests.helpers.training_runs import losses, tiny_config, train_on
+from tests.helpers.training_runs import EMA, losses, tiny_config, tiny_recipe, train_on
 
 
 def rank_of(embeddings, batch=7):
@@ -105,14 +105,37 @@ HEALTHY = {
     ],
 )
 def test_warnings(change, norms, found):
-    said = health.warnings(HEALTHY | change, norms)
+    said = health.warnings(tiny_config("data"), HEALTHY | change, norms)
     assert len(said) == len(found)
     for line, start in zip(said, found, strict=True):
         assert line.startswith(start) and "\n" not in line
 
 
 def test_a_classifier_has_no_codebook_to_collapse():
-    assert health.warnings({"effective_rank": 5.0, "embedding_dim": 64}) == []
+    config = tiny_recipe("data", "rotation")
+    assert health.warnings(config, {"effective_rank": 5.0, "embedding_dim": 64}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "on", "remedy"),
+    [
+        ({}, {}, "vq_update=ema --config.model.vq_init=data --config.model.vq_revive_every=50"),
+        ({}, {"model.vq_update": "ema"}, "run --config.model.vq_init=data --config.model.vq_rev"),
+        ({}, {**EMA, "model.vq_init": "uniform"}, "run --config.model.vq_init=data keeps"),
+        ({}, {**EMA, "model.vq_revive_every": 0}, "run --config.model.vq_revive_every=50 keeps"),
+        ({}, EMA, "is on already: in a new run try a smaller config.model.num_codes"),
+        ({"effective_rank": 1.0}, {}, "; try a lower config.learning_rate"),
+        (
+            {"effective_rank": 1.0},
+            {"encoder_learning_rate_factor": 0.0},
+            "; it is frozen: in a new run give it other weights by config.init_from",
+        ),
+    ],
+)
+def test_a_warning_names_only_settings_that_are_not_on(change, on, remedy):
+    use = HEALTHY | (change or {"perplexity": 1.2})
+    (line,) = health.warnings(tiny_config("data", **on), use)
+    assert remedy in line
 
 
 def test_gradient_norms_of_layers_are_means_over_steps(tiny_dataset):

@@ -8,7 +8,6 @@ import re
 import types
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -41,7 +40,13 @@ def test_loops_are_counted_as_often_as_they_run():
     assert topology.rewritten(work, 4) and not topology.rewritten(work, 8)
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "4x4", "v5litepod-16", "v5e:4x4:0", "H100:8x2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("v5e", "v5e:4", "4x4", "v5litepod-16", "v5e:4x4:0", "H100:8x2", "v9:2x2", "v5e:0x2"),
+        *("v5e:2x2x2", "v5p:4x4", "v6e:16x32"),  # other sides; more chips than a pod has
+    ],
+)
 def test_a_name_of_another_form_is_refused(name):
     with pytest.raises(InputError, match=rf"--topology={name}: must be KIND:SHAPE .*v5e:4x4"):
         topology_devices(name)
@@ -56,7 +61,7 @@ def test_without_libtpu_the_package_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "settings", "better"),
     [
-        ("TPU v5 lite", {}, "--config.dtype=bfloat16 --config.batch_size=128 --config.remat=True"),
+        ("TPU v5 lite", {}, "--config.dtype=bfloat16 --config.batch_size=128"),
         ("TPU v6 lite", {"dtype": "bfloat16"}, "--config.batch_size=128"),
         ("TPU v4", {"dtype": "bfloat16", "microbatches": 2}, "--config.batch_size=256"),
         ("TPU v4", {"batch_size": 128}, "--config.dtype=bfloat16"),
@@ -74,9 +79,9 @@ def test_a_run_on_tpus_is_told_of_better_settings(kind, settings, better):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v5e:5x3", "v9:2x2", "v4:2x2", "v6e:300x300"])
-def test_a_shape_that_no_pod_has_is_refused(name):
-    with pytest.raises(InputError, match=f"^--topology={name}: .*three sides") as refusal:
+@pytest.mark.parametrize("name", ["v5e:5x3", "v5p:3x3x3"])
+def test_a_shape_that_no_host_has_is_refused(name):
+    with pytest.raises(InputError, match=f"^--topology={name}: libtpu knows no such") as refusal:
         topology_devices(name)
     assert "\n" not in str(refusal.value)
 
@@ -103,11 +108,21 @@ def test_a_small_step_is_compiled_for_two_slices(capsys):
         assert re.search(f"^{line} ", printed, re.M), line
     assert "4 slices a chip are few" in printed and "--config.batch_size=64" in printed
     number = int(re.search(r"(\d+) all-reduce", printed)[1])
-    assert jax.devices()[0].platform == "cpu"
     config.batch_norm_group = 1
     estimate_topology(config, "v5e:2x2:2")
     fewer = int(re.search(r"(\d+) all-reduce", capsys.readouterr().out)[1])
-    assert fewer <= number - 2 * 11  # once forwards and once backwards a layer
+    # Once forwards and once backwards a layer, of which XLA merges some; then the gradients alone.
+    assert number > 15 and fewer < 6
+
+
+@needs_libtpu
+def test_a_step_that_does_not_fit_is_one_line_with_a_setting_that_needs_less():
+    config = tiny_config("", batch_size=2**22, dtype="bfloat16", remat=True)
+    with pytest.raises(
+        InputError, match=r"^the step needs [\d.]+GiB of the 15.75GiB .*2097152,"
+    ) as no:
+        estimate_topology(config, "v5e:2x2")
+    assert "\n" not in str(no.value)
 
 
 @needs_libtpu

@@ -94,7 +94,7 @@ def test_run_directory_and_start_up_report(tiny_dataset, tmp_path, capsys):
     printed = capsys.readouterr().out
     for word in (
         "devices ",
-        "trainable parameters",
+        " trained",
         "GFLOP a slice",
         "microbatch",
         "XLA expects",

@@ -82,7 +82,7 @@ def test_eight_devices_give_the_loss_curve_of_one(settings, tiny_dataset, source
 
 
 def test_one_step_moves_every_parameter(tiny_dataset, source, program_of):
-    """Named exceptions: biases before a batch normalisation have no gradient, and codes that no
+    """Named exceptions: biases before a batch normalisation are not trained, and codes that no
     latent chose stay."""
     config = tiny_config(tiny_dataset, optimizer="adamw", weight_decay=0.0)
     program = program_of(config, 1, "adamw")
@@ -90,7 +90,8 @@ def test_one_step_moves_every_parameter(tiny_dataset, source, program_of):
     state, reports = run(program, config, source, 1)
     after = flatten(jax.device_get(state.params))
     unmoved = {name for name in before if np.array_equal(before[name], after[name])}
-    assert {name for name in unmoved if not name.endswith("conv/bias")} == set()
+    assert unmoved == before.keys() - program.definition.trained
+    assert {name.split("/")[-2] + "/" + name.split("/")[-1] for name in unmoved} == {"conv/bias"}
     assert any(name.startswith("encoder") for name in before) and any(
         name.startswith("decoder") for name in before
     )
@@ -216,7 +217,7 @@ def test_learning_rate_schedules(tiny_dataset):
 
 def test_gradient_clipping_bounds_the_update(tiny_dataset):
     config = tiny_config(tiny_dataset, optimizer="adamw", gradient_clip=1e-3)
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, encoder=())
     params = {"a": jnp.zeros(3)}
     state = optimizer.init(params)
     _, state = optimizer.update({"a": jnp.full(3, 1e6)}, state, params)

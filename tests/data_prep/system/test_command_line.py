@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,42 @@ def test_a_signal_stops_and_the_second_ends_at_once(number):
 def test_under_nohup_a_closed_terminal_stops_nothing():
     process = start("signal.raise_signal(signal.SIGHUP); print('finished')", prefix=("nohup",))
     assert process.communicate()[0] == "finished\n" and process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_before_the_work_a_signal_ends_at_once_also_while_c_computes(number):
+    program = (
+        "from data_prep.system import early_stop; early_stop.leave_at_once(); import hashlib; "
+        "print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == "stopped; run the same command again to continue\n"
+    assert process.returncode == 75
+
+
+def test_a_command_hears_a_signal_before_its_imports():
+    """Once Linux shows that the signal is caught, it ends with 75, however early that is."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "ctssl_jax.train",
+            "--config=configs/masked_region.py",
+            "--workdir=x",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while True:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+        if caught & (1 << signal.SIGTERM - 1):
+            break
+    imported = Path(f"/proc/{process.pid}/maps").read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1] == "stopped; run the same command again to continue\n"
+    assert process.returncode == 75 and "jaxlib" not in imported
