@@ -20,8 +20,6 @@ if __name__ == "__main__":  # the imports below take their time
 
     early_stop.leave_at_once()
 
-from pathlib import Path
-
 from absl import flags
 
 from ctssl_jax.inference import scan_flags
@@ -64,8 +62,9 @@ def start(flag_values: flags.FlagValues) -> None:
         if not flag_values[name].value:
             raise InputError(f"give --{name}")
     from data_prep.dataset.schema import PREPARATION_FILE
+    from data_prep.raw.scans import local_input
 
-    if (Path(flag_values.input).expanduser() / PREPARATION_FILE).is_file():
+    if (local_input(flag_values.input) / PREPARATION_FILE).is_file():
         for name in _FLAGS_OF_RAW_SCANS:
             if flag_values[name].present:
                 raise InputError(

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # the imports below take their time
 
     early_stop.leave_at_once()
 
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -24,6 +23,7 @@ from ml_collections import config_flags
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
+from data_prep.system.stores import local_path
 
 
 def define_flags() -> None:
@@ -61,7 +61,8 @@ def start(values: flags.FlagValues) -> None:
     from ctssl_jax.release.importing import import_weights
     from ctssl_jax.torch_bridge.manifests import find_manifest
 
-    is_export = find_manifest(Path(values.checkpoint), "--checkpoint") is not None
+    checkpoint = local_path(values.checkpoint, "--checkpoint")
+    is_export = find_manifest(checkpoint, "--checkpoint") is not None
     config = None if is_export else _recipe(values, windows)
     number = import_weights(values.checkpoint, values.workdir, config, windows)
     print(f"{number} tensors of {values.checkpoint} are in {values.workdir}")

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # the imports below take their time
     early_stop.leave_at_once()
 
 import csv
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -63,10 +62,9 @@ def main(argv: list[str]) -> int:
     for note in notes_on_parts(dataset):
         print(f"NOTE {note}")
     named = FLAGS.dataset.rstrip("/")
-    output_dir = Path(
-        FLAGS.output_dir
-        or f"{named.rsplit('/', 1)[-1] if stores.is_url(named) else named}-description"
-    )
+    named = named.rsplit("/", 1)[-1] if stores.is_url(named) else named
+    output_dir = FLAGS.output_dir or f"{named}-description"
+    output_dir = stores.local_path(output_dir, "--output_dir", "choose a folder here")
     make_folder(output_dir, "--output_dir")
     columns = ("group", "item", "value")
     cells = [dict(zip(columns, row, strict=True)) for row in rows]
@@ -90,6 +88,7 @@ def _verify(dataset: "Dataset") -> list[str]:
     from data_prep.dataset.verify import verify
     from data_prep.privacy.leaks import find_leaks
     from data_prep.scan.remote_archives import archive_directory
+    from data_prep.system import stores
     from data_prep.system.workers import WorkerPool, usable_cores
 
     with WorkerPool(FLAGS.num_workers or usable_cores()) as pool:
@@ -102,7 +101,8 @@ def _verify(dataset: "Dataset") -> list[str]:
                 raise InputError(
                     f"--input_dir={input_dir}: no such directory; give the folder of the scans"
                 )
-            leaks = find_leaks(dataset, input_dir, Path(FLAGS.audit_dir), pool)
+            audit_dir = stores.local_path(FLAGS.audit_dir, "--audit_dir")
+            leaks = find_leaks(dataset, input_dir, audit_dir, pool)
             if not leaks:
                 print("Verified: no identifying value of the source headers occurs in the dataset.")
             problems += leaks

@@ -23,11 +23,9 @@ if __name__ == "__main__":  # the imports below take their time
 
     early_stop.leave_at_once()
 
-from pathlib import Path
-
 from absl import flags
 
-from data_prep.system import command_line
+from data_prep.system import command_line, stores
 
 FLAGS = flags.FLAGS
 
@@ -37,8 +35,10 @@ def main(argv: list[str]) -> int:
     from data_prep.dataset.reader import Dataset
     from data_prep.dataset.schema import PREPARATION_FILE, summary_text
 
-    output_dir = Path(FLAGS.output_dir).expanduser()
-    parts = [Dataset.open(Path(name)) for name in FLAGS.datasets if name]
+    output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", "choose a folder here")
+    remedy = "fetch it first: python -m data_prep.fetch"
+    names = [stores.local_path(name, "--datasets", remedy) for name in FLAGS.datasets if name]
+    parts = [Dataset.open(name) for name in names]
     preparation, changed = merge(parts, output_dir, FLAGS.link)
     print(summary_text(preparation, changed, output_dir))
     options = dict.fromkeys(name for part in preparation["parts"] for name in part["options"])

@@ -31,11 +31,10 @@ if __name__ == "__main__":  # the imports below take their time
     early_stop.leave_at_once()
 
 import os
-from pathlib import Path
 
 from absl import flags
 
-from data_prep.system import command_line
+from data_prep.system import command_line, stores
 
 FLAGS = flags.FLAGS
 
@@ -47,7 +46,8 @@ def main(argv: list[str]) -> int:
     options = Options(
         FLAGS.seed, FLAGS.image_size, FLAGS.num_slices, FLAGS.slice_spacing_mm, FLAGS.layout
     )
-    count = make_archive(Path(FLAGS.output_dir), FLAGS.num_patients, options, FLAGS.num_workers)
+    output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", "choose a folder here")
+    count = make_archive(output_dir, FLAGS.num_patients, options, FLAGS.num_workers)
     print(
         f"{count} files written; {FLAGS.output_dir} holds {FLAGS.num_patients} synthetic patients"
     )

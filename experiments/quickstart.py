@@ -21,6 +21,7 @@ from absl import flags
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_text
+from data_prep.system.stores import local_path
 from experiments.study.cells import PROJECT
 from experiments.study.quickstart_report import improvement, loss_curve, report_html
 from experiments.study.runner import run_stage
@@ -61,8 +62,9 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    output = Path(flags.FLAGS.output_dir)
-    source = Path(flags.FLAGS.input_dir) if flags.FLAGS.input_dir else None
+    flag = flags.FLAGS
+    output = local_path(flag.output_dir, "--output_dir", "choose a folder here")
+    source = local_path(flag.input_dir, "--input_dir") if flag.input_dir else None
     if source and not source.is_dir():
         raise InputError(f"--input_dir={source}: no such folder")
     if flags.FLAGS.num_patients < 3:

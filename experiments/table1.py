@@ -29,6 +29,7 @@ from data_prep.labels import lidc
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import explain, write_text
+from data_prep.system.stores import local_path
 from experiments.study.lidc_counts import count, first_scan_votes, read_geometry
 from experiments.study.paper import TABLE1
 from experiments.study.results import markdown, write_csv
@@ -109,19 +110,19 @@ def main(argv: list[str]) -> int:
         raise InputError("nothing to count; give --annotations and --geometry, or --dataset")
     if flag.consensus == 0:
         raise InputError("--consensus=0 takes every voxel; give a share above 0")
-    datasets = [Path(name) for name in flag.dataset]
+    datasets = [local_path(name, "--dataset") for name in flag.dataset]
     if len({path.resolve().name for path in datasets}) < len(datasets):
         raise InputError(
             "two --dataset have the same folder name; rename one, their descriptions go to folders "
             "of it"
         )
-    output_dir = Path(flag.output_dir)
+    output_dir = local_path(flag.output_dir, "--output_dir", "choose a folder here")
     parts, table = ["# Table I: characteristics of the cohorts\n"], []
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if flag.annotations:
-            geometry = read_geometry(Path(flag.geometry))
-            readings = lidc.read_readings(flag.annotations)
+            geometry = read_geometry(local_path(flag.geometry, "--geometry"))
+            readings = lidc.read_readings(local_path(flag.annotations, "--annotations"))
             patients = first_scan_votes(readings, geometry, keep_excluded=flag.keep_excluded)
             rows = lidc_rows(count(patients, flag.consensus, flag.min_area_px), len(readings))
             words = caption(len(patients), flag.consensus, flag.min_area_px)

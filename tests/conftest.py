@@ -123,3 +123,23 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("key") / "key"
     path.write_text("0123456789abcdef0123456789abcdef")
     return path
+
+
+@pytest.fixture(scope="module")
+def bucket_variables():
+    """Variables that lead to an emulated bucket of Google's store, with preconditions."""
+    pytest.importorskip("gcp_storage_emulator")
+    from tests.helpers import bucket
+
+    with bucket.serving() as port:
+        yield bucket.environment(port)
+
+
+@pytest.fixture
+def emulated_bucket(bucket_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of that bucket, in the environment of the test."""
+    from tests.helpers import bucket
+
+    for name, value in bucket_variables.items():
+        monkeypatch.setenv(name, value)
+    return bucket.BUCKET

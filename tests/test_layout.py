@@ -22,7 +22,16 @@ OF_DATA_PREP = ("system", "scan", "masks", "privacy", "dataset", "raw", "synthet
 # May be imported inside a function: the packages of extras, TFDS, which would cost every worker
 # process a second, and the one file that cannot be imported without its extra.
 EXTRAS = (
-    *("apache_beam", "highdicom", "onnx", "onnxruntime", "onnxscript", "pyarrow", "safetensors"),
+    *(
+        "apache_beam",
+        "google",
+        "highdicom",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "pyarrow",
+        "safetensors",
+    ),
     *("tensorboardX", "torch", "tensorflow_datasets", "data_prep.pipeline.beam"),
 )
 

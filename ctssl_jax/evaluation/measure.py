@@ -48,6 +48,7 @@ from ctssl_jax.training.state import (
 )
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import make_folder, write_json
+from data_prep.system.stores import local_path
 
 RELEASE_BATCH_SIZE = 16
 MEAN_IMAGE_SLICES = 1024
@@ -82,7 +83,7 @@ def evaluate(
       DatasetError: not a complete dataset.
     """
     # ---- Can the request work? ----
-    output = Path(output)
+    output = local_path(output, "--output", "choose a folder here")
     check_request(output, batch_size)
     measured = MeasuredRun.open(
         Run.open(workdir), dataset, (split, "train") if baselines else (split,)

@@ -30,7 +30,8 @@ from data_prep.raw.scans import Refused, explain, local_input, nothing_taken, pl
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
-from data_prep.system.files import make_folder
+from data_prep.system.files import lock_directory, make_folder
+from data_prep.system.stores import local_path
 from data_prep.system.workers import Progress, usable_cores
 
 FORMAT_VERSION = 1
@@ -76,11 +77,12 @@ def embed(
         run, or an input whose volumes are all refused.
       OSError: the input went away, or the files cannot be written.
     """
-    output, input_path = Path(output).expanduser(), local_input(input_path)
+    output = local_path(output, "--output", "choose a folder here")
+    input_path = local_input(input_path)
     embedding_files.check_format(output)
     key = read_key(pseudonym_key_file)
     num_workers = min(MAX_WORKERS, usable_cores()) if num_workers is None else num_workers
-    run = Run.open(Path(workdir).expanduser())
+    run = Run.open(workdir)
     model = load(run, checkpoint, batch_size=batch_size)
     if (input_path / PREPARATION_FILE).is_file():
         opened = open_dataset(run, input_path, split)
@@ -107,35 +109,40 @@ def embed(
         return {**present, "not_images": opened.not_images, "changed": False}
 
     make_folder(_parts_dir(output), "--output")
-    parts = [_parts_dir(output) / f"{_digest(settings, digest)}.npz" for digest in digests]
-    failed = _embed_missing(model, opened, parts)
-    refused, embedded = list(opened.refused), []
-    for outcome in _outcomes(parts, failed):
-        if isinstance(outcome, Refused):
-            refused.append(outcome)
-        else:
-            embedded.append((outcome.patient_id, len(outcome.slices)))
-    refused.sort()
-    rows = [dict(zip(_REJECTED_COLUMNS, series, strict=True)) for series in refused]
-    write_table(output.with_suffix(".rejected.csv"), _REJECTED_COLUMNS, rows)
-    if not embedded:
+    with lock_directory(_parts_dir(output)):  # another process would remove its parts
+        parts = [_parts_dir(output) / f"{_digest(settings, digest)}.npz" for digest in digests]
+        failed = _embed_missing(model, opened, parts)
+        refused, embedded = list(opened.refused), []
+        for outcome in _outcomes(parts, failed):
+            if isinstance(outcome, Refused):
+                refused.append(outcome)
+            else:
+                embedded.append((outcome.patient_id, len(outcome.slices)))
+        refused.sort()
+        rows = [dict(zip(_REJECTED_COLUMNS, series, strict=True)) for series in refused]
+        write_table(output.with_suffix(".rejected.csv"), _REJECTED_COLUMNS, rows)
+        if not embedded:
+            if not failed:
+                _remove_parts(output)
+            raise InputError(nothing_taken(input_path, refused))
+        patients = sorted({patient_id for patient_id, _ in embedded})
+        facts |= {
+            "num_volumes": len(embedded),
+            "num_patients": len(patients),
+            "num_slices": sum(num_slices for _, num_slices in embedded),
+            "num_patients_seen_in_training": _patients_seen(
+                run, facts["key_fingerprint"], patients
+            ),
+            "refused": dict(
+                sorted(collections.Counter(series.reason for series in refused).items())
+            ),
+            "complete": not failed,
+        }
+        volumes = (one for one in _outcomes(parts, failed) if not isinstance(one, Refused))
+        embedding_files.write(output, volumes, model.embedding_dim, facts)
         if not failed:
             _remove_parts(output)
-        raise InputError(nothing_taken(input_path, refused))
-    patients = sorted({patient_id for patient_id, _ in embedded})
-    facts |= {
-        "num_volumes": len(embedded),
-        "num_patients": len(patients),
-        "num_slices": sum(num_slices for _, num_slices in embedded),
-        "num_patients_seen_in_training": _patients_seen(run, facts["key_fingerprint"], patients),
-        "refused": dict(sorted(collections.Counter(series.reason for series in refused).items())),
-        "complete": not failed,
-    }
-    volumes = (one for one in _outcomes(parts, failed) if not isinstance(one, Refused))
-    embedding_files.write(output, volumes, model.embedding_dim, facts)
-    if not failed:
-        _remove_parts(output)
-    return {**facts, "not_images": opened.not_images, "changed": True}
+        return {**facts, "not_images": opened.not_images, "changed": True}
 
 
 def _embed_missing(model: PretrainedModel, opened: Input, parts: list[Path]) -> dict[Path, Refused]:

@@ -28,6 +28,7 @@ from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import written_whole
+from data_prep.system.stores import local_path
 from data_prep.system.workers import WorkerDied, WorkerPool
 
 
@@ -199,7 +200,7 @@ def read_key(pseudonym_key_file: str | Path | None) -> bytes | None:
     if not pseudonym_key_file:
         return None
     try:
-        return pseudonyms.read_key(Path(pseudonym_key_file).expanduser())
+        return pseudonyms.read_key(local_path(pseudonym_key_file, "--pseudonym_key_file"))
     except InputError as error:
         raise InputError(f"--pseudonym_key_file={error}") from None
 

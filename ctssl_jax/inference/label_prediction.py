@@ -15,6 +15,7 @@ from ctssl_jax.stats.binary import exam_scores
 from data_prep.dataset.reader import Dataset
 from data_prep.raw.scans import Scan, prepared_volume
 from data_prep.system.errors import InputError
+from data_prep.system.stores import local_path
 
 TASKS = ("slice_label", "slice_label_se_resnext")
 
@@ -120,7 +121,7 @@ def read_thresholds(
         other weights, or without a threshold.
     """
     try:
-        result = json.loads(Path(path).read_text())
+        result = json.loads(local_path(path, "--evaluation").read_text())
         fits = result["label"] == config.label and bool(result["thresholds"])
         same_weights = result["model_fingerprint"] == fingerprint
     except OSError as error:

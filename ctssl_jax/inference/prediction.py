@@ -14,7 +14,8 @@ from data_prep.scan.rules import Rules
 from data_prep.scan.series import SeriesCandidate
 from data_prep.scan.volume import Volume
 from data_prep.system.errors import InputError, RunFailed
-from data_prep.system.files import make_folder, write_json
+from data_prep.system.files import lock_directory, make_folder, write_json
+from data_prep.system.stores import local_path
 
 FILES = ("prediction.json", "prediction.png", "slices.csv", "mask.nii.gz", "segmentation.dcm")
 _LISTED_VOLUMES = 8  # in the line that asks for --series_index
@@ -70,7 +71,8 @@ def predict(
         several.
       RunFailed: the results cannot be written.
     """
-    run, output = open_run(workdir), Path(output)
+    output = local_path(output, "--output", "choose a folder here")
+    run = open_run(workdir)
     predicts_label = run.config.task in label_prediction.TASKS
     _check_request(predicts_label, request)
     plan = plan_scans(request.input_path, request.archive, request.rules, request.metadata_csv)
@@ -121,28 +123,29 @@ def predict(
     }
 
     try:
-        for name in FILES:  # maybe of another scan
-            (output / name).unlink(missing_ok=True)
-        notes = _note_choice(exam, scan.volume.candidate)
-        if predicts_label:
-            result |= label_prediction.predict_label(model, scan, thresholds, output, title)
-        else:
-            prediction, more = mask_prediction.predict_mask(
-                model,
-                scan,
-                plan.input_dir,
-                output,
-                title,
-                dicom_seg=request.dicom_seg,
-                segment_label=request.segment_label,
-            )
-            result |= prediction
-            notes += more
-        result["notes"] = notes
-        result["files"] = [
-            name for name in FILES if name == "prediction.json" or (output / name).exists()
-        ]
-        write_json(output / "prediction.json", result)
+        with lock_directory(output):  # one folder holds the results of one scan
+            for name in FILES:  # maybe of another scan
+                (output / name).unlink(missing_ok=True)
+            notes = _note_choice(exam, scan.volume.candidate)
+            if predicts_label:
+                result |= label_prediction.predict_label(model, scan, thresholds, output, title)
+            else:
+                prediction, more = mask_prediction.predict_mask(
+                    model,
+                    scan,
+                    plan.input_dir,
+                    output,
+                    title,
+                    dicom_seg=request.dicom_seg,
+                    segment_label=request.segment_label,
+                )
+                result |= prediction
+                notes += more
+            result["notes"] = notes
+            result["files"] = [
+                name for name in FILES if name == "prediction.json" or (output / name).exists()
+            ]
+            write_json(output / "prediction.json", result)
     except OSError as error:
         raise RunFailed(
             f"--output={output} could not be written ({error.strerror or error}); make room or "

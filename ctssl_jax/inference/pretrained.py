@@ -37,6 +37,7 @@ from ctssl_jax.training.state import evaluation_keys, restore_model
 from data_prep.raw.scans import (
     PreparedVolume,
     Refused,
+    local_input,
     nothing_taken,
     plan_scans,
     prepared_volume,
@@ -179,7 +180,7 @@ class PretrainedModel:
     ) -> PreparedVolume:
         """The input of the model for a volume; arguments and errors as in `embed`."""
         if isinstance(volume, str | Path):
-            return self._prepare_path(Path(volume), affine, rules)
+            return self._prepare_path(local_input(volume), affine, rules)
         volume = np.asarray(volume)
         if affine is None:
             if volume.dtype == np.uint8 and volume.ndim == 4:
@@ -305,7 +306,7 @@ def load(
     """
     if batch_size < 0:
         raise InputError(f"--batch_size={batch_size}: must be 0 or more")
-    run = workdir if isinstance(workdir, Run) else Run.open(Path(workdir).expanduser())
+    run = workdir if isinstance(workdir, Run) else Run.open(workdir)
     config = run.config
     windows = selected_windows(run.preparation, select_channels(run.preparation, config.windows))
     chosen, task = run.choose_checkpoint(checkpoint), get_task(config.task)

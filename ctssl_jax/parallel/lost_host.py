@@ -21,7 +21,7 @@ import jax
 
 from ctssl_jax.parallel import meeting
 from ctssl_jax.runs.damage import CHECKPOINTS
-from data_prep.system import early_stop
+from data_prep.system import early_stop, stores
 from data_prep.system.command_line import exit_code
 from data_prep.system.early_stop import EXIT_START_AGAIN
 from data_prep.system.errors import InputError, RunFailed
@@ -156,6 +156,8 @@ def _lost_line(workdir: str | Path, sign: str = "") -> str:
     folder = Path(workdir) / CHECKPOINTS
     steps = [int(name) for name in os.listdir(folder) if name.isdigit()] if folder.is_dir() else []
     kept = f"the last checkpoint is step {max(steps):,}" if steps else "there is no checkpoint"
+    if stores.is_url(workdir):  # no network in a signal handler
+        kept = "the last checkpoint is the newest complete one"
     return (
         f"error: another process of this run was lost{sign}; {kept} of {workdir}; start all "
         "processes again with the same command to go on\n"

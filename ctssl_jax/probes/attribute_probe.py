@@ -21,6 +21,7 @@ from data_prep.dataset.reader import Dataset
 from data_prep.dataset.schema import SPLITS
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, write_json, written_whole
+from data_prep.system.stores import local_path
 
 REGIONS = (1, 4)
 
@@ -62,7 +63,7 @@ def attributes(
       InputError: an unknown run, checkpoint or attribute, data prepared otherwise than the data of
         the run, an attribute without two classes in a split, or a model without the encoder.
     """
-    output = Path(output)
+    output = local_path(output, "--output", "choose a folder here")
     _check_settings(pooling_regions, min_patients, seed)
     probed = ProbedRun.open(
         workdir,

@@ -31,6 +31,7 @@ from ctssl_jax.probes.label_probe import (
 from ctssl_jax.stats.volumes import auroc_one_vs_rest
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, write_json
+from data_prep.system.stores import local_path
 
 LEAST_TRAINING_SLICES = 32
 
@@ -67,7 +68,8 @@ def probe(
       InputError: an unknown run or checkpoint, data prepared otherwise than the data of the run, or
         too few slices.
     """
-    output, splits = Path(output), ("train", "validation", split)
+    output = local_path(output, "--output", "choose a folder here")
+    splits = ("train", "validation", split)
     if split not in ("test", "validation"):
         raise InputError(
             f"--split={split}: choose test or validation; the probes are fitted to train"

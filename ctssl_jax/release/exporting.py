@@ -35,6 +35,7 @@ from data_prep.synthetic.exam import Options, render_series, sample_exam
 from data_prep.system.command_line import require
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import file_sha256, folder_written_whole, write_json, write_text
+from data_prep.system.stores import local_path
 
 FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
 # Parity is measured on the middle of larger slices, since the models work the same at each size.
@@ -70,7 +71,7 @@ def export(
         in use, a missing package.
       RunFailed: the exported model is not the same function.
     """
-    output_dir = Path(output_dir).resolve()
+    output_dir = local_path(output_dir, "--output_dir", "choose a folder here").resolve()
     _check_request(output_dir, formats, licence, num_test_slices)
     started = time.monotonic()
     exported = open_model(Run.open(workdir), checkpoint)
@@ -80,7 +81,7 @@ def export(
             f"--license={licence}, but these weights were imported under {imported_under}; give "
             f"--license={imported_under}"
         )
-    summaries = [_result(Path(path), exported.fingerprint) for path in results]
+    summaries = [_result(local_path(path, "--results"), exported.fingerprint) for path in results]
     manifest = _manifest(exported, summaries, licence)
     # A checkpoint that was not trained further keeps the counters with which it was imported.
     counters = imported["num_batches_tracked"] if imported.get("step") == exported.step else None

@@ -13,6 +13,7 @@ import numpy as np
 
 from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.directory import run_directory
 from ctssl_jax.runs.run import from_json, open_workdir, to_json
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.torch_bridge import names
@@ -21,6 +22,7 @@ from ctssl_jax.torch_bridge.weight_files import read_tensors
 from ctssl_jax.training.state import abstract_model
 from data_prep.system.errors import InputError
 from data_prep.system.files import file_sha256, write_json
+from data_prep.system.stores import local_path
 
 # In place of the fingerprint of a pseudonym key, since the training patients are unknown.
 UNKNOWN_KEY = "unknown"
@@ -48,7 +50,7 @@ def import_weights(
       InputError: no such file, a file with more than tensors, another layout, or tensors that are
         missing, left over or of another shape.
     """
-    checkpoint, workdir = Path(checkpoint), Path(workdir)
+    checkpoint, workdir = local_path(checkpoint, "--checkpoint"), run_directory(workdir)
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise InputError(f"--workdir={workdir} is there already; give a new or empty folder")
     manifest = find_manifest(checkpoint, "--checkpoint")

@@ -75,15 +75,18 @@ def write(path: Path, twin: ExportedModel, model: nnx.Module, images: np.ndarray
         )
         for numbers in chosen
     ]
-    if sides_are_free and (middle := _middle(images[:1], twin.stride)) is not None:
-        cases.append((middle, parity.jax_outputs(model, middle)[1]))
+    if sides_are_free:
+        others = _of_another_size(images[:1], twin.stride)
+        cases.append((others, parity.jax_outputs(model, others)[1]))
     differences, codes = _compare(path, twin, model, names, cases)
     facts = {
         "opset": OPSET,
         "input": _input(images, twin.stride, sides_are_free),
         "outputs": names,
         "compared": ", ".join(
-            " x ".join(map(str, parity.channels_first(batch).shape)) for batch, _ in cases
+            dict.fromkeys(
+                " x ".join(map(str, parity.channels_first(batch).shape)) for batch, _ in cases
+            )
         ),
         "largest_difference": max(differences.values()),
         "differences": differences,
@@ -156,11 +159,12 @@ def _export(path: Path, twin: ExportedModel, names: list[str], images: np.ndarra
     raise AssertionError("unreachable")
 
 
-def _middle(images: np.ndarray, stride: int) -> np.ndarray | None:
-    """About half of each side, not square, from the middle; None if that is too small."""
+def _of_another_size(images: np.ndarray, stride: int) -> np.ndarray:
+    """About half of each side, not square, from the middle; where that is too small, about twice
+    each side, by repetition."""
     height, width = (side // 2 // stride * stride for side in images.shape[1:3])
     if min(height, width - stride) < SMALLEST_SIDE:
-        return None
+        return np.tile(images, (1, 2, 2, 1))[:, :, stride:]
     top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
     return images[:, top : top + height, left : left + width - stride]
 

@@ -9,7 +9,6 @@ Orbax and TensorStore report a full disk or a damaged file by many types of exce
 `Exception` among them. So all of them are caught here and become one line with the remedy.
 """
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,11 +31,11 @@ from ctssl_jax.runs.damage import (
     step_numbers,
     write_sums,
 )
+from ctssl_jax.runs.directory import absolute, remove_checkpoint, remove_incomplete
 from ctssl_jax.runs.scores import Score, best_step, read_score, write_score
 from data_prep.system.errors import InputError, RunFailed
 
 _SECONDS_BETWEEN_LINES = 10.0
-_REMOVED = ".removed"  # ending of a checkpoint that is no longer in the list, and is being removed
 
 
 class Checkpoints:
@@ -54,6 +53,8 @@ class Checkpoints:
         self.workdir = workdir
         self._pending: tuple[int, Any] | None = None
         policies = ocp.training
+        if jax.process_index() == 0:
+            remove_incomplete(workdir / CHECKPOINTS)
         # Orbax decides what to remove when a save begins, before the score of that checkpoint is
         # known, and it removes in place: a kill would leave half of a checkpoint under its name.
         self._checkpointer = _open(
@@ -62,8 +63,6 @@ class Checkpoints:
             preservation_policy=policies.preservation_policies.PreserveAll(),
             cleanup_tmp_directories=True,
         )
-        if jax.process_index() == 0:
-            _remove_removed(workdir)
         self._last_step = max(step_numbers(workdir), default=None)
         score = None if self._last_step is None else read_score(_path(workdir, self._last_step))[0]
         self._last_is_scored = _as_on_process_0(score is not None)
@@ -186,9 +185,7 @@ class Checkpoints:
             kept = {*steps[-2:], best_step(_read_scores(self.workdir, steps)[0])}
             for step in steps:
                 if step not in kept:
-                    path = _path(self.workdir, step)
-                    path.replace(path.with_name(f"{step}{_REMOVED}"))  # a kill leaves all or none
-            _remove_removed(self.workdir)
+                    remove_checkpoint(_path(self.workdir, step))
 
     def _not_saved(self, error: Exception) -> RunFailed:
         return RunFailed(
@@ -199,12 +196,6 @@ class Checkpoints:
 
 def _path(workdir: Path, step: int) -> Path:
     return workdir / CHECKPOINTS / str(step)
-
-
-def _remove_removed(workdir: Path) -> None:
-    """Remove what was taken out of the list of checkpoints, now or before a kill."""
-    for path in (workdir / CHECKPOINTS).glob(f"*{_REMOVED}"):
-        shutil.rmtree(path, ignore_errors=True)  # what stays is tried again the next time
 
 
 def _as_on_process_0(value: bool) -> bool:
@@ -224,7 +215,7 @@ def _read_scores(workdir: Path, steps: Sequence[int]) -> tuple[dict[int, Score],
 def _open(workdir: Path, **options: Any) -> ocp.training.Checkpointer:
     folder = workdir / CHECKPOINTS
     try:
-        return ocp.training.Checkpointer(folder.resolve(), **options)
+        return ocp.training.Checkpointer(absolute(folder), **options)
     except Exception as error:
         raise InputError(
             f"a checkpoint in {folder} is damaged ({first_line(error)}); remove the newest one and "
@@ -325,7 +316,7 @@ def restore(workdir: Path, step: int, template: Any) -> Any:
       InputError: tensors are missing or have another shape, and the message names them; or the
         checkpoint is damaged.
     """
-    path = (workdir / CHECKPOINTS / str(step)).resolve()
+    path = absolute(_path(workdir, step))
     check_undamaged(workdir, step)
     wanted = flatten(template)
     stored = stored_shapes(workdir, step)
@@ -361,9 +352,7 @@ def stored_shapes(workdir: Path, step: int) -> dict[str, tuple[int, ...]]:
       InputError: the checkpoint is damaged.
     """
     try:
-        stored = ocp.checkpointables_metadata(
-            (workdir / CHECKPOINTS / str(step)).resolve()
-        ).metadata["state"]
+        stored = ocp.checkpointables_metadata(absolute(_path(workdir, step))).metadata["state"]
         return {name: tuple(stored[name].shape) for name in stored}
     except Exception as error:
         raise damaged(workdir, step, error) from error
@@ -371,7 +360,7 @@ def stored_shapes(workdir: Path, step: int) -> dict[str, tuple[int, ...]]:
 
 def read_metadata(workdir: Path, step: int) -> dict:
     """The JSON that was saved with a checkpoint: `config`, `preparation`."""
-    path = (workdir / CHECKPOINTS / str(step)).resolve()
+    path = absolute(_path(workdir, step))
     return dict(ocp.checkpointables_metadata(path).custom_metadata)
 
 

@@ -3,6 +3,7 @@ process 0 writes."""
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 
 _SECONDS_BETWEEN_FLUSHES = 10  # of the event file
+_SECONDS_BETWEEN_UPLOADS = 60  # of both files, which an object store takes as a whole
 
 
 def say(line: str) -> None:
@@ -33,6 +35,9 @@ class Reports:
     A run that resumes at `start_step` first drops the later lines of its interrupted attempt. One
     that starts from scratch (-1) drops all lines. `validates_again`: the validation of the step
     itself was not complete, so its line is dropped, too.
+
+    Objects of `gs://` cannot grow. There both files are written on this machine, and uploaded as a
+    whole at most once a minute, before each checkpoint and after each validation.
     """
 
     def __init__(self, workdir: Path, start_step: int, *, validates_again: bool = False):
@@ -48,8 +53,14 @@ class Reports:
             if report["step"] <= last:
                 kept.append(line)
         write_text(path, "".join(kept))
+        self._scratch = None
+        if not isinstance(workdir, Path):
+            self._scratch = tempfile.TemporaryDirectory()
+            path = Path(self._scratch.name) / "metrics.jsonl"
+            path.write_text("".join(kept))
         self._file = open(path, "a")
-        self._events = _EventFile(workdir / "tensorboard", start_step + 1)
+        self._events = _EventFile(path.parent / "tensorboard", start_step + 1)
+        self._uploaded = time.monotonic()
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Add one report, e.g. kind `train` or `validation`.
@@ -69,6 +80,23 @@ class Reports:
         except OSError as error:
             error.filename = str(self._workdir)  # a full disk does not say it
             raise
+        if kind == "validation" or time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring to `gs://` what was written. A run resumes at a checkpoint, so its lines are there
+        before it is."""
+        if self._writes and self._scratch is not None:
+            self._events.flush()
+            self._upload()
+
+    def _upload(self) -> None:
+        if self._scratch is None:
+            return
+        folder = Path(self._scratch.name)
+        for path in (folder / "metrics.jsonl", *(folder / "tensorboard").iterdir()):
+            (self._workdir / path.relative_to(folder)).write_bytes(path.read_bytes())
+        self._uploaded = time.monotonic()
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -80,6 +108,7 @@ class Reports:
         except OSError as error:
             error.filename = str(self._workdir)
             raise
+        self._upload()
 
 
 class _EventFile:
@@ -113,8 +142,11 @@ class _EventFile:
             summary = self._scalar(name, value)
             self._writer.write_event(self._event(step=step, summary=summary, wall_time=time.time()))
         if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
-            self._writer.flush()
-            self._flushed = time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._writer.close()
@@ -126,7 +158,7 @@ def _complete_lines(path: Path) -> list[str]:
         return []
     return [
         line
-        for line in path.read_text(errors="replace").splitlines(keepends=True)
+        for line in path.read_bytes().decode(errors="replace").splitlines(keepends=True)
         if line.endswith("\n")
     ]
 

@@ -9,9 +9,11 @@ Layout of a run directory:
     transplant.json       the tensors that come from there
     training_data.json    fraction, studies and slices of the training split that are used
     preparation.json      preparation.json of the dataset: windows, size, key fingerprint
+    training.lock         the process that trains here, or did last: `ctssl_jax.runs.lock`
     checkpoints/STEP      Orbax checkpoints, each with its score.json: the last two, and the best
     metrics.jsonl         one line a report: step, losses, slices/s
     tensorboard/          the same numbers as event files
+    profile/              traces of `ctssl_jax.train --profile=N`
     pictures/             input | target | prediction | difference of fixed validation slices
 """
 
@@ -24,8 +26,9 @@ from typing import Any
 
 import ml_collections
 
-from ctssl_jax.runs import checkpoints
+from ctssl_jax.runs import checkpoints, lock
 from ctssl_jax.runs.damage import holds_checkpoint, step_numbers
+from ctssl_jax.runs.directory import run_directory
 from ctssl_jax.runs.reports import say
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_json
@@ -114,14 +117,14 @@ class Run:
     preparation: dict
 
     @classmethod
-    def open(cls, workdir: str | Path) -> "Run":
+    def open(cls, workdir: str | Path, flag: str = "--workdir") -> "Run":
         """Read `config.json` and `preparation.json`, and compare them with the copies in the newest
         checkpoint.
 
         Raises:
           InputError: not a run directory, or a damaged one.
         """
-        workdir = Path(workdir)
+        workdir = run_directory(workdir, flag)
         if not (workdir / "config.json").is_file():
             raise InputError(
                 f"--workdir={workdir} is not a run directory; give the --workdir of a run of "
@@ -243,6 +246,7 @@ def check_resumable(
     if not path.exists():
         # A run that was killed at its very start may leave these: they are not a run yet.
         begun = {name + ending for name in _WRITTEN_FIRST for ending in ("", ".tmp")}
+        begun.add(lock.FILE)
         if workdir.is_dir() and any(entry.name not in begun for entry in workdir.iterdir()):
             raise InputError(
                 f"--workdir={workdir} holds files but no run; give a new or empty folder"

@@ -14,6 +14,9 @@ from ctssl_jax.training.scoring import SplitScores
 
 # Undefined where no slice is positive, or all are. That is no fault of the model.
 _NEED_BOTH_CLASSES = ("auroc", "average_precision", "dice", "iou")
+_FOLLOW_THE_SHARE_OF_POSITIVES = (
+    *("average_precision", "annotated_slices", "dice_all_slices", "iou_all_slices"),
+)
 
 
 def headline_scores(slices: SplitScores, source: NeighbourSource) -> dict[str, float]:
@@ -30,7 +33,9 @@ def headline_scores(slices: SplitScores, source: NeighbourSource) -> dict[str, f
       over slices where slices have the label, else over volumes with their mean probabilities; for
       two classes `average_precision`, too; for more the share of right items as `accuracy`.
       A transformation of slices adds the mean over volumes of the `auroc` within a volume.
-      Numbers that are undefined (no slice with a mask, labels of one class) are absent.
+      Numbers that are undefined (no slice with a mask, labels of one class) are absent. So are,
+      for a part of a split, those that follow the share of positive slices: a part holds more of
+      the rare class than the split (`data.subset.spread_items`).
     """
     volumes, index = volumes_of_records(source.volumes, slices.record_index)
     num_volumes = len(volumes)
@@ -50,11 +55,10 @@ def headline_scores(slices: SplitScores, source: NeighbourSource) -> dict[str, f
             of_slices = slices.classes["label"], slices.classes["probabilities"]
             of_volumes = None if source.label_level == "slice" else index
             scores |= _of_label(*of_slices, of_volumes, num_volumes)
-    return {
-        name: value
-        for name, value in scores.items()
-        if not (math.isnan(value) and name in _NEED_BOTH_CLASSES)
-    }
+    absent = {name for name in _NEED_BOTH_CLASSES if math.isnan(scores.get(name, math.nan))}
+    if len(slices.record_index) < len(source):
+        absent |= set(_FOLLOW_THE_SHARE_OF_POSITIVES)
+    return {name: value for name, value in scores.items() if name not in absent}
 
 
 def _overlap(scores: dict[str, np.ndarray]) -> dict[str, float]:

@@ -12,9 +12,12 @@ import ml_collections
 
 from ctssl_jax.models.quantizer import codebook_use
 from ctssl_jax.parallel.lost_host import leave_soon
-from ctssl_jax.parallel.meeting import gather, require_writable
+from ctssl_jax.parallel.meeting import WAIT_SECONDS, gather, refusing_together, require_writable
+from ctssl_jax.parallel.processes import bound_waits_of_orbax
 from ctssl_jax.parallel.stopping import stop_requests
 from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.directory import run_directory
+from ctssl_jax.runs.lock import LOST_SECONDS, TrainingLock
 from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
@@ -61,11 +64,20 @@ def train(
       TrainingDiverged: the loss or a gradient was not finite; the last checkpoint is from before
         (its own validation loss may be what was not finite).
     """
-    workdir = Path(workdir)
-    job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
-    program, _ = job.compile()
-    checkpoints = job.open_run()  # nothing was written before
-    start = checkpoints.last_step
+    with TrainingLock() as lock:
+        with refusing_together("taking the lock of --workdir", LOST_SECONDS + WAIT_SECONDS):
+            workdir = run_directory(workdir)
+            lock.take_if_there(workdir)
+        job = check(config, workdir, devices, dataset, set_aside_damaged=set_aside_damaged)
+        program, _ = job.compile()
+        checkpoints = job.open_run(lock)  # nothing was written before
+        return _train(job, program, checkpoints, profile_steps)
+
+
+def _train(job: Job, program: Program, checkpoints: Checkpoints, profile_steps: int) -> bool:
+    workdir, start = checkpoints.workdir, checkpoints.last_step
+    leaves = jax.tree.leaves(program.template)
+    bound_waits_of_orbax(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
     # In this order: resume, else a warm start (from another run or a weight file), else random
     # weights.
     if start is not None:
@@ -91,8 +103,10 @@ def train(
             trace.stop()
             checkpoints.close()
             reports.close()
-        gather("saving the last checkpoint")  # a launcher may end all when the first one ends
-    say(f"{'finished' if finished else 'stopped'}     at step {step:,}; checkpoints in {workdir}")
+        # A launcher may end all when the first one ends. Process 0 reads the whole checkpoint.
+        gather("saving the last checkpoint", seconds=600)
+    end = "finished" if finished else "stopped"
+    say(f"{end}     at step {step:,}; checkpoints in {workdir}")
     return finished
 
 
@@ -132,6 +146,7 @@ def _steps(
                 show_pictures(job, program, state, step)
         if step != saved and (due or stopping):
             check_state(state, checkpoints.workdir, checkpoints.last_step)
+            reports.flush()
             require_writable(checkpoints.workdir)
             checkpoints.save(step, state, job.metadata)
             if saved == began:  # before hours of training a run knows that it can save

@@ -27,6 +27,7 @@ from ctssl_jax.parallel.memory import COMPILING_SECONDS
 from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.runs import damage
 from ctssl_jax.runs.checkpoints import Checkpoints
+from ctssl_jax.runs.lock import TrainingLock
 from ctssl_jax.runs.reports import read_reports, say
 from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
 from ctssl_jax.tasks.interface import Task, is_frozen, step_flops
@@ -195,15 +196,17 @@ class Job:
             *advice(config, self.mesh),
         ]
 
-    def open_run(self) -> Checkpoints:
+    def open_run(self, lock: TrainingLock) -> Checkpoints:
         """Write the run directory's first files, and open its checkpoints.
 
         Raises:
-          InputError: the directory cannot be written, or its only checkpoint is incomplete.
+          InputError: another process trains in it, it cannot be written, or its only checkpoint is
+            incomplete.
         """
         # process 0 alone writes, and may fail alone
         with refusing_together("writing the first files of --workdir"):
             if self.process_index == 0:
+                lock.take(self.workdir)
                 self._write_workdir()
         require_shared(self.workdir)
         checkpoints = Checkpoints(self.workdir)
@@ -339,7 +342,6 @@ def check(
 
 def _seconds_to_check(workdir: Path | None) -> float:
     """How long the other processes wait while process 0 reads all checkpoints: two minutes, and a
-    second for 10 MB."""
-    folder = None if workdir is None else workdir / damage.CHECKPOINTS
-    files = [] if folder is None else folder.rglob("*")
+    second for 10 MB. On `gs://` it reads none."""
+    files = workdir.glob(f"{damage.CHECKPOINTS}/**/*") if isinstance(workdir, Path) else ()
     return WAIT_SECONDS + sum(path.stat().st_size for path in files if path.is_file()) / 1e7

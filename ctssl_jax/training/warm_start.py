@@ -17,12 +17,14 @@ import ml_collections
 from ctssl_jax.data import slices
 from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.runs.checkpoints import stored_shapes
+from ctssl_jax.runs.directory import run_directory
 from ctssl_jax.runs.reports import say
 from ctssl_jax.runs.run import Run
 from ctssl_jax.torch_bridge import imagenet_weights, manifests
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
 from data_prep.system.files import file_sha256, write_json
+from data_prep.system.stores import local_path
 
 
 class WarmStart(NamedTuple):
@@ -87,12 +89,13 @@ def open_other_run(config: ml_collections.ConfigDict) -> Run:
     Raises:
       InputError: it is not a run directory, or a damaged one.
     """
-    if not (Path(config.init_from) / "config.json").is_file():
+    workdir = run_directory(config.init_from, "config.init_from")
+    if not (workdir / "config.json").is_file():
         raise InputError(
             f"config.init_from={config.init_from} is not a run directory; give the --workdir of a "
             "finished run"
         )
-    return Run.open(config.init_from)
+    return Run.open(workdir)
 
 
 def open_weight_file(
@@ -118,7 +121,7 @@ def open_weight_file(
     """
     if config.init_from:
         raise InputError("config.init_weights and config.init_from: give one of them, not both")
-    path = config.init_weights
+    path = str(local_path(config.init_weights, "config.init_weights"))
     loaded = imagenet_weights.load_state_dict(
         imagenet_weights.read_file(path), flatten(template), head=False
     )

@@ -140,7 +140,7 @@ def plan_scans(
     """
     path, rules = local_input(input_path), rules or Rules()
     archive = _kind(path, archive)
-    metadata_csv = Path(metadata_csv).expanduser() if metadata_csv else None
+    metadata_csv = stores.local_path(metadata_csv, "--metadata_csv") if metadata_csv else None
     if metadata_csv is not None:
         if archive != "nifti":
             raise InputError(

@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from data_prep.system import stores
 from data_prep.system.early_stop import EXIT_START_AGAIN, STOP_SIGNALS, STOPPED, leave_at_once
 from data_prep.system.errors import InputError, RunFailed, StartAgain
 from data_prep.system.files import explain
@@ -98,6 +99,10 @@ def _run_guarded(
         return _fail(exit_code(error), str(error))
     except OSError as error:
         return _fail(EXIT_FAILED, explain(error))
+    except Exception as error:
+        if line := stores.failed(error):
+            return _fail(EXIT_FAILED, f"{line}; then run the same command again")
+        raise
 
 
 def _stop(number: int, frame: object) -> None:

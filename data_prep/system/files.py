@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,8 +51,15 @@ def written_whole(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """A name to write to, which becomes `path` once all is written. An error removes the file.
 
     `temporary`: by default the name with `.tmp`, which the next run overwrites if this one is
-    killed.
+    killed. A `path` on an object store (not a `pathlib.Path`) gets the content of a local file in
+    one request: objects appear whole or not at all.
     """
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / path.name
+            yield local
+            path.write_bytes(local.read_bytes())
+        return
     temporary = temporary or path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
@@ -132,7 +140,7 @@ def read_json(
     try:
         content = json.loads(path.read_text())
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from None
     except ValueError as error:
         raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}); {remedy}") from None
     if missing := [name for name in fields if not isinstance(content, dict) or name not in content]:

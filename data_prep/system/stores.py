@@ -1,6 +1,10 @@
 """Object stores by URL (`gs://BUCKET/DIR`, `s3://BUCKET/DIR`), through fsspec and its packages for
 each store.
 
+One rule holds for every place that a user names. `SCHEME://...` is a URL, never a local folder of
+that name. `file://` names a local path. A misspelt URL (`gs:/x`, `GS://x`, `hf-hub:x`) is refused;
+a local folder of such a name is given as `./gs:/x`.
+
 The packages bring credentials, endpoints and retries: gcsfs uses the login of
 `gcloud auth application-default login`, s3fs uses `aws configure` or the variables `AWS_*`. The
 configuration files and variables of fsspec hold for both.
@@ -21,8 +25,13 @@ from data_prep.system.errors import InputError
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://")
-_LOCAL = ("file://", "local://")
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*):(?P<slashes>/*)")
+_LOCAL = ("file", "local")
+# These are recognised without a slash, too. Other names may hold a colon.
+_SCHEMES = (
+    *("abfs", "az", "file", "ftp", "gcs", "gs", "hdfs", "hf", "hf-hub", "http", "https", "s3"),
+    *("s3a", "sftp", "ssh"),
+)
 # protocol -> extra of this package's installation
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _LOGGERS = ("fsspec", "gcsfs", "s3fs", "aiobotocore", "botocore", "google.auth", "urllib3")
@@ -34,9 +43,33 @@ class StoreReadError(OSError):
 
 
 def is_url(text: str | os.PathLike) -> bool:
-    """Whether a directory is named by a URL of a store. `file://` names a local directory."""
+    """Whether a place is named by a URL of a store. `file://` names a local path.
+
+    Raises:
+        InputError: a misspelt URL.
+    """
+    return _scheme(text) not in ("", *_LOCAL)
+
+
+def _scheme(text: str | os.PathLike) -> str:
+    """The scheme of a URL, "" for a path. Raises InputError for a misspelt URL."""
     text = os.fspath(text)
-    return _URL.match(text) is not None and not text.startswith(_LOCAL)
+    found = _URL.match(text)
+    if not found:
+        return ""
+    scheme, slashes = found["scheme"], found["slashes"]
+    if not slashes and scheme.lower() not in _SCHEMES:
+        return ""
+    slash = "/" if scheme.lower() in _LOCAL else ""
+    meant = f"{scheme.lower()}://{slash}{text[found.end() :]}"
+    if meant.startswith("hf-hub:"):
+        raise InputError(f"{text}: models of a hub are not read; download the file and give it")
+    if scheme != scheme.lower() or len(slashes) < 2:
+        raise InputError(f"{text}: is not a URL; write {meant}, or ./{text} for a local path")
+    if scheme in _LOCAL and not text.startswith((f"{scheme}:///", f"{scheme}://~/")):
+        path = text[found.end() :]
+        raise InputError(f"{text}: names no absolute path; write {meant}, or {path}")
+    return scheme
 
 
 def without_slash(url: str) -> str:
@@ -47,16 +80,20 @@ def local_path(text: str | os.PathLike, name: str = "", remedy: str = "give a lo
     """The path that `text` names, `~` and `file://` resolved.
 
     Raises:
-        InputError: it is the URL of a store; the message begins with `name`, a flag.
+        InputError: it is the URL of a store, or a misspelt one; the message begins with `name`, a
+            flag.
     """
     text = os.fspath(text)
-    if is_url(text):
-        raise InputError(
-            f"{f'{name}={text}' if name else text}: must be on a mounted file system; {remedy}"
-        )
-    for protocol in _LOCAL:
-        text = text.removeprefix(protocol)
-    return Path(text).expanduser()
+    named = f"{name}={text}" if name else text
+    try:
+        scheme = _scheme(text)
+    except InputError as error:
+        raise InputError(f"{name}={error}" if name else str(error)) from None
+    if scheme and scheme not in _LOCAL:
+        raise InputError(f"{named}: must be on a mounted file system; {remedy}")
+    path = Path(text.removeprefix(f"{scheme}://") if scheme else text).expanduser()
+    # pathlib makes `gs:/x` of `./gs:/x`, which a second call would refuse
+    return path.absolute() if _URL.match(str(path)) else path
 
 
 def open_store(url: str) -> tuple["AbstractFileSystem", str]:
@@ -98,6 +135,14 @@ def explain(url: str, error: Exception) -> str:
     login = _CREDENTIALS.get(_extra(url))
     remedy = "check the name, the network and the credentials" + (f" ({login})" if login else "")
     return f"the store refuses or cannot be reached ({type(error).__name__}: {said}); {remedy}"
+
+
+def failed(error: BaseException) -> str:
+    """A line on an error that a store's package raised outside of this module; "" for others."""
+    package = type(error).__module__.partition(".")[0]
+    if package not in ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs"):
+        return ""
+    return explain("gs://" if package in ("gcsfs", "google") else "", error)
 
 
 def read_error(error: Exception) -> StoreReadError:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from data_prep.system import stores
 from data_prep.system.errors import InputError
 from experiments.study import runner
 from experiments.study.cells import Cell, Recipe, Stage, train_cell
@@ -316,7 +317,7 @@ def study_of_flags(verb: str, kind: str) -> Study:
     flag = flags.FLAGS
     if not flag.workdir:
         raise InputError("give --workdir=DIR")
-    sizes, workdir = PRESETS[flag.preset], Path(flag.workdir).resolve()
+    sizes, workdir = PRESETS[flag.preset], runner.local_study(flag.workdir)
     for name, kind_of in (("fractions", float), ("seeds", int)):
         try:
             values = tuple(kind_of(value) for value in flag[name].value)
@@ -330,11 +331,12 @@ def study_of_flags(verb: str, kind: str) -> Study:
     pretrained = {}
     for text in flag.pretrained:
         name, _, run = text.partition("=")
-        if not (run and (Path(run) / "config.json").is_file()):
+        path = stores.local_path(run, f"--pretrained={name}") if run else None
+        if not (path and (path / "config.json").is_file()):
             raise InputError(
                 f"--pretrained={text}: give NAME=RUN with a run directory of ctssl_jax.train"
             )
-        pretrained[name] = Path(run).resolve()
+        pretrained[name] = path.resolve()
     unknown = [arm for arm in flag.arms if arm not in TITLES and arm not in pretrained]
     if unknown:
         raise InputError(

@@ -290,6 +290,15 @@ def local_dataset(dataset: str) -> Path:
     return stores.local_path(dataset, "--dataset", remedy).resolve()
 
 
+def local_study(workdir: str) -> Path:
+    """The absolute path of a study's folder.
+
+    Raises:
+      InputError: for a URL.
+    """
+    return stores.local_path(workdir, "--workdir", "choose a folder here").resolve()
+
+
 def settings_of_flags(verb: str) -> Settings:
     """The settings of the command line; `draw` takes all but the folder from the recorded study.
 
@@ -306,7 +315,7 @@ def settings_of_flags(verb: str) -> Settings:
             )
     settings = Settings(
         dataset=local_dataset(flags.FLAGS.dataset or ""),
-        workdir=Path(flags.FLAGS.workdir).resolve(),
+        workdir=local_study(flags.FLAGS.workdir),
         size=flags.FLAGS.size,
         num_steps=flags.FLAGS.num_steps,
         seed=flags.FLAGS.seed,

@@ -47,7 +47,10 @@ SHARES = {
 }
 MOST_SECONDS = 1800  # of an attempt, on a busy machine; more is a hang
 _XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-_NOT_COMPARED = ("checkpoints", "tensorboard", "metrics.jsonl", "seconds", "seconds.json")
+_NOT_COMPARED = (
+    *("checkpoints", "tensorboard", "metrics.jsonl", "seconds", "seconds.json"),
+    "training.lock",  # the process that trained
+)
 _SMALL_MODEL = (
     "model.hidden=(4,8)",
     "model.depth=1",

@@ -11,6 +11,7 @@ import pytest
 
 from ctssl_jax.runs.reports import read_reports
 from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training import progress
 from ctssl_jax.training.profiling import seconds_with_operations
 from ctssl_jax.training.setup import check
 from ctssl_jax.training.state import learning_rate_schedule
@@ -45,6 +46,22 @@ def test_validations_take_a_twentieth_of_the_time_at_most(name):
         scored = min(config.validation_slices, training_slices // 8)
         shares = [reckoned_share(one, get_task(config.task), scored) for one in (config, frozen)]
         assert 0 < shares[0] <= shares[1] <= 0.05
+
+
+def test_the_measured_share_and_the_time_that_is_left(monkeypatch, capsys):
+    now = iter([10, 14, 20, 30, 50, 60])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    clock = progress.Clock(100, 100, 0)
+    with clock.pausing():  # 4 seconds of the start
+        pass
+    assert clock.lap(104) == (4, 16)
+    assert clock.validation_share == 0
+    with clock.validating():  # 20 seconds
+        pass
+    clock.say_share(106)  # 20 seconds of steps more
+    assert "took 35.7% of the time since step 100" in capsys.readouterr().out
+    # 36 seconds for 6 steps; validations after the steps 110, 120 and 125
+    assert clock.left(125, 10) == 19 * 6 + 3 * 20
 
 
 def test_the_share_is_said_and_how_to_make_it_smaller(tiny_dataset):

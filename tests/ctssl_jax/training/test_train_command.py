@@ -104,7 +104,8 @@ def test_run_directory_and_start_up_report(tiny_dataset, tmp_path, capsys):
     assert "slices/s" in printed and " left" in printed
     assert sorted(path.name for path in workdir.iterdir()) == [
         "ancestors.json", "checkpoints", "config.json", "metrics.jsonl", "patients.json",
-        "pictures", "preparation.json", "tensorboard", "training_data.json", "transplant.json",
+        "pictures", "preparation.json", "tensorboard", "training.lock", "training_data.json",
+        "transplant.json",
     ]  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["dataset"] == str(tiny_dataset)
     assert sorted(path.name for path in (workdir / "pictures").iterdir()) == [

@@ -12,6 +12,7 @@ import pytest
 from ctssl_jax.evaluation.measure import evaluate, table
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.mesh import make_mesh
+from ctssl_jax.runs.lock import TrainingLock
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import setup
@@ -229,8 +230,8 @@ def test_an_incomplete_checkpoint_is_no_reason_to_leave_out_the_other_weights(fi
         config=ml_collections.ConfigDict({"init_from": "", field: "weights"}),
     )
     with pytest.raises(InputError, match="holds an incomplete checkpoint and nothing else; remove"):
-        setup.Job.open_run(job)
+        setup.Job.open_run(job, TrainingLock())
     job.config[field] = ""
-    checkpoints = setup.Job.open_run(job)
+    checkpoints = setup.Job.open_run(job, TrainingLock())
     assert checkpoints.last_step is None
     checkpoints.close()
