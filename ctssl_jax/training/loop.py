@@ -158,17 +158,18 @@ def _steps(
                 if scores is not None:
                     check_finite(scores["loss"], step, checkpoints.workdir, checkpoints.last_step)
                     show(job, program, state, step, scores, norms, reports)
-                    score = make_score(config.best_by, HIGHER_IS_BETTER[config.best_by], scores)
-                    if score.value is None and not undefined_said:
-                        say(
-                            f"WARNING      step {step:,}: config.best_by={config.best_by} is "
-                            "undefined on the validation slices, so no checkpoint can be chosen by "
-                            "it, and the last one is taken as the best"
-                        )
-                        undefined_said = True
-                    checkpoints.score(score)
-                    scored = True
-                stopping = scores is None
+            if scores is not None:  # its file waits for the checkpoint, which is no validation
+                score = make_score(config.best_by, HIGHER_IS_BETTER[config.best_by], scores)
+                if score.value is None and not undefined_said:
+                    say(
+                        f"WARNING      step {step:,}: config.best_by={config.best_by} is "
+                        "undefined on the validation slices, so no checkpoint can be chosen by "
+                        "it, and the last one is taken as the best"
+                    )
+                    undefined_said = True
+                checkpoints.score(score)
+                scored = True
+            stopping = scores is None
         if at_end or stopping or feed is None:  # no batches are left at the end
             trace.end(step, state, at_once=True)
             clock.say_share(step)
