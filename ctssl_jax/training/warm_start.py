@@ -123,7 +123,7 @@ def open_weight_file(
         raise InputError("config.init_weights and config.init_from: give one of them, not both")
     path = str(local_path(config.init_weights, "config.init_weights"))
     loaded = imagenet_weights.load_state_dict(
-        imagenet_weights.read_file(path), flatten(template), head=False
+        imagenet_weights.read_file(path), flatten(template), head=False, path=path
     )
     sha256 = file_sha256(Path(path))
     facts = manifests.facts_of(Path(path), "config.init_weights")

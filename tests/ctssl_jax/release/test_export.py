@@ -4,6 +4,7 @@ and wrong input."""
 import importlib.util
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -111,6 +112,20 @@ def test_folder(exported, runs, tiny_dataset):
     }
     for secret in (*patients, str(tiny_dataset), str(runs)):
         assert secret.encode() not in everything
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_a_weights_file_alone_says_what_it_is(name, exported, tmp_path):
+    path = shutil.copy(exported / name, tmp_path / name)
+    facts, manifest = (
+        manifests.facts_of(path, "--weights"),
+        json.loads((exported / "manifest.json").read_text()),
+    )
+    for field in ("architecture", "model", "preprocessing", "training", "data"):
+        assert facts[field] == manifest[field]
+    path.write_bytes((exported / "test_input.npz").read_bytes())
+    with pytest.raises(InputError, match="is damaged or not a"):
+        manifests.facts_of(path, "--weights")
 
 
 def test_the_file_alone_needs_nothing_of_ours(exported):
