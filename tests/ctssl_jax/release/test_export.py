@@ -20,6 +20,7 @@ from data_prep.system.errors import InputError, RunFailed
 from tests.helpers import dicom_files
 from tests.helpers.training_runs import (
     PROJECT,
+    begun_state,
     save_untrained,
     saved_state,
     start,
@@ -330,7 +331,7 @@ def test_imported_runs_are_evaluated_and_trained_from(tiny_dataset, tmp_path):
     assert train_on(
         tiny_config(tiny_dataset, **given, leakage="allow_unchecked"), tmp_path / "next"
     )
-    before, after = saved_state(tmp_path / "run"), saved_state(tmp_path / "next", 0)
+    before, after = saved_state(tmp_path / "run"), begun_state(tmp_path / "next")
     model = [name for name in before if name.startswith(("params/", "variables/"))]
     assert len(model) > 50
     for name in model:
