@@ -54,7 +54,12 @@ def gather(what: str, content: Any = None, seconds: float = WAIT_SECONDS) -> lis
     """
     if jax.process_count() == 1:
         return [content]
-    return exchange(f"{next(_numbers)}", what, content, seconds)
+    return exchange(next_key(), what, content, seconds)
+
+
+def next_key() -> str:
+    """A key that is new, and the same on all processes that ask for keys in the same order."""
+    return str(next(_numbers))
 
 
 def exchange(key: str, what: str, content: Any, seconds: float = WAIT_SECONDS) -> list[Any]:

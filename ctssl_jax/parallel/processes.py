@@ -115,17 +115,20 @@ def initialize(
         raise InputError(_not_joined(str(error).splitlines()[0])) from error
     # JAX has set a handler of its own, which would hold a request to stop until the first step.
     early_stop.leave_at_once()
-    _bound_waits_of_orbax()
+    bound_waits_of_orbax(0)
     # joined: from here on `lost_host.ending_together` handles an abort
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
 
 
-def _bound_waits_of_orbax() -> None:
-    """Orbax waits at most two minutes where processes meet, instead of five, and never for devices,
-    where nothing bounds it."""
+def bound_waits_of_orbax(checkpoint_bytes: int) -> None:
+    """Where processes meet for a checkpoint, Orbax waits two minutes, and a second for 10 MB.
+
+    Args:
+      checkpoint_bytes: size of a checkpoint. One process may write it while the others wait.
+    """
     for module in (orbax_multihost, orbax_v1_multihost):
-        module._DEFAULT_BARRIER_TIMEOUT = int(meeting.WAIT_SECONDS)
-    if flags.FLAGS.is_parsed():
+        module._DEFAULT_BARRIER_TIMEOUT = int(meeting.WAIT_SECONDS + checkpoint_bytes / 1e7)
+    if flags.FLAGS.is_parsed():  # by the coordinator: nothing bounds a wait for devices
         flags.FLAGS.experimental_orbax_use_distributed_barrier = True
 
 

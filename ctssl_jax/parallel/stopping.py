@@ -12,7 +12,6 @@ from data_prep.system.command_line import stop_signals_handled_by
 from data_prep.system.errors import RunFailed
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-_ASKED = "ctssl/asked_to_stop"
 
 
 @contextlib.contextmanager
@@ -54,7 +53,7 @@ class _Agreement:
 
     def __init__(self, asked: Callable[[], bool]):
         self._asked, self._lock, self._closed = asked, threading.Lock(), threading.Event()
-        self._calls, self._stop_at = 0, 0
+        self._calls, self._stop_at, self._key = 0, 0, meeting.next_key()
         self._failed: RunFailed | None = None
         self._thread = threading.Thread(target=self._watch, name="stop requests", daemon=True)
         self._thread.start()
@@ -73,17 +72,20 @@ class _Agreement:
 
     def _watch(self) -> None:
         client, number = meeting.client(), jax.process_index()
+        asked = f"ctssl/asked/{self._key}"
         try:
             while not self._closed.wait(_SECONDS_BETWEEN_LOOKS):
                 if self._asked():
-                    client.key_value_set(f"{_ASKED}/{number}", "", allow_overwrite=True)
-                elif not client.key_value_dir_get(f"{_ASKED}/"):
+                    client.key_value_set(f"{asked}/{number}", "", allow_overwrite=True)
+                elif not client.key_value_dir_get(f"{asked}/"):
                     continue
                 with self._lock:
-                    self._stop_at = max(meeting.exchange("stop", "the last step", self._calls)) + 1
+                    self._stop_at = (
+                        max(meeting.exchange(self._key, "the last step", self._calls)) + 1
+                    )
                 return
             # for those that exchange their numbers later
-            client.key_value_set(f"ctssl/stop/{number}", str(self._calls))
+            client.key_value_set(f"ctssl/{self._key}/{number}", str(self._calls))
         except RunFailed as error:
             self._failed = error
         except RuntimeError:

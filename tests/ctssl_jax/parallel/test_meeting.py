@@ -162,6 +162,7 @@ def test_a_process_that_does_not_complete_its_part_is_named(three, capsys, monke
 
 def test_all_stop_at_the_same_call_however_far_each_is(three, monkeypatch):
     monkeypatch.setattr(stopping, "_SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(meeting, "next_key", lambda: "stop")
     stopped_at, asked = {}, threading.Event()
 
     def run(number):

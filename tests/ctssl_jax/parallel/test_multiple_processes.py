@@ -21,6 +21,7 @@ from ctssl_jax.runs.checkpoints import choose_step
 from tests.helpers.training_runs import (
     EMA,
     PROJECT,
+    begun_state,
     command,
     command_ended_at,
     losses,
@@ -286,7 +287,7 @@ def test_weights_of_another_run_and_parameters_that_no_process_holds_whole(tiny_
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     kernel = "params/encoder/stem/conv/kernel"
     np.testing.assert_array_equal(
-        saved_state(tmp_path / "two", 0)[kernel], saved_state(donor, 1)[kernel]
+        begun_state(tmp_path / "one")[kernel], saved_state(donor, 1)[kernel]
     )
     refused = finish(
         start_two(tiny_dataset, tmp_path / "three", **{**settings, "init_checkpoint": "77"}),
