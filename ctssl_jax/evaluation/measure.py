@@ -88,14 +88,14 @@ def evaluate(
     measured = MeasuredRun.open(
         Run.open(workdir), dataset, (split, "train") if baselines else (split,)
     )
-    step = measured.run.choose_step(checkpoint)
+    chosen = measured.run.choose_checkpoint(checkpoint)
     task = get_task(measured.config.task)
     targets = task.targets(measured.config)
     source = _open_split(measured, task, split)
     make_folder(output.parent, "--output")
 
     # ---- Scores: slices, then volumes, then the split ----
-    model = _restore(measured, task, step, batch_size, _most_items(measured, source))
+    model = _restore(measured, task, chosen.step, batch_size, _most_items(measured, source))
     slices = model.score(source)
     volumes, volume_index = volumes_of_records(source.volumes, slices.record_index)
     by_volume = _volume_values(slices.scores, task, volume_index, len(volumes))
@@ -121,7 +121,7 @@ def evaluate(
             measured,
             split,
             patient_ids,
-            step,
+            chosen,
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             packages=("jax", "flax", "optax", "numpy"),
         ),
@@ -345,7 +345,7 @@ def table(result: dict) -> str:
     if "confusion" in result:
         counts = "; ".join(" ".join(map(str, row)) for row in result["confusion"])
         lines.append(f"slices by true class (rows) and predicted class: {counts}")
-    # After few steps the untrained model may have the best validation loss.
+    # Runs of older versions have a checkpoint of step 0.
     if result["checkpoint_step"] == 0:
         lines.append(
             "NOTE: step 0 is the model before training, nothing was learned; --checkpoint=last "

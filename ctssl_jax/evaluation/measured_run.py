@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 
 from ctssl_jax.data.slices import select_channels, selected_windows
+from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.run import Run
 from ctssl_jax.stats.bootstrap import LEAST_PATIENTS
 from ctssl_jax.stats.units import UNITS
@@ -160,7 +161,7 @@ def header(
     measured: MeasuredRun,
     split: str,
     evaluated: Sequence[str],
-    step: int | None,
+    checkpoint: Chosen | None,
     *,
     device: str,
     packages: Sequence[str],
@@ -171,11 +172,11 @@ def header(
       measured: the run and its data.
       split: the evaluated split.
       evaluated: pseudonyms of the evaluated patients.
-      step: step of the checkpoint; None for a control, which did not learn.
+      checkpoint: the checkpoint; None for a control, which did not learn.
       device: number and name of the devices.
       packages: names of packages whose versions are stored.
     """
-    run, preparation, learned = measured.run, measured.dataset.preparation, step is not None
+    run, preparation, learned = measured.run, measured.dataset.preparation, checkpoint is not None
     return {
         "recipe": run.config.recipe,
         "task": run.config.task,
@@ -187,7 +188,7 @@ def header(
             split,
             evaluated,
         ),
-        "checkpoint_step": step,
+        **(checkpoint.facts if checkpoint else {"checkpoint_step": None, "checkpoint_score": None}),
         "init_from": run.lineage if learned else [],
         "dataset_fingerprint": preparation["fingerprint"],
         "trained_on_fingerprint": run.preparation["fingerprint"],

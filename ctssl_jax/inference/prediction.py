@@ -106,7 +106,7 @@ def predict(
     result = {
         "task": run.config.task,
         "recipe": run.config.recipe,
-        "checkpoint_step": model.step,
+        **model.checkpoint.facts,
         "model_fingerprint": model.fingerprint,
         "windows": [{"level": level, "width": width} for level, width in model.windows],
         "image_size": model.image_size,

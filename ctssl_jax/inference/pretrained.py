@@ -29,6 +29,7 @@ from ctssl_jax.models.classifier import Classifier
 from ctssl_jax.ops.trees import fingerprint, flatten, with_sharding
 from ctssl_jax.parallel import batch_sizes
 from ctssl_jax.parallel.mesh import make_mesh, replicated, split_along_batch, to_devices
+from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.interface import Task, item_slices
 from ctssl_jax.tasks.table import get_task
@@ -61,13 +62,13 @@ class PretrainedModel:
     Attributes:
       run: the run.
       windows: (level, width) in HU that the model reads, a channel each.
-      step: of the checkpoint.
+      checkpoint: its step and score.
       state: the model's `params` and `variables`, on the devices.
     """
 
     run: Run = dataclasses.field(repr=False)
     windows: tuple[tuple[float, float], ...]
-    step: int
+    checkpoint: Chosen
     state: dict[str, Any] = dataclasses.field(repr=False)
     _task: Task = dataclasses.field(repr=False)
     _offsets: tuple[int, ...] = dataclasses.field(repr=False)
@@ -75,6 +76,11 @@ class PretrainedModel:
     _asked_batch_size: int = dataclasses.field(repr=False)
     _outputs: jax.stages.Wrapped = dataclasses.field(repr=False)
     _latents: Callable | None = dataclasses.field(repr=False)
+
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint."""
+        return self.checkpoint.step
 
     @property
     def config(self) -> ml_collections.ConfigDict:
@@ -303,9 +309,9 @@ def load(
     run = workdir if isinstance(workdir, Run) else Run.open(workdir)
     config = run.config
     windows = selected_windows(run.preparation, select_channels(run.preparation, config.windows))
-    step, task = run.choose_step(checkpoint), get_task(config.task)
+    chosen, task = run.choose_checkpoint(checkpoint), get_task(config.task)
     mesh = make_mesh(jax.local_devices())
-    graph, state = restore_model(run.workdir, step, config, task, replicated(mesh))
+    graph, state = restore_model(run.workdir, chosen.step, config, task, replicated(mesh))
     targets = task.targets(config)
     # an evaluation of these tasks feeds uncorrupted slices; pretraining corrupts them
     downstream = bool(targets.label or targets.mask)
@@ -327,7 +333,7 @@ def load(
     return PretrainedModel(
         run=run,
         windows=tuple(windows),
-        step=step,
+        checkpoint=chosen,
         _task=task,
         _offsets=task.offsets(config) if downstream else (0,),
         _mesh=mesh,

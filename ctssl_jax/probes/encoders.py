@@ -22,6 +22,7 @@ from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.parallel import batch_sizes
+from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.tasks.table import get_task
@@ -57,13 +58,13 @@ class ProbedRun:
 
     encoder: name in `ENCODERS`.
     measured: the run and the data.
-    step: of the checkpoint; None for a control, which reads no checkpoint.
+    checkpoint: its step and score; None for a control, which reads no checkpoint.
     asked_batch_size: slices at a time at most; 0 leaves it to `batch_size`.
     """
 
     encoder: str
     measured: MeasuredRun
-    step: int | None
+    checkpoint: Chosen | None
     asked_batch_size: int
 
     @classmethod
@@ -97,8 +98,8 @@ class ProbedRun:
             raise InputError(f"--encoder={encoder}: choose one of {', '.join(ENCODERS)}")
         check_request(output, batch_size)
         measured = MeasuredRun.open(Run.open(workdir), dataset, splits)
-        step = measured.run.choose_step(checkpoint) if encoder == "run" else None
-        return cls(encoder, measured, step, batch_size)
+        chosen = measured.run.choose_checkpoint(checkpoint) if encoder == "run" else None
+        return cls(encoder, measured, chosen, batch_size)
 
     def batch_size(self, frozen: FrozenEncoder, number: int) -> int:
         """Slices at a time, for splits of so many slices at most: one size, so one program.
@@ -140,8 +141,8 @@ class ProbedRun:
                 "probe; give another run"
             )
         elif self.encoder == "run":
-            frozen = trained_encoder(config, task, run, self.step, regions)
-            origin = f"run, step {self.step:,}"
+            frozen = trained_encoder(config, task, run, self.checkpoint.step, regions)
+            origin = f"run, step {self.checkpoint.step:,}"
         else:
             part = config.batch_size // config.microbatches
             size = min(STATISTICS_SLICES, part, len(training_slices))
@@ -157,7 +158,7 @@ class ProbedRun:
         packages = ("jax", "flax", "numpy", "scikit-learn")
         device = jax.local_devices()[0].device_kind
         fields = header(
-            self.measured, split, patient_ids, self.step, device=device, packages=packages
+            self.measured, split, patient_ids, self.checkpoint, device=device, packages=packages
         )
         return fields | {"encoder": self.encoder}
 

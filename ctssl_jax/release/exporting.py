@@ -23,6 +23,7 @@ from flax import nnx
 from ctssl_jax.data.slices import select_channels, selected_windows
 from ctssl_jax.ops.trees import fingerprint, flatten
 from ctssl_jax.release import model_card, onnx_file, parity
+from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.reports import say
 from ctssl_jax.runs.run import Run, portable
 from ctssl_jax.tasks.table import get_task
@@ -158,7 +159,7 @@ class RunModel:
     """A checkpoint as a model in float32 on one device.
 
     run: the run.
-    step: step of the checkpoint.
+    checkpoint: its step and score.
     architecture: `VQVAE`, `Classifier`, `UNet`, `StandardUNet` or `SEResNeXt`.
     settings: settings of the architecture, as its PyTorch twin takes them.
     depth: number of residual blocks of the encoder.
@@ -169,7 +170,7 @@ class RunModel:
     """
 
     run: Run
-    step: int
+    checkpoint: Chosen
     architecture: str
     settings: dict[str, Any]
     depth: int
@@ -178,6 +179,11 @@ class RunModel:
     num_parameters: int
     fingerprint: str
 
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint."""
+        return self.checkpoint.step
+
 
 def open_model(run: Run, checkpoint: str) -> RunModel:
     """Read a checkpoint of a run.
@@ -185,16 +191,16 @@ def open_model(run: Run, checkpoint: str) -> RunModel:
     Raises:
       InputError: no such checkpoint.
     """
-    step = run.choose_step(checkpoint)
+    chosen = run.choose_checkpoint(checkpoint)
     plain = run.config.copy_and_resolve_references()
     plain.dtype, plain.remat, plain.scan = "float32", False, False
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    graph, state = restore_model(run.workdir, step, plain, get_task(plain.task), device)
+    graph, state = restore_model(run.workdir, chosen.step, plain, get_task(plain.task), device)
     model = nnx.merge(graph, state["params"], state["variables"])
     flat = flatten(state)
     return RunModel(
         run=run,
-        step=step,
+        checkpoint=chosen,
         architecture=type(model).__name__,
         settings=architecture_settings(model.config),
         depth=getattr(model.config, "depth", 0),
@@ -234,7 +240,7 @@ def _manifest(exported: RunModel, summaries: list[dict[str, Any]], licence: str)
         "training": {
             "task": run.config.task,
             "recipe": run.config.recipe,
-            "checkpoint_step": exported.step,
+            **exported.checkpoint.facts,
             **run.training_data,
             "init_from": [*run.imported.get("init_from", []), *run.lineage],
             "config": portable(run.config),

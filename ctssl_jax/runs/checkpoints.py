@@ -237,6 +237,13 @@ class Chosen(NamedTuple):
     why: str
     warnings: tuple[str, ...] = ()
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The fields of results: `checkpoint_step`, and `checkpoint_score` (`name` and `value` on
+        the validation slices; None if it has none)."""
+        score = self.score and {"name": self.score.name, "value": self.score.value}
+        return {"checkpoint_step": self.step, "checkpoint_score": score}
+
 
 def choose(workdir: Path, which: str = "best") -> Chosen:
     """A checkpoint that exists.
@@ -262,9 +269,9 @@ def choose(workdir: Path, which: str = "best") -> Chosen:
         step = best_step(scores)
         if step is not None:
             name = scores[max(scores)].name
-            return Chosen(
-                step, scores[step], f"best {name} {scores[step].scores[name]:.4g}", warnings
-            )
+            value = scores[step].scores[name]
+            score = scores[step]._replace(name=name, value=value)
+            return Chosen(step, score, f"best {name} {value:.4g}", warnings)
         if any((_path(workdir, step) / "metrics").exists() for step in steps):
             why = "the last one, since an older version made this run, which stored the loss alone"
         elif scores:

@@ -145,14 +145,14 @@ class Run:
                 raise _other_than_saved(workdir / "preparation.json", name)
         return cls(workdir, from_json(config), preparation)
 
-    def choose_step(self, which: str = "best") -> int:
-        """Step of the checkpoint that `best`, `last`, `last_good` or a number names
-        (`checkpoints.choose`); says which one it is, and its score."""
+    def choose_checkpoint(self, which: str = "best") -> checkpoints.Chosen:
+        """The checkpoint that `best`, `last`, `last_good` or a number names
+        (`checkpoints.choose`); says its step and score."""
         chosen = checkpoints.choose(self.workdir, which)
         say(f"checkpoint   step {chosen.step:,} of {self.workdir}: {chosen.why}")
         for warning in chosen.warnings:
             say(f"WARNING      {warning}")
-        return chosen.step
+        return chosen
 
     def restore(self, step: int, template: Any) -> Any:
         """The tensors of a checkpoint, in the structure and with the shardings of a template:

@@ -45,7 +45,11 @@ def pooling_of(path: str | Path) -> str:
 
 
 def load_state_dict(
-    tensors: Mapping[str, np.ndarray], template: Mapping[str, Any], *, head: bool
+    tensors: Mapping[str, np.ndarray],
+    template: Mapping[str, Any],
+    *,
+    head: bool,
+    path: str | Path = "",
 ) -> dict[str, np.ndarray]:
     """Rename and transpose all tensors of an SE-ResNeXt in PyTorch.
 
@@ -55,6 +59,7 @@ def load_state_dict(
             `variables/stem/norm/mean`; other names than `params/` and `variables/` are skipped.
         head: also take the linear layer; without it, the linear layer of the file may have other
             classes or be missing.
+        path: the file, for the message.
 
     Returns:
         float32 arrays by the flat names of `template`, without the linear layer if not head.
@@ -75,8 +80,8 @@ def load_state_dict(
     loaded, misfits = from_state_dict(entries, shapes, "SEResNeXt")
     if misfits:
         raise InputError(
-            f"config.init_weights: the file does not fit this model ({misfits.text()}); it must "
-            "be an SE-ResNeXt of the same config.model in timm's or the older layout of names"
+            f"config.init_weights={path} does not fit this model ({misfits.text()}); it must be "
+            "an SE-ResNeXt of the same config.model in timm's or the older layout of names"
         )
     return {model[name]: value for name, value in loaded.items()}
 
@@ -94,7 +99,7 @@ def load_into(state: Any, path: str | Path, *, head: bool = False) -> Any:
         InputError: as `read_file` and `load_state_dict`.
     """
     leaves = flatten(state)
-    loaded = load_state_dict(read_file(path), leaves, head=head)
+    loaded = load_state_dict(read_file(path), leaves, head=head, path=path)
     moved = {name: jax.device_put(value, leaves[name].sharding) for name, value in loaded.items()}
     return unflatten(state, leaves | moved)
 

@@ -145,7 +145,7 @@ def _steps(
             with clock.pausing():
                 show_pictures(job, program, state, step)
         if step != saved and (due or stopping):
-            check_state(state, checkpoints.workdir, checkpoints.last_step)
+            check_state(config, state, checkpoints.workdir, checkpoints.last_step)
             reports.flush()
             require_writable(checkpoints.workdir)
             checkpoints.save(step, state, job.metadata)
@@ -156,19 +156,22 @@ def _steps(
             with clock.validating():
                 scores = validate(job, program, state, step, should_stop_here)
                 if scores is not None:
-                    check_finite(scores["loss"], step, checkpoints.workdir, checkpoints.last_step)
+                    check_finite(
+                        config, scores["loss"], step, checkpoints.workdir, checkpoints.last_step
+                    )
                     show(job, program, state, step, scores, norms, reports)
-                    score = make_score(config.best_by, HIGHER_IS_BETTER[config.best_by], scores)
-                    if score.value is None and not undefined_said:
-                        say(
-                            f"WARNING      step {step:,}: config.best_by={config.best_by} is "
-                            "undefined on the validation slices, so no checkpoint can be chosen by "
-                            "it, and the last one is taken as the best"
-                        )
-                        undefined_said = True
-                    checkpoints.score(score)
-                    scored = True
-                stopping = scores is None
+            if scores is not None:  # its file waits for the checkpoint, which is no validation
+                score = make_score(config.best_by, HIGHER_IS_BETTER[config.best_by], scores)
+                if score.value is None and not undefined_said:
+                    say(
+                        f"WARNING      step {step:,}: config.best_by={config.best_by} is "
+                        "undefined on the validation slices, so no checkpoint can be chosen by "
+                        "it, and the last one is taken as the best"
+                    )
+                    undefined_said = True
+                checkpoints.score(score)
+                scored = True
+            stopping = scores is None
         if at_end or stopping or feed is None:  # no batches are left at the end
             trace.end(step, state, at_once=True)
             clock.say_share(step)
@@ -184,7 +187,7 @@ def _steps(
                 jax.block_until_ready(running.popleft())
         trace.end(step, state)
         if step % config.log_every == 0:
-            check_state(state, checkpoints.workdir, checkpoints.last_step)
+            check_state(config, state, checkpoints.workdir, checkpoints.last_step)
             state, report = take_report(program, state)
             norms = report.layer_gradient_norms
             log(job, step, report, clock, feed, reports)

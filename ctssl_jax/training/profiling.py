@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from ctssl_jax.runs.damage import first_line
 from ctssl_jax.runs.reports import say
 
 FOLDER = "profile"
@@ -76,16 +77,14 @@ class StepTrace:
         jax.block_until_ready(state)
         seconds = time.perf_counter() - self._began
         self._running = False
-        jax.profiler.stop_trace()
         with self._local:
-            (trace,) = Path(self._local.name).rglob("*.xplane.pb")
-            shown = seconds_with_operations(trace) / seconds
             try:
+                jax.profiler.stop_trace()
+                (trace,) = Path(self._local.name).rglob("*.xplane.pb")
+                shown = seconds_with_operations(trace) / seconds
                 _copy(Path(self._local.name), self._folder)
-            except OSError as error:
-                say(
-                    f"WARNING      the trace cannot be written to {self._folder} ({error.strerror})"
-                )
+            except (OSError, RuntimeError, ValueError) as error:  # the training goes on
+                say(f"WARNING      {self._folder} cannot be written ({first_line(error)})")
                 return
         say(
             f"profile      steps {step - self._taken + 1:,} to {step:,} in {self._folder}, "

@@ -14,9 +14,11 @@ from ctssl_jax.runs.damage import holds_checkpoint
 from ctssl_jax.runs.run import Run, flat, to_json
 from ctssl_jax.tasks.table import check_task, get_task
 from ctssl_jax.torch_bridge import imagenet_weights
+from ctssl_jax.training import warm_start
 from ctssl_jax.training.fields import FIELDS
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
+from data_prep.system.stores import local_path
 
 
 def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
@@ -180,9 +182,10 @@ def with_pooling(
         if workdir is not None and holds_checkpoint(workdir):
             config.model.pooling = Run.open(workdir).config.model.pooling
         elif config.get("init_weights"):
-            config.model.pooling = imagenet_weights.pooling_of(config.init_weights)
-        elif config.init_from and (Path(config.init_from) / "config.json").is_file():
-            donor = Run.open(config.init_from).config.model
+            path = local_path(config.init_weights, "config.init_weights")
+            config.model.pooling = imagenet_weights.pooling_of(path)
+        elif config.init_from:
+            donor = warm_start.open_other_run(config).config.model
             config.model.pooling = donor.get("pooling", "legacy")  # the donor may be another model
         else:
             config.model.pooling = "legacy"

@@ -325,7 +325,12 @@ def layer_norms(gradients: Any) -> dict[str, jax.Array]:
     return {layer: jnp.sqrt(square) for layer, square in squares.items()}
 
 
-def check_state(state: TrainState, workdir: Path, last_checkpoint: int | None) -> None:
+def check_state(
+    config: ml_collections.ConfigDict,
+    state: TrainState,
+    workdir: Path,
+    last_checkpoint: int | None,
+) -> None:
     """Stop a run whose numbers are not finite, before it saves them. Waits for the devices.
 
     Raises:
@@ -333,20 +338,30 @@ def check_state(state: TrainState, workdir: Path, last_checkpoint: int | None) -
     """
     step = int(state.nonfinite_step)
     if step >= 0:
-        raise _diverged("the loss, its gradient or the parameters", step, workdir, last_checkpoint)
+        what = "the loss, its gradient or the parameters"
+        raise _diverged(config, what, step, workdir, last_checkpoint)
 
 
 def check_finite(
-    validation_loss: float, step: int, workdir: Path, last_checkpoint: int | None
+    config: ml_collections.ConfigDict,
+    validation_loss: float,
+    step: int,
+    workdir: Path,
+    last_checkpoint: int | None,
 ) -> None:
     """Stop a run whose validation loss is not finite. Raises TrainingDiverged."""
     if not np.isfinite(validation_loss):
-        raise _diverged("the validation loss", step, workdir, last_checkpoint)
+        raise _diverged(config, "the validation loss", step, workdir, last_checkpoint)
 
 
 def _diverged(
-    quantity: str, step: int, workdir: Path, last_checkpoint: int | None
+    config: ml_collections.ConfigDict,
+    quantity: str,
+    step: int,
+    workdir: Path,
+    last_checkpoint: int | None,
 ) -> TrainingDiverged:
+    clip = "lower config.gradient_clip" if config.gradient_clip else "set config.gradient_clip=1"
     kept, place = "there is no checkpoint", ""
     if last_checkpoint is not None:
         kept, place = (
@@ -355,5 +370,5 @@ def _diverged(
         )
     return TrainingDiverged(
         f"not finite at step {step} of {workdir}: {quantity}; {kept}; lower config.learning_rate "
-        f"or set config.gradient_clip=1{place}"
+        f"or {clip}{place}"
     )

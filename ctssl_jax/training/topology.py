@@ -224,7 +224,7 @@ def rewritten(work: Work, slices: int) -> bool:
     """Whether XLA took the convolutions of a step apart.
 
     Of few images a chip it makes many small ones (space-to-batch), by copies of every map: the
-    reference model at 4 slices a chip moves 47 GB a slice then, at 8 a third of that.
+    reference model at 4 slices a chip moves 47 GB a slice then, at 8 a quarter of that.
     """
     return work.largest_map > slices
 

@@ -123,7 +123,7 @@ def open_weight_file(
         raise InputError("config.init_weights and config.init_from: give one of them, not both")
     path = str(local_path(config.init_weights, "config.init_weights"))
     loaded = imagenet_weights.load_state_dict(
-        imagenet_weights.read_file(path), flatten(template), head=False
+        imagenet_weights.read_file(path), flatten(template), head=False, path=path
     )
     sha256 = file_sha256(Path(path))
     facts = manifests.facts_of(Path(path), "config.init_weights")
@@ -198,19 +198,19 @@ def find(
         extra or of another shape.
     """
     try:
-        step = run.choose_step(str(config.init_checkpoint))
+        chosen = run.choose_checkpoint(str(config.init_checkpoint))
     except InputError as error:
         raise InputError(f"config.init_from: {error}") from None
     channels = slices.select_channels(run.preparation, run.config.windows)
     theirs = slices.selected_windows(run.preparation, channels)
     where = f"init_from={config.init_from}"
     _check_grey_values(config, where, theirs, run.config.normalize, windows)
-    stored = stored_shapes(run.workdir, step)
+    stored = stored_shapes(run.workdir, chosen.step)
     moved, kept, left = _match(config.init_from, stored, flatten(template), config.init_scope)
     ancestor = {
         "recipe": run.config.recipe,
         "task": run.config.task,
-        "checkpoint_step": step,
+        **chosen.facts,
         "seed": run.config.seed,
         "scope": config.init_scope,
         "num_tensors_moved": len(moved),
@@ -220,7 +220,7 @@ def find(
     # Earlier versions did not list a file of weights among the ancestors.
     begun = run.training_data.get("init_weights_sha256", "")
     unrecorded = [] if not begun or run.ancestors else _ancestors_of_file(begun, 0)
-    return WarmStart(run, step, moved, kept, left, [*unrecorded, *run.ancestors, ancestor])
+    return WarmStart(run, chosen.step, moved, kept, left, [*unrecorded, *run.ancestors, ancestor])
 
 
 def _check_grey_values(

@@ -108,6 +108,8 @@ def health_markdown(results: dict[str, dict | None]) -> str:
         if result:
             embedding, codebook = result["embedding"], result.get("codebook")
             row["checkpoint"] = f"step {result['checkpoint_step']:,}"
+            if (score := result.get("checkpoint_score")) and score["value"] is not None:
+                row["checkpoint"] += f", {score['name']} {score['value']:.4g}"
             row["effective rank"] = (
                 f"{embedding['effective_rank']:.1f} of {embedding['embedding_dim']}"
             )

@@ -246,11 +246,15 @@ def campaign(chosen: list[str], number: int, folder: Path) -> list[str]:
                 f"mount -t overlay -o lowerdir={run.workdir},upperdir={part}/upper,"
                 f"workdir={part}/work overlay {run.workdir}"
             )
-            fills = f"{overlay} && (sleep 30; head -c 2m /dev/zero > {part}/upper/filler) &"
+            begin = folder / "fill"
+            wait = f"until [ -e {begin} ]; do sleep 0.1; done"
+            fills = f"{overlay}; ({wait}; head -c 2m /dev/zero > {part}/upper/filler) &"
             for i in range(number):
-                first = "true" if i < number - 1 else f"{fills} sleep 1"
+                first = "true" if i < number - 1 else f"{fills} true"
                 run.start(hosts[i], i, number, first=first, **endless)
-            codes = run.finish("the disk of the last one is full after 30 s")
+            run.until("step 10/")
+            begin.touch()
+            codes = run.finish("the disk of the last one fills")
             expect("disk_full", codes == [1] * number)
         if "not_shared" in chosen:
             run = Run(folder, dataset, "not_shared")

@@ -131,7 +131,6 @@ def train_stage(folder: Path, dataset: Path) -> Stage:
     phases = (
         ("run directory", "run"),
         ("from scratch", "run/checkpoints"),
-        ("step 0 and on", "run/checkpoints/0"),
         ("step 10 and on", "run/checkpoints/10"),
         ("step 30 and on", "run/checkpoints/30"),
         ("last step saved", "run/checkpoints/50"),

@@ -314,10 +314,10 @@ def main() -> None:
                 run = jobs.stopped(name, signalled(step_begun, seconds))
                 good &= check_curve(name, run, expected)
         if "time_limit" in chosen:
-            words = {"--time=12:00:00": "--time=2", "num_steps=60": "num_steps=4000"}
+            words = {"--time=12:00:00": "--time=4", "num_steps=60": "num_steps=2000"}
             words |= {"TERM@120": "TERM@60", "eval_every=20": "eval_every=1000"}
             run = jobs.stopped("time_limit", lambda job, workdir, log: None, **words)
-            good &= losses(run)[-1][0] == 4000
+            good &= losses(run)[-1][0] == 2000
         if "node_failure" in chosen:
 
             def node_dies(job: str, workdir: Path, log: Path) -> None:

@@ -21,8 +21,9 @@ from data_prep.pipeline.options import Directories, Options
 from data_prep.scan import decoders
 from data_prep.system.files import PARTIAL, explain, write_file
 from data_prep.system.workers import WorkerPool
-from tests.campaigns import faults, kills, mutated_dicom
+from tests.campaigns import faults, kill_points, kills, mutated_dicom
 from tests.helpers import dicom_files
+from tests.helpers.training_runs import save_scored
 
 JPEG_LS = "1.2.840.10008.1.2.4.80"
 RLE = "1.2.840.10008.1.2.5"
@@ -310,3 +311,22 @@ def test_reports_that_cannot_be_written_end_the_run_with_its_name(tmp_path, smal
     assert explain(error.value).startswith(f"{tmp_path}: File too large; permit larger files")
     steps = [line["step"] for line in read_reports(tmp_path, "train")]
     assert steps == list(range(len(steps))) and len(steps) > 20
+
+
+def test_the_campaign_at_system_calls_sees_lost_and_damaged_checkpoints(tmp_path):
+    """Its attempts run in `.ci/run`: they need a process that has not used JAX."""
+    states = {
+        step: ({"step": np.full(9, step)}, kill_points.ERRORS[step]) for step in (2, 4, 6, 8, 10)
+    }
+    save_scored(tmp_path, states)
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "8"]
+    assert kill_points.faults_of_checkpoints(tmp_path, 10) == []
+    assert kill_points.faults_of_checkpoints(tmp_path, 12) == [
+        "checkpoint 12 was complete, the newest is [10]"
+    ]
+    shutil.copytree(folder / "8", tmp_path / "8")
+    (folder / "8" / "_CHECKPOINT_METADATA").unlink()
+    assert "checkpoint 8 is damaged" in kill_points.faults_of_checkpoints(tmp_path, 10)
+    shutil.rmtree(folder / "8")
+    assert kill_points.faults_of_checkpoints(tmp_path, 10) == ["the best is 10 instead of 8"]

@@ -19,7 +19,7 @@ from ctssl_jax.runs.reports import read_reports
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
 from tests.helpers.example_dataset import renew_checksums, write_example_dataset
-from tests.helpers.training_runs import renew_sums, saved_state, tiny_recipe, train_on
+from tests.helpers.training_runs import begun_state, renew_sums, saved_state, tiny_recipe, train_on
 
 SHORT = {"num_steps": 2, "log_every": 1, "eval_every": 2}
 SPLITS = {"train": 6, "validation": 3, "test": 3}
@@ -262,7 +262,7 @@ def test_a_validation_has_the_names_and_numbers_of_the_evaluation(run, names, ru
 )
 def test_the_pretrained_layers_and_no_others_move(run, scope, runs):
     names = json.loads((runs / run / "transplant.json").read_text())
-    start, donor = saved_state(runs / run, 0), saved_state(runs / "pretrained")
+    start, donor = begun_state(runs / run), saved_state(runs / "pretrained")
     layers = {name.split("/")[2] for name in names["moved"]}
     assert layers == set(scope) and all(name.split("/")[1] == "encoder" for name in names["moved"])
     for name in names["moved"]:
@@ -272,7 +272,7 @@ def test_the_pretrained_layers_and_no_others_move(run, scope, runs):
 
 def test_arms_start_alike_but_for_the_encoder(runs, labelled, tmp_path):
     assert train_on(tiny_recipe(labelled, "nodules", **SHORT), tmp_path / "random")
-    ours, random = saved_state(runs / "nodules", 0), saved_state(tmp_path / "random", 0)
+    ours, random = begun_state(runs / "nodules"), begun_state(tmp_path / "random")
     different = {
         name.split("/")[1] for name in ours if not np.array_equal(ours[name], random[name])
     }
@@ -286,7 +286,7 @@ def test_a_frozen_encoder_does_not_move(runs, labelled, tmp_path):
         "init_checkpoint": "last",
     }
     assert train_on(tiny_recipe(labelled, "pe", **SHORT, **given), tmp_path / "run")
-    before, after = saved_state(tmp_path / "run", 0), saved_state(tmp_path / "run")
+    before, after = begun_state(tmp_path / "run"), saved_state(tmp_path / "run")
     moved = {
         name.split("/")[1]
         for name in before
@@ -468,7 +468,7 @@ def test_weights_of_a_file_are_where_the_training_starts(labelled, tmp_path):
     named = {"init_weights": str(tmp_path / "weights.pth"), "leakage": "allow_unchecked"}
     config = tiny_recipe(labelled, "pe_se_resnext", **SHORT, **fields, **named)
     assert train_on(config, tmp_path / "run")
-    start, given = saved_state(tmp_path / "run", 0), saved_state(tmp_path / "other")
+    start, given = begun_state(tmp_path / "run"), saved_state(tmp_path / "other")
     model = [name for name in start if name.split("/")[0] in ("params", "variables")]
     for name in model:
         same = np.array_equal(start[name], given[name])

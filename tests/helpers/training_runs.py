@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from ctssl_jax.ops.trees import flatten
 from ctssl_jax.runs import reports
 from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, restore
 from ctssl_jax.runs.damage import write_sums
@@ -26,7 +27,7 @@ from ctssl_jax.runs.run import open_workdir, to_json
 from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.tasks.table import get_task
-from ctssl_jax.training import loop, setup
+from ctssl_jax.training import loop, setup, warm_start
 from ctssl_jax.training.loop import train
 from ctssl_jax.training.step import Program, compile_step, make_program, run_step
 from data_prep.dataset.reader import Dataset
@@ -133,7 +134,27 @@ def train_on(
         if setup.compile_step is compile_step:  # else a test replaced it
             patch.setattr(setup, "make_program", program_made_once)
             patch.setattr(setup, "compile_step", program_compiled_once)
+        patch.setattr(warm_start, "begin", _begin_and_keep(str(workdir)))
         return train(config, workdir, jax.devices()[:num_devices], **options)
+
+
+_begun: dict[str, dict[str, np.ndarray]] = {}
+
+
+def begun_state(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array, by name, of the state before the first step of a run of `train_on`."""
+    return _begun[str(workdir)]
+
+
+def _begin_and_keep(workdir: str) -> Callable:
+    begin = warm_start.begin
+
+    def begin_and_keep(*arguments):
+        state = begin(*arguments)
+        _begun[workdir] = jax.device_get(flatten(state))
+        return state
+
+    return begin_and_keep
 
 
 _NOT_OF_THE_PROGRAM = (

@@ -21,6 +21,7 @@ from ctssl_jax.runs.checkpoints import choose_step
 from tests.helpers.training_runs import (
     EMA,
     PROJECT,
+    begun_state,
     command,
     command_ended_at,
     losses,
@@ -231,6 +232,20 @@ def test_a_process_that_waits_for_a_lost_one_ends(end, tmp_path):
     )
 
 
+def test_an_error_ends_a_process_whose_reading_threads_hang():
+    program = (
+        "import threading; from ctssl_jax.parallel import lost_host\n"
+        "lost_host.LEAVING_SECONDS = 0.2\n"
+        "with lost_host.ending_together('run'):\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "    raise RuntimeError('planted')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1 and result.stderr.endswith("RuntimeError: planted\n")
+
+
 def test_slurm_jobs_see_their_devices(monkeypatch):
     """JAX alone would give a task only the GPU of its number on its node."""
     for name, value in slurm_variables(0, tasks=2).items():
@@ -286,7 +301,7 @@ def test_weights_of_another_run_and_parameters_that_no_process_holds_whole(tiny_
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     kernel = "params/encoder/stem/conv/kernel"
     np.testing.assert_array_equal(
-        saved_state(tmp_path / "two", 0)[kernel], saved_state(donor, 1)[kernel]
+        begun_state(tmp_path / "one")[kernel], saved_state(donor, 1)[kernel]
     )
     refused = finish(
         start_two(tiny_dataset, tmp_path / "three", **{**settings, "init_checkpoint": "77"}),

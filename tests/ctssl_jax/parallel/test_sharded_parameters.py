@@ -16,6 +16,7 @@ from tests.helpers.training_runs import (
     EMA,
     ask_to_stop_at,
     assert_same_state,
+    begun_state,
     losses,
     numbers,
     saved_state,
@@ -69,7 +70,7 @@ def test_the_numbers_are_those_of_replicated_parameters(runs):
             assert two[name] == (
                 one[name] if name == "kind" else pytest.approx(one[name], rel=loose)
             ), name
-    one, two, start = saved_state(runs / "1"), saved_state(runs / "4"), saved_state(runs / "4", 0)
+    one, two, start = saved_state(runs / "1"), saved_state(runs / "4"), begun_state(runs / "4")
     assert one.keys() == two.keys()
     for name in one:
         if name.endswith("kernel") and name.startswith("params"):

@@ -212,7 +212,7 @@ def test_targets_are_the_same_for_every_grey_scale_of_the_encoder(tiny_dataset):
 def test_only_the_encoder_is_read_and_it_is_the_run_s(task, runs, monkeypatch):
     config = from_json(json.loads((runs / task / "config.json").read_text()))
     run, names, restore = Run.open(runs / task), [], checkpoints.restore
-    step = run.choose_step()
+    step = run.choose_checkpoint().step
 
     def recording_restore(workdir, step, template):
         names.extend(flatten(template))

@@ -4,6 +4,7 @@ and wrong input."""
 import importlib.util
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from data_prep.system.errors import InputError, RunFailed
 from tests.helpers import dicom_files
 from tests.helpers.training_runs import (
     PROJECT,
+    begun_state,
     save_untrained,
     saved_state,
     start,
@@ -110,6 +112,20 @@ def test_folder(exported, runs, tiny_dataset):
     }
     for secret in (*patients, str(tiny_dataset), str(runs)):
         assert secret.encode() not in everything
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_a_weights_file_alone_says_what_it_is(name, exported, tmp_path):
+    path = shutil.copy(exported / name, tmp_path / name)
+    facts, manifest = (
+        manifests.facts_of(path, "--weights"),
+        json.loads((exported / "manifest.json").read_text()),
+    )
+    for field in ("architecture", "model", "preprocessing", "training", "data"):
+        assert facts[field] == manifest[field]
+    path.write_bytes((exported / "test_input.npz").read_bytes())
+    with pytest.raises(InputError, match="is damaged or not a"):
+        manifests.facts_of(path, "--weights")
 
 
 def test_the_file_alone_needs_nothing_of_ours(exported):
@@ -315,7 +331,7 @@ def test_imported_runs_are_evaluated_and_trained_from(tiny_dataset, tmp_path):
     assert train_on(
         tiny_config(tiny_dataset, **given, leakage="allow_unchecked"), tmp_path / "next"
     )
-    before, after = saved_state(tmp_path / "run"), saved_state(tmp_path / "next", 0)
+    before, after = saved_state(tmp_path / "run"), begun_state(tmp_path / "next")
     model = [name for name in before if name.startswith(("params/", "variables/"))]
     assert len(model) > 50
     for name in model:

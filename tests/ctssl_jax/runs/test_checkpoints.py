@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.parallel.mesh import make_mesh, replicated
 from ctssl_jax.runs.checkpoints import Checkpoints, choose, choose_step, read_metadata, restore
 from ctssl_jax.runs.damage import LAST_GOOD, check_all_undamaged, damaged_steps, set_aside
-from ctssl_jax.runs.scores import make_score
+from ctssl_jax.runs.scores import best_step, make_score
 from data_prep.system.errors import InputError, RunFailed
 
 
@@ -272,3 +273,66 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(run):
     checkpoints.save(6, state(6), {})
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, restore(run, 6, shapes(state(0))), state(6))
+
+
+def scores_of(**values):
+    """Scores by step: `_3=0.5` is step 3."""
+    return {int(step[1:]): make_score("mse", False, {"mse": v}) for step, v in values.items()}
+
+
+def test_what_is_the_best():
+    assert best_step(scores_of(_0=0.1, _2=0.4, _4=0.3, _6=0.5)) == 4  # never step 0
+    assert best_step(scores_of(_2=0.3, _4=0.3, _6=0.5)) == 4  # of equal ones the later
+    assert best_step(scores_of(_2=0.3, _4=float("nan"))) == 2
+    assert best_step(scores_of(_0=0.3)) is best_step(scores_of(_2=float("inf"))) is None
+    rising = {step: make_score("auroc", True, {"auroc": step / 10}) for step in (1, 2)}
+    assert best_step(rising) == 2
+    # The newest says by what: a run may go on with another config.best_by.
+    both = {2: make_score("mse", False, {"mse": 0.1, "ssim": 0.2})}
+    both[4] = make_score("ssim", True, {"mse": 0.3, "ssim": 0.1})
+    assert best_step(both) == 2 and best_step(both | {6: rising[1]}) == 6
+
+
+def test_a_score_that_is_undefined_is_no_reason_to_validate_again(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state(3), {})
+    checkpoints.score(make_score("auroc", True, {"loss": 0.5}))
+    checkpoints.close()
+    assert Checkpoints(tmp_path).last_is_scored
+    chosen = choose(tmp_path)
+    assert chosen.step == 3 and chosen.why == (
+        "the last one, since auroc was undefined in each validation"
+    )
+    assert chosen.facts == {
+        "checkpoint_step": 3,
+        "checkpoint_score": {"name": "auroc", "value": None},
+    }
+
+
+def test_a_run_of_an_older_version_is_taken_at_its_last_step(tmp_path):
+    """It stored the loss alone, which is lowest before the training."""
+    with ocp.training.Checkpointer(tmp_path / "checkpoints") as older:
+        for step, loss in ((0, 0.1), (3, 0.9)):
+            tensors = {"state": flatten(state(step))}
+            older.save_checkpointables(step, tensors, metrics={"loss": loss})
+    chosen = choose(tmp_path)
+    assert chosen.step == 3 and chosen.score is None and "an older version" in chosen.why
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.last_step == 3 and not checkpoints.last_is_scored  # scored when it goes on
+    checkpoints.score(make_score("mse", False, {"mse": 0.25}))
+    checkpoints.close()
+    assert choose(tmp_path).why == "best mse 0.25"
+
+
+def test_what_a_kill_leaves_is_tidied_up(run):
+    """Within a removal, and within the writing of a score."""
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "2", folder / "1.removed")
+    (folder / "5" / "score.json").rename(folder / "5" / "score.json.tmp")
+    check_all_undamaged(run)
+    checkpoints = Checkpoints(run)
+    assert not checkpoints.last_is_scored
+    checkpoints.score(make_score("mse", False, {"mse": 1.5}))
+    checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4", "5"]
+    assert not (folder / "5" / "score.json.tmp").exists()

@@ -11,8 +11,7 @@ import pytest
 
 from ctssl_jax.runs.reports import read_reports
 from ctssl_jax.tasks.table import get_task
-from ctssl_jax.training import progress
-from ctssl_jax.training.profiling import seconds_with_operations
+from ctssl_jax.training import profiling, progress
 from ctssl_jax.training.setup import check
 from ctssl_jax.training.state import learning_rate_schedule
 from ctssl_jax.training.validation_share import reckoned_share
@@ -150,6 +149,18 @@ def test_steps_are_traced(tiny_dataset, tmp_path, capsys):
         if event.name == "train"
     ]
     assert steps == [9, 10, 11, 12]
-    assert seconds_with_operations(trace) > 0
+    assert profiling.seconds_with_operations(trace) > 0
     train_on(config, tmp_path, profile_steps=4)
     assert "no step is left to trace" in capsys.readouterr().out
+
+
+def test_a_trace_that_cannot_be_written_is_said(tmp_path, capsys):
+    (tmp_path / "profile").write_text("")
+    trace = profiling.StepTrace(tmp_path, 1, 0, 1, 1)
+    with trace.step(0, jax.numpy.zeros(2)):
+        pass
+    trace.end(1, jax.numpy.zeros(2))
+    said = capsys.readouterr().out
+    assert said.startswith("WARNING") and "profile cannot be written (" in said
+    trace.end(1, jax.numpy.zeros(2), at_once=True)
+    assert capsys.readouterr().out == ""

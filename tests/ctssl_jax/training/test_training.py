@@ -250,7 +250,7 @@ def test_the_first_step_that_is_not_finite_is_kept(
     config = tiny_config(tiny_dataset)
     program = program_of(config, 1, "{}")
     state, _ = run(program, config, source, 2)
-    check_state(state, tmp_path, 0)
+    check_state(config, state, tmp_path, 0)
     zeros = program.zero_gradients()
     bad = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), zeros)
     if part == "loss":
@@ -263,6 +263,9 @@ def test_the_first_step_that_is_not_finite_is_kept(
     state = program.apply_gradients(state, program.zero_gradients())
     with pytest.raises(
         TrainingDiverged,
-        match=r"not finite at step 3 of .*; there is no checkpoint; lower",
+        match=r"not finite at step 3 of .*; there is no checkpoint; .* or set config.gradient_clip",
     ):
-        check_state(state, tmp_path, None)
+        check_state(config, state, tmp_path, None)
+    clipped = tiny_config(tiny_dataset, gradient_clip=1.0)
+    with pytest.raises(TrainingDiverged, match=r"learning_rate or lower config\.gradient_clip"):
+        check_state(clipped, state, tmp_path, None)

@@ -22,6 +22,7 @@ from tests.helpers.example_dataset import change_preparation, write_example_data
 from tests.helpers.training_runs import (
     ask_to_stop_at,
     assert_same_state,
+    begun_state,
     renew_sums,
     saved_state,
     tiny_recipe,
@@ -41,7 +42,7 @@ def runs(tiny_dataset, tmp_path_factory):
     """Finished runs by task, each of two steps from random weights."""
     folder = tmp_path_factory.mktemp("donors")
     for task in ("masked_region", "rotation"):
-        assert train_on(tiny(tiny_dataset, task, seed=5), folder / task)
+        assert train_on(tiny(tiny_dataset, task, seed=5, eval_every=1), folder / task)
     return folder
 
 
@@ -65,11 +66,12 @@ def test_exactly_the_reported_tensors_change(
     task, donor, scope, runs, tiny_dataset, tmp_path, capsys
 ):
     fields = {"mask__fraction": 0.1} if task == "masked_region" else {}
-    config = tiny(tiny_dataset, task, init_from=str(runs / donor), init_scope=scope, **fields)
+    fields |= {"init_from": str(runs / donor), "init_checkpoint": "last", "init_scope": scope}
+    config = tiny(tiny_dataset, task, **fields)
     assert train_on(config, tmp_path / "run")
     before, after, theirs = (
         initial_state(config),
-        saved_state(tmp_path / "run", 0),
+        begun_state(tmp_path / "run"),
         saved_state(runs / donor, 2),
     )
     names = json.loads((tmp_path / "run" / "transplant.json").read_text())
@@ -97,15 +99,15 @@ def test_exactly_the_reported_tensors_change(
 
 def test_which_checkpoint_is_taken(runs, tiny_dataset, tmp_path):
     config = tiny(
-        tiny_dataset, "denoising", init_from=str(runs / "masked_region"), init_checkpoint="0"
+        tiny_dataset, "denoising", init_from=str(runs / "masked_region"), init_checkpoint="1"
     )
     assert train_on(config, tmp_path / "run")
     kernel = "params/encoder/stem/conv/kernel"
     np.testing.assert_array_equal(
-        saved_state(tmp_path / "run", 0)[kernel], saved_state(runs / "masked_region", 0)[kernel]
+        begun_state(tmp_path / "run")[kernel], saved_state(runs / "masked_region", 1)[kernel]
     )
     assert not np.array_equal(
-        saved_state(runs / "masked_region", 0)[kernel], saved_state(runs / "masked_region")[kernel]
+        saved_state(runs / "masked_region", 1)[kernel], saved_state(runs / "masked_region")[kernel]
     )
 
 

@@ -80,7 +80,7 @@ def test_whose_weights_these_are_cannot_be_told(layout, dataset, tensors, tmp_pa
     safetensors.save_file(tensors[layout], path)
     with pytest.raises(InputError, match=r"init_weights=.* cannot be told; .*=allow_unchecked, wh"):
         check(recipe_of(dataset, path), None)
-    job = check(recipe_of(dataset, path, leakage="allow_unchecked"), None)
+    job = check(recipe_of(dataset, f"file://{path}", leakage="allow_unchecked"), None)
     assert job.warm_start.allowed_overlap.endswith("could not be checked")
     assert job.config.model.pooling == layout
     warm_start.record(job.warm_start, tmp_path)
