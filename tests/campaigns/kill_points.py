@@ -142,8 +142,7 @@ def train_without_compiling(dataset: Path, workdir: Path, stop_at: int | None) -
     )
     program = types.SimpleNamespace(template=template, initial_state=first_state, scorer=None)
     setup.abstract_model = lambda *arguments: (None, {}, {})
-    setup.make_program = lambda *arguments: program
-    setup.compile_step = lambda program: (program, 0)
+    setup.Job.compile = lambda job: (program, 0)
     setup.training_batches = lambda *arguments, **options: iter(())
     setup.evaluation_batches = lambda source, *arguments, **options: iter([len(source)])
     setup.picture_batch = lambda *arguments: {}
