@@ -278,7 +278,9 @@ def resample_by_matrix_products(
         fetched = jnp.einsum(
             "bjs,brsc->bjrc", _weights(where[1], width, order), images, precision="high"
         )
-        return jnp.einsum("bjr,bjrc->bjc", _weights(where[0], height, order), fetched)
+        return jnp.einsum(
+            "bjr,bjrc->bjc", _weights(where[0], height, order), fetched, precision="high"
+        )
 
     where = (rows.swapaxes(0, 1), columns.swapaxes(0, 1))
     return jax.lax.map(rows_of_output, where, batch_size=_ROWS_AT_ONCE).swapaxes(0, 1)

@@ -36,6 +36,7 @@ from ctssl_jax.runs.scores import Score, best_step, read_score, write_score
 from data_prep.system.errors import InputError, RunFailed
 
 _SECONDS_BETWEEN_LINES = 10.0
+_MOST_SECONDS = 120.0
 
 
 class Checkpoints:
@@ -52,6 +53,7 @@ class Checkpoints:
     def __init__(self, workdir: Path):
         self.workdir = workdir
         self._pending: tuple[int, Any] | None = None
+        self._bytes = 0
         policies = ocp.training
         if jax.process_index() == 0:
             remove_incomplete(workdir / CHECKPOINTS)
@@ -84,6 +86,7 @@ class Checkpoints:
         Raises:
           RunFailed: this checkpoint or the one before could not be written.
         """
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
             self._finish()
             saving = self._checkpointer.save_checkpointables_async(
@@ -154,8 +157,8 @@ class Checkpoints:
             write_sums(self.workdir, pending[0])
 
     def _result(self, pending: tuple[int, Any]) -> bool:
-        """Wait for a save, and say so every ten seconds. Orbax ends it in bounded time: see
-        `parallel.processes`."""
+        """Wait for a save, and say so every ten seconds. Several processes wait for each other no
+        longer than two minutes, and a second for 10 MB: Orbax would wait for twenty."""
         step, saving = pending
         began = time.monotonic()
         while True:
@@ -165,10 +168,13 @@ class Checkpoints:
             except TimeoutError:
                 if time.monotonic() - asked < _SECONDS_BETWEEN_LINES - 1:
                     raise  # Orbax's own
+            waited = time.monotonic() - began
+            if jax.process_count() > 1 and waited > _MOST_SECONDS + self._bytes / 1e7:
+                raise RuntimeError(f"not written by all processes within {waited:.0f} s")
             if jax.process_index() == 0:
                 print(
                     f"waiting      for checkpoint {step:,} to be written by all processes "
-                    f"({time.monotonic() - began:.0f} s)",
+                    f"({waited:.0f} s)",
                     flush=True,
                 )
 

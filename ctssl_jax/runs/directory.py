@@ -42,7 +42,7 @@ def run_directory(text: str | os.PathLike, name: str = "--workdir") -> Path:
         remedy = f"write gs://{rest}" if scheme == "gcs" else "copy it from or to a local folder"
         raise InputError(f"{name}={text}: no run directory can be on {scheme}://; {remedy}")
     if not text.startswith("gs://"):
-        return stores.local_path(text, name, "or on gs://BUCKET/DIR")
+        return stores.local_path(text, name, "give a folder, or gs://BUCKET/DIR")
     bucket, _, folder = text.removeprefix("gs://").partition("/")
     if not bucket or not folder.strip("/"):
         raise InputError(f"{name}={text}: give a folder of a bucket, gs://BUCKET/DIR")
