@@ -36,6 +36,7 @@ SIGNS = ("Gloo", "UNAVAILABLE", "CoordinationService", "remote process exited")
 _handlers = []  # C keeps only their addresses
 _workdirs: list[str | Path] = []  # the run directory, in a block of `ending_together`
 _over = threading.Event()
+_raised = threading.Event()  # the error has left that block: its message will be printed
 
 
 def at_abort(line: Callable[[], str], exit_code: int = EXIT_START_AGAIN) -> None:
@@ -68,6 +69,7 @@ def ending_together(workdir: str | Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
+            _raised.set()
             _leave_in_time(error)
             raise
         return
@@ -78,6 +80,7 @@ def ending_together(workdir: str | Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        _raised.set()
         leave_soon(error)
         raise
     finally:
@@ -109,9 +112,15 @@ def leave_soon(error: BaseException) -> None:
 
 
 def _leave_in_time(error: BaseException) -> None:
-    leave = threading.Timer(LEAVING_SECONDS, os._exit, [exit_code(error)])
+    leave = threading.Timer(LEAVING_SECONDS, _leave, [error])
     leave.daemon = True
     leave.start()
+
+
+def _leave(error: BaseException) -> None:
+    if not _raised.is_set():  # the main thread still closes something, and has said nothing
+        os.write(2, f"error: {meeting.text_of(error)}\n".encode())
+    os._exit(exit_code(error))
 
 
 def _tell_of_the_signal() -> None:
