@@ -60,18 +60,13 @@ def ending_together(workdir: str | Path) -> Iterator[None]:
     """From the start of the block to the end of the process, a lost process ends all others.
 
     A process that raises its own error leaves after at most `LEAVING_SECONDS`, so that the others
-    notice, and whatever its reading threads wait for.
+    notice. In a run of one process the block has no effect.
 
     Args:
       workdir: the run directory; the line names its last checkpoint.
     """
     if jax.process_count() == 1:
-        try:
-            yield
-        except BaseException as error:
-            _raised.set()
-            _leave_in_time(error)
-            raise
+        yield
         return
     _workdirs[:] = [workdir]
     at_abort(lambda: _lost_line(workdir))

@@ -9,19 +9,31 @@
 import contextlib
 import functools
 import importlib.util
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
 from data_prep.system import stores
-from data_prep.system.early_stop import EXIT_START_AGAIN, STOP_SIGNALS, STOPPED, leave_at_once
+from data_prep.system.early_stop import (
+    EXIT_START_AGAIN,
+    STOP_SIGNALS,
+    STOPPED,
+    leave_at_once,
+    left_to_the_thread,
+)
 from data_prep.system.errors import InputError, RunFailed, StartAgain
 from data_prep.system.files import explain
 
 EXIT_FAILED, EXIT_INPUT = 1, 2
+# For what is still open when a command fails. Threads that wait for storage may never end.
+LEAVING_SECONDS = 5.0
+
+_handled: list[int] = []  # signals that reached a handler of `stop_signals_handled_by`
 
 
 def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> None:
@@ -51,15 +63,22 @@ def stop_signals_handled_by(
 
     Signals that are ignored stay ignored: under nohup a closed terminal stops nothing.
     """
+
+    def handle(number: int, frame: Any) -> None:
+        _handled.append(number)
+        handler(number, frame)
+
     before = {number: signal.getsignal(number) for number in numbers}
     before = {number: old for number, old in before.items() if old not in (None, signal.SIG_IGN)}
     for number in before:
-        signal.signal(number, handler)
+        signal.signal(number, handle)
     try:
         yield
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            # The thread of `early_stop` may see a signal only now that was handled in this block.
+            late = _handled and old is left_to_the_thread
+            signal.signal(number, signal.SIG_DFL if late else old)
 
 
 def require(package: str, user: str, extra: str) -> None:
@@ -102,6 +121,7 @@ def _run_guarded(
     except Exception as error:
         if line := stores.failed(error):
             return _fail(EXIT_FAILED, f"{line}; then run the same command again")
+        _leave_in_time(EXIT_FAILED)
         raise
 
 
@@ -142,4 +162,12 @@ def _fail(code: int, message: str) -> int:
     """Print one line; a stop is not an error."""
     prefix = "" if code == EXIT_START_AGAIN else "error: "
     print(prefix + " ".join(message.split()), file=sys.stderr)
+    _leave_in_time(code)
     return code
+
+
+def _leave_in_time(code: int) -> None:
+    """End the process after at most `LEAVING_SECONDS`, whatever its other threads wait for."""
+    leave = threading.Timer(LEAVING_SECONDS, os._exit, [code])
+    leave.daemon = True
+    leave.start()

@@ -28,7 +28,7 @@ def leave_at_once() -> None:
     """
     for number in STOP_SIGNALS:
         if signal.getsignal(number) not in (None, signal.SIG_IGN):
-            signal.signal(number, _left_to_the_thread)
+            signal.signal(number, left_to_the_thread)
     _listen()
 
 
@@ -37,8 +37,8 @@ def tell_before_leaving(function: Callable[[], None]) -> None:
     _told[:] = [function]
 
 
-def _left_to_the_thread(number: int, frame: object) -> None:
-    pass
+def left_to_the_thread(number: int, frame: object) -> None:
+    """The handler of signals that end the process by the thread of this module."""
 
 
 def _listen() -> None:
@@ -54,7 +54,7 @@ def _listen() -> None:
 
     def hear() -> None:
         while numbers := heard.recv(64):
-            if any(signal.getsignal(number) is _left_to_the_thread for number in numbers):
+            if any(signal.getsignal(number) is left_to_the_thread for number in numbers):
                 _leave(written)
 
     threading.Thread(target=hear, name="early stop", daemon=True).start()

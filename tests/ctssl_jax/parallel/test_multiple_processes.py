@@ -232,20 +232,6 @@ def test_a_process_that_waits_for_a_lost_one_ends(end, tmp_path):
     )
 
 
-def test_an_error_ends_a_process_whose_reading_threads_hang():
-    program = (
-        "import threading; from ctssl_jax.parallel import lost_host\n"
-        "lost_host.LEAVING_SECONDS = 0.2\n"
-        "with lost_host.ending_together('run'):\n"
-        "    threading.Thread(target=threading.Event().wait).start()\n"
-        "    raise RuntimeError('planted')"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 1 and result.stderr.endswith("RuntimeError: planted\n")
-
-
 def test_slurm_jobs_see_their_devices(monkeypatch):
     """JAX alone would give a task only the GPU of its number on its node."""
     for name, value in slurm_variables(0, tasks=2).items():

@@ -14,6 +14,13 @@ MAKE_ROOM = "results.csv: No space left on device; make room and run the same co
 VERBS = "verbs are plan, run; options begin with --"
 
 
+def _hear_signals() -> None:
+    """In a process before its program begins: a shell may have started the tests in the background,
+    where Ctrl-C is ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(body: str, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
     """A command whose `main` is `body`."""
     program = (
@@ -24,7 +31,30 @@ def start(body: str, *arguments: str, prefix: tuple[str, ...] = ()) -> subproces
         "command_line.run(main, ('plan', 'run'))\n"
     )
     command = [*prefix, sys.executable, "-c", program, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hear_signals,
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "end"),
+    [
+        ("RuntimeError('planted')", 1, "RuntimeError: planted\n"),
+        ("InputError('planted')", 2, "error: planted\n"),
+    ],
+)
+def test_an_error_ends_a_process_whose_threads_hang(error, code, end):
+    body = (
+        "import threading; command_line.LEAVING_SECONDS = 0.2; "
+        f"threading.Thread(target=threading.Event().wait).start(); raise {error}"
+    )
+    process = start(body)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and errors.endswith(end)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +146,11 @@ def test_before_the_work_a_signal_ends_at_once_also_while_c_computes(number):
         "print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hear_signals,
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
