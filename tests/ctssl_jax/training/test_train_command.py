@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -14,14 +16,15 @@ import pytest
 
 from ctssl_jax.runs import reports
 from ctssl_jax.runs.checkpoints import choose, choose_step, read_metadata
-from ctssl_jax.training import loop, setup
+from ctssl_jax.training import loop
 from ctssl_jax.training.scoring import evaluate_split
 from ctssl_jax.training.state import TrainingDiverged
-from ctssl_jax.training.step import compile_step, run_step
+from ctssl_jax.training.step import run_step
 from data_prep.system.errors import InputError
 from tests.helpers.opened_files import listed, listing, opened_files
 from tests.helpers.training_runs import (
     EMA,
+    PROJECT,
     ask_to_stop_at,
     assert_same_state,
     command,
@@ -216,16 +219,29 @@ def test_a_request_to_stop_does_not_wait_for_a_validation(
     assert choose_step(workdir, "best") == choose_step(expected, "best")
 
 
-def test_nothing_is_started_by_a_signal_before_the_first_step(tiny_dataset, tmp_path, monkeypatch):
-    def interrupted(program):
-        signal.raise_signal(signal.SIGTERM)
-        return compile_step(program)
-
-    handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(setup, "compile_step", interrupted)
-    assert not train_on(tiny_config(tiny_dataset), tmp_path / "run")
+def test_nothing_is_started_by_a_signal_before_the_first_step(tiny_dataset, tmp_path):
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "from data_prep.system import early_stop\n"
+        "early_stop.leave_at_once()\n"
+        "from ctssl_jax.training import setup\n"
+        "from tests.helpers.training_runs import tiny_config, train_on\n"
+        "def interrupted(*arguments):\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+        "setup.compile_step = interrupted\n"
+        "train_on(tiny_config(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tiny_dataset), str(tmp_path / "run")],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 75, result.stderr
+    assert result.stderr.endswith("stopped; run the same command again to continue\n")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
-    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_wall_clock_that_jumps_shows_in_no_speed(tiny_dataset, tmp_path, monkeypatch):
