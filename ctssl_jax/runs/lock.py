@@ -68,10 +68,13 @@ class TrainingLock:
         self._take(workdir, make=True)
 
     def _take(self, workdir: Path, make: bool) -> None:
-        if self._held or jax.process_index() > 0:
+        if jax.process_index() > 0:
             return
-        kind = _FileLock if isinstance(workdir, Path) else _ObjectLock
-        self._held = kind.taken(workdir, make)
+        if self._held is None:
+            kind = _FileLock if isinstance(workdir, Path) else _ObjectLock
+            self._held = kind.taken(workdir, make)
+        if make and isinstance(self._held, _FileLock):
+            self._held.sign()
 
 
 def _this_process() -> dict[str, Any]:
@@ -150,6 +153,8 @@ class _FileLock:
             except BlockingIOError:
                 holder = _parsed(os.pread(descriptor, 4096, 0))
                 os.close(descriptor)
+                if _is_alive(holder) is False:  # the next one has not signed yet
+                    holder = {}
                 elsewhere = holder.get("host", socket.gethostname()) != socket.gethostname()
                 remedy = f"; if that host is gone, remove {path}" if elsewhere else ""
                 raise _held(workdir, holder, remedy) from None
@@ -163,10 +168,14 @@ class _FileLock:
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     break
             os.close(descriptor)  # somebody removed the file meanwhile
-        with contextlib.suppress(OSError):  # a full disk: the name is for the message alone
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{json.dumps(_this_process())}\n".encode(), 0)
         return cls(descriptor)
+
+    def sign(self) -> None:
+        """Write the name of this process: not before a run is written, so that a refused command
+        changes nothing."""
+        with contextlib.suppress(OSError):  # a full disk: the name is for the message alone
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{json.dumps(_this_process())}\n".encode(), 0)
 
     def release(self) -> None:
         os.close(self._descriptor)

@@ -39,8 +39,13 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path):
                     take(workdir)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        with TrainingLock() as third:  # at once
-            third.take_if_there(workdir)
+        before = (workdir / "training.lock").read_text()
+        with TrainingLock() as third, TrainingLock() as fourth:
+            third.take_if_there(workdir)  # at once
+            assert (workdir / "training.lock").read_text() == before
+            with pytest.raises(InputError, match="another process trains in it"):
+                fourth.take(workdir)
+            third.take(workdir)
             assert f'"process": {os.getpid()}' in (workdir / "training.lock").read_text()
 
 
