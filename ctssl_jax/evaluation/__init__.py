@@ -2,6 +2,7 @@
 
 >>> from ctssl_jax.evaluation import evaluate
 >>> result = evaluate("run", "dataset", "test", "result.json")
+checkpoint   step ... of run: best ...
 >>> sorted(result["metrics"])
 ['masked_mse', 'masked_mse_batch_sum', 'mse', 'ssim']
 >>> result["metrics"]["ssim"]["num_volumes"], len(result["metrics"]["ssim"]["ci95"])

@@ -2,9 +2,11 @@
 
     >>> from ctssl_jax.inference import embed, load
     >>> facts = embed("run", "dataset", "embeddings.npz", split="test")
+    checkpoint   step ... of run: best ...
     >>> facts["num_volumes"], facts["num_slices"]
     (2, 24)
     >>> volume = load("run").embed("scan")  # a folder, a zip file or one file
+    checkpoint   step ... of run: best ...
     >>> volume.slices.shape, volume.mean.shape, volume.max.shape
     ((21, 4), (4,), (4,))
 

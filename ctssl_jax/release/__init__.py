@@ -2,6 +2,7 @@
 
 >>> from ctssl_jax.release import export, import_weights
 >>> manifest = export("run", "folder", ["torch"], "CC-BY-NC-4.0")  # doctest: +ELLIPSIS
+checkpoint   step ... of run: best ...
 model        VQVAE, ... parameters, step 2 of run
 ...
 >>> sorted(manifest["files"])
