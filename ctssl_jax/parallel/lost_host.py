@@ -22,12 +22,10 @@ import jax
 from ctssl_jax.parallel import meeting
 from ctssl_jax.runs.damage import CHECKPOINTS
 from data_prep.system import early_stop, stores
-from data_prep.system.command_line import exit_code
+from data_prep.system.command_line import LEAVING_SECONDS, exit_code
 from data_prep.system.early_stop import EXIT_START_AGAIN
 from data_prep.system.errors import InputError, RunFailed
 
-# For a process that failed: the others may be about to end by the same error, and report it.
-LEAVING_SECONDS = 5.0
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_FOR_ITS_OWN_ERROR = 3.0  # of a process whose neighbour has announced its end
 # In messages of errors. The last one is NCCL's.

@@ -46,7 +46,8 @@ def write(path: Path, twin: ExportedModel, model: nnx.Module, images: np.ndarray
 
     The number of images is free. So are height and width, where PyTorch can trace the network for
     all of them, else they are the sides of `images`. Compared are the images in one batch, each
-    alone (an only image twice in one batch, too), and where the sides are free their middle.
+    alone (an only image twice in one batch, too), and images of another size where the sides are
+    free.
 
     Args:
       path: path of the file, which includes the weights.
@@ -133,30 +134,32 @@ def _export(path: Path, twin: ExportedModel, names: list[str], images: np.ndarra
     height, width = (
         twin.stride * torch.export.Dim(name, min=fewest) for name in ("rows", "columns")
     )
-    free = {0: torch.export.Dim("batch"), 2: height, 3: width}
+    number = {0: torch.export.Dim("batch")}
     for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "torch._guards"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # an attempt that fails is no news
-    for dimensions in (free, {0: free[0]}):
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
-                torch.onnx.export(
-                    _Outputs(twin, names).eval(),
-                    (batch,),
-                    path,
-                    dynamo=True,
-                    dynamic_shapes={"images": dimensions},
-                    input_names=["images"],
-                    output_names=names,
-                    opset_version=OPSET,
-                    external_data=False,
-                    verbose=False,
-                )
-            return dimensions is free
-        except torch.onnx.OnnxExporterError:
-            if dimensions is not free:
-                raise
-    raise AssertionError("unreachable")
+
+    def trace(free: dict[int, Any]) -> None:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _Outputs(twin, names).eval(),
+                (batch,),
+                path,
+                dynamo=True,
+                dynamic_shapes={"images": free},
+                input_names=["images"],
+                output_names=names,
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+
+    try:
+        trace(number | {2: height, 3: width})
+        return True
+    except torch.onnx.OnnxExporterError:
+        trace(number)
+        return False
 
 
 def _of_another_size(images: np.ndarray, stride: int) -> np.ndarray:

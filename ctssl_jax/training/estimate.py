@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
 
+from ctssl_jax.parallel.meeting import gather
 from ctssl_jax.runs.reports import say
 from ctssl_jax.training import fitting
 from ctssl_jax.training.setup import check
@@ -78,8 +78,7 @@ def timed_steps(program: Program, batches: Iterator[dict[str, np.ndarray]]) -> d
     feed.waited = 0.0
     seconds = seconds_of(FEWEST_STEPS)
     more = min(MOST_STEPS, int(SECONDS * FEWEST_STEPS / seconds)) - FEWEST_STEPS
-    # the same number on all processes
-    more = max(0, int(multihost_utils.broadcast_one_to_all(np.int32(more))))
+    more = max(0, gather("the timed steps", more)[0])  # the same number on all processes
     seconds, taken = seconds + seconds_of(more), FEWEST_STEPS + more
     return {
         "slices_per_second": taken * config.batch_size / seconds,

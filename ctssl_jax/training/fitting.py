@@ -13,7 +13,7 @@ import ml_collections
 
 from ctssl_jax.data.batches import batches_read_ahead
 from ctssl_jax.parallel.memory import USABLE, device_memory, end_in_one_line, gib, host_memory
-from ctssl_jax.training.state import abstract_batch
+from ctssl_jax.training.state import abstract_batch, slices_of_a_device
 from ctssl_jax.training.step import (
     HOPELESS,
     Program,
@@ -228,8 +228,7 @@ def _devices(program: Program) -> list[jax.Device]:
 
 
 def _slices_of_a_device(program: Program) -> int:
-    config = program.definition.config
-    return config.batch_size // config.microbatches // program.definition.mesh.size
+    return slices_of_a_device(program.definition.config, program.definition.mesh)
 
 
 def _bytes_read_ahead(program: Program) -> int:

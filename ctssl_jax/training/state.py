@@ -238,6 +238,11 @@ def abstract_batch(definition: Definition, size: int = 0) -> dict[str, Any]:
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
+def slices_of_a_device(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
+    """Slices of a microbatch on each device of a mesh."""
+    return config.batch_size // config.microbatches // mesh.size
+
+
 def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     """Step -> learning rate: linear warm-up, then constant, or a cosine or a line to zero at
     `num_steps`.

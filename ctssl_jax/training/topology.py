@@ -19,8 +19,8 @@ from ctssl_jax.tasks.interface import step_flops
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.compiled_text import Work, count_work
 from ctssl_jax.training.recipe import check_config
-from ctssl_jax.training.state import abstract_batch
-from ctssl_jax.training.step import Program, make_program
+from ctssl_jax.training.state import slices_of_a_device
+from ctssl_jax.training.step import Program, make_program, trace_step
 from data_prep.system.errors import InputError
 
 
@@ -146,8 +146,8 @@ def estimate_topology(config: ml_collections.ConfigDict, name: str) -> None:
     )
     say(
         f"batch        {config.batch_size} slices = {mesh.size} chip(s) x {config.microbatches} "
-        f"microbatch(es) x {slices_a_chip(config, mesh)}, {config.dtype}, remat={config.remat}, "
-        f"scan={config.scan}"
+        f"microbatch(es) x {slices_of_a_device(config, mesh)}, {config.dtype}, "
+        f"remat={config.remat}, scan={config.scan}"
     )
     began = time.monotonic()
     compiled = compile_ahead(program)
@@ -167,7 +167,7 @@ def advice(config: ml_collections.ConfigDict, mesh: Mesh) -> list[str]:
     better = {}
     if config.dtype != "bfloat16":
         better["dtype"] = "bfloat16"
-    if slices_a_chip(config, mesh) < FEWEST_SLICES:
+    if slices_of_a_device(config, mesh) < FEWEST_SLICES:
         better["batch_size"] = FEWEST_SLICES * mesh.size * config.microbatches
     if not better:
         return []
@@ -178,11 +178,6 @@ def advice(config: ml_collections.ConfigDict, mesh: Mesh) -> list[str]:
     ]
 
 
-def slices_a_chip(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
-    """Slices of a microbatch on one device."""
-    return config.batch_size // config.microbatches // mesh.size
-
-
 def compile_ahead(program: Program) -> Any:
     """The compiled step of a program whose devices are not there.
 
@@ -190,12 +185,8 @@ def compile_ahead(program: Program) -> Any:
       InputError: it does not fit into their memory.
     """
     config, mesh = program.definition.config, program.definition.mesh
-    state, batch = program.template, abstract_batch(program.definition)
     try:
-        if config.microbatches == 1:
-            return program.train_step.lower(state, batch).compile()
-        gradients = program.definition.trained_part(state.params)
-        return program.accumulate.lower(state, gradients, batch).compile()
+        return trace_step(program).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         sizes = re.findall(r"\b([\d.]+[KMGT])\b", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not re.search("hbm", str(error), re.I):
@@ -211,7 +202,7 @@ def _with_less_memory(config: ml_collections.ConfigDict, mesh: Mesh) -> str:
         return "set --config.dtype=bfloat16"
     if not config.remat:
         return "set --config.remat=True"
-    slices = slices_a_chip(config, mesh)
+    slices = slices_of_a_device(config, mesh)
     if slices > 1:
         return (
             f"lower --config.batch_size to {config.batch_size * (slices // 2) // slices}, or take "
@@ -238,7 +229,7 @@ def lines(program: Program, memory: Any, work: Work) -> list[str]:
       work: of one device in a step or microbatch.
     """
     config, mesh = program.definition.config, program.definition.mesh
-    slices, kind = slices_a_chip(config, mesh), mesh.devices.flat[0].device_kind
+    slices, kind = slices_of_a_device(config, mesh), mesh.devices.flat[0].device_kind
     chip, gib = CHIPS[kind], 2**30
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     operations, traffic = work.operations / slices, work.traffic / slices

@@ -112,16 +112,18 @@ def _run_guarded(
     try:
         with stop_signals_handled_by(_stop):
             return main(argv) or 0
-    except KeyboardInterrupt:
-        return _fail(EXIT_START_AGAIN, STOPPED)
-    except (InputError, RunFailed, StartAgain) as error:
-        return _fail(exit_code(error), str(error))
-    except OSError as error:
-        return _fail(EXIT_FAILED, explain(error))
-    except Exception as error:
+    except StartAgain as error:  # all is saved, and other processes of a run still end
+        return _fail(EXIT_START_AGAIN, str(error))
+    except (Exception, KeyboardInterrupt) as error:
+        _leave_in_time(exit_code(error))
+        if isinstance(error, KeyboardInterrupt):
+            return _fail(EXIT_START_AGAIN, STOPPED)
+        if isinstance(error, InputError | RunFailed):
+            return _fail(exit_code(error), str(error))
+        if isinstance(error, OSError):
+            return _fail(EXIT_FAILED, explain(error))
         if line := stores.failed(error):
             return _fail(EXIT_FAILED, f"{line}; then run the same command again")
-        _leave_in_time(EXIT_FAILED)
         raise
 
 
@@ -162,7 +164,6 @@ def _fail(code: int, message: str) -> int:
     """Print one line; a stop is not an error."""
     prefix = "" if code == EXIT_START_AGAIN else "error: "
     print(prefix + " ".join(message.split()), file=sys.stderr)
-    _leave_in_time(code)
     return code
 
 
