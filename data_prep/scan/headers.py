@@ -31,6 +31,7 @@ from data_prep.scan.archives import (
     open_source,
     read_bytes,
 )
+from data_prep.scan.demographics import age_in_years, sex_of
 
 MAX_FRAMES = 20_000
 _LARGEST_NUMBER = 1e9
@@ -291,7 +292,7 @@ def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImag
         kvp=_number(elements, 0x00180060),
         contrast_agent=_text(elements, 0x00180010) or _enhanced_contrast(dataset),
         age=age_in_years(_text(elements, 0x00101010)),
-        sex=sex if (sex := _text(elements, 0x00100040).upper()) in ("M", "F", "O") else "",
+        sex=sex_of(_text(elements, 0x00100040)),
         ethnic_group=_text(elements, 0x00102160),
         number_of_frames=number_of_frames,
         frames=_frames(dataset, elements, number_of_frames),
@@ -469,15 +470,3 @@ def _stored_value(value: int | None, bits: int, representation: int) -> int | No
         return value
     value &= (1 << bits) - 1
     return value - (1 << bits) if value >> (bits - 1) else value
-
-
-def age_in_years(text: str) -> int | None:
-    """Age in whole years from an Age String (nnnD, W, M or Y) or a number of years; None for other
-    text. An age above 89 becomes 90."""
-    unit, digits = text[-1:].upper(), text[:-1]
-    if unit.isdigit():
-        unit, digits = "Y", text
-    years_per_unit = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
-    if unit not in years_per_unit or not digits.isascii() or not digits.isdigit():
-        return None
-    return min(90, int(int(digits) * years_per_unit[unit] + 1e-9))
