@@ -7,7 +7,6 @@ where a number belongs, a wrong VR) becomes "missing" and never an exception.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import logging
 import re
@@ -31,6 +30,7 @@ from data_prep.scan.archives import (
     open_source,
     read_bytes,
 )
+from data_prep.scan.character_sets import ESCAPE, decode_texts, first_text_before
 from data_prep.scan.demographics import age_in_years, sex_of
 
 MAX_FRAMES = 20_000
@@ -54,7 +54,8 @@ NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.sc
 # a fifth of the time.
 # fmt: off
 _TAGS = [pydicom.tag.Tag(tag) for tag in (
-    0x00041220, 0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00080070, 0x00080104, 0x00089007,
+    0x00041220, 0x00080005, 0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00080070, 0x00080104,
+    0x00089007,
     0x00100020, 0x00100040, 0x00100200, 0x00101010, 0x00102160, 0x00180010, 0x00180012, 0x00180015,
     0x00180050, 0x00180060, 0x00181120, 0x00181210, 0x00185100, 0x00189304, 0x00189314, 0x00189316,
     0x00189329, 0x0020000D, 0x0020000E, 0x00200012, 0x00200032, 0x00200037, 0x00209111, 0x00209113,
@@ -106,6 +107,8 @@ class Header:
     study_instance_uid: str
     series_instance_uid: str
     patient_id: str
+    # as programs before version 2 of the rules read it, "" if they took it for missing; None: alike
+    patient_id_before: str | None
     modality: str
     image_type: tuple[str, ...]
     body_part: str
@@ -273,6 +276,7 @@ def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImag
         study_instance_uid=_text(elements, 0x0020000D),
         series_instance_uid=_text(elements, 0x0020000E),
         patient_id=_text(elements, 0x00100020),
+        patient_id_before=_patient_id_before(elements),
         modality=_text(elements, 0x00080060).upper(),
         body_part=_text(elements, 0x00180015).upper(),
         rows=rows,
@@ -402,23 +406,22 @@ def _text(elements: Elements, tag: int) -> str:
 
 
 def _texts(elements: Elements, tag: int) -> tuple[str, ...]:
-    """All values of a text element, stripped.
-
-    Bytes that are not UTF-8 are read as Latin-1. A value with control characters is damaged (it may
-    hold parts of other elements) and counts as missing.
-    """
+    """All values of a text element, stripped, by Specific Character Set (0008,0005); () if they are
+    damaged (`data_prep.scan.character_sets`)."""
     raw = _bytes(elements, tag)[0]
-    return _parse_texts(raw) if raw else ()
+    if not raw:
+        return ()
+    if raw.isascii() and ESCAPE not in raw:
+        return decode_texts(raw)
+    return decode_texts(raw, _bytes(elements, 0x00080005)[0])
 
 
-@functools.lru_cache(maxsize=4096)  # most values repeat from file to file
-def _parse_texts(raw: bytes) -> tuple[str, ...]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    parts = tuple(part.strip(" \0\t\r\n") for part in text.split("\\"))
-    return () if any(character < " " for part in parts for character in part) else parts
+def _patient_id_before(elements: Elements) -> str | None:
+    raw = _bytes(elements, 0x00100020)[0]
+    if raw.isascii() and ESCAPE not in raw:
+        return None
+    before = first_text_before(raw)
+    return None if before == _text(elements, 0x00100020) else before
 
 
 def _numbers(elements: Elements, tag: int) -> tuple[float, ...]:

@@ -320,10 +320,10 @@ def test_elements_that_are_passed_over_change_no_header(tmp_path, dataset, monke
 @pytest.mark.parametrize(
     ("agent", "contrast"),
     [
-        pytest.param(None, None, marks=pytest.mark.xfail(strict=True)),
-        pytest.param("", None, marks=pytest.mark.xfail(strict=True)),
+        (None, None),
+        ("", None),
         ("NONE", False),
-        pytest.param("No contrast", False, marks=pytest.mark.xfail(strict=True)),
+        ("No contrast", False),
         ("OMNIPAQUE", True),
     ],
 )
