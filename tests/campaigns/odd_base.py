@@ -66,11 +66,13 @@ class OddScan:
 
     files: path -> content.
     exams: for each exam its right volumes, any one of which may be taken.
+    refusal: a reason for which it is right to refuse the scan, too; "": it must be taken.
     """
 
     kind: str
     files: dict[str, bytes]
     exams: tuple[tuple[Right, ...], ...]
+    refusal: str = ""
 
 
 @functools.lru_cache(maxsize=2 * NUM_PATIENTS)

@@ -115,7 +115,11 @@ def read_archive(folder: Path, scans: dict[str, OddScan], workers: int = 0) -> d
         for _ in choices:
             words = " + ".join(sorted(reasons[name])) or "without a word"
             words = re.sub(r"\d+(\.\d+)?", "#", words)
-            counts[scans[name].kind].lost[words] += 1
+            count, refusal = counts[scans[name].kind], scans[name].refusal
+            if refusal and words.startswith(f"{refusal} "):
+                count.right += 1
+            else:
+                count.lost[words] += 1
     return dict(counts)
 
 

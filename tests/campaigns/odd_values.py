@@ -23,13 +23,13 @@ def _unsigned(scan: Sound) -> None:
 
 @kind
 def left_justified(scan: Sound) -> OddScan:
-    """12 bits stored, high bit 15: the values lie in the upper bits."""
+    """12 bits stored, high bit 15: the values lie in the upper bits. Exact, or refused by name."""
     _unsigned(scan)
     datasets = scan.datasets()
     for ds, values in zip(datasets, scan.stored(scan.hu), strict=True):
         ds.HighBit = 15
         set_stored(ds, scan.lay(values << (16 - ds.BitsStored)))
-    return scan.odd(datasets)
+    return dataclasses.replace(scan.odd(datasets), refusal="undecodable_pixels")
 
 
 @kind
