@@ -23,6 +23,7 @@ if __name__ == "__main__":  # the imports below take their time
 from absl import flags
 
 from ctssl_jax.inference import scan_flags
+from data_prep.dataset.schema import SPLITS
 from data_prep.system import command_line
 from data_prep.system.errors import InputError, RunFailed
 
@@ -39,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint", "best", "best (by config.best_by), last, last_good (undamaged), or a step."
     )
-    flags.DEFINE_string("split", None, "train, validation or test of a dataset; by default all.")
+    flags.DEFINE_enum("split", None, SPLITS, "Split of a dataset; by default all.")
     flags.DEFINE_string(
         "pseudonym_key_file",
         None,

@@ -43,8 +43,11 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "dataset", None, "Dataset directory; by default the one that the run was trained on."
     )
-    flags.DEFINE_string(
-        "split", "test", "test, or validation, which also chooses the probes' settings."
+    flags.DEFINE_enum(
+        "split",
+        "test",
+        ["test", "validation"],
+        "Split to score; validation also chooses the probes' settings.",
     )
     flags.DEFINE_string("output", None, "Results file, ending in .json.")
     flags.DEFINE_string(

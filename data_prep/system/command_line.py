@@ -9,6 +9,7 @@
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -165,6 +166,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     # --config and its fields raise the last three
     except (flags.Error, AttributeError, TypeError, OSError) as error:
         message = str(error).replace("\\n", "\n").replace("\\", "")
+        if missing := re.findall(r"Flag (--\w+) must have a value other than None", message):
+            message = f"give {' and '.join(missing)}"
         if refusals := [cause for cause in _causes(error) if isinstance(cause, InputError)]:
             # The recipe itself refused; the message around it is a traceback.
             message = f"--config: {refusals[-1]}"

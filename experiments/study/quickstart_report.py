@@ -65,6 +65,13 @@ def improvement(result: dict) -> dict[str, float]:
     }
 
 
+def compared(factor: float) -> str:
+    """The error of the model beside that of a baseline, which is `factor` times the model's."""
+    return (
+        f"{factor:.1f} times smaller than" if factor >= 1 else f"{1 / factor:.1f} times LARGER than"
+    )
+
+
 def report_html(
     result: dict,
     cohort: list[dict[str, str]],
@@ -122,8 +129,8 @@ patient(s), {result["num_slices"]} slices, that it never saw in training. Not fo
 <table><tr><th></th>{"".join(f"<th>{title}</th>" for title in NAMES.values())}</tr>{table}</table>
 <p>Mean ± standard deviation over volumes; below it the 95 % bootstrap interval by patient (none
 with one patient). Inside the masked square the error of the model is
-<b>{factors["mean_image"]:.1f} times</b> smaller than the error of the mean slice and
-<b>{factors["copy_input"]:.1f} times</b> smaller than the error of the masked input. Codebook:
+<b>{compared(factors["mean_image"])}</b> the error of the mean slice and
+<b>{compared(factors["copy_input"])}</b> the error of the masked input. Codebook:
 {codebook["used_codes"]} of {codebook["num_codes"]} codes in use, perplexity
 {codebook["perplexity"]:.0f}.</p>
 <h2>Training</h2>
