@@ -139,7 +139,8 @@ def main(argv: list[str]) -> int:
         f"\nInside the masked square the model's error is {compared(factors['mean_image'])} the "
         f"mean slice's and {compared(factors['copy_input'])} the masked input's"
         + (" (SYNTHETIC data)" if result["synthetic"] else "")
-        + f".\nReport: {output / 'report.html'}   ({sum(seconds.known.values()):.0f} s)"
+        + f".\nReport: {output / 'report.html'}   ({sum(seconds.known.values()):.0f} s)\n"
+        "Next: the same on your own scans, ctssl quickstart --input_dir=MY_DICOM"
     )
     return 0
 
