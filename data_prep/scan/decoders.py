@@ -36,6 +36,9 @@ COMPRESSED_SYNTAXES = {
 _END = b"\xff\xd9"  # the last marker in JPEG, JPEG-LS and JPEG 2000
 # In the data of a scan FF is followed by a stuffed byte or bit, a restart marker or another FF.
 _MARKER_IN_SCAN = re.compile(rb"\xff+([\x80-\xcf\xd8-\xfe])")
+# No packet has them; lower ones begin a tile part, a packet, or its data.
+_MARKER_IN_PACKETS = re.compile(rb"\xff[\x94-\xff]")
+_START_OF_PACKETS = b"\xff\x93"
 _START_OF_JPEG, _START_OF_JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
 _START_OF_SCAN, _END_OF_IMAGE, _JPEG_LS_FRAME = 0xDA, 0xD9, 0xF7
 # What the JPEG decoder takes for more data: if the pixels do not depend on it, none is missing.
@@ -174,20 +177,27 @@ def _end_of_tiles(frame: bytes) -> int | None:
     """
     right, bottom, *_, width, height, tile_left, tile_top = struct.unpack_from(">8I", frame, 8)
     tiles = -(-(right - tile_left) // max(1, width)) * -(-(bottom - tile_top) // max(1, height))
-    at, seen = frame.find(b"\xff\x90\0\x0a"), set()
+    at, seen, length = frame.find(b"\xff\x90\0\x0a"), set(), 0
     while at >= 0 and frame[at : at + 2] == b"\xff\x90" and at + 12 <= len(frame):
         tile, length, part, parts = struct.unpack_from(">HIBB", frame, at + 4)
         if not parts or part + 1 == parts:
             seen.add(tile)
         if length == 0:  # up to the end marker: no packet holds its two bytes
-            end = frame.find(_END, frame.find(b"\xff\x93", at))
-            return end if end >= 0 else None
+            end = frame.find(_END, frame.find(_START_OF_PACKETS, at))
+            if end >= 0:
+                return end
+            at = len(frame)
+            break
         at += length
     if not 0 < at <= len(frame) or len(seen) < tiles:
         raise ValueError("the frame ends early")
-    if len(frame) > at + 1 and frame[at : at + 2] != _END:  # they may stand where data were lost
-        raise ValueError("bytes that are no end marker follow the tile parts")
-    return at
+    if frame[at : at + 2] == _END:
+        return at
+    # Other bytes may stand where data were lost.
+    packets = frame.find(_START_OF_PACKETS)
+    if len(frame) > at + 1 or _MARKER_IN_PACKETS.search(frame, packets, at):
+        raise ValueError("bytes that are no data stand in the frame, and no end marker")
+    return at if length else None
 
 
 # ---- run lengths ---------------------------------------------------------------------------------
