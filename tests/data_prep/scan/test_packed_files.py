@@ -56,7 +56,6 @@ def reasons(folder: Path) -> dict[str, str]:
 # ---- two further members -------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True)
 def test_a_tar_file_of_a_mac_with_links_folders_and_a_second_name(tmp_path):
     files = slice_files()
     path = tar_of(tmp_path / "in" / "export", files | {"._00.dcm": b"\0\5\x16\7" + bytes(80)})
@@ -80,7 +79,6 @@ def test_a_tar_file_of_a_mac_with_links_folders_and_a_second_name(tmp_path):
     }
 
 
-@pytest.mark.xfail(strict=True)
 def test_one_compressed_multi_frame_file(tmp_path):
     order = list(np.random.default_rng(0).permutation(len(THORAX)))
     enhanced = dicom_files.enhanced(THORAX, intercepts=[-1024] * len(THORAX), order=order)
@@ -89,7 +87,6 @@ def test_one_compressed_multi_frame_file(tmp_path):
     np.testing.assert_array_equal(only_hu(path), THORAX)
 
 
-@pytest.mark.xfail(strict=True)
 def test_what_cannot_be_read_in_place_is_named_with_the_remedy(tmp_path):
     files = slice_files()
     tar_of(tmp_path / "a.tar.gz", files, "w:gz")
@@ -109,14 +106,13 @@ def test_what_cannot_be_read_in_place_is_named_with_the_remedy(tmp_path):
         "d.7z": "packed",
         "e.rar": "packed",
         "f.zip 0.dcm.gz": "packed",
-        "g.dcm.gz g.dcm": "unreadable",
+        "g.dcm.gz": "bad_packed",
         "h.dcm.gz": "too_large",
     }
     with pytest.raises(InputError, match="unpack"):
         plan_scans(tmp_path)
 
 
-@pytest.mark.xfail(strict=True)
 def test_folders_and_tar_members_whose_names_are_no_utf8(tmp_path):
     """A folder name of Latin-1 and a member of an old tar file, which are as good as any."""
     folder = os.fsencode(tmp_path / "in") + b"/Th\xf6rax"
@@ -137,7 +133,6 @@ def test_folders_and_tar_members_whose_names_are_no_utf8(tmp_path):
 # ---- what the case stands for --------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True)
 def test_compressed_slices_and_slices_of_a_tar_file(tmp_path):
     files = list(slice_files().values())
     for number, content in enumerate(files[:12]):
@@ -146,7 +141,7 @@ def test_compressed_slices_and_slices_of_a_tar_file(tmp_path):
     np.testing.assert_array_equal(only_hu(tmp_path), THORAX)
     sources = [entry for entry in list_sources(tmp_path) if isinstance(entry, Source)]
     assert sorted(read_bytes(tmp_path, source) for source in sources) == sorted(files)
-    assert [source.size for source in sources] == [len(files[0])] * len(THORAX)
+    assert sorted(source.size for source in sources) == sorted(map(len, files))
 
 
 def enumerate_names(files):
