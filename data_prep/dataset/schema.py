@@ -76,7 +76,7 @@ VOLUME_COLUMNS: dict[str, type] = {
     "manufacturer": str,
     "kernel": str,
     "tube_voltage_kvp": float,
-    "contrast": bool,  # an agent is named in the headers
+    "contrast": bool,  # an agent is named in the headers; empty: they say nothing
     "age": int,  # whole years, 90 stands for everything above 89
     "sex": str,  # F, M, O
     "ethnic_group": str,

@@ -20,6 +20,7 @@ from data_prep.scan.headers import Header
 from data_prep.scan.series import Rejection, SeriesCandidate
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_file
+from data_prep.system.spreadsheets import is_missing
 
 KEY_FILE = "pseudonym_key"  # in an audit directory
 
@@ -28,6 +29,10 @@ _SHORTEST_KEY = 16  # bytes
 _NOT_PUBLIC = re.compile(r"[^A-Za-z0-9 .,_+/()-]")
 _LONGEST_TEXT = 16
 _OTHER = "other"  # replaces values that may be private
+_NO_CONTRAST = {
+    *("NO", "NONE", "N", "NIL", "WITHOUT", "W/O", "WO", "NATIVE", "PLAIN", "OHNE", "SANS", "SIN"),
+    *("NO CONTRAST", "NON CONTRAST", "NON-CONTRAST", "WITHOUT CONTRAST", "W/O CONTRAST"),
+}
 _VENDORS = set(
     "siemens ge imatron philips picker marconi elscint toshiba canon hitachi fujifilm shimadzu "
     "uih neusoft samsung neurologica anke minfound sinovision".split()
@@ -185,20 +190,26 @@ def _clean(value: str) -> str:
     return " ".join(_NOT_PUBLIC.sub(" ", value).split())
 
 
+def _contrast(agent: str) -> bool | None:
+    text = " ".join(agent.upper().split())
+    return None if is_missing(text) and text != "NONE" else text not in _NO_CONTRAST
+
+
 def public_fields(header: Header) -> dict[str, Any]:
     """The allow-list: all values that `volumes.csv` takes from a header, except geometry.
 
     They are Manufacturer (0008,0070), Convolution Kernel (0018,1210), KVP (0018,0060), whether
-    Contrast/Bolus Agent (0018,0010) is filled, Patient's Age (0010,1010) in whole years with 90 for
-    an age above 89, Patient's Sex (0010,0040), Ethnic Group (0010,2160), and whether Quality
-    Control Subject (0010,0200) marks a phantom. The three texts are published only in their usual
-    form, since people write private facts into any field.
+    Contrast/Bolus Agent (0018,0010) names an agent (True) or says that there was none (False; None
+    where it is missing or empty, as in de-identified files), Patient's Age (0010,1010) in whole
+    years with 90 for an age above 89, Patient's Sex (0010,0040), Ethnic Group (0010,2160), and
+    whether Quality Control Subject (0010,0200) marks a phantom. The three texts are published only
+    in their usual form, since people write private facts into any field.
     """
     return {
         "manufacturer": public_manufacturer(header.manufacturer),
         "kernel": public_kernel(header.kernel),
         "tube_voltage_kvp": header.kvp,
-        "contrast": header.contrast_agent.strip().upper() not in ("", "NONE", "NO"),
+        "contrast": _contrast(header.contrast_agent),
         "age": None if header.age is None else min(header.age, 90),
         "sex": header.sex,
         "ethnic_group": public_ethnic_group(header.ethnic_group),

@@ -7,7 +7,6 @@ where a number belongs, a wrong VR) becomes "missing" and never an exception.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import logging
 import re
@@ -29,6 +28,8 @@ from data_prep.scan.packed_files import (
     ZIP,
     how_packed,
 )
+from data_prep.scan.character_sets import ESCAPE, decode_texts, first_text_before
+from data_prep.scan.demographics import age_in_years, sex_of
 
 MAX_FRAMES = 20_000
 _LARGEST_NUMBER = 1e9
@@ -50,7 +51,8 @@ NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.sc
 # a fifth of the time.
 # fmt: off
 _TAGS = [pydicom.tag.Tag(tag) for tag in (
-    0x00041220, 0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00080070, 0x00080104, 0x00089007,
+    0x00041220, 0x00080005, 0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00080070, 0x00080104,
+    0x00089007,
     0x00100020, 0x00100040, 0x00100200, 0x00101010, 0x00102160, 0x00180010, 0x00180012, 0x00180015,
     0x00180050, 0x00180060, 0x00181120, 0x00181210, 0x00185100, 0x00189304, 0x00189314, 0x00189316,
     0x00189329, 0x0020000D, 0x0020000E, 0x00200012, 0x00200032, 0x00200037, 0x00209111, 0x00209113,
@@ -102,6 +104,8 @@ class Header:
     study_instance_uid: str
     series_instance_uid: str
     patient_id: str
+    # as programs before version 2 of the rules read it, "" if they took it for missing; None: alike
+    patient_id_before: str | None
     modality: str
     image_type: tuple[str, ...]
     body_part: str
@@ -251,6 +255,7 @@ def _header(dataset: Dataset, source: Source, offset: int | None) -> Header | No
         study_instance_uid=_text(elements, 0x0020000D),
         series_instance_uid=_text(elements, 0x0020000E),
         patient_id=_text(elements, 0x00100020),
+        patient_id_before=_patient_id_before(elements),
         modality=_text(elements, 0x00080060).upper(),
         body_part=_text(elements, 0x00180015).upper(),
         rows=rows,
@@ -270,7 +275,7 @@ def _header(dataset: Dataset, source: Source, offset: int | None) -> Header | No
         kvp=_number(elements, 0x00180060),
         contrast_agent=_text(elements, 0x00180010) or _enhanced_contrast(dataset),
         age=age_in_years(_text(elements, 0x00101010)),
-        sex=sex if (sex := _text(elements, 0x00100040).upper()) in ("M", "F", "O") else "",
+        sex=sex_of(_text(elements, 0x00100040)),
         ethnic_group=_text(elements, 0x00102160),
         number_of_frames=number_of_frames,
         frames=_frames(dataset, elements, number_of_frames),
@@ -381,23 +386,22 @@ def _text(elements: Elements, tag: int) -> str:
 
 
 def _texts(elements: Elements, tag: int) -> tuple[str, ...]:
-    """All values of a text element, stripped.
-
-    Bytes that are not UTF-8 are read as Latin-1. A value with control characters is damaged (it may
-    hold parts of other elements) and counts as missing.
-    """
+    """All values of a text element, stripped, by Specific Character Set (0008,0005); () if they are
+    damaged (`data_prep.scan.character_sets`)."""
     raw = _bytes(elements, tag)[0]
-    return _parse_texts(raw) if raw else ()
+    if not raw:
+        return ()
+    if raw.isascii() and ESCAPE not in raw:
+        return decode_texts(raw)
+    return decode_texts(raw, _bytes(elements, 0x00080005)[0])
 
 
-@functools.lru_cache(maxsize=4096)  # most values repeat from file to file
-def _parse_texts(raw: bytes) -> tuple[str, ...]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    parts = tuple(part.strip(" \0\t\r\n") for part in text.split("\\"))
-    return () if any(character < " " for part in parts for character in part) else parts
+def _patient_id_before(elements: Elements) -> str | None:
+    raw = _bytes(elements, 0x00100020)[0]
+    if raw.isascii() and ESCAPE not in raw:
+        return None
+    before = first_text_before(raw)
+    return None if before == _text(elements, 0x00100020) else before
 
 
 def _numbers(elements: Elements, tag: int) -> tuple[float, ...]:
@@ -449,15 +453,3 @@ def _stored_value(value: int | None, bits: int, representation: int) -> int | No
         return value
     value &= (1 << bits) - 1
     return value - (1 << bits) if value >> (bits - 1) else value
-
-
-def age_in_years(text: str) -> int | None:
-    """Age in whole years from an Age String (nnnD, W, M or Y) or a number of years; None for other
-    text. An age above 89 becomes 90."""
-    unit, digits = text[-1:].upper(), text[:-1]
-    if unit.isdigit():
-        unit, digits = "Y", text
-    years_per_unit = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
-    if unit not in years_per_unit or not digits.isascii() or not digits.isdigit():
-        return None
-    return min(90, int(int(digits) * years_per_unit[unit] + 1e-9))

@@ -190,6 +190,7 @@ def _header(nifti: Any, source: Source, name: str, row: Metadata | None) -> Head
         study_instance_uid=parts["study"] if parts else series,
         series_instance_uid=series,
         patient_id=metadata.patient_id or (parts["patient"] if parts else ""),
+        patient_id_before=None,
         modality="CT",
         body_part="",
         rows=rows,

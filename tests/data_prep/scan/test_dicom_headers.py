@@ -12,9 +12,11 @@ from pydicom.dataset import Dataset
 from pydicom.fileset import FileSet
 
 from data_prep.privacy import leaks
+from data_prep.privacy.pseudonyms import public_fields
 from data_prep.scan import elements, headers
 from data_prep.scan.archives import Source
 from data_prep.scan.headers import Header, NotAnImage, read_header
+from data_prep.scan.series import slice_headers
 from tests.helpers import dicom_files
 from tests.helpers.dicom_files import convert, only_volume
 
@@ -315,3 +317,35 @@ def test_elements_that_are_passed_over_change_no_header(tmp_path, dataset, monke
     passed_over = [read(tmp_path, one) for one in content]
     monkeypatch.setattr(headers, "_TAGS", None)
     assert passed_over == [read(tmp_path, one) for one in content]
+
+
+@pytest.mark.parametrize(
+    ("agent", "contrast"),
+    [
+        (None, None),
+        ("", None),
+        ("NONE", False),
+        ("No contrast", False),
+        ("OMNIPAQUE", True),
+    ],
+)
+def test_contrast_is_unknown_where_nothing_names_it(tmp_path, dataset, agent, contrast):
+    if agent is not None:
+        dataset.ContrastBolusAgent = agent
+    header = read(tmp_path, dicom_files.to_bytes(dataset))
+    assert public_fields(header)["contrast"] is contrast
+
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.parametrize("shared", [True, False])
+def test_tube_voltage_of_enhanced_files(tmp_path, shared):
+    hu = dicom_files.thorax(3)
+    ds = dicom_files.enhanced(hu, intercepts=[-1024] * 3, order=[0, 1, 2])
+    del ds.KVP
+    details = pydicom.Dataset()
+    details.KVP = 100.0
+    groups = ds.SharedFunctionalGroupsSequence if shared else ds.PerFrameFunctionalGroupsSequence
+    for group in groups:
+        group.CTXRayDetailsSequence = [details]
+    header = read(tmp_path, dicom_files.to_bytes(ds))
+    assert {one.kvp for one in slice_headers(header)} == {100.0}
