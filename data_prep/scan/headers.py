@@ -20,6 +20,8 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
 from data_prep.scan.archives import ArchiveDirectory, Source, open_source, read_bytes
+from data_prep.scan.character_sets import ESCAPE, decode_texts, first_text_before
+from data_prep.scan.demographics import age_in_years, sex_of
 from data_prep.scan.elements import BoundError, items, read_elements
 from data_prep.scan.packed_files import (
     PACKED_START,
@@ -28,8 +30,6 @@ from data_prep.scan.packed_files import (
     ZIP,
     how_packed,
 )
-from data_prep.scan.character_sets import ESCAPE, decode_texts, first_text_before
-from data_prep.scan.demographics import age_in_years, sex_of
 
 MAX_FRAMES = 20_000
 _LARGEST_NUMBER = 1e9
