@@ -19,7 +19,8 @@ from pydicom.pixels import pixel_array
 
 from data_prep.scan.archives import ArchiveDirectory, Source, changed, read_bytes
 from data_prep.scan.decoders import DECODER_DEPENDENCIES, decode
-from data_prep.scan.headers import DEFLATED, NATIVE_SYNTAXES, NIFTI, Header
+from data_prep.scan.elements import DEFLATED
+from data_prep.scan.headers import NATIVE_SYNTAXES, NIFTI, Header
 from data_prep.scan.nifti import NiftiError, read_frames
 
 MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
