@@ -20,7 +20,8 @@ from pydicom.pixels import pixel_array
 from data_prep.scan import decoders
 from data_prep.scan.archives import ArchiveDirectory, Source, changed, read_bytes
 from data_prep.scan.decoders import COMPRESSED_SYNTAXES
-from data_prep.scan.headers import DEFLATED, NATIVE_SYNTAXES, NIFTI, Header
+from data_prep.scan.elements import DEFLATED
+from data_prep.scan.headers import NATIVE_SYNTAXES, NIFTI, Header
 from data_prep.scan.nifti import NiftiError, read_frames
 from data_prep.scan.stored_bits import PixelError, stored_values
 
