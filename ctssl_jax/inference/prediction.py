@@ -15,6 +15,7 @@ from data_prep.scan.rules import Rules
 from data_prep.scan.series import SeriesCandidate
 from data_prep.scan.volume import Volume
 from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.extras import pip_install
 from data_prep.system.files import lock_directory, make_folder, write_json
 from data_prep.system.stores import local_path
 
@@ -184,8 +185,7 @@ def _check_request(predicts_label: bool, request: Request) -> None:
         )
     if request.dicom_seg and not mask_prediction.can_write_dicom_seg():
         raise InputError(
-            "--dicom_seg needs highdicom: pip install ctssl_jax[dicom_seg], or give "
-            "--dicom_seg=false"
+            f"--dicom_seg needs highdicom: {pip_install('dicom-seg')}, or give --dicom_seg=false"
         )
     if len(request.segment_label) > 64:
         raise InputError(

@@ -77,8 +77,8 @@ from data_prep.privacy.pseudonyms import (
 from data_prep.scan.loading import header_reader
 from data_prep.scan.patients import Patients, merged
 from data_prep.scan.series import SeriesCandidate
-from data_prep.system.command_line import require
 from data_prep.system.errors import InputError
+from data_prep.system.extras import require
 from data_prep.system.files import PARTIAL, lock_directory, remove_tree, sync_directory
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool, usable_cores
 

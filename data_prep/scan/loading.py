@@ -20,11 +20,10 @@ from data_prep.scan.archives import (
     ArchiveDirectory,
     Source,
     Unreadable,
-    is_zip,
+    list_file,
     list_sources,
     reading_ahead,
     will_read,
-    zip_members,
 )
 from data_prep.scan.headers import Header, NotAnImage
 from data_prep.scan.patients import Patients, People, identities
@@ -44,18 +43,14 @@ ReadHeader = Callable[[ArchiveDirectory, Source], Header | NotAnImage]
 
 
 def list_input(path: Path) -> Iterator[Source | Unreadable]:
-    """Every file of a directory or of a zip file, or the single file.
+    """Every file of a directory or of a packed file, or the single file.
 
     Paths are relative to the directory, or to the folder of the file.
     """
     if path.is_dir():
         yield from list_sources(path)
         return
-    source = Source(path.name, "", path.stat().st_size)
-    if is_zip(str(path)):
-        yield from zip_members(str(path), source)
-    else:
-        yield source
+    yield from list_file(str(path), Source(path.name, "", path.stat().st_size))
 
 
 def header_reader(archive: str, metadata_csv: Path | None = None) -> ReadHeader:
