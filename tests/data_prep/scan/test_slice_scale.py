@@ -107,12 +107,12 @@ def test_a_slice_that_lost_its_sign_is_dropped(tmp_path):
     check_dropped(*outcome_of(tmp_path, edit, signed=True, intercept=0), [12])
 
 
-@pytest.mark.parametrize("thinned", [1, 4, 6])
+@pytest.mark.parametrize("thinned", [1, 6])
 def test_real_scans_lose_no_slice(real_data, thinned):
     """Also in steps of up to 12 mm, in fields that hold one lung, and in wide fields."""
     import nibabel
 
-    for path in sorted((real_data / "real_chest_nifti").glob("*.nii.gz"))[:4]:
+    for path in sorted((real_data / "real_chest_nifti").glob("*.nii.gz"))[:3]:
         hu = np.moveaxis(np.asanyarray(nibabel.load(path).dataobj), 2, 0)[::thinned]
         size = hu.shape[1]
         header = types.SimpleNamespace(
