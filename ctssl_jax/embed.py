@@ -96,6 +96,7 @@ def start(flag_values: flags.FlagValues) -> None:
     print(summary(result))
     state = "written" if result["changed"] else "complete already, nothing to do"
     print(f"{state}: {flag_values.output} and, beside it, files of that name and other endings")
+    command_line.suggest("probe", f"--workdir={flag_values.workdir}", "--output=PROBE.json")
 
 
 def main(argv: list[str]) -> int:

@@ -70,6 +70,8 @@ def start(values: flags.FlagValues) -> None:
         f"written: {values.output} and, beside it, files of this name with other endings",
         flush=True,
     )
+    run, results = f"--workdir={values.workdir}", f"--results={values.output}"
+    command_line.suggest("export", run, f"--output_dir={values.workdir}-export", results)
 
 
 def main(argv: list[str]) -> int:

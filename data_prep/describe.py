@@ -77,6 +77,9 @@ def main(argv: list[str]) -> int:
     with written_whole(output_dir / "contact_sheet.png") as temporary:
         contact_sheet(dataset, FLAGS.num_slices, FLAGS.seed).save(temporary, "PNG")
     print(f"Written: {output_dir}/contact_sheet.png")
+    named, run = f"--config.dataset={FLAGS.dataset}", "--workdir=RUN"
+    small = ":small" if dataset.preparation["image_size"] == 64 else ""
+    command_line.suggest("train", f"--config=masked_region{small}", named, run)
     return 0
 
 

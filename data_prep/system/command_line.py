@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -80,6 +81,11 @@ def _help_of(flag: flags.Flag) -> str:
     margin = 8 * " "
     filled = textwrap.fill(text, 96, initial_indent=margin, subsequent_indent=margin)
     return f"  {name}\n{filled}"
+
+
+def suggest(*command: object) -> None:
+    """Print the command that most users type next, the last line of a door."""
+    print(f"next:        ctssl {shlex.join(map(str, command))}", flush=True)
 
 
 def exit_code(error: BaseException) -> int:
