@@ -133,6 +133,11 @@ def dataset_text(
     lines = [summary_text(preparation, changed, output_dir), summary_table(counts)]
     if joined := counts.get("patients_joined"):
         lines.append(f"{joined:>8} patients {_SEVERAL_NAMES}; {audit_dir}/{PATIENTS_FILE} has them")
+    if placeholders := counts.get("placeholder_uids"):
+        lines.append(
+            f"{placeholders:>8} UIDs are shared by more than four Patient IDs; they are taken for "
+            "placeholders, not for one patient"
+        )
     lines += rules_lines(preparation)
     if missing := counts["volumes_without_files"]:
         lines.append(f"{missing:>8} volumes whose files are gone; they stay in the dataset")

@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +34,7 @@ from data_prep.pipeline.known_patients import (
     num_joined,
     pseudonym_groups,
     sharing_pixels,
+    under_one_pseudonym,
 )
 from data_prep.pipeline.known_volumes import KnownVolumes
 from data_prep.pipeline.notes import (
@@ -457,19 +458,23 @@ def freeze_plan(
             f"{directories.work_dir / _SOURCES_FILE}"
         )
     known_splits, elsewhere = directories.splits(), preparation.elsewhere
-    same_pixels = _sharing_pixels(preparation, plans, new_volumes)
+    known_patients = KnownPatients.of(directories.patients())
+    chosen = chosen_pseudonyms(plans.pseudonyms, known_splits, elsewhere)
+    same_pixels = sharing_pixels(directories, old_volumes, new_volumes, chosen)
     chosen = chosen_pseudonyms(merged([*plans.pseudonyms, *same_pixels]), known_splits, elsewhere)
     new_volumes = {
-        name: (_of_patient(row, chosen, same_pixels), size)
+        name: (under_one_pseudonym(row, chosen, same_pixels), size)
         for name, (row, size) in new_volumes.items()
     }
-    if joined := num_joined(preparation.key, plans.several_names, same_pixels):
+    known_patients = known_patients.after(plans.several_names, same_pixels)
+    if joined := num_joined(preparation.key, plans.several_names, known_patients.pseudonyms):
         counts["patients_joined"] = joined
+    if placeholders := plans.several_names.num_placeholders:
+        counts["placeholder_uids"] = placeholders
     if elsewhere:
         patients = {chosen.get(name, name) for name in plans.patients}
         of_others = {p: split for p, split in elsewhere.split_of.items() if p in patients}
         known_splits = of_others | known_splits
-    known_patients = KnownPatients.of(directories.patients())
     frozen = freeze(
         options=preparation.options.as_dict(),
         key=preparation.key,
@@ -481,38 +486,10 @@ def freeze_plan(
         rejected=account.rejected,
         counts=counts,
         labels=labels.facts,
-        known_patients=known_patients.after(plans.several_names, same_pixels).as_dict(),
+        known_patients=known_patients.as_dict(),
     )
     frozen.save(directories.frozen_file)
     return frozen
-
-
-def _sharing_pixels(
-    preparation: Preparation, plans: Plans, new_volumes: Mapping[str, tuple[dict[str, Any], int]]
-) -> list[set[str]]:
-    """Pseudonyms of patients whose volumes have the same pixels."""
-    directories = preparation.directories
-    digests = {}
-    for row in preparation.old_volumes if new_volumes else ():
-        note = read_note(directories.kept_notes_dir / f"{row['volume_id']}.json")
-        digests[row["volume_id"]] = row["patient_id"], note.pixels
-    chosen = chosen_pseudonyms(plans.pseudonyms, directories.splits(), preparation.elsewhere)
-    for name, (row, _) in new_volumes.items():
-        pseudonym = chosen.get(row["patient_id"], row["patient_id"])
-        pixels = read_note(directories.notes_dir / f"{name}.json").pixels
-        digests[row["volume_id"]] = pseudonym, pixels
-    return sharing_pixels(digests)
-
-
-def _of_patient(
-    row: dict[str, Any], chosen: Mapping[str, str], same_pixels: Iterable[set[str]]
-) -> dict[str, Any]:
-    """A row of volumes.csv under the one pseudonym of its patient."""
-    patient = chosen.get(row["patient_id"], row["patient_id"])
-    notes = row["notes"].split()
-    if any(patient in group or row["patient_id"] in group for group in same_pixels):
-        notes = [*dict.fromkeys([*notes, "patient_ids_joined"])]
-    return row | {"patient_id": patient, "notes": " ".join(notes)}
 
 
 def write_dataset(

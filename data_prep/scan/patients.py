@@ -69,11 +69,13 @@ class Patients:
     key_of: key -> the one key of its patient.
     keys_of: one key of a patient -> all keys by which datasets may know the patient.
     reasons: one key of a patient -> why its keys are one patient.
+    num_placeholders: UIDs that too many Patient IDs share to name anything.
     """
 
     key_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keys_of: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     reasons: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    num_placeholders: int = 0
 
     def named(self, header: Header) -> Header:
         """The header under the one key of its patient."""
@@ -115,11 +117,15 @@ class People:
                     shared[token][identity.patient_key] = spelling
             if identity.key_before != identity.patient_key:
                 before[identity.patient_key].add(identity.key_before)
-        for (kind, _), spelling_of_key in shared.items():
-            if len(spelling_of_key) > 1 and _is_no_placeholder(spelling_of_key.values()):
-                joins.append((set(spelling_of_key), kind))
-        joins += [(keys, "instances") for keys in self._sharing_instances()]
-        joins = [(keys, kind) for keys, kind in joins if len(keys) > 1]
+        sharing = [(spellings, kind) for (kind, _), spellings in shared.items()]
+        sharing += [(spellings, "instances") for spellings in self._sharing_instances()]
+        sharing = [(spellings, kind) for spellings, kind in sharing if len(spellings) > 1]
+        named = [_are_few(spellings.values()) for spellings, _ in sharing]
+        joins += [
+            (set(spellings), kind)
+            for (spellings, kind), few in zip(sharing, named, strict=True)
+            if few
+        ]
         groups = merged(keys for keys, _ in joins)
         kinds: dict[str, set[str]] = collections.defaultdict(set)
         for keys, kind in joins:
@@ -140,11 +146,14 @@ class People:
             if key not in key_of:
                 keys_of[key] = keys_of.get(key, {key}) | others
         return Patients(
-            key_of, {key: tuple(sorted(keys)) for key, keys in keys_of.items()}, reasons
+            key_of,
+            {key: tuple(sorted(keys)) for key, keys in keys_of.items()},
+            reasons,
+            named.count(False),
         )
 
-    def _sharing_instances(self) -> list[set[str]]:
-        """Keys under which one SOP Instance UID lies."""
+    def _sharing_instances(self) -> list[dict[str, str]]:
+        """Key -> spelling, of the keys under which one SOP Instance UID lies."""
         if not self._instances:
             return []
         instances, owners = np.concatenate(self._instances), np.concatenate(self._owners)
@@ -159,12 +168,8 @@ class People:
         starts = np.flatnonzero(np.diff(instances[chosen])) + 1
         groups = {tuple(group.tolist()) for group in np.split(owners[chosen], starts)}
         named = list(self._numbers)
-        sharing = []
-        for group in groups:
-            members = [named[number] for number in group]
-            if _is_no_placeholder(spelling_of(member.patient_id) for member in members):
-                sharing.append({member.patient_key for member in members})
-        return sharing
+        members = ([named[number] for number in group] for group in groups)
+        return [{one.patient_key: spelling_of(one.patient_id) for one in of} for of in members]
 
 
 def spelling_of(patient_id: str) -> str:
@@ -195,7 +200,7 @@ def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
     return list(members.values())
 
 
-def _is_no_placeholder(spellings: Iterable[str]) -> bool:
+def _are_few(spellings: Iterable[str]) -> bool:
     return len({spelling for spelling in spellings if spelling}) <= _MOST_IDS
 
 
