@@ -160,9 +160,9 @@ class Labels:
         return VolumeLabels(slices, whole_volume, mask, regions)
 
     def _patient_row(self, number: int, table: TableSpec, volume: Volume) -> dict[str, int | None]:
-        """The labels of the patient under any Patient ID of the slices; two rows that differ label
+        """The labels of the patient under any Patient ID of the stack; two rows that differ label
         none."""
-        by_id = {header.patient_id: header for header in volume.headers}
+        by_id = {header.patient_id: header for header in volume.candidate.all_headers}
         missing = self._row(number, table, None)
         rows = [self._row(number, table, header) for header in by_id.values()]
         known = [row for n, row in enumerate(rows) if row != missing and row not in rows[:n]]

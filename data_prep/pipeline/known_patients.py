@@ -61,11 +61,19 @@ def pseudonym_groups(key: bytes, patients: Patients, known: KnownPatients) -> li
     return merged([*groups, *known.pseudonyms])
 
 
-def num_joined(key: bytes, patients: Patients, same_pixels: Iterable[Iterable[str]]) -> int:
-    """Number of patients whose scans carry several names."""
+def people_counts(
+    key: bytes, patients: Patients, same_pixels: Iterable[Iterable[str]]
+) -> dict[str, int]:
+    """Parts of the counts of preparation.json, without zeros.
+
+    `patients_joined`: patients whose scans carry several names. `placeholder_uids`: UIDs that too
+    many patients share to name one.
+    """
     joined = ((one, k) for k, one in patients.key_of.items())
     groups = [{patient_pseudonym(key, one), patient_pseudonym(key, k)} for one, k in joined]
-    return sum(len(group) > 1 for group in merged([*groups, *same_pixels]))
+    num_joined = sum(len(group) > 1 for group in merged([*groups, *same_pixels]))
+    counts = {"patients_joined": num_joined, "placeholder_uids": patients.num_placeholders}
+    return {name: number for name, number in counts.items() if number}
 
 
 def sharing_pixels(

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from data_prep.dataset.reader import Dataset
-from data_prep.dataset.schema import PREPARATION_FILE
+from data_prep.dataset.schema import PREPARATION_FILE, rules_of
 from data_prep.labels import staging
 from data_prep.labels.lookup import Labels, LabelSources
 from data_prep.pipeline import convert
@@ -31,7 +31,7 @@ from data_prep.pipeline.assemble import FrozenPlan, assemble, can_be_assembled, 
 from data_prep.pipeline.known_patients import (
     KnownPatients,
     chosen_pseudonyms,
-    num_joined,
+    people_counts,
     pseudonym_groups,
     sharing_pixels,
     under_one_pseudonym,
@@ -77,6 +77,7 @@ from data_prep.privacy.pseudonyms import (
 )
 from data_prep.scan.loading import header_reader
 from data_prep.scan.patients import Patients, merged
+from data_prep.scan.rules import VERSION
 from data_prep.scan.series import SeriesCandidate
 from data_prep.system.errors import InputError
 from data_prep.system.extras import require
@@ -246,7 +247,8 @@ def dry_run(
         "slices": plans.num_slices,
         "bytes": int(pixels * _BYTES_PER_PIXEL),
     }
-    return account.counts(num_files) | plans.label_counts | expected
+    people = people_counts(b"", plans.several_names, ())
+    return account.counts(num_files) | people | plans.label_counts | expected
 
 
 # ---- steps -------------------------------------------------------------------------------------
@@ -467,10 +469,7 @@ def freeze_plan(
         for name, (row, size) in new_volumes.items()
     }
     known_patients = known_patients.after(plans.several_names, same_pixels)
-    if joined := num_joined(preparation.key, plans.several_names, known_patients.pseudonyms):
-        counts["patients_joined"] = joined
-    if placeholders := plans.several_names.num_placeholders:
-        counts["placeholder_uids"] = placeholders
+    counts |= people_counts(preparation.key, plans.several_names, known_patients.pseudonyms)
     if elsewhere:
         patients = {chosen.get(name, name) for name in plans.patients}
         of_others = {p: split for p, split in elsewhere.split_of.items() if p in patients}
@@ -534,6 +533,12 @@ def _refuse_other_dataset(
     dataset: Dataset, options: Options, key: bytes, directories: Directories
 ) -> None:
     """Raises InputError unless this run may add to the dataset."""
+    newest = max(map(int, rules_of(dataset.preparation, 0)))
+    if newest > VERSION:
+        raise InputError(
+            f"{directories.output_dir}: was read by version {newest} of the rules, this program "
+            f"has version {VERSION}; update the program, or give another --output_dir"
+        )
     stored, fingerprint = (dataset.preparation[name] for name in ("options", "key_fingerprint"))
     refuse_other_options(stored, fingerprint, options, key, directories.output_dir)
     if directories.bound()["fingerprint"] != dataset.fingerprint:

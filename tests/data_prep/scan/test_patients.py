@@ -100,6 +100,27 @@ def test_an_id_that_is_missing_in_one_series_of_a_study(tmp_path):
     assert {thin.patient_key, thick.patient_key} == {"patient-1"}
 
 
+def test_a_study_that_is_missing_in_half_of_a_series(tmp_path):
+    def edit(ds, number):
+        if number >= 10:
+            del ds.StudyInstanceUID
+            ds.PatientID = ""
+
+    plan = written(tmp_path, scan(edit=edit))
+    [[candidate]] = plan.exams
+    assert candidate.patient_key == "patient-1" and len(candidate.headers) == 20
+
+
+def test_images_without_patient_and_study_join_nobody(tmp_path):
+    def edit(ds, number):
+        ds.PatientID, ds.StudyInstanceUID = "", ""
+
+    scans = [scan(name, study, edit=None) for name, study in (("a", 1), ("b", 2))]
+    strays = [scan("", study, edit=edit)[:3] for study in (3, 4)]
+    plan = written(tmp_path, *scans, *strays)
+    assert sorted(patients(plan)) == ["a", "b"]
+
+
 # ---- one patient under two IDs -------------------------------------------------------------------
 
 
