@@ -21,8 +21,8 @@ DOCUMENTS = {
     and path.relative_to(PROJECT).parts[0] not in ("build", "dist", "runs")
 }
 OTHER_PROGRAMS = set(  # flags in documents that are those of pip, ruff, pytest, Slurm and gcloud
-    "array check command dependency dist force gres help nodes parsable recurse requeue signal "
-    "spot time user worker zone project".split()
+    "array check command dependency dist force gres help logdir nodes parsable recurse requeue "
+    "signal spot time user worker zone project".split()
 )
 DOORS = {name: module for named in ctssl.commands().values() for name, (module, _) in named.items()}
 _OF_A_MODULE = r"python3? -m (?P<module>(?:data_prep|ctssl_jax|experiments|tests)\.[\w.]+)"
