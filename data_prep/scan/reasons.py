@@ -15,6 +15,9 @@ REASONS = {
     "bad_zip": "The zip file or its member is damaged, has an unsound or a second name, or shares "
     "bytes with another.",
     "encrypted": "The zip member is protected by a password.",
+    "packed": "The file is compressed in a way that is not read in place (.tar.gz, .xz, .7z ...); "
+    "unpack it first.",
+    "bad_packed": "The tar or gzip file is damaged, or its member has an unsound or a second name.",
     "nested_zip": "The zip file lies inside another zip file; unpack it first.",
     "not_nifti": "The file is not a NIfTI file (.nii, .nii.gz) with its voxels in it.",
     "no_metadata": "The metadata table lacks a row of the NIfTI file.",
@@ -70,6 +73,8 @@ REASONS = {
 }
 NOTES = {
     "no_patient_id": "The Patient ID is missing; the Study Instance UID stands in.",
+    "patient_ids_joined": "The patient's scans carry several Patient IDs (other spellings, copies, "
+    "missing in part); they count as one patient.",
     "no_slice_thickness": "Slice Thickness is missing; the median spacing stands in.",
     "gaps": "Slices are missing; no pair crosses a gap.",
     "uneven_spacing": "The spacing of the slices varies by more than a tenth.",
