@@ -61,6 +61,9 @@ _TAGS = [pydicom.tag.Tag(tag) for tag in (
     0x00281053, 0x00281054, 0x00289110, 0x00289145, 0x52009229, 0x52009230,
 )]
 # fmt: on
+# Overlay Bits Allocated and Bit Position of the sixteen overlays
+_OVERLAYS = [(group << 16 | 0x100, group << 16 | 0x102) for group in range(0x6000, 0x6020, 2)]
+_TAGS += [pydicom.tag.Tag(tag) for pair in _OVERLAYS for tag in pair]
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote element values
 
@@ -130,6 +133,7 @@ class Header:
     pixel_representation: int
     padding_value: int | None  # stored value, sign as Pixel Representation says
     padding_limit: int | None
+    overlay_bits: tuple[int, ...]  # bits of the pixels that overlays use, from 0
     burned_in_annotation: bool
     quality_control_subject: bool
     manufacturer: str
@@ -269,6 +273,7 @@ def _header(dataset: Dataset, source: Source, offset: int | None) -> Header | No
         pixel_representation=representation,
         padding_value=_stored_value(_integer(elements, 0x00280120), bits_allocated, representation),
         padding_limit=_stored_value(_integer(elements, 0x00280121), bits_allocated, representation),
+        overlay_bits=_overlay_bits(elements),
         burned_in_annotation=_text(elements, 0x00280301).upper() == "YES",
         quality_control_subject=_text(elements, 0x00100200).upper() == "YES",
         manufacturer=_text(elements, 0x00080070),
@@ -453,3 +458,13 @@ def _stored_value(value: int | None, bits: int, representation: int) -> int | No
         return value
     value &= (1 << bits) - 1
     return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def _overlay_bits(elements: Elements) -> tuple[int, ...]:
+    """The bits of overlays within the pixels, as DICOM had it until 2004; an overlay of its own has
+    one bit allocated."""
+    return tuple(
+        _integer(elements, position) or 0
+        for allocated, position in _OVERLAYS
+        if allocated in elements and (_integer(elements, allocated) or 1) > 1
+    )

@@ -8,10 +8,8 @@ import numpy as np
 
 from data_prep.scan.geometry import AIR_HU
 from data_prep.scan.headers import Header
-from data_prep.scan.pixels import PixelError
+from data_prep.scan.stored_bits import BELOW_ANY_TISSUE_HU, PixelError
 
-# Scanners pad outside the field of view with -2000 or less, declared or not.
-_BELOW_ANY_TISSUE_HU = -1500
 # A "padding value" in this range is a mistake: some writers declare 0 where 0 is water.
 _TISSUE_HU = (-900, 4000)
 _SAMPLE_STEP = 8  # plausibility is judged on every 8th pixel of both directions
@@ -70,7 +68,7 @@ def to_hu(stored: np.ndarray, header: Header) -> np.ndarray:
     ):
         return _add_intercept(stored, int(intercept), padding, lowest)
     hu = stored * slope + intercept
-    air = hu < _BELOW_ANY_TISSUE_HU
+    air = hu < BELOW_ANY_TISSUE_HU
     if padding:
         air |= (stored >= padding[0]) & (stored <= padding[1])
     hu[air] = AIR_HU
@@ -85,7 +83,7 @@ def _add_intercept(
     """The common case, in int16. The sum wraps around only where the result becomes air anyway."""
     bits = stored.view(np.int16) if stored.dtype.itemsize == 2 else stored.astype(np.int16)
     hu = bits + np.array(intercept % 65536, dtype=np.uint16).view(np.int16)
-    below = math.ceil(_BELOW_ANY_TISSUE_HU - intercept)
+    below = math.ceil(BELOW_ANY_TISSUE_HU - intercept)
     if lowest < below:
         hu[stored < below] = AIR_HU
     if padding and padding[1] >= max(lowest, below):
@@ -108,7 +106,7 @@ class PlausibilityCount:
         slope, intercept = rescale(header)
         sample = stored[::_SAMPLE_STEP, ::_SAMPLE_STEP]
         hu = sample * slope + intercept
-        image = hu >= _BELOW_ANY_TISSUE_HU
+        image = hu >= BELOW_ANY_TISSUE_HU
         if padding := padding_range(header):
             image &= (sample < padding[0]) | (sample > padding[1])
         hu = hu[image]

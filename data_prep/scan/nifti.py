@@ -205,6 +205,7 @@ def _header(nifti: Any, source: Source, name: str, row: Metadata | None) -> Head
         pixel_representation=int(dtype.kind != "u"),
         padding_value=None,
         padding_limit=None,
+        overlay_bits=(),
         burned_in_annotation=False,
         quality_control_subject=metadata.synthetic,
         manufacturer=metadata.manufacturer,

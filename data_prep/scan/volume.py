@@ -13,9 +13,10 @@ from data_prep.scan.archives import ArchiveDirectory, reading_ahead, will_read
 from data_prep.scan.geometry import Axes, canonical_axes, measure_stack, orient
 from data_prep.scan.headers import Header
 from data_prep.scan.hounsfield import PlausibilityCount, has_rescale, to_hu
-from data_prep.scan.pixels import PixelError, PixelReader
+from data_prep.scan.pixels import PixelReader
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import Rejection, SeriesCandidate, irregularity, too_few_detail
+from data_prep.scan.stored_bits import PixelError
 
 _READ_AHEAD = 8  # slices that the disk fetches while one slice is decoded
 
