@@ -37,9 +37,8 @@ def image_of(
         orientations.axcodes2ornt("LPS"), orientations.axcodes2ornt(axes)
     )
     stored = orientations.apply_orientation(values.transpose(2, 1, 0), turn)
-    image = nibabel.Nifti1Image(
-        stored, affine @ orientations.inv_ornt_aff(turn, values.shape[::-1])
-    )
+    affine = affine @ orientations.inv_ornt_aff(turn, values.shape[::-1])
+    image = nibabel.Nifti1Image(stored, affine, dtype=stored.dtype)
     image.header.set_xyzt_units("mm")
     return image
 
@@ -87,7 +86,8 @@ def write_table(path: Path, header: str, *rows: str) -> Path:
 def with_forms(sform: np.ndarray | None, qform: np.ndarray | None) -> nibabel.Nifti1Image:
     image = image_of(THORAX)
     image.header.set_sform(sform, code=0 if sform is None else 1)
-    image.header.set_qform(AFFINE if qform is None else qform, code=0 if qform is None else 1)
+    spacing = next((form for form in (qform, sform) if form is not None), AFFINE)
+    image.header.set_qform(spacing, code=0 if qform is None else 1)
     return image
 
 

@@ -133,12 +133,6 @@ def test_one_trailing_dimension_of_one(tmp_path, from_dicom):
 # ---- what a file cannot be used for --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axes", ["SPL", "LSP", "PSR"])
-def test_slices_that_are_not_axial_are_refused(tmp_path, axes):
-    write(tmp_path / "scan.nii", axes=axes)
-    assert load(tmp_path).reason == "not_axial"
-
-
 def test_an_oblique_or_sheared_affine_is_refused(tmp_path):
     angle = np.radians(50)
     turn = np.eye(4)
@@ -174,13 +168,10 @@ def test_a_small_error_of_direction_counts_where_it_is_largest(tmp_path):
     assert load(tmp_path).detail == "sform and qform differ by up to 0.21 mm"
 
 
-@pytest.mark.parametrize("change", ["metres", "singular", "not_finite"])
-def test_affines_that_say_nothing_are_refused(tmp_path, change):
+@pytest.mark.parametrize("row", [[0, 0, 0, -300], [0, 0, np.nan, -300]])
+def test_affines_that_say_nothing_are_refused(tmp_path, row):
     image = image_of(THORAX)
-    if change == "metres":
-        image.header.set_xyzt_units("meter")
-    else:
-        image.header["srow_z"] = [0, 0, 0, -300] if change == "singular" else [0, 0, np.nan, -300]
+    image.header["srow_z"] = row
     save_as_it_is(image, tmp_path / "scan.nii")
     assert load(tmp_path).reason == "unknown_affine"
 
@@ -204,7 +195,7 @@ def test_files_that_hold_no_scan(tmp_path):
     nibabel.Nifti1Image(four, image.affine).to_filename(tmp_path / "four.nii")
     reasons = {entry.source.path: getattr(entry, "reason", "") for entry in headers_of(tmp_path)}
     expected = {name: reason for name, (_, reason) in contents.items()}
-    assert reasons == expected | {"good.nii.gz": "", "four.nii": "unreadable"}
+    assert reasons == expected | {"good.nii.gz": "", "four.nii": "several_volumes"}
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -226,7 +217,7 @@ def test_a_damaged_byte_of_compressed_voxels_refuses_the_volume(tmp_path):
 
 def test_values_that_are_no_hu_refuse_the_volume(tmp_path):
     values = THORAX.astype(np.float32)
-    values[:3, 0, 0] = np.nan
+    values[:3, 30, 30] = np.nan
     write(tmp_path / "scan.nii", values)
     assert load(tmp_path).reason == "undecodable_pixels"
     write(tmp_path / "scan.nii", (THORAX + 1024).astype(np.uint16))

@@ -28,7 +28,6 @@ from tests.helpers.nifti_files import (
     write_table,
 )
 
-pytestmark = pytest.mark.xfail(strict=False)  # most are wrong today
 SPACING_MM = (ROW_MM, COLUMN_MM)
 
 
@@ -132,11 +131,11 @@ def test_values_that_are_none_within_the_body_are_refused(tmp_path, value):
 # ---- where the voxels lie ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axes", ["SPL", "LSP", "IAR", "PSR", "RIA", "AIL", "SRA"])
-@pytest.mark.parametrize("dtype", [np.int16, ">f4"])
+@pytest.mark.parametrize(
+    ("axes", "dtype"),
+    [("SPL", ">f4"), *((axes, "<i2") for axes in "SPL LSP IAR PSR RIA AIL SRA".split())],
+)
 def test_any_axis_may_count_the_slices(tmp_path, axes, dtype):
-    if dtype != np.int16 and axes != "SPL":
-        pytest.skip("one order is enough")
     path = write(tmp_path / "scan.nii", THORAX.astype(dtype), axes)
     assert nibabel.aff2axcodes(nibabel.load(path).affine) == tuple(axes)
     assert_exact(load(tmp_path))
@@ -225,7 +224,7 @@ def test_a_unit_of_no_meaning_is_refused(tmp_path):
     image = with_forms(AFFINE, AFFINE)
     image.header["xyzt_units"] = 5
     save_as_it_is(image, tmp_path / "scan.nii")
-    assert_refused(load(tmp_path), "unknown_affine", "unit")
+    assert_refused(load(tmp_path), "unknown_affine", "unit of length")
 
 
 # ---- more than one volume, other files -----------------------------------------------------------
