@@ -148,11 +148,14 @@ class Header:
     frame: int = 0
     rescale_from_table: bool = False  # of the metadata table beside a NIfTI file
     notes: tuple[str, ...] = ()  # names of `data_prep.scan.reasons.NOTES`
+    # the one key of a patient with several ("" otherwise): `data_prep.scan.patients`
+    patient: str = ""
 
     @property
     def patient_key(self) -> str:
-        """The Patient ID, or a name made of the Study Instance UID where the ID is missing."""
-        return self.patient_id or f"study:{self.study_instance_uid}"
+        """The Patient ID, or a name made of the Study Instance UID where the ID is missing; one for
+        all IDs of a patient."""
+        return self.patient or self.patient_id or f"study:{self.study_instance_uid}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

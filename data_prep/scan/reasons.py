@@ -77,6 +77,8 @@ REASONS = {
 }
 NOTES = {
     "no_patient_id": "The Patient ID is missing; the Study Instance UID stands in.",
+    "patient_ids_joined": "The patient's scans carry several Patient IDs (other spellings, copies, "
+    "missing in part); they count as one patient.",
     "no_slice_thickness": "Slice Thickness is missing; the median spacing stands in.",
     "gaps": "Slices are missing; no pair crosses a gap.",
     "uneven_spacing": "The spacing of the slices varies by more than a tenth.",

@@ -390,8 +390,10 @@ def _check_stack(
     ]
     thickness = max(thicknesses, default=measured.spacing_mm)
     notes = [f"split_by_{split_by}"] if split_by else []
-    if not headers[0].patient_id:
+    if not (headers[0].patient or headers[0].patient_id):
         notes.append("no_patient_id")
+    if headers[0].patient:
+        notes.append("patient_ids_joined")
     if not thicknesses:
         notes.append("no_slice_thickness")
     if any(reason == "other_grid" for _, reason in dropped):
