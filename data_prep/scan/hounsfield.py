@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -99,7 +100,7 @@ class PlausibilityCount:
     """
 
     def __init__(self):
-        self._total = self._air = self._soft = self._dense = 0
+        self._counts: list[tuple[int, int, int, int]] = []
 
     def add(self, stored: np.ndarray, header: Header) -> None:
         """Counts one slice of stored values [H, W]; padding is not evidence of air."""
@@ -110,17 +111,19 @@ class PlausibilityCount:
         if padding := padding_range(header):
             image &= (sample < padding[0]) | (sample > padding[1])
         hu = hu[image]
-        self._total += sample.size
-        self._air += np.count_nonzero((hu >= -1100) & (hu < -500))
-        self._soft += np.count_nonzero((hu >= -200) & (hu < 300))
-        self._dense += np.count_nonzero(hu > 4000)
+        air = np.count_nonzero((hu >= -1100) & (hu < -500))
+        soft = np.count_nonzero((hu >= -200) & (hu < 300))
+        self._counts.append((sample.size, air, soft, np.count_nonzero(hu > 4000)))
 
-    def fault(self) -> str | None:
-        """The implausible property in words, or None."""
-        if self._dense > 0.01 * self._total:
-            return f"{100 * self._dense / self._total:.0f} % of the pixels are above 4000 HU"
-        if self._soft < 0.01 * self._total:
+    def fault(self, without: Collection[int] = ()) -> str | None:
+        """The implausible property in words, or None; slices `without`, by their number, do not
+        count."""
+        counts = [count for i, count in enumerate(self._counts) if i not in without]
+        total, air, soft, dense = np.sum(counts, axis=0)
+        if dense > 0.01 * total:
+            return f"{100 * dense / total:.0f} % of the pixels are above 4000 HU"
+        if soft < 0.01 * total:
             return "no soft tissue between -200 and 300 HU"
-        if self._air < 0.002 * self._total:
+        if air < 0.002 * total:
             return "no air or lung between -1100 and -500 HU"
         return None

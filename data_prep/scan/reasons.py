@@ -59,6 +59,8 @@ REASONS = {
     "missing_rescale": "Rescale Slope or Intercept is missing, and the stored values are not "
     "plausible as HU.",
     "implausible_hu": "The values are not plausible as HU.",
+    "other_scale": "The slice's values are on another scale than the slices around it: its sign, "
+    "slope or intercept is wrong, or it is padding alone.",
     "contradictory_duplicates": "Different images lie at one position.",
     "duplicate_slice": "The same image lies at the same position once more.",
     "acquisitions_meet": "The slice lies where two acquisitions meet; the first acquisition's was "
@@ -87,7 +89,8 @@ NOTES = {
     "gantry_tilt": "The gantry was tilted; the volume is not sheared upright.",
     "split_by_acquisition": "The series holds several acquisitions of the same range; this is one.",
     "other_grid_dropped": "Slices of another matrix or pixel spacing were dropped.",
-    "slices_lost": "Slices that could not be decoded were dropped.",
+    "slices_lost": "Slices that could not be decoded, lack their rescale tags or are on another "
+    "scale than their neighbours were dropped.",
     "duplicates_dropped": "Identical slices at one position were dropped.",
     "acquisitions_meet": "Where two acquisitions meet, slices differed at one position; the first "
     "one's was taken.",
