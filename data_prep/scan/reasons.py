@@ -1,8 +1,10 @@
 """Names and explanations of refusals and of remarkable properties.
 
 `REASONS`: why a file, a slice or a series is not taken. `NOTES`: remarkable properties of a volume
-that is taken.
+that is taken. `LEFT_OUT`: why a file of masks or annotations is not used.
 """
+
+from typing import NamedTuple
 
 FAILED_FOR_NOW = "failed_for_now"  # the only reason that is not final: the next run tries again
 
@@ -102,3 +104,23 @@ NOTES = {
     "table, which are those of an earlier version, were not applied.",
     "fractional_hu": "Some values are not whole HU or beyond 16 bits; the volume is float32.",
 }
+LEFT_OUT = {
+    "system_file": "The operating system put it there (._*, .DS_Store, Thumbs.db).",
+    "damaged": "It is damaged or incomplete.",
+    "packed": "It is compressed; unpack it first.",
+    "of_no_series": "It does not say of which series it is.",
+    "of_several_series": "It is of several series.",
+    "other_mask": "It is a mask of surfaces, which are not read.",
+    "contradicts": "It differs from another file of the same series, of which neither is used.",
+}
+
+
+class LeftOut(NamedTuple):
+    """A file of masks or annotations that is not used.
+
+    path: relative to their folder. reason: a name of `LEFT_OUT`. detail: free of the content.
+    """
+
+    path: str
+    reason: str
+    detail: str
