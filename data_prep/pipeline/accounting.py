@@ -12,7 +12,7 @@ from data_prep.labels.rsna_pe import RULES
 from data_prep.pipeline.notes import ExamNote
 from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
-from data_prep.scan.reasons import FAILED_FOR_NOW, REASONS
+from data_prep.scan.reasons import FAILED_FOR_NOW, LEFT_OUT, REASONS
 from data_prep.system.errors import RunFailed
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
@@ -184,6 +184,10 @@ def _label_lines(counts: Mapping[str, Any]) -> list[str]:
         "annotations of scans that": counts.get("annotations_without_match"),
         "masks of scans that": counts.get("masks_without_match"),
     }
+    for kind in ("masks", "annotations"):
+        for reason, number in counts.get(f"files_of_{kind}_left_out", {}).items():
+            text = f"files of {kind} left out, {reason}: {LEFT_OUT[reason]}"
+            lines.append(f"{number:>8} {text} See label_files.csv in the audit directory.")
     for text, number in unmatched.items():
         lines += [f"{number:>8} {text} are not in the archive"] if number else []
     for names, number in counts.get("label_rows_of_several_scans", {}).items():

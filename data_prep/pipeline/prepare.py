@@ -85,6 +85,7 @@ from data_prep.system.files import PARTIAL, lock_directory, remove_tree, sync_di
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
+_LEFT_OUT_FILE = "label_files.csv"  # private: files of masks and annotations that are not used
 _SOURCES_FILE = "sources.csv"  # private: the outcome of each file
 _BYTES_PER_PIXEL = 0.34  # zstd-1 on windowed CT slices, measured
 
@@ -310,6 +311,7 @@ def stage_labels(preparation: Preparation) -> Labels:
         preparation.directories.input_dir,
         work_dir / "labels.sqlite",
         work_dir / _VIOLATIONS_FILE,
+        work_dir / _LEFT_OUT_FILE,
     )
 
 
@@ -510,7 +512,7 @@ def write_dataset(
     directories.write_splits(frozen.splits)
     directories.write_patients(frozen.patients)
     keep_notes(frozen, notes_dir, kept_notes_dir)
-    for name in (_SOURCES_FILE, _VIOLATIONS_FILE):
+    for name in (_SOURCES_FILE, _VIOLATIONS_FILE, _LEFT_OUT_FILE):
         if (directories.work_dir / name).exists():
             os.replace(directories.work_dir / name, directories.audit_dir / name)
     directories.bind(frozen.archive_digest, preparation["fingerprint"])
