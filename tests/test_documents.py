@@ -26,9 +26,8 @@ OTHER_PROGRAMS = set(  # flags in documents that are those of pip, ruff, pytest,
 )
 DOORS = {name: module for named in ctssl.commands().values() for name, (module, _) in named.items()}
 _OF_A_MODULE = r"python3? -m (?P<module>(?:data_prep|ctssl_jax|experiments|tests)\.[\w.]+)"
-_COMMAND = re.compile(
-    rf"(?:{_OF_A_MODULE}|(?<![\w./-])ctssl (?P<door>[a-z]\w+))(?P<rest>[^;|&>\n]*)"
-)
+_DOOR = r"(?:(?<![\w./-])|(?<=\.venv/bin/))ctssl (?P<door>[a-z]\w+)"
+_COMMAND = re.compile(rf"(?:{_OF_A_MODULE}|{_DOOR})(?P<rest>[^;|&>\n]*)")
 
 
 def blocks(text: str, language: str = "bash") -> list[str]:
