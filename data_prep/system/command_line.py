@@ -48,6 +48,7 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
     """
     leave_at_once()  # recipes are read with the flags, and may take their time
     if {"-h", "-help", "--help", "--helpshort"} & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader may take the first lines only
         print(help_text(verbs))
         sys.exit(0)
     app.run(functools.partial(_run_guarded, main, verbs), flags_parser=_parse_flags)
