@@ -63,8 +63,9 @@ def field_fault(rows: int, columns: int, pixel_spacing_mm: tuple[float, ...]) ->
     size = max(rows * pixel_spacing_mm[0], columns * pixel_spacing_mm[1])
     if _FIELD_MM[0] <= size <= _FIELD_MM[1]:
         return None
+    shown = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
     return (
-        f"a field of view of {size:.3g} mm, not {_FIELD_MM[0]:g} to {_FIELD_MM[1]:g} mm: is the "
+        f"a field of view of {shown} mm, not {_FIELD_MM[0]:g} to {_FIELD_MM[1]:g} mm: is the "
         "pixel spacing in another unit than mm?"
     )
 
