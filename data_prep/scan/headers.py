@@ -149,6 +149,7 @@ class Header:
     number_of_frames: int = 1
     frames: tuple[Frame, ...] = ()
     frame: int = 0
+    rescale_from_table: bool = False  # of the metadata table beside a NIfTI file
     notes: tuple[str, ...] = ()  # names of `data_prep.scan.reasons.NOTES`
     # the one key of a patient with several ("" otherwise): `data_prep.scan.patients`
     patient: str = ""

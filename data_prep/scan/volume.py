@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.scan.anatomy import ChestSummary, covers_chest, summarise
 from data_prep.scan.archives import ArchiveDirectory, reading_ahead, will_read
 from data_prep.scan.geometry import Axes, canonical_axes, measure_stack, orient
-from data_prep.scan.headers import Header
+from data_prep.scan.headers import NIFTI, Header
 from data_prep.scan.hounsfield import PlausibilityCount, has_rescale, to_hu
 from data_prep.scan.pixels import PixelReader
 from data_prep.scan.rules import Rules
@@ -20,6 +20,9 @@ from data_prep.scan.series import Rejection, SeriesCandidate, irregularity, too_
 from data_prep.scan.slice_scale import SAMPLE_STEP, slices_on_another_scale
 from data_prep.scan.stored_bits import PixelError
 
+_SAMPLE_STEP = 8  # slices; see `_no_lung_in_sample`
+_SAMPLE_MM = 25.0
+_SAMPLE_LUNG_ML = 100.0
 _READ_AHEAD = 8  # slices that the disk fetches while one slice is decoded
 
 
@@ -62,7 +65,13 @@ def load_volume(
     tagged = {has_rescale(header) for header in candidate.headers}
     input_dir = reading_ahead(input_dir, (h.source for group in candidate.groups for h in group))
     axes = canonical_axes(candidate.headers[0].orientation)
-    loader = _SliceLoader(PixelReader(input_dir), axes, len(candidate.headers))
+    spacing = candidate.headers[0].pixel_spacing
+    pixel_spacing_mm = (spacing[1], spacing[0]) if axes.transpose else (spacing[0], spacing[1])
+    reader = PixelReader(input_dir)
+    if rules.require_lung and candidate.headers[0].transfer_syntax == NIFTI:
+        if detail := _no_lung_in_sample(reader, axes, candidate, pixel_spacing_mm):
+            return candidate.rejected("no_chest", detail)
+    loader = _SliceLoader(reader, axes, len(candidate.headers))
     kept: list[int] = []
     lost: list[tuple[Header, str]] = []
     repeated: list[tuple[Header, str]] = []
@@ -116,8 +125,6 @@ def load_volume(
         reason = "missing_rescale" if tagged == {False} else "implausible_hu"
         return candidate.rejected(reason, fault)
 
-    spacing = candidate.headers[0].pixel_spacing
-    pixel_spacing_mm = (spacing[1], spacing[0]) if axes.transpose else (spacing[0], spacing[1])
     chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)
     if rules.require_lung and not covers_chest(chest):
         return candidate.rejected("no_chest", f"{chest.lung_volume_ml:.0f} ml of lung")
@@ -129,6 +136,7 @@ def load_volume(
         "duplicates_dropped": bool(repeated),
         "acquisitions_meet": bool(meeting),
         "no_rescale_tags": tagged == {False},
+        "hu_against_table": reader.hu_against_table,
         "fractional_hu": hu.dtype != np.int16,
     }
     return Volume(
@@ -149,6 +157,36 @@ def load_volume(
         ),
         dropped=(*candidate.dropped, *repeated, *meeting, *lost),
     )
+
+
+def _no_lung_in_sample(
+    reader: PixelReader,
+    axes: Axes,
+    candidate: SeriesCandidate,
+    pixel_spacing_mm: tuple[float, float],
+) -> str | None:
+    """The detail of `no_chest` if a file of many slices has hardly any lung in every 8th of them
+    (at least every 25 mm), so that the others need not be computed. None leaves the judgement to
+    the whole volume."""
+    step = min(_SAMPLE_STEP, int(_SAMPLE_MM / candidate.slice_spacing_mm))
+    sample = candidate.headers[step // 2 :: step] if step > 1 else ()
+    if len(sample) < _SAMPLE_STEP:
+        return None
+    loader = _SliceLoader(reader, axes, len(sample))
+    try:
+        for header in sample:
+            loader.add(header)
+    except PixelError:
+        return None
+    hu, odd = loader.volume(sample)
+    if odd:
+        return None
+    chest = summarise(hu, pixel_spacing_mm, step * candidate.slice_spacing_mm)
+    found = chest.first_lung_slice is not None or chest.lung_volume_ml > _SAMPLE_LUNG_ML
+    if found or loader.plausibility.fault():
+        return None
+    of_all = f"{len(sample)} of {len(candidate.headers)} slices"
+    return f"{chest.lung_volume_ml:.0f} ml of lung, by {of_all}"
 
 
 def _acquisitions_differ(a: Header, b: Header) -> bool:
@@ -177,6 +215,7 @@ class _SliceLoader:
             PixelError: the pixels cannot be read; nothing is appended.
         """
         stored = self._reader.read(header)
+        header = self._reader.rescaled(header)
         image = orient(to_hu(stored, header), self._axes)
         if self._hu is None:
             self._hu = np.empty((self._num_slices, *image.shape), dtype=image.dtype)
@@ -193,7 +232,8 @@ class _SliceLoader:
         Raises:
             PixelError: the pixels cannot be read.
         """
-        image = orient(to_hu(self._reader.read(header), header), self._axes)
+        stored = self._reader.read(header)
+        image = orient(to_hu(stored, self._reader.rescaled(header)), self._axes)
         return np.array_equal(image, self._hu[len(self._whole) - 1])
 
     def volume(self, headers: Sequence[Header]) -> tuple[np.ndarray, list[int]]:
