@@ -8,6 +8,7 @@ from typing import Any
 from ctssl_jax.inference import label_prediction, mask_prediction
 from ctssl_jax.inference.pretrained import load
 from ctssl_jax.runs.run import Run
+from data_prep.dataset.schema import notes_on_rules
 from data_prep.raw.scans import Refused, nothing_taken, plan_scans, read_scan
 from data_prep.scan.headers import NIFTI
 from data_prep.scan.rules import Rules
@@ -128,6 +129,7 @@ def predict(
             for name in FILES:  # maybe of another scan
                 (output / name).unlink(missing_ok=True)
             notes = _note_choice(exam, scan.volume.candidate)
+            notes += notes_on_rules(model.preparation, None)
             if predicts_label:
                 result |= label_prediction.predict_label(model, scan, thresholds, output, title)
             else:

@@ -6,6 +6,7 @@ whole or not at all, so that its presence means "done". The key covers the files
 and all options: files of an earlier run are used only if this run would write the same.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from data_prep.privacy.pseudonyms import (
     Rejected,
     exam_id,
     patient_pseudonym,
+    pixel_digests,
     public_fields,
     slice_id,
     sources_of,
@@ -81,8 +83,10 @@ class _VolumeFacts:
             slice_id(conversion.key, header): reason for header, reason in volume.dropped
         }
         self.slices |= {slice_id(conversion.key, header): "" for header in volume.headers}
+        self.pixels = pixel_digests(conversion.key, volume.hu)
         self.labels = labels._replace(mask=None)
-        self.mask_areas: list[int] = []  # filled as the records are written
+        # filled as the records are written; None: the mask is unknown
+        self.mask_areas: list[int | None] = []
 
     def label_note(self) -> dict[str, Any]:
         """The volume's part of the tables of labels and regions; {} if the dataset lacks them.
@@ -116,7 +120,7 @@ def _row(volume: Volume, conversion: Conversion) -> dict[str, Any]:
         "gap_positions": " ".join(str(index) for index in gaps),
         "gantry_tilt_degrees": float(volume.gantry_tilt_degrees),
         **public_fields(volume.headers[0]),
-        **conversion.labels.attributes(volume.headers[0].patient_id),
+        **_attributes(volume, conversion),
         "middle_slice": chest.middle_slice,
         "first_lung_slice": chest.first_lung_slice,
         "last_lung_slice": chest.last_lung_slice,
@@ -127,19 +131,34 @@ def _row(volume: Volume, conversion: Conversion) -> dict[str, Any]:
     }
 
 
+def _attributes(volume: Volume, conversion: Conversion) -> dict[str, Any]:
+    """The patient's row of the table of attributes, under the first Patient ID that it lists."""
+    names = dict.fromkeys(header.patient_id for header in volume.candidate.all_headers)
+    rows = (
+        conversion.labels.attributes(name)
+        for name in (*names, volume.candidate.patient_key)
+        if name
+    )
+    return next((row for row in rows if row), {})
+
+
 def _records(
     volume: Volume,
     labels: VolumeLabels,
     volume_id: str,
     conversion: Conversion,
-    mask_areas: list[int],
+    mask_areas: list[int | None],
 ) -> Iterator[bytes]:
     """The records of a volume. Appends the foreground of each mask, in pixels, to `mask_areas`."""
+    unknown = np.zeros(2 * (conversion.image_size,), np.uint8)
     for index, hu in enumerate(volume.hu):
         mask = None
         if labels.mask is not None:
             mask = resize_mask(labels.mask[index], volume.pixel_spacing_mm, conversion.image_size)
             mask_areas.append(int(np.count_nonzero(mask)))
+        elif conversion.labels.has_masks:
+            mask = unknown
+            mask_areas.append(None)
         hu = resize_slice(hu, volume.pixel_spacing_mm, conversion.image_size)
         yield encode_record(
             window_to_uint8(hu, conversion.windows),
@@ -174,7 +193,9 @@ def _note(
         )
         for candidate, entry in zip(others, rejections, strict=True)
     ]
-    slices, labels = (facts.slices, facts.label_note()) if facts else ({}, {})
-    return ExamNote(
-        exam_key(conversion, exam), row, record_bytes, taken, dropped, rejected, slices, labels
+    note = ExamNote(exam_key(conversion, exam), row, record_bytes, taken, dropped, rejected)
+    if facts is None:
+        return note
+    return dataclasses.replace(
+        note, slices=facts.slices, labels=facts.label_note(), pixels=facts.pixels
     )

@@ -22,12 +22,20 @@ from types import ModuleType
 from typing import Any
 
 from data_prep.dataset.reader import Dataset
-from data_prep.dataset.schema import PREPARATION_FILE
+from data_prep.dataset.schema import PREPARATION_FILE, rules_of
 from data_prep.labels import staging
 from data_prep.labels.lookup import Labels, LabelSources
 from data_prep.pipeline import convert
 from data_prep.pipeline.accounting import FileAccount, num_failed_for_now
 from data_prep.pipeline.assemble import FrozenPlan, assemble, can_be_assembled, freeze, keep_notes
+from data_prep.pipeline.known_patients import (
+    KnownPatients,
+    chosen_pseudonyms,
+    people_counts,
+    pseudonym_groups,
+    sharing_pixels,
+    under_one_pseudonym,
+)
 from data_prep.pipeline.known_volumes import KnownVolumes
 from data_prep.pipeline.notes import (
     Conversion,
@@ -44,7 +52,13 @@ from data_prep.pipeline.options import (
     refuse_other_options,
     with_absolute_paths,
 )
-from data_prep.pipeline.plan import all_headers, list_archive, plan_archive, read_plan
+from data_prep.pipeline.plan import (
+    all_headers,
+    list_archive,
+    plan_archive,
+    read_patients,
+    read_plan,
+)
 from data_prep.pipeline.splits import (
     KnownSplits,
     check_numbers,
@@ -62,6 +76,8 @@ from data_prep.privacy.pseudonyms import (
     sources_of,
 )
 from data_prep.scan.loading import header_reader
+from data_prep.scan.patients import Patients, merged
+from data_prep.scan.rules import VERSION
 from data_prep.scan.series import SeriesCandidate
 from data_prep.system.errors import InputError
 from data_prep.system.extras import require
@@ -69,6 +85,7 @@ from data_prep.system.files import PARTIAL, lock_directory, remove_tree, sync_di
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
+_LEFT_OUT_FILE = "label_files.csv"  # private: files of masks and annotations that are not used
 _SOURCES_FILE = "sources.csv"  # private: the outcome of each file
 _BYTES_PER_PIXEL = 0.34  # zstd-1 on windowed CT slices, measured
 
@@ -104,6 +121,8 @@ class Plans:
     patients: set[str]  # pseudonyms, also of volumes of earlier runs
     num_exams: int  # to convert; as many volumes, unless their pixels are refused
     num_slices: int  # of these exams
+    several_names: Patients  # the patients of the archive that have several keys
+    pseudonyms: list[set[str]]  # of each patient that may have several, also by earlier runs
 
     def new_exams(self) -> Iterator[tuple[Path, int, list[SeriesCandidate]]]:
         """The exams to convert: file, position in its `exams`, candidates."""
@@ -229,7 +248,8 @@ def dry_run(
         "slices": plans.num_slices,
         "bytes": int(pixels * _BYTES_PER_PIXEL),
     }
-    return account.counts(num_files) | plans.label_counts | expected
+    people = people_counts(b"", plans.several_names, ())
+    return account.counts(num_files) | people | plans.label_counts | expected
 
 
 # ---- steps -------------------------------------------------------------------------------------
@@ -291,6 +311,7 @@ def stage_labels(preparation: Preparation) -> Labels:
         preparation.directories.input_dir,
         work_dir / "labels.sqlite",
         work_dir / _VIOLATIONS_FILE,
+        work_dir / _LEFT_OUT_FILE,
     )
 
 
@@ -298,6 +319,7 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
     """Reads all headers and plans which series become volumes."""
     directories, sources = preparation.directories, preparation.sources
     rules, old_volumes = preparation.options.rules, preparation.old_volumes
+    known_patients = KnownPatients.of(directories.patients())
     files = plan_archive(
         directories.input_dir,
         directories.work_dir / "plan",
@@ -306,7 +328,11 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
         preparation.pool,
         header_reader(sources.archive, sources.metadata_csv),
         directories.listing,
+        known_patients.keys,
     )
+    several_names = read_patients(directories.work_dir / "plan")
+    groups = pseudonym_groups(preparation.key, several_names, known_patients)
+    chosen = chosen_pseudonyms(groups, directories.splits(), preparation.elsewhere)
     label_counts = staging.match(labels, all_headers(files))
     volumes_of_exam = collections.defaultdict(list)
     for row in old_volumes:
@@ -316,16 +342,18 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
         preparation.key,
         volumes_of_exam,
         one_per_study=rules.reconstructions == "one_per_study",
+        keys_of=several_names.keys_of,
     )
     patients = {row["patient_id"] for row in old_volumes}
     num_exams = num_slices = 0
     for plan in map(read_plan, files):
         for exam in plan.exams:
-            patients.add(patient_pseudonym(preparation.key, exam[0].patient_key))
+            pseudonym = patient_pseudonym(preparation.key, exam[0].patient_key)
+            patients.add(chosen.get(pseudonym, pseudonym))
             if known.outcome(exam) is None:
                 num_exams += 1
                 num_slices += len(exam[0].headers)
-    return Plans(files, label_counts, known, patients, num_exams, num_slices)
+    return Plans(files, label_counts, known, patients, num_exams, num_slices, several_names, groups)
 
 
 def check_splits(preparation: Preparation, plans: Plans) -> None:
@@ -433,10 +461,21 @@ def freeze_plan(
             f"files ({', '.join(reasons)}); the reason of each file is in "
             f"{directories.work_dir / _SOURCES_FILE}"
         )
-    known_splits = directories.splits()
-    if preparation.elsewhere:
-        elsewhere = preparation.elsewhere.split_of.items()
-        known_splits = {p: split for p, split in elsewhere if p in plans.patients} | known_splits
+    known_splits, elsewhere = directories.splits(), preparation.elsewhere
+    known_patients = KnownPatients.of(directories.patients())
+    chosen = chosen_pseudonyms(plans.pseudonyms, known_splits, elsewhere)
+    same_pixels = sharing_pixels(directories, old_volumes, new_volumes, chosen)
+    chosen = chosen_pseudonyms(merged([*plans.pseudonyms, *same_pixels]), known_splits, elsewhere)
+    new_volumes = {
+        name: (under_one_pseudonym(row, chosen, same_pixels), size)
+        for name, (row, size) in new_volumes.items()
+    }
+    known_patients = known_patients.after(plans.several_names, same_pixels)
+    counts |= people_counts(preparation.key, plans.several_names, known_patients.pseudonyms)
+    if elsewhere:
+        patients = {chosen.get(name, name) for name in plans.patients}
+        of_others = {p: split for p, split in elsewhere.split_of.items() if p in patients}
+        known_splits = of_others | known_splits
     frozen = freeze(
         options=preparation.options.as_dict(),
         key=preparation.key,
@@ -448,6 +487,7 @@ def freeze_plan(
         rejected=account.rejected,
         counts=counts,
         labels=labels.facts,
+        known_patients=known_patients.as_dict(),
     )
     frozen.save(directories.frozen_file)
     return frozen
@@ -470,8 +510,9 @@ def write_dataset(
         )
     preparation = assemble(frozen, output_dir, records_dir, notes_dir, kept_notes_dir, pool)
     directories.write_splits(frozen.splits)
+    directories.write_patients(frozen.patients)
     keep_notes(frozen, notes_dir, kept_notes_dir)
-    for name in (_SOURCES_FILE, _VIOLATIONS_FILE):
+    for name in (_SOURCES_FILE, _VIOLATIONS_FILE, _LEFT_OUT_FILE):
         if (directories.work_dir / name).exists():
             os.replace(directories.work_dir / name, directories.audit_dir / name)
     directories.bind(frozen.archive_digest, preparation["fingerprint"])
@@ -494,6 +535,12 @@ def _refuse_other_dataset(
     dataset: Dataset, options: Options, key: bytes, directories: Directories
 ) -> None:
     """Raises InputError unless this run may add to the dataset."""
+    newest = max(map(int, rules_of(dataset.preparation, 0)))
+    if newest > VERSION:
+        raise InputError(
+            f"{directories.output_dir}: was read by version {newest} of the rules, this program "
+            f"has version {VERSION}; update the program, or give another --output_dir"
+        )
     stored, fingerprint = (dataset.preparation[name] for name in ("options", "key_fingerprint"))
     refuse_other_options(stored, fingerprint, options, key, directories.output_dir)
     if directories.bound()["fingerprint"] != dataset.fingerprint:

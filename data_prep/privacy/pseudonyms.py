@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.scan.archives import Source
 from data_prep.scan.headers import Header
 from data_prep.scan.series import Rejection, SeriesCandidate
@@ -26,6 +28,7 @@ KEY_FILE = "pseudonym_key"  # in an audit directory
 
 _PSEUDONYM_LENGTH = 32  # hexadecimal digits: 128 bits
 _SHORTEST_KEY = 16  # bytes
+_NUM_PIXEL_DIGESTS = 16  # of a volume: those that come first, so that copies keep the same
 _NOT_PUBLIC = re.compile(r"[^A-Za-z0-9 .,_+/()-]")
 _LONGEST_TEXT = 16
 _OTHER = "other"  # replaces values that may be private
@@ -131,6 +134,29 @@ def slice_id(key: bytes, header: Header) -> str:
         repr(header.position),
     )
     return private_digest(key, "slice", *parts)
+
+
+def pixel_digests(key: bytes, hu: np.ndarray) -> list[str]:
+    """Private names of some slices of a volume that depend on their pixels alone.
+
+    Two volumes that share many slices share many names, whatever their UIDs are. Slices without
+    content (all values equal) have none. Every fourth row and column counts, as in whole HU.
+
+    Args:
+        key: of the pseudonyms.
+        hu: [S, H, W], canonical orientation.
+    """
+    names = set()
+    for image in hu[:, ::4, ::4]:
+        pixels = np.rint(image).astype("<i4")
+        if pixels.min() < pixels.max():
+            content = repr(pixels.shape).encode() + pixels.tobytes()
+            names.add(hashlib.blake2b(content, digest_size=8, key=_pixel_key(key)).hexdigest())
+    return sorted(names)[:_NUM_PIXEL_DIGESTS]
+
+
+def _pixel_key(key: bytes) -> bytes:
+    return _digest(key, "pixels").encode()
 
 
 def sources_of(headers: Iterable[Header]) -> list[Source]:

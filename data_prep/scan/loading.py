@@ -26,6 +26,7 @@ from data_prep.scan.archives import (
     will_read,
 )
 from data_prep.scan.headers import Header, NotAnImage
+from data_prep.scan.patients import Patients, People, identities
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import Rejection, SeriesCandidate, plan_series, select_reconstructions
@@ -145,12 +146,23 @@ class ExamPlan(NamedTuple):
     not_images: list[NotAnImage | Unreadable]
 
 
-def plan_exams(entries: Iterable[Header | NotAnImage | Unreadable], rules: Rules) -> ExamPlan:
-    """Sorts the entries of some files into exams, rejected series, and files without an image."""
+def plan_exams(
+    entries: Iterable[Header | NotAnImage | Unreadable],
+    rules: Rules,
+    patients: Patients | None = None,
+) -> ExamPlan:
+    """Sorts the entries of some files into exams, rejected series, and files without an image.
+
+    `patients`: those of the whole archive; None: the files are the archive.
+    """
     images, not_images = [], []
     for entry in entries:
         (images if isinstance(entry, Header) else not_images).append(entry)
-    planned = plan_series(images, rules)
+    if patients is None:
+        people = People()
+        people.add(identities(images))
+        patients = people.resolve()
+    planned = plan_series(map(patients.named, images), rules)
     candidates = [entry for entry in planned if isinstance(entry, SeriesCandidate)]
     rejections = [entry for entry in planned if isinstance(entry, Rejection)]
     return ExamPlan(select_reconstructions(candidates, rules), rejections, not_images)

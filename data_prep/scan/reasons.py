@@ -1,8 +1,10 @@
 """Names and explanations of refusals and of remarkable properties.
 
 `REASONS`: why a file, a slice or a series is not taken. `NOTES`: remarkable properties of a volume
-that is taken.
+that is taken. `LEFT_OUT`: why a file of masks or annotations is not used.
 """
+
+from typing import NamedTuple
 
 FAILED_FOR_NOW = "failed_for_now"  # the only reason that is not final: the next run tries again
 
@@ -19,12 +21,16 @@ REASONS = {
     "unpack it first.",
     "bad_packed": "The tar or gzip file is damaged, or its member has an unsound or a second name.",
     "nested_zip": "The zip file lies inside another zip file; unpack it first.",
-    "not_nifti": "The file is not a NIfTI file (.nii, .nii.gz) with its voxels in it.",
+    "not_nifti": "The file is not a NIfTI file (.nii, .nii.gz) with its voxels in it; a pair .hdr "
+    "and .img must be made one file.",
+    "several_volumes": "The NIfTI file is 4-D: it holds several volumes (phases, energies); split "
+    "it into 3-D files.",
     "no_metadata": "The metadata table lacks a row of the NIfTI file.",
-    "unknown_affine": "The NIfTI file does not say where its voxels lie, or says two different "
-    "things.",
+    "unknown_affine": "The NIfTI file does not say where its voxels lie, or its sform, qform, "
+    "pixdim or unit contradict each other; correct its header.",
     "ambiguous_rescale": "The NIfTI file and the metadata table have different slopes or "
-    "intercepts.",
+    "intercepts, or the values look like HU both with and without the table's, or neither way; "
+    "correct the row, or leave its RescaleSlope and RescaleIntercept empty.",
     "too_large": "The file is larger, or more strongly compressed, than any CT.",
     "outside_archive": "The link or zip member points out of the input directory, or to a folder.",
     # images and series, judged by their headers
@@ -35,6 +41,8 @@ REASONS = {
     "unknown_orientation": "Image Orientation (Patient) is missing or invalid.",
     "missing_position": "Image Position (Patient) is missing.",
     "missing_pixel_spacing": "Pixel Spacing is missing.",
+    "implausible_spacing": "The pixel spacing makes the image larger than 1 m or smaller than 5 "
+    "cm, as if it were in another unit than mm.",
     "secondary_capture": "The image is a secondary capture.",
     "derived_image": "The image is derived and without CT numbers (reformat, projection, map).",
     "not_grey": "The image is not monochrome.",
@@ -55,6 +63,8 @@ REASONS = {
     "missing_rescale": "Rescale Slope or Intercept is missing, and the stored values are not "
     "plausible as HU.",
     "implausible_hu": "The values are not plausible as HU.",
+    "other_scale": "The slice's values are on another scale than the slices around it: its sign, "
+    "slope or intercept is wrong, or it is padding alone.",
     "contradictory_duplicates": "Different images lie at one position.",
     "duplicate_slice": "The same image lies at the same position once more.",
     "acquisitions_meet": "The slice lies where two acquisitions meet; the first acquisition's was "
@@ -73,6 +83,8 @@ REASONS = {
 }
 NOTES = {
     "no_patient_id": "The Patient ID is missing; the Study Instance UID stands in.",
+    "patient_ids_joined": "The patient's scans carry several Patient IDs (other spellings, copies, "
+    "missing in part); they count as one patient.",
     "no_slice_thickness": "Slice Thickness is missing; the median spacing stands in.",
     "gaps": "Slices are missing; no pair crosses a gap.",
     "uneven_spacing": "The spacing of the slices varies by more than a tenth.",
@@ -81,7 +93,8 @@ NOTES = {
     "gantry_tilt": "The gantry was tilted; the volume is not sheared upright.",
     "split_by_acquisition": "The series holds several acquisitions of the same range; this is one.",
     "other_grid_dropped": "Slices of another matrix or pixel spacing were dropped.",
-    "slices_lost": "Slices that could not be decoded were dropped.",
+    "slices_lost": "Slices that could not be decoded, lack their rescale tags or are on another "
+    "scale than their neighbours were dropped.",
     "duplicates_dropped": "Identical slices at one position were dropped.",
     "acquisitions_meet": "Where two acquisitions meet, slices differed at one position; the first "
     "one's was taken.",
@@ -89,5 +102,27 @@ NOTES = {
     "taken so.",
     "spacing_from_metadata": "The file's spacing differs by more than 1 % from the metadata "
     "table's, which was taken.",
+    "hu_against_table": "The stored values are HU already; the slope and intercept of the metadata "
+    "table, which are those of an earlier version, were not applied.",
     "fractional_hu": "Some values are not whole HU or beyond 16 bits; the volume is float32.",
 }
+LEFT_OUT = {
+    "system_file": "The operating system put it there (._*, .DS_Store, Thumbs.db).",
+    "damaged": "It is damaged or incomplete.",
+    "packed": "It is compressed; unpack it first.",
+    "of_no_series": "It does not say of which series it is.",
+    "of_several_series": "It is of several series.",
+    "other_mask": "It is a mask of surfaces, which are not read.",
+    "contradicts": "It differs from another file of the same series, of which neither is used.",
+}
+
+
+class LeftOut(NamedTuple):
+    """A file of masks or annotations that is not used.
+
+    path: relative to their folder. reason: a name of `LEFT_OUT`. detail: free of the content.
+    """
+
+    path: str
+    reason: str
+    detail: str

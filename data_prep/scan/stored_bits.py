@@ -64,7 +64,7 @@ def _fit(values: np.ndarray, lowest: int, highest: int, bits: int) -> bool:
     return -(1 << bits - 1) <= lowest and highest < 1 << bits - 1
 
 
-def _low_bits(values: np.ndarray, bits: int) -> np.ndarray:
+def low_bits(values: np.ndarray, bits: int) -> np.ndarray:
     """The lowest bits alone, the highest of them being the sign in signed values."""
     unused = 8 * values.itemsize - bits
     return (values << unused) >> unused
@@ -93,7 +93,7 @@ def _without_overlays(values: np.ndarray, bits: int, overlays: list[int]) -> np.
     include these. The bits between and above must be empty, or repeat the sign."""
     allocated, lowest = 8 * values.itemsize, min(overlays)
     if lowest >= bits and values.dtype.kind == "i":
-        return _low_bits(values, bits)
+        return low_bits(values, bits)
     own = min(lowest, bits)
     rest = values.view(f"u{values.itemsize}") >> own
     above = sum(1 << bit - own for bit in range(own, allocated) if bit not in overlays)
@@ -102,7 +102,7 @@ def _without_overlays(values: np.ndarray, bits: int, overlays: list[int]) -> np.
     if values.dtype.kind == "u" or not above:
         if rest.any():
             raise PixelError("undecodable_pixels", f"an overlay in bit {lowest} of the values")
-        return low if values.dtype.kind == "u" else _low_bits(values, own)
+        return low if values.dtype.kind == "u" else low_bits(values, own)
     negative = rest == above
     if rest[~negative].any():
         raise PixelError("undecodable_pixels", f"an overlay in bit {lowest} of the values")
@@ -132,7 +132,7 @@ def _within(values: np.ndarray, bits: int, lowest: int) -> np.ndarray:
     Signed values without a negative one have no sign in the bits above, so Bits Stored counts
     unless the image contradicts clearly.
     """
-    cut = _low_bits(values, bits)
+    cut = low_bits(values, bits)
     doubtful = cut != values
     whole_step, cut_step = _step(values, doubtful), _step(cut, doubtful)
     if whole_step <= _CLEARER * cut_step:

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from data_prep.scan.anatomy import ChestSummary, covers_chest, summarise
 from data_prep.scan.archives import ArchiveDirectory, reading_ahead, will_read
 from data_prep.scan.geometry import Axes, canonical_axes, measure_stack, orient
-from data_prep.scan.headers import Header
+from data_prep.scan.headers import NIFTI, Header
 from data_prep.scan.hounsfield import PlausibilityCount, has_rescale, to_hu
 from data_prep.scan.pixels import PixelReader
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import Rejection, SeriesCandidate, irregularity, too_few_detail
+from data_prep.scan.slice_scale import SAMPLE_STEP, slices_on_another_scale
 from data_prep.scan.stored_bits import PixelError
 
+_SAMPLE_STEP = 8  # slices; see `_no_lung_in_sample`
+_SAMPLE_MM = 25.0
+_SAMPLE_LUNG_ML = 100.0
 _READ_AHEAD = 8  # slices that the disk fetches while one slice is decoded
 
 
@@ -46,7 +51,9 @@ def load_volume(
     """Reads the pixels of a candidate, once. Never raises for the content of the files.
 
     At most one volume is in memory. Slices that cannot be decoded are dropped, up to
-    `rules.max_lost_fraction`. Identical slices at one position count once. Where two acquisitions
+    `rules.max_lost_fraction`, and so are slices on another scale than the slices around them
+    (`slice_scale`), and slices without rescale tags among others with tags. Identical slices at one
+    position count once. Where two acquisitions
     meet, each may have its own image at one position, and both are right: the first acquisition's
     image is taken, at up to `rules.max_lost_fraction` of the positions. Different images of one
     acquisition at one position refuse the volume. Padding and all values below -1500 HU become air,
@@ -56,13 +63,15 @@ def load_volume(
         OSError: the archive cannot be read any more.
     """
     tagged = {has_rescale(header) for header in candidate.headers}
-    if len(tagged) == 2:
-        return candidate.rejected(
-            "missing_rescale", "some slices have rescale tags and some have none"
-        )
     input_dir = reading_ahead(input_dir, (h.source for group in candidate.groups for h in group))
     axes = canonical_axes(candidate.headers[0].orientation)
-    loader = _SliceLoader(PixelReader(input_dir), axes, len(candidate.headers))
+    spacing = candidate.headers[0].pixel_spacing
+    pixel_spacing_mm = (spacing[1], spacing[0]) if axes.transpose else (spacing[0], spacing[1])
+    reader = PixelReader(input_dir)
+    if rules.require_lung and candidate.headers[0].transfer_syntax == NIFTI:
+        if detail := _no_lung_in_sample(reader, axes, candidate, pixel_spacing_mm):
+            return candidate.rejected("no_chest", detail)
+    loader = _SliceLoader(reader, axes, len(candidate.headers))
     kept: list[int] = []
     lost: list[tuple[Header, str]] = []
     repeated: list[tuple[Header, str]] = []
@@ -75,6 +84,8 @@ def load_volume(
         will_read(input_dir, (header.source for header in following))
         for header in group:
             try:
+                if len(tagged) == 2 and not has_rescale(header):
+                    raise PixelError("missing_rescale", "other slices have rescale tags")
                 if taken is None:
                     loader.add(header)
                     taken = header
@@ -92,6 +103,10 @@ def load_volume(
             kept.append(i)
             used.append(taken)
 
+    hu, odd = loader.volume(used)
+    lost += [(used[i], "other_scale") for i in odd]
+    kept = [position for i, position in enumerate(kept) if i not in odd]
+    used = [header for i, header in enumerate(used) if i not in odd]
     total = len(candidate.headers)
     if total - len(kept) > rules.max_lost_fraction * total or not kept:
         reason = collections.Counter(reason for _, reason in lost).most_common(1)[0][0]
@@ -106,13 +121,10 @@ def load_volume(
         return candidate.rejected(*fault)
     if len(kept) < rules.min_slices:
         return candidate.rejected("too_few_slices", too_few_detail(len(kept), rules))
-    if fault := loader.plausibility.fault():
-        reason = "implausible_hu" if tagged == {True} else "missing_rescale"
+    if fault := loader.plausibility.fault(without=odd):
+        reason = "missing_rescale" if tagged == {False} else "implausible_hu"
         return candidate.rejected(reason, fault)
 
-    spacing = candidate.headers[0].pixel_spacing
-    pixel_spacing_mm = (spacing[1], spacing[0]) if axes.transpose else (spacing[0], spacing[1])
-    hu = loader.volume()
     chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)
     if rules.require_lung and not covers_chest(chest):
         return candidate.rejected("no_chest", f"{chest.lung_volume_ml:.0f} ml of lung")
@@ -124,6 +136,7 @@ def load_volume(
         "duplicates_dropped": bool(repeated),
         "acquisitions_meet": bool(meeting),
         "no_rescale_tags": tagged == {False},
+        "hu_against_table": reader.hu_against_table,
         "fractional_hu": hu.dtype != np.int16,
     }
     return Volume(
@@ -146,6 +159,36 @@ def load_volume(
     )
 
 
+def _no_lung_in_sample(
+    reader: PixelReader,
+    axes: Axes,
+    candidate: SeriesCandidate,
+    pixel_spacing_mm: tuple[float, float],
+) -> str | None:
+    """The detail of `no_chest` if a file of many slices has hardly any lung in every 8th of them
+    (at least every 25 mm), so that the others need not be computed. None leaves the judgement to
+    the whole volume."""
+    step = min(_SAMPLE_STEP, int(_SAMPLE_MM / candidate.slice_spacing_mm))
+    sample = candidate.headers[step // 2 :: step] if step > 1 else ()
+    if len(sample) < _SAMPLE_STEP:
+        return None
+    loader = _SliceLoader(reader, axes, len(sample))
+    try:
+        for header in sample:
+            loader.add(header)
+    except PixelError:
+        return None
+    hu, odd = loader.volume(sample)
+    if odd:
+        return None
+    chest = summarise(hu, pixel_spacing_mm, step * candidate.slice_spacing_mm)
+    found = chest.first_lung_slice is not None or chest.lung_volume_ml > _SAMPLE_LUNG_ML
+    if found or loader.plausibility.fault():
+        return None
+    of_all = f"{len(sample)} of {len(candidate.headers)} slices"
+    return f"{chest.lung_volume_ml:.0f} ml of lung, by {of_all}"
+
+
 def _acquisitions_differ(a: Header, b: Header) -> bool:
     return (
         None not in (a.acquisition_number, b.acquisition_number)
@@ -162,7 +205,8 @@ class _SliceLoader:
         self._axes = axes
         self._num_slices = num_slices
         self._hu: np.ndarray | None = None
-        self._count = 0
+        self._stored: list[np.ndarray] = []  # of each slice, sampled
+        self._whole: list[bool] = []  # of each slice: int16
 
     def add(self, header: Header) -> None:
         """Appends a slice.
@@ -171,13 +215,15 @@ class _SliceLoader:
             PixelError: the pixels cannot be read; nothing is appended.
         """
         stored = self._reader.read(header)
+        header = self._reader.rescaled(header)
         image = orient(to_hu(stored, header), self._axes)
         if self._hu is None:
             self._hu = np.empty((self._num_slices, *image.shape), dtype=image.dtype)
         elif image.dtype == np.float32 and self._hu.dtype == np.int16:
             self._hu = self._hu.astype(np.float32)
-        self._hu[self._count] = image
-        self._count += 1
+        self._hu[len(self._whole)] = image
+        self._whole.append(image.dtype == np.int16)
+        self._stored.append(stored[::SAMPLE_STEP, ::SAMPLE_STEP].copy())
         self.plausibility.add(stored, header)
 
     def equals_last(self, header: Header) -> bool:
@@ -186,9 +232,18 @@ class _SliceLoader:
         Raises:
             PixelError: the pixels cannot be read.
         """
-        image = orient(to_hu(self._reader.read(header), header), self._axes)
-        return np.array_equal(image, self._hu[self._count - 1])
+        stored = self._reader.read(header)
+        image = orient(to_hu(stored, self._reader.rescaled(header)), self._axes)
+        return np.array_equal(image, self._hu[len(self._whole) - 1])
 
-    def volume(self) -> np.ndarray:
-        """The added slices, [S, H, W]."""
-        return self._hu[: self._count]
+    def volume(self, headers: Sequence[Header]) -> tuple[np.ndarray, list[int]]:
+        """The added slices [S, H, W] with these headers, without those on another scale; and the
+        numbers of these."""
+        if self._hu is None:
+            return np.empty((0, 0, 0), np.int16), []
+        hu = self._hu[: len(self._whole)]
+        odd = slices_on_another_scale(hu, headers, self._stored)
+        if not odd:
+            return hu, odd
+        hu = np.delete(hu, odd, axis=0)
+        return hu.astype(np.int16) if all(np.delete(self._whole, odd)) else hu, odd
