@@ -5,7 +5,8 @@ Training, validation and test are split by patient, so two names of one patient 
 images into two splits. Patient keys (`Header.patient_key`: the Patient ID, or a name made of the
 Study Instance UID where the ID is missing) are one patient where
 
-- the IDs differ only in case, blanks, width of letters (NFKC), or what follows a `^` (an issuer);
+- the IDs differ only in case, blanks, width of letters (NFKC), or an issuer as HL7 appends it
+  (`4711^^^HOSPITAL`);
 - images of one Series Instance UID, one Study Instance UID or one SOP Instance UID carry them.
 
 A UID that more than four IDs share is a placeholder that names nothing, and so is a SOP Instance
@@ -21,6 +22,7 @@ join one patient costs the test its worth. So doubtful cases are joined.
 import collections
 import dataclasses
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -30,6 +32,8 @@ import numpy as np
 from data_prep.scan.headers import Header
 
 _NOBODY = "study:"  # the key of images without Patient ID and Study Instance UID
+# HL7 (CX): check digit and its scheme, mostly empty, then the issuer
+_ISSUER = re.compile(r" ?\^([0-9]?\^[a-z0-9]{0,3})\^[^^]*(\^.*)?$")
 _MOST_IDS = 4  # of one patient under one UID; more mean a placeholder
 
 
@@ -197,11 +201,10 @@ class People:
 
 
 def spelling_of(patient_id: str) -> str:
-    """A Patient ID without the differences that people and systems make: case, blanks, wide
-    letters, the issuer behind a `^`."""
-    text = unicodedata.normalize("NFKC", patient_id)
-    plain = "".join(text.split("^")[0].split()) or "".join(text.split())
-    return plain.casefold()
+    """A Patient ID without the differences that people and systems make: case, wide letters, an
+    issuer, blanks except between two numbers (`P 1 11` is not `P 11 1`)."""
+    text = " ".join(unicodedata.normalize("NFKC", patient_id).split()).casefold()
+    return re.sub(r"(?<![0-9]) | (?![0-9])", "", _ISSUER.sub("", text))
 
 
 def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
