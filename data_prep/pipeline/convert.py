@@ -134,7 +134,7 @@ def _row(volume: Volume, conversion: Conversion) -> dict[str, Any]:
 
 def _attributes(volume: Volume, conversion: Conversion) -> dict[str, Any]:
     """The patient's row of the table of attributes, under the first Patient ID that it lists."""
-    names = dict.fromkeys(header.patient_id for header in volume.headers)
+    names = dict.fromkeys(header.patient_id for header in volume.candidate.all_headers)
     rows = (
         conversion.labels.attributes(name)
         for name in (*names, volume.candidate.patient_key)
