@@ -14,6 +14,7 @@ from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
 from data_prep.scan.reasons import FAILED_FOR_NOW, LEFT_OUT, REASONS
 from data_prep.system.errors import RunFailed
+from data_prep.system.files import as_cell
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 
@@ -72,7 +73,8 @@ class FileAccount:
             rows[entry.source] = ("not_an_image", "", entry.reason, entry.detail)
             self._files["not_images"][entry.reason] += 1
         self._writer.writerows(
-            (source.path, source.member, *row) for source, row in sorted(rows.items())
+            (as_cell(source.path), as_cell(source.member), *row)
+            for source, row in sorted(rows.items())
         )
 
     def counts(self, num_files: int) -> dict[str, Any]:
