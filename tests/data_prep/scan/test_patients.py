@@ -170,6 +170,17 @@ def test_a_uid_that_many_ids_share_names_nobody(tmp_path):
     assert not patients.key_of and patients.num_placeholders == 3  # study, series, instance
 
 
+def test_uids_that_a_man_and_a_woman_share_join_nobody(tmp_path):
+    """Two people under one Study and one Series UID: two volumes, as their IDs say."""
+
+    def man(ds, number):
+        ds.PatientSex = "M"
+
+    plan = written(tmp_path, scan("a"), scan("b", edit=man))
+    assert sorted(patients(plan)) == ["a", "b"]
+    assert [len(exam[0].headers) for exam in plan.exams] == [20, 20]
+
+
 def test_patients_that_earlier_runs_joined_stay_joined(tmp_path):
     people = People(known=[("a", "b")])
     people.add(identities(read(tmp_path, scan("b")[:1])))
