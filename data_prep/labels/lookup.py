@@ -145,6 +145,8 @@ class Labels:
             if table.level == "slice":
                 for header, classes in zip(volume.headers, slices, strict=True):
                     classes |= self._row(number, table, header)
+            elif table.level == "patient":
+                whole_volume |= self._patient_row(number, table, volume)
             else:
                 whole_volume |= self._row(number, table, volume.headers[0])
         mask, regions = None, []
@@ -160,8 +162,17 @@ class Labels:
             regions = [row | findings.get(row["region"], {}) for row in region_rows(mask, volume)]
         return VolumeLabels(slices, whole_volume, mask, regions)
 
-    def _row(self, number: int, table: TableSpec, header: Header) -> dict[str, int | None]:
-        key = header_key(header, table.key)
+    def _patient_row(self, number: int, table: TableSpec, volume: Volume) -> dict[str, int | None]:
+        """The labels of the patient under any Patient ID of the stack; two rows that differ label
+        none."""
+        by_id = {header.patient_id: header for header in volume.candidate.all_headers}
+        missing = self._row(number, table, None)
+        rows = [self._row(number, table, header) for header in by_id.values()]
+        known = [row for n, row in enumerate(rows) if row != missing and row not in rows[:n]]
+        return known[0] if len(known) == 1 else missing
+
+    def _row(self, number: int, table: TableSpec, header: Header | None) -> dict[str, int | None]:
+        key = header_key(header, table.key) if header else ""
         row = _select(
             self.database, "SELECT cells FROM labels WHERE number = ? AND key = ?", number, key
         )
@@ -269,11 +280,12 @@ def key_place(header: Header, key: str) -> str:
     """What the key of this image names: two images of one key and different places show that the
     key is no name.
 
-    A copy of an image lies at its place. A Series or Study Instance UID is of one patient. Any scan
-    may be of a patient.
+    A copy of an image lies at its place in its study. A Series or Study Instance UID is of one
+    patient. Any scan may be of a patient.
     """
     if key == "SOPInstanceUID":
-        return ",".join(f"{value:.2f}" for value in header.position or ())
+        position = ",".join(f"{value:.2f}" for value in header.position or ())
+        return f"{header.study_instance_uid} {position}"
     if key == "VolumeName":
         return f"{header.source.path}/{header.source.member}"
     return "" if key == "PatientID" else header.patient_key

@@ -22,6 +22,7 @@ from data_prep.privacy.pseudonyms import (
     patient_pseudonym,
     pixel_digests,
     public_fields,
+    public_number,
     slice_id,
     sources_of,
     volume_id,
@@ -115,10 +116,10 @@ def _row(volume: Volume, conversion: Conversion) -> dict[str, Any]:
         "source_columns": volume.hu.shape[2],
         "pixel_spacing_row_mm": float(volume.pixel_spacing_mm[0]),
         "pixel_spacing_column_mm": float(volume.pixel_spacing_mm[1]),
-        "slice_thickness_mm": float(volume.slice_thickness_mm),
+        "slice_thickness_mm": public_number(float(volume.slice_thickness_mm), 0.01, 100),
         "slice_spacing_mm": float(volume.slice_spacing_mm),
         "gap_positions": " ".join(str(index) for index in gaps),
-        "gantry_tilt_degrees": float(volume.gantry_tilt_degrees),
+        "gantry_tilt_degrees": public_number(float(volume.gantry_tilt_degrees), -35, 35),
         **public_fields(volume.headers[0]),
         **_attributes(volume, conversion),
         "middle_slice": chest.middle_slice,
@@ -133,7 +134,7 @@ def _row(volume: Volume, conversion: Conversion) -> dict[str, Any]:
 
 def _attributes(volume: Volume, conversion: Conversion) -> dict[str, Any]:
     """The patient's row of the table of attributes, under the first Patient ID that it lists."""
-    names = dict.fromkeys(header.patient_id for header in volume.headers)
+    names = dict.fromkeys(header.patient_id for header in volume.candidate.all_headers)
     rows = (
         conversion.labels.attributes(name)
         for name in (*names, volume.candidate.patient_key)

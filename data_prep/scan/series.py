@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_prep.scan.geometry import StackMeasure, canonical_axes, measure_stack
-from data_prep.scan.headers import CT_IMAGE_STORAGE, Header
+from data_prep.scan.geometry import StackMeasure, canonical_axes, field_fault, measure_stack
+from data_prep.scan.headers import CT_IMAGE_STORAGE, OTHER_QUANTITY, Header
 from data_prep.scan.rules import Rules
 
 _SAME_POSITION_MM = 0.05
@@ -35,7 +35,10 @@ _PROJECTED = {
 }
 # images beside the slices of a series; they do not count as lost slices
 _EXTRAS = {"secondary_capture", "derived_image", "not_grey"}
-_NOT_HU_RESCALE = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}
+# Rescale Types of other quantities: the terms of DICOM, and units as vendors write them
+_NOT_HU_RESCALE = re.compile(
+    f"(OD|MGML|Z_?EFF|ED|EDW|HU_?MOD|PCT|{OTHER_QUANTITY})|.*([/%]|IODINE|DENSITY).*"
+)
 _NOT_CHEST = {
     "HEAD",
     "BRAIN",
@@ -222,7 +225,7 @@ def _fault(header: Header, rules: Rules) -> str | None:
         return "secondary_capture"
     if header.image_type[:2] == ("DERIVED", "SECONDARY"):
         return "derived_image"
-    if _PROJECTED & set(header.image_type[2:]) or header.rescale_type in _NOT_HU_RESCALE:
+    if _PROJECTED & set(header.image_type[2:]) or _NOT_HU_RESCALE.fullmatch(header.rescale_type):
         return "derived_image"
     if header.samples_per_pixel != 1 or header.photometric not in (
         "MONOCHROME1",
@@ -367,6 +370,8 @@ def _check_stack(
         return Rejection(
             series_key, everything, "grid_varies", f"{len(sizes)} matrices or pixel spacings"
         )
+    if fault := field_fault(stack[0].rows, stack[0].columns, stack[0].pixel_spacing):
+        return Rejection(series_key, everything, "implausible_spacing", fault)
     ordered, positions = _order(stack)
     slices: list[list[Header]] = []
     slice_positions: list[float] = []
