@@ -14,6 +14,7 @@ from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
 from data_prep.scan.reasons import FAILED_FOR_NOW, LEFT_OUT, REASONS
 from data_prep.system.errors import RunFailed
+from data_prep.system.files import as_cell
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 
@@ -72,7 +73,8 @@ class FileAccount:
             rows[entry.source] = ("not_an_image", "", entry.reason, entry.detail)
             self._files["not_images"][entry.reason] += 1
         self._writer.writerows(
-            (source.path, source.member, *row) for source, row in sorted(rows.items())
+            (as_cell(source.path), as_cell(source.member), *row)
+            for source, row in sorted(rows.items())
         )
 
     def counts(self, num_files: int) -> dict[str, Any]:
@@ -164,8 +166,8 @@ def _people_lines(counts: Mapping[str, Any]) -> list[str]:
         )
     if placeholders := counts.get("placeholder_uids"):
         lines.append(
-            f"{placeholders:>8} UIDs are shared by more than four Patient IDs; they are taken for "
-            "placeholders, not for one patient"
+            f"{placeholders:>8} UIDs are shared by more than four Patient IDs, or by people of "
+            "other sex or age; they are taken for placeholders, not for one patient"
         )
     return lines
 
