@@ -22,7 +22,7 @@ data_prep.scan.nifti_metadata). Beside any archive:
 
     --labels_csv=FILE       a key column (SOPInstanceUID: of a slice; SeriesInstanceUID,
                             StudyInstanceUID or VolumeName: of a volume; PatientID: of a patient)
-                            and a column a label; empty cells are missing labels
+                            and a column a label (cells: see data_prep.labels.tables)
     --attributes_csv=FILE   PatientID and any of age, sex, ethnic_group, which replace the headers
     --masks_dir=DIR         masks as DICOM-SEG, RTSTRUCT or NIfTI files
 

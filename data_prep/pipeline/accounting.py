@@ -194,8 +194,8 @@ def _people_lines(counts: Mapping[str, Any]) -> list[str]:
         )
     if placeholders := counts.get("placeholder_uids"):
         lines.append(
-            f"{placeholders:>8} UIDs are shared by more than four Patient IDs; they are taken for "
-            "placeholders, not for one patient"
+            f"{placeholders:>8} UIDs are shared by more than four Patient IDs, or by people of "
+            "other sex or age; they are taken for placeholders, not for one patient"
         )
     return lines
 
