@@ -94,11 +94,10 @@ def main(argv: list[str]) -> int:
     if FLAGS.dry_run:
         print_dry_run(lambda: dry_run(options, directories, **shared))
         return 0
-    key_file = _path("pseudonym_key_file")
-    prepared, changed = prepare(
-        options, directories, pseudonym_key_file=key_file, beam_options=beam_options, **shared
-    )
+    shared["pseudonym_key_file"] = _path("pseudonym_key_file")
+    prepared, changed = prepare(options, directories, beam_options=beam_options, **shared)
     print(dataset_text(prepared, changed, output_dir, audit_dir))
+    command_line.suggest("describe", f"--dataset={output_dir}", "--verify")
     return 0
 
 

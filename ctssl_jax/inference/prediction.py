@@ -126,7 +126,7 @@ def _predict_into(
         "windows": [{"level": level, "width": width} for level, width in model.windows],
         "image_size": model.image_size,
         "normalize": run.config.normalize,
-        "synthetic": trained_on_synthetic or synthetic_scan,
+        "synthetic": synthetic_scan,
         "trained_on_synthetic": trained_on_synthetic,
         "scan": {
             "series_index": request.series_index or 0,

@@ -136,8 +136,9 @@ def test_the_mask_is_the_models_in_the_scans_geometry(runs, scan, tmp_path, monk
     assert result["volume_ml"] == pytest.approx(mask.sum() * 0.055, abs=1e-4)
     (region,) = result["regions"]
     assert (region["first_slice"], region["last_slice"]) == (8, 13)
+    assert result["trained_on_synthetic"]
     assert (result["synthetic"], result["checkpoint_step"], result["windows"]) == (
-        True,
+        False,
         2,
         [{"level": 50, "width": 350}],
     )

@@ -732,7 +732,7 @@ def test_wrong_flags_end_in_one_line(tmp_path, archive):
         ([there, out, "--pseudonym_key_file=/no/key"], "/no/key: no such key file"),
         ([there, out, "--image_size=9"], "--image_size=9"),
         ([there, out, "--irregular=maybe"], "keep|refuse"),
-        ([there], "--output_dir must have a value"),
+        ([there], "error: give --output_dir;"),
         ([there, out, "--max_slice_thickness_mm=0"], "max_slice_thickness_mm"),
     ):
         assert named in error_line(arguments)
