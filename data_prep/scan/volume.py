@@ -10,12 +10,20 @@ import numpy as np
 
 from data_prep.scan.anatomy import ChestSummary, covers_chest, summarise
 from data_prep.scan.archives import ArchiveDirectory, reading_ahead, will_read
-from data_prep.scan.geometry import Axes, canonical_axes, measure_stack, orient
+from data_prep.scan.geometry import canonical_axes, measure_stack, orient
 from data_prep.scan.headers import Header
 from data_prep.scan.hounsfield import PlausibilityCount, has_rescale, to_hu
+from data_prep.scan.image_kinds import is_lossy_copy
 from data_prep.scan.pixels import PixelError, PixelReader
 from data_prep.scan.rules import Rules
-from data_prep.scan.series import Rejection, SeriesCandidate, irregularity, too_few_detail
+from data_prep.scan.series import (
+    Rejection,
+    SeriesCandidate,
+    irregularity,
+    named_body_part,
+    origins,
+    too_few_detail,
+)
 
 _READ_AHEAD = 8  # slices that the disk fetches while one slice is decoded
 
@@ -60,12 +68,12 @@ def load_volume(
             "missing_rescale", "some slices have rescale tags and some have none"
         )
     input_dir = reading_ahead(input_dir, (h.source for group in candidate.groups for h in group))
-    axes = canonical_axes(candidate.headers[0].orientation)
-    loader = _SliceLoader(PixelReader(input_dir), axes, len(candidate.headers))
+    loader = _SliceLoader(PixelReader(input_dir), len(candidate.headers))
     kept: list[int] = []
     lost: list[tuple[Header, str]] = []
     repeated: list[tuple[Header, str]] = []
     meeting: list[tuple[Header, str]] = []
+    lossy: list[tuple[Header, str]] = []
     used: list[Header] = []
     will_read(input_dir, (header.source for header in candidate.headers[:_READ_AHEAD]))
     for i, group in enumerate(candidate.groups):
@@ -79,6 +87,8 @@ def load_volume(
                     taken = header
                 elif loader.equals_last(header):
                     repeated.append((header, "duplicate_slice"))
+                elif is_lossy_copy(header, taken):
+                    lossy.append((header, "lossy_copy"))
                 elif _acquisitions_differ(header, taken):
                     meeting.append((header, "acquisitions_meet"))
                 else:
@@ -100,7 +110,7 @@ def load_volume(
             "contradictory_duplicates", f"different images at {len(meeting)} of {total} slices"
         )
     position_mm = np.array(candidate.position_mm)[kept]
-    measured = measure_stack(position_mm, np.array([header.position for header in used]))
+    measured = measure_stack(position_mm, origins(used), candidate.slice_thickness_mm)
     if fault := irregularity(measured, len(kept), rules):
         return candidate.rejected(*fault)
     if len(kept) < rules.min_slices:
@@ -109,19 +119,24 @@ def load_volume(
         reason = "implausible_hu" if tagged == {True} else "missing_rescale"
         return candidate.rejected(reason, fault)
 
-    spacing = candidate.headers[0].pixel_spacing
-    pixel_spacing_mm = (spacing[1], spacing[0]) if axes.transpose else (spacing[0], spacing[1])
+    pixel_spacing_mm = candidate.pixel_spacing_mm
     hu = loader.volume()
     chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)
     if rules.require_lung and not covers_chest(chest):
-        return candidate.rejected("no_chest", f"{chest.lung_volume_ml:.0f} ml of lung")
+        detail = f"{chest.lung_volume_ml:.0f} ml of lung"
+        if body_part := named_body_part(used):
+            detail += f"; Body Part Examined is {body_part}"
+        return candidate.rejected("no_chest", detail)
     flags = {
         "gaps": measured.missing > 0,
         "uneven_spacing": measured.uneven,
         "in_plane_jump": measured.jumps,
+        "irregular_part": measured.crowded > 0,
+        "sparse_slices": measured.sparse,
         "slices_lost": len(kept) < total,
         "duplicates_dropped": bool(repeated),
         "acquisitions_meet": bool(meeting),
+        "lossy_copies_dropped": bool(lossy),
         "no_rescale_tags": tagged == {False},
         "fractional_hu": hu.dtype != np.int16,
     }
@@ -141,7 +156,7 @@ def load_volume(
             *used[0].notes,
             *(name for name, raised in flags.items() if raised),
         ),
-        dropped=(*candidate.dropped, *repeated, *meeting, *lost),
+        dropped=(*candidate.dropped, *repeated, *meeting, *lossy, *lost),
     )
 
 
@@ -155,10 +170,9 @@ def _acquisitions_differ(a: Header, b: Header) -> bool:
 class _SliceLoader:
     """Decodes slices one after the other into one array."""
 
-    def __init__(self, reader: PixelReader, axes: Axes, num_slices: int):
+    def __init__(self, reader: PixelReader, num_slices: int):
         self.plausibility = PlausibilityCount()
         self._reader = reader
-        self._axes = axes
         self._num_slices = num_slices
         self._hu: np.ndarray | None = None
         self._count = 0
@@ -170,7 +184,7 @@ class _SliceLoader:
             PixelError: the pixels cannot be read; nothing is appended.
         """
         stored = self._reader.read(header)
-        image = orient(to_hu(stored, header), self._axes)
+        image = orient(to_hu(stored, header), canonical_axes(header.orientation))
         if self._hu is None:
             self._hu = np.empty((self._num_slices, *image.shape), dtype=image.dtype)
         elif image.dtype == np.float32 and self._hu.dtype == np.int16:
@@ -185,7 +199,8 @@ class _SliceLoader:
         Raises:
             PixelError: the pixels cannot be read.
         """
-        image = orient(to_hu(self._reader.read(header), header), self._axes)
+        hu = to_hu(self._reader.read(header), header)
+        image = orient(hu, canonical_axes(header.orientation))
         return np.array_equal(image, self._hu[self._count - 1])
 
     def volume(self) -> np.ndarray:

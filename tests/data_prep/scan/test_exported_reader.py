@@ -222,7 +222,6 @@ DIFFERENCES = {
     "projection": "the image type is not judged there",
     "atomic_numbers": "the rescale type is not judged there",
     "burned_in_annotation": "burned-in annotations are not refused there",
-    "head": "the body part is not judged there",
     "no_lung": "the chest is not looked for there",
 }
 REAL = (
