@@ -7,7 +7,7 @@ import numpy as np
 
 from data_prep.raw.scans import PreparedVolume
 from data_prep.scan.anatomy import summarise
-from data_prep.scan.geometry import MAX_ROTATION_DEGREES, RAS_TO_LPS, canonical_axes, orient
+from data_prep.scan.geometry import RAS_TO_LPS, canonical_axes, orient
 from data_prep.scan.hounsfield import PlausibilityCount, to_hu
 from data_prep.scan.window import lung_box, prepare_images
 from data_prep.system.errors import InputError
@@ -81,11 +81,6 @@ def canonical_volume(
     if not axes.axial:
         raise InputError(
             "the volume is oblique: its slices are not axial; resample it along the patient's axes"
-        )
-    if axes.rotation_degrees > MAX_ROTATION_DEGREES:
-        raise InputError(
-            f"the slices are turned by {axes.rotation_degrees:.1f} degrees within their plane, and "
-            f"at most {MAX_ROTATION_DEGREES:g} are taken; resample them along the patient's axes"
         )
     array = array.astype(array.dtype.newbyteorder("="), copy=False)  # NIfTI files may be big-endian
     frames = np.moveaxis(array, (along, row, column), (0, 1, 2))

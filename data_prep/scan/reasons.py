@@ -40,7 +40,7 @@ REASONS = {
     "not_grey": "The image is not monochrome.",
     "burned_in_annotation": "Burned In Annotation says YES.",
     "no_chest": "The volume does not cover the chest: too little lung between soft tissue, or "
-    "another body part in a series that is refused by its header anyway.",
+    "another body part.",
     "grid_varies": "The slices differ in matrix or pixel spacing.",
     "other_grid": "The slice has another matrix or pixel spacing than nearly all others.",
     "other_origin": "The slice lies beside the others, at a position that another slice has.",
