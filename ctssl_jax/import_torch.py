@@ -19,8 +19,8 @@ if __name__ == "__main__":  # the imports below take their time
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
+from ctssl_jax.training.recipe_files import define_flag
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.stores import local_path
@@ -30,9 +30,7 @@ def define_flags() -> None:
     """Called only if this module is the program: other programs define flags of the same names."""
     flags.DEFINE_string("checkpoint", None, "Weights file, or folder of ctssl_jax.export.")
     flags.DEFINE_string("workdir", None, "New or empty folder for the run directory.")
-    config_flags.DEFINE_config_file(
-        "config", "configs/masked_region.py", "Recipe of the authors' layout."
-    )
+    define_flag("masked_region", help="Recipe of the authors' layout; by default masked_region.")
     flags.DEFINE_integer("image_size", 512, "Side of the slices in pixels (authors' layout).")
     flags.DEFINE_multi_string(
         "window", ["50,350"], "level,width in HU (authors' layout); repeatable."
@@ -70,14 +68,10 @@ def start(values: flags.FlagValues) -> None:
 
 def _recipe(values: flags.FlagValues, windows: list[list[float]]) -> Any:
     config = values.config
-    try:
-        with config.unlocked():
-            config.image_size, config.normalize = values.image_size, values.normalize
-            config.model.output_activation = values.output_activation
-            config.windows = windows
-    except OSError:  # the stand-in of a recipe that could not be loaded raises this at any use
-        name = config_flags.get_config_filename(values["config"])
-        raise InputError(f"--config={name}: no such file; recipes are in configs/") from None
+    with config.unlocked():
+        config.image_size, config.normalize = values.image_size, values.normalize
+        config.model.output_activation = values.output_activation
+        config.windows = windows
     return config
 
 

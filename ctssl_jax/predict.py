@@ -14,7 +14,7 @@ A segmentation adds, in the geometry of the scan,
     mask.nii.gz       0 and 1; for NIfTI on the voxels of the scan, for DICOM placed by Image
                       Position (Patient)
     segmentation.dcm  DICOM segmentation for the PACS (DICOM scans; needs
-                      `pip install ctssl_jax[dicom_seg]`)
+                      `pip install '.[dicom-seg]'`)
 
 segmentation.dcm carries the name, the identifiers and the dates of the patient, since it is filed
 with the scan; --dicom_seg=false leaves it out. The other files do not name the patient. Research

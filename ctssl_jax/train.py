@@ -18,8 +18,8 @@ if __name__ == "__main__":  # the imports below take their time
 import functools
 
 from absl import flags
-from ml_collections import config_flags
 
+from ctssl_jax.training.recipe_files import define_flag, recipe_names
 from data_prep.system import command_line, early_stop
 from data_prep.system.errors import InputError, StartAgain
 
@@ -29,10 +29,8 @@ MOST_SECONDS_TO_FETCH = 48 * 3600.0
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Called if this module is the program: other programs may have flags of the same names."""
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Recipe, e.g. configs/masked_region.py; --config.FIELD=VALUE.",
+    define_flag(
+        help="Recipe, e.g. masked_region:small, or a file; --config.FIELD=VALUE.",
         flag_values=flag_values,
     )
     text, flag, number = (
@@ -55,16 +53,13 @@ def start(flag_values: flags.FlagValues) -> bool:
     """Train as the flags ask, in this process; True if the run is complete."""
     config = flag_values.config
     if config is None or not (flag_values.workdir or flag_values.estimate):
-        raise InputError("give --config=configs/RECIPE.py and --workdir=DIR (or --estimate)")
+        names = ", ".join(recipe_names())
+        raise InputError(f"give --config=RECIPE and --workdir=DIR, or --estimate; recipes: {names}")
     if flag_values.profile and flag_values.estimate:
         raise InputError("--profile traces a training: leave --estimate out")
     if flag_values.topology and not flag_values.estimate:
         raise InputError("--topology compiles for an estimate; add --estimate")
-    try:
-        config.lock()
-    except OSError:  # raised at any use of a recipe that could not be loaded
-        name = config_flags.get_config_filename(flag_values["config"])
-        raise InputError(f"--config={name}: no such file; recipes are in configs/") from None
+    config.lock()
     from ctssl_jax.parallel.processes import configure_jax, initialize
 
     configure_jax()

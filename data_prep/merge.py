@@ -33,7 +33,7 @@ FLAGS = flags.FLAGS
 def main(argv: list[str]) -> int:
     from data_prep.dataset.merge import merge
     from data_prep.dataset.reader import Dataset
-    from data_prep.dataset.schema import PREPARATION_FILE, summary_text
+    from data_prep.dataset.schema import PREPARATION_FILE, rules_lines, summary_text
 
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", "choose a folder here")
     remedy = "fetch it first: python -m data_prep.fetch"
@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
     parts = [Dataset.open(name) for name in names]
     preparation, changed = merge(parts, output_dir, FLAGS.link)
     print(summary_text(preparation, changed, output_dir))
+    for line in rules_lines(preparation):
+        print(f"NOTE: {line.strip()}")
     options = dict.fromkeys(name for part in preparation["parts"] for name in part["options"])
     differing = [
         name for name in options if name not in {*preparation["options"], "same_splits_as"}

@@ -20,7 +20,8 @@ from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
 from ctssl_jax.parallel.processes import configure_jax
-from experiments.bench.sides import (
+
+from .bench.sides import (
     GIB,
     LEARNING_RATE,
     compiled_bytes,

@@ -33,7 +33,8 @@ from data_prep.system import command_line
 from data_prep.system.errors import RunFailed
 from data_prep.system.files import PARTIAL, folder_written_whole
 from data_prep.system.workers import WorkerPool, usable_cores
-from experiments.bench.header_archive import FILES_PER_SERIES, make_archive, templates
+
+from .bench.header_archive import FILES_PER_SERIES, make_archive, templates
 
 FLAGS = flags.FLAGS
 

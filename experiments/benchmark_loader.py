@@ -28,16 +28,17 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from configs import rotation
 from ctssl_jax.data.batches import training_batches
 from ctssl_jax.data.slices import NeighbourSource, open_source
 from ctssl_jax.parallel.mesh import make_mesh, to_devices
 from ctssl_jax.parallel.processes import configure_jax
 from ctssl_jax.runs.reports import read_reports
 from ctssl_jax.training.loop import train
+from ctssl_jax.training.recipe_files import load_recipe
 from data_prep.dataset.reader import Dataset
 from data_prep.system import command_line
-from experiments.bench.noisy_dataset import write_noisy_dataset
+
+from .bench.noisy_dataset import write_noisy_dataset
 
 _DATASET = flags.DEFINE_string("dataset", "", "Dataset directory; empty makes a temporary one.")
 _SPLIT = flags.DEFINE_string("split", "train", "Split that is read.")
@@ -119,7 +120,7 @@ def waiting_share(folder: Path) -> tuple[float, float]:
     Returns:
       Slices a second, and the share of the time that it waited for data.
     """
-    config = rotation.get_config("small")
+    config = load_recipe("rotation", "small")
     config.update(dataset=str(write_noisy_dataset(folder / "small", 640, 64)), batch_size=64)
     config.update(num_steps=200, log_every=100, eval_every=1000)
     config.model.update(hidden=(4, 8), depth=0)

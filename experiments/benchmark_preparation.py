@@ -41,7 +41,8 @@ from absl import flags
 from data_prep.dataset.storage import write_records
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
-from experiments.bench.converters import (
+
+from .bench.converters import (
     SYNTAXES,
     dicom2nifti_nibabel,
     floor,
@@ -153,7 +154,7 @@ def main(argv: list[str]) -> int:
     # numpy's threads would blur what one core does
     if os.environ.get("OPENBLAS_NUM_THREADS") != "1":
         return subprocess.call(
-            [sys.executable, "-m", "experiments.benchmark_preparation", *sys.argv[1:]],
+            [sys.executable, "-m", f"{__package__}.benchmark_preparation", *sys.argv[1:]],
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
     print(f"{'':56}{'slices/s':>9}{'of the floor':>14}")

@@ -41,13 +41,14 @@ from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
 from ctssl_jax.parallel.processes import configure_jax
-from experiments.bench.sides import (
+
+from .bench.sides import (
     GIB,
     example_batch,
     make_jax_side,
     make_torch_side,
 )
-from experiments.bench.timing import matmul_peak, time_sides
+from .bench.timing import matmul_peak, time_sides
 
 # image side, hidden, depth, batch
 PRESETS = {

@@ -25,8 +25,9 @@ from absl import flags
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
-from experiments.study import results, runner
-from experiments.study.cells import FRACTIONS, Cell, Settings, chain_cells, mask_name
+
+from .study import results, runner
+from .study.cells import FRACTIONS, Cell, Settings, chain_cells, mask_name
 
 SCORES = ("masked_mse", "mse", "ssim")
 RECIPE = "masked_region"
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> int:
     cells = chain if flags.FLAGS.chained else [chain[0], *ablation_cells(settings)]
     if verb == "plan":
         more = [] if flags.FLAGS.chained else ["--nochained"]
-        runner.plan(cells, "experiments.chain", [*runner.options_of(settings), *more])
+        runner.plan(cells, f"{__package__}.chain", [*runner.options_of(settings), *more])
     if verb in ("", "run"):
         runner.record_settings(settings.workdir, runner.settings_content(settings))
         runner.run(cells, flags.FLAGS.cells, settings.workdir)

@@ -16,7 +16,8 @@ if __name__ == "__main__":  # the imports below take their time
 from absl import flags
 
 from data_prep.system import command_line
-from experiments.study import curves, downstream, runner
+
+from .study import curves, downstream, runner
 
 ARMS = ("random", "masked_20", "next_slice", "denoising", "rotation", "flip", "standard_unet")
 FIGURE = curves.nodule_figure("figure5", "Nodule segmentation by pretext")

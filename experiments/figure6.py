@@ -26,10 +26,11 @@ from absl import flags
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
-from experiments.study import downstream, runner
-from experiments.study.attributes import Model, cells_of, draw
-from experiments.study.cells import Cell, Stage
-from experiments.study.downstream import PRETEXTS, TITLES, Study
+
+from .study import downstream, runner
+from .study.attributes import Model, cells_of, draw
+from .study.cells import Cell, Stage
+from .study.downstream import PRETEXTS, TITLES, Study
 
 ARMS = ("masked_05", "masked_20", "next_slice", "denoising", "rotation", "flip")
 ATTRIBUTES = ("age", "sex", "ethnic_group")
@@ -126,7 +127,7 @@ def check_request(study: Study, arms: Sequence[str], attributes: Sequence[str]) 
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    verb, flag = runner.verb_of(argv, "experiments.figure6"), flags.FLAGS
+    verb, flag = runner.verb_of(argv, f"{__package__}.figure6"), flags.FLAGS
     study = downstream.study_of_flags(verb, "attributes")
     check_request(study, flag.arms, flag.attributes)
     models = models_of(study, flag.arms, flag.attributes)
@@ -138,7 +139,7 @@ def main(argv: list[str]) -> int:
         *downstream.pretraining_cells(study, flag.arms),
         *cells_of(models),
     ]
-    downstream.act(verb, "experiments.figure6", study, cells, lists=("attributes",))
+    downstream.act(verb, f"{__package__}.figure6", study, cells, lists=("attributes",))
     return 0
 
 

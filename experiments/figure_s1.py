@@ -15,7 +15,8 @@ if __name__ == "__main__":  # the imports below take their time
 from absl import flags
 
 from data_prep.system import command_line
-from experiments.study import curves, downstream, runner
+
+from .study import curves, downstream, runner
 
 ARMS = ("random", *downstream.MASKED)
 FIGURE = curves.nodule_figure("figure_s1", "Nodule segmentation by size of the masked region")

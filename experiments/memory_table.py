@@ -30,8 +30,9 @@ import itertools
 import jax
 
 from ctssl_jax.models.vqvae import VQVAEConfig
-from experiments.bench import memory
-from experiments.bench.sides import GIB
+
+from .bench import memory
+from .bench.sides import GIB
 
 DEVICE_GIB = (16, 40, 80, 141)
 SHARING_DEVICES = 8

@@ -22,11 +22,11 @@ from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_text
 from data_prep.system.stores import local_path
-from experiments.study.cells import PROJECT
-from experiments.study.quickstart_report import improvement, loss_curve, report_html
-from experiments.study.runner import run_stage
 
-RECIPE = "configs/masked_region.py:small"
+from .study.quickstart_report import improvement, loss_curve, report_html
+from .study.runner import run_stage
+
+RECIPE = "masked_region:small"
 IMAGE_SIZE = 64
 
 
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     seconds["training"] = run_stage(
         "4 of 5: pretrain by masked region prediction",
         "ctssl_jax.train",
-        f"--config={PROJECT / RECIPE}",
+        f"--config={RECIPE}",
         f"--config.dataset={dataset}",
         f"--config.seed={flags.FLAGS.seed}",
         *([f"--config.num_steps={flags.FLAGS.num_steps}"] if flags.FLAGS.num_steps else []),

@@ -30,10 +30,11 @@ from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import explain, write_text
 from data_prep.system.stores import local_path
-from experiments.study.lidc_counts import count, first_scan_votes, read_geometry
-from experiments.study.paper import TABLE1
-from experiments.study.results import markdown, write_csv
-from experiments.study.runner import run_stage
+
+from .study.lidc_counts import count, first_scan_votes, read_geometry
+from .study.paper import TABLE1
+from .study.results import markdown, write_csv
+from .study.runner import run_stage
 
 
 def lidc_rows(counted: dict[str, int], num_series: int) -> list[dict[str, str]]:

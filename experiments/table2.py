@@ -23,11 +23,12 @@ from absl import flags
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
-from experiments.study import runner
-from experiments.study.cells import Cell, Settings, Stage, chain_cells
-from experiments.study.results import caption as caption_of
-from experiments.study.results import markdown, read_result, seconds, write_csv
-from experiments.study.table2_figure import (
+
+from .study import runner
+from .study.cells import Cell, Settings, Stage, chain_cells
+from .study.results import caption as caption_of
+from .study.results import markdown, read_result, seconds, write_csv
+from .study.table2_figure import (
     CLASSIFICATION,
     METRICS,
     RECONSTRUCTION,
@@ -122,12 +123,12 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    verb = runner.verb_of(argv, "experiments.table2")
+    verb = runner.verb_of(argv, f"{__package__}.table2")
     settings = runner.settings_of_flags(verb)
     runner.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
     cells = [*model_cells(settings), *(cross_cells(settings) if flags.FLAGS.cross else [])]
     if verb == "plan":
-        runner.plan(cells, "experiments.table2", runner.options_of(settings))
+        runner.plan(cells, f"{__package__}.table2", runner.options_of(settings))
     elif verb == "run":
         runner.record_settings(settings.workdir, runner.settings_content(settings))
         runner.run(cells, flags.FLAGS.cells, settings.workdir)

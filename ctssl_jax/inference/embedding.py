@@ -24,7 +24,7 @@ from ctssl_jax.inference.embedding_inputs import (
 )
 from ctssl_jax.inference.pretrained import PretrainedModel, load, summarise_slices
 from ctssl_jax.runs.run import Run
-from data_prep.dataset.schema import PREPARATION_FILE
+from data_prep.dataset.schema import PREPARATION_FILE, notes_on_rules
 from data_prep.dataset.storage import write_table
 from data_prep.raw.scans import Refused, explain, local_input, nothing_taken, plan_scans
 from data_prep.scan.reasons import FAILED_FOR_NOW
@@ -98,6 +98,7 @@ def embed(
         make_folder(output.parent, "--output")
         key = keep_audit(output.with_suffix(""), plan, key)
         opened = open_scans(plan, rules, key, model.windows, model.image_size, num_workers)
+        opened.facts["notes"] = notes_on_rules(run.preparation, None)
 
     facts = _facts(model) | opened.facts
     settings = json.dumps(facts, sort_keys=True)
@@ -195,6 +196,7 @@ def summary(result: dict[str, Any]) -> str:
             f"NOTE: the model has learned from {result['num_patients_seen_in_training']} of these "
             "patients"
         )
+    lines += [f"NOTE: {note}" for note in result.get("notes", ())]
     if not result["complete"]:
         lines.append("NOTE: some scans could not be read for now; run again to retry them")
     return "\n".join(lines)

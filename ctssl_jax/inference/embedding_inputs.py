@@ -14,7 +14,7 @@ import numpy as np
 from ctssl_jax.evaluation.measured_run import MeasuredRun
 from ctssl_jax.runs.run import Run
 from data_prep.dataset.reader import Dataset
-from data_prep.dataset.schema import SPLITS
+from data_prep.dataset.schema import SPLITS, notes_on_rules
 from data_prep.privacy import pseudonyms
 from data_prep.raw.scans import (
     PreparedVolume,
@@ -25,7 +25,7 @@ from data_prep.raw.scans import (
     refused_series,
 )
 from data_prep.scan.reasons import FAILED_FOR_NOW
-from data_prep.scan.rules import Rules
+from data_prep.scan.rules import VERSION, Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import written_whole
 from data_prep.system.stores import local_path
@@ -85,6 +85,7 @@ def open_dataset(run: Run, dataset: Path, split: str | None) -> Input:
         raise InputError(f"--split={split}: choose one of {', '.join(SPLITS)}, or leave it out")
     measured = MeasuredRun.open(run, dataset, () if split is None else (split,), "--input")
     opened, preparation = measured.dataset, measured.dataset.preparation
+    notes = notes_on_rules(run.preparation, preparation)
     rows = [row for name in SPLITS if split in (None, name) for row in opened.volumes(name)]
     return Input(
         jobs=[
@@ -99,6 +100,7 @@ def open_dataset(run: Run, dataset: Path, split: str | None) -> Input:
             "split": split,
             "synthetic": preparation["synthetic"],
             "key_fingerprint": preparation["key_fingerprint"],
+            **({"notes": notes} if notes else {}),
         },
         refused=[],
         not_images={},
@@ -154,6 +156,7 @@ def open_scans(
         facts={
             "input": "scans",
             "rules": dataclasses.asdict(rules),
+            "rules_version": VERSION,
             "synthetic": any(
                 header.quality_control_subject for exam in plan.exams for header in exam[0].headers
             ),

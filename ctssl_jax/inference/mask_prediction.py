@@ -20,6 +20,7 @@ from data_prep.raw.scans import Scan
 from data_prep.scan.headers import NIFTI
 from data_prep.scan.volume import Volume
 from data_prep.scan.window import window_to_uint8
+from data_prep.system.extras import pip_install
 
 TASKS = ("segmentation", "segmentation_standard_unet")
 THRESHOLD = 0.5  # as `ctssl_jax.evaluate` measures masks
@@ -119,9 +120,7 @@ def _write_dicom_seg(
     if dicom_seg is False or (dicom_seg is None and volume.headers[0].transfer_syntax == NIFTI):
         return []
     if not can_write_dicom_seg():
-        return [
-            "segmentation.dcm was not written: it needs highdicom, pip install ctssl_jax[dicom_seg]"
-        ]
+        return [f"segmentation.dcm was not written: it needs highdicom, {pip_install('dicom-seg')}"]
     of_nodules = model.preparation["archive"] == "lidc_idri"
     segment = writing.Segment(
         label=segment_label or ("nodule" if of_nodules else "foreground"),

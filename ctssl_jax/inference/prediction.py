@@ -8,12 +8,14 @@ from typing import Any
 from ctssl_jax.inference import label_prediction, mask_prediction
 from ctssl_jax.inference.pretrained import load
 from ctssl_jax.runs.run import Run
+from data_prep.dataset.schema import notes_on_rules
 from data_prep.raw.scans import Refused, nothing_taken, plan_scans, read_scan
 from data_prep.scan.headers import NIFTI
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import SeriesCandidate
 from data_prep.scan.volume import Volume
 from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.extras import pip_install
 from data_prep.system.files import lock_directory, make_folder, write_json
 from data_prep.system.stores import local_path
 
@@ -127,6 +129,7 @@ def predict(
             for name in FILES:  # maybe of another scan
                 (output / name).unlink(missing_ok=True)
             notes = _note_choice(exam, scan.volume.candidate)
+            notes += notes_on_rules(model.preparation, None)
             if predicts_label:
                 result |= label_prediction.predict_label(model, scan, thresholds, output, title)
             else:
@@ -182,8 +185,7 @@ def _check_request(predicts_label: bool, request: Request) -> None:
         )
     if request.dicom_seg and not mask_prediction.can_write_dicom_seg():
         raise InputError(
-            "--dicom_seg needs highdicom: pip install ctssl_jax[dicom_seg], or give "
-            "--dicom_seg=false"
+            f"--dicom_seg needs highdicom: {pip_install('dicom-seg')}, or give --dicom_seg=false"
         )
     if len(request.segment_label) > 64:
         raise InputError(

@@ -15,7 +15,7 @@ True
 from typing import TYPE_CHECKING, Any
 
 from data_prep.system import lazy_names
-from data_prep.system.command_line import require
+from data_prep.system.extras import require
 
 if TYPE_CHECKING:
     from ctssl_jax.release.exporting import export

@@ -32,8 +32,8 @@ from ctssl_jax.torch_bridge.names import architecture_settings, state_dict
 from ctssl_jax.training.state import count_parameters, restore_model
 from data_prep.scan.window import window_to_uint8
 from data_prep.synthetic.exam import Options, render_series, sample_exam
-from data_prep.system.command_line import require
 from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.extras import require
 from data_prep.system.files import file_sha256, folder_written_whole, write_json, write_text
 from data_prep.system.stores import local_path
 

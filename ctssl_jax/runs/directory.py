@@ -17,6 +17,7 @@ from etils import epath
 
 from data_prep.system import stores
 from data_prep.system.errors import InputError
+from data_prep.system.extras import pip_install
 
 _COMMIT = "commit_success.txt"  # Orbax writes it last
 _REMOVED = ".removed"  # ending of a checkpoint that is being removed
@@ -48,7 +49,7 @@ def run_directory(text: str | os.PathLike, name: str = "--workdir") -> Path:
         raise InputError(f"{name}={text}: give a folder of a bucket, gs://BUCKET/DIR")
     if not (_is_installed("gcsfs") and _is_installed("google.cloud.storage")):
         raise InputError(
-            f"{name}={text}: needs packages that are not installed: pip install 'ctssl_jax[gcs]'"
+            f"{name}={text}: needs packages that are not installed: {pip_install('gcs')}"
         )
     # A kept listing would hide the objects that TensorStore writes.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)

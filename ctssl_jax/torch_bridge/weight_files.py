@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.system.command_line import require
 from data_prep.system.errors import InputError
+from data_prep.system.extras import require
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
 _WRAPPERS = ("model_state", "state_dict", "model")  # entries that may contain the tensors

@@ -22,6 +22,7 @@ from ctssl_jax.training.recipe import check_config
 from ctssl_jax.training.state import slices_of_a_device
 from ctssl_jax.training.step import Program, make_program, trace_step
 from data_prep.system.errors import InputError
+from data_prep.system.extras import pip_install
 
 
 class Chip(NamedTuple):
@@ -76,7 +77,7 @@ def topology_devices(name: str) -> list[Any]:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            "--topology needs libtpu, but no TPU: pip install '.[tpu]', on Linux, best in an "
+            f"--topology needs libtpu, but no TPU: {pip_install('tpu')}, on Linux, best in an "
             "environment of its own"
         )
     settings: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}

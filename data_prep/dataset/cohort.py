@@ -72,6 +72,7 @@ def cohort_table(
             v for v in known if v["slice_thickness_mm"] == _THIN_MM
         ],
         "Contrast-enhanced: volumes, slices": [v for v in volumes if v["contrast"]],
+        "Contrast unknown: volumes, slices": [v for v in volumes if v["contrast"] is None],
     }
     rows = [
         ("Dataset", item, f"{len(group)}, {sum(volume['num_slices'] for volume in group)}")

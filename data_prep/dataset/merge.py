@@ -22,6 +22,7 @@ from data_prep.dataset.schema import (
     VOLUME_COLUMNS,
     VOLUMES_FILE,
     make_preparation,
+    rules_of,
     shard_name,
     split_shards,
     table_columns,
@@ -230,6 +231,7 @@ def _write(
         options=_options(parts),
         versions=_common([part.preparation["versions"] for part in parts]),
         counts=_counts(parts, labels, cells),
+        rules=_rules(parts),
     )
     return complete(building, preparation, tables, checksums)
 
@@ -291,6 +293,13 @@ def _counts(
         by_class = {text: numbers[str(index)] for index, text in enumerate(facts["classes"])}
         of_labels[name] = by_class | {"missing": numbers[""]}
     return total | ({"labels": of_labels} if of_labels else {})
+
+
+def _rules(parts: Sequence[Dataset]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in parts:
+        total = _sum(total, rules_of(part.preparation, len(part.volumes())))
+    return total
 
 
 def _sum(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.scan.rules import VERSION, changes_since
 from data_prep.system.errors import DatasetError
 from data_prep.system.files import write_file
 
@@ -76,7 +77,7 @@ VOLUME_COLUMNS: dict[str, type] = {
     "manufacturer": str,
     "kernel": str,
     "tube_voltage_kvp": float,
-    "contrast": bool,  # an agent is named in the headers
+    "contrast": bool,  # an agent is named in the headers; empty: they say nothing
     "age": int,  # whole years, 90 stands for everything above 89
     "sex": str,  # F, M, O
     "ethnic_group": str,
@@ -253,6 +254,7 @@ def make_preparation(
     options: Mapping[str, Any],
     versions: Mapping[str, str],
     counts: Mapping[str, Any],
+    rules: Mapping[str, int] | None = None,
     parts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of preparation.json, still without fingerprint and checksums: `tfds.complete`
@@ -270,8 +272,11 @@ def make_preparation(
         options: of the preparation.
         versions: of the packages that the bytes depend on.
         counts: files of the archive by outcome, and cells of labels by class.
+        rules: number of volumes by the version of the rules (`data_prep.scan.rules`) that read
+            them; None: this one.
         parts: facts of the datasets that a view links to.
     """
+    rules = {str(VERSION): len(volumes)} if rules is None else dict(rules)
     return {
         "format_version": FORMAT_VERSION,
         "archive": archive,
@@ -288,10 +293,49 @@ def make_preparation(
         "fingerprint": "",
         **({"parts": list(parts)} if parts else {}),
         "options": options,
+        "rules": {"version": max(map(int, rules), default=VERSION), "volumes": rules},
         "versions": versions,
         "counts": counts,
         "checksums": {},
     }
+
+
+def rules_of(preparation: Mapping[str, Any], num_volumes: int) -> dict[str, int]:
+    """Number of volumes by the version of the rules that read them, as text: a dataset of a program
+    before version 2 does not name it."""
+    return preparation["rules"]["volumes"] if "rules" in preparation else {"1": num_volumes}
+
+
+def rules_lines(preparation: Mapping[str, Any]) -> list[str]:
+    """For the user: the volumes that were read by earlier versions of the rules, and the
+    difference; [] if there are none."""
+    num_volumes = sum(facts["num_volumes"] for facts in preparation["splits"].values())
+    return [
+        f"{number:>8} volumes were read by version {version} of the rules and stay as they are; "
+        f"version {VERSION}, which reads new scans: {changes_since(int(version))}"
+        for version, number in rules_of(preparation, num_volumes).items()
+        if int(version) < VERSION
+    ]
+
+
+def notes_on_rules(trained_on: Mapping[str, Any], read: Mapping[str, Any] | None) -> list[str]:
+    """For the user of a model: its data were read by other versions of the rules than its input.
+
+    Args:
+        trained_on: preparation.json of the model's data.
+        read: preparation.json of the dataset that it is applied to; None: scans, read by this
+            program.
+    """
+    learned = set(rules_of(trained_on, 0))
+    of_input = set(rules_of(read, 0)) if read else {str(VERSION)}
+    if learned == of_input:
+        return []
+    versions = [" and ".join(sorted(numbers, key=int)) for numbers in (learned, of_input)]
+    oldest = min(map(int, learned | of_input))
+    return [
+        f"the model learned from scans that version {versions[0]} of the rules read; this input "
+        f"was read by version {versions[1]}; since version {oldest}: {changes_since(oldest)}"
+    ]
 
 
 def _split_facts(

@@ -261,6 +261,20 @@ def header_key(header: Header, key: str) -> str:
     return fields[key]
 
 
+def key_place(header: Header, key: str) -> str:
+    """What the key of this image names: two images of one key and different places show that the
+    key is no name.
+
+    A copy of an image lies at its place. A Series or Study Instance UID is of one patient. Any scan
+    may be of a patient.
+    """
+    if key == "SOPInstanceUID":
+        return ",".join(f"{value:.2f}" for value in header.position or ())
+    if key == "VolumeName":
+        return f"{header.source.path}/{header.source.member}"
+    return "" if key == "PatientID" else header.patient_key
+
+
 def _numbers_of_instances(candidate: SeriesCandidate) -> dict[str, int]:
     """Position in the planned stack of each SOP Instance UID, duplicates included."""
     return {

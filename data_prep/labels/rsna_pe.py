@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.labels.tables import Row, Table, read_header, read_rows
+from data_prep.labels.tables import Row, Table
 from data_prep.scan.remote_archives import RemoteArchive, local_copy
 from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.spreadsheets import read_names, read_rows
 
 TRAIN_FILE = "train.csv"
 STUDY, SERIES, INSTANCE = "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"
@@ -33,6 +34,7 @@ EXAM_LABELS = (
     "indeterminate",
 )
 POSITIVE_EXAM = "pe_positive_exam"  # neither negative nor indeterminate
+_BINARY = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # the latter as spreadsheet programs save them
 COLUMNS = (STUDY, SERIES, INSTANCE, SLICE_LABEL, *EXAM_LABELS)
 
 # Name of a rule -> the property of an exam that breaks it.
@@ -93,7 +95,7 @@ def check_train_csv(input_dir: Path | RemoteArchive) -> Path:
             f"--input_dir={input_dir}: no {TRAIN_FILE} in it; give the folder that holds it and "
             "the scans, or --archive=dicom to do without labels"
         )
-    names = read_header(path, "train.csv")
+    names = read_names(path, "train.csv")
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise InputError(
@@ -105,12 +107,13 @@ def check_train_csv(input_dir: Path | RemoteArchive) -> Path:
 
 def slice_table(path: Path) -> Table:
     """The labels of slices in `train.csv`."""
-    return Table(path, INSTANCE, (SLICE_LABEL,))
+    return Table(path, INSTANCE, (SLICE_LABEL,), (SLICE_LABEL,))
 
 
 def exam_table(path: Path) -> Table:
     """The labels of exams in `train.csv`, with `POSITIVE_EXAM`."""
-    return Table(path, STUDY, (*EXAM_LABELS, POSITIVE_EXAM))
+    labels = (*EXAM_LABELS, POSITIVE_EXAM)
+    return Table(path, STUDY, labels, labels)
 
 
 def read_train_csv(path: Path, exams: dict[str, Exam]) -> Iterator[Row]:
@@ -126,17 +129,17 @@ def read_train_csv(path: Path, exams: dict[str, Exam]) -> Iterator[Row]:
     for line, (study, series, instance, *cells) in read_rows(path, COLUMNS):
         if not (study and series and instance):
             raise InputError(f"{path}, line {line}: a UID is empty; fetch the file again")
-        if not set(cells) <= {"0", "1"}:
+        if not set(cells) <= _BINARY.keys():
             raise InputError(
                 f"{path}, line {line}: a label is neither 0 nor 1; fetch the file again"
             )
-        positive, *labels = map(int, cells)
+        positive, *labels = (_BINARY[cell] for cell in cells)
         first = dict(zip(EXAM_LABELS, labels, strict=True))
         exam = exams.get(study) or Exam(first, 0, True)
         exams[study] = Exam(
             exam.labels, exam.positive_slices + positive, exam.constant and exam.labels == first
         )
-        yield Row(line, instance, (cells[0],))
+        yield Row(line, instance, (str(positive),))
 
 
 def exam_row(study: str, exam: Exam) -> Row:

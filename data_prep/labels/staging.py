@@ -19,7 +19,7 @@ from typing import Any
 
 from data_prep.labels import lidc, rsna_pe
 from data_prep.labels import tables as label_tables
-from data_prep.labels.lookup import Labels, LabelSources, TableSpec, header_key
+from data_prep.labels.lookup import Labels, LabelSources, TableSpec, header_key, key_place
 from data_prep.labels.tables import Row, Spellings, Table
 from data_prep.masks import reading as mask_files
 from data_prep.scan import nifti_metadata
@@ -237,7 +237,8 @@ def _index_masks(masks_dir: Path) -> dict[str, Path]:
 
 
 def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
-    """Counts the rows and annotations without a match in the archive.
+    """Counts the rows and annotations without a match in the archive, and removes the staged rows
+    whose key fits several slices or scans: they label none.
 
     Args:
         labels: the staged tables.
@@ -250,25 +251,35 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
     if not (labels.tables or sources.attributes_csv or labels.has_masks):
         return {}
     with contextlib.closing(sqlite3.connect("")) as seen:  # a temporary file
-        seen.execute("CREATE TABLE seen (key, value, PRIMARY KEY (key, value)) WITHOUT ROWID")
+        # `place`: what the value names, digested
+        seen.execute(
+            "CREATE TABLE seen (key, value, place, PRIMARY KEY (key, value, place)) WITHOUT ROWID"
+        )
         keys = {table.key for table in labels.tables} | {"PatientID", "SeriesInstanceUID"}
         if sources.masks_dir:
             keys.add("VolumeName")
-        pairs = ((key, header_key(header, key)) for header in headers for key in sorted(keys))
-        seen.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?)", pairs)
+        triples = (
+            (key, header_key(header, key), key_place(header, key))
+            for header in headers
+            for key in sorted(keys)
+        )
+        seen.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", triples)
         seen.execute("ATTACH DATABASE ? AS staged", (str(database),))
 
         def without(table: str, key: str, condition: str = "1") -> tuple[int, int]:
             """Number of rows of a staged table, and number of rows without a match."""
-            total, matched = seen.execute(
-                f"SELECT count(*), count(seen.value) FROM staged.{table} AS t LEFT JOIN seen ON "
-                f"seen.value = t.key AND seen.key = ? WHERE {condition}",
+            (total,) = seen.execute(
+                f"SELECT count(*) FROM staged.{table} AS t WHERE {condition}"
+            ).fetchone()
+            (matched,) = seen.execute(
+                f"SELECT count(*) FROM staged.{table} AS t WHERE {condition} AND EXISTS "
+                "(SELECT 1 FROM seen WHERE seen.key = ? AND seen.value = t.key)",
                 (key,),
             ).fetchone()
             return total, total - matched
 
         counts = dict(labels.counts)
-        unmatched = {}
+        unmatched, of_several = {}, {}
         for number, table in enumerate(labels.tables):
             total, lost = without("labels", table.key, f"t.number = {number}")
             if lost == total:
@@ -278,6 +289,16 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
                     "give the table of these scans, or leave it out"
                 )
             unmatched[",".join(table.labels)] = lost
+            doubtful = seen.execute(
+                "DELETE FROM staged.labels WHERE number = ? AND key IN (SELECT value FROM seen "
+                "WHERE key = ? GROUP BY value HAVING count(*) > 1)",
+                (number, table.key),
+            ).rowcount
+            if doubtful:
+                of_several[",".join(table.labels)] = doubtful
+        seen.commit()
+        if of_several:
+            counts["label_rows_of_several_scans"] = of_several
         if labels.tables:
             counts["label_rows_without_match"] = unmatched
         if sources.attributes_csv:

@@ -2,19 +2,29 @@
 (--attributes_csv).
 
 A table of labels has a key column, whose name tells the level of a row, and a column for each
-label. Cells are classes, and an empty cell is a missing label. Messages name files, lines and
-columns, never the values of keys.
+label. Cells are classes. An empty cell and the words of `spreadsheets.MISSING` (NaN, NA, null,
+#N/A ...) are a missing label.
+
+"None" and "-" are missing where all other cells of their column are numbers. Beside words they may
+be a class (None, Mild, Severe) or a missing cell, so that such a column is refused until the user
+says which: rename the class, or leave the cells empty. "none" in small letters beside words is a
+class, since no program writes it for a missing cell.
+
+Messages name files, lines and columns, never the values of keys.
 """
 
-import csv
 import math
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.dataset.schema import MASK_AREA_COLUMN, VOLUME_COLUMNS
+from data_prep.scan.demographics import parse_age, parse_sex
+from data_prep.scan.nifti_metadata import without_extension
 from data_prep.system.errors import InputError
+from data_prep.system.spreadsheets import is_missing, read_names, read_rows
 
 # Key column -> level of the labels, the finest key first. VolumeName is the name of a NIfTI file.
 KEY_LEVELS = {
@@ -26,13 +36,13 @@ KEY_LEVELS = {
 }
 ATTRIBUTES = ("age", "sex", "ethnic_group")
 MAX_CLASSES = 64
-OLDEST = 90  # stands for every age above 89, as in the headers' ages
 
 _MAX_SPELLINGS = 4 * MAX_CLASSES  # "1", "1.0" and "1.00" are one class
 _LABEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _CLASS = re.compile(r"[A-Za-z0-9 .,_+/()<>=-]{1,32}")
 _LIKE_AN_IDENTIFIER = re.compile(r"[0-9]{5}")
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _/-]{0,31}")
+_NONE = "none"
 _NOT_LABELS = {"volume_id", "slice_index", MASK_AREA_COLUMN, *VOLUME_COLUMNS}
 
 
@@ -42,6 +52,7 @@ class Table(NamedTuple):
     path: Path
     key: str  # name of `KEY_LEVELS`
     labels: tuple[str, ...]
+    columns: tuple[str, ...]  # of the labels, as the file names them
 
     @property
     def level(self) -> str:
@@ -54,62 +65,7 @@ class Row(NamedTuple):
 
     line: int
     key: str
-    values: tuple[str, ...]  # one for each label, "" where missing
-
-
-def read_header(path: Path, flag: str) -> tuple[str, ...]:
-    """The names in the first line of a CSV file; `flag` is the option that named it.
-
-    Raises:
-        InputError: the file is missing or not a table, or a name recurs.
-    """
-    if not path.is_file():
-        raise InputError(
-            f"{flag}={path}: no such file; give a CSV file with a line of column names"
-        )
-    header = next((cells for _, cells in _cells(path)), [])
-    names = tuple(cell.strip() for cell in header)
-    if not any(names):
-        raise InputError(
-            f"{path}: the first line is empty; it names the columns, separated by commas"
-        )
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"{path}: column {min(twice)!r} is there twice; leave one out")
-    return names
-
-
-def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """(line, cells of `columns`, stripped) of every line except the first line and empty lines.
-
-    Raises:
-        InputError: a line has another length than the first line.
-    """
-    lines = _cells(path)
-    _, header = next(lines)
-    names = [cell.strip() for cell in header]
-    places = [names.index(column) for column in columns]
-    for line, cells in lines:
-        if not any(cells):
-            continue
-        if len(cells) != len(names):
-            raise InputError(
-                f"{path}, line {line}: {len(cells)} cells, the first line has {len(names)}; "
-                "correct it"
-            )
-        yield line, tuple(cells[place].strip() for place in places)
-
-
-def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        try:
-            for cells in reader:
-                yield reader.line_num, cells
-        except (csv.Error, UnicodeDecodeError) as error:
-            kind = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-            raise InputError(
-                f"{path}, near line {reader.line_num + 1}: {kind}; save it as CSV in UTF-8"
-            ) from None
+    values: tuple[str, ...]  # one for each label, "" where missing; None and - as they stand
 
 
 # ---- labels --------------------------------------------------------------------------------------
@@ -117,20 +73,21 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def open_labels(path: Path) -> Table:
     """The key and the labels of a table. Of several key columns the finest is the key, and the
-    others are ignored.
+    others are ignored. Blanks in the name of a label become underscores.
 
     Raises:
         InputError: the key column or a label is missing, or a dataset cannot have the name of a
           label.
     """
-    names = read_header(path, "--labels_csv")
+    names = read_names(path, "--labels_csv")
     key = next((name for name in KEY_LEVELS if name in names), None)
     if key is None:
         raise InputError(
             f"--labels_csv={path}: no key column; name one of {', '.join(KEY_LEVELS)} "
             "in the first line"
         )
-    labels = tuple(name for name in names if name not in KEY_LEVELS)
+    columns = tuple(name for name in names if name not in KEY_LEVELS)
+    labels = tuple("_".join(name.split()) for name in columns)
     if not labels:
         raise InputError(
             f"--labels_csv={path}: no column beside {key}; add a column for each label"
@@ -141,20 +98,27 @@ def open_labels(path: Path) -> Table:
                 f"--labels_csv={path}: {name!r} cannot name a label; rename the column: letters, "
                 "digits and _ . -, a letter first, and no name of a column of the dataset"
             )
-    return Table(path, key, labels)
+    if twice := {name for name in labels if labels.count(name) > 1}:
+        raise InputError(
+            f"--labels_csv={path}: the label {min(twice)!r} is there twice; rename a column"
+        )
+    return Table(path, key, labels, columns)
 
 
 def read_label_rows(table: Table) -> Iterator[Row]:
-    """The rows of a table.
+    """The rows of a table. A VolumeName may be a path, and end in .nii or .nii.gz.
 
     Raises:
         InputError: a row without a key.
     """
-    for line, (key, *values) in read_rows(table.path, (table.key, *table.labels)):
-        if not key:
+    columns = (table.key, *table.columns)
+    for line, (key, *values) in read_rows(table.path, columns, keep_doubtful=True):
+        if is_missing(key):
             raise InputError(
                 f"{table.path}, line {line}: {table.key} is empty; give it or leave the row out"
             )
+        if table.key == "VolumeName":
+            key = without_extension(posixpath.basename(key))
         yield Row(line, key, tuple(values))
 
 
@@ -188,7 +152,14 @@ class Spellings:
 
     def _classes(self, number: int) -> tuple[str, ...]:
         where = f"{self._table.path}, column {self._table.labels[number]}"
-        classes = classes_of(self._spellings[number])
+        spellings = self._spellings[number]
+        classes = classes_of(spellings)
+        doubtful = {value for value in spellings if is_missing(value)} - set(classes)
+        if doubtful and any(_number(value) is None for value in classes):
+            raise InputError(
+                f"{where}: {min(doubtful)!r} beside other words may be a class or a missing cell; "
+                "rename the class (for instance no_finding), or leave the cell empty"
+            )
         if not classes:
             raise InputError(f"{where}: every cell is empty; fill it or leave the column out")
         if len(classes) > MAX_CLASSES:
@@ -208,21 +179,22 @@ class Spellings:
 
 def classes_of(values: Iterable[str]) -> tuple[str, ...]:
     """The classes of a label's cells: sorted as numbers if all are numbers (1 and 1.0 are equal),
-    else as text."""
+    else as text. Cells that may be missing are no classes, except "none" beside other words."""
     values = set(values)
-    numbers = {_number(value) for value in values}
+    words = {value for value in values if not is_missing(value)}
+    numbers = {_number(value) for value in words}
     if None in numbers:
-        return tuple(sorted(values))
+        return tuple(sorted(words | (values & {_NONE})))
     return tuple(f"{number:g}" for number in sorted(numbers))
 
 
 def class_index(value: str, classes: Sequence[str]) -> int | None:
-    """Index of a cell's class; None for an empty cell.
+    """Index of a cell's class; None for a missing cell.
 
     Raises:
         ValueError: the class does not exist.
     """
-    if not value:
+    if value not in classes and is_missing(value):
         return None
     return classes.index(value if value in classes else f"{_number(value):g}")
 
@@ -244,7 +216,7 @@ def check_attributes(path: Path) -> tuple[str, ...]:
     Raises:
         InputError: PatientID is missing, or all attributes are.
     """
-    names = read_header(path, "--attributes_csv")
+    names = read_names(path, "--attributes_csv")
     attributes = tuple(name for name in ATTRIBUTES if name in names)
     if "PatientID" not in names or not attributes:
         lacks = (
@@ -260,10 +232,10 @@ def check_attributes(path: Path) -> tuple[str, ...]:
 
 
 def read_attributes(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(line, Patient ID, attributes) of every row, without empty cells.
+    """(line, Patient ID, attributes) of every row, without missing cells.
 
-    `age` is in whole years, 90 for an age above 89. `sex` is F, M or O. `ethnic_group` is text of
-    at most 32 characters.
+    `age` is in whole years, 90 for an age above 89. `sex` is F, M or O. Both are read as in headers
+    (`data_prep.scan.demographics`). `ethnic_group` is text of at most 32 characters.
 
     Raises:
         InputError: the patient is missing, or a value is not allowed.
@@ -275,23 +247,21 @@ def read_attributes(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
                 f"{path}, line {line}: PatientID is empty; give it or leave the row out"
             )
         try:
-            pairs = [pair for pair in zip(names, cells, strict=True) if pair[1]]
-            attributes = {name: _attribute(name, cell) for name, cell in pairs}
+            read = {name: _attribute(name, cell) for name, cell in zip(names, cells, strict=True)}
         except ValueError as error:
             raise InputError(f"{path}, line {line}: {error}, or leave the cell empty") from None
+        attributes = {name: value for name, value in read.items() if value not in (None, "")}
         yield line, patient, attributes
 
 
 def _attribute(name: str, cell: str) -> Any:
-    if name == "age":
-        years = _number(cell)
-        if years is None or not 0 <= years <= 130:
-            raise ValueError("age is not a number of years; give one from 0 to 130")
-        return min(OLDEST, int(years))
-    if name == "sex":
-        if cell.upper() not in ("F", "M", "O"):
-            raise ValueError("sex is not F, M or O; give one of the three")
-        return cell.upper()
+    if not cell:
+        return None
+    try:
+        if name != "ethnic_group":
+            return parse_age(cell) if name == "age" else parse_sex(cell)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}; correct the cell") from None
     if not _GROUP.fullmatch(cell) or _LIKE_AN_IDENTIFIER.search(cell):
         raise ValueError(
             "ethnic_group is not a name of at most 32 letters, digits, blanks, _ / -; "

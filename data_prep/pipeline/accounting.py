@@ -7,14 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_prep.dataset.schema import summary_text
+from data_prep.dataset.schema import rules_lines, summary_text
 from data_prep.labels.rsna_pe import RULES
 from data_prep.pipeline.notes import ExamNote
+from data_prep.pipeline.options import PATIENTS_FILE
 from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
 from data_prep.scan.reasons import FAILED_FOR_NOW, REASONS
 from data_prep.system.errors import RunFailed
 
+_SEVERAL_NAMES = (
+    "whose scans carry several Patient IDs (spellings, missing in part, the same images or UIDs) "
+    "count as one patient each"
+)
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 
 
@@ -126,6 +131,9 @@ def dataset_text(
     """The result of a preparation, for the user."""
     counts = preparation["counts"]
     lines = [summary_text(preparation, changed, output_dir), summary_table(counts)]
+    if joined := counts.get("patients_joined"):
+        lines.append(f"{joined:>8} patients {_SEVERAL_NAMES}; {audit_dir}/{PATIENTS_FILE} has them")
+    lines += rules_lines(preparation)
     if missing := counts["volumes_without_files"]:
         lines.append(f"{missing:>8} volumes whose files are gone; they stay in the dataset")
     if failed := num_failed_for_now(counts):
@@ -170,6 +178,11 @@ def _label_lines(counts: Mapping[str, Any]) -> list[str]:
     }
     for text, number in unmatched.items():
         lines += [f"{number:>8} {text} are not in the archive"] if number else []
+    for names, number in counts.get("label_rows_of_several_scans", {}).items():
+        lines.append(
+            f"{number:>8} rows of labels ({names}) whose key fits several slices or scans; they "
+            "label none"
+        )
     for rule, number in counts.get("exams_with_inconsistent_labels", {}).items():
         lines.append(f"{number:>8} exams whose labels break the rule {rule}: {RULES[rule]}")
     return lines

@@ -23,6 +23,7 @@ from data_prep.dataset.schema import (
     VOLUME_COLUMNS,
     VOLUMES_FILE,
     make_preparation,
+    rules_of,
     shard_name,
     table_columns,
     versions,
@@ -32,6 +33,7 @@ from data_prep.dataset.tfds import complete
 from data_prep.pipeline.notes import ExamNote, read_note, records_path
 from data_prep.pipeline.splits import assign_splits, cut_into_shards, running_totals
 from data_prep.privacy import pseudonyms
+from data_prep.scan.rules import VERSION
 from data_prep.system.errors import RunFailed
 from data_prep.system.files import file_sha256, read_json, sync_directory, write_file
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool
@@ -55,13 +57,18 @@ class FrozenPlan:
     new_shards: list[dict[str, Any]]  # name, num_records, staged: keys of the staged files in order
     kept_notes: dict[str, str]  # volume_id -> key of its note, for new volumes
     old_checksums: dict[str, str]
+    rules: dict[str, int]  # volumes by the version of the rules
+    patients: dict[str, Any]  # `KnownPatients.as_dict`
 
     def save(self, path: Path) -> None:
         write_file(path, json.dumps(dataclasses.asdict(self)).encode())
 
     @staticmethod
     def load(path: Path) -> "FrozenPlan":
-        return FrozenPlan(**read_json(path))
+        stored = read_json(path)
+        # a run of a program before version 2 of the rules
+        before = {"rules": {"1": len(stored["volumes"])}, "patients": {}}
+        return FrozenPlan(**before | stored)
 
 
 def freeze(
@@ -76,6 +83,7 @@ def freeze(
     rejected: list[dict[str, Any]],
     counts: dict[str, Any],
     labels: dict[str, Any],
+    known_patients: dict[str, Any],
 ) -> FrozenPlan:
     """Decides splits, order and shards. `new_volumes`: key of the staged file -> (row, bytes).
 
@@ -138,7 +146,17 @@ def freeze(
         new_shards=new_shards,
         kept_notes={row["volume_id"]: name for name, (row, _) in new_volumes.items()},
         old_checksums=dict(old_preparation["checksums"]) if old_preparation else {},
+        rules=_rules(old_preparation, len(old_volumes), len(new_volumes)),
+        patients=known_patients,
     )
+
+
+def _rules(old_preparation: Mapping[str, Any] | None, num_old: int, num_new: int) -> dict[str, int]:
+    """Volumes by the version of the rules that read them."""
+    rules = dict(rules_of(old_preparation, num_old)) if old_preparation else {}
+    if num_new:
+        rules[str(VERSION)] = rules.get(str(VERSION), 0) + num_new
+    return rules
 
 
 def can_be_assembled(frozen: FrozenPlan, output_dir: Path, records_dir: Path) -> bool:
@@ -193,6 +211,7 @@ def assemble(
         options=frozen.options,
         versions=versions(),
         counts=frozen.counts | ({"labels": label_counts} if label_counts else {}),
+        rules=frozen.rules,
     )
     return complete(output_dir, preparation, (VOLUMES_FILE, REJECTED_FILE, *tables), checksums)
 

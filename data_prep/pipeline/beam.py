@@ -1,6 +1,6 @@
 r"""The expensive steps of a preparation under Apache Beam: conversion of exams, writing of shards.
 
-    pip install ctssl_jax[beam]
+    pip install '.[beam]'
     python -m data_prep.prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"
 
 The workers run the functions of the local runner, and the dataset is the same to the byte. Either

@@ -6,6 +6,7 @@ whole or not at all, so that its presence means "done". The key covers the files
 and all options: files of an earlier run are used only if this run would write the same.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from data_prep.privacy.pseudonyms import (
     Rejected,
     exam_id,
     patient_pseudonym,
+    pixel_digests,
     public_fields,
     slice_id,
     sources_of,
@@ -81,6 +83,7 @@ class _VolumeFacts:
             slice_id(conversion.key, header): reason for header, reason in volume.dropped
         }
         self.slices |= {slice_id(conversion.key, header): "" for header in volume.headers}
+        self.pixels = pixel_digests(conversion.key, volume.hu)
         self.labels = labels._replace(mask=None)
         self.mask_areas: list[int] = []  # filled as the records are written
 
@@ -116,7 +119,7 @@ def _row(volume: Volume, conversion: Conversion) -> dict[str, Any]:
         "gap_positions": " ".join(str(index) for index in gaps),
         "gantry_tilt_degrees": float(volume.gantry_tilt_degrees),
         **public_fields(volume.headers[0]),
-        **conversion.labels.attributes(volume.headers[0].patient_id),
+        **_attributes(volume, conversion),
         "middle_slice": chest.middle_slice,
         "first_lung_slice": chest.first_lung_slice,
         "last_lung_slice": chest.last_lung_slice,
@@ -125,6 +128,17 @@ def _row(volume: Volume, conversion: Conversion) -> dict[str, Any]:
         ),
         "notes": " ".join(volume.notes),
     }
+
+
+def _attributes(volume: Volume, conversion: Conversion) -> dict[str, Any]:
+    """The patient's row of the table of attributes, under the first Patient ID that it lists."""
+    names = dict.fromkeys(header.patient_id for header in volume.headers)
+    rows = (
+        conversion.labels.attributes(name)
+        for name in (*names, volume.candidate.patient_key)
+        if name
+    )
+    return next((row for row in rows if row), {})
 
 
 def _records(
@@ -174,7 +188,9 @@ def _note(
         )
         for candidate, entry in zip(others, rejections, strict=True)
     ]
-    slices, labels = (facts.slices, facts.label_note()) if facts else ({}, {})
-    return ExamNote(
-        exam_key(conversion, exam), row, record_bytes, taken, dropped, rejected, slices, labels
+    note = ExamNote(exam_key(conversion, exam), row, record_bytes, taken, dropped, rejected)
+    if facts is None:
+        return note
+    return dataclasses.replace(
+        note, slices=facts.slices, labels=facts.label_note(), pixels=facts.pixels
     )

@@ -14,13 +14,15 @@ from data_prep.scan.series import Rejection, SeriesCandidate
 class KnownVolumes:
     """The volumes of a dataset by exam. `kept_notes_dir` holds the note of each.
 
-    Files are known by their content (`slice_id`), not by their place.
+    Files are known by their content (`slice_id`), not by their place. An exam is known under every
+    key of its patient (`Patients.keys_of`).
     """
 
     kept_notes_dir: Path
     key: bytes = dataclasses.field(repr=False)
     volumes_of_exam: Mapping[str, list[str]]  # exam_id -> volume_ids
     one_per_study: bool = True
+    keys_of: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def outcome(self, exam: list[SeriesCandidate]) -> list[ExamNote] | None:
         """The notes of an exam of which volumes are in the dataset; None: it is to be converted.
@@ -89,5 +91,7 @@ class KnownVolumes:
         return outcomes
 
     def _notes(self, patient_key: str, study_uid: str) -> dict[str, ExamNote]:
-        volumes = self.volumes_of_exam.get(exam_id(self.key, patient_key, study_uid), ())
+        volumes: list[str] = []
+        for key in dict.fromkeys((patient_key, *self.keys_of.get(patient_key, ()))):
+            volumes += self.volumes_of_exam.get(exam_id(self.key, key, study_uid), ())
         return {volume: read_note(self.kept_notes_dir / f"{volume}.json") for volume in volumes}

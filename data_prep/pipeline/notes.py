@@ -45,6 +45,8 @@ class ExamNote:
     slices: dict[str, str] = dataclasses.field(default_factory=dict)
     # of the volume: see `_VolumeFacts.label_note`
     labels: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # of the volume: `pixel_digests`; programs before version 2 of the rules wrote none
+    pixels: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def failed_for_now(self) -> bool:
@@ -87,6 +89,7 @@ def read_note(path: Path) -> ExamNote:
         ],
         slices=fields["slices"],
         labels=fields["labels"],
+        pixels=fields.get("pixels", []),
     )
 
 

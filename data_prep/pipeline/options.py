@@ -14,11 +14,12 @@ from data_prep.dataset.reader import Dataset
 from data_prep.dataset.schema import PREPARATION_FILE, VOLUMES_FILE
 from data_prep.privacy.pseudonyms import KEY_FILE, key_fingerprint
 from data_prep.scan.archives import ArchiveDirectory, RemoteArchive
-from data_prep.scan.rules import Rules
+from data_prep.scan.rules import VERSION, Rules
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, read_json, write_file
 
 _SPLITS_FILE = "splits.json"  # patient -> split
+PATIENTS_FILE = "patients.json"  # `KnownPatients`; missing if there are none
 _BOUND_FILE = "archive.json"  # names the archive and the dataset of an audit directory
 
 
@@ -49,9 +50,15 @@ class Options:
         return json.loads(json.dumps(fields))
 
     def conversion_digest(self) -> str:
-        """Digest of the options that decide the conversion of an exam. The splits are not among
-        them."""
-        relevant = (self.archive, self.windows, self.image_size, dataclasses.astuple(self.rules))
+        """Digest of the options and the version of the rules that decide the conversion of an exam.
+        The splits are not among them."""
+        relevant = (
+            VERSION,
+            self.archive,
+            self.windows,
+            self.image_size,
+            dataclasses.astuple(self.rules),
+        )
         return hashlib.sha256(repr((*relevant, self.masks, self.tables)).encode()).hexdigest()
 
 
@@ -138,6 +145,16 @@ class Directories:
         """Writes the file that `splits` reads."""
         _write_private(self.audit_dir / _SPLITS_FILE, splits)
 
+    def patients(self) -> dict[str, Any]:
+        """Patients with several names, from earlier runs; {} if there are none."""
+        path = self.audit_dir / PATIENTS_FILE
+        return read_json(path) if path.exists() else {}
+
+    def write_patients(self, patients: Mapping[str, Any]) -> None:
+        """Writes the file that `patients` reads."""
+        if patients:
+            _write_private(self.audit_dir / PATIENTS_FILE, patients)
+
     def bound(self) -> dict[str, str]:
         """`digest` of the archive, `fingerprint` of the dataset, and its `output_dir` relative to
         the audit directory; all "" at first."""
@@ -212,7 +229,7 @@ class Directories:
         return os.path.relpath(self.output_dir.resolve(), self.audit_dir.resolve())
 
 
-def _write_private(path: Path, content: Mapping[str, str]) -> None:
+def _write_private(path: Path, content: Mapping[str, Any]) -> None:
     write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 

@@ -2,7 +2,8 @@
 
 The headers of an archive of millions of files do not fit into memory, and a series may lie in any
 number of folders. So headers are spread over bucket files by their study, and each bucket is
-planned by itself.
+planned by itself. Who is the same patient (`data_prep.scan.patients`) is found before, from a few
+bytes an image of the whole archive.
 
 Reading the headers takes long, so the result stays: the files are listed in chunks, and a staged
 file a chunk holds its headers as they go to the buckets. A run that is started again reads only
@@ -15,7 +16,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from data_prep.scan.loading import (
     read_headers_one_by_one,
     source_of,
 )
+from data_prep.scan.patients import Identity, Patients, People, identities
 from data_prep.scan.reasons import FAILED_FOR_NOW
-from data_prep.scan.rules import Rules
+from data_prep.scan.rules import VERSION, Rules
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, file_sha256, write_file
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool
@@ -40,6 +42,7 @@ from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 _MIN_BUCKETS = 64
 _HEADERS_PER_BUCKET = 5_000  # about, in memory at a time in each worker
 _STAGED = "staged"  # folder of the plan directory
+_PATIENTS = "patients"  # file of the plan directory
 
 
 def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tuple[int, str]:
@@ -82,23 +85,27 @@ def plan_archive(
     pool: WorkerPool,
     read: ReadHeader = read_header,
     listing: Path | None = None,
+    known_patients: Iterable[Sequence[str]] = (),
 ) -> list[Path]:
-    """Reads all headers and writes one plan file a bucket into `plan_dir`; `read_plan` reads them.
+    """Reads all headers and writes one plan file a bucket into `plan_dir`; `read_plan` reads them,
+    and `read_patients` the patients.
 
     `plan_dir` is private: it holds headers. Staged headers of a killed run are used. `listing` is
-    of `list_archive`; None: the archive is listed here.
+    of `list_archive`; None: the archive is listed here. `known_patients`: patient keys that earlier
+    runs took for one patient.
 
     Raises:
         OSError: the archive went away.
     """
-    scan_headers(input_dir, plan_dir, num_files, pool, read, listing)
+    scan_headers(input_dir, plan_dir, num_files, pool, read, listing, known_patients)
     return plan_buckets(plan_dir, rules, pool)
 
 
 def plan_buckets(plan_dir: Path, rules: Rules, pool: WorkerPool) -> list[Path]:
     """The second half of `plan_archive`: from bucket files to plan files."""
+    patients = Patients(read_patients(plan_dir).key_of)
     tasks = [
-        (bucket, bucket.with_suffix(".plan"), rules)
+        (bucket, bucket.with_suffix(".plan"), rules, patients)
         for bucket in sorted(plan_dir.glob("*.headers"))
     ]
     with Progress("planning", "buckets", len(tasks)) as progress:
@@ -109,7 +116,12 @@ def plan_buckets(plan_dir: Path, rules: Rules, pool: WorkerPool) -> list[Path]:
                     "--num_workers"
                 )
             progress.advance(1)
-    return [plan for _, plan, _ in tasks]
+    return [plan for _, plan, *_ in tasks]
+
+
+def read_patients(plan_dir: Path) -> Patients:
+    """The patients of the whole archive."""
+    return pickle.loads((plan_dir / _PATIENTS).read_bytes())
 
 
 def read_plan(path: Path) -> ExamPlan:
@@ -134,8 +146,9 @@ def scan_headers(
     pool: WorkerPool,
     read: ReadHeader,
     listing: Path | None = None,
+    known_patients: Iterable[Sequence[str]] = (),
 ) -> None:
-    """The first half of `plan_archive`: from files to bucket files."""
+    """The first half of `plan_archive`: from files to bucket files and patients."""
     staged_dir = plan_dir / _STAGED
     staged_dir.mkdir(parents=True, exist_ok=True)
     for stale in [
@@ -152,6 +165,7 @@ def scan_headers(
         )
     version = f"{num_buckets} {_version(read)}"
     listed = _unpickled(listing) if listing else chunks(list_sources(input_dir), SOURCES_PER_TASK)
+    people = People(known_patients)
     with Progress("reading headers", "files", num_files) as progress:
         tasks = (
             (input_dir, chunk, read, staged_dir / f"{number:07d}", version, num_buckets)
@@ -159,13 +173,15 @@ def scan_headers(
         )
         for (_, chunk, *_), result in pool.run(stage_headers, tasks):
             if isinstance(result, WorkerDied):
-                entries = read_headers_one_by_one(input_dir, chunk, read)
-                result = _by_bucket(entries, num_buckets), False
-            by_bucket, already_there = result
+                entries = list(read_headers_one_by_one(input_dir, chunk, read))
+                result = _by_bucket(entries, num_buckets), _identities(entries), False
+            by_bucket, found, already_there = result
+            people.add(found)
             for bucket, content in by_bucket.items():
                 with open(plan_dir / f"{bucket:05d}.headers", "ab") as file:
                     file.write(content)
             progress.advance(len(chunk), already_there=already_there)
+    write_file(plan_dir / _PATIENTS, pickle.dumps(people.resolve(), pickle.HIGHEST_PROTOCOL))
 
 
 def stage_headers(
@@ -175,9 +191,9 @@ def stage_headers(
     path: Path,
     version: str,
     num_buckets: int,
-) -> tuple[dict[int, bytes], bool]:
-    """Headers as they go to the bucket files, by number of the bucket, and whether an earlier run
-    had staged them.
+) -> tuple[dict[int, bytes], dict[Identity, list[int]], bool]:
+    """Headers as they go to the bucket files, by number of the bucket, what they say about their
+    patients, and whether an earlier run had staged them.
 
     The file at `path` holds them with a digest of the names, sizes and times of the files and of
     `version`, and a checksum. Chunks of which a file could not be read for now are not staged.
@@ -190,13 +206,17 @@ def stage_headers(
     if path.exists():
         content = path.read_bytes()
         if content[:32] == hashlib.sha256(content[32:]).digest() and content[32:64] == digest:
-            return pickle.loads(content[64:]), True
+            return *pickle.loads(content[64:]), True
     headers = read_headers(input_dir, entries, read)
-    by_bucket = _by_bucket(headers, num_buckets)
+    staged = _by_bucket(headers, num_buckets), _identities(headers)
     if not any(isinstance(one, NotAnImage) and one.reason == FAILED_FOR_NOW for one in headers):
-        content = digest + pickle.dumps(by_bucket, pickle.HIGHEST_PROTOCOL)
+        content = digest + pickle.dumps(staged, pickle.HIGHEST_PROTOCOL)
         write_file(path, hashlib.sha256(content).digest() + content)
-    return by_bucket, False
+    return *staged, False
+
+
+def _identities(entries: Iterable[Header | NotAnImage | Unreadable]) -> dict[Identity, list[int]]:
+    return identities(entry for entry in entries if isinstance(entry, Header))
 
 
 def _times(input_dir: ArchiveDirectory, entry: Source | Unreadable) -> tuple[int, int] | None:
@@ -219,6 +239,7 @@ def _version(read: ReadHeader) -> str:
             function.__module__,
             function.__name__,
             tables,
+            VERSION,
             [field.name for field in dataclasses.fields(Header)],
         )
     )
@@ -244,17 +265,19 @@ def _unpickled(path: Path) -> Iterator[Any]:
 
 
 def _bucket_number(entry: Header | NotAnImage | Unreadable, num_buckets: int) -> int:
-    """Files of one study and patient share a bucket. Files without an image are spread by name."""
+    """Files of one study share a bucket, whatever patients they name. Files without an image are
+    spread by name."""
     if isinstance(entry, Header):
-        name = f"{entry.patient_key}|{entry.study_instance_uid}"
+        name = entry.study_instance_uid or entry.patient_key
     else:
         name = repr(entry.source)
     digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()
     return int.from_bytes(digest[:8]) % num_buckets
 
 
-def _plan_bucket(headers_path: Path, plan_path: Path, rules: Rules) -> None:
-    plan = plan_exams((entry for entries in _unpickled(headers_path) for entry in entries), rules)
+def _plan_bucket(headers_path: Path, plan_path: Path, rules: Rules, patients: Patients) -> None:
+    entries = (entry for entries in _unpickled(headers_path) for entry in entries)
+    plan = plan_exams(entries, rules, patients)
     with open(plan_path, "wb") as file:
         pickle.dump(plan, file, pickle.HIGHEST_PROTOCOL)
     headers_path.unlink()

@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +28,13 @@ from data_prep.labels.lookup import Labels, LabelSources
 from data_prep.pipeline import convert
 from data_prep.pipeline.accounting import FileAccount, num_failed_for_now
 from data_prep.pipeline.assemble import FrozenPlan, assemble, can_be_assembled, freeze, keep_notes
+from data_prep.pipeline.known_patients import (
+    KnownPatients,
+    chosen_pseudonyms,
+    num_joined,
+    pseudonym_groups,
+    sharing_pixels,
+)
 from data_prep.pipeline.known_volumes import KnownVolumes
 from data_prep.pipeline.notes import (
     Conversion,
@@ -44,7 +51,13 @@ from data_prep.pipeline.options import (
     refuse_other_options,
     with_absolute_paths,
 )
-from data_prep.pipeline.plan import all_headers, list_archive, plan_archive, read_plan
+from data_prep.pipeline.plan import (
+    all_headers,
+    list_archive,
+    plan_archive,
+    read_patients,
+    read_plan,
+)
 from data_prep.pipeline.splits import (
     KnownSplits,
     check_numbers,
@@ -62,9 +75,10 @@ from data_prep.privacy.pseudonyms import (
     sources_of,
 )
 from data_prep.scan.loading import header_reader
+from data_prep.scan.patients import Patients, merged
 from data_prep.scan.series import SeriesCandidate
-from data_prep.system.command_line import require
 from data_prep.system.errors import InputError
+from data_prep.system.extras import require
 from data_prep.system.files import PARTIAL, lock_directory, remove_tree, sync_directory
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
@@ -104,6 +118,8 @@ class Plans:
     patients: set[str]  # pseudonyms, also of volumes of earlier runs
     num_exams: int  # to convert; as many volumes, unless their pixels are refused
     num_slices: int  # of these exams
+    several_names: Patients  # the patients of the archive that have several keys
+    pseudonyms: list[set[str]]  # of each patient that may have several, also by earlier runs
 
     def new_exams(self) -> Iterator[tuple[Path, int, list[SeriesCandidate]]]:
         """The exams to convert: file, position in its `exams`, candidates."""
@@ -298,6 +314,7 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
     """Reads all headers and plans which series become volumes."""
     directories, sources = preparation.directories, preparation.sources
     rules, old_volumes = preparation.options.rules, preparation.old_volumes
+    known_patients = KnownPatients.of(directories.patients())
     files = plan_archive(
         directories.input_dir,
         directories.work_dir / "plan",
@@ -306,7 +323,11 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
         preparation.pool,
         header_reader(sources.archive, sources.metadata_csv),
         directories.listing,
+        known_patients.keys,
     )
+    several_names = read_patients(directories.work_dir / "plan")
+    groups = pseudonym_groups(preparation.key, several_names, known_patients)
+    chosen = chosen_pseudonyms(groups, directories.splits(), preparation.elsewhere)
     label_counts = staging.match(labels, all_headers(files))
     volumes_of_exam = collections.defaultdict(list)
     for row in old_volumes:
@@ -316,16 +337,18 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
         preparation.key,
         volumes_of_exam,
         one_per_study=rules.reconstructions == "one_per_study",
+        keys_of=several_names.keys_of,
     )
     patients = {row["patient_id"] for row in old_volumes}
     num_exams = num_slices = 0
     for plan in map(read_plan, files):
         for exam in plan.exams:
-            patients.add(patient_pseudonym(preparation.key, exam[0].patient_key))
+            pseudonym = patient_pseudonym(preparation.key, exam[0].patient_key)
+            patients.add(chosen.get(pseudonym, pseudonym))
             if known.outcome(exam) is None:
                 num_exams += 1
                 num_slices += len(exam[0].headers)
-    return Plans(files, label_counts, known, patients, num_exams, num_slices)
+    return Plans(files, label_counts, known, patients, num_exams, num_slices, several_names, groups)
 
 
 def check_splits(preparation: Preparation, plans: Plans) -> None:
@@ -433,10 +456,20 @@ def freeze_plan(
             f"files ({', '.join(reasons)}); the reason of each file is in "
             f"{directories.work_dir / _SOURCES_FILE}"
         )
-    known_splits = directories.splits()
-    if preparation.elsewhere:
-        elsewhere = preparation.elsewhere.split_of.items()
-        known_splits = {p: split for p, split in elsewhere if p in plans.patients} | known_splits
+    known_splits, elsewhere = directories.splits(), preparation.elsewhere
+    same_pixels = _sharing_pixels(preparation, plans, new_volumes)
+    chosen = chosen_pseudonyms(merged([*plans.pseudonyms, *same_pixels]), known_splits, elsewhere)
+    new_volumes = {
+        name: (_of_patient(row, chosen, same_pixels), size)
+        for name, (row, size) in new_volumes.items()
+    }
+    if joined := num_joined(preparation.key, plans.several_names, same_pixels):
+        counts["patients_joined"] = joined
+    if elsewhere:
+        patients = {chosen.get(name, name) for name in plans.patients}
+        of_others = {p: split for p, split in elsewhere.split_of.items() if p in patients}
+        known_splits = of_others | known_splits
+    known_patients = KnownPatients.of(directories.patients())
     frozen = freeze(
         options=preparation.options.as_dict(),
         key=preparation.key,
@@ -448,9 +481,38 @@ def freeze_plan(
         rejected=account.rejected,
         counts=counts,
         labels=labels.facts,
+        known_patients=known_patients.after(plans.several_names, same_pixels).as_dict(),
     )
     frozen.save(directories.frozen_file)
     return frozen
+
+
+def _sharing_pixels(
+    preparation: Preparation, plans: Plans, new_volumes: Mapping[str, tuple[dict[str, Any], int]]
+) -> list[set[str]]:
+    """Pseudonyms of patients whose volumes have the same pixels."""
+    directories = preparation.directories
+    digests = {}
+    for row in preparation.old_volumes if new_volumes else ():
+        note = read_note(directories.kept_notes_dir / f"{row['volume_id']}.json")
+        digests[row["volume_id"]] = row["patient_id"], note.pixels
+    chosen = chosen_pseudonyms(plans.pseudonyms, directories.splits(), preparation.elsewhere)
+    for name, (row, _) in new_volumes.items():
+        pseudonym = chosen.get(row["patient_id"], row["patient_id"])
+        pixels = read_note(directories.notes_dir / f"{name}.json").pixels
+        digests[row["volume_id"]] = pseudonym, pixels
+    return sharing_pixels(digests)
+
+
+def _of_patient(
+    row: dict[str, Any], chosen: Mapping[str, str], same_pixels: Iterable[set[str]]
+) -> dict[str, Any]:
+    """A row of volumes.csv under the one pseudonym of its patient."""
+    patient = chosen.get(row["patient_id"], row["patient_id"])
+    notes = row["notes"].split()
+    if any(patient in group or row["patient_id"] in group for group in same_pixels):
+        notes = [*dict.fromkeys([*notes, "patient_ids_joined"])]
+    return row | {"patient_id": patient, "notes": " ".join(notes)}
 
 
 def write_dataset(
@@ -470,6 +532,7 @@ def write_dataset(
         )
     preparation = assemble(frozen, output_dir, records_dir, notes_dir, kept_notes_dir, pool)
     directories.write_splits(frozen.splits)
+    directories.write_patients(frozen.patients)
     keep_notes(frozen, notes_dir, kept_notes_dir)
     for name in (_SOURCES_FILE, _VIOLATIONS_FILE):
         if (directories.work_dir / name).exists():

@@ -47,7 +47,7 @@ from data_prep.privacy.pseudonyms import (
     public_manufacturer,
 )
 from data_prep.scan.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
-from data_prep.scan.headers import inflates_too_far
+from data_prep.scan.elements import read_elements, too_many_items
 from data_prep.scan.loading import chunks
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool
@@ -72,6 +72,7 @@ _PERSONAL = {  # elements of other value representations, searched in the publis
 _PUBLIC_UIDS = "1.2.840.10008."  # UIDs of the standard itself
 _OWN_COLUMNS = {"reason", "detail", "notes", "split"}
 _FILES_PER_TASK = 64
+_MAX_ITEMS = 200_000  # of a sequence; an enhanced file of 8,000 frames has 100,000
 _PADDING = " \0\t\r\n"
 
 
@@ -124,22 +125,46 @@ def _values_of_files(input_dir: ArchiveDirectory, sources: Iterable[Source]) -> 
                 if not input_dir.is_dir():
                     raise
                 continue  # a damaged file is not in the dataset
-            for element in header_elements(content):
+            for element in header_elements(content)[0]:
                 _add_element(values, element)
     return values
 
 
-def header_elements(content: bytes) -> list[pydicom.DataElement]:
-    """All elements of a header, at any depth; [] if it is not a DICOM file."""
+def header_elements(content: bytes) -> tuple[list[pydicom.DataElement], bool]:
+    """The elements of a header, at any depth, and whether all of it could be read.
+
+    An element whose value does not fit its value representation is given as its bytes (UN). A file
+    that is not DICOM has no elements.
+    """
     if content[128:132] != b"DICM" and content[:1] not in (b"\x02", b"\x08", b"\x00"):
-        return []
+        return [], True
+    elements: list[pydicom.DataElement] = []
     try:
-        if inflates_too_far(io.BytesIO(content)):
-            return []
-        header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True)
-        return [*getattr(header, "file_meta", ()), *header.iterall()]
+        header, _ = read_elements(io.BytesIO(content), len(content))
+        whole = _add_elements(elements, getattr(header, "file_meta", pydicom.Dataset()))
+        return elements, _add_elements(elements, header) and whole
     except Exception:  # pydicom raises a dozen kinds on headers that cannot be read
-        return []
+        return elements, False
+
+
+def _add_elements(elements: list[pydicom.DataElement], dataset: pydicom.Dataset) -> bool:
+    whole = True
+    for tag in dataset.keys():
+        raw = dataset.get_item(tag)
+        if too_many_items(raw, _MAX_ITEMS):
+            whole = False
+            continue
+        try:
+            element = dataset[tag]
+        except Exception:  # of a wrong length, or no number
+            element = pydicom.DataElement(tag, "UN", raw.value)
+            whole &= raw.VR != "SQ"
+        if element.VR != "SQ":
+            elements.append(element)
+            continue
+        for part in element.value or ():
+            whole &= _add_elements(elements, part)
+    return whole
 
 
 def element_texts(element: pydicom.DataElement) -> list[str]:

@@ -15,19 +15,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.scan.archives import Source
 from data_prep.scan.headers import Header
 from data_prep.scan.series import Rejection, SeriesCandidate
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_file
+from data_prep.system.spreadsheets import is_missing
 
 KEY_FILE = "pseudonym_key"  # in an audit directory
 
 _PSEUDONYM_LENGTH = 32  # hexadecimal digits: 128 bits
 _SHORTEST_KEY = 16  # bytes
+_NUM_PIXEL_DIGESTS = 16  # of a volume: those that come first, so that copies keep the same
 _NOT_PUBLIC = re.compile(r"[^A-Za-z0-9 .,_+/()-]")
 _LONGEST_TEXT = 16
 _OTHER = "other"  # replaces values that may be private
+_NO_CONTRAST = {
+    *("NO", "NONE", "N", "NIL", "WITHOUT", "W/O", "WO", "NATIVE", "PLAIN", "OHNE", "SANS", "SIN"),
+    *("NO CONTRAST", "NON CONTRAST", "NON-CONTRAST", "WITHOUT CONTRAST", "W/O CONTRAST"),
+}
 _VENDORS = set(
     "siemens ge imatron philips picker marconi elscint toshiba canon hitachi fujifilm shimadzu "
     "uih neusoft samsung neurologica anke minfound sinovision".split()
@@ -128,6 +136,29 @@ def slice_id(key: bytes, header: Header) -> str:
     return private_digest(key, "slice", *parts)
 
 
+def pixel_digests(key: bytes, hu: np.ndarray) -> list[str]:
+    """Private names of some slices of a volume that depend on their pixels alone.
+
+    Two volumes that share many slices share many names, whatever their UIDs are. Slices without
+    content (all values equal) have none. Every fourth row and column counts, as in whole HU.
+
+    Args:
+        key: of the pseudonyms.
+        hu: [S, H, W], canonical orientation.
+    """
+    names = set()
+    for image in hu[:, ::4, ::4]:
+        pixels = np.rint(image).astype("<i4")
+        if pixels.min() < pixels.max():
+            content = repr(pixels.shape).encode() + pixels.tobytes()
+            names.add(hashlib.blake2b(content, digest_size=8, key=_pixel_key(key)).hexdigest())
+    return sorted(names)[:_NUM_PIXEL_DIGESTS]
+
+
+def _pixel_key(key: bytes) -> bytes:
+    return _digest(key, "pixels").encode()
+
+
 def sources_of(headers: Iterable[Header]) -> list[Source]:
     """The files of some headers, each once: a multi-frame file has many headers."""
     return sorted({header.source for header in headers})
@@ -185,20 +216,26 @@ def _clean(value: str) -> str:
     return " ".join(_NOT_PUBLIC.sub(" ", value).split())
 
 
+def _contrast(agent: str) -> bool | None:
+    text = " ".join(agent.upper().split())
+    return None if is_missing(text) and text != "NONE" else text not in _NO_CONTRAST
+
+
 def public_fields(header: Header) -> dict[str, Any]:
     """The allow-list: all values that `volumes.csv` takes from a header, except geometry.
 
     They are Manufacturer (0008,0070), Convolution Kernel (0018,1210), KVP (0018,0060), whether
-    Contrast/Bolus Agent (0018,0010) is filled, Patient's Age (0010,1010) in whole years with 90 for
-    an age above 89, Patient's Sex (0010,0040), Ethnic Group (0010,2160), and whether Quality
-    Control Subject (0010,0200) marks a phantom. The three texts are published only in their usual
-    form, since people write private facts into any field.
+    Contrast/Bolus Agent (0018,0010) names an agent (True) or says that there was none (False; None
+    where it is missing or empty, as in de-identified files), Patient's Age (0010,1010) in whole
+    years with 90 for an age above 89, Patient's Sex (0010,0040), Ethnic Group (0010,2160), and
+    whether Quality Control Subject (0010,0200) marks a phantom. The three texts are published only
+    in their usual form, since people write private facts into any field.
     """
     return {
         "manufacturer": public_manufacturer(header.manufacturer),
         "kernel": public_kernel(header.kernel),
         "tube_voltage_kvp": header.kvp,
-        "contrast": header.contrast_agent.strip().upper() not in ("", "NONE", "NO"),
+        "contrast": _contrast(header.contrast_agent),
         "age": None if header.age is None else min(header.age, 90),
         "sex": header.sex,
         "ethnic_group": public_ethnic_group(header.ethnic_group),

@@ -1,23 +1,31 @@
-"""Coarse chest anatomy from Hounsfield units: body, lungs, the middle slice. Works on a grid of
-about 4 mm."""
+"""Coarse chest anatomy from Hounsfield units: body, lungs, the middle slice.
+
+Areas are counted on a grid of about 4 mm. Where that grid misses lung, behind a thin chest wall or
+at the edge of the field, the walls are looked for on a grid of about 1.5 mm.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 from scipy import ndimage
 
 _GRID_MM = 4.0
+_WALL_GRID_MM = 1.5
+_OPENED_UP_TO_MM = 2.25  # on a coarser grid a wall may be a single pixel
 _BODY_HU = -300
 _LUNG_HU = (-970, -400)  # aerated parenchyma; free gas (bowel, sinuses, trachea) lies below
+# lung that is outside the body at first sight, as against mattresses, tables and clothes
+_AERATED_HU = -940  # of the region's median; outer air lies below
+_REGION_MM2 = 400.0  # smaller regions are not looked for
+_FIELD_EDGE_FRACTION = 0.4  # of its boundary
+_BODY_ROWS = (0.05, 0.95)  # of the body's area that lies in front of its centre
 _LUNG_SLICE_FRACTION = 0.1  # of the body's area
 _CHEST_LUNG_ML = 1000.0
 _CHEST_SLICE_FRACTION = 0.5
 _SMALL_REGION = 0.1  # of the largest region of lung
-_IN_PLANE = np.array(
-    [np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))], dtype=bool
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +47,26 @@ def summarise(
 ) -> ChestSummary:
     """Chest anatomy of a volume [S, H, W] in HU, rows to posterior.
 
-    Body: HU > -300, opened, largest region of each slice, holes filled. Lung: -970 to -400 HU
-    within the body, opened, without regions below a tenth of the largest (streaks between arm and
-    chest, bowel). Middle slice: the slice nearest to the volume's centre among the lung slices
-    whose body area, median filtered over five slices, is at least 99.5 % of the largest. A volume
-    without lung slices takes it from all slices.
+    Body: HU > -300, opened, largest region of each slice, holes filled; with the lungs that this
+    leaves out, see `_lung_outside`. Lung: -970 to -400 HU within the body, opened, without regions
+    below a tenth of the largest (streaks between arm and chest, bowel). Middle slice: the slice
+    nearest to the volume's centre among the lung slices whose body area, median filtered over five
+    slices, is at least 99.5 % of the largest. A volume without lung slices takes it from all
+    slices.
     """
     steps = [max(1, round(_GRID_MM / spacing)) for spacing in pixel_spacing_mm]
     coarse = hu[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
     pixel_mm2 = steps[0] * pixel_spacing_mm[0] * steps[1] * pixel_spacing_mm[1]
-    body = _body(coarse)
+    tissue = coarse > _BODY_HU
+    body = np.array([_body(plane) for plane in _opened(tissue)])
+    rows = _central_rows(body)
+    outside = _opened(~tissue & ~body & (coarse > _AERATED_HU)) & rows[:, :, None]
+    size = _REGION_MM2 / pixel_mm2
+    for i in np.flatnonzero(outside.sum(axis=(1, 2)) >= size):
+        walls = _walls(hu[i], pixel_spacing_mm, steps)
+        lung = _lung_outside(coarse[i], walls, body[i], rows[i], hu[i, 0, 0], size)
+        if lung.any():
+            body[i] = _body(_opened(tissue[i] | lung))
     lung = _lung(body & (coarse >= _LUNG_HU[0]) & (coarse <= _LUNG_HU[1]))
     body_area = body.sum(axis=(1, 2)) * pixel_mm2
     lung_area = lung.sum(axis=(1, 2)) * pixel_mm2
@@ -77,45 +95,126 @@ def covers_chest(summary: ChestSummary) -> bool:
     )
 
 
-def _body(hu: np.ndarray) -> np.ndarray:
-    """[S, h, w] bool: in each slice the largest region of tissue, opened, its holes filled."""
-    tissue = _opened(hu > _BODY_HU)
-    labels, count = ndimage.label(tissue, _IN_PLANE)
+def _body(tissue: np.ndarray) -> np.ndarray:
+    """[h, w] bool: the largest region of a slice's tissue, its holes filled."""
+    labels, count = ndimage.label(tissue)
     if count == 0:
         return tissue
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    largest = np.array([np.argmax(np.where(_present(plane, count), sizes, 0)) for plane in labels])
-    region = (labels == largest[:, None, None]) & (largest > 0)[:, None, None]
-    outside = np.pad(~region, ((0, 0), (1, 1), (1, 1)), constant_values=True)
-    outside, _ = ndimage.label(outside, _IN_PLANE)
-    return (outside != outside[:, :1, :1])[:, 1:-1, 1:-1]
+    outside, _ = ndimage.label(_padded(labels != np.argmax(sizes), True))
+    return (outside != outside[0, 0])[1:-1, 1:-1]
+
+
+def _walls(
+    image: np.ndarray, pixel_spacing_mm: tuple[float, float], steps: list[int]
+) -> np.ndarray:
+    """[h, w] bool: the cells of the coarse grid of an image [H, W] that hold tissue.
+
+    Tissue of 5 mm and more is seen. What is thinner, such as the shell of a table, is opened away.
+    The body is taken to go on beyond the edge of the image.
+    """
+    fine = [max(1, round(_WALL_GRID_MM / spacing)) for spacing in pixel_spacing_mm]
+    tissue = image[fine[0] // 2 :: fine[0], fine[1] // 2 :: fine[1]] > _BODY_HU
+    if max(np.multiply(fine, pixel_spacing_mm)) <= _OPENED_UP_TO_MM:
+        inner = _with_neighbours(np.logical_and, _padded(tissue, True))
+        tissue = _with_neighbours(np.logical_or, _padded(inner, False))
+    # Cells of at least the coarse step, so that the coarse grid skips none.
+    factors = [math.ceil(step / thin) for step, thin in zip(steps, fine, strict=True)]
+    height, width = (-(-n // factor) for n, factor in zip(tissue.shape, factors, strict=True))
+    in_rows = np.zeros((height, tissue.shape[1]), dtype=bool)
+    for row in range(factors[0]):
+        part = tissue[row :: factors[0]]
+        in_rows[: len(part)] |= part
+    cells = np.zeros((height, width), dtype=bool)
+    for column in range(factors[1]):
+        part = in_rows[:, column :: factors[1]]
+        cells[:, : part.shape[1]] |= part
+    rows, columns = (
+        np.arange(step // 2, length, step) // (thin * factor)
+        for step, length, thin, factor in zip(steps, image.shape, fine, factors, strict=True)
+    )
+    return cells[np.ix_(rows, columns)]
+
+
+def _padded(mask: np.ndarray, value: bool) -> np.ndarray:
+    """[h + 2, w + 2] bool: a mask [h, w] with a margin of one pixel."""
+    padded = np.full((mask.shape[0] + 2, mask.shape[1] + 2), value)
+    padded[1:-1, 1:-1] = mask
+    return padded
+
+
+def _central_rows(body: np.ndarray) -> np.ndarray:
+    """[S, h] bool: the rows of a body [S, h, w] with some of its area in front and behind; all
+    rows where there is no body."""
+    before = np.cumsum(body.sum(axis=2), axis=1)
+    total = before[:, -1:]
+    return (before >= _BODY_ROWS[0] * total) & (before <= _BODY_ROWS[1] * total)
+
+
+def _lung_outside(
+    hu: np.ndarray,
+    walls: np.ndarray,
+    body: np.ndarray,
+    rows: np.ndarray,
+    corner_hu: float,
+    min_size: float,
+) -> np.ndarray:
+    """[h, w] bool: lung of a coarse slice that is outside of `body`, with a margin of one cell.
+
+    Lung is a region that walls and the edge of the field enclose. It is aerated by its median HU,
+    lies beside the body, with its centre in the central `rows` [h], and most of its boundary is
+    wall. The field ends at the edge of the image and at the padding of a circular field, which has
+    the value of the image's corner.
+    """
+    padding = (hu == corner_hu) & (hu < _AERATED_HU)
+    labels, count = ndimage.label(~(walls | body | padding))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    aerated = np.bincount(labels[hu > _AERATED_HU], minlength=count + 1)
+    found = np.zeros_like(body)
+    for number in np.flatnonzero((2 * aerated > sizes) & (sizes >= min_size)):
+        region = labels == number
+        if number == 0 or not rows[int(np.mean(np.flatnonzero(region)) / region.shape[1])]:
+            continue
+        around = _with_neighbours(np.logical_or, _padded(region, False)) & ~region
+        at_edge = np.count_nonzero(around & padding) + sum(
+            np.count_nonzero(side) for side in (region[0], region[-1], region[:, 0], region[:, -1])
+        )
+        around &= ~padding
+        if at_edge <= _FIELD_EDGE_FRACTION * (at_edge + np.count_nonzero(around)):
+            found |= region | around
+    return found
 
 
 def _lung(mask: np.ndarray) -> np.ndarray:
     """[S, h, w] bool: the mask, opened in plane, without small three-dimensional regions."""
     mask = _opened(mask)
-    labels, _ = ndimage.label(mask)
+    used = [np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    if len(used[0]) == 0:
+        return mask
+    part = mask[tuple(slice(indices[0], indices[-1] + 1) for indices in used)]
+    labels, _ = ndimage.label(part)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    return (sizes >= _SMALL_REGION * sizes.max(initial=1))[labels] & mask
-
-
-def _opened(mask: np.ndarray) -> np.ndarray:
-    """In-plane opening of [S, h, w] bool by a cross of three pixels, with the edge repeated
-    beyond the image."""
-    for combine in (np.logical_and, np.logical_or):
-        padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)), mode="edge")
-        mask = combine(mask, padded[:, :-2, 1:-1])
-        for shifted in (padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]):
-            combine(mask, shifted, out=mask)
+    part &= (sizes >= _SMALL_REGION * sizes.max()).take(labels)
     return mask
 
 
-def _present(plane: np.ndarray, count: int) -> np.ndarray:
-    present = np.zeros(count + 1, dtype=bool)
-    present[plane.ravel()] = True
-    return present
+def _opened(mask: np.ndarray) -> np.ndarray:
+    """In-plane opening of [..., h, w] bool by a cross of three pixels, with the edge repeated
+    beyond the image."""
+    margin = [(0, 0)] * (mask.ndim - 2) + [(1, 1), (1, 1)]
+    for combine in (np.logical_and, np.logical_or):
+        mask = _with_neighbours(combine, np.pad(mask, margin, mode="edge"))
+    return mask
+
+
+def _with_neighbours(combine: np.ufunc, padded: np.ndarray) -> np.ndarray:
+    """[..., h, w] bool: each pixel of [..., h + 2, w + 2] combined with its four neighbours."""
+    mask = combine(padded[..., 1:-1, 1:-1], padded[..., :-2, 1:-1])
+    for shifted in (padded[..., 2:, 1:-1], padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]):
+        combine(mask, shifted, out=mask)
+    return mask
 
 
 def _lung_box(

@@ -1,5 +1,5 @@
-"""The files of an archive: any directory tree or folder of an object store, with zip files read in
-place.
+"""The files of an archive: any directory tree or folder of an object store, with zip, tar and gzip
+files read in place (`data_prep.scan.packed_files`).
 
 Names and extensions are not trusted. Every file is yielded exactly once, in an order that depends
 on the names alone: as a `Source` that `read_bytes` can read, or as an `Unreadable` entry with the
@@ -13,52 +13,37 @@ import errno
 import functools
 import os
 import stat
-import unicodedata
-import zipfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO, NamedTuple
+from pathlib import Path
+from typing import BinaryIO
 
 from data_prep.scan import remote_archives
+from data_prep.scan.packed_files import (
+    MAX_FILE_BYTES,
+    PACKED_START,
+    READ_COMPRESSED,
+    PackedFile,
+    Source,
+    Unreadable,
+    how_packed,
+    packed_members,
+)
 from data_prep.scan.remote_archives import RemoteArchive
 from data_prep.system.errors import InputError
 from data_prep.system.stores import StoreReadError, store_failure
 
-MAX_FILE_BYTES = 4 << 30  # the largest DICOM file taken: an enhanced multi-frame CT of 8,000 slices
-# Deflate cannot pass 1032. CT slices stay below 10, blank slices below 100.
-MAX_COMPRESSION_RATIO = 200
-RATIO_FREE_BYTES = 16 << 20  # members up to this size are harmless at any ratio
-_TOTAL_FREE_BYTES = 256 << 20  # so are zip files whose members add up to this size
-_LOCAL_HEADER_BYTES = 30  # of a zip member, at least
-ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
-
-
 ArchiveDirectory = Path | RemoteArchive
 
-
-class Source(NamedTuple):
-    """One file of the archive."""
-
-    path: str  # relative to the input directory, with forward slashes
-    member: str  # "" for a plain file, or the name inside the zip file at `path`
-    size: int  # bytes, uncompressed
-
-
-class Unreadable(NamedTuple):
-    """A file that is not read, with the reason (a name of `data_prep.scan.reasons.REASONS`)."""
-
-    source: Source
-    reason: str
-    detail: str
+_PACKED_ON_STORES = (".zip", ".tar", ".gz", ".tgz")
 
 
 def list_sources(input_dir: ArchiveDirectory) -> Iterator[Source | Unreadable]:
-    """Every file below `input_dir`, sorted by path, zip files expanded in place.
+    """Every file below `input_dir`, sorted by path, packed files expanded in place.
 
     Directory links are not followed: a loop cannot arise, and their target is listed where it lies,
     or is outside the archive. File links are followed only to files inside `input_dir`. An archive
-    on a store gives the same list as its local copy, except for zip files whose names do not end in
-    .zip (see `data_prep.scan.remote_archives`).
+    on a store gives the same list as its local copy, except for packed files whose names do not end
+    in .zip, .tar or .gz (see `data_prep.scan.remote_archives`).
 
     Raises:
         InputError: `input_dir` is missing, not a directory, or a URL that cannot be used.
@@ -96,7 +81,6 @@ def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreada
         entry = entries.pop()
         path = f"{folder}/{entry.name}" if folder else entry.name
         try:
-            path.encode("utf-8")
             if entry.is_dir(follow_symlinks=False):
                 yield from _walk(input_dir, path, root)
                 continue
@@ -111,18 +95,8 @@ def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreada
             source = Source(path, "", status.st_size)
             if not stat.S_ISREG(status.st_mode):
                 yield Unreadable(source, "unreadable", "not a regular file")
-            elif source.size > MAX_FILE_BYTES and not is_zip(entry.path):
-                yield Unreadable(source, "too_large", f"{source.size} bytes")
-            elif is_zip(entry.path):
-                yield from zip_members(entry.path, source)
             else:
-                yield source
-        except UnicodeEncodeError:
-            yield Unreadable(
-                Source(path.encode("utf-8", "replace").decode(), "", 0),
-                "unreadable",
-                "file name is not UTF-8",
-            )
+                yield from list_file(entry.path, source)
         # RuntimeError: a loop of links, before Python 3.13.
         except (OSError, RuntimeError) as error:
             yield Unreadable(
@@ -130,111 +104,41 @@ def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreada
             )
 
 
+def list_file(path: str, source: Source) -> Iterator[Source | Unreadable]:
+    """A local file, or the files within it."""
+    kind = ""
+    if not source.path.lower().endswith(READ_COMPRESSED):
+        with open(path, "rb", buffering=0) as file:
+            kind = how_packed(file.read(PACKED_START))
+    if kind:
+        yield from packed_members(path, source, kind)
+    elif source.size > MAX_FILE_BYTES:
+        yield Unreadable(source, "too_large", f"{source.size} bytes")
+    else:
+        yield source
+
+
 def _list_remote(archive: RemoteArchive) -> Iterator[Source | Unreadable]:
     for path, size, fault in remote_archives.walk(archive):
         source = Source(path, "", size)
         if fault:
             yield Unreadable(source, "unreadable", fault)
-        elif path.lower().endswith(".zip") and _is_remote_zip(archive, source):
-            yield from zip_members(remote_archives.open_zip_file(archive, path, size), source)
+        elif kind := _remote_kind(archive, source):
+            file = remote_archives.open_zip_file(archive, path, size)
+            yield from packed_members(file, source, kind)
         elif size > MAX_FILE_BYTES:
             yield Unreadable(source, "too_large", f"{size} bytes")
         else:
             yield source
 
 
-def _is_remote_zip(archive: RemoteArchive, source: Source) -> bool:
-    with remote_archives.open_file(archive, source.path, source.size, block=4) as file:
-        return file.read(4) in ZIP_SIGNATURES
-
-
-def is_zip(path: str) -> bool:
-    """Whether a file begins as a zip file."""
-    with open(path, "rb") as file:
-        return file.read(4) in ZIP_SIGNATURES
-
-
-def zip_members(file: str | BinaryIO, source: Source) -> Iterator[Source | Unreadable]:
-    """The members of a zip file, sorted by name.
-
-    A zip file that would expand beyond any scan is refused as a whole.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = sorted(archive.infolist(), key=lambda member: member.filename)
-            overlapping = _overlapping(members, archive.start_dir)
-    except Exception as error:  # zipfile raises many kinds on damaged bytes
-        if failure := store_failure(error):  # this says nothing about the file
-            raise failure from None
-        yield Unreadable(source, "bad_zip", str(error))
-        return
-    total = sum(member.file_size for member in members)
-    if total > max(_TOTAL_FREE_BYTES, MAX_COMPRESSION_RATIO * source.size):
-        yield Unreadable(
-            source, "too_large", f"its {len(members)} members expand {source.size} to {total} bytes"
-        )
-        return
-    previous = None
-    for number, member in enumerate(members):
-        if member.filename.endswith("/"):  # is_dir() fails on a member without a name
-            continue
-        item = Source(source.path, member.filename, member.file_size)
-        if not member.filename or any(
-            unicodedata.category(letter) == "Cc" for letter in member.orig_filename
-        ):
-            # zipfile cuts names at NUL. A member without a name would mean the zip file itself.
-            yield Unreadable(
-                item._replace(member=f"member {number}"),
-                "bad_zip",
-                "control characters in its name",
-            )
-            continue
-        if member.filename == previous:
-            yield Unreadable(item, "bad_zip", "a second member of the same name")
-        elif _points_outside(member.filename):
-            yield Unreadable(
-                item, "outside_archive", "the member's name points out of the zip file"
-            )
-        elif member.header_offset in overlapping:
-            yield Unreadable(item, "bad_zip", "its bytes are those of another member, too")
-        elif member.flag_bits & 0x1:
-            yield Unreadable(item, "encrypted", "zip member protected by a password")
-        elif member.file_size > MAX_FILE_BYTES:
-            yield Unreadable(item, "too_large", f"{member.file_size} bytes")
-        elif member.file_size > max(RATIO_FREE_BYTES, MAX_COMPRESSION_RATIO * member.compress_size):
-            yield Unreadable(
-                item, "too_large", f"expands {member.compress_size} to {member.file_size} bytes"
-            )
-        elif member.filename.lower().endswith(".zip"):
-            yield Unreadable(item, "nested_zip", "zip file inside a zip file; unpack it first")
-        else:
-            yield item
-        previous = member.filename
-
-
-def _points_outside(name: str) -> bool:
-    """Whether a member's name leads out of the zip file on any system: `../x`, `/x`, `C:x`,
-    `\\\\server\\share`."""
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    return ".." in parts or bool(PureWindowsPath(name).anchor)
-
-
-def _overlapping(members: list[zipfile.ZipInfo], end_of_members: int) -> set[int]:
-    """Offsets of the members that share bytes with another member or with the directory.
-
-    In this way a few bytes could expand many times.
-    """
-    overlapping, last, last_end = set(), 0, 0
-    for member in sorted(members, key=lambda member: member.header_offset):
-        start = member.header_offset
-        end = start + _LOCAL_HEADER_BYTES + member.compress_size
-        if start < last_end:
-            overlapping |= {last, start}
-        if end > end_of_members:
-            overlapping.add(start)
-        if end > last_end:
-            last, last_end = start, end
-    return overlapping
+def _remote_kind(archive: RemoteArchive, source: Source) -> str:
+    """The kind of a packed file whose name says that it is one."""
+    name = source.path.lower()
+    if not name.endswith(_PACKED_ON_STORES) or name.endswith(READ_COMPRESSED):
+        return ""
+    with remote_archives.open_file(archive, source.path, source.size, PACKED_START) as file:
+        return how_packed(file.read(PACKED_START))
 
 
 def reading_ahead(
@@ -252,7 +156,7 @@ def reading_ahead(
 
 
 def open_source(input_dir: ArchiveDirectory, source: Source) -> BinaryIO:
-    """An open source that is not a zip member, to read its start.
+    """An open source that is no member, to read its start.
 
     Raises:
         OSError: here or from any read: the file is gone, has changed its size, or cannot be read.
@@ -280,8 +184,8 @@ def read_bytes(input_dir: ArchiveDirectory, source: Source) -> bytes:
     """The whole content of one source.
 
     Raises:
-        OSError: the file is gone, has changed its size, cannot be read, or is a damaged zip member,
-          which the message names.
+        OSError: the file is gone, has changed its size, cannot be read, or is a damaged member of a
+          packed file, which the message names.
     """
     if isinstance(input_dir, RemoteArchive):
         if not source.member:
@@ -299,18 +203,16 @@ def read_bytes(input_dir: ArchiveDirectory, source: Source) -> bytes:
         status = os.stat(path)
         version = (path, status.st_mtime_ns, status.st_size)
     try:
-        archive = _open_zip(version, os.getpid())
-        with archive.open(source.member) as file:
-            return file.read(source.size + 1)  # a member that lies about its size ends here
-    except Exception as error:  # zipfile and the decompressors raise a dozen kinds on damaged bytes
+        return _open_packed(version, os.getpid()).read(source)
+    except Exception as error:  # the decompressors raise a dozen kinds on damaged bytes
         if isinstance(input_dir, RemoteArchive):
-            _open_zip.cache_clear()  # the next try opens it again
+            _open_packed.cache_clear()  # the next try opens it again
             if failure := store_failure(error):
                 raise failure from None
         # from the disk, not from a decompressor
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise OSError(f"{source.path}: {source.member}: damaged zip member: {error}") from error
+        raise OSError(f"{source.path}: {source.member}: damaged member: {error}") from error
 
 
 def will_read(input_dir: ArchiveDirectory, sources: Iterable[Source], num_bytes: int = 0) -> None:
@@ -320,7 +222,7 @@ def will_read(input_dir: ArchiveDirectory, sources: Iterable[Source], num_bytes:
 
     Args:
         input_dir: the archive.
-        sources: the files; zip members are skipped.
+        sources: the files; members of packed files are skipped.
         num_bytes: number of first bytes; 0 fetches whole files.
     """
     if isinstance(input_dir, RemoteArchive) or not hasattr(os, "posix_fadvise"):
@@ -337,8 +239,8 @@ def will_read(input_dir: ArchiveDirectory, sources: Iterable[Source], num_bytes:
 
 
 @functools.lru_cache(maxsize=4)
-def _open_zip(version: tuple, process: int) -> zipfile.ZipFile:
-    """An open zip file; its directory is parsed once, and a forked process opens its own."""
+def _open_packed(version: tuple, process: int) -> PackedFile:
+    """An open packed file; a forked process opens its own."""
     if isinstance(version[0], RemoteArchive):
-        return zipfile.ZipFile(remote_archives.open_zip_file(*version))
-    return zipfile.ZipFile(version[0])
+        return PackedFile(remote_archives.open_zip_file(*version))
+    return PackedFile(version[0])

@@ -7,13 +7,10 @@ where a number belongs, a wrong VR) becomes "missing" and never an exception.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import logging
 import re
 import struct
-import warnings
-import zlib
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
@@ -22,14 +19,16 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
-from data_prep.scan.archives import (
-    MAX_COMPRESSION_RATIO,
-    RATIO_FREE_BYTES,
-    ZIP_SIGNATURES,
-    ArchiveDirectory,
-    Source,
-    open_source,
-    read_bytes,
+from data_prep.scan.archives import ArchiveDirectory, Source, open_source, read_bytes
+from data_prep.scan.character_sets import ESCAPE, decode_texts, first_text_before
+from data_prep.scan.demographics import age_in_years, sex_of
+from data_prep.scan.elements import BoundError, items, read_elements
+from data_prep.scan.packed_files import (
+    PACKED_START,
+    READ_COMPRESSED,
+    READ_IN_PLACE,
+    ZIP,
+    how_packed,
 )
 
 MAX_FRAMES = 20_000
@@ -51,30 +50,32 @@ _IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG = (
     "1.2.840.10008.1.2.1",
     "1.2.840.10008.1.2.2",
 )
-DEFLATED = "1.2.840.10008.1.2.1.99"
 # plain, enhanced, converted
 CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}
 NATIVE_SYNTAXES = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG)
-_META_BYTES = 4096  # the transfer syntax is within these first bytes
-_INFLATED_CHUNK = 1 << 20
+# Items within Per-frame Functional Groups: of any image, and for each of its frames
+_ITEMS_OF_AN_IMAGE, _ITEMS_OF_A_FRAME = 10_000, 1_000
 NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.scan.nifti`)
 
 # All tags that this module reads, also within sequences. pydicom skips other elements, which saves
 # a fifth of the time.
 # fmt: off
 _TAGS = [pydicom.tag.Tag(tag) for tag in (
-    0x00041220, 0x00080008, 0x00080016, 0x00080018, 0x0008002A, 0x00080032, 0x00080060, 0x00080070,
-    0x00080104, 0x0008103E, 0x00089007, 0x00100020, 0x00100040, 0x00100200, 0x00101010, 0x00102160,
-    0x00180010, 0x00180012, 0x00180015, 0x00180050, 0x00180060, 0x00181060, 0x00181120, 0x00181210,
-    0x00185100, 0x00189074, 0x00189118, 0x00189304, 0x00189314, 0x00189316, 0x00189325, 0x00189329,
-    0x0020000D, 0x0020000E, 0x00200011, 0x00200012, 0x00200013, 0x00200032, 0x00200037, 0x00200052,
-    0x00200100, 0x00209056, 0x00209111, 0x00209113, 0x00209116, 0x00209128, 0x00209153, 0x00209156,
-    0x00209241, 0x00209245, 0x00209252, 0x00209253, 0x00280002, 0x00280004, 0x00280008, 0x00280010,
-    0x00280011, 0x00280030, 0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00280120, 0x00280121,
-    0x00280301, 0x00281052, 0x00281053, 0x00281054, 0x00282110, 0x00289110, 0x00289145, 0x52009229,
-    0x52009230,
+    0x00041220, 0x00080005, 0x00080008, 0x00080016, 0x00080018, 0x0008002A, 0x00080032, 0x00080060,
+    0x00080070, 0x00080104, 0x0008103E, 0x00089007, 0x00100020, 0x00100040, 0x00100200, 0x00101010,
+    0x00102160, 0x00180010, 0x00180012, 0x00180015, 0x00180050, 0x00180060, 0x00181060, 0x00181120,
+    0x00181210, 0x00185100, 0x00189074, 0x00189118, 0x00189304, 0x00189314, 0x00189316, 0x00189325,
+    0x00189329, 0x0020000D, 0x0020000E, 0x00200011, 0x00200012, 0x00200013, 0x00200032, 0x00200037,
+    0x00200052, 0x00200100, 0x00209056, 0x00209111, 0x00209113, 0x00209116, 0x00209128, 0x00209153,
+    0x00209156, 0x00209241, 0x00209245, 0x00209252, 0x00209253, 0x00280002, 0x00280004, 0x00280008,
+    0x00280010, 0x00280011, 0x00280030, 0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00280120,
+    0x00280121, 0x00280301, 0x00281052, 0x00281053, 0x00281054, 0x00282110, 0x00289110, 0x00289145,
+    0x52009229, 0x52009230,
 )]
 # fmt: on
+# Overlay Bits Allocated and Bit Position of the sixteen overlays
+_OVERLAYS = [(group << 16 | 0x100, group << 16 | 0x102) for group in range(0x6000, 0x6020, 2)]
+_TAGS += [pydicom.tag.Tag(tag) for pair in _OVERLAYS for tag in pair]
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote element values
 
@@ -143,6 +144,8 @@ class Header:
     study_instance_uid: str
     series_instance_uid: str
     patient_id: str
+    # as programs before version 2 of the rules read it, "" if they took it for missing; None: alike
+    patient_id_before: str | None
     modality: str
     image_type: tuple[str, ...]
     body_part: str
@@ -167,6 +170,7 @@ class Header:
     pixel_representation: int
     padding_value: int | None  # stored value, sign as Pixel Representation says
     padding_limit: int | None
+    overlay_bits: tuple[int, ...]  # bits of the pixels that overlays use, from 0
     burned_in_annotation: bool
     quality_control_subject: bool
     manufacturer: str
@@ -184,11 +188,14 @@ class Header:
     # names of elements that are there without a usable number; their fields are None
     unreadable: tuple[str, ...] = ()
     lossy: bool = False  # Lossy Image Compression (0028,2110) is 01
+    # the one key of a patient with several ("" otherwise): `data_prep.scan.patients`
+    patient: str = ""
 
     @property
     def patient_key(self) -> str:
-        """The Patient ID, or a name made of the Study Instance UID where the ID is missing."""
-        return self.patient_id or f"study:{self.study_instance_uid}"
+        """The Patient ID, or a name made of the Study Instance UID where the ID is missing; one for
+        all IDs of a patient."""
+        return self.patient or self.patient_id or f"study:{self.study_instance_uid}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,23 +220,22 @@ def read_header(input_dir: ArchiveDirectory, source: Source) -> Header | NotAnIm
 
 
 def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
-    start = file.read(140)
+    start = file.read(PACKED_START)
     file.seek(0)
-    if start[:4] in ZIP_SIGNATURES:  # only on a store: elsewhere its members are listed
-        return NotAnImage(
-            source, "bad_zip", "a zip file on a store whose name does not end in .zip; rename it"
-        )
+    is_nifti = (source.member or source.path).lower().endswith(READ_COMPRESSED)
+    if (kind := how_packed(start)) and not is_nifti:
+        return NotAnImage(source, *_refusal_of_packed(kind, source))
     if not _looks_like_dicom(start):
         return NotAnImage(source, "not_dicom", "")
+    if start[128:132] == b"DICM" and len(start) == PACKED_START and not any(start[132:]):
+        return NotAnImage(
+            source, "unreadable", "zeros behind DICM (an interrupted copy); copy the file again"
+        )
     try:
-        if inflates_too_far(file):
-            return NotAnImage(source, "too_large", "a deflated file that expands beyond any scan")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(
-                file, stop_before_pixels=True, force=True, specific_tags=_TAGS
-            )
-            return _header(dataset, source, file.tell())
+        dataset, offset = read_elements(file, source.size, _TAGS)
+        return _header(dataset, source, offset)
+    except BoundError as error:
+        return NotAnImage(source, error.reason, str(error))
     # pydicom raises a dozen kinds on damaged bytes. The kind becomes the detail.
     except Exception as error:
         # from the disk, not from pydicom
@@ -238,35 +244,15 @@ def _read(file: BinaryIO, source: Source) -> Header | NotAnImage:
         return NotAnImage(source, "unreadable", f"{type(error).__name__} while reading the header")
 
 
-def inflates_too_far(file: BinaryIO) -> bool:
-    """Whether a file of the deflated transfer syntax expands further than a zip member may
-    (`data_prep.scan.archives`).
-
-    pydicom inflates such a file as a whole, with its pixels, before it finds the first element. The
-    position in the file stays the same.
-    """
-    place = file.tell()
-    start = file.read(_META_BYTES)
-    try:
-        if DEFLATED.encode() not in start:
-            return False
-        at, data = 132 if start[128:132] == b"DICM" else 0, start + file.read()
-        # the file meta elements, explicit little endian and not deflated
-        while data[at : at + 2] == b"\x02\x00":
-            if data[at + 4 : at + 6] in (b"OB", b"UN"):
-                at += 12 + int.from_bytes(data[at + 8 : at + 12], "little")
-            else:
-                at += 8 + int.from_bytes(data[at + 6 : at + 8], "little")
-        allowed = max(RATIO_FREE_BYTES, MAX_COMPRESSION_RATIO * len(data))
-        stream, inflated, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, memoryview(data)[at:]
-        while rest and not stream.eof and inflated <= allowed:
-            inflated += len(stream.decompress(rest, _INFLATED_CHUNK))
-            rest = stream.unconsumed_tail
-        return inflated > allowed
-    except zlib.error:
-        return False  # pydicom reports the damage
-    finally:
-        file.seek(place)
+def _refusal_of_packed(kind: str, source: Source) -> tuple[str, str]:
+    if source.member:
+        reason = "nested_zip" if kind == ZIP else "packed"
+        return reason, f"{kind} within another packed file; unpack it first"
+    if kind not in READ_IN_PLACE:
+        return "packed", f"{kind}, which is not read in place; unpack it first"
+    # elsewhere its members are listed
+    reason = "bad_zip" if kind == ZIP else "packed"
+    return reason, f"{kind} on a store whose name does not say so; name it .zip, .tar or .gz"
 
 
 def _looks_like_dicom(start: bytes) -> bool:
@@ -280,7 +266,7 @@ def _looks_like_dicom(start: bytes) -> bool:
     return any(group in (0x0002, 0x0008) and element <= 0x2000 for group, element in (little, big))
 
 
-def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImage:
+def _header(dataset: Dataset, source: Source, offset: int | None) -> Header | NotAnImage:
     elements = dict(dataset.items())
     meta = dict(getattr(dataset, "file_meta", Dataset()).items())
     sop_class = _text(elements, 0x00080016) or _text(meta, 0x00020002)
@@ -291,7 +277,10 @@ def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImag
     if not (rows and columns and bits_allocated):
         modality = _text(elements, 0x00080060)
         if not sop_class and not modality:
-            return NotAnImage(source, "not_dicom", "no SOP Class, no Modality, no image matrix")
+            lacks = "no SOP Class, no Modality, no image matrix"
+            if dataset.preamble is None:
+                return NotAnImage(source, "not_dicom", lacks)
+            return NotAnImage(source, "unreadable", f"{lacks} behind DICM; copy the file again")
         if sop_class in CT_IMAGE_STORAGE:
             return NotAnImage(
                 source, "unreadable", "a CT image whose header ends early or is damaged"
@@ -308,12 +297,13 @@ def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImag
     return Header(
         source=source,
         transfer_syntax=syntax,
-        pixel_data_offset=offset if syntax != DEFLATED else None,
+        pixel_data_offset=offset,
         sop_class_uid=sop_class,
         sop_instance_uid=_text(elements, 0x00080018),
         study_instance_uid=_text(elements, 0x0020000D),
         series_instance_uid=_text(elements, 0x0020000E),
         patient_id=_text(elements, 0x00100020),
+        patient_id_before=_patient_id_before(elements),
         modality=_text(elements, 0x00080060).upper(),
         body_part=_text(elements, 0x00180015).upper(),
         rows=rows,
@@ -327,13 +317,14 @@ def _header(dataset: Dataset, source: Source, offset: int) -> Header | NotAnImag
         pixel_representation=representation,
         padding_value=_stored_value(_integer(elements, 0x00280120), bits_allocated, representation),
         padding_limit=_stored_value(_integer(elements, 0x00280121), bits_allocated, representation),
+        overlay_bits=_overlay_bits(elements),
         burned_in_annotation=_text(elements, 0x00280301).upper() == "YES",
         quality_control_subject=_text(elements, 0x00100200).upper() == "YES",
         manufacturer=_text(elements, 0x00080070),
         kvp=_number(elements, 0x00180060),
         contrast_agent=_text(elements, 0x00180010) or _enhanced_contrast(dataset),
         age=age_in_years(_text(elements, 0x00101010)),
-        sex=sex if (sex := _text(elements, 0x00100040).upper()) in ("M", "F", "O") else "",
+        sex=sex_of(_text(elements, 0x00100040)),
         ethnic_group=_text(elements, 0x00102160),
         number_of_frames=number_of_frames,
         frames=_frames(dataset, elements, number_of_frames),
@@ -406,10 +397,13 @@ def _frames(dataset: Dataset, elements: Elements, number_of_frames: int) -> tupl
 
     Per-frame functional groups come first, then shared groups, then the top level.
     """
-    per_frame = _items(dataset, 0x52009230)
+    at_most = _ITEMS_OF_AN_IMAGE + _ITEMS_OF_A_FRAME * number_of_frames
+    per_frame = items(dataset, 0x52009230, at_most)
     if len(per_frame) < number_of_frames or (number_of_frames == 1 and not per_frame):
         return ()
-    shared = [group for item in _items(dataset, 0x52009229) for group in _functional_groups(item)]
+    shared = [
+        group for item in items(dataset, 0x52009229, at_most) for group in _functional_groups(item)
+    ]
     return tuple(
         Frame(**_frame_fields([*_functional_groups(item), *shared, elements]))
         for item in per_frame[:number_of_frames]
@@ -432,19 +426,17 @@ _FUNCTIONAL_GROUPS = (
 
 
 def _functional_groups(item: Dataset) -> list[Elements]:
-    return [dict(group.items()) for tag in _FUNCTIONAL_GROUPS for group in _items(item, tag)]
+    return [
+        dict(group.items())
+        for tag in _FUNCTIONAL_GROUPS
+        for group in items(item, tag, _ITEMS_OF_AN_IMAGE)
+    ]
 
 
 def _enhanced_contrast(dataset: Dataset) -> str:
     """Code Meaning of the Contrast/Bolus Agent Sequence."""
-    return next((_text(dict(item.items()), 0x00080104) for item in _items(dataset, 0x00180012)), "")
-
-
-def _items(dataset: Dataset, tag: int) -> list[Dataset]:
-    if tag not in dataset:
-        return []
-    value = dataset[tag].value
-    return [item for item in value if isinstance(item, Dataset)] if value is not None else []
+    agents = items(dataset, 0x00180012, _ITEMS_OF_AN_IMAGE)
+    return next((_text(dict(item.items()), 0x00080104) for item in agents), "")
 
 
 def _bytes(elements: Elements, tag: int) -> tuple[bytes, str]:
@@ -467,23 +459,22 @@ def _text(elements: Elements, tag: int) -> str:
 
 
 def _texts(elements: Elements, tag: int) -> tuple[str, ...]:
-    """All values of a text element, stripped.
-
-    Bytes that are not UTF-8 are read as Latin-1. A value with control characters is damaged (it may
-    hold parts of other elements) and counts as missing.
-    """
+    """All values of a text element, stripped, by Specific Character Set (0008,0005); () if they are
+    damaged (`data_prep.scan.character_sets`)."""
     raw = _bytes(elements, tag)[0]
-    return _parse_texts(raw) if raw else ()
+    if not raw:
+        return ()
+    if raw.isascii() and ESCAPE not in raw:
+        return decode_texts(raw)
+    return decode_texts(raw, _bytes(elements, 0x00080005)[0])
 
 
-@functools.lru_cache(maxsize=4096)  # most values repeat from file to file
-def _parse_texts(raw: bytes) -> tuple[str, ...]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    parts = tuple(part.strip(" \0\t\r\n") for part in text.split("\\"))
-    return () if any(character < " " for part in parts for character in part) else parts
+def _patient_id_before(elements: Elements) -> str | None:
+    raw = _bytes(elements, 0x00100020)[0]
+    if raw.isascii() and ESCAPE not in raw:
+        return None
+    before = first_text_before(raw)
+    return None if before == _text(elements, 0x00100020) else before
 
 
 def _numbers(elements: Elements, tag: int) -> tuple[float, ...]:
@@ -543,13 +534,11 @@ def _stored_value(value: int | None, bits: int, representation: int) -> int | No
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-def age_in_years(text: str) -> int | None:
-    """Age in whole years from an Age String (nnnD, W, M or Y) or a number of years; None for other
-    text. An age above 89 becomes 90."""
-    unit, digits = text[-1:].upper(), text[:-1]
-    if unit.isdigit():
-        unit, digits = "Y", text
-    years_per_unit = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
-    if unit not in years_per_unit or not digits.isascii() or not digits.isdigit():
-        return None
-    return min(90, int(int(digits) * years_per_unit[unit] + 1e-9))
+def _overlay_bits(elements: Elements) -> tuple[int, ...]:
+    """The bits of overlays within the pixels, as DICOM had it until 2004; an overlay of its own has
+    one bit allocated."""
+    return tuple(
+        _integer(elements, position) or 0
+        for allocated, position in _OVERLAYS
+        if allocated in elements and (_integer(elements, allocated) or 1) > 1
+    )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
 from data_prep.scan.geometry import AIR_HU
 from data_prep.scan.headers import Header
-from data_prep.scan.pixels import PixelError
+from data_prep.scan.stored_bits import BELOW_ANY_TISSUE_HU, PixelError
 
-# Scanners pad outside the field of view with -2000 or less, declared or not.
-_BELOW_ANY_TISSUE_HU = -1500
 # A "padding value" in this range is a mistake: some writers declare 0 where 0 is water.
 _TISSUE_HU = (-900, 4000)
 _SAMPLE_STEP = 8  # plausibility is judged on every 8th pixel of both directions
@@ -70,7 +69,7 @@ def to_hu(stored: np.ndarray, header: Header) -> np.ndarray:
     ):
         return _add_intercept(stored, int(intercept), padding, lowest)
     hu = stored * slope + intercept
-    air = hu < _BELOW_ANY_TISSUE_HU
+    air = hu < BELOW_ANY_TISSUE_HU
     if padding:
         air |= (stored >= padding[0]) & (stored <= padding[1])
     hu[air] = AIR_HU
@@ -85,7 +84,7 @@ def _add_intercept(
     """The common case, in int16. The sum wraps around only where the result becomes air anyway."""
     bits = stored.view(np.int16) if stored.dtype.itemsize == 2 else stored.astype(np.int16)
     hu = bits + np.array(intercept % 65536, dtype=np.uint16).view(np.int16)
-    below = math.ceil(_BELOW_ANY_TISSUE_HU - intercept)
+    below = math.ceil(BELOW_ANY_TISSUE_HU - intercept)
     if lowest < below:
         hu[stored < below] = AIR_HU
     if padding and padding[1] >= max(lowest, below):
@@ -101,28 +100,30 @@ class PlausibilityCount:
     """
 
     def __init__(self):
-        self._total = self._air = self._soft = self._dense = 0
+        self._counts: list[tuple[int, int, int, int]] = []
 
     def add(self, stored: np.ndarray, header: Header) -> None:
         """Counts one slice of stored values [H, W]; padding is not evidence of air."""
         slope, intercept = rescale(header)
         sample = stored[::_SAMPLE_STEP, ::_SAMPLE_STEP]
         hu = sample * slope + intercept
-        image = hu >= _BELOW_ANY_TISSUE_HU
+        image = hu >= BELOW_ANY_TISSUE_HU
         if padding := padding_range(header):
             image &= (sample < padding[0]) | (sample > padding[1])
         hu = hu[image]
-        self._total += sample.size
-        self._air += np.count_nonzero((hu >= -1100) & (hu < -500))
-        self._soft += np.count_nonzero((hu >= -200) & (hu < 300))
-        self._dense += np.count_nonzero(hu > 4000)
+        air = np.count_nonzero((hu >= -1100) & (hu < -500))
+        soft = np.count_nonzero((hu >= -200) & (hu < 300))
+        self._counts.append((sample.size, air, soft, np.count_nonzero(hu > 4000)))
 
-    def fault(self) -> str | None:
-        """The implausible property in words, or None."""
-        if self._dense > 0.01 * self._total:
-            return f"{100 * self._dense / self._total:.0f} % of the pixels are above 4000 HU"
-        if self._soft < 0.01 * self._total:
+    def fault(self, without: Collection[int] = ()) -> str | None:
+        """The implausible property in words, or None; slices `without`, by their number, do not
+        count."""
+        counts = [count for i, count in enumerate(self._counts) if i not in without]
+        total, air, soft, dense = np.sum(counts, axis=0)
+        if dense > 0.01 * total:
+            return f"{100 * dense / total:.0f} % of the pixels are above 4000 HU"
+        if soft < 0.01 * total:
             return "no soft tissue between -200 and 300 HU"
-        if self._air < 0.002 * self._total:
+        if air < 0.002 * total:
             return "no air or lung between -1100 and -500 HU"
         return None

@@ -20,13 +20,13 @@ from data_prep.scan.archives import (
     ArchiveDirectory,
     Source,
     Unreadable,
-    is_zip,
+    list_file,
     list_sources,
     reading_ahead,
     will_read,
-    zip_members,
 )
 from data_prep.scan.headers import Header, NotAnImage
+from data_prep.scan.patients import Patients, People, identities
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import Rejection, SeriesCandidate, plan_series, select_reconstructions
@@ -43,18 +43,14 @@ ReadHeader = Callable[[ArchiveDirectory, Source], Header | NotAnImage]
 
 
 def list_input(path: Path) -> Iterator[Source | Unreadable]:
-    """Every file of a directory or of a zip file, or the single file.
+    """Every file of a directory or of a packed file, or the single file.
 
     Paths are relative to the directory, or to the folder of the file.
     """
     if path.is_dir():
         yield from list_sources(path)
         return
-    source = Source(path.name, "", path.stat().st_size)
-    if is_zip(str(path)):
-        yield from zip_members(str(path), source)
-    else:
-        yield source
+    yield from list_file(str(path), Source(path.name, "", path.stat().st_size))
 
 
 def header_reader(archive: str, metadata_csv: Path | None = None) -> ReadHeader:
@@ -150,12 +146,23 @@ class ExamPlan(NamedTuple):
     not_images: list[NotAnImage | Unreadable]
 
 
-def plan_exams(entries: Iterable[Header | NotAnImage | Unreadable], rules: Rules) -> ExamPlan:
-    """Sorts the entries of some files into exams, rejected series, and files without an image."""
+def plan_exams(
+    entries: Iterable[Header | NotAnImage | Unreadable],
+    rules: Rules,
+    patients: Patients | None = None,
+) -> ExamPlan:
+    """Sorts the entries of some files into exams, rejected series, and files without an image.
+
+    `patients`: those of the whole archive; None: the files are the archive.
+    """
     images, not_images = [], []
     for entry in entries:
         (images if isinstance(entry, Header) else not_images).append(entry)
-    planned = plan_series(images, rules)
+    if patients is None:
+        people = People()
+        people.add(identities(images))
+        patients = people.resolve()
+    planned = plan_series(map(patients.named, images), rules)
     candidates = [entry for entry in planned if isinstance(entry, SeriesCandidate)]
     rejections = [entry for entry in planned if isinstance(entry, Rejection)]
     return ExamPlan(select_reconstructions(candidates, rules), rejections, not_images)

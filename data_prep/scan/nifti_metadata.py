@@ -2,7 +2,6 @@
 of CT-RATE."""
 
 import collections
-import csv
 import math
 import posixpath
 import re
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.scan.archives import Source, Unreadable, list_sources
-from data_prep.scan.headers import age_in_years
+from data_prep.scan.demographics import parse_age, parse_sex
 from data_prep.system.errors import InputError
+from data_prep.system.spreadsheets import read_names, read_rows
 
 EXTENSION = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
@@ -80,41 +80,29 @@ def read_metadata(path: Path) -> dict[str, Metadata]:
     """Rows by VolumeName, which may end in .nii or .nii.gz. Columns that `Metadata` lacks are
     skipped.
 
-    RescaleSlope, RescaleIntercept, PatientID, PatientSex, PatientAge (`061Y` or a number of years),
-    Manufacturer, ConvolutionKernel, SliceThickness and QualityControlSubject are the DICOM
-    attributes of the same names. XYSpacing is Pixel Spacing (`[0.7, 0.7]` or one number), ZSpacing
-    the distance of the slices, both in mm.
+    RescaleSlope, RescaleIntercept, PatientID, PatientSex, PatientAge (both as
+    `data_prep.scan.demographics` reads them), Manufacturer, ConvolutionKernel, SliceThickness and
+    QualityControlSubject are the DICOM attributes of the same names. XYSpacing is Pixel Spacing
+    (`[0.7, 0.7]` or one number), ZSpacing the distance of the slices, both in mm.
 
     Raises:
-        InputError: the file or its column VolumeName is missing, a cell is not a number, or one
-          volume has two different rows.
+        InputError: the file or its column VolumeName is missing, a cell is not a number, an age
+          or a sex, or one volume has two different rows.
     """
-    if not path.is_file():
-        raise InputError(
-            f"--metadata_csv={path}: no such file; give a CSV file with a column VolumeName"
-        )
+    names = read_names(path, "--metadata_csv")
+    if "VolumeName" not in names:
+        raise InputError(f"--metadata_csv={path}: no column VolumeName; give it the files' names")
+    columns = [name for name in _COLUMNS if name in names]
     metadata: dict[str, Metadata] = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            names = [name.strip() for name in reader.fieldnames or []]
-            if names.count("VolumeName") != 1:
-                raise InputError(
-                    f"--metadata_csv={path}: no column VolumeName, or two; give it the files' names"
-                )
-            reader.fieldnames = names
-            for row in reader:
-                cells = {name: (row.get(name) or "").strip() for name in _COLUMNS}
-                name = without_extension(cells["VolumeName"])
-                entry = _metadata(cells, f"{path}, line {reader.line_num}")
-                if name and metadata.setdefault(name, entry) != entry:
-                    raise InputError(
-                        f"{path}, line {reader.line_num}: a second row of one volume that says "
-                        f"other things; leave one of the two out"
-                    )
-    except (csv.Error, UnicodeDecodeError) as error:
-        kind = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-        raise InputError(f"--metadata_csv={path}: {kind}; save it as CSV in UTF-8") from None
+    for line, row in read_rows(path, columns):
+        cells = dict.fromkeys(_COLUMNS, "") | dict(zip(columns, row, strict=True))
+        name = without_extension(cells["VolumeName"])
+        entry = _metadata(cells, f"{path}, line {line}")
+        if name and metadata.setdefault(name, entry) != entry:
+            raise InputError(
+                f"{path}, line {line}: a second row of one volume that says other things; leave "
+                "one of the two out"
+            )
     return metadata
 
 
@@ -137,12 +125,18 @@ def _metadata(cells: Mapping[str, str], place: str) -> Metadata:
             raise InputError(
                 f"{place}: XYSpacing is not like [0.7, 0.7]; correct the cell or leave it empty"
             )
-    sex = cells["PatientSex"][:1].upper()
-    age = re.sub(r"\.0*$", "", cells["PatientAge"])
+    people = {}
+    for column, parse in (("PatientSex", parse_sex), ("PatientAge", parse_age)):
+        try:
+            people[column] = parse(cells[column])
+        except ValueError as error:
+            raise InputError(
+                f"{place}: {column} {error}; correct the cell or leave it empty"
+            ) from None
     return Metadata(
         patient_id=cells["PatientID"],
-        sex=sex if sex in ("M", "F", "O") else "",
-        age=age_in_years(age),
+        sex=people["PatientSex"],
+        age=people["PatientAge"],
         manufacturer=cells["Manufacturer"],
         kernel=cells["ConvolutionKernel"],
         synthetic=cells["QualityControlSubject"].upper() == "YES",

@@ -1,8 +1,8 @@
 """Stored pixel values of one slice, for every transfer syntax and for NIfTI files.
 
-Pixel data are read at the offset from the header. Uncompressed pixels (nearly all archives) are
-taken straight from the bytes. Compressed pixels go through pydicom's decoders, backed by
-imagecodecs (`data_prep.scan.decoders`).
+Pixel data are read at the offset from the header. How they are coded is told by the data: some
+tools leave a wrong transfer syntax behind. Which bits of a pixel are its value is judged in
+`data_prep.scan.stored_bits`.
 """
 
 from __future__ import annotations
@@ -14,24 +14,20 @@ import warnings
 
 import numpy as np
 import pydicom
-from pydicom.filereader import read_dataset
+from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
 
+from data_prep.scan import decoders
 from data_prep.scan.archives import ArchiveDirectory, Source, changed, read_bytes
-from data_prep.scan.decoders import DECODER_DEPENDENCIES, decode
-from data_prep.scan.headers import DEFLATED, NATIVE_SYNTAXES, NIFTI, Header
+from data_prep.scan.decoders import COMPRESSED_SYNTAXES
+from data_prep.scan.elements import DEFLATED
+from data_prep.scan.headers import NATIVE_SYNTAXES, NIFTI, Header
 from data_prep.scan.nifti import NiftiError, read_frames
+from data_prep.scan.stored_bits import PixelError, stored_values
 
 MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
-
-
-class PixelError(ValueError):
-    """Pixels that cannot be read. `reason` is a name of `data_prep.scan.reasons.REASONS`; the
-    message is the detail."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
+_UNDEFINED_LENGTH = 0xFFFFFFFF
+_ITEM, _END_OF_ITEMS = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 
 
 class PixelReader:
@@ -65,9 +61,17 @@ class PixelReader:
             self._source, self._dataset, self._frames = header.source, None, None
         if header.transfer_syntax == NIFTI:
             return self._nifti(header)
-        if header.transfer_syntax in NATIVE_SYNTAXES and header.bits_allocated in (16, 32):
-            return _native(self._data, header)
-        return self._decode(header)
+        if header.transfer_syntax == DEFLATED:
+            return self._by_pydicom(header)
+        if header.transfer_syntax not in (*NATIVE_SYNTAXES, *COMPRESSED_SYNTAXES):
+            raise PixelError("unsupported_transfer_syntax", header.transfer_syntax)
+        big = header.transfer_syntax == NATIVE_SYNTAXES[2]
+        start, end = _extent(self._data, header, ">" if big else "<")
+        if end is None:
+            return _compressed(self._data, start, header)
+        if header.bits_allocated in (16, 32) or (header.bits_allocated == 8 and not big):
+            return _native(self._data, header, start, end)
+        return self._by_pydicom(header)
 
     def _nifti(self, header: Header) -> np.ndarray:
         if self._frames is None:
@@ -82,61 +86,32 @@ class PixelReader:
             raise PixelError("undecodable_pixels", "values that are no finite numbers")
         return values
 
-    def _decode(self, header: Header) -> np.ndarray:
+    def _by_pydicom(self, header: Header) -> np.ndarray:
+        """Pixels of a deflated file, or of unusual Bits Allocated."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compressed = header.transfer_syntax in DECODER_DEPENDENCIES
-                single = compressed and header.number_of_frames == 1 and not header.frames
                 if self._dataset is None:
-                    self._dataset = (
-                        _pixel_data_element(self._data, header)
-                        if single
-                        else pydicom.dcmread(io.BytesIO(self._data), force=True)
-                    )
+                    self._dataset = pydicom.dcmread(io.BytesIO(self._data), force=True)
                 # pydicom leaves out an element that does not end.
                 if "PixelData" not in self._dataset:
                     raise PixelError(
                         "truncated_pixel_data", "the pixel data do not end within the file"
                     )
-                if single:
-                    value = self._dataset["PixelData"].value
-                    values = decode(value, header.transfer_syntax, 0, **_image_properties(header))
-                elif compressed:
-                    values = decode(self._dataset, header.transfer_syntax, header.frame)
-                else:  # deflated, or uncompressed with other bits allocated
-                    values = pixel_array(self._dataset, index=header.frame, raw=True)
+                values = pixel_array(
+                    self._dataset, index=header.frame, raw=True, correct_unused_bits=False
+                )
         except PixelError:
             raise
-        except NotImplementedError as error:
-            raise PixelError("unsupported_transfer_syntax", header.transfer_syntax) from error
-        except Exception as error:  # decoders raise many kinds on damaged bytes
+        except Exception as error:  # of many kinds on damaged bytes
             raise PixelError("undecodable_pixels", type(error).__name__) from error
-        if values.shape != (header.rows, header.columns) or values.dtype.kind not in "iu":
-            raise PixelError("undecodable_pixels", "decoded to another shape than Rows x Columns")
-        return values
+        _check_shape(values, header)
+        return stored_values(values, header)
 
 
-def _pixel_data_element(data: bytes, header: Header) -> pydicom.Dataset:
-    """The end of a compressed file, from its Pixel Data element on."""
-    file = io.BytesIO(data)
-    file.seek(header.pixel_data_offset)
-    return read_dataset(file, is_implicit_VR=False, is_little_endian=True)
-
-
-def _image_properties(header: Header) -> dict[str, str | int]:
-    """The properties of an image that pydicom's decoders need."""
-    return {
-        "rows": header.rows,
-        "columns": header.columns,
-        "samples_per_pixel": header.samples_per_pixel,
-        "number_of_frames": 1,
-        "photometric_interpretation": header.photometric,
-        "bits_allocated": header.bits_allocated,
-        "bits_stored": header.bits_stored,
-        "pixel_representation": header.pixel_representation,
-        "pixel_keyword": "PixelData",
-    }
+def _check_shape(values: np.ndarray, header: Header) -> None:
+    if values.shape != (header.rows, header.columns) or values.dtype.kind not in "iu":
+        raise PixelError("undecodable_pixels", "decoded to another shape than Rows x Columns")
 
 
 def _holds_instance(data: bytes, header: Header) -> bool:
@@ -146,9 +121,44 @@ def _holds_instance(data: bytes, header: Header) -> bool:
     return not re.fullmatch(r"[0-9.]{8,64}", uid) or uid.encode() in data
 
 
-def _native(data: bytes, header: Header) -> np.ndarray:
+def _extent(data: bytes, header: Header, order: str) -> tuple[int, int | None]:
+    """Where the value of the (7FE0,0010) element begins and ends; the end is None where it holds
+    compressed frames, whatever the transfer syntax says."""
+    offset = header.pixel_data_offset
+    if offset is None or data[offset : offset + 4] != struct.pack(order + "HH", 0x7FE0, 0x0010):
+        raise PixelError("truncated_pixel_data", "no pixel data behind the header")
+    # The bytes tell, since some files name a wrong transfer syntax. As an implicit length these VRs
+    # would be odd.
+    explicit = data[offset + 4 : offset + 8] in (b"OW\0\0", b"OB\0\0", b"UN\0\0")
+    start = offset + (12 if explicit else 8)
+    if len(data) < start:
+        raise PixelError("truncated_pixel_data", "no pixel data behind the header")
+    length = struct.unpack(order + "I", data[start - 4 : start])[0]
+    if length == _UNDEFINED_LENGTH:
+        return start, None
+    native = header.transfer_syntax in NATIVE_SYNTAXES
+    if not native and length < _native_bytes(header) and data[start : start + 4] == _ITEM:
+        return start, None
+    damaged = length % 2 or (
+        start + length > len(data) and header.transfer_syntax != NATIVE_SYNTAXES[0]
+    )
+    # A damaged VR read as a length would shift the image by two values.
+    if not explicit and damaged:
+        raise PixelError("undecodable_pixels", "the pixel data element is damaged")
+    if not native and length < _native_bytes(header):
+        raise PixelError(
+            "undecodable_pixels", "neither compressed frames nor uncompressed pixels of full length"
+        )
+    return start, min(len(data), start + length)
+
+
+def _native_bytes(header: Header) -> int:
+    """Length of all uncompressed frames of a file."""
+    return header.rows * header.columns * header.number_of_frames * header.bits_allocated // 8
+
+
+def _native(data: bytes, header: Header, start: int, end: int) -> np.ndarray:
     big = header.transfer_syntax == NATIVE_SYNTAXES[2]
-    start, end = _native_extent(data, header, ">" if big else "<")
     count = header.rows * header.columns
     bytes_a_value = header.bits_allocated // 8
     start += header.frame * count * bytes_a_value
@@ -160,47 +170,65 @@ def _native(data: bytes, header: Header) -> np.ndarray:
     values = np.frombuffer(data, f"{'>' if big else '<'}{kind}{bytes_a_value}", count, start)
     if big:
         values = values.astype(values.dtype.newbyteorder("="))
-    return _mask_unused_bits(values.reshape(header.rows, header.columns), header)
+    return stored_values(values.reshape(header.rows, header.columns), header)
 
 
-def _native_extent(data: bytes, header: Header, order: str) -> tuple[int, int]:
-    """Where the value of the (7FE0,0010) element begins and ends."""
-    offset = header.pixel_data_offset
-    if offset is None or data[offset : offset + 4] != struct.pack(order + "HH", 0x7FE0, 0x0010):
-        raise PixelError("truncated_pixel_data", "no pixel data behind the header")
-    # The bytes tell, since some files name a wrong transfer syntax. As an implicit length these VRs
-    # would be odd.
-    explicit = data[offset + 4 : offset + 8] in (b"OW\0\0", b"OB\0\0", b"UN\0\0")
-    start = offset + (12 if explicit else 8)
-    if len(data) < start:
-        raise PixelError("truncated_pixel_data", "no pixel data behind the header")
-    length = struct.unpack(order + "I", data[start - 4 : start])[0]
-    if length == 0xFFFFFFFF:
-        raise PixelError(
-            "undecodable_pixels", "compressed pixel data under an uncompressed transfer syntax"
+def _compressed(data: bytes, start: int, header: Header) -> np.ndarray:
+    fragments = _fragments(data, start)
+    if header.number_of_frames == 1:
+        frame = b"".join(fragments[1:]) if len(fragments) > 2 else fragments[-1]
+    elif len(fragments) == header.number_of_frames + 1:
+        frame = fragments[header.frame + 1]
+    else:
+        frame = _frame_of_fragments(data[start:], header)
+    if header.bits_allocated not in (8, 16, 32):
+        raise PixelError("undecodable_pixels", f"bits allocated {header.bits_allocated}")
+    try:
+        values, precision = decoders.decode(
+            frame, header.rows, header.columns, header.bits_allocated // 8
         )
-    damaged = length % 2 or (
-        start + length > len(data) and header.transfer_syntax != NATIVE_SYNTAXES[0]
-    )
-    # A damaged VR read as a length would shift the image by two values.
-    if not explicit and damaged:
-        raise PixelError("undecodable_pixels", "the pixel data element is damaged")
-    return start, min(len(data), start + length)
+    # of many kinds on damaged bytes
+    except Exception as error:
+        raise PixelError("undecodable_pixels", type(error).__name__) from error
+    _check_shape(values, header)
+    bits = max(header.bits_allocated, 8 * values.itemsize)
+    kind = "i" if header.pixel_representation else "u"
+    values = values.astype(f"u{bits // 8}", copy=False).view(f"{kind}{bits // 8}")
+    return stored_values(values, header, precision)
 
 
-def _mask_unused_bits(values: np.ndarray, header: Header) -> np.ndarray:
-    """Drops the bits above the stored bits (old overlays), and extends the sign.
+def _fragments(data: bytes, at: int) -> list[bytes]:
+    """The items of encapsulated pixel data: the offset table, and the fragments of the frames.
 
     Raises:
-        PixelError: High Bit is not the last stored bit, as DICOM asks. One of the two is wrong, so
-          the values would be wrong.
+        PixelError: an item is cut off or damaged, or no fragment follows the table.
     """
-    bits = header.bits_allocated
-    stored = header.bits_stored
-    if stored == bits:
-        return values
-    if not 0 < stored == header.high_bit + 1 <= bits:
+    items = []
+    while data[at : at + 4] == _ITEM:
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8
+        if at + length > len(data):
+            raise PixelError("truncated_pixel_data", "the pixel data do not end within the file")
+        items.append(data[at : at + length])
+        at += length
+        # an odd length that does not count the byte behind it
+        if length % 2 and data[at + 1 : at + 5] in (_ITEM, _END_OF_ITEMS):
+            at += 1
+    if len(items) < 2:
         raise PixelError(
-            "undecodable_pixels", f"bits stored {stored}, high bit {header.high_bit}, of {bits}"
+            "undecodable_pixels" if items else "truncated_pixel_data", "no compressed frame"
         )
-    return (values << (bits - 1 - header.high_bit)) >> (bits - stored)
+    if len(data) >= at + 8 and data[at : at + 4] != _END_OF_ITEMS:
+        raise PixelError("undecodable_pixels", "the items of the pixel data are damaged")
+    return items
+
+
+def _frame_of_fragments(value: bytes, header: Header) -> bytes:
+    """One of several frames that have several fragments each, by the offset table or by their end
+    markers."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_frame(value, header.frame, number_of_frames=header.number_of_frames)
+    except Exception as error:
+        raise PixelError("undecodable_pixels", type(error).__name__) from error

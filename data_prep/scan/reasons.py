@@ -15,6 +15,9 @@ REASONS = {
     "bad_zip": "The zip file or its member is damaged, has an unsound or a second name, or shares "
     "bytes with another.",
     "encrypted": "The zip member is protected by a password.",
+    "packed": "The file is compressed in a way that is not read in place (.tar.gz, .xz, .7z ...); "
+    "unpack it first.",
+    "bad_packed": "The tar or gzip file is damaged, or its member has an unsound or a second name.",
     "nested_zip": "The zip file lies inside another zip file; unpack it first.",
     "not_nifti": "The file is not a NIfTI file (.nii, .nii.gz) with its voxels in it.",
     "no_metadata": "The metadata table lacks a row of the NIfTI file.",
@@ -58,6 +61,8 @@ REASONS = {
     "missing_rescale": "Rescale Slope or Intercept is missing, and the stored values are not "
     "plausible as HU.",
     "implausible_hu": "The values are not plausible as HU.",
+    "other_scale": "The slice's values are on another scale than the slices around it: its sign, "
+    "slope or intercept is wrong, or it is padding alone.",
     "contradictory_duplicates": "Different images lie at one position.",
     "duplicate_slice": "The same image lies at the same position once more.",
     "lossy_copy": "The image is a copy of another one that was compressed with loss.",
@@ -80,6 +85,8 @@ NOTES = {
     "no_slice_thickness": "Slice Thickness is missing or no number; the median spacing stands in.",
     "odd_slice_thickness": "A few slices name another Slice Thickness than nearly all others, "
     "whose was taken.",
+    "patient_ids_joined": "The patient's scans carry several Patient IDs (other spellings, copies, "
+    "missing in part); they count as one patient.",
     "gaps": "Slices are missing; no pair crosses a gap.",
     "uneven_spacing": "The spacing of the slices varies by more than a tenth.",
     "in_plane_jump": "The image origin jumps within the plane by more than 1 mm; no pair crosses "
@@ -116,7 +123,8 @@ NOTES = {
     "other_grid_dropped": "Slices of another matrix or pixel spacing were dropped.",
     "other_origin_dropped": "Slices beside the others, at positions that those have, were dropped.",
     "lossy_copies_dropped": "Copies that were compressed with loss were dropped.",
-    "slices_lost": "Slices that could not be decoded were dropped.",
+    "slices_lost": "Slices that could not be decoded, lack their rescale tags or are on another "
+    "scale than their neighbours were dropped.",
     "duplicates_dropped": "Identical slices at one position were dropped.",
     "acquisitions_meet": "Where two acquisitions meet, slices differed at one position; the first "
     "one's was taken.",

@@ -4,8 +4,24 @@ import dataclasses
 
 from data_prep.system.errors import InputError
 
+# Version of the rules by which scans are read: of everything in `data_prep.scan` that decides which
+# scans are taken, their values and their patients. preparation.json has it ("rules"; datasets
+# without it are of version 1), since programs of different versions read some scans differently.
+VERSION = 2
+CHANGES = {  # version -> the difference to the version before
+    2: "stacks that lie between one another are told apart, single bad slices are dropped, "
+    "Patient IDs are read by their character set and joined where they are one patient's, "
+    "placeholders of ages and a contrast that nothing names are unknown, and lungs behind thin "
+    "walls are seen",
+}
+
 # kinds of raw scans; auto: NIfTI for a file name with .nii or .nii.gz, else DICOM
 ARCHIVES = ("auto", "dicom", "nifti")
+
+
+def changes_since(version: int) -> str:
+    """What this program reads otherwise than a program with an earlier version of the rules."""
+    return "; ".join(text for number, text in sorted(CHANGES.items()) if number > version)
 
 
 @dataclasses.dataclass(frozen=True)

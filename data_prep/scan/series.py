@@ -308,8 +308,10 @@ def _check_stack(
             "rotated", f"{rotation:.1f} degrees, at most {MAX_ROTATION_DEGREES:g} are taken"
         )
     notes = [f"split_by_{name}" for name in stack.split_by]
-    if not first.patient_id:
+    if not (first.patient or first.patient_id):
         notes.append("no_patient_id")
+    if first.patient:
+        notes.append("patient_ids_joined")
     if thickness is None:
         notes.append("no_slice_thickness")
         thickness = measured.spacing_mm

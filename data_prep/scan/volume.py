@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from data_prep.scan.geometry import canonical_axes, measure_stack, orient
 from data_prep.scan.headers import Header
 from data_prep.scan.hounsfield import PlausibilityCount, has_rescale, to_hu
 from data_prep.scan.image_kinds import is_lossy_copy
-from data_prep.scan.pixels import PixelError, PixelReader
+from data_prep.scan.pixels import PixelReader
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import (
     Rejection,
@@ -24,6 +25,8 @@ from data_prep.scan.series import (
     origins,
     too_few_detail,
 )
+from data_prep.scan.slice_scale import SAMPLE_STEP, slices_on_another_scale
+from data_prep.scan.stored_bits import PixelError
 
 _READ_AHEAD = 8  # slices that the disk fetches while one slice is decoded
 
@@ -53,7 +56,9 @@ def load_volume(
     """Reads the pixels of a candidate, once. Never raises for the content of the files.
 
     At most one volume is in memory. Slices that cannot be decoded are dropped, up to
-    `rules.max_lost_fraction`. Identical slices at one position count once. Where two acquisitions
+    `rules.max_lost_fraction`, and so are slices on another scale than the slices around them
+    (`slice_scale`), and slices without rescale tags among others with tags. Identical slices at one
+    position count once. Where two acquisitions
     meet, each may have its own image at one position, and both are right: the first acquisition's
     image is taken, at up to `rules.max_lost_fraction` of the positions. Different images of one
     acquisition at one position refuse the volume. Padding and all values below -1500 HU become air,
@@ -63,10 +68,6 @@ def load_volume(
         OSError: the archive cannot be read any more.
     """
     tagged = {has_rescale(header) for header in candidate.headers}
-    if len(tagged) == 2:
-        return candidate.rejected(
-            "missing_rescale", "some slices have rescale tags and some have none"
-        )
     input_dir = reading_ahead(input_dir, (h.source for group in candidate.groups for h in group))
     loader = _SliceLoader(PixelReader(input_dir), len(candidate.headers))
     kept: list[int] = []
@@ -82,6 +83,8 @@ def load_volume(
         will_read(input_dir, (header.source for header in following))
         for header in group:
             try:
+                if len(tagged) == 2 and not has_rescale(header):
+                    raise PixelError("missing_rescale", "other slices have rescale tags")
                 if taken is None:
                     loader.add(header)
                     taken = header
@@ -101,6 +104,10 @@ def load_volume(
             kept.append(i)
             used.append(taken)
 
+    hu, odd = loader.volume(used)
+    lost += [(used[i], "other_scale") for i in odd]
+    kept = [position for i, position in enumerate(kept) if i not in odd]
+    used = [header for i, header in enumerate(used) if i not in odd]
     total = len(candidate.headers)
     if total - len(kept) > rules.max_lost_fraction * total or not kept:
         reason = collections.Counter(reason for _, reason in lost).most_common(1)[0][0]
@@ -115,12 +122,11 @@ def load_volume(
         return candidate.rejected(*fault)
     if len(kept) < rules.min_slices:
         return candidate.rejected("too_few_slices", too_few_detail(len(kept), rules))
-    if fault := loader.plausibility.fault():
-        reason = "implausible_hu" if tagged == {True} else "missing_rescale"
+    if fault := loader.plausibility.fault(without=odd):
+        reason = "missing_rescale" if tagged == {False} else "implausible_hu"
         return candidate.rejected(reason, fault)
 
     pixel_spacing_mm = candidate.pixel_spacing_mm
-    hu = loader.volume()
     chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)
     if rules.require_lung and not covers_chest(chest):
         detail = f"{chest.lung_volume_ml:.0f} ml of lung"
@@ -175,7 +181,8 @@ class _SliceLoader:
         self._reader = reader
         self._num_slices = num_slices
         self._hu: np.ndarray | None = None
-        self._count = 0
+        self._stored: list[np.ndarray] = []  # of each slice, sampled
+        self._whole: list[bool] = []  # of each slice: int16
 
     def add(self, header: Header) -> None:
         """Appends a slice.
@@ -189,8 +196,9 @@ class _SliceLoader:
             self._hu = np.empty((self._num_slices, *image.shape), dtype=image.dtype)
         elif image.dtype == np.float32 and self._hu.dtype == np.int16:
             self._hu = self._hu.astype(np.float32)
-        self._hu[self._count] = image
-        self._count += 1
+        self._hu[len(self._whole)] = image
+        self._whole.append(image.dtype == np.int16)
+        self._stored.append(stored[::SAMPLE_STEP, ::SAMPLE_STEP].copy())
         self.plausibility.add(stored, header)
 
     def equals_last(self, header: Header) -> bool:
@@ -201,8 +209,16 @@ class _SliceLoader:
         """
         hu = to_hu(self._reader.read(header), header)
         image = orient(hu, canonical_axes(header.orientation))
-        return np.array_equal(image, self._hu[self._count - 1])
+        return np.array_equal(image, self._hu[len(self._whole) - 1])
 
-    def volume(self) -> np.ndarray:
-        """The added slices, [S, H, W]."""
-        return self._hu[: self._count]
+    def volume(self, headers: Sequence[Header]) -> tuple[np.ndarray, list[int]]:
+        """The added slices [S, H, W] with these headers, without those on another scale; and the
+        numbers of these."""
+        if self._hu is None:
+            return np.empty((0, 0, 0), np.int16), []
+        hu = self._hu[: len(self._whole)]
+        odd = slices_on_another_scale(hu, headers, self._stored)
+        if not odd:
+            return hu, odd
+        hu = np.delete(hu, odd, axis=0)
+        return hu.astype(np.int16) if all(np.delete(self._whole, odd)) else hu, odd

@@ -8,10 +8,10 @@
 
 import contextlib
 import functools
-import importlib.util
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,6 +33,7 @@ EXIT_FAILED, EXIT_INPUT = 1, 2
 # For what is still open when a command fails. Threads that wait for storage may never end.
 LEAVING_SECONDS = 5.0
 
+_PACKAGES = ("data_prep", "ctssl_jax", "experiments")  # whose flags `--help` shows
 _handled: list[int] = []  # signals that reached a handler of `stop_signals_handled_by`
 
 
@@ -44,7 +45,40 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
       verbs: words that the command line may have beside options, e.g. `plan`, `run` and `draw`.
     """
     leave_at_once()  # recipes are read with the flags, and may take their time
+    if {"-h", "-help", "--help", "--helpshort"} & set(sys.argv[1:]):
+        print(help_text(verbs))
+        sys.exit(0)
     app.run(functools.partial(_run_guarded, main, verbs), flags_parser=_parse_flags)
+
+
+def help_text(verbs: Sequence[str] = ()) -> str:
+    """What `--help` prints: the program's docstring, its verbs, and all of its own flags."""
+    program, own, shared = sys.modules["__main__"], [], []
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module == sys.argv[0] or module == program.__name__:
+            own += defined
+        elif module.partition(".")[0] in _PACKAGES:
+            shared += defined
+    lines = [(program.__doc__ or "").rstrip()]
+    if verbs:
+        lines += ["", f"verbs: {', '.join(verbs)}"]
+    if not own:
+        own, shared = shared, []
+    for title, group in (("flags:", own), ("flags that other commands have, too:", shared)):
+        if group:
+            lines += ["", title, *(_help_of(flag) for flag in group)]
+    return "\n".join([*lines, "", "--helpfull lists the flags of libraries, too."])
+
+
+def _help_of(flag: flags.Flag) -> str:
+    name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+    text = flag.help.partition(";\n    repeat this option")[0]
+    if isinstance(flag.default, str | int | float | list) and flag.default not in ("", False, []):
+        shown = flag.default if isinstance(flag.default, list) else [flag.default]
+        text += f" (default {' '.join(map(str, shown))})"
+    margin = 8 * " "
+    filled = textwrap.fill(text, 96, initial_indent=margin, subsequent_indent=margin)
+    return f"  {name}\n{filled}"
 
 
 def exit_code(error: BaseException) -> int:
@@ -79,21 +113,6 @@ def stop_signals_handled_by(
             # The thread of `early_stop` may see a signal only now that was handled in this block.
             late = _handled and old is left_to_the_thread
             signal.signal(number, signal.SIG_DFL if late else old)
-
-
-def require(package: str, user: str, extra: str) -> None:
-    """Refuse where an optional package is not installed.
-
-    Args:
-      package: name to import.
-      user: the part that needs it, the first words of the message.
-      extra: of this project's installation that brings it.
-
-    Raises:
-      InputError: says how to install it.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f"{user} needs the package {package}: pip install 'ctssl_jax[{extra}]'")
 
 
 def _run_guarded(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import fsspec
 
 from data_prep.system.errors import InputError
+from data_prep.system.extras import pip_install
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -116,7 +117,7 @@ def _open_store(url: str, process: int) -> tuple["AbstractFileSystem", str]:
         store, path = fsspec.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         extra = _extra(url)
-        remedy = f"pip install 'ctssl_jax[{extra}]'" if extra else f"install it ({error})"
+        remedy = pip_install(extra) if extra else f"install it ({error})"
         raise InputError(f"{url}: needs a package that is not installed: {remedy}") from None
     except ValueError as error:
         raise InputError(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import imagecodecs
 import numpy as np
 import pydicom
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import pixel_array
 
 from data_prep.dataset.storage import encode_record, read_records, write_records
@@ -21,7 +21,7 @@ from data_prep.pipeline.notes import Conversion
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
 from data_prep.scan.archives import Source, list_sources
-from data_prep.scan.decoders import DECODER_DEPENDENCIES, decode
+from data_prep.scan.decoders import COMPRESSED_SYNTAXES, decode
 from data_prep.scan.headers import read_header
 from data_prep.scan.loading import plan_exams
 from data_prep.scan.series import SeriesCandidate
@@ -118,8 +118,11 @@ def floor(paths: list[Path]) -> Iterator[bytes]:
     for index, path in enumerate(paths):
         ds = pydicom.dcmread(path)
         syntax = ds.file_meta.TransferSyntaxUID
-        ours = syntax in DECODER_DEPENDENCIES
-        stored = decode(ds, syntax, 0) if ours else pixel_array(ds, raw=True)
+        if syntax in COMPRESSED_SYNTAXES:
+            frame = get_frame(ds.PixelData, 0)
+            stored = decode(frame, ds.Rows, ds.Columns, ds.BitsAllocated // 8).values
+        else:
+            stored = pixel_array(ds, raw=True)
         yield _record(stored.astype(np.int16) + np.int16(-1024), index)
 
 

@@ -11,7 +11,8 @@ from jax.extend.core import Literal
 
 from ctssl_jax.models.layers import ResidualBlock
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
-from experiments.bench.sides import (
+
+from .sides import (
     GIB,
     LEARNING_RATE,
     Batch,

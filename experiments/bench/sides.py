@@ -122,7 +122,8 @@ def make_torch_side(
     from torch.nn import functional
 
     from ctssl_jax.torch_bridge import ctssl_torch, names
-    from experiments.bench import torch_ssim
+
+    from . import torch_ssim
 
     device = torch.device("cuda" if use_gpu else "cpu")
     if use_gpu:

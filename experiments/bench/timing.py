@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import step_profile
-from experiments.bench.sides import Side, compiled_bytes, time_steps
+from . import step_profile
+from .sides import Side, compiled_bytes, time_steps
 
 
 def matmul_peak(side: str, dtype: str, *, use_gpu: bool) -> float:

@@ -9,9 +9,10 @@ import numpy as np
 
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
-from experiments.study import results
-from experiments.study.cells import Cell
-from experiments.study.downstream import Study
+
+from . import results
+from .cells import Cell
+from .downstream import Study
 
 GROUPS = {"pretrained": "C0", "baseline": "black", "control": "0.55"}  # group -> colour
 

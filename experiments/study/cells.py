@@ -1,18 +1,13 @@
 """Cells: the parts of a study that can run on a machine of their own."""
 
-import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 
-PROJECT = Path(__file__).resolve().parents[2]
+from ctssl_jax.training.recipe_files import load_recipe
+
 FRACTIONS = (0.05, 0.10, 0.20, 0.33)  # of the image area: the masks of the progressive chain
-
-
-def load_recipe(name: str, size: str) -> ml_collections.ConfigDict:
-    """A recipe of `configs/`, `reference` or `small`."""
-    return importlib.import_module(f"configs.{name}").get_config(size)
 
 
 class Recipe(NamedTuple):
@@ -49,7 +44,7 @@ class Stage(NamedTuple):
         flags = []
         if self.recipe:
             name, size, fields = self.recipe
-            flags = [f"--config={PROJECT / 'configs' / name}.py:{size}"]
+            flags = [f"--config={name}:{size}"]
             flags += [f"--config.{field}={value}" for field, value in fields.items()]
         for name, value in self.options.items():
             values = value if isinstance(value, tuple) else (value,)

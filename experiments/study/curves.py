@@ -16,9 +16,10 @@ from absl import flags
 
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
-from experiments.study import downstream, results, runner
-from experiments.study.cells import Cell
-from experiments.study.downstream import TITLES, Point, Study
+
+from . import downstream, results, runner
+from .cells import Cell
+from .downstream import TITLES, Point, Study
 
 REFERENCE = "random"
 
@@ -340,7 +341,7 @@ def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:
 
 def main(argv: list[str], figure: Figure) -> int:
     """The command line of a figure."""
-    module = f"experiments.{figure.name}"
+    module = f"{__package__.rpartition('.')[0]}.{figure.name}"
     verb = runner.verb_of(argv, module)
     study = downstream.study_of_flags(verb, figure.kind)
     cells, grid = downstream.grid_cells(study, figure.kind, flags.FLAGS.arms)

@@ -20,8 +20,9 @@ from absl import flags
 
 from data_prep.system import stores
 from data_prep.system.errors import InputError
-from experiments.study import runner
-from experiments.study.cells import Cell, Recipe, Stage, train_cell
+
+from . import runner
+from .cells import Cell, Recipe, Stage, train_cell
 
 TITLES = {
     "random": "random weights",

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.system.files import read_json, written_whole
-from experiments.study.cells import Cell
+
+from .cells import Cell
 
 UNCHECKED = (
     " Whether the models were trained on these patients CANNOT BE CHECKED (other pseudonym key)."

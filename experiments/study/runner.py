@@ -15,11 +15,14 @@ from typing import Any
 
 from absl import flags
 
+import ctssl_jax
+from ctssl_jax.training.recipe_files import load_recipe
 from data_prep.dataset.reader import Dataset
 from data_prep.system import command_line, stores
 from data_prep.system.errors import InputError, RunFailed, StartAgain
 from data_prep.system.files import read_json, write_text
-from experiments.study.cells import PROJECT, Cell, Settings, Stage, load_recipe
+
+from .cells import Cell, Settings, Stage
 
 VERBS = ("plan", "run", "draw")
 # commands that `run_stage_here` can run
@@ -63,7 +66,9 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
     """
     command = [sys.executable, "-m", module, *arguments]
     print(f"\n== {title}\n$ python {shlex.join(command[1:])}", flush=True)
-    paths = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [str(Path(ctssl_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
     started, requests = time.monotonic(), []
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths})
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctssl_jax.runs import strips
-from experiments.study.cells import FRACTIONS, mask_name
-from experiments.study.paper import TABLE2
-from experiments.study.results import markdown, with_spread
+
+from .cells import FRACTIONS, mask_name
+from .paper import TABLE2
+from .results import markdown, with_spread
 
 RECONSTRUCTION = ("next_slice", *(mask_name(fraction) for fraction in FRACTIONS), "denoising")
 CLASSIFICATION = ("rotation", "flip")

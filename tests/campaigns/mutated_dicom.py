@@ -23,10 +23,11 @@ from pydicom.pixels import pixel_array
 from data_prep.scan.archives import Source, list_sources, read_bytes
 from data_prep.scan.headers import NATIVE_SYNTAXES, NotAnImage, read_header
 from data_prep.scan.hounsfield import to_hu
-from data_prep.scan.pixels import PixelError, PixelReader
+from data_prep.scan.pixels import PixelReader
 from data_prep.scan.reasons import REASONS
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import Rejection, plan_series
+from data_prep.scan.stored_bits import PixelError
 from data_prep.scan.volume import load_volume
 
 SECONDS_A_MUTANT = 20

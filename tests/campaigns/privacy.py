@@ -101,7 +101,7 @@ def read_source(archive: Path) -> Source:
         elements = (
             []
             if isinstance(entry, Unreadable)
-            else leaks.header_elements(read_bytes(archive, source))
+            else leaks.header_elements(read_bytes(archive, source))[0]
         )
         num_headers += bool(elements)
         for element in elements:
@@ -370,7 +370,7 @@ def write_private_tables(archive: Path, folder: Path) -> None:
         if not isinstance(source, Unreadable):
             found = {
                 element.keyword: element.value
-                for element in leaks.header_elements(read_bytes(archive, source))
+                for element in leaks.header_elements(read_bytes(archive, source))[0]
             }
             if found.get("Modality") == "CT" and found.get("SOPInstanceUID"):
                 slices[str(found["SOPInstanceUID"])] = len(slices) % 2

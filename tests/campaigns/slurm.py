@@ -249,7 +249,8 @@ def array(jobs: Jobs) -> bool:
         "rotation",
         "| sed -n": "--size=small --num_steps=4 | sed -n",
         "STUDY": str(study),
-        "table2 plan": f"table2 plan --nocross {shlex.join(small)}",
+        "table2 plan": f"table2 plan {shlex.join(small)}",
+        r"\(cross_[a-z0-9_]*\)": r"\(cross_mask_05\|cross_rotation\)",
     }
     block = tiny(recipes()[1], jobs.dataset_64, study, **words)
     script = jobs.checkout / "array.sh"
@@ -314,10 +315,10 @@ def main() -> None:
                 run = jobs.stopped(name, signalled(step_begun, seconds))
                 good &= check_curve(name, run, expected)
         if "time_limit" in chosen:
-            words = {"--time=12:00:00": "--time=4", "num_steps=60": "num_steps=2000"}
+            words = {"--time=12:00:00": "--time=3", "num_steps=60": "num_steps=1000"}
             words |= {"TERM@120": "TERM@60", "eval_every=20": "eval_every=1000"}
             run = jobs.stopped("time_limit", lambda job, workdir, log: None, **words)
-            good &= losses(run)[-1][0] == 2000
+            good &= losses(run)[-1][0] == 1000
         if "node_failure" in chosen:
 
             def node_dies(job: str, workdir: Path, log: Path) -> None:

@@ -7,7 +7,6 @@ import resource
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import imagecodecs
 import numpy as np
@@ -26,7 +25,6 @@ from tests.helpers import dicom_files
 from tests.helpers.training_runs import save_scored
 
 JPEG_LS = "1.2.840.10008.1.2.4.80"
-RLE = "1.2.840.10008.1.2.5"
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +87,15 @@ def test_a_run_length_frame_that_points_outside_itself_is_not_decoded(header, mo
     """The decoder would read there, which ends the process."""
     monkeypatch.setattr(imagecodecs, "dicomrle_decode", lambda *arguments: pytest.fail("decoded"))
     frame = np.array([*header, *[0] * (16 - len(header))], "<u4").tobytes() + bytes(100)
-    runner = SimpleNamespace(transfer_syntax=RLE, rows=4, columns=4, bits_allocated=16)
     for damaged in (frame, frame[:40]):
         with pytest.raises(ValueError, match=r"segments of the frame|ends within its header"):
-            decoders.decode_frame(damaged, runner)
+            decoders.decode(damaged, 4, 4, 2)
 
 
-def test_a_high_bit_that_is_not_the_last_stored_bit_is_refused(tmp_path):
+def test_a_high_bit_that_does_not_fit_the_values_is_refused(tmp_path):
+    """Values of 12 bits that begin at bit 0, said to be 10 bits that end at bit 15."""
     (dataset,) = dicom_files.slices(dicom_files.thorax(1))
-    dataset.BitsStored, dataset.HighBit = 13, 15
+    dataset.BitsStored, dataset.HighBit = 10, 15
     (tmp_path / "mutant").write_bytes(dicom_files.to_bytes(dataset))
     assert mutated_dicom.read_mutant(tmp_path, "absurd_value") == "pixels undecodable_pixels"
 

@@ -13,8 +13,8 @@ from PIL import Image
 from data_prep.system.errors import InputError
 from experiments import figure6
 from experiments.study import attributes, downstream
-from experiments.study.cells import PROJECT
 from experiments.study.downstream import PRESETS, Study
+from tests.helpers.training_runs import PROJECT
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_the_baseline_is_trained_from_random_weights_for_each_attribute(study):
     for attribute, of_seeds in cells.items():
         for seed, cell in zip((3, 4), of_seeds, strict=True):
             train, evaluate = (flags_of(stage) for stage in cell.stages)
-            assert train["config"] == f"{PROJECT / 'configs' / 'attributes.py'}:small"
+            assert train["config"] == "attributes:small"
             assert (train["config.label"], train["config.num_classes"]) == (attribute, "0")
             assert (train["config.seed"], train["config.num_steps"]) == (str(seed), "100")
             assert "config.init_from" not in train and evaluate["workdir"] == train["workdir"]

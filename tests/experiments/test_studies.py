@@ -13,7 +13,6 @@ from unittest.mock import create_autospec
 import numpy as np
 import pytest
 from absl import flags
-from ml_collections import config_flags
 from PIL import Image
 
 from ctssl_jax.evaluation import measure
@@ -21,7 +20,7 @@ from ctssl_jax.parallel import processes
 from ctssl_jax.probes import attribute_probe
 from ctssl_jax.runs import strips
 from ctssl_jax.runs.checkpoints import choose_step
-from ctssl_jax.training import loop
+from ctssl_jax.training import loop, recipe_files
 from data_prep.system.errors import InputError, StartAgain
 from experiments import chain, figure6, table2
 from experiments.study import downstream, results, runner, table2_figure
@@ -341,7 +340,7 @@ def test_a_training_in_this_process_has_the_configuration_of_its_command_line(se
     for point in (Point("rotation", 1, 3, 20), Point("se_resnext", 0.04, 0, 0)):
         stage = downstream.downstream_cell(study, "pe", point).stages[0]
         flag_values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", None, "", flag_values=flag_values)
+        recipe_files.define_flag(help="", flag_values=flag_values)
         sys_argv, sys.argv = sys.argv, ["train", *stage.arguments()[:-1]]
         try:
             flag_values(sys.argv)

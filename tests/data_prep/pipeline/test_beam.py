@@ -30,7 +30,7 @@ RETRYING = ["--runner=BundleBasedDirectRunner"]
 
 @pytest.fixture
 def beam_runner():
-    pytest.importorskip("apache_beam", reason="needs Apache Beam: pip install 'ctssl_jax[beam]'")
+    pytest.importorskip("apache_beam", reason="needs Apache Beam: pip install '.[beam]'")
     from data_prep.pipeline import beam
 
     return beam
@@ -451,7 +451,7 @@ def test_without_the_package_the_extra_is_named_before_any_work(tmp_path, archiv
     where = directories(tmp_path, archive)
     with pytest.raises(
         InputError,
-        match=r"^--runner=beam needs .*: pip install 'ctssl_jax\[beam\]'$",
+        match=r"^--runner=beam needs .*: pip install 'apache-beam[^ ]*'$",
     ):
         prepare(OPTIONS, where, beam_options=[])
     assert not where.output_dir.exists()

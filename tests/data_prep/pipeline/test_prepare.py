@@ -431,6 +431,7 @@ def test_a_volume_is_never_added_twice():
             rejected=[],
             counts={},
             labels={},
+            known_patients={},
         )
 
 

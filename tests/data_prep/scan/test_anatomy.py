@@ -73,3 +73,130 @@ def test_empty_volume_has_no_lung():
 
 def test_the_thorax_of_the_other_tests_is_one():
     assert covers_chest(summarise(thorax(), (5.5, 5.5), 2.5))
+
+
+# ---- thin walls, and fields that cut the body ----------------------------------------------------
+
+PLEURA_MM = (105, 140)  # semi-axes of the chest's inside, rows and columns
+LUNGS = slice(3, 11)  # of 12 slices; widest at slice 7
+
+
+def chest(pixel_mm=0.75, wall_mm=25.0, size=512, lungs=LUNGS, seed=0):
+    """[12, size, size] int16 HU: an elliptic chest wall, two lungs beside a mediastinum, liver and
+    bowel gas in the other slices, noise. Slices 10 mm apart."""
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(0, 25, (size, size))
+    y, x = (np.mgrid[:size, :size] - (size - 1) / 2) * pixel_mm
+    hu = np.empty((12, size, size), np.int16)
+    for i in range(12):
+        scale = 1 - 0.01 * abs(i - 7)
+        rows, columns = (scale * half for half in PLEURA_MM)
+        image = np.full((size, size), -1000.0)
+        image[(x / (columns + wall_mm)) ** 2 + (y / (rows + wall_mm)) ** 2 < 1] = 40
+        if lungs.start <= i < lungs.stop:
+            inside = (x / columns) ** 2 + (y / rows) ** 2 < 1
+            image[inside & (np.abs(x - 10) > 30)] = -860
+        else:
+            image[(x / 40) ** 2 + ((y + 40) / 30) ** 2 < 1] = -1000
+        hu[i] = np.rint(image + np.roll(noise, 17 * i))
+    return hu
+
+
+def circular(hu, pixel_mm, radius_mm, padding=-1000):
+    """The same in a circular field of view."""
+    y, x = (np.mgrid[: hu.shape[1], : hu.shape[2]] - (hu.shape[1] - 1) / 2) * pixel_mm
+    return np.where(np.hypot(x, y) > radius_mm, np.int16(padding), hu)
+
+
+def assert_both_lungs(hu, pixel_mm, box_mm=(-105, 105, -140, 140), origin_mm=None, middle=(6, 7)):
+    """`box_mm`: the lungs' box, relative to the chest's centre, which lies at `origin_mm` (rows,
+    columns) of the image, by default in its middle."""
+    summary = summarise(hu, (pixel_mm, pixel_mm), 10.0)
+    assert covers_chest(summary)
+    assert (summary.first_lung_slice, summary.last_lung_slice) == (LUNGS.start, LUNGS.stop - 1)
+    assert summary.middle_slice in middle
+    centre = origin_mm or [pixel_mm * (size - 1) / 2 for size in hu.shape[1:]]
+    expected = [(centre[i // 2] + edge) / pixel_mm for i, edge in enumerate(box_mm)]
+    np.testing.assert_allclose(summary.lung_box, expected, atol=10 / pixel_mm)
+    return summary
+
+
+@pytest.mark.parametrize("pixel_mm", [0.59, 0.7, 0.85])
+@pytest.mark.parametrize("wall_mm", [6, 8, 10])
+def test_lungs_behind_a_thin_wall_are_seen(pixel_mm, wall_mm):
+    summary = assert_both_lungs(chest(pixel_mm, wall_mm), pixel_mm)
+    area = np.pi * 105 * 140 - 2 * 60 * 105
+    assert summary.lung_fraction[7] == pytest.approx(
+        area / (np.pi * (105 + wall_mm) * (140 + wall_mm)), rel=0.05
+    )
+
+
+@pytest.mark.parametrize("cut", ["one side", "both sides", "front", "circle", "padded circle"])
+@pytest.mark.parametrize("left_mm", [5, -15])  # of the wall of 25 mm; below 0: the lung is cut
+def test_a_field_that_cuts_the_wall_loses_no_lung(cut, left_mm):
+    hu, pixel_mm = chest(), 0.75
+    centre = pixel_mm * (512 - 1) / 2
+    side = round((centre - 140 - left_mm) / pixel_mm)
+    front = round((centre - 105 - left_mm) / pixel_mm)
+    box, origin = [-105, 105, -140, 140], [centre, centre]
+    if cut == "one side":
+        hu, origin[1], box[2] = hu[:, :, side:], centre - side * pixel_mm, max(-140, -140 - left_mm)
+    elif cut == "both sides":
+        hu, origin[1] = hu[:, :, side:-side], centre - side * pixel_mm
+        box[2:] = max(-140, -140 - left_mm), min(140, 140 + left_mm)
+    elif cut == "front":
+        hu, origin[0], box[0] = hu[:, front:], centre - front * pixel_mm, max(-105, -105 - left_mm)
+    else:
+        hu = circular(hu, pixel_mm, 140 + left_mm, -1000 if cut == "circle" else -1024)
+        box[2:] = max(-140, -140 - left_mm), min(140, 140 + left_mm)
+    # A body that fills the whole field is as wide in all slices.
+    middle = (5, 6, 7) if "circle" in cut and left_mm < 0 else (6, 7)
+    assert_both_lungs(hu, pixel_mm, box, origin, middle)
+
+
+def test_lungs_of_a_child_on_a_table_prone_with_arms_beside():
+    """A wall of 6 mm, arms that touch the edge of the field, a table in front of the chest."""
+    hu, pixel_mm = chest(wall_mm=6), 0.75
+    y, x = (np.mgrid[:512, :512] - 255.5) * pixel_mm
+    hu[:, (np.hypot((np.abs(x) - 180) / 25, y / 40) < 1)] = 40
+    add_table(hu, -1, y)
+    assert_both_lungs(hu, pixel_mm)
+
+
+def add_table(hu, side, y):
+    """A table of foam between two shells, 120 to 160 mm behind (1) or in front (-1) of the middle,
+    up to the edge of the field, with a mattress on it that touches the body."""
+    below = side * y
+    hu[:, (below > 108) & (below < 120)] = np.maximum(hu[:, (below > 108) & (below < 120)], -915)
+    hu[:, (below > 120) & (below < 160)] = -900
+    hu[:, (np.abs(below - 121.5) < 1.5) | (np.abs(below - 158.5) < 1.5)] = 100
+
+
+@pytest.mark.parametrize("radius_mm", [None, 150])
+@pytest.mark.parametrize("side", [1, -1])
+def test_table_and_mattress_are_no_lung(radius_mm, side):
+    """An abdomen as wide as the field, with the lung bases in two slices."""
+    hu, pixel_mm = chest(wall_mm=15, lungs=slice(10, 12)), 0.75
+    y = (np.mgrid[:512, :512] - 255.5)[0] * pixel_mm
+    add_table(hu, side, y)
+    hu = hu[:, :, 70:-70] if radius_mm is None else circular(hu, pixel_mm, radius_mm)
+    summary = summarise(hu, (pixel_mm, pixel_mm), 10.0)
+    assert not covers_chest(summary)
+    assert (summary.first_lung_slice, summary.last_lung_slice) == (10, 11)
+    assert summary.lung_fraction[:10].max() < 0.01
+
+
+def test_air_between_arms_and_body_bowel_gas_and_sinuses_are_no_lung():
+    hu, pixel_mm = chest(wall_mm=15, lungs=slice(0, 0)), 0.75
+    y, x = (np.mgrid[:512, :512] - 255.5) * pixel_mm
+    ring = np.hypot(x / 190, y / 150)
+    hu[:, (ring < 1.2) & (ring > 1.02)] = 40  # arms crossed over the body: closed pockets of air
+    summary = summarise(hu, (pixel_mm, pixel_mm), 10.0)
+    assert not covers_chest(summary) and summary.lung_fraction.max() < 0.01
+    skull = np.full((12, 256, 256), -1000, np.int16)
+    y, x = np.mgrid[:256, :256] - 127.5
+    skull[:, np.hypot(x / 75, y / 95) < 1] = 40
+    for side in (-1, 1):
+        skull[:, np.hypot((x - 25 * side) / 18, (y + 40) / 25) < 1] = -1000
+    skull += np.random.default_rng(0).normal(0, 25, skull.shape).astype(np.int16)
+    assert not covers_chest(summarise(skull, (1.0, 1.0), 2.5))

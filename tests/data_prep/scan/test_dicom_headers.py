@@ -12,9 +12,11 @@ from pydicom.dataset import Dataset
 from pydicom.fileset import FileSet
 
 from data_prep.privacy import leaks
-from data_prep.scan import headers
+from data_prep.privacy.pseudonyms import public_fields
+from data_prep.scan import elements, headers
 from data_prep.scan.archives import Source
 from data_prep.scan.headers import Header, NotAnImage, read_header
+from data_prep.scan.series import slice_headers
 from tests.helpers import dicom_files
 from tests.helpers.dicom_files import convert, only_volume
 
@@ -265,7 +267,7 @@ def test_dataset_without_elements(tmp_path):
     buffer = pydicom.filebase.DicomBytesIO()
     buffer.is_little_endian, buffer.is_implicit_VR = True, False
     pydicom.filewriter.write_dataset(buffer, empty)
-    assert read(tmp_path, bytes(128) + b"DICM" + buffer.getvalue()).reason == "not_dicom"
+    assert read(tmp_path, bytes(128) + b"DICM" + buffer.getvalue()).reason == "unreadable"
 
 
 def deflated(dataset, num_bytes: int) -> bytes:
@@ -285,17 +287,20 @@ def test_a_deflated_file_that_expands_beyond_any_scan_is_refused_before(
 ):
     """pydicom would inflate the whole file to find the first element."""
     content = deflated(dataset, 30 << 20)
-    monkeypatch.setattr(pydicom, "dcmread", lambda *arguments, **options: pytest.fail("inflated"))
+    monkeypatch.setattr(
+        elements, "read_partial", lambda *arguments, **options: pytest.fail("inflated")
+    )
     entry = read(tmp_path, content)
     assert isinstance(entry, NotAnImage) and entry.reason == "too_large", entry
     assert len(content) < 200_000
-    assert leaks.header_elements(content) == []
+    assert leaks.header_elements(content) == ([], False)
 
 
 def test_every_tag_that_is_asked_for_is_read():
     named = {int(tag, 16) for tag in re.findall(r"0x([0-9A-F]{8})\b", inspect.getsource(headers))}
+    overlays = {tag for pair in headers._OVERLAYS for tag in pair}
     # the meta information is read whole
-    assert {tag for tag in named if tag >> 16 != 0x0002} == set(headers._TAGS)
+    assert {tag for tag in named if tag >> 16 != 0x0002} == set(headers._TAGS) - overlays
 
 
 def test_elements_that_are_passed_over_change_no_header(tmp_path, dataset, monkeypatch):
@@ -313,3 +318,35 @@ def test_elements_that_are_passed_over_change_no_header(tmp_path, dataset, monke
     passed_over = [read(tmp_path, one) for one in content]
     monkeypatch.setattr(headers, "_TAGS", None)
     assert passed_over == [read(tmp_path, one) for one in content]
+
+
+@pytest.mark.parametrize(
+    ("agent", "contrast"),
+    [
+        (None, None),
+        ("", None),
+        ("NONE", False),
+        ("No contrast", False),
+        ("OMNIPAQUE", True),
+    ],
+)
+def test_contrast_is_unknown_where_nothing_names_it(tmp_path, dataset, agent, contrast):
+    if agent is not None:
+        dataset.ContrastBolusAgent = agent
+    header = read(tmp_path, dicom_files.to_bytes(dataset))
+    assert public_fields(header)["contrast"] is contrast
+
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.parametrize("shared", [True, False])
+def test_tube_voltage_of_enhanced_files(tmp_path, shared):
+    hu = dicom_files.thorax(3)
+    ds = dicom_files.enhanced(hu, intercepts=[-1024] * 3, order=[0, 1, 2])
+    del ds.KVP
+    details = pydicom.Dataset()
+    details.KVP = 100.0
+    groups = ds.SharedFunctionalGroupsSequence if shared else ds.PerFrameFunctionalGroupsSequence
+    for group in groups:
+        group.CTXRayDetailsSequence = [details]
+    header = read(tmp_path, dicom_files.to_bytes(ds))
+    assert {one.kvp for one in slice_headers(header)} == {100.0}

@@ -413,9 +413,9 @@ def test_a_file_without_a_row_is_rejected_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Name,RescaleSlope\nscan,1\n", "no column VolumeName, or two"),
-        ("", "no column VolumeName, or two"),
-        ("VolumeName,VolumeName\na,a\n", "no column VolumeName, or two"),
+        ("Name,RescaleSlope\nscan,1\n", "no column VolumeName; give it"),
+        ("", "the first line is empty"),
+        ("VolumeName,VolumeName\na,a\n", "column 'VolumeName' is there twice"),
         ("VolumeName,RescaleSlope\nscan,one\n", "line 2: RescaleSlope is not a number"),
         ("VolumeName,ZSpacing\nscan,0\n", "line 2: ZSpacing is not a number above 0"),
         ("VolumeName,XYSpacing\nscan,wide\n", r"line 2: XYSpacing is not like \[0.7, 0.7\]"),

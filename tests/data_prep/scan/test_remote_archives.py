@@ -189,7 +189,7 @@ def test_failed_reads_are_told_from_damaged_files(store):
     content = bytearray((store.objects / "a.zip").read_bytes())
     content[50] ^= 1
     (store.objects / "b.zip").write_bytes(content)
-    with pytest.raises(OSError, match=r"b\.zip: member: damaged zip member") as failure:
+    with pytest.raises(OSError, match=r"b\.zip: member: damaged member") as failure:
         archives.read_bytes(archive, member._replace(path="b.zip"))
     assert failure.value.errno is None
 
@@ -240,14 +240,14 @@ def test_refusals_name_the_url_and_the_remedy(store, tmp_path):
 
 def test_missing_packages_are_named(monkeypatch):
     registry = importlib.import_module("fsspec.registry")  # `fsspec.registry` is a dict
-    for protocol, package, extra in (("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")):
+    for protocol, package in (("gs", "gcsfs"), ("s3", "s3fs")):
         monkeypatch.setitem(sys.modules, package, None)  # as if it was not installed
         monkeypatch.delitem(registry._registry, protocol, raising=False)
         with pytest.raises(
             InputError, match=re.escape(f"{protocol}://b/c: needs a package that is not inst")
         ):
             stores.open_store(f"{protocol}://b/c")
-        with pytest.raises(InputError, match=re.escape(f"pip install 'ctssl_jax[{extra}]'")):
+        with pytest.raises(InputError, match=f"pip install '{package}"):
             stores.open_store(f"simplecache::{protocol}://b/c")
 
 

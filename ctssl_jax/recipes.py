@@ -1,0 +1,36 @@
+r"""List the recipes, or the fields of one recipe.
+
+    python -m ctssl_jax.recipes
+    python -m ctssl_jax.recipes masked_region --size=small
+
+A recipe is named in `python -m ctssl_jax.train --config=masked_region:small`, and
+`--config.FIELD=VALUE` sets a field.
+"""
+
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
+from absl import flags
+
+from ctssl_jax.training.recipe_files import recipe_names
+from data_prep.system import command_line
+
+
+def define_flags() -> None:
+    """Called only if this module is the program: other programs define flags of the same names."""
+    flags.DEFINE_enum("size", "reference", ["reference", "small"], "Size of the recipe.")
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    from ctssl_jax.training.recipe_pages import describe, list_recipes
+
+    print(describe(argv[1], flags.FLAGS.size) if argv[1:] else list_recipes())
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main, verbs=recipe_names())

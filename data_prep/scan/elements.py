@@ -1,0 +1,155 @@
+"""A DICOM file -> its elements up to the pixels, in bounded time and memory.
+
+pydicom finds the elements. By itself it takes hours for a few megabytes of zeros or of empty items,
+inflates a deflated file as a whole, and keeps values of any length. Here a file that has more
+elements than its size can need is refused, and zeros end the header.
+"""
+
+import io
+import warnings
+import zlib
+from typing import BinaryIO
+
+import pydicom
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_partial
+
+DEFLATED = "1.2.840.10008.1.2.1.99"
+# Deflate cannot pass 1032. CT slices stay below 10, blank slices below 100.
+MAX_COMPRESSION_RATIO = 200
+RATIO_FREE_BYTES = 16 << 20  # what expands to this size is harmless at any ratio
+
+_META_BYTES = 4096  # the transfer syntax is within these first bytes
+_MAX_META_ELEMENTS = 100
+_INFLATED_CHUNK = 1 << 20
+_PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+# A read finds an element or an item, or its value. A frame of an enhanced file takes up to 200
+# reads and has kilobytes of pixels.
+_FREE_READS, _BYTES_PER_READ, _MAX_READS = 20_000, 200, 1_000_000
+_MAX_BYTES = 256 << 20  # of all values; an enhanced file of 20,000 frames has 40 MB
+_ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # the tag of an item, little and big endian
+_EXPLICIT = b"1.2.840.10008.1.2.1\0\0\0"  # as long as `DEFLATED`
+
+
+class BoundError(ValueError):
+    """A file beyond all headers. `reason` is a name of `data_prep.scan.reasons.REASONS`; the
+    message is the detail."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+def read_elements(
+    file: BinaryIO, size: int, tags: list[int] | None = None
+) -> tuple[pydicom.FileDataset, int | None]:
+    """The data set before its pixels, and the offset of the element that follows it (None: the data
+    set is deflated).
+
+    Args:
+        file: at its start.
+        size: of the file in bytes.
+        tags: the elements to keep; None keeps all.
+
+    Raises:
+        BoundError: more elements or a longer value than a header has, or a deflated file that
+          expands too far.
+        Exception: pydicom raises many kinds on damaged bytes.
+    """
+    inflated = _inflated(file, size)
+    if inflated is not None:
+        size, file = len(inflated), io.BytesIO(inflated)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they quote values
+        dataset = read_partial(
+            _Bounded(file, size), stop_when=_header_ends, force=True, specific_tags=tags
+        )
+    if inflated is not None:
+        dataset.file_meta.TransferSyntaxUID = DEFLATED
+        return dataset, None
+    return dataset, file.tell()
+
+
+def items(dataset: Dataset, tag: int, at_most: int) -> list[Dataset]:
+    """The items of a sequence; [] if it is missing, or holds more than `at_most` items with those
+    within items."""
+    if tag not in dataset or too_many_items(dataset.get_item(tag), at_most):
+        return []
+    value = dataset[tag].value
+    return [item for item in value or () if isinstance(item, Dataset)]
+
+
+def too_many_items(element: DataElement | RawDataElement, at_most: int) -> bool:
+    """Whether an element that is not parsed yet holds more items than that, at any depth."""
+    if not isinstance(element, RawDataElement) or not element.value:
+        return False
+    return element.value.count(_ITEMS[not element.is_little_endian]) > at_most
+
+
+def _header_ends(tag: int, vr: str | None, length: int) -> bool:
+    """At the pixels, or where a copy was interrupted: no data set has the group 0000."""
+    return tag in _PIXELS or (tag == 0 and length == 0)
+
+
+class _Bounded:
+    """A file of which a bounded number of bytes is read, in a bounded number of reads."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._read, self._size = file.read, size
+        self._reads_left = min(_FREE_READS + size // _BYTES_PER_READ, _MAX_READS)
+        self._bytes_left = _MAX_BYTES
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, number: int = -1) -> bytes:
+        self._reads_left -= 1
+        self._bytes_left -= self._size if number < 0 else min(number, self._size)
+        if self._reads_left < 0 or self._bytes_left < 0:
+            raise BoundError("unreadable", "more or longer elements than the header of an image")
+        return self._read(number)
+
+
+def _inflated(file: BinaryIO, size: int) -> bytes | None:
+    """A file of the deflated transfer syntax with its data set inflated, as one of Explicit VR
+    Little Endian; None for other files. The position in the file stays the same.
+
+    Raises:
+        BoundError: it expands further than a zip member may.
+    """
+    place = file.tell()
+    start = file.read(_META_BYTES)
+    try:
+        if DEFLATED.encode() not in start:
+            return None
+        at, data = 132 if start[128:132] == b"DICM" else 0, start + file.read()
+        # the file meta elements, explicit little endian and not deflated
+        for _ in range(_MAX_META_ELEMENTS):
+            if data[at : at + 2] != b"\x02\x00":
+                break
+            if data[at + 4 : at + 6] in (b"OB", b"UN"):
+                at += 12 + int.from_bytes(data[at + 8 : at + 12], "little")
+            else:
+                at += 8 + int.from_bytes(data[at + 6 : at + 8], "little")
+        meta = data[:at].replace(DEFLATED.encode(), _EXPLICIT)
+        try:
+            content = _expanded(memoryview(data)[at:])
+        except zlib.error:
+            return None  # pydicom reports the damage
+        if content is None:
+            raise BoundError("too_large", "a deflated file that expands beyond any scan")
+        return meta + content
+    finally:
+        file.seek(place)
+
+
+def _expanded(content: memoryview) -> bytes | None:
+    """What deflated bytes expand to; None if it is larger than any scan."""
+    allowed = max(RATIO_FREE_BYTES, MAX_COMPRESSION_RATIO * len(content))
+    decompressor, chunks, length = zlib.decompressobj(-zlib.MAX_WBITS), [], 0
+    while content and not decompressor.eof:
+        chunks.append(decompressor.decompress(content, _INFLATED_CHUNK))
+        length += len(chunks[-1])
+        if length > allowed:
+            return None
+        content = memoryview(decompressor.unconsumed_tail)
+    return b"".join(chunks)

@@ -1,0 +1,203 @@
+"""Who is the same patient: Patient IDs that are spelled in several ways, missing in part, or differ
+between copies of one scan.
+
+Training, validation and test are split by patient, so two names of one patient may put the same
+images into two splits. Patient keys (`Header.patient_key`: the Patient ID, or a name made of the
+Study Instance UID where the ID is missing) are one patient where
+
+- the IDs differ only in case, blanks, width of letters (NFKC), or what follows a `^` (an issuer);
+- images of one Series Instance UID, one Study Instance UID or one SOP Instance UID carry them.
+
+A UID that more than four IDs share is a placeholder that names nothing, and so is a SOP Instance
+UID that recurs within a series. To join two patients by mistake costs the splits a patient; not to
+join one patient costs the test its worth. So doubtful cases are joined.
+
+    people = People()
+    people.add(identities(headers))      # of any part of an archive, in any order
+    patients = people.resolve()
+    headers = [patients.named(header) for header in headers]
+"""
+
+import collections
+import dataclasses
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.scan.headers import Header
+
+_MOST_IDS = 4  # of one patient under one UID; more mean a placeholder
+
+
+class Identity(NamedTuple):
+    """What some images say about their patient."""
+
+    patient_key: str
+    patient_id: str
+    key_before: str  # `patient_key` of programs before version 2 of the rules
+    study_uid: str
+    series_uid: str
+
+
+def identities(headers: Iterable[Header]) -> dict[Identity, list[int]]:
+    """The identities of images, each with a digest of the SOP Instance UID of each image."""
+    found: dict[Identity, list[int]] = collections.defaultdict(list)
+    for header in headers:
+        study, before = header.study_instance_uid, header.patient_id_before
+        key = header.patient_id or _key_of_study(study)
+        identity = Identity(
+            key,
+            header.patient_id,
+            key if before is None else before or _key_of_study(study),
+            study,
+            header.series_instance_uid,
+        )
+        digests = found[identity]
+        if header.sop_instance_uid:
+            content = header.sop_instance_uid.encode("utf-8", "backslashreplace")
+            digests.append(int.from_bytes(hashlib.sha256(content).digest()[:8]))
+    return dict(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Patients:
+    """The patients of an archive that have several keys.
+
+    key_of: key -> the one key of its patient.
+    keys_of: one key of a patient -> all keys by which datasets may know the patient.
+    reasons: one key of a patient -> why its keys are one patient.
+    """
+
+    key_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keys_of: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    reasons: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def named(self, header: Header) -> Header:
+        """The header under the one key of its patient."""
+        key = self.key_of.get(header.patient_key)
+        return header if key is None else dataclasses.replace(header, patient=key)
+
+
+class People:
+    """Collects the identities of an archive, about 16 bytes an image."""
+
+    def __init__(self, known: Iterable[Sequence[str]] = ()) -> None:
+        """`known`: keys that earlier runs took for one patient."""
+        self._numbers: dict[Identity, int] = {}
+        self._instances: list[np.ndarray] = []  # [N] uint64, digests
+        self._owners: list[np.ndarray] = []  # [N] uint32, numbers of identities
+        self._known = [tuple(keys) for keys in known]
+
+    def add(self, found: Mapping[Identity, Sequence[int]]) -> None:
+        """Adds a part of the archive."""
+        for identity, digests in found.items():
+            number = self._numbers.setdefault(identity, len(self._numbers))
+            self._instances.append(np.array(digests, np.uint64))
+            self._owners.append(np.full(len(digests), number, np.uint32))
+
+    def resolve(self) -> Patients:
+        """The patients with several keys. The order of `add` makes no difference."""
+        joins: list[tuple[set[str], str]] = [(set(keys), "earlier run") for keys in self._known]
+        shared: dict[tuple[str, str], dict[str, str]] = collections.defaultdict(dict)
+        before: dict[str, set[str]] = collections.defaultdict(set)
+        for identity in self._numbers:
+            spelling = spelling_of(identity.patient_id)
+            tokens = (
+                ("spelling", spelling),
+                ("series", identity.series_uid),
+                ("study", identity.study_uid),
+            )
+            for token in tokens:
+                if token[1]:
+                    shared[token][identity.patient_key] = spelling
+            if identity.key_before != identity.patient_key:
+                before[identity.patient_key].add(identity.key_before)
+        for (kind, _), spelling_of_key in shared.items():
+            if len(spelling_of_key) > 1 and _is_no_placeholder(spelling_of_key.values()):
+                joins.append((set(spelling_of_key), kind))
+        joins += [(keys, "instances") for keys in self._sharing_instances()]
+        joins = [(keys, kind) for keys, kind in joins if len(keys) > 1]
+        groups = merged(keys for keys, _ in joins)
+        kinds: dict[str, set[str]] = collections.defaultdict(set)
+        for keys, kind in joins:
+            for key in keys:
+                kinds[key].add(kind)
+        present = {identity.patient_key: identity.patient_id for identity in self._numbers}
+        key_of, keys_of, reasons = {}, {}, {}
+        for group in groups:
+            here = group & present.keys()
+            if not here:
+                continue
+            one = min(here, key=lambda key: (not present[key], key))  # an ID, if there is one
+            if len(here) > 1:
+                key_of |= dict.fromkeys(here, one)
+                reasons[one] = tuple(sorted(set().union(*(kinds[key] for key in here))))
+            keys_of[one] = group | set().union(*(before.get(key, set()) for key in here))
+        for key, others in before.items():
+            if key not in key_of:
+                keys_of[key] = keys_of.get(key, {key}) | others
+        return Patients(
+            key_of, {key: tuple(sorted(keys)) for key, keys in keys_of.items()}, reasons
+        )
+
+    def _sharing_instances(self) -> list[set[str]]:
+        """Keys under which one SOP Instance UID lies."""
+        if not self._instances:
+            return []
+        instances, owners = np.concatenate(self._instances), np.concatenate(self._owners)
+        order = np.lexsort((owners, instances))
+        instances, owners = instances[order], owners[order]
+        same = instances[1:] == instances[:-1]
+        recurring = instances[1:][same & (owners[1:] == owners[:-1])]
+        several = np.setdiff1d(instances[1:][same], recurring)
+        if not len(several):
+            return []
+        chosen = np.isin(instances, several)
+        starts = np.flatnonzero(np.diff(instances[chosen])) + 1
+        groups = {tuple(group.tolist()) for group in np.split(owners[chosen], starts)}
+        named = list(self._numbers)
+        sharing = []
+        for group in groups:
+            members = [named[number] for number in group]
+            if _is_no_placeholder(spelling_of(member.patient_id) for member in members):
+                sharing.append({member.patient_key for member in members})
+        return sharing
+
+
+def spelling_of(patient_id: str) -> str:
+    """A Patient ID without the differences that people and systems make: case, blanks, wide
+    letters, the issuer behind a `^`."""
+    text = unicodedata.normalize("NFKC", patient_id)
+    plain = "".join(text.split("^")[0].split()) or "".join(text.split())
+    return plain.casefold()
+
+
+def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
+    """Groups that share a member become one."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    for group in groups:
+        first, *others = sorted(group)
+        for other in others:
+            a, b = sorted((root(first), root(other)))
+            parent[b] = a
+    members: dict[str, set[str]] = collections.defaultdict(set)
+    for name in parent:
+        members[root(name)].add(name)
+    return list(members.values())
+
+
+def _is_no_placeholder(spellings: Iterable[str]) -> bool:
+    return len({spelling for spelling in spellings if spelling}) <= _MOST_IDS
+
+
+def _key_of_study(study_uid: str) -> str:
+    return f"study:{study_uid}"

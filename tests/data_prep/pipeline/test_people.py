@@ -1,0 +1,140 @@
+"""One patient in a dataset: copies under other names, growth across versions of the rules, labels
+whose key fits several scans."""
+
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+
+from data_prep.dataset.reader import Dataset
+from data_prep.dataset.schema import read_preparation, write_preparation
+from data_prep.labels import staging
+from data_prep.labels.lookup import LabelSources
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
+from data_prep.scan.archives import list_sources
+from data_prep.scan.headers import read_header
+from data_prep.scan.loading import header_reader, plan_exams
+from data_prep.scan.rules import Rules
+from data_prep.scan.volume import load_volume
+from data_prep.system.errors import InputError
+from tests.helpers import dicom_files
+from tests.helpers.dicom_files import thorax, uid
+
+OPTIONS = Options(image_size=16, splits=(1.0, 0.0, 0.0))
+
+
+def add_scan(folder, patient: str, study: int, seed: int, *, series: int = 1, edit=None, **options):
+    hu = options.pop("hu", thorax(20, seed=seed))
+    datasets = dicom_files.slices(hu, study=study, series=series, patient=patient, **options)
+    for number, ds in enumerate(datasets):
+        if edit:
+            edit(ds, number)
+    return dicom_files.write(folder / f"{patient}-{study}-{series}", datasets)
+
+
+def run(folder, key_file, options=OPTIONS):
+    places = Directories(folder / "scans", folder / "dataset", folder / "audit")
+    return places, prepare(options, places, num_workers=1, pseudonym_key_file=key_file)[0]
+
+
+def patients(places) -> list[str]:
+    return [row["patient_id"] for row in Dataset.open(places.output_dir).volumes()]
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+
+def test_the_same_pixels_under_two_patients_are_one_patient(tmp_path, key_file):
+    """All UIDs were replaced: a whole copy, and a copy turned by 180 degrees and without its first
+    slices."""
+    scans = tmp_path / "scans"
+    add_scan(scans, "patient-1", 1, seed=1)
+    add_scan(scans, "ANON42", 2, seed=1)
+    turned = {"orientation": (-1, 0, 0, 0, -1, 0), "origin": (0.5, 10.5, -290.0)}
+    add_scan(scans, "B7", 3, seed=2, hu=thorax(23, seed=2)[3:, ::-1, ::-1], **turned)
+    add_scan(scans, "C8", 4, seed=2, hu=thorax(23, seed=2))
+    add_scan(scans, "other", 5, seed=5)
+    places, preparation = run(tmp_path, key_file)
+    assert len(patients(places)) == 5 and len(set(patients(places))) == 3
+    assert preparation["counts"]["patients_joined"] == 2
+
+
+# ---- growth --------------------------------------------------------------------------------------
+
+
+def as_rules_1(directory):
+    """Makes a dataset look as if an earlier program had written it."""
+    preparation = read_preparation(directory)
+    preparation.pop("rules", None)
+    write_preparation(directory, preparation)
+
+
+def test_a_grown_archive_keeps_its_pseudonyms_and_counts_both_rules(tmp_path, key_file):
+    scans = tmp_path / "scans"
+    add_scan(scans, "patient-1", 1, seed=1)
+    add_scan(scans, "", 2, seed=2)
+    places, _ = run(tmp_path, key_file)
+    as_rules_1(places.output_dir)
+    before = Dataset.open(places.output_dir).volumes()
+    add_scan(scans, "PATIENT-1 ", 3, seed=3)
+    add_scan(scans, "Z", 2, seed=4, series=2)  # now the study has an ID
+    add_scan(scans, "Z", 5, seed=5)
+    _, preparation = run(tmp_path, key_file)
+    after = Dataset.open(places.output_dir).volumes()
+    assert after[: len(before)] == before and len(after) == 4
+    assert set(patients(places)) == {row["patient_id"] for row in before}
+    assert preparation["rules"] == {"version": 2, "volumes": {"1": 2, "2": 2}}
+
+
+def test_growth_that_would_join_patients_of_two_splits_is_refused(tmp_path, key_file):
+    scans, options = tmp_path / "scans", Options(image_size=16, splits=(0.5, 0.0, 0.5))
+    add_scan(scans, "a", 1, seed=1)
+    add_scan(scans, "b", 2, seed=2)
+    places, _ = run(tmp_path, key_file, options)
+    before = Dataset.open(places.output_dir).volumes()
+    add_scan(scans, "b", 1, seed=3, series=2)  # the study of a
+    with pytest.raises(InputError, match=r"one patient.* different splits") as error:
+        run(tmp_path, key_file, options)
+    assert all(row["patient_id"] in str(error.value) for row in before)
+    assert Dataset.open(places.output_dir).volumes() == before
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+
+def test_an_instance_uid_of_two_slices_labels_none(tmp_path):
+    def twice(ds, number):
+        ds.SOPInstanceUID = uid(1, 1, min(number + 1, 19))
+
+    folder = add_scan(tmp_path / "scans", "patient-1", 1, seed=1, edit=twice)
+    shutil.copy(folder / "IM0003", folder / "copy")  # a copy is no other slice
+    table = tmp_path / "labels.csv"
+    rows = [f"{uid(1, 1, number)},{number % 2}\n" for number in range(1, 20)]
+    table.write_text("SOPInstanceUID,pe\n" + "".join(rows))
+    labels = staging.stage(LabelSources(labels_csv=(table,)), folder, tmp_path / "staged")
+    headers = [read_header(folder, source) for source in list_sources(folder)]
+    counts = staging.match(labels, headers)
+    assert counts["label_rows_of_several_scans"] == {"pe": 1}
+    [[candidate]] = plan_exams(headers, Rules()).exams
+    classes = [
+        row["pe"] for row in labels.labels_of(load_volume(folder, candidate, Rules())).slices
+    ]
+    assert classes == [*((number + 1) % 2 for number in range(18)), None, None]
+
+
+def test_a_file_name_of_two_scans_labels_none(tmp_path):
+    affine = np.diag([-5.0, -5.0, 2.5, 1])
+    for number, name in enumerate(("a/scan", "b/scan", "b/other")):
+        path = tmp_path / "scans" / f"{name}.nii"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hu = thorax(20, seed=number).transpose(2, 1, 0)
+        nibabel.save(nibabel.Nifti1Image(hu, affine), path)
+    table = tmp_path / "labels.csv"
+    table.write_text("VolumeName,pe\nscan.nii,1\nother.nii,0\n")
+    sources = LabelSources("nifti", labels_csv=(table,))
+    labels = staging.stage(sources, tmp_path / "scans", tmp_path / "staged")
+    read = header_reader("nifti")
+    headers = [read(tmp_path / "scans", s) for s in list_sources(tmp_path / "scans")]
+    assert staging.match(labels, headers)["label_rows_of_several_scans"] == {"pe": 1}
