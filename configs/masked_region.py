@@ -32,7 +32,8 @@ from ctssl_jax.training.blocks import (
 
 
 def get_config(size: str = "reference") -> ml_collections.ConfigDict:
-    """The values of the paper; where it is silent or contradicts itself, of the table in README."""
+    """The values of the paper; where it is silent or contradicts itself, of the table in
+    configs/README.md."""
     small = is_small(size)
     config = ml_collections.ConfigDict()
     config.recipe = "masked_region_small" if small else "masked_region"

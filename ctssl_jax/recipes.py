@@ -2,6 +2,7 @@ r"""List the recipes, or the fields of one recipe.
 
     python -m ctssl_jax.recipes
     python -m ctssl_jax.recipes masked_region --size=small
+    python -m ctssl_jax.recipes --markdown     # the tables of configs/README.md
 
 A recipe is named in `python -m ctssl_jax.train --config=masked_region:small`, and
 `--config.FIELD=VALUE` sets a field.
@@ -21,12 +22,16 @@ from data_prep.system import command_line
 def define_flags() -> None:
     """Called only if this module is the program: other programs define flags of the same names."""
     flags.DEFINE_enum("size", "reference", ["reference", "small"], "Size of the recipe.")
+    flags.DEFINE_bool("markdown", False, "All fields of all recipes, as in configs/README.md.")
 
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    from ctssl_jax.training.recipe_pages import describe, list_recipes
+    from ctssl_jax.training.recipe_pages import describe, list_recipes, markdown
 
+    if flags.FLAGS.markdown:
+        print(markdown())
+        return 0
     print(describe(argv[1], flags.FLAGS.size) if argv[1:] else list_recipes())
     return 0
 

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         table_text,
     )
     from data_prep.dataset.reader import Dataset
-    from data_prep.dataset.schema import REJECTED_FILE
+    from data_prep.dataset.schema import REJECTED_FILE, rules_lines
     from data_prep.dataset.storage import write_table
     from data_prep.system import stores
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     rows = cohort_table(dataset.volumes(), rejected) + label_rows(dataset)
     synthetic = " (SYNTHETIC: a phantom, no patients)" * dataset.preparation["synthetic"]
     print(table_text(rows, f"{dataset.directory}{synthetic}"))
-    for note in notes_on_parts(dataset):
+    for note in [*notes_on_parts(dataset), *map(str.strip, rules_lines(dataset.preparation))]:
         print(f"NOTE {note}")
     named = FLAGS.dataset.rstrip("/")
     named = named.rsplit("/", 1)[-1] if stores.is_url(named) else named

@@ -24,7 +24,7 @@ data_prep.scan.nifti_metadata). Beside any archive:
                             StudyInstanceUID or VolumeName: of a volume; PatientID: of a patient)
                             and a column a label; empty cells are missing labels
     --attributes_csv=FILE   PatientID and any of age, sex, ethnic_group, which replace the headers
-    --masks_dir=DIR         masks as DICOM-SEG or NIfTI files
+    --masks_dir=DIR         masks as DICOM-SEG, RTSTRUCT or NIfTI files
 
 --runner=beam converts and writes the shards under Apache Beam, on many machines if --beam_options
 name some (see data_prep.pipeline.beam). The dataset is the same to the byte.
@@ -84,9 +84,8 @@ def main(argv: list[str]) -> int:
     names = ("attributes_csv", "metadata_csv", "masks_dir", "annotations_dir")
     paths = {name: _path(name) for name in names}
     tables = tuple(stores.local_path(path, "--labels_csv") for path in FLAGS.labels_csv)
-    sources = LabelSources(
-        FLAGS.archive, tables, **paths, consensus=FLAGS.consensus, min_area_px=FLAGS.min_area_px
-    )
+    names = ("require_masks", "consensus", "min_area_px")
+    sources = LabelSources(FLAGS.archive, tables, **paths, **{n: FLAGS[n].value for n in names})
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", _UPLOAD)
     audit_dir = _path("audit_dir", "choose a directory here") or default_audit_dir(output_dir)
     directories = Directories(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
@@ -165,7 +164,8 @@ def define_flags() -> None:
         None,
         "Table of VolumeName and the facts that NIfTI files lack (--archive=nifti).",
     )
-    text("masks_dir", None, "Directory of masks, DICOM-SEG or NIfTI.")
+    text("masks_dir", None, "Directory of masks, DICOM-SEG, RTSTRUCT or NIfTI.")
+    yes("require_masks", False, "Reject scans without a mask; else their mask is unknown.")
     text(
         "annotations_dir", None, "XML of lidc_idri: folder or tar file (default: among the scans)."
     )

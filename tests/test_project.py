@@ -1,7 +1,5 @@
-"""The project around the code: README's commands, light command lines, one-way imports, no machine
-named anywhere."""
+"""The project around the code: light command lines, no machine named anywhere."""
 
-import importlib
 import re
 import subprocess
 import sys
@@ -29,10 +27,6 @@ COMMANDS = (
     "experiments.figure5",
     "experiments.figure_s1",
     "experiments.figure6",
-)
-OTHER_PROGRAMS = set(  # flags in README that are those of pip, ruff, pytest, Slurm and gcloud
-    "array check command dependency dist force gres help nodes parsable recurse requeue signal "
-    "spot time user worker zone project".split()
 )
 
 
@@ -78,53 +72,6 @@ def test_command_lines_can_be_imported_together():
         [sys.executable, "-c", imports], capture_output=True, text=True, cwd=PROJECT
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_readme_shows_the_commands():
-    readme = (PROJECT / "README.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL)
-    assert any("pip install" in block and "experiments.quickstart" in block for block in blocks)
-    marked = readme.split("<!-- test command -->")[1]
-    command = re.search(r"```bash\n(.*?)```", marked, flags=re.DOTALL).group(1)
-    for part in (
-        "python3 -m venv",
-        "'.[test,torch]'",
-        "ruff check",
-        "ruff format --check",
-        ".venv/bin/mypy",
-        "-m pytest",
-    ):
-        assert part in command
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", readme):
-        assert (PROJECT / name).is_file(), f"README shows {name}, which is not there"
-
-
-def _flat(config):
-    """(name, value) of every field, `mask.fraction` and so on."""
-    for name, value in config.items():
-        if hasattr(value, "items"):
-            yield from ((f"{name}.{inner}", one) for inner, one in _flat(value))
-        else:
-            yield name, value
-
-
-def test_readme_names_only_flags_and_fields_that_exist():
-    readme = (PROJECT / "README.md").read_text()
-    sources = "\n".join(
-        path.read_text() for path in PROJECT.rglob("*.py") if ".venv" not in path.parts
-    )
-    for flag in set(re.findall(r"--([a-z_]+)(?==|`| |\n)", readme)) - OTHER_PROGRAMS:
-        # --nochained: a bool is false
-        spellings = (f'"{flag}"', f'"--{flag}"', f'"{flag.removeprefix("no")}"')
-        known = any(spelling in sources for spelling in spellings)
-        assert known or flag == "config", f"README names --{flag}"
-    recipes = [path.stem for path in (PROJECT / "configs").glob("*.py") if path.stem != "__init__"]
-    fields = set()
-    for recipe in recipes:
-        config = importlib.import_module(f"configs.{recipe}").get_config()
-        fields |= {*config, *(name for name, _ in _flat(config))}
-    for field in re.findall(r"--config\.([a-z_.]+)", readme):
-        assert field in fields, f"README names config.{field}"
 
 
 def test_repository_names_no_machine():

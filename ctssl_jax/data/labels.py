@@ -228,8 +228,9 @@ def labels_of_records(dataset: Dataset, split: str, label: str) -> np.ndarray:
 
 
 def mask_areas(dataset: Dataset, split: str) -> np.ndarray:
-    """Foreground pixels of every record of a split: [R] int64."""
-    return np.array([row["mask_area_px"] for row in dataset.slices(split)], np.int64)
+    """Foreground pixels of every record of a split, -1 where its scan has no mask: [R] int64."""
+    areas = [row["mask_area_px"] for row in dataset.slices(split)]
+    return np.array([-1 if area is None else area for area in areas], np.int64)
 
 
 def lung_boxes(volumes: Sequence[dict], image_size: int) -> dict[str, np.ndarray]:

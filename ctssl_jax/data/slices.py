@@ -182,7 +182,8 @@ class NeighbourSource:
             of_dataset = preparation["labels"].get(targets.label, {"level": "volume"})
             self.label_level = of_dataset["level"]
         elif targets.mask:
-            self.positive = mask_areas(dataset, split)[centres] > 0
+            areas = mask_areas(dataset, split)[centres]
+            self.table, self.positive = self.table[areas >= 0], areas[areas >= 0] > 0
         self._records = dataset.source(split) if len(self.table) else ()
         self._channels = (
             None if tuple(channels) == tuple(range(preparation["channels"])) else list(channels)

@@ -33,8 +33,8 @@ from ctssl_jax.runs.reports import say
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_json
 
-# A run may resume with other values of these fields, which the table in README repeats; all others
-# decide what it computes.
+# A run may resume with other values of these fields, which a table in ctssl_jax/README.md repeats;
+# all others decide what it computes.
 MAY_CHANGE = {
     "dataset": "another path of the same data (the fingerprint decides)",
     "init_from": "another path of the same weights; not from empty to a path or back",

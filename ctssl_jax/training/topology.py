@@ -160,7 +160,7 @@ def estimate_topology(config: ml_collections.ConfigDict, name: str) -> None:
 def advice(config: ml_collections.ConfigDict, mesh: Mesh) -> list[str]:
     """Lines for the screen: better settings that are known for the TPUs of a mesh; else none.
 
-    Found with `estimate_topology`; the README has the table.
+    Found with `estimate_topology`; `parallel/README.md` has the table.
     """
     chip = CHIPS.get(mesh.devices.flat[0].device_kind)
     if chip is None:

@@ -50,6 +50,9 @@ def label_rows(dataset: Dataset) -> list[tuple[str, str, str]]:
             "slices with foreground",
             [split_of[row["volume_id"]] for row in slices if row[MASK_AREA_COLUMN]],
         )
+        unknown = [split_of[row["volume_id"]] for row in slices if row[MASK_AREA_COLUMN] is None]
+        if unknown:
+            add("Masks", "slices of scans without a mask", unknown)
         add("Masks", "regions", [split_of[row["volume_id"]] for row in regions])
     for score in sorted({row.get("malignancy") for row in regions} - {None}):
         rated = [split_of[row["volume_id"]] for row in regions if row["malignancy"] == score]

@@ -91,7 +91,8 @@ VOLUME_COLUMNS: dict[str, type] = {
 }
 REJECTED_COLUMNS = ("series_id", "num_files", "reason", "detail")
 LEVELS = ("slice", "volume", "patient")  # of labels
-MASK_AREA_COLUMN = "mask_area_px"  # of slices.csv: foreground pixels of the stored mask
+# of slices.csv: foreground pixels of the stored mask; empty: the scan has none, so it is unknown
+MASK_AREA_COLUMN = "mask_area_px"
 REGION_COLUMNS: dict[str, type] = {
     "volume_id": str,
     "region": int,  # its number in the masks of the volume

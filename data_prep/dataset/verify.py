@@ -21,7 +21,7 @@ from data_prep.dataset.schema import (
     table_columns,
 )
 from data_prep.dataset.storage import decode_record, read_records
-from data_prep.masks.reading import MAX_REGIONS
+from data_prep.masks.grid import MAX_REGIONS
 from data_prep.scan.geometry import measure_stack
 from data_prep.system.errors import DatasetError
 from data_prep.system.files import file_sha256
@@ -177,7 +177,7 @@ def _shard_problems(
     checksum: str,
     first: int,
     rows: list[dict[str, Any]],
-    masks: dict[str, tuple[list[int], set[int]]],
+    masks: dict[str, tuple[list[int | None], set[int]]],
 ) -> list[str]:
     """Problems of one shard, whose first record is record `first` of its split. `masks`: of each
     volume, the foreground pixels of its slices, and its regions."""
@@ -231,14 +231,14 @@ def _without_pixels(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mask_faults(
-    records: list[dict[str, Any]], listed: tuple[list[int], set[int]] | None, has_masks: bool
+    records: list[dict[str, Any]], listed: tuple[list[int | None], set[int]] | None, has_masks: bool
 ) -> Iterator[str]:
     with_masks = sum("mask_area" in record for record in records)
     if with_masks != (len(records) if has_masks else 0):
         yield f"{with_masks} of {len(records)} records have a mask"
     elif listed is not None:
         areas, regions = listed
-        if [record["mask_area"] for record in records] != areas:
+        if [record["mask_area"] for record in records] != [area or 0 for area in areas]:
             yield f"the foreground of its masks differs from {SLICES_FILE}"
         if strange := set().union(*(record["regions"] for record in records)) - regions:
             yield f"its masks hold region {min(strange)}, which {REGIONS_FILE} does not list"

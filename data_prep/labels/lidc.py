@@ -13,9 +13,8 @@ Coordinates are pixels of the source matrix, x a column and y a row, from 0.
 
 import collections
 import statistics
-import tarfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,8 @@ from PIL import Image, ImageDraw
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
-from data_prep.scan import archives
+from data_prep.labels.annotation_files import xml_files
+from data_prep.scan.reasons import LeftOut
 from data_prep.system.errors import InputError
 
 CONSENSUS = 0.7
@@ -47,6 +47,10 @@ _MIN_TOLERANCE = 0.1
 
 class LidcError(InputError):
     """Annotations that cannot be used, in one line."""
+
+
+class ContradictoryReading(LidcError):
+    """A second reading of a series that differs from the first."""
 
 
 class ContourOutside(LidcError):
@@ -190,53 +194,51 @@ def _text(element: ElementTree.Element, name: str) -> str:
     return text
 
 
-def read_readings(path: str | Path) -> dict[str, Reading]:
-    """Every CT reading below a folder (zip files included) or in a tar file, by Series Instance
+def read_readings(path: str | Path, left_out: list[LeftOut] | None = None) -> dict[str, Reading]:
+    """Every CT reading below a folder (packed files included) or in a tar file, by Series Instance
     UID.
 
     The collection has the readings of six series in 2 to 6 files that differ in their headers. Such
     a series counts once.
 
+    Args:
+        path: folder or tar file.
+        left_out: collects the files that cannot be used; None raises. A series with two different
+            readings has none.
+
     Raises:
-        LidcError: a file is damaged, a series has two different readings, or `path` has no reading.
-        InputError: `path` does not exist.
+        LidcError: a file is damaged or contradicts another, or `path` has no reading.
+        InputError: `path` does not exist, or is a tar file that expands too far.
         OSError: a file cannot be read.
     """
+    strict, left_out = left_out is None, [] if left_out is None else left_out
     readings: dict[str, Reading] = {}
-    for name, content in _xml_files(Path(path)):
-        reading = read_reading(content, name)
-        if reading is None:
-            continue
-        first = readings.setdefault(reading.series_instance_uid, reading)
-        if first is not reading and not same_contours(first, reading):
-            raise LidcError(
-                f"{name}: a second, different reading of its series; leave one of the two files out"
-            )
+    contradictory: set[str] = set()
+    for name, content in xml_files(Path(path), left_out):
+        try:
+            reading = read_reading(content, name)
+            if reading is None:
+                continue
+            first = readings.setdefault(reading.series_instance_uid, reading)
+            if first is not reading and not same_contours(first, reading):
+                contradictory.add(reading.series_instance_uid)
+                raise ContradictoryReading(
+                    f"{name}: a second, different reading of its series; "
+                    "leave one of the two files out"
+                )
+        except LidcError as error:
+            if strict:
+                raise
+            reason = "contradicts" if isinstance(error, ContradictoryReading) else "damaged"
+            left_out.append(LeftOut(name, reason, str(error).removeprefix(f"{name}: ")))
     if not readings:
+        others = sorted({f"{entry.path}: {entry.detail}" for entry in left_out})
+        others = f"; {len(others)} files cannot be used, such as {others[0]}" if others else ""
         raise LidcError(
             f"{path}: no CT reading of LIDC-IDRI (XML, root LidcReadMessage); "
-            "give the folder or tar file"
+            f"give the folder or tar file{others}"
         )
-    return readings
-
-
-def _xml_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    if path.is_file():
-        try:
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    if member.isfile() and member.name.lower().endswith(".xml"):
-                        yield member.name, archive.extractfile(member).read()
-        except (tarfile.TarError, EOFError) as error:
-            raise LidcError(
-                f"{path}: not a readable tar file ({error}); give a folder or tar file of XML"
-            ) from error
-        return
-    for source in archives.list_sources(path):
-        if isinstance(source, archives.Source) and (source.member or source.path).lower().endswith(
-            ".xml"
-        ):
-            yield f"{source.path} {source.member}".strip(), archives.read_bytes(path, source)
+    return {uid: reading for uid, reading in readings.items() if uid not in contradictory}
 
 
 def same_contours(first: Reading, second: Reading) -> bool:

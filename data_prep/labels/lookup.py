@@ -6,7 +6,8 @@
 
 A label keeps the level of its key: a slice (SOP Instance UID), a volume or a patient. A label that
 the tables lack stays missing. Masks come from LIDC-IDRI's readers or from the files of a folder. A
-series without a mask is rejected, since an unread scan may or may not have nodules.
+series that LIDC-IDRI's readers have not read is rejected. A scan without a mask file is taken, and
+its mask is unknown, unless masks are required: an unread scan may or may not have nodules.
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ import numpy as np
 
 from data_prep.labels import lidc
 from data_prep.labels import tables as label_tables
-from data_prep.masks import reading as mask_files
-from data_prep.masks.reading import MAX_REGIONS
+from data_prep.masks.grid import MAX_REGIONS, MaskError
+from data_prep.masks.reading import read_masks
 from data_prep.scan.geometry import canonical_axes, orient
 from data_prep.scan.headers import Header
 from data_prep.scan.nifti_metadata import volume_name
@@ -44,6 +45,7 @@ class LabelSources:
     attributes_csv: Path | None = None
     metadata_csv: Path | None = None  # of a NIfTI archive (`data_prep.scan.nifti_metadata`)
     masks_dir: Path | None = None
+    require_masks: bool = False  # refuse scans without a mask in `masks_dir`
     annotations_dir: Path | None = None  # XML of LIDC-IDRI; None: among the scans
     consensus: float = lidc.CONSENSUS
     min_area_px: int = lidc.MIN_AREA_PX
@@ -56,7 +58,8 @@ class LabelSources:
                 "consensus": self.consensus,
                 "min_area_px": self.min_area_px,
             }
-        return {"source": "masks_dir"} if self.masks_dir else None
+        required = {"required": True} if self.require_masks else {}
+        return {"source": "masks_dir", **required} if self.masks_dir else None
 
 
 class VolumeLabels(NamedTuple):
@@ -64,7 +67,7 @@ class VolumeLabels(NamedTuple):
 
     slices: list[dict[str, int | None]]  # for each slice: class of each slice label
     volume: dict[str, int | None]  # class of each label of volume or patient
-    # [S, H, W] uint8 at the source matrix, canonical orientation; None: the dataset has none
+    # [S, H, W] uint8 at the source matrix, canonical orientation; None: unknown
     mask: np.ndarray | None
     regions: list[dict[str, Any]]  # rows of regions.csv but for `volume_id`
 
@@ -85,7 +88,7 @@ class Labels:
     database: Path
     tables: tuple[TableSpec, ...]
     sources: LabelSources
-    masks: Mapping[str, Path]
+    masks: Mapping[str, tuple[Path, ...]]
     counts: Mapping[str, Any]
 
     @property
@@ -112,8 +115,8 @@ class Labels:
         if self.sources.archive == "lidc_idri":
             reading = self._reading(candidate)
             return hashlib.sha256(repr(_plain(reading)).encode()).hexdigest() if reading else ""
-        path = self._mask_path(candidate.headers[0]) if self.has_masks else None
-        return "" if path is None else file_sha256(path)
+        paths = self._mask_paths(candidate.headers[0]) if self.has_masks else ()
+        return " ".join(map(file_sha256, paths))
 
     def fault(self, candidate: SeriesCandidate) -> Rejection | None:
         """The reason why a series cannot have its mask, as far as headers tell; None: it may."""
@@ -126,7 +129,7 @@ class Labels:
             if not strange:
                 return None
             return candidate.rejected("annotation_mismatch", f"{len(strange)} unknown slices")
-        if self.has_masks and self._mask_path(candidate.headers[0]) is None:
+        if self.sources.require_masks and not self._mask_paths(candidate.headers[0]):
             return candidate.rejected("no_annotation", "")
         return None
 
@@ -142,10 +145,12 @@ class Labels:
             if table.level == "slice":
                 for header, classes in zip(volume.headers, slices, strict=True):
                     classes |= self._row(number, table, header)
+            elif table.level == "patient":
+                whole_volume |= self._patient_row(number, table, volume)
             else:
                 whole_volume |= self._row(number, table, volume.headers[0])
         mask, regions = None, []
-        if self.has_masks:
+        if self.sources.archive == "lidc_idri" or self._mask_paths(volume.headers[0]):
             painted = (
                 self._lidc_mask(volume)
                 if self.sources.archive == "lidc_idri"
@@ -157,8 +162,17 @@ class Labels:
             regions = [row | findings.get(row["region"], {}) for row in region_rows(mask, volume)]
         return VolumeLabels(slices, whole_volume, mask, regions)
 
-    def _row(self, number: int, table: TableSpec, header: Header) -> dict[str, int | None]:
-        key = header_key(header, table.key)
+    def _patient_row(self, number: int, table: TableSpec, volume: Volume) -> dict[str, int | None]:
+        """The labels of the patient under any Patient ID of the stack; two rows that differ label
+        none."""
+        by_id = {header.patient_id: header for header in volume.candidate.all_headers}
+        missing = self._row(number, table, None)
+        rows = [self._row(number, table, header) for header in by_id.values()]
+        known = [row for n, row in enumerate(rows) if row != missing and row not in rows[:n]]
+        return known[0] if len(known) == 1 else missing
+
+    def _row(self, number: int, table: TableSpec, header: Header | None) -> dict[str, int | None]:
+        key = header_key(header, table.key) if header else ""
         row = _select(
             self.database, "SELECT cells FROM labels WHERE number = ? AND key = ?", number, key
         )
@@ -171,9 +185,9 @@ class Labels:
         row = _select(self.database, "SELECT reading FROM annotations WHERE key = ?", uid)
         return pickle.loads(row[0]) if row else None
 
-    def _mask_path(self, header: Header) -> Path | None:
-        keys = (header.series_instance_uid, volume_name(header.source))
-        return next((self.masks[key] for key in keys if key in self.masks), None)
+    def _mask_paths(self, header: Header) -> tuple[Path, ...]:
+        keys = {header.series_instance_uid, volume_name(header.source)} - {""}
+        return tuple(sorted(path for key in keys for path in self.masks.get(key, ())))
 
     def _lidc_mask(
         self, volume: Volume
@@ -216,8 +230,8 @@ class Labels:
     ) -> tuple[np.ndarray, dict[int, dict[str, Any]]] | Rejection:
         candidate = volume.candidate
         try:
-            mask = mask_files.read_mask(self._mask_path(volume.headers[0]), volume)
-        except mask_files.MaskError as error:
+            mask = read_masks(self._mask_paths(volume.headers[0]), volume)
+        except MaskError as error:
             return candidate.rejected("mask_mismatch", str(error))
         if mask.shape != volume.hu.shape or mask.dtype != np.uint8:
             return candidate.rejected("mask_mismatch", f"{mask.dtype} {list(mask.shape)}")
@@ -265,11 +279,12 @@ def key_place(header: Header, key: str) -> str:
     """What the key of this image names: two images of one key and different places show that the
     key is no name.
 
-    A copy of an image lies at its place. A Series or Study Instance UID is of one patient. Any scan
-    may be of a patient.
+    A copy of an image lies at its place in its study. A Series or Study Instance UID is of one
+    patient. Any scan may be of a patient.
     """
     if key == "SOPInstanceUID":
-        return ",".join(f"{value:.2f}" for value in header.position or ())
+        position = ",".join(f"{value:.2f}" for value in header.position or ())
+        return f"{header.study_instance_uid} {position}"
     if key == "VolumeName":
         return f"{header.source.path}/{header.source.member}"
     return "" if key == "PatientID" else header.patient_key

@@ -8,7 +8,9 @@ matched with the archive.
 The workers look up the staged tables by `data_prep.labels.lookup`.
 """
 
+import collections
 import contextlib
+import csv
 import errno
 import json
 import pickle
@@ -21,10 +23,11 @@ from data_prep.labels import lidc, rsna_pe
 from data_prep.labels import tables as label_tables
 from data_prep.labels.lookup import Labels, LabelSources, TableSpec, header_key, key_place
 from data_prep.labels.tables import Row, Spellings, Table
-from data_prep.masks import reading as mask_files
+from data_prep.masks.files import index_masks
 from data_prep.scan import nifti_metadata
 from data_prep.scan.headers import Header
 from data_prep.scan.loading import chunks
+from data_prep.scan.reasons import LeftOut
 from data_prep.system.errors import InputError
 from data_prep.system.files import file_sha256
 
@@ -67,6 +70,8 @@ def check(sources: LabelSources, input_dir: Path) -> None:
         raise InputError(
             f"--masks_dir={sources.masks_dir}: no such directory; give the folder of the masks"
         )
+    if sources.require_masks and not sources.masks_dir:
+        raise InputError("--require_masks goes with --masks_dir; add it or leave the flag out")
     if sources.attributes_csv:
         label_tables.check_attributes(sources.attributes_csv)
     if sources.metadata_csv:
@@ -105,30 +110,39 @@ def input_digests(sources: LabelSources, input_dir: Path) -> tuple[tuple[str, st
 
 
 def stage(
-    sources: LabelSources, input_dir: Path, database: Path, violations_csv: Path | None = None
+    sources: LabelSources,
+    input_dir: Path,
+    database: Path,
+    violations_csv: Path | None = None,
+    left_out_csv: Path | None = None,
 ) -> Labels:
     """Reads every table and annotation into a new `database`, which is private: it has UIDs.
 
-    Exams that break a rule of the RSNA labels go to `violations_csv`. Their number by rule goes
-    into `Labels.counts`.
+    Exams that break a rule of the RSNA labels go to `violations_csv`, files of masks and
+    annotations that cannot be used to `left_out_csv`. Their numbers go into `Labels.counts`.
 
     Raises:
         InputError: a table contradicts itself or has an impossible value.
         OSError: a file cannot be read, or the database cannot be written.
     """
     try:
-        return _stage(sources, input_dir, database, violations_csv)
+        return _stage(sources, input_dir, database, violations_csv, left_out_csv)
     # SQLite names the cause less clearly than the system. It is nearly always a full disk.
     except sqlite3.OperationalError as error:
         raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(database)) from error
 
 
 def _stage(
-    sources: LabelSources, input_dir: Path, database: Path, violations_csv: Path | None
+    sources: LabelSources,
+    input_dir: Path,
+    database: Path,
+    violations_csv: Path | None,
+    left_out_csv: Path | None,
 ) -> Labels:
     database.unlink(missing_ok=True)
     specs: list[TableSpec] = []
     counts: dict[str, Any] = {}
+    left_out: list[LeftOut] = []
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA synchronous = OFF")  # a killed run creates it again
         connection.execute(
@@ -160,11 +174,18 @@ def _stage(
         if sources.attributes_csv:
             _insert_attributes(connection, sources.attributes_csv)
         if sources.archive == "lidc_idri":
-            readings = lidc.read_readings(sources.annotations_dir or input_dir)
+            readings = lidc.read_readings(sources.annotations_dir or input_dir, left_out)
             rows = ((uid, pickle.dumps(reading)) for uid, reading in readings.items())
             connection.executemany("INSERT INTO annotations VALUES (?, ?)", rows)
         connection.commit()
-    masks = _index_masks(sources.masks_dir) if sources.masks_dir else {}
+    masks = _index_masks(sources.masks_dir, left_out) if sources.masks_dir else {}
+    if left_out:
+        kind = "masks" if sources.masks_dir else "annotations"
+        reasons = collections.Counter(entry.reason for entry in left_out)
+        counts[f"files_of_{kind}_left_out"] = dict(sorted(reasons.items()))
+        if left_out_csv is not None:
+            with open(left_out_csv, "w", newline="", errors="backslashreplace") as file:
+                csv.writer(file, lineterminator="\n").writerows([LeftOut._fields, *left_out])
     return Labels(database, tuple(specs), sources, masks, counts)
 
 
@@ -223,12 +244,13 @@ def _write_violations(exams: Mapping[str, rsna_pe.Exam], path: Path | None) -> d
     return {rule: rules.count(rule) for rule in rsna_pe.RULES if rule in rules}
 
 
-def _index_masks(masks_dir: Path) -> dict[str, Path]:
-    masks = mask_files.index_masks(masks_dir)
+def _index_masks(masks_dir: Path, left_out: list[LeftOut]) -> dict[str, tuple[Path, ...]]:
+    masks = index_masks(masks_dir, left_out)
     if not masks:
+        others = f" ({'; '.join(sorted({entry.detail for entry in left_out}))})" if left_out else ""
         raise InputError(
-            f"--masks_dir={masks_dir}: no masks in it; "
-            "give the folder of the DICOM-SEG or NIfTI files"
+            f"--masks_dir={masks_dir}: no masks in it{others}; "
+            "give the folder of the DICOM-SEG, RTSTRUCT or NIfTI files"
         )
     return masks
 

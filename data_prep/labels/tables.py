@@ -5,10 +5,10 @@ A table of labels has a key column, whose name tells the level of a row, and a c
 label. Cells are classes. An empty cell and the words of `spreadsheets.MISSING` (NaN, NA, null,
 #N/A ...) are a missing label.
 
-"None" and "-" are missing where all other cells of their column are numbers. Beside words they may
-be a class (None, Mild, Severe) or a missing cell, so that such a column is refused until the user
-says which: rename the class, or leave the cells empty. "none" in small letters beside words is a
-class, since no program writes it for a missing cell.
+"None", "-", "." and "?" are missing where all other cells of their column are numbers. Beside words
+they may be a class (None, Mild, Severe) or a missing cell, so that such a column is refused until
+the user says which: rename the class, or leave the cells empty. "none" in small letters beside
+words is a class, since no program writes it for a missing cell.
 
 Messages name files, lines and columns, never the values of keys.
 """

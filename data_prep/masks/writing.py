@@ -22,7 +22,7 @@ import pydicom
 from PIL import Image
 from pydicom.sr.codedict import codes
 
-from data_prep.masks.reading import POSITION_TOLERANCE
+from data_prep.masks.grid import POSITION_TOLERANCE
 from data_prep.scan.archives import read_bytes
 from data_prep.scan.geometry import RAS_TO_LPS, Axes, canonical_axes, canonical_origin
 from data_prep.scan.headers import NIFTI

@@ -10,16 +10,11 @@ from typing import Any, TextIO
 from data_prep.dataset.schema import rules_lines, summary_text
 from data_prep.labels.rsna_pe import RULES
 from data_prep.pipeline.notes import ExamNote
-from data_prep.pipeline.options import PATIENTS_FILE
 from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
-from data_prep.scan.reasons import FAILED_FOR_NOW, REASONS
+from data_prep.scan.reasons import FAILED_FOR_NOW, LEFT_OUT, REASONS
 from data_prep.system.errors import RunFailed
 
-_SEVERAL_NAMES = (
-    "whose scans carry several Patient IDs (spellings, missing in part, the same images or UIDs) "
-    "count as one patient each"
-)
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 
 
@@ -131,8 +126,6 @@ def dataset_text(
     """The result of a preparation, for the user."""
     counts = preparation["counts"]
     lines = [summary_text(preparation, changed, output_dir), summary_table(counts)]
-    if joined := counts.get("patients_joined"):
-        lines.append(f"{joined:>8} patients {_SEVERAL_NAMES}; {audit_dir}/{PATIENTS_FILE} has them")
     lines += rules_lines(preparation)
     if missing := counts["volumes_without_files"]:
         lines.append(f"{missing:>8} volumes whose files are gone; they stay in the dataset")
@@ -159,7 +152,22 @@ def summary_table(counts: Mapping[str, Any]) -> str:
             is_series = name == "files_rejected"
             series = f" in {counts['series_rejected'][reason]} series" if is_series else ""
             lines.append(f"{number:>16} {reason}{series}: {REASONS[reason]}")
-    return "\n".join(lines + _label_lines(counts))
+    return "\n".join(lines + _people_lines(counts) + _label_lines(counts))
+
+
+def _people_lines(counts: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if joined := counts.get("patients_joined"):
+        lines.append(
+            f"{joined:>8} patients whose scans carry several Patient IDs (spellings, missing in "
+            "part, the same images or UIDs) count as one patient each: patients.json of the audit"
+        )
+    if placeholders := counts.get("placeholder_uids"):
+        lines.append(
+            f"{placeholders:>8} UIDs are shared by more than four Patient IDs; they are taken for "
+            "placeholders, not for one patient"
+        )
+    return lines
 
 
 def _label_lines(counts: Mapping[str, Any]) -> list[str]:
@@ -176,6 +184,10 @@ def _label_lines(counts: Mapping[str, Any]) -> list[str]:
         "annotations of scans that": counts.get("annotations_without_match"),
         "masks of scans that": counts.get("masks_without_match"),
     }
+    for kind in ("masks", "annotations"):
+        for reason, number in counts.get(f"files_of_{kind}_left_out", {}).items():
+            text = f"files of {kind} left out, {reason}: {LEFT_OUT[reason]}"
+            lines.append(f"{number:>8} {text} See label_files.csv in the audit directory.")
     for text, number in unmatched.items():
         lines += [f"{number:>8} {text} are not in the archive"] if number else []
     for names, number in counts.get("label_rows_of_several_scans", {}).items():

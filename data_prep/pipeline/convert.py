@@ -85,7 +85,8 @@ class _VolumeFacts:
         self.slices |= {slice_id(conversion.key, header): "" for header in volume.headers}
         self.pixels = pixel_digests(conversion.key, volume.hu)
         self.labels = labels._replace(mask=None)
-        self.mask_areas: list[int] = []  # filled as the records are written
+        # filled as the records are written; None: the mask is unknown
+        self.mask_areas: list[int | None] = []
 
     def label_note(self) -> dict[str, Any]:
         """The volume's part of the tables of labels and regions; {} if the dataset lacks them.
@@ -132,7 +133,7 @@ def _row(volume: Volume, conversion: Conversion) -> dict[str, Any]:
 
 def _attributes(volume: Volume, conversion: Conversion) -> dict[str, Any]:
     """The patient's row of the table of attributes, under the first Patient ID that it lists."""
-    names = dict.fromkeys(header.patient_id for header in volume.headers)
+    names = dict.fromkeys(header.patient_id for header in volume.candidate.all_headers)
     rows = (
         conversion.labels.attributes(name)
         for name in (*names, volume.candidate.patient_key)
@@ -146,14 +147,18 @@ def _records(
     labels: VolumeLabels,
     volume_id: str,
     conversion: Conversion,
-    mask_areas: list[int],
+    mask_areas: list[int | None],
 ) -> Iterator[bytes]:
     """The records of a volume. Appends the foreground of each mask, in pixels, to `mask_areas`."""
+    unknown = np.zeros(2 * (conversion.image_size,), np.uint8)
     for index, hu in enumerate(volume.hu):
         mask = None
         if labels.mask is not None:
             mask = resize_mask(labels.mask[index], volume.pixel_spacing_mm, conversion.image_size)
             mask_areas.append(int(np.count_nonzero(mask)))
+        elif conversion.labels.has_masks:
+            mask = unknown
+            mask_areas.append(None)
         hu = resize_slice(hu, volume.pixel_spacing_mm, conversion.image_size)
         yield encode_record(
             window_to_uint8(hu, conversion.windows),

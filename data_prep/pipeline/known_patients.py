@@ -8,9 +8,11 @@ before version 2 of the rules read the Patient ID otherwise.
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from data_prep.pipeline.notes import read_note
+from data_prep.pipeline.options import Directories
 from data_prep.pipeline.splits import KnownSplits
 from data_prep.privacy.pseudonyms import patient_pseudonym
 from data_prep.scan.patients import Patients, merged
@@ -59,36 +61,75 @@ def pseudonym_groups(key: bytes, patients: Patients, known: KnownPatients) -> li
     return merged([*groups, *known.pseudonyms])
 
 
-def num_joined(key: bytes, patients: Patients, same_pixels: Iterable[Iterable[str]]) -> int:
-    """Number of patients whose scans carry several names."""
+def people_counts(
+    key: bytes, patients: Patients, same_pixels: Iterable[Iterable[str]]
+) -> dict[str, int]:
+    """Parts of the counts of preparation.json, without zeros.
+
+    `patients_joined`: patients whose scans carry several names. `placeholder_uids`: UIDs that too
+    many patients share to name one.
+    """
     joined = ((one, k) for k, one in patients.key_of.items())
     groups = [{patient_pseudonym(key, one), patient_pseudonym(key, k)} for one, k in joined]
-    return sum(len(group) > 1 for group in merged([*groups, *same_pixels]))
+    num_joined = sum(len(group) > 1 for group in merged([*groups, *same_pixels]))
+    counts = {"patients_joined": num_joined, "placeholder_uids": patients.num_placeholders}
+    return {name: number for name, number in counts.items() if number}
 
 
-def sharing_pixels(digests: Mapping[str, tuple[str, Iterable[str]]]) -> list[set[str]]:
-    """The patients of volumes that share images.
+def sharing_pixels(
+    directories: Directories,
+    old_volumes: Iterable[Mapping[str, Any]],
+    new_volumes: Mapping[str, tuple[Mapping[str, Any], int]],
+    chosen: Mapping[str, str],
+) -> list[set[str]]:
+    """Groups of pseudonyms of patients whose volumes have the same images, whole or in part.
 
     Args:
-        digests: volume -> (pseudonym of its patient, `pixel_digests`).
-
-    Returns:
-        Groups of pseudonyms, of two or more.
+        directories: where the notes lie.
+        old_volumes: rows of volumes.csv of earlier runs.
+        new_volumes: key of the note -> (row, bytes).
+        chosen: of `chosen_pseudonyms`.
     """
-    volumes_of: dict[str, list[str]] = collections.defaultdict(list)
-    for volume, (_, of_volume) in digests.items():
-        for digest in set(of_volume):
+    notes = []
+    for row in old_volumes if new_volumes else ():
+        path = directories.kept_notes_dir / f"{row['volume_id']}.json"
+        notes.append((row["patient_id"], path))
+    for name, (row, _) in new_volumes.items():
+        patient = chosen.get(row["patient_id"], row["patient_id"])
+        notes.append((patient, directories.notes_dir / f"{name}.json"))
+    return patients_sharing((patient, read_note(path).pixels) for patient, path in notes)
+
+
+def patients_sharing(volumes: Iterable[tuple[str, Sequence[str]]]) -> list[set[str]]:
+    """Groups of patients of whom two volumes share `pixel_digests`; volumes: (patient, digests)."""
+    patients, numbers = [], []
+    volumes_of: dict[str, list[int]] = collections.defaultdict(list)
+    for volume, (patient, digests) in enumerate(volumes):
+        patients.append(patient)
+        numbers.append(len(digests))
+        for digest in digests:
             volumes_of[digest].append(volume)
     shared = collections.Counter(
         (first, other) for first, *others in volumes_of.values() for other in others
     )
-    groups = []
-    for (first, other), number in shared.items():
-        (a, of_a), (b, of_b) = digests[first], digests[other]
-        enough = min(_SHARED_IMAGES, len(set(of_a)), len(set(of_b)))
-        if a != b and number >= enough:
-            groups.append({a, b})
-    return merged(groups)
+    return merged(
+        {patients[first], patients[other]}
+        for (first, other), number in shared.items()
+        if patients[first] != patients[other]
+        and number >= min(_SHARED_IMAGES, numbers[first], numbers[other])
+    )
+
+
+def under_one_pseudonym(
+    row: dict[str, Any], chosen: Mapping[str, str], same_pixels: Iterable[set[str]]
+) -> dict[str, Any]:
+    """A row of volumes.csv under the chosen pseudonym of its patient; a note says so where pixels
+    told the patient."""
+    patient = chosen.get(row["patient_id"], row["patient_id"])
+    notes = row["notes"].split()
+    if any(name in group for group in same_pixels for name in (patient, row["patient_id"])):
+        notes = [*dict.fromkeys([*notes, "patient_ids_joined"])]
+    return row | {"patient_id": patient, "notes": " ".join(notes)}
 
 
 def chosen_pseudonyms(

@@ -19,7 +19,7 @@ from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, read_json, write_file
 
 _SPLITS_FILE = "splits.json"  # patient -> split
-PATIENTS_FILE = "patients.json"  # `KnownPatients`; missing if there are none
+_PATIENTS_FILE = "patients.json"  # `KnownPatients`; missing if there are none
 _BOUND_FILE = "archive.json"  # names the archive and the dataset of an audit directory
 
 
@@ -147,13 +147,13 @@ class Directories:
 
     def patients(self) -> dict[str, Any]:
         """Patients with several names, from earlier runs; {} if there are none."""
-        path = self.audit_dir / PATIENTS_FILE
+        path = self.audit_dir / _PATIENTS_FILE
         return read_json(path) if path.exists() else {}
 
     def write_patients(self, patients: Mapping[str, Any]) -> None:
         """Writes the file that `patients` reads."""
         if patients:
-            _write_private(self.audit_dir / PATIENTS_FILE, patients)
+            _write_private(self.audit_dir / _PATIENTS_FILE, patients)
 
     def bound(self) -> dict[str, str]:
         """`digest` of the archive, `fingerprint` of the dataset, and its `output_dir` relative to

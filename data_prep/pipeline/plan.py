@@ -103,7 +103,8 @@ def plan_archive(
 
 def plan_buckets(plan_dir: Path, rules: Rules, pool: WorkerPool) -> list[Path]:
     """The second half of `plan_archive`: from bucket files to plan files."""
-    patients = Patients(read_patients(plan_dir).key_of)
+    everyone = read_patients(plan_dir)
+    patients = Patients(everyone.key_of, study_of=everyone.study_of)
     tasks = [
         (bucket, bucket.with_suffix(".plan"), rules, patients)
         for bucket in sorted(plan_dir.glob("*.headers"))
@@ -181,7 +182,21 @@ def scan_headers(
                 with open(plan_dir / f"{bucket:05d}.headers", "ab") as file:
                     file.write(content)
             progress.advance(len(chunk), already_there=already_there)
-    write_file(plan_dir / _PATIENTS, pickle.dumps(people.resolve(), pickle.HIGHEST_PROTOCOL))
+    patients = people.resolve()
+    if patients.study_of:
+        _gather_studies(plan_dir, patients, num_buckets)
+    write_file(plan_dir / _PATIENTS, pickle.dumps(patients, pickle.HIGHEST_PROTOCOL))
+
+
+def _gather_studies(plan_dir: Path, patients: Patients, num_buckets: int) -> None:
+    """Moves images that lack the Study Instance UID of their series to the bucket of that study."""
+    for bucket in sorted(plan_dir.glob("*.headers")):
+        entries = [entry for entries in _unpickled(bucket) for entry in entries]
+        named = [patients.named(one) if isinstance(one, Header) else one for one in entries]
+        bucket.unlink()
+        for number, content in _by_bucket(named, num_buckets).items():
+            with open(plan_dir / f"{number:05d}.headers", "ab") as file:
+                file.write(content)
 
 
 def stage_headers(

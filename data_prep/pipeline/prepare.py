@@ -16,13 +16,13 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from data_prep.dataset.reader import Dataset
-from data_prep.dataset.schema import PREPARATION_FILE
+from data_prep.dataset.schema import PREPARATION_FILE, rules_of
 from data_prep.labels import staging
 from data_prep.labels.lookup import Labels, LabelSources
 from data_prep.pipeline import convert
@@ -31,9 +31,10 @@ from data_prep.pipeline.assemble import FrozenPlan, assemble, can_be_assembled, 
 from data_prep.pipeline.known_patients import (
     KnownPatients,
     chosen_pseudonyms,
-    num_joined,
+    people_counts,
     pseudonym_groups,
     sharing_pixels,
+    under_one_pseudonym,
 )
 from data_prep.pipeline.known_volumes import KnownVolumes
 from data_prep.pipeline.notes import (
@@ -76,6 +77,7 @@ from data_prep.privacy.pseudonyms import (
 )
 from data_prep.scan.loading import header_reader
 from data_prep.scan.patients import Patients, merged
+from data_prep.scan.rules import VERSION
 from data_prep.scan.series import SeriesCandidate
 from data_prep.system.errors import InputError
 from data_prep.system.extras import require
@@ -83,6 +85,7 @@ from data_prep.system.files import PARTIAL, lock_directory, remove_tree, sync_di
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
+_LEFT_OUT_FILE = "label_files.csv"  # private: files of masks and annotations that are not used
 _SOURCES_FILE = "sources.csv"  # private: the outcome of each file
 _BYTES_PER_PIXEL = 0.34  # zstd-1 on windowed CT slices, measured
 
@@ -245,7 +248,8 @@ def dry_run(
         "slices": plans.num_slices,
         "bytes": int(pixels * _BYTES_PER_PIXEL),
     }
-    return account.counts(num_files) | plans.label_counts | expected
+    people = people_counts(b"", plans.several_names, ())
+    return account.counts(num_files) | people | plans.label_counts | expected
 
 
 # ---- steps -------------------------------------------------------------------------------------
@@ -307,6 +311,7 @@ def stage_labels(preparation: Preparation) -> Labels:
         preparation.directories.input_dir,
         work_dir / "labels.sqlite",
         work_dir / _VIOLATIONS_FILE,
+        work_dir / _LEFT_OUT_FILE,
     )
 
 
@@ -457,19 +462,20 @@ def freeze_plan(
             f"{directories.work_dir / _SOURCES_FILE}"
         )
     known_splits, elsewhere = directories.splits(), preparation.elsewhere
-    same_pixels = _sharing_pixels(preparation, plans, new_volumes)
+    known_patients = KnownPatients.of(directories.patients())
+    chosen = chosen_pseudonyms(plans.pseudonyms, known_splits, elsewhere)
+    same_pixels = sharing_pixels(directories, old_volumes, new_volumes, chosen)
     chosen = chosen_pseudonyms(merged([*plans.pseudonyms, *same_pixels]), known_splits, elsewhere)
     new_volumes = {
-        name: (_of_patient(row, chosen, same_pixels), size)
+        name: (under_one_pseudonym(row, chosen, same_pixels), size)
         for name, (row, size) in new_volumes.items()
     }
-    if joined := num_joined(preparation.key, plans.several_names, same_pixels):
-        counts["patients_joined"] = joined
+    known_patients = known_patients.after(plans.several_names, same_pixels)
+    counts |= people_counts(preparation.key, plans.several_names, known_patients.pseudonyms)
     if elsewhere:
         patients = {chosen.get(name, name) for name in plans.patients}
         of_others = {p: split for p, split in elsewhere.split_of.items() if p in patients}
         known_splits = of_others | known_splits
-    known_patients = KnownPatients.of(directories.patients())
     frozen = freeze(
         options=preparation.options.as_dict(),
         key=preparation.key,
@@ -481,38 +487,10 @@ def freeze_plan(
         rejected=account.rejected,
         counts=counts,
         labels=labels.facts,
-        known_patients=known_patients.after(plans.several_names, same_pixels).as_dict(),
+        known_patients=known_patients.as_dict(),
     )
     frozen.save(directories.frozen_file)
     return frozen
-
-
-def _sharing_pixels(
-    preparation: Preparation, plans: Plans, new_volumes: Mapping[str, tuple[dict[str, Any], int]]
-) -> list[set[str]]:
-    """Pseudonyms of patients whose volumes have the same pixels."""
-    directories = preparation.directories
-    digests = {}
-    for row in preparation.old_volumes if new_volumes else ():
-        note = read_note(directories.kept_notes_dir / f"{row['volume_id']}.json")
-        digests[row["volume_id"]] = row["patient_id"], note.pixels
-    chosen = chosen_pseudonyms(plans.pseudonyms, directories.splits(), preparation.elsewhere)
-    for name, (row, _) in new_volumes.items():
-        pseudonym = chosen.get(row["patient_id"], row["patient_id"])
-        pixels = read_note(directories.notes_dir / f"{name}.json").pixels
-        digests[row["volume_id"]] = pseudonym, pixels
-    return sharing_pixels(digests)
-
-
-def _of_patient(
-    row: dict[str, Any], chosen: Mapping[str, str], same_pixels: Iterable[set[str]]
-) -> dict[str, Any]:
-    """A row of volumes.csv under the one pseudonym of its patient."""
-    patient = chosen.get(row["patient_id"], row["patient_id"])
-    notes = row["notes"].split()
-    if any(patient in group or row["patient_id"] in group for group in same_pixels):
-        notes = [*dict.fromkeys([*notes, "patient_ids_joined"])]
-    return row | {"patient_id": patient, "notes": " ".join(notes)}
 
 
 def write_dataset(
@@ -534,7 +512,7 @@ def write_dataset(
     directories.write_splits(frozen.splits)
     directories.write_patients(frozen.patients)
     keep_notes(frozen, notes_dir, kept_notes_dir)
-    for name in (_SOURCES_FILE, _VIOLATIONS_FILE):
+    for name in (_SOURCES_FILE, _VIOLATIONS_FILE, _LEFT_OUT_FILE):
         if (directories.work_dir / name).exists():
             os.replace(directories.work_dir / name, directories.audit_dir / name)
     directories.bind(frozen.archive_digest, preparation["fingerprint"])
@@ -557,6 +535,12 @@ def _refuse_other_dataset(
     dataset: Dataset, options: Options, key: bytes, directories: Directories
 ) -> None:
     """Raises InputError unless this run may add to the dataset."""
+    newest = max(map(int, rules_of(dataset.preparation, 0)))
+    if newest > VERSION:
+        raise InputError(
+            f"{directories.output_dir}: was read by version {newest} of the rules, this program "
+            f"has version {VERSION}; update the program, or give another --output_dir"
+        )
     stored, fingerprint = (dataset.preparation[name] for name in ("options", "key_fingerprint"))
     refuse_other_options(stored, fingerprint, options, key, directories.output_dir)
     if directories.bound()["fingerprint"] != dataset.fingerprint:

@@ -48,6 +48,7 @@ _REMEDIES = {  # for a reason, the flag that takes such a scan
     "irregular": "give --irregular=keep",
     "no_metadata": "leave out --metadata_csv or add the missing rows",
     "not_dicom": "give DICOM, or --archive=nifti for NIfTI",
+    "several_volumes": "give one of its volumes as a 3-D file",
     "not_nifti": "give NIfTI, or --archive=dicom for DICOM",
 }
 
@@ -128,7 +129,8 @@ def plan_scans(
 
     Args:
       input_path: directory, zip file, DICOM file or NIfTI file.
-      archive: `dicom`, `nifti`, or `auto`: NIfTI for a file name with .nii or .nii.gz, else DICOM.
+      archive: `dicom`, `nifti`, or `auto`: NIfTI for a file name with .nii, .nii.gz or .hdr, else
+        DICOM.
       rules: which series are taken; None takes the defaults of `data_prep.prepare`.
       metadata_csv: table beside NIfTI files, see `data_prep.scan.nifti_metadata`.
       num_workers: processes that read headers; 0 reads them in this one.
@@ -264,7 +266,7 @@ def _kind(path: Path, archive: str) -> str:
         )
     if archive != "auto":
         return archive
-    return "nifti" if path.name.lower().endswith((".nii", ".nii.gz")) else "dicom"
+    return "nifti" if path.name.lower().endswith((".nii", ".nii.gz", ".hdr")) else "dicom"
 
 
 def _read_headers(

@@ -8,6 +8,7 @@ import re
 
 OLDEST = 90  # stands for every age above 89
 _HIGHEST_AGE = 120  # years; no patient is older, so more is a placeholder
+_FILLED = 999  # in any unit: the largest Age String
 _AGE = re.compile(
     r"([-+]?[0-9]+(?:\.[0-9]*)?) ?(Y|YRS?|YEARS?|M|MONTHS?|W|WEEKS?|D|DAYS?)?", re.IGNORECASE
 )
@@ -25,7 +26,7 @@ def parse_age(text: str) -> int | None:
     a number of years.
 
     None: no age. Placeholders are 0 years (infants have days, weeks or months), negative numbers,
-    and more than 120 years.
+    more than 120 years, and 999 of any unit.
 
     Raises:
         ValueError: another text.
@@ -38,7 +39,7 @@ def parse_age(text: str) -> int | None:
         raise ValueError("is not a number of years, nor like 061Y or 006M")
     number, unit = float(match[1]), (match[2] or "Y")[0].upper()
     years = number * _YEARS[unit]
-    if not 0 <= years <= _HIGHEST_AGE or (number == 0 and unit == "Y"):
+    if not 0 <= years <= _HIGHEST_AGE or number == _FILLED or (number == 0 and unit == "Y"):
         return None
     return min(OLDEST, int(years + 1e-9))
 

@@ -183,6 +183,7 @@ class Header:
     number_of_frames: int = 1
     frames: tuple[Frame, ...] = ()
     frame: int = 0
+    rescale_from_table: bool = False  # of the metadata table beside a NIfTI file
     notes: tuple[str, ...] = ()  # names of `data_prep.scan.reasons.NOTES`
     marks: StackMarks = StackMarks()
     # names of elements that are there without a usable number; their fields are None

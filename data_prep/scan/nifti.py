@@ -4,14 +4,15 @@ it like DICOM.
     header = read_header(input_dir, source, metadata_csv)   # Header or NotAnImage
     frames = read_frames(content, header)                   # [slices, rows, columns], stored values
 
-The first two axes of the voxel array are columns and rows of the slices, the third counts the
-slices. The affine, which points to right, anterior, superior (RAS+), becomes Image Position and
-Orientation in DICOM's left, posterior, superior. A file whose third axis does not run along the
-patient is refused as not axial, like a sagittal DICOM series.
+The affine says where all voxels lie (`data_prep.scan.nifti_affine`). The axis along the patient
+counts the slices, wherever it is stored; the other two are their rows and columns. The affine,
+which points to right, anterior, superior (RAS+), becomes Image Position and Orientation in DICOM's
+left, posterior, superior. A file without an axis along the patient is refused as not axial.
 
 A table of metadata (--metadata_csv) overrides the file, as CT-RATE needs it. Its Rescale Slope and
-Intercept apply to the stored values, never on top of the file's own. Its spacing replaces the
-spacing of an affine that differs.
+Intercept apply to the stored values, never on top of the file's own, nor to values that are HU
+already (CT-RATE's second version repeats the table of the first). Its spacing replaces the spacing
+of an affine that differs.
 """
 
 import functools
@@ -19,6 +20,7 @@ import logging
 import math
 import posixpath
 import re
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 import nibabel
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
+from scipy import ndimage
 
 from data_prep.scan.archives import (
     MAX_FILE_BYTES,
@@ -34,28 +37,25 @@ from data_prep.scan.archives import (
     open_source,
     read_bytes,
 )
-from data_prep.scan.geometry import RAS_TO_LPS, canonical_axes
 from data_prep.scan.headers import MAX_FRAMES, NIFTI, Frame, Header, NotAnImage
+from data_prep.scan.nifti_affine import (
+    NiftiError,
+    frame_axes,
+    read_affine,
+    volume_shape,
+    with_spacing,
+)
 from data_prep.scan.nifti_metadata import Metadata, read_metadata, volume_name, without_extension
-
-SPACING_TOLERANCE = 0.01  # relative; the spacing of an affine that differs more is replaced
-AFFINE_TOLERANCE_MM = 0.1  # between sform and qform, at the corners of the volume
 
 _HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 _CT_RATE = re.compile(r"(?P<study>(?P<patient>(?:train|valid|test)_\d+)_[a-z]+)_\d+")
+_PAIR = "half of a pair .hdr and .img; convert the pair to one .nii file"
 _GZIP = b"\x1f\x8b"
-_MILLIMETRES = ("mm", "unknown")
+_MAX_EXTENSION_BYTES = 1 << 20  # of those that the data offset of a header does not count
+_PADDING_HU = -2000.0  # becomes air, as DICOM's padding does
+_SAMPLE_STEP = 8  # pixels and slices; see `_are_hu`
 _SILENT = logging.getLogger(__name__)
 _SILENT.setLevel(logging.CRITICAL)  # serious faults are raised
-
-
-class NiftiError(ValueError):
-    """A file that cannot be used. `reason` is a name of `data_prep.scan.reasons.REASONS`; the
-    message is the detail."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
 
 
 # ---- headers -------------------------------------------------------------------------------------
@@ -81,7 +81,8 @@ def read_header(
     """
     name = volume_name(source)
     if not name:
-        return NotAnImage(source, "not_nifti", "")
+        pair = posixpath.basename(source.member or source.path).lower().endswith((".hdr", ".img"))
+        return NotAnImage(source, "not_nifti", _PAIR if pair else "")
     row = None
     if metadata_csv is not None:
         row = _read_once(metadata_csv, metadata_csv.stat().st_mtime_ns).get(name)
@@ -145,24 +146,26 @@ def _parse_header(start: bytes) -> nibabel.Nifti1Header | nibabel.Nifti2Header:
         raise NiftiError(
             "not_nifti", "voxels in another file, or Analyze 7.5; give single .nii files"
         )
+    declared = float(header["vox_offset"])
+    if not _first_voxel(header) <= declared == math.floor(declared) < math.inf:
+        header["vox_offset"] = 0  # unknown: `_data_offset` looks for it
     header.check_fix(logger=_SILENT, error_level=40)
     return header
 
 
 def _header(nifti: Any, source: Source, name: str, row: Metadata | None) -> Header:
     metadata = row or Metadata()
-    shape = nifti.get_data_shape()
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 1:
-        raise NiftiError("unreadable", f"{len(shape)} dimensions, not 3")
-    columns, rows, slices = shape
+    shape = volume_shape(nifti)
+    spacing_is_known = None not in (metadata.xy_spacing, metadata.z_spacing)
+    affine = read_affine(nifti, shape, spacing_is_known)
+    order = frame_axes(affine)
+    slices, rows, columns = (shape[axis] for axis in order)
     dtype = nifti.get_data_dtype()
     if slices > MAX_FRAMES or math.prod(shape) * dtype.itemsize > MAX_FILE_BYTES:
         raise NiftiError("too_large", f"{columns} x {rows} x {slices} voxels")
-    affine, notes = _with_spacing(RAS_TO_LPS @ _affine(nifti, shape), metadata)
+    affine, notes = with_spacing(affine[:, [*order[::-1], 3]], metadata)
     steps = np.linalg.norm(affine[:3, :3], axis=0)
-    slope, intercept = _rescale(nifti.get_slope_inter(), metadata)
+    slope, intercept, from_table = _rescale(nifti.get_slope_inter(), metadata)
     shared = {
         "image_type": (),
         "acquisition_number": None,
@@ -217,73 +220,26 @@ def _header(nifti: Any, source: Source, name: str, row: Metadata | None) -> Head
         number_of_frames=slices,
         frames=tuple(Frame(**shared, position=tuple(position)) for position in positions.tolist()),
         notes=notes,
+        rescale_from_table=from_table,
         **shared,
     )
 
 
-def _affine(nifti: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """[4, 4] float64, RAS+ in mm: the sform, or the qform where only the qform is set. Both must
-    agree."""
-    unit = nifti.get_xyzt_units()[0]
-    if unit not in _MILLIMETRES:
-        raise NiftiError("unknown_affine", f"the unit of space is {unit}, not mm")
-    try:
-        sform, qform = nifti.get_sform(coded=True)[0], nifti.get_qform(coded=True)[0]
-    except (ValueError, HeaderDataError):
-        raise NiftiError("unknown_affine", "the quaternion of the qform is none") from None
-    affines = [affine for affine in (sform, qform) if affine is not None]
-    if not affines:
-        raise NiftiError("unknown_affine", "neither sform nor qform is set")
-    for affine in affines:
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-            raise NiftiError("unknown_affine", "no invertible matrix")
-    if len(affines) == 2:
-        corners = np.array(
-            [[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])]
-        )
-        distance = float(np.linalg.norm(corners @ (sform - qform).T, axis=1).max())
-        if distance > AFFINE_TOLERANCE_MM:
-            raise NiftiError("unknown_affine", f"sform and qform differ by up to {distance:.3g} mm")
-    return np.array(affines[0], np.float64)
-
-
-def _with_spacing(affine: np.ndarray, metadata: Metadata) -> tuple[np.ndarray, tuple[str, ...]]:
-    """`affine` with the spacing of the table where the two differ, and the note about it.
-
-    Directions stay the same.
-    """
-    steps = np.linalg.norm(affine[:3, :3], axis=0)
-    wanted = steps.copy()
-    if metadata.xy_spacing is not None:
-        between_rows, between_columns = metadata.xy_spacing
-        axes = canonical_axes(tuple((affine[:3, :2] / steps[:2]).T.ravel()))
-        transposed = axes is not None and axes.transpose
-        wanted[:2] = (
-            (between_rows, between_columns) if transposed else (between_columns, between_rows)
-        )
-    if metadata.z_spacing is not None:
-        wanted[2] = metadata.z_spacing
-    if np.all(np.abs(wanted / steps - 1) <= SPACING_TOLERANCE):
-        return affine, ()
-    corrected = affine.copy()
-    corrected[:3, :3] *= wanted / steps
-    return corrected, ("spacing_from_metadata",)
-
-
 def _rescale(
     file_rescale: tuple[float | None, float | None], metadata: Metadata
-) -> tuple[float | None, float | None]:
-    """Slope and intercept from stored values to HU; both None where file and table lack them."""
+) -> tuple[float | None, float | None, bool]:
+    """Slope and intercept from stored values to HU, both None where file and table lack them; and
+    whether the table alone says so."""
     table_rescale = (metadata.rescale_slope, metadata.rescale_intercept)
     if table_rescale == (None, None):
-        return file_rescale
+        return *file_rescale, False
     if file_rescale in ((None, None), (1.0, 0.0)):
-        return table_rescale
+        return *table_rescale, None not in table_rescale and table_rescale != (1.0, 0.0)
     if None in table_rescale or not np.allclose(file_rescale, table_rescale, rtol=1e-5, atol=1e-5):
         raise NiftiError(
             "ambiguous_rescale", "the slope and intercept of the file are not those of the table"
         )
-    return table_rescale
+    return *table_rescale, False
 
 
 # ---- voxels --------------------------------------------------------------------------------------
@@ -297,18 +253,93 @@ def read_frames(content: bytes, header: Header) -> np.ndarray:
     """
     try:
         nifti = nifti_header(content)
-        shape = (header.number_of_frames, header.rows, header.columns)
-        dtype, offset = nifti.get_data_dtype(), nifti.get_data_offset()
-        if math.prod(nifti.get_data_shape()) != math.prod(shape):
+        stored = volume_shape(nifti)
+        order = frame_axes(read_affine(nifti, stored, spacing_is_known=True))
+        shape = tuple(stored[axis] for axis in order)
+        if shape != (header.number_of_frames, header.rows, header.columns):
             raise NiftiError("undecodable_pixels", "the file has another shape than its header had")
-        expected = offset + math.prod(shape) * dtype.itemsize
+        dtype = nifti.get_data_dtype()
+        size = math.prod(shape) * dtype.itemsize
+        offset = _data_offset(content, nifti, size)
         # One byte more: zlib compares the checksum only at the end.
-        data = _unpacked(content, expected + 1)
+        data = _unpacked(content, offset + size + 1)
     except (HeaderDataError, zlib.error) as error:
         raise NiftiError("undecodable_pixels", type(error).__name__) from None
-    if len(data) < expected:
-        raise NiftiError(
-            "truncated_pixel_data", f"{max(0, len(data) - offset)} of {expected - offset} bytes"
-        )
-    values = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
+    if len(data) < offset + size:
+        raise NiftiError("truncated_pixel_data", f"{max(0, len(data) - offset)} of {size} bytes")
+    values = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(stored, order="F")
+    values = np.ascontiguousarray(values.transpose(order))  # no copy where slices come last
     return values.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _first_voxel(nifti: Any) -> int:
+    """The smallest offset of voxels: behind the header and the four bytes that tell whether
+    extensions follow."""
+    return int(nifti["sizeof_hdr"]) + 4
+
+
+def _data_offset(content: bytes, nifti: Any, size: int) -> int:
+    """Where the `size` bytes of voxels begin.
+
+    The header tells. Where it gives no usable offset, or one among the extensions, the voxels begin
+    behind the last extension, or behind the header if the file ends that early.
+    """
+    first, declared = _first_voxel(nifti), int(nifti["vox_offset"])
+    has_extensions = _unpacked(content, first)[first - 4 : first - 3] not in (b"", b"\0")
+    if declared and not has_extensions:
+        return declared
+    data = _unpacked(content, first + size + _MAX_EXTENSION_BYTES)
+    if not declared and len(data) == first - 4 + size:
+        return first - 4
+    end, order = first, nifti.endianness
+    while has_extensions and end + 8 <= len(data):
+        length, code = struct.unpack(order + "ii", data[end : end + 8])
+        if length < 16 or length % 16 or code < 0 or code % 2 or end + length + size > len(data):
+            break
+        end += length
+    return max(declared, end)
+
+
+def with_padding(values: np.ndarray, header: Header) -> np.ndarray:
+    """A slice of stored values [rows, columns] whose NaN lie at the edge, where programs that
+    resample leave them: they become padding, which is air in HU.
+
+    Raises:
+        NiftiError: values that are infinite, or NaN within the image.
+    """
+    missing = np.isnan(values)
+    regions, _ = ndimage.label(missing, np.ones((3, 3)))
+    at_edge = np.unique([*regions[0], *regions[-1], *regions[:, 0], *regions[:, -1]])
+    if np.isinf(values).any() or not np.isin(regions[missing], at_edge).all():
+        raise NiftiError("undecodable_pixels", "infinite values, or NaN within the image")
+    slope, intercept = header.rescale_slope or 1.0, header.rescale_intercept or 0.0
+    return np.where(missing, values.dtype.type((_PADDING_HU - intercept) / slope), values)
+
+
+def are_hu(frames: np.ndarray, header: Header) -> bool:
+    """Whether stored values [slices, rows, columns] are HU as they stand and would not be with the
+    rescale of the metadata table.
+
+    Raises:
+        NiftiError: they look like HU both ways, or neither way.
+    """
+    sample = frames[len(frames) % _SAMPLE_STEP // 2 :: _SAMPLE_STEP, ::_SAMPLE_STEP, ::_SAMPLE_STEP]
+    sample = sample.astype(np.float64)
+    as_they_stand = _look_like_hu(sample)
+    if as_they_stand == _look_like_hu(sample * header.rescale_slope + header.rescale_intercept):
+        raise NiftiError(
+            "ambiguous_rescale",
+            f"the stored values look like HU {'both' if as_they_stand else 'neither'} with and "
+            "without the slope and intercept of the table",
+        )
+    return as_they_stand
+
+
+def _look_like_hu(values: np.ndarray) -> bool:
+    """Whether some values are air or lung, many are soft tissue and few are dense, as in every CT
+    of the body, apart from padding."""
+    image = values[values >= -1500]
+    air = np.count_nonzero((image >= -1100) & (image < -500))
+    soft = np.count_nonzero((image >= -200) & (image < 300))
+    dense = np.count_nonzero(image > 700)
+    return air > 0.002 * image.size and soft > 0.05 * image.size and dense < 0.15 * image.size

@@ -24,6 +24,7 @@ PACKED_START = 264  # bytes that tell the kind of a file
 READ_IN_PLACE = ZIP, GZIP, TAR = "a zip file", "a gzip file", "a tar file"
 READ_COMPRESSED = ".nii.gz"  # names of files that are read as they are (`data_prep.scan.nifti`)
 
+_OF_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
 _TOTAL_FREE_BYTES = 256 << 20  # zip files whose members add up to this size are harmless
 _LOCAL_HEADER_BYTES = 30  # of a zip member, at least
 _SIGNATURES = {
@@ -62,6 +63,11 @@ def how_packed(start: bytes) -> str:
         if start.startswith(signature) and (kind == ZIP or start[128:132] != b"DICM"):
             return kind
     return TAR if start[257:262] == b"ustar" else ""
+
+
+def is_of_system(name: str, start: bytes) -> bool:
+    """Whether a file is one that macOS (AppleDouble, Finder) or Windows puts into folders."""
+    return start[:4] == b"\0\5\x16\7" or start[:8] == b"\0\0\0\1Bud1" or name in _OF_SYSTEM
 
 
 # ---- members -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import numpy as np
 
 from data_prep.scan.headers import Header
 
+_NOBODY = "study:"  # the key of images without Patient ID and Study Instance UID
 _MOST_IDS = 4  # of one patient under one UID; more mean a placeholder
 
 
@@ -69,14 +70,21 @@ class Patients:
     key_of: key -> the one key of its patient.
     keys_of: one key of a patient -> all keys by which datasets may know the patient.
     reasons: one key of a patient -> why its keys are one patient.
+    num_placeholders: UIDs that too many Patient IDs share to name anything.
+    study_of: Series Instance UID -> its Study Instance UID, of series that lack it in part.
     """
 
     key_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keys_of: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     reasons: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    num_placeholders: int = 0
+    study_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def named(self, header: Header) -> Header:
-        """The header under the one key of its patient."""
+        """The header under the one key of its patient, in the study of its series."""
+        study = header.study_instance_uid or self.study_of.get(header.series_instance_uid)
+        if study and not header.study_instance_uid:
+            header = dataclasses.replace(header, study_instance_uid=study)
         key = self.key_of.get(header.patient_key)
         return header if key is None else dataclasses.replace(header, patient=key)
 
@@ -100,10 +108,14 @@ class People:
 
     def resolve(self) -> Patients:
         """The patients with several keys. The order of `add` makes no difference."""
+        study_of = self._studies()
+        everything = [_in_study(identity, study_of) for identity in self._numbers]
         joins: list[tuple[set[str], str]] = [(set(keys), "earlier run") for keys in self._known]
         shared: dict[tuple[str, str], dict[str, str]] = collections.defaultdict(dict)
         before: dict[str, set[str]] = collections.defaultdict(set)
-        for identity in self._numbers:
+        for identity in everything:
+            if identity.patient_key == _NOBODY:
+                continue
             spelling = spelling_of(identity.patient_id)
             tokens = (
                 ("spelling", spelling),
@@ -113,19 +125,23 @@ class People:
             for token in tokens:
                 if token[1]:
                     shared[token][identity.patient_key] = spelling
-            if identity.key_before != identity.patient_key:
+            if identity.key_before not in (identity.patient_key, _NOBODY):
                 before[identity.patient_key].add(identity.key_before)
-        for (kind, _), spelling_of_key in shared.items():
-            if len(spelling_of_key) > 1 and _is_no_placeholder(spelling_of_key.values()):
-                joins.append((set(spelling_of_key), kind))
-        joins += [(keys, "instances") for keys in self._sharing_instances()]
-        joins = [(keys, kind) for keys, kind in joins if len(keys) > 1]
+        sharing = [(spellings, kind) for (kind, _), spellings in shared.items()]
+        sharing += [(spellings, "instances") for spellings in self._sharing_instances(everything)]
+        sharing = [(spellings, kind) for spellings, kind in sharing if len(spellings) > 1]
+        named = [_are_few(spellings.values()) for spellings, _ in sharing]
+        joins += [
+            (set(spellings), kind)
+            for (spellings, kind), few in zip(sharing, named, strict=True)
+            if few
+        ]
         groups = merged(keys for keys, _ in joins)
         kinds: dict[str, set[str]] = collections.defaultdict(set)
         for keys, kind in joins:
             for key in keys:
                 kinds[key].add(kind)
-        present = {identity.patient_key: identity.patient_id for identity in self._numbers}
+        present = {identity.patient_key: identity.patient_id for identity in everything}
         key_of, keys_of, reasons = {}, {}, {}
         for group in groups:
             here = group & present.keys()
@@ -140,11 +156,26 @@ class People:
             if key not in key_of:
                 keys_of[key] = keys_of.get(key, {key}) | others
         return Patients(
-            key_of, {key: tuple(sorted(keys)) for key, keys in keys_of.items()}, reasons
+            key_of,
+            {key: tuple(sorted(keys)) for key, keys in keys_of.items()},
+            reasons,
+            named.count(False),
+            study_of,
         )
 
-    def _sharing_instances(self) -> list[set[str]]:
-        """Keys under which one SOP Instance UID lies."""
+    def _studies(self) -> dict[str, str]:
+        studies: dict[str, set[str]] = collections.defaultdict(set)
+        for identity in self._numbers:
+            if identity.series_uid:
+                studies[identity.series_uid].add(identity.study_uid)
+        return {
+            series: max(of_series)
+            for series, of_series in studies.items()
+            if len(of_series) == 2 and "" in of_series
+        }
+
+    def _sharing_instances(self, everything: Sequence[Identity]) -> list[dict[str, str]]:
+        """Key -> spelling, of the keys under which one SOP Instance UID lies."""
         if not self._instances:
             return []
         instances, owners = np.concatenate(self._instances), np.concatenate(self._owners)
@@ -158,13 +189,11 @@ class People:
         chosen = np.isin(instances, several)
         starts = np.flatnonzero(np.diff(instances[chosen])) + 1
         groups = {tuple(group.tolist()) for group in np.split(owners[chosen], starts)}
-        named = list(self._numbers)
-        sharing = []
-        for group in groups:
-            members = [named[number] for number in group]
-            if _is_no_placeholder(spelling_of(member.patient_id) for member in members):
-                sharing.append({member.patient_key for member in members})
-        return sharing
+        members = ([everything[number] for number in group] for group in groups)
+        return [
+            {i.patient_key: spelling_of(i.patient_id) for i in of if i.patient_key != _NOBODY}
+            for of in members
+        ]
 
 
 def spelling_of(patient_id: str) -> str:
@@ -195,8 +224,14 @@ def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
     return list(members.values())
 
 
-def _is_no_placeholder(spellings: Iterable[str]) -> bool:
+def _are_few(spellings: Iterable[str]) -> bool:
     return len({spelling for spelling in spellings if spelling}) <= _MOST_IDS
+
+
+def _in_study(identity: Identity, study_of: Mapping[str, str]) -> Identity:
+    study = identity.study_uid or study_of.get(identity.series_uid, "")
+    key = identity.patient_id or _key_of_study(study)
+    return identity._replace(study_uid=study, patient_key=key)
 
 
 def _key_of_study(study_uid: str) -> str:

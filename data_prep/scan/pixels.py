@@ -7,6 +7,7 @@ tools leave a wrong transfer syntax behind. Which bits of a pixel are its value 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import struct
@@ -22,7 +23,7 @@ from data_prep.scan.archives import ArchiveDirectory, Source, changed, read_byte
 from data_prep.scan.decoders import COMPRESSED_SYNTAXES
 from data_prep.scan.elements import DEFLATED
 from data_prep.scan.headers import NATIVE_SYNTAXES, NIFTI, Header
-from data_prep.scan.nifti import NiftiError, read_frames
+from data_prep.scan.nifti import NiftiError, are_hu, read_frames, with_padding
 from data_prep.scan.stored_bits import PixelError, stored_values
 
 MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
@@ -38,7 +39,9 @@ class PixelReader:
         self._source: Source | None = None
         self._data = b""
         self._dataset: pydicom.Dataset | None = None
-        self._frames: np.ndarray | None = None  # of a NIfTI file
+        # of a NIfTI file: its values, or why there are none
+        self._frames: np.ndarray | NiftiError | None = None
+        self.hu_against_table = False  # the last file; see `nifti.are_hu`
 
     def read(self, header: Header) -> np.ndarray:
         """The stored pixel values [rows, columns] of one slice; possibly read-only.
@@ -78,13 +81,24 @@ class PixelReader:
             data, self._data = self._data, b""
             try:
                 self._frames = read_frames(data, header)
+                self.hu_against_table = header.rescale_from_table and are_hu(self._frames, header)
             except NiftiError as error:
-                self._source = None
-                raise PixelError(error.reason, str(error)) from error
+                self._frames = error
+        if isinstance(self._frames, NiftiError):
+            raise PixelError(self._frames.reason, str(self._frames))
         values = self._frames[header.frame]
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise PixelError("undecodable_pixels", "values that are no finite numbers")
-        return values
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            return values
+        try:
+            return with_padding(values, self.rescaled(header))
+        except NiftiError as error:
+            raise PixelError(error.reason, str(error)) from None
+
+    def rescaled(self, header: Header) -> Header:
+        """The header of a slice that was read, with the rescale that turns its values into HU."""
+        if not self.hu_against_table:
+            return header
+        return dataclasses.replace(header, rescale_slope=1.0, rescale_intercept=0.0)
 
     def _by_pydicom(self, header: Header) -> np.ndarray:
         """Pixels of a deflated file, or of unusual Bits Allocated."""

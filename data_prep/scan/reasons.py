@@ -1,8 +1,10 @@
 """Names and explanations of refusals and of remarkable properties.
 
 `REASONS`: why a file, a slice or a series is not taken. `NOTES`: remarkable properties of a volume
-that is taken.
+that is taken. `LEFT_OUT`: why a file of masks or annotations is not used.
 """
+
+from typing import NamedTuple
 
 FAILED_FOR_NOW = "failed_for_now"  # the only reason that is not final: the next run tries again
 
@@ -19,12 +21,16 @@ REASONS = {
     "unpack it first.",
     "bad_packed": "The tar or gzip file is damaged, or its member has an unsound or a second name.",
     "nested_zip": "The zip file lies inside another zip file; unpack it first.",
-    "not_nifti": "The file is not a NIfTI file (.nii, .nii.gz) with its voxels in it.",
+    "not_nifti": "The file is not a NIfTI file (.nii, .nii.gz) with its voxels in it; a pair .hdr "
+    "and .img must be made one file.",
+    "several_volumes": "The NIfTI file is 4-D: it holds several volumes (phases, energies); split "
+    "it into 3-D files.",
     "no_metadata": "The metadata table lacks a row of the NIfTI file.",
-    "unknown_affine": "The NIfTI file does not say where its voxels lie, or says two different "
-    "things.",
+    "unknown_affine": "The NIfTI file does not say where its voxels lie, or its sform, qform, "
+    "pixdim or unit contradict each other; correct its header.",
     "ambiguous_rescale": "The NIfTI file and the metadata table have different slopes or "
-    "intercepts.",
+    "intercepts, or the values look like HU both with and without the table's, or neither way; "
+    "correct the row, or leave its RescaleSlope and RescaleIntercept empty.",
     "too_large": "The file is larger, or more strongly compressed, than any CT.",
     "outside_archive": "The link or zip member points out of the input directory, or to a folder.",
     # images and series, judged by their headers
@@ -132,5 +138,27 @@ NOTES = {
     "taken so.",
     "spacing_from_metadata": "The file's spacing differs by more than 1 % from the metadata "
     "table's, which was taken.",
+    "hu_against_table": "The stored values are HU already; the slope and intercept of the metadata "
+    "table, which are those of an earlier version, were not applied.",
     "fractional_hu": "Some values are not whole HU or beyond 16 bits; the volume is float32.",
 }
+LEFT_OUT = {
+    "system_file": "The operating system put it there (._*, .DS_Store, Thumbs.db).",
+    "damaged": "It is damaged or incomplete.",
+    "packed": "It is compressed; unpack it first.",
+    "of_no_series": "It does not say of which series it is.",
+    "of_several_series": "It is of several series.",
+    "other_mask": "It is a mask of surfaces, which are not read.",
+    "contradicts": "It differs from another file of the same series, of which neither is used.",
+}
+
+
+class LeftOut(NamedTuple):
+    """A file of masks or annotations that is not used.
+
+    path: relative to their folder. reason: a name of `LEFT_OUT`. detail: free of the content.
+    """
+
+    path: str
+    reason: str
+    detail: str

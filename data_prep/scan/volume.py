@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.scan.anatomy import ChestSummary, covers_chest, summarise
 from data_prep.scan.archives import ArchiveDirectory, reading_ahead, will_read
 from data_prep.scan.geometry import canonical_axes, measure_stack, orient
-from data_prep.scan.headers import Header
+from data_prep.scan.headers import NIFTI, Header
 from data_prep.scan.hounsfield import PlausibilityCount, has_rescale, to_hu
 from data_prep.scan.image_kinds import is_lossy_copy
 from data_prep.scan.pixels import PixelReader
@@ -28,6 +28,9 @@ from data_prep.scan.series import (
 from data_prep.scan.slice_scale import SAMPLE_STEP, slices_on_another_scale
 from data_prep.scan.stored_bits import PixelError
 
+_SAMPLE_STEP = 8  # slices; see `_no_lung_in_sample`
+_SAMPLE_MM = 25.0
+_SAMPLE_LUNG_ML = 100.0
 _READ_AHEAD = 8  # slices that the disk fetches while one slice is decoded
 
 
@@ -69,7 +72,12 @@ def load_volume(
     """
     tagged = {has_rescale(header) for header in candidate.headers}
     input_dir = reading_ahead(input_dir, (h.source for group in candidate.groups for h in group))
-    loader = _SliceLoader(PixelReader(input_dir), len(candidate.headers))
+    reader = PixelReader(input_dir)
+    sampled = candidate.headers[0].transfer_syntax == NIFTI or named_body_part(candidate.headers)
+    if rules.require_lung and sampled:
+        if detail := _no_lung_in_sample(reader, candidate):
+            return candidate.rejected("no_chest", detail)
+    loader = _SliceLoader(reader, len(candidate.headers))
     kept: list[int] = []
     lost: list[tuple[Header, str]] = []
     repeated: list[tuple[Header, str]] = []
@@ -129,10 +137,7 @@ def load_volume(
     pixel_spacing_mm = candidate.pixel_spacing_mm
     chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)
     if rules.require_lung and not covers_chest(chest):
-        detail = f"{chest.lung_volume_ml:.0f} ml of lung"
-        if body_part := named_body_part(used):
-            detail += f"; Body Part Examined is {body_part}"
-        return candidate.rejected("no_chest", detail)
+        return candidate.rejected("no_chest", _lung(chest, used))
     flags = {
         "gaps": measured.missing > 0,
         "uneven_spacing": measured.uneven,
@@ -144,6 +149,7 @@ def load_volume(
         "acquisitions_meet": bool(meeting),
         "lossy_copies_dropped": bool(lossy),
         "no_rescale_tags": tagged == {False},
+        "hu_against_table": reader.hu_against_table,
         "fractional_hu": hu.dtype != np.int16,
     }
     return Volume(
@@ -164,6 +170,38 @@ def load_volume(
         ),
         dropped=(*candidate.dropped, *repeated, *meeting, *lossy, *lost),
     )
+
+
+def _no_lung_in_sample(reader: PixelReader, candidate: SeriesCandidate) -> str | None:
+    """The detail of `no_chest` if a file of many slices has hardly any lung in every 8th of them
+    (at least every 25 mm), so that the others need not be computed. None leaves the judgement to
+    the whole volume."""
+    step = min(_SAMPLE_STEP, int(_SAMPLE_MM / candidate.slice_spacing_mm))
+    sample = candidate.headers[step // 2 :: step] if step > 1 else ()
+    if len(sample) < _SAMPLE_STEP:
+        return None
+    loader = _SliceLoader(reader, len(sample))
+    try:
+        for header in sample:
+            loader.add(header)
+    except PixelError:
+        return None
+    hu, odd = loader.volume(sample)
+    if odd:
+        return None
+    chest = summarise(hu, candidate.pixel_spacing_mm, step * candidate.slice_spacing_mm)
+    found = chest.first_lung_slice is not None or chest.lung_volume_ml > _SAMPLE_LUNG_ML
+    if found or loader.plausibility.fault():
+        return None
+    of_all = f"{len(sample)} of {len(candidate.headers)} slices"
+    return f"{_lung(chest, candidate.headers)}, by {of_all}"
+
+
+def _lung(chest: ChestSummary, headers: Sequence[Header]) -> str:
+    """How much lung there is, and the part of the body that explains it."""
+    body_part = named_body_part(headers)
+    named = f"; Body Part Examined is {body_part}" if body_part else ""
+    return f"{chest.lung_volume_ml:.0f} ml of lung{named}"
 
 
 def _acquisitions_differ(a: Header, b: Header) -> bool:
@@ -191,6 +229,7 @@ class _SliceLoader:
             PixelError: the pixels cannot be read; nothing is appended.
         """
         stored = self._reader.read(header)
+        header = self._reader.rescaled(header)
         image = orient(to_hu(stored, header), canonical_axes(header.orientation))
         if self._hu is None:
             self._hu = np.empty((self._num_slices, *image.shape), dtype=image.dtype)
@@ -207,7 +246,8 @@ class _SliceLoader:
         Raises:
             PixelError: the pixels cannot be read.
         """
-        hu = to_hu(self._reader.read(header), header)
+        stored = self._reader.read(header)
+        hu = to_hu(stored, self._reader.rescaled(header))
         image = orient(hu, canonical_axes(header.orientation))
         return np.array_equal(image, self._hu[len(self._whole) - 1])
 

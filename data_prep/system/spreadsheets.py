@@ -21,12 +21,12 @@ from pathlib import Path
 from data_prep.system.errors import InputError
 
 # What pandas, R, SQL and spreadsheet programs (also German ones) write for a missing cell, in any
-# case. "none" and "-" may also be words: see `DOUBTFUL`.
+# case. "none", "-", "." and "?" may also be words: see `DOUBTFUL`.
 MISSING = frozenset(
     "na n/a n.a. nan -nan null <na> #n/a #na #nv #null! #value! #wert! #ref! #bezug! "
     "#div/0!".split()
 )
-DOUBTFUL = frozenset(("none", "-", "--"))
+DOUBTFUL = frozenset(("none", "-", "--", ".", "?"))
 _LONGEST_WORD = max(map(len, MISSING))
 _SEPARATORS = ",;\t"
 _DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+,[0-9]+")

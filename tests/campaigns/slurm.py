@@ -1,4 +1,4 @@
-r"""The README's Slurm recipes, word for word but for their GPU lines, on a real Slurm of two nodes.
+r"""The Slurm recipes of the documents, word for word but for GPUs, on a real Slurm of two nodes.
 
     python -m tests.campaigns.slurm [--only=stopped,first_second,time_limit,node_failure,array]
 
@@ -146,8 +146,8 @@ class Slurm:
 
 
 def recipes() -> list[str]:
-    """The README's scripts for `sbatch`: of several nodes, and of an array."""
-    text = (PROJECT / "README.md").read_text()
+    """The documents' scripts for `sbatch`: of several nodes, and of an array."""
+    text = (PROJECT / "ctssl_jax" / "parallel" / "README.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     return [block for block in blocks if "#SBATCH" in block]
 

@@ -288,7 +288,7 @@ def test_a_run_from_before_some_fields_existed_goes_on_with_the_recipe_of_today(
 
 def test_the_table_of_fields_that_may_change_is_in_the_documents():
     rows = "".join(f"| `{name}` | {effect} |\n" for name, effect in MAY_CHANGE.items())
-    assert f"|---|---|\n{rows}\n" in (PROJECT / "README.md").read_text()
+    assert f"|---|---|\n{rows}\n" in (PROJECT / "ctssl_jax" / "README.md").read_text()
     assert MAY_CHANGE.keys() <= FIELDS.keys() and ADDED_SINCE.keys() <= FIELDS.keys()
 
 

@@ -14,6 +14,7 @@ from data_prep.scan.headers import Header, read_header
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import plan_series
 from data_prep.scan.volume import load_volume
+from data_prep.system.errors import InputError
 
 SHAPE = (40, 50)
 SLICES = [f"image-{number}" for number in range(6)]
@@ -149,7 +150,7 @@ def test_no_readings_is_an_error(tmp_path):
     with pytest.raises(lidc.LidcError, match="no CT reading"):
         lidc.read_readings(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"no tar")
-    with pytest.raises(lidc.LidcError, match=r"a\.tar: not a readable tar"):
+    with pytest.raises(InputError, match=r"a\.tar: not a readable tar"):
         lidc.read_readings(tmp_path / "a.tar")
     (tmp_path / "b.xml").write_bytes(b"<broken")
     with pytest.raises(lidc.LidcError, match=r"^b\.xml: damaged"):

@@ -607,10 +607,12 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     uid = dicom_files.uid(1, 1)
     mask = np.zeros(volume.hu.shape, np.uint8)
     mask[3:5, 10:12, 20:23], mask[4, 30, 30] = 2, 5
-    monkeypatch.setattr(reading, "index_masks", lambda path: {uid: tmp_path / "seg"})
+    monkeypatch.setattr(staging, "index_masks", lambda path, _: {uid: (tmp_path / "seg",)})
     monkeypatch.setattr(reading, "read_mask", lambda path, of_volume: mask)
     (tmp_path / "seg").write_bytes(b"mask")
     staged = staging.stage(LabelSources(masks_dir=tmp_path), archive, tmp_path / "db")
+    strict = LabelSources(masks_dir=tmp_path, require_masks=True)
+    strict = staging.stage(strict, archive, tmp_path / "strict")
     assert staged.fault(volume.candidate) is None and len(staged.version(volume.candidate)) == 64
     volume_labels = staged.labels_of(volume)
     np.testing.assert_array_equal(volume_labels.mask, mask)
@@ -623,7 +625,8 @@ def test_masks_of_files(archive, tmp_path, monkeypatch):
     mask = mask[:-1]
     assert staged.labels_of(volume).reason == "mask_mismatch"
     (other,), _ = loaded(archive / "2")
-    assert staged.fault(other.candidate).reason == "no_annotation"
+    assert strict.fault(other.candidate).reason == "no_annotation"
+    assert staged.fault(other.candidate) is None and staged.labels_of(other).mask is None
     assert staging.match(staged, volume.headers) == {"masks_without_match": 0}
     with pytest.raises(InputError, match="none of its 1 masks is of this archive"):
         staging.match(staged, other.headers)

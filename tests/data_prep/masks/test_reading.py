@@ -15,7 +15,9 @@ from pydicom.pixels import pack_bits
 from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
 
 from data_prep.dataset.reader import Dataset
-from data_prep.masks.reading import MaskError, index_masks, read_mask
+from data_prep.masks.files import index_masks
+from data_prep.masks.grid import MaskError
+from data_prep.masks.reading import read_mask
 from data_prep.scan import nifti
 from data_prep.scan.archives import list_sources
 from data_prep.scan.rules import Rules
@@ -417,16 +419,12 @@ def test_masks_are_indexed_by_what_they_are_of(tmp_path):
     )
     (tmp_path / "readme.txt").write_text("masks")
     (tmp_path / "ct.dcm").write_bytes(dicom_files.to_bytes(dicom_files.slices(THORAX[:1])[0]))
-    masks = {key: str(path.relative_to(tmp_path)) for key, path in index_masks(tmp_path).items()}
+    masks = {key: str(path.relative_to(tmp_path)) for key, (path,) in index_masks(tmp_path).items()}
     expected = {key: name for name, key in names.items()} | {SERIES: "deep/without_extension"}
     assert masks == expected
 
 
 def test_masks_that_cannot_be_told_apart_are_refused(tmp_path):
-    for name in ("scan.nii", "scan_mask.nii.gz"):
-        write_nifti(tmp_path / name, np.zeros((2, 2, 2), np.uint8))
-    with pytest.raises(MaskError, match=r"scan\.nii and scan_mask\.nii\.gz are of one scan"):
-        index_masks(tmp_path)
     for series, count in (((), 0), (("1.2", "1.3"), 2)):
         folder = tmp_path / str(count)
         folder.mkdir()
@@ -479,9 +477,10 @@ def test_prepare_of_nifti_scans_and_masks(tmp_path):
     with open(audit / "sources.csv", newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
     assert rows["scan_3.nii.gz"]["reason"] == "mask_mismatch"
-    assert rows["without_mask.nii.gz"]["reason"] == "no_annotation"
+    assert rows["without_mask.nii.gz"]["outcome"] == "volume"
     volumes = {volume["volume_id"]: volume for volume in Dataset.open(out).volumes()}
-    assert set(volumes) == {rows[name]["pseudonym"] for name in expected}
+    taken = {*expected, "without_mask.nii.gz"}
+    assert set(volumes) == {rows[name]["pseudonym"] for name in taken}
     for name, (hu, regions) in expected.items():
         volume = volumes[rows[name]["pseudonym"]]
         records = Dataset.open(out).source(volume["split"])

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from data_prep.dataset.reader import Dataset
-from data_prep.dataset.schema import read_preparation, write_preparation
+from data_prep.dataset.schema import notes_on_rules, read_preparation, write_preparation
 from data_prep.labels import staging
 from data_prep.labels.lookup import LabelSources
+from data_prep.pipeline.accounting import dataset_text
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
 from data_prep.scan.archives import list_sources
 from data_prep.scan.headers import read_header
 from data_prep.scan.loading import header_reader, plan_exams
-from data_prep.scan.rules import Rules
+from data_prep.scan.rules import VERSION, Rules
 from data_prep.scan.volume import load_volume
 from data_prep.system.errors import InputError
 from tests.helpers import dicom_files
@@ -34,9 +35,9 @@ def add_scan(folder, patient: str, study: int, seed: int, *, series: int = 1, ed
     return dicom_files.write(folder / f"{patient}-{study}-{series}", datasets)
 
 
-def run(folder, key_file, options=OPTIONS):
+def run(folder, key_file, options=OPTIONS, **more):
     places = Directories(folder / "scans", folder / "dataset", folder / "audit")
-    return places, prepare(options, places, num_workers=1, pseudonym_key_file=key_file)[0]
+    return places, prepare(options, places, num_workers=1, pseudonym_key_file=key_file, **more)[0]
 
 
 def patients(places) -> list[str]:
@@ -59,6 +60,31 @@ def test_the_same_pixels_under_two_patients_are_one_patient(tmp_path, key_file):
     places, preparation = run(tmp_path, key_file)
     assert len(patients(places)) == 5 and len(set(patients(places))) == 3
     assert preparation["counts"]["patients_joined"] == 2
+
+
+def test_a_series_whose_slices_say_different_things_of_their_patient(tmp_path, key_file):
+    """Study and patient are missing in a half; a copy under another ID; the patient's row of labels
+    and attributes is found under any ID. One volume, one patient, and that is said."""
+
+    def half(ds, number):
+        if number < 10:
+            ds.PatientID, ds.StudyInstanceUID = "", ""
+
+    scans = tmp_path / "scans"
+    add_scan(scans, "patient-1", 1, seed=1, edit=half)
+    add_scan(scans, "ANON42", 1, seed=1)
+    (tmp_path / "attributes.csv").write_text("PatientID,age\npatient-1,44\n")
+    (tmp_path / "labels.csv").write_text("PatientID,pe\npatient-1,1\n")
+    sources = LabelSources(
+        labels_csv=(tmp_path / "labels.csv",), attributes_csv=tmp_path / "attributes.csv"
+    )
+    places, preparation = run(tmp_path, key_file, sources=sources)
+    [row] = Dataset.open(places.output_dir).volumes()
+    assert row["num_slices"] == 20 and row["age"] == 44
+    assert "patient_ids_joined" in row["notes"].split()
+    assert preparation["counts"]["labels"]["pe"] == {"1": 1, "missing": 0}
+    text = dataset_text(preparation, True, places.output_dir, places.audit_dir)
+    assert "1 patients whose scans carry several Patient IDs" in text
 
 
 # ---- growth --------------------------------------------------------------------------------------
@@ -85,7 +111,22 @@ def test_a_grown_archive_keeps_its_pseudonyms_and_counts_both_rules(tmp_path, ke
     after = Dataset.open(places.output_dir).volumes()
     assert after[: len(before)] == before and len(after) == 4
     assert set(patients(places)) == {row["patient_id"] for row in before}
-    assert preparation["rules"] == {"version": 2, "volumes": {"1": 2, "2": 2}}
+    assert preparation["rules"] == {"version": VERSION, "volumes": {"1": 2, str(VERSION): 2}}
+    text = dataset_text(preparation, True, places.output_dir, places.audit_dir)
+    assert "2 volumes were read by version 1 of the rules and stay as they are" in text
+    [note] = notes_on_rules({"options": {}}, preparation)  # a model of before, these data
+    assert "version 1 of the rules" in note and "by version 1 and 2" in note
+    assert notes_on_rules(preparation, preparation) == []
+
+
+def test_a_dataset_of_a_newer_program_does_not_grow(tmp_path, key_file):
+    add_scan(tmp_path / "scans", "patient-1", 1, seed=1)
+    places, preparation = run(tmp_path, key_file)
+    preparation["rules"] = {"version": VERSION + 1, "volumes": {str(VERSION + 1): 1}}
+    write_preparation(places.output_dir, preparation)
+    add_scan(tmp_path / "scans", "patient-2", 2, seed=2)
+    with pytest.raises(InputError, match=rf"by version {VERSION + 1} of the rules, this program"):
+        run(tmp_path, key_file)
 
 
 def test_growth_that_would_join_patients_of_two_splits_is_refused(tmp_path, key_file):

@@ -4,17 +4,14 @@ import gzip
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
-from nibabel import orientations
 
 from data_prep.dataset.reader import Dataset
 from data_prep.dataset.schema import SPLITS
-from data_prep.scan import nifti, nifti_metadata
-from data_prep.scan.archives import list_sources
+from data_prep.scan import nifti_metadata
 from data_prep.scan.headers import NotAnImage
 from data_prep.scan.nifti_metadata import read_metadata
 from data_prep.scan.rules import Rules
@@ -22,72 +19,21 @@ from data_prep.scan.series import Rejection, plan_series, select_reconstructions
 from data_prep.scan.volume import load_volume
 from data_prep.system.errors import InputError
 from tests.helpers import dicom_files
-
-NUM_SLICES = 21
-# unlike, and as many columns as rows: a transposition shows in the spacing
-ROW_MM, COLUMN_MM = 5.5, 5.0
-ORIGIN = (-150.0, -170.0, -300.0)  # of DICOM's patient space
-# the same, RAS+
-AFFINE = np.array(
-    [[-COLUMN_MM, 0, 0, 150], [0, -ROW_MM, 0, 170], [0, 0, 2.5, -300], [0, 0, 0, 1.0]]
+from tests.helpers.nifti_files import (
+    AFFINE,
+    COLUMN_MM,
+    NUM_SLICES,
+    ORIGIN,
+    ROW_MM,
+    THORAX,
+    headers_of,
+    image_of,
+    load,
+    save_as_it_is,
+    with_forms,
+    write,
+    write_table,
 )
-THORAX = dicom_files.thorax(NUM_SLICES)
-
-
-def image_of(
-    values: np.ndarray, axes: str = "LPS", affine: np.ndarray = AFFINE
-) -> nibabel.Nifti1Image:
-    """`values` [S, H, W] in canonical orientation, stored along other axes, as they are (no
-    scaling)."""
-    turn = orientations.ornt_transform(
-        orientations.axcodes2ornt("LPS"), orientations.axcodes2ornt(axes)
-    )
-    stored = orientations.apply_orientation(values.transpose(2, 1, 0), turn)
-    image = nibabel.Nifti1Image(
-        stored, affine @ orientations.inv_ornt_aff(turn, values.shape[::-1])
-    )
-    image.header.set_xyzt_units("mm")
-    return image
-
-
-def write(
-    path: Path,
-    values: np.ndarray = THORAX,
-    axes: str = "LPS",
-    scale: tuple[float, float] | None = None,
-    **options,
-) -> Path:
-    """`scale`: the file's scl_slope and scl_inter (None: not set); the voxels are stored as they
-    are."""
-    image = image_of(values, axes, **options)
-    image.header.set_slope_inter(*(scale or (1, 0)))
-    content = bytearray(image.to_bytes())
-    if not scale:  # nibabel always writes one
-        content[112:116] = bytes(4)
-    path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
-    return path
-
-
-def headers_of(folder: Path, table: Path | None = None) -> list:
-    return [nifti.read_header(folder, source, table) for source in list_sources(folder)]
-
-
-def load(folder: Path, table: Path | None = None, rules: Rules | None = None):
-    """The volume or Rejection of the only file of a folder, or its `NotAnImage`."""
-    (header,) = headers_of(folder, table)
-    if isinstance(header, NotAnImage):
-        return header
-    (planned,) = plan_series([header], rules or Rules())
-    return (
-        planned
-        if isinstance(planned, Rejection)
-        else load_volume(folder, planned, rules or Rules())
-    )
-
-
-def write_table(path: Path, header: str, *rows: str) -> Path:
-    path.write_text("\n".join(["VolumeName," + header, *rows, ""]))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -187,12 +133,6 @@ def test_one_trailing_dimension_of_one(tmp_path, from_dicom):
 # ---- what a file cannot be used for --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axes", ["SPL", "LSP", "PSR"])
-def test_slices_that_are_not_axial_are_refused(tmp_path, axes):
-    write(tmp_path / "scan.nii", axes=axes)
-    assert load(tmp_path).reason == "not_axial"
-
-
 def test_an_oblique_or_sheared_affine_is_refused(tmp_path):
     angle = np.radians(50)
     turn = np.eye(4)
@@ -203,20 +143,6 @@ def test_an_oblique_or_sheared_affine_is_refused(tmp_path):
     sheared[0, 1] = 2
     write(tmp_path / "scan.nii", affine=sheared)
     assert load(tmp_path).reason == "unknown_orientation"
-
-
-def with_forms(sform: np.ndarray | None, qform: np.ndarray | None) -> nibabel.Nifti1Image:
-    image = image_of(THORAX)
-    image.header.set_sform(sform, code=0 if sform is None else 1)
-    image.header.set_qform(AFFINE if qform is None else qform, code=0 if qform is None else 1)
-    return image
-
-
-def save_as_it_is(image: nibabel.Nifti1Image, path: Path) -> None:
-    """`to_filename` would write the image's affine over the forms of the header."""
-    values = np.asarray(image.dataobj)
-    image.header["magic"], image.header["vox_offset"] = b"n+1", 352
-    path.write_bytes(image.header.binaryblock + bytes(4) + values.tobytes(order="F"))
 
 
 def test_either_form_is_enough_and_they_must_agree(tmp_path, from_dicom):
@@ -242,13 +168,10 @@ def test_a_small_error_of_direction_counts_where_it_is_largest(tmp_path):
     assert load(tmp_path).detail == "sform and qform differ by up to 0.21 mm"
 
 
-@pytest.mark.parametrize("change", ["metres", "singular", "not_finite"])
-def test_affines_that_say_nothing_are_refused(tmp_path, change):
+@pytest.mark.parametrize("row", [[0, 0, 0, -300], [0, 0, np.nan, -300]])
+def test_affines_that_say_nothing_are_refused(tmp_path, row):
     image = image_of(THORAX)
-    if change == "metres":
-        image.header.set_xyzt_units("meter")
-    else:
-        image.header["srow_z"] = [0, 0, 0, -300] if change == "singular" else [0, 0, np.nan, -300]
+    image.header["srow_z"] = row
     save_as_it_is(image, tmp_path / "scan.nii")
     assert load(tmp_path).reason == "unknown_affine"
 
@@ -272,7 +195,7 @@ def test_files_that_hold_no_scan(tmp_path):
     nibabel.Nifti1Image(four, image.affine).to_filename(tmp_path / "four.nii")
     reasons = {entry.source.path: getattr(entry, "reason", "") for entry in headers_of(tmp_path)}
     expected = {name: reason for name, (_, reason) in contents.items()}
-    assert reasons == expected | {"good.nii.gz": "", "four.nii": "unreadable"}
+    assert reasons == expected | {"good.nii.gz": "", "four.nii": "several_volumes"}
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -294,7 +217,7 @@ def test_a_damaged_byte_of_compressed_voxels_refuses_the_volume(tmp_path):
 
 def test_values_that_are_no_hu_refuse_the_volume(tmp_path):
     values = THORAX.astype(np.float32)
-    values[:3, 0, 0] = np.nan
+    values[:3, 30, 30] = np.nan
     write(tmp_path / "scan.nii", values)
     assert load(tmp_path).reason == "undecodable_pixels"
     write(tmp_path / "scan.nii", (THORAX + 1024).astype(np.uint16))

@@ -6,6 +6,7 @@ import pytest
 from data_prep.scan.archives import list_sources
 from data_prep.scan.headers import read_header
 from data_prep.scan.loading import ExamPlan, plan_exams
+from data_prep.scan.patients import People, identities
 from data_prep.scan.rules import Rules
 from tests.helpers import dicom_files
 from tests.helpers.dicom_files import thorax, uid
@@ -21,10 +22,14 @@ def scan(patient="patient-1", study=1, *, series=1, edit=None):
     return datasets
 
 
-def written(folder, *scans) -> ExamPlan:
+def read(folder, *scans):
     for datasets in scans:
         dicom_files.write(folder, datasets)
-    return plan_exams([read_header(folder, source) for source in list_sources(folder)], Rules())
+    return [read_header(folder, source) for source in list_sources(folder)]
+
+
+def written(folder, *scans) -> ExamPlan:
+    return plan_exams(read(folder, *scans), Rules())
 
 
 def written_with_ids(folder, *scans) -> ExamPlan:
@@ -95,6 +100,27 @@ def test_an_id_that_is_missing_in_one_series_of_a_study(tmp_path):
     assert {thin.patient_key, thick.patient_key} == {"patient-1"}
 
 
+def test_a_study_that_is_missing_in_half_of_a_series(tmp_path):
+    def edit(ds, number):
+        if number >= 10:
+            del ds.StudyInstanceUID
+            ds.PatientID = ""
+
+    plan = written(tmp_path, scan(edit=edit))
+    [[candidate]] = plan.exams
+    assert candidate.patient_key == "patient-1" and len(candidate.headers) == 20
+
+
+def test_images_without_patient_and_study_join_nobody(tmp_path):
+    def edit(ds, number):
+        ds.PatientID, ds.StudyInstanceUID = "", ""
+
+    scans = [scan(name, study, edit=None) for name, study in (("a", 1), ("b", 2))]
+    strays = [scan("", study, edit=edit)[:3] for study in (3, 4)]
+    plan = written(tmp_path, *scans, *strays)
+    assert sorted(patients(plan)) == ["a", "b"]
+
+
 # ---- one patient under two IDs -------------------------------------------------------------------
 
 
@@ -115,3 +141,21 @@ def test_instances_whose_study_and_series_were_renamed_tell_the_patient(tmp_path
 
     plan = written(tmp_path, scan(), scan("ANON42", study=9, edit=original))
     assert len(plan.exams) == 2 and len(set(patients(plan))) == 1
+
+
+def test_a_uid_that_many_ids_share_names_nobody(tmp_path):
+    """A de-identification that gave all studies one UID: each ID is a patient, and that is said."""
+    found = {}
+    for number in range(6):
+        found |= identities(read(tmp_path / str(number), scan(f"id{number}", study=7)[:1]))
+    people = People()
+    people.add(found)
+    patients = people.resolve()
+    assert not patients.key_of and patients.num_placeholders == 3  # study, series, instance
+
+
+def test_patients_that_earlier_runs_joined_stay_joined(tmp_path):
+    people = People(known=[("a", "b")])
+    people.add(identities(read(tmp_path, scan("b")[:1])))
+    patients = people.resolve()
+    assert not patients.key_of and patients.keys_of == {"b": ("a", "b")}
