@@ -17,6 +17,7 @@ SAME_POSITION_MM = 0.05  # slices that are closer lie at one position
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _AXIAL_COSINE = math.cos(math.radians(35))  # gantries tilt by up to 30 degrees
+_FIELD_MM = (50, 1000)  # scanners have up to 850 mm
 _GAP_FACTOR = 1.5  # of the local spacing
 _UNEVEN_FRACTION = 0.1  # of the local spacing
 _JUMP_MM = 1.0  # beside the line through the slices
@@ -72,6 +73,19 @@ def canonical_axes(orientation: tuple[float, ...]) -> Axes | None:
     normal /= np.linalg.norm(normal)
     axial = bool(normal[2] >= _AXIAL_COSINE)
     return Axes(bool(transpose), flip_rows, flip_columns, axial, normal, left, posterior)
+
+
+def field_fault(rows: int, columns: int, pixel_spacing_mm: tuple[float, ...]) -> str | None:
+    """Why an image cannot be as large as its Pixel Spacing (0028,0030; between rows, between
+    columns) says, in words; or None."""
+    size = max(rows * pixel_spacing_mm[0], columns * pixel_spacing_mm[1])
+    if _FIELD_MM[0] <= size <= _FIELD_MM[1]:
+        return None
+    shown = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+    return (
+        f"a field of view of {shown} mm, not {_FIELD_MM[0]:g} to {_FIELD_MM[1]:g} mm: is the "
+        "pixel spacing in another unit than mm?"
+    )
 
 
 def orient(image: np.ndarray, axes: Axes) -> np.ndarray:

@@ -55,6 +55,8 @@ CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1"
 NATIVE_SYNTAXES = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG)
 # Items within Per-frame Functional Groups: of any image, and for each of its frames
 _ITEMS_OF_AN_IMAGE, _ITEMS_OF_A_FRAME = 10_000, 1_000
+OTHER_QUANTITY = "NO HU"  # stands for the Rescale Type of Real World Values that are not HU
+_HU_CODES = {"[HNSF'U]", "HU"}
 NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.scan.nifti`)
 
 # All tags that this module reads, also within sequences. pydicom skips other elements, which saves
@@ -62,14 +64,15 @@ NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.sc
 # fmt: off
 _TAGS = [pydicom.tag.Tag(tag) for tag in (
     0x00041220, 0x00080005, 0x00080008, 0x00080016, 0x00080018, 0x0008002A, 0x00080032, 0x00080060,
-    0x00080070, 0x00080104, 0x0008103E, 0x00089007, 0x00100020, 0x00100040, 0x00100200, 0x00101010,
-    0x00102160, 0x00180010, 0x00180012, 0x00180015, 0x00180050, 0x00180060, 0x00181060, 0x00181120,
-    0x00181210, 0x00185100, 0x00189074, 0x00189118, 0x00189304, 0x00189314, 0x00189316, 0x00189325,
-    0x00189329, 0x0020000D, 0x0020000E, 0x00200011, 0x00200012, 0x00200013, 0x00200032, 0x00200037,
-    0x00200052, 0x00200100, 0x00209056, 0x00209111, 0x00209113, 0x00209116, 0x00209128, 0x00209153,
-    0x00209156, 0x00209241, 0x00209245, 0x00209252, 0x00209253, 0x00280002, 0x00280004, 0x00280008,
-    0x00280010, 0x00280011, 0x00280030, 0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00280120,
-    0x00280121, 0x00280301, 0x00281052, 0x00281053, 0x00281054, 0x00282110, 0x00289110, 0x00289145,
+    0x00080070, 0x00080100, 0x00080104, 0x0008103E, 0x00089007, 0x00100020, 0x00100040, 0x00100200,
+    0x00101010, 0x00102160, 0x00180010, 0x00180012, 0x00180015, 0x00180050, 0x00180060, 0x00181060,
+    0x00181120, 0x00181210, 0x00185100, 0x00189074, 0x00189118, 0x00189304, 0x00189314, 0x00189316,
+    0x00189325, 0x00189329, 0x0020000D, 0x0020000E, 0x00200011, 0x00200012, 0x00200013, 0x00200032,
+    0x00200037, 0x00200052, 0x00200100, 0x00209056, 0x00209111, 0x00209113, 0x00209116, 0x00209128,
+    0x00209153, 0x00209156, 0x00209241, 0x00209245, 0x00209252, 0x00209253, 0x00280002, 0x00280004,
+    0x00280008, 0x00280010, 0x00280011, 0x00280030, 0x00280100, 0x00280101, 0x00280102, 0x00280103,
+    0x00280120, 0x00280121, 0x00280301, 0x00281052, 0x00281053, 0x00281054, 0x00282110, 0x00289110,
+    0x00289145, 0x004008EA, 0x00409096, 0x00409224, 0x00409225,
     0x52009229, 0x52009230,
 )]
 # fmt: on
@@ -330,7 +333,7 @@ def _header(dataset: Dataset, source: Source, offset: int | None) -> Header | No
         number_of_frames=number_of_frames,
         frames=_frames(dataset, elements, number_of_frames),
         lossy=_text(elements, 0x00282110) == "01",
-        **_frame_fields([elements]),
+        **_frame_fields([elements], [dataset]),
     )
 
 
@@ -346,8 +349,9 @@ def _transfer_syntax(dataset: Dataset, meta: Elements) -> str:
     return _IMPLICIT_LITTLE if implicit else _EXPLICIT_LITTLE
 
 
-def _frame_fields(groups: list[Elements]) -> dict[str, Any]:
-    """The fields that `Frame` and `Header` share, each from the first of `groups` that has it."""
+def _frame_fields(groups: list[Elements], holders: list[Dataset]) -> dict[str, Any]:
+    """The fields that `Frame` and `Header` share, each from the first of `groups` that has it;
+    `holders` may have Real World Value maps."""
     merged: Elements = {}
     for group in reversed(groups):
         merged.update((tag, element) for tag, element in group.items() if element.value)
@@ -366,9 +370,12 @@ def _frame_fields(groups: list[Elements]) -> dict[str, Any]:
         "pixel_spacing": spacing if len(spacing) == 2 and min(spacing) > 0 else None,
         "slice_thickness": thickness if thickness is not None and thickness > 0 else None,
         "gantry_tilt": _number(merged, 0x00181120),
-        "rescale_slope": _number(merged, 0x00281053),
-        "rescale_intercept": _number(merged, 0x00281052),
-        "rescale_type": _text(merged, 0x00281054).upper(),
+        **_rescale(
+            _number(merged, 0x00281053),
+            _number(merged, 0x00281052),
+            _text(merged, 0x00281054).upper(),
+            holders,
+        ),
         "kernel": first(_text, 0x00181210, 0x00189316) or "",
         "marks": StackMarks(
             series_number=_integer(merged, 0x00200011),
@@ -393,6 +400,25 @@ def _frame_fields(groups: list[Elements]) -> dict[str, Any]:
     }
 
 
+def _rescale(
+    slope: float | None, intercept: float | None, kind: str, holders: list[Dataset]
+) -> dict[str, Any]:
+    """The rescale fields. Where the tags are missing, or Rescale Type is unspecified, a Real World
+    Value map (0040,9096) in HU stands in, and maps of other quantities alone say so."""
+    if None in (slope, intercept) or kind == "US":
+        maps = [entry for at in holders for entry in items(at, 0x00409096, _ITEMS_OF_AN_IMAGE)]
+        kinds = set()
+        for entry in maps:
+            for unit in items(entry, 0x004008EA, _ITEMS_OF_AN_IMAGE):
+                kinds.add(code := _text(dict(unit.items()), 0x00080100).upper())
+                values = dict(entry.items())
+                if code in _HU_CODES and _number(values, 0x00409225) is not None:
+                    slope, intercept = _number(values, 0x00409225), _number(values, 0x00409224)
+        if kinds and not kinds & _HU_CODES:
+            kind = OTHER_QUANTITY
+    return {"rescale_slope": slope, "rescale_intercept": intercept, "rescale_type": kind}
+
+
 def _frames(dataset: Dataset, elements: Elements, number_of_frames: int) -> tuple[Frame, ...]:
     """Per-frame values of an enhanced file.
 
@@ -405,8 +431,9 @@ def _frames(dataset: Dataset, elements: Elements, number_of_frames: int) -> tupl
     shared = [
         group for item in items(dataset, 0x52009229, at_most) for group in _functional_groups(item)
     ]
+    holders = [*items(dataset, 0x52009229, at_most), dataset]
     return tuple(
-        Frame(**_frame_fields([*_functional_groups(item), *shared, elements]))
+        Frame(**_frame_fields([*_functional_groups(item), *shared, elements], [item, *holders]))
         for item in per_frame[:number_of_frames]
     )
 

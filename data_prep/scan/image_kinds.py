@@ -6,7 +6,7 @@ import functools
 import re
 
 from data_prep.scan.geometry import canonical_axes
-from data_prep.scan.headers import CT_IMAGE_STORAGE, Header
+from data_prep.scan.headers import CT_IMAGE_STORAGE, OTHER_QUANTITY, Header
 
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _LOCALIZER = {"LOCALIZER", "SCOUT", "SCANOGRAM", "TOPOGRAM", "SURVIEW"}
@@ -25,7 +25,10 @@ _MAP_WORDS = re.compile(
     r"\b(?:EFF ATOMIC NUM|ELECTRON DENSITY|MAT (?:SPECIFIC|FRACTIONAL|VALUE BASED)|STD DEVIATION"
     r"|PERFUSION|CBF|CBV|MTT|TTP)\b"
 )
-_NOT_HU_RESCALE = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}
+# Rescale Types of other quantities: the terms of DICOM, and units as vendors write them
+_NOT_HU_RESCALE = re.compile(
+    f"(OD|MGML|Z_?EFF|ED|EDW|HU_?MOD|PCT|{OTHER_QUANTITY})|.*([/%]|IODINE|DENSITY).*"
+)
 # JPEG baseline and extended, JPEG-LS near-lossless
 _LOSSY_SYNTAXES = {f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 81)}
 # JPEG 2000 and High-Throughput JPEG 2000, which may have lost nothing
@@ -77,7 +80,7 @@ def fault(header: Header) -> str | None:
         return "secondary_capture"
     if header.image_type[:2] == ("DERIVED", "SECONDARY") or _is_derived(header.image_type[2:]):
         return "derived_image"
-    if header.rescale_type in _NOT_HU_RESCALE:
+    if _NOT_HU_RESCALE.fullmatch(header.rescale_type):
         return "derived_image"
     if header.samples_per_pixel != 1 or header.photometric not in (
         "MONOCHROME1",

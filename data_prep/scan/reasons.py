@@ -44,6 +44,8 @@ REASONS = {
     "missing_position": "Image Position (Patient) is missing, no three numbers, or the same in all "
     "slices, so their places are unknown.",
     "missing_pixel_spacing": "Pixel Spacing is missing or no two numbers.",
+    "implausible_spacing": "The pixel spacing makes the image larger than 1 m or smaller than 5 "
+    "cm, as if it were in another unit than mm.",
     "secondary_capture": "The image is a secondary capture.",
     "derived_image": "The image is derived and without CT numbers (reformat, projection, map).",
     "not_grey": "The image is not monochrome.",

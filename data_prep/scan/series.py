@@ -17,6 +17,7 @@ from data_prep.scan.geometry import (
     StackMeasure,
     canonical_axes,
     canonical_origin,
+    field_fault,
     measure_stack,
 )
 from data_prep.scan.headers import Header
@@ -287,6 +288,9 @@ def _check_stack(
     others = [header for grid in grids[1:] for header in grid]
     if len(others) > rules.max_lost_fraction * len(stack.headers):
         return rejected("grid_varies", f"{len(grids)} matrices or pixel spacings")
+    one = grids[0][0]
+    if unsound := field_fault(one.rows, one.columns, one.pixel_spacing):
+        return rejected("implausible_spacing", unsound)
     dropped = [(header, "other_grid") for header in others] + extras
     slices, positions = _group_by_position(grids[0])
     if len(slices) == 1 and len(grids[0]) >= max(2, rules.min_slices):

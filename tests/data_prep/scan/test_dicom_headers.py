@@ -222,6 +222,7 @@ def test_absurd_matrix_allocates_nothing(tmp_path):
     datasets = dicom_files.slices(hu)
     for ds in datasets:
         ds.Rows, ds.Columns = 65535, 65535
+        ds.PixelSpacing = ["0.01", "0.01"]
     outcome = convert(dicom_files.write(tmp_path, datasets))
     assert [r.reason for r in outcome.rejections] == ["undecodable_pixels"]
 
