@@ -155,9 +155,6 @@ def _plan_one(
     # The mark may be missing on other slices.
     if any(reason == "burned_in_annotation" for _, reason in faults):
         return [Rejection(series_key, tuple(slices), "burned_in_annotation", "")]
-    places = {header.position for header in images}
-    if faults and None not in places and len(places) < rules.min_slices:
-        return [_too_few(series_key, slices, len(places), rules)]
     lost = sum(reason not in _EXTRAS for _, reason in faults)
     if lost > rules.max_lost_fraction * (lost + len(good)) or (
         faults and len(good) < rules.min_slices

@@ -16,7 +16,7 @@ from data_prep.scan.series import Rejection, plan_series
 from tests.helpers import dicom_files
 from tests.helpers.dicom_files import convert, only_volume
 
-TINY = np.zeros((24, 4, 4), np.int16)  # headers alone decide
+TINY = np.zeros((24, 10, 10), np.int16)  # 55 mm: headers alone decide
 LOWEST = -300.0
 
 
@@ -132,7 +132,7 @@ def test_what_nothing_tells_apart_is_refused(tmp_path):
 def test_alternating_kernels_that_each_leave_gaps_are_refused(tmp_path):
     """Each kernel has every second slice: half of either stack is lost."""
     kernels = {"ConvolutionKernel": lambda i: ("STANDARD", "LUNG")[i % 2]}
-    datasets = stack(number=48, hu=np.zeros((48, 4, 4), np.int16), **kernels)
+    datasets = stack(number=48, hu=np.zeros((48, 10, 10), np.int16), **kernels)
     assert reasons_of(tmp_path, datasets) == ["mixed_stacks"] * 2
 
 

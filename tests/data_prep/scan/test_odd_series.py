@@ -17,7 +17,7 @@ from tests.helpers import dicom_files
 from tests.helpers.dicom_files import convert, only_rejection, only_volume
 
 HU = dicom_files.thorax()
-TINY = np.zeros((24, 4, 4), np.int16)
+TINY = np.zeros((24, 72, 72), np.int16)
 
 
 def edited(hu=HU, *, spacing=2.5, **values) -> list[Dataset]:
