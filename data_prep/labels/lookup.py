@@ -30,7 +30,7 @@ from data_prep.masks.grid import MAX_REGIONS, MaskError
 from data_prep.masks.reading import read_masks
 from data_prep.scan.geometry import canonical_axes, orient
 from data_prep.scan.headers import Header
-from data_prep.scan.nifti_metadata import volume_name
+from data_prep.scan.nifti_metadata import volume_name, without_extension
 from data_prep.scan.series import Rejection, SeriesCandidate
 from data_prep.scan.volume import Volume
 from data_prep.system.files import file_sha256
@@ -286,7 +286,7 @@ def key_place(header: Header, key: str) -> str:
         position = ",".join(f"{value:.2f}" for value in header.position or ())
         return f"{header.study_instance_uid} {position}"
     if key == "VolumeName":
-        return f"{header.source.path}/{header.source.member}"
+        return without_extension(f"{header.source.path}/{header.source.member}")
     return "" if key == "PatientID" else header.patient_key
 
 
