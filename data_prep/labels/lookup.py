@@ -213,14 +213,13 @@ class Labels:
             return candidate.rejected(
                 "annotation_mismatch", f"{len(nodules)} nodules, at most {MAX_REGIONS}"
             )
-        axes = canonical_axes(first.orientation)
         mask = np.zeros(volume.hu.shape, np.uint8)
         for index, header in enumerate(volume.headers):
             source = np.zeros(shape, np.uint8)
             # Where two overlap, the first stays.
             for region, nodule in reversed(list(enumerate(nodules, start=1))):
                 source[lidc.slice_mask([nodule], numbers[header.sop_instance_uid], shape)] = region
-            mask[index] = orient(source, axes)
+            mask[index] = orient(source, canonical_axes(header.orientation))
         return mask, {
             region: {"malignancy": nodule.malignancy, "num_readers": nodule.num_readers}
             for region, nodule in enumerate(nodules, start=1)
