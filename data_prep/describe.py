@@ -57,12 +57,14 @@ def main(argv: list[str]) -> int:
     with open(dataset.directory / REJECTED_FILE, newline="") as file:
         rejected = list(csv.DictReader(file))
     rows = cohort_table(dataset.volumes(), rejected) + label_rows(dataset)
-    synthetic = " (SYNTHETIC: a phantom, no patients)" * dataset.preparation["synthetic"]
+    number = sum(row["synthetic"] for row in dataset.volumes())
+    synthetic = f" (SYNTHETIC: {number} of {len(dataset.volumes())} volumes)" if number else ""
     print(table_text(rows, f"{dataset.directory}{synthetic}"))
     for note in [*notes_on_parts(dataset), *map(str.strip, rules_lines(dataset.preparation))]:
         print(f"NOTE {note}")
     named = FLAGS.dataset.rstrip("/")
-    named = named.rsplit("/", 1)[-1] if stores.is_url(named) else named
+    on_store = stores.is_url(named)
+    named = named.rsplit("/", 1)[-1] if on_store else stores.local_path(named, "--dataset")
     output_dir = FLAGS.output_dir or f"{named}-description"
     output_dir = stores.local_path(output_dir, "--output_dir", "choose a folder here")
     make_folder(output_dir, "--output_dir")
@@ -75,6 +77,9 @@ def main(argv: list[str]) -> int:
     with written_whole(output_dir / "contact_sheet.png") as temporary:
         contact_sheet(dataset, FLAGS.num_slices, FLAGS.seed).save(temporary, "PNG")
     print(f"Written: {output_dir}/contact_sheet.png")
+    named, run = f"--config.dataset={FLAGS.dataset}", "--workdir=RUN"
+    small = ":small" if dataset.preparation["image_size"] == 64 else ""
+    command_line.suggest("train", f"--config=masked_region{small}", named, run)
     return 0
 
 

@@ -3,7 +3,7 @@ image."""
 
 import collections
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +13,7 @@ from data_prep.pipeline.notes import ExamNote
 from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
 from data_prep.scan.reasons import FAILED_FOR_NOW, LEFT_OUT, REASONS
-from data_prep.system.errors import RunFailed
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import as_cell
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
@@ -110,6 +110,28 @@ def num_failed_for_now(counts: Mapping[str, Any]) -> int:
 # ---- in words ----------------------------------------------------------------------------------
 
 
+class DryRunRefused(InputError):
+    """A preparation that would be refused for its number of patients or volumes; `counts` is what a
+    dry run returns."""
+
+    def __init__(self, message: str, counts: Mapping[str, Any]):
+        super().__init__(message)
+        self.counts = counts
+
+
+def print_dry_run(dry_run: Callable[[], Mapping[str, Any]]) -> None:
+    """Prints the result of a dry run, also of one that is refused.
+
+    Raises:
+        InputError: of `dry_run`.
+    """
+    try:
+        print(dry_run_text(dry_run()))
+    except DryRunRefused as error:
+        print(dry_run_text(error.counts))
+        raise
+
+
 def dry_run_text(counts: Mapping[str, Any]) -> str:
     """The result of a dry run, for the user."""
     return "\n".join(
@@ -117,6 +139,12 @@ def dry_run_text(counts: Mapping[str, Any]) -> str:
             "Dry run: from the headers; pixels may refuse more. Nothing was written.",
             f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} "
             f"slices would be converted, about {counts['bytes'] / 1e6:.0f} MB.",
+            f"They have {counts['series']} usable series; of each study the preferred one is "
+            "taken, or all with --reconstructions=all.",
+            *(
+                f"Label {name}: {', '.join(classes)}"
+                for name, classes in counts["label_classes"].items()
+            ),
             summary_table(counts),
         )
     )

@@ -9,6 +9,8 @@
 import contextlib
 import functools
 import os
+import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -49,6 +51,7 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
             stream.reconfigure(errors="backslashreplace")
     leave_at_once()  # recipes are read with the flags, and may take their time
     if {"-h", "-help", "--help", "--helpshort"} & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader may take the first lines only
         print(help_text(verbs))
         sys.exit(0)
     app.run(functools.partial(_run_guarded, main, verbs), flags_parser=_parse_flags)
@@ -82,6 +85,11 @@ def _help_of(flag: flags.Flag) -> str:
     margin = 8 * " "
     filled = textwrap.fill(text, 96, initial_indent=margin, subsequent_indent=margin)
     return f"  {name}\n{filled}"
+
+
+def suggest(*command: object) -> None:
+    """Print the command that most users type next, the last line of a door."""
+    print(f"next:        ctssl {shlex.join(map(str, command))}", flush=True)
 
 
 def exit_code(error: BaseException) -> int:
@@ -168,6 +176,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     # --config and its fields raise the last three
     except (flags.Error, AttributeError, TypeError, OSError) as error:
         message = str(error).replace("\\n", "\n").replace("\\", "")
+        if missing := re.findall(r"Flag (--\w+) must have a value other than None", message):
+            message = f"give {' and '.join(missing)}"
         if refusals := [cause for cause in _causes(error) if isinstance(cause, InputError)]:
             # The recipe itself refused; the message around it is a traceback.
             message = f"--config: {refusals[-1]}"
