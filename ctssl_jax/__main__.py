@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def help_text() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command that the arguments name, as `python -m` would; returns an exit code."""
     name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ctssl --help | head` is no error
     if name in ("", "help", "-h", "--help", "--helpshort", "--helpfull"):
         print(help_text())
         return 0
@@ -90,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     if module is None:
         print(f"error: no command {name!r}; ctssl --help lists them", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python sets it
     sys.argv = [f"ctssl {name}", *rest[:-1]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0

@@ -91,6 +91,10 @@ def start(flag_values: flags.FlagValues) -> None:
     )
     print(table(result))
     print(f"written: {flag_values.output} and, beside it, .csv", flush=True)
+    untrained = str(flag_values.output).replace(".json", "-untrained.json")
+    run, output = f"--workdir={flag_values.workdir}", f"--output={untrained}"
+    if flag_values.encoder == "run":  # a probe says little without its control
+        command_line.suggest("attributes", run, "--encoder=untrained", output)
 
 
 def main(argv: list[str]) -> int:

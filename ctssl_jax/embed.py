@@ -23,6 +23,7 @@ if __name__ == "__main__":  # the imports below take their time
 from absl import flags
 
 from ctssl_jax.inference import scan_flags
+from data_prep.dataset.schema import SPLITS
 from data_prep.system import command_line
 from data_prep.system.errors import InputError, RunFailed
 
@@ -39,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint", "best", "best (by config.best_by), last, last_good (undamaged), or a step."
     )
-    flags.DEFINE_string("split", None, "train, validation or test of a dataset; by default all.")
+    flags.DEFINE_enum("split", None, SPLITS, "Split of a dataset; by default all.")
     flags.DEFINE_string(
         "pseudonym_key_file",
         None,
@@ -95,6 +96,7 @@ def start(flag_values: flags.FlagValues) -> None:
     print(summary(result))
     state = "written" if result["changed"] else "complete already, nothing to do"
     print(f"{state}: {flag_values.output} and, beside it, files of that name and other endings")
+    command_line.suggest("probe", f"--workdir={flag_values.workdir}", "--output=PROBE.json")
 
 
 def main(argv: list[str]) -> int:

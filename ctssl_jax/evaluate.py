@@ -21,6 +21,7 @@ if __name__ == "__main__":  # the imports below take their time
 
 from absl import flags
 
+from data_prep.dataset.schema import SPLITS
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 
@@ -30,7 +31,7 @@ def define_flags() -> None:
     text = flags.DEFINE_string
     text("workdir", None, "Run directory of ctssl_jax.train.")
     text("dataset", None, "Dataset directory; by default the dataset of the training.")
-    text("split", "test", "train, validation or test.")
+    flags.DEFINE_enum("split", "test", SPLITS, "Split to score.")
     text("output", None, "Results file, ending in .json.")
     text("checkpoint", "best", "best (by config.best_by), last, last_good (undamaged), or a step.")
     flags.DEFINE_integer(
@@ -69,6 +70,8 @@ def start(values: flags.FlagValues) -> None:
         f"written: {values.output} and, beside it, files of this name with other endings",
         flush=True,
     )
+    run, results = f"--workdir={values.workdir}", f"--results={values.output}"
+    command_line.suggest("export", run, f"--output_dir={values.workdir}-export", results)
 
 
 def main(argv: list[str]) -> int:

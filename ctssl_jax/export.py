@@ -72,6 +72,7 @@ def start(values: flags.FlagValues) -> None:
         results=values.results,
         num_test_slices=values.num_test_slices,
     )
+    print(f"next:        python {values.output_dir}/ctssl_torch.py {values.output_dir}", flush=True)
 
 
 def main(argv: list[str]) -> int:

@@ -43,8 +43,11 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "dataset", None, "Dataset directory; by default the one that the run was trained on."
     )
-    flags.DEFINE_string(
-        "split", "test", "test, or validation, which also chooses the probes' settings."
+    flags.DEFINE_enum(
+        "split",
+        "test",
+        ["test", "validation"],
+        "Split to score; validation also chooses the probes' settings.",
     )
     flags.DEFINE_string("output", None, "Results file, ending in .json.")
     flags.DEFINE_string(
@@ -83,6 +86,10 @@ def start(flag_values: flags.FlagValues) -> None:
     )
     print(table(result))
     print(f"written: {flag_values.output} and, beside it, .csv", flush=True)
+    untrained = str(flag_values.output).replace(".json", "-untrained.json")
+    run, output = f"--workdir={flag_values.workdir}", f"--output={untrained}"
+    if flag_values.encoder == "run":  # a probe says little without its control
+        command_line.suggest("probe", run, "--encoder=untrained", output)
 
 
 def main(argv: list[str]) -> int:

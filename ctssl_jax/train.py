@@ -103,6 +103,9 @@ def main(argv: list[str]) -> int:
     early_stop.leave_at_once()  # until the first step, when there is something to save
     if not start(flags.FLAGS):
         raise StartAgain("stopped before the last step; run the same command again to continue")
+    run = flags.FLAGS.workdir
+    if not flags.FLAGS.estimate:
+        command_line.suggest("evaluate", f"--workdir={run}", f"--output={run}-test.json")
     return 0
 
 

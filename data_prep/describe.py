@@ -57,12 +57,14 @@ def main(argv: list[str]) -> int:
     with open(dataset.directory / REJECTED_FILE, newline="") as file:
         rejected = list(csv.DictReader(file))
     rows = cohort_table(dataset.volumes(), rejected) + label_rows(dataset)
-    synthetic = " (SYNTHETIC: a phantom, no patients)" * dataset.preparation["synthetic"]
+    number = sum(row["synthetic"] for row in dataset.volumes())
+    synthetic = f" (SYNTHETIC: {number} of {len(dataset.volumes())} volumes)" if number else ""
     print(table_text(rows, f"{dataset.directory}{synthetic}"))
     for note in [*notes_on_parts(dataset), *map(str.strip, rules_lines(dataset.preparation))]:
         print(f"NOTE {note}")
     named = FLAGS.dataset.rstrip("/")
-    named = named.rsplit("/", 1)[-1] if stores.is_url(named) else named
+    on_store = stores.is_url(named)
+    named = named.rsplit("/", 1)[-1] if on_store else stores.local_path(named, "--dataset")
     output_dir = FLAGS.output_dir or f"{named}-description"
     output_dir = stores.local_path(output_dir, "--output_dir", "choose a folder here")
     make_folder(output_dir, "--output_dir")
@@ -75,6 +77,9 @@ def main(argv: list[str]) -> int:
     with written_whole(output_dir / "contact_sheet.png") as temporary:
         contact_sheet(dataset, FLAGS.num_slices, FLAGS.seed).save(temporary, "PNG")
     print(f"Written: {output_dir}/contact_sheet.png")
+    named, run = f"--config.dataset={FLAGS.dataset}", "--workdir=RUN"
+    small = ":small" if dataset.preparation["image_size"] == 64 else ""
+    command_line.suggest("train", f"--config=masked_region{small}", named, run)
     return 0
 
 
@@ -86,7 +91,7 @@ def _wrong(problems: list[str]) -> int:
 
 def _verify(dataset: "Dataset") -> list[str]:
     from data_prep.dataset.verify import verify
-    from data_prep.privacy.leaks import find_leaks
+    from data_prep.privacy.leaks import search
     from data_prep.scan.remote_archives import archive_directory
     from data_prep.system import stores
     from data_prep.system.workers import WorkerPool, usable_cores
@@ -102,10 +107,17 @@ def _verify(dataset: "Dataset") -> list[str]:
                     f"--input_dir={input_dir}: no such directory; give the folder of the scans"
                 )
             audit_dir = stores.local_path(FLAGS.audit_dir, "--audit_dir")
-            leaks = find_leaks(dataset, input_dir, audit_dir, pool)
-            if not leaks:
+            found = search(dataset, input_dir, audit_dir, pool)
+            if found.num_damaged:
+                print(f"NOTE {found.num_damaged} headers hold damaged values, searched as text.")
+            if found.num_unread:
+                print(
+                    f"NOTE {found.num_unread} headers could not be read to their end: values of "
+                    "theirs that identify someone were not searched."
+                )
+            elif not found.leaks:
                 print("Verified: no identifying value of the source headers occurs in the dataset.")
-            problems += leaks
+            problems += found.leaks
     return problems
 
 

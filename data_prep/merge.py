@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
             f"NOTE: the datasets were prepared with different {', '.join(differing)}; "
             f"{PREPARATION_FILE} lists them."
         )
+    command_line.suggest("describe", f"--dataset={output_dir}", "--verify")
     return 0
 
 

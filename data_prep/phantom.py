@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     print(
         f"{count} files written; {FLAGS.output_dir} holds {FLAGS.num_patients} synthetic patients"
     )
+    scans, dataset = f"--input_dir={FLAGS.output_dir}", f"--output_dir={FLAGS.output_dir}-dataset"
+    command_line.suggest("prepare", "--archive=dicom", scans, dataset, "--image_size=64")
     return 0
 
 

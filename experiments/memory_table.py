@@ -38,6 +38,14 @@ DEVICE_GIB = (16, 40, 80, 141)
 SHARING_DEVICES = 8
 
 
+def numbers(text: str) -> list[int]:
+    """Positive numbers, comma-separated."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
+
+
 def table(
     batch_sizes: list[int], image_size: int, *, measured: bool, scan: bool, **sizes
 ) -> list[str]:
@@ -80,7 +88,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--batch_sizes", default="1,2,4,8,16,32,64", help="slices a device, comma-separated"
+        "--batch_sizes",
+        type=numbers,
+        default="1,2,4,8,16,32,64",
+        help="slices a device, comma-separated",
     )
     parser.add_argument("--image_size", type=int, default=512, help="side in pixels")
     parser.add_argument("--hidden", default="256,512", help="the two widths of the model")
@@ -109,9 +120,12 @@ def main() -> None:
         f"GiB a device for a training step at {arguments.image_size} x "
         f"{arguments.image_size}{loop}; {how}\n"
     )
-    batch_sizes = [int(size) for size in arguments.batch_sizes.split(",")]
     lines = table(
-        batch_sizes, arguments.image_size, measured=arguments.measure, scan=arguments.scan, **sizes
+        arguments.batch_sizes,
+        arguments.image_size,
+        measured=arguments.measure,
+        scan=arguments.scan,
+        **sizes,
     )
     print("\n".join(lines))
 

@@ -34,6 +34,7 @@ from .study.table2_figure import (
     RECONSTRUCTION,
     TITLES,
     cross_rows,
+    cross_values,
     figure_rows,
     health_markdown,
     save_picture,
@@ -98,7 +99,7 @@ def draw(settings: Settings) -> str:
     text = "\n".join(parts)
     write_text(settings.workdir / "table2.md", text)
     write_csv(settings.workdir / "table2.csv", rows)
-    write_csv(settings.workdir / "cross.csv", cross_rows(cross))
+    write_csv(settings.workdir / "cross.csv", cross_values(cross))
     save_picture(
         settings.workdir / "table2.png",
         [

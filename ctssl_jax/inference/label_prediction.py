@@ -71,7 +71,11 @@ def predict_label(
         {f"P({name})": curve for name, curve in zip(classes[first:], shown.T, strict=True)},
         scan.images[slices[top], ..., 0],
         top,
-        threshold=slice_threshold,
+        thresholds={
+            name: value
+            for name, value in (("exam", threshold), ("slice", slice_threshold))
+            if value is not None
+        },
         title=f"{title}: {model.config.label}, P({classes[named]}) = {scores[named]:.3f} ({rule})",
     )
     return {

@@ -18,7 +18,7 @@ def save_curve(
     image: np.ndarray,
     top: int,
     *,
-    threshold: float | None,
+    thresholds: dict[str, float],
     title: str,
 ) -> None:
     """Write probabilities along the slices, and the slice on top of the curve beside them, as PNG.
@@ -29,7 +29,7 @@ def save_curve(
       probabilities: class -> [N]; one curve each.
       image: [H, W] uint8, the slice to show.
       top: which of the N slices it is.
-      threshold: drawn as a line; None draws none.
+      thresholds: of what -> value; a line each.
       title: of the picture.
     """
     figure, (left, right) = _figure(1, 2, (11, 4.6), title, width_ratios=(1.7, 1))
@@ -37,13 +37,13 @@ def save_curve(
     for name, values in probabilities.items():
         left.plot(position_mm, values, label=name, marker=marker, linewidth=1.4)
     left.axvline(position_mm[top], color="0.6", linewidth=0.8, linestyle=":")
-    if threshold is not None:
+    for (what, value), line in zip(thresholds.items(), ("--", ":"), strict=False):
         left.axhline(
-            threshold,
+            value,
             color="firebrick",
             linewidth=0.9,
-            linestyle="--",
-            label=f"threshold {threshold:.3g}",
+            linestyle=line,
+            label=f"threshold of the {what} {value:.3g}",
         )
     left.set(
         ylim=(-0.02, 1.02),

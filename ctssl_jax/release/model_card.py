@@ -37,9 +37,15 @@ def _summary(manifest: dict[str, Any]) -> str:
     data = "**Synthetic data: of no clinical use.** " if manifest["data"]["synthetic"] else ""
     return (
         f"{data}{manifest['architecture']} with {manifest['num_parameters']:,} trainable "
-        f"parameters, trained by ctssl_jax on slices of chest CT (task "
+        f"parameters, {_origin(manifest)} on slices of chest CT (task "
         f"`{manifest['training']['task']}`)."
     )
+
+
+def _origin(manifest: dict[str, Any]) -> str:
+    """How the weights came to be: those of imported files were not trained here."""
+    is_ours = bool(manifest["data"]["splits"])
+    return "trained by ctssl_jax" if is_ours else "imported into ctssl_jax and trained elsewhere"
 
 
 def _use(manifest: dict[str, Any]) -> str:
@@ -99,6 +105,8 @@ def _input(preprocessing: dict[str, Any], num_slices: int) -> str:
 def _training(manifest: dict[str, Any]) -> str:
     training, data = manifest["training"], manifest["data"]
     config = training["config"]
+    if not data["splits"]:
+        return "- how and on which data these weights were trained is not known here (imported)"
     lines = [
         f"- recipe `{training['recipe']}`, {training['checkpoint_step']:,} steps of "
         f"{config['batch_size']} slices, "
@@ -117,8 +125,6 @@ def _training(manifest: dict[str, Any]) -> str:
         )
     for ancestor in training["init_from"]:
         lines.append(f"- started from `{ancestor['recipe']}`, step {ancestor['checkpoint_step']:,}")
-    if not data["splits"]:
-        lines.append("- training data: unknown (imported weights)")
     return "\n".join(lines)
 
 

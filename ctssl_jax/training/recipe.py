@@ -18,7 +18,7 @@ from ctssl_jax.training import warm_start
 from ctssl_jax.training.fields import FIELDS
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
-from data_prep.system.stores import local_path
+from data_prep.system.stores import is_url, local_path
 
 
 def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
@@ -143,6 +143,17 @@ def check_dataset(
                 f"--splits that give {split} a share (that takes three patients or more)"
             )
     return channels
+
+
+def with_whole_path(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The configuration with the whole path of a local `config.dataset`, so that a command of
+    another folder finds it."""
+    if not config.dataset or is_url(config.dataset):
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.dataset = str(local_path(config.dataset, "--config.dataset").absolute())
+    return config
 
 
 def with_num_classes(

@@ -1,7 +1,11 @@
 """Recipes by name, from any folder: `masked_region:small` is `get_config("small")` of
 `configs/masked_region.py`, in a checkout and in an installed package."""
 
+import difflib
 import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -59,6 +63,31 @@ def load_recipe(name: str, size: str = "reference") -> ml_collections.ConfigDict
     return module.get_config(size)
 
 
+def check_fields(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> None:
+    """Refuse `--config.FIELD` where the recipe has no such field.
+
+    Raises:
+      InputError: names the field, and the one that was probably meant.
+    """
+    known = list(_names(config))
+    for argument in arguments:
+        name = argument.partition("=")[0].lstrip("-").removeprefix("no").removeprefix("config.")
+        if not re.match(r"--?(no)?config\.", argument) or name in known:
+            continue
+        same_end = [field for field in known if field.rpartition(".")[2] == name.rpartition(".")[2]]
+        near = [*same_end, *difflib.get_close_matches(name, known, 1)][:1]
+        meant = f"; did you mean config.{near[0]}?" if near else ""
+        raise InputError(f"config.{name}: the recipe has no such field{meant}")
+
+
+def _names(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
 def define_flag(
     default: str | None = None, *, help: str, flag_values: flags.FlagValues = flags.FLAGS
 ) -> None:
@@ -74,7 +103,9 @@ class _RecipeParser(flags.ArgumentParser):
         self._of_files = of_files
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
-        return self._of_files.parse(recipe_file(argument))
+        config = self._of_files.parse(recipe_file(argument))
+        check_fields(config, sys.argv[1:])
+        return config
 
     def flag_type(self) -> str:
         return "recipe"

@@ -274,6 +274,7 @@ def check(
     with refusing_together("checking the dataset and the checkpoints", _seconds_to_check(workdir)):
         if dataset is None and config.dataset:  # `check_config` refuses an empty one
             dataset = Dataset.open(config.dataset)
+        config = recipe.with_whole_path(config)
         if dataset is not None:
             config = recipe.with_num_classes(config, dataset)
         config = recipe.with_pooling(config, workdir)

@@ -356,18 +356,17 @@ def description(preparation: Mapping[str, Any]) -> str:
     windows = ", ".join(
         f"{window['level']:g}/{window['width']:g}" for window in preparation["windows"]
     )
-    kind = (
-        "SYNTHETIC chest CT slices (a phantom, no patients)"
-        if preparation["synthetic"]
-        else "Chest CT slices"
-    )
+    kind = "Chest CT slices, of computer-made patients (SYNTHETIC), all or some of them"
+    kind = kind if preparation["synthetic"] else "Chest CT slices"
     return f"{kind}, windowed (level/width in HU: {windows}). Not for clinical use."
 
 
 def summary_text(preparation: Mapping[str, Any], changed: bool, dataset_dir: Path) -> str:
     """The state and the splits of a dataset, for the user. `changed`: this run wrote it."""
     state = "is complete" if changed else "is complete already: nothing to do"
-    lines = [f"{dataset_dir} {state}{' (SYNTHETIC data)' * preparation['synthetic']}."]
+    lines = [
+        f"{dataset_dir} {state}{' (SYNTHETIC data, all or in part)' * preparation['synthetic']}."
+    ]
     for split, facts in preparation["splits"].items():
         volumes, patients, slices = (
             facts[f"num_{name}"] for name in ("volumes", "patients", "slices")

@@ -21,6 +21,7 @@ from data_prep.system.files import make_folder, read_json, write_file
 _SPLITS_FILE = "splits.json"  # patient -> split
 _PATIENTS_FILE = "patients.json"  # `KnownPatients`; missing if there are none
 _BOUND_FILE = "archive.json"  # names the archive and the dataset of an audit directory
+_MULTIPLE = 4  # of pixels, the side of images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,14 @@ class Options:
     tables: tuple[tuple[str, str], ...] = ()
     # fingerprints of other datasets, as they were when splits were decided
     same_splits_as: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.image_size % _MULTIPLE:
+            near = max(_MULTIPLE, round(self.image_size / _MULTIPLE) * _MULTIPLE)
+            raise InputError(
+                f"--image_size={self.image_size}: must be a multiple of {_MULTIPLE}, since the "
+                f"encoder halves images twice; give {near}"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Flat and in the types that JSON gives back."""

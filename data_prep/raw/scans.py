@@ -244,7 +244,7 @@ def nothing_taken(
     if len(series or refused) == 1:
         (only,) = series or refused
         detail = f" ({only.detail})" if only.detail else ""
-        return f"--input={input_path}: {explain(only.reason)}{detail}{remedy}"
+        return f"--input={input_path}: {only.reason}: {explain(only.reason)}{detail}{remedy}"
     noun = "series" if series else "files"
     listed = ", ".join(
         f"{number} {noun} {reason}: {explain(reason)}" for reason, number in counts.most_common()

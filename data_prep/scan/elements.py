@@ -60,11 +60,16 @@ def read_elements(
     inflated = _inflated(file, size)
     if inflated is not None:
         size, file = len(inflated), io.BytesIO(inflated)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they quote values
-        dataset = read_partial(
-            _Bounded(file, size), stop_when=_header_ends, force=True, specific_tags=tags
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they quote values
+            dataset = read_partial(
+                _Bounded(file, size), stop_when=_header_ends, force=True, specific_tags=tags
+            )
+    except OSError as error:  # pydicom's own, where the bound is met between two items
+        if isinstance(error.__context__, BoundError):
+            raise error.__context__ from None
+        raise
     if inflated is not None:
         dataset.file_meta.TransferSyntaxUID = DEFLATED
         return dataset, None

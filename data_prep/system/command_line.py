@@ -9,6 +9,8 @@
 import contextlib
 import functools
 import os
+import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -27,7 +29,7 @@ from data_prep.system.early_stop import (
     left_to_the_thread,
 )
 from data_prep.system.errors import InputError, RunFailed, StartAgain
-from data_prep.system.files import explain
+from data_prep.system.files import explain, printable
 
 EXIT_FAILED, EXIT_INPUT = 1, 2
 # For what is still open when a command fails. Threads that wait for storage may never end.
@@ -44,8 +46,12 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
       main: gets the program's name and, if there are any, its verb.
       verbs: words that the command line may have beside options, e.g. `plan`, `run` and `draw`.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text at all
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     leave_at_once()  # recipes are read with the flags, and may take their time
     if {"-h", "-help", "--help", "--helpshort"} & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader may take the first lines only
         print(help_text(verbs))
         sys.exit(0)
     app.run(functools.partial(_run_guarded, main, verbs), flags_parser=_parse_flags)
@@ -79,6 +85,11 @@ def _help_of(flag: flags.Flag) -> str:
     margin = 8 * " "
     filled = textwrap.fill(text, 96, initial_indent=margin, subsequent_indent=margin)
     return f"  {name}\n{filled}"
+
+
+def suggest(*command: object) -> None:
+    """Print the command that most users type next, the last line of a door."""
+    print(f"next:        ctssl {shlex.join(map(str, command))}", flush=True)
 
 
 def exit_code(error: BaseException) -> int:
@@ -165,6 +176,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     # --config and its fields raise the last three
     except (flags.Error, AttributeError, TypeError, OSError) as error:
         message = str(error).replace("\\n", "\n").replace("\\", "")
+        if missing := re.findall(r"Flag (--\w+) must have a value other than None", message):
+            message = f"give {' and '.join(missing)}"
         if refusals := [cause for cause in _causes(error) if isinstance(cause, InputError)]:
             # The recipe itself refused; the message around it is a traceback.
             message = f"--config: {refusals[-1]}"
@@ -182,7 +195,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _fail(code: int, message: str) -> int:
     """Print one line; a stop is not an error."""
     prefix = "" if code == EXIT_START_AGAIN else "error: "
-    print(prefix + " ".join(message.split()), file=sys.stderr)
+    print(prefix + printable(" ".join(message.split())), file=sys.stderr)
     return code
 
 

@@ -65,6 +65,13 @@ def improvement(result: dict) -> dict[str, float]:
     }
 
 
+def compared(factor: float) -> str:
+    """The error of the model beside that of a baseline, which is `factor` times the model's."""
+    return (
+        f"{factor:.1f} times smaller than" if factor >= 1 else f"{1 / factor:.1f} times LARGER than"
+    )
+
+
 def report_html(
     result: dict,
     cohort: list[dict[str, str]],
@@ -100,15 +107,29 @@ def report_html(
         "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>"
         for row in cohort
     )
+    titles = "".join(f"<th>{title}</th>" for title in NAMES.values())
+    described = (
+        "held-out slices: masked input, target, prediction and difference; the error inside the "
+        f"mask is {compared(factors['mean_image'])} the mean training slice's"
+    )
+    volumes_shown = "synthetic scans" if synthetic else "scans"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Chest CT pretraining: quickstart</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222;
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
-img {{ max-width: 100% }} table {{ border-collapse: collapse }}
-td, th {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #ddd }}
-pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto }} small {{ color: #666 }}
-.banner {{ background: #fff3cd; border: 1px solid #e0c060; padding: .5rem .8rem }}
+:root {{ color-scheme: light dark; --text: #222; --back: #fff; --line: #ddd; --soft: #f5f5f5;
+  --faint: #666; --note: #fff3cd; --edge: #e0c060 }}
+@media (prefers-color-scheme: dark) {{ :root {{ --text: #e6e6e6; --back: #16181a; --line: #3a3d40;
+  --soft: #222528; --faint: #a0a4a8; --note: #40360f; --edge: #8a7420 }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
+  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }}
+img {{ max-width: 100%; height: auto; background: #fff }} table {{ border-collapse: collapse }}
+.wide {{ overflow-x: auto }}
+td, th {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid var(--line);
+  overflow-wrap: normal }}
+pre {{ background: var(--soft); padding: .8rem; overflow-x: auto; overflow-wrap: normal }}
+small {{ color: var(--faint) }}
+.banner {{ background: var(--note); border: 1px solid var(--edge); padding: .5rem .8rem }}
 </style>
 <h1>Masked region prediction on chest CT</h1>
 {banner}
@@ -116,28 +137,27 @@ pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto }} small {{ color: 
 the area blacked out and learned to fill it in. Below: {volumes} scan(s) of {patients} held-out
 patient(s), {result["num_slices"]} slices, that it never saw in training. Not for clinical use.</p>
 <h2>Held-out reconstructions</h2>
-{_image(strip, "input, target, prediction and difference of held-out slices")}
+{_image(strip, described)}
 <p><small>Difference: grey is equal, red is too bright, blue too dark.</small></p>
 <h2>Scores</h2>
-<table><tr><th></th>{"".join(f"<th>{title}</th>" for title in NAMES.values())}</tr>{table}</table>
+<div class=wide><table><tr><th></th>{titles}</tr>{table}</table></div>
 <p>Mean ± standard deviation over volumes; below it the 95 % bootstrap interval by patient (none
 with one patient). Inside the masked square the error of the model is
-<b>{factors["mean_image"]:.1f} times</b> smaller than the error of the mean slice and
-<b>{factors["copy_input"]:.1f} times</b> smaller than the error of the masked input. Codebook:
+<b>{compared(factors["mean_image"])}</b> the error of the mean slice and
+<b>{compared(factors["copy_input"])}</b> the error of the masked input. Codebook:
 {codebook["used_codes"]} of {codebook["num_codes"]} codes in use, perplexity
 {codebook["perplexity"]:.0f}.</p>
 <h2>Training</h2>
-{_image(curve, "loss curves")}
+{_image(curve, "training and validation loss, masked MSE and SSIM, by step")}
 <p><small>{times}; {html.escape(result["device"])}.</small></p>
 <h2>Data</h2>
-<table>{facts}</table>
-{_image(sheet, "random slices of the dataset")}
+<div class=wide><table>{facts}</table></div>
+{_image(sheet, f"contact sheet: random slices of the dataset's {volumes_shown}")}
 <h2>What next</h2>
 <p>On your own archive, with the paper's model (an accelerator is needed):</p>
-<pre>python -m data_prep.prepare --archive=dicom --input_dir=MY_DICOM --output_dir=DATASET
-python -m data_prep.describe --dataset=DATASET --verify
-python -m ctssl_jax.train --config=configs/masked_region.py --config.dtype=bfloat16 \\
-    --config.dataset=DATASET --workdir=RUN
-python -m ctssl_jax.evaluate --workdir=RUN --dataset=DATASET --split=test --output=RESULT.json</pre>
+<pre>ctssl prepare --archive=dicom --input_dir=MY_DICOM --output_dir=DATASET
+ctssl describe --dataset=DATASET --verify
+ctssl train --config=masked_region --config.dtype=bfloat16 --config.dataset=DATASET --workdir=RUN
+ctssl evaluate --workdir=RUN --dataset=DATASET --split=test --output=RESULT.json</pre>
 </html>
 """

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ctssl_jax.runs import strips
 
@@ -134,6 +135,18 @@ def cross_rows(results: dict[str, dict | None]) -> list[dict[str, str]]:
             for metric, title in CROSS.items()
         }
         rows.append({"encoder": TITLES[name.removeprefix("cross_")], **values})
+    return rows
+
+
+def cross_values(results: dict[str, dict | None]) -> list[dict[str, Any]]:
+    """`cross_rows` as numbers: two columns a probe, mean and standard deviation over volumes."""
+    rows = []
+    for name, result in results.items():
+        row: dict[str, Any] = {"encoder": name.removeprefix("cross_")}
+        for metric in CROSS:
+            value = result["metrics"][metric] if result else {"mean": None, "sd": None}
+            row |= {f"{metric}_mean": value["mean"], f"{metric}_sd": value["sd"]}
+        rows.append(row)
     return rows
 
 

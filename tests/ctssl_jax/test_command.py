@@ -114,3 +114,18 @@ def test_setup_lists_every_package():
 def test_the_remedy_for_a_missing_package_can_be_typed():
     assert pip_install("dicom-seg").startswith("pip install 'highdicom")
     assert pip_install("no-such-extra") == "pip install '.[no-such-extra]'"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--config.optimizer.learning_rate=1", "config.learning_rate"),
+        ("--config.model.hiden=1", "config.model.hidden"),
+        ("--config.modell.hidden=1", "config.model.hidden"),
+        ("--noconfig.remt", "config.remat"),
+    ],
+)
+def test_a_field_that_the_recipe_lacks_is_named_with_the_one_that_was_meant(given, meant):
+    with pytest.raises(flags.IllegalFlagValueError, match=f"no such field; did you mean {meant}"):
+        parse("--config=masked_region:small", given)
+    parse("--config=masked_region:small", "--config.model.hidden=(4,8)", "--noconfig.remat")

@@ -29,7 +29,7 @@ def finished(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("quickstart") / "out"
     result = run(f"--output_dir={output}", "--num_patients=6", "--num_slices=24", "--num_steps=3")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "times smaller" in result.stdout and "SYNTHETIC" in result.stdout
+    assert " the mean slice's and " in result.stdout and "SYNTHETIC" in result.stdout
     return output
 
 
@@ -48,7 +48,7 @@ def test_report_shows_what_was_measured(finished):
             / result["metrics"]["masked_mse"]["mean"]
         )
         assert factor == pytest.approx(ratio)
-        assert f"{factor:.1f} times" in page
+        assert quickstart_report.compared(factor) in page
     assert not re.search(re.escape(str(finished)), page), "the report names a path of this machine"
 
 
@@ -65,6 +65,19 @@ def test_results_are_of_held_out_patients(finished):
     assert result["num_slices"] == sum(int(volume["num_slices"]) for volume in held_out)
     training = {volume["patient_id"] for volume in volumes if volume["split"] == "train"}
     assert not training & {volume["patient_id"] for volume in held_out}
+
+
+def test_a_larger_error_is_called_larger():
+    assert quickstart_report.compared(2.6) == "2.6 times smaller than"
+    assert quickstart_report.compared(0.5) == "2.0 times LARGER than"
+
+
+def test_the_report_is_one_page_for_narrow_and_wide_screens(finished):
+    page = (finished / "report.html").read_text()
+    assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
+    assert not re.search(r"(src|href)=.?(https?:|//)", page)
+    assert page.count("<table>") == page.count("<div class=wide><table>")
+    assert "the error inside the mask is" in page  # what the picture shows, for who cannot see it
 
 
 def test_a_second_run_repeats_nothing(finished):

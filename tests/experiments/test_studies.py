@@ -313,7 +313,8 @@ def test_table_two_from_results_alone(settings):
     assert "(untrained encoder)" in text and "(pixels, no encoder)" in text
     with open(settings.workdir / "cross.csv", newline="") as file:
         cross = list(csv.DictReader(file))
-    assert len(cross) == 10 and len(cross[0]) == 1 + 12
+    assert len(cross) == 10 and len(cross[0]) == 1 + 2 * 12
+    assert all(float(value) for name, value in cross[0].items() if name != "encoder" and value)
     assert Image.open(settings.workdir / "table2.png").size[0] > 800
     assert sorted(path.name for path in settings.workdir.iterdir()) == [
         "cross.csv", "results", "table2.csv", "table2.md", "table2.png",
