@@ -3,17 +3,18 @@ image."""
 
 import collections
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from data_prep.dataset.schema import rules_lines, summary_text
 from data_prep.labels.rsna_pe import RULES
 from data_prep.pipeline.notes import ExamNote
+from data_prep.raw.scans import REMEDIES, explain
 from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
 from data_prep.scan.reasons import FAILED_FOR_NOW, LEFT_OUT, REASONS
-from data_prep.system.errors import RunFailed
+from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import as_cell
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
@@ -77,6 +78,17 @@ class FileAccount:
             for source, row in sorted(rows.items())
         )
 
+    def commonest_in_words(self) -> str:
+        """The commonest reason of the rejected series, else of the files, with its remedy."""
+        counts = self._series or self._files["not_images"]
+        if not counts:
+            return "no file is an image"
+        reason = counts.most_common(1)[0][0]
+        details = {row["detail"] for row in self.rejected if row["reason"] == reason} - {""}
+        detail = f" ({min(details)})" if len(details) == 1 else ""
+        remedy = f"; {REMEDIES[reason]}" if reason in REMEDIES else ""
+        return f"{reason}: {explain(reason)}{detail}{remedy}"
+
     def counts(self, num_files: int) -> dict[str, Any]:
         """Numbers of files and series by outcome.
 
@@ -110,6 +122,28 @@ def num_failed_for_now(counts: Mapping[str, Any]) -> int:
 # ---- in words ----------------------------------------------------------------------------------
 
 
+class DryRunRefused(InputError):
+    """A preparation that would be refused for its number of patients or volumes; `counts` is what a
+    dry run returns."""
+
+    def __init__(self, message: str, counts: Mapping[str, Any]):
+        super().__init__(message)
+        self.counts = counts
+
+
+def print_dry_run(dry_run: Callable[[], Mapping[str, Any]]) -> None:
+    """Prints the result of a dry run, also of one that is refused.
+
+    Raises:
+        InputError: of `dry_run`.
+    """
+    try:
+        print(dry_run_text(dry_run()))
+    except DryRunRefused as error:
+        print(dry_run_text(error.counts))
+        raise
+
+
 def dry_run_text(counts: Mapping[str, Any]) -> str:
     """The result of a dry run, for the user."""
     return "\n".join(
@@ -117,6 +151,12 @@ def dry_run_text(counts: Mapping[str, Any]) -> str:
             "Dry run: from the headers; pixels may refuse more. Nothing was written.",
             f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} "
             f"slices would be converted, about {counts['bytes'] / 1e6:.0f} MB.",
+            f"They have {counts['series']} usable series; of each study the preferred one is "
+            "taken, or all with --reconstructions=all.",
+            *(
+                f"Label {name}: {', '.join(classes)}"
+                for name, classes in counts["label_classes"].items()
+            ),
             summary_table(counts),
         )
     )

@@ -189,6 +189,21 @@ def make_folder(
         raise InputError(f"{flag}: cannot make {folder} ({error.strerror}); {remedy}") from None
 
 
+@contextlib.contextmanager
+def filled_folder(folder: Path, flag: str) -> Iterator[None]:
+    """`make_folder` for a block that fills the folder: after an error no empty folder stays that
+    was made for it."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    make_folder(folder, flag)
+    try:
+        yield
+    except BaseException:
+        for one in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                one.rmdir()
+        raise
+
+
 def remove_tree(directory: Path) -> None:
     """Remove a folder and all that it holds, if it exists."""
     if directory.exists():

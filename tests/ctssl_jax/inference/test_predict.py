@@ -364,6 +364,16 @@ def test_several_volumes_are_never_chosen_in_silence(exams, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_scan_whose_pixels_are_refused_leaves_no_folder(exams, tmp_path):
+    datasets = dicom_files.slices(dicom_files.thorax(20))
+    for ds in datasets:
+        ds.PixelData = ds.PixelData[:-500]
+    scan = dicom_files.write(tmp_path / "scan", datasets)
+    with pytest.raises(InputError, match="The pixel data ends early"):
+        predict_scan(exams / "pe", scan, tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_choice_of_a_reconstruction_is_told(exams, tmp_path, real_data):
     given = {"rules": Rules(max_slice_thickness_mm=8)}
     result = predict_scan(

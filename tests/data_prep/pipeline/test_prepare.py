@@ -514,6 +514,19 @@ def test_scans_of_one_patient_id_say_so(tmp_path, key_file):
         dry_run(OPTIONS, directories(tmp_path, tmp_path / "scans"), num_workers=1)
 
 
+def test_a_dry_run_that_is_refused_shows_its_summary_all_the_same(tmp_path):
+    for number in (1, 2):
+        add_scan(tmp_path / "scans", number)
+    (tmp_path / "t.csv").write_text("PatientID,grade\npatient-1,mild\npatient-2,severe\n")
+    command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={tmp_path / 'scans'}"]
+    command += [f"--output_dir={tmp_path / 'out'}", f"--labels_csv={tmp_path / 't.csv'}"]
+    done = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "2 patients with a usable scan cannot fill" in done.stderr
+    for words in ("2 volumes of 2 patients", "2 usable series", "grade of a patient: mild, severe"):
+        assert words in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_terminated_dry_run_leaves_nothing(tmp_path, archive, signum):
     (tmp_path / "tmp").mkdir()
@@ -575,7 +588,8 @@ def test_archive_without_any_chest_ct_says_what_there_was(tmp_path, archive):
     shutil.copytree(archive / "short", tmp_path / "scans")
     with pytest.raises(
         InputError,
-        match=r"no usable chest CT in 5 files \(1 too_few_slices\); .*sources.csv",
+        match=r"no usable chest CT in 5 files \(1 too_few_slices\); too_few_slices: The series has "
+        r"too few slices .*; give a smaller --min_slices; .*sources.csv",
     ):
         prepare(OPTIONS, directories(tmp_path, tmp_path / "scans"), num_workers=1)
 

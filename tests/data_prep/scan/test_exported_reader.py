@@ -220,7 +220,7 @@ REFUSED_THERE = {
     "multi_frame": "multi-frame CT cannot be read here",
     "truncated_pixels": "the pixel data ends early",
 }
-NOT_JUDGED_THERE = ("no_lung", "head")  # taken there whatever `require_lung` says
+NOT_JUDGED_THERE = ("no_lung",)  # taken there whatever `require_lung` says
 REAL = (
     *("lidc_0001", "lidc_0003.zip", "cptac_pda_c3n_00249.zip", "lung_petct_dx_a0002"),
     *("gantry_tilt_ge", "no_uids_j2k", "not_a_clean_volume", "mixed_patients", "transfer_syntaxes"),

@@ -94,6 +94,28 @@ def test_a_byte_5c_within_a_character_cuts_nothing(tmp_path):
     assert sorted(patients(plan)) == ["乗-1", "乗-2", "表-3"]
 
 
+def test_keys_by_which_older_datasets_know_a_patient(tmp_path):
+    """Without the character set, with escapes taken for damage, or cut at a byte 5C."""
+    ids = [
+        ("Иван".encode("iso8859_5"), ["ISO_IR 144"], 1),
+        ("患者".encode("iso2022_jp"), ["", "ISO 2022 IR 87"], 2),
+        ("患者".encode("iso2022_jp"), ["", "ISO 2022 IR 87"], 3),
+        ("乗-1".encode("gb18030"), ["GB18030"], 4),
+        (b"plain", [], 5),
+    ]
+    plan = written_with_ids(tmp_path, *ids)
+    people = People()
+    for exam in plan.exams:
+        people.add(identities(exam[0].headers))
+    patients = people.resolve()
+    assert not patients.key_of
+    assert patients.keys_of == {
+        "Иван": ("¸ÒÐÝ", "Иван"),
+        "患者": (f"study:{uid(2)}", f"study:{uid(3)}", "患者"),
+        "乗-1": ("\x81", "乗-1"),
+    }
+
+
 # ---- missing in part -----------------------------------------------------------------------------
 
 
