@@ -1,6 +1,6 @@
 r"""The commands of the documents, executed in order on a small phantom.
 
-    python -m tests.campaigns.document_commands [--folder=FOLDER]
+    python -m tests.campaigns.document_commands [--folder=FOLDER [--first=NUMBER]]
 
 Each `bash` block runs as it stands in its document, by the `ctssl` of this environment and in one
 folder with all others, but for the sizes, steps and folders that `SMALL` replaces. A block that
@@ -57,7 +57,7 @@ ctssl phantom --output_dir=LIDC --layout=lidc_idri --num_patients=8 --num_slices
 ONE_SCAN = "ln -s SCANS/P0004 SCAN"
 GROWN = """
 ctssl phantom --output_dir=MORE_DICOM --num_patients=3 --seed=1 --num_slices=20 --image_size=64
-mv DATASET FIRST && cp DATASET-audit/*key* KEY
+mv DATASET FIRST && mv DATASET-audit FIRST-audit
 """
 STEPS = {  # words of a block, in the order of running -> what runs before it
     "ctssl phantom": "",
@@ -122,11 +122,13 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default="", help="by default a temporary one")
-    folder = Path(parser.parse_args().folder or tempfile.mkdtemp(prefix="documents"))
+    parser.add_argument("--first", type=int, default=0, help="go on with this block, in --folder")
+    arguments = parser.parse_args()
+    folder = Path(arguments.folder or tempfile.mkdtemp(prefix="documents"))
     folder.mkdir(parents=True, exist_ok=True)
     steps, aside = plan()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for name, text, before in steps:
+    for number, (name, text, before) in enumerate(steps[arguments.first :], arguments.first):
         for old, new in SMALL.items():
             text = text.replace(old, new)
         began = time.monotonic()
@@ -139,7 +141,10 @@ def main() -> None:
             text=True,
         )
         first = text.strip().splitlines()[0][:80]
-        print(f"{done.returncode} {time.monotonic() - began:6.1f} s  {name}: {first}", flush=True)
+        print(
+            f"{number:2} {done.returncode} {time.monotonic() - began:6.1f} s  {name}: {first}",
+            flush=True,
+        )
         if done.returncode:
             print(done.stdout[-4000:])
             sys.exit(1)
