@@ -49,6 +49,7 @@ _REMEDIES = {  # for a reason, the flag that takes such a scan
     "no_metadata": "leave out --metadata_csv or add the missing rows",
     "not_dicom": "give DICOM, or --archive=nifti for NIfTI",
     "several_volumes": "give one of its volumes as a 3-D file",
+    "packed": "unpack it first",
     "not_nifti": "give NIfTI, or --archive=dicom for DICOM",
 }
 

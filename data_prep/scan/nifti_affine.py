@@ -60,22 +60,22 @@ def read_affine(nifti: Any, shape: tuple[int, int, int], spacing_is_known: bool)
         sform, qform = nifti.get_sform(coded=True)[0], nifti.get_qform(coded=True)[0]
     except (ValueError, HeaderDataError):
         raise NiftiError("unknown_affine", "the quaternion of the qform is none") from None
-    sform, qform = (None if form is None else to_mm @ form for form in (sform, qform))
-    affines = [affine for affine in (sform, qform) if affine is not None]
+    affines = []
+    for form in (sform, qform):
+        if form is None:
+            continue
+        if not np.isfinite(form).all() or abs(np.linalg.det((to_mm @ form)[:3, :3])) < 1e-6:
+            raise NiftiError("unknown_affine", "no invertible matrix")
+        affines.append(to_mm @ form)
     if not affines:
         raise NiftiError("unknown_affine", "neither sform nor qform is set")
-    for affine in affines:
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-            raise NiftiError("unknown_affine", "no invertible matrix")
     if len(affines) == 2:
-        distance = min(
-            _distance_mm(affine, qform, shape) for affine in (sform, _closest_rotation(sform))
-        )
-        if distance > AFFINE_TOLERANCE_MM:
-            distance = _distance_mm(sform, qform, shape)
+        distance = _distance_mm(*affines, shape)
+        unsheared = _distance_mm(_closest_rotation(affines[0]), affines[1], shape)
+        if min(distance, unsheared) > AFFINE_TOLERANCE_MM:
             raise NiftiError("unknown_affine", f"sform and qform differ by up to {distance:.3g} mm")
     elif sform is not None and not spacing_is_known:
-        _check_pixdim(sform, np.abs(np.array(nifti["pixdim"][1:4], np.float64)), to_mm[0, 0])
+        _check_pixdim(affines[0], np.abs(np.array(nifti["pixdim"][1:4], np.float64)), to_mm[0, 0])
     return RAS_TO_LPS @ affines[0]
 
 
