@@ -146,7 +146,7 @@ def _columns(
             "truth": outline("target_mask", _TRUTH),
             "prediction": outline("prediction_mask", _PREDICTED),
             "difference": compared("prediction_mask", "target_mask"),
-        }, "Difference: red is predicted alone, blue is true alone."
+        }, "Difference: red is in the prediction only, blue in the truth only."
     images = {name: image(name) for name in IMAGES}
     text = "Difference: grey is equal, red is too bright, blue too dark."
     return images | {"difference": compared("prediction", "target")}, text

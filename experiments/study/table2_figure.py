@@ -188,7 +188,7 @@ def save_picture(
     figure.colorbar(
         ScalarMappable(Normalize(-0.5, 0.5), colours), cax=scale, orientation="horizontal"
     )
-    scale.set_xlabel("too dark, too bright (share of the window)", fontsize=7)
+    scale.set_xlabel("blue too dark, red too bright\n(share of the window)", fontsize=7)
     scale.tick_params(labelsize=7)
     for row, (title, rows, arrays) in zip(axes, models, strict=False):
         lines = [f"{names[line['metric']]}: {_values(line)}" for line in rows]
@@ -212,7 +212,9 @@ def save_picture(
         row[2].imshow(strips.grey(pictures["prediction"][middle]))
         if "probabilities" in pictures:
             row[3].text(0, 0.9, _classes(pictures, middle), fontsize=7.5, va="top", linespacing=1.6)
-        elif not any(line["metric"] == "auroc" for line in rows):
+        elif any(line["metric"] == "auroc" for line in rows):  # of an evaluation before them
+            row[3].text(0, 0.9, "P of the classes: missing", fontsize=7.5, va="top", color="grey")
+        else:
             row[3].imshow(
                 strips.difference(pictures["prediction"][middle], pictures["target"][middle])
             )

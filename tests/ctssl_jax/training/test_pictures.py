@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ctssl_jax.data.slices import open_source
+from ctssl_jax.tasks.slice_label import _middle_slice
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.pictures import setting
 from data_prep.dataset.reader import Dataset
@@ -69,3 +70,9 @@ def test_no_scale_in_hu_where_each_slice_is_stretched(labelled):
     legend = setting_of(labelled, "denoising", normalize="slice_minmax").legend
     assert legend.window is None and "each slice stretched" in legend.note
     assert legend.label == "SYNTHETIC"
+
+
+def test_of_adjacent_slices_the_one_with_the_label_is_shown():
+    assert _middle_slice(np.arange(3).reshape(1, 1, 1, 3), 3).ravel().tolist() == [1]
+    assert _middle_slice(np.arange(6).reshape(1, 1, 1, 6), 3).ravel().tolist() == [2, 3]
+    assert _middle_slice(np.arange(2).reshape(1, 1, 1, 2), 1).ravel().tolist() == [0, 1]
