@@ -91,7 +91,7 @@ def _wrong(problems: list[str]) -> int:
 
 def _verify(dataset: "Dataset") -> list[str]:
     from data_prep.dataset.verify import verify
-    from data_prep.privacy.leaks import find_leaks
+    from data_prep.privacy.leaks import search
     from data_prep.scan.remote_archives import archive_directory
     from data_prep.system import stores
     from data_prep.system.workers import WorkerPool, usable_cores
@@ -107,10 +107,17 @@ def _verify(dataset: "Dataset") -> list[str]:
                     f"--input_dir={input_dir}: no such directory; give the folder of the scans"
                 )
             audit_dir = stores.local_path(FLAGS.audit_dir, "--audit_dir")
-            leaks = find_leaks(dataset, input_dir, audit_dir, pool)
-            if not leaks:
+            found = search(dataset, input_dir, audit_dir, pool)
+            if found.num_damaged:
+                print(f"NOTE {found.num_damaged} headers hold damaged values, searched as text.")
+            if found.num_unread:
+                print(
+                    f"NOTE {found.num_unread} headers could not be read to their end: values of "
+                    "theirs that identify someone were not searched."
+                )
+            elif not found.leaks:
                 print("Verified: no identifying value of the source headers occurs in the dataset.")
-            problems += leaks
+            problems += found.leaks
     return problems
 
 

@@ -22,7 +22,7 @@ data_prep.scan.nifti_metadata). Beside any archive:
 
     --labels_csv=FILE       a key column (SOPInstanceUID: of a slice; SeriesInstanceUID,
                             StudyInstanceUID or VolumeName: of a volume; PatientID: of a patient)
-                            and a column a label; empty cells are missing labels
+                            and a column a label (cells: see data_prep.labels.tables)
     --attributes_csv=FILE   PatientID and any of age, sex, ethnic_group, which replace the headers
     --masks_dir=DIR         masks as DICOM-SEG, RTSTRUCT or NIfTI files
 
@@ -49,7 +49,7 @@ _WINDOWS = {"rsna_pe": ["50,350", "100,700"]}
 
 def main(argv: list[str]) -> int:
     from data_prep.labels.lookup import LabelSources
-    from data_prep.pipeline.accounting import dataset_text, dry_run_text
+    from data_prep.pipeline.accounting import dataset_text, print_dry_run
     from data_prep.pipeline.options import (
         Directories,
         Options,
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
     known = [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path]
     shared = {"sources": sources, "num_workers": FLAGS.num_workers, "same_splits_as": known}
     if FLAGS.dry_run:
-        print(dry_run_text(dry_run(options, directories, **shared)))
+        print_dry_run(lambda: dry_run(options, directories, **shared))
         return 0
     shared["pseudonym_key_file"] = _path("pseudonym_key_file")
     prepared, changed = prepare(options, directories, beam_options=beam_options, **shared)

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from ctssl_jax.inference import label_prediction, mask_prediction
-from ctssl_jax.inference.pretrained import load
+from ctssl_jax.inference.pretrained import PretrainedModel, load
 from ctssl_jax.runs.run import Run
 from data_prep.dataset.schema import notes_on_rules
-from data_prep.raw.scans import Refused, nothing_taken, plan_scans, read_scan
+from data_prep.privacy.pseudonyms import public_kernel
+from data_prep.raw.scans import Refused, ScanPlan, nothing_taken, plan_scans, read_scan
 from data_prep.scan.headers import NIFTI
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import SeriesCandidate
 from data_prep.scan.volume import Volume
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.extras import pip_install
-from data_prep.system.files import lock_directory, make_folder, write_json
+from data_prep.system.files import filled_folder, lock_directory, write_json
 from data_prep.system.stores import local_path
 
 FILES = ("prediction.json", "prediction.png", "slices.csv", "mask.nii.gz", "segmentation.dcm")
@@ -90,8 +91,20 @@ def predict(
         thresholds = label_prediction.read_thresholds(
             request.evaluation, run.config, model.fingerprint
         )
-    make_folder(output, "--output")
+    with filled_folder(output, "--output"):
+        return _predict_into(output, run, model, plan, exam, request, thresholds)
 
+
+def _predict_into(
+    output: Path,
+    run: Run,
+    model: PretrainedModel,
+    plan: ScanPlan,
+    exam: list[SeriesCandidate],
+    request: Request,
+    thresholds: dict[str, Any],
+) -> dict[str, Any]:
+    predicts_label = run.config.task in label_prediction.TASKS
     try:
         scan = read_scan(plan.input_dir, exam, model.windows, model.image_size, request.rules)
     except OSError as error:
@@ -236,7 +249,8 @@ def _note_choice(exam: list[SeriesCandidate], taken: SeriesCandidate) -> list[st
 
 
 def _in_words(candidate: SeriesCandidate) -> str:
-    kernel = f", kernel {candidate.headers[0].kernel}" if candidate.headers[0].kernel else ""
+    kernel = public_kernel(candidate.headers[0].kernel)
+    kernel = f", kernel {kernel}" if kernel else ""
     return f"{len(candidate.headers)} slices of {candidate.slice_thickness_mm:g} mm{kernel}"
 
 

@@ -15,15 +15,20 @@ input again and prints how far they are from the stored outputs.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
 import itertools
 import json
 import math
+import re
 import sys
+import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +43,7 @@ AIR_HU = -1000
 _BELOW_ANY_TISSUE_HU = -1500
 _TISSUE_HU = (-900, 4000)
 _AXIAL_COSINE = math.cos(math.radians(35))  # gantries tilt by up to 30 degrees
+_MANIFEST_BYTES = 16 << 20
 
 
 # ---- Models: entries are named as in the authors' weights where these have them ------------------
@@ -757,18 +763,51 @@ def load(path: str | Path) -> ExportedModel:
         raise FileNotFoundError(
             f"{folder}/manifest.json does not exist; give a folder that ctssl_jax.export wrote"
         )
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = _read_manifest(folder / "manifest.json")
     weights = _read_weights(path if path.is_file() else _weights_in(folder), manifest)
     try:
+        _check_settings(manifest["model"], weights)
+        with torch.device("meta"):  # without memory, until the sizes are those of the weights
+            build(manifest).load_state_dict(weights, strict=True, assign=True)
         model = build(manifest)
         model.load_state_dict(weights, strict=True)
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{folder}: manifest.json does not describe these weights ({reason}); copy the whole "
             "folder again"
         ) from None
     return model.eval()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Contents of a manifest.
+
+    Raises:
+        ValueError: they do not name files with their SHA-256.
+    """
+    try:
+        content = path.read_bytes() if path.stat().st_size <= _MANIFEST_BYTES else b""
+        manifest = json.loads(content)
+    except (ValueError, RecursionError):
+        manifest = None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(file, dict) and "sha256" in file for file in files.values()
+    ):
+        raise ValueError(f"{path} is no manifest of ctssl_jax.export; copy the whole folder again")
+    return manifest
+
+
+def _check_settings(settings: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Raises TypeError if a number of the settings passes all sizes of the weights: the model would
+    take more memory or time than these explain."""
+    largest = max([len(weights), *(size for value in weights.values() for size in value.shape)])
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        numbers = [number for number in values if isinstance(number, int | float)]
+        if len(values) > largest or any(not 0 <= number <= largest for number in numbers):
+            raise TypeError(f"{name} is larger than they are")
 
 
 def _weights_in(folder: Path) -> Path:
@@ -789,6 +828,7 @@ def _read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
             f"{path} is not in its manifest; give one of {', '.join(manifest['files'])}"
         )
     content = path.read_bytes()
+    damaged = f"{path} does not hold weights; copy the whole folder again"
     if hashlib.sha256(content).hexdigest() != manifest["files"][path.name]["sha256"]:
         raise ValueError(
             f"{path} is damaged or not the file that manifest.json describes (SHA-256 differs); "
@@ -801,8 +841,21 @@ def _read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
             raise ImportError(
                 f"{path} needs the package safetensors: pip install safetensors"
             ) from None
-        return safetensors.torch.load(content)
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        try:
+            return safetensors.torch.load(content)
+        except Exception:  # of many kinds
+            raise ValueError(damaged) from None
+    try:
+        # torch.save stores without compression, so the members are no larger than the file
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > len(content):
+                raise ValueError(damaged)
+        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception:  # of many kinds; a pickle that would run a command is one
+        raise ValueError(damaged) from None
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise ValueError(damaged)
+    return weights
 
 
 # ---- Preprocessing: from Hounsfield units to the model's input -----------------------------------
@@ -932,129 +985,663 @@ def _resize(hu: np.ndarray, spacing: tuple[float, float], size: int) -> np.ndarr
 # ---- DICOM ---------------------------------------------------------------------------------------
 
 
-def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """One CT series in Hounsfield units.
+def read_dicom(
+    path: str | Path, *, max_slice_thickness_mm: float = 3.0, min_slices: int = 20
+) -> tuple[np.ndarray, np.ndarray]:
+    """One CT series in Hounsfield units, by the rules with which `data_prep` takes scans.
 
     Slices are sorted along their normal, and each gets its Rescale Slope and Intercept. Padding and
-    values below -1500 HU become air (-1000). Localizers and objects of other modalities are left
-    out.
+    values below -1500 HU become air (-1000). Localizers, reformats, captures, projections and
+    objects of other modalities are left out, and copies of a slice count once.
+
+    Where `data_prep` parts a series into stacks, chooses one of several series, or drops damaged or
+    odd slices, a ValueError says what is there. Three things it judges and this function does not:
+    whether lungs are in the volume, and the limits of the arguments where they are changed.
 
     Args:
         path: folder (searched through) or zip file with the series.
+        max_slice_thickness_mm: thicker slices are refused.
+        min_slices: series of fewer slices are refused.
 
     Returns:
         [S, H, W] float32 and the affine [4, 4] for `preprocess`.
 
     Raises:
-        ValueError: not exactly one CT series; or slices that are missing, lack tags, lie at one
-            position or on several grids.
+        ValueError: not exactly one CT series of one patient; slices that are missing, damaged, lack
+            elements, lie at one position or on several grids; several stacks in one; values that
+            are no Hounsfield units; or files that are larger than any scan.
     """
     try:
-        import pydicom
+        import pydicom  # noqa: F401
     except ImportError:
         raise ImportError("read_dicom needs the package pydicom: pip install pydicom") from None
-    series: dict[str, list[Any]] = {}
-    for name, content in _files(Path(path)):
+    series: dict[str, list[_Image]] = {}
+    with contextlib.ExitStack() as opened:
+        for name, read in _files(Path(path), opened):
+            image = _read_image(name, read)
+            if image is not None:
+                series.setdefault(image.text("SeriesInstanceUID"), []).append(image)
+        if len(series) != 1:
+            sizes = ", ".join(str(len(images)) for images in series.values())
+            content = f"{len(series)} CT series (of {sizes} slices)" if series else "no CT series"
+            raise ValueError(f"{path} contains {content}; give the folder of one series")
+        (images,) = series.values()
         try:
-            dataset = pydicom.dcmread(io.BytesIO(content), force=True)  # also without the preamble
-        except Exception:  # a file of another kind may raise anything
-            continue
-        if dataset.get("Modality") != "CT" or "LOCALIZER" in dataset.get("ImageType", []):
-            continue
-        if "NumberOfFrames" in dataset:
-            raise ValueError(
-                f"{name}: enhanced multi-frame CT cannot be read here; convert it to single-frame "
-                "DICOM"
-            )
-        # A file without preamble and meta information does not name its transfer syntax.
-        if "TransferSyntaxUID" not in dataset.file_meta:
-            explicit = not dataset.original_encoding[0]
-            dataset.file_meta.TransferSyntaxUID = (
-                pydicom.uid.ExplicitVRLittleEndian
-                if explicit
-                else pydicom.uid.ImplicitVRLittleEndian
-            )
-        missing = [tag for tag in _NEEDED_TAGS if dataset.get(tag) in (None, "")]
-        if missing:
-            raise ValueError(f"{name} lacks {', '.join(missing)}")
-        series.setdefault(dataset.SeriesInstanceUID, []).append(dataset)
-    if len(series) != 1:
-        sizes = ", ".join(str(len(slices)) for slices in series.values())
-        content = f"{len(series)} CT series (of {sizes} slices)" if series else "no CT series"
-        raise ValueError(f"{path} contains {content}; give the folder of one series")
-    (slices,) = series.values()
-    return _stack(path, slices)
+            return _stack(images, max_slice_thickness_mm, min_slices)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
-_NEEDED_TAGS = (
-    *("SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
-    *("RescaleSlope", "RescaleIntercept", "Rows", "Columns"),
-)
+# ---- Files: bounded, whatever they say about themselves ------------------------------------------
+
+_MAX_FILE_BYTES = 1 << 30
+_HEADER_BYTES = 4 << 20  # all elements before the pixels
+_MAX_RATIO, _FREE_BYTES = 200, 256 << 20  # what zip files and deflated images may expand to
+_MAX_PIXELS = 1 << 26  # of a slice
+_DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
+
+_Read = Callable[[int], bytes]  # the first so many bytes; -1: all
 
 
-def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+def _files(path: Path, opened: contextlib.ExitStack) -> Iterator[tuple[str, _Read]]:
+    """Name and reader of each file of a folder or zip file, which `opened` will close."""
     if path.is_dir():
         for file in sorted(item for item in path.rglob("*") if item.is_file()):
-            yield str(file.relative_to(path)), file.read_bytes()
+            if file.stat().st_size <= _MAX_FILE_BYTES:
+                yield str(file.relative_to(path)), functools.partial(_read_file, file)
     elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for name in sorted(archive.namelist()):
-                if not name.endswith("/"):
-                    yield name, archive.read(name)
+        size = path.stat().st_size
+        try:
+            archive = opened.enter_context(zipfile.ZipFile(path))
+        except Exception as error:  # of many kinds on damaged bytes
+            raise ValueError(f"{path} is a damaged zip file ({error})") from None
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        total = sum(member.file_size for member in members)
+        if total > max(_FREE_BYTES, _MAX_RATIO * size):
+            raise ValueError(
+                f"{path}: its members expand {size} to {total} bytes, more than any scan"
+            )
+        for member in sorted(members, key=lambda member: member.filename):
+            if member.file_size <= _MAX_FILE_BYTES:
+                yield member.filename, functools.partial(_read_member, archive, member)
     else:
         raise ValueError(f"{path} is neither a folder nor a zip file; give the folder of a series")
 
 
-def _stack(path: Any, slices: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    first = slices[0]
-    grids = {
-        (*map(float, s.ImageOrientationPatient), *map(float, s.PixelSpacing), s.Rows, s.Columns)
-        for s in slices
-    }
-    if len({tuple(round(value, 4) for value in grid) for grid in grids}) > 1:
+def _read_file(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(size)
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: int) -> bytes:
+    try:
+        with archive.open(member) as file:  # a member that lies about its size ends there
+            return file.read(member.file_size if size < 0 else min(size, member.file_size))
+    except Exception as error:  # of many kinds: damaged, encrypted, an unknown compression
+        raise ValueError(f"{member.filename} cannot be read from the zip file ({error})") from None
+
+
+def _inflated(content: bytes) -> bytes:
+    """A deflated image as an explicit one, others unchanged. pydicom would inflate it as a whole,
+    whatever it expands to."""
+    if _DEFLATED not in content[:4096]:
+        return content
+    at = 132 if content[128:132] == b"DICM" else 0
+    while content[at : at + 2] == b"\x02\x00":  # the file meta elements are not deflated
+        long = content[at + 4 : at + 6] in (b"OB", b"UN")
+        start, end = (at + 8, at + 12) if long else (at + 6, at + 8)
+        at = end + int.from_bytes(content[start:end], "little")
+    stream, allowed = zlib.decompressobj(-zlib.MAX_WBITS), max(_FREE_BYTES, 8 * len(content))
+    rest = stream.decompress(content[at:], allowed)
+    if stream.unconsumed_tail:
+        raise ValueError("a deflated image that expands beyond any scan")
+    return content[:at].replace(_DEFLATED, _EXPLICIT) + rest
+
+
+# ---- Headers -------------------------------------------------------------------------------------
+
+_CT_IMAGES = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+_LOCALIZERS = {"LOCALIZER", "SCOUT", "SCANOGRAM", "TOPOGRAM", "SURVIEW"}
+# words within a value of Image Type, such as CT_SOM5 MIP or THINMIP10
+_PROJECTIONS = re.compile(
+    r"\b(?:AX|AXIAL|COR|SAG|THIN|THICK|SLAB|TH|ST|CT)*"
+    r"(?:MIPS?|MAX ?IP|MIN ?IP|MNIP|MXIP|MIPMAX|MIPMIN|MAXIMUM|MINIMUM|MAX INTENSITY"
+    r"|MIN INTENSITY|(?<!BACK )PROJECTION|RAY ?SUM|RAY ?CAST|VRT|VOLREN|VOLUME ?RENDER(?:ED|ING)?"
+    r"|SURFACE ?RENDER(?:ED|ING)?|SSD|SHADED|CPR|CURVED|STRAIGHTENED|SUBTRACTION|SUBTRACTED)"
+    r"(?:AX|AXIAL|THIN|THICK|SLAB|MM|\d)*\b"
+    r"|\b(?:EFF ATOMIC NUM|ELECTRON DENSITY|MAT (?:SPECIFIC|FRACTIONAL|VALUE BASED)|STD DEVIATION"
+    r"|PERFUSION|CBF|CBV|MTT|TTP)\b"
+)
+_NO_HU = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}  # Rescale Type
+_LARGEST_NUMBER = 1e9
+_SAME_POSITION_MM = 0.05
+_MAX_ROTATION_DEGREES = 5.0
+_MAX_FIELD_MM = 1000.0
+_FEW = 0.1  # so much of the slices may lack or misname an element
+
+
+class _Image(NamedTuple):
+    """One file: its header, and a function that reads it."""
+
+    name: str
+    read: _Read
+    elements: Any  # pydicom.Dataset
+
+    def texts(self, keyword: str) -> list[str]:
+        """All values of an element, stripped; from its bytes, since broken values raise."""
+        element = self.elements.get_item(keyword)
+        value = None if element is None else element.value
+        if value is None:
+            return []
+        if isinstance(value, bytes):
+            value = value.decode("latin-1")
+        parts = value.split("\\") if isinstance(value, str) else np.atleast_1d(value)
+        return [str(part).strip(" \0\t\r\n") for part in parts]
+
+    def text(self, keyword: str) -> str:
+        return next(iter(self.texts(keyword)), "")
+
+    def numbers(self, keyword: str) -> list[float]:
+        """All values of a decimal string; [] if one is no usable number. A comma is a point."""
+        try:
+            values = [float(part.replace(",", ".")) for part in self.texts(keyword)]
+        except ValueError:
+            return []
+        return values if all(abs(value) < _LARGEST_NUMBER for value in values) else []
+
+    def number(self, keyword: str) -> float | None:
+        return next(iter(self.numbers(keyword)), None)
+
+    def integer(self, keyword: str | tuple[int, int], signed: bool = False) -> int | None:
+        """The first value of an unsigned or signed short."""
+        element = self.elements.get_item(keyword)
+        value = None if element is None else element.value
+        if isinstance(value, bytes):
+            order = "little" if getattr(element, "is_little_endian", True) else "big"
+            return int.from_bytes(value[:2], order, signed=signed) if len(value) >= 2 else None
+        return value if isinstance(value, int) else None
+
+
+def _read_image(name: str, read: _Read) -> _Image | None:
+    """An axial CT image, or None for a file that is none.
+
+    Raises:
+        ValueError: the file begins as a DICOM image and cannot be read, or holds several frames.
+    """
+    import pydicom
+
+    start = read(132)
+    groups = start[:2], start[:2][::-1]
+    if start[128:] != b"DICM" and not {b"\x02\x00", b"\x08\x00"} & set(groups):
+        return None
+    ended = []
+
+    def at_the_pixels(tag: int, vr: str | None, length: int) -> bool:
+        # (5200,xxxx): the functional groups of multi-frame images
+        ended.append(tag >= 0x7FE00000 or tag >> 16 == 0x5200)
+        return ended[-1]
+
+    try:
+        whole = _DEFLATED in read(4096)
+        content = _inflated(read(-1))[:_HEADER_BYTES] if whole else read(_HEADER_BYTES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            elements = pydicom.filereader.read_partial(
+                io.BytesIO(content), at_the_pixels, force=True
+            )
+    except (Exception, RecursionError) as error:  # of a dozen kinds on damaged bytes
+        raise ValueError(f"{name} is a damaged DICOM file ({type(error).__name__})") from None
+    image = _Image(name, read, elements)
+    modality, sop_class = image.text("Modality").upper(), image.text("SOPClassUID")
+    if modality != "CT" and (modality or sop_class not in _CT_IMAGES):
+        return None
+    if not any(ended):
+        raise ValueError(f"{name} is a CT image whose header does not end")
+    if "NumberOfFrames" in elements and image.text("NumberOfFrames") not in ("", "1"):
         raise ValueError(
-            f"{path}: the slices differ in orientation, spacing or matrix; give the folder of one "
-            "reconstruction"
+            f"{name}: enhanced multi-frame CT cannot be read here; convert it to single-frame DICOM"
         )
-    along_columns, along_rows = np.array(first.ImageOrientationPatient, dtype=float).reshape(2, 3)
-    normal = np.cross(along_columns, along_rows)
-    origins = np.array([slice_.ImagePositionPatient for slice_ in slices], dtype=float)
-    order = np.argsort(origins @ normal, kind="stable")
-    origins = origins[order]
-    if len(slices) < 2 or np.diff(origins @ normal).min() < 1e-3:
-        problem = "one slice only" if len(slices) < 2 else "two slices at one position"
-        raise ValueError(f"{path}: {problem}; give the folder of one complete series")
-    steps = np.diff(origins @ normal)
-    if steps.max() > 1.5 * np.median(steps):
-        raise ValueError(
-            f"{path}: slices are missing (a step of {steps.max():g} mm among steps of "
-            f"{np.median(steps):g} mm); give the complete series"
-        )
-    volume = np.stack([_to_hu(slices[index]) for index in order])
+    kinds = [value.upper() for value in image.texts("ImageType")]
+    words = [" ".join(re.split(r"[\W_]+", value)).strip() for value in kinds]
+    if any(_LOCALIZERS & set(value.split()) for value in words):
+        return None
+    return image
+
+
+def _fault(image: _Image) -> str | None:
+    """Why a CT image is no slice, in words; None for a slice."""
+    kinds = [value.upper() for value in image.texts("ImageType")]
+    words = [" ".join(re.split(r"[\W_]+", value)).strip() for value in kinds]
+    if image.text("SOPClassUID").startswith(_SECONDARY_CAPTURE):
+        return "a secondary capture"
+    if (
+        kinds[:2] == ["DERIVED", "SECONDARY"]
+        or "3D" in kinds[2:]
+        or any(map(_PROJECTIONS.search, words[2:]))
+        or image.text("RescaleType").upper() in _NO_HU
+    ):
+        return "a derived image without CT numbers"
+    if (image.integer("SamplesPerPixel") or 1) != 1 or (
+        image.text("PhotometricInterpretation").upper() not in ("MONOCHROME1", "MONOCHROME2", "")
+    ):
+        return "not grey"
+    return None
+
+
+def _axes(image: _Image) -> tuple[np.ndarray, np.ndarray] | None:
+    """Unit vectors along the columns' numbers and along the rows'; None: the image is not axial.
+
+    Raises:
+        ValueError: Image Orientation is missing or invalid.
+    """
+    cosines = image.numbers("ImageOrientationPatient")
+    if len(cosines) != 6:
+        raise ValueError(f"{image.name} lacks ImageOrientationPatient")
+    across, down = np.array(cosines).reshape(2, 3)
+    lengths = np.linalg.norm(across), np.linalg.norm(down)
+    if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(across @ down)) > 0.01:
+        raise ValueError(f"{image.name}: ImageOrientationPatient is invalid")
+    return (across, down) if abs(np.cross(across, down)[2]) >= _AXIAL_COSINE else None
+
+
+# ---- One stack -----------------------------------------------------------------------------------
+
+
+def _stack(
+    images: list[_Image], max_slice_thickness_mm: float, min_slices: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if not images[0].text("SeriesInstanceUID"):
+        raise ValueError("the slices lack SeriesInstanceUID")
+    slices = _slices_of(images)
+    _check_one_patient(slices)
+    across, down, spacing, shape = _grid(slices)
+    normal = np.cross(across, down)
+    along = np.array([image.numbers("ImagePositionPatient") for image in slices]) @ normal
+    order = np.argsort(along, kind="stable")
+    slices, along = [slices[i] for i in order], along[order]
+    if len(slices) > 1 and along[-1] - along[0] < _SAME_POSITION_MM:
+        raise ValueError(f"ImagePositionPatient is the same in all {len(slices)} slices")
+    _check_not_mixed(slices, along)
+    starts = np.flatnonzero(np.diff(along, prepend=-np.inf) >= _SAME_POSITION_MM)
+    positions = along[starts]
+    if len(positions) < max(2, min_slices):
+        number = f"{len(positions)} slice{'s' * (len(positions) != 1)}"
+        raise ValueError(f"{number}, at least {max(2, min_slices)} asked (min_slices)")
+    _check_steps(positions)
+    _check_thickness(slices, max_slice_thickness_mm)
+    volume = np.empty((len(positions), *shape), np.float32)
+    counts = np.zeros((len(positions), 4))
+    for number, (start, end) in enumerate(itertools.pairwise([*starts, len(slices)])):
+        volume[number], counts[number] = _to_hu(slices[start], shape)
+        for copy in slices[start + 1 : end]:
+            if not np.array_equal(_to_hu(copy, shape)[0], volume[number]):
+                raise ValueError(
+                    "two slices at one position; give the folder of one reconstruction"
+                )
+    _check_plausible(counts)
+    origins = np.array([slices[i].numbers("ImagePositionPatient") for i in starts])
     affine = np.eye(4)
-    affine[:3, 0] = (origins[-1] - origins[0]) / (len(slices) - 1)
-    affine[:3, 1] = along_rows * float(first.PixelSpacing[0])
-    affine[:3, 2] = along_columns * float(first.PixelSpacing[1])
+    affine[:3, 0] = (origins[-1] - origins[0]) / (len(origins) - 1)
+    affine[:3, 1] = down * spacing[0]
+    affine[:3, 2] = across * spacing[1]
     affine[:3, 3] = origins[0]
     affine[:2] *= -1  # DICOM's x to left and y to posterior, turned to RAS+
     return volume, affine
 
 
-def _to_hu(dataset: Any) -> np.ndarray:
-    stored = dataset.pixel_array
-    slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
+def _slices_of(images: list[_Image]) -> list[_Image]:
+    """The axial slices among the images of a series.
+
+    Raises:
+        ValueError: there are none, one lacks an element, or some show burned-in text.
+    """
+    slices, faults = [], []
+    for image in images:
+        if image.text("BurnedInAnnotation").upper() == "YES":
+            raise ValueError("Burned In Annotation says YES")
+        if fault := _fault(image):
+            faults.append(fault)
+        elif _axes(image) is None:
+            faults.append("not axial")
+        else:
+            slices.append(image)
+    if not slices:
+        raise ValueError(f"the images are {max(faults, key=faults.count)}; give axial CT slices")
+    for image in slices:
+        needed = (("ImagePositionPatient", 3), ("PixelSpacing", 2), ("RescaleSlope", 1))
+        missing = [
+            keyword
+            for keyword, count in (*needed, ("RescaleIntercept", 1))
+            if len(image.numbers(keyword)) != count
+        ]
+        missing += [keyword for keyword in ("Rows", "Columns") if not image.integer(keyword)]
+        if missing:
+            raise ValueError(f"{image.name} lacks {', '.join(missing)}")
+        if image.number("RescaleSlope") == 0:
+            raise ValueError(f"{image.name}: RescaleSlope is 0")
+    return slices
+
+
+def _check_one_patient(slices: list[_Image]) -> None:
+    for keyword in ("PatientID", "StudyInstanceUID"):
+        known = {image.text(keyword).casefold() for image in slices} - {""}
+        if len(known) > 1:
+            raise ValueError(f"the slices of one series have {len(known)} values of {keyword}")
+
+
+def _grid(slices: list[_Image]) -> tuple[np.ndarray, np.ndarray, list[float], tuple[int, int]]:
+    """Row and column vectors, spacing (mm between rows, columns), rows and columns of all slices.
+
+    Raises:
+        ValueError: they differ by more than rounding, are turned within the plane, or the field is
+            wider than any body.
+    """
+    first = slices[0]
+    axes, spacing = _axes(first), first.numbers("PixelSpacing")
+    shape = first.integer("Rows"), first.integer("Columns")
+    assert axes is not None and shape[0] is not None and shape[1] is not None
+    for image in slices:
+        same = np.allclose(_axes(image), axes, atol=0.005) and np.allclose(
+            image.numbers("PixelSpacing"), spacing, rtol=0.01, atol=0
+        )
+        if not same or (image.integer("Rows"), image.integer("Columns")) != shape:
+            raise ValueError(
+                "the slices differ in orientation, spacing or matrix; give the folder of one "
+                "reconstruction"
+            )
+    if min(spacing) <= 0 or max(np.multiply(shape, spacing)) > _MAX_FIELD_MM:
+        field = " x ".join(f"{size:g}" for size in np.multiply(shape, spacing))
+        raise ValueError(f"a field of view of {field} mm; is PixelSpacing in mm?")
+    if shape[0] * shape[1] > _MAX_PIXELS:
+        raise ValueError(f"slices of {shape[0]} x {shape[1]} pixels")
+    across, down = axes
+    normal = np.cross(across, down)
+    left = across if abs(across[0]) >= abs(across[1]) else down
+    level = np.array([1.0, 0, 0]) - normal[0] * normal
+    cosine = abs(left @ level) / np.linalg.norm(left) / np.linalg.norm(level)
+    degrees = math.degrees(math.acos(min(1.0, cosine)))
+    if degrees > _MAX_ROTATION_DEGREES:
+        raise ValueError(
+            f"the images are turned by {degrees:.1f} degrees within their plane, at most "
+            f"{_MAX_ROTATION_DEGREES:g} are taken"
+        )
+    return across, down, spacing, (shape[0], shape[1])
+
+
+def _check_steps(positions: np.ndarray) -> None:
+    """Raises ValueError if slices are missing, or something lies between them."""
+    steps = np.diff(positions)
+    local = np.array([np.median(steps[max(0, i - 3) : i + 4]) for i in range(len(steps))])
+    if np.any(steps <= 0.55 * local):
+        raise ValueError(
+            f"slices lie {steps.min():g} mm apart among steps of {np.median(steps):g} mm; give the "
+            "folder of one reconstruction"
+        )
+    if np.any(steps > 1.5 * local):
+        raise ValueError(
+            f"slices are missing (a step of {steps.max():g} mm among steps of "
+            f"{np.median(steps):g} mm); give the complete series"
+        )
+
+
+def _check_thickness(slices: list[_Image], limit: float) -> None:
+    """Raises ValueError for slices that are too thick. A few may be misnamed."""
+    known = [t for image in slices if (t := image.number("SliceThickness") or 0) > 0]
+    thick = [thickness for thickness in known if thickness > limit + 1e-4]
+    if len(thick) > _FEW * len(known):
+        raise ValueError(
+            f"slices of {max(thick):g} mm, at most {limit:g} mm asked (max_slice_thickness_mm)"
+        )
+
+
+# Elements that tell two stacks apart, and how: a "value" changes the image; a "label" names a
+# stack; an "order" may as well count the slices of one stack.
+_ELEMENTS = (
+    *(("SliceThickness", "value"), ("KVP", "value"), ("ConvolutionKernel", "value")),
+    *(("TemporalPositionIdentifier", "value"), ("NominalPercentageOfCardiacPhase", "value")),
+    *(("NominalPercentageOfRespiratoryPhase", "value"), ("ImageType", "label")),
+    *(("FrameOfReferenceUID", "label"), ("StackID", "label"), ("SeriesNumber", "label")),
+    *(("SeriesDescription", "label"), ("PatientPosition", "label"), ("AcquisitionNumber", "order")),
+    *(("TriggerTime", "order"), ("AcquisitionTime", "order"), ("ContrastBolusAgent", "order")),
+)
+_RUNNING = ("AcquisitionNumber", "TriggerTime", "AcquisitionTime")
+_LEAST_SLICES = 3  # that make a stack
+
+
+def _check_not_mixed(slices: list[_Image], along: np.ndarray) -> None:
+    """Raises ValueError if several stacks (kernels, energies, phases, passes ...) lie in one
+    another.
+
+    Slices of two values of an order or a label are one stack where they are even together and
+    either a part alone would leave gaps between its slices, by their thickness, or Instance Number
+    counts through both.
+
+    Args:
+        slices: sorted along their normal.
+        along: [S] their positions in mm.
+    """
+    for keyword, kind in _ELEMENTS:
+        values = [_value(image, keyword) for image in slices]
+        missing = np.array([value == "" for value in values])
+        counts = ~missing if missing.sum() <= _FEW * len(values) else np.ones(len(values), bool)
+        names, codes = np.unique(
+            np.array([str(value) for value in values], dtype=object), return_inverse=True
+        )
+        if len(names) < 2:
+            continue
+        step = _step_within(codes, along)
+        if keyword in _RUNNING:
+            codes = _passes(values, along, step)
+        sizes = np.bincount(codes)
+        counts &= sizes[codes] >= _LEAST_SLICES
+        if not _overlap(codes[counts], along[counts], step):
+            continue
+        if kind == "value" or not _is_one(slices, along, codes, counts, kind):
+            raise ValueError(
+                f"several stacks lie in one another ({keyword} differs among the slices); give the "
+                "folder of one reconstruction"
+            )
+
+
+def _value(image: _Image, keyword: str) -> str | float:
+    """A value that can be compared and sorted; "" where it is missing."""
+    if keyword == "ImageType":
+        return "\\".join(image.texts(keyword)[2:]).upper()
+    if keyword in (*_RUNNING, "SliceThickness", "KVP", "SeriesNumber"):
+        number = image.number(keyword)
+        return "" if number is None else round(number, 1 if keyword == "SliceThickness" else 6)
+    if keyword.startswith("Nominal"):
+        return repr(image.elements.get_item(keyword).value) if keyword in image.elements else ""
+    return image.text(keyword)
+
+
+def _step_within(codes: np.ndarray, along: np.ndarray) -> float:
+    """The median step in mm between neighbours of one code; 0 without any."""
+    order = np.lexsort((along, codes))
+    steps = np.diff(along[order])[np.diff(codes[order]) == 0]
+    steps = steps[steps >= _SAME_POSITION_MM]
+    return float(np.median(steps)) if len(steps) else 0.0
+
+
+def _overlap(codes: np.ndarray, along: np.ndarray, step: float) -> bool:
+    """Whether the ranges of two codes overlap by more than two stacks in a row may share."""
+    ranges = sorted(
+        (float(part[0]), float(part[-1]))
+        for code in np.unique(codes)
+        if len(part := along[codes == code])
+    )
+    end = -np.inf
+    for low, high in ranges:
+        if step and min(end, high) - low > 1.5 * step:
+            return True
+        end = max(end, high)
+    return False
+
+
+def _passes(values: list[str | float], along: np.ndarray, step: float) -> np.ndarray:
+    """[S] int: the runs along the patient that slices make in the order of their values. A run ends
+    where it turns back, or where the next value's slices overlap it."""
+    groups: dict[str | float, list[int]] = {}
+    for i, value in enumerate(values):
+        groups.setdefault(value, []).append(i)
+    missing = groups.pop("", [])
+    codes = np.zeros(len(values), int)
+    number, direction, low, high, last = 0, 0.0, np.inf, -np.inf, None
+    for value in sorted(groups):
+        start, end = along[groups[value][0]], along[groups[value][-1]]
+        way = 0.0 if last is None else (start + end) / 2 - last
+        if min(high, end) - max(low, start) > 1.5 * step or way * direction < -_SAME_POSITION_MM:
+            number, direction, low, high = number + 1, 0.0, start, end
+        else:
+            low, high = min(low, start), max(high, end)
+            if abs(way) >= _SAME_POSITION_MM:
+                direction = 1.0 if way > 0 else -1.0
+        codes[groups[value]] = number
+        last = (start + end) / 2
+    codes[missing] = number + 1
+    return codes
+
+
+def _is_one(
+    slices: list[_Image], along: np.ndarray, codes: np.ndarray, counts: np.ndarray, kind: str
+) -> bool:
+    """Whether slices that lie in one another fill each other's gaps and are one stack."""
+    steps = np.diff(along)
+    if np.mean(np.abs(steps - np.median(steps)) <= 0.1 * np.median(steps)) < 0.8:
+        return False
+    numbers = np.array([image.number("InstanceNumber") or 0 for image in slices])
+    if kind == "order" and abs(np.sign(np.diff(numbers)).sum()) == len(steps):
+        return True
+    for code in np.unique(codes[counts]):
+        part = np.flatnonzero(codes == code)
+        known = [t for i in part if (t := slices[i].number("SliceThickness") or 0) > 0]
+        if known and np.median(np.diff(along[part])) > 1.2 * np.median(known):
+            return True  # this part alone would leave gaps
+    return False
+
+
+# ---- Pixels --------------------------------------------------------------------------------------
+
+
+def _to_hu(image: _Image, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """HU [H, W] float32 of a slice, and four counts of a sample of its pixels: all, air, soft
+    tissue, denser than any tissue.
+
+    Raises:
+        ValueError: its pixels cannot be read, or do not fit the header.
+    """
+    stored = _stored(image, shape)
+    slope, intercept = image.number("RescaleSlope"), image.number("RescaleIntercept")
+    assert slope is not None and intercept is not None
     hu = stored * slope + intercept
     air = hu < _BELOW_ANY_TISSUE_HU
-    padding = dataset.get("PixelPaddingValue")
+    signed = image.integer("PixelRepresentation") == 1
+    padding = image.integer("PixelPaddingValue", signed)
     if padding is not None:
-        limit = dataset.get("PixelPaddingRangeLimit")
-        low, high = sorted((int(padding), int(padding if limit is None else limit)))
+        limit = image.integer("PixelPaddingRangeLimit", signed)
+        low, high = sorted((padding, padding if limit is None else limit))
         if not any(
             _TISSUE_HU[0] < bound * slope + intercept < _TISSUE_HU[1] for bound in (low, high)
         ):
             air |= (stored >= low) & (stored <= high)
+    sample = hu[::8, ::8][~air[::8, ::8]]
+    counts = np.array(
+        [
+            hu[::8, ::8].size,
+            np.count_nonzero((sample >= -1100) & (sample < -500)),
+            np.count_nonzero((sample >= -200) & (sample < 300)),
+            np.count_nonzero(sample > _TISSUE_HU[1]),
+        ]
+    )
     hu[air] = AIR_HU
-    return hu.astype(np.float32)
+    return hu.astype(np.float32), counts
+
+
+def _stored(image: _Image, shape: tuple[int, int]) -> np.ndarray:
+    """The stored values [H, W] of a slice."""
+    import pydicom
+
+    bits, high = image.integer("BitsStored"), image.integer("HighBit")
+    allocated = image.integer("BitsAllocated") or 0
+    if not bits or bits > allocated or (high is not None and high != bits - 1):
+        raise ValueError(
+            f"{image.name}: {bits} bits stored, high bit {high}, of {allocated}; the values must "
+            "end at bit 0"
+        )
+    overlays = _overlay_bits(image)
+    if any(0 < bit < bits for bit in overlays):
+        raise ValueError(f"{image.name}: an overlay lies within the bits of the values")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.filereader.read_partial(
+                io.BytesIO(_inflated(image.read(-1))), lambda tag, *_: tag > 0x7FE00010, force=True
+            )
+            syntax = dataset.file_meta.get("TransferSyntaxUID")
+            compressed = syntax is not None and syntax.is_encapsulated
+            values = dataset.pixel_array if compressed else None
+    except Exception as error:  # of many kinds
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"{image.name}: the pixels cannot be read ({type(error).__name__}: {reason})"
+        ) from None
+    if values is None:
+        values = _native(dataset, image, allocated, shape)
+    if values.shape != shape or values.dtype.kind not in "iu":
+        raise ValueError(f"{image.name}: the pixels have another matrix than Rows x Columns")
+    if any(bit >= bits for bit in overlays):
+        unused = 8 * values.itemsize - bits
+        values = (values << unused) >> unused
+    lowest, highest = int(values.min()), int(values.max())
+    least = -(1 << bits - 1) if values.dtype.kind == "i" else 0
+    if lowest < least or highest >= least + (1 << bits):
+        raise ValueError(f"{image.name}: values beyond the {bits} bits of Bits Stored")
+    return values
+
+
+def _overlay_bits(image: _Image) -> list[int]:
+    """Bits of the pixels that old overlays use, from 0; an overlay of its own has one bit
+    allocated."""
+    found = []
+    for group in range(0x6000, 0x6020, 2):
+        allocated, position = (image.integer((group, element)) for element in (0x0100, 0x0102))
+        if allocated is not None and allocated > 1:
+            found.append(position or 0)
+    return found
+
+
+def _native(dataset: Any, image: _Image, allocated: int, shape: tuple[int, int]) -> np.ndarray:
+    """Uncompressed values as they are; pydicom cuts off what lies beyond Bits Stored."""
+    if allocated not in (8, 16, 32):
+        raise ValueError(f"{image.name}: {allocated} bits allocated")
+    element, count = dataset.get_item(0x7FE00010), shape[0] * shape[1]
+    data = b"" if element is None else element.value
+    if len(data) < count * allocated // 8:
+        raise ValueError(f"{image.name}: the pixel data ends early")
+    order = "<" if dataset.original_encoding[1] else ">"
+    kind = "i" if image.integer("PixelRepresentation") == 1 else "u"
+    return np.frombuffer(data, f"{order}{kind}{allocated // 8}", count).reshape(shape)
+
+
+def _check_plausible(counts: np.ndarray) -> None:
+    """Raises ValueError if the values of a volume, or of a single slice, cannot be HU.
+
+    Args:
+        counts: [S, 4] as `_to_hu` returns them.
+    """
+    total, air, soft, dense = counts.sum(axis=0)
+    if dense > 0.01 * total:
+        raise ValueError(f"{100 * dense / total:.0f} % of the pixels are above 4000 HU")
+    if soft < 0.01 * total:
+        raise ValueError("no soft tissue between -200 and 300 HU")
+    if air < 0.002 * total:
+        raise ValueError("no air or lung between -1100 and -500 HU")
+    shares = counts[:, 1:] / counts[:, :1]
+    for number, share in enumerate(shares):
+        around = np.median(shares[max(0, number - 3) : number + 4], axis=0)
+        if share[2] > 0.05 + around[2] or np.abs(share - around)[:2].min() > 0.3:
+            raise ValueError(f"slice {number + 1} from the feet has other values than those around")
 
 
 # ---- Whether this installation computes the stored outputs ---------------------------------------

@@ -333,7 +333,7 @@ def _common(dictionaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _part_facts(part: Dataset) -> dict[str, Any]:
     """An entry of `parts` in preparation.json. It names no path, since a view is as public as its
     parts: the links show the directory."""
-    names = ("fingerprint", "archive", "synthetic", "options", "versions", "parts")
+    names = ("fingerprint", "archive", "synthetic", "options", "rules", "versions", "parts")
     facts = {name: part.preparation[name] for name in names if name in part.preparation}
     shards = {
         split: len(of_split["shard_lengths"])

@@ -18,7 +18,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from data_prep.system.errors import DatasetError
-from data_prep.system.files import REMEDIES, unique_name, write_file, written_whole
+from data_prep.system.files import REMEDIES, as_cell, unique_name, write_file, written_whole
 
 WRITER_OPTIONS = "group_size:1,zstd:1"
 READER_OPTIONS = "readahead_buffer_size:0"
@@ -168,7 +168,7 @@ def read_records(path: Path) -> Iterable[bytes]:
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a CSV table: None is an empty cell, booleans are yes / no, floats have at most six
-    decimals."""
+    decimals, texts are no formulas (`as_cell`)."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
@@ -182,7 +182,7 @@ def _cell(value: Any) -> Any:
         return "yes" if value else "no"
     if isinstance(value, float | np.floating):
         return repr(round(float(value), 6))
-    return "" if value is None else value
+    return "" if value is None else as_cell(value) if isinstance(value, str) else value
 
 
 def read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from data_prep.masks.grid import MAX_REGIONS, MaskError
 from data_prep.masks.reading import read_masks
 from data_prep.scan.geometry import canonical_axes, orient
 from data_prep.scan.headers import Header
-from data_prep.scan.nifti_metadata import volume_name
+from data_prep.scan.nifti_metadata import volume_name, without_extension
 from data_prep.scan.series import Rejection, SeriesCandidate
 from data_prep.scan.volume import Volume
 from data_prep.system.files import file_sha256
@@ -213,14 +213,13 @@ class Labels:
             return candidate.rejected(
                 "annotation_mismatch", f"{len(nodules)} nodules, at most {MAX_REGIONS}"
             )
-        axes = canonical_axes(first.orientation)
         mask = np.zeros(volume.hu.shape, np.uint8)
         for index, header in enumerate(volume.headers):
             source = np.zeros(shape, np.uint8)
             # Where two overlap, the first stays.
             for region, nodule in reversed(list(enumerate(nodules, start=1))):
                 source[lidc.slice_mask([nodule], numbers[header.sop_instance_uid], shape)] = region
-            mask[index] = orient(source, axes)
+            mask[index] = orient(source, canonical_axes(header.orientation))
         return mask, {
             region: {"malignancy": nodule.malignancy, "num_readers": nodule.num_readers}
             for region, nodule in enumerate(nodules, start=1)
@@ -263,12 +262,10 @@ def region_rows(mask: np.ndarray, volume: Volume) -> list[dict[str, Any]]:
 
 def header_key(header: Header, key: str) -> str:
     """The key of this image in a table with the key column `key`, or ""."""
-    if key == "SOPInstanceUID":
-        # The UID of a multi-frame file names many slices.
-        return header.sop_instance_uid if header.number_of_frames == 1 else ""
     if key == "VolumeName":
         return volume_name(header.source)
     fields = {
+        "SOPInstanceUID": header.sop_instance_uid,
         "SeriesInstanceUID": header.series_instance_uid,
         "StudyInstanceUID": header.study_instance_uid,
         "PatientID": header.patient_id,
@@ -280,14 +277,15 @@ def key_place(header: Header, key: str) -> str:
     """What the key of this image names: two images of one key and different places show that the
     key is no name.
 
-    A copy of an image lies at its place in its study. A Series or Study Instance UID is of one
+    A copy of an image lies at its place in its study. The UID of a multi-frame file names many
+    slices. A Series or Study Instance UID is of one
     patient. Any scan may be of a patient.
     """
     if key == "SOPInstanceUID":
         position = ",".join(f"{value:.2f}" for value in header.position or ())
-        return f"{header.study_instance_uid} {position}"
+        return f"{header.study_instance_uid} {header.frame} {position}"
     if key == "VolumeName":
-        return f"{header.source.path}/{header.source.member}"
+        return without_extension(f"{header.source.path}/{header.source.member}")
     return "" if key == "PatientID" else header.patient_key
 
 

@@ -29,7 +29,7 @@ from data_prep.scan.headers import Header
 from data_prep.scan.loading import chunks
 from data_prep.scan.reasons import LeftOut
 from data_prep.system.errors import InputError
-from data_prep.system.files import file_sha256
+from data_prep.system.files import as_cell, file_sha256
 
 _ROWS_AT_A_TIME = 10_000
 
@@ -185,7 +185,9 @@ def _stage(
         counts[f"files_of_{kind}_left_out"] = dict(sorted(reasons.items()))
         if left_out_csv is not None:
             with open(left_out_csv, "w", newline="", errors="backslashreplace") as file:
-                csv.writer(file, lineterminator="\n").writerows([LeftOut._fields, *left_out])
+                csv.writer(file, lineterminator="\n").writerows(
+                    [LeftOut._fields, *([as_cell(cell) for cell in row] for row in left_out)]
+                )
     return Labels(database, tuple(specs), sources, masks, counts)
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from data_prep.scan.geometry import canonical_axes
+from data_prep.scan.geometry import canonical_axes, canonical_origin
 from data_prep.scan.volume import Volume
 
 
@@ -60,15 +60,9 @@ def voxel_ml(volume: Volume) -> float:
 
 def patient_position_mm(index: np.ndarray, volume: Volume) -> np.ndarray:
     """A place (slice, row, column), possibly between voxels, as [3] mm in DICOM's patient space."""
-    header = volume.headers[0]
-    axes = canonical_axes(header.orientation)
-    height, width = volume.hu.shape[1:]
-    row = height - 1 - index[1] if axes.flip_rows else index[1]
-    column = width - 1 - index[2] if axes.flip_columns else index[2]
-    if axes.transpose:
-        row, column = column, row
-    origins = np.array([header.position for header in volume.headers])
+    axes = canonical_axes(volume.headers[0].orientation)
+    origins = np.array([canonical_origin(header) for header in volume.headers])
     origin = [np.interp(index[0], np.arange(len(origins)), along) for along in origins.T]
-    down = np.array(header.orientation[3:]) * header.pixel_spacing[0]
-    right = np.array(header.orientation[:3]) * header.pixel_spacing[1]
-    return origin + row * down + column * right
+    down = axes.posterior * volume.pixel_spacing_mm[0]
+    right = axes.left * volume.pixel_spacing_mm[1]
+    return origin + index[1] * down + index[2] * right

@@ -24,7 +24,7 @@ from pydicom.sr.codedict import codes
 
 from data_prep.masks.grid import POSITION_TOLERANCE
 from data_prep.scan.archives import read_bytes
-from data_prep.scan.geometry import RAS_TO_LPS, Axes, canonical_axes
+from data_prep.scan.geometry import RAS_TO_LPS, Axes, canonical_axes, canonical_origin
 from data_prep.scan.headers import NIFTI
 from data_prep.scan.nifti import nifti_header
 from data_prep.scan.volume import Volume
@@ -96,9 +96,8 @@ def orient_back(image: np.ndarray, axes: Axes) -> np.ndarray:
 
 
 def stored_slices(mask: np.ndarray, volume: Volume) -> np.ndarray:
-    """`mask` [S, H, W] with each slice in the orientation of its file, in the volume's order: [S,
+    """`mask` [S, H, W] in the orientation of the first slice's file, in the volume's order: [S,
     rows, columns] uint8."""
-    # `load_volume` oriented all slices by the first slice.
     axes = canonical_axes(volume.headers[0].orientation)
     return np.stack([orient_back(image, axes) for image in mask]).astype(np.uint8)
 
@@ -150,7 +149,9 @@ def slice_grid(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     """
     header = volume.headers[0]
     normal = canonical_axes(header.orientation).normal
-    origins = np.array([header.position for header in volume.headers])
+    first = canonical_origin(header)
+    origins = np.array([canonical_origin(other) - first for other in volume.headers])
+    origins += header.position
     if len(origins) == 1:
         places, step = np.zeros(1, int), normal * volume.slice_thickness_mm
     else:
@@ -238,6 +239,12 @@ def dicom_segmentation(
     if volume.headers[0].transfer_syntax == NIFTI:
         raise MaskOutputError(
             "a NIfTI scan has no DICOM headers that a segmentation could refer to"
+        )
+    axes = [canonical_axes(header.orientation) for header in volume.headers]
+    if len({(one.transpose, one.flip_rows, one.flip_columns) for one in axes}) > 1:
+        raise MaskOutputError(
+            "some slices of the scan are stored turned, and a segmentation has one orientation; "
+            "ask for NIfTI"
         )
     kind = (
         (codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Nodule)

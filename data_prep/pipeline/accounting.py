@@ -3,7 +3,7 @@ image."""
 
 import collections
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +13,8 @@ from data_prep.pipeline.notes import ExamNote
 from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
 from data_prep.scan.reasons import FAILED_FOR_NOW, LEFT_OUT, REASONS
-from data_prep.system.errors import RunFailed
+from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.files import as_cell
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
 
@@ -72,7 +73,8 @@ class FileAccount:
             rows[entry.source] = ("not_an_image", "", entry.reason, entry.detail)
             self._files["not_images"][entry.reason] += 1
         self._writer.writerows(
-            (source.path, source.member, *row) for source, row in sorted(rows.items())
+            (as_cell(source.path), as_cell(source.member), *row)
+            for source, row in sorted(rows.items())
         )
 
     def counts(self, num_files: int) -> dict[str, Any]:
@@ -108,6 +110,28 @@ def num_failed_for_now(counts: Mapping[str, Any]) -> int:
 # ---- in words ----------------------------------------------------------------------------------
 
 
+class DryRunRefused(InputError):
+    """A preparation that would be refused for its number of patients or volumes; `counts` is what a
+    dry run returns."""
+
+    def __init__(self, message: str, counts: Mapping[str, Any]):
+        super().__init__(message)
+        self.counts = counts
+
+
+def print_dry_run(dry_run: Callable[[], Mapping[str, Any]]) -> None:
+    """Prints the result of a dry run, also of one that is refused.
+
+    Raises:
+        InputError: of `dry_run`.
+    """
+    try:
+        print(dry_run_text(dry_run()))
+    except DryRunRefused as error:
+        print(dry_run_text(error.counts))
+        raise
+
+
 def dry_run_text(counts: Mapping[str, Any]) -> str:
     """The result of a dry run, for the user."""
     return "\n".join(
@@ -115,6 +139,12 @@ def dry_run_text(counts: Mapping[str, Any]) -> str:
             "Dry run: from the headers; pixels may refuse more. Nothing was written.",
             f"{counts['exams']} volumes of {counts['patients']} patients with {counts['slices']} "
             f"slices would be converted, about {counts['bytes'] / 1e6:.0f} MB.",
+            f"They have {counts['series']} usable series; of each study the preferred one is "
+            "taken, or all with --reconstructions=all.",
+            *(
+                f"Label {name}: {', '.join(classes)}"
+                for name, classes in counts["label_classes"].items()
+            ),
             summary_table(counts),
         )
     )
@@ -164,8 +194,8 @@ def _people_lines(counts: Mapping[str, Any]) -> list[str]:
         )
     if placeholders := counts.get("placeholder_uids"):
         lines.append(
-            f"{placeholders:>8} UIDs are shared by more than four Patient IDs; they are taken for "
-            "placeholders, not for one patient"
+            f"{placeholders:>8} UIDs are shared by more than four Patient IDs, or by people of "
+            "other sex or age; they are taken for placeholders, not for one patient"
         )
     return lines
 

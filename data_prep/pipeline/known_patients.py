@@ -67,7 +67,7 @@ def people_counts(
     """Parts of the counts of preparation.json, without zeros.
 
     `patients_joined`: patients whose scans carry several names. `placeholder_uids`: UIDs that too
-    many patients share to name one.
+    many, or different, patients share to name one.
     """
     joined = ((one, k) for k, one in patients.key_of.items())
     groups = [{patient_pseudonym(key, one), patient_pseudonym(key, k)} for one, k in joined]

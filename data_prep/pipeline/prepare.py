@@ -26,7 +26,7 @@ from data_prep.dataset.schema import PREPARATION_FILE, rules_of
 from data_prep.labels import staging
 from data_prep.labels.lookup import Labels, LabelSources
 from data_prep.pipeline import convert
-from data_prep.pipeline.accounting import FileAccount, num_failed_for_now
+from data_prep.pipeline.accounting import DryRunRefused, FileAccount, num_failed_for_now
 from data_prep.pipeline.assemble import FrozenPlan, assemble, can_be_assembled, freeze, keep_notes
 from data_prep.pipeline.known_patients import (
     KnownPatients,
@@ -120,6 +120,7 @@ class Plans:
     known: KnownVolumes
     patients: set[str]  # pseudonyms, also of volumes of earlier runs
     num_exams: int  # to convert; as many volumes, unless their pixels are refused
+    num_series: int  # candidates of these exams
     num_slices: int  # of these exams
     several_names: Patients  # the patients of the archive that have several keys
     pseudonyms: list[set[str]]  # of each patient that may have several, also by earlier runs
@@ -227,7 +228,8 @@ def dry_run(
         The counts of preparation.json with the expected `exams`, `patients`, `slices` and `bytes`.
 
     Raises:
-        InputError: unusable directories, no files, or too few patients or volumes for the splits.
+        DryRunRefused: too few patients or volumes for the splits.
+        InputError: unusable directories, or no files.
     """
     directories.check()
     sources = sources or LabelSources(options.archive)
@@ -239,17 +241,27 @@ def dry_run(
         )
         num_files, digest = list_archive(temporary.input_dir, temporary.listing)
         preparation = Preparation(options, temporary, sources, b"", num_files, digest, pool)
-        _, plans = survey(preparation)
+        labels, plans = survey(preparation)
         account, _ = account_for_files(preparation, plans, _expected_note)
     pixels = plans.num_slices * options.image_size**2 * len(options.windows)
     expected = {
         "exams": plans.num_exams,
+        "series": plans.num_series,
         "patients": len(plans.patients),
         "slices": plans.num_slices,
+        "label_classes": {
+            f"{name} of a {facts['level']}": facts["classes"]
+            for name, facts in labels.facts.items()
+        },
         "bytes": int(pixels * _BYTES_PER_PIXEL),
     }
     people = people_counts(b"", plans.several_names, ())
-    return account.counts(num_files) | people | plans.label_counts | expected
+    counts = account.counts(num_files) | people | plans.label_counts | expected
+    try:
+        check_splits(preparation, plans)
+    except InputError as error:
+        raise DryRunRefused(str(error), counts) from None
+    return counts
 
 
 # ---- steps -------------------------------------------------------------------------------------
@@ -258,6 +270,7 @@ def dry_run(
 def run_steps(preparation: Preparation) -> dict[str, Any]:
     """All steps. Returns the content of preparation.json."""
     labels, plans = survey(preparation)
+    check_splits(preparation, plans)
     options, directories = preparation.options, preparation.directories
     conversion = Conversion(
         input_dir=directories.input_dir,
@@ -284,9 +297,7 @@ def survey(preparation: Preparation) -> tuple[Labels, Plans]:
     """The steps before the conversion, also of a dry run."""
     clean(preparation)
     labels = stage_labels(preparation)
-    plans = plan_exams(preparation, labels)
-    check_splits(preparation, plans)
-    return labels, plans
+    return labels, plan_exams(preparation, labels)
 
 
 def clean(preparation: Preparation) -> None:
@@ -345,15 +356,17 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
         keys_of=several_names.keys_of,
     )
     patients = {row["patient_id"] for row in old_volumes}
-    num_exams = num_slices = 0
+    num_exams = num_series = num_slices = 0
     for plan in map(read_plan, files):
         for exam in plan.exams:
             pseudonym = patient_pseudonym(preparation.key, exam[0].patient_key)
             patients.add(chosen.get(pseudonym, pseudonym))
             if known.outcome(exam) is None:
                 num_exams += 1
+                num_series += len(exam)
                 num_slices += len(exam[0].headers)
-    return Plans(files, label_counts, known, patients, num_exams, num_slices, several_names, groups)
+    numbers = (num_exams, num_series, num_slices)
+    return Plans(files, label_counts, known, patients, *numbers, several_names, groups)
 
 
 def check_splits(preparation: Preparation, plans: Plans) -> None:

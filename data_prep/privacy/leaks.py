@@ -16,12 +16,18 @@ Therefore
   not letters or digits;
 - in pixels and other binary data, secrets with fewer than 12 characters, or with fewer than 4
   different characters, are not searched;
-- columns of numbers are not searched;
-- the program's own sentences (reasons, notes, descriptions) are not searched for single words of
-  descriptive elements, such as a Series Description "chest";
-- manufacturer, kernel and ethnic group are published on purpose. Their cells must be cleaned values
-  of exactly these elements (an ethnic group may also come from a table of attributes). They must be
-  free of names, IDs, dates and institutions, in capitals or not.
+- in columns of fractions, a secret of 7 digits or more must be all of the whole number or all of
+  its decimals; columns of counts are not searched;
+- the program's own file names and sentences (reasons, notes, descriptions) are not searched for
+  single words of descriptive elements, such as a Series Description "chest", nor for values that
+  are words of its own, such as a patient "Train";
+- manufacturer, kernel and ethnic group are published on purpose. Their cells must be published
+  values of exactly these elements (an ethnic group may also come from a table of attributes). Where
+  they are no known spelling, they must be free of names, IDs, dates and institutions, in capitals
+  or not.
+
+An element whose value is damaged is searched as text. `Search` counts the headers that have one,
+and those that could not be read to their end.
 """
 
 import csv
@@ -32,13 +38,24 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pydicom
 
 from data_prep.dataset.reader import Dataset
-from data_prep.dataset.schema import VOLUME_COLUMNS, description, table_columns
+from data_prep.dataset.schema import (
+    LABELS_FILE,
+    PREPARATION_FILE,
+    REGIONS_FILE,
+    REJECTED_FILE,
+    SLICES_FILE,
+    SPLITS,
+    VOLUME_COLUMNS,
+    VOLUMES_FILE,
+    description,
+    table_columns,
+)
 from data_prep.dataset.storage import read_records
 from data_prep.privacy.pseudonyms import (
     KEY_FILE,
@@ -46,10 +63,18 @@ from data_prep.privacy.pseudonyms import (
     public_kernel,
     public_manufacturer,
 )
-from data_prep.scan.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
+from data_prep.scan.archives import (
+    ArchiveDirectory,
+    Source,
+    Unreadable,
+    list_sources,
+    open_source,
+    read_bytes,
+)
 from data_prep.scan.elements import read_elements, too_many_items
 from data_prep.scan.loading import chunks
-from data_prep.system.errors import InputError, RunFailed
+from data_prep.scan.reasons import NOTES, REASONS
+from data_prep.system.errors import InputError
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
@@ -71,6 +96,11 @@ _PERSONAL = {  # elements of other value representations, searched in the publis
 }
 _PUBLIC_UIDS = "1.2.840.10008."  # UIDs of the standard itself
 _OWN_COLUMNS = {"reason", "detail", "notes", "split"}
+_OWN_FILES = (
+    *(LABELS_FILE, PREPARATION_FILE, REGIONS_FILE, REJECTED_FILE, SLICES_FILE, VOLUMES_FILE),
+    *("features.json", "dataset_info.json", "array_record", "cohort.csv", "contact_sheet.png"),
+)
+_SHORTEST_NUMBER = 7  # digits of a secret that is searched in numbers
 _FILES_PER_TASK = 64
 _MAX_ITEMS = 200_000  # of a sequence; an enhanced file of 8,000 frames has 100,000
 _PADDING = " \0\t\r\n"
@@ -88,12 +118,16 @@ class SourceValues:
     published: dict[str, set[str]] = dataclasses.field(
         default_factory=lambda: {column: set() for column in _PUBLISHED}
     )
+    num_damaged: int = 0  # headers with a damaged element, which was searched as text
+    num_unread: int = 0  # headers that could not be read to their end
 
     def update(self, other: "SourceValues") -> None:
         """Adds the values of other files."""
         self.identifying |= other.identifying
         self.words |= other.words
         self.personal |= other.personal
+        self.num_damaged += other.num_damaged
+        self.num_unread += other.num_unread
         for column, values in other.published.items():
             self.published[column] |= values
 
@@ -106,10 +140,9 @@ def read_source_values(input_dir: ArchiveDirectory, pool: WorkerPool) -> SourceV
         tasks = ((input_dir, chunk) for chunk in chunks(sources, _FILES_PER_TASK))
         for (_, chunk), result in pool.run(_values_of_files, tasks):
             if isinstance(result, WorkerDied):
-                raise RunFailed(
-                    f"{chunk[0].path} or one of the next {len(chunk)} files: reading it crashed"
-                )
-            values.update(result)
+                values.num_unread += len(chunk)
+            else:
+                values.update(result)
             progress.advance(len(chunk))
     return values
 
@@ -120,51 +153,78 @@ def _values_of_files(input_dir: ArchiveDirectory, sources: Iterable[Source]) -> 
         warnings.simplefilter("ignore")  # they quote values
         for source in sources:
             try:
-                content = read_bytes(input_dir, source)
+                with _opened(input_dir, source) as file:
+                    elements, damaged, unread = elements_of(file, source.size)
             except OSError:
                 if not input_dir.is_dir():
                     raise
                 continue  # a damaged file is not in the dataset
-            for element in header_elements(content)[0]:
+            values.num_damaged += damaged
+            values.num_unread += unread
+            for element in elements:
                 _add_element(values, element)
     return values
 
 
-def header_elements(content: bytes) -> tuple[list[pydicom.DataElement], bool]:
-    """The elements of a header, at any depth, and whether all of it could be read.
+def _opened(input_dir: ArchiveDirectory, source: Source) -> BinaryIO:
+    if source.member:
+        return io.BytesIO(read_bytes(input_dir, source))
+    return open_source(input_dir, source)
 
-    An element whose value does not fit its value representation is given as its bytes (UN). A file
-    that is not DICOM has no elements.
+
+def header_elements(content: bytes) -> tuple[list[pydicom.DataElement], bool, bool]:
+    """`elements_of` the content of a file."""
+    return elements_of(io.BytesIO(content), len(content))
+
+
+def elements_of(file: BinaryIO, size: int) -> tuple[list[pydicom.DataElement], bool, bool]:
+    """The elements of a header, at any depth; whether one is damaged; whether a part of the header
+    could not be read.
+
+    A damaged element, whose value does not fit its value representation, is given as its bytes
+    (UN). A file that is not DICOM has no elements.
     """
-    if content[128:132] != b"DICM" and content[:1] not in (b"\x02", b"\x08", b"\x00"):
-        return [], True
-    elements: list[pydicom.DataElement] = []
+    start = file.read(132)
+    file.seek(0)
+    if start[128:] != b"DICM" and start[:1] not in (b"\x02", b"\x08", b"\x00"):
+        return [], False, False
+    reader = _ElementReader()
     try:
-        header, _ = read_elements(io.BytesIO(content), len(content))
-        whole = _add_elements(elements, getattr(header, "file_meta", pydicom.Dataset()))
-        return elements, _add_elements(elements, header) and whole
-    except Exception:  # pydicom raises a dozen kinds on headers that cannot be read
-        return elements, False
+        header, _ = read_elements(file, size)
+        reader.add(getattr(header, "file_meta", pydicom.Dataset()))
+        reader.add(header)
+    except Exception as error:  # pydicom raises a dozen kinds on headers that cannot be read
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk
+            raise
+        reader.unread = True
+    return reader.elements, reader.damaged, reader.unread
 
 
-def _add_elements(elements: list[pydicom.DataElement], dataset: pydicom.Dataset) -> bool:
-    whole = True
-    for tag in dataset.keys():
-        raw = dataset.get_item(tag)
-        if too_many_items(raw, _MAX_ITEMS):
-            whole = False
-            continue
-        try:
-            element = dataset[tag]
-        except Exception:  # of a wrong length, or no number
-            element = pydicom.DataElement(tag, "UN", raw.value)
-            whole &= raw.VR != "SQ"
-        if element.VR != "SQ":
-            elements.append(element)
-            continue
-        for part in element.value or ():
-            whole &= _add_elements(elements, part)
-    return whole
+class _ElementReader:
+    """Collects elements and goes on past those that cannot be read."""
+
+    def __init__(self):
+        self.elements: list[pydicom.DataElement] = []
+        self.damaged = self.unread = False
+
+    def add(self, dataset: pydicom.Dataset) -> None:
+        """Adds the elements of a data set and of the items in it."""
+        for tag in dataset.keys():
+            raw = dataset.get_item(tag)
+            if too_many_items(raw, _MAX_ITEMS):
+                self.unread = True
+                continue
+            try:
+                element = dataset[tag]
+            except Exception:  # of a wrong length, or no number
+                element = pydicom.DataElement(tag, "UN", raw.value)
+                self.damaged = True
+                self.unread |= raw.VR == "SQ"
+            if element.VR != "SQ":
+                self.elements.append(element)
+                continue
+            for part in element.value or ():
+                self.add(part)
 
 
 def element_texts(element: pydicom.DataElement) -> list[str]:
@@ -255,10 +315,30 @@ def _alphanumeric(octet: bytes) -> bool:
     return octet.isalnum() or octet >= b"\x80"
 
 
+class Search(NamedTuple):
+    """The result of `search`.
+
+    leaks: places of secret texts, a line each that names file and place.
+    num_damaged: headers with a damaged element, which was searched as text.
+    num_unread: headers that could not be read to their end.
+    """
+
+    leaks: list[str]
+    num_damaged: int
+    num_unread: int
+
+
 def find_leaks(
     dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, pool: WorkerPool
 ) -> list[str]:
-    """The places of secret texts in a dataset, a line each that names file and place.
+    """The `leaks` of `search`."""
+    return search(dataset, input_dir, audit_dir, pool).leaks
+
+
+def search(
+    dataset: Dataset, input_dir: ArchiveDirectory, audit_dir: Path, pool: WorkerPool
+) -> Search:
+    """Searches a dataset for secret texts.
 
     The lines quote at most the first two characters of a value, since they may end up in a log.
 
@@ -270,14 +350,16 @@ def find_leaks(
 
     Raises:
         InputError: `audit_dir` is not an audit directory.
-        RunFailed: a worker died while it read headers.
         OSError: a file cannot be read.
     """
     values = read_source_values(input_dir, pool)
     secrets = _audit_secrets(audit_dir)
     all_values = values.identifying | values.words | secrets
     everything = SecretTexts(all_values)
-    without_words = SecretTexts(values.identifying | secrets)
+    own = _own_words(dataset.preparation)
+    of_others = {value for value in values.identifying | secrets if value.casefold() not in own}
+    without_words = SecretTexts(of_others)
+    in_names = SecretTexts(of_others | {v for v in values.words if v.casefold() not in own})
     binary = SecretTexts(v for v in all_values if len(v) >= LONG_NEEDLE and len(set(v)) >= 4)
     preparation = dataset.preparation
     tables = [name for name, _ in preparation["options"].get("tables", ())]
@@ -291,7 +373,7 @@ def find_leaks(
     shards = []
     for path in sorted(path for path in dataset.directory.rglob("*") if path.is_file()):
         name = path.relative_to(dataset.directory).as_posix()
-        leaks += _lines(name, "its name", everything.find_in_text(name))
+        leaks += _lines(name, "its name", in_names.find_in_text(name))
         if ".array_record-" in name:
             shards.append((path, name, binary))
         elif path.suffix == ".csv":
@@ -309,7 +391,16 @@ def find_leaks(
         for (_, name, _), result in pool.run(_shard_leaks, shards):
             leaks += [f"{name}: searching it crashed"] if isinstance(result, WorkerDied) else result
             progress.advance(1)
-    return leaks
+    return Search(leaks, values.num_damaged, values.num_unread)
+
+
+def _own_words(preparation: Mapping[str, Any]) -> set[str]:
+    """Words and names, in small letters, that every dataset has, whatever its scans."""
+    texts = [*SPLITS, *_OWN_FILES, *VOLUME_COLUMNS, *preparation, *preparation["options"]]
+    texts += [*REASONS, *REASONS.values(), *NOTES, *NOTES.values(), *preparation["counts"]]
+    texts += [description(preparation | {"synthetic": synthetic}) for synthetic in (False, True)]
+    words = {word for text in texts for word in re.split(r"[^a-z0-9]+", text.casefold())}
+    return words | {text.casefold() for text in texts}
 
 
 def _audit_secrets(audit_dir: Path) -> set[str]:
@@ -327,9 +418,8 @@ def _audit_secrets(audit_dir: Path) -> set[str]:
     secrets = set()
     with open(table, newline="", errors="surrogateescape") as file:
         for row in csv.DictReader(file):
-            secrets |= {
-                value for value in (row["path"], row["member"]) if len(value) >= LONG_NEEDLE
-            }
+            names = (row[column].removeprefix("'") for column in ("path", "member"))
+            secrets |= {name for name in names if len(name) >= LONG_NEEDLE}
     key = audit_dir / KEY_FILE
     return secrets | ({key.read_text().strip()} if key.is_file() else set())
 
@@ -344,9 +434,15 @@ def _table_leaks(
     values: SourceValues,
 ) -> Iterator[str]:
     personal = SecretTexts(values.personal)
+    numbers = {
+        value
+        for value in values.identifying
+        if value.isdecimal() and len(value) >= _SHORTEST_NUMBER
+    }
     with open(path, newline="") as file:
         for line, row in enumerate(csv.DictReader(file), start=2):
             for column, cell in row.items():
+                kind = types.get(column, str)
                 if column in _PUBLISHED:
                     if (
                         cell
@@ -354,10 +450,14 @@ def _table_leaks(
                         and cell not in values.published[column]
                     ):
                         yield f"{name}: line {line}, {column}: not a {column} of any source"
-                    yield from _lines(
-                        name, f"line {line}, {column}", personal.find_in_text(cell.casefold())
-                    )
-                elif types.get(column, str) is str and column != "num_files":
+                    if _PUBLISHED[column][1](cell) != cell:
+                        yield from _lines(
+                            name, f"line {line}, {column}", personal.find_in_text(cell.casefold())
+                        )
+                elif kind is float:
+                    needles = (part for part in cell.split(".") if part in numbers)
+                    yield from _lines(name, f"line {line}, {column}", needles)
+                elif kind is str and column != "num_files":
                     needles = without_words if column in _OWN_COLUMNS else everything
                     yield from _lines(name, f"line {line}, {column}", needles.find_in_text(cell))
 

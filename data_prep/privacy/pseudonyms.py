@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.privacy.spellings import is_known_group, is_known_kernel
 from data_prep.scan.archives import Source
 from data_prep.scan.headers import Header
 from data_prep.scan.series import Rejection, SeriesCandidate
@@ -30,19 +31,23 @@ _PSEUDONYM_LENGTH = 32  # hexadecimal digits: 128 bits
 _SHORTEST_KEY = 16  # bytes
 _NUM_PIXEL_DIGESTS = 16  # of a volume: those that come first, so that copies keep the same
 _NOT_PUBLIC = re.compile(r"[^A-Za-z0-9 .,_+/()-]")
-_LONGEST_TEXT = 16
+_LONGEST_TEXT = 32
+_TUBE_VOLTAGE_KVP = (40.0, 200.0)
 _OTHER = "other"  # replaces values that may be private
 _NO_CONTRAST = {
     *("NO", "NONE", "N", "NIL", "WITHOUT", "W/O", "WO", "NATIVE", "PLAIN", "OHNE", "SANS", "SIN"),
     *("NO CONTRAST", "NON CONTRAST", "NON-CONTRAST", "WITHOUT CONTRAST", "W/O CONTRAST"),
 }
 _VENDORS = set(
-    "siemens ge imatron philips picker marconi elscint toshiba canon hitachi fujifilm shimadzu "
-    "uih neusoft samsung neurologica anke minfound sinovision".split()
+    "siemens ge gems imatron philips picker marconi elscint adac toshiba canon hitachi fujifilm "
+    "shimadzu uih neusoft pnms samsung neurologica anke minfound sinovision varian elekta accuray "
+    "mediso carestream planmeca".split()
 ) | {"general electric", "united imaging"}
 _VENDOR_WORDS = set(
-    "ag co company corp corporation ct electronics gmbh healthcare healthineers inc international "
-    "ltd mec medical solutions system systems technologies".split()
+    "ag ab and co company corp corporation ct electric electronics gmbh health healthcare "
+    "healthineers inc international limited llc ltd mec medical nuclear oy shanghai solutions "
+    "system "
+    "systems technologies technology xray".split()
 )
 
 
@@ -175,9 +180,9 @@ def private_digest(key: bytes, *parts: str) -> str:
 
 
 def _digest(key: bytes, kind: str, *parts: str) -> str:
-    message = b"".join(
-        len(part.encode()).to_bytes(4, "big") + part.encode() for part in (kind, *parts)
-    )
+    # names of NIfTI files may be no UTF-8
+    encoded = [part.encode("utf-8", "surrogateescape") for part in (kind, *parts)]
+    message = b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
     return hmac.new(key, message, hashlib.sha256).hexdigest()[:_PSEUDONYM_LENGTH]
 
 
@@ -194,22 +199,24 @@ def public_manufacturer(value: str) -> str:
 
 
 def public_kernel(value: str) -> str:
-    """The kernel if it has at most 16 letters, digits and ` .,_+/()-` and no number of five digits;
-    else "other"."""
+    """The kernel if it is a known spelling (`data_prep.privacy.spellings`) of at most 32 letters,
+    digits and ` .,_+/()-`; else "other"."""
     text = _clean(value)
-    too_many_digits = re.search(r"[0-9]{5}", re.sub(r"[^A-Za-z0-9 ]", "", text))
-    return _OTHER if len(text) > _LONGEST_TEXT or too_many_digits else text
+    known = not text or (len(text) <= _LONGEST_TEXT and is_known_kernel(text))
+    return text if known else _OTHER
 
 
 def public_ethnic_group(value: str) -> str:
-    """The group if it is one digit, or a short name such as `group_a`; else "other".
-
-    A short name begins with a letter and has at most 16 letters, digits, blanks, hyphens and `_`,
-    with at most two digits.
-    """
+    """The group if it is made of known words (`data_prep.privacy.spellings`) and a code of at most
+    two letters and digits, such as `group_a`; else "other"."""
     text = " ".join(value.split())
-    short = re.fullmatch(rf"|[0-9]|[A-Za-z][A-Za-z0-9 _-]{{0,{_LONGEST_TEXT - 1}}}", text)
-    return text if short and len(re.findall("[0-9]", text)) < 3 else _OTHER
+    plain = len(text) <= _LONGEST_TEXT and re.fullmatch(r"|[0-9A-Za-z][A-Za-z0-9 _/-]*", text)
+    return text if plain and (not text or is_known_group(text)) else _OTHER
+
+
+def public_number(value: float | None, lowest: float, highest: float) -> float | None:
+    """The number if it lies within the bounds; else None."""
+    return value if value is not None and lowest <= value <= highest else None
 
 
 def _clean(value: str) -> str:
@@ -234,7 +241,7 @@ def public_fields(header: Header) -> dict[str, Any]:
     return {
         "manufacturer": public_manufacturer(header.manufacturer),
         "kernel": public_kernel(header.kernel),
-        "tube_voltage_kvp": header.kvp,
+        "tube_voltage_kvp": public_number(header.marks.tube_voltage, *_TUBE_VOLTAGE_KVP),
         "contrast": _contrast(header.contrast_agent),
         "age": None if header.age is None else min(header.age, 90),
         "sex": header.sex,

@@ -49,6 +49,7 @@ _REMEDIES = {  # for a reason, the flag that takes such a scan
     "no_metadata": "leave out --metadata_csv or add the missing rows",
     "not_dicom": "give DICOM, or --archive=nifti for NIfTI",
     "several_volumes": "give one of its volumes as a 3-D file",
+    "packed": "unpack it first",
     "not_nifti": "give NIfTI, or --archive=dicom for DICOM",
 }
 
@@ -244,7 +245,7 @@ def nothing_taken(
     if len(series or refused) == 1:
         (only,) = series or refused
         detail = f" ({only.detail})" if only.detail else ""
-        return f"--input={input_path}: {explain(only.reason)}{detail}{remedy}"
+        return f"--input={input_path}: {only.reason}: {explain(only.reason)}{detail}{remedy}"
     noun = "series" if series else "files"
     listed = ", ".join(
         f"{number} {noun} {reason}: {explain(reason)}" for reason, number in counts.most_common()

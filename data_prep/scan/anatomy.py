@@ -20,8 +20,9 @@ _LUNG_HU = (-970, -400)  # aerated parenchyma; free gas (bowel, sinuses, trachea
 # lung that is outside the body at first sight, as against mattresses, tables and clothes
 _AERATED_HU = -940  # of the region's median; outer air lies below
 _REGION_MM2 = 400.0  # smaller regions are not looked for
-_FIELD_EDGE_FRACTION = 0.4  # of its boundary
-_BODY_ROWS = (0.05, 0.95)  # of the body's area that lies in front of its centre
+_FIELD_EDGE_FRACTION = 0.5  # at most, of its boundary
+_LARGE_REGION = 0.2  # of the largest region of tissue; smaller ones may be a table
+_OTHER_SIDE = 0.05  # at least, of the tissue: in front of its centre as well as behind
 _LUNG_SLICE_FRACTION = 0.1  # of the body's area
 _CHEST_LUNG_ML = 1000.0
 _CHEST_SLICE_FRACTION = 0.5
@@ -58,15 +59,17 @@ def summarise(
     coarse = hu[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
     pixel_mm2 = steps[0] * pixel_spacing_mm[0] * steps[1] * pixel_spacing_mm[1]
     tissue = coarse > _BODY_HU
-    body = np.array([_body(plane) for plane in _opened(tissue)])
-    rows = _central_rows(body)
-    outside = _opened(~tissue & ~body & (coarse > _AERATED_HU)) & rows[:, :, None]
+    found = [_body(plane) for plane in _opened(tissue)]
+    body, beside = (np.array(arrays) for arrays in zip(*found, strict=True))
+    outside = (
+        _opened(~tissue & ~body & (coarse > _AERATED_HU)) & (beside >= _OTHER_SIDE)[:, :, None]
+    )
     size = _REGION_MM2 / pixel_mm2
     for i in np.flatnonzero(outside.sum(axis=(1, 2)) >= size):
         walls = _walls(hu[i], pixel_spacing_mm, steps)
-        lung = _lung_outside(coarse[i], walls, body[i], rows[i], hu[i, 0, 0], size)
+        lung = _lung_outside(coarse[i], walls, body[i], beside[i], hu[i, 0, 0], size)
         if lung.any():
-            body[i] = _body(_opened(tissue[i] | lung))
+            body[i], _ = _body(_opened(tissue[i] | lung))
     lung = _lung(body & (coarse >= _LUNG_HU[0]) & (coarse <= _LUNG_HU[1]))
     body_area = body.sum(axis=(1, 2)) * pixel_mm2
     lung_area = lung.sum(axis=(1, 2)) * pixel_mm2
@@ -95,15 +98,19 @@ def covers_chest(summary: ChestSummary) -> bool:
     )
 
 
-def _body(tissue: np.ndarray) -> np.ndarray:
-    """[h, w] bool: the largest region of a slice's tissue, its holes filled."""
+def _body(tissue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[h, w] bool: the largest region of a slice's tissue, its holes filled. And for each row [h]
+    float64 the part of the large regions that lies in front of or behind it, the smaller one."""
     labels, count = ndimage.label(tissue)
     if count == 0:
-        return tissue
+        return tissue, np.ones(len(tissue))
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
+    large = (sizes >= _LARGE_REGION * sizes.max()).take(labels)
+    in_front = np.cumsum(np.count_nonzero(large, axis=1)) / np.count_nonzero(large)
     outside, _ = ndimage.label(_padded(labels != np.argmax(sizes), True))
-    return (outside != outside[0, 0])[1:-1, 1:-1]
+    body = (outside != outside[0, 0])[1:-1, 1:-1]
+    return body, np.minimum(in_front, 1 - in_front)
 
 
 def _walls(
@@ -111,14 +118,21 @@ def _walls(
 ) -> np.ndarray:
     """[h, w] bool: the cells of the coarse grid of an image [H, W] that hold tissue.
 
-    Tissue of 5 mm and more is seen. What is thinner, such as the shell of a table, is opened away.
+    Tissue of about 5 mm and more is seen. Most of what is thinner, such as the shell of a table, is
+    opened away.
     The body is taken to go on beyond the edge of the image.
     """
     fine = [max(1, round(_WALL_GRID_MM / spacing)) for spacing in pixel_spacing_mm]
     tissue = image[fine[0] // 2 :: fine[0], fine[1] // 2 :: fine[1]] > _BODY_HU
-    if max(np.multiply(fine, pixel_spacing_mm)) <= _OPENED_UP_TO_MM:
+    spacing_mm = max(np.multiply(fine, pixel_spacing_mm))
+    if spacing_mm <= _WALL_GRID_MM:  # three pixels
         inner = _with_neighbours(np.logical_and, _padded(tissue, True))
         tissue = _with_neighbours(np.logical_or, _padded(inner, False))
+    elif spacing_mm <= _OPENED_UP_TO_MM:  # two pixels
+        around = _padded(tissue, True)[:-1, :-1]
+        inner = around[:-1, :-1] & around[:-1, 1:] & around[1:, :-1] & around[1:, 1:]
+        around = _padded(inner, False)[1:, 1:]
+        tissue = around[:-1, :-1] | around[:-1, 1:] | around[1:, :-1] | around[1:, 1:]
     # Cells of at least the coarse step, so that the coarse grid skips none.
     factors = [math.ceil(step / thin) for step, thin in zip(steps, fine, strict=True)]
     height, width = (-(-n // factor) for n, factor in zip(tissue.shape, factors, strict=True))
@@ -144,27 +158,20 @@ def _padded(mask: np.ndarray, value: bool) -> np.ndarray:
     return padded
 
 
-def _central_rows(body: np.ndarray) -> np.ndarray:
-    """[S, h] bool: the rows of a body [S, h, w] with some of its area in front and behind; all
-    rows where there is no body."""
-    before = np.cumsum(body.sum(axis=2), axis=1)
-    total = before[:, -1:]
-    return (before >= _BODY_ROWS[0] * total) & (before <= _BODY_ROWS[1] * total)
-
-
 def _lung_outside(
     hu: np.ndarray,
     walls: np.ndarray,
     body: np.ndarray,
-    rows: np.ndarray,
+    beside: np.ndarray,
     corner_hu: float,
     min_size: float,
 ) -> np.ndarray:
     """[h, w] bool: lung of a coarse slice that is outside of `body`, with a margin of one cell.
 
-    Lung is a region that walls and the edge of the field enclose. It is aerated by its median HU,
-    lies beside the body, with its centre in the central `rows` [h], and most of its boundary is
-    wall. The field ends at the edge of the image and at the padding of a circular field, which has
+    Lung is a region that walls and the edge of the field enclose. It is aerated by its median HU.
+    It lies beside the body: the nearer its centre is to the front or back of all tissue (`beside`
+    [h], see `_body`), where tables and mattresses are, the less of its boundary may be the field's
+    edge. The field ends at the edge of the image and at the padding of a circular field, which has
     the value of the image's corner.
     """
     padding = (hu == corner_hu) & (hu < _AERATED_HU)
@@ -174,14 +181,16 @@ def _lung_outside(
     found = np.zeros_like(body)
     for number in np.flatnonzero((2 * aerated > sizes) & (sizes >= min_size)):
         region = labels == number
-        if number == 0 or not rows[int(np.mean(np.flatnonzero(region)) / region.shape[1])]:
+        other_side = beside[int(np.mean(np.flatnonzero(region)) / region.shape[1])]
+        if number == 0 or other_side < _OTHER_SIDE:
             continue
         around = _with_neighbours(np.logical_or, _padded(region, False)) & ~region
         at_edge = np.count_nonzero(around & padding) + sum(
             np.count_nonzero(side) for side in (region[0], region[-1], region[:, 0], region[:, -1])
         )
         around &= ~padding
-        if at_edge <= _FIELD_EDGE_FRACTION * (at_edge + np.count_nonzero(around)):
+        allowed = min(_FIELD_EDGE_FRACTION, 2 * other_side)
+        if at_edge <= allowed * (at_edge + np.count_nonzero(around)):
             found |= region | around
     return found
 

@@ -44,8 +44,9 @@ def first_text_before(raw: bytes) -> str:
 def _decoded(raw: bytes, character_set: bytes) -> str:
     if raw.isascii() and ESCAPE not in raw:
         return raw.decode("ascii")
-    declared = [term.strip(_BLANKS) for term in character_set.decode("latin-1").split("\\")]
-    if ESCAPE not in raw and (declared[0] in _ANY or declared[0] not in charset.python_encoding):
+    terms = [term.strip(_BLANKS) for term in character_set.decode("latin-1").split("\\")]
+    declared = [term if term in charset.python_encoding else "" for term in terms]
+    if ESCAPE not in raw and declared[0] in _ANY:
         return _utf8_or_latin1(raw)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -33,7 +33,17 @@ from data_prep.scan.packed_files import (
 
 MAX_FRAMES = 20_000
 _LARGEST_NUMBER = 1e9
-_INTEGER_STRINGS = (0x00280008, 0x00200012)  # IS: Number of Frames, Acquisition Number
+# IS: Number of Frames; Series, Acquisition and Instance Number, Temporal Position Identifier
+_INTEGER_STRINGS = (0x00280008, 0x00200011, 0x00200012, 0x00200013, 0x00200100)
+# DS that decide on a scan, with field and name: "missing" and "no number" are told apart
+_JUDGED = {
+    0x00180050: ("slice_thickness", "Slice Thickness"),
+    0x00200032: ("position", "Image Position (Patient)"),
+    0x00200037: ("orientation", "Image Orientation (Patient)"),
+    0x00280030: ("pixel_spacing", "Pixel Spacing"),
+    0x00281052: ("rescale_intercept", "Rescale Intercept"),
+    0x00281053: ("rescale_slope", "Rescale Slope"),
+}
 _MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
 _IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG = (
     "1.2.840.10008.1.2",
@@ -45,20 +55,25 @@ CT_IMAGE_STORAGE = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1"
 NATIVE_SYNTAXES = (_IMPLICIT_LITTLE, _EXPLICIT_LITTLE, _EXPLICIT_BIG)
 # Items within Per-frame Functional Groups: of any image, and for each of its frames
 _ITEMS_OF_AN_IMAGE, _ITEMS_OF_A_FRAME = 10_000, 1_000
+OTHER_QUANTITY = "NO HU"  # stands for the Rescale Type of Real World Values that are not HU
+_HU_CODES = {"[HNSF'U]", "HU"}
 NIFTI = "nifti"  # stands for the transfer syntax of a NIfTI file (`data_prep.scan.nifti`)
 
 # All tags that this module reads, also within sequences. pydicom skips other elements, which saves
 # a fifth of the time.
 # fmt: off
 _TAGS = [pydicom.tag.Tag(tag) for tag in (
-    0x00041220, 0x00080005, 0x00080008, 0x00080016, 0x00080018, 0x00080060, 0x00080070, 0x00080104,
-    0x00089007,
-    0x00100020, 0x00100040, 0x00100200, 0x00101010, 0x00102160, 0x00180010, 0x00180012, 0x00180015,
-    0x00180050, 0x00180060, 0x00181120, 0x00181210, 0x00185100, 0x00189304, 0x00189314, 0x00189316,
-    0x00189329, 0x0020000D, 0x0020000E, 0x00200012, 0x00200032, 0x00200037, 0x00209111, 0x00209113,
-    0x00209116, 0x00209156, 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011, 0x00280030,
-    0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00280120, 0x00280121, 0x00280301, 0x00281052,
-    0x00281053, 0x00281054, 0x00289110, 0x00289145, 0x52009229, 0x52009230,
+    0x00041220, 0x00080005, 0x00080008, 0x00080016, 0x00080018, 0x0008002A, 0x00080032, 0x00080060,
+    0x00080070, 0x00080100, 0x00080104, 0x0008103E, 0x00089007, 0x00100020, 0x00100040, 0x00100200,
+    0x00101010, 0x00102160, 0x00180010, 0x00180012, 0x00180015, 0x00180050, 0x00180060, 0x00181060,
+    0x00181120, 0x00181210, 0x00185100, 0x00189074, 0x00189118, 0x00189304, 0x00189314, 0x00189316,
+    0x00189325, 0x00189329, 0x0020000D, 0x0020000E, 0x00200011, 0x00200012, 0x00200013, 0x00200032,
+    0x00200037, 0x00200052, 0x00200100, 0x00209056, 0x00209111, 0x00209113, 0x00209116, 0x00209128,
+    0x00209153, 0x00209156, 0x00209241, 0x00209245, 0x00209252, 0x00209253, 0x00280002, 0x00280004,
+    0x00280008, 0x00280010, 0x00280011, 0x00280030, 0x00280100, 0x00280101, 0x00280102, 0x00280103,
+    0x00280120, 0x00280121, 0x00280301, 0x00281052, 0x00281053, 0x00281054, 0x00282110, 0x00289110,
+    0x00289145, 0x004008EA, 0x00409096, 0x00409224, 0x00409225,
+    0x52009229, 0x52009230,
 )]
 # fmt: on
 # Overlay Bits Allocated and Bit Position of the sixteen overlays
@@ -69,6 +84,29 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote el
 
 
 Elements = dict[int, DataElement | RawDataElement]  # keyed by tag
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StackMarks:
+    """What may tell the stacks of one series apart, besides the values that a slice needs anyway
+    (`data_prep.scan.stacks`). A missing value is None, or "" for text."""
+
+    series_number: int | None = None  # (0020,0011)
+    series_description: str = ""  # (0008,103E), private: it is compared and never published
+    frame_of_reference_uid: str = ""  # (0020,0052)
+    stack_id: str = ""  # (0020,9056), of enhanced files
+    # Temporal Position Index (0020,9128) or Identifier (0020,0100)
+    temporal_position: int | None = None
+    cardiac_phase: float | None = None  # Nominal Percentage of Cardiac Phase (0020,9241)
+    respiratory_phase: float | None = None  # Nominal Percentage of Respiratory Phase (0020,9245)
+    # ms: nominal or actual Cardiac Trigger Delay Time (0020,9153; 0020,9252), or Trigger Time
+    # (0018,1060)
+    trigger_time: float | None = None
+    tube_voltage: float | None = None  # KVP (0018,0060), of the frame in enhanced files
+    # Frame Acquisition DateTime (0018,9074), Acquisition DateTime (0008,002A) or Acquisition Time
+    # (0008,0032), as written
+    acquisition_time: str = ""
+    instance_number: int | None = None  # (0020,0013); the same for all frames of a file
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +125,8 @@ class Frame:
     rescale_intercept: float | None
     rescale_type: str
     kernel: str
+    marks: StackMarks = StackMarks()
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,7 +178,6 @@ class Header:
     quality_control_subject: bool
     manufacturer: str
     kernel: str
-    kvp: float | None
     contrast_agent: str
     age: int | None  # whole years, > 89 is 90
     sex: str  # "M", "F", "O" or ""
@@ -148,6 +187,10 @@ class Header:
     frame: int = 0
     rescale_from_table: bool = False  # of the metadata table beside a NIfTI file
     notes: tuple[str, ...] = ()  # names of `data_prep.scan.reasons.NOTES`
+    marks: StackMarks = StackMarks()
+    # names of elements that are there without a usable number; their fields are None
+    unreadable: tuple[str, ...] = ()
+    lossy: bool = False  # Lossy Image Compression (0028,2110) is 01
     # the one key of a patient with several ("" otherwise): `data_prep.scan.patients`
     patient: str = ""
 
@@ -281,14 +324,14 @@ def _header(dataset: Dataset, source: Source, offset: int | None) -> Header | No
         burned_in_annotation=_text(elements, 0x00280301).upper() == "YES",
         quality_control_subject=_text(elements, 0x00100200).upper() == "YES",
         manufacturer=_text(elements, 0x00080070),
-        kvp=_number(elements, 0x00180060),
         contrast_agent=_text(elements, 0x00180010) or _enhanced_contrast(dataset),
         age=age_in_years(_text(elements, 0x00101010)),
         sex=sex_of(_text(elements, 0x00100040)),
         ethnic_group=_text(elements, 0x00102160),
         number_of_frames=number_of_frames,
         frames=_frames(dataset, elements, number_of_frames),
-        **_frame_fields([elements]),
+        lossy=_text(elements, 0x00282110) == "01",
+        **_frame_fields([elements], [dataset]),
     )
 
 
@@ -304,31 +347,74 @@ def _transfer_syntax(dataset: Dataset, meta: Elements) -> str:
     return _IMPLICIT_LITTLE if implicit else _EXPLICIT_LITTLE
 
 
-def _frame_fields(groups: list[Elements]) -> dict[str, Any]:
-    """The fields that `Frame` and `Header` share, each from the first of `groups` that has it."""
+def _frame_fields(groups: list[Elements], holders: list[Dataset]) -> dict[str, Any]:
+    """The fields that `Frame` and `Header` share, each from the first of `groups` that has it;
+    `holders` may have Real World Value maps."""
+    merged: Elements = {}
+    for group in reversed(groups):
+        merged.update((tag, element) for tag, element in group.items() if element.value)
 
-    def first(read, tag):
-        values = (read(group, tag) for group in groups)
-        return next((value for value in values if value not in (None, "", ())), read({}, tag))
+    def first(read, *tags):
+        return next((value for tag in tags if (value := read(merged, tag)) not in (None, "")), None)
 
-    orientation, position = first(_numbers, 0x00200037), first(_numbers, 0x00200032)
-    spacing, thickness = first(_numbers, 0x00280030), first(_number, 0x00180050)
-    frame_type = first(_texts, 0x00089007)
-    return {
-        "image_type": tuple(word.upper() for word in (frame_type or first(_texts, 0x00080008))),
-        "acquisition_number": next(
-            (n for tag in (0x00209156, 0x00200012) if (n := first(_integer, tag)) is not None), None
-        ),
+    orientation, position = _numbers(merged, 0x00200037), _numbers(merged, 0x00200032)
+    spacing, thickness = _numbers(merged, 0x00280030), _number(merged, 0x00180050)
+    image_type = _texts(merged, 0x00089007) or _texts(merged, 0x00080008)
+    fields = {
+        "image_type": tuple(word.upper() for word in image_type),
+        "acquisition_number": first(_integer, 0x00209156, 0x00200012),
         "position": position if len(position) == 3 else None,
         "orientation": orientation if len(orientation) == 6 else None,
         "pixel_spacing": spacing if len(spacing) == 2 and min(spacing) > 0 else None,
         "slice_thickness": thickness if thickness is not None and thickness > 0 else None,
-        "gantry_tilt": first(_number, 0x00181120),
-        "rescale_slope": first(_number, 0x00281053),
-        "rescale_intercept": first(_number, 0x00281052),
-        "rescale_type": first(_text, 0x00281054).upper(),
-        "kernel": first(_text, 0x00181210) or first(_text, 0x00189316),
+        "gantry_tilt": _number(merged, 0x00181120),
+        **_rescale(
+            _number(merged, 0x00281053),
+            _number(merged, 0x00281052),
+            _text(merged, 0x00281054).upper(),
+            holders,
+        ),
+        "kernel": first(_text, 0x00181210, 0x00189316) or "",
+        "marks": StackMarks(
+            series_number=_integer(merged, 0x00200011),
+            series_description=_text(merged, 0x0008103E),
+            frame_of_reference_uid=_text(merged, 0x00200052),
+            stack_id=_text(merged, 0x00209056),
+            temporal_position=first(_integer, 0x00209128, 0x00200100),
+            cardiac_phase=_number(merged, 0x00209241),
+            respiratory_phase=_number(merged, 0x00209245),
+            trigger_time=first(_number, 0x00209153, 0x00209252, 0x00181060),
+            tube_voltage=_number(merged, 0x00180060),
+            acquisition_time=first(_text, 0x00189074, 0x0008002A, 0x00080032) or "",
+            instance_number=_integer(merged, 0x00200013),
+        ),
     }
+    return fields | {
+        "unreadable": tuple(
+            name
+            for tag, (field, name) in _JUDGED.items()
+            if fields[field] is None and _text(merged, tag)
+        )
+    }
+
+
+def _rescale(
+    slope: float | None, intercept: float | None, kind: str, holders: list[Dataset]
+) -> dict[str, Any]:
+    """The rescale fields. Where the tags are missing, or Rescale Type is unspecified, a Real World
+    Value map (0040,9096) in HU stands in, and maps of other quantities alone say so."""
+    if None in (slope, intercept) or kind == "US":
+        maps = [entry for at in holders for entry in items(at, 0x00409096, _ITEMS_OF_AN_IMAGE)]
+        kinds = set()
+        for entry in maps:
+            for unit in items(entry, 0x004008EA, _ITEMS_OF_AN_IMAGE):
+                kinds.add(code := _text(dict(unit.items()), 0x00080100).upper())
+                values = dict(entry.items())
+                if code in _HU_CODES and _number(values, 0x00409225) is not None:
+                    slope, intercept = _number(values, 0x00409225), _number(values, 0x00409224)
+        if kinds and not kinds & _HU_CODES:
+            kind = OTHER_QUANTITY
+    return {"rescale_slope": slope, "rescale_intercept": intercept, "rescale_type": kind}
 
 
 def _frames(dataset: Dataset, elements: Elements, number_of_frames: int) -> tuple[Frame, ...]:
@@ -343,8 +429,9 @@ def _frames(dataset: Dataset, elements: Elements, number_of_frames: int) -> tupl
     shared = [
         group for item in items(dataset, 0x52009229, at_most) for group in _functional_groups(item)
     ]
+    holders = [*items(dataset, 0x52009229, at_most), dataset]
     return tuple(
-        Frame(**_frame_fields([*_functional_groups(item), *shared, elements]))
+        Frame(**_frame_fields([*_functional_groups(item), *shared, elements], [item, *holders]))
         for item in per_frame[:number_of_frames]
     )
 
@@ -355,6 +442,9 @@ _FUNCTIONAL_GROUPS = (
     0x00209116,  # plane orientation
     0x00289110,  # pixel measures
     0x00289145,  # pixel value transformation
+    0x00189118,  # cardiac synchronization
+    0x00209253,  # respiratory synchronization
+    0x00189325,  # CT X-ray details
     0x00189329,  # CT image frame type
     0x00189304,  # CT acquisition details
     0x00189314,  # CT reconstruction
@@ -416,17 +506,23 @@ def _patient_id_before(elements: Elements) -> str | None:
 def _numbers(elements: Elements, tag: int) -> tuple[float, ...]:
     """All values of a decimal string; () if any value is not a usable number."""
     try:
-        values = tuple(float(part) for part in _texts(elements, tag))
+        values = tuple(float(_with_point(part)) for part in _texts(elements, tag))
     except ValueError:
         return ()
     return values if all(abs(value) < _LARGEST_NUMBER for value in values) else ()
+
+
+def _with_point(text: str) -> str:
+    """A decimal string with a point where some computers write a comma. DICOM parts values by a
+    backslash and knows no commas in numbers, so a single one can mean nothing else."""
+    return text.replace(",", ".") if text.count(",") == 1 and "." not in text else text
 
 
 def _number(elements: Elements, tag: int) -> float | None:
     """First value of a decimal string, or of a double or float (FD, FL)."""
     raw, order = _bytes(elements, tag)
     try:
-        value = float(raw.decode("latin-1").split("\\")[0].strip(" \0"))
+        value = float(_with_point(raw.decode("latin-1").split("\\")[0].strip(" \0")))
     except ValueError:
         if _vr(elements, tag) not in ("FD", "FL") or len(raw) < 4:
             return None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 
 import numpy as np
+from scipy import ndimage
 
 from data_prep.scan.geometry import AIR_HU
 from data_prep.scan.headers import Header
@@ -13,6 +14,7 @@ from data_prep.scan.stored_bits import BELOW_ANY_TISSUE_HU, PixelError
 
 # A "padding value" in this range is a mistake: some writers declare 0 where 0 is water.
 _TISSUE_HU = (-900, 4000)
+_OUTSIDE_SHARE = 0.001  # of the pixels; fewer in a corner may be tissue by chance
 _SAMPLE_STEP = 8  # plausibility is judged on every 8th pixel of both directions
 
 
@@ -49,11 +51,26 @@ def padding_range(header: Header) -> tuple[int, int] | None:
     return low, high
 
 
+def _padding_of_a_tissue_value(stored: np.ndarray, header: Header) -> np.ndarray | None:
+    """[H, W] bool: padding whose value could be tissue, as far as it reaches from the corners of
+    the image; None if there is none."""
+    value = header.padding_value
+    if value is None or header.padding_limit not in (None, value) or padding_range(header):
+        return None
+    corners = stored[[0, 0, -1, -1], [0, -1, 0, -1]]
+    if not (corners == value).any():
+        return None
+    regions, _ = ndimage.label(stored == value)
+    outside = np.isin(regions, np.setdiff1d(regions[[0, 0, -1, -1], [0, -1, 0, -1]], 0))
+    return outside if np.count_nonzero(outside) >= _OUTSIDE_SHARE * outside.size else None
+
+
 def to_hu(stored: np.ndarray, header: Header) -> np.ndarray:
     """Stored values [H, W] in HU: int16, or float32 if any is fractional or beyond int16.
 
-    Padding and all values below -1500 HU become air, -1000 HU. MONOCHROME1 tells how to display a
-    value and does not change it.
+    Padding and all values below -1500 HU become air, -1000 HU. A padding value that could be
+    tissue is padding only where it reaches from a corner of the image. MONOCHROME1 tells how to
+    display a value and does not change it.
 
     Raises:
         PixelError: see `rescale`.
@@ -67,11 +84,16 @@ def to_hu(stored: np.ndarray, header: Header) -> np.ndarray:
         and stored.dtype.itemsize <= 2
         and highest + intercept <= 32767
     ):
-        return _add_intercept(stored, int(intercept), padding, lowest)
+        hu = _add_intercept(stored, int(intercept), padding, lowest)
+        if (outside := _padding_of_a_tissue_value(stored, header)) is not None:
+            hu[outside] = AIR_HU
+        return hu
     hu = stored * slope + intercept
     air = hu < BELOW_ANY_TISSUE_HU
     if padding:
         air |= (stored >= padding[0]) & (stored <= padding[1])
+    elif (outside := _padding_of_a_tissue_value(stored, header)) is not None:
+        air |= outside
     hu[air] = AIR_HU
     if hu.max() <= 32767 and np.array_equal(hu, np.rint(hu)):
         return hu.astype(np.int16)
@@ -110,6 +132,8 @@ class PlausibilityCount:
         image = hu >= BELOW_ANY_TISSUE_HU
         if padding := padding_range(header):
             image &= (sample < padding[0]) | (sample > padding[1])
+        elif (outside := _padding_of_a_tissue_value(stored, header)) is not None:
+            image &= ~outside[::_SAMPLE_STEP, ::_SAMPLE_STEP]
         hu = hu[image]
         air = np.count_nonzero((hu >= -1100) & (hu < -500))
         soft = np.count_nonzero((hu >= -200) & (hu < 300))

@@ -212,7 +212,6 @@ def _header(nifti: Any, source: Source, name: str, row: Metadata | None) -> Head
         burned_in_annotation=False,
         quality_control_subject=metadata.synthetic,
         manufacturer=metadata.manufacturer,
-        kvp=None,
         contrast_agent="",
         age=metadata.age,
         sex=metadata.sex,

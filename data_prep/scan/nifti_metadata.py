@@ -48,8 +48,9 @@ def volume_name(source: Source) -> str:
 
 
 def without_extension(name: str) -> str:
-    """`name` without .nii or .nii.gz."""
-    return EXTENSION.sub("", name)
+    """`name` without .nii or .nii.gz, as text that can be stored: bytes that are no UTF-8 become
+    escapes."""
+    return EXTENSION.sub("", name).encode("utf-8", "backslashreplace").decode()
 
 
 def check(input_dir: Path, metadata_csv: Path) -> None:

@@ -5,12 +5,15 @@ Training, validation and test are split by patient, so two names of one patient 
 images into two splits. Patient keys (`Header.patient_key`: the Patient ID, or a name made of the
 Study Instance UID where the ID is missing) are one patient where
 
-- the IDs differ only in case, blanks, width of letters (NFKC), or what follows a `^` (an issuer);
+- the IDs differ only in case, blanks, width of letters (NFKC), or an issuer as HL7 appends it
+  (`4711^^^HOSPITAL`);
 - images of one Series Instance UID, one Study Instance UID or one SOP Instance UID carry them.
 
 A UID that more than four IDs share is a placeholder that names nothing, and so is a SOP Instance
-UID that recurs within a series. To join two patients by mistake costs the splits a patient; not to
-join one patient costs the test its worth. So doubtful cases are joined.
+UID that recurs within a series, or a UID that a man and a woman share, or two whose ages differ by
+more than two years. (If their pixels are the same, `data_prep.pipeline.known_patients` joins them.)
+Otherwise doubtful cases are joined: to join two patients by mistake costs the splits a patient; not
+to join one patient costs the test its worth.
 
     people = People()
     people.add(identities(headers))      # of any part of an archive, in any order
@@ -21,8 +24,9 @@ join one patient costs the test its worth. So doubtful cases are joined.
 import collections
 import dataclasses
 import hashlib
+import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +34,9 @@ import numpy as np
 from data_prep.scan.headers import Header
 
 _NOBODY = "study:"  # the key of images without Patient ID and Study Instance UID
+# HL7 (CX): check digit and its scheme, mostly empty, then the issuer
+_ISSUER = re.compile(r" ?\^([0-9]?\^[a-z0-9]{0,3})\^[^^]*(\^.*)?$")
+_SAME_AGE = 2  # years
 _MOST_IDS = 4  # of one patient under one UID; more mean a placeholder
 
 
@@ -41,6 +48,13 @@ class Identity(NamedTuple):
     key_before: str  # `patient_key` of programs before version 2 of the rules
     study_uid: str
     series_uid: str
+    sex: str
+    age: int | None
+
+    @property
+    def spelling(self) -> str:
+        """`spelling_of` the Patient ID."""
+        return spelling_of(self.patient_id)
 
 
 def identities(headers: Iterable[Header]) -> dict[Identity, list[int]]:
@@ -55,6 +69,8 @@ def identities(headers: Iterable[Header]) -> dict[Identity, list[int]]:
             key if before is None else before or _key_of_study(study),
             study,
             header.series_instance_uid,
+            header.sex,
+            header.age,
         )
         digests = found[identity]
         if header.sop_instance_uid:
@@ -70,7 +86,7 @@ class Patients:
     key_of: key -> the one key of its patient.
     keys_of: one key of a patient -> all keys by which datasets may know the patient.
     reasons: one key of a patient -> why its keys are one patient.
-    num_placeholders: UIDs that too many Patient IDs share to name anything.
+    num_placeholders: UIDs that too many Patient IDs share to name anything, or different people.
     study_of: Series Instance UID -> its Study Instance UID, of series that lack it in part.
     """
 
@@ -110,58 +126,52 @@ class People:
         """The patients with several keys. The order of `add` makes no difference."""
         study_of = self._studies()
         everything = [_in_study(identity, study_of) for identity in self._numbers]
-        joins: list[tuple[set[str], str]] = [(set(keys), "earlier run") for keys in self._known]
-        shared: dict[tuple[str, str], dict[str, str]] = collections.defaultdict(dict)
+        joins, num_placeholders = self._joins(everything)
+        reasons_of_key: dict[str, set[str]] = collections.defaultdict(set)
+        for keys, reason in joins:
+            for key in keys:
+                reasons_of_key[key].add(reason)
         before: dict[str, set[str]] = collections.defaultdict(set)
         for identity in everything:
-            if identity.patient_key == _NOBODY:
-                continue
-            spelling = spelling_of(identity.patient_id)
-            tokens = (
-                ("spelling", spelling),
-                ("series", identity.series_uid),
-                ("study", identity.study_uid),
-            )
-            for token in tokens:
-                if token[1]:
-                    shared[token][identity.patient_key] = spelling
             if identity.key_before not in (identity.patient_key, _NOBODY):
                 before[identity.patient_key].add(identity.key_before)
-        sharing = [(spellings, kind) for (kind, _), spellings in shared.items()]
-        sharing += [(spellings, "instances") for spellings in self._sharing_instances(everything)]
-        sharing = [(spellings, kind) for spellings, kind in sharing if len(spellings) > 1]
-        named = [_are_few(spellings.values()) for spellings, _ in sharing]
-        joins += [
-            (set(spellings), kind)
-            for (spellings, kind), few in zip(sharing, named, strict=True)
-            if few
-        ]
-        groups = merged(keys for keys, _ in joins)
-        kinds: dict[str, set[str]] = collections.defaultdict(set)
-        for keys, kind in joins:
-            for key in keys:
-                kinds[key].add(kind)
         present = {identity.patient_key: identity.patient_id for identity in everything}
         key_of, keys_of, reasons = {}, {}, {}
-        for group in groups:
+        for group in merged([*(keys for keys, _ in joins), *([key] for key in before)]):
             here = group & present.keys()
             if not here:
                 continue
             one = min(here, key=lambda key: (not present[key], key))  # an ID, if there is one
             if len(here) > 1:
                 key_of |= dict.fromkeys(here, one)
-                reasons[one] = tuple(sorted(set().union(*(kinds[key] for key in here))))
-            keys_of[one] = group | set().union(*(before.get(key, set()) for key in here))
-        for key, others in before.items():
-            if key not in key_of:
-                keys_of[key] = keys_of.get(key, {key}) | others
-        return Patients(
-            key_of,
-            {key: tuple(sorted(keys)) for key, keys in keys_of.items()},
-            reasons,
-            named.count(False),
-            study_of,
-        )
+                reasons[one] = tuple(sorted(set().union(*(reasons_of_key[key] for key in here))))
+            keys_of[one] = tuple(sorted(group.union(*(before[key] for key in here))))
+        return Patients(key_of, keys_of, reasons, num_placeholders, study_of)
+
+    def _joins(self, everything: Sequence[Identity]) -> tuple[list[tuple[set[str], str]], int]:
+        """(keys of one patient, reason), and the number of UIDs that name nobody."""
+        shared: dict[tuple[str, str], dict[str, Identity]] = collections.defaultdict(dict)
+        for identity in sorted(everything, key=repr):  # whatever the order of `add`
+            if identity.patient_key == _NOBODY:
+                continue
+            tokens = (
+                ("spelling", identity.spelling),
+                ("series", identity.series_uid),
+                ("study", identity.study_uid),
+            )
+            for token in tokens:
+                if token[1]:
+                    shared[token][identity.patient_key] = identity
+        sharing = [(people, kind) for (kind, _), people in shared.items()]
+        sharing += [(people, "instances") for people in self._sharing_instances(everything)]
+        sharing = [(people, kind) for people, kind in sharing if len(people) > 1]
+        joins = [
+            (set(people), kind)
+            for people, kind in sharing
+            if kind == "spelling" or _is_one(people.values())
+        ]
+        known = [(set(keys), "earlier run") for keys in self._known]
+        return [*joins, *known], len(sharing) - len(joins)
 
     def _studies(self) -> dict[str, str]:
         studies: dict[str, set[str]] = collections.defaultdict(set)
@@ -174,8 +184,8 @@ class People:
             if len(of_series) == 2 and "" in of_series
         }
 
-    def _sharing_instances(self, everything: Sequence[Identity]) -> list[dict[str, str]]:
-        """Key -> spelling, of the keys under which one SOP Instance UID lies."""
+    def _sharing_instances(self, everything: Sequence[Identity]) -> list[dict[str, Identity]]:
+        """The identities under which one SOP Instance UID lies, by patient key."""
         if not self._instances:
             return []
         instances, owners = np.concatenate(self._instances), np.concatenate(self._owners)
@@ -190,18 +200,14 @@ class People:
         starts = np.flatnonzero(np.diff(instances[chosen])) + 1
         groups = {tuple(group.tolist()) for group in np.split(owners[chosen], starts)}
         members = ([everything[number] for number in group] for group in groups)
-        return [
-            {i.patient_key: spelling_of(i.patient_id) for i in of if i.patient_key != _NOBODY}
-            for of in members
-        ]
+        return [{i.patient_key: i for i in of if i.patient_key != _NOBODY} for of in members]
 
 
 def spelling_of(patient_id: str) -> str:
-    """A Patient ID without the differences that people and systems make: case, blanks, wide
-    letters, the issuer behind a `^`."""
-    text = unicodedata.normalize("NFKC", patient_id)
-    plain = "".join(text.split("^")[0].split()) or "".join(text.split())
-    return plain.casefold()
+    """A Patient ID without the differences that people and systems make: case, wide letters, an
+    issuer, blanks except between two numbers (`P 1 11` is not `P 11 1`)."""
+    text = " ".join(unicodedata.normalize("NFKC", patient_id).split()).casefold()
+    return re.sub(r"(?<![0-9]) | (?![0-9])", "", _ISSUER.sub("", text))
 
 
 def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
@@ -215,6 +221,7 @@ def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
 
     for group in groups:
         first, *others = sorted(group)
+        root(first)
         for other in others:
             a, b = sorted((root(first), root(other)))
             parent[b] = a
@@ -224,8 +231,13 @@ def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
     return list(members.values())
 
 
-def _are_few(spellings: Iterable[str]) -> bool:
-    return len({spelling for spelling in spellings if spelling}) <= _MOST_IDS
+def _is_one(people: Collection[Identity]) -> bool:
+    """Whether the people who share a UID may be one patient."""
+    spellings = {person.spelling for person in people} - {""}
+    sexes = {person.sex for person in people} & {"F", "M"}
+    ages = [person.age for person in people if person.age is not None]
+    same_age = not ages or max(ages) - min(ages) <= _SAME_AGE
+    return len(spellings) <= _MOST_IDS and len(sexes) < 2 and same_age
 
 
 def _in_study(identity: Identity, study_of: Mapping[str, str]) -> Identity:

@@ -39,8 +39,13 @@ REASONS = {
     "localizer": "The image is a localizer (scout, topogram).",
     "not_axial": "The image is sagittal, coronal or oblique.",
     "unknown_orientation": "Image Orientation (Patient) is missing or invalid.",
-    "missing_position": "Image Position (Patient) is missing.",
-    "missing_pixel_spacing": "Pixel Spacing is missing.",
+    "rotated": "The images are turned within their plane (Image Orientation (Patient)); resample "
+    "them along the patient's axes.",
+    "missing_position": "Image Position (Patient) is missing, no three numbers, or the same in all "
+    "slices, so their places are unknown.",
+    "missing_pixel_spacing": "Pixel Spacing is missing or no two numbers.",
+    "implausible_spacing": "The pixel spacing makes the image larger than 1 m or smaller than 5 "
+    "cm, as if it were in another unit than mm.",
     "secondary_capture": "The image is a secondary capture.",
     "derived_image": "The image is derived and without CT numbers (reformat, projection, map).",
     "not_grey": "The image is not monochrome.",
@@ -49,6 +54,9 @@ REASONS = {
     "another body part.",
     "grid_varies": "The slices differ in matrix or pixel spacing.",
     "other_grid": "The slice has another matrix or pixel spacing than nearly all others.",
+    "other_origin": "The slice lies beside the others, at a position that another slice has.",
+    "mixed_stacks": "Slices of several stacks (reconstructions, phases, passes) lie between each "
+    "other, and no element of their headers leaves a whole stack.",
     "too_few_slices": "The series has too few slices.",
     "too_thick": "The slices are thicker than the limit.",
     "too_many_lost": "More slices are missing than the limit.",
@@ -65,6 +73,7 @@ REASONS = {
     "slope or intercept is wrong, or it is padding alone.",
     "contradictory_duplicates": "Different images lie at one position.",
     "duplicate_slice": "The same image lies at the same position once more.",
+    "lossy_copy": "The image is a copy of another one that was compressed with loss.",
     "acquisitions_meet": "The slice lies where two acquisitions meet; the first acquisition's was "
     "taken.",
     # labels and masks
@@ -81,16 +90,47 @@ REASONS = {
 }
 NOTES = {
     "no_patient_id": "The Patient ID is missing; the Study Instance UID stands in.",
+    "no_slice_thickness": "Slice Thickness is missing or no number; the median spacing stands in.",
+    "odd_slice_thickness": "A few slices name another Slice Thickness than nearly all others, "
+    "whose was taken.",
     "patient_ids_joined": "The patient's scans carry several Patient IDs (other spellings, copies, "
     "missing in part); they count as one patient.",
-    "no_slice_thickness": "Slice Thickness is missing; the median spacing stands in.",
     "gaps": "Slices are missing; no pair crosses a gap.",
     "uneven_spacing": "The spacing of the slices varies by more than a tenth.",
     "in_plane_jump": "The image origin jumps within the plane by more than 1 mm; no pair crosses "
     "the jump.",
     "gantry_tilt": "The gantry was tilted; the volume is not sheared upright.",
+    "irregular_part": "Some slices lie closer than half the spacing; no pair is taken there.",
+    "sparse_slices": "The slices lie more than three thicknesses apart; they make no pairs.",
+    "rotated": "The images are turned within their plane by 0.5 to 5 degrees.",
+    "other_body_part": "Body Part Examined names a part without lung; the lungs are there.",
     "split_by_acquisition": "The series holds several acquisitions of the same range; this is one.",
+    **{
+        f"split_by_{name}": f"The series holds several stacks that differ in {words}; this is one."
+        for name, words in {
+            "kernel": "Convolution Kernel",
+            "thickness": "Slice Thickness",
+            "temporal_position": "Temporal Position",
+            "cardiac_phase": "Nominal Percentage of Cardiac Phase",
+            "respiratory_phase": "Nominal Percentage of Respiratory Phase",
+            "tube_voltage": "KVP",
+            "image_type": "Image Type",
+            "grid": "matrix or pixel spacing",
+            "frame_of_reference": "Frame of Reference UID",
+            "stack_id": "Stack ID",
+            "series_number": "Series Number",
+            "series_description": "Series Description",
+            "patient_position": "Patient Position",
+            "contrast": "Contrast/Bolus Agent",
+            "storage": "the way their rows and columns are stored",
+            "trigger_time": "Trigger Time",
+            "acquisition_time": "Acquisition Time",
+            "instance_number": "the runs of Instance Number",
+        }.items()
+    },
     "other_grid_dropped": "Slices of another matrix or pixel spacing were dropped.",
+    "other_origin_dropped": "Slices beside the others, at positions that those have, were dropped.",
+    "lossy_copies_dropped": "Copies that were compressed with loss were dropped.",
     "slices_lost": "Slices that could not be decoded, lack their rescale tags or are on another "
     "scale than their neighbours were dropped.",
     "duplicates_dropped": "Identical slices at one position were dropped.",

@@ -5,50 +5,32 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import numpy as np
 
-from data_prep.scan.geometry import StackMeasure, canonical_axes, measure_stack
-from data_prep.scan.headers import CT_IMAGE_STORAGE, Header
+from data_prep.scan.geometry import (
+    MAX_ROTATION_DEGREES,
+    SAME_POSITION_MM,
+    StackMeasure,
+    canonical_axes,
+    canonical_origin,
+    field_fault,
+    measure_stack,
+)
+from data_prep.scan.headers import Header
+from data_prep.scan.image_kinds import NOT_CHEST, fault, foreign, is_lossy, may_be_lossy
 from data_prep.scan.rules import Rules
+from data_prep.scan.stacks import Stack, canonical_grid, order_slices, separate_stacks
 
-_SAME_POSITION_MM = 0.05
-_MEETING_SLICES = 1.5  # slice spacings that two acquisitions in a row may share
-_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_LOCALIZER = {"LOCALIZER", "SCOUT", "SCANOGRAM", "TOPOGRAM", "SURVIEW"}
-_PROJECTED = {
-    "MIP",
-    "MINIP",
-    "MAXIP",
-    "MNIP",
-    "MAX_IP",
-    "MIN_IP",
-    "PROJECTION IMAGE",
-    "VRT",
-    "SSD",
-    "3D",
-    "VOLREN",
-}
 # images beside the slices of a series; they do not count as lost slices
 _EXTRAS = {"secondary_capture", "derived_image", "not_grey"}
-_NOT_HU_RESCALE = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}
-_NOT_CHEST = {
-    "HEAD",
-    "BRAIN",
-    "SKULL",
-    "ORBIT",
-    "SINUS",
-    "KNEE",
-    "ANKLE",
-    "FOOT",
-    "HAND",
-    "WRIST",
-    "ELBOW",
-}
+_NOTED_DEGREES = 0.5  # smaller tilts and rotations are not noted
+_OFF_LINE_MM = 1.0  # beside the line through the other slices' origins
+_SPACING_ROUNDING_MM = 0.0051  # of two digits behind the point
+_SAME_THICKNESS = 0.1  # of the thickness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +59,10 @@ class SeriesCandidate:
     duplicates: tuple[tuple[Header, ...], ...]
     position_mm: tuple[float, ...]
     slice_spacing_mm: float  # median
-    slice_thickness_mm: float  # the thickest slice; the spacing where all slices lack it
+    # of the thickest slice, but for a few odd ones; the spacing where all slices lack it
+    slice_thickness_mm: float
+    # between rows, between columns of the oriented images: the most frequent one
+    pixel_spacing_mm: tuple[float, float]
     gantry_tilt_degrees: float
     dropped: tuple[tuple[Header, str], ...]  # each with its reason
     notes: tuple[str, ...]  # names of `data_prep.scan.reasons.NOTES`
@@ -103,9 +88,9 @@ class SeriesCandidate:
 def plan_series(headers: Iterable[Header], rules: Rules) -> list[SeriesCandidate | Rejection]:
     """Groups images into stacks and checks their headers.
 
-    Images of one Series Instance UID, study and patient are a series. It is split by orientation
-    and, where several acquisitions cover the same range, by Acquisition Number. Acquisitions that
-    follow each other (step and shoot) stay one stack, even if they share a slice. Localizers,
+    Images of one Series Instance UID, study and patient are a series. It is split by plane and,
+    where several stacks are mixed, by the elements that tell them apart (`stacks`). Acquisitions
+    that follow each other (step and shoot) stay one stack, even if they share a slice. Localizers,
     reformats in other planes and captures within a series are dropped. Where the slices of a stack
     differ in matrix or pixel spacing, the most frequent grid is kept if at most
     `max_lost_fraction` of the slices differ from it. Otherwise the stack is refused.
@@ -161,16 +146,12 @@ def _plan_one(
 ) -> list[SeriesCandidate | Rejection]:
     if not slices[0].series_instance_uid:
         return [Rejection(series_key, tuple(slices), "missing_series_uid", "")]
-    foreign = {id(h): reason for h in slices if (reason := _foreign(h))}
-    images = [h for h in slices if id(h) not in foreign]
-    aside = [(h, foreign[id(h)]) for h in slices if id(h) in foreign]
+    aside, images = _sorted_out(slices, foreign)
     if len(images) < rules.min_slices and len(aside) > len(images):
         return [_reject_most_common(series_key, slices, aside)]
     if len(images) < rules.min_slices:
         return [_too_few(series_key, slices, len(images), rules)]
-    faulty = {id(h): reason for h in images if (reason := _fault(h, rules))}
-    good = [h for h in images if id(h) not in faulty]
-    faults = [(h, faulty[id(h)]) for h in images if id(h) in faulty]
+    faults, good = _sorted_out(images, fault)
     # The mark may be missing on other slices.
     if any(reason == "burned_in_annotation" for _, reason in faults):
         return [Rejection(series_key, tuple(slices), "burned_in_annotation", "")]
@@ -180,67 +161,38 @@ def _plan_one(
     ):
         return [_reject_most_common(series_key, slices, faults)]
 
-    stacks = []
-    for oriented in _cluster(good, _same_orientation):
-        stacks.extend(_stacks_of(oriented, rules))
-    largest = max(range(len(stacks)), key=lambda i: len(stacks[i][0]))
+    planes = _cluster(good, lambda header: header.orientation, _same_plane)
+    stacks = [
+        (stack, _stack_name(stack))
+        for plane in planes
+        for stack in separate_stacks(plane, rules.max_lost_fraction)
+    ]
+    largest = max(range(len(stacks)), key=lambda i: len(stacks[i][0].headers))
     planned = []
-    for i, (stack, dropped, split_by) in enumerate(stacks):
-        key = series_key if len(stacks) == 1 else f"{series_key}#{_stack_name(stack)}"
-        extra = aside + faults if i == largest else []
-        planned.append(_check_stack(key, stack, dropped + extra, split_by, rules))
+    for i, (stack, name) in enumerate(stacks):
+        key = series_key if len(stacks) == 1 else f"{series_key}#{name}"
+        planned.append(_check_stack(key, stack, aside + faults if i == largest else [], rules))
     return planned
 
 
-def _foreign(header: Header) -> str | None:
-    """Why an image is not an axial CT slice at all."""
-    if header.modality != "CT" and (
-        header.modality or header.sop_class_uid not in CT_IMAGE_STORAGE
-    ):
-        return "not_ct"
-    if _LOCALIZER & set(header.image_type):
-        return "localizer"
-    if header.orientation is not None:
-        axes = canonical_axes(header.orientation)
-        if axes is None:
-            return "unknown_orientation"
-        if not axes.axial:
-            return "not_axial"
-    return None
+def _sorted_out(
+    headers: Iterable[Header], reason_of: Callable[[Header], str | None]
+) -> tuple[list[tuple[Header, str]], list[Header]]:
+    """The headers with a reason against them, and the others."""
+    out, rest = [], []
+    for header in headers:
+        if reason := reason_of(header):
+            out.append((header, reason))
+        else:
+            rest.append(header)
+    return out, rest
 
 
-def _fault(header: Header, rules: Rules) -> str | None:
-    """Why an axial CT image cannot be a slice of a volume.
-
-    By their Image Type, secondary captures, DERIVED\\SECONDARY images and projections are without
-    CT numbers. ORIGINAL\\SECONDARY (some scanners' own images after a transfer) and
-    DERIVED\\PRIMARY (axial reconstructions, lossy copies) have them.
-    """
-    if header.sop_class_uid == _SECONDARY_CAPTURE or header.sop_class_uid.startswith(
-        _SECONDARY_CAPTURE + "."
-    ):
-        return "secondary_capture"
-    if header.image_type[:2] == ("DERIVED", "SECONDARY"):
-        return "derived_image"
-    if _PROJECTED & set(header.image_type[2:]) or header.rescale_type in _NOT_HU_RESCALE:
-        return "derived_image"
-    if header.samples_per_pixel != 1 or header.photometric not in (
-        "MONOCHROME1",
-        "MONOCHROME2",
-        "",
-    ):
-        return "not_grey"
-    if header.burned_in_annotation:
-        return "burned_in_annotation"
-    if header.orientation is None:
-        return "unknown_orientation"
-    if header.position is None:
-        return "missing_position"
-    if header.pixel_spacing is None:
-        return "missing_pixel_spacing"
-    if rules.require_lung and header.body_part in _NOT_CHEST:
-        return "no_chest"
-    return None
+_NAMED_BY = {
+    "missing_position": {"Image Position (Patient)"},
+    "missing_pixel_spacing": {"Pixel Spacing"},
+    "unknown_orientation": {"Image Orientation (Patient)"},
+}
 
 
 def _reject_most_common(
@@ -248,7 +200,11 @@ def _reject_most_common(
 ) -> Rejection:
     counts = collections.Counter(reason for _, reason in faults)
     reason, count = max(sorted(counts.items()), key=lambda item: item[1])
-    return Rejection(series_key, tuple(slices), reason, f"{count} of {len(slices)} images")
+    detail = f"{count} of {len(slices)} images"
+    names = {name for header, why in faults if why == reason for name in header.unreadable}
+    if named := names & _NAMED_BY.get(reason, set()):
+        detail += f", whose {' and '.join(sorted(named))} is no number"
+    return Rejection(series_key, tuple(slices), reason, detail)
 
 
 def _too_few(series_key: str, slices: Iterable[Header], count: int, rules: Rules) -> Rejection:
@@ -260,181 +216,258 @@ def too_few_detail(count: int, rules: Rules) -> str:
     return f"{count} {'slice' if count == 1 else 'slices'}, at least {rules.min_slices} asked"
 
 
-def _cluster(headers: list[Header], same) -> list[list[Header]]:
+def _cluster(
+    headers: list[Header],
+    key: Callable[[Header], Hashable],
+    same: Callable[[Header, Header], bool],
+) -> list[list[Header]]:
+    """Headers that are the same as the first one of their cluster. Equal keys are the same."""
     clusters: list[list[Header]] = []
+    number_of: dict[Hashable, int] = {}
     for header in headers:
-        cluster = next((c for c in clusters if same(c[0], header)), None)
-        if cluster is None:
-            clusters.append([header])
-        else:
-            cluster.append(header)
+        number = number_of.get(key(header))
+        if number is None:
+            fitting = (i for i, cluster in enumerate(clusters) if same(cluster[0], header))
+            number = number_of[key(header)] = next(fitting, len(clusters))
+            if number == len(clusters):
+                clusters.append([])
+        clusters[number].append(header)
     return clusters
 
 
-def _same_orientation(a: Header, b: Header) -> bool:
-    # The tolerance is 0.3 degrees.
-    return a.orientation == b.orientation or bool(
-        np.allclose(a.orientation, b.orientation, atol=0.005)
+def _same_plane(a: Header, b: Header) -> bool:
+    """Whether two images have the same axes once they are oriented, however they are stored.
+
+    The tolerance is 0.3 degrees.
+    """
+    axes = canonical_axes(a.orientation), canonical_axes(b.orientation)
+    return bool(
+        np.allclose(axes[0].left, axes[1].left, atol=0.005)
+        and np.allclose(axes[0].posterior, axes[1].posterior, atol=0.005)
     )
 
 
 def _same_grid(a: Header, b: Header) -> bool:
-    if (a.rows, a.columns) != (b.rows, b.columns):
-        return False
-    return a.pixel_spacing == b.pixel_spacing or bool(
-        np.allclose(a.pixel_spacing, b.pixel_spacing, rtol=0.002)
+    """Whether matrix and pixel spacing are the same but for rounding."""
+    (*shape_a, spacing_a), (*shape_b, spacing_b) = canonical_grid(a), canonical_grid(b)
+    return shape_a == shape_b and all(
+        abs(x - y) <= max(0.002 * y, min(_SPACING_ROUNDING_MM, 0.01 * y))
+        for x, y in zip(spacing_a, spacing_b, strict=True)
     )
 
 
-# slices; dropped headers with their reasons; how the series was split, or ""
-Stack = tuple[list[Header], list[tuple[Header, str]], str]
-
-
-def _stacks_of(headers: list[Header], rules: Rules) -> list[Stack]:
-    """Slices of one orientation, as stacks. A stack whose grid varies too much is marked as split
-    by "grid"."""
-    if _acquisitions_overlap(headers, rules):
-        by_acquisition = collections.defaultdict(list)
-        for header in headers:
-            by_acquisition[header.acquisition_number].append(header)
-        groups = [
-            (by_acquisition[number], "acquisition") for number in sorted(by_acquisition, key=str)
-        ]
-    else:
-        groups = [(headers, "")]
-    stacks = []
-    for group, split_by in groups:
-        grids = sorted(_cluster(group, _same_grid), key=len, reverse=True)
-        others = [(header, "other_grid") for grid in grids[1:] for header in grid]
-        if len(others) > rules.max_lost_fraction * len(group):
-            stacks.append((group, [], "grid"))
-        else:
-            stacks.append((grids[0], others, split_by))
-    return stacks
-
-
-def _acquisitions_overlap(headers: list[Header], rules: Rules) -> bool:
-    """Whether the ranges of two acquisitions overlap by more than `_MEETING_SLICES`.
-
-    A few slices without an Acquisition Number may belong to any acquisition. Many of them count as
-    an acquisition.
-    """
-    positions = collections.defaultdict(list)
-    for header, position in zip(*_order(headers), strict=True):
-        positions[header.acquisition_number].append(position)
-    if len(positions[None]) <= rules.max_lost_fraction * len(headers):
-        del positions[None]
-    if len(positions) < 2:
-        return False
-    steps = np.concatenate([np.diff(along) for along in positions.values()])
-    steps = steps[steps >= _SAME_POSITION_MM]
-    if not len(steps):
-        return False
-    ranges = sorted((along[0], along[-1]) for along in positions.values())
-    ends = itertools.accumulate((end for _, end in ranges), max)
-    allowed = _MEETING_SLICES * float(np.median(steps))
-    return any(
-        min(end_before, end) - start > allowed
-        for end_before, (start, end) in zip(ends, ranges[1:], strict=False)
-    )
-
-
-def _order(headers: list[Header]) -> tuple[list[Header], list[float]]:
-    """Headers sorted towards superior, and their positions (mm) along the canonical normal."""
-    normal = canonical_axes(headers[0].orientation).normal
-    positions = np.array([header.position for header in headers]) @ normal
-    order = np.argsort(positions, kind="stable")
-    return [headers[i] for i in order], [float(positions[i]) for i in order]
-
-
-def _stack_name(stack: list[Header]) -> str:
+def _stack_name(stack: Stack) -> str:
     """A suffix that stays the same when other stacks join the series."""
-    first = stack[0]
+    first = stack.headers[0]
+    acquisition, *others = stack.name.split("#")
+    if not acquisition.startswith("acquisition="):
+        acquisition, others = f"acquisition={first.acquisition_number}", [stack.name]
     cosines = ",".join(f"{value:.4f}" for value in first.orientation)
-    return f"acquisition={first.acquisition_number}#orientation={cosines}"
+    return "#".join([acquisition, f"orientation={cosines}", *filter(None, others)])
 
 
 def _check_stack(
-    series_key: str,
-    stack: list[Header],
-    dropped: list[tuple[Header, str]],
-    split_by: str,
-    rules: Rules,
+    series_key: str, stack: Stack, extras: list[tuple[Header, str]], rules: Rules
 ) -> SeriesCandidate | Rejection:
-    everything = (*stack, *(header for header, _ in dropped))
-    if split_by == "grid":
-        sizes = collections.Counter((h.rows, h.columns, *h.pixel_spacing) for h in stack)
-        return Rejection(
-            series_key, everything, "grid_varies", f"{len(sizes)} matrices or pixel spacings"
-        )
-    ordered, positions = _order(stack)
-    slices: list[list[Header]] = []
-    slice_positions: list[float] = []
-    for header, position in zip(ordered, positions, strict=True):
-        if slices and position - slice_positions[-1] < _SAME_POSITION_MM:
-            slices[-1].append(header)
-        else:
-            slices.append([header])
-            slice_positions.append(position)
-    for group in slices:
-        group.sort(key=lambda header: (header.acquisition_number or 0, header.source, header.frame))
+    everything = (*stack.headers, *(header for header, _ in extras))
+
+    def rejected(reason: str, detail: str) -> Rejection:
+        elsewhere = rules.require_lung and named_body_part(stack.headers)
+        if elsewhere:  # it needs no look at its pixels, as a chest of such a name would
+            body_part = f"Body Part Examined is {elsewhere}"
+            reason, detail = "no_chest", f"{body_part}; and {reason}: {detail}"
+        return Rejection(series_key, everything, reason, detail)
+
+    if stack.fault:
+        return rejected(*stack.fault)
+    grids = _cluster(stack.headers, canonical_grid, _same_grid)
+    grids.sort(key=len, reverse=True)
+    others = [header for grid in grids[1:] for header in grid]
+    if len(others) > rules.max_lost_fraction * len(stack.headers):
+        return rejected("grid_varies", f"{len(grids)} matrices or pixel spacings")
+    one = grids[0][0]
+    if unsound := field_fault(one.rows, one.columns, one.pixel_spacing):
+        return rejected("implausible_spacing", unsound)
+    dropped = [(header, "other_grid") for header in others] + extras
+    slices, positions = _group_by_position(grids[0])
+    if len(slices) == 1 and len(grids[0]) >= max(2, rules.min_slices):
+        return rejected("missing_position", f"the same in all {len(grids[0])} images")
     if len(slices) < rules.min_slices:
-        return _too_few(series_key, everything, len(slices), rules)
+        return rejected("too_few_slices", too_few_detail(len(slices), rules))
+    strays = _strays(slices)
+    for group, astray in zip(slices, strays, strict=True):
+        dropped += [(header, "other_origin") for header in astray]
+        group[:] = [header for header in group if header not in astray]
 
     headers = tuple(group[0] for group in slices)
-    measured = measure_stack(
-        np.array(slice_positions), np.array([header.position for header in headers])
-    )
-    thicknesses = [
-        header.slice_thickness for header in headers if header.slice_thickness is not None
-    ]
-    thickness = max(thicknesses, default=measured.spacing_mm)
-    notes = [f"split_by_{split_by}"] if split_by else []
-    if not (headers[0].patient or headers[0].patient_id):
-        notes.append("no_patient_id")
-    if headers[0].patient:
-        notes.append("patient_ids_joined")
-    if not thicknesses:
-        notes.append("no_slice_thickness")
-    if any(reason == "other_grid" for _, reason in dropped):
-        notes.append("other_grid_dropped")
-    if thickness > rules.max_slice_thickness_mm + 1e-4:
-        detail = f"{thickness:g} mm, at most {rules.max_slice_thickness_mm:g} mm asked"
-        return Rejection(series_key, everything, "too_thick", detail)
-    fault = irregularity(measured, len(headers), rules)
-    if fault:
-        return Rejection(series_key, everything, *fault)
-    tilt = round(measured.tilt_degrees, 3)
-    if tilt < 0.5:  # degrees; the tag counts only where the slices show no tilt
-        tilt = abs(headers[0].gantry_tilt or 0.0)
-    if tilt >= 0.5:
-        notes.append("gantry_tilt")
     first = headers[0]
+    thickness, odd = _thickness(headers, positions, rules)
+    measured = measure_stack(positions, origins(headers), thickness)
+    rotation = canonical_axes(first.orientation).rotation_degrees
+    if rotation > MAX_ROTATION_DEGREES:
+        return rejected(
+            "rotated", f"{rotation:.1f} degrees, at most {MAX_ROTATION_DEGREES:g} are taken"
+        )
+    notes = [f"split_by_{name}" for name in stack.split_by]
+    if not (first.patient or first.patient_id):
+        notes.append("no_patient_id")
+    if first.patient:
+        notes.append("patient_ids_joined")
+    if thickness is None:
+        notes.append("no_slice_thickness")
+        thickness = measured.spacing_mm
+    if thickness > rules.max_slice_thickness_mm + 1e-4:
+        return rejected(
+            "too_thick", f"{thickness:g} mm, at most {rules.max_slice_thickness_mm:g} mm asked"
+        )
+    if irregular := irregularity(measured, len(headers), rules):
+        return rejected(*irregular)
+    tilt = round(measured.tilt_degrees, 3)
+    if tilt < _NOTED_DEGREES:  # the tag counts only where the slices show no tilt
+        tilt = abs(first.gantry_tilt or 0.0)
+    flags = {
+        "odd_slice_thickness": odd,
+        "other_grid_dropped": bool(others),
+        "other_origin_dropped": any(strays),
+        "gantry_tilt": tilt >= _NOTED_DEGREES,
+        "rotated": rotation >= _NOTED_DEGREES,
+        "other_body_part": rules.require_lung and bool(named_body_part(headers)),
+    }
     return SeriesCandidate(
         series_key=series_key,
         exam_key=(first.patient_key, first.study_instance_uid or series_key),
         patient_key=first.patient_key,
         headers=headers,
         duplicates=tuple(tuple(group[1:]) for group in slices),
-        position_mm=tuple(slice_positions),
+        position_mm=tuple(positions.tolist()),
         slice_spacing_mm=measured.spacing_mm,
         slice_thickness_mm=thickness,
+        pixel_spacing_mm=_common([canonical_grid(header)[2] for header in headers]),
         gantry_tilt_degrees=tilt,
         dropped=tuple(dropped),
-        notes=tuple(notes),
-        preference=_preference(first, thickness, len(headers), series_key, rules),
+        notes=(*notes, *(name for name, raised in flags.items() if raised)),
+        preference=_preference(headers, thickness, series_key, rules),
     )
+
+
+def _group_by_position(headers: list[Header]) -> tuple[list[list[Header]], np.ndarray]:
+    """The headers of each position towards superior, with the preferred one first, and the
+    positions in mm along the normal."""
+    slices: list[list[Header]] = []
+    positions: list[float] = []
+    for header, position in zip(*order_slices(headers), strict=True):
+        if slices and position - positions[-1] < SAME_POSITION_MM:
+            slices[-1].append(header)
+        else:
+            slices.append([header])
+            positions.append(float(position))
+    for group in slices:
+        if len(group) > 1:
+            group.sort(key=_preference_of_copies)
+    return slices, np.array(positions)
+
+
+def _preference_of_copies(header: Header) -> tuple:
+    """An original comes before its lossy copy, the first acquisition before the others."""
+    return (
+        is_lossy(header),
+        may_be_lossy(header),
+        header.image_type[:1] == ("DERIVED",),
+        header.acquisition_number or 0,
+        header.source,
+        header.frame,
+    )
+
+
+def origins(headers: Iterable[Header]) -> np.ndarray:
+    """[S, 3] in mm: where the slices begin within their planes."""
+    headers = list(headers)
+    if len({header.orientation for header in headers}) == 1:
+        return np.array([header.position for header in headers])
+    return np.array([canonical_origin(header) for header in headers])
+
+
+def _strays(slices: list[list[Header]]) -> list[list[Header]]:
+    """For each position the headers whose origin lies beside the line through the slices, where
+    another header of the position lies on it."""
+    nothing: list[list[Header]] = [[] for _ in slices]
+    crowds = [i for i, group in enumerate(slices) if len(group) > 1]
+    alone = [i for i, group in enumerate(slices) if len(group) == 1]
+    if not crowds or len(alone) <= len(slices) / 2:
+        return nothing
+    line = origins(slices[i][0] for i in alone)
+    for i in crowds:
+        at = np.searchsorted(alone, i)
+        neighbours = line[max(0, at - 2) : at + 2]
+        # within the plane the neighbours' mean is close even if the gantry is tilted
+        normal = canonical_axes(slices[i][0].orientation).normal
+        beside = origins(slices[i]) - neighbours.mean(axis=0)
+        beside -= np.outer(beside @ normal, normal)
+        tilted = np.ptp(neighbours - np.outer(neighbours @ normal, normal), axis=0).max()
+        off = np.linalg.norm(beside, axis=1) > _OFF_LINE_MM + tilted
+        if off.any() and not off.all():
+            nothing[i] = [header for header, far in zip(slices[i], off, strict=True) if far]
+    return nothing
+
+
+def _thickness(
+    headers: tuple[Header, ...], positions: np.ndarray, rules: Rules
+) -> tuple[float | None, bool]:
+    """Slice Thickness of a stack in mm, and whether a few slices name an odd one.
+
+    It is the thickest slice's. A few slices that name another thickness than nearly all others are
+    passed over if they lie as regularly as the others.
+    """
+    known = [h.slice_thickness for h in headers if h.slice_thickness is not None]
+    if not known:
+        return None, False
+    common = _common(known)
+    odd = np.array(
+        [
+            h.slice_thickness is not None
+            and abs(h.slice_thickness - common) > _SAME_THICKNESS * common
+            for h in headers
+        ]
+    )
+    if not odd.any():
+        return max(known), False
+    steps = np.diff(positions)
+    beside = steps[odd[1:] | odd[:-1]]
+    regular = np.all(np.abs(beside - np.median(steps)) <= 0.1 * np.median(steps))
+    if regular and np.count_nonzero(odd) <= rules.max_lost_fraction * len(headers):
+        usual = zip(headers, odd, strict=True)
+        return max(h.slice_thickness or 0.0 for h, strange in usual if not strange), True
+    return max(known), False
+
+
+def _common(values: list) -> object:
+    """The most frequent value; of several the one with the most digits, as it is the least
+    rounded, then the smallest."""
+    counts = collections.Counter(values)
+    return min(counts, key=lambda value: (-counts[value], -len(repr(value)), value))
+
+
+def named_body_part(headers: Iterable[Header]) -> str:
+    """The part of the body, one without lung, that most headers name, or ""."""
+    counts = collections.Counter(header.body_part for header in headers)
+    most = max(counts, key=lambda name: counts[name], default="")
+    return most if most in NOT_CHEST else ""
 
 
 def irregularity(measured: StackMeasure, num_slices: int, rules: Rules) -> tuple[str, str] | None:
     """(reason, detail) if a stack lost too many slices, or if it is irregular and the rules refuse
     irregular stacks; else None."""
     total = num_slices + measured.missing
+    if measured.crowded > rules.max_lost_fraction * num_slices:
+        return "mixed_stacks", (
+            f"{measured.crowded} of {num_slices - 1} steps are half the spacing or less, and no "
+            "element parts the slices"
+        )
     if measured.missing > rules.max_lost_fraction * total:
         return "too_many_lost", f"{measured.missing} of {total} slices missing"
     if rules.irregular == "refuse" and measured.missing:
         return "irregular", f"{measured.missing} of {total} slices missing"
-    if rules.irregular == "refuse" and measured.uneven:
+    if rules.irregular == "refuse" and (measured.uneven or measured.crowded):
         return "irregular", "uneven slice spacing"
     if rules.irregular == "refuse" and measured.jumps:
         return "irregular", "the origin jumps within the plane"
@@ -461,14 +494,16 @@ def kernel_class(header: Header) -> str:
 
 
 def _preference(
-    first: Header, thickness: float, num_slices: int, series_key: str, rules: Rules
+    headers: tuple[Header, ...], thickness: float, series_key: str, rules: Rules
 ) -> tuple:
+    first = headers[0]
     kernel = kernel_class(first)
     rank = 0 if rules.preferred_kernel in ("any", kernel) else 1 if kernel == "unknown" else 2
     return (
         rank,
         round(thickness, 2),
-        -num_slices,
+        sum(map(is_lossy, headers)) > len(headers) / 2,
+        -len(headers),
         first.image_type[:1] != ("ORIGINAL",),
         series_key,
     )
@@ -481,7 +516,8 @@ def select_reconstructions(
     `reconstructions="all"` a list for each candidate.
 
     The order: the preferred kernel class (soft tissue by default; unknown kernels next), then
-    thinner slices, then more slices, then ORIGINAL before DERIVED, then the smaller series key.
+    thinner slices, then no loss by compression, then more slices, then ORIGINAL before DERIVED,
+    then the smaller series key.
     """
     ordered = sorted(candidates, key=lambda candidate: (candidate.exam_key, candidate.preference))
     if rules.reconstructions == "all":

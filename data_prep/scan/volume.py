@@ -11,12 +11,20 @@ import numpy as np
 
 from data_prep.scan.anatomy import ChestSummary, covers_chest, summarise
 from data_prep.scan.archives import ArchiveDirectory, reading_ahead, will_read
-from data_prep.scan.geometry import Axes, canonical_axes, measure_stack, orient
+from data_prep.scan.geometry import canonical_axes, measure_stack, orient
 from data_prep.scan.headers import NIFTI, Header
 from data_prep.scan.hounsfield import PlausibilityCount, has_rescale, to_hu
+from data_prep.scan.image_kinds import is_lossy_copy
 from data_prep.scan.pixels import PixelReader
 from data_prep.scan.rules import Rules
-from data_prep.scan.series import Rejection, SeriesCandidate, irregularity, too_few_detail
+from data_prep.scan.series import (
+    Rejection,
+    SeriesCandidate,
+    irregularity,
+    named_body_part,
+    origins,
+    too_few_detail,
+)
 from data_prep.scan.slice_scale import SAMPLE_STEP, slices_on_another_scale
 from data_prep.scan.stored_bits import PixelError
 
@@ -64,18 +72,17 @@ def load_volume(
     """
     tagged = {has_rescale(header) for header in candidate.headers}
     input_dir = reading_ahead(input_dir, (h.source for group in candidate.groups for h in group))
-    axes = canonical_axes(candidate.headers[0].orientation)
-    spacing = candidate.headers[0].pixel_spacing
-    pixel_spacing_mm = (spacing[1], spacing[0]) if axes.transpose else (spacing[0], spacing[1])
     reader = PixelReader(input_dir)
-    if rules.require_lung and candidate.headers[0].transfer_syntax == NIFTI:
-        if detail := _no_lung_in_sample(reader, axes, candidate, pixel_spacing_mm):
+    sampled = candidate.headers[0].transfer_syntax == NIFTI or named_body_part(candidate.headers)
+    if rules.require_lung and sampled:
+        if detail := _no_lung_in_sample(reader, candidate):
             return candidate.rejected("no_chest", detail)
-    loader = _SliceLoader(reader, axes, len(candidate.headers))
+    loader = _SliceLoader(reader, len(candidate.headers))
     kept: list[int] = []
     lost: list[tuple[Header, str]] = []
     repeated: list[tuple[Header, str]] = []
     meeting: list[tuple[Header, str]] = []
+    lossy: list[tuple[Header, str]] = []
     used: list[Header] = []
     will_read(input_dir, (header.source for header in candidate.headers[:_READ_AHEAD]))
     for i, group in enumerate(candidate.groups):
@@ -91,6 +98,8 @@ def load_volume(
                     taken = header
                 elif loader.equals_last(header):
                     repeated.append((header, "duplicate_slice"))
+                elif is_lossy_copy(header, taken):
+                    lossy.append((header, "lossy_copy"))
                 elif _acquisitions_differ(header, taken):
                     meeting.append((header, "acquisitions_meet"))
                 else:
@@ -116,7 +125,7 @@ def load_volume(
             "contradictory_duplicates", f"different images at {len(meeting)} of {total} slices"
         )
     position_mm = np.array(candidate.position_mm)[kept]
-    measured = measure_stack(position_mm, np.array([header.position for header in used]))
+    measured = measure_stack(position_mm, origins(used), candidate.slice_thickness_mm)
     if fault := irregularity(measured, len(kept), rules):
         return candidate.rejected(*fault)
     if len(kept) < rules.min_slices:
@@ -125,16 +134,20 @@ def load_volume(
         reason = "missing_rescale" if tagged == {False} else "implausible_hu"
         return candidate.rejected(reason, fault)
 
+    pixel_spacing_mm = candidate.pixel_spacing_mm
     chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)
     if rules.require_lung and not covers_chest(chest):
-        return candidate.rejected("no_chest", f"{chest.lung_volume_ml:.0f} ml of lung")
+        return candidate.rejected("no_chest", _lung(chest, used))
     flags = {
         "gaps": measured.missing > 0,
         "uneven_spacing": measured.uneven,
         "in_plane_jump": measured.jumps,
+        "irregular_part": measured.crowded > 0,
+        "sparse_slices": measured.sparse,
         "slices_lost": len(kept) < total,
         "duplicates_dropped": bool(repeated),
         "acquisitions_meet": bool(meeting),
+        "lossy_copies_dropped": bool(lossy),
         "no_rescale_tags": tagged == {False},
         "hu_against_table": reader.hu_against_table,
         "fractional_hu": hu.dtype != np.int16,
@@ -155,16 +168,11 @@ def load_volume(
             *used[0].notes,
             *(name for name, raised in flags.items() if raised),
         ),
-        dropped=(*candidate.dropped, *repeated, *meeting, *lost),
+        dropped=(*candidate.dropped, *repeated, *meeting, *lossy, *lost),
     )
 
 
-def _no_lung_in_sample(
-    reader: PixelReader,
-    axes: Axes,
-    candidate: SeriesCandidate,
-    pixel_spacing_mm: tuple[float, float],
-) -> str | None:
+def _no_lung_in_sample(reader: PixelReader, candidate: SeriesCandidate) -> str | None:
     """The detail of `no_chest` if a file of many slices has hardly any lung in every 8th of them
     (at least every 25 mm), so that the others need not be computed. None leaves the judgement to
     the whole volume."""
@@ -172,7 +180,7 @@ def _no_lung_in_sample(
     sample = candidate.headers[step // 2 :: step] if step > 1 else ()
     if len(sample) < _SAMPLE_STEP:
         return None
-    loader = _SliceLoader(reader, axes, len(sample))
+    loader = _SliceLoader(reader, len(sample))
     try:
         for header in sample:
             loader.add(header)
@@ -181,12 +189,19 @@ def _no_lung_in_sample(
     hu, odd = loader.volume(sample)
     if odd:
         return None
-    chest = summarise(hu, pixel_spacing_mm, step * candidate.slice_spacing_mm)
+    chest = summarise(hu, candidate.pixel_spacing_mm, step * candidate.slice_spacing_mm)
     found = chest.first_lung_slice is not None or chest.lung_volume_ml > _SAMPLE_LUNG_ML
     if found or loader.plausibility.fault():
         return None
     of_all = f"{len(sample)} of {len(candidate.headers)} slices"
-    return f"{chest.lung_volume_ml:.0f} ml of lung, by {of_all}"
+    return f"{_lung(chest, candidate.headers)}, by {of_all}"
+
+
+def _lung(chest: ChestSummary, headers: Sequence[Header]) -> str:
+    """How much lung there is, and the part of the body that explains it."""
+    body_part = named_body_part(headers)
+    named = f"; Body Part Examined is {body_part}" if body_part else ""
+    return f"{chest.lung_volume_ml:.0f} ml of lung{named}"
 
 
 def _acquisitions_differ(a: Header, b: Header) -> bool:
@@ -199,10 +214,9 @@ def _acquisitions_differ(a: Header, b: Header) -> bool:
 class _SliceLoader:
     """Decodes slices one after the other into one array."""
 
-    def __init__(self, reader: PixelReader, axes: Axes, num_slices: int):
+    def __init__(self, reader: PixelReader, num_slices: int):
         self.plausibility = PlausibilityCount()
         self._reader = reader
-        self._axes = axes
         self._num_slices = num_slices
         self._hu: np.ndarray | None = None
         self._stored: list[np.ndarray] = []  # of each slice, sampled
@@ -216,7 +230,7 @@ class _SliceLoader:
         """
         stored = self._reader.read(header)
         header = self._reader.rescaled(header)
-        image = orient(to_hu(stored, header), self._axes)
+        image = orient(to_hu(stored, header), canonical_axes(header.orientation))
         if self._hu is None:
             self._hu = np.empty((self._num_slices, *image.shape), dtype=image.dtype)
         elif image.dtype == np.float32 and self._hu.dtype == np.int16:
@@ -233,7 +247,8 @@ class _SliceLoader:
             PixelError: the pixels cannot be read.
         """
         stored = self._reader.read(header)
-        image = orient(to_hu(stored, self._reader.rescaled(header)), self._axes)
+        hu = to_hu(stored, self._reader.rescaled(header))
+        image = orient(hu, canonical_axes(header.orientation))
         return np.array_equal(image, self._hu[len(self._whole) - 1])
 
     def volume(self, headers: Sequence[Header]) -> tuple[np.ndarray, list[int]]:

@@ -29,7 +29,7 @@ from data_prep.system.early_stop import (
     left_to_the_thread,
 )
 from data_prep.system.errors import InputError, RunFailed, StartAgain
-from data_prep.system.files import explain
+from data_prep.system.files import explain, printable
 
 EXIT_FAILED, EXIT_INPUT = 1, 2
 # For what is still open when a command fails. Threads that wait for storage may never end.
@@ -46,6 +46,9 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
       main: gets the program's name and, if there are any, its verb.
       verbs: words that the command line may have beside options, e.g. `plan`, `run` and `draw`.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text at all
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     leave_at_once()  # recipes are read with the flags, and may take their time
     if {"-h", "-help", "--help", "--helpshort"} & set(sys.argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader may take the first lines only
@@ -192,7 +195,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _fail(code: int, message: str) -> int:
     """Print one line; a stop is not an error."""
     prefix = "" if code == EXIT_START_AGAIN else "error: "
-    print(prefix + " ".join(message.split()), file=sys.stderr)
+    print(prefix + printable(" ".join(message.split())), file=sys.stderr)
     return code
 
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 
 from data_prep.system.errors import InputError
 
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 PARTIAL = ".partial"  # suffix of files that are being written
 
 REMEDIES = {
@@ -35,6 +37,22 @@ def explain(error: OSError) -> str:
     if error.errno not in REMEDIES:
         return f"{place}{error.strerror}" if error.strerror else str(error)
     return f"{place}{error.strerror}; {REMEDIES[error.errno]} and run the same command again"
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of control characters, which would act on a terminal."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
+
+
+def as_cell(text: str) -> str:
+    """The text as a cell of a table that no spreadsheet program computes: printable, and quoted
+    where it begins as a formula does."""
+    text = printable(text)
+    is_formula = text.startswith(("=", "+", "-", "@")) and not _NUMBER.fullmatch(text)
+    return f"'{text}" if is_formula else text
 
 
 # ---- whole or not at all -----------------------------------------------------------------------
@@ -169,6 +187,21 @@ def make_folder(
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{flag}: cannot make {folder} ({error.strerror}); {remedy}") from None
+
+
+@contextlib.contextmanager
+def filled_folder(folder: Path, flag: str) -> Iterator[None]:
+    """`make_folder` for a block that fills the folder: after an error no empty folder stays that
+    was made for it."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    make_folder(folder, flag)
+    try:
+        yield
+    except BaseException:
+        for one in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                one.rmdir()
+        raise
 
 
 def remove_tree(directory: Path) -> None:

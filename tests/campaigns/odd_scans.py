@@ -150,6 +150,31 @@ def _difference(taken: Scan, right: Right) -> tuple[int, str]:
     return 0, ""
 
 
+def read_by_export(folder: Path, scans: dict[str, OddScan]) -> collections.Counter:
+    """What `ctssl_torch.read_dicom` makes of each scan: "exact", why it refuses, or "WRONG: KIND"
+    for another volume than stated."""
+    from ctssl_jax.torch_bridge import ctssl_torch
+
+    outcomes: collections.Counter[str] = collections.Counter()
+    for name, scan in scans.items():
+        path = folder / name
+        zips = list(path.glob("*.zip"))
+        try:
+            hu, affine = ctssl_torch.read_dicom(zips[0] if zips else path)
+            volume, spacing = ctssl_torch.to_canonical(hu, affine)
+        except ValueError as error:
+            words = re.sub(r"[\d.]+", "#", str(error).replace(f"{path}", "")[:60])
+            outcomes[f"refused: {scan.kind}: {words}"] += 1
+            continue
+        rights = [right for choices in scan.exams for right in choices]
+        exact = any(
+            np.array_equal(volume, right.hu) and np.allclose(spacing, right.pixel_mm, rtol=2e-3)
+            for right in rights
+        )
+        outcomes["exact" if exact else f"WRONG: {scan.kind}"] += 1
+    return outcomes
+
+
 def prepare_archive(folder: Path, output: Path, scans: dict[str, OddScan]) -> list[str]:
     """Prepares the archive as a dataset; returns lines that say what was taken and refused."""
     options = Options(windows=WINDOWS, image_size=IMAGE_SIZE, splits=(1.0, 0.0, 0.0))
@@ -196,6 +221,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", default="", help="only scans of this kind")
     parser.add_argument("--prepare", action="store_true", help="also prepare the archive")
+    parser.add_argument("--exported", action="store_true", help="also by ctssl_torch.read_dicom")
     parser.add_argument("--keep", type=Path, help="a new folder for the archive, which is kept")
     arguments = parser.parse_args()
     names = list(KINDS)
@@ -209,6 +235,9 @@ def main() -> int:
         scans = write_archive(folder, numbers, arguments.seed)
         counts = read_archive(folder, scans)
         print("\n".join(report(counts)))
+        if arguments.exported:
+            for outcome, number in sorted(read_by_export(folder, scans).items()):
+                print(f"read_dicom: {number:>4} {outcome}")
         if arguments.prepare:
             print("\n".join(prepare_archive(folder, Path(scratch), scans)))
     return 0 if all(count.right == count.exams for count in counts.values()) else 1

@@ -21,10 +21,15 @@ def times_of_each_slice(scan: Sound) -> OddScan:
     """Acquisition and Content Time of each slice, as axial scanning writes them."""
     datasets = scan.datasets()
     step = scan.choice([0.35, 0.5, 1.7])
-    put(datasets, "AcquisitionTime", lambda i: f"1017{(i * step) % 60:09.6f}")
-    put(datasets, "ContentTime", lambda i: f"1019{(i * step) % 60:05.2f}")
-    put(datasets, "AcquisitionDateTime", lambda i: f"201901071017{(i * step) % 60:09.6f}")
+    put(datasets, "AcquisitionTime", lambda i: _clock(17, i * step))
+    put(datasets, "ContentTime", lambda i: _clock(19, i * step))
+    put(datasets, "AcquisitionDateTime", lambda i: "20190107" + _clock(17, i * step))
     return scan.odd(datasets)
+
+
+def _clock(minute: int, seconds: float) -> str:
+    """A time of the day (TM), so many seconds behind a minute after ten."""
+    return f"10{minute + int(seconds // 60):02d}{seconds % 60:09.6f}"
 
 
 @kind
@@ -53,7 +58,7 @@ def step_and_shoot(scan: Sound) -> OddScan:
     upwards = scan.rng.random() < 0.5
     order = (lambda i: i // block) if upwards else (lambda i: (count - 1 - i) // block)
     put(datasets, "AcquisitionNumber", lambda i: 1 + order(i))
-    put(datasets, "AcquisitionTime", lambda i: f"1017{2.4 * order(i):05.2f}")
+    put(datasets, "AcquisitionTime", lambda i: _clock(17, 2.4 * order(i)))
     return scan.odd(datasets)
 
 

@@ -136,8 +136,9 @@ def test_the_mask_is_the_models_in_the_scans_geometry(runs, scan, tmp_path, monk
     assert result["volume_ml"] == pytest.approx(mask.sum() * 0.055, abs=1e-4)
     (region,) = result["regions"]
     assert (region["first_slice"], region["last_slice"]) == (8, 13)
+    assert result["trained_on_synthetic"]
     assert (result["synthetic"], result["checkpoint_step"], result["windows"]) == (
-        True,
+        False,
         2,
         [{"level": 50, "width": 350}],
     )
@@ -361,6 +362,16 @@ def test_several_volumes_are_never_chosen_in_silence(exams, tmp_path):
     with pytest.raises(InputError, match=r"--series_index=3: --input holds 3 CT volumes"):
         predict_scan(exams / "pe", exams / "archive", tmp_path / "out", series_index=3)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scan_whose_pixels_are_refused_leaves_no_folder(exams, tmp_path):
+    datasets = dicom_files.slices(dicom_files.thorax(20))
+    for ds in datasets:
+        ds.PixelData = ds.PixelData[:-500]
+    scan = dicom_files.write(tmp_path / "scan", datasets)
+    with pytest.raises(InputError, match="The pixel data ends early"):
+        predict_scan(exams / "pe", scan, tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_choice_of_a_reconstruction_is_told(exams, tmp_path, real_data):

@@ -433,29 +433,33 @@ def test_models_of_whole_slices_take_no_box(exported):
 
 def test_series_that_cannot_be_read_are_refused(tmp_path):
     hu = dicom_files.thorax(6, size=32)
+
+    def read(folder):
+        return ctssl_torch.read_dicom(tmp_path / folder, min_slices=2)
+
     datasets = dicom_files.slices(hu)
     dicom_files.write(tmp_path / "two", [*datasets, *dicom_files.slices(hu, series=2)])
     with pytest.raises(ValueError, match=r"2 CT series \(of 6, 6 slices\)"):
-        ctssl_torch.read_dicom(tmp_path / "two")
+        read("two")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.txt").write_text("text")
     with pytest.raises(ValueError, match="no CT series"):
-        ctssl_torch.read_dicom(tmp_path / "none")
+        read("none")
     with pytest.raises(ValueError, match="neither a folder nor a zip"):
-        ctssl_torch.read_dicom(tmp_path / "none" / "a.txt")
-    datasets[3].ImagePositionPatient = datasets[2].ImagePositionPatient
-    dicom_files.write(tmp_path / "doubled", datasets)
+        read("none/a.txt")
+    other = dicom_files.slices(hu + 1)[2]
+    dicom_files.write(tmp_path / "doubled", [*datasets, other])
     with pytest.raises(ValueError, match="two slices at one position"):
-        ctssl_torch.read_dicom(tmp_path / "doubled")
+        read("doubled")
     dicom_files.write(tmp_path / "gap", [d for i, d in enumerate(dicom_files.slices(hu)) if i != 3])
     with pytest.raises(ValueError, match="slices are missing"):
-        ctssl_torch.read_dicom(tmp_path / "gap")
+        read("gap")
     dicom_files.write(tmp_path / "bare", dicom_files.slices(hu), preamble=False)
-    assert ctssl_torch.read_dicom(tmp_path / "bare")[0].shape == hu.shape
+    assert read("bare")[0].shape == hu.shape
     del datasets[0].RescaleIntercept
     dicom_files.write(tmp_path / "unscaled", datasets[:1])
     with pytest.raises(ValueError, match="lacks RescaleIntercept"):
-        ctssl_torch.read_dicom(tmp_path / "unscaled")
+        read("unscaled")
 
 
 # ---- wrong input ---------------------------------------------------------------------------------

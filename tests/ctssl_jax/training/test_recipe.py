@@ -344,7 +344,7 @@ def test_configuration_survives_json(tiny_dataset):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.learningrate=1", 'Did you mean "learning_rate"'),
+        ("--config.learningrate=1", "did you mean config.learning_rate?"),
         ("--config.batch_size=many", "invalid literal for int"),
         (
             "--config.windows=50,350",

@@ -25,12 +25,15 @@ from data_prep.dataset.schema import (
     VOLUMES_FILE,
     dataset_fingerprint,
     description,
+    read_preparation,
+    rules_lines,
     write_preparation,
 )
 from data_prep.dataset.storage import write_table
 from data_prep.dataset.verify import verify
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
+from data_prep.scan.rules import VERSION
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import file_sha256
 from data_prep.system.workers import WorkerPool
@@ -130,6 +133,16 @@ def test_a_view_holds_the_records_and_rows_of_its_parts(tmp_path, parts, pool):
     ]
     assert preparation["parts"][1]["num_shards"] == {"train": 2, "test": 1}
     assert [state(part) for part in parts] == before
+
+
+def test_volumes_of_other_rules_are_counted_and_named(tmp_path, parts):
+    preparation = read_preparation(parts[0])
+    del preparation["rules"]  # of a program before version 2 of the rules
+    write_preparation(parts[0], preparation)
+    view, _ = merge(parts, tmp_path / "view")
+    assert view["rules"] == {"version": VERSION, "volumes": {"1": 9, str(VERSION): 5}}
+    [line] = rules_lines(view)
+    assert "9 volumes were read by version 1 of the rules" in line
 
 
 def test_labels_that_one_part_lacks_are_missing_there(tmp_path, parts):

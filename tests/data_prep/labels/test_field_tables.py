@@ -67,6 +67,17 @@ def test_tables_of_a_spreadsheet_are_read(tmp_path, encoding, separator):
     assert [key for key, _ in rows] == ["a", "b"]
 
 
+def test_the_other_tables_of_a_spreadsheet_are_read_as_well(tmp_path):
+    lines = ["VolumeName;XYSpacing;ZSpacing;RescaleSlope;", "a.nii.gz;0,7;1,25;NaN;", ";;;;"]
+    row = read_metadata(saved(tmp_path, "\r\n".join(lines).encode("utf-16")))["a"]
+    assert (row.xy_spacing, row.z_spacing, row.rescale_slope) == ((0.7, 0.7), 1.25, None)
+    path = saved(tmp_path, "sep=;\nPatientID;age;\na;61,5;\n;;\n")
+    assert list(tables.read_attributes(path)) == [(3, "a", {"age": 61})]
+    path = saved(tmp_path, "PatientID;age;\na;61;x\n")
+    with pytest.raises(InputError, match="line 2: a cell in a column without a name"):
+        list(tables.read_attributes(path))
+
+
 # ---- people --------------------------------------------------------------------------------------
 
 

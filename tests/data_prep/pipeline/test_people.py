@@ -18,6 +18,7 @@ from data_prep.scan.archives import list_sources
 from data_prep.scan.headers import read_header
 from data_prep.scan.loading import header_reader, plan_exams
 from data_prep.scan.rules import VERSION, Rules
+from data_prep.scan.series import slice_headers
 from data_prep.scan.volume import load_volume
 from data_prep.system.errors import InputError
 from tests.helpers import dicom_files
@@ -163,6 +164,18 @@ def test_an_instance_uid_of_two_slices_labels_none(tmp_path):
         row["pe"] for row in labels.labels_of(load_volume(folder, candidate, Rules())).slices
     ]
     assert classes == [*((number + 1) % 2 for number in range(18)), None, None]
+
+
+def test_the_instance_uid_of_a_multi_frame_file_labels_none(tmp_path):
+    ds = dicom_files.enhanced(thorax(20), intercepts=[-1024] * 20, order=list(range(20)))
+    folder = dicom_files.write(tmp_path / "scans", [ds])
+    table = tmp_path / "labels.csv"
+    table.write_text(f"SOPInstanceUID,pe\n{ds.SOPInstanceUID},1\n")
+    labels = staging.stage(LabelSources(labels_csv=(table,)), folder, tmp_path / "staged")
+    headers = slice_headers(read_header(folder, next(list_sources(folder))))
+    counts = staging.match(labels, headers)
+    assert counts["label_rows_without_match"] == {"pe": 0}
+    assert counts["label_rows_of_several_scans"] == {"pe": 1}
 
 
 def test_a_file_name_of_two_scans_labels_none(tmp_path):

@@ -514,6 +514,19 @@ def test_scans_of_one_patient_id_say_so(tmp_path, key_file):
         dry_run(OPTIONS, directories(tmp_path, tmp_path / "scans"), num_workers=1)
 
 
+def test_a_dry_run_that_is_refused_shows_its_summary_all_the_same(tmp_path):
+    for number in (1, 2):
+        add_scan(tmp_path / "scans", number)
+    (tmp_path / "t.csv").write_text("PatientID,grade\npatient-1,mild\npatient-2,severe\n")
+    command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={tmp_path / 'scans'}"]
+    command += [f"--output_dir={tmp_path / 'out'}", f"--labels_csv={tmp_path / 't.csv'}"]
+    done = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "2 patients with a usable scan cannot fill" in done.stderr
+    for words in ("2 volumes of 2 patients", "2 usable series", "grade of a patient: mild, severe"):
+        assert words in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_terminated_dry_run_leaves_nothing(tmp_path, archive, signum):
     (tmp_path / "tmp").mkdir()
@@ -719,7 +732,7 @@ def test_wrong_flags_end_in_one_line(tmp_path, archive):
         ([there, out, "--pseudonym_key_file=/no/key"], "/no/key: no such key file"),
         ([there, out, "--image_size=9"], "--image_size=9"),
         ([there, out, "--irregular=maybe"], "keep|refuse"),
-        ([there], "--output_dir must have a value"),
+        ([there], "error: give --output_dir;"),
         ([there, out, "--max_slice_thickness_mm=0"], "max_slice_thickness_mm"),
     ):
         assert named in error_line(arguments)

@@ -195,7 +195,7 @@ def test_nothing_to_take_is_one_line_with_the_remedy(tmp_path):
     thick = write_dicom(tmp_path / "thick", spacing=4.0)
     head = dicom_files.slices(HU)
     for ds in head:
-        ds.BodyPartExamined = "HEAD"
+        ds.BodyPartExamined, ds.SliceThickness = "HEAD", "4"
     head = dicom_files.write(tmp_path / "head", head)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a").write_text("a")
@@ -207,7 +207,7 @@ def test_nothing_to_take_is_one_line_with_the_remedy(tmp_path):
         (one, {}, r"has too few slices \(1 slice, at least 20 asked\); give a smaller --min_sli"),
         (one / "slice", {}, "give a smaller --min_slices"),
         (thick, {}, r"thicker than the limit \(4 mm, .*; give a larger --max_slice_thickness_mm"),
-        (head, {}, "does not cover the chest.*; give --require_lung=false"),
+        (head, {}, "does not cover the chest.*is HEAD; and .* 4 mm.*; give --require_lung="),
         (tmp_path / "text", {}, "not a DICOM file; give DICOM, or --archive=nifti"),
         (tmp_path / "scan", {"archive": "nifti"}, "21 files not_nifti: .*; give NIfTI, or "
                                                   "--archive=dicom"),

@@ -222,6 +222,7 @@ def test_absurd_matrix_allocates_nothing(tmp_path):
     datasets = dicom_files.slices(hu)
     for ds in datasets:
         ds.Rows, ds.Columns = 65535, 65535
+        ds.PixelSpacing = ["0.01", "0.01"]
     outcome = convert(dicom_files.write(tmp_path, datasets))
     assert [r.reason for r in outcome.rejections] == ["undecodable_pixels"]
 
@@ -293,7 +294,7 @@ def test_a_deflated_file_that_expands_beyond_any_scan_is_refused_before(
     entry = read(tmp_path, content)
     assert isinstance(entry, NotAnImage) and entry.reason == "too_large", entry
     assert len(content) < 200_000
-    assert leaks.header_elements(content) == ([], False)
+    assert leaks.header_elements(content) == ([], False, True)
 
 
 def test_every_tag_that_is_asked_for_is_read():
@@ -337,7 +338,6 @@ def test_contrast_is_unknown_where_nothing_names_it(tmp_path, dataset, agent, co
     assert public_fields(header)["contrast"] is contrast
 
 
-@pytest.mark.xfail(strict=True)
 @pytest.mark.parametrize("shared", [True, False])
 def test_tube_voltage_of_enhanced_files(tmp_path, shared):
     hu = dicom_files.thorax(3)
@@ -349,4 +349,6 @@ def test_tube_voltage_of_enhanced_files(tmp_path, shared):
     for group in groups:
         group.CTXRayDetailsSequence = [details]
     header = read(tmp_path, dicom_files.to_bytes(ds))
-    assert {one.kvp for one in slice_headers(header)} == {100.0}
+    slices = slice_headers(header)
+    assert {one.marks.tube_voltage for one in slices} == {100.0}
+    assert public_fields(slices[0])["tube_voltage_kvp"] == 100.0

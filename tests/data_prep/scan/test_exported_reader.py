@@ -1,9 +1,17 @@
 """The DICOM reader of exported folders stands alone; it must accept and refuse scans as
 `data_prep.scan.loading` does.
 
-Where it does otherwise today, a strict xfail says in which way.
+Where data_prep parts, chooses or drops, it refuses by name; whether lungs are there it does not
+judge.
 """
 
+import hashlib
+import io
+import json
+import pickle
+import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +21,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from data_prep import Refused, plan_scans, read_scan
+from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from tests.helpers import dicom_files
 
@@ -202,54 +211,31 @@ SCANS: dict[str, Callable[[], list[Dataset]]] = {
     "no_lung": lambda: dicom_files.slices(abdomen()),
     "fractional": fractional,
 }
-DIFFERENCES = {
-    "missing_slice": "a gap of one slice: taken with a note here, refused there",
-    "spacing_doubles": "a lasting change of the spacing: no gap here, missing slices there",
-    "duplicate_identical_slice": "the same slice twice: dropped here, refused there",
-    "a_folder_and_its_copy": "the same slices twice: dropped here, refused there",
-    "acquisitions_at_the_same_positions": "split by acquisition here, refused there",
-    "matrix_of_one_slice": "a slice of another matrix: dropped here, refused there",
-    "captures_beside": "captures beside the slices: dropped here, refused there",
-    "two_series": "the preferred reconstruction is taken here, two series are refused there",
-    "truncated_pixels": "one damaged slice: dropped here, refused there",
-    "multi_frame": "enhanced multi-frame CT is not read there",
-    "thick": "no limit of the slice thickness there",
-    "few_slices": "no smallest number of slices there",
-    "slope_of_0": "a slope of 0 is not refused there",
-    "implausible_intercept": "values are not judged there while they are read",
-    "secondary_capture": "the SOP class is not judged there",
-    "reformatted": "the image type is not judged there",
-    "projection": "the image type is not judged there",
-    "atomic_numbers": "the rescale type is not judged there",
-    "burned_in_annotation": "burned-in annotations are not refused there",
-    "head": "the body part is not judged there",
-    "no_lung": "the chest is not looked for there",
+# taken here, refused there: what the refusal says
+REFUSED_THERE = {
+    "missing_slice": "slices are missing",
+    "acquisitions_at_the_same_positions": "AcquisitionNumber differs",
+    "matrix_of_one_slice": "differ in orientation, spacing or matrix",
+    "two_series": "2 CT series",
+    "multi_frame": "multi-frame CT cannot be read here",
+    "truncated_pixels": "the pixel data ends early",
 }
+NOT_JUDGED_THERE = ("no_lung",)  # taken there whatever `require_lung` says
 REAL = (
     *("lidc_0001", "lidc_0003.zip", "cptac_pda_c3n_00249.zip", "lung_petct_dx_a0002"),
     *("gantry_tilt_ge", "no_uids_j2k", "not_a_clean_volume", "mixed_patients", "transfer_syntaxes"),
 )
 
 
-def params(names) -> list:
-    """With a strict xfail where the two differ."""
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=DIFFERENCES[name]))
-        if name in DIFFERENCES
-        else name
-        for name in names
-    ]
-
-
-def taken_by_loading(path: Path) -> tuple[np.ndarray, tuple[float, float]] | str:
+def taken_by_loading(path: Path, rules: Rules) -> tuple[np.ndarray, tuple[float, float]] | str:
     """HU and pixel spacing of the one volume of `path`, or why there is none."""
     try:
-        plan = plan_scans(path)
+        plan = plan_scans(path, rules=rules)
     except InputError as error:
         return str(error)
     if len(plan.exams) > 1:
         return f"{len(plan.exams)} exams"
-    scan = read_scan(plan.input_dir, plan.exams[0], ((50.0, 350.0),), 32)
+    scan = read_scan(plan.input_dir, plan.exams[0], ((50.0, 350.0),), 32, rules)
     if isinstance(scan, Refused):
         return f"{scan.reason} {scan.detail}"
     return scan.volume.hu, scan.volume.pixel_spacing_mm
@@ -259,29 +245,35 @@ def taken_by_export(path: Path) -> tuple[np.ndarray, tuple[float, float]] | str:
     try:
         return ctssl_torch.to_canonical(*ctssl_torch.read_dicom(path))
     except ValueError as error:
+        assert "\n" not in str(error)
         return str(error)
 
 
-def check_the_same(path: Path) -> None:
-    expected, taken = taken_by_loading(path), taken_by_export(path)
+def check_the_same(path: Path, name: str) -> None:
+    rules = Rules(require_lung=name not in NOT_JUDGED_THERE)
+    expected, taken = taken_by_loading(path, rules), taken_by_export(path)
+    if name in REFUSED_THERE:
+        assert not isinstance(expected, str), expected
+        assert REFUSED_THERE[name] in str(taken), taken
+        return
     assert isinstance(expected, str) == isinstance(taken, str), (expected, taken)
     if not isinstance(expected, str):
         np.testing.assert_array_equal(taken[0], expected[0])
         assert taken[1] == pytest.approx(expected[1])
 
 
-@pytest.mark.parametrize("name", params(SCANS))
+@pytest.mark.parametrize("name", SCANS)
 def test_an_export_reads_synthetic_scans_as_we_do(tmp_path, name):
-    check_the_same(dicom_files.write(tmp_path / "scan", SCANS[name]()))
+    check_the_same(dicom_files.write(tmp_path / "scan", SCANS[name]()), name)
 
 
-@pytest.mark.parametrize("name", params(REAL))
+@pytest.mark.parametrize("name", REAL)
 def test_an_export_reads_real_scans_as_we_do(real_data, name):
-    check_the_same(real_data / name)
+    check_the_same(real_data / name, name)
 
 
 @pytest.mark.parametrize(
-    "name", params(["truncated_pixels", "no_preamble", "a_folder_and_its_copy", "other_files"])
+    "name", ["truncated_pixels", "no_preamble", "a_folder_and_its_copy", "other_files"]
 )
 def test_an_export_reads_odd_folders_as_we_do(tmp_path, name):
     folder = dicom_files.write(
@@ -296,4 +288,116 @@ def test_an_export_reads_odd_folders_as_we_do(tmp_path, name):
         dicom_files.write(tmp_path / "b", dicom_files.slices(HU), seed=1)
     elif name == "other_files":
         (folder / "notes.txt").write_text("none")
-    check_the_same(tmp_path)
+    check_the_same(tmp_path, name)
+
+
+# ---- files that are made to harm ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["zeros", "ratio", "dicm_and_zeros", "deflated", "encrypted"])
+def test_hostile_zip_files_are_refused_in_bounded_time(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(ctssl_torch, "_FREE_BYTES", 16 << 20)
+    path = tmp_path / "bomb.zip"
+    zeros = bytes(10 << 20)
+    plain = dicom_files.to_bytes(dicom_files.slices(HU[:1])[0])
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        if name == "zeros":
+            archive.writestr("x.dcm", zeros)
+        elif name == "ratio":
+            for number in range(8):
+                archive.writestr(f"{number}.dcm", zeros)
+        elif name == "dicm_and_zeros":
+            archive.writestr("x.dcm", plain[:132] + zeros[: 1 << 20])
+        elif name == "deflated":
+            meta = plain[: plain.index(b"\x08\x00\x08\x00CS")]
+            syntax = b"UI\x14\x001.2.840.10008.1.2.1\0"
+            meta = meta.replace(syntax, b"UI\x16\x001.2.840.10008.1.2.1.99")
+            stream = zlib.compressobj(wbits=-15)
+            archive.writestr("x.dcm", meta + stream.compress(zeros * 2) + stream.flush())
+        else:
+            archive.writestr("x.dcm", plain)
+    if name == "encrypted":
+        content = bytearray(path.read_bytes())
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+        path.write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"no CT series|expand|damaged|cannot be read") as error:
+        ctssl_torch.read_dicom(path)
+    assert "\n" not in str(error.value) and time.process_time() - start < 30
+
+
+class Writes:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def write_folder(folder: Path, weights: bytes, manifest: str | dict) -> Path:
+    (folder / "weights.pt").write_bytes(weights)
+    if isinstance(manifest, dict):
+        files = {"weights.pt": {"sha256": hashlib.sha256(weights).hexdigest()}}
+        manifest = json.dumps({"format_version": 1, "files": files, **manifest})
+    (folder / "manifest.json").write_text(manifest)
+    return folder
+
+
+def saved(weights: object) -> bytes:
+    buffer = io.BytesIO()
+    ctssl_torch.torch.save(weights, buffer)
+    return buffer.getvalue()
+
+
+def small_model(**changes: object) -> dict:
+    settings = {"in_channels": 1, "hidden": [4, 4], "depth": 1, "embedding_dim": 4, "num_codes": 8}
+    return {"architecture": "VQVAE", "model": settings | changes}
+
+
+def test_a_small_model_is_loaded(tmp_path):
+    model = ctssl_torch.VQVAE(**small_model()["model"])
+    folder = write_folder(tmp_path, saved(model.state_dict()), small_model())
+    assert ctssl_torch.load(folder).vq_layer.embedding.weight.shape == (8, 4)
+
+
+@pytest.mark.parametrize("name", [
+    "nested", "list", "no_files", "no_digest", "no_model", "wide", "deep", "many", "negative",
+    "pickle", "bare_pickle", "no_tensors", "zip_bomb", "cut",
+])  # fmt: skip
+def test_hostile_folders_are_refused_and_run_nothing(tmp_path, name):
+    model = ctssl_torch.VQVAE(**small_model()["model"])
+    weights, manifest = saved(model.state_dict()), small_model()
+    if name in ("nested", "list", "no_files", "no_digest"):
+        manifest = {
+            "nested": "[" * 100_000 + "]" * 100_000,
+            "list": "[]",
+            "no_files": "{}",
+            "no_digest": json.dumps({"files": {"weights.pt": {}}, "format_version": 1}),
+        }[name]
+    elif name == "no_model":
+        manifest = {"architecture": "VQVAE"}
+    elif name in ("wide", "deep", "many", "negative"):
+        manifest = small_model(**{
+            "wide": {"num_codes": 10**9},
+            "deep": {"depth": 10**9},
+            "many": {"hidden": [4] * 100_000},
+            "negative": {"depth": -1},
+        }[name])  # fmt: skip
+    elif name == "pickle":
+        weights = saved({"state_dict": Writes(str(tmp_path / "ran"))})
+    elif name == "bare_pickle":
+        weights = pickle.dumps(Writes(str(tmp_path / "ran")))
+    elif name == "no_tensors":
+        weights = saved({"encoder": 1})
+    elif name == "zip_bomb":
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("weights/data.pkl", bytes(40 << 20))
+        weights = buffer.getvalue()
+    else:
+        weights = weights[:-100]
+    with pytest.raises(ValueError, match="copy the whole folder again") as error:
+        ctssl_torch.load(write_folder(tmp_path, weights, manifest))
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()

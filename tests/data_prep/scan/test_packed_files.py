@@ -9,9 +9,13 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
+from data_prep.labels.lookup import LabelSources
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.raw.scans import plan_scans, read_scan
 from data_prep.scan.archives import Source, Unreadable, list_sources, read_bytes
 from data_prep.scan.headers import read_header
@@ -146,3 +150,24 @@ def test_compressed_slices_and_slices_of_a_tar_file(tmp_path):
 
 def enumerate_names(files):
     return ((f"{number}.dcm", content) for number, content in enumerate(files))
+
+
+def test_nifti_files_whose_names_are_no_utf8(tmp_path):
+    """With a mask and a table that name them: such names match nothing, and the rest goes on."""
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    os.makedirs(scans), os.makedirs(masks)
+    affine = np.diag([-5.5, -5.5, 2.5, 1.0])
+    for number, name in enumerate((b"M\xfcller", b"plain")):
+        image = nibabel.Nifti1Image(dicom_files.thorax(20, seed=number).transpose(2, 1, 0), affine)
+        image.to_filename(tmp_path / "a.nii")
+        os.rename(tmp_path / "a.nii", os.fsencode(scans) + b"/" + name + b".nii")
+        empty = nibabel.Nifti1Image(np.zeros(image.shape, np.uint8), affine)
+        empty.to_filename(tmp_path / "a.nii")
+        os.rename(tmp_path / "a.nii", os.fsencode(masks) + b"/" + name + b".nii")
+    (tmp_path / "t.csv").write_text("VolumeName,x\nplain,1\nother,2\n")
+    sources = LabelSources("nifti", labels_csv=(tmp_path / "t.csv",), masks_dir=masks)
+    directories = Directories(scans, tmp_path / "out", tmp_path / "audit")
+    options = Options("nifti", image_size=32, splits=(1.0, 0.0, 0.0))
+    preparation, _ = prepare(options, directories, sources=sources, num_workers=1)
+    assert preparation["counts"]["files_in_volumes"] == 2
+    assert preparation["counts"]["masks_without_match"] == 0

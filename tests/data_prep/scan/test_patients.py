@@ -6,7 +6,7 @@ import pytest
 from data_prep.scan.archives import list_sources
 from data_prep.scan.headers import read_header
 from data_prep.scan.loading import ExamPlan, plan_exams
-from data_prep.scan.patients import People, identities
+from data_prep.scan.patients import People, identities, spelling_of
 from data_prep.scan.rules import Rules
 from tests.helpers import dicom_files
 from tests.helpers.dicom_files import thorax, uid
@@ -50,6 +50,22 @@ def patients(plan: ExamPlan) -> list[str]:
     return [exam[0].patient_key for exam in plan.exams]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ("4711^^^HOSPITAL", "4711", True),
+        ("4711^4^M11^ADT1^MR", "4711", True),
+        ("LUNG 0001", "lung0001", True),
+        ("ANON^001", "ANON^002", False),
+        ("Doe^Jane^^Dr", "Doe^John^^Dr", False),
+        ("P 1 11", "P 11 1", False),
+        ("12", "012", False),
+    ],
+)
+def test_spellings(one, other, alike):
+    assert (spelling_of(one) == spelling_of(other)) is alike
+
+
 # ---- character sets ------------------------------------------------------------------------------
 
 
@@ -76,6 +92,28 @@ def test_a_byte_5c_within_a_character_cuts_nothing(tmp_path):
         ("表-3".encode("shift_jis"), ["ISO_IR 13"], 3),
     )
     assert sorted(patients(plan)) == ["乗-1", "乗-2", "表-3"]
+
+
+def test_keys_by_which_older_datasets_know_a_patient(tmp_path):
+    """Without the character set, with escapes taken for damage, or cut at a byte 5C."""
+    ids = [
+        ("Иван".encode("iso8859_5"), ["ISO_IR 144"], 1),
+        ("患者".encode("iso2022_jp"), ["", "ISO 2022 IR 87"], 2),
+        ("患者".encode("iso2022_jp"), ["", "ISO 2022 IR 87"], 3),
+        ("乗-1".encode("gb18030"), ["GB18030"], 4),
+        (b"plain", [], 5),
+    ]
+    plan = written_with_ids(tmp_path, *ids)
+    people = People()
+    for exam in plan.exams:
+        people.add(identities(exam[0].headers))
+    patients = people.resolve()
+    assert not patients.key_of
+    assert patients.keys_of == {
+        "Иван": ("¸ÒÐÝ", "Иван"),
+        "患者": (f"study:{uid(2)}", f"study:{uid(3)}", "患者"),
+        "乗-1": ("\x81", "乗-1"),
+    }
 
 
 # ---- missing in part -----------------------------------------------------------------------------
@@ -152,6 +190,17 @@ def test_a_uid_that_many_ids_share_names_nobody(tmp_path):
     people.add(found)
     patients = people.resolve()
     assert not patients.key_of and patients.num_placeholders == 3  # study, series, instance
+
+
+def test_uids_that_a_man_and_a_woman_share_join_nobody(tmp_path):
+    """Two people under one Study and one Series UID: two volumes, as their IDs say."""
+
+    def man(ds, number):
+        ds.PatientSex = "M"
+
+    plan = written(tmp_path, scan("a"), scan("b", edit=man))
+    assert sorted(patients(plan)) == ["a", "b"]
+    assert [len(exam[0].headers) for exam in plan.exams] == [20, 20]
 
 
 def test_patients_that_earlier_runs_joined_stay_joined(tmp_path):
