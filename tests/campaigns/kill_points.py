@@ -147,7 +147,7 @@ def train_without_compiling(dataset: Path, workdir: Path, stop_at: int | None) -
     setup.Job.compile = lambda job: (program, 0)
     setup.training_batches = lambda *arguments, **options: iter(())
     setup.evaluation_batches = lambda source, *arguments, **options: iter([len(source)])
-    setup.picture_batch = lambda *arguments: {}
+    setup.picture_batch = lambda *arguments: {"record_index": np.zeros(1, np.int32)}
     setup.pictures.setting = lambda *arguments: Setting(Legend(), (), None)
     progress.render_pictures = _pictures
     loop.Feed, loop.run_step, loop.evaluate_split = _Feed, step, _scores
