@@ -471,8 +471,8 @@ def freeze_plan(
         ]
         raise InputError(
             f"--input_dir={directories.input_dir}: no usable chest CT in {preparation.num_files} "
-            f"files ({', '.join(reasons)}); the reason of each file is in "
-            f"{directories.work_dir / _SOURCES_FILE}"
+            f"files ({', '.join(reasons)}); {account.commonest_in_words()}; the reason of each "
+            f"file is in {directories.work_dir / _SOURCES_FILE}"
         )
     known_splits, elsewhere = directories.splits(), preparation.elsewhere
     known_patients = KnownPatients.of(directories.patients())
