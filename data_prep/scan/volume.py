@@ -131,8 +131,11 @@ def load_volume(
     if len(kept) < rules.min_slices:
         return candidate.rejected("too_few_slices", too_few_detail(len(kept), rules))
     if fault := loader.plausibility.fault(without=odd):
-        reason = "missing_rescale" if tagged == {False} else "implausible_hu"
-        return candidate.rejected(reason, fault)
+        if tagged != {False}:
+            return candidate.rejected("implausible_hu", fault)
+        unreadable = [name for name in used[0].unreadable if name.startswith("Rescale")]
+        detail = "".join(f"{name} is no number; " for name in unreadable) + fault
+        return candidate.rejected("missing_rescale", detail)
 
     pixel_spacing_mm = candidate.pixel_spacing_mm
     chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)
