@@ -22,10 +22,10 @@ from data_prep.scan.series import (
     SeriesCandidate,
     irregularity,
     named_body_part,
-    origins,
     too_few_detail,
 )
 from data_prep.scan.slice_scale import SAMPLE_STEP, slices_on_another_scale
+from data_prep.scan.slices import origins
 from data_prep.scan.stored_bits import PixelError
 
 _SAMPLE_STEP = 8  # slices; see `_no_lung_in_sample`
