@@ -7,7 +7,7 @@ import numpy as np
 
 from data_prep.raw.scans import PreparedVolume
 from data_prep.scan.anatomy import summarise
-from data_prep.scan.geometry import RAS_TO_LPS, canonical_axes, orient
+from data_prep.scan.geometry import RAS_TO_LPS, canonical_axes, field_fault, orient
 from data_prep.scan.hounsfield import PlausibilityCount, to_hu
 from data_prep.scan.window import lung_box, prepare_images
 from data_prep.system.errors import InputError
@@ -91,6 +91,8 @@ def canonical_volume(
     pixel_spacing_mm = (
         (between_columns, between_rows) if axes.transpose else (between_rows, between_columns)
     )
+    if fault := field_fault(*hu.shape[1:], pixel_spacing_mm):
+        raise InputError(f"{fault} give an affine in mm")
     return hu, pixel_spacing_mm, float(abs(steps[:, along] @ axes.normal))
 
 

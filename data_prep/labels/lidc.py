@@ -232,8 +232,8 @@ def read_readings(path: str | Path, left_out: list[LeftOut] | None = None) -> di
             reason = "contradicts" if isinstance(error, ContradictoryReading) else "damaged"
             left_out.append(LeftOut(name, reason, str(error).removeprefix(f"{name}: ")))
     if not readings:
-        others = sorted({f"{entry.path}: {entry.detail}" for entry in left_out})
-        others = f"; {len(others)} files cannot be used, such as {others[0]}" if others else ""
+        details = sorted({entry.detail for entry in left_out})
+        others = f"; {len(left_out)} files cannot be used ({details[0]})" if details else ""
         raise LidcError(
             f"{path}: no CT reading of LIDC-IDRI (XML, root LidcReadMessage); "
             f"give the folder or tar file{others}"

@@ -262,12 +262,10 @@ def region_rows(mask: np.ndarray, volume: Volume) -> list[dict[str, Any]]:
 
 def header_key(header: Header, key: str) -> str:
     """The key of this image in a table with the key column `key`, or ""."""
-    if key == "SOPInstanceUID":
-        # The UID of a multi-frame file names many slices.
-        return header.sop_instance_uid if header.number_of_frames == 1 else ""
     if key == "VolumeName":
         return volume_name(header.source)
     fields = {
+        "SOPInstanceUID": header.sop_instance_uid,
         "SeriesInstanceUID": header.series_instance_uid,
         "StudyInstanceUID": header.study_instance_uid,
         "PatientID": header.patient_id,
@@ -279,12 +277,13 @@ def key_place(header: Header, key: str) -> str:
     """What the key of this image names: two images of one key and different places show that the
     key is no name.
 
-    A copy of an image lies at its place in its study. A Series or Study Instance UID is of one
+    A copy of an image lies at its place in its study. The UID of a multi-frame file names many
+    slices. A Series or Study Instance UID is of one
     patient. Any scan may be of a patient.
     """
     if key == "SOPInstanceUID":
         position = ",".join(f"{value:.2f}" for value in header.position or ())
-        return f"{header.study_instance_uid} {position}"
+        return f"{header.study_instance_uid} {header.frame} {position}"
     if key == "VolumeName":
         return without_extension(f"{header.source.path}/{header.source.member}")
     return "" if key == "PatientID" else header.patient_key

@@ -152,8 +152,10 @@ def _fill_contours(dataset: pydicom.Dataset, volume: Volume) -> np.ndarray:
                 raise MaskError("the structure set has contours that are not closed")
     if not contours:
         raise MaskError("the structure set has no closed contour")
-    if not all(1 <= region <= MAX_REGIONS for region in contours):
-        raise MaskError(f"the structure set has ROI numbers that are not 1 to {MAX_REGIONS}")
+    if not all(1 <= region <= MAX_REGIONS for region in contours):  # numbered anew, in their order
+        contours = {i: contours[region] for i, region in enumerate(sorted(contours), start=1)}
+    if len(contours) > MAX_REGIONS:
+        raise MaskError(f"the structure set has {len(contours)} ROIs, not 1 to {MAX_REGIONS}")
     slices = _slices_of([points for region in contours for points in contours[region]], volume)
     mask = np.zeros(volume.hu.shape, np.uint8)
     for region in sorted(contours, reverse=True):  # the lowest number is painted last

@@ -60,7 +60,8 @@ def read_mask(path: Path, volume: Volume) -> np.ndarray:
     """[S, H, W] uint8: 0 background, else the region, on the voxels of `volume.hu`.
 
     Regions are the label values of a NIfTI file, the segment numbers of a SEG (binary or label
-    map), or the ROI numbers of an RTSTRUCT. Where segments or ROIs overlap, the lowest number wins.
+    map), or the ROI numbers of an RTSTRUCT (1, 2, 3 ... if one is beyond 255). Where segments or
+    ROIs overlap, the lowest number wins.
     The file may have empty slices that the volume lacks.
 
     Raises:

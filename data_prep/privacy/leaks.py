@@ -38,7 +38,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pydicom
@@ -63,11 +63,18 @@ from data_prep.privacy.pseudonyms import (
     public_kernel,
     public_manufacturer,
 )
-from data_prep.scan.archives import ArchiveDirectory, Source, Unreadable, list_sources, read_bytes
+from data_prep.scan.archives import (
+    ArchiveDirectory,
+    Source,
+    Unreadable,
+    list_sources,
+    open_source,
+    read_bytes,
+)
 from data_prep.scan.elements import read_elements, too_many_items
 from data_prep.scan.loading import chunks
 from data_prep.scan.reasons import NOTES, REASONS
-from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.errors import InputError
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
 SHORTEST_NEEDLE = 5
@@ -133,10 +140,9 @@ def read_source_values(input_dir: ArchiveDirectory, pool: WorkerPool) -> SourceV
         tasks = ((input_dir, chunk) for chunk in chunks(sources, _FILES_PER_TASK))
         for (_, chunk), result in pool.run(_values_of_files, tasks):
             if isinstance(result, WorkerDied):
-                raise RunFailed(
-                    f"{chunk[0].path} or one of the next {len(chunk)} files: reading it crashed"
-                )
-            values.update(result)
+                values.num_unread += len(chunk)
+            else:
+                values.update(result)
             progress.advance(len(chunk))
     return values
 
@@ -147,12 +153,12 @@ def _values_of_files(input_dir: ArchiveDirectory, sources: Iterable[Source]) -> 
         warnings.simplefilter("ignore")  # they quote values
         for source in sources:
             try:
-                content = read_bytes(input_dir, source)
+                with _opened(input_dir, source) as file:
+                    elements, damaged, unread = elements_of(file, source.size)
             except OSError:
                 if not input_dir.is_dir():
                     raise
                 continue  # a damaged file is not in the dataset
-            elements, damaged, unread = header_elements(content)
             values.num_damaged += damaged
             values.num_unread += unread
             for element in elements:
@@ -160,21 +166,36 @@ def _values_of_files(input_dir: ArchiveDirectory, sources: Iterable[Source]) -> 
     return values
 
 
+def _opened(input_dir: ArchiveDirectory, source: Source) -> BinaryIO:
+    if source.member:
+        return io.BytesIO(read_bytes(input_dir, source))
+    return open_source(input_dir, source)
+
+
 def header_elements(content: bytes) -> tuple[list[pydicom.DataElement], bool, bool]:
+    """`elements_of` the content of a file."""
+    return elements_of(io.BytesIO(content), len(content))
+
+
+def elements_of(file: BinaryIO, size: int) -> tuple[list[pydicom.DataElement], bool, bool]:
     """The elements of a header, at any depth; whether one is damaged; whether a part of the header
     could not be read.
 
     A damaged element, whose value does not fit its value representation, is given as its bytes
     (UN). A file that is not DICOM has no elements.
     """
-    if content[128:132] != b"DICM" and content[:1] not in (b"\x02", b"\x08", b"\x00"):
+    start = file.read(132)
+    file.seek(0)
+    if start[128:] != b"DICM" and start[:1] not in (b"\x02", b"\x08", b"\x00"):
         return [], False, False
     reader = _ElementReader()
     try:
-        header, _ = read_elements(io.BytesIO(content), len(content))
+        header, _ = read_elements(file, size)
         reader.add(getattr(header, "file_meta", pydicom.Dataset()))
         reader.add(header)
-    except Exception:  # pydicom raises a dozen kinds on headers that cannot be read
+    except Exception as error:  # pydicom raises a dozen kinds on headers that cannot be read
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk
+            raise
         reader.unread = True
     return reader.elements, reader.damaged, reader.unread
 
@@ -329,7 +350,6 @@ def search(
 
     Raises:
         InputError: `audit_dir` is not an audit directory.
-        RunFailed: a worker died while it read headers.
         OSError: a file cannot be read.
     """
     values = read_source_values(input_dir, pool)

@@ -241,7 +241,7 @@ def public_fields(header: Header) -> dict[str, Any]:
     return {
         "manufacturer": public_manufacturer(header.manufacturer),
         "kernel": public_kernel(header.kernel),
-        "tube_voltage_kvp": public_number(header.kvp, *_TUBE_VOLTAGE_KVP),
+        "tube_voltage_kvp": public_number(header.marks.tube_voltage, *_TUBE_VOLTAGE_KVP),
         "contrast": _contrast(header.contrast_agent),
         "age": None if header.age is None else min(header.age, 90),
         "sex": header.sex,

@@ -41,7 +41,7 @@ from data_prep.system import stores
 from data_prep.system.errors import InputError
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
-_REMEDIES = {  # for a reason, the flag that takes such a scan
+REMEDIES = {  # for a reason, the flag that takes such a scan
     "too_few_slices": "give a smaller --min_slices",
     "too_thick": "give a larger --max_slice_thickness_mm",
     "no_chest": "give --require_lung=false",
@@ -49,6 +49,7 @@ _REMEDIES = {  # for a reason, the flag that takes such a scan
     "no_metadata": "leave out --metadata_csv or add the missing rows",
     "not_dicom": "give DICOM, or --archive=nifti for NIfTI",
     "several_volumes": "give one of its volumes as a 3-D file",
+    "packed": "unpack it first",
     "not_nifti": "give NIfTI, or --archive=dicom for DICOM",
 }
 
@@ -239,7 +240,7 @@ def nothing_taken(
     """
     series = [entry for entry in refused if isinstance(entry, Refused | Rejection)]
     counts = collections.Counter(entry.reason for entry in series or refused)
-    remedies = [_REMEDIES[reason] for reason, _ in counts.most_common() if reason in _REMEDIES]
+    remedies = [REMEDIES[reason] for reason, _ in counts.most_common() if reason in REMEDIES]
     remedy = f"; {', or '.join(remedies) or 'give another scan'}"
     if len(series or refused) == 1:
         (only,) = series or refused

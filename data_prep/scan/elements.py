@@ -23,7 +23,7 @@ RATIO_FREE_BYTES = 16 << 20  # what expands to this size is harmless at any rati
 _META_BYTES = 4096  # the transfer syntax is within these first bytes
 _MAX_META_ELEMENTS = 100
 _INFLATED_CHUNK = 1 << 20
-_PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+_PIXELS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))  # hashes of tags are fast, not ==
 # A read finds an element or an item, or its value. A frame of an enhanced file takes up to 200
 # reads and has kilobytes of pixels.
 _FREE_READS, _BYTES_PER_READ, _MAX_READS = 20_000, 200, 1_000_000
@@ -94,7 +94,7 @@ def too_many_items(element: DataElement | RawDataElement, at_most: int) -> bool:
 
 def _header_ends(tag: int, vr: str | None, length: int) -> bool:
     """At the pixels, or where a copy was interrupted: no data set has the group 0000."""
-    return tag in _PIXELS or (tag == 0 and length == 0)
+    return tag in _PIXELS or not (tag or length)
 
 
 class _Bounded:

@@ -178,7 +178,6 @@ class Header:
     quality_control_subject: bool
     manufacturer: str
     kernel: str
-    kvp: float | None
     contrast_agent: str
     age: int | None  # whole years, > 89 is 90
     sex: str  # "M", "F", "O" or ""
@@ -325,7 +324,6 @@ def _header(dataset: Dataset, source: Source, offset: int | None) -> Header | No
         burned_in_annotation=_text(elements, 0x00280301).upper() == "YES",
         quality_control_subject=_text(elements, 0x00100200).upper() == "YES",
         manufacturer=_text(elements, 0x00080070),
-        kvp=_number(elements, 0x00180060),
         contrast_agent=_text(elements, 0x00180010) or _enhanced_contrast(dataset),
         age=age_in_years(_text(elements, 0x00101010)),
         sex=sex_of(_text(elements, 0x00100040)),

@@ -51,7 +51,7 @@ _HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 _CT_RATE = re.compile(r"(?P<study>(?P<patient>(?:train|valid|test)_\d+)_[a-z]+)_\d+")
 _PAIR = "half of a pair .hdr and .img; convert the pair to one .nii file"
 _GZIP = b"\x1f\x8b"
-_MAX_EXTENSION_BYTES = 1 << 20  # of those that the data offset of a header does not count
+_MAX_EXTENSION_BYTES = 1 << 26  # between header and voxels
 _PADDING_HU = -2000.0  # becomes air, as DICOM's padding does
 _SAMPLE_STEP = 8  # pixels and slices; see `_are_hu`
 _SILENT = logging.getLogger(__name__)
@@ -147,8 +147,10 @@ def _parse_header(start: bytes) -> nibabel.Nifti1Header | nibabel.Nifti2Header:
             "not_nifti", "voxels in another file, or Analyze 7.5; give single .nii files"
         )
     declared = float(header["vox_offset"])
-    if not _first_voxel(header) <= declared == math.floor(declared) < math.inf:
+    if not (declared >= _first_voxel(header) and declared.is_integer()):
         header["vox_offset"] = 0  # unknown: `_data_offset` looks for it
+    elif declared > _first_voxel(header) + _MAX_EXTENSION_BYTES:
+        raise NiftiError("unreadable", "the voxels are said to begin far behind the header")
     header.check_fix(logger=_SILENT, error_level=40)
     return header
 
@@ -212,7 +214,6 @@ def _header(nifti: Any, source: Source, name: str, row: Metadata | None) -> Head
         burned_in_annotation=False,
         quality_control_subject=metadata.synthetic,
         manufacturer=metadata.manufacturer,
-        kvp=None,
         contrast_agent="",
         age=metadata.age,
         sex=metadata.sex,

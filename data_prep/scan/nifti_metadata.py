@@ -12,7 +12,7 @@ from typing import NamedTuple
 from data_prep.scan.archives import Source, Unreadable, list_sources
 from data_prep.scan.demographics import parse_age, parse_sex
 from data_prep.system.errors import InputError
-from data_prep.system.spreadsheets import read_names, read_rows
+from data_prep.system.spreadsheets import is_missing, read_names, read_rows
 
 EXTENSION = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
@@ -111,7 +111,7 @@ def _metadata(cells: Mapping[str, str], place: str) -> Metadata:
     numbers = {}
     for column in _NUMBER_COLUMNS:
         try:
-            value = float(cells[column] or "nan")
+            value = math.nan if is_missing(cells[column]) else float(cells[column])
         except ValueError:
             value = math.inf
         if math.isinf(value) or (column in _POSITIVE_COLUMNS and value <= 0):
@@ -119,7 +119,7 @@ def _metadata(cells: Mapping[str, str], place: str) -> Metadata:
             raise InputError(f"{place}: {column} is not {kind}; correct the cell or leave it empty")
         numbers[column] = None if math.isnan(value) else value
     spacing = None
-    if cells["XYSpacing"]:
+    if not is_missing(cells["XYSpacing"]):
         match = _SPACING.fullmatch(cells["XYSpacing"])
         spacing = (float(match[1]), float(match[2] or match[1])) if match else (0.0, 0.0)
         if not min(spacing) > 0:

@@ -35,6 +35,8 @@ _SIGNATURES = {
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip file",
     b"Rar!\x1a\x07": "a RAR file",
     b"\x28\xb5\x2f\xfd": "a Zstandard file",
+    b"\x04\x22\x4d\x18": "an LZ4 file",
+    b"\x1f\x9d": "a file of compress (.Z)",
 }
 
 

@@ -35,7 +35,7 @@ from data_prep.scan.headers import Header
 
 _NOBODY = "study:"  # the key of images without Patient ID and Study Instance UID
 # HL7 (CX): check digit and its scheme, mostly empty, then the issuer
-_ISSUER = re.compile(r" ?\^([0-9]?\^[a-z0-9]{0,3})\^[^^]*(\^.*)?$")
+_ISSUER = re.compile(r" ?\^([0-9]?\^[a-z0-9]{0,3})\^[^^]*(\^.*)?$", re.IGNORECASE)
 _SAME_AGE = 2  # years
 _MOST_IDS = 4  # of one patient under one UID; more mean a placeholder
 
@@ -126,9 +126,31 @@ class People:
         """The patients with several keys. The order of `add` makes no difference."""
         study_of = self._studies()
         everything = [_in_study(identity, study_of) for identity in self._numbers]
-        joins: list[tuple[set[str], str]] = [(set(keys), "earlier run") for keys in self._known]
-        shared: dict[tuple[str, str], dict[str, Identity]] = collections.defaultdict(dict)
+        joins, num_placeholders = self._joins(everything)
+        reasons_of_key: dict[str, set[str]] = collections.defaultdict(set)
+        for keys, reason in joins:
+            for key in keys:
+                reasons_of_key[key].add(reason)
         before: dict[str, set[str]] = collections.defaultdict(set)
+        for identity in everything:
+            if identity.key_before not in (identity.patient_key, _NOBODY):
+                before[identity.patient_key].add(identity.key_before)
+        present = {identity.patient_key: identity.patient_id for identity in everything}
+        key_of, keys_of, reasons = {}, {}, {}
+        for group in merged([*(keys for keys, _ in joins), *([key] for key in before)]):
+            here = group & present.keys()
+            if not here:
+                continue
+            one = min(here, key=lambda key: (not present[key], key))  # an ID, if there is one
+            if len(here) > 1:
+                key_of |= dict.fromkeys(here, one)
+                reasons[one] = tuple(sorted(set().union(*(reasons_of_key[key] for key in here))))
+            keys_of[one] = tuple(sorted(group.union(*(before[key] for key in here))))
+        return Patients(key_of, keys_of, reasons, num_placeholders, study_of)
+
+    def _joins(self, everything: Sequence[Identity]) -> tuple[list[tuple[set[str], str]], int]:
+        """(keys of one patient, reason), and the number of UIDs that name nobody."""
+        shared: dict[tuple[str, str], dict[str, Identity]] = collections.defaultdict(dict)
         for identity in sorted(everything, key=repr):  # whatever the order of `add`
             if identity.patient_key == _NOBODY:
                 continue
@@ -140,43 +162,16 @@ class People:
             for token in tokens:
                 if token[1]:
                     shared[token][identity.patient_key] = identity
-            if identity.key_before not in (identity.patient_key, _NOBODY):
-                before[identity.patient_key].add(identity.key_before)
         sharing = [(people, kind) for (kind, _), people in shared.items()]
         sharing += [(people, "instances") for people in self._sharing_instances(everything)]
         sharing = [(people, kind) for people, kind in sharing if len(people) > 1]
-        named = [
+        joins = [
             (set(people), kind)
             for people, kind in sharing
             if kind == "spelling" or _is_one(people.values())
         ]
-        joins += named
-        groups = merged(keys for keys, _ in joins)
-        kinds: dict[str, set[str]] = collections.defaultdict(set)
-        for keys, kind in joins:
-            for key in keys:
-                kinds[key].add(kind)
-        present = {identity.patient_key: identity.patient_id for identity in everything}
-        key_of, keys_of, reasons = {}, {}, {}
-        for group in groups:
-            here = group & present.keys()
-            if not here:
-                continue
-            one = min(here, key=lambda key: (not present[key], key))  # an ID, if there is one
-            if len(here) > 1:
-                key_of |= dict.fromkeys(here, one)
-                reasons[one] = tuple(sorted(set().union(*(kinds[key] for key in here))))
-            keys_of[one] = group | set().union(*(before.get(key, set()) for key in here))
-        for key, others in before.items():
-            if key not in key_of:
-                keys_of[key] = keys_of.get(key, {key}) | others
-        return Patients(
-            key_of,
-            {key: tuple(sorted(keys)) for key, keys in keys_of.items()},
-            reasons,
-            len(sharing) - len(named),
-            study_of,
-        )
+        known = [(set(keys), "earlier run") for keys in self._known]
+        return [*joins, *known], len(sharing) - len(joins)
 
     def _studies(self) -> dict[str, str]:
         studies: dict[str, set[str]] = collections.defaultdict(set)
@@ -215,6 +210,17 @@ def spelling_of(patient_id: str) -> str:
     return re.sub(r"(?<![0-9]) | (?![0-9])", "", _ISSUER.sub("", text))
 
 
+def spellings_like(patient_key: str) -> set[str]:
+    """Usual spellings of a patient key whose `spelling_of` is the same, to look it up by name."""
+    text = " ".join(unicodedata.normalize("NFKC", patient_key).split())
+    issuer = _ISSUER.search(text)
+    plain = text[: issuer.start()] if issuer else text
+    bases = {patient_key, text, plain, re.sub(r"(?<![0-9]) | (?![0-9])", "", plain)}
+    if patient_key.startswith(_NOBODY):
+        return {patient_key}
+    return bases | {base.upper() for base in bases} | {base.lower() for base in bases}
+
+
 def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
     """Groups that share a member become one."""
     parent: dict[str, str] = {}
@@ -226,6 +232,7 @@ def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
 
     for group in groups:
         first, *others = sorted(group)
+        root(first)
         for other in others:
             a, b = sorted((root(first), root(other)))
             parent[b] = a

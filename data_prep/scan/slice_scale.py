@@ -18,6 +18,7 @@ from data_prep.scan.hounsfield import to_hu
 from data_prep.scan.stored_bits import low_bits
 
 SAMPLE_STEP = 8  # slices are judged on every 8th pixel of both directions
+_LARGEST_HU = 32767  # scanners' extended scale ends at 30,710
 _CLIPPED_HU = (-1000, 1000)
 _SHARES = np.linspace(0.04, 0.96, 24)  # of the pixels; metal has less than the rest
 _JUMP_HU, _JUMP_FACTOR = 60.0, 3.0
@@ -29,7 +30,7 @@ _OTHER_RESCALE_HU, _OTHER_RESCALE_SHARE = 8.0, 1 / 3
 def slices_on_another_scale(
     hu: np.ndarray, headers: Sequence[Header], stored: Sequence[np.ndarray]
 ) -> list[int]:
-    """Indices of the slices whose values cannot be HU, by their neighbours.
+    """Indices of the slices whose values cannot be HU, by their neighbours or by their size.
 
     Args:
         hu: [S, H, W], the slices in order.
@@ -38,8 +39,10 @@ def slices_on_another_scale(
     """
     quantiles = _quantiles(hu[:, ::SAMPLE_STEP, ::SAMPLE_STEP])
     odd = _by_rescale(quantiles, headers, stored)
+    if hu.dtype.kind == "f":
+        odd += np.flatnonzero(hu.max(axis=(1, 2)) > _LARGEST_HU).tolist()
     rest = np.setdiff1d(np.arange(len(hu)), odd)
-    return sorted([*odd, *rest[_runs_between_neighbours(quantiles[rest])].tolist()])
+    return sorted({*odd, *rest[_runs_between_neighbours(quantiles[rest])].tolist()})
 
 
 def _quantiles(hu: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from data_prep.scan.headers import Header
 # A padding value lies below all that can be tissue.
 BELOW_ANY_TISSUE_HU = -1500
 
+_LOWEST_HIGH_BIT = 7  # a lower High Bit is a default of its writer
 # How much smaller the steps at the edge of the pixels in doubt are, in the reading that is right.
 _CLEARER, _MUCH_CLEARER = 0.5, 0.25
 
@@ -45,9 +46,11 @@ def stored_values(values: np.ndarray, header: Header, precision: int | None = No
     if 0 < shift <= allocated - stored:
         return _justified(values, stored, shift, overlays)
     bits = min(stored, precision or allocated)
+    if header.high_bit >= _LOWEST_HIGH_BIT:
+        bits = min(bits, header.high_bit + 1)
     overlays = [bit for bit in overlays if bit]  # bit 0 is what writers of no overlay leave there
     if overlays:
-        return _without_overlays(values, bits, overlays)
+        values = _without_overlays(values, overlays)
     lowest, highest = int(values.min()), int(values.max())
     if values.dtype.kind == "u" and highest >> (allocated - 1):
         padded = _with_negative_padding(values, bits, header)
@@ -88,25 +91,23 @@ def _justified(values: np.ndarray, stored: int, shift: int, overlays: list[int])
     return (values << (allocated - stored - shift)) >> (allocated - stored)
 
 
-def _without_overlays(values: np.ndarray, bits: int, overlays: list[int]) -> np.ndarray:
-    """Values of which the header says that some bits are an overlay's, although Bits Stored may
-    include these. The bits between and above must be empty, or repeat the sign."""
+def _without_overlays(values: np.ndarray, overlays: list[int]) -> np.ndarray:
+    """Values without the bits that the header says to be an overlay's, although Bits Stored may
+    include them. The bits above these must be empty, or repeat the sign."""
     allocated, lowest = 8 * values.itemsize, min(overlays)
-    if lowest >= bits and values.dtype.kind == "i":
-        return low_bits(values, bits)
-    own = min(lowest, bits)
-    rest = values.view(f"u{values.itemsize}") >> own
-    above = sum(1 << bit - own for bit in range(own, allocated) if bit not in overlays)
-    rest = rest & rest.dtype.type(above)
-    low = values & values.dtype.type((1 << own) - 1)
-    if values.dtype.kind == "u" or not above:
-        if rest.any():
-            raise PixelError("undecodable_pixels", f"an overlay in bit {lowest} of the values")
-        return low if values.dtype.kind == "u" else low_bits(values, own)
-    negative = rest == above
-    if rest[~negative].any():
+    signed = values.dtype.kind == "i"
+    others = [bit for bit in range(lowest, allocated) if bit not in overlays]
+    if signed and not others:
+        return low_bits(values, lowest)
+    bits = values.view(f"u{values.itemsize}")
+    planes = bits.dtype.type(sum(1 << bit for bit in overlays))
+    cleared = bits & ~planes
+    if signed:
+        cleared[bits >> others[-1] & 1 == 1] |= planes
+    cleared = cleared.view(values.dtype)
+    if not _fit(cleared, int(cleared.min()), int(cleared.max()), lowest + signed):
         raise PixelError("undecodable_pixels", f"an overlay in bit {lowest} of the values")
-    return np.where(negative, low - (1 << own), low).astype(values.dtype)
+    return cleared
 
 
 def _with_negative_padding(values: np.ndarray, bits: int, header: Header) -> np.ndarray | None:
@@ -129,15 +130,14 @@ def _within(values: np.ndarray, bits: int, lowest: int) -> np.ndarray:
     """Values of which some lie beyond Bits Stored: the bits above are an overlay's or unused, or
     Bits Stored is too small. The right reading continues at the edge of these pixels.
 
-    Signed values without a negative one have no sign in the bits above, so Bits Stored counts
-    unless the image contradicts clearly.
+    Signed values without a negative one have no sign in the bits above, if Bits Stored is right.
     """
     cut = low_bits(values, bits)
     doubtful = cut != values
     whole_step, cut_step = _step(values, doubtful), _step(cut, doubtful)
     if whole_step <= _CLEARER * cut_step:
         return values
-    if values.dtype.kind == "i" and lowest >= 0:
+    if values.dtype.kind == "i" and lowest >= 0 and cut_step <= _CLEARER * whole_step:
         return cut
     usual = _step(cut, np.zeros_like(doubtful))
     if cut_step <= _MUCH_CLEARER * whole_step and cut_step <= 2 * usual + 20:

@@ -18,6 +18,7 @@ from data_prep.scan.archives import list_sources
 from data_prep.scan.headers import read_header
 from data_prep.scan.loading import header_reader, plan_exams
 from data_prep.scan.rules import VERSION, Rules
+from data_prep.scan.series import slice_headers
 from data_prep.scan.volume import load_volume
 from data_prep.system.errors import InputError
 from tests.helpers import dicom_files
@@ -119,6 +120,27 @@ def test_a_grown_archive_keeps_its_pseudonyms_and_counts_both_rules(tmp_path, ke
     assert notes_on_rules(preparation, preparation) == []
 
 
+def test_patients_whom_pixels_told_stay_one_patient_as_the_archive_grows(tmp_path, key_file):
+    scans = tmp_path / "scans"
+    add_scan(scans, "patient-1", 1, seed=1)
+    places, _ = run(tmp_path, key_file)
+    [first] = patients(places)
+    add_scan(scans, "ANON42", 2, seed=1)
+    run(tmp_path, key_file)
+    add_scan(scans, "ANON42", 3, seed=3)
+    _, preparation = run(tmp_path, key_file)
+    assert patients(places) == [first] * 3
+    assert preparation["counts"]["patients_joined"] == 1
+
+
+def test_another_dataset_knows_a_patient_under_another_spelling(tmp_path, key_file):
+    add_scan(tmp_path / "a" / "scans", "patient-1", 1, seed=1)
+    first, _ = run(tmp_path / "a", key_file)
+    add_scan(tmp_path / "b" / "scans", "Patient-1^^^HOSPITAL", 2, seed=2)
+    second, _ = run(tmp_path / "b", key_file, same_splits_as=(first.output_dir,))
+    assert patients(first) == patients(second)
+
+
 def test_a_dataset_of_a_newer_program_does_not_grow(tmp_path, key_file):
     add_scan(tmp_path / "scans", "patient-1", 1, seed=1)
     places, preparation = run(tmp_path, key_file)
@@ -163,6 +185,18 @@ def test_an_instance_uid_of_two_slices_labels_none(tmp_path):
         row["pe"] for row in labels.labels_of(load_volume(folder, candidate, Rules())).slices
     ]
     assert classes == [*((number + 1) % 2 for number in range(18)), None, None]
+
+
+def test_the_instance_uid_of_a_multi_frame_file_labels_none(tmp_path):
+    ds = dicom_files.enhanced(thorax(20), intercepts=[-1024] * 20, order=list(range(20)))
+    folder = dicom_files.write(tmp_path / "scans", [ds])
+    table = tmp_path / "labels.csv"
+    table.write_text(f"SOPInstanceUID,pe\n{ds.SOPInstanceUID},1\n")
+    labels = staging.stage(LabelSources(labels_csv=(table,)), folder, tmp_path / "staged")
+    headers = slice_headers(read_header(folder, next(list_sources(folder))))
+    counts = staging.match(labels, headers)
+    assert counts["label_rows_without_match"] == {"pe": 0}
+    assert counts["label_rows_of_several_scans"] == {"pe": 1}
 
 
 def test_a_file_name_of_two_scans_labels_none(tmp_path):

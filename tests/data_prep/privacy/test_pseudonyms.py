@@ -6,6 +6,7 @@ import types
 import pytest
 
 from data_prep.privacy import pseudonyms
+from data_prep.scan.headers import StackMarks
 
 KEY = b"0123456789abcdef"
 
@@ -86,7 +87,8 @@ def test_ethnic_groups_are_a_short_word_or_a_code():
 
 def test_only_the_allow_list_leaves_a_header():
     header = types.SimpleNamespace(
-        manufacturer="GE, Inc.", kernel="B40f", kvp=120.0, contrast_agent="APPLIED", age=97,
+        manufacturer="GE, Inc.", kernel="B40f", marks=StackMarks(tube_voltage=120.0),
+        contrast_agent="APPLIED", age=97,
         sex="F", ethnic_group="", quality_control_subject=False, patient_id="4711",
         series_instance_uid="1.2.3", study_date="20000101",
     )  # fmt: skip

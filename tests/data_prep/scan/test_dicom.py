@@ -29,7 +29,12 @@ def test_plain_series_is_exact(tmp_path, hu):
     )
     assert volume.notes == () and volume.dropped == ()
     header = volume.headers[0]
-    assert (header.age, header.sex, header.kvp, header.kernel) == (61, "F", 120, "STANDARD")
+    assert (header.age, header.sex, header.marks.tube_voltage, header.kernel) == (
+        61,
+        "F",
+        120,
+        "STANDARD",
+    )
 
 
 # ---- the corner cases, one test each -------------------------------------------------------------

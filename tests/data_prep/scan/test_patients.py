@@ -6,7 +6,7 @@ import pytest
 from data_prep.scan.archives import list_sources
 from data_prep.scan.headers import read_header
 from data_prep.scan.loading import ExamPlan, plan_exams
-from data_prep.scan.patients import People, identities, spelling_of
+from data_prep.scan.patients import People, identities, spelling_of, spellings_like
 from data_prep.scan.rules import Rules
 from tests.helpers import dicom_files
 from tests.helpers.dicom_files import thorax, uid
@@ -64,6 +64,7 @@ def patients(plan: ExamPlan) -> list[str]:
 )
 def test_spellings(one, other, alike):
     assert (spelling_of(one) == spelling_of(other)) is alike
+    assert all(spelling_of(like) == spelling_of(one) for like in spellings_like(one))
 
 
 # ---- character sets ------------------------------------------------------------------------------
@@ -92,6 +93,28 @@ def test_a_byte_5c_within_a_character_cuts_nothing(tmp_path):
         ("表-3".encode("shift_jis"), ["ISO_IR 13"], 3),
     )
     assert sorted(patients(plan)) == ["乗-1", "乗-2", "表-3"]
+
+
+def test_keys_by_which_older_datasets_know_a_patient(tmp_path):
+    """Without the character set, with escapes taken for damage, or cut at a byte 5C."""
+    ids = [
+        ("Иван".encode("iso8859_5"), ["ISO_IR 144"], 1),
+        ("患者".encode("iso2022_jp"), ["", "ISO 2022 IR 87"], 2),
+        ("患者".encode("iso2022_jp"), ["", "ISO 2022 IR 87"], 3),
+        ("乗-1".encode("gb18030"), ["GB18030"], 4),
+        (b"plain", [], 5),
+    ]
+    plan = written_with_ids(tmp_path, *ids)
+    people = People()
+    for exam in plan.exams:
+        people.add(identities(exam[0].headers))
+    patients = people.resolve()
+    assert not patients.key_of
+    assert patients.keys_of == {
+        "Иван": ("¸ÒÐÝ", "Иван"),
+        "患者": (f"study:{uid(2)}", f"study:{uid(3)}", "患者"),
+        "乗-1": ("\x81", "乗-1"),
+    }
 
 
 # ---- missing in part -----------------------------------------------------------------------------

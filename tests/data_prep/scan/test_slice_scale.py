@@ -36,6 +36,9 @@ BAD_SLICES = {
     "byte_order": lambda ds: dicom_files.set_pixels(
         ds, dicom_files.stored(ds).astype(np.uint16).byteswap()
     ),
+    "overlay_in_the_last_bit": lambda ds: dicom_files.set_pixels(
+        ds, dicom_files.stored(ds) | (np.indices((64, 64)).max(0) == 40) << 15
+    ),
     "doubled": lambda ds: dicom_files.set_pixels(ds, 2 * dicom_files.stored(ds)),
 }
 
