@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from data_prep.dataset.schema import rules_lines, summary_text
 from data_prep.labels.rsna_pe import RULES
 from data_prep.pipeline.notes import ExamNote
+from data_prep.raw.scans import REMEDIES, explain
 from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
 from data_prep.scan.reasons import FAILED_FOR_NOW, LEFT_OUT, REASONS
@@ -76,6 +77,17 @@ class FileAccount:
             (as_cell(source.path), as_cell(source.member), *row)
             for source, row in sorted(rows.items())
         )
+
+    def commonest_in_words(self) -> str:
+        """The commonest reason of the rejected series, else of the files, with its remedy."""
+        counts = self._series or self._files["not_images"]
+        if not counts:
+            return "no file is an image"
+        reason = counts.most_common(1)[0][0]
+        details = {row["detail"] for row in self.rejected if row["reason"] == reason} - {""}
+        detail = f" ({min(details)})" if len(details) == 1 else ""
+        remedy = f"; {REMEDIES[reason]}" if reason in REMEDIES else ""
+        return f"{reason}: {explain(reason)}{detail}{remedy}"
 
     def counts(self, num_files: int) -> dict[str, Any]:
         """Numbers of files and series by outcome.

@@ -41,7 +41,7 @@ from data_prep.system import stores
 from data_prep.system.errors import InputError
 from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
-_REMEDIES = {  # for a reason, the flag that takes such a scan
+REMEDIES = {  # for a reason, the flag that takes such a scan
     "too_few_slices": "give a smaller --min_slices",
     "too_thick": "give a larger --max_slice_thickness_mm",
     "no_chest": "give --require_lung=false",
@@ -240,7 +240,7 @@ def nothing_taken(
     """
     series = [entry for entry in refused if isinstance(entry, Refused | Rejection)]
     counts = collections.Counter(entry.reason for entry in series or refused)
-    remedies = [_REMEDIES[reason] for reason, _ in counts.most_common() if reason in _REMEDIES]
+    remedies = [REMEDIES[reason] for reason, _ in counts.most_common() if reason in REMEDIES]
     remedy = f"; {', or '.join(remedies) or 'give another scan'}"
     if len(series or refused) == 1:
         (only,) = series or refused

@@ -588,7 +588,8 @@ def test_archive_without_any_chest_ct_says_what_there_was(tmp_path, archive):
     shutil.copytree(archive / "short", tmp_path / "scans")
     with pytest.raises(
         InputError,
-        match=r"no usable chest CT in 5 files \(1 too_few_slices\); .*sources.csv",
+        match=r"no usable chest CT in 5 files \(1 too_few_slices\); too_few_slices: The series has "
+        r"too few slices .*; give a smaller --min_slices; .*sources.csv",
     ):
         prepare(OPTIONS, directories(tmp_path, tmp_path / "scans"), num_workers=1)
 

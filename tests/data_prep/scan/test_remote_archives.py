@@ -3,11 +3,14 @@ refusals by name."""
 
 import csv
 import errno
+import gzip
 import importlib
+import io
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -66,6 +69,27 @@ def content(directory: Path) -> dict[str, bytes]:
         for p in sorted(directory.rglob("*"))
         if p.is_file()
     }
+
+
+def test_packed_files_of_a_store_are_read_in_place(store):
+    """By their names alone: a look into every file would cost a request each."""
+    folder = store.objects / "bucket" / "packed"
+    folder.mkdir(parents=True)
+    files = [dicom_files.to_bytes(ds) for ds in dicom_files.slices(dicom_files.thorax(3))]
+    (folder / "0.dcm.gz").write_bytes(gzip.compress(files[0]))
+    with tarfile.open(folder / "scan.tar", "w") as tar:
+        for number, data in enumerate(files[1:]):
+            member = tarfile.TarInfo(f"{number}.dcm")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    remote = archive_directory("example://bucket/packed")
+    listed = list(archives.list_sources(remote))
+    assert listed == list(archives.list_sources(folder)) and len(listed) == 3
+    assert [archives.read_bytes(remote, source) for source in listed] == files
+    (folder / "scan.tar").rename(folder / "scan")
+    (unnamed,) = [s for s in archives.list_sources(remote) if s.path == "scan"]
+    entry = read_header(remote, unnamed)
+    assert entry.reason == "packed" and "name it .zip, .tar or .gz" in entry.detail
 
 
 def test_the_list_and_the_bytes_are_those_of_a_local_copy(store, scans):
