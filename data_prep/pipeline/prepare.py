@@ -31,6 +31,7 @@ from data_prep.pipeline.assemble import FrozenPlan, assemble, can_be_assembled, 
 from data_prep.pipeline.known_patients import (
     KnownPatients,
     chosen_pseudonyms,
+    other_spellings,
     people_counts,
     pseudonym_groups,
     sharing_pixels,
@@ -342,8 +343,6 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
         known_patients.keys,
     )
     several_names = read_patients(directories.work_dir / "plan")
-    groups = pseudonym_groups(preparation.key, several_names, known_patients)
-    chosen = chosen_pseudonyms(groups, directories.splits(), preparation.elsewhere)
     label_counts = staging.match(labels, all_headers(files))
     volumes_of_exam = collections.defaultdict(list)
     for row in old_volumes:
@@ -355,16 +354,22 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
         one_per_study=rules.reconstructions == "one_per_study",
         keys_of=several_names.keys_of,
     )
-    patients = {row["patient_id"] for row in old_volumes}
+    keys: set[str] = set()
     num_exams = num_series = num_slices = 0
     for plan in map(read_plan, files):
         for exam in plan.exams:
-            pseudonym = patient_pseudonym(preparation.key, exam[0].patient_key)
-            patients.add(chosen.get(pseudonym, pseudonym))
+            keys.add(exam[0].patient_key)
             if known.outcome(exam) is None:
                 num_exams += 1
                 num_series += len(exam)
                 num_slices += len(exam[0].headers)
+    own, elsewhere = directories.splits(), preparation.elsewhere
+    groups = pseudonym_groups(preparation.key, several_names, known_patients)
+    known_names = {*own, *(elsewhere.split_of if elsewhere else ())}
+    groups = merged([*groups, *other_spellings(preparation.key, keys, known_names)])
+    chosen = chosen_pseudonyms(groups, own, elsewhere)
+    names = (patient_pseudonym(preparation.key, key) for key in keys)
+    patients = {row["patient_id"] for row in old_volumes} | {chosen.get(p, p) for p in names}
     numbers = (num_exams, num_series, num_slices)
     return Plans(files, label_counts, known, patients, *numbers, several_names, groups)
 
