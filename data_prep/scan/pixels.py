@@ -208,7 +208,7 @@ def _compressed(data: bytes, start: int, header: Header) -> np.ndarray:
     elif len(fragments) == header.number_of_frames + 1:
         frame = fragments[header.frame + 1]
     else:
-        frame = _frame_of_fragments(data[start:], header)
+        frame = _frame_of_fragments(fragments[1:], data[start:], header)
     if header.bits_allocated not in (8, 16, 32):
         raise PixelError("undecodable_pixels", f"bits allocated {header.bits_allocated}")
     try:
@@ -251,9 +251,13 @@ def _fragments(data: bytes, at: int) -> list[bytes]:
     return items
 
 
-def _frame_of_fragments(value: bytes, header: Header) -> bytes:
-    """One of several frames that have several fragments each, by the offset table or by their end
-    markers."""
+def _frame_of_fragments(fragments: list[bytes], value: bytes, header: Header) -> bytes:
+    """One of several frames that have several fragments each, by their first bytes, else by the
+    offset table."""
+    starts = [i for i, part in enumerate(fragments) if part.startswith(decoders.STARTS)]
+    if len(starts) == header.number_of_frames:
+        ends = [*starts[1:], len(fragments)]
+        return b"".join(fragments[starts[header.frame] : ends[header.frame]])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
