@@ -293,7 +293,8 @@ class _Mixture:
         return stacks
 
     def _fill_each_other(self, large: list[np.ndarray]) -> bool:
-        """Whether the slices together are even, and each part has gaps or wider steps."""
+        """Whether the slices together are even, and each part has gaps or wider steps; one part is
+        enough where no two parts share a position (blocks of slices with a trigger time each)."""
         together = _distinct(self._positions)
         steps = np.diff(together)
         even = np.abs(steps - np.median(steps)) <= 0.1 * np.median(steps)
@@ -301,9 +302,11 @@ class _Mixture:
             return False
         missing = measure_stack(together).missing
         of_parts = [measure_stack(_distinct(self._positions[part])) for part in large]
-        return all(
+        gaps = [
             part.spacing_mm >= 1.5 * np.median(steps) or part.missing > missing for part in of_parts
-        )
+        ]
+        shared = sum(len(part.pair_valid) for part in of_parts) > len(together)
+        return all(gaps) or (any(gaps) and not shared)
 
     def _covers(self, part: np.ndarray) -> bool:
         """Whether the slices of a part cover the body by their thickness, without more gaps than
