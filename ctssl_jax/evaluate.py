@@ -4,8 +4,9 @@ r"""Measure a trained model on a split of a dataset.
 
 Every slice is scored, the slices of a volume are averaged, and the results are mean and standard
 deviation over volumes with a 95 % bootstrap interval by patient. Beside RESULT.json stand
-RESULT.csv (one row a volume), RESULT.png (input, target, prediction and difference of slices spread
-over the split) and RESULT.npz (these pictures as arrays).
+RESULT.csv (one row a volume), RESULT.png (of slices spread over the split: input, target,
+prediction and difference; or outlines of masks; or the truth and the probability of each class) and
+RESULT.npz (the same as arrays).
 
 A label gives AUROC, average precision, calibration, sensitivity and specificity at a threshold that
 the validation split fixes, the same for exams, and AUROC by group of patients. A mask gives Dice

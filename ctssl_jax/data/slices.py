@@ -239,6 +239,12 @@ class NeighbourSource:
             arrays["box"] = np.stack([self._boxes[record["volume_id"]] for record in centres])
         return arrays
 
+    def channel(self, record_index: np.ndarray, channel: int) -> np.ndarray:
+        """A channel of the dataset, whether the items have it or not: [N] records -> [N, H, W]
+        uint8."""
+        images = [self._records[record]["image"] for record in record_index.tolist()]
+        return np.stack([image[..., channel] for image in images])
+
     def __repr__(self) -> str:
         return self._name
 

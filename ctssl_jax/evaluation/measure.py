@@ -27,10 +27,11 @@ from ctssl_jax.ops.trees import fingerprint, flatten, with_sharding
 from ctssl_jax.parallel import batch_sizes
 from ctssl_jax.parallel.mesh import make_mesh, replicated, split_along_batch
 from ctssl_jax.runs.run import Run, portable
-from ctssl_jax.runs.strips import save_arrays, save_strip
+from ctssl_jax.runs.strips import Legend, save_arrays, save_strip
 from ctssl_jax.stats.volumes import volume_aurocs, volume_means, volumes_of_records
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training import pictures
 from ctssl_jax.training.health import embedding_use, warnings
 from ctssl_jax.training.scoring import (
     Scorer,
@@ -139,9 +140,9 @@ def evaluate(
     write_volumes(output.with_suffix(".csv"), volumes, by_volume)
     if predicted is not None:
         predictions.write(output, predicted)
-    pictures = model.render(source)
-    save_arrays(output.with_suffix(".npz"), pictures)
-    save_strip(output.with_suffix(".png"), pictures, "SYNTHETIC" if result["synthetic"] else "")
+    shown, legend = model.render(source)
+    save_arrays(output.with_suffix(".npz"), shown)
+    save_strip(output.with_suffix(".png"), shown, legend)
     write_json(output, result)  # last: with it the evaluation is complete
     return result
 
@@ -183,8 +184,8 @@ class _Model:
                 )
         return scores
 
-    def render(self, source: NeighbourSource) -> dict[str, np.ndarray]:
-        """Pictures of slices spread over a split, see `render_pictures`."""
+    def render(self, source: NeighbourSource) -> tuple[dict[str, np.ndarray], Legend]:
+        """Pictures of slices spread over a split, see `render_pictures`, and their legend."""
         number, size = min(self.measured.config.num_pictures, len(source)), self.batch_size
         batch = picture_batch(source, math.ceil(number / size) * size, number)
         with batch_sizes.end_of_memory(size):
@@ -197,7 +198,15 @@ class _Model:
                 )
                 for start in range(0, number, size)
             ]
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        setting = pictures.setting(
+            self.measured.config,
+            self.measured.dataset,
+            self.measured.channels,
+            source,
+            batch["record_index"][:number],
+        )
+        arrays = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        return setting.complete(arrays), setting.legend
 
 
 def _restore(measured: MeasuredRun, task: Task, step: int, batch_size: int, number: int) -> _Model:

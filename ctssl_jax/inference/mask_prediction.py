@@ -26,6 +26,7 @@ TASKS = ("segmentation", "segmentation_standard_unet")
 THRESHOLD = 0.5  # as `ctssl_jax.evaluate` measures masks
 _LISTED_REGIONS = 200  # the largest ones, in prediction.json
 _SHOWN = 6
+_LUNG_WINDOW = (-600.0, 1500.0)
 IDENTITY_NOTE = (
     "segmentation.dcm carries the patient's name and identifiers, as the scan does; the other "
     "files carry none (--dicom_seg=false leaves it out)"
@@ -121,7 +122,7 @@ def _write_dicom_seg(
         return []
     if not can_write_dicom_seg():
         return [f"segmentation.dcm was not written: it needs highdicom, {pip_install('dicom-seg')}"]
-    of_nodules = model.preparation["archive"] == "lidc_idri"
+    of_nodules = _of_nodules(model)
     segment = writing.Segment(
         label=segment_label or ("nodule" if of_nodules else "foreground"),
         nodule=of_nodules,
@@ -139,6 +140,10 @@ def _write_dicom_seg(
     return [IDENTITY_NOTE]
 
 
+def _of_nodules(model: PretrainedModel) -> bool:
+    return model.preparation["archive"] == "lidc_idri"
+
+
 def _save_picture(
     path: Path,
     model: PretrainedModel,
@@ -149,7 +154,8 @@ def _save_picture(
     title: str,
 ) -> None:
     """The largest regions, each on the slice of its largest area; if there are no regions, the
-    slice of the highest probability."""
+    slice of the highest probability. Nodules are shown in a lung window."""
+    window = _LUNG_WINDOW if _of_nodules(model) else model.windows[0]
     shown = list(dict.fromkeys(region["largest_slice"] for region in regions))[:_SHOWN]
     captions = []
     for k in shown:
@@ -164,9 +170,10 @@ def _save_picture(
         ]
     save_regions(
         path,
-        [window_to_uint8(volume.hu[k], model.windows[:1])[..., 0] for k in shown],
+        [window_to_uint8(volume.hu[k], [window])[..., 0] for k in shown],
         [mask[k] for k in shown],
         captions,
         volume.pixel_spacing_mm,
         title=title,
+        window=window,
     )

@@ -36,7 +36,9 @@ def save_curve(
     marker = "o" if len(position_mm) == 1 else None
     for name, values in probabilities.items():
         left.plot(position_mm, values, label=name, marker=marker, linewidth=1.4)
-    left.axvline(position_mm[top], color="0.6", linewidth=0.8, linestyle=":")
+    left.axvline(
+        position_mm[top], color="0.6", linewidth=0.8, linestyle=":", label="slice on the right"
+    )
     for (what, value), line in zip(thresholds.items(), ("--", ":"), strict=False):
         left.axhline(
             value,
@@ -66,6 +68,7 @@ def save_regions(
     pixel_spacing_mm: tuple[float, float],
     *,
     title: str,
+    window: tuple[float, float],
 ) -> None:
     """Write slices with the contour of the mask, up to three a row, as PNG.
 
@@ -76,10 +79,12 @@ def save_regions(
       captions: above each.
       pixel_spacing_mm: between rows, between columns.
       title: of the picture.
+      window: level and width of the images in HU, named below.
     """
     columns = min(3, len(images))
     rows = -(-len(images) // columns)
     figure, axes = _figure(rows, columns, (max(6.0, 4 * columns), 4.3 * rows + 0.5), title)
+    figure.supxlabel(f"Window {window[0]:g}/{window[1]:g} HU. {FOOTER}", fontsize=7, color="0.4")
     for axis in np.ravel(axes):
         axis.axis("off")
     aspect = pixel_spacing_mm[0] / pixel_spacing_mm[1]

@@ -14,7 +14,8 @@ Layout of a run directory:
     metrics.jsonl         one line a report: step, losses, slices/s
     tensorboard/          the same numbers as event files
     profile/              traces of `ctssl_jax.train --profile=N`
-    pictures/             input | target | prediction | difference of fixed validation slices
+    pictures/             fixed validation slices: input | target | prediction | difference, the
+                          outlines of masks, or the probability of each class
 """
 
 import dataclasses

@@ -36,7 +36,8 @@ class StepOutput(NamedTuple):
     loss: [B] float32, the quantity that is minimised.
     scores: name -> [B] float32, reported as means over examples.
     pictures: `input`, `target`, `prediction`, each [B, H, W, C] float32 in [0, 1]. A segmentation
-      adds `target_mask` and `prediction_mask`, [B, H, W, 1] float32, 0 or 1.
+      adds `target_mask` and `prediction_mask`, [B, H, W, 1] float32, 0 or 1. A label of a slice has
+      `input` alone.
     embedding: [B, D] float32, the encoder's latents averaged over the slice, as downstream tasks
       use them.
     code_counts: [num_codes] float32, uses of each code (weighted by example); None without a
@@ -72,6 +73,7 @@ class Task(NamedTuple):
       inputs; may be empty.
     over_annotated: scores that are means over the slices with a mask alone. They are 0 on the
       others, and the score `annotated_slices` is 1 or 0.
+    class_names: of the classes that the task itself makes, in the order of the probabilities.
     """
 
     fields: tuple[str, ...]
@@ -86,6 +88,7 @@ class Task(NamedTuple):
     apply: Callable[..., StepOutput]
     baselines: Callable[..., dict[str, dict[str, jax.Array]]]
     over_annotated: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 class Architecture(NamedTuple):

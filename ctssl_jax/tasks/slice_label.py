@@ -41,6 +41,13 @@ def _inputs(batch: dict[str, jax.Array], config: ml_collections.ConfigDict) -> j
     return augmentations.crop_to_box(images, batch["box"]) if config.crop == "lung_box" else images
 
 
+def _middle_slice(inputs: jax.Array, num_slices: int) -> jax.Array:
+    """The slice that has the label, of slices as channels."""
+    channels = inputs.shape[-1] // num_slices
+    start = num_slices // 2 * channels
+    return inputs[..., start : start + channels]
+
+
 def _predict(
     architecture: Architecture,
     model: nnx.Module,
@@ -63,7 +70,7 @@ def _predict(
       config: the training configuration.
       train: training or evaluation mode.
     """
-    target = inputs = _inputs(batch, config)
+    inputs = _inputs(batch, config)
     if train:
         inputs = augmentations.augment(keys, inputs, **config.augmentation)
     logits, embedding = architecture.call(model, inputs, train, model_key, config)
@@ -73,7 +80,7 @@ def _predict(
     return StepOutput(
         loss=loss,
         scores={"cross_entropy": loss, "accuracy": right.astype(jnp.float32)},
-        pictures={"input": inputs, "target": target, "prediction": target},
+        pictures={"input": _middle_slice(inputs, batch["images"].shape[1])},
         embedding=embedding,
         classes={"label": batch["label"], "probabilities": probabilities},
     )

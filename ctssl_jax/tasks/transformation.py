@@ -21,13 +21,18 @@ from ctssl_jax.tasks.interface import StepOutput, Task, is_frozen, item_slices, 
 class Transformation(NamedTuple):
     """A set of transformations of a slice. The label is the number of the one that was applied.
 
-    num_classes: number of transformations.
+    class_names: of the transformations.
     apply, undo: (images [B, H, W, C], labels [B] int32) -> images.
     """
 
-    num_classes: int
+    class_names: tuple[str, ...]
     apply: Callable[[jax.Array, jax.Array], jax.Array]
     undo: Callable[[jax.Array, jax.Array], jax.Array]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of transformations."""
+        return len(self.class_names)
 
 
 def _classification_scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
@@ -114,14 +119,21 @@ def _task(transformation: Transformation) -> Task:
         encoder_flops=lambda config: encoder_flops(settings(config).encoder, config.image_size),
         apply=functools.partial(_classify, transformation),
         baselines=functools.partial(_classification_baselines, transformation.num_classes),
+        class_names=transformation.class_names,
     )
 
 
 ROTATION = _task(
     Transformation(
-        num_classes=4,
+        class_names=("turned 0°", "turned 90°", "turned 180°", "turned 270°"),
         apply=corruptions.rotate,
         undo=lambda images, quarter_turns: corruptions.rotate(images, -quarter_turns),
     )
 )
-FLIP = _task(Transformation(num_classes=3, apply=corruptions.flip, undo=corruptions.flip))
+FLIP = _task(
+    Transformation(
+        class_names=("not flipped", "flipped left-right", "flipped up-down"),
+        apply=corruptions.flip,
+        undo=corruptions.flip,
+    )
+)

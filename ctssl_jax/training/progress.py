@@ -73,10 +73,11 @@ class Clock:
 
 def show_pictures(job: Job, program: Program, state: TrainState, step: int) -> None:
     """Write the pictures of a step."""
-    strip = render_pictures(program.scorer, state, job.picture_slices, job.num_pictures)
+    arrays = render_pictures(program.scorer, state, job.picture_slices, job.num_pictures)
     if job.process_index == 0:
-        label = "SYNTHETIC" if job.dataset.preparation["synthetic"] else ""
-        strips.save_strip(job.workdir / "pictures" / f"step_{step:08d}.png", strip, label)
+        setting = job.picture_setting
+        path = job.workdir / "pictures" / f"step_{step:08d}.png"
+        strips.save_strip(path, setting.complete(arrays), setting.legend)
 
 
 def show(

@@ -113,9 +113,8 @@ def evaluate_split(
 def render_pictures(
     scorer: Scorer, state: Any, batch: dict[str, np.ndarray], number: int
 ) -> dict[str, np.ndarray]:
-    """Input, target and prediction of the first `number` slices of a batch: [number, H, W, C]
-    float32 in [0, 1]."""
-    _, _, pictures = scorer.score_batch(state, to_devices(scorer.mesh, batch))
-    return {
-        name: images[:number] for name, images in jax.device_get(scorer.replicate(pictures)).items()
-    }
+    """The task's pictures of the first `number` slices of a batch, each [number, H, W, C] float32
+    in [0, 1]; and `label` [number] and `probabilities` [number, K] of a task with classes."""
+    slices, _, pictures = scorer.score_batch(state, to_devices(scorer.mesh, batch))
+    shown = {**scorer.replicate(pictures), **(slices["classes"] or {})}
+    return {name: values[:number] for name, values in jax.device_get(shown).items()}

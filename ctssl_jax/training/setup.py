@@ -32,7 +32,7 @@ from ctssl_jax.runs.reports import read_reports, say
 from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
 from ctssl_jax.tasks.interface import Task, is_frozen, step_flops
 from ctssl_jax.tasks.table import get_task
-from ctssl_jax.training import fitting, recipe, validation_share, warm_start
+from ctssl_jax.training import fitting, pictures, recipe, validation_share, warm_start
 from ctssl_jax.training.state import abstract_model, count_parameters, trained_names
 from ctssl_jax.training.step import Program, compile_step, make_program
 from ctssl_jax.training.topology import advice
@@ -105,6 +105,17 @@ class Job:
         """A batch of this process that begins with the slices that a validation shows."""
         return picture_batch(
             self.validation_source, self.part_size // self.num_processes, self.num_pictures
+        )
+
+    @functools.cached_property
+    def picture_setting(self) -> pictures.Setting:
+        """What belongs to the pictures of `picture_slices`."""
+        return pictures.setting(
+            self.config,
+            self.dataset,
+            self.channels,
+            self.validation_source,
+            self.picture_slices["record_index"][: self.num_pictures],
         )
 
     @functools.cached_property

@@ -13,8 +13,10 @@ from data_prep.dataset.schema import MASK_AREA_COLUMN
 
 _THIN_MM = 3.0
 _TILE = 192
-_LABEL_HEIGHT = 16
-_MAX_COLUMNS = 6
+_FONT_SIZE = 16
+_LABEL_HEIGHT = 46
+_TITLE_HEIGHT = 26
+_MAX_COLUMNS = 4
 
 
 def label_rows(dataset: Dataset) -> list[tuple[str, str, str]]:
@@ -143,7 +145,7 @@ def choose_slices(
 
 
 def contact_sheet(dataset: Dataset, num_slices: int, seed: int) -> Image.Image:
-    """Random slices (`choose_slices`), each labelled with volume, slice and split. The title says
+    """Random slices (`choose_slices`), each labelled with volume, split and slice. The title says
     SYNTHETIC if the dataset is. Several windows stand side by side in each tile."""
     preparation, volumes = dataset.preparation, dataset.volumes()
     random = np.random.default_rng(seed)
@@ -151,22 +153,24 @@ def contact_sheet(dataset: Dataset, num_slices: int, seed: int) -> Image.Image:
     tile_width = _TILE * preparation["channels"]
     columns = min(max(1, _MAX_COLUMNS // preparation["channels"]), num_slices)
     rows = -(-num_slices // columns)
-    sheet = Image.new("L", (columns * tile_width, rows * (_TILE + _LABEL_HEIGHT) + 24), 0)
+    size = columns * tile_width, rows * (_TILE + _LABEL_HEIGHT) + _TITLE_HEIGHT
+    sheet = Image.new("L", size, 0)
     draw = ImageDraw.Draw(sheet)
     windows = "  ".join(f"{w['level']:g}/{w['width']:g}" for w in preparation["windows"])
     title = f"{'SYNTHETIC  ' * preparation['synthetic']}window level/width {windows} HU"
-    draw.text((4, 4), title, fill=255, font=ImageFont.load_default(14))
-    font = ImageFont.load_default(11)
+    font = ImageFont.load_default(_FONT_SIZE)
+    draw.text((4, 3), title, fill=255, font=font)
     sources = {split: dataset.source(split) for split in preparation["splits"]}
     for number, (volume, index) in enumerate(chosen):
         image = sources[volume["split"]][volume["first_record"] + index]["image"]
         left = number % columns * tile_width
-        top = number // columns * (_TILE + _LABEL_HEIGHT) + 24
+        top = number // columns * (_TILE + _LABEL_HEIGHT) + _TITLE_HEIGHT
         for channel in range(image.shape[-1]):
             tile = Image.fromarray(np.ascontiguousarray(image[..., channel])).resize((_TILE, _TILE))
             sheet.paste(tile, (left + channel * _TILE, top))
-        label = f"{volume['volume_id'][:8]} {index + 1}/{volume['num_slices']} {volume['split']}"
-        draw.text((left + 3, top + _TILE + 1), label, fill=255, font=font)
+        label = f"{volume['volume_id'][:8]} {volume['split']}"
+        label += f"\nslice {index + 1} of {volume['num_slices']}"
+        draw.text((left + 4, top + _TILE + 2), label, fill=255, font=font)
     return sheet
 
 

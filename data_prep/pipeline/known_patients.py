@@ -8,14 +8,14 @@ before version 2 of the rules read the Patient ID otherwise.
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from data_prep.pipeline.notes import read_note
 from data_prep.pipeline.options import Directories
 from data_prep.pipeline.splits import KnownSplits
 from data_prep.privacy.pseudonyms import patient_pseudonym
-from data_prep.scan.patients import Patients, merged
+from data_prep.scan.patients import Patients, merged, spellings_like
 from data_prep.system.errors import InputError
 
 _SHARED_IMAGES = 3  # of the `pixel_digests` of two volumes: the same scan, whole or in part
@@ -59,6 +59,26 @@ def pseudonym_groups(key: bytes, patients: Patients, known: KnownPatients) -> li
     """The pseudonyms of each patient that may have several."""
     groups = [{patient_pseudonym(key, k) for k in keys} for keys in patients.keys_of.values()]
     return merged([*groups, *known.pseudonyms])
+
+
+def other_spellings(
+    key: bytes, patient_keys: Iterable[str], known: Collection[str]
+) -> list[set[str]]:
+    """The pseudonyms of patients whom a dataset knows under another spelling of the Patient ID.
+
+    Args:
+        key: of the pseudonyms.
+        patient_keys: of the archive.
+        known: pseudonyms in datasets.
+    """
+    if not known:
+        return []
+    groups = []
+    for patient_key in patient_keys:
+        others = {patient_pseudonym(key, one) for one in spellings_like(patient_key)}
+        if others := others.intersection(known):
+            groups.append({patient_pseudonym(key, patient_key), *others})
+    return groups
 
 
 def people_counts(

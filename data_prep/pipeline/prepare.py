@@ -31,6 +31,7 @@ from data_prep.pipeline.assemble import FrozenPlan, assemble, can_be_assembled, 
 from data_prep.pipeline.known_patients import (
     KnownPatients,
     chosen_pseudonyms,
+    other_spellings,
     people_counts,
     pseudonym_groups,
     sharing_pixels,
@@ -49,6 +50,7 @@ from data_prep.pipeline.notes import (
 from data_prep.pipeline.options import (
     Directories,
     Options,
+    refuse_other_classes,
     refuse_other_options,
     with_absolute_paths,
 )
@@ -316,14 +318,17 @@ def clean(preparation: Preparation) -> None:
 
 def stage_labels(preparation: Preparation) -> Labels:
     """Reads the tables of labels, annotations and masks."""
-    work_dir = preparation.directories.work_dir
-    return staging.stage(
+    directories, dataset = preparation.directories, preparation.dataset
+    labels = staging.stage(
         preparation.sources,
-        preparation.directories.input_dir,
-        work_dir / "labels.sqlite",
-        work_dir / _VIOLATIONS_FILE,
-        work_dir / _LEFT_OUT_FILE,
+        directories.input_dir,
+        directories.work_dir / "labels.sqlite",
+        directories.work_dir / _VIOLATIONS_FILE,
+        directories.work_dir / _LEFT_OUT_FILE,
     )
+    if dataset:
+        refuse_other_classes(dataset.preparation["labels"], labels.facts, directories.output_dir)
+    return labels
 
 
 def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
@@ -342,8 +347,6 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
         known_patients.keys,
     )
     several_names = read_patients(directories.work_dir / "plan")
-    groups = pseudonym_groups(preparation.key, several_names, known_patients)
-    chosen = chosen_pseudonyms(groups, directories.splits(), preparation.elsewhere)
     label_counts = staging.match(labels, all_headers(files))
     volumes_of_exam = collections.defaultdict(list)
     for row in old_volumes:
@@ -355,16 +358,22 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
         one_per_study=rules.reconstructions == "one_per_study",
         keys_of=several_names.keys_of,
     )
-    patients = {row["patient_id"] for row in old_volumes}
+    keys: set[str] = set()
     num_exams = num_series = num_slices = 0
     for plan in map(read_plan, files):
         for exam in plan.exams:
-            pseudonym = patient_pseudonym(preparation.key, exam[0].patient_key)
-            patients.add(chosen.get(pseudonym, pseudonym))
+            keys.add(exam[0].patient_key)
             if known.outcome(exam) is None:
                 num_exams += 1
                 num_series += len(exam)
                 num_slices += len(exam[0].headers)
+    own, elsewhere = directories.splits(), preparation.elsewhere
+    groups = pseudonym_groups(preparation.key, several_names, known_patients)
+    known_names = {*own, *(elsewhere.split_of if elsewhere else ())}
+    groups = merged([*groups, *other_spellings(preparation.key, keys, known_names)])
+    chosen = chosen_pseudonyms(groups, own, elsewhere)
+    names = (patient_pseudonym(preparation.key, key) for key in keys)
+    patients = {row["patient_id"] for row in old_volumes} | {chosen.get(p, p) for p in names}
     numbers = (num_exams, num_series, num_slices)
     return Plans(files, label_counts, known, patients, *numbers, several_names, groups)
 

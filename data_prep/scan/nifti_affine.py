@@ -41,21 +41,30 @@ def volume_shape(nifti: Any) -> tuple[int, int, int]:
     return shape[:3]
 
 
-def read_affine(nifti: Any, shape: tuple[int, int, int], spacing_is_known: bool) -> np.ndarray:
-    """[4, 4] float64, from voxel indices to mm towards left, posterior, superior: the sform, or the
-    qform where only the qform is set.
-
-    A qform cannot hold the shear of a tilted gantry; so it may be the rotation closest to the
-    sform. Otherwise the two must agree, and so must pixdim, unless it was never set (1 or 0) or
-    `spacing_is_known` from elsewhere.
+def unit_in_mm(nifti: Any) -> float:
+    """The unit of length of a header's affines; mm where it names none.
 
     Raises:
-        NiftiError: the file says nothing, or two different things.
+        NiftiError: NIfTI does not know the unit.
     """
     unit = int(nifti["xyzt_units"]) & 7
     if unit not in _MM_OF_UNIT:
         raise NiftiError("unknown_affine", "the unit of length is none that NIfTI knows")
-    to_mm = np.diag([_MM_OF_UNIT[unit]] * 3 + [1.0])
+    return _MM_OF_UNIT[unit]
+
+
+def read_affine(nifti: Any, shape: tuple[int, int, int], spacing_is_known: bool) -> np.ndarray:
+    """[4, 4] float64, from voxel indices to mm towards left, posterior, superior: the sform, or the
+    qform where only the qform is set.
+
+    A qform cannot hold the shear of a tilted gantry; so it may be a rotation that belongs to the
+    sform: the closest one, or that of the slices' plane. Otherwise the two must agree, and so must
+    pixdim, unless it was never set (1 or 0) or `spacing_is_known` from elsewhere.
+
+    Raises:
+        NiftiError: the file says nothing, or two different things.
+    """
+    to_mm = np.diag([unit_in_mm(nifti)] * 3 + [1.0])
     try:
         sform, qform = nifti.get_sform(coded=True)[0], nifti.get_qform(coded=True)[0]
     except (ValueError, HeaderDataError):
@@ -71,8 +80,8 @@ def read_affine(nifti: Any, shape: tuple[int, int, int], spacing_is_known: bool)
         raise NiftiError("unknown_affine", "neither sform nor qform is set")
     if len(affines) == 2:
         distance = _distance_mm(*affines, shape)
-        unsheared = _distance_mm(_closest_rotation(affines[0]), affines[1], shape)
-        if min(distance, unsheared) > AFFINE_TOLERANCE_MM:
+        rotations = [_distance_mm(form, affines[1], shape) for form in _unsheared(affines[0])]
+        if min(distance, *rotations) > AFFINE_TOLERANCE_MM:
             raise NiftiError("unknown_affine", f"sform and qform differ by up to {distance:.3g} mm")
     elif sform is not None and not spacing_is_known:
         _check_pixdim(affines[0], np.abs(np.array(nifti["pixdim"][1:4], np.float64)), to_mm[0, 0])
@@ -85,13 +94,22 @@ def _distance_mm(a: np.ndarray, b: np.ndarray, shape: tuple[int, int, int]) -> f
     return float(np.linalg.norm(np.array(corners) @ (a - b).T, axis=1).max())
 
 
-def _closest_rotation(affine: np.ndarray) -> np.ndarray:
-    """The affine without its shear, as programs write it into a qform (polar decomposition)."""
-    steps = np.linalg.norm(affine[:3, :3], axis=0)
-    left, _, right = np.linalg.svd(affine[:3, :3] / steps)
-    rotation = affine.copy()
-    rotation[:3, :3] = left @ right * steps
-    return rotation
+def _unsheared(affine: np.ndarray) -> list[np.ndarray]:
+    """The affine without its shear, in the ways that programs write it into a qform: the closest
+    rotation (polar decomposition), and the plane of the slices with its normal, along which they
+    keep the length of their step or their distance."""
+    matrix = affine[:3, :3]
+    steps = np.linalg.norm(matrix, axis=0)
+    left, _, right = np.linalg.svd(matrix / steps)
+    slices, *in_plane = frame_axes(affine)
+    normal = np.cross(*matrix[:, in_plane].T)
+    normal /= np.linalg.norm(normal)
+    distance = float(normal @ matrix[:, slices])
+    forms = [affine.copy() for _ in range(3)]
+    forms[0][:3, :3] = left @ right * steps
+    forms[1][:3, slices] = distance * normal
+    forms[2][:3, slices] = np.copysign(steps[slices], distance) * normal
+    return forms
 
 
 def _check_pixdim(sform: np.ndarray, pixdim: np.ndarray, unit_mm: float) -> None:

@@ -35,7 +35,7 @@ from data_prep.scan.headers import Header
 
 _NOBODY = "study:"  # the key of images without Patient ID and Study Instance UID
 # HL7 (CX): check digit and its scheme, mostly empty, then the issuer
-_ISSUER = re.compile(r" ?\^([0-9]?\^[a-z0-9]{0,3})\^[^^]*(\^.*)?$")
+_ISSUER = re.compile(r" ?\^([0-9]?\^[a-z0-9]{0,3})\^[^^]*(\^.*)?$", re.IGNORECASE)
 _SAME_AGE = 2  # years
 _MOST_IDS = 4  # of one patient under one UID; more mean a placeholder
 
@@ -208,6 +208,17 @@ def spelling_of(patient_id: str) -> str:
     issuer, blanks except between two numbers (`P 1 11` is not `P 11 1`)."""
     text = " ".join(unicodedata.normalize("NFKC", patient_id).split()).casefold()
     return re.sub(r"(?<![0-9]) | (?![0-9])", "", _ISSUER.sub("", text))
+
+
+def spellings_like(patient_key: str) -> set[str]:
+    """Usual spellings of a patient key whose `spelling_of` is the same, to look it up by name."""
+    text = " ".join(unicodedata.normalize("NFKC", patient_key).split())
+    issuer = _ISSUER.search(text)
+    plain = text[: issuer.start()] if issuer else text
+    bases = {patient_key, text, plain, re.sub(r"(?<![0-9]) | (?![0-9])", "", plain)}
+    if patient_key.startswith(_NOBODY):
+        return {patient_key}
+    return bases | {base.upper() for base in bases} | {base.lower() for base in bases}
 
 
 def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:

@@ -6,6 +6,8 @@ needed to compare arms in pairs.
 """
 
 import itertools
+import math
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,15 +137,47 @@ def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> l
     return rows
 
 
+def interval_with_seeds(
+    by_patient: Sequence[float], of_seeds: Sequence[float]
+) -> list[float] | None:
+    """The 95 % interval of a difference that depends on the choice of patients and on the seed.
+
+    The variances of both sources add up. The one of few seeds is uncertain itself, so that the
+    interval is of Student's t with the degrees of freedom of Welch and Satterthwaite.
+
+    Args:
+      by_patient: 95 % interval over the choice of patients, of the mean over seeds.
+      of_seeds: the difference of each seed.
+
+    Returns:
+      [low, high] around the mean, not beyond -1 and 1; None with one seed.
+    """
+    from scipy.special import stdtrit
+
+    if len(of_seeds) < 2:
+        return None
+    mean, variance = statistics.mean(of_seeds), statistics.variance(of_seeds) / len(of_seeds)
+    two_sided = statistics.NormalDist().inv_cdf(0.975)
+    both = ((by_patient[1] - by_patient[0]) / (2 * two_sided)) ** 2 + variance
+    if variance > 0:
+        two_sided = float(stdtrit((len(of_seeds) - 1) * (both / variance) ** 2, 0.975))
+    half = two_sided * math.sqrt(both)
+    return [max(-1.0, mean - half), min(1.0, mean + half)]
+
+
 def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str, Any]]:
     """Difference of the metric between each arm and random weights at each share, mean over seeds.
 
     Intervals and p come from the paired bootstrap by test patient, with as many draws as the number
     of rows asks for; p is corrected by Holm over all rows. Where no row could be below 5 % after
-    the correction, `p_holm` is None and `not_corrected` says why.
+    the correction, `p_holm` is None and `not_corrected` says why. `sd_over_seeds` is of the
+    difference, and `ci95_with_seeds` holds both sources, see `interval_with_seeds`.
     """
     # not at the top: they import JAX, and --help should be fast
     from ctssl_jax.evaluation import comparisons, predictions
+
+    def statistics_of(run: predictions.Predictions) -> dict[str, float]:
+        return comparisons.statistic_of(run, metric)(np.ones(len(run.patient_id)))
 
     pairs_of_rows = {}
     for arm, fraction, steps in dict.fromkeys(
@@ -166,6 +200,10 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
             [predictions.read(path) for path in side] for side in zip(*pairs, strict=True)
         )
         comparison = comparisons.paired_comparison(ours, reference, metric, num_resamples=num_draws)
+        of_seeds = [
+            statistics_of(one)[metric] - statistics_of(other)[metric]
+            for one, other in zip(ours, reference, strict=True)
+        ]
         rows.append(
             {
                 "arm": arm,
@@ -173,6 +211,8 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
                 "steps": steps,
                 "num_seeds": len(pairs),
                 **comparison,
+                "sd_over_seeds": statistics.stdev(of_seeds) if len(of_seeds) > 1 else None,
+                "ci95_with_seeds": interval_with_seeds(comparison["ci95"], of_seeds),
             }
         )
     refused = ""
@@ -217,33 +257,59 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
     """Differences from random weights with intervals and corrected p."""
     if not rows:
         return ""
+
+    def interval(bounds: Sequence[float] | None) -> str:
+        return "-" if bounds is None else f"{bounds[0]:+.4f} to {bounds[1]:+.4f}"
+
+    def shown(row: dict[str, Any]) -> str:
+        bounds = row["ci95_with_seeds"]
+        sure = bounds and bounds[0] * bounds[1] > 0 and (row["p_holm"] or 1.0) < 0.05
+        return f"**{row['difference']:+.4f}**" if sure else f"{row['difference']:+.4f}"
+
     lines = [
         {
             "weights": TITLES.get(row["arm"], row["arm"]),
             "share of the studies": f"{row['fraction']:.3g}",
             "steps": f"{row['steps']:,}" if row["steps"] else "recipe",
             "seeds": str(row["num_seeds"]),
-            f"difference of {metric}": f"{row['difference']:+.4f}",
-            "95 % interval": f"{row['ci95'][0]:+.4f} to {row['ci95'][1]:+.4f}",
+            f"difference of {metric}": shown(row),
+            "95 % interval by patient": interval(row["ci95"]),
+            "sd over seeds": results.with_spread(row["sd_over_seeds"], None) or "-",
+            "95 % interval, patients and seeds": interval(row["ci95_with_seeds"]),
             "p (Holm)": "refused" if row["p_holm"] is None else f"{row['p_holm']:.4f}",
         }
         for row in rows
     ]
     text = (
         f"Paired bootstrap by test patient, {rows[0]['num_draws']:,} draws, seeds averaged; p "
-        "corrected by Holm over the rows of this table."
+        "corrected by Holm over the rows of this table. **Bold** where the interval of patients "
+        "and seeds together excludes zero and the corrected p is below 0.05; never with one seed."
     )
     if rows[0]["not_corrected"]:
         text += f" REFUSED: {rows[0]['not_corrected']}."
     return f"### {metric}: minus random weights\n\n{text}\n\n{results.markdown(lines)}"
 
 
+def bars_in_words(rows: Sequence[dict[str, Any]]) -> str:
+    """What the bars of the figure are."""
+    numbers = sorted({row["num_seeds"] for row in rows if row["num_seeds"]})
+    if not numbers or numbers[-1] < 2:
+        return " One seed: no bars."
+    seeds = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    return (
+        f" Bars: ± standard deviation of {seeds} seeds, cut at 0 and 1; the choice of patients is "
+        "not in them."
+    )
+
+
 def save_figure(
     path: Path, rows: Sequence[dict[str, Any]], panels: Sequence[Panel], title: str, caption: str
 ) -> None:
-    """Draw the panels as PNG and SVG: mean over seeds, with the standard deviation as a bar."""
+    """Draw the panels as PNG and SVG: mean over seeds, with the standard deviation as a bar that is
+    cut at 0 and 1, the ends of every score. The caption says so."""
     from matplotlib import figure as matplotlib_figure
 
+    caption += bars_in_words(rows)
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = matplotlib_figure.Figure(
@@ -268,11 +334,16 @@ def save_figure(
                 and row["steps"] == panel.steps
                 and row["mean"] is not None
             ]
+            if not points:
+                missing.append(TITLES.get(arm, arm))
+                continue
             points.sort(key=lambda row: row["fraction"])
+            means = np.array([row["mean"] for row in points])
+            spread = np.array([row["sd_over_seeds"] or 0 for row in points])
             axis.errorbar(
                 [row["fraction"] * 1.02 ** (number - len(arms) / 2) for row in points],
-                [row["mean"] for row in points],
-                [row["sd_over_seeds"] or 0 for row in points],
+                means,
+                [np.minimum(spread, means), np.minimum(spread, 1 - means)],
                 marker="o",
                 markersize=4,
                 capsize=2,
@@ -281,7 +352,6 @@ def save_figure(
                 color="black" if arm == REFERENCE else colours[arm],
                 label=TITLES.get(arm, arm),
             )
-            missing += [] if points else [TITLES.get(arm, arm)]
         if missing:
             axis.text(
                 0.98,

@@ -19,18 +19,18 @@ def loss_curve(reports: list[dict], validation: list[dict]) -> bytes:
     figure = Figure(figsize=(11, 3), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, name in zip(axes, ("loss", "masked_mse", "ssim"), strict=True):
-        axis.plot(
-            [line["step"] for line in reports],
-            [line[name] for line in reports],
-            label="training",
-            alpha=0.6,
-        )
-        axis.plot(
-            [line["step"] for line in validation],
-            [line[name] for line in validation],
-            "o-",
-            label="validation",
-        )
+        for lines, label, style in (
+            (reports, "training", "-" if len(reports) > 1 else "x"),
+            (validation, "validation", "o-"),
+        ):
+            if lines:  # else the legend would name a line that is not there
+                axis.plot(
+                    [line["step"] for line in lines],
+                    [line[name] for line in lines],
+                    style,
+                    label=label,
+                    alpha=0.6 if label == "training" else 1,
+                )
         axis.set(xlabel="step", title=NAMES.get(name, name))
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")

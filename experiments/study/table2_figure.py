@@ -161,20 +161,36 @@ def save_picture(
     Args:
       path: of the PNG.
       models: title, rows (`metric`, `mean`, `sd`, `paper_mean`, `paper_sd`) and the pictures' npz
-        of each model; absent pictures are drawn as missing.
+        of each model; absent pictures are drawn as missing. A model that tells classes has their
+        probabilities in place of a difference.
       names: metric -> its title.
       caption: written below.
     """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 1.75 * len(models) + 1), layout="constrained")
-    axes = figure.subplots(len(models), 4, width_ratios=(1.9, 1, 1, 1))
+    figure = Figure(figsize=(9.5, 1.75 * len(models) + 1.4), layout="constrained")
+    axes = figure.subplots(
+        len(models) + 1,
+        4,
+        width_ratios=(1.9, 1, 1, 1),
+        height_ratios=(*[1] * len(models), 0.06),
+    )
     for axis in axes.flat:
         axis.set_axis_off()
     axes[0, 0].set_title("Performance: ours (the paper's)", fontsize=9, loc="left")
     for axis, title in zip(axes[0, 1:], COLUMNS.values(), strict=True):
         axis.set_title(title, fontsize=9)
-    for row, (title, rows, arrays) in zip(axes, models, strict=True):
+    colours = LinearSegmentedColormap.from_list("difference", ["blue", "0.5", "red"])
+    scale = axes[-1, 3]
+    scale.set_axis_on()
+    figure.colorbar(
+        ScalarMappable(Normalize(-0.5, 0.5), colours), cax=scale, orientation="horizontal"
+    )
+    scale.set_xlabel("blue too dark, red too bright\n(share of the window)", fontsize=7)
+    scale.tick_params(labelsize=7)
+    for row, (title, rows, arrays) in zip(axes, models, strict=False):
         lines = [f"{names[line['metric']]}: {_values(line)}" for line in rows]
         row[0].text(0, 0.98, title, fontsize=9, weight="bold", va="top", transform=row[0].transAxes)
         row[0].text(
@@ -190,15 +206,32 @@ def save_picture(
             for axis in row[1:]:
                 axis.text(0.5, 0.5, "missing", ha="center", va="center", fontsize=8, color="grey")
             continue
-        shown = {
-            name: images[len(images) // 2][None]
-            for name, images in strips.load_arrays(arrays).items()
-        }
-        row[1].imshow(strips.grey(shown["input"][0]))
-        row[2].imshow(strips.grey(shown["prediction"][0]))
-        row[3].imshow(strips.difference(shown["prediction"][0], shown["target"][0]))
+        pictures = strips.load_arrays(arrays)
+        middle = len(pictures["input"]) // 2
+        row[1].imshow(strips.grey(pictures["input"][middle]))
+        row[2].imshow(strips.grey(pictures["prediction"][middle]))
+        if "probabilities" in pictures:
+            row[3].text(0, 0.9, _classes(pictures, middle), fontsize=7.5, va="top", linespacing=1.6)
+        elif any(line["metric"] == "auroc" for line in rows):  # of an evaluation before them
+            row[3].text(0, 0.9, "P of the classes: missing", fontsize=7.5, va="top", color="grey")
+        else:
+            row[3].imshow(
+                strips.difference(pictures["prediction"][middle], pictures["target"][middle])
+            )
     figure.supxlabel(textwrap.fill(caption.replace("**", ""), 130), fontsize=7.5)
     figure.savefig(path, dpi=130)
+
+
+def _classes(pictures: dict[str, Any], number: int) -> str:
+    """The probability of each class of a slice, and the truth."""
+    truth = pictures["label"][number]
+    lines = [
+        f"P({name}) = {probability:.3f}{'  (true)' if k == truth else ''}"
+        for k, (name, probability) in enumerate(
+            zip(pictures["class_names"], pictures["probabilities"][number], strict=True)
+        )
+    ]
+    return "\n".join(lines)
 
 
 def _values(row: dict) -> str:

@@ -43,7 +43,9 @@ import numpy as np
 
 from ctssl_jax.runs.checkpoints import choose
 from ctssl_jax.runs.damage import is_damaged, step_numbers
+from ctssl_jax.runs.strips import Legend
 from ctssl_jax.training import loop, progress, setup
+from ctssl_jax.training.pictures import Setting
 from ctssl_jax.training.scoring import SplitScores
 from ctssl_jax.training.state import TrainState
 from ctssl_jax.training.step import Report
@@ -145,7 +147,8 @@ def train_without_compiling(dataset: Path, workdir: Path, stop_at: int | None) -
     setup.Job.compile = lambda job: (program, 0)
     setup.training_batches = lambda *arguments, **options: iter(())
     setup.evaluation_batches = lambda source, *arguments, **options: iter([len(source)])
-    setup.picture_batch = lambda *arguments: {}
+    setup.picture_batch = lambda *arguments: {"record_index": np.zeros(1, np.int32)}
+    setup.pictures.setting = lambda *arguments: Setting(Legend(), (), None)
     progress.render_pictures = _pictures
     loop.Feed, loop.run_step, loop.evaluate_split = _Feed, step, _scores
     means = dict.fromkeys(("loss", "mse", "masked_mse", "ssim"), 0.0)

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from ctssl_jax.evaluation import predictions
 from ctssl_jax.evaluation.predictions import Predictions
@@ -132,6 +133,60 @@ def test_a_correction_that_cannot_succeed_is_refused(study):
     assert {row["p_holm"] for row in rows} == {None}
     text = curves.comparison_markdown(rows, "auroc")
     assert "20,000 draws" in text and "REFUSED: Holm's correction of 7 comparisons" in text
+
+
+def test_the_interval_of_patients_and_seeds_is_wider_than_that_of_patients():
+    by_patient = [0.05, 0.15]
+    assert curves.interval_with_seeds(by_patient, [0.1, 0.1]) == pytest.approx(by_patient)
+    low, high = curves.interval_with_seeds(by_patient, [0.0, 0.1, 0.2])
+    assert low < 0 < high and low + high == pytest.approx(0.2)  # t of about three degrees
+    assert high - 0.1 == pytest.approx(0.2, abs=0.03)
+    assert curves.interval_with_seeds(by_patient, [-0.8, 1.0]) == [-1.0, 1.0]
+    assert curves.interval_with_seeds(by_patient, [0.1]) is None
+
+
+def test_bold_needs_patients_and_seeds(study):
+    _, grid = downstream.grid_cells(study, "pe", ["random", "masked_10", "rotation"])
+    for point, cell in grid.items():
+        better = 0.9 if point.arm == "masked_10" or point.seed == 0 else 0.503
+        write_result(cell, 0.5 if point.arm == "random" else better, seed=0)
+    rows = {row["arm"]: row for row in curves.compare_with_random(grid, "auroc")}
+    sure, unsure = rows["masked_10"], rows["rotation"]
+    assert unsure["ci95"][0] > 0  # of patients alone
+    assert unsure["ci95_with_seeds"][0] < 0 < sure["ci95_with_seeds"][0]
+    assert unsure["sd_over_seeds"] > sure["sd_over_seeds"]
+    text = curves.comparison_markdown([sure, unsure], "auroc")
+    assert f"| **{sure['difference']:+.4f}** |" in text and "patients and seeds" in text
+    assert f"| {unsure['difference']:+.4f} |" in text
+
+
+def figure_row(arm, steps, mean, sd=0.2, num_seeds=3):
+    """As `curve_rows` makes it."""
+    row = {"arm": arm, "fraction": 1.0, "steps": steps, "metric": "dice", "mean": mean}
+    return row | {"sd_over_seeds": sd, "num_seeds": num_seeds if mean else 0}
+
+
+def test_bars_stay_in_the_range_and_the_legend_has_no_line_that_is_not_there(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *path, **options: drawn.append(self))
+    rows = [figure_row("random", 5, 0.1), figure_row("masked_10", 5, 0.9)]
+    rows.append(figure_row("rotation", 5, None))
+    panel = curves.Panel("Dice", "dice", steps=5)
+    curves.save_figure(tmp_path / "figure.png", rows, [panel], "title", "Caption.")
+    (axis,) = drawn[0].axes
+    bars = np.concatenate([line.get_segments()[0] for line in axis.collections])[:, 1]
+    np.testing.assert_allclose(sorted(bars), [0, 0.3, 0.7, 1])
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == ["random weights", "masked region, 10 %"]
+    assert "missing: rotation" in [text.get_text() for text in axis.texts]
+    caption = " ".join(drawn[0].get_supxlabel().split())
+    assert "Bars: ± standard deviation of 3 seeds, cut at 0 and 1" in caption
+
+
+def test_without_several_seeds_there_are_no_bars():
+    assert curves.bars_in_words([figure_row("random", 5, 0.1, None, 1)]) == " One seed: no bars."
+    several = [figure_row("random", 5, 0.1), figure_row("masked_10", 5, 0.1, num_seeds=2)]
+    assert "of 2 to 3 seeds" in curves.bars_in_words(several)
 
 
 def test_figures_come_from_results_and_say_what_is_missing(study):

@@ -8,10 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from experiments.study import quickstart_report
+from tests.helpers import browser
 
 PROJECT = Path(__file__).resolve().parents[2]
+NARROW, WIDE = 390, 1300
+needs_chromium = pytest.mark.skipif(
+    browser.CHROMIUM is None, reason="no `chromium` in PATH (Debian: apt-get install chromium)"
+)
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
@@ -72,12 +78,51 @@ def test_a_larger_error_is_called_larger():
     assert quickstart_report.compared(0.5) == "2.0 times LARGER than"
 
 
+def test_the_curve_s_legend_names_only_what_was_measured(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *path, **options: drawn.append(self))
+    scores = {"step": 6, "loss": 1.0, "masked_mse": 0.1, "ssim": 0.5}
+    quickstart_report.loss_curve([], [scores])
+    quickstart_report.loss_curve([scores], [scores])
+    legends = [figure.axes[0].get_legend().get_texts() for figure in drawn]
+    assert [[text.get_text() for text in one] for one in legends] == [
+        ["validation"],
+        ["training", "validation"],
+    ]
+    assert drawn[1].axes[0].lines[0].get_marker() == "x"  # a line of one point cannot be seen
+
+
 def test_the_report_is_one_page_for_narrow_and_wide_screens(finished):
     page = (finished / "report.html").read_text()
     assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
     assert not re.search(r"(src|href)=.?(https?:|//)", page)
     assert page.count("<table>") == page.count("<div class=wide><table>")
     assert "the error inside the mask is" in page  # what the picture shows, for who cannot see it
+
+
+@needs_chromium
+def test_the_report_in_a_browser(finished, tmp_path):
+    """No sideways scrolling, every picture loaded, nothing asked for from anywhere."""
+    page = (finished / "report.html").read_text()
+    assert "://" not in page
+    for found, width in zip(
+        browser.measure(page, (NARROW, WIDE), tmp_path), (NARROW, WIDE), strict=True
+    ):
+        assert found.width == width and found.scroll_width <= width
+        assert len(found.pictures) == 3 and all(found.pictures)
+        assert [name for name in found.requests if not name.startswith("data:")] == []
+
+
+@needs_chromium
+def test_the_browser_notices_what_is_wrong(tmp_path):
+    page = (
+        "<!doctype html><body style='margin:0'><div style='width:800px'>wide</div>"
+        "<img src='data:image/png;base64,AAAA'><img src='http://example.invalid/a.png'>"
+    )
+    narrow, wide = browser.measure(page, (NARROW, WIDE), tmp_path)
+    assert (narrow.scroll_width, wide.scroll_width) == (800, WIDE)
+    assert narrow.pictures == [0, 0]
+    assert "http://example.invalid/a.png" in narrow.requests
 
 
 def test_a_second_run_repeats_nothing(finished):

@@ -13,6 +13,7 @@ from unittest.mock import create_autospec
 import numpy as np
 import pytest
 from absl import flags
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ctssl_jax.evaluation import measure
@@ -79,6 +80,10 @@ def complete(cell, mean=0.5):
     images = np.linspace(0, 1, 3 * 32 * 32, dtype=np.float32).reshape(3, 32, 32, 1)
     if not cell.name.startswith("cross_"):
         shown = {"input": images, "target": images, "prediction": images**2}
+        if cell.name in table2_figure.CLASSIFICATION:
+            shown["label"] = np.array([2, 1, 0])
+            shown["probabilities"] = np.array([[0.25, 0.625, 0.125]] * 3)
+            shown["class_names"] = np.array(["a", "b", "c"])
         strips.save_arrays(cell.result.with_suffix(".npz"), shown)
 
 
@@ -319,6 +324,19 @@ def test_table_two_from_results_alone(settings):
     assert sorted(path.name for path in settings.workdir.iterdir()) == [
         "cross.csv", "results", "table2.csv", "table2.md", "table2.png",
     ]  # fmt: skip
+
+
+def test_table_two_has_a_difference_only_where_it_means_something(settings, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *path, **options: drawn.append(self))
+    for cell in table2.model_cells(settings):
+        complete(cell)
+    table2.draw(settings)
+    rows = np.reshape(drawn[0].axes[:36], (9, 4))
+    assert [bool(row[3].images) for row in rows[:8]] == 6 * [True] + 2 * [False]
+    (text,) = rows[6, 3].texts
+    assert text.get_text() == "P(a) = 0.250\nP(b) = 0.625  (true)\nP(c) = 0.125"
+    assert "too dark" in rows[8, 3].get_xlabel() and not any(row[2].texts for row in rows[:8])
 
 
 def test_results_of_different_data_are_not_passed_off_as_one(settings):

@@ -97,7 +97,7 @@ def test_table_sheet_and_verification_of_a_sound_dataset(prepared, tmp_path):
     assert table["Patients", "Age, mean +/- sd"] == "61.0 +/- 0.0 years (of 3 patients)"
     assert table["Sex", "Female"] == "3"
     sheet = np.asarray(Image.open(output / "contact_sheet.png"))
-    assert sheet.shape == (192 + 16 + 24, 5 * 192) and sheet.std() > 20
+    assert sheet.shape == (2 * (192 + 46) + 26, 4 * 192) and sheet.std() > 20
 
 
 def test_table_counts(example):

@@ -120,6 +120,41 @@ def test_a_grown_archive_keeps_its_pseudonyms_and_counts_both_rules(tmp_path, ke
     assert notes_on_rules(preparation, preparation) == []
 
 
+def test_patients_whom_pixels_told_stay_one_patient_as_the_archive_grows(tmp_path, key_file):
+    scans = tmp_path / "scans"
+    add_scan(scans, "patient-1", 1, seed=1)
+    places, _ = run(tmp_path, key_file)
+    [first] = patients(places)
+    add_scan(scans, "ANON42", 2, seed=1)
+    run(tmp_path, key_file)
+    add_scan(scans, "ANON42", 3, seed=3)
+    _, preparation = run(tmp_path, key_file)
+    assert patients(places) == [first] * 3
+    assert preparation["counts"]["patients_joined"] == 1
+
+
+def test_classes_of_an_earlier_program_are_not_mixed_with_others(tmp_path, key_file):
+    """Versions before 2 took NaN for a class."""
+    add_scan(tmp_path / "scans", "a", 1, seed=1)
+    table = tmp_path / "labels.csv"
+    table.write_text("PatientID,pe\na,1\nb,0\nc,NaN\n")
+    places, preparation = run(tmp_path, key_file, sources=LabelSources(labels_csv=(table,)))
+    preparation["labels"]["pe"]["classes"] = ["0", "1", "NaN"]
+    preparation.pop("rules")
+    write_preparation(places.output_dir, preparation)
+    add_scan(tmp_path / "scans", "b", 2, seed=2)
+    with pytest.raises(InputError, match=r"label pe has the classes 0, 1, NaN, and .* rules 0, 1"):
+        run(tmp_path, key_file, sources=LabelSources(labels_csv=(table,)))
+
+
+def test_another_dataset_knows_a_patient_under_another_spelling(tmp_path, key_file):
+    add_scan(tmp_path / "a" / "scans", "patient-1", 1, seed=1)
+    first, _ = run(tmp_path / "a", key_file)
+    add_scan(tmp_path / "b" / "scans", "Patient-1^^^HOSPITAL", 2, seed=2)
+    second, _ = run(tmp_path / "b", key_file, same_splits_as=(first.output_dir,))
+    assert patients(first) == patients(second)
+
+
 def test_a_dataset_of_a_newer_program_does_not_grow(tmp_path, key_file):
     add_scan(tmp_path / "scans", "patient-1", 1, seed=1)
     places, preparation = run(tmp_path, key_file)

@@ -163,9 +163,9 @@ def test_either_form_is_enough_and_they_must_agree(tmp_path, from_dicom):
 
 def test_a_small_error_of_direction_counts_where_it_is_largest(tmp_path):
     tilted = AFFINE.copy()
-    tilted[1, 2] = 0.01  # 0.21 mm at the last slice
+    tilted[2, 0] = 0.005  # 0.32 mm at the last column
     save_as_it_is(with_forms(tilted, AFFINE), tmp_path / "scan.nii")
-    assert load(tmp_path).detail == "sform and qform differ by up to 0.21 mm"
+    assert load(tmp_path).detail == "sform and qform differ by up to 0.32 mm"
 
 
 @pytest.mark.parametrize("row", [[0, 0, 0, -300], [0, 0, np.nan, -300]])

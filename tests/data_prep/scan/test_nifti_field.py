@@ -163,10 +163,24 @@ def closest_rotation(affine):
     return image.header.get_qform()
 
 
+def plane_with_normal(affine, length):
+    """The rotation of the slices' plane, as a DICOM orientation gives it."""
+    rigid = affine.copy()
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    rigid[:3, 2] = length * normal / np.linalg.norm(normal)
+    return rigid
+
+
 @pytest.mark.parametrize("degrees", [-15, 8, 20])
-def test_a_tilted_scan_whose_qform_is_the_closest_rotation(tmp_path, degrees):
+@pytest.mark.parametrize("qform", ["closest", "plane", "plane and distance"])
+def test_a_tilted_scan_whose_qform_is_its_rotation(tmp_path, degrees, qform):
     sheared = tilted(degrees)
-    save_as_it_is(with_forms(sheared, closest_rotation(sheared)), tmp_path / "scan.nii")
+    if qform == "closest":
+        rigid = closest_rotation(sheared)
+    else:
+        distance = 2.5 * np.cos(np.radians(degrees)) if "distance" in qform else 2.5
+        rigid = plane_with_normal(sheared, distance)
+    save_as_it_is(with_forms(sheared, rigid), tmp_path / "scan.nii")
     volume = load(tmp_path)
     assert not isinstance(volume, (NotAnImage, Rejection)), volume
     np.testing.assert_array_equal(volume.hu, THORAX)

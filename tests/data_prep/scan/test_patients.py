@@ -6,7 +6,7 @@ import pytest
 from data_prep.scan.archives import list_sources
 from data_prep.scan.headers import read_header
 from data_prep.scan.loading import ExamPlan, plan_exams
-from data_prep.scan.patients import People, identities, spelling_of
+from data_prep.scan.patients import People, identities, spelling_of, spellings_like
 from data_prep.scan.rules import Rules
 from tests.helpers import dicom_files
 from tests.helpers.dicom_files import thorax, uid
@@ -64,6 +64,7 @@ def patients(plan: ExamPlan) -> list[str]:
 )
 def test_spellings(one, other, alike):
     assert (spelling_of(one) == spelling_of(other)) is alike
+    assert all(spelling_of(like) == spelling_of(one) for like in spellings_like(one))
 
 
 # ---- character sets ------------------------------------------------------------------------------
