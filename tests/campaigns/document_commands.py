@@ -45,14 +45,14 @@ SMALL = {
     "--output_dir=DATASET\n": "--output_dir=DATASET --image_size=64\n",
     "--output_dir=SECOND ": "--output_dir=SECOND --image_size=64 ",
     "--output_dir=PE ": "--output_dir=PE --image_size=64 ",
-    "--output_dir=NODULES ": "--output_dir=NODULES --image_size=64 ",
+    "--output_dir=NODULES ": "--output_dir=NODULES --image_size=64 --min_area_px=1 ",
     "--output=FILE.parquet": "--output=FILE.npz",  # pyarrow is no package of an extra
     "table2 run ": "table2 run --num_steps=2 --cells=mask_05,rotation ",
     "ctssl import_torch --checkpoint=last.pth.tar": ": a file of the authors',",
 }
 PHANTOMS = """
 ctssl phantom --output_dir=RSNA --layout=rsna_pe --num_patients=8 --num_slices=20 --image_size=64
-ctssl phantom --output_dir=LIDC --layout=lidc_idri --num_patients=8 --num_slices=24 --image_size=64
+ctssl phantom --output_dir=LIDC --layout=lidc_idri --num_patients=8 --num_slices=24 --image_size=128
 """
 ONE_SCAN = "ln -s SCANS/P0004 SCAN"
 GROWN = """
