@@ -47,6 +47,7 @@ SMALL = {
     "--output_dir=PE ": "--output_dir=PE --image_size=64 ",
     "--output_dir=NODULES ": "--output_dir=NODULES --image_size=64 --min_area_px=1 ",
     "--output=FILE.parquet": "--output=FILE.npz",  # pyarrow is no package of an extra
+    "ctssl attributes --workdir=RUN": "ctssl attributes --min_patients=2 --workdir=RUN",
     "table2 run ": "table2 run --num_steps=2 --cells=mask_05,rotation ",
     "ctssl import_torch --checkpoint=last.pth.tar": ": a file of the authors',",
 }
