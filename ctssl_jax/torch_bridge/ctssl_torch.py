@@ -1113,11 +1113,13 @@ _PROJECTIONS = re.compile(
     r"|\b(?:EFF ATOMIC NUM|ELECTRON DENSITY|MAT (?:SPECIFIC|FRACTIONAL|VALUE BASED)|STD DEVIATION"
     r"|PERFUSION|CBF|CBV|MTT|TTP)\b"
 )
-_NO_HU = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}  # Rescale Type
+_NO_HU = re.compile(r"(OD|MGML|Z_?EFF|ED|EDW|HU_?MOD|PCT)|.*([/%]|IODINE|DENSITY).*")
 _LARGEST_NUMBER = 1e9
 _SAME_POSITION_MM = 0.05
 _MAX_ROTATION_DEGREES = 5.0
-_MAX_FIELD_MM = 1000.0
+_FIELD_MM = (50.0, 1000.0)
+_SAMPLE_STEP = 8  # values are judged on every 8th pixel of both directions
+_JUMP_HU = 60.0  # more than neighbours differ by, on average
 _FEW = 0.1  # so much of the slices may lack or misname an element
 
 
@@ -1163,6 +1165,21 @@ class _Image(NamedTuple):
         return value if isinstance(value, int) else None
 
 
+class _Bounded(io.BytesIO):
+    """A header that is read in a bounded number of reads, each of an element, an item or a value:
+    pydicom takes hours for a few megabytes of empty items."""
+
+    def __init__(self, content: bytes):
+        super().__init__(content)
+        self._reads_left = 20_000 + len(content) // 200
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._reads_left -= 1
+        if self._reads_left < 0:
+            raise ValueError("more elements than the header of an image")
+        return super().read(size)
+
+
 def _read_image(name: str, read: _Read) -> _Image | None:
     """An axial CT image, or None for a file that is none.
 
@@ -1175,28 +1192,27 @@ def _read_image(name: str, read: _Read) -> _Image | None:
     groups = start[:2], start[:2][::-1]
     if start[128:] != b"DICM" and not {b"\x02\x00", b"\x08\x00"} & set(groups):
         return None
-    ended = []
+    is_whole = False
 
-    def at_the_pixels(tag: int, vr: str | None, length: int) -> bool:
+    def header_ends(tag: int, vr: str | None, length: int) -> bool:
+        nonlocal is_whole
         # (5200,xxxx): the functional groups of multi-frame images
-        ended.append(tag >= 0x7FE00000 or tag >> 16 == 0x5200)
-        return ended[-1]
+        is_whole = tag >= 0x7FE00000 or tag >> 16 == 0x5200
+        return is_whole or (tag == 0 and length == 0)  # zeros: a copy that was interrupted
 
     try:
         whole = _DEFLATED in read(4096)
         content = _inflated(read(-1))[:_HEADER_BYTES] if whole else read(_HEADER_BYTES)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            elements = pydicom.filereader.read_partial(
-                io.BytesIO(content), at_the_pixels, force=True
-            )
+            elements = pydicom.filereader.read_partial(_Bounded(content), header_ends, force=True)
     except (Exception, RecursionError) as error:  # of a dozen kinds on damaged bytes
         raise ValueError(f"{name} is a damaged DICOM file ({type(error).__name__})") from None
     image = _Image(name, read, elements)
     modality, sop_class = image.text("Modality").upper(), image.text("SOPClassUID")
     if modality != "CT" and (modality or sop_class not in _CT_IMAGES):
         return None
-    if not any(ended):
+    if not is_whole:
         raise ValueError(f"{name} is a CT image whose header does not end")
     if "NumberOfFrames" in elements and image.text("NumberOfFrames") not in ("", "1"):
         raise ValueError(
@@ -1219,7 +1235,8 @@ def _fault(image: _Image) -> str | None:
         kinds[:2] == ["DERIVED", "SECONDARY"]
         or "3D" in kinds[2:]
         or any(map(_PROJECTIONS.search, words[2:]))
-        or image.text("RescaleType").upper() in _NO_HU
+        or _NO_HU.fullmatch(image.text("RescaleType").upper())
+        or (image.text("RescaleType").upper() == "US" and not _in_hu(image))
     ):
         return "a derived image without CT numbers"
     if (image.integer("SamplesPerPixel") or 1) != 1 or (
@@ -1227,6 +1244,17 @@ def _fault(image: _Image) -> str | None:
     ):
         return "not grey"
     return None
+
+
+def _in_hu(image: _Image) -> bool:
+    """False for Real World Values of another unit."""
+    sequence = image.elements.get("RealWorldValueMappingSequence") or []
+    codes = [
+        str(unit.get("CodeValue", "")).strip().upper()
+        for item in sequence
+        for unit in item.get("MeasurementUnitsCodeSequence") or []
+    ]
+    return not codes or bool({"[HNSF'U]", "HU"} & set(codes))
 
 
 def _axes(image: _Image) -> tuple[np.ndarray, np.ndarray] | None:
@@ -1269,7 +1297,7 @@ def _stack(
         number = f"{len(positions)} slice{'s' * (len(positions) != 1)}"
         raise ValueError(f"{number}, at least {max(2, min_slices)} asked (min_slices)")
     _check_steps(positions)
-    _check_thickness(slices, max_slice_thickness_mm)
+    _check_thickness(slices, float(np.median(np.diff(positions))), max_slice_thickness_mm)
     volume = np.empty((len(positions), *shape), np.float32)
     counts = np.zeros((len(positions), 4))
     for number, (start, end) in enumerate(itertools.pairwise([*starts, len(slices)])):
@@ -1280,6 +1308,7 @@ def _stack(
                     "two slices at one position; give the folder of one reconstruction"
                 )
     _check_plausible(counts)
+    _check_scale(volume, [slices[i] for i in starts])
     origins = np.array([slices[i].numbers("ImagePositionPatient") for i in starts])
     affine = np.eye(4)
     affine[:3, 0] = (origins[-1] - origins[0]) / (len(origins) - 1)
@@ -1350,9 +1379,9 @@ def _grid(slices: list[_Image]) -> tuple[np.ndarray, np.ndarray, list[float], tu
                 "the slices differ in orientation, spacing or matrix; give the folder of one "
                 "reconstruction"
             )
-    if min(spacing) <= 0 or max(np.multiply(shape, spacing)) > _MAX_FIELD_MM:
-        field = " x ".join(f"{size:g}" for size in np.multiply(shape, spacing))
-        raise ValueError(f"a field of view of {field} mm; is PixelSpacing in mm?")
+    field = max(np.multiply(shape, spacing))
+    if min(spacing) <= 0 or not _FIELD_MM[0] <= field <= _FIELD_MM[1]:
+        raise ValueError(f"a field of view of {field:.0f} mm; is PixelSpacing in mm?")
     if shape[0] * shape[1] > _MAX_PIXELS:
         raise ValueError(f"slices of {shape[0]} x {shape[1]} pixels")
     across, down = axes
@@ -1385,9 +1414,11 @@ def _check_steps(positions: np.ndarray) -> None:
         )
 
 
-def _check_thickness(slices: list[_Image], limit: float) -> None:
-    """Raises ValueError for slices that are too thick. A few may be misnamed."""
+def _check_thickness(slices: list[_Image], spacing_mm: float, limit: float) -> None:
+    """Raises ValueError for slices that are too thick. A few may be misnamed; where all lack it,
+    the spacing stands in."""
     known = [t for image in slices if (t := image.number("SliceThickness") or 0) > 0]
+    known = known or [spacing_mm]
     thick = [thickness for thickness in known if thickness > limit + 1e-4]
     if len(thick) > _FEW * len(known):
         raise ValueError(
@@ -1433,6 +1464,7 @@ def _check_not_mixed(slices: list[_Image], along: np.ndarray) -> None:
         step = _step_within(codes, along)
         if keyword in _RUNNING:
             codes = _passes(values, along, step)
+            step = _step_within(codes, along)
         sizes = np.bincount(codes)
         counts &= sizes[codes] >= _LEAST_SLICES
         if not _overlap(codes[counts], along[counts], step):
@@ -1516,7 +1548,9 @@ def _is_one(
     for code in np.unique(codes[counts]):
         part = np.flatnonzero(codes == code)
         known = [t for i in part if (t := slices[i].number("SliceThickness") or 0) > 0]
-        if known and np.median(np.diff(along[part])) > 1.2 * np.median(known):
+        if known and np.diff(along[part]).max() > max(
+            1.5 * np.median(steps), 1.2 * np.median(known)
+        ):
             return True  # this part alone would leave gaps
     return False
 
@@ -1545,17 +1579,19 @@ def _to_hu(image: _Image, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarra
             _TISSUE_HU[0] < bound * slope + intercept < _TISSUE_HU[1] for bound in (low, high)
         ):
             air |= (stored >= low) & (stored <= high)
-    sample = hu[::8, ::8][~air[::8, ::8]]
-    counts = np.array(
-        [
-            hu[::8, ::8].size,
-            np.count_nonzero((sample >= -1100) & (sample < -500)),
-            np.count_nonzero((sample >= -200) & (sample < 300)),
-            np.count_nonzero(sample > _TISSUE_HU[1]),
-        ]
+        elif padding in stored[[0, 0, -1, -1], [0, -1, 0, -1]] and low == high:
+            if np.count_nonzero(stored == padding) >= 0.001 * stored.size:
+                raise ValueError(f"{image.name}: Pixel Padding Value is that of a tissue")
+    values = hu[::_SAMPLE_STEP, ::_SAMPLE_STEP]
+    sample = values[~air[::_SAMPLE_STEP, ::_SAMPLE_STEP]]
+    counts = (
+        values.size,
+        np.count_nonzero((sample >= -1100) & (sample < -500)),
+        np.count_nonzero((sample >= -200) & (sample < 300)),
+        np.count_nonzero(sample > _TISSUE_HU[1]),
     )
     hu[air] = AIR_HU
-    return hu.astype(np.float32), counts
+    return hu.astype(np.float32), np.array(counts)
 
 
 def _stored(image: _Image, shape: tuple[int, int]) -> np.ndarray:
@@ -1625,11 +1661,8 @@ def _native(dataset: Any, image: _Image, allocated: int, shape: tuple[int, int])
 
 
 def _check_plausible(counts: np.ndarray) -> None:
-    """Raises ValueError if the values of a volume, or of a single slice, cannot be HU.
-
-    Args:
-        counts: [S, 4] as `_to_hu` returns them.
-    """
+    """Raises ValueError if the values of a volume cannot be HU; `counts` [S, 4] as `_to_hu` returns
+    them."""
     total, air, soft, dense = counts.sum(axis=0)
     if dense > 0.01 * total:
         raise ValueError(f"{100 * dense / total:.0f} % of the pixels are above 4000 HU")
@@ -1637,11 +1670,55 @@ def _check_plausible(counts: np.ndarray) -> None:
         raise ValueError("no soft tissue between -200 and 300 HU")
     if air < 0.002 * total:
         raise ValueError("no air or lung between -1100 and -500 HU")
-    shares = counts[:, 1:] / counts[:, :1]
-    for number, share in enumerate(shares):
-        around = np.median(shares[max(0, number - 3) : number + 4], axis=0)
-        if share[2] > 0.05 + around[2] or np.abs(share - around)[:2].min() > 0.3:
-            raise ValueError(f"slice {number + 1} from the feet has other values than those around")
+
+
+def _check_scale(volume: np.ndarray, slices: list[_Image]) -> None:
+    """Raises ValueError if slices are on another scale than the slices around them (a wrong sign,
+    intercept or slope, padding instead of an image).
+
+    Two neighbours have nearly the same distribution of HU. Up to a third of the slices in a row may
+    be such that the slices before and behind them are more alike.
+
+    Args:
+        volume: [S, H, W] HU.
+        slices: the slices with their headers.
+    """
+    sample = volume[:, ::_SAMPLE_STEP, ::_SAMPLE_STEP]
+    quantiles = _quantiles(sample)
+    steps = _distance(quantiles[1:], quantiles[:-1])
+    if len(volume) >= 3 and steps.max() > _JUMP_HU:
+        for run in range(1, len(volume) // 3 + 1):
+            before, behind = quantiles[: -run - 1], quantiles[run + 1 :]
+            jump = np.minimum(
+                _distance(before, quantiles[1:-run]), _distance(quantiles[run:-1], behind)
+            )
+            found = np.flatnonzero(jump > _JUMP_HU + 3 * _distance(before, behind))
+            if len(found):
+                name = slices[found[0] + 1].name
+                raise ValueError(f"{name} has other values than its neighbours")
+    scales = [(s.number("RescaleSlope"), s.number("RescaleIntercept")) for s in slices]
+    for i in range(1, len(slices)):
+        (slope, intercept), (other_slope, other_intercept) = scales[i], scales[i - 1]
+        if scales[i] == scales[i - 1]:
+            continue
+        reread = (sample[i] - intercept) / slope * other_slope + other_intercept
+        own = _distance(quantiles[i - 1], quantiles[i])
+        if own > 8 and _distance(quantiles[i - 1], _quantiles(reread[None])[0]) < own / 3:
+            raise ValueError(
+                f"{slices[i].name} continues the slice below it by the rescale of that slice alone"
+            )
+
+
+def _quantiles(hu: np.ndarray) -> np.ndarray:
+    """[S, 24] float32: the distribution of each slice's HU, of which metal is no part."""
+    values = np.sort(hu.reshape(len(hu), -1), axis=1)
+    places = np.rint(np.linspace(0.04, 0.96, 24) * (values.shape[1] - 1)).astype(int)
+    return values[:, places].clip(-1000, 1000).astype(np.float32)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean difference of two distributions, HU."""
+    return np.abs(a - b).mean(axis=-1)
 
 
 # ---- Whether this installation computes the stored outputs ---------------------------------------

@@ -25,6 +25,7 @@ from data_prep.masks.grid import (
     volume_corners,
 )
 from data_prep.scan.geometry import RAS_TO_LPS
+from data_prep.scan.nifti_affine import NiftiError, unit_in_mm
 from data_prep.scan.nifti_metadata import EXTENSION
 from data_prep.scan.volume import Volume
 
@@ -124,13 +125,15 @@ def _canonical_nifti(
         raise MaskError(
             f"the mask has {stored.ndim} dimensions of {stored.dtype}, not 3 of whole numbers"
         )
-    if (
-        not has_affine
-        or not np.isfinite(image.affine).all()
-        or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6
-    ):
+    if not has_affine or not np.isfinite(image.affine).all():
         raise MaskError("the mask has no affine (sform or qform)")
-    axes, affine = orientations.io_orientation(image.affine), image.affine.copy()
+    try:
+        affine = np.diag([unit_in_mm(image.header)] * 3 + [1.0]) @ image.affine
+    except NiftiError as error:
+        raise MaskError(f"the mask lies anywhere: {error}") from None
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise MaskError("the mask has no affine (sform or qform)")
+    axes = orientations.io_orientation(affine)
     if spacing_mm is not None:
         affine[:3, :3] *= np.array(spacing_mm)[axes[:, 0].astype(int)] / np.linalg.norm(
             affine[:3, :3], axis=0

@@ -27,11 +27,13 @@ from data_prep.scan.archives import read_bytes
 from data_prep.scan.geometry import RAS_TO_LPS, Axes, canonical_axes, canonical_origin
 from data_prep.scan.headers import NIFTI
 from data_prep.scan.nifti import nifti_header
+from data_prep.scan.nifti_affine import frame_axes, read_affine, volume_shape
 from data_prep.scan.volume import Volume
 from data_prep.scan.window import needs_resize, resized_spacing_mm
 from data_prep.system.errors import InputError
 
 _SHEAR = 1e-4  # cosine between axes; from here on a quaternion cannot express the affine
+_MILLIMETRE = 2  # in xyzt_units
 _SERIES_NUMBER = 900  # beyond the scanner's own, as derived series are commonly numbered
 _MAY_BE_EMPTY = (  # de-identified files often leave these out
     "PatientID",
@@ -177,12 +179,14 @@ def slice_grid(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _like_the_scan(stored: np.ndarray, volume: Volume, input_dir: Path) -> nibabel.Nifti1Image:
-    """The mask on the voxels of a NIfTI scan. Only the affines of the scan's header are copied,
-    since its texts may name the patient."""
+    """The mask on the voxels of a NIfTI scan, with axes in the scan's order. Only the affines of
+    the scan's header and their unit are copied, since its texts may name the patient."""
     first = volume.headers[0]
     voxels = np.zeros((first.columns, first.rows, first.number_of_frames), np.uint8)
     voxels[:, :, [header.frame for header in volume.headers]] = stored
     scan = nifti_header(read_bytes(input_dir, first.source))
+    order = frame_axes(read_affine(scan, volume_shape(scan), spacing_is_known=True))
+    voxels = np.moveaxis(voxels, (2, 1, 0), order)
     (sform, sform_code), (qform, qform_code) = (
         scan.get_sform(coded=True),
         scan.get_qform(coded=True),
@@ -190,7 +194,7 @@ def _like_the_scan(stored: np.ndarray, volume: Volume, input_dir: Path) -> nibab
     image = nibabel.Nifti1Image(voxels, sform if sform_code else qform)
     image.set_qform(qform, code=int(qform_code))
     image.set_sform(sform, code=int(sform_code))
-    image.header.set_xyzt_units("mm")
+    image.header["xyzt_units"] = int(scan["xyzt_units"]) & 7 or _MILLIMETRE
     return image
 
 

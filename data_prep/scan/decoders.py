@@ -39,7 +39,7 @@ _MARKER_IN_SCAN = re.compile(rb"\xff+([\x80-\xcf\xd8-\xfe])")
 # No packet has them; lower ones begin a tile part, a packet, or its data.
 _MARKER_IN_PACKETS = re.compile(rb"\xff[\x94-\xff]")
 _START_OF_PACKETS = b"\xff\x93"
-_START_OF_JPEG, _START_OF_JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51"
+STARTS = _START_OF_JPEG, _START_OF_JPEG_2000 = b"\xff\xd8\xff", b"\xff\x4f\xff\x51"
 _START_OF_SCAN, _END_OF_IMAGE, _JPEG_LS_FRAME = 0xDA, 0xD9, 0xF7
 # What the JPEG decoder takes for more data: if the pixels do not depend on it, none is missing.
 _CONTINUATIONS = (b"", b"\x55" * 64, b"\xaa" * 64)

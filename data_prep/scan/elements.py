@@ -28,6 +28,7 @@ _PIXELS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))  # hashes of tags are 
 # reads and has kilobytes of pixels.
 _FREE_READS, _BYTES_PER_READ, _MAX_READS = 20_000, 200, 1_000_000
 _MAX_BYTES = 256 << 20  # of all values; an enhanced file of 20,000 frames has 40 MB
+_NO_ELEMENT, _MAX_ZEROS = bytes(8), 100  # no element begins so
 _ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # the tag of an item, little and big endian
 _EXPLICIT = b"1.2.840.10008.1.2.1\0\0\0"  # as long as `DEFLATED`
 
@@ -104,6 +105,7 @@ class _Bounded:
         self._read, self._size = file.read, size
         self._reads_left = min(_FREE_READS + size // _BYTES_PER_READ, _MAX_READS)
         self._bytes_left = _MAX_BYTES
+        self._zeros_in_a_row = 0
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, number: int = -1) -> bytes:
@@ -111,7 +113,11 @@ class _Bounded:
         self._bytes_left -= self._size if number < 0 else min(number, self._size)
         if self._reads_left < 0 or self._bytes_left < 0:
             raise BoundError("unreadable", "more or longer elements than the header of an image")
-        return self._read(number)
+        content = self._read(number)
+        self._zeros_in_a_row = self._zeros_in_a_row + 1 if content == _NO_ELEMENT else 0
+        if self._zeros_in_a_row > _MAX_ZEROS:
+            raise BoundError("unreadable", "zeros behind its start (an interrupted copy)")
+        return content
 
 
 def _inflated(file: BinaryIO, size: int) -> bytes | None:

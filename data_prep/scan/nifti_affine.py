@@ -41,6 +41,18 @@ def volume_shape(nifti: Any) -> tuple[int, int, int]:
     return shape[:3]
 
 
+def unit_in_mm(nifti: Any) -> float:
+    """The unit of length of a header's affines; mm where it names none.
+
+    Raises:
+        NiftiError: NIfTI does not know the unit.
+    """
+    unit = int(nifti["xyzt_units"]) & 7
+    if unit not in _MM_OF_UNIT:
+        raise NiftiError("unknown_affine", "the unit of length is none that NIfTI knows")
+    return _MM_OF_UNIT[unit]
+
+
 def read_affine(nifti: Any, shape: tuple[int, int, int], spacing_is_known: bool) -> np.ndarray:
     """[4, 4] float64, from voxel indices to mm towards left, posterior, superior: the sform, or the
     qform where only the qform is set.
@@ -52,10 +64,7 @@ def read_affine(nifti: Any, shape: tuple[int, int, int], spacing_is_known: bool)
     Raises:
         NiftiError: the file says nothing, or two different things.
     """
-    unit = int(nifti["xyzt_units"]) & 7
-    if unit not in _MM_OF_UNIT:
-        raise NiftiError("unknown_affine", "the unit of length is none that NIfTI knows")
-    to_mm = np.diag([_MM_OF_UNIT[unit]] * 3 + [1.0])
+    to_mm = np.diag([unit_in_mm(nifti)] * 3 + [1.0])
     try:
         sform, qform = nifti.get_sform(coded=True)[0], nifti.get_qform(coded=True)[0]
     except (ValueError, HeaderDataError):

@@ -19,13 +19,14 @@ from pydicom.encaps import get_frame
 from pydicom.pixels import pixel_array
 
 from data_prep.scan import decoders
-from data_prep.scan.archives import ArchiveDirectory, Source, changed, read_bytes
+from data_prep.scan.archives import ArchiveDirectory, Source, changed, open_source, read_bytes
 from data_prep.scan.decoders import COMPRESSED_SYNTAXES
 from data_prep.scan.elements import DEFLATED
 from data_prep.scan.headers import NATIVE_SYNTAXES, NIFTI, Header
 from data_prep.scan.nifti import NiftiError, are_hu, read_frames, with_padding
 from data_prep.scan.stored_bits import PixelError, stored_values
 
+_LARGE_BYTES = 16 << 20
 MAX_PIXELS = 1 << 26  # of a slice: 8192 x 8192
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _ITEM, _END_OF_ITEMS = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
@@ -55,6 +56,8 @@ class PixelReader:
         if header.rows * header.columns > MAX_PIXELS:
             raise PixelError("undecodable_pixels", f"matrix of {header.rows} x {header.columns}")
         if self._source != header.source:
+            if _ends_in_zeros(self._input_dir, header):
+                raise PixelError("truncated_pixel_data", "zeros behind the header; copy it again")
             self._data = read_bytes(self._input_dir, header.source)
             self._source = None
             if header.transfer_syntax not in (NIFTI, DEFLATED) and not _holds_instance(
@@ -128,6 +131,17 @@ def _check_shape(values: np.ndarray, header: Header) -> None:
         raise PixelError("undecodable_pixels", "decoded to another shape than Rows x Columns")
 
 
+def _ends_in_zeros(input_dir: ArchiveDirectory, header: Header) -> bool:
+    """Whether zeros stand where a large file's pixel data should begin, as after an interrupted
+    copy: such a file may have any size, and is not read."""
+    source, offset = header.source, header.pixel_data_offset
+    if source.member or source.size < _LARGE_BYTES or offset is None or offset >= source.size:
+        return False
+    with open_source(input_dir, source) as file:
+        file.seek(offset)
+        return not any(file.read(8))
+
+
 def _holds_instance(data: bytes, header: Header) -> bool:
     """Whether a file still is the image that its header named. Without a proper SOP Instance UID
     the answer is yes."""
@@ -194,7 +208,7 @@ def _compressed(data: bytes, start: int, header: Header) -> np.ndarray:
     elif len(fragments) == header.number_of_frames + 1:
         frame = fragments[header.frame + 1]
     else:
-        frame = _frame_of_fragments(data[start:], header)
+        frame = _frame_of_fragments(fragments[1:], data[start:], header)
     if header.bits_allocated not in (8, 16, 32):
         raise PixelError("undecodable_pixels", f"bits allocated {header.bits_allocated}")
     try:
@@ -237,9 +251,13 @@ def _fragments(data: bytes, at: int) -> list[bytes]:
     return items
 
 
-def _frame_of_fragments(value: bytes, header: Header) -> bytes:
-    """One of several frames that have several fragments each, by the offset table or by their end
-    markers."""
+def _frame_of_fragments(fragments: list[bytes], value: bytes, header: Header) -> bytes:
+    """One of several frames that have several fragments each, by their first bytes, else by the
+    offset table."""
+    starts = [i for i, part in enumerate(fragments) if part.startswith(decoders.STARTS)]
+    if len(starts) == header.number_of_frames:
+        ends = [*starts[1:], len(fragments)]
+        return b"".join(fragments[starts[header.frame] : ends[header.frame]])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -13,24 +13,27 @@ import numpy as np
 
 from data_prep.scan.geometry import (
     MAX_ROTATION_DEGREES,
-    SAME_POSITION_MM,
     StackMeasure,
     canonical_axes,
-    canonical_origin,
     field_fault,
     measure_stack,
 )
 from data_prep.scan.headers import Header
-from data_prep.scan.image_kinds import NOT_CHEST, fault, foreign, is_lossy, may_be_lossy
+from data_prep.scan.image_kinds import NOT_CHEST, fault, foreign, is_lossy
 from data_prep.scan.rules import Rules
-from data_prep.scan.stacks import Stack, canonical_grid, order_slices, separate_stacks
+from data_prep.scan.slices import (
+    group_by_position,
+    most_common,
+    origins,
+    same_grid,
+    strays_of,
+    thickness_of,
+)
+from data_prep.scan.stacks import Stack, canonical_grid, separate_stacks
 
 # images beside the slices of a series; they do not count as lost slices
 _EXTRAS = {"secondary_capture", "derived_image", "not_grey"}
 _NOTED_DEGREES = 0.5  # smaller tilts and rotations are not noted
-_OFF_LINE_MM = 1.0  # beside the line through the other slices' origins
-_SPACING_ROUNDING_MM = 0.0051  # of two digits behind the point
-_SAME_THICKNESS = 0.1  # of the thickness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,15 +250,6 @@ def _same_plane(a: Header, b: Header) -> bool:
     )
 
 
-def _same_grid(a: Header, b: Header) -> bool:
-    """Whether matrix and pixel spacing are the same but for rounding."""
-    (*shape_a, spacing_a), (*shape_b, spacing_b) = canonical_grid(a), canonical_grid(b)
-    return shape_a == shape_b and all(
-        abs(x - y) <= max(0.002 * y, min(_SPACING_ROUNDING_MM, 0.01 * y))
-        for x, y in zip(spacing_a, spacing_b, strict=True)
-    )
-
-
 def _stack_name(stack: Stack) -> str:
     """A suffix that stays the same when other stacks join the series."""
     first = stack.headers[0]
@@ -280,7 +274,7 @@ def _check_stack(
 
     if stack.fault:
         return rejected(*stack.fault)
-    grids = _cluster(stack.headers, canonical_grid, _same_grid)
+    grids = _cluster(stack.headers, canonical_grid, same_grid)
     grids.sort(key=len, reverse=True)
     others = [header for grid in grids[1:] for header in grid]
     if len(others) > rules.max_lost_fraction * len(stack.headers):
@@ -289,19 +283,19 @@ def _check_stack(
     if unsound := field_fault(one.rows, one.columns, one.pixel_spacing):
         return rejected("implausible_spacing", unsound)
     dropped = [(header, "other_grid") for header in others] + extras
-    slices, positions = _group_by_position(grids[0])
+    slices, positions = group_by_position(grids[0])
     if len(slices) == 1 and len(grids[0]) >= max(2, rules.min_slices):
         return rejected("missing_position", f"the same in all {len(grids[0])} images")
     if len(slices) < rules.min_slices:
         return rejected("too_few_slices", too_few_detail(len(slices), rules))
-    strays = _strays(slices)
+    strays = strays_of(slices)
     for group, astray in zip(slices, strays, strict=True):
         dropped += [(header, "other_origin") for header in astray]
         group[:] = [header for header in group if header not in astray]
 
     headers = tuple(group[0] for group in slices)
     first = headers[0]
-    thickness, odd = _thickness(headers, positions, rules)
+    thickness, odd = thickness_of(headers, positions, rules)
     measured = measure_stack(positions, origins(headers), thickness)
     rotation = canonical_axes(first.orientation).rotation_degrees
     if rotation > MAX_ROTATION_DEGREES:
@@ -342,109 +336,12 @@ def _check_stack(
         position_mm=tuple(positions.tolist()),
         slice_spacing_mm=measured.spacing_mm,
         slice_thickness_mm=thickness,
-        pixel_spacing_mm=_common([canonical_grid(header)[2] for header in headers]),
+        pixel_spacing_mm=most_common([canonical_grid(header)[2] for header in headers]),
         gantry_tilt_degrees=tilt,
         dropped=tuple(dropped),
         notes=(*notes, *(name for name, raised in flags.items() if raised)),
         preference=_preference(headers, thickness, series_key, rules),
     )
-
-
-def _group_by_position(headers: list[Header]) -> tuple[list[list[Header]], np.ndarray]:
-    """The headers of each position towards superior, with the preferred one first, and the
-    positions in mm along the normal."""
-    slices: list[list[Header]] = []
-    positions: list[float] = []
-    for header, position in zip(*order_slices(headers), strict=True):
-        if slices and position - positions[-1] < SAME_POSITION_MM:
-            slices[-1].append(header)
-        else:
-            slices.append([header])
-            positions.append(float(position))
-    for group in slices:
-        if len(group) > 1:
-            group.sort(key=_preference_of_copies)
-    return slices, np.array(positions)
-
-
-def _preference_of_copies(header: Header) -> tuple:
-    """An original comes before its lossy copy, the first acquisition before the others."""
-    return (
-        is_lossy(header),
-        may_be_lossy(header),
-        header.image_type[:1] == ("DERIVED",),
-        header.acquisition_number or 0,
-        header.source,
-        header.frame,
-    )
-
-
-def origins(headers: Iterable[Header]) -> np.ndarray:
-    """[S, 3] in mm: where the slices begin within their planes."""
-    headers = list(headers)
-    if len({header.orientation for header in headers}) == 1:
-        return np.array([header.position for header in headers])
-    return np.array([canonical_origin(header) for header in headers])
-
-
-def _strays(slices: list[list[Header]]) -> list[list[Header]]:
-    """For each position the headers whose origin lies beside the line through the slices, where
-    another header of the position lies on it."""
-    nothing: list[list[Header]] = [[] for _ in slices]
-    crowds = [i for i, group in enumerate(slices) if len(group) > 1]
-    alone = [i for i, group in enumerate(slices) if len(group) == 1]
-    if not crowds or len(alone) <= len(slices) / 2:
-        return nothing
-    line = origins(slices[i][0] for i in alone)
-    for i in crowds:
-        at = np.searchsorted(alone, i)
-        neighbours = line[max(0, at - 2) : at + 2]
-        # within the plane the neighbours' mean is close even if the gantry is tilted
-        normal = canonical_axes(slices[i][0].orientation).normal
-        beside = origins(slices[i]) - neighbours.mean(axis=0)
-        beside -= np.outer(beside @ normal, normal)
-        tilted = np.ptp(neighbours - np.outer(neighbours @ normal, normal), axis=0).max()
-        off = np.linalg.norm(beside, axis=1) > _OFF_LINE_MM + tilted
-        if off.any() and not off.all():
-            nothing[i] = [header for header, far in zip(slices[i], off, strict=True) if far]
-    return nothing
-
-
-def _thickness(
-    headers: tuple[Header, ...], positions: np.ndarray, rules: Rules
-) -> tuple[float | None, bool]:
-    """Slice Thickness of a stack in mm, and whether a few slices name an odd one.
-
-    It is the thickest slice's. A few slices that name another thickness than nearly all others are
-    passed over if they lie as regularly as the others.
-    """
-    known = [h.slice_thickness for h in headers if h.slice_thickness is not None]
-    if not known:
-        return None, False
-    common = _common(known)
-    odd = np.array(
-        [
-            h.slice_thickness is not None
-            and abs(h.slice_thickness - common) > _SAME_THICKNESS * common
-            for h in headers
-        ]
-    )
-    if not odd.any():
-        return max(known), False
-    steps = np.diff(positions)
-    beside = steps[odd[1:] | odd[:-1]]
-    regular = np.all(np.abs(beside - np.median(steps)) <= 0.1 * np.median(steps))
-    if regular and np.count_nonzero(odd) <= rules.max_lost_fraction * len(headers):
-        usual = zip(headers, odd, strict=True)
-        return max(h.slice_thickness or 0.0 for h, strange in usual if not strange), True
-    return max(known), False
-
-
-def _common(values: list) -> object:
-    """The most frequent value; of several the one with the most digits, as it is the least
-    rounded, then the smallest."""
-    counts = collections.Counter(values)
-    return min(counts, key=lambda value: (-counts[value], -len(repr(value)), value))
 
 
 def named_body_part(headers: Iterable[Header]) -> str:

@@ -36,6 +36,7 @@ _FILLED_FRACTION = (
     0.8  # of the steps of both parts together that are even where one fills the other
 )
 _COVERED = 1.2  # thicknesses between slices that cover the body
+_ROUNDED = 1.15  # between two thicknesses that differ by more than rounding
 
 
 class Element(NamedTuple):
@@ -60,12 +61,12 @@ def _storage(header: Header) -> Hashable:
 # The first of several elements that part the slices alike gives the parts their names.
 ELEMENTS = (
     Element("acquisition", "order", lambda h: h.acquisition_number),
-    Element("kernel", "value", lambda h: h.kernel),
-    Element("thickness", "value", lambda h: h.slice_thickness and round(h.slice_thickness, 1)),
+    Element("kernel", "value", lambda h: h.kernel.casefold()),
+    Element("thickness", "value", lambda h: h.slice_thickness),
     Element("temporal_position", "value", lambda h: h.marks.temporal_position),
     Element("cardiac_phase", "value", lambda h: h.marks.cardiac_phase),
     Element("respiratory_phase", "value", lambda h: h.marks.respiratory_phase),
-    Element("tube_voltage", "value", lambda h: h.marks.tube_voltage),
+    Element("tube_voltage", "value", lambda h: h.marks.tube_voltage or None),
     Element("image_type", "label", lambda h: h.image_type[2:] or ""),
     Element("grid", "label", _grid),
     Element("frame_of_reference", "label", lambda h: h.marks.frame_of_reference_uid),
@@ -80,7 +81,8 @@ ELEMENTS = (
     Element("instance_number", "order", lambda h: h.marks.instance_number),
 )
 # Along these a stack may run on from value to value; slices are parted where its way turns back.
-_RUNNING = {"acquisition", "trigger_time", "acquisition_time", "instance_number"}
+_RUNNING = {"acquisition", "acquisition_time", "instance_number"}
+_FAR_APART = 5  # median gaps between the trigger times of two phases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +119,13 @@ def separate_stacks(headers: list[Header], max_lost_fraction: float) -> list[Sta
         max_lost_fraction: of the slices; so many may lack or misname an element.
     """
     ordered, positions = order_slices(headers)
-    varying = [
-        (element, values)
-        for element in ELEMENTS
-        if (values := [element.read(header) for header in ordered]).count(values[0]) < len(values)
-    ]
+    varying = []
+    for element in ELEMENTS:
+        values = [element.read(header) for header in ordered]
+        if element.name == "thickness" and values.count(values[0]) < len(values):
+            values = _without_rounding(values)
+        if values.count(values[0]) < len(values):
+            varying.append((element, values))
     steps = np.diff(positions)
     if not varying or len(ordered) < 2 * _LEAST_SLICES:
         return [Stack(headers)]
@@ -151,9 +155,10 @@ class _Mixture:
     def _codes_of(self, name: str) -> np.ndarray:
         """[S] int: equal numbers for slices that an element keeps together."""
         if name not in self._codes:
-            codes = _codes(self._values[name])
+            values = self._values[name]
+            codes = _codes(_phases(values) if name == "trigger_time" else values)
             if name in _RUNNING:
-                codes = _passes(self._values[name], self._positions, self._step_within(codes))
+                codes = _passes(values, self._positions, self._step_within(codes))
             self._codes[name] = codes
         return self._codes[name]
 
@@ -288,7 +293,8 @@ class _Mixture:
         return stacks
 
     def _fill_each_other(self, large: list[np.ndarray]) -> bool:
-        """Whether the slices together are even, and each part has gaps or wider steps."""
+        """Whether the slices together are even, and each part has gaps or wider steps; one part is
+        enough where no two parts share a position (blocks of slices with a trigger time each)."""
         together = _distinct(self._positions)
         steps = np.diff(together)
         even = np.abs(steps - np.median(steps)) <= 0.1 * np.median(steps)
@@ -296,9 +302,11 @@ class _Mixture:
             return False
         missing = measure_stack(together).missing
         of_parts = [measure_stack(_distinct(self._positions[part])) for part in large]
-        return all(
+        gaps = [
             part.spacing_mm >= 1.5 * np.median(steps) or part.missing > missing for part in of_parts
-        )
+        ]
+        shared = sum(len(part.pair_valid) for part in of_parts) > len(together)
+        return all(gaps) or (any(gaps) and not shared)
 
     def _covers(self, part: np.ndarray) -> bool:
         """Whether the slices of a part cover the body by their thickness, without more gaps than
@@ -346,8 +354,31 @@ def _codes(values: Sequence[Hashable]) -> np.ndarray:
     return np.array([numbers.setdefault(value, len(numbers)) for value in known])
 
 
+def _without_rounding(values: list[float | None]) -> list[float | None]:
+    """Numbers that follow each other closely, as the smallest of them."""
+    smallest: dict[float | None, float | None] = {None: None}
+    before, first = 0.0, None
+    for value in sorted({value for value in values if value is not None}):
+        first = value if value > _ROUNDED * before else first
+        smallest[value], before = first, value
+    return [smallest[value] for value in values]
+
+
 def _is_missing(value: Any) -> bool:
     return value is None or value == ""
+
+
+def _phases(values: list[float | None]) -> list[float | None]:
+    """Trigger times that vary a little from beat to beat, as the earliest one of their phase."""
+    times = sorted({value for value in values if value is not None})
+    gaps = np.diff(times)
+    earliest: dict[float | None, float | None] = {None: None}
+    for i, time in enumerate(times):
+        later = i and gaps[i - 1] <= _FAR_APART * np.median(gaps)
+        earliest[time] = earliest[times[i - 1]] if later else time
+    if len(set(earliest.values())) == 2:  # with None: no gap is wide
+        return values
+    return [earliest[value] for value in values]
 
 
 def _passes(values: list[Any], positions: np.ndarray, step: float) -> np.ndarray:
@@ -361,18 +392,17 @@ def _passes(values: list[Any], positions: np.ndarray, step: float) -> np.ndarray
     missing = groups.pop(None, [])
     along = positions.tolist()
     codes = np.full(len(values), -1)
-    number = direction = 0
+    number, direction = 0, 0.0
     low, high, last = np.inf, -np.inf, None
     for value in sorted(groups):
         start, end = along[groups[value][0]], along[groups[value][-1]]
         way = 0.0 if last is None else (start + end) / 2 - last
         overlap = min(high, end) - max(low, start)
-        if overlap > _MEETING_SLICES * step or way * direction < -SAME_POSITION_MM:
-            number, direction, low, high = number + 1, 0, start, end
+        back = last is not None and (abs(way) < SAME_POSITION_MM or way * direction < 0)
+        if back or overlap > _MEETING_SLICES * step:
+            number, direction, low, high = number + 1, 0.0, start, end
         else:
-            low, high = min(low, start), max(high, end)
-            if abs(way) >= SAME_POSITION_MM:
-                direction = 1 if way > 0 else -1
+            low, high, direction = min(low, start), max(high, end), way
         codes[groups[value]] = number
         last = (start + end) / 2
     codes[missing] = number + 1

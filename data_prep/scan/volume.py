@@ -22,10 +22,10 @@ from data_prep.scan.series import (
     SeriesCandidate,
     irregularity,
     named_body_part,
-    origins,
     too_few_detail,
 )
 from data_prep.scan.slice_scale import SAMPLE_STEP, slices_on_another_scale
+from data_prep.scan.slices import origins
 from data_prep.scan.stored_bits import PixelError
 
 _SAMPLE_STEP = 8  # slices; see `_no_lung_in_sample`
@@ -131,8 +131,11 @@ def load_volume(
     if len(kept) < rules.min_slices:
         return candidate.rejected("too_few_slices", too_few_detail(len(kept), rules))
     if fault := loader.plausibility.fault(without=odd):
-        reason = "missing_rescale" if tagged == {False} else "implausible_hu"
-        return candidate.rejected(reason, fault)
+        if tagged != {False}:
+            return candidate.rejected("implausible_hu", fault)
+        unreadable = [name for name in used[0].unreadable if name.startswith("Rescale")]
+        detail = "".join(f"{name} is no number; " for name in unreadable) + fault
+        return candidate.rejected("missing_rescale", detail)
 
     pixel_spacing_mm = candidate.pixel_spacing_mm
     chest = summarise(hu, pixel_spacing_mm, measured.spacing_mm)

@@ -195,3 +195,24 @@ def test_the_data_of_a_training_are_opened_once(tmp_path):
         "slices.csv": 2,
         "volumes.csv": 2,
     }
+
+
+def test_slices_of_a_scan_without_a_mask_are_no_background(tmp_path):
+    """Its mask is unknown, which slices.csv says by empty cells: a task with masks leaves it
+    out."""
+    folder = write_example_dataset(tmp_path / "d", image_size=16, masks=True)
+    first = Dataset.open(folder).volumes("train")[0]
+    lines = (folder / "slices.csv").read_text().splitlines()
+    column = lines[0].split(",").index("mask_area_px")
+    for number, line in enumerate(lines):
+        cells = line.split(",")
+        if cells[0] == first["volume_id"]:
+            lines[number] = ",".join([*cells[:column], "", *cells[column + 1 :]])
+    (folder / "slices.csv").write_text("\n".join(lines) + "\n")
+    dataset = Dataset.open(folder)
+    with_masks = slices.open_source(dataset, "train", (0,), (0,), slices.Targets(mask=True))
+    everything = slices.open_source(dataset, "train", (0,), (0,))
+    assert len(everything) - len(with_masks) == first["num_slices"]
+    records = {with_masks[i]["record_index"].item() for i in range(len(with_masks))}
+    own = range(first["first_record"], first["first_record"] + first["num_slices"])
+    assert not records & set(own) and with_masks.positive.shape == (len(with_masks),)

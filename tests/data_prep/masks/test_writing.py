@@ -264,15 +264,17 @@ AFFINE = np.array(
 
 
 def nifti_scan(
-    folder: Path, axes: str, name: str, version: int = 1
+    folder: Path, axes: str, name: str, version: int = 1, unit: str = "mm"
 ) -> tuple[nibabel.Nifti1Image, object]:
     turn = orientations.ornt_transform(
         orientations.axcodes2ornt("LPS"), orientations.axcodes2ornt(axes)
     )
     stored = orientations.apply_orientation(THORAX.transpose(2, 1, 0), turn)
     kind = nibabel.Nifti1Image if version == 1 else nibabel.Nifti2Image
-    image = kind(stored, AFFINE @ orientations.inv_ornt_aff(turn, THORAX.shape[::-1]))
-    image.header.set_xyzt_units("mm")
+    factor = {"mm": 1, "meter": 1e-3}[unit]
+    affine = AFFINE @ orientations.inv_ornt_aff(turn, THORAX.shape[::-1])
+    image = kind(stored, np.diag([factor] * 3 + [1]) @ affine)
+    image.header.set_xyzt_units(unit)
     image.set_qform(image.affine, 1)
     image.header["descrip"] = b"Doe^Jane"
     folder.mkdir(parents=True, exist_ok=True)
@@ -287,22 +289,24 @@ def nifti_scan(
 
 
 @pytest.mark.parametrize(
-    ("axes", "name", "version"),
+    ("axes", "name", "version", "unit"),
     [
-        ("LPS", "scan.nii", 1),
-        ("RAS", "scan.nii.gz", 1),
-        ("RPI", "scan.zip", 1),
-        ("PLS", "scan.nii.gz", 2),
+        ("LPS", "scan.nii", 1, "mm"),
+        ("RAS", "scan.nii.gz", 1, "meter"),
+        ("RPI", "scan.zip", 1, "mm"),
+        ("PLS", "scan.nii.gz", 2, "mm"),
+        ("SPL", "scan.nii.gz", 1, "mm"),
+        ("AIL", "scan.nii", 1, "meter"),
     ],
 )
-def test_a_nifti_mask_overlays_its_scan_voxel_for_voxel(tmp_path, axes, name, version):
-    original, volume = nifti_scan(tmp_path / "scan", axes, name, version)
+def test_a_nifti_mask_overlays_its_scan_voxel_for_voxel(tmp_path, axes, name, version, unit):
+    original, volume = nifti_scan(tmp_path / "scan", axes, name, version, unit)
     np.testing.assert_array_equal(volume.hu, THORAX)
     image = mask_image(volume.hu > 500, volume, tmp_path / "scan")  # bone
     assert image.shape == original.shape
     np.testing.assert_array_equal(np.asarray(image.dataobj), np.asarray(original.dataobj) > 500)
     np.testing.assert_allclose(image.affine, original.affine, atol=1e-4)
-    for code in ("sform_code", "qform_code"):
+    for code in ("sform_code", "qform_code", "xyzt_units"):
         assert image.header[code] == original.header[code]
     assert b"Doe" not in image.to_bytes()
     image.to_filename(tmp_path / "mask.nii.gz")

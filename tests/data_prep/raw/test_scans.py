@@ -32,7 +32,9 @@ from tests.helpers import dicom_files
 KEY = "0123456789abcdef0123456789abcdef"
 WINDOWS = ((50.0, 350.0), (-600.0, 1500.0))
 # neither matrix is the dataset's, nor square
-HU = dicom_files.thorax(21, size=60, seed=4)[:, :56, 2:]
+HU, SECOND_HU, THIRD_HU = (
+    dicom_files.thorax(21, size=60, seed=seed)[:, :56, 2:] for seed in (4, 5, 6)
+)  # of three patients
 SPACING_MM = (2.5, 5.0, 5.5)  # slices, rows, columns
 # indices of HU -> mm to the right, anterior, superior: rows run to posterior, columns to the left
 AFFINE = np.array([[0, 0, -5.5, 150], [0, -5.0, 0, 140], [2.5, 0, 0, -300], [0, 0, 0, 1.0]])
@@ -112,8 +114,9 @@ def test_slices_equal_those_of_prepare(tmp_path):
         archive / "a", dicom_files.thorax(22, seed=7)[:, :56, :56], series=2, study=1, patient="one"
     )
     feet_first = (-1, 0, 0, 0, 1, 0)
-    write_dicom(archive / "b", HU[:, :, ::-1], study=2, patient="two", orientation=feet_first)
-    write_dicom(tmp_path / "zipped", np.delete(HU, 7, axis=0), study=3, patient="three")
+    second, third = SECOND_HU[:, :, ::-1], np.delete(THIRD_HU, 7, axis=0)
+    write_dicom(archive / "b", second, study=2, patient="two", orientation=feet_first)
+    write_dicom(tmp_path / "zipped", third, study=3, patient="three")
     as_zip(tmp_path / "zipped", archive / "c.zip")
     write_dicom(archive / "short", HU[:5], study=4)
     (archive / "notes.txt").write_text("none")
@@ -140,7 +143,7 @@ def test_slices_of_a_phantom_equal_those_of_prepare(tmp_path):
 def test_nifti_slices_equal_those_of_prepare(tmp_path):
     archive = tmp_path / "archive"
     archive.mkdir()
-    for number, stored in enumerate((HU, (HU + 1024).astype(np.int16))):
+    for number, stored in enumerate((HU, (SECOND_HU + 1024).astype(np.int16))):
         image = nibabel.Nifti1Image(stored, AFFINE)
         turn = orientations.ornt_transform(
             orientations.io_orientation(AFFINE), orientations.axcodes2ornt("LPS")

@@ -94,6 +94,16 @@ def test_files_that_hold_one_filler(tmp_path, filler):
     assert leaks.header_elements(content)[2] == (filler not in (b"\xff", b" "))
 
 
+def test_zeros_behind_the_meta_information(tmp_path):
+    """The file is 4 GB large and has no blocks on the disk."""
+    content = slice_bytes()
+    with open(tmp_path / "file", "wb") as file:
+        file.write(content[: meta_end(content)])
+        file.truncate(4 << 30)
+    entry = read_header(tmp_path, Source("file", "", 4 << 30))
+    assert entry.reason == "unreadable" and "an interrupted copy" in entry.detail
+
+
 # ---- what the cases stand for --------------------------------------------------------------------
 
 

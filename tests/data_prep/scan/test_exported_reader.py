@@ -401,3 +401,58 @@ def test_hostile_folders_are_refused_and_run_nothing(tmp_path, name):
     with pytest.raises(ValueError, match="copy the whole folder again") as error:
         ctssl_torch.load(write_folder(tmp_path, weights, manifest))
     assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
+# ---- several stacks in one ---------------------------------------------------------------------
+
+
+def two_stacks(keyword: str, first: object, second: object) -> list[Dataset]:
+    """Two stacks of one series; the second lies half a step above the first."""
+    lower = dicom_files.slices(HU)
+    upper = dicom_files.slices(OTHER_HU, origin=(-170.0, -160.0, -298.75))
+    for number, (below, above) in enumerate(zip(lower, upper, strict=True)):
+        above.SOPInstanceUID = dicom_files.uid(1, 1, 100 + number)
+        for ds, value in ((below, first), (above, second)):
+            setattr(ds, keyword, value(number) if callable(value) else value)
+    return lower + upper
+
+
+@pytest.mark.parametrize(
+    ("keyword", "first", "second"),
+    [
+        ("ConvolutionKernel", "B30f", "B70f"),
+        ("KVP", "80", "140"),
+        ("ImageType", ["ORIGINAL", "PRIMARY", "AXIAL", "A"], ["ORIGINAL", "PRIMARY", "AXIAL", "B"]),
+        ("FrameOfReferenceUID", "1.2.3", "1.2.4"),
+        ("NominalPercentageOfCardiacPhase", 40.0, 75.0),
+        ("TemporalPositionIdentifier", 1, 2),
+        ("AcquisitionNumber", 1, 2),
+        ("AcquisitionTime", lambda i: f"1010{i:02d}", lambda i: f"1011{i:02d}"),
+        ("TriggerTime", "300", "620"),
+    ],
+)
+def test_stacks_that_lie_in_one_another_are_never_one_volume(tmp_path, keyword, first, second):
+    folder = dicom_files.write(tmp_path / "scan", two_stacks(keyword, first, second))
+    assert f"{keyword} differs" in str(taken_by_export(folder))
+    expected = taken_by_loading(folder, Rules())
+    assert isinstance(expected, str) or len(expected[0]) == len(HU)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        ("AcquisitionNumber", lambda i: 1 + i % 2),
+        ("AcquisitionNumber", lambda i: 1 + i // 4),
+        ("AcquisitionTime", lambda i: f"1010{i:02d}.5"),
+        ("TriggerTime", lambda i: str(430 + 7 * (i // 3 * 13 % 11))),
+        ("TemporalPositionIdentifier", lambda i: i + 1),
+        ("SliceThickness", lambda i: "5" if i == 11 else "2.5"),
+    ],
+)
+def test_slices_that_count_themselves_are_one_volume(tmp_path, keyword, value):
+    datasets = dicom_files.slices(HU)
+    for number, ds in enumerate(datasets):
+        setattr(ds, keyword, value(number))
+    folder = dicom_files.write(tmp_path / "scan", datasets)
+    np.testing.assert_array_equal(taken_by_export(folder)[0], HU)
+    np.testing.assert_array_equal(taken_by_loading(folder, Rules())[0], HU)

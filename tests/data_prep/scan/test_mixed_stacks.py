@@ -111,6 +111,23 @@ def test_passes_whose_slices_have_a_time_each(tmp_path):
     assert stacks_of(tmp_path, datasets) == [(0, 24, notes), (41.25, 24, notes)]
 
 
+def test_passes_to_and_fro(tmp_path):
+    """The table turns: the second pass begins where the first one ends."""
+    datasets = stack(AcquisitionTime=lambda i: f"1010{i:02}")
+    datasets += stack(SeriesNumber=1, AcquisitionTime=lambda i: f"1010{47 - i:02}")
+    for ds in datasets:
+        del ds.InstanceNumber
+        ds.SeriesNumber = 1
+    assert [number for _, number, _ in stacks_of(tmp_path, datasets)] == [24, 24]
+
+
+def test_trigger_times_that_vary_from_beat_to_beat(tmp_path):
+    datasets = stack(TriggerTime=lambda i: f"{100 + i % 3}")
+    datasets += stack(0.6, TriggerTime=lambda i: f"{500 + i % 3}")
+    found = stacks_of(tmp_path, datasets)
+    assert found == [(0, 24, ("split_by_trigger_time",)), (0.6, 24, ("split_by_trigger_time",))]
+
+
 def test_passes_that_only_instance_numbers_tell_apart(tmp_path):
     found = stacks_of(tmp_path, stack() + stack(0.6, first=25))
     assert [(offset, number) for offset, number, _ in found] == [(0, 24), (0.6, 24)]
@@ -184,6 +201,9 @@ def test_series_whose_elements_vary_stay_whole(tmp_path):
         "kernel_missing_in_every_second": {"ConvolutionKernel": alternating("STANDARD", "")},
         "kernel_of_the_upper_half": {"ConvolutionKernel": lambda i: "AB"[i > 12]},
         "two_slices_of_another_kernel": {"ConvolutionKernel": lambda i: "AB"[i in (5, 20)]},
+        "spellings_of_a_kernel": {"ConvolutionKernel": alternating("STANDARD", "Standard ")},
+        "rounded_thicknesses": {"SliceThickness": alternating("2.5", "2.49", "2.6")},
+        "voltage_zero_in_every_second": {"KVP": alternating("120", "0")},
         "two_slices_of_another_voltage": {"KVP": lambda i: (120, 100)[i in (5, 20)]},
     }
     for name, values in sound.items():

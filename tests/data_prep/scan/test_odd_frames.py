@@ -109,3 +109,23 @@ def test_bytes_of_any_kind_and_number_behind_a_frame(encode):
         for behind in (b"\n\n", b"\x5a", b"\xff" * 9, bytes(3000), b"\xff\xd8\xff", ANYTHING):
             values = decoders.decode(frame + behind, *image.shape, 2).values
             np.testing.assert_array_equal(values, image)
+
+
+@pytest.mark.parametrize("with_offsets", [False, True])
+@pytest.mark.parametrize(("syntax", "encode"), MARKED)
+def test_frames_of_an_enhanced_file_in_several_fragments(tmp_path, syntax, encode, with_offsets):
+    """Shuffled frames, with bytes behind their end markers."""
+    hu, order = dicom_files.thorax(24), [5, *range(5), *range(23, 5, -1)]
+    ds = dicom_files.enhanced(hu, intercepts=[-1024] * 24, order=order)
+    parts, offsets = [], []
+    for i in order:
+        frame = encode((hu[i].astype(np.int32) + 1024).astype(np.uint16)) + b"\xff" * 30
+        frame += bytes(len(frame) % 2)
+        offsets.append(sum(map(len, parts)))
+        parts += [item(frame[:600]), item(frame[600:])]
+    table = np.array(offsets if with_offsets else [], "<u4").tobytes()
+    ds.PixelData = item(table) + b"".join(parts) + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    volume = only_volume(convert(dicom_files.write(tmp_path, [ds])))
+    np.testing.assert_array_equal(volume.hu, hu)
