@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         f"{count} files written; {FLAGS.output_dir} holds {FLAGS.num_patients} synthetic patients"
     )
     scans, dataset = f"--input_dir={FLAGS.output_dir}", f"--output_dir={FLAGS.output_dir}-dataset"
-    command_line.suggest("prepare", "--archive=dicom", scans, dataset, "--image_size=64")
+    command_line.suggest("prepare", f"--archive={FLAGS.layout}", scans, dataset, "--image_size=64")
     return 0
 
 

@@ -11,6 +11,7 @@ import pytest
 from ctssl_jax import __main__ as ctssl
 from ctssl_jax.training import recipe_pages
 from ctssl_jax.training.recipe_files import load_recipe, recipe_names
+from tests.campaigns import document_commands
 from tests.helpers.command_parser import refusals
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -187,3 +188,10 @@ def test_the_citation_is_of_this_version():
     version = setup["metadata"]["version"]
     assert f"\nversion: {version}\n" in (PROJECT / "CITATION.cff").read_text()
     assert f"Version {version} " in DOCUMENTS["CHANGELOG.md"]
+
+
+def test_every_bash_block_is_executed_or_says_why_not():
+    """`tests.campaigns.document_commands` runs them, in `.ci/run`."""
+    executed, aside = document_commands.plan()
+    assert len(executed) + len(aside) >= sum(len(blocks(text)) for text in DOCUMENTS.values())
+    assert len(executed) > len(aside) and all(why for _, why in aside)

@@ -282,6 +282,7 @@ def make_preparation(
         "format_version": FORMAT_VERSION,
         "archive": archive,
         "synthetic": any(row["synthetic"] for row in volumes),
+        **({"partly_synthetic": True} if len({row["synthetic"] for row in volumes}) == 2 else {}),
         "windows": list(windows),
         "image_size": image_size,
         "channels": len(windows),
@@ -351,22 +352,28 @@ def _split_facts(
     }
 
 
+def synthetic_text(preparation: Mapping[str, Any]) -> str:
+    """Whether all or some volumes are of computer-made patients, in words; "" if none is."""
+    if not preparation["synthetic"]:
+        return ""
+    return "PARTLY SYNTHETIC" if preparation.get("partly_synthetic") else "SYNTHETIC"
+
+
 def description(preparation: Mapping[str, Any]) -> str:
     """A line on the images, for TFDS."""
     windows = ", ".join(
         f"{window['level']:g}/{window['width']:g}" for window in preparation["windows"]
     )
-    kind = "Chest CT slices, of computer-made patients (SYNTHETIC), all or some of them"
-    kind = kind if preparation["synthetic"] else "Chest CT slices"
+    kind = " ".join(filter(None, (synthetic_text(preparation), "chest CT slices")))
+    kind = kind[0].upper() + kind[1:]
     return f"{kind}, windowed (level/width in HU: {windows}). Not for clinical use."
 
 
 def summary_text(preparation: Mapping[str, Any], changed: bool, dataset_dir: Path) -> str:
     """The state and the splits of a dataset, for the user. `changed`: this run wrote it."""
     state = "is complete" if changed else "is complete already: nothing to do"
-    lines = [
-        f"{dataset_dir} {state}{' (SYNTHETIC data, all or in part)' * preparation['synthetic']}."
-    ]
+    synthetic = synthetic_text(preparation)
+    lines = [f"{dataset_dir} {state}{f' ({synthetic} data)' if synthetic else ''}."]
     for split, facts in preparation["splits"].items():
         volumes, patients, slices = (
             facts[f"num_{name}"] for name in ("volumes", "patients", "slices")

@@ -296,6 +296,27 @@ def refuse_other_options(
         )
 
 
+def refuse_other_classes(
+    stored: Mapping[str, Mapping[str, Any]], current: Mapping[str, Any], output_dir: Path
+) -> None:
+    """Raises InputError unless the labels of a dataset have the classes of the same tables now:
+    programs with another version of the rules may take other cells for missing.
+
+    Args:
+        stored: `labels` of preparation.json.
+        current: the same of this run.
+        output_dir: of the dataset.
+    """
+    for name, facts in current.items():
+        if stored.get(name) != facts:
+            classes = [", ".join(of["classes"]) for of in (stored.get(name), facts) if of]
+            raise InputError(
+                f"{output_dir}: its label {name} has the classes {classes[0]}, and by this "
+                f"program's rules {classes[-1]} (a word such as NaN is a missing cell); prepare "
+                "all scans into a new --output_dir"
+            )
+
+
 def _option_text(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{name}:{_option_text(item)}" for name, item in value.items())

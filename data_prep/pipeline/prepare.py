@@ -50,6 +50,7 @@ from data_prep.pipeline.notes import (
 from data_prep.pipeline.options import (
     Directories,
     Options,
+    refuse_other_classes,
     refuse_other_options,
     with_absolute_paths,
 )
@@ -317,14 +318,17 @@ def clean(preparation: Preparation) -> None:
 
 def stage_labels(preparation: Preparation) -> Labels:
     """Reads the tables of labels, annotations and masks."""
-    work_dir = preparation.directories.work_dir
-    return staging.stage(
+    directories, dataset = preparation.directories, preparation.dataset
+    labels = staging.stage(
         preparation.sources,
-        preparation.directories.input_dir,
-        work_dir / "labels.sqlite",
-        work_dir / _VIOLATIONS_FILE,
-        work_dir / _LEFT_OUT_FILE,
+        directories.input_dir,
+        directories.work_dir / "labels.sqlite",
+        directories.work_dir / _VIOLATIONS_FILE,
+        directories.work_dir / _LEFT_OUT_FILE,
     )
+    if dataset:
+        refuse_other_classes(dataset.preparation["labels"], labels.facts, directories.output_dir)
+    return labels
 
 
 def plan_exams(preparation: Preparation, labels: Labels) -> Plans:

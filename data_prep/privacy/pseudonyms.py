@@ -40,8 +40,8 @@ _NO_CONTRAST = {
 }
 _VENDORS = set(
     "siemens ge gems imatron philips picker marconi elscint adac toshiba canon hitachi fujifilm "
-    "shimadzu uih neusoft pnms samsung neurologica anke minfound sinovision varian elekta accuray "
-    "mediso carestream planmeca".split()
+    "shimadzu uih neusoft nms pnms samsung neurologica anke minfound sinovision varian elekta "
+    "accuray mediso carestream planmeca".split()
 ) | {"general electric", "united imaging"}
 _VENDOR_WORDS = set(
     "ag ab and co company corp corporation ct electric electronics gmbh health healthcare "

@@ -13,9 +13,10 @@ _WORDS = set(
     "ultra hd "
     "asir asirv ss asir-v truefidelity veo mbir gen1 i30s dlir high medium low h m l performix "
     # Canon and Toshiba
-    "aidr 3d aice enhanced first body cardiac mild strong str weak standardplus boost "
+    "aidr aidr3d qds 3d aice enhanced first body cardiac mild strong str weak standardplus boost "
     # Philips
-    "idose imr smooth smoother sharp sharper bodyroutine routine softtissue tissue sharpplus "
+    "idose imr ximr det smooth smoother sharp sharper bodyroutine brainroutine routine "
+    "softtissue tissue sharpplus "
     "softplus y-sharp y-detail y-edge ysharp ydetail brilliance spectral level "
     # Siemens, and reconstructions in words
     "safire admire iris mono qir monoplus medium vmi "
@@ -32,7 +33,7 @@ _WORDS = set(
 )
 _SPELLINGS = re.compile(
     r"""
-    [BDHIJQSTU][0-9]{2}[a-z]?           # Siemens B30f, H31s, I31f, U90u
+    [ABCDEHIJQSTU][0-9]{2}[a-z]?          # Siemens B30f, H31s, I31f, U90u
     | [BHQSTU][a-z][0-9]{2}[a-z]?       # Siemens Br40d, Hr38, Qr44, Sa36f
     | F[CL][0-9]{2}[A-Z]?               # Toshiba, Canon FC08
     | [A-Z]                             # Philips A, B, D, L; suffixes as in FC51-H
@@ -44,6 +45,7 @@ _SPELLINGS = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_SUFFIX = re.compile(r"[A-F]{2}")  # behind another word: United Imaging B_SOFT_AB
 _LEVELS = set("h m l x s".split())
 _MOST_WORDS = 6
 _GROUPS = set(
@@ -63,7 +65,12 @@ _GROUPS = set(
 def is_known_kernel(text: str) -> bool:
     """Whether a kernel is a vendor's spelling, such as `B30f`, `FC51-H` or `Smooth (iDose 4)`."""
     words = [word for word in re.split(r"[ .,_+/()-]+", text) if word]
-    known = [word.casefold() in _WORDS or bool(_SPELLINGS.fullmatch(word)) for word in words]
+    known = [
+        word.casefold() in _WORDS
+        or bool(_SPELLINGS.fullmatch(word))
+        or (number > 0 and bool(_SUFFIX.fullmatch(word)))
+        for number, word in enumerate(words)
+    ]
     # initials and an age, or a date, are made of short words alone
     telling = [word for word in words if len(word) > 2 or word.casefold() in _WORDS - _LEVELS]
     numbers = [word for word in words if word.isdigit()]

@@ -55,7 +55,10 @@ def summarise(
     slices, is at least 99.5 % of the largest. A volume without lung slices takes it from all
     slices.
     """
-    steps = [max(1, round(_GRID_MM / spacing)) for spacing in pixel_spacing_mm]
+    steps = [
+        min(size, max(1, round(_GRID_MM / spacing)))
+        for size, spacing in zip(hu.shape[1:], pixel_spacing_mm, strict=True)
+    ]
     coarse = hu[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
     pixel_mm2 = steps[0] * pixel_spacing_mm[0] * steps[1] * pixel_spacing_mm[1]
     tissue = coarse > _BODY_HU
@@ -122,7 +125,10 @@ def _walls(
     opened away.
     The body is taken to go on beyond the edge of the image.
     """
-    fine = [max(1, round(_WALL_GRID_MM / spacing)) for spacing in pixel_spacing_mm]
+    fine = [
+        min(step, max(1, round(_WALL_GRID_MM / spacing)))
+        for step, spacing in zip(steps, pixel_spacing_mm, strict=True)
+    ]
     tissue = image[fine[0] // 2 :: fine[0], fine[1] // 2 :: fine[1]] > _BODY_HU
     spacing_mm = max(np.multiply(fine, pixel_spacing_mm))
     if spacing_mm <= _WALL_GRID_MM:  # three pixels

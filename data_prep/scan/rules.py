@@ -10,6 +10,8 @@ from data_prep.system.errors import InputError
 VERSION = 2
 CHANGES = {  # version -> the difference to the version before
     2: "stacks that lie between one another are told apart, single bad slices are dropped, "
+    "frames are read by what they hold, overlay bits and wrong bits of a pixel are told by its "
+    "values, maps that are no HU and fields in another unit than mm are refused, "
     "Patient IDs are read by their character set and joined where they are one patient's, "
     "placeholders of ages and a contrast that nothing names are unknown, and lungs behind thin "
     "walls are seen",

@@ -133,6 +133,20 @@ def test_patients_whom_pixels_told_stay_one_patient_as_the_archive_grows(tmp_pat
     assert preparation["counts"]["patients_joined"] == 1
 
 
+def test_classes_of_an_earlier_program_are_not_mixed_with_others(tmp_path, key_file):
+    """Versions before 2 took NaN for a class."""
+    add_scan(tmp_path / "scans", "a", 1, seed=1)
+    table = tmp_path / "labels.csv"
+    table.write_text("PatientID,pe\na,1\nb,0\nc,NaN\n")
+    places, preparation = run(tmp_path, key_file, sources=LabelSources(labels_csv=(table,)))
+    preparation["labels"]["pe"]["classes"] = ["0", "1", "NaN"]
+    preparation.pop("rules")
+    write_preparation(places.output_dir, preparation)
+    add_scan(tmp_path / "scans", "b", 2, seed=2)
+    with pytest.raises(InputError, match=r"label pe has the classes 0, 1, NaN, and .* rules 0, 1"):
+        run(tmp_path, key_file, sources=LabelSources(labels_csv=(table,)))
+
+
 def test_another_dataset_knows_a_patient_under_another_spelling(tmp_path, key_file):
     add_scan(tmp_path / "a" / "scans", "patient-1", 1, seed=1)
     first, _ = run(tmp_path / "a", key_file)

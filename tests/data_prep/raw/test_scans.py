@@ -32,7 +32,9 @@ from tests.helpers import dicom_files
 KEY = "0123456789abcdef0123456789abcdef"
 WINDOWS = ((50.0, 350.0), (-600.0, 1500.0))
 # neither matrix is the dataset's, nor square
-HU = dicom_files.thorax(21, size=60, seed=4)[:, :56, 2:]
+HU, SECOND_HU, THIRD_HU = (
+    dicom_files.thorax(21, size=60, seed=seed)[:, :56, 2:] for seed in (4, 5, 6)
+)  # of three patients
 SPACING_MM = (2.5, 5.0, 5.5)  # slices, rows, columns
 # indices of HU -> mm to the right, anterior, superior: rows run to posterior, columns to the left
 AFFINE = np.array([[0, 0, -5.5, 150], [0, -5.0, 0, 140], [2.5, 0, 0, -300], [0, 0, 0, 1.0]])
@@ -112,8 +114,9 @@ def test_slices_equal_those_of_prepare(tmp_path):
         archive / "a", dicom_files.thorax(22, seed=7)[:, :56, :56], series=2, study=1, patient="one"
     )
     feet_first = (-1, 0, 0, 0, 1, 0)
-    write_dicom(archive / "b", HU[:, :, ::-1], study=2, patient="two", orientation=feet_first)
-    write_dicom(tmp_path / "zipped", np.delete(HU, 7, axis=0), study=3, patient="three")
+    second, third = SECOND_HU[:, :, ::-1], np.delete(THIRD_HU, 7, axis=0)
+    write_dicom(archive / "b", second, study=2, patient="two", orientation=feet_first)
+    write_dicom(tmp_path / "zipped", third, study=3, patient="three")
     as_zip(tmp_path / "zipped", archive / "c.zip")
     write_dicom(archive / "short", HU[:5], study=4)
     (archive / "notes.txt").write_text("none")
@@ -140,7 +143,7 @@ def test_slices_of_a_phantom_equal_those_of_prepare(tmp_path):
 def test_nifti_slices_equal_those_of_prepare(tmp_path):
     archive = tmp_path / "archive"
     archive.mkdir()
-    for number, stored in enumerate((HU, (HU + 1024).astype(np.int16))):
+    for number, stored in enumerate((HU, (SECOND_HU + 1024).astype(np.int16))):
         image = nibabel.Nifti1Image(stored, AFFINE)
         turn = orientations.ornt_transform(
             orientations.io_orientation(AFFINE), orientations.axcodes2ornt("LPS")
@@ -354,12 +357,15 @@ def test_small_tilts_pass_and_oblique_volumes_do_not():
 def test_values_that_are_not_hu_are_refused():
     missing = HU.astype(np.float32)
     missing[3, 3, 3] = np.nan
+    blank = HU.copy()
+    blank[11] = -1000
     for values, message in (
         ((HU + 1024).astype(np.int16), "no air or lung"),
         (np.clip(HU / 3000 + 0.3, 0, 1), "values from 0 to .* are not HU"),
         (np.clip(HU, 0, 255).astype(np.uint8), "values from 0 to 255 are not HU"),
         (np.where(HU > 50, 9000, HU), "% of the pixels are above 4000 HU"),
         (missing, "values that are not finite"),
+        (blank, f"1 of {len(HU)} slices are on another scale"),
         (HU[0], "give a 3-D array"),
         (HU[:0], "give a 3-D array"),
         (HU > 0, "give a 3-D array of numbers"),
@@ -370,3 +376,5 @@ def test_values_that_are_not_hu_are_refused():
     for affine in (np.eye(3), np.zeros((4, 4)), np.full((4, 4), np.nan)):
         with pytest.raises(InputError, match="not an invertible 4 x 4 matrix"):
             hu_arrays.canonical_volume(HU, affine)
+    with pytest.raises(InputError, match="another unit than mm"):
+        hu_arrays.canonical_volume(HU, np.diag([1000, 1000, 1000, 1]) @ AFFINE)

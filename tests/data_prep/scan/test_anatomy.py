@@ -71,6 +71,11 @@ def test_empty_volume_has_no_lung():
     assert dataclasses.asdict(summary)["lung_volume_ml"] == 0
 
 
+@pytest.mark.parametrize("spacing_mm", [(0.001, 0.001), (0.01, 5.0), (900.0, 900.0)])
+def test_any_spacing_has_a_summary(spacing_mm):
+    assert summarise(torso(3, 20), spacing_mm, 5.0).middle_slice == 1
+
+
 def test_the_thorax_of_the_other_tests_is_one():
     assert covers_chest(summarise(thorax(), (5.5, 5.5), 2.5))
 
