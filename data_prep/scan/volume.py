@@ -113,7 +113,9 @@ def load_volume(
             used.append(taken)
 
     hu, odd = loader.volume(used)
-    lost += [(used[i], "other_scale") for i in odd]
+    # Where most are odd, none is right to compare with.
+    reason = "other_scale" if 2 * len(odd) <= len(used) else "implausible_hu"
+    lost += [(used[i], reason) for i in odd]
     kept = [position for i, position in enumerate(kept) if i not in odd]
     used = [header for i, header in enumerate(used) if i not in odd]
     total = len(candidate.headers)
