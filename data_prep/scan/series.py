@@ -364,7 +364,7 @@ def irregularity(measured: StackMeasure, num_slices: int, rules: Rules) -> tuple
         return "too_many_lost", f"{measured.missing} of {total} slices missing"
     if rules.irregular == "refuse" and measured.missing:
         return "irregular", f"{measured.missing} of {total} slices missing"
-    if rules.irregular == "refuse" and (measured.uneven or measured.crowded):
+    if rules.irregular == "refuse" and (measured.uneven or measured.irregular):
         return "irregular", "uneven slice spacing"
     if rules.irregular == "refuse" and measured.jumps:
         return "irregular", "the origin jumps within the plane"
