@@ -284,8 +284,9 @@ def _check_stack(
         return rejected("implausible_spacing", unsound)
     dropped = [(header, "other_grid") for header in others] + extras
     slices, positions = group_by_position(grids[0])
-    if len(slices) == 1 and len(grids[0]) >= max(2, rules.min_slices):
-        return rejected("missing_position", f"the same in all {len(grids[0])} images")
+    images = {(h.sop_instance_uid or h.source, h.frame) for h in grids[0]}
+    if len(slices) == 1 and len(images) >= max(2, rules.min_slices):
+        return rejected("missing_position", f"the same in all {len(images)} images")
     if len(slices) < rules.min_slices:
         return rejected("too_few_slices", too_few_detail(len(slices), rules))
     strays = strays_of(slices)
