@@ -147,7 +147,7 @@ def load_volume(
         "gaps": measured.missing > 0,
         "uneven_spacing": measured.uneven,
         "in_plane_jump": measured.jumps,
-        "irregular_part": measured.crowded > 0,
+        "irregular_part": measured.irregular,
         "sparse_slices": measured.sparse,
         "slices_lost": len(kept) < total,
         "duplicates_dropped": bool(repeated),
