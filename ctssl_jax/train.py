@@ -63,6 +63,8 @@ def start(flag_values: flags.FlagValues) -> bool:
     from ctssl_jax.parallel.processes import configure_jax, initialize
 
     configure_jax()
+    import jax
+
     from ctssl_jax.parallel import lost_host
     from ctssl_jax.parallel.meeting import refusing_together
     from ctssl_jax.training.estimate import estimate
@@ -89,13 +91,17 @@ def start(flag_values: flags.FlagValues) -> bool:
         if flag_values.estimate:
             estimate(config, dataset=dataset)
             return True
-        return train(
+        finished = train(
             config,
             flag_values.workdir,
             dataset=dataset,
             set_aside_damaged=flag_values.set_aside_damaged,
             profile_steps=flag_values.profile,
         )
+    if finished and jax.process_index() == 0:
+        run = flag_values.workdir
+        command_line.suggest("evaluate", f"--workdir={run}", f"--output={run}-test.json")
+    return finished
 
 
 def main(argv: list[str]) -> int:
@@ -103,9 +109,6 @@ def main(argv: list[str]) -> int:
     early_stop.leave_at_once()  # until the first step, when there is something to save
     if not start(flags.FLAGS):
         raise StartAgain("stopped before the last step; run the same command again to continue")
-    run = flags.FLAGS.workdir
-    if not flags.FLAGS.estimate:
-        command_line.suggest("evaluate", f"--workdir={run}", f"--output={run}-test.json")
     return 0
 
 

@@ -27,7 +27,7 @@ from data_prep.raw.scans import (
 from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import VERSION, Rules
 from data_prep.system.errors import InputError
-from data_prep.system.files import written_whole
+from data_prep.system.files import as_cell, written_whole
 from data_prep.system.stores import local_path
 from data_prep.system.workers import WorkerDied, WorkerPool
 
@@ -248,6 +248,7 @@ def keep_audit(output: Path, plan: ScanPlan, key: bytes | None) -> bytes:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("volume_id", "refused_by_headers", "path", "member"))
         writer.writerows(
-            (name, reason, source.path, source.member) for name, reason, source in sorted(rows)
+            (name, reason, as_cell(source.path), as_cell(source.member))
+            for name, reason, source in sorted(rows)
         )
     return key

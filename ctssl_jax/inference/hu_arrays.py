@@ -9,11 +9,16 @@ from data_prep.raw.scans import PreparedVolume
 from data_prep.scan.anatomy import summarise
 from data_prep.scan.geometry import RAS_TO_LPS, canonical_axes, field_fault, orient
 from data_prep.scan.hounsfield import PlausibilityCount, to_hu
+from data_prep.scan.slice_scale import slices_on_another_scale
 from data_prep.scan.window import lung_box, prepare_images
 from data_prep.system.errors import InputError
 
 _VALUES_ARE_HU = types.SimpleNamespace(
-    rescale_slope=1.0, rescale_intercept=0.0, padding_value=None, padding_limit=None
+    rescale_slope=1.0,
+    rescale_intercept=0.0,
+    pixel_representation=1,
+    padding_value=None,
+    padding_limit=None,
 )
 
 
@@ -114,4 +119,10 @@ def _to_hu(frames: Sequence[np.ndarray]) -> np.ndarray:
             "Rescale Slope + Intercept, or slices of a prepared dataset as uint8 [S, H, W, C] "
             "without an affine"
         )
-    return np.stack([to_hu(frame, _VALUES_ARE_HU) for frame in frames])
+    hu = np.stack([to_hu(frame, _VALUES_ARE_HU) for frame in frames])
+    if odd := slices_on_another_scale(hu, [_VALUES_ARE_HU] * len(hu), frames):
+        raise InputError(
+            f"{len(odd)} of {len(hu)} slices are on another scale than the slices around them, or "
+            "blank; give HU in all slices, or leave these out"
+        )
+    return hu

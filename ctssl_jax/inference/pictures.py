@@ -1,5 +1,6 @@
 """Pictures of a prediction: probabilities along the slices of a scan, or regions of its mask."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,6 @@ def _figure(
 ) -> tuple[Figure, Any]:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, int(11 * size[0])), fontsize=11)
     figure.supxlabel(FOOTER, fontsize=7, color="0.4")
     return figure, figure.subplots(rows, columns, width_ratios=width_ratios)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Protocol
 
@@ -124,14 +125,15 @@ class StackMeasure:
     """Spacing, gaps and tilt of a stack of slices."""
 
     spacing_mm: float  # median step; 0 for a single slice
-    # [S] bool: the next slice is the neighbour; False at the end, before a gap or jump, beside a
-    # crowded step, and where the slices are sparse
+    # [S] bool: the next slice is the neighbour; False at the end, before a gap or jump, in an
+    # irregular part, and where the slices are sparse
     pair_valid: np.ndarray
     missing: int  # slices that fit into the gaps
     uneven: bool  # some step is neither the spacing nor a gap
     tilt_degrees: float  # angle between the normal and the line through the slices
     jumps: bool  # a step leaves that line
     crowded: int  # steps of half the local spacing or less: something else lies between the slices
+    irregular: bool  # there are crowded steps, or a part of half the spacing
     sparse: bool  # the slices lie far apart for their thickness, as in high-resolution CT
 
 
@@ -146,8 +148,9 @@ def measure_stack(
     it. So a lasting change of the spacing is not a row of gaps. The line through the slices has the
     median direction of the steps. A step that ends more than 1 mm beside it is a jump within the
     plane. A step of half the local spacing or less is crowded; it and the odd steps beside it are
-    no pairs and no gaps. Slices are sparse if the spacing passes three times their thickness and 5
-    mm.
+    no pairs and no gaps. A part of half the spacing between parts of the whole spacing holds the
+    slices of two passes and no pairs. Slices are sparse if the spacing passes three times their
+    thickness and 5 mm.
 
     Args:
         position_mm: [S], along the slice normal, increasing.
@@ -158,11 +161,11 @@ def measure_stack(
     steps = np.diff(position_mm)
     pair_valid = np.zeros(len(position_mm), dtype=bool)
     if len(steps) == 0:
-        return StackMeasure(0.0, pair_valid, 0, False, 0.0, False, 0, False)
+        return StackMeasure(0.0, pair_valid, 0, False, 0.0, False, 0, False, False)
     local = local_spacing(steps)
     crowded = steps <= _CROWDED_FACTOR * local
     unlike = np.abs(steps - local) > _UNEVEN_FRACTION * local
-    irregular = crowded | (ndimage.binary_dilation(crowded) & unlike)
+    irregular = crowded | (ndimage.binary_dilation(crowded) & unlike) | _doubled(steps)
     gap = (steps > _GAP_FACTOR * local) & ~irregular
     tilt, jump = (
         (0.0, np.zeros(len(steps), dtype=bool))
@@ -184,6 +187,7 @@ def measure_stack(
         tilt,
         bool(jump.any()),
         int(crowded.sum()),
+        bool(irregular.any()),
         bool(sparse),
     )
 
@@ -196,6 +200,20 @@ def local_spacing(steps: np.ndarray) -> np.ndarray:
     for i in {*range(min(3, len(steps))), *range(max(0, len(steps) - 3), len(steps))}:
         local[i] = np.median(steps[max(0, i - 3) : i + 4])
     return local
+
+
+def _doubled(steps: np.ndarray) -> np.ndarray:
+    """[S-1] bool: steps of a run of even steps with three steps of twice the length on either side,
+    as where two passes overlap by half a step. A single one is a gap."""
+    found = np.zeros(len(steps), dtype=bool)
+    changes = np.abs(np.diff(steps)) > _UNEVEN_FRACTION * np.minimum(steps[1:], steps[:-1])
+    edges = np.flatnonzero(changes) + 1
+    for start, end in itertools.pairwise(edges):
+        around = np.concatenate([steps[max(0, start - 3) : start], steps[end : end + 3]])
+        twice = 2 * np.median(steps[start:end])
+        even = np.abs(around - twice) <= _UNEVEN_FRACTION * twice
+        found[start:end] = len(even) == 6 and even.all()
+    return found
 
 
 def is_regular(position_mm: np.ndarray) -> bool:

@@ -61,10 +61,11 @@ class Unreadable(NamedTuple):
 
 def how_packed(start: bytes) -> str:
     """The kind of a packed file by its first `PACKED_START` bytes, in words; "" for other files."""
+    is_dicom = start[128:132] == b"DICM"
     for signature, kind in _SIGNATURES.items():
-        if start.startswith(signature) and (kind == ZIP or start[128:132] != b"DICM"):
+        if start.startswith(signature) and (kind == ZIP or not is_dicom):
             return kind
-    return TAR if start[257:262] == b"ustar" else ""
+    return TAR if start[257:262] == b"ustar" and not is_dicom else ""
 
 
 def is_of_system(name: str, start: bytes) -> bool:

@@ -165,7 +165,7 @@ def _extent(data: bytes, header: Header, order: str) -> tuple[int, int | None]:
     if length == _UNDEFINED_LENGTH:
         return start, None
     native = header.transfer_syntax in NATIVE_SYNTAXES
-    if not native and length < _native_bytes(header) and data[start : start + 4] == _ITEM:
+    if length < _native_bytes(header) and data[start : start + 4] == _ITEM:
         return start, None
     damaged = length % 2 or (
         start + length > len(data) and header.transfer_syntax != NATIVE_SYNTAXES[0]

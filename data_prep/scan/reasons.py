@@ -100,7 +100,8 @@ NOTES = {
     "in_plane_jump": "The image origin jumps within the plane by more than 1 mm; no pair crosses "
     "the jump.",
     "gantry_tilt": "The gantry was tilted; the volume is not sheared upright.",
-    "irregular_part": "Some slices lie closer than half the spacing; no pair is taken there.",
+    "irregular_part": "Some slices lie at half the spacing or closer, as where two passes overlap; "
+    "no pair is taken there.",
     "sparse_slices": "The slices lie more than three thicknesses apart; they make no pairs.",
     "rotated": "The images are turned within their plane by 0.5 to 5 degrees.",
     "other_body_part": "Body Part Examined names a part without lung; the lungs are there.",

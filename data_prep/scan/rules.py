@@ -9,7 +9,10 @@ from data_prep.system.errors import InputError
 # without it are of version 1), since programs of different versions read some scans differently.
 VERSION = 2
 CHANGES = {  # version -> the difference to the version before
-    2: "stacks that lie between one another are told apart, single bad slices are dropped, "
+    2: "stacks that lie between one another are told apart, images turned within their plane are "
+    "refused, the lungs decide and not Body Part Examined, single bad slices are dropped, "
+    "frames are read by what they hold, overlay bits and wrong bits of a pixel are told by its "
+    "values, maps that are no HU and fields in another unit than mm are refused, "
     "Patient IDs are read by their character set and joined where they are one patient's, "
     "placeholders of ages and a contrast that nothing names are unknown, and lungs behind thin "
     "walls are seen",

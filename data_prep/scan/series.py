@@ -284,8 +284,9 @@ def _check_stack(
         return rejected("implausible_spacing", unsound)
     dropped = [(header, "other_grid") for header in others] + extras
     slices, positions = group_by_position(grids[0])
-    if len(slices) == 1 and len(grids[0]) >= max(2, rules.min_slices):
-        return rejected("missing_position", f"the same in all {len(grids[0])} images")
+    images = {(h.sop_instance_uid or h.source, h.frame) for h in grids[0]}
+    if len(slices) == 1 and len(images) >= max(2, rules.min_slices):
+        return rejected("missing_position", f"the same in all {len(images)} images")
     if len(slices) < rules.min_slices:
         return rejected("too_few_slices", too_few_detail(len(slices), rules))
     strays = strays_of(slices)
@@ -364,7 +365,7 @@ def irregularity(measured: StackMeasure, num_slices: int, rules: Rules) -> tuple
         return "too_many_lost", f"{measured.missing} of {total} slices missing"
     if rules.irregular == "refuse" and measured.missing:
         return "irregular", f"{measured.missing} of {total} slices missing"
-    if rules.irregular == "refuse" and (measured.uneven or measured.crowded):
+    if rules.irregular == "refuse" and (measured.uneven or measured.irregular):
         return "irregular", "uneven slice spacing"
     if rules.irregular == "refuse" and measured.jumps:
         return "irregular", "the origin jumps within the plane"

@@ -51,11 +51,15 @@ def stored_values(values: np.ndarray, header: Header, precision: int | None = No
     overlays = [bit for bit in overlays if bit]  # bit 0 is what writers of no overlay leave there
     if overlays:
         values = _without_overlays(values, overlays)
-    lowest, highest = int(values.min()), int(values.max())
-    if values.dtype.kind == "u" and highest >> (allocated - 1):
+    unsigned = values.dtype.kind == "u"
+    if bits == allocated and not unsigned:
+        return values
+    highest = int(values.max())
+    if unsigned and highest >> (allocated - 1):
         padded = _with_negative_padding(values, bits, header)
         if padded is not None:
             return padded
+    lowest = 0 if unsigned else int(values.min())
     if bits == allocated or _fit(values, lowest, highest, bits):
         return values
     return _within(values, bits, lowest)

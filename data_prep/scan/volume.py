@@ -113,7 +113,9 @@ def load_volume(
             used.append(taken)
 
     hu, odd = loader.volume(used)
-    lost += [(used[i], "other_scale") for i in odd]
+    # Where most are odd, none is right to compare with.
+    reason = "other_scale" if 2 * len(odd) <= len(used) else "implausible_hu"
+    lost += [(used[i], reason) for i in odd]
     kept = [position for i, position in enumerate(kept) if i not in odd]
     used = [header for i, header in enumerate(used) if i not in odd]
     total = len(candidate.headers)
@@ -145,7 +147,7 @@ def load_volume(
         "gaps": measured.missing > 0,
         "uneven_spacing": measured.uneven,
         "in_plane_jump": measured.jumps,
-        "irregular_part": measured.crowded > 0,
+        "irregular_part": measured.irregular,
         "sparse_slices": measured.sparse,
         "slices_lost": len(kept) < total,
         "duplicates_dropped": bool(repeated),

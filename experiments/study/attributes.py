@@ -214,11 +214,11 @@ def save_figure(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> Non
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(list(places.values()), list(places), fontsize=8)
     axes[0, 0].set_ylim(height + 0.8, 1.0)  # first model on top
-    figure.suptitle(
+    title = (
         "Patient attributes from middle slices (bars: 95 % interval by patient; rings: seeds; "
-        "dotted: chance)",
-        fontsize=11,
+        "dotted: chance)"
     )
+    figure.suptitle(textwrap.fill(title, 15 + 30 * len(attributes)), fontsize=11)
     figure.supxlabel(
         textwrap.fill(caption.replace("**", ""), 40 + 30 * len(attributes)), fontsize=7
     )

@@ -73,17 +73,24 @@ def thin_walls(scan: Sound) -> OddScan:
     lung = ndimage.binary_opening(_lung(scan), np.ones((1, 3, 3)))
     wall = scan.choice([2.0, 3.0, 4.0])
     disk = np.hypot(*np.mgrid[-9:10, -9:10]) <= 9
-    for i, plane in enumerate(lung):
-        grown = ndimage.binary_dilation(np.pad(plane, 20), disk, iterations=2)
-        closed = ndimage.binary_erosion(grown, disk, iterations=2)
-        cavity = ndimage.binary_fill_holes(closed)[20:-20, 20:-20]
-        back = np.zeros_like(cavity)
-        back[cavity.any(axis=1).nonzero()[0].max(initial=0) - 8 :] = cavity.any()
+    cavities = np.stack([_closed(plane, disk) for plane in lung])
+    # smooth along the patient: neighbours of a real scan are nearly alike
+    cavities = ndimage.median_filter(cavities.astype(np.uint8), (9, 1, 1)) > 0
+    lowest = [plane.any(axis=1).nonzero()[0].max(initial=0) for plane in cavities]
+    back = np.zeros_like(cavities[0])
+    back[int(np.median(lowest)) - 8 :] = True
+    for hu, cavity in zip(scan.hu, cavities, strict=True):
         body = ndimage.distance_transform_edt(~cavity) <= wall
-        scan.hu[i][~(body | back & (scan.hu[i] > -300))] = AIR_HU
-        rim = body & ~cavity
-        scan.hu[i][rim & (scan.hu[i] < -200)] = 20
+        hu[~(body | back & (hu > -300))] = AIR_HU
+        hu[body & ~cavity & (hu < -200)] = 20
     return scan.odd(scan.datasets())
+
+
+def _closed(plane: np.ndarray, disk: np.ndarray) -> np.ndarray:
+    """Both lungs of a slice [H, W] and what lies between them."""
+    grown = ndimage.binary_dilation(np.pad(plane, 20), disk, iterations=2)
+    closed = ndimage.binary_erosion(grown, disk, iterations=2)
+    return ndimage.binary_fill_holes(closed)[20:-20, 20:-20]
 
 
 @kind(size=96)

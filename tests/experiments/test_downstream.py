@@ -179,6 +179,13 @@ def test_label_results(runs, labelled, tmp_path):
     assert (
         json.loads((tmp_path / "pe.json").read_text())["metrics"].keys() == result["metrics"].keys()
     )
+    shown = np.load(tmp_path / "pe.npz")  # the slice once, the truth and P, no difference
+    assert {"input", "label", "probabilities", "class_names"} == set(shown.files)
+    assert shown["class_names"].tolist() == ["0", "1"]
+    found = predictions.read(tmp_path / "pe.json")
+    pairs = {tuple(row) for row in np.column_stack([found.label, found.probabilities]).round(4)}
+    of_pictures = np.column_stack([shown["label"], shown["probabilities"]]).round(4)
+    assert {tuple(row) for row in of_pictures} <= pairs
 
 
 def test_groups_are_measured_over_the_items_of_the_headline(tmp_path):

@@ -2,8 +2,6 @@
 mask."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,13 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage
 
 from data_prep.dataset.reader import Dataset
+from data_prep.labels.lookup import LabelSources
 from data_prep.masks.files import index_masks
 from data_prep.masks.grid import MaskError
 from data_prep.masks.reading import read_mask, read_masks
+from data_prep.pipeline.accounting import dataset_text
+from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from tests.data_prep.masks import test_reading as plain
 from tests.data_prep.masks.test_reading import (
     COLUMN_MM,
@@ -190,21 +192,21 @@ def test_bad_files_are_left_out_by_name_and_the_rest_goes_on(tmp_path):
     fractional.SegmentationType = "FRACTIONAL"
     written(masks / "fractional.dcm", fractional)
 
-    def prepare(name: str, *flags: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={scans}", *flags]
-        command += [f"--output_dir={tmp_path / name}", f"--masks_dir={masks}", "--num_workers=1"]
-        command += ["--image_size=64", "--splits=1,0,0"]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+    def prepared(name: str, **flags: bool) -> dict:
+        places = Directories(scans, tmp_path / name, tmp_path / f"{name}-audit")
+        sources = LabelSources(masks_dir=masks, **flags)
+        options = Options(image_size=32, splits=(1.0, 0.0, 0.0))
+        return prepare(options, places, sources=sources, num_workers=1)[0]
 
-    done = prepare("out")
-    assert done.returncode == 0, done.stderr
+    preparation = prepared("out")
+    text = dataset_text(preparation, True, tmp_path / "out", tmp_path / "out-audit")
     for line in (
         "2 files of masks left out, system_file:",
         "1 files of masks left out, damaged:",
         "1 files of masks left out, of_no_series:",
         "label_files.csv",
     ):
-        assert line in done.stdout
+        assert line in text
     with open(tmp_path / "out-audit" / "label_files.csv", newline="") as file:
         left_out = {row["path"]: row["reason"] for row in csv.DictReader(file)}
     assert left_out == {
@@ -220,6 +222,5 @@ def test_bad_files_are_left_out_by_name_and_the_rest_goes_on(tmp_path):
         areas.setdefault(row["volume_id"], set()).add(row["mask_area_px"])
     unknown = [volume for volume, values in areas.items() if values == {None}]
     assert len(areas) == 2 and len(unknown) == 1  # unread is not empty
-    done = prepare("strict", "--require_masks")
-    counts = Dataset.open(tmp_path / "strict").preparation["counts"]
-    assert counts["series_rejected"] == {"mask_mismatch": 1, "no_annotation": 1}
+    strict = prepared("strict", require_masks=True)
+    assert strict["counts"]["series_rejected"] == {"mask_mismatch": 1, "no_annotation": 1}

@@ -450,3 +450,19 @@ def test_a_place_in_the_patient_is_that_of_the_canonical_voxel(any_scan):
     position_mm = patient_position_mm(np.array([2.5, 10, 20.25]), volume)
     expected = (ORIGIN[0] + 20.25 * COLUMN_MM, ORIGIN[1] + 10 * ROW_MM, ORIGIN[2] + 2.5 * SLICE_MM)
     np.testing.assert_allclose(position_mm, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("turned", ["prone", "transposed", "turned"])
+def test_a_mask_of_a_scan_with_some_slices_turned(tmp_path, turned):
+    """Every second slice is stored in another orientation, as by a workstation."""
+    kinds = zip(slices_of(), slices_of(turned), strict=True)
+    datasets = [pair[i % 2] for i, pair in enumerate(kinds)]
+    volume = scan_of(tmp_path / "scan", datasets)
+    np.testing.assert_array_equal(volume.hu, THORAX)
+    nibabel.save(mask_image(PATTERN, volume, tmp_path / "scan"), tmp_path / "mask.nii")
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.nii", volume) > 0, PATTERN)
+    place = patient_position_mm(np.array([3, 5, 7]), volume)
+    expected = np.add(ORIGIN, (7 * COLUMN_MM, 5 * ROW_MM, 3 * SLICE_MM))
+    np.testing.assert_allclose(place, expected, atol=1e-6)
+    with pytest.raises(MaskOutputError, match="stored turned"):
+        dicom_segmentation(PATTERN, volume, tmp_path / "scan", SEGMENT)

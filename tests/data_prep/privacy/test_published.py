@@ -122,21 +122,14 @@ def test_names_of_files_do_not_act_on_a_terminal_nor_as_formulas(tmp_path):
     folder = tmp_path / "scans" / "\x1b[31mred\x07\r"
     dicom_files.write(folder, dicom_files.slices(dicom_files.thorax(20)))
     os.rename(folder / "IM0000", tmp_path / "scans" / '=HYPERLINK("x")')
-    for name in ("labels", "a\x1b]0;title\x07.csv"):
-        table = tmp_path / name
-        table.write_text("PatientID,x\n")
-    command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={tmp_path / 'scans'}"]
-    command += [f"--output_dir={tmp_path / 'out'}", "--image_size=32", "--num_workers=1"]
-    command += ["--splits=1,0,0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr
-    with open(tmp_path / "out-audit" / "sources.csv", newline="") as file:
+    directories = Directories(tmp_path / "scans", tmp_path / "out", tmp_path / "audit")
+    prepare(Options(image_size=32, splits=(1.0, 0.0, 0.0)), directories, num_workers=1)
+    with open(tmp_path / "audit" / "sources.csv", newline="") as file:
         paths = [row["path"] for row in csv.DictReader(file)]
     assert '\'=HYPERLINK("x")' in paths and "\\x1b[31mred\\x07\\r/IM0001" in paths
-    done = subprocess.run(
-        [*command, f"--output_dir={tmp_path / 'other'}", f"--labels_csv={table}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    table = tmp_path / "a\x1b]0;title\x07.csv"
+    table.write_text("PatientID,x\n")
+    command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={tmp_path / 'scans'}"]
+    command += [f"--output_dir={tmp_path / 'other'}", f"--labels_csv={table}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "\x1b" not in done.stderr and "\\x1b]0;title" in done.stderr

@@ -357,12 +357,15 @@ def test_small_tilts_pass_and_oblique_volumes_do_not():
 def test_values_that_are_not_hu_are_refused():
     missing = HU.astype(np.float32)
     missing[3, 3, 3] = np.nan
+    blank = HU.copy()
+    blank[11] = -1000
     for values, message in (
         ((HU + 1024).astype(np.int16), "no air or lung"),
         (np.clip(HU / 3000 + 0.3, 0, 1), "values from 0 to .* are not HU"),
         (np.clip(HU, 0, 255).astype(np.uint8), "values from 0 to 255 are not HU"),
         (np.where(HU > 50, 9000, HU), "% of the pixels are above 4000 HU"),
         (missing, "values that are not finite"),
+        (blank, f"1 of {len(HU)} slices are on another scale"),
         (HU[0], "give a 3-D array"),
         (HU[:0], "give a 3-D array"),
         (HU > 0, "give a 3-D array of numbers"),
@@ -373,3 +376,5 @@ def test_values_that_are_not_hu_are_refused():
     for affine in (np.eye(3), np.zeros((4, 4)), np.full((4, 4), np.nan)):
         with pytest.raises(InputError, match="not an invertible 4 x 4 matrix"):
             hu_arrays.canonical_volume(HU, affine)
+    with pytest.raises(InputError, match="another unit than mm"):
+        hu_arrays.canonical_volume(HU, np.diag([1000, 1000, 1000, 1]) @ AFFINE)

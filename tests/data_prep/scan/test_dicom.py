@@ -586,6 +586,8 @@ def test_at_most_a_tenth_of_the_slices_may_be_missing(tmp_path, missing, taken):
     datasets = [ds for i, ds in enumerate(dicom_files.slices(hu)) if i not in missing]
     outcome = convert(dicom_files.write(tmp_path, datasets))
     assert [r.reason for r in outcome.rejections] == ([] if taken else ["too_many_lost"])
+    for volume in outcome.volumes:  # each gap costs one pair
+        assert np.count_nonzero(~volume.pair_valid) == len(missing) + 1
 
 
 def test_a_folder_and_its_copy(tmp_path, hu):

@@ -162,6 +162,17 @@ def test_a_few_slices_between_the_others_lose_their_pairs(tmp_path):
     assert np.flatnonzero(~volume.pair_valid).tolist() == [9, 10, 40]
 
 
+def test_passes_that_nothing_tells_apart_lose_the_pairs_where_they_overlap(tmp_path):
+    """By half a step, so that all steps are even there."""
+    hu = dicom_files.thorax(20)
+    upper = dicom_files.slices(hu, origin=(-170, -160, LOWEST + 15 * 2.5 + 1.25))
+    for i, ds in enumerate(upper):
+        ds.SOPInstanceUID = dicom_files.uid(7, i)
+    volume = only_volume(convert(dicom_files.write(tmp_path, dicom_files.slices(hu) + upper)))
+    assert len(volume.hu) == 40 and volume.notes == ("uneven_spacing", "irregular_part")
+    assert np.flatnonzero(~volume.pair_valid).tolist() == [*range(15, 24), 39]
+
+
 def test_energies_of_an_enhanced_file(tmp_path):
     """KVP of the frames, in their functional groups, a quarter of a step apart."""
     hu = dicom_files.thorax(24, size=32)

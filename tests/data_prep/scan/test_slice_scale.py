@@ -125,3 +125,11 @@ def test_real_scans_lose_no_slice(real_data, thinned):
         for field in (hu, hu[:, size // 4 : -size // 4, size // 6 : size // 2], wide):
             headers = [header] * len(field)
             assert slices_on_another_scale(field, headers, [hu[0]] * len(field)) == []
+
+
+def test_a_series_that_lost_its_sign_is_implausible(tmp_path):
+    def edit(ds, i):
+        ds.PixelRepresentation = 0
+
+    rejection = only_rejection(outcome_of(tmp_path, edit, count=20, signed=True, intercept=0)[1])
+    assert rejection.reason == "implausible_hu"
