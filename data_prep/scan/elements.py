@@ -6,6 +6,7 @@ elements than its size can need is refused, and zeros end the header.
 """
 
 import io
+import struct
 import warnings
 import zlib
 from typing import BinaryIO
@@ -22,8 +23,12 @@ RATIO_FREE_BYTES = 16 << 20  # what expands to this size is harmless at any rati
 
 _META_BYTES = 4096  # the transfer syntax is within these first bytes
 _MAX_META_ELEMENTS = 100
+_SHORT_HEADER_BYTES = 32 << 10
 _INFLATED_CHUNK = 1 << 20
 _PIXELS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))  # hashes of tags are fast, not ==
+_PIXEL_TAGS = frozenset(  # in little and big endian
+    struct.pack(order + "HH", tag >> 16, tag & 0xFFFF) for tag in _PIXELS for order in "<>"
+)
 # A read finds an element or an item, or its value. A frame of an enhanced file takes up to 200
 # reads and has kilobytes of pixels.
 _FREE_READS, _BYTES_PER_READ, _MAX_READS = 20_000, 200, 1_000_000
@@ -61,16 +66,18 @@ def read_elements(
     inflated = _inflated(file, size)
     if inflated is not None:
         size, file = len(inflated), io.BytesIO(inflated)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they quote values
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they quote values
+        if inflated is None and (found := _short_header(file, tags)):
+            return found
+        try:
             dataset = read_partial(
                 _Bounded(file, size), stop_when=_header_ends, force=True, specific_tags=tags
             )
-    except OSError as error:  # pydicom's own, where the bound is met between two items
-        if isinstance(error.__context__, BoundError):
-            raise error.__context__ from None
-        raise
+        except OSError as error:  # pydicom's own, where the bound is met between two items
+            if isinstance(error.__context__, BoundError):
+                raise error.__context__ from None
+            raise
     if inflated is not None:
         dataset.file_meta.TransferSyntaxUID = DEFLATED
         return dataset, None
@@ -96,6 +103,22 @@ def too_many_items(element: DataElement | RawDataElement, at_most: int) -> bool:
 def _header_ends(tag: int, vr: str | None, length: int) -> bool:
     """At the pixels, or where a copy was interrupted: no data set has the group 0000."""
     return tag in _PIXELS or not (tag or length)
+
+
+def _short_header(file: BinaryIO, tags: list[int] | None) -> tuple[pydicom.FileDataset, int] | None:
+    """`read_elements` of a file whose pixels begin within its first bytes, as those of nearly all
+    slices do; None for any other. It is bounded by these bytes. The position in the file stays."""
+    place = file.tell()
+    start = io.BytesIO(file.read(_SHORT_HEADER_BYTES))
+    file.seek(place)
+    try:
+        dataset = read_partial(start, stop_when=_header_ends, force=True, specific_tags=tags)
+    except Exception:  # damaged or cut by the end of these bytes: read again, and reported, there
+        return None
+    offset = start.tell()
+    if start.read(4) not in _PIXEL_TAGS:
+        return None
+    return dataset, place + offset
 
 
 class _Bounded:
