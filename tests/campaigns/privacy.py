@@ -53,11 +53,13 @@ OWN_WORDS = {  # values that are words of our own: what they have to stand in, i
     "chest": rb"no_chest|chest_ct|chest ct|chest scans?|cover the chest",
     # a folder's name, and a kind of archive
     "nifti": rb"not_nifti|not a nifti file|archive(\": \"|=)nifti",
-    "unknown": rb"its findings are unknown",
+    "unknown": rb"its findings are unknown|contrast unknown: volumes",
     "license": rb"\"license\":",
     "applied": rb"rescale slope and intercept are applied",
     "brain": rb"brain\.event:2",  # how every file of TensorBoard begins
 }
+# An export holds a copy of this file, whose words are ours.
+OWN_SOURCE = PROJECT / "ctssl_jax" / "torch_bridge" / "ctssl_torch.py"
 PRIVATE = ("-audit/", "private/", "segmentation.dcm")
 _NUMBER = re.compile(rb"(?<![0-9a-z])(?<![0-9]\.)(\d+\.?\d*|\.\d+)(e[-+]?\d+)?(?![0-9a-z]|\.\d)")
 _DIGEST = re.compile(rb"(?<![0-9a-z])[0-9a-f]{16,}(?![0-9a-z])")
@@ -204,6 +206,9 @@ def search_folder(folder: Path, search: Search) -> tuple[list[Finding], collecti
         name = path.relative_to(folder).as_posix()
         counts["files"] += 1
         findings += search.find(name, "its name", name.encode("utf-8", "surrogateescape"))
+        if path.name == OWN_SOURCE.name and path.read_bytes() == OWN_SOURCE.read_bytes():
+            counts["own source"] += 1
+            continue
         for place, data in pieces(path):
             counts["stored bytes" if place == "bytes" else "opened bytes"] += len(data)
             findings += search.find(name, place, data)
