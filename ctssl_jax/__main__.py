@@ -6,7 +6,6 @@ A command is a module of `data_prep`, `ctssl_jax` or `experiments` that `python 
 import ast
 import importlib
 import importlib.metadata
-import importlib.util
 import runpy
 import signal
 import sys
@@ -22,19 +21,20 @@ _FOLDERS = {  # title -> package, folder
 }
 _COMPLETION = {
     "bash": """\
-_ctssl() {
-  local word="${COMP_WORDS[COMP_CWORD]}"
-  case "$word" in
-    --config=*) COMPREPLY=($(compgen -W "RECIPES" -- "${word#--config=}"));;
-    *) if [ "$COMP_CWORD" = 1 ]; then COMPREPLY=($(compgen -W "COMMANDS" -- "$word"))
-       else COMPREPLY=($(compgen -f -- "$word")); fi;;
+_ctssl() {  # bash makes three words of --config=NAME
+  local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[*]:0:COMP_CWORD}"
+  [ "$word" = = ] && before="$before =" word=
+  case "$before" in
+    ctssl) COMPREPLY=($(compgen -W "COMMANDS" -- "$word"));;
+    *" --config =") COMPREPLY=($(compgen -W "RECIPES" -- "$word"));;
+    *) COMPREPLY=($(compgen -f -- "$word"));;
   esac
 }
 complete -o default -F _ctssl ctssl
 """,
     "zsh": """\
-#compdef ctssl
-_arguments '1:command:(COMMANDS)' '*:file:_files'
+_ctssl() { _arguments '1:command:(COMMANDS)' '--config=:recipe:(RECIPES)' '*:file:_files' }
+compdef _ctssl ctssl
 """,
     "fish": """\
 complete -c ctssl -n __fish_use_subcommand -f -a "COMMANDS"

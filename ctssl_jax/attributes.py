@@ -28,6 +28,8 @@ if __name__ == "__main__":  # the imports below take their time
 
     early_stop.leave_at_once()
 
+import sys
+
 from absl import flags
 
 from data_prep.system import command_line
@@ -91,10 +93,10 @@ def start(flag_values: flags.FlagValues) -> None:
     )
     print(table(result))
     print(f"written: {flag_values.output} and, beside it, .csv", flush=True)
-    untrained = str(flag_values.output).replace(".json", "-untrained.json")
-    run, output = f"--workdir={flag_values.workdir}", f"--output={untrained}"
     if flag_values.encoder == "run":  # a probe says little without its control
-        command_line.suggest("attributes", run, "--encoder=untrained", output)
+        untrained = str(flag_values.output).replace(".json", "-untrained.json")
+        given = [word for word in sys.argv[1:] if not word.startswith("--output")]
+        command_line.suggest("attributes", *given, "--encoder=untrained", f"--output={untrained}")
 
 
 def main(argv: list[str]) -> int:

@@ -72,7 +72,8 @@ def start(values: flags.FlagValues) -> None:
         flush=True,
     )
     run, results = f"--workdir={values.workdir}", f"--results={values.output}"
-    command_line.suggest("export", run, f"--output_dir={values.workdir}-export", results)
+    folder = f"--output_dir={command_line.beside(values.workdir, '-export')}"
+    command_line.suggest("export", run, folder, results, "--license=LICENCE")
 
 
 def main(argv: list[str]) -> int:

@@ -64,7 +64,7 @@ def start(values: flags.FlagValues) -> None:
     config = None if is_export else _recipe(values, windows)
     number = import_weights(values.checkpoint, values.workdir, config, windows)
     print(f"{number} tensors of {values.checkpoint} are in {values.workdir}")
-    output = f"--output={values.workdir}-embeddings.npz"
+    output = f"--output={command_line.beside(values.workdir, '-embeddings.npz')}"
     command_line.suggest("embed", f"--workdir={values.workdir}", "--input=SCANS", output)
 
 

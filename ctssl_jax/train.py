@@ -100,7 +100,8 @@ def start(flag_values: flags.FlagValues) -> bool:
         )
     if finished and jax.process_index() == 0:
         run = flag_values.workdir
-        command_line.suggest("evaluate", f"--workdir={run}", f"--output={run}-test.json")
+        output = f"--output={command_line.beside(run, '-test.json')}"
+        command_line.suggest("evaluate", f"--workdir={run}", output)
     return finished
 
 

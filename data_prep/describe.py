@@ -77,9 +77,12 @@ def main(argv: list[str]) -> int:
     with written_whole(output_dir / "contact_sheet.png") as temporary:
         contact_sheet(dataset, FLAGS.num_slices, FLAGS.seed).save(temporary, "PNG")
     print(f"Written: {output_dir}/contact_sheet.png")
-    named, run = f"--config.dataset={FLAGS.dataset}", "--workdir=RUN"
-    small = ":small" if dataset.preparation["image_size"] == 64 else ""
-    command_line.suggest("train", f"--config=masked_region{small}", named, run)
+    size = dataset.preparation["image_size"]
+    recipe = f"--config=masked_region{':small' if size <= 64 else ''}"
+    sizes = [] if size in (64, 512) else [f"--config.image_size={size}"]  # those of the recipes
+    command_line.suggest(
+        "train", recipe, f"--config.dataset={FLAGS.dataset}", *sizes, "--workdir=RUN"
+    )
     return 0
 
 

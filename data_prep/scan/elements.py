@@ -63,13 +63,16 @@ def read_elements(
           expands too far.
         Exception: pydicom raises many kinds on damaged bytes.
     """
-    inflated = _inflated(file, size)
+    place, start = file.tell(), file.read(_SHORT_HEADER_BYTES)
+    file.seek(place)
+    inflated = _inflated(file, start)
     if inflated is not None:
         size, file = len(inflated), io.BytesIO(inflated)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote values
-        if inflated is None and (found := _short_header(file, tags)):
-            return found
+        if inflated is None and (found := _short_header(start, tags)):
+            dataset, length = found
+            return dataset, place + length
         try:
             dataset = read_partial(
                 _Bounded(file, size), stop_when=_header_ends, force=True, specific_tags=tags
@@ -105,20 +108,17 @@ def _header_ends(tag: int, vr: str | None, length: int) -> bool:
     return tag in _PIXELS or not (tag or length)
 
 
-def _short_header(file: BinaryIO, tags: list[int] | None) -> tuple[pydicom.FileDataset, int] | None:
-    """`read_elements` of a file whose pixels begin within its first bytes, as those of nearly all
-    slices do; None for any other. It is bounded by these bytes. The position in the file stays."""
-    place = file.tell()
-    start = io.BytesIO(file.read(_SHORT_HEADER_BYTES))
-    file.seek(place)
+def _short_header(start: bytes, tags: list[int] | None) -> tuple[pydicom.FileDataset, int] | None:
+    """The data set before its pixels and its length, where the pixels begin within the first bytes
+    of a file, as those of nearly all slices do; None for any other file. It is bounded by these
+    bytes."""
+    file = io.BytesIO(start)
     try:
-        dataset = read_partial(start, stop_when=_header_ends, force=True, specific_tags=tags)
+        dataset = read_partial(file, stop_when=_header_ends, force=True, specific_tags=tags)
     except Exception:  # damaged or cut by the end of these bytes: read again, and reported, there
         return None
-    offset = start.tell()
-    if start.read(4) not in _PIXEL_TAGS:
-        return None
-    return dataset, place + offset
+    length = file.tell()
+    return (dataset, length) if file.read(4) in _PIXEL_TAGS else None
 
 
 class _Bounded:
@@ -143,19 +143,22 @@ class _Bounded:
         return content
 
 
-def _inflated(file: BinaryIO, size: int) -> bytes | None:
+def _inflated(file: BinaryIO, start: bytes) -> bytes | None:
     """A file of the deflated transfer syntax with its data set inflated, as one of Explicit VR
     Little Endian; None for other files. The position in the file stays the same.
+
+    Args:
+        file: at its start.
+        start: its first bytes, at least `_META_BYTES` if it has as many.
 
     Raises:
         BoundError: it expands further than a zip member may.
     """
+    if DEFLATED.encode() not in start[:_META_BYTES]:
+        return None
     place = file.tell()
-    start = file.read(_META_BYTES)
     try:
-        if DEFLATED.encode() not in start:
-            return None
-        at, data = 132 if start[128:132] == b"DICM" else 0, start + file.read()
+        at, data = 132 if start[128:132] == b"DICM" else 0, file.read()
         # the file meta elements, explicit little endian and not deflated
         for _ in range(_MAX_META_ELEMENTS):
             if data[at : at + 2] != b"\x02\x00":

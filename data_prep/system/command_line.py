@@ -92,6 +92,12 @@ def suggest(*command: object) -> None:
     print(f"next:        ctssl {shlex.join(map(str, command))}", flush=True)
 
 
+def beside(workdir: str, ending: str) -> str:
+    """A name for results of a run: beside its directory, or here where that is on a store."""
+    local = not stores.is_url(workdir)
+    return (workdir.rstrip("/") if local else workdir.rstrip("/").rpartition("/")[2]) + ending
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of a command that ends with this error."""
     if isinstance(error, StartAgain | KeyboardInterrupt):

@@ -59,6 +59,12 @@ def big_endian(scan: Sound) -> OddScan:
     return scan.odd(scan.datasets())
 
 
+def _all_compressed(scan: Sound, datasets: list[Dataset], syntax: str) -> OddScan:
+    for ds in datasets:
+        compress(ds, syntax)
+    return scan.odd(datasets)
+
+
 @kind
 def deflated(scan: Sound) -> OddScan:
     scan.syntax = DeflatedExplicitVRLittleEndian
@@ -68,36 +74,24 @@ def deflated(scan: Sound) -> OddScan:
 @kind
 def run_lengths(scan: Sound) -> OddScan:
     scan.syntax = ExplicitVRLittleEndian
-    datasets = scan.datasets()
-    for ds in datasets:
-        compress(ds, RLELossless)
-    return scan.odd(datasets)
+    return _all_compressed(scan, scan.datasets(), RLELossless)
 
 
 @kind
 def jpeg_lossless(scan: Sound) -> OddScan:
-    datasets = _compressible(scan)
-    for ds in datasets:
-        compress(ds, JPEGLosslessSV1)
-    return scan.odd(datasets)
+    return _all_compressed(scan, _compressible(scan), JPEGLosslessSV1)
 
 
 @kind
 def jpeg_ls(scan: Sound) -> OddScan:
-    datasets = _compressible(scan)
-    for ds in datasets:
-        compress(ds, JPEGLSLossless)
-    return scan.odd(datasets)
+    return _all_compressed(scan, _compressible(scan), JPEGLSLossless)
 
 
 @kind
 def jpeg_2000(scan: Sound) -> OddScan:
     """Unsigned or signed samples."""
     scan.syntax = ExplicitVRLittleEndian
-    datasets = scan.datasets()
-    for ds in datasets:
-        compress(ds, JPEG2000Lossless)
-    return scan.odd(datasets)
+    return _all_compressed(scan, scan.datasets(), JPEG2000Lossless)
 
 
 @kind

@@ -48,8 +48,16 @@ def test_completion_names_commands_and_recipes(capsys):
     assert ctssl.main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
     assert "evaluate" in script and "next_slice" in script
-    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
-    assert checked.returncode == 0, checked.stderr
+
+    def completed(*words: str) -> list[str]:
+        given = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _ctssl"
+        program = f'{script}\n{given}; echo "${{COMPREPLY[@]}}"'
+        done = subprocess.run(["bash", "-c", program], text=True, capture_output=True, check=True)
+        return done.stdout.split()
+
+    assert completed("ctssl", "eval") == ["evaluate"]
+    assert completed("ctssl", "train", "--config", "=", "rot") == ["rotation"]
+    assert completed("ctssl", "train", "--config", "=") == recipe_files.recipe_names()
 
 
 def test_help_of_a_study_shows_the_flags_that_it_shares():

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from ctssl_jax.__main__ import commands
 from experiments.study import quickstart_report
 from tests.helpers import browser
+from tests.helpers.command_parser import refusals
 
 PROJECT = Path(__file__).resolve().parents[2]
 NARROW, WIDE = 390, 1300
@@ -36,6 +39,7 @@ def finished(tmp_path_factory) -> Path:
     result = run(f"--output_dir={output}", "--num_patients=6", "--num_slices=24", "--num_steps=3")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " the mean slice's and " in result.stdout and "SYNTHETIC" in result.stdout
+    (output.parent / "printed.txt").write_text(result.stdout)
     return output
 
 
@@ -71,6 +75,15 @@ def test_results_are_of_held_out_patients(finished):
     assert result["num_slices"] == sum(int(volume["num_slices"]) for volume in held_out)
     training = {volume["patient_id"] for volume in volumes if volume["split"] == "train"}
     assert not training & {volume["patient_id"] for volume in held_out}
+
+
+def test_the_commands_that_are_named_next_can_be_typed(finished):
+    printed = (finished.parent / "printed.txt").read_text()
+    named = [shlex.split(line) for line in re.findall("^next: +ctssl (.*)", printed, re.MULTILINE)]
+    assert [door for door, *_ in named] == ["prepare", "describe", "train", "evaluate", "export"]
+    doors = {door: module for group in commands().values() for door, (module, _) in group.items()}
+    assert set(refusals([(doors[door], words) for door, *words in named])) == {""}
+    assert any(word.startswith("--license=") for word in named[-1])  # `export` asks for it
 
 
 def test_a_larger_error_is_called_larger():

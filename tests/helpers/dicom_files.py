@@ -215,6 +215,15 @@ class Outcome:
     candidates: list[SeriesCandidate]
 
 
+def planned(
+    folder: Path, datasets: list[Dataset], rules: Rules | None = None
+) -> list[SeriesCandidate | Rejection]:
+    """Write data sets and plan their series by their headers alone."""
+    write(folder, datasets)
+    headers = [read_header(folder, source) for source in list_sources(folder)]
+    return plan_series(headers, rules or Rules())
+
+
 def convert(folder: Path, rules: Rules | None = None) -> Outcome:
     """Runs the whole path over a folder and checks that every slice is in the outcome exactly
     once."""

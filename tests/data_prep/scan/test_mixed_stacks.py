@@ -32,20 +32,22 @@ def stack(offset=0.0, number=24, hu=TINY, *, spacing=2.5, first=1, **values):
     return datasets
 
 
-def plan(folder, datasets, rules=None):
-    dicom_files.write(folder, datasets)
-    headers = [read_header(folder, source) for source in list_sources(folder)]
-    return plan_series(headers, rules or Rules())
-
-
 def stacks_of(folder, datasets, rules=None):
     """(lowest position in mm, slices, notes) of each candidate, sorted."""
-    taken = [entry for entry in plan(folder, datasets, rules) if not isinstance(entry, Rejection)]
+    taken = [
+        entry
+        for entry in dicom_files.planned(folder, datasets, rules)
+        if not isinstance(entry, Rejection)
+    ]
     return sorted((round(c.position_mm[0] - LOWEST, 6), len(c.headers), c.notes) for c in taken)
 
 
 def reasons_of(folder, datasets):
-    return [entry.reason for entry in plan(folder, datasets) if isinstance(entry, Rejection)]
+    return [
+        entry.reason
+        for entry in dicom_files.planned(folder, datasets)
+        if isinstance(entry, Rejection)
+    ]
 
 
 # ---- mixed ---------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def test_alternating_acquisitions_with_a_copied_slice_stay_whole(tmp_path):
 
 def test_a_change_of_the_spacing_with_another_acquisition_stays_whole(tmp_path):
     datasets = stack(number=12) + stack(30, 12, spacing=1, first=13, AcquisitionNumber=2)
-    [entry] = plan(tmp_path, datasets)
+    [entry] = dicom_files.planned(tmp_path, datasets)
     assert len(entry.headers) == 24
 
 

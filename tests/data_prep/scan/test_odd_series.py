@@ -28,12 +28,6 @@ def edited(hu=HU, *, spacing=2.5, **values) -> list[Dataset]:
     return datasets
 
 
-def planned(folder, datasets, rules=None):
-    dicom_files.write(folder, datasets)
-    headers = [read_header(folder, source) for source in list_sources(folder)]
-    return plan_series(headers, rules or Rules())
-
-
 def volume_of(folder, datasets, rules=None):
     return only_volume(convert(dicom_files.write(folder, datasets), rules))
 
@@ -61,7 +55,7 @@ def test_words_within_words_of_image_type(tmp_path):
     found = {}
     for number, kind in enumerate(kinds):
         datasets = edited(TINY[:1], ImageType=["DERIVED", "PRIMARY", *kind.split("\\")])
-        [entry] = planned(tmp_path / str(number), datasets, Rules(min_slices=1))
+        [entry] = dicom_files.planned(tmp_path / str(number), datasets, Rules(min_slices=1))
         found[kind] = entry.reason if isinstance(entry, Rejection) else None
     assert found == kinds
 
@@ -86,7 +80,7 @@ def turned(degrees, tilt=0.0):
 )
 def test_turned_within_the_plane(tmp_path, degrees, tilt, outcome):
     datasets = dicom_files.slices(TINY, orientation=turned(degrees, tilt))
-    [entry] = planned(tmp_path, datasets)
+    [entry] = dicom_files.planned(tmp_path, datasets)
     if isinstance(outcome, str):
         assert entry.reason == "rotated" and entry.detail.startswith(outcome)
     else:
@@ -129,7 +123,7 @@ def test_one_position_for_all_frames_of_an_enhanced_file(tmp_path):
     ds = dicom_files.enhanced(TINY, intercepts=[-1024] * 24, order=list(range(24)))
     for frame in ds.PerFrameFunctionalGroupsSequence:
         frame.PlanePositionSequence[0].ImagePositionPatient = ["0", "0", "0"]
-    [entry] = planned(tmp_path, [ds])
+    [entry] = dicom_files.planned(tmp_path, [ds])
     assert (entry.reason, entry.detail) == ("missing_position", "the same in all 24 images")
 
 
@@ -154,14 +148,14 @@ def test_odd_slice_thicknesses(tmp_path):
         ("rounded", one_of("2.50001", "2.5", *range(12)), (2.50001, ())),
         ("missing", one_of("", "2.5", 5), (2.5, ())),
     ):
-        [entry] = planned(tmp_path / name, edited(TINY, **values))
+        [entry] = dicom_files.planned(tmp_path / name, edited(TINY, **values))
         assert (entry.slice_thickness_mm, entry.notes) == outcome, name
     for name, values in (("many", one_of("5", "2.5", *range(4))), ("all", one_of("5", "5"))):
-        [entry] = planned(tmp_path / name, edited(TINY, **values))
+        [entry] = dicom_files.planned(tmp_path / name, edited(TINY, **values))
         assert entry.reason == "too_thick", name
     thick_end = edited(TINY, **one_of("5", "2.5", 22, 23))
     thick_end[23].ImagePositionPatient[2] = f"{-300 + 2.5 * 24:g}"  # its step is 5 mm, too
-    [entry] = planned(tmp_path / "thick_end", thick_end)
+    [entry] = dicom_files.planned(tmp_path / "thick_end", thick_end)
     assert entry.reason == "too_thick"
 
 
@@ -170,10 +164,10 @@ def test_pixel_spacings_that_differ_by_rounding(tmp_path):
         ("alternating", lambda i: ["0.703125"] * 2 if i % 2 else ["0.70", "0.70"], 0.703125),
         ("a_third", lambda i: ["0.976562"] * 2 if i % 3 else ["0.98", "0.98"], 0.976562),
     ):
-        [entry] = planned(tmp_path / name, edited(TINY, PixelSpacing=values))
+        [entry] = dicom_files.planned(tmp_path / name, edited(TINY, PixelSpacing=values))
         assert entry.pixel_spacing_mm == (spacing, spacing) and entry.notes == (), name
     values = {"PixelSpacing": lambda i: ["0.70", "0.70"] if i % 2 else ["0.72", "0.72"]}
-    [entry] = planned(tmp_path / "other", edited(TINY, **values))
+    [entry] = dicom_files.planned(tmp_path / "other", edited(TINY, **values))
     assert entry.reason == "grid_varies"
 
 
@@ -255,7 +249,7 @@ def test_the_lungs_decide_and_not_the_body_part(tmp_path):
 
 def test_a_head_that_is_refused_anyway_is_called_so(tmp_path):
     datasets = edited(TINY, BodyPartExamined="HEAD", SliceThickness="5")
-    [entry] = planned(tmp_path, datasets)
+    [entry] = dicom_files.planned(tmp_path, datasets)
     assert entry.reason == "no_chest" and "HEAD" in entry.detail and "5 mm" in entry.detail
 
 
@@ -292,7 +286,7 @@ def test_an_original_is_preferred_to_its_lossy_copy(tmp_path, uids, count):
 
 def test_a_lossy_series_beside_the_original_series(tmp_path):
     copies = lossy(dicom_files.slices(dicom_files.thorax(30), series=2))
-    planned_series = planned(tmp_path, dicom_files.slices(HU) + copies)
+    planned_series = dicom_files.planned(tmp_path, dicom_files.slices(HU) + copies)
     [[first, second]] = select_reconstructions(planned_series, Rules())
     assert [len(first.headers), len(second.headers)] == [24, 30]
 
