@@ -138,7 +138,6 @@ the area blacked out and learned to fill it in. Below: {volumes} scan(s) of {pat
 patient(s), {result["num_slices"]} slices, that it never saw in training. Not for clinical use.</p>
 <h2>Held-out reconstructions</h2>
 {_image(strip, described)}
-<p><small>Difference: grey is equal, red is too bright, blue too dark.</small></p>
 <h2>Scores</h2>
 <div class=wide><table><tr><th></th>{titles}</tr>{table}</table></div>
 <p>Mean ± standard deviation over volumes; below it the 95 % bootstrap interval by patient (none
