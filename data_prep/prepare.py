@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         holdout_volumes=FLAGS.holdout_volumes,
         shard_size_mb=parse_megabytes(FLAGS.shard_size_mb),
     )
-    beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options)
+    beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options, FLAGS.dask_scheduler)
     names = ("attributes_csv", "metadata_csv", "masks_dir", "annotations_dir")
     paths = {name: _path(name) for name in names}
     tables = tuple(stores.local_path(path, "--labels_csv") for path in FLAGS.labels_csv)
@@ -183,9 +183,10 @@ def define_flags() -> None:
     choice(
         "runner",
         "local",
-        ["local", "beam"],
-        "Worker processes here, or Apache Beam: ctssl_jax[beam].",
+        ["local", "beam", "dask"],
+        "Worker processes here, Apache Beam (ctssl_jax[beam]), or Beam on Dask (ctssl_jax[dask]).",
     )
+    text("dask_scheduler", None, "Address of a running Dask scheduler, tcp://HOST:PORT.")
     text(
         "beam_options",
         "",

@@ -24,6 +24,8 @@ OF_DATA_PREP = ("system", "scan", "masks", "privacy", "dataset", "raw", "synthet
 EXTRAS = (
     *(
         "apache_beam",
+        "dask",
+        "distributed",
         "google",
         "highdicom",
         "onnx",

@@ -42,7 +42,7 @@ from data_prep.pipeline.notes import (
     Conversion,
     ExamNote,
     exam_key,
-    is_converted,
+    final_note,
     note_path,
     read_note,
     write_note,
@@ -61,6 +61,7 @@ from data_prep.pipeline.plan import (
     read_patients,
     read_plan,
 )
+from data_prep.pipeline.progress import ExamProgress
 from data_prep.pipeline.splits import (
     KnownSplits,
     check_numbers,
@@ -84,7 +85,7 @@ from data_prep.scan.series import SeriesCandidate
 from data_prep.system.errors import InputError
 from data_prep.system.extras import require
 from data_prep.system.files import PARTIAL, lock_directory, remove_tree, sync_directory
-from data_prep.system.workers import Progress, WorkerDied, WorkerPool, usable_cores
+from data_prep.system.workers import WorkerDied, WorkerPool, usable_cores
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
 _LEFT_OUT_FILE = "label_files.csv"  # private: files of masks and annotations that are not used
@@ -176,6 +177,7 @@ def prepare(
     beam_arguments = None
     if beam_options is not None:
         beam_arguments = _import_beam().pipeline_arguments(beam_options, num_workers)
+        _import_beam().check_cluster(beam_arguments)
         directories, sources = with_absolute_paths(directories), with_absolute_paths(sources)
     key = read_key(pseudonym_key_file) if pseudonym_key_file else None
     elsewhere = read_known_splits(same_splits_as)
@@ -188,6 +190,8 @@ def prepare(
         lock_directory(directories.audit_dir),
         WorkerPool(num_workers) as pool,
     ):
+        if beam_arguments is not None:
+            _import_beam().check_directories(beam_arguments, directories)
         dataset = _complete_dataset(directories)
         directories.refuse_audit_dir_of_another(dataset)
         key = key or make_key(directories.key_file)
@@ -389,33 +393,36 @@ def check_splits(preparation: Preparation, plans: Plans) -> None:
 
 def convert_exams(preparation: Preparation, plans: Plans, conversion: Conversion) -> None:
     """Converts every exam that has no note yet."""
-    with Progress("converting", "slices", plans.num_slices) as progress:
+    with ExamProgress(plans.num_exams, plans.num_slices) as progress:
 
         def unconverted() -> Iterator[tuple[Path, int, list[SeriesCandidate]]]:
             for path, position, exam in plans.new_exams():
-                if is_converted(conversion, exam):
-                    progress.advance(len(exam[0].headers), already_there=True)
+                if note := final_note(conversion, exam_key(conversion, exam)):
+                    progress.advance(len(exam[0].headers), note.refusal, already_there=True)
                 else:
                     yield path, position, exam
 
         if preparation.beam_arguments is not None:
-            exams_of_plan, num_slices = collections.defaultdict(list), 0
+            exams_of_plan, expected = collections.defaultdict(list), {}
             for path, position, exam in unconverted():
                 exams_of_plan[path].append(position)
-                num_slices += len(exam[0].headers)
+                expected[exam_key(conversion, exam)] = len(exam[0].headers)
             _import_beam().convert_exams(
                 conversion,
                 exams_of_plan,
+                expected,
                 preparation.directories.work_dir,
                 preparation.beam_arguments,
+                progress,
             )
-            progress.advance(num_slices)
             return
         tasks = ((conversion, exam) for _, _, exam in unconverted())
-        for (_, exam), result in preparation.pool.run(convert.convert_exam, tasks):
-            if isinstance(result, WorkerDied):
-                write_note(conversion, convert.note_of_crash(conversion, exam))
-            progress.advance(len(exam[0].headers))
+        for (_, exam), refusal in preparation.pool.run(convert.convert_exam, tasks):
+            if isinstance(refusal, WorkerDied):
+                note = convert.note_of_crash(conversion, exam)
+                write_note(conversion, note)
+                refusal = note.refusal
+            progress.advance(len(exam[0].headers), refusal)
 
 
 def account_for_files(
