@@ -290,7 +290,11 @@ def wait_until_finish(result: Any, address: str) -> str:
             f"(its allowed-failures is {error.allowed_failures}), the last of them "
             f"{error.last_worker.address}: see its log, and give workers more memory"
         ) from None
-    except CancelledError:
+    except RunFailed:
+        raise
+    except Exception as error:
+        if client.status == "running" and not isinstance(error, CancelledError):
+            raise  # of a task
         raise RunFailed(f"the Dask scheduler at {address} is gone; start the cluster") from None
     finally:
         with contextlib.suppress(Exception):
