@@ -24,12 +24,17 @@ from data_prep.pipeline.manifest import Manifest, in_words
 from data_prep.pipeline.notes import Conversion
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import complete_dataset, prepare, refuse_other_dataset
-from data_prep.pipeline.staged_series import Gathering, Job, Outcome, Staging, stage_entries
+from data_prep.pipeline.staged_series import Gathering, Job, Staging, stage_entries
 from data_prep.privacy.pseudonyms import private_digest, read_key
 from data_prep.scan.loading import header_reader
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import lock_directory
 from data_prep.system.workers import Progress, WorkerPool, usable_cores
+
+_FLAGS = (
+    *("anonymous", "assemble", "download_dir", "endpoint_url", "read_timeout"),
+    *("remove_downloads", "task_count", "task_index"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +166,7 @@ def assemble(
         InputError: a task is missing, which is named with `task_count`, or as of `prepare`.
     """
     array.check()
-    key = read_key(array.pseudonym_key_file)
-    read = header_reader(array.sources.archive)
-    staged = Staging.of(array.directories, array.with_tables(key), read, key)
-    gathering = Gathering.of(array.manifest, staged, read, array.downloads)
+    gathering = _gathering(array)
     if missing := gathering.missing:
         tasks = ""
         if task_count:
@@ -188,19 +190,65 @@ def assemble(
     return prepared, changed, gathering
 
 
-def progress_text(outcomes: Sequence[Outcome], num_entries: int) -> str:
-    """The state of a manifest, for the user."""
-    failed = [outcome for outcome in outcomes if outcome.failed]
+def _gathering(array: Array) -> Gathering:
+    key = read_key(array.pseudonym_key_file)
+    read = header_reader(array.sources.archive)
+    staged = Staging.of(array.directories, array.with_tables(key), read, key)
+    return Gathering.of(array.manifest, staged, read, array.downloads)
+
+
+def progress_text(array: Array) -> str:
+    """How far the tasks are, for the user."""
+    array.check()
+    gathering = _gathering(array)
+    outcomes = list(gathering.outcomes.values())
+    present = len(gathering.present)
     rejected: collections.Counter[str] = collections.Counter()
     for outcome in outcomes:
         rejected.update(outcome.rejected)
     lines = [
-        f"{num_entries:>8} entries of the manifest",
-        f"{len(outcomes) - len(failed):>8} staged: {sum(o.num_files for o in outcomes)} files, "
-        f"{sum(o.num_volumes for o in outcomes)} series that can be volumes",
+        f"{len(array.manifest.entries):>8} entries of the manifest",
+        f"{present:>8} staged: {sum(one.num_files for one in outcomes)} files, "
+        f"{sum(one.num_volumes for one in outcomes)} series that can be volumes",
         *(f"{number:>16} series {reason}" for reason, number in sorted(rejected.items())),
-        f"{len(failed):>8} failed for now; run their tasks again",
-        *(f"{'':16} {outcome.failed}" for outcome in failed),
-        f"{num_entries - len(outcomes):>8} not taken yet",
+        f"{len(gathering.missing):>8} not taken yet",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, failed_text(gathering)]).rstrip()
+
+
+def failed_text(gathering: Gathering) -> str:
+    """A line on each entry without files, for the user; "" if there are none."""
+    failed = gathering.failed
+    lines = [
+        f"{len(failed):>8} failed for now and are left out; run their tasks again, and assemble"
+    ]
+    lines += [f"{'':16} {gathering.outcomes[entry.number].failed}" for entry in failed]
+    return "\n".join(lines) + "\n" if failed else ""
+
+
+def check_flags(flags: Any) -> None:
+    """Raises InputError for flags of `ctssl prepare` that contradict each other."""
+    given = {name for name in _FLAGS if flags[name].present}
+    if not flags.manifest:
+        if given:
+            raise InputError(
+                f"--{min(given)} goes with --manifest; add it or leave --{min(given)} out"
+            )
+        if not flags.input_dir:
+            raise InputError("give --input_dir, the folder of the scans, or --manifest")
+        return
+    if flags.runner != "local" or flags.beam_options:
+        raise InputError("--manifest goes with --runner=local: its tasks are the spreading")
+    if not flags.pseudonym_key_file:
+        raise InputError(
+            "--manifest needs --pseudonym_key_file, the same for all tasks: `openssl rand -hex 32 "
+            "> KEY` makes one"
+        )
+    if flags.assemble and flags.task_index is not None:
+        raise InputError("--assemble is no task; leave --task_index out")
+    if flags.dry_run and not flags.assemble:
+        raise InputError(
+            "--manifest: --dry_run goes with --assemble, and shows how far the tasks are"
+        )
+    if not flags.assemble and None in (flags.task_index, flags.task_count):
+        raise InputError("--manifest needs --task_index and --task_count, or --assemble")

@@ -30,6 +30,7 @@ _TRIES = 3
 _SECONDS_BETWEEN_TRIES = 2.0
 _COMPLETE = "complete"
 _NOT_TRIED_AGAIN = (FileNotFoundError, PermissionError)
+_CUT_OFF = ("ClientPayloadError", "IncompleteReadError", "ResponseStreamingError")
 _OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -226,6 +227,8 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, TimeoutError) or "timeout" in type(error).__name__.lower():
         return f"no answer in time, {_TRIES} times"
+    if type(error).__name__ in _CUT_OFF:
+        return f"was cut off, {_TRIES} times"
     return f"the store failed {_TRIES} times ({type(error).__name__})"
 
 

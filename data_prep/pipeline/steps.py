@@ -288,14 +288,13 @@ def gather_exams(
     lacking = []
     with Progress("gathering", "slices", plans.num_slices) as progress:
         for _, _, exam in plans.new_exams():
-            if not is_converted(conversion, exam):
-                if gathering.gather(conversion, exam):
-                    lacking.append(exam)
+            if not is_converted(conversion, exam) and gathering.gather(conversion, exam):
+                lacking.append(exam)
             progress.advance(len(exam[0].headers))
-    while lacking:
+    while lacking:  # the first stack of an exam may be refused, and its next one lacking, too
         stacks = [gathering.gather(conversion, exam) for exam in lacking]
-        lacking = [exam for exam, of in zip(lacking, stacks, strict=True) if of]
-        gathering.convert_again(conversion, [of for of in stacks if of], preparation.pool)
+        gathering.convert_again(conversion, stacks, preparation.pool)
+        lacking = [exam for exam in lacking if gathering.gather(conversion, exam)]
 
 
 def account_for_files(
