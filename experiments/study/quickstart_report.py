@@ -55,8 +55,7 @@ def improvement(result: dict) -> dict[str, float]:
     """The masked MSE of each baseline as a multiple of the masked MSE of the model."""
     model = result["metrics"]["masked_mse"]["mean"]
     return {
-        name: of_baseline["masked_mse"]["mean"] / model
-        for name, of_baseline in result["baselines"].items()
+        name: metrics["masked_mse"]["mean"] / model for name, metrics in result["baselines"].items()
     }
 
 
