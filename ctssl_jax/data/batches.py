@@ -1,16 +1,31 @@
 """Batches of slices for the devices: grain shuffles and reads them. The images stay uint8.
 
 The order of the slices depends on the seed alone, not on the number of hosts, devices or reading
-threads.
+threads. A windowed order depends on the number of its streams, too.
 """
 
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from ctssl_jax.data.slices import NeighbourSource
+from ctssl_jax.data.windowed import WindowedOrder, most_shards
+
+
+class Windows(NamedTuple):
+    """A windowed order in place of the global shuffle, see `ctssl_jax.data.windowed`.
+
+    size: largest number of slices of a window.
+    num_streams: streams that each give an equal part of every batch; a multiple of the number of
+      processes, which share them.
+    """
+
+    size: int
+    num_streams: int
 
 
 def training_batches(
@@ -23,6 +38,7 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 4,
+    windows: Windows | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless shuffled batches, in `microbatches` parts each, reshuffled every epoch.
 
@@ -31,34 +47,107 @@ def training_batches(
 
     Args:
       source: the slices.
-      batch_size: global batch size, divisible by `microbatches * process_count`.
+      batch_size: global batch size, divisible by `microbatches * process_count`, and by
+        `microbatches * windows.num_streams`.
       seed: fixes the order of all epochs.
       microbatches: number of parts that make a batch.
       start_step: number of batches (not parts) that were used before; the iterator continues there.
       process_index: this process's number.
       process_count: number of processes.
       num_threads: reading threads.
+      windows: a windowed order; None shuffles globally.
 
     Returns:
       Iterator of parts with the arrays of `NeighbourSource.read`, b = batch_size / microbatches /
       process_count items each.
     """
-    positive_share = source.targets.positive_share
-    if positive_share:
-        kinds = [
-            grain.MapDataset.source(np.flatnonzero(kind)).seed(seed).shuffle().repeat(None)
-            for kind in (source.positive, ~source.positive)
-        ]
-        items = grain.MapDataset.mix(kinds, [positive_share, 1 - positive_share])
-    else:
-        items = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     part_size = batch_size // microbatches // process_count
     # endless, so no remainder is dropped
-    parts = items.batch(part_size, drop_remainder=True)[process_index::process_count]
+    if windows is None:
+        items = _kinds_mixed(
+            source,
+            lambda kind: grain.MapDataset.source(kind).seed(seed).shuffle().repeat(None),
+        )
+        parts = items.batch(part_size, drop_remainder=True)[process_index::process_count]
+    else:
+        own = windows.num_streams // process_count
+        streams = [
+            _stream(source, seed, windows, process_index * own + number, part_size // own)
+            for number in range(own)
+        ]
+        parts = grain.MapDataset.range(sys.maxsize).map(
+            lambda number: np.concatenate([stream[number] for stream in streams])
+        )
     iterator = iter(parts.map(source.read).to_iter_dataset(_reading(num_threads)))
     if start_step:
         iterator.set_state({"next_index": start_step * microbatches})
     return iterator
+
+
+def _stream(
+    source: NeighbourSource, seed: int, windows: Windows, number: int, part_size: int
+) -> grain.MapDataset:
+    """The parts of a stream of a windowed order: [part_size] items each."""
+
+    def order(kind: np.ndarray) -> grain.MapDataset:
+        return grain.MapDataset.source(
+            WindowedOrder(
+                kind,
+                source.shards[kind],
+                seed,
+                windows.size,
+                number,
+                windows.num_streams,
+                source.fetch_ahead,
+            )
+        )
+
+    return _kinds_mixed(source, order).batch(part_size, drop_remainder=True)
+
+
+def _kinds(source: NeighbourSource) -> list[np.ndarray]:
+    """Items with and without a positive label or foreground, if batches have a share of each; else
+    all in one."""
+    if source.targets.positive_share:
+        return [np.flatnonzero(kind) for kind in (source.positive, ~source.positive)]
+    return [np.arange(len(source))]
+
+
+def _kinds_mixed(
+    source: NeighbourSource, order: Callable[[np.ndarray], grain.MapDataset]
+) -> grain.MapDataset:
+    """Endless items, each kind in an order of its own."""
+    orders = [order(kind) for kind in _kinds(source)]
+    share = source.targets.positive_share
+    return grain.MapDataset.mix(orders, [share, 1 - share]) if share else orders[0]
+
+
+def bytes_of_windows(
+    source: NeighbourSource,
+    shard_bytes: Sequence[int],
+    windows: Windows,
+    part_size: int,
+    num_threads: int,
+    process_count: int = 1,
+) -> int:
+    """Bytes of the shards that a process needs at a time at most, so that none is fetched twice in
+    an epoch: those of the window that ends, of the one that is read, and of the next one.
+
+    Args:
+      source: the slices.
+      shard_bytes: size of each shard of the split.
+      windows: the order.
+      part_size: slices of a part of a batch in this process.
+      num_threads: reading threads.
+      process_count: number of processes.
+    """
+    items = 3 * max(windows.size, batches_read_ahead(num_threads) * part_size)
+    streams = windows.num_streams // process_count
+    number = sum(
+        streams * most_shards(np.bincount(source.shards[kind]).tolist(), items)
+        for kind in _kinds(source)
+    )
+    return sum(sorted(shard_bytes)[-number:])
 
 
 def evaluation_batches(

@@ -159,6 +159,7 @@ class NeighbourSource:
         targets: Targets = SLICES_ALONE,
         fraction: float = 1.0,
         seed: int = 0,
+        most_bytes: float | None = None,
     ):
         preparation = dataset.preparation
         self.targets = targets
@@ -184,7 +185,7 @@ class NeighbourSource:
         elif targets.mask:
             areas = mask_areas(dataset, split)[centres]
             self.table, self.positive = self.table[areas >= 0], areas[areas >= 0] > 0
-        self._records = dataset.source(split) if len(self.table) else ()
+        self._records = dataset.source(split, most_bytes) if len(self.table) else None
         self._channels = (
             None if tuple(channels) == tuple(range(preparation["channels"])) else list(channels)
         )
@@ -211,6 +212,23 @@ class NeighbourSource:
         of_volumes = np.array([numbers[patient] for patient in ids])[order]
         within = np.searchsorted(starts[order], self.table[:, self._centre], side="right") - 1
         return of_volumes[within]
+
+    @functools.cached_property
+    def shards(self) -> np.ndarray:
+        """[N] int64, the shard of each item, numbered from 0. Volumes are never cut."""
+        return self._records.shards_of(self.table[:, self._centre])
+
+    def open(self) -> None:
+        """Takes the folder of a bounded copy now, see `SliceSource.open`."""
+        self._records.open()
+
+    def close(self) -> None:
+        """Ends the fetching of a bounded copy; nothing is read after it."""
+        self._records.close()
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Says which shards will be read soon."""
+        self._records.fetch_ahead(shards)
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
         return {name: values[0] for name, values in self.read(np.array([item])).items()}
@@ -258,8 +276,11 @@ def open_source(
     *,
     fraction: float = 1.0,
     seed: int = 0,
+    most_bytes: float | None = None,
 ) -> NeighbourSource:
     """Open a split, or a fraction of its studies.
+
+    `most_bytes`: of shards that lie on this machine at a time, see `Dataset.source`.
 
     Raises:
       InputError: the split is empty, no neighbours have these offsets, or the dataset lacks the
@@ -272,7 +293,7 @@ def open_source(
             f"the dataset {dataset.name} has no masks; prepare it with --archive=lidc_idri or with "
             "--masks_dir=DIR"
         )
-    source = NeighbourSource(dataset, split, channels, offsets, targets, fraction, seed)
+    source = NeighbourSource(dataset, split, channels, offsets, targets, fraction, seed, most_bytes)
     if not source.volumes:
         raise InputError(
             f"the dataset {dataset.name} has no {split} split; prepare it with --splits that give "

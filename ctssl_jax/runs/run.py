@@ -47,6 +47,7 @@ MAY_CHANGE = {
     "best_by": "which score chooses the best checkpoint",
     "num_pictures": "pictures alone",
     "reading_threads": "speed alone",
+    "shards_gb": "disk and speed alone",
     "remat": "memory and speed",
     "scan": "memory and speed",
     "fsdp_devices": "memory and speed; equal up to the order of sums",
@@ -58,6 +59,10 @@ ADDED_SINCE = {
     "best_by": "loss",
     "model.pooling": "legacy",
     "prolonged": [],
+    "shards_gb": 32.0,
+    "shuffle": "global",
+    "shuffle_streams": 0,
+    "shuffle_window": 16_384,
     "validation_slices": 0,
 }
 OF_TASK = {"model.pooling": "slice_label_se_resnext"}

@@ -27,7 +27,9 @@ def dataset(
 ) -> dict[str, Any]:
     """Data that are read, and how grey values become inputs."""
     read = {"dataset": "", "windows": windows, "image_size": image_size, "normalize": normalize}
-    return read | {"train_fraction": 1.0, "seed": 0, "reading_threads": 4}
+    windowed = {"shuffle_window": 16_384, "shuffle_streams": 0, "shards_gb": 32.0}
+    order = {"train_fraction": 1.0, "seed": 0, "reading_threads": 4, "shuffle": "global"}
+    return read | order | windowed
 
 
 def initial_weights(*, init_scope: str) -> dict[str, Any]:

@@ -82,6 +82,26 @@ FIELDS = {
     ),
     "seed": Field(int, "of weights, order of slices, masks and noise", at_least=0, below=2**32),
     "reading_threads": Field(int, "threads that read slices", at_least=1),
+    "shuffle": Field(
+        str,
+        "order of the training slices. global: uniformly random, the same on any number of "
+        "processes; windowed: random shards, and random slices in windows of them, for datasets "
+        "that are larger than a disk",
+        ("global", "windowed"),
+    ),
+    "shuffle_window": Field(int, "slices of a window (only windowed), in each stream", at_least=1),
+    "shuffle_streams": Field(
+        int,
+        "streams that give an equal part of each batch (only windowed), shared by the processes, "
+        "whose number must divide it; 0: one a process, which a new run records",
+        at_least=0,
+    ),
+    "shards_gb": Field(
+        float,
+        "bound of the training shards of a dataset on a store that lie on the disk of a process "
+        "at a time (only windowed)",
+        above=0,
+    ),
     # ---- weights of another run
     "init_from": Field(
         str, 'run directory that the weights come from; "" starts from random weights'

@@ -101,6 +101,7 @@ def _train(job: Job, program: Program, checkpoints: Checkpoints, profile_steps: 
             raise
         finally:
             trace.stop()
+            job.train_source.close()
             checkpoints.close()
             reports.close()
         # A launcher may end all when the first one ends. Process 0 reads the whole checkpoint.

@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_collections
 
 from ctssl_jax.data import slices
+from ctssl_jax.data.batches import Windows, bytes_of_windows
 from ctssl_jax.data.labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.runs.damage import holds_checkpoint
@@ -16,6 +17,7 @@ from ctssl_jax.tasks.table import check_task, get_task
 from ctssl_jax.torch_bridge import imagenet_weights
 from ctssl_jax.training import warm_start
 from ctssl_jax.training.fields import FIELDS
+from data_prep.dataset.cache import shard_bytes
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
 from data_prep.system.stores import is_url, local_path
@@ -201,6 +203,98 @@ def with_pooling(
         else:
             config.model.pooling = "legacy"
     return config
+
+
+def with_streams(
+    config: ml_collections.ConfigDict, workdir: Path | None, num_processes: int
+) -> ml_collections.ConfigDict:
+    """The configuration with the number of streams of a windowed order, where
+    `config.shuffle_streams` is 0: a run that began keeps its number, a new one takes the number of
+    processes.
+
+    Args:
+      config: the training configuration.
+      workdir: the run directory; None for an estimate.
+      num_processes: processes of the run.
+
+    Raises:
+      InputError: the run directory is damaged, or the processes cannot share the streams equally.
+    """
+    if config.shuffle != "windowed":
+        return config
+    began = 0
+    if workdir is not None and holds_checkpoint(workdir):
+        began = Run.open(workdir).config.shuffle_streams
+    streams = config.shuffle_streams or began or num_processes
+    if streams % num_processes:
+        divisors = [str(n) for n in range(streams, 0, -1) if streams % n == 0]
+        whose = f"--workdir={workdir} holds a run whose order is of" if began else "it is"
+        raise InputError(
+            f"config.shuffle=windowed: {whose} {streams} streams (config.shuffle_streams), which "
+            f"{num_processes} processes cannot share equally; start {', '.join(divisors)} of them, "
+            "or a new --workdir"
+        )
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.shuffle_streams = streams
+    return config
+
+
+def check_windows(
+    config: ml_collections.ConfigDict,
+    dataset: Dataset,
+    source: slices.NeighbourSource,
+    num_processes: int,
+) -> None:
+    """Refuse a windowed order that cannot give equal parts of a batch, or whose shards do not fit
+    into `config.shards_gb`.
+
+    Args:
+      config: a configuration that passed `check_config` and `with_streams`.
+      dataset: the dataset of `config.dataset`.
+      source: the training slices.
+      num_processes: processes of the run.
+
+    Raises:
+      InputError: names the field and the remedy.
+      DatasetError: the store cannot be read.
+    """
+    windows = windows_of(config)
+    if windows is None:
+        return
+    parts = config.microbatches * windows.num_streams
+    if config.batch_size % parts:
+        raise InputError(
+            f"config.batch_size={config.batch_size} is not divisible by {config.microbatches} "
+            f"microbatches x {windows.num_streams} streams of config.shuffle=windowed; choose a "
+            f"multiple of {parts}"
+        )
+    if not is_url(dataset.name):
+        return
+    part_size = config.batch_size // config.microbatches // num_processes
+    needed = bytes_of_windows(
+        source,
+        shard_bytes(dataset.name, "train"),
+        windows,
+        part_size,
+        config.reading_threads,
+        num_processes,
+    )
+    if needed > config.shards_gb * 1e9:
+        raise InputError(
+            f"config.shards_gb={config.shards_gb:g}: the shards of three windows of "
+            f"{windows.size:,} slices take up to {needed / 1e9:.3g} GB; give "
+            f"--config.shards_gb={math.ceil(needed / 1e6) / 1e3:g} or more, or a smaller "
+            "--config.shuffle_window"
+        )
+
+
+def windows_of(config: ml_collections.ConfigDict) -> Windows | None:
+    """The windowed order of a configuration that passed `with_streams`; None for the global
+    shuffle."""
+    if config.shuffle != "windowed":
+        return None
+    return Windows(config.shuffle_window, config.shuffle_streams)
 
 
 def with_prolonged(

@@ -133,6 +133,7 @@ class Job:
             self.config.seed,
             microbatches=self.config.microbatches,
             start_step=start_step,
+            windows=recipe.windows_of(self.config),
             **self._process_slice(),
         )
 
@@ -198,6 +199,7 @@ class Job:
             f"{len(self.validation_source):,} validation slices of "
             f"{len(self.validation_source.volumes)}; {config.num_steps:,} steps are "
             f"{config.num_steps * config.batch_size / len(source):.1f} epochs" + synthetic,
+            *self._order_line(),
             validation_share.line(config, self.task, self.validation_source, self.validation_items),
             *[
                 f"schedule     {config.schedule} over {number:,} steps up to step {until:,}, where "
@@ -205,6 +207,16 @@ class Job:
                 for until, number in config.prolonged
             ],
             *advice(config, self.mesh),
+        ]
+
+    def _order_line(self) -> list[str]:
+        windows = recipe.windows_of(self.config)
+        if windows is None:
+            return []
+        shards = len(np.unique(self.train_source.shards))
+        return [
+            f"shuffle      windowed: {windows.num_streams} stream(s) of {shards:,} shards, windows "
+            f"of {windows.size:,} slices"
         ]
 
     def open_run(self, lock: TrainingLock) -> Checkpoints:
@@ -290,6 +302,7 @@ def check(
             config = recipe.with_num_classes(config, dataset)
         config = recipe.with_pooling(config, workdir)
         recipe.check_config(config, len(devices))
+        config = recipe.with_streams(config, workdir, jax.process_count())
         damaged_steps, prolonged = [], None
         if workdir is not None and jax.process_index() == 0:
             damaged_steps = damage.damaged_steps(workdir) if set_aside_damaged else []
@@ -299,8 +312,16 @@ def check(
         task = get_task(config.task)
         reading = (channels, task.offsets(config), task.targets(config))
         train_source = slices.open_source(
-            dataset, "train", *reading, fraction=config.train_fraction, seed=config.seed
+            dataset,
+            "train",
+            *reading,
+            fraction=config.train_fraction,
+            seed=config.seed,
+            most_bytes=config.shards_gb * 1e9 if config.shuffle == "windowed" else None,
         )
+        recipe.check_windows(config, dataset, train_source, jax.process_count())
+        if workdir is not None:
+            train_source.open()
         validation_source = slices.open_source(dataset, "validation", *reading)
         recipe.check_targets(config, dataset, train_source)
         _, params, variables = abstract_model(config, task)

@@ -108,9 +108,17 @@ class Dataset:
         has no masks."""
         return self._rows(REGIONS_FILE)
 
-    def source(self, split: str) -> "SliceSource":
-        """Random access to the decoded records of a split. Raises DatasetError if there is no such
-        split."""
+    def source(self, split: str, most_bytes: float | None = None) -> "SliceSource":
+        """Random access to the decoded records of a split.
+
+        `most_bytes`: of shards that lie here at a time if the dataset is on a store; None fetches
+        the whole split.
+
+        Raises:
+            DatasetError: there is no such split, or it cannot be fetched.
+        """
+        if most_bytes is not None and stores.is_url(self.name):
+            return SliceSource(self, split, cache.BoundedCopy(self.name, split, most_bytes))
         self.fetch((split,))
         return SliceSource(self, split)
 
@@ -179,14 +187,20 @@ def _open_parts(directory: Path, preparation: Mapping[str, Any]) -> Iterator[Lin
 class SliceSource:
     """Random access to the slices of a split: `source[n]` is the decoded record n.
 
-    Files are opened at first use, so that a source is cheap to make and can be pickled.
-    Thread-safe. The repr holds the dataset's fingerprint and nothing of the machine.
+    Files are opened at first use, so that a source is cheap to make and can be pickled (not with a
+    `copy`). Thread-safe. The repr holds the dataset's fingerprint and nothing of the machine.
+
+    Args:
+        dataset: the dataset.
+        split: a split that it has.
+        copy: where the shards come from if they do not lie in the dataset's directory.
     """
 
-    def __init__(self, dataset: Dataset, split: str):
+    def __init__(self, dataset: Dataset, split: str, copy: cache.BoundedCopy | None = None):
         preparation = dataset.preparation
         self._shards = split_shards(preparation, split)
         self._directory = dataset.directory
+        self._copy = copy
         self._ends = np.cumsum([shard.num_records for shard in self._shards]).tolist()
         size, channels = preparation["image_size"], preparation["channels"]
         self.image_shape = (size, size, channels)
@@ -198,6 +212,25 @@ class SliceSource:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    def shards_of(self, records: np.ndarray) -> np.ndarray:
+        """The shard of each record [N]: [N] int64, numbered from 0."""
+        return np.searchsorted(self._ends, records, side="right")
+
+    def open(self) -> None:
+        """Takes the folder of a bounded copy now. Raises DatasetError if that cannot be."""
+        if self._copy is not None:
+            self._copy.open()
+
+    def close(self) -> None:
+        """Ends the fetching of a bounded copy; nothing is read after it."""
+        if self._copy is not None:
+            self._copy.close()
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Says which shards will be read soon."""
+        if self._copy is not None:
+            self._copy.fetch_ahead(shards)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`image` [H, W, C] uint8, `mask` [H, W] uint8 if the dataset has masks, and the scalars
@@ -237,6 +270,8 @@ class SliceSource:
         )
 
     def _reader(self, shard: int) -> Any:
+        if self._copy is not None:
+            return self._copy.reader(shard)
         reader = self._readers.get(shard)
         if reader is None:
             path = self._directory / self._shards[shard].name

@@ -160,6 +160,7 @@ def _begin_and_keep(workdir: str) -> Callable:
 _NOT_OF_THE_PROGRAM = (
     *("dataset", "train_fraction", "init_from", "init_checkpoint", "init_weights", "leakage"),
     *("log_every", "eval_every", "validation_slices", "best_by", "num_pictures", "reading_threads"),
+    *("shuffle", "shuffle_window", "shuffle_streams", "shards_gb"),
 )
 _programs: dict[str, Program] = {}
 _compiled: dict[int, tuple[Program, int]] = {}
