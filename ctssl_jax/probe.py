@@ -1,6 +1,6 @@
 r"""Measure what a frozen encoder has learned beside its own task.
 
-    python -m ctssl_jax.probe --workdir=RUN --dataset=DATASET --output=RESULT.json
+    ctssl probe --workdir=RUN --dataset=DATASET --output=RESULT.json
 
 The weights of the encoder stay as they are. Simple probes are fitted to its features of training
 slices, and the validation split chooses their settings. All slices of the test split are scored as

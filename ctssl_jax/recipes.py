@@ -1,10 +1,10 @@
 r"""List the recipes, or the fields of one recipe.
 
-    python -m ctssl_jax.recipes
-    python -m ctssl_jax.recipes masked_region --size=small
-    python -m ctssl_jax.recipes --markdown     # the tables of configs/README.md
+    ctssl recipes
+    ctssl recipes masked_region --size=small
+    ctssl recipes --markdown     # the tables of configs/README.md
 
-A recipe is named in `python -m ctssl_jax.train --config=masked_region:small`, and
+A recipe is named in `ctssl train --config=masked_region:small`, and
 `--config.FIELD=VALUE` sets a field.
 """
 

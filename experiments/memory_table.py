@@ -1,7 +1,7 @@
 """Memory of a training step of the reference model, by batch size and switches.
 
-    python -m experiments.memory_table                                      # on any machine
-    python -m experiments.memory_table --measure --batch_sizes=1,2,4,8      # as XLA expects it here
+    ctssl memory_table                                      # on any machine
+    ctssl memory_table --measure --batch_sizes=1,2,4,8      # as XLA expects it here
 
 The first table is computed. It adds up, for one device,
 

@@ -1,7 +1,7 @@
 r"""The whole path on one machine in minutes: scans, dataset, pretraining, evaluation, a report.
 
-    python -m experiments.quickstart                          # makes synthetic chest CT first
-    python -m experiments.quickstart --input_dir=MY_DICOM     # the same on your own scans
+    ctssl quickstart                          # makes synthetic chest CT first
+    ctssl quickstart --input_dir=MY_DICOM     # the same on your own scans
 
 Every stage is one command that is printed and that you can run yourself. Run it again after an
 interruption: finished stages are kept, unfinished stages continue.

@@ -1,8 +1,8 @@
 r"""Table I of the paper: the nodule cohort, counted from annotations, and prepared datasets.
 
-    python -m experiments.table1 --output_dir=TABLE1 \
+    ctssl table1 --output_dir=TABLE1 \
         --annotations=LIDC-XML-only.tar --geometry=series_geometry.csv
-    python -m experiments.table1 --output_dir=TABLE1 --dataset=DATASET --dataset=OTHER
+    ctssl table1 --output_dir=TABLE1 --dataset=DATASET --dataset=OTHER
 
 Writes table1.md and table1.csv. The first part counts the annotations of the readers; it needs no
 images and takes half a minute. --geometry is a CSV with a line for each CT series and the columns

@@ -181,8 +181,8 @@ def open_run(workdir: str | Path) -> Run:
         labels, masks = (", ".join(module.TASKS) for module in (label_prediction, mask_prediction))
         raise InputError(
             f"--workdir={workdir} is a run of the task {run.config.task}; predict takes runs of "
-            f"{labels} (configs/pe.py) and {masks} (configs/nodules.py); for embeddings use "
-            "ctssl_jax.embed"
+            f"{labels} (recipe pe) and {masks} (recipe nodules); for embeddings use "
+            "ctssl embed"
         )
     return run
 

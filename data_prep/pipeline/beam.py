@@ -1,7 +1,7 @@
 r"""The expensive steps of a preparation under Apache Beam: conversion of exams, writing of shards.
 
     pip install '.[beam]'
-    python -m data_prep.prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"
+    ctssl prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"
 
 The workers run the functions of the local runner, and the dataset is the same to the byte. Either
 runner continues the work of the other. Listing, headers, planning, the frozen plan and the tables

@@ -291,7 +291,7 @@ def local_dataset(dataset: str) -> Path:
     Raises:
       InputError: for a URL.
     """
-    remedy = "fetch it first: python -m data_prep.fetch"
+    remedy = "fetch it first: ctssl fetch"
     return stores.local_path(dataset, "--dataset", remedy).resolve()
 
 
