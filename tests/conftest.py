@@ -57,8 +57,10 @@ LONGEST = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """pytest-xdist hands out files in the order of `pytest_collection_modifyitems`, not by their
-    numbers of tests."""
+    numbers of tests; and a worker that dies ends the session: its release 3.8 waits for ever for
+    the one that takes its place."""
     config.option.loadscopereorder = False
+    config.option.maxworkerrestart = "0"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
