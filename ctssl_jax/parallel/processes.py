@@ -19,6 +19,12 @@ from data_prep.system.command_line import EXIT_INPUT
 from data_prep.system.errors import InputError
 
 _COMPILING = "/jax/core/compile/"  # the events of JAX's phases: trace, lower, compile
+_PROGRAMS = {
+    "train_step": "the training step",
+    "accumulate": "the training step",
+    "initial_state": "the first weights",
+    "score_batch": "the scores",
+}
 _named: list[bool] = []  # once a process
 
 
@@ -59,8 +65,9 @@ def name_compilations() -> None:
 
 
 def _work(fun_name: str) -> str:
-    """`train_step` or `jit(train_step)` -> `compiling    train_step`."""
-    return f"compiling    {re.sub(r'^jit[(_]|[)]$', '', fun_name) or 'a program'}"
+    """`train_step` or `jit(train_step)` -> `compiling    the training step`."""
+    name = re.sub(r"^jit[(_]|[)]$", "", fun_name)
+    return f"compiling    {_PROGRAMS.get(name, 'a program')}"
 
 
 def _use_compilation_cache() -> None:

@@ -9,7 +9,7 @@ from ctssl_jax.parallel.processes import name_compilations
 from data_prep.system import silence
 
 
-def planted(number, x):
+def train_step(number, x):
     return x * number
 
 
@@ -19,6 +19,6 @@ def test_each_phase_begins_and_ends_under_the_function_s_name(monkeypatch):
     monkeypatch.setattr(silence, "end", lambda work: seen.append(("end", work)))
     name_compilations()
     name_compilations()  # once is enough
-    jax.jit(functools.partial(planted, 3)).lower(jnp.ones(2)).compile()
-    of_planted = [what for what, work in seen if work == "compiling    planted"]
-    assert of_planted == ["begin", "end"] * 3  # traced, lowered, compiled
+    jax.jit(functools.partial(train_step, 3)).lower(jnp.ones(2)).compile()
+    of_step = [what for what, work in seen if work == "compiling    the training step"]
+    assert of_step == ["begin", "end"] * 3  # traced, lowered, compiled
