@@ -26,6 +26,12 @@ data_prep.scan.nifti_metadata). Beside any archive:
     --attributes_csv=FILE   PatientID and any of age, sex, ethnic_group, which replace the headers
     --masks_dir=DIR         masks as DICOM-SEG, RTSTRUCT or NIfTI files
 
+--manifest=FILE names the scans instead of --input_dir, for array jobs: tasks (--task_index,
+--task_count) download and convert, in any order and on any machines that share DATASET and
+DATASET-audit, then --assemble makes the dataset that one run would make (see
+data_prep.pipeline.manifest and data_prep.pipeline.array). --assemble --dry_run shows how far they
+are.
+
 --runner=beam converts and writes the shards under Apache Beam, on many machines if --beam_options
 name some (see data_prep.pipeline.beam). The dataset is the same to the byte.
 """
@@ -36,11 +42,16 @@ if __name__ == "__main__":  # the imports below take their time
     early_stop.leave_at_once()
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from data_prep.pipeline import flags as command_flags
 from data_prep.system import command_line, stores
+
+if TYPE_CHECKING:
+    from data_prep.labels.lookup import LabelSources
+    from data_prep.pipeline.options import Directories, Options
 
 FLAGS = flags.FLAGS
 _UPLOAD = "write it to a local disk; upload it: `gcloud storage cp -r`, `aws s3 cp --recursive`"
@@ -50,6 +61,7 @@ _WINDOWS = {"rsna_pe": ["50,350", "100,700"]}
 
 def main(argv: list[str]) -> int:
     from data_prep.labels.lookup import LabelSources
+    from data_prep.pipeline import array
     from data_prep.pipeline.accounting import dataset_text, print_dry_run
     from data_prep.pipeline.options import (
         Directories,
@@ -64,6 +76,7 @@ def main(argv: list[str]) -> int:
     from data_prep.scan.rules import Rules
     from data_prep.scan.window import parse_window
 
+    array.check_flags(FLAGS)
     options = Options(
         archive=FLAGS.archive,
         windows=tuple(
@@ -89,9 +102,12 @@ def main(argv: list[str]) -> int:
     sources = LabelSources(FLAGS.archive, tables, **paths, **{n: FLAGS[n].value for n in names})
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", _UPLOAD)
     audit_dir = _path("audit_dir", "choose a directory here") or default_audit_dir(output_dir)
-    directories = Directories(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
+    input_dir = None if FLAGS.manifest else archive_directory(FLAGS.input_dir)
+    directories = Directories(input_dir, output_dir, audit_dir)
     known = [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path]
     shared = {"sources": sources, "num_workers": FLAGS.num_workers, "same_splits_as": known}
+    if FLAGS.manifest:
+        return _run_array(options, directories, **shared)
     if FLAGS.dry_run:
         print_dry_run(lambda: dry_run(options, directories, **shared))
         return 0
@@ -99,6 +115,50 @@ def main(argv: list[str]) -> int:
     prepared, changed = prepare(options, directories, beam_options=beam_options, **shared)
     print(dataset_text(prepared, changed, output_dir, audit_dir))
     command_line.suggest("describe", f"--dataset={output_dir}", "--verify")
+    return 0
+
+
+def _run_array(
+    options: "Options",
+    directories: "Directories",
+    *,
+    sources: "LabelSources",
+    num_workers: int | None,
+    same_splits_as: list[Path],
+) -> int:
+    """With --manifest: a task, or --assemble, or with --dry_run how far the tasks are."""
+    from data_prep.pipeline import array
+    from data_prep.pipeline.accounting import dataset_text
+    from data_prep.pipeline.downloads import Downloads
+    from data_prep.pipeline.manifest import read_manifest
+
+    folder = _path("download_dir") or directories.audit_dir / "downloads"
+    access = stores.Access(FLAGS.anonymous, FLAGS.endpoint_url, FLAGS.read_timeout)
+    job = array.Array(
+        manifest=read_manifest(_path("manifest"), FLAGS.input_dir),
+        options=options,
+        directories=directories,
+        sources=sources,
+        downloads=Downloads(folder, access, FLAGS.remove_downloads),
+        pseudonym_key_file=_path("pseudonym_key_file"),
+    )
+    if FLAGS.dry_run:
+        print(array.progress_text(job))
+        return 0
+    if not FLAGS.assemble:
+        index, count = FLAGS.task_index, FLAGS.task_count
+        number, before = array.run_task(job, index, count, num_workers)
+        print(f"task {index} of {count}: {number} entries are staged, {before} of them before")
+        return 0
+    prepared, changed, failed = array.assemble(
+        job,
+        task_count=FLAGS.task_count,
+        num_workers=num_workers,
+        same_splits_as=same_splits_as,
+    )
+    print(dataset_text(prepared, changed, directories.output_dir, directories.audit_dir))
+    print(array.failed_text(failed), end="")
+    command_line.suggest("describe", f"--dataset={directories.output_dir}", "--verify")
     return 0
 
 

@@ -37,7 +37,7 @@ def blocks(text: str, language: str = "bash") -> list[str]:
 
 def commands_of(text: str) -> Iterator[tuple[str, list[str]]]:
     """(module, arguments) of each of our commands in the `bash` blocks of a document."""
-    variables: dict[str, str] = {}
+    variables = {"SLURM_ARRAY_TASK_ID": "0"}
     for block in blocks(text):
         for line in block.replace("\\\n", " ").split("\n"):
             if assigned := re.fullmatch(r'([A-Z]+)="(.*)"', line):

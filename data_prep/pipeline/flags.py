@@ -13,7 +13,26 @@ def define_flags() -> None:
         ["dicom", "rsna_pe", "lidc_idri", "nifti"],
         "Kind of archive: dicom, nifti = any tree of DICOM or NIfTI files.",
     )
-    text("input_dir", None, "Directory or URL of the scans.", required=True)
+    text(
+        "input_dir",
+        None,
+        "Directory or URL of the scans. With --manifest: what its paths are relative to (default: "
+        "the deepest folder that holds them all; give it if the manifest will grow).",
+    )
+    text("manifest", None, "Text file of URLs or paths, in place of --input_dir, for array jobs.")
+    whole("task_index", None, "Take this part of --manifest, from 0.", lower_bound=0)
+    whole("task_count", None, "Number of parts of --manifest.", lower_bound=1)
+    yes("assemble", False, "Make the dataset of what all tasks of --manifest have staged.")
+    text("download_dir", None, "Private scratch of --manifest (default: in the audit directory).")
+    yes("remove_downloads", False, "Remove what --manifest downloaded once it is converted.")
+    yes("anonymous", True, "Read the stores of --manifest without credentials.")
+    text("endpoint_url", "", "Server of the s3:// and gs:// URLs of --manifest.")
+    number(
+        "read_timeout",
+        60.0,
+        "Seconds without a byte after which a download of --manifest is tried again.",
+        lower_bound=0.1,
+    )
     text("output_dir", None, "Dataset directory to make, continue or add to.", required=True)
     text(
         "audit_dir", None, "Private directory of keys and source paths (default: OUTPUT_DIR-audit)."
@@ -74,7 +93,8 @@ def define_flags() -> None:
     text(
         "pseudonym_key_file",
         None,
-        "File with the secret key of the pseudonyms (default: made in the audit directory).",
+        "File with the secret key of the pseudonyms (default: made in the audit directory); with "
+        "--manifest there must be one.",
     )
     whole("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
     choice(

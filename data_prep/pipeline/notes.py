@@ -56,7 +56,11 @@ class ExamNote:
 def exam_key(conversion: Conversion, exam: list[SeriesCandidate]) -> str:
     """Names the outcome of an exam."""
     files = [
-        [candidate.series_key, [(*header.source, header.frame) for header in candidate.all_headers]]
+        [
+            candidate.series_key,
+            candidate.notes,
+            [(*header.source, header.frame) for header in candidate.all_headers],
+        ]
         for candidate in exam
     ]
     content = json.dumps(

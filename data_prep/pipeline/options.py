@@ -113,7 +113,7 @@ def parse_beam_options(runner: str, text: str) -> list[str] | None:
 class Directories:
     """The directories of a preparation and the files that it works with."""
 
-    input_dir: ArchiveDirectory
+    input_dir: ArchiveDirectory | None  # None: a manifest names the scans
     output_dir: Path
     audit_dir: Path
 
@@ -136,6 +136,10 @@ class Directories:
     @property
     def kept_notes_dir(self) -> Path:
         return self.audit_dir / "notes"
+
+    @property
+    def staged_entries_dir(self) -> Path:  # of a manifest
+        return self.audit_dir / "manifest"
 
     @property
     def frozen_file(self) -> Path:
@@ -186,6 +190,8 @@ class Directories:
         remote = isinstance(self.input_dir, RemoteArchive)
         if remote:
             self.input_dir.check("--input_dir")
+        elif self.input_dir is None:
+            pass
         elif self.input_dir.is_file():
             raise InputError(
                 f"--input_dir={self.input_dir}: is a file; give the folder of the scans"
@@ -195,7 +201,7 @@ class Directories:
                 f"--input_dir={self.input_dir}: no such directory; give the folder of the scans"
             )
         named = {"--output_dir": self.output_dir, "--audit_dir": self.audit_dir}
-        named |= {} if remote else {"--input_dir": self.input_dir}
+        named |= {"--input_dir": self.input_dir} if isinstance(self.input_dir, Path) else {}
         for (a, path_a), (b, path_b) in itertools.permutations(named.items(), 2):
             if path_a.resolve().is_relative_to(path_b.resolve()):
                 raise InputError(

@@ -26,6 +26,7 @@ from data_prep.pipeline.options import (
 )
 from data_prep.pipeline.plan import list_archive
 from data_prep.pipeline.splits import read_known_splits, refuse_other_key, refuse_other_splits
+from data_prep.pipeline.staged_series import Gathering
 from data_prep.pipeline.steps import (
     Preparation,
     account_for_files,
@@ -55,6 +56,7 @@ def prepare(
     pseudonym_key_file: Path | None = None,
     same_splits_as: Sequence[Path] = (),
     beam_options: Sequence[str] | None = None,
+    gathering: Gathering | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Prepares a dataset, continues a killed run, or adds scans that came to the archive.
 
@@ -68,6 +70,8 @@ def prepare(
             have there.
         beam_options: convert and write shards under Apache Beam with these arguments
             (`data_prep.pipeline.beam`); None: on worker processes of this machine.
+        gathering: what tasks left of a manifest (`data_prep.pipeline.array`), in place of an
+            archive.
 
     Returns:
         The content of preparation.json, and whether this run changed the dataset.
@@ -96,7 +100,7 @@ def prepare(
         lock_directory(directories.audit_dir),
         WorkerPool(num_workers) as pool,
     ):
-        dataset = _complete_dataset(directories)
+        dataset = complete_dataset(directories)
         directories.refuse_audit_dir_of_another(dataset)
         key = key or make_key(directories.key_file)
         if elsewhere:
@@ -106,17 +110,24 @@ def prepare(
         options = dataclasses.replace(options, masks=sources.mask_facts(), tables=tables)
         changed = _finish_killed_run(options, key, directories, pool, beam_arguments)
         if changed:
-            dataset = _complete_dataset(directories)
-        num_files, digest = list_archive(directories.input_dir, directories.listing)
+            dataset = complete_dataset(directories)
+        if gathering:
+            num_files, digest = gathering.listed()
+        else:
+            num_files, digest = list_archive(directories.input_dir, directories.listing)
         if dataset:
-            _refuse_other_dataset(dataset, options, key, directories)
+            refuse_other_dataset(dataset, options, key, directories)
             same_archive = directories.bound()["digest"] == digest
             if same_archive and not num_failed_for_now(dataset.preparation["counts"]):
                 remove_work(directories)
                 return dataset.preparation, changed
         run = Preparation(options, directories, sources, key, num_files, digest, pool)
         run = dataclasses.replace(
-            run, dataset=dataset, elsewhere=elsewhere, beam_arguments=beam_arguments
+            run,
+            dataset=dataset,
+            elsewhere=elsewhere,
+            beam_arguments=beam_arguments,
+            gathering=gathering,
         )
         return run_steps(run), True
 
@@ -177,13 +188,13 @@ def dry_run(
 # ---- details -----------------------------------------------------------------------------------
 
 
-def _complete_dataset(directories: Directories) -> Dataset | None:
+def complete_dataset(directories: Directories) -> Dataset | None:
     """The dataset of the output directory; None until a run has completed it."""
     complete = (directories.output_dir / PREPARATION_FILE).exists()
     return Dataset.open(directories.output_dir) if complete else None
 
 
-def _refuse_other_dataset(
+def refuse_other_dataset(
     dataset: Dataset, options: Options, key: bytes, directories: Directories
 ) -> None:
     """Raises InputError unless this run may add to the dataset."""

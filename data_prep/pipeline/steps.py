@@ -43,8 +43,15 @@ from data_prep.pipeline.notes import (
     write_note,
 )
 from data_prep.pipeline.options import Directories, Options, refuse_other_classes
-from data_prep.pipeline.plan import all_headers, plan_archive, read_patients, read_plan
+from data_prep.pipeline.plan import (
+    all_headers,
+    plan_archive,
+    plan_staged,
+    read_patients,
+    read_plan,
+)
 from data_prep.pipeline.splits import KnownSplits, check_numbers
+from data_prep.pipeline.staged_series import Gathering, read_staged
 from data_prep.privacy.pseudonyms import patient_pseudonym, rejected_row
 from data_prep.scan.loading import header_reader
 from data_prep.scan.patients import Patients, merged
@@ -73,6 +80,14 @@ class Preparation:
     dataset: Dataset | None = None  # of an earlier run; this run adds to it
     elsewhere: KnownSplits | None = None  # of --same_splits_as
     beam_arguments: Sequence[str] | None = None  # None: on worker processes of this machine
+    gathering: Gathering | None = None  # of a manifest, in place of an archive
+
+    @property
+    def named(self) -> str:
+        """The flag that names the scans."""
+        if self.gathering:
+            return f"--manifest={self.gathering.manifest.path}"
+        return f"--input_dir={self.directories.input_dir}"
 
     @property
     def old_volumes(self) -> list[dict[str, Any]]:
@@ -169,16 +184,28 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
     directories, sources = preparation.directories, preparation.sources
     rules, old_volumes = preparation.options.rules, preparation.old_volumes
     known_patients = KnownPatients.of(directories.patients())
-    files = plan_archive(
-        directories.input_dir,
-        directories.work_dir / "plan",
-        rules,
-        preparation.num_files,
-        preparation.pool,
-        header_reader(sources.archive, sources.metadata_csv),
-        directories.listing,
-        known_patients.keys,
-    )
+    if preparation.gathering:
+        files = plan_staged(
+            preparation.gathering.staged_files(),
+            directories.work_dir / "plan",
+            rules,
+            preparation.num_files,
+            preparation.pool,
+            read_staged,
+            known_patients.keys,
+        )
+        preparation.gathering.refuse_spread_series(all_headers(files), preparation.key)
+    else:
+        files = plan_archive(
+            directories.input_dir,
+            directories.work_dir / "plan",
+            rules,
+            preparation.num_files,
+            preparation.pool,
+            header_reader(sources.archive, sources.metadata_csv),
+            directories.listing,
+            known_patients.keys,
+        )
     several_names = read_patients(directories.work_dir / "plan")
     label_counts = staging.match(labels, all_headers(files))
     volumes_of_exam = collections.defaultdict(list)
@@ -222,6 +249,9 @@ def check_splits(preparation: Preparation, plans: Plans) -> None:
 
 def convert_exams(preparation: Preparation, plans: Plans, conversion: Conversion) -> None:
     """Converts every exam that has no note yet."""
+    if preparation.gathering:
+        gather_exams(preparation, preparation.gathering, plans, conversion)
+        return
     with Progress("converting", "slices", plans.num_slices) as progress:
 
         def unconverted() -> Iterator[tuple[Path, int, list[SeriesCandidate]]]:
@@ -249,6 +279,22 @@ def convert_exams(preparation: Preparation, plans: Plans, conversion: Conversion
             if isinstance(result, WorkerDied):
                 write_note(conversion, convert.note_of_crash(conversion, exam))
             progress.advance(len(exam[0].headers))
+
+
+def gather_exams(
+    preparation: Preparation, gathering: Gathering, plans: Plans, conversion: Conversion
+) -> None:
+    """Makes the note of every exam of the notes that tasks left of its stacks."""
+    lacking = []
+    with Progress("gathering", "slices", plans.num_slices) as progress:
+        for _, _, exam in plans.new_exams():
+            if not is_converted(conversion, exam) and gathering.gather(conversion, exam):
+                lacking.append(exam)
+            progress.advance(len(exam[0].headers))
+    while lacking:  # the first stack of an exam may be refused, and its next one lacking, too
+        stacks = [gathering.gather(conversion, exam) for exam in lacking]
+        gathering.convert_again(conversion, stacks, preparation.pool)
+        lacking = [exam for exam in lacking if gathering.gather(conversion, exam)]
 
 
 def account_for_files(
@@ -312,7 +358,7 @@ def freeze_plan(
             f"{number} files {reason}" for reason, number in counts["files_not_images"].items()
         ]
         raise InputError(
-            f"--input_dir={directories.input_dir}: no usable chest CT in {preparation.num_files} "
+            f"{preparation.named}: no usable chest CT in {preparation.num_files} "
             f"files ({', '.join(reasons)}); {account.commonest_in_words()}; the reason of each "
             f"file is in {directories.work_dir / _SOURCES_FILE}"
         )
