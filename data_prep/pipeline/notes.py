@@ -86,9 +86,7 @@ def read_note(path: Path) -> ExamNote:
         taken=[Source(*source) for source in fields["taken"]],
         dropped=[(Source(*source), reason) for source, reason in fields["dropped"]],
         rejected=[
-            Rejected(
-                row["series_id"], row["reason"], row["detail"], [Source(*s) for s in row["sources"]]
-            )
+            Rejected(**row | {"sources": [Source(*source) for source in row["sources"]]})
             for row in fields["rejected"]
         ],
         slices=fields["slices"],

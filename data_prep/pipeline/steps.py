@@ -4,11 +4,13 @@
     freeze -> write
 
 The private audit directory links pseudonyms to the archive: it holds the key, the split of each
-patient, `sources.csv` (the outcome of each file), and the notes with which a grown archive is
+patient, `sources.csv` (the outcome of each file), `refused.csv` (each series that was not taken,
+with the element that decided and a small picture), and the notes with which a grown archive is
 compared.
 """
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import os
@@ -21,7 +23,7 @@ from data_prep.dataset.reader import Dataset
 from data_prep.labels import staging
 from data_prep.labels.lookup import Labels, LabelSources
 from data_prep.pipeline import convert
-from data_prep.pipeline.accounting import FileAccount
+from data_prep.pipeline.accounting import REFUSED_FILE, SOURCES_FILE, FileAccount
 from data_prep.pipeline.assemble import FrozenPlan, assemble, freeze, keep_notes
 from data_prep.pipeline.known_patients import (
     KnownPatients,
@@ -63,7 +65,6 @@ from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
 _LEFT_OUT_FILE = "label_files.csv"  # private: files of masks and annotations that are not used
-_SOURCES_FILE = "sources.csv"  # private: the outcome of each file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +301,7 @@ def gather_exams(
 def account_for_files(
     preparation: Preparation, plans: Plans, note_of: Callable[[list[SeriesCandidate]], ExamNote]
 ) -> tuple[FileAccount, dict[str, tuple[dict[str, Any], int]]]:
-    """The outcome of every file, which goes to `sources.csv`, too.
+    """The outcome of every file, which goes to `sources.csv` and `refused.csv`, too.
 
     Args:
         preparation: the inputs of the run.
@@ -312,9 +313,13 @@ def account_for_files(
         volumes.
     """
     known, new_volumes = plans.known, {}
-    path = preparation.directories.work_dir / _SOURCES_FILE
-    with open(path, "w", newline="", errors="backslashreplace") as file:
-        account = FileAccount(file)
+    work_dir = preparation.directories.work_dir
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(open(path, "w", newline="", errors="backslashreplace"))
+            for path in (work_dir / SOURCES_FILE, work_dir / REFUSED_FILE)
+        ]
+        account = FileAccount(*files)
         for plan in map(read_plan, plans.files):
             outcomes = []
             for rejection in plan.rejections:
@@ -330,8 +335,9 @@ def account_for_files(
                         new_volumes[note.key] = (note.volume, note.record_bytes)
                 outcomes += notes
             account.add(outcomes, plan.not_images)
-        file.flush()
-        os.fsync(file.fileno())
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
     return account, new_volumes
 
 
@@ -360,7 +366,7 @@ def freeze_plan(
         raise InputError(
             f"{preparation.named}: no usable chest CT in {preparation.num_files} "
             f"files ({', '.join(reasons)}); {account.commonest_in_words()}; the reason of each "
-            f"file is in {directories.work_dir / _SOURCES_FILE}"
+            f"file is in {directories.work_dir / SOURCES_FILE}"
         )
     known_splits, elsewhere = directories.splits(), preparation.elsewhere
     known_patients = KnownPatients.of(directories.patients())
@@ -413,7 +419,7 @@ def write_dataset(
     directories.write_splits(frozen.splits)
     directories.write_patients(frozen.patients)
     keep_notes(frozen, notes_dir, kept_notes_dir)
-    for name in (_SOURCES_FILE, _VIOLATIONS_FILE, _LEFT_OUT_FILE):
+    for name in (SOURCES_FILE, REFUSED_FILE, _VIOLATIONS_FILE, _LEFT_OUT_FILE):
         if (directories.work_dir / name).exists():
             os.replace(directories.work_dir / name, directories.audit_dir / name)
     directories.bind(frozen.archive_digest, preparation["fingerprint"])

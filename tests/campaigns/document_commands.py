@@ -72,6 +72,7 @@ STEPS = {  # words of a block, in the order of running -> what runs before it
     "--archive=rsna_pe": PHANTOMS,
     "--archive=lidc_idri": "",
     "--audit_dir=DATASET-audit": "ln -s SCANS MY_DICOM",
+    "--dataset=DATASET --html": "",
     "ctssl recipes": "",
     "--config=masked_region --config.dataset=DATASET": "rm -r RUN",
     "--workdir=NODULES_RUN --config": "",
