@@ -33,7 +33,8 @@ data_prep.pipeline.manifest and data_prep.pipeline.array). --assemble --dry_run 
 are.
 
 --runner=beam converts and writes the shards under Apache Beam, on many machines if --beam_options
-name some (see data_prep.pipeline.beam). The dataset is the same to the byte.
+name some, and --runner=dask does so on a cluster of Dask (see data_prep.pipeline.beam). The dataset
+is the same to the byte.
 """
 
 if __name__ == "__main__":  # the imports below take their time
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
         holdout_volumes=FLAGS.holdout_volumes,
         shard_size_mb=parse_megabytes(FLAGS.shard_size_mb),
     )
-    beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options)
+    beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options, FLAGS.dask_scheduler)
     names = ("attributes_csv", "metadata_csv", "masks_dir", "annotations_dir")
     paths = {name: _path(name) for name in names}
     tables = tuple(stores.local_path(path, "--labels_csv") for path in FLAGS.labels_csv)
