@@ -96,6 +96,11 @@ def start(flag_values: flags.FlagValues) -> None:
     print(table(result))
     written = f"written: {', '.join(result['files'])} in {flag_values.output}"
     print(f"{written}. Research software; not for diagnosis.", flush=True)
+    run, folder = (
+        f"--workdir={flag_values.workdir}",
+        command_line.beside(flag_values.workdir, "-export"),
+    )
+    command_line.suggest("export", run, f"--output_dir={folder}", "--license=LICENCE")
 
 
 def main(argv: list[str]) -> int:

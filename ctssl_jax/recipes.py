@@ -32,7 +32,15 @@ def main(argv: list[str]) -> int:
     if flags.FLAGS.markdown:
         print(markdown())
         return 0
-    print(describe(argv[1], flags.FLAGS.size) if argv[1:] else list_recipes())
+    if argv[1:]:
+        print(describe(argv[1], flags.FLAGS.size), flush=True)
+        config = f"--config={argv[1]}" + (":small" if flags.FLAGS.size == "small" else "")
+        command_line.suggest(
+            "train", config, "--config.dataset=DATASET", "--workdir=RUN", aside=True
+        )
+    else:
+        print(list_recipes(), flush=True)
+        command_line.suggest("recipes", "masked_region", aside=True)
     return 0
 
 

@@ -25,7 +25,8 @@ def main(argv: list[str]) -> int:
 
     dataset = Dataset.open(FLAGS.dataset)
     dataset.fetch(FLAGS.splits or dataset.preparation["splits"])
-    print(dataset.directory)
+    print(dataset.directory, flush=True)
+    command_line.suggest("describe", f"--dataset={FLAGS.dataset}", "--verify", aside=True)
     return 0
 
 

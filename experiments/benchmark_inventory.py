@@ -138,6 +138,7 @@ def main(argv: list[str]) -> None:
             if not row:
                 print("| " + " | ".join(cells) + " |\n|" + "---|" * len(cells))
             print("| " + " | ".join(cells.values()) + " |", flush=True)
+    command_line.suggest("benchmark_preparation", "--input_dir=SERIES", aside=True)
 
 
 if __name__ == "__main__":

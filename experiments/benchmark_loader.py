@@ -159,8 +159,10 @@ def main(argv: list[str]) -> int:
             speed, share = waiting_share(Path(folder))
             print(
                 f"training a small model, 64 x 64: {speed:,.0f} slices/s, {share:.2%} of the time "
-                "waiting for data"
+                "waiting for data",
+                flush=True,
             )
+    command_line.suggest("benchmark_training", aside=True)
     return 0
 
 

@@ -169,6 +169,7 @@ def main(argv: list[str]) -> int:
             measure(name, archive, chosen.copies, chosen.repeats, scratch)
             if name == "uncompressed":
                 measure_cold(archive, num_slices, chosen.repeats)
+    command_line.suggest("benchmark_loader", aside=True)
     return 0
 
 

@@ -26,6 +26,11 @@ timed.
 there, and prints the operations that take most of a step.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 import argparse
 import dataclasses
 import functools
@@ -41,6 +46,7 @@ from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
 from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
 
 from .bench.sides import (
     GIB,
@@ -216,6 +222,8 @@ def main() -> None:
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    recipe, dataset = "--config=masked_region", "--config.dataset=DATASET"
+    command_line.suggest("train", "--estimate", recipe, dataset, aside=True)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,10 @@ def main(argv: list[str]) -> int:
         runner.record_settings(settings.workdir, runner.settings_content(settings))
         runner.run(cells, flags.FLAGS.cells, settings.workdir)
     if verb in ("", "draw"):
-        print(draw(runner.recorded(settings)))
+        print(draw(runner.recorded(settings)), flush=True)
+        runner.suggest_after("draw", f"{__package__}.chain", [])
+    elif verb == "run":
+        runner.suggest_after("run", f"{__package__}.chain", [f"--workdir={settings.workdir}"])
     return 0
 
 

@@ -132,7 +132,8 @@ def main(argv: list[str]) -> int:
     check_request(study, flag.arms, flag.attributes)
     models = models_of(study, flag.arms, flag.attributes)
     if verb == "draw":
-        print(draw(study, models))
+        print(draw(study, models), flush=True)
+        runner.suggest_after("draw", f"{__package__}.figure6", [])
         return 0
     cells = [
         *downstream.data_cells(study, ("pretraining", "attributes")),

@@ -133,8 +133,10 @@ def main(argv: list[str]) -> int:
     elif verb == "run":
         runner.record_settings(settings.workdir, runner.settings_content(settings))
         runner.run(cells, flags.FLAGS.cells, settings.workdir)
+        runner.suggest_after("run", f"{__package__}.table2", [f"--workdir={settings.workdir}"])
     else:
-        print(draw(settings))
+        print(draw(settings), flush=True)
+        runner.suggest_after("draw", f"{__package__}.table2", [])
     return 0
 
 
