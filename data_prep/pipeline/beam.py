@@ -1,7 +1,7 @@
 r"""The expensive steps of a preparation under Apache Beam: conversion of exams, writing of shards.
 
     pip install '.[beam]'
-    python -m data_prep.prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"
+    ctssl prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"
 
 The workers run the functions of the local runner, and the dataset is the same to the byte. Either
 runner continues the work of the other. Listing, headers, planning, the frozen plan and the tables
@@ -12,7 +12,7 @@ faster than the local runner. On a cluster of Dask, with the same paths everywhe
     pip install '.[dask]'                                         # on all machines
     dask scheduler                                                # on one
     DASK_DISTRIBUTED__WORKER__DAEMON=False dask worker tcp://HOST:8786      # on each of the others
-    python -m data_prep.prepare ... --runner=dask --dask_scheduler=tcp://HOST:8786
+    ctssl prepare ... --runner=dask --dask_scheduler=tcp://HOST:8786
 
 Without that variable the workers may start no processes, and each scan is read in one of its own.
 On other clusters:
