@@ -141,6 +141,33 @@ def test_a_pipeline_without_its_cluster_is_not_done(
         dask_cluster.wait_until_finish(Result(), "tcp://host:1")
 
 
+def test_failed_tasks_run_again_on_other_workers(cluster, monkeypatch):
+    import dask
+
+    monkeypatch.setattr(dask_cluster, "wait_until_finish", lambda result, address: result)
+    started = []
+
+    def start_with_bad_workers(number: int):
+        def start(elements):
+            started.append((list(elements), dask.get_annotations().get("workers")))
+            bad = elements[:number] if len(started) == 1 else elements[: number - 1]
+            failures = [dask_cluster.Failure(one, f"tcp://{one}", "no room") for one in bad]
+            return failures, {"tcp://1", "tcp://2", "tcp://3"}
+
+        return start
+
+    dask_cluster.run_tasks([1, 2, 3], start_with_bad_workers(1), "tcp://host:1")
+    assert started == [([1, 2, 3], None), ([1], ["tcp://2", "tcp://3"])]
+    started.clear()
+    with pytest.raises(RunFailed, match=r"^3 tasks failed, one of them on .* tcp://1: no room$"):
+        dask_cluster.run_tasks([1, 2, 3], start_with_bad_workers(3), "tcp://host:1")
+    assert len(started) == 1  # there is no worker on which none failed
+    started.clear()
+    with pytest.raises(RunFailed, match=r"^1 tasks failed, one of them on .* tcp://1: no room$"):
+        dask_cluster.run_tasks([1, 2, 3], start_with_bad_workers(2), "tcp://host:1")
+    assert [workers for _, workers in started] == [None, *3 * [["tcp://3"]]]
+
+
 @pytest.mark.parametrize("address", [None, "", "host:8786", "tcp://host", "http://host:80"])
 def test_an_address_that_is_none_is_refused(monkeypatch, address):
     monkeypatch.setattr("data_prep.pipeline.options.require", lambda *names: None)
