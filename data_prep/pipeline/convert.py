@@ -39,10 +39,13 @@ from data_prep.system.pages import jpeg_thumbnail
 _STAGING_OPTIONS = "group_size:1,snappy"
 
 
-def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
+def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> str:
     """Stages the first candidate of an exam that becomes a volume, and notes the outcome of all.
 
     If a candidate fails for now, the whole exam is left for the next run.
+
+    Returns:
+        `ExamNote.refusal`: "", or why there is no volume.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
@@ -63,7 +66,9 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
         )
         write_records(path, records, _STAGING_OPTIONS)
         record_bytes = path.stat().st_size
-    write_note(conversion, _note(conversion, exam, facts, record_bytes, rejections))
+    note = _note(conversion, exam, facts, record_bytes, rejections)
+    write_note(conversion, note)
+    return note.refusal
 
 
 def note_of_crash(conversion: Conversion, exam: list[SeriesCandidate]) -> ExamNote:

@@ -39,6 +39,7 @@ from data_prep.pipeline.notes import (
     Conversion,
     ExamNote,
     exam_key,
+    final_note,
     is_converted,
     note_path,
     read_note,
@@ -52,6 +53,7 @@ from data_prep.pipeline.plan import (
     read_patients,
     read_plan,
 )
+from data_prep.pipeline.progress import ExamProgress
 from data_prep.pipeline.splits import KnownSplits, check_numbers
 from data_prep.pipeline.staged_series import Gathering, read_staged
 from data_prep.privacy.pseudonyms import patient_pseudonym, rejected_row
@@ -253,33 +255,36 @@ def convert_exams(preparation: Preparation, plans: Plans, conversion: Conversion
     if preparation.gathering:
         gather_exams(preparation, preparation.gathering, plans, conversion)
         return
-    with Progress("converting", "slices", plans.num_slices) as progress:
+    with ExamProgress(plans.num_exams, plans.num_slices) as progress:
 
         def unconverted() -> Iterator[tuple[Path, int, list[SeriesCandidate]]]:
             for path, position, exam in plans.new_exams():
-                if is_converted(conversion, exam):
-                    progress.advance(len(exam[0].headers), already_there=True)
+                if note := final_note(conversion, exam_key(conversion, exam)):
+                    progress.advance(len(exam[0].headers), note.refusal, already_there=True)
                 else:
                     yield path, position, exam
 
         if preparation.beam_arguments is not None:
-            exams_of_plan, num_slices = collections.defaultdict(list), 0
+            exams_of_plan, expected = collections.defaultdict(list), {}
             for path, position, exam in unconverted():
                 exams_of_plan[path].append(position)
-                num_slices += len(exam[0].headers)
+                expected[exam_key(conversion, exam)] = len(exam[0].headers)
             import_beam().convert_exams(
                 conversion,
                 exams_of_plan,
+                expected,
                 preparation.directories.work_dir,
                 preparation.beam_arguments,
+                progress,
             )
-            progress.advance(num_slices)
             return
         tasks = ((conversion, exam) for _, _, exam in unconverted())
-        for (_, exam), result in preparation.pool.run(convert.convert_exam, tasks):
-            if isinstance(result, WorkerDied):
-                write_note(conversion, convert.note_of_crash(conversion, exam))
-            progress.advance(len(exam[0].headers))
+        for (_, exam), refusal in preparation.pool.run(convert.convert_exam, tasks):
+            if isinstance(refusal, WorkerDied):
+                note = convert.note_of_crash(conversion, exam)
+                write_note(conversion, note)
+                refusal = note.refusal
+            progress.advance(len(exam[0].headers), refusal)
 
 
 def gather_exams(

@@ -21,8 +21,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 NOT_HERE = {  # words of a block -> why
     "pip install -q": "an installation: what CI and a new user run first",
+    "tests.campaigns.api_pages": "needs the extra docs: .ci/run has an environment for it",
     "#SBATCH": "needs a Slurm cluster: tests.campaigns.slurm",
     "gcloud": "needs a TPU pod",
+    "dask scheduler": "needs the extra dask: tests.campaigns.dask_kills",
     "REFERENCE": "the paper's model needs an accelerator",
     "--topology": "needs libtpu: .ci/run has an environment for it",
     "nlst.txt": "a download of terabytes",
