@@ -1,6 +1,6 @@
 r"""The content of a dataset: cohort table, contact sheet, and checks.
 
-    python -m data_prep.describe --dataset=DATASET [--html] [--verify
+    ctssl describe --dataset=DATASET [--html] [--verify
         [--audit_dir=DATASET-audit --input_dir=SCANS]]
 
 Prints the table and writes cohort.csv and contact_sheet.png into --output_dir (default:

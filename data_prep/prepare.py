@@ -1,10 +1,12 @@
 r"""Archive of scans -> dataset directory.
 
-    python -m data_prep.prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
+    ctssl prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
 
 SCANS is any tree of files, on this machine or on a store (gs://BUCKET/DIR with ctssl_jax[gcs],
-s3://BUCKET/DIR with ctssl_jax[s3], see data_prep.system.stores). Zip files are read in place.
-DATASET is a folder on this machine. One dataset serves every task.
+s3://BUCKET/DIR with ctssl_jax[s3], see data_prep.system.stores). Zip, tar and gzip files are read
+in place, on a store those whose names end in .zip, .tar or .gz. Files packed in another way
+(.tar.gz, .xz, .7z ...) are named: unpack them first. DATASET is a folder on this machine. One
+dataset serves every task.
 
 Killed at any moment, the same command continues, with the same result to the byte. If new scans
 have come to SCANS, it adds them. It knows new files by names and sizes, so it does not notice a

@@ -1,7 +1,7 @@
 r"""The whole path on one machine in minutes: scans, dataset, pretraining, evaluation, a report.
 
-    python -m experiments.quickstart                          # makes synthetic chest CT first
-    python -m experiments.quickstart --input_dir=MY_DICOM     # the same on your own scans
+    ctssl quickstart                          # makes synthetic chest CT first
+    ctssl quickstart --input_dir=MY_DICOM     # the same on your own scans
 
 Every stage is one command that is printed and that you can run yourself. Run it again after an
 interruption: finished stages are kept, unfinished stages continue.
@@ -139,9 +139,14 @@ def main(argv: list[str]) -> int:
         f"\nInside the masked square the model's error is {compared(factors['mean_image'])} the "
         f"mean slice's and {compared(factors['copy_input'])} the masked input's"
         + (" (SYNTHETIC data)" if result["synthetic"] else "")
-        + f".\nReport: {output / 'report.html'}   ({sum(seconds.known.values()):.0f} s)\n"
-        "Next: the same on your own scans, ctssl quickstart --input_dir=MY_DICOM"
+        + f".\nReport: {output / 'report.html'}   ({sum(seconds.known.values()):.0f} s)",
+        flush=True,
     )
+    if source is None:
+        command_line.suggest("quickstart", "--input_dir=MY_DICOM", "--output_dir=runs/mine")
+    else:
+        scans, whole = f"--input_dir={source}", f"--output_dir={output / 'dataset512'}"
+        command_line.suggest("prepare", "--archive=dicom", scans, whole, "--image_size=512")
     return 0
 
 

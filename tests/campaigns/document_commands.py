@@ -21,6 +21,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 NOT_HERE = {  # words of a block -> why
     "pip install -q": "an installation: what CI and a new user run first",
+    "tests.campaigns.api_pages": "needs the extra docs: .ci/run has an environment for it",
     "#SBATCH": "needs a Slurm cluster: tests.campaigns.slurm",
     "gcloud": "needs a TPU pod",
     "dask scheduler": "needs the extra dask: tests.campaigns.dask_kills",
