@@ -87,7 +87,8 @@ def start(flag_values: flags.FlagValues) -> bool:
     with lost_host.ending_together(flag_values.workdir or ""):
         if stores.is_url(config.dataset):
             with refusing_together(f"fetching {config.dataset}", MOST_SECONDS_TO_FETCH):
-                dataset = Dataset.open(config.dataset, ("train", "validation"))
+                whole = ("validation",) if config.shuffle == "windowed" else ("train", "validation")
+                dataset = Dataset.open(config.dataset, whole)
         if flag_values.estimate:
             estimate(config, dataset=dataset)
             return True
