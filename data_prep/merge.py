@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     from data_prep.dataset.schema import PREPARATION_FILE, rules_lines, summary_text
 
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", "choose a folder here")
-    remedy = "fetch it first: python -m data_prep.fetch"
+    remedy = "fetch it first: ctssl fetch"
     names = [stores.local_path(name, "--datasets", remedy) for name in FLAGS.datasets if name]
     parts = [Dataset.open(name) for name in names]
     preparation, changed = merge(parts, output_dir, FLAGS.link)

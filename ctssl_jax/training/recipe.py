@@ -29,8 +29,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     """
     if not config.dataset:
         raise InputError(
-            "config.dataset is empty; give --config.dataset=DIR, made by python -m "
-            "data_prep.prepare"
+            "config.dataset is empty; give --config.dataset=DIR, made by ctssl prepare"
         )
     for name, value in flat(to_json(config)).items():
         if name in FIELDS and (remedy := FIELDS[name].remedy(value)):

@@ -232,7 +232,7 @@ class SliceSource:
     def _damaged(self, shard: int, problem: str) -> DatasetError:
         path = self._directory / self._shards[shard].name
         return DatasetError(
-            f"{path}: damaged ({problem}); search all files by python -m data_prep.describe "
+            f"{path}: damaged ({problem}); search all files by ctssl describe "
             "--verify, and copy it again"
         )
 

@@ -186,14 +186,16 @@ def read_preparation(dataset_dir: Path) -> dict[str, Any]:
     version.
     """
     if not dataset_dir.is_dir():
-        raise DatasetError(
-            f"{dataset_dir}: no such directory; make one with python -m data_prep.prepare"
-        )
+        raise DatasetError(f"{dataset_dir}: no such directory; make one with ctssl prepare")
     path = dataset_dir / PREPARATION_FILE
     if not path.is_file():
         raise DatasetError(
             f"{dataset_dir}: not a complete dataset (no {PREPARATION_FILE}); "
-            "run data_prep.prepare, again if it was stopped"
+            "run ctssl prepare, again if it was stopped"
+        )
+    if (dataset_dir / "checkpoints").is_dir():  # which keeps a copy of that file
+        raise DatasetError(
+            f"{dataset_dir}: a run directory, not a dataset; give the directory of ctssl prepare"
         )
     return parse_preparation(path.read_bytes(), str(path))
 

@@ -173,7 +173,7 @@ def local_input(input_path: str | Path) -> Path:
     Raises:
       InputError: it is the URL of an object store.
     """
-    remedy = "copy scans here first, or fetch a dataset with python -m data_prep.fetch"
+    remedy = "copy scans here first, or fetch a dataset with ctssl fetch"
     return stores.local_path(input_path, "--input", remedy)
 
 

@@ -50,7 +50,8 @@ def verb_of(argv: Sequence[str], module: str) -> str:
       InputError: there is none.
     """
     if len(argv) < 2:
-        raise InputError(f"give one of {', '.join(VERBS)}: python -m {module} plan ...")
+        name = module.rpartition(".")[2]
+        raise InputError(f"give one of {', '.join(VERBS)}: ctssl {name} plan ...")
     return argv[1]
 
 
@@ -291,7 +292,7 @@ def local_dataset(dataset: str) -> Path:
     Raises:
       InputError: for a URL.
     """
-    remedy = "fetch it first: python -m data_prep.fetch"
+    remedy = "fetch it first: ctssl fetch"
     return stores.local_path(dataset, "--dataset", remedy).resolve()
 
 

@@ -349,8 +349,12 @@ def test_images_that_are_no_input_are_refused(images):
 
 @pytest.mark.parametrize(
     ("kind", "sides", "stride"),
-    [("autoencoder", (63, 64), 4), ("classifier", (64, 63), 4), ("unet", (24, 32), 16)]
-    + [("standard_unet", (32, 24), 16)],
+    [
+        ("autoencoder", (63, 64), 4),
+        ("classifier", (64, 63), 4),
+        ("unet", (24, 32), 16),
+        ("standard_unet", (32, 24), 16),
+    ],
 )
 def test_sides_that_the_network_would_round_are_refused_by_every_way_in(kind, sides, stride):
     _, twin, _, _ = built(kind)
