@@ -1,6 +1,6 @@
 r"""Several datasets -> one, at once and without copying: a view, whose shards are links.
 
-    python -m data_prep.merge --datasets=A,B[,C...] --output_dir=VIEW
+    ctssl merge --datasets=A,B[,C...] --output_dir=VIEW
 
 VIEW is a dataset directory like any other (`data_prep.dataset.reader`): volumes in the order of A,
 B, C within each split, tables of its own. A label that only some of the datasets have is missing in

@@ -1,10 +1,12 @@
 r"""Archive of scans -> dataset directory.
 
-    python -m data_prep.prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
+    ctssl prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
 
 SCANS is any tree of files, on this machine or on a store (gs://BUCKET/DIR with ctssl_jax[gcs],
-s3://BUCKET/DIR with ctssl_jax[s3], see data_prep.system.stores). Zip files are read in place.
-DATASET is a folder on this machine. One dataset serves every task.
+s3://BUCKET/DIR with ctssl_jax[s3], see data_prep.system.stores). Zip, tar and gzip files are read
+in place, on a store those whose names end in .zip, .tar or .gz. Files packed in another way
+(.tar.gz, .xz, .7z ...) are named: unpack them first. DATASET is a folder on this machine. One
+dataset serves every task.
 
 Killed at any moment, the same command continues, with the same result to the byte. If new scans
 have come to SCANS, it adds them. It knows new files by names and sizes, so it does not notice a
@@ -26,8 +28,15 @@ data_prep.scan.nifti_metadata). Beside any archive:
     --attributes_csv=FILE   PatientID and any of age, sex, ethnic_group, which replace the headers
     --masks_dir=DIR         masks as DICOM-SEG, RTSTRUCT or NIfTI files
 
+--manifest=FILE names the scans instead of --input_dir, for array jobs: tasks (--task_index,
+--task_count) download and convert, in any order and on any machines that share DATASET and
+DATASET-audit, then --assemble makes the dataset that one run would make (see
+data_prep.pipeline.manifest and data_prep.pipeline.array). --assemble --dry_run shows how far they
+are.
+
 --runner=beam converts and writes the shards under Apache Beam, on many machines if --beam_options
-name some (see data_prep.pipeline.beam). The dataset is the same to the byte.
+name some, and --runner=dask does so on a cluster of Dask (see data_prep.pipeline.beam). The dataset
+is the same to the byte.
 """
 
 if __name__ == "__main__":  # the imports below take their time
@@ -36,10 +45,16 @@ if __name__ == "__main__":  # the imports below take their time
     early_stop.leave_at_once()
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
+from data_prep.pipeline import flags as command_flags
 from data_prep.system import command_line, stores
+
+if TYPE_CHECKING:
+    from data_prep.labels.lookup import LabelSources
+    from data_prep.pipeline.options import Directories, Options
 
 FLAGS = flags.FLAGS
 _UPLOAD = "write it to a local disk; upload it: `gcloud storage cp -r`, `aws s3 cp --recursive`"
@@ -49,6 +64,7 @@ _WINDOWS = {"rsna_pe": ["50,350", "100,700"]}
 
 def main(argv: list[str]) -> int:
     from data_prep.labels.lookup import LabelSources
+    from data_prep.pipeline import array
     from data_prep.pipeline.accounting import dataset_text, print_dry_run
     from data_prep.pipeline.options import (
         Directories,
@@ -63,6 +79,7 @@ def main(argv: list[str]) -> int:
     from data_prep.scan.rules import Rules
     from data_prep.scan.window import parse_window
 
+    array.check_flags(FLAGS)
     options = Options(
         archive=FLAGS.archive,
         windows=tuple(
@@ -80,7 +97,7 @@ def main(argv: list[str]) -> int:
         holdout_volumes=FLAGS.holdout_volumes,
         shard_size_mb=parse_megabytes(FLAGS.shard_size_mb),
     )
-    beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options)
+    beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options, FLAGS.dask_scheduler)
     names = ("attributes_csv", "metadata_csv", "masks_dir", "annotations_dir")
     paths = {name: _path(name) for name in names}
     tables = tuple(stores.local_path(path, "--labels_csv") for path in FLAGS.labels_csv)
@@ -88,9 +105,12 @@ def main(argv: list[str]) -> int:
     sources = LabelSources(FLAGS.archive, tables, **paths, **{n: FLAGS[n].value for n in names})
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", _UPLOAD)
     audit_dir = _path("audit_dir", "choose a directory here") or default_audit_dir(output_dir)
-    directories = Directories(archive_directory(FLAGS.input_dir), output_dir, audit_dir)
+    input_dir = None if FLAGS.manifest else archive_directory(FLAGS.input_dir)
+    directories = Directories(input_dir, output_dir, audit_dir)
     known = [stores.local_path(path, "--same_splits_as") for path in FLAGS.same_splits_as if path]
     shared = {"sources": sources, "num_workers": FLAGS.num_workers, "same_splits_as": known}
+    if FLAGS.manifest:
+        return _run_array(options, directories, **shared)
     if FLAGS.dry_run:
         print_dry_run(lambda: dry_run(options, directories, **shared))
         return 0
@@ -101,99 +121,55 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _run_array(
+    options: "Options",
+    directories: "Directories",
+    *,
+    sources: "LabelSources",
+    num_workers: int | None,
+    same_splits_as: list[Path],
+) -> int:
+    """With --manifest: a task, or --assemble, or with --dry_run how far the tasks are."""
+    from data_prep.pipeline import array
+    from data_prep.pipeline.accounting import dataset_text
+    from data_prep.pipeline.downloads import Downloads
+    from data_prep.pipeline.manifest import read_manifest
+
+    folder = _path("download_dir") or directories.audit_dir / "downloads"
+    access = stores.Access(FLAGS.anonymous, FLAGS.endpoint_url, FLAGS.read_timeout)
+    job = array.Array(
+        manifest=read_manifest(_path("manifest"), FLAGS.input_dir),
+        options=options,
+        directories=directories,
+        sources=sources,
+        downloads=Downloads(folder, access, FLAGS.remove_downloads),
+        pseudonym_key_file=_path("pseudonym_key_file"),
+    )
+    if FLAGS.dry_run:
+        print(array.progress_text(job))
+        return 0
+    if not FLAGS.assemble:
+        index, count = FLAGS.task_index, FLAGS.task_count
+        number, before = array.run_task(job, index, count, num_workers)
+        print(f"task {index} of {count}: {number} entries are staged, {before} of them before")
+        return 0
+    prepared, changed, failed = array.assemble(
+        job,
+        task_count=FLAGS.task_count,
+        num_workers=num_workers,
+        same_splits_as=same_splits_as,
+    )
+    print(dataset_text(prepared, changed, directories.output_dir, directories.audit_dir))
+    print(array.failed_text(failed), end="")
+    command_line.suggest("describe", f"--dataset={directories.output_dir}", "--verify")
+    return 0
+
+
 def _path(flag: str, remedy: str = "give a local copy") -> Path | None:
     text = FLAGS[flag].value
     return stores.local_path(text, f"--{flag}", remedy) if text else None
 
 
-def define_flags() -> None:
-    """Only where this module is the program: another one may define flags of the same names."""
-    text, choice, yes = flags.DEFINE_string, flags.DEFINE_enum, flags.DEFINE_bool
-    number, whole, repeated = flags.DEFINE_float, flags.DEFINE_integer, flags.DEFINE_multi_string
-    choice(
-        "archive",
-        "dicom",
-        ["dicom", "rsna_pe", "lidc_idri", "nifti"],
-        "Kind of archive: dicom, nifti = any tree of DICOM or NIfTI files.",
-    )
-    text("input_dir", None, "Directory or URL of the scans.", required=True)
-    text("output_dir", None, "Dataset directory to make, continue or add to.", required=True)
-    text(
-        "audit_dir", None, "Private directory of keys and source paths (default: OUTPUT_DIR-audit)."
-    )
-    repeated(
-        "window",
-        None,
-        "Grey-level window as level,width in HU; repeat it for several channels (default: 50,350; "
-        "with --archive=rsna_pe 50,350 and 100,700).",
-    )
-    whole(
-        "image_size",
-        512,
-        "Height and width of the slices in pixels.",
-        lower_bound=16,
-        upper_bound=4096,
-    )
-    number("max_slice_thickness_mm", 3.0, "Thicker series are rejected; the limit itself is taken.")
-    whole("min_slices", 20, "Series of fewer slices are rejected.", lower_bound=1)
-    yes("require_lung", True, "Reject volumes that do not cover the chest.")
-    choice("irregular", "keep", ["keep", "refuse"], "Volumes with gaps or uneven spacing.")
-    choice(
-        "reconstructions",
-        "one_per_study",
-        ["one_per_study", "all"],
-        "Reconstructions to take of an exam.",
-    )
-    text("splits", "0.8,0.1,0.1", "Fractions of patients for training, validation and test.")
-    whole(
-        "holdout_volumes",
-        0,
-        "Test volumes, at most half of all: whole patients nearest to this number; --splits then "
-        "divides the rest. 0: go by --splits.",
-        lower_bound=0,
-    )
-    flags.DEFINE_list(
-        "same_splits_as", [], "Datasets of the same key: their patients keep their split."
-    )
-    number("shard_size_mb", 1024.0, "Approximate size of a shard; volumes are never cut.")
-    repeated("labels_csv", [], "Table of labels: a key column and a column a label; repeatable.")
-    text("attributes_csv", None, "Table of PatientID and any of age, sex, ethnic_group.")
-    text(
-        "metadata_csv",
-        None,
-        "Table of VolumeName and the facts that NIfTI files lack (--archive=nifti).",
-    )
-    text("masks_dir", None, "Directory of masks, DICOM-SEG, RTSTRUCT or NIfTI.")
-    yes("require_masks", False, "Reject scans without a mask; else their mask is unknown.")
-    text(
-        "annotations_dir", None, "XML of lidc_idri: folder or tar file (default: among the scans)."
-    )
-    number(
-        "consensus",
-        0.7,
-        "Share of a nodule's readers that must have a voxel (--archive=lidc_idri).",
-    )
-    whole("min_area_px", 20, "Nodules' slices of at most so many pixels are left out (lidc_idri).")
-    text(
-        "pseudonym_key_file",
-        None,
-        "File with the secret key of the pseudonyms (default: made in the audit directory).",
-    )
-    whole("num_workers", None, "Worker processes (default: the usable cores).", lower_bound=1)
-    choice(
-        "runner",
-        "local",
-        ["local", "beam"],
-        "Worker processes here, or Apache Beam: ctssl_jax[beam].",
-    )
-    text(
-        "beam_options",
-        "",
-        "Options of Apache Beam, as on a command line: see data_prep.pipeline.beam.",
-    )
-    yes("dry_run", False, "Read headers only, print the expected result, write nothing.")
-
-
 if __name__ == "__main__":
-    define_flags()
+    command_flags.define_flags()
     command_line.run(main)

@@ -1,7 +1,7 @@
 """Time to compile a training step, with residual blocks unrolled and in a scan.
 
-    python -m experiments.benchmark_compile --image_size=64 --steps=3
-    python -m experiments.benchmark_compile --image_size=512
+    ctssl benchmark_compile --image_size=64 --steps=3
+    ctssl benchmark_compile --image_size=512
 
 Each program is traced and compiled once, with JAX's cache of compiled programs off. With --steps
 the step is also run, and its median time printed (the first run does not count). The model has the
@@ -111,6 +111,7 @@ def main(argv: list[str]) -> int:
             cells = measure(config, *shape, flag.steps)
             blocks = "scan" if scan else "unrolled"
             print("| " + " | ".join([str(depth), blocks, *cells]) + " |", flush=True)
+    command_line.suggest("benchmark_training", aside=True)
     return 0
 
 

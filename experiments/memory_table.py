@@ -1,7 +1,7 @@
 """Memory of a training step of the reference model, by batch size and switches.
 
-    python -m experiments.memory_table                                      # on any machine
-    python -m experiments.memory_table --measure --batch_sizes=1,2,4,8      # as XLA expects it here
+    ctssl memory_table                                      # on any machine
+    ctssl memory_table --measure --batch_sizes=1,2,4,8      # as XLA expects it here
 
 The first table is computed. It adds up, for one device,
 
@@ -117,6 +117,9 @@ def main(argv: list[str]) -> int:
     print(f"GiB a device for a training step at {size} x {size}{loop}; {how}\n")
     sizes = {"hidden": hidden, "depth": flag.depth}
     print("\n".join(table(batch_sizes, size, measured=flag.measure, scan=flag.scan, **sizes)))
+    recipe, dataset = "--config=masked_region", "--config.dataset=DATASET"
+    slices = f"--config.batch_size={batch_sizes[-1]}"
+    command_line.suggest("train", "--estimate", recipe, dataset, slices, aside=True)
     return 0
 
 

@@ -23,7 +23,10 @@ OF_DATA_PREP = ("system", "scan", "masks", "privacy", "dataset", "raw", "synthet
 # process a second, and the one file that cannot be imported without its extra.
 EXTRAS = (
     *(
+        "aiohttp",
         "apache_beam",
+        "dask",
+        "distributed",
         "google",
         "highdicom",
         "onnx",

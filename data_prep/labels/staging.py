@@ -37,7 +37,7 @@ _ROWS_AT_A_TIME = 10_000
 # ---- before anything else ------------------------------------------------------------------------
 
 
-def check(sources: LabelSources, input_dir: Path) -> None:
+def check(sources: LabelSources, input_dir: Path | None) -> None:
     """Checks flags and the first lines of tables.
 
     Raises:
@@ -84,7 +84,7 @@ def check(sources: LabelSources, input_dir: Path) -> None:
         )
 
 
-def _tables(sources: LabelSources, input_dir: Path) -> list[Table]:
+def _tables(sources: LabelSources, input_dir: Path | None) -> list[Table]:
     tables = [label_tables.open_labels(path) for path in sources.labels_csv]
     if sources.archive == "rsna_pe":
         train_csv = rsna_pe.check_train_csv(input_dir)
@@ -92,7 +92,7 @@ def _tables(sources: LabelSources, input_dir: Path) -> list[Table]:
     return tables
 
 
-def input_digests(sources: LabelSources, input_dir: Path) -> tuple[tuple[str, str], ...]:
+def input_digests(sources: LabelSources, input_dir: Path | None) -> tuple[tuple[str, str], ...]:
     """(option, SHA-256) of every table.
 
     Annotations and masks are compared series by series (`Labels.version`).
@@ -111,7 +111,7 @@ def input_digests(sources: LabelSources, input_dir: Path) -> tuple[tuple[str, st
 
 def stage(
     sources: LabelSources,
-    input_dir: Path,
+    input_dir: Path | None,
     database: Path,
     violations_csv: Path | None = None,
     left_out_csv: Path | None = None,
@@ -134,7 +134,7 @@ def stage(
 
 def _stage(
     sources: LabelSources,
-    input_dir: Path,
+    input_dir: Path | None,
     database: Path,
     violations_csv: Path | None,
     left_out_csv: Path | None,

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ _MIN_BUCKETS = 64
 _HEADERS_PER_BUCKET = 5_000  # about, in memory at a time in each worker
 _STAGED = "staged"  # folder of the plan directory
 _PATIENTS = "patients"  # file of the plan directory
+
+# headers as they go to the buckets, what they say about patients, whether they were staged before
+_Part = tuple[dict[int, bytes], dict[Identity, list[int]], bool]
 
 
 def list_archive(input_dir: ArchiveDirectory, listing: Path | None = None) -> tuple[int, str]:
@@ -101,6 +104,20 @@ def plan_archive(
     return plan_buckets(plan_dir, rules, pool)
 
 
+def plan_staged(
+    staged: Sequence[Path],
+    plan_dir: Path,
+    rules: Rules,
+    num_files: int,
+    pool: WorkerPool,
+    read: Callable[[Path], list[Header | NotAnImage | Unreadable]],
+    known_patients: Iterable[Sequence[str]] = (),
+) -> list[Path]:
+    """`plan_archive` for headers that lie in the files `staged`; `read` reads such a file."""
+    scan_staged(staged, plan_dir, num_files, pool, read, known_patients)
+    return plan_buckets(plan_dir, rules, pool)
+
+
 def plan_buckets(plan_dir: Path, rules: Rules, pool: WorkerPool) -> list[Path]:
     """The second half of `plan_archive`: from bucket files to plan files."""
     everyone = read_patients(plan_dir)
@@ -150,13 +167,60 @@ def scan_headers(
     known_patients: Iterable[Sequence[str]] = (),
 ) -> None:
     """The first half of `plan_archive`: from files to bucket files and patients."""
+    num_buckets = _clear(plan_dir, num_files)
     staged_dir = plan_dir / _STAGED
-    staged_dir.mkdir(parents=True, exist_ok=True)
-    for stale in [
-        *plan_dir.glob("*.headers"),
-        *plan_dir.glob("*.plan"),
-        *staged_dir.glob(f"*{PARTIAL}"),
-    ]:
+    staged_dir.mkdir(exist_ok=True)
+    for stale in staged_dir.glob(f"*{PARTIAL}"):
+        stale.unlink(missing_ok=True)
+    version = f"{num_buckets} {header_version(read)}"
+    listed = _unpickled(listing) if listing else chunks(list_sources(input_dir), SOURCES_PER_TASK)
+    tasks = (
+        (input_dir, chunk, read, staged_dir / f"{number:07d}", version, num_buckets)
+        for number, chunk in enumerate(listed)
+    )
+
+    def parts() -> Iterator[tuple[int, _Part]]:
+        for (_, chunk, *_), result in pool.run(stage_headers, tasks):
+            if isinstance(result, WorkerDied):
+                entries = list(read_headers_one_by_one(input_dir, chunk, read))
+                result = _by_bucket(entries, num_buckets), _identities(entries), False
+            yield len(chunk), result
+
+    _fill_buckets(plan_dir, num_files, num_buckets, parts(), known_patients)
+
+
+def scan_staged(
+    staged: Sequence[Path],
+    plan_dir: Path,
+    num_files: int,
+    pool: WorkerPool,
+    read: Callable[[Path], list[Header | NotAnImage | Unreadable]],
+    known_patients: Iterable[Sequence[str]] = (),
+) -> None:
+    """`scan_headers` for headers that lie in files; `read` reads such a file."""
+    num_buckets = _clear(plan_dir, num_files)
+    tasks = ((path, read, num_buckets) for path in staged)
+
+    def parts() -> Iterator[tuple[int, _Part]]:
+        for (path, *_), result in pool.run(_read_staged, tasks):
+            if isinstance(result, WorkerDied):
+                raise RunFailed(f"{path}: reading it was killed; run again")
+            yield result
+
+    _fill_buckets(plan_dir, num_files, num_buckets, parts(), known_patients)
+
+
+def _read_staged(
+    path: Path, read: Callable[[Path], list[Header | NotAnImage | Unreadable]], num_buckets: int
+) -> tuple[int, _Part]:
+    entries = read(path)
+    return len(entries), (_by_bucket(entries, num_buckets), _identities(entries), False)
+
+
+def _clear(plan_dir: Path, num_files: int) -> int:
+    """Removes the buckets of a killed run; returns the number of buckets."""
+    plan_dir.mkdir(parents=True, exist_ok=True)
+    for stale in [*plan_dir.glob("*.headers"), *plan_dir.glob("*.plan")]:
         # a worker of the killed run may have renamed it in this moment
         stale.unlink(missing_ok=True)
     num_buckets = _MIN_BUCKETS
@@ -164,24 +228,25 @@ def scan_headers(
         num_buckets *= (
             2  # a growing archive rarely changes this number, so staged headers stay valid
         )
-    version = f"{num_buckets} {_version(read)}"
-    listed = _unpickled(listing) if listing else chunks(list_sources(input_dir), SOURCES_PER_TASK)
+    return num_buckets
+
+
+def _fill_buckets(
+    plan_dir: Path,
+    num_files: int,
+    num_buckets: int,
+    parts: Iterable[tuple[int, _Part]],
+    known_patients: Iterable[Sequence[str]],
+) -> None:
+    """Writes bucket files and patients; parts: number of files, and `stage_headers` of them."""
     people = People(known_patients)
     with Progress("reading headers", "files", num_files) as progress:
-        tasks = (
-            (input_dir, chunk, read, staged_dir / f"{number:07d}", version, num_buckets)
-            for number, chunk in enumerate(listed)
-        )
-        for (_, chunk, *_), result in pool.run(stage_headers, tasks):
-            if isinstance(result, WorkerDied):
-                entries = list(read_headers_one_by_one(input_dir, chunk, read))
-                result = _by_bucket(entries, num_buckets), _identities(entries), False
-            by_bucket, found, already_there = result
+        for number, (by_bucket, found, already_there) in parts:
             people.add(found)
             for bucket, content in by_bucket.items():
                 with open(plan_dir / f"{bucket:05d}.headers", "ab") as file:
                     file.write(content)
-            progress.advance(len(chunk), already_there=already_there)
+            progress.advance(number, already_there=already_there)
     patients = people.resolve()
     if patients.study_of:
         _gather_studies(plan_dir, patients, num_buckets)
@@ -206,7 +271,7 @@ def stage_headers(
     path: Path,
     version: str,
     num_buckets: int,
-) -> tuple[dict[int, bytes], dict[Identity, list[int]], bool]:
+) -> _Part:
     """Headers as they go to the bucket files, by number of the bucket, what they say about their
     patients, and whether an earlier run had staged them.
 
@@ -245,7 +310,7 @@ def _times(input_dir: ArchiveDirectory, entry: Source | Unreadable) -> tuple[int
     return status.st_mtime_ns, status.st_ctime_ns
 
 
-def _version(read: ReadHeader) -> str:
+def header_version(read: ReadHeader) -> str:
     """What headers depend on besides the files: the function that reads them, with its tables."""
     function, options = getattr(read, "func", read), getattr(read, "keywords", {})
     tables = [file_sha256(path) for path in options.values() if path]

@@ -211,8 +211,12 @@ def remove_tree(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path, *, shared: bool = False) -> Iterator[None]:
     """An advisory lock on the directory itself, which ends with the process, however it ends.
+
+    Args:
+      directory: to lock.
+      shared: others may hold a shared lock at the same time.
 
     Raises:
       InputError: another process holds it.
@@ -220,7 +224,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"{directory}: another run is at work in it; wait for it or stop it"

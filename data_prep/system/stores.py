@@ -10,13 +10,14 @@ The packages bring credentials, endpoints and retries: gcsfs uses the login of
 configuration files and variables of fsspec hold for both.
 """
 
+import dataclasses
 import errno
 import functools
 import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 
@@ -34,7 +35,10 @@ _SCHEMES = (
     *("s3a", "sftp", "ssh"),
 )
 # protocol -> extra of this package's installation
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+_EXTRAS = {
+    **{"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"},
+    **dict.fromkeys(("http", "https"), "http"),
+}
 _LOGGERS = ("fsspec", "gcsfs", "s3fs", "aiobotocore", "botocore", "google.auth", "urllib3")
 _CREDENTIALS = {"gcs": "gcloud auth application-default login", "s3": "aws configure"}
 
@@ -97,24 +101,52 @@ def local_path(text: str | os.PathLike, name: str = "", remedy: str = "give a lo
     return path.absolute() if _URL.match(str(path)) else path
 
 
-def open_store(url: str) -> tuple["AbstractFileSystem", str]:
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """How stores are reached where not by the settings of their packages."""
+
+    anonymous: bool = True  # without credentials
+    endpoint_url: str = ""  # of a server that is not the provider's own
+    timeout_s: float = 60.0  # without a byte
+
+    def options(self, scheme: str) -> dict[str, Any]:
+        """For the class of fsspec that opens this kind of store."""
+        endpoint = {"endpoint_url": self.endpoint_url} if self.endpoint_url else {}
+        seconds = self.timeout_s
+        if scheme in ("s3", "s3a"):
+            limits = {"connect_timeout": seconds, "read_timeout": seconds}
+            return {"anon": self.anonymous, "config_kwargs": limits, **endpoint}
+        if scheme in ("gs", "gcs"):
+            login = {"token": "anon"} if self.anonymous else {}
+            return {"requests_timeout": seconds, **login, **endpoint}
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            # without `total`: a large file may take its time
+            limit = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+            return {"client_kwargs": {"timeout": limit}}
+        return {}
+
+
+def open_store(url: str, access: Access | None = None) -> tuple["AbstractFileSystem", str]:
     """The file system of a URL and the path in it, without a slash at its end.
 
     Raises:
         InputError: a package or credentials are missing, or the protocol is unknown.
     """
-    return _open_store(url, os.getpid())
+    return _open_store(url, access, os.getpid())
 
 
 @functools.lru_cache(maxsize=32)
-def _open_store(url: str, process: int) -> tuple["AbstractFileSystem", str]:
+def _open_store(url: str, access: Access | None, process: int) -> tuple["AbstractFileSystem", str]:
     """One connection for all threads of a process; a forked process opens its own."""
     # Their logs quote file names and print tracebacks of errors that are raised, too.
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         # A cached listing of millions of files would fill the memory.
-        store, path = fsspec.url_to_fs(url, use_listings_cache=False)
+        options = access.options(_scheme(url)) if access else {}
+        store, path = fsspec.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
         extra = _extra(url)
         remedy = pip_install(extra) if extra else f"install it ({error})"

@@ -15,8 +15,9 @@ import pytest
 from data_prep.dataset import verify
 from data_prep.dataset.reader import Dataset
 from data_prep.dataset.storage import write_records
-from data_prep.pipeline import prepare as preparation
+from data_prep.pipeline import steps
 from data_prep.pipeline.options import Directories, Options
+from data_prep.pipeline.prepare import prepare
 from data_prep.scan import decoders
 from data_prep.system.files import PARTIAL, explain, write_file
 from data_prep.system.workers import WorkerPool
@@ -237,7 +238,7 @@ def test_files_that_change_between_header_and_pixels(tmp_path, monkeypatch):
         dicom_files.write(archive / f"scan{number}", series)
     shutil.copytree(archive, tmp_path / "copy")
     victims = [archive / f"scan{number}" / "IM0005" for number in range(5)]
-    convert = preparation.convert_exams
+    convert = steps.convert_exams
 
     def change_and_convert(*arguments):
         truncated, appended, replaced, vanished, folder = victims
@@ -254,13 +255,13 @@ def test_files_that_change_between_header_and_pixels(tmp_path, monkeypatch):
     where = Directories(archive, tmp_path / "dataset", tmp_path / "private")
     options = Options(image_size=48)
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "convert_exams", change_and_convert)
-        made, _ = preparation.prepare(options, where, num_workers=1)
+        patch.setattr(steps, "convert_exams", change_and_convert)
+        made, _ = prepare(options, where, num_workers=1)
     assert made["counts"]["series_rejected"] == {"failed_for_now": 5}
     first = {path.name: path.read_bytes() for path in where.output_dir.glob("*.array_record-*")}
     shutil.rmtree(archive)
     shutil.copytree(tmp_path / "copy", archive)
-    made, changed = preparation.prepare(options, where, num_workers=1)
+    made, changed = prepare(options, where, num_workers=1)
     assert changed and made["counts"]["series_rejected"] == {}
     assert len(Dataset.open(where.output_dir).volumes()) == 8
     assert all((where.output_dir / name).read_bytes() == content for name, content in first.items())

@@ -23,9 +23,8 @@ from data_prep.dataset import tfds
 from data_prep.dataset.reader import Dataset
 from data_prep.dataset.schema import SPLITS
 from data_prep.dataset.verify import verify
-from data_prep.pipeline import convert
+from data_prep.pipeline import convert, steps
 from data_prep.pipeline import plan as planning
-from data_prep.pipeline import prepare as preparation_module
 from data_prep.pipeline.accounting import num_failed_for_now
 from data_prep.pipeline.assemble import freeze
 from data_prep.pipeline.convert import convert_exam
@@ -141,6 +140,7 @@ def test_private_things_are_private_and_nothing_is_left_over(prepared):
     assert sorted(p.name for p in prepared.audit_dir.iterdir()) == [
         "archive.json",
         "notes",
+        "refused.csv",
         "sources.csv",
         "splits.json",
     ]
@@ -344,12 +344,12 @@ def test_growth_that_is_killed_touches_nothing_old_and_ends_the_same(
         old = {path: path.stat() for path in where.output_dir.glob("*.array_record-*")}
         add_scan(scans, 11)
         add_scan(scans, 14, patient="patient-3")
-        steps = [
-            (preparation_module, "freeze"),
+        places = [
+            (steps, "freeze"),
             (tfds, "write_preparation"),
-            (preparation_module, "keep_notes"),
+            (steps, "keep_notes"),
         ]
-        for module, step in steps if name == "disturbed" else ():
+        for module, step in places if name == "disturbed" else ():
             monkeypatch.setattr(module, step, killed)
             with pytest.raises(KeyboardInterrupt):
                 prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
@@ -689,14 +689,14 @@ def test_a_file_that_cannot_be_read_any_more_costs_its_exam_only(tmp_path, key_f
     for number in range(1, 5):
         add_scan(tmp_path / "scans", number)
     where = directories(tmp_path, tmp_path / "scans")
-    plan_archive = preparation_module.plan_archive
+    plan_archive = steps.plan_archive
 
     def plan_and_lose_a_file(*arguments):
         plans = plan_archive(*arguments)
         (tmp_path / "scans" / "scan3" / "IM0004").unlink()
         return plans
 
-    monkeypatch.setattr(preparation_module, "plan_archive", plan_and_lose_a_file)
+    monkeypatch.setattr(steps, "plan_archive", plan_and_lose_a_file)
     preparation, _ = prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     assert preparation["counts"]["series_rejected"] == {"failed_for_now": 1}
     assert preparation["counts"]["files_in_volumes"] == 3 * NUM_SLICES

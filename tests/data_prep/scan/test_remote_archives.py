@@ -166,7 +166,7 @@ def test_what_the_store_fails_to_give_is_tried_again(
 
     store.fail("read scans/scan2/IM0003", "read scans/notes.txt")
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.pipeline.prepare.plan_archive", plan_then_fail)
+        patch.setattr("data_prep.pipeline.steps.plan_archive", plan_then_fail)
         preparation, _ = prepare(OPTIONS, places, num_workers=1, pseudonym_key_file=key_file)
     assert preparation["counts"]["files_not_images"]["failed_for_now"] == 2
     assert preparation["counts"]["series_rejected"] == {"failed_for_now": 1}
