@@ -174,9 +174,9 @@ class Checkpoints:
             if jax.process_count() > 1 and waited > _MOST_SECONDS + self._bytes / 1e7:
                 raise RuntimeError(f"not written by all processes within {waited:.0f} s")
             if jax.process_index() == 0:
+                by_all = " by all processes" if jax.process_count() > 1 else ""
                 print(
-                    f"waiting      for checkpoint {step:,} to be written by all processes "
-                    f"({waited:.0f} s)",
+                    f"waiting      for checkpoint {step:,} to be written{by_all} ({waited:.0f} s)",
                     flush=True,
                 )
 
