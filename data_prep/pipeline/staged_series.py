@@ -34,8 +34,8 @@ from data_prep.pipeline.notes import (
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.plan import header_version
 from data_prep.privacy.pseudonyms import (
-    Rejected,
     private_digest,
+    rejected,
     series_pseudonym,
     sources_of,
     volume_id,
@@ -409,25 +409,22 @@ def _write_exam(
     """
     last = notes[-1]
     key = exam_key(conversion, exam)
+    rows, why = [row for note in notes for row in note.rejected], ("other_reconstruction", "")
     if last.failed_for_now:
-        detail = last.rejected[0].detail
-        rejections = [(FAILED_FOR_NOW, detail)] * len(exam)
-    else:
-        rejections = [(row.reason, row.detail) for note in notes for row in note.rejected]
-        others = len(exam) - len(rejections) - (last.volume is not None)
-        rejections += [("other_reconstruction", "")] * others
+        rows, why = [], (FAILED_FOR_NOW, last.rejected[0].detail)
     taken = len(notes) - 1 if last.volume is not None else None
-    rejected = [
-        Rejected(volume_id(conversion.key, one), *why, sources_of(one.all_headers))
-        for one, why in zip(
-            (one for number, one in enumerate(exam) if number != taken), rejections, strict=True
-        )
+    others = [one for number, one in enumerate(exam) if number != taken]
+    named = [(volume_id(conversion.key, one), one) for one in others]
+    rows = [
+        dataclasses.replace(row, series_id=name, sources=sources_of(one.all_headers))
+        for row, (name, one) in zip(rows, named, strict=False)
     ]
+    rows += [rejected(name, one.rejected(*why)) for name, one in named[len(rows) :]]
     if last.volume is not None:
         records = records_path(conversion.records_dir, last.key)
         if records.exists():  # else a run that was killed here gave it its name
             publish(records, records_path(conversion.records_dir, key))
-    write_note(conversion, dataclasses.replace(last, key=key, rejected=rejected))
+    write_note(conversion, dataclasses.replace(last, key=key, rejected=rows))
     for candidate in exam:  # not preferred
         other = exam_key(conversion, [candidate])
         records_path(conversion.records_dir, other).unlink(missing_ok=True)
