@@ -44,6 +44,7 @@ _WORKER_SECONDS = 30.0  # that a cluster may take to get its first worker
 _ALONE_SECONDS = 60.0  # that a cluster may be without workers, e.g. while nannies start them again
 _LEFTOVER_SECONDS = 900.0  # that tasks of an ended run may take
 _IDLE_SECONDS = 30.0  # that a process waits for the next exam
+_GONE = "the Dask scheduler at {} is gone; start the cluster"
 _PACKAGES = ("apache-beam", "cloudpickle", "dask", "distributed")  # must be equal everywhere
 _PROGRAM = Path(__file__).resolve().parents[1]
 
@@ -281,8 +282,11 @@ def _run_part(elements: Sequence[Any], start: Callable[[Sequence[Any]], Any], ad
     options: dict[str, Any] = {"retries": TRIES}  # of errors of Dask or Beam themselves
     failing: set[str] = set()
     for _ in range(TRIES):
-        with dask.annotate(**options):
-            result = start(elements)
+        try:
+            with dask.annotate(**options):
+                result = start(elements)
+        except OSError:
+            raise RunFailed(_GONE.format(address)) from None
         failures, workers = wait_until_finish(result, address)
         if not failures:
             return
@@ -343,7 +347,7 @@ def wait_until_finish(result: Any, address: str) -> tuple[list[Failure], set[str
     except Exception as error:
         if client.status == "running" and not isinstance(error, CancelledError):
             raise
-        raise RunFailed(f"the Dask scheduler at {address} is gone; start the cluster") from None
+        raise RunFailed(_GONE.format(address)) from None
     finally:
         with contextlib.suppress(Exception):
             client.close(timeout=5)
