@@ -19,7 +19,7 @@ from typing import Any
 
 from data_prep.labels import staging
 from data_prep.labels.lookup import LabelSources
-from data_prep.pipeline.downloads import Downloads
+from data_prep.pipeline.downloads import Downloads, discard
 from data_prep.pipeline.manifest import Manifest, in_words
 from data_prep.pipeline.notes import Conversion
 from data_prep.pipeline.options import Directories, Options
@@ -135,6 +135,8 @@ def run_task(
                 progress.advance(1, already_there=True)
             else:
                 missing.append(entry)
+                if array.downloads.remove:
+                    discard(staged.name(entry), array.downloads)
         pool = stack.enter_context(WorkerPool(num_workers or usable_cores()))
         for entry, outcome in stage_entries(job, missing, pool):
             if outcome.failed:

@@ -83,6 +83,13 @@ def fetched(entry: Entry, key: str, downloads: Downloads) -> Iterator[Path]:
                 remove_tree(own)
 
 
+def discard(key: str, downloads: Downloads) -> None:
+    """Removes what a killed task left of an entry, unless another task is at work on it."""
+    own = downloads.folder / key
+    with contextlib.suppress(InputError, FileNotFoundError), lock_directory(own):
+        remove_tree(own)
+
+
 def list_entry(entry: Entry, files: Path) -> Iterator[Source | Unreadable]:
     """Every file of a fetched entry, by its path in the archive; packed files are expanded."""
     for place in entry.places:

@@ -4,8 +4,11 @@ named and come later, and what is refused."""
 import functools
 import hashlib
 import http.server
+import os
 import shutil
+import signal
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -13,12 +16,15 @@ from typing import ClassVar
 import pytest
 
 from data_prep.labels.lookup import LabelSources
+from data_prep.pipeline import array as arrays
 from data_prep.pipeline import downloads as downloading
 from data_prep.pipeline.array import Array, assemble, progress_text, run_task
 from data_prep.pipeline.downloads import Downloads
 from data_prep.pipeline.manifest import in_words, read_manifest
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
+from data_prep.scan.headers import Header, NotAnImage, read_header
+from data_prep.scan.packed_files import Source
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import lock_directory
 from data_prep.system.stores import Access
@@ -278,3 +284,86 @@ def test_a_spread_series_is_refused_by_name_and_taken_as_one_entry(tmp_path, arc
     one = Directories(scans, tmp_path / "one", tmp_path / "one-audit")
     prepare(options, one, num_workers=1, pseudonym_key_file=key_file)
     assert content(array.directories.output_dir) == content(one.output_dir)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+class Flags(types.SimpleNamespace):
+    """The flags of a command line, as absl gives them."""
+
+    def __init__(self, **given):
+        values = dict.fromkeys(("manifest", "input_dir", "pseudonym_key_file", "beam_options"), "")
+        values |= dict.fromkeys(("task_index", "task_count"), None)
+        values |= {"runner": "local", "assemble": False, "dry_run": False}
+        super().__init__(**values | given, given=given)
+
+    def __getitem__(self, name: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(present=name in self.given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give --input_dir, the folder of the scans, or --manifest"),
+        ({"input_dir": "A", "task_index": 0}, "--task_index goes with --manifest"),
+        ({"input_dir": "A", "assemble": True}, "--assemble goes with --manifest"),
+        ({"manifest": "M", "runner": "beam"}, "--manifest goes with --runner=local"),
+        ({"manifest": "M", "task_index": 0, "task_count": 2}, "needs --pseudonym_key_file"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        arrays.check_flags(Flags(**given))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "needs --task_index and --task_count"),
+        ({"task_index": 0}, "needs --task_index and --task_count"),
+        ({"assemble": True, "task_index": 0}, "--assemble is no task"),
+        ({"task_index": 0, "task_count": 2, "dry_run": True}, "--dry_run goes with --assemble"),
+    ],
+)
+def test_half_a_task_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        arrays.check_flags(Flags(manifest="M", pseudonym_key_file="K", **given))
+
+
+def test_what_does_not_go_with_a_manifest_is_refused(tmp_path, archive, key_file):
+    array = job(tmp_path, written(tmp_path / "m.txt", f"{archive}/a/"), key_file)
+    with pytest.raises(InputError, match=r"--task_index=2: is one of 0 to 1"):
+        run_task(array, 2, 2)
+    for change, message in (
+        ({"options": Options("rsna_pe")}, "--archive=rsna_pe has tables among the scans"),
+        ({"sources": LabelSources("nifti", metadata_csv=key_file)}, "--metadata_csv needs a local"),
+        ({"downloads": Downloads(tmp_path / "dataset" / "x")}, "lies inside --output_dir"),
+        ({"pseudonym_key_file": tmp_path / "none"}, "no such key file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_task(Array(**vars(array) | change), 0, 1)
+
+
+def deadly_read(input_dir: Path, source: Source) -> Header | NotAnImage:
+    """A header that kills the process that reads it."""
+    if source.path.endswith("notes.txt"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_header(input_dir, source)
+
+
+def test_a_file_that_kills_its_worker_costs_itself_only(
+    tmp_path, archive, plain, key_file, monkeypatch
+):
+    manifest = written(tmp_path / "m.txt", *(f"{archive}/{name}/" for name in "abcde"))
+    array = job(tmp_path, manifest, key_file)
+    monkeypatch.setattr(arrays, "header_reader", lambda archive: deadly_read)
+    with pytest.raises(RunFailed, match="line 5: a file or series could not be read for now"):
+        run_task(array, 0, 1, num_workers=1)
+    assemble(array, num_workers=1)
+    made = content(array.directories.output_dir)
+    volumes = [one["volumes.csv"] for one in (made, plain)]
+    assert volumes[0] == volumes[1]
+    assert b'"files_not_images": {"failed_for_now": 1}' in b" ".join(
+        made["preparation.json"].split()
+    )
