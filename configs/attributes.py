@@ -1,13 +1,13 @@
 r"""A patient attribute from the middle slice, end to end: the paper's baseline in its Figure 6.
 
-    python -m ctssl_jax.train --config=configs/attributes.py \
+    ctssl train --config=attributes \
         --config.dataset=DATASET --workdir=RUN --config.label=sex --config.num_classes=2
 
 Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
-`experiments.figure6` (64 x 64 pixels, 48 test patients), 100 steps of `:small` told sex with an
+`ctssl figure6` (64 x 64 pixels, 48 test patients), 100 steps of `:small` told sex with an
 AUROC of 0.972. The whole figure of 18 cells took 8 minutes 41 seconds on two busy CPU cores.
 
-The network is the encoder of the pretraining, with random weights. `ctssl_jax.attributes` probes
+The network is the encoder of the pretraining, with random weights. `ctssl attributes` probes
 frozen pretrained encoders. `config.label` names a label of the dataset, or `sex`, `ethnic_group` or
 `age` (decades) of its volumes.
 """

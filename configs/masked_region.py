@@ -1,6 +1,6 @@
 r"""Masked region prediction with the paper's model (section II.C.2): 101 million parameters.
 
-    python -m ctssl_jax.train --config=configs/masked_region.py \
+    ctssl train --config=masked_region \
         --config.dataset=DATASET --workdir=RUN --config.dtype=bfloat16
 
 Needs an accelerator, since a step costs about 10 TFLOP a slice. One H200 does 52.6 slices/s at
@@ -9,10 +9,10 @@ batch 16 (bfloat16), so that the 100,000 steps would take 8.4 hours; they were n
 Every recipe has a size that a laptop trains in minutes, on a dataset prepared with
 `--image_size=64`:
 
-    python -m ctssl_jax.train --config=configs/masked_region.py:small \
+    ctssl train --config=masked_region:small \
         --config.dataset=DATASET --workdir=RUN
 
-On the synthetic archive of `python -m experiments.quickstart` (34 patients for training, 7 for the
+On the synthetic archive of `ctssl quickstart` (34 patients for training, 7 for the
 test) this took 777 s on two busy CPU cores. It reached masked MSE 0.0223, MSE 0.0088 and SSIM 0.844
 on the test patients; the mean training slice has a masked MSE of 0.0574. `--config.FIELD=VALUE`
 overrides any field.

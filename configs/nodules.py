@@ -1,14 +1,14 @@
 r"""Nodule segmentation (paper, section II.E): a U-Net whose down branch is the pretrained encoder.
 
-    python -m ctssl_jax.train --config=configs/nodules.py --config.dataset=DATASET --workdir=RUN \
+    ctssl train --config=nodules --config.dataset=DATASET --workdir=RUN \
         --config.init_from=PRETRAINED_RUN --config.train_fraction=0.1 --config.dtype=bfloat16
 
 Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
-`experiments.figure5` (64 x 64 pixels, 40 training studies), 150 steps of `:small` reached Dice
+`ctssl figure5` (64 x 64 pixels, 40 training studies), 150 steps of `:small` reached Dice
 0.475 from random weights and 0.514 from masked region prediction with 20 %. A training with its
 evaluation took 35 to 75 seconds on two busy CPU cores.
 
-DATASET is made by `python -m data_prep.prepare --archive=lidc_idri`, or with `--masks_dir` beside
+DATASET is made by `ctssl prepare --archive=lidc_idri`, or with `--masks_dir` beside
 any archive. Without `init_from` all weights of the same network are random, which is the paper's
 baseline. `--config.model.residual_stack=True --config.init_scope=encoder` also takes the residual
 blocks of the encoder, as the bottleneck.

@@ -1,10 +1,10 @@
-r"""Nodule segmentation by a standard U-Net of 64 to 1,024 features, beside `configs/nodules.py`.
+r"""Nodule segmentation by a standard U-Net of 64 to 1,024 features, beside `nodules`.
 
-    python -m ctssl_jax.train --config=configs/nodules_standard_unet.py \
+    ctssl train --config=nodules_standard_unet \
         --config.dataset=DATASET --workdir=RUN
 
 Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
-`experiments.figure5`, 150 steps of `:small` from random weights differed from `configs/nodules.py`
+`ctssl figure5`, 150 steps of `:small` from random weights differed from `nodules`
 by +0.014, -0.035 and +0.020 Dice with an eighth, a quarter and all of the training studies. All
 three intervals contain zero.
 """

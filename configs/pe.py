@@ -1,16 +1,16 @@
 r"""Pulmonary embolism on a slice (paper, section II.D): the pretrained encoder, fine-tuned.
 
-    python -m ctssl_jax.train --config=configs/pe.py --config.dataset=DATASET --workdir=RUN \
+    ctssl train --config=pe --config.dataset=DATASET --workdir=RUN \
         --config.init_from=PRETRAINED_RUN --config.train_fraction=0.04 --config.dtype=bfloat16
 
 Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
-`experiments.figure3` (64 x 64 pixels, 48 training studies), 150 steps of `:small` reached an AUROC
+`ctssl figure3` (64 x 64 pixels, 48 training studies), 150 steps of `:small` reached an AUROC
 over slices of 0.666 from random weights and 0.681 from masked region prediction with 20 %. A
 training with its evaluation took 35 to 75 seconds on two busy CPU cores.
 
-DATASET is made by `python -m data_prep.prepare --archive=rsna_pe`. Without `init_from` the encoder
+DATASET is made by `ctssl prepare --archive=rsna_pe`. Without `init_from` the encoder
 starts from random weights, which is the paper's baseline. Any label of a dataset can be trained on
-(`--labels_csv` of `data_prep.prepare`): `--config.label=NAME --config.num_classes=K`.
+(`--labels_csv` of `ctssl prepare`): `--config.label=NAME --config.num_classes=K`.
 """
 
 import ml_collections

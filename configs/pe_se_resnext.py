@@ -1,6 +1,6 @@
 r"""Pulmonary embolism on a slice by SE-ResNeXt-50 32x4d, the RSNA winner's slice stage ("SOTA").
 
-    python -m ctssl_jax.train --config=configs/pe_se_resnext.py \
+    ctssl train --config=pe_se_resnext \
         --config.dataset=DATASET --workdir=RUN \
         --config.init_weights=seresnext50_32x4d_racm-a304a460.pth --config.dtype=bfloat16
 
@@ -8,7 +8,7 @@ Needs an accelerator. Not run at this size, nor on the synthetic archives; hours
 known.
 
 Three adjacent slices are the channels, level 100 / width 700 (`--window=100,700` of
-`data_prep.prepare`, one of the defaults of `--archive=rsna_pe`). Each image is stretched from its
+`ctssl prepare`, one of the defaults of `--archive=rsna_pe`). Each image is stretched from its
 minimum to its maximum and cropped to the lungs. Binary cross-entropy, Adam, one epoch, a learning
 rate that falls to zero. `init_weights` names your file of ImageNet weights in the layout of timm or
 the older one, whose pooling the network takes. Without it training starts from random weights,

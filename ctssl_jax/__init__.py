@@ -5,7 +5,7 @@
 
 `ctssl_jax.inference.pretrained` lists the methods of a model.
 
-A file at the top is a command (`python -m ctssl_jax.train --help`). A folder is a part of the
+A file at the top is a command (`ctssl train --help`). A folder is a part of the
 program; it imports only the folders that stand before it here, and of `data_prep` (which knows
 nothing of this package) system, scan, masks, privacy, dataset and raw:
 

@@ -11,6 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
+from data_prep.system import silence
+
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = (_PACKAGE / "experiments").is_dir()  # setup.cfg puts them there in a wheel
 _EXPERIMENTS = _PACKAGE / "experiments" if _INSTALLED else _PACKAGE.parent / "experiments"
@@ -93,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: no command {name!r}; ctssl --help lists them", file=sys.stderr)
         return 2
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python sets it
+    silence.watch()
     sys.argv = [f"ctssl {name}", *rest[:-1]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0

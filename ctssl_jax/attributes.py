@@ -1,6 +1,6 @@
 r"""Measure what a frozen encoder has learned of patients: age, sex, ethnic group.
 
-    python -m ctssl_jax.attributes --workdir=RUN --dataset=DATASET --output=RESULT.json
+    ctssl attributes --workdir=RUN --dataset=DATASET --output=RESULT.json
 
 This is the paper's section II.E and Figure 6. The middle slice of each volume (the slice of the
 largest body cross-section) is encoded, and its latents are averaged. Logistic regression on the
@@ -18,9 +18,9 @@ Three controls:
                          scatter around 0.5 from --seed to --seed, and a mean over seeds that is not
                          0.5 shows a leak
 
-Compare an encoder with `untrained`, with `pixels`, and with configs/attributes.py, which is trained
-end to end. RESULT.csv beside RESULT.json has one row a test volume: its pseudonyms and, for each
-attribute, the true class and the probabilities.
+Compare an encoder with `untrained`, with `pixels`, and with the recipe `attributes`, which is
+trained end to end. RESULT.csv beside RESULT.json has one row a test volume: its pseudonyms and, for
+each attribute, the true class and the probabilities.
 """
 
 if __name__ == "__main__":  # the imports below take their time
@@ -97,6 +97,11 @@ def start(flag_values: flags.FlagValues) -> None:
         untrained = str(flag_values.output).replace(".json", "-untrained.json")
         given = [word for word in sys.argv[1:] if not word.startswith("--output")]
         command_line.suggest("attributes", *given, "--encoder=untrained", f"--output={untrained}")
+    else:
+        run, folder = flag_values.workdir, command_line.beside(flag_values.workdir, "-export")
+        command_line.suggest(
+            "export", f"--workdir={run}", f"--output_dir={folder}", "--license=LICENCE"
+        )
 
 
 def main(argv: list[str]) -> int:

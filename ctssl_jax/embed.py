@@ -1,6 +1,6 @@
 r"""Embeddings of scans by a trained model: per slice, and their mean and maximum per volume.
 
-    python -m ctssl_jax.embed --workdir=RUN --input=SCANS --output=FILE.parquet
+    ctssl embed --workdir=RUN --input=SCANS --output=FILE.parquet
 
 SCANS is a folder of one scan or of many, a zip file, a DICOM or NIfTI file, or a prepared dataset.
 Raw scans are read as `data_prep.prepare` reads them, with the window and the image size of the run:

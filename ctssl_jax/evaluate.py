@@ -1,6 +1,6 @@
 r"""Measure a trained model on a split of a dataset.
 
-    python -m ctssl_jax.evaluate --workdir=RUN --dataset=DATASET --split=test --output=RESULT.json
+    ctssl evaluate --workdir=RUN --dataset=DATASET --split=test --output=RESULT.json
 
 Every slice is scored, the slices of a volume are averaged, and the results are mean and standard
 deviation over volumes with a 95 % bootstrap interval by patient. Beside RESULT.json stand

@@ -1,6 +1,6 @@
 r"""Export a checkpoint to PyTorch, safetensors and ONNX, with proof that it is the same model.
 
-    python -m ctssl_jax.export --workdir=RUN --output_dir=FOLDER --license=CC-BY-NC-4.0 \
+    ctssl export --workdir=RUN --output_dir=FOLDER --license=CC-BY-NC-4.0 \
         --format=torch,safetensors,onnx
 
 FOLDER then contains the files that a PyTorch user needs:

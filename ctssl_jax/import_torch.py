@@ -1,8 +1,8 @@
 r"""Import weights from PyTorch into a run directory for `evaluate`, `embed` and `train`
 (`--config.init_from`).
 
-    python -m ctssl_jax.import_torch --checkpoint=last.pth.tar --workdir=RUN
-    python -m ctssl_jax.import_torch --checkpoint=EXPORTED_FOLDER --workdir=RUN
+    ctssl import_torch --checkpoint=last.pth.tar --workdir=RUN
+    ctssl import_torch --checkpoint=EXPORTED_FOLDER --workdir=RUN
 
 The first form takes an autoencoder in the authors' layout, bare or as `{'model_state': ...}`, with
 or without the prefix `module.`. The tensors give its sizes. The flags say how its slices were

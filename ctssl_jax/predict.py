@@ -1,9 +1,9 @@
 r"""Predict a label or a mask of one scan with a fine-tuned model.
 
-    python -m ctssl_jax.predict --workdir=RUN --input=SCAN --output=DIR
+    ctssl predict --workdir=RUN --input=SCAN --output=DIR
 
 SCAN is one CT volume: a folder, a zip file or a file, DICOM or NIfTI. RUN is a run of a label or a
-segmentation recipe, such as configs/pe.py and configs/nodules.py. DIR gets prediction.json, written
+segmentation recipe, such as `pe` and `nodules`. DIR gets prediction.json, written
 last, and prediction.png. A label adds
 
     slices.csv        slice_index (0 is the lowest), position_mm along the slice normal, and the
@@ -96,6 +96,11 @@ def start(flag_values: flags.FlagValues) -> None:
     print(table(result))
     written = f"written: {', '.join(result['files'])} in {flag_values.output}"
     print(f"{written}. Research software; not for diagnosis.", flush=True)
+    run, folder = (
+        f"--workdir={flag_values.workdir}",
+        command_line.beside(flag_values.workdir, "-export"),
+    )
+    command_line.suggest("export", run, f"--output_dir={folder}", "--license=LICENCE")
 
 
 def main(argv: list[str]) -> int:

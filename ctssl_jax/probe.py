@@ -1,6 +1,6 @@
 r"""Measure what a frozen encoder has learned beside its own task.
 
-    python -m ctssl_jax.probe --workdir=RUN --dataset=DATASET --output=RESULT.json
+    ctssl probe --workdir=RUN --dataset=DATASET --output=RESULT.json
 
 The weights of the encoder stay as they are. Simple probes are fitted to its features of training
 slices, and the validation split chooses their settings. All slices of the test split are scored as
@@ -92,6 +92,11 @@ def start(flag_values: flags.FlagValues) -> None:
         untrained = str(flag_values.output).replace(".json", "-untrained.json")
         given = [word for word in sys.argv[1:] if not word.startswith("--output")]
         command_line.suggest("probe", *given, "--encoder=untrained", f"--output={untrained}")
+    else:
+        run, folder = flag_values.workdir, command_line.beside(flag_values.workdir, "-export")
+        command_line.suggest(
+            "export", f"--workdir={run}", f"--output_dir={folder}", "--license=LICENCE"
+        )
 
 
 def main(argv: list[str]) -> int:

@@ -1,10 +1,10 @@
 r"""List the recipes, or the fields of one recipe.
 
-    python -m ctssl_jax.recipes
-    python -m ctssl_jax.recipes masked_region --size=small
-    python -m ctssl_jax.recipes --markdown     # the tables of configs/README.md
+    ctssl recipes
+    ctssl recipes masked_region --size=small
+    ctssl recipes --markdown     # the tables of configs/README.md
 
-A recipe is named in `python -m ctssl_jax.train --config=masked_region:small`, and
+A recipe is named in `ctssl train --config=masked_region:small`, and
 `--config.FIELD=VALUE` sets a field.
 """
 
@@ -32,7 +32,15 @@ def main(argv: list[str]) -> int:
     if flags.FLAGS.markdown:
         print(markdown())
         return 0
-    print(describe(argv[1], flags.FLAGS.size) if argv[1:] else list_recipes())
+    if argv[1:]:
+        print(describe(argv[1], flags.FLAGS.size), flush=True)
+        config = f"--config={argv[1]}" + (":small" if flags.FLAGS.size == "small" else "")
+        command_line.suggest(
+            "train", config, "--config.dataset=DATASET", "--workdir=RUN", aside=True
+        )
+    else:
+        print(list_recipes(), flush=True)
+        command_line.suggest("recipes", "masked_region", aside=True)
     return 0
 
 

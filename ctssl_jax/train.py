@@ -1,6 +1,6 @@
 r"""Train a model: pretraining and downstream.
 
-    python -m ctssl_jax.train --config=configs/masked_region.py --config.dataset=DATASET \
+    ctssl train --config=masked_region --config.dataset=DATASET \
         --workdir=RUN
 
 Run it again to resume where it stopped: a checkpoint holds the whole state, also the order of the

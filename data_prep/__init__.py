@@ -15,14 +15,17 @@ first used.
     >>> lung = prepare_images(volume.hu, volume.pixel_spacing_mm, [(-600.0, 1500.0)], image_size=32)
     >>> lung.shape
     (21, 32, 32, 1)
+    >>> from data_prep import mask_image  # voxels of a scan -> a mask as `--masks_dir` takes it
+    >>> mask_image(volume.hu > 250, volume, plan.input_dir).shape  # NIfTI: columns, rows, slices
+    (58, 56, 21)
 
-A directory that `python -m data_prep.prepare` wrote:
+A directory that `ctssl prepare` wrote:
 
     >>> dataset = Dataset.open("dataset")
     >>> len(dataset.volumes("train")), dataset.source("train")[0]["image"].shape
     (5, (16, 16, 1))
 
-A file at the top is a command (`python -m data_prep.prepare --help`). A folder is a part of the
+A file at the top is a command (`ctssl prepare --help`). A folder is a part of the
 program; it imports only the folders that stand before it here:
 
     system      errors, files, object stores, worker processes, the runner of commands
@@ -42,17 +45,28 @@ from data_prep.system import lazy_names
 
 if TYPE_CHECKING:
     from data_prep.dataset.reader import Dataset
+    from data_prep.masks.writing import mask_image
     from data_prep.raw.scans import Refused, Scan, plan_scans, read_scan
     from data_prep.scan.rules import Rules
     from data_prep.scan.window import prepare_images
 
-__all__ = ["Dataset", "Refused", "Rules", "Scan", "plan_scans", "prepare_images", "read_scan"]
+__all__ = [
+    "Dataset",
+    "Refused",
+    "Rules",
+    "Scan",
+    "mask_image",
+    "plan_scans",
+    "prepare_images",
+    "read_scan",
+]
 
 _HOMES = {
     "Dataset": "data_prep.dataset.reader",
     "Refused": "data_prep.raw.scans",
     "Rules": "data_prep.scan.rules",
     "Scan": "data_prep.raw.scans",
+    "mask_image": "data_prep.masks.writing",
     "plan_scans": "data_prep.raw.scans",
     "prepare_images": "data_prep.scan.window",
     "read_scan": "data_prep.raw.scans",

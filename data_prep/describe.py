@@ -1,11 +1,13 @@
 r"""The content of a dataset: cohort table, contact sheet, and checks.
 
-    python -m data_prep.describe --dataset=DATASET [--verify
+    ctssl describe --dataset=DATASET [--html] [--verify
         [--audit_dir=DATASET-audit --input_dir=SCANS]]
 
 Prints the table and writes cohort.csv and contact_sheet.png into --output_dir (default:
-DATASET-description). The exit code is 1 if a table is damaged, with --verify if anything is wrong.
-With --audit_dir and --input_dir it also searches the dataset for values of the source headers (see
+DATASET-description). With --html it also writes pages: of every volume into the folder `html`
+there, of what was refused into the folder `refused` of the private audit directory. The exit code
+is 1 if a table is damaged, with --verify if anything is wrong. With --verify, --audit_dir and
+--input_dir it also searches the dataset for values of the source headers (see
 `data_prep.privacy.leaks`).
 """
 
@@ -37,21 +39,29 @@ def main(argv: list[str]) -> int:
         notes_on_parts,
         table_text,
     )
+    from data_prep.dataset.pages import write_pages
     from data_prep.dataset.reader import Dataset
     from data_prep.dataset.schema import REJECTED_FILE, rules_lines
     from data_prep.dataset.storage import write_table
+    from data_prep.pipeline.refusals import audit_dir_of, write_refusals
     from data_prep.system import stores
 
     dataset = Dataset.open(FLAGS.dataset)
     dataset.fetch(dataset.preparation["splits"])
-    if bool(FLAGS.audit_dir) != bool(FLAGS.input_dir) or (FLAGS.audit_dir and not FLAGS.verify):
+    alone = FLAGS.html and not FLAGS.input_dir  # the audit directory for the pages
+    if not alone and (
+        bool(FLAGS.audit_dir) != bool(FLAGS.input_dir) or (FLAGS.audit_dir and not FLAGS.verify)
+    ):
         raise InputError(
-            "--audit_dir and --input_dir belong together, and to --verify; give all three or none"
+            "--audit_dir and --input_dir belong together, and to --verify; give all three or "
+            "none, or --audit_dir with --html"
         )
-    if FLAGS.audit_dir and "parts" in dataset.preparation:
+    is_merged = "parts" in dataset.preparation
+    if FLAGS.audit_dir and is_merged:
         raise InputError(
             f"--dataset={dataset.directory}: was merged from several datasets; search each part"
         )
+    audit_dir = audit_dir_of(dataset, FLAGS.audit_dir) if FLAGS.html and not is_merged else None
     if problems := dataset.damaged_tables():
         return _wrong(problems)
     with open(dataset.directory / REJECTED_FILE, newline="") as file:
@@ -77,6 +87,11 @@ def main(argv: list[str]) -> int:
     with written_whole(output_dir / "contact_sheet.png") as temporary:
         contact_sheet(dataset, FLAGS.num_slices, FLAGS.seed).save(temporary, "PNG")
     print(f"Written: {output_dir}/contact_sheet.png")
+    if FLAGS.html:
+        write_pages(dataset, rows, output_dir / "html")
+        print(f"Written: {output_dir}/html/index.html")
+    if audit_dir:
+        print(f"Written: {write_refusals(audit_dir)} (private)")
     size = dataset.preparation["image_size"]
     recipe = f"--config=masked_region{':small' if size <= 64 else ''}"
     sizes = [] if size in (64, 512) else [f"--config.image_size={size}"]  # those of the recipes
@@ -103,7 +118,7 @@ def _verify(dataset: "Dataset") -> list[str]:
         problems = verify(dataset, pool)
         if not problems:
             print("Verified: checksums, records, order, neighbours, tables.")
-        if FLAGS.audit_dir:
+        if FLAGS.input_dir:
             input_dir = archive_directory(FLAGS.input_dir)
             if not input_dir.is_dir():
                 raise InputError(
@@ -137,12 +152,16 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("seed", 0, "Seed of the choice of slices.")
     flags.DEFINE_bool(
+        "html", False, "Write pages to look through: of every volume, and of what was refused."
+    )
+    flags.DEFINE_bool(
         "verify", False, "Check checksums, records and tables; exit code 1 if anything is wrong."
     )
     flags.DEFINE_string(
         "audit_dir",
         None,
-        "With --verify and --input_dir: search the dataset for identifying values.",
+        "With --verify and --input_dir: search the dataset for identifying values. With --html: "
+        "where the pages of what was refused go (default: DATASET-audit, if it is there).",
     )
     flags.DEFINE_string(
         "input_dir", None, "Directory of the scans from which the dataset was made."

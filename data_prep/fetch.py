@@ -1,6 +1,6 @@
 """Dataset on an object store -> a copy on this machine.
 
-    python -m data_prep.fetch --dataset=gs://BUCKET/DATASET [--splits=train,validation]
+    ctssl fetch --dataset=gs://BUCKET/DATASET [--splits=train,validation]
 
 Prints the directory of the copy, which every command takes as a dataset. Commands that take the URL
 use the same copy and fetch the files that it lacks. Killed at any moment, the same command
@@ -25,7 +25,8 @@ def main(argv: list[str]) -> int:
 
     dataset = Dataset.open(FLAGS.dataset)
     dataset.fetch(FLAGS.splits or dataset.preparation["splits"])
-    print(dataset.directory)
+    print(dataset.directory, flush=True)
+    command_line.suggest("describe", f"--dataset={FLAGS.dataset}", "--verify", aside=True)
     return 0
 
 

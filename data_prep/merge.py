@@ -1,6 +1,6 @@
 r"""Several datasets -> one, at once and without copying: a view, whose shards are links.
 
-    python -m data_prep.merge --datasets=A,B[,C...] --output_dir=VIEW
+    ctssl merge --datasets=A,B[,C...] --output_dir=VIEW
 
 VIEW is a dataset directory like any other (`data_prep.dataset.reader`): volumes in the order of A,
 B, C within each split, tables of its own. A label that only some of the datasets have is missing in
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     from data_prep.dataset.schema import PREPARATION_FILE, rules_lines, summary_text
 
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", "choose a folder here")
-    remedy = "fetch it first: python -m data_prep.fetch"
+    remedy = "fetch it first: ctssl fetch"
     names = [stores.local_path(name, "--datasets", remedy) for name in FLAGS.datasets if name]
     parts = [Dataset.open(name) for name in names]
     preparation, changed = merge(parts, output_dir, FLAGS.link)

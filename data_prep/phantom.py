@@ -1,6 +1,6 @@
 """Makes a synthetic archive of chest CT: genuine DICOM files of made-up patients, a folder each.
 
-    python -m data_prep.phantom --output_dir=DIR --num_patients=24 --seed=0
+    ctssl phantom --output_dir=DIR --num_patients=24 --seed=0
 
 Patient i of a seed is always the same, whatever the number of patients or workers, so an archive
 can be continued after an interruption or grown with a larger `--num_patients` in the same folder.

@@ -1,10 +1,12 @@
 r"""Archive of scans -> dataset directory.
 
-    python -m data_prep.prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
+    ctssl prepare --archive=dicom --input_dir=SCANS --output_dir=DATASET
 
 SCANS is any tree of files, on this machine or on a store (gs://BUCKET/DIR with ctssl_jax[gcs],
-s3://BUCKET/DIR with ctssl_jax[s3], see data_prep.system.stores). Zip files are read in place.
-DATASET is a folder on this machine. One dataset serves every task.
+s3://BUCKET/DIR with ctssl_jax[s3], see data_prep.system.stores). Zip, tar and gzip files are read
+in place, on a store those whose names end in .zip, .tar or .gz. Files packed in another way
+(.tar.gz, .xz, .7z ...) are named: unpack them first. DATASET is a folder on this machine. One
+dataset serves every task.
 
 Killed at any moment, the same command continues, with the same result to the byte. If new scans
 have come to SCANS, it adds them. It knows new files by names and sizes, so it does not notice a
@@ -33,7 +35,8 @@ data_prep.pipeline.manifest and data_prep.pipeline.array). --assemble --dry_run 
 are.
 
 --runner=beam converts and writes the shards under Apache Beam, on many machines if --beam_options
-name some (see data_prep.pipeline.beam). The dataset is the same to the byte.
+name some, and --runner=dask does so on a cluster of Dask (see data_prep.pipeline.beam). The dataset
+is the same to the byte.
 """
 
 if __name__ == "__main__":  # the imports below take their time
@@ -94,7 +97,7 @@ def main(argv: list[str]) -> int:
         holdout_volumes=FLAGS.holdout_volumes,
         shard_size_mb=parse_megabytes(FLAGS.shard_size_mb),
     )
-    beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options)
+    beam_options = parse_beam_options(FLAGS.runner, FLAGS.beam_options, FLAGS.dask_scheduler)
     names = ("attributes_csv", "metadata_csv", "masks_dir", "annotations_dir")
     paths = {name: _path(name) for name in names}
     tables = tuple(stores.local_path(path, "--labels_csv") for path in FLAGS.labels_csv)

@@ -1,13 +1,18 @@
 """Time to compile a training step, with residual blocks unrolled and in a scan.
 
-    python -m experiments.benchmark_compile --image_size=64 --steps=3
-    python -m experiments.benchmark_compile --image_size=512
+    ctssl benchmark_compile --image_size=64 --steps=3
+    ctssl benchmark_compile --image_size=512
 
 Each program is traced and compiled once, with JAX's cache of compiled programs off. With --steps
 the step is also run, and its median time printed (the first run does not count). The model has the
 reference widths unless --hidden changes them; the step is the same as in
 `experiments.benchmark_training`.
 """
+
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
 
 import argparse
 import statistics
@@ -20,6 +25,7 @@ from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
 from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
 
 from .bench.sides import (
     GIB,
@@ -103,6 +109,7 @@ def main() -> None:
             cells = measure(config, *shape, arguments.steps)
             blocks = "scan" if scan else "unrolled"
             print("| " + " | ".join([depth, blocks, *cells]) + " |", flush=True)
+    command_line.suggest("benchmark_training", aside=True)
 
 
 if __name__ == "__main__":

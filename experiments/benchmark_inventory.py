@@ -1,6 +1,6 @@
 r"""Speed and memory of the inventory of archives of growing size: listing, headers, planning.
 
-    python -m experiments.benchmark_inventory --input_dir=SCANS --num_files=10000,100000,1000000
+    ctssl benchmark_inventory --input_dir=SCANS --num_files=10000,100000,1000000
 
 Makes archives in --scratch_dir (once, if the folder stays): files with the headers of a few CT
 images of SCANS (real or phantom), without their pixels, of other patients, 100 files a series.
@@ -138,6 +138,7 @@ def main(argv: list[str]) -> None:
             if not row:
                 print("| " + " | ".join(cells) + " |\n|" + "---|" * len(cells))
             print("| " + " | ".join(cells.values()) + " |", flush=True)
+    command_line.suggest("benchmark_preparation", "--input_dir=SERIES", aside=True)
 
 
 if __name__ == "__main__":

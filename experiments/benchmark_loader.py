@@ -1,6 +1,6 @@
 r"""Measure how many slices a second reach the devices.
 
-    python -m experiments.benchmark_loader --dataset=DATASET
+    ctssl benchmark_loader --dataset=DATASET
 
 Without --dataset a temporary one is made: 2,560 slices of 512 x 512, 320 different ones. With far
 fewer, grain's shuffle would take most of the time: 180 us a slice of 200, 4 us a slice of a
@@ -159,8 +159,10 @@ def main(argv: list[str]) -> int:
             speed, share = waiting_share(Path(folder))
             print(
                 f"training a small model, 64 x 64: {speed:,.0f} slices/s, {share:.2%} of the time "
-                "waiting for data"
+                "waiting for data",
+                flush=True,
             )
+    command_line.suggest("benchmark_training", aside=True)
     return 0
 
 

@@ -1,6 +1,6 @@
 r"""Speed of `prepare`, its floor and other converters on one core, by transfer syntax.
 
-    python -m experiments.benchmark_preparation --input_dir=SCAN
+    ctssl benchmark_preparation --input_dir=SCAN
 
 SCAN holds one CT series as plain DICOM files. Its slices are written again in each of --syntaxes,
 --copies times as other patients. Each archive is measured with a warm page cache, the uncompressed
@@ -169,6 +169,7 @@ def main(argv: list[str]) -> int:
             measure(name, archive, chosen.copies, chosen.repeats, scratch)
             if name == "uncompressed":
                 measure_cold(archive, num_slices, chosen.repeats)
+    command_line.suggest("benchmark_loader", aside=True)
     return 0
 
 

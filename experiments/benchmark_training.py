@@ -1,10 +1,10 @@
 r"""Speed and memory of a training step: this project and the same model in PyTorch, in one run.
 
-    python -m experiments.benchmark_training --preset=64,128
-    python -m experiments.benchmark_training --preset=reference --dtype=bfloat16 \
+    ctssl benchmark_training --preset=64,128
+    ctssl benchmark_training --preset=reference --dtype=bfloat16 \
         --batch_size=4,8,16,32 --sides=jax
 
-A step is the forward pass in training mode, the loss of `configs/masked_region.py` (0.2 MSE + 0.2
+A step is the forward pass in training mode, the loss of `masked_region` (0.2 MSE + 0.2
 masked MSE + 0.8 vector quantization - 0.1 SSIM), the backward pass and a RAdam update. Both sides
 start from the same weights and see the same images, so their first losses must agree. Repeats
 alternate between the sides, so that a busy machine slows both. The columns are
@@ -26,6 +26,11 @@ timed.
 there, and prints the operations that take most of a step.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 import argparse
 import dataclasses
 import functools
@@ -41,6 +46,7 @@ from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
 from ctssl_jax.parallel.processes import configure_jax
+from data_prep.system import command_line
 
 from .bench.sides import (
     GIB,
@@ -216,6 +222,8 @@ def main() -> None:
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    recipe, dataset = "--config=masked_region", "--config.dataset=DATASET"
+    command_line.suggest("train", "--estimate", recipe, dataset, aside=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 r"""The progressive chain of masked region prediction: 5, 10, 20, then 33 % of the area.
 
-    python -m experiments.chain --dataset=DATASET --workdir=STUDY                # the chain
-    python -m experiments.chain --dataset=DATASET --workdir=STUDY --nochained    # the ablation
+    ctssl chain --dataset=DATASET --workdir=STUDY                # the chain
+    ctssl chain --dataset=DATASET --workdir=STUDY --nochained    # the ablation
 
 In the chain (paper, section II.C.2) each model starts from the one before. So a larger mask comes
 with longer training: the fourth model has seen four times as many steps as the first. The ablation
@@ -110,7 +110,10 @@ def main(argv: list[str]) -> int:
         runner.record_settings(settings.workdir, runner.settings_content(settings))
         runner.run(cells, flags.FLAGS.cells, settings.workdir)
     if verb in ("", "draw"):
-        print(draw(runner.recorded(settings)))
+        print(draw(runner.recorded(settings)), flush=True)
+        runner.suggest_after("draw", f"{__package__}.chain", [])
+    elif verb == "run":
+        runner.suggest_after("run", f"{__package__}.chain", [f"--workdir={settings.workdir}"])
     return 0
 
 

@@ -1,14 +1,14 @@
 r"""Figure 3: PE detection against the size of the training set, by pretext.
 
-    python -m experiments.figure3 run --preset=phantom --workdir=STUDY
-    python -m experiments.figure3 draw --preset=phantom --workdir=STUDY
+    ctssl figure3 run --preset=phantom --workdir=STUDY
+    ctssl figure3 draw --preset=phantom --workdir=STUDY
 
 Panels A and B show sensitivity and specificity of masked region prediction and of SE-ResNeXt-50
 (SOTA), at the threshold fixed on validation. The paper's text names the 5 % model, its caption the
 20 % model; both are drawn. Panel C shows the AUROC of all arms, random weights among them. `plan`
 lists the cells, one command each. With your own data:
 
-    python -m experiments.figure3 run --preset=paper --workdir=STUDY --dataset=RSNA_DATASET \
+    ctssl figure3 run --preset=paper --workdir=STUDY --dataset=RSNA_DATASET \
         --pretrained=masked_20=RUN --pretrained=rotation=RUN \
         --arms=random,masked_20,rotation,se_resnext
 """

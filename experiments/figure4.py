@@ -1,7 +1,7 @@
 r"""Figure 4: PE detection from masked region prediction, by the covered area (5 to 33 %).
 
-    python -m experiments.figure4 run --preset=phantom --workdir=STUDY
-    python -m experiments.figure4 draw --preset=phantom --workdir=STUDY
+    ctssl figure4 run --preset=phantom --workdir=STUDY
+    ctssl figure4 draw --preset=phantom --workdir=STUDY
 
 Cells, data and statistics are as in `experiments.figure3`. In one --workdir the arms of both
 figures are run once.

@@ -1,7 +1,7 @@
 r"""Figure 5: nodule segmentation against the size of the training set and the training steps.
 
-    python -m experiments.figure5 run --preset=phantom --workdir=STUDY
-    python -m experiments.figure5 draw --preset=phantom --workdir=STUDY
+    ctssl figure5 run --preset=phantom --workdir=STUDY
+    ctssl figure5 draw --preset=phantom --workdir=STUDY
 
 Dice and IoU are drawn. All arms are the same U-Net, whose down branch has the compression layers of
 the encoder; they differ in the weights of these layers alone. A standard U-Net is a reference

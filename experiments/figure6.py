@@ -1,16 +1,16 @@
 r"""Figure 6: patient attributes (age, sex, ethnic group) in pretrained encoders and in controls.
 
-    python -m experiments.figure6 run --preset=phantom --workdir=STUDY
-    python -m experiments.figure6 draw --preset=phantom --workdir=STUDY
+    ctssl figure6 run --preset=phantom --workdir=STUDY
+    ctssl figure6 draw --preset=phantom --workdir=STUDY
 
 Each arm is a frozen encoder, the last weights of its pretraining as in the other figures, probed on
 the middle slice of each volume (`ctssl_jax.attributes`). The paper's baseline is the same encoder
-trained end to end from random weights (`configs/attributes.py`), one model an attribute. Controls,
+trained end to end from random weights (recipe `attributes`), one model an attribute. Controls,
 with the architecture and weights of the first arm: random weights, pixels without a network, and
 shuffled labels. Random parts are run once a seed; probes of trained weights are not. `plan` lists
 the cells, one command each. With your own data:
 
-    python -m experiments.figure6 run --preset=paper --workdir=STUDY --dataset=DATASET \
+    ctssl figure6 run --preset=paper --workdir=STUDY --dataset=DATASET \
         --pretrained=masked_20=RUN --pretrained=rotation=RUN --arms=masked_20,rotation \
         --attributes=age,sex
 """
@@ -132,7 +132,8 @@ def main(argv: list[str]) -> int:
     check_request(study, flag.arms, flag.attributes)
     models = models_of(study, flag.arms, flag.attributes)
     if verb == "draw":
-        print(draw(study, models))
+        print(draw(study, models), flush=True)
+        runner.suggest_after("draw", f"{__package__}.figure6", [])
         return 0
     cells = [
         *downstream.data_cells(study, ("pretraining", "attributes")),

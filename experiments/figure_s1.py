@@ -1,7 +1,7 @@
 r"""Figure S1: nodule segmentation from masked region prediction, by the covered area (5 to 33 %).
 
-    python -m experiments.figure_s1 run --preset=phantom --workdir=STUDY
-    python -m experiments.figure_s1 draw --preset=phantom --workdir=STUDY
+    ctssl figure_s1 run --preset=phantom --workdir=STUDY
+    ctssl figure_s1 draw --preset=phantom --workdir=STUDY
 
 Cells, data and statistics are as in `experiments.figure5`. In one --workdir the arms of both
 figures are run once.

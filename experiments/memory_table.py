@@ -1,7 +1,7 @@
 """Memory of a training step of the reference model, by batch size and switches.
 
-    python -m experiments.memory_table                                      # on any machine
-    python -m experiments.memory_table --measure --batch_sizes=1,2,4,8      # as XLA expects it here
+    ctssl memory_table                                      # on any machine
+    ctssl memory_table --measure --batch_sizes=1,2,4,8      # as XLA expects it here
 
 The first table is computed. It adds up, for one device,
 
@@ -24,12 +24,18 @@ of the smaller batch.
 nothing is shared). A CPU says little about a GPU: there XLA undoes recomputation outside a scan.
 """
 
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
 import argparse
 import itertools
 
 import jax
 
 from ctssl_jax.models.vqvae import VQVAEConfig
+from data_prep.system import command_line
 
 from .bench import memory
 from .bench.sides import GIB
@@ -127,7 +133,10 @@ def main() -> None:
         scan=arguments.scan,
         **sizes,
     )
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
+    recipe, slices = "--config=masked_region", f"--config.batch_size={arguments.batch_sizes[-1]}"
+    dataset = "--config.dataset=DATASET"
+    command_line.suggest("train", "--estimate", recipe, dataset, slices, aside=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 r"""Table I of the paper: the nodule cohort, counted from annotations, and prepared datasets.
 
-    python -m experiments.table1 --output_dir=TABLE1 \
+    ctssl table1 --output_dir=TABLE1 \
         --annotations=LIDC-XML-only.tar --geometry=series_geometry.csv
-    python -m experiments.table1 --output_dir=TABLE1 --dataset=DATASET --dataset=OTHER
+    ctssl table1 --output_dir=TABLE1 --dataset=DATASET --dataset=OTHER
 
 Writes table1.md and table1.csv. The first part counts the annotations of the readers; it needs no
 images and takes half a minute. --geometry is a CSV with a line for each CT series and the columns
@@ -34,7 +34,7 @@ from data_prep.system.stores import local_path
 from .study.lidc_counts import count, first_scan_votes, read_geometry
 from .study.paper import TABLE1
 from .study.results import markdown, write_csv
-from .study.runner import run_stage
+from .study.runner import run_stage, suggest_after
 
 
 def lidc_rows(counted: dict[str, int], num_series: int) -> list[dict[str, str]]:
@@ -150,7 +150,8 @@ def main(argv: list[str]) -> int:
     text = "\n".join(parts)
     write_text(output_dir / "table1.md", text)
     write_csv(output_dir / "table1.csv", table)
-    print(f"{text}\nWritten: {output_dir}/table1.md, {output_dir}/table1.csv")
+    print(f"{text}\nWritten: {output_dir}/table1.md, {output_dir}/table1.csv", flush=True)
+    suggest_after("draw", f"{__package__}.table1", [])
     return 0
 
 

@@ -1,8 +1,8 @@
 r"""Table II of the paper: eight pretrained models on held-out volumes, each on its own task.
 
-    python -m experiments.table2 plan --dataset=DATASET --workdir=STUDY  # one command a cell
-    python -m experiments.table2 run  --dataset=DATASET --workdir=STUDY  # runs the missing cells
-    python -m experiments.table2 draw --dataset=DATASET --workdir=STUDY  # from results JSON alone
+    ctssl table2 plan --dataset=DATASET --workdir=STUDY  # one command a cell
+    ctssl table2 run  --dataset=DATASET --workdir=STUDY  # runs the missing cells
+    ctssl table2 draw --dataset=DATASET --workdir=STUDY  # from results JSON alone
 
 The four mask sizes are the paper's progressive chain; the other four start from random weights.
 Beyond the paper, every frozen encoder is probed on the labels of the other tasks and on
@@ -133,8 +133,10 @@ def main(argv: list[str]) -> int:
     elif verb == "run":
         runner.record_settings(settings.workdir, runner.settings_content(settings))
         runner.run(cells, flags.FLAGS.cells, settings.workdir)
+        runner.suggest_after("run", f"{__package__}.table2", [f"--workdir={settings.workdir}"])
     else:
-        print(draw(settings))
+        print(draw(settings), flush=True)
+        runner.suggest_after("draw", f"{__package__}.table2", [])
     return 0
 
 

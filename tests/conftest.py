@@ -19,6 +19,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         ]
     )
 os.environ.setdefault("MPLBACKEND", "Agg")
+# On a busy machine every command would name its long silences on stderr, which tests compare.
+os.environ.setdefault("CTSSL_QUIET", "1")
 # Compiled programs are shared by all tests, the workers of pytest-xdist, and the processes that
 # tests start: all inherit this environment. The folder outlives the session, so that a test is fast
 # when it runs again.

@@ -1,4 +1,5 @@
-"""The documents: every README.md, and what it names: commands, flags, fields, links, pictures."""
+"""The documents: every README.md and the notebook, and what they name: commands, flags, fields,
+links, pictures."""
 
 import re
 import shlex
@@ -11,16 +12,32 @@ import pytest
 from ctssl_jax import __main__ as ctssl
 from ctssl_jax.training import recipe_pages
 from ctssl_jax.training.recipe_files import load_recipe, recipe_names
-from tests.campaigns import document_commands
+from tests.campaigns import document_commands, notebook
 from tests.helpers.command_parser import refusals
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+
+def notebook_as_markdown() -> str:
+    """The notebook with its cells of commands and of Python as blocks."""
+    parts = []
+    for cell in notebook.read()["cells"]:
+        text, is_code = "".join(cell["source"]), cell["cell_type"] == "code"
+        first, _, rest = text.partition("\n")
+        if first.startswith("%%bash"):
+            parts.append(f"```bash\n{rest}\n```")
+        else:
+            parts.append(f"```python\n{text}\n```" if is_code else text)
+    return "\n\n".join(parts)
+
+
 DOCUMENTS = {
     str(path.relative_to(PROJECT)): path.read_text()
     for path in sorted([*PROJECT.rglob("*.md")])
     if not {part for part in path.relative_to(PROJECT).parts[:-1] if part.startswith(".")}
     and path.relative_to(PROJECT).parts[0] not in ("build", "dist", "runs")
 }
+DOCUMENTS["experiments/first_steps.ipynb"] = notebook_as_markdown()
 OTHER_PROGRAMS = set(  # flags in documents that are those of pip, ruff, pytest, Slurm and gcloud
     "array check command dependency dist force gres help logdir nodes parsable recurse requeue "
     "signal spot time user worker zone project".split()
@@ -193,5 +210,6 @@ def test_the_citation_is_of_this_version():
 def test_every_bash_block_is_executed_or_says_why_not():
     """`tests.campaigns.document_commands` runs them, in `.ci/run`."""
     executed, aside = document_commands.plan()
-    assert len(executed) + len(aside) >= sum(len(blocks(text)) for text in DOCUMENTS.values())
+    of_documents = [text for name, text in DOCUMENTS.items() if name.endswith(".md")]
+    assert len(executed) + len(aside) >= sum(len(blocks(text)) for text in of_documents)
     assert len(executed) > len(aside) and all(why for _, why in aside)

@@ -25,6 +25,8 @@ EXTRAS = (
     *(
         "aiohttp",
         "apache_beam",
+        "dask",
+        "distributed",
         "google",
         "highdicom",
         "onnx",

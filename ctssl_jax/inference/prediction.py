@@ -28,15 +28,16 @@ _LISTED_VOLUMES = 8  # in the line that asks for --series_index
 class Request:
     """A scan, and the settings of its prediction.
 
-    input_path: directory, zip file, DICOM or NIfTI file.
-    archive: `dicom`, `nifti` or `auto`.
-    metadata_csv: table beside NIfTI files, see `data_prep.scan.nifti_metadata`.
-    rules: by which scans are accepted; None takes the defaults of `data_prep.prepare`.
-    series_index: of the volume, from 0; None where the input has one volume.
-    evaluation: RESULT.json of `ctssl_jax.evaluate` of the same weights, for its thresholds.
-    dicom_seg: write segmentation.dcm; None writes it where this is possible.
-    segment_label: Segment Label of segmentation.dcm; "" takes `nodule` for a run on LIDC-IDRI, else
-      `foreground`.
+    Attributes:
+      input_path: directory, zip file, DICOM or NIfTI file.
+      archive: `dicom`, `nifti` or `auto`.
+      metadata_csv: table beside NIfTI files, see `data_prep.scan.nifti_metadata`.
+      rules: by which scans are accepted; None takes the defaults of `data_prep.prepare`.
+      series_index: of the volume, from 0; None where the input has one volume.
+      evaluation: RESULT.json of `ctssl_jax.evaluate` of the same weights, for its thresholds.
+      dicom_seg: write segmentation.dcm; None writes it where this is possible.
+      segment_label: Segment Label of segmentation.dcm; "" takes `nodule` for a run on LIDC-IDRI,
+        else `foreground`.
     """
 
     input_path: str | Path
@@ -181,8 +182,8 @@ def open_run(workdir: str | Path) -> Run:
         labels, masks = (", ".join(module.TASKS) for module in (label_prediction, mask_prediction))
         raise InputError(
             f"--workdir={workdir} is a run of the task {run.config.task}; predict takes runs of "
-            f"{labels} (configs/pe.py) and {masks} (configs/nodules.py); for embeddings use "
-            "ctssl_jax.embed"
+            f"{labels} (recipe pe) and {masks} (recipe nodules); for embeddings use "
+            "ctssl embed"
         )
     return run
 

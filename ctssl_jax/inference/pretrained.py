@@ -241,8 +241,7 @@ class PretrainedModel:
         plan = plan_scans(path, rules=rules)
         if len(plan.exams) > 1:
             raise InputError(
-                f"--input={path} holds {len(plan.exams)} scans; give one, or all to python -m "
-                "ctssl_jax.embed"
+                f"--input={path} holds {len(plan.exams)} scans; give one, or all to ctssl embed"
             )
         scan = read_scan(plan.input_dir, plan.exams[0], self.windows, self.image_size, rules)
         if isinstance(scan, Refused):

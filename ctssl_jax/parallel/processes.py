@@ -1,9 +1,11 @@
 """The processes of a run: settings of JAX, and joining."""
 
 import os
+import re
 import signal
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 import jax
 from absl import flags
@@ -12,13 +14,23 @@ from orbax.checkpoint._src.multihost import multihost as orbax_multihost
 from orbax.checkpoint.experimental.v1._src.synchronization import multihost as orbax_v1_multihost
 
 from ctssl_jax.parallel import lost_host, meeting, rendezvous
-from data_prep.system import early_stop
+from data_prep.system import early_stop, silence
 from data_prep.system.command_line import EXIT_INPUT
 from data_prep.system.errors import InputError
 
+_COMPILING = "/jax/core/compile/"  # the events of JAX's phases: trace, lower, compile
+_PROGRAMS = {
+    "train_step": "the training step",
+    "accumulate": "the training step",
+    "initial_state": "the first weights",
+    "score_batch": "the scores",
+}
+_named: list[bool] = []  # once a process
+
 
 def configure_jax() -> None:
-    """Settings of every command line: faster convolutions on CPU, and a cache of compiled programs.
+    """Settings of every command line: faster convolutions on CPU, a cache of compiled programs, and
+    a line on stderr for each compilation that takes long.
 
     Must run before JAX is first used. jaxlib 0.10 and 0.11 send the weight gradients of
     convolutions on CPU to a library that uses one core. The flag turns that off: a training step on
@@ -31,6 +43,31 @@ def configure_jax() -> None:
     ):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=".strip()
     _use_compilation_cache()
+    name_compilations()
+
+
+def name_compilations() -> None:
+    """Long compilations are named on stderr, see `silence`: JAX reports the begin of each of their
+    phases as a number, its end as a duration."""
+
+    def begun(event: str, value: float, *, fun_name: str = "", **more: Any) -> None:
+        if event.startswith(_COMPILING):
+            silence.begin(_work(fun_name))
+
+    def ended(event: str, seconds: float, *, fun_name: str = "", **more: Any) -> None:
+        if event.startswith(_COMPILING):
+            silence.end(_work(fun_name))
+
+    if not _named:
+        _named.append(True)
+        jax.monitoring.register_scalar_listener(begun)
+        jax.monitoring.register_event_duration_secs_listener(ended)
+
+
+def _work(fun_name: str) -> str:
+    """`train_step` or `jit(train_step)` -> `compiling    the training step`."""
+    name = re.sub(r"^jit[(_]|[)]$", "", fun_name)
+    return f"compiling    {_PROGRAMS.get(name, 'a program')}"
 
 
 def _use_compilation_cache() -> None:

@@ -169,7 +169,7 @@ def _of_tensors(entries: Mapping[str, Any], config: Any, checkpoint: Path) -> An
       InputError: the tensors are not an autoencoder in the authors' layout.
     """
     if config is None:
-        raise InputError("give --config=configs/masked_region.py, the recipe of the autoencoder")
+        raise InputError("give --config=masked_region, the recipe of the autoencoder")
     needed = ("encoder.0.0.weight", "encoder.1.0.weight", "vq_layer.embedding.weight")
     missing = [name for name in needed if name not in entries]
     if missing:

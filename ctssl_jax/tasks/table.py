@@ -54,7 +54,7 @@ def check_task(config: ml_collections.ConfigDict) -> None:
         raise InputError(
             f"config.task={config.task!r} does not fit this recipe "
             f"({', '.join(missing + foreign)}); start from "
-            f"--config=configs/{_RECIPES.get(config.task, config.task)}.py"
+            f"--config={_RECIPES.get(config.task, config.task)}"
         )
     names = scores_of(task)
     if config.get("best_by") not in names:

@@ -186,7 +186,8 @@ class VectorQuantizer(nn.Module):
 class ExportedModel(nn.Module):
     """Preprocessing and embeddings, which all models have.
 
-    manifest: contents of the folder's manifest.json; empty for a model that was not loaded.
+    Attributes:
+        manifest: contents of the folder's manifest.json; empty for a model that was not loaded.
     """
 
     offsets: tuple[int, ...] = (0,)  # slices of one input, relative to each other, as its channels

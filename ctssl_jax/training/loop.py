@@ -49,7 +49,7 @@ def train(
     """Train, or resume training, until `config.num_steps`.
 
     Args:
-      config: a recipe, see `configs/masked_region.py`.
+      config: a recipe, e.g. `configs.masked_region.get_config()`.
       workdir: the run directory, see `ctssl_jax.runs.run`.
       devices: JAX devices to use, by default all of all processes.
       dataset: the dataset of `config.dataset`, if it is open already.

@@ -29,8 +29,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     """
     if not config.dataset:
         raise InputError(
-            "config.dataset is empty; give --config.dataset=DIR, made by python -m "
-            "data_prep.prepare"
+            "config.dataset is empty; give --config.dataset=DIR, made by ctssl prepare"
         )
     for name, value in flat(to_json(config)).items():
         if name in FIELDS and (remedy := FIELDS[name].remedy(value)):
@@ -77,7 +76,7 @@ def check_encoder(config: ml_collections.ConfigDict) -> None:
         raise InputError(
             f"config.encoder_learning_rate_factor={config.encoder_learning_rate_factor:g}: the "
             f"model of config.task={config.task!r} has no encoder that it could apply to; set it "
-            "to 1, or train configs/nodules.py, whose U-Net has one"
+            "to 1, or train the recipe nodules, whose U-Net has one"
         )
 
 

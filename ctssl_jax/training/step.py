@@ -35,6 +35,7 @@ from ctssl_jax.training.state import (
     split_model,
     with_trained,
 )
+from data_prep.system import silence
 
 HOPELESS = 1.5  # times the memory of a device: reckoned figures may be a fifth too high
 
@@ -264,6 +265,11 @@ def compile_step(
       need. If the step is not compiled, or XLA refuses to, they are the reckoned ones, and above
       the memory of a device.
     """
+    with silence.work("compiling    the training step"):
+        return _compile_step(program, to_run, hopeless)
+
+
+def _compile_step(program: Program, to_run: bool, hopeless: float) -> tuple[Program, int]:
     available = device_memory(list(program.definition.mesh.devices.flat))
     traced = trace_step(program)
     reckoned = reckoned_bytes(program, traced)

@@ -44,12 +44,18 @@ class Dataset:
 
     preparation.json is read and checked once, at `open`. Each table is read at its first use and
     kept. All readers share its rows, so do not change them. A pickled handle leaves the tables out.
+
+    Attributes:
+        name: the path or URL that the user typed.
+        directory: on this machine.
+        preparation: content of preparation.json, without its checksum of itself.
+        parts: the datasets of a view (`data_prep.merge`).
     """
 
-    name: str  # the path or URL that the user typed
-    directory: Path  # on this machine
-    preparation: dict[str, Any]  # content of preparation.json, without its checksum of itself
-    parts: tuple[LinkedPart, ...] = ()  # of a view
+    name: str
+    directory: Path
+    preparation: dict[str, Any]
+    parts: tuple[LinkedPart, ...] = ()
     # file name -> rows of the tables that were read
     _tables: dict[str, list[dict[str, Any]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False
@@ -232,7 +238,7 @@ class SliceSource:
     def _damaged(self, shard: int, problem: str) -> DatasetError:
         path = self._directory / self._shards[shard].name
         return DatasetError(
-            f"{path}: damaged ({problem}); search all files by python -m data_prep.describe "
+            f"{path}: damaged ({problem}); search all files by ctssl describe "
             "--verify, and copy it again"
         )
 

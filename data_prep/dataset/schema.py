@@ -186,9 +186,7 @@ def read_preparation(dataset_dir: Path) -> dict[str, Any]:
     version.
     """
     if not dataset_dir.is_dir():
-        raise DatasetError(
-            f"{dataset_dir}: no such directory; make one with python -m data_prep.prepare"
-        )
+        raise DatasetError(f"{dataset_dir}: no such directory; make one with ctssl prepare")
     path = dataset_dir / PREPARATION_FILE
     if not path.is_file():
         raise DatasetError(

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from data_prep.dataset.schema import rules_lines, summary_text
 from data_prep.labels.rsna_pe import RULES
 from data_prep.pipeline.notes import ExamNote
+from data_prep.privacy.pseudonyms import Rejected
 from data_prep.raw.scans import REMEDIES, explain
 from data_prep.scan.archives import Source, Unreadable
 from data_prep.scan.headers import NotAnImage
@@ -18,15 +19,20 @@ from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import as_cell
 
 _COLUMNS = ("path", "member", "outcome", "pseudonym", "reason", "detail")
+SOURCES_FILE = "sources.csv"  # private: the outcome of each file
+REFUSED_FILE = "refused.csv"  # private: each series that was not taken
+REFUSED_COLUMNS = ("pseudonym", "num_files", "reason", "detail", "element", "path", "thumbnail")
 
 
 class FileAccount:
-    """Collects outcomes and writes one row a file to `sources_file`, which is private: it names the
-    sources."""
+    """Collects outcomes and writes one row a file to `sources_file` and one row a series that was
+    not taken to `refused_file`. Both are private: they name the sources."""
 
-    def __init__(self, sources_file: TextIO):
+    def __init__(self, sources_file: TextIO, refused_file: TextIO):
         self._writer = csv.writer(sources_file, lineterminator="\n")
         self._writer.writerow(_COLUMNS)
+        self._refused = csv.writer(refused_file, lineterminator="\n")
+        self._refused.writerow(REFUSED_COLUMNS)
         self._files = {
             name: collections.Counter() for name in ("dropped", "rejected", "not_images")
         }
@@ -60,6 +66,7 @@ class FileAccount:
                     source: ("rejected", series.series_id, series.reason, series.detail)
                     for source in files
                 }
+                self._add_refused(series, len(files))
                 self._files["rejected"][series.reason] += len(files)
                 self._series[series.reason] += 1
                 self.rejected.append(
@@ -76,6 +83,14 @@ class FileAccount:
         self._writer.writerows(
             (as_cell(source.path), as_cell(source.member), *row)
             for source, row in sorted(rows.items())
+        )
+
+    def _add_refused(self, series: Rejected, num_files: int) -> None:
+        first = min(series.sources, default=None)
+        path = as_cell("/".join(filter(None, (first.path, first.member)))) if first else ""
+        private = (as_cell(series.element), path, series.thumbnail)
+        self._refused.writerow(
+            (series.series_id, num_files, series.reason, series.detail, *private)
         )
 
     def commonest_in_words(self) -> str:

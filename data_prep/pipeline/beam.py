@@ -1,13 +1,21 @@
 r"""The expensive steps of a preparation under Apache Beam: conversion of exams, writing of shards.
 
     pip install '.[beam]'
-    python -m data_prep.prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"
+    ctssl prepare ... --runner=beam --beam_options="OPTIONS OF BEAM"
 
 The workers run the functions of the local runner, and the dataset is the same to the byte. Either
 runner continues the work of the other. Listing, headers, planning, the frozen plan and the tables
 stay with the process that was started, on its --num_workers. Without a runner in --beam_options the
 pipelines run on this machine (Beam's FnApiRunner) with --num_workers workers: good for a trial, not
-faster than the local runner. On a cluster:
+faster than the local runner. On a cluster of Dask, with the same paths everywhere (below):
+
+    pip install '.[dask]'                                         # on all machines
+    dask scheduler                                                # on one
+    DASK_DISTRIBUTED__WORKER__DAEMON=False dask worker tcp://HOST:8786      # on each of the others
+    ctssl prepare ... --runner=dask --dask_scheduler=tcp://HOST:8786
+
+Without that variable the workers may start no processes, and each scan is read in one of its own.
+On other clusters:
 
     --beam_options="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64
                     --environment_type=EXTERNAL --environment_config=WORKER:50000"
@@ -50,8 +58,10 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineState
 
-from data_prep.pipeline import assemble, convert, notes
+from data_prep.pipeline import assemble, convert, dask_cluster, notes
+from data_prep.pipeline.options import Directories
 from data_prep.pipeline.plan import read_plan
+from data_prep.pipeline.progress import ExamProgress
 from data_prep.scan.series import SeriesCandidate
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, publish, write_file
@@ -81,6 +91,8 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
             f"--direct_num_workers={num_workers}",
             *options,
         ]
+    if dask_scheduler(arguments):
+        from apache_beam.runners.dask import dask_runner  # noqa: F401  it defines its options
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -96,16 +108,55 @@ def pipeline_arguments(options: Sequence[str], num_workers: int) -> list[str]:
     return arguments
 
 
+def dask_scheduler(arguments: Sequence[str]) -> str | None:
+    """The address of the scheduler in Beam's arguments; None: not on Dask."""
+    named = [text for text in arguments if text.startswith(dask_cluster.ADDRESS_OPTION)]
+    return named[-1].removeprefix(dask_cluster.ADDRESS_OPTION) if named else None
+
+
+def check_cluster(arguments: Sequence[str]) -> None:
+    """Refuses a Dask cluster that can't do the work; other runners see for themselves.
+
+    Raises:
+        InputError: see `dask_cluster.check_cluster`.
+    """
+    if scheduler := dask_scheduler(arguments):
+        dask_cluster.check_cluster(scheduler)
+
+
+def check_directories(arguments: Sequence[str], directories: Directories) -> None:
+    """Refuses a Dask cluster that does not reach the directories, and waits for tasks of an ended
+    run.
+
+    Raises:
+        InputError, RunFailed: see `dask_cluster.check_directories`.
+    """
+    if scheduler := dask_scheduler(arguments):
+        readable = [directories.input_dir] if isinstance(directories.input_dir, Path) else []
+        writable = [directories.output_dir, directories.audit_dir]
+        dask_cluster.check_directories(scheduler, readable, writable, directories.records_dir)
+
+
 # ---- conversion ----------------------------------------------------------------------------------
 
 
 def convert_exams(
     conversion: notes.Conversion,
     exams_of_plan: Mapping[Path, list[int]],
+    expected: Mapping[str, int],
     work_dir: Path,
     arguments: Sequence[str],
+    progress: ExamProgress,
 ) -> None:
-    """Converts exams: positions in the `exams` of each file of `plan_archive`.
+    """Converts exams.
+
+    Args:
+        conversion: the settings of all exams.
+        exams_of_plan: positions in the `exams` of each file of `plan_archive`.
+        expected: the slices of each of these exams, by the key of its note.
+        work_dir: private.
+        arguments: of `pipeline_arguments`.
+        progress: of these exams; it is moved on by the notes that appear.
 
     Raises:
         RunFailed: the pipeline failed; its finished work stays.
@@ -113,7 +164,10 @@ def convert_exams(
     elements = [(str(plan), exams) for plan, exams in exams_of_plan.items()]
     if not elements:
         return
-    _say(f"converting: {sum(map(len, exams_of_plan.values()))} exams under Apache Beam")
+    _say(f"converting: {len(expected)} exams under Apache Beam")
+    scheduler = dask_scheduler(arguments)
+    if scheduler:  # Reshuffle does nothing there: a partition stays what it was made
+        elements = [(plan, [exam]) for plan, exams in elements for exam in exams]
     conversion_file = work_dir / _CONVERSION_FILE
     write_file(conversion_file, pickle.dumps(conversion))
     pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
@@ -122,9 +176,12 @@ def convert_exams(
         | "plans" >> beam.Create(elements)
         | "exams" >> beam.FlatMap(_exams_of_plan)
         | "spread exams" >> beam.Reshuffle()
-        | "convert" >> beam.ParDo(_Convert(str(conversion_file)))
+        | "convert" >> beam.ParDo(_Convert(str(conversion_file), on_dask=bool(scheduler)))
     )
-    _run(pipeline)
+    with progress.following(conversion.notes_dir, expected) as missing:
+        _run(pipeline, scheduler)
+    if missing:
+        raise RunFailed(f"the Beam pipeline left out {len(missing)} exams; {_REMEDY}")
 
 
 def _exams_of_plan(element: tuple[str, list[int]]) -> list[tuple[str, int]]:
@@ -136,17 +193,22 @@ class _Convert(beam.DoFn):
     """Converts in a process of its own, as the local runner does: a scan that kills it is noted and
     stops no other scan."""
 
-    def __init__(self, conversion_file: str):
-        self._conversion_file = conversion_file
+    def __init__(self, conversion_file: str, *, on_dask: bool):
+        self._conversion_file, self._on_dask = conversion_file, on_dask
 
     def setup(self) -> None:
         self._conversion = pickle.loads(Path(self._conversion_file).read_bytes())
         self._open = contextlib.ExitStack()
-        self._pool = self._open.enter_context(WorkerPool(1))
+        if not self._on_dask:
+            self._pool = self._open.enter_context(WorkerPool(1))
 
     def process(self, element: tuple[str, int]) -> None:
         plan, exam = element
-        convert_once(self._conversion, read_plan(Path(plan)).exams[exam], self._pool)
+        with contextlib.ExitStack() as stack:
+            if self._on_dask:  # which calls `setup` for each exam, and `teardown` not after errors
+                stack.enter_context(dask_cluster.at_work(str(self._conversion.records_dir)))
+                self._pool = stack.enter_context(dask_cluster.lasting_pool())
+            convert_once(self._conversion, read_plan(Path(plan)).exams[exam], self._pool)
 
     def teardown(self) -> None:
         self._open.close()
@@ -204,19 +266,21 @@ def write_shards(
     if not missing:
         return
     _say(f"writing shards: {len(missing)} shards under Apache Beam")
+    scheduler = dask_scheduler(arguments)
+    files = (str(frozen_file), str(output_dir), str(records_dir))
     pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
     _ = (
         pipeline
         | "shards" >> beam.Create(missing)
         | "spread shards" >> beam.Reshuffle()
-        | "write" >> beam.ParDo(_WriteShard(str(frozen_file), str(output_dir), str(records_dir)))
+        | "write" >> beam.ParDo(_WriteShard(files, on_dask=bool(scheduler)))
     )
-    _run(pipeline)
+    _run(pipeline, scheduler)
 
 
 class _WriteShard(beam.DoFn):
-    def __init__(self, frozen_file: str, output_dir: str, records_dir: str):
-        self._files = (frozen_file, output_dir, records_dir)
+    def __init__(self, files: tuple[str, str, str], *, on_dask: bool):
+        self._files, self._on_dask = files, on_dask
 
     def setup(self) -> None:
         frozen_file, self._output_dir, self._records_dir = map(Path, self._files)
@@ -225,7 +289,10 @@ class _WriteShard(beam.DoFn):
     def process(self, element: int) -> None:
         shard = self._shards[element]
         path = self._output_dir / shard["name"]
-        write_shard_once(path, self._records_dir, shard["staged"], shard["num_records"])
+        with contextlib.ExitStack() as stack:
+            if self._on_dask:
+                stack.enter_context(dask_cluster.at_work(str(self._records_dir)))
+            write_shard_once(path, self._records_dir, shard["staged"], shard["num_records"])
 
 
 def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_records: int) -> None:
@@ -276,11 +343,18 @@ def _private_directory(parent: Path) -> Iterator[Path]:
         yield Path(directory)
 
 
-def _run(pipeline: beam.Pipeline) -> None:
+def _run(pipeline: beam.Pipeline, scheduler: str | None) -> None:
     try:
-        # Workers on this machine print tracebacks of errors that are raised, too.
-        with contextlib.redirect_stderr(io.StringIO()):
-            state = pipeline.run().wait_until_finish()
+        if scheduler:
+            with dask_cluster.retried():
+                result = pipeline.run()
+            state = dask_cluster.wait_until_finish(result, scheduler)
+        else:
+            # Workers on this machine print tracebacks of errors that are raised, too.
+            with contextlib.redirect_stderr(io.StringIO()):
+                state = pipeline.run().wait_until_finish()
+    except RunFailed as error:
+        raise RunFailed(f"{error}; {_REMEDY}") from error
     except Exception as error:  # of any runner
         raise RunFailed(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error
     if state != PipelineState.DONE:

@@ -6,6 +6,7 @@ whole or not at all, so that its presence means "done". The key covers the files
 and all options: files of an earlier run are used only if this run would write the same.
 """
 
+import base64
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +18,12 @@ from data_prep.dataset.storage import encode_record, write_records
 from data_prep.labels.lookup import VolumeLabels
 from data_prep.pipeline.notes import Conversion, ExamNote, exam_key, records_path, write_note
 from data_prep.privacy.pseudonyms import (
-    Rejected,
     exam_id,
     patient_pseudonym,
     pixel_digests,
     public_fields,
     public_number,
+    rejected,
     slice_id,
     sources_of,
     volume_id,
@@ -32,15 +33,19 @@ from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.series import Rejection, SeriesCandidate
 from data_prep.scan.volume import Volume
 from data_prep.scan.window import lung_box, resize_mask, resize_slice, window_to_uint8
+from data_prep.system.pages import jpeg_thumbnail
 
 # half the time of the shards' zstd-1 for a fifth more space
 _STAGING_OPTIONS = "group_size:1,snappy"
 
 
-def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
+def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> str:
     """Stages the first candidate of an exam that becomes a volume, and notes the outcome of all.
 
     If a candidate fails for now, the whole exam is left for the next run.
+
+    Returns:
+        `ExamNote.refusal`: "", or why there is no volume.
 
     Raises:
         OSError: the archive went away, or the output can't be written.
@@ -61,7 +66,9 @@ def convert_exam(conversion: Conversion, exam: list[SeriesCandidate]) -> None:
         )
         write_records(path, records, _STAGING_OPTIONS)
         record_bytes = path.stat().st_size
-    write_note(conversion, _note(conversion, exam, facts, record_bytes, rejections))
+    note = _note(conversion, exam, facts, record_bytes, rejections)
+    write_note(conversion, note)
+    return note.refusal
 
 
 def note_of_crash(conversion: Conversion, exam: list[SeriesCandidate]) -> ExamNote:
@@ -185,18 +192,22 @@ def _note(
         dropped = [(source, facts.reasons[source]) for source in sorted(rest)]
         row = facts.row | {"num_files": len(taken), "num_dropped_files": len(dropped)}
     others = [candidate for candidate in exam if facts is None or candidate is not facts.candidate]
-    rejected = [
-        Rejected(
-            volume_id(conversion.key, candidate),
-            entry.reason,
-            entry.detail,
-            sources_of(entry.headers),
+    refused = [
+        dataclasses.replace(
+            rejected(volume_id(conversion.key, candidate), entry), thumbnail=_jpeg_text(entry)
         )
         for candidate, entry in zip(others, rejections, strict=True)
     ]
-    note = ExamNote(exam_key(conversion, exam), row, record_bytes, taken, dropped, rejected)
+    note = ExamNote(exam_key(conversion, exam), row, record_bytes, taken, dropped, refused)
     if facts is None:
         return note
     return dataclasses.replace(
         note, slices=facts.slices, labels=facts.label_note(), pixels=facts.pixels
     )
+
+
+def _jpeg_text(rejection: Rejection) -> str:
+    """The thumbnail of a rejection as JPEG in base64; "" if it has none."""
+    if rejection.thumbnail is None:
+        return ""
+    return base64.b64encode(jpeg_thumbnail(rejection.thumbnail)).decode()

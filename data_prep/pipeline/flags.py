@@ -100,9 +100,10 @@ def define_flags() -> None:
     choice(
         "runner",
         "local",
-        ["local", "beam"],
-        "Worker processes here, or Apache Beam: ctssl_jax[beam].",
+        ["local", "beam", "dask"],
+        "Worker processes here, Apache Beam (ctssl_jax[beam]), or Beam on Dask (ctssl_jax[dask]).",
     )
+    text("dask_scheduler", None, "Address of a running Dask scheduler, tcp://HOST:PORT.")
     text(
         "beam_options",
         "",

@@ -52,7 +52,9 @@ class KnownVolumes:
         if row.series_id in notes or any(
             self._is_known(header, notes) for header in rejection.headers
         ):
-            changed = dataclasses.replace(row, reason="series_changed", detail="")
+            changed = dataclasses.replace(
+                row, reason="series_changed", detail="", element="", thumbnail=""
+            )
             return self._account(rejection.headers, notes, changed)
         return [ExamNote("", None, 0, [], [], [row])]
 

@@ -49,6 +49,11 @@ class ExamNote:
     pixels: list[str] = dataclasses.field(default_factory=list)
 
     @property
+    def refusal(self) -> str:
+        """Why no candidate became a volume: the reason of the first; "" if one did."""
+        return "" if self.volume else self.rejected[0].reason
+
+    @property
     def failed_for_now(self) -> bool:
         return any(series.reason == FAILED_FOR_NOW for series in self.rejected)
 
@@ -86,9 +91,7 @@ def read_note(path: Path) -> ExamNote:
         taken=[Source(*source) for source in fields["taken"]],
         dropped=[(Source(*source), reason) for source, reason in fields["dropped"]],
         rejected=[
-            Rejected(
-                row["series_id"], row["reason"], row["detail"], [Source(*s) for s in row["sources"]]
-            )
+            Rejected(**row | {"sources": [Source(*source) for source in row["sources"]]})
             for row in fields["rejected"]
         ],
         slices=fields["slices"],
@@ -103,11 +106,16 @@ def write_note(conversion: Conversion, note: ExamNote) -> None:
 
 def is_converted(conversion: Conversion, exam: list[SeriesCandidate]) -> bool:
     """Whether an earlier run left the outcome of an exam, which is not to be tried again."""
-    key = exam_key(conversion, exam)
+    return final_note(conversion, exam_key(conversion, exam)) is not None
+
+
+def final_note(conversion: Conversion, key: str) -> ExamNote | None:
+    """The outcome of an exam that an earlier run left and that is not to be tried again."""
     path = note_path(conversion, key)
     if not path.exists():
-        return False
+        return None
     note = read_note(path)
     if note.failed_for_now:
-        return False
-    return note.volume is None or records_path(conversion.records_dir, key).exists()
+        return None
+    staged = note.volume is None or records_path(conversion.records_dir, key).exists()
+    return note if staged else None

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 from data_prep.dataset.reader import Dataset
 from data_prep.dataset.schema import PREPARATION_FILE, VOLUMES_FILE
+from data_prep.pipeline import dask_cluster
 from data_prep.privacy.pseudonyms import KEY_FILE, key_fingerprint
 from data_prep.scan.archives import ArchiveDirectory, RemoteArchive
 from data_prep.scan.rules import VERSION, Rules
 from data_prep.system.errors import InputError
+from data_prep.system.extras import require
 from data_prep.system.files import make_folder, read_json, write_file
 
 _SPLITS_FILE = "splits.json"  # patient -> split
@@ -92,14 +95,28 @@ def parse_megabytes(number: float) -> float:
     return number
 
 
-def parse_beam_options(runner: str, text: str) -> list[str] | None:
-    """The words of --beam_options; None: not under Beam. Raises InputError."""
-    if runner != "beam":
+def parse_beam_options(
+    runner: str, text: str, dask_scheduler: str | None = None
+) -> list[str] | None:
+    """The words of --beam_options, and with --runner=dask those of the scheduler; None: not under
+    Beam. Raises InputError."""
+    if dask_scheduler and runner != "dask":
+        raise InputError("--dask_scheduler needs --runner=dask; add it or leave it out")
+    if runner == "local":
         if text:
             raise InputError("--beam_options need --runner=beam; add it or leave them out")
         return None
+    words = []
+    if runner == "dask":
+        require("distributed", "--runner=dask", "dask")
+        if not re.fullmatch(r"(tcp|tls)://\S+:\d+", dask_scheduler or ""):
+            raise InputError(
+                f"--dask_scheduler={dask_scheduler or ''}: give the address that `dask scheduler` "
+                "prints, such as tcp://HOST:8786"
+            )
+        words = dask_cluster.beam_arguments(dask_scheduler)
     try:
-        return shlex.split(text)
+        return words + shlex.split(text)
     except ValueError as error:
         raise InputError(
             f"--beam_options={text}: {error}; quote them as on a command line"

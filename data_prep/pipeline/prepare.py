@@ -88,6 +88,7 @@ def prepare(
     beam_arguments = None
     if beam_options is not None:
         beam_arguments = import_beam().pipeline_arguments(beam_options, num_workers)
+        import_beam().check_cluster(beam_arguments)
         directories, sources = with_absolute_paths(directories), with_absolute_paths(sources)
     key = read_key(pseudonym_key_file) if pseudonym_key_file else None
     elsewhere = read_known_splits(same_splits_as)
@@ -100,6 +101,8 @@ def prepare(
         lock_directory(directories.audit_dir),
         WorkerPool(num_workers) as pool,
     ):
+        if beam_arguments is not None:
+            import_beam().check_directories(beam_arguments, directories)
         dataset = complete_dataset(directories)
         directories.refuse_audit_dir_of_another(dataset)
         key = key or make_key(directories.key_file)

@@ -4,11 +4,13 @@
     freeze -> write
 
 The private audit directory links pseudonyms to the archive: it holds the key, the split of each
-patient, `sources.csv` (the outcome of each file), and the notes with which a grown archive is
+patient, `sources.csv` (the outcome of each file), `refused.csv` (each series that was not taken,
+with the element that decided and a small picture), and the notes with which a grown archive is
 compared.
 """
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import os
@@ -21,7 +23,7 @@ from data_prep.dataset.reader import Dataset
 from data_prep.labels import staging
 from data_prep.labels.lookup import Labels, LabelSources
 from data_prep.pipeline import convert
-from data_prep.pipeline.accounting import FileAccount
+from data_prep.pipeline.accounting import REFUSED_FILE, SOURCES_FILE, FileAccount
 from data_prep.pipeline.assemble import FrozenPlan, assemble, freeze, keep_notes
 from data_prep.pipeline.known_patients import (
     KnownPatients,
@@ -37,6 +39,7 @@ from data_prep.pipeline.notes import (
     Conversion,
     ExamNote,
     exam_key,
+    final_note,
     is_converted,
     note_path,
     read_note,
@@ -50,6 +53,7 @@ from data_prep.pipeline.plan import (
     read_patients,
     read_plan,
 )
+from data_prep.pipeline.progress import ExamProgress
 from data_prep.pipeline.splits import KnownSplits, check_numbers
 from data_prep.pipeline.staged_series import Gathering, read_staged
 from data_prep.privacy.pseudonyms import patient_pseudonym, rejected_row
@@ -63,7 +67,6 @@ from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
 _VIOLATIONS_FILE = "label_violations.csv"  # private: exams whose labels break a rule of the archive
 _LEFT_OUT_FILE = "label_files.csv"  # private: files of masks and annotations that are not used
-_SOURCES_FILE = "sources.csv"  # private: the outcome of each file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,33 +255,36 @@ def convert_exams(preparation: Preparation, plans: Plans, conversion: Conversion
     if preparation.gathering:
         gather_exams(preparation, preparation.gathering, plans, conversion)
         return
-    with Progress("converting", "slices", plans.num_slices) as progress:
+    with ExamProgress(plans.num_exams, plans.num_slices) as progress:
 
         def unconverted() -> Iterator[tuple[Path, int, list[SeriesCandidate]]]:
             for path, position, exam in plans.new_exams():
-                if is_converted(conversion, exam):
-                    progress.advance(len(exam[0].headers), already_there=True)
+                if note := final_note(conversion, exam_key(conversion, exam)):
+                    progress.advance(len(exam[0].headers), note.refusal, already_there=True)
                 else:
                     yield path, position, exam
 
         if preparation.beam_arguments is not None:
-            exams_of_plan, num_slices = collections.defaultdict(list), 0
+            exams_of_plan, expected = collections.defaultdict(list), {}
             for path, position, exam in unconverted():
                 exams_of_plan[path].append(position)
-                num_slices += len(exam[0].headers)
+                expected[exam_key(conversion, exam)] = len(exam[0].headers)
             import_beam().convert_exams(
                 conversion,
                 exams_of_plan,
+                expected,
                 preparation.directories.work_dir,
                 preparation.beam_arguments,
+                progress,
             )
-            progress.advance(num_slices)
             return
         tasks = ((conversion, exam) for _, _, exam in unconverted())
-        for (_, exam), result in preparation.pool.run(convert.convert_exam, tasks):
-            if isinstance(result, WorkerDied):
-                write_note(conversion, convert.note_of_crash(conversion, exam))
-            progress.advance(len(exam[0].headers))
+        for (_, exam), refusal in preparation.pool.run(convert.convert_exam, tasks):
+            if isinstance(refusal, WorkerDied):
+                note = convert.note_of_crash(conversion, exam)
+                write_note(conversion, note)
+                refusal = note.refusal
+            progress.advance(len(exam[0].headers), refusal)
 
 
 def gather_exams(
@@ -300,7 +306,7 @@ def gather_exams(
 def account_for_files(
     preparation: Preparation, plans: Plans, note_of: Callable[[list[SeriesCandidate]], ExamNote]
 ) -> tuple[FileAccount, dict[str, tuple[dict[str, Any], int]]]:
-    """The outcome of every file, which goes to `sources.csv`, too.
+    """The outcome of every file, which goes to `sources.csv` and `refused.csv`, too.
 
     Args:
         preparation: the inputs of the run.
@@ -312,9 +318,13 @@ def account_for_files(
         volumes.
     """
     known, new_volumes = plans.known, {}
-    path = preparation.directories.work_dir / _SOURCES_FILE
-    with open(path, "w", newline="", errors="backslashreplace") as file:
-        account = FileAccount(file)
+    work_dir = preparation.directories.work_dir
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(open(path, "w", newline="", errors="backslashreplace"))
+            for path in (work_dir / SOURCES_FILE, work_dir / REFUSED_FILE)
+        ]
+        account = FileAccount(*files)
         for plan in map(read_plan, plans.files):
             outcomes = []
             for rejection in plan.rejections:
@@ -330,8 +340,9 @@ def account_for_files(
                         new_volumes[note.key] = (note.volume, note.record_bytes)
                 outcomes += notes
             account.add(outcomes, plan.not_images)
-        file.flush()
-        os.fsync(file.fileno())
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
     return account, new_volumes
 
 
@@ -360,7 +371,7 @@ def freeze_plan(
         raise InputError(
             f"{preparation.named}: no usable chest CT in {preparation.num_files} "
             f"files ({', '.join(reasons)}); {account.commonest_in_words()}; the reason of each "
-            f"file is in {directories.work_dir / _SOURCES_FILE}"
+            f"file is in {directories.work_dir / SOURCES_FILE}"
         )
     known_splits, elsewhere = directories.splits(), preparation.elsewhere
     known_patients = KnownPatients.of(directories.patients())
@@ -413,7 +424,7 @@ def write_dataset(
     directories.write_splits(frozen.splits)
     directories.write_patients(frozen.patients)
     keep_notes(frozen, notes_dir, kept_notes_dir)
-    for name in (_SOURCES_FILE, _VIOLATIONS_FILE, _LEFT_OUT_FILE):
+    for name in (SOURCES_FILE, REFUSED_FILE, _VIOLATIONS_FILE, _LEFT_OUT_FILE):
         if (directories.work_dir / name).exists():
             os.replace(directories.work_dir / name, directories.audit_dir / name)
     directories.bind(frozen.archive_digest, preparation["fingerprint"])

@@ -19,6 +19,7 @@ import numpy as np
 
 from data_prep.privacy.spellings import is_known_group, is_known_kernel
 from data_prep.scan.archives import Source
+from data_prep.scan.deciding_elements import deciding
 from data_prep.scan.headers import Header
 from data_prep.scan.series import Rejection, SeriesCandidate
 from data_prep.system.errors import InputError
@@ -53,12 +54,18 @@ _VENDOR_WORDS = set(
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A row of rejected.csv with its files."""
+    """A row of rejected.csv with its files.
+
+    element: private; see `deciding`.
+    thumbnail: private; a JPEG in base64, "" if no pixels were read.
+    """
 
     series_id: str
     reason: str
     detail: str
     sources: list[Source]
+    element: str = ""
+    thumbnail: str = ""
 
 
 def default_audit_dir(output_dir: Path) -> Path:
@@ -127,7 +134,13 @@ def rejected_row(key: bytes, rejection: Rejection) -> Rejected:
     series_id = series_pseudonym(
         key, first.patient_key, first.study_instance_uid, rejection.series_key
     )
-    return Rejected(series_id, rejection.reason, rejection.detail, sources_of(rejection.headers))
+    return rejected(series_id, rejection)
+
+
+def rejected(series_id: str, rejection: Rejection) -> Rejected:
+    """The row of a rejection under a pseudonym."""
+    sources = sources_of(rejection.headers)
+    return Rejected(series_id, rejection.reason, rejection.detail, sources, deciding(rejection))
 
 
 def slice_id(key: bytes, header: Header) -> str:

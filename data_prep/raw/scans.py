@@ -57,11 +57,12 @@ REMEDIES = {  # for a reason, the flag that takes such a scan
 class Scan(NamedTuple):
     """A prepared volume.
 
-    volume_id, patient_id: pseudonyms, as in `volumes.csv` of a dataset under the same key.
-    images: [S, H, W, C] uint8, a channel for each window; slices to superior, rows to posterior,
-      columns to the left.
-    position_mm: [S] float64, along the slice normal, increasing.
-    volume: HU at the matrix of the source, headers and geometry.
+    Attributes:
+      volume_id, patient_id: pseudonyms, as in `volumes.csv` of a dataset under the same key.
+      images: [S, H, W, C] uint8, a channel for each window; slices to superior, rows to posterior,
+        columns to the left.
+      position_mm: [S] float64, along the slice normal, increasing.
+      volume: HU at the matrix of the source, headers and geometry.
     """
 
     volume_id: str
@@ -88,9 +89,10 @@ class PreparedVolume(NamedTuple):
 class Refused(NamedTuple):
     """A series that is not taken.
 
-    volume_id: its pseudonym.
-    reason: a name of `data_prep.scan.reasons.REASONS`.
-    detail: free of identifiers.
+    Attributes:
+      volume_id: its pseudonym.
+      reason: a name of `data_prep.scan.reasons.REASONS`.
+      detail: free of identifiers.
     """
 
     volume_id: str
@@ -173,7 +175,7 @@ def local_input(input_path: str | Path) -> Path:
     Raises:
       InputError: it is the URL of an object store.
     """
-    remedy = "copy scans here first, or fetch a dataset with python -m data_prep.fetch"
+    remedy = "copy scans here first, or fetch a dataset with ctssl fetch"
     return stores.local_path(input_path, "--input", remedy)
 
 

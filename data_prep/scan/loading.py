@@ -9,6 +9,7 @@
 that both accept and refuse alike. The rules are in `series` (headers) and `volume` (pixels).
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,7 @@ from data_prep.scan.reasons import FAILED_FOR_NOW
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import Rejection, SeriesCandidate, plan_series, select_reconstructions
 from data_prep.scan.volume import Volume, load_volume
+from data_prep.scan.window import grey_thumbnail
 from data_prep.system.workers import WorkerDied, WorkerPool
 
 SOURCES_PER_TASK = 128
@@ -239,7 +241,10 @@ def _load(
         if isinstance(volume, Rejection):
             return volume
         labels = label(volume)
-        return labels if isinstance(labels, Rejection) else (volume, labels)
+        if isinstance(labels, Rejection):
+            image = grey_thumbnail(volume.hu[volume.chest.middle_slice])
+            return dataclasses.replace(labels, thumbnail=image)
+        return volume, labels
     except OSError as error:
         return candidate.rejected(*_reason_of(error, input_dir))
     except MemoryError:

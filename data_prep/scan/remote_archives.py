@@ -1,7 +1,7 @@
 """Archives on an object store: the work of `data_prep.scan.archives` on a directory, by requests.
 
-Zip files are read in place, by ranges. Here only names that end in .zip count as zip files, since a
-look into every file would cost a request each.
+Packed files are read in place, zip and tar files by ranges. Here only names that end in .zip, .tar
+or .gz are looked into, since a look into every file would cost a request each.
 """
 
 import concurrent.futures

@@ -31,17 +31,26 @@ def changes_since(version: int) -> str:
 class Rules:
     """Which series become volumes.
 
+    Attributes:
+        max_slice_thickness_mm: thicker series are refused; the limit itself is taken.
+        min_slices: series of fewer are refused.
+        max_lost_fraction: of the slices that the volume should have; more refuse it.
+        require_lung: refuse volumes that do not cover the chest.
+        irregular: `keep` or `refuse` volumes with gaps or uneven spacing.
+        reconstructions: of an exam, `one_per_study` or `all`.
+        preferred_kernel: `soft`, `sharp` or `any`, see `series.select_reconstructions`.
+
     Raises:
         InputError: a value out of its range.
     """
 
-    max_slice_thickness_mm: float = 3.0  # the limit itself is taken
+    max_slice_thickness_mm: float = 3.0
     min_slices: int = 20
-    max_lost_fraction: float = 0.1  # of the slices that the volume should have
-    require_lung: bool = True  # refuse volumes that do not cover the chest
-    irregular: str = "keep"  # or "refuse": volumes with gaps or uneven spacing
-    reconstructions: str = "one_per_study"  # or "all"
-    preferred_kernel: str = "soft"  # or "sharp" or "any", see `series.select_reconstructions`
+    max_lost_fraction: float = 0.1
+    require_lung: bool = True
+    irregular: str = "keep"
+    reconstructions: str = "one_per_study"
+    preferred_kernel: str = "soft"
 
     def __post_init__(self):
         if not self.max_slice_thickness_mm > 0:

@@ -44,6 +44,8 @@ class Rejection:
     headers: tuple[Header, ...]
     reason: str
     detail: str
+    # [h, w] uint8, a slice from its middle; None: no pixels were read
+    thumbnail: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from data_prep.scan.series import (
 from data_prep.scan.slice_scale import SAMPLE_STEP, slices_on_another_scale
 from data_prep.scan.slices import origins
 from data_prep.scan.stored_bits import PixelError
+from data_prep.scan.window import grey_thumbnail
 
 _SAMPLE_STEP = 8  # slices; see `_no_lung_in_sample`
 _SAMPLE_MM = 25.0
@@ -70,14 +71,23 @@ def load_volume(
     Raises:
         OSError: the archive cannot be read any more.
     """
-    tagged = {has_rescale(header) for header in candidate.headers}
     input_dir = reading_ahead(input_dir, (h.source for group in candidate.groups for h in group))
     reader = PixelReader(input_dir)
     sampled = candidate.headers[0].transfer_syntax == NIFTI or named_body_part(candidate.headers)
     if rules.require_lung and sampled:
-        if detail := _no_lung_in_sample(reader, candidate):
-            return candidate.rejected("no_chest", detail)
+        if refused := _no_lung_in_sample(reader, candidate):
+            return refused
     loader = _SliceLoader(reader, len(candidate.headers))
+    loaded = _load_slices(input_dir, candidate, rules, loader)
+    if isinstance(loaded, Rejection):
+        return dataclasses.replace(loaded, thumbnail=loader.thumbnail())
+    return loaded
+
+
+def _load_slices(
+    input_dir: ArchiveDirectory, candidate: SeriesCandidate, rules: Rules, loader: _SliceLoader
+) -> Volume | Rejection:
+    tagged = {has_rescale(header) for header in candidate.headers}
     kept: list[int] = []
     lost: list[tuple[Header, str]] = []
     repeated: list[tuple[Header, str]] = []
@@ -154,7 +164,7 @@ def load_volume(
         "acquisitions_meet": bool(meeting),
         "lossy_copies_dropped": bool(lossy),
         "no_rescale_tags": tagged == {False},
-        "hu_against_table": reader.hu_against_table,
+        "hu_against_table": loader.hu_against_table,
         "fractional_hu": hu.dtype != np.int16,
     }
     return Volume(
@@ -177,8 +187,8 @@ def load_volume(
     )
 
 
-def _no_lung_in_sample(reader: PixelReader, candidate: SeriesCandidate) -> str | None:
-    """The detail of `no_chest` if a file of many slices has hardly any lung in every 8th of them
+def _no_lung_in_sample(reader: PixelReader, candidate: SeriesCandidate) -> Rejection | None:
+    """The rejection `no_chest` if a file of many slices has hardly any lung in every 8th of them
     (at least every 25 mm), so that the others need not be computed. None leaves the judgement to
     the whole volume."""
     step = min(_SAMPLE_STEP, int(_SAMPLE_MM / candidate.slice_spacing_mm))
@@ -199,7 +209,8 @@ def _no_lung_in_sample(reader: PixelReader, candidate: SeriesCandidate) -> str |
     if found or loader.plausibility.fault():
         return None
     of_all = f"{len(sample)} of {len(candidate.headers)} slices"
-    return f"{_lung(chest, candidate.headers)}, by {of_all}"
+    refused = candidate.rejected("no_chest", f"{_lung(chest, candidate.headers)}, by {of_all}")
+    return dataclasses.replace(refused, thumbnail=loader.thumbnail())
 
 
 def _lung(chest: ChestSummary, headers: Sequence[Header]) -> str:
@@ -255,6 +266,16 @@ class _SliceLoader:
         hu = to_hu(stored, self._reader.rescaled(header))
         image = orient(hu, canonical_axes(header.orientation))
         return np.array_equal(image, self._hu[len(self._whole) - 1])
+
+    @property
+    def hu_against_table(self) -> bool:
+        """Whether values were taken as they stand, against the metadata table."""
+        return self._reader.hu_against_table
+
+    def thumbnail(self) -> np.ndarray | None:
+        """`grey_thumbnail` of the middle one of the added slices; None: there is none."""
+        number = len(self._whole)
+        return grey_thumbnail(self._hu[number // 2]) if number else None
 
     def volume(self, headers: Sequence[Header]) -> tuple[np.ndarray, list[int]]:
         """The added slices [S, H, W] with these headers, without those on another scale; and the

@@ -13,6 +13,7 @@ from data_prep.scan.anatomy import ChestSummary
 from data_prep.scan.geometry import AIR_HU
 from data_prep.system.errors import InputError
 
+_THUMBNAIL = 256  # pixels of a side
 Window = tuple[float, float]  # level, width in HU
 
 
@@ -87,6 +88,15 @@ def _float32_is_exact(level: float, width: float) -> bool:
 def _table(level: float, width: float) -> np.ndarray:
     """Grey values of all int16, in the order of their bits read as uint16."""
     return _grey(np.arange(65536, dtype=np.uint16).view(np.int16), level, width)
+
+
+def grey_thumbnail(hu: np.ndarray) -> np.ndarray:
+    """A small picture [h, w] uint8 of a slice [H, W] whose values may be of any scale: every n-th
+    pixel, of at most 256 a side, from the 1st percentile (black) to the 99th (white)."""
+    small = hu[:: -(-hu.shape[0] // _THUMBNAIL), :: -(-hu.shape[1] // _THUMBNAIL)]
+    small = np.nan_to_num(small.astype(np.float64))
+    low, high = np.percentile(small, (1, 99))
+    return _grey(small, (low + high) / 2, max(high - low, 1.0))
 
 
 def needs_resize(

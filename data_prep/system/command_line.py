@@ -87,9 +87,15 @@ def _help_of(flag: flags.Flag) -> str:
     return f"  {name}\n{filled}"
 
 
-def suggest(*command: object) -> None:
-    """Print the command that most users type next, the last line of a door."""
-    print(f"next:        ctssl {shlex.join(map(str, command))}", flush=True)
+def suggest(*command: object, aside: bool = False) -> None:
+    """Print the command that most users type next, the last line of a door.
+
+    Args:
+      command: its words after `ctssl`.
+      aside: on stderr, where what is printed may go to a file or another program.
+    """
+    line = f"next:        ctssl {shlex.join(map(str, command))}"
+    print(line, file=sys.stderr if aside else sys.stdout, flush=True)
 
 
 def beside(workdir: str, ending: str) -> str:

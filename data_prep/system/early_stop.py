@@ -11,6 +11,8 @@ import socket
 import threading
 from collections.abc import Callable
 
+from data_prep.system import silence
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 STOPPED = "stopped; run the same command again to continue"
@@ -24,8 +26,9 @@ def leave_at_once() -> None:
     """From now on, until a handler is set for them, SIGTERM, Ctrl-C and the end of the terminal end
     this process with one line and exit code 75. Call it in the main thread.
 
-    Signals that are ignored stay ignored.
+    Signals that are ignored stay ignored. Long silences are named from now on, see `silence`.
     """
+    silence.watch()
     for number in STOP_SIGNALS:
         if signal.getsignal(number) not in (None, signal.SIG_IGN):
             signal.signal(number, left_to_the_thread)

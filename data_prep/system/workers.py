@@ -146,10 +146,16 @@ def _die_with_parent() -> None:
 
 class Progress:
     """Progress on stderr: a bar on a terminal, else a line now and then. Use as a context
-    manager."""
+    manager.
 
-    def __init__(self, title: str, unit: str, total: int | None):
-        self._title, self._unit, self._total = title, unit, total
+    `detail`: its text ends each line.
+    """
+
+    def __init__(
+        self, title: str, unit: str, total: int | None, detail: Callable[[], str] = lambda: ""
+    ):
+        self._title, self._unit, self._total, self._detail = title, unit, total, detail
+        self._stream = sys.stderr  # others may turn stderr away while they work
         self._done, self._worked = 0, 0
         self._start = self._last_line = time.monotonic()
         self._bar = None
@@ -163,6 +169,7 @@ class Progress:
         self._done += number
         self._worked += 0 if already_there else number
         if self._bar is not None:
+            self._bar.set_postfix_str(self._detail(), refresh=False)
             if already_there:
                 self._bar.initial += number
                 self._bar.n += number
@@ -181,7 +188,8 @@ class Progress:
         if self._total is not None and speed:
             left = int(max(self._total - self._done, 0) / speed)
             line += f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        print(line, file=sys.stderr, flush=True)
+        detail = self._detail()
+        print(f"{line}; {detail}" if detail else line, file=self._stream, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

@@ -416,7 +416,8 @@ def main(argv: list[str], figure: Figure) -> int:
     study = downstream.study_of_flags(verb, figure.kind)
     cells, grid = downstream.grid_cells(study, figure.kind, flags.FLAGS.arms)
     if verb == "draw":
-        print(draw(study, grid, figure))
+        print(draw(study, grid, figure), flush=True)
+        runner.suggest_after("draw", module, [])
     else:
         downstream.act(verb, module, study, cells)
     return 0

@@ -365,20 +365,20 @@ def act(
       cells: of the study.
       lists: names of its own flags that hold lists.
     """
+    flag = flags.FLAGS
+    options = [
+        f"--preset={study.preset}",
+        f"--workdir={study.workdir}",
+        f"--arms={','.join(flag.arms)}",
+    ]
+    options += [f"--dataset={study.dataset}"] if flag.dataset else []
+    options += [f"--pretrained={text}" for text in flag.pretrained]
+    options += [
+        f"--{name}={','.join(flag[name].value)}"
+        for name in ("fractions", "seeds", *lists)
+        if flag[name].value
+    ]
     if verb == "plan":
-        flag = flags.FLAGS
-        options = [
-            f"--preset={study.preset}",
-            f"--workdir={study.workdir}",
-            f"--arms={','.join(flag.arms)}",
-        ]
-        options += [f"--dataset={study.dataset}"] if flag.dataset else []
-        options += [f"--pretrained={text}" for text in flag.pretrained]
-        options += [
-            f"--{name}={','.join(flag[name].value)}"
-            for name in ("fractions", "seeds", *lists)
-            if flag[name].value
-        ]
         runner.plan(cells, module, options)
     else:
         runner.record_settings(study.workdir, {"preset": study.preset})
@@ -387,3 +387,4 @@ def act(
             key.parent.mkdir(exist_ok=True)
             key.write_text(SYNTHETIC_KEY)
         runner.run(cells, flags.FLAGS.cells, study.workdir, here=True)
+        runner.suggest_after("run", module, options)

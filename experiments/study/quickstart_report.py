@@ -1,8 +1,9 @@
 """The report of the quickstart: one self-contained page."""
 
-import base64
 import html
 import io
+
+from data_prep.system.pages import page, picture, table
 
 NAMES = {"mse": "MSE", "masked_mse": "masked MSE", "ssim": "SSIM"}
 PREDICTORS = {
@@ -40,13 +41,6 @@ def loss_curve(reports: list[dict], validation: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
-def _image(png: bytes, alternative: str) -> str:
-    return (
-        f'<img alt="{html.escape(alternative)}" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    )
-
-
 def _cell(value: dict) -> str:
     sd = "" if value["sd"] is None else f" ± {value['sd']:.4f}"
     interval = (
@@ -61,7 +55,7 @@ def improvement(result: dict) -> dict[str, float]:
     """The masked MSE of each baseline as a multiple of the masked MSE of the model."""
     model = result["metrics"]["masked_mse"]["mean"]
     return {
-        name: scores["masked_mse"]["mean"] / model for name, scores in result["baselines"].items()
+        name: metrics["masked_mse"]["mean"] / model for name, metrics in result["baselines"].items()
     }
 
 
@@ -94,52 +88,30 @@ def report_html(
     text = "computer-made scans, no patients. Nothing here is a medical result."
     banner = f"<p class=banner>SYNTHETIC DATA: {text}</p>" if synthetic else ""
     rows = {"model": result["metrics"], **result["baselines"]}
-    table = ""
+    scores = ""
     for predictor, metrics in rows.items():
         cells = "".join(_cell(metrics[name]) for name in NAMES)
-        table += f"<tr><th>{PREDICTORS[predictor]}</th>{cells}</tr>"
+        scores += f"<tr><th>{PREDICTORS[predictor]}</th>{cells}</tr>"
     factors = improvement(result)
     mask = result["config"]["mask"]
     volumes, patients = (result["metrics"]["mse"][name] for name in ("num_volumes", "num_patients"))
     times = ", ".join(f"{stage} {duration:.0f} s" for stage, duration in seconds.items())
     codebook = result["codebook"]
-    facts = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>"
-        for row in cohort
-    )
     titles = "".join(f"<th>{title}</th>" for title in NAMES.values())
     described = (
         "held-out slices: masked input, target, prediction and difference; the error inside the "
         f"mask is {compared(factors['mean_image'])} the mean training slice's"
     )
     volumes_shown = "synthetic scans" if synthetic else "scans"
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Chest CT pretraining: quickstart</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root {{ color-scheme: light dark; --text: #222; --back: #fff; --line: #ddd; --soft: #f5f5f5;
-  --faint: #666; --note: #fff3cd; --edge: #e0c060 }}
-@media (prefers-color-scheme: dark) {{ :root {{ --text: #e6e6e6; --back: #16181a; --line: #3a3d40;
-  --soft: #222528; --faint: #a0a4a8; --note: #40360f; --edge: #8a7420 }} }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }}
-img {{ max-width: 100%; height: auto; background: #fff }} table {{ border-collapse: collapse }}
-.wide {{ overflow-x: auto }}
-td, th {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid var(--line);
-  overflow-wrap: normal }}
-pre {{ background: var(--soft); padding: .8rem; overflow-x: auto; overflow-wrap: normal }}
-small {{ color: var(--faint) }}
-.banner {{ background: var(--note); border: 1px solid var(--edge); padding: .5rem .8rem }}
-</style>
-<h1>Masked region prediction on chest CT</h1>
+    body = f"""<h1>Masked region prediction on chest CT</h1>
 {banner}
 <p>A vector-quantized autoencoder saw slices with one square of {100 * mask["fraction"]:g} % of
 the area blacked out and learned to fill it in. Below: {volumes} scan(s) of {patients} held-out
 patient(s), {result["num_slices"]} slices, that it never saw in training. Not for clinical use.</p>
 <h2>Held-out reconstructions</h2>
-{_image(strip, described)}
+{picture(strip, described, on_white=True)}
 <h2>Scores</h2>
-<div class=wide><table><tr><th></th>{titles}</tr>{table}</table></div>
+<div class=wide><table><tr><th></th>{titles}</tr>{scores}</table></div>
 <p>Mean ± standard deviation over volumes; below it the 95 % bootstrap interval by patient (none
 with one patient). Inside the masked square the error of the model is
 <b>{compared(factors["mean_image"])}</b> the error of the mean slice and
@@ -147,16 +119,15 @@ with one patient). Inside the masked square the error of the model is
 {codebook["used_codes"]} of {codebook["num_codes"]} codes in use, perplexity
 {codebook["perplexity"]:.0f}.</p>
 <h2>Training</h2>
-{_image(curve, "training and validation loss, masked MSE and SSIM, by step")}
+{picture(curve, "training and validation loss, masked MSE and SSIM, by step", on_white=True)}
 <p><small>{times}; {html.escape(result["device"])}.</small></p>
 <h2>Data</h2>
-<div class=wide><table>{facts}</table></div>
-{_image(sheet, f"contact sheet: random slices of the dataset's {volumes_shown}")}
+{table(row.values() for row in cohort)}
+{picture(sheet, f"contact sheet: random slices of the dataset's {volumes_shown}")}
 <h2>What next</h2>
 <p>On your own archive, with the paper's model (an accelerator is needed):</p>
 <pre>ctssl prepare --archive=dicom --input_dir=MY_DICOM --output_dir=DATASET
 ctssl describe --dataset=DATASET --verify
 ctssl train --config=masked_region --config.dtype=bfloat16 --config.dataset=DATASET --workdir=RUN
-ctssl evaluate --workdir=RUN --dataset=DATASET --split=test --output=RESULT.json</pre>
-</html>
-"""
+ctssl evaluate --workdir=RUN --dataset=DATASET --split=test --output=RESULT.json</pre>"""
+    return page("Chest CT pretraining: quickstart", body)

@@ -25,6 +25,7 @@ from data_prep.system.files import read_json, write_text
 from .cells import Cell, Settings, Stage
 
 VERBS = ("plan", "run", "draw")
+STUDIES = ("table1", "table2", "chain", "figure3", "figure4", "figure5", "figure_s1", "figure6")
 # commands that `run_stage_here` can run
 HERE = ("ctssl_jax.train", "ctssl_jax.evaluate", "ctssl_jax.attributes")
 SETTINGS = "study.json"
@@ -129,6 +130,23 @@ def run_stage_here(stage: Stage) -> float:
     return time.monotonic() - started
 
 
+def suggest_after(verb: str, module: str, options: Sequence[str]) -> None:
+    """Print what comes next in a study: after `plan` its `run`, after `run` its `draw`, after
+    `draw` the next study. On stderr: a plan and a table may go to a file.
+
+    Args:
+      verb: that was done.
+      module: of the study.
+      options: flags of the verb that comes next.
+    """
+    study = module.rpartition(".")[2]
+    if verb == "draw":
+        following = STUDIES[(STUDIES.index(study) + 1) % len(STUDIES)]
+        command_line.suggest(following, "--help", aside=True)
+    else:
+        command_line.suggest(study, "run" if verb == "plan" else "draw", *options, aside=True)
+
+
 def plan(cells: Sequence[Cell], module: str, options: Sequence[str]) -> None:
     """Print the cells: whether complete, the cells before them, and the command that runs each.
 
@@ -142,6 +160,8 @@ def plan(cells: Sequence[Cell], module: str, options: Sequence[str]) -> None:
         after = f" after {', '.join(cell.after)}" if cell.after else ""
         print(f"# {cell.name} [{state}]{after}")
         print(f"python -m {module} run {shlex.join([*options, f'--cells={cell.name}'])}")
+    sys.stdout.flush()
+    suggest_after("plan", module, options)
 
 
 def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bool = False) -> None:
@@ -291,7 +311,7 @@ def local_dataset(dataset: str) -> Path:
     Raises:
       InputError: for a URL.
     """
-    remedy = "fetch it first: python -m data_prep.fetch"
+    remedy = "fetch it first: ctssl fetch"
     return stores.local_path(dataset, "--dataset", remedy).resolve()
 
 

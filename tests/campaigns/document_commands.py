@@ -21,8 +21,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 NOT_HERE = {  # words of a block -> why
     "pip install -q": "an installation: what CI and a new user run first",
+    "tests.campaigns.api_pages": "needs the extra docs: .ci/run has an environment for it",
     "#SBATCH": "needs a Slurm cluster: tests.campaigns.slurm",
     "gcloud": "needs a TPU pod",
+    "dask scheduler": "needs the extra dask: tests.campaigns.dask_kills",
     "REFERENCE": "the paper's model needs an accelerator",
     "--topology": "needs libtpu: .ci/run has an environment for it",
     "nlst.txt": "a download of terabytes",
@@ -72,6 +74,7 @@ STEPS = {  # words of a block, in the order of running -> what runs before it
     "--archive=rsna_pe": PHANTOMS,
     "--archive=lidc_idri": "",
     "--audit_dir=DATASET-audit": "ln -s SCANS MY_DICOM",
+    "--dataset=DATASET --html": "",
     "ctssl recipes": "",
     "--config=masked_region --config.dataset=DATASET": "rm -r RUN",
     "--workdir=NODULES_RUN --config": "",

@@ -31,6 +31,18 @@ def test_every_door_and_study_is_a_command(capsys):
             assert ctssl.summary(path).endswith((".", "`train`")), f"{path}: say what it does"
 
 
+def test_every_command_names_what_comes_next():
+    """By `suggest`, in the door or in the study's file to which it leaves its work."""
+    for named in ctssl.commands().values():
+        for name, (_, path) in named.items():
+            text = path.read_text()
+            assert any(word in text for word in ("suggest", "curves.main(", "next:   ")), name
+    for name in ("list", "masked_region"):
+        done = run("recipes", *([] if name == "list" else [name]))
+        assert done.returncode == 0 and "next:" not in done.stdout  # it may go to a file
+        assert done.stderr.startswith("next:        ctssl ") and done.stderr.count("\n") == 1
+
+
 def test_a_command_runs_as_its_module_does():
     by_name = run("train", "--help")
     assert by_name.returncode == 0 and "--[no]set_aside_damaged" in by_name.stdout

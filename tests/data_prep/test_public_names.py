@@ -17,7 +17,7 @@ def test_the_example_of_the_package_runs(tmp_path, tiny_dataset, monkeypatch):
     )
     (tmp_path / "dataset").symlink_to(tiny_dataset)
     monkeypatch.chdir(tmp_path)
-    assert doctest.testmod(data_prep, raise_on_error=True).attempted == 10
+    assert doctest.testmod(data_prep, raise_on_error=True).attempted == 12
 
 
 def test_every_name_is_there():

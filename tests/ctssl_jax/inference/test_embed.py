@@ -518,7 +518,7 @@ def test_wrong_volumes(runs, archive):
         (np.zeros((4, 32, 32, 2), np.uint8), None, r"but the run takes uint8 \[S, 32, 32, 1\]"),
         (np.zeros((0, 32, 32, 1), np.uint8), None, r"slices of uint8 \[0, 32, 32, 1\]"),
         (np.clip(hu, 0, 255).astype(np.uint8), AFFINE, "values from 0 to 255 are not HU"),
-        (archive, None, "holds 4 scans; give one, or all to python -m ctssl_jax.embed"),
+        (archive, None, "holds 4 scans; give one, or all to ctssl embed"),
         (archive / "scan1", AFFINE, "a scan on disk has its own; leave it out"),
         (archive / "short", None, "give a smaller --min_slices"),
     ):

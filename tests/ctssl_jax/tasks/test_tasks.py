@@ -288,13 +288,13 @@ def test_the_recipes_pass_the_checks_and_hold_no_field_of_another_task(recipe, s
             "rotation", "task", "denoising",
             "config.task='denoising' does not fit this recipe (config.noise is missing, "
             "config.loss is missing, config.commitment is missing, config.ssim_rescale is "
-            "missing); start from --config=configs/denoising.py",
+            "missing); start from --config=denoising",
         ),
         (
             "masked_region", "task", "flip",
             "does not fit this recipe (config.mask has no meaning, config.loss has no meaning, "
             "config.commitment has no meaning, config.ssim_rescale has no meaning); start from "
-            "--config=configs/flip.py",
+            "--config=flip",
         ),
     ],
 )  # fmt: skip

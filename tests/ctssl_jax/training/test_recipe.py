@@ -114,7 +114,7 @@ def test_datasets_that_do_not_fit(tiny_dataset, tmp_path):
         train_on(tiny_config(tiny_dataset, image_size=32), workdir)
     with pytest.raises(
         DatasetError,
-        match=r"no such directory; make one with python -m data_prep.prepare",
+        match=r"no such directory; make one with ctssl prepare",
     ):
         train_on(tiny_config(tmp_path / "nowhere"), workdir)
     partial = shutil.copytree(tiny_dataset, tmp_path / "partial")

@@ -140,6 +140,7 @@ def test_private_things_are_private_and_nothing_is_left_over(prepared):
     assert sorted(p.name for p in prepared.audit_dir.iterdir()) == [
         "archive.json",
         "notes",
+        "refused.csv",
         "sources.csv",
         "splits.json",
     ]
