@@ -57,10 +57,14 @@ class Array:
                 "and --labels_csv or --masks_dir"
             )
         if self.sources.metadata_csv:
-            raise InputError(
-                f"{named}: --metadata_csv needs --input_dir, a local copy of all files"
-            )
+            raise InputError(f"{named}: --metadata_csv needs a local copy, as --input_dir")
         self.directories.check()
+        folder, dataset = self.downloads.folder, self.directories.output_dir
+        if folder.resolve().is_relative_to(dataset.resolve()):
+            raise InputError(
+                f"--download_dir={folder} lies inside --output_dir={dataset}, which is published; "
+                "choose a private directory"
+            )
         staging.check(self.sources, None)
 
     def with_tables(self, key: bytes) -> Options:

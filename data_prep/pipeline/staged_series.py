@@ -36,8 +36,8 @@ from data_prep.pipeline.plan import header_version
 from data_prep.privacy.pseudonyms import (
     Rejected,
     private_digest,
+    rejected,
     series_pseudonym,
-    sources_of,
     volume_id,
 )
 from data_prep.scan.headers import Header, NotAnImage
@@ -179,7 +179,7 @@ def _convert_all(
     for candidate in (candidate for exam in plan.exams for candidate in exam):
         note = _convert(dataclasses.replace(job.conversion, input_dir=files), candidate, pool)
         num_volumes += note.volume is not None
-        reasons.update(rejected.reason for rejected in note.rejected)
+        reasons.update(row.reason for row in note.rejected)
     sources = sorted(map(source_of, headers))
     digest = hashlib.sha256(repr(sources).encode("utf-8", "backslashreplace")).hexdigest()
     outcome = Outcome(
@@ -411,23 +411,21 @@ def _write_exam(
     key = exam_key(conversion, exam)
     if last.failed_for_now:
         detail = last.rejected[0].detail
-        rejections = [(FAILED_FOR_NOW, detail)] * len(exam)
+        rows = [_rejected(conversion, one, FAILED_FOR_NOW, detail) for one in exam]
     else:
-        rejections = [(row.reason, row.detail) for note in notes for row in note.rejected]
-        others = len(exam) - len(rejections) - (last.volume is not None)
-        rejections += [("other_reconstruction", "")] * others
-    taken = len(notes) - 1 if last.volume is not None else None
-    rejected = [
-        Rejected(volume_id(conversion.key, one), *why, sources_of(one.all_headers))
-        for one, why in zip(
-            (one for number, one in enumerate(exam) if number != taken), rejections, strict=True
-        )
-    ]
+        rows = [row for note in notes for row in note.rejected]
+        rows += [_rejected(conversion, one, "other_reconstruction") for one in exam[len(notes) :]]
     if last.volume is not None:
         records = records_path(conversion.records_dir, last.key)
         if records.exists():  # else a run that was killed here gave it its name
             publish(records, records_path(conversion.records_dir, key))
-    write_note(conversion, dataclasses.replace(last, key=key, rejected=rejected))
+    write_note(conversion, dataclasses.replace(last, key=key, rejected=rows))
     for candidate in exam:  # not preferred
         other = exam_key(conversion, [candidate])
         records_path(conversion.records_dir, other).unlink(missing_ok=True)
+
+
+def _rejected(
+    conversion: Conversion, candidate: SeriesCandidate, reason: str, detail: str = ""
+) -> Rejected:
+    return rejected(volume_id(conversion.key, candidate), candidate.rejected(reason, detail))

@@ -64,14 +64,21 @@ def archive(tmp_path_factory) -> Path:
     return folder
 
 
+def results(where: Directories) -> dict[str, bytes]:
+    """The dataset, and the private outcome of each file."""
+    private = content(where.audit_dir)
+    tables = {name: private[name] for name in ("sources.csv", "refused.csv", "splits.json")}
+    return content(where.output_dir) | tables
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, archive, key_file) -> dict[str, bytes]:
-    """The dataset of one run."""
+    """What one run makes."""
     folder = tmp_path_factory.mktemp("plain")
     options = Options(image_size=48, shard_size_mb=0.05, splits=(0.5, 0.25, 0.25))
     where = Directories(archive, folder / "dataset", folder / "audit")
     prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
-    return content(where.output_dir)
+    return results(where)
 
 
 def job(folder: Path, manifest: Path, key_file: Path, **downloads) -> Array:
@@ -104,7 +111,7 @@ def test_tasks_in_any_order_and_again_give_the_bytes_of_one_run(
     assert list(array.downloads.folder.iterdir()) == []  # local files are not copied
     _, changed, gathering = assemble(array, num_workers=1)
     assert changed and gathering.failed == []
-    assert content(array.directories.output_dir) == plain
+    assert results(array.directories) == plain
     assert not assemble(array, num_workers=1)[1]
 
 
@@ -188,7 +195,7 @@ def test_what_cannot_be_downloaded_is_named_and_comes_with_the_next_run(
     assert run_task(array, 0, 1, num_workers=1) == (5, 1)
     assert list(array.downloads.folder.iterdir()) == []
     assemble(array, num_workers=1)
-    assert content(array.directories.output_dir) == plain
+    assert results(array.directories) == plain
 
 
 def test_the_rest_is_exact_and_what_failed_is_added_later(tmp_path, archive, key_file):
@@ -206,12 +213,12 @@ def test_the_rest_is_exact_and_what_failed_is_added_later(tmp_path, archive, key
         run_task(array, 0, 1, num_workers=1)
     assert [entry.number for entry in assemble(array, num_workers=1)[2].failed] == [4]
     prepare(options, one, num_workers=1, pseudonym_key_file=key_file)
-    assert content(array.directories.output_dir) == content(one.output_dir)
+    assert results(array.directories) == results(one)
     gone.rename(scans / "e")
     assert run_task(array, 0, 1, num_workers=1) == (5, 4)
     assert assemble(array, num_workers=1)[1]
     prepare(options, one, num_workers=1, pseudonym_key_file=key_file)
-    assert content(array.directories.output_dir) == content(one.output_dir)
+    assert results(array.directories) == results(one)
 
 
 # ---- manifests -----------------------------------------------------------------------------------
@@ -283,7 +290,7 @@ def test_a_spread_series_is_refused_by_name_and_taken_as_one_entry(tmp_path, arc
     assemble(array, num_workers=1)
     one = Directories(scans, tmp_path / "one", tmp_path / "one-audit")
     prepare(options, one, num_workers=1, pseudonym_key_file=key_file)
-    assert content(array.directories.output_dir) == content(one.output_dir)
+    assert results(array.directories) == results(one)
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -360,10 +367,6 @@ def test_a_file_that_kills_its_worker_costs_itself_only(
     monkeypatch.setattr(arrays, "header_reader", lambda archive: deadly_read)
     with pytest.raises(RunFailed, match="line 5: a file or series could not be read for now"):
         run_task(array, 0, 1, num_workers=1)
-    assemble(array, num_workers=1)
-    made = content(array.directories.output_dir)
-    volumes = [one["volumes.csv"] for one in (made, plain)]
-    assert volumes[0] == volumes[1]
-    assert b'"files_not_images": {"failed_for_now": 1}' in b" ".join(
-        made["preparation.json"].split()
-    )
+    prepared, *_ = assemble(array, num_workers=1)
+    assert prepared["counts"]["files_not_images"] == {"failed_for_now": 1}
+    assert results(array.directories)["volumes.csv"] == plain["volumes.csv"]
