@@ -44,6 +44,7 @@ the lock that keeps two runs apart belongs to the process that started the job, 
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import pickle
@@ -53,10 +54,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.runner import PipelineState
+from apache_beam.runners.runner import PipelineResult, PipelineState
 
 from data_prep.pipeline import assemble, convert, dask_cluster, notes
 from data_prep.pipeline.options import Directories
@@ -166,20 +168,23 @@ def convert_exams(
         return
     _say(f"converting: {len(expected)} exams under Apache Beam")
     scheduler = dask_scheduler(arguments)
-    if scheduler:  # Reshuffle does nothing there: a partition stays what it was made
-        elements = [(plan, [exam]) for plan, exams in elements for exam in exams]
     conversion_file = work_dir / _CONVERSION_FILE
     write_file(conversion_file, pickle.dumps(conversion))
-    pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
-    _ = (
-        pipeline
-        | "plans" >> beam.Create(elements)
-        | "exams" >> beam.FlatMap(_exams_of_plan)
-        | "spread exams" >> beam.Reshuffle()
-        | "convert" >> beam.ParDo(_Convert(str(conversion_file), on_dask=bool(scheduler)))
-    )
+    convert_them = _Convert(str(conversion_file), lasting=bool(scheduler))
     with progress.following(conversion.notes_dir, expected) as missing:
-        _run(pipeline, scheduler)
+        if scheduler:
+            exams = [exam for element in elements for exam in _exams_of_plan(element)]
+            _run_on_dask(exams, convert_them, conversion.records_dir, arguments, scheduler)
+        else:
+            pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
+            _ = (
+                pipeline
+                | "plans" >> beam.Create(elements)
+                | "exams" >> beam.FlatMap(_exams_of_plan)
+                | "spread exams" >> beam.Reshuffle()
+                | "convert" >> beam.ParDo(convert_them)
+            )
+            _run(pipeline)
     if missing:
         raise RunFailed(f"the Beam pipeline left out {len(missing)} exams; {_REMEDY}")
 
@@ -193,22 +198,18 @@ class _Convert(beam.DoFn):
     """Converts in a process of its own, as the local runner does: a scan that kills it is noted and
     stops no other scan."""
 
-    def __init__(self, conversion_file: str, *, on_dask: bool):
-        self._conversion_file, self._on_dask = conversion_file, on_dask
+    def __init__(self, conversion_file: str, *, lasting: bool):
+        self._conversion_file, self._lasting = conversion_file, lasting
 
     def setup(self) -> None:
-        self._conversion = pickle.loads(Path(self._conversion_file).read_bytes())
         self._open = contextlib.ExitStack()
-        if not self._on_dask:
-            self._pool = self._open.enter_context(WorkerPool(1))
+        self._conversion = pickle.loads(Path(self._conversion_file).read_bytes())
+        pool = dask_cluster.lasting_pool() if self._lasting else WorkerPool(1)
+        self._pool = self._open.enter_context(pool)
 
     def process(self, element: tuple[str, int]) -> None:
         plan, exam = element
-        with contextlib.ExitStack() as stack:
-            if self._on_dask:  # which calls `setup` for each exam, and `teardown` not after errors
-                stack.enter_context(dask_cluster.at_work(str(self._conversion.records_dir)))
-                self._pool = stack.enter_context(dask_cluster.lasting_pool())
-            convert_once(self._conversion, read_plan(Path(plan)).exams[exam], self._pool)
+        convert_once(self._conversion, read_plan(Path(plan)).exams[exam], self._pool)
 
     def teardown(self) -> None:
         self._open.close()
@@ -266,33 +267,37 @@ def write_shards(
     if not missing:
         return
     _say(f"writing shards: {len(missing)} shards under Apache Beam")
-    scheduler = dask_scheduler(arguments)
-    files = (str(frozen_file), str(output_dir), str(records_dir))
+    write_them = _WriteShard(str(frozen_file), str(output_dir), str(records_dir))
+    if scheduler := dask_scheduler(arguments):
+        _run_on_dask(missing, write_them, records_dir, arguments, scheduler)
+        return
     pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
     _ = (
         pipeline
         | "shards" >> beam.Create(missing)
         | "spread shards" >> beam.Reshuffle()
-        | "write" >> beam.ParDo(_WriteShard(files, on_dask=bool(scheduler)))
+        | "write" >> beam.ParDo(write_them)
     )
-    _run(pipeline, scheduler)
+    _run(pipeline)
 
 
 class _WriteShard(beam.DoFn):
-    def __init__(self, files: tuple[str, str, str], *, on_dask: bool):
-        self._files, self._on_dask = files, on_dask
+    def __init__(self, frozen_file: str, output_dir: str, records_dir: str):
+        self._files = (frozen_file, output_dir, records_dir)
 
     def setup(self) -> None:
         frozen_file, self._output_dir, self._records_dir = map(Path, self._files)
-        self._shards = assemble.FrozenPlan.load(frozen_file).new_shards
+        self._shards = _new_shards(frozen_file, frozen_file.stat().st_mtime_ns)
 
     def process(self, element: int) -> None:
         shard = self._shards[element]
         path = self._output_dir / shard["name"]
-        with contextlib.ExitStack() as stack:
-            if self._on_dask:
-                stack.enter_context(dask_cluster.at_work(str(self._records_dir)))
-            write_shard_once(path, self._records_dir, shard["staged"], shard["num_records"])
+        write_shard_once(path, self._records_dir, shard["staged"], shard["num_records"])
+
+
+@functools.lru_cache(1)  # Dask calls `setup` for each shard
+def _new_shards(frozen_file: Path, written: int) -> list[dict[str, Any]]:
+    return assemble.FrozenPlan.load(frozen_file).new_shards
 
 
 def write_shard_once(path: Path, records_dir: Path, staged: list[str], num_records: int) -> None:
@@ -343,18 +348,53 @@ def _private_directory(parent: Path) -> Iterator[Path]:
         yield Path(directory)
 
 
-def _run(pipeline: beam.Pipeline, scheduler: str | None) -> None:
+class _OnDask(beam.DoFn):
+    """Another DoFn, whose errors are its output: (element, worker, reason). Dask would try a task
+    again on the worker that can't do it, and calls no `teardown` after an error."""
+
+    def __init__(self, inner: beam.DoFn, directory: str):
+        self._inner, self._directory = inner, directory
+
+    def process(self, element: Any) -> Iterator[dask_cluster.Failure]:
+        try:
+            with dask_cluster.at_work(self._directory):
+                try:
+                    self._inner.setup()
+                    self._inner.process(element)
+                finally:
+                    self._inner.teardown()
+        except Exception as error:  # of any type
+            yield dask_cluster.failure(element, _reason(error))
+
+
+def _run_on_dask(
+    elements: Sequence[Any],
+    inner: beam.DoFn,
+    directory: Path,
+    arguments: Sequence[str],
+    scheduler: str,
+) -> None:
+    """A task for each element, with a transform as the last one of a single chain: Dask runs the
+    last leaf of a pipeline alone, and its Reshuffle does nothing."""
+
+    def start(elements: Sequence[Any]) -> PipelineResult:
+        pipeline = beam.Pipeline(options=PipelineOptions(list(arguments)))
+        _ = pipeline | beam.Create(elements) | beam.ParDo(_OnDask(inner, str(directory)))
+        return pipeline.run()
+
     try:
-        if scheduler:
-            with dask_cluster.retried():
-                result = pipeline.run()
-            state = dask_cluster.wait_until_finish(result, scheduler)
-        else:
-            # Workers on this machine print tracebacks of errors that are raised, too.
-            with contextlib.redirect_stderr(io.StringIO()):
-                state = pipeline.run().wait_until_finish()
+        dask_cluster.run_tasks(elements, start, scheduler)
     except RunFailed as error:
         raise RunFailed(f"{error}; {_REMEDY}") from error
+    except Exception as error:  # of any type
+        raise RunFailed(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error
+
+
+def _run(pipeline: beam.Pipeline) -> None:
+    try:
+        # Workers on this machine print tracebacks of errors that are raised, too.
+        with contextlib.redirect_stderr(io.StringIO()):
+            state = pipeline.run().wait_until_finish()
     except Exception as error:  # of any runner
         raise RunFailed(f"the Beam pipeline failed: {_reason(error)}; {_REMEDY}") from error
     if state != PipelineState.DONE:

@@ -1,12 +1,14 @@
 """A Dask cluster under the pipelines of Beam: can it do the work, and does it stay?
 
-Beam's DaskRunner makes one task of each element and leaves it to Dask. What this file adds:
+Beam's DaskRunner makes tasks of the elements and leaves the rest to Dask. What this file adds:
 
 - before any work one line about a cluster that is not there, has no workers, has other versions,
   may start no processes, or does not reach the directories;
-- tasks that fail are tried again, elsewhere if another worker is free (`retries`);
 - tasks that an ended run left at work are waited for;
-- a cluster that loses its scheduler or all its workers ends the run.
+- tasks that fail are tried again on workers on which none failed: Dask alone may try them on the
+  worker without room on its disk until it gives up;
+- a cluster that loses its scheduler or all its workers ends the run: Beam alone calls the pipeline
+  done in the first case, and waits for ever in the second.
 
 `distributed` is imported inside functions: its extra may be missing.
 """
@@ -22,9 +24,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.dataset.schema import versions
 from data_prep.system.errors import InputError, RunFailed
@@ -33,8 +35,8 @@ from data_prep.system.workers import WorkerPool
 
 RUNNER = "apache_beam.runners.dask.dask_runner.DaskRunner"
 ADDRESS_OPTION = "--dask_client_address="  # of Beam
-RETRIES = 3  # of a task that raises an error; a worker that dies is Dask's `allowed-failures`
-_BACK_OFF_SECONDS = 5.0  # of a worker whose task failed, so that others take the next tries
+TRIES = 4  # of a task that raises an error; for a worker that dies Dask has `allowed-failures`
+_BACK_OFF_SECONDS = 10.0  # that a worker rests whose task failed
 _CONNECT_SECONDS = 15
 _WORKER_SECONDS = 30.0  # that a cluster may take to get its first worker
 _ALONE_SECONDS = 60.0  # that a cluster may be without workers, e.g. while nannies start them again
@@ -57,20 +59,33 @@ def beam_arguments(address: str) -> list[str]:
 # ---- in the workers ------------------------------------------------------------------------------
 
 
+class Failure(NamedTuple):
+    """A task that raised an error."""
+
+    element: Any
+    worker: str  # its address
+    reason: str  # in one line
+
+
 @contextlib.contextmanager
 def at_work(directory: str) -> Iterator[None]:
-    """A task that writes below `directory`. If it fails, its worker pauses, so that a worker that
-    cannot do the work does not take, and lose, all of it."""
+    """A task that writes below `directory`."""
     with _lock:
         _at_work[directory] += 1
     try:
         yield
-    except Exception:
-        time.sleep(_BACK_OFF_SECONDS)
-        raise
     finally:
         with _lock:
             _at_work[directory] -= 1
+
+
+def failure(element: Any, reason: str) -> Failure:
+    """The output of a task that raised an error. Its worker rests first, so that one that cannot do
+    the work does not take all of it."""
+    from distributed import get_worker
+
+    time.sleep(_BACK_OFF_SECONDS)
+    return Failure(element, get_worker().address, reason)
 
 
 @contextlib.contextmanager
@@ -242,17 +257,39 @@ def check_directories(
 # ---- during the work -----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def retried() -> Iterator[None]:
-    """A block in which tasks are handed to Dask, which tries those again that fail."""
+def run_tasks(elements: Sequence[Any], start: Callable[[Sequence[Any]], Any], address: str) -> None:
+    """Runs a task for each element. Those that fail run again, on workers on which none failed.
+
+    Args:
+        elements: of the tasks.
+        start: returns the result of `run` of a pipeline that ends in the failures of its elements.
+        address: of the scheduler.
+
+    Raises:
+        RunFailed: tasks fail on all workers or again and again, or the cluster is gone.
+    """
     import dask
 
-    with dask.annotate(retries=RETRIES):
-        yield
+    options: dict[str, Any] = {"retries": TRIES}  # of errors of Dask or Beam themselves
+    failing: set[str] = set()
+    for _ in range(TRIES):
+        with dask.annotate(**options):
+            result = start(elements)
+        failures, workers = wait_until_finish(result, address)
+        if not failures:
+            return
+        failing |= {one.worker for one in failures}
+        elements = [one.element for one in failures]
+        fit = sorted(workers - failing)
+        if not fit:
+            break
+        options |= {"workers": fit, "allow_other_workers": True}  # they may end, too
+    worker, reason = failures[0][1:]
+    raise RunFailed(f"{len(failures)} tasks failed, one of them on the worker {worker}: {reason}")
 
 
-def wait_until_finish(result: Any, address: str) -> str:
-    """The end state of a Beam pipeline.
+def wait_until_finish(result: Any, address: str) -> tuple[list[Failure], set[str]]:
+    """The failures of a Beam pipeline at its end, and the workers that are there then.
 
     Args:
         result: of `run` of the pipeline.
@@ -260,7 +297,7 @@ def wait_until_finish(result: Any, address: str) -> str:
 
     Raises:
         RunFailed: the scheduler or all workers are gone, or a task has ended too many workers.
-        Exception: of any type, of a task that failed again and again.
+        Exception: of any type, of Dask or Beam themselves.
     """
     from distributed import CancelledError, KilledWorker
 
@@ -269,7 +306,10 @@ def wait_until_finish(result: Any, address: str) -> str:
     try:
         while True:
             try:
-                return result.wait_until_finish(duration=2_000)
+                result.wait_until_finish(duration=2_000)
+                if any(future.status != "finished" for future in futures):
+                    raise CancelledError  # without its scheduler Beam calls the pipeline done
+                return [one for future in futures for one in future.result()], {*client.nthreads()}
             except TimeoutError:
                 if any(future.status not in ("pending", "finished") for future in futures):
                     raise
@@ -294,7 +334,7 @@ def wait_until_finish(result: Any, address: str) -> str:
         raise
     except Exception as error:
         if client.status == "running" and not isinstance(error, CancelledError):
-            raise  # of a task
+            raise
         raise RunFailed(f"the Dask scheduler at {address} is gone; start the cluster") from None
     finally:
         with contextlib.suppress(Exception):

@@ -219,16 +219,21 @@ def _tried(place: Place, request: Callable[[], Any]) -> Any:
             if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
                 raise
             failure = error
-            if isinstance(error, _NOT_TRIED_AGAIN):
+            if isinstance(error, _NOT_TRIED_AGAIN) or _is_forbidden(error):
                 break
     raise FetchFailed(f"line {place.line}: {_reason(failure)}") from None
+
+
+def _is_forbidden(error: Exception) -> bool:
+    """Whether a web server refused."""
+    return getattr(error, "status", None) in (401, 403)
 
 
 def _reason(error: Exception) -> str:
     """The failure of a request, without names of files."""
     if isinstance(error, FileNotFoundError):
         return "not found"
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or _is_forbidden(error):
         return "no permission to read it; --noanonymous reads it with your credentials"
     if isinstance(error, _Wrong | FetchFailed):
         return str(error)

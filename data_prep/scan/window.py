@@ -13,7 +13,7 @@ from data_prep.scan.anatomy import ChestSummary
 from data_prep.scan.geometry import AIR_HU
 from data_prep.system.errors import InputError
 
-_THUMBNAIL = 256  # pixels of a side
+_THUMBNAIL = 128  # pixels of a side
 Window = tuple[float, float]  # level, width in HU
 
 
@@ -91,11 +91,12 @@ def _table(level: float, width: float) -> np.ndarray:
 
 
 def grey_thumbnail(hu: np.ndarray) -> np.ndarray:
-    """A small picture [h, w] uint8 of a slice [H, W] whose values may be of any scale: every n-th
-    pixel, of at most 256 a side, from the 1st percentile (black) to the 99th (white)."""
-    small = hu[:: -(-hu.shape[0] // _THUMBNAIL), :: -(-hu.shape[1] // _THUMBNAIL)]
-    small = np.nan_to_num(small.astype(np.float64))
-    low, high = np.percentile(small, (1, 99))
+    """A small picture [h, w] uint8 of a slice [H, W] whose values may be of any scale: means of
+    n x n pixels, at most 128 a side, from the 1st percentile (black) to the 99th (white)."""
+    image = Image.fromarray(hu.astype(np.float32))
+    small = np.nan_to_num(np.asarray(image.reduce(-(-max(hu.shape) // _THUMBNAIL))))
+    ordered = np.sort(small, axis=None)
+    low, high = ordered[len(ordered) // 100], ordered[-1 - len(ordered) // 100]
     return _grey(small, (low + high) / 2, max(high - low, 1.0))
 
 

@@ -126,8 +126,8 @@ class Server(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         loss = self.losses.get(self.path, "")
         content = (Path(self.directory) / self.path[1:]).read_bytes()
-        if loss == "missing":
-            self.send_error(404)
+        if loss in ("404", "403"):
+            self.send_error(int(loss))
             return
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
@@ -173,10 +173,11 @@ def test_what_cannot_be_downloaded_is_named_and_comes_with_the_next_run(
     manifest = written(tmp_path / "m.csv", *rows)
     lines = {row.split(",")[1].removeprefix(served): line for line, row in enumerate(rows, start=1)}
     Server.losses = {
-        "/a/IM0003": "missing",
+        "/a/IM0003": "404",
         "/b/IM0004": "truncated",
         "/c/IM0005": "changed",
         "/d/IM0006": "silent",
+        "/e/IM0007": "403",
     }
     array = job(tmp_path, manifest, key_file, remove=True)
     with pytest.raises(RunFailed) as failure:
@@ -188,11 +189,12 @@ def test_what_cannot_be_downloaded_is_named_and_comes_with_the_next_run(
         ("/b/IM0004", "was cut off, 3 times"),
         ("/c/IM0005", "has another sha256 than the manifest says"),
         ("/d/IM0006", "no answer in time, 3 times"),
+        ("/e/IM0007", "no permission to read it"),
     ):
         assert f"line {lines[path]}: {reason}" in said
-    assert "4 of 5 entries" in said and served not in said and "IM00" not in said
+    assert "5 of 5 entries" in said and served not in said and "IM00" not in said
     Server.losses = {}
-    assert run_task(array, 0, 1, num_workers=1) == (5, 1)
+    assert run_task(array, 0, 1, num_workers=1) == (5, 0)
     assert list(array.downloads.folder.iterdir()) == []
     assemble(array, num_workers=1)
     assert results(array.directories) == plain

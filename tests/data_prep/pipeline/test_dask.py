@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from data_prep.pipeline import dask_cluster, notes
 from data_prep.pipeline.options import Directories, Options, parse_beam_options
 from data_prep.pipeline.prepare import prepare
 from data_prep.pipeline.progress import ExamProgress
-from data_prep.system.errors import InputError
+from data_prep.system.errors import InputError, RunFailed
 from tests.helpers import dicom_files
 from tests.helpers.dask_processes import Cluster
 
@@ -107,6 +108,64 @@ def test_a_scheduler_that_does_not_answer_is_refused(cluster, monkeypatch):
     monkeypatch.setattr(dask_cluster, "_CONNECT_SECONDS", 1)
     with pytest.raises(InputError, match=r"^--dask_scheduler=tcp://127\.0\.0\.1:9: no Dask sched"):
         dask_cluster.check_cluster("tcp://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "connection", "words"),
+    [
+        (["cancelled"], "closed", "scheduler at tcp://host:1 is gone"),
+        (["cancelled"], "running", "scheduler at tcp://host:1 is gone"),
+        (["finished"], "running", None),
+        (["pending"] * 99, "running", "cluster at tcp://host:1 has no workers left"),
+    ],
+)
+def test_a_pipeline_without_its_cluster_is_not_done(
+    cluster, monkeypatch, statuses, connection, words
+):
+    """Beam says DONE where the tasks were lost with the scheduler."""
+    monkeypatch.setattr(dask_cluster, "_ALONE_SECONDS", 0)
+
+    class Result:
+        client = SimpleNamespace(status=connection, nthreads=dict, close=lambda timeout: None)
+        futures = (SimpleNamespace(status=statuses[0], result=list),)
+
+        def wait_until_finish(self, duration):
+            if statuses.pop() == "pending":
+                raise TimeoutError
+            return "DONE"
+
+    if words is None:
+        assert dask_cluster.wait_until_finish(Result(), "tcp://host:1") == ([], set())
+        return
+    with pytest.raises(RunFailed, match=words):
+        dask_cluster.wait_until_finish(Result(), "tcp://host:1")
+
+
+def test_failed_tasks_run_again_on_other_workers(cluster, monkeypatch):
+    import dask
+
+    monkeypatch.setattr(dask_cluster, "wait_until_finish", lambda result, address: result)
+    started = []
+
+    def start_with_bad_workers(number: int):
+        def start(elements):
+            started.append((list(elements), dask.get_annotations().get("workers")))
+            bad = elements[:number] if len(started) == 1 else elements[: number - 1]
+            failures = [dask_cluster.Failure(one, f"tcp://{one}", "no room") for one in bad]
+            return failures, {"tcp://1", "tcp://2", "tcp://3"}
+
+        return start
+
+    dask_cluster.run_tasks([1, 2, 3], start_with_bad_workers(1), "tcp://host:1")
+    assert started == [([1, 2, 3], None), ([1], ["tcp://2", "tcp://3"])]
+    started.clear()
+    with pytest.raises(RunFailed, match=r"^3 tasks failed, one of them on .* tcp://1: no room$"):
+        dask_cluster.run_tasks([1, 2, 3], start_with_bad_workers(3), "tcp://host:1")
+    assert len(started) == 1  # there is no worker on which none failed
+    started.clear()
+    with pytest.raises(RunFailed, match=r"^1 tasks failed, one of them on .* tcp://1: no room$"):
+        dask_cluster.run_tasks([1, 2, 3], start_with_bad_workers(2), "tcp://host:1")
+    assert [workers for _, workers in started] == [None, *3 * [["tcp://3"]]]
 
 
 @pytest.mark.parametrize("address", [None, "", "host:8786", "tcp://host", "http://host:80"])
