@@ -34,6 +34,7 @@ from data_prep.pipeline.notes import (
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.plan import header_version
 from data_prep.privacy.pseudonyms import (
+    Rejected,
     private_digest,
     rejected,
     series_pseudonym,
