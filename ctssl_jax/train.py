@@ -53,8 +53,11 @@ def start(flag_values: flags.FlagValues) -> bool:
     """Train as the flags ask, in this process; True if the run is complete."""
     config = flag_values.config
     if config is None or not (flag_values.workdir or flag_values.estimate):
-        names = ", ".join(recipe_names())
-        raise InputError(f"give --config=RECIPE and --workdir=DIR, or --estimate; recipes: {names}")
+        missing = [] if config else ["--config=RECIPE"]
+        if not (flag_values.workdir or flag_values.estimate):
+            missing.append("--workdir=DIR (or --estimate)")
+        names = "" if config else f"; recipes: {', '.join(recipe_names())}"
+        raise InputError(f"give {' and '.join(missing)}{names}")
     if flag_values.profile and flag_values.estimate:
         raise InputError("--profile traces a training: leave --estimate out")
     if flag_values.topology and not flag_values.estimate:

@@ -14,18 +14,19 @@ if __name__ == "__main__":  # the imports below take their time
 
     early_stop.leave_at_once()
 
-import argparse
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import optax
+from absl import flags
 from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig
 from ctssl_jax.parallel.processes import configure_jax
 from data_prep.system import command_line
+from data_prep.system.errors import InputError
 
 from .bench.sides import (
     GIB,
@@ -71,46 +72,49 @@ def measure(config: VQVAEConfig, image_size: int, batch_size: int, steps: int) -
     return [*seconds, f"{text_kib:.0f}", f"{compiled_bytes(compiled) / GIB:.2f}", milliseconds]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def define_flags() -> None:
+    """Only where this module is the program: another one may define flags of the same names."""
+    flags.DEFINE_integer("image_size", 64, "Side in pixels.", lower_bound=4)
+    flags.DEFINE_list("hidden", ["256", "512"], "The two widths of the model.")
+    flags.DEFINE_list(
+        "depths", ["2", "6", "18"], "Residual blocks, in the encoder and in the decoder."
     )
-    parser.add_argument("--image_size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--hidden", default="256,512", help="the two widths of the model")
-    parser.add_argument(
-        "--depths", default="2,6,18", help="residual blocks, in the encoder and in the decoder"
-    )
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument(
-        "--remat", action="store_true", help="recompute residual blocks in the backward pass"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=0, help="steps to run and time; 0 compiles only"
-    )
-    arguments = parser.parse_args()
+    flags.DEFINE_integer("batch_size", 1, "Slices of a step.", lower_bound=1)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the convolutions.")
+    flags.DEFINE_bool("remat", False, "Recompute residual blocks in the backward pass.")
+    flags.DEFINE_integer("steps", 0, "Steps to run and time; 0 compiles only.", lower_bound=0)
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    flag = flags.FLAGS
+    hidden = tuple(command_line.whole_numbers("hidden", flag.hidden))
+    depths = command_line.whole_numbers("depths", flag.depths)
+    if len(hidden) != 2:
+        raise InputError(f"--hidden={','.join(flag.hidden)}: give two widths, such as 256,512")
     configure_jax()
     jax.config.update("jax_enable_compilation_cache", False)
 
-    hidden = tuple(int(width) for width in arguments.hidden.split(","))
-    switches = {"hidden": hidden, "dtype": arguments.dtype, "remat": arguments.remat}
-    shape = arguments.image_size, arguments.batch_size
+    switches = {"hidden": hidden, "dtype": flag.dtype, "remat": flag.remat}
+    shape = flag.image_size, flag.batch_size
     # start the compiler: only the first program pays for it
     measure(VQVAEConfig(depth=1, **{**switches, "hidden": (4, 8)}), 16, 1, 0)
     print(
         f"{jax.devices()[0].device_kind}, {shape[0]} pixels, hidden {hidden}, batch {shape[1]}, "
-        f"{arguments.dtype}\n"
+        f"{flag.dtype}\n"
     )
     print("| depth | blocks | lower s | compile s | StableHLO KiB | compiled GiB | ms a step |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for depth in arguments.depths.split(","):
+    for depth in depths:
         for scan in (False, True):
-            config = VQVAEConfig(depth=int(depth), scan=scan, **switches)
-            cells = measure(config, *shape, arguments.steps)
+            config = VQVAEConfig(depth=depth, scan=scan, **switches)
+            cells = measure(config, *shape, flag.steps)
             blocks = "scan" if scan else "unrolled"
-            print("| " + " | ".join([depth, blocks, *cells]) + " |", flush=True)
+            print("| " + " | ".join([str(depth), blocks, *cells]) + " |", flush=True)
     command_line.suggest("benchmark_training", aside=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command_line.run(main)

@@ -31,22 +31,24 @@ if __name__ == "__main__":  # the imports below take their time
 
     early_stop.leave_at_once()
 
-import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import flags
 from flax import nnx
 
 from ctssl_jax.models.vqvae import VQVAE, VQVAEConfig, flops_per_slice
 from ctssl_jax.parallel.processes import configure_jax
 from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_json
 
 from .bench.sides import (
     GIB,
@@ -93,16 +95,14 @@ def _row_of(row: dict) -> str:
     )
 
 
-def run_preset(
-    preset: str, arguments: argparse.Namespace, sides: list[str], peak: float
-) -> list[dict]:
+def run_preset(preset: str, flag: flags.FlagValues, sides: list[str], peak: float) -> list[dict]:
     """Time one preset at every batch size; prints a line a side and returns the lines as dicts."""
     image_size, hidden, depth, batch_size = PRESETS[preset]
     use_gpu = jax.devices()[0].platform == "gpu"
-    switches = {"dtype": arguments.dtype, "remat": arguments.remat, "scan": arguments.scan}
+    switches = {"dtype": flag.dtype, "remat": flag.remat, "scan": flag.scan}
     config = VQVAEConfig(hidden=hidden, depth=depth, **switches)
     model = VQVAE(config, rngs=nnx.Rngs(0))
-    sizes = sorted(int(size) for size in (arguments.batch_size or str(batch_size)).split(","))
+    sizes = sorted(map(int, flag.batch_size)) or [batch_size]
     rows = []
     for size in sizes:
         batch = example_batch(size, image_size)
@@ -114,14 +114,14 @@ def run_preset(
                 config,
                 batch,
                 use_gpu=use_gpu,
-                compiled=arguments.torch_compile,
+                compiled=flag.torch_compile,
             ),
         }
         results, profile = time_sides(
             {side: makers[side] for side in sides},
-            repeats=arguments.repeats,
-            steps=arguments.steps,
-            profile=arguments.profile and arguments.profile / f"{preset}_batch{size}",
+            repeats=flag.repeats,
+            steps=flag.steps,
+            profile=Path(flag.profile, f"{preset}_batch{size}") if flag.profile else None,
         )
         for side, result in results.items():
             model_settings = {"image_size": image_size, **dataclasses.asdict(config)}
@@ -154,77 +154,75 @@ def best_batches(rows: list[dict]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def define_flags() -> None:
+    """Only where this module is the program: another one may define flags of the same names."""
+    flags.DEFINE_list("preset", ["64"], f"One or more of {','.join(PRESETS)}, comma-separated.")
+    flags.DEFINE_list(
+        "batch_size", [], "Batch sizes to try, comma-separated; default: the preset's."
     )
-    parser.add_argument(
-        "--preset", default="64", help=f"one or more of {','.join(PRESETS)}, comma-separated"
-    )
-    parser.add_argument(
-        "--batch_size",
-        default="",
-        help="batch sizes to try, comma-separated; default: the preset's",
-    )
-    parser.add_argument("--sides", default="jax,torch", help="jax, torch or both, comma-separated")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument(
-        "--remat", action="store_true", help="recompute residual blocks in the backward pass (JAX)"
-    )
-    parser.add_argument("--scan", action="store_true", help="residual blocks as one loop (JAX)")
-    parser.add_argument(
-        "--torch_compile", action="store_true", help="PyTorch through torch.compile"
-    )
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=5, help="steps timed in each repeat")
-    parser.add_argument("--profile", type=Path, help="folder for a trace of this project")
-    parser.add_argument("--json", type=Path, help="write the results to this file too")
-    arguments = parser.parse_args()
+    flags.DEFINE_list("sides", ["jax", "torch"], "jax, torch or both, comma-separated.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the convolutions.")
+    flags.DEFINE_bool("remat", False, "Recompute residual blocks in the backward pass (JAX).")
+    flags.DEFINE_bool("scan", False, "Residual blocks as one loop (JAX).")
+    flags.DEFINE_bool("torch_compile", False, "PyTorch through torch.compile.")
+    flags.DEFINE_integer("repeats", 7, "Repeats, over which the spread is.", lower_bound=2)
+    flags.DEFINE_integer("steps", 5, "Steps timed in each repeat.", lower_bound=1)
+    flags.DEFINE_string("profile", "", "Folder for a trace of this project.")
+    flags.DEFINE_string("json", "", "Write the results to this file, too.")
+
+
+def _chosen(name: str, words: list[str], known: Iterable[str]) -> list[str]:
+    if not words or (unknown := [word for word in words if word not in known]):
+        given = unknown[0] if words else ""
+        raise InputError(f"--{name}={given}: choose of {', '.join(known)}")
+    return words
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    flag = flags.FLAGS
+    presets = _chosen("preset", flag.preset, PRESETS)
+    sides = _chosen("sides", flag.sides, ("jax", "torch"))
+    if flag.batch_size:
+        command_line.whole_numbers("batch_size", flag.batch_size)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to PyTorch
     configure_jax()
     jax.config.update("jax_enable_compilation_cache", False)
-    presets, sides = arguments.preset.split(","), arguments.sides.split(",")
-    if unknown := [preset for preset in presets if preset not in PRESETS]:
-        parser.error(f"--preset: {unknown[0]} is not one of {', '.join(PRESETS)}")
-    if unknown := [side for side in sides if side not in ("jax", "torch")]:
-        parser.error(f"--sides: {unknown[0]} is neither jax nor torch")
-    if arguments.repeats < 2:
-        parser.error("--repeats: at least 2 are needed for a spread")
     if "torch" in sides and importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed (pip install '.[torch]'): timing this project only")
         sides = [side for side in sides if side != "torch"] or ["jax"]
 
     device = jax.devices()[0]
     peaks = {
-        side: matmul_peak(side, arguments.dtype, use_gpu=device.platform == "gpu") for side in sides
+        side: matmul_peak(side, flag.dtype, use_gpu=device.platform == "gpu") for side in sides
     }
     measured = ", ".join(f"{side} {peak / 1e12:.3f} TFLOP/s" for side, peak in peaks.items())
     print(
-        f"{device.device_kind}, {os.cpu_count()} CPU cores; fastest {arguments.dtype} matrix "
+        f"{device.device_kind}, {os.cpu_count()} CPU cores; fastest {flag.dtype} matrix "
         f"product: {measured}\n"
     )
     titles = "pixels,hidden,depth,batch,dtype,side,ms a step,slices/s,of peak".split(",")
     print(_row(*titles, "compiled GiB", "peak GiB", "compile s", "first loss"))
     print(_row(*["---"] * 13))
     rows = [
-        row
-        for preset in presets
-        for row in run_preset(preset, arguments, sides, max(peaks.values()))
+        row for preset in presets for row in run_preset(preset, flag, sides, max(peaks.values()))
     ]
     for preset in presets:
         best = best_batches([row for row in rows if row["preset"] == preset])
         print("\n".join([f"\n{preset}", *best]))
-    if arguments.json:
+    if flag.json:
         content = {
             "device": device.device_kind,
             "cpu_count": os.cpu_count(),
             "matmul_flops": peaks,
             "rows": rows,
         }
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(Path(flag.json), content)
     recipe, dataset = "--config=masked_region", "--config.dataset=DATASET"
     command_line.suggest("train", "--estimate", recipe, dataset, aside=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command_line.run(main)

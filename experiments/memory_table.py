@@ -29,27 +29,20 @@ if __name__ == "__main__":  # the imports below take their time
 
     early_stop.leave_at_once()
 
-import argparse
 import itertools
 
 import jax
+from absl import flags
 
-from ctssl_jax.models.vqvae import VQVAEConfig
+from ctssl_jax.models.vqvae import Encoder, VQVAEConfig
 from data_prep.system import command_line
+from data_prep.system.errors import InputError
 
 from .bench import memory
 from .bench.sides import GIB
 
 DEVICE_GIB = (16, 40, 80, 141)
 SHARING_DEVICES = 8
-
-
-def numbers(text: str) -> list[int]:
-    """Positive numbers, comma-separated."""
-    found = [int(part) for part in text.split(",")]
-    if min(found) < 1:
-        raise ValueError
-    return found
 
 
 def table(
@@ -89,55 +82,47 @@ def table(
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def define_flags() -> None:
+    """Only where this module is the program: another one may define flags of the same names."""
+    flags.DEFINE_list(
+        "batch_sizes", ["1", "2", "4", "8", "16", "32", "64"], "Slices a device, comma-separated."
     )
-    parser.add_argument(
-        "--batch_sizes",
-        type=numbers,
-        default="1,2,4,8,16,32,64",
-        help="slices a device, comma-separated",
+    flags.DEFINE_integer("image_size", 512, "Side in pixels.", lower_bound=4)
+    flags.DEFINE_list("hidden", ["256", "512"], "The two widths of the model.")
+    flags.DEFINE_integer(
+        "depth", 18, "Residual blocks, in the encoder and in the decoder.", lower_bound=0
     )
-    parser.add_argument("--image_size", type=int, default=512, help="side in pixels")
-    parser.add_argument("--hidden", default="256,512", help="the two widths of the model")
-    parser.add_argument(
-        "--depth", type=int, default=18, help="residual blocks, in the encoder and in the decoder"
-    )
-    parser.add_argument("--scan", action="store_true", help="residual blocks as one loop")
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help="compile every cell and print what XLA expects to need",
-    )
-    arguments = parser.parse_args()
-    sizes = {
-        "hidden": tuple(int(width) for width in arguments.hidden.split(",")),
-        "depth": arguments.depth,
-    }
+    flags.DEFINE_bool("scan", False, "Residual blocks as one loop.")
+    flags.DEFINE_bool("measure", False, "Compile every cell and print what XLA expects to need.")
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    flag = flags.FLAGS
+    batch_sizes = command_line.whole_numbers("batch_sizes", flag.batch_sizes)
+    hidden = tuple(command_line.whole_numbers("hidden", flag.hidden))
+    if len(hidden) != 2:
+        raise InputError(f"--hidden={','.join(flag.hidden)}: give two widths, such as 256,512")
+    if flag.image_size % Encoder.stride:
+        raise InputError(
+            f"--image_size={flag.image_size}: must be a multiple of {Encoder.stride}, since the "
+            "encoder halves images twice"
+        )
     device = jax.devices()[0].device_kind
     how = (
-        f"expected by XLA, compiled for one {device}"
-        if arguments.measure
-        else "computed, not measured"
+        f"expected by XLA, compiled for one {device}" if flag.measure else "computed, not measured"
     )
-    loop = ", blocks in a scan" if arguments.scan else ""
-    print(
-        f"GiB a device for a training step at {arguments.image_size} x "
-        f"{arguments.image_size}{loop}; {how}\n"
-    )
-    lines = table(
-        arguments.batch_sizes,
-        arguments.image_size,
-        measured=arguments.measure,
-        scan=arguments.scan,
-        **sizes,
-    )
-    print("\n".join(lines), flush=True)
-    recipe, slices = "--config=masked_region", f"--config.batch_size={arguments.batch_sizes[-1]}"
-    dataset = "--config.dataset=DATASET"
+    loop = ", blocks in a scan" if flag.scan else ""
+    size = flag.image_size
+    print(f"GiB a device for a training step at {size} x {size}{loop}; {how}\n")
+    sizes = {"hidden": hidden, "depth": flag.depth}
+    print("\n".join(table(batch_sizes, size, measured=flag.measure, scan=flag.scan, **sizes)))
+    recipe, dataset = "--config=masked_region", "--config.dataset=DATASET"
+    slices = f"--config.batch_size={batch_sizes[-1]}"
     command_line.suggest("train", "--estimate", recipe, dataset, slices, aside=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command_line.run(main)

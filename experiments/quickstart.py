@@ -28,6 +28,13 @@ from .study.runner import run_stage
 
 RECIPE = "masked_region:small"
 IMAGE_SIZE = 64
+# Half of the recipe's batch: at the same cost more and smaller steps come further in few minutes.
+TRAINING = {
+    "num_steps": 1_500,
+    "batch_size": 8,
+    "optimizer": "adamw",
+    "learning_rate": 4e-3,
+}
 
 
 class StageTimes:
@@ -49,7 +56,9 @@ def define_flags() -> None:
     flags.DEFINE_string("input_dir", "", "Your DICOM archive; by default a synthetic one is made.")
     flags.DEFINE_integer("num_patients", 48, "Patients of the synthetic archive.")
     flags.DEFINE_integer("num_slices", 24, "Slices of each synthetic scan.")
-    flags.DEFINE_integer("num_steps", 0, "Training steps; 0 takes the recipe's.")
+    flags.DEFINE_integer(
+        "num_steps", TRAINING["num_steps"], "Training steps, of 8 slices each.", lower_bound=1
+    )
     flags.DEFINE_integer(
         "seed", 0, "Of the synthetic archive, the weights and the order of slices."
     )
@@ -71,6 +80,7 @@ def main(argv: list[str]) -> int:
         raise InputError(
             f"--num_patients={flags.FLAGS.num_patients}: three patients or more make three splits"
         )
+    training = {**TRAINING, "num_steps": flags.FLAGS.num_steps}
     archive, dataset, run = output / "dicom", output / "dataset", output / "run"
     result_file = output / "result.json"
     seconds = StageTimes(output / "seconds.json")
@@ -107,7 +117,7 @@ def main(argv: list[str]) -> int:
         f"--config={RECIPE}",
         f"--config.dataset={dataset}",
         f"--config.seed={flags.FLAGS.seed}",
-        *([f"--config.num_steps={flags.FLAGS.num_steps}"] if flags.FLAGS.num_steps else []),
+        *(f"--config.{name}={value}" for name, value in training.items()),
         f"--workdir={run}",
     )
     seconds["evaluation"] = run_stage(

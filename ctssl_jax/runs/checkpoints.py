@@ -9,6 +9,8 @@ Orbax and TensorStore report a full disk or a damaged file by many types of exce
 `Exception` among them. So all of them are caught here and become one line with the remedy.
 """
 
+import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,9 +174,9 @@ class Checkpoints:
             if jax.process_count() > 1 and waited > _MOST_SECONDS + self._bytes / 1e7:
                 raise RuntimeError(f"not written by all processes within {waited:.0f} s")
             if jax.process_index() == 0:
+                by_all = " by all processes" if jax.process_count() > 1 else ""
                 print(
-                    f"waiting      for checkpoint {step:,} to be written by all processes "
-                    f"({waited:.0f} s)",
+                    f"waiting      for checkpoint {step:,} to be written{by_all} ({waited:.0f} s)",
                     flush=True,
                 )
 
@@ -194,8 +196,11 @@ class Checkpoints:
                     remove_checkpoint(_path(self.workdir, step))
 
     def _not_saved(self, error: Exception) -> RunFailed:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's, which Orbax keeps
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        reason = os.strerror(number) if number else first_line(error)
         return RunFailed(
-            f"a checkpoint could not be saved in {self.workdir} ({first_line(error)}); make room "
+            f"a checkpoint could not be saved in {self.workdir} ({reason}); make room "
             "or permit writing there and run again: it resumes from the last complete checkpoint"
         )
 

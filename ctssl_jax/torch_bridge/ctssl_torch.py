@@ -49,6 +49,12 @@ _MANIFEST_BYTES = 16 << 20
 # ---- Models: entries are named as in the authors' weights where these have them ------------------
 
 
+def _check_sides(images: Tensor, stride: int) -> None:
+    height, width = images.shape[-2:]
+    if height % stride or width % stride:
+        raise ValueError(f"image sides must be divisible by {stride}, got {height} x {width}")
+
+
 def _conv_norm(
     in_features: int,
     out_features: int,
@@ -123,14 +129,16 @@ class Encoder(nn.Sequential):
         self.widths = (first, second, embedding_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.shape[-1] % 4 or images.shape[-2] % 4:
-            raise ValueError(
-                f"image sides must be divisible by 4, got {images.shape[-2]} x {images.shape[-1]}"
-            )
+        """Raises ValueError if a side is not divisible by 4."""
+        _check_sides(images, 4)
         return super().forward(images)
 
     def compress(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The first layer's features [B, F1, H / 2, W / 2], the third's [B, F2, H / 4, W / 4]."""
+        """The first layer's features [B, F1, H / 2, W / 2], the third's [B, F2, H / 4, W / 4].
+
+        Raises ValueError if a side is not divisible by 4.
+        """
+        _check_sides(images, 4)
         half = self[0](images)
         return half, self[2](self[1](half))
 
@@ -519,7 +527,8 @@ class UNet(ExportedModel):
         self.head = nn.Conv2d(widths[0], 1, 1)
 
     def forward(self, images: Tensor) -> UNetOutput:
-        """Images [B, C, H, W] in [0, 1], sides divisible by 16."""
+        """Images [B, C, H, W] in [0, 1], sides divisible by 16, else a ValueError."""
+        _check_sides(images, self.stride)
         half, quarter = self.encoder.compress(images)
         deepest = self.encoder.refine(quarter) if self.residual_stack else quarter
         eighth = self.pooled[0](functional.max_pool2d(deepest, 2))
@@ -547,7 +556,8 @@ class StandardUNet(ExportedModel):
         self.head = nn.Conv2d(widths[0], 1, 1)
 
     def forward(self, images: Tensor) -> UNetOutput:
-        """Images [B, C, H, W] in [0, 1], sides divisible by 16."""
+        """Images [B, C, H, W] in [0, 1], sides divisible by 16, else a ValueError."""
+        _check_sides(images, self.stride)
         levels = [self.down[0](images)]
         for layers in self.down[1:]:
             levels.append(layers(functional.max_pool2d(levels[-1], 2)))
@@ -708,7 +718,10 @@ class Features(nn.Module):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """[B, C, H, W] in [0, 1] -> [B, F1, H / 2, W / 2] and [B, F, H / 4, W / 4]."""
+        """[B, C, H, W] in [0, 1] -> [B, F1, H / 2, W / 2] and [B, F, H / 4, W / 4].
+
+        Raises ValueError if a side is not divisible by 4.
+        """
         half, quarter = self.encoder.compress(images)
         return [half, self.encoder.refine(quarter)]
 

@@ -38,7 +38,10 @@ def number_chart(title: str, values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return _bars(title, "not recorded", [])
-    summary = f"median {statistics.median(known):.4g}, from {min(known):.4g} to {max(known):.4g}"
+    low, high = min(known), max(known)
+    summary = f"median {statistics.median(known):.4g}, from {low:.4g} to {high:.4g}"
+    if low == high:
+        summary = f"always {low:.4g}"
     if len(known) < len(values):
         summary += f"; unknown in {len(values) - len(known)} of {len(values)}"
     return _bars(title, summary, ranges(known))

@@ -191,7 +191,11 @@ def read_preparation(dataset_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DatasetError(
             f"{dataset_dir}: not a complete dataset (no {PREPARATION_FILE}); "
-            "run data_prep.prepare, again if it was stopped"
+            "run ctssl prepare, again if it was stopped"
+        )
+    if (dataset_dir / "checkpoints").is_dir():  # which keeps a copy of that file
+        raise DatasetError(
+            f"{dataset_dir}: a run directory, not a dataset; give the directory of ctssl prepare"
         )
     return parse_preparation(path.read_bytes(), str(path))
 

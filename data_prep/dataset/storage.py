@@ -109,7 +109,7 @@ def _payload(record: bytes, at: int) -> tuple[int, int]:
     """Where the payload of the length-delimited field at this place begins and ends."""
     if record[at] & 7 != 2:
         raise DatasetError(
-            "a record is damaged: unexpected field type; run data_prep.describe --verify"
+            "a record is damaged: unexpected field type; run ctssl describe --verify"
         )
     size, shift = 0, 0
     while True:
@@ -192,7 +192,7 @@ def read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
         DatasetError: the table is missing or damaged.
     """
     if not path.is_file():
-        raise DatasetError(f"{path}: no such file; run data_prep.prepare, again if it was stopped")
+        raise DatasetError(f"{path}: no such file; run ctssl prepare, again if it was stopped")
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         try:

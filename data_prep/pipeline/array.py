@@ -19,7 +19,7 @@ from typing import Any
 
 from data_prep.labels import staging
 from data_prep.labels.lookup import LabelSources
-from data_prep.pipeline.downloads import Downloads
+from data_prep.pipeline.downloads import Downloads, discard
 from data_prep.pipeline.manifest import Manifest, in_words
 from data_prep.pipeline.notes import Conversion
 from data_prep.pipeline.options import Directories, Options
@@ -57,10 +57,14 @@ class Array:
                 "and --labels_csv or --masks_dir"
             )
         if self.sources.metadata_csv:
-            raise InputError(
-                f"{named}: --metadata_csv needs --input_dir, a local copy of all files"
-            )
+            raise InputError(f"{named}: --metadata_csv needs a local copy, as --input_dir")
         self.directories.check()
+        folder, dataset = self.downloads.folder, self.directories.output_dir
+        if folder.resolve().is_relative_to(dataset.resolve()):
+            raise InputError(
+                f"--download_dir={folder} lies inside --output_dir={dataset}, which is published; "
+                "choose a private directory"
+            )
         staging.check(self.sources, None)
 
     def with_tables(self, key: bytes) -> Options:
@@ -135,6 +139,8 @@ def run_task(
                 progress.advance(1, already_there=True)
             else:
                 missing.append(entry)
+                if array.downloads.remove:
+                    discard(staged.name(entry), array.downloads)
         pool = stack.enter_context(WorkerPool(num_workers or usable_cores()))
         for entry, outcome in stage_entries(job, missing, pool):
             if outcome.failed:

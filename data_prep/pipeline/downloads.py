@@ -83,6 +83,13 @@ def fetched(entry: Entry, key: str, downloads: Downloads) -> Iterator[Path]:
                 remove_tree(own)
 
 
+def discard(key: str, downloads: Downloads) -> None:
+    """Removes what a killed task left of an entry, unless another task is at work on it."""
+    own = downloads.folder / key
+    with contextlib.suppress(InputError, FileNotFoundError), lock_directory(own):
+        remove_tree(own)
+
+
 def list_entry(entry: Entry, files: Path) -> Iterator[Source | Unreadable]:
     """Every file of a fetched entry, by its path in the archive; packed files are expanded."""
     for place in entry.places:
@@ -212,16 +219,21 @@ def _tried(place: Place, request: Callable[[], Any]) -> Any:
             if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
                 raise
             failure = error
-            if isinstance(error, _NOT_TRIED_AGAIN):
+            if isinstance(error, _NOT_TRIED_AGAIN) or _is_forbidden(error):
                 break
     raise FetchFailed(f"line {place.line}: {_reason(failure)}") from None
+
+
+def _is_forbidden(error: Exception) -> bool:
+    """Whether a web server refused."""
+    return getattr(error, "status", None) in (401, 403)
 
 
 def _reason(error: Exception) -> str:
     """The failure of a request, without names of files."""
     if isinstance(error, FileNotFoundError):
         return "not found"
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or _is_forbidden(error):
         return "no permission to read it; --noanonymous reads it with your credentials"
     if isinstance(error, _Wrong | FetchFailed):
         return str(error)

@@ -61,7 +61,9 @@ class Entry:
     @property
     def facts(self) -> str:
         """All that the files of the entry depend on, but not where in the manifest it stands."""
-        return repr([dataclasses.astuple(place)[1:] for place in self.places])
+        return repr(
+            [(_parts(one), one.path, one.is_folder, one.size, one.hashes) for one in self.places]
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,10 +34,10 @@ from data_prep.pipeline.notes import (
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.plan import header_version
 from data_prep.privacy.pseudonyms import (
+    Rejected,
     private_digest,
     rejected,
     series_pseudonym,
-    sources_of,
     volume_id,
 )
 from data_prep.scan.headers import Header, NotAnImage
@@ -179,7 +179,7 @@ def _convert_all(
     for candidate in (candidate for exam in plan.exams for candidate in exam):
         note = _convert(dataclasses.replace(job.conversion, input_dir=files), candidate, pool)
         num_volumes += note.volume is not None
-        reasons.update(rejected.reason for rejected in note.rejected)
+        reasons.update(row.reason for row in note.rejected)
     sources = sorted(map(source_of, headers))
     digest = hashlib.sha256(repr(sources).encode("utf-8", "backslashreplace")).hexdigest()
     outcome = Outcome(
@@ -409,17 +409,12 @@ def _write_exam(
     """
     last = notes[-1]
     key = exam_key(conversion, exam)
-    rows, why = [row for note in notes for row in note.rejected], ("other_reconstruction", "")
     if last.failed_for_now:
-        rows, why = [], (FAILED_FOR_NOW, last.rejected[0].detail)
-    taken = len(notes) - 1 if last.volume is not None else None
-    others = [one for number, one in enumerate(exam) if number != taken]
-    named = [(volume_id(conversion.key, one), one) for one in others]
-    rows = [
-        dataclasses.replace(row, series_id=name, sources=sources_of(one.all_headers))
-        for row, (name, one) in zip(rows, named, strict=False)
-    ]
-    rows += [rejected(name, one.rejected(*why)) for name, one in named[len(rows) :]]
+        detail = last.rejected[0].detail
+        rows = [_rejected(conversion, one, FAILED_FOR_NOW, detail) for one in exam]
+    else:
+        rows = [row for note in notes for row in note.rejected]
+        rows += [_rejected(conversion, one, "other_reconstruction") for one in exam[len(notes) :]]
     if last.volume is not None:
         records = records_path(conversion.records_dir, last.key)
         if records.exists():  # else a run that was killed here gave it its name
@@ -428,3 +423,9 @@ def _write_exam(
     for candidate in exam:  # not preferred
         other = exam_key(conversion, [candidate])
         records_path(conversion.records_dir, other).unlink(missing_ok=True)
+
+
+def _rejected(
+    conversion: Conversion, candidate: SeriesCandidate, reason: str, detail: str = ""
+) -> Rejected:
+    return rejected(volume_id(conversion.key, candidate), candidate.rejected(reason, detail))

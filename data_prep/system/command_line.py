@@ -98,6 +98,27 @@ def suggest(*command: object, aside: bool = False) -> None:
     print(line, file=sys.stderr if aside else sys.stdout, flush=True)
 
 
+def whole_numbers(name: str, words: Sequence[str]) -> list[int]:
+    """The numbers of a flag that takes several, from 1 on.
+
+    Args:
+      name: of the flag, for the message.
+      words: what stands between the commas.
+
+    Raises:
+      InputError: one is no whole number above 0, or there is none.
+    """
+    try:
+        numbers = [int(word) for word in words]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InputError(
+            f"--{name}={','.join(words)}: give whole numbers from 1 on, separated by commas"
+        )
+    return numbers
+
+
 def beside(workdir: str, ending: str) -> str:
     """A name for results of a run: beside its directory, or here where that is on a store."""
     local = not stores.is_url(workdir)
@@ -143,7 +164,7 @@ def _run_guarded(
 ) -> int:
     unexpected = [word for word in argv[1:] if word not in verbs] or argv[2:]
     if unexpected:
-        remedy = f"verbs are {', '.join(verbs)}; options" if verbs else "options"
+        remedy = f"choose one of {', '.join(verbs)}; options" if verbs else "options"
         return _fail(EXIT_INPUT, f"unexpected argument {unexpected[0]!r}; {remedy} begin with --")
     if not flags.FLAGS["verbosity"].present:
         # Notes and tracebacks of libraries (Orbax logs one for each thread) only on request:

@@ -115,6 +115,7 @@ class Access:
         seconds = self.timeout_s
         if scheme in ("s3", "s3a"):
             limits = {"connect_timeout": seconds, "read_timeout": seconds}
+            limits["retries"] = {"max_attempts": 1}  # s3fs has tries of its own
             return {"anon": self.anonymous, "config_kwargs": limits, **endpoint}
         if scheme in ("gs", "gcs"):
             login = {"token": "anon"} if self.anonymous else {}

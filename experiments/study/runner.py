@@ -51,7 +51,8 @@ def verb_of(argv: Sequence[str], module: str) -> str:
       InputError: there is none.
     """
     if len(argv) < 2:
-        raise InputError(f"give one of {', '.join(VERBS)}: python -m {module} plan ...")
+        name = module.rpartition(".")[2]
+        raise InputError(f"give one of {', '.join(VERBS)}: ctssl {name} plan ...")
     return argv[1]
 
 

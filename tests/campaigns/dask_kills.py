@@ -19,7 +19,7 @@ more conversions may be lost than workers were lost.
 
 --faults: workers that cannot do the work (FAULTS), one run each. --forget: the self-check: finished
 exams are not known again, so the campaign must fail. The campaign goes on in its folder; --report
-prints what is there. It needs the extra dask; no_room also root, on Linux.
+prints what is there. It needs the extra dask; no_room and no_rights also root on Linux.
 """
 
 import argparse
@@ -340,16 +340,14 @@ def no_room(run: Run) -> list[str]:
 
 
 def no_rights(run: Run) -> list[str]:
-    """One worker is another user: it is named before any work; without it all is well."""
+    """One worker may not write: it is named before any work; without it all is well."""
     run.start_cluster(2)
-    place = run.folder / "cluster" / "worker-3"
-    place.mkdir()
-    place.chmod(0o777)
+    mount = f"mount --bind {run.dataset} {run.dataset} && "
+    mount += f'mount -o remount,bind,ro {run.dataset} && exec "$@"'
     named = run.settings | {"WORKER": "3"}
-    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-    run.cluster.start_worker(3, before=nobody, **named)
+    run.cluster.start_worker(3, before=("unshare", "-m", "sh", "-c", mount, "sh"), **named)
     wait_for_workers(run, 3)
-    wrong = expect(run, "Permission denied; give it the same paths and rights")
+    wrong = expect(run, "Read-only file system; give it the same paths and rights")
     run.cluster.kill("worker-3")
     return wrong + complete(run)
 

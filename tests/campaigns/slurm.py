@@ -1,10 +1,13 @@
 r"""The Slurm recipes of the documents, word for word but for GPUs, on a real Slurm of two nodes.
 
-    python -m tests.campaigns.slurm [--only=stopped,first_second,time_limit,node_failure,array]
+    python -m tests.campaigns.slurm
+        [--only=stopped,first_second,time_limit,node_failure,array,manifest]
 
 Two `slurmd` run on this machine; needs root and Debian's packages slurm-wlm and munge. Every job
 trains a tiny model in two tasks, one a node. It must end as completed, with the training losses of
-a job that nothing disturbed.
+a job that nothing disturbed. `manifest` is the array of preparation: two of its eight tasks are
+killed, so that its last job does not start; they run again, one other twice, and the dataset has
+the bytes of one run.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.helpers import example_dataset, training_runs
+from tests.helpers import dicom_files, example_dataset, training_runs
 
 PROJECT = Path(__file__).resolve().parents[2]
 MOST_SECONDS = 900.0  # of a job
@@ -265,10 +268,86 @@ def array(jobs: Jobs) -> bool:
     return bool(complete)
 
 
+def manifest(jobs: Jobs) -> bool:
+    """The recipe of an array over a manifest, all of it."""
+    scans, dataset = jobs.folder / "scans", jobs.folder / "prepared"
+    for number in range(32):
+        hu = dicom_files.thorax(20 + number % 5, seed=number)
+        study = number - (number % 4 == 3)  # every fourth series is of the exam before it
+        series = dicom_files.slices(
+            hu, study=study + 1, series=number + 1, patient=f"patient-{study // 2}"
+        )
+        dicom_files.write(scans / f"{number:02d}", series)
+    lines = [f"{folder}/" for folder in sorted(scans.iterdir())]
+    (jobs.checkout / "nlst.txt").write_text("\n".join(lines) + "\n")
+    ctssl = jobs.checkout / ".venv" / "bin" / "ctssl"
+    ctssl.write_text('#!/bin/sh\nexec python -m ctssl_jax "$@"\n')
+    ctssl.chmod(0o755)
+    with open(jobs.checkout / ".venv" / "bin" / "activate", "a") as file:
+        file.write(f'export PATH="{ctssl.parent}:$PATH"\n')
+    text = (PROJECT / "data_prep" / "README.md").read_text()
+    (block,) = [b for b in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "#SBATCH" in b]
+    options = ("--image_size=48", "--shard_size_mb=0.1")
+    for old, new in {
+        "--cpus-per-task=16": "--cpus-per-task=1",
+        "--array=0-63": "--array=0-7",
+        "--task_count=64": f"--task_count=8 --num_workers=1 {shlex.join(options)}",
+        "/tmp/scans": str(jobs.folder / "scratch"),
+        "=DATASET": f"={dataset}",
+    }.items():
+        assert old in block, old
+        block = block.replace(old, new)
+    slurm, script = jobs.slurm, jobs.checkout / "recipe.sh"
+    script.write_text(block + "echo $tasks\n")
+
+    def submit(*command: str) -> str:
+        done = subprocess.run(command, cwd=jobs.checkout, capture_output=True, text=True)
+        print(f"    {done.stdout.strip()[-200:]}{done.stderr.strip()[-300:]}")
+        return done.stdout.split()[-1]
+
+    tasks = submit("bash", str(script))
+    killed: list[str] = []
+
+    def kill_two() -> bool:
+        for line in slurm.say("squeue", "-s", "-h", "-j", tasks, "-o", "%i").splitlines():
+            name = line.split(".")[0]
+            if line.endswith(".0") and name not in killed and len(killed) < 2:
+                slurm.say("scancel", "--signal=KILL", name)
+                killed.append(name)
+        return len(killed) == 2
+
+    slurm.until(kill_two)
+    slurm.until(lambda: not slurm.say("squeue", "-h", "-j", tasks, "-o", "%i"))
+    waiting = slurm.say("squeue", "-h", "-o", "%i %r")
+    kept = not (dataset / "preparation.json").exists()
+    print(f"    killed {killed}; then waits: {waiting}; no dataset yet: {kept}")
+    slurm.say("scancel", "-u", "root")
+    slurm.until(lambda: not slurm.say("squeue", "-h"))
+    again = sorted({name.split("_")[1] for name in killed})
+    other = next(str(n) for n in range(8) if str(n) not in again)
+    second = submit("sbatch", "--parsable", f"--array={','.join([*again, other])}", "part.sh")
+    submit("sbatch", f"--dependency=afterok:{second}", "assemble.sh")
+    slurm.until(lambda: not slurm.say("squeue", "-h"))
+    for log in sorted(jobs.checkout.glob("part-*.log")):
+        print(f"    {log.name}: {log.read_text().splitlines()[-1:]}")
+    one = jobs.folder / "one"
+    key = f"--pseudonym_key_file={jobs.checkout / 'pseudonym_key'}"
+    command = [sys.executable, "-m", "data_prep.prepare", f"--input_dir={scans}", key, *options]
+    subprocess.run([*command, f"--output_dir={one}"], cwd=PROJECT, check=True, capture_output=True)
+    names = {path.name for path in one.iterdir()}
+    same = names == {path.name for path in dataset.iterdir()} and all(
+        (one / name).read_bytes() == (dataset / name).read_bytes() for name in names
+    )
+    print(f"manifest: {len(names)} files, {'equal' if same else 'DIFFERENT'}", flush=True)
+    return same and kept and len(again) == 2
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="stopped,first_second,time_limit,node_failure,array")
+    parser.add_argument(
+        "--only", default="stopped,first_second,time_limit,node_failure,array,manifest"
+    )
     chosen = parser.parse_args().only.split(",")
     if os.geteuid() or not all(map(shutil.which, ("slurmctld", "slurmd", "munge"))):
         sys.exit("needs root, and Debian's packages slurm-wlm and munge")
@@ -290,6 +369,10 @@ def main() -> None:
     jobs = Jobs(slurm, folder, dataset)
     good = True
     try:
+        if "manifest" in chosen:
+            good &= manifest(jobs)
+        if chosen == ["manifest"]:
+            return
         plain = jobs.stopped("undisturbed", lambda job, workdir, log: None)
         expected = losses(plain)
         assert expected[-1][0] == 60, expected
@@ -336,7 +419,8 @@ def main() -> None:
             good &= array(jobs)
     finally:
         slurm.close()
-    sys.exit(0 if good else 1)
+        if not good:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

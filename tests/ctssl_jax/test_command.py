@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 
 from ctssl_jax import __main__ as ctssl
+from ctssl_jax import train
 from ctssl_jax.training import recipe_files, recipe_pages
 from ctssl_jax.training.fields import FIELDS
 from data_prep.system.errors import InputError
@@ -96,6 +97,22 @@ def parse(*arguments: str) -> flags.FlagValues:
     finally:
         sys.argv = argv
     return values
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ((), r"^give --config=RECIPE and --workdir=DIR \(or --estimate\); recipes: .*rotation"),
+        (("--config=rotation:small",), r"^give --workdir=DIR \(or --estimate\)$"),
+        (("--workdir=RUN",), r"^give --config=RECIPE; recipes: .*rotation"),
+    ],
+)
+def test_a_training_names_the_flags_that_were_forgotten(given, missing):
+    values = flags.FlagValues()
+    train.define_flags(values)
+    values(["train", *given])
+    with pytest.raises(InputError, match=missing):
+        train.start(values)
 
 
 def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):

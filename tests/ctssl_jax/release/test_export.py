@@ -3,6 +3,7 @@ and wrong input."""
 
 import importlib.util
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -128,26 +129,41 @@ def test_a_weights_file_alone_says_what_it_is(name, exported, tmp_path):
         manifests.facts_of(path, "--weights")
 
 
-def test_the_file_alone_needs_nothing_of_ours(exported):
-    program = (
-        "import sys, torch\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('jax', 'flax', 'ctssl_jax', 'data_prep', 'orbax', "
-        "'absl'):\n"
-        "            raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "import ctssl_torch\n"
-        "model = ctssl_torch.load(sys.argv[1])\n"
-        "assert not model.training and model.manifest['license'] == 'CC0-1.0'\n"
-        "print(max(ctssl_torch.verify(sys.argv[1]).values()))\n"
-    )
+def test_the_folder_alone_is_enough_where_jax_and_this_package_are_not(exported, tmp_path):
+    """What torch_bridge/README.md shows, with the folder on the path and no more."""
+    scan = dicom_files.slices(dicom_files.thorax(20, size=32))
+    dicom_files.write(tmp_path / "scan", scan)
+    program = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+BLOCKED = sys.argv[3].split(",")
+sys.meta_path.insert(0, Refuse())
+import ctssl_torch
+assert ctssl_torch.__file__ == sys.argv[1] + "/ctssl_torch.py"
+model = ctssl_torch.load(sys.argv[1])
+assert not model.training and model.manifest["license"] == "CC0-1.0"
+assert max(ctssl_torch.verify(sys.argv[1]).values()) < 1e-5
+hu, affine = ctssl_torch.read_dicom(sys.argv[2])
+images = model.preprocess(hu, affine)
+assert images.shape == (20, 1, 16, 16)
+z = model.embed(images)
+features = ctssl_torch.Features(model).forward_features(images)
+assert z.shape == (20, 4) and features.shape == (20, 4, 4, 4)
+assert not {name.split(".")[0] for name in sys.modules} & set(BLOCKED)
+"""
+    blocked = "jax,jaxlib,flax,optax,orbax,absl,ml_collections,grain,nibabel,scipy"
+    blocked += ",ctssl_jax,data_prep,configs,experiments"
     ran = subprocess.run(
-        [sys.executable, "-c", program, str(exported)], capture_output=True, text=True, cwd="/"
+        [sys.executable, "-c", program, str(exported), str(tmp_path / "scan"), blocked],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(exported)},
     )
     assert ran.returncode == 0, ran.stderr
-    assert float(ran.stdout) < 1e-5
 
 
 def test_both_files_hold_the_checkpoint(exported, runs):

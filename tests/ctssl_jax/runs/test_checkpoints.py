@@ -262,7 +262,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_saved(run):
     try:
         with pytest.raises(
             RunFailed,
-            match=r"could not be saved in .*run \(.*File too large.*run again: it resumes",
+            match=r"not be saved in \S*run \(File too large\); make room .*again: it resumes",
         ):
             checkpoints.save(6, state(6), {})
             checkpoints.close()

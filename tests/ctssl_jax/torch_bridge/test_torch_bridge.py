@@ -347,6 +347,27 @@ def test_images_that_are_no_input_are_refused(images):
         twin.embed(torch.zeros(1, 1, 30, 32))
 
 
+@pytest.mark.parametrize(
+    ("kind", "sides", "stride"),
+    [
+        ("autoencoder", (63, 64), 4),
+        ("classifier", (64, 63), 4),
+        ("unet", (24, 32), 16),
+        ("standard_unet", (32, 24), 16),
+    ],
+)
+def test_sides_that_the_network_would_round_are_refused_by_every_way_in(kind, sides, stride):
+    _, twin, _, _ = built(kind)
+    images = torch.zeros(1, 1, *sides)
+    ways = [twin, twin.embed]
+    if stride == 4:
+        features = ctssl_torch.Features(twin)
+        ways += [features, features.forward_features, twin.encoder, twin.encoder.compress]
+    for way in ways:
+        with pytest.raises(ValueError, match=f"divisible by {stride}, got {sides[0]} x {sides[1]}"):
+            way(images)
+
+
 def test_a_part_in_training_mode_is_seen():
     _, twin, _, _ = built("classifier")
     ctssl_torch.Features(twin).train()

@@ -112,6 +112,7 @@ def test_reading_side_does_not_import_the_dicom_side():
     [
         (lambda d: d.rename(d.with_name("gone")), "no such directory"),
         (lambda d: (d / "preparation.json").unlink(), "not a complete dataset"),
+        (lambda d: (d / "checkpoints").mkdir(), "a run directory, not a dataset"),
         (lambda d: (d / "preparation.json").write_text("{"), "damaged"),
         (
             lambda d: (d / "preparation.json").write_text('{"format_version": 9}'),

@@ -146,6 +146,7 @@ def test_ranges_hold_every_value_once():
 def test_charts_say_what_is_unknown_and_escape_texts():
     assert "median 2, from 1 to 3; unknown in 1 of 3" in number_chart("Age", [1, 3, None])
     assert "not recorded" in number_chart("Age", [None])
+    assert "always 20" in number_chart("Slices", [20, 20])
     kernels = text_chart("Kernel", ["<b>", "<b>", ""] + [f"K{number}" for number in range(20)])
     assert "&lt;b&gt;" in kernels and "<b>, " not in kernels and "11 others" in kernels
     counts = re.findall(r"</i>(\d+)", kernels)

@@ -4,8 +4,11 @@ named and come later, and what is refused."""
 import functools
 import hashlib
 import http.server
+import os
 import shutil
+import signal
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -13,12 +16,15 @@ from typing import ClassVar
 import pytest
 
 from data_prep.labels.lookup import LabelSources
+from data_prep.pipeline import array as arrays
 from data_prep.pipeline import downloads as downloading
 from data_prep.pipeline.array import Array, assemble, progress_text, run_task
 from data_prep.pipeline.downloads import Downloads
 from data_prep.pipeline.manifest import in_words, read_manifest
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
+from data_prep.scan.headers import Header, NotAnImage, read_header
+from data_prep.scan.packed_files import Source
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import lock_directory
 from data_prep.system.stores import Access
@@ -58,14 +64,21 @@ def archive(tmp_path_factory) -> Path:
     return folder
 
 
+def results(where: Directories) -> dict[str, bytes]:
+    """The dataset, and the private outcome of each file."""
+    private = content(where.audit_dir)
+    tables = {name: private[name] for name in ("sources.csv", "refused.csv", "splits.json")}
+    return content(where.output_dir) | tables
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, archive, key_file) -> dict[str, bytes]:
-    """The dataset of one run."""
+    """What one run makes."""
     folder = tmp_path_factory.mktemp("plain")
     options = Options(image_size=48, shard_size_mb=0.05, splits=(0.5, 0.25, 0.25))
     where = Directories(archive, folder / "dataset", folder / "audit")
     prepare(options, where, num_workers=1, pseudonym_key_file=key_file)
-    return content(where.output_dir)
+    return results(where)
 
 
 def job(folder: Path, manifest: Path, key_file: Path, **downloads) -> Array:
@@ -98,7 +111,7 @@ def test_tasks_in_any_order_and_again_give_the_bytes_of_one_run(
     assert list(array.downloads.folder.iterdir()) == []  # local files are not copied
     _, changed, gathering = assemble(array, num_workers=1)
     assert changed and gathering.failed == []
-    assert content(array.directories.output_dir) == plain
+    assert results(array.directories) == plain
     assert not assemble(array, num_workers=1)[1]
 
 
@@ -113,8 +126,8 @@ class Server(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         loss = self.losses.get(self.path, "")
         content = (Path(self.directory) / self.path[1:]).read_bytes()
-        if loss == "missing":
-            self.send_error(404)
+        if loss in ("404", "403"):
+            self.send_error(int(loss))
             return
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
@@ -160,10 +173,11 @@ def test_what_cannot_be_downloaded_is_named_and_comes_with_the_next_run(
     manifest = written(tmp_path / "m.csv", *rows)
     lines = {row.split(",")[1].removeprefix(served): line for line, row in enumerate(rows, start=1)}
     Server.losses = {
-        "/a/IM0003": "missing",
+        "/a/IM0003": "404",
         "/b/IM0004": "truncated",
         "/c/IM0005": "changed",
         "/d/IM0006": "silent",
+        "/e/IM0007": "403",
     }
     array = job(tmp_path, manifest, key_file, remove=True)
     with pytest.raises(RunFailed) as failure:
@@ -175,14 +189,15 @@ def test_what_cannot_be_downloaded_is_named_and_comes_with_the_next_run(
         ("/b/IM0004", "was cut off, 3 times"),
         ("/c/IM0005", "has another sha256 than the manifest says"),
         ("/d/IM0006", "no answer in time, 3 times"),
+        ("/e/IM0007", "no permission to read it"),
     ):
         assert f"line {lines[path]}: {reason}" in said
-    assert "4 of 5 entries" in said and served not in said and "IM00" not in said
+    assert "5 of 5 entries" in said and served not in said and "IM00" not in said
     Server.losses = {}
-    assert run_task(array, 0, 1, num_workers=1) == (5, 1)
+    assert run_task(array, 0, 1, num_workers=1) == (5, 0)
     assert list(array.downloads.folder.iterdir()) == []
     assemble(array, num_workers=1)
-    assert content(array.directories.output_dir) == plain
+    assert results(array.directories) == plain
 
 
 def test_the_rest_is_exact_and_what_failed_is_added_later(tmp_path, archive, key_file):
@@ -200,12 +215,12 @@ def test_the_rest_is_exact_and_what_failed_is_added_later(tmp_path, archive, key
         run_task(array, 0, 1, num_workers=1)
     assert [entry.number for entry in assemble(array, num_workers=1)[2].failed] == [4]
     prepare(options, one, num_workers=1, pseudonym_key_file=key_file)
-    assert content(array.directories.output_dir) == content(one.output_dir)
+    assert results(array.directories) == results(one)
     gone.rename(scans / "e")
     assert run_task(array, 0, 1, num_workers=1) == (5, 4)
     assert assemble(array, num_workers=1)[1]
     prepare(options, one, num_workers=1, pseudonym_key_file=key_file)
-    assert content(array.directories.output_dir) == content(one.output_dir)
+    assert results(array.directories) == results(one)
 
 
 # ---- manifests -----------------------------------------------------------------------------------
@@ -277,4 +292,83 @@ def test_a_spread_series_is_refused_by_name_and_taken_as_one_entry(tmp_path, arc
     assemble(array, num_workers=1)
     one = Directories(scans, tmp_path / "one", tmp_path / "one-audit")
     prepare(options, one, num_workers=1, pseudonym_key_file=key_file)
-    assert content(array.directories.output_dir) == content(one.output_dir)
+    assert results(array.directories) == results(one)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+class Flags(types.SimpleNamespace):
+    """The flags of a command line, as absl gives them."""
+
+    def __init__(self, **given):
+        values = dict.fromkeys(("manifest", "input_dir", "pseudonym_key_file", "beam_options"), "")
+        values |= dict.fromkeys(("task_index", "task_count"), None)
+        values |= {"runner": "local", "assemble": False, "dry_run": False}
+        super().__init__(**values | given, given=given)
+
+    def __getitem__(self, name: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(present=name in self.given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give --input_dir, the folder of the scans, or --manifest"),
+        ({"input_dir": "A", "task_index": 0}, "--task_index goes with --manifest"),
+        ({"input_dir": "A", "assemble": True}, "--assemble goes with --manifest"),
+        ({"manifest": "M", "runner": "beam"}, "--manifest goes with --runner=local"),
+        ({"manifest": "M", "task_index": 0, "task_count": 2}, "needs --pseudonym_key_file"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        arrays.check_flags(Flags(**given))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "needs --task_index and --task_count"),
+        ({"task_index": 0}, "needs --task_index and --task_count"),
+        ({"assemble": True, "task_index": 0}, "--assemble is no task"),
+        ({"task_index": 0, "task_count": 2, "dry_run": True}, "--dry_run goes with --assemble"),
+    ],
+)
+def test_half_a_task_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        arrays.check_flags(Flags(manifest="M", pseudonym_key_file="K", **given))
+
+
+def test_what_does_not_go_with_a_manifest_is_refused(tmp_path, archive, key_file):
+    array = job(tmp_path, written(tmp_path / "m.txt", f"{archive}/a/"), key_file)
+    with pytest.raises(InputError, match=r"--task_index=2: is one of 0 to 1"):
+        run_task(array, 2, 2)
+    for change, message in (
+        ({"options": Options("rsna_pe")}, "--archive=rsna_pe has tables among the scans"),
+        ({"sources": LabelSources("nifti", metadata_csv=key_file)}, "--metadata_csv needs a local"),
+        ({"downloads": Downloads(tmp_path / "dataset" / "x")}, "lies inside --output_dir"),
+        ({"pseudonym_key_file": tmp_path / "none"}, "no such key file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_task(Array(**vars(array) | change), 0, 1)
+
+
+def deadly_read(input_dir: Path, source: Source) -> Header | NotAnImage:
+    """A header that kills the process that reads it."""
+    if source.path.endswith("notes.txt"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_header(input_dir, source)
+
+
+def test_a_file_that_kills_its_worker_costs_itself_only(
+    tmp_path, archive, plain, key_file, monkeypatch
+):
+    manifest = written(tmp_path / "m.txt", *(f"{archive}/{name}/" for name in "abcde"))
+    array = job(tmp_path, manifest, key_file)
+    monkeypatch.setattr(arrays, "header_reader", lambda archive: deadly_read)
+    with pytest.raises(RunFailed, match="line 5: a file or series could not be read for now"):
+        run_task(array, 0, 1, num_workers=1)
+    prepared, *_ = assemble(array, num_workers=1)
+    assert prepared["counts"]["files_not_images"] == {"failed_for_now": 1}
+    assert results(array.directories)["volumes.csv"] == plain["volumes.csv"]

@@ -150,7 +150,7 @@ def test_failed_tasks_run_again_on_other_workers(cluster, monkeypatch):
     def start_with_bad_workers(number: int):
         def start(elements):
             started.append((list(elements), dask.get_annotations().get("workers")))
-            bad = elements[:number] if len(started) == 1 else elements[: number - 1]
+            bad = elements[: number if len(started) == 1 else max(number - 1, 0)]
             failures = [dask_cluster.Failure(one, f"tcp://{one}", "no room") for one in bad]
             return failures, {"tcp://1", "tcp://2", "tcp://3"}
 
@@ -166,6 +166,10 @@ def test_failed_tasks_run_again_on_other_workers(cluster, monkeypatch):
     with pytest.raises(RunFailed, match=r"^1 tasks failed, one of them on .* tcp://1: no room$"):
         dask_cluster.run_tasks([1, 2, 3], start_with_bad_workers(2), "tcp://host:1")
     assert [workers for _, workers in started] == [None, *3 * [["tcp://3"]]]
+    started.clear()
+    monkeypatch.setattr(dask_cluster, "_MOST_TASKS", 2)
+    dask_cluster.run_tasks([1, 2, 3], start_with_bad_workers(0), "tcp://host:1")
+    assert started == [([1, 2], None), ([3], None)]
 
 
 @pytest.mark.parametrize("address", [None, "", "host:8786", "tcp://host", "http://host:80"])

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+
 FULL_DISK = "raise OSError(28, 'No space left on device', 'results.csv')"
 MAKE_ROOM = "results.csv: No space left on device; make room and run the same command again"
-VERBS = "verbs are plan, run; options begin with --"
+VERBS = "choose one of plan, run; options begin with --"
 
 
 def _hear_signals() -> None:
@@ -92,6 +95,13 @@ def test_exit_codes(body, arguments, code, message):
     process = start(body, *arguments)
     output, errors = process.communicate()
     assert (process.returncode, output, errors) == (code, "", message)
+
+
+@pytest.mark.parametrize("words", [["a"], ["1", "b"], ["0"], ["-2"], ["1.5"], [""], []])
+def test_what_is_no_list_of_numbers_is_refused_by_the_flag_s_name(words):
+    with pytest.raises(InputError, match=r"^--batch_sizes=.*: give whole numbers from 1 on"):
+        command_line.whole_numbers("batch_sizes", words)
+    assert command_line.whole_numbers("batch_sizes", ["1", " 16"]) == [1, 16]
 
 
 @pytest.mark.parametrize(
