@@ -154,7 +154,8 @@ def _fault_of_paths(readable: Sequence[str], writable: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    """A client of the cluster. Raises InputError if no scheduler answers."""
+    """A client of the cluster. Raises InputError if no scheduler answers, RunFailed if it is lost
+    in the block."""
     import distributed
 
     for name in ("distributed", "asyncio", "tornado"):  # what they say, the caller says in one line
@@ -170,6 +171,8 @@ def _connected(address: str) -> Iterator[Any]:
         ) from None
     try:
         yield client
+    except OSError:  # of its connections
+        raise RunFailed(f"{_GONE.format(address)}, and run the same command again") from None
     finally:
         with contextlib.suppress(Exception):  # it is lost already
             client.close(timeout=5)
@@ -198,6 +201,8 @@ def check_cluster(address: str) -> None:
             found = error
         _refuse_other_facts(f"{flag}: the scheduler", found, here)
         for worker, found in client.run(_facts_of_worker, on_error="return").items():
+            if isinstance(found, OSError):  # it ended in this moment
+                continue
             place = f"{flag}: the worker {worker}"
             facts, may_start = found if isinstance(found, tuple) else (found, True)
             _refuse_other_facts(place, facts, here)
@@ -230,7 +235,7 @@ def check_directories(
     """
     with _connected(address) as client:
         faults = client.run(
-            _fault_of_paths, [*map(str, readable)], [*map(str, writable)], on_error="return"
+            _fault_of_paths, [*map(str, readable)], [*map(str, writable)], on_error="ignore"
         )
         for worker, fault in faults.items():
             if fault:

@@ -54,6 +54,7 @@ class Cluster:
             self.processes[name] = subprocess.Popen(
                 [*before, sys.executable, "-m", "dask", *command],
                 env=os.environ | {"PYTHONPATH": path} | settings,
+                cwd=self.folder,  # `-m` puts it before PYTHONPATH
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

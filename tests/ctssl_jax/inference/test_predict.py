@@ -429,7 +429,7 @@ def test_other_runs_are_pointed_elsewhere(runs, scan, tmp_path):
     shutil.copy(runs / "nodules" / "preparation.json", run)
     expected = (
         r"a run of the task denoising; predict takes runs of slice_label, "
-        r".*segmentation.*ctssl_jax\.embed$"
+        r".*segmentation.*ctssl embed$"
     )
     with pytest.raises(InputError, match=expected):
         predict_scan(run, scan, tmp_path / "out")
