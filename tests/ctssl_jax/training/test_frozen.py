@@ -123,7 +123,7 @@ def test_biases_before_a_batch_normalisation_are_not_trained(name):
 
 def test_a_model_without_an_encoder_has_none_to_freeze():
     config = tiny_recipe("data", "nodules_standard_unet", encoder_learning_rate_factor=0.0)
-    with pytest.raises(InputError, match=r"factor=0: the model of .* set it to 1, or train the recipe"):
+    with pytest.raises(InputError, match=r"=0: the model of .* set it to 1, or train the recipe"):
         recipe.check_encoder(config)
     config.encoder_learning_rate_factor = 1.0
     recipe.check_encoder(config)
