@@ -114,7 +114,7 @@ def test_a_damaged_vr_of_the_pixels_does_not_shift_the_image(tmp_path, head):
     )
 
 
-# ---- kill -9 at random moments: the short version of tests/campaigns/kills.py --------------------
+# ---- kill -9 at random moments: tests/campaigns/kills.py notices what is wrong -------------------
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +127,6 @@ def small_archive(tmp_path_factory) -> Path:
         )
         dicom_files.write(archive / f"scan{number}", series)
     return archive
-
-
-def test_a_preparation_that_is_killed_again_and_again(small_archive, tmp_path):
-    kept, completed, wrong = kills.campaign(
-        lambda folder: kills.prepare_stage(folder, small_archive),
-        tmp_path,
-        tmp_path,
-        3,
-        random.Random(0),
-        warm_up=0,
-    )
-    assert (kept.total(), wrong) == (3, []) and completed >= 1
 
 
 def test_the_campaign_notices_a_lost_and_a_changed_file(small_archive, tmp_path):
