@@ -116,17 +116,8 @@ def run_task(
         directories.records_dir.mkdir(parents=True, exist_ok=True)
         database = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "labels.sqlite"
         read = header_reader(array.sources.archive)
-        conversion = Conversion(
-            input_dir=Path(),
-            notes_dir=directories.notes_dir,
-            records_dir=directories.records_dir,
-            rules=options.rules,
-            windows=options.windows,
-            image_size=options.image_size,
-            key=key,
-            labels=staging.stage(array.sources, None, database),
-            options_digest=options.conversion_digest(),
-        )
+        labels = staging.stage(array.sources, None, database)
+        conversion = Conversion.of(options, directories, key, labels)
         staged = Staging.of(directories, options, read, key)
         job = Job(staged, conversion, read, array.downloads)
         entries = array.manifest.of_task(task_index, task_count)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.labels.lookup import Labels
+from data_prep.pipeline.options import Directories, Options
 from data_prep.privacy.pseudonyms import Rejected, private_digest
 from data_prep.scan.archives import ArchiveDirectory, Source
 from data_prep.scan.reasons import FAILED_FOR_NOW
@@ -27,6 +28,21 @@ class Conversion:
     key: bytes = dataclasses.field(repr=False)  # of the pseudonyms
     labels: Labels
     options_digest: str = ""
+
+    @staticmethod
+    def of(options: Options, directories: Directories, key: bytes, labels: Labels) -> "Conversion":
+        """The settings of a run and of each task of an array job, which must be the same."""
+        return Conversion(
+            input_dir=directories.input_dir,
+            notes_dir=directories.notes_dir,
+            records_dir=directories.records_dir,
+            rules=options.rules,
+            windows=options.windows,
+            image_size=options.image_size,
+            key=key,
+            labels=labels,
+            options_digest=options.conversion_digest(),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

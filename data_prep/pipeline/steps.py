@@ -125,17 +125,7 @@ def run_steps(preparation: Preparation) -> dict[str, Any]:
     labels, plans = survey(preparation)
     check_splits(preparation, plans)
     options, directories = preparation.options, preparation.directories
-    conversion = Conversion(
-        input_dir=directories.input_dir,
-        notes_dir=directories.notes_dir,
-        records_dir=directories.records_dir,
-        rules=options.rules,
-        windows=options.windows,
-        image_size=options.image_size,
-        key=preparation.key,
-        labels=labels,
-        options_digest=options.conversion_digest(),
-    )
+    conversion = Conversion.of(options, directories, preparation.key, labels)
     convert_exams(preparation, plans, conversion)
 
     def note_of(exam: list[SeriesCandidate]) -> ExamNote:
