@@ -13,11 +13,15 @@ from data_prep.synthetic.dicom_writer import (
 )
 from data_prep.synthetic.findings import Findings, sample_emboli, sample_nodules
 from data_prep.synthetic.patient import Anatomy, Patient, build_anatomy, sample_patient
-from data_prep.synthetic.render import Rendering, Scan, outside_field_of_view, render_scan
+from data_prep.synthetic.render import Rendering, render_scan
+from data_prep.synthetic.scan import Scan, outside_field_of_view
 
 LAYOUTS = ("dicom", "rsna_pe", "lidc_idri")
+FIELDS = ("body", "lungs")
 # z between which the trunk and the main pulmonary arteries lie, in reference space.
 CENTRAL_ARTERIES_Z = (-46.0, -10.0)
+# Of both lungs together, in reference space.
+LUNGS_WIDTH_MM = 262
 # How often each layout has no contrast, the pulmonary arterial and the venous phase.
 CONTRAST_SHARES = {"dicom": (0.4, 0.35, 0.25), "rsna_pe": (0, 1, 0), "lidc_idri": (0.55, 0.1, 0.35)}
 
@@ -27,7 +31,7 @@ class Options:
     """The options that decide the bytes of a patient's files, with the patient's number.
 
     `num_slices` 0 is the whole chest; `slice_spacing_mm` 0 leaves the spacing to the scanner;
-    `layout` is one of LAYOUTS.
+    `layout` is one of LAYOUTS; `field` one of FIELDS: what the reconstructed field of view holds.
     """
 
     seed: int
@@ -35,6 +39,7 @@ class Options:
     num_slices: int
     slice_spacing_mm: float
     layout: str = "dicom"
+    field: str = "body"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +182,15 @@ def sample_scan(
         start = int(np.clip(rng.integers(first, last + 1), 0, count - options.num_slices))
         count = options.num_slices
     contrast = str(rng.choice(["none", "pulmonary", "venous"], p=CONTRAST_SHARES[options.layout]))
-    body_width = patient.body_width_mm
+    field_of_view = float(np.clip(patient.body_width_mm * rng.uniform(0.95, 1.14), 300, 490))
+    centre = (float(rng.normal(0, 6)), float(rng.normal(4, 7)))
+    if options.field == "lungs":
+        field_of_view = LUNGS_WIDTH_MM * patient.scale[0] * float(rng.uniform(1.02, 1.12))
+        centre = (centre[0] / 2, centre[1] / 2)
     return Scan(
         image_size=options.image_size,
-        field_of_view_mm=round(float(np.clip(body_width * rng.uniform(0.95, 1.14), 300, 490))),
-        centre_mm=(float(rng.normal(0, 6)), float(rng.normal(4, 7))),
+        field_of_view_mm=round(field_of_view),
+        centre_mm=centre,
         z_mm=tuple(round(base + (start + i) * spacing, 3) for i in range(count)),
         slice_spacing_mm=spacing,
         slice_thickness_mm=thickness,

@@ -23,7 +23,8 @@ from data_prep.synthetic.dicom_writer import (
 )
 from data_prep.synthetic.exam import Options, sample_scan
 from data_prep.synthetic.patient import Patient, build_anatomy, sample_patient, spine_y
-from data_prep.synthetic.render import Scan, outside_field_of_view, render_volume
+from data_prep.synthetic.render import render_volume
+from data_prep.synthetic.scan import Scan, outside_field_of_view
 
 SMALL = Options(seed=3, image_size=64, num_slices=12, slice_spacing_mm=0.0)
 
