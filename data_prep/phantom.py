@@ -82,7 +82,10 @@ def define_flags() -> None:
         "slice_spacing_mm", 0.0, "Slice spacing and thickness; 0: the scanner's choice, at most 3."
     )
     flags.DEFINE_enum(
-        "field", "body", ["body", "lungs"], "What the reconstructed field of view holds."
+        "field",
+        "body",
+        ["body", "lungs", "mediastinum"],
+        "What the reconstructed field of view holds.",
     )
     flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "Processes.")
 

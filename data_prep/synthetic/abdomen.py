@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from data_prep.synthetic.patient import Anatomy, diaphragm, spine_y
+from data_prep.synthetic.anatomy import Anatomy
+from data_prep.synthetic.patient import diaphragm, spine_y
 from data_prep.synthetic.scan import Enhancement
 from data_prep.synthetic.shapes import Canvas, ellipse, ellipsoid, smooth_max, smooth_min
 from data_prep.synthetic.tissues import FAT, MUSCLE
@@ -31,10 +32,18 @@ def paint_abdomen(
     inside = smooth_max(diaphragm(x, y, z, patient), pleura, 3)
     canvas.paint(inside, MUSCLE, inner=((DIAPHRAGM_MM, FAT),))
     centre = patient.dome_left_z - 50
-    wave = 2.5 * np.sin(x / 9 + z / 13) * np.sin(y / 11 - z / 17 + patient.seed % 5)
-    stomach = smooth_max(
-        ellipsoid(x, y, z, (58, -22, centre), (56, 43, 48), (0.8, -0.5, -0.3)) + wave, inside + 4, 4
+    first, second = patient.phases[7], patient.phases[8]
+    wave = 2.5 * np.sin(x / 9 + z / 13 + first) * np.sin(y / 11 - z / 17 + second)
+    s, (right, back, up) = patient.stomach_scale, patient.stomach_shift
+    stomach = ellipsoid(
+        x,
+        y,
+        z,
+        (58 + right, -22 + back, centre + up),
+        (56 * s, 43 * s, 48 * s),
+        (0.8, -0.5, -0.3),
     )
+    stomach = smooth_max(stomach + wave, inside + 4, 4)
     spleen = smooth_max(
         ellipsoid(x, y, z, (94, 44, centre - 6), (50, 30, 54), (0.5, -0.8, 0)) - wave, inside + 3, 4
     )
@@ -49,13 +58,14 @@ def paint_abdomen(
     liver = smooth_max(liver, -(kidneys - 4), 6)
     liver = smooth_max(liver, -(stomach - 4), 4)
     canvas.paint(liver, (blood.liver + LIVER_GRAIN_HU * texture).astype(np.float32))
-    branch = np.abs(np.sin(x / 26 + z / 19 + 0.6) * 14 + np.sin(y / 31 + z / 23) * 9) - 1.6
+    branch = np.sin(x / 26 + z / 19 + first) * 14 + np.sin(y / 31 + z / 23 + second) * 9
+    branch = np.abs(branch) - 1.6
     canvas.paint(np.maximum(branch, liver + 9), blood.liver_vessels, edge_mm=3)
     canvas.paint(spleen, blood.spleen)
     canvas.paint(stomach, STOMACH_WALL)
     contents = stomach + STOMACH_WALL_MM
     canvas.paint(contents, (STOMACH_CONTENTS + STOMACH_GRAIN_HU * texture).astype(np.float32))
-    canvas.paint(smooth_max(contents, y + 38, 2), STOMACH_AIR)
+    canvas.paint(smooth_max(contents, y + np.float32(38 - back), 2), STOMACH_AIR)
     colon = canvas.tubes(anatomy.colon, z, around_mm=1.0)
     if colon is not None:
         canvas.fill(*colon, COLON_WALL)

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from data_prep.synthetic.anatomy import Anatomy
 from data_prep.synthetic.findings import Findings, cut_nodule, paint_haze, paint_nodule
-from data_prep.synthetic.patient import HEART_WALLS_MM, Anatomy, heart_chambers, heart_distance
+from data_prep.synthetic.patient import HEART_WALLS_MM, heart_chambers, heart_distance
 from data_prep.synthetic.scan import Enhancement
 from data_prep.synthetic.shapes import Canvas, around, ellipsoid
 from data_prep.synthetic.tissues import FAT
@@ -127,7 +128,7 @@ def paint_great_vessels(canvas: Canvas, anatomy: Anatomy, z: float, blood: Enhan
             canvas.fill(*cut, hu, is_artery=capsules is vessels.pulmonary_arteries)
             if capsules is vessels.aorta and anatomy.patient.aortic_calcification > 0.1:
                 box, distance = cut
-                phase = anatomy.patient.seed % 7
+                phase = anatomy.patient.phases[6]
                 patches = np.sin(canvas.x[box] / 6 + z / 9 + phase) + np.sin(
                     canvas.y[box] / 7 - z / 11 - phase
                 )

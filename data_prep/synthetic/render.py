@@ -6,13 +6,23 @@ import dataclasses
 import numpy as np
 
 from data_prep.synthetic.abdomen import paint_abdomen
+from data_prep.synthetic.anatomy import Anatomy, aerated, lung_space
 from data_prep.synthetic.bones import paint_skeleton
 from data_prep.synthetic.findings import Findings, paint_embolus
-from data_prep.synthetic.noise import noise_tiles, texture_tile
+from data_prep.synthetic.implants import paint_implants
+from data_prep.synthetic.noise import SliceNoise, noise_tiles, texture_tile
+from data_prep.synthetic.opacities import opacity_distance
 from data_prep.synthetic.organs import paint_great_vessels, paint_heart, paint_lungs
-from data_prep.synthetic.patient import Anatomy, lungs, pleura_distance, spine_x
-from data_prep.synthetic.scan import Enhancement, Scan, enhancement, table_layer
-from data_prep.synthetic.shapes import FAR, Canvas, join
+from data_prep.synthetic.patient import pleura_distance, spine_x
+from data_prep.synthetic.scan import (
+    LOUDNESS,
+    LOUDNESS_Z,
+    Enhancement,
+    Scan,
+    enhancement,
+    table_layer,
+)
+from data_prep.synthetic.shapes import FAR, Canvas, join, smooth_max
 from data_prep.synthetic.tissues import FAT
 from data_prep.synthetic.vessels import Vessels
 from data_prep.synthetic.wall import muscle_layer, paint_body_wall
@@ -74,41 +84,47 @@ def render_scan(
         max(pixel, 0.75 if sharp else 1.25) / in_plane,
     )
     anatomy = dataclasses.replace(anatomy, vessels=_as_seen(anatomy.vessels, blood, canvas.edge_mm))
-    tiles = noise_tiles(scan.image_size, pixel, sharp, rng)
-    sigma = scan.noise_hu * (2.2 if sharp else 1.0) * min(1.0, 0.75 / pixel) ** 0.3
+    tiles = noise_tiles(scan.image_size, pixel, sharp, scan.sharpness, rng)
+    noise = SliceNoise(tiles, scan.image_size, scan.correlation)
     texture = texture_tile(canvas.size, pixel, patient.seed)
-    # Photons are fewest in the middle of the body.
-    loudness = np.exp(-0.5 * (np.hypot(canvas.x, canvas.y * 1.3) / 150) ** 2)
-    loudness = (sigma * (0.45 + 0.75 * loudness)).astype(np.float32)
+    loudness = scan.loudness(canvas.x, canvas.y)
     table = table_layer(anatomy, scan)
-    volume = np.empty((len(scan.z_mm), scan.image_size, scan.image_size), np.int16)
-    noise = np.empty_like(canvas.hu)
+    count = len(scan.z_mm)
+    volume = np.empty((count, scan.image_size, scan.image_size), np.int16)
     canvas.artery = np.zeros_like(canvas.hu) if findings.emboli else None
     muscle = muscle_layer(canvas, patient)
     shown = [[] for _ in findings.nodules + findings.dots]
-    areas = np.zeros((len(scan.z_mm), len(findings.emboli)), np.float32)
-    sway = np.random.default_rng(patient.seed + 2).uniform(-1, 1, len(scan.z_mm)) * scan.motion_mm
-    room = (tiles[0].shape[0] - scan.image_size + 1,) * 2
-    for index, z_mm in enumerate(scan.z_mm):
-        z = z_mm / scale[2]
-        canvas.move_to(float(spine_x(z, patient)) + float(sway[index]))
-        canvas.hu += table
-        grain = int(1.3 * z_mm / pixel) % scan.image_size
-        fields, covered = render_slice(
-            canvas, anatomy, findings, z, blood, texture[grain : grain + scan.image_size], muscle
-        )
-        for pieces, field in zip(shown, fields, strict=True):
-            pieces += [] if field is None else [(index, *field)]
-        areas[index] = covered
-        which, top, left = rng.integers(0, (2 * len(tiles), *room))
-        patch = tiles[which // 2][top : top + scan.image_size, left : left + scan.image_size]
-        np.multiply(patch[:: 1 - 2 * (which % 2)], loudness, out=noise)
-        noise += canvas.hu
-        np.clip(noise, -1024, 3071, out=noise)
-        volume[index] = np.rint(noise, out=noise)
+    areas = np.zeros((count, len(findings.emboli)), np.float32)
+    sway = np.random.default_rng(patient.seed + 2).uniform(-1, 1, count) * scan.motion_mm
+    # Three slices are kept, for each shows some of its neighbours.
+    planes, result = [np.empty_like(canvas.hu) for _ in range(3)], np.empty_like(canvas.hu)
+    share = np.float32(scan.partial_volume)
+    for index, z_mm in enumerate([*scan.heights(), None]):
+        if z_mm is not None:
+            z = z_mm / scale[2]
+            canvas.hu = planes[index % 3]
+            canvas.move_to(float(spine_x(z, patient)) + float(sway[index]))
+            canvas.hu += table
+            grain = int(1.3 * z_mm / pixel) % scan.image_size
+            grains = texture[grain : grain + scan.image_size]
+            fields, covered = render_slice(canvas, anatomy, findings, z, blood, grains, muscle)
+            for pieces, field in zip(shown, fields, strict=True):
+                pieces += [] if field is None else [(index, *field)]
+            areas[index] = covered
+        if index:
+            done = index - 1
+            np.add(planes[max(done - 1, 0) % 3], planes[min(index, count - 1) % 3], out=result)
+            result *= share
+            result += (1 - 2 * share) * planes[done % 3]
+            level = np.interp(scan.z_mm[done] / scale[2], LOUDNESS_Z, LOUDNESS)
+            result += np.float32(level) * loudness * noise.next(rng)
+            np.clip(result, -1024, 3071, out=result)
+            volume[done] = np.rint(result, out=result)
+    beside = np.pad(areas, ((1, 1), (0, 0)), mode="edge")
+    areas = (1 - 2 * share) * areas + share * (beside[:-2] + beside[2:])
     fields = tuple(_gather(pieces) for pieces in shown)
-    count = len(findings.nodules)
-    return Rendering(volume, fields[:count], fields[count:], areas)
+    large = len(findings.nodules)
+    return Rendering(volume, fields[:large], fields[large:], areas)
 
 
 def _gather(pieces: list[tuple[int, tuple[slice, slice], np.ndarray]]) -> NoduleField | None:
@@ -151,15 +167,21 @@ def render_slice(
     patient = anatomy.patient
     x, y = canvas.coarse_x, canvas.coarse_y
     pleura = pleura_distance(x, y, z, patient)
-    lung = lungs(x, y, z, anatomy, pleura)
+    space = lung_space(x, y, z, anatomy, pleura)
+    lung = aerated(space, x, y, z, anatomy, pleura)
     paint_body_wall(canvas, anatomy, z, pleura, muscle)
     canvas.paint(pleura, PLEURAL_FAT)
     paint_abdomen(canvas, anatomy, z, blood, pleura, texture)
     paint_heart(canvas, anatomy, z, blood)
+    for opacity in anatomy.opacities:
+        if opacity.low_z < z < opacity.high_z:
+            shape = opacity_distance(opacity, x, y, z, pleura)
+            canvas.paint(smooth_max(space, shape, 2), opacity.hu)
     fields = paint_lungs(canvas, anatomy, findings, z, blood, lung, texture)
     paint_great_vessels(canvas, anatomy, z, blood)
     areas = [
         paint_embolus(canvas, embolus, z, blood.pulmonary_artery) for embolus in findings.emboli
     ]
     paint_skeleton(canvas, anatomy, z, texture)
+    paint_implants(canvas, anatomy.implants, z)
     return fields, areas

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from data_prep.synthetic.patient import BODY_FRONT, Anatomy, body_back
+from data_prep.synthetic.anatomy import Anatomy
+from data_prep.synthetic.patient import BODY_FRONT, body_back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,8 +14,11 @@ class Scan:
     patient's mm.
 
     `contrast` is "none", "pulmonary" (arterial, dense pulmonary arteries) or "venous", `bolus` the
-    enhancement relative to the usual; `kernel` is "soft" or "sharp"; `noise_hu` the standard
-    deviation of a soft reconstruction's noise inside the body.
+    enhancement relative to the usual and `timing` how far it is on the way to the aortic phase, 0
+    to 1; `kernel` is "soft" or "sharp", `sharpness` its cutoff relative to the usual; `noise_hu`
+    the standard deviation of a soft reconstruction's noise inside the body and `correlation` that
+    of the noise of neighbouring slices. The patient breathes by `breath_mm` at the diaphragm, a
+    breath in `breath_slices`, and moves by up to `motion_mm` between slices.
     """
 
     image_size: int
@@ -31,7 +35,30 @@ class Scan:
     circular: bool
     prone: bool
     flat_table: bool
-    motion_mm: float = 0.0  # how far the patient moves between slices
+    timing: float = 0.0
+    sharpness: float = 1.0
+    correlation: float = 0.3
+    breath_mm: float = 0.0
+    breath_slices: float = 20.0
+    motion_mm: float = 0.0
+
+    @property
+    def partial_volume(self) -> float:
+        """The share of either neighbour in a slice, as thick as it is."""
+        return min(0.2, 0.1 * self.slice_thickness_mm / self.slice_spacing_mm)
+
+    def heights(self) -> np.ndarray:
+        """[S] float64: z in the patient's mm of what each slice shows, displaced by breathing: in
+        full at the diaphragm, not at all at the apices."""
+        z = np.array(self.z_mm)
+        breath = np.sin(2 * np.pi * np.arange(len(z)) / self.breath_slices)
+        return z + self.breath_mm * breath * np.clip((60 - z) / 160, 0, 1)
+
+    def loudness(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """[H, W] float32: noise in HU over that of a tile, at pixels of the reference space.
+        Photons are fewest in the middle of the body."""
+        middle = np.exp(-0.5 * (np.hypot(x, y * 1.3) / 150) ** 2)
+        return (self.noise_hu * (0.45 + 0.75 * middle)).astype(np.float32)
 
     @property
     def pixel_spacing_mm(self) -> float:
@@ -65,14 +92,24 @@ ENHANCEMENTS = {
     "pulmonary": Enhancement(390, 320, 260, 480, 400, 85, 66, 60, 95, 110),
     "venous": Enhancement(165, 165, 170, 160, 160, 105, 108, 165, 122, 185),
 }
+# Between the two: the bolus has reached the aorta.
+AORTIC = Enhancement(235, 330, 345, 210, 225, 110, 74, 72, 150, 160)
+# Dose follows the body's width, not quite: noise by height in reference space.
+LOUDNESS_Z, LOUDNESS = (-200, -120, -60, 10, 60, 110), (1.1, 1.05, 0.9, 0.9, 1.1, 1.35)
 
 
 def enhancement(scan: Scan) -> Enhancement:
     """HU of blood and organs in this scan."""
-    plain, usual = ENHANCEMENTS["none"], ENHANCEMENTS[scan.contrast]
-    names = [field.name for field in dataclasses.fields(Enhancement)]
+    values = (
+        dataclasses.astuple(phase)
+        for phase in (ENHANCEMENTS["none"], ENHANCEMENTS[scan.contrast], AORTIC)
+    )
+    timing = scan.timing if scan.contrast != "none" else 0.0
     return Enhancement(
-        *(getattr(plain, n) + scan.bolus * (getattr(usual, n) - getattr(plain, n)) for n in names)
+        *(
+            plain + scan.bolus * ((1 - timing) * usual + timing * aortic - plain)
+            for plain, usual, aortic in zip(*values, strict=True)
+        )
     )
 
 

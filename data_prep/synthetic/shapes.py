@@ -182,6 +182,7 @@ class Canvas:
         """Reference coordinates -> (row, column), fractional."""
         x = x + self.shift
         dx, dy = self._asymmetry(x, y)
+        dx, dy = self._asymmetry(x - dx, y - dy)
         x, y = (x - dx) * self.scale[0], (y - dy) * self.scale[1]
         cos, sin = np.cos(self.rotation), np.sin(self.rotation)
         middle = (self.size - 1) / 2

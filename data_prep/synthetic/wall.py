@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from data_prep.synthetic.anatomy import Anatomy
 from data_prep.synthetic.patient import (
     BODY_FRONT,
     BODY_HALF_WIDTH,
     GROUPS,
-    Anatomy,
     Patient,
     body_back,
     egg,
@@ -30,7 +30,7 @@ def muscle_layer(canvas: Canvas, patient: Patient) -> np.ndarray:
     angle = np.pi / 3 * GROUPS.index(patient.group)
     phase = (
         2 * np.pi / STRIPES_MM * (canvas.x * np.cos(angle) + canvas.y * np.sin(angle))
-        + patient.seed % 7
+        + patient.phases[0]
     )
     return (MUSCLE + STRIPES_HU * np.sin(phase)).astype(np.float32)
 
@@ -43,7 +43,8 @@ def body_outlines(
     back = float(body_back(z, patient))
     front = float(BODY_FRONT(z)) - 2 * (patient.muscle - 1) * 3
     half_width = float(BODY_HALF_WIDTH(z)) + 8 * (patient.muscle - 1)
-    muscle = egg(x, y, (half_width, front, front + 0.58 * (back - front), back), 2.3, 2.7)
+    outline = (half_width, front, front + 0.58 * (back - front), back)
+    muscle = egg(x, y, outline, 2.3 * patient.roundness, 2.7 * patient.roundness)
     # The back muscles bulge on both sides of the spinous processes.
     muscle = muscle - 5 * np.exp(-(((np.abs(x) - 30) / 22) ** 2)) * (y > 0)
     if -62 < z < 125:
@@ -72,8 +73,9 @@ def paint_body_wall(
     muscle, skin, breasts = body_outlines(x, y, z, anatomy)
     canvas.paint(skin, SKIN, inner=((SKIN_MM, FAT + GROUP_FAT_HU[GROUPS.index(patient.group)]),))
     if patient.breast_mm:
-        wave = 7 * np.sin(x / 7.3 + z / 11) * np.sin(y / 6.1 - z / 9) + 5 * np.sin(
-            (x + y) / 4.7 + z / 6
+        first, second = patient.phases[1], patient.phases[2]
+        wave = 7 * np.sin(x / 7.3 + z / 11 + first) * np.sin(y / 6.1 - z / 9) + 5 * np.sin(
+            (x * np.cos(second) + y) / 4.7 + z / 6
         )
         gland = np.maximum(breasts, skin) + 14 + 26 * (1 - patient.breast_density) + wave
         canvas.paint(np.maximum(gland, -muscle - 1), GLAND, edge_mm=3)
@@ -89,18 +91,24 @@ def paint_body_wall(
             (17, 34, 52),
             (1, -0.25, 0),
         )
-        pit = pit + 3 * np.sin(x / 6 + z / 8) * np.sin(y / 7 - z / 9)
+        pit = pit + 3 * np.sin(x / 6 + z / 8 + patient.phases[3]) * np.sin(y / 7 - z / 9)
         canvas.paint(np.maximum(pit, muscle + 9), ARMPIT_FAT, edge_mm=3)
-    phase = patient.seed % 7
+    phase, other = patient.phases[4], patient.phases[5]
     around = np.arctan2(x, -y - 10) * 95
-    depth = 5 * np.sin(around / 37 + z / 43 + phase) + 2.5 * np.sin(around / 13 - z / 29) - muscle
+    depth = (
+        5 * np.sin(around / 37 + z / 43 + phase)
+        + 2.5 * np.sin(around / 13 - z / 29 + other)
+        - muscle
+    )
     layer = np.rint(depth / MUSCLE_LAYER_MM)
     between_layers = np.abs(depth - MUSCLE_LAYER_MM * layer)
     along = (around + 9 * np.sin(depth / 13 + z / 31 + phase)) / MUSCLE_BELLY_MM
     along = along + 0.41 * np.floor(depth / MUSCLE_LAYER_MM) + 0.004 * z
     between_bellies = MUSCLE_BELLY_MM * np.abs(along - np.rint(along))
     planes = (
-        smooth_min(between_layers, between_bellies, 7) - 0.9 + 0.7 * np.sin(around / 29 - z / 19)
+        smooth_min(between_layers, between_bellies, 7)
+        - 0.9
+        + 0.7 * np.sin(around / 29 - z / 19 + other)
     )
     planes = np.maximum(np.maximum(planes, muscle + 5), 15 - pleura)
     canvas.paint(planes.astype(np.float32), MUSCLE_PLANE_FAT, edge_mm=2.5)

@@ -233,7 +233,7 @@ def _histogram_tolerance(histograms: Sequence[np.ndarray], number: int) -> float
         histogram_distance(
             all_of[draw(0, n, number)].mean(axis=0), all_of[draw(0, n, n)].mean(axis=0)
         )
-        for _ in range(2000)
+        for _ in range(500)
     ]
     return float(np.quantile(distances, 0.95))
 
