@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from ctssl_jax.probes.label_free import (
+from ctssl_jax.stats.label_free import (
     PlacedSlices,
     label_free_scores,
     neighbour_recall,
     order_auroc,
     position_r2,
+    position_r2_across,
     relative_position,
     slice_pairs,
 )
@@ -102,3 +103,13 @@ def test_units_and_offsets_of_the_position_do_not_matter():
     np.testing.assert_allclose(position_r2(train, test), position_r2(train, moved))
     turned = test._replace(z_mm=-test.z_mm)
     assert order_auroc(train, turned).max() < 0.15
+
+
+def test_without_slices_to_fit_to_each_patient_is_scored_by_the_others():
+    slices = placed("abcdef", informed)
+    patient = np.where(np.isin(slices.volume, ["a", "b"]), "first", slices.volume)
+    scores = position_r2_across(slices, patient)
+    assert scores.shape == (6,) and scores.min() > 0.8
+    others = ~np.isin(slices.volume, ["a", "b"])  # with four other patients: a part of its own
+    train, test = (PlacedSlices(*(a[part] for a in slices)) for part in (others, ~others))
+    np.testing.assert_allclose(scores[:2], position_r2(train, test))

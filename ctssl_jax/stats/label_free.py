@@ -205,6 +205,24 @@ def label_free_scores(
     }
 
 
+def position_r2_across(slices: PlacedSlices, patient: np.ndarray) -> np.ndarray:
+    """`position_r2` without slices to fit to: each patient is scored by a fit to other patients.
+
+    Args:
+      slices: of three volumes or more.
+      patient: [N] the patient of each slice; two patients or more, in at most four parts.
+
+    Returns:
+      [V] float64, in the order of `np.unique(slices.volume)`.
+    """
+    volumes = np.unique(slices.volume)
+    scores = np.full(len(volumes), np.nan)
+    for others, held_out in _folds(patient).split(slices.z_mm, groups=patient):
+        train, test = (PlacedSlices(*(a[part] for a in slices)) for part in (others, held_out))
+        scores[np.isin(volumes, test.volume)] = position_r2(train, test)
+    return scores
+
+
 def _features(slices: PlacedSlices) -> np.ndarray:
     return np.asarray(slices.embedding, np.float64)
 
