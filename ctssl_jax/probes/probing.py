@@ -119,10 +119,8 @@ def probe(
         print(f"{name:15}{time.monotonic() - started:.1f} s", flush=True)
     started = time.monotonic()
     with threadpoolctl.threadpool_limits(1), batch_sizes.end_of_memory(batch_size):
-        train, tested = (
-            _placed(frozen, sources[part, (0,)], batch_size) for part in ("train", split)
-        )
-        places = label_free_scores(train, tested)
+        placed = [_placed(frozen, sources[part, (0,)], batch_size) for part in ("train", split)]
+        places = label_free_scores(*placed)
     # scans too short or too few for a score do without it
     by_volume |= {name: values for name, values in places.items() if not np.isnan(values).all()}
     print(f"{'place':15}{time.monotonic() - started:.1f} s", flush=True)
