@@ -54,7 +54,8 @@ class StageTimes:
 def define_flags() -> None:
     """Only where this module is the program: another one may define flags of the same names."""
     flags.DEFINE_string("output_dir", "runs/quickstart", "Folder for everything that is made.")
-    flags.DEFINE_string("input_dir", "", "Your DICOM archive; by default a synthetic one is made.")
+    flags.DEFINE_string("input_dir", "", "Your archive; by default a synthetic one is made.")
+    flags.DEFINE_enum("archive", "dicom", ["dicom", "nifti"], "Kind of the archive.")
     flags.DEFINE_integer("num_patients", 48, "Patients of the synthetic archive.")
     flags.DEFINE_integer("num_slices", 24, "Slices of each synthetic scan.")
     flags.DEFINE_string(
@@ -84,6 +85,8 @@ def main(argv: list[str]) -> int:
     source = local_path(flag.input_dir, "--input_dir") if flag.input_dir else None
     if source and not source.is_dir():
         raise InputError(f"--input_dir={source}: no such folder")
+    if flag.archive != "dicom" and source is None:
+        raise InputError(f"--archive={flag.archive} is of your scans; give --input_dir, too")
     splits = flag.splits or ("" if source else "0.7,0.15,0.15")
     num_splits = sum(share > 0 for share in parse_splits(splits)) if splits else 3
     if flag.num_patients < num_splits:
@@ -109,7 +112,7 @@ def main(argv: list[str]) -> int:
     seconds["preparation"] = run_stage(
         "2 of 5: DICOM to windowed slices",
         "data_prep.prepare",
-        "--archive=dicom",
+        f"--archive={flag.archive}",
         f"--input_dir={source or archive}",
         f"--output_dir={dataset}",
         f"--image_size={IMAGE_SIZE}",
@@ -179,7 +182,7 @@ def main(argv: list[str]) -> int:
         command_line.suggest("quickstart", "--input_dir=MY_DICOM", f"--output_dir={output}-mine")
     else:
         whole = [f"--output_dir={output / 'dataset512'}", "--image_size=512", *shares]
-        command_line.suggest("prepare", "--archive=dicom", f"--input_dir={source}", *whole)
+        command_line.suggest("prepare", f"--archive={flag.archive}", f"--input_dir={source}", *whole)
     return 0
 
 
