@@ -12,8 +12,13 @@ and corruptions are the same for every encoder:
     masked_region     the slice, 20 % of whose area is covered
     denoising         the slice, half of whose pixels are salt or pepper
     next_slice        the slice after it, of the same volume and not across a gap
+    position          how high the slice lies in its volume, from 0 to 1: R^2
+    order             which of two slices of a volume, 3 to 30 mm apart, lies higher: AUROC
+    neighbours        the slices of the same volume within 10 mm, searched for among the slices of
+                      all scored volumes by cosine: recall. Nothing is fitted
 
-and so are the two kinds of probes:
+and so are the two kinds of probes (position and order: linear, neighbours: knn; their penalties
+are chosen by training volumes left out of the fit):
 
     linear            labels: logistic regression on latents averaged over 4 x 4 regions
                       slices: ridge regression from each latent to the 4 x 4 pixels that it covers
