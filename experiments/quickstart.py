@@ -181,8 +181,9 @@ def main(argv: list[str]) -> int:
     if source is None:
         command_line.suggest("quickstart", "--input_dir=MY_DICOM", f"--output_dir={output}-mine")
     else:
+        scans = [f"--archive={flag.archive}", f"--input_dir={source}"]
         whole = [f"--output_dir={output / 'dataset512'}", "--image_size=512", *shares]
-        command_line.suggest("prepare", f"--archive={flag.archive}", f"--input_dir={source}", *whole)
+        command_line.suggest("prepare", *scans, *whole)
     return 0
 
 
