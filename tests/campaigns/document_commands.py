@@ -29,6 +29,7 @@ NOT_HERE = {  # words of a block -> why
     "--topology": "needs libtpu: .ci/run has an environment for it",
     "nlst.txt": "a download of terabytes",
     "CT_RATE": "a gated data set",
+    "MY_NIFTI": "needs NIfTI scans: tests/data_prep/scan/test_nifti.py",
     "tcia-lidc": "the annotations of LIDC-IDRI: tests.campaigns.lidc_counts",
     "--upload": "sends to a model hub: tests/ctssl_jax/release/test_hub.py has one",
     "ctssl figure": "half an hour and more: tests/experiments",
