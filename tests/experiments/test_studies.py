@@ -145,7 +145,7 @@ def test_plan_lists_a_command_for_every_cell(settings, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * (8 + 10)
     assert lines[0] == "# mask_05 [complete]" and lines[2] == "# mask_10 [missing] after mask_05"
-    assert lines[3].startswith("python -m experiments.table2 run --dataset=")
+    assert lines[3].startswith("ctssl table2 run --dataset=")
     assert lines[3].endswith("--num_steps=100 --override=dtype=bfloat16 --cells=mask_10")
     assert not (settings.workdir / "study.json").exists()
 
