@@ -9,6 +9,11 @@ Beyond the paper, every frozen encoder is probed on the labels of the other task
 reconstruction (`--nocross` leaves that out), beside an untrained encoder and the pixels themselves,
 so that encoders are compared on equal terms. `draw` writes Markdown, CSV and PNG.
 
+With few patients, `--folds=4` and a folder of folds (`ctssl merge --folds=4`) as --dataset test
+every patient once. The small results in `--results` are all that `draw` needs:
+
+    ctssl table2 draw --results=experiments/results/table2_real_64 --workdir=TABLES
+
 `--size=small` (64 x 64 pixels) with `--num_steps=750` took 46 minutes on two busy CPU cores;
 `--size=reference --override=dtype=bfloat16` is the paper's model.
 """
@@ -24,10 +29,10 @@ from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 
-from .study import runner
+from .study import kept, runner
 from .study.cells import Cell, Settings, Stage, chain_cells
 from .study.results import caption as caption_of
-from .study.results import markdown, read_result, seconds, write_csv
+from .study.results import markdown, read_result, seconds_of, write_csv
 from .study.table2_figure import (
     CLASSIFICATION,
     METRICS,
@@ -37,6 +42,8 @@ from .study.table2_figure import (
     cross_values,
     figure_rows,
     health_markdown,
+    label_free_markdown,
+    label_free_rows,
     save_picture,
     table_markdown,
 )
@@ -69,21 +76,45 @@ def cross_cells(settings: Settings) -> list[Cell]:
     return cells
 
 
+def all_cells(settings: Settings, *, cross: bool = True) -> list[Cell]:
+    """The cells of the one dataset, or of all folds; probes of the frozen encoders with `cross`."""
+    return settings.study(
+        lambda one: [*model_cells(one), *(cross_cells(one) if cross else [])],
+    )
+
+
+def results_of(settings: Settings) -> dict[str, dict | None]:
+    """Model or probe -> its results, None while they are missing; of folds, those of all patients
+    of the folds that are there."""
+    names = [cell.name for cell in (*model_cells(settings), *cross_cells(settings))]
+    cells = {cell.name: cell for cell in all_cells(settings)}
+    if not settings.folds:
+        return {name: read_result(cells[name]) for name in names}
+    found = {}
+    for name in names:
+        of_folds = [read_result(cells[f"fold_{k}/{name}"]) for k in range(settings.folds)]
+        there = [result for result in of_folds if result]
+        found[name] = kept.pooled(there) if there else None
+    return found
+
+
 def draw(settings: Settings) -> str:
-    """Write table2.md, .csv, .png and cross.csv into the folder of the study; returns the Markdown.
+    """Write table2.md, .csv, cross.csv and, where the pictures of the evaluations are, table2.png
+    into the folder of the study; returns the Markdown.
 
     Raises:
       InputError: there are no results yet.
     """
-    cells = {cell.name: cell for cell in model_cells(settings)}
-    results = {name: read_result(cell) for name, cell in cells.items()}
-    cross = {cell.name: read_result(cell) for cell in cross_cells(settings)}
+    found = results_of(settings)
+    results = {name: found[name] for name in (*RECONSTRUCTION, *CLASSIFICATION)}
+    cross = {name: result for name, result in found.items() if name.startswith("cross_")}
     complete = [result for result in results.values() if result]
     if not complete:
         raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     rows = figure_rows(results)
-    caption = caption_of(complete)
-    total = sum(seconds(settings.workdir).values())
+    caption = caption_of(complete) + folds_in_words(settings, found)
+    cells = all_cells(settings)
+    total = sum(seconds_of(cell, settings.workdir) or 0 for cell in cells)
     took = f" The cells took {total / 60:.0f} minutes by the clock." if total else ""
     parts = [
         "# Table II: self-supervised models on held-out "
@@ -96,24 +127,37 @@ def draw(settings: Settings) -> str:
             "neighbours on the frozen encoder's features, mean ± sd over "
             f"volumes.\n\n{markdown(cross_rows(cross))}"
         )
+    compared = label_free_rows(cross)
+    if compared:
+        parts.append(label_free_markdown(compared))
+        write_csv(settings.workdir / "label_free.csv", compared)
     text = "\n".join(parts)
+    settings.workdir.mkdir(parents=True, exist_ok=True)
     write_text(settings.workdir / "table2.md", text)
     write_csv(settings.workdir / "table2.csv", rows)
     write_csv(settings.workdir / "cross.csv", cross_values(cross))
-    save_picture(
-        settings.workdir / "table2.png",
-        [
-            (
-                TITLES[name],
-                [row for row in rows if row["model"] == name],
-                cells[name].result.with_suffix(".npz"),
-            )
-            for name in (*RECONSTRUCTION, *CLASSIFICATION)
-        ],
-        METRICS,
-        caption,
-    )
+    pictures = {cell.name: cell.result.with_suffix(".npz") for cell in cells}
+    pictures = {name: pictures.get(name, pictures.get(f"fold_0/{name}")) for name in results}
+    if any(path.exists() for path in pictures.values()):
+        models = [
+            (TITLES[name], [row for row in rows if row["model"] == name], pictures[name])
+            for name in results
+        ]
+        save_picture(settings.workdir / "table2.png", models, METRICS, caption)
     return text
+
+
+def folds_in_words(settings: Settings, found: dict[str, dict | None]) -> str:
+    """Whether every patient was tested; empty without folds."""
+    if not settings.folds:
+        return ""
+    some = [
+        f"{name} {result['folds']}"
+        for name, result in found.items()
+        if result and result["folds"] < settings.folds
+    ]
+    text = f" {settings.folds} folds of patients, each patient tested once"
+    return text + (f"; NOT ALL FOLDS ARE THERE of {', '.join(some)}." if some else ".")
 
 
 def define_flags() -> None:
@@ -127,12 +171,13 @@ def main(argv: list[str]) -> int:
     verb = runner.verb_of(argv, f"{__package__}.table2")
     settings = runner.settings_of_flags(verb)
     runner.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
-    cells = [*model_cells(settings), *(cross_cells(settings) if flags.FLAGS.cross else [])]
+    cells = all_cells(settings, cross=flags.FLAGS.cross)
     if verb == "plan":
-        runner.plan(cells, f"{__package__}.table2", runner.options_of(settings))
+        options = runner.options_of(settings)
+        runner.plan(cells, f"{__package__}.table2", options, settings.workdir)
     elif verb == "run":
-        runner.record_settings(settings.workdir, runner.settings_content(settings))
-        runner.run(cells, flags.FLAGS.cells, settings.workdir)
+        runner.record(settings)
+        runner.run(cells, flags.FLAGS.cells, settings.workdir, here=True)
         runner.suggest_after("run", f"{__package__}.table2", [f"--workdir={settings.workdir}"])
     else:
         print(draw(settings), flush=True)
