@@ -32,7 +32,7 @@ from data_prep.system.files import write_text
 from .study import kept, runner
 from .study.cells import Cell, Settings, Stage, chain_cells
 from .study.results import caption as caption_of
-from .study.results import markdown, read_result, seconds_of, write_csv
+from .study.results import markdown, seconds_of, write_csv
 from .study.table2_figure import (
     CLASSIFICATION,
     METRICS,
@@ -76,26 +76,9 @@ def cross_cells(settings: Settings) -> list[Cell]:
     return cells
 
 
-def all_cells(settings: Settings, *, cross: bool = True) -> list[Cell]:
-    """The cells of the one dataset, or of all folds; probes of the frozen encoders with `cross`."""
-    return settings.study(
-        lambda one: [*model_cells(one), *(cross_cells(one) if cross else [])],
-    )
-
-
-def results_of(settings: Settings) -> dict[str, dict | None]:
-    """Model or probe -> its results, None while they are missing; of folds, those of all patients
-    of the folds that are there."""
-    names = [cell.name for cell in (*model_cells(settings), *cross_cells(settings))]
-    cells = {cell.name: cell for cell in all_cells(settings)}
-    if not settings.folds:
-        return {name: read_result(cells[name]) for name in names}
-    found = {}
-    for name in names:
-        of_folds = [read_result(cells[f"fold_{k}/{name}"]) for k in range(settings.folds)]
-        there = [result for result in of_folds if result]
-        found[name] = kept.pooled(there) if there else None
-    return found
+def all_cells(settings: Settings) -> list[Cell]:
+    """Of one dataset: the trainings, then the probes of the frozen encoders."""
+    return [*model_cells(settings), *cross_cells(settings)]
 
 
 def draw(settings: Settings) -> str:
@@ -105,15 +88,15 @@ def draw(settings: Settings) -> str:
     Raises:
       InputError: there are no results yet.
     """
-    found = results_of(settings)
+    found = kept.results_of(settings, all_cells)
     results = {name: found[name] for name in (*RECONSTRUCTION, *CLASSIFICATION)}
     cross = {name: result for name, result in found.items() if name.startswith("cross_")}
     complete = [result for result in results.values() if result]
     if not complete:
         raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     rows = figure_rows(results)
-    caption = caption_of(complete) + folds_in_words(settings, found)
-    cells = all_cells(settings)
+    caption = caption_of(complete) + kept.folds_in_words(settings, found)
+    cells = settings.study(all_cells)
     total = sum(seconds_of(cell, settings.workdir) or 0 for cell in cells)
     took = f" The cells took {total / 60:.0f} minutes by the clock." if total else ""
     parts = [
@@ -147,19 +130,6 @@ def draw(settings: Settings) -> str:
     return text
 
 
-def folds_in_words(settings: Settings, found: dict[str, dict | None]) -> str:
-    """Whether every patient was tested; empty without folds."""
-    if not settings.folds:
-        return ""
-    some = [
-        f"{name} {result['folds']}"
-        for name, result in found.items()
-        if result and result["folds"] < settings.folds
-    ]
-    text = f" {settings.folds} folds of patients, each patient tested once"
-    return text + (f"; NOT ALL FOLDS ARE THERE of {', '.join(some)}." if some else ".")
-
-
 def define_flags() -> None:
     """Only where this module is the program."""
     runner.define_flags()
@@ -171,14 +141,9 @@ def main(argv: list[str]) -> int:
     verb = runner.verb_of(argv, f"{__package__}.table2")
     settings = runner.settings_of_flags(verb)
     runner.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
-    cells = all_cells(settings, cross=flags.FLAGS.cross)
-    if verb == "plan":
-        options = runner.options_of(settings)
-        runner.plan(cells, f"{__package__}.table2", options, settings.workdir)
-    elif verb == "run":
-        runner.record(settings)
-        runner.run(cells, flags.FLAGS.cells, settings.workdir, here=True)
-        runner.suggest_after("run", f"{__package__}.table2", [f"--workdir={settings.workdir}"])
+    if verb != "draw":
+        cells = settings.study(all_cells if flags.FLAGS.cross else model_cells)
+        runner.act(verb, f"{__package__}.table2", settings, cells)
     else:
         print(draw(settings), flush=True)
         runner.suggest_after("draw", f"{__package__}.table2", [])

@@ -8,7 +8,7 @@ split; no pseudonym, path or picture is in them.
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, read_json, write_text
 
-from .cells import Cell
+from . import results
+from .cells import Cell, Settings
 
 # Fields of RESULT.json that are kept as they are.
 FIELDS = (
@@ -168,6 +169,41 @@ def pooled(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "volumes": {"patient": patients} | {n: v.tolist() for n, v in by_volume.items()},
         "folds": len(folds),
     }
+
+
+def results_of(
+    settings: Settings, cells_of: Callable[[Settings], Sequence[Cell]]
+) -> dict[str, dict[str, Any] | None]:
+    """Name of a cell -> its results, None while they are missing; of folds, those of all patients
+    of the folds that are there.
+
+    Args:
+      settings: of the study.
+      cells_of: settings of one dataset -> its cells.
+    """
+    cells = {cell.name: cell for cell in settings.study(cells_of)}
+    names = [cell.name for cell in cells_of(settings._replace(folds=0, kept=None))]
+    if not settings.folds:
+        return {name: results.read_result(cells[name]) for name in names}
+    found: dict[str, dict[str, Any] | None] = {}
+    for name in names:
+        of_folds = [cells[f"fold_{fold}/{name}"] for fold in range(settings.folds)]
+        there = [read_json(cell.kept) for cell in of_folds if cell.kept.exists()]
+        found[name] = pooled(there) if there else None
+    return found
+
+
+def folds_in_words(settings: Settings, found: dict[str, dict[str, Any] | None]) -> str:
+    """Whether every patient was tested; empty without folds."""
+    if not settings.folds:
+        return ""
+    some = [
+        f"{name} {result['folds']}"
+        for name, result in found.items()
+        if result and result["folds"] < settings.folds
+    ]
+    text = f" {settings.folds} folds of patients, each patient tested once"
+    return text + (f"; NOT ALL FOLDS ARE THERE of {', '.join(some)}." if some else ".")
 
 
 def _most(numbers: Sequence[int | None]) -> int | None:

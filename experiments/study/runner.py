@@ -27,7 +27,17 @@ from . import kept, results
 from .cells import Cell, Settings, Stage
 
 VERBS = ("plan", "run", "draw")
-STUDIES = ("table1", "table2", "chain", "figure3", "figure4", "figure5", "figure_s1", "figure6")
+STUDIES = (
+    "table1",
+    "table2",
+    "chain",
+    "recipe_choices",
+    "figure3",
+    "figure4",
+    "figure5",
+    "figure_s1",
+    "figure6",
+)
 # commands that `run_stage_here` can run
 HERE = ("ctssl_jax.train", "ctssl_jax.evaluate", "ctssl_jax.attributes", "ctssl_jax.probe")
 SETTINGS = "study.json"
@@ -337,6 +347,23 @@ def record(settings: Settings) -> None:
     for folder in (settings.workdir, settings.kept):
         if folder is not None:
             record_settings(folder, settings_content(settings))
+
+
+def act(verb: str, module: str, settings: Settings, cells: Sequence[Cell]) -> None:
+    """`plan` or `run` the cells of a study of one dataset or its folds.
+
+    Args:
+      verb: `plan` or `run`.
+      module: of the study, whose `run` verb runs a cell.
+      settings: of the study.
+      cells: of the study.
+    """
+    if verb == "plan":
+        plan(cells, module, options_of(settings), settings.workdir)
+        return
+    record(settings)
+    run(cells, flags.FLAGS.cells, settings.workdir, here=True)
+    suggest_after("run", module, [f"--workdir={settings.workdir}"])
 
 
 def settings_content(settings: Settings) -> dict[str, Any]:

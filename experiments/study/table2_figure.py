@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ctssl_jax.runs import strips
 
 from .cells import FRACTIONS, mask_name
+from .paired import paired_volumes
 from .paper import TABLE2
 from .results import markdown, with_spread
 
@@ -162,9 +161,6 @@ def label_free_rows(results: dict[str, dict | None]) -> list[dict[str, Any]]:
     """One row an encoder and label-free probe: the mean over volumes, and its difference from the
     untrained encoder on the same volumes with a 95 % interval by patient and the smallest
     difference that so many patients can show. Empty without volumes of the control."""
-    from ctssl_jax.evaluation.comparisons import paired_difference
-    from ctssl_jax.stats.bootstrap import detectable_difference, weighted_mean
-
     control = results.get(CONTROL)
     if not control or "volumes" not in control:
         return []
@@ -177,19 +173,9 @@ def label_free_rows(results: dict[str, dict | None]) -> list[dict[str, Any]]:
             low, high = value["ci95"] or (None, None)
             row = {"encoder": name.removeprefix("cross_"), "metric": metric, "mean": value["mean"]}
             row |= {"ci95_low": low, "ci95_high": high, "num_patients": value["num_patients"]}
-            row |= dict.fromkeys(("difference", "difference_low", "difference_high", "detectable"))
-            patients = result["volumes"]["patient"]
-            if name != CONTROL and patients == control["volumes"]["patient"]:
-                sides = [
-                    np.array([np.nan if v is None else v for v in one["volumes"][metric]], float)
-                    for one in (result, control)
-                ]
-                defined = ~np.isnan(sides).any(axis=0)
-                arms = [[weighted_mean(metric, np.nan_to_num(side), defined)] for side in sides]
-                found = paired_difference(*arms, [str(patient) for patient in patients])
-                row["difference"] = found["difference"]
-                row["difference_low"], row["difference_high"] = found["ci95"]
-                row["detectable"] = detectable_difference(found["standard_error"])
+            row |= dict.fromkeys(("difference", "low", "high", "p", "detectable"))
+            if name != CONTROL:
+                row |= paired_volumes(result, control, metric)
             rows.append(row)
     return rows
 
@@ -212,7 +198,7 @@ def label_free_markdown(rows: Sequence[dict[str, Any]]) -> str:
         }
         if row["difference"] is not None:
             line["minus untrained"] = f"{row['difference']:+.3f}"
-            low, high = row["difference_low"], row["difference_high"]
+            low, high = row["low"], row["high"]
             line["its 95 % interval"] = f"{low:+.3f} to {high:+.3f}"
             line["smallest detectable"] = f"{row['detectable']:.3f}"
         lines.append(line)

@@ -202,7 +202,7 @@ def test_hours_are_reckoned_by_cells_of_the_same_recipe(settings):
 
 def test_folds_are_pooled_over_all_patients(settings, tmp_path):
     folds = settings._replace(folds=2, kept=tmp_path / "kept")
-    cells = {cell.name: cell for cell in table2.all_cells(folds)}
+    cells = {cell.name: cell for cell in folds.study(table2.all_cells)}
     assert len(cells) == 2 * 18 and cells["fold_1/mask_10"].after == ("fold_1/mask_05",)
     assert f"--config.dataset={settings.dataset}/fold_1" in (
         cells["fold_1/flip"].stages[0].arguments()
@@ -218,7 +218,7 @@ def test_folds_are_pooled_over_all_patients(settings, tmp_path):
         kept.keep(cells[name], 60.0)
         cells[name].result.with_suffix(".npz").unlink()
     assert "secret" not in (tmp_path / "kept" / "fold_0" / "flip.json").read_text()
-    found = table2.results_of(folds)
+    found = kept.results_of(folds, table2.all_cells)
     value = found["denoising"]["metrics"]["mse"]
     assert (value["num_volumes"], value["num_patients"]) == (6, 6)
     assert value["mean"] == pytest.approx(np.mean([0.0, 0.01, 0.02, 0.1, 0.11, 0.12]))
@@ -230,7 +230,7 @@ def test_folds_are_pooled_over_all_patients(settings, tmp_path):
 
 def test_label_free_probes_are_compared_with_the_untrained_encoder(settings, tmp_path):
     folds = settings._replace(folds=1, kept=tmp_path / "kept")
-    cells = {cell.name: cell for cell in table2.all_cells(folds)}
+    cells = {cell.name: cell for cell in folds.study(table2.all_cells)}
     complete(cells["fold_0/flip"]._replace(name="flip"))
     cells["fold_0/flip"].result.with_suffix(".csv").write_text(
         "volume_id,patient_id,auroc\nv,s,1\n"
