@@ -301,7 +301,7 @@ def open_source(
     if not source.volumes:
         raise InputError(
             f"the dataset {dataset.name} has no {split} split; prepare it with --splits that give "
-            f"{split} a share (three patients or more)"
+            f"{split} a share (every split takes a patient or more)"
         )
     if not len(source):
         kind = f"slices with the label {targets.label}" if targets.label else "slices"

@@ -68,6 +68,11 @@ def verb_of(argv: Sequence[str], module: str) -> str:
     return argv[1]
 
 
+def typed(module: str, *arguments: str) -> str:
+    """The command line that runs a door, as one types it."""
+    return shlex.join(["ctssl", module.rpartition(".")[2], *arguments])
+
+
 def run_stage(title: str, module: str, *arguments: str) -> float:
     """Run `python -m module` in a process of its own; returns its seconds.
 
@@ -79,7 +84,7 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
       RunFailed: it failed otherwise.
     """
     command = [sys.executable, "-m", module, *arguments]
-    print(f"\n== {title}\n$ python {shlex.join(command[1:])}", flush=True)
+    print(f"\n== {title}\n$ {typed(module, *arguments)}", flush=True)
     paths = os.pathsep.join(
         [str(Path(ctssl_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     )
@@ -126,8 +131,7 @@ def run_stage_here(stage: Stage) -> float:
     from ctssl_jax.probes import attribute_probe, probing
     from ctssl_jax.training import loop
 
-    command = shlex.join(["python", "-m", stage.module, *stage.arguments()])
-    print(f"\n== {stage.title}\n$ {command}", flush=True)
+    print(f"\n== {stage.title}\n$ {typed(stage.module, *stage.arguments())}", flush=True)
     started = time.monotonic()
     if stage.module == "ctssl_jax.train":
         if not loop.train(stage.recipe.config(), **stage.options):
@@ -211,7 +215,7 @@ def plan(cells: Sequence[Cell], module: str, options: Sequence[str], workdir: Pa
         state = "complete" if cell.is_complete() else absent
         after = f" after {', '.join(cell.after)}" if cell.after else ""
         print(f"# {cell.name} [{state}]{after}")
-        print(f"python -m {module} run {shlex.join([*options, f'--cells={cell.name}'])}")
+        print(typed(module, "run", *options, f"--cells={cell.name}"))
     cells = [cell for cell in cells if cell.name not in data]
     took, ahead, unknown = reckoned_hours(cells, workdir)
     missing = sum(not cell.is_complete() for cell in cells)

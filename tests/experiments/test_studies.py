@@ -148,7 +148,7 @@ def test_plan_lists_a_command_for_every_cell(settings, capsys):
     assert lines[-1].startswith("# 1 of 18 cells are complete and took 0.00 hours; the 17 missing")
     assert lines[-1].endswith("but for 17 of which none was measured yet")
     assert lines[0] == "# mask_05 [complete]" and lines[2] == "# mask_10 [missing] after mask_05"
-    assert lines[3].startswith("python -m experiments.table2 run --dataset=")
+    assert lines[3].startswith("ctssl table2 run --dataset=")
     assert lines[3].endswith("--num_steps=100 --override=dtype=bfloat16 --cells=mask_10")
     assert not (settings.workdir / "study.json").exists()
 
