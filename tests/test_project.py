@@ -21,12 +21,14 @@ COMMANDS = (
     "experiments.quickstart",
     "experiments.chain",
     "experiments.table2",
+    "experiments.recipe_choices",
     "experiments.table1",
     "experiments.figure3",
     "experiments.figure4",
     "experiments.figure5",
     "experiments.figure_s1",
     "experiments.figure6",
+    "experiments.confounds",
 )
 
 
