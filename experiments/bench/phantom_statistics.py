@@ -6,13 +6,14 @@ r"""How alike two sets of chest CT are: the statistics by which the phantom is t
 
 Measures a dataset of one window, all splits, and writes JSON; with `--reference` (a JSON of this
 command) it prints a Markdown table: both values, the tolerance, and whether the dataset lies
-within. `--flip` adds the scores of `experiments.bench.patient_folds`. All are numbers of sets of
-patients: grey values 0 to 1 of the window, lengths in mm, and no picture.
+within. All are numbers of sets of patients: grey values 0 to 1 of the window, lengths in mm, and no
+picture. `--flip=RESULTS` adds the flip AUROC of a model, fold by fold, from
+RESULTS/fold_*/flip.json of `ctssl table2 run --folds=4 --cells=flip`.
 
 The tolerance of a statistic is where other patients of the same kind would lie in 95 of 100 cases:
 value ± t s sqrt(1 + n / m), with s the jackknife standard error over the n reference patients and m
-patients in the other set. That of the histogram is the 95 % quantile of the distance of m patients
-drawn from the reference to n drawn from it; that of the flip AUROC is said in `patient_folds`.
+patients in the other set; folds stand for patients in that of the flip AUROC. That of the histogram
+is the 95 % quantile of the distance of m patients drawn from the reference to n drawn from it.
 """
 
 import itertools
@@ -250,9 +251,13 @@ def compare(found: Mapping[str, Any], reference: Mapping[str, Any]) -> list[dict
         low, high = max(0.0, known["value"] - half), known["value"] + half
         rows.append(_row(name, known["value"], value, low, high))
     if "flip" in found and "flip" in reference:
-        low, high = reference["flip"]["interval"]
-        known, value = (float(np.mean(one["flip"]["auroc"])) for one in (reference, found))
-        rows.append(_row("flip AUROC of a trained model", known, value, low, high))
+        folds, others = reference["flip"], found["flip"]
+        reach = float(stats.t.ppf(0.975, len(folds) - 1)) * math.sqrt(
+            1 / len(folds) + 1 / len(others)
+        )
+        known, half = float(np.mean(folds)), reach * float(np.std(folds, ddof=1))
+        value = float(np.mean(others))
+        rows.append(_row("flip AUROC", known, value, known - half, min(1.0, known + half)))
     return rows
 
 
@@ -298,7 +303,8 @@ def main(argv: list[str]) -> None:
     facts = {name: dataset.preparation[name] for name in ("synthetic", "image_size", "windows")}
     found = {**facts, **describe(chests_of(dataset))}
     if flag.flip:
-        found["flip"] = read_json(Path(flag.flip))
+        results = sorted(Path(flag.flip).glob("fold_*/flip.json"))
+        found["flip"] = [read_json(path)["metrics"]["auroc"]["mean"] for path in results]
     write_text(Path(flag.output), json.dumps(found, indent=1) + "\n")
     if flag.reference:
         print(table(compare(found, read_json(Path(flag.reference)))))
@@ -308,5 +314,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
     flags.DEFINE_string("output", None, "JSON file of the statistics.", required=True)
     flags.DEFINE_string("reference", "", "JSON of this command to compare with.")
-    flags.DEFINE_string("flip", "", "result.json of experiments.bench.patient_folds.")
+    flags.DEFINE_string("flip", "", "Folder of fold_*/flip.json, results of ctssl table2.")
     app.run(main)

@@ -1,13 +1,9 @@
-"""The statistics by which the phantom is tuned, and the folds of patients."""
+"""The statistics by which the phantom is tuned."""
 
 import numpy as np
 import pytest
 
-from data_prep.dataset.reader import Dataset
-from data_prep.dataset.verify import verify
-from data_prep.system.workers import WorkerPool
-from experiments.bench import patient_folds, phantom_statistics
-from tests.helpers.example_dataset import write_example_dataset
+from experiments.bench import phantom_statistics
 
 
 def chest(rng: np.random.Generator, lung_radius: float = 20.0, noise: float = 0.02):
@@ -60,26 +56,10 @@ def test_patients_of_one_kind_lie_within_and_others_outside():
     assert "**no**" in phantom_statistics.table(list(rows.values()))
 
 
-def test_folds_test_every_patient_once_and_their_datasets_are_sound(tmp_path):
-    assert patient_folds.deal("gfedcba") == [["a", "e"], ["b", "f"], ["c", "g"], ["d"]]
-    whole = Dataset.open(write_example_dataset(tmp_path / "whole"))
-    patients = sorted({volume["patient_id"] for volume in whole.volumes()})
-    splits = {patient: ("train", "validation")[i % 2] for i, patient in enumerate(patients)}
-    (tmp_path / "fold").mkdir()
-    patient_folds.write_split(whole, tmp_path / "fold", splits)
-    fold = Dataset.open(tmp_path / "fold")
-    assert {v["patient_id"]: v["split"] for v in fold.volumes()} == splits
-    assert len(fold.volumes()) == len(whole.volumes())
-    for volume in fold.volumes():
-        old = next(v for v in whole.volumes() if v["volume_id"] == volume["volume_id"])
-        for index in (0, volume["num_slices"] - 1):
-            a = fold.source(volume["split"])[volume["first_record"] + index]
-            b = whole.source(old["split"])[old["first_record"] + index]
-            assert np.array_equal(a["image"], b["image"]) and a["position_mm"] == b["position_mm"]
-    with WorkerPool(1) as pool:
-        assert verify(fold, pool) == []
-
-
-def test_the_interval_holds_the_scores_mean_and_is_wider_than_they():
-    low, high = patient_folds.interval([0.8, 0.9, 0.7, 0.8])
-    assert low < 0.7 and 0.8 < high <= 1.0
+def test_flip_scores_of_folds_have_a_tolerance_below_one():
+    chests = [phantom_statistics.measure(*chest(np.random.default_rng(i))) for i in range(3)]
+    known = {**phantom_statistics.describe(chests), "flip": [0.85, 0.88, 0.82, 0.85]}
+    for flip, inside in (([0.83, 0.86], True), ([1.0, 1.0, 1.0, 1.0], False)):
+        *_, row = phantom_statistics.compare({**known, "flip": flip}, known)
+        assert row["name"] == "flip AUROC" and row["inside"] is inside
+        assert row["low"] < 0.83 and row["high"] < 1
