@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from scipy import ndimage, stats
 
 from data_prep.dataset.reader import Dataset
+from data_prep.system import command_line
 from data_prep.system.files import read_json, write_text
 
 BINS = 64
@@ -296,7 +297,7 @@ def chests_of(dataset: Dataset) -> list[Chest]:
     return chests
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Command line."""
     flag = flags.FLAGS
     dataset = Dataset.open(flag.dataset)
@@ -308,11 +309,18 @@ def main(argv: list[str]) -> None:
     write_text(Path(flag.output), json.dumps(found, indent=1) + "\n")
     if flag.reference:
         print(table(compare(found, read_json(Path(flag.reference)))))
+    return 0
+
+
+def define_flags() -> None:
+    """Only where this module is the program."""
+    text = flags.DEFINE_string
+    text("dataset", None, "Dataset directory.", required=True)
+    text("output", None, "JSON file of the statistics.", required=True)
+    text("reference", "", "JSON of this command to compare with.")
+    text("flip", "", "Folder of fold_*/flip.json, results of ctssl table2.")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("dataset", None, "Dataset directory.", required=True)
-    flags.DEFINE_string("output", None, "JSON file of the statistics.", required=True)
-    flags.DEFINE_string("reference", "", "JSON of this command to compare with.")
-    flags.DEFINE_string("flip", "", "Folder of fold_*/flip.json, results of ctssl table2.")
-    app.run(main)
+    define_flags()
+    command_line.run(main)
