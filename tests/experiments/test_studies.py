@@ -198,6 +198,9 @@ def test_hours_are_reckoned_by_cells_of_the_same_recipe(settings):
     kept.keep(cells[0], 7200.0)
     took, ahead, unknown = runner.reckoned_hours(cells, settings.workdir)
     assert (took, ahead, unknown) == (2.0, 6.0, 4)  # three masks more; four other recipes
+    rates = {"masked_region": 1e6, "flip": 36.0}  # measured cells of the study come first
+    took, ahead, unknown = runner.reckoned_hours(cells, settings.workdir, rates)
+    assert (took, ahead, unknown) == (2.0, 7.0, 3)
 
 
 def test_folds_are_pooled_over_all_patients(settings, tmp_path):
