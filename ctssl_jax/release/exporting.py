@@ -407,13 +407,26 @@ def _write_weights(
 
         named = hub.renamed(entries, manifest) if name == "hub" else entries
         metadata = {weight_files.NOTE: note, "format": "pt"}
-        (folder / FORMATS[name]).write_bytes(safetensors.numpy.save(named, metadata=metadata))
+        content = safetensors.numpy.save(named, metadata=metadata)
+        with open(folder / FORMATS[name], "wb") as file:
+            file.writelines(_in_fixed_order(content))
     if "torch" in formats:
         tensors = collections.OrderedDict(
             (name, torch.from_numpy(value.copy())) for name, value in entries.items()
         )
         setattr(tensors, weight_files.NOTE, note)  # PyTorch keeps attributes of this type alone
         torch.save(tensors, folder / FORMATS["torch"])
+
+
+def _in_fixed_order(content: bytes) -> tuple[bytes, memoryview]:
+    """Header and tensors of a safetensors file, with its notes in the order of their names: the
+    library writes them in another order each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[end:]
 
 
 def _write_test_input(path: Path, images: np.ndarray, outputs: dict[str, np.ndarray]) -> None:

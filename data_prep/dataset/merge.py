@@ -142,8 +142,8 @@ def _refuse_different_parts(parts: Sequence[Dataset]) -> dict[str, dict[str, Any
             if values[0] != values[1]:
                 texts = [_text(value) for value in values]
                 raise InputError(
-                    f"{named} have different {name} ({texts[0]} and {texts[1]}); prepare them alike "
-                    f"({flag})"
+                    f"{named} have different {name} ({texts[0]} and {texts[1]}); prepare them "
+                    f"alike ({flag})"
                 )
     labels: dict[str, dict[str, Any]] = {}
     of_label: dict[str, Dataset] = {}
