@@ -35,7 +35,13 @@ from data_prep.scan.window import window_to_uint8
 from data_prep.synthetic.exam import Options, render_series, sample_exam
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.extras import require
-from data_prep.system.files import file_sha256, folder_written_whole, write_json, write_text
+from data_prep.system.files import (
+    check_writable,
+    file_sha256,
+    folder_written_whole,
+    write_json,
+    write_text,
+)
 from data_prep.system.stores import local_path
 
 FORMATS = {
@@ -160,6 +166,7 @@ def _check_request(
         raise InputError(f"--num_test_slices={num_test_slices}: must be 1 or more")
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise InputError(f"--output_dir={output_dir} is there already; give a new or empty folder")
+    check_writable(output_dir, "--output_dir")
     for name, extra, packages in (
         ("safetensors", "torch", ("safetensors",)),
         ("hub", "torch", ("safetensors",)),
