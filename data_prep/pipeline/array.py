@@ -9,7 +9,6 @@ All write into one dataset directory and one audit directory: entries that are s
 and each file appears whole or not at all.
 """
 
-import collections
 import contextlib
 import dataclasses
 import tempfile
@@ -198,16 +197,12 @@ def progress_text(array: Array) -> str:
     """How far the tasks are, for the user."""
     array.check()
     gathering = _gathering(array)
-    outcomes = list(gathering.outcomes.values())
-    present = len(gathering.present)
-    rejected: collections.Counter[str] = collections.Counter()
-    for outcome in outcomes:
-        rejected.update(outcome.rejected)
+    rejected = sorted(gathering.rejected.items())
     lines = [
         f"{len(array.manifest.entries):>8} entries of the manifest",
-        f"{present:>8} staged: {sum(one.num_files for one in outcomes)} files, "
-        f"{sum(one.num_volumes for one in outcomes)} series that can be volumes",
-        *(f"{number:>16} series {reason}" for reason, number in sorted(rejected.items())),
+        f"{len(gathering.present):>8} staged: {gathering.num_files} files, "
+        f"{gathering.num_volumes} series that can be volumes",
+        *(f"{number:>16} series {reason}" for reason, number in rejected),
         f"{len(gathering.missing):>8} not taken yet",
     ]
     return "\n".join([*lines, failed_text(gathering)]).rstrip()
@@ -219,7 +214,7 @@ def failed_text(gathering: Gathering) -> str:
     lines = [
         f"{len(failed):>8} failed for now and are left out; run their tasks again, and assemble"
     ]
-    lines += [f"{'':16} {gathering.outcomes[entry.number].failed}" for entry in failed]
+    lines += [f"{'':16} {reason}" for _, reason in failed]
     return "\n".join(lines) + "\n" if failed else ""
 
 

@@ -16,7 +16,7 @@ An entry holds files that one task takes: those of one folder, or of one name in
 
 import collections
 import dataclasses
-import os
+import itertools
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -243,7 +243,8 @@ def _common(folders: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     common = next(folders)
     for folder in folders:
         if folder[: len(common)] != common:
-            common = os.path.commonprefix([common, folder])
+            pairs = zip(common, folder, strict=False)
+            common = tuple(one for one, _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
     return common
 
 

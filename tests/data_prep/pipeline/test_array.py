@@ -1,6 +1,7 @@
 """Array jobs over a manifest: one run's bytes for any tasks in any order, entries that fail are
 named and come later, and what is refused."""
 
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -372,3 +373,22 @@ def test_a_file_that_kills_its_worker_costs_itself_only(
     prepared, *_ = assemble(array, num_workers=1)
     assert prepared["counts"]["files_not_images"] == {"failed_for_now": 1}
     assert results(array.directories)["volumes.csv"] == plain["volumes.csv"]
+
+
+def test_folders_of_googles_store_are_downloaded(
+    tmp_path, archive, plain, key_file, emulated_bucket
+):
+    gcsfs = pytest.importorskip("gcsfs")
+
+    url = f"gs://{emulated_bucket}/scans"
+    store = gcsfs.GCSFileSystem(token="anon")
+    for path in sorted(archive.rglob("*")):
+        if path.is_file():
+            store.pipe_file(f"{url}/{path.relative_to(archive)}", path.read_bytes())
+    manifest = written(tmp_path / "m.txt", *(f"{url}/{name}/*" for name in "abcde"))
+    array = job(tmp_path, manifest, key_file, remove=True)
+    patient = dataclasses.replace(array.downloads, access=Access())
+    array = dataclasses.replace(array, downloads=patient)
+    assert run_task(array, 0, 1, num_workers=1) == (5, 0)
+    assemble(array, num_workers=1)
+    assert results(array.directories) == plain
