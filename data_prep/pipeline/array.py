@@ -50,6 +50,11 @@ class Array:
     def check(self) -> None:
         """Raises InputError for what does not go with a manifest, and for unusable files."""
         kind, named = self.options.archive, f"--manifest={self.manifest.path}"
+        if not self.pseudonym_key_file.is_file():
+            raise InputError(
+                f"--pseudonym_key_file={self.pseudonym_key_file}: no such file; give that of all "
+                "tasks, or make one before the first of them: `openssl rand -hex 32 > KEY`"
+            )
         if kind not in ("dicom", "nifti"):
             raise InputError(
                 f"{named}: --archive={kind} has tables among the scans; give the scans as dicom, "
@@ -171,8 +176,8 @@ def assemble(
         lines = in_words(sorted(entry.places[0].line for entry in missing))
         raise InputError(
             f"--manifest={array.manifest.path}: no task with these options has taken "
-            f"{len(missing)} of {len(array.manifest.entries)} entries ({lines}); run the missing "
-            f"tasks{tasks}, then --assemble again"
+            f"{len(missing)} of {len(array.manifest.entries)} entries ({lines}); "
+            f"{_of_others(gathering)}run the missing tasks{tasks}, then --assemble again"
         )
     prepared, changed = prepare(
         array.options,
@@ -184,6 +189,15 @@ def assemble(
         gathering=gathering,
     )
     return prepared, changed, gathering
+
+
+def _of_others(gathering: Gathering) -> str:
+    """What tasks left that this call does not know, for the user."""
+    folder = gathering.staging.folder
+    number = len(list(folder.iterdir())) if folder.is_dir() else 0
+    number -= len(gathering.present) + len(gathering.failed)
+    text = f"{number} that are there have another key, other options or other lines; "
+    return text if number else ""
 
 
 def _gathering(array: Array) -> Gathering:

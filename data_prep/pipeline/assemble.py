@@ -90,7 +90,8 @@ class FrozenPlan:
     rules: dict[str, int]  # volumes by the version of the rules
     patients: dict[str, Any]  # `KnownPatients.as_dict`
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> "FrozenPlan":
+        """Writes the file that `load` reads; returns the same plan, whose rows are read from it."""
         with (
             written_whole(path, unique_name(path)) as temporary,
             open(temporary, "x", encoding="utf-8") as file,
@@ -98,8 +99,11 @@ class FrozenPlan:
             for name, value in vars(self).items():
                 if name != "volumes":
                     file.write(json.dumps([name, value]) + "\n")
+            start = file.tell()
             for row in self.volumes:
                 file.write(json.dumps(row) + "\n")
+        rows = Rows(functools.partial(_rows_from, path, start))
+        return dataclasses.replace(self, volumes=rows)
 
     @staticmethod
     def load(path: Path) -> "FrozenPlan":

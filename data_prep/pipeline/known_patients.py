@@ -9,8 +9,7 @@ before version 2 of the rules read the Patient ID otherwise.
 import array
 import collections
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,14 +114,16 @@ def sharing_pixels(
         new_volumes: by key of the note.
         chosen: of `chosen_pseudonyms`.
     """
-    notes: list[tuple[str, Path]] = []
-    for row in old_volumes if new_volumes else ():
-        path = directories.kept_notes_dir / f"{row['volume_id']}.json"
-        notes.append((row["patient_id"], path))
-    for name, volume in new_volumes.items():
-        patient = chosen.get(volume.patient_id, volume.patient_id)
-        notes.append((patient, directories.notes_dir / f"{name}.json"))
-    return patients_sharing((patient, read_note(path).pixels) for patient, path in notes)
+
+    def volumes() -> Iterator[tuple[str, Sequence[str]]]:
+        for row in old_volumes if new_volumes else ():
+            path = directories.kept_notes_dir / f"{row['volume_id']}.json"
+            yield row["patient_id"], read_note(path).pixels
+        for name, volume in new_volumes.items():
+            patient = chosen.get(volume.patient_id, volume.patient_id)
+            yield patient, read_note(directories.notes_dir / f"{name}.json").pixels
+
+    return patients_sharing(volumes())
 
 
 def patients_sharing(volumes: Iterable[tuple[str, Sequence[str]]]) -> list[set[str]]:

@@ -402,8 +402,7 @@ def freeze_plan(
         labels=labels.facts,
         known_patients=known_patients.as_dict(),
     )
-    frozen.save(directories.frozen_file)
-    return FrozenPlan.load(directories.frozen_file)
+    return frozen.save(directories.frozen_file)
 
 
 def write_dataset(
