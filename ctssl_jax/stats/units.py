@@ -15,6 +15,9 @@ UNITS = {
     "binary_cross_entropy": "natural units, on logits, mean over pixels",
     "auroc_within_volumes": "one class against the rest over the slices of a volume, mean over "
     "classes",
+    # Of the place of a slice, see `stats.label_free`.
+    "r2": "share of explained variance of the relative position within a volume",
+    "recall": "share of the slices within 10 mm that are among as many nearest ones",
     # Of a label with two classes.
     "auroc": "area under the ROC curve, ties counting half",
     "average_precision": "area under the precision-recall curve as sum of steps (AUPRC)",
