@@ -71,6 +71,24 @@ def unet(small: bool) -> dict[str, Any]:
     return _encoder(small) | {"residual_stack": False}
 
 
+def joint_embedding(small: bool, *, width: int, dim: int, num_prototypes: int = 0) -> dict[str, Any]:
+    """The autoencoder's encoder with a projector: two layers of `width`, then `dim` features."""
+    projector = {"projector": (width, width, dim), "num_prototypes": num_prototypes}
+    return _encoder(small) | {"pooled": "latents"} | projector
+
+
+def views(small: bool, *, num_global: int = 2, num_local: int) -> dict[str, Any]:
+    """Views of an item: two or more large ones, and small ones, of three slices of 12 mm."""
+    sizes = {"global_size": 64, "local_size": 32} if small else {
+        "global_size": 256,
+        "local_size": 144,
+    }
+    numbers = {"num_global": num_global, "num_local": num_local}
+    areas = {"global_area": (0.3, 1.0), "local_area": (0.05, 0.3)}
+    grey = {"window_shift": 0.1, "window_width": 0.1, "gamma": 0.1, "noise": 0.02, "blur": 0.5}
+    return {"slices": 3, "slab_mm": 12.0, **numbers, **sizes, **areas, "flip": False, **grey}
+
+
 def augmentation(**strengths: Any) -> dict[str, Any]:
     """Strengths of the augmentations of training slices; all that are not named are off."""
     geometry = {"shift": 0.0, "scale": 0.0, "rotation_degrees": 0.0, "flip": False}
@@ -78,17 +96,23 @@ def augmentation(**strengths: Any) -> dict[str, Any]:
 
 
 def optimizer(
-    name: str, learning_rate: float, *, schedule: str = "constant", warmup_steps: int = 0
+    name: str,
+    learning_rate: float,
+    *,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    gradient_clip: float = 0.0,
 ) -> dict[str, Any]:
-    """RAdam or AdamW without weight decay and clipping, with one learning rate for all layers."""
+    """RAdam or AdamW, with one learning rate for all layers."""
     rate = {"learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps}
     return {
         "optimizer": name,
         **rate,
         "prolonged": (),
         "encoder_learning_rate_factor": 1.0,
-        "weight_decay": 0.0,
-        "gradient_clip": 0.0,
+        "weight_decay": weight_decay,
+        "gradient_clip": gradient_clip,
     }
 
 
