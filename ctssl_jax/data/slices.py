@@ -285,6 +285,10 @@ class NeighbourSource:
         images = [self._records[record]["image"] for record in record_index.tolist()]
         return np.stack([image[..., channel] for image in images])
 
+    def position_mm(self, record_index: np.ndarray) -> np.ndarray:
+        """Places along the body, growing to superior: [N] records -> [N] float64."""
+        return np.array([self._records[record]["position_mm"] for record in record_index.tolist()])
+
     def __repr__(self) -> str:
         return self._name
 

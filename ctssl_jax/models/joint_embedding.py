@@ -146,7 +146,7 @@ class _Network(nnx.Module):
     def embed(
         self, images: jax.Array, *, train: bool, key: jax.Array | None = None
     ) -> JointEmbeddingOutput:
-        """The encoder's latents and the feature of each slice, see `__call__` of `JointEmbedding`."""
+        """The encoder's latents and the feature of each slice, see `encode`."""
         return encode(self.encoder, images, self.config.pooled, train=train, key=key)
 
     def scores(self, projections: jax.Array, learning: jax.Array | bool = True) -> jax.Array:

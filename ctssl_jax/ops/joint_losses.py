@@ -44,7 +44,7 @@ def sigreg(z: jax.Array, directions: jax.Array) -> jax.Array:
       directions: [M, D], from `unit_directions`.
 
     Returns:
-      Scalar >= 0: 1.053 is expected of samples of N(0, I), and it is 0.409 B if all z are 0.
+      Scalar >= 0: 1.053 is expected of samples of N(0, I), and it is 0.402 B if all z are 0.
     """
     knots = jnp.linspace(0.0, SIGREG_END, SIGREG_KNOTS)
     step = SIGREG_END / (SIGREG_KNOTS - 1)
@@ -93,21 +93,21 @@ def vicreg(z: jax.Array) -> dict[str, jax.Array]:
         in the scale of two.
 
     Returns:
-      `mse`, the mean squared difference of two views; `variance`, the mean over dimensions of
+      `invariance`, the mean squared difference of two views; `variance`, the mean over dimensions of
       relu(1 - sqrt(var + 1e-4)), and `covariance`, the sum of the squared off-diagonal elements of
       the covariance matrix over D, each summed over both views (unbiased, by B - 1).
     """
     number, num_views, dim = z.shape
     # over pairs of views, the mean squared difference is twice the unbiased variance of the views
     between_views = jnp.square(z - jnp.mean(z, axis=1, keepdims=True))
-    mse = 2 * jnp.mean(between_views) * num_views / (num_views - 1)
+    agreement = 2 * jnp.mean(between_views) * num_views / (num_views - 1)
     centred = z - jnp.mean(z, axis=0)
     variances = jnp.sum(jnp.square(centred), axis=0) / (number - 1)
     hinge = jax.nn.relu(1 - jnp.sqrt(variances + 1e-4))
     products = jnp.einsum("bvi,bvj->vij", centred, centred, precision="highest") / (number - 1)
     squares = jnp.sum(jnp.square(products), axis=(1, 2)) - jnp.sum(jnp.square(variances), axis=1)
     return {
-        "mse": mse,
+        "invariance": agreement,
         "variance": 2 * jnp.mean(hinge),
         "covariance": 2 * jnp.mean(squares) / dim,
     }

@@ -59,7 +59,7 @@ def check(settings: ml_collections.ConfigDict, image_size: int, stride: int) -> 
 
 
 def slice_offsets(number: int) -> tuple[int, ...]:
-    """Offsets of the slices of an item, in steps of `slice_step_mm`: (0,), (-1, 0), (-1, 0, 1) ..."""
+    """Offsets of the slices of an item in steps of `slice_step_mm`: (0,), (-1, 0), (-1, 0, 1)."""
     return tuple(range(-(number // 2), number - number // 2))
 
 
@@ -84,12 +84,12 @@ def make_views(
         if not number:
             return jnp.zeros(shape, jnp.float32)
         make = functools.partial(_view, size=size, area=tuple(area), settings=settings)
-        # one after the other, since all slices of all views at once would be ten times the batch
-        made = [
-            jax.vmap(make, (0, 0, None))(keys, images, view)
-            for view in range(first, first + number)
-        ]
-        return jnp.stack(made, axis=1)
+        # a loop, since all slices of all views at once would be ten times the batch
+        made = jax.lax.map(
+            lambda view: jax.vmap(make, (0, 0, None))(keys, images, view),
+            jnp.arange(first, first + number),
+        )
+        return jnp.moveaxis(made, 0, 1)
 
     number = settings["num_global"]
     return Views(
@@ -101,7 +101,7 @@ def make_views(
 def _view(
     key: jax.Array,
     slices: jax.Array,
-    view: int,
+    view: jax.Array,
     *,
     size: int,
     area: tuple[float, float],

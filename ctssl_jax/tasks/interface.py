@@ -38,7 +38,7 @@ class StepOutput(NamedTuple):
     scores: name -> [B] float32, reported as means over examples.
     pictures: `input`, `target`, `prediction`, each [B, H, W, C] float32 in [0, 1]. A segmentation
       adds `target_mask` and `prediction_mask`, [B, H, W, 1] float32, 0 or 1. A label of a slice has
-      `input` alone.
+      `input` alone, a joint embedding `input` and views by their titles, square, of any size.
     embedding: [B, D] float32, the encoder's latents averaged over the slice, as downstream tasks
       use them.
     code_counts: [num_codes] float32, uses of each code (weighted by example); None without a

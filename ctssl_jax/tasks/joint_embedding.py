@@ -45,9 +45,7 @@ class Projections(NamedTuple):
 
 
 # (projections, configuration) -> loss [B], and its terms, each [B]
-Loss = Callable[
-    [Projections, ml_collections.ConfigDict], tuple[jax.Array, dict[str, jax.Array]]
-]
+Loss = Callable[[Projections, ml_collections.ConfigDict], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def _with_regulariser(
@@ -298,6 +296,6 @@ VISREG = _task(
     reported=("invariance", "center", "scale", "shape"),
     fewest_views=1,
 )
-VICREG = _task(_vicreg, fields=("loss",), reported=("mse", "variance", "covariance"))
+VICREG = _task(_vicreg, fields=("loss",), reported=("invariance", "variance", "covariance"))
 SIMCLR = _task(_simclr, fields=("temperature",), reported=("nt_xent",), patient=True)
 DINO = _task(_dino, fields=("teacher",), reported=("distillation",), has_teacher=True)

@@ -3,7 +3,13 @@ have, and downstream (sections II.D and E)."""
 
 import ml_collections
 
-from ctssl_jax.tasks import joint_embedding, reconstruction, segmentation, slice_label, transformation
+from ctssl_jax.tasks import (
+    joint_embedding,
+    reconstruction,
+    segmentation,
+    slice_label,
+    transformation,
+)
 from ctssl_jax.tasks.interface import Task
 from data_prep.system.errors import InputError
 

@@ -71,22 +71,22 @@ def unet(small: bool) -> dict[str, Any]:
     return _encoder(small) | {"residual_stack": False}
 
 
-def joint_embedding(small: bool, *, width: int, dim: int, num_prototypes: int = 0) -> dict[str, Any]:
-    """The autoencoder's encoder with a projector: two layers of `width`, then `dim` features."""
-    projector = {"projector": (width, width, dim), "num_prototypes": num_prototypes}
-    return _encoder(small) | {"pooled": "latents"} | projector
+def joint_embedding(
+    small: bool, *, projector: tuple[int, ...], num_prototypes: int = 0
+) -> dict[str, Any]:
+    """The autoencoder's encoder with a projector; with prototypes also a teacher."""
+    head = {"pooled": "latents", "projector": projector, "num_prototypes": num_prototypes}
+    return _encoder(small) | head
 
 
-def views(small: bool, *, num_global: int = 2, num_local: int) -> dict[str, Any]:
-    """Views of an item: two or more large ones, and small ones, of three slices of 12 mm."""
-    sizes = {"global_size": 64, "local_size": 32} if small else {
-        "global_size": 256,
-        "local_size": 144,
-    }
-    numbers = {"num_global": num_global, "num_local": num_local}
-    areas = {"global_area": (0.3, 1.0), "local_area": (0.05, 0.3)}
+def views(small: bool, *, num_local: int) -> dict[str, Any]:
+    """Two large views of an item, and small ones, from three slices within 12 mm."""
+    large, little = (64, 32) if small else (256, 144)
+    slab = {"slices": 3, "slab_mm": 12.0}
+    global_ = {"num_global": 2, "global_size": large, "global_area": (0.3, 1.0)}
+    local = {"num_local": num_local, "local_size": little, "local_area": (0.05, 0.3)}
     grey = {"window_shift": 0.1, "window_width": 0.1, "gamma": 0.1, "noise": 0.02, "blur": 0.5}
-    return {"slices": 3, "slab_mm": 12.0, **numbers, **sizes, **areas, "flip": False, **grey}
+    return {**slab, **global_, **local, "flip": False, **grey}
 
 
 def augmentation(**strengths: Any) -> dict[str, Any]:
@@ -95,24 +95,27 @@ def augmentation(**strengths: Any) -> dict[str, Any]:
     return geometry | {"contrast": 0.0, "cutout_holes": 0, "cutout_side": 0.0} | strengths
 
 
+def joint_optimizer(small: bool) -> dict[str, Any]:
+    """AdamW as LeJEPA uses it with convolutions: warm-up, cosine to zero, clipped gradients."""
+    rate, warmup_steps = (2e-3, 50) if small else (5e-4, 2_000)
+    return optimizer("adamw", rate, schedule="cosine", warmup_steps=warmup_steps) | {
+        "weight_decay": 5e-4,
+        "gradient_clip": 3.0,
+    }
+
+
 def optimizer(
-    name: str,
-    learning_rate: float,
-    *,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
-    weight_decay: float = 0.0,
-    gradient_clip: float = 0.0,
+    name: str, learning_rate: float, *, schedule: str = "constant", warmup_steps: int = 0
 ) -> dict[str, Any]:
-    """RAdam or AdamW, with one learning rate for all layers."""
+    """RAdam or AdamW without weight decay and clipping, with one learning rate for all layers."""
     rate = {"learning_rate": learning_rate, "schedule": schedule, "warmup_steps": warmup_steps}
     return {
         "optimizer": name,
         **rate,
         "prolonged": (),
         "encoder_learning_rate_factor": 1.0,
-        "weight_decay": weight_decay,
-        "gradient_clip": gradient_clip,
+        "weight_decay": 0.0,
+        "gradient_clip": 0.0,
     }
 
 

@@ -212,7 +212,8 @@ FIELDS = {
         tuple, "of the teacher's scores, at the start and after the warm-up", above=0
     ),
     "teacher.warmup_steps": Field(
-        int, "steps in which the teacher's temperature moves from the first to the second",
+        int,
+        "steps in which the teacher's temperature moves from the first to the second",
         at_least=0,
     ),
     "teacher.student_temperature": Field(float, "of the student's scores", above=0),
@@ -338,6 +339,7 @@ FIELDS = {
     "loss.ssim": Field(float, "weight of the structural similarity, which is subtracted"),
     "loss.bce": Field(float, "weight of the binary cross-entropy"),
     "loss.dice": Field(float, "weight of the soft Dice loss"),
+    "loss.invariance": Field(float, "weight of the squared difference of two views"),
     "loss.variance": Field(float, "weight of the hinge on standard deviations below 1"),
     "loss.covariance": Field(float, "weight of the squared covariances of dimensions"),
     "commitment": Field(
