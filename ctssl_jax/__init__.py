@@ -24,6 +24,7 @@ nothing of this package) system, scan, masks, privacy, dataset and raw:
     probes         `probe`, `attributes`: what a frozen encoder knows
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ __all__ = ["load"]
 
 
 def load(workdir: Any, checkpoint: str = "best", *, batch_size: int = 0) -> "PretrainedModel":
-    """Load the model of a run: `ctssl_jax.inference.load`, imported when it is called."""
-    from ctssl_jax.inference import pretrained
+    """Load the model of a run: `ctssl_jax.inference.load`, imported when it is called.
 
-    return pretrained.load(workdir, checkpoint, batch_size=batch_size)
+    `workdir` may also name an export: its folder, a zip file of it, or `hf-hub:ORG/NAME@REVISION`.
+    """
+    from ctssl_jax.inference import pretrained
+    from ctssl_jax.release.opening import as_run
+
+    is_name = isinstance(workdir, str | os.PathLike)
+    run = as_run(workdir, "workdir") if is_name else workdir
+    return pretrained.load(run, checkpoint, batch_size=batch_size)

@@ -38,7 +38,9 @@ from data_prep.system.errors import InputError
 
 def define_flags() -> None:
     """Only where this module is the program: others define flags of the same names."""
-    flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train, of any task.")
+    flags.DEFINE_string(
+        "workdir", None, "Run directory of any task, or an export's folder, zip or hf-hub:."
+    )
     flags.DEFINE_string(
         "dataset", None, "Dataset directory; by default the one that the run was trained on."
     )
@@ -77,9 +79,10 @@ def start(flag_values: flags.FlagValues) -> None:
 
     configure_jax()
     from ctssl_jax.probes.attribute_probe import attributes, table
+    from ctssl_jax.release.opening import as_run
 
     result = attributes(
-        flag_values.workdir,
+        as_run(flag_values.workdir),
         flag_values.dataset,
         flag_values.output,
         names=flag_values.attributes,

@@ -32,7 +32,9 @@ _FLAGS_OF_RAW_SCANS = (*scan_flags.ALL, "pseudonym_key_file", "num_workers")
 
 def define_flags() -> None:
     """Only where this module is the program: others define flags of the same names."""
-    flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train, of any task.")
+    flags.DEFINE_string(
+        "workdir", None, "Run directory of any task, or an export's folder, zip or hf-hub:."
+    )
     flags.DEFINE_string(
         "input", None, "Raw scans (a folder, a zip, DICOM or NIfTI file) or a prepared dataset."
     )
@@ -76,10 +78,11 @@ def start(flag_values: flags.FlagValues) -> None:
 
     configure_jax()
     from ctssl_jax.inference.embedding import embed, summary
+    from ctssl_jax.release.opening import as_run
 
     try:
         result = embed(
-            flag_values.workdir,
+            as_run(flag_values.workdir),
             flag_values.input,
             flag_values.output,
             checkpoint=flag_values.checkpoint,

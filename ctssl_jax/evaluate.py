@@ -30,7 +30,7 @@ from data_prep.system.errors import InputError
 def define_flags() -> None:
     """Called only if this module is the program: other programs define flags of the same names."""
     text = flags.DEFINE_string
-    text("workdir", None, "Run directory of ctssl_jax.train.")
+    text("workdir", None, "Run directory, or an export's folder, zip or hf-hub:ORG/NAME.")
     text("dataset", None, "Dataset directory; by default the dataset of the training.")
     flags.DEFINE_enum("split", "test", SPLITS, "Split to score.")
     text("output", None, "Results file, ending in .json.")
@@ -56,9 +56,10 @@ def start(values: flags.FlagValues) -> None:
 
     configure_jax()
     from ctssl_jax.evaluation.measure import evaluate, table
+    from ctssl_jax.release.opening import as_run
 
     result = evaluate(
-        values.workdir,
+        as_run(values.workdir),
         values.dataset,
         values.split,
         values.output,

@@ -15,6 +15,10 @@ FOLDER then contains the files that a PyTorch user needs:
     test_input.npz        synthetic slices and the model's outputs for them;
                           `python ctssl_torch.py .` computes them again
 
+`--format=hub` writes a model hub's repository instead: the weights as model.safetensors, with
+config.json, preprocessor_config.json and a card with the hub's own fields.
+`--push=ORG/NAME` lists what would leave this machine, `--upload` beside it sends it.
+
 The folder does not name patients. The export fails if any layer of the PyTorch model differs from
 the same layer in JAX by more than 1e-4 of the layer's largest value.
 """
@@ -28,6 +32,7 @@ from absl import flags
 
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
+from data_prep.system.stores import local_path
 
 
 def define_flags() -> None:
@@ -37,7 +42,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("output_dir", None, "New or empty folder.")
     flags.DEFINE_list(
-        "format", ["torch", "safetensors"], "torch, safetensors, onnx, separated by commas."
+        "format",
+        ["torch", "safetensors"],
+        "torch, safetensors, onnx, separated by commas; hub for a model hub's repository.",
     )
     flags.DEFINE_string(
         "license",
@@ -50,14 +57,33 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "results", [], "Results file of ctssl_jax.evaluate for the model card; repeatable."
     )
+    flags.DEFINE_string(
+        "push",
+        "",
+        "ORG/NAME of a model hub: list the files that a repository would get from --output_dir "
+        "(with --workdir, after the export).",
+    )
+    flags.DEFINE_bool("upload", False, "Send them.")
     flags.DEFINE_integer("num_test_slices", 2, "Synthetic slices that parity is measured on.")
 
 
 def start(values: flags.FlagValues) -> None:
     """Export as the flags ask, in this process."""
-    for name in ("workdir", "output_dir"):
+    if values.upload and not values.push:
+        raise InputError("--upload needs the repository: give --push=ORG/NAME")
+    for name in ("output_dir",) if values.push else ("workdir", "output_dir"):
         if not values[name].value:
             raise InputError(f"give --{name}=DIR")
+    if values.workdir:
+        _export(values)
+    if values.push:
+        from ctssl_jax.release.hub import push
+
+        folder = local_path(values.output_dir, "--output_dir")
+        push(folder, values.push, upload=values.upload)
+
+
+def _export(values: flags.FlagValues) -> None:
     from ctssl_jax.parallel.processes import configure_jax
 
     configure_jax()

@@ -36,7 +36,9 @@ from data_prep.system.errors import InputError
 def define_flags() -> None:
     """Only where this module is the program: others define flags of the same names."""
     flags.DEFINE_string(
-        "workdir", None, "Run directory of ctssl_jax.train, of a label or a segmentation recipe."
+        "workdir",
+        None,
+        "Run (or export) of a label or a segmentation recipe: directory, zip, hf-hub:ORG/NAME.",
     )
     flags.DEFINE_string("input", None, "The scan: a folder, zip file or file, DICOM or NIfTI.")
     flags.DEFINE_string(
@@ -75,6 +77,7 @@ def start(flag_values: flags.FlagValues) -> None:
 
     configure_jax()
     from ctssl_jax.inference.prediction import Request, predict, table
+    from ctssl_jax.release.opening import as_run
 
     request = Request(
         flag_values.input,
@@ -87,7 +90,7 @@ def start(flag_values: flags.FlagValues) -> None:
         segment_label=flag_values.segment_label,
     )
     result = predict(
-        flag_values.workdir,
+        as_run(flag_values.workdir),
         request,
         flag_values.output,
         checkpoint=flag_values.checkpoint,

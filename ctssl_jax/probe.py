@@ -12,8 +12,13 @@ and corruptions are the same for every encoder:
     masked_region     the slice, 20 % of whose area is covered
     denoising         the slice, half of whose pixels are salt or pepper
     next_slice        the slice after it, of the same volume and not across a gap
+    position          how high the slice lies in its volume, from 0 to 1: R^2
+    order             which of two slices of a volume, 3 to 30 mm apart, lies higher: AUROC
+    neighbours        the slices of the same volume within 10 mm, searched for among the slices of
+                      all scored volumes by cosine: recall. Nothing is fitted
 
-and so are the two kinds of probes:
+and so are the two kinds of probes (position and order: linear, neighbours: knn; their penalties
+are chosen by training volumes left out of the fit):
 
     linear            labels: logistic regression on latents averaged over 4 x 4 regions
                       slices: ridge regression from each latent to the 4 x 4 pixels that it covers
@@ -41,7 +46,9 @@ from data_prep.system.errors import InputError
 
 def define_flags() -> None:
     """Only where this module is the program: others define flags of the same names."""
-    flags.DEFINE_string("workdir", None, "Run directory of ctssl_jax.train, of any task.")
+    flags.DEFINE_string(
+        "workdir", None, "Run directory of any task, or an export's folder, zip or hf-hub:."
+    )
     flags.DEFINE_string(
         "dataset", None, "Dataset directory; by default the one that the run was trained on."
     )
@@ -75,9 +82,10 @@ def start(flag_values: flags.FlagValues) -> None:
 
     configure_jax()
     from ctssl_jax.probes.probing import probe, table
+    from ctssl_jax.release.opening import as_run
 
     result = probe(
-        flag_values.workdir,
+        as_run(flag_values.workdir),
         flag_values.dataset,
         flag_values.output,
         checkpoint=flag_values.checkpoint,

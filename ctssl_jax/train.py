@@ -70,6 +70,7 @@ def start(flag_values: flags.FlagValues) -> bool:
 
     from ctssl_jax.parallel import lost_host
     from ctssl_jax.parallel.meeting import refusing_together
+    from ctssl_jax.release.opening import as_run
     from ctssl_jax.training.estimate import estimate
     from ctssl_jax.training.loop import train
     from ctssl_jax.training.topology import estimate_topology
@@ -92,6 +93,9 @@ def start(flag_values: flags.FlagValues) -> bool:
             with refusing_together(f"fetching {config.dataset}", MOST_SECONDS_TO_FETCH):
                 whole = ("validation",) if config.shuffle == "windowed" else ("train", "validation")
                 dataset = Dataset.open(config.dataset, whole)
+        if config.init_from:
+            with refusing_together(f"opening {config.init_from}", MOST_SECONDS_TO_FETCH):
+                config.init_from = str(as_run(config.init_from, "config.init_from"))
         if flag_values.estimate:
             estimate(config, dataset=dataset)
             return True
@@ -104,8 +108,11 @@ def start(flag_values: flags.FlagValues) -> bool:
         )
     if finished and jax.process_index() == 0:
         run = flag_values.workdir
-        output = f"--output={command_line.beside(run, '-test.json')}"
-        command_line.suggest("evaluate", f"--workdir={run}", output)
+        test = (dataset or Dataset.open(config.dataset)).preparation["splits"].get("test")
+        split = "test" if test else "validation"
+        output = f"--output={command_line.beside(run, f'-{split}.json')}"
+        splits = [] if test else ["--split=validation"]  # `evaluate` takes the test split by itself
+        command_line.suggest("evaluate", f"--workdir={run}", *splits, output)
     return finished
 
 

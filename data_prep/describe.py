@@ -92,6 +92,11 @@ def main(argv: list[str]) -> int:
         print(f"Written: {output_dir}/html/index.html")
     if audit_dir:
         print(f"Written: {write_refusals(audit_dir)} (private)")
+    if "validation" not in dataset.preparation["splits"]:  # no training takes it
+        command_line.suggest(
+            "embed", "--workdir=RUN", f"--input={FLAGS.dataset}", "--output=embeddings.npz"
+        )
+        return 0
     size = dataset.preparation["image_size"]
     recipe = f"--config=masked_region{':small' if size <= 64 else ''}"
     sizes = [] if size in (64, 512) else [f"--config.image_size={size}"]  # those of the recipes

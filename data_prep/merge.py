@@ -16,6 +16,11 @@ size, and all datasets must have masks or all lack them.
 --link=symlink: relative links, over file systems as well. VIEW cannot be read once a part is moved
 or removed. hard: the same bytes under two names, which stay when a part is removed, on one file
 system. copy: independent of the parts.
+
+--folds=N makes N datasets VIEW/fold_0 ... of the same patients (of one dataset or more), with
+copied records and splits of their own: each patient is in the test split of one fold, and an eighth
+of the others (rounded up) in its validation split. So a few patients are all tested once. The folds
+follow from the pseudonyms, so that the same key and scans give the same folds anywhere.
 """
 
 if __name__ == "__main__":  # the imports below take their time
@@ -31,6 +36,7 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> int:
+    from data_prep.dataset.folds import write_folds
     from data_prep.dataset.merge import merge
     from data_prep.dataset.reader import Dataset
     from data_prep.dataset.schema import PREPARATION_FILE, rules_lines, summary_text
@@ -39,6 +45,10 @@ def main(argv: list[str]) -> int:
     remedy = "fetch it first: ctssl fetch"
     names = [stores.local_path(name, "--datasets", remedy) for name in FLAGS.datasets if name]
     parts = [Dataset.open(name) for name in names]
+    if FLAGS.folds:
+        for folder in write_folds(parts, output_dir, FLAGS.folds):
+            print(summary_text(Dataset.open(folder).preparation, True, folder))
+        return 0
     preparation, changed = merge(parts, output_dir, FLAGS.link)
     print(summary_text(preparation, changed, output_dir))
     for line in rules_lines(preparation):
@@ -62,6 +72,9 @@ def define_flags() -> None:
     flags.DEFINE_string("output_dir", None, "Directory of the view to make.", required=True)
     flags.DEFINE_enum(
         "link", "symlink", ["symlink", "hard", "copy"], "How the view holds the shards."
+    )
+    flags.DEFINE_integer(
+        "folds", 0, "Make so many datasets in which every patient is tested once.", lower_bound=0
     )
 
 

@@ -27,7 +27,7 @@ from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 
 from .study import results, runner
-from .study.cells import FRACTIONS, Cell, Settings, chain_cells, mask_name
+from .study.cells import FRACTIONS, Cell, Settings, chain_cells, keeping, mask_name
 
 SCORES = ("masked_mse", "mse", "ssim")
 RECIPE = "masked_region"
@@ -76,7 +76,7 @@ def draw(settings: Settings) -> str:
     Raises:
       InputError: there are no results yet.
     """
-    chained, alone = chain_cells(settings), ablation_cells(settings)
+    chained, alone = (keeping(f(settings), settings.kept) for f in (chain_cells, ablation_cells))
     rows = table_rows(chained, alone, settings.steps(RECIPE))
     complete = [result for cell in (*chained, *alone) if (result := results.read_result(cell))]
     if not complete:
@@ -101,13 +101,17 @@ def main(argv: list[str]) -> int:
     verb = argv[1] if len(argv) > 1 else ""
     settings = runner.settings_of_flags(verb)
     runner.check_overrides(settings, [RECIPE])
+    if settings.folds:
+        raise InputError("--folds: the chain is drawn of one dataset; leave it out")
     chain = chain_cells(settings)
     cells = chain if flags.FLAGS.chained else [chain[0], *ablation_cells(settings)]
+    cells = keeping(cells, settings.kept)
     if verb == "plan":
         more = [] if flags.FLAGS.chained else ["--nochained"]
-        runner.plan(cells, f"{__package__}.chain", [*runner.options_of(settings), *more])
+        options = [*runner.options_of(settings), *more]
+        runner.plan(cells, f"{__package__}.chain", options, settings.workdir)
     if verb in ("", "run"):
-        runner.record_settings(settings.workdir, runner.settings_content(settings))
+        runner.record(settings)
         runner.run(cells, flags.FLAGS.cells, settings.workdir)
     if verb in ("", "draw"):
         print(draw(runner.recorded(settings)), flush=True)

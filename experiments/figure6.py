@@ -29,7 +29,7 @@ from data_prep.system.errors import InputError
 
 from .study import downstream, runner
 from .study.attributes import Model, cells_of, draw
-from .study.cells import Cell, Stage
+from .study.cells import Cell, Stage, keeping
 from .study.downstream import PRETEXTS, TITLES, Study
 
 ARMS = ("masked_05", "masked_20", "next_slice", "denoising", "rotation", "flip")
@@ -130,14 +130,17 @@ def main(argv: list[str]) -> int:
     verb, flag = runner.verb_of(argv, f"{__package__}.figure6"), flags.FLAGS
     study = downstream.study_of_flags(verb, "attributes")
     check_request(study, flag.arms, flag.attributes)
-    models = models_of(study, flag.arms, flag.attributes)
+    models = [
+        model._replace(cells={n: keeping(own, study.kept) for n, own in model.cells.items()})
+        for model in models_of(study, flag.arms, flag.attributes)
+    ]
     if verb == "draw":
         print(draw(study, models), flush=True)
         runner.suggest_after("draw", f"{__package__}.figure6", [])
         return 0
     cells = [
         *downstream.data_cells(study, ("pretraining", "attributes")),
-        *downstream.pretraining_cells(study, flag.arms),
+        *keeping(downstream.pretraining_cells(study, flag.arms), study.kept),
         *cells_of(models),
     ]
     downstream.act(verb, f"{__package__}.figure6", study, cells, lists=("attributes",))

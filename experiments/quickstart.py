@@ -18,6 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
+from data_prep.pipeline.options import parse_splits
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import read_json, write_text
@@ -53,9 +54,17 @@ class StageTimes:
 def define_flags() -> None:
     """Only where this module is the program: another one may define flags of the same names."""
     flags.DEFINE_string("output_dir", "runs/quickstart", "Folder for everything that is made.")
-    flags.DEFINE_string("input_dir", "", "Your DICOM archive; by default a synthetic one is made.")
+    flags.DEFINE_string("input_dir", "", "Your archive; by default a synthetic one is made.")
+    flags.DEFINE_enum("archive", "dicom", ["dicom", "nifti"], "Kind of the archive.")
     flags.DEFINE_integer("num_patients", 48, "Patients of the synthetic archive.")
     flags.DEFINE_integer("num_slices", 24, "Slices of each synthetic scan.")
+    flags.DEFINE_string(
+        "splits",
+        "",
+        "Fractions of patients for training, validation and test; by default 0.7,0.15,0.15 of a "
+        "synthetic archive and 0.8,0.1,0.1 of yours. Of two patients: 0.5,0.5,0 (the validation "
+        "patient is measured); of one: 1,0,0 (the dataset alone).",
+    )
     flags.DEFINE_integer(
         "num_steps", TRAINING["num_steps"], "Training steps, of 8 slices each.", lower_bound=1
     )
@@ -76,11 +85,17 @@ def main(argv: list[str]) -> int:
     source = local_path(flag.input_dir, "--input_dir") if flag.input_dir else None
     if source and not source.is_dir():
         raise InputError(f"--input_dir={source}: no such folder")
-    if flags.FLAGS.num_patients < 3:
+    if flag.archive != "dicom" and source is None:
+        raise InputError(f"--archive={flag.archive} is of your scans; give --input_dir, too")
+    splits = flag.splits or ("" if source else "0.7,0.15,0.15")
+    num_splits = sum(share > 0 for share in parse_splits(splits)) if splits else 3
+    if flag.num_patients < num_splits:
         raise InputError(
-            f"--num_patients={flags.FLAGS.num_patients}: three patients or more make three splits"
+            f"--num_patients={flag.num_patients}: {num_splits} splits take {num_splits} patients or"
+            " more; give more, or other --splits (see --help)"
         )
-    training = {**TRAINING, "num_steps": flags.FLAGS.num_steps}
+    shares = [f"--splits={splits}"] if splits else []
+    training = {**TRAINING, "num_steps": flag.num_steps}
     archive, dataset, run = output / "dicom", output / "dataset", output / "run"
     result_file = output / "result.json"
     seconds = StageTimes(output / "seconds.json")
@@ -89,20 +104,20 @@ def main(argv: list[str]) -> int:
             "1 of 5: make a synthetic chest CT archive",
             "data_prep.phantom",
             f"--output_dir={archive}",
-            f"--num_patients={flags.FLAGS.num_patients}",
-            f"--num_slices={flags.FLAGS.num_slices}",
+            f"--num_patients={flag.num_patients}",
+            f"--num_slices={flag.num_slices}",
             f"--image_size={2 * IMAGE_SIZE}",
-            f"--seed={flags.FLAGS.seed}",
+            f"--seed={flag.seed}",
         )
     seconds["preparation"] = run_stage(
         "2 of 5: DICOM to windowed slices",
         "data_prep.prepare",
-        "--archive=dicom",
+        f"--archive={flag.archive}",
         f"--input_dir={source or archive}",
         f"--output_dir={dataset}",
         f"--image_size={IMAGE_SIZE}",
-        *([] if source else ["--splits=0.7,0.15,0.15"]),
-        *([f"--pseudonym_key_file={key}"] if (key := flags.FLAGS.pseudonym_key_file) else []),
+        *shares,
+        *([f"--pseudonym_key_file={key}"] if (key := flag.pseudonym_key_file) else []),
     )
     run_stage(
         "3 of 5: describe and verify the dataset",
@@ -111,21 +126,32 @@ def main(argv: list[str]) -> int:
         f"--output_dir={output / 'cohort'}",
         "--verify",
     )
+    held_out = read_json(dataset / "preparation.json")["splits"]
+    if "validation" not in held_out:
+        print(
+            f"\nThe dataset is made, and --splits={splits} ends here: a training takes a patient "
+            "for validation, and a test one more; three patients or more need no --splits.\n"
+            f"Cohort table and contact sheet: {output / 'cohort'}",
+            flush=True,
+        )
+        command_line.suggest("describe", f"--dataset={dataset}", "--html")
+        return 0
+    split = "test" if "test" in held_out else "validation"
     seconds["training"] = run_stage(
         "4 of 5: pretrain by masked region prediction",
         "ctssl_jax.train",
         f"--config={RECIPE}",
         f"--config.dataset={dataset}",
-        f"--config.seed={flags.FLAGS.seed}",
+        f"--config.seed={flag.seed}",
         *(f"--config.{name}={value}" for name, value in training.items()),
         f"--workdir={run}",
     )
     seconds["evaluation"] = run_stage(
-        "5 of 5: evaluate on held-out patients",
+        f"5 of 5: evaluate on {'held-out' if split == 'test' else 'validation'} patients",
         "ctssl_jax.evaluate",
         f"--workdir={run}",
         f"--dataset={dataset}",
-        "--split=test",
+        f"--split={split}",
         f"--output={result_file}",
         "--baselines",
     )
@@ -153,10 +179,11 @@ def main(argv: list[str]) -> int:
         flush=True,
     )
     if source is None:
-        command_line.suggest("quickstart", "--input_dir=MY_DICOM", "--output_dir=runs/mine")
+        command_line.suggest("quickstart", "--input_dir=MY_DICOM", f"--output_dir={output}-mine")
     else:
-        scans, whole = f"--input_dir={source}", f"--output_dir={output / 'dataset512'}"
-        command_line.suggest("prepare", "--archive=dicom", scans, whole, "--image_size=512")
+        scans = [f"--archive={flag.archive}", f"--input_dir={source}"]
+        whole = [f"--output_dir={output / 'dataset512'}", "--image_size=512", *shares]
+        command_line.suggest("prepare", *scans, *whole)
     return 0
 
 

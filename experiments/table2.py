@@ -9,6 +9,11 @@ Beyond the paper, every frozen encoder is probed on the labels of the other task
 reconstruction (`--nocross` leaves that out), beside an untrained encoder and the pixels themselves,
 so that encoders are compared on equal terms. `draw` writes Markdown, CSV and PNG.
 
+With few patients, `--folds=4` and a folder of folds (`ctssl merge --folds=4`) as --dataset test
+every patient once. The small results in `--results` are all that `draw` needs:
+
+    ctssl table2 draw --results=experiments/results/table2_real_64 --workdir=TABLES
+
 `--size=small` (64 x 64 pixels) with `--num_steps=750` took 46 minutes on two busy CPU cores;
 `--size=reference --override=dtype=bfloat16` is the paper's model.
 """
@@ -24,10 +29,10 @@ from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 
-from .study import runner
+from .study import kept, runner
 from .study.cells import Cell, Settings, Stage, chain_cells
 from .study.results import caption as caption_of
-from .study.results import markdown, read_result, seconds, write_csv
+from .study.results import markdown, seconds_of, write_csv
 from .study.table2_figure import (
     CLASSIFICATION,
     METRICS,
@@ -37,6 +42,8 @@ from .study.table2_figure import (
     cross_values,
     figure_rows,
     health_markdown,
+    label_free_markdown,
+    label_free_rows,
     save_picture,
     table_markdown,
 )
@@ -69,21 +76,28 @@ def cross_cells(settings: Settings) -> list[Cell]:
     return cells
 
 
+def all_cells(settings: Settings) -> list[Cell]:
+    """Of one dataset: the trainings, then the probes of the frozen encoders."""
+    return [*model_cells(settings), *cross_cells(settings)]
+
+
 def draw(settings: Settings) -> str:
-    """Write table2.md, .csv, .png and cross.csv into the folder of the study; returns the Markdown.
+    """Write table2.md, .csv, cross.csv and, where the pictures of the evaluations are, table2.png
+    into the folder of the study; returns the Markdown.
 
     Raises:
       InputError: there are no results yet.
     """
-    cells = {cell.name: cell for cell in model_cells(settings)}
-    results = {name: read_result(cell) for name, cell in cells.items()}
-    cross = {cell.name: read_result(cell) for cell in cross_cells(settings)}
+    found = kept.results_of(settings, all_cells)
+    results = {name: found[name] for name in (*RECONSTRUCTION, *CLASSIFICATION)}
+    cross = {name: result for name, result in found.items() if name.startswith("cross_")}
     complete = [result for result in results.values() if result]
     if not complete:
         raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     rows = figure_rows(results)
-    caption = caption_of(complete)
-    total = sum(seconds(settings.workdir).values())
+    caption = caption_of(complete) + kept.folds_in_words(settings, found)
+    cells = settings.study(all_cells)
+    total = sum(seconds_of(cell, settings.workdir) or 0 for cell in cells)
     took = f" The cells took {total / 60:.0f} minutes by the clock." if total else ""
     parts = [
         "# Table II: self-supervised models on held-out "
@@ -96,23 +110,23 @@ def draw(settings: Settings) -> str:
             "neighbours on the frozen encoder's features, mean ± sd over "
             f"volumes.\n\n{markdown(cross_rows(cross))}"
         )
+    compared = label_free_rows(cross)
+    if compared:
+        parts.append(label_free_markdown(compared))
+        write_csv(settings.workdir / "label_free.csv", compared)
     text = "\n".join(parts)
+    settings.workdir.mkdir(parents=True, exist_ok=True)
     write_text(settings.workdir / "table2.md", text)
     write_csv(settings.workdir / "table2.csv", rows)
     write_csv(settings.workdir / "cross.csv", cross_values(cross))
-    save_picture(
-        settings.workdir / "table2.png",
-        [
-            (
-                TITLES[name],
-                [row for row in rows if row["model"] == name],
-                cells[name].result.with_suffix(".npz"),
-            )
-            for name in (*RECONSTRUCTION, *CLASSIFICATION)
-        ],
-        METRICS,
-        caption,
-    )
+    pictures = {cell.name: cell.result.with_suffix(".npz") for cell in cells}
+    pictures = {name: pictures.get(name, pictures.get(f"fold_0/{name}")) for name in results}
+    if any(path.exists() for path in pictures.values()):
+        models = [
+            (TITLES[name], [row for row in rows if row["model"] == name], pictures[name])
+            for name in results
+        ]
+        save_picture(settings.workdir / "table2.png", models, METRICS, caption)
     return text
 
 
@@ -127,13 +141,9 @@ def main(argv: list[str]) -> int:
     verb = runner.verb_of(argv, f"{__package__}.table2")
     settings = runner.settings_of_flags(verb)
     runner.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
-    cells = [*model_cells(settings), *(cross_cells(settings) if flags.FLAGS.cross else [])]
-    if verb == "plan":
-        runner.plan(cells, f"{__package__}.table2", runner.options_of(settings))
-    elif verb == "run":
-        runner.record_settings(settings.workdir, runner.settings_content(settings))
-        runner.run(cells, flags.FLAGS.cells, settings.workdir)
-        runner.suggest_after("run", f"{__package__}.table2", [f"--workdir={settings.workdir}"])
+    if verb != "draw":
+        cells = settings.study(all_cells if flags.FLAGS.cross else model_cells)
+        runner.act(verb, f"{__package__}.table2", settings, cells)
     else:
         print(draw(settings), flush=True)
         runner.suggest_after("draw", f"{__package__}.table2", [])

@@ -29,6 +29,7 @@ EXTRAS = (
         "distributed",
         "google",
         "highdicom",
+        "huggingface_hub",
         "onnx",
         "onnxruntime",
         "onnxscript",

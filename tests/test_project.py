@@ -21,6 +21,7 @@ COMMANDS = (
     "experiments.quickstart",
     "experiments.chain",
     "experiments.table2",
+    "experiments.recipe_choices",
     "experiments.table1",
     "experiments.figure3",
     "experiments.figure4",

@@ -279,6 +279,10 @@ class NeighbourSource:
             arrays["patient"] = self.patients[items].astype(np.int32)
         return arrays
 
+    def positions_mm(self, record_index: np.ndarray) -> np.ndarray:
+        """Places of records [N] along the body: [N] float64, grows towards superior."""
+        return np.array([self._records[number]["position_mm"] for number in record_index.tolist()])
+
     def channel(self, record_index: np.ndarray, channel: int) -> np.ndarray:
         """A channel of the dataset, whether the items have it or not: [N] records -> [N, H, W]
         uint8."""
@@ -323,7 +327,7 @@ def open_source(
     if not source.volumes:
         raise InputError(
             f"the dataset {dataset.name} has no {split} split; prepare it with --splits that give "
-            f"{split} a share (three patients or more)"
+            f"{split} a share (every split takes a patient or more)"
         )
     if not len(source):
         kind = f"slices with the label {targets.label}" if targets.label else "slices"

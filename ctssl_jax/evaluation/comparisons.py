@@ -69,7 +69,8 @@ def paired_difference(
 
     Returns:
       {"a", "b": values of the arms, "difference": a - b, "ci95": [low, high] of the difference,
-      "p", "smallest_p": that p could be, "num_draws", "num_patients", "num_undefined_draws"}.
+      "standard_error": standard deviation of its draws, "p", "smallest_p": that p could be,
+      "num_draws", "num_patients", "num_undefined_draws"}.
 
     Raises:
       InputError: an arm without statistics, fewer than two patients, or a measure that is undefined
@@ -109,6 +110,7 @@ def paired_difference(
         "b": float(estimates["b"]),
         "difference": difference,
         "ci95": bounds,
+        "standard_error": float(np.std(defined, ddof=1)),
         "p": max(smallest, _two_sided(defined)),
         "smallest_p": smallest,
         "num_draws": num_resamples,

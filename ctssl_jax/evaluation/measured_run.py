@@ -21,7 +21,7 @@ from ctssl_jax.runs.run import Run
 from ctssl_jax.stats.bootstrap import LEAST_PATIENTS
 from ctssl_jax.stats.units import UNITS
 from ctssl_jax.stats.volumes import volume_summary
-from ctssl_jax.training.recipe import check_dataset
+from ctssl_jax.training.recipe import check_dataset, check_splits
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import written_whole
@@ -69,13 +69,14 @@ class MeasuredRun:
             config.dataset = str(dataset)
         opened = Dataset.open(config.dataset)
         try:
-            channels = check_dataset(config, opened, splits)
+            channels = check_dataset(config, opened, ())
         except DatasetError:
             raise
         except InputError as error:
             raise InputError(
                 f"{flag}={config.dataset} was prepared otherwise than the run's data: {error}"
             ) from None
+        check_splits(config.dataset, opened.preparation, splits)
         return cls(run, opened, config, channels, run.learned_from)
 
 

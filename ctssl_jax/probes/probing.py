@@ -28,7 +28,8 @@ from ctssl_jax.probes.label_probe import (
     label_features,
     labels_of,
 )
-from ctssl_jax.stats.volumes import auroc_one_vs_rest
+from ctssl_jax.stats.label_free import PlacedSlices, label_free_scores
+from ctssl_jax.stats.volumes import auroc_one_vs_rest, volumes_of_records
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, write_json
 from data_prep.system.stores import local_path
@@ -116,6 +117,13 @@ def probe(
         by_volume |= {f"{name}/{score}": value for score, value in values.items()}
         chosen |= {f"{name}/{probe}": setting for probe, setting in settings.items()}
         print(f"{name:15}{time.monotonic() - started:.1f} s", flush=True)
+    started = time.monotonic()
+    with threadpoolctl.threadpool_limits(1), batch_sizes.end_of_memory(batch_size):
+        placed = [_placed(frozen, sources[part, (0,)], batch_size) for part in ("train", split)]
+        places = label_free_scores(*placed)
+    # scans too short or too few for a score do without it
+    by_volume |= {name: values for name, values in places.items() if not np.isnan(values).all()}
+    print(f"{'place':15}{time.monotonic() - started:.1f} s", flush=True)
 
     patient_ids = [volume["patient_id"] for volume in volumes]
     result = {
@@ -201,6 +209,19 @@ def _slices_of_volumes(volumes: list[dict], record_index) -> list:
         & (record_index < volume["first_record"] + volume["num_slices"])
         for volume in volumes
     ]
+
+
+def _placed(frozen: FrozenEncoder, source: NeighbourSource, batch_size: int) -> PlacedSlices:
+    """The averaged latents of all slices, the number of the volume of each, and its place."""
+    parts = [
+        (features.pooled[features.kept], features.record_index[features.kept])
+        for features in image_features(
+            frozen, IMAGES["clean"], evaluation_batches(source, batch_size)
+        )
+    ]
+    pooled, record_index = (np.concatenate(values) for values in zip(*parts, strict=True))
+    _, volume = volumes_of_records(source.volumes, record_index)
+    return PlacedSlices(pooled, volume, source.positions_mm(record_index))
 
 
 def _label_values(

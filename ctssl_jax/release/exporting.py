@@ -22,7 +22,7 @@ from flax import nnx
 
 from ctssl_jax.data.slices import select_channels, selected_windows
 from ctssl_jax.ops.trees import fingerprint, flatten
-from ctssl_jax.release import model_card, onnx_file, parity
+from ctssl_jax.release import hub, model_card, onnx_file, parity
 from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.reports import say
 from ctssl_jax.runs.run import Run, portable
@@ -30,6 +30,7 @@ from ctssl_jax.tasks.table import get_task
 from ctssl_jax.torch_bridge import ctssl_torch, manifests, weight_files
 from ctssl_jax.torch_bridge.names import architecture_settings, state_dict
 from ctssl_jax.training.state import count_parameters, restore_model
+from data_prep.dataset.schema import rules_of
 from data_prep.scan.window import window_to_uint8
 from data_prep.synthetic.exam import Options, render_series, sample_exam
 from data_prep.system.errors import InputError, RunFailed
@@ -37,7 +38,12 @@ from data_prep.system.extras import require
 from data_prep.system.files import file_sha256, folder_written_whole, write_json, write_text
 from data_prep.system.stores import local_path
 
-FORMATS = {"torch": "weights.pt", "safetensors": "weights.safetensors", "onnx": "model.onnx"}
+FORMATS = {
+    "torch": "weights.pt",
+    "safetensors": "weights.safetensors",
+    "onnx": "model.onnx",
+    "hub": hub.WEIGHTS,
+}
 # Parity is measured on the middle of larger slices, since the models work the same at each size.
 MAX_TEST_SIDE = 256
 
@@ -102,7 +108,7 @@ def export(
     unfinished = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     try:
         with folder_written_whole(output_dir, unfinished) as folder:
-            _write_weights(folder, formats, entries, manifests.note(manifest))
+            _write_weights(folder, formats, entries, manifest)
             _write_test_input(folder / "test_input.npz", images, outputs)
             if "onnx" in formats:
                 path = folder / FORMATS["onnx"]
@@ -113,11 +119,14 @@ def export(
                 for line in onnx_file.lines(facts):
                     say(line)
             shutil.copyfile(ctssl_torch.__file__, folder / "ctssl_torch.py")
+            for name, text in hub.files(manifest).items() if "hub" in formats else ():
+                write_text(folder / name, text)
             manifest["files"] = {
                 path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
                 for path in sorted(folder.iterdir())
             }
-            write_text(folder / "README.md", model_card.text(manifest))
+            head = hub.card_head(manifest) if "hub" in formats else ""
+            write_text(folder / "README.md", head + model_card.text(manifest))
             write_json(folder / "manifest.json", manifest)
     except OSError as error:
         raise InputError(
@@ -137,6 +146,11 @@ def _check_request(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise InputError(f"--format={','.join(formats)}: give one or more of {', '.join(FORMATS)}")
+    if {"hub", "safetensors"} <= set(formats):
+        raise InputError(
+            f"--format={','.join(formats)}: hub writes the same weights as safetensors, under the "
+            f"name {hub.WEIGHTS}; leave one of them out"
+        )
     if not licence:
         raise InputError(
             "give --license, e.g. --license=CC-BY-NC-4.0: the licence of the weights follows "
@@ -146,12 +160,14 @@ def _check_request(
         raise InputError(f"--num_test_slices={num_test_slices}: must be 1 or more")
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise InputError(f"--output_dir={output_dir} is there already; give a new or empty folder")
-    for name, packages in (
-        ("safetensors", ("safetensors",)),
-        ("onnx", ("onnx", "onnxscript", "onnxruntime")),
+    for name, extra, packages in (
+        ("safetensors", "torch", ("safetensors",)),
+        ("hub", "torch", ("safetensors",)),
+        ("hub", "hub", ("huggingface_hub",)),
+        ("onnx", "torch", ("onnx", "onnxscript", "onnxruntime")),
     ):
         for package in packages if name in formats else ():
-            require(package, f"--format={name}", "torch")
+            require(package, f"--format={name}", extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +279,7 @@ def _data(run: Run) -> dict[str, Any]:
         "synthetic": preparation["synthetic"],
         "dataset_fingerprint": preparation["fingerprint"],
         "labels": {label: label_facts} if label_facts else {},
+        "rules": {"volumes": rules_of(preparation, 0)},
         "splits": {
             split: {name: facts[name] for name in counts if name in facts}
             for split, facts in preparation.get("splits", {}).items()
@@ -379,14 +396,18 @@ def _measure_parity(
 
 
 def _write_weights(
-    folder: Path, formats: Sequence[str], entries: dict[str, np.ndarray], note: str
+    folder: Path,
+    formats: Sequence[str],
+    entries: dict[str, np.ndarray],
+    manifest: dict[str, Any],
 ) -> None:
-    if "safetensors" in formats:
+    note = manifests.note(manifest)
+    for name in {"safetensors", "hub"} & set(formats):
         import safetensors.numpy
 
-        (folder / FORMATS["safetensors"]).write_bytes(
-            safetensors.numpy.save(entries, metadata={weight_files.NOTE: note})
-        )
+        named = hub.renamed(entries, manifest) if name == "hub" else entries
+        metadata = {weight_files.NOTE: note, "format": "pt"}
+        (folder / FORMATS[name]).write_bytes(safetensors.numpy.save(named, metadata=metadata))
     if "torch" in formats:
         tensors = collections.OrderedDict(
             (name, torch.from_numpy(value.copy())) for name, value in entries.items()

@@ -24,6 +24,7 @@ from data_prep.system.errors import InputError
 from data_prep.system.files import file_sha256, write_json
 from data_prep.system.stores import local_path
 
+WEIGHTS = ("weights.safetensors", "model.safetensors", "weights.pt")  # the first is taken
 # In place of the fingerprint of a pseudonym key, since the training patients are unknown.
 UNKNOWN_KEY = "unknown"
 
@@ -56,6 +57,8 @@ def import_weights(
     manifest = find_manifest(checkpoint, "--checkpoint")
     path = _weights_of(checkpoint, manifest) if manifest else checkpoint
     entries = read_tensors(path, "--checkpoint")
+    if manifest and manifest["architecture"] == "SEResNeXt":  # timm's older names, from a hub
+        entries = {names.newer_se_resnext_name(name): entries[name] for name in entries}
     architecture, licence, init_from, step = "VQVAE", "", [], 0
     if manifest:
         config, preparation, step = _of_manifest(manifest)
@@ -128,12 +131,12 @@ def _weights_of(checkpoint: Path, manifest: Mapping[str, Any]) -> Path:
     Raises:
       InputError: no weights file, or a file whose SHA-256 differs from the manifest.
     """
-    candidates = [checkpoint, checkpoint / "weights.safetensors", checkpoint / "weights.pt"]
+    candidates = [checkpoint, *(checkpoint / name for name in WEIGHTS)]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         raise InputError(
-            f"--checkpoint={checkpoint} contains neither weights.safetensors nor weights.pt; "
-            "export again with --format=torch or safetensors"
+            f"--checkpoint={checkpoint} contains none of {', '.join(WEIGHTS)}; "
+            "export again with --format=hub, torch or safetensors"
         )
     facts = manifest["files"].get(path.name)
     if facts is None or file_sha256(path) != facts["sha256"]:
@@ -157,6 +160,7 @@ def _of_manifest(manifest: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int]
         "fingerprint": data["dataset_fingerprint"],
         "splits": data["splits"],
         "labels": data.get("labels", {}),
+        "rules": data.get("rules", {"volumes": {}}),
     }
     config.windows = [list(window) for window in manifest["preprocessing"]["windows"]]
     return config, preparation, training["checkpoint_step"]
@@ -209,4 +213,5 @@ def _unknown_data(windows: list[list[float]], image_size: int) -> dict[str, Any]
         "options": {},
         "labels": {},
         "masks": None,
+        "rules": {"volumes": {}},
     }

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ctssl_jax.release import hub
+
 _OUTPUTS = {
     "VQVAE": "`reconstruction`, `latents`, `quantized`, `codes`, two losses",
     "Classifier": "`logits`, `latents`",
@@ -49,6 +51,7 @@ def _origin(manifest: dict[str, Any]) -> str:
 
 
 def _use(manifest: dict[str, Any]) -> str:
+    """How to load and apply the model; of a hub's repository also by its name."""
     outputs = _OUTPUTS[manifest["architecture"]]
     cropped = manifest["preprocessing"]["crop"] != "none"
     box, argument = "", ""
@@ -72,7 +75,22 @@ output = model({example})                      # {outputs}
 ```
 
 `python ctssl_torch.py .` computes the outputs of a stored input again and prints how far your
-installation is from the stored outputs."""
+installation is from the stored outputs.{_by_name(manifest)}"""
+
+
+def _by_name(manifest: dict[str, Any]) -> str:
+    if hub.WEIGHTS not in manifest["files"]:
+        return ""
+    text = (
+        '\n\nFrom a hub: `ctssl_torch.load("hf-hub:ORG/NAME@REVISION")`; in JAX '
+        '`ctssl_jax.load("hf-hub:ORG/NAME@REVISION")`, or `ctssl embed --workdir=hf-hub:ORG/NAME`.'
+    )
+    if hub.timm_architecture(manifest):
+        text += (
+            '\n\nIn timm: `timm.create_model("hf-hub:ORG/NAME", pretrained=True)` takes what '
+            "`model.inputs` gives, and returns the logits."
+        )
+    return text
 
 
 def _input(preprocessing: dict[str, Any], num_slices: int) -> str:

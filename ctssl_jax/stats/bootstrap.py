@@ -14,6 +14,7 @@ patients no interval covers 95 %: it cannot be wider than from the lowest to the
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -101,6 +102,21 @@ def interval(draws: np.ndarray) -> tuple[list[float] | None, int]:
         [float(bound) for bound in np.percentile(defined, [2.5, 97.5])] if len(defined) else None
     )
     return bounds, len(draws) - len(defined)
+
+
+def detectable_difference(standard_error: float, *, power: float = 0.8) -> float:
+    """The smallest true difference that a two-sided test at the level of 5 % finds with this power.
+
+    (z(.975) + z(power)) x the standard error of the difference, by the normal approximation: 2.8
+    standard errors for 80 %.
+
+    Args:
+      standard_error: of the difference, 0 or more: the standard deviation of its bootstrap draws,
+        with the variance over seeds added where seeds are drawn, too.
+      power: in (0, 1).
+    """
+    normal = statistics.NormalDist()
+    return (normal.inv_cdf(0.975) + normal.inv_cdf(power)) * standard_error
 
 
 def summaries(

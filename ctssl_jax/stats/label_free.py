@@ -70,10 +70,12 @@ def position_r2(train: PlacedSlices, test: PlacedSlices) -> np.ndarray:
 
     Returns:
       [V] float64 in (-inf, 1], in the order of `np.unique(test.volume)`; NaN for a volume of one
-      place.
+      place, and everywhere where fewer than two volumes can be fitted to.
     """
     target = relative_position(train)
     kept = ~np.isnan(target)
+    if len(np.unique(train.volume[kept])) < 2:
+        return np.full(len(np.unique(test.volume)), np.nan)
     model = _search(Ridge(), {"ridge__alpha": PENALTIES}, train.volume[kept])
     model.fit(_features(train)[kept], target[kept], groups=train.volume[kept])
     predicted, target = model.predict(_features(test)), relative_position(test)
@@ -136,9 +138,12 @@ def order_auroc(
 
     Returns:
       [V] float64 in [0, 1], in the order of `np.unique(test.volume)`; NaN for a volume without such
-      pairs, or whose pairs are all in one order.
+      pairs, or whose pairs are all in one order, and everywhere where fewer than two volumes can be
+      fitted to.
     """
     pairs, label = slice_pairs(train, number=number, distance_mm=distance_mm, seed=seed)
+    if len(np.unique(train.volume[pairs[:, 0]])) < 2:
+        return np.full(len(np.unique(test.volume)), np.nan)
     # one scale for both slices of a pair; without an intercept, exchanged slices get the other sign
     scale = StandardScaler().fit(_features(train))
     first, second = (scale.transform(_features(train))[pairs[:, side]] for side in (0, 1))

@@ -26,6 +26,9 @@ UNITS = {
     "covariance": "squared covariances of a batch's dimensions, sum of two views",
     "nt_xent": "natural units, against the other patients of a batch",
     "distillation": "cross-entropy in natural units against the teacher's prototypes",
+    # Of the place of a slice, see `stats.label_free`.
+    "r2": "share of explained variance of the relative position within a volume",
+    "recall": "share of the slices within 10 mm that are among as many nearest ones",
     # Of a label with two classes.
     "auroc": "area under the ROC curve, ties counting half",
     "average_precision": "area under the precision-recall curve as sum of steps (AUPRC)",

@@ -763,22 +763,21 @@ def load(path: str | Path) -> ExportedModel:
     """The model of an exported folder in evaluation mode, on the CPU.
 
     Args:
-        path: the folder, or a weights file in it (.safetensors or .pt).
+        path: the folder, a zip file of it, a weights file in it (.safetensors or .pt), or
+            `hf-hub:ORG/NAME` or `hf-hub:ORG/NAME@REVISION`, a repository of a model hub, which
+            needs the package huggingface_hub. Of a repository only data is fetched, no code and
+            no pickle.
 
     Raises:
         FileNotFoundError: the path, its manifest or its weights do not exist.
         ValueError: the weights are damaged or not the weights that the manifest describes.
+        ImportError: a package is missing.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}/manifest.json does not exist; give a folder that ctssl_jax.export wrote"
-        )
-    manifest = _read_manifest(folder / "manifest.json")
-    weights = _read_weights(path if path.is_file() else _weights_in(folder), manifest)
+    package = _Package(_fetched(path))
+    manifest = _manifest_of(package)
+    weights = _read_weights(package, manifest)
+    if manifest.get("architecture") == "SEResNeXt":
+        weights = {_newer_name(name): value for name, value in weights.items()}
     try:
         _check_settings(manifest["model"], weights)
         with torch.device("meta"):  # without memory, until the sizes are those of the weights
@@ -788,28 +787,103 @@ def load(path: str | Path) -> ExportedModel:
     except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{folder}: manifest.json does not describe these weights ({reason}); copy the whole "
-            "folder again"
+            f"{package.path}: manifest.json does not describe these weights ({reason}); copy the "
+            "whole folder again"
         ) from None
     return model.eval()
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """Contents of a manifest.
+_HUB = "hf-hub:"
+_OF_A_REPOSITORY = ("manifest.json", "model.safetensors", "test_input.npz")
+
+
+def _fetched(path: str | Path) -> Path:
+    """The path, or the local copy of a hub's repository."""
+    if not str(path).startswith(_HUB):
+        return Path(path)
+    name, _, revision = str(path).removeprefix(_HUB).partition("@")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ImportError(
+            f"{path} needs the package huggingface_hub: pip install huggingface_hub"
+        ) from None
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=list(_OF_A_REPOSITORY)
+        )
+    except Exception as error:  # of many kinds: no such repository or revision, no network
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise FileNotFoundError(
+            f"{path} cannot be fetched ({type(error).__name__}: {reason}); check the name, the "
+            "revision, the network and, for a private repository, your token"
+        ) from None
+    return Path(folder)
+
+
+class _Package:
+    """The files of an exported folder, of the folder around a weights file, or of a zip file."""
+
+    def __init__(self, path: Path):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        self.path, self.weights = path, ""
+        self._folder = path
+        self._archive: zipfile.ZipFile | None = None
+        if path.is_dir():
+            return
+        if path.suffix != ".zip":
+            self._folder, self.weights = path.parent, path.name
+            return
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except Exception as error:  # of many kinds on damaged bytes
+            raise ValueError(f"{path} is a damaged zip file ({error}); copy it again") from None
+        tops = {
+            name.removesuffix("manifest.json")
+            for name in self._archive.namelist()
+            if name.rpartition("/")[2] == "manifest.json" and name.count("/") < 2
+        }
+        self._top = min(tops, key=len, default="")
+
+    def has(self, name: str) -> bool:
+        if self._archive is None:
+            return (self._folder / name).is_file()
+        return self._top + name in self._archive.namelist()
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A file's bytes; nothing of a file that is larger than the limit."""
+        if self._archive is None:
+            file = self._folder / name
+            return file.read_bytes() if file.stat().st_size <= limit else b""
+        member = self._archive.getinfo(self._top + name)
+        return _read_member(self._archive, member, -1) if member.file_size <= limit else b""
+
+
+def _manifest_of(package: _Package) -> dict[str, Any]:
+    """Contents of a folder's manifest.
 
     Raises:
-        ValueError: they do not name files with their SHA-256.
+        FileNotFoundError: there is none.
+        ValueError: it does not name files with their SHA-256.
     """
+    if not package.has("manifest.json"):
+        raise FileNotFoundError(
+            f"{package.path} has no manifest.json; give a folder that ctssl_jax.export wrote, or a "
+            "zip file of it"
+        )
     try:
-        content = path.read_bytes() if path.stat().st_size <= _MANIFEST_BYTES else b""
-        manifest = json.loads(content)
+        manifest = json.loads(package.read("manifest.json", _MANIFEST_BYTES))
     except (ValueError, RecursionError):
         manifest = None
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(
         isinstance(file, dict) and "sha256" in file for file in files.values()
     ):
-        raise ValueError(f"{path} is no manifest of ctssl_jax.export; copy the whole folder again")
+        raise ValueError(
+            f"{package.path}: manifest.json is no manifest of ctssl_jax.export; copy the whole "
+            "folder again"
+        )
     return manifest
 
 
@@ -824,26 +898,36 @@ def _check_settings(settings: dict[str, Any], weights: dict[str, Tensor]) -> Non
             raise TypeError(f"{name} is larger than they are")
 
 
-def _weights_in(folder: Path) -> Path:
-    names = ["weights.pt", "weights.safetensors"]
+def _weights_in(package: _Package) -> str:
+    names = ["weights.pt", "model.safetensors", "weights.safetensors"]
     if importlib.util.find_spec("safetensors"):
         names.reverse()
     for name in names:
-        if (folder / name).is_file():
-            return folder / name
+        if package.has(name):
+            return name
     raise FileNotFoundError(
-        f"{folder} contains neither weights.safetensors nor weights.pt; copy the whole folder again"
+        f"{package.path} contains none of {', '.join(names)}; copy the whole folder again"
     )
 
 
-def _read_weights(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    if path.name not in manifest["files"]:
+def _newer_name(name: str) -> str:
+    """timm's name of an SE-ResNeXt's entry, from that of its older network."""
+    name = re.sub(r"^layer0\.", "", name.replace(".se_module.", ".se."))
+    return re.sub(r"^last_linear\.", "fc.", name)
+
+
+def _read_weights(package: _Package, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    name = package.weights or _weights_in(package)
+    path = package.path if package.weights else package.path / name
+    if name not in manifest["files"]:
         raise ValueError(
             f"{path} is not in its manifest; give one of {', '.join(manifest['files'])}"
         )
-    content = path.read_bytes()
+    facts = manifest["files"][name]
+    limit = facts.get("bytes", sys.maxsize)
+    content = package.read(name, limit if isinstance(limit, int) else sys.maxsize)
     damaged = f"{path} does not hold weights; copy the whole folder again"
-    if hashlib.sha256(content).hexdigest() != manifest["files"][path.name]["sha256"]:
+    if hashlib.sha256(content).hexdigest() != facts["sha256"]:
         raise ValueError(
             f"{path} is damaged or not the file that manifest.json describes (SHA-256 differs); "
             "copy the whole folder again"
@@ -1747,8 +1831,9 @@ def verify(path: str | Path) -> dict[str, float]:
         value; for `codes` the share that differs.
     """
     model = load(path)
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    stored = np.load(folder / "test_input.npz")
+    package = _Package(_fetched(path))
+    size = model.manifest["files"].get("test_input.npz", {}).get("bytes", sys.maxsize)
+    stored = np.load(io.BytesIO(package.read("test_input.npz", size)))
     output = model(torch.from_numpy(stored["images"]))
     differences = {}
     for name in stored.files:

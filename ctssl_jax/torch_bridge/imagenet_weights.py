@@ -3,7 +3,6 @@ timm's (`seresnext50_32x4d`, see `names`), or the older layout of the challenge'
 differs in a few words.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ import numpy as np
 
 from ctssl_jax.ops.trees import flatten, unflatten
 from ctssl_jax.torch_bridge.manifests import facts_of
-from ctssl_jax.torch_bridge.names import from_state_dict
+from ctssl_jax.torch_bridge.names import from_state_dict, newer_se_resnext_name
 from ctssl_jax.torch_bridge.weight_files import read_tensors
 from data_prep.system.errors import InputError
 
 # ImageNet weights that were published under the first eight digits of their SHA-256: timm's own,
 # Gluon's and the older network's, as timm lists them, and the older network's first release.
 PUBLISHED = ("a304a460", "90cf2d6e", "f3651bad", "a260b3a4")
-_OLDER_LAYOUT = ((r"^layer0\.", ""), (r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
 
 
 def read_file(path: str | Path) -> dict[str, np.ndarray]:
@@ -40,7 +38,7 @@ def pooling_of(path: str | Path) -> str:
     facts = facts_of(Path(path), "config.init_weights")
     if facts is not None:
         return facts["model"].get("pooling", "legacy")
-    older = any(name != _newer_name(name) for name in read_file(path))
+    older = any(name != newer_se_resnext_name(name) for name in read_file(path))
     return "legacy" if older else "timm"
 
 
@@ -73,7 +71,7 @@ def load_state_dict(
         if name.startswith(("params/", "variables/"))
         and (head or name.split("/")[1] != "classification")
     }
-    entries = {_newer_name(name): value for name, value in tensors.items()}
+    entries = {newer_se_resnext_name(name): value for name, value in tensors.items()}
     if not head:
         entries = {name: value for name, value in entries.items() if not name.startswith("fc.")}
     shapes = {name: tuple(template[flat].shape) for name, flat in model.items()}
@@ -102,9 +100,3 @@ def load_into(state: Any, path: str | Path, *, head: bool = False) -> Any:
     loaded = load_state_dict(read_file(path), leaves, head=head, path=path)
     moved = {name: jax.device_put(value, leaves[name].sharding) for name, value in loaded.items()}
     return unflatten(state, leaves | moved)
-
-
-def _newer_name(name: str) -> str:
-    for pattern, replacement in _OLDER_LAYOUT:
-        name = re.sub(pattern, replacement, name)
-    return name

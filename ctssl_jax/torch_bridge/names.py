@@ -46,6 +46,8 @@ _RESBLOCK = {
     "encoder": {"conv3": "0", "norm": "2", "conv1": "4"},
     "decoder": {"conv3": "0", "norm": "1", "conv1": "3"},
 }
+# Names of the older SE-ResNeXt (timm's `legacy_seresnext50_32x4d`) -> timm's newer ones.
+_OLDER_SE_RESNEXT = ((r"^layer0\.", ""), (r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
 # State of training without a name in PyTorch's layout: how a codebook follows the latents.
 _TRAINING_ONLY = re.compile(r"quantizer/(counts|sums|steps|initialised)")
 
@@ -59,6 +61,20 @@ def architecture_settings(settings: Any) -> dict[str, Any]:
         for field in dataclasses.fields(settings)
         if field.name not in _NOT_ARCHITECTURE and not field.name.startswith("vq_")
     }
+
+
+def newer_se_resnext_name(name: str) -> str:
+    """timm's name of an SE-ResNeXt's tensor, from the older layout's; others as they are."""
+    for pattern, replacement in _OLDER_SE_RESNEXT:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def older_se_resnext_name(name: str) -> str:
+    """The older layout's name of a tensor, from timm's (`seresnext50_32x4d`)."""
+    if name.startswith(("conv1.", "bn1.")):
+        return f"layer0.{name}"
+    return re.sub(r"^fc\.", "last_linear.", name).replace(".se.", ".se_module.")
 
 
 def is_exported(name: str) -> bool:

@@ -109,7 +109,9 @@ FIELDS = {
     ),
     # ---- weights of another run
     "init_from": Field(
-        str, 'run directory that the weights come from; "" starts from random weights'
+        str,
+        "run directory (or export: folder, zip, hf-hub:ORG/NAME) that the weights come from; "
+        '"" starts from random weights',
     ),
     "init_scope": Field(
         str,

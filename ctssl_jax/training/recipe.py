@@ -137,13 +137,18 @@ def check_dataset(
             f"{config.model.in_channels}; set it to {len(channels)}, or choose one window by "
             "--config.windows"
         )
+    check_splits(config.dataset, preparation, splits)
+    return channels
+
+
+def check_splits(dataset: str, preparation: dict, splits: Sequence[str]) -> None:
+    """Raises InputError if a split has no slices."""
     for split in splits:
         if not preparation["splits"].get(split, {}).get("num_slices"):
             raise InputError(
-                f"the dataset {config.dataset} has no {split} slices; prepare it again with "
-                f"--splits that give {split} a share (that takes three patients or more)"
+                f"the dataset {dataset} has no {split} slices; prepare it again with --splits that "
+                f"give {split} a share (every split takes a patient or more)"
             )
-    return channels
 
 
 def with_whole_path(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -326,13 +326,14 @@ def notes_on_rules(trained_on: Mapping[str, Any], read: Mapping[str, Any] | None
     """For the user of a model: its data were read by other versions of the rules than its input.
 
     Args:
-        trained_on: preparation.json of the model's data.
+        trained_on: preparation.json of the model's data; of imported weights it may name no
+            version, which leaves nothing to say.
         read: preparation.json of the dataset that it is applied to; None: scans, read by this
             program.
     """
     learned = set(rules_of(trained_on, 0))
     of_input = set(rules_of(read, 0)) if read else {str(VERSION)}
-    if learned == of_input:
+    if not learned or learned == of_input:
         return []
     versions = [" and ".join(sorted(numbers, key=int)) for numbers in (learned, of_input)]
     oldest = min(map(int, learned | of_input))

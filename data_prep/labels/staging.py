@@ -330,7 +330,8 @@ def match(labels: Labels, headers: Iterable[Header]) -> dict[str, Any]:
             if lost == total:
                 raise InputError(
                     f"--attributes_csv={sources.attributes_csv}: none of its {total} patients is "
-                    "in this archive; PatientID must be written as in the scans"
+                    "in this archive; PatientID must be written as in the scans, and for NIfTI "
+                    "files as in --metadata_csv"
                 )
             counts["attribute_rows_without_match"] = lost
         if sources.archive == "lidc_idri":

@@ -31,9 +31,9 @@ def check_numbers(
         )
         raise InputError(
             f"{num_patients} patient{'s' * (num_patients != 1)} with a usable scan{shared} cannot "
-            f"fill the splits {', '.join(wanted)}; give --splits=1,0,0 for a dataset to describe "
-            f"and embed, or scans of {len(wanted)} patients or more: a training takes one patient "
-            "or more for training, validation and test each"
+            f"fill the splits {', '.join(wanted)}; give scans of {len(wanted)} patients or more. "
+            "Two patients can be trained on without a test (--splits=0.5,0.5,0), one can be "
+            "described and embedded (--splits=1,0,0)"
         )
     if 2 * holdout_volumes > num_volumes:
         raise InputError(

@@ -236,6 +236,7 @@ def draw(study: Study, models: Sequence[Model]) -> str:
     complete = [result for result in by_name.values() if result]
     if not complete:
         raise InputError(f"--workdir={study.workdir} holds no results of figure6 yet; run it first")
+    study.workdir.mkdir(parents=True, exist_ok=True)
     rows = rows_of(models, by_name)
     caption = caption_of(complete, rows, len(by_name))
     text = f"# Patient attributes\n\n{caption}\n\n{markdown(rows)}"

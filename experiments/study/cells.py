@@ -1,5 +1,8 @@
 """Cells: the parts of a study that can run on a machine of their own."""
 
+import ast
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +23,13 @@ class Recipe(NamedTuple):
     def config(self) -> ml_collections.ConfigDict:
         """The configuration of a training in this process; its fields have the recipe's types."""
         config = load_recipe(self.name, self.size)
-        texts = {name: str(value) for name, value in self.fields.items() if isinstance(value, Path)}
-        config.update_from_flattened_dict(self.fields | texts)
+        values = {name: str(v) if isinstance(v, Path) else v for name, v in self.fields.items()}
+        for name, value in values.items():  # an override of the command line is text
+            *nodes, last = name.split(".")
+            own = functools.reduce(lambda node, part: node[part], nodes, config)[last]
+            if isinstance(value, str) and not isinstance(own, str):
+                values[name] = ast.literal_eval(value)
+        config.update_from_flattened_dict(values)
         return config.lock()
 
 
@@ -56,15 +64,43 @@ class Cell(NamedTuple):
     """One part of a study that can run on a machine of its own.
 
     name: unique within the study.
-    after: names of the cells that must be complete before.
+    after: names of the cells whose output the stages read.
     stages: run one after the other.
-    result: the results JSON that the last stage writes.
+    result: the results JSON that the last stage writes, in the study's folder.
+    kept: the small JSON made of it (`kept.keep`), which outlives that folder; None: none is made.
     """
 
     name: str
     after: tuple[str, ...]
     stages: tuple[Stage, ...]
     result: Path
+    kept: Path | None = None
+
+    def is_complete(self) -> bool:
+        """Whether its result is there, be it without the weights."""
+        return self.result.exists() or (self.kept is not None and self.kept.exists())
+
+
+def keeping(cells: Sequence[Cell], folder: Path | None) -> list[Cell]:
+    """The cells, each with `FOLDER/NAME.json` as the result that is kept (None: nothing is); data
+    are not kept."""
+    if folder is None:
+        return list(cells)
+    return [
+        cell if cell.name.startswith("data_") else cell._replace(kept=folder / f"{cell.name}.json")
+        for cell in cells
+    ]
+
+
+def of_fold(cells: Sequence[Cell], fold: int) -> list[Cell]:
+    """The cells of a study of one fold, with names that are unique among all folds."""
+    return [
+        cell._replace(
+            name=f"fold_{fold}/{cell.name}",
+            after=tuple(f"fold_{fold}/{name}" for name in cell.after),
+        )
+        for cell in cells
+    ]
 
 
 def train_cell(
@@ -100,6 +136,9 @@ class Settings(NamedTuple):
     seed: of weights and data order.
     overrides: `FIELD=VALUE` of every recipe, e.g. `dtype=bfloat16`.
     split: that is evaluated.
+    folds: `dataset` holds so many folds of the same patients (`ctssl merge --folds`); 0: it is one
+      dataset.
+    kept: folder of the small results; None: none are kept.
     """
 
     dataset: Path
@@ -109,6 +148,15 @@ class Settings(NamedTuple):
     seed: int
     overrides: tuple[str, ...]
     split: str
+    folds: int = 0
+    kept: Path | None = None
+
+    def fold(self, number: int) -> "Settings":
+        """The settings of one fold, a study of one dataset."""
+        name = f"fold_{number}"
+        return self._replace(
+            dataset=self.dataset / name, workdir=self.workdir / name, folds=0, kept=None
+        )
 
     def steps(self, recipe: str) -> int:
         """Training steps of a recipe, `config.num_steps`."""
@@ -135,6 +183,18 @@ class Settings(NamedTuple):
         evaluation = {"dataset": self.dataset, "split": self.split, "baselines": True}
         trained = Recipe(recipe, self.size, fields)
         return train_cell(name, trained, self.workdir, evaluation, (after,) if after else ())
+
+    def study(self, cells_of: Callable[["Settings"], Sequence[Cell]]) -> list[Cell]:
+        """The cells of all folds (of the one dataset without folds), with the results that are
+        kept.
+
+        Args:
+          cells_of: settings of one dataset -> its cells.
+        """
+        if not self.folds:
+            return keeping(cells_of(self._replace(kept=None)), self.kept)
+        of_folds = [of_fold(cells_of(self.fold(k)), k) for k in range(self.folds)]
+        return keeping([cell for cells in of_folds for cell in cells], self.kept)
 
 
 def mask_name(fraction: float) -> str:

@@ -1,8 +1,7 @@
 """Scores against the size of the training set: rows, comparisons with random weights, figures.
 
-Everything follows from the results of the study: RESULT.json of each cell, and beside it
-RESULT.predictions.npz, the probabilities of each slice with the pseudonym of its patient. They are
-needed to compare arms in pairs.
+Everything follows from the kept results of the cells (`kept`), which hold what the model said of
+each slice, with the number of its patient: needed to compare arms in pairs.
 """
 
 import itertools
@@ -19,7 +18,7 @@ from absl import flags
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 
-from . import downstream, results, runner
+from . import downstream, kept, results, runner
 from .cells import Cell
 from .downstream import TITLES, Point, Study
 
@@ -185,19 +184,19 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
     ):
         pairs = [
             (
-                cells[Point(arm, fraction, seed, steps)].result,
-                cells[Point(REFERENCE, fraction, seed, steps)].result,
+                cells[Point(arm, fraction, seed, steps)],
+                cells[Point(REFERENCE, fraction, seed, steps)],
             )
             for seed in sorted({point.seed for point in cells})
             if arm != REFERENCE and Point(REFERENCE, fraction, seed, steps) in cells
         ]
-        pairs = [pair for pair in pairs if all(result.exists() for result in pair)]
+        pairs = [pair for pair in pairs if all(cell.is_complete() for cell in pair)]
         if pairs:
             pairs_of_rows[arm, fraction, steps] = pairs
     rows, num_draws = [], comparisons.draws_of_family(len(pairs_of_rows))
     for (arm, fraction, steps), pairs in pairs_of_rows.items():
         ours, reference = (
-            [predictions.read(path) for path in side] for side in zip(*pairs, strict=True)
+            [kept.predictions_of(cell) for cell in side] for side in zip(*pairs, strict=True)
         )
         comparison = comparisons.paired_comparison(ours, reference, metric, num_resamples=num_draws)
         of_seeds = [
@@ -392,6 +391,7 @@ def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:
         raise InputError(
             f"--workdir={study.workdir} holds no results of {figure.name} yet; run it first"
         )
+    study.workdir.mkdir(parents=True, exist_ok=True)
     panels = figure.panels_of(study)
     rows = curve_rows(
         of_points, list(dict.fromkeys([*(panel.metric for panel in panels), *figure.more]))

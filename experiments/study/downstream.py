@@ -22,7 +22,7 @@ from data_prep.system import stores
 from data_prep.system.errors import InputError
 
 from . import runner
-from .cells import Cell, Recipe, Stage, train_cell
+from .cells import Cell, Recipe, Stage, keeping, train_cell
 
 TITLES = {
     "random": "random weights",
@@ -120,6 +120,7 @@ class Study(NamedTuple):
     workdir: folder of all studies.
     dataset: the downstream dataset.
     pretrained: arm -> run directory, for the arms of `--pretrained`.
+    kept: folder of the small results; None: none are kept.
     """
 
     preset: str
@@ -127,6 +128,7 @@ class Study(NamedTuple):
     workdir: Path
     dataset: Path
     pretrained: dict[str, Path]
+    kept: Path | None = None
 
     def run_of(self, arm: str) -> Path:
         """Run directory of the weights that an arm starts from."""
@@ -269,9 +271,9 @@ def grid_cells(
         for seed in study.sizes.seeds
         for arm in arms
     ]
-    grid = {point: downstream_cell(study, kind, point) for point in points}
-    data = data_cells(study, ("pretraining", kind))
-    return [*data, *pretraining_cells(study, arms), *grid.values()], grid
+    cells = keeping([downstream_cell(study, kind, point) for point in points], study.kept)
+    before = [*data_cells(study, ("pretraining", kind)), *pretraining_cells(study, arms)]
+    return [*keeping(before, study.kept), *cells], dict(zip(points, cells, strict=True))
 
 
 def downstream_cell(study: Study, kind: str, point: Point) -> Cell:
@@ -291,6 +293,7 @@ def define_flags(arms: Sequence[str]) -> None:
     """Flags that all downstream studies share; only where a study is the program."""
     flags.DEFINE_enum("preset", "phantom", list(PRESETS), "Size of the study, and whose data.")
     flags.DEFINE_string("workdir", None, "Folder of the studies: data, runs, results, figures.")
+    runner.define_results_flag()
     flags.DEFINE_string("dataset", None, "Downstream dataset directory (--preset=paper).")
     flags.DEFINE_multi_string(
         "pretrained", [], "NAME=RUN: weights of an arm; NAME is one of --arms or a new one."
@@ -350,7 +353,8 @@ def study_of_flags(verb: str, kind: str) -> Study:
         dataset = runner.local_dataset(flag.dataset or "")
     else:
         raise InputError("give --dataset=DIR, made by data_prep.prepare")
-    return Study(flag.preset, sizes, workdir, dataset, pretrained)
+    kept = runner.results_folder(workdir)
+    return Study(flag.preset, sizes, workdir, dataset, pretrained, kept)
 
 
 def act(
@@ -378,8 +382,9 @@ def act(
         for name in ("fractions", "seeds", *lists)
         if flag[name].value
     ]
+    options += [f"--results={study.kept}"] if flag.results else []
     if verb == "plan":
-        runner.plan(cells, module, options)
+        runner.plan(cells, module, options, study.workdir)
     else:
         runner.record_settings(study.workdir, {"preset": study.preset})
         if study.sizes.archives:

@@ -98,17 +98,20 @@ def report_html(
     times = ", ".join(f"{stage} {duration:.0f} s" for stage, duration in seconds.items())
     codebook = result["codebook"]
     titles = "".join(f"<th>{title}</th>" for title in NAMES.values())
+    volumes_shown = "synthetic scans" if synthetic else "scans"
+    whose = "held-out" if result["split"] == "test" else "validation"
+    chosen = "" if result["split"] == "test" else " They chose its checkpoint: this is no test."
     described = (
-        "held-out slices: masked input, target, prediction and difference; the error inside the "
+        f"{whose} slices: masked input, target, prediction and difference; the error inside the "
         f"mask is {compared(factors['mean_image'])} the mean training slice's"
     )
-    volumes_shown = "synthetic scans" if synthetic else "scans"
     body = f"""<h1>Masked region prediction on chest CT</h1>
 {banner}
 <p>A vector-quantized autoencoder saw slices with one square of {100 * mask["fraction"]:g} % of
-the area blacked out and learned to fill it in. Below: {volumes} scan(s) of {patients} held-out
-patient(s), {result["num_slices"]} slices, that it never saw in training. Not for clinical use.</p>
-<h2>Held-out reconstructions</h2>
+the area blacked out and learned to fill it in. Below: {volumes} scan(s) of {patients} {whose}
+patient(s), {result["num_slices"]} slices, that it never saw in training.{chosen}
+Not for clinical use.</p>
+<h2>{whose.capitalize()} reconstructions</h2>
 {picture(strip, described, on_white=True)}
 <h2>Scores</h2>
 <div class=wide><table><tr><th></th>{titles}</tr>{scores}</table></div>

@@ -44,7 +44,9 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_result(cell: Cell) -> dict | None:
-    """The results of a cell, or None while it is missing."""
+    """The results of a cell, kept ones first; None while it is missing."""
+    if cell.kept is not None and cell.kept.exists():
+        return read_json(cell.kept)
     return read_json(cell.result) if cell.result.exists() else None
 
 
@@ -93,7 +95,9 @@ def caption(results: Sequence[dict]) -> str:
     return "".join([*parts, different_datasets(results)])
 
 
-def seconds(workdir: Path) -> dict[str, float]:
-    """Cell -> seconds of its last run."""
-    paths = sorted((workdir / "seconds").glob("*"))
-    return {path.name: float(path.read_text()) for path in paths if path.suffix != ".tmp"}
+def seconds_of(cell: Cell, workdir: Path) -> float | None:
+    """Seconds of the last run of a cell, measured; None while it is missing or not known."""
+    if cell.kept is not None and cell.kept.exists():
+        return read_json(cell.kept)["seconds"]
+    path = workdir / "seconds" / cell.name.replace("/", "-")
+    return float(path.read_text()) if path.exists() else None

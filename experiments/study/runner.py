@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,12 +23,23 @@ from data_prep.system import command_line, stores
 from data_prep.system.errors import InputError, RunFailed, StartAgain
 from data_prep.system.files import read_json, write_text
 
+from . import kept, results
 from .cells import Cell, Settings, Stage
 
 VERBS = ("plan", "run", "draw")
-STUDIES = ("table1", "table2", "chain", "figure3", "figure4", "figure5", "figure_s1", "figure6")
+STUDIES = (
+    "table1",
+    "table2",
+    "chain",
+    "recipe_choices",
+    "figure3",
+    "figure4",
+    "figure5",
+    "figure_s1",
+    "figure6",
+)
 # commands that `run_stage_here` can run
-HERE = ("ctssl_jax.train", "ctssl_jax.evaluate", "ctssl_jax.attributes")
+HERE = ("ctssl_jax.train", "ctssl_jax.evaluate", "ctssl_jax.attributes", "ctssl_jax.probe")
 SETTINGS = "study.json"
 # fields of a recipe that a study sets
 FIXED_FIELDS = (
@@ -56,6 +68,11 @@ def verb_of(argv: Sequence[str], module: str) -> str:
     return argv[1]
 
 
+def typed(module: str, *arguments: str) -> str:
+    """The command line that runs a door, as one types it."""
+    return shlex.join(["ctssl", module.rpartition(".")[2], *arguments])
+
+
 def run_stage(title: str, module: str, *arguments: str) -> float:
     """Run `python -m module` in a process of its own; returns its seconds.
 
@@ -67,7 +84,7 @@ def run_stage(title: str, module: str, *arguments: str) -> float:
       RunFailed: it failed otherwise.
     """
     command = [sys.executable, "-m", module, *arguments]
-    print(f"\n== {title}\n$ python {shlex.join(command[1:])}", flush=True)
+    print(f"\n== {title}\n$ {typed(module, *arguments)}", flush=True)
     paths = os.pathsep.join(
         [str(Path(ctssl_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     )
@@ -111,11 +128,10 @@ def run_stage_here(stage: Stage) -> float:
     import jax
 
     from ctssl_jax.evaluation import measure
-    from ctssl_jax.probes import attribute_probe
+    from ctssl_jax.probes import attribute_probe, probing
     from ctssl_jax.training import loop
 
-    command = shlex.join(["python", "-m", stage.module, *stage.arguments()])
-    print(f"\n== {stage.title}\n$ {command}", flush=True)
+    print(f"\n== {stage.title}\n$ {typed(stage.module, *stage.arguments())}", flush=True)
     started = time.monotonic()
     if stage.module == "ctssl_jax.train":
         if not loop.train(stage.recipe.config(), **stage.options):
@@ -123,6 +139,8 @@ def run_stage_here(stage: Stage) -> float:
     elif stage.module == "ctssl_jax.evaluate":
         result = measure.evaluate(**{"dataset": None, "split": "test"} | stage.options)
         print(measure.table(result), flush=True)
+    elif stage.module == "ctssl_jax.probe":
+        print(probing.table(probing.probe(**stage.options)), flush=True)
     else:
         names = stage.options["attributes"].split(",")
         options = {name: value for name, value in stage.options.items() if name != "attributes"}
@@ -148,25 +166,73 @@ def suggest_after(verb: str, module: str, options: Sequence[str]) -> None:
         command_line.suggest(study, "run" if verb == "plan" else "draw", *options, aside=True)
 
 
-def plan(cells: Sequence[Cell], module: str, options: Sequence[str]) -> None:
-    """Print the cells: whether complete, the cells before them, and the command that runs each.
+def reckoned_hours(cells: Sequence[Cell], workdir: Path) -> tuple[float, float, int]:
+    """The hours of a study.
+
+    Returns:
+      hours that complete cells took (measured); hours that missing cells will take, by the seconds
+      a step of complete cells of the same recipe; and the number of missing cells for which no cell
+      of their recipe has been measured, which are not in the hours.
+    """
+    took = {cell.name: results.seconds_of(cell, workdir) for cell in cells if cell.is_complete()}
+    a_step: dict[str, list[float]] = {}
+    for cell in cells:
+        if seconds := took.get(cell.name):
+            a_step.setdefault(_kind(cell), []).append(seconds / _steps(cell))
+    ahead, unknown = 0.0, 0
+    for cell in cells:
+        if not cell.is_complete():
+            rates = a_step.get(_kind(cell))
+            unknown += not rates
+            ahead += _steps(cell) * statistics.median(rates) if rates else 0.0
+    return sum(seconds or 0.0 for seconds in took.values()) / 3600, ahead / 3600, unknown
+
+
+def _kind(cell: Cell) -> str:
+    """What decides how long a step of a cell takes."""
+    recipe = next((stage.recipe.name for stage in cell.stages if stage.recipe), "")
+    return recipe or (cell.stages[-1].module if cell.stages else cell.name)
+
+
+def _steps(cell: Cell) -> int:
+    """Training steps of a cell; 1 for a cell without a training or with the recipe's number."""
+    return sum(int(s.recipe.fields.get("num_steps", 1)) for s in cell.stages if s.recipe) or 1
+
+
+def plan(cells: Sequence[Cell], module: str, options: Sequence[str], workdir: Path) -> None:
+    """Print the cells: whether complete, the cells before them, and the command that runs each;
+    and the hours of all.
 
     Args:
       cells: of the study.
       module: whose `run` verb runs a cell.
       options: flags of the study.
+      workdir: the study's folder.
     """
+    data = _data(cells)
     for cell in cells:
-        state = "complete" if cell.result.exists() else "missing"
+        absent = "made when needed" if cell.name in data else "missing"
+        state = "complete" if cell.is_complete() else absent
         after = f" after {', '.join(cell.after)}" if cell.after else ""
         print(f"# {cell.name} [{state}]{after}")
-        print(f"python -m {module} run {shlex.join([*options, f'--cells={cell.name}'])}")
+        print(typed(module, "run", *options, f"--cells={cell.name}"))
+    cells = [cell for cell in cells if cell.name not in data]
+    took, ahead, unknown = reckoned_hours(cells, workdir)
+    missing = sum(not cell.is_complete() for cell in cells)
+    print(
+        f"# {len(cells) - missing} of {len(cells)} cells are complete and took {took:.2f} hours; "
+        f"the {missing} missing ones are reckoned at {ahead:.2f} hours by measured cells of their "
+        f"recipes" + (f", but for {unknown} of which none was measured yet" if unknown else "")
+    )
     sys.stdout.flush()
     suggest_after("plan", module, options)
 
 
 def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bool = False) -> None:
     """Run the chosen cells that are not complete (all, if none is named), in order.
+
+    The result of each is kept as soon as it is there. A cell whose result was kept is complete
+    without its weights; where a missing cell needs them, it is run again.
 
     Args:
       cells: of the study.
@@ -185,16 +251,22 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
             raise InputError(
                 f"--cells={name}: there is no such cell; choose from {', '.join(by_name)}"
             )
+    data = set() if chosen else _data(cells)
     missing = [
-        cell for cell in cells if (cell.name in chosen or not chosen) and not cell.result.exists()
+        cell
+        for cell in cells
+        if (cell.name in chosen or (not chosen and cell.name not in data))
+        and not cell.is_complete()
     ]
-    for number, cell in enumerate(missing, 1):
+    planned = _with_outputs(by_name, missing)
+    done: set[str] = set()
+    for number, cell in enumerate(planned, 1):
         for before in cell.after:
-            if not by_name[before].result.exists():
+            if before not in done and not by_name[before].result.exists():
                 raise InputError(
                     f"cell {cell.name} needs {before} first; run --cells={before},{cell.name}"
                 )
-        print(f"\n==== cell {number} of {len(missing)}: {cell.name}", flush=True)
+        print(f"\n==== cell {number} of {len(planned)}: {cell.name}", flush=True)
         seconds = sum(
             run_stage_here(stage)
             if here and stage.module in HERE
@@ -202,9 +274,37 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
             for stage in cell.stages
         )
         (workdir / "seconds").mkdir(exist_ok=True)  # a file a cell: cells may run at the same time
-        write_text(workdir / "seconds" / cell.name, f"{seconds:.1f}\n")
-    kept = len(cells) - len(missing)
-    print(f"\n{len(missing)} cell(s) run, {kept} were complete or not chosen", flush=True)
+        write_text(workdir / "seconds" / cell.name.replace("/", "-"), f"{seconds:.1f}\n")
+        done.add(cell.name)
+        if cell.kept is not None and cell.result.exists():
+            kept.keep(cell, seconds)
+    for cell in cells:  # also those that an earlier version of this program ran
+        if cell.kept is not None and cell.result.exists() and not cell.kept.exists():
+            kept.keep(cell, results.seconds_of(cell, workdir))
+    number = len(cells) - len(missing)
+    print(f"\n{len(planned)} cell(s) run, {number} were complete or not chosen", flush=True)
+
+
+def _data(cells: Sequence[Cell]) -> set[str]:
+    """Names of the cells that only make data, in a study that keeps its results."""
+    if all(cell.kept is None for cell in cells):
+        return set()
+    return {cell.name for cell in cells if cell.kept is None}
+
+
+def _with_outputs(by_name: dict[str, Cell], missing: Sequence[Cell]) -> list[Cell]:
+    """The missing cells, and before them the data that they need, and the complete cells whose
+    output they need and that was removed."""
+    wanted, data = {cell.name for cell in missing}, _data(list(by_name.values()))
+    for cell in reversed(by_name.values()):
+        if cell.name in wanted:
+            wanted |= {
+                name
+                for name in cell.after
+                if (by_name[name].is_complete() or name in data)
+                and not by_name[name].result.exists()
+            }
+    return [cell for cell in by_name.values() if cell.name in wanted]
 
 
 def record_settings(workdir: Path, content: dict[str, Any]) -> None:
@@ -214,7 +314,7 @@ def record_settings(workdir: Path, content: dict[str, Any]) -> None:
     stays.
 
     Args:
-      workdir: the study's folder, made if need be.
+      workdir: the study's folder, or that of its kept results; made if need be.
       content: settings that all cells share, without paths.
 
     Raises:
@@ -227,35 +327,72 @@ def record_settings(workdir: Path, content: dict[str, Any]) -> None:
         with tempfile.NamedTemporaryFile("w", dir=workdir, prefix=".study") as file:
             file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
             file.flush()
+            os.chmod(file.name, 0o644)
             with contextlib.suppress(FileExistsError):
                 os.link(file.name, path)
     except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror})") from None
+        raise InputError(f"{workdir} cannot be written ({error.strerror})") from None
     recorded_content = read_json(path)
     for name, value in content.items():
         if recorded_content.get(name) != value:
             raise InputError(
-                f"--workdir={workdir} holds a study with {name}={recorded_content.get(name)}, not "
-                f"{value}; use another one"
+                f"{workdir} holds a study with {name}={recorded_content.get(name)}, not {value}; "
+                "use another one"
             )
+
+
+def record(settings: Settings) -> None:
+    """Record the settings of a study of one dataset or its folds, in its folder and beside its kept
+    results.
+
+    Raises:
+      InputError: as `record_settings`.
+    """
+    for folder in (settings.workdir, settings.kept):
+        if folder is not None:
+            record_settings(folder, settings_content(settings))
+
+
+def act(verb: str, module: str, settings: Settings, cells: Sequence[Cell]) -> None:
+    """`plan` or `run` the cells of a study of one dataset or its folds.
+
+    Args:
+      verb: `plan` or `run`.
+      module: of the study, whose `run` verb runs a cell.
+      settings: of the study.
+      cells: of the study.
+    """
+    if verb == "plan":
+        plan(cells, module, options_of(settings), settings.workdir)
+        return
+    record(settings)
+    run(cells, flags.FLAGS.cells, settings.workdir, here=True)
+    suggest_after("run", module, [f"--workdir={settings.workdir}"])
 
 
 def settings_content(settings: Settings) -> dict[str, Any]:
     """The settings of a study of one dataset that `record_settings` keeps."""
-    fingerprint = Dataset.open(settings.dataset).fingerprint
-    content = {**settings._asdict(), "dataset_fingerprint": fingerprint}
-    return {name: value for name, value in content.items() if name not in ("dataset", "workdir")}
+    datasets = [settings.fold(number).dataset for number in range(settings.folds)]
+    fingerprints = [Dataset.open(path).fingerprint for path in datasets or [settings.dataset]]
+    content = {**settings._asdict(), "dataset_fingerprint": " ".join(fingerprints)}
+    if not settings.folds:
+        del content["folds"]
+    return {n: value for n, value in content.items() if n not in ("dataset", "workdir", "kept")}
 
 
 def recorded(settings: Settings) -> Settings:
     """The settings that the cells of the study were run with, for drawing; flags do not count.
 
     Raises:
-      InputError: the folder has no study.
+      InputError: neither the kept results nor the folder have a study.
     """
-    path = settings.workdir / SETTINGS
-    if not path.exists():
-        raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
+    paths = [folder / SETTINGS for folder in (settings.kept, settings.workdir) if folder]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise InputError(
+            f"--workdir={settings.workdir} holds no results yet; run the study first, or give "
+            "--results"
+        )
     content = read_json(path)
     del content["dataset_fingerprint"]
     return settings._replace(**content | {"overrides": tuple(content["overrides"])})
@@ -287,6 +424,7 @@ def define_flags() -> None:
     """Flags that all studies of one dataset share, only where a study is the program."""
     flags.DEFINE_string("dataset", None, "Dataset directory made by data_prep.prepare.")
     flags.DEFINE_string("workdir", None, "Folder of the study: runs, results, tables, figures.")
+    define_results_flag()
     flags.DEFINE_enum(
         "size",
         "small",
@@ -301,9 +439,35 @@ def define_flags() -> None:
         "override", [], "FIELD=VALUE of every recipe, e.g. dtype=bfloat16; repeatable."
     )
     flags.DEFINE_enum("split", "test", ["test", "validation"], "Split that is evaluated.")
+    flags.DEFINE_integer(
+        "folds",
+        0,
+        "--dataset holds so many folds, made by `ctssl merge --folds`: every patient is tested.",
+        lower_bound=0,
+    )
     flags.DEFINE_list(
         "cells", [], "Cells to run, separated by commas; by default all that are missing."
     )
+
+
+def define_results_flag() -> None:
+    """Only where a study is the program."""
+    flags.DEFINE_string(
+        "results",
+        None,
+        "Folder of the small results that are kept and that `draw` needs; by default WORKDIR/kept.",
+    )
+
+
+def results_folder(workdir: Path) -> Path:
+    """The folder of `--results`.
+
+    Raises:
+      InputError: for a URL.
+    """
+    if not flags.FLAGS.results:
+        return workdir / "kept"
+    return stores.local_path(flags.FLAGS.results, "--results", "choose a folder here").resolve()
 
 
 def local_dataset(dataset: str) -> Path:
@@ -347,7 +511,9 @@ def settings_of_flags(verb: str) -> Settings:
         seed=flags.FLAGS.seed,
         overrides=tuple(flags.FLAGS.override),
         split=flags.FLAGS.split,
+        folds=flags.FLAGS.folds,
     )
+    settings = settings._replace(kept=results_folder(settings.workdir))
     return recorded(settings) if verb == "draw" else settings
 
 
@@ -356,4 +522,7 @@ def options_of(settings: Settings) -> list[str]:
     options = [f"--dataset={settings.dataset}", f"--workdir={settings.workdir}"]
     options += [f"--size={settings.size}", f"--seed={settings.seed}", f"--split={settings.split}"]
     options += [f"--num_steps={settings.num_steps}"] if settings.num_steps else []
+    options += [f"--folds={settings.folds}"] if settings.folds else []
+    if settings.kept not in (None, settings.workdir / "kept"):
+        options.append(f"--results={settings.kept}")
     return [*options, *(f"--override={override}" for override in settings.overrides)]

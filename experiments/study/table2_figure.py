@@ -8,6 +8,7 @@ from typing import Any
 from ctssl_jax.runs import strips
 
 from .cells import FRACTIONS, mask_name
+from .paired import paired_volumes
 from .paper import TABLE2
 from .results import markdown, with_spread
 
@@ -45,7 +46,13 @@ CROSS = {  # columns of the cross table: metric of the probe -> title
         ("next_slice", "mse", "next-slice MSE"),
     )
     for probe in ("linear", "knn")
+} | {
+    "position/linear/r2": "place in the scan, R²",
+    "order/linear/auroc": "order of two slices, AUROC",
+    "neighbours/knn/recall": "neighbours found, kNN",
 }
+LABEL_FREE = ("position/linear/r2", "order/linear/auroc", "neighbours/knn/recall")
+CONTROL = "cross_untrained"
 COLUMNS = {"input": "Sample input", "prediction": "Predicted output", "difference": "Difference"}
 
 
@@ -61,7 +68,7 @@ def figure_rows(results: dict[str, dict | None]) -> list[dict[str, str | float |
             if (result and metric in result["metrics"]) or metric in TABLE2[name]
         ]
         for metric in metrics:
-            value = result["metrics"][metric] if result else {}
+            value = (result["metrics"] if result else {}).get(metric, {})
             low, high = value.get("ci95") or (None, None)
             paper_mean, paper_sd = TABLE2[name].get(metric, (None, None))
             rows.append(
@@ -113,10 +120,10 @@ def health_markdown(results: dict[str, dict | None]) -> str:
             if (score := result.get("checkpoint_score")) and score["value"] is not None:
                 row["checkpoint"] += f", {score['name']} {score['value']:.4g}"
             row["effective rank"] = (
-                f"{embedding['effective_rank']:.1f} of {embedding['embedding_dim']}"
+                f"{embedding['effective_rank']:.1f} of {embedding['embedding_dim']:.0f}"
             )
             row["codes used"] = (
-                f"{codebook['used_codes']} of {codebook['num_codes']}" if codebook else "-"
+                f"{codebook['used_codes']:.0f} of {codebook['num_codes']:.0f}" if codebook else "-"
             )
             row["perplexity"] = f"{codebook['perplexity']:.0f}" if codebook else "-"
             row["collapsed"] = "; ".join(result["warnings"]) or "no"
@@ -130,7 +137,7 @@ def cross_rows(results: dict[str, dict | None]) -> list[dict[str, str]]:
     for name, result in results.items():
         values = {
             title: with_spread(result["metrics"][metric]["mean"], result["metrics"][metric]["sd"])
-            if result
+            if result and metric in result["metrics"]
             else ""
             for metric, title in CROSS.items()
         }
@@ -144,10 +151,61 @@ def cross_values(results: dict[str, dict | None]) -> list[dict[str, Any]]:
     for name, result in results.items():
         row: dict[str, Any] = {"encoder": name.removeprefix("cross_")}
         for metric in CROSS:
-            value = result["metrics"][metric] if result else {"mean": None, "sd": None}
+            value = (result["metrics"] if result else {}).get(metric, {"mean": None, "sd": None})
             row |= {f"{metric}_mean": value["mean"], f"{metric}_sd": value["sd"]}
         rows.append(row)
     return rows
+
+
+def label_free_rows(results: dict[str, dict | None]) -> list[dict[str, Any]]:
+    """One row an encoder and label-free probe: the mean over volumes, and its difference from the
+    untrained encoder on the same volumes with a 95 % interval by patient and the smallest
+    difference that so many patients can show. Empty without volumes of the control."""
+    control = results.get(CONTROL)
+    if not control or "volumes" not in control:
+        return []
+    rows = []
+    for name, result in results.items():
+        for metric in LABEL_FREE:
+            value = (result or {}).get("metrics", {}).get(metric)
+            if value is None or metric not in control["metrics"]:
+                continue
+            low, high = value["ci95"] or (None, None)
+            row = {"encoder": name.removeprefix("cross_"), "metric": metric, "mean": value["mean"]}
+            row |= {"ci95_low": low, "ci95_high": high, "num_patients": value["num_patients"]}
+            row |= dict.fromkeys(("difference", "low", "high", "p", "detectable"))
+            if name != CONTROL:
+                row |= paired_volumes(result, control, metric)
+            rows.append(row)
+    return rows
+
+
+def label_free_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """`label_free_rows` as a table, a line an encoder and probe."""
+    lines = []
+    for row in rows:
+        bounds = (
+            "-" if row["ci95_low"] is None else f"{row['ci95_low']:.3f} to {row['ci95_high']:.3f}"
+        )
+        line = {
+            "encoder": TITLES[row["encoder"]],
+            "probe": CROSS[row["metric"]],
+            "mean over volumes": f"{row['mean']:.3f}",
+            "95 % interval by patient": bounds,
+            "minus untrained": "-",
+            "its 95 % interval": "-",
+            "smallest detectable": "-",
+        }
+        if row["difference"] is not None:
+            line["minus untrained"] = f"{row['difference']:+.3f}"
+            low, high = row["low"], row["high"]
+            line["its 95 % interval"] = f"{low:+.3f} to {high:+.3f}"
+            line["smallest detectable"] = f"{row['detectable']:.3f}"
+        lines.append(line)
+    return (
+        "## Label-free probes of held-out patients\n\nSmallest detectable: the difference that a "
+        "study of so many patients shows with 80 % power at the level of 5 %.\n\n" + markdown(lines)
+    )
 
 
 def save_picture(

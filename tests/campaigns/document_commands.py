@@ -29,7 +29,9 @@ NOT_HERE = {  # words of a block -> why
     "--topology": "needs libtpu: .ci/run has an environment for it",
     "nlst.txt": "a download of terabytes",
     "CT_RATE": "a gated data set",
+    "MY_NIFTI": "needs NIfTI scans: tests/data_prep/scan/test_nifti.py",
     "tcia-lidc": "the annotations of LIDC-IDRI: tests.campaigns.lidc_counts",
+    "--upload": "sends to a model hub: tests/ctssl_jax/release/test_hub.py has one",
     "ctssl figure": "half an hour and more: tests/experiments",
     "ctssl quickstart": "minutes: tests/experiments/test_quickstart.py",
 }
@@ -82,6 +84,7 @@ STEPS = {  # words of a block, in the order of running -> what runs before it
     "ctssl probe": "",
     "--workdir=NODULES_RUN --input": ONE_SCAN,
     "--format=torch": "ctssl evaluate --workdir=RUN --output=RESULT.json",
+    "--format=hub": "",
     "ctssl_torch.py FOLDER": "",
     "ctssl import_torch": "",
     "--coordinator_address": "rm -r RUN",

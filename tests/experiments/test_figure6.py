@@ -168,7 +168,7 @@ def test_plan_prints_commands_that_ask_for_the_same_cells(tmp_path):
     done = figure6_command("plan", *options)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[1] for line in lines[::2]] == [
+    assert [line.split()[1] for line in lines[:-1:2]] == [
         "data_pretraining",
         "data_attributes",
         "pretrain_rotation",
@@ -179,7 +179,7 @@ def test_plan_prints_commands_that_ask_for_the_same_cells(tmp_path):
         "probe_rotation_shuffled_s5_sex",
     ]
     assert lines[6] == "# probe_rotation_sex [missing] after data_attributes, pretrain_rotation"
-    asked_again = lines[7].removeprefix("python -m experiments.figure6 run ").split()
+    asked_again = lines[7].removeprefix("ctssl figure6 run ").split()
     assert sorted(asked_again) == sorted(
         ["--preset=phantom", *options, "--cells=probe_rotation_sex"]
     )

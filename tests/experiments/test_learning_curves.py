@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from ctssl_jax.evaluation import predictions
+from ctssl_jax.evaluation import comparisons, predictions
 from ctssl_jax.evaluation.predictions import Predictions
 from data_prep.system.errors import InputError
 from experiments import figure3
-from experiments.study import curves, downstream
+from experiments.study import curves, downstream, kept
+from experiments.study.cells import Cell
 from experiments.study.downstream import PRESETS, Point, Study
 from tests.helpers.training_runs import PROJECT
 
@@ -202,6 +203,42 @@ def test_figures_come_from_results_and_say_what_is_missing(study):
     for suffix in (".md", ".csv", ".png", ".svg"):
         assert (study.workdir / f"figure3{suffix}").stat().st_size > 0
     assert (study.workdir / "figure3_comparisons.csv").read_text().count("masked_10") == 1
+
+
+def test_kept_results_alone_give_the_same_numbers(study, tmp_path):
+    """The study's folder can go: the small files hold all that a figure needs, and no pseudonym."""
+    kept_study = study._replace(kept=tmp_path / "kept")
+    _, grid = downstream.grid_cells(kept_study, "pe", ["random", "masked_10"])
+    for point, cell in grid.items():
+        write_result(cell, 0.9 if point.arm == "random" else 0.52, point.seed)
+    figure = figure3.FIGURE._replace(more=())
+    before = curves.draw(kept_study, grid, figure)
+    for cell in grid.values():
+        kept.keep(cell, seconds=7.0)
+    for path in study.workdir.glob("results/*"):
+        path.unlink()
+    elsewhere = kept_study._replace(workdir=tmp_path / "elsewhere")
+    _, grid = downstream.grid_cells(elsewhere, "pe", ["random", "masked_10"])
+    assert curves.draw(elsewhere, grid, figure) == before
+    content = json.loads((tmp_path / "kept" / "pe_random_0.25_s0_5.json").read_text())
+    assert content["predictions"]["patient"][:5] == [0, 0, 0, 0, 1]
+    assert content["seconds"] == 7.0 and "/" not in json.dumps(content).replace("share/", "")
+    assert (tmp_path / "kept" / "pe_random_0.25_s0_5.json").stat().st_size < 4_000
+
+
+def test_masks_are_kept_where_there_is_one(tmp_path):
+    raw = Cell("nodules", (), (), tmp_path / "nodules.json", tmp_path / "kept" / "nodules.json")
+    counts = np.array([[3, 4, 5], [0, 2, 0], [2, 2, 8]], np.float32).T
+    found = Predictions(
+        np.array(["b", "b", "a"]), np.array(["v", "v", "w"]), np.arange(3), None, None, *counts
+    )
+    raw.result.write_text("{}")
+    predictions.write(raw.result, found)
+    expected = comparisons.statistic_of(found, "dice")(np.ones(3))
+    kept.keep(raw, None)
+    again = kept.predictions_of(raw)
+    assert again.patient_id.tolist() == ["p1", "p0"]
+    assert comparisons.statistic_of(again, "dice")(np.ones(2)) == pytest.approx(expected)
 
 
 def test_names_of_the_studies_archives_are_those_of_the_importers():

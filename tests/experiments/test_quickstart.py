@@ -106,6 +106,27 @@ def test_the_curve_s_legend_names_only_what_was_measured(monkeypatch):
     assert drawn[1].axes[0].lines[0].get_marker() == "x"  # a line of one point cannot be seen
 
 
+def test_one_patient_gives_a_dataset_and_says_where_it_ends(tmp_path):
+    """Without `--splits` that is refused; two patients can be validated on (below)."""
+    output = tmp_path / "out"
+    small = (f"--output_dir={output}", "--num_patients=1", "--num_slices=24")
+    refused = run(*small)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "3 splits take 3 patients or more" in refused.stderr
+    made = run(*small, "--splits=1,0,0")
+    assert made.returncode == 0, made.stderr
+    assert "--splits=1,0,0 ends here" in made.stdout and (output / "cohort/cohort.csv").exists()
+    assert not (output / "run").exists()
+    assert made.stdout.splitlines()[-1].endswith(f"describe --dataset={output / 'dataset'} --html")
+
+
+def test_the_report_of_validation_patients_is_called_no_test(finished):
+    result = json.loads((finished / "result.json").read_text())
+    page = quickstart_report.report_html({**result, "split": "validation"}, [], {}, b"", b"", b"")
+    assert "this is no test" in page and "held-out" not in page.lower()
+    assert "this is no test" not in (finished / "report.html").read_text()
+
+
 def test_the_report_is_one_page_for_narrow_and_wide_screens(finished):
     page = (finished / "report.html").read_text()
     assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page

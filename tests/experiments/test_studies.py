@@ -24,8 +24,8 @@ from ctssl_jax.runs.checkpoints import choose_step
 from ctssl_jax.training import loop, recipe_files
 from data_prep.system.errors import InputError, StartAgain
 from experiments import chain, figure6, table2
-from experiments.study import downstream, results, runner, table2_figure
-from experiments.study.cells import Cell, Settings, chain_cells
+from experiments.study import downstream, kept, results, runner, table2_figure
+from experiments.study.cells import Cell, Settings, chain_cells, keeping
 from experiments.study.downstream import PRESETS, Point, Study
 from experiments.study.paper import TABLE2
 from tests.helpers.training_runs import TINY, start
@@ -141,11 +141,14 @@ def test_plan_lists_a_command_for_every_cell(settings, capsys):
         cells,
         "experiments.table2",
         runner.options_of(settings._replace(overrides=("dtype=bfloat16",))),
+        settings.workdir,
     )
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * (8 + 10)
+    assert len(lines) == 2 * (8 + 10) + 1
+    assert lines[-1].startswith("# 1 of 18 cells are complete and took 0.00 hours; the 17 missing")
+    assert lines[-1].endswith("but for 17 of which none was measured yet")
     assert lines[0] == "# mask_05 [complete]" and lines[2] == "# mask_10 [missing] after mask_05"
-    assert lines[3].startswith("python -m experiments.table2 run --dataset=")
+    assert lines[3].startswith("ctssl table2 run --dataset=")
     assert lines[3].endswith("--num_steps=100 --override=dtype=bfloat16 --cells=mask_10")
     assert not (settings.workdir / "study.json").exists()
 
@@ -161,7 +164,89 @@ def test_run_does_what_is_missing_in_order(settings, stages_run):
     cells[2].result.unlink()
     runner.run(cells, [], settings.workdir)
     assert [stage[0] for stage in stages_run[8:]] == ["mask_20: train", "mask_20: evaluate"]
-    assert results.seconds(settings.workdir) == dict.fromkeys([cell.name for cell in cells], 3.0)
+    assert [results.seconds_of(cell, settings.workdir) for cell in cells] == 4 * [3.0]
+
+
+def test_kept_results_make_a_cell_complete_and_its_weights_come_again_when_needed(
+    settings, stages_run, capsys
+):
+    folder = settings.workdir / "kept"
+    cells = keeping(chain_cells(settings), folder)
+    runner.run(cells, ["mask_05", "mask_10"], settings.workdir)
+    assert sorted(path.name for path in folder.iterdir()) == ["mask_05.json", "mask_10.json"]
+    assert json.loads((folder / "mask_05.json").read_text())["seconds"] == 3.0
+    for cell in cells[:2]:
+        cell.result.unlink()
+    runner.plan(cells, "experiments.chain", [], settings.workdir)
+    printed = capsys.readouterr().out
+    assert printed.count("[complete]") == 2 and "2 of 4 cells are complete" in printed
+    assert "reckoned at 0.00 hours by measured cells" in printed and "but for" not in printed
+    before = len(stages_run)
+    runner.run(cells, ["mask_05"], settings.workdir)
+    assert len(stages_run) == before
+    runner.run(cells, ["mask_20"], settings.workdir)  # starts from mask_10, whose weights are gone
+    assert [stage[0] for stage in stages_run[before:]] == [
+        f"{name}: {do}"
+        for name in ("mask_05", "mask_10", "mask_20")
+        for do in ("train", "evaluate")
+    ]
+
+
+def test_hours_are_reckoned_by_cells_of_the_same_recipe(settings):
+    cells = keeping(table2.model_cells(settings), settings.workdir / "kept")
+    complete(cells[0])
+    kept.keep(cells[0], 7200.0)
+    took, ahead, unknown = runner.reckoned_hours(cells, settings.workdir)
+    assert (took, ahead, unknown) == (2.0, 6.0, 4)  # three masks more; four other recipes
+
+
+def test_folds_are_pooled_over_all_patients(settings, tmp_path):
+    folds = settings._replace(folds=2, kept=tmp_path / "kept")
+    cells = {cell.name: cell for cell in folds.study(table2.all_cells)}
+    assert len(cells) == 2 * 18 and cells["fold_1/mask_10"].after == ("fold_1/mask_05",)
+    assert f"--config.dataset={settings.dataset}/fold_1" in (
+        cells["fold_1/flip"].stages[0].arguments()
+    )
+    for number, name in enumerate(("fold_0/denoising", "fold_1/denoising", "fold_0/flip")):
+        complete(cells[name]._replace(name=name.removeprefix(f"fold_{name[5]}/")))
+        text = "volume_id,patient_id,num_slices,mse,ssim,cross_entropy,auroc\n"
+        for patient in range(3):
+            text += (
+                f"v{patient},secret{patient},9,0.{number}{patient},0.5,1.5,0.{number}{patient}\n"
+            )
+        cells[name].result.with_suffix(".csv").write_text(text)
+        kept.keep(cells[name], 60.0)
+        cells[name].result.with_suffix(".npz").unlink()
+    assert "secret" not in (tmp_path / "kept" / "fold_0" / "flip.json").read_text()
+    found = kept.results_of(folds, table2.all_cells)
+    value = found["denoising"]["metrics"]["mse"]
+    assert (value["num_volumes"], value["num_patients"]) == (6, 6)
+    assert value["mean"] == pytest.approx(np.mean([0.0, 0.01, 0.02, 0.1, 0.11, 0.12]))
+    text = table2.draw(folds)
+    assert "2 folds of patients" in text and "NOT ALL FOLDS ARE THERE of flip 1." in text
+    assert "3 minutes by the clock" in text
+    assert not (folds.workdir / "table2.png").exists()  # no pictures of the slices are kept
+
+
+def test_label_free_probes_are_compared_with_the_untrained_encoder(settings, tmp_path):
+    folds = settings._replace(folds=1, kept=tmp_path / "kept")
+    cells = {cell.name: cell for cell in folds.study(table2.all_cells)}
+    complete(cells["fold_0/flip"]._replace(name="flip"))
+    cells["fold_0/flip"].result.with_suffix(".csv").write_text(
+        "volume_id,patient_id,auroc\nv,s,1\n"
+    )
+    kept.keep(cells["fold_0/flip"], None)
+    for name, gain in (("cross_flip", 0.1), ("cross_untrained", 0.0)):
+        cell = cells[f"fold_0/{name}"]
+        complete(cell._replace(name=name))
+        text = "volume_id,patient_id,num_slices,position/linear/r2\n"
+        for patient in range(8):
+            text += f"v{patient},s{patient},9,{0.5 + gain + 0.001 * patient * gain}\n"
+        cell.result.with_suffix(".csv").write_text(text)
+        kept.keep(cell, 60.0)
+    table = table2.draw(folds)
+    (line,) = [line for line in table.splitlines() if line.startswith("| Flip") and "R²" in line]
+    assert "+0.100" in line and "| (untrained encoder) | place in the scan" in table
 
 
 def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_path):
@@ -227,7 +312,9 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
     )
     assert "stopped     at step" in output and "evaluate" not in output
     assert choose_step(settings.workdir / "runs" / "mask_05", "last") > 0
-    assert not (settings.workdir / "results").exists() and not results.seconds(settings.workdir)
+    assert (
+        not (settings.workdir / "results").exists() and not (settings.workdir / "seconds").exists()
+    )
 
 
 def test_overrides_of_what_the_study_sets_are_refused(settings):
@@ -318,7 +405,7 @@ def test_table_two_from_results_alone(settings):
     assert "(untrained encoder)" in text and "(pixels, no encoder)" in text
     with open(settings.workdir / "cross.csv", newline="") as file:
         cross = list(csv.DictReader(file))
-    assert len(cross) == 10 and len(cross[0]) == 1 + 2 * 12
+    assert len(cross) == 10 and len(cross[0]) == 1 + 2 * 15
     assert all(float(value) for name, value in cross[0].items() if name != "encoder" and value)
     assert Image.open(settings.workdir / "table2.png").size[0] > 800
     assert sorted(path.name for path in settings.workdir.iterdir()) == [
@@ -368,6 +455,13 @@ def test_a_training_in_this_process_has_the_configuration_of_its_command_line(se
         assert stage.recipe.config().to_json() == flag_values.config.to_json()
 
 
+def test_an_override_is_a_number_where_its_field_is_one(settings):
+    overrides = ("learning_rate=4e-3", "optimizer=adamw", "model.depth=2")
+    (first, *_) = chain_cells(settings._replace(overrides=overrides))
+    config = first.stages[0].recipe.config()
+    assert (config.learning_rate, config.optimizer, config.model.depth) == (4e-3, "adamw", 2)
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_stages_are_functions_in_this_process(settings, monkeypatch, capsys, finished):
     """They get the options of the command line, by the names of their parameters."""
@@ -405,4 +499,4 @@ def test_stages_are_functions_in_this_process(settings, monkeypatch, capsys, fin
         output=result / "probe_mine_age_sex.json",
     )
     assert capsys.readouterr().out.count("the table") == 2
-    assert list(results.seconds(settings.workdir)) == ["mine"]
+    assert results.seconds_of(cells[0], settings.workdir) is not None

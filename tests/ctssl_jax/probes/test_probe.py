@@ -43,6 +43,7 @@ NAMES = {
     for read in ("linear", "knn")
     for score in SCORES[target]
 }
+PLACES = {"position/linear/r2", "order/linear/auroc", "neighbours/knn/recall"}
 
 
 @pytest.fixture(scope="module")
@@ -277,11 +278,12 @@ def test_the_pixel_control_averages():
 def test_result_files(runs, results, tiny_dataset):
     for task, (output, content) in results.items():
         assert json.loads(output.read_text()) == content
-        assert set(content["metrics"]) == NAMES
+        assert set(content["metrics"]) == NAMES | PLACES
         for metric in content["metrics"].values():
             assert set(metric) == {"mean", "sd", "ci95", "num_volumes", "num_patients", "unit"}
             assert np.isfinite([metric["mean"], metric["sd"], *metric["ci95"]]).all()
             assert (metric["num_volumes"], metric["num_patients"]) == (2, 2)
+        assert content["metrics"]["position/linear/r2"]["mean"] <= 1
         assert {
             "kind": "probe", "task": task, "recipe": task, "encoder": "run", "synthetic": True,
             "split": "test",

@@ -95,6 +95,8 @@ def test_what_is_undefined_is_nan_and_stands_at_its_place():
     )
     for values in label_free_scores(train, together).values():
         np.testing.assert_array_equal(np.isnan(values), [False, True, False])
+    one = placed("a", informed)
+    assert np.isnan(position_r2(one, test)).all() and np.isnan(order_auroc(one, test)).all()
 
 
 def test_units_and_offsets_of_the_position_do_not_matter():

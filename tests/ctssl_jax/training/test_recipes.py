@@ -18,6 +18,7 @@ RESOLVED = json.loads((FOLDER / "resolved_recipes.json").read_text())
 CONFIGS = FOLDER.parents[2] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("[a-z]*.py"))
 ALL_SIZES = [f"{recipe}:{size}" for recipe in RECIPES for size in ("reference", "small")]
+VARIANTS = ["masked_region:paper", "masked_region:paper_small"]
 
 
 def recipe_of(name):
@@ -33,7 +34,7 @@ def fields_of(config, prefix=""):
             yield prefix + name, value
 
 
-@pytest.mark.parametrize("name", ALL_SIZES)
+@pytest.mark.parametrize("name", [*ALL_SIZES, *VARIANTS])
 def test_recipes_resolve_to_the_stored_values(name):
     """`resolved_recipes.json` was written before recipes were composed of blocks; 1 is not 1.0."""
     assert json.dumps(to_json(recipe_of(name)), sort_keys=True) == json.dumps(
@@ -42,7 +43,7 @@ def test_recipes_resolve_to_the_stored_values(name):
 
 
 def test_the_stored_values_are_of_these_recipes():
-    assert list(RESOLVED) == ALL_SIZES
+    assert list(RESOLVED) == [*ALL_SIZES, *VARIANTS]
 
 
 def test_an_unknown_size_is_refused():

@@ -555,7 +555,7 @@ def test_too_few_patients_are_refused_before_converting_with_the_remedy(tmp_path
     where = directories(tmp_path, tmp_path / "scans")
     with pytest.raises(
         InputError,
-        match=r"2 patients .* train, validation, test; give --splits=1,0,0",
+        match=r"2 patients .* train, validation, test; give .* 3 patients .*--splits=0.5,0.5,0\)",
     ):
         prepare(OPTIONS, where, num_workers=1, pseudonym_key_file=key_file)
     assert not list(where.notes_dir.glob("*"))

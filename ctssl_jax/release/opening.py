@@ -1,0 +1,138 @@
+"""Exported models by name: a folder, a zip file of it, or a hub's repository as a run directory.
+
+The weights are imported once, into the cache of this user, and the run directory there is used from
+then on.
+"""
+
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+from ctssl_jax.release.importing import WEIGHTS, import_weights
+from ctssl_jax.runs.reports import say
+from ctssl_jax.torch_bridge.manifests import read_manifest
+from data_prep.system.errors import InputError
+from data_prep.system.extras import require
+from data_prep.system.files import file_sha256
+from data_prep.system.stores import local_path
+
+HUB = "hf-hub:"
+# Of a repository only data is fetched: no code and no pickle.
+_MANIFEST = "manifest.json"
+_OF_A_REPOSITORY = (_MANIFEST, "model.safetensors")
+MANIFEST_BYTES = 16 << 20
+
+
+def as_run(name: str | os.PathLike, flag: str = "--workdir") -> str | os.PathLike:
+    """The run directory of an exported model; any other name as it is.
+
+    Args:
+      name: a run directory; a folder of `ctssl_jax.export`, or a zip file of it;
+        `hf-hub:ORG/NAME` or `hf-hub:ORG/NAME@REVISION`.
+      flag: the flag or field with which the user named it, for messages.
+
+    Raises:
+      InputError: a repository that cannot be fetched, a damaged folder or zip file, or weights that
+        are not those of the manifest.
+    """
+    text = os.fspath(name)
+    if text.startswith(HUB):
+        return _imported(_fetched(text, flag), text, flag)
+    if "://" in text:
+        return name
+    path = local_path(text, flag)
+    if path.suffix == ".zip" and path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            return _imported(_unpacked(path, Path(folder), flag), text, flag)
+    return _imported(path, text, flag) if (path / _MANIFEST).is_file() else name
+
+
+def _fetched(name: str, flag: str) -> Path:
+    """The local copy of a repository."""
+    require("huggingface_hub", f"{flag}={name}", "hub")
+    import huggingface_hub
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(_OF_A_REPOSITORY)
+        )
+    except Exception as error:  # of many kinds: no such repository or revision, no network
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(
+            f"{flag}={name} cannot be fetched ({type(error).__name__}: {reason}); check the name, "
+            "the revision, the network and, for a private repository, your token"
+        ) from None
+    if not (Path(folder) / _MANIFEST).is_file():
+        raise InputError(
+            f"{flag}={name} is not a model of ctssl_jax.export (no {_MANIFEST} in it); give "
+            "another repository"
+        )
+    return Path(folder)
+
+
+def _unpacked(path: Path, folder: Path, flag: str) -> Path:
+    """Manifest and weights of a zip file, in a folder."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            tops = [
+                name.removesuffix(_MANIFEST)
+                for name in archive.namelist()
+                if name.rpartition("/")[2] == _MANIFEST and name.count("/") < 2
+            ]
+            if not tops:
+                raise InputError(
+                    f"{flag}={path} has no {_MANIFEST}; give a zip file of a folder of "
+                    "ctssl_jax.export"
+                )
+            top = min(tops, key=len)
+            _unpack(archive, top, _MANIFEST, folder, MANIFEST_BYTES)
+            files = read_manifest(folder / _MANIFEST, f"{flag}={path}")["files"]
+            for name in WEIGHTS:
+                if name in files and top + name in archive.namelist():
+                    _unpack(archive, top, name, folder, files[name].get("bytes", 0))
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise InputError(f"{flag}={path} is a damaged zip file ({error}); copy it again") from None
+    return folder
+
+
+def _unpack(archive: zipfile.ZipFile, top: str, name: str, folder: Path, limit: int) -> None:
+    """One member, unless it is larger than it may be."""
+    if archive.getinfo(top + name).file_size <= limit:
+        with archive.open(top + name) as source, open(folder / name, "wb") as target:
+            shutil.copyfileobj(source, target)
+
+
+def _imported(folder: Path, name: str, flag: str) -> Path:
+    """The cached run directory of an exported folder."""
+    read_manifest(folder / _MANIFEST, f"{flag}={name}")
+    run = _cache() / file_sha256(folder / _MANIFEST)[:16]
+    if run.is_dir():
+        return run
+    unfinished = run.with_name(f".{run.name}.{os.getpid()}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        import_weights(folder, unfinished, None, [])
+        unfinished.rename(run)
+    except InputError as error:
+        raise InputError(str(error).replace(f"--checkpoint={folder}", f"{flag}={name}")) from None
+    except OSError as error:
+        if not run.is_dir():  # else another process was faster
+            raise InputError(
+                f"{flag}={name}: the imported weights cannot be written to {run.parent} "
+                f"({error.strerror}); set CTSSL_CACHE to another folder"
+            ) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    say(f"imported     {name}")
+    return run
+
+
+def _cache() -> Path:
+    """`$CTSSL_CACHE`, or the folder `ctssl_jax` of the user's cache; its `imported`."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("CTSSL_CACHE") or f"{home}/ctssl_jax").expanduser() / "imported"
