@@ -24,16 +24,7 @@ from data_prep.system import command_line
 
 from .study import curves, downstream, runner
 
-ARMS = (
-    "random",
-    "masked_05",
-    "masked_20",
-    "next_slice",
-    "denoising",
-    "rotation",
-    "flip",
-    "se_resnext",
-)
+ARMS = downstream.FIGURES["figure3"][1]
 SOTA = ("masked_", "se_resnext")
 FIGURE = curves.pe_figure(
     "figure3",

@@ -18,7 +18,7 @@ from data_prep.system import command_line
 
 from .study import curves, downstream, runner
 
-ARMS = ("random", *downstream.MASKED)
+ARMS = downstream.FIGURES["figure4"][1]
 FIGURE = curves.pe_figure(
     "figure4",
     "PE detection by size of the masked region",

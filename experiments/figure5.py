@@ -19,7 +19,7 @@ from data_prep.system import command_line
 
 from .study import curves, downstream, runner
 
-ARMS = ("random", "masked_20", "next_slice", "denoising", "rotation", "flip", "standard_unet")
+ARMS = downstream.FIGURES["figure5"][1]
 FIGURE = curves.nodule_figure("figure5", "Nodule segmentation by pretext")
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from data_prep.system import command_line
 
 from .study import curves, downstream, runner
 
-ARMS = ("random", *downstream.MASKED)
+ARMS = downstream.FIGURES["figure_s1"][1]
 FIGURE = curves.nodule_figure("figure_s1", "Nodule segmentation by size of the masked region")
 
 if __name__ == "__main__":

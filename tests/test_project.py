@@ -28,6 +28,7 @@ COMMANDS = (
     "experiments.figure5",
     "experiments.figure_s1",
     "experiments.figure6",
+    "experiments.confounds",
 )
 
 

@@ -23,6 +23,9 @@ from .cells import Cell
 from .downstream import TITLES, Point, Study
 
 REFERENCE = "random"
+# Told apart by the colour-blind (Okabe and Ito 2008, Color Universal Design), and by markers.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8F8A00")
+MARKERS = "osD^vPX<>*"
 
 
 class Panel(NamedTuple):
@@ -50,6 +53,7 @@ class Figure(NamedTuple):
     compared: metric that is compared with random weights.
     more: metrics of the tables that are not drawn.
     note: last sentence of the caption.
+    reference: arm that the others are compared with.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Figure(NamedTuple):
     compared: str
     more: tuple[str, ...]
     note: str = ""
+    reference: str = REFERENCE
 
     def panels_of(self, study: Study) -> list[Panel]:
         """The panels of a study: a panel for each number of steps, named if there are several."""
@@ -164,13 +169,34 @@ def interval_with_seeds(
     return [max(-1.0, mean - half), min(1.0, mean + half)]
 
 
-def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str, Any]]:
-    """Difference of the metric between each arm and random weights at each share, mean over seeds.
+def detectable_with_seeds(standard_error: float, of_seeds: Sequence[float]) -> float | None:
+    """The smallest difference that such a comparison shows with 80 % power, seeds included.
+
+    Args:
+      standard_error: of the mean over seeds, over the choice of patients.
+      of_seeds: the difference of each seed.
+
+    Returns:
+      `detectable_difference` of both variances; None with one seed.
+    """
+    from ctssl_jax.stats.bootstrap import detectable_difference
+
+    if len(of_seeds) < 2:
+        return None
+    variance = statistics.variance(of_seeds) / len(of_seeds)
+    return detectable_difference(math.sqrt(standard_error**2 + variance))
+
+
+def compare_with(
+    cells: dict[Point, Cell], metric: str, reference: str = REFERENCE
+) -> list[dict[str, Any]]:
+    """Difference of the metric between each arm and the reference at each share, mean over seeds.
 
     Intervals and p come from the paired bootstrap by test patient, with as many draws as the number
     of rows asks for; p is corrected by Holm over all rows. Where no row could be below 5 % after
     the correction, `p_holm` is None and `not_corrected` says why. `sd_over_seeds` is of the
-    difference, and `ci95_with_seeds` holds both sources, see `interval_with_seeds`.
+    difference, and `ci95_with_seeds` holds both sources, see `interval_with_seeds`; `detectable` is
+    the smallest difference that patients and seeds show with 80 % power.
     """
     # not at the top: they import JAX, and --help should be fast
     from ctssl_jax.evaluation import comparisons, predictions
@@ -185,10 +211,10 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
         pairs = [
             (
                 cells[Point(arm, fraction, seed, steps)],
-                cells[Point(REFERENCE, fraction, seed, steps)],
+                cells[Point(reference, fraction, seed, steps)],
             )
             for seed in sorted({point.seed for point in cells})
-            if arm != REFERENCE and Point(REFERENCE, fraction, seed, steps) in cells
+            if arm != reference and Point(reference, fraction, seed, steps) in cells
         ]
         pairs = [pair for pair in pairs if all(cell.is_complete() for cell in pair)]
         if pairs:
@@ -212,6 +238,7 @@ def compare_with_random(cells: dict[Point, Cell], metric: str) -> list[dict[str,
                 **comparison,
                 "sd_over_seeds": statistics.stdev(of_seeds) if len(of_seeds) > 1 else None,
                 "ci95_with_seeds": interval_with_seeds(comparison["ci95"], of_seeds),
+                "detectable": detectable_with_seeds(comparison["standard_error"], of_seeds),
             }
         )
     refused = ""
@@ -252,8 +279,10 @@ def curve_markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def comparison_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
-    """Differences from random weights with intervals and corrected p."""
+def comparison_markdown(
+    rows: Sequence[dict[str, Any]], metric: str, reference: str = REFERENCE
+) -> str:
+    """Differences from the reference with intervals and corrected p."""
     if not rows:
         return ""
 
@@ -275,6 +304,7 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
             "95 % interval by patient": interval(row["ci95"]),
             "sd over seeds": results.with_spread(row["sd_over_seeds"], None) or "-",
             "95 % interval, patients and seeds": interval(row["ci95_with_seeds"]),
+            "smallest detectable": results.with_spread(row["detectable"], None) or "-",
             "p (Holm)": "refused" if row["p_holm"] is None else f"{row['p_holm']:.4f}",
         }
         for row in rows
@@ -286,7 +316,25 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
     )
     if rows[0]["not_corrected"]:
         text += f" REFUSED: {rows[0]['not_corrected']}."
-    return f"### {metric}: minus random weights\n\n{text}\n\n{results.markdown(lines)}"
+    return f"### {metric}: minus {TITLES[reference]}\n\n{text}\n\n{results.markdown(lines)}"
+
+
+def detectable_in_words(compared: Sequence[dict[str, Any]], metric: str) -> str:
+    """The smallest detectable difference of each share, the median over its arms and steps; empty
+    without several seeds."""
+    of_share: dict[float, list[float]] = {}
+    for row in compared:
+        if row["detectable"] is not None:
+            of_share.setdefault(row["fraction"], []).append(row["detectable"])
+    if not of_share:
+        return ""
+    parts = [
+        f"{statistics.median(of_share[share]):.3f} at {share:.3g}" for share in sorted(of_share)
+    ]
+    return (
+        f" Smallest detectable difference of {metric} (paired by patient, seeds included, 80 % "
+        f"power; median over arms): {', '.join(parts)} of the studies."
+    )
 
 
 def bars_in_words(rows: Sequence[dict[str, Any]]) -> str:
@@ -316,7 +364,12 @@ def save_figure(
     )
     axes = figure.subplots(lines, columns, squeeze=False)
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    colours = {arm: f"C{number % 10}" for number, arm in enumerate(arms)}
+    others = [arm for arm in arms if arm != REFERENCE]
+    looks = {
+        arm: {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)]}
+        for n, arm in enumerate(others)
+    }
+    looks[REFERENCE] = {"color": "black", "marker": "o", "linestyle": "--"}
     for axis, panel in itertools.zip_longest(axes.flat, panels):
         if panel is None:
             axis.set_axis_off()
@@ -343,12 +396,10 @@ def save_figure(
                 [row["fraction"] * 1.02 ** (number - len(arms) / 2) for row in points],
                 means,
                 [np.minimum(spread, means), np.minimum(spread, 1 - means)],
-                marker="o",
+                **looks[arm],
                 markersize=4,
                 capsize=2,
                 linewidth=1.2,
-                linestyle="--" if arm == REFERENCE else "-",
-                color="black" if arm == REFERENCE else colours[arm],
                 label=TITLES.get(arm, arm),
             )
         if missing:
@@ -360,10 +411,10 @@ def save_figure(
                 fontsize=8,
                 transform=axis.transAxes,
             )
-        axis.set(xscale="log", xlabel="share of the training studies", title=panel.title)
+        axis.set(xscale="log", xlabel="training slices (share of the studies)", title=panel.title)
         axis.title.set_fontsize(9)
         shares = sorted({row["fraction"] for row in rows})
-        axis.set_xticks(shares, [f"{share:.3g}" for share in shares])
+        axis.set_xticks(shares, [_share_in_slices(rows, share) for share in shares], fontsize=8)
         axis.set_xlim(shares[0] / 1.3, shares[-1] * 1.3)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -376,6 +427,16 @@ def save_figure(
     figure.supxlabel(textwrap.fill(caption.replace("**", ""), 52 * columns), fontsize=7.5)
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=130)
+
+
+def _share_in_slices(rows: Sequence[dict[str, Any]], share: float) -> str:
+    """A share as its number of training slices, or their range over the seeds, and the share."""
+    texts = [row.get("train_slices") for row in rows if row["fraction"] == share]
+    numbers = sorted({int(n) for text in texts if text for n in text.split("/") if n.isdigit()})
+    if not numbers:
+        return f"{share:.3g}"
+    slices = " to ".join(f"{n:,}" for n in dict.fromkeys((numbers[0], numbers[-1])))
+    return f"{slices}\n({share:.3g})"
 
 
 def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:
@@ -398,9 +459,10 @@ def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:
     )
     caption = results.caption(complete) + (f" {figure.note}" if figure.note else "")
     caption += f" {len(complete)} of {len(of_points)} cells are there."
-    compared = compare_with_random(grid, figure.compared)
+    compared = compare_with(grid, figure.compared, figure.reference)
+    caption += detectable_in_words(compared, figure.compared)
     parts = [f"# {figure.title}\n\n{caption}\n", curve_markdown(rows)]
-    text = "\n".join([*parts, comparison_markdown(compared, figure.compared)])
+    text = "\n".join([*parts, comparison_markdown(compared, figure.compared, figure.reference)])
     write_text(path.with_suffix(".md"), text)
     results.write_csv(path.with_suffix(".csv"), rows)
     if compared:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from ctssl_jax.training.recipe_files import load_recipe
 from data_prep.system import stores
 from data_prep.system.errors import InputError
 
@@ -30,6 +31,13 @@ TITLES = {
     "masked_10": "masked region, 10 %",
     "masked_20": "masked region, 20 %",
     "masked_33": "masked region, 33 %",
+    "alone_10": "10 %, not chained",
+    "alone_20": "20 %, not chained",
+    "alone_33": "33 %, not chained",
+    "area_20": "20 % of the area, one stage",
+    "side_20": "20 % of the side",
+    "gradient_20": "codebook by gradient",
+    "minmax_20": "grey map by slice",
     "next_slice": "next slice",
     "denoising": "denoising",
     "rotation": "rotation",
@@ -40,9 +48,33 @@ TITLES = {
 # Synthetic patients need no secret; a fixed key gives the same splits everywhere.
 SYNTHETIC_KEY = "the pseudonym key of the synthetic patients of the downstream studies"
 MASKED = {"masked_05": 0.05, "masked_10": 0.10, "masked_20": 0.20, "masked_33": 0.33}
-PRETEXTS = (*MASKED, "next_slice", "denoising", "rotation", "flip")
+# From random weights, for as many steps as the chain took to get there: arm -> (mask, times).
+ALONE = {"alone_10": ("masked_10", 2), "alone_20": ("masked_20", 3), "alone_33": ("masked_33", 4)}
+# Masked region prediction, 20 %, one stage from random weights, with one field changed.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "area_20": {},
+    "side_20": {"mask.unit": "side"},
+    "gradient_20": {
+        "model.vq_update": "gradient",
+        "model.vq_init": "uniform",
+        "model.vq_revive_every": 0,
+    },
+    "minmax_20": {"normalize": "slice_minmax"},
+}
+PRETEXTS = (*MASKED, *ALONE, *VARIANTS, "next_slice", "denoising", "rotation", "flip")
 # Arms whose network is not the pretrained encoder's, and the recipe of each.
 OTHER_NETWORKS = {"se_resnext": "pe_se_resnext", "standard_unet": "nodules_standard_unet"}
+
+
+OTHER_PRETEXTS = ("next_slice", "denoising", "rotation", "flip")
+# Figure -> kind of its cells and its arms.
+FIGURES = {
+    "figure3": ("pe", ("random", "masked_05", "masked_20", *OTHER_PRETEXTS, "se_resnext")),
+    "figure4": ("pe", ("random", *MASKED, *ALONE)),
+    "figure5": ("nodules", ("random", "masked_20", *OTHER_PRETEXTS, "standard_unet")),
+    "figure_s1": ("nodules", ("random", *MASKED, *ALONE)),
+    "confounds": ("pe", (*VARIANTS, "alone_20", "masked_20", "random")),
+}
 
 
 class Archive(NamedTuple):
@@ -72,6 +104,7 @@ class Preset(NamedTuple):
     overrides: fields of the recipes, e.g. `{"dtype": "bfloat16"}`.
     left_out: arms that run only if `--arms` names them, so that a figure takes less than an hour on
       two cores.
+    two_shares: arms that run only at the smallest and the largest share.
     """
 
     size: str
@@ -82,6 +115,7 @@ class Preset(NamedTuple):
     steps: dict[str, tuple[int, ...]]
     overrides: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     left_out: tuple[str, ...] = ()
+    two_shares: tuple[str, ...] = ()
 
 
 PRESETS = {
@@ -97,7 +131,24 @@ PRESETS = {
         seeds=(0, 1, 2),
         pretraining_steps=500,
         steps={"pe": (150,), "nodules": (50, 150), "attributes": (100,)},
-        left_out=("next_slice", "denoising", "flip"),
+        left_out=("next_slice", "denoising", "flip", *ALONE),
+    ),
+    # All arms, five shares, longer training: to be run in parts, see `plan` for the hours. If it
+    # takes more than 24 hours of two cores, drop, in this order: the arms of `ALONE` (--arms),
+    # seeds beyond three (--seeds), the middle shares of the arms of `two_shares`.
+    "study": Preset(
+        size="small",
+        archives={
+            "pretraining": Archive("dicom", 72, 0, "0.8,0.1,0.1"),
+            "pe": Archive("rsna_pe", 120, 1, "0.4,0.15,0.45"),
+            "nodules": Archive("lidc_idri", 100, 2, "0.4,0.15,0.45"),
+            "attributes": Archive("dicom", 160, 3, "0.5,0.2,0.3"),
+        },
+        fractions=(0.0625, 0.125, 0.25, 0.5, 1.0),
+        seeds=(0, 1, 2),
+        pretraining_steps=750,
+        steps={"pe": (300,), "nodules": (50, 300), "attributes": (100,)},
+        two_shares=("se_resnext", "standard_unet"),
     ),
     "paper": Preset(
         size="reference",
@@ -108,6 +159,7 @@ PRESETS = {
         pretraining_steps=0,
         steps={"pe": (0,), "nodules": (2_000, 5_000, 20_000), "attributes": (0,)},
         overrides={"dtype": "bfloat16"},
+        left_out=tuple(ALONE),
     ),
 }
 
@@ -212,15 +264,20 @@ def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
     last = max((chain.index(arm) for arm in wanted if arm in MASKED), default=-1)
     cells = []
     for arm in (*chain[: last + 1], *(arm for arm in wanted if arm not in MASKED)):
-        recipe = "masked_region" if arm in MASKED else arm
+        mask, times = ALONE.get(arm, ("masked_20" if arm in VARIANTS else arm, 1))
+        recipe = "masked_region" if mask in MASKED else arm
         before = (
             f"pretrain_{chain[chain.index(arm) - 1]}" if arm in MASKED and arm != chain[0] else ""
         )
         fields = {"dataset": study.workdir / "data" / "pretraining"}
-        fields |= {"mask.fraction": MASKED[arm]} if arm in MASKED else {}
+        fields |= {"mask.fraction": MASKED[mask]} if mask in MASKED else {}
+        fields |= VARIANTS.get(arm, {})
         if before:
             fields |= {"init_from": study.workdir / "runs" / before, "init_checkpoint": "last"}
-        fields |= schedule(study.sizes.pretraining_steps)
+        steps = study.sizes.pretraining_steps
+        if times > 1 and not steps:
+            steps = load_recipe(recipe, study.sizes.size).num_steps
+        fields |= schedule(times * steps)
         after = (before or "data_pretraining",)
         cells.append(study.cell(f"pretrain_{arm}", recipe, fields, after))
     return cells
@@ -270,10 +327,37 @@ def grid_cells(
         for fraction in study.sizes.fractions
         for seed in study.sizes.seeds
         for arm in arms
+        if arm not in study.sizes.two_shares
+        or fraction in (min(study.sizes.fractions), max(study.sizes.fractions))
     ]
     cells = keeping([downstream_cell(study, kind, point) for point in points], study.kept)
     before = [*data_cells(study, ("pretraining", kind)), *pretraining_cells(study, arms)]
     return [*keeping(before, study.kept), *cells], dict(zip(points, cells, strict=True))
+
+
+def hours_in_words(study: Study) -> str:
+    """The hours of all figures of fine-tuned models, each and together: cells that they share count
+    once. "" for a preset that takes the user's data."""
+    if not study.sizes.archives:
+        return ""
+    lines, together = [], {}
+    for name, (kind, arms) in FIGURES.items():
+        of_kind = study._replace(dataset=study.workdir / "data" / kind)
+        wanted = [arm for arm in arms if arm not in study.sizes.left_out]
+        cells = [c for c in grid_cells(of_kind, kind, wanted)[0] if c.kept is not None]
+        together |= {cell.name: cell for cell in cells}
+        lines.append(_hours_line(name, cells, study.workdir))
+    return "\n".join([*lines, _hours_line("together", list(together.values()), study.workdir)])
+
+
+def _hours_line(name: str, cells: Sequence[Cell], workdir: Path) -> str:
+    took, ahead, unknown = runner.reckoned_hours(cells, workdir)
+    missing = sum(not cell.is_complete() for cell in cells)
+    more = f", and {unknown} cells whose recipe was not measured yet" if unknown else ""
+    return (
+        f"# {name}: {len(cells)} cells, {len(cells) - missing} took {took:.2f} hours (measured), "
+        f"{missing} are missing: {ahead:.2f} hours (reckoned){more}"
+    )
 
 
 def downstream_cell(study: Study, kind: str, point: Point) -> Cell:
@@ -281,6 +365,8 @@ def downstream_cell(study: Study, kind: str, point: Point) -> Cell:
     recipe = OTHER_NETWORKS.get(point.arm, kind)
     fields = {"dataset": study.dataset, "train_fraction": point.fraction, "seed": point.seed}
     fields |= schedule(point.steps)
+    if "normalize" in VARIANTS.get(point.arm, {}):  # an encoder keeps its grey map
+        fields["normalize"] = VARIANTS[point.arm]["normalize"]
     after = [f"data_{kind}"] if study.sizes.archives else []
     if point.arm in PRETEXTS or point.arm in study.pretrained:
         fields |= {"init_from": study.run_of(point.arm), "init_checkpoint": "last"}
@@ -385,8 +471,10 @@ def act(
     options += [f"--results={study.kept}"] if flag.results else []
     if verb == "plan":
         runner.plan(cells, module, options, study.workdir)
+        print(hours_in_words(study), flush=True)
     else:
-        runner.record_settings(study.workdir, {"preset": study.preset})
+        for folder in (study.workdir, study.kept):
+            runner.record_settings(folder, {"preset": study.preset})
         if study.sizes.archives:
             key = study.workdir / "data" / "pseudonym_key"
             key.parent.mkdir(exist_ok=True)

@@ -37,6 +37,7 @@ STUDIES = (
     "figure5",
     "figure_s1",
     "figure6",
+    "confounds",
 )
 # commands that `run_stage_here` can run
 HERE = ("ctssl_jax.train", "ctssl_jax.evaluate", "ctssl_jax.attributes", "ctssl_jax.probe")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ctssl_jax.evaluation import comparisons, predictions
 from ctssl_jax.evaluation.predictions import Predictions
 from data_prep.system.errors import InputError
-from experiments import figure3
+from experiments import confounds, figure3
 from experiments.study import curves, downstream, kept
 from experiments.study.cells import Cell
 from experiments.study.downstream import PRESETS, Point, Study
@@ -115,7 +115,7 @@ def test_the_comparison_is_paired_and_names_the_better_arm(study):
         write_result(
             cell, {"random": 0.5, "masked_10": 0.9, "rotation": 0.5}[point.arm], point.seed
         )
-    rows = {row["arm"]: row for row in curves.compare_with_random(grid, "auroc")}
+    rows = {row["arm"]: row for row in curves.compare_with(grid, "auroc")}
     assert rows.keys() == {"masked_10", "rotation"}
     assert rows["masked_10"]["num_seeds"] == 2 and rows["masked_10"]["a"] == 1.0
     assert rows["masked_10"]["ci95"][0] > 0 and rows["masked_10"]["p_holm"] < 0.05
@@ -129,7 +129,7 @@ def test_a_correction_that_cannot_succeed_is_refused(study):
     _, grid = downstream.grid_cells(study, "pe", ["random", *downstream.PRETEXTS[:7]])
     for point, cell in grid.items():
         write_result(cell, 0.5 if point.arm == "random" else 0.9, point.seed)
-    rows = curves.compare_with_random(grid, "auroc")
+    rows = curves.compare_with(grid, "auroc")
     assert len(rows) == 7 and {row["p"] for row in rows} == {2 / 2**8}
     assert {row["p_holm"] for row in rows} == {None}
     text = curves.comparison_markdown(rows, "auroc")
@@ -151,7 +151,7 @@ def test_bold_needs_patients_and_seeds(study):
     for point, cell in grid.items():
         better = 0.9 if point.arm == "masked_10" or point.seed == 0 else 0.503
         write_result(cell, 0.5 if point.arm == "random" else better, seed=0)
-    rows = {row["arm"]: row for row in curves.compare_with_random(grid, "auroc")}
+    rows = {row["arm"]: row for row in curves.compare_with(grid, "auroc")}
     sure, unsure = rows["masked_10"], rows["rotation"]
     assert unsure["ci95"][0] > 0  # of patients alone
     assert unsure["ci95_with_seeds"][0] < 0 < sure["ci95_with_seeds"][0]
@@ -159,6 +159,40 @@ def test_bold_needs_patients_and_seeds(study):
     text = curves.comparison_markdown([sure, unsure], "auroc")
     assert f"| **{sure['difference']:+.4f}** |" in text and "patients and seeds" in text
     assert f"| {unsure['difference']:+.4f} |" in text
+
+
+def test_the_smallest_detectable_difference_knows_patients_and_seeds():
+    assert curves.detectable_with_seeds(0.01, [0.1, 0.1, 0.1]) == pytest.approx(0.028, abs=1e-4)
+    both = curves.detectable_with_seeds(0.01, [0.0, 0.1, 0.2])
+    assert both == pytest.approx(2.8016 * np.hypot(0.01, 0.1 / np.sqrt(3)), rel=1e-3)
+    assert curves.detectable_with_seeds(0.01, [0.1]) is None
+    rows = [{"fraction": 0.25, "detectable": 0.1}, {"fraction": 0.25, "detectable": 0.3}]
+    rows += [{"fraction": 1.0, "detectable": None}]
+    assert ": 0.200 at 0.25 of the studies." in curves.detectable_in_words(rows, "auroc")
+    assert curves.detectable_in_words(rows[2:], "auroc") == ""
+
+
+def test_confounds_change_one_thing_and_are_compared_with_one_stage(study):
+    arms = downstream.FIGURES["confounds"][1]
+    cells, grid = downstream.grid_cells(study, "pe", arms)
+    pretraining = {c.name: set(c.stages[0].arguments()) for c in cells if "pretrain" in c.name}
+    area = pretraining["pretrain_area_20"]
+    changed = pretraining["pretrain_side_20"] ^ area
+    assert {text for text in changed if "workdir" not in text} == {"--config.mask.unit=side"}
+    assert "--config.num_steps=1500" in pretraining["pretrain_alone_20"]  # 3 stages of 500
+    tuned = grid[Point("minmax_20", 0.25, 0, 5)].stages[0].recipe.fields
+    assert tuned["normalize"] == "slice_minmax"
+    for point, cell in grid.items():
+        write_result(cell, 0.9 if point.arm == "side_20" else 0.52, point.seed)
+    text = curves.draw(study, grid, confounds.FIGURE._replace(more=()))
+    assert "minus 20 % of the area, one stage" in text and "Smallest detectable difference" in text
+
+
+def test_arms_of_other_networks_have_two_shares(study):
+    sizes = study.sizes._replace(fractions=(0.1, 0.5, 1.0), two_shares=("se_resnext",))
+    _, grid = downstream.grid_cells(study._replace(sizes=sizes), "pe", ["random", "se_resnext"])
+    shares = {arm: {p.fraction for p in grid if p.arm == arm} for arm in ("random", "se_resnext")}
+    assert shares == {"random": {0.1, 0.5, 1.0}, "se_resnext": {0.1, 1.0}}
 
 
 def figure_row(arm, steps, mean, sd=0.2, num_seeds=3):
