@@ -93,9 +93,9 @@ def vicreg(z: jax.Array) -> dict[str, jax.Array]:
         in the scale of two.
 
     Returns:
-      `invariance`, the mean squared difference of two views; `variance`, the mean over dimensions of
-      relu(1 - sqrt(var + 1e-4)), and `covariance`, the sum of the squared off-diagonal elements of
-      the covariance matrix over D, each summed over both views (unbiased, by B - 1).
+      `invariance`, the mean squared difference of two views; `variance`, the mean over dimensions
+      of relu(1 - sqrt(var + 1e-4)), and `covariance`, the sum of the squared off-diagonal elements
+      of the covariance matrix over D, each summed over both views (unbiased, by B - 1).
     """
     number, num_views, dim = z.shape
     # over pairs of views, the mean squared difference is twice the unbiased variance of the views
