@@ -28,6 +28,7 @@ from tests.helpers.training_runs import (
     assert_same_state,
     losses,
     numbers,
+    save_untrained,
     saved_state,
     tiny_recipe,
     train_on,
@@ -42,7 +43,7 @@ def learning(dataset, task, /, **overrides):
         short["views.num_local"] = 1
     elif task == "visreg":
         short["views.num_local"] = 0
-    return tiny_recipe(dataset, task, **short, **overrides)
+    return tiny_recipe(dataset, task, **(short | overrides))
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +245,23 @@ def test_what_cannot_work_is_one_line(task, field, value, message, tiny_dataset,
         train_on(config, tmp_path / "run")
     assert message in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("pooled", ["latents", "map", "both"])
+def test_an_export_gives_the_same_embedding(pooled, tiny_dataset, tmp_path):
+    """What is pooled travels with the manifest; projector, teacher and centre do not."""
+    torch = pytest.importorskip("torch")
+    from ctssl_jax.release.exporting import export
+    from ctssl_jax.torch_bridge import ctssl_torch
+
+    config = learning(tiny_dataset, "dino", model__pooled=pooled)
+    save_untrained(config, tmp_path / "run")
+    manifest = export(tmp_path / "run", tmp_path / "model", ("torch",), "CC0-1.0")
+    assert manifest["architecture"] == "JointEmbedding" and manifest["model"]["pooled"] == pooled
+    twin = ctssl_torch.load(tmp_path / "model")
+    assert all(name.startswith("encoder.") for name in twin.state_dict())
+    images = np.stack([r["image"] for r in Dataset.open(tiny_dataset).source("test")])[:4]
+    here = load(tmp_path / "run").embed(images).slices
+    given = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+    assert here.shape == (4, {"latents": 4, "map": 8, "both": 12}[pooled])
+    np.testing.assert_allclose(twin.embed(given), here, atol=1e-5)
