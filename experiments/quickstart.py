@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
             f"--seed={flag.seed}",
         )
     seconds["preparation"] = run_stage(
-        "2 of 5: DICOM to windowed slices",
+        "2 of 5: scans to windowed slices",
         "data_prep.prepare",
         f"--archive={flag.archive}",
         f"--input_dir={source or archive}",

@@ -212,7 +212,8 @@ def make_program(
     def of_run(function: Callable) -> Callable:
         return functools.partial(function, definition)
 
-    shapes = jax.eval_shape(of_run(initial_state))
+    begin = of_run(initial_state)  # one function, so that JAX traces it once
+    shapes = jax.eval_shape(begin)
     shardings = jax.tree.map(lambda leaf: everywhere, shapes).replace(
         params=parts, optimizer=split_parameters(mesh, shapes.optimizer)
     )
@@ -224,7 +225,7 @@ def make_program(
             shardings,
         ),
         initial_state=jax.jit(
-            of_run(initial_state), out_shardings=shardings, compiler_options=quick_to_compile(mesh)
+            begin, out_shardings=shardings, compiler_options=quick_to_compile(mesh)
         ),
         zero_gradients=jax.jit(functools.partial(zeros_of, trained), out_shardings=gradient_parts),
         train_step=jax.jit(
