@@ -28,7 +28,7 @@ from ctssl_jax.runs.reports import say
 from ctssl_jax.runs.run import Run, portable
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.torch_bridge import ctssl_torch, manifests, weight_files
-from ctssl_jax.torch_bridge.names import architecture_settings, state_dict
+from ctssl_jax.torch_bridge.names import architecture_settings, is_exported, state_dict
 from ctssl_jax.training.state import count_parameters, restore_model
 from data_prep.dataset.schema import rules_of
 from data_prep.scan.window import window_to_uint8
@@ -183,12 +183,12 @@ class RunModel:
 
     run: the run.
     checkpoint: its step and score.
-    architecture: `VQVAE`, `Classifier`, `UNet`, `StandardUNet` or `SEResNeXt`.
+    architecture: `VQVAE`, `Classifier`, `JointEmbedding`, `UNet`, `StandardUNet` or `SEResNeXt`.
     settings: settings of the architecture, as its PyTorch twin takes them.
     depth: number of residual blocks of the encoder.
     model: the model in JAX, without remat and scan.
     tensors: float32 arrays by name, without `params/` or `variables/`.
-    num_parameters: number of trainable parameters.
+    num_parameters: number of trainable parameters that are exported.
     fingerprint: `model_fingerprint` in results.
     """
 
@@ -229,7 +229,9 @@ def open_model(run: Run, checkpoint: str) -> RunModel:
         depth=getattr(model.config, "depth", 0),
         model=model,
         tensors={name.split("/", 1)[1]: jax.device_get(value) for name, value in flat.items()},
-        num_parameters=count_parameters(state["params"]),
+        num_parameters=count_parameters(
+            [leaf for name, leaf in flatten(state["params"]).items() if is_exported(name)]
+        ),
         fingerprint=fingerprint(flat),
     )
 

@@ -135,12 +135,22 @@ def apply_gradients(definition: Definition, state: TrainState, gradients: Any) -
     return state.replace(
         step=state.step + 1,
         params=params,
+        variables=_after_step(definition, params, state.variables),
         optimizer=optimizer_state,
         sums=_added(
             state.sums, jax.tree.map(lambda value: value * definition.config.batch_size, norms)
         ),
         nonfinite_step=first,
     )
+
+
+def _after_step(definition: Definition, params: Any, variables: Any) -> Any:
+    """The model's other variables after `Task.after_step`."""
+    if definition.task.after_step is None:
+        return variables
+    model = nnx.merge(definition.graph, params, variables, copy=True)
+    definition.task.after_step(model, definition.config)
+    return split_model(model)[2]
 
 
 def train_step(definition: Definition, state: TrainState, batch: dict) -> TrainState:
