@@ -149,6 +149,12 @@ FIELDS = {
         at_least=0,
     ),
     "mask.fill": Field(float, "grey value of the masked square"),
+    "mask.block": Field(
+        int,
+        "0: one square anywhere; else the side in pixels of squares of a grid, as many as make up "
+        "the fraction of the area",
+        at_least=0,
+    ),
     "slice_gap": Field(
         int, "the target lies this many slices further towards superior", at_least=1
     ),
@@ -337,6 +343,7 @@ FIELDS = {
     # ---- loss
     "loss.mse": Field(float, "weight of the mean squared error"),
     "loss.masked_mse": Field(float, "weight of the mean squared error inside the mask"),
+    "loss.masked_l1": Field(float, "weight of the mean absolute error inside the mask"),
     "loss.vq": Field(float, "weight of the vector quantization loss"),
     "loss.ssim": Field(float, "weight of the structural similarity, which is subtracted"),
     "loss.bce": Field(float, "weight of the binary cross-entropy"),
