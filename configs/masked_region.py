@@ -47,9 +47,10 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     config.update(dataset(image_size=64 if small else 512))
     config.update(initial_weights(init_scope="model"))
 
-    config.mask = {"fraction": 0.2, "unit": "area", "margin": 0, "fill": 0.0}
+    config.mask = {"fraction": 0.2, "unit": "area", "margin": 0, "fill": 0.0, "block": 0}
     config.model = vqvae(small)
     config.loss = {"mse": 0.2, "masked_mse": 1.0 if small else 0.2, "vq": 0.8, "ssim": 0.1}
+    config.loss.masked_l1 = 0.0
     config.commitment = 0.25
     config.ssim_rescale = False
 

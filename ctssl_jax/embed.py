@@ -25,7 +25,7 @@ from absl import flags
 from ctssl_jax.inference import scan_flags
 from data_prep.dataset.schema import SPLITS
 from data_prep.system import command_line
-from data_prep.system.errors import InputError, RunFailed
+from data_prep.system.errors import InputError
 
 _FLAGS_OF_RAW_SCANS = (*scan_flags.ALL, "pseudonym_key_file", "num_workers")
 
@@ -80,22 +80,19 @@ def start(flag_values: flags.FlagValues) -> None:
     from ctssl_jax.inference.embedding import embed, summary
     from ctssl_jax.release.opening import as_run
 
-    try:
-        result = embed(
-            as_run(flag_values.workdir),
-            flag_values.input,
-            flag_values.output,
-            checkpoint=flag_values.checkpoint,
-            split=flag_values.split,
-            archive=flag_values.archive,
-            metadata_csv=flag_values.metadata_csv,
-            rules=scan_flags.rules_of(flag_values),
-            pseudonym_key_file=flag_values.pseudonym_key_file,
-            batch_size=flag_values.batch_size,
-            num_workers=flag_values.num_workers,
-        )
-    except OSError as error:
-        raise RunFailed(f"{error}; run the same command again to continue") from None
+    result = embed(
+        as_run(flag_values.workdir),
+        flag_values.input,
+        flag_values.output,
+        checkpoint=flag_values.checkpoint,
+        split=flag_values.split,
+        archive=flag_values.archive,
+        metadata_csv=flag_values.metadata_csv,
+        rules=scan_flags.rules_of(flag_values),
+        pseudonym_key_file=flag_values.pseudonym_key_file,
+        batch_size=flag_values.batch_size,
+        num_workers=flag_values.num_workers,
+    )
     print(summary(result))
     state = "written" if result["changed"] else "complete already, nothing to do"
     print(f"{state}: {flag_values.output} and, beside it, files of that name and other endings")

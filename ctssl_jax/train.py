@@ -108,11 +108,8 @@ def start(flag_values: flags.FlagValues) -> bool:
         )
     if finished and jax.process_index() == 0:
         run = flag_values.workdir
-        test = (dataset or Dataset.open(config.dataset)).preparation["splits"].get("test")
-        split = "test" if test else "validation"
-        output = f"--output={command_line.beside(run, f'-{split}.json')}"
-        splits = [] if test else ["--split=validation"]  # `evaluate` takes the test split by itself
-        command_line.suggest("evaluate", f"--workdir={run}", *splits, output)
+        output = f"--output={command_line.beside(run, '-test.json')}"
+        command_line.suggest("evaluate", f"--workdir={run}", output)
     return finished
 
 

@@ -31,7 +31,7 @@ RECIPE = "masked_region:small"
 IMAGE_SIZE = 64
 # Half of the recipe's batch: at the same cost more and smaller steps come further in few minutes.
 TRAINING = {
-    "num_steps": 1_500,
+    "num_steps": 2_500,
     "batch_size": 8,
     "optimizer": "adamw",
     "learning_rate": 4e-3,
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
             f"--seed={flag.seed}",
         )
     seconds["preparation"] = run_stage(
-        "2 of 5: DICOM to windowed slices",
+        "2 of 5: scans to windowed slices",
         "data_prep.prepare",
         f"--archive={flag.archive}",
         f"--input_dir={source or archive}",

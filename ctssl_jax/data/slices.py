@@ -1,8 +1,8 @@
 """Slices of a dataset as the items of batches.
 
 An item is a tuple of neighbouring slices of one volume, named by their offsets: (0,) for most
-tasks, (0, 1) for next-slice prediction, (-1, 0, 1) for three adjacent slices. A task can add a
-label, a mask or a box.
+tasks, (0, 1) for next-slice prediction, (-1, 0, 1) for three adjacent slices, or for three slices
+of a slab of some mm. A task can add a label, a mask, a box or the number of the patient.
 """
 
 import functools
@@ -61,6 +61,8 @@ class Targets(NamedTuple):
     middle_only: use the middle slice of each volume alone (its largest body cross-section).
     positive_share: share of slices with a positive label or with foreground in training batches;
       both kinds are used up before they repeat. 0 keeps the dataset's share.
+    step_mm: offsets are multiples of this distance, see `neighbour_table`; 0: of slices.
+    patient: add the number of the patient.
     """
 
     label: str = ""
@@ -69,6 +71,8 @@ class Targets(NamedTuple):
     repeat_edges: bool = False
     middle_only: bool = False
     positive_share: float = 0.0
+    step_mm: float = 0.0
+    patient: bool = False
 
 
 SLICES_ALONE = Targets()
@@ -80,6 +84,7 @@ def neighbour_table(
     *,
     repeat_edges: bool = False,
     middle_only: bool = False,
+    step_mm: float = 0.0,
 ) -> np.ndarray:
     """Record numbers of every tuple of neighbours that lies in one volume and has no gap.
 
@@ -89,6 +94,10 @@ def neighbour_table(
       offsets: slice offsets with 0, e.g. (0, 1).
       repeat_edges: replace neighbours that do not exist by the slice at offset 0.
       middle_only: only tuples around the middle slice of each volume.
+      step_mm: above 0, offsets are multiples of this distance by the volume's median spacing
+        (`slice_spacing_mm`), rounded towards 0: no two neighbours are further apart than their
+        offsets say. Of neighbours beyond the volume's end or a gap the last slice before it is
+        taken.
 
     Returns:
       `[N, len(offsets)] int64`, in record order.
@@ -98,10 +107,19 @@ def neighbour_table(
         index = np.arange(volume["num_slices"])
         if middle_only:
             index = index[volume["middle_slice"] : volume["middle_slice"] + 1]
-        neighbours = index[:, None] + np.asarray(offsets)[None, :]
+        steps = np.asarray(offsets)
+        if step_mm:
+            spacing = volume["slice_spacing_mm"] or math.inf  # of a single slice there is none
+            steps = np.trunc(steps * step_mm / spacing + 1e-6 * np.sign(steps)).astype(np.int64)
+        neighbours = index[:, None] + steps[None, :]
         starts = np.zeros(volume["num_slices"], np.int64)
         starts[np.array(volume["gap_positions"].split(), np.int64) + 1] = 1
         segment = np.cumsum(starts)
+        if step_mm:
+            first, last = (
+                np.searchsorted(segment, segment[index], side) for side in ("left", "right")
+            )
+            neighbours = np.clip(neighbours, first[:, None], last[:, None] - 1)
         inside = (neighbours >= 0) & (neighbours < volume["num_slices"])
         exists = inside & (
             segment[np.where(inside, neighbours, index[:, None])] == segment[index[:, None]]
@@ -139,6 +157,7 @@ class NeighbourSource:
         label         int32, with `Targets.label`
         mask          [H, W] uint8, with `Targets.mask`
         box           [4] float32, with `Targets.lung_box`, see `labels.lung_boxes`
+        patient       int32, with `Targets.patient`, the patient's number within the items
 
     Attributes:
       targets: see `Targets`.
@@ -172,6 +191,7 @@ class NeighbourSource:
             offsets,
             repeat_edges=targets.repeat_edges,
             middle_only=targets.middle_only,
+            step_mm=targets.step_mm,
         )
         self._centre = list(offsets).index(0)
         self.labels, self.positive, self.label_level = None, None, ""
@@ -255,6 +275,8 @@ class NeighbourSource:
             arrays["mask"] = np.stack([record["mask"] for record in centres])
         if self.targets.lung_box:
             arrays["box"] = np.stack([self._boxes[record["volume_id"]] for record in centres])
+        if self.targets.patient:
+            arrays["patient"] = self.patients[items].astype(np.int32)
         return arrays
 
     def positions_mm(self, record_index: np.ndarray) -> np.ndarray:
@@ -266,6 +288,10 @@ class NeighbourSource:
         uint8."""
         images = [self._records[record]["image"] for record in record_index.tolist()]
         return np.stack([image[..., channel] for image in images])
+
+    def position_mm(self, record_index: np.ndarray) -> np.ndarray:
+        """Places along the body, growing to superior: [N] records -> [N] float64."""
+        return np.array([self._records[record]["position_mm"] for record in record_index.tolist()])
 
     def __repr__(self) -> str:
         return self._name

@@ -170,7 +170,10 @@ class _Model:
         Raises:
           InputError: a score that is not finite, which would be missing in a mean.
         """
-        batches = evaluation_batches(source, self.batch_size)
+        # neighbours in one batch would be compared with each other
+        mixed = np.random.default_rng(0).permutation(len(source))
+        items = mixed if self.task.compares_batch else None
+        batches = evaluation_batches(source, self.batch_size, items=items)
         with batch_sizes.end_of_memory(self.batch_size):
             scores = evaluate_split(self.scorer, self.state, batches)
         assert scores is not None  # `open_source` refuses a split without slices

@@ -24,7 +24,7 @@ from ctssl_jax.stats.volumes import volume_summary
 from ctssl_jax.training.recipe import check_dataset, check_splits
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import DatasetError, InputError
-from data_prep.system.files import written_whole
+from data_prep.system.files import check_writable, written_whole
 
 MANY_UNDEFINED_DRAWS = 100  # of 2,000
 
@@ -81,7 +81,8 @@ class MeasuredRun:
 
 
 def check_request(output: Path, batch_size: int) -> None:
-    """Refuse a results file whose name does not end in .json, or a batch size below 0.
+    """Refuse a results file whose name does not end in .json or that cannot be written, or a batch
+    size below 0.
 
     Raises:
       InputError: names the flag.
@@ -90,6 +91,7 @@ def check_request(output: Path, batch_size: int) -> None:
         raise InputError(f"--batch_size={batch_size}: must be 0 or more")
     if output.suffix != ".json":
         raise InputError(f"--output={output} must end in .json")
+    check_writable(output, "--output")
 
 
 def summaries(

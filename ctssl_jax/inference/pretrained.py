@@ -6,8 +6,9 @@
     z.slices, z.mean, z.max              # [S, D], [D], [D]
 
 Slices are oriented, resized and windowed as the data of the run were. The embedding of a slice is
-`StepOutput.embedding` of the uncorrupted slice: the mean of the encoder's latents over the slice,
-for a U-Net of its deepest features, for SE-ResNeXt (which sees three adjacent slices) of its last.
+`StepOutput.embedding` of the uncorrupted slice: the mean of the encoder's latents over the slice
+(of a joint embedding of what `config.model.pooled` says), for a U-Net of its deepest features, for
+SE-ResNeXt (which sees three adjacent slices) of its last.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from jax.sharding import Mesh
 from ctssl_jax.data.slices import neighbour_table, select_channels, selected_windows
 from ctssl_jax.inference.hu_arrays import prepare_array
 from ctssl_jax.models.classifier import Classifier
+from ctssl_jax.models.joint_embedding import JointEmbedding
 from ctssl_jax.ops.trees import fingerprint, flatten, with_sharding
 from ctssl_jax.parallel import batch_sizes
 from ctssl_jax.parallel.mesh import make_mesh, replicated, split_along_batch, to_devices
@@ -367,6 +369,8 @@ def _encoder_outputs(model: Any, batch: dict, config) -> dict[str, jax.Array]:
             "embedding": jnp.mean(latents, axis=(1, 2)),
             "probabilities": jax.nn.softmax(logits),
         }
+    if isinstance(model, JointEmbedding):
+        return {"embedding": model(images, train=False).embedding}
     return {"embedding": jnp.mean(model.encoder(images, train=False), axis=(1, 2))}
 
 

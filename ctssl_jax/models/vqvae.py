@@ -226,13 +226,22 @@ class Encoder(nnx.Module):
         """The residual blocks and the projection: the last output of `compress` -> latents, as
         `__call__`.
         """
+        return self.to_latents(self.trunk(compressed, train=train, key=key), train=train)
+
+    def trunk(
+        self, compressed: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> jax.Array:
+        """The residual blocks: the last output of `compress` -> [B, H / 4, W / 4, hidden[1]]."""
         self.check_key(train, key)
-        x = leaky_relu(
+        return leaky_relu(
             apply_blocks(
                 self.blocks, compressed, key, train=train, remat=self.remat, scan=self.scan
             )
         )
-        return leaky_relu(self.project(x, train=train)).astype(jnp.float32)
+
+    def to_latents(self, features: jax.Array, *, train: bool) -> jax.Array:
+        """The projection: the output of `trunk` -> latents [B, H / 4, W / 4, D] float32."""
+        return leaky_relu(self.project(features, train=train)).astype(jnp.float32)
 
 
 class Decoder(nnx.Module):

@@ -104,6 +104,57 @@ def mask_region(
     return jnp.where(mask, jnp.asarray(fill, images.dtype), images), mask.astype(jnp.float32)
 
 
+def num_blocks(height: int, width: int, *, fraction: float, side: int) -> int:
+    """Blocks of a mask of `mask_blocks`: the number whose area is nearest to the fraction, at least
+    one and not all.
+
+    Raises:
+        ValueError: fraction outside (0, 1), or a side that does not divide the image, or that gives
+            fewer than two blocks.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"mask fraction must lie between 0 and 1, got {fraction}")
+    if side < 1 or height % side or width % side or height * width < 2 * side * side:
+        raise ValueError(
+            f"blocks of {side} pixels do not tile an image of {height} x {width}; choose a divisor"
+        )
+    total = (height // side) * (width // side)
+    return min(max(round(fraction * total), 1), total - 1)
+
+
+def mask_blocks(
+    keys: jax.Array, images: jax.Array, *, fraction: float, side: int, fill: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Cover some squares of a grid, drawn uniformly, the same number in every image (SimMIM).
+
+    Args:
+        keys: [B] one key an example, from `example_keys`.
+        images: [B, H, W, C] float.
+        fraction: of the area, see `num_blocks`.
+        side: of a square in pixels.
+        fill: value of the covered pixels.
+
+    Returns:
+        As `mask_region`.
+
+    Raises:
+        ValueError: as `num_blocks`.
+    """
+    _, height, width, _ = images.shape
+    number = num_blocks(height, width, fraction=fraction, side=side)
+    rows, columns = height // side, width // side
+
+    def mask_one(key):
+        drawn = jax.random.uniform(key, (rows * columns,))
+        # the rank of each draw, without a gather: how many are smaller
+        rank = jnp.sum(drawn[None, :] < drawn[:, None], axis=1)
+        return (rank < number).reshape(rows, columns)
+
+    mask = jax.vmap(mask_one)(keys)
+    mask = jnp.repeat(jnp.repeat(mask, side, axis=1), side, axis=2)[..., None]
+    return jnp.where(mask, jnp.asarray(fill, images.dtype), images), mask.astype(jnp.float32)
+
+
 def salt_and_pepper(keys: jax.Array, images: jax.Array, *, fraction: float = 0.5) -> jax.Array:
     """Turn random pixels white (salt) or black (pepper).
 

@@ -1,8 +1,11 @@
-"""How widely embeddings spread: sums over batches on the device, and the rank that they give."""
+"""How widely embeddings spread: sums over batches on the device, the rank that they give, and
+numbers of all embeddings of a validation."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_MOST_OF_UNIFORMITY = 2_048  # slices, evenly chosen: of more, all pairs take long
 
 
 def moments(embedding: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
@@ -46,3 +49,31 @@ def effective_rank(sums: dict[str, np.ndarray]) -> float:
         return 0.0
     share = np.sqrt(variances) / np.sqrt(variances).sum()
     return float(np.exp(-np.sum(share * np.log(share))))
+
+
+def spread(embedding: np.ndarray) -> dict[str, float]:
+    """How far apart embeddings [N, D] lie, N >= 2.
+
+    Returns:
+      `pairwise_cosine`, the mean cosine of two of them (1: all point the same way); `relative_sd`,
+      the root of their variance over the root of their mean squared length (0: all are equal);
+      `uniformity`, the logarithm of the mean of exp(-2 d^2) over pairs at distance d of embeddings
+      of length 1 (Wang and Isola 2020; 0: all are equal, about -4 at most spread). NaN of fewer
+      than two.
+    """
+    values = np.asarray(embedding, np.float64)
+    number = len(values)
+    if number < 2:
+        return dict.fromkeys(("pairwise_cosine", "relative_sd", "uniformity"), float("nan"))
+    lengths = np.linalg.norm(values, axis=1, keepdims=True)
+    unit = values / np.maximum(lengths, 1e-12)
+    cosine = (np.square(unit.sum(axis=0)).sum() - np.square(unit).sum()) / (number * (number - 1))
+    deviation = np.sqrt(values.var(axis=0).sum() / max(np.square(lengths).mean(), 1e-24))
+    places = np.linspace(0, number - 1, min(number, _MOST_OF_UNIFORMITY)).astype(int)
+    products = unit[places] @ unit[places].T
+    potential = np.exp(np.minimum(4 * (products - 1), 0))[np.triu_indices(len(places), 1)]
+    return {
+        "pairwise_cosine": float(cosine),
+        "relative_sd": float(deviation),
+        "uniformity": float(np.log(potential.mean())),
+    }

@@ -23,8 +23,18 @@ def masked_mse(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax
         [B] float32; 0 for an example whose mask is empty.
     """
     difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
-    total = jnp.sum(jnp.square(difference) * mask, axis=(1, 2, 3))
-    count = jnp.sum(mask, axis=(1, 2, 3)) * prediction.shape[-1]
+    return _masked_mean(jnp.square(difference), mask)
+
+
+def masked_l1(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean absolute error over the masked pixels (SimMIM); arguments and result as `masked_mse`."""
+    difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+    return _masked_mean(jnp.abs(difference), mask)
+
+
+def _masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    total = jnp.sum(values * mask, axis=(1, 2, 3))
+    count = jnp.sum(mask, axis=(1, 2, 3)) * values.shape[-1]
     return total / jnp.maximum(count, 1)
 
 

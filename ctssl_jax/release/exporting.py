@@ -28,14 +28,20 @@ from ctssl_jax.runs.reports import say
 from ctssl_jax.runs.run import Run, portable
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.torch_bridge import ctssl_torch, manifests, weight_files
-from ctssl_jax.torch_bridge.names import architecture_settings, state_dict
+from ctssl_jax.torch_bridge.names import architecture_settings, is_exported, state_dict
 from ctssl_jax.training.state import count_parameters, restore_model
 from data_prep.dataset.schema import rules_of
 from data_prep.scan.window import window_to_uint8
 from data_prep.synthetic.exam import Options, render_series, sample_exam
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.extras import require
-from data_prep.system.files import file_sha256, folder_written_whole, write_json, write_text
+from data_prep.system.files import (
+    check_writable,
+    file_sha256,
+    folder_written_whole,
+    write_json,
+    write_text,
+)
 from data_prep.system.stores import local_path
 
 FORMATS = {
@@ -160,6 +166,7 @@ def _check_request(
         raise InputError(f"--num_test_slices={num_test_slices}: must be 1 or more")
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise InputError(f"--output_dir={output_dir} is there already; give a new or empty folder")
+    check_writable(output_dir, "--output_dir")
     for name, extra, packages in (
         ("safetensors", "torch", ("safetensors",)),
         ("hub", "torch", ("safetensors",)),
@@ -176,12 +183,12 @@ class RunModel:
 
     run: the run.
     checkpoint: its step and score.
-    architecture: `VQVAE`, `Classifier`, `UNet`, `StandardUNet` or `SEResNeXt`.
+    architecture: `VQVAE`, `Classifier`, `JointEmbedding`, `UNet`, `StandardUNet` or `SEResNeXt`.
     settings: settings of the architecture, as its PyTorch twin takes them.
     depth: number of residual blocks of the encoder.
     model: the model in JAX, without remat and scan.
     tensors: float32 arrays by name, without `params/` or `variables/`.
-    num_parameters: number of trainable parameters.
+    num_parameters: number of trainable parameters that are exported.
     fingerprint: `model_fingerprint` in results.
     """
 
@@ -222,7 +229,9 @@ def open_model(run: Run, checkpoint: str) -> RunModel:
         depth=getattr(model.config, "depth", 0),
         model=model,
         tensors={name.split("/", 1)[1]: jax.device_get(value) for name, value in flat.items()},
-        num_parameters=count_parameters(state["params"]),
+        num_parameters=count_parameters(
+            [leaf for name, leaf in flatten(state["params"]).items() if is_exported(name)]
+        ),
         fingerprint=fingerprint(flat),
     )
 
@@ -407,13 +416,26 @@ def _write_weights(
 
         named = hub.renamed(entries, manifest) if name == "hub" else entries
         metadata = {weight_files.NOTE: note, "format": "pt"}
-        (folder / FORMATS[name]).write_bytes(safetensors.numpy.save(named, metadata=metadata))
+        content = safetensors.numpy.save(named, metadata=metadata)
+        with open(folder / FORMATS[name], "wb") as file:
+            file.writelines(_in_fixed_order(content))
     if "torch" in formats:
         tensors = collections.OrderedDict(
             (name, torch.from_numpy(value.copy())) for name, value in entries.items()
         )
         setattr(tensors, weight_files.NOTE, note)  # PyTorch keeps attributes of this type alone
         torch.save(tensors, folder / FORMATS["torch"])
+
+
+def _in_fixed_order(content: bytes) -> tuple[bytes, memoryview]:
+    """Header and tensors of a safetensors file, with its notes in the order of their names: the
+    library writes them in another order each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[end:]
 
 
 def _write_test_input(path: Path, images: np.ndarray, outputs: dict[str, np.ndarray]) -> None:

@@ -31,6 +31,7 @@ LICENCES = (
 )
 _PIPELINES = {  # architecture -> the hub's name of what a model is for
     "VQVAE": "image-feature-extraction",
+    "JointEmbedding": "image-feature-extraction",
     "Classifier": "image-classification",
     "SEResNeXt": "image-classification",
     "UNet": "image-segmentation",

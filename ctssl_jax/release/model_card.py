@@ -7,6 +7,7 @@ from ctssl_jax.release import hub
 _OUTPUTS = {
     "VQVAE": "`reconstruction`, `latents`, `quantized`, `codes`, two losses",
     "Classifier": "`logits`, `latents`",
+    "JointEmbedding": "`latents`, `embedding`",
     "UNet": "`logits` (a pixel's, before the sigmoid), `embedding`",
     "StandardUNet": "`logits` (a pixel's, before the sigmoid), `embedding`",
     "SEResNeXt": "`logits`, `embedding`",

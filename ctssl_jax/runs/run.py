@@ -57,6 +57,8 @@ MAY_CHANGE = {
 ADDED_SINCE = {
     "batch_norm_group": 0,
     "best_by": "loss",
+    "loss.masked_l1": 0.0,
+    "mask.block": 0,
     "model.pooling": "legacy",
     "prolonged": [],
     "shards_gb": 32.0,
@@ -65,7 +67,11 @@ ADDED_SINCE = {
     "shuffle_window": 16_384,
     "validation_slices": 0,
 }
-OF_TASK = {"model.pooling": "slice_label_se_resnext"}
+OF_TASK = {
+    "loss.masked_l1": "masked_region",
+    "mask.block": "masked_region",
+    "model.pooling": "slice_label_se_resnext",
+}
 _WEIGHTS = ("init_from", "init_weights")
 OF_THE_DATA = (
     "archive",

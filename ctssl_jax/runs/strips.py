@@ -1,5 +1,5 @@
 """Pictures of predictions, a row a slice: of images input, target, prediction and difference; of
-masks their outlines; of classes the truth and the probability of each."""
+masks their outlines; of classes the truth and the probability of each; or views of an item."""
 
 import textwrap
 from collections.abc import Callable
@@ -76,7 +76,8 @@ def strip(pictures: dict[str, np.ndarray], legend: Legend = PLAIN) -> Image.Imag
       pictures: `input`, `target`, `prediction`, each [N, H, W, C] float32 in [0, 1]. A segmentation
         adds `target_mask` and `prediction_mask`, [N, H, W, 1]: their outlines are drawn, and the
         difference is between them. A classification has `input` at least, `label` [N] int32,
-        `probabilities` [N, K] and `class_names` [K], and no difference.
+        `probabilities` [N, K] and `class_names` [K], and no difference. Without `prediction` there
+        are any square pictures, by their titles.
       legend: what else is written.
     """
     number, height, width, _ = pictures["input"].shape
@@ -147,6 +148,8 @@ def _columns(
             "prediction": outline("prediction_mask", _PREDICTED),
             "difference": compared("prediction_mask", "target_mask"),
         }, "Difference: red is in the prediction only, blue in the truth only."
+    if "prediction" not in pictures:
+        return {name: image(name) for name in pictures}, "Views: what the model sees of a slab."
     images = {name: image(name) for name in IMAGES}
     text = "Difference: grey is equal, red is too bright, blue too dark."
     return images | {"difference": compared("prediction", "target")}, text

@@ -15,6 +15,17 @@ UNITS = {
     "binary_cross_entropy": "natural units, on logits, mean over pixels",
     "auroc_within_volumes": "one class against the rest over the slices of a volume, mean over "
     "classes",
+    # Of views of slices. Those of a batch depend on its size.
+    "invariance": "mean squared difference of the views' projections",
+    "alignment": "squared distance of two views' features of length 1",
+    "sigreg": "statistic of Epps and Pulley of a batch's projections, 1.05 of a Gaussian",
+    "center": "squared mean of a batch's projections",
+    "scale": "squared distance of their standard deviations from 1",
+    "shape": "squared distance of sorted projections of a batch from a Gaussian's quantiles",
+    "variance": "hinge on standard deviations of a batch below 1, sum of two views",
+    "covariance": "squared covariances of a batch's dimensions, sum of two views",
+    "nt_xent": "natural units, against the other patients of a batch",
+    "distillation": "cross-entropy in natural units against the teacher's prototypes",
     # Of the place of a slice, see `stats.label_free`.
     "r2": "share of explained variance of the relative position within a volume",
     "recall": "share of the slices within 10 mm that are among as many nearest ones",

@@ -1,7 +1,7 @@
 """The interface of tasks, which is all that training and evaluation know of a task.
 
 All numbers of examples are `[B] float32`: padded examples get weight 0, and no score depends on the
-other examples of a batch.
+other examples of a batch, but for tasks that compare them (`Task.compares_batch`).
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ HIGHER_IS_BETTER = {
     "binary_cross_entropy": False,
     "dice": True,
     "iou": True,
+    "position_r2": True,
 }
 
 
@@ -37,7 +38,7 @@ class StepOutput(NamedTuple):
     scores: name -> [B] float32, reported as means over examples.
     pictures: `input`, `target`, `prediction`, each [B, H, W, C] float32 in [0, 1]. A segmentation
       adds `target_mask` and `prediction_mask`, [B, H, W, 1] float32, 0 or 1. A label of a slice has
-      `input` alone.
+      `input` alone, a joint embedding `input` and views by their titles, square, of any size.
     embedding: [B, D] float32, the encoder's latents averaged over the slice, as downstream tasks
       use them.
     code_counts: [num_codes] float32, uses of each code (weighted by example); None without a
@@ -74,6 +75,11 @@ class Task(NamedTuple):
     over_annotated: scores that are means over the slices with a mask alone. They are 0 on the
       others, and the score `annotated_slices` is 1 or 0.
     class_names: of the classes that the task itself makes, in the order of the probabilities.
+    teacher_flops: configuration -> the part of `flops` that has no backward pass.
+    after_step: (model, configuration): changes the model's state, not its parameters, after each
+      step of the optimizer; None if there is nothing to change.
+    compares_batch: the loss compares the examples of a batch with each other. So a validation reads
+      its slices in random order, and its loss depends on the size of its batches.
     """
 
     fields: tuple[str, ...]
@@ -89,6 +95,9 @@ class Task(NamedTuple):
     baselines: Callable[..., dict[str, dict[str, jax.Array]]]
     over_annotated: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    teacher_flops: Callable[[ml_collections.ConfigDict], int] = lambda config: 0
+    after_step: Callable[[nnx.Module, ml_collections.ConfigDict], None] | None = None
+    compares_batch: bool = False
 
 
 class Architecture(NamedTuple):
@@ -116,8 +125,9 @@ def is_frozen(config: ml_collections.ConfigDict) -> bool:
 
 def step_flops(task: Task, config: ml_collections.ConfigDict) -> int:
     """Floating-point operations of a training step on one slice: three times those of the forward
-    pass, but of a frozen encoder only its forward pass."""
-    learning = task.flops(config) - (task.encoder_flops(config) if is_frozen(config) else 0)
+    pass, but of a frozen encoder and of a teacher only their forward pass."""
+    kept = task.teacher_flops(config) + (task.encoder_flops(config) if is_frozen(config) else 0)
+    learning = task.flops(config) - kept
     return task.flops(config) + 2 * learning
 
 

@@ -34,8 +34,14 @@ class Example(NamedTuple):
 
 
 def _mask_region(images: jax.Array, keys: jax.Array, config: ml_collections.ConfigDict) -> Example:
-    """Cover one square region and reconstruct the whole slice (paper, section II.C.2)."""
+    """Cover one square region and reconstruct the whole slice (paper, section II.C.2), or some
+    squares of a grid (`config.mask.block`; SimMIM, arXiv 2111.09886)."""
     target, mask = item_slices(images, 0, config), config.mask
+    if mask.block:
+        inputs, region = corruptions.mask_blocks(
+            keys, target, fraction=mask.fraction, side=mask.block, fill=mask.fill
+        )
+        return Example(inputs, target, region)
     inputs, region = corruptions.mask_region(
         keys, target, fraction=mask.fraction, unit=mask.unit, margin=mask.margin, fill=mask.fill
     )
@@ -76,8 +82,8 @@ def _reconstruct(
 ) -> StepOutput:
     """Predict the target from the corrupted input (paper, equations 1 to 3).
 
-    The loss is w_mse MSE + w_masked MSE inside the region, if there is one + w_vq (codebook + beta
-    commitment) - w_ssim SSIM.
+    The loss is w_mse MSE + w_masked MSE and w_l1 L1 inside the region, if there is one + w_vq
+    (codebook + beta commitment) - w_ssim SSIM.
 
     Args:
       corrupt: the corruption, (images, keys, config) -> `Example`.
@@ -99,6 +105,9 @@ def _reconstruct(
     loss = terms.mse * scores["mse"]
     if example.region is not None:
         loss += terms.masked_mse * scores["masked_mse"]
+        if terms.masked_l1:
+            difference = output.reconstruction, example.target, example.region
+            loss += terms.masked_l1 * losses.masked_l1(*difference)
     similarity = scores["ssim"]
     if config.ssim_rescale:  # in the loss only: the reported SSIM stays comparable
         similarity = ssim(to_unit_range(output.reconstruction, rescale=True), example.target)
@@ -159,6 +168,17 @@ def _check_reconstruction(check: Callable[..., None], config: ml_collections.Con
 
 def _check_mask(config: ml_collections.ConfigDict) -> None:
     mask, image_size = config.mask, config.image_size
+    if mask.block:
+        if mask.unit != "area" or mask.margin:
+            raise InputError(
+                f"config.mask.block={mask.block}: blocks of a grid have no margin, and their "
+                "fraction is of the area; set --config.mask.margin=0 --config.mask.unit=area"
+            )
+        try:
+            corruptions.num_blocks(image_size, image_size, fraction=mask.fraction, side=mask.block)
+        except ValueError as error:
+            raise InputError(f"config.mask.block={mask.block}: {error}") from None
+        return
     try:
         side = corruptions.mask_side(image_size, image_size, fraction=mask.fraction, unit=mask.unit)
     except ValueError as error:

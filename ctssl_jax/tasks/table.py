@@ -1,8 +1,15 @@
-"""The tasks by name: pretraining (paper, section II.C) and downstream (sections II.D and E)."""
+"""The tasks by name: pretraining (paper, section II.C), joint embeddings, which the paper does not
+have, and downstream (sections II.D and E)."""
 
 import ml_collections
 
-from ctssl_jax.tasks import reconstruction, segmentation, slice_label, transformation
+from ctssl_jax.tasks import (
+    joint_embedding,
+    reconstruction,
+    segmentation,
+    slice_label,
+    transformation,
+)
 from ctssl_jax.tasks.interface import Task
 from data_prep.system.errors import InputError
 
@@ -12,6 +19,11 @@ TASKS = {
     "denoising": reconstruction.DENOISING,
     "rotation": transformation.ROTATION,
     "flip": transformation.FLIP,
+    "lejepa": joint_embedding.LEJEPA,
+    "visreg": joint_embedding.VISREG,
+    "vicreg": joint_embedding.VICREG,
+    "simclr": joint_embedding.SIMCLR,
+    "dino": joint_embedding.DINO,
     "slice_label": slice_label.SLICE_LABEL,
     "slice_label_se_resnext": slice_label.SLICE_LABEL_SE_RESNEXT,
     "segmentation": segmentation.SEGMENTATION,
@@ -66,6 +78,7 @@ def check_task(config: ml_collections.ConfigDict) -> None:
 
 
 def scores_of(task: Task) -> tuple[str, ...]:
-    """The names that `config.best_by` may have."""
+    """The names that `config.best_by` may have; never terms of a loss that compares examples."""
     predicts_label = "cross_entropy" in task.reported
-    return (*task.reported, *(["auroc"] if predicts_label else []))
+    reported = () if task.compares_batch else task.reported
+    return (*reported, *(["auroc"] if predicts_label else []), "position_r2")

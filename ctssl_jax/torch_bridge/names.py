@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_NOT_ARCHITECTURE = ("remat", "scan", "dtype")
+_NOT_ARCHITECTURE = ("remat", "scan", "dtype", "projector", "num_prototypes")
 COUNTER = "num_batches_tracked"
 _FIELDS = {
     "kernel": "weight",
@@ -48,8 +48,11 @@ _RESBLOCK = {
 }
 # Names of the older SE-ResNeXt (timm's `legacy_seresnext50_32x4d`) -> timm's newer ones.
 _OLDER_SE_RESNEXT = ((r"^layer0\.", ""), (r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
-# State of training without a name in PyTorch's layout: how a codebook follows the latents.
-_TRAINING_ONLY = re.compile(r"quantizer/(counts|sums|steps|initialised)")
+# Without a name in PyTorch's layout, since training alone uses it: how a codebook follows the
+# latents, and what a joint embedding has beside its encoder.
+_TRAINING_ONLY = re.compile(
+    r"quantizer/(counts|sums|steps|initialised)|(projector|teacher)/.*|prototypes|centre|steps"
+)
 
 
 def architecture_settings(settings: Any) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def torch_name(name: str, architecture: str, depth: int = 0) -> str:
 
     Args:
       name: our name without `params/` or `variables/`, e.g. `encoder/stem/conv/kernel`.
-      architecture: `VQVAE`, `Classifier`, `UNet`, `StandardUNet` or `SEResNeXt`.
+      architecture: `VQVAE`, `Classifier`, `JointEmbedding`, `UNet`, `StandardUNet` or `SEResNeXt`.
       depth: residual blocks of the encoder; unused for `StandardUNet` and `SEResNeXt`.
 
     Raises:

@@ -71,10 +71,37 @@ def unet(small: bool) -> dict[str, Any]:
     return _encoder(small) | {"residual_stack": False}
 
 
+def joint_embedding(
+    small: bool, *, projector: tuple[int, ...], num_prototypes: int = 0
+) -> dict[str, Any]:
+    """The autoencoder's encoder with a projector; with prototypes also a teacher."""
+    head = {"pooled": "latents", "projector": projector, "num_prototypes": num_prototypes}
+    return _encoder(small) | head
+
+
+def views(small: bool, *, num_local: int) -> dict[str, Any]:
+    """Two large views of an item, and small ones, from three slices within 12 mm."""
+    large, little = (64, 32) if small else (256, 144)
+    slab = {"slices": 3, "slab_mm": 12.0}
+    global_ = {"num_global": 2, "global_size": large, "global_area": (0.3, 1.0)}
+    local = {"num_local": num_local, "local_size": little, "local_area": (0.05, 0.3)}
+    grey = {"window_shift": 0.1, "window_width": 0.1, "gamma": 0.1, "noise": 0.02, "blur": 0.5}
+    return {**slab, **global_, **local, "flip": False, **grey}
+
+
 def augmentation(**strengths: Any) -> dict[str, Any]:
     """Strengths of the augmentations of training slices; all that are not named are off."""
     geometry = {"shift": 0.0, "scale": 0.0, "rotation_degrees": 0.0, "flip": False}
     return geometry | {"contrast": 0.0, "cutout_holes": 0, "cutout_side": 0.0} | strengths
+
+
+def joint_optimizer(small: bool) -> dict[str, Any]:
+    """AdamW as LeJEPA uses it with convolutions: warm-up, cosine to zero, clipped gradients."""
+    rate, warmup_steps = (2e-3, 50) if small else (5e-4, 2_000)
+    return optimizer("adamw", rate, schedule="cosine", warmup_steps=warmup_steps) | {
+        "weight_decay": 5e-4,
+        "gradient_clip": 3.0,
+    }
 
 
 def optimizer(

@@ -58,6 +58,11 @@ FIELDS = {
             "denoising",
             "rotation",
             "flip",
+            "lejepa",
+            "visreg",
+            "vicreg",
+            "simclr",
+            "dino",
             "slice_label",
             "slice_label_se_resnext",
             "segmentation",
@@ -144,6 +149,12 @@ FIELDS = {
         at_least=0,
     ),
     "mask.fill": Field(float, "grey value of the masked square"),
+    "mask.block": Field(
+        int,
+        "0: one square anywhere; else the side in pixels of squares of a grid, as many as make up "
+        "the fraction of the area",
+        at_least=0,
+    ),
     "slice_gap": Field(
         int, "the target lies this many slices further towards superior", at_least=1
     ),
@@ -152,6 +163,73 @@ FIELDS = {
         "probability that a pixel is noisy: white or black with equal probability",
         above=0,
         at_most=1,
+    ),
+    # ---- joint embeddings
+    "views.num_global": Field(int, "large views of an item", at_least=1),
+    "views.num_local": Field(int, "small views of an item", at_least=0),
+    "views.global_size": Field(int, "side of a large view in pixels", at_least=4),
+    "views.local_size": Field(int, "side of a small view in pixels", at_least=4),
+    "views.global_area": Field(
+        tuple, "smallest and largest share of the slice's area in a large view", above=0, at_most=1
+    ),
+    "views.local_area": Field(tuple, "the same for a small view", above=0, at_most=1),
+    "views.slices": Field(
+        int,
+        "slices of an item, from which views in a row come in turn, never across a gap",
+        at_least=1,
+    ),
+    "views.slab_mm": Field(float, "largest distance of two slices of an item", at_least=0),
+    "views.flip": Field(
+        bool, "exchange left and right in half of the views; it hides on which side organs lie"
+    ),
+    "views.window_shift": Field(
+        float, "the window's level moves by up to this share of its width", at_least=0, at_most=0.5
+    ),
+    "views.window_width": Field(
+        float,
+        "w: the window's width is multiplied by 1 - w to 1 + w",
+        at_least=0,
+        at_most=0.9,
+    ),
+    "views.gamma": Field(
+        float, "g: grey values are raised to a power of 1 - g to 1 + g", at_least=0, at_most=0.9
+    ),
+    "views.noise": Field(
+        float, "largest standard deviation of noise, as share of the window", at_least=0, at_most=1
+    ),
+    "views.blur": Field(
+        float, "largest standard deviation of a blur in pixels of the view", at_least=0, at_most=1.5
+    ),
+    "regulariser.weight": Field(
+        float,
+        "of the term that keeps features apart; the views' agreement has the rest of 1",
+        at_least=0,
+        at_most=1,
+    ),
+    "regulariser.directions": Field(
+        int, "random directions that projections are compared along, new in each step", at_least=1
+    ),
+    "temperature": Field(float, "of the cosines between projections", above=0),
+    "teacher.momentum": Field(
+        float,
+        "of the teacher's weights at the start; it rises to 1 by a cosine over num_steps",
+        at_least=0,
+        at_most=1,
+    ),
+    "teacher.temperature": Field(
+        tuple, "of the teacher's scores, at the start and after the warm-up", above=0
+    ),
+    "teacher.warmup_steps": Field(
+        int,
+        "steps in which the teacher's temperature moves from the first to the second",
+        at_least=0,
+    ),
+    "teacher.student_temperature": Field(float, "of the student's scores", above=0),
+    "teacher.centre_momentum": Field(
+        float, "of the centre that is subtracted from the teacher's scores", at_least=0, at_most=1
+    ),
+    "teacher.frozen_steps": Field(
+        int, "steps in which the prototypes keep their values", at_least=0
     ),
     # ---- labels and masks
     "label": Field(
@@ -250,13 +328,29 @@ FIELDS = {
     "model.groups": Field(
         int, "groups of the 3 x 3 convolutions; must divide twice the width", at_least=1
     ),
+    "model.pooled": Field(
+        str,
+        "what the feature of a slice is the mean of. latents: the encoder's output; map: its "
+        "features before the projection to latents; both: the map's, then the latents'",
+        ("latents", "map", "both"),
+    ),
+    "model.projector": Field(
+        tuple, "features after each layer of the projector, which training alone uses", at_least=1
+    ),
+    "model.num_prototypes": Field(
+        int, "vectors that projections are compared with; 0 without a teacher", at_least=0
+    ),
     # ---- loss
     "loss.mse": Field(float, "weight of the mean squared error"),
     "loss.masked_mse": Field(float, "weight of the mean squared error inside the mask"),
+    "loss.masked_l1": Field(float, "weight of the mean absolute error inside the mask"),
     "loss.vq": Field(float, "weight of the vector quantization loss"),
     "loss.ssim": Field(float, "weight of the structural similarity, which is subtracted"),
     "loss.bce": Field(float, "weight of the binary cross-entropy"),
     "loss.dice": Field(float, "weight of the soft Dice loss"),
+    "loss.invariance": Field(float, "weight of the squared difference of two views"),
+    "loss.variance": Field(float, "weight of the hinge on standard deviations below 1"),
+    "loss.covariance": Field(float, "weight of the squared covariances of dimensions"),
     "commitment": Field(
         float, "beta: weight of the commitment loss in the vector quantization loss", at_least=0
     ),

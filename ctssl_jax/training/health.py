@@ -29,7 +29,8 @@ def warnings(
 
     Args:
       config: the run's configuration.
-      use: `effective_rank` and `embedding_dim`, and with a codebook `used_codes`, `dead_codes` and
+      use: `effective_rank` and `embedding_dim`; in a validation `pairwise_cosine` and
+        `relative_sd`, see `ops.embeddings.spread`; with a codebook `used_codes`, `dead_codes` and
         `perplexity`.
       layer_gradient_norms: layer -> norm of its gradient, without layers that are not trained; None
         where no gradient was taken.
@@ -38,8 +39,8 @@ def warnings(
     if use["effective_rank"] < min(FEWEST_DIRECTIONS, use["embedding_dim"]):
         lines.append(
             "the encoder has collapsed: the embeddings of all slices spread over "
-            f"{use['effective_rank']:.1f} of {use['embedding_dim']} directions, so it hardly tells "
-            f"slices apart; {_encoder_remedy(config)}"
+            f"{use['effective_rank']:.1f} of {use['embedding_dim']} directions{_nearness(use)}, so "
+            f"it hardly tells slices apart; {_encoder_remedy(config)}"
         )
     if "used_codes" in use:
         num_codes = use["used_codes"] + use["dead_codes"]
@@ -62,13 +63,31 @@ def warnings(
     return lines
 
 
+def _nearness(use: dict[str, float]) -> str:
+    if "pairwise_cosine" not in use:
+        return ""
+    return (
+        f" (mean cosine of two {use['pairwise_cosine']:.4f}, standard deviation "
+        f"{use['relative_sd']:.2g} of their length)"
+    )
+
+
 def _encoder_remedy(config: ml_collections.ConfigDict) -> str:
     if is_frozen(config):
         return (
             "it is frozen: in a new run give it other weights by config.init_from, or train it by "
             "--config.encoder_learning_rate_factor=1"
         )
-    return "try a lower config.learning_rate, or a longer config.warmup_steps"
+    remedies = ["a lower config.learning_rate", "a longer config.warmup_steps"]
+    if "regulariser" in config:
+        remedies.insert(0, "a larger config.regulariser.weight")
+    elif "teacher" in config:
+        remedies.insert(0, "a lower config.teacher.temperature")
+    elif "temperature" in config:
+        remedies.insert(0, "more patients in a batch")
+    elif "variance" in config.get("loss", ()):
+        remedies.insert(0, "a larger config.loss.variance")
+    return f"try {', '.join(remedies[:-1])}, or {remedies[-1]}"
 
 
 def _codebook_remedy(config: ml_collections.ConfigDict) -> str:

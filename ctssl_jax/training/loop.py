@@ -22,6 +22,7 @@ from ctssl_jax.runs.reports import Reports, say
 from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import HIGHER_IS_BETTER
 from ctssl_jax.training import fitting, health, warm_start
+from ctssl_jax.training.feature_scores import feature_scores
 from ctssl_jax.training.headline import headline_scores
 from ctssl_jax.training.profiling import StepTrace
 from ctssl_jax.training.progress import Clock, log, show, show_pictures
@@ -197,13 +198,18 @@ def _steps(
 def validate(
     job: Job, program: Program, state: TrainState, step: int, should_stop: Callable[[], bool]
 ) -> dict[str, float] | None:
-    """Scores of the validation split, named as those of `evaluate`, and how codebook and embedding
-    are used; None if a request to stop came first."""
+    """Scores of the validation split, named as those of `evaluate`, how codebook and embedding are
+    used, and what the embedding tells without labels; None if a request to stop came first."""
     batches = job.validation_batches()
     # All processes have as many batches, and stop at the same one.
     batches = itertools.takewhile(lambda batch: not should_stop(), batches)
-    result = evaluate_split(program.scorer, state, batches)
+    result = evaluate_split(program.scorer, state, batches, embeddings=True)
     if result is None or len(result.record_index) < len(job.validation_items):
         return None
     means = headline_scores(result, job.validation_source)
-    return means | codebook_use(result.code_counts) | health.embedding_use(result.embedding_moments)
+    return {
+        **means,
+        **codebook_use(result.code_counts),
+        **health.embedding_use(result.embedding_moments),
+        **feature_scores(result, job.validation_source, job.validation_places),
+    }

@@ -148,6 +148,11 @@ def check_splits(dataset: str, preparation: dict, splits: Sequence[str]) -> None
             raise InputError(
                 f"the dataset {dataset} has no {split} slices; prepare it again with --splits that "
                 f"give {split} a share (every split takes a patient or more)"
+                + (
+                    ", or give evaluate --split=validation, which is no test"
+                    if split == "test"
+                    else ""
+                )
             )
 
 

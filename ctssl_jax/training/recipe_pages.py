@@ -15,6 +15,7 @@ _SECTIONS = {  # first field -> title
     "dataset": "Data",
     "init_from": "Weights of another run",
     "mask.fraction": "Pretext tasks",
+    "views.num_global": "Joint embeddings",
     "label": "Labels and masks",
     "model.in_channels": "Model",
     "loss.mse": "Loss",

@@ -52,6 +52,7 @@ def score_batch(definition: Definition, state: TrainState, batch: dict) -> tuple
         "weight": batch["weight"],
         "scores": {"loss": output.loss, **output.scores},
         "classes": output.classes,
+        "embedding": output.embedding,
     }
     totals = {
         "code_counts": output.code_counts,
@@ -67,6 +68,7 @@ class SplitScores(NamedTuple):
     scores: `loss` and the task's scores, each [N] float32.
     classes: `label` [N] int32 and `probabilities` [N, K] float32; None unless the task predicts a
       label.
+    embedding: [N, D] float32; None unless they were asked for.
     code_counts: [num_codes] float64, over the split; None without a codebook.
     embedding_moments: sums over the slices' embeddings, see `ops.embeddings.moments`.
     """
@@ -74,12 +76,17 @@ class SplitScores(NamedTuple):
     record_index: np.ndarray
     scores: dict[str, np.ndarray]
     classes: dict[str, np.ndarray] | None
+    embedding: np.ndarray | None
     code_counts: np.ndarray | None
     embedding_moments: dict[str, np.ndarray]
 
 
 def evaluate_split(
-    scorer: Scorer, state: Any, batches: Iterable[dict[str, np.ndarray]]
+    scorer: Scorer,
+    state: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    embeddings: bool = False,
 ) -> SplitScores | None:
     """Score every slice of a split.
 
@@ -87,6 +94,7 @@ def evaluate_split(
       scorer: from `make_scorer`.
       state: a `TrainState`, of which only the model is used.
       batches: this process's slices, from `evaluation_batches`.
+      embeddings: keep those of all slices, D numbers each.
 
     Returns:
       Equal values on every process; None if there was no batch.
@@ -94,6 +102,8 @@ def evaluate_split(
     pending, fetched = None, []
     for batch in batches:
         running = scorer.score_batch(state, to_devices(scorer.mesh, batch))[:2]
+        if not embeddings:
+            running[0]["embedding"] = None
         # fetched one batch later, so that the devices never wait for the host
         if pending is not None:
             fetched.append(jax.device_get(pending))

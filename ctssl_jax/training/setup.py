@@ -125,6 +125,13 @@ class Job:
         config = self.config
         return spread_items(self.validation_source, config.validation_slices, config.seed)
 
+    @functools.cached_property
+    def validation_places(self) -> np.ndarray:
+        """Place along the body in mm of each of `validation_items`."""
+        source = self.validation_source
+        centres = source.table[self.validation_items, list(self.task.offsets(self.config)).index(0)]
+        return source.position_mm(centres)
+
     def training_batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This process's slices of each microbatch, beginning at a step."""
         return training_batches(
@@ -139,10 +146,13 @@ class Job:
 
     def validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """This process's slices of a validation."""
+        items = self.validation_items
+        if self.task.compares_batch:  # neighbours in one batch would be compared
+            items = np.random.default_rng(self.config.seed).permutation(items)
         return evaluation_batches(
             self.validation_source,
             self.part_size,
-            items=self.validation_items,
+            items=items,
             **self._process_slice(),
         )
 

@@ -235,6 +235,8 @@ def abstract_batch(definition: Definition, size: int = 0) -> dict[str, Any]:
         shapes["mask"] = ((size, side, side), jnp.uint8)
     if targets.lung_box:
         shapes["box"] = ((size, 4), jnp.float32)
+    if targets.patient:
+        shapes["patient"] = ((size,), jnp.int32)
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 

@@ -135,12 +135,22 @@ def apply_gradients(definition: Definition, state: TrainState, gradients: Any) -
     return state.replace(
         step=state.step + 1,
         params=params,
+        variables=_after_step(definition, params, state.variables),
         optimizer=optimizer_state,
         sums=_added(
             state.sums, jax.tree.map(lambda value: value * definition.config.batch_size, norms)
         ),
         nonfinite_step=first,
     )
+
+
+def _after_step(definition: Definition, params: Any, variables: Any) -> Any:
+    """The model's other variables after `Task.after_step`."""
+    if definition.task.after_step is None:
+        return variables
+    model = nnx.merge(definition.graph, params, variables, copy=True)
+    definition.task.after_step(model, definition.config)
+    return split_model(model)[2]
 
 
 def train_step(definition: Definition, state: TrainState, batch: dict) -> TrainState:
@@ -202,7 +212,8 @@ def make_program(
     def of_run(function: Callable) -> Callable:
         return functools.partial(function, definition)
 
-    shapes = jax.eval_shape(of_run(initial_state))
+    begin = of_run(initial_state)  # one function, so that JAX traces it once
+    shapes = jax.eval_shape(begin)
     shardings = jax.tree.map(lambda leaf: everywhere, shapes).replace(
         params=parts, optimizer=split_parameters(mesh, shapes.optimizer)
     )
@@ -214,7 +225,7 @@ def make_program(
             shardings,
         ),
         initial_state=jax.jit(
-            of_run(initial_state), out_shardings=shardings, compiler_options=quick_to_compile(mesh)
+            begin, out_shardings=shardings, compiler_options=quick_to_compile(mesh)
         ),
         zero_gradients=jax.jit(functools.partial(zeros_of, trained), out_shardings=gradient_parts),
         train_step=jax.jit(

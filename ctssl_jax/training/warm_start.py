@@ -333,9 +333,9 @@ def check_leakage(
     if any(unknown) and config.leakage == "refuse":
         raise InputError(
             f"config.init_from={config.init_from} was trained on data with another pseudonym key, "
-            "so whether its patients are in the validation and test splits of config.dataset "
-            "cannot be checked; prepare both with one --pseudonym_key_file, or "
-            "--config.leakage=allow_unchecked, which results will say"
+            "or imported without its patients, so whether they are in the validation and test "
+            "splits of config.dataset cannot be checked; prepare both with one "
+            "--pseudonym_key_file, or --config.leakage=allow_unchecked, which results will say"
         )
     if seen:
         return (

@@ -203,9 +203,15 @@ def _sizes(url: str, names: Sequence[str]) -> dict[str, int]:
     return {name: sizes[name] for name in names}
 
 
-def _fetch_file(snapshot: _Snapshot, name: str, size: int, arrived: Callable[..., None]) -> None:
-    """Fetches a file, from where a killed process stopped. It appears when its checksum is
-    right."""
+def _fetch_file(
+    snapshot: _Snapshot,
+    name: str,
+    size: int,
+    arrived: Callable[..., None],
+    remedy: str = "the fetched part stays: run again to continue",
+) -> None:
+    """Fetches a file, from where a killed process stopped. It appears when its checksum is right.
+    `remedy`: for a store that fails."""
     store, root = stores.open_store(snapshot.url)
     partial = snapshot.directory / f"{name}{PARTIAL}"
     for _ in range(_TRIES):
@@ -223,8 +229,8 @@ def _fetch_file(snapshot: _Snapshot, name: str, size: int, arrived: Callable[...
                         )
                     except Exception as error:
                         raise DatasetError(
-                            f"{snapshot.url}/{name}: {stores.explain(snapshot.url, error)}; the "
-                            "fetched part stays: run again to continue"
+                            f"{snapshot.url}/{name}: {stores.explain(snapshot.url, error)}; "
+                            f"{remedy}"
                         ) from None
                     if not piece:
                         break  # the file is shorter than the store lists it
@@ -348,7 +354,8 @@ class BoundedCopy:
                 self._make_room(shard)
                 snapshot = self._snapshot._replace(directory=self._folder)
                 try:
-                    _fetch_file(snapshot, name, self._sizes[shard], self._arrived)
+                    remedy = "run again to continue with the shards that are here"
+                    _fetch_file(snapshot, name, self._sizes[shard], self._arrived, remedy)
                 except BaseException:
                     with self._changed:
                         (self._folder / f"{name}{PARTIAL}").unlink(missing_ok=True)

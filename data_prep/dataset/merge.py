@@ -32,7 +32,12 @@ from data_prep.dataset.tfds import complete
 from data_prep.system.errors import InputError
 from data_prep.system.files import lock_directory, make_folder, publish
 
-_ALIKE = ("windows", "image_size", "channels", "masks")  # of preparation.json
+_ALIKE = {  # of preparation.json -> the flag of `prepare` that decides it
+    "windows": "--window",
+    "image_size": "--image_size",
+    "channels": "--window",
+    "masks": "--masks_dir or --archive",
+}
 
 
 def merge(
@@ -132,12 +137,13 @@ def _refuse_different_parts(parts: Sequence[Dataset]) -> dict[str, dict[str, Any
                 f"{named} have different pseudonym keys, so their common patients are unknown; "
                 "prepare both with one --pseudonym_key_file"
             )
-        for name in _ALIKE:
+        for name, flag in _ALIKE.items():
             values = [part.preparation[name] for part in (first, other)]
             if values[0] != values[1]:
                 texts = [_text(value) for value in values]
                 raise InputError(
-                    f"{named} have different {name} ({texts[0]} and {texts[1]}); prepare them alike"
+                    f"{named} have different {name} ({texts[0]} and {texts[1]}); prepare them "
+                    f"alike ({flag})"
                 )
     labels: dict[str, dict[str, Any]] = {}
     of_label: dict[str, Dataset] = {}

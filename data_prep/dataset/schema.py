@@ -34,12 +34,13 @@ the region k of this volume in `regions.csv`. A label is a class: its cell is th
 `data_prep.dataset.reader` and TFDS (without TensorFlow) read it.
 """
 
+import collections
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def make_preparation(
     archive: str,
     windows: Sequence[Mapping[str, float]],
     image_size: int,
-    volumes: Sequence[Mapping[str, Any]],
+    volumes: Iterable[Mapping[str, Any]],
     shard_lengths: Mapping[str, list[int]],
     labels: Mapping[str, Mapping[str, Any]],
     masks: Mapping[str, Any] | None,
@@ -267,7 +268,7 @@ def make_preparation(
         archive: kind of the source.
         windows: `level` and `width` in HU of each channel.
         image_size: pixels of a side.
-        volumes: rows of volumes.csv.
+        volumes: rows of volumes.csv, read once.
         shard_lengths: records of each shard, by split.
         labels: `level` and `classes` of each label.
         masks: how the masks were made; None: the dataset has no masks.
@@ -279,17 +280,31 @@ def make_preparation(
             them; None: this one.
         parts: facts of the datasets that a view links to.
     """
-    rules = {str(VERSION): len(volumes)} if rules is None else dict(rules)
+    patients: dict[str, collections.Counter[str]] = {
+        split: collections.Counter() for split in shard_lengths
+    }
+    kinds = set()
+    for row in volumes:
+        patients[row["split"]][row["patient_id"]] += 1
+        kinds.add(row["synthetic"])
+    num_volumes = sum(of_split.total() for of_split in patients.values())
+    rules = {str(VERSION): num_volumes} if rules is None else dict(rules)
     return {
         "format_version": FORMAT_VERSION,
         "archive": archive,
-        "synthetic": any(row["synthetic"] for row in volumes),
-        **({"partly_synthetic": True} if len({row["synthetic"] for row in volumes}) == 2 else {}),
+        "synthetic": any(kinds),
+        **({"partly_synthetic": True} if len(kinds) == 2 else {}),
         "windows": list(windows),
         "image_size": image_size,
         "channels": len(windows),
         "splits": {
-            split: _split_facts(volumes, split, lengths) for split, lengths in shard_lengths.items()
+            split: {
+                "num_volumes": patients[split].total(),
+                "num_patients": len(patients[split]),
+                "num_slices": sum(lengths),
+                "shard_lengths": lengths,
+            }
+            for split, lengths in shard_lengths.items()
         },
         "labels": labels,
         "masks": masks,
@@ -341,18 +356,6 @@ def notes_on_rules(trained_on: Mapping[str, Any], read: Mapping[str, Any] | None
         f"the model learned from scans that version {versions[0]} of the rules read; this input "
         f"was read by version {versions[1]}; since version {oldest}: {changes_since(oldest)}"
     ]
-
-
-def _split_facts(
-    volumes: Sequence[Mapping[str, Any]], split: str, lengths: list[int]
-) -> dict[str, Any]:
-    rows = [row for row in volumes if row["split"] == split]
-    return {
-        "num_volumes": len(rows),
-        "num_patients": len({row["patient_id"] for row in rows}),
-        "num_slices": sum(lengths),
-        "shard_lengths": lengths,
-    }
 
 
 def synthetic_text(preparation: Mapping[str, Any]) -> str:

@@ -6,11 +6,10 @@ equal slices must give equal bytes on every machine.
 
 import contextlib
 import csv
-import io
 import os
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from data_prep.system.errors import DatasetError
-from data_prep.system.files import REMEDIES, as_cell, unique_name, write_file, written_whole
+from data_prep.system.files import REMEDIES, as_cell, unique_name, written_whole
 
 WRITER_OPTIONS = "group_size:1,zstd:1"
 READER_OPTIONS = "readahead_buffer_size:0"
@@ -169,12 +168,23 @@ def read_records(path: Path) -> Iterable[bytes]:
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a CSV table: None is an empty cell, booleans are yes / no, floats have at most six
     decimals, texts are no formulas (`as_cell`)."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(value) for name, value in row.items()})
-    write_file(path, text.getvalue().encode())
+    with writing_table(path, columns) as write_row:
+        for row in rows:
+            write_row(row)
+
+
+@contextlib.contextmanager
+def writing_table(
+    path: Path, columns: Iterable[str]
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """`write_table` row by row: the function that writes a row. The table appears at the end."""
+    with (
+        written_whole(path, unique_name(path)) as temporary,
+        open(temporary, "x", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        yield lambda row: writer.writerow({name: _cell(value) for name, value in row.items()})
 
 
 def _cell(value: Any) -> Any:

@@ -9,7 +9,6 @@ All write into one dataset directory and one audit directory: entries that are s
 and each file appears whole or not at all.
 """
 
-import collections
 import contextlib
 import dataclasses
 import tempfile
@@ -51,6 +50,11 @@ class Array:
     def check(self) -> None:
         """Raises InputError for what does not go with a manifest, and for unusable files."""
         kind, named = self.options.archive, f"--manifest={self.manifest.path}"
+        if not self.pseudonym_key_file.is_file():
+            raise InputError(
+                f"--pseudonym_key_file={self.pseudonym_key_file}: no such file; give that of all "
+                "tasks, or make one before the first of them: `openssl rand -hex 32 > KEY`"
+            )
         if kind not in ("dicom", "nifti"):
             raise InputError(
                 f"{named}: --archive={kind} has tables among the scans; give the scans as dicom, "
@@ -172,8 +176,8 @@ def assemble(
         lines = in_words(sorted(entry.places[0].line for entry in missing))
         raise InputError(
             f"--manifest={array.manifest.path}: no task with these options has taken "
-            f"{len(missing)} of {len(array.manifest.entries)} entries ({lines}); run the missing "
-            f"tasks{tasks}, then --assemble again"
+            f"{len(missing)} of {len(array.manifest.entries)} entries ({lines}); "
+            f"{_of_others(gathering)}run the missing tasks{tasks}, then --assemble again"
         )
     prepared, changed = prepare(
         array.options,
@@ -187,6 +191,15 @@ def assemble(
     return prepared, changed, gathering
 
 
+def _of_others(gathering: Gathering) -> str:
+    """What tasks left that this call does not know, for the user."""
+    folder = gathering.staging.folder
+    number = len(list(folder.iterdir())) if folder.is_dir() else 0
+    number -= len(gathering.present) + len(gathering.failed)
+    text = f"{number} that are there have another key, other options or other lines; "
+    return text if number else ""
+
+
 def _gathering(array: Array) -> Gathering:
     key = read_key(array.pseudonym_key_file)
     read = header_reader(array.sources.archive)
@@ -198,16 +211,12 @@ def progress_text(array: Array) -> str:
     """How far the tasks are, for the user."""
     array.check()
     gathering = _gathering(array)
-    outcomes = list(gathering.outcomes.values())
-    present = len(gathering.present)
-    rejected: collections.Counter[str] = collections.Counter()
-    for outcome in outcomes:
-        rejected.update(outcome.rejected)
+    rejected = sorted(gathering.rejected.items())
     lines = [
         f"{len(array.manifest.entries):>8} entries of the manifest",
-        f"{present:>8} staged: {sum(one.num_files for one in outcomes)} files, "
-        f"{sum(one.num_volumes for one in outcomes)} series that can be volumes",
-        *(f"{number:>16} series {reason}" for reason, number in sorted(rejected.items())),
+        f"{len(gathering.present):>8} staged: {gathering.num_files} files, "
+        f"{gathering.num_volumes} series that can be volumes",
+        *(f"{number:>16} series {reason}" for reason, number in rejected),
         f"{len(gathering.missing):>8} not taken yet",
     ]
     return "\n".join([*lines, failed_text(gathering)]).rstrip()
@@ -219,7 +228,7 @@ def failed_text(gathering: Gathering) -> str:
     lines = [
         f"{len(failed):>8} failed for now and are left out; run their tasks again, and assemble"
     ]
-    lines += [f"{'':16} {gathering.outcomes[entry.number].failed}" for entry in failed]
+    lines += [f"{'':16} {reason}" for _, reason in failed]
     return "\n".join(lines) + "\n" if failed else ""
 
 

@@ -6,11 +6,15 @@ A patient has several pseudonyms where the scans carry several Patient IDs
 before version 2 of the rules read the Patient ID otherwise.
 """
 
+import array
 import collections
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from data_prep.pipeline.assemble import NewVolume
 from data_prep.pipeline.notes import read_note
 from data_prep.pipeline.options import Directories
 from data_prep.pipeline.splits import KnownSplits
@@ -99,7 +103,7 @@ def people_counts(
 def sharing_pixels(
     directories: Directories,
     old_volumes: Iterable[Mapping[str, Any]],
-    new_volumes: Mapping[str, tuple[Mapping[str, Any], int]],
+    new_volumes: Mapping[str, NewVolume],
     chosen: Mapping[str, str],
 ) -> list[set[str]]:
     """Groups of pseudonyms of patients whose volumes have the same images, whole or in part.
@@ -107,31 +111,36 @@ def sharing_pixels(
     Args:
         directories: where the notes lie.
         old_volumes: rows of volumes.csv of earlier runs.
-        new_volumes: key of the note -> (row, bytes).
+        new_volumes: by key of the note.
         chosen: of `chosen_pseudonyms`.
     """
-    notes = []
-    for row in old_volumes if new_volumes else ():
-        path = directories.kept_notes_dir / f"{row['volume_id']}.json"
-        notes.append((row["patient_id"], path))
-    for name, (row, _) in new_volumes.items():
-        patient = chosen.get(row["patient_id"], row["patient_id"])
-        notes.append((patient, directories.notes_dir / f"{name}.json"))
-    return patients_sharing((patient, read_note(path).pixels) for patient, path in notes)
+
+    def volumes() -> Iterator[tuple[str, Sequence[str]]]:
+        for row in old_volumes if new_volumes else ():
+            path = directories.kept_notes_dir / f"{row['volume_id']}.json"
+            yield row["patient_id"], read_note(path).pixels
+        for name, volume in new_volumes.items():
+            patient = chosen.get(volume.patient_id, volume.patient_id)
+            yield patient, read_note(directories.notes_dir / f"{name}.json").pixels
+
+    return patients_sharing(volumes())
 
 
 def patients_sharing(volumes: Iterable[tuple[str, Sequence[str]]]) -> list[set[str]]:
     """Groups of patients of whom two volumes share `pixel_digests`; volumes: (patient, digests)."""
-    patients, numbers = [], []
-    volumes_of: dict[str, list[int]] = collections.defaultdict(list)
-    for volume, (patient, digests) in enumerate(volumes):
+    patients, numbers = [], array.array("I")
+    digests = array.array("Q")  # 8 bytes each: a million volumes have 16 million
+    for patient, of_volume in volumes:
         patients.append(patient)
-        numbers.append(len(digests))
-        for digest in digests:
-            volumes_of[digest].append(volume)
-    shared = collections.Counter(
-        (first, other) for first, *others in volumes_of.values() for other in others
-    )
+        numbers.append(len(of_volume))
+        digests.extend(int(digest, 16) for digest in of_volume)
+    owners = np.repeat(np.arange(len(patients), dtype=np.uint32), numbers)
+    images = np.array(digests, np.uint64)
+    order = np.argsort(images, kind="stable")  # of one image, the first volume comes first
+    images, owners = images[order], owners[order]
+    again = np.flatnonzero(images[1:] == images[:-1]) + 1
+    first = np.searchsorted(images, images[again])
+    shared = collections.Counter(zip(owners[first].tolist(), owners[again].tolist(), strict=True))
     return merged(
         {patients[first], patients[other]}
         for (first, other), number in shared.items()

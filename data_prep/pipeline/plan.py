@@ -41,6 +41,7 @@ from data_prep.system.workers import Progress, WorkerDied, WorkerPool
 
 _MIN_BUCKETS = 64
 _HEADERS_PER_BUCKET = 5_000  # about, in memory at a time in each worker
+_STAGED_FILES_PER_TASK = 16  # each has the headers of a series or more
 _STAGED = "staged"  # folder of the plan directory
 _PATIENTS = "patients"  # file of the plan directory
 
@@ -150,11 +151,16 @@ def read_plan(path: Path) -> ExamPlan:
 def all_headers(plans: Iterable[Path]) -> Iterator[Header]:
     """The headers of all images of the planned buckets."""
     for plan in map(read_plan, plans):
-        for exam in plan.exams:
-            for candidate in exam:
-                yield from candidate.all_headers
-        for rejection in plan.rejections:
-            yield from rejection.headers
+        yield from headers_in(plan)
+
+
+def headers_in(plan: ExamPlan) -> Iterator[Header]:
+    """The headers of all images of a plan."""
+    for exam in plan.exams:
+        for candidate in exam:
+            yield from candidate.all_headers
+    for rejection in plan.rejections:
+        yield from rejection.headers
 
 
 def scan_headers(
@@ -199,21 +205,26 @@ def scan_staged(
 ) -> None:
     """`scan_headers` for headers that lie in files; `read` reads such a file."""
     num_buckets = _clear(plan_dir, num_files)
-    tasks = ((path, read, num_buckets) for path in staged)
+    tasks = ((paths, read, num_buckets) for paths in chunks(staged, _STAGED_FILES_PER_TASK))
 
     def parts() -> Iterator[tuple[int, _Part]]:
-        for (path, *_), result in pool.run(_read_staged, tasks):
+        for (paths, *_), result in pool.run(_read_staged, tasks):
             if isinstance(result, WorkerDied):
-                raise RunFailed(f"{path}: reading it was killed; run again")
+                raise RunFailed(
+                    f"{paths[0].parent}: reading {paths[0].name} or one of the {len(paths) - 1} "
+                    "files after it was killed; run again"
+                )
             yield result
 
     _fill_buckets(plan_dir, num_files, num_buckets, parts(), known_patients)
 
 
 def _read_staged(
-    path: Path, read: Callable[[Path], list[Header | NotAnImage | Unreadable]], num_buckets: int
+    paths: Sequence[Path],
+    read: Callable[[Path], list[Header | NotAnImage | Unreadable]],
+    num_buckets: int,
 ) -> tuple[int, _Part]:
-    entries = read(path)
+    entries = [entry for path in paths for entry in read(path)]
     return len(entries), (_by_bucket(entries, num_buckets), _identities(entries), False)
 
 

@@ -224,48 +224,63 @@ def stage_entries(
 
 @dataclasses.dataclass(frozen=True)
 class Gathering:
-    """The entries of a manifest, and what tasks left of them."""
+    """The entries of a manifest, and what tasks left of them.
+
+    present: entries with files.
+    missing: entries that no task has taken.
+    failed: entries of which the last task had no files, with the reason.
+    num_files, num_volumes: of all entries together; a series counts if it can be a volume.
+    rejected: stacks by reason.
+    digest: of names and sizes of all files, whatever the order of the manifest.
+    """
 
     manifest: Manifest
     staging: Staging
     read: ReadHeader
     downloads: Downloads
-    outcomes: Mapping[int, Outcome]  # by number of the entry
+    present: Sequence[Entry]
+    missing: Sequence[Entry]
+    failed: Sequence[tuple[Entry, str]]
+    num_files: int
+    num_volumes: int
+    rejected: Mapping[str, int]
+    digest: str
 
     @staticmethod
     def of(
         manifest: Manifest, staging: Staging, read: ReadHeader, downloads: Downloads
     ) -> "Gathering":
-        outcomes = {}
+        present, missing, failed, digests = [], [], [], []
+        num_files = num_volumes = 0
+        rejected: collections.Counter[str] = collections.Counter()
         with Progress("looking", "entries", len(manifest.entries)) as progress:
             for entry in manifest.entries:
-                if outcome := staging.outcome(entry):
-                    outcomes[entry.number] = outcome
+                outcome = staging.outcome(entry)
+                if outcome is None:
+                    missing.append(entry)
+                elif outcome.failed:
+                    failed.append((entry, outcome.failed))
+                else:
+                    present.append(entry)
+                    digests.append(outcome.digest)
+                    num_files += outcome.num_files
+                    num_volumes += outcome.num_volumes
+                    rejected.update(outcome.rejected)
                 progress.advance(1)
-        return Gathering(manifest, staging, read, downloads, outcomes)
-
-    @property
-    def missing(self) -> list[Entry]:
-        """Entries that no task has taken."""
-        return [one for one in self.manifest.entries if one.number not in self.outcomes]
-
-    @property
-    def failed(self) -> list[Entry]:
-        """Entries of which the last task had no files."""
-        return [
-            entry
-            for entry in self.manifest.entries
-            if entry.number in self.outcomes and self.outcomes[entry.number].failed
-        ]
-
-    @property
-    def present(self) -> list[Entry]:
-        """Entries with files."""
-        return [
-            entry
-            for entry in self.manifest.entries
-            if entry.number in self.outcomes and not self.outcomes[entry.number].failed
-        ]
+        digests.sort()
+        return Gathering(
+            manifest,
+            staging,
+            read,
+            downloads,
+            present,
+            missing,
+            failed,
+            num_files,
+            num_volumes,
+            rejected,
+            hashlib.sha256(repr(digests).encode()).hexdigest(),
+        )
 
     def listed(self) -> tuple[int, str]:
         """Number of files and a digest of their names and sizes, as `plan.list_archive`.
@@ -273,35 +288,34 @@ class Gathering:
         Raises:
             InputError: there are no files.
         """
-        outcomes = [self.outcomes[entry.number] for entry in self.present]
-        num_files = sum(outcome.num_files for outcome in outcomes)
-        if not num_files:
+        if not self.num_files:
             raise InputError(
                 f"--manifest={self.manifest.path}: no task left a file; run the tasks again"
             )
-        digest = hashlib.sha256(repr(sorted(one.digest for one in outcomes)).encode())
-        return num_files, digest.hexdigest()
+        return self.num_files, self.digest
 
     def staged_files(self) -> list[Path]:
         return [self.staging.path(entry) for entry in self.present]
 
-    def refuse_spread_series(self, headers: Iterable[Header], key: bytes) -> None:
+    def refuse_spread_series(self, buckets: Iterable[Iterable[Header]], key: bytes) -> None:
         """Raises InputError if files of one series come from several entries: no task saw it whole.
 
         Args:
-            headers: of all images.
+            buckets: all images, those of a study in one bucket.
             key: of the pseudonyms.
         """
-        entries: dict[tuple[str, ...], set[int]] = collections.defaultdict(set)
-        for header in headers:
-            if header.series_instance_uid:
-                name = (
-                    header.patient_key,
-                    header.study_instance_uid,
-                    header.series_instance_uid,
-                )
-                entries[name].add(self.entry_of(header.source).number)
-        spread = {name: numbers for name, numbers in entries.items() if len(numbers) > 1}
+        spread: dict[tuple[str, ...], set[int]] = {}
+        for headers in buckets:
+            entries: dict[tuple[str, ...], set[int]] = collections.defaultdict(set)
+            for header in headers:
+                if header.series_instance_uid:
+                    name = (
+                        header.patient_key,
+                        header.study_instance_uid,
+                        header.series_instance_uid,
+                    )
+                    entries[name].add(self.entry_of(header.source).number)
+            spread |= {name: numbers for name, numbers in entries.items() if len(numbers) > 1}
         if not spread:
             return
         shown = []

@@ -24,7 +24,7 @@ from data_prep.labels import staging
 from data_prep.labels.lookup import Labels, LabelSources
 from data_prep.pipeline import convert
 from data_prep.pipeline.accounting import REFUSED_FILE, SOURCES_FILE, FileAccount
-from data_prep.pipeline.assemble import FrozenPlan, assemble, freeze, keep_notes
+from data_prep.pipeline.assemble import FrozenPlan, NewVolume, assemble, freeze, keep_notes
 from data_prep.pipeline.known_patients import (
     KnownPatients,
     chosen_pseudonyms,
@@ -48,6 +48,7 @@ from data_prep.pipeline.notes import (
 from data_prep.pipeline.options import Directories, Options, refuse_other_classes
 from data_prep.pipeline.plan import (
     all_headers,
+    headers_in,
     plan_archive,
     plan_staged,
     read_patients,
@@ -187,7 +188,9 @@ def plan_exams(preparation: Preparation, labels: Labels) -> Plans:
             read_staged,
             known_patients.keys,
         )
-        preparation.gathering.refuse_spread_series(all_headers(files), preparation.key)
+        preparation.gathering.refuse_spread_series(
+            map(headers_in, map(read_plan, files)), preparation.key
+        )
     else:
         files = plan_archive(
             directories.input_dir,
@@ -295,7 +298,7 @@ def gather_exams(
 
 def account_for_files(
     preparation: Preparation, plans: Plans, note_of: Callable[[list[SeriesCandidate]], ExamNote]
-) -> tuple[FileAccount, dict[str, tuple[dict[str, Any], int]]]:
+) -> tuple[FileAccount, dict[str, NewVolume]]:
     """The outcome of every file, which goes to `sources.csv` and `refused.csv`, too.
 
     Args:
@@ -304,8 +307,7 @@ def account_for_files(
         note_of: returns the outcome of a new exam.
 
     Returns:
-        The account, and {key of the note: (row of volumes.csv, bytes of the records)} of the new
-        volumes.
+        The account, and the new volumes by the keys of their notes.
     """
     known, new_volumes = plans.known, {}
     work_dir = preparation.directories.work_dir
@@ -326,8 +328,9 @@ def account_for_files(
                 if notes is None:
                     note = note_of(exam)
                     notes = [note]
-                    if note.volume:
-                        new_volumes[note.key] = (note.volume, note.record_bytes)
+                    if row := note.volume:
+                        facts = (row["volume_id"], row["patient_id"], row["num_slices"])
+                        new_volumes[note.key] = NewVolume(*facts, note.record_bytes)
                 outcomes += notes
             account.add(outcomes, plan.not_images)
         for file in files:
@@ -341,7 +344,7 @@ def freeze_plan(
     plans: Plans,
     labels: Labels,
     account: FileAccount,
-    new_volumes: Mapping[str, tuple[dict[str, Any], int]],
+    new_volumes: Mapping[str, NewVolume],
 ) -> FrozenPlan:
     """Decides splits, order and shards, and writes the decisions to the disk.
 
@@ -369,9 +372,16 @@ def freeze_plan(
     same_pixels = sharing_pixels(directories, old_volumes, new_volumes, chosen)
     chosen = chosen_pseudonyms(merged([*plans.pseudonyms, *same_pixels]), known_splits, elsewhere)
     new_volumes = {
-        name: (under_one_pseudonym(row, chosen, same_pixels), size)
-        for name, (row, size) in new_volumes.items()
+        name: dataclasses.replace(volume, patient_id=chosen[volume.patient_id])
+        if volume.patient_id in chosen
+        else volume
+        for name, volume in new_volumes.items()
     }
+
+    def row_of(name: str) -> dict[str, Any]:
+        row = read_note(directories.notes_dir / f"{name}.json").volume
+        return under_one_pseudonym(row, chosen, same_pixels)
+
     known_patients = known_patients.after(plans.several_names, same_pixels)
     counts |= people_counts(preparation.key, plans.several_names, known_patients.pseudonyms)
     if elsewhere:
@@ -383,6 +393,7 @@ def freeze_plan(
         key=preparation.key,
         archive_digest=preparation.archive_digest,
         new_volumes=new_volumes,
+        row_of=row_of,
         old_volumes=old_volumes,
         old_preparation=preparation.dataset.preparation if preparation.dataset else None,
         known_splits=known_splits,
@@ -391,8 +402,7 @@ def freeze_plan(
         labels=labels.facts,
         known_patients=known_patients.as_dict(),
     )
-    frozen.save(directories.frozen_file)
-    return frozen
+    return frozen.save(directories.frozen_file)
 
 
 def write_dataset(

@@ -21,9 +21,11 @@ to join one patient costs the test its worth.
     headers = [patients.named(header) for header in headers]
 """
 
+import array
 import collections
 import dataclasses
 import hashlib
+import itertools
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -111,16 +113,16 @@ class People:
     def __init__(self, known: Iterable[Sequence[str]] = ()) -> None:
         """`known`: keys that earlier runs took for one patient."""
         self._numbers: dict[Identity, int] = {}
-        self._instances: list[np.ndarray] = []  # [N] uint64, digests
-        self._owners: list[np.ndarray] = []  # [N] uint32, numbers of identities
+        self._instances = array.array("Q")  # digests, 8 bytes an image
+        self._owners = array.array("I")  # numbers of identities
         self._known = [tuple(keys) for keys in known]
 
     def add(self, found: Mapping[Identity, Sequence[int]]) -> None:
         """Adds a part of the archive."""
         for identity, digests in found.items():
             number = self._numbers.setdefault(identity, len(self._numbers))
-            self._instances.append(np.array(digests, np.uint64))
-            self._owners.append(np.full(len(digests), number, np.uint32))
+            self._instances.extend(digests)
+            self._owners.extend(itertools.repeat(number, len(digests)))
 
     def resolve(self) -> Patients:
         """The patients with several keys. The order of `add` makes no difference."""
@@ -150,23 +152,15 @@ class People:
 
     def _joins(self, everything: Sequence[Identity]) -> tuple[list[tuple[set[str], str]], int]:
         """(keys of one patient, reason), and the number of UIDs that name nobody."""
-        shared: dict[tuple[str, str], dict[str, Identity]] = collections.defaultdict(dict)
-        for identity in sorted(everything, key=repr):  # whatever the order of `add`
-            if identity.patient_key == _NOBODY:
-                continue
-            tokens = (
-                ("spelling", identity.spelling),
-                ("series", identity.series_uid),
-                ("study", identity.study_uid),
-            )
-            for token in tokens:
-                if token[1]:
-                    shared[token][identity.patient_key] = identity
-        sharing = [(people, kind) for (kind, _), people in shared.items()]
+        sharing = [
+            (people, kind)
+            for kind in ("spelling", "series_uid", "study_uid")
+            for people in _sharing(everything, kind)
+        ]
         sharing += [(people, "instances") for people in self._sharing_instances(everything)]
         sharing = [(people, kind) for people, kind in sharing if len(people) > 1]
         joins = [
-            (set(people), kind)
+            (set(people), kind.removesuffix("_uid"))
             for people, kind in sharing
             if kind == "spelling" or _is_one(people.values())
         ]
@@ -188,7 +182,8 @@ class People:
         """The identities under which one SOP Instance UID lies, by patient key."""
         if not self._instances:
             return []
-        instances, owners = np.concatenate(self._instances), np.concatenate(self._owners)
+        instances = np.frombuffer(self._instances, np.uint64)
+        owners = np.frombuffer(self._owners, np.uint32)
         order = np.lexsort((owners, instances))
         instances, owners = instances[order], owners[order]
         same = instances[1:] == instances[:-1]
@@ -242,6 +237,24 @@ def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
     return list(members.values())
 
 
+def _sharing(everything: Sequence[Identity], field: str) -> list[dict[str, Identity]]:
+    """The identities under which one value of a field lies, by patient key, if they are several."""
+    first: dict[str, str] = {}
+    people: dict[str, dict[str, Identity]] = {}
+    for identity in everything:
+        value = getattr(identity, field)
+        if value and identity.patient_key != _NOBODY:
+            if first.setdefault(value, identity.patient_key) != identity.patient_key:
+                people[value] = {}
+    del first  # which mostly holds all
+    if people:
+        some = [one for one in everything if getattr(one, field) in people]
+        for identity in sorted(some, key=repr):  # whatever the order of `add`
+            if identity.patient_key != _NOBODY:
+                people[getattr(identity, field)][identity.patient_key] = identity
+    return list(people.values())
+
+
 def _is_one(people: Collection[Identity]) -> bool:
     """Whether the people who share a UID may be one patient."""
     spellings = {person.spelling for person in people} - {""}
@@ -254,6 +267,8 @@ def _is_one(people: Collection[Identity]) -> bool:
 def _in_study(identity: Identity, study_of: Mapping[str, str]) -> Identity:
     study = identity.study_uid or study_of.get(identity.series_uid, "")
     key = identity.patient_id or _key_of_study(study)
+    if (study, key) == (identity.study_uid, identity.patient_key):
+        return identity  # a million of them need no copies
     return identity._replace(study_uid=study, patient_key=key)
 
 

@@ -36,7 +36,8 @@ def explain(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
     if error.errno not in REMEDIES:
         return f"{place}{error.strerror}" if error.strerror else str(error)
-    return f"{place}{error.strerror}; {REMEDIES[error.errno]} and run the same command again"
+    said = os.strerror(error.errno)  # libraries add words of their own
+    return f"{place}{said}; {REMEDIES[error.errno]} and run the same command again"
 
 
 def printable(text: str) -> str:
@@ -187,6 +188,19 @@ def make_folder(
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{flag}: cannot make {folder} ({error.strerror}); {remedy}") from None
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Refuse a file or folder that cannot be made here, before the work that it is for.
+
+    Raises:
+      InputError: the nearest folder that exists permits no writing.
+    """
+    folder = next(one for one in path.absolute().parents if one.exists())
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{flag}={path} cannot be written (no permission in {folder}); choose another folder"
+        )
 
 
 @contextlib.contextmanager

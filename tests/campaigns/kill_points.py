@@ -109,7 +109,9 @@ class _Feed:
         pass
 
 
-def _scores(scorer: Any, state: TrainState, batches: Iterator[Any]) -> SplitScores | None:
+def _scores(
+    scorer: Any, state: TrainState, batches: Iterator[Any], **options: Any
+) -> SplitScores | None:
     batches = list(batches)
     if not batches:
         return None
@@ -119,6 +121,7 @@ def _scores(scorer: Any, state: TrainState, batches: Iterator[Any]) -> SplitScor
         record_index=np.arange(number),
         scores={"loss": error, "masked_mse": error},
         classes=None,
+        embedding=np.ones((number, 2)),
         code_counts=None,
         embedding_moments={"weight": 2.0, "first": np.ones(2), "second": np.eye(2)},
     )

@@ -23,7 +23,7 @@ from ctssl_jax.ops.trees import flatten
 from ctssl_jax.runs import reports
 from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, restore
 from ctssl_jax.runs.damage import write_sums
-from ctssl_jax.runs.run import open_workdir, to_json
+from ctssl_jax.runs.run import flat, open_workdir, to_json
 from ctssl_jax.runs.scores import make_score
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.tasks.table import get_task
@@ -46,17 +46,24 @@ TINY = {
     "num_pictures": 2,
     "reading_threads": 2,
 }
+# fields that only some recipes have
+TINY_VIEWS = {
+    "views.global_size": 16,
+    "views.local_size": 8,
+    "model.projector": (8, 4),
+    "regulariser.directions": 16,
+    "warmup_steps": 0,
+}
 EMA = {"model.vq_update": "ema", "model.vq_init": "data", "model.vq_revive_every": 3}
 
 
 def tiny_recipe(dataset: Path, task: str, /, **overrides) -> ml_collections.ConfigDict:
     """The recipe of a task at the size of a test; `model__depth=2` sets `config.model.depth`."""
     config = importlib.import_module(f"configs.{task}").get_config()
-    tiny = {
-        name: value
-        for name, value in TINY.items()
-        if name.removeprefix("model.") in (*config, *config.model)
-    }
+    sized = TINY | TINY_VIEWS if "views" in config else TINY
+    tiny = {name: value for name, value in sized.items() if name in flat(to_json(config))}
+    if config.model.get("num_prototypes"):
+        tiny |= {"model.num_prototypes": 12, "teacher.frozen_steps": 2, "teacher.warmup_steps": 4}
     overrides = {name.replace("__", "."): value for name, value in overrides.items()}
     config.update_from_flattened_dict({"dataset": str(dataset), **tiny, **overrides})
     return config

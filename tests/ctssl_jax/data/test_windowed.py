@@ -3,6 +3,9 @@
 import contextlib
 import itertools
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from data_prep.dataset import cache as dataset_cache
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import DatasetError
 from tests.helpers.example_dataset import write_example_dataset
+from tests.helpers.training_runs import PROJECT
 
 URL = "example://data/many"
 
@@ -196,9 +200,40 @@ def test_what_an_ended_process_left_is_used_again(remote, tmp_path):
 def test_a_shard_that_fails_leaves_nothing_and_is_asked_for_again(remote, tmp_path):
     source = Dataset.open(URL).source("train", 1e9)
     remote.fail("read *train.array_record-00003")
-    with pytest.raises(DatasetError, match=r"train.array_record-00003: the store refuses"):
+    with pytest.raises(
+        DatasetError, match=r"00003: the store refuses.*; run again to continue with the shards"
+    ):
         source[36]
     assert shard_files(tmp_path / "copies") == {}
     remote.fail("nothing")
     assert source[36]["slice_index"] == 0
+    source.close()
+
+
+def test_a_fetch_that_was_killed_leaves_no_part_that_counts_against_the_bound(remote, tmp_path):
+    remote.hang("read *train.array_record-00002")
+    code = (
+        "from data_prep.dataset.reader import Dataset\n"
+        f"source = Dataset.open({URL!r}).source('train', 1e9)\n"
+        "source[0], source[12], source[24]\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT)
+    deadline, parts = time.time() + 60, []
+    while not parts and time.time() < deadline:
+        time.sleep(0.05)
+        parts = list((tmp_path / "copies").rglob("train.array_record-00002.partial"))
+    process.kill()
+    process.wait()
+    [part] = parts
+    part.write_bytes(bytes(1000))  # had arrived
+    remote.hang()
+    remote.requests()
+    sizes = dataset_cache.shard_bytes(URL, "train")
+    bound = sum(sizes[:3])
+    source = Dataset.open(URL).source("train", bound)
+    assert [source[record]["slice_index"] for record in (0, 12, 24)] == [0, 0, 0]
+    assert shards_read(remote) == ["train.array_record-00002"]
+    assert sum(shard_files(tmp_path / "copies").values()) == bound and not part.exists()
+    assert source[36]["slice_index"] == 0
+    assert sum(shard_files(tmp_path / "copies").values()) <= bound
     source.close()

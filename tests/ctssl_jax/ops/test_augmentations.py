@@ -146,9 +146,8 @@ def test_masks_move_with_their_images():
     overlap = (moved & expected).sum((1, 2)) / np.maximum((moved | expected).sum((1, 2)), 1)
     empty = ~(moved.any((1, 2)) | expected.any((1, 2)))
     assert np.all((overlap > 0.85) | empty) and not np.all(empty)
-    np.testing.assert_array_equal(
-        out, jax.jit(lambda k, i: augmentations.augment(k, i, **strengths))(KEYS, images)
-    )
+    alone = jax.jit(lambda k, i: augmentations.augment(k, i, **strengths))(KEYS, images)
+    np.testing.assert_allclose(out, alone, atol=2e-5)  # two programs, which may round otherwise
 
 
 def test_switching_one_off_leaves_the_others():

@@ -174,3 +174,27 @@ def test_flips_are_exact_and_undo_themselves():
     np.testing.assert_array_equal(flipped[1], np.fliplr(images[1]))
     np.testing.assert_array_equal(flipped[2], np.flipud(images[2]))
     np.testing.assert_array_equal(corruptions.flip(flipped, direction), images)
+
+
+@pytest.mark.parametrize(("fraction", "side"), [(0.6, 4), (0.25, 8), (0.01, 4), (0.99, 8)])
+def test_blocks_are_squares_of_a_grid_in_the_same_number(fraction, side):
+    keys = jax.random.split(jax.random.key(0), 16)
+    images = jax.random.uniform(jax.random.key(1), (16, 16, 24, 2), minval=0.1)
+    covered, mask = corruptions.mask_blocks(keys, images, fraction=fraction, side=side)
+    assert mask.shape == (16, 16, 24, 1)
+    blocks = np.asarray(mask)[..., 0].reshape(16, 16 // side, side, 24 // side, side)
+    assert np.all(np.ptp(blocks, axis=(2, 4)) == 0)  # whole blocks
+    number = corruptions.num_blocks(16, 24, fraction=fraction, side=side)
+    assert 1 <= number < blocks[0, :, 0, :, 0].size
+    assert np.all(blocks[:, :, 0, :, 0].sum((1, 2)) == number)
+    np.testing.assert_array_equal(covered, np.where(mask > 0, 0, images))
+    assert len({tuple(one.ravel()) for one in blocks[:, :, 0, :, 0]}) > 3  # drawn anew
+
+
+@pytest.mark.parametrize(
+    ("fraction", "side", "message"),
+    [(0.0, 4, "must lie between 0 and 1"), (0.5, 5, "do not tile"), (0.5, 16, "do not tile")],
+)
+def test_blocks_that_do_not_fit_are_refused(fraction, side, message):
+    with pytest.raises(ValueError, match=message):
+        corruptions.num_blocks(16, 16, fraction=fraction, side=side)

@@ -54,3 +54,13 @@ def test_double_softmax_has_the_floor_of_the_papers_table():
         values = losses.double_softmax_cross_entropy(certain, jnp.arange(num_classes))
         np.testing.assert_allclose(values, np.log(np.e + num_classes - 1) - 1, rtol=1e-5)
         np.testing.assert_allclose(values, floor, atol=5e-5)
+
+
+def test_masked_l1_counts_masked_pixels_alone():
+    prediction, target = (
+        jnp.zeros((1, 2, 2, 1)),
+        jnp.array([1.0, -3.0, 5.0, 7.0]).reshape(1, 2, 2, 1),
+    )
+    mask = jnp.array([1.0, 1.0, 0.0, 0.0]).reshape(1, 2, 2, 1)
+    assert float(losses.masked_l1(prediction, target, mask)[0]) == 2
+    assert float(losses.masked_l1(prediction, target, 0 * mask)[0]) == 0

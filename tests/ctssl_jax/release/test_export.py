@@ -301,6 +301,19 @@ def test_round_trip_is_bit_identical(exported, runs, tmp_path):
             np.testing.assert_array_equal(again[entry], first[entry], err_msg=f"{name} {entry}")
 
 
+def test_the_notes_of_safetensors_stand_in_one_order():
+    import safetensors.numpy
+
+    tensors, notes = {"a": np.arange(6.0), "b": np.eye(2)}, {"ctssl_jax": "x", "format": "pt"}
+    files = {
+        b"".join(exporting._in_fixed_order(safetensors.numpy.save(tensors, metadata=notes)))
+        for _ in range(20)
+    }
+    assert len(files) == 1
+    again = safetensors.numpy.load(files.pop())
+    assert all(np.array_equal(again[name], value) for name, value in tensors.items())
+
+
 def authors_file(path, prefix="", *, channels=3, counter=11):
     """Weights in the authors' layout, random, as their release saves them; returns the tensors."""
     twin = ctssl_torch.VQVAE(

@@ -114,6 +114,20 @@ def test_classification_labels_and_loss_by_hand(task, num_classes, batch):
     assert output.code_counts is None
 
 
+def test_masked_blocks_with_l1_by_hand(batch):
+    images, keys = batch
+    config = tiny_recipe("", "simmim", mask__block=4)
+    model, output = apply_untrained(config, images, keys)
+    target = images[:, 0].astype(np.float32) / 255
+    inputs, region = corruptions.mask_blocks(keys, jnp.asarray(target), fraction=0.6, side=4)
+    np.testing.assert_allclose(output.pictures["input"], inputs, atol=1e-6)
+    predicted = model(jnp.asarray(inputs), train=False)
+    error = np.abs(np.asarray(predicted.reconstruction) - target) * region
+    vq = predicted.codebook_loss + 0.25 * predicted.commitment_loss
+    expected = error.sum((1, 2, 3)) / (10 * 16) + 0.8 * vq  # 10 of 16 blocks of 16 pixels
+    np.testing.assert_allclose(output.loss, expected, rtol=1e-4)
+
+
 def test_labels_are_fixed_in_evaluation_and_new_every_step(batch):
     records = jnp.arange(64)
     key = jax.random.key(3)
@@ -290,6 +304,8 @@ def test_the_recipes_pass_the_checks_and_hold_no_field_of_another_task(recipe, s
             "config.loss is missing, config.commitment is missing, config.ssim_rescale is "
             "missing); start from --config=denoising",
         ),
+        ("simmim", "mask.block", 5, "config.mask.block=5: blocks of 5 pixels do not tile an image"),
+        ("simmim", "mask.margin", 2, "config.mask.block=32: blocks of a grid have no margin"),
         (
             "masked_region", "task", "flip",
             "does not fit this recipe (config.mask has no meaning, config.loss has no meaning, "

@@ -197,14 +197,14 @@ def test_a_request_to_stop_does_not_wait_for_a_validation(
     on, before the next step."""
     expected = straight("gradient")
 
-    def signal_during_the_second(scorer, state, batches):
+    def signal_during_the_second(scorer, state, batches, **options):
         def signalling():
             for number, batch in enumerate(batches):
                 if int(state.step) == 6 and number == 0:
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield batch
 
-        return evaluate_split(scorer, state, signalling())
+        return evaluate_split(scorer, state, signalling(), **options)
 
     monkeypatch.setattr(loop, "evaluate_split", signal_during_the_second)
     workdir = tmp_path / "run"

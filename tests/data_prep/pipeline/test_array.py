@@ -19,7 +19,7 @@ from data_prep.labels.lookup import LabelSources
 from data_prep.pipeline import array as arrays
 from data_prep.pipeline import downloads as downloading
 from data_prep.pipeline.array import Array, assemble, progress_text, run_task
-from data_prep.pipeline.downloads import Downloads
+from data_prep.pipeline.downloads import Downloads, fetched
 from data_prep.pipeline.manifest import in_words, read_manifest
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
@@ -213,7 +213,7 @@ def test_the_rest_is_exact_and_what_failed_is_added_later(tmp_path, archive, key
     array = Array(**vars(array) | {"options": options})
     with pytest.raises(RunFailed, match=r"line 5: no such file or folder"):
         run_task(array, 0, 1, num_workers=1)
-    assert [entry.number for entry in assemble(array, num_workers=1)[2].failed] == [4]
+    assert [entry.number for entry, _ in assemble(array, num_workers=1)[2].failed] == [4]
     prepare(options, one, num_workers=1, pseudonym_key_file=key_file)
     assert results(array.directories) == results(one)
     gone.rename(scans / "e")
@@ -348,7 +348,7 @@ def test_what_does_not_go_with_a_manifest_is_refused(tmp_path, archive, key_file
         ({"options": Options("rsna_pe")}, "--archive=rsna_pe has tables among the scans"),
         ({"sources": LabelSources("nifti", metadata_csv=key_file)}, "--metadata_csv needs a local"),
         ({"downloads": Downloads(tmp_path / "dataset" / "x")}, "lies inside --output_dir"),
-        ({"pseudonym_key_file": tmp_path / "none"}, "no such key file"),
+        ({"pseudonym_key_file": tmp_path / "none"}, "no such file; give that of all tasks"),
     ):
         with pytest.raises(InputError, match=message):
             run_task(Array(**vars(array) | change), 0, 1)
@@ -372,3 +372,14 @@ def test_a_file_that_kills_its_worker_costs_itself_only(
     prepared, *_ = assemble(array, num_workers=1)
     assert prepared["counts"]["files_not_images"] == {"failed_for_now": 1}
     assert results(array.directories)["volumes.csv"] == plain["volumes.csv"]
+
+
+def test_a_folder_of_googles_store_is_downloaded(tmp_path, emulated_bucket):
+    gcsfs = pytest.importorskip("gcsfs")
+    store = gcsfs.GCSFileSystem(token="anon")
+    for name in ("a/1", "a/b/2", "ab/3"):
+        store.pipe_file(f"gs://{emulated_bucket}/scans/{name}", name.encode())
+    manifest = written(tmp_path / "m.txt", f"gs://{emulated_bucket}/scans/a/*")
+    [entry] = read_manifest(manifest).entries
+    with fetched(entry, "key", Downloads(tmp_path / "downloads", remove=True)) as files:
+        assert content(files) == {"1": b"a/1", "b/2": b"a/b/2"}

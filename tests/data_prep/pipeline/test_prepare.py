@@ -26,7 +26,7 @@ from data_prep.dataset.verify import verify
 from data_prep.pipeline import convert, steps
 from data_prep.pipeline import plan as planning
 from data_prep.pipeline.accounting import num_failed_for_now
-from data_prep.pipeline.assemble import freeze
+from data_prep.pipeline.assemble import NewVolume, freeze
 from data_prep.pipeline.convert import convert_exam
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import dry_run, prepare
@@ -424,7 +424,8 @@ def test_a_volume_is_never_added_twice():
             options=OPTIONS.as_dict(),
             key=b"0123456789abcdef",
             archive_digest="",
-            new_volumes={"a": (row, 1)},
+            new_volumes={"a": NewVolume("v", "p", 20, 1)},
+            row_of=lambda name: row,
             old_volumes=[row],
             old_preparation=None,
             known_splits={},

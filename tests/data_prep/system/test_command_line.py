@@ -12,7 +12,8 @@ import pytest
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 
-FULL_DISK = "raise OSError(28, 'No space left on device', 'results.csv')"
+# as a library that adds words of its own says it
+FULL_DISK = "raise OSError(28, 'Error writing bytes. Detail: [errno 28] No space', 'results.csv')"
 MAKE_ROOM = "results.csv: No space left on device; make room and run the same command again"
 VERBS = "choose one of plan, run; options begin with --"
 

@@ -1,0 +1,44 @@
+"""What the features of a validation's slices tell without any label, and how far apart they lie."""
+
+import numpy as np
+
+from ctssl_jax.data.slices import NeighbourSource
+from ctssl_jax.ops.embeddings import spread
+from ctssl_jax.stats.label_free import PlacedSlices, neighbour_recall, position_r2_across
+from ctssl_jax.stats.volumes import volumes_of_records
+from ctssl_jax.training.scoring import SplitScores
+
+FEWEST_VOLUMES = 3  # that a place is told of: two are fitted to at least
+
+
+def feature_scores(
+    slices: SplitScores, source: NeighbourSource, z_mm: np.ndarray
+) -> dict[str, float]:
+    """Numbers of the features of a split, or of a part of it.
+
+    Args:
+      slices: with `embedding`.
+      source: the split.
+      z_mm: [N], the place of each slice.
+
+    Returns:
+      Those of `ops.embeddings.spread`; `position_r2`, the mean over volumes of the R^2 with which a
+      ridge regression that is fitted to other patients tells the relative place of a slice; and
+      `neighbour_recall`, see `stats.label_free`. Those that are undefined (fewer than three
+      volumes, or one patient) are absent.
+    """
+    volumes, index = volumes_of_records(source.volumes, slices.record_index)
+    patient = np.array([volume["patient_id"] for volume in volumes])[index]
+    placed = PlacedSlices(slices.embedding, index, z_mm)
+    numbers = spread(slices.embedding)
+    if not np.isfinite(slices.embedding).all():
+        return {}
+    of_volumes = {"neighbour_recall": neighbour_recall(placed)}
+    if len(volumes) >= FEWEST_VOLUMES and len(np.unique(patient)) > 1:
+        of_volumes["position_r2"] = position_r2_across(placed, patient)
+    numbers |= {
+        name: float(np.nanmean(values))
+        for name, values in of_volumes.items()
+        if not np.isnan(values).all()
+    }
+    return {name: value for name, value in numbers.items() if np.isfinite(value)}

@@ -1,0 +1,267 @@
+"""Joint-embedding tasks: one batch by hand, eight devices, exact resumption with teacher and
+centre, evaluation, embedding, warm starts, a collapse that is said, wrong recipes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ctssl_jax.data.batches import training_batches
+from ctssl_jax.data.slices import open_source
+from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.inference.pretrained import load
+from ctssl_jax.ops import joint_losses
+from ctssl_jax.ops.trees import flatten
+from ctssl_jax.parallel.mesh import make_mesh, to_devices
+from ctssl_jax.runs import reports
+from ctssl_jax.tasks.interface import step_flops
+from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training import health
+from ctssl_jax.training.step import make_program
+from data_prep.dataset.reader import Dataset
+from data_prep.system.errors import InputError
+from tests.helpers.training_runs import (
+    ask_to_stop_at,
+    assert_same_state,
+    losses,
+    numbers,
+    save_untrained,
+    saved_state,
+    tiny_recipe,
+    train_on,
+)
+
+TASKS = ("lejepa", "visreg", "vicreg", "simclr", "dino")
+
+
+def learning(dataset, task, /, **overrides):
+    short = {"num_steps": 16, "log_every": 4, "eval_every": 8, "model.depth": 0}
+    if task in ("lejepa", "dino"):  # the others show that there may be none
+        short["views.num_local"] = 1
+    elif task == "visreg":
+        short["views.num_local"] = 0
+    return tiny_recipe(dataset, task, **(short | overrides))
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_dataset, tmp_path_factory):
+    """Runs without interruption, one a task."""
+    finished = {}
+
+    def run(task):
+        if task not in finished:
+            finished[task] = tmp_path_factory.mktemp(task) / "run"
+            assert train_on(learning(tiny_dataset, task), finished[task])
+        return finished[task]
+
+    return run
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_interrupted_run_equals_straight_run(task, straight, tiny_dataset, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        ask_to_stop_at(patch, 6)  # between reports, past the frozen prototypes
+        assert not train_on(learning(tiny_dataset, task), workdir)
+    assert train_on(learning(tiny_dataset, task), workdir)
+    assert_same_state(workdir, straight(task))
+    assert numbers(workdir) == numbers(straight(task))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_small_run_learns_and_is_healthy(task, straight):
+    reported = losses(straight(task))
+    assert len(reported) == 4 and np.isfinite(reported).all()
+    if task != "dino":  # its targets sharpen as it learns
+        assert reported[-1] < reported[0]
+    (*_, last) = reports.read_reports(straight(task), "validation")
+    assert {
+        "effective_rank",
+        "pairwise_cosine",
+        "relative_sd",
+        "uniformity",
+        "alignment",
+        "neighbour_recall",
+    } <= set(last)
+    assert health.warnings(learning("data", task), last | {"embedding_dim": 4}) == []
+
+
+def test_the_teacher_and_its_centre_are_in_the_checkpoint(straight):
+    state = saved_state(straight("dino"))
+    student = [name for name in state if name.startswith("params/") and "optimizer" not in name]
+    for name in student:
+        teacher = name.replace("params/", "variables/teacher/")
+        assert state[teacher].shape == state[name].shape
+    moved = [
+        np.abs(state[name.replace("params/", "variables/teacher/")] - state[name]).max()
+        for name in student
+        if name.endswith("kernel")
+    ]
+    assert min(moved) > 0  # it follows, and has not arrived
+    assert np.abs(state["variables/centre"]).max() > 0 and state["variables/steps"] == 16
+    assert not [name for name in state if "optimizer" in name and "teacher" in name]
+
+
+def test_one_batch_of_lejepa_by_hand(tiny_dataset):
+    config = learning(tiny_dataset, "lejepa")
+    task = get_task("lejepa")
+    source = open_source(
+        Dataset.open(tiny_dataset), "train", (0,), task.offsets(config), task.targets(config)
+    )
+    batch = next(training_batches(source, 8, 0))
+    model = task.build(config, nnx.Rngs(params=0))
+    keys = jax.random.split(jax.random.key(1), 8)
+
+    @nnx.jit
+    def apply(model):
+        return task.apply(model, batch, keys, None, config, train=False)
+
+    output = apply(model)
+    shown = output.pictures
+    assert shown["global view 1"].shape == (8, 16, 16, 1)
+    assert shown["local view 1"].shape == (8, 8, 8, 1)
+    np.testing.assert_allclose(shown["input"], batch["images"][:, 1] / np.float32(255), atol=1e-6)
+    whole = model.encoder(jnp.asarray(shown["input"]), train=False)
+    np.testing.assert_allclose(output.embedding, np.mean(whole, axis=(1, 2)), atol=1e-5)
+    scores = output.scores
+    expected = 0.95 * scores["invariance"] + 0.05 * scores["sigreg"]
+    np.testing.assert_allclose(output.loss, expected, rtol=1e-5)
+    assert np.ptp(scores["sigreg"]) == 0 and np.ptp(scores["invariance"]) > 0
+    views = {0: shown["global view 1"], 1: shown["global view 2"]}
+    features = np.stack(
+        [np.mean(model.encoder(jnp.asarray(v), train=False), axis=(1, 2)) for v in views.values()]
+    )
+    unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    distance = np.square(unit[0] - unit[1]).sum(-1)
+    np.testing.assert_allclose(scores["alignment"], distance, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_on_two_groups_of_devices_is_that_of_one_device(tiny_dataset):
+    """With a teacher and its centre."""
+    images = np.random.default_rng(0).integers(0, 255, (8, 3, 16, 16, 1), np.uint8)
+    numbers, weight = np.arange(8, dtype=np.int32), np.ones(8, np.float32)
+    batch = {"images": images, "record_index": numbers, "weight": weight}
+    start, results = None, []
+    for num_devices, fsdp_devices in ((1, 1), (8, 4)):
+        config = learning(tiny_dataset, "dino", fsdp_devices=fsdp_devices)
+        mesh = make_mesh(jax.devices()[:num_devices], fsdp_devices)
+        program = make_program(config, get_task("dino"), 1, mesh)
+        start = jax.device_get(program.initial_state()) if start is None else start
+        state = jax.tree.map(
+            lambda leaf, like: jax.device_put(leaf, like.sharding), start, program.template
+        )
+        state = program.train_step(state, to_devices(mesh, batch))
+        results.append(jax.device_get((state.sums, flatten(state.variables))))
+    (one, variables), (eight, others) = results
+    for name in ("loss", "alignment"):
+        assert float(eight[name]) == pytest.approx(float(one[name]), rel=1e-4), name
+    for name, norm in one["layer_gradient_norms"].items():
+        assert float(eight["layer_gradient_norms"][name]) == pytest.approx(norm, rel=2e-3), name
+    for name, value in variables.items():
+        np.testing.assert_allclose(others[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_directions_depend_on_the_step_and_the_seed_alone(tiny_dataset):
+    drawn = [
+        joint_losses.unit_directions(jax.random.fold_in(jax.random.key(seed), step), 4, 3)
+        for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1))
+    ]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.allclose(drawn[0], drawn[2]) and not np.allclose(drawn[0], drawn[3])
+
+
+def test_evaluation_and_embedding_of_a_run(straight, tiny_dataset, tmp_path):
+    result = evaluate(straight("lejepa"), tiny_dataset, "test", tmp_path / "r.json", batch_size=8)
+    assert list(result["metrics"]) == ["invariance", "sigreg", "alignment"]
+    assert result["embedding"]["embedding_dim"] == 4 and result["num_slices"] == 24
+    assert json.loads((tmp_path / "r.json").read_text()) == result
+    images = np.stack([r["image"] for r in Dataset.open(tiny_dataset).source("test")])[:6]
+    model = load(straight("lejepa"))
+    latents = model.latents(images)
+    np.testing.assert_allclose(model.embed(images).slices, latents.mean((1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["masked_region", "dino"])
+def test_other_runs_begin_with_its_encoder(task, straight, tiny_dataset, tmp_path):
+    config = tiny_recipe(
+        tiny_dataset,
+        task,
+        num_steps=1,
+        model__depth=0,
+        eval_every=1,
+        init_from=str(straight("lejepa")),
+        init_scope="encoder",
+    )
+    assert train_on(config, tmp_path / "run")
+    moved = json.loads((tmp_path / "run" / "transplant.json").read_text())["moved"]
+    assert moved and all(name.split("/")[1] == "encoder" for name in moved)
+
+
+def test_a_collapse_is_said(tiny_dataset, tmp_path, capsys):
+    """Agreement alone: without the regulariser all features become one."""
+    config = learning(
+        tiny_dataset, "lejepa", regulariser__weight=0.0, num_steps=60, eval_every=60,
+        learning_rate=0.03,
+    )  # fmt: skip
+    assert train_on(config, tmp_path / "run")
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if "the encoder has collapsed" in line]
+    assert "mean cosine" in line
+
+
+def test_flops_count_views_and_the_teacher_once(tiny_dataset):
+    lejepa, dino = (learning(tiny_dataset, task) for task in ("lejepa", "dino"))
+    of_lejepa, of_dino = get_task("lejepa"), get_task("dino")
+    assert of_lejepa.teacher_flops(lejepa) == 0
+    assert step_flops(of_lejepa, lejepa) == 3 * of_lejepa.flops(lejepa)
+    teacher = of_dino.teacher_flops(dino)
+    assert step_flops(of_dino, dino) == 3 * (of_dino.flops(dino) - teacher) + teacher
+    fewer = learning(tiny_dataset, "lejepa", views__num_local=0)
+    assert of_lejepa.flops(fewer) < of_lejepa.flops(lejepa)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "value", "message"),
+    [
+        ("lejepa", "views.global_size", 32, "config.views.global_size=32: must be a multiple of 4"),
+        ("lejepa", "regulariser.weight", 1.5, "config.regulariser.weight=1.5: must be 0 or more"),
+        ("simclr", "views.num_global", 1, "1 global and 0 local views of an item; two are compar"),
+        ("simclr", "temperature", 0.0, "config.temperature=0.0: must be above 0"),
+        ("vicreg", "model.num_prototypes", 8, "num_prototypes=8: must be 0, since this task has"),
+        ("dino", "model.num_prototypes", 0, "config.model.num_prototypes=0: must be 1 or more"),
+        ("lejepa", "best_by", "invariance", "config.best_by='invariance': choose one of"),
+        ("lejepa", "model.pooled", "mean", "config.model.pooled='mean': choose one of latents"),
+        ("visreg", "microbatches", 8, "config.batch_size=8 in 8 microbatches: the items of a"),
+        ("lejepa", "views.local_area", (0.5, 0.1), "config.views.local_area=(0.5, 0.1): must ho"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_one_line(task, field, value, message, tiny_dataset, tmp_path):
+    config = tiny_recipe(tiny_dataset, task)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError) as raised:
+        train_on(config, tmp_path / "run")
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("pooled", ["latents", "map", "both"])
+def test_an_export_gives_the_same_embedding(pooled, tiny_dataset, tmp_path):
+    """What is pooled travels with the manifest; projector, teacher and centre do not."""
+    torch = pytest.importorskip("torch")
+    from ctssl_jax.release.exporting import export
+    from ctssl_jax.torch_bridge import ctssl_torch
+
+    config = learning(tiny_dataset, "dino", model__pooled=pooled)
+    save_untrained(config, tmp_path / "run")
+    manifest = export(tmp_path / "run", tmp_path / "model", ("torch",), "CC0-1.0")
+    assert manifest["architecture"] == "JointEmbedding" and manifest["model"]["pooled"] == pooled
+    twin = ctssl_torch.load(tmp_path / "model")
+    assert all(name.startswith("encoder.") for name in twin.state_dict())
+    images = np.stack([r["image"] for r in Dataset.open(tiny_dataset).source("test")])[:4]
+    here = load(tmp_path / "run").embed(images).slices
+    given = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+    assert here.shape == (4, {"latents": 4, "map": 8, "both": 12}[pooled])
+    np.testing.assert_allclose(twin.embed(given), here, atol=1e-5)
