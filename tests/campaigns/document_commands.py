@@ -30,7 +30,6 @@ NOT_HERE = {  # words of a block -> why
     "nlst.txt": "a download of terabytes",
     "CT_RATE": "a gated data set",
     "MY_NIFTI": "needs NIfTI scans: tests/data_prep/scan/test_nifti.py",
-    "phantom_statistics": "needs real chests",
     "tcia-lidc": "the annotations of LIDC-IDRI: tests.campaigns.lidc_counts",
     "--upload": "sends to a model hub: tests/ctssl_jax/release/test_hub.py has one",
     "ctssl figure": "half an hour and more: tests/experiments",
