@@ -41,6 +41,6 @@ def load(workdir: Any, checkpoint: str = "best", *, batch_size: int = 0) -> "Pre
     from ctssl_jax.inference import pretrained
     from ctssl_jax.release.opening import as_run
 
-    is_name = isinstance(workdir, str | os.PathLike)
-    run = as_run(workdir, "workdir") if is_name else workdir
-    return pretrained.load(run, checkpoint, batch_size=batch_size)
+    if isinstance(workdir, str | os.PathLike):
+        workdir = as_run(workdir, "workdir")
+    return pretrained.load(workdir, checkpoint, batch_size=batch_size)

@@ -44,6 +44,8 @@ from .study.table2_figure import (
     health_markdown,
     label_free_markdown,
     label_free_rows,
+    order_markdown,
+    order_rows,
     save_picture,
     table_markdown,
 )
@@ -62,7 +64,8 @@ def cross_cells(settings: Settings) -> list[Cell]:
     cells = []
     names = [cell.name for cell in model_cells(settings)]
     for name in (*names, "untrained", "pixels"):
-        run, encoder = (name, "run") if name in names else (names[0], name)
+        # the controls take the configuration alone: of the cheapest training
+        run, encoder = (name, "run") if name in names else (names[-1], name)
         result = settings.workdir / "results" / f"cross_{name}.json"
         options = {
             "workdir": settings.workdir / "runs" / run,
@@ -103,6 +106,10 @@ def draw(settings: Settings) -> str:
         "# Table II: self-supervised models on held-out "
         f"volumes\n\n{caption}{took}\n\n{table_markdown(rows)}"
     ]
+    ordered = order_rows(results)
+    if ordered:
+        parts.append(order_markdown(ordered))
+        write_csv(settings.workdir / "order.csv", ordered)
     parts.append(f"## Representation health\n\n{health_markdown(results)}")
     if any(cross.values()):
         parts.append(

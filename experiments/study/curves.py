@@ -25,7 +25,7 @@ from .downstream import TITLES, Point, Study
 REFERENCE = "random"
 # Told apart by the colour-blind (Okabe and Ito 2008, Color Universal Design), and by markers.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8F8A00")
-MARKERS = "osD^vPX<>*"
+MARKERS = "sD^vPX<>*"
 
 
 class Panel(NamedTuple):
@@ -392,11 +392,13 @@ def save_figure(
             points.sort(key=lambda row: row["fraction"])
             means = np.array([row["mean"] for row in points])
             spread = np.array([row["sd_over_seeds"] or 0 for row in points])
+            shares_left_out = len(points) < len({row["fraction"] for row in rows})
+            look = looks[arm] | ({"linestyle": ":"} if shares_left_out else {})
             axis.errorbar(
                 [row["fraction"] * 1.02 ** (number - len(arms) / 2) for row in points],
                 means,
                 [np.minimum(spread, means), np.minimum(spread, 1 - means)],
-                **looks[arm],
+                **look,
                 markersize=4,
                 capsize=2,
                 linewidth=1.2,

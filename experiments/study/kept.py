@@ -138,7 +138,8 @@ def pooled(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The results of a cell in all folds as one: measures over the volumes of all folds.
 
     Args:
-      folds: kept results with `volumes`; their patients differ from fold to fold.
+      folds: kept results of cells `fold_K/...` with `volumes`; their patients differ from fold to
+        fold.
 
     Returns:
       The first result with `metrics` over all volumes, and intervals by all patients.
@@ -146,7 +147,12 @@ def pooled(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     from ctssl_jax.evaluation.measured_run import summaries
 
     volumes = [fold["volumes"] for fold in folds]
-    patients = [f"f{n}p{k}" for n, fold in enumerate(volumes) for k in fold["patient"]]
+    numbers = [fold["cell"].split("/")[0].removeprefix("fold_") for fold in folds]
+    patients = [
+        f"f{number}p{k}"
+        for number, of_fold in zip(numbers, volumes, strict=True)
+        for k in of_fold["patient"]
+    ]
     names = [name for name in volumes[0] if name not in ("patient", "num_slices")]
     by_volume = {
         name: np.array(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +167,21 @@ def suggest_after(verb: str, module: str, options: Sequence[str]) -> None:
         command_line.suggest(study, "run" if verb == "plan" else "draw", *options, aside=True)
 
 
-def reckoned_hours(cells: Sequence[Cell], workdir: Path) -> tuple[float, float, int]:
+def reckoned_hours(
+    cells: Sequence[Cell], workdir: Path, rates: Mapping[str, float] | None = None
+) -> tuple[float, float, int]:
     """The hours of a study.
+
+    Args:
+      cells: of the study.
+      workdir: its folder.
+      rates: recipe -> seconds a step that were measured elsewhere, for recipes of which no cell is
+        complete.
 
     Returns:
       hours that complete cells took (measured); hours that missing cells will take, by the seconds
-      a step of complete cells of the same recipe; and the number of missing cells for which no cell
-      of their recipe has been measured, which are not in the hours.
+      a step of complete cells of the same recipe, else by `rates`; and the number of missing cells
+      for whose recipe there is neither, which are not in the hours.
     """
     took = {cell.name: results.seconds_of(cell, workdir) for cell in cells if cell.is_complete()}
     a_step: dict[str, list[float]] = {}
@@ -183,9 +191,11 @@ def reckoned_hours(cells: Sequence[Cell], workdir: Path) -> tuple[float, float, 
     ahead, unknown = 0.0, 0
     for cell in cells:
         if not cell.is_complete():
-            rates = a_step.get(_kind(cell))
-            unknown += not rates
-            ahead += _steps(cell) * statistics.median(rates) if rates else 0.0
+            known = a_step.get(_kind(cell)) or [
+                rate for name, rate in (rates or {}).items() if name == _kind(cell)
+            ]
+            unknown += not known
+            ahead += _steps(cell) * statistics.median(known) if known else 0.0
     return sum(seconds or 0.0 for seconds in took.values()) / 3600, ahead / 3600, unknown
 
 

@@ -33,6 +33,7 @@ NOT_HERE = {  # words of a block -> why
     "tcia-lidc": "the annotations of LIDC-IDRI: tests.campaigns.lidc_counts",
     "--upload": "sends to a model hub: tests/ctssl_jax/release/test_hub.py has one",
     "ctssl figure": "half an hour and more: tests/experiments",
+    "--folds=4": "needs scans of a dozen patients, and hours: tests/experiments/test_studies.py",
     "ctssl quickstart": "minutes: tests/experiments/test_quickstart.py",
 }
 SMALL = {

@@ -60,7 +60,7 @@ def test_differences_are_paired_by_patient(settings):
         if name.removeprefix("probe_") in ("default", "adamw", "slice_minmax"):
             cell.kept.parent.mkdir(parents=True, exist_ok=True)
             gain = 0.02 if name == "adamw" else 0.0
-            cell.kept.write_text(json.dumps(result_of(name, gain)))
+            cell.kept.write_text(json.dumps(result_of(name, gain) | {"cell": cell.name}))
     text = recipe_choices.draw(settings)
     assert "2 folds of patients, each patient tested once." in text
     assert "-0.0200; -0.0200 to -0.0200" in text and "5 of 512" in text and "missing" in text
@@ -74,8 +74,11 @@ def test_differences_are_paired_by_patient(settings):
 
 def test_pairs_that_do_not_fit_have_no_difference():
     one = {"volumes": {"patient": [0, 1], "mse": [0.1, 0.2]}}
-    other = {"volumes": {"patient": [0, 2], "mse": [0.1, 0.2]}}
-    assert set(paired_volumes(one, other, "mse").values()) == {None}
+    other = {"volumes": {"patient": [2, 0, 1], "mse": [9.0, 0.0, 0.3]}}
+    assert paired_volumes(one, other, "mse")["difference"] == pytest.approx(0.0)  # +0.1, -0.1
+    assert paired_volumes(one, other, "mse")["num_patients"] == 2
+    strangers = {"volumes": {"patient": [0, 2], "mse": [0.1, 0.2]}}
+    assert set(paired_volumes(one, strangers, "mse").values()) == {None}
     assert set(paired_volumes(one, one, "ssim").values()) == {None}
     partly = {"volumes": {"patient": [0, 1], "mse": [0.1, None]}}
     assert paired_volumes(one, partly, "mse")["difference"] is None  # one patient is left

@@ -198,6 +198,9 @@ def test_hours_are_reckoned_by_cells_of_the_same_recipe(settings):
     kept.keep(cells[0], 7200.0)
     took, ahead, unknown = runner.reckoned_hours(cells, settings.workdir)
     assert (took, ahead, unknown) == (2.0, 6.0, 4)  # three masks more; four other recipes
+    rates = {"masked_region": 1e6, "flip": 36.0}  # measured cells of the study come first
+    took, ahead, unknown = runner.reckoned_hours(cells, settings.workdir, rates)
+    assert (took, ahead, unknown) == (2.0, 7.0, 3)
 
 
 def test_folds_are_pooled_over_all_patients(settings, tmp_path):
@@ -223,6 +226,7 @@ def test_folds_are_pooled_over_all_patients(settings, tmp_path):
     assert (value["num_volumes"], value["num_patients"]) == (6, 6)
     assert value["mean"] == pytest.approx(np.mean([0.0, 0.01, 0.02, 0.1, 0.11, 0.12]))
     text = table2.draw(folds)
+    assert "The order of the strategies" not in text  # no pair of them is there
     assert "2 folds of patients" in text and "NOT ALL FOLDS ARE THERE of flip 1." in text
     assert "3 minutes by the clock" in text
     assert not (folds.workdir / "table2.png").exists()  # no pictures of the slices are kept

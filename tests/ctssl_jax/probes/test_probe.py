@@ -330,7 +330,7 @@ def test_controls_and_a_part_of_the_training_slices(runs, results, tiny_dataset,
             max_slices=40,
             checkpoint="unused",
         )
-        assert set(content["metrics"]) == NAMES and content["encoder"] == encoder
+        assert set(content["metrics"]) == NAMES | PLACES and content["encoder"] == encoder
         assert content["checkpoint_step"] is None and content["num_patients_seen_in_training"] == 0
         assert (content["num_train_slices"], content["num_train_pairs"], content["num_slices"]) == (
             40,
