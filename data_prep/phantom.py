@@ -44,7 +44,12 @@ def main(argv: list[str]) -> int:
     from data_prep.synthetic.exam import Options
 
     options = Options(
-        FLAGS.seed, FLAGS.image_size, FLAGS.num_slices, FLAGS.slice_spacing_mm, FLAGS.layout
+        seed=FLAGS.seed,
+        image_size=FLAGS.image_size,
+        num_slices=FLAGS.num_slices,
+        slice_spacing_mm=FLAGS.slice_spacing_mm,
+        layout=FLAGS.layout,
+        field=FLAGS.field,
     )
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", "choose a folder here")
     count = make_archive(output_dir, FLAGS.num_patients, options, FLAGS.num_workers)
@@ -75,6 +80,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_float(
         "slice_spacing_mm", 0.0, "Slice spacing and thickness; 0: the scanner's choice, at most 3."
+    )
+    flags.DEFINE_enum(
+        "field",
+        "body",
+        ["body", "lungs", "mediastinum"],
+        "What the reconstructed field of view holds.",
     )
     flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "Processes.")
 

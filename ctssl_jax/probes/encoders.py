@@ -187,9 +187,16 @@ def _abstract_encoder(config: ml_collections.ConfigDict, task: Task) -> tuple[An
 def _network(
     config: ml_collections.ConfigDict, graph: Any, state: tuple[Any, Any], regions: int
 ) -> FrozenEncoder:
+    pooled = config.model.get("pooled", "latents")  # of a joint embedding
+
     def encode(state, images):
-        latents = nnx.merge(graph, *state, copy=True)(images, train=False)
-        return latents, pool(latents, min(regions, latents.shape[1]))  # of small images
+        encoder = nnx.merge(graph, *state, copy=True)
+        features = encoder.trunk(encoder.compress(images, train=False)[1], train=False)
+        latents = encoder.to_latents(features, train=False)
+        chosen = {"latents": (latents,), "map": (features,), "both": (features, latents)}[pooled]
+        parts = min(regions, latents.shape[1])  # of small images
+        means = [pool(part.astype(jnp.float32), parts) for part in chosen]
+        return latents, jnp.concatenate(means, axis=-1)
 
     return FrozenEncoder(state, jax.jit(encode), config.model.in_channels, config.normalize)
 

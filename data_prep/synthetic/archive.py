@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep.synthetic.exam import LAYOUTS, Options
+from data_prep.synthetic.exam import FIELDS, LAYOUTS, Options
 from data_prep.synthetic.layouts import patient_folder, write_patient, write_tables
 from data_prep.system.errors import InputError, RunFailed
 from data_prep.system.files import PARTIAL, folder_written_whole, make_folder, read_json, write_text
@@ -49,6 +49,7 @@ def make_archive(
             "0 (the scanner's choice) or 0.5 to 10",
         ),
         ("layout", options.layout, options.layout in LAYOUTS, f"choose {', '.join(LAYOUTS)}"),
+        ("field", options.field, options.field in FIELDS, f"choose {', '.join(FIELDS)}"),
         ("seed", options.seed, options.seed >= 0, "0 or larger"),
     ):
         if not is_possible:

@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from data_prep.synthetic.anatomy import Anatomy
 from data_prep.synthetic.patient import (
     DISC_Z,
     PLEURA_FRONT,
     VERTEBRA_HEIGHT,
-    Anatomy,
     shoulder_blade,
     spine_y,
 )

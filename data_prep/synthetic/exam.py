@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from data_prep.synthetic.anatomy import Anatomy, build_anatomy
 from data_prep.synthetic.dicom_writer import (
     VENDORS,
     Series,
@@ -12,12 +13,20 @@ from data_prep.synthetic.dicom_writer import (
     series_uid,
 )
 from data_prep.synthetic.findings import Findings, sample_emboli, sample_nodules
-from data_prep.synthetic.patient import Anatomy, Patient, build_anatomy, sample_patient
-from data_prep.synthetic.render import Rendering, Scan, outside_field_of_view, render_scan
+from data_prep.synthetic.implants import sample_implants
+from data_prep.synthetic.opacities import sample_opacities
+from data_prep.synthetic.patient import Patient, sample_illness, sample_patient
+from data_prep.synthetic.render import Rendering, render_scan
+from data_prep.synthetic.scan import Scan, outside_field_of_view
 
 LAYOUTS = ("dicom", "rsna_pe", "lidc_idri")
+FIELDS = ("body", "lungs", "mediastinum")
 # z between which the trunk and the main pulmonary arteries lie, in reference space.
 CENTRAL_ARTERIES_Z = (-46.0, -10.0)
+# Widths of fields that leave the body wall out, in reference space.
+FIELDS_MM = {"lungs": 262, "mediastinum": 170}
+# How often opacities take the place of lung in each layout, relative to `dicom`.
+OPACITY_SHARES = {"dicom": 1.0, "rsna_pe": 0.6, "lidc_idri": 0.35}
 # How often each layout has no contrast, the pulmonary arterial and the venous phase.
 CONTRAST_SHARES = {"dicom": (0.4, 0.35, 0.25), "rsna_pe": (0, 1, 0), "lidc_idri": (0.55, 0.1, 0.35)}
 
@@ -27,7 +36,7 @@ class Options:
     """The options that decide the bytes of a patient's files, with the patient's number.
 
     `num_slices` 0 is the whole chest; `slice_spacing_mm` 0 leaves the spacing to the scanner;
-    `layout` is one of LAYOUTS.
+    `layout` is one of LAYOUTS; `field` one of FIELDS: what the reconstructed field of view holds.
     """
 
     seed: int
@@ -35,6 +44,7 @@ class Options:
     num_slices: int
     slice_spacing_mm: float
     layout: str = "dicom"
+    field: str = "body"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +99,11 @@ def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator
             motion_mm=4.0 * ("motion" in poor_quality),
             bolus=scan.bolus * (0.55 if "contrast" in poor_quality else 1.0),
         )
-    anatomy = build_anatomy(patient)
+    ill = np.random.default_rng([options.seed, index, layout, 11])
+    patient = sample_illness(patient, ill)
+    top = max(patient.dome_right_z, patient.dome_left_z)
+    opacities = sample_opacities(top, scan.prone, OPACITY_SHARES[options.layout], ill)
+    anatomy = build_anatomy(patient, opacities, sample_implants(patient, ill))
     heights = (scan.z_mm[0] / patient.scale[2], scan.z_mm[-1] / patient.scale[2])
     if options.layout == "lidc_idri":
         count, dots = int(rng.choice(5, p=[0.04, 0.34, 0.3, 0.2, 0.12])), int(rng.poisson(1.0))
@@ -177,11 +191,17 @@ def sample_scan(
         start = int(np.clip(rng.integers(first, last + 1), 0, count - options.num_slices))
         count = options.num_slices
     contrast = str(rng.choice(["none", "pulmonary", "venous"], p=CONTRAST_SHARES[options.layout]))
-    body_width = patient.body_width_mm
+    # Many technicians leave a margin around the body, some leave the scanner's whole field.
+    margin = float(np.clip(rng.lognormal(0.15, 0.13), 0.97, 1.6))
+    field_of_view = float(np.clip(patient.body_width_mm * margin, 300, 500))
+    centre = (float(rng.normal(0, 8)), float(rng.normal(4, 12)))
+    if options.field != "body":
+        field_of_view = FIELDS_MM[options.field] * patient.scale[0] * float(rng.uniform(1.02, 1.12))
+        centre = (centre[0] / 2, centre[1] / 2)
     return Scan(
         image_size=options.image_size,
-        field_of_view_mm=round(float(np.clip(body_width * rng.uniform(0.95, 1.14), 300, 490))),
-        centre_mm=(float(rng.normal(0, 6)), float(rng.normal(4, 7))),
+        field_of_view_mm=round(field_of_view),
+        centre_mm=centre,
         z_mm=tuple(round(base + (start + i) * spacing, 3) for i in range(count)),
         slice_spacing_mm=spacing,
         slice_thickness_mm=thickness,
@@ -190,11 +210,16 @@ def sample_scan(
         if contrast == "pulmonary"
         else float(rng.uniform(0.7, 1.3)),
         kernel="soft",
-        noise_hu=float(np.clip(rng.lognormal(2.35, 0.3), 6, 20)),
-        rotation_degrees=float(rng.normal(0, 2.5)),
+        noise_hu=float(np.clip(rng.lognormal(2.6, 0.4), 6, 36)),
+        rotation_degrees=float(rng.normal(0, 4)),
         circular=vendor.outside is not None,
         prone=False,
         flat_table=vendor.name in ("Philips", "TOSHIBA"),
+        timing=float(rng.beta(1.2, 2.5)),
+        sharpness=float(rng.uniform(0.75, 1.25)),
+        correlation=float(np.clip(rng.normal(0.45, 0.1) * thickness / spacing, 0.2, 0.7)),
+        breath_mm=float(rng.uniform(1, 4)) if rng.random() < 0.35 else 0.0,
+        breath_slices=float(rng.uniform(14, 40)),
     )
 
 

@@ -9,7 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from data_prep.synthetic.patient import Anatomy, lungs, pleura_distance
+from data_prep.synthetic.anatomy import Anatomy, lungs
+from data_prep.synthetic.patient import pleura_distance
 from data_prep.synthetic.shapes import Canvas, Capsules, around, polyline
 
 # Typical diameter (mm) of a nodule by malignancy 1 to 5, and how often each malignancy occurs.
@@ -235,13 +236,13 @@ def _peripheral_embolus(anatomy, z_range, chronic, rng) -> Embolus | None:
     middle = (tree.start[:, 2] + tree.end[:, 2]) / 2
     radius = tree.start_radius
     long_enough = np.linalg.norm(tree.end - tree.start, axis=1) > 6
-    possible = (radius > 1.9) & (middle > z_range[0]) & (middle < z_range[1]) & long_enough
+    possible = (radius > 2.3) & (middle > z_range[0]) & (middle < z_range[1]) & long_enough
     candidates = np.flatnonzero(possible)
     if not len(candidates):
         return None
     last = int(rng.choice(candidates, p=radius[candidates] / radius[candidates].sum()))
     path = [last]
-    while parent[path[-1]] >= 0 and len(path) < 2:
+    while parent[path[-1]] >= 0 and len(path) < 3:
         path.append(int(parent[path[-1]]))
     points, radii = _chain(tree, tuple(path[::-1]))
     side = "left" if tree.end[last, 0] > 0 else "right"
@@ -264,10 +265,10 @@ def _clot(points, radii, share, central, sides, chronic, rng) -> Embolus:
     lumen = np.interp(where, along, radii)
     if chronic:
         fill = float(rng.uniform(0.4, 0.55))
-    elif rng.random() < (0.25 if central else 0.5):
+    elif rng.random() < (0.12 if central else 0.4):
         fill = 0.97
-    else:
-        fill = float(rng.uniform(0.55, 0.85))
+    else:  # blood flows around most clots
+        fill = float(rng.uniform(0.5, 0.8))
     thickness = fill * lumen * np.sin(np.linspace(0.25 * np.pi, 0.75 * np.pi, 9)) ** 0.5
     aside = rng.normal(size=3)
     run = centre[-1] - centre[0]

@@ -31,7 +31,7 @@ from data_prep.synthetic.readers import read_scan, reading_xml
 from data_prep.system.files import read_json, write_text, written_whole
 
 # An embolus that covers less of a slice than this makes no positive slice.
-MIN_EMBOLUS_MM2 = 12.0
+MIN_EMBOLUS_MM2 = 20.0
 ATTRIBUTE_COLUMNS = ("PatientID", "age", "sex", "ethnic_group")
 # Rows that each patient of the rsna_pe layout adds to the tables, which are written again when the
 # archive grows.

@@ -12,16 +12,11 @@ from scipy.interpolate import PchipInterpolator
 
 from data_prep.synthetic.shapes import (
     FAR,
-    Capsules,
     ellipse,
     ellipsoid,
-    join,
-    polyline,
     smooth_max,
     smooth_min,
-    tube_distance,
 )
-from data_prep.synthetic.vessels import Vessels, great_vessels, grow_trees
 
 APEX_Z, BASE_Z = 108.0, -196.0
 VERTEBRA_HEIGHT = 23.0
@@ -44,10 +39,13 @@ class Patient:
     muscle: float  # 1 is average
     heart_scale: float
     heart_shift: tuple[float, float, float]  # of the heart, mm
+    heart_turn: tuple[float, float]  # of its axis, in the axial and in the frontal plane
     right_ventricle_scale: float  # width relative to the usual; a strained one is wide
     dome_right_z: float  # top of the right dome of the diaphragm (inspiration depth)
     dome_left_z: float
     liver_scale: float  # of the left lobe
+    stomach_scale: float
+    stomach_shift: tuple[float, float, float]
     breast_mm: float  # radius of a breast; 0 for none
     breast_density: float  # share of fibroglandular tissue
     bone_hu: float  # trabecular bone of the vertebrae
@@ -57,6 +55,8 @@ class Patient:
     scoliosis_mm: float
     asymmetry: tuple[float, float, float]  # amplitude in mm and two phases of a smooth displacement
     kyphosis: float
+    roundness: float  # of the chest: 1 is usual, below it is a diamond, above it a box
+    phases: tuple[float, ...]  # by which the patterns in tissues are displaced, radians
     seed: int  # of the vessel trees and textures
 
     @property
@@ -82,27 +82,33 @@ def sample_patient(rng: np.random.Generator) -> Patient:
     sex = str(rng.choice(["F", "M"]))
     age = int(np.clip(rng.normal(60, 15), 19, 94))
     height = rng.normal(0.95 if sex == "F" else 1.03, 0.05)
-    girth = rng.normal(0, 0.05)
-    lung_shift = float(np.clip(rng.normal(0, 12), -26, 20))
+    girth = rng.normal(0, 0.06)
+    lung_shift = float(np.clip(rng.normal(0, 15), -30, 30))
     return Patient(
         age=age,
         sex=sex,
         group=str(rng.choice(GROUPS)),
         scale=(
-            float(np.clip(height * (1 + girth), 0.82, 1.16)),
-            float(np.clip(height * (1 + girth + rng.normal(0, 0.04)), 0.82, 1.18)),
-            float(np.clip(height * (1 + rng.normal(0, 0.03)), 0.85, 1.14)),
+            float(np.clip(height * (1 + girth), 0.8, 1.18)),
+            float(np.clip(height * (1 + girth + rng.normal(0, 0.08)), 0.76, 1.22)),
+            float(np.clip(height * (1 + rng.normal(0, 0.05)), 0.82, 1.16)),
         ),
         fat_mm=float(np.clip(rng.lognormal(2.6, 0.5), 5, 42)),
         muscle=float(
             np.clip(rng.normal(1.0 if sex == "M" else 0.82, 0.12) - 0.003 * (age - 60), 0.5, 1.4)
         ),
-        heart_scale=float(np.clip(rng.normal(1.0, 0.07) + 0.002 * (age - 60), 0.85, 1.25)),
-        heart_shift=(float(rng.normal(0, 5)), float(rng.normal(0, 3)), float(rng.normal(0, 6))),
+        heart_scale=float(np.clip(rng.normal(1.0, 0.08) + 0.002 * (age - 60), 0.82, 1.25)),
+        heart_shift=(float(rng.normal(0, 7)), float(rng.normal(0, 4)), float(rng.normal(0, 8))),
+        heart_turn=(
+            float(np.clip(rng.normal(0, 10), -22, 22)),
+            float(np.clip(rng.normal(0, 10), -22, 22)),
+        ),
         right_ventricle_scale=float(np.clip(rng.normal(1.0, 0.04), 0.9, 1.08)),
         dome_right_z=-92 + lung_shift,
-        dome_left_z=-102 + lung_shift + float(rng.normal(0, 5)),
-        liver_scale=float(np.clip(rng.normal(1.0, 0.16), 0.6, 1.4)),
+        dome_left_z=-102 + lung_shift + float(np.clip(rng.normal(0, 9), -20, 20)),
+        liver_scale=float(np.clip(rng.normal(1.0, 0.2), 0.5, 1.45)),
+        stomach_scale=float(np.clip(rng.normal(0.95, 0.18), 0.55, 1.25)),
+        stomach_shift=(float(rng.normal(0, 8)), float(rng.normal(0, 8)), float(rng.normal(0, 10))),
         breast_mm=float(np.clip(rng.normal(50, 9), 32, 72)) if sex == "F" else 0.0,
         breast_density=float(np.clip(rng.beta(2, 3) - 0.005 * (age - 55), 0.05, 0.9)),
         bone_hu=float(np.clip(rng.normal(200 - 2.3 * (age - 40), 22), 45, 270)),
@@ -111,13 +117,34 @@ def sample_patient(rng: np.random.Generator) -> Patient:
         lung_hu=float(rng.normal(-858, 16)),
         scoliosis_mm=float(rng.normal(0, 4)),
         asymmetry=(
-            float(rng.uniform(1.5, 4)),
+            float(rng.uniform(2, 7)),
             float(rng.uniform(0, 6.3)),
             float(rng.uniform(0, 6.3)),
         ),
-        kyphosis=float(np.clip(rng.normal(1.0, 0.18) + 0.004 * (age - 60), 0.6, 1.6)),
+        kyphosis=float(np.clip(rng.normal(1.0, 0.22) + 0.004 * (age - 60), 0.5, 1.7)),
+        roundness=float(np.clip(rng.normal(1.0, 0.1), 0.8, 1.25)),
+        phases=tuple(float(angle) for angle in rng.uniform(0, 2 * np.pi, 9)),
         seed=int(rng.integers(2**31)),
     )
+
+
+def sample_illness(patient: Patient, rng: np.random.Generator) -> Patient:
+    """The patient, one in six with a large heart, one in six with emphysema: dark, large lungs in a
+    deep chest above a flat diaphragm."""
+    if rng.random() < 1 / 6:
+        factor = float(rng.uniform(1.12, 1.35))
+        patient = dataclasses.replace(patient, heart_scale=min(patient.heart_scale * factor, 1.42))
+    if rng.random() < 1 / 6:
+        drop = float(rng.uniform(6, 16))
+        x, y, z = patient.scale
+        patient = dataclasses.replace(
+            patient,
+            lung_hu=float(rng.uniform(-945, -905)),
+            dome_right_z=patient.dome_right_z - drop,
+            dome_left_z=patient.dome_left_z - drop,
+            scale=(x, min(1.24, y * float(rng.uniform(1.03, 1.12))), z),
+        )
+    return patient
 
 
 def _profile(*knots: tuple[float, float]) -> PchipInterpolator:
@@ -139,18 +166,6 @@ PLEURA_HALF_WIDTH = _profile((-230, 128), (-150, 131), (-90, 130), (-40, 126), (
 
 
 HEART_WALLS_MM = {"right_atrium": 3, "right_ventricle": 4, "left_ventricle": 9, "left_atrium": 3}
-
-
-@dataclasses.dataclass(frozen=True)
-class Anatomy:
-    """A patient with skeleton and vessel trees, in reference space."""
-
-    patient: Patient
-    ribs: Capsules
-    cartilage: Capsules
-    clavicles: Capsules
-    colon: Capsules
-    vessels: Vessels
 
 
 def spine_y(z: np.ndarray | float, patient: Patient) -> np.ndarray:
@@ -202,7 +217,7 @@ def egg(
 def pleura_distance(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> np.ndarray:
     """Signed distance to the inside of the rib cage."""
     spine = float(spine_y(z, patient))
-    cage = egg(x, y, pleura_outline(z, patient), 2.2, 2.35)
+    cage = egg(x, y, pleura_outline(z, patient), 2.2 * patient.roundness, 2.35 * patient.roundness)
     return smooth_max(cage, -ellipse(x, y, (0, spine + 38), (43, 37)), 16)
 
 
@@ -224,44 +239,39 @@ def _dome(x, y, z, top, centre, radii, height):
     return np.where(y < centre[1], front, back) + np.float32(max(z - top, 0))
 
 
-def mediastinum(
-    x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, heart: np.ndarray
-) -> np.ndarray:
-    """Signed distance to the mediastinum, from the distance to the heart with its fat."""
-    patient = anatomy.patient
-    spine = float(spine_y(z, patient))
-    closing = float(np.sqrt(1 - np.clip((z + 45) / 143, 0, 0.9999) ** 2.7))
-    half = 5 + 12 * np.exp(-(((y - spine + 45) / 34) ** 2)) + 40 * (1 - closing) ** 1.1
-    lean = 6 * np.exp(-(((z + 60) / 50) ** 2))
-    distance = np.abs(x - np.float32(lean)) - half
-    distance = smooth_min(distance, ellipse(x, y, (0, spine + 6), (24, 24)), 9)
-    distance = smooth_min(distance, heart, 10)
-    return smooth_min(
-        distance, tube_distance(x, y, z, anatomy.vessels.mediastinal) - 2.5, 10
-    ).astype(np.float32)
-
-
 def heart_chambers(patient: Patient) -> dict[str, tuple]:
     """Chambers of the heart as (centre, radii, axis) of ellipsoids."""
     s = patient.heart_scale
     base = np.array([4.0, -22.0, -62.0])
     wide = patient.right_ventricle_scale
     sink = 0.45 * (patient.dome_right_z + 92)
+    axial, frontal = np.deg2rad(patient.heart_turn)
+    turn = np.array(
+        [
+            [np.cos(axial) * np.cos(frontal), -np.sin(axial), np.sin(frontal)],
+            [np.sin(axial), np.cos(axial), 0],
+            [-np.sin(frontal), 0, np.cos(frontal)],
+        ]
+    )
 
     def place(x, y, height):
-        return tuple(base + patient.heart_shift + s * (np.array([x, y, height + sink]) - base))
+        offset = turn @ (np.array([x, y, height + sink]) - base)
+        return tuple(base + patient.heart_shift + s * offset)
+
+    def along(*axis):
+        return tuple(turn @ np.array(axis))
 
     return {
         "right_atrium": (place(-30, -22, -68), (36 * s, 23 * s, 25 * s), (0.1, 0.2, 1)),
         "right_ventricle": (
             place(8, -54, -82),
             (46 * s, 22 * s * wide, 34 * s * wide),
-            (0.85, -0.1, -0.4),
+            along(0.85, -0.1, -0.4),
         ),
         "left_ventricle": (
             place(44, -28, -84),
             (46 * s, 29 * s / wide**0.5, 29 * s / wide**0.5),
-            (0.72, -0.5, -0.42),
+            along(0.72, -0.5, -0.42),
         ),
         "left_atrium": (place(4, 12, -48), (32 * s, 19 * s, 21 * s), (1, 0.05, 0.1)),
     }
@@ -289,41 +299,6 @@ def heart_distance(x: np.ndarray, y: np.ndarray, z: float, patient: Patient) -> 
     return smooth_min(distance, ellipsoid(x, y, z, middle, (34, 30, 32), (1, 0.0, 0.0)), 8)
 
 
-def lungs(
-    x: np.ndarray, y: np.ndarray, z: float, anatomy: Anatomy, pleura: np.ndarray
-) -> np.ndarray:
-    """Signed distance to the aerated lungs of a slice, from the distance to the pleura."""
-    patient = anatomy.patient
-    heart = heart_distance(x, y, z, patient) - 5
-    distance = smooth_max(pleura, -mediastinum(x, y, z, anatomy, heart), 6)
-    if z < max(patient.dome_right_z, patient.dome_left_z) + 4:
-        distance = smooth_max(distance, -diaphragm(x, y, z, patient), 3)
-    return distance.astype(np.float32)
-
-
-def build_anatomy(patient: Patient) -> Anatomy:
-    """Skeleton and vessel trees of a patient. The trees fill the patient's own lungs."""
-    great = great_vessels(patient, lambda z: spine_y(z, patient))
-    anatomy = Anatomy(patient, *_ribs(patient), _clavicles(patient), _colon(patient), great)
-    return dataclasses.replace(
-        anatomy, vessels=grow_trees(great, _lung_points(anatomy), patient.seed)
-    )
-
-
-def _lung_points(anatomy: Anatomy) -> np.ndarray:
-    """Points [N, 3] float32 spread evenly over both lungs, 3 mm or more inside."""
-    rng = np.random.default_rng(anatomy.patient.seed)
-    points = []
-    for z in np.arange(-188.0, 98.0, 8.0):
-        x, y = np.meshgrid(np.arange(-136.0, 137, 4.6), np.arange(-104.0, 105, 4.6))
-        x = (x + rng.uniform(-2.3, 2.3, x.shape)).astype(np.float32)
-        y = (y + rng.uniform(-2.3, 2.3, x.shape)).astype(np.float32)
-        inside = lungs(x, y, z, anatomy, pleura_distance(x, y, z, anatomy.patient)) < -2
-        heights = z + rng.uniform(-4, 4, inside.sum())
-        points.append(np.stack([x[inside], y[inside], heights], axis=1))
-    return np.concatenate(points).astype(np.float32)
-
-
 def shoulder_blade(z: float, patient: Patient) -> tuple[tuple[float, float], tuple[float, float]]:
     """Inner and outer border (x, y) of the left scapula's section at z, for -62 < z < 125."""
     lift = min((z + 62) / 130, 1.0)
@@ -331,69 +306,3 @@ def shoulder_blade(z: float, patient: Patient) -> tuple[tuple[float, float], tup
     x = float(np.interp(z, [-62, 20, 125], [112, 86, 76]))
     y = spine + float(np.interp(z, [-62, 20, 125], [10, 30, 38]))
     return (x, y), (x + 10 + 60 * lift, y - 16 - 42 * lift)
-
-
-def _on_pleura(
-    angle: np.ndarray, z: np.ndarray, patient: Patient, outward_mm: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Points (x, y) at an angle from posterior (0) to anterior (pi) on the pleura at z, moved
-    outward."""
-    half_width, front, middle, back = pleura_outline(np.minimum(z, 84), patient)
-    power = np.where(angle > np.pi / 2, 2.2, 2.35)
-    sin, cos = np.abs(np.sin(angle)), np.cos(angle)
-    x = (half_width + outward_mm) * sin ** (2 / power)
-    reach = np.where(cos < 0, middle - front, back - middle) + outward_mm
-    return x, middle + np.sign(cos) * reach * np.abs(cos) ** (2 / power)
-
-
-def _ribs(patient: Patient) -> tuple[Capsules, Capsules]:
-    """Twelve pairs of ribs and the cartilage that joins the upper ten to the sternum."""
-    bone, cartilage = [], []
-    for number in range(1, 13):
-        head_z = 84 - 23.0 * (number - 1)
-        drop = np.interp(number, [1, 2, 4, 7, 10, 12], [28, 52, 76, 100, 104, 70])
-        last = np.interp(number, [1, 7, 8, 10, 11, 12], [2.65, 2.62, 2.45, 2.2, 1.8, 1.25])
-        angle = np.linspace(0.36, last, 22)
-        z = head_z + 2 - drop * ((1 - np.cos(angle)) / 2) ** 0.65
-        x, y = _on_pleura(angle, z, patient, 5.5)
-        spine = float(spine_y(head_z, patient))
-        head = [(19, spine + 9, head_z), (30, spine + 20, head_z + 2)]
-        points = np.concatenate([head, np.stack([x, y, z], axis=1)])
-        radius = np.concatenate([[4.2, 3.8], np.full(len(x), 4.0)])
-        for side in (1, -1):
-            bone.append(polyline(points * [side, 1, 1], radius))
-        if number <= 10:
-            start = points[-1]
-            goal_z = np.interp(number, [1, 2, 7, 10], [48, 36, -74, -90])
-            goal_y = float(PLEURA_FRONT(goal_z)) - 4
-            goal = np.array([np.interp(number, [1, 7, 8, 10], [22, 14, 30, 52]), goal_y, goal_z])
-            middle = (start + goal) / 2 + [0, -3, -4]
-            for side in (1, -1):
-                curve = np.array([start, middle, goal]) * [side, 1, 1]
-                cartilage.append(polyline(curve, [4.2, 5.0, 5.0]))
-    return join(bone), join(cartilage)
-
-
-def _colon(patient: Patient) -> Capsules:
-    """The transverse colon up to its splenic flexure, in front of and beside the stomach."""
-    z = patient.dome_left_z
-    points = [
-        (-30, -68, z - 92),
-        (14, -74, z - 84),
-        (58, -72, z - 76),
-        (92, -48, z - 62),
-        (104, -16, z - 58),
-    ]
-    return polyline([*points, (108, 8, z - 76), (106, 10, z - 120)], [17, 16, 18, 17, 18, 16, 16])
-
-
-def _clavicles(patient: Patient) -> Capsules:
-    """Collar bones and the heads of the upper arms, raised with the arms."""
-    front = float(PLEURA_FRONT(58)) - 8
-    inner, outer = (24, front, 54), (118, front + 44, 112)
-    points = np.array([inner, (48, front - 3, 66), (82, front + 14, 88), outer])
-    arm = np.array([(158, front + 66, 116), (190, front + 40, 170)])
-    return join(
-        [polyline(points * [side, 1, 1], [8.0, 6.5, 5.5, 6.5]) for side in (1, -1)]
-        + [polyline(arm * [side, 1, 1], [22.0, 14.0]) for side in (1, -1)]
-    )

@@ -182,6 +182,7 @@ class Canvas:
         """Reference coordinates -> (row, column), fractional."""
         x = x + self.shift
         dx, dy = self._asymmetry(x, y)
+        dx, dy = self._asymmetry(x - dx, y - dy)
         x, y = (x - dx) * self.scale[0], (y - dy) * self.scale[1]
         cos, sin = np.cos(self.rotation), np.sin(self.rotation)
         middle = (self.size - 1) / 2
@@ -203,10 +204,11 @@ class Canvas:
         """The pixels within `reach_mm` of a point, as (rows, columns)."""
         row, column = self._pixel(np.float64(x), np.float64(y))
         reach = reach_mm * max(self.scale) / self.pixel_mm + 2
-        return (
-            slice(max(0, int(row - reach)), max(0, min(self.size, int(row + reach) + 1))),
-            slice(max(0, int(column - reach)), max(0, min(self.size, int(column + reach) + 1))),
+        rows, columns = (
+            slice(*(min(max(0, int(edge)), self.size) for edge in (at - reach, at + reach + 1)))
+            for at in (row, column)
         )
+        return rows, columns
 
     def refine(self, coarse: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray] | None:
         """The part of a coarse signed distance that is not far outside, at full resolution: (box,

@@ -16,7 +16,9 @@ from ctssl_jax.inference.pretrained import load
 from ctssl_jax.ops import joint_losses
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.mesh import make_mesh, to_devices
+from ctssl_jax.probes.encoders import trained_encoder
 from ctssl_jax.runs import reports
+from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.interface import step_flops
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import health
@@ -265,3 +267,7 @@ def test_an_export_gives_the_same_embedding(pooled, tiny_dataset, tmp_path):
     given = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 255)
     assert here.shape == (4, {"latents": 4, "map": 8, "both": 12}[pooled])
     np.testing.assert_allclose(twin.embed(given), here, atol=1e-5)
+    run = Run.open(tmp_path / "run")
+    probed = trained_encoder(run.config, get_task("dino"), run, 2, regions=1)
+    _, features = probed.encode(probed.state, images.astype(np.float32) / 255)
+    np.testing.assert_allclose(features, here, atol=1e-5)  # probes read the same feature

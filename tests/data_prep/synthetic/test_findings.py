@@ -28,7 +28,8 @@ from data_prep.synthetic.findings import (
 from data_prep.synthetic.layouts import EXAM_COLUMNS, MIN_EMBOLUS_MM2, TRAIN_COLUMNS, exam_labels
 from data_prep.synthetic.patient import sample_patient
 from data_prep.synthetic.readers import NAMESPACE, border, read_scan
-from data_prep.synthetic.render import enhancement, render_scan, render_volume
+from data_prep.synthetic.render import render_scan, render_volume
+from data_prep.synthetic.scan import enhancement
 
 RSNA = Options(seed=1, image_size=64, num_slices=24, slice_spacing_mm=0.0, layout="rsna_pe")
 LIDC = Options(seed=1, image_size=192, num_slices=16, slice_spacing_mm=0.0, layout="lidc_idri")
