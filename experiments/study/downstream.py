@@ -150,9 +150,12 @@ PRESETS = {
         size="small",
         archives={
             "pretraining": Archive("dicom", 72, 0, "0.8,0.1,0.1"),
-            "pe": Archive("rsna_pe", 240, 1, "0.6,0.1,0.3"),
+            # Not shown yet that emboli and nodules are learned at this size: to be shown first.
+            "pe": Archive(
+                "rsna_pe", 240, 1, "0.6,0.1,0.3", {"field": "mediastinum", "image_size": 64}
+            ),
             "nodules": Archive(
-                "lidc_idri", 100, 2, "0.4,0.15,0.45", prepared_with={"min_area_px": 3}
+                "lidc_idri", 120, 2, "0.6,0.1,0.3", {"field": "lungs"}, {"min_area_px": 3}
             ),
             "attributes": Archive("dicom", 160, 3, "0.5,0.2,0.3"),
         },
