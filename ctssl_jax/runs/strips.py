@@ -149,7 +149,8 @@ def _columns(
             "difference": compared("prediction_mask", "target_mask"),
         }, "Difference: red is in the prediction only, blue in the truth only."
     if "prediction" not in pictures:
-        return {name: image(name) for name in pictures}, "Views: what the model sees of a slab."
+        names = sorted(pictures, key=lambda name: name != "input")  # the slice itself first
+        return {name: image(name) for name in names}, "Views: what the model sees of a slab."
     images = {name: image(name) for name in IMAGES}
     text = "Difference: grey is equal, red is too bright, blue too dark."
     return images | {"difference": compared("prediction", "target")}, text
