@@ -38,6 +38,7 @@ from .study.table2_figure import (
     METRICS,
     RECONSTRUCTION,
     TITLES,
+    baselines_markdown,
     cross_rows,
     cross_values,
     figure_rows,
@@ -110,6 +111,8 @@ def draw(settings: Settings) -> str:
     if ordered:
         parts.append(order_markdown(ordered))
         write_csv(settings.workdir / "order.csv", ordered)
+    if baselines := baselines_markdown(results):
+        parts.append(baselines)
     parts.append(f"## Representation health\n\n{health_markdown(results)}")
     if any(cross.values()):
         parts.append(

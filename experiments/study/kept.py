@@ -44,6 +44,10 @@ def keep(cell: Cell, seconds: float | None) -> dict[str, Any]:
     result = read_json(cell.result)
     content: dict[str, Any] = {name: result[name] for name in FIELDS if name in result}
     content["cell"], content["seconds"] = cell.name, seconds
+    content["baselines"] = {
+        name: {metric: value["mean"] for metric, value in measures.items()}
+        for name, measures in result.get("baselines", {}).items()
+    }
     config = result.get("config", {})
     content["config"] = {name: config[name] for name in CONFIG if name in config}
     for stage in cell.stages:
@@ -169,6 +173,7 @@ def pooled(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "num_patients_seen_in_training": _most([f["num_patients_seen_in_training"] for f in folds]),
         "embedding": _means([fold.get("embedding") for fold in folds]),
         "codebook": _means([fold.get("codebook") for fold in folds]),
+        "baselines": _baselines(folds),
         "warnings": list(
             dict.fromkeys(text for fold in folds for text in fold.get("warnings", ()))
         ),
@@ -214,6 +219,20 @@ def folds_in_words(settings: Settings, found: dict[str, dict[str, Any] | None]) 
 
 def _most(numbers: Sequence[int | None]) -> int | None:
     return None if None in numbers else max(numbers)
+
+
+def _baselines(folds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the volumes of all folds."""
+    weights = [len(fold["volumes"]["patient"]) for fold in folds]
+    of_folds = [fold.get("baselines", {}) for fold in folds]
+    return {
+        name: {
+            metric: float(np.average([one[name][metric] for one in of_folds], weights=weights))
+            for metric in measures
+        }
+        for name, measures in of_folds[0].items()
+        if all(name in one for one in of_folds)
+    }
 
 
 def _means(parts: Sequence[dict | None]) -> dict | None:

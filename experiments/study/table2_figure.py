@@ -53,6 +53,7 @@ CROSS = {  # columns of the cross table: metric of the probe -> title
 }
 LABEL_FREE = ("position/linear/r2", "order/linear/auroc", "neighbours/knn/recall")
 CONTROL = "cross_untrained"
+BASELINES = {"copy_input": "the input itself", "mean_image": "mean training slice"}
 COLUMNS = {"input": "Sample input", "prediction": "Predicted output", "difference": "Difference"}
 
 
@@ -209,6 +210,26 @@ def order_markdown(rows: Sequence[dict[str, Any]]) -> str:
         "detectable: the difference that so many patients show with 80 % power at the level of "
         f"5 %.\n\n{markdown(lines)}"
     )
+
+
+def baselines_markdown(results: dict[str, dict | None]) -> str:
+    """A line a strategy and baseline: what needs no training. "" without baselines."""
+    lines = [
+        {
+            "strategy": TITLES[name],
+            "baseline": {"copy_input": "the input itself", "mean_image": "mean training slice"}[
+                kind
+            ],
+            **{
+                METRICS[metric]: f"{measures[metric]:.4f}" if metric in measures else "-"
+                for metric in ("mse", "masked_mse", "ssim")
+            },
+        }
+        for name in RECONSTRUCTION
+        for kind, measures in ((results.get(name) or {}).get("baselines") or {}).items()
+        if kind in BASELINES and isinstance(measures.get("mse"), float)
+    ]
+    return f"## Baselines\n\nMeans over volumes.\n\n{markdown(lines)}" if lines else ""
 
 
 def label_free_rows(results: dict[str, dict | None]) -> list[dict[str, Any]]:

@@ -218,6 +218,9 @@ def test_folds_are_pooled_over_all_patients(settings, tmp_path):
                 f"v{patient},secret{patient},9,0.{number}{patient},0.5,1.5,0.{number}{patient}\n"
             )
         cells[name].result.with_suffix(".csv").write_text(text)
+        content = json.loads(cells[name].result.read_text())
+        content["baselines"] = {"copy_input": {"mse": {"mean": 0.1 * number}}}
+        cells[name].result.write_text(json.dumps(content))
         kept.keep(cells[name], 60.0)
         cells[name].result.with_suffix(".npz").unlink()
     assert "secret" not in (tmp_path / "kept" / "fold_0" / "flip.json").read_text()
@@ -226,6 +229,7 @@ def test_folds_are_pooled_over_all_patients(settings, tmp_path):
     assert (value["num_volumes"], value["num_patients"]) == (6, 6)
     assert value["mean"] == pytest.approx(np.mean([0.0, 0.01, 0.02, 0.1, 0.11, 0.12]))
     text = table2.draw(folds)
+    assert "| Denoising | the input itself | 0.0500 |" in text  # of both folds
     assert "The order of the strategies" not in text  # no pair of them is there
     assert "2 folds of patients" in text and "NOT ALL FOLDS ARE THERE of flip 1." in text
     assert "3 minutes by the clock" in text
