@@ -62,7 +62,7 @@ def test_a_crop_is_a_linear_map_of_places():
         np.testing.assert_allclose(np.ptp(inside[..., 0], axis=1), 0, atol=1e-3)
         np.testing.assert_allclose(np.ptp(inside[..., 1], axis=0), 0, atol=1e-3)
         steps = [np.diff(inside[:, 5, 0]), np.diff(inside[5, :, 1])]
-        assert all(np.ptp(step) < 0.2 for step in steps)  # the triangle kernel's own ripple
+        assert all(np.ptp(step) < 0.25 for step in steps)  # the triangle kernel's own ripple
         height, width = (16 * step.mean() for step in steps)
         assert 0.29 < height * width / 32**2 < 0.61 and 0.74 < width / height < 1.34
 

@@ -105,7 +105,7 @@ def test_slices_that_are_read_ahead_count(tiny_dataset, monkeypatch):
 
 @pytest.mark.parametrize("where", ["run_step", "evaluate_split"])
 def test_memory_that_ends_later_is_one_line(tiny_dataset, tmp_path, monkeypatch, where):
-    def end(*_):
+    def end(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
     monkeypatch.setattr(loop, where, end)
