@@ -3,9 +3,9 @@ r"""A patient attribute from the middle slice, end to end: the paper's baseline 
     ctssl train --config=attributes \
         --config.dataset=DATASET --workdir=RUN --config.label=sex --config.num_classes=2
 
-Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
-`ctssl figure6` (64 x 64 pixels, 48 test patients), 100 steps of `:small` told sex with an
-AUROC of 0.972. The whole figure of 18 cells took 8 minutes 41 seconds on two busy CPU cores.
+Needs an accelerator. Not run at this size; the hours are not known. On an older, easier synthetic
+archive (64 x 64 pixels, 48 test patients), 100 steps of `:small` told sex with an AUROC of 0.972.
+The whole figure of 18 cells took 8 minutes 41 seconds on two busy CPU cores.
 
 The network is the encoder of the pretraining, with random weights. `ctssl attributes` probes
 frozen pretrained encoders. `config.label` names a label of the dataset, or `sex`, `ethnic_group` or

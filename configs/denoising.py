@@ -3,11 +3,10 @@ r"""Denoising with the paper's model (section II.C.3): half of the pixels are wh
     ctssl train --config=denoising \
         --config.dataset=DATASET --workdir=RUN --config.dtype=bfloat16
 
-Needs an accelerator; a step costs as much as in `masked_region` (8.4 hours on one
-H200). Not run at this size. On the synthetic archive of `ctssl quickstart` (64 x 64
-pixels, 7 test patients), `:small` with `--config.num_steps=750` reached MSE 0.0099 ± 0.0016 and
-SSIM 0.845 ± 0.016. It was trained in a study of eight models that took 40 minutes on two busy CPU
-cores (`ctssl table2`).
+Needs an accelerator; a step costs as much as in `masked_region` (8.4 hours on one H200). Not run at
+this size. On an older, easier synthetic archive (64 x 64 pixels, 7 test patients), `:small` with
+`--config.num_steps=750` reached MSE 0.0099 ± 0.0016 and SSIM 0.845 ± 0.016. It was trained in a
+study of eight models that took 40 minutes on two busy CPU cores (`ctssl table2`).
 
 Model, data and schedule are as in `masked_region`. The loss has no term for a masked
 region.

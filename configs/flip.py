@@ -3,10 +3,10 @@ r"""Flip prediction (paper, section II.C.5): a slice flipped horizontally, verti
     ctssl train --config=flip \
         --config.dataset=DATASET --workdir=RUN --config.dtype=bfloat16
 
-Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
-`ctssl quickstart` (64 x 64 pixels, 7 test patients), `:small` with
-`--config.num_steps=750` reached AUROC 1.0000 and cross-entropy 0.0062 ± 0.0078. It was trained in a
-study of eight models that took 40 minutes on two busy CPU cores (`ctssl table2`).
+Needs an accelerator. Not run at this size; the hours are not known. On an older, easier synthetic
+archive (64 x 64 pixels, 7 test patients), `:small` with `--config.num_steps=750` reached AUROC
+1.0000 and cross-entropy 0.0062 ± 0.0078. It was trained in a study of eight models that took 40
+minutes on two busy CPU cores (`ctssl table2`).
 
 The encoder, the data, the optimizer and the schedule are as in `masked_region`.
 Compression and classification layers stand in the place of codebook and decoder. The loss is the

@@ -3,10 +3,10 @@ r"""Nodule segmentation (paper, section II.E): a U-Net whose down branch is the 
     ctssl train --config=nodules --config.dataset=DATASET --workdir=RUN \
         --config.init_from=PRETRAINED_RUN --config.train_fraction=0.1 --config.dtype=bfloat16
 
-Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
-`ctssl figure5` (64 x 64 pixels, 40 training studies), 150 steps of `:small` reached Dice
-0.475 from random weights and 0.514 from masked region prediction with 20 %. A training with its
-evaluation took 35 to 75 seconds on two busy CPU cores.
+Needs an accelerator. Not run at this size; the hours are not known. On an older, easier synthetic
+archive (64 x 64 pixels, 40 training studies), 150 steps of `:small` reached Dice 0.475 from random
+weights and 0.514 from masked region prediction with 20 %. A training with its evaluation took 35 to
+75 seconds on two busy CPU cores.
 
 DATASET is made by `ctssl prepare --archive=lidc_idri`, or with `--masks_dir` beside
 any archive. Without `init_from` all weights of the same network are random, which is the paper's

@@ -3,11 +3,10 @@ r"""Nodule segmentation by a standard U-Net of 64 to 1,024 features, beside `nod
     ctssl train --config=nodules_standard_unet \
         --config.dataset=DATASET --workdir=RUN
 
-Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
-`ctssl figure5`, 150 steps of `:small` from random weights differed from `nodules`
-by +0.014, -0.035 and +0.020 Dice with an eighth, a quarter and all of the training studies. All
-three intervals contain zero.
-"""
+Needs an accelerator. Not run at this size; the hours are not known. On an older, easier synthetic
+archive, 150 steps of `:small` from random weights differed from `nodules` by +0.014, -0.035 and
++0.020 Dice with an eighth, a quarter and all of the training studies. All three intervals contain
+zero. """
 
 import ml_collections
 

@@ -3,10 +3,10 @@ r"""Pulmonary embolism on a slice (paper, section II.D): the pretrained encoder,
     ctssl train --config=pe --config.dataset=DATASET --workdir=RUN \
         --config.init_from=PRETRAINED_RUN --config.train_fraction=0.04 --config.dtype=bfloat16
 
-Needs an accelerator. Not run at this size; the hours are not known. On the synthetic archive of
-`ctssl figure3` (64 x 64 pixels, 48 training studies), 150 steps of `:small` reached an AUROC
-over slices of 0.666 from random weights and 0.681 from masked region prediction with 20 %. A
-training with its evaluation took 35 to 75 seconds on two busy CPU cores.
+Needs an accelerator. Not run at this size; the hours are not known. On an older synthetic
+archive (64 x 64 pixels, 48 training studies), 150 steps of `:small` reached an AUROC over slices of
+0.666 from random weights and 0.681 from masked region prediction with 20 %. A training with its
+evaluation took 35 to 75 seconds on two busy CPU cores.
 
 DATASET is made by `ctssl prepare --archive=rsna_pe`. Without `init_from` the encoder
 starts from random weights, which is the paper's baseline. Any label of a dataset can be trained on
