@@ -279,10 +279,6 @@ class NeighbourSource:
             arrays["patient"] = self.patients[items].astype(np.int32)
         return arrays
 
-    def positions_mm(self, record_index: np.ndarray) -> np.ndarray:
-        """Places of records [N] along the body: [N] float64, grows towards superior."""
-        return np.array([self._records[number]["position_mm"] for number in record_index.tolist()])
-
     def channel(self, record_index: np.ndarray, channel: int) -> np.ndarray:
         """A channel of the dataset, whether the items have it or not: [N] records -> [N, H, W]
         uint8."""

@@ -221,7 +221,7 @@ def _placed(frozen: FrozenEncoder, source: NeighbourSource, batch_size: int) -> 
     ]
     pooled, record_index = (np.concatenate(values) for values in zip(*parts, strict=True))
     _, volume = volumes_of_records(source.volumes, record_index)
-    return PlacedSlices(pooled, volume, source.positions_mm(record_index))
+    return PlacedSlices(pooled, volume, source.position_mm(record_index))
 
 
 def _label_values(

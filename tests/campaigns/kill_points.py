@@ -154,6 +154,8 @@ def train_without_compiling(dataset: Path, workdir: Path, stop_at: int | None) -
     setup.pictures.setting = lambda *arguments: Setting(Legend(), (), None)
     progress.render_pictures = _pictures
     loop.Feed, loop.run_step, loop.evaluate_split = _Feed, step, _scores
+    setup.Job.validation_places = None  # they would be read by threads that a fork does not have
+    loop.feature_scores = lambda *arguments: {}
     means = dict.fromkeys(("loss", "mse", "masked_mse", "ssim"), 0.0)
     loop.take_report = lambda program, state: (state, Report(dict(means), None, {}))
     config = training_runs.tiny_config(
