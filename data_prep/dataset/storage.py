@@ -6,6 +6,7 @@ equal slices must give equal bytes on every machine.
 
 import contextlib
 import csv
+import functools
 import os
 import struct
 import sys
@@ -215,6 +216,7 @@ def read_table(path: Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
     raise DatasetError(f"{path}, {problem}; copy it again, or prepare the dataset again")
 
 
+@functools.lru_cache(maxsize=1 << 16)  # equal cells of a million rows are one object
 def _value(cell: str, kind: type) -> Any:
     if kind is str:
         return sys.intern(cell)  # a table repeats each volume_id for all its slices
