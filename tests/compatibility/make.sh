@@ -23,4 +23,11 @@ rm -rf run/tensorboard run/pictures run/training.lock export/ctssl_torch.py expo
 find run -name commit_success.txt -exec sh -c 'echo "Checkpoint commit was successful" > "$1"' _ {} \;
 sum=$(echo "Checkpoint commit was successful" | sha256sum | cut -d" " -f1)
 sed -i "/commit_success.txt$/s/^[0-9a-f]*/$sum/" run/checkpoints/*/SHA256SUMS
+# Nor does the folder of the datasets belong into an artefact.
+for file in run/checkpoints/*/_CHECKPOINT_METADATA; do
+    before=$(sha256sum "$file" | cut -d" " -f1)
+    sed -i "s#$work/##g" "$file"
+    sed -i "s/$before/$(sha256sum "$file" | cut -d" " -f1)/" "$(dirname "$file")/SHA256SUMS"
+done
+sed -i "s#$work/##g" run/config.json
 tar -cJf "$packed" dataset run export result.json embedding.npz
