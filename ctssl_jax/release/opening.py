@@ -75,7 +75,7 @@ def _fetched(name: str, flag: str) -> Path:
 
 
 def _unpacked(path: Path, folder: Path, flag: str) -> Path:
-    """Manifest and weights of a zip file, in a folder."""
+    """Manifest of a zip file, in a folder, and its weights if they are not imported yet."""
     try:
         with zipfile.ZipFile(path) as archive:
             tops = [
@@ -91,7 +91,8 @@ def _unpacked(path: Path, folder: Path, flag: str) -> Path:
             top = min(tops, key=len)
             _unpack(archive, top, _MANIFEST, folder, MANIFEST_BYTES)
             files = read_manifest(folder / _MANIFEST, f"{flag}={path}")["files"]
-            for name in WEIGHTS:
+            is_cached = _cached(folder).is_dir()
+            for name in () if is_cached else WEIGHTS:
                 if name in files and top + name in archive.namelist():
                     _unpack(archive, top, name, folder, files[name].get("bytes", 0))
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
@@ -109,7 +110,7 @@ def _unpack(archive: zipfile.ZipFile, top: str, name: str, folder: Path, limit: 
 def _imported(folder: Path, name: str, flag: str) -> Path:
     """The cached run directory of an exported folder."""
     read_manifest(folder / _MANIFEST, f"{flag}={name}")
-    run = _cache() / file_sha256(folder / _MANIFEST)[:16]
+    run = _cached(folder)
     if run.is_dir():
         return run
     unfinished = run.with_name(f".{run.name}.{os.getpid()}.tmp")
@@ -132,7 +133,9 @@ def _imported(folder: Path, name: str, flag: str) -> Path:
     return run
 
 
-def _cache() -> Path:
-    """`$CTSSL_CACHE`, or the folder `ctssl_jax` of the user's cache; its `imported`."""
+def _cached(folder: Path) -> Path:
+    """Where the run of an exported folder is cached: in `imported` of `$CTSSL_CACHE`, by default of
+    the folder `ctssl_jax` of the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("CTSSL_CACHE") or f"{home}/ctssl_jax").expanduser() / "imported"
+    cache = Path(os.environ.get("CTSSL_CACHE") or f"{home}/ctssl_jax").expanduser()
+    return cache / "imported" / file_sha256(folder / _MANIFEST)[:16]
