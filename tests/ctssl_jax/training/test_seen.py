@@ -1,5 +1,7 @@
 """Pictures of what a model sees: those of the training itself, for every kind of task."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ def pictures_of(dataset, task, step=0):
     job = setup.check(tiny_recipe(dataset, task), None)
     definition = define(job.config, job.task, len(job.channels), job.mesh)
     batch = seen.picture_batch(job.train_source, 4, 4)
-    shown, labels = jax.jit(seen._seen, static_argnums=0)(definition, batch, step)
+    shown, labels = jax.jit(functools.partial(seen._seen, definition))(batch, step)
     return definition, batch, jax.device_get(shown), labels
 
 
