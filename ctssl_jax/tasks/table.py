@@ -5,6 +5,7 @@ import ml_collections
 
 from ctssl_jax.tasks import (
     joint_embedding,
+    mixed,
     reconstruction,
     segmentation,
     slice_label,
@@ -24,6 +25,7 @@ TASKS = {
     "vicreg": joint_embedding.VICREG,
     "simclr": joint_embedding.SIMCLR,
     "dino": joint_embedding.DINO,
+    "mixed": mixed.MIXED,
     "slice_label": slice_label.SLICE_LABEL,
     "slice_label_se_resnext": slice_label.SLICE_LABEL_SE_RESNEXT,
     "segmentation": segmentation.SEGMENTATION,

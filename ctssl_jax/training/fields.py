@@ -63,6 +63,7 @@ FIELDS = {
             "vicreg",
             "simclr",
             "dino",
+            "mixed",
             "slice_label",
             "slice_label_se_resnext",
             "segmentation",
@@ -134,6 +135,11 @@ FIELDS = {
         ("refuse", "allow_unchecked", "allow"),
     ),
     # ---- pretext tasks
+    "objectives": Field(
+        tuple,
+        "(task, weight) pairs: pretext tasks and joint embeddings that one encoder learns at once, "
+        "and the factor of the loss of each; the fields of all others have no effect",
+    ),
     "mask.fraction": Field(
         float, "size of the masked square; 0.05, 0.10, 0.20 and 0.33 in the paper", above=0, below=1
     ),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from ctssl_jax.data import slices
@@ -363,7 +364,22 @@ def move(warm_start: WarmStart, state: Any) -> Any:
         )
         for name in warm_start.moved
     }
-    return unflatten(state, leaves | warm_start.run.restore(warm_start.step, template))
+    restored = warm_start.run.restore(warm_start.step, template)
+    return unflatten(state, leaves | restored | _of_teachers(leaves, restored))
+
+
+def _of_teachers(leaves: dict[str, Any], restored: dict[str, Any]) -> dict[str, Any]:
+    """The moved tensors also for teachers that did not move: they begin as their students do."""
+    copies = {}
+    for name in leaves:
+        before, is_teacher, rest = name.partition("/teacher/")
+        if not is_teacher or name in restored:
+            continue
+        student = [f"{kind}/{rest}" for kind in ("params", "variables")]  # of one shared encoder
+        student += [f"{kind}/{before.partition('/')[2]}/{rest}" for kind in ("params", "variables")]
+        copies |= {name: restored[source] for source in student if source in restored}
+    shardings = {name: leaves[name].sharding for name in copies}
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(copies)
 
 
 def begin(
