@@ -25,6 +25,7 @@ from ctssl_jax.training.blocks import (
     joint_embedding,
     joint_optimizer,
     reporting,
+    spark,
     views,
     vqvae,
 )
@@ -58,7 +59,7 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
 
     projector = (256, 256, 64) if small else (2048, 2048, 256)
     head = joint_embedding(small, projector=projector, num_prototypes=512 if small else 4_096)
-    config.model = vqvae(small) | classifier(small) | head
+    config.model = vqvae(small) | classifier(small) | spark(small) | head
     config.update(joint_optimizer(small))
     config.update(execution(batch_size=32 if small else 64))
     config.update(reporting(best_by="position_r2", eval_every=500 if small else 2_000))

@@ -19,6 +19,7 @@ from data_prep.system.errors import InputError
 HIGHER_IS_BETTER = {
     "mse": False,
     "masked_mse": False,
+    "block_mse": False,
     "ssim": True,
     "cross_entropy": False,
     "double_softmax_cross_entropy": False,

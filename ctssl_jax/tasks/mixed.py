@@ -18,8 +18,9 @@ from ctssl_jax.data.slices import Targets
 from ctssl_jax.models.classifier import ClassifierConfig
 from ctssl_jax.models.joint_embedding import JointEmbeddingConfig
 from ctssl_jax.models.mixed import Mixed
+from ctssl_jax.models.spark import SparkConfig
 from ctssl_jax.models.vqvae import VQVAEConfig
-from ctssl_jax.tasks import joint_embedding, reconstruction, transformation
+from ctssl_jax.tasks import joint_embedding, reconstruction, sparse, transformation
 from ctssl_jax.tasks.interface import Objective, StepOutput, Task, item_slices, model_config
 from data_prep.system.errors import InputError
 
@@ -35,6 +36,7 @@ PARTS = {
     "masked_region": _Part(reconstruction.MASKED_REGION, VQVAEConfig),
     "next_slice": _Part(reconstruction.NEXT_SLICE, VQVAEConfig),
     "denoising": _Part(reconstruction.DENOISING, VQVAEConfig),
+    "spark": _Part(sparse.SPARK, SparkConfig),
     "rotation": _Part(transformation.ROTATION, ClassifierConfig),
     "flip": _Part(transformation.FLIP, ClassifierConfig),
     "lejepa": _Part(joint_embedding.LEJEPA, JointEmbeddingConfig),
@@ -158,7 +160,7 @@ def _after_step(model: Mixed, config: ml_collections.ConfigDict) -> None:
 
 def _check(config: ml_collections.ConfigDict) -> None:
     pairs = config.objectives
-    example = "--config.objectives='((\"masked_region\", 1.0), (\"lejepa\", 0.5))'"
+    example = '--config.objectives=\'(("masked_region", 1.0), ("lejepa", 0.5))\''
     if not pairs or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
         raise InputError(f"config.objectives={pairs}: must hold (name, weight) pairs, {example}")
     for name, weight in pairs:
@@ -189,6 +191,11 @@ def _check(config: ml_collections.ConfigDict) -> None:
         raise InputError(
             f"config.objectives: next_slice needs slices by number, {of_views[0]} slices by "
             "distance (config.views.slab_mm), and an item holds one or the other; take one of them"
+        )
+    if config.model.neck != "none":
+        raise InputError(
+            f"config.model.neck={config.model.neck!r}: each head of a mix would have a neck of its "
+            "own, and embeddings none; set --config.model.neck=none"
         )
     for name in names:
         PARTS[name].task.check(_own(name, config))

@@ -9,6 +9,7 @@ from ctssl_jax.tasks import (
     reconstruction,
     segmentation,
     slice_label,
+    sparse,
     transformation,
 )
 from ctssl_jax.tasks.interface import Task
@@ -18,6 +19,7 @@ TASKS = {
     "masked_region": reconstruction.MASKED_REGION,
     "next_slice": reconstruction.NEXT_SLICE,
     "denoising": reconstruction.DENOISING,
+    "spark": sparse.SPARK,
     "rotation": transformation.ROTATION,
     "flip": transformation.FLIP,
     "lejepa": joint_embedding.LEJEPA,

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_NOT_ARCHITECTURE = ("remat", "scan", "dtype", "projector", "num_prototypes")
+_NOT_ARCHITECTURE = ("remat", "scan", "dtype", "projector", "num_prototypes", "decoder_depth")
 COUNTER = "num_batches_tracked"
 _FIELDS = {
     "kernel": "weight",

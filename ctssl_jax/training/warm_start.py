@@ -371,13 +371,11 @@ def move(warm_start: WarmStart, state: Any) -> Any:
 def _of_teachers(leaves: dict[str, Any], restored: dict[str, Any]) -> dict[str, Any]:
     """The moved tensors also for teachers that did not move: they begin as their students do."""
     copies = {}
-    for name in leaves:
-        before, is_teacher, rest = name.partition("/teacher/")
-        if not is_teacher or name in restored:
-            continue
-        student = [f"{kind}/{rest}" for kind in ("params", "variables")]  # of one shared encoder
-        student += [f"{kind}/{before.partition('/')[2]}/{rest}" for kind in ("params", "variables")]
-        copies |= {name: restored[source] for source in student if source in restored}
+    for name in set(leaves) - set(restored):
+        _, is_teacher, student = name.partition("/teacher/")
+        for source in (f"params/{student}", f"variables/{student}"):
+            if is_teacher and source in restored:
+                copies[name] = restored[source]
     shardings = {name: leaves[name].sharding for name in copies}
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(copies)
 

@@ -6,15 +6,19 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference.pretrained import load
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.mesh import make_mesh, to_devices
 from ctssl_jax.runs import reports
+from ctssl_jax.runs.checkpoints import stored_shapes
 from ctssl_jax.tasks.interface import step_flops
+from ctssl_jax.tasks.mixed import PARTS
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.step import gradients_of, make_program
+from ctssl_jax.training.warm_start import in_scope
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
 from tests.helpers.training_runs import (
@@ -70,7 +74,8 @@ def test_reports_have_the_loss_and_the_gradient_of_each(straight):
 
 
 def test_one_encoder_and_a_head_for_each(straight):
-    names = saved_state(straight)
+    names = stored_shapes(straight, 8)
+    names = stored_shapes(straight, 8)
     parts = {"/".join(name.split("/")[1:4]) for name in names if name.startswith("params/heads")}
     assert {part.split("/")[1] for part in parts} == {"masked_region", "dino"}
     assert not [name for name in names if name.startswith("params/heads") and "/encoder/" in name]
@@ -91,7 +96,7 @@ def test_a_step_is_the_sum_of_both_and_that_of_eight_devices(tiny_dataset):
             lambda leaf, like: jax.device_put(leaf, like.sharding), start, program.template
         )
         if num_devices == 1:
-            both = jax.jit(lambda s, b: gradients_of(program.definition, s, b)[1])  # noqa: B023
+            both = jax.jit(lambda s, b: gradients_of(program.definition, s, b)[1])
             of_both = flatten(both(state, batch))
         state = program.train_step(state, to_devices(mesh, batch))
         results.append(jax.device_get((state.sums, flatten(state.variables))))
@@ -104,9 +109,7 @@ def test_a_step_is_the_sum_of_both_and_that_of_eight_devices(tiny_dataset):
     # the whole norm at the encoder lies within the two of the objectives with their weights
     at_encoder = [value for name, value in of_both.items() if name.startswith("encoder/")]
     norm = np.sqrt(sum(np.square(value).sum() for value in at_encoder if value is not None))
-    parts = [
-        weight * float(one[f"{name}/encoder_gradient_norm"]) / 8 for name, weight in TWO
-    ]
+    parts = [weight * float(one[f"{name}/encoder_gradient_norm"]) / 8 for name, weight in TWO]
     assert abs(parts[0] - parts[1]) - 1e-4 <= norm <= sum(parts) + 1e-4
 
 
@@ -179,6 +182,21 @@ def test_a_field_of_one_objective_that_cannot_work_is_one_line(
     with pytest.raises(InputError) as raised:
         train_on(config, tmp_path / "run")
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_all_objectives_have_the_encoder_of_the_paper(tiny_dataset):
+    """So that each can begin with the encoder of any other."""
+
+    def encoder_of(name):
+        recipe = tiny_recipe(tiny_dataset, name)
+        model = nnx.eval_shape(lambda: get_task(recipe.task).build(recipe, nnx.Rngs(params=0)))
+        leaves = flatten({"params": nnx.as_pure(nnx.state(model))})
+        return {name: leaf.shape for name, leaf in leaves.items() if in_scope(name, "encoder")}
+
+    plain = encoder_of("masked_region")
+    assert len(plain) == 30
+    for name in (*PARTS, "simmim", "mixed"):
+        assert encoder_of(name) == plain, name
 
 
 @pytest.mark.parametrize("task", ["masked_region", "mixed"])
