@@ -5,9 +5,10 @@ Names of the modules, which are the keys of checkpoints:
 
     encoder.*                             as in the autoencoder: encoders move between all tasks
     mask_token                            [D], the latent of a masked position
-    decoder.stem.conv|norm                3 x 3, leaky ReLU
-    decoder.blocks.i.conv3|norm|conv1     residual blocks, then leaky ReLU
-    decoder.pixels                        1 x 1: kernel, bias; the 4 x 4 pixels of a latent
+    light_decoder.stem.conv|norm          3 x 3, leaky ReLU
+    light_decoder.blocks.i.conv3|norm|conv1
+                                          residual blocks, then leaky ReLU
+    light_decoder.pixels                  1 x 1: kernel, bias; the 4 x 4 pixels of a latent
 """
 
 import dataclasses
@@ -110,7 +111,7 @@ class Spark(nnx.Module):
         self.encoder = Encoder(config.encoder, rngs=rngs)
         token = 0.02 * jax.random.normal(rngs.params(), (config.embedding_dim,), jnp.float32)
         self.mask_token = nnx.Param(token)
-        self.decoder = _Decoder(config, rngs=rngs)
+        self.light_decoder = _Decoder(config, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, train: bool) -> JointEmbeddingOutput:
         """As `JointEmbedding`, without dropout: all positions are visible."""
@@ -142,7 +143,7 @@ class Spark(nnx.Module):
         latents = self.encoder(images, train=learns, key=key, visible=visible)
         seen = visible[:, :: Encoder.stride, :: Encoder.stride]
         filled = latents + (1 - seen) * self.mask_token[...]
-        return self.decoder(filled, train=train), latents
+        return self.light_decoder(filled, train=train), latents
 
 
 def flops_per_slice(config: SparkConfig, image_size: int) -> int:

@@ -12,11 +12,8 @@ from ctssl_jax.inference.pretrained import load
 from ctssl_jax.models.vqvae import Encoder, VQVAEConfig
 from ctssl_jax.ops.images import normalize_blocks
 from ctssl_jax.ops.trees import flatten
-from ctssl_jax.parallel.mesh import make_mesh, to_devices
 from ctssl_jax.runs import reports
-from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import health
-from ctssl_jax.training.step import make_program
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
 from tests.helpers.training_runs import (
@@ -25,6 +22,7 @@ from tests.helpers.training_runs import (
     losses,
     numbers,
     randomised,
+    step_on_one_and_eight_devices,
     tiny_recipe,
     train_on,
 )
@@ -139,21 +137,11 @@ def test_a_small_run_learns_and_is_healthy(straight, tiny_dataset):
     assert health.warnings(learning(tiny_dataset), last | {"embedding_dim": 4}) == []
 
 
-def test_a_step_on_eight_devices_is_that_of_one(tiny_dataset):
+def test_a_step_on_eight_devices_is_that_of_one(straight, tiny_dataset):
     images = np.random.default_rng(0).integers(0, 255, (8, 1, 16, 16, 1), np.uint8)
     weight, records = np.ones(8, np.float32), np.arange(8, dtype=np.int32)
     batch = {"images": images, "record_index": records, "weight": weight}
-    start, results = None, []
-    for num_devices, fsdp_devices in ((1, 1), (8, 4)):
-        config = learning(tiny_dataset, fsdp_devices=fsdp_devices)
-        mesh = make_mesh(jax.devices()[:num_devices], fsdp_devices)
-        program = make_program(config, get_task("spark"), 1, mesh)
-        start = jax.device_get(program.initial_state()) if start is None else start
-        state = jax.tree.map(
-            lambda leaf, like: jax.device_put(leaf, like.sharding), start, program.template
-        )
-        state = program.train_step(state, to_devices(mesh, batch))
-        results.append(jax.device_get((state.sums, flatten(state.variables))))
+    results = step_on_one_and_eight_devices(learning(tiny_dataset), batch)
     (one, variables), (eight, others) = results
     assert float(eight["loss"]) == pytest.approx(float(one["loss"]), rel=1e-4)
     for name, norm in one["layer_gradient_norms"].items():
