@@ -84,7 +84,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "field",
         "body",
-        ["body", "lungs", "mediastinum"],
+        ["body", "lungs", "lung", "mediastinum"],
         "What the reconstructed field of view holds.",
     )
     flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "Processes.")

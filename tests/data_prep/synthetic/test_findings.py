@@ -403,3 +403,17 @@ def test_group_is_independent_of_sex_and_age_and_leaves_a_trace():
         volumes.append(render_volume(anatomy, scan, np.random.default_rng(0)).astype(int))
     difference = np.abs(volumes[0] - volumes[1])
     assert 1 < difference[difference > 0].mean() < 15 and difference.max() < 60
+
+
+def test_the_field_of_one_lung_holds_most_nodules():
+    options = dataclasses.replace(LIDC, field="lung")
+    inside, total = 0, 0
+    for index in range(12):
+        exam, _ = sample_exam(index, options)
+        scan = exam.scan
+        assert 120 < scan.field_of_view_mm < 220
+        centres = np.array([n.centre[:2] for n in exam.findings.nodules]).reshape(-1, 2)
+        away = np.abs(centres * exam.anatomy.patient.scale[:2] - scan.centre_mm)
+        held = (away < scan.field_of_view_mm / 2).all(axis=1)
+        inside, total = inside + held.sum(), total + len(held)
+    assert inside > 0.6 * total
