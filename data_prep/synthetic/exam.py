@@ -38,7 +38,8 @@ class Options:
     """The options that decide the bytes of a patient's files, with the patient's number.
 
     `num_slices` 0 is the whole chest; `slice_spacing_mm` 0 leaves the spacing to the scanner;
-    `layout` is one of LAYOUTS; `field` one of FIELDS: what the reconstructed field of view holds.
+    `layout` is one of LAYOUTS; `field` one of FIELDS: what the reconstructed field of view holds;
+    of the rsna_pe layout, slices are positive of which emboli cover `min_embolus_mm2`.
     """
 
     seed: int
@@ -47,6 +48,7 @@ class Options:
     slice_spacing_mm: float
     layout: str = "dicom"
     field: str = "body"
+    min_embolus_mm2: float = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
