@@ -85,6 +85,7 @@ STEPS = {  # words of a block, in the order of running -> what runs before it
     "ctssl probe": "",
     "--workdir=NODULES_RUN --input": ONE_SCAN,
     "--format=torch": "ctssl evaluate --workdir=RUN --output=RESULT.json",
+    "--format=onnx,": "",
     "--format=hub": "",
     "ctssl_torch.py FOLDER": "",
     "ctssl import_torch": "",
