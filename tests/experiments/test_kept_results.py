@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import recipe_choices, table2
+from experiments import objectives, recipe_choices, table2
 from experiments.study import runner
 from experiments.study.cells import Settings
 from tests.helpers.training_runs import PROJECT
 
 RESULTS = PROJECT / "experiments" / "results"
-STUDIES = {"table2": table2, "recipe_choices": recipe_choices}
+STUDIES = {"table2": table2, "recipe_choices": recipe_choices, "objectives": objectives}
 
 
 def folders():
