@@ -53,7 +53,7 @@ MAY_CHANGE = {
     "fsdp_devices": "memory and speed; equal up to the order of sums",
 }
 # Fields that recipes did not always have -> the value that says what runs without them did. A field
-# of some tasks alone has these in `OF_TASK`.
+# of some tasks alone has them in `OF_TASK`.
 ADDED_SINCE = {
     "batch_norm_group": 0,
     "best_by": "loss",
@@ -67,6 +67,7 @@ ADDED_SINCE = {
     "shuffle": "global",
     "shuffle_streams": 0,
     "shuffle_window": 16_384,
+    "shuffled_targets": False,
     "validation_slices": 0,
 }
 OF_TASK = {
@@ -74,6 +75,12 @@ OF_TASK = {
     "mask.block": ("masked_region",),
     "model.neck": ("lejepa", "visreg", "vicreg", "simclr", "dino"),
     "model.pooling": ("slice_label_se_resnext",),
+    "shuffled_targets": (
+        "slice_label",
+        "slice_label_se_resnext",
+        "segmentation",
+        "segmentation_standard_unet",
+    ),
 }
 _WEIGHTS = ("init_from", "init_weights")
 OF_THE_DATA = (
