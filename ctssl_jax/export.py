@@ -55,7 +55,21 @@ def define_flags() -> None:
         "checkpoint", "best", "best (by config.best_by), last, last_good (undamaged), or a step."
     )
     flags.DEFINE_multi_string(
-        "results", [], "Results file of ctssl_jax.evaluate for the model card; repeatable."
+        "results", [], "Results file of ctssl_jax.evaluate or probe for the model card; repeatable."
+    )
+    flags.DEFINE_string(
+        "dataset", None, "Where the dataset of the training is now, for the card's cohort table."
+    )
+    flags.DEFINE_string(
+        "public_series",
+        None,
+        "Table (CSV) of a public collection's patients, studies and series: those of its series "
+        "that the model was trained on are listed in public_series.csv. No others are told.",
+    )
+    flags.DEFINE_string(
+        "pseudonym_key_file",
+        None,
+        "Key of the dataset's pseudonyms, for --public_series (default: in DATASET-audit).",
     )
     flags.DEFINE_string(
         "push",
@@ -97,6 +111,9 @@ def _export(values: flags.FlagValues) -> None:
         checkpoint=values.checkpoint,
         results=values.results,
         num_test_slices=values.num_test_slices,
+        dataset=values.dataset,
+        public_series=values.public_series,
+        pseudonym_key_file=values.pseudonym_key_file,
     )
     print(f"next:        python {values.output_dir}/ctssl_torch.py {values.output_dir}", flush=True)
 

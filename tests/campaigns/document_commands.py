@@ -34,6 +34,7 @@ NOT_HERE = {  # words of a block -> why
     "--upload": "sends to a model hub: tests/ctssl_jax/release/test_hub.py has one",
     "ctssl figure": "half an hour and more: tests/experiments",
     "--folds=4": "needs scans of a dozen patients, and hours: tests/experiments/test_studies.py",
+    "--public_series": "a public collection: tests/ctssl_jax/release/test_page.py",
     "--watch": "waits for slices: tests.campaigns.growing_folder",
     "ctssl quickstart": "minutes: tests/experiments/test_quickstart.py",
 }

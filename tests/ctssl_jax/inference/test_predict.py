@@ -545,7 +545,7 @@ def test_a_watched_folder_gets_the_predictions_of_its_scans(runs, scan, tmp_path
         assert (folder / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     printed = capsys.readouterr().out
     assert printed.count("too_few_slices") == 1 and printed.count("1 files not_dicom") == 1
-    dicom_files.write(growing / "late", dicom_files.slices(dicom_files.thorax(1), patient="x"))
+    (growing / "late").mkdir()
     shutil.copyfile(growing / "first" / "IM0003", growing / "late" / "IM0003")
     watch_predictions(runs / "nodules", request, output, watch, num_workers=0)
     printed += capsys.readouterr().out
