@@ -16,7 +16,7 @@ files. Keep it with the scans.
 
 With --watch SCANS is a folder that grows. Each exam is embedded once, when its files have stopped
 coming (--settle_s), into FILE.scans/PSEUDONYM.npz; FILE is written at the end (--idle_exit_s).
-FILE-audit/taken.jsonl has the files of each.
+FILE-audit/embeddings.jsonl has the files of each.
 """
 
 if __name__ == "__main__":  # the imports below take their time

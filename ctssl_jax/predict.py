@@ -21,7 +21,7 @@ with the scan; --dicom_seg=false leaves it out. The other files do not name the 
 software: nothing here is cleared for diagnosis.
 
 With --watch SCAN is a folder that grows. Each exam is predicted once, when its files have stopped
-coming (--settle_s), into DIR/PSEUDONYM; DIR-audit/taken.jsonl has the files of each, and the key.
+coming (--settle_s), into DIR/PSEUDONYM; DIR-audit/predictions.jsonl has the files of each.
 """
 
 if __name__ == "__main__":  # the imports below take their time

@@ -2,8 +2,8 @@
 
 Each exam is taken once, when its files have stopped changing (`data_prep.raw.arrivals`). Workers
 decode scans ahead of the model, and slices of several scans fill a batch together. Each result is
-written whole or not at all, then noted in AUDIT/taken.jsonl: after a kill at any moment the same
-command goes on, to the same results.
+written whole or not at all, then noted in a ledger of the audit folder: after a kill at any moment
+the same command goes on, to the same results.
 """
 
 import collections
@@ -27,7 +27,7 @@ from ctssl_jax.runs.run import Run
 from data_prep.dataset.schema import notes_on_rules
 from data_prep.privacy import pseudonyms
 from data_prep.raw.arrivals import Arrivals, Exam
-from data_prep.raw.ledger import FILE, Ledger
+from data_prep.raw.ledger import Ledger
 from data_prep.raw.scans import (
     Refused,
     Scan,
@@ -309,7 +309,7 @@ def _opened(service: _Service, folder: _Folder, facts: dict[str, Any]) -> Iterat
                 )
         else:
             write_json(path, settings)
-        yield Ledger(folder.audit / FILE)
+        yield Ledger(folder.audit / f"{facts['kind']}.jsonl")
 
 
 def _task(folder: _Folder, exam: list[SeriesCandidate], model: PretrainedModel) -> tuple:
@@ -344,10 +344,11 @@ def _serve(service: _Service, folder: _Folder, ledger: Ledger, watch: Watch) -> 
         while True:
             found = arrivals.look()
             for late in found.late:
-                _say_late(service, late.volumes, len(late.sources))
+                _say_late(service, late.volumes, len(late.sources), ledger.path.name)
             reasons = collections.Counter(entry.reason for entry in found.not_images)
             for reason, number in reasons.most_common():
-                say(f"not images   {number} files {reason}: {explain(reason)} (named in {FILE})")
+                where = f"named in {ledger.path.name}"
+                say(f"not images   {number} files {reason}: {explain(reason)} ({where})")
             if found.changed or found.ready or found.waiting:
                 last = time.monotonic()
             elif watch.idle_exit_s and time.monotonic() - last >= watch.idle_exit_s:
@@ -358,11 +359,11 @@ def _serve(service: _Service, folder: _Folder, ledger: Ledger, watch: Watch) -> 
                 time.sleep(rest_s)
 
 
-def _say_late(service: _Service, volumes: list[str], number: int) -> None:
+def _say_late(service: _Service, volumes: list[str], number: int, listed: str) -> None:
     results = " and ".join(str(service.result(name)) for name in volumes)
     say(
         f"LATE         {number} files came or changed after their exam was done, and are not in "
-        f"its result (named in {FILE}); remove {results}, and it is done again with all files"
+        f"its result (named in {listed}); remove {results}, and it is done again with all files"
     )
 
 

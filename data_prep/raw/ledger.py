@@ -21,8 +21,6 @@ from typing import Any
 from data_prep.scan.archives import Source
 from data_prep.system.errors import InputError
 
-FILE = "taken.jsonl"
-
 
 class Ledger:
     """The lines of the file, and what they say together.

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.raw.ledger import FILE
 from data_prep.scan.archives import Source
 from data_prep.scan.headers import Header, read_header
 from tests.helpers.example_dataset import write_example_dataset
@@ -38,6 +37,7 @@ from tests.helpers.training_runs import save_untrained, tiny_recipe
 
 PROJECT = Path(__file__).resolve().parents[2]
 MOST_SECONDS = 1800  # of a command, on a busy machine
+LEDGERS = {"embed": "z-audit/embeddings.jsonl", "predict": "p-audit/predictions.jsonl"}
 _RULES = ("--min_slices=5", "--norequire_lung", "--max_slice_thickness_mm=10")
 
 
@@ -164,7 +164,7 @@ def faults_of(
 
 
 def ledger(command: str, output: Path) -> list[dict]:
-    path = output / ("z-audit" if command == "embed" else "p-audit") / FILE
+    path = output / LEDGERS[command]
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

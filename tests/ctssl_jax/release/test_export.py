@@ -106,7 +106,12 @@ def test_folder(exported, runs, tiny_dataset):
     card = (exported / "README.md").read_text()
     for text in (
         *("CC0-1.0", "level 50 / width 350 HU", "masked_mse", "Not a medical device"),
-        *("| Dataset | Volumes, slices | ", "(training.png)", "| 2 (this model) |", "10.1117/1.JMI"),
+        *(
+            "| Dataset | Volumes, slices | ",
+            "(training.png)",
+            "| 2 (this model) |",
+            "10.1117/1.JMI",
+        ),
         f"`{manifest['model_fingerprint']}`",
     ):
         assert text in card, text

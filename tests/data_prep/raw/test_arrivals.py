@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from data_prep.raw.arrivals import TRIES, Arrivals
-from data_prep.raw.ledger import FILE, Ledger
+from data_prep.raw.ledger import Ledger
 from data_prep.raw.scans import header_reader_of
 from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from tests.helpers import dicom_files, nifti_files
 
 SETTLE_S = 60.0
+FILE = "taken.jsonl"
 
 
 class Watched:
