@@ -418,9 +418,16 @@ def _take(
     waiting: collections.deque[tuple[Exam, list[SeriesCandidate], Any]] = collections.deque()
     for outputs in service.model.in_shared_batches(decoded(), service.function):
         exam, candidates, scan = waiting.popleft()
-        service.write(candidates, scan, outputs)
-        volumes[exam.name].append(scan.volume_id)
-        num_slices, num_done = num_slices + len(scan.position_mm), num_done + 1
+        try:
+            service.write(candidates, scan, outputs)
+        except OSError:
+            raise
+        except Exception as error:  # one odd scan must not end the watch, now and at each start
+            crashed = Refused(scan.volume_id, "conversion_crashed", type(error).__name__)
+            refused[exam.name].append(crashed)
+        else:
+            volumes[exam.name].append(scan.volume_id)
+            num_slices, num_done = num_slices + len(scan.position_mm), num_done + 1
         dealt_with(exam)
     if num_done:
         seconds = time.monotonic() - started
