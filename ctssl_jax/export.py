@@ -9,6 +9,8 @@ FOLDER then contains the files that a PyTorch user needs:
     weights.pt            state_dict; for an autoencoder in the authors' layout
     weights.safetensors   the same
     model.onnx            images [batch, C, H, W] in [0, 1] -> the model's outputs
+    model_fp16.onnx       the same in half precision (--format=onnx_fp16)
+    model_int8.onnx       with convolutions of 8-bit integers (--format=onnx_int8)
     manifest.json         architecture, preprocessing, training, data, results, licence, parity,
                           checksums
     README.md             the same as a model card
@@ -44,7 +46,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "format",
         ["torch", "safetensors"],
-        "torch, safetensors, onnx, separated by commas; hub for a model hub's repository.",
+        "torch, safetensors, onnx, onnx_fp16, onnx_int8, separated by commas; hub for a model "
+        "hub's repository.",
     )
     flags.DEFINE_string(
         "license",
@@ -56,9 +59,6 @@ def define_flags() -> None:
     )
     flags.DEFINE_multi_string(
         "results", [], "Results file of ctssl_jax.evaluate or probe for the model card; repeatable."
-    )
-    flags.DEFINE_string(
-        "dataset", None, "Where the dataset of the training is now, for the card's cohort table."
     )
     flags.DEFINE_string(
         "public_series",
@@ -79,6 +79,15 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("upload", False, "Send them.")
     flags.DEFINE_integer("num_test_slices", 2, "Synthetic slices that parity is measured on.")
+    flags.DEFINE_string(
+        "dataset",
+        None,
+        "Where the dataset of the training is now: for the card's cohort table, --public_series, "
+        "and slices that calibrate onnx_int8 and measure it and onnx_fp16.",
+    )
+    flags.DEFINE_integer(
+        "num_dataset_slices", 32, "Training slices that calibrate, validation slices that measure."
+    )
 
 
 def start(values: flags.FlagValues) -> None:
@@ -114,6 +123,7 @@ def _export(values: flags.FlagValues) -> None:
         dataset=values.dataset,
         public_series=values.public_series,
         pseudonym_key_file=values.pseudonym_key_file,
+        num_dataset_slices=values.num_dataset_slices,
     )
     print(f"next:        python {values.output_dir}/ctssl_torch.py {values.output_dir}", flush=True)
 

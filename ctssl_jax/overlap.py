@@ -41,6 +41,9 @@ def start(flag_values: flags.FlagValues) -> None:
         f"{len(found['validation']):,} chose its checkpoint",
         flush=True,
     )
+    command_line.suggest(
+        "embed", f"--workdir={flag_values.model}", "--input=SCANS", "--output=FILE.npz"
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -6,7 +6,7 @@ checkpoint   step ... of run: best ...
 model        VQVAE, ... parameters, step 2 of run
 ...
 >>> sorted(manifest["files"])
-['ctssl_torch.py', 'test_input.npz', 'training.png', 'weights.pt']
+['ctssl_torch.py', 'test_input.npz', 'weights.pt']
 >>> number = import_weights("folder", "imported", config=None, windows=[])
 >>> number > len(manifest["parity"]["stages"])
 True

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from flax import nnx
 
 from ctssl_jax.data.slices import select_channels, selected_windows
 from ctssl_jax.ops.trees import fingerprint, flatten
-from ctssl_jax.release import hub, model_card, model_page, onnx_file, parity
+from ctssl_jax.release import hub, model_card, model_page, onnx_file, parity, small_onnx
 from ctssl_jax.release import public_series as public_series_list
 from ctssl_jax.release.model_page import trained_volumes as run_volumes
 from ctssl_jax.runs.checkpoints import Chosen
@@ -34,6 +35,7 @@ from ctssl_jax.torch_bridge.names import architecture_settings, is_exported, sta
 from ctssl_jax.training.state import count_parameters, restore_model
 from data_prep.dataset.schema import rules_of
 from data_prep.privacy.pseudonyms import KEY_FILE, default_audit_dir, read_key
+from data_prep.scan import anatomy
 from data_prep.scan.window import window_to_uint8
 from data_prep.synthetic.exam import Options, render_series, sample_exam
 from data_prep.system.errors import InputError, RunFailed
@@ -51,10 +53,12 @@ FORMATS = {
     "torch": "weights.pt",
     "safetensors": "weights.safetensors",
     "onnx": "model.onnx",
+    **small_onnx.FORMATS,
     "hub": hub.WEIGHTS,
 }
+_ONNX = ("onnx", *small_onnx.FORMATS)
 # Parity is measured on the middle of larger slices, since the models work the same at each size.
-MAX_TEST_SIDE = 256
+MAX_TEST_SIDE = 128
 
 
 def export(
@@ -69,6 +73,7 @@ def export(
     dataset: str | Path | None = None,
     public_series: str | Path | None = None,
     pseudonym_key_file: str | Path | None = None,
+    num_dataset_slices: int = 32,
 ) -> dict[str, Any]:
     """Export a run's checkpoint.
 
@@ -81,8 +86,11 @@ def export(
       results: results files of `ctssl_jax.evaluate` and `ctssl_jax.probe` for this model, for the
         model card.
       num_test_slices: synthetic slices that parity is measured on.
-      dataset: where the dataset of the training is now, for the cohort; None takes its place of the
-        training, and leaves the cohort out where it is gone.
+      dataset: where the dataset of the training is now; None takes its place of the training. The
+        cohort of the page is left out where it is gone; the formats `onnx_fp16` and `onnx_int8` and
+        `public_series` need it.
+      num_dataset_slices: of its training slices integers are calibrated on so many, and both
+        formats are measured on so many validation slices.
       public_series: table of a public collection's series, of which those that the run has read
         are listed in `public_series.FILE`; None lists none.
       pseudonym_key_file: key of the dataset's pseudonyms, for `public_series`; None takes the one
@@ -98,8 +106,13 @@ def export(
     """
     output_dir = local_path(output_dir, "--output_dir", "choose a folder here").resolve()
     _check_request(output_dir, formats, licence, num_test_slices)
+    small = [name for name in small_onnx.FORMATS if name in formats]
+    if num_dataset_slices < 2:
+        raise InputError(f"--num_dataset_slices={num_dataset_slices}: must be 2 or more")
     started = time.monotonic()
-    exported = open_model(Run.open(workdir), checkpoint)
+    run = Run.open(workdir)
+    measured = small_onnx.open_dataset(run, dataset) if small else None
+    exported = open_model(run, checkpoint)
     imported = exported.run.imported
     if (imported_under := imported.get("license")) and imported_under != licence:
         raise InputError(
@@ -121,8 +134,13 @@ def export(
 
     # ---- Is it the same model? ----
     twin = _twin(manifest, entries)
-    images = synthetic_images(manifest["preprocessing"], len(twin.offsets), num_test_slices)
+    whole = synthetic_images(manifest["preprocessing"], len(twin.offsets), num_test_slices)
+    images = _middle(whole)
     manifest["parity"], outputs = _measure_parity(exported, twin, images)
+    cases = []
+    if "onnx" in formats or small:
+        cases = onnx_file.make_cases(exported.model, whole, images, outputs, twin.stride)
+    del exported  # from here on the weights are those of the twin alone
 
     # ---- Files, in a folder that takes its name when it is complete ----
     unfinished = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
@@ -130,20 +148,28 @@ def export(
         with folder_written_whole(output_dir, unfinished) as folder:
             _write_weights(folder, formats, entries, manifest)
             _write_test_input(folder / "test_input.npz", images, outputs)
-            if "onnx" in formats:
+            if cases:
                 path = folder / FORMATS["onnx"]
-                whole = synthetic_images(
-                    manifest["preprocessing"], len(twin.offsets), num_test_slices, cut=False
-                )
-                manifest["onnx"] = facts = onnx_file.write(path, twin, exported.model, whole)
+                facts = onnx_file.write(path, twin, cases)
                 for line in onnx_file.lines(facts):
                     say(line)
+                if measured is not None:
+                    manifest["small_onnx"] = small_onnx.write(
+                        folder, small, path, measured, twin.offsets, num_dataset_slices
+                    )
+                if "onnx" in formats:
+                    manifest["onnx"] = facts
+                else:
+                    path.unlink()
             shutil.copyfile(ctssl_torch.__file__, folder / "ctssl_torch.py")
+            if manifest["preprocessing"]["crop"] != "none":
+                shutil.copyfile(anatomy.__file__, folder / "ctssl_anatomy.py")
             for name, text in hub.files(manifest).items() if "hub" in formats else ():
                 write_text(folder / name, text)
             if curves := manifest["page"]["curve"]:
                 path = folder / model_page.PICTURE
-                model_page.draw_curve(path, curves, exported.step, exported.run.config.recipe)
+                step = manifest["training"]["checkpoint_step"]
+                model_page.draw_curve(path, curves, step, manifest["training"]["recipe"])
             if listed is not None:
                 write_text(folder / public_series_list.FILE, public_series_list.table(listed))
             manifest["files"] = {
@@ -190,7 +216,7 @@ def _check_request(
         ("safetensors", "torch", ("safetensors",)),
         ("hub", "torch", ("safetensors",)),
         ("hub", "hub", ("huggingface_hub",)),
-        ("onnx", "torch", ("onnx", "onnxscript", "onnxruntime")),
+        *((name, "torch", ("onnx", "onnxscript", "onnxruntime")) for name in _ONNX),
     ):
         for package in packages if name in formats else ():
             require(package, f"--format={name}", extra)
@@ -334,9 +360,9 @@ def _page(
     try:
         opened = model_page.training_dataset(run, dataset)
     except (InputError, OSError):
-        if dataset is not None or public_series is not None:
+        if public_series is not None:
             raise
-        say("cohort       left out: the dataset is not where it was; --dataset names its place")
+        say("cohort       left out: no dataset of the training there; --dataset names its place")
     if opened is not None:
         page["cohort"] = model_page.cohort(run, opened)
     if public_series is None or opened is None:
@@ -399,21 +425,24 @@ def _result(path: Path, exported: RunModel) -> dict[str, Any]:
 
 
 def _twin(manifest: dict[str, Any], entries: dict[str, np.ndarray]) -> ctssl_torch.ExportedModel:
-    twin = ctssl_torch.build(manifest)
-    twin.load_state_dict(
-        {name: torch.from_numpy(value.copy()) for name, value in entries.items()}, strict=True
-    )
-    return twin.eval()
+    """The model in PyTorch, which shares its weights with the entries."""
+    with torch.device("meta"):
+        twin = ctssl_torch.build(manifest)
+    twin.load_state_dict(_tensors(entries), strict=True, assign=True)
+    return twin.eval().requires_grad_(False)
 
 
-def synthetic_images(
-    preprocessing: dict[str, Any], num_slices: int, number: int, *, cut: bool = True
-) -> np.ndarray:
+def _tensors(entries: dict[str, np.ndarray]) -> collections.OrderedDict[str, torch.Tensor]:
+    """The entries as tensors that share their memory; nothing writes to them."""
+    with warnings.catch_warnings(action="ignore"):  # arrays of JAX are read-only
+        return collections.OrderedDict(
+            (name, torch.from_numpy(value)) for name, value in entries.items()
+        )
+
+
+def synthetic_images(preprocessing: dict[str, Any], num_slices: int, number: int) -> np.ndarray:
     """Adjacent slices in the middle of a synthetic chest, preprocessed, but not cropped to the
-    lungs: [number, H, W, C] float32 in [0, 1].
-
-    With `cut` slices larger than `MAX_TEST_SIDE` are cut to their middle.
-    """
+    lungs: [number, H, W, C] float32 in [0, 1]."""
     size = preprocessing["image_size"]
     options = Options(seed=0, image_size=size, num_slices=20, slice_spacing_mm=0.0)
     exam, rng = sample_exam(0, options)
@@ -432,7 +461,13 @@ def synthetic_images(
     if preprocessing["normalize"] == "slice_minmax":
         low, high = images.min((1, 2, 3), keepdims=True), images.max((1, 2, 3), keepdims=True)
         images = (images - low) / np.maximum(high - low, 1e-8)
-    border = max(0, size - MAX_TEST_SIDE) // 2 if cut else 0
+    return images
+
+
+def _middle(images: np.ndarray) -> np.ndarray:
+    """The images, cut to their middle where they are larger than `MAX_TEST_SIDE`."""
+    size = images.shape[1]
+    border = max(0, size - MAX_TEST_SIDE) // 2
     return images[:, border : size - border, border : size - border]
 
 
@@ -490,9 +525,7 @@ def _write_weights(
         with open(folder / FORMATS[name], "wb") as file:
             file.writelines(_in_fixed_order(content))
     if "torch" in formats:
-        tensors = collections.OrderedDict(
-            (name, torch.from_numpy(value.copy())) for name, value in entries.items()
-        )
+        tensors = _tensors(entries)
         setattr(tensors, weight_files.NOTE, note)  # PyTorch keeps attributes of this type alone
         torch.save(tensors, folder / FORMATS["torch"])
 

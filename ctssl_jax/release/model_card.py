@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ctssl_jax.release import hub, model_page, public_series
+from ctssl_jax.release import hub, model_page, public_series, small_onnx
 
 _MOST_ROWS = 8  # of the table of validations
 _OUTPUTS = {
@@ -27,8 +27,7 @@ def text(manifest: dict[str, Any]) -> str:
         "## Results\n\n" + _results(manifest["results"]),
         "## Is it the same model?\n\n" + _parity(manifest),
         "## Intended use and limits\n\n" + _limits(manifest),
-        f"## Licence\n\n{manifest['license']} for the weights; `ctssl_torch.py` is under "
-        f"Apache-2.0.",
+        f"## Licence\n\n{manifest['license']} for the weights; the code here is under Apache-2.0.",
         "## How to cite\n\n" + _citation(manifest),
     ]
     return "\n\n".join(sections) + "\n"
@@ -60,9 +59,7 @@ def _use(manifest: dict[str, Any]) -> str:
     cropped = manifest["preprocessing"]["crop"] != "none"
     box, argument = "", ""
     if cropped:
-        box = (
-            "box = (TOP, LEFT, BOTTOM, RIGHT)                # around the scan's lungs, in pixels\n"
-        )
+        box = "box = model.lung_box(hu, affine)                # around the lungs; needs scipy\n"
         argument = ", box=box"
     example = "images[:1]"
     if _num_slices(manifest) > 1 or cropped:
@@ -117,8 +114,8 @@ def _input(preprocessing: dict[str, Any], num_slices: int) -> str:
     if preprocessing["crop"] != "none":
         lines.append(
             "- crop: slices are cropped to the bounding box of the scan's lungs and enlarged to "
-            "the same size. The box is yours to find (ctssl_jax.embed and ctssl_jax.predict find "
-            "it themselves); `inputs` and `embed` take it, in pixels of the preprocessed slices"
+            "the same size. `lung_box` finds the box; `inputs` and `embed` take it, in pixels of "
+            "the preprocessed slices"
         )
         return "\n".join(lines) + "\n\n`preprocess` and `inputs` do all these steps."
     return "\n".join(lines) + "\n\n`preprocess` does all these steps."
@@ -243,6 +240,11 @@ def _parity(manifest: dict[str, Any]) -> str:
                 "{different} of {compared:,} codes differ there, all of them among the {near_ties} "
                 "whose two nearest codes are equally near to {tie:g}.".format(**onnx["codes"])
             )
+    for name, facts in manifest.get("small_onnx", {}).items():
+        lines.append(
+            f"Against the ONNX file in float32, that of {small_onnx.FORMATS[name]}: "
+            f"{small_onnx.sentence(facts)}."
+        )
     return " ".join(lines)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from flax import nnx
 
-from ctssl_jax.models.vqvae import VQVAE
 from ctssl_jax.release import parity
 from ctssl_jax.torch_bridge.ctssl_torch import ExportedModel
 from data_prep.system.errors import RunFailed
@@ -41,19 +40,49 @@ class _Outputs(torch.nn.Module):
         return tuple(getattr(output, name) for name in self.names)
 
 
-def write(path: Path, twin: ExportedModel, model: nnx.Module, images: np.ndarray) -> dict[str, Any]:
+Case = tuple[np.ndarray, dict[str, np.ndarray]]  # images and the outputs in JAX, channels last
+
+
+def make_cases(
+    model: nnx.Module,
+    whole: np.ndarray,
+    middle: np.ndarray,
+    outputs: dict[str, np.ndarray],
+    stride: int,
+) -> list[Case]:
+    """What the file is compared with: the middle of the slices in one batch and each alone (an only
+    one twice in one batch, too), one whole slice where it is larger, and another size.
+
+    Args:
+      model: the model in JAX, float32, without remat and scan.
+      whole: [B, H, W, C] float32 in [0, 1], of the size that the model was trained on.
+      middle: [B, h, w, C], the middle of `whole`.
+      outputs: of the model for `middle`, channels last.
+      stride: of which the sides of another size are multiples.
+    """
+
+    def chosen(numbers: list[int]) -> Case:
+        return middle[numbers], {name: value[numbers] for name, value in outputs.items()}
+
+    number = len(middle)
+    cases = [chosen([0, 0] if number == 1 else list(range(number)))]
+    cases += [chosen([i]) for i in range(number)]
+    if whole.shape != middle.shape:
+        cases.append((whole[:1], parity.jax_outputs(model, whole[:1])))
+    others = _of_another_size(middle[:1], stride)
+    return [*cases, (others, parity.jax_outputs(model, others))]
+
+
+def write(path: Path, twin: ExportedModel, cases: list[Case]) -> dict[str, Any]:
     """Write the file, run it, and compare it with the model in JAX.
 
     The number of images is free. So are height and width, where PyTorch can trace the network for
-    all of them, else they are the sides of `images`. Compared are the images in one batch, each
-    alone (an only image twice in one batch, too), and images of another size where the sides are
-    free.
+    all of them, else they are those of the largest images, and the others are not compared.
 
     Args:
       path: path of the file, which includes the weights.
       twin: the model in PyTorch, in evaluation mode, on the CPU.
-      model: the model in JAX, float32, without remat and scan.
-      images: [B, H, W, C] float32 in [0, 1], of the size that the model was trained on.
+      cases: from `make_cases`.
 
     Returns:
       `opset`; `input` and `outputs`; `compared`, the shapes, in words; `differences` relative to
@@ -64,25 +93,15 @@ def write(path: Path, twin: ExportedModel, model: nnx.Module, images: np.ndarray
     Raises:
       RunFailed: the file is not the same function.
     """
-    _, expected = parity.jax_outputs(model, images)
-    names = output_names(expected)
-    sides_are_free = _export(path, twin, names, images)
-    number = len(images)
-    chosen = [[0, 0] if number == 1 else list(range(number)), *([i] for i in range(number))]
-    cases = [
-        (
-            images[numbers],
-            {name: values[numbers] for name, values in expected.items() if values.ndim},
-        )
-        for numbers in chosen
-    ]
-    if sides_are_free:
-        others = _of_another_size(images[:1], twin.stride)
-        cases.append((others, parity.jax_outputs(model, others)[1]))
-    differences, codes = _compare(path, twin, model, names, cases)
+    names = output_names(cases[0][1])
+    whole = max((images for images, _ in cases), key=lambda images: images[0].size)
+    sides_are_free = _export(path, twin, names, whole)
+    if not sides_are_free:
+        cases = [case for case in cases if case[0].shape[1:] == whole.shape[1:]]
+    differences, codes = _compare(path, twin, names, cases)
     facts = {
         "opset": OPSET,
-        "input": _input(images, twin.stride, sides_are_free),
+        "input": _input(whole, twin.stride, sides_are_free),
         "outputs": names,
         "compared": ", ".join(
             dict.fromkeys(
@@ -173,11 +192,7 @@ def _of_another_size(images: np.ndarray, stride: int) -> np.ndarray:
 
 
 def _compare(
-    path: Path,
-    twin: ExportedModel,
-    model: nnx.Module,
-    names: list[str],
-    cases: list[tuple[np.ndarray, dict[str, np.ndarray]]],
+    path: Path, twin: ExportedModel, names: list[str], cases: list[Case]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Largest differences of each output but the codes, and facts about the codes."""
     import onnxruntime  # an extra
@@ -185,7 +200,7 @@ def _compare(
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     differences = {name: 0.0 for name in names if name != "codes"}
     codes: dict[str, Any] = {}
-    if isinstance(model, VQVAE):
+    if "codes" in names:
         codes = {"tie": NEAR_TIE} | dict.fromkeys(
             ("compared", "near_ties", "different", "wrong"), 0
         )
@@ -193,7 +208,7 @@ def _compare(
         values = session.run(names, {"images": parity.channels_first(images)})
         outputs = dict(zip(names, values, strict=True))
         if codes:
-            codebook = np.asarray(model.quantizer.codebook[...])
+            codebook = twin.vq_layer.embedding.weight.detach().numpy()
             tied = parity.relative_margins(expected["latents"], codebook) <= NEAR_TIE
             other = outputs["codes"] != expected["codes"]
             codes["compared"] += other.size

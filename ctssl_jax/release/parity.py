@@ -7,17 +7,15 @@ equally near to within rounding. The decoder is compared on the same codes.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
 
 from ctssl_jax.models.layers import BatchNorm, Conv, PointwiseConv, TransposedConv
-from ctssl_jax.models.vqvae import VQVAE
 from ctssl_jax.torch_bridge.ctssl_torch import ExportedModel
 from ctssl_jax.torch_bridge.names import torch_name
 
@@ -88,43 +86,64 @@ def _recorded(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
             kind.__call__ = call
 
 
-def jax_outputs(
-    model: nnx.Module, images: np.ndarray
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Outputs of the layers and of the model in evaluation mode.
+def _program(model: nnx.Module, *, record: bool) -> Callable[[np.ndarray], tuple[dict, dict]]:
+    """Images [B, H, W, C] -> outputs of the layers, by path, and of the model, by name, in
+    evaluation mode; compiled once for each shape. Without `record` no layer's output is kept."""
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, images):  # the weights are arguments: as constants they would be copied
+        copy = nnx.merge(graph, state)
+        with _recorded(copy) if record else contextlib.nullcontext({}) as layers:
+            output = copy(images, train=False)
+        return layers, output._asdict()
+
+    def call(images):
+        with jax.default_matmul_precision("highest"):
+            return jax.device_get(run(state, images))
+
+    return call
+
+
+def jax_outputs(model: nnx.Module, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Outputs of the model in evaluation mode, without losses.
 
     Args:
       model: float32 model, without remat and scan.
-      images: [B, H, W, C] float32 in [0, 1].
-
-    Returns:
-      path of a layer -> its output, channels last; the model's outputs by name.
+      images: [B, H, W, C] float32 in [0, 1]; one at a time is computed.
     """
-    with jax.default_matmul_precision("highest"):
-        # One compiled function: its layers are recorded while it is traced.
-        @jax.jit
-        def run(images):
-            with _recorded(model) as layers:
-                output = model(images, train=False)
-            return layers, output
-
-        layers, output = jax.device_get(run(jnp.asarray(images)))
-    return layers, {name: np.asarray(value) for name, value in output._asdict().items()}
+    run = _program(model, record=False)
+    return _joined([run(image)[1] for image in _singly(images)])
 
 
-def _torch_outputs(
-    model: ExportedModel, images: np.ndarray
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Outputs of the layers, in the order of computation, and of the model, channels last."""
-    layers: dict[str, np.ndarray] = {}
+def _singly(images: np.ndarray) -> list[np.ndarray]:
+    return [images[i : i + 1] for i in range(len(images))]
+
+
+def _joined(outputs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Outputs of several batches as those of one, without losses."""
+    return {
+        name: np.concatenate([part[name] for part in outputs])
+        for name in outputs[0]
+        if not name.endswith("_loss")
+    }
+
+
+def _torch_differences(
+    model: ExportedModel, images: np.ndarray, expected: dict[str, np.ndarray]
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Relative differences of the layers to the expected outputs, in the order of computation, and
+    the outputs of the model, channels last. No layer's output is kept."""
+    differences: dict[str, float] = {}
+
+    def compare(name, output):
+        value = channels_last(output.numpy())
+        differences[name] = relative_difference(_reshaped(value, expected[name]), expected[name])
+
     hooks = [
-        module.register_forward_hook(
-            lambda module, inputs, output, name=name: layers.__setitem__(
-                name, channels_last(output.numpy())
-            )
-        )
+        module.register_forward_hook(lambda _, inputs, output, name=name: compare(name, output))
         for name, module in model.named_modules()
-        if not list(module.children())
+        if name in expected
     ]
     try:
         with torch.inference_mode():
@@ -132,7 +151,11 @@ def _torch_outputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return layers, {name: channels_last(value.numpy()) for name, value in output._asdict().items()}
+    if missing := set(expected) - set(differences):
+        raise KeyError(f"layers without a twin: {', '.join(sorted(missing))}")
+    return differences, {
+        name: channels_last(value.numpy()) for name, value in output._asdict().items()
+    }
 
 
 def channels_first(images: np.ndarray) -> np.ndarray:
@@ -169,38 +192,49 @@ def measure(
       architecture, depth: see `names.torch_name`.
 
     Returns:
-      The differences, and the outputs in JAX, channels last.
+      The largest differences of the images, which run one at a time, and the outputs in JAX,
+      channels last, without losses.
     """
-    layers, expected = jax_outputs(model, images)
-    twin_layers, twin_outputs = _torch_outputs(twin, images)
-    expected_layers = {
-        _layer_name(path, architecture, depth): value for path, value in layers.items()
-    }
-    if missing := set(expected_layers) - set(twin_layers):
-        raise KeyError(f"layers without a twin: {', '.join(sorted(missing))}")
-    stages = {
-        name: relative_difference(_reshaped(value, expected_layers[name]), expected_layers[name])
-        for name, value in twin_layers.items()
-        if name in expected_layers
-    }
-    compared = [
-        name for name in expected if name not in ("codes", "codebook_loss", "commitment_loss")
-    ]
-    outputs = {name: relative_difference(twin_outputs[name], expected[name]) for name in compared}
-    if not isinstance(model, VQVAE):
+    run = _program(model, record=True)
+    stages: dict[str, float] = {}
+    outputs: dict[str, float] = {}
+    ours, theirs = [], []
+    for image in _singly(images):
+        layers, expected = run(image)
+        named = {_layer_name(path, architecture, depth): value for path, value in layers.items()}
+        differences, found = _torch_differences(twin, image, named)
+        _keep_largest(stages, differences)
+        compared = [name for name in expected if name != "codes" and not name.endswith("_loss")]
+        values = {name: relative_difference(found[name], expected[name]) for name in compared}
+        if "codes" in expected:
+            equal = np.array_equal(expected["codes"], found["codes"])
+            values["decoder_on_same_codes"] = (
+                values["reconstruction"] if equal else _decoder_difference(model, twin, expected)
+            )
+        _keep_largest(outputs, values)
+        ours.append(expected)
+        theirs.append(found)
+    expected = _joined(ours)
+    if "codes" not in expected:
         return Parity(stages, outputs), expected
+    codebook = np.asarray(model.quantizer.codebook[...])
+    equal, margin = _compare_codes(expected, _joined(theirs)["codes"], codebook)
+    return Parity(stages, outputs, equal, margin), expected
+
+
+def _keep_largest(largest: dict[str, float], values: dict[str, float]) -> None:
+    for name, value in values.items():
+        largest[name] = max(largest.get(name, 0.0), value)
+
+
+def _decoder_difference(
+    model: nnx.Module, twin: ExportedModel, expected: dict[str, np.ndarray]
+) -> float:
+    """Of the twin's reconstruction from the codes in JAX, where its own codes are others."""
     with torch.inference_mode():
         quantized = twin.vq_layer.lookup(torch.from_numpy(np.asarray(expected["codes"], np.int64)))
         decoded = channels_last(twin.decode(quantized).numpy())
-    with jax.default_matmul_precision("highest"):
-        here = jax.jit(
-            lambda codes: model.decoder(model.quantizer.codebook[...][codes], train=False)
-        )(expected["codes"])
-    outputs["decoder_on_same_codes"] = relative_difference(decoded, np.asarray(here))
-    equal, margin = _compare_codes(
-        expected, twin_outputs["codes"], np.asarray(model.quantizer.codebook[...])
-    )
-    return Parity(stages, outputs, equal, margin), expected
+    return relative_difference(decoded, expected["reconstruction"])
 
 
 def _layer_name(path: str, architecture: str, depth: int) -> str:

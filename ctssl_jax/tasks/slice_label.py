@@ -33,19 +33,20 @@ def _two_columns(logits: jax.Array) -> jax.Array:
     )
 
 
-def _inputs(batch: dict[str, jax.Array], config: ml_collections.ConfigDict) -> jax.Array:
-    """The slices of an item as channels, cropped by `config.crop`: [B, H, W, channels] float32 in
-    [0, 1]."""
+def inputs(batch: dict[str, jax.Array], config: ml_collections.ConfigDict) -> jax.Array:
+    """The slices of an item as channels, cropped by `config.crop`, if there is one: [B, H, W,
+    channels] float32 in [0, 1]."""
     images = jnp.concatenate(list(jnp.moveaxis(batch["images"], 1, 0)), axis=-1)
     images = to_unit_images(images, config.model.in_channels, config.normalize)
-    return augmentations.crop_to_box(images, batch["box"]) if config.crop == "lung_box" else images
+    crop = config.get("crop", "none")
+    return augmentations.crop_to_box(images, batch["box"]) if crop == "lung_box" else images
 
 
-def _middle_slice(inputs: jax.Array, num_slices: int) -> jax.Array:
+def _middle_slice(images: jax.Array, num_slices: int) -> jax.Array:
     """The slice that has the label, of slices as channels."""
-    channels = inputs.shape[-1] // num_slices
+    channels = images.shape[-1] // num_slices
     start = num_slices // 2 * channels
-    return inputs[..., start : start + channels]
+    return images[..., start : start + channels]
 
 
 def _predict(
@@ -70,17 +71,17 @@ def _predict(
       config: the training configuration.
       train: training or evaluation mode.
     """
-    inputs = _inputs(batch, config)
+    images = inputs(batch, config)
     if train:
-        inputs = augmentations.augment(keys, inputs, **config.augmentation)
-    logits, embedding = architecture.call(model, inputs, train, model_key, config)
+        images = augmentations.augment(keys, images, **config.augmentation)
+    logits, embedding = architecture.call(model, images, train, model_key, config)
     loss = losses.cross_entropy(_two_columns(logits), batch["label"])
     probabilities = _probabilities(logits)
     right = jnp.argmax(probabilities, axis=-1) == batch["label"]
     return StepOutput(
         loss=loss,
         scores={"cross_entropy": loss, "accuracy": right.astype(jnp.float32)},
-        pictures={"input": _middle_slice(inputs, batch["images"].shape[1])},
+        pictures={"input": _middle_slice(images, batch["images"].shape[1])},
         embedding=embedding,
         classes={"label": batch["label"], "probabilities": probabilities},
     )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import io
 import itertools
@@ -213,6 +214,10 @@ class ExportedModel(nn.Module):
         """`preprocess` as this model was trained."""
         return preprocess(hu, affine, self.manifest["preprocessing"], len(self.offsets))
 
+    def lung_box(self, hu: np.ndarray, affine: np.ndarray) -> tuple[int, int, int, int]:
+        """`lung_box` in pixels of what `preprocess` returns, for `inputs` and `embed`."""
+        return lung_box(hu, affine, self.manifest["preprocessing"]["image_size"])
+
     def inputs(self, images: Tensor, numbers: Tensor, box: Sequence[float] | None = None) -> Tensor:
         """What `forward` takes for some slices of a scan.
 
@@ -241,7 +246,7 @@ class ExportedModel(nn.Module):
             raise ValueError(
                 "this model was trained on slices cropped to the lungs; give "
                 "box=(top, left, bottom, right), the bounding box of the scan's lungs in pixels of "
-                "the preprocessed slices"
+                "the preprocessed slices: lung_box(hu, affine) finds it"
             )
         if not cropped and box is not None:
             raise ValueError("this model was trained on whole slices; give no box")
@@ -733,8 +738,9 @@ class Features(nn.Module):
     The encoder is shared with the model, not copied: training one trains the other.
 
     `forward` returns a list of feature maps, from fine to coarse, which `feature_info` describes,
-    as `timm.create_model(..., features_only=True)` does. `forward_features`,
-    `forward_head(pre_logits=True)` and `num_features` work as in timm's classification backbones.
+    as `timm.create_model(..., features_only=True)` does. `forward_features`, `forward_head`,
+    `reset_classifier`, `get_classifier` and `num_features` work as in timm's classification
+    backbones. There is no classifier before `reset_classifier` makes one.
 
     Raises:
         ValueError: the model's encoder is not an `Encoder`.
@@ -762,6 +768,16 @@ class Features(nn.Module):
                 },
             ]
         )
+        self.reset_classifier(0)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new linear layer with random weights as the classifier; none of 0 classes."""
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer, or the identity."""
+        return self.fc
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, C, H, W] in [0, 1] -> [B, F1, H / 2, W / 2] and [B, F, H / 4, W / 4].
@@ -776,10 +792,10 @@ class Features(nn.Module):
         return self(images)[-1]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over pixels: [B, F, h, w] -> [B, F]. Without a classification layer `pre_logits` has
-        no effect.
-        """
-        return features.mean((2, 3))
+        """Mean over pixels, then the classifier, but with `pre_logits`: [B, F, h, w] -> [B, F], or
+        logits [B, K]."""
+        pooled = features.mean((2, 3))
+        return pooled if pre_logits else self.fc(pooled)
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -1031,14 +1047,75 @@ def preprocess(
             units.
     """
     volume, spacing = to_canonical(hu, affine)
-    volume = np.where(volume < _BELOW_ANY_TISSUE_HU, np.asarray(AIR_HU, volume.dtype), volume)
+    volume = _with_air(volume)
     size, windows = preprocessing["image_size"], preprocessing["windows"]
-    grey = np.stack([_window(_resize(image, spacing, size), windows) for image in volume])
+    grey = np.stack([_window(resize(image, spacing, size), windows) for image in volume])
     unit = torch.from_numpy(grey).permute(0, 3, 1, 2).float() / 255
     if preprocessing["normalize"] == "slice_minmax" and num_slices == 1:
         unit = _stretched(unit)
     channels = preprocessing["in_channels"]
     return unit.expand(-1, channels, -1, -1).contiguous() if unit.shape[1] == 1 else unit
+
+
+def _with_air(hu: np.ndarray) -> np.ndarray:
+    """Air in place of padding."""
+    return np.where(hu < _BELOW_ANY_TISSUE_HU, np.asarray(AIR_HU, hu.dtype), hu)
+
+
+def lung_box(hu: np.ndarray, affine: np.ndarray, image_size: int) -> tuple[int, int, int, int]:
+    """The box of a scan's lungs, as models of cropped slices were trained on it.
+
+    It is found by the code of the preparation, the file `ctssl_anatomy.py` beside this one, which
+    folders of such models have. Needs scipy.
+
+    Args:
+        hu, affine: as `preprocess`.
+        image_size: rows and columns of the preprocessed slices.
+
+    Returns:
+        (top, left, bottom, right) in pixels of the preprocessed slices, bottom and right behind the
+        last row and column; the whole slice of a scan without lungs.
+
+    Raises:
+        ValueError: as `preprocess`.
+        ImportError: no `ctssl_anatomy.py`, or no scipy.
+    """
+    volume, spacing = to_canonical(hu, affine)
+    box = _anatomy().summarise(_with_air(volume), spacing, 1.0).lung_box
+    if box is None:
+        return 0, 0, image_size, image_size
+    shape = volume.shape[1:]
+    edges = []
+    fields = zip(box[::2], box[1::2], shape, _square_field(shape, spacing), strict=True)
+    for first, after, side, field in fields:
+        if not _needs_resize(shape, spacing, image_size):
+            edges.append((first, after))
+            continue
+        start = min(0.0, (side - field) / 2)
+        low, high = ((edge - start) * image_size / field for edge in (first, after))
+        edges.append((max(0, math.floor(low)), min(image_size, math.ceil(high))))
+    (top, bottom), (left, right) = edges
+    return top, left, bottom, right
+
+
+def _anatomy() -> Any:
+    """The module `ctssl_anatomy.py` beside this file; within ctssl_jax its origin."""
+    path = Path(__file__).with_name("ctssl_anatomy.py")
+    name = "ctssl_anatomy" if path.is_file() else "data_prep.scan.anatomy"
+    try:
+        if name not in sys.modules and path.is_file():
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            spec.loader.exec_module(module)
+        return importlib.import_module(name)
+    except ImportError as error:
+        sys.modules.pop("ctssl_anatomy", None)
+        raise ImportError(
+            f"lung_box needs scipy, and ctssl_anatomy.py beside {Path(__file__).name} ({error}): "
+            "pip install scipy, and copy the whole folder of a model of cropped slices"
+        ) from None
 
 
 def to_canonical(hu: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
@@ -1103,16 +1180,23 @@ def _window(hu: np.ndarray, windows: Sequence[Sequence[float]]) -> np.ndarray:
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
-def _resize(hu: np.ndarray, spacing: tuple[float, float], size: int) -> np.ndarray:
-    """The whole field as a square [size, size], undistorted: padded with air, then averaged
-    (antialiased bilinear).
+def resize(hu: np.ndarray, spacing: tuple[float, float], size: int) -> np.ndarray:
+    """The whole field as a square, undistorted: padded with air, then averaged (antialiased
+    bilinear).
+
+    Args:
+        hu: [H, W] Hounsfield units of a slice.
+        spacing: mm between rows and between columns.
+        size: rows and columns of the square.
+
+    Returns:
+        [size, size]; a square slice of this size and of square pixels as it is.
     """
-    if math.isclose(*spacing, rel_tol=1e-3) and hu.shape == (size, size):
+    if not _needs_resize(hu.shape, spacing, size):
         return hu
     from PIL import Image
 
-    field = max(hu.shape[0] * spacing[0], hu.shape[1] * spacing[1])
-    rows, columns = field / spacing[0], field / spacing[1]
+    rows, columns = _square_field(hu.shape, spacing)
     top, left = min(0.0, (hu.shape[0] - rows) / 2), min(0.0, (hu.shape[1] - columns) / 2)
     margins = math.ceil(-top), math.ceil(-left)
     padded = np.full(
@@ -1124,6 +1208,16 @@ def _resize(hu: np.ndarray, spacing: tuple[float, float], size: int) -> np.ndarr
     return np.asarray(
         Image.fromarray(padded).resize((size, size), Image.Resampling.BILINEAR, box=box)
     )
+
+
+def _needs_resize(shape: Sequence[int], spacing: tuple[float, float], size: int) -> bool:
+    return not math.isclose(*spacing, rel_tol=1e-3) or tuple(shape) != (size, size)
+
+
+def _square_field(shape: Sequence[int], spacing: tuple[float, float]) -> tuple[float, float]:
+    """Rows and columns of the smallest square field around a slice."""
+    field = max(shape[0] * spacing[0], shape[1] * spacing[1])
+    return field / spacing[0], field / spacing[1]
 
 
 # ---- DICOM ---------------------------------------------------------------------------------------

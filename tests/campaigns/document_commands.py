@@ -88,6 +88,7 @@ STEPS = {  # words of a block, in the order of running -> what runs before it
     "--workdir=NODULES_RUN --input": ONE_SCAN,
     "--watch": "ln -s SCANS/P0004 GROWING",
     "--format=torch": "ctssl evaluate --workdir=RUN --output=RESULT.json",
+    "--format=onnx,": "",
     "--format=hub": "",
     "ctssl_torch.py FOLDER": "",
     "ctssl import_torch": "",

@@ -19,6 +19,7 @@ from ctssl_jax.tasks import slice_label
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError, RunFailed
 from tests.helpers import dicom_files
+from tests.helpers.example_dataset import write_example_dataset
 from tests.helpers.training_runs import (
     PROJECT,
     begun_state,
@@ -33,7 +34,7 @@ from tests.helpers.training_runs import (
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[torch]'")
 pytest.importorskip("safetensors", reason="safetensors is not installed: pip install '.[torch]'")
 
-from ctssl_jax.release import exporting, onnx_file, parity  # noqa: E402
+from ctssl_jax.release import exporting, onnx_file, parity, small_onnx  # noqa: E402
 from ctssl_jax.release.exporting import export  # noqa: E402
 from ctssl_jax.release.importing import import_weights  # noqa: E402
 from ctssl_jax.torch_bridge import ctssl_torch, manifests  # noqa: E402
@@ -64,6 +65,10 @@ def exported(runs, tmp_path_factory):
         runs / "masked_region", folder / "model", ALL, "CC0-1.0", checkpoint="last", results=results
     )
     return folder / "model"
+
+
+def onnx_is_here():
+    return all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
 
 
 def load_alone(folder):
@@ -194,12 +199,14 @@ def test_both_files_hold_the_checkpoint(exported, runs):
 
 
 def test_onnx(runs, tmp_path):
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[torch]'")
+    if not onnx_is_here():
+        pytest.skip("onnx or onnxruntime is not installed: pip install '.[torch]'")
+    import onnx
     import onnxruntime
 
-    folder = tmp_path / "model"
-    facts = export(runs / "masked_region", folder, ("onnx",), "CC0-1.0")["onnx"]
+    folder, formats = tmp_path / "model", ("onnx", "onnx_fp16", "onnx_int8")
+    manifest = export(runs / "masked_region", folder, formats, "CC0-1.0", num_dataset_slices=8)
+    facts = manifest["onnx"]
     assert facts["largest_difference"] < 1e-5
     assert (
         facts["input"].startswith("images [batch, 1, H, W] ") and "multiples of 4" in facts["input"]
@@ -211,7 +218,7 @@ def test_onnx(runs, tmp_path):
     images = np.random.default_rng(0).uniform(size=(3, 1, 32, 20)).astype(np.float32)
     outputs = dict(zip(facts["outputs"], session.run(None, {"images": images}), strict=True))
     model = exporting.open_model(Run.open(runs / "masked_region"), "best").model
-    _, expected = parity.jax_outputs(model, images.transpose(0, 2, 3, 1))
+    expected = parity.jax_outputs(model, images.transpose(0, 2, 3, 1))
     np.testing.assert_allclose(
         outputs["latents"].transpose(0, 2, 3, 1), expected["latents"], atol=1e-5
     )
@@ -222,15 +229,48 @@ def test_onnx(runs, tmp_path):
 
     # A code that rounding cannot explain is a fault.
     twin = ctssl_torch.build(json.loads((folder / "manifest.json").read_text()))
+    twin.vq_layer.embedding.weight.data = torch.tensor(np.asarray(model.quantizer.codebook[...]))
     wrong = {**expected, "codes": np.where(clear, (expected["codes"] + 1) % 8, expected["codes"])}
     _, codes = onnx_file._compare(
         folder / "model.onnx",
         twin,
-        model,
         ["latents", "codes"],
         [(images.transpose(0, 2, 3, 1), wrong)],
     )
     assert codes["wrong"] == clear.sum()
+
+    # Smaller files: weights of the convolutions alone, and near the file in float32.
+    card = (folder / "README.md").read_text()
+    for name, kind, limit in (("fp16", np.float16, 0.02), ("int8", np.int8, 0.5)):
+        small = onnx.load(folder / f"model_{name}.onnx")
+        weights = {
+            tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in small.graph.initializer
+        }
+        kinds = [array.dtype for array in weights.values() if array.ndim == 4]
+        assert kinds.count(kind) > 5
+        codebooks = [array for array in weights.values() if array.shape == (8, 4)]
+        assert codebooks and all(array.dtype == np.float32 for array in codebooks)
+        measured = manifest["small_onnx"][f"onnx_{name}"]
+        assert 0 < measured["error"] < limit and measured["cosine"] > 0.9
+        assert measured["num_slices"] == 8 and 0 <= measured["codes_equal"] <= 1
+        assert small_onnx.sentence(measured) in card
+        session = onnxruntime.InferenceSession(str(folder / f"model_{name}.onnx"))
+        again = dict(zip(facts["outputs"], session.run(None, {"images": images}), strict=True))
+        assert {value.dtype for value in again.values()} == {np.dtype("f4"), np.dtype("i8")}
+        assert again["latents"].shape == outputs["latents"].shape
+
+
+def test_agreement_of_embeddings():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(20, 4)).astype(np.float32)
+    same = small_onnx.agreement(vectors, vectors)
+    assert same["error"] == 0 and same["neighbours_equal"] == 1
+    assert same["cosine"] == pytest.approx(1)
+    off = small_onnx.agreement(vectors, vectors + 1.0)
+    assert off["neighbours_equal"] == 1 and off["cosine"] < 1  # shifted, but as far from each other
+    spread = np.linalg.norm(vectors - vectors.mean(0), axis=1).mean()
+    assert off["error"] == pytest.approx(2 / spread, rel=1e-5)
+    assert small_onnx.agreement(vectors, vectors[::-1])["neighbours_equal"] < 0.5
 
 
 def test_margins_of_codes():
@@ -261,7 +301,7 @@ def test_cropped_slices_that_are_stretched_with_their_neighbours(tiny_dataset, t
         "images": jnp.asarray(grey[around]),
         "box": jnp.asarray([box] * len(numbers), jnp.float32),
     }
-    expected = np.asarray(slice_label._inputs(batch, config))
+    expected = np.asarray(slice_label.inputs(batch, config))
     inputs = model.inputs(images, torch.tensor(numbers), box)
     np.testing.assert_allclose(inputs.numpy().transpose(0, 2, 3, 1), expected, atol=1e-5)
     ours = exporting.open_model(Run.open(tmp_path / "run"), "best").model
@@ -273,8 +313,13 @@ def test_cropped_slices_that_are_stretched_with_their_neighbours(tiny_dataset, t
     whole = model.preprocess(hu, np.diag([-1.0, -1.0, 1.0, 1.0]))
     assert whole.shape == (6, 1, 16, 16) and model.inputs(whole, torch.arange(6), box).shape[1] == 3
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "box = (TOP, LEFT, BOTTOM, RIGHT)" in card and "stretched together" in card
+    assert "box = model.lung_box(hu, affine)" in card and "stretched together" in card
     assert manifest["preprocessing"]["crop"] == "lung_box"
+    anatomy = (tmp_path / "model" / "ctssl_anatomy.py").read_text()
+    alone = load_alone(tmp_path / "model")  # finds the box by the file beside it
+    found = alone.lung_box(hu, np.diag([-1.0, -1.0, 1.0, 1.0]), 16)
+    assert found == model.lung_box(hu, np.diag([-1.0, -1.0, 1.0, 1.0])) and "scipy" in anatomy
+    assert "ctssl_anatomy" in sys.modules
     for given, message in (
         (None, r"give box=\(top, left, bottom, right\)"),
         ((1, 2, 3), "give \\(top, left, bottom, right\\) in pixels"),
@@ -298,6 +343,9 @@ def test_round_trip_is_bit_identical(exported, runs, tmp_path):
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
     with pytest.raises(InputError, match="imported under CC0"):
         export(tmp_path / "back", tmp_path / "again", ALL, "MIT")
+    if onnx_is_here():
+        with pytest.raises(InputError, match="names no dataset; give --dataset=DIR"):
+            export(tmp_path / "back", tmp_path / "again", ("onnx_int8",), "CC0-1.0")
     export(tmp_path / "back", tmp_path / "again", ALL, "CC0-1.0")
     # The weights' files also hold a note of their training, of which an imported run knows less.
     for name, read in (
@@ -399,6 +447,8 @@ def prepared_and_preprocessed(model, scan, tmp_path, size, **rules):
     (exam,) = plan.exams
     read = scans.read_scan(plan.input_dir, exam, ((50.0, 350.0),), size, Rules(**rules), b"key")
     hu, affine = ctssl_torch.read_dicom(scan)
+    box = scans.prepared_volume(read).lung_box or f"0 0 {size} {size}"
+    assert " ".join(map(str, model.lung_box(hu, affine))) == box
     return read.images.transpose(0, 3, 1, 2).astype(np.float32) / 255, model.preprocess(
         hu, affine
     ).numpy()
@@ -603,6 +653,8 @@ def test_a_folder_whose_weights_were_changed_is_refused(exported, tmp_path):
         ({"licence": ""}, "give --license"),
         ({"num_test_slices": 0}, "must be 1 or more"),
         ({"checkpoint": "77"}, "has no checkpoint '77'"),
+        ({"dataset": "DATA"}, "is read for onnx_fp16 and onnx_int8 alone"),
+        ({"num_dataset_slices": 1}, "num_dataset_slices=1: must be 2 or more"),
     ],
 )
 def test_requests_that_cannot_be_met(runs, tmp_path, given, message):
@@ -615,6 +667,21 @@ def test_requests_that_cannot_be_met(runs, tmp_path, given, message):
             settings.pop("licence"),
             **settings,
         )
+    assert not (tmp_path / "model").exists()
+
+
+def test_small_files_need_data_of_the_same_preparation(runs, tmp_path):
+    if not onnx_is_here():
+        pytest.skip("onnx or onnxruntime is not installed: pip install '.[torch]'")
+    write_example_dataset(tmp_path / "other", image_size=32)
+    for dataset, message in (
+        (tmp_path / "none", "none"),
+        (tmp_path / "other", "prepared otherwise"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export(
+                runs / "rotation", tmp_path / "model", ("onnx_int8",), "CC0-1.0", dataset=dataset
+            )
     assert not (tmp_path / "model").exists()
 
 

@@ -190,7 +190,7 @@ def test_authors_layout_loads_strictly_and_agrees():
     images = images_of(MODELS[name][1])
     with torch.no_grad():
         found = layout(torch.from_numpy(parity.channels_first(images))).numpy()
-    _, expected = parity.jax_outputs(model, images)
+    expected = parity.jax_outputs(model, images)
     np.testing.assert_allclose(parity.channels_last(found), expected["reconstruction"], atol=2e-5)
 
 
