@@ -247,6 +247,11 @@ FIELDS = {
         at_least=0,
         below=1,
     ),
+    "shuffled_targets": Field(
+        bool,
+        "control: each training slice gets the label or mask of another one, drawn by `seed`; what "
+        "is learned then is no better than chance",
+    ),
     "crop": Field(
         str,
         "none, or lung_box: the volume's lungs, enlarged to the whole image",
