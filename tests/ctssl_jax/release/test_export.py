@@ -653,7 +653,6 @@ def test_a_folder_whose_weights_were_changed_is_refused(exported, tmp_path):
         ({"licence": ""}, "give --license"),
         ({"num_test_slices": 0}, "must be 1 or more"),
         ({"checkpoint": "77"}, "has no checkpoint '77'"),
-        ({"dataset": "DATA"}, "is read for onnx_fp16 and onnx_int8 alone"),
         ({"num_dataset_slices": 1}, "num_dataset_slices=1: must be 2 or more"),
     ],
 )
