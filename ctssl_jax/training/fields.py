@@ -116,8 +116,9 @@ FIELDS = {
     "init_scope": Field(
         str,
         "model: all tensors, which must fit; encoder: the encoder alone; compression: the "
-        "encoder's first layers alone",
-        ("model", "encoder", "compression"),
+        "encoder's first layers alone; encoder_norms, encoder_kernels: its batch normalisation "
+        "alone, or all but that (which of the two pretraining taught)",
+        ("model", "encoder", "compression", "encoder_norms", "encoder_kernels"),
     ),
     "init_checkpoint": Field(str, "best, last or the number of a step"),
     "init_weights": Field(

@@ -38,6 +38,8 @@ TITLES = {
     "side_20": "20 % of the side",
     "gradient_20": "codebook by gradient",
     "minmax_20": "grey map by slice",
+    "norms_20": "20 %, batch normalisation alone",
+    "kernels_20": "20 %, convolutions alone",
     "next_slice": "next slice",
     "denoising": "denoising",
     "rotation": "rotation",
@@ -62,6 +64,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "minmax_20": {"normalize": "slice_minmax"},
 }
+# A part of the encoder of an arm; the rest starts from random weights: arm -> (arm, init_scope).
+PARTS = {
+    "norms_20": ("area_20", "encoder_norms"),
+    "kernels_20": ("area_20", "encoder_kernels"),
+}
 PRETEXTS = (*MASKED, *ALONE, *VARIANTS, "next_slice", "denoising", "rotation", "flip")
 # Arms whose network is not the pretrained encoder's, and the recipe of each.
 OTHER_NETWORKS = {"se_resnext": "pe_se_resnext", "standard_unet": "nodules_standard_unet"}
@@ -84,7 +91,7 @@ FIGURES = {
     "figure4": ("pe", ("random", *MASKED, *ALONE)),
     "figure5": ("nodules", ("random", "masked_20", *OTHER_PRETEXTS, "standard_unet")),
     "figure_s1": ("nodules", ("random", *MASKED, *ALONE)),
-    "confounds": ("pe", (*VARIANTS, "alone_20", "masked_20", "random")),
+    "confounds": ("pe", (*VARIANTS, *PARTS, "alone_20", "masked_20", "random")),
 }
 
 
@@ -183,7 +190,7 @@ PRESETS = {
         pretraining_steps=750,
         steps={"pe": (1_600,), "nodules": (800,), "attributes": (100,)},
         windows=WINDOWS,
-        two_shares=("se_resnext", "standard_unet", *VARIANTS),
+        two_shares=("se_resnext", "standard_unet", *VARIANTS, *PARTS),
     ),
     "paper": Preset(
         size="reference",
@@ -297,6 +304,7 @@ def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
     Raises:
       InputError: an arm without weights, where the data are the user's.
     """
+    arms = list(dict.fromkeys(PARTS.get(arm, (arm,))[0] for arm in arms))
     wanted = [arm for arm in arms if arm in PRETEXTS and arm not in study.pretrained]
     if not study.sizes.archives:
         if wanted:
@@ -413,9 +421,11 @@ def downstream_cell(study: Study, kind: str, point: Point) -> Cell:
     if "normalize" in VARIANTS.get(point.arm, {}):  # an encoder keeps its grey map
         fields["normalize"] = VARIANTS[point.arm]["normalize"]
     after = [f"data_{kind}"] if study.sizes.archives else []
-    if point.arm in PRETEXTS or point.arm in study.pretrained:
-        fields |= {"init_from": study.run_of(point.arm), "init_checkpoint": "last"}
-        after += [] if point.arm in study.pretrained else [f"pretrain_{point.arm}"]
+    start, *scope = PARTS.get(point.arm, (point.arm,))
+    if start in PRETEXTS or start in study.pretrained:
+        fields |= {"init_from": study.run_of(start), "init_checkpoint": "last"}
+        fields |= {"init_scope": scope[0]} if scope else {}
+        after += [] if start in study.pretrained else [f"pretrain_{start}"]
     name, own_network = point.cell_name(kind), point.arm in OTHER_NETWORKS
     return study.cell(name, recipe, fields, tuple(after), own_network=own_network)
 
