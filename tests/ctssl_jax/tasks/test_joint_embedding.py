@@ -210,16 +210,39 @@ def test_other_runs_begin_with_its_encoder(task, straight, tiny_dataset, tmp_pat
     assert moved and all(name.split("/")[1] == "encoder" for name in moved)
 
 
-def test_a_collapse_is_said(tiny_dataset, tmp_path, capsys):
-    """Agreement alone: without the regulariser all features become one."""
-    config = learning(
-        tiny_dataset, "lejepa", regulariser__weight=0.0, num_steps=60, eval_every=60,
-        learning_rate=0.03,
-    )  # fmt: skip
+# Weights that decay faster than they learn leave an encoder that gives one feature for all slices.
+CONSTANT = {"weight_decay": 30.0, "num_steps": 20}
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        # agreement alone: without the regulariser all features become one
+        ("lejepa", {"regulariser.weight": 0.0, "num_steps": 60}),
+        ("visreg", CONSTANT),
+        ("vicreg", CONSTANT),
+        ("simclr", CONSTANT),
+        # no centring, and a teacher that is sure: few prototypes win
+        ("dino", {"teacher.centre_momentum": 1.0, "teacher.temperature": (0.02, 0.02),
+                  "teacher.momentum": 0.9, "num_steps": 40}),
+    ],
+)  # fmt: skip
+def test_a_collapse_is_said(task, settings, tiny_dataset, tmp_path, capsys):
+    settings = {"learning_rate": 0.03, "eval_every": settings["num_steps"]} | settings
+    if task != "lejepa":
+        settings["views.num_local"] = 0
+    config = learning(tiny_dataset, task, **settings)
     assert train_on(config, tmp_path / "run")
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if "the encoder has collapsed" in line]
     assert "mean cosine" in line
+
+
+def test_bfloat16_is_close_to_float32(straight, tiny_dataset, tmp_path):
+    """With a teacher; weights, statistics, views and loss are float32."""
+    config = learning(tiny_dataset, "dino", dtype="bfloat16")
+    assert train_on(config, tmp_path / "run")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(straight("dino")), rtol=0.05)
 
 
 def test_flops_count_views_and_the_teacher_once(tiny_dataset):
