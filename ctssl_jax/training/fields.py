@@ -56,6 +56,7 @@ FIELDS = {
             "masked_region",
             "next_slice",
             "denoising",
+            "spark",
             "rotation",
             "flip",
             "lejepa",
@@ -63,6 +64,7 @@ FIELDS = {
             "vicreg",
             "simclr",
             "dino",
+            "mixed",
             "slice_label",
             "slice_label_se_resnext",
             "segmentation",
@@ -116,8 +118,9 @@ FIELDS = {
     "init_scope": Field(
         str,
         "model: all tensors, which must fit; encoder: the encoder alone; compression: the "
-        "encoder's first layers alone",
-        ("model", "encoder", "compression"),
+        "encoder's first layers alone; encoder_norms, encoder_kernels: its batch normalisation "
+        "alone, or all but that (which of the two pretraining taught)",
+        ("model", "encoder", "compression", "encoder_norms", "encoder_kernels"),
     ),
     "init_checkpoint": Field(str, "best, last or the number of a step"),
     "init_weights": Field(
@@ -134,6 +137,11 @@ FIELDS = {
         ("refuse", "allow_unchecked", "allow"),
     ),
     # ---- pretext tasks
+    "objectives": Field(
+        tuple,
+        "(task, weight) pairs: pretext tasks and joint embeddings that one encoder learns at once, "
+        "and the factor of the loss of each; the fields of all others have no effect",
+    ),
     "mask.fraction": Field(
         float, "size of the masked square; 0.05, 0.10, 0.20 and 0.33 in the paper", above=0, below=1
     ),
@@ -247,6 +255,11 @@ FIELDS = {
         at_least=0,
         below=1,
     ),
+    "shuffled_targets": Field(
+        bool,
+        "control: each training slice gets the label or mask of another one, drawn by `seed`; what "
+        "is learned then is no better than chance",
+    ),
     "crop": Field(
         str,
         "none, or lung_box: the volume's lungs, enlarged to the whole image",
@@ -334,6 +347,15 @@ FIELDS = {
         "features before the projection to latents; both: the map's, then the latents'",
         ("latents", "map", "both"),
     ),
+    "model.neck": Field(
+        str,
+        "in place of the mean over pixels. none; attention: a mean with weights, for each feature "
+        "a softmax over pixels; stages: two convolutions with stride 2, then the mean",
+        ("none", "attention", "stages"),
+    ),
+    "model.decoder_depth": Field(
+        int, "residual blocks of the decoder that predicts masked blocks", at_least=0
+    ),
     "model.projector": Field(
         tuple, "features after each layer of the projector, which training alone uses", at_least=1
     ),
@@ -367,7 +389,10 @@ FIELDS = {
         at_least=0,
     ),
     "schedule": Field(
-        str, "cosine and linear fall to zero at num_steps", ("constant", "cosine", "linear")
+        str, "cosine and linear fall until num_steps", ("constant", "cosine", "linear")
+    ),
+    "learning_rate_floor": Field(
+        float, "share of the learning rate that cosine and linear fall to", at_least=0, at_most=1
     ),
     "prolonged": Field(
         tuple,
