@@ -46,6 +46,7 @@ OBJECTIVES = {
     "simclr": Objective("SimCLR", "simclr", {}),
     "visreg": Objective("VISReg", "visreg", {}),
     "dino": Objective("DINO", "dino", {}),
+    "spark": Objective("SparK", "spark", {}),
     "mask_05": _masked(5),
     "mask_10": _masked(10),
     "mask_33": _masked(33),
