@@ -359,9 +359,12 @@ def _page(
     opened = None
     try:
         opened = model_page.training_dataset(run, dataset)
-    except (InputError, OSError):
+    except (InputError, OSError) as error:
         if public_series is not None:
-            raise
+            raise InputError(
+                f"--public_series={public_series} needs the dataset of the training ({error}); "
+                "give --dataset"
+            ) from None
         say("cohort       left out: no dataset of the training there; --dataset names its place")
     if opened is not None:
         page["cohort"] = model_page.cohort(run, opened)
