@@ -38,6 +38,7 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     config.update(initial_weights(init_scope="compression"))
 
     config.positive_share = 0.5
+    config.shuffled_targets = False
     config.augmentation = augmentation(shift=0.1, scale=0.1, flip=True)
     config.model = unet(small)
     config.loss = {"bce": 1.0, "dice": 1.0}

@@ -31,6 +31,7 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     config.update(initial_weights(init_scope="model"))
 
     config.positive_share = 0.5
+    config.shuffled_targets = False
     config.augmentation = augmentation(shift=0.1, scale=0.1, flip=True)
     config.model = {
         "in_channels": 1,

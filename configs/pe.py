@@ -40,6 +40,7 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     config.num_classes = 2
     config.slices = "all"
     config.positive_share = 0.5 if small else 0.0  # 5 % of RSNA's slices are positive
+    config.shuffled_targets = False
     config.crop = "none"
     config.augmentation = augmentation(shift=0.1, scale=0.1, flip=True) if small else augmentation()
     config.model = classifier(small)

@@ -45,6 +45,7 @@ def get_config(size: str = "reference") -> ml_collections.ConfigDict:
     config.num_classes = 2
     config.slices = "all"
     config.positive_share = 0.5 if small else 0.0
+    config.shuffled_targets = False
     config.crop = "lung_box"
     config.augmentation = augmentation(
         contrast=0.2,

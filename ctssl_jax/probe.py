@@ -16,6 +16,9 @@ and corruptions are the same for every encoder:
     order             which of two slices of a volume, 3 to 30 mm apart, lies higher: AUROC
     neighbours        the slices of the same volume within 10 mm, searched for among the slices of
                       all scored volumes by cosine: recall. Nothing is fitted
+    whole_position, whole_order, whole_neighbours
+                      the same by the mean over the whole slice, which `ctssl embed` gives; all
+                      others see means over 4 x 4 regions, and so where in the slice things are
 
 and so are the two kinds of probes (position and order: linear, neighbours: knn; their penalties
 are chosen by training volumes left out of the fit):
@@ -25,10 +28,12 @@ are chosen by training volumes left out of the fit):
     knn               the nearest training slices by cosine of the averaged latents: the shares of
                       their labels, or their mean slice
 
-Two controls show what an encoder adds. `--encoder=untrained` has the architecture of the run,
+Three controls show what an encoder adds. `--encoder=untrained` has the architecture of the run,
 random weights, and batch statistics of training slices. `--encoder=pixels` has no network: labels
 and neighbours get the slice averaged down to as many numbers, the linear decoder gets the mean of
-each block of 4 x 4 pixels. RESULT.csv beside RESULT.json has one row a volume.
+each block of 4 x 4 pixels. `--encoder=handcrafted` has 140 statistics of intensity, shape and
+texture, by scikit-image (`pip install '.[handcrafted]'`), and mean, spread and ends of each block.
+RESULT.csv beside RESULT.json has one row a volume.
 """
 
 if __name__ == "__main__":  # the imports below take their time
@@ -65,7 +70,15 @@ def define_flags() -> None:
         "best (by config.best_by), last, last_good, or a step; the controls read none.",
     )
     flags.DEFINE_string(
-        "encoder", "run", "run, or a control: untrained (random weights), pixels (no network)."
+        "encoder",
+        "run",
+        "run, or a control: untrained (random weights), pixels or handcrafted (no network).",
+    )
+    flags.DEFINE_list(
+        "targets",
+        [],
+        "Of rotation, flip, clean, masked_region, denoising, next_slice; by default all. Position, "
+        "order and neighbours come in any case.",
     )
     flags.DEFINE_integer(
         "max_slices", 4096, "Training slices at most, and validation slices to choose settings by."
@@ -81,7 +94,7 @@ def start(flag_values: flags.FlagValues) -> None:
     from ctssl_jax.parallel.processes import configure_jax
 
     configure_jax()
-    from ctssl_jax.probes.probing import probe, table
+    from ctssl_jax.probes.probing import TARGETS, probe, table
     from ctssl_jax.release.opening import as_run
 
     result = probe(
@@ -91,6 +104,7 @@ def start(flag_values: flags.FlagValues) -> None:
         checkpoint=flag_values.checkpoint,
         encoder=flag_values.encoder,
         split=flag_values.split,
+        targets=flag_values.targets or TARGETS,
         max_slices=flag_values.max_slices,
         batch_size=flag_values.batch_size,
     )

@@ -50,6 +50,7 @@ def main(argv: list[str]) -> int:
         slice_spacing_mm=FLAGS.slice_spacing_mm,
         layout=FLAGS.layout,
         field=FLAGS.field,
+        min_embolus_mm2=FLAGS.min_embolus_mm2,
     )
     output_dir = stores.local_path(FLAGS.output_dir, "--output_dir", "choose a folder here")
     count = make_archive(output_dir, FLAGS.num_patients, options, FLAGS.num_workers)
@@ -84,8 +85,14 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "field",
         "body",
-        ["body", "lungs", "mediastinum"],
+        ["body", "lungs", "lung", "mediastinum"],
         "What the reconstructed field of view holds.",
+    )
+    flags.DEFINE_float(
+        "min_embolus_mm2",
+        20.0,
+        "--layout=rsna_pe: a slice is positive if emboli cover so many mm^2 of it. Coarse pixels "
+        "want more, so that an embolus that counts can be seen.",
     )
     flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "Processes.")
 

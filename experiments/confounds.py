@@ -4,9 +4,9 @@ r"""What the paper leaves open: one choice of masked region prediction changed a
     ctssl confounds draw --preset=study --workdir=STUDY
 
 Area or side of the square, a larger mask or longer training (20 % for as many steps as the chain
-took, and the chain itself), a trained codebook or one by gradient, the grey map; all against 20 %
-of the area, trained in one stage from random weights. Cells, data and statistics are as in
-`experiments.figure3`.
+took, and the chain itself), a trained codebook or one by gradient, the grey map, the batch
+normalisation or the convolutions of the encoder alone; all against 20 % of the area, trained in one
+stage from random weights. Cells, data and statistics are as in `experiments.figure3`.
 """
 
 if __name__ == "__main__":  # the imports below take their time

@@ -35,6 +35,7 @@ EXTRAS = (
         "onnxscript",
         "pyarrow",
         "safetensors",
+        "skimage",
     ),
     *("tensorboardX", "torch", "tensorflow_datasets", "data_prep.pipeline.beam"),
 )

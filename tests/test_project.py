@@ -18,6 +18,8 @@ COMMANDS = (
     "ctssl_jax.evaluate",
     "ctssl_jax.probe",
     "ctssl_jax.attributes",
+    "ctssl_jax.views",
+    "ctssl_jax.neighbours",
     "experiments.quickstart",
     "experiments.chain",
     "experiments.table2",
@@ -29,6 +31,7 @@ COMMANDS = (
     "experiments.figure_s1",
     "experiments.figure6",
     "experiments.confounds",
+    "experiments.objectives",
 )
 
 

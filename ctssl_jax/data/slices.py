@@ -63,6 +63,8 @@ class Targets(NamedTuple):
       both kinds are used up before they repeat. 0 keeps the dataset's share.
     step_mm: offsets are multiples of this distance, see `neighbour_table`; 0: of slices.
     patient: add the number of the patient.
+    shuffled: in the training split, each item has the label or mask of another one, drawn by the
+      source's seed: a control.
     """
 
     label: str = ""
@@ -73,6 +75,7 @@ class Targets(NamedTuple):
     positive_share: float = 0.0
     step_mm: float = 0.0
     patient: bool = False
+    shuffled: bool = False
 
 
 SLICES_ALONE = Targets()
@@ -205,6 +208,11 @@ class NeighbourSource:
         elif targets.mask:
             areas = mask_areas(dataset, split)[centres]
             self.table, self.positive = self.table[areas >= 0], areas[areas >= 0] > 0
+        self._of_another = None
+        if targets.shuffled and split == "train":
+            self._of_another = np.random.default_rng([seed, 1]).permutation(len(self.table))
+            self.labels = None if self.labels is None else self.labels[self._of_another]
+            self.positive = self.positive[self._of_another]
         self._records = dataset.source(split, most_bytes) if len(self.table) else None
         self._channels = (
             None if tuple(channels) == tuple(range(preparation["channels"])) else list(channels)
@@ -272,7 +280,11 @@ class NeighbourSource:
         if self.labels is not None:
             arrays["label"] = self.labels[items]
         if self.targets.mask:
-            arrays["mask"] = np.stack([record["mask"] for record in centres])
+            masked = centres
+            if self._of_another is not None:
+                others = self.table[self._of_another[items], self._centre]
+                masked = [self._records[number] for number in others.tolist()]
+            arrays["mask"] = np.stack([record["mask"] for record in masked])
         if self.targets.lung_box:
             arrays["box"] = np.stack([self._boxes[record["volume_id"]] for record in centres])
         if self.targets.patient:

@@ -1,12 +1,13 @@
-"""Frozen encoders that probes read: the encoder of a run, and two controls.
+"""Frozen encoders that probes read: the encoder of a run, and three controls.
 
-The control `untrained` has the architecture of the run and random weights. The control `pixels` has
-no network. Only the weights of `untrained` are random.
+The control `untrained` has the architecture of the run and random weights. The controls `pixels`
+and `handcrafted` have no network. Only the weights of `untrained` are random.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +23,16 @@ from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.parallel import batch_sizes
+from ctssl_jax.probes import handcrafted
 from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.interface import Task
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.state import abstract_model
 from data_prep.system.errors import InputError
+from data_prep.system.extras import require
 
-ENCODERS = ("run", "untrained", "pixels")
+ENCODERS = ("run", "untrained", "pixels", "handcrafted")
 REGIONS = 4  # latents are averaged over 4 x 4 regions: one mean would lose where things are
 PATCH = Encoder.stride  # a latent covers PATCH x PATCH pixels
 NEIGHBOURS = (64, 16, 4, 1)  # the validation split chooses one, for labels and for images
@@ -44,12 +47,14 @@ class FrozenEncoder(NamedTuple):
     encode: (state, images [B, H, W, channels] float32) -> latents [B, H / 4, W / 4, D] and pooled
       [B, F], float32.
     channels, normalize: of its input images, see `ops.images.to_unit_images`.
+    whole: pooled [N, F] over regions -> [N, W], the feature of the whole slice.
     """
 
     state: Any
     encode: jax.stages.Wrapped
     channels: int
     normalize: str
+    whole: Callable[[np.ndarray], np.ndarray] = lambda pooled: pooled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +101,8 @@ class ProbedRun:
         """
         if encoder not in ENCODERS:
             raise InputError(f"--encoder={encoder}: choose one of {', '.join(ENCODERS)}")
+        if encoder == "handcrafted":
+            require("skimage", "--encoder=handcrafted", "handcrafted")
         check_request(output, batch_size)
         measured = MeasuredRun.open(Run.open(workdir), dataset, splits)
         chosen = measured.run.choose_checkpoint(checkpoint) if encoder == "run" else None
@@ -135,6 +142,9 @@ class ProbedRun:
             dim = config.model.get("embedding_dim", 64)
             frozen = pixel_encoder(len(self.measured.channels), dim, regions)
             origin = "control: pixels"
+        elif self.encoder == "handcrafted":
+            frozen = handcrafted_encoder(len(self.measured.channels))
+            origin = "control: statistics of intensity, shape and texture"
         elif "encoder" not in abstract_model(config, task)[1]:
             raise InputError(
                 f"--workdir={run.workdir}: a model of the task {config.task} has no encoder to "
@@ -188,6 +198,8 @@ def _network(
     config: ml_collections.ConfigDict, graph: Any, state: tuple[Any, Any], regions: int
 ) -> FrozenEncoder:
     pooled = config.model.get("pooled", "latents")  # of a joint embedding
+    dim, wide = config.model.embedding_dim, tuple(config.model.hidden)[1]
+    widths = {"latents": (dim,), "map": (wide,), "both": (wide, dim)}[pooled]
 
     def encode(state, images):
         encoder = nnx.merge(graph, *state, copy=True)
@@ -198,7 +210,21 @@ def _network(
         means = [pool(part.astype(jnp.float32), parts) for part in chosen]
         return latents, jnp.concatenate(means, axis=-1)
 
-    return FrozenEncoder(state, jax.jit(encode), config.model.in_channels, config.normalize)
+    return FrozenEncoder(
+        state,
+        jax.jit(encode),
+        config.model.in_channels,
+        config.normalize,
+        functools.partial(_mean_over_regions, widths),
+    )
+
+
+def _mean_over_regions(widths: tuple[int, ...], pooled: np.ndarray) -> np.ndarray:
+    """Features of regions, part after part of these widths -> their means."""
+    regions = pooled.shape[1] // sum(widths)
+    ends = np.cumsum([regions * width for width in widths])[:-1]
+    parts = [part.reshape(len(part), regions, -1) for part in np.split(pooled, ends, axis=1)]
+    return np.concatenate([part.mean(axis=1) for part in parts], axis=1)
 
 
 def trained_encoder(
@@ -269,11 +295,41 @@ def pixel_encoder(channels: int, embedding_dim: int, regions: int = REGIONS) -> 
       regions: that encoder averages its latents over regions x regions.
     """
     side = math.isqrt(regions * regions * embedding_dim // channels)
+    whole_side = max(1, math.isqrt(embedding_dim // channels))
+
+    def whole(pooled: np.ndarray) -> np.ndarray:
+        size = math.isqrt(pooled.shape[1] // channels)
+        images = pooled.reshape(len(pooled), size, size, channels)
+        weights = area_weights(size, min(whole_side, size))
+        return np.einsum("bhwc,ih,jw->bijc", images, weights, weights).reshape(len(pooled), -1)
 
     def encode(state, images):
         size, blocks = images.shape[1], images.shape[1] // PATCH
         means = pool(images, blocks).reshape(len(images), blocks, blocks, channels)
         return means, pool(images, max(1, min(side, size)))
+
+    return FrozenEncoder((), jax.jit(encode), channels, "window", whole)
+
+
+def handcrafted_encoder(channels: int) -> FrozenEncoder:
+    """A control without a network: statistics of a slice, see `probes.handcrafted`.
+
+    Latents are mean, standard deviation, minimum and maximum of blocks of 4 x 4 pixels. Pooled
+    features are of the whole slice and 4 x 4 regions, whatever the regions of other encoders. They
+    are computed on the host.
+
+    Args:
+      channels: of the dataset.
+    """
+    number = channels * len(handcrafted.slice_features(np.zeros((2 * PATCH, 2 * PATCH))))
+
+    def encode(state, images):
+        blocks = images.shape[1] // PATCH
+        parts = images.reshape(-1, blocks, PATCH, blocks, PATCH, channels)
+        latents = [of(parts, axis=(2, 4)) for of in (jnp.mean, jnp.std, jnp.min, jnp.max)]
+        shape = jax.ShapeDtypeStruct((len(images), number), jnp.float32)
+        pooled = jax.pure_callback(handcrafted.features, shape, images)
+        return jnp.concatenate(latents, axis=-1), pooled
 
     return FrozenEncoder((), jax.jit(encode), channels, "window")
 

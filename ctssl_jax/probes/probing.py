@@ -1,6 +1,7 @@
 """The probes of `ctssl_jax.probe`: labels of other tasks, and reconstructions of slices."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from data_prep.system.files import make_folder, write_json
 from data_prep.system.stores import local_path
 
 LEAST_TRAINING_SLICES = 32
+TARGETS = (*LABELS, *IMAGES)
 
 
 def probe(
@@ -45,6 +47,7 @@ def probe(
     checkpoint: str = "best",
     encoder: str = "run",
     split: str = "test",
+    targets: Sequence[str] = TARGETS,
     max_slices: int = 4096,
     batch_size: int = 0,
 ) -> dict[str, Any]:
@@ -57,6 +60,7 @@ def probe(
       checkpoint: `best`, `last`, `last_good` or a step; the controls read no checkpoint.
       encoder: `run`, or one of the controls `untrained` and `pixels`.
       split: `test` or `validation`, which also chooses the settings of the probes.
+      targets: names in `TARGETS`; position, order and neighbours are told in any case.
       max_slices: limit of the training slices, and of the validation slices that choose settings;
         they are spread evenly over their splits. The training slices are held in memory (4,096 of
         512 x 512: 1 GiB a channel).
@@ -66,8 +70,8 @@ def probe(
       The contents of RESULT.json.
 
     Raises:
-      InputError: an unknown run or checkpoint, data prepared otherwise than the data of the run, or
-        too few slices.
+      InputError: an unknown run, checkpoint or target, data prepared otherwise than the data of the
+        run, or too few slices.
     """
     output = local_path(output, "--output", "choose a folder here")
     splits = ("train", "validation", split)
@@ -75,6 +79,9 @@ def probe(
         raise InputError(
             f"--split={split}: choose test or validation; the probes are fitted to train"
         )
+    for name in targets:
+        if name not in TARGETS:
+            raise InputError(f"--targets={name}: choose among {', '.join(TARGETS)}")
     if max_slices < LEAST_TRAINING_SLICES:
         raise InputError(f"--max_slices={max_slices}: must be {LEAST_TRAINING_SLICES} or more")
     probed = ProbedRun.open(
@@ -104,7 +111,7 @@ def probe(
     batch_size = probed.batch_size(frozen, max(map(len, sources.values())))
     volumes = sources[split, (0,)].volumes
     by_volume, chosen = {}, {}
-    for name in (*LABELS, *IMAGES):  # one target after the other
+    for name in dict.fromkeys(targets):  # one after the other
         started = time.monotonic()
         measure = _label_values if name in LABELS else _image_values
         offsets = (0,) if name in LABELS else IMAGES[name].offsets
@@ -119,8 +126,12 @@ def probe(
         print(f"{name:15}{time.monotonic() - started:.1f} s", flush=True)
     started = time.monotonic()
     with threadpoolctl.threadpool_limits(1), batch_sizes.end_of_memory(batch_size):
-        placed = [_placed(frozen, sources[part, (0,)], batch_size) for part in ("train", split)]
+        placed = [
+            placed_slices(frozen, sources[part, (0,)], batch_size)[0] for part in ("train", split)
+        ]
         places = label_free_scores(*placed)
+        whole = [one._replace(embedding=frozen.whole(one.embedding)) for one in placed]
+        places |= {f"whole_{name}": values for name, values in label_free_scores(*whole).items()}
     # scans too short or too few for a score do without it
     by_volume |= {name: values for name, values in places.items() if not np.isnan(values).all()}
     print(f"{'place':15}{time.monotonic() - started:.1f} s", flush=True)
@@ -211,8 +222,11 @@ def _slices_of_volumes(volumes: list[dict], record_index) -> list:
     ]
 
 
-def _placed(frozen: FrozenEncoder, source: NeighbourSource, batch_size: int) -> PlacedSlices:
-    """The averaged latents of all slices, the number of the volume of each, and its place."""
+def placed_slices(
+    frozen: FrozenEncoder, source: NeighbourSource, batch_size: int
+) -> tuple[PlacedSlices, np.ndarray]:
+    """The averaged latents of all slices, the number of the volume of each, and its place; and the
+    record of each."""
     parts = [
         (features.pooled[features.kept], features.record_index[features.kept])
         for features in image_features(
@@ -221,7 +235,7 @@ def _placed(frozen: FrozenEncoder, source: NeighbourSource, batch_size: int) -> 
     ]
     pooled, record_index = (np.concatenate(values) for values in zip(*parts, strict=True))
     _, volume = volumes_of_records(source.volumes, record_index)
-    return PlacedSlices(pooled, volume, source.position_mm(record_index))
+    return PlacedSlices(pooled, volume, source.position_mm(record_index)), record_index
 
 
 def _label_values(

@@ -53,7 +53,7 @@ MAY_CHANGE = {
     "fsdp_devices": "memory and speed; equal up to the order of sums",
 }
 # Fields that recipes did not always have -> the value that says what runs without them did. A field
-# of one task alone has its task in `OF_TASK`.
+# of some tasks alone has them in `OF_TASK`.
 ADDED_SINCE = {
     "batch_norm_group": 0,
     "best_by": "loss",
@@ -65,12 +65,19 @@ ADDED_SINCE = {
     "shuffle": "global",
     "shuffle_streams": 0,
     "shuffle_window": 16_384,
+    "shuffled_targets": False,
     "validation_slices": 0,
 }
 OF_TASK = {
-    "loss.masked_l1": "masked_region",
-    "mask.block": "masked_region",
-    "model.pooling": "slice_label_se_resnext",
+    "loss.masked_l1": ("masked_region",),
+    "mask.block": ("masked_region",),
+    "model.pooling": ("slice_label_se_resnext",),
+    "shuffled_targets": (
+        "slice_label",
+        "slice_label_se_resnext",
+        "segmentation",
+        "segmentation_standard_unet",
+    ),
 }
 _WEIGHTS = ("init_from", "init_weights")
 OF_THE_DATA = (
@@ -105,7 +112,7 @@ def with_added(content: dict[str, Any]) -> dict[str, Any]:
     """A stored configuration with the fields of `ADDED_SINCE` that it lacks."""
     content = {**content}
     for name, value in ADDED_SINCE.items():
-        if OF_TASK.get(name) not in (None, content.get("task")):
+        if name in OF_TASK and content.get("task") not in OF_TASK[name]:
             continue
         section, _, field = name.rpartition(".")
         if section:

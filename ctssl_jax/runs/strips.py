@@ -25,12 +25,14 @@ class Legend(NamedTuple):
     window: level and width of the images in HU; None where each slice is stretched by itself.
     note: a sentence below the strip.
     classified: what the classes are of, such as the name of a label.
+    rows: written on the first picture of each row; empty for nothing.
     """
 
     label: str = ""
     window: tuple[float, float] | None = None
     note: str = ""
     classified: str = "each class"
+    rows: tuple[str, ...] = ()
 
 
 PLAIN = Legend()
@@ -102,6 +104,9 @@ def strip(pictures: dict[str, np.ndarray], legend: Legend = PLAIN) -> Image.Imag
         draw.text((left + 3, top - line + 2), title, fill="black", font=font)
         for row, cell in enumerate(column):
             sheet.paste(cell, (int(left), top + row * (size[1] + _GAP)))
+    for row, written in enumerate(legend.rows):
+        place = 3, top + row * (size[1] + _GAP) + 2
+        draw.text(place, written, fill="white", font=font, stroke_width=2, stroke_fill="black")
     draw.text((3, bottom + 2), "\n".join(words), fill="black", font=font, spacing=line // 6)
     if scaled:
         _draw_scale(sheet, (int(lefts[-2]), bottom + 2), size[0], font, legend)
@@ -149,8 +154,9 @@ def _columns(
             "difference": compared("prediction_mask", "target_mask"),
         }, "Difference: red is in the prediction only, blue in the truth only."
     if "prediction" not in pictures:
-        names = sorted(pictures, key=lambda name: name != "input")  # the slice itself first
-        return {name: image(name) for name in names}, "Views: what the model sees of a slab."
+        first = ("stored slice", "input")  # the slice itself
+        names = sorted(pictures, key=lambda name: first.index(name) if name in first else 2)
+        return {name: image(name) for name in names}, ""
     images = {name: image(name) for name in IMAGES}
     text = "Difference: grey is equal, red is too bright, blue too dark."
     return images | {"difference": compared("prediction", "target")}, text

@@ -17,7 +17,8 @@ are scored on other volumes. A score is one number a volume, so that intervals c
 These are tasks of this project, not of the paper.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -128,6 +129,7 @@ def order_auroc(
     number: int = PAIRS,
     distance_mm: Sequence[float] = DISTANCE_MM,
     seed: int = 0,
+    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
 ) -> np.ndarray:
     """AUROC of which of two slices of a volume lies higher.
 
@@ -135,6 +137,7 @@ def order_auroc(
       train: two volumes or more; fit the regression, and choose its penalty by volumes left out.
       test: other volumes.
       number, distance_mm, seed: as in `slice_pairs`.
+      inverse_penalties: that are tried.
 
     Returns:
       [V] float64 in [0, 1], in the order of `np.unique(test.volume)`; NaN for a volume without such
@@ -150,7 +153,7 @@ def order_auroc(
     groups = train.volume[pairs[:, 0]]
     model = GridSearchCV(
         LogisticRegression(fit_intercept=False, max_iter=1000),
-        {"C": INVERSE_PENALTIES},
+        {"C": inverse_penalties},
         scoring="roc_auc",
         cv=_folds(groups),
     ).fit(first - second, label, groups=groups)
@@ -220,11 +223,30 @@ def position_r2_across(slices: PlacedSlices, patient: np.ndarray) -> np.ndarray:
     Returns:
       [V] float64, in the order of `np.unique(slices.volume)`.
     """
+    return _across(position_r2, slices, patient)
+
+
+def order_auroc_across(slices: PlacedSlices, patient: np.ndarray) -> np.ndarray:
+    """`order_auroc` without slices to fit to, as `position_r2_across`.
+
+    It is for validations, which should be short: at most 2,000 pairs of all volumes (ten of each at
+    least), and one penalty.
+    """
+    number = max(10, min(PAIRS, 2_000 // len(np.unique(slices.volume))))
+    score = functools.partial(order_auroc, number=number, inverse_penalties=(1e-2,))
+    return _across(score, slices, patient)
+
+
+def _across(
+    score: Callable[[PlacedSlices, PlacedSlices], np.ndarray],
+    slices: PlacedSlices,
+    patient: np.ndarray,
+) -> np.ndarray:
     volumes = np.unique(slices.volume)
     scores = np.full(len(volumes), np.nan)
     for others, held_out in _folds(patient).split(slices.z_mm, groups=patient):
         train, test = (PlacedSlices(*(a[part] for a in slices)) for part in (others, held_out))
-        scores[np.isin(volumes, test.volume)] = position_r2(train, test)
+        scores[np.isin(volumes, test.volume)] = score(train, test)
     return scores
 
 

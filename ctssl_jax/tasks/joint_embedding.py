@@ -212,12 +212,18 @@ def _check(fewest_views: int, has_teacher: bool, config: ml_collections.ConfigDi
     if of_views.num_global + of_views.num_local < 2 or of_views.num_global < fewest_views:
         raise InputError(
             f"config.views: {of_views.num_global} global and {of_views.num_local} local views of "
-            "an item; two are compared at least: set --config.views.num_global=2"
+            f"an item; two{' global ones' if fewest_views > 1 else ''} are compared at least: set "
+            "--config.views.num_global=2"
         )
     if has_teacher != bool(settings.num_prototypes):
         raise InputError(
             f"config.model.num_prototypes={settings.num_prototypes}: must be "
             + ("1 or more" if has_teacher else "0, since this task has no teacher")
+        )
+    if has_teacher and len(config.teacher.temperature) != 2:
+        raise InputError(
+            f"config.teacher.temperature={tuple(config.teacher.temperature)}: must hold the first "
+            "and the last one, e.g. --config.teacher.temperature='(0.04, 0.07)'"
         )
     if config.batch_size // config.microbatches < 2:
         raise InputError(

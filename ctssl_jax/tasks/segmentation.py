@@ -90,9 +90,13 @@ def _check(architecture: Architecture, config: ml_collections.ConfigDict) -> Non
 
 def _task(architecture: Architecture) -> Task:
     return Task(
-        fields=("positive_share", "augmentation", "loss"),
+        fields=("positive_share", "shuffled_targets", "augmentation", "loss"),
         offsets=lambda config: (0,),
-        targets=lambda config: Targets(mask=True, positive_share=config.positive_share),
+        targets=lambda config: Targets(
+            mask=True,
+            positive_share=config.positive_share,
+            shuffled=config.shuffled_targets,
+        ),
         reported=("binary_cross_entropy", "dice", "iou"),
         check=functools.partial(_check, architecture),
         build=lambda config, rngs: architecture.build(architecture.settings(config), rngs=rngs),

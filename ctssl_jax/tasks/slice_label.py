@@ -117,6 +117,7 @@ def _targets(config: ml_collections.ConfigDict) -> Targets:
         repeat_edges=True,
         middle_only=config.slices == "middle",
         positive_share=config.positive_share,
+        shuffled=config.shuffled_targets,
     )
 
 
@@ -130,6 +131,7 @@ def _task(
             "num_classes",
             "slices",
             "positive_share",
+            "shuffled_targets",
             "crop",
             "augmentation",
             *fields,

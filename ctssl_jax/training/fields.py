@@ -116,8 +116,9 @@ FIELDS = {
     "init_scope": Field(
         str,
         "model: all tensors, which must fit; encoder: the encoder alone; compression: the "
-        "encoder's first layers alone",
-        ("model", "encoder", "compression"),
+        "encoder's first layers alone; encoder_norms, encoder_kernels: its batch normalisation "
+        "alone, or all but that (which of the two pretraining taught)",
+        ("model", "encoder", "compression", "encoder_norms", "encoder_kernels"),
     ),
     "init_checkpoint": Field(str, "best, last or the number of a step"),
     "init_weights": Field(
@@ -246,6 +247,11 @@ FIELDS = {
         "share of positive slices in training batches; 0 takes them as they come",
         at_least=0,
         below=1,
+    ),
+    "shuffled_targets": Field(
+        bool,
+        "control: each training slice gets the label or mask of another one, drawn by `seed`; what "
+        "is learned then is no better than chance",
     ),
     "crop": Field(
         str,

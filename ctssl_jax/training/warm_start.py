@@ -73,11 +73,14 @@ def in_scope(name: str, scope: str) -> bool:
     Args:
       name: `params/encoder/stem/conv/kernel`, `variables/decoder/...`.
       scope: `model`, all; `encoder`, the encoder; `compression`, the encoder's layers before the
-        residual blocks.
+        residual blocks; `encoder_norms`, the scales, shifts and statistics of the encoder's batch
+        normalisation; `encoder_kernels`, the encoder without them.
     """
     kind, part, layer = (*name.split("/"), "", "")[:3]
     if kind not in ("params", "variables"):
         return False
+    if scope in ("encoder_norms", "encoder_kernels"):
+        return part == "encoder" and ("norm" in name.split("/")) == (scope == "encoder_norms")
     if scope == "compression":
         return part == "encoder" and layer in ("downsample", "stem")
     return scope == "model" or part == "encoder"

@@ -50,6 +50,12 @@ def make_archive(
         ),
         ("layout", options.layout, options.layout in LAYOUTS, f"choose {', '.join(LAYOUTS)}"),
         ("field", options.field, options.field in FIELDS, f"choose {', '.join(FIELDS)}"),
+        (
+            "min_embolus_mm2",
+            f"{options.min_embolus_mm2:g}",
+            options.min_embolus_mm2 > 0,
+            "a positive number of mm^2",
+        ),
         ("seed", options.seed, options.seed >= 0, "0 or larger"),
     ):
         if not is_possible:

@@ -20,11 +20,13 @@ from data_prep.synthetic.render import Rendering, render_scan
 from data_prep.synthetic.scan import Scan, outside_field_of_view
 
 LAYOUTS = ("dicom", "rsna_pe", "lidc_idri")
-FIELDS = ("body", "lungs", "mediastinum")
+FIELDS = ("body", "lungs", "lung", "mediastinum")
 # z between which the trunk and the main pulmonary arteries lie, in reference space.
 CENTRAL_ARTERIES_Z = (-46.0, -10.0)
 # Widths of fields that leave the body wall out, in reference space.
-FIELDS_MM = {"lungs": 262, "mediastinum": 170}
+FIELDS_MM = {"lungs": 262, "lung": 145, "mediastinum": 170}
+# x of the middle of the left lung, in reference space; the right one's is its negative.
+LUNG_X = 68.0
 # How often opacities take the place of lung in each layout, relative to `dicom`.
 OPACITY_SHARES = {"dicom": 1.0, "rsna_pe": 0.6, "lidc_idri": 0.35}
 # How often each layout has no contrast, the pulmonary arterial and the venous phase.
@@ -36,7 +38,8 @@ class Options:
     """The options that decide the bytes of a patient's files, with the patient's number.
 
     `num_slices` 0 is the whole chest; `slice_spacing_mm` 0 leaves the spacing to the scanner;
-    `layout` is one of LAYOUTS; `field` one of FIELDS: what the reconstructed field of view holds.
+    `layout` is one of LAYOUTS; `field` one of FIELDS: what the reconstructed field of view holds;
+    of the rsna_pe layout, slices are positive of which emboli cover `min_embolus_mm2`.
     """
 
     seed: int
@@ -45,6 +48,7 @@ class Options:
     slice_spacing_mm: float
     layout: str = "dicom"
     field: str = "body"
+    min_embolus_mm2: float = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,8 @@ def sample_exam(index: int, options: Options) -> tuple[Exam, np.random.Generator
     if with_emboli:
         emboli = sample_emboli(anatomy, heights, strained, rng)
         findings = dataclasses.replace(findings, emboli=emboli)
+    if options.field == "lung":
+        scan = _of_one_lung(scan, patient, findings)
     prefix = {"dicom": "PHANTOM", "rsna_pe": "PHANTOM-RSNA", "lidc_idri": "PHANTOM-LIDC"}[
         options.layout
     ]
@@ -221,6 +227,14 @@ def sample_scan(
         breath_mm=float(rng.uniform(1, 4)) if rng.random() < 0.35 else 0.0,
         breath_slices=float(rng.uniform(14, 40)),
     )
+
+
+def _of_one_lung(scan: Scan, patient: Patient, findings: Findings) -> Scan:
+    """The scan, its field of view around the lung that has more of the nodules; the right one where
+    both have as many."""
+    more = sum(np.sign(nodule.centre[0]) for nodule in findings.nodules)
+    x = (LUNG_X if more > 0 else -LUNG_X) * patient.scale[0]
+    return dataclasses.replace(scan, centre_mm=(scan.centre_mm[0] + x, scan.centre_mm[1]))
 
 
 def _study_attributes(

@@ -30,8 +30,6 @@ from data_prep.synthetic.patient import ventricle_ratio
 from data_prep.synthetic.readers import read_scan, reading_xml
 from data_prep.system.files import read_json, write_text, written_whole
 
-# An embolus that covers less of a slice than this makes no positive slice.
-MIN_EMBOLUS_MM2 = 20.0
 ATTRIBUTE_COLUMNS = ("PatientID", "age", "sex", "ethnic_group")
 # Rows that each patient of the rsna_pe layout adds to the tables, which are written again when the
 # archive grows.
@@ -118,7 +116,7 @@ def _write_rsna_pe(
     paths[0].parent.mkdir(parents=True)
     with pydicom.config.disable_value_validation():  # such ids are not valid UIDs
         write_series(series, paths)
-    positive, labels = exam_labels(exam, rendering.embolus_area_mm2)
+    positive, labels = exam_labels(exam, rendering.embolus_area_mm2, options.min_embolus_mm2)
     constant = [labels[name] for name in EXAM_COLUMNS]
     rows = [
         [study, series_id, instance, int(label), *constant]
@@ -134,15 +132,17 @@ def _write_rsna_pe(
     return len(paths)
 
 
-def exam_labels(exam: Exam, embolus_area_mm2: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+def exam_labels(
+    exam: Exam, embolus_area_mm2: np.ndarray, min_mm2: float
+) -> tuple[np.ndarray, dict[str, int]]:
     """(positive [S] bool, exam labels by column) of an exam whose emboli cover [S, E] mm^2 of its
-    slices.
+    slices; a slice of which they cover less than `min_mm2` is not positive.
 
     They keep the rules of the RSNA data: with a positive slice exactly one ventricle ratio, at
     least one of central, left and right and not both chronic and acute-and-chronic; without one,
     exactly one of negative and indeterminate.
     """
-    positive = embolus_area_mm2.sum(axis=1) >= MIN_EMBOLUS_MM2
+    positive = embolus_area_mm2.sum(axis=1) >= min_mm2
     seen = [
         embolus
         for embolus, area in zip(

@@ -156,7 +156,6 @@ class Canvas:
         nodes = np.arange(-self.step, size + 2 * self.step, self.step)
         self.x, self.y = self._reference(np.arange(size))
         self.coarse_x, self.coarse_y = self._reference(nodes)
-        self.weights = _interpolation(np.arange(size), nodes, self.step)
         self.shift = 0.0
         self.hu = np.full((size, size), -1000, np.float32)
         self.artery: np.ndarray | None = None
@@ -226,8 +225,8 @@ class Canvas:
         )
         if self.step == 1:
             return box, coarse[1:-2, 1:-2][box]
-        across = coarse[r0:r1, c0:c1] @ self.weights[box[1], c0:c1].T
-        return box, self.weights[box[0], r0:r1] @ across
+        fine = _interpolated(_interpolated(coarse[r0:r1, c0:c1], self.step).T, self.step).T
+        return box, fine[: box[0].stop - box[0].start, : box[1].stop - box[1].start]
 
     def paint(
         self,
@@ -423,9 +422,21 @@ def tube_distance(x: np.ndarray, y: np.ndarray, z: float, capsules: Capsules) ->
     return whole
 
 
-def _interpolation(wanted: np.ndarray, nodes: np.ndarray, step: int) -> np.ndarray:
-    """Catmull-Rom weights [wanted, nodes] float32."""
-    offset = np.abs((wanted[:, None] - nodes[None, :]) / step)
-    inner = 1.5 * offset**3 - 2.5 * offset**2 + 1
-    outer = -0.5 * offset**3 + 2.5 * offset**2 - 4 * offset + 2
-    return np.where(offset < 1, inner, np.where(offset < 2, outer, 0)).astype(np.float32)
+def _interpolated(nodes: np.ndarray, step: int) -> np.ndarray:
+    """Catmull-Rom interpolation along the first axis: `step` values from each of the inner nodes
+    [N, M] on, [(N - 3) * step, M] float32; the first and the last two nodes shape it alone."""
+    count = len(nodes) - 3
+    values = np.empty((count, step, nodes.shape[1]), np.float32)
+    values[:, 0] = nodes[1:-2]
+    for part in range(1, step):
+        t = part / step
+        weights = (
+            ((-0.5 * t + 1) * t - 0.5) * t,
+            (1.5 * t - 2.5) * t * t + 1,
+            ((-1.5 * t + 2) * t + 0.5) * t,
+            (0.5 * t - 0.5) * t * t,
+        )
+        values[:, part] = sum(
+            np.float32(weight) * nodes[at : at + count] for at, weight in enumerate(weights)
+        )
+    return values.reshape(count * step, -1)

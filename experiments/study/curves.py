@@ -5,7 +5,6 @@ each slice, with the number of its patient: needed to compare arms in pairs.
 """
 
 import itertools
-import math
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from data_prep.system.files import write_text
 from . import downstream, kept, results, runner
 from .cells import Cell
 from .downstream import TITLES, Point, Study
+from .paired import detectable_with_seeds, interval_with_seeds
 
 REFERENCE = "random"
 # Told apart by the colour-blind (Okabe and Ito 2008, Color Universal Design), and by markers.
@@ -139,52 +139,6 @@ def curve_rows(of_points: dict[Point, dict | None], metrics: Sequence[str]) -> l
             }
         )
     return rows
-
-
-def interval_with_seeds(
-    by_patient: Sequence[float], of_seeds: Sequence[float]
-) -> list[float] | None:
-    """The 95 % interval of a difference that depends on the choice of patients and on the seed.
-
-    The variances of both sources add up. The one of few seeds is uncertain itself, so that the
-    interval is of Student's t with the degrees of freedom of Welch and Satterthwaite.
-
-    Args:
-      by_patient: 95 % interval over the choice of patients, of the mean over seeds.
-      of_seeds: the difference of each seed.
-
-    Returns:
-      [low, high] around the mean, not beyond -1 and 1; None with one seed.
-    """
-    from scipy.special import stdtrit
-
-    if len(of_seeds) < 2:
-        return None
-    mean, variance = statistics.mean(of_seeds), statistics.variance(of_seeds) / len(of_seeds)
-    two_sided = statistics.NormalDist().inv_cdf(0.975)
-    both = ((by_patient[1] - by_patient[0]) / (2 * two_sided)) ** 2 + variance
-    if variance > 0:
-        two_sided = float(stdtrit((len(of_seeds) - 1) * (both / variance) ** 2, 0.975))
-    half = two_sided * math.sqrt(both)
-    return [max(-1.0, mean - half), min(1.0, mean + half)]
-
-
-def detectable_with_seeds(standard_error: float, of_seeds: Sequence[float]) -> float | None:
-    """The smallest difference that such a comparison shows with 80 % power, seeds included.
-
-    Args:
-      standard_error: of the mean over seeds, over the choice of patients.
-      of_seeds: the difference of each seed.
-
-    Returns:
-      `detectable_difference` of both variances; None with one seed.
-    """
-    from ctssl_jax.stats.bootstrap import detectable_difference
-
-    if len(of_seeds) < 2:
-        return None
-    variance = statistics.variance(of_seeds) / len(of_seeds)
-    return detectable_difference(math.sqrt(standard_error**2 + variance))
 
 
 def compare_with(

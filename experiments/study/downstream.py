@@ -38,12 +38,15 @@ TITLES = {
     "side_20": "20 % of the side",
     "gradient_20": "codebook by gradient",
     "minmax_20": "grey map by slice",
+    "norms_20": "20 %, batch normalisation alone",
+    "kernels_20": "20 %, convolutions alone",
     "next_slice": "next slice",
     "denoising": "denoising",
     "rotation": "rotation",
     "flip": "flip",
     "se_resnext": "SE-ResNeXt-50 (SOTA)",
     "standard_unet": "standard U-Net",
+    "shuffled": "control: shuffled labels",
 }
 # Synthetic patients need no secret; a fixed key gives the same splits everywhere.
 SYNTHETIC_KEY = "the pseudonym key of the synthetic patients of the downstream studies"
@@ -61,10 +64,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "minmax_20": {"normalize": "slice_minmax"},
 }
+# A part of the encoder of an arm; the rest starts from random weights: arm -> (arm, init_scope).
+PARTS = {
+    "norms_20": ("area_20", "encoder_norms"),
+    "kernels_20": ("area_20", "encoder_kernels"),
+}
 PRETEXTS = (*MASKED, *ALONE, *VARIANTS, "next_slice", "denoising", "rotation", "flip")
 # Arms whose network is not the pretrained encoder's, and the recipe of each.
 OTHER_NETWORKS = {"se_resnext": "pe_se_resnext", "standard_unet": "nodules_standard_unet"}
-
+# Arms from random weights that learn nothing which they are then asked.
+CONTROLS = {"shuffled": {"shuffled_targets": True}}
+# The window of emboli, which is the paper's, and the window of the lungs: a channel each.
+WINDOWS = ((50.0, 350.0), (-600.0, 1500.0))
 
 OTHER_PRETEXTS = ("next_slice", "denoising", "rotation", "flip")
 # Measured before on two busy cores at 64 x 64 pixels, evaluation included: 777 s for 1,500 steps of
@@ -80,7 +91,7 @@ FIGURES = {
     "figure4": ("pe", ("random", *MASKED, *ALONE)),
     "figure5": ("nodules", ("random", "masked_20", *OTHER_PRETEXTS, "standard_unet")),
     "figure_s1": ("nodules", ("random", *MASKED, *ALONE)),
-    "confounds": ("pe", (*VARIANTS, "alone_20", "masked_20", "random")),
+    "confounds": ("pe", (*VARIANTS, *PARTS, "alone_20", "masked_20", "random")),
 }
 
 
@@ -111,6 +122,8 @@ class Preset(NamedTuple):
     pretraining_steps: of each pretext; 0 takes the number of the recipe.
     steps: kind of study (`pe`, `nodules`, `attributes`) -> training steps of its cells, one curve
       each; 0 takes the number of the recipe.
+    windows: (level, width) in HU of each channel of the datasets and the networks; () leaves the
+      window of preparation and recipes.
     overrides: fields of the recipes, e.g. `{"dtype": "bfloat16"}`.
     left_out: arms that run only if `--arms` names them, so that a figure takes less than an hour on
       two cores.
@@ -123,6 +136,7 @@ class Preset(NamedTuple):
     seeds: tuple[int, ...]
     pretraining_steps: int
     steps: dict[str, tuple[int, ...]]
+    windows: tuple[tuple[float, float], ...] = ()
     overrides: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     left_out: tuple[str, ...] = ()
     two_shares: tuple[str, ...] = ()
@@ -149,21 +163,34 @@ PRESETS = {
     "study": Preset(
         size="small",
         archives={
-            "pretraining": Archive("dicom", 72, 0, "0.8,0.1,0.1"),
-            # Not shown yet that emboli and nodules are learned at this size: to be shown first.
+            "pretraining": Archive(
+                "dicom", 120, 0, "0.8,0.1,0.1", {"field": "mediastinum", "image_size": 64}
+            ),
+            # Fields of view of 2.3 to 2.8 mm a pixel. An embolus that counts covers 12 pixels, a
+            # nodule 5 pixels of a slice: smaller ones were not learned.
             "pe": Archive(
-                "rsna_pe", 240, 1, "0.6,0.1,0.3", {"field": "mediastinum", "image_size": 64}
+                "rsna_pe",
+                480,
+                1,
+                "0.6,0.1,0.3",
+                {"field": "mediastinum", "image_size": 64, "min_embolus_mm2": 85},
             ),
             "nodules": Archive(
-                "lidc_idri", 120, 2, "0.6,0.1,0.3", {"field": "lungs"}, {"min_area_px": 3}
+                "lidc_idri",
+                240,
+                2,
+                "0.7,0.05,0.25",
+                {"field": "lung", "image_size": 64},
+                {"min_area_px": 5},
             ),
             "attributes": Archive("dicom", 160, 3, "0.5,0.2,0.3"),
         },
         fractions=(0.0625, 0.125, 0.25, 0.5, 1.0),
         seeds=(0, 1, 2),
         pretraining_steps=750,
-        steps={"pe": (300,), "nodules": (50, 300), "attributes": (100,)},
-        two_shares=("se_resnext", "standard_unet", *VARIANTS),
+        steps={"pe": (1_600,), "nodules": (800,), "attributes": (100,)},
+        windows=WINDOWS,
+        two_shares=("se_resnext", "standard_unet", *VARIANTS, *PARTS),
     ),
     "paper": Preset(
         size="reference",
@@ -222,6 +249,12 @@ class Study(NamedTuple):
         for field, value in self.sizes.overrides.items():
             if not (own_network and field.startswith("model.")):
                 fields = fields | {field: value}
+        if self.sizes.windows:
+            fields = fields | {"windows": self.sizes.windows}
+            channels = len(self.sizes.windows)
+            if recipe == OTHER_NETWORKS["se_resnext"]:  # three adjacent slices, of the field here
+                channels, fields = 3 * channels, fields | {"crop": "none"}
+            fields = fields | {"model.in_channels": channels}
         # not the best: by the loss on few patients that may be the checkpoint before any training
         evaluation = {"checkpoint": "last"}
         trained = Recipe(recipe, self.sizes.size, fields)
@@ -253,6 +286,8 @@ def data_cells(study: Study, names: Sequence[str]) -> list[Cell]:
             "pseudonym_key_file": data / "pseudonym_key",
             **archive.prepared_with,
         }
+        if study.sizes.windows:
+            prepare["window"] = tuple(f"{w[0]:g},{w[1]:g}" for w in study.sizes.windows)
         if archive.layout == "rsna_pe":
             prepare["attributes_csv"] = scans / "attributes.csv"
         stages = (
@@ -269,6 +304,7 @@ def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
     Raises:
       InputError: an arm without weights, where the data are the user's.
     """
+    arms = list(dict.fromkeys(PARTS.get(arm, (arm,))[0] for arm in arms))
     wanted = [arm for arm in arms if arm in PRETEXTS and arm not in study.pretrained]
     if not study.sizes.archives:
         if wanted:
@@ -381,13 +417,15 @@ def downstream_cell(study: Study, kind: str, point: Point) -> Cell:
     """The cell of a point: fine-tune an arm on the downstream dataset."""
     recipe = OTHER_NETWORKS.get(point.arm, kind)
     fields = {"dataset": study.dataset, "train_fraction": point.fraction, "seed": point.seed}
-    fields |= schedule(point.steps)
+    fields |= schedule(point.steps) | CONTROLS.get(point.arm, {})
     if "normalize" in VARIANTS.get(point.arm, {}):  # an encoder keeps its grey map
         fields["normalize"] = VARIANTS[point.arm]["normalize"]
     after = [f"data_{kind}"] if study.sizes.archives else []
-    if point.arm in PRETEXTS or point.arm in study.pretrained:
-        fields |= {"init_from": study.run_of(point.arm), "init_checkpoint": "last"}
-        after += [] if point.arm in study.pretrained else [f"pretrain_{point.arm}"]
+    start, *scope = PARTS.get(point.arm, (point.arm,))
+    if start in PRETEXTS or start in study.pretrained:
+        fields |= {"init_from": study.run_of(start), "init_checkpoint": "last"}
+        fields |= {"init_scope": scope[0]} if scope else {}
+        after += [] if start in study.pretrained else [f"pretrain_{start}"]
     name, own_network = point.cell_name(kind), point.arm in OTHER_NETWORKS
     return study.cell(name, recipe, fields, tuple(after), own_network=own_network)
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, read_json, write_text
 
 from . import results
-from .cells import Cell, Settings
+from .cells import Cell, Settings, Stage
 
 # Fields of RESULT.json that are kept as they are.
 FIELDS = (
@@ -28,6 +29,13 @@ FIELDS = (
     *("metrics", "embedding", "codebook", "warnings", "chosen", "device", "versions"),
 )
 CONFIG = ("image_size", "num_steps", "batch_size")
+CURVES = {  # kind of report -> what is kept of it
+    "train": ("loss", "slices_per_second"),
+    "validation": (
+        *("loss", "position_r2", "order_auroc", "neighbour_recall"),
+        *("effective_rank", "pairwise_cosine", "relative_sd", "uniformity"),
+    ),
+}
 LOGIT_LIMIT = 30.0  # of a kept logit: float32 probabilities reach no farther
 
 
@@ -54,12 +62,39 @@ def keep(cell: Cell, seconds: float | None) -> dict[str, Any]:
         if stage.recipe:
             fields = {k: v for k, v in stage.recipe.fields.items() if not isinstance(v, Path)}
             content["fields"] = fields
+            content["training"] = _training(stage)
     if cell.result.with_suffix(".csv").exists():
         content["volumes"] = _volumes(cell.result.with_suffix(".csv"))
     if cell.result.with_suffix(".predictions.npz").exists():
         content["predictions"] = _predictions(cell.result)
     make_folder(cell.kept.parent, "--results")
     write_text(cell.kept, json.dumps(_rounded(content), separators=(",", ":")) + "\n")
+    return content
+
+
+def step_flops(config: ml_collections.ConfigDict) -> int:
+    """Floating-point operations of a training step: all slices, views, projector and teacher,
+    forward and backward; counted from the shapes of the model."""
+    # not at the top: they import JAX, and --help should be fast
+    from ctssl_jax.tasks import interface
+    from ctssl_jax.tasks.table import get_task
+
+    return config.batch_size * interface.step_flops(get_task(config.task), config)
+
+
+def _training(stage: Stage) -> dict[str, Any]:
+    """`step_flops`, and what a run reported: `train` and `validation` -> name -> a number a report,
+    and `step`."""
+    from ctssl_jax.runs.reports import read_reports
+
+    content: dict[str, Any] = {"step_flops": step_flops(stage.recipe.config())}
+    for kind, names in CURVES.items():
+        reports = read_reports(Path(stage.options["workdir"]), kind)
+        content[kind] = {
+            name: [report.get(name) for report in reports]
+            for name in ("step", *names)
+            if any(name in report for report in reports)
+        }
     return content
 
 

@@ -38,6 +38,7 @@ STUDIES = (
     "figure_s1",
     "figure6",
     "confounds",
+    "objectives",
 )
 # commands that `run_stage_here` can run
 HERE = ("ctssl_jax.train", "ctssl_jax.evaluate", "ctssl_jax.attributes", "ctssl_jax.probe")
@@ -141,7 +142,10 @@ def run_stage_here(stage: Stage) -> float:
         result = measure.evaluate(**{"dataset": None, "split": "test"} | stage.options)
         print(measure.table(result), flush=True)
     elif stage.module == "ctssl_jax.probe":
-        print(probing.table(probing.probe(**stage.options)), flush=True)
+        options = dict(stage.options)
+        if "targets" in options:
+            options["targets"] = options["targets"].split(",")
+        print(probing.table(probing.probe(**options)), flush=True)
     else:
         names = stage.options["attributes"].split(",")
         options = {name: value for name, value in stage.options.items() if name != "attributes"}

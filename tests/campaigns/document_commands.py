@@ -79,6 +79,7 @@ STEPS = {  # words of a block, in the order of running -> what runs before it
     "--audit_dir=DATASET-audit": "ln -s SCANS MY_DICOM",
     "--dataset=DATASET --html": "",
     "ctssl recipes": "",
+    "ctssl views": "",
     "--config=masked_region --config.dataset=DATASET": "rm -r RUN",
     "--workdir=NODULES_RUN --config": "",
     "--output=RESULT.json": "",

@@ -6,20 +6,35 @@ from pathlib import Path
 
 import pytest
 
-from experiments import recipe_choices, table2
-from experiments.study import runner
+from experiments import figure3, figure5, objectives, recipe_choices, table2
+from experiments.study import curves, downstream, runner
 from experiments.study.cells import Settings
 from tests.helpers.training_runs import PROJECT
 
 RESULTS = PROJECT / "experiments" / "results"
-STUDIES = {"table2": table2, "recipe_choices": recipe_choices}
+# Folder of fine-tuned models -> figure -> arms, shares and seeds that are drawn.
+FINE_TUNED = {
+    "study_phantom": {
+        figure3.FIGURE: (("random", "shuffled"), (1.0,), (0,)),
+        figure5.FIGURE: (("random", "shuffled"), (1.0,), (0,)),
+    }
+}
+STUDIES = {"table2": table2, "recipe_choices": recipe_choices, "objectives": objectives}
 
 
 def folders():
     return sorted(path.parent for path in RESULTS.glob("*/study.json"))
 
 
-@pytest.mark.parametrize("folder", folders(), ids=lambda folder: folder.name)
+def fine_tuned():
+    return [(name, *one) for name, figures in FINE_TUNED.items() for one in figures.items()]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [folder for folder in folders() if folder.name not in FINE_TUNED],
+    ids=lambda folder: folder.name,
+)
 def test_the_tables_follow_from_the_results(folder, tmp_path):
     name, study = next(one for one in STUDIES.items() if folder.name.startswith(one[0]))
     asked = Settings(Path(), tmp_path, "small", 0, 0, (), "test", kept=folder)
@@ -27,6 +42,21 @@ def test_the_tables_follow_from_the_results(folder, tmp_path):
     assert drawn == (folder / f"{name}.md").read_text()
     for table in folder.glob("*.csv"):
         assert (tmp_path / table.name).read_text() == table.read_text()
+
+
+@pytest.mark.parametrize(("folder", "figure", "points"), fine_tuned())
+def test_the_figures_follow_from_the_results(folder, figure, points, tmp_path):
+    arms, fractions, seeds = points
+    kept = RESULTS / folder
+    preset = json.loads((kept / "study.json").read_text())["preset"]
+    sizes = downstream.PRESETS[preset]._replace(fractions=fractions, seeds=seeds)
+    study = downstream.Study(preset, sizes, tmp_path, tmp_path / "data", {}, kept)
+    _, grid = downstream.grid_cells(study, figure.kind, arms)
+    assert curves.draw(study, grid, figure) == (kept / f"{figure.name}.md").read_text()
+    for table in kept.glob(f"{figure.name}*.csv"):
+        assert (tmp_path / table.name).read_text() == table.read_text()
+    drawn = {path.stem for name in FINE_TUNED for path in (RESULTS / name).glob("*.md")}
+    assert drawn == {one.name for figures in FINE_TUNED.values() for one in figures}
 
 
 @pytest.mark.parametrize("folder", folders(), ids=lambda folder: folder.name)

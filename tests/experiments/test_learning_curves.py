@@ -182,10 +182,32 @@ def test_confounds_change_one_thing_and_are_compared_with_one_stage(study):
     assert "--config.num_steps=1500" in pretraining["pretrain_alone_20"]  # 3 stages of 500
     tuned = grid[Point("minmax_20", 0.25, 0, 5)].stages[0].recipe.fields
     assert tuned["normalize"] == "slice_minmax"
+    norms = grid[Point("norms_20", 0.25, 0, 5)]
+    assert norms.after == ("data_pe", "pretrain_area_20")
+    assert norms.stages[0].recipe.fields["init_scope"] == "encoder_norms"
     for point, cell in grid.items():
         write_result(cell, 0.9 if point.arm == "side_20" else 0.52, point.seed)
     text = curves.draw(study, grid, confounds.FIGURE._replace(more=()))
     assert "minus 20 % of the area, one stage" in text and "Smallest detectable difference" in text
+
+
+def test_the_control_learns_from_shuffled_labels_and_else_as_random_weights_do(study):
+    _, grid = downstream.grid_cells(study, "pe", ["random", "shuffled"])
+    random, control = (grid[Point(arm, 0.25, 0, 5)].stages[0] for arm in ("random", "shuffled"))
+    assert control.recipe.fields == random.recipe.fields | {"shuffled_targets": True}
+
+
+def test_channels_are_the_windows_and_of_the_sota_those_of_three_slices(study):
+    sizes = downstream.PRESETS["study"]._replace(fractions=(1.0,), seeds=(0,))
+    wide = study._replace(sizes=sizes)
+    _, grid = downstream.grid_cells(wide, "pe", ["random", "se_resnext"])
+    fields = {point.arm: cell.stages[0].recipe.fields for point, cell in grid.items()}
+    assert fields["random"]["model.in_channels"] == 2
+    assert fields["se_resnext"]["model.in_channels"] == 6
+    assert all(f["windows"] == downstream.WINDOWS for f in fields.values())
+    data = downstream.data_cells(wide, ("pe",))[0].stages
+    assert "--min_embolus_mm2=85" in data[0].arguments()
+    assert {"--window=50,350", "--window=-600,1500"} <= set(data[1].arguments())
 
 
 def test_arms_of_other_networks_have_two_shares(study):

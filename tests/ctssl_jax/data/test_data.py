@@ -216,3 +216,27 @@ def test_slices_of_a_scan_without_a_mask_are_no_background(tmp_path):
     records = {with_masks[i]["record_index"].item() for i in range(len(with_masks))}
     own = range(first["first_record"], first["first_record"] + first["num_slices"])
     assert not records & set(own) and with_masks.positive.shape == (len(with_masks),)
+
+
+@pytest.mark.parametrize("targets", [{"mask": True}, {"label": "pe_present_on_image"}])
+def test_shuffled_targets_are_those_of_other_training_slices_and_of_no_others(tmp_path, targets):
+    """Images, and the slices of validation, stay as they are."""
+    folder = write_example_dataset(tmp_path / "d", image_size=16, slice_labels=True, masks=True)
+    dataset = Dataset.open(folder)
+
+    def read(split, shuffled, seed=0):
+        asked = slices.Targets(**targets, shuffled=shuffled)
+        source = slices.open_source(dataset, split, (0,), (0,), asked, seed=seed)
+        arrays = source.read(np.arange(len(source)))
+        target = arrays["mask" if "mask" in targets else "label"].reshape(len(source), -1)
+        np.testing.assert_array_equal(target.max(axis=1) > 0, source.positive)
+        return arrays["images"], target
+
+    images, own = read("train", False)
+    shuffled_images, others = read("train", True)
+    np.testing.assert_array_equal(shuffled_images, images)
+    assert (others != own).any() and sorted(map(bytes, others)) == sorted(map(bytes, own))
+    np.testing.assert_array_equal(read("train", True)[1], others)
+    assert (read("train", True, seed=1)[1] != others).any()
+    for before, after in zip(read("validation", False), read("validation", True), strict=True):
+        np.testing.assert_array_equal(before, after)

@@ -44,6 +44,7 @@ NAMES = {
     for score in SCORES[target]
 }
 PLACES = {"position/linear/r2", "order/linear/auroc", "neighbours/knn/recall"}
+PLACES |= {f"whole_{name}" for name in PLACES}
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +340,16 @@ def test_controls_and_a_part_of_the_training_slices(runs, results, tiny_dataset,
         )
         means[encoder] = content["metrics"]["clean/linear/mse"]["mean"]
     assert len(set(means.values())) == 3
+
+
+def test_handcrafted_statistics_and_chosen_targets(runs, tiny_dataset, tmp_path):
+    pytest.importorskip("skimage", reason="needs scikit-image, the extra `handcrafted`")
+    content = probe(
+        runs / "rotation", None, tmp_path / "r.json", encoder="handcrafted", targets=("flip",)
+    )
+    assert set(content["metrics"]) == {name for name in NAMES if name[:5] == "flip/"} | PLACES
+    assert content["num_features"] == {"latent": 4, "pooled": 140}
+    assert content["checkpoint_step"] is None
 
 
 def test_wrong_requests(runs, tiny_dataset, tmp_path):

@@ -8,6 +8,7 @@ from ctssl_jax.stats.label_free import (
     label_free_scores,
     neighbour_recall,
     order_auroc,
+    order_auroc_across,
     position_r2,
     position_r2_across,
     relative_position,
@@ -115,3 +116,6 @@ def test_without_slices_to_fit_to_each_patient_is_scored_by_the_others():
     others = ~np.isin(slices.volume, ["a", "b"])  # with four other patients: a part of its own
     train, test = (PlacedSlices(*(a[part] for a in slices)) for part in (others, ~others))
     np.testing.assert_allclose(scores[:2], position_r2(train, test))
+    assert order_auroc_across(slices, patient).min() > 0.85
+    noise = order_auroc_across(placed("abcdef", uninformed), patient)
+    assert noise.shape == (6,) and np.abs(noise.mean() - 0.5) < 0.15

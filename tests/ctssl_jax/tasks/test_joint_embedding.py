@@ -230,8 +230,9 @@ def test_flops_count_views_and_the_teacher_once(tiny_dataset):
     [
         ("lejepa", "views.global_size", 32, "config.views.global_size=32: must be a multiple of 4"),
         ("lejepa", "regulariser.weight", 1.5, "config.regulariser.weight=1.5: must be 0 or more"),
-        ("simclr", "views.num_global", 1, "1 global and 0 local views of an item; two are compar"),
+        ("simclr", "views.num_global", 1, "1 global and 0 local views of an item; two global one"),
         ("simclr", "temperature", 0.0, "config.temperature=0.0: must be above 0"),
+        ("dino", "teacher.temperature", (0.07,), "(0.07,): must hold the first and the last one"),
         ("vicreg", "model.num_prototypes", 8, "num_prototypes=8: must be 0, since this task has"),
         ("dino", "model.num_prototypes", 0, "config.model.num_prototypes=0: must be 1 or more"),
         ("lejepa", "best_by", "invariance", "config.best_by='invariance': choose one of"),

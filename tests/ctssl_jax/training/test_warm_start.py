@@ -15,7 +15,7 @@ from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.runs.lock import TrainingLock
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.table import get_task
-from ctssl_jax.training import setup
+from ctssl_jax.training import setup, warm_start
 from ctssl_jax.training.step import make_program
 from data_prep.system.errors import InputError
 from tests.helpers.example_dataset import change_preparation, write_example_dataset
@@ -95,6 +95,20 @@ def test_exactly_the_reported_tensors_change(
         and "moved: " in printed
     )
     assert int(after["step"]) == 0
+
+
+def test_batch_normalisation_and_convolutions_are_the_two_parts_of_the_encoder(runs):
+    names = list(saved_state(runs / "rotation", 2))
+    parts = {
+        scope: {name for name in names if warm_start.in_scope(name, scope)}
+        for scope in ("encoder", "encoder_norms", "encoder_kernels")
+    }
+    assert parts["encoder_norms"] | parts["encoder_kernels"] == parts["encoder"]
+    assert not parts["encoder_norms"] & parts["encoder_kernels"]
+    assert {name.split("/")[-1] for name in parts["encoder_kernels"]} == {"kernel", "bias"}
+    norms = parts["encoder_norms"]
+    assert {name.split("/")[-1] for name in norms} == {"scale", "bias", "mean", "var"}
+    assert all("/norm/" in name for name in norms) and "params/encoder" in min(norms)
 
 
 def test_which_checkpoint_is_taken(runs, tiny_dataset, tmp_path):

@@ -25,7 +25,7 @@ from data_prep.synthetic.findings import (
     polyline,
     sample_nodule,
 )
-from data_prep.synthetic.layouts import EXAM_COLUMNS, MIN_EMBOLUS_MM2, TRAIN_COLUMNS, exam_labels
+from data_prep.synthetic.layouts import EXAM_COLUMNS, TRAIN_COLUMNS, exam_labels
 from data_prep.synthetic.patient import sample_patient
 from data_prep.synthetic.readers import NAMESPACE, border, read_scan
 from data_prep.synthetic.render import render_scan, render_volume
@@ -93,7 +93,7 @@ def test_slices_are_positive_where_the_emboli_darken_the_arteries():
         volume = render_scan(exam.anatomy, exam.scan, exam.findings, seed(0))
         clean = render_scan(exam.anatomy, exam.scan, without, seed(0))
         loss = clean.hu.astype(int) - volume.hu
-        positive, _ = exam_labels(exam, volume.embolus_area_mm2)
+        positive, _ = exam_labels(exam, volume.embolus_area_mm2, RSNA.min_embolus_mm2)
         blood = enhancement(exam.scan).pulmonary_artery
         assert loss.min() >= -1  # nothing gets brighter
         if len(exam.findings.emboli) == 1:
@@ -143,24 +143,24 @@ def test_exam_labels_of_hand_made_areas():
         Embolus(tubes, False, ("right",), True, 70.0),
     )
     exam = dataclasses.replace(exam, findings=Findings(emboli=emboli), poor_quality=())
-    limit = MIN_EMBOLUS_MM2
-    positive, labels = exam_labels(exam, np.array([[limit, 0], [limit - 1, 0], [0, 0]]))
+    limit = 30.0
+    positive, labels = exam_labels(exam, np.array([[limit, 0], [limit - 1, 0], [0, 0]]), limit)
     assert positive.tolist() == [True, False, False]
     assert {k for k, v in labels.items() if v and not k.startswith("rv_lv")} == {
         "central_pe",
         "leftsided_pe",
     }
-    _, labels = exam_labels(exam, np.array([[limit, 0], [0, limit]]))
+    _, labels = exam_labels(exam, np.array([[limit, 0], [0, limit]]), limit)
     assert (
         labels["acute_and_chronic_pe"] == labels["rightsided_pe"] == 1 and labels["chronic_pe"] == 0
     )
-    _, labels = exam_labels(exam, np.array([[0, limit]]))
+    _, labels = exam_labels(exam, np.array([[0, limit]]), limit)
     assert labels["chronic_pe"] == 1 and labels["central_pe"] == labels["acute_and_chronic_pe"] == 0
     # Too little on every slice is a negative exam, a spoilt one an indeterminate.
-    _, labels = exam_labels(exam, np.array([[limit / 3, limit / 3]]))
+    _, labels = exam_labels(exam, np.array([[limit / 3, limit / 3]]), limit)
     assert {k for k, v in labels.items() if v} == {"negative_exam_for_pe"}
     spoilt = dataclasses.replace(exam, poor_quality=("motion",))
-    _, labels = exam_labels(spoilt, np.zeros((1, 2)))
+    _, labels = exam_labels(spoilt, np.zeros((1, 2)), limit)
     assert {k for k, v in labels.items() if v} == {"qa_motion", "indeterminate"}
 
 
@@ -403,3 +403,17 @@ def test_group_is_independent_of_sex_and_age_and_leaves_a_trace():
         volumes.append(render_volume(anatomy, scan, np.random.default_rng(0)).astype(int))
     difference = np.abs(volumes[0] - volumes[1])
     assert 1 < difference[difference > 0].mean() < 15 and difference.max() < 60
+
+
+def test_the_field_of_one_lung_holds_most_nodules():
+    options = dataclasses.replace(LIDC, field="lung")
+    inside, total = 0, 0
+    for index in range(12):
+        exam, _ = sample_exam(index, options)
+        scan = exam.scan
+        assert 120 < scan.field_of_view_mm < 220
+        centres = np.array([n.centre[:2] for n in exam.findings.nodules]).reshape(-1, 2)
+        away = np.abs(centres * exam.anatomy.patient.scale[:2] - scan.centre_mm)
+        held = (away < scan.field_of_view_mm / 2).all(axis=1)
+        inside, total = inside + held.sum(), total + len(held)
+    assert inside > 0.6 * total

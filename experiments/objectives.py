@@ -1,0 +1,145 @@
+r"""The paper's pretexts and the objectives of today at equal compute, told apart on equal terms.
+
+    ctssl objectives plan --folds=4 --dataset=FOLDS --workdir=STUDY --num_steps=100
+    ctssl objectives run  --folds=4 --dataset=FOLDS --workdir=STUDY --num_steps=100
+    ctssl objectives draw --results=experiments/results/objectives_real_64 --workdir=TABLES
+
+`--num_steps` are those of masked region prediction. All others get its compute: the floating-point
+operations of their training step are counted from the model's shapes, with all views, projector and
+teacher, and their number of steps is the budget over this count. All train on the same slices with
+the fields of their recipes; three seeds, `--seed` and the next two, the first of them first.
+
+The last checkpoint of each is probed (`ctssl probe`): the place of a slice, the order of two and
+the neighbours of a slice, which need no label, and rotations and flips, linear and by nearest
+neighbours. Beside them stand an untrained encoder, pixels and handcrafted statistics, which need
+`pip install '.[handcrafted]'`. Differences are paired by patient. `draw` makes tables, a figure and
+the curves of the trainings; `ctssl benchmark_objectives` measures what a step of each costs here.
+"""
+
+if __name__ == "__main__":  # the imports below take their time
+    from data_prep.system import early_stop
+
+    early_stop.leave_at_once()
+
+from data_prep.system import command_line
+from data_prep.system.errors import InputError
+from data_prep.system.files import write_text
+
+from .study import kept, runner
+from .study import objectives_figure as figure
+from .study.cells import Cell, Recipe, Settings, Stage
+from .study.objectives_figure import CONTROLS, OBJECTIVES, SEEDS
+from .study.results import write_csv
+
+TARGETS = "rotation,flip"
+VALIDATIONS = 3  # of a training
+
+
+def fields_of(settings: Settings, name: str, seed: int) -> dict:
+    """All fields of an objective's configuration that the study sets."""
+    objective = OBJECTIVES[name]
+    fields = objective.fields | {"dataset": settings.dataset, "seed": settings.seed + seed}
+    fields |= dict(override.split("=", 1) for override in settings.overrides)
+    budget = settings.steps("masked_region") * step_flops(settings, "mask_20")
+    steps = max(1, round(budget / step_flops(settings, name)))
+    every = {"eval_every": -(-steps // VALIDATIONS), "log_every": max(1, steps // 20)}
+    return fields | {"num_steps": steps} | every
+
+
+def step_flops(settings: Settings, name: str) -> int:
+    """Floating-point operations of a training step of an objective: all slices, views, projector
+    and teacher; counted from the shapes of the model."""
+    objective = OBJECTIVES[name]
+    fields = dict(override.split("=", 1) for override in settings.overrides)
+    config = Recipe(objective.recipe, settings.size, objective.fields | fields).config()
+    return kept.step_flops(config)
+
+
+def probe_stage(settings: Settings, name: str, run: str, encoder: str = "run") -> Stage:
+    """Probe the last checkpoint of a run, or a control in its place."""
+    options = {
+        "workdir": settings.workdir / "runs" / run,
+        "dataset": settings.dataset,
+        "split": settings.split,
+        "checkpoint": "last",
+        "encoder": encoder,
+        "targets": TARGETS,
+        "output": settings.workdir / "results" / f"{name}.json",
+    }
+    return Stage(f"{name}: probe", "ctssl_jax.probe", options)
+
+
+def all_cells(settings: Settings) -> list[Cell]:
+    """Of one dataset: for each seed a training with its probe, then the controls."""
+    cells = []
+    for seed in range(SEEDS):
+        for name, objective in OBJECTIVES.items():
+            cell = f"{name}_{seed}"
+            recipe = Recipe(objective.recipe, settings.size, fields_of(settings, name, seed))
+            run = settings.workdir / "runs" / cell
+            train = Stage(f"{cell}: train", "ctssl_jax.train", {"workdir": run}, recipe)
+            probe = probe_stage(settings, cell, cell)
+            cells.append(Cell(cell, (), (train, probe), probe.options["output"]))
+        for name in CONTROLS:
+            if seed and name != "untrained":  # nothing in them is random
+                continue
+            run = f"rotation_{seed}"  # whose configuration they take
+            stage = probe_stage(settings, f"{name}_{seed}", run, name)
+            cells.append(Cell(f"{name}_{seed}", (run,), (stage,), stage.options["output"]))
+    return cells
+
+
+def draw(settings: Settings) -> str:
+    """Write objectives.md, objectives.csv, comparisons.csv, objectives.png and curves.png into the
+    folder of the study; returns the Markdown.
+
+    Raises:
+      InputError: there are no results yet.
+    """
+    found = kept.results_of(settings, all_cells)
+    arms = figure.arms_of(found)
+    if not any(arms.values()):
+        raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
+    rows = figure.score_rows(arms)
+    compared = figure.comparison_rows(arms)
+    caption = figure.caption_of(arms) + kept.folds_in_words(settings, _of_first_seed(found))
+    text = "\n".join(
+        [
+            f"# Objectives at equal compute\n\n{caption}\n",
+            figure.score_markdown(rows),
+            figure.comparison_markdown(compared),
+            figure.training_markdown(arms),
+        ]
+    )
+    settings.workdir.mkdir(parents=True, exist_ok=True)
+    write_text(settings.workdir / "objectives.md", text)
+    write_csv(settings.workdir / "objectives.csv", rows)
+    if compared:
+        write_csv(settings.workdir / "comparisons.csv", compared)
+    figure.save_scores(settings.workdir / "objectives.png", rows, caption)
+    figure.save_curves(settings.workdir / "curves.png", arms, caption)
+    return text
+
+
+def _of_first_seed(found: dict) -> dict:
+    """Those of which a fold can be missing: other seeds are said by their number."""
+    return {name: result for name, result in found.items() if name.endswith("_0")}
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    module = f"{__package__}.objectives"
+    verb = runner.verb_of(argv, module)
+    settings = runner.settings_of_flags(verb)
+    runner.check_overrides(settings, list({one.recipe: None for one in OBJECTIVES.values()}))
+    if verb == "draw":
+        print(draw(settings), flush=True)
+        runner.suggest_after("draw", module, [])
+    else:
+        runner.act(verb, module, settings, settings.study(all_cells))
+    return 0
+
+
+if __name__ == "__main__":
+    runner.define_flags()
+    command_line.run(main, runner.VERBS)

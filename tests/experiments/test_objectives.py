@@ -1,0 +1,131 @@
+"""Objectives at equal compute: the number of steps, cells, tables and figures of kept results."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctssl_jax.parallel.mesh import make_mesh
+from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training.step import make_program, trace_step
+from experiments import objectives
+from experiments.study import kept
+from experiments.study import objectives_figure as figure
+from experiments.study.cells import Recipe, Settings
+from experiments.study.paired import paired_arms
+
+
+@pytest.fixture
+def settings(tmp_path):
+    overrides = ("batch_size=16",)
+    return Settings(
+        tmp_path / "data",
+        tmp_path / "study",
+        "small",
+        100,
+        0,
+        overrides,
+        "test",
+        2,
+        tmp_path / "kept",
+    )
+
+
+def result_of(cell, gain, seed=0):
+    """A kept result of four patients."""
+    values = [0.5 + 0.01 * number + gain for number in range(4)]
+    name = cell.name.split("/")[1].rpartition("_")[0]
+    content = {
+        "cell": cell.name, "synthetic": False, "split": "test", "seed": seed, "device": "1 x cpu",
+        "seconds": 9.0, "dataset_fingerprint": "d", "num_patients_seen_in_training": 0,
+        "warnings": [], "config": {},
+        "metrics": {score: {"mean": 0.5, "num_volumes": 4, "num_patients": 4, "ci95": None}
+                    for score in figure.SCORES},
+        "volumes": {"patient": [0, 1, 2, 3]} | dict.fromkeys(figure.SCORES, values),
+    }  # fmt: skip
+    if name in figure.OBJECTIVES:
+        content["fields"] = {"num_steps": 100}
+        content["training"] = {
+            "step_flops": 10**10,
+            "train": {"step": [1, 2], "loss": [2.0, 1.0], "slices_per_second": [9.0, 11.0]},
+            "validation": {"step": [2], "effective_rank": [7.0], "neighbour_recall": [None]},
+        }
+    return content
+
+
+def test_all_objectives_have_the_compute_of_masked_region(settings):
+    fold = settings.fold(0)
+    budget = 100 * objectives.step_flops(fold, "mask_20")
+    for name in figure.OBJECTIVES:
+        fields = objectives.fields_of(fold, name, 1)
+        of_step = objectives.step_flops(fold, name)
+        assert abs(fields["num_steps"] * of_step - budget) <= of_step / 2
+        assert fields["seed"] == 1 and fields["batch_size"] == "16"
+    assert sum(objective.papers for objective in figure.OBJECTIVES.values()) == 8
+
+
+def test_cells_are_a_training_and_its_probe(settings):
+    cells = {cell.name: cell for cell in settings.study(objectives.all_cells)}
+    assert len(cells) == 2 * (3 * (len(figure.OBJECTIVES) + 1) + 2)
+    train, probe = cells["fold_1/dino_2"].stages
+    config = train.recipe.config()
+    assert (config.task, config.seed, config.batch_size) == ("dino", 2, 16)
+    assert config.dataset.endswith("fold_1")
+    assert probe.options["workdir"] == train.options["workdir"]
+    assert probe.options["checkpoint"] == "last"  # equal compute
+    assert cells["fold_0/untrained_1"].after == ("fold_0/rotation_1",)
+    assert "fold_0/pixels_1" not in cells and "fold_0/handcrafted_0" in cells
+
+
+@pytest.mark.parametrize("name", ["lejepa", "dino"])
+def test_counted_operations_are_those_of_the_program(name):
+    """XLA leaves out products with the zeros of padding and the gradient of the images, and counts
+    views, losses and optimizer: all together is less than a tenth, and equal for all objectives."""
+    objective = figure.OBJECTIVES[name]
+    fields = objective.fields | {"batch_size": 16, "model.depth": 2}
+    config = Recipe(objective.recipe, "small", fields).config()
+    program = make_program(config, get_task(config.task), 1, make_mesh(jax.devices()[:1], 1))
+    of_program = trace_step(program).lower().cost_analysis()["flops"]
+    assert 1.0 < kept.step_flops(config) / of_program < 1.1
+
+
+def test_tables_and_figures_follow_from_kept_results(settings):
+    gains = {"lejepa": 0.2, "vicreg": 0.0, "rotation": 0.1, "flip": 0.0, "untrained": 0.0}
+    for cell in settings.study(objectives.all_cells):
+        name, _, seed = cell.name.split("/")[1].rpartition("_")
+        if name in gains and seed == "0":
+            cell.kept.parent.mkdir(parents=True, exist_ok=True)
+            cell.kept.write_text(json.dumps(result_of(cell, gains[name])))
+    text = objectives.draw(settings)
+    assert "2 folds of patients" in text and "8 patients" in text and "1.00 TFLOP" in text
+    assert "**+0.100 (+0.100 to +0.100)**" not in text  # p of 8 patients, corrected for 14 rows
+    assert "+0.100 (+0.100 to +0.100)" in text and "-0.100 (-0.100 to -0.100)" in text
+    assert "| LeJEPA | 10.00 | 100 | 1.000 | 10.0 | 2 | 1 | 7 | 7 |" in text
+    assert "NOT ALL FOLDS" not in text and "missing" in text
+    with open(settings.workdir / "comparisons.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = {row["other"] for row in rows if row["reference"] == "best of the paper's"}
+    assert best == {"rotation"}
+    assert {row["objective"] for row in rows if row["reference"] == "untrained"} == {
+        "lejepa", "vicreg", "rotation", "flip",
+    }  # fmt: skip
+    for name in ("objectives.png", "curves.png"):
+        assert min(Image.open(settings.workdir / name).size) > 300
+
+
+def test_several_seeds_are_in_the_interval():
+    patients = list(range(6))
+    ours = [{"volumes": {"patient": patients, "s": [0.7 + shift] * 6}} for shift in (0.0, 0.1, 0.2)]
+    other = [{"volumes": {"patient": patients, "s": [0.5] * 6}}]
+    found = paired_arms(ours, other, "s")
+    assert found["difference"] == pytest.approx(0.3) and found["num_seeds"] == 3
+    assert found["low"] == pytest.approx(0.3)  # no patient differs, but seeds do
+    assert found["low_with_seeds"] < 0.1 < 0.3 < found["high_with_seeds"]
+    assert paired_arms(ours[:1], other, "s")["low_with_seeds"] is None
+    row = dict.fromkeys(("low_with_seeds", "high_with_seeds")) | {"low": 0.1, "high": 0.2}
+    assert figure.is_sure(row | {"p_holm": 0.01}) and not figure.is_sure(row | {"p_holm": None})
+    assert not figure.is_sure(row | {"p_holm": 0.01, "low_with_seeds": -1, "high_with_seeds": 1})
+    assert np.isfinite(found["p"])
