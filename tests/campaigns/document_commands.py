@@ -34,6 +34,7 @@ NOT_HERE = {  # words of a block -> why
     "--upload": "sends to a model hub: tests/ctssl_jax/release/test_hub.py has one",
     "ctssl figure": "half an hour and more: tests/experiments",
     "--folds=4": "needs scans of a dozen patients, and hours: tests/experiments/test_studies.py",
+    "--public_series": "a public collection: tests/ctssl_jax/release/test_page.py",
     "ctssl quickstart": "minutes: tests/experiments/test_quickstart.py",
 }
 SMALL = {
@@ -46,6 +47,7 @@ SMALL = {
     "--config.num_steps=500": "--config.num_steps=2",
     "--config.num_steps=20 ": "--config.num_steps=2 ",
     " --config.dtype=bfloat16": "",
+    "--settle_s=60 --idle_exit_s=3600": "--settle_s=0 --idle_exit_s=1",
     "--image_size=128": "--image_size=64",
     "--output_dir=DATASET\n": "--output_dir=DATASET --image_size=64\n",
     "--output_dir=SECOND ": "--output_dir=SECOND --image_size=64 ",
@@ -85,6 +87,7 @@ STEPS = {  # words of a block, in the order of running -> what runs before it
     "--output=RESULT.json": "",
     "ctssl probe": "",
     "--workdir=NODULES_RUN --input": ONE_SCAN,
+    "--watch": "ln -s SCANS/P0004 GROWING",
     "--format=torch": "ctssl evaluate --workdir=RUN --output=RESULT.json",
     "--format=onnx,": "",
     "--format=hub": "",
