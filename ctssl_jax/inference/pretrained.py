@@ -30,6 +30,8 @@ from ctssl_jax.data.slices import neighbour_table, select_channels, selected_win
 from ctssl_jax.inference.hu_arrays import prepare_array
 from ctssl_jax.models.classifier import Classifier
 from ctssl_jax.models.joint_embedding import JointEmbedding
+from ctssl_jax.models.mixed import Mixed
+from ctssl_jax.models.spark import Spark
 from ctssl_jax.ops.trees import fingerprint, flatten, with_sharding
 from ctssl_jax.parallel import batch_sizes
 from ctssl_jax.parallel.mesh import make_mesh, replicated, split_along_batch, to_devices
@@ -441,7 +443,7 @@ def _encoder_outputs(model: Any, batch: dict, config) -> dict[str, jax.Array]:
             "embedding": jnp.mean(latents, axis=(1, 2)),
             "probabilities": jax.nn.softmax(logits),
         }
-    if isinstance(model, JointEmbedding):
+    if isinstance(model, JointEmbedding | Mixed | Spark):
         return {"embedding": model(images, train=False).embedding}
     return {"embedding": jnp.mean(model.encoder(images, train=False), axis=(1, 2))}
 

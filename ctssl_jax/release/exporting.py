@@ -269,7 +269,7 @@ def open_model(run: Run, checkpoint: str) -> RunModel:
     return RunModel(
         run=run,
         checkpoint=chosen,
-        architecture=type(model).__name__,
+        architecture=getattr(model, "architecture", type(model).__name__),
         settings=architecture_settings(model.config),
         depth=getattr(model.config, "depth", 0),
         model=model,
