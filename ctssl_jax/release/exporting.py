@@ -150,7 +150,7 @@ def export(
             _write_test_input(folder / "test_input.npz", images, outputs)
             if cases:
                 path = folder / FORMATS["onnx"]
-                facts = onnx_file.write(path, twin, cases)
+                facts = onnx_file.write(path, twin, cases, whole)
                 for line in onnx_file.lines(facts):
                     say(line)
                 if measured is not None:
@@ -359,21 +359,28 @@ def _page(
     opened = None
     try:
         opened = model_page.training_dataset(run, dataset)
-    except (InputError, OSError):
+    except (InputError, OSError) as error:
         if public_series is not None:
-            raise
+            raise InputError(
+                f"--public_series={public_series} needs the dataset of the training ({error}); "
+                "give --dataset"
+            ) from None
         say("cohort       left out: no dataset of the training there; --dataset names its place")
     if opened is not None:
         page["cohort"] = model_page.cohort(run, opened)
     if public_series is None or opened is None:
         return page, None
-    key_file = pseudonym_key_file or default_audit_dir(Path(opened.name)) / KEY_FILE
-    listed = public_series_list.trained_on(
-        run,
-        opened,
-        public_series_list.read_published(public_series),
-        read_key(local_path(key_file, "--pseudonym_key_file")),
+    key_file = local_path(
+        pseudonym_key_file or default_audit_dir(Path(opened.name)) / KEY_FILE,
+        "--pseudonym_key_file",
     )
+    if not key_file.is_file():
+        raise InputError(
+            f"--public_series={public_series} needs the key of the dataset's pseudonyms, and "
+            f"{key_file} is not there; give --pseudonym_key_file"
+        )
+    published = public_series_list.read_published(public_series)
+    listed = public_series_list.trained_on(run, opened, published, read_key(key_file))
     counts = {split: len(run_volumes(run, opened, split)) for split in ("train", "validation")}
     page["public_series"] = {
         split: {"listed": sum(where == split for _, where in listed), "volumes": counts[split]}

@@ -174,11 +174,13 @@ def _cohort(manifest: dict[str, Any]) -> list[str]:
     page = manifest["page"]
     parts = []
     if page["cohort"]:
-        lines = ["| | | training data |", "|---|---|---|"]
-        lines += [f"| {' | '.join(row)} |" for row in page["cohort"]]
+        lines, before = ["| | | training data |", "|---|---|---|"], ""
+        for group, item, value in page["cohort"]:
+            lines.append(f"| {'' if group == before else group} | {item} | {value} |")
+            before = group
         parts.append("\n".join(lines))
         parts.append(
-            f"Counts of fewer than {model_page.LEAST_CELL} patients or volumes are told as that."
+            f"Fewer than {model_page.LEAST_CELL} patients or volumes of a kind are told as that."
         )
     if published := page.get("public_series"):
         train, validation = published["train"], published["validation"]
@@ -258,8 +260,8 @@ def _limits(manifest: dict[str, Any]) -> str:
     ]
     if patients := data["splits"].get("train", {}).get("num_patients"):
         lines.append(
-            f"It has seen {patients:,} patients of one preparation; whoever they do not stand for, "
-            "it was not tested on, unless the results name other data."
+            f"It has seen {patients:,} patients, prepared in one way. On other people, scanners "
+            "and kernels it was not tested, unless the results name other data."
         )
     if not manifest["results"]:
         lines.append("Its quality was not measured for this page.")

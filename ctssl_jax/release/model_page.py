@@ -15,8 +15,8 @@ from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
 
 PICTURE = "training.png"
-LEAST_CELL = 5  # smaller counts of people or volumes are not told
-_OF_PEOPLE = ("Patients", "Sex", "Ethnic group", "Manufacturer", "Noted")
+LEAST_CELL = 5  # smaller counts of some patients or volumes are not told
+_SMALL = ("Patients", "Sex", "Ethnic group", "Manufacturer", "Noted")
 _MOST_POINTS = 200  # of a curve
 
 
@@ -50,11 +50,11 @@ def trained_volumes(run: Run, dataset: Dataset, split: str) -> list[dict[str, An
 def cohort(run: Run, dataset: Dataset) -> list[list[str]]:
     """[group, item, value] of the training volumes, as `ctssl describe` counts them.
 
-    Counts of fewer than `LEAST_CELL` patients or volumes are told as that.
+    Counts of fewer than `LEAST_CELL` patients or volumes of a kind are told as that.
     """
     rows = cohort_table(trained_volumes(run, dataset, "train"), [])
     return [
-        [group, item, _told(value) if group in _OF_PEOPLE else value]
+        [group, item, _told(value) if group in _SMALL and item != "Patients" else value]
         for group, item, value in rows
         if group != "Split"
     ]

@@ -5,11 +5,13 @@ then on.
 """
 
 import os
+import re
 import shutil
 import tempfile
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 from ctssl_jax.release.importing import WEIGHTS, import_weights
 from ctssl_jax.runs.reports import say
@@ -74,11 +76,11 @@ def fetched_file(name: str | os.PathLike, file: str, flag: str) -> bytes | None:
                 f"{flag}={name} has no {_MANIFEST}; give a folder or zip file of ctssl_jax.export, "
                 "or hf-hub:ORG/NAME"
             )
-        described = read_manifest(folder / _MANIFEST, f"{flag}={name}")["files"].get(file)
+        described = _manifest_of(folder, text, flag)["files"].get(file)
         if described is None:
             return None
         path = folder / file
-        if not path.is_file() or file_sha256(path) != described["sha256"]:
+        if not path.is_file() or file_sha256(path) != described.get("sha256"):
             raise InputError(
                 f"{flag}={name}: {file} is missing or not what was exported; fetch it again"
             )
@@ -91,6 +93,10 @@ def _fetched(name: str, flag: str, *more: str) -> Path:
     import huggingface_hub
 
     repository, _, revision = name.removeprefix(HUB).partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise InputError(
+            f"{flag}={name} is not a name of a hub; give {HUB}ORG/NAME or {HUB}ORG/NAME@REVISION"
+        )
     try:
         folder = huggingface_hub.snapshot_download(
             repository,
@@ -128,7 +134,7 @@ def _unpacked(path: Path, folder: Path, flag: str, wanted: tuple[str, ...] = ())
                 )
             top = min(tops, key=len)
             _unpack(archive, top, _MANIFEST, folder, MANIFEST_BYTES)
-            files = read_manifest(folder / _MANIFEST, f"{flag}={path}")["files"]
+            files = _manifest_of(folder, str(path), flag)["files"]
             if not wanted and not _cached(folder).is_dir():
                 wanted = WEIGHTS
             for name in wanted:
@@ -137,6 +143,18 @@ def _unpacked(path: Path, folder: Path, flag: str, wanted: tuple[str, ...] = ())
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise InputError(f"{flag}={path} is a damaged zip file ({error}); copy it again") from None
     return folder
+
+
+def _manifest_of(folder: Path, name: str, flag: str) -> dict[str, Any]:
+    """The manifest of a folder, which the user knows by this name."""
+    path = folder / _MANIFEST
+    try:
+        manifest = read_manifest(path, f"{flag}={name}")
+    except InputError as error:
+        raise InputError(str(error).replace(f": {path}", f": {_MANIFEST}")) from None
+    if not all(isinstance(facts, dict) for facts in manifest["files"].values()):
+        raise InputError(f"{flag}={name}: {_MANIFEST} is damaged; copy the whole folder again")
+    return manifest
 
 
 def _unpack(archive: zipfile.ZipFile, top: str, name: str, folder: Path, limit: int) -> None:
@@ -148,7 +166,7 @@ def _unpack(archive: zipfile.ZipFile, top: str, name: str, folder: Path, limit: 
 
 def _imported(folder: Path, name: str, flag: str) -> Path:
     """The cached run directory of an exported folder."""
-    read_manifest(folder / _MANIFEST, f"{flag}={name}")
+    _manifest_of(folder, name, flag)
     run = _cached(folder)
     if run.is_dir():
         return run

@@ -22,7 +22,8 @@ from data_prep.system.stores import local_path
 
 FILE = "public_series.csv"
 COLUMNS = ("series_instance_uid", "split")
-_UID = re.compile(r"[0-9]+(\.[0-9]+)+")
+# in a text without columns; RSNA's data have hexadecimal names in place of UIDs
+_UID = re.compile(r"[0-9]+(\.[0-9]+)+|[0-9a-f]{8,}")
 _NAMES = {  # a column without blanks and marks -> its field; as TCIA and IDC name them, and DICOM
     **dict.fromkeys(("patientid", "subjectid"), "patient"),
     **dict.fromkeys(("studyinstanceuid", "studyuid"), "study"),
@@ -62,7 +63,7 @@ def read_series(path: str | Path, flag: str = "--series") -> list[str]:
       InputError: it cannot be read, or has none.
     """
     rows = _rows(path, flag)
-    uids = [row["series"] for row in rows if _UID.fullmatch(row.get("series", ""))]
+    uids = [row["series"] for row in rows if row.get("series")]
     if not uids:
         uids = [
             line for line in map(str.strip, _text(path, flag).splitlines()) if _UID.fullmatch(line)

@@ -70,8 +70,8 @@ def test_tables_of_collections_and_lists_of_users(tmp_path):
     table.write_text("\ufeffSeries UID,Collection,Subject ID,Study UID\n1.2.3, C ,P-1,1.2\n")
     assert public_series.read_published(table) == [Published("P-1", "1.2", "1.2.3")]
     assert public_series.read_series(table) == ["1.2.3"]
-    table.write_text("# mine\n1.2.3\n 1.2.4 \n")
-    assert public_series.read_series(table) == ["1.2.3", "1.2.4"]
+    table.write_text("# mine\n1.2.3\n 1.2.4 \n69d8f0dbf511\n")
+    assert public_series.read_series(table) == ["1.2.3", "1.2.4", "69d8f0dbf511"]
     with pytest.raises(InputError, match="has no column of the patient"):
         public_series.read_published(table)
     for content, message in (
