@@ -214,13 +214,10 @@ def _network(
         means = [pool(chosen_map.astype(jnp.float32), parts) for chosen_map in chosen]
         return latents, jnp.concatenate(means, axis=-1)
 
-    return FrozenEncoder(
-        state,
-        jax.jit(encode),
-        config.model.in_channels,
-        config.normalize,
-        functools.partial(_mean_over_regions, widths),
-    )
+    frozen = FrozenEncoder(state, jax.jit(encode), config.model.in_channels, config.normalize)
+    if config.model.get("neck", "none") != "none":
+        return frozen
+    return frozen._replace(whole=functools.partial(_mean_over_regions, widths))
 
 
 def _mean_over_regions(widths: tuple[int, ...], pooled: np.ndarray) -> np.ndarray:
