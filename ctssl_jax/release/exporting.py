@@ -150,7 +150,7 @@ def export(
             _write_test_input(folder / "test_input.npz", images, outputs)
             if cases:
                 path = folder / FORMATS["onnx"]
-                facts = onnx_file.write(path, twin, cases)
+                facts = onnx_file.write(path, twin, cases, whole)
                 for line in onnx_file.lines(facts):
                     say(line)
                 if measured is not None:
