@@ -13,6 +13,10 @@ the same result to the byte on the same device (FILE.parts holds the finished vo
 Raw scans get pseudonyms, as in a dataset; the private folder FILE-audit holds their key (unless
 --pseudonym_key_file names one, such as a dataset's) and `sources.csv`, which links volumes to
 files. Keep it with the scans.
+
+With --watch SCANS is a folder that grows. Each exam is embedded once, when its files have stopped
+coming (--settle_s), into FILE.scans/PSEUDONYM.npz; FILE is written at the end (--idle_exit_s).
+FILE-audit/embeddings.jsonl has the files of each.
 """
 
 if __name__ == "__main__":  # the imports below take their time
@@ -56,6 +60,7 @@ def define_flags() -> None:
         lower_bound=0,
     )
     scan_flags.define()
+    scan_flags.define_watch()
     flags.adopt_module_key_flags(scan_flags)  # --help shows them, too
 
 
@@ -74,18 +79,21 @@ def start(flag_values: flags.FlagValues) -> None:
                     f"--{name} is for raw scans, and --input={flag_values.input} is a dataset; "
                     "leave it out"
                 )
+        if flag_values.watch:
+            raise InputError(
+                f"--watch is for raw scans, and --input={flag_values.input} is a dataset"
+            )
+    scan_flags.check_watch(flag_values, only=(), never=("split",))
     from ctssl_jax.parallel.processes import configure_jax
 
     configure_jax()
     from ctssl_jax.inference.embedding import embed, summary
+    from ctssl_jax.inference.serving import Watch, watch_embeddings
     from ctssl_jax.release.opening import as_run
 
-    result = embed(
-        as_run(flag_values.workdir),
-        flag_values.input,
-        flag_values.output,
+    run, places = as_run(flag_values.workdir), (flag_values.input, flag_values.output)
+    settings = dict(
         checkpoint=flag_values.checkpoint,
-        split=flag_values.split,
         archive=flag_values.archive,
         metadata_csv=flag_values.metadata_csv,
         rules=scan_flags.rules_of(flag_values),
@@ -93,6 +101,12 @@ def start(flag_values: flags.FlagValues) -> None:
         batch_size=flag_values.batch_size,
         num_workers=flag_values.num_workers,
     )
+    if flag_values.watch:
+        watch = Watch(flag_values.settle_s, flag_values.idle_exit_s)
+        print(summary(watch_embeddings(run, *places, watch, **settings)))
+        print(f"written: {flag_values.output} and, beside it, files of that name and other endings")
+        return
+    result = embed(run, *places, split=flag_values.split, **settings)
     print(summary(result))
     state = "written" if result["changed"] else "complete already, nothing to do"
     print(f"{state}: {flag_values.output} and, beside it, files of that name and other endings")

@@ -58,7 +58,18 @@ def define_flags() -> None:
         "checkpoint", "best", "best (by config.best_by), last, last_good (undamaged), or a step."
     )
     flags.DEFINE_multi_string(
-        "results", [], "Results file of ctssl_jax.evaluate for the model card; repeatable."
+        "results", [], "Results file of ctssl_jax.evaluate or probe for the model card; repeatable."
+    )
+    flags.DEFINE_string(
+        "public_series",
+        None,
+        "Table (CSV) of a public collection's patients, studies and series: those of its series "
+        "that the model was trained on are listed in public_series.csv. No others are told.",
+    )
+    flags.DEFINE_string(
+        "pseudonym_key_file",
+        None,
+        "Key of the dataset's pseudonyms, for --public_series (default: in DATASET-audit).",
     )
     flags.DEFINE_string(
         "push",
@@ -71,8 +82,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "dataset",
         None,
-        "Dataset whose slices calibrate onnx_int8 and measure it and onnx_fp16; by default the "
-        "dataset of the training.",
+        "Where the dataset of the training is now: for the card's cohort table, --public_series, "
+        "and slices that calibrate onnx_int8 and measure it and onnx_fp16.",
     )
     flags.DEFINE_integer(
         "num_dataset_slices", 32, "Training slices that calibrate, validation slices that measure."
@@ -110,6 +121,8 @@ def _export(values: flags.FlagValues) -> None:
         results=values.results,
         num_test_slices=values.num_test_slices,
         dataset=values.dataset,
+        public_series=values.public_series,
+        pseudonym_key_file=values.pseudonym_key_file,
         num_dataset_slices=values.num_dataset_slices,
     )
     print(f"next:        python {values.output_dir}/ctssl_torch.py {values.output_dir}", flush=True)

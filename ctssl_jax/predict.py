@@ -19,6 +19,9 @@ A segmentation adds, in the geometry of the scan,
 segmentation.dcm carries the name, the identifiers and the dates of the patient, since it is filed
 with the scan; --dicom_seg=false leaves it out. The other files do not name the patient. Research
 software: nothing here is cleared for diagnosis.
+
+With --watch SCAN is a folder that grows. Each exam is predicted once, when its files have stopped
+coming (--settle_s), into DIR/PSEUDONYM; DIR-audit/predictions.jsonl has the files of each.
 """
 
 if __name__ == "__main__":  # the imports below take their time
@@ -65,7 +68,19 @@ def define_flags() -> None:
         "installed).",
     )
     flags.DEFINE_integer("batch_size", 0, "Slices at a time at most; 0 chooses. Changes no result.")
+    flags.DEFINE_string(
+        "pseudonym_key_file",
+        None,
+        "With --watch: file with the key of the pseudonyms (default: made in DIR-audit).",
+    )
+    flags.DEFINE_integer(
+        "num_workers",
+        None,
+        "With --watch: processes that decode scans (default: the usable cores, at most 4).",
+        lower_bound=0,
+    )
     scan_flags.define()
+    scan_flags.define_watch()
 
 
 def start(flag_values: flags.FlagValues) -> None:
@@ -73,10 +88,13 @@ def start(flag_values: flags.FlagValues) -> None:
     for name in ("workdir", "input", "output"):
         if not flag_values[name].value:
             raise InputError(f"give --{name}")
+    only = ("pseudonym_key_file", "num_workers")
+    scan_flags.check_watch(flag_values, only=only, never=("series_index",))
     from ctssl_jax.parallel.processes import configure_jax
 
     configure_jax()
     from ctssl_jax.inference.prediction import Request, predict, table
+    from ctssl_jax.inference.serving import Watch, watch_predictions
     from ctssl_jax.release.opening import as_run
 
     request = Request(
@@ -89,13 +107,19 @@ def start(flag_values: flags.FlagValues) -> None:
         dicom_seg=flag_values.dicom_seg,
         segment_label=flag_values.segment_label,
     )
-    result = predict(
-        as_run(flag_values.workdir),
-        request,
-        flag_values.output,
-        checkpoint=flag_values.checkpoint,
-        batch_size=flag_values.batch_size,
-    )
+    run = as_run(flag_values.workdir)
+    settings = dict(checkpoint=flag_values.checkpoint, batch_size=flag_values.batch_size)
+    if flag_values.watch:
+        settings |= {name: flag_values[name].value for name in only}
+        watch = Watch(flag_values.settle_s, flag_values.idle_exit_s)
+        number = watch_predictions(run, request, flag_values.output, watch, **settings)
+        print(
+            f"predictions of {number} scans in {flag_values.output}. Research software; not for "
+            "diagnosis.",
+            flush=True,
+        )
+        return
+    result = predict(run, request, flag_values.output, **settings)
     print(table(result))
     written = f"written: {', '.join(result['files'])} in {flag_values.output}"
     print(f"{written}. Research software; not for diagnosis.", flush=True)

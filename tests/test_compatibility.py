@@ -12,6 +12,7 @@ import pytest
 import ctssl_jax
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference.embedding import embed
+from ctssl_jax.release import model_card, opening, public_series
 from ctssl_jax.runs.run import Run, from_json, to_json
 from ctssl_jax.training.loop import train
 from data_prep.dataset.reader import Dataset
@@ -82,3 +83,25 @@ def test_the_export_is_the_run(artefact, tmp_path, monkeypatch):
     twin = ctssl_torch.load(artefact / "export")
     images = torch.from_numpy(grey.transpose(0, 3, 1, 2).astype(np.float32) / 255)
     np.testing.assert_allclose(twin.embed(images).numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_hub_repository_is_the_run(artefact, tmp_path, monkeypatch):
+    """Of later formats: the weights under a hub's name, the page's facts, and the published series
+    that were trained on."""
+    if not (artefact / "hub").is_dir():
+        pytest.skip("this version wrote no repository of a hub")
+    pytest.importorskip(
+        "safetensors", reason="safetensors is not installed: pip install '.[torch]'"
+    )
+    monkeypatch.setenv("CTSSL_CACHE", str(tmp_path))
+    manifest = json.loads((artefact / "hub" / "manifest.json").read_text())
+    assert opening.as_run(artefact / "hub") != artefact / "hub"  # imported, so its sums are right
+    grey = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 1), np.uint8)
+    expected = ctssl_jax.load(artefact / "run", "2").embed(grey).slices
+    np.testing.assert_array_equal(ctssl_jax.load(artefact / "hub").embed(grey).slices, expected)
+    text = model_card.text(manifest)
+    assert "| Dataset | Volumes, slices | " in text and "(training.png)" in text
+    listed = (artefact / "hub" / "public_series.csv").read_text().splitlines()[1:]
+    uids = [line.split(",")[0] for line in listed]
+    found = public_series.overlap(artefact / "hub", [*uids, "1.2.3"])
+    assert sorted(found["train"] + found["validation"]) == sorted(uids) and found["train"]

@@ -246,7 +246,7 @@ def _volume_values(
     values = {
         name: volume_means(scores[name], volume_index, num_volumes)
         for name in task.reported
-        if name not in task.over_annotated
+        if name not in task.over_annotated and name in scores
     }
     if "masked_mse" in values:
         values["masked_mse_batch_sum"] = RELEASE_BATCH_SIZE * values["masked_mse"]

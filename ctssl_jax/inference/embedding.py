@@ -3,7 +3,8 @@
 import collections
 import hashlib
 import json
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def embed(
         opened = open_scans(plan, rules, key, model.windows, model.image_size, num_workers)
         opened.facts["notes"] = notes_on_rules(run.preparation, None)
 
-    facts = _facts(model) | opened.facts
+    facts = facts_of(model) | opened.facts
     settings = json.dumps(facts, sort_keys=True)
     digests = [job.digest for job in opened.jobs]
     facts["content"] = _digest(settings, *digests, *map(repr, sorted(opened.refused)))
@@ -113,37 +114,69 @@ def embed(
     with lock_directory(_parts_dir(output)):  # another process would remove its parts
         parts = [_parts_dir(output) / f"{_digest(settings, digest)}.npz" for digest in digests]
         failed = _embed_missing(model, opened, parts)
-        refused, embedded = list(opened.refused), []
-        for outcome in _outcomes(parts, failed):
-            if isinstance(outcome, Refused):
-                refused.append(outcome)
-            else:
-                embedded.append((outcome.patient_id, len(outcome.slices)))
-        refused.sort()
-        rows = [dict(zip(_REJECTED_COLUMNS, series, strict=True)) for series in refused]
-        write_table(output.with_suffix(".rejected.csv"), _REJECTED_COLUMNS, rows)
-        if not embedded:
+        try:
+            facts = write_results(
+                output, input_path, run, model, parts, opened.refused, facts, failed
+            )
+        except InputError:
             if not failed:
                 _remove_parts(output)
-            raise InputError(nothing_taken(input_path, refused))
-        patients = sorted({patient_id for patient_id, _ in embedded})
-        facts |= {
-            "num_volumes": len(embedded),
-            "num_patients": len(patients),
-            "num_slices": sum(num_slices for _, num_slices in embedded),
-            "num_patients_seen_in_training": _patients_seen(
-                run, facts["key_fingerprint"], patients
-            ),
-            "refused": dict(
-                sorted(collections.Counter(series.reason for series in refused).items())
-            ),
-            "complete": not failed,
-        }
-        volumes = (one for one in _outcomes(parts, failed) if not isinstance(one, Refused))
-        embedding_files.write(output, volumes, model.embedding_dim, facts)
+            raise
         if not failed:
             _remove_parts(output)
         return {**facts, "not_images": opened.not_images, "changed": True}
+
+
+def write_results(
+    output: Path,
+    input_path: Path,
+    run: Run,
+    model: PretrainedModel,
+    parts: list[Path],
+    refused: list[Refused],
+    facts: dict[str, Any],
+    failed: Mapping[Path, Refused] = types.MappingProxyType({}),
+) -> dict[str, Any]:
+    """Write FILE.parquet (or .npz) and FILE.rejected.csv of finished volumes.
+
+    Args:
+      output: FILE.
+      input_path: for the message.
+      run, model: of the embeddings.
+      parts: files of `embedding_files.write_part`, in the order of the rows.
+      refused: series without a part.
+      facts: all settings, with `key_fingerprint`.
+      failed: parts that cannot be made for now, which are absent.
+
+    Returns:
+      The facts with the counts, as FILE holds them.
+
+    Raises:
+      InputError: all is refused; FILE.rejected.csv is written.
+    """
+    refused, embedded = list(refused), []
+    for outcome in _outcomes(parts, failed):
+        if isinstance(outcome, Refused):
+            refused.append(outcome)
+        else:
+            embedded.append((outcome.patient_id, len(outcome.slices)))
+    refused.sort()
+    rows = [dict(zip(_REJECTED_COLUMNS, series, strict=True)) for series in refused]
+    write_table(output.with_suffix(".rejected.csv"), _REJECTED_COLUMNS, rows)
+    if not embedded:
+        raise InputError(nothing_taken(input_path, refused))
+    patients = sorted({patient_id for patient_id, _ in embedded})
+    facts = facts | {
+        "num_volumes": len(embedded),
+        "num_patients": len(patients),
+        "num_slices": sum(num_slices for _, num_slices in embedded),
+        "num_patients_seen_in_training": _patients_seen(run, facts["key_fingerprint"], patients),
+        "refused": dict(sorted(collections.Counter(series.reason for series in refused).items())),
+        "complete": not failed,
+    }
+    volumes = (one for one in _outcomes(parts, failed) if not isinstance(one, Refused))
+    embedding_files.write(output, volumes, model.embedding_dim, facts)
+    return facts
 
 
 def _embed_missing(model: PretrainedModel, opened: Input, parts: list[Path]) -> dict[Path, Refused]:
@@ -170,7 +203,7 @@ def _embed_missing(model: PretrainedModel, opened: Input, parts: list[Path]) -> 
 
 
 def _outcomes(
-    parts: list[Path], failed: dict[Path, Refused]
+    parts: list[Path], failed: Mapping[Path, Refused]
 ) -> Iterator[VolumeEmbedding | Refused]:
     for part in parts:  # one volume at a time in memory
         yield failed.get(part) or embedding_files.read_part(part)
@@ -189,7 +222,7 @@ def summary(result: dict[str, Any]) -> str:
     ]
     for reason, number in result["refused"].items():
         lines.append(f"{number:>8} series refused, {reason}: {explain(reason)}")
-    for reason, number in result["not_images"].items():
+    for reason, number in result.get("not_images", {}).items():
         lines.append(f"{number:>8} files that are not images, {reason}: {explain(reason)}")
     if result["num_patients_seen_in_training"]:
         lines.append(
@@ -202,7 +235,7 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _facts(model: PretrainedModel) -> dict[str, Any]:
+def facts_of(model: PretrainedModel) -> dict[str, Any]:
     """All settings that the embedding of a volume depends on."""
     return {
         "kind": "embeddings",

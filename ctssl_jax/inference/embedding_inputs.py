@@ -174,17 +174,17 @@ def _read_scans(
 ) -> Iterator[InputVolume | Refused]:
     if num_workers == 0 or len(tasks) < 2:
         for task in tasks:
-            yield _read_scan(*task)
+            yield read_volume(*task)
         return
     with WorkerPool(min(num_workers, len(tasks))) as pool:
-        for volume_id, (_, result) in zip(volume_ids, pool.run(_read_scan, tasks), strict=True):
+        for volume_id, (_, result) in zip(volume_ids, pool.run(read_volume, tasks), strict=True):
             if isinstance(result, WorkerDied):
                 result = Refused(volume_id, FAILED_FOR_NOW, "the worker process died")
             yield result
 
 
-def _read_scan(*arguments: Any) -> InputVolume | Refused:
-    """The input of the model for a scan; its HU stay in the worker."""
+def read_volume(*arguments: Any) -> InputVolume | Refused:
+    """The input of the model for a scan, which its HU are not part of; arguments of `read_scan`."""
     scan = read_scan(*arguments)
     if isinstance(scan, Refused):
         return scan
@@ -222,17 +222,7 @@ def keep_audit(output: Path, plan: ScanPlan, key: bytes | None) -> bytes:
     Raises:
       InputError: the folder cannot be made, or its key cannot be used.
     """
-    audit_dir = pseudonyms.default_audit_dir(output)
-    try:
-        audit_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        audit_dir.chmod(0o700)
-        key = key or pseudonyms.make_key(audit_dir / pseudonyms.KEY_FILE)
-    except OSError as error:
-        raise InputError(
-            f"--output: cannot make {audit_dir} ({error.strerror}); choose another place"
-        ) from None
-    except InputError as error:
-        raise InputError(f"{error}; remove it, and a new one is made") from None
+    audit_dir, key = open_audit(output, key)
     rows = []
     for candidate in (candidate for exam in plan.exams for candidate in exam):
         volume_id = pseudonyms.volume_id(key, candidate)
@@ -252,3 +242,20 @@ def keep_audit(output: Path, plan: ScanPlan, key: bytes | None) -> bytes:
             for name, reason, source in sorted(rows)
         )
     return key
+
+
+def open_audit(output: Path, key: bytes | None) -> tuple[Path, bytes]:
+    """The private folder OUTPUT-audit, made if it does not exist, and the key; arguments and errors
+    as for `keep_audit`."""
+    audit_dir = pseudonyms.default_audit_dir(output)
+    try:
+        audit_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        audit_dir.chmod(0o700)
+        key = key or pseudonyms.make_key(audit_dir / pseudonyms.KEY_FILE)
+    except OSError as error:
+        raise InputError(
+            f"--output: cannot make {audit_dir} ({error.strerror}); choose another place"
+        ) from None
+    except InputError as error:
+        raise InputError(f"{error}; remove it, and a new one is made") from None
+    return audit_dir, key

@@ -13,7 +13,7 @@ from ctssl_jax.inference.pictures import save_curve
 from ctssl_jax.inference.pretrained import PretrainedModel
 from ctssl_jax.stats.binary import exam_scores
 from data_prep.dataset.reader import Dataset
-from data_prep.raw.scans import Scan, prepared_volume
+from data_prep.raw.scans import Scan
 from data_prep.system.errors import InputError
 from data_prep.system.stores import local_path
 
@@ -23,6 +23,7 @@ TASKS = ("slice_label", "slice_label_se_resnext")
 def predict_label(
     model: PretrainedModel,
     scan: Scan,
+    probabilities: np.ndarray,
     thresholds: dict[str, float | None],
     output: Path,
     title: str,
@@ -35,6 +36,7 @@ def predict_label(
     Args:
       model: of one of `TASKS`.
       scan: prepared with the windows and the image size of the model.
+      probabilities: [S, K] of its slices, `PretrainedModel.outputs`.
       thresholds: from `read_thresholds`, or {}.
       output: folder.
       title: of the picture; the score is added.
@@ -42,7 +44,6 @@ def predict_label(
     Returns:
       Fields of prediction.json.
     """
-    probabilities = model.outputs(prepared_volume(scan))["probabilities"]
     slices = np.arange(len(probabilities))
     if model.config.slices == "middle":  # the run has learned from no other slices
         slices = slices[[scan.volume.chest.middle_slice]]

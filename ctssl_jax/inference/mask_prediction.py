@@ -1,6 +1,7 @@
 """The mask of one scan in the geometry of the scan, and its regions."""
 
 import importlib.util
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ IDENTITY_NOTE = (
 def predict_mask(
     model: PretrainedModel,
     scan: Scan,
+    slices: np.ndarray,
     input_dir: Path,
     output: Path,
     title: str,
@@ -50,6 +52,7 @@ def predict_mask(
     Args:
       model: of one of `TASKS`.
       scan: prepared with the windows and the image size of the model.
+      slices: [S, size, size] of `slice_probabilities`.
       input_dir: of the scan's sources.
       output: folder.
       title: of the picture; the volume is added.
@@ -62,7 +65,7 @@ def predict_mask(
     """
     volume = scan.volume
     probabilities = np.empty(volume.hu.shape, np.float32)
-    for values, out in zip(slice_probabilities(model, scan.images), probabilities, strict=True):
+    for values, out in zip(slices, probabilities, strict=True):
         out[:] = writing.resize_back(values, volume.hu.shape[1:], volume.pixel_spacing_mm)
     mask = probabilities > THRESHOLD
     regions = mask_regions.regions_of(mask, probabilities, volume)
@@ -93,6 +96,11 @@ def predict_mask(
 
 def slice_probabilities(model: PretrainedModel, images: np.ndarray) -> np.ndarray:
     """Probability of foreground: slices [S, size, size, C] uint8 -> [S, size, size] float32."""
+    return model.in_batches(slice_program(model), {"images": images})
+
+
+def slice_program(model: PretrainedModel) -> Callable:
+    """The function of `PretrainedModel.in_batches` that computes `slice_probabilities`."""
     graph, *_ = abstract_model(model.config, get_task(model.config.task))
 
     @jax.jit
@@ -101,7 +109,7 @@ def slice_probabilities(model: PretrainedModel, images: np.ndarray) -> np.ndarra
         inputs = item_slices(batch["images"], 0, model.config)
         return jax.nn.sigmoid(network(inputs, train=False).logits)
 
-    return model.in_batches(probabilities, {"images": images})
+    return probabilities
 
 
 def can_write_dicom_seg() -> bool:

@@ -5,12 +5,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ctssl_jax.inference import label_prediction, mask_prediction
 from ctssl_jax.inference.pretrained import PretrainedModel, load
 from ctssl_jax.runs.run import Run
 from data_prep.dataset.schema import notes_on_rules
 from data_prep.privacy.pseudonyms import public_kernel
-from data_prep.raw.scans import Refused, ScanPlan, nothing_taken, plan_scans, read_scan
+from data_prep.raw.scans import (
+    Refused,
+    Scan,
+    ScanPlan,
+    nothing_taken,
+    plan_scans,
+    prepared_volume,
+    read_scan,
+)
 from data_prep.scan.headers import NIFTI
 from data_prep.scan.rules import Rules
 from data_prep.scan.series import SeriesCandidate
@@ -77,8 +87,7 @@ def predict(
     """
     output = local_path(output, "--output", "choose a folder here")
     run = open_run(workdir)
-    predicts_label = run.config.task in label_prediction.TASKS
-    _check_request(predicts_label, request)
+    check_request(run.config.task in label_prediction.TASKS, request)
     plan = plan_scans(request.input_path, request.archive, request.rules, request.metadata_csv)
     exam = choose_exam(plan.exams, request.series_index, request.input_path)
     if request.dicom_seg and exam[0].headers[0].transfer_syntax == NIFTI:
@@ -105,7 +114,6 @@ def _predict_into(
     request: Request,
     thresholds: dict[str, Any],
 ) -> dict[str, Any]:
-    predicts_label = run.config.task in label_prediction.TASKS
     try:
         scan = read_scan(plan.input_dir, exam, model.windows, model.image_size, request.rules)
     except OSError as error:
@@ -114,60 +122,101 @@ def _predict_into(
         ) from None
     if isinstance(scan, Refused):
         raise InputError(nothing_taken(request.input_path, [scan]))
-    trained_on_synthetic = bool(model.preparation["synthetic"])
-    synthetic_scan = scan.volume.headers[0].quality_control_subject
-    title = f"{run.config.recipe}, step {model.step}"
-    title += ", trained on SYNTHETIC data" * trained_on_synthetic
-    title += ", SYNTHETIC scan" * synthetic_scan
-    result = {
-        "task": run.config.task,
-        "recipe": run.config.recipe,
-        **model.checkpoint.facts,
-        "model_fingerprint": model.fingerprint,
-        "windows": [{"level": level, "width": width} for level, width in model.windows],
-        "image_size": model.image_size,
-        "normalize": run.config.normalize,
-        "synthetic": synthetic_scan,
-        "trained_on_synthetic": trained_on_synthetic,
-        "scan": {
-            "series_index": request.series_index or 0,
-            "num_volumes_in_input": len(plan.exams),
-            "num_reconstructions": len(exam),
-            **_volume_facts(scan.volume),
-        },
-        "versions": {"ctssl_jax": version("ctssl_jax"), "jax": version("jax")},
+    place = {
+        "series_index": request.series_index or 0,
+        "num_volumes_in_input": len(plan.exams),
     }
-
+    if run.config.task in label_prediction.TASKS:
+        values = model.outputs(prepared_volume(scan))["probabilities"]
+    else:
+        values = mask_prediction.slice_probabilities(model, scan.images)
     try:
         with lock_directory(output):  # one folder holds the results of one scan
             for name in FILES:  # maybe of another scan
                 (output / name).unlink(missing_ok=True)
-            notes = _note_choice(exam, scan.volume.candidate)
-            notes += notes_on_rules(model.preparation, None)
-            if predicts_label:
-                result |= label_prediction.predict_label(model, scan, thresholds, output, title)
-            else:
-                prediction, more = mask_prediction.predict_mask(
-                    model,
-                    scan,
-                    plan.input_dir,
-                    output,
-                    title,
-                    dicom_seg=request.dicom_seg,
-                    segment_label=request.segment_label,
-                )
-                result |= prediction
-                notes += more
-            result["notes"] = notes
-            result["files"] = [
-                name for name in FILES if name == "prediction.json" or (output / name).exists()
-            ]
-            write_json(output / "prediction.json", result)
+            return write_prediction(
+                output, model, plan.input_dir, exam, scan, values, place, request, thresholds
+            )
     except OSError as error:
-        raise RunFailed(
-            f"--output={output} could not be written ({error.strerror or error}); make room or "
-            "choose another folder"
-        ) from None
+        raise not_written(output, error) from None
+
+
+def not_written(output: Path, error: OSError) -> RunFailed:
+    """The error for results that cannot be written."""
+    return RunFailed(
+        f"--output={output} could not be written ({error.strerror or error}); make room or "
+        "choose another folder"
+    )
+
+
+def write_prediction(
+    output: Path,
+    model: PretrainedModel,
+    input_dir: Path,
+    exam: list[SeriesCandidate],
+    scan: Scan,
+    values: np.ndarray,
+    place: dict[str, Any],
+    request: Request,
+    thresholds: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the prediction of one scan into a folder, prediction.json last.
+
+    Args:
+      output: folder without earlier results.
+      model: of a label or segmentation recipe.
+      input_dir: of the scan's sources.
+      exam: the candidates of the volume, the preferred one first.
+      scan: the volume.
+      values: probabilities of its slices, of the classes or of each pixel.
+      place: fields of `scan` in prediction.json that name it.
+      request: the settings.
+      thresholds: of `label_prediction.read_thresholds`.
+
+    Returns:
+      The contents of prediction.json.
+    """
+    config = model.config
+    trained_on_synthetic = bool(model.preparation["synthetic"])
+    synthetic_scan = scan.volume.headers[0].quality_control_subject
+    title = f"{config.recipe}, step {model.step}"
+    title += ", trained on SYNTHETIC data" * trained_on_synthetic
+    title += ", SYNTHETIC scan" * synthetic_scan
+    result = {
+        "task": config.task,
+        "recipe": config.recipe,
+        **model.checkpoint.facts,
+        "model_fingerprint": model.fingerprint,
+        "windows": [{"level": level, "width": width} for level, width in model.windows],
+        "image_size": model.image_size,
+        "normalize": config.normalize,
+        "synthetic": synthetic_scan,
+        "trained_on_synthetic": trained_on_synthetic,
+        "scan": {**place, "num_reconstructions": len(exam), **_volume_facts(scan.volume)},
+        "versions": {"ctssl_jax": version("ctssl_jax"), "jax": version("jax")},
+    }
+    notes = _note_choice(exam, scan.volume.candidate)
+    notes += notes_on_rules(model.preparation, None)
+    if config.task in label_prediction.TASKS:
+        result |= label_prediction.predict_label(model, scan, values, thresholds, output, title)
+    else:
+        prediction, more = mask_prediction.predict_mask(
+            model,
+            scan,
+            values,
+            input_dir,
+            output,
+            title,
+            dicom_seg=request.dicom_seg,
+            segment_label=request.segment_label,
+        )
+        result |= prediction
+        notes += more
+    result["notes"] = notes
+    result["files"] = [
+        name for name in FILES if name == "prediction.json" or (output / name).exists()
+    ]
+    write_json(output / "prediction.json", result)
     return result
 
 
@@ -188,7 +237,8 @@ def open_run(workdir: str | Path) -> Run:
     return run
 
 
-def _check_request(predicts_label: bool, request: Request) -> None:
+def check_request(predicts_label: bool, request: Request) -> None:
+    """Refuse settings that the kind of run has not; raises InputError."""
     if predicts_label and (request.dicom_seg or request.segment_label):
         flag = "--dicom_seg" if request.dicom_seg else "--segment_label"
         raise InputError(f"{flag}: the run predicts a label, not a mask; leave the flag out")

@@ -11,9 +11,11 @@ Slices are oriented, resized and windowed as the data of the run were. The embed
 SE-ResNeXt (which sees three adjacent slices) of its last.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,8 @@ from ctssl_jax.data.slices import neighbour_table, select_channels, selected_win
 from ctssl_jax.inference.hu_arrays import prepare_array
 from ctssl_jax.models.classifier import Classifier
 from ctssl_jax.models.joint_embedding import JointEmbedding
+from ctssl_jax.models.mixed import Mixed
+from ctssl_jax.models.spark import Spark
 from ctssl_jax.ops.trees import fingerprint, flatten, with_sharding
 from ctssl_jax.parallel import batch_sizes
 from ctssl_jax.parallel.mesh import make_mesh, replicated, split_along_batch, to_devices
@@ -202,6 +206,10 @@ class PretrainedModel:
           InputError: slices of another size or number of channels, or a missing lung box where the
             model crops to the lungs.
         """
+        return self.in_batches(self._outputs, self.rows(prepared))
+
+    def rows(self, prepared: PreparedVolume) -> dict[str, np.ndarray]:
+        """The arrays of `in_batches` for `outputs`; errors as there."""
         images = prepared.images
         size, channels = self.image_size, len(self.windows)
         if (
@@ -231,7 +239,7 @@ class PretrainedModel:
                 )
             box = np.array((prepared.lung_box or f"0 0 {size} {size}").split(), np.float32)
             batch["box"] = np.broadcast_to(box, (len(images), 4))
-        return self.in_batches(self._outputs, batch)
+        return batch
 
     def _prepare_path(
         self, path: Path, affine: np.ndarray | None, rules: Rules | None
@@ -278,11 +286,7 @@ class PretrainedModel:
         with batch_sizes.end_of_memory(self.batch_size):
             for size in batch_sizes.in_few_sizes(number, self.batch_size, self._mesh.size):
                 index = np.minimum(np.arange(start, start + size), number - 1)
-                batch = {name: all_[index] for name, all_ in arrays.items() if name != "neighbours"}
-                neighbours = (
-                    arrays["neighbours"][index] if "neighbours" in arrays else index[:, None]
-                )
-                batch["images"] = arrays["images"][neighbours]
+                batch = _batch(arrays, index)
                 running = function(self.state, to_devices(self._mesh, batch))
                 # fetch one batch behind, so that the devices never wait for the host
                 if pending is not None:
@@ -290,6 +294,76 @@ class PretrainedModel:
                 pending, start = running, start + size
             fetched.append(jax.device_get(pending))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:number], *fetched)
+
+    def in_shared_batches(
+        self, volumes: Iterable[dict[str, np.ndarray]], function: Callable | None = None
+    ) -> Iterator[Any]:
+        """`in_batches` of many volumes, whose slices fill the batches together.
+
+        All batches have one size, the last one is padded: one program computes every slice, beside
+        whichever others.
+
+        Args:
+          volumes: the arrays of each, as for `in_batches`; taken as they are needed.
+          function: as for `in_batches`; None gives what `outputs` gives.
+
+        Yields:
+          The tree of each volume with arrays [S, ...], on the host, in the order of the volumes.
+        """
+        function, size = function or self._outputs, self.batch_size
+        numbers: collections.deque[int] = collections.deque()
+        pieces: list[tuple[dict, np.ndarray]] = []  # slices that wait for a batch
+        fetched: list[Any] = []
+        num_waiting, num_fetched, pending = 0, 0, None
+        with batch_sizes.end_of_memory(size):
+            for arrays in itertools.chain(volumes, [None]):
+                if arrays is not None:
+                    number = len(arrays["images"])
+                    numbers.append(number)
+                    pieces.append((arrays, np.arange(number)))
+                    num_waiting += number
+                while num_waiting >= size or (arrays is None and num_waiting):
+                    batch, pieces = _shared_batch(pieces, size)
+                    running = function(self.state, to_devices(self._mesh, batch))
+                    if pending is not None:
+                        fetched.append(jax.device_get(pending))
+                        num_fetched += size
+                    pending, num_waiting = running, sum(len(index) for _, index in pieces)
+                if arrays is None and pending is not None:
+                    fetched.append(jax.device_get(pending))
+                    num_fetched += size
+                while numbers and num_fetched >= numbers[0]:
+                    number = numbers.popleft()
+                    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *fetched)
+                    yield jax.tree.map(lambda all_, n=number: all_[:n], whole)
+                    fetched = [jax.tree.map(lambda all_, n=number: all_[n:].copy(), whole)]
+                    num_fetched -= number
+
+
+def _batch(arrays: dict[str, np.ndarray], index: np.ndarray) -> dict[str, np.ndarray]:
+    """The inputs of a batch: some slices of the arrays of `in_batches`, with their neighbours."""
+    batch = {name: all_[index] for name, all_ in arrays.items() if name != "neighbours"}
+    neighbours = arrays["neighbours"][index] if "neighbours" in arrays else index[:, None]
+    return batch | {"images": arrays["images"][neighbours]}
+
+
+def _shared_batch(
+    pieces: list[tuple[dict, np.ndarray]], size: int
+) -> tuple[dict[str, np.ndarray], list[tuple[dict, np.ndarray]]]:
+    """A batch of the first slices of some volumes, and the pieces that are left over.
+
+    pieces: arrays of `in_batches`, and the slices of them that are wanted.
+    """
+    taken, left, free = [], [], size
+    for arrays, index in pieces:
+        if free:
+            taken.append(_batch(arrays, index[:free]))
+        if len(index) > free:
+            left.append((arrays, index[free:]))
+        free = max(0, free - len(index))
+    batch = {name: np.concatenate([one[name] for one in taken]) for name in taken[0]}
+    padded = np.minimum(np.arange(size), size - free - 1)
+    return {name: all_[padded] for name, all_ in batch.items()}, left
 
 
 def load(
@@ -369,7 +443,7 @@ def _encoder_outputs(model: Any, batch: dict, config) -> dict[str, jax.Array]:
             "embedding": jnp.mean(latents, axis=(1, 2)),
             "probabilities": jax.nn.softmax(logits),
         }
-    if isinstance(model, JointEmbedding):
+    if isinstance(model, JointEmbedding | Mixed | Spark):
         return {"embedding": model(images, train=False).embedding}
     return {"embedding": jnp.mean(model.encoder(images, train=False), axis=(1, 2))}
 

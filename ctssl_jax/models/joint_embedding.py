@@ -4,11 +4,13 @@ alone uses.
 Names of the modules, which are the keys of checkpoints:
 
     encoder.*                        as in the autoencoder: encoders move between all tasks
+    neck.attention                   1 x 1 without bias (neck "attention")
+    neck.stages.{0,1}.conv|norm      3 x 3 stride 2, leaky ReLU (neck "stages")
     projector.layers.i.kernel        linear, [before, after]
     projector.layers.i.norm          batch normalisation, of all but the last layer
     projector.layers.i.bias          of the last layer
     prototypes                       [projector[-1], P], columns of any length (DINO alone)
-    teacher.encoder|projector.*, teacher.prototypes, centre, steps
+    teacher.encoder|neck|projector.*, teacher.prototypes, centre, steps
                                      state of training: no optimizer moves it
 """
 
@@ -20,10 +22,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ctssl_jax.models.layers import KERNEL_INIT, BatchNorm
+from ctssl_jax.models.layers import (
+    KERNEL_INIT,
+    BatchNorm,
+    ConvNorm,
+    PointwiseConv,
+    leaky_relu,
+)
 from ctssl_jax.models.vqvae import Encoder, VQVAEConfig, encoder_flops
 
 POOLED = ("latents", "map", "both")
+NECKS = ("none", "attention", "stages")
+NUM_STAGES = 2
 
 
 class TeacherState(nnx.Variable):
@@ -39,6 +49,10 @@ class JointEmbeddingConfig:
         pooled: what the feature of a slice is the mean of, over the pixels: "latents" (D numbers),
             "map", the features before the projection to latents (hidden[1] numbers), or "both", the
             map's and then the latents'.
+        neck: what lies between these pixels and their mean. "none"; "attention": in place of the
+            mean a weighted one, for each feature with the softmax over pixels of a linear function
+            of all features; "stages": two convolutions with stride 2 of the same width, so that a
+            number of the mean has seen four times as far.
         num_prototypes: P, vectors that the projections are compared with; 0 without a teacher.
         in_channels, hidden, depth, embedding_dim, drop_rate, remat, scan, dtype: settings of the
             encoder, as in `VQVAEConfig`. The projector is float32.
@@ -49,6 +63,7 @@ class JointEmbeddingConfig:
 
     projector: tuple[int, ...] = (2048, 2048, 64)
     pooled: str = "latents"
+    neck: str = "none"
     num_prototypes: int = 0
     in_channels: int = 1
     hidden: tuple[int, int] = (256, 512)
@@ -65,6 +80,8 @@ class JointEmbeddingConfig:
             raise ValueError(f"projector must be one or more positive widths, got {self.projector}")
         if self.pooled not in POOLED:
             raise ValueError(f"pooled must be one of {', '.join(POOLED)}, got {self.pooled!r}")
+        if self.neck not in NECKS:
+            raise ValueError(f"neck must be one of {', '.join(NECKS)}, got {self.neck!r}")
         object.__setattr__(self, "hidden", self.encoder.hidden)
 
     @property
@@ -132,22 +149,62 @@ class Projector(nnx.Module):
         return x
 
 
+class Neck(nnx.Module):
+    """What lies between the encoder's features and the feature of a slice, see
+    `JointEmbeddingConfig.neck`."""
+
+    def __init__(self, config: JointEmbeddingConfig, *, rngs: nnx.Rngs):
+        width = config.num_features
+        if config.neck == "attention":
+            self.attention = PointwiseConv(
+                width, width, use_bias=False, dtype=jnp.dtype("float32"), rngs=rngs
+            )
+        else:
+            dtype = jnp.dtype(config.dtype)
+            self.stages = nnx.List(
+                [
+                    ConvNorm(width, width, 3, stride=2, dtype=dtype, rngs=rngs)
+                    for _ in range(NUM_STAGES)
+                ]
+            )
+        self.kind = config.neck
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[B, h, w, F] -> [B, F] float32."""
+        if self.kind == "attention":
+            x = x.astype(jnp.float32)
+            weights = jax.nn.softmax(self.attention(x), axis=(1, 2))
+            return jnp.sum(weights * x, axis=(1, 2))
+        for stage in self.stages:
+            x = leaky_relu(stage(x, train=train))
+        return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+
+
 class _Network(nnx.Module):
     """What a student and its teacher both have."""
 
     def __init__(self, config: JointEmbeddingConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = Encoder(config.encoder, rngs=rngs)
+        if config.neck != "none":
+            self.neck = Neck(config, rngs=rngs)
         self.projector = Projector((config.num_features, *config.projector), rngs=rngs)
         if config.num_prototypes:
             shape = (config.projector[-1], config.num_prototypes)
             self.prototypes = nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32))
 
     def embed(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        frozen_encoder: bool = False,
     ) -> JointEmbeddingOutput:
         """The encoder's latents and the feature of each slice, see `encode`."""
-        return encode(self.encoder, images, self.config.pooled, train=train, key=key)
+        neck = getattr(self, "neck", None)
+        how = {"train": train, "key": key, "frozen_encoder": frozen_encoder}
+        return encode(self.encoder, images, self.config.pooled, neck, **how)
 
     def scores(self, projections: jax.Array, learning: jax.Array | bool = True) -> jax.Array:
         """Cosines of projections and prototypes: [..., D] -> [..., P] float32.
@@ -165,24 +222,37 @@ def encode(
     encoder: Encoder,
     images: jax.Array,
     pooled: str,
+    neck: Neck | None = None,
     *,
     train: bool,
     key: jax.Array | None = None,
+    frozen_encoder: bool = False,
 ) -> JointEmbeddingOutput:
     """Latents of an encoder, and the feature of each slice.
 
     Args:
         images: [B, H, W, C] float in [0, 1]; H and W divisible by 4.
         pooled: as `JointEmbeddingConfig.pooled`.
+        neck: None takes the mean over the pixels.
         train: use and update batch statistics, apply dropout.
         key: for dropout; needed in training if drop_rate > 0.
+        frozen_encoder: the encoder behaves as in evaluation.
     """
-    encoder.check_key(train, key)  # before any batch statistic changes
-    features = encoder.trunk(encoder.compress(images, train=train)[1], train=train, key=key)
-    latents = encoder.to_latents(features, train=train)
-    chosen = {"latents": (latents,), "map": (features,), "both": (features, latents)}[pooled]
+    learns = train and not frozen_encoder
+    encoder.check_key(learns, key)  # before any batch statistic changes
+    features = encoder.trunk(encoder.compress(images, train=learns)[1], train=learns, key=key)
+    latents = encoder.to_latents(features, train=learns)
+    chosen = chosen_maps(features, latents, pooled)
+    if neck is not None:
+        joined = jnp.concatenate([part.astype(jnp.float32) for part in chosen], axis=-1)
+        return JointEmbeddingOutput(latents, neck(joined, train=train))
     means = [jnp.mean(part.astype(jnp.float32), axis=(1, 2)) for part in chosen]
     return JointEmbeddingOutput(latents, jnp.concatenate(means, axis=-1))
+
+
+def chosen_maps(features: jax.Array, latents: jax.Array, pooled: str) -> tuple[jax.Array, ...]:
+    """The maps that `JointEmbeddingConfig.pooled` names."""
+    return {"latents": (latents,), "map": (features,), "both": (features, latents)}[pooled]
 
 
 class JointEmbedding(_Network):
@@ -219,7 +289,7 @@ class JointEmbedding(_Network):
         Raises:
             ValueError: as `Encoder`.
         """
-        return self.embed(images, train=train and not frozen_encoder, key=key)
+        return self.embed(images, train=train, key=key, frozen_encoder=frozen_encoder)
 
     def follow(self, momentum: jax.Array | float) -> None:
         """Move the teacher towards the student: momentum * teacher + (1 - momentum) * student."""
@@ -240,12 +310,21 @@ def _as_state(module: nnx.Module) -> None:
 
 
 def flops_per_view(config: JointEmbeddingConfig, image_size: int) -> int:
-    """Floating-point operations of one forward pass of one view: encoder, projector, prototypes.
+    """Floating-point operations of one forward pass of one view: encoder, neck, projector,
+    prototypes.
 
     Args:
         image_size: side of the view in pixels.
     """
-    widths = (config.num_features, *config.projector)
+    width = config.num_features
+    widths = (width, *config.projector)
     projector = 2 * sum(before * after for before, after in itertools.pairwise(widths))
     prototypes = 2 * config.projector[-1] * config.num_prototypes
-    return encoder_flops(config.encoder, image_size) + projector + prototypes
+    neck, side = 0, image_size // Encoder.stride
+    if config.neck == "attention":
+        neck = 2 * side * side * width * width
+    elif config.neck == "stages":
+        for _ in range(NUM_STAGES):
+            side = (side + 1) // 2
+            neck += 2 * 9 * width * width * side * side
+    return encoder_flops(config.encoder, image_size) + neck + projector + prototypes

@@ -266,6 +266,27 @@ def _normalize_by_batch_backward(residuals, gradients):
 normalize_by_batch.defvjp(_normalize_by_batch_forward, _normalize_by_batch_backward)
 
 
+def normalize_visible(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, visible: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`normalize_by_batch` over the visible positions alone (SparK, arXiv 2301.03580).
+
+    Args:
+        x, scale, bias: as there.
+        visible: [..., 1] float32, 1 where a position counts, else 0.
+
+    Returns:
+        As there; the normalised x is 0 where a position does not count.
+    """
+    values = x.astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(visible), 1)
+    mean = sum_pixels(values * visible) / count
+    var = jnp.maximum(sum_pixels(jnp.square(values) * visible) / count - jnp.square(mean), 0)
+    mean, var = (checkpoint_name(value, "norm_statistics") for value in (mean, var))
+    y = ((values - mean) * (scale * jax.lax.rsqrt(var + NORM_EPSILON)) + bias) * visible
+    return y.astype(x.dtype), *(jax.lax.stop_gradient(value) for value in (mean, var))
+
+
 class BatchNorm(nnx.Module):
     """Batch normalisation over all axes except the last, in float32 for every dtype of the input.
 
@@ -283,12 +304,12 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, visible: jax.Array | None = None) -> jax.Array:
         """[..., F] -> [..., F] of the same dtype; `train` uses the batch's statistics and updates
-        the running ones.
+        the running ones. Positions that are 0 in `visible` [..., 1] count in none, and become 0.
         """
         if train:
-            y, mean, var = self._normalize(x)
+            y, mean, var = self._normalize(x, visible)
             self.mean[...] = jax.lax.stop_gradient(
                 NORM_DECAY * self.mean[...] + (1 - NORM_DECAY) * mean
             )
@@ -297,14 +318,22 @@ class BatchNorm(nnx.Module):
             )
             return y
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + NORM_EPSILON)
-        return ((x.astype(jnp.float32) - self.mean[...]) * scale + self.bias[...]).astype(x.dtype)
+        y = (x.astype(jnp.float32) - self.mean[...]) * scale + self.bias[...]
+        return (y if visible is None else y * visible).astype(x.dtype)
 
-    def _normalize(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _normalize(
+        self, x: jax.Array, visible: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         scale, bias = self.scale[...], self.bias[...]
+        arrays = (x,) if visible is None else (x, visible)
+
+        def normalize(x: jax.Array, *visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            return (normalize_visible if visible else normalize_by_batch)(x, scale, bias, *visible)
+
         if self.num_groups == 1:
-            return normalize_by_batch(x, scale, bias)
-        parts = x.reshape(self.num_groups, -1, *x.shape[1:])
-        y, mean, var = jax.vmap(normalize_by_batch, (0, None, None))(parts, scale, bias)
+            return normalize(*arrays)
+        parts = (array.reshape(self.num_groups, -1, *array.shape[1:]) for array in arrays)
+        y, mean, var = jax.vmap(normalize)(*parts)
         return y.reshape(x.shape), jnp.mean(mean, axis=0), jnp.mean(var, axis=0)
 
 
@@ -341,8 +370,9 @@ class ConvNorm(nnx.Module):
         )
         self.norm = BatchNorm(out_features)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return self.norm(self.conv(x), train=train)
+    def __call__(self, x: jax.Array, *, train: bool, visible: jax.Array | None = None) -> jax.Array:
+        """`visible` [B, H / stride, W / stride, 1]: as `BatchNorm`."""
+        return self.norm(self.conv(x), train=train, visible=visible)
 
 
 class TransposedConvNorm(nnx.Module):
@@ -368,12 +398,20 @@ class ResidualBlock(nnx.Module):
         self.conv1 = _conv(features, features, 1, 1, False, dtype, rngs)
         self.drop_rate = drop_rate
 
-    def __call__(self, x: jax.Array, key: jax.Array | None, *, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        key: jax.Array | None,
+        *,
+        train: bool,
+        visible: jax.Array | None = None,
+    ) -> jax.Array:
+        """Where x and `visible` [B, H, W, 1] are 0, the result is 0."""
         y = self.conv3(x)
         if train and self.drop_rate > 0:
             keep = jax.random.bernoulli(key, 1 - self.drop_rate, y.shape)
             y = jnp.where(keep, y / (1 - self.drop_rate), 0)
-        y = jax.nn.relu(self.norm(y, train=train))
+        y = jax.nn.relu(self.norm(y, train=train, visible=visible))
         return x + self.conv1(y)
 
 
@@ -385,6 +423,7 @@ def apply_blocks(
     train: bool,
     remat: bool,
     scan: bool,
+    visible: jax.Array | None = None,
 ) -> jax.Array:
     """Run residual blocks one after the other: [B, H, W, F] -> [B, H, W, F].
 
@@ -400,13 +439,14 @@ def apply_blocks(
         remat: keep only each block's input and batch statistics for the backward pass and compute
             the rest again; same numbers.
         scan: one compiled block in a loop instead of a copy for each block; same numbers and names.
+        visible: as `ResidualBlock`.
     """
 
     def run(block, x, key):
-        return block(x, key, train=train)
+        return block(x, key, train=train, visible=visible)
 
     if scan and len(blocks) > 0:
-        return _scan_blocks(blocks, x, key, train=train, remat=remat)
+        return _scan_blocks(blocks, x, key, train=train, remat=remat, visible=visible)
     if remat and train:
         run = nnx.remat(run, policy=_KEEP_STATISTICS)
     for index, block in enumerate(blocks):
@@ -415,7 +455,13 @@ def apply_blocks(
 
 
 def _scan_blocks(
-    blocks: Sequence[nnx.Module], x: jax.Array, key: jax.Array | None, *, train: bool, remat: bool
+    blocks: Sequence[nnx.Module],
+    x: jax.Array,
+    key: jax.Array | None,
+    *,
+    train: bool,
+    remat: bool,
+    visible: jax.Array | None,
 ) -> jax.Array:
     """The loop of `apply_blocks` as `jax.lax.scan` over the blocks' stacked parameters and batch
     statistics."""
@@ -426,7 +472,8 @@ def _scan_blocks(
     def body(x, index_and_state):
         index, state = index_and_state
         block = nnx.merge(graph, state)
-        x = block(x, None if key is None else jax.random.fold_in(key, index), train=train)
+        drop_key = None if key is None else jax.random.fold_in(key, index)
+        x = block(x, drop_key, train=train, visible=visible)
         return x, nnx.as_pure(nnx.state(block, nnx.BatchStat))
 
     if remat and train:

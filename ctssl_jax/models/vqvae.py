@@ -174,7 +174,12 @@ class Encoder(nnx.Module):
         self.project = ConvNorm(second, config.embedding_dim, 1, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        visible: jax.Array | None = None,
     ) -> jax.Array:
         """Encode.
 
@@ -182,22 +187,29 @@ class Encoder(nnx.Module):
             images: [B, H, W, C] float in [0, 1]; H and W divisible by 4.
             train: use and update batch statistics, apply dropout.
             key: for dropout; needed in training if drop_rate > 0.
+            visible: [B, H, W, 1] float32, 0 or 1, equal within each 4 x 4 pixels: positions that
+                are 0 are set to zero after every convolution and count in no batch statistic, so
+                that nothing of their pixels reaches any output (SparK, arXiv 2301.03580).
 
         Returns:
-            latents [B, H / 4, W / 4, D] float32.
+            latents [B, H / 4, W / 4, D] float32; 0 where nothing is visible.
 
         Raises:
             ValueError: sides not divisible by 4, or the key is missing.
         """
         self.check_key(train, key)  # before any batch statistic changes
-        return self.refine(self.compress(images, train=train)[1], train=train, key=key)
+        compressed = self.compress(images, train=train, visible=visible)[1]
+        return self.refine(compressed, train=train, key=key, visible=visible)
 
-    def compress(self, images: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+    def compress(
+        self, images: jax.Array, *, train: bool, visible: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """The layers before the residual blocks.
 
         Args:
             images: [B, H, W, C] float in [0, 1]; H and W divisible by 4.
             train: use and update batch statistics.
+            visible: as `__call__`.
 
         Returns:
             features [B, H / 2, W / 2, hidden[0]] of the first layer and [B, H / 4, W / 4,
@@ -211,9 +223,15 @@ class Encoder(nnx.Module):
             raise ValueError(
                 f"image sides must be divisible by {self.stride}, got {height} x {width}"
             )
-        half = leaky_relu(self.downsample[0](images.astype(self.dtype), train=train))
-        quarter = leaky_relu(self.downsample[1](half, train=train))
-        return half, leaky_relu(self.stem(quarter, train=train))
+        at_half = at_quarter = None
+        if visible is not None:
+            images, at_half = images * visible, visible[:, ::2, ::2]
+            at_quarter = _at_quarter(visible)
+        half = leaky_relu(
+            self.downsample[0](images.astype(self.dtype), train=train, visible=at_half)
+        )
+        quarter = leaky_relu(self.downsample[1](half, train=train, visible=at_quarter))
+        return half, leaky_relu(self.stem(quarter, train=train, visible=at_quarter))
 
     def check_key(self, train: bool, key: jax.Array | None) -> None:
         """Refuse training with dropout and without a key, with a ValueError."""
@@ -221,27 +239,52 @@ class Encoder(nnx.Module):
             raise ValueError("training with drop_rate > 0 needs a key")
 
     def refine(
-        self, compressed: jax.Array, *, train: bool, key: jax.Array | None = None
+        self,
+        compressed: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        visible: jax.Array | None = None,
     ) -> jax.Array:
         """The residual blocks and the projection: the last output of `compress` -> latents, as
         `__call__`.
         """
-        return self.to_latents(self.trunk(compressed, train=train, key=key), train=train)
+        features = self.trunk(compressed, train=train, key=key, visible=visible)
+        return self.to_latents(features, train=train, visible=visible)
 
     def trunk(
-        self, compressed: jax.Array, *, train: bool, key: jax.Array | None = None
+        self,
+        compressed: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+        visible: jax.Array | None = None,
     ) -> jax.Array:
         """The residual blocks: the last output of `compress` -> [B, H / 4, W / 4, hidden[1]]."""
         self.check_key(train, key)
         return leaky_relu(
             apply_blocks(
-                self.blocks, compressed, key, train=train, remat=self.remat, scan=self.scan
+                self.blocks,
+                compressed,
+                key,
+                train=train,
+                remat=self.remat,
+                scan=self.scan,
+                visible=_at_quarter(visible),
             )
         )
 
-    def to_latents(self, features: jax.Array, *, train: bool) -> jax.Array:
+    def to_latents(
+        self, features: jax.Array, *, train: bool, visible: jax.Array | None = None
+    ) -> jax.Array:
         """The projection: the output of `trunk` -> latents [B, H / 4, W / 4, D] float32."""
-        return leaky_relu(self.project(features, train=train)).astype(jnp.float32)
+        projected = self.project(features, train=train, visible=_at_quarter(visible))
+        return leaky_relu(projected).astype(jnp.float32)
+
+
+def _at_quarter(visible: jax.Array | None) -> jax.Array | None:
+    """The visible positions of images as those of latents."""
+    return None if visible is None else visible[:, ::4, ::4]
 
 
 class Decoder(nnx.Module):

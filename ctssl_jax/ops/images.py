@@ -9,6 +9,7 @@ SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_K1 = 0.01
 SSIM_K2 = 0.03
+BLOCK_EPSILON = 1e-6  # added to the variance of a block, as in MAE
 
 
 def _gaussian_band(size: int) -> jax.Array:
@@ -107,3 +108,28 @@ def to_unit_images(images: jax.Array, channels: int, normalize: str) -> jax.Arra
     if normalize == "slice_minmax":
         unit = to_unit_range(unit, rescale=True)
     return jnp.broadcast_to(unit, (*unit.shape[:-1], channels)) if unit.shape[-1] == 1 else unit
+
+
+def normalize_blocks(images: jax.Array, side: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Images whose blocks have mean 0 and variance 1, over all channels (MAE, arXiv 2111.06377,
+    section 4.1); in a block of one grey value all is 0.
+
+    Args:
+        images: [B, H, W, C] float32.
+        side: of a block in pixels; it divides H and W.
+
+    Returns:
+        The images, and the mean and standard deviation of the block of each pixel, [B, H, W, 1].
+    """
+    number, height, width, channels = images.shape
+    rows, columns = height // side, width // side
+    blocks = images.reshape(number, rows, side, columns, side, channels)
+    mean = jnp.mean(blocks, axis=(2, 4, 5))
+    centred = blocks - mean[:, :, None, :, None, None]
+    deviation = jnp.sqrt(jnp.mean(jnp.square(centred), axis=(2, 4, 5)) + BLOCK_EPSILON)
+
+    def of_pixels(values: jax.Array) -> jax.Array:
+        return jnp.repeat(jnp.repeat(values, side, axis=1), side, axis=2)[..., None]
+
+    mean, deviation = of_pixels(mean), of_pixels(deviation)
+    return (images - mean) / deviation, mean, deviation

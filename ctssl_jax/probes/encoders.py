@@ -20,6 +20,7 @@ from flax import nnx
 from ctssl_jax.data.batches import training_batches
 from ctssl_jax.data.slices import NeighbourSource
 from ctssl_jax.evaluation.measured_run import MeasuredRun, check_request, header
+from ctssl_jax.models import joint_embedding
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.parallel import batch_sizes
@@ -188,10 +189,10 @@ def pool(images: jax.Array, parts: int) -> jax.Array:
     return means.reshape(len(images), -1)
 
 
-def _abstract_encoder(config: ml_collections.ConfigDict, task: Task) -> tuple[Any, Any, Any]:
-    encoder = nnx.eval_shape(lambda: task.build(config, nnx.Rngs(params=config.seed)).encoder)
-    graph, params, variables = nnx.split(encoder, nnx.Param, ...)
-    return graph, nnx.as_pure(params), nnx.as_pure(variables)
+def _frozen_part(model: nnx.Module) -> nnx.Dict:
+    """What makes the feature of a slice: the encoder, and the neck of a joint embedding."""
+    neck = getattr(model, "neck", None)
+    return nnx.Dict({"encoder": model.encoder} | ({} if neck is None else {"neck": neck}))
 
 
 def _network(
@@ -202,21 +203,21 @@ def _network(
     widths = {"latents": (dim,), "map": (wide,), "both": (wide, dim)}[pooled]
 
     def encode(state, images):
-        encoder = nnx.merge(graph, *state, copy=True)
-        features = encoder.trunk(encoder.compress(images, train=False)[1], train=False)
-        latents = encoder.to_latents(features, train=False)
-        chosen = {"latents": (latents,), "map": (features,), "both": (features, latents)}[pooled]
+        part = nnx.merge(graph, *state, copy=True)
+        if "neck" in part:  # its feature has no regions
+            output = joint_embedding.encode(part.encoder, images, pooled, part.neck, train=False)
+            return output.latents, output.embedding
+        features = part.encoder.trunk(part.encoder.compress(images, train=False)[1], train=False)
+        latents = part.encoder.to_latents(features, train=False)
+        chosen = joint_embedding.chosen_maps(features, latents, pooled)
         parts = min(regions, latents.shape[1])  # of small images
-        means = [pool(part.astype(jnp.float32), parts) for part in chosen]
+        means = [pool(chosen_map.astype(jnp.float32), parts) for chosen_map in chosen]
         return latents, jnp.concatenate(means, axis=-1)
 
-    return FrozenEncoder(
-        state,
-        jax.jit(encode),
-        config.model.in_channels,
-        config.normalize,
-        functools.partial(_mean_over_regions, widths),
-    )
+    frozen = FrozenEncoder(state, jax.jit(encode), config.model.in_channels, config.normalize)
+    if config.model.get("neck", "none") != "none":
+        return frozen
+    return frozen._replace(whole=functools.partial(_mean_over_regions, widths))
 
 
 def _mean_over_regions(widths: tuple[int, ...], pooled: np.ndarray) -> np.ndarray:
@@ -230,20 +231,20 @@ def _mean_over_regions(widths: tuple[int, ...], pooled: np.ndarray) -> np.ndarra
 def trained_encoder(
     config: ml_collections.ConfigDict, task: Task, run: Run, step: int, regions: int = REGIONS
 ) -> FrozenEncoder:
-    """The encoder of a checkpoint; nothing else of the checkpoint is read.
+    """The encoder of a checkpoint, with its neck if it has one; nothing else is read.
 
     Raises:
       InputError: as `Run.restore`.
     """
-    graph, params, variables = _abstract_encoder(config, task)
+    part = nnx.eval_shape(lambda: _frozen_part(task.build(config, nnx.Rngs(params=config.seed))))
+    graph, params, variables = nnx.split(part, nnx.Param, ...)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        {"params": {"encoder": params}, "variables": {"encoder": variables}},
+        {"params": nnx.as_pure(params), "variables": nnx.as_pure(variables)},
     )
     restored = run.restore(step, template)
-    state = restored["params"]["encoder"], restored["variables"]["encoder"]
-    return _network(config, graph, state, regions)
+    return _network(config, graph, (restored["params"], restored["variables"]), regions)
 
 
 def untrained_encoder(
@@ -263,16 +264,16 @@ def untrained_encoder(
       batches: endless, from `data.batches.training_batches`.
       regions: latents are averaged over regions x regions.
     """
-    graph, params, variables = nnx.split(
-        task.build(config, nnx.Rngs(params=config.seed)).encoder, nnx.Param, ...
-    )
+    pooled = config.model.get("pooled", "latents")
+    part = _frozen_part(task.build(config, nnx.Rngs(params=config.seed)))
+    graph, params, variables = nnx.split(part, nnx.Param, ...)
 
     @jax.jit
     def update_statistics(params, variables, images, key):
-        encoder = nnx.merge(graph, params, variables, copy=True)
+        part = nnx.merge(graph, params, variables, copy=True)
         images = to_unit_images(images, config.model.in_channels, config.normalize)
-        encoder(images, train=True, key=key)
-        return nnx.as_pure(nnx.split(encoder, nnx.Param, ...)[2])
+        joint_embedding.encode(part.encoder, images, pooled, part.get("neck"), train=True, key=key)
+        return nnx.as_pure(nnx.split(part, nnx.Param, ...)[2])
 
     params, variables = nnx.as_pure(params), nnx.as_pure(variables)
     for step in range(STATISTICS_STEPS):

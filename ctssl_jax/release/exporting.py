@@ -23,7 +23,9 @@ from flax import nnx
 
 from ctssl_jax.data.slices import select_channels, selected_windows
 from ctssl_jax.ops.trees import fingerprint, flatten
-from ctssl_jax.release import hub, model_card, onnx_file, parity, small_onnx
+from ctssl_jax.release import hub, model_card, model_page, onnx_file, parity, small_onnx
+from ctssl_jax.release import public_series as public_series_list
+from ctssl_jax.release.model_page import trained_volumes as run_volumes
 from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.reports import say
 from ctssl_jax.runs.run import Run, portable
@@ -32,6 +34,7 @@ from ctssl_jax.torch_bridge import ctssl_torch, manifests, weight_files
 from ctssl_jax.torch_bridge.names import architecture_settings, is_exported, state_dict
 from ctssl_jax.training.state import count_parameters, restore_model
 from data_prep.dataset.schema import rules_of
+from data_prep.privacy.pseudonyms import KEY_FILE, default_audit_dir, read_key
 from data_prep.scan import anatomy
 from data_prep.scan.window import window_to_uint8
 from data_prep.synthetic.exam import Options, render_series, sample_exam
@@ -68,6 +71,8 @@ def export(
     results: Sequence[str | Path] = (),
     num_test_slices: int = 2,
     dataset: str | Path | None = None,
+    public_series: str | Path | None = None,
+    pseudonym_key_file: str | Path | None = None,
     num_dataset_slices: int = 32,
 ) -> dict[str, Any]:
     """Export a run's checkpoint.
@@ -78,12 +83,18 @@ def export(
       formats: names in `FORMATS`.
       licence: licence of the weights, for the manifest.
       checkpoint: `best`, `last`, `last_good` or a step.
-      results: results files of `ctssl_jax.evaluate` for this model, for the model card.
+      results: results files of `ctssl_jax.evaluate` and `ctssl_jax.probe` for this model, for the
+        model card.
       num_test_slices: synthetic slices that parity is measured on.
-      dataset: dataset directory, for the formats `onnx_fp16` and `onnx_int8`; None takes the
-        dataset of the training.
+      dataset: where the dataset of the training is now; None takes its place of the training. The
+        cohort of the page is left out where it is gone; the formats `onnx_fp16` and `onnx_int8` and
+        `public_series` need it.
       num_dataset_slices: of its training slices integers are calibrated on so many, and both
         formats are measured on so many validation slices.
+      public_series: table of a public collection's series, of which those that the run has read
+        are listed in `public_series.FILE`; None lists none.
+      pseudonym_key_file: key of the dataset's pseudonyms, for `public_series`; None takes the one
+        in the dataset's audit directory.
 
     Returns:
       The contents of manifest.json.
@@ -96,11 +107,6 @@ def export(
     output_dir = local_path(output_dir, "--output_dir", "choose a folder here").resolve()
     _check_request(output_dir, formats, licence, num_test_slices)
     small = [name for name in small_onnx.FORMATS if name in formats]
-    if dataset is not None and not small:
-        raise InputError(
-            f"--dataset={dataset} is read for {' and '.join(small_onnx.FORMATS)} alone; add one of "
-            "them to --format, or leave it out"
-        )
     if num_dataset_slices < 2:
         raise InputError(f"--num_dataset_slices={num_dataset_slices}: must be 2 or more")
     started = time.monotonic()
@@ -113,8 +119,9 @@ def export(
             f"--license={licence}, but these weights were imported under {imported_under}; give "
             f"--license={imported_under}"
         )
-    summaries = [_result(local_path(path, "--results"), exported.fingerprint) for path in results]
+    summaries = [_result(local_path(path, "--results"), exported) for path in results]
     manifest = _manifest(exported, summaries, licence)
+    manifest["page"], listed = _page(exported.run, dataset, public_series, pseudonym_key_file)
     # A checkpoint that was not trained further keeps the counters with which it was imported.
     counters = imported["num_batches_tracked"] if imported.get("step") == exported.step else None
     entries = state_dict(
@@ -143,7 +150,7 @@ def export(
             _write_test_input(folder / "test_input.npz", images, outputs)
             if cases:
                 path = folder / FORMATS["onnx"]
-                facts = onnx_file.write(path, twin, cases)
+                facts = onnx_file.write(path, twin, cases, whole)
                 for line in onnx_file.lines(facts):
                     say(line)
                 if measured is not None:
@@ -159,6 +166,12 @@ def export(
                 shutil.copyfile(anatomy.__file__, folder / "ctssl_anatomy.py")
             for name, text in hub.files(manifest).items() if "hub" in formats else ():
                 write_text(folder / name, text)
+            if curves := manifest["page"]["curve"]:
+                path = folder / model_page.PICTURE
+                step = manifest["training"]["checkpoint_step"]
+                model_page.draw_curve(path, curves, step, manifest["training"]["recipe"])
+            if listed is not None:
+                write_text(folder / public_series_list.FILE, public_series_list.table(listed))
             manifest["files"] = {
                 path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
                 for path in sorted(folder.iterdir())
@@ -256,7 +269,7 @@ def open_model(run: Run, checkpoint: str) -> RunModel:
     return RunModel(
         run=run,
         checkpoint=chosen,
-        architecture=type(model).__name__,
+        architecture=getattr(model, "architecture", type(model).__name__),
         settings=architecture_settings(model.config),
         depth=getattr(model.config, "depth", 0),
         model=model,
@@ -329,20 +342,78 @@ def _data(run: Run) -> dict[str, Any]:
     }
 
 
-def _result(path: Path, fingerprint: str) -> dict[str, Any]:
-    """An evaluation in short, for the model card.
+def _page(
+    run: Run,
+    dataset: str | Path | None,
+    public_series: str | Path | None,
+    pseudonym_key_file: str | Path | None,
+) -> tuple[dict[str, Any], list[tuple[str, str]] | None]:
+    """The field `page` of manifest.json, and the published series that were read, if asked for.
+
+    Raises:
+      InputError: a dataset, table or key that was asked for cannot be used.
+    """
+    page: dict[str, Any] = {"curve": model_page.curve(run), "cohort": []}
+    if not run.training_data:  # not trained here
+        return page, None
+    opened = None
+    try:
+        opened = model_page.training_dataset(run, dataset)
+    except (InputError, OSError) as error:
+        if public_series is not None:
+            raise InputError(
+                f"--public_series={public_series} needs the dataset of the training ({error}); "
+                "give --dataset"
+            ) from None
+        say("cohort       left out: no dataset of the training there; --dataset names its place")
+    if opened is not None:
+        page["cohort"] = model_page.cohort(run, opened)
+    if public_series is None or opened is None:
+        return page, None
+    key_file = local_path(
+        pseudonym_key_file or default_audit_dir(Path(opened.name)) / KEY_FILE,
+        "--pseudonym_key_file",
+    )
+    if not key_file.is_file():
+        raise InputError(
+            f"--public_series={public_series} needs the key of the dataset's pseudonyms, and "
+            f"{key_file} is not there; give --pseudonym_key_file"
+        )
+    published = public_series_list.read_published(public_series)
+    listed = public_series_list.trained_on(run, opened, published, read_key(key_file))
+    counts = {split: len(run_volumes(run, opened, split)) for split in ("train", "validation")}
+    page["public_series"] = {
+        split: {"listed": sum(where == split for _, where in listed), "volumes": counts[split]}
+        for split in counts
+    }
+    say(f"published    {len(listed)} series of the table were trained on or chose the checkpoint")
+    return page, listed
+
+
+def _result(path: Path, exported: RunModel) -> dict[str, Any]:
+    """An evaluation or a probe in short, for the model card.
 
     Raises:
       InputError: not a results file, or results of another model.
     """
     try:
         result = json.loads(path.read_text())
-        if result["model_fingerprint"] != fingerprint:
+        is_probe = result.get("kind") == "probe"
+        run = exported.run
+        if is_probe:
+            of = ("recipe", "checkpoint_step", "trained_on_fingerprint", "seed", "encoder")
+            own = (run.config.recipe, exported.step, run.preparation["fingerprint"])
+            same = tuple(result[name] for name in of) == (*own, run.config.seed, "run")
+        else:
+            same = result["model_fingerprint"] == exported.fingerprint
+        if not same:
             raise InputError(
-                f"--results={path} is of another model or checkpoint; evaluate this checkpoint"
+                f"--results={path} is of another model or checkpoint; "
+                f"{'probe' if is_probe else 'evaluate'} this checkpoint"
             )
         fields = ("mean", "sd", "ci95", "num_volumes", "num_patients", "unit")
         return {
+            "kind": "probe" if is_probe else "evaluation",
             "split": result["split"],
             "synthetic": result["synthetic"],
             "dataset_fingerprint": result["dataset_fingerprint"],
@@ -355,8 +426,8 @@ def _result(path: Path, fingerprint: str) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise InputError(
-            f"--results={path} is not a results file of ctssl_jax.evaluate ({reason}); give the "
-            "--output of an evaluation of this checkpoint"
+            f"--results={path} is not a results file of ctssl_jax.evaluate or probe ({reason}); "
+            "give the --output of an evaluation of this checkpoint"
         ) from None
 
 

@@ -61,7 +61,13 @@ def import_weights(
         entries = {names.newer_se_resnext_name(name): entries[name] for name in entries}
     architecture, licence, init_from, step = "VQVAE", "", [], 0
     if manifest:
-        config, preparation, step = _of_manifest(manifest)
+        try:
+            config, preparation, step = _of_manifest(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"--checkpoint={checkpoint}: manifest.json is damaged or was changed "
+                f"({type(error).__name__}: {error}); copy the whole folder again"
+            ) from None
         architecture, licence = manifest["architecture"], manifest.get("license", "")
         init_from = manifest["training"].get("init_from", [])
     else:
@@ -139,7 +145,8 @@ def _weights_of(checkpoint: Path, manifest: Mapping[str, Any]) -> Path:
             "export again with --format=hub, torch or safetensors"
         )
     facts = manifest["files"].get(path.name)
-    if facts is None or file_sha256(path) != facts["sha256"]:
+    expected = facts.get("sha256") if isinstance(facts, dict) else None
+    if file_sha256(path) != expected:
         raise InputError(
             f"--checkpoint={path} is not the file that the manifest.json beside it describes "
             "(damaged, or of another export); copy the whole folder again"

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from ctssl_jax.release import hub, small_onnx
+from ctssl_jax.release import hub, model_page, public_series, small_onnx
 
+_MOST_ROWS = 8  # of the table of validations
 _OUTPUTS = {
     "VQVAE": "`reconstruction`, `latents`, `quantized`, `codes`, two losses",
     "Classifier": "`logits`, `latents`",
@@ -21,11 +22,13 @@ def text(manifest: dict[str, Any]) -> str:
         _summary(manifest),
         "## Use\n\n" + _use(manifest),
         "## Input\n\n" + _input(manifest["preprocessing"], _num_slices(manifest)),
-        "## Training\n\n" + _training(manifest),
+        "## Training\n\n" + _training(manifest) + _curve(manifest),
+        *_cohort(manifest),
         "## Results\n\n" + _results(manifest["results"]),
         "## Is it the same model?\n\n" + _parity(manifest),
         "## Intended use and limits\n\n" + _limits(manifest),
         f"## Licence\n\n{manifest['license']} for the weights; the code here is under Apache-2.0.",
+        "## How to cite\n\n" + _citation(manifest),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -144,22 +147,79 @@ def _training(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _curve(manifest: dict[str, Any]) -> str:
+    """The picture of the training curve, and its validations as a table of a few rows."""
+    curves = manifest["page"]["curve"]
+    if not curves:
+        return ""
+    text = f"\n\n![Training loss and validation by step]({model_page.PICTURE})"
+    points, own = curves["validation"], manifest["training"]["checkpoint_step"]
+    if not points:
+        return text
+    shown = points[:: max(1, -(-len(points) // _MOST_ROWS))]
+    rows = sorted(
+        {tuple(point) for point in [*shown, points[-1]]}
+        | {tuple(point) for point in points if point[0] == own}
+    )
+    lines = [f"| step | {curves['score']} on validation slices |", "|---|---|"]
+    lines += [
+        f"| {step:,}{' (this model)' if step == own else ''} | {value:.4g} |"
+        for step, value in rows
+    ]
+    return text + "\n\n" + "\n".join(lines)
+
+
+def _cohort(manifest: dict[str, Any]) -> list[str]:
+    """The section on the people and scans that the model was trained on."""
+    page = manifest["page"]
+    parts = []
+    if page["cohort"]:
+        lines, before = ["| | | training data |", "|---|---|---|"], ""
+        for group, item, value in page["cohort"]:
+            lines.append(f"| {'' if group == before else group} | {item} | {value} |")
+            before = group
+        parts.append("\n".join(lines))
+        parts.append(
+            f"Fewer than {model_page.LEAST_CELL} patients or volumes of a kind are told as that."
+        )
+    if published := page.get("public_series"):
+        train, validation = published["train"], published["validation"]
+        parts.append(
+            f"`{public_series.FILE}` lists the published series among them: {train['listed']:,} of "
+            f"{train['volumes']:,} training volumes, and {validation['listed']:,} of "
+            f"{validation['volumes']:,} validation volumes, which chose the checkpoint. "
+            + "Series that earlier trainings of these weights have read are not listed. "
+            * bool(manifest["training"]["init_from"])
+            + "`ctssl overlap --model=. --series=MY_SERIES.csv` says which of yours are in it."
+        )
+    return ["## What it saw\n\n" + "\n\n".join(parts)] if parts else []
+
+
 def _results(results: list[dict[str, Any]]) -> str:
     if not results:
         return "The export was made without results (`--results`)."
-    lines = ["| split | metric | mean | 95 % interval | patients |", "|---|---|---|---|---|"]
-    for result in results:
-        split = result["split"] + (" (synthetic)" if result["synthetic"] else "")
-        for name, value in result["metrics"].items():
-            if value["mean"] is None:
-                continue
-            interval = (
-                "" if value["ci95"] is None else f"{value['ci95'][0]:.4f} to {value['ci95'][1]:.4f}"
-            )
-            lines.append(
-                f"| {split} | {name} | {value['mean']:.4f} | {interval} | {value['num_patients']} |"
-            )
-    return "\n".join(lines)
+    tables = []
+    for kind, words in (
+        ("evaluation", ""),
+        ("probe", "Of the frozen encoder, by simple probes (`ctssl probe`):\n\n"),
+    ):
+        rows = [
+            _result_row(result, name, value)
+            for result in results
+            if result.get("kind", "evaluation") == kind
+            for name, value in result["metrics"].items()
+            if value["mean"] is not None
+        ]
+        if rows:
+            head = ["| split | metric | mean | 95 % interval | patients |", "|---|---|---|---|---|"]
+            tables.append(words + "\n".join([*head, *rows]))
+    return "\n\n".join(tables)
+
+
+def _result_row(result: dict[str, Any], name: str, value: dict[str, Any]) -> str:
+    split = result["split"] + (" (synthetic)" if result["synthetic"] else "")
+    interval = "" if value["ci95"] is None else f"{value['ci95'][0]:.4f} to {value['ci95'][1]:.4f}"
+    return f"| {split} | {name} | {value['mean']:.4f} | {interval} | {value['num_patients']} |"
 
 
 def _parity(manifest: dict[str, Any]) -> str:
@@ -191,14 +251,33 @@ def _parity(manifest: dict[str, Any]) -> str:
 
 
 def _limits(manifest: dict[str, Any]) -> str:
+    data = manifest["data"]
     lines = [
         "For research on chest CT. Not a medical device: not for diagnosis or treatment.",
         "Trained on axial slices of the preparation above; other windows, orientations or body "
         "regions give numbers without meaning. Differences between scanners, kernels and "
         "populations were not corrected for.",
     ]
-    if manifest["data"]["synthetic"]:
+    if patients := data["splits"].get("train", {}).get("num_patients"):
+        lines.append(
+            f"It has seen {patients:,} patients, prepared in one way. On other people, scanners "
+            "and kernels it was not tested, unless the results name other data."
+        )
+    if not manifest["results"]:
+        lines.append("Its quality was not measured for this page.")
+    if data["synthetic"]:
         lines.append(
             "All training data are synthetic: the weights only show that the software works."
         )
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _citation(manifest: dict[str, Any]) -> str:
+    """The paper that the training follows, and the name by which these weights are known."""
+    return (
+        "Amara Tariq, Gokul Ramasamy, Bhavik N. Patel, Imon Banerjee: Self-supervised learning for "
+        "chest computed tomography: training strategies and effect on downstream applications. "
+        "Journal of Medical Imaging 11(6):064003, 2024. "
+        "[doi:10.1117/1.JMI.11.6.064003](https://doi.org/10.1117/1.JMI.11.6.064003)\n\n"
+        f"Name these weights by their fingerprint: `{manifest['model_fingerprint']}`."
+    )

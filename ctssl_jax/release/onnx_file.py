@@ -73,16 +73,16 @@ def make_cases(
     return [*cases, (others, parity.jax_outputs(model, others))]
 
 
-def write(path: Path, twin: ExportedModel, cases: list[Case]) -> dict[str, Any]:
+def write(path: Path, twin: ExportedModel, cases: list[Case], whole: np.ndarray) -> dict[str, Any]:
     """Write the file, run it, and compare it with the model in JAX.
 
     The number of images is free. So are height and width, where PyTorch can trace the network for
-    all of them, else they are those of the largest images, and the others are not compared.
+    all of them, else they are those of `whole`, and images of other sizes are not compared.
 
     Args:
       path: path of the file, which includes the weights.
       twin: the model in PyTorch, in evaluation mode, on the CPU.
-      cases: from `make_cases`.
+      cases, whole: from and as `make_cases`.
 
     Returns:
       `opset`; `input` and `outputs`; `compared`, the shapes, in words; `differences` relative to
@@ -94,10 +94,12 @@ def write(path: Path, twin: ExportedModel, cases: list[Case]) -> dict[str, Any]:
       RunFailed: the file is not the same function.
     """
     names = output_names(cases[0][1])
-    whole = max((images for images, _ in cases), key=lambda images: images[0].size)
     sides_are_free = _export(path, twin, names, whole)
     if not sides_are_free:
         cases = [case for case in cases if case[0].shape[1:] == whole.shape[1:]]
+        images, expected = cases[-1]  # one slice; a batch of it, too
+        twice = {name: np.repeat(value, 2, axis=0) for name, value in expected.items()}
+        cases.append((np.repeat(images, 2, axis=0), twice))
     differences, codes = _compare(path, twin, names, cases)
     facts = {
         "opset": OPSET,

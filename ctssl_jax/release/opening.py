@@ -5,11 +5,13 @@ then on.
 """
 
 import os
+import re
 import shutil
 import tempfile
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 from ctssl_jax.release.importing import WEIGHTS, import_weights
 from ctssl_jax.runs.reports import say
@@ -50,15 +52,56 @@ def as_run(name: str | os.PathLike, flag: str = "--workdir") -> str | os.PathLik
     return _imported(path, text, flag) if (path / _MANIFEST).is_file() else name
 
 
-def _fetched(name: str, flag: str) -> Path:
-    """The local copy of a repository."""
+def fetched_file(name: str | os.PathLike, file: str, flag: str) -> bytes | None:
+    """One file of an exported model, as its manifest describes it; None where it has none.
+
+    Args:
+      name: as for `as_run`, but for run directories.
+      file: its name.
+      flag: for messages.
+
+    Raises:
+      InputError: the model cannot be fetched or read, or the file was changed.
+    """
+    text = os.fspath(name)
+    if text.startswith(HUB):
+        folder = _fetched(text, flag, file)
+    else:
+        folder = local_path(text, flag)
+    with tempfile.TemporaryDirectory() as unpacked:
+        if folder.suffix == ".zip" and folder.is_file():
+            folder = _unpacked(folder, Path(unpacked), flag, (file,))
+        if not (folder / _MANIFEST).is_file():
+            raise InputError(
+                f"{flag}={name} has no {_MANIFEST}; give a folder or zip file of ctssl_jax.export, "
+                "or hf-hub:ORG/NAME"
+            )
+        described = _manifest_of(folder, text, flag)["files"].get(file)
+        if described is None:
+            return None
+        path = folder / file
+        if not path.is_file() or file_sha256(path) != described.get("sha256"):
+            raise InputError(
+                f"{flag}={name}: {file} is missing or not what was exported; fetch it again"
+            )
+        return path.read_bytes()
+
+
+def _fetched(name: str, flag: str, *more: str) -> Path:
+    """The local copy of a repository: manifest and weights, or manifest and these files."""
     require("huggingface_hub", f"{flag}={name}", "hub")
     import huggingface_hub
 
     repository, _, revision = name.removeprefix(HUB).partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise InputError(
+            f"{flag}={name} is not a name of a hub; give {HUB}ORG/NAME or {HUB}ORG/NAME@REVISION"
+        )
     try:
         folder = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(_OF_A_REPOSITORY)
+            repository,
+            revision=revision or None,
+            allow_patterns=[_MANIFEST, *more] if more else list(_OF_A_REPOSITORY),
         )
     except Exception as error:  # of many kinds: no such repository or revision, no network
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -74,8 +117,9 @@ def _fetched(name: str, flag: str) -> Path:
     return Path(folder)
 
 
-def _unpacked(path: Path, folder: Path, flag: str) -> Path:
-    """Manifest of a zip file, in a folder, and its weights if they are not imported yet."""
+def _unpacked(path: Path, folder: Path, flag: str, wanted: tuple[str, ...] = ()) -> Path:
+    """Manifest of a zip file, in a folder, and these files, by default its weights if they are not
+    imported yet."""
     try:
         with zipfile.ZipFile(path) as archive:
             tops = [
@@ -90,14 +134,27 @@ def _unpacked(path: Path, folder: Path, flag: str) -> Path:
                 )
             top = min(tops, key=len)
             _unpack(archive, top, _MANIFEST, folder, MANIFEST_BYTES)
-            files = read_manifest(folder / _MANIFEST, f"{flag}={path}")["files"]
-            is_cached = _cached(folder).is_dir()
-            for name in () if is_cached else WEIGHTS:
+            files = _manifest_of(folder, str(path), flag)["files"]
+            if not wanted and not _cached(folder).is_dir():
+                wanted = WEIGHTS
+            for name in wanted:
                 if name in files and top + name in archive.namelist():
                     _unpack(archive, top, name, folder, files[name].get("bytes", 0))
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise InputError(f"{flag}={path} is a damaged zip file ({error}); copy it again") from None
     return folder
+
+
+def _manifest_of(folder: Path, name: str, flag: str) -> dict[str, Any]:
+    """The manifest of a folder, which the user knows by this name."""
+    path = folder / _MANIFEST
+    try:
+        manifest = read_manifest(path, f"{flag}={name}")
+    except InputError as error:
+        raise InputError(str(error).replace(f": {path}", f": {_MANIFEST}")) from None
+    if not all(isinstance(facts, dict) for facts in manifest["files"].values()):
+        raise InputError(f"{flag}={name}: {_MANIFEST} is damaged; copy the whole folder again")
+    return manifest
 
 
 def _unpack(archive: zipfile.ZipFile, top: str, name: str, folder: Path, limit: int) -> None:
@@ -109,7 +166,7 @@ def _unpack(archive: zipfile.ZipFile, top: str, name: str, folder: Path, limit: 
 
 def _imported(folder: Path, name: str, flag: str) -> Path:
     """The cached run directory of an exported folder."""
-    read_manifest(folder / _MANIFEST, f"{flag}={name}")
+    _manifest_of(folder, name, flag)
     run = _cached(folder)
     if run.is_dir():
         return run

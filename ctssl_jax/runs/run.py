@@ -57,8 +57,10 @@ MAY_CHANGE = {
 ADDED_SINCE = {
     "batch_norm_group": 0,
     "best_by": "loss",
+    "learning_rate_floor": 0.0,
     "loss.masked_l1": 0.0,
     "mask.block": 0,
+    "model.neck": "none",
     "model.pooling": "legacy",
     "prolonged": [],
     "shards_gb": 32.0,
@@ -71,6 +73,7 @@ ADDED_SINCE = {
 OF_TASK = {
     "loss.masked_l1": ("masked_region",),
     "mask.block": ("masked_region",),
+    "model.neck": ("lejepa", "visreg", "vicreg", "simclr", "dino"),
     "model.pooling": ("slice_label_se_resnext",),
     "shuffled_targets": (
         "slice_label",

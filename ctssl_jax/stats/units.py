@@ -5,6 +5,8 @@ UNITS = {
     # Means over the slices of a volume.
     "mse": "mean squared difference of grey values in [0, 1]",
     "masked_mse": "the same over masked pixels, per-pixel mean",
+    "block_mse": "the same over masked pixels, each block with its mean and deviation taken out",
+    "loss": "of one objective of several, without its weight",
     "masked_mse_batch_sum": "16 x masked_mse: the sum over a batch of 16 that the authors' "
     "release reports",
     "ssim": "structural similarity, Gaussian 11 x 11, sigma 1.5",

@@ -19,6 +19,7 @@ from data_prep.system.errors import InputError
 HIGHER_IS_BETTER = {
     "mse": False,
     "masked_mse": False,
+    "block_mse": False,
     "ssim": True,
     "cross_entropy": False,
     "double_softmax_cross_entropy": False,
@@ -55,13 +56,27 @@ class StepOutput(NamedTuple):
     classes: dict[str, jax.Array] | None = None
 
 
+class Objective(NamedTuple):
+    """One of several losses that a task adds.
+
+    name: scores of it are named `NAME/SCORE`.
+    weight: factor of its loss, above 0.
+    apply: as `Task.apply`, of this objective alone.
+    """
+
+    name: str
+    weight: float
+    apply: Callable[..., StepOutput]
+
+
 class Task(NamedTuple):
     """One pretraining strategy or downstream application.
 
     fields: the fields of the configuration that belong to this task and not to all.
     offsets: configuration -> slices of one item, relative to each other.
     targets: configuration -> the labels and masks of an item, and the slices that are used.
-    reported: the scores that evaluation reports, in the order of the paper's Table II.
+    reported: the scores that evaluation reports, in the order of the paper's Table II; of several
+      objectives those that the configuration has.
     check: raises `InputError` if the configuration cannot work at its image size.
     build: makes the model from the configuration.
     flops: configuration -> floating-point operations of one forward pass of one slice.
@@ -80,6 +95,8 @@ class Task(NamedTuple):
       step of the optimizer; None if there is nothing to change.
     compares_batch: the loss compares the examples of a batch with each other. So a validation reads
       its slices in random order, and its loss depends on the size of its batches.
+    objectives: configuration -> the losses that `apply` adds, if there are several: training takes
+      the gradient of each by itself and reports its norm at the encoder.
     """
 
     fields: tuple[str, ...]
@@ -98,6 +115,7 @@ class Task(NamedTuple):
     teacher_flops: Callable[[ml_collections.ConfigDict], int] = lambda config: 0
     after_step: Callable[[nnx.Module, ml_collections.ConfigDict], None] | None = None
     compares_batch: bool = False
+    objectives: Callable[[ml_collections.ConfigDict], tuple[Objective, ...]] = lambda config: ()
 
 
 class Architecture(NamedTuple):

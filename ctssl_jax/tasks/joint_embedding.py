@@ -120,24 +120,24 @@ def _project(
 ) -> tuple[jax.Array, jax.Array]:
     """Features [B, V, F] and projections [B, V, D] of all views, the global ones first.
 
-    All views of one size pass the encoder as one batch. Its running statistics follow the global
-    views alone, which are more like whole slices. Views stay beside their item, so that a batch
-    that is split over devices stays where it is.
+    All views of one size pass the encoder as one batch. Running statistics of encoder and neck
+    follow the global views alone, which are more like whole slices. Views stay beside their item,
+    so that a batch that is split over devices stays where it is.
     """
-    learns = train and not is_frozen(config)
     parts = []
     for number, images in enumerate((seen.small, seen.large)):
         if not images.shape[1]:
             continue
-        statistics = nnx.as_pure(nnx.state(network.encoder, nnx.BatchStat))
+        statistics = nnx.as_pure(nnx.state(network, nnx.BatchStat))
         output = network.embed(
             images.reshape(-1, *images.shape[2:]),
-            train=learns,
+            train=train,
             key=None if key is None else jax.random.fold_in(key, number),
+            frozen_encoder=is_frozen(config),
         )
         parts.append(output.embedding.reshape(*images.shape[:2], -1))
         if number == 0:
-            nnx.update(network.encoder, statistics)
+            nnx.update(network, statistics)
     features = jnp.concatenate(parts[::-1], axis=1)
     flat = network.projector(features.reshape(-1, features.shape[-1]), train=train)
     return features, flat.reshape(*features.shape[:2], -1)

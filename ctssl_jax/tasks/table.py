@@ -5,9 +5,11 @@ import ml_collections
 
 from ctssl_jax.tasks import (
     joint_embedding,
+    mixed,
     reconstruction,
     segmentation,
     slice_label,
+    sparse,
     transformation,
 )
 from ctssl_jax.tasks.interface import Task
@@ -17,6 +19,7 @@ TASKS = {
     "masked_region": reconstruction.MASKED_REGION,
     "next_slice": reconstruction.NEXT_SLICE,
     "denoising": reconstruction.DENOISING,
+    "spark": sparse.SPARK,
     "rotation": transformation.ROTATION,
     "flip": transformation.FLIP,
     "lejepa": joint_embedding.LEJEPA,
@@ -24,6 +27,7 @@ TASKS = {
     "vicreg": joint_embedding.VICREG,
     "simclr": joint_embedding.SIMCLR,
     "dino": joint_embedding.DINO,
+    "mixed": mixed.MIXED,
     "slice_label": slice_label.SLICE_LABEL,
     "slice_label_se_resnext": slice_label.SLICE_LABEL_SE_RESNEXT,
     "segmentation": segmentation.SEGMENTATION,

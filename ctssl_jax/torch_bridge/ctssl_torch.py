@@ -459,9 +459,31 @@ class JointEmbeddingOutput(NamedTuple):
     embedding: Tensor
 
 
+class _Neck(nn.Module):
+    """Between the encoder's features and the feature of a slice: attention over pixels, or two
+    convolutions with stride 2 and a mean."""
+
+    def __init__(self, kind: str, width: int):
+        super().__init__()
+        if kind == "attention":
+            self.attention = nn.Conv2d(width, width, 1, bias=False)
+        else:
+            self.stages = nn.Sequential(
+                *[_conv_norm(width, width, 3, stride=2, activation=nn.LeakyReLU) for _ in range(2)]
+            )
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, F, h, w] -> [B, F]."""
+        if self.kind == "attention":
+            weights = torch.softmax(self.attention(x).flatten(2), dim=2)
+            return (weights * x.flatten(2)).sum(2)
+        return self.stages(x).mean((2, 3))
+
+
 class JointEmbedding(ExportedModel):
     """Encoder, and the feature of a slice: the mean of the latents, of the map before the
-    projection to latents, or of both (`pooled`)."""
+    projection to latents, or of both (`pooled`), or what a `neck` makes of them."""
 
     def __init__(
         self,
@@ -472,6 +494,7 @@ class JointEmbedding(ExportedModel):
         depth: int,
         embedding_dim: int,
         drop_rate: float = 0.0,
+        neck: str = "none",
     ):
         super().__init__()
         self.encoder = Encoder(
@@ -482,6 +505,8 @@ class JointEmbedding(ExportedModel):
             drop_rate=drop_rate,
         )
         self.pooled = pooled
+        widths = {"latents": embedding_dim, "map": hidden[1], "both": embedding_dim + hidden[1]}
+        self.neck = None if neck == "none" else _Neck(neck, widths[pooled])
 
     def forward(self, images: Tensor) -> JointEmbeddingOutput:
         """Images [B, C, H, W] in [0, 1], sides divisible by 4."""
@@ -490,6 +515,8 @@ class JointEmbedding(ExportedModel):
         features = functools.reduce(lambda x, layer: layer(x), layers, images)
         latents = project(features)
         chosen = {"latents": (latents,), "map": (features,), "both": (features, latents)}
+        if self.neck is not None:
+            return JointEmbeddingOutput(latents, self.neck(torch.cat(chosen[self.pooled], 1)))
         means = [part.mean((2, 3)) for part in chosen[self.pooled]]
         return JointEmbeddingOutput(latents, torch.cat(means, 1))
 

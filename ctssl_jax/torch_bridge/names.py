@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_NOT_ARCHITECTURE = ("remat", "scan", "dtype", "projector", "num_prototypes")
+_NOT_ARCHITECTURE = ("remat", "scan", "dtype", "projector", "num_prototypes", "decoder_depth")
 COUNTER = "num_batches_tracked"
 _FIELDS = {
     "kernel": "weight",
@@ -49,9 +49,10 @@ _RESBLOCK = {
 # Names of the older SE-ResNeXt (timm's `legacy_seresnext50_32x4d`) -> timm's newer ones.
 _OLDER_SE_RESNEXT = ((r"^layer0\.", ""), (r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
 # Without a name in PyTorch's layout, since training alone uses it: how a codebook follows the
-# latents, and what a joint embedding has beside its encoder.
+# latents, and what a joint embedding, SparK or a mix of objectives has beside its encoder.
 _TRAINING_ONLY = re.compile(
-    r"quantizer/(counts|sums|steps|initialised)|(projector|teacher)/.*|prototypes|centre|steps"
+    r"quantizer/(counts|sums|steps|initialised)|(projector|teacher|heads|light_decoder)/.*"
+    r"|prototypes|centre|steps|mask_token"
 )
 
 

@@ -75,8 +75,14 @@ def joint_embedding(
     small: bool, *, projector: tuple[int, ...], num_prototypes: int = 0
 ) -> dict[str, Any]:
     """The autoencoder's encoder with a projector; with prototypes also a teacher."""
-    head = {"pooled": "latents", "projector": projector, "num_prototypes": num_prototypes}
-    return _encoder(small) | head
+    head = {"projector": projector, "num_prototypes": num_prototypes}
+    return _encoder(small) | {"pooled": "latents", "neck": "none"} | head
+
+
+def spark(small: bool) -> dict[str, Any]:
+    """The autoencoder's encoder with the light decoder of sparse masked modelling, which reaches
+    over a block of 8 (small: 2) positions."""
+    return _encoder(small) | {"pooled": "latents", "decoder_depth": 2 if small else 4}
 
 
 def views(small: bool, *, num_local: int) -> dict[str, Any]:
@@ -96,9 +102,11 @@ def augmentation(**strengths: Any) -> dict[str, Any]:
 
 
 def joint_optimizer(small: bool) -> dict[str, Any]:
-    """AdamW as LeJEPA uses it with convolutions: warm-up, cosine to zero, clipped gradients."""
+    """AdamW as LeJEPA uses it with convolutions: warm-up, cosine to a thousandth, clipped
+    gradients."""
     rate, warmup_steps = (2e-3, 50) if small else (5e-4, 2_000)
     return optimizer("adamw", rate, schedule="cosine", warmup_steps=warmup_steps) | {
+        "learning_rate_floor": 1e-3,
         "weight_decay": 5e-4,
         "gradient_clip": 3.0,
     }
@@ -112,6 +120,7 @@ def optimizer(
     return {
         "optimizer": name,
         **rate,
+        "learning_rate_floor": 0.0,
         "prolonged": (),
         "encoder_learning_rate_factor": 1.0,
         "weight_decay": 0.0,

@@ -56,6 +56,7 @@ FIELDS = {
             "masked_region",
             "next_slice",
             "denoising",
+            "spark",
             "rotation",
             "flip",
             "lejepa",
@@ -63,6 +64,7 @@ FIELDS = {
             "vicreg",
             "simclr",
             "dino",
+            "mixed",
             "slice_label",
             "slice_label_se_resnext",
             "segmentation",
@@ -135,6 +137,11 @@ FIELDS = {
         ("refuse", "allow_unchecked", "allow"),
     ),
     # ---- pretext tasks
+    "objectives": Field(
+        tuple,
+        "(task, weight) pairs: pretext tasks and joint embeddings that one encoder learns at once, "
+        "and the factor of the loss of each; the fields of all others have no effect",
+    ),
     "mask.fraction": Field(
         float, "size of the masked square; 0.05, 0.10, 0.20 and 0.33 in the paper", above=0, below=1
     ),
@@ -340,6 +347,15 @@ FIELDS = {
         "features before the projection to latents; both: the map's, then the latents'",
         ("latents", "map", "both"),
     ),
+    "model.neck": Field(
+        str,
+        "in place of the mean over pixels. none; attention: a mean with weights, for each feature "
+        "a softmax over pixels; stages: two convolutions with stride 2, then the mean",
+        ("none", "attention", "stages"),
+    ),
+    "model.decoder_depth": Field(
+        int, "residual blocks of the decoder that predicts masked blocks", at_least=0
+    ),
     "model.projector": Field(
         tuple, "features after each layer of the projector, which training alone uses", at_least=1
     ),
@@ -373,7 +389,10 @@ FIELDS = {
         at_least=0,
     ),
     "schedule": Field(
-        str, "cosine and linear fall to zero at num_steps", ("constant", "cosine", "linear")
+        str, "cosine and linear fall until num_steps", ("constant", "cosine", "linear")
+    ),
+    "learning_rate_floor": Field(
+        float, "share of the learning rate that cosine and linear fall to", at_least=0, at_most=1
     ),
     "prolonged": Field(
         tuple,

@@ -79,7 +79,9 @@ def _encoder_remedy(config: ml_collections.ConfigDict) -> str:
             "--config.encoder_learning_rate_factor=1"
         )
     remedies = ["a lower config.learning_rate", "a longer config.warmup_steps"]
-    if "regulariser" in config:
+    if "objectives" in config:
+        remedies.insert(0, "a larger weight of a reconstruction in config.objectives")
+    elif "regulariser" in config:
         remedies.insert(0, "a larger config.regulariser.weight")
     elif "teacher" in config:
         remedies.insert(0, "a lower config.teacher.temperature")

@@ -14,7 +14,7 @@ _SECTIONS = {  # first field -> title
     "recipe": "Recipe and task",
     "dataset": "Data",
     "init_from": "Weights of another run",
-    "mask.fraction": "Pretext tasks",
+    "objectives": "Pretext tasks",
     "views.num_global": "Joint embeddings",
     "label": "Labels and masks",
     "model.in_channels": "Model",

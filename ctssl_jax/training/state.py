@@ -246,8 +246,8 @@ def slices_of_a_device(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up, then constant, or a cosine or a line to zero at
-    `num_steps`.
+    """Step -> learning rate: linear warm-up, then constant, or a cosine or a line to
+    `learning_rate_floor` of it at `num_steps`.
 
     Where `num_steps` grew, the rate is the one of a run of so many steps from there on: it depends
     on `num_steps` and `prolonged` alone, so that a run that resumes repeats exactly.
@@ -263,11 +263,11 @@ def _first_then(first: optax.Schedule, then: optax.Schedule, until: int, step: A
 
 
 def _schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.Schedule:
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup, floor = config.learning_rate, config.warmup_steps, config.learning_rate_floor
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(num_steps - warmup, 1))
+        after = optax.cosine_decay_schedule(peak, max(num_steps - warmup, 1), alpha=floor)
     elif config.schedule == "linear":
-        after = optax.linear_schedule(peak, 0.0, max(num_steps - warmup, 1))
+        after = optax.linear_schedule(peak, floor * peak, max(num_steps - warmup, 1))
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])

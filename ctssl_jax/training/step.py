@@ -23,7 +23,7 @@ from ctssl_jax.parallel.memory import (
     peak_bytes,
 )
 from ctssl_jax.parallel.mesh import replicated, split_along_batch, split_parameters, to_devices
-from ctssl_jax.tasks.interface import Task
+from ctssl_jax.tasks.interface import Objective, StepOutput, Task
 from ctssl_jax.training.scoring import Scorer, make_scorer
 from ctssl_jax.training.state import (
     Definition,
@@ -67,6 +67,8 @@ def zero_sums(definition: Definition) -> dict[str, jax.Array]:
         jax.ShapeDtypeStruct((), jnp.int32),
     )
     _, (_, sums) = jax.eval_shape(functools.partial(loss_of, definition), *shapes)
+    for objective in definition.task.objectives(definition.config):
+        sums[_norm_at_encoder(objective)] = jax.ShapeDtypeStruct((), jnp.float32)
     sums["gradient_norm"] = jax.ShapeDtypeStruct((), jnp.float32)  # both are added once a step
     sums["layer_gradient_norms"] = jax.eval_shape(
         layer_norms, definition.trained_part(definition.params)
@@ -79,17 +81,30 @@ def zeros_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
+def _norm_at_encoder(objective: Objective) -> str:
+    return f"{objective.name}/encoder_gradient_norm"
+
+
 def loss_of(
-    definition: Definition, params: Any, variables: Any, batch: dict, step: jax.Array
+    definition: Definition,
+    params: Any,
+    variables: Any,
+    batch: dict,
+    step: jax.Array,
+    apply: Callable[..., StepOutput] | None = None,
 ) -> tuple:
-    """Loss of a microbatch, as its part of the batch's mean, and (new variables, sums to add)."""
+    """Loss of a microbatch, as its part of the batch's mean, and (new variables, sums to add).
+
+    `apply`: of one objective alone; None is the whole task's.
+    """
     config, weight = definition.config, batch["weight"]
     model = definition.model(params, variables)
     keys = example_keys(definition.train_key, batch["record_index"], step)
     step_key = jax.random.fold_in(
         jax.random.fold_in(definition.model_key, step), batch["record_index"][0]
     )
-    output = definition.task.apply(model, batch, keys, step_key, config, train=True)
+    apply = apply or definition.task.apply
+    output = apply(model, batch, keys, step_key, config, train=True)
     loss = jnp.sum(output.loss * weight) / (jnp.sum(weight) * config.microbatches)
     _, _, variables = split_model(model)
     sums = {name: jnp.sum(value * weight) for name, value in output.scores.items()}
@@ -104,6 +119,8 @@ def loss_of(
 def gradients_of(definition: Definition, state: TrainState, batch: dict) -> tuple[TrainState, Any]:
     """The state with variables and sums of a microbatch, and the gradients of its loss, in the
     structure of `Definition.trained_part`: what leads to no trained parameter is not computed."""
+    if objectives := definition.task.objectives(definition.config):
+        return _gradients_of_each(definition, state, batch, objectives)
 
     def loss(trained: Any) -> tuple:
         params = with_trained(state.params, trained)
@@ -113,6 +130,37 @@ def gradients_of(definition: Definition, state: TrainState, batch: dict) -> tupl
         definition.trained_part(state.params)
     )
     return state.replace(variables=variables, sums=_added(state.sums, sums)), gradients
+
+
+def _gradients_of_each(
+    definition: Definition, state: TrainState, batch: dict, objectives: Sequence[Objective]
+) -> tuple[TrainState, Any]:
+    """`gradients_of` of several objectives: the sum of their gradients with their weights. The sums
+    have the loss of each and the norm of its gradient at the encoder, both without its weight;
+    with several microbatches the norm is the mean of theirs."""
+    trained, variables = definition.trained_part(state.params), state.variables
+    sums: dict[str, Any] = {"loss": 0.0, "code_counts": None}
+    total = None
+
+    def loss(trained: Any, variables: Any, apply: Callable[..., StepOutput]) -> tuple:
+        params = with_trained(state.params, trained)
+        return loss_of(definition, params, variables, batch, state.step, apply)
+
+    for objective in objectives:
+        (_, (variables, own)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            trained, variables, objective.apply
+        )
+        at_encoder = [gradients[part] for part in definition.task.encoder]
+        norm = optax.tree.norm(at_encoder) * definition.config.microbatches
+        sums["weight"] = own.pop("weight")
+        sums["loss"] += objective.weight * own["loss"]
+        counts = own.pop("code_counts")
+        sums["code_counts"] = counts if sums["code_counts"] is None else sums["code_counts"]
+        sums |= {f"{objective.name}/{name}": value for name, value in own.items()}
+        sums[_norm_at_encoder(objective)] = norm * sums["weight"]
+        weighted = jax.tree.map(functools.partial(jnp.multiply, objective.weight), gradients)
+        total = weighted if total is None else jax.tree.map(jnp.add, total, weighted)
+    return state.replace(variables=variables, sums=_added(state.sums, sums)), total
 
 
 def _added(sums: dict, more: dict) -> dict:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from ctssl_jax.data import slices
@@ -366,7 +367,20 @@ def move(warm_start: WarmStart, state: Any) -> Any:
         )
         for name in warm_start.moved
     }
-    return unflatten(state, leaves | warm_start.run.restore(warm_start.step, template))
+    restored = warm_start.run.restore(warm_start.step, template)
+    return unflatten(state, leaves | restored | _of_teachers(leaves, restored))
+
+
+def _of_teachers(leaves: dict[str, Any], restored: dict[str, Any]) -> dict[str, Any]:
+    """The moved tensors also for teachers that did not move: they begin as their students do."""
+    copies = {}
+    for name in set(leaves) - set(restored):
+        _, is_teacher, student = name.partition("/teacher/")
+        for source in (f"params/{student}", f"variables/{student}"):
+            if is_teacher and source in restored:
+                copies[name] = restored[source]
+    shardings = {name: leaves[name].sharding for name in copies}
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(copies)
 
 
 def begin(

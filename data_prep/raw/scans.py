@@ -144,6 +144,31 @@ def plan_scans(
       OSError: the archive went away.
     """
     path, rules = local_input(input_path), rules or Rules()
+    reader = header_reader_of(path, archive, metadata_csv)
+    input_dir = path if path.is_dir() else path.parent
+    entries = list(read_all_headers(input_dir, list(list_input(path)), reader, num_workers))
+    sources = {entry.source for entry in entries if isinstance(entry, Header)}
+    planned = plan_exams(entries, rules)
+    plan = ScanPlan(input_dir, *planned, num_files=len(sources) + len(planned.not_images))
+    if not plan.exams:
+        raise InputError(nothing_taken(path, [*plan.rejections, *plan.not_images]))
+    return plan
+
+
+def header_reader_of(
+    path: Path,
+    archive: str = "auto",
+    metadata_csv: str | Path | None = None,
+    *,
+    grows: bool = False,
+) -> ReadHeader:
+    """The function that reads the headers of an input; arguments as for `plan_scans`.
+
+    `grows`: files that the metadata table names may come later.
+
+    Raises:
+      InputError: the input is missing, or the metadata table cannot be used.
+    """
     archive = _kind(path, archive)
     metadata_csv = stores.local_path(metadata_csv, "--metadata_csv") if metadata_csv else None
     if metadata_csv is not None:
@@ -151,22 +176,11 @@ def plan_scans(
             raise InputError(
                 "--metadata_csv goes with --archive=nifti; leave it out, or give --archive"
             )
-        if path.is_dir():
+        if path.is_dir() and not grows:
             nifti_metadata.check(path, metadata_csv)
         else:
             nifti_metadata.read_metadata(metadata_csv)
-    input_dir = path if path.is_dir() else path.parent
-    entries = list(
-        _read_headers(
-            input_dir, list(list_input(path)), header_reader(archive, metadata_csv), num_workers
-        )
-    )
-    sources = {entry.source for entry in entries if isinstance(entry, Header)}
-    planned = plan_exams(entries, rules)
-    plan = ScanPlan(input_dir, *planned, num_files=len(sources) + len(planned.not_images))
-    if not plan.exams:
-        raise InputError(nothing_taken(path, [*plan.rejections, *plan.not_images]))
-    return plan
+    return header_reader(archive, metadata_csv)
 
 
 def local_input(input_path: str | Path) -> Path:
@@ -272,7 +286,7 @@ def _kind(path: Path, archive: str) -> str:
     return "nifti" if path.name.lower().endswith((".nii", ".nii.gz", ".hdr")) else "dicom"
 
 
-def _read_headers(
+def read_all_headers(
     input_dir: Path, entries: Sequence[Source | Unreadable], read: ReadHeader, num_workers: int
 ) -> Iterable[Header | NotAnImage | Unreadable]:
     """The headers of all files, read in processes if there are many files."""

@@ -65,10 +65,28 @@ def list_sources(input_dir: ArchiveDirectory) -> Iterator[Source | Unreadable]:
         raise InputError(
             f"{input_dir}: is a file, not a directory; give the folder that holds the scans"
         )
-    yield from _walk(input_dir, "", input_dir.resolve())
+    for found in walk_files(input_dir):
+        if isinstance(found, Unreadable):
+            yield found
+            continue
+        source, _ = found
+        try:
+            yield from list_file(os.path.join(input_dir, source.path), source)
+        except OSError as error:
+            yield Unreadable(Source(source.path, "", 0), "unreadable", error.strerror or str(error))
 
 
-def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreadable]:
+def walk_files(input_dir: Path) -> Iterator[tuple[Source, os.stat_result] | Unreadable]:
+    """Every file below a local folder with its status, sorted by path; none is opened.
+
+    Links are followed as `list_sources` says.
+    """
+    return _walk(input_dir, "", input_dir.resolve())
+
+
+def _walk(
+    input_dir: Path, folder: str, root: Path
+) -> Iterator[tuple[Source, os.stat_result] | Unreadable]:
     try:
         entries = sorted(os.scandir(input_dir / folder), key=lambda entry: entry.name, reverse=True)
     except OSError as error:
@@ -96,7 +114,7 @@ def _walk(input_dir: Path, folder: str, root: Path) -> Iterator[Source | Unreada
             if not stat.S_ISREG(status.st_mode):
                 yield Unreadable(source, "unreadable", "not a regular file")
             else:
-                yield from list_file(entry.path, source)
+                yield source, status
         # RuntimeError: a loop of links, before Python 3.13.
         except (OSError, RuntimeError) as error:
             yield Unreadable(

@@ -46,6 +46,7 @@ OBJECTIVES = {
     "simclr": Objective("SimCLR", "simclr", {}),
     "visreg": Objective("VISReg", "visreg", {}),
     "dino": Objective("DINO", "dino", {}),
+    "spark": Objective("SparK", "spark", {}),
     "mask_05": _masked(5),
     "mask_10": _masked(10),
     "mask_33": _masked(33),
@@ -74,6 +75,7 @@ CURVES = {  # (kind of report, name) -> title
     ("validation", "pairwise_cosine"): "mean cosine of two",
     ("validation", "neighbour_recall"): "neighbours found",
 }
+_FEW = " Intervals of {} patients do NOT cover 95 %."
 _PANELS = 5  # beside each other
 _COLOURS = {"paper": "black", "new": "C0", "control": "0.5"}
 
@@ -255,6 +257,9 @@ def training_markdown(arms: Arms) -> str:
 
 def caption_of(arms: Arms) -> str:
     """Data and compute in words."""
+    # not at the top: they import JAX, and --help should be fast
+    from ctssl_jax.stats.bootstrap import LEAST_PATIENTS
+
     complete = [one for of_seeds in arms.values() for one in of_seeds]
     trained = [one for one in complete if "training" in one]
     budget = max(
@@ -268,6 +273,7 @@ def caption_of(arms: Arms) -> str:
         + f"{', '.join(sorted({one['split'] for one in complete}))} split, {tested} patients; each "
         f"training has {budget / 1e12:.2f} TFLOP; seed{'s' if len(seeds) > 1 else ''} "
         f"{', '.join(map(str, seeds))}; {', '.join(sorted({one['device'] for one in complete}))}."
+        + (_FEW.format(tested) if tested < LEAST_PATIENTS else "")
         + (results.UNCHECKED if None in seen else "")
         + (results.not_held_out(max(seen)) if None not in seen and seen != {0} else "")
         + (results.different_datasets(complete) if "folds" not in complete[0] else "")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A small artefact of the present formats: a dataset, a run, its export, results and embeddings, of synthetic scans.
+# A small artefact of the present formats: a dataset, a run, its exports, results and embeddings, of synthetic scans.
 #   tests/compatibility/make.sh CHECKOUT NAME.tar.xz
 # CHECKOUT is the tree whose formats are kept; its commands run as they were spelled from the start.
 set -euo pipefail
@@ -18,7 +18,20 @@ python -m ctssl_jax.train --config="$checkout/configs/masked_region.py:small" --
 python -m ctssl_jax.evaluate --workdir=run --dataset=dataset --output=result.json --checkpoint=last
 python -m ctssl_jax.export --workdir=run --output_dir=export --license=CC0-1.0 --checkpoint=last
 python -m ctssl_jax.embed --workdir=run --input=dataset --output=embedding.npz --checkpoint=last
+if [ -f "$checkout/ctssl_jax/release/public_series.py" ]; then # later checkouts also write a hub's repository
+    python - > published.csv << 'END'
+import pathlib, pydicom
+print("PatientID,StudyInstanceUID,SeriesInstanceUID")
+files = [path for path in pathlib.Path("scans").rglob("*") if path.is_file() and pydicom.misc.is_dicom(path)]
+scans = [pydicom.dcmread(path, stop_before_pixels=True) for path in files]
+names = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
+print(*sorted({",".join(str(scan.get(name, "")) for name in names) for scan in scans}), sep="\n")
+END
+    python -m ctssl_jax.export --workdir=run --output_dir=hub --license=CC0-1.0 --checkpoint=last --format=hub \
+        --results=result.json --public_series=published.csv
+fi
 rm -rf run/tensorboard run/pictures run/training.lock export/ctssl_torch.py export/weights.pt
+rm -f {export,hub}/training.png hub/ctssl_torch.py
 # Orbax writes the folder of the run into these files, which hold nothing else. The checksums follow.
 find run -name commit_success.txt -exec sh -c 'echo "Checkpoint commit was successful" > "$1"' _ {} \;
 sum=$(echo "Checkpoint commit was successful" | sha256sum | cut -d" " -f1)
@@ -30,4 +43,4 @@ for file in run/checkpoints/*/_CHECKPOINT_METADATA; do
     sed -i "s/$before/$(sha256sum "$file" | cut -d" " -f1)/" "$(dirname "$file")/SHA256SUMS"
 done
 sed -i "s#$work/##g" run/config.json
-tar -cJf "$packed" dataset run export result.json embedding.npz
+tar -cJf "$packed" dataset run export $(ls -d hub 2> /dev/null) result.json embedding.npz

@@ -10,12 +10,14 @@ from PIL import Image
 
 from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.tasks.table import get_task
+from ctssl_jax.training import estimate
 from ctssl_jax.training.step import make_program, trace_step
-from experiments import objectives
+from experiments import benchmark_objectives, objectives
 from experiments.study import kept
 from experiments.study import objectives_figure as figure
 from experiments.study.cells import Recipe, Settings
 from experiments.study.paired import paired_arms
+from tests.helpers.training_runs import TINY
 
 
 @pytest.fixture
@@ -90,6 +92,16 @@ def test_counted_operations_are_those_of_the_program(name):
     program = make_program(config, get_task(config.task), 1, make_mesh(jax.devices()[:1], 1))
     of_program = trace_step(program).lower().cost_analysis()["flops"]
     assert 1.0 < kept.step_flops(config) / of_program < 1.1
+
+
+def test_costs_of_a_step_are_measured(tiny_dataset, monkeypatch):
+    monkeypatch.setattr(estimate, "SECONDS", 0.0)  # as few steps as it takes
+    fields = {"dataset": str(tiny_dataset)} | TINY
+    row = benchmark_objectives.costs("mask_20", "small", fields)
+    assert row["batch_size"] == TINY["batch_size"] and row["memory_bytes"] > 0
+    assert row["step_flops"] == row["flops_a_slice"] * row["batch_size"] > 0
+    assert row["slices_per_second"] > 0 and 0 <= row["waiting_for_data"] <= 1
+    assert f"| masked region, 20 % | {row['batch_size']} |" in benchmark_objectives.table([row])
 
 
 def test_tables_and_figures_follow_from_kept_results(settings):

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from ctssl_jax.ops.trees import flatten
+from ctssl_jax.parallel.mesh import make_mesh, to_devices
 from ctssl_jax.runs import reports
 from ctssl_jax.runs.checkpoints import Checkpoints, choose_step, restore
 from ctssl_jax.runs.damage import write_sums
@@ -195,6 +196,25 @@ def program_compiled_once(program: Program) -> tuple[Program, int]:
     if id(program) not in _compiled:
         _compiled[id(program)] = compile_step(program)
     return _compiled[id(program)]
+
+
+def step_on_one_and_eight_devices(
+    config: ml_collections.ConfigDict, batch: dict[str, np.ndarray]
+) -> list[tuple[dict, dict[str, np.ndarray]]]:
+    """The sums and the model's other variables after one step from one state, on one device and on
+    eight."""
+    start, results = None, []
+    for num_devices in (1, 8):
+        mesh = make_mesh(jax.devices()[:num_devices], config.fsdp_devices)
+        made = program_made_once(config, get_task(config.task), 1, mesh)
+        program, _ = program_compiled_once(made)
+        start = jax.device_get(program.initial_state()) if start is None else start
+        state = jax.tree.map(
+            lambda leaf, like: jax.device_put(leaf, like.sharding), start, program.template
+        )
+        state = program.train_step(state, to_devices(mesh, batch))
+        results.append(jax.device_get((state.sums, flatten(state.variables))))
+    return results
 
 
 def ask_to_stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -18,8 +18,15 @@ import ctssl_jax
 from ctssl_jax.data import slices as data
 from ctssl_jax.data.batches import evaluation_batches
 from ctssl_jax.evaluation.measure import evaluate
-from ctssl_jax.inference import embedding, embedding_files, embedding_inputs, pretrained
+from ctssl_jax.inference import (
+    embedding,
+    embedding_files,
+    embedding_inputs,
+    pretrained,
+    serving,
+)
 from ctssl_jax.inference.embedding import embed, summary
+from ctssl_jax.inference.serving import Watch, watch_embeddings
 from ctssl_jax.probes.encoders import trained_encoder
 from ctssl_jax.runs.run import Run, open_workdir
 from ctssl_jax.tasks.table import get_task
@@ -129,6 +136,7 @@ def loaded_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedding, "load", load)
         patch.setattr(pretrained, "load", load)
+        patch.setattr(serving, "load", load)
         yield
 
 
@@ -421,7 +429,7 @@ def test_what_fails_for_now_is_tried_again(runs, archive, tmp_path, monkeypatch)
     key = tmp_path / "key"
     key.write_text("another key of 32 characters....")
     settings = {"pseudonym_key_file": key, "num_workers": 0}
-    read_scan, asked = embedding_inputs._read_scan, []
+    read_scan, asked = embedding_inputs.read_volume, []
 
     def fails(*arguments):
         asked.append(arguments)
@@ -430,7 +438,7 @@ def test_what_fails_for_now_is_tried_again(runs, archive, tmp_path, monkeypatch)
             scans.Refused(f"id{len(asked)}", reason, "detail") if reason else read_scan(*arguments)
         )
 
-    monkeypatch.setattr(embedding_inputs, "_read_scan", fails)
+    monkeypatch.setattr(embedding_inputs, "read_volume", fails)
     first = embed(runs / "rotation", archive, output, **settings)
     assert (first["num_volumes"], first["complete"], len(asked)) == (2, False, 4)
     assert first["refused"] == {"failed_for_now": 1, "implausible_hu": 1, "too_few_slices": 1}
@@ -459,6 +467,69 @@ def test_workers_change_nothing(runs, archive, folder, tmp_path):
             num_workers=number,
         )
     assert contents(tmp_path / "0") == contents(tmp_path / "2")
+
+
+# ---- a folder that grows -------------------------------------------------------------------------
+
+
+def test_a_watched_folder_gives_the_embeddings_of_its_scans(runs, archive, tmp_path, monkeypatch):
+    """Ended twice, each scan is embedded once, and FILE holds what it holds without --watch."""
+    plain, watched, growing = tmp_path / "plain.npz", tmp_path / "w" / "z.npz", tmp_path / "in"
+    key = tmp_path / "key"
+    key.write_text("another key of 32 characters....")
+    settings = {"pseudonym_key_file": key, "num_workers": 0}
+    embed(runs / "rotation", archive, plain, **settings)
+    shutil.copytree(archive / "scan1", growing / "scan1")
+    write_part, parts = embedding_files.write_part, []
+
+    def write_and_stop(path, content):
+        write_part(path, content)
+        parts.append(path.stem)
+        if len(parts) in (1, 3):
+            raise KeyboardInterrupt  # before the ledger has it
+
+    monkeypatch.setattr(embedding_files, "write_part", write_and_stop)
+    watch = Watch(settle_s=0, idle_exit_s=0.01)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            watch_embeddings(runs / "rotation", growing, watched, watch, **settings)
+        shutil.copytree(archive, growing, dirs_exist_ok=True)
+    result = watch_embeddings(runs / "rotation", growing, watched, watch, **settings)
+    assert len(parts) == 6 and len(set(parts)) == 4 and result["num_volumes"] == 4
+    assert result["refused"] == {"too_few_slices": 1} and "1 series refused" in summary(result)
+    with np.load(plain) as one, np.load(watched) as other:
+        for name in one.files:
+            if one[name].dtype.kind == "f":
+                np.testing.assert_allclose(other[name], one[name], rtol=1e-5, atol=1e-6)
+            elif name != "facts":
+                np.testing.assert_array_equal(other[name], one[name])
+    rejected = watched.with_suffix(".rejected.csv")
+    assert rejected.read_bytes() == plain.with_suffix(".rejected.csv").read_bytes()
+    watch_embeddings(runs / "rotation", growing, watched, watch, **settings)
+    assert len(parts) == 6
+    with pytest.raises(
+        InputError, match=r"z\.scans has results of another checkpoint_step \(4, now"
+    ):
+        watch_embeddings(runs / "rotation", growing, watched, watch, checkpoint="2", **settings)
+    with pytest.raises(InputError, match="lies in --input, whose files are taken for scans"):
+        watch_embeddings(runs / "rotation", growing, growing / "z.npz", watch, **settings)
+    with pytest.raises(InputError, match="--settle_s=-1: give 0 or more seconds"):
+        Watch(settle_s=-1)
+
+
+def test_batches_are_filled_across_volumes(runs):
+    """By neighbours of their own volume alone, also across a gap."""
+    model = ctssl_jax.load(runs / "pe_se_resnext", batch_size=8)
+    rng = np.random.default_rng(0)
+    volumes = [
+        scans.PreparedVolume(rng.integers(0, 256, (number, 32, 32, 1), np.uint8), gaps)
+        for number, gaps in ((3, ()), (21, (4,)), (1, ()), (8, ()))
+    ]
+    shared = list(model.in_shared_batches(map(model.rows, volumes)))
+    for volume, outputs in zip(volumes, shared, strict=True):
+        for name, values in model.outputs(volume).items():
+            np.testing.assert_allclose(outputs[name], values, rtol=1e-5, atol=1e-6)
+    assert list(model.in_shared_batches([])) == []
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 whose scan it is."""
 
 import csv
+import functools
 import json
 import math
 import shutil
@@ -19,8 +20,9 @@ from PIL import Image
 
 from ctssl_jax.evaluation import predictions
 from ctssl_jax.evaluation.measure import evaluate
-from ctssl_jax.inference import mask_prediction, prediction, pretrained
+from ctssl_jax.inference import mask_prediction, prediction, pretrained, serving
 from ctssl_jax.inference.prediction import Request, predict, table
+from ctssl_jax.inference.serving import Watch, watch_predictions
 from ctssl_jax.runs.run import open_workdir
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training.state import abstract_model
@@ -512,3 +514,78 @@ def test_the_command_line(exams, tmp_path):
         "written: prediction.json, prediction.png, slices.csv" in done.stdout
         and "not for diagnosis" in done.stdout
     )
+
+
+# ---- a folder that grows -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """The watches of these tests are of one run: its program is compiled once."""
+    load, make_program = functools.cache(pretrained.load), mask_prediction.slice_program
+    program = functools.cache(lambda workdir: make_program(load(workdir)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "load", lambda run, *_, **__: load(run.workdir))
+        patch.setattr(mask_prediction, "slice_program", lambda model: program(model.run.workdir))
+        yield
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_a_watched_folder_gets_the_predictions_of_its_scans(runs, scan, tmp_path, capsys):
+    """Ended while a folder was half written, each scan has one whole folder, as `predict` fills."""
+    growing, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(scan, growing / "first")
+    plain = predict_scan(runs / "nodules", scan, tmp_path / "plain", dicom_seg=False)
+    request = Request(growing, dicom_seg=False)
+    watch = Watch(settle_s=0, idle_exit_s=0.01)
+
+    def ends_with(error):
+        def save_picture(*arguments):
+            raise error
+
+        return save_picture
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_prediction, "_save_picture", ends_with(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            watch_predictions(runs / "nodules", request, output, watch, num_workers=0)
+    assert [path.name for path in output.iterdir()] == ["settings.json"]
+    short = dicom_files.slices(dicom_files.thorax(4), study=3, patient="patient-3")
+    dicom_files.write(growing / "short", short)
+    (growing / "notes.txt").write_text("Doe^Jane")
+    for _ in range(2):
+        assert watch_predictions(runs / "nodules", request, output, watch, num_workers=0) == 1
+    (folder,) = (path for path in output.iterdir() if path.is_dir())
+    result = json.loads((folder / "prediction.json").read_text())
+    place = {"volume_id": folder.name, "patient_id": result["scan"]["patient_id"]}
+    assert result["scan"].items() > place.items() and len(place["patient_id"]) == 32
+    for name in plain.keys() - {"scan"}:
+        assert result[name] == plain[name], name
+    for name in ("mask.nii.gz", "prediction.png"):
+        assert (folder / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    printed = capsys.readouterr().out
+    assert printed.count("too_few_slices") == 1 and printed.count("1 files not_dicom") == 1
+    (growing / "late").mkdir()
+    shutil.copyfile(growing / "first" / "IM0003", growing / "late" / "IM0003")
+    watch_predictions(runs / "nodules", request, output, watch, num_workers=0)
+    printed += capsys.readouterr().out
+    assert "LATE         1 files came or changed after their exam was done" in printed
+    assert f"remove {folder}/prediction.json, and it is done again" in printed
+    for private in ("Doe", "patient-", "IM00", "1.2.826"):
+        assert private not in printed
+    (folder / "prediction.json").unlink()
+    watch_predictions(runs / "nodules", request, output, watch, num_workers=0)
+    assert json.loads((folder / "prediction.json").read_text())["scan"]["notes"] != []
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_a_scan_that_crashes_does_not_end_the_watch(runs, scan, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mask_prediction, "_save_picture", lambda *arguments: 1 / 0)
+    watch, request = Watch(settle_s=0, idle_exit_s=0.01), Request(scan, dicom_seg=False)
+    for _ in range(2):
+        assert not watch_predictions(
+            runs / "nodules", request, tmp_path / "out", watch, num_workers=0
+        )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+    printed = capsys.readouterr().out
+    assert printed.count("refused ") == 1 and "please report it (ZeroDivisionError)" in printed

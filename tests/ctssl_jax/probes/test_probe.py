@@ -254,7 +254,9 @@ def test_an_untrained_encoder_has_the_statistics_of_the_training_slices(tiny_dat
     )
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, encoder.state, again.state)))
     images = np.stack([source[index]["images"][0] for index in range(60)]).astype(np.float32) / 255
-    model = nnx.merge(encoders._abstract_encoder(config, get_task("rotation"))[0], *encoder.state)
+    model = get_task("rotation").build(config, nnx.Rngs(params=0)).encoder
+    for part in encoder.state:
+        nnx.update(model, part["encoder"])
     before = model.downsample[0].conv(images)
     norm = model.downsample[0].norm
     np.testing.assert_allclose(norm.mean[...], before.mean((0, 1, 2)), atol=0.03)

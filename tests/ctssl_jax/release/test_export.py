@@ -90,6 +90,7 @@ def test_folder(exported, runs, tiny_dataset):
             "ctssl_torch.py",
             "manifest.json",
             "test_input.npz",
+            "training.png",
             "weights.pt",
             "weights.safetensors",
         )
@@ -108,8 +109,17 @@ def test_folder(exported, runs, tiny_dataset):
     (result,) = manifest["results"]
     assert result["metrics"]["masked_mse"]["ci95"][0] < result["metrics"]["masked_mse"]["mean"]
     card = (exported / "README.md").read_text()
-    for text in ("CC0-1.0", "level 50 / width 350 HU", "masked_mse", "Not a medical device"):
-        assert text in card
+    for text in (
+        *("CC0-1.0", "level 50 / width 350 HU", "masked_mse", "Not a medical device"),
+        *(
+            "| Dataset | Volumes, slices | ",
+            "(training.png)",
+            "| 2 (this model) |",
+            "10.1117/1.JMI",
+        ),
+        f"`{manifest['model_fingerprint']}`",
+    ):
+        assert text in card, text
     everything = b"".join(path.read_bytes() for path in exported.iterdir())
     patients = {
         volume[name]
@@ -643,7 +653,6 @@ def test_a_folder_whose_weights_were_changed_is_refused(exported, tmp_path):
         ({"licence": ""}, "give --license"),
         ({"num_test_slices": 0}, "must be 1 or more"),
         ({"checkpoint": "77"}, "has no checkpoint '77'"),
-        ({"dataset": "DATA"}, "is read for onnx_fp16 and onnx_int8 alone"),
         ({"num_dataset_slices": 1}, "num_dataset_slices=1: must be 2 or more"),
     ],
 )

@@ -140,6 +140,41 @@ def test_damaged_zip_files_are_refused_and_leave_nothing(make, message, exported
         ctssl_torch.load(tmp_path / "model.zip")
 
 
+@pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:lab", "hf-hub:lab/a b", "hf-hub:a/b/c@main"])
+def test_names_that_are_none_are_refused_before_the_network(name):
+    with pytest.raises(InputError, match=r"is not a name of a hub; give hf-hub:ORG/NAME or"):
+        opening.as_run(name)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (
+            b" " * (17 << 20),
+            r"model\.zip: manifest\.json is damaged or not a manifest of ctssl_jax",
+        ),
+        (b"{}", r"model\.zip: manifest\.json is damaged or not a manifest of ctssl_jax"),
+        (
+            b"",
+            r"model\.zip: manifest\.json is damaged or was changed \(AttributeError: .*image_size",
+        ),
+        (b"[", r"model\.zip: manifest\.json is damaged; copy the whole folder again"),
+    ],
+)
+def test_manifests_that_were_changed(manifest, message, exported, tmp_path, cache):
+    """By another content; "" without the settings of the training, "[" with a file of no facts."""
+    content = json.loads((exported / "manifest.json").read_text())
+    if not manifest:
+        content["training"]["config"] = {}
+    if manifest == b"[":
+        content["files"]["model.safetensors"] = 3
+    new = manifest if len(manifest) > 1 else json.dumps(content).encode()
+    change = lambda name, old: new if name == "manifest.json" else old  # noqa: E731
+    with pytest.raises(InputError, match=message):
+        opening.as_run(zipped(exported, tmp_path / "model.zip", change))
+    assert not cache.exists() or not list(cache.iterdir())
+
+
 def test_upload_and_both_loads_through_a_hub(exported, tmp_path):
     """The commands and loads of a user, each a process, since the package reads its settings when
     it is imported."""

@@ -1,6 +1,7 @@
 """Joint-embedding tasks: one batch by hand, eight devices, exact resumption with teacher and
 centre, evaluation, embedding, warm starts, a collapse that is said, wrong recipes."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,12 @@ from ctssl_jax.data.batches import training_batches
 from ctssl_jax.data.slices import open_source
 from ctssl_jax.evaluation.measure import evaluate
 from ctssl_jax.inference.pretrained import load
+from ctssl_jax.models.joint_embedding import (
+    JointEmbedding,
+    JointEmbeddingConfig,
+    flops_per_view,
+)
+from ctssl_jax.models.layers import leaky_relu
 from ctssl_jax.ops import joint_losses
 from ctssl_jax.ops.trees import flatten
 from ctssl_jax.parallel.mesh import make_mesh, to_devices
@@ -30,6 +37,7 @@ from tests.helpers.training_runs import (
     assert_same_state,
     losses,
     numbers,
+    randomised,
     save_untrained,
     saved_state,
     tiny_recipe,
@@ -202,16 +210,39 @@ def test_other_runs_begin_with_its_encoder(task, straight, tiny_dataset, tmp_pat
     assert moved and all(name.split("/")[1] == "encoder" for name in moved)
 
 
-def test_a_collapse_is_said(tiny_dataset, tmp_path, capsys):
-    """Agreement alone: without the regulariser all features become one."""
-    config = learning(
-        tiny_dataset, "lejepa", regulariser__weight=0.0, num_steps=60, eval_every=60,
-        learning_rate=0.03,
-    )  # fmt: skip
+# Weights that decay faster than they learn leave an encoder that gives one feature for all slices.
+CONSTANT = {"weight_decay": 30.0, "num_steps": 20}
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        # agreement alone: without the regulariser all features become one
+        ("lejepa", {"regulariser.weight": 0.0, "num_steps": 60}),
+        ("visreg", CONSTANT),
+        ("vicreg", CONSTANT),
+        ("simclr", CONSTANT),
+        # no centring, and a teacher that is sure: few prototypes win
+        ("dino", {"teacher.centre_momentum": 1.0, "teacher.temperature": (0.02, 0.02),
+                  "teacher.momentum": 0.9, "num_steps": 40}),
+    ],
+)  # fmt: skip
+def test_a_collapse_is_said(task, settings, tiny_dataset, tmp_path, capsys):
+    settings = {"learning_rate": 0.03, "eval_every": settings["num_steps"]} | settings
+    if task != "lejepa":
+        settings["views.num_local"] = 0
+    config = learning(tiny_dataset, task, **settings)
     assert train_on(config, tmp_path / "run")
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if "the encoder has collapsed" in line]
     assert "mean cosine" in line
+
+
+def test_bfloat16_is_close_to_float32(straight, tiny_dataset, tmp_path):
+    """With a teacher; weights, statistics, views and loss are float32."""
+    config = learning(tiny_dataset, "dino", dtype="bfloat16")
+    assert train_on(config, tmp_path / "run")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(straight("dino")), rtol=0.05)
 
 
 def test_flops_count_views_and_the_teacher_once(tiny_dataset):
@@ -236,6 +267,7 @@ def test_flops_count_views_and_the_teacher_once(tiny_dataset):
         ("vicreg", "model.num_prototypes", 8, "num_prototypes=8: must be 0, since this task has"),
         ("dino", "model.num_prototypes", 0, "config.model.num_prototypes=0: must be 1 or more"),
         ("lejepa", "best_by", "invariance", "config.best_by='invariance': choose one of"),
+        ("lejepa", "model.neck", "pool", "config.model.neck='pool': choose one of none, attention"),
         ("lejepa", "model.pooled", "mean", "config.model.pooled='mean': choose one of latents"),
         ("visreg", "microbatches", 8, "config.batch_size=8 in 8 microbatches: the items of a"),
         ("lejepa", "views.local_area", (0.5, 0.1), "config.views.local_area=(0.5, 0.1): must ho"),
@@ -250,19 +282,29 @@ def test_what_cannot_work_is_one_line(task, field, value, message, tiny_dataset,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("pooled", ["latents", "map", "both"])
-def test_an_export_gives_the_same_embedding(pooled, tiny_dataset, tmp_path):
-    """What is pooled travels with the manifest; projector, teacher and centre do not."""
+@pytest.mark.parametrize(
+    ("pooled", "neck", "formats"),
+    [
+        ("latents", "none", ("torch", "onnx")),
+        ("map", "attention", ("torch", "onnx")),
+        ("both", "none", ("torch",)),
+        ("both", "stages", ("torch",)),
+    ],
+)
+def test_an_export_gives_the_same_embedding(pooled, neck, formats, tiny_dataset, tmp_path):
+    """Pooling and neck travel with the manifest; projector, teacher and centre do not."""
     torch = pytest.importorskip("torch")
     from ctssl_jax.release.exporting import export
     from ctssl_jax.torch_bridge import ctssl_torch
 
-    config = learning(tiny_dataset, "dino", model__pooled=pooled)
+    config = learning(tiny_dataset, "dino", model__pooled=pooled, model__neck=neck)
     save_untrained(config, tmp_path / "run")
-    manifest = export(tmp_path / "run", tmp_path / "model", ("torch",), "CC0-1.0")
+    manifest = export(tmp_path / "run", tmp_path / "model", formats, "CC0-1.0")
     assert manifest["architecture"] == "JointEmbedding" and manifest["model"]["pooled"] == pooled
+    assert manifest["model"]["neck"] == neck
     twin = ctssl_torch.load(tmp_path / "model")
-    assert all(name.startswith("encoder.") for name in twin.state_dict())
+    parts = {name.split(".")[0] for name in twin.state_dict()}
+    assert parts == ({"encoder"} if neck == "none" else {"encoder", "neck"})
     images = np.stack([r["image"] for r in Dataset.open(tiny_dataset).source("test")])[:4]
     here = load(tmp_path / "run").embed(images).slices
     given = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 255)
@@ -272,3 +314,33 @@ def test_an_export_gives_the_same_embedding(pooled, tiny_dataset, tmp_path):
     probed = trained_encoder(run.config, get_task("dino"), run, 2, regions=1)
     _, features = probed.encode(probed.state, images.astype(np.float32) / 255)
     np.testing.assert_allclose(features, here, atol=1e-5)  # probes read the same feature
+    if "onnx" in formats:
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(tmp_path / "model" / "model.onnx")
+        (embedding,) = session.run(["embedding"], {"images": given.numpy()})
+        np.testing.assert_allclose(embedding, here, atol=1e-5)
+
+
+@pytest.mark.parametrize("neck", ["attention", "stages"])
+def test_a_neck_is_a_mean_over_what_it_weighs_or_sees(neck):
+    """By hand, and nothing of it is in the encoder."""
+    config = JointEmbeddingConfig(hidden=(4, 8), depth=0, embedding_dim=4, pooled="both", neck=neck)
+    model = randomised(JointEmbedding(config, rngs=nnx.Rngs(params=0)))
+    images = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 16, 16, 1)), jnp.float32)
+    features = model.encoder.trunk(model.encoder.compress(images, train=False)[1], train=False)
+    latents = model.encoder.to_latents(features, train=False)
+    both = np.concatenate([features, latents], axis=-1)
+    if neck == "attention":
+        scores = both.reshape(2, 16, 12) @ np.asarray(model.neck.attention.kernel[0, 0])
+        weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+        expected = (weights * both.reshape(2, 16, 12)).sum(axis=1)
+    else:
+        seen = jnp.asarray(both)
+        for stage in model.neck.stages:
+            seen = leaky_relu(stage(seen, train=False))
+        assert seen.shape == (2, 1, 1, 12)
+        expected = np.mean(seen, axis=(1, 2))
+    np.testing.assert_allclose(model(images, train=False).embedding, expected, atol=1e-5)
+    none = flops_per_view(dataclasses.replace(config, neck="none"), 16)
+    more = {"attention": 2 * 16 * 12 * 12, "stages": 2 * 9 * 12 * 12 * (4 + 1)}[neck]
+    assert flops_per_view(config, 16) == none + more

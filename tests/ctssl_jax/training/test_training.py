@@ -211,6 +211,10 @@ def test_learning_rate_schedules(tiny_dataset):
     np.testing.assert_allclose(
         [cosine(step) for step in (0, 2, 4, 8, 12)], [0, 0.5, 1, 0.5, 0], atol=1e-6
     )
+    config.learning_rate_floor = 0.1
+    for config.schedule in ("cosine", "linear"):
+        lowered = learning_rate_schedule(config)
+        np.testing.assert_allclose([lowered(step) for step in (4, 8, 12)], [1, 0.55, 0.1])
     config.warmup_steps = 0
     assert learning_rate_schedule(config)(0) == 1
 
