@@ -57,8 +57,9 @@ def main(argv: list[str]) -> int:
     """Command line."""
     start(flags.FLAGS)
     given = [word for word in sys.argv[1:] if word.startswith("--config")]
-    data = f"--config.dataset={flags.FLAGS.config.dataset}"
-    command_line.suggest("train", *given, data, "--workdir=RUN")
+    if not any(word.startswith("--config.dataset") for word in given):
+        given.append(f"--config.dataset={flags.FLAGS.config.dataset}")
+    command_line.suggest("train", *given, "--workdir=RUN")
     return 0
 
 

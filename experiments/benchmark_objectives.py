@@ -124,6 +124,8 @@ def main(argv: list[str]) -> int:
         rows.append(costs(name, flag.size, fields))
         write_text(folder / "costs.json", json.dumps(rows, indent=2) + "\n")  # one by one
     print(f"{rows[0]['device']}, recipes {flag.size}\n\n{table(rows)}", flush=True)
+    dataset = f"--dataset={flag.dataset}"
+    command_line.suggest("objectives", "plan", dataset, "--workdir=STUDY", aside=True)
     return 0
 
 
