@@ -281,7 +281,7 @@ def test_the_recipes_pass_the_checks_and_hold_no_field_of_another_task(recipe, s
     check_config(config, num_devices=8)
     task = config.task
     assert config.recipe == recipe + {"reference": "", "small": "_small"}[size]
-    assert ("masked_mse" in config.get("loss", ())) == (task == "masked_region")
+    assert ("masked_mse" in config.get("loss", ())) == (task in ("masked_region", "mixed"))
     common = {
         name for name in masked_region.get_config() if name not in TASKS["masked_region"].fields
     }
