@@ -98,6 +98,7 @@ def draw(settings: Settings) -> str:
     complete = [result for result in results.values() if result]
     if not complete:
         raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
+    settings.workdir.mkdir(parents=True, exist_ok=True)
     rows = figure_rows(results)
     caption = caption_of(complete) + kept.folds_in_words(settings, found)
     cells = settings.study(all_cells)
@@ -125,7 +126,6 @@ def draw(settings: Settings) -> str:
         parts.append(label_free_markdown(compared))
         write_csv(settings.workdir / "label_free.csv", compared)
     text = "\n".join(parts)
-    settings.workdir.mkdir(parents=True, exist_ok=True)
     write_text(settings.workdir / "table2.md", text)
     write_csv(settings.workdir / "table2.csv", rows)
     write_csv(settings.workdir / "cross.csv", cross_values(cross))

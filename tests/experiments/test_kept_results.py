@@ -37,11 +37,12 @@ def fine_tuned():
 )
 def test_the_tables_follow_from_the_results(folder, tmp_path):
     name, study = next(one for one in STUDIES.items() if folder.name.startswith(one[0]))
-    asked = Settings(Path(), tmp_path, "small", 0, 0, (), "test", kept=folder)
+    tables = tmp_path / "new"
+    asked = Settings(Path(), tables, "small", 0, 0, (), "test", kept=folder)
     drawn = study.draw(runner.recorded(asked))
     assert drawn == (folder / f"{name}.md").read_text()
     for table in folder.glob("*.csv"):
-        assert (tmp_path / table.name).read_text() == table.read_text()
+        assert (tables / table.name).read_text() == table.read_text()
 
 
 @pytest.mark.parametrize(("folder", "figure", "points"), fine_tuned())
