@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ctssl_jax.models.layers import KERNEL_INIT, ConvNorm, leaky_relu
-from ctssl_jax.models.vqvae import Encoder, VQVAEConfig, encoder_flops
+from ctssl_jax.models.vqvae import Encoder, VQVAEConfig, encoder_flops, encoder_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +60,7 @@ class ClassifierConfig:
     @property
     def encoder(self) -> VQVAEConfig:
         """The settings of the encoder, checked."""
-        return VQVAEConfig(
-            in_channels=self.in_channels,
-            hidden=self.hidden,
-            depth=self.depth,
-            embedding_dim=self.embedding_dim,
-            drop_rate=self.drop_rate,
-            remat=self.remat,
-            scan=self.scan,
-            dtype=self.dtype,
-        )
+        return encoder_settings(self)
 
 
 class ClassifierOutput(NamedTuple):

@@ -36,7 +36,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ctssl_jax.models.layers import ConvNorm, PointwiseConv, TransposedConvNorm
-from ctssl_jax.models.vqvae import Encoder, VQVAEConfig, encoder_flops, level_pixels
+from ctssl_jax.models.vqvae import (
+    Encoder,
+    VQVAEConfig,
+    encoder_flops,
+    encoder_settings,
+    level_pixels,
+)
 
 STRIDE = 16
 _NUM_LEVELS = 5
@@ -83,16 +89,7 @@ class UNetConfig:
     @property
     def encoder(self) -> VQVAEConfig:
         """The settings of the encoder, checked."""
-        return VQVAEConfig(
-            in_channels=self.in_channels,
-            hidden=self.hidden,
-            depth=self.depth,
-            embedding_dim=self.embedding_dim,
-            drop_rate=self.drop_rate,
-            remat=self.remat,
-            scan=self.scan,
-            dtype=self.dtype,
-        )
+        return encoder_settings(self)
 
 
 @dataclasses.dataclass(frozen=True)

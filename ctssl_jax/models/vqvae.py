@@ -24,7 +24,7 @@ Transposed kernels are HWIO too: PyTorch's IOHW mirrored in H and W, then `trans
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,21 @@ class VQVAEConfig:
                 'vq_init="data" and vq_revive_every need vq_update="ema", since a trained codebook '
                 "is moved by its gradient alone"
             )
+
+
+_OF_ENCODER = (
+    *("in_channels", "hidden", "depth", "embedding_dim", "drop_rate"),
+    *("remat", "scan", "dtype"),
+)
+
+
+def encoder_settings(config: Any) -> VQVAEConfig:
+    """The settings of the encoder in those of another model, which has them under the same names.
+
+    Raises:
+        ValueError: a value out of range; the message names the field.
+    """
+    return VQVAEConfig(**{name: getattr(config, name) for name in _OF_ENCODER})
 
 
 class VQVAEOutput(NamedTuple):

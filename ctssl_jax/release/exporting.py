@@ -25,7 +25,6 @@ from ctssl_jax.data.slices import select_channels, selected_windows
 from ctssl_jax.ops.trees import fingerprint, flatten
 from ctssl_jax.release import hub, model_card, model_page, onnx_file, parity, small_onnx
 from ctssl_jax.release import public_series as public_series_list
-from ctssl_jax.release.model_page import trained_volumes as run_volumes
 from ctssl_jax.runs.checkpoints import Chosen
 from ctssl_jax.runs.reports import say
 from ctssl_jax.runs.run import Run, portable
@@ -355,6 +354,11 @@ def _page(
     """
     page: dict[str, Any] = {"curve": model_page.curve(run), "cohort": []}
     if not run.training_data:  # not trained here
+        if public_series is not None:
+            raise InputError(
+                f"--public_series={public_series}: these weights were not trained here, so nobody "
+                "knows their series; leave it out"
+            )
         return page, None
     opened = None
     try:
@@ -381,7 +385,10 @@ def _page(
         )
     published = public_series_list.read_published(public_series)
     listed = public_series_list.trained_on(run, opened, published, read_key(key_file))
-    counts = {split: len(run_volumes(run, opened, split)) for split in ("train", "validation")}
+    counts = {
+        split: len(model_page.trained_volumes(run, opened, split))
+        for split in ("train", "validation")
+    }
     page["public_series"] = {
         split: {"listed": sum(where == split for _, where in listed), "volumes": counts[split]}
         for split in counts

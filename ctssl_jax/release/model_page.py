@@ -20,13 +20,12 @@ _SMALL = ("Patients", "Sex", "Ethnic group", "Manufacturer", "Noted")
 _MOST_POINTS = 200  # of a curve
 
 
-def training_dataset(run: Run, dataset: str | Path | None, flag: str = "--dataset") -> Dataset:
+def training_dataset(run: Run, dataset: str | Path | None) -> Dataset:
     """The dataset that a run was trained on.
 
     Args:
       run: the run.
       dataset: where it is now; None takes the place of the training.
-      flag: for messages.
 
     Raises:
       InputError: it is not there, or other data.
@@ -35,7 +34,7 @@ def training_dataset(run: Run, dataset: str | Path | None, flag: str = "--datase
     opened = Dataset.open(name)
     if opened.fingerprint != run.preparation["fingerprint"]:
         raise InputError(
-            f"{flag}={name} is not the data that the run was trained on (another fingerprint); "
+            f"--dataset={name} is not the data that the run was trained on (another fingerprint); "
             "give that dataset"
         )
     return opened

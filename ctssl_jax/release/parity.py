@@ -209,7 +209,7 @@ def measure(
         if "codes" in expected:
             equal = np.array_equal(expected["codes"], found["codes"])
             values["decoder_on_same_codes"] = (
-                values["reconstruction"] if equal else _decoder_difference(model, twin, expected)
+                values["reconstruction"] if equal else _decoder_difference(twin, expected)
             )
         _keep_largest(outputs, values)
         ours.append(expected)
@@ -227,9 +227,7 @@ def _keep_largest(largest: dict[str, float], values: dict[str, float]) -> None:
         largest[name] = max(largest.get(name, 0.0), value)
 
 
-def _decoder_difference(
-    model: nnx.Module, twin: ExportedModel, expected: dict[str, np.ndarray]
-) -> float:
+def _decoder_difference(twin: ExportedModel, expected: dict[str, np.ndarray]) -> float:
     """Of the twin's reconstruction from the codes in JAX, where its own codes are others."""
     with torch.inference_mode():
         quantized = twin.vq_layer.lookup(torch.from_numpy(np.asarray(expected["codes"], np.int64)))

@@ -39,38 +39,36 @@ class Published(NamedTuple):
     series: str
 
 
-def read_published(path: str | Path, flag: str = "--public_series") -> list[Published]:
+def read_published(path: str | Path) -> list[Published]:
     """The series of a collection's table: CSV with columns for patient, study and series, such as
     `Subject ID`, `Study UID`, `Series UID` or `PatientID`, `StudyInstanceUID`, `SeriesInstanceUID`.
 
     Raises:
       InputError: it cannot be read, or lacks a column.
     """
-    rows = _rows(path, flag)
+    rows = _rows(_text(path, "--public_series"))
     for field in Published._fields:
         if not rows or field not in rows[0]:
             raise InputError(
-                f"{flag}={path} has no column of the {field} (such as PatientID, StudyInstanceUID, "
-                "SeriesInstanceUID); give the collection's table of series as CSV"
+                f"--public_series={path} has no column of the {field} (such as PatientID, "
+                "StudyInstanceUID, SeriesInstanceUID); give the collection's table of series as CSV"
             )
     return [Published(*(row[field] for field in Published._fields)) for row in rows]
 
 
-def read_series(path: str | Path, flag: str = "--series") -> list[str]:
+def read_series(path: str | Path) -> list[str]:
     """Series Instance UIDs of a CSV with a column of that name, or of a text with one a line.
 
     Raises:
       InputError: it cannot be read, or has none.
     """
-    rows = _rows(path, flag)
-    uids = [row["series"] for row in rows if row.get("series")]
+    text = _text(path, "--series")
+    uids = [row["series"] for row in _rows(text) if row.get("series")]
     if not uids:
-        uids = [
-            line for line in map(str.strip, _text(path, flag).splitlines()) if _UID.fullmatch(line)
-        ]
+        uids = [line for line in map(str.strip, text.splitlines()) if _UID.fullmatch(line)]
     if not uids:
         raise InputError(
-            f"{flag}={path} has no Series Instance UID; give one a line, or CSV with the column "
+            f"--series={path} has no Series Instance UID; give one a line, or CSV with the column "
             "SeriesInstanceUID"
         )
     return uids
@@ -159,20 +157,12 @@ def overlap(model: str | Path, series: Iterable[str]) -> dict[str, list[str]]:
     }
 
 
-def _rows(path: str | Path, flag: str) -> list[dict[str, str]]:
+def _rows(text: str) -> list[dict[str, str]]:
     """The rows of a CSV by field; columns of other names are left out."""
-    reader = csv.DictReader(io.StringIO(_text(path, flag)))
-    return [
-        {
-            _NAMES[plain]: (value or "").strip()
-            for name, value in row.items()
-            for plain in [
-                re.sub(r"[^a-z]", "", (name or "").lower() if isinstance(name, str) else "")
-            ]
-            if plain in _NAMES and isinstance(value, str | None)
-        }
-        for row in reader
-    ]
+    reader = csv.DictReader(io.StringIO(text))
+    names = {name: re.sub(r"[^a-z]", "", name.lower()) for name in reader.fieldnames or ()}
+    fields = {name: _NAMES[plain] for name, plain in names.items() if plain in _NAMES}
+    return [{field: (row[name] or "").strip() for name, field in fields.items()} for row in reader]
 
 
 def _text(path: str | Path, flag: str) -> str:

@@ -1,6 +1,6 @@
 """Scans of a folder that grows: each exam once, when all of its files are there.
 
-    arrivals = Arrivals(folder, rules, key, ledger, settle_s=60)
+    arrivals = Arrivals(folder, read, rules, key, ledger, has_result, settle_s=60)
     while True:
         found = arrivals.look()
         for exam in found.ready:        # its files have not changed for `settle_s` seconds
@@ -95,8 +95,8 @@ class _File:
 
 
 class Arrivals:
-    """A folder under watch. In memory: 3 KB for each slice that waits, a third of a KB for each
-    other file."""
+    """A folder under watch. In memory: 2 KB for each slice that waits, and less for each other
+    file."""
 
     def __init__(
         self,

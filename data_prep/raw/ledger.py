@@ -101,6 +101,8 @@ class Ledger:
     def forget(self, exams: Iterable[str]) -> set[str]:
         """Forget what became of exams; the paths of their files."""
         exams = set(exams)
+        if not exams:  # at each look
+            return set()
         paths = {path for (path, _), (_, exam) in self._files.items() if exam in exams and exam}
         for exam in sorted(exams):
             self.add("again", (), exam)

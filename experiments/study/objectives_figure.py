@@ -192,11 +192,8 @@ def comparison_rows(arms: Arms) -> list[dict[str, Any]]:
 
 
 def is_sure(row: dict[str, Any]) -> bool:
-    """Whether the interval excludes zero (that of patients and seeds, if there are several seeds),
-    and the corrected p is below 5 %."""
-    low, high = row["low_with_seeds"], row["high_with_seeds"]
-    if low is None:
-        low, high = row["low"], row["high"]
+    """Whether the interval excludes zero, and the corrected p is below 5 %."""
+    low, high = _interval(row)
     return low * high > 0 and row["p_holm"] is not None and row["p_holm"] < 0.05
 
 
@@ -224,10 +221,14 @@ def comparison_markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def _interval(row: dict[str, Any]) -> tuple[float, float]:
+    """That of patients and seeds, if there are several seeds."""
+    ending = "" if row["low_with_seeds"] is None else "_with_seeds"
+    return row[f"low{ending}"], row[f"high{ending}"]
+
+
 def _difference(row: dict[str, Any]) -> str:
-    low, high = row["low_with_seeds"], row["high_with_seeds"]
-    if low is None:
-        low, high = row["low"], row["high"]
+    low, high = _interval(row)
     text = f"{row['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
     return f"**{text}**" if is_sure(row) else text
 

@@ -684,6 +684,33 @@ def test_small_files_need_data_of_the_same_preparation(runs, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_published_series_need_the_training_with_its_dataset_and_key(runs, tiny_dataset, tmp_path):
+    table = tmp_path / "published.csv"
+    table.write_text("PatientID,StudyInstanceUID,SeriesInstanceUID\nP-1,1.2,1.2.3\n")
+    (tmp_path / "key").write_text("a key of another dataset, 32 characters")
+    for run, settings, message in (
+        ("rotation", {}, r"published\.csv: these weights were not trained here"),
+        (
+            "masked_region",
+            {"dataset": tmp_path / "none"},
+            r"published\.csv needs the dataset of the",
+        ),
+        ("masked_region", {}, r"needs the key of .*pseudonym_key is not there; give --pseudonym_k"),
+        (
+            "masked_region",
+            {"pseudonym_key_file": tmp_path / "key"},
+            "--pseudonym_key_file is not the key of the dataset's pseudonyms",
+        ),
+    ):
+        with pytest.raises(InputError, match=message) as raised:
+            export(
+                *(runs / run, tmp_path / "model", ("safetensors",), "CC0-1.0"),
+                public_series=table,
+                **settings,
+            )
+        assert "\n" not in str(raised.value) and not (tmp_path / "model").exists()
+
+
 def test_nothing_is_overwritten_and_results_must_be_of_this_model(exported, runs, tmp_path):
     with pytest.raises(InputError, match="is there already"):
         export(runs / "rotation", exported, ALL, "CC0-1.0")

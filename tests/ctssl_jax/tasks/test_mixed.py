@@ -73,7 +73,6 @@ def test_reports_have_the_loss_and_the_gradient_of_each(straight):
 
 def test_one_encoder_and_a_head_for_each(straight):
     names = stored_shapes(straight, 8)
-    names = stored_shapes(straight, 8)
     parts = {"/".join(name.split("/")[1:4]) for name in names if name.startswith("params/heads")}
     assert {part.split("/")[1] for part in parts} == {"masked_region", "dino"}
     assert not [name for name in names if name.startswith("params/heads") and "/encoder/" in name]
