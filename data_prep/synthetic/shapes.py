@@ -73,8 +73,16 @@ def join(parts: list[Capsules]) -> Capsules:
 
 def smooth_min(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
     """Union of two signed distances whose seam is filleted over `blend_mm`."""
-    h = np.clip(0.5 + (b - a) * np.float32(0.5 / blend_mm), 0, 1)
-    return b + (a - b) * h - np.float32(blend_mm) * h * (1 - h)
+    h = (b - a) * np.float32(0.5 / blend_mm)
+    h += np.float32(0.5)
+    np.clip(h, 0, 1, out=h)
+    result = (a - b) * h
+    result += b
+    rest = 1 - h
+    h *= np.float32(blend_mm)
+    h *= rest
+    result -= h
+    return result
 
 
 def smooth_max(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
@@ -96,18 +104,21 @@ def ellipsoid(
 ) -> np.ndarray:
     """First-order signed distance to an ellipsoid whose first radius lies along `axis`."""
     u, v, w = x - np.float32(centre[0]), y - np.float32(centre[1]), float(z - centre[2])
-    total, slope = np.float32(1e-6), np.float32(1e-6)
+    total, slope = np.full_like(u, 1e-6), np.full_like(u, 1e-6)
     for direction, radius in zip(_basis(axis), radii, strict=True):
-        component = (
-            u * np.float32(direction[0] / radius)
-            + v * np.float32(direction[1] / radius)
-            + np.float32(w * direction[2] / radius)
-        )
+        component = u * np.float32(direction[0] / radius)
+        if direction[1]:
+            component += v * np.float32(direction[1] / radius)
+        component += np.float32(w * direction[2] / radius)
         component *= component
-        total = total + component
-        slope = slope + component * np.float32(radius**-2)
-    value = np.sqrt(total)
-    return value * (value - 1) / np.sqrt(slope)
+        total += component
+        component *= np.float32(radius**-2)
+        slope += component
+    value = np.sqrt(total, out=total)
+    distance = value - 1
+    distance *= value
+    distance /= np.sqrt(slope, out=slope)
+    return distance
 
 
 @functools.lru_cache(maxsize=256)

@@ -93,6 +93,16 @@ def paint_body_wall(
         )
         pit = pit + 3 * np.sin(x / 6 + z / 8 + patient.phases[3]) * np.sin(y / 7 - z / 9)
         canvas.paint(np.maximum(pit, muscle + 9), ARMPIT_FAT, edge_mm=3)
+    wall = np.maximum(muscle + 5, 15 - pleura)
+    near = wall < MUSCLE_LAYER_MM / 2  # no plane is farther than half a layer
+    wall[near] = np.maximum(muscle_planes(x[near], y[near], z, muscle[near], patient), wall[near])
+    canvas.paint(wall, MUSCLE_PLANE_FAT, edge_mm=2.5)
+
+
+def muscle_planes(
+    x: np.ndarray, y: np.ndarray, z: float, muscle: np.ndarray, patient: Patient
+) -> np.ndarray:
+    """Signed distance to the fat between layers and bellies of muscle, at points of a slice."""
     phase, other = patient.phases[4], patient.phases[5]
     around = np.arctan2(x, -y - 10) * 95
     depth = (
@@ -105,10 +115,8 @@ def paint_body_wall(
     along = (around + 9 * np.sin(depth / 13 + z / 31 + phase)) / MUSCLE_BELLY_MM
     along = along + 0.41 * np.floor(depth / MUSCLE_LAYER_MM) + 0.004 * z
     between_bellies = MUSCLE_BELLY_MM * np.abs(along - np.rint(along))
-    planes = (
+    return (
         smooth_min(between_layers, between_bellies, 7)
         - 0.9
         + 0.7 * np.sin(around / 29 - z / 19 + other)
     )
-    planes = np.maximum(np.maximum(planes, muscle + 5), 15 - pleura)
-    canvas.paint(planes.astype(np.float32), MUSCLE_PLANE_FAT, edge_mm=2.5)
