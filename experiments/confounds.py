@@ -18,9 +18,9 @@ from absl import flags
 
 from data_prep.system import command_line
 
-from .study import curves, downstream, runner
+from .study import curves, downstream, presets, runner
 
-ARMS = downstream.FIGURES["confounds"][1]
+ARMS = presets.FIGURES["confounds"][1]
 FIGURE = curves.pe_figure(
     "confounds",
     "PE detection: choices of masked region prediction",

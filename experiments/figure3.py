@@ -22,9 +22,9 @@ from absl import flags
 
 from data_prep.system import command_line
 
-from .study import curves, downstream, runner
+from .study import curves, downstream, presets, runner
 
-ARMS = downstream.FIGURES["figure3"][1]
+ARMS = presets.FIGURES["figure3"][1]
 SOTA = ("masked_", "se_resnext")
 FIGURE = curves.pe_figure(
     "figure3",

@@ -16,9 +16,9 @@ from absl import flags
 
 from data_prep.system import command_line
 
-from .study import curves, downstream, runner
+from .study import curves, downstream, presets, runner
 
-ARMS = downstream.FIGURES["figure4"][1]
+ARMS = presets.FIGURES["figure4"][1]
 FIGURE = curves.pe_figure(
     "figure4",
     "PE detection by size of the masked region",

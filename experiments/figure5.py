@@ -17,9 +17,9 @@ from absl import flags
 
 from data_prep.system import command_line
 
-from .study import curves, downstream, runner
+from .study import curves, downstream, presets, runner
 
-ARMS = downstream.FIGURES["figure5"][1]
+ARMS = presets.FIGURES["figure5"][1]
 FIGURE = curves.nodule_figure("figure5", "Nodule segmentation by pretext")
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from data_prep.system.errors import InputError
 from .study import downstream, runner
 from .study.attributes import Model, cells_of, draw
 from .study.cells import Cell, Stage, keeping
-from .study.downstream import PRETEXTS, TITLES, Study
+from .study.downstream import Study
+from .study.presets import PRETEXTS, TITLES
 
 ARMS = ("masked_05", "masked_20", "next_slice", "denoising", "rotation", "flip")
 ATTRIBUTES = ("age", "sex", "ethnic_group")

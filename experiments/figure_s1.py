@@ -16,9 +16,9 @@ from absl import flags
 
 from data_prep.system import command_line
 
-from .study import curves, downstream, runner
+from .study import curves, downstream, presets, runner
 
-ARMS = downstream.FIGURES["figure_s1"][1]
+ARMS = presets.FIGURES["figure_s1"][1]
 FIGURE = curves.nodule_figure("figure_s1", "Nodule segmentation by size of the masked region")
 
 if __name__ == "__main__":

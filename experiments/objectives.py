@@ -12,8 +12,9 @@ the fields of their recipes; three seeds, `--seed` and the next two, the first o
 The last checkpoint of each is probed (`ctssl probe`): the place of a slice, the order of two and
 the neighbours of a slice, which need no label, and rotations and flips, linear and by nearest
 neighbours. Beside them stand an untrained encoder, pixels and handcrafted statistics, which need
-`pip install '.[handcrafted]'`. Differences are paired by patient. `draw` makes tables, a figure and
-the curves of the trainings; `ctssl benchmark_objectives` measures what a step of each costs here.
+`pip install '.[handcrafted]'`. Last come the ablations: one choice of LeJEPA or SimMIM changed, at
+the same compute. Differences are paired by patient. `draw` makes tables, a figure and the curves of
+the trainings; `ctssl benchmark_objectives` measures what a step of each costs here.
 """
 
 if __name__ == "__main__":  # the imports below take their time
@@ -28,7 +29,7 @@ from data_prep.system.files import write_text
 from .study import kept, runner
 from .study import objectives_figure as figure
 from .study.cells import Cell, Recipe, Settings, Stage
-from .study.objectives_figure import CONTROLS, OBJECTIVES, SEEDS
+from .study.objectives_figure import ABLATIONS, CONTROLS, OBJECTIVES, SEEDS
 from .study.results import write_csv
 
 TARGETS = "rotation,flip"
@@ -37,9 +38,8 @@ VALIDATIONS = 3  # of a training
 
 def fields_of(settings: Settings, name: str, seed: int) -> dict:
     """All fields of an objective's configuration that the study sets."""
-    objective = OBJECTIVES[name]
-    fields = objective.fields | {"dataset": settings.dataset, "seed": settings.seed + seed}
-    fields |= dict(override.split("=", 1) for override in settings.overrides)
+    fields = {"dataset": settings.dataset, "seed": settings.seed + seed}
+    fields |= _own_fields(settings, name)
     budget = settings.steps("masked_region") * step_flops(settings, "mask_20")
     steps = max(1, round(budget / step_flops(settings, name)))
     every = {"eval_every": -(-steps // VALIDATIONS), "log_every": max(1, steps // 20)}
@@ -49,10 +49,15 @@ def fields_of(settings: Settings, name: str, seed: int) -> dict:
 def step_flops(settings: Settings, name: str) -> int:
     """Floating-point operations of a training step of an objective: all slices, views, projector
     and teacher; counted from the shapes of the model."""
-    objective = OBJECTIVES[name]
-    fields = dict(override.split("=", 1) for override in settings.overrides)
-    config = Recipe(objective.recipe, settings.size, objective.fields | fields).config()
-    return kept.step_flops(config)
+    recipe = (OBJECTIVES | ABLATIONS)[name].recipe
+    return kept.step_flops(Recipe(recipe, settings.size, _own_fields(settings, name)).config())
+
+
+def _own_fields(settings: Settings, name: str) -> dict:
+    """Fields of an objective and of `--override`, or the choice of an ablation after both."""
+    objective = (OBJECTIVES | ABLATIONS)[name]
+    overrides = dict(override.split("=", 1) for override in settings.overrides)
+    return overrides | objective.fields if objective.base else objective.fields | overrides
 
 
 def probe_stage(settings: Settings, name: str, run: str, encoder: str = "run") -> Stage:
@@ -70,23 +75,28 @@ def probe_stage(settings: Settings, name: str, run: str, encoder: str = "run") -
 
 
 def all_cells(settings: Settings) -> list[Cell]:
-    """Of one dataset: for each seed a training with its probe, then the controls."""
+    """Of one dataset: for each seed a training with its probe, then the controls; then the
+    ablations."""
     cells = []
     for seed in range(SEEDS):
-        for name, objective in OBJECTIVES.items():
-            cell = f"{name}_{seed}"
-            recipe = Recipe(objective.recipe, settings.size, fields_of(settings, name, seed))
-            run = settings.workdir / "runs" / cell
-            train = Stage(f"{cell}: train", "ctssl_jax.train", {"workdir": run}, recipe)
-            probe = probe_stage(settings, cell, cell)
-            cells.append(Cell(cell, (), (train, probe), probe.options["output"]))
+        cells += [trained_cell(settings, name, seed) for name in OBJECTIVES]
         for name in CONTROLS:
             if seed and name != "untrained":  # nothing in them is random
                 continue
             run = f"rotation_{seed}"  # whose configuration they take
             stage = probe_stage(settings, f"{name}_{seed}", run, name)
             cells.append(Cell(f"{name}_{seed}", (run,), (stage,), stage.options["output"]))
-    return cells
+    return cells + [trained_cell(settings, n, seed) for seed in range(SEEDS) for n in ABLATIONS]
+
+
+def trained_cell(settings: Settings, name: str, seed: int) -> Cell:
+    """The training of an objective or ablation with its probe."""
+    cell, recipe = f"{name}_{seed}", (OBJECTIVES | ABLATIONS)[name].recipe
+    configured = Recipe(recipe, settings.size, fields_of(settings, name, seed))
+    run = settings.workdir / "runs" / cell
+    train = Stage(f"{cell}: train", "ctssl_jax.train", {"workdir": run}, configured)
+    probe = probe_stage(settings, cell, cell)
+    return Cell(cell, (), (train, probe), probe.options["output"])
 
 
 def draw(settings: Settings) -> str:
@@ -101,7 +111,7 @@ def draw(settings: Settings) -> str:
     if not any(arms.values()):
         raise InputError(f"--workdir={settings.workdir} holds no results yet; run the study first")
     rows = figure.score_rows(arms)
-    compared = figure.comparison_rows(arms)
+    compared = figure.comparison_rows(arms) + figure.ablation_rows(arms)
     caption = figure.caption_of(arms) + kept.folds_in_words(settings, _of_first_seed(found))
     text = "\n".join(
         [
@@ -116,7 +126,8 @@ def draw(settings: Settings) -> str:
     write_csv(settings.workdir / "objectives.csv", rows)
     if compared:
         write_csv(settings.workdir / "comparisons.csv", compared)
-    figure.save_scores(settings.workdir / "objectives.png", rows, caption)
+    shown = [row for row in rows if row["objective"] not in ABLATIONS]
+    figure.save_scores(settings.workdir / "objectives.png", shown, caption)
     figure.save_curves(settings.workdir / "curves.png", arms, caption)
     return text
 

@@ -19,8 +19,9 @@ from data_prep.system.files import write_text
 
 from . import downstream, kept, results, runner
 from .cells import Cell
-from .downstream import TITLES, Point, Study
+from .downstream import Point, Study
 from .paired import detectable_with_seeds, interval_with_seeds
+from .presets import TITLES
 
 REFERENCE = "random"
 # Told apart by the colour-blind (Okabe and Ito 2008, Color Universal Design), and by markers.

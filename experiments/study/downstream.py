@@ -22,188 +22,24 @@ from ctssl_jax.training.recipe_files import load_recipe
 from data_prep.system import stores
 from data_prep.system.errors import InputError
 
-from . import runner
+from . import kept, runner
 from .cells import Cell, Recipe, Stage, keeping, train_cell
-
-TITLES = {
-    "random": "random weights",
-    "masked_05": "masked region, 5 %",
-    "masked_10": "masked region, 10 %",
-    "masked_20": "masked region, 20 %",
-    "masked_33": "masked region, 33 %",
-    "alone_10": "10 %, not chained",
-    "alone_20": "20 %, not chained",
-    "alone_33": "33 %, not chained",
-    "area_20": "20 % of the area, one stage",
-    "side_20": "20 % of the side",
-    "gradient_20": "codebook by gradient",
-    "minmax_20": "grey map by slice",
-    "norms_20": "20 %, batch normalisation alone",
-    "kernels_20": "20 %, convolutions alone",
-    "next_slice": "next slice",
-    "denoising": "denoising",
-    "rotation": "rotation",
-    "flip": "flip",
-    "se_resnext": "SE-ResNeXt-50 (SOTA)",
-    "standard_unet": "standard U-Net",
-    "shuffled": "control: shuffled labels",
-}
-# Synthetic patients need no secret; a fixed key gives the same splits everywhere.
-SYNTHETIC_KEY = "the pseudonym key of the synthetic patients of the downstream studies"
-MASKED = {"masked_05": 0.05, "masked_10": 0.10, "masked_20": 0.20, "masked_33": 0.33}
-# From random weights, for as many steps as the chain took to get there: arm -> (mask, times).
-ALONE = {"alone_10": ("masked_10", 2), "alone_20": ("masked_20", 3), "alone_33": ("masked_33", 4)}
-# Masked region prediction, 20 %, one stage from random weights, with one field changed.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "area_20": {},
-    "side_20": {"mask.unit": "side"},
-    "gradient_20": {
-        "model.vq_update": "gradient",
-        "model.vq_init": "uniform",
-        "model.vq_revive_every": 0,
-    },
-    "minmax_20": {"normalize": "slice_minmax"},
-}
-# A part of the encoder of an arm; the rest starts from random weights: arm -> (arm, init_scope).
-PARTS = {
-    "norms_20": ("area_20", "encoder_norms"),
-    "kernels_20": ("area_20", "encoder_kernels"),
-}
-PRETEXTS = (*MASKED, *ALONE, *VARIANTS, "next_slice", "denoising", "rotation", "flip")
-# Arms whose network is not the pretrained encoder's, and the recipe of each.
-OTHER_NETWORKS = {"se_resnext": "pe_se_resnext", "standard_unet": "nodules_standard_unet"}
-# Arms from random weights that learn nothing which they are then asked.
-CONTROLS = {"shuffled": {"shuffled_targets": True}}
-# The window of emboli, which is the paper's, and the window of the lungs: a channel each.
-WINDOWS = ((50.0, 350.0), (-600.0, 1500.0))
-
-OTHER_PRETEXTS = ("next_slice", "denoising", "rotation", "flip")
-# Measured before on two busy cores at 64 x 64 pixels, evaluation included: 777 s for 1,500 steps of
-# masked region prediction, 35 to 75 s for cells of 150 steps of `pe` and `nodules`, 79 to 108 s for
-# 300 steps of flip prediction. The measured cells of a study come first.
-SECONDS_A_STEP = dict.fromkeys(("masked_region", "next_slice", "denoising"), 0.52) | {
-    **dict.fromkeys(("pe", "nodules"), 0.5),
-    **dict.fromkeys(("rotation", "flip"), 0.36),
-}
-# Figure -> kind of its cells and its arms.
-FIGURES = {
-    "figure3": ("pe", ("random", "masked_05", "masked_20", *OTHER_PRETEXTS, "se_resnext")),
-    "figure4": ("pe", ("random", *MASKED, *ALONE)),
-    "figure5": ("nodules", ("random", "masked_20", *OTHER_PRETEXTS, "standard_unet")),
-    "figure_s1": ("nodules", ("random", *MASKED, *ALONE)),
-    "confounds": ("pe", (*VARIANTS, *PARTS, "alone_20", "masked_20", "random")),
-}
-
-
-class Archive(NamedTuple):
-    """A synthetic archive of the phantom preset.
-
-    layout: of `data_prep.phantom`, and `--archive` of `data_prep.prepare`.
-    num_patients, seed: of the phantom.
-    splits: of `data_prep.prepare`.
-    made_with, prepared_with: further flags of the two, e.g. `{"num_slices": 32}`.
-    """
-
-    layout: str
-    num_patients: int
-    seed: int
-    splits: str
-    made_with: dict[str, Any] = {}  # noqa: RUF012 (never changed)
-    prepared_with: dict[str, Any] = {}  # noqa: RUF012 (never changed)
-
-
-class Preset(NamedTuple):
-    """Size of all studies.
-
-    size: of the recipes.
-    archives: dataset -> synthetic archive; empty where the user gives the datasets.
-    fractions: shares of the training studies.
-    seeds: of weights, data order and subset.
-    pretraining_steps: of each pretext; 0 takes the number of the recipe.
-    steps: kind of study (`pe`, `nodules`, `attributes`) -> training steps of its cells, one curve
-      each; 0 takes the number of the recipe.
-    windows: (level, width) in HU of each channel of the datasets and the networks; () leaves the
-      window of preparation and recipes.
-    overrides: fields of the recipes, e.g. `{"dtype": "bfloat16"}`.
-    left_out: arms that run only if `--arms` names them, so that a figure takes less than an hour on
-      two cores.
-    two_shares: arms that run only at the smallest and the largest share.
-    """
-
-    size: str
-    archives: dict[str, Archive]
-    fractions: tuple[float, ...]
-    seeds: tuple[int, ...]
-    pretraining_steps: int
-    steps: dict[str, tuple[int, ...]]
-    windows: tuple[tuple[float, float], ...] = ()
-    overrides: dict[str, Any] = {}  # noqa: RUF012 (never changed)
-    left_out: tuple[str, ...] = ()
-    two_shares: tuple[str, ...] = ()
-
-
-PRESETS = {
-    "phantom": Preset(
-        size="small",
-        archives={
-            "pretraining": Archive("dicom", 72, 0, "0.8,0.1,0.1"),
-            "pe": Archive("rsna_pe", 120, 1, "0.4,0.15,0.45"),
-            "nodules": Archive("lidc_idri", 100, 2, "0.4,0.15,0.45"),
-            "attributes": Archive("dicom", 160, 3, "0.5,0.2,0.3"),
-        },
-        fractions=(0.125, 0.25, 1.0),
-        seeds=(0, 1, 2),
-        pretraining_steps=500,
-        steps={"pe": (150,), "nodules": (50, 150), "attributes": (100,)},
-        left_out=("next_slice", "denoising", "flip", *ALONE),
-    ),
-    # All arms, five shares, longer training: to be run in parts, see `plan` for the hours. If it
-    # takes more than 24 hours of two cores, drop, in this order: the arms of `ALONE` (--arms),
-    # seeds beyond three (--seeds), the middle shares of the arms of `two_shares`.
-    "study": Preset(
-        size="small",
-        archives={
-            "pretraining": Archive(
-                "dicom", 120, 0, "0.8,0.1,0.1", {"field": "mediastinum", "image_size": 64}
-            ),
-            # Fields of view of 2.3 to 2.8 mm a pixel. An embolus that counts covers 12 pixels, a
-            # nodule 5 pixels of a slice: smaller ones were not learned.
-            "pe": Archive(
-                "rsna_pe",
-                480,
-                1,
-                "0.6,0.1,0.3",
-                {"field": "mediastinum", "image_size": 64, "min_embolus_mm2": 85},
-            ),
-            "nodules": Archive(
-                "lidc_idri",
-                240,
-                2,
-                "0.7,0.05,0.25",
-                {"field": "lung", "image_size": 64},
-                {"min_area_px": 5},
-            ),
-            "attributes": Archive("dicom", 160, 3, "0.5,0.2,0.3"),
-        },
-        fractions=(0.0625, 0.125, 0.25, 0.5, 1.0),
-        seeds=(0, 1, 2),
-        pretraining_steps=750,
-        steps={"pe": (1_600,), "nodules": (800,), "attributes": (100,)},
-        windows=WINDOWS,
-        two_shares=("se_resnext", "standard_unet", *VARIANTS, *PARTS),
-    ),
-    "paper": Preset(
-        size="reference",
-        archives={},
-        # of 1.54 million slices: the paper's 60, 115, 380 and 770 thousand
-        fractions=(0.04, 0.075, 0.25, 0.5, 1.0),
-        seeds=(0, 1, 2),
-        pretraining_steps=0,
-        steps={"pe": (0,), "nodules": (2_000, 5_000, 20_000), "attributes": (0,)},
-        overrides={"dtype": "bfloat16"},
-        left_out=tuple(ALONE),
-    ),
-}
+from .presets import (
+    ALONE,
+    CONTROLS,
+    FIGURES,
+    MASKED,
+    OTHER_NETWORKS,
+    PARTS,
+    PRESETS,
+    PRETEXTS,
+    SECONDS_A_STEP,
+    SYNTHETIC_KEY,
+    TITLES,
+    TODAYS,
+    VARIANTS,
+    Preset,
+)
 
 
 class Study(NamedTuple):
@@ -228,6 +64,33 @@ class Study(NamedTuple):
         """Run directory of the weights that an arm starts from."""
         return self.pretrained.get(arm, self.workdir / "runs" / f"pretrain_{arm}")
 
+    def fields(
+        self, recipe: str, fields: dict[str, Any], *, own_network: bool = False
+    ) -> dict[str, Any]:
+        """`fields` with those that the preset gives to all cells of a recipe; `own_network` as in
+        `cell`."""
+        for field, value in self.sizes.overrides.items():
+            if not (own_network and field.startswith("model.")):
+                fields = fields | {field: value}
+        if self.sizes.windows:
+            fields = fields | {"windows": self.sizes.windows}
+            channels = len(self.sizes.windows)
+            if recipe == OTHER_NETWORKS["se_resnext"]:  # three adjacent slices, of the field here
+                channels, fields = 3 * channels, fields | {"crop": "none"}
+            fields = fields | {"model.in_channels": channels}
+        return fields
+
+    def equal_steps(self, recipe: str) -> int:
+        """Training steps of a recipe that cost what `pretraining_steps` of `masked_region` do:
+        floating-point operations, counted from the shapes of the models."""
+        ours, papers = (
+            kept.step_flops(Recipe(name, self.sizes.size, self.fields(name, {})).config())
+            for name in (recipe, "masked_region")
+        )
+        steps = self.sizes.pretraining_steps
+        steps = steps or load_recipe("masked_region", self.sizes.size).num_steps
+        return max(1, round(steps * papers / ours))
+
     def cell(
         self,
         name: str,
@@ -246,15 +109,7 @@ class Study(NamedTuple):
           after: cells that must be complete before.
           own_network: the network is not the pretrained one: overrides of the model do not apply.
         """
-        for field, value in self.sizes.overrides.items():
-            if not (own_network and field.startswith("model.")):
-                fields = fields | {field: value}
-        if self.sizes.windows:
-            fields = fields | {"windows": self.sizes.windows}
-            channels = len(self.sizes.windows)
-            if recipe == OTHER_NETWORKS["se_resnext"]:  # three adjacent slices, of the field here
-                channels, fields = 3 * channels, fields | {"crop": "none"}
-            fields = fields | {"model.in_channels": channels}
+        fields = self.fields(recipe, fields, own_network=own_network)
         # not the best: by the loss on few patients that may be the checkpoint before any training
         evaluation = {"checkpoint": "last"}
         trained = Recipe(recipe, self.sizes.size, fields)
@@ -330,6 +185,8 @@ def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
         steps = study.sizes.pretraining_steps
         if times > 1 and not steps:
             steps = load_recipe(recipe, study.sizes.size).num_steps
+        if arm in TODAYS:
+            steps = study.equal_steps(recipe)
         fields |= schedule(times * steps)
         after = (before or "data_pretraining",)
         cells.append(study.cell(f"pretrain_{arm}", recipe, fields, after))

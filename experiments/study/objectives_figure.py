@@ -21,12 +21,14 @@ class Objective(NamedTuple):
     recipe: file in `configs/`.
     fields: of its configuration.
     papers: whether it is one of the paper's eight.
+    base: of an ablation: the objective whose recipe it changes; "" otherwise.
     """
 
     title: str
     recipe: str
     fields: dict[str, Any]
     papers: bool = False
+    base: str = ""
 
 
 def _masked(percent: int) -> Objective:
@@ -51,12 +53,42 @@ OBJECTIVES = {
     "mask_10": _masked(10),
     "mask_33": _masked(33),
 }
+
+
+def _lejepa(title: str, **fields: Any) -> Objective:
+    return Objective(f"LeJEPA, {title}", "lejepa", fields, base="lejepa")
+
+
+def _simmim(title: str, **fields: Any) -> Objective:
+    return Objective(f"SimMIM, {title}", "simmim", fields, base="simmim")
+
+
+# One choice of a recipe changed; the choice comes before `--override`.
+ABLATIONS = {
+    "lejepa_map": _lejepa("map pooled", **{"model.pooled": "map"}),
+    "lejepa_both": _lejepa("map and latents pooled", **{"model.pooled": "both"}),
+    "lejepa_attention": _lejepa("attention pooled", **{"model.neck": "attention"}),
+    "lejepa_stages": _lejepa("neck of two stages", **{"model.neck": "stages"}),
+    "lejepa_one_slice": _lejepa("views of one slice", **{"views.slices": 1}),
+    "lejepa_slab_40": _lejepa("slab of 40 mm", **{"views.slab_mm": 40.0}),
+    "lejepa_no_local": _lejepa("no local views", **{"views.num_local": 0}),
+    "lejepa_six_local": _lejepa("six local views", **{"views.num_local": 6}),
+    "lejepa_batch_8": _lejepa("batches of 8", batch_size=8),
+    "lejepa_batch_64": _lejepa("batches of 64", batch_size=64),
+    "simmim_blocks_4": _simmim("blocks of 4 pixels", **{"mask.block": 4}),
+    "simmim_blocks_16": _simmim("blocks of 16 pixels", **{"mask.block": 16}),
+    "simmim_area_20": _simmim("20 % of the area", **{"mask.fraction": 0.2}),
+    "simmim_area_80": _simmim("80 % of the area", **{"mask.fraction": 0.8}),
+    "simmim_one_square": _simmim(
+        "one square of a quarter", **{"mask.block": 32, "mask.fraction": 0.25}
+    ),
+}
 CONTROLS = {
     "untrained": "(untrained encoder)",
     "pixels": "(pixels)",
     "handcrafted": "(handcrafted statistics)",
 }
-TITLES = {name: objective.title for name, objective in OBJECTIVES.items()} | CONTROLS
+TITLES = {name: one.title for name, one in (OBJECTIVES | ABLATIONS).items()} | CONTROLS
 SCORES = {
     "position/linear/r2": "place, R²",
     "order/linear/auroc": "order, AUROC",
@@ -84,9 +116,8 @@ Arms = dict[str, list[dict[str, Any]]]  # name -> the kept results of its seeds
 
 def arms_of(found: dict[str, dict[str, Any] | None]) -> Arms:
     """The results of cells `NAME_SEED` by name, in the order of the tables; [] while missing."""
-    by_name: Arms = {name: [] for name in sorted(OBJECTIVES, key=_is_new)} | {
-        n: [] for n in CONTROLS
-    }
+    names = (*sorted(OBJECTIVES, key=_is_new), *CONTROLS, *ABLATIONS)
+    by_name: Arms = {name: [] for name in names}
     for cell, result in found.items():
         if result:
             by_name[cell.rpartition("_")[0]].append(result)
@@ -94,7 +125,7 @@ def arms_of(found: dict[str, dict[str, Any] | None]) -> Arms:
 
 
 def _is_new(name: str) -> bool:
-    return name in OBJECTIVES and not OBJECTIVES[name].papers
+    return name not in CONTROLS and not (OBJECTIVES | ABLATIONS)[name].papers
 
 
 def _group(name: str) -> str:
@@ -127,7 +158,8 @@ def score_rows(arms: Arms) -> list[dict[str, Any]]:
 
 
 def score_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A line an arm, a column a score."""
+    """A line an arm that there is, a column a score."""
+    rows = [row for row in rows if row["objective"] not in ABLATIONS or row["num_seeds"]]
     lines = []
     for name in dict.fromkeys(row["objective"] for row in rows):
         own = {row["score"]: row for row in rows if row["objective"] == name}
@@ -166,9 +198,6 @@ def comparison_rows(arms: Arms) -> list[dict[str, Any]]:
     """One row a pair and score: of each objective that is not the paper's minus the paper's best by
     that score, and of each objective minus each control. `p_holm` is corrected over all rows of one
     reference; None where the patients are too few for that."""
-    # not at the top: they import JAX, and --help should be fast
-    from ctssl_jax.evaluation.comparisons import holm
-
     rows: list[dict[str, Any]] = []
     for reference in ("best of the paper's", *CONTROLS):
         family = []
@@ -183,12 +212,39 @@ def comparison_rows(arms: Arms) -> list[dict[str, Any]]:
                         {"objective": name, "reference": reference, "other": other, "score": score}
                         | found
                     )
-        try:
-            corrected = holm([row["p"] for row in family], [row["smallest_p"] for row in family])
-        except InputError:
-            corrected = [None] * len(family)
-        rows += [row | {"p_holm": p} for row, p in zip(family, corrected, strict=True)]
+        rows += _corrected(family)
     return rows
+
+
+def ablation_rows(arms: Arms) -> list[dict[str, Any]]:
+    """One row an ablation and score: its mean minus that of the recipe that it changes. `p_holm` as
+    in `comparison_rows`, corrected over all rows of one recipe."""
+    rows: list[dict[str, Any]] = []
+    for base in dict.fromkeys(one.base for one in ABLATIONS.values()):
+        family = []
+        for name, ablation in ABLATIONS.items():
+            if ablation.base != base or not arms[name] or not arms[base]:
+                continue
+            for score in SCORES:
+                found = paired_arms(arms[name], arms[base], score)
+                if found["difference"] is not None:
+                    family.append(
+                        {"objective": name, "reference": base, "other": base, "score": score}
+                        | found
+                    )
+        rows += _corrected(family)
+    return rows
+
+
+def _corrected(family: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # not at the top: they import JAX, and --help should be fast
+    from ctssl_jax.evaluation.comparisons import holm
+
+    try:
+        values = holm([row["p"] for row in family], [row["smallest_p"] for row in family])
+    except InputError:
+        values = [None] * len(family)
+    return [row | {"p_holm": p} for row, p in zip(family, values, strict=True)]
 
 
 def is_sure(row: dict[str, Any]) -> bool:
@@ -211,10 +267,10 @@ def comparison_markdown(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(line)
         others = {row["score"]: TITLES[row["other"]] for row in own}
         which = f" ({'; '.join(f'{SCORES[score]}: {other}' for score, other in others.items())})"
-        title = reference if reference not in CONTROLS else TITLES[reference].strip("()")
+        title = TITLES.get(reference, reference).strip("()")
         parts.append(
             f"## Minus {title}\n\nMean difference over volumes"
-            f"{which if reference not in CONTROLS else ''}, in brackets its 95 % interval by "
+            f"{which if reference not in TITLES else ''}, in brackets its 95 % interval by "
             "patient (and seed, if there are several). **Bold** where it excludes zero also after "
             f"Holm's correction over this table.\n\n{results.markdown(lines)}"
         )

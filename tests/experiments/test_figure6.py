@@ -12,8 +12,9 @@ from PIL import Image
 
 from data_prep.system.errors import InputError
 from experiments import figure6
-from experiments.study import attributes, downstream
-from experiments.study.downstream import PRESETS, Study
+from experiments.study import attributes, downstream, presets
+from experiments.study.downstream import Study
+from experiments.study.presets import PRESETS
 from tests.helpers.training_runs import PROJECT
 
 
@@ -324,4 +325,4 @@ def test_what_spoils_the_comparison_is_said(study, fields, said):
 def test_the_presets_have_what_the_study_needs(study):
     names = [cell.name for cell in downstream.data_cells(study, ("pretraining", "attributes"))]
     assert names == ["data_pretraining", "data_attributes"]
-    assert all(arm in downstream.PRETEXTS for arm in figure6.ARMS)
+    assert all(arm in presets.PRETEXTS for arm in figure6.ARMS)

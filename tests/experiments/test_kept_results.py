@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import figure3, figure5, objectives, recipe_choices, table2
-from experiments.study import curves, downstream, runner
+from experiments.study import curves, downstream, presets, runner
 from experiments.study.cells import Settings
 from tests.helpers.training_runs import PROJECT
 
@@ -50,7 +50,7 @@ def test_the_figures_follow_from_the_results(folder, figure, points, tmp_path):
     arms, fractions, seeds = points
     kept = RESULTS / folder
     preset = json.loads((kept / "study.json").read_text())["preset"]
-    sizes = downstream.PRESETS[preset]._replace(fractions=fractions, seeds=seeds)
+    sizes = presets.PRESETS[preset]._replace(fractions=fractions, seeds=seeds)
     study = downstream.Study(preset, sizes, tmp_path, tmp_path / "data", {}, kept)
     _, grid = downstream.grid_cells(study, figure.kind, arms)
     assert curves.draw(study, grid, figure) == (kept / f"{figure.name}.md").read_text()

@@ -13,9 +13,10 @@ from ctssl_jax.evaluation import comparisons, predictions
 from ctssl_jax.evaluation.predictions import Predictions
 from data_prep.system.errors import InputError
 from experiments import confounds, figure3
-from experiments.study import curves, downstream, kept
+from experiments.study import curves, downstream, kept, presets
 from experiments.study.cells import Cell
-from experiments.study.downstream import PRESETS, Point, Study
+from experiments.study.downstream import Point, Study
+from experiments.study.presets import PRESETS
 from tests.helpers.training_runs import PROJECT
 
 PATIENTS = np.repeat([f"p{number}" for number in range(8)], 4)
@@ -126,7 +127,7 @@ def test_the_comparison_is_paired_and_names_the_better_arm(study):
 
 def test_a_correction_that_cannot_succeed_is_refused(study):
     """Eight patients allow no p below 1/128: too many for seven rows."""
-    _, grid = downstream.grid_cells(study, "pe", ["random", *downstream.PRETEXTS[:7]])
+    _, grid = downstream.grid_cells(study, "pe", ["random", *presets.PRETEXTS[:7]])
     for point, cell in grid.items():
         write_result(cell, 0.5 if point.arm == "random" else 0.9, point.seed)
     rows = curves.compare_with(grid, "auroc")
@@ -173,7 +174,7 @@ def test_the_smallest_detectable_difference_knows_patients_and_seeds():
 
 
 def test_confounds_change_one_thing_and_are_compared_with_one_stage(study):
-    arms = downstream.FIGURES["confounds"][1]
+    arms = presets.FIGURES["confounds"][1]
     cells, grid = downstream.grid_cells(study, "pe", arms)
     pretraining = {c.name: set(c.stages[0].arguments()) for c in cells if "pretrain" in c.name}
     area = pretraining["pretrain_area_20"]
@@ -198,13 +199,13 @@ def test_the_control_learns_from_shuffled_labels_and_else_as_random_weights_do(s
 
 
 def test_channels_are_the_windows_and_of_the_sota_those_of_three_slices(study):
-    sizes = downstream.PRESETS["study"]._replace(fractions=(1.0,), seeds=(0,))
+    sizes = presets.PRESETS["study"]._replace(fractions=(1.0,), seeds=(0,))
     wide = study._replace(sizes=sizes)
     _, grid = downstream.grid_cells(wide, "pe", ["random", "se_resnext"])
     fields = {point.arm: cell.stages[0].recipe.fields for point, cell in grid.items()}
     assert fields["random"]["model.in_channels"] == 2
     assert fields["se_resnext"]["model.in_channels"] == 6
-    assert all(f["windows"] == downstream.WINDOWS for f in fields.values())
+    assert all(f["windows"] == presets.WINDOWS for f in fields.values())
     data = downstream.data_cells(wide, ("pe",))[0].stages
     assert "--min_embolus_mm2=85" in data[0].arguments()
     assert {"--window=50,350", "--window=-600,1500"} <= set(data[1].arguments())
@@ -301,7 +302,7 @@ def test_names_of_the_studies_archives_are_those_of_the_importers():
     layouts = {archive.layout for archive in PRESETS["phantom"].archives.values()}
     assert layouts == {"dicom", "rsna_pe", "lidc_idri"}
     assert (
-        downstream.SYNTHETIC_KEY
+        presets.SYNTHETIC_KEY
         and len({archive.seed for archive in PRESETS["phantom"].archives.values()}) == 4
     )
 

@@ -48,7 +48,7 @@ def result_of(cell, gain, seed=0):
                     for score in figure.SCORES},
         "volumes": {"patient": [0, 1, 2, 3]} | dict.fromkeys(figure.SCORES, values),
     }  # fmt: skip
-    if name in figure.OBJECTIVES:
+    if name not in figure.CONTROLS:
         content["fields"] = {"num_steps": 100}
         content["training"] = {
             "step_flops": 10**10,
@@ -71,7 +71,7 @@ def test_all_objectives_have_the_compute_of_masked_region(settings):
 
 def test_cells_are_a_training_and_its_probe(settings):
     cells = {cell.name: cell for cell in settings.study(objectives.all_cells)}
-    assert len(cells) == 2 * (3 * (len(figure.OBJECTIVES) + 1) + 2)
+    assert len(cells) == 2 * (3 * (len(figure.OBJECTIVES) + len(figure.ABLATIONS) + 1) + 2)
     train, probe = cells["fold_1/dino_2"].stages
     config = train.recipe.config()
     assert (config.task, config.seed, config.batch_size) == ("dino", 2, 16)
@@ -80,6 +80,52 @@ def test_cells_are_a_training_and_its_probe(settings):
     assert probe.options["checkpoint"] == "last"  # equal compute
     assert cells["fold_0/untrained_1"].after == ("fold_0/rotation_1",)
     assert "fold_0/pixels_1" not in cells and "fold_0/handcrafted_0" in cells
+
+
+@pytest.mark.parametrize("name", figure.ABLATIONS)
+def test_an_ablation_changes_one_choice_at_the_same_compute(name, settings):
+    fold, ablation = settings.fold(0), figure.ABLATIONS[name]
+    ours, base = (
+        Recipe(ablation.recipe, "small", objectives.fields_of(fold, one, 0)).config().to_dict()
+        for one in (name, ablation.base)
+    )
+    budget = 100 * objectives.step_flops(fold, "mask_20")
+    of_step = objectives.step_flops(fold, name)
+    assert abs(ours["num_steps"] * of_step - budget) <= of_step / 2
+    changed = set()
+    for field in ablation.fields:
+        group, _, rest = field.partition(".")
+        before, after = (one[group][rest] if rest else one[group] for one in (base, ours))
+        if before != after:
+            changed.add(field)
+        if rest:
+            base[group][rest] = after
+        else:
+            base[group] = after
+    assert changed  # nothing is as in the recipe, and nothing else differs but the schedule
+    schedule = ("num_steps", "eval_every", "log_every")
+    assert {k: v for k, v in ours.items() if k not in schedule} == {
+        k: v for k, v in base.items() if k not in schedule
+    }
+
+
+def test_ablations_are_told_from_their_recipe(settings):
+    gains = {"lejepa": 0.1, "lejepa_map": 0.3, "rotation": 0.0, "simmim_area_20": 0.2}
+    for cell in settings.study(objectives.all_cells):
+        name, _, seed = cell.name.split("/")[1].rpartition("_")
+        if name in gains and seed == "0":
+            cell.kept.parent.mkdir(parents=True, exist_ok=True)
+            cell.kept.write_text(json.dumps(result_of(cell, gains[name])))
+    text = objectives.draw(settings)
+    with open(settings.workdir / "comparisons.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    own = [row for row in rows if row["objective"] in figure.ABLATIONS]
+    # nothing to tell SimMIM's from; and an ablation is never the paper's best
+    assert {(row["objective"], row["reference"]) for row in own} == {("lejepa_map", "lejepa")}
+    assert all(float(row["difference"]) == pytest.approx(0.2) for row in own)
+    assert "## Minus LeJEPA" in text and "LeJEPA, map pooled" in text
+    best = {row["other"] for row in rows if row["reference"] == "best of the paper's"}
+    assert best == {"rotation"}
 
 
 @pytest.mark.parametrize("name", ["lejepa", "dino"])

@@ -26,8 +26,9 @@ from data_prep.system.errors import InputError, StartAgain
 from experiments import chain, figure6, table2
 from experiments.study import downstream, kept, results, runner, table2_figure
 from experiments.study.cells import Cell, Settings, chain_cells, keeping
-from experiments.study.downstream import PRESETS, Point, Study
+from experiments.study.downstream import Point, Study
 from experiments.study.paper import TABLE2
+from experiments.study.presets import PRESETS
 from tests.helpers.training_runs import TINY, start
 
 
