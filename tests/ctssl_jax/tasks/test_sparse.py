@@ -137,6 +137,15 @@ def test_a_small_run_learns_and_is_healthy(straight, tiny_dataset):
     assert health.warnings(learning(tiny_dataset), last | {"embedding_dim": 4}) == []
 
 
+def test_a_collapse_is_said(tiny_dataset, tmp_path, capsys):
+    """Weights that decay faster than they learn leave one feature for all slices."""
+    config = learning(
+        tiny_dataset, weight_decay=30.0, learning_rate=0.03, num_steps=20, eval_every=20
+    )
+    assert train_on(config, tmp_path / "run")
+    assert "the encoder has collapsed" in capsys.readouterr().out
+
+
 def test_a_step_on_eight_devices_is_that_of_one(straight, tiny_dataset):
     images = np.random.default_rng(0).integers(0, 255, (8, 1, 16, 16, 1), np.uint8)
     weight, records = np.ones(8, np.float32), np.arange(8, dtype=np.int32)
