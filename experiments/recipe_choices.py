@@ -4,12 +4,12 @@ r"""What each choice of the recipe of masked region prediction costs: one change
     ctssl recipe_choices run  --dataset=DATASET --workdir=STUDY
     ctssl recipe_choices draw --results=experiments/results/recipe_choices_real_64 --workdir=TABLES
 
-The codebook (moving averages or gradient, started from data or uniform, revived or not), the grey
-map, optimizer and learning rate, the weight of the masked error, and the paper's reading of all of
-them (`masked_region:paper`). Each choice is trained, evaluated on held-out patients and probed: the
-probes score the windowed slice whatever grey map an encoder takes. Differences from the default are
-paired by volume, with a 95 % bootstrap interval by patient. With few patients give folds, as for
-`ctssl table2`.
+The codebook (by gradient, which leaves a uniform start and no revival, or by moving averages with
+any of them), the grey map, optimizer and learning rate, the weight of the masked error, and the
+paper's reading of all of them (`masked_region:paper`). Each choice is trained, evaluated on
+held-out patients and probed: the probes score the windowed slice whatever grey map an encoder
+takes. Differences from the default are paired by volume, with a 95 % bootstrap interval by patient.
+With few patients give folds, as for `ctssl table2`.
 """
 
 if __name__ == "__main__":  # the imports below take their time
@@ -35,8 +35,12 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (in words, fields)
     DEFAULT: ("the recipe as it is", {}),
     "paper": ("the paper's reading", {}),
     "gradient": ("codebook by gradient, uniform start, no revival", _GRADIENT | _PLAIN),
-    "gradient_revived": ("codebook by gradient, start from data, revival", _GRADIENT),
     "ema_plain": ("codebook by averages, uniform start, no revival", _PLAIN),
+    "ema_uniform": ("codebook by averages, uniform start, revival", {"model.vq_init": "uniform"}),
+    "ema_unrevived": (
+        "codebook by averages, start from data, no revival",
+        {"model.vq_revive_every": 0},
+    ),
     "slice_minmax": ("grey map by slice", {"normalize": "slice_minmax"}),
     "adamw": ("AdamW at 0.004", {"optimizer": "adamw", "learning_rate": 4e-3}),
     "slower": ("RAdam at a tenth of the rate", {"learning_rate": 2e-3}),

@@ -1,0 +1,46 @@
+"""Every training of every study has a configuration that can work: found out here, not after hours
+of the cells before it."""
+
+import pytest
+
+from ctssl_jax.training.recipe import check_config
+from experiments import objectives, recipe_choices, table2
+from experiments.study import downstream, presets
+from experiments.study.cells import Settings
+
+
+@pytest.fixture
+def settings(tmp_path):
+    overrides = ("batch_size=16",)
+    return Settings(tmp_path / "data", tmp_path, "small", 100, 0, overrides, "test")
+
+
+def assert_possible(cells):
+    recipes = {
+        str(sorted(stage.recipe.fields.items())) + stage.recipe.name: stage.recipe
+        for cell in cells
+        for stage in cell.stages
+        if stage.recipe and not stage.recipe.fields.get("seed")
+    }
+    assert recipes
+    for recipe in recipes.values():
+        check_config(recipe.config(), 1)
+
+
+@pytest.mark.parametrize(
+    "cells_of",
+    [table2.all_cells, recipe_choices.cells_of, objectives.all_cells],
+    ids=["table2", "recipe_choices", "objectives"],
+)
+def test_of_one_dataset(cells_of, settings):
+    assert_possible(cells_of(settings))
+
+
+@pytest.mark.parametrize("kind", ["pe", "nodules"])
+@pytest.mark.parametrize("preset", ["phantom", "study"])
+def test_of_fine_tuned_arms(preset, kind, tmp_path):
+    sizes = presets.PRESETS[preset]._replace(fractions=(1.0,), seeds=(0,))
+    study = downstream.Study(preset, sizes, tmp_path, tmp_path / "data", {})
+    other = {"pe": "standard_unet", "nodules": "se_resnext"}[kind]
+    cells, _ = downstream.grid_cells(study, kind, [arm for arm in presets.TITLES if arm != other])
+    assert_possible(cells)
