@@ -4,6 +4,7 @@ Everything follows from the kept results of the cells (`kept`), which hold what 
 each slice, with the number of its patient: needed to compare arms in pairs.
 """
 
+import fractions
 import itertools
 import statistics
 import textwrap
@@ -214,15 +215,17 @@ def curve_markdown(rows: Sequence[dict[str, Any]]) -> str:
     parts = []
     for metric, steps in dict.fromkeys((row["metric"], row["steps"]) for row in rows):
         chosen = [row for row in rows if (row["metric"], row["steps"]) == (metric, steps)]
-        fractions = sorted({row["fraction"] for row in chosen})
+        shares = sorted({row["fraction"] for row in chosen})
         lines = []
         for arm in dict.fromkeys(row["arm"] for row in chosen):
             by_fraction = {row["fraction"]: row for row in chosen if row["arm"] == arm}
             cells = {
-                f"{fraction:.3g} of the studies": results.with_spread(
+                f"{share_in_words(fraction)} of the studies": results.with_spread(
                     by_fraction[fraction]["mean"], by_fraction[fraction]["sd_over_seeds"]
                 )
-                for fraction in fractions
+                if fraction in by_fraction
+                else "-"
+                for fraction in shares
             }
             lines.append({"weights": TITLES.get(arm, arm), **cells})
         unit = next((row["unit"] for row in chosen if row["unit"]), "")
@@ -252,7 +255,7 @@ def comparison_markdown(
     lines = [
         {
             "weights": TITLES.get(row["arm"], row["arm"]),
-            "share of the studies": f"{row['fraction']:.3g}",
+            "share of the studies": share_in_words(row["fraction"]),
             "steps": f"{row['steps']:,}" if row["steps"] else "recipe",
             "seeds": str(row["num_seeds"]),
             f"difference of {metric}": shown(row),
@@ -284,7 +287,8 @@ def detectable_in_words(compared: Sequence[dict[str, Any]], metric: str) -> str:
     if not of_share:
         return ""
     parts = [
-        f"{statistics.median(of_share[share]):.3f} at {share:.3g}" for share in sorted(of_share)
+        f"{statistics.median(of_share[share]):.3f} at {share_in_words(share)}"
+        for share in sorted(of_share)
     ]
     return (
         f" Smallest detectable difference of {metric} (paired by patient, seeds included, 80 % "
@@ -391,9 +395,17 @@ def _share_in_slices(rows: Sequence[dict[str, Any]], share: float) -> str:
     texts = [row.get("train_slices") for row in rows if row["fraction"] == share]
     numbers = sorted({int(n) for text in texts if text for n in text.split("/") if n.isdigit()})
     if not numbers:
-        return f"{share:.3g}"
+        return share_in_words(share)
     slices = " to ".join(f"{n:,}" for n in dict.fromkeys((numbers[0], numbers[-1])))
-    return f"{slices}\n({share:.3g})"
+    return f"{slices}\n({share_in_words(share)})"
+
+
+def share_in_words(share: float) -> str:
+    """A share of the training studies: "1/32", "0.04", "all"."""
+    exact = fractions.Fraction(share)
+    if exact == 1:
+        return "all"
+    return f"{exact}" if exact.numerator == 1 and exact.denominator <= 64 else f"{share:.3g}"
 
 
 def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:

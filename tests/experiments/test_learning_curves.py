@@ -169,7 +169,7 @@ def test_the_smallest_detectable_difference_knows_patients_and_seeds():
     assert curves.detectable_with_seeds(0.01, [0.1]) is None
     rows = [{"fraction": 0.25, "detectable": 0.1}, {"fraction": 0.25, "detectable": 0.3}]
     rows += [{"fraction": 1.0, "detectable": None}]
-    assert ": 0.200 at 0.25 of the studies." in curves.detectable_in_words(rows, "auroc")
+    assert ": 0.200 at 1/4 of the studies." in curves.detectable_in_words(rows, "auroc")
     assert curves.detectable_in_words(rows[2:], "auroc") == ""
 
 
@@ -222,6 +222,18 @@ def figure_row(arm, steps, mean, sd=0.2, num_seeds=3):
     """As `curve_rows` makes it."""
     row = {"arm": arm, "fraction": 1.0, "steps": steps, "metric": "dice", "mean": mean}
     return row | {"sd_over_seeds": sd, "num_seeds": num_seeds if mean else 0}
+
+
+def test_an_arm_without_a_share_has_a_dash_there():
+    points = [("random", 0.03125), ("random", 0.3), ("random", 1.0)]
+    points += [("se_resnext", 0.03125), ("se_resnext", 1.0)]
+    rows = [
+        figure_row(arm, 0, 0.5) | {"fraction": share, "unit": "", "metric": "auroc"}
+        for arm, share in points
+    ]
+    _, _, header, _, *lines = curves.curve_markdown(rows).splitlines()[2:]
+    assert header == "| weights | 1/32 of the studies | 0.3 of the studies | all of the studies |"
+    assert lines[1] == "| SE-ResNeXt-50 (SOTA) | 0.5000 ± 0.2000 | - | 0.5000 ± 0.2000 |"
 
 
 def test_bars_stay_in_the_range_and_the_legend_has_no_line_that_is_not_there(tmp_path, monkeypatch):
