@@ -1,9 +1,9 @@
 """What a compiled TPU program does in a step, counted in its text, loops included.
 
 `Compiled.cost_analysis` counts the body of a loop once. Here each computation is counted as often
-as it runs: the body of a loop by the number of its turns, which XLA writes beside it; of the
-branches of a condition the one that moves the least (in a training step the other one places or
-revives codes, which is rare).
+as it runs: the body of a loop by the number of its turns, which XLA writes beside it, or with which
+its condition compares (the loops of JAX count from 0); of the branches of a condition the one that
+moves the least (in a training step the other one places or revives codes, which is rare).
 """
 
 import collections
@@ -154,8 +154,7 @@ class _Counter:
             return Work()
         total = Work()
         if one.opcode == "while":
-            turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest)
-            total.add(self.work(one.called("body")[0]), int(turns[1]) if turns else 1)
+            total.add(self.work(one.called("body")[0]), self._turns(one))
             return total
         if one.opcode == "conditional":
             branches = one.called("branch_computations") or [
@@ -188,6 +187,18 @@ class _Counter:
             total.traffic = one.moved + sum(operand.moved for operand in read)
             self._add_products(total, one, siblings)
         return total
+
+    def _turns(self, loop: _Instruction) -> int:
+        """How often a loop runs; 1 if nothing says it."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(known[1])
+        condition = self._computations.get(loop.called("condition")[0], {})
+        for one in condition.values():
+            if one.is_root and one.opcode == "compare" and "direction=LT" in one.rest:
+                bound = condition.get(one.operands[1])
+                if bound and (limit := re.match(r"(\d+)\)", bound.rest)):
+                    return int(limit[1])
+        return 1
 
     def _add_fusion(
         self, total: Work, one: _Instruction, siblings: dict[str, _Instruction]

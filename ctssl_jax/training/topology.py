@@ -212,13 +212,19 @@ def _with_less_memory(config: ml_collections.ConfigDict, mesh: Mesh) -> str:
     return "set --config.fsdp_devices, or take a smaller model"
 
 
-def rewritten(work: Work, slices: int) -> bool:
-    """Whether XLA took the convolutions of a step apart.
+def images_of_a_pass(config: ml_collections.ConfigDict, slices: int) -> int:
+    """Images that one pass of the encoder takes of so many slices: views of one size together."""
+    views = config.get("views")
+    return slices * (max(views.num_global, views.num_local) if views else 1)
+
+
+def rewritten(work: Work, images: int) -> bool:
+    """Whether XLA took the convolutions of a step apart, whose passes take so many images.
 
     Of few images a chip it makes many small ones (space-to-batch), by copies of every map: the
     reference model at 4 slices a chip moves 47 GB a slice then, at 8 a quarter of that.
     """
-    return work.largest_map > slices
+    return work.largest_map > images
 
 
 def lines(program: Program, memory: Any, work: Work) -> list[str]:
@@ -268,7 +274,7 @@ def lines(program: Program, memory: Any, work: Work) -> list[str]:
         f"compiler     XLA expects {work.cycles / slices / (1e6 * chip.clock):.3g} ms a slice and "
         f"chip, its instructions one after the other at {chip.clock:g} GHz",
     ]
-    if rewritten(work, slices):
+    if rewritten(work, images_of_a_pass(config, slices)):
         found.append(
             f"WARNING      {slices} slices a chip are few: XLA makes {work.largest_map} smaller "
             f"maps of them by copies; give each chip {FEWEST_SLICES} or more: --config.batch_size="

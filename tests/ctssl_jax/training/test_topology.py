@@ -15,7 +15,7 @@ from ctssl_jax.training import topology
 from ctssl_jax.training.compiled_text import count_work
 from ctssl_jax.training.topology import estimate_topology, topology_devices
 from data_prep.system.errors import InputError
-from tests.helpers.training_runs import tiny_config
+from tests.helpers.training_runs import tiny_config, tiny_recipe
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -38,6 +38,26 @@ def test_loops_are_counted_as_often_as_they_run():
     assert work.operations == 2 * 16 * 8 * 8 * 4 * 3 * 3 * 4
     assert work.largest_map == 8
     assert topology.rewritten(work, 4) and not topology.rewritten(work, 8)
+
+
+def test_turns_that_only_the_condition_tells():
+    """As XLA leaves loops whose counter it has changed."""
+    told = TEXT.replace(', backend_config={"known_trip_count":{"n":"18"}}', "")
+    condition = """\
+  %limit = s32[]{:T(128)} constant(18)
+  %turn.2 = s32[]{:T(128)} get-tuple-element(%state.2), index=0
+  ROOT %less = pred[]{:T(512)} compare(%turn.2, %limit), direction=LT"""
+    told = told.replace("  ROOT %less = pred[]{:T(512)} constant(true)", condition)
+    assert "known_trip_count" not in told and "direction=LT" in told
+    assert count_work(told) == count_work(TEXT)
+    assert count_work(told.replace("direction=LT", "direction=NE")).cycles == 100
+
+
+def test_views_of_one_size_are_one_pass():
+    config = tiny_recipe("", "lejepa", **{"views.num_global": 2, "views.num_local": 8})
+    work = count_work(TEXT)  # maps of eight images
+    assert topology.rewritten(work, topology.images_of_a_pass(tiny_config(""), 4))
+    assert not topology.rewritten(work, topology.images_of_a_pass(config, 4))
 
 
 @pytest.mark.parametrize(
