@@ -1,16 +1,19 @@
 """The cost of a training step on TPUs that need not be there: compiled for them ahead of time."""
 
+import contextlib
 import copy
 import importlib.util
 import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from ctssl_jax.parallel.mesh import make_mesh
@@ -137,6 +140,27 @@ def estimate_topology(config: ml_collections.ConfigDict, name: str) -> None:
       InputError: as `program_for`, or the step does not fit into the chips' memory.
     """
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
+    with _without_compilation_cache():
+        _estimate(config, name)
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """What is compiled for devices that are not there can be written to JAX's cache, not read."""
+    enabled = jax.config.jax_enable_compilation_cache
+    _use_compilation_cache(False)
+    try:
+        yield
+    finally:
+        _use_compilation_cache(enabled)
+
+
+def _use_compilation_cache(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # JAX asks only once whether there is one
+
+
+def _estimate(config: ml_collections.ConfigDict, name: str) -> None:
     program = program_for(config, name)
     config, mesh = program.definition.config, program.definition.mesh
     devices = mesh.devices.flat
