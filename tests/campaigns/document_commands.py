@@ -32,6 +32,7 @@ NOT_HERE = {  # words of a block -> why
     "MY_NIFTI": "needs NIfTI scans: tests/data_prep/scan/test_nifti.py",
     "tcia-lidc": "the annotations of LIDC-IDRI: tests.campaigns.lidc_counts",
     "--upload": "sends to a model hub: tests/ctssl_jax/release/test_hub.py has one",
+    "ctssl recipe_choices": "an hour: tests/experiments/test_recipe_choices.py",
     "ctssl figure": "half an hour and more: tests/experiments",
     "--folds=4": "needs scans of a dozen patients, and hours: tests/experiments/test_studies.py",
     "--public_series": "a public collection: tests/ctssl_jax/release/test_page.py",

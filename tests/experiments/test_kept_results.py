@@ -15,8 +15,19 @@ RESULTS = PROJECT / "experiments" / "results"
 # Folder of fine-tuned models -> figure -> arms, shares and seeds that are drawn.
 FINE_TUNED = {
     "study_phantom": {
-        figure3.FIGURE: (("random", "shuffled"), (1.0,), (0,)),
-        figure5.FIGURE: (("random", "shuffled"), (1.0,), (0,)),
+        figure3.FIGURE: (
+            (
+                *("random", "masked_05", "masked_20", "next_slice", "denoising"),
+                *("rotation", "flip", "shuffled"),
+            ),
+            (0.03125, 0.0625, 1.0),
+            (0,),
+        ),
+        figure5.FIGURE: (
+            ("random", "masked_20", "rotation", "shuffled"),
+            (0.03125, 0.125, 1.0),
+            (0,),
+        ),
     }
 }
 STUDIES = {"table2": table2, "recipe_choices": recipe_choices, "objectives": objectives}
