@@ -129,7 +129,7 @@ def _predictions(result: Path) -> dict[str, list]:
         with np.errstate(divide="ignore"):
             logits = np.log(chances[:, 1]) - np.log(chances[:, 0])
         logits = np.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)
-        return content | {"logit": np.round(logits, 3).tolist()}
+        return content | {"logit": np.round(logits, 2).tolist()}
     return content | {"probabilities": np.round(chances, 5).tolist()}
 
 
