@@ -34,6 +34,7 @@ class Work:
     collectives: kind -> number.
     collective_bytes: kind -> bytes of their results.
     largest_map: images of the largest batch that a convolution of the forward pass takes.
+    untold_loops: loops of which nothing tells how often they run; counted as once.
     """
 
     operations: float = 0.0
@@ -42,6 +43,7 @@ class Work:
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     collective_bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     largest_map: int = 0
+    untold_loops: int = 0
 
     def add(self, other: "Work", times: int = 1) -> None:
         """Add the work of a part of the program that runs so many times."""
@@ -54,6 +56,7 @@ class Work:
         ):
             mine.update({kind: times * value for kind, value in more.items()})
         self.largest_map = max(self.largest_map, other.largest_map)
+        self.untold_loops += other.untold_loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,9 @@ class _Counter:
             return Work()
         total = Work()
         if one.opcode == "while":
-            total.add(self.work(one.called("body")[0]), self._turns(one))
+            turns = self._turns(one)
+            total.add(self.work(one.called("body")[0]), turns or 1)
+            total.untold_loops += turns is None
             return total
         if one.opcode == "conditional":
             branches = one.called("branch_computations") or [
@@ -188,17 +193,21 @@ class _Counter:
             self._add_products(total, one, siblings)
         return total
 
-    def _turns(self, loop: _Instruction) -> int:
-        """How often a loop runs; 1 if nothing says it."""
+    def _turns(self, loop: _Instruction) -> int | None:
+        """How often a loop runs; None if nothing tells it."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known[1])
         condition = self._computations.get(loop.called("condition")[0], {})
         for one in condition.values():
             if one.is_root and one.opcode == "compare" and "direction=LT" in one.rest:
                 bound = condition.get(one.operands[1])
-                if bound and (limit := re.match(r"(\d+)\)", bound.rest)):
+                if (
+                    bound
+                    and bound.opcode == "constant"
+                    and (limit := re.match(r"(\d+)\)", bound.rest))
+                ):
                     return int(limit[1])
-        return 1
+        return None
 
     def _add_fusion(
         self, total: Work, one: _Instruction, siblings: dict[str, _Instruction]

@@ -305,4 +305,9 @@ def lines(program: Program, memory: Any, work: Work) -> list[str]:
             f"{FEWEST_SLICES * mesh.size * config.microbatches}, with --config.remat=True where "
             "memory asks for it"
         )
+    if work.untold_loops:
+        found.append(
+            f"WARNING      {work.untold_loops} loop(s) do not tell how often they run and are "
+            "counted once: arithmetic, traffic, collectives and bound may be too low"
+        )
     return found

@@ -72,7 +72,7 @@ def join(parts: list[Capsules]) -> Capsules:
 
 
 def smooth_min(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
-    """Union of two signed distances whose seam is filleted over `blend_mm`."""
+    """Union of two signed distances, arrays, whose seam is filleted over `blend_mm`."""
     h = (b - a) * np.float32(0.5 / blend_mm)
     h += np.float32(0.5)
     np.clip(h, 0, 1, out=h)
@@ -102,7 +102,8 @@ def ellipse(x: np.ndarray, y: np.ndarray, centre: tuple, radii: tuple) -> np.nda
 def ellipsoid(
     x: np.ndarray, y: np.ndarray, z: float, centre: tuple, radii: tuple, axis: tuple
 ) -> np.ndarray:
-    """First-order signed distance to an ellipsoid whose first radius lies along `axis`."""
+    """First-order signed distance to an ellipsoid whose first radius lies along `axis`; x and y are
+    arrays of one shape."""
     u, v, w = x - np.float32(centre[0]), y - np.float32(centre[1]), float(z - centre[2])
     total, slope = np.full_like(u, 1e-6), np.full_like(u, 1e-6)
     for direction, radius in zip(_basis(axis), radii, strict=True):

@@ -93,7 +93,7 @@ def paint_body_wall(
         )
         pit = pit + 3 * np.sin(x / 6 + z / 8 + patient.phases[3]) * np.sin(y / 7 - z / 9)
         canvas.paint(np.maximum(pit, muscle + 9), ARMPIT_FAT, edge_mm=3)
-    wall = np.maximum(muscle + 5, 15 - pleura)
+    wall = np.maximum(muscle + 5, 15 - pleura).astype(np.float32, copy=False)
     near = wall < MUSCLE_LAYER_MM / 2  # no plane is farther than half a layer
     wall[near] = np.maximum(muscle_planes(x[near], y[near], z, muscle[near], patient), wall[near])
     canvas.paint(wall, MUSCLE_PLANE_FAT, edge_mm=2.5)

@@ -182,11 +182,12 @@ def pretraining_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
         fields |= VARIANTS.get(arm, {})
         if before:
             fields |= {"init_from": study.workdir / "runs" / before, "init_checkpoint": "last"}
-        steps = study.sizes.pretraining_steps
-        if times > 1 and not steps:
-            steps = load_recipe(recipe, study.sizes.size).num_steps
         if arm in TODAYS:
             steps = study.equal_steps(recipe)
+        else:  # 0 leaves them to the recipe
+            steps = study.sizes.pretraining_steps
+            if times > 1 and not steps:
+                steps = load_recipe(recipe, study.sizes.size).num_steps
         fields |= schedule(times * steps)
         after = (before or "data_pretraining",)
         cells.append(study.cell(f"pretrain_{arm}", recipe, fields, after))

@@ -50,7 +50,10 @@ def test_turns_that_only_the_condition_tells():
     told = told.replace("  ROOT %less = pred[]{:T(512)} constant(true)", condition)
     assert "known_trip_count" not in told and "direction=LT" in told
     assert count_work(told) == count_work(TEXT)
-    assert count_work(told.replace("direction=LT", "direction=NE")).cycles == 100
+    for old, new in (("direction=LT", "direction=NE"), ("constant(18)", "parameter(0)")):
+        once = count_work(told.replace(old, new))
+        assert (once.cycles, once.untold_loops) == (100, 1)
+    assert count_work(told).untold_loops == 0
 
 
 def test_views_of_one_size_are_one_pass():
