@@ -232,7 +232,9 @@ def _features(
     def features(source: NeighbourSource) -> np.ndarray:
         batches = evaluation_batches(source, batch_size)
         parts = [
-            jax.device_get(encode(frozen.state, batch["images"][:, 0]))[batch["weight"] > 0]
+            frozen.finish(jax.device_get(encode(frozen.state, batch["images"][:, 0])))[
+                batch["weight"] > 0
+            ]
             for batch in batches
         ]
         return np.concatenate(parts)

@@ -45,10 +45,11 @@ class FrozenEncoder(NamedTuple):
     """An encoder whose weights no longer change.
 
     state: its weights and batch statistics.
-    encode: (state, images [B, H, W, channels] float32) -> latents [B, H / 4, W / 4, D] and pooled
-      [B, F], float32.
+    encode: (state, images [B, H, W, channels] float32) -> latents [B, H / 4, W / 4, D] and what
+      `finish` takes, by default pooled [B, F], float32.
     channels, normalize: of its input images, see `ops.images.to_unit_images`.
     whole: pooled [N, F] over regions -> [N, W], the feature of the whole slice.
+    finish: on the host, the fetched second result of `encode` -> pooled [B, F].
     """
 
     state: Any
@@ -56,6 +57,7 @@ class FrozenEncoder(NamedTuple):
     channels: int
     normalize: str
     whole: Callable[[np.ndarray], np.ndarray] = lambda pooled: pooled
+    finish: Callable[[np.ndarray], np.ndarray] = lambda pooled: pooled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,21 +324,20 @@ def handcrafted_encoder(channels: int) -> FrozenEncoder:
     Args:
       channels: of the dataset.
     """
-    number = channels * len(handcrafted.slice_features(np.zeros((2 * PATCH, 2 * PATCH))))
 
     def encode(state, images):
         blocks = images.shape[1] // PATCH
         parts = images.reshape(-1, blocks, PATCH, blocks, PATCH, channels)
         latents = [of(parts, axis=(2, 4)) for of in (jnp.mean, jnp.std, jnp.min, jnp.max)]
-        shape = jax.ShapeDtypeStruct((len(images), number), jnp.float32)
-        pooled = jax.pure_callback(handcrafted.features, shape, images)
-        return jnp.concatenate(latents, axis=-1), pooled
+        return jnp.concatenate(latents, axis=-1), images
 
-    return FrozenEncoder((), jax.jit(encode), channels, "window")
+    # Not `jax.pure_callback`: with one core it waits for itself.
+    return FrozenEncoder((), jax.jit(encode), channels, "window", finish=handcrafted.features)
 
 
 def num_features(encoder: FrozenEncoder, image_size: int) -> dict[str, int]:
     """Numbers of one latent (`latent`) and of the pooled features of a slice (`pooled`)."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, encoder.channels), jnp.float32)
     latents, pooled = jax.eval_shape(encoder.encode, encoder.state, images)
-    return {"latent": latents.shape[-1], "pooled": pooled.shape[-1]}
+    finished = encoder.finish(np.zeros(pooled.shape, np.float32))
+    return {"latent": latents.shape[-1], "pooled": finished.shape[-1]}

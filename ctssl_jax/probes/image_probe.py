@@ -95,8 +95,8 @@ def image_features(
         inputs, region = _corrupt(
             target, encoder.channels, encoder.normalize, batch["images"], batch["record_index"]
         )
-        latents, pooled, region = jax.device_get((*encoder.encode(encoder.state, inputs), region))
-        images = batch["images"][:, -1]
+        latents, fetched, region = jax.device_get((*encoder.encode(encoder.state, inputs), region))
+        pooled, images = encoder.finish(fetched), batch["images"][:, -1]
         yield ImageFeatures(
             latents, pooled, images, region, batch["record_index"], batch["weight"] > 0
         )

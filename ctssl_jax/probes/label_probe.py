@@ -72,8 +72,8 @@ def label_features(
         inputs, label = _transform(
             target, encoder.channels, encoder.normalize, batch["images"], batch["record_index"]
         )
-        pooled, label = jax.device_get((encoder.encode(encoder.state, inputs)[1], label))
-        values = pooled, label, batch["record_index"]
+        fetched, label = jax.device_get((encoder.encode(encoder.state, inputs)[1], label))
+        values = encoder.finish(fetched), label, batch["record_index"]
         parts.append([value[batch["weight"] > 0] for value in values])
     return LabelFeatures(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 

@@ -1,5 +1,8 @@
 """Statistics of a slice whose values are known; and features of a whole slice."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -40,10 +43,31 @@ def test_features_tell_a_slice_from_its_mirror_image_and_are_finite_for_any():
 def test_the_encoder_gives_the_statistics_and_those_of_each_block():
     frozen = encoders.handcrafted_encoder(channels=2)
     images = np.stack([body(), body().T], axis=-1)[None].astype(np.float32)
-    latents, pooled = frozen.encode(frozen.state, images)
+    latents, fetched = frozen.encode(frozen.state, images)
     assert latents.shape == (1, 16, 16, 8)
     np.testing.assert_allclose(latents[0, 4, 2], [0.5, 0, 0, 0, 0.5, 0, 0.5, 0], atol=1e-6)
+    pooled = frozen.finish(np.asarray(fetched))
     np.testing.assert_array_equal(pooled, handcrafted.features(images))
+    assert encoders.num_features(frozen, 64) == {"latent": 8, "pooled": pooled.shape[-1]}
+
+
+def test_one_core_is_enough():
+    """As in a Slurm job of one CPU: a callback out of a compiled program would wait for ever."""
+    program = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import numpy as np
+from ctssl_jax.probes import encoders, label_probe
+frozen = encoders.handcrafted_encoder(channels=1)
+target = label_probe.LABELS["flip"]
+images = np.random.default_rng(0).integers(0, 255, (64, 1, 64, 64, 1), np.uint8)
+batch = {"images": images, "record_index": np.arange(64, dtype=np.int32), "weight": np.ones(64)}
+print(label_probe.label_features(frozen, target, [batch]).pooled.shape)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert ran.returncode == 0 and ran.stdout.strip() == "(64, 140)", ran.stderr
 
 
 def test_the_feature_of_a_whole_slice_is_the_mean_over_its_regions():
