@@ -7,11 +7,11 @@ import ast
 import importlib
 import importlib.metadata
 import runpy
-import signal
 import sys
 from pathlib import Path
 
 from data_prep.system import silence
+from data_prep.system.early_stop import ending_with_the_reader
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = (_PACKAGE / "experiments").is_dir()  # setup.cfg puts them there in a wheel
@@ -77,9 +77,9 @@ def help_text() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command that the arguments name, as `python -m` would; returns an exit code."""
     name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ctssl --help | head` is no error
     if name in ("", "help", "-h", "--help", "--helpshort", "--helpfull"):
-        print(help_text())
+        with ending_with_the_reader():  # `ctssl --help | head` is no error
+            print(help_text())
         return 0
     if name in ("version", "--version"):
         print(f"ctssl {importlib.metadata.version('ctssl_jax')}")
@@ -88,13 +88,13 @@ def main(argv: list[str] | None = None) -> int:
     if name == "completion" and rest[0] in _COMPLETION:
         recipes = importlib.import_module("ctssl_jax.training.recipe_files").recipe_names()
         script = _COMPLETION[rest[0]].replace("COMMANDS", " ".join(known))
-        print(script.replace("RECIPES", " ".join(recipes)), end="")
+        with ending_with_the_reader():
+            print(script.replace("RECIPES", " ".join(recipes)), end="")
         return 0
     module = known.get(name.replace("-", "_"))
     if module is None:
         print(f"error: no command {name!r}; ctssl --help lists them", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python sets it
     silence.watch()
     sys.argv = [f"ctssl {name}", *rest[:-1]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

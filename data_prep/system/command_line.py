@@ -25,6 +25,7 @@ from data_prep.system.early_stop import (
     EXIT_START_AGAIN,
     STOP_SIGNALS,
     STOPPED,
+    ending_with_the_reader,
     leave_at_once,
     left_to_the_thread,
 )
@@ -51,8 +52,8 @@ def run(main: Callable[[list[str]], int | None], verbs: Sequence[str] = ()) -> N
             stream.reconfigure(errors="backslashreplace")
     leave_at_once()  # recipes are read with the flags, and may take their time
     if {"-h", "-help", "--help", "--helpshort"} & set(sys.argv[1:]):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader may take the first lines only
-        print(help_text(verbs))
+        with ending_with_the_reader():
+            print(help_text(verbs))
         sys.exit(0)
     app.run(functools.partial(_run_guarded, main, verbs), flags_parser=_parse_flags)
 

@@ -5,11 +5,13 @@ waits in C. The thread of this module hears of a signal at once. This file impor
 takes time, so that a command can call `leave_at_once` before its other imports.
 """
 
+import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from data_prep.system import silence
 
@@ -33,6 +35,19 @@ def leave_at_once() -> None:
         if signal.getsignal(number) not in (None, signal.SIG_IGN):
             signal.signal(number, left_to_the_thread)
     _listen()
+
+
+@contextlib.contextmanager
+def ending_with_the_reader() -> Iterator[None]:
+    """A reader of this block's output may take the first lines only (`| head`): no error. After it
+    a broken pipe is an exception again, as in all of Python: a process that goes on would be gone
+    without a word at the next one, such as that of a worker which died."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 def tell_before_leaving(function: Callable[[], None]) -> None:

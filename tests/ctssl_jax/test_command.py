@@ -1,5 +1,6 @@
 """`ctssl`: one name for every command, recipes by name."""
 
+import signal
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -25,11 +26,22 @@ def run(*arguments: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess:
 
 def test_every_door_and_study_is_a_command(capsys):
     assert ctssl.main(["--help"]) == 0
+    # else a process that goes on ends without a word at the next broken pipe
+    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
     shown = capsys.readouterr().out
     for folder in ("data_prep", "ctssl_jax", "experiments"):
         for path in (PROJECT / folder).glob("[a-z]*.py"):
             assert f"  {path.stem} " in shown
             assert ctssl.summary(path).endswith((".", "`train`")), f"{path}: say what it does"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["completion", "bash"], ["recipes", "--help"]])
+def test_a_reader_that_goes_away_is_no_error(arguments):
+    command = [sys.executable, "-m", "ctssl_jax", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=PROJECT)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == -signal.SIGPIPE
+    process.stderr.close()
 
 
 def test_every_command_names_what_comes_next():
