@@ -1,6 +1,7 @@
 """Processes find each other before JAX waits for them, and exchange what they know; here they are
 threads."""
 
+import re
 import socket
 import threading
 import time
@@ -50,7 +51,9 @@ def test_who_does_not_come_is_named(capsys, monkeypatch):
     first, second = meet_all([(0, 4), (2, 4)], seconds=1.0)
     assert "processes 1, 3 of 4 did not come to 127.0.0.1:" in first
     assert second == first
-    assert "waiting      for processes 1, 3 of 4 at 127.0.0.1:" in capsys.readouterr().out
+    # where threads are slow it is said before process 2 has come
+    waited = r"waiting      for processes 1, (2, )?3 of 4 at 127\.0\.0\.1:"
+    assert re.search(waited, capsys.readouterr().out)
 
 
 def test_a_missing_first_process_is_named(capsys, monkeypatch):
