@@ -206,12 +206,7 @@ def comparison_rows(arms: Arms) -> list[dict[str, Any]]:
                 other = reference if reference in CONTROLS else best_of_paper(arms, score)
                 if not arms[name] or not other or not arms[other]:
                     continue
-                found = paired_arms(arms[name], arms[other], score)
-                if found["difference"] is not None:
-                    family.append(
-                        {"objective": name, "reference": reference, "other": other, "score": score}
-                        | found
-                    )
+                family += _compared(arms, name, other, score, reference)
         rows += _corrected(family)
     return rows
 
@@ -226,14 +221,18 @@ def ablation_rows(arms: Arms) -> list[dict[str, Any]]:
             if ablation.base != base or not arms[name] or not arms[base]:
                 continue
             for score in SCORES:
-                found = paired_arms(arms[name], arms[base], score)
-                if found["difference"] is not None:
-                    family.append(
-                        {"objective": name, "reference": base, "other": base, "score": score}
-                        | found
-                    )
+                family += _compared(arms, name, base, score, base)
         rows += _corrected(family)
     return rows
+
+
+def _compared(
+    arms: Arms, name: str, other: str, score: str, reference: str
+) -> list[dict[str, Any]]:
+    """One row, or none where the two have no patient in common."""
+    found = paired_arms(arms[name], arms[other], score)
+    row = {"objective": name, "reference": reference, "other": other, "score": score}
+    return [row | found] if found["difference"] is not None else []
 
 
 def _corrected(family: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -58,6 +58,15 @@ def result_of(cell, gain, seed=0):
     return content
 
 
+def keep_results(settings, gains):
+    """Of the first seed of these objectives, in all folds."""
+    for cell in settings.study(objectives.all_cells):
+        name, _, seed = cell.name.split("/")[1].rpartition("_")
+        if name in gains and seed == "0":
+            cell.kept.parent.mkdir(parents=True, exist_ok=True)
+            cell.kept.write_text(json.dumps(result_of(cell, gains[name])))
+
+
 def test_all_objectives_have_the_compute_of_masked_region(settings):
     fold = settings.fold(0)
     budget = 100 * objectives.step_flops(fold, "mask_20")
@@ -111,11 +120,7 @@ def test_an_ablation_changes_one_choice_at_the_same_compute(name, settings):
 
 def test_ablations_are_told_from_their_recipe(settings):
     gains = {"lejepa": 0.1, "lejepa_map": 0.3, "rotation": 0.0, "simmim_area_20": 0.2}
-    for cell in settings.study(objectives.all_cells):
-        name, _, seed = cell.name.split("/")[1].rpartition("_")
-        if name in gains and seed == "0":
-            cell.kept.parent.mkdir(parents=True, exist_ok=True)
-            cell.kept.write_text(json.dumps(result_of(cell, gains[name])))
+    keep_results(settings, gains)
     text = objectives.draw(settings)
     with open(settings.workdir / "comparisons.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -152,11 +157,7 @@ def test_costs_of_a_step_are_measured(tiny_dataset, monkeypatch):
 
 def test_tables_and_figures_follow_from_kept_results(settings):
     gains = {"lejepa": 0.2, "vicreg": 0.0, "rotation": 0.1, "flip": 0.0, "untrained": 0.0}
-    for cell in settings.study(objectives.all_cells):
-        name, _, seed = cell.name.split("/")[1].rpartition("_")
-        if name in gains and seed == "0":
-            cell.kept.parent.mkdir(parents=True, exist_ok=True)
-            cell.kept.write_text(json.dumps(result_of(cell, gains[name])))
+    keep_results(settings, gains)
     text = objectives.draw(settings)
     assert "2 folds of patients" in text and "8 patients" in text and "1.00 TFLOP" in text
     assert "**+0.100 (+0.100 to +0.100)**" not in text  # p of 8 patients, corrected for 14 rows
