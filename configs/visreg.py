@@ -6,9 +6,10 @@ r"""VISReg (arXiv 2606.02572), not in the paper: LeJEPA with another regulariser
 Needs an accelerator. Not run at this size; the hours are not known.
 
 Model and views are as in `lejepa`. The regulariser adds the squared means, the squared distance of
-standard deviations from 1, and the distance of sorted projections from a Gaussian's quantiles. Its
-gradient does not vanish where all features are equal. The best checkpoint is the one whose features
-tell best where in the scan a slice lies (position_r2, of patients left out of the fit).
+standard deviations from 1, and the distance of sorted projections from a Gaussian's quantiles, here
+of unit variance: those of the paper pull batches of 16 to one point. The gradient does not vanish
+where all features are equal. The best checkpoint is the one whose features tell best where in the
+scan a slice lies (position_r2, of patients left out of the fit).
 """
 
 import ml_collections

@@ -67,11 +67,29 @@ def test_visreg_by_hand():
     from scipy.stats import norm
 
     quantiles = norm.ppf(np.arange(1, 17) / 17)
+    quantiles /= quantiles.std()
     along = np.sort(np.einsum("bvd,md->vmb", (z - mean) / deviation, DIRECTIONS), axis=-1)
     assert float(terms["shape"]) == pytest.approx(np.mean((along - quantiles) ** 2), rel=1e-3)
     perfect = jnp.asarray(quantiles, jnp.float32)[:, None, None]
-    one = joint_losses.visreg(perfect / perfect.std(), jnp.ones((1, 1)))
-    assert float(one["shape"]) < 0.03 and float(one["scale"]) < 1e-6
+    one = joint_losses.visreg(perfect, jnp.ones((1, 1)))
+    assert float(one["shape"]) < 1e-6 and float(one["scale"]) < 1e-6
+
+
+@pytest.mark.parametrize("number", [8, 16, 64])
+def test_visreg_keeps_small_batches_apart(number):
+    """Projections in a plane and close together, as a new projector gives them: whoever follows
+    the gradient of their size finds them apart."""
+    keys = jax.random.split(jax.random.key(3), 2)
+    plane = jax.random.normal(keys[0], (number, 2)) @ jax.random.normal(keys[1], (2, 64))
+    plane = ((plane - jnp.mean(plane, axis=0)) / jnp.std(plane, axis=0))[:, None]
+    directions = joint_losses.unit_directions(jax.random.key(4), 512, 64)
+    gradient = jax.jit(
+        jax.grad(lambda size: sum(joint_losses.visreg(size * plane, directions).values()))
+    )
+    size = 0.3
+    for _ in range(100):
+        size -= 0.1 * float(gradient(size))
+    assert 0.6 < size < 1
 
 
 def test_invariance_is_the_distance_from_the_global_centre():

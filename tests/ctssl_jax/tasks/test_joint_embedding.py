@@ -52,7 +52,7 @@ def learning(dataset, task, /, **overrides):
     if task in ("lejepa", "dino"):  # the others show that there may be none
         short["views.num_local"] = 1
     elif task == "visreg":
-        short["views.num_local"] = 0
+        short |= {"views.num_local": 0, "batch_size": 16}
     return tiny_recipe(dataset, task, **(short | overrides))
 
 

@@ -84,7 +84,7 @@ def plain(tmp_path_factory, archive, key_file) -> dict[str, bytes]:
 def job(folder: Path, manifest: Path, key_file: Path, **downloads) -> Array:
     where = Directories(None, folder / "dataset", folder / "audit")
     options = Options(image_size=48, shard_size_mb=0.05, splits=(0.5, 0.25, 0.25))
-    access = Access(timeout_s=1.0)
+    access = Access(timeout_s=2.5)  # a busy machine answers late, too
     to = Downloads(folder / "downloads", access, **downloads)
     return Array(read_manifest(manifest), options, where, LabelSources(), to, key_file)
 
