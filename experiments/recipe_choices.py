@@ -126,8 +126,10 @@ def draw(settings: Settings) -> str:
     caption = results.caption(complete) + kept.folds_in_words(settings, found)
     text = (
         f"# Choices of masked region prediction\n\n{caption} In brackets: minus the default, with "
-        "the 95 % interval of the paired bootstrap by patient. Errors of the grey map by slice are "
-        f"of its own grey values; its probes are not.\n\n{markdown(rows, found)}"
+        "the 95 % interval of the paired bootstrap by patient, widened for few patients and not "
+        f"corrected for the {sum(row['difference'] is not None for row in rows)} comparisons of "
+        "this table. Errors of the grey map by slice are of its own grey values; its probes are "
+        f"not.\n\n{markdown(rows, found)}"
     )
     settings.workdir.mkdir(parents=True, exist_ok=True)
     write_text(settings.workdir / "recipe_choices.md", text)

@@ -44,6 +44,7 @@ SPAWNED_WORKERS = workers._new_executor
 LONGEST = (
     "test_multiple_processes",
     "test_quickstart",
+    "test_joint_embedding",
     "test_train_command",
     "test_downstream",
     "test_embed",

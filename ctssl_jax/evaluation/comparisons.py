@@ -21,7 +21,9 @@ from ctssl_jax.stats.bootstrap import (
     mean_over,
     only,
     patient_bootstrap,
+    t_test,
     weighted_mean,
+    widened,
 )
 from data_prep.system.errors import InputError
 
@@ -58,8 +60,10 @@ def paired_difference(
 ) -> dict[str, object]:
     """Compare one measure of two arms.
 
-    The two-sided p-value is 2 (1 + k) / (1 + n) of n draws, of which the smaller side has k: those
-    whose difference does not lie beyond 0. It is at least `smallest_p`, and 1 for equal arms.
+    The interval is `bootstrap.widened`. The two-sided p-value is the larger one of Student's t test
+    with the standard error below, and 2 (1 + k) / (1 + n) of n draws, of which the smaller side has
+    k: those whose difference does not lie beyond 0. It is at least `smallest_p`, and 1 for equal
+    arms.
 
     Args:
       arm_a, arm_b: the statistics of each arm, one for each training seed, all with one name and
@@ -69,8 +73,8 @@ def paired_difference(
 
     Returns:
       {"a", "b": values of the arms, "difference": a - b, "ci95": [low, high] of the difference,
-      "standard_error": standard deviation of its draws, "p", "smallest_p": that p could be,
-      "num_draws", "num_patients", "num_undefined_draws"}.
+      "standard_error": standard deviation of its draws x sqrt(n / (n - 1)) of n patients, "p",
+      "smallest_p": that p could be, "num_draws", "num_patients", "num_undefined_draws"}.
 
     Raises:
       InputError: an arm without statistics, fewer than two patients, or a measure that is undefined
@@ -105,13 +109,15 @@ def paired_difference(
         )
     defined = differences[~np.isnan(differences)]
     smallest = smallest_p(len(defined), num_patients)
+    error = float(np.std(defined, ddof=1)) * math.sqrt(num_patients / (num_patients - 1))
+    by_t = t_test(difference, error, num_patients - 1)
     return {
         "a": float(estimates["a"]),
         "b": float(estimates["b"]),
         "difference": difference,
-        "ci95": bounds,
-        "standard_error": float(np.std(defined, ddof=1)),
-        "p": max(smallest, _two_sided(defined)),
+        "ci95": list(widened(bounds, difference, num_patients)),
+        "standard_error": error,
+        "p": max(smallest, by_t, _two_sided(defined)),
         "smallest_p": smallest,
         "num_draws": num_resamples,
         "num_patients": num_patients,

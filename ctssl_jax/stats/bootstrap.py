@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 from data_prep.system.errors import InputError
 
@@ -104,19 +105,50 @@ def interval(draws: np.ndarray) -> tuple[list[float] | None, int]:
     return bounds, len(draws) - len(defined)
 
 
-def detectable_difference(standard_error: float, *, power: float = 0.8) -> float:
-    """The smallest true difference that a two-sided test at the level of 5 % finds with this power.
+def widened(bounds: Sequence[float], estimate: float, num_patients: int) -> tuple[float, float]:
+    """An interval of bootstrap draws, as wide as few patients ask for.
 
-    (z(.975) + z(power)) x the standard error of the difference, by the normal approximation: 2.8
-    standard errors for 80 %.
+    Draws of n patients vary less than samples of n patients do, by sqrt((n - 1) / n), and know
+    nothing of how uncertain that variation itself is: 95 % intervals of four patients would miss
+    the truth in a fifth of all cases. So each bound moves away from the estimate by
+    sqrt(n / (n - 1)) and by the ratio of Student's t with n - 1 degrees of freedom to the normal
+    distribution's quantile: 1.87 times as far for 4 patients, 1.16 for 13, 1.01 for 144.
 
     Args:
-      standard_error: of the difference, 0 or more: the standard deviation of its bootstrap draws,
-        with the variance over seeds added where seeds are drawn, too.
-      power: in (0, 1).
+      bounds: 95 % interval of the draws.
+      estimate: the value with every patient once.
+      num_patients: n, 2 or more.
     """
-    normal = statistics.NormalDist()
-    return (normal.inv_cdf(0.975) + normal.inv_cdf(power)) * standard_error
+    normal, few = statistics.NormalDist().inv_cdf(0.975), num_patients - 1
+    times = float(stdtrit(few, 0.975)) / normal * math.sqrt(num_patients / few)
+    low, high = (estimate + times * (bound - estimate) for bound in bounds)
+    return low, high
+
+
+def t_test(difference: float, standard_error: float, degrees_of_freedom: float) -> float:
+    """Two-sided p-value of Student's t, 1 where nothing varies and the difference is 0."""
+    if standard_error == 0:
+        return float(difference == 0)
+    return float(2 * stdtr(degrees_of_freedom, -abs(difference) / standard_error))
+
+
+def detectable_difference(
+    standard_error: float, *, power: float = 0.8, degrees_of_freedom: float = math.inf
+) -> float:
+    """The smallest true difference that one two-sided test at the level of 5 % finds with this
+    power, before any correction for others.
+
+    (t(.975) + t(power)) x the standard error of the difference: 2.8 standard errors for 80 % and
+    many patients, 3.1 for 13.
+
+    Args:
+      standard_error: of the difference, 0 or more, with the variance over seeds added where seeds
+        are drawn, too.
+      power: in (0, 1).
+      degrees_of_freedom: of Student's t: patients less one.
+    """
+    quantiles = stdtrit(degrees_of_freedom, np.array([0.975, power]))
+    return float(np.sum(quantiles)) * standard_error
 
 
 def summaries(

@@ -21,7 +21,7 @@ from data_prep.system.files import write_text
 from . import downstream, kept, results, runner
 from .cells import Cell
 from .downstream import Point, Study
-from .paired import detectable_with_seeds, interval_with_seeds
+from .paired import detectable_with_seeds, holm_with_seeds, interval_with_seeds
 from .presets import TITLES
 
 REFERENCE = "random"
@@ -149,10 +149,11 @@ def compare_with(
     """Difference of the metric between each arm and the reference at each share, mean over seeds.
 
     Intervals and p come from the paired bootstrap by test patient, with as many draws as the number
-    of rows asks for; p is corrected by Holm over all rows. Where no row could be below 5 % after
-    the correction, `p_holm` is None and `not_corrected` says why. `sd_over_seeds` is of the
-    difference, and `ci95_with_seeds` holds both sources, see `interval_with_seeds`; `detectable` is
-    the smallest difference that patients and seeds show with 80 % power.
+    of rows asks for; p, of patients and seeds, is corrected by Holm over all rows, see
+    `holm_with_seeds`. Where no row could be below 5 % after the correction, `p_holm` is None and
+    `not_corrected` says why. `sd_over_seeds` is of the difference, and `ci95_with_seeds` holds both
+    sources, see `interval_with_seeds`; `detectable` is the smallest difference that one comparison
+    shows with 80 % power, of patients and, with several seeds, of seeds.
     """
     # not at the top: they import JAX, and --help should be fast
     from ctssl_jax.evaluation import comparisons, predictions
@@ -193,17 +194,14 @@ def compare_with(
                 "num_seeds": len(pairs),
                 **comparison,
                 "sd_over_seeds": statistics.stdev(of_seeds) if len(of_seeds) > 1 else None,
+                "seed_variance": statistics.variance(of_seeds) if len(of_seeds) > 1 else None,
                 "ci95_with_seeds": interval_with_seeds(comparison["ci95"], of_seeds),
-                "detectable": detectable_with_seeds(comparison["standard_error"], of_seeds),
+                "detectable": detectable_with_seeds(
+                    comparison["standard_error"], of_seeds, comparison["num_patients"]
+                ),
             }
         )
-    refused = ""
-    try:
-        corrected = comparisons.holm(
-            [row["p"] for row in rows], [row["smallest_p"] for row in rows]
-        )
-    except InputError as error:
-        corrected, refused = [None] * len(rows), str(error)
+    corrected, refused = holm_with_seeds(rows)
     return [
         {**row, "p_holm": value, "not_corrected": refused}
         for row, value in zip(rows, corrected, strict=True)
@@ -269,8 +267,9 @@ def comparison_markdown(
     ]
     text = (
         f"Paired bootstrap by test patient, {rows[0]['num_draws']:,} draws, seeds averaged; p "
-        "corrected by Holm over the rows of this table. **Bold** where the interval of patients "
-        "and seeds together excludes zero and the corrected p is below 0.05; never with one seed."
+        "knows patients and, with several seeds, seeds, and is corrected by Holm over the rows of "
+        "this table. **Bold** where the interval of patients and seeds together excludes zero and "
+        "the corrected p is below 0.05; never with one seed."
     )
     if rows[0]["not_corrected"]:
         text += f" REFUSED: {rows[0]['not_corrected']}."
@@ -278,8 +277,7 @@ def comparison_markdown(
 
 
 def detectable_in_words(compared: Sequence[dict[str, Any]], metric: str) -> str:
-    """The smallest detectable difference of each share, the median over its arms and steps; empty
-    without several seeds."""
+    """The smallest detectable difference of each share, the median over its arms and steps."""
     of_share: dict[float, list[float]] = {}
     for row in compared:
         if row["detectable"] is not None:
@@ -291,8 +289,8 @@ def detectable_in_words(compared: Sequence[dict[str, Any]], metric: str) -> str:
         for share in sorted(of_share)
     ]
     return (
-        f" Smallest detectable difference of {metric} (paired by patient, seeds included, 80 % "
-        f"power; median over arms): {', '.join(parts)} of the studies."
+        f" Smallest detectable difference of {metric} (one comparison, paired by patient, several "
+        f"seeds included, 80 % power; median over arms): {', '.join(parts)} of the studies."
     )
 
 

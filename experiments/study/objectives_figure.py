@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.system.errors import InputError
-
 from . import results
-from .paired import paired_arms
+from .paired import holm_with_seeds, paired_arms
 
 SEEDS = 3
 
@@ -107,7 +105,6 @@ CURVES = {  # (kind of report, name) -> title
     ("validation", "pairwise_cosine"): "mean cosine of two",
     ("validation", "neighbour_recall"): "neighbours found",
 }
-_FEW = " Intervals of {} patients do NOT cover 95 %."
 _PANELS = 5  # beside each other
 _COLOURS = {"paper": "black", "new": "C0", "control": "0.5"}
 
@@ -236,14 +233,10 @@ def _compared(
 
 
 def _corrected(family: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # not at the top: they import JAX, and --help should be fast
-    from ctssl_jax.evaluation.comparisons import holm
-
-    try:
-        values = holm([row["p"] for row in family], [row["smallest_p"] for row in family])
-    except InputError:
-        values = [None] * len(family)
-    return [row | {"p_holm": p} for row, p in zip(family, values, strict=True)]
+    values, refused = holm_with_seeds(family)
+    return [
+        row | {"p_holm": p, "not_corrected": refused} for row, p in zip(family, values, strict=True)
+    ]
 
 
 def is_sure(row: dict[str, Any]) -> bool:
@@ -267,11 +260,20 @@ def comparison_markdown(rows: Sequence[dict[str, Any]]) -> str:
         others = {row["score"]: TITLES[row["other"]] for row in own}
         which = f" ({'; '.join(f'{SCORES[score]}: {other}' for score, other in others.items())})"
         title = TITLES.get(reference, reference).strip("()")
+        notes = (
+            " The best was chosen by these same patients, which favours it: that an objective is "
+            "behind says little."
+            if reference not in TITLES
+            else ""
+        )
+        if own[0]["not_corrected"]:
+            notes += f" REFUSED, so that nothing is bold: {own[0]['not_corrected']}."
         parts.append(
             f"## Minus {title}\n\nMean difference over volumes"
             f"{which if reference not in TITLES else ''}, in brackets its 95 % interval by "
             "patient (and seed, if there are several). **Bold** where it excludes zero also after "
-            f"Holm's correction over this table.\n\n{results.markdown(lines)}"
+            "Holm's correction over this table, by a p of patients and seeds."
+            f"{notes}\n\n{results.markdown(lines)}"
         )
     return "\n".join(parts)
 
@@ -314,7 +316,6 @@ def training_markdown(arms: Arms) -> str:
 def caption_of(arms: Arms) -> str:
     """Data and compute in words."""
     # not at the top: they import JAX, and --help should be fast
-    from ctssl_jax.stats.bootstrap import LEAST_PATIENTS
 
     complete = [one for of_seeds in arms.values() for one in of_seeds]
     trained = [one for one in complete if "training" in one]
@@ -329,7 +330,7 @@ def caption_of(arms: Arms) -> str:
         + f"{', '.join(sorted({one['split'] for one in complete}))} split, {tested} patients; each "
         f"training has {budget / 1e12:.2f} TFLOP; seed{'s' if len(seeds) > 1 else ''} "
         f"{', '.join(map(str, seeds))}; {', '.join(sorted({one['device'] for one in complete}))}."
-        + (_FEW.format(tested) if tested < LEAST_PATIENTS else "")
+        + results.few_patients(tested)
         + (results.UNCHECKED if None in seen else "")
         + (results.not_held_out(max(seen)) if None not in seen and seen != {0} else "")
         + (results.different_datasets(complete) if "folds" not in complete[0] else "")

@@ -11,7 +11,8 @@ import numpy as np
 from data_prep.system.errors import InputError
 
 NAMES = ("difference", "low", "high", "p", "detectable", "num_patients")
-_WITH_SEEDS = ("num_seeds", "low_with_seeds", "high_with_seeds", "smallest_p")
+_OF_FAMILY = ("standard_error", "seed_variance", "smallest_p")
+_WITH_SEEDS = ("num_seeds", "low_with_seeds", "high_with_seeds", *_OF_FAMILY)
 
 
 def paired_volumes(ours: dict[str, Any], other: dict[str, Any], score: str) -> dict[str, Any]:
@@ -26,37 +27,38 @@ def paired_arms(
     """The difference of a score that each volume has, such as MSE or the R^2 of a probe.
 
     Args:
-      ours, other: kept results of each arm, one a seed; an arm without training has one. Those
-        volumes are compared that all have: of the same patient, in the same place among the
-        patient's volumes.
+      ours, other: kept results of each arm, one a seed. Those seeds are compared that both have; a
+        control without training that has one is compared with all seeds of the other. Those volumes
+        are compared that all have: of the same patient, in the same place among the patient's
+        volumes.
       score: column of `volumes`.
 
     Returns:
       {"difference": ours - other, mean over volumes and seeds, "low", "high": its 95 % bootstrap
-      interval by patient, "p", "detectable": the smallest difference that so many patients (and
-      seeds, if there are several) show with 80 % power, "num_patients", "num_seeds": of ours,
-      "low_with_seeds", "high_with_seeds": the interval that knows the choice of seeds, too, None
-      with one seed, "smallest_p": that p could be}; all None where fewer than two common patients
-      have the score.
+      interval by patient, "p", "detectable": the smallest difference that one such comparison shows
+      with 80 % power (of patients, and of seeds if there are several), None where p could not be
+      below 5 %, "num_patients", "num_seeds": of those compared, "low_with_seeds",
+      "high_with_seeds": the interval that knows the choice of seeds, too, None with one seed, and
+      for `holm_with_seeds` "standard_error", "seed_variance" and "smallest_p"}; all None where
+      fewer than two common patients have the score, or the arms have no common seed.
     """
     # not at the top: they import JAX, and --help should be fast
-    from ctssl_jax.evaluation.comparisons import paired_difference
-    from ctssl_jax.stats.bootstrap import detectable_difference, weighted_mean
+    from ctssl_jax.evaluation.comparisons import LEVEL, paired_difference
+    from ctssl_jax.stats.bootstrap import weighted_mean
 
+    ours, other = _common_seeds(ours, other)
     sides = [[_of_volumes(one.get("volumes", {}), score) for one in arm] for arm in (ours, other)]
     all_arms = [one for side in sides for one in side]
-    common = [volume for volume in all_arms[0] if all(volume in one for one in all_arms)]
+    volumes = all_arms[0] if all_arms else {}
+    common = [volume for volume in volumes if all(volume in one for one in all_arms)]
     values = [np.array([[one[volume] for volume in common] for one in side]) for side in sides]
     arms = [[weighted_mean(score, one) for one in side] for side in values]
     tested = [str(patient) for patient, _ in common]
     try:
         found = paired_difference(*arms, tested)
-    except InputError:  # one patient, or none
+    except InputError:  # one patient, or none; or no seed
         return dict.fromkeys((*NAMES, *_WITH_SEEDS))
     error, bounds = found["standard_error"], found["ci95"]
-    content = {"difference": found["difference"], "low": bounds[0], "high": bounds[1]}
-    content |= {"p": found["p"], "detectable": detectable_difference(error)}
-    content |= {"num_patients": found["num_patients"], "num_seeds": len(ours)}
     # of the same seed; the arm of one result is the same for all
     number = max(map(len, sides))
     of_seeds = [
@@ -64,10 +66,70 @@ def paired_arms(
         for k in range(number)
     ]
     with_seeds = interval_with_seeds(bounds, of_seeds, limit=math.inf) or (None, None)
-    content |= {"low_with_seeds": with_seeds[0], "high_with_seeds": with_seeds[1]}
-    if number > 1:
-        content["detectable"] = detectable_with_seeds(error, of_seeds)
-    return content | {"smallest_p": found["smallest_p"]}
+    detectable = (
+        detectable_with_seeds(error, of_seeds, found["num_patients"])
+        if found["smallest_p"] < LEVEL
+        else None
+    )
+    return {
+        "difference": found["difference"],
+        "low": bounds[0],
+        "high": bounds[1],
+        "p": found["p"],
+        "detectable": detectable,
+        "num_patients": found["num_patients"],
+        "num_seeds": number,
+        "low_with_seeds": with_seeds[0],
+        "high_with_seeds": with_seeds[1],
+        "standard_error": error,
+        "seed_variance": statistics.variance(of_seeds) if number > 1 else None,
+        "smallest_p": found["smallest_p"],
+    }
+
+
+def _common_seeds(*arms: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
+    if any(len(arm) == 1 and "training" not in arm[0] for arm in arms):
+        return list(arms)
+    by_seed = [{one["seed"]: one for one in arm} for arm in arms]
+    common = sorted(set.intersection(*map(set, by_seed)))
+    return [[one[seed] for seed in common] for one in by_seed]
+
+
+def holm_with_seeds(family: Sequence[dict[str, Any]]) -> tuple[list[float | None], str]:
+    """Holm's correction over a family of comparisons, of p-values that know seeds as well.
+
+    Each p is the larger one of the comparison's own, which knows patients alone, and that of
+    Student's t with the variances of patients and seeds. The variance over seeds is that of all
+    rows together, since one row has few seeds; its degrees of freedom add up.
+
+    Args:
+      family: rows with "difference", "p", "smallest_p", "num_patients", "standard_error",
+        "num_seeds" and "seed_variance" (None with one seed).
+
+    Returns:
+      The corrected p-values, None where the data are too few for any; and why, or "".
+    """
+    from ctssl_jax.evaluation.comparisons import holm
+    from ctssl_jax.stats.bootstrap import t_test
+
+    several = [row for row in family if row["seed_variance"] is not None]
+    degrees = sum(row["num_seeds"] - 1 for row in several)
+    pooled = sum((row["num_seeds"] - 1) * row["seed_variance"] for row in several)
+    values = []
+    for row in family:
+        value = row["p"]
+        if row["seed_variance"] is not None:
+            of_patients = row["standard_error"] ** 2
+            of_seeds = pooled / degrees / row["num_seeds"]
+            both = of_patients + of_seeds
+            parts = of_patients**2 / (row["num_patients"] - 1) + of_seeds**2 / degrees
+            freedom = both**2 / parts if parts > 0 else math.inf
+            value = max(value, t_test(row["difference"], math.sqrt(both), freedom))
+        values.append(value)
+    try:
+        return holm(values, [row["smallest_p"] for row in family]), ""
+    except InputError as error:
+        return [None] * len(family), str(error)
 
 
 def interval_with_seeds(
@@ -99,22 +161,30 @@ def interval_with_seeds(
     return [max(-limit, mean - half), min(limit, mean + half)]
 
 
-def detectable_with_seeds(standard_error: float, of_seeds: Sequence[float]) -> float | None:
-    """The smallest difference that such a comparison shows with 80 % power, seeds included.
+def detectable_with_seeds(
+    standard_error: float, of_seeds: Sequence[float], num_patients: int
+) -> float:
+    """The smallest difference that one such comparison shows with 80 % power.
 
     Args:
       standard_error: of the mean over seeds, over the choice of patients.
-      of_seeds: the difference of each seed.
+      of_seeds: the difference of each seed; with one, seeds are left out.
+      num_patients: 2 or more.
 
     Returns:
-      `detectable_difference` of both variances; None with one seed.
+      `detectable_difference` of both variances, with the degrees of freedom of Welch and
+      Satterthwaite.
     """
     from ctssl_jax.stats.bootstrap import detectable_difference
 
-    if len(of_seeds) < 2:
-        return None
-    variance = statistics.variance(of_seeds) / len(of_seeds)
-    return detectable_difference(math.sqrt(standard_error**2 + variance))
+    of_patients, of_mean = standard_error**2, 0.0
+    parts = of_patients**2 / (num_patients - 1)
+    if len(of_seeds) > 1:
+        of_mean = statistics.variance(of_seeds) / len(of_seeds)
+        parts += of_mean**2 / (len(of_seeds) - 1)
+    both = of_patients + of_mean
+    freedom = both**2 / parts if parts > 0 else math.inf
+    return detectable_difference(math.sqrt(both), degrees_of_freedom=freedom)
 
 
 def _of_volumes(volumes: dict[str, list], score: str) -> dict[tuple[Any, int], float]:

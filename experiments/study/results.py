@@ -67,6 +67,17 @@ def different_datasets(results: Sequence[dict]) -> str:
     return " The results are of DIFFERENT datasets." if several else ""
 
 
+def few_patients(number: int) -> str:
+    """A sentence where the bootstrap intervals of single scores are too narrow: of 13 patients they
+    miss the truth in 9 % of all cases, of 4 in 21 % (simulated, normal scores); "" above 20."""
+    if number > 20:
+        return ""
+    return (
+        f" Intervals of single scores of {number} patients do NOT cover 95 %; those of differences "
+        "are widened."
+    )
+
+
 def caption(results: Sequence[dict]) -> str:
     """Data, sizes and training of the results in words; all values where they differ."""
 
@@ -87,6 +98,7 @@ def caption(results: Sequence[dict]) -> str:
         f"{common([result['seed'] for result in results])}, "
         f"{common([result['device'] for result in results])}.",
     ]
+    parts.append(few_patients(min(number["num_patients"] for number in numbers)))
     seen = {result["num_patients_seen_in_training"] for result in results}
     if None in seen:
         parts.append(UNCHECKED)

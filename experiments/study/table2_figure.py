@@ -200,15 +200,23 @@ def order_markdown(rows: Sequence[dict[str, Any]]) -> str:
             "difference": f"{row['difference']:+.4f}",
             "95 % interval by patient": f"{row['low']:+.4f} to {row['high']:+.4f}",
             "patients": str(row["num_patients"]),
-            "smallest detectable": f"{row['detectable']:.4f}",
+            "smallest detectable": with_spread(row["detectable"], None) or "-",
             "the paper's": "-" if row["paper"] is None else f"{row['paper']:+.4f}",
         }
         for row in rows
     ]
     return (
-        "## The order of the strategies\n\nPaired bootstrap by test patient, one seed. Smallest "
-        "detectable: the difference that so many patients show with 80 % power at the level of "
-        f"5 %.\n\n{markdown(lines)}"
+        "## The order of the strategies\n\nPaired bootstrap by test patient, widened for few "
+        "patients; one seed, so that no interval knows how far training itself varies. "
+        f"{_each_alone(len(rows))}\n\n{markdown(lines)}"
+    )
+
+
+def _each_alone(number: int) -> str:
+    return (
+        f"Not corrected for the {number} comparisons of this table. Smallest detectable: the "
+        "difference that one comparison of so many patients shows with 80 % power at the level of "
+        "5 %."
     )
 
 
@@ -275,11 +283,12 @@ def label_free_markdown(rows: Sequence[dict[str, Any]]) -> str:
             line["minus untrained"] = f"{row['difference']:+.3f}"
             low, high = row["low"], row["high"]
             line["its 95 % interval"] = f"{low:+.3f} to {high:+.3f}"
-            line["smallest detectable"] = f"{row['detectable']:.3f}"
+            if row["detectable"] is not None:
+                line["smallest detectable"] = f"{row['detectable']:.3f}"
         lines.append(line)
     return (
-        "## Label-free probes of held-out patients\n\nSmallest detectable: the difference that a "
-        "study of so many patients shows with 80 % power at the level of 5 %.\n\n" + markdown(lines)
+        "## Label-free probes of held-out patients\n\n"
+        f"{_each_alone(sum(row['difference'] is not None for row in rows))}\n\n{markdown(lines)}"
     )
 
 

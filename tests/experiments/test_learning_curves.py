@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from ctssl_jax.evaluation import comparisons, predictions
 from ctssl_jax.evaluation.predictions import Predictions
+from ctssl_jax.stats import bootstrap
 from data_prep.system.errors import InputError
 from experiments import confounds, figure3
-from experiments.study import curves, downstream, kept, presets
+from experiments.study import curves, downstream, kept, paired, presets
 from experiments.study.cells import Cell
 from experiments.study.downstream import Point, Study
 from experiments.study.presets import PRESETS
@@ -162,11 +163,34 @@ def test_bold_needs_patients_and_seeds(study):
     assert f"| {unsure['difference']:+.4f} |" in text
 
 
+def of_family(difference, seed_variance, **others):
+    row = {"difference": difference, "p": 1e-4, "smallest_p": 1e-4, "num_patients": 144}
+    row |= {"standard_error": 0.01, "num_seeds": 3, "seed_variance": seed_variance}
+    return row | others
+
+
+def test_the_corrected_p_knows_seeds_by_all_rows():
+    alone = [of_family(0.05, None, num_seeds=1), of_family(0.05, None, num_seeds=1)]
+    assert paired.holm_with_seeds(alone) == ([2e-4, 2e-4], "")
+    (of_seeds, lucky), refused = paired.holm_with_seeds(
+        [of_family(0.05, 0.05**2), of_family(0.05, 0.0)]
+    )
+    assert refused == "" and of_seeds == lucky  # its three seeds happened to agree
+    spread = np.hypot(0.01, 0.05 / np.sqrt(6))
+    assert of_seeds == pytest.approx(2 * bootstrap.t_test(0.05, spread, 5.2), rel=0.15)
+    few = [of_family(0.05, 0.0, smallest_p=0.04), of_family(0.05, 0.0, smallest_p=0.04)]
+    values, refused = paired.holm_with_seeds(few)
+    assert values == [None, None] and "Holm's correction of 2 comparisons" in refused
+
+
 def test_the_smallest_detectable_difference_knows_patients_and_seeds():
-    assert curves.detectable_with_seeds(0.01, [0.1, 0.1, 0.1]) == pytest.approx(0.028, abs=1e-4)
-    both = curves.detectable_with_seeds(0.01, [0.0, 0.1, 0.2])
-    assert both == pytest.approx(2.8016 * np.hypot(0.01, 0.1 / np.sqrt(3)), rel=1e-3)
-    assert curves.detectable_with_seeds(0.01, [0.1]) is None
+    equal = curves.detectable_with_seeds(0.01, [0.1, 0.1, 0.1], 1_000)
+    assert equal == pytest.approx(0.02805, abs=1e-5)  # 2.8 standard errors
+    assert curves.detectable_with_seeds(0.01, [0.1], 1_000) == equal
+    assert curves.detectable_with_seeds(0.01, [0.1], 4) == pytest.approx(0.0416, abs=1e-4)
+    both = curves.detectable_with_seeds(0.01, [0.0, 0.1, 0.2], 1_000)
+    of_two_degrees = 4.303 + 1.061  # of Student's t, for seeds decide here
+    assert both == pytest.approx(of_two_degrees * np.hypot(0.01, 0.1 / np.sqrt(3)), rel=0.05)
     rows = [{"fraction": 0.25, "detectable": 0.1}, {"fraction": 0.25, "detectable": 0.3}]
     rows += [{"fraction": 1.0, "detectable": None}]
     assert ": 0.200 at 1/4 of the studies." in curves.detectable_in_words(rows, "auroc")

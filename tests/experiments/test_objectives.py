@@ -177,13 +177,21 @@ def test_tables_and_figures_follow_from_kept_results(settings):
 
 def test_several_seeds_are_in_the_interval():
     patients = list(range(6))
-    ours = [{"volumes": {"patient": patients, "s": [0.7 + shift] * 6}} for shift in (0.0, 0.1, 0.2)]
-    other = [{"volumes": {"patient": patients, "s": [0.5] * 6}}]
+    ours = [
+        {"seed": seed, "volumes": {"patient": patients, "s": [0.7 + seed / 10] * 6}}
+        for seed in (0, 1, 2)
+    ]
+    other = [{"seed": 0, "volumes": {"patient": patients, "s": [0.5] * 6}}]  # not trained
     found = paired_arms(ours, other, "s")
     assert found["difference"] == pytest.approx(0.3) and found["num_seeds"] == 3
     assert found["low"] == pytest.approx(0.3)  # no patient differs, but seeds do
     assert found["low_with_seeds"] < 0.1 < 0.3 < found["high_with_seeds"]
     assert paired_arms(ours[:1], other, "s")["low_with_seeds"] is None
+    two = paired_arms(ours, [ours[2], ours[0]], "s")  # those of one seed are compared
+    assert two["difference"] == two["seed_variance"] == 0 and two["num_seeds"] == 2
+    trained = [one | {"training": {}} for one in ours]
+    assert paired_arms(trained[:2], trained[2:], "s")["difference"] is None
+    assert paired_arms(trained, trained[1:2], "s")["num_seeds"] == 1
     row = dict.fromkeys(("low_with_seeds", "high_with_seeds")) | {"low": 0.1, "high": 0.2}
     assert figure.is_sure(row | {"p_holm": 0.01}) and not figure.is_sure(row | {"p_holm": None})
     assert not figure.is_sure(row | {"p_holm": 0.01, "low_with_seeds": -1, "high_with_seeds": 1})

@@ -454,3 +454,26 @@ def test_one_group_has_no_gap_and_none_is_refused():
 def test_age_bands():
     bands = [subgroups.age_band(age) for age in (0, 9, 59, 60, 89, 90, None)]
     assert bands == ["0-9", "0-9", "50-59", "60-69", "80-89", "90+", ""]
+
+
+@pytest.mark.parametrize("num_patients", [4, 13])
+def test_differences_of_few_patients_are_not_found_where_there_are_none(num_patients):
+    """Of 300 comparisons without a difference about 15 intervals may exclude 0; the percentiles of
+    the draws alone would exclude it in 60 and 27."""
+    random = np.random.default_rng(5)
+    patients = [str(patient) for patient in range(num_patients)]
+    excluded, small = 0, 0
+    for seed in range(300):
+        values = random.normal(size=(2, num_patients))
+        arms = [[bootstrap.weighted_mean("mse", side)] for side in values]
+        found = comparisons.paired_difference(*arms, patients, num_resamples=400, seed=seed)
+        low, high = found["ci95"]
+        excluded += low * high > 0
+        small += found["p"] < 0.05
+    assert excluded <= 27 and small <= 27
+
+
+def test_equal_differences_of_all_patients_leave_no_doubt_but_their_number():
+    arms = [[bootstrap.weighted_mean("mse", np.full(13, value))] for value in (0.3, 0.1)]
+    found = comparisons.paired_difference(*arms, [str(n) for n in range(13)])
+    assert found["ci95"] == pytest.approx([0.2, 0.2]) and found["p"] == found["smallest_p"]
