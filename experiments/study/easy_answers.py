@@ -1,19 +1,22 @@
 """What copying a slice and filling noise from its neighbours cost, without a model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
 from ctssl_jax.ops.corruptions import example_keys, salt_and_pepper
 from ctssl_jax.ops.images import SSIM_WINDOW, ssim
-from ctssl_jax.stats.bootstrap import interval, patient_bootstrap, weighted_mean
+from ctssl_jax.stats.bootstrap import interval, patient_bootstrap, weighted_mean, widened
 from data_prep.dataset.reader import Dataset
 
 NOISE = 0.5  # share of the pixels, as in the recipe `denoising`
 FILL_SIGMA_PX = 0.6
+BLOCK = 32  # slices
+_ssim = jax.jit(ssim)
 
 
 def filled(images: np.ndarray, noisy: np.ndarray) -> np.ndarray:
@@ -23,6 +26,19 @@ def filled(images: np.ndarray, noisy: np.ndarray) -> np.ndarray:
     weights = ndimage.gaussian_filter(clean, sigma, mode="constant")
     means = ndimage.gaussian_filter(images * clean, sigma, mode="constant")
     return np.where(noisy > 0, means / np.maximum(weights, 1e-6), images)
+
+
+def noise_of_size(pixels: int, seed: int) -> Callable[[np.ndarray], jax.Array]:
+    """Records [N] of a split -> [N, pixels, pixels, 1] float32: 1 where `denoising` puts noise."""
+    # of a grey image no pixel is white or black but by noise
+    grey = np.full((BLOCK, pixels, pixels, 1), 0.5, np.float32)
+
+    @jax.jit
+    def noisy(records: jax.Array) -> jax.Array:
+        keys = example_keys(jax.random.key(seed), records)
+        return (salt_and_pepper(keys, grey, fraction=NOISE) != 0.5).astype(jnp.float32)
+
+    return noisy
 
 
 def pairs_at(volume: dict[str, Any], distance_mm: float) -> tuple[np.ndarray, float]:
@@ -52,8 +68,19 @@ def errors_of(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
     """Mean MSE and SSIM of slices [N, H, W, C]; no SSIM where its window does not fit."""
     errors = {"mse": float(np.mean(np.square(prediction - target)))}
     if min(target.shape[1:3]) >= SSIM_WINDOW:
-        errors["ssim"] = float(np.mean(ssim(prediction, target)))
+        errors["ssim"] = float(np.mean(_in_blocks(_ssim, prediction, target)))
     return errors
+
+
+def _in_blocks(function: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+    """A function of N items, computed in blocks of one size, so that it is compiled once."""
+    parts = []
+    for first in range(0, len(arrays[0]), BLOCK):
+        blocks = [array[first : first + BLOCK] for array in arrays]
+        number = len(blocks[0])
+        wanted = np.arange(BLOCK) % number
+        parts.append(np.asarray(function(*(block[wanted] for block in blocks)))[:number])
+    return np.concatenate(parts)
 
 
 def measured(
@@ -62,16 +89,12 @@ def measured(
     """The errors of each volume: {"patient", "fill": {...}, "copy": {distance: {"mm", ...}}}."""
     for split in splits:
         source = dataset.source(split)
+        noise = noise_of_size(dataset.preparation["image_size"], seed)
         for volume in dataset.volumes(split):
             records = volume["first_record"] + np.arange(volume["num_slices"])
             images = np.stack([source[record]["image"] for record in records])
             images = images.astype(np.float32) / 255
-            keys = example_keys(jax.random.key(seed), records)
-            # of a grey image no pixel is white or black but by noise
-            grey = np.full((*images.shape[:3], 1), 0.5, np.float32)
-            noisy = (np.asarray(salt_and_pepper(keys, grey, fraction=NOISE)) != 0.5).astype(
-                np.float32
-            )
+            noisy = _in_blocks(noise, records)
             copies = {}
             for distance in distances_mm:
                 pairs, mm = pairs_at(volume, distance)
@@ -121,5 +144,6 @@ def _means(parts: Sequence[dict[str, float]], patients: Sequence[str]) -> dict[s
             found[name] = estimate[name]
             bounds, _ = interval(draws[name])
             if len(set(patients)) > 1 and bounds:
-                found |= {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
+                low, high = widened(bounds, estimate[name], len(set(patients)))
+                found |= {f"{name}_low": low, f"{name}_high": high}
     return found

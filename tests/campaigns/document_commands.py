@@ -84,6 +84,7 @@ STEPS = {  # words of a block, in the order of running -> what runs before it
     "--archive=lidc_idri": "",
     "--audit_dir=DATASET-audit": "ln -s SCANS MY_DICOM",
     "--dataset=DATASET --html": "",
+    "ctssl without_training": "",
     "ctssl recipes": "",
     "ctssl views": "",
     "--config=masked_region --config.dataset=DATASET": "rm -r RUN",
