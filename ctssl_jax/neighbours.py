@@ -2,9 +2,9 @@ r"""Picture of slices and the most like slices of other patients, by a frozen en
 
     ctssl neighbours --workdir=RUN --dataset=DATASET --output=NEIGHBOURS.png
 
-Six slices, spread over the split, each beside the five nearest ones of other patients by cosine of
-standardised embeddings (as in `ctssl probe`); their places in the scans are written on the row. The
-picture shows patients: keep it with the dataset.
+Six slices, spread over the volumes of the split and from low to high, each beside the five nearest
+ones of other patients by cosine of standardised embeddings (as in `ctssl probe`); their places in
+the scans are written on the row. The picture shows patients: keep it with the dataset.
 """
 
 if __name__ == "__main__":  # the imports below take their time

@@ -21,6 +21,23 @@ from data_prep.system.stores import local_path
 NUMBER = 5  # of neighbours
 
 
+def spread_queries(volume: np.ndarray, place: np.ndarray, number: int) -> np.ndarray:
+    """Slices to ask for, spread over the volumes and, from low to high, over the places in them.
+
+    Args:
+      volume: [N] int, the number of each slice's volume, from 0.
+      place: [N] of each slice in its volume, in [0, 1].
+      number: Q.
+
+    Returns:
+      [Q] int, places in the arrays; one slice may be asked for twice where there are few.
+    """
+    wanted = (np.arange(number) + 0.5) / number
+    of_volume = (wanted * (np.max(volume) + 1)).astype(int)
+    distance = np.abs(place - wanted[:, None])
+    return np.argmin(np.where(volume == of_volume[:, None], distance, np.inf), axis=1)
+
+
 def nearest(features: np.ndarray, patient: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """The nearest slices of other patients by cosine of standardised features.
 
@@ -61,7 +78,7 @@ def neighbours(
       split: that is searched.
       checkpoint: `best`, `last`, `last_good` or a step; the controls read no checkpoint.
       encoder: name in `ENCODERS`.
-      num_slices: rows, spread evenly over the split.
+      num_slices: rows, see `spread_queries`.
       batch_size: slices at a time at most; 0 chooses by memory.
 
     Returns:
@@ -102,8 +119,9 @@ def neighbours(
         slices, record_index = placed_slices(frozen, source, size)
     volumes, index = volumes_of_records(source.volumes, record_index)
     patient = np.array([volume["patient_id"] for volume in volumes])[index]
-    queries = ((np.arange(num_slices) + 0.5) * len(record_index) / num_slices).astype(int)
-    found, place = nearest(slices.embedding, patient, queries), relative_position(slices)
+    place = relative_position(slices)
+    queries = spread_queries(index, place, num_slices)
+    found = nearest(slices.embedding, patient, queries)
 
     shown = source.channel(record_index, measured.channels[0])[..., None].astype(np.float32) / 255
     columns = {"input": shown[queries]}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctssl_jax.probes.neighbours import nearest, neighbours
+from ctssl_jax.probes.neighbours import nearest, neighbours, spread_queries
 from data_prep.system.errors import InputError
 from tests.helpers.training_runs import save_untrained, tiny_recipe
 
@@ -19,6 +19,16 @@ def test_the_most_like_slice_of_another_patient_comes_first():
     np.testing.assert_array_equal(found[:, 0], [8, 11, 7])
     assert (patient[found] != patient[[0, 3, 15]][:, None]).all()
     assert nearest(features[:10], patient[:10], np.array([0])).shape == (1, 2)  # b has two
+
+
+def test_queries_are_of_all_volumes_and_places():
+    volume = np.repeat(np.arange(4), 24)
+    place = np.tile(np.arange(24) / 23, 4)
+    queries = spread_queries(volume, place, 4)  # equal steps would all be in the middle
+    assert volume[queries].tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(place[queries], [0.125, 0.375, 0.625, 0.875], atol=0.025)
+    few = spread_queries(volume[:24], place[:24], 6)
+    assert len(set(few.tolist())) == 6 and np.all(np.diff(place[few]) > 0.1)
 
 
 def test_a_picture_of_the_pixels(tiny_dataset, tmp_path):
