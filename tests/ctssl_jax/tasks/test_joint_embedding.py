@@ -149,6 +149,26 @@ def test_one_batch_of_lejepa_by_hand(tiny_dataset):
     np.testing.assert_allclose(scores["alignment"], distance, rtol=1e-3, atol=1e-6)
 
 
+def test_sigreg_of_a_step_does_not_weaken_with_microbatches(tiny_dataset):
+    """The same microbatch of 8 items, of a step of 8 items and of one of 16."""
+    task = get_task("lejepa")
+    images = np.random.default_rng(0).integers(0, 255, (8, 3, 16, 16, 1), np.uint8)
+    keys, found = jax.random.split(jax.random.key(1), 8), {}
+    for microbatches in (1, 2):
+        sizes = {"batch_size": 8 * microbatches, "microbatches": microbatches}
+        config = learning(tiny_dataset, "lejepa", **sizes)
+        model = task.build(config, nnx.Rngs(params=0))
+        for train in (False, True):
+
+            @nnx.jit
+            def apply(model, config=config, train=train):
+                return task.apply(model, {"images": images}, keys, None, config, train=train)
+
+            found[microbatches, train] = float(apply(model).scores["sigreg"][0])
+    assert found[2, True] == pytest.approx(2 * found[1, True], rel=1e-5)
+    assert found[2, False] == pytest.approx(found[1, False], rel=1e-5)
+
+
 def test_a_step_on_two_groups_of_devices_is_that_of_one_device(tiny_dataset):
     """With a teacher and its centre."""
     images = np.random.default_rng(0).integers(0, 255, (8, 3, 16, 16, 1), np.uint8)
@@ -269,7 +289,9 @@ def test_flops_count_views_and_the_teacher_once(tiny_dataset):
         ("lejepa", "best_by", "invariance", "config.best_by='invariance': choose one of"),
         ("lejepa", "model.neck", "pool", "config.model.neck='pool': choose one of none, attention"),
         ("lejepa", "model.pooled", "mean", "config.model.pooled='mean': choose one of latents"),
-        ("visreg", "microbatches", 8, "config.batch_size=8 in 8 microbatches: the items of a"),
+        ("vicreg", "microbatches", 8, "in 8 microbatches: the items of a microbatch are compared"),
+        ("visreg", "microbatches", 4, "other; give 4 or more a microbatch"),
+        ("lejepa", "microbatches", 4, "other; give 4 or more a microbatch"),
         ("lejepa", "views.local_area", (0.5, 0.1), "config.views.local_area=(0.5, 0.1): must ho"),
     ],
 )  # fmt: skip
