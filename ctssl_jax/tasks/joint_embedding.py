@@ -26,6 +26,8 @@ from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.tasks.interface import StepOutput, Task, is_frozen, item_slices, model_config
 from data_prep.system.errors import InputError
 
+VISREG_LEAST_WEIGHT = 0.3  # at 0.05 a run ended at one point, at 0.4 it did not
+
 
 class Projections(NamedTuple):
     """What a loss may use.
@@ -228,6 +230,11 @@ def _check(fewest_views: int, has_teacher: bool, config: ml_collections.ConfigDi
         raise InputError(
             f"config.teacher.temperature={tuple(config.teacher.temperature)}: must hold the first "
             "and the last one, e.g. --config.teacher.temperature='(0.04, 0.07)'"
+        )
+    if config.task == "visreg" and config.regulariser.weight < VISREG_LEAST_WEIGHT:
+        raise InputError(
+            f"config.regulariser.weight={config.regulariser.weight}: features of visreg end at one "
+            f"point below {VISREG_LEAST_WEIGHT}; set --config.regulariser.weight=0.7"
         )
     fewest_items = 4 if "regulariser" in config else 2  # it looks at their distribution
     if config.batch_size // config.microbatches < fewest_items:

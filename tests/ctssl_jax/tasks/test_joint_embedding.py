@@ -281,6 +281,7 @@ def test_flops_count_views_and_the_teacher_once(tiny_dataset):
     [
         ("lejepa", "views.global_size", 32, "config.views.global_size=32: must be a multiple of 4"),
         ("lejepa", "regulariser.weight", 1.5, "config.regulariser.weight=1.5: must be 0 or more"),
+        ("visreg", "regulariser.weight", 0.29, "below 0.3; set --config.regulariser.weight=0.7"),
         ("simclr", "views.num_global", 1, "1 global and 0 local views of an item; two global one"),
         ("simclr", "temperature", 0.0, "config.temperature=0.0: must be above 0"),
         ("dino", "teacher.temperature", (0.07,), "(0.07,): must hold the first and the last one"),

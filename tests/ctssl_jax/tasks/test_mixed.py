@@ -140,6 +140,10 @@ def test_evaluation_embedding_and_export(straight, tiny_dataset, tmp_path):
         ((("lejepa", "1"),), "config.objectives: the weight of lejepa is '1'; it must be a number"),
         ((("flip", 1.0), ("flip", 0.5)), "config.objectives names flip 2 times; give it once"),
         ((("lejepa", 1.0), ("visreg", 1.0)), "lejepa and visreg both read config.regulariser"),
+        (
+            (("flip", 1.0), ("visreg", 0.5)),
+            "config.regulariser.weight=0.05: features of visreg end",
+        ),
         ((("next_slice", 1.0), ("dino", 1.0)), "next_slice needs slices by number, dino slices by"),
     ],
 )
