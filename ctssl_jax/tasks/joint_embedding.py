@@ -231,6 +231,12 @@ def _check(fewest_views: int, has_teacher: bool, config: ml_collections.ConfigDi
             f"config.teacher.temperature={tuple(config.teacher.temperature)}: must hold the first "
             "and the last one, e.g. --config.teacher.temperature='(0.04, 0.07)'"
         )
+    if has_teacher and config.teacher.frozen_steps >= config.num_steps:
+        raise InputError(
+            f"config.teacher.frozen_steps={config.teacher.frozen_steps}: prototypes would never "
+            f"learn in config.num_steps={config.num_steps}; set "
+            f"--config.teacher.frozen_steps={config.num_steps // 10}"
+        )
     if config.task == "visreg" and config.regulariser.weight < VISREG_LEAST_WEIGHT:
         raise InputError(
             f"config.regulariser.weight={config.regulariser.weight}: features of visreg end at one "

@@ -219,9 +219,9 @@ def test_other_runs_begin_with_its_encoder(task, straight, tiny_dataset, tmp_pat
     config = tiny_recipe(
         tiny_dataset,
         task,
-        num_steps=1,
+        num_steps=3,  # prototypes are frozen in two
         model__depth=0,
-        eval_every=1,
+        eval_every=3,
         init_from=str(straight("lejepa")),
         init_scope="encoder",
     )
@@ -285,6 +285,7 @@ def test_flops_count_views_and_the_teacher_once(tiny_dataset):
         ("simclr", "views.num_global", 1, "1 global and 0 local views of an item; two global one"),
         ("simclr", "temperature", 0.0, "config.temperature=0.0: must be above 0"),
         ("dino", "teacher.temperature", (0.07,), "(0.07,): must hold the first and the last one"),
+        ("dino", "teacher.frozen_steps", 12, "in config.num_steps=12; set --config.teacher.frozen"),
         ("vicreg", "model.num_prototypes", 8, "num_prototypes=8: must be 0, since this task has"),
         ("dino", "model.num_prototypes", 0, "config.model.num_prototypes=0: must be 1 or more"),
         ("lejepa", "best_by", "invariance", "config.best_by='invariance': choose one of"),

@@ -161,6 +161,7 @@ def test_a_wrong_mix_is_one_line(objectives, message, tiny_dataset, tmp_path):
         ("views.global_size", 32, "config.views.global_size=32: must be a multiple of 4 and at mo"),
         ("mask.block", 5, "config.mask.block=5: blocks of 5 pixels do not tile an image of 16 x"),
         ("model.num_prototypes", 0, "config.model.num_prototypes=0: must be 1 or more"),
+        ("teacher.frozen_steps", 8, "config.teacher.frozen_steps=8: prototypes would never learn"),
         ("best_by", "masked_mse", "config.best_by='masked_mse': a validation of the task mixed"),
     ],
 )
