@@ -2,6 +2,7 @@
 centre, evaluation, embedding, warm starts, a collapse that is said, wrong recipes."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -29,7 +30,7 @@ from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.interface import step_flops
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import health
-from ctssl_jax.training.step import make_program
+from ctssl_jax.training.step import make_program, train_step
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
 from tests.helpers.training_runs import (
@@ -147,6 +148,26 @@ def test_one_batch_of_lejepa_by_hand(tiny_dataset):
     unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
     distance = np.square(unit[0] - unit[1]).sum(-1)
     np.testing.assert_allclose(scores["alignment"], distance, rtol=1e-3, atol=1e-6)
+
+
+def test_dropout_is_of_the_student_alone(tiny_dataset):
+    config = learning(tiny_dataset, "dino", model__depth=1, model__drop_rate=0.5)
+    program = make_program(config, get_task("dino"), 1, make_mesh(jax.devices()[:1]))
+    images = np.random.default_rng(0).integers(0, 255, (8, 3, 16, 16, 1), np.uint8)
+    batch = {"images": images, "record_index": np.arange(8), "weight": np.ones(8, np.float32)}
+    before = program.initial_state()
+    mean = "teacher/encoder/blocks/0/norm/mean"  # after dropout, if there is any
+    of_steps = []
+    for model_key in (0, 1):
+        definition = dataclasses.replace(program.definition, model_key=jax.random.key(model_key))
+        after = jax.jit(functools.partial(train_step, definition))(before, batch)
+        assert np.isfinite(after.sums["loss"]) and after.nonfinite_step < 0
+        of_steps.append(after)
+    one, two = (flatten(after.variables) for after in of_steps)
+    assert np.abs(one[mean]).max() > 0  # statistics of the batch
+    np.testing.assert_array_equal(one[mean], two[mean])
+    student = mean.removeprefix("teacher/")
+    assert not np.array_equal(one[student], two[student])
 
 
 def test_sigreg_of_a_step_does_not_weaken_with_microbatches(tiny_dataset):
