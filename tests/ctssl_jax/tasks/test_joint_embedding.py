@@ -36,6 +36,7 @@ from data_prep.system.errors import InputError
 from tests.helpers.training_runs import (
     ask_to_stop_at,
     assert_same_state,
+    begun_state,
     losses,
     numbers,
     randomised,
@@ -249,6 +250,21 @@ def test_other_runs_begin_with_its_encoder(task, straight, tiny_dataset, tmp_pat
     assert train_on(config, tmp_path / "run")
     moved = json.loads((tmp_path / "run" / "transplant.json").read_text())["moved"]
     assert moved and all(name.split("/")[1] == "encoder" for name in moved)
+
+
+def test_a_whole_model_moves_without_its_steps(straight, tiny_dataset, tmp_path):
+    """So that the momentum of the teacher begins anew."""
+    donor = saved_state(straight("dino"))
+    fields = {"init_from": str(straight("dino")), "init_checkpoint": "last", "init_scope": "model"}
+    assert train_on(learning(tiny_dataset, "dino", **fields), tmp_path / "run")
+    names = json.loads((tmp_path / "run" / "transplant.json").read_text())
+    assert names["initialised"] == ["variables/steps"] == names["left_behind"]
+    begun, after = begun_state(tmp_path / "run"), saved_state(tmp_path / "run")
+    assert begun["variables/steps"] == 0 and after["variables/steps"] == 16
+    for name in names["moved"]:
+        np.testing.assert_array_equal(begun[name], donor[name])
+    teacher = "variables/teacher/encoder/stem/conv/kernel"
+    assert teacher in names["moved"] and not np.array_equal(after[teacher], donor[teacher])
 
 
 # Weights that decay faster than they learn leave an encoder that gives one feature for all slices.

@@ -77,6 +77,11 @@ def test_one_encoder_and_a_head_for_each(straight):
     assert {part.split("/")[1] for part in parts} == {"masked_region", "dino"}
     assert not [name for name in names if name.startswith("params/heads") and "/encoder/" in name]
     assert [name for name in names if name.startswith("params/encoder/")]
+    variables = [name for name in names if name.startswith("variables/")]
+    # the steps of a schedule do not move to another run
+    assert [name for name in variables if not in_scope(name, "model")] == [
+        "variables/heads/dino/steps"
+    ]
 
 
 def test_a_step_is_the_sum_of_both_and_that_of_eight_devices(straight, tiny_dataset):
