@@ -13,7 +13,7 @@ from flax import nnx
 
 from ctssl_jax.data.batches import training_batches
 from ctssl_jax.data.slices import open_source
-from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.evaluation import measure
 from ctssl_jax.inference.pretrained import load
 from ctssl_jax.models.joint_embedding import (
     JointEmbedding,
@@ -99,6 +99,13 @@ def test_a_small_run_learns_and_is_healthy(task, straight):
         "neighbour_recall",
     } <= set(last)
     assert health.warnings(learning("data", task), last | {"embedding_dim": 4}) == []
+
+
+def test_frozen_prototypes_are_no_fault(tiny_dataset, tmp_path, capsys):
+    frozen = {"teacher.frozen_steps": 5, "num_steps": 8, "eval_every": 4}
+    assert train_on(learning(tiny_dataset, "dino", **frozen), tmp_path / "run")
+    assert reports.read_reports(tmp_path / "run", "gradient_norm")[0]["prototypes"] == 0
+    assert "no gradient reaches" not in capsys.readouterr().out
 
 
 def test_the_teacher_and_its_centre_are_in_the_checkpoint(straight):
@@ -226,7 +233,9 @@ def test_directions_depend_on_the_step_and_the_seed_alone(tiny_dataset):
 
 
 def test_evaluation_and_embedding_of_a_run(straight, tiny_dataset, tmp_path):
-    result = evaluate(straight("lejepa"), tiny_dataset, "test", tmp_path / "r.json", batch_size=8)
+    result = measure.evaluate(
+        straight("lejepa"), tiny_dataset, "test", tmp_path / "r.json", batch_size=8
+    )
     assert list(result["metrics"]) == ["invariance", "sigreg", "alignment"]
     assert result["embedding"]["embedding_dim"] == 4 and result["num_slices"] == 24
     assert json.loads((tmp_path / "r.json").read_text()) == result
@@ -234,6 +243,16 @@ def test_evaluation_and_embedding_of_a_run(straight, tiny_dataset, tmp_path):
     model = load(straight("lejepa"))
     latents = model.latents(images)
     np.testing.assert_allclose(model.embed(images).slices, latents.mean((1, 2)), atol=1e-5)
+
+
+def test_slices_are_not_evaluated_one_at_a_time(straight, tiny_dataset, tmp_path, monkeypatch):
+    mesh = make_mesh(jax.devices()[:1])
+    monkeypatch.setattr(measure, "make_mesh", lambda: mesh)
+    with pytest.raises(InputError, match="^--batch_size=1: the task vicreg compares .* give 2 or"):
+        measure.evaluate(
+            straight("vicreg"), tiny_dataset, "test", tmp_path / "r.json", batch_size=1
+        )
+    assert not (tmp_path / "r.json").exists()
 
 
 @pytest.mark.parametrize("task", ["masked_region", "dino"])
