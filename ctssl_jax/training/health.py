@@ -11,7 +11,8 @@ SMALLEST_SHARE_OF_CODES = 0.05
 SMALLEST_SHARE_OF_GRADIENT = 1e-6
 # Settings that keep codes in use, in the order of their effect.
 _LIVELY = {"vq_update": "ema", "vq_init": "data", "vq_revive_every": 50}
-_PROTOTYPES = ("prototypes", "heads")  # `layer_of` those of DINO alone and in a mix
+# `layer_of` those of DINO alone; in a mix, where the mask token of SparK is with them.
+_PROTOTYPES = ("prototypes", "heads")
 
 
 def embedding_use(moments: dict[str, np.ndarray]) -> dict[str, float]:
