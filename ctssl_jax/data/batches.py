@@ -159,7 +159,9 @@ def evaluation_batches(
     process_count: int = 1,
     num_threads: int = 4,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every item once, in order. The last batch is padded with items of weight 0.
+    """Every item once, in order. The last batch is padded with items of weight 0, the first ones
+    again: a loss that compares the items of a batch counts them, and copies of one would be far
+    from a sample.
 
     So all batches have one shape, and all processes get the same number of batches. Arguments as in
     `training_batches`; a batch is one part. `items` names the items of a part of the split, see
@@ -169,7 +171,7 @@ def evaluation_batches(
     padded = math.ceil(len(chosen) / batch_size) * batch_size
 
     def read(places: np.ndarray) -> dict[str, np.ndarray]:
-        batch = source.read(chosen[np.minimum(places, len(chosen) - 1)])
+        batch = source.read(chosen[places % len(chosen)])
         return batch | {"weight": (places < len(chosen)).astype(np.float32)}
 
     places = grain.MapDataset.range(padded)

@@ -227,6 +227,11 @@ def _restore(measured: MeasuredRun, task: Task, step: int, batch_size: int, numb
     size = batch_sizes.choose(
         batch_size, number, config.image_size, list(mesh.devices.flat), trace, model
     )
+    if task.compares_batch and size == 1:
+        raise InputError(
+            f"--batch_size={size}: the task {config.task} compares the slices of a batch with each "
+            "other; give 2 or more, and a --split of 2 slices or more"
+        )
     return _Model(measured, task, scorer, state, size)
 
 

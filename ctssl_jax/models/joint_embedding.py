@@ -249,14 +249,14 @@ def chosen_maps(features: jax.Array, latents: jax.Array, pooled: str) -> tuple[j
 class JointEmbedding(_Network):
     """Encoder and projector; with prototypes also a teacher of the same shape and its centre.
 
-    The teacher begins with the weights of the student. `follow` moves it.
+    The teacher begins with the weights of the student, and is without dropout. `follow` moves it.
     """
 
     def __init__(self, config: JointEmbeddingConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         self.steps = TeacherState(jnp.zeros((), jnp.int32))
         if config.num_prototypes:
-            self.teacher = _Network(config, rngs=rngs)
+            self.teacher = _Network(dataclasses.replace(config, drop_rate=0.0), rngs=rngs)
             _as_state(self.teacher)
             self.centre = TeacherState(jnp.zeros(config.num_prototypes, jnp.float32))
             self.follow(0.0)

@@ -30,21 +30,22 @@ def unit_directions(key: jax.Array, number: int, dim: int) -> jax.Array:
     return directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
 
 
-def sigreg(z: jax.Array, directions: jax.Array) -> jax.Array:
+def sigreg(z: jax.Array, directions: jax.Array, *, number: int | None = None) -> jax.Array:
     """How far projections are from an isotropic Gaussian (LeJEPA): the Epps-Pulley statistic,
     averaged over directions and views.
 
     For each direction a and view: N * integral |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt, where
-    phi is the empirical characteristic function of the N = B numbers a . z. The integrand is even:
-    the integral is twice the trapezoid sum of 17 knots on [0, 3]. Its gradient vanishes where all
-    z are equal.
+    phi is the empirical characteristic function of the B numbers a . z. The integrand is even: the
+    integral is twice the trapezoid sum of 17 knots on [0, 3]. Its gradient vanishes where all z
+    are equal.
 
     Args:
       z: [B, V, D] float32.
       directions: [M, D], from `unit_directions`.
+      number: N, the items of a step, of which z may be a microbatch; None takes B.
 
     Returns:
-      Scalar >= 0: 1.053 is expected of samples of N(0, I), and it is 0.402 B if all z are 0.
+      Scalar >= 0: 1.053 N / B is expected of samples of N(0, I), and it is 0.402 N if all z are 0.
     """
     knots = jnp.linspace(0.0, SIGREG_END, SIGREG_KNOTS)
     step = SIGREG_END / (SIGREG_KNOTS - 1)
@@ -55,7 +56,7 @@ def sigreg(z: jax.Array, directions: jax.Array) -> jax.Array:
     real, imaginary = jnp.mean(jnp.cos(angles), axis=0), jnp.mean(jnp.sin(angles), axis=0)
     distance = jnp.square(real - gaussian) + jnp.square(imaginary)
     integral = 2 * jnp.sum(distance * gaussian * rule, axis=-1)
-    return len(z) * jnp.mean(integral)
+    return (number or len(z)) * jnp.mean(integral)
 
 
 def visreg(z: jax.Array, directions: jax.Array) -> dict[str, jax.Array]:

@@ -26,6 +26,8 @@ from ctssl_jax.ops.images import to_unit_images
 from ctssl_jax.tasks.interface import StepOutput, Task, is_frozen, item_slices, model_config
 from data_prep.system.errors import InputError
 
+VISREG_LEAST_WEIGHT = 0.3  # at 0.05 a run ended at one point, at 0.4 it did not
+
 
 class Projections(NamedTuple):
     """What a loss may use.
@@ -49,18 +51,22 @@ Loss = Callable[[Projections, ml_collections.ConfigDict], tuple[jax.Array, dict[
 
 
 def _with_regulariser(
-    terms_of: Callable[[jax.Array, jax.Array], dict[str, jax.Array]],
+    terms_of: Callable[[jax.Array, jax.Array, int], dict[str, jax.Array]],
     given: Projections,
     config: ml_collections.ConfigDict,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(1 - weight) * invariance + weight * the sum of the terms, along directions that are new in
-    each step; of the step's number alone, so that all devices and a resumed run draw the same."""
+    each step; of the step's number alone, so that all devices and a resumed run draw the same.
+
+    The terms also know how many items a step has: training may see them in several microbatches.
+    """
     settings = config.regulariser
     step = given.model.steps[...] if given.train else 0
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     directions = joint_losses.unit_directions(key, settings.directions, given.z.shape[-1])
     agreement = joint_losses.invariance(given.z, config.views.num_global)
-    terms = _of_each(terms_of(given.z, directions), given.z)
+    number = config.batch_size if given.train else len(given.z)
+    terms = _of_each(terms_of(given.z, directions, number), given.z)
     loss = (1 - settings.weight) * agreement + settings.weight * sum(terms.values())
     return loss, {"invariance": agreement, **terms}
 
@@ -225,10 +231,23 @@ def _check(fewest_views: int, has_teacher: bool, config: ml_collections.ConfigDi
             f"config.teacher.temperature={tuple(config.teacher.temperature)}: must hold the first "
             "and the last one, e.g. --config.teacher.temperature='(0.04, 0.07)'"
         )
-    if config.batch_size // config.microbatches < 2:
+    if has_teacher and config.teacher.frozen_steps >= config.num_steps:
+        raise InputError(
+            f"config.teacher.frozen_steps={config.teacher.frozen_steps}: prototypes would never "
+            f"learn in config.num_steps={config.num_steps}; set "
+            f"--config.teacher.frozen_steps={config.num_steps // 10}"
+        )
+    if config.task == "visreg" and config.regulariser.weight < VISREG_LEAST_WEIGHT:
+        raise InputError(
+            f"config.regulariser.weight={config.regulariser.weight}: features of visreg end at one "
+            f"point below {VISREG_LEAST_WEIGHT}; set --config.regulariser.weight=0.7"
+        )
+    fewest_items = 4 if "regulariser" in config else 2  # it looks at their distribution
+    if config.batch_size // config.microbatches < fewest_items:
         raise InputError(
             f"config.batch_size={config.batch_size} in {config.microbatches} microbatches: the "
-            "items of a microbatch are compared with each other; give two or more a microbatch"
+            "items of a microbatch are compared with each other; give "
+            f"{fewest_items} or more a microbatch"
         )
 
 
@@ -290,14 +309,17 @@ def _task(
 
 LEJEPA = _task(
     functools.partial(
-        _with_regulariser, lambda z, directions: {"sigreg": joint_losses.sigreg(z, directions)}
+        _with_regulariser,
+        lambda z, directions, number: {"sigreg": joint_losses.sigreg(z, directions, number=number)},
     ),
     fields=("regulariser",),
     reported=("invariance", "sigreg"),
     fewest_views=1,
 )
 VISREG = _task(
-    functools.partial(_with_regulariser, joint_losses.visreg),
+    functools.partial(
+        _with_regulariser, lambda z, directions, number: joint_losses.visreg(z, directions)
+    ),
     fields=("regulariser",),
     reported=("invariance", "center", "scale", "shape"),
     fewest_views=1,

@@ -11,12 +11,25 @@ SMALLEST_SHARE_OF_CODES = 0.05
 SMALLEST_SHARE_OF_GRADIENT = 1e-6
 # Settings that keep codes in use, in the order of their effect.
 _LIVELY = {"vq_update": "ema", "vq_init": "data", "vq_revive_every": 50}
+# `layer_of` those of DINO alone; in a mix, where the mask token of SparK is with them.
+_PROTOTYPES = ("prototypes", "heads")
 
 
 def embedding_use(moments: dict[str, np.ndarray]) -> dict[str, float]:
     """`effective_rank` of embeddings [N, D] from their `ops.embeddings.moments`, and D as
     `embedding_dim`."""
     return {"effective_rank": effective_rank(moments), "embedding_dim": len(moments["first"])}
+
+
+def norms_of_learning(
+    config: ml_collections.ConfigDict, step: int, layer_gradient_norms: dict[str, float]
+) -> dict[str, float]:
+    """The gradient norms of a report at this step without DINO's prototypes, as long as they were
+    frozen in all steps of it."""
+    if "teacher" not in config or step > config.teacher.frozen_steps:
+        return layer_gradient_norms
+    norms = layer_gradient_norms.items()
+    return {layer: norm for layer, norm in norms if layer not in _PROTOTYPES}
 
 
 def warnings(

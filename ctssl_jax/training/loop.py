@@ -191,7 +191,7 @@ def _steps(
         if step % config.log_every == 0:
             check_state(config, state, checkpoints.workdir, checkpoints.last_step)
             state, report = take_report(program, state)
-            norms = report.layer_gradient_norms
+            norms = health.norms_of_learning(config, step, report.layer_gradient_norms)
             log(job, step, report, clock, feed, reports)
 
 

@@ -8,6 +8,7 @@ pseudonyms of the patients that it was trained on.
 """
 
 import collections
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,10 +67,14 @@ class WeightFile(NamedTuple):
 
 # `patients.json` of weights whose patients nobody knows: no dataset has this key.
 _UNKNOWN_PATIENTS = {"key_fingerprint": "unknown", "train": [], "validation": []}
+_STEPS = re.compile(r"variables/(heads/[^/]+/)?steps")
 
 
 def in_scope(name: str, scope: str) -> bool:
     """Whether a tensor of a checkpoint is in the part that moves.
+
+    Never the number of steps that a schedule of a joint embedding follows. That of a codebook moves
+    with the running counts that it belongs to.
 
     Args:
       name: `params/encoder/stem/conv/kernel`, `variables/decoder/...`.
@@ -78,7 +83,7 @@ def in_scope(name: str, scope: str) -> bool:
         normalisation; `encoder_kernels`, the encoder without them.
     """
     kind, part, layer = (*name.split("/"), "", "")[:3]
-    if kind not in ("params", "variables"):
+    if kind not in ("params", "variables") or _STEPS.fullmatch(name):
         return False
     if scope in ("encoder_norms", "encoder_kernels"):
         return part == "encoder" and ("norm" in name.split("/")) == (scope == "encoder_norms")
@@ -287,8 +292,9 @@ def _match(
             f"config.init_from={path} does not fit this model ({len(missing)} tensors missing, "
             f"{len(extra)} extra, {len(shapes)} of another shape; {'; '.join(problems)}); {remedy}"
         )
-    kept = [name for name in wanted if in_scope(name, "model") and name not in want]
-    left = [name for name in stored if in_scope(name, "model") and name not in have]
+    kept = [name for name in wanted if name not in want]
+    of_model = ("params/", "variables/")
+    left = [name for name in stored if name.startswith(of_model) and name not in have]
     return tuple(want), tuple(kept), tuple(left)
 
 

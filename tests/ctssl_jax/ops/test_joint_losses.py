@@ -44,6 +44,11 @@ def test_sigreg_by_hand_and_its_known_values():
     assert float(joint_losses.sigreg(3 * gaussian, DIRECTIONS)) > 20
 
 
+def test_sigreg_of_a_microbatch_counts_the_items_of_the_step():
+    alone = float(joint_losses.sigreg(Z, DIRECTIONS))
+    assert float(joint_losses.sigreg(Z, DIRECTIONS, number=64)) == pytest.approx(4 * alone)
+
+
 def test_gradients_at_collapse():
     """Where all z are equal, SIGReg has one gradient for all of them, which moves them together;
     at the centre it has none. VISReg pushes them apart."""

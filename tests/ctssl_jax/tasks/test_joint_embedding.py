@@ -2,6 +2,7 @@
 centre, evaluation, embedding, warm starts, a collapse that is said, wrong recipes."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 
 from ctssl_jax.data.batches import training_batches
 from ctssl_jax.data.slices import open_source
-from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.evaluation import measure
 from ctssl_jax.inference.pretrained import load
 from ctssl_jax.models.joint_embedding import (
     JointEmbedding,
@@ -29,12 +30,13 @@ from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks.interface import step_flops
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import health
-from ctssl_jax.training.step import make_program
+from ctssl_jax.training.step import make_program, train_step
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
 from tests.helpers.training_runs import (
     ask_to_stop_at,
     assert_same_state,
+    begun_state,
     losses,
     numbers,
     randomised,
@@ -99,6 +101,13 @@ def test_a_small_run_learns_and_is_healthy(task, straight):
     assert health.warnings(learning("data", task), last | {"embedding_dim": 4}) == []
 
 
+def test_frozen_prototypes_are_no_fault(tiny_dataset, tmp_path, capsys):
+    frozen = {"teacher.frozen_steps": 5, "num_steps": 8, "eval_every": 4}
+    assert train_on(learning(tiny_dataset, "dino", **frozen), tmp_path / "run")
+    assert reports.read_reports(tmp_path / "run", "gradient_norm")[0]["prototypes"] == 0
+    assert "no gradient reaches" not in capsys.readouterr().out
+
+
 def test_the_teacher_and_its_centre_are_in_the_checkpoint(straight):
     state = saved_state(straight("dino"))
     student = [name for name in state if name.startswith("params/") and "optimizer" not in name]
@@ -149,6 +158,46 @@ def test_one_batch_of_lejepa_by_hand(tiny_dataset):
     np.testing.assert_allclose(scores["alignment"], distance, rtol=1e-3, atol=1e-6)
 
 
+def test_dropout_is_of_the_student_alone(tiny_dataset):
+    config = learning(tiny_dataset, "dino", model__depth=1, model__drop_rate=0.5)
+    program = make_program(config, get_task("dino"), 1, make_mesh(jax.devices()[:1]))
+    images = np.random.default_rng(0).integers(0, 255, (8, 3, 16, 16, 1), np.uint8)
+    batch = {"images": images, "record_index": np.arange(8), "weight": np.ones(8, np.float32)}
+    before = program.initial_state()
+    mean = "teacher/encoder/blocks/0/norm/mean"  # after dropout, if there is any
+    of_steps = []
+    for model_key in (0, 1):
+        definition = dataclasses.replace(program.definition, model_key=jax.random.key(model_key))
+        after = jax.jit(functools.partial(train_step, definition))(before, batch)
+        assert np.isfinite(after.sums["loss"]) and after.nonfinite_step < 0
+        of_steps.append(after)
+    one, two = (flatten(after.variables) for after in of_steps)
+    assert np.abs(one[mean]).max() > 0  # statistics of the batch
+    np.testing.assert_array_equal(one[mean], two[mean])
+    student = mean.removeprefix("teacher/")
+    assert not np.array_equal(one[student], two[student])
+
+
+def test_sigreg_of_a_step_does_not_weaken_with_microbatches(tiny_dataset):
+    """The same microbatch of 8 items, of a step of 8 items and of one of 16."""
+    task = get_task("lejepa")
+    images = np.random.default_rng(0).integers(0, 255, (8, 3, 16, 16, 1), np.uint8)
+    keys, found = jax.random.split(jax.random.key(1), 8), {}
+    for microbatches in (1, 2):
+        sizes = {"batch_size": 8 * microbatches, "microbatches": microbatches}
+        config = learning(tiny_dataset, "lejepa", **sizes)
+        model = task.build(config, nnx.Rngs(params=0))
+        for train in (False, True):
+
+            @nnx.jit
+            def apply(model, config=config, train=train):
+                return task.apply(model, {"images": images}, keys, None, config, train=train)
+
+            found[microbatches, train] = float(apply(model).scores["sigreg"][0])
+    assert found[2, True] == pytest.approx(2 * found[1, True], rel=1e-5)
+    assert found[2, False] == pytest.approx(found[1, False], rel=1e-5)
+
+
 def test_a_step_on_two_groups_of_devices_is_that_of_one_device(tiny_dataset):
     """With a teacher and its centre."""
     images = np.random.default_rng(0).integers(0, 255, (8, 3, 16, 16, 1), np.uint8)
@@ -184,7 +233,9 @@ def test_directions_depend_on_the_step_and_the_seed_alone(tiny_dataset):
 
 
 def test_evaluation_and_embedding_of_a_run(straight, tiny_dataset, tmp_path):
-    result = evaluate(straight("lejepa"), tiny_dataset, "test", tmp_path / "r.json", batch_size=8)
+    result = measure.evaluate(
+        straight("lejepa"), tiny_dataset, "test", tmp_path / "r.json", batch_size=8
+    )
     assert list(result["metrics"]) == ["invariance", "sigreg", "alignment"]
     assert result["embedding"]["embedding_dim"] == 4 and result["num_slices"] == 24
     assert json.loads((tmp_path / "r.json").read_text()) == result
@@ -194,20 +245,45 @@ def test_evaluation_and_embedding_of_a_run(straight, tiny_dataset, tmp_path):
     np.testing.assert_allclose(model.embed(images).slices, latents.mean((1, 2)), atol=1e-5)
 
 
+def test_slices_are_not_evaluated_one_at_a_time(straight, tiny_dataset, tmp_path, monkeypatch):
+    mesh = make_mesh(jax.devices()[:1])
+    monkeypatch.setattr(measure, "make_mesh", lambda: mesh)
+    with pytest.raises(InputError, match=r"^--batch_size=1: the task vicreg compares .*; give 2"):
+        measure.evaluate(
+            straight("vicreg"), tiny_dataset, "test", tmp_path / "r.json", batch_size=1
+        )
+    assert not (tmp_path / "r.json").exists()
+
+
 @pytest.mark.parametrize("task", ["masked_region", "dino"])
 def test_other_runs_begin_with_its_encoder(task, straight, tiny_dataset, tmp_path):
     config = tiny_recipe(
         tiny_dataset,
         task,
-        num_steps=1,
+        num_steps=3,  # prototypes are frozen in two
         model__depth=0,
-        eval_every=1,
+        eval_every=3,
         init_from=str(straight("lejepa")),
         init_scope="encoder",
     )
     assert train_on(config, tmp_path / "run")
     moved = json.loads((tmp_path / "run" / "transplant.json").read_text())["moved"]
     assert moved and all(name.split("/")[1] == "encoder" for name in moved)
+
+
+def test_a_whole_model_moves_without_its_steps(straight, tiny_dataset, tmp_path):
+    """So that the momentum of the teacher begins anew."""
+    donor = saved_state(straight("dino"))
+    fields = {"init_from": str(straight("dino")), "init_checkpoint": "last", "init_scope": "model"}
+    assert train_on(learning(tiny_dataset, "dino", **fields), tmp_path / "run")
+    names = json.loads((tmp_path / "run" / "transplant.json").read_text())
+    assert names["initialised"] == ["variables/steps"] == names["left_behind"]
+    begun, after = begun_state(tmp_path / "run"), saved_state(tmp_path / "run")
+    assert begun["variables/steps"] == 0 and after["variables/steps"] == 16
+    for name in names["moved"]:
+        np.testing.assert_array_equal(begun[name], donor[name])
+    teacher = "variables/teacher/encoder/stem/conv/kernel"
+    assert teacher in names["moved"] and not np.array_equal(after[teacher], donor[teacher])
 
 
 # Weights that decay faster than they learn leave an encoder that gives one feature for all slices.
@@ -261,15 +337,19 @@ def test_flops_count_views_and_the_teacher_once(tiny_dataset):
     [
         ("lejepa", "views.global_size", 32, "config.views.global_size=32: must be a multiple of 4"),
         ("lejepa", "regulariser.weight", 1.5, "config.regulariser.weight=1.5: must be 0 or more"),
+        ("visreg", "regulariser.weight", 0.29, "below 0.3; set --config.regulariser.weight=0.7"),
         ("simclr", "views.num_global", 1, "1 global and 0 local views of an item; two global one"),
         ("simclr", "temperature", 0.0, "config.temperature=0.0: must be above 0"),
         ("dino", "teacher.temperature", (0.07,), "(0.07,): must hold the first and the last one"),
+        ("dino", "teacher.frozen_steps", 12, "in config.num_steps=12; set --config.teacher.frozen"),
         ("vicreg", "model.num_prototypes", 8, "num_prototypes=8: must be 0, since this task has"),
         ("dino", "model.num_prototypes", 0, "config.model.num_prototypes=0: must be 1 or more"),
         ("lejepa", "best_by", "invariance", "config.best_by='invariance': choose one of"),
         ("lejepa", "model.neck", "pool", "config.model.neck='pool': choose one of none, attention"),
         ("lejepa", "model.pooled", "mean", "config.model.pooled='mean': choose one of latents"),
-        ("visreg", "microbatches", 8, "config.batch_size=8 in 8 microbatches: the items of a"),
+        ("vicreg", "microbatches", 8, "in 8 microbatches: the items of a microbatch are compared"),
+        ("visreg", "microbatches", 4, "other; give 4 or more a microbatch"),
+        ("lejepa", "microbatches", 4, "other; give 4 or more a microbatch"),
         ("lejepa", "views.local_area", (0.5, 0.1), "config.views.local_area=(0.5, 0.1): must ho"),
     ],
 )  # fmt: skip

@@ -77,6 +77,11 @@ def test_one_encoder_and_a_head_for_each(straight):
     assert {part.split("/")[1] for part in parts} == {"masked_region", "dino"}
     assert not [name for name in names if name.startswith("params/heads") and "/encoder/" in name]
     assert [name for name in names if name.startswith("params/encoder/")]
+    variables = [name for name in names if name.startswith("variables/")]
+    # the steps of a schedule do not move to another run
+    assert [name for name in variables if not in_scope(name, "model")] == [
+        "variables/heads/dino/steps"
+    ]
 
 
 def test_a_step_is_the_sum_of_both_and_that_of_eight_devices(straight, tiny_dataset):
@@ -140,6 +145,10 @@ def test_evaluation_embedding_and_export(straight, tiny_dataset, tmp_path):
         ((("lejepa", "1"),), "config.objectives: the weight of lejepa is '1'; it must be a number"),
         ((("flip", 1.0), ("flip", 0.5)), "config.objectives names flip 2 times; give it once"),
         ((("lejepa", 1.0), ("visreg", 1.0)), "lejepa and visreg both read config.regulariser"),
+        (
+            (("flip", 1.0), ("visreg", 0.5)),
+            "config.regulariser.weight=0.05: features of visreg end",
+        ),
         ((("next_slice", 1.0), ("dino", 1.0)), "next_slice needs slices by number, dino slices by"),
     ],
 )
@@ -157,6 +166,7 @@ def test_a_wrong_mix_is_one_line(objectives, message, tiny_dataset, tmp_path):
         ("views.global_size", 32, "config.views.global_size=32: must be a multiple of 4 and at mo"),
         ("mask.block", 5, "config.mask.block=5: blocks of 5 pixels do not tile an image of 16 x"),
         ("model.num_prototypes", 0, "config.model.num_prototypes=0: must be 1 or more"),
+        ("teacher.frozen_steps", 8, "config.teacher.frozen_steps=8: prototypes would never learn"),
         ("best_by", "masked_mse", "config.best_by='masked_mse': a validation of the task mixed"),
     ],
 )

@@ -111,6 +111,17 @@ def test_warnings(change, norms, found):
         assert line.startswith(start) and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("task", "name"), [("dino", "prototypes"), ("mixed", "heads/x/prototypes")]
+)
+def test_frozen_prototypes_are_no_fault(task, name):
+    config = tiny_recipe("data", task, **{"teacher.frozen_steps": 5})
+    norms = {layer_of(name): 0.0, "encoder/stem": 1.0}
+    for step, number in ((4, 0), (5, 0), (6, 1)):  # the sixth step is the first with a gradient
+        learning = health.norms_of_learning(config, step, norms)
+        assert len(health.warnings(config, HEALTHY, learning)) == number
+
+
 def test_a_classifier_has_no_codebook_to_collapse():
     config = tiny_recipe("data", "rotation")
     assert health.warnings(config, {"effective_rank": 5.0, "embedding_dim": 64}) == []

@@ -111,6 +111,11 @@ def test_batch_normalisation_and_convolutions_are_the_two_parts_of_the_encoder(r
     assert all("/norm/" in name for name in norms) and "params/encoder" in min(norms)
 
 
+def test_the_steps_of_a_codebook_move_with_its_running_counts():
+    for part in ("", "heads/masked_region/"):
+        assert warm_start.in_scope(f"variables/{part}quantizer/steps", "model")
+
+
 def test_which_checkpoint_is_taken(runs, tiny_dataset, tmp_path):
     config = tiny(
         tiny_dataset, "denoising", init_from=str(runs / "masked_region"), init_checkpoint="1"
