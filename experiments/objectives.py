@@ -43,7 +43,11 @@ def fields_of(settings: Settings, name: str, seed: int) -> dict:
     budget = settings.steps("masked_region") * step_flops(settings, "mask_20")
     steps = max(1, round(budget / step_flops(settings, name)))
     every = {"eval_every": -(-steps // VALIDATIONS), "log_every": max(1, steps // 20)}
-    return fields | {"num_steps": steps} | every
+    fields |= {"num_steps": steps} | every
+    config = Recipe((OBJECTIVES | ABLATIONS)[name].recipe, settings.size, {}).config()
+    if "teacher" in config and config.teacher.frozen_steps >= steps:
+        fields["teacher.frozen_steps"] = steps // 10  # else its prototypes would never learn
+    return fields
 
 
 def step_flops(settings: Settings, name: str) -> int:

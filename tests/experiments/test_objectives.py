@@ -76,6 +76,8 @@ def test_all_objectives_have_the_compute_of_masked_region(settings):
         assert abs(fields["num_steps"] * of_step - budget) <= of_step / 2
         assert fields["seed"] == 1 and fields["batch_size"] == "16"
     assert sum(objective.papers for objective in figure.OBJECTIVES.values()) == 8
+    short = objectives.fields_of(fold._replace(num_steps=30), "dino", 0)
+    assert short["num_steps"] < 30 and short["teacher.frozen_steps"] == short["num_steps"] // 10
 
 
 def test_cells_are_a_training_and_its_probe(settings):
