@@ -57,7 +57,9 @@ def define_flags() -> None:
         "best (by config.best_by), last, last_good, or a step; the controls read none.",
     )
     flags.DEFINE_string(
-        "encoder", "run", "run, or a control: untrained (random weights), pixels (no network)."
+        "encoder",
+        "run",
+        "run, renewed, or a control: untrained, pixels (see ctssl probe).",
     )
     flags.DEFINE_integer(
         "pooling_regions", 1, "Latents are averaged over the whole slice (1) or 4 x 4 regions (4)."

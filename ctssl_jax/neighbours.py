@@ -33,7 +33,9 @@ def define_flags() -> None:
         "checkpoint", "best", "best (by config.best_by), last, last_good, or a step."
     )
     flags.DEFINE_string(
-        "encoder", "run", "run, or a control: untrained, pixels or handcrafted (see ctssl probe)."
+        "encoder",
+        "run",
+        "run, renewed, untrained, pixels or handcrafted (see ctssl probe).",
     )
     flags.DEFINE_integer("slices", 6, "Rows.", lower_bound=1, upper_bound=64)
     flags.DEFINE_integer("batch_size", 0, "Slices at a time at most; 0 chooses.")

@@ -33,6 +33,8 @@ random weights, and batch statistics of training slices. `--encoder=pixels` has 
 and neighbours get the slice averaged down to as many numbers, the linear decoder gets the mean of
 each block of 4 x 4 pixels. `--encoder=handcrafted` has 140 statistics of intensity, shape and
 texture, by scikit-image (`pip install '.[handcrafted]'`), and mean, spread and ends of each block.
+`--encoder=renewed` is the run's encoder with batch statistics of whole training slices: a run that
+hides parts of its slices has those of what it left, and its features of whole slices are shifted.
 RESULT.csv beside RESULT.json has one row a volume.
 """
 
@@ -72,7 +74,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "encoder",
         "run",
-        "run, or a control: untrained (random weights), pixels or handcrafted (no network).",
+        "run, renewed (with batch statistics of whole slices), or a control: untrained (random "
+        "weights), pixels or handcrafted (no network).",
     )
     flags.DEFINE_list(
         "targets",

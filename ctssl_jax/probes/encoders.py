@@ -1,7 +1,9 @@
-"""Frozen encoders that probes read: the encoder of a run, and three controls.
+"""Frozen encoders that probes read: the encoder of a run, and controls.
 
-The control `untrained` has the architecture of the run and random weights. The controls `pixels`
-and `handcrafted` have no network. Only the weights of `untrained` are random.
+`renewed` is the run's encoder with batch statistics of whole training slices: those of a run that
+hides parts of its slices are of what it left. The control `untrained` has the architecture of the
+run and random weights. The controls `pixels` and `handcrafted` have no network. Only the weights of
+`untrained` are random.
 """
 
 import dataclasses
@@ -33,7 +35,9 @@ from ctssl_jax.training.state import abstract_model
 from data_prep.system.errors import InputError
 from data_prep.system.extras import require
 
-ENCODERS = ("run", "untrained", "pixels", "handcrafted")
+ENCODERS = ("run", "renewed", "untrained", "pixels", "handcrafted")
+WITH_CHECKPOINT = ("run", "renewed")
+WITH_STATISTICS = ("renewed", "untrained")  # of training slices
 REGIONS = 4  # latents are averaged over 4 x 4 regions: one mean would lose where things are
 PATCH = Encoder.stride  # a latent covers PATCH x PATCH pixels
 NEIGHBOURS = (64, 16, 4, 1)  # the validation split chooses one, for labels and for images
@@ -108,7 +112,8 @@ class ProbedRun:
             require("skimage", "--encoder=handcrafted", "handcrafted")
         check_request(output, batch_size)
         measured = MeasuredRun.open(Run.open(workdir), dataset, splits)
-        chosen = measured.run.choose_checkpoint(checkpoint) if encoder == "run" else None
+        read = encoder in WITH_CHECKPOINT
+        chosen = measured.run.choose_checkpoint(checkpoint) if read else None
         return cls(encoder, measured, chosen, batch_size)
 
     def batch_size(self, frozen: FrozenEncoder, number: int) -> int:
@@ -133,7 +138,7 @@ class ProbedRun:
         """The encoder; prints its origin.
 
         Args:
-          training_slices: set the batch statistics of the control `untrained`.
+          training_slices: set the batch statistics of `renewed` and `untrained`.
           regions: latents are averaged over regions x regions.
 
         Raises:
@@ -160,8 +165,13 @@ class ProbedRun:
             part = config.batch_size // config.microbatches
             size = min(STATISTICS_SLICES, part, len(training_slices))
             batches = training_batches(training_slices, size, config.seed)
-            frozen = untrained_encoder(config, task, batches, regions)
-            origin = f"control: untrained, seed {config.seed}"
+            if self.encoder == "renewed":
+                step = self.checkpoint.step
+                frozen = trained_encoder(config, task, run, step, regions, batches)
+                origin = f"run, step {step:,}, batch statistics of whole slices"
+            else:
+                frozen = untrained_encoder(config, task, batches, regions)
+                origin = f"control: untrained, seed {config.seed}"
         device = jax.local_devices()[0].device_kind
         print(f"encoder        {config.recipe} ({origin}) on {device}", flush=True)
         return frozen
@@ -231,9 +241,15 @@ def _mean_over_regions(widths: tuple[int, ...], pooled: np.ndarray) -> np.ndarra
 
 
 def trained_encoder(
-    config: ml_collections.ConfigDict, task: Task, run: Run, step: int, regions: int = REGIONS
+    config: ml_collections.ConfigDict,
+    task: Task,
+    run: Run,
+    step: int,
+    regions: int = REGIONS,
+    batches: Iterator[dict[str, np.ndarray]] | None = None,
 ) -> FrozenEncoder:
-    """The encoder of a checkpoint, with its neck if it has one; nothing else is read.
+    """The encoder of a checkpoint, with its neck if it has one; nothing else is read. With batches,
+    as those of `untrained_encoder`, its batch statistics become those of their slices.
 
     Raises:
       InputError: as `Run.restore`.
@@ -246,7 +262,10 @@ def trained_encoder(
         {"params": nnx.as_pure(params), "variables": nnx.as_pure(variables)},
     )
     restored = run.restore(step, template)
-    return _network(config, graph, (restored["params"], restored["variables"]), regions)
+    state = restored["params"], restored["variables"]
+    if batches is not None:
+        state = _with_statistics(config, graph, state, batches)
+    return _network(config, graph, state, regions)
 
 
 def untrained_encoder(
@@ -257,18 +276,28 @@ def untrained_encoder(
 ) -> FrozenEncoder:
     """The encoder with random weights by the seed of the run; `init_from` is ignored.
 
-    `STATISTICS_STEPS` passes in training mode set its batch statistics from training slices. With
-    their initial 0 and 1, activations fade from layer to layer, and the comparison would be with
-    rounding errors.
+    Training slices set its batch statistics. With their initial 0 and 1, activations fade from
+    layer to layer, and the comparison would be with rounding errors.
 
     Args:
       config, task: of the run.
       batches: endless, from `data.batches.training_batches`.
       regions: latents are averaged over regions x regions.
     """
-    pooled = config.model.get("pooled", "latents")
     part = _frozen_part(task.build(config, nnx.Rngs(params=config.seed)))
     graph, params, variables = nnx.split(part, nnx.Param, ...)
+    state = nnx.as_pure(params), nnx.as_pure(variables)
+    return _network(config, graph, _with_statistics(config, graph, state, batches), regions)
+
+
+def _with_statistics(
+    config: ml_collections.ConfigDict,
+    graph: nnx.GraphDef,
+    state: tuple[Any, Any],
+    batches: Iterator[dict[str, np.ndarray]],
+) -> tuple[Any, Any]:
+    """(parameters, variables) after `STATISTICS_STEPS` passes in training mode."""
+    pooled = config.model.get("pooled", "latents")
 
     @jax.jit
     def update_statistics(params, variables, images, key):
@@ -277,11 +306,11 @@ def untrained_encoder(
         joint_embedding.encode(part.encoder, images, pooled, part.get("neck"), train=True, key=key)
         return nnx.as_pure(nnx.split(part, nnx.Param, ...)[2])
 
-    params, variables = nnx.as_pure(params), nnx.as_pure(variables)
+    params, variables = state
     for step in range(STATISTICS_STEPS):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         variables = update_statistics(params, variables, next(batches)["images"][:, 0], key)
-    return _network(config, graph, (params, variables), regions)
+    return params, variables
 
 
 def pixel_encoder(channels: int, embedding_dim: int, regions: int = REGIONS) -> FrozenEncoder:

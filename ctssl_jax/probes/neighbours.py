@@ -8,7 +8,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ctssl_jax.data.slices import open_source
 from ctssl_jax.parallel import batch_sizes
-from ctssl_jax.probes.encoders import ProbedRun
+from ctssl_jax.probes.encoders import WITH_STATISTICS, ProbedRun
 from ctssl_jax.probes.probing import placed_slices
 from ctssl_jax.runs import strips
 from ctssl_jax.stats.label_free import relative_position
@@ -91,7 +91,7 @@ def neighbours(
     output = local_path(output, "--output", "choose a folder here")
     if output.suffix != ".png":
         raise InputError(f"--output={output} must end in .png")
-    splits = ("train", split) if encoder == "untrained" else (split,)
+    splits = ("train", split) if encoder in WITH_STATISTICS else (split,)
     probed = ProbedRun.open(
         workdir,
         dataset,
@@ -111,7 +111,7 @@ def neighbours(
         )
     make_folder(output.parent, "--output")
     training = source
-    if encoder == "untrained":
+    if encoder in WITH_STATISTICS:
         training = open_source(measured.dataset, "train", measured.channels, (0,))
     frozen = probed.load_encoder(training)
     size = probed.batch_size(frozen, len(source))

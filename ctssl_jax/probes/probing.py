@@ -58,7 +58,7 @@ def probe(
       dataset: dataset directory; None takes the dataset of the training.
       output: path of RESULT.json; its folder is made.
       checkpoint: `best`, `last`, `last_good` or a step; the controls read no checkpoint.
-      encoder: `run`, or one of the controls `untrained`, `pixels` and `handcrafted`.
+      encoder: name in `ENCODERS`.
       split: `test` or `validation`, which also chooses the settings of the probes.
       targets: names in `TARGETS`; position, order and neighbours are told in any case.
       max_slices: limit of the training slices, and of the validation slices that choose settings;

@@ -261,7 +261,7 @@ def test_wrong_requests(run, planted, tmp_path):
         volumes_per_split={"train": 4, "validation": 2, "test": 1},
     )  # fmt: skip
     for folder, settings, message in (
-        (planted, {"encoder": "best"}, "choose one of run, untrained, pixels"),
+        (planted, {"encoder": "best"}, "choose one of run, renewed, untrained, pixels"),
         (planted, {"pooling_regions": 2}, "--pooling_regions=2: choose one of 1, 4"),
         (planted, {"min_patients": 0}, "--min_patients=0: must be 1 or more"),
         (planted, {"seed": -1}, "--seed=-1: must be 0 to"),

@@ -265,6 +265,27 @@ def test_an_untrained_encoder_has_the_statistics_of_the_training_slices(tiny_dat
     np.testing.assert_array_equal(model.project.norm.scale[...], 1)
 
 
+def test_a_renewed_encoder_has_its_weights_and_the_statistics_of_whole_slices(
+    tiny_dataset, tmp_path
+):
+    config = tiny_recipe(tiny_dataset, "rotation")
+    save_untrained(config, tmp_path / "run")
+    run, task = Run.open(tmp_path / "run"), get_task("rotation")
+    step = run.choose_checkpoint("last").step
+    source = slices.open_source(Dataset.open(tiny_dataset), "train", (0,), (0,))
+    saved = encoders.trained_encoder(config, task, run, step)
+    batches = training_batches(source, 8, seed=0)
+    renewed = encoders.trained_encoder(config, task, run, step, batches=batches)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, renewed.state[0], saved.state[0])))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, renewed.state[1], saved.state[1]))
+    images = np.stack([source[index]["images"][0] for index in range(60)]).astype(np.float32) / 255
+    model = task.build(config, nnx.Rngs(params=0)).encoder
+    for part in renewed.state:
+        nnx.update(model, part["encoder"])
+    norm, before = model.downsample[0].norm, model.downsample[0].conv(images)
+    np.testing.assert_allclose(norm.mean[...], before.mean((0, 1, 2)), atol=0.03)
+
+
 def test_the_pixel_control_averages():
     images = np.random.default_rng(0).random((2, 16, 16, 1), np.float32)
     encoder = encoders.pixel_encoder(1, 4)
@@ -375,7 +396,7 @@ def test_wrong_requests(runs, tiny_dataset, tmp_path):
         ((run, tiny_dataset, tmp_path / "r.csv"), {}, "must end in .json"),
         ((run, tiny_dataset, tmp_path / "file" / "r.json"), {}, "cannot make .*file"),
         ((run, tiny_dataset, output), {"checkpoint": "99"}, "has no checkpoint '99'"),
-        ((run, tiny_dataset, output), {"encoder": "best"}, "choose one of run, untrained, pixels"),
+        ((run, tiny_dataset, output), {"encoder": "best"}, "choose one of run, renewed, untrained"),
         ((run, tiny_dataset, output), {"split": "train"}, "choose test or validation"),
         ((run, tiny_dataset, output), {"max_slices": 8}, "--max_slices=8: must be 32 or more"),
         ((run, tiny_dataset, output), {"batch_size": -1}, "--batch_size=-1: must be 0 or more"),
