@@ -13,6 +13,7 @@ import pydicom
 import pytest
 from pydicom.encaps import generate_frames
 
+from data_prep.synthetic import archive as archives
 from data_prep.synthetic.anatomy import build_anatomy
 from data_prep.synthetic.archive import make_archive
 from data_prep.synthetic.dicom_writer import (
@@ -26,6 +27,8 @@ from data_prep.synthetic.exam import Options, sample_scan
 from data_prep.synthetic.patient import Patient, sample_patient, spine_y
 from data_prep.synthetic.render import render_volume
 from data_prep.synthetic.scan import Scan, outside_field_of_view
+from data_prep.system import workers
+from tests.conftest import SPAWNED_WORKERS
 
 SMALL = Options(seed=3, image_size=64, num_slices=12, slice_spacing_mm=0.0)
 
@@ -35,6 +38,22 @@ def archive(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("phantom") / "archive"
     make_archive(folder, 10, SMALL)
     return folder
+
+
+def wide_features(output_dir: Path, index: int, options: Options) -> int:
+    """In the place of writing a patient: how many features beyond AVX2 numpy uses."""
+    from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+
+    wide = [name for name in __cpu_dispatch__ if "AVX512" in name or name == "X86_V4"]
+    return sum(__cpu_features__[name] for name in wide)
+
+
+def test_all_processors_make_the_same_patients(tmp_path, monkeypatch):
+    """With the features of some, one pixel in a million differs, and a dataset is another one."""
+    monkeypatch.setattr(workers, "_new_executor", SPAWNED_WORKERS)
+    monkeypatch.setattr(archives, "_finish_patient", wide_features)
+    monkeypatch.delenv("NPY_DISABLE_CPU_FEATURES", raising=False)
+    assert make_archive(tmp_path / "one", 1, SMALL) == 0
 
 
 def dicom_files(folder: Path) -> list[Path]:
