@@ -105,6 +105,7 @@ CURVES = {  # (kind of report, name) -> title
     ("validation", "pairwise_cosine"): "mean cosine of two",
     ("validation", "neighbour_recall"): "neighbours found",
 }
+_LEAST_R2 = -1.0  # in the figure: of a volume unlike all others R² may be -100
 _PANELS = 5  # beside each other
 _COLOURS = {"paper": "black", "new": "C0", "control": "0.5"}
 
@@ -356,15 +357,27 @@ def save_scores(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> Non
             place, colour = names.index(row["objective"]), _COLOURS[row["group"]]
             if row["ci95_low"] is not None:
                 axis.plot([row["ci95_low"], row["ci95_high"]], [place] * 2, color=colour, lw=1)
-            axis.plot(row["mean"], place, "o", color=colour, markersize=4)
+            is_off = score.endswith("/r2") and row["mean"] < _LEAST_R2
+            axis.plot(
+                _LEAST_R2 if is_off else row["mean"],
+                place,
+                "<" if is_off else "o",
+                color=colour,
+                markersize=4,
+            )
             if row["group"] == "control":
                 axis.axvline(row["mean"], color="0.8", linestyle=":", linewidth=1, zorder=0)
+        if axis.get_xlim()[0] < _LEAST_R2:
+            axis.set_xlim(1.05 * _LEAST_R2, 1.0)
         axis.set_title(SCORES[score], fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(axis="x", alpha=0.2)
     axes[0, 0].set_yticks(range(len(names)), [TITLES[name] for name in names], fontsize=8)
     axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
-    words = f"{caption} Black: the paper's; blue: others; grey: controls. Bars: 95 % by patient."
+    words = (
+        f"{caption} Black: the paper's; blue: others; grey: controls. Bars: 95 % by patient. The "
+        f"axes of R² end at {_LEAST_R2:g}; an arrow is a mean below."
+    )
     figure.supxlabel(
         textwrap.fill(words.replace("**", ""), 32 * min(_PANELS, len(scores))), fontsize=7
     )
