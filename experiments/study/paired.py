@@ -100,7 +100,8 @@ def holm_with_seeds(family: Sequence[dict[str, Any]]) -> tuple[list[float | None
 
     Each p is the larger one of the comparison's own, which knows patients alone, and that of
     Student's t with the variances of patients and seeds. The variance over seeds is that of all
-    rows together, since one row has few seeds; its degrees of freedom add up.
+    rows together, since one row has few seeds or one; its degrees of freedom add up. Where no row
+    has several, p knows patients alone.
 
     Args:
       family: rows with "difference", "p", "smallest_p", "num_patients", "standard_error",
@@ -118,7 +119,7 @@ def holm_with_seeds(family: Sequence[dict[str, Any]]) -> tuple[list[float | None
     values = []
     for row in family:
         value = row["p"]
-        if row["seed_variance"] is not None:
+        if several:
             of_patients = row["standard_error"] ** 2
             of_seeds = pooled / degrees / row["num_seeds"]
             both = of_patients + of_seeds

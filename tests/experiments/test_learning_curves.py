@@ -176,6 +176,8 @@ def test_the_corrected_p_knows_seeds_by_all_rows():
         [of_family(0.05, 0.05**2), of_family(0.05, 0.0)]
     )
     assert refused == "" and of_seeds == lucky  # its three seeds happened to agree
+    rows = [of_family(0.05, 0.05**2), of_family(0.05, None, num_seeds=1)]
+    assert paired.holm_with_seeds(rows)[0][1] > 0.3  # of one seed, like those of the others
     spread = np.hypot(0.01, 0.05 / np.sqrt(6))
     assert of_seeds == pytest.approx(2 * bootstrap.t_test(0.05, spread, 5.2), rel=0.15)
     few = [of_family(0.05, 0.0, smallest_p=0.04), of_family(0.05, 0.0, smallest_p=0.04)]
