@@ -18,10 +18,10 @@ FINE_TUNED = {
         figure3.FIGURE: (
             (
                 *("random", "masked_05", "masked_20", "next_slice", "denoising"),
-                *("rotation", "flip", "shuffled"),
+                *("rotation", "flip", "lejepa", "visreg", "vicreg", "simclr", "simmim", "shuffled"),
             ),
             (0.03125, 0.0625, 1.0),
-            (0,),
+            (0, 1, 2),
         ),
         figure5.FIGURE: (
             ("random", "masked_20", "rotation", "shuffled"),
