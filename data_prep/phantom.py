@@ -2,9 +2,9 @@
 
     ctssl phantom --output_dir=DIR --num_patients=24 --seed=0
 
-Patient i of a seed is always the same, whatever the number of patients or workers and on every x86
-processor with AVX2, so an archive can be continued after an interruption or grown with a larger
-`--num_patients` in the same folder.
+Patient i of a seed is always the same, whatever the number of patients or workers, and on x86
+processors with AVX2 alone or AVX-512 (numpy's functions are kept to the former), so an archive can
+be continued after an interruption or grown with a larger `--num_patients` in the same folder.
 The whole chest, apex to base, takes about 90 to 160 slices at the spacings of 2 to 3 mm that the
 scanners use; `--slice_spacing_mm=3` keeps it near 100, and `--num_slices` takes a random contiguous
 part of it.

@@ -229,8 +229,8 @@ def _restore(measured: MeasuredRun, task: Task, step: int, batch_size: int, numb
     )
     if task.compares_batch and size == 1:
         raise InputError(
-            f"--batch_size={size}: the task {config.task} compares the slices of a batch with each "
-            "other; give 2 or more, and a --split of 2 slices or more"
+            f"one slice at a time: the task {config.task} compares the slices of a batch with each "
+            "other; give --batch_size=2 or more, and a --split of 2 slices or more"
         )
     return _Model(measured, task, scorer, state, size)
 

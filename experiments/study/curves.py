@@ -198,7 +198,9 @@ def compare_with(
                 "ci95_with_seeds": interval_with_seeds(comparison["ci95"], of_seeds),
                 "detectable": detectable_with_seeds(
                     comparison["standard_error"], of_seeds, comparison["num_patients"]
-                ),
+                )
+                if comparison["smallest_p"] < comparisons.LEVEL
+                else None,
             }
         )
     corrected, refused = holm_with_seeds(rows)
@@ -277,10 +279,12 @@ def comparison_markdown(
 
 
 def detectable_in_words(compared: Sequence[dict[str, Any]], metric: str) -> str:
-    """The smallest detectable difference of each share, the median over its arms and steps."""
+    """The smallest detectable difference of each share, the median over its arms and steps with
+    the most seeds."""
     of_share: dict[float, list[float]] = {}
     for row in compared:
-        if row["detectable"] is not None:
+        own = [one["num_seeds"] for one in compared if one["fraction"] == row["fraction"]]
+        if row["detectable"] is not None and row["num_seeds"] == max(own):
             of_share.setdefault(row["fraction"], []).append(row["detectable"])
     if not of_share:
         return ""

@@ -193,10 +193,11 @@ def test_the_smallest_detectable_difference_knows_patients_and_seeds():
     both = curves.detectable_with_seeds(0.01, [0.0, 0.1, 0.2], 1_000)
     of_two_degrees = 4.303 + 1.061  # of Student's t, for seeds decide here
     assert both == pytest.approx(of_two_degrees * np.hypot(0.01, 0.1 / np.sqrt(3)), rel=0.05)
-    rows = [{"fraction": 0.25, "detectable": 0.1}, {"fraction": 0.25, "detectable": 0.3}]
-    rows += [{"fraction": 1.0, "detectable": None}]
+    rows = [{"fraction": 0.25, "detectable": value, "num_seeds": 3} for value in (0.1, 0.3)]
+    rows += [{"fraction": 1.0, "detectable": None, "num_seeds": 3}]
+    rows += [{"fraction": 0.25, "detectable": 0.01, "num_seeds": 1}]  # of patients alone
     assert ": 0.200 at 1/4 of the studies." in curves.detectable_in_words(rows, "auroc")
-    assert curves.detectable_in_words(rows[2:], "auroc") == ""
+    assert curves.detectable_in_words(rows[2:3], "auroc") == ""
 
 
 def test_confounds_change_one_thing_and_are_compared_with_one_stage(study):
