@@ -248,7 +248,7 @@ def test_evaluation_and_embedding_of_a_run(straight, tiny_dataset, tmp_path):
 def test_slices_are_not_evaluated_one_at_a_time(straight, tiny_dataset, tmp_path, monkeypatch):
     mesh = make_mesh(jax.devices()[:1])
     monkeypatch.setattr(measure, "make_mesh", lambda: mesh)
-    with pytest.raises(InputError, match=r"^one slice at a time: the task vicreg compares .*; give --batch"):
+    with pytest.raises(InputError, match=r"^one slice at a time: the task vicreg compares"):
         measure.evaluate(
             straight("vicreg"), tiny_dataset, "test", tmp_path / "r.json", batch_size=1
         )
