@@ -85,7 +85,9 @@ def main(argv: list[str]) -> int:
     try:
         distances = [float(one) for one in flag.distances_mm]
     except ValueError as error:
-        raise InputError(f"--distances_mm={','.join(flag.distances_mm)}: numbers of mm") from error
+        raise InputError(
+            f"--distances_mm={','.join(flag.distances_mm)}: give numbers of mm"
+        ) from error
     if not distances or not all(0 <= one < float("inf") for one in distances):
         raise InputError(f"--distances_mm={','.join(flag.distances_mm)}: give 0 or more")
     datasets = [Dataset.open(name) for name in flag.dataset]
@@ -102,7 +104,7 @@ def main(argv: list[str]) -> int:
         splits = flag.split or dict.fromkeys(one["split"] for one in dataset.volumes())
         volumes = list(easy_answers.measured(dataset, list(splits), distances, flag.seed))
         if not volumes:
-            raise InputError(f"--dataset={name} has no volume in {', '.join(splits)}")
+            raise InputError(f"--dataset={name} has no volume in {', '.join(splits)}; give others")
         rows += easy_answers.rows_of(dataset.preparation["image_size"], volumes)
         print(f"{name}: {len(volumes)} volumes", flush=True)
     write_text(folder / "without_training.md", table(rows))

@@ -194,7 +194,6 @@ def compare_with(
                 "num_seeds": len(pairs),
                 **comparison,
                 "sd_over_seeds": statistics.stdev(of_seeds) if len(of_seeds) > 1 else None,
-                "seed_variance": statistics.variance(of_seeds) if len(of_seeds) > 1 else None,
                 "ci95_with_seeds": interval_with_seeds(comparison["ci95"], of_seeds),
                 "detectable": detectable_with_seeds(
                     comparison["standard_error"], of_seeds, comparison["num_patients"]
@@ -269,9 +268,9 @@ def comparison_markdown(
     ]
     text = (
         f"Paired bootstrap by test patient, {rows[0]['num_draws']:,} draws, seeds averaged; p "
-        "knows patients and, with several seeds, seeds, and is corrected by Holm over the rows of "
-        "this table. **Bold** where the interval of patients and seeds together excludes zero and "
-        "the corrected p is below 0.05; never with one seed."
+        "knows patients and, where a row has several seeds, seeds, and is corrected by Holm over "
+        "the rows of this table. **Bold** where the interval of patients and seeds together "
+        "excludes zero and the corrected p is below 0.05; never with one seed."
     )
     if rows[0]["not_corrected"]:
         text += f" REFUSED: {rows[0]['not_corrected']}."

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
+from ctssl_jax.data.slices import neighbour_table
 from ctssl_jax.ops.corruptions import example_keys, salt_and_pepper
 from ctssl_jax.ops.images import SSIM_WINDOW, ssim
 from ctssl_jax.stats.bootstrap import interval, patient_bootstrap, weighted_mean, widened
@@ -52,16 +53,11 @@ def pairs_at(volume: dict[str, Any], distance_mm: float) -> tuple[np.ndarray, fl
       [N, 2] int64 of slice numbers, and their distance in mm; without pairs where the volume has no
       spacing or is shorter.
     """
-    spacing, number = volume["slice_spacing_mm"], volume["num_slices"]
+    spacing = volume["slice_spacing_mm"]
     if not spacing:
         return np.zeros((0, 2), np.int64), distance_mm
     gap = max(1, round(distance_mm / spacing))
-    first = np.arange(max(0, number - gap))
-    starts = np.zeros(number, np.int64)
-    starts[np.array(volume["gap_positions"].split(), np.int64) + 1] = 1
-    segment = np.cumsum(starts)
-    first = first[segment[first] == segment[first + gap]]
-    return np.stack([first, first + gap], axis=1), gap * spacing
+    return neighbour_table([volume | {"first_record": 0}], (0, gap)), gap * spacing
 
 
 def errors_of(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:

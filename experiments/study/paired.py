@@ -11,7 +11,7 @@ import numpy as np
 from data_prep.system.errors import InputError
 
 NAMES = ("difference", "low", "high", "p", "detectable", "num_patients")
-_OF_FAMILY = ("standard_error", "seed_variance", "smallest_p")
+_OF_FAMILY = ("standard_error", "sd_over_seeds", "smallest_p")
 _WITH_SEEDS = ("num_seeds", "low_with_seeds", "high_with_seeds", *_OF_FAMILY)
 
 
@@ -39,7 +39,7 @@ def paired_arms(
       with 80 % power (of patients, and of seeds if there are several), None where p could not be
       below 5 %, "num_patients", "num_seeds": of those compared, "low_with_seeds",
       "high_with_seeds": the interval that knows the choice of seeds, too, None with one seed, and
-      for `holm_with_seeds` "standard_error", "seed_variance" and "smallest_p"}; all None where
+      for `holm_with_seeds` "standard_error", "sd_over_seeds" and "smallest_p"}; all None where
       fewer than two common patients have the score, or the arms have no common seed.
     """
     # not at the top: they import JAX, and --help should be fast
@@ -82,7 +82,7 @@ def paired_arms(
         "low_with_seeds": with_seeds[0],
         "high_with_seeds": with_seeds[1],
         "standard_error": error,
-        "seed_variance": statistics.variance(of_seeds) if number > 1 else None,
+        "sd_over_seeds": statistics.stdev(of_seeds) if number > 1 else None,
         "smallest_p": found["smallest_p"],
     }
 
@@ -105,7 +105,7 @@ def holm_with_seeds(family: Sequence[dict[str, Any]]) -> tuple[list[float | None
 
     Args:
       family: rows with "difference", "p", "smallest_p", "num_patients", "standard_error",
-        "num_seeds" and "seed_variance" (None with one seed).
+        "num_seeds" and "sd_over_seeds" (None with one seed).
 
     Returns:
       The corrected p-values, None where the data are too few for any; and why, or "".
@@ -113,19 +113,16 @@ def holm_with_seeds(family: Sequence[dict[str, Any]]) -> tuple[list[float | None
     from ctssl_jax.evaluation.comparisons import holm
     from ctssl_jax.stats.bootstrap import t_test
 
-    several = [row for row in family if row["seed_variance"] is not None]
+    several = [row for row in family if row["sd_over_seeds"] is not None]
     degrees = sum(row["num_seeds"] - 1 for row in several)
-    pooled = sum((row["num_seeds"] - 1) * row["seed_variance"] for row in several)
+    pooled = sum((row["num_seeds"] - 1) * row["sd_over_seeds"] ** 2 for row in several)
     values = []
     for row in family:
         value = row["p"]
         if several:
-            of_patients = row["standard_error"] ** 2
-            of_seeds = pooled / degrees / row["num_seeds"]
-            both = of_patients + of_seeds
-            parts = of_patients**2 / (row["num_patients"] - 1) + of_seeds**2 / degrees
-            freedom = both**2 / parts if parts > 0 else math.inf
-            value = max(value, t_test(row["difference"], math.sqrt(both), freedom))
+            of_mean = pooled / degrees / row["num_seeds"]
+            of_both = _of_both(row["standard_error"], row["num_patients"], of_mean, degrees)
+            value = max(value, t_test(row["difference"], *of_both))
         values.append(value)
     try:
         return holm(values, [row["smallest_p"] for row in family]), ""
@@ -178,14 +175,21 @@ def detectable_with_seeds(
     """
     from ctssl_jax.stats.bootstrap import detectable_difference
 
-    of_patients, of_mean = standard_error**2, 0.0
-    parts = of_patients**2 / (num_patients - 1)
-    if len(of_seeds) > 1:
-        of_mean = statistics.variance(of_seeds) / len(of_seeds)
-        parts += of_mean**2 / (len(of_seeds) - 1)
-    both = of_patients + of_mean
-    freedom = both**2 / parts if parts > 0 else math.inf
-    return detectable_difference(math.sqrt(both), degrees_of_freedom=freedom)
+    degrees = len(of_seeds) - 1
+    of_mean = statistics.variance(of_seeds) / len(of_seeds) if degrees else 0.0
+    error, freedom = _of_both(standard_error, num_patients, of_mean, degrees)
+    return detectable_difference(error, degrees_of_freedom=freedom)
+
+
+def _of_both(
+    standard_error: float, num_patients: int, variance: float, degrees: int
+) -> tuple[float, float]:
+    """Standard error of patients and of seeds, whose mean has a variance of so many degrees of
+    freedom, and the degrees of freedom of both by Welch and Satterthwaite."""
+    of_patients = standard_error**2
+    both = of_patients + variance
+    parts = of_patients**2 / (num_patients - 1) + (variance**2 / degrees if degrees else 0.0)
+    return math.sqrt(both), both**2 / parts if parts > 0 else math.inf
 
 
 def _of_volumes(volumes: dict[str, list], score: str) -> dict[tuple[Any, int], float]:

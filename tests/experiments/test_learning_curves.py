@@ -163,9 +163,9 @@ def test_bold_needs_patients_and_seeds(study):
     assert f"| {unsure['difference']:+.4f} |" in text
 
 
-def of_family(difference, seed_variance, **others):
+def of_family(difference, sd_over_seeds, **others):
     row = {"difference": difference, "p": 1e-4, "smallest_p": 1e-4, "num_patients": 144}
-    row |= {"standard_error": 0.01, "num_seeds": 3, "seed_variance": seed_variance}
+    row |= {"standard_error": 0.01, "num_seeds": 3, "sd_over_seeds": sd_over_seeds}
     return row | others
 
 
@@ -173,10 +173,10 @@ def test_the_corrected_p_knows_seeds_by_all_rows():
     alone = [of_family(0.05, None, num_seeds=1), of_family(0.05, None, num_seeds=1)]
     assert paired.holm_with_seeds(alone) == ([2e-4, 2e-4], "")
     (of_seeds, lucky), refused = paired.holm_with_seeds(
-        [of_family(0.05, 0.05**2), of_family(0.05, 0.0)]
+        [of_family(0.05, 0.05), of_family(0.05, 0.0)]
     )
     assert refused == "" and of_seeds == lucky  # its three seeds happened to agree
-    rows = [of_family(0.05, 0.05**2), of_family(0.05, None, num_seeds=1)]
+    rows = [of_family(0.05, 0.05), of_family(0.05, None, num_seeds=1)]
     assert paired.holm_with_seeds(rows)[0][1] > 0.3  # of one seed, like those of the others
     spread = np.hypot(0.01, 0.05 / np.sqrt(6))
     assert of_seeds == pytest.approx(2 * bootstrap.t_test(0.05, spread, 5.2), rel=0.15)

@@ -190,7 +190,7 @@ def test_several_seeds_are_in_the_interval():
     assert found["low_with_seeds"] < 0.1 < 0.3 < found["high_with_seeds"]
     assert paired_arms(ours[:1], other, "s")["low_with_seeds"] is None
     two = paired_arms(ours, [ours[2], ours[0]], "s")  # those of one seed are compared
-    assert two["difference"] == two["seed_variance"] == 0 and two["num_seeds"] == 2
+    assert two["difference"] == two["sd_over_seeds"] == 0 and two["num_seeds"] == 2
     trained = [one | {"training": {}} for one in ours]
     assert paired_arms(trained[:2], trained[2:], "s")["difference"] is None
     assert paired_arms(trained, trained[1:2], "s")["num_seeds"] == 1

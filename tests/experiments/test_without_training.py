@@ -80,7 +80,10 @@ def test_the_command_tells_each_size_and_distance(tiny_dataset, tmp_path):
     ("flags", "words"),
     [
         (["--output_dir=T"], "give --dataset=DIR"),
-        (["--dataset=D", "--output_dir=T", "--distances_mm=near"], "--distances_mm=near: numbers"),
+        (
+            ["--dataset=D", "--output_dir=T", "--distances_mm=near"],
+            "--distances_mm=near: give numbers",
+        ),
         (["--dataset=no/where", "--output_dir=T"], "no/where"),
     ],
 )
