@@ -93,6 +93,8 @@ class Task(NamedTuple):
     teacher_flops: configuration -> the part of `flops` that has no backward pass.
     after_step: (model, configuration): changes the model's state, not its parameters, after each
       step of the optimizer; None if there is nothing to change.
+    stacked: the slices of one item are channels of one image, so that the model has as many
+      channels as they have together.
     compares_batch: the loss compares the examples of a batch with each other. So a validation reads
       its slices in random order, and its loss depends on the size of its batches.
     objectives: configuration -> the losses that `apply` adds, if there are several: training takes
@@ -114,6 +116,7 @@ class Task(NamedTuple):
     class_names: tuple[str, ...] = ()
     teacher_flops: Callable[[ml_collections.ConfigDict], int] = lambda config: 0
     after_step: Callable[[nnx.Module, ml_collections.ConfigDict], None] | None = None
+    stacked: bool = False
     compares_batch: bool = False
     objectives: Callable[[ml_collections.ConfigDict], tuple[Objective, ...]] = lambda config: ()
 

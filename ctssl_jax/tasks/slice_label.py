@@ -101,12 +101,12 @@ def _check(
             "has"
         )
     augmentations.check(config.augmentation)
-    settings = architecture.settings(config)
-    windows = len(config.windows) or 1
-    if offsets != (0,) and settings.in_channels != windows * len(offsets):
+    channels = architecture.settings(config).in_channels
+    number = len(config.windows) or max(1, channels // len(offsets))  # else those of the dataset
+    if offsets != (0,) and channels != number * len(offsets):
         raise InputError(
-            f"config.model.in_channels={settings.in_channels}, but {len(offsets)} adjacent slices "
-            f"of {windows} window(s) make {windows * len(offsets)} channels"
+            f"config.model.in_channels={channels}, but {len(offsets)} adjacent slices of {number} "
+            f"window(s) make {number * len(offsets)} channels"
         )
 
 
@@ -148,6 +148,7 @@ def _task(
         ),
         apply=functools.partial(_predict, architecture),
         baselines=lambda batch, keys, mean_image, config: {},
+        stacked=offsets != (0,),
     )
 
 

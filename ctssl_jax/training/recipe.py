@@ -131,11 +131,15 @@ def check_dataset(
             f"--image_size={config.image_size}"
         )
     channels = slices.select_channels(preparation, config.windows)
-    if len(channels) not in (1, config.model.in_channels):
+    task, read = get_task(config.task), f"{len(channels)} windows are selected"
+    wanted = len(channels)
+    if task.stacked:
+        wanted *= len(task.offsets(config))
+        read = f"{len(task.offsets(config))} adjacent slices of {len(channels)} window(s) are read"
+    if config.model.in_channels != wanted and (task.stacked or len(channels) > 1):
         raise InputError(
-            f"{len(channels)} windows are selected, but config.model.in_channels is "
-            f"{config.model.in_channels}; set it to {len(channels)}, or choose one window by "
-            "--config.windows"
+            f"{read}, but config.model.in_channels is {config.model.in_channels}; set it to "
+            f"{wanted}, or choose one window by --config.windows"
         )
     check_splits(config.dataset, preparation, splits)
     return channels

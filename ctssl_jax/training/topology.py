@@ -124,9 +124,10 @@ def program_for(config: ml_collections.ConfigDict, name: str) -> Program:
     if config.get("num_classes") == 0:
         raise InputError("config.num_classes=0 asks the dataset; give --config.num_classes=N")
     check_config(config, len(devices))
-    channels = len(config.windows) or config.model.in_channels
-    mesh = make_mesh(devices, config.fsdp_devices)
-    return make_program(config, get_task(config.task), channels, mesh)
+    task, channels = get_task(config.task), len(config.windows) or config.model.in_channels
+    if task.stacked and not config.windows:
+        channels //= len(task.offsets(config))
+    return make_program(config, task, channels, make_mesh(devices, config.fsdp_devices))
 
 
 def estimate_topology(config: ml_collections.ConfigDict, name: str) -> None:

@@ -10,7 +10,14 @@ from tqdm import tqdm
 from data_prep.synthetic.exam import FIELDS, LAYOUTS, Options
 from data_prep.synthetic.layouts import patient_folder, write_patient, write_tables
 from data_prep.system.errors import InputError, RunFailed
-from data_prep.system.files import PARTIAL, folder_written_whole, make_folder, read_json, write_text
+from data_prep.system.files import (
+    PARTIAL,
+    folder_written_whole,
+    lock_directory,
+    make_folder,
+    read_json,
+    write_text,
+)
 from data_prep.system.workers import WorkerDied, WorkerPool
 
 OPTIONS_FILE = "phantom.json"
@@ -32,7 +39,8 @@ def make_archive(
     """Writes the missing patients of 0..num_patients-1; returns the number of files written.
 
     Raises:
-        InputError: an impossible option, a folder with other files, or an archive of other options.
+        InputError: an impossible option, a folder with other files, an archive of other options, or
+            another process at work in it.
         RunFailed: a worker was killed.
     """
     spacing = options.slice_spacing_mm
@@ -66,6 +74,13 @@ def make_archive(
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir={output_dir}: is a file; give a folder")
     make_folder(output_dir, "--output_dir")
+    with lock_directory(output_dir):
+        return _continue_archive(output_dir, num_patients, options, num_workers)
+
+
+def _continue_archive(
+    output_dir: Path, num_patients: int, options: Options, num_workers: int
+) -> int:
     marker = output_dir / OPTIONS_FILE
     recorded = {"synthetic": True, **dataclasses.asdict(options)}
     if marker.exists():

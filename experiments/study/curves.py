@@ -391,6 +391,51 @@ def save_figure(
         figure.savefig(path.with_suffix(suffix), dpi=130)
 
 
+def save_differences(
+    path: Path, compared: Sequence[dict[str, Any]], metric: str, reference: str, caption: str
+) -> None:
+    """Draw the differences from the reference as PNG and SVG: a panel a share and number of steps,
+    a line an arm."""
+    from matplotlib import figure as matplotlib_figure
+
+    arms = list(dict.fromkeys(row["arm"] for row in compared))
+    panels = sorted({(row["fraction"], row["steps"]) for row in compared})
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = matplotlib_figure.Figure(
+        figsize=(1.8 + 3.2 * columns, 1.3 + lines * (0.7 + 0.22 * len(arms))), layout="constrained"
+    )
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (fraction, steps) in zip(axes.flat, panels, strict=False):
+        for row in compared:
+            if (row["fraction"], row["steps"]) != (fraction, steps):
+                continue
+            place, bounds = arms.index(row["arm"]), row["ci95_with_seeds"]
+            colour = COLOURS[0] if bounds else "0.45"
+            axis.plot(bounds or row["ci95"], [place] * 2, color=colour, linewidth=1.2)
+            face = colour if bounds else "white"
+            axis.plot(row["difference"], place, "o", color=colour, markerfacecolor=face, ms=4.5)
+        axis.axvline(0, color="black", linestyle="--", linewidth=0.8, zorder=0)
+        after = f", {steps:,} steps" if len({steps for _, steps in panels}) > 1 else ""
+        axis.set_title(f"{share_in_words(fraction)} of the studies{after}", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(arms)), [TITLES.get(arm, arm) for arm in arms], fontsize=8)
+    axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.suptitle(f"{metric}: minus {TITLES.get(reference, reference)}", fontsize=11)
+    words = (
+        f"{caption} Filled, blue: several seeds, 95 % interval of patients and seeds. Open, grey: "
+        "one seed, 95 % interval of patients alone, which does not know how far another seed would "
+        "differ. Not corrected for their number: see the table."
+    )
+    figure.supxlabel(textwrap.fill(words.replace("**", ""), 30 + 48 * columns), fontsize=7.5)
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=130)
+
+
 def _share_in_slices(rows: Sequence[dict[str, Any]], share: float) -> str:
     """A share as its number of training slices, or their range over the seeds, and the share."""
     texts = [row.get("train_slices") for row in rows if row["fraction"] == share]
@@ -410,7 +455,8 @@ def share_in_words(share: float) -> str:
 
 
 def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:
-    """Write NAME.md, NAME.csv, NAME_comparisons.csv, NAME.png and NAME.svg; returns the Markdown.
+    """Write NAME.md, NAME.csv, NAME.png and NAME.svg, and where arms can be compared
+    NAME_comparisons.csv, NAME_differences.png and .svg; returns the Markdown.
 
     Raises:
       InputError: there are no results yet.
@@ -437,6 +483,8 @@ def draw(study: Study, grid: dict[Point, Cell], figure: Figure) -> str:
     results.write_csv(path.with_suffix(".csv"), rows)
     if compared:
         results.write_csv(path.with_name(f"{figure.name}_comparisons.csv"), compared)
+        differences = path.with_name(f"{figure.name}_differences")
+        save_differences(differences, compared, figure.compared, figure.reference, caption)
     save_figure(path.with_suffix(".png"), rows, panels, figure.title, caption)
     return text
 

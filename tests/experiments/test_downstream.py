@@ -18,7 +18,11 @@ from ctssl_jax.evaluation.predictions import Predictions
 from ctssl_jax.runs.reports import read_reports
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
-from tests.helpers.example_dataset import renew_checksums, write_example_dataset
+from tests.helpers.example_dataset import (
+    change_preparation,
+    renew_checksums,
+    write_example_dataset,
+)
 from tests.helpers.training_runs import begun_state, renew_sums, saved_state, tiny_recipe, train_on
 
 SHORT = {"num_steps": 2, "log_every": 1, "eval_every": 2}
@@ -438,6 +442,25 @@ def test_exam_scores_and_thresholds_by_hand():
     )
     assert of_volumes["auroc"]["num_volumes"] == 2
     assert of_volumes["brier"]["mean"] == pytest.approx((0.3**2 + 0.3**2) / 2)
+
+
+def test_adjacent_slices_of_two_windows_are_channels(tmp_path):
+    folder = write_example_dataset(
+        tmp_path / "two", image_size=16, channels=2, volumes_per_split=SPLITS, slice_labels=True
+    )
+    small = {"model__width": 4, "model__groups": 2, "model__layers": (1, 1, 1, 1), "crop": "none"}
+    both = ((50.0, 350.0), (-600.0, 1500.0))
+    change_preparation(folder, windows=[{"level": one, "width": other} for one, other in both])
+    for windows in ((), both):
+        fields = {**SHORT, **small, "windows": windows}
+        with pytest.raises(InputError, match=r"3 adjacent slices of 2 window\(s\) .*(to|make) 6"):
+            train_on(tiny_recipe(folder, "pe_se_resnext", **fields), tmp_path / "refused")
+        config = tiny_recipe(folder, "pe_se_resnext", **fields, model__in_channels=6)
+        assert train_on(config, tmp_path / f"run_{len(windows)}")
+    first, second = (saved_state(tmp_path / f"run_{number}") for number in (0, 2))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    measured = evaluate(tmp_path / "run_2", None, "test", tmp_path / "result.json")
+    assert measured["num_slices"] > 0 and 0 <= measured["metrics"]["accuracy"]["mean"] <= 1
 
 
 def test_weights_of_a_file_are_where_the_training_starts(labelled, tmp_path):

@@ -19,7 +19,7 @@ from ctssl_jax.tasks import slice_label
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError, RunFailed
 from tests.helpers import dicom_files
-from tests.helpers.example_dataset import write_example_dataset
+from tests.helpers.example_dataset import change_preparation, write_example_dataset
 from tests.helpers.training_runs import (
     PROJECT,
     begun_state,
@@ -280,11 +280,18 @@ def test_margins_of_codes():
     assert np.isinf(parity.relative_margins(latents, codebook[:1])).all()
 
 
-def test_cropped_slices_that_are_stretched_with_their_neighbours(tiny_dataset, tmp_path):
+@pytest.mark.parametrize("windows", [1, 2])
+def test_cropped_slices_that_are_stretched_with_their_neighbours(windows, tiny_dataset, tmp_path):
+    dataset, chosen = tiny_dataset, ((50.0, 350.0),)
+    if windows == 2:
+        dataset = write_example_dataset(tmp_path / "two", image_size=16, channels=2)
+        chosen = ((50.0, 350.0), (-600.0, 1500.0))
+        change_preparation(dataset, windows=[{"level": one, "width": w} for one, w in chosen])
     config = tiny_recipe(
-        tiny_dataset,
+        dataset,
         "pe_se_resnext",
-        windows=((50.0, 350.0),),
+        windows=chosen,
+        model__in_channels=3 * windows,
         model__layers=(1, 1),
         model__width=8,
         model__groups=4,
@@ -293,7 +300,7 @@ def test_cropped_slices_that_are_stretched_with_their_neighbours(tiny_dataset, t
     save_untrained(config, tmp_path / "run")
     manifest = export(tmp_path / "run", tmp_path / "model", ("torch",), "CC0-1.0")
     model = ctssl_torch.load(tmp_path / "model")
-    grey = np.random.default_rng(0).integers(20, 200, (5, 16, 16, 1), np.uint8)
+    grey = np.random.default_rng(0).integers(20, 200, (5, 16, 16, windows), np.uint8)
     images = torch.from_numpy(grey.transpose(0, 3, 1, 2).astype(np.float32) / 255)
     box, numbers = (2.25, -1.0, 13.5, 12.0), [0, 2, 4]
     around = np.clip(np.array(numbers)[:, None] + [-1, 0, 1], 0, 4)
@@ -311,7 +318,8 @@ def test_cropped_slices_that_are_stretched_with_their_neighbours(tiny_dataset, t
     )
     hu = dicom_files.thorax(6, size=16).transpose(2, 1, 0)
     whole = model.preprocess(hu, np.diag([-1.0, -1.0, 1.0, 1.0]))
-    assert whole.shape == (6, 1, 16, 16) and model.inputs(whole, torch.arange(6), box).shape[1] == 3
+    assert whole.shape == (6, windows, 16, 16)
+    assert model.inputs(whole, torch.arange(6), box).shape[1] == 3 * windows
     card = (tmp_path / "model" / "README.md").read_text()
     assert "box = model.lung_box(hu, affine)" in card and "stretched together" in card
     assert manifest["preprocessing"]["crop"] == "lung_box"

@@ -28,6 +28,8 @@ from data_prep.synthetic.patient import Patient, sample_patient, spine_y
 from data_prep.synthetic.render import render_volume
 from data_prep.synthetic.scan import Scan, outside_field_of_view
 from data_prep.system import workers
+from data_prep.system.errors import InputError
+from data_prep.system.files import lock_directory
 from tests.conftest import SPAWNED_WORKERS
 
 SMALL = Options(seed=3, image_size=64, num_slices=12, slice_spacing_mm=0.0)
@@ -342,3 +344,9 @@ def test_wrong_flags_end_in_one_line(flags, word, tmp_path):
 def test_other_options_in_the_same_folder_are_refused(archive):
     with pytest.raises(ValueError, match="other options"):
         make_archive(archive, 1, dataclasses.replace(SMALL, image_size=96))
+
+
+def test_no_two_processes_make_one_archive(tmp_path):
+    with lock_directory(tmp_path), pytest.raises(InputError, match="another run is at work in it"):
+        make_archive(tmp_path, 1, SMALL)
+    assert not list(tmp_path.iterdir())
