@@ -22,6 +22,8 @@ if __name__ == "__main__":  # the imports below take their time
 
     early_stop.leave_at_once()
 
+import functools
+
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
@@ -38,18 +40,21 @@ VALIDATIONS = 3  # of a training
 
 def fields_of(settings: Settings, name: str, seed: int) -> dict:
     """All fields of an objective's configuration that the study sets."""
-    fields = {"dataset": settings.dataset, "seed": settings.seed + seed}
-    fields |= _own_fields(settings, name)
+    own = _own_fields(settings, name)
     budget = settings.steps("masked_region") * step_flops(settings, "mask_20")
     steps = max(1, round(budget / step_flops(settings, name)))
-    every = {"eval_every": -(-steps // VALIDATIONS), "log_every": max(1, steps // 20)}
-    fields |= {"num_steps": steps} | every
     config = Recipe((OBJECTIVES | ABLATIONS)[name].recipe, settings.size, {}).config()
-    if "teacher" in config and config.teacher.frozen_steps >= steps:
-        fields["teacher.frozen_steps"] = steps // 10  # else its prototypes would never learn
-    return fields
+    # starts that are meant for longer trainings: a tenth of this one at most
+    starts = {"warmup_steps": min(config.warmup_steps, steps // 10)}
+    for start in ("warmup_steps", "frozen_steps"):
+        if "teacher" in config:
+            starts[f"teacher.{start}"] = min(config.teacher[start], steps // 10)
+    every = {"eval_every": -(-steps // VALIDATIONS), "log_every": max(1, steps // 20)}
+    of_study = {"dataset": settings.dataset, "seed": settings.seed + seed, "num_steps": steps}
+    return starts | own | every | of_study
 
 
+@functools.cache
 def step_flops(settings: Settings, name: str) -> int:
     """Floating-point operations of a training step of an objective: all slices, views, projector
     and teacher; counted from the shapes of the model."""

@@ -17,15 +17,17 @@ if __name__ == "__main__":  # the imports below take their time
 
     early_stop.leave_at_once()
 
+import operator
 from typing import Any
 
+from ctssl_jax.training.recipe_files import load_recipe
 from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 
 from .study import kept, results, runner
 from .study.cells import Cell, Settings, Stage
-from .study.paired import paired_volumes
+from .study.paired import NAMES, paired_volumes
 
 RECIPE = "masked_region"
 DEFAULT = "default"
@@ -60,9 +62,7 @@ def cells_of(settings: Settings) -> list[Cell]:
     for name, (_, fields) in CHOICES.items():
         of_size = settings
         if name == "paper":
-            of_size = settings._replace(
-                size={"small": "paper_small", "reference": "paper"}[settings.size]
-            )
+            of_size = _of_paper(settings)
         cells.append(of_size.cell(name, RECIPE, fields))
         result = settings.workdir / "results" / f"probe_{name}.json"
         options = {"workdir": settings.workdir / "runs" / name, "dataset": settings.dataset}
@@ -70,6 +70,18 @@ def cells_of(settings: Settings) -> list[Cell]:
         stage = Stage(f"probe_{name}: probe", "ctssl_jax.probe", options)
         cells.append(Cell(f"probe_{name}", (name,), (stage,), result))
     return cells
+
+
+def _of_paper(settings: Settings) -> Settings:
+    """The settings for the paper's reading, without overrides of what it reads otherwise."""
+    papers = settings._replace(size={"small": "paper_small", "reference": "paper"}[settings.size])
+    recipes = [load_recipe(RECIPE, one.size) for one in (settings, papers)]
+
+    def is_alike(override: str) -> bool:
+        ours, theirs = map(operator.attrgetter(override.split("=")[0]), recipes)
+        return ours == theirs
+
+    return papers._replace(overrides=tuple(filter(is_alike, settings.overrides)))
 
 
 def table_rows(found: dict[str, dict | None]) -> list[dict[str, Any]]:
@@ -83,8 +95,7 @@ def table_rows(found: dict[str, dict | None]) -> list[dict[str, Any]]:
                 value = (ours or {}).get("metrics", {}).get(score, {"mean": None})
                 row = {"choice": name, "in_words": words, "score": score, "title": title}
                 row["mean"] = value["mean"]
-                empty = ("difference", "low", "high", "p", "detectable", "num_patients")
-                row |= dict.fromkeys(empty)
+                row |= dict.fromkeys(NAMES)
                 own_grey_map = name == "slice_minmax" and not prefix
                 if ours and default and name != DEFAULT and not own_grey_map:
                     row |= paired_volumes(ours, default, score)
@@ -142,6 +153,7 @@ def main(argv: list[str]) -> int:
     module = f"{__package__}.recipe_choices"
     verb = runner.verb_of(argv, module)
     settings = runner.settings_of_flags(verb)
+    runner.check_overrides(settings, [RECIPE])
     cells = settings.study(cells_of)
     if verb == "draw":
         print(draw(settings), flush=True)

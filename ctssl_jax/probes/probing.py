@@ -234,8 +234,9 @@ def placed_slices(
         )
     ]
     pooled, record_index = (np.concatenate(values) for values in zip(*parts, strict=True))
-    _, volume = volumes_of_records(source.volumes, record_index)
-    return PlacedSlices(pooled, volume, source.position_mm(record_index)), record_index
+    volumes, volume = volumes_of_records(source.volumes, record_index)
+    patient = np.array([one["patient_id"] for one in volumes])[volume]
+    return PlacedSlices(pooled, volume, source.position_mm(record_index), patient), record_index
 
 
 def _label_values(

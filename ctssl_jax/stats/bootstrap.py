@@ -13,6 +13,7 @@ patients no interval covers 95 %: it cannot be wider than from the lowest to the
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from data_prep.system.errors import InputError
 
 LEAST_PATIENTS = 6  # the range of n values holds their median in 1 - 2^(1-n) of all samples
 BLOCK = 2**20  # numbers of an array that one block of draws needs: 8 MB, whatever their number
+KEPT = 2**22  # numbers of a table of draws: 32 MB
 
 Draws = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -51,8 +53,20 @@ def draw_patients(num_patients: int, num_resamples: int, seed: int) -> Iterator[
     """How often each patient is drawn where `num_patients` are drawn with replacement, in blocks
     [R, num_patients] float64 that together have `num_resamples` rows.
 
-    Equal seeds and numbers of patients give equal draws for every statistic.
+    Equal seeds and numbers of patients give equal draws for every statistic, so the last ones are
+    kept where they are small.
     """
+    if num_patients * num_resamples > KEPT:
+        return _draws(num_patients, num_resamples, seed)
+    return iter(_kept_draws(num_patients, num_resamples, seed))
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_draws(*given: int) -> tuple[np.ndarray, ...]:
+    return tuple(_draws(*given))
+
+
+def _draws(num_patients: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
     random = np.random.default_rng(seed)
     at_once = max(1, BLOCK // num_patients)
     for first in range(0, num_resamples, at_once):

@@ -2,11 +2,13 @@
 
 Every scan says where its slices lie, so that real scans without any label can tell frozen encoders
 apart. All functions are of embeddings, the volume of each slice and its place in mm. Linear probes
-are fitted to the slices of some volumes, choose their penalty by volumes left out of the fit, and
-are scored on other volumes. A score is one number a volume, so that intervals can be by patient.
+are fitted to the slices of some patients, choose their penalty by patients left out of the fit, and
+are scored on other patients. A score is one number a volume, so that intervals can be by patient.
 
     position    relative place between the lowest (0) and the highest (1) slice of the volume, by
-                ridge regression: R^2 (1 is perfect, 0 is the volume's mean, below 0 is worse)
+                ridge regression: R^2 (1 is perfect, 0 is the volume's mean, below 0 is worse).
+                What is predicted beyond 0 or 1 counts as 0 or 1, where all places are: else one
+                scan unlike all others, with an R^2 of -100, would decide a mean
     order       which of two slices of a volume lies higher, by logistic regression of the
                 difference of their embeddings: AUROC (chance .5)
     neighbours  the nearest slices by cosine, among the slices of all scored volumes: the share of
@@ -43,11 +45,13 @@ class PlacedSlices(NamedTuple):
     embedding: [N, F] float.
     volume: [N] int or str, the volume of each slice.
     z_mm: [N] float, place along the body; grows towards superior (`position_mm` of a dataset).
+    patient: [N] int or str, the patient of each slice.
     """
 
     embedding: np.ndarray
     volume: np.ndarray
     z_mm: np.ndarray
+    patient: np.ndarray
 
 
 def relative_position(slices: PlacedSlices) -> np.ndarray:
@@ -66,20 +70,21 @@ def position_r2(train: PlacedSlices, test: PlacedSlices) -> np.ndarray:
     """R^2 of the relative position within each volume.
 
     Args:
-      train: two volumes or more; fit the regression, and choose its penalty by volumes left out.
-      test: other volumes.
+      train: two patients or more; fit the regression, and choose its penalty by patients left out.
+      test: other patients.
 
     Returns:
-      [V] float64 in (-inf, 1], in the order of `np.unique(test.volume)`; NaN for a volume of one
-      place, and everywhere where fewer than two volumes can be fitted to.
+      [V] float64 in the order of `np.unique(test.volume)`, 1 at best, and with even spacing above
+      -3 (all predicted at one end) unless the order is reversed; NaN for a volume of one place, and
+      everywhere where fewer than two patients can be fitted to.
     """
     target = relative_position(train)
     kept = ~np.isnan(target)
-    if len(np.unique(train.volume[kept])) < 2:
+    if len(np.unique(train.patient[kept])) < 2:
         return np.full(len(np.unique(test.volume)), np.nan)
-    model = _search(Ridge(), {"ridge__alpha": PENALTIES}, train.volume[kept])
-    model.fit(_features(train)[kept], target[kept], groups=train.volume[kept])
-    predicted, target = model.predict(_features(test)), relative_position(test)
+    model = _search(Ridge(), {"ridge__alpha": PENALTIES}, train.patient[kept])
+    model.fit(_features(train)[kept], target[kept], groups=train.patient[kept])
+    predicted, target = np.clip(model.predict(_features(test)), 0, 1), relative_position(test)
     scores = []
     for volume in np.unique(test.volume):
         inside = test.volume == volume
@@ -134,23 +139,23 @@ def order_auroc(
     """AUROC of which of two slices of a volume lies higher.
 
     Args:
-      train: two volumes or more; fit the regression, and choose its penalty by volumes left out.
-      test: other volumes.
+      train: two patients or more; fit the regression, and choose its penalty by patients left out.
+      test: other patients.
       number, distance_mm, seed: as in `slice_pairs`.
       inverse_penalties: that are tried.
 
     Returns:
       [V] float64 in [0, 1], in the order of `np.unique(test.volume)`; NaN for a volume without such
-      pairs, or whose pairs are all in one order, and everywhere where fewer than two volumes can be
-      fitted to.
+      pairs, or whose pairs are all in one order, and everywhere where fewer than two patients can
+      be fitted to.
     """
     pairs, label = slice_pairs(train, number=number, distance_mm=distance_mm, seed=seed)
-    if len(np.unique(train.volume[pairs[:, 0]])) < 2:
+    groups = train.patient[pairs[:, 0]]
+    if len(np.unique(groups)) < 2:
         return np.full(len(np.unique(test.volume)), np.nan)
     # one scale for both slices of a pair; without an intercept, exchanged slices get the other sign
     scale = StandardScaler().fit(_features(train))
     first, second = (scale.transform(_features(train))[pairs[:, side]] for side in (0, 1))
-    groups = train.volume[pairs[:, 0]]
     model = GridSearchCV(
         LogisticRegression(fit_intercept=False, max_iter=1000),
         {"C": inverse_penalties},
@@ -213,20 +218,19 @@ def label_free_scores(
     }
 
 
-def position_r2_across(slices: PlacedSlices, patient: np.ndarray) -> np.ndarray:
+def position_r2_across(slices: PlacedSlices) -> np.ndarray:
     """`position_r2` without slices to fit to: each patient is scored by a fit to other patients.
 
     Args:
-      slices: of three volumes or more.
-      patient: [N] the patient of each slice; two patients or more, in at most four parts.
+      slices: of three patients or more, who are scored in at most four parts.
 
     Returns:
       [V] float64, in the order of `np.unique(slices.volume)`.
     """
-    return _across(position_r2, slices, patient)
+    return _across(position_r2, slices)
 
 
-def order_auroc_across(slices: PlacedSlices, patient: np.ndarray) -> np.ndarray:
+def order_auroc_across(slices: PlacedSlices) -> np.ndarray:
     """`order_auroc` without slices to fit to, as `position_r2_across`.
 
     It is for validations, which should be short: at most 2,000 pairs of all volumes (ten of each at
@@ -234,17 +238,16 @@ def order_auroc_across(slices: PlacedSlices, patient: np.ndarray) -> np.ndarray:
     """
     number = max(10, min(PAIRS, 2_000 // len(np.unique(slices.volume))))
     score = functools.partial(order_auroc, number=number, inverse_penalties=(1e-2,))
-    return _across(score, slices, patient)
+    return _across(score, slices)
 
 
 def _across(
-    score: Callable[[PlacedSlices, PlacedSlices], np.ndarray],
-    slices: PlacedSlices,
-    patient: np.ndarray,
+    score: Callable[[PlacedSlices, PlacedSlices], np.ndarray], slices: PlacedSlices
 ) -> np.ndarray:
     volumes = np.unique(slices.volume)
     scores = np.full(len(volumes), np.nan)
-    for others, held_out in _folds(patient).split(slices.z_mm, groups=patient):
+    folds = _folds(slices.patient).split(slices.z_mm, groups=slices.patient)
+    for others, held_out in folds:
         train, test = (PlacedSlices(*(a[part] for a in slices)) for part in (others, held_out))
         scores[np.isin(volumes, test.volume)] = score(train, test)
     return scores
@@ -259,7 +262,7 @@ def _folds(groups: np.ndarray) -> GroupKFold:
 
 
 def _search(model: Ridge, settings: dict[str, tuple], groups: np.ndarray) -> GridSearchCV:
-    """The model on standardised features with the setting that is best for volumes left out."""
+    """The model on standardised features with the setting that is best for patients left out."""
     return GridSearchCV(
         make_pipeline(StandardScaler(), model),
         settings,

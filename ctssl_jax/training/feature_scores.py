@@ -14,7 +14,7 @@ from ctssl_jax.stats.label_free import (
 from ctssl_jax.stats.volumes import volumes_of_records
 from ctssl_jax.training.scoring import SplitScores
 
-FEWEST_VOLUMES = 3  # that a place is told of: two are fitted to at least
+FEWEST_PATIENTS = 3  # that a place is told of: two are fitted to at least
 
 
 def feature_scores(
@@ -32,20 +32,20 @@ def feature_scores(
       ridge regression that is fitted to other patients tells the relative place of a slice;
       `order_auroc`, with which a logistic regression tells which of two slices lies higher; and
       `neighbour_recall`, see `stats.label_free`. Those that are undefined (fewer than three
-      volumes, or one patient) are absent.
+      patients) are absent.
     """
     volumes, index = volumes_of_records(source.volumes, slices.record_index)
     patient = np.array([volume["patient_id"] for volume in volumes])[index]
-    placed = PlacedSlices(slices.embedding, index, z_mm)
+    placed = PlacedSlices(slices.embedding, index, z_mm, patient)
     numbers = spread(slices.embedding)
     if not np.isfinite(slices.embedding).all():
         return {}
     # same sums on any number of cores; on busy ones ten times faster
     with threadpoolctl.threadpool_limits(1):
         of_volumes = {"neighbour_recall": neighbour_recall(placed)}
-        if len(volumes) >= FEWEST_VOLUMES and len(np.unique(patient)) > 1:
-            of_volumes["position_r2"] = position_r2_across(placed, patient)
-            of_volumes["order_auroc"] = order_auroc_across(placed, patient)
+        if len(np.unique(patient)) >= FEWEST_PATIENTS:
+            of_volumes["position_r2"] = position_r2_across(placed)
+            of_volumes["order_auroc"] = order_auroc_across(placed)
     numbers |= {
         name: float(np.nanmean(values))
         for name, values in of_volumes.items()

@@ -162,12 +162,8 @@ def caption_of(complete: Sequence[dict], rows: Sequence[dict[str, Any]], num_cel
         f"{', '.join(sorted({result['device'] for result in complete}))}. ",
         f"{len(complete)} of {num_cells} cells are there.",
     ]
-    seen = {result["num_patients_seen_in_training"] for result in complete}
-    if None in seen:
-        parts.append(results.UNCHECKED)
-    if seen - {None, 0}:
-        parts.append(results.not_held_out(max(seen - {None})))
-    return "".join([*parts, results.different_datasets(complete)])
+    parts += [results.held_out_warning(complete), results.different_datasets(complete)]
+    return "".join(parts)
 
 
 def save_figure(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> None:

@@ -170,16 +170,15 @@ class Settings(NamedTuple):
         Args:
           name: of the cell.
           recipe: file in `configs/`.
-          fields: of the configuration.
+          fields: of the configuration; they come before `--override`.
           after: cell whose last checkpoint the training starts from.
           num_steps: training steps; 0 takes `steps(recipe)`.
         """
-        fields = dict(fields)
+        fields = dict(override.split("=", 1) for override in self.overrides) | fields
         if after:
             fields |= {"init_from": self.workdir / "runs" / after, "init_checkpoint": "last"}
         num_steps = num_steps or self.steps(recipe)
         fields |= {"dataset": self.dataset, "seed": self.seed, "num_steps": num_steps}
-        fields |= dict(override.split("=", 1) for override in self.overrides)
         evaluation = {"dataset": self.dataset, "split": self.split, "baselines": True}
         trained = Recipe(recipe, self.size, fields)
         return train_cell(name, trained, self.workdir, evaluation, (after,) if after else ())
@@ -194,7 +193,8 @@ class Settings(NamedTuple):
         if not self.folds:
             return keeping(cells_of(self._replace(kept=None)), self.kept)
         of_folds = [of_fold(cells_of(self.fold(k)), k) for k in range(self.folds)]
-        return keeping([cell for cells in of_folds for cell in cells], self.kept)
+        # all folds of a cell, then the next: a study that is stopped has whole arms
+        return keeping([cell for cells in zip(*of_folds, strict=True) for cell in cells], self.kept)
 
 
 def mask_name(fraction: float) -> str:

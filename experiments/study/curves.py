@@ -178,13 +178,13 @@ def compare_with(
             pairs_of_rows[arm, fraction, steps] = pairs
     rows, num_draws = [], comparisons.draws_of_family(len(pairs_of_rows))
     for (arm, fraction, steps), pairs in pairs_of_rows.items():
-        ours, reference = (
+        ours, others = (
             [kept.predictions_of(cell) for cell in side] for side in zip(*pairs, strict=True)
         )
-        comparison = comparisons.paired_comparison(ours, reference, metric, num_resamples=num_draws)
+        comparison = comparisons.paired_comparison(ours, others, metric, num_resamples=num_draws)
         of_seeds = [
             statistics_of(one)[metric] - statistics_of(other)[metric]
-            for one, other in zip(ours, reference, strict=True)
+            for one, other in zip(ours, others, strict=True)
         ]
         rows.append(
             {
@@ -202,7 +202,7 @@ def compare_with(
                 else None,
             }
         )
-    corrected, refused = holm_with_seeds(rows)
+    corrected, refused = holm_with_seeds(rows, lambda row: (row["fraction"], row["steps"]))
     return [
         {**row, "p_holm": value, "not_corrected": refused}
         for row, value in zip(rows, corrected, strict=True)

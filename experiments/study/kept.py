@@ -253,7 +253,9 @@ def folds_in_words(settings: Settings, found: dict[str, dict[str, Any] | None]) 
 
 
 def _most(numbers: Sequence[int | None]) -> int | None:
-    return None if None in numbers else max(numbers)
+    """The most that are known; None where nothing is known of a fold, and nothing bad of others."""
+    known = max((number for number in numbers if number is not None), default=0)
+    return known or (None if None in numbers else 0)
 
 
 def _baselines(folds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

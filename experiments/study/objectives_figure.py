@@ -113,12 +113,16 @@ Arms = dict[str, list[dict[str, Any]]]  # name -> the kept results of its seeds
 
 
 def arms_of(found: dict[str, dict[str, Any] | None]) -> Arms:
-    """The results of cells `NAME_SEED` by name, in the order of the tables; [] while missing."""
+    """The results of cells `NAME_SEED` by name, in the order of the tables; [] while missing. Of
+    folds, the seeds that have as many as the arm's fullest: others are of fewer patients."""
     names = (*sorted(OBJECTIVES, key=_is_new), *CONTROLS, *ABLATIONS)
     by_name: Arms = {name: [] for name in names}
     for cell, result in found.items():
         if result:
             by_name[cell.rpartition("_")[0]].append(result)
+    for name, of_seeds in by_name.items():
+        most = max((one.get("folds", 1) for one in of_seeds), default=1)
+        by_name[name] = [one for one in of_seeds if one.get("folds", 1) == most]
     return by_name
 
 
@@ -234,7 +238,7 @@ def _compared(
 
 
 def _corrected(family: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    values, refused = holm_with_seeds(family)
+    values, refused = holm_with_seeds(family, lambda row: row["score"])
     return [
         row | {"p_holm": p, "not_corrected": refused} for row, p in zip(family, values, strict=True)
     ]
@@ -316,15 +320,12 @@ def training_markdown(arms: Arms) -> str:
 
 def caption_of(arms: Arms) -> str:
     """Data and compute in words."""
-    # not at the top: they import JAX, and --help should be fast
-
     complete = [one for of_seeds in arms.values() for one in of_seeds]
     trained = [one for one in complete if "training" in one]
     budget = max(
         (one["training"]["step_flops"] * one["fields"]["num_steps"] for one in trained), default=0
     )
     seeds = sorted({one["seed"] for one in complete})
-    seen = {one["num_patients_seen_in_training"] for one in complete}
     tested = max(next(iter(one["metrics"].values()))["num_patients"] for one in complete)
     return (
         results.synthetic_warning(complete)
@@ -332,9 +333,8 @@ def caption_of(arms: Arms) -> str:
         f"training has {budget / 1e12:.2f} TFLOP; seed{'s' if len(seeds) > 1 else ''} "
         f"{', '.join(map(str, seeds))}; {', '.join(sorted({one['device'] for one in complete}))}."
         + results.few_patients(tested)
-        + (results.UNCHECKED if None in seen else "")
-        + (results.not_held_out(max(seen)) if None not in seen and seen != {0} else "")
-        + (results.different_datasets(complete) if "folds" not in complete[0] else "")
+        + results.held_out_warning(complete)
+        + results.different_datasets(complete)
     )
 
 

@@ -3,7 +3,7 @@
 import collections
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from data_prep.system.errors import InputError
 
 NAMES = ("difference", "low", "high", "p", "detectable", "num_patients")
+FIXED = ("pixels", "handcrafted")  # controls in which nothing is random
 _OF_FAMILY = ("standard_error", "sd_over_seeds", "smallest_p")
 _WITH_SEEDS = ("num_seeds", "low_with_seeds", "high_with_seeds", *_OF_FAMILY)
 
@@ -28,7 +29,7 @@ def paired_arms(
 
     Args:
       ours, other: kept results of each arm, one a seed. Those seeds are compared that both have; a
-        control without training that has one is compared with all seeds of the other. Those volumes
+        control in which nothing is random is compared with all seeds of the other. Those volumes
         are compared that all have: of the same patient, in the same place among the patient's
         volumes.
       score: column of `volumes`.
@@ -88,24 +89,28 @@ def paired_arms(
 
 
 def _common_seeds(*arms: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
-    if any(len(arm) == 1 and "training" not in arm[0] for arm in arms):
+    if any(len(arm) == 1 and arm[0].get("encoder") in FIXED for arm in arms):
         return list(arms)
-    by_seed = [{one["seed"]: one for one in arm} for arm in arms]
+    by_seed = [{one.get("seed"): one for one in arm} for arm in arms]
     common = sorted(set.intersection(*map(set, by_seed)))
     return [[one[seed] for seed in common] for one in by_seed]
 
 
-def holm_with_seeds(family: Sequence[dict[str, Any]]) -> tuple[list[float | None], str]:
+def holm_with_seeds(
+    family: Sequence[dict[str, Any]], alike: Callable[[dict[str, Any]], Hashable]
+) -> tuple[list[float | None], str]:
     """Holm's correction over a family of comparisons, of p-values that know seeds as well.
 
     Each p is the larger one of the comparison's own, which knows patients alone, and that of
     Student's t with the variances of patients and seeds. The variance over seeds is that of all
-    rows together, since one row has few seeds or one; its degrees of freedom add up. Where no row
-    has several, p knows patients alone.
+    rows that are alike together, since one row has few seeds or one; its degrees of freedom add up.
+    Where none of them has several, p knows patients alone.
 
     Args:
       family: rows with "difference", "p", "smallest_p", "num_patients", "standard_error",
         "num_seeds" and "sd_over_seeds" (None with one seed).
+      alike: row -> what its spread over seeds depends on, such as its score: an R^2 may vary a
+        hundred times as much as an AUROC.
 
     Returns:
       The corrected p-values, None where the data are too few for any; and why, or "".
@@ -113,15 +118,18 @@ def holm_with_seeds(family: Sequence[dict[str, Any]]) -> tuple[list[float | None
     from ctssl_jax.evaluation.comparisons import holm
     from ctssl_jax.stats.bootstrap import t_test
 
-    several = [row for row in family if row["sd_over_seeds"] is not None]
-    degrees = sum(row["num_seeds"] - 1 for row in several)
-    pooled = sum((row["num_seeds"] - 1) * row["sd_over_seeds"] ** 2 for row in several)
+    degrees: collections.Counter = collections.Counter()
+    pooled: collections.Counter = collections.Counter()
+    for row in family:
+        if row["sd_over_seeds"] is not None:
+            degrees[alike(row)] += row["num_seeds"] - 1
+            pooled[alike(row)] += (row["num_seeds"] - 1) * row["sd_over_seeds"] ** 2
     values = []
     for row in family:
-        value = row["p"]
-        if several:
-            of_mean = pooled / degrees / row["num_seeds"]
-            of_both = _of_both(row["standard_error"], row["num_patients"], of_mean, degrees)
+        value, freedom = row["p"], degrees[alike(row)]
+        if freedom:
+            of_mean = pooled[alike(row)] / freedom / row["num_seeds"]
+            of_both = _of_both(row["standard_error"], row["num_patients"], of_mean, freedom)
             value = max(value, t_test(row["difference"], *of_both))
         values.append(value)
     try:

@@ -61,8 +61,17 @@ def synthetic_warning(results: Sequence[dict]) -> str:
     return f"**SYNTHETIC DATA: {text}** " if any(one["synthetic"] for one in results) else ""
 
 
+def held_out_warning(results: Sequence[dict]) -> str:
+    """What is known and what is not of patients that were in the training data, too."""
+    seen = {result["num_patients_seen_in_training"] for result in results}
+    known = max(seen - {None}, default=0)
+    return (UNCHECKED if None in seen else "") + (not_held_out(known) if known else "")
+
+
 def different_datasets(results: Sequence[dict]) -> str:
-    """The last words of a caption, if the results cannot be compared."""
+    """The last words of a caption, if the results cannot be compared; folds are different ones."""
+    if any("folds" in result for result in results):
+        return ""
     several = len({result["dataset_fingerprint"] for result in results}) > 1
     return " The results are of DIFFERENT datasets." if several else ""
 
@@ -99,12 +108,7 @@ def caption(results: Sequence[dict]) -> str:
         f"{common([result['device'] for result in results])}.",
     ]
     parts.append(few_patients(min(number["num_patients"] for number in numbers)))
-    seen = {result["num_patients_seen_in_training"] for result in results}
-    if None in seen:
-        parts.append(UNCHECKED)
-    elif seen != {0}:
-        parts.append(not_held_out(max(seen)))
-    return "".join([*parts, different_datasets(results)])
+    return "".join([*parts, held_out_warning(results), different_datasets(results)])
 
 
 def seconds_of(cell: Cell, workdir: Path) -> float | None:

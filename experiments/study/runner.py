@@ -410,7 +410,8 @@ def recorded(settings: Settings) -> Settings:
         )
     content = read_json(path)
     del content["dataset_fingerprint"]
-    return settings._replace(**content | {"overrides": tuple(content["overrides"])})
+    overrides = tuple(content["overrides"])
+    return settings._replace(**{"folds": 0} | content | {"overrides": overrides})
 
 
 def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:

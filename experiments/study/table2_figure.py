@@ -225,9 +225,7 @@ def baselines_markdown(results: dict[str, dict | None]) -> str:
     lines = [
         {
             "strategy": TITLES[name],
-            "baseline": {"copy_input": "the input itself", "mean_image": "mean training slice"}[
-                kind
-            ],
+            "baseline": BASELINES[kind],
             **{
                 METRICS[metric]: f"{measures[metric]:.4f}" if metric in measures else "-"
                 for metric in ("mse", "masked_mse", "ssim")

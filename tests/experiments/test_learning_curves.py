@@ -169,20 +169,30 @@ def of_family(difference, sd_over_seeds, **others):
     return row | others
 
 
+def holm(rows):
+    return paired.holm_with_seeds(rows, lambda row: row.get("score"))
+
+
 def test_the_corrected_p_knows_seeds_by_all_rows():
     alone = [of_family(0.05, None, num_seeds=1), of_family(0.05, None, num_seeds=1)]
-    assert paired.holm_with_seeds(alone) == ([2e-4, 2e-4], "")
-    (of_seeds, lucky), refused = paired.holm_with_seeds(
-        [of_family(0.05, 0.05), of_family(0.05, 0.0)]
-    )
+    assert holm(alone) == ([2e-4, 2e-4], "")
+    (of_seeds, lucky), refused = holm([of_family(0.05, 0.05), of_family(0.05, 0.0)])
     assert refused == "" and of_seeds == lucky  # its three seeds happened to agree
     rows = [of_family(0.05, 0.05), of_family(0.05, None, num_seeds=1)]
-    assert paired.holm_with_seeds(rows)[0][1] > 0.3  # of one seed, like those of the others
+    assert holm(rows)[0][1] > 0.3  # of one seed, like those of the others
     spread = np.hypot(0.01, 0.05 / np.sqrt(6))
     assert of_seeds == pytest.approx(2 * bootstrap.t_test(0.05, spread, 5.2), rel=0.15)
     few = [of_family(0.05, 0.0, smallest_p=0.04), of_family(0.05, 0.0, smallest_p=0.04)]
-    values, refused = paired.holm_with_seeds(few)
+    values, refused = holm(few)
     assert values == [None, None] and "Holm's correction of 2 comparisons" in refused
+
+
+def test_seeds_of_unlike_scores_are_not_pooled():
+    calm = [of_family(0.05, 0.005, score="auroc") for _ in range(9)]
+    noisy = of_family(0.05, 1.0, score="r2")
+    alone, together = holm([noisy])[0], holm([*calm, noisy])[0]
+    assert together[-1] == pytest.approx(alone[0]) and together[-1] > 0.9
+    assert together[0] == pytest.approx(10 / 9 * holm(calm)[0][0])
 
 
 def test_the_smallest_detectable_difference_knows_patients_and_seeds():

@@ -13,7 +13,7 @@ from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import estimate
 from ctssl_jax.training.step import make_program, trace_step
 from experiments import benchmark_objectives, objectives
-from experiments.study import kept
+from experiments.study import kept, results
 from experiments.study import objectives_figure as figure
 from experiments.study.cells import Recipe, Settings
 from experiments.study.paired import paired_arms
@@ -114,7 +114,7 @@ def test_an_ablation_changes_one_choice_at_the_same_compute(name, settings):
         else:
             base[group] = after
     assert changed  # nothing is as in the recipe, and nothing else differs but the schedule
-    schedule = ("num_steps", "eval_every", "log_every")
+    schedule = ("num_steps", "warmup_steps", "eval_every", "log_every")
     assert {k: v for k, v in ours.items() if k not in schedule} == {
         k: v for k, v in base.items() if k not in schedule
     }
@@ -177,13 +177,37 @@ def test_tables_and_figures_follow_from_kept_results(settings):
         assert min(Image.open(settings.workdir / name).size) > 300
 
 
+def test_a_seed_counts_once_all_its_folds_are_there(settings):
+    keep_results(settings, {"vicreg": 0.2, "untrained": 0.0})
+    before = objectives.draw(settings)
+    for cell in settings.study(objectives.all_cells):
+        if cell.name in ("fold_0/vicreg_1", "fold_0/untrained_1"):
+            cell.kept.write_text(json.dumps(result_of(cell, 0.9)))
+    assert objectives.draw(settings) == before  # not of four patients from here on
+    names = [cell.name for cell in settings.study(objectives.all_cells)]
+    assert names[:2] == ["fold_0/rotation_0", "fold_1/rotation_0"]
+
+
+def test_what_is_known_of_patients_seen_is_said_beside_what_is_not():
+    unknown, none, four = ({"num_patients_seen_in_training": n} for n in (None, 0, 4))
+    assert results.held_out_warning([none]) == ""
+    assert "CANNOT BE CHECKED" in results.held_out_warning([unknown, none])
+    words = results.held_out_warning([unknown, four])
+    assert "CANNOT BE CHECKED" in words and "up to 4" in words
+    of_folds = [{"cell": f"fold_{k}/a", "volumes": {"patient": [0]}, "seconds": 1} for k in (0, 1)]
+    for number, fold in zip((None, 4), of_folds, strict=True):
+        fold["num_patients_seen_in_training"] = number
+    assert kept.pooled(of_folds)["num_patients_seen_in_training"] == 4
+
+
 def test_several_seeds_are_in_the_interval():
     patients = list(range(6))
     ours = [
         {"seed": seed, "volumes": {"patient": patients, "s": [0.7 + seed / 10] * 6}}
         for seed in (0, 1, 2)
     ]
-    other = [{"seed": 0, "volumes": {"patient": patients, "s": [0.5] * 6}}]  # not trained
+    other = [{"seed": 0, "volumes": {"patient": patients, "s": [0.5] * 6}}]
+    other[0]["encoder"] = "pixels"
     found = paired_arms(ours, other, "s")
     assert found["difference"] == pytest.approx(0.3) and found["num_seeds"] == 3
     assert found["low"] == pytest.approx(0.3)  # no patient differs, but seeds do
@@ -191,9 +215,9 @@ def test_several_seeds_are_in_the_interval():
     assert paired_arms(ours[:1], other, "s")["low_with_seeds"] is None
     two = paired_arms(ours, [ours[2], ours[0]], "s")  # those of one seed are compared
     assert two["difference"] == two["sd_over_seeds"] == 0 and two["num_seeds"] == 2
-    trained = [one | {"training": {}} for one in ours]
-    assert paired_arms(trained[:2], trained[2:], "s")["difference"] is None
-    assert paired_arms(trained, trained[1:2], "s")["num_seeds"] == 1
+    assert paired_arms(ours[:2], ours[2:], "s")["difference"] is None
+    untrained = [ours[1] | {"encoder": "untrained"}]  # which is random, too
+    assert paired_arms(ours, untrained, "s")["num_seeds"] == 1
     row = dict.fromkeys(("low_with_seeds", "high_with_seeds")) | {"low": 0.1, "high": 0.2}
     assert figure.is_sure(row | {"p_holm": 0.01}) and not figure.is_sure(row | {"p_holm": None})
     assert not figure.is_sure(row | {"p_holm": 0.01, "low_with_seeds": -1, "high_with_seeds": 1})

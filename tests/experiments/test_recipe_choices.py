@@ -46,6 +46,19 @@ def test_each_choice_changes_what_it_names(settings):
     assert configs["paper"].image_size == 64
 
 
+def test_overrides_are_of_the_default_and_do_not_undo_a_choice(settings):
+    overrides = ("optimizer=adamw", "learning_rate=0.004", "model.vq_revive_every=0")
+    cells = settings._replace(overrides=overrides).study(recipe_choices.cells_of)
+    configs = {cell.name.split("/")[1]: cell.stages[0].recipe for cell in cells[::2]}
+    flat = {
+        name: dict(flat_of(configs[name].config().to_dict())) for name in recipe_choices.CHOICES
+    }
+    assert (flat["default"]["optimizer"], flat["default"]["learning_rate"]) == ("adamw", 0.004)
+    for name, (_, fields) in recipe_choices.CHOICES.items():
+        assert {field: flat[name][field] for field in fields} == fields, name
+    assert flat["paper"]["learning_rate"] == 0.001  # its reading differs there
+
+
 def flat_of(config, prefix=""):
     for name, value in config.items():
         if isinstance(value, dict):

@@ -30,7 +30,7 @@ def placed(names, embed, seed=0):
     """Slices whose embedding is a function of (relative position, random)."""
     random = np.random.default_rng(seed)
     volume, z = volumes(names, random)
-    empty = PlacedSlices(np.zeros((len(z), 1)), volume, z)
+    empty = PlacedSlices(np.zeros((len(z), 1)), volume, z, volume)
     return empty._replace(embedding=embed(relative_position(empty), random))
 
 
@@ -67,7 +67,8 @@ def test_recall_counts_true_neighbours_of_the_same_volume():
     angle = np.linspace(0, np.pi, 9)
     path = np.stack([np.cos(angle), np.sin(angle), np.zeros(9)], axis=1)
     two = np.concatenate([path, path * [-1, -1, 0] + [0, 0, 9]])  # far from the first
-    slices = PlacedSlices(two, np.repeat([0, 1], 9), np.tile(10.0 * np.arange(9), 2))
+    volume = np.repeat([0, 1], 9)
+    slices = PlacedSlices(two, volume, np.tile(10.0 * np.arange(9), 2), volume)
     np.testing.assert_allclose(neighbour_recall(slices), 1.0)
     shuffled = slices._replace(z_mm=np.tile(10.0 * np.random.default_rng(0).permutation(9), 2))
     assert neighbour_recall(shuffled).mean() < 0.5
@@ -90,14 +91,15 @@ def test_pairs_have_the_distance_and_the_order():
 
 def test_what_is_undefined_is_nan_and_stands_at_its_place():
     train, test = placed("abcd", informed), placed("xz", informed, seed=1)
-    alone = PlacedSlices(test.embedding[:1], np.array(["y"]), np.array([4.0]))
+    alone = PlacedSlices(test.embedding[:1], np.array(["y"]), np.array([4.0]), np.array(["y"]))
     together = PlacedSlices(
         *(np.concatenate([one, other]) for one, other in zip(test, alone, strict=True))
     )
     for values in label_free_scores(train, together).values():
         np.testing.assert_array_equal(np.isnan(values), [False, True, False])
-    one = placed("a", informed)
-    assert np.isnan(position_r2(one, test)).all() and np.isnan(order_auroc(one, test)).all()
+    two = placed("ab", informed)
+    for one in (placed("a", informed), two._replace(patient=np.zeros(len(two.volume)))):
+        assert np.isnan(position_r2(one, test)).all() and np.isnan(order_auroc(one, test)).all()
 
 
 def test_units_and_offsets_of_the_position_do_not_matter():
@@ -111,11 +113,36 @@ def test_units_and_offsets_of_the_position_do_not_matter():
 def test_without_slices_to_fit_to_each_patient_is_scored_by_the_others():
     slices = placed("abcdef", informed)
     patient = np.where(np.isin(slices.volume, ["a", "b"]), "first", slices.volume)
-    scores = position_r2_across(slices, patient)
+    slices = slices._replace(patient=patient)
+    scores = position_r2_across(slices)
     assert scores.shape == (6,) and scores.min() > 0.8
     others = ~np.isin(slices.volume, ["a", "b"])  # with four other patients: a part of its own
     train, test = (PlacedSlices(*(a[part] for a in slices)) for part in (others, ~others))
     np.testing.assert_allclose(scores[:2], position_r2(train, test))
-    assert order_auroc_across(slices, patient).min() > 0.85
-    noise = order_auroc_across(placed("abcdef", uninformed), patient)
+    assert order_auroc_across(slices).min() > 0.85
+    noise = order_auroc_across(placed("abcdef", uninformed)._replace(patient=patient))
     assert noise.shape == (6,) and np.abs(noise.mean() - 0.5) < 0.15
+
+
+def test_one_scan_unlike_all_others_does_not_decide_the_mean():
+    train, test = placed("abcdef", informed), placed("xyz", informed, seed=1)
+    strange = np.where(test.volume == "x", 1e3, 1.0)[:, None] * test.embedding
+    scores = position_r2(train, test._replace(embedding=strange))
+    assert -6 < scores[0] < 0 and scores[1:].min() > 0.8
+
+
+def test_the_penalty_is_chosen_by_patients_left_out():
+    """Ten volumes of each of two patients, whose features tell the patient's own order: volumes
+    left out of the same patient would take it for knowledge."""
+    random = np.random.default_rng(0)
+    slices = placed("abcdefghij", uninformed)
+    second = np.isin(slices.volume, list("fghij"))
+    place = relative_position(slices)
+    turned = np.where(second, 1 - place, place)
+    slices = slices._replace(
+        patient=second.astype(int),
+        embedding=turned[:, None] + 0.1 * random.normal(size=(len(place), 4)),
+    )
+    other = placed("xyz", uninformed, seed=1)
+    other = other._replace(embedding=np.tile(relative_position(other)[:, None], 4))
+    assert np.abs(position_r2(slices, other)).max() < 0.2  # nothing holds for a new patient
