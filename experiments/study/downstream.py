@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from ctssl_jax.training.recipe_files import load_recipe
+from data_prep.dataset.reader import Dataset
 from data_prep.system import stores
 from data_prep.system.errors import InputError
 
@@ -392,5 +393,9 @@ def act(
             key = study.workdir / "data" / "pseudonym_key"
             key.parent.mkdir(exist_ok=True)
             key.write_text(SYNTHETIC_KEY)
+        else:
+            fingerprint = Dataset.open(study.dataset).fingerprint
+            for cell in cells:
+                kept.check_as_now(cell, fingerprint)
         runner.run(cells, flags.FLAGS.cells, study.workdir, here=True)
         runner.suggest_after("run", module, options)

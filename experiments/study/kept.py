@@ -6,6 +6,7 @@ split; no pseudonym, path or picture is in them.
 """
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -60,8 +61,7 @@ def keep(cell: Cell, seconds: float | None) -> dict[str, Any]:
     content["config"] = {name: config[name] for name in CONFIG if name in config}
     for stage in cell.stages:
         if stage.recipe:
-            fields = {k: v for k, v in stage.recipe.fields.items() if not isinstance(v, Path)}
-            content["fields"] = fields
+            content |= _made_of(cell, stage)
             content["training"] = _training(stage)
     if cell.result.with_suffix(".csv").exists():
         content["volumes"] = _volumes(cell.result.with_suffix(".csv"))
@@ -70,6 +70,52 @@ def keep(cell: Cell, seconds: float | None) -> dict[str, Any]:
     make_folder(cell.kept.parent, "--results")
     write_text(cell.kept, json.dumps(_rounded(content), separators=(",", ":")) + "\n")
     return content
+
+
+def _made_of(cell: Cell, stage: Stage) -> dict[str, Any]:
+    """`fields` of a training without its paths, as JSON has them; and `start`, a digest of the
+    configuration of a run that was given to the study."""
+    fields = {k: v for k, v in stage.recipe.fields.items() if not isinstance(v, Path)}
+    content = {"fields": json.loads(json.dumps(fields))}
+    start = stage.recipe.fields.get("init_from")
+    if start and not cell.after and (Path(start) / "config.json").exists():
+        config = read_json(Path(start) / "config.json")
+        own = {k: v for k, v in config.items() if k not in ("dataset", "init_from")}
+        digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+        content["start"] = digest.hexdigest()
+    return content
+
+
+def check_as_now(cell: Cell, fingerprint: str = "") -> None:
+    """Refuse the kept result of a cell that would be made otherwise today.
+
+    Args:
+      cell: whose fields are compared, and a run that was given for it to start from.
+      fingerprint: of the dataset, where it was given to the study.
+
+    Raises:
+      InputError: names the file and what differs.
+    """
+    if cell.kept is None or not cell.kept.exists():
+        return
+    content = read_json(cell.kept)
+    for stage in cell.stages:
+        if not stage.recipe or "fields" not in content:
+            continue
+        now, differs = _made_of(cell, stage), ""
+        before, after = content["fields"], now["fields"]
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name):
+                differs = f"with {name}={before.get(name)}, not {after.get(name)}"
+        if "start" in content and now.get("start", content["start"]) != content["start"]:
+            differs = f"from another run than {stage.recipe.fields['init_from']}"
+        if fingerprint and content["dataset_fingerprint"] != fingerprint:
+            differs = f"on another dataset than {stage.recipe.fields['dataset']}"
+        if differs:
+            raise InputError(
+                f"{cell.kept}: was made {differs}; give another --results and --workdir, or remove "
+                "it"
+            )
 
 
 def step_flops(config: ml_collections.ConfigDict) -> int:

@@ -256,10 +256,12 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
       here: run trainings, evaluations and probes in this process, which is faster.
 
     Raises:
-      InputError: an unknown cell, one whose predecessor is missing, or a stage that refused its
-        input.
+      InputError: an unknown cell, one whose predecessor is missing, a kept result that was made
+        otherwise, or a stage that refused its input.
       RunFailed, StartAgain: a stage failed, or was asked to stop.
     """
+    for cell in cells:
+        kept.check_as_now(cell)
     by_name = {cell.name: cell for cell in cells}
     for name in chosen:
         if name not in by_name:

@@ -14,7 +14,7 @@ from ctssl_jax.evaluation.predictions import Predictions
 from ctssl_jax.stats import bootstrap
 from data_prep.system.errors import InputError
 from experiments import confounds, figure3
-from experiments.study import curves, downstream, kept, paired, presets
+from experiments.study import curves, downstream, kept, paired, presets, runner
 from experiments.study.cells import Cell
 from experiments.study.downstream import Point, Study
 from experiments.study.presets import PRESETS
@@ -109,6 +109,31 @@ def test_weights_that_are_not_given_are_asked_for(study):
     known = real._replace(pretrained={"rotation": study.workdir})
     cells, _ = downstream.grid_cells(known, "nodules", ["random", "rotation"])
     assert len(cells) == 2 * len(PRESETS["paper"].steps["nodules"])
+
+
+def test_a_kept_result_that_would_be_made_otherwise_now_is_refused(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "_training", lambda stage: {})
+    for number in (1, 2):
+        (tmp_path / f"run_{number}").mkdir()
+        (tmp_path / f"run_{number}" / "config.json").write_text(f'{{"seed": {number}}}')
+    sizes = study.sizes._replace(archives={}, fractions=(0.25,), seeds=(0,))
+    given = study._replace(preset="paper", sizes=sizes, kept=tmp_path / "kept")
+
+    def cell_of(run, steps=5):
+        sizes = given.sizes._replace(steps={"pe": (steps,)})
+        arms = given._replace(sizes=sizes, pretrained={"rotation": tmp_path / f"run_{run}"})
+        return downstream.grid_cells(arms, "pe", ["rotation"])[1][Point("rotation", 0.25, 0, steps)]
+
+    cell = cell_of(1)
+    write_result(cell, 0.7, 0)
+    kept.keep(cell, 1.0)
+    kept.check_as_now(cell, "d")
+    with pytest.raises(InputError, match=r"_5\.json: was made from another run than .*run_2; "):
+        runner.run([cell_of(2)], [], study.workdir)
+    with pytest.raises(InputError, match="was made with num_steps=5, not 9; give another"):
+        kept.check_as_now(cell_of(1, steps=9)._replace(kept=cell.kept))
+    with pytest.raises(InputError, match="was made on another dataset than"):
+        kept.check_as_now(cell, "other")
 
 
 def test_the_comparison_is_paired_and_names_the_better_arm(study):
