@@ -46,7 +46,7 @@ def fine_tuned():
     [folder for folder in folders() if folder.name not in FINE_TUNED],
     ids=lambda folder: folder.name,
 )
-def test_the_tables_follow_from_the_results(folder, tmp_path):
+def test_the_tables_follow_from_the_results(folder, tmp_path, without_pictures):
     name, study = next(one for one in STUDIES.items() if folder.name.startswith(one[0]))
     tables = tmp_path / "new"
     asked = Settings(Path(), tables, "small", 0, 0, (), "test", kept=folder)
@@ -57,7 +57,7 @@ def test_the_tables_follow_from_the_results(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("folder", "figure", "points"), fine_tuned())
-def test_the_figures_follow_from_the_results(folder, figure, points, tmp_path):
+def test_the_figures_follow_from_the_results(folder, figure, points, tmp_path, without_pictures):
     arms, fractions, seeds = points
     kept = RESULTS / folder
     preset = json.loads((kept / "study.json").read_text())["preset"]
