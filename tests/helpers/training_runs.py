@@ -199,12 +199,16 @@ def program_compiled_once(program: Program) -> tuple[Program, int]:
 
 
 def step_on_one_and_eight_devices(
-    config: ml_collections.ConfigDict, batch: dict[str, np.ndarray]
+    config: ml_collections.ConfigDict,
+    batch: dict[str, np.ndarray],
+    on_eight: dict[str, Any] | None = None,
 ) -> list[tuple[dict, dict[str, np.ndarray]]]:
     """The sums and the model's other variables after one step from one state, on one device and on
-    eight."""
+    eight; `on_eight`: fields of the recipe that differ there."""
     start, results = None, []
-    for num_devices in (1, 8):
+    for num_devices, fields in ((1, {}), (8, on_eight or {})):
+        config = config.copy_and_resolve_references()
+        config.update_from_flattened_dict(fields)
         mesh = make_mesh(jax.devices()[:num_devices], config.fsdp_devices)
         made = program_made_once(config, get_task(config.task), 1, mesh)
         program, _ = program_compiled_once(made)
