@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,25 +92,33 @@ def command(dataset: Path, workdir: Path, /, *flags: str, **overrides) -> list[s
     ]
 
 
-def command_ended_at(step: int, number: int, arguments: list[str]) -> list[str]:
-    """A command line of `command` that sends itself this signal once it has taken this step."""
-    program = f"from tests.helpers.training_runs import run_until; run_until({step}, {int(number)})"
+def command_ended_at(
+    step: int, number: int, arguments: list[str], seconds: float = 0.0
+) -> list[str]:
+    """A command line of `command` that sends itself this signal once it has taken this step;
+    after this step and each later one it rests for so many seconds."""
+    program = (
+        "from tests.helpers.training_runs import run_until; "
+        f"run_until({step}, {int(number)}, {seconds})"
+    )
     return [sys.executable, "-c", program, *arguments[3:]]
 
 
-def run_until(step: int, number: int) -> None:
+def run_until(step: int, number: int, seconds: float) -> None:
     """The program of `command_ended_at`."""
-    loop.run_step = signalling(step, number)
+    loop.run_step = signalling(step, number, seconds)
     runpy.run_module("ctssl_jax.train", run_name="__main__")
 
 
-def signalling(step: int, number: int) -> Callable:
-    """`run_step`, which sends this process a signal after this step."""
+def signalling(step: int, number: int, seconds: float = 0.0) -> Callable:
+    """`run_step`, which sends this process a signal after this step, and rests from there on."""
 
     def run_step_and_signal(program, state, microbatches):
         state = run_step(program, state, microbatches)
         if int(state.step) == step:
             os.kill(os.getpid(), number)
+        if seconds and int(state.step) >= step:
+            time.sleep(seconds)
         return state
 
     return run_step_and_signal
