@@ -26,12 +26,11 @@ from data_prep.dataset.storage import encode_record, write_records
 from data_prep.pipeline.options import Directories, Options
 from data_prep.pipeline.prepare import prepare
 from data_prep.privacy import leaks
-from data_prep.scan.archives import list_sources, read_bytes
-from data_prep.scan.headers import Header, read_header
 from data_prep.scan.rules import Rules
 from tests.campaigns import privacy
 from tests.helpers import dicom_files
 from tests.helpers.example_dataset import write_example_dataset
+from tests.helpers.real_scans import parts_of_scans
 from tests.helpers.training_runs import save_scored, save_untrained, tiny_recipe
 
 NAME, TIME, IDENTIFIER = "Quixote^Alonso", "131415", "ab-47-cd"
@@ -224,20 +223,6 @@ def test_short_values_in_pixels_are_weighed_against_made_up_ones(source, tmp_pat
     assert search.made_up_in_pixels == 0
     list(search.find("a", "record 0, pixels", TIME.translate(privacy._OTHER).encode()))
     assert search.made_up_in_pixels == 1
-
-
-def parts_of_scans(real_data, folder):
-    """24 slices of each of three real scans, under names that name one of the patients."""
-    for name in ("lidc_0001", "lidc_0003.zip", "cptac_pda_c3n_00249.zip"):
-        headers = [
-            read_header(real_data, s) for s in list_sources(real_data) if s.path.startswith(name)
-        ]
-        headers = sorted((h for h in headers if isinstance(h, Header)), key=lambda h: h.position[2])
-        for number, header in enumerate(headers[40:64]):
-            path = folder / name.replace(".zip", "") / f"C3N-00249 {number}.dcm"
-            path.parent.mkdir(exist_ok=True, parents=True)
-            path.write_bytes(read_bytes(real_data, header.source))
-    return folder
 
 
 def test_real_scans(real_data, tmp_path, capfd):

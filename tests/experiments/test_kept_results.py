@@ -1,11 +1,13 @@
 """The results that are kept in the repository: numbers only, and they draw the tables there."""
 
+import functools
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from ctssl_jax.stats import bootstrap
 from experiments import figure3, figure5, objectives, recipe_choices, table2
 from experiments.study import curves, downstream, presets, runner
 from experiments.study.cells import Settings
@@ -33,6 +35,13 @@ FINE_TUNED = {
 STUDIES = {"table2": table2, "recipe_choices": recipe_choices, "objectives": objectives}
 
 
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch):
+    """The draws of equal numbers of patients are equal: hundreds of comparisons take the same."""
+    draw = functools.cache(lambda *numbers, draw=bootstrap.draw_patients: list(draw(*numbers)))
+    monkeypatch.setattr(bootstrap, "draw_patients", draw)
+
+
 def folders():
     return sorted(path.parent for path in RESULTS.glob("*/study.json"))
 
@@ -46,7 +55,7 @@ def fine_tuned():
     [folder for folder in folders() if folder.name not in FINE_TUNED],
     ids=lambda folder: folder.name,
 )
-def test_the_tables_follow_from_the_results(folder, tmp_path):
+def test_the_tables_follow_from_the_results(folder, tmp_path, without_pictures):
     name, study = next(one for one in STUDIES.items() if folder.name.startswith(one[0]))
     tables = tmp_path / "new"
     asked = Settings(Path(), tables, "small", 0, 0, (), "test", kept=folder)
@@ -57,7 +66,7 @@ def test_the_tables_follow_from_the_results(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("folder", "figure", "points"), fine_tuned())
-def test_the_figures_follow_from_the_results(folder, figure, points, tmp_path):
+def test_the_figures_follow_from_the_results(folder, figure, points, tmp_path, without_pictures):
     arms, fractions, seeds = points
     kept = RESULTS / folder
     preset = json.loads((kept / "study.json").read_text())["preset"]

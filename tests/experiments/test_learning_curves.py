@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ctssl_jax.evaluation import comparisons, predictions
 from ctssl_jax.evaluation.predictions import Predictions
@@ -235,7 +236,7 @@ def test_the_smallest_detectable_difference_knows_patients_and_seeds():
     assert curves.detectable_in_words(rows[2:3], "auroc") == ""
 
 
-def test_confounds_change_one_thing_and_are_compared_with_one_stage(study):
+def test_confounds_change_one_thing_and_are_compared_with_one_stage(study, without_pictures):
     arms = presets.FIGURES["confounds"][1]
     cells, grid = downstream.grid_cells(study, "pe", arms)
     pretraining = {c.name: set(c.stages[0].arguments()) for c in cells if "pretrain" in c.name}
@@ -333,10 +334,12 @@ def test_figures_come_from_results_and_say_what_is_missing(study):
     assert "masked region, 10 %" in text and "random weights" in text
     for suffix in (".md", ".csv", ".png", ".svg"):
         assert (study.workdir / f"figure3{suffix}").stat().st_size > 0
+    for name in ("figure3.png", "figure3_differences.png"):
+        assert min(Image.open(study.workdir / name).size) > 200
     assert (study.workdir / "figure3_comparisons.csv").read_text().count("masked_10") == 1
 
 
-def test_kept_results_alone_give_the_same_numbers(study, tmp_path):
+def test_kept_results_alone_give_the_same_numbers(study, tmp_path, without_pictures):
     """The study's folder can go: the small files hold all that a figure needs, and no pseudonym."""
     kept_study = study._replace(kept=tmp_path / "kept")
     _, grid = downstream.grid_cells(kept_study, "pe", ["random", "masked_10"])

@@ -12,9 +12,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from ctssl_jax.__main__ import commands
-from experiments.study import quickstart_report
+from data_prep.system.errors import InputError
+from experiments import quickstart
+from experiments.study import quickstart_report, runner
 from tests.helpers import browser
 from tests.helpers.command_parser import refusals
+from tests.helpers.own_flags import main_of
+from tests.helpers.real_scans import parts_of_scans
 
 PROJECT = Path(__file__).resolve().parents[2]
 NARROW, WIDE = 390, 1300
@@ -33,10 +37,13 @@ def run(*flags: str) -> subprocess.CompletedProcess:
     )
 
 
+SMALL = ("--num_patients=6", "--num_slices=24", "--num_steps=3")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("quickstart") / "out"
-    result = run(f"--output_dir={output}", "--num_patients=6", "--num_slices=24", "--num_steps=3")
+    result = run(f"--output_dir={output}", *SMALL)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " the mean slice's and " in result.stdout and "SYNTHETIC" in result.stdout
     (output.parent / "printed.txt").write_text(result.stdout)
@@ -106,18 +113,19 @@ def test_the_curve_s_legend_names_only_what_was_measured(monkeypatch):
     assert drawn[1].axes[0].lines[0].get_marker() == "x"  # a line of one point cannot be seen
 
 
-def test_one_patient_gives_a_dataset_and_says_where_it_ends(tmp_path):
+def test_one_patient_gives_a_dataset_and_says_where_it_ends(finished, tmp_path, capfd):
     """Without `--splits` that is refused; two patients can be validated on (below)."""
     output = tmp_path / "out"
-    small = (f"--output_dir={output}", "--num_patients=1", "--num_slices=24")
-    refused = run(*small)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-    assert "3 splits take 3 patients or more" in refused.stderr
-    made = run(*small, "--splits=1,0,0")
-    assert made.returncode == 0, made.stderr
-    assert "--splits=1,0,0 ends here" in made.stdout and (output / "cohort/cohort.csv").exists()
+    with pytest.raises(InputError, match="3 splits take 3 patients or more") as refused:
+        main_of(quickstart, f"--output_dir={output}", "--num_patients=1")
+    assert "\n" not in str(refused.value) and not output.exists()
+    scans = min(path for path in (finished / "dicom").iterdir() if path.is_dir())
+    options = (f"--output_dir={output}", f"--input_dir={scans}", "--splits=1,0,0")
+    assert main_of(quickstart, *options) == 0
+    printed = capfd.readouterr().out
+    assert "--splits=1,0,0 ends here" in printed and (output / "cohort/cohort.csv").exists()
     assert not (output / "run").exists()
-    assert made.stdout.splitlines()[-1].endswith(f"describe --dataset={output / 'dataset'} --html")
+    assert printed.splitlines()[-1].endswith(f"describe --dataset={output / 'dataset'} --html")
 
 
 def test_the_report_of_validation_patients_is_called_no_test(finished):
@@ -160,29 +168,42 @@ def test_the_browser_notices_what_is_wrong(tmp_path):
     assert "http://example.invalid/a.png" in narrow.requests
 
 
-def test_a_second_run_repeats_nothing(finished):
-    before = (finished / "result.json").read_text()
-    again = run(f"--output_dir={finished}", "--num_patients=6", "--num_slices=24", "--num_steps=3")
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "is complete already" in again.stdout
-    assert "resuming     from step 3" in again.stdout
-    assert (
-        json.loads((finished / "result.json").read_text())["metrics"]
-        == json.loads(before)["metrics"]
-    )
+def test_a_second_run_asks_for_the_same_again_and_removes_nothing(finished, monkeypatch):
+    """Each of its commands goes on from what is there, which their own tests look at."""
+
+    def state() -> dict[Path, tuple[int, int]]:
+        files = [path for path in finished.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+    asked, during = [], []
+
+    def run_stage(title: str, module: str, *arguments: str) -> float:
+        asked.append(f"$ {runner.typed(module, *arguments)}")
+        during.append(state())
+        return 0.0
+
+    monkeypatch.setattr(quickstart, "run_stage", run_stage)
+    before, seconds = state(), json.loads((finished / "seconds.json").read_text())
+    assert main_of(quickstart, f"--output_dir={finished}", *SMALL) == 0
+    printed = (finished.parent / "printed.txt").read_text().splitlines()
+    assert asked == [line for line in printed if line.startswith("$ ctssl ")] and len(asked) == 5
+    own = {finished / "seconds.json", finished / "report.html"}
+    kept = {path: seen for path, seen in before.items() if path not in own}
+    assert all(kept.items() <= seen.items() and seen.keys() == before.keys() for seen in during)
+    assert kept.items() <= state().items()
+    assert json.loads((finished / "seconds.json").read_text()) == seconds  # of the longest run
 
 
-def test_missing_input_is_one_line(tmp_path):
-    result = run(f"--input_dir={tmp_path / 'none'}", f"--output_dir={tmp_path / 'out'}")
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and "no such folder" in result.stderr
+def test_missing_input_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"^--input_dir=.*none: no such folder$"):
+        main_of(quickstart, f"--input_dir={tmp_path / 'none'}", f"--output_dir={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
 def test_real_scans(real_data, tmp_path):
-    """Three real chest scans, a patient a split; the archive's other series are refused on the
-    way."""
-    result = run(f"--input_dir={real_data}", f"--output_dir={tmp_path / 'out'}", "--num_steps=2")
+    """A part of each of three real chest scans, a patient a split."""
+    scans = parts_of_scans(real_data, tmp_path / "scans")
+    result = run(f"--input_dir={scans}", f"--output_dir={tmp_path / 'out'}", "--num_steps=2")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     measured = json.loads((tmp_path / "out" / "result.json").read_text())
     assert not measured["synthetic"] and measured["metrics"]["ssim"]["num_patients"] == 1

@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,25 +92,33 @@ def command(dataset: Path, workdir: Path, /, *flags: str, **overrides) -> list[s
     ]
 
 
-def command_ended_at(step: int, number: int, arguments: list[str]) -> list[str]:
-    """A command line of `command` that sends itself this signal once it has taken this step."""
-    program = f"from tests.helpers.training_runs import run_until; run_until({step}, {int(number)})"
+def command_ended_at(
+    step: int, number: int, arguments: list[str], seconds: float = 0.0
+) -> list[str]:
+    """A command line of `command` that sends itself this signal once it has taken this step;
+    after this step and each later one it rests for so many seconds."""
+    program = (
+        "from tests.helpers.training_runs import run_until; "
+        f"run_until({step}, {int(number)}, {seconds})"
+    )
     return [sys.executable, "-c", program, *arguments[3:]]
 
 
-def run_until(step: int, number: int) -> None:
+def run_until(step: int, number: int, seconds: float) -> None:
     """The program of `command_ended_at`."""
-    loop.run_step = signalling(step, number)
+    loop.run_step = signalling(step, number, seconds)
     runpy.run_module("ctssl_jax.train", run_name="__main__")
 
 
-def signalling(step: int, number: int) -> Callable:
-    """`run_step`, which sends this process a signal after this step."""
+def signalling(step: int, number: int, seconds: float = 0.0) -> Callable:
+    """`run_step`, which sends this process a signal after this step, and rests from there on."""
 
     def run_step_and_signal(program, state, microbatches):
         state = run_step(program, state, microbatches)
         if int(state.step) == step:
             os.kill(os.getpid(), number)
+        if seconds and int(state.step) >= step:
+            time.sleep(seconds)
         return state
 
     return run_step_and_signal
@@ -199,12 +208,16 @@ def program_compiled_once(program: Program) -> tuple[Program, int]:
 
 
 def step_on_one_and_eight_devices(
-    config: ml_collections.ConfigDict, batch: dict[str, np.ndarray]
+    config: ml_collections.ConfigDict,
+    batch: dict[str, np.ndarray],
+    on_eight: dict[str, Any] | None = None,
 ) -> list[tuple[dict, dict[str, np.ndarray]]]:
     """The sums and the model's other variables after one step from one state, on one device and on
-    eight."""
+    eight; `on_eight`: fields of the recipe that differ there."""
     start, results = None, []
-    for num_devices in (1, 8):
+    for num_devices, fields in ((1, {}), (8, on_eight or {})):
+        config = config.copy_and_resolve_references()
+        config.update_from_flattened_dict(fields)
         mesh = make_mesh(jax.devices()[:num_devices], config.fsdp_devices)
         made = program_made_once(config, get_task(config.task), 1, mesh)
         program, _ = program_compiled_once(made)

@@ -5,7 +5,6 @@ import csv
 import functools
 import json
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import pytest
 from flax import nnx
 
 import ctssl_jax
+from ctssl_jax import embed as door
 from ctssl_jax.data import slices as data
 from ctssl_jax.data.batches import evaluation_batches
 from ctssl_jax.evaluation.measure import evaluate
@@ -39,6 +39,7 @@ from data_prep.scan.rules import Rules
 from data_prep.system.errors import InputError
 from tests.helpers import dicom_files
 from tests.helpers.opened_files import listed, listing
+from tests.helpers.own_flags import main_of
 from tests.helpers.training_runs import save_scored, start, tiny_recipe
 
 NUM_SLICES = 21
@@ -600,31 +601,30 @@ def test_wrong_volumes(runs, archive):
 
 
 def test_command_line(runs, folder, archive, tmp_path):
-    program = [sys.executable, "-m", "ctssl_jax.embed", f"--workdir={runs / 'rotation'}"]
-    given = [f"--input={archive / 'short'}", f"--output={tmp_path / 'z.parquet'}", "--min_slices=5"]
-    named = [*listing("config.json", "preparation.json"), *program[2:]]
-    processes = [
-        start([*named, *given]),
-        start([*program, f"--input={folder / 'dataset'}", "--output=z.npz", "--min_slices=5"]),
-        start([*program, "--output=z.npz"]),
-    ]
-    outputs = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 2, 2], outputs
-    assert (
-        "5 slices of 1 volume of 1 patient, 4 numbers" in outputs[0][0]
-        and "written: " in outputs[0][0]
-    )
     run = runs / "rotation"
-    assert listed(outputs[0][1]) == [str(run / "config.json"), str(run / "preparation.json")]
-    assert outputs[1][1] == (
-        f"error: --min_slices is for raw scans, and --input={folder / 'dataset'} is a dataset; "
-        "leave it out\n"
-    )
-    assert outputs[2][1] == "error: give --input\n"
+    given = [f"--input={archive / 'short'}", f"--output={tmp_path / 'z.parquet'}", "--min_slices=5"]
+    named = [*listing("config.json", "preparation.json"), "ctssl_jax.embed"]
+    process = start([*named, f"--workdir={run}", *given])
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "5 slices of 1 volume of 1 patient, 4 numbers" in output and "written: " in output
+    assert listed(errors) == [str(run / "config.json"), str(run / "preparation.json")]
     (on_one_device,) = slices_of(tmp_path / "z.parquet").values()
     # on eight
     here = ctssl_jax.load(runs / "rotation").embed(archive / "short", rules=Rules(min_slices=5))
     np.testing.assert_allclose(on_one_device, here.slices, rtol=1e-5, atol=1e-7)
+
+
+def test_flags_that_contradict_the_input_are_refused(runs, folder):
+    given = (f"--workdir={runs / 'rotation'}", "--output=z.npz")
+    dataset = folder / "dataset"
+    with pytest.raises(InputError) as refused:
+        main_of(door, *given, f"--input={dataset}", "--min_slices=5")
+    assert str(refused.value) == (
+        f"--min_slices is for raw scans, and --input={dataset} is a dataset; leave it out"
+    )
+    with pytest.raises(InputError, match=r"^give --input$"):
+        main_of(door, *given)
 
 
 @pytest.mark.parametrize("name", ["lidc_0003.zip", "lidc_0001"])

@@ -44,7 +44,7 @@ def free_port():
 
 def start_two(dataset, workdir, end=None, **overrides):
     """Two processes with one simulated device each; `end`: step and signal that the second sends
-    itself."""
+    itself, and the seconds that it rests from then on, after each step."""
     joined = [
         "--distributed",
         f"--coordinator_address=127.0.0.1:{free_port()}",
@@ -54,7 +54,10 @@ def start_two(dataset, workdir, end=None, **overrides):
         command(dataset, workdir, *joined, f"--process_id={number}", **overrides)
         for number in range(2)
     ]
-    return [start(commands[0]), start(command_ended_at(*end, commands[1]) if end else commands[1])]
+    if end:
+        step, number, *seconds = end
+        commands[1] = command_ended_at(step, number, commands[1], *seconds)
+    return [start(arguments) for arguments in commands]
 
 
 def slurm_variables(task, tasks=2, port=0):
@@ -91,67 +94,58 @@ def finish(processes, timeout=300):
     ]
 
 
-class Interrupted(NamedTuple):
-    """A run of two processes, of which the second got SIGTERM, and then, started again, was killed.
+class Ran(NamedTuple):
+    """A run of 8 steps by two processes, of which the second gets SIGTERM after step 3, and by two
+    new ones, which a simulated Slurm starts.
 
     stopped_at: the step that both saved after SIGTERM.
-    asked, lost: of both times, exit code, stdout and stderr of each process.
+    asked, went_on: of both times, exit code, stdout and stderr of each process.
     """
 
     workdir: Path
     stopped_at: int
     asked: list[tuple[int, str, str]]
-    lost: list[tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def interrupted(tiny_dataset, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("interrupted") / "run"
-    endless = {**OVERRIDES, "num_steps": 100_000, "eval_every": 50_000}
-    asked = finish(start_two(tiny_dataset, workdir, (3, signal.SIGTERM), **endless))
-    step = choose_step(workdir, "last")
-    processes = start_two(tiny_dataset, workdir, (step + 3, signal.SIGKILL), **endless)
-    return Interrupted(workdir, step, asked, finish(processes, timeout=100))
-
-
-def test_sigterm_to_one_stops_and_saves_both(interrupted):
-    for returncode, _, errors in interrupted.asked:
-        assert returncode == 75, errors
-    assert f"stopped     at step {interrupted.stopped_at:,}" in interrupted.asked[0][1]
-    assert interrupted.stopped_at >= 3
-
-
-def test_a_killed_process_ends_the_other_with_one_clear_line(interrupted):
-    workdir, lost = interrupted.workdir, interrupted.lost
-    assert [returncode for returncode, _, _ in lost] == [75, -signal.SIGKILL]
-    assert f"resuming     from step {interrupted.stopped_at:,}" in lost[0][1]
-    last_line = lost[0][2].splitlines()[-1]
-    assert last_line.startswith("error: another process of this run was lost")
-    step = choose_step(workdir, "last")
-    assert (
-        f"the last checkpoint is step {step:,} of {workdir}; start all processes again" in last_line
-    )
-    assert "Traceback" not in lost[0][2]
+    went_on: list[tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tiny_dataset, tmp_path_factory):
-    """Four steps by two processes, and four more by two new ones that a simulated Slurm starts."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    printed = []
-    for start_both, num_steps in ((start_two, 4), (start_two_as_slurm_does, 8)):
-        results = finish(start_both(tiny_dataset, workdir, **{**OVERRIDES, "num_steps": num_steps}))
-        for returncode, _, errors in results:
-            assert returncode == 0, errors
-        printed.append(results)
-    return workdir, printed
+    # both look for requests every half second: without rests the last step may come before
+    asked = finish(start_two(tiny_dataset, workdir, (3, signal.SIGTERM, 1.0), **OVERRIDES))
+    step = choose_step(workdir, "last")
+    went_on = finish(start_two_as_slurm_does(tiny_dataset, workdir, **OVERRIDES))
+    return Ran(workdir, step, asked, went_on)
+
+
+def test_sigterm_to_one_stops_and_saves_both(two_processes):
+    for returncode, _, errors in two_processes.asked:
+        assert returncode == 75, errors
+    assert f"stopped     at step {two_processes.stopped_at:,}" in two_processes.asked[0][1]
+    assert 3 <= two_processes.stopped_at < 8
+    for returncode, _, errors in two_processes.went_on:
+        assert returncode == 0, errors
+    assert choose_step(two_processes.workdir, "last") == 8
+
+
+def test_a_killed_process_ends_the_other_with_one_clear_line(two_processes, tiny_dataset, tmp_path):
+    workdir = shutil.copytree(two_processes.workdir, tmp_path / "run")
+    endless = {**OVERRIDES, "num_steps": 100_000}
+    lost = finish(start_two(tiny_dataset, workdir, (9, signal.SIGKILL), **endless), timeout=100)
+    assert [returncode for returncode, _, _ in lost] == [75, -signal.SIGKILL]
+    assert "resuming     from step 8" in lost[0][1]
+    last_line = lost[0][2].splitlines()[-1]
+    assert last_line.startswith("error: another process of this run was lost")
+    assert f"the last checkpoint is step 8 of {workdir}; start all processes again" in last_line
+    assert choose_step(workdir, "last") == 8
+    assert "Traceback" not in lost[0][2]
 
 
 def test_only_the_first_process_prints_and_writes(two_processes):
-    workdir, printed = two_processes
-    assert "2 x cpu in 2 process(es)" in printed[0][0][1]
-    assert "resuming     from step 4" in printed[1][0][1]
-    of_second = [line for results in printed for line in results[1][1].splitlines()]
+    workdir, stopped_at, asked, went_on = two_processes
+    assert "2 x cpu in 2 process(es)" in asked[0][1]
+    assert f"resuming     from step {stopped_at}" in went_on[0][1]
+    of_second = [*asked[1][1].splitlines(), *went_on[1][1].splitlines()]
     # the transport's own greeting
     assert [line for line in of_second if not line.startswith("[Gloo]")] == []
     assert len(list((workdir / "pictures").iterdir())) == 3
@@ -159,7 +153,7 @@ def test_only_the_first_process_prints_and_writes(two_processes):
 
 
 def test_same_numbers_as_one_process(two_processes, tiny_dataset, tmp_path):
-    workdir, _ = two_processes
+    workdir = two_processes.workdir
     assert train_on(tiny_config(tiny_dataset, **OVERRIDES), tmp_path / "run", num_devices=2)
     expected = numbers(tmp_path / "run")
     for line, other in zip(numbers(workdir), expected, strict=True):
@@ -177,7 +171,7 @@ def test_same_numbers_as_one_process(two_processes, tiny_dataset, tmp_path):
 
 
 def test_their_checkpoint_goes_on_in_one_process(two_processes, tiny_dataset, tmp_path):
-    workdir = shutil.copytree(two_processes[0], tmp_path / "run")
+    workdir = shutil.copytree(two_processes.workdir, tmp_path / "run")
     config = tiny_config(tiny_dataset, **{**OVERRIDES, "num_steps": 10})
     assert train_on(config, workdir, num_devices=1)
     assert choose_step(workdir, "last") == 10
@@ -289,14 +283,3 @@ def test_weights_of_another_run_and_parameters_that_no_process_holds_whole(tiny_
     np.testing.assert_array_equal(
         begun_state(tmp_path / "one")[kernel], saved_state(donor, 1)[kernel]
     )
-    refused = finish(
-        start_two(tiny_dataset, tmp_path / "three", **{**settings, "init_checkpoint": "77"}),
-        timeout=120,
-    )
-    for returncode, _, errors in refused:
-        assert (
-            returncode == 2
-            and "config.init_from: " in errors
-            and "has no checkpoint '77'" in errors
-        )
-    assert not (tmp_path / "three").exists()

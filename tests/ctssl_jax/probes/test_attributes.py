@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from ctssl_jax import attributes as door
 from ctssl_jax.data.labels import age_classes, join_decades, label_classes, read_attribute
+from ctssl_jax.parallel import processes
 from ctssl_jax.probes.attribute_probe import attributes, table
 from data_prep.dataset.reader import Dataset
 from data_prep.dataset.schema import VOLUME_COLUMNS, VOLUMES_FILE
@@ -16,6 +18,7 @@ from data_prep.dataset.storage import write_table
 from data_prep.system.errors import InputError
 from tests.ctssl_jax.probes.test_probe import save_untrained
 from tests.helpers.example_dataset import renew_checksums, write_example_dataset
+from tests.helpers.own_flags import main_of
 from tests.helpers.training_runs import start, tiny_recipe
 
 VOLUMES = {"train": 60, "validation": 24, "test": 30}
@@ -318,7 +321,7 @@ def test_a_model_without_the_encoder_is_refused(planted, tmp_path):
         attributes(folder, planted, tmp_path / "r.json", encoder="untrained")
 
 
-def test_command_line(run, planted, tmp_path):
+def test_command_line(run, planted, tmp_path, monkeypatch):
     flags = [
         f"--workdir={run}",
         f"--dataset={planted}",
@@ -330,5 +333,6 @@ def test_command_line(run, planted, tmp_path):
     assert process.returncode == 0, errors
     assert "control: pixels" in output and "smoker/auroc/yes" in output and "written: " in output
     assert json.loads((tmp_path / "r.json").read_text())["encoder"] == "pixels"
-    process = start([sys.executable, "-m", "ctssl_jax.attributes", *flags, "--encoder=none"])
-    assert process.communicate()[1].startswith("error: --encoder=none") and process.returncode == 2
+    monkeypatch.setattr(processes, "configure_jax", lambda: None)
+    with pytest.raises(InputError, match=r"^--encoder=none"):
+        main_of(door, *flags, "--encoder=none")

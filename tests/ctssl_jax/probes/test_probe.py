@@ -336,10 +336,20 @@ def test_result_files(runs, results, tiny_dataset):
 
 
 def test_the_same_twice_bit_for_bit(runs, results, tiny_dataset, tmp_path):
+    """A target of slices and one of images, each alone as beside all others."""
     output, content = results["rotation"]
-    again = probe(runs / "rotation", tiny_dataset, tmp_path / "again.json")
-    assert again == content
-    assert (tmp_path / "again.csv").read_bytes() == output.with_suffix(".csv").read_bytes()
+    chosen = ("flip", "denoising")
+    again = probe(runs / "rotation", tiny_dataset, tmp_path / "again.json", targets=chosen)
+    assert {name.split("/")[0] for name in again["chosen"]} == set(chosen)
+    for part in ("metrics", "chosen"):
+        assert again.pop(part).items() <= content[part].items()
+    assert again.items() <= content.items()
+    rows, whole = (
+        list(csv.DictReader(path.read_text().splitlines()))
+        for path in (tmp_path / "again.csv", output.with_suffix(".csv"))
+    )
+    for row, same in zip(rows, whole, strict=True):
+        assert "denoising/knn/ssim" in row and row.items() <= same.items()
 
 
 def test_controls_and_a_part_of_the_training_slices(runs, results, tiny_dataset, tmp_path):
@@ -351,10 +361,13 @@ def test_controls_and_a_part_of_the_training_slices(runs, results, tiny_dataset,
             None,
             output,
             encoder=encoder,
+            targets=("flip", "clean", "next_slice"),  # of slices, and of pairs
             max_slices=40,
             checkpoint="unused",
         )
-        assert set(content["metrics"]) == NAMES | PLACES and content["encoder"] == encoder
+        assert {name.split("/")[0] for name in content["chosen"]} == {"flip", "clean", "next_slice"}
+        names = {name for name in NAMES if name.split("/")[0] in ("flip", "clean", "next_slice")}
+        assert set(content["metrics"]) == names | PLACES and content["encoder"] == encoder
         assert content["checkpoint_step"] is None and content["num_patients_seen_in_training"] == 0
         assert (content["num_train_slices"], content["num_train_pairs"], content["num_slices"]) == (
             40,
@@ -417,8 +430,10 @@ def test_command_line(runs, results, tiny_dataset, tmp_path):
         f"--workdir={runs / 'rotation'}",
         f"--dataset={tiny_dataset}",
         f"--output={tmp_path / 'r.json'}",
+        "--targets=next_slice",
+        "--encoder=pixels",
     ]
-    process = start([sys.executable, "-m", "ctssl_jax.probe", *flags, "--encoder=pixels"])
+    process = start([sys.executable, "-m", "ctssl_jax.probe", *flags])
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert (
@@ -426,4 +441,6 @@ def test_command_line(runs, results, tiny_dataset, tmp_path):
         and "next_slice     linear  mse" in output
         and "written: " in output
     )
-    assert json.loads((tmp_path / "r.json").read_text())["encoder"] == "pixels"
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["encoder"] == "pixels"
+    assert set(result["chosen"]) == {"next_slice/linear", "next_slice/knn"}

@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ctssl_jax import export as door
 from ctssl_jax.evaluation.measure import evaluate
+from ctssl_jax.parallel import processes
 from ctssl_jax.runs.run import Run
 from ctssl_jax.tasks import slice_label
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError, RunFailed
 from tests.helpers import dicom_files
 from tests.helpers.example_dataset import change_preparation, write_example_dataset
+from tests.helpers.own_flags import main_of
 from tests.helpers.training_runs import (
-    PROJECT,
     begun_state,
     save_untrained,
     saved_state,
@@ -759,21 +761,13 @@ def test_a_twin_that_is_not_the_same_is_not_written(runs, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_command_lines(exported, runs, tmp_path):
+def test_command_lines(exported, tmp_path, monkeypatch):
     arguments = [f"--checkpoint={exported}", f"--workdir={tmp_path / 'run'}"]
     process = start([sys.executable, "-m", "ctssl_jax.import_torch", *arguments])
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "tensors of" in output and (tmp_path / "run" / "config.json").is_file()
-    process = start(
-        [
-            sys.executable,
-            "-m",
-            "ctssl_jax.export",
-            f"--workdir={tmp_path / 'run'}",
-            "--output_dir=x",
-        ]
-    )
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and errors.splitlines()[-1].startswith("error: give --license")
-    assert not (PROJECT / "x").exists()
+    monkeypatch.setattr(processes, "configure_jax", lambda: None)
+    with pytest.raises(InputError, match=r"^give --license"):
+        main_of(door, f"--workdir={tmp_path / 'run'}", f"--output_dir={tmp_path / 'x'}")
+    assert not (tmp_path / "x").exists()

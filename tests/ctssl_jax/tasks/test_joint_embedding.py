@@ -2,8 +2,8 @@
 centre, evaluation, embedding, warm starts, a collapse that is said, wrong recipes."""
 
 import dataclasses
-import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ from ctssl_jax.models.joint_embedding import (
     flops_per_view,
 )
 from ctssl_jax.models.layers import leaky_relu
-from ctssl_jax.ops import joint_losses
 from ctssl_jax.ops.trees import flatten
-from ctssl_jax.parallel.mesh import make_mesh, to_devices
+from ctssl_jax.parallel.mesh import make_mesh
 from ctssl_jax.probes.encoders import trained_encoder
 from ctssl_jax.runs import reports
 from ctssl_jax.runs.run import Run
+from ctssl_jax.tasks import joint_embedding
 from ctssl_jax.tasks.interface import step_flops
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import health
@@ -42,6 +42,7 @@ from tests.helpers.training_runs import (
     randomised,
     save_untrained,
     saved_state,
+    step_on_one_and_eight_devices,
     tiny_recipe,
     train_on,
 )
@@ -166,9 +167,14 @@ def test_dropout_is_of_the_student_alone(tiny_dataset):
     before = program.initial_state()
     mean = "teacher/encoder/blocks/0/norm/mean"  # after dropout, if there is any
     of_steps = []
+
+    @jax.jit
+    def step(state, model_key):
+        definition = dataclasses.replace(program.definition, model_key=model_key)
+        return train_step(definition, state, batch)
+
     for model_key in (0, 1):
-        definition = dataclasses.replace(program.definition, model_key=jax.random.key(model_key))
-        after = jax.jit(functools.partial(train_step, definition))(before, batch)
+        after = step(before, jax.random.key(model_key))
         assert np.isfinite(after.sums["loss"]) and after.nonfinite_step < 0
         of_steps.append(after)
     one, two = (flatten(after.variables) for after in of_steps)
@@ -203,18 +209,10 @@ def test_a_step_on_two_groups_of_devices_is_that_of_one_device(tiny_dataset):
     images = np.random.default_rng(0).integers(0, 255, (8, 3, 16, 16, 1), np.uint8)
     numbers, weight = np.arange(8, dtype=np.int32), np.ones(8, np.float32)
     batch = {"images": images, "record_index": numbers, "weight": weight}
-    start, results = None, []
-    for num_devices, fsdp_devices in ((1, 1), (8, 4)):
-        config = learning(tiny_dataset, "dino", fsdp_devices=fsdp_devices)
-        mesh = make_mesh(jax.devices()[:num_devices], fsdp_devices)
-        program = make_program(config, get_task("dino"), 1, mesh)
-        start = jax.device_get(program.initial_state()) if start is None else start
-        state = jax.tree.map(
-            lambda leaf, like: jax.device_put(leaf, like.sharding), start, program.template
-        )
-        state = program.train_step(state, to_devices(mesh, batch))
-        results.append(jax.device_get((state.sums, flatten(state.variables))))
-    (one, variables), (eight, others) = results
+    on_groups = {"fsdp_devices": 4}
+    (one, variables), (eight, others) = step_on_one_and_eight_devices(
+        learning(tiny_dataset, "dino"), batch, on_groups
+    )
     for name in ("loss", "alignment"):
         assert float(eight[name]) == pytest.approx(float(one[name]), rel=1e-4), name
     for name, norm in one["layer_gradient_norms"].items():
@@ -224,12 +222,27 @@ def test_a_step_on_two_groups_of_devices_is_that_of_one_device(tiny_dataset):
 
 
 def test_directions_depend_on_the_step_and_the_seed_alone(tiny_dataset):
-    drawn = [
-        joint_losses.unit_directions(jax.random.fold_in(jax.random.key(seed), step), 4, 3)
-        for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1))
-    ]
-    np.testing.assert_array_equal(drawn[0], drawn[1])
-    assert not np.allclose(drawn[0], drawn[2]) and not np.allclose(drawn[0], drawn[3])
+    """Of neither the projections nor the place: all devices and a resumed run draw the same."""
+
+    def drawn(seed, step, shown=0, train=True):
+        found = []
+
+        def terms(z, directions, number):
+            found.append(np.asarray(directions))
+            return {"term": jnp.zeros(())}
+
+        z = jax.random.normal(jax.random.key(shown), (8, 3, 4))
+        given = joint_embedding.Projections(
+            z, SimpleNamespace(steps=jnp.asarray(step)), None, {}, train
+        )
+        joint_embedding._with_regulariser(terms, given, learning(tiny_dataset, "lejepa", seed=seed))
+        return found[0]
+
+    one = drawn(0, 1)
+    assert one.shape == (16, 4)
+    np.testing.assert_array_equal(one, drawn(0, 1, shown=1))
+    assert not np.allclose(one, drawn(0, 0)) and not np.allclose(one, drawn(1, 1))
+    np.testing.assert_array_equal(drawn(0, 0), drawn(0, 1, train=False))  # of every evaluation
 
 
 def test_evaluation_and_embedding_of_a_run(straight, tiny_dataset, tmp_path):

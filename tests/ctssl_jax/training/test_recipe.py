@@ -25,7 +25,8 @@ from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import write_json
 from tests.helpers.example_dataset import change_preparation, write_example_dataset
-from tests.helpers.training_runs import PROJECT, command, start, tiny_config, train_on
+from tests.helpers.forked_commands import ended
+from tests.helpers.training_runs import PROJECT, command, tiny_config, train_on
 
 # Every recipe as `config.json` of a run held it before the fields of `ADDED_SINCE` existed.
 OLDER_RUNS = json.loads((PROJECT / "tests/ctssl_jax/runs/recipes_of_older_runs.json").read_text())
@@ -341,24 +342,22 @@ def test_configuration_survives_json(tiny_dataset):
     assert check_dataset(again, Dataset.open(again.dataset), ("test",)) == (0,)
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--config.learningrate=1", "did you mean config.learning_rate?"),
-        ("--config.batch_size=many", "invalid literal for int"),
-        (
-            "--config.windows=50,350",
-            "must hold (level, width) pairs, e.g. --config.windows='((50, 350),)'",
+def test_wrong_flags_are_one_line(tiny_dataset, tmp_path):
+    wrong = {
+        "--config.learningrate=1": "did you mean config.learning_rate?",
+        "--config.batch_size=many": "invalid literal for int",
+        "--config.windows=50,350": (
+            "must hold (level, width) pairs, e.g. --config.windows='((50, 350),)'"
         ),
-        ("--config=configs/absent.py", "configs/absent.py"),
-        ("--num_processes=2", "need --distributed"),
-        ("leftover", "unexpected argument 'leftover'"),
-    ],
-)
-def test_wrong_flags_are_one_line(flag, message, tiny_dataset, tmp_path):
-    process = start([*command(tiny_dataset, tmp_path / "run"), flag])
-    output, errors = process.communicate()
-    assert process.returncode == 2
-    assert message in errors and errors.startswith("error: ")
-    assert len(errors.splitlines()) == 1 and not output
+        "--config=configs/absent.py": "configs/absent.py",
+        "--num_processes=2": "need --distributed",
+        "leftover": "unexpected argument 'leftover'",
+    }
+    _, _, *words = command(tiny_dataset, tmp_path / "run")  # without `python -m`
+    commands = [(*words, flag) for flag in wrong]
+    results = ended(commands, ["ctssl_jax.training.recipe_files"])
+    for result, (flag, message) in zip(results, wrong.items(), strict=True):
+        assert result.returncode == 2, flag
+        assert message in result.stderr and result.stderr.startswith("error: ")
+        assert len(result.stderr.splitlines()) == 1 and not result.stdout
     assert not (tmp_path / "run").exists()

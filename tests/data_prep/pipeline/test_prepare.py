@@ -36,6 +36,7 @@ from data_prep.scan.volume import load_volume
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.workers import WorkerPool
 from tests.helpers import dicom_files
+from tests.helpers.forked_commands import ended
 from tests.helpers.opened_files import listed, listing
 
 NUM_SLICES = 21
@@ -703,21 +704,12 @@ def test_a_file_that_cannot_be_read_any_more_costs_its_exam_only(tmp_path, key_f
     assert preparation["counts"]["files_in_volumes"] == 3 * NUM_SLICES
 
 
-def error_line(arguments: list[str]) -> str:
-    command = [sys.executable, "-m", "data_prep.prepare", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert (
-        result.returncode == 2
-        and result.stderr.count("\n") == 1
-        and result.stderr.startswith("error: ")
-    )
-    return result.stderr
-
-
 def test_wrong_flags_end_in_one_line(tmp_path, archive):
     there, out = f"--input_dir={archive}", f"--output_dir={tmp_path / 'out'}"
     (tmp_path / "nothing").mkdir()
-    for arguments, named in (
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    wrong = (
         (
             [f"--input_dir={tmp_path / 'no'}", out],
             "no such directory; give the folder of the scans",
@@ -736,12 +728,14 @@ def test_wrong_flags_end_in_one_line(tmp_path, archive):
         ([there, out, "--irregular=maybe"], "keep|refuse"),
         ([there], "error: give --output_dir;"),
         ([there, out, "--max_slice_thickness_mm=0"], "max_slice_thickness_mm"),
-    ):
-        assert named in error_line(arguments)
+        ([there, f"--output_dir={tmp_path / 'full'}"], "holds other files"),
+    )
+    commands = [("data_prep.prepare", *arguments) for arguments, _ in wrong]
+    results = ended(commands, ["data_prep.pipeline.prepare"])
+    for result, (_, named) in zip(results, wrong, strict=True):
+        assert result.returncode == 2 and result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1 and named in result.stderr
     assert not (tmp_path / "out").exists()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").write_text("")
-    assert "holds other files" in error_line([there, f"--output_dir={tmp_path / 'full'}"])
 
 
 @pytest.fixture(scope="module")
