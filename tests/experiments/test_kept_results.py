@@ -1,13 +1,11 @@
 """The results that are kept in the repository: numbers only, and they draw the tables there."""
 
-import functools
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from ctssl_jax.stats import bootstrap
 from experiments import figure3, figure5, objectives, recipe_choices, table2
 from experiments.study import curves, downstream, presets, runner
 from experiments.study.cells import Settings
@@ -33,13 +31,6 @@ FINE_TUNED = {
     }
 }
 STUDIES = {"table2": table2, "recipe_choices": recipe_choices, "objectives": objectives}
-
-
-@pytest.fixture(autouse=True)
-def drawn_once(monkeypatch):
-    """The draws of equal numbers of patients are equal: hundreds of comparisons take the same."""
-    draw = functools.cache(lambda *numbers, draw=bootstrap.draw_patients: list(draw(*numbers)))
-    monkeypatch.setattr(bootstrap, "draw_patients", draw)
 
 
 def folders():
