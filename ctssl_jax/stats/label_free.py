@@ -146,12 +146,14 @@ def order_auroc(
 
     Returns:
       [V] float64 in [0, 1], in the order of `np.unique(test.volume)`; NaN for a volume without such
-      pairs, or whose pairs are all in one order, and everywhere where fewer than two patients can
-      be fitted to.
+      pairs, or whose pairs are all in one order, and everywhere where fewer than two patients, or
+      parts of them whose pairs are all in one order, can be fitted to.
     """
     pairs, label = slice_pairs(train, number=number, distance_mm=distance_mm, seed=seed)
     groups = train.patient[pairs[:, 0]]
-    if len(np.unique(groups)) < 2:
+    folds = list(_folds(groups).split(pairs, groups=groups)) if len(np.unique(groups)) > 1 else []
+    # of few pairs a part may have one order alone, which nothing can be fitted to
+    if not folds or any(np.ptp(label[part].astype(int)) == 0 for fold in folds for part in fold):
         return np.full(len(np.unique(test.volume)), np.nan)
     # one scale for both slices of a pair; without an intercept, exchanged slices get the other sign
     scale = StandardScaler().fit(_features(train))
@@ -160,8 +162,8 @@ def order_auroc(
         LogisticRegression(fit_intercept=False, max_iter=1000),
         {"C": inverse_penalties},
         scoring="roc_auc",
-        cv=_folds(groups),
-    ).fit(first - second, label, groups=groups)
+        cv=folds,
+    ).fit(first - second, label)
     pairs, label = slice_pairs(test, number=number, distance_mm=distance_mm, seed=seed)
     first, second = (scale.transform(_features(test))[pairs[:, side]] for side in (0, 1))
     scores = model.decision_function(first - second) if len(pairs) else np.zeros(0)

@@ -186,7 +186,7 @@ FIELDS = {
         "slices of an item, from which views in a row come in turn, never across a gap",
         at_least=1,
     ),
-    "views.slab_mm": Field(float, "largest distance of two slices of an item", at_least=0),
+    "views.slab_mm": Field(float, "largest distance of two slices of an item", above=0),
     "views.flip": Field(
         bool, "exchange left and right in half of the views; it hides on which side organs lie"
     ),

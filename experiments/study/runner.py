@@ -24,7 +24,7 @@ from data_prep.system.errors import InputError, RunFailed, StartAgain
 from data_prep.system.files import read_json, write_text
 
 from . import kept, results
-from .cells import Cell, Settings, Stage
+from .cells import Cell, Recipe, Settings, Stage
 
 VERBS = ("plan", "run", "draw")
 STUDIES = (
@@ -420,7 +420,7 @@ def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:
     """Refuse overrides of fields that a study sets itself, or that one of its recipes lacks.
 
     Raises:
-      InputError: names the field.
+      InputError: names the field, also where its value has another type.
     """
     for override in settings.overrides:
         field = override.split("=")[0]
@@ -436,6 +436,12 @@ def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:
                         f"--override={override}: configs/{recipe}.py has no field {field}"
                     )
                 node = node[part]
+            try:
+                Recipe(recipe, settings.size, dict([override.split("=", 1)])).config()
+            except (ValueError, SyntaxError, TypeError):
+                raise InputError(
+                    f"--override={override}: {field} is a {type(node).__name__}, such as {node!r}"
+                ) from None
 
 
 def define_flags() -> None:
@@ -511,7 +517,8 @@ def settings_of_flags(verb: str) -> Settings:
     """The settings of the command line; `draw` takes all but the folder from the recorded study.
 
     Raises:
-      InputError: a flag is missing, or an override is not FIELD=VALUE.
+      InputError: a flag is missing, an override is not FIELD=VALUE, or the dataset has not these
+        folds.
     """
     for name in ("workdir",) if verb == "draw" else ("dataset", "workdir"):
         if not flags.FLAGS[name].value:
@@ -532,7 +539,15 @@ def settings_of_flags(verb: str) -> Settings:
         folds=flags.FLAGS.folds,
     )
     settings = settings._replace(kept=results_folder(settings.workdir))
-    return recorded(settings) if verb == "draw" else settings
+    if verb == "draw":
+        return recorded(settings)
+    number = len(list(settings.dataset.glob("fold_*/preparation.json")))
+    if settings.folds and settings.folds != number:
+        raise InputError(
+            f"--folds={settings.folds}: {settings.dataset} holds {number} folds; give their "
+            "number, or make them by ctssl merge --folds"
+        )
+    return settings
 
 
 def options_of(settings: Settings) -> list[str]:

@@ -17,16 +17,20 @@ FINE_TUNED = {
     "study_phantom": {
         figure3.FIGURE: (
             (
-                *("random", "masked_05", "masked_20", "next_slice", "denoising"),
-                *("rotation", "flip", "lejepa", "visreg", "vicreg", "simclr", "simmim", "shuffled"),
+                *("random", "masked_05", "masked_10", "masked_20", "masked_33"),
+                *("next_slice", "denoising", "rotation", "flip"),
+                *("lejepa", "visreg", "vicreg", "simclr", "simmim", "se_resnext", "shuffled"),
             ),
             (0.03125, 0.0625, 1.0),
             (0, 1, 2),
         ),
         figure5.FIGURE: (
-            ("random", "masked_20", "rotation", "shuffled"),
+            (
+                *("random", "masked_20", "next_slice", "denoising", "rotation", "flip"),
+                *("standard_unet", "shuffled"),
+            ),
             (0.03125, 0.125, 1.0),
-            (0,),
+            (0, 1, 2),
         ),
     }
 }

@@ -337,6 +337,9 @@ def test_overrides_of_what_the_study_sets_are_refused(settings):
     refused("num_steps=5", "a study sets num_steps itself")
     refused("model.vq_update=ema", r"configs/rotation.py has no field model.vq_update")
     refused("dytpe=bfloat16", r"configs/masked_region.py has no field dytpe")
+    refused("batch_size=abc", r"--override=batch_size=abc: batch_size is a int, such as \d+$")
+    refused("remat=true", r"--override=remat=true: remat is a bool, such as False$")
+    refused("model.hidden=8", r"model.hidden is a tuple, such as \(")
     runner.check_overrides(
         settings._replace(overrides=("dtype=bfloat16", "model.depth=2")),
         ["masked_region", "rotation"],

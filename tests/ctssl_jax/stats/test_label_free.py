@@ -146,3 +146,12 @@ def test_the_penalty_is_chosen_by_patients_left_out():
     other = placed("xyz", uninformed, seed=1)
     other = other._replace(embedding=np.tile(relative_position(other)[:, None], 4))
     assert np.abs(position_r2(slices, other)).max() < 0.2  # nothing holds for a new patient
+
+
+def test_few_pairs_of_one_order_are_undefined_and_no_crash():
+    train, test = placed("abc", informed), placed("xy", informed, seed=1)
+    first = np.concatenate([np.flatnonzero(train.volume == v)[:2] for v in "abc"])
+    few = PlacedSlices(*(values[first] for values in train))  # a pair a volume
+    for seed in range(5):
+        scores = order_auroc(few, test, seed=seed)
+        assert scores.shape == (2,) and np.isnan(scores).all()
