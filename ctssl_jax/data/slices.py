@@ -113,7 +113,8 @@ def neighbour_table(
         steps = np.asarray(offsets)
         if step_mm:
             spacing = volume["slice_spacing_mm"] or math.inf  # of a single slice there is none
-            steps = np.trunc(steps * step_mm / spacing + 1e-6 * np.sign(steps)).astype(np.int64)
+            reach = step_mm * steps + 1e-3 * np.sign(steps)  # a median spacing of 2.000001 is 2
+            steps = np.trunc(reach / spacing).astype(np.int64)
         neighbours = index[:, None] + steps[None, :]
         starts = np.zeros(volume["num_slices"], np.int64)
         starts[np.array(volume["gap_positions"].split(), np.int64) + 1] = 1

@@ -27,7 +27,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, normalize
 
 from ctssl_jax.stats.binary import auroc, curve, rank
 
@@ -36,6 +36,7 @@ INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of logistic regression (C)
 PAIRS = 200  # of a volume
 DISTANCE_MM = (3.0, 30.0)  # of the two slices of a pair: farther ones are told apart by anything
 RADIUS_MM = 10.0  # of neighbours
+_ROUNDING_MM = 1e-3  # places are kept as float32: 10 mm between two slices may read as 10.00001
 _FOLDS = 4
 
 
@@ -119,7 +120,7 @@ def slice_pairs(
         z = np.asarray(slices.z_mm, np.float64)[inside]
         higher = z[:, None] - z[None, :]
         low, high = distance_mm
-        pairs = np.argwhere((higher >= low) & (higher <= high))
+        pairs = np.argwhere((higher >= low - _ROUNDING_MM) & (higher <= high + _ROUNDING_MM))
         pairs = pairs[random.permutation(len(pairs))[:number]]
         chosen.append(inside[pairs])
     pairs = np.concatenate(chosen)
@@ -185,12 +186,11 @@ def neighbour_recall(slices: PlacedSlices, *, radius_mm: float = RADIUS_MM) -> n
       [V] float64 in [0, 1], mean over the slices that have neighbours, in the order of
       `np.unique(slices.volume)`; NaN for a volume without any.
     """
-    features = StandardScaler().fit_transform(_features(slices))
-    length = np.linalg.norm(features, axis=1, keepdims=True)
-    features = features / np.where(length > 0, length, 1)
+    features = normalize(StandardScaler().fit_transform(_features(slices)))
     z, found = np.asarray(slices.z_mm, np.float64), np.full(len(features), np.nan)
+    reach = radius_mm + _ROUNDING_MM
     for index, feature in enumerate(features):
-        near = (slices.volume == slices.volume[index]) & (np.abs(z - z[index]) <= radius_mm)
+        near = (slices.volume == slices.volume[index]) & (np.abs(z - z[index]) <= reach)
         near[index] = False
         number = np.count_nonzero(near)
         if number:

@@ -46,6 +46,12 @@ def test_neighbours_beyond_an_end_or_a_gap_are_the_last_ones_before_it():
     assert np.all((rows <= 9) == (rows[:, 1:2] <= 9))
 
 
+def test_a_rounded_spacing_loses_no_slice():
+    """Spacings come from places as the scanner wrote them: 2.00001 mm is 2 mm."""
+    assert np.array_equal(table(2.00001), table(2.0))
+    assert np.ptp(table(2.01)[10]) < np.ptp(table(2.0)[10])  # but no slab is thicker than it says
+
+
 def test_slices_of_a_real_source_lie_in_one_slab(tiny_dataset):
     """Positions are in mm, with a gap of 5 mm after slice 5."""
     dataset = Dataset.open(tiny_dataset)

@@ -155,3 +155,19 @@ def test_few_pairs_of_one_order_are_undefined_and_no_crash():
     for seed in range(5):
         scores = order_auroc(few, test, seed=seed)
         assert scores.shape == (2,) and np.isnan(scores).all()
+
+
+def test_places_kept_as_float32_lose_no_neighbour_and_no_pair():
+    """Spacing of 5 mm: both slices 10 mm away are neighbours, wherever the volume begins."""
+    exact = 5.0 * np.arange(24)
+    rounded = (exact - 146.6).astype(np.float32).astype(np.float64)
+    assert np.any(np.diff(rounded[::2]) > 10)
+    embedding = np.random.default_rng(0).normal(size=(24, 8))
+    volume = np.array(["a"] * 24)
+
+    def scores(first):
+        slices = PlacedSlices(embedding, volume, (exact + first).astype(np.float32), volume)
+        return neighbour_recall(slices)[0], slice_pairs(slices, distance_mm=(5.0, 30.0))[0].tolist()
+
+    assert {scores(first)[0] for first in (0, -146.6, 33.37, 1011.1)} == {scores(0)[0]}
+    assert scores(-146.6)[1] == scores(0)[1]
