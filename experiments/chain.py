@@ -111,6 +111,7 @@ def main(argv: list[str]) -> int:
         options = [*runner.options_of(settings), *more]
         runner.plan(cells, f"{__package__}.chain", options, settings.workdir)
     if verb in ("", "run"):
+        runner.check_chosen(cells, flags.FLAGS.cells)
         runner.record(settings)
         runner.run(cells, flags.FLAGS.cells, settings.workdir)
     if verb in ("", "draw"):

@@ -387,6 +387,7 @@ def act(
         runner.plan(cells, module, options, study.workdir)
         print(hours_in_words(study), flush=True)
     else:
+        runner.check_chosen(cells, flags.FLAGS.cells)
         for folder in (study.workdir, study.kept):
             runner.record_settings(folder, {"preset": study.preset})
         if study.sizes.archives:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import results
-from .paired import holm_with_seeds, paired_arms
+from .paired import holm_with_seeds, interval_by_patient, paired_arms
 
 SEEDS = 3
 
@@ -135,14 +135,14 @@ def _group(name: str) -> str:
 
 
 def score_rows(arms: Arms) -> list[dict[str, Any]]:
-    """One row an arm and score: mean over volumes and seeds, spread over seeds, the mean bounds of
-    the seeds' intervals by patient; None where it is missing."""
+    """One row an arm and score: mean over volumes and seeds, spread over seeds, the interval by
+    patient of the mean; None where it is missing."""
     rows = []
     for name, of_seeds in arms.items():
         for score in SCORES:
             measures = [one["metrics"][score] for one in of_seeds if score in one["metrics"]]
             means = [one["mean"] for one in measures]
-            bounds = [one["ci95"] for one in measures if one["ci95"] is not None]
+            low, high = interval_by_patient(of_seeds, score) or (None, None)
             rows.append(
                 {
                     "objective": name,
@@ -150,8 +150,8 @@ def score_rows(arms: Arms) -> list[dict[str, Any]]:
                     "score": score,
                     "mean": statistics.mean(means) if means else None,
                     "sd_over_seeds": statistics.stdev(means) if len(means) > 1 else None,
-                    "ci95_low": statistics.mean(b[0] for b in bounds) if bounds else None,
-                    "ci95_high": statistics.mean(b[1] for b in bounds) if bounds else None,
+                    "ci95_low": low,
+                    "ci95_high": high,
                     "num_seeds": len(means),
                     "num_patients": measures[0]["num_patients"] if measures else None,
                 }
@@ -165,11 +165,13 @@ def score_markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for name in dict.fromkeys(row["objective"] for row in rows):
         own = {row["score"]: row for row in rows if row["objective"] == name}
-        line = {"encoder": TITLES[name], "kind": _group(name)}
+        seeds = max(row["num_seeds"] for row in own.values())
+        line = {"encoder": TITLES[name], "kind": _group(name), "seeds": str(seeds)}
         lines.append(line | {title: _mean(own[score]) for score, title in SCORES.items()})
     text = (
-        "A neck and the handcrafted statistics are one feature a slice: it stands in the columns "
-        "of regions, too."
+        "Mean over volumes and seeds, ± its standard deviation over seeds, and in brackets its 95 % "
+        "interval by patient. A neck and the handcrafted statistics are one feature a slice: it "
+        "stands in the columns of regions, too."
     )
     return f"## Scores of held-out patients\n\n{text}\n\n{results.markdown(lines)}"
 
@@ -307,7 +309,12 @@ def training_markdown(arms: Arms) -> str:
         if not of_seeds or name in CONTROLS:
             continue
         of_run, fields = of_seeds[0]["training"], of_seeds[0]["fields"]
-        line = {"objective": TITLES[name], "GFLOP a step": f"{of_run['step_flops'] / 1e9:.2f}"}
+        seed = str(of_seeds[0]["seed"])
+        line = {
+            "objective": TITLES[name],
+            "seed": seed,
+            "GFLOP a step": f"{of_run['step_flops'] / 1e9:.2f}",
+        }
         line["steps"] = f"{fields['num_steps']:,}"
         line["TFLOP"] = f"{of_run['step_flops'] * fields['num_steps'] / 1e12:.3f}"
         speeds = of_run["train"].get("slices_per_second", ())
@@ -317,8 +324,10 @@ def training_markdown(arms: Arms) -> str:
             line[f"{title}, first"] = f"{numbers[0]:.3g}" if numbers else ""
             line[f"{title}, last"] = f"{numbers[-1]:.3g}" if numbers else ""
         lines.append(line)
+    if not lines:  # controls alone
+        return ""
     return (
-        "## Trainings\n\nOf the first fold and seed. Speed as the machine was, beside other work."
+        "## Trainings\n\nOf the first fold and the first seed that is there. Speed as the machine was, beside other work."
         f"\n\n{results.markdown(lines)}"
     )
 
@@ -390,7 +399,7 @@ def save_scores(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> Non
 
 
 def save_curves(path: Path, arms: Arms, caption: str) -> None:
-    """Draw training loss and monitor of each objective (first fold and seed) as PNG."""
+    """Draw training loss and monitor of each objective (first fold, first seed that is there) as PNG."""
     from matplotlib.figure import Figure
 
     trained = {
@@ -412,6 +421,8 @@ def save_curves(path: Path, arms: Arms, caption: str) -> None:
             axis.tick_params(labelsize=6)
             if name == next(iter(trained)):
                 axis.set_title(title, fontsize=8)
-    words = f"Of the first fold and seed, by step. {caption}".replace("**", "")
+    words = f"Of the first fold and the first seed that is there, by step. {caption}".replace(
+        "**", ""
+    )
     figure.supxlabel(textwrap.fill(words, 110), fontsize=7)
     figure.savefig(path, dpi=110)

@@ -48,20 +48,16 @@ def paired_arms(
     from ctssl_jax.stats.bootstrap import weighted_mean
 
     ours, other = _common_seeds(ours, other)
-    sides = [[_of_volumes(one.get("volumes", {}), score) for one in arm] for arm in (ours, other)]
-    all_arms = [one for side in sides for one in side]
-    volumes = all_arms[0] if all_arms else {}
-    common = [volume for volume in volumes if all(volume in one for one in all_arms)]
-    values = [np.array([[one[volume] for volume in common] for one in side]) for side in sides]
+    of_all, tested = _of_common_volumes([*ours, *other], score)
+    values = [of_all[: len(ours)], of_all[len(ours) :]]
     arms = [[weighted_mean(score, one) for one in side] for side in values]
-    tested = [str(patient) for patient, _ in common]
     try:
         found = paired_difference(*arms, tested)
     except InputError:  # one patient, or none; or no seed
         return dict.fromkeys((*NAMES, *_WITH_SEEDS))
     error, bounds = found["standard_error"], found["ci95"]
     # of the same seed; the arm of one result is the same for all
-    number = max(map(len, sides))
+    number = max(map(len, values))
     of_seeds = [
         float(np.mean(values[0][k % len(values[0])] - values[1][k % len(values[1])]))
         for k in range(number)
@@ -86,6 +82,35 @@ def paired_arms(
         "sd_over_seeds": statistics.stdev(of_seeds) if number > 1 else None,
         "smallest_p": found["smallest_p"],
     }
+
+
+def interval_by_patient(arm: Sequence[dict[str, Any]], score: str) -> list[float] | None:
+    """The 95 % bootstrap interval by patient of a score's mean over volumes and seeds.
+
+    Args:
+      arm: kept results, one a seed; those volumes count that all have.
+      score: column of `volumes`.
+
+    Returns:
+      [low, high]; None for fewer than two patients.
+    """
+    from ctssl_jax.stats import bootstrap
+
+    values, tested = _of_common_volumes(arm, score)
+    if len(set(tested)) < 2:
+        return None
+    mean = bootstrap.mean_over([bootstrap.weighted_mean(score, one) for one in values])
+    return bootstrap.interval(bootstrap.patient_bootstrap(mean, tested)[1][score])[0]
+
+
+def _of_common_volumes(
+    arm: Sequence[dict[str, Any]], score: str
+) -> tuple[list[np.ndarray], list[str]]:
+    """The score of each result at the volumes that all have, and the patients of these volumes."""
+    by_volume = [_of_volumes(one.get("volumes", {}), score) for one in arm]
+    common = [v for v in (by_volume or [{}])[0] if all(v in one for one in by_volume)]
+    values = [np.array([one[volume] for volume in common]) for one in by_volume]
+    return values, [str(patient) for patient, _ in common]
 
 
 def _common_seeds(*arms: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:

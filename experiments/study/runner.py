@@ -243,6 +243,20 @@ def plan(cells: Sequence[Cell], module: str, options: Sequence[str], workdir: Pa
     suggest_after("plan", module, options)
 
 
+def check_chosen(cells: Sequence[Cell], chosen: Sequence[str]) -> None:
+    """Refuse names of cells that a study has not, before anything is written.
+
+    Raises:
+      InputError: names the cell, and those that there are.
+    """
+    names = [cell.name for cell in cells]
+    for name in chosen:
+        if name not in names:
+            raise InputError(
+                f"--cells={name}: there is no such cell; choose from {', '.join(names)}"
+            )
+
+
 def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bool = False) -> None:
     """Run the chosen cells that are not complete (all, if none is named), in order.
 
@@ -251,23 +265,18 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
 
     Args:
       cells: of the study.
-      chosen: names of cells.
+      chosen: names of cells, see `check_chosen`.
       workdir: the study's folder; its settings were recorded.
       here: run trainings, evaluations and probes in this process, which is faster.
 
     Raises:
-      InputError: an unknown cell, one whose predecessor is missing, a kept result that was made
-        otherwise, or a stage that refused its input.
+      InputError: a cell whose predecessor is missing, a kept result that was made otherwise, or a
+        stage that refused its input.
       RunFailed, StartAgain: a stage failed, or was asked to stop.
     """
     for cell in cells:
         kept.check_as_now(cell)
     by_name = {cell.name: cell for cell in cells}
-    for name in chosen:
-        if name not in by_name:
-            raise InputError(
-                f"--cells={name}: there is no such cell; choose from {', '.join(by_name)}"
-            )
     data = set() if chosen else _data(cells)
     missing = [
         cell
@@ -382,6 +391,7 @@ def act(verb: str, module: str, settings: Settings, cells: Sequence[Cell]) -> No
     if verb == "plan":
         plan(cells, module, options_of(settings), settings.workdir)
         return
+    check_chosen(cells, flags.FLAGS.cells)
     record(settings)
     run(cells, flags.FLAGS.cells, settings.workdir, here=True)
     suggest_after("run", module, [f"--workdir={settings.workdir}"])
@@ -517,8 +527,8 @@ def settings_of_flags(verb: str) -> Settings:
     """The settings of the command line; `draw` takes all but the folder from the recorded study.
 
     Raises:
-      InputError: a flag is missing, an override is not FIELD=VALUE, or the dataset has not these
-        folds.
+      InputError: a flag is missing, an override is not FIELD=VALUE, there is no dataset, or it has
+        not these folds.
     """
     for name in ("workdir",) if verb == "draw" else ("dataset", "workdir"):
         if not flags.FLAGS[name].value:
@@ -547,6 +557,7 @@ def settings_of_flags(verb: str) -> Settings:
             f"--folds={settings.folds}: {settings.dataset} holds {number} folds; give their "
             "number, or make them by ctssl merge --folds"
         )
+    Dataset.open(settings.fold(0).dataset if settings.folds else settings.dataset)
     return settings
 
 

@@ -16,7 +16,7 @@ from experiments import benchmark_objectives, objectives
 from experiments.study import kept, results
 from experiments.study import objectives_figure as figure
 from experiments.study.cells import Recipe, Settings
-from experiments.study.paired import paired_arms
+from experiments.study.paired import interval_by_patient, paired_arms
 from tests.helpers.training_runs import TINY
 
 
@@ -164,7 +164,7 @@ def test_tables_and_figures_follow_from_kept_results(settings):
     assert "2 folds of patients" in text and "8 patients" in text and "1.00 TFLOP" in text
     assert "**+0.100 (+0.100 to +0.100)**" not in text  # p of 8 patients, corrected for 14 rows
     assert "+0.100 (+0.100 to +0.100)" in text and "-0.100 (-0.100 to -0.100)" in text
-    assert "| LeJEPA | 10.00 | 100 | 1.000 | 10.0 | 2 | 1 | 7 | 7 |" in text
+    assert "| LeJEPA | 0 | 10.00 | 100 | 1.000 | 10.0 | 2 | 1 | 7 | 7 |" in text
     assert "NOT ALL FOLDS" not in text and "missing" in text
     with open(settings.workdir / "comparisons.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -198,6 +198,17 @@ def test_what_is_known_of_patients_seen_is_said_beside_what_is_not():
     for number, fold in zip((None, 4), of_folds, strict=True):
         fold["num_patients_seen_in_training"] = number
     assert kept.pooled(of_folds)["num_patients_seen_in_training"] == 4
+
+
+def test_the_interval_of_a_mean_over_seeds_is_not_the_mean_of_their_intervals():
+    values = [0.1, 0.9, 0.3, 0.7]
+    seeds = [{"volumes": {"patient": [3, 1, 2, 0], "s": values}}]
+    seeds += [{"volumes": {"patient": [3, 1, 2, 0], "s": [1 - value for value in values]}}]
+    low, high = interval_by_patient(seeds[:1], "s")
+    assert low < 0.35 < 0.65 < high
+    assert interval_by_patient(seeds, "s") == pytest.approx([0.5, 0.5])
+    assert interval_by_patient([{"volumes": {"patient": [0, 0], "s": [0.1, 0.2]}}], "s") is None
+    assert interval_by_patient([], "s") is interval_by_patient(seeds, "other") is None
 
 
 def test_several_seeds_are_in_the_interval():

@@ -264,7 +264,7 @@ def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_
         InputError,
         match=r"--cells=mask_99: there is no such cell; choose from mask_05, mask_10",
     ):
-        runner.run(cells, ["mask_99"], settings.workdir)
+        runner.check_chosen(cells, ["mask_05", "mask_99"])
     with pytest.raises(
         InputError,
         match=r"cell mask_10 needs mask_05 first; run --cells=mask_05,mask_10",
