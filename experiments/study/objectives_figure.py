@@ -169,7 +169,7 @@ def score_markdown(rows: Sequence[dict[str, Any]]) -> str:
         line = {"encoder": TITLES[name], "kind": _group(name), "seeds": str(seeds)}
         lines.append(line | {title: _mean(own[score]) for score, title in SCORES.items()})
     text = (
-        "Mean over volumes and seeds, ± its standard deviation over seeds, and in brackets its 95 % "
+        "Mean over volumes and seeds, ± its standard deviation over seeds, in brackets its 95 % "
         "interval by patient. A neck and the handcrafted statistics are one feature a slice: it "
         "stands in the columns of regions, too."
     )
@@ -327,8 +327,8 @@ def training_markdown(arms: Arms) -> str:
     if not lines:  # controls alone
         return ""
     return (
-        "## Trainings\n\nOf the first fold and the first seed that is there. Speed as the machine was, beside other work."
-        f"\n\n{results.markdown(lines)}"
+        "## Trainings\n\nOf the first fold and the first seed that is there. Speed as the machine "
+        f"was, beside other work.\n\n{results.markdown(lines)}"
     )
 
 
@@ -399,7 +399,7 @@ def save_scores(path: Path, rows: Sequence[dict[str, Any]], caption: str) -> Non
 
 
 def save_curves(path: Path, arms: Arms, caption: str) -> None:
-    """Draw training loss and monitor of each objective (first fold, first seed that is there) as PNG."""
+    """Draw training loss and monitor of each objective (first fold, first seed) as PNG."""
     from matplotlib.figure import Figure
 
     trained = {
