@@ -42,14 +42,15 @@ def check(settings: ml_collections.ConfigDict, image_size: int, stride: int) -> 
     Raises:
       InputError: names the field.
     """
-    for name in ("global_size", "local_size"):
+    kinds = ("global", "local") if settings.num_local else ("global",)
+    for name in (f"{kind}_size" for kind in kinds):
         size = settings[name]
         if size % stride or size > image_size:
             raise InputError(
                 f"config.views.{name}={size}: must be a multiple of {stride} and at most "
                 f"config.image_size={image_size}"
             )
-    for name in ("global_area", "local_area"):
+    for name in (f"{kind}_area" for kind in kinds):
         area = tuple(settings[name])
         if len(area) != 2 or area[0] > area[1]:
             raise InputError(

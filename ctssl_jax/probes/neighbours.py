@@ -131,12 +131,17 @@ def neighbours(
         measured.config, measured.dataset, measured.channels, source, record_index[queries]
     ).legend
     rows = [
-        f"at {place[query]:.2f}; found {' '.join(f'{value:.2f}' for value in place[of_query])}"
+        f"at {_in_words(place[query])}; found {' '.join(map(_in_words, place[of_query]))}"
         for query, of_query in zip(queries, found, strict=True)
     ]
     note = (
         f"{measured.config.recipe}, {encoder}: the most like slices of other patients. Places: 0 "
-        f"is the lowest slice of a scan, 1 the highest. {legend.note}"
+        f"is the lowest slice of a scan, 1 the highest, - the only one. {legend.note}"
     )
     strips.save_strip(output, columns, legend._replace(note=note, rows=tuple(rows)))
     return {"places": place[queries].tolist(), "found": place[found].tolist()}
+
+
+def _in_words(place: float) -> str:
+    """Of a slice; a volume of one place has none."""
+    return "-" if np.isnan(place) else f"{place:.2f}"

@@ -101,10 +101,10 @@ def probe(
         )
     sources: dict[tuple[str, tuple[int, ...]], NeighbourSource] = {
         (name, offsets): _open(probed.measured, name, offsets, 0 if name == split else max_slices)
-        for offsets in ((0,), (0, 1))
+        for offsets in sorted({(0,)} | {IMAGES[name].offsets for name in targets if name in IMAGES})
         for name in splits
     }
-    _check_sources(sources, split)
+    _check_sources(sources, split, [name for name in LABELS if name in targets])
     make_folder(output.parent, "--output")
 
     frozen = probed.load_encoder(sources["train", (0,)])
@@ -123,7 +123,7 @@ def probe(
             values, settings = measure(frozen, name, train, validation, tested, volumes)
         by_volume |= {f"{name}/{score}": value for score, value in values.items()}
         chosen |= {f"{name}/{probe}": setting for probe, setting in settings.items()}
-        print(f"{name:15}{time.monotonic() - started:.1f} s", flush=True)
+        print(f"{name:18}{time.monotonic() - started:.1f} s", flush=True)
     started = time.monotonic()
     with threadpoolctl.threadpool_limits(1), batch_sizes.end_of_memory(batch_size):
         placed = [
@@ -134,7 +134,7 @@ def probe(
         places |= {f"whole_{name}": values for name, values in label_free_scores(*whole).items()}
     # scans too short or too few for a score do without it
     by_volume |= {name: values for name, values in places.items() if not np.isnan(values).all()}
-    print(f"{'place':15}{time.monotonic() - started:.1f} s", flush=True)
+    print(f"{'place':18}{time.monotonic() - started:.1f} s", flush=True)
 
     patient_ids = [volume["patient_id"] for volume in volumes]
     result = {
@@ -149,10 +149,12 @@ def probe(
             "slice_gap": IMAGES["next_slice"].offsets[1],
         },
         "num_train_slices": len(sources["train", (0,)]),
-        "num_train_pairs": len(sources["train", (0, 1)]),
         "num_slices": len(sources[split, (0,)]),
-        "num_pairs": len(sources[split, (0, 1)]),
     }
+    pairs = IMAGES["next_slice"].offsets
+    if (split, pairs) in sources:
+        result |= {"num_train_pairs": len(sources["train", pairs])}
+        result |= {"num_pairs": len(sources[split, pairs])}
     write_volumes(output.with_suffix(".csv"), volumes, by_volume)
     write_json(output, result)  # last: with it the probe is complete
     return result
@@ -169,7 +171,7 @@ def table(result: dict) -> str:
     rows: dict[str, list[str]] = {}
     for name, value in result["metrics"].items():
         target, probe, score = name.split("/")
-        rows.setdefault(f"{target:15}{probe:8}", []).append(f"{score} {value['mean']:.4f}")
+        rows.setdefault(f"{target:18}{probe:8}", []).append(f"{score} {value['mean']:.4f}")
     lines += [
         row + "".join(f"{score:20}" for score in scores).rstrip() for row, scores in rows.items()
     ]
@@ -186,16 +188,18 @@ def _open(
     return source
 
 
-def _check_sources(sources: dict, split: str) -> None:
-    """Refuse slices too few to fit, to choose or to score, before any work. The labels follow from
-    the numbers of the records."""
-    for offsets, items in (((0,), "slices"), ((0, 1), "pairs of neighbouring slices")):
+def _check_sources(sources: dict, split: str, labels: Sequence[str]) -> None:
+    """Refuse slices too few to fit, to choose or to score these labels, before any work. The labels
+    follow from the numbers of the records."""
+    for offsets in dict.fromkeys(offsets for _, offsets in sources):
+        items = "pairs of neighbouring slices" if len(offsets) > 1 else "slices"
         if len(sources["train", offsets]) < LEAST_TRAINING_SLICES:
             raise InputError(
                 f"{len(sources['train', offsets])} training {items} are too few for probes, which "
                 f"need {LEAST_TRAINING_SLICES}; give a --dataset of more scans"
             )
-    for name, target in LABELS.items():
+    for name in labels:
+        target = LABELS[name]
         train, validation, scored = (
             labels_of(sources[part, (0,)].table[:, 0].astype(np.int32), target.num_classes)
             for part in ("train", "validation", split)

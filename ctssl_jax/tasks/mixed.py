@@ -125,7 +125,7 @@ def _apply(
     train: bool,
 ) -> StepOutput:
     """The objectives in turn. Scores are named `OBJECTIVE/score`, and `OBJECTIVE/loss` is without
-    its weight; pictures are those of the first one.
+    its weight; of pictures, those of the first one have their names, and others `OBJECTIVE: name`.
 
     Arguments as those of `Task.apply`. In evaluation the embedding is of whole, clean slices.
     """
@@ -137,8 +137,14 @@ def _apply(
     for name, output in outputs.items():
         scores |= {f"{name}/loss": output.loss}
         scores |= {f"{name}/{score}": values for score, values in output.scores.items()}
-    first = next(iter(outputs.values()))
-    embedding = first.embedding
+    first, *others = outputs
+    pictures = dict(outputs[first].pictures)
+    for name in others:
+        own = dict(outputs[name].pictures)
+        if own.pop("target", None) is None:  # views, whose input is the slice itself
+            del own["input"]
+        pictures |= {f"{name}: {title}": picture for title, picture in own.items()}
+    embedding = outputs[first].embedding
     if not train:
         slices = item_slices(batch["images"], _offsets(config).index(0), config)
         embedding = model(slices, train=False).embedding
@@ -146,7 +152,7 @@ def _apply(
     return StepOutput(
         loss=sum(weight * outputs[name].loss for name, weight in config.objectives),
         scores=scores,
-        pictures=first.pictures,
+        pictures=pictures,
         embedding=embedding,
         code_counts=next((values for values in counts if values is not None), None),
     )
@@ -164,9 +170,15 @@ def _check(config: ml_collections.ConfigDict) -> None:
     if not pairs or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
         raise InputError(f"config.objectives={pairs}: must hold (name, weight) pairs, {example}")
     for name, weight in pairs:
-        if name not in PARTS:
+        if not isinstance(name, str) or name not in PARTS:
             raise InputError(
                 f"config.objectives: {name!r} is not known; choose from {', '.join(PARTS)}"
+                + (
+                    "; SimMIM is masked_region with --config.mask.block and "
+                    "--config.mask.fraction of the recipe simmim"
+                    if name == "simmim"
+                    else ""
+                )
             )
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 < weight < float("inf"):

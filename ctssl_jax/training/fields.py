@@ -15,12 +15,14 @@ class Field(NamedTuple):
     kind: type of the value.
     meaning: with its unit.
     choices: all allowed values; empty if there are others.
+    items: type of each item of a tuple; None for pairs, which their task checks.
     at_least, above, at_most, below: bounds of the value, or of each number of a tuple.
     """
 
     kind: type
     meaning: str
     choices: tuple[str, ...] = ()
+    items: type | None = None
     at_least: float = -math.inf
     above: float = -math.inf
     at_most: float = math.inf
@@ -30,7 +32,13 @@ class Field(NamedTuple):
         """Which values are allowed, if this one is not; "" if it is."""
         if self.choices:
             return "" if value in self.choices else f"choose one of {', '.join(self.choices)}"
-        values = value if isinstance(value, list | tuple) else (value,)
+        is_tuple = isinstance(value, list | tuple)
+        if is_tuple != (self.kind is tuple):
+            return f"must be {_WORDS[self.kind]}"
+        values = value if is_tuple else (value,)
+        kind = self.items if is_tuple else self.kind
+        if kind and not all(_is(item, kind) for item in values):
+            return f"{'each of its items ' if is_tuple else ''}must be {_WORDS[kind]}"
         if all(
             self.at_least <= number <= self.at_most and self.above < number < self.below
             for number in values
@@ -45,6 +53,22 @@ class Field(NamedTuple):
         }
         words = [text.format(bound) for text, bound in bounds.items() if math.isfinite(bound)]
         return f"must be {' and '.join(words) or 'a finite number'}"
+
+
+_WORDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a tuple, e.g. '(1, 2)'",
+}
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value has this type; whole numbers are numbers, truth values are not."""
+    if kind is float:
+        kind = int | float
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 FIELDS = {
@@ -178,9 +202,13 @@ FIELDS = {
     "views.global_size": Field(int, "side of a large view in pixels", at_least=4),
     "views.local_size": Field(int, "side of a small view in pixels", at_least=4),
     "views.global_area": Field(
-        tuple, "smallest and largest share of the slice's area in a large view", above=0, at_most=1
+        tuple,
+        "smallest and largest share of the slice's area in a large view",
+        items=float,
+        above=0,
+        at_most=1,
     ),
-    "views.local_area": Field(tuple, "the same for a small view", above=0, at_most=1),
+    "views.local_area": Field(tuple, "the same for a small view", items=float, above=0, at_most=1),
     "views.slices": Field(
         int,
         "slices of an item, from which views in a row come in turn, never across a gap",
@@ -225,7 +253,7 @@ FIELDS = {
         at_most=1,
     ),
     "teacher.temperature": Field(
-        tuple, "of the teacher's scores, at the start and after the warm-up", above=0
+        tuple, "of the teacher's scores, at the start and after the warm-up", items=float, above=0
     ),
     "teacher.warmup_steps": Field(
         int,
@@ -287,7 +315,9 @@ FIELDS = {
     "model.in_channels": Field(
         int, "channels of the input; 3 for weights of the authors' shape", at_least=1
     ),
-    "model.hidden": Field(tuple, "features at 1/2 and at 1/4 of the resolution", at_least=1),
+    "model.hidden": Field(
+        tuple, "features at 1/2 and at 1/4 of the resolution", items=int, at_least=1
+    ),
     "model.depth": Field(
         int, "residual blocks in the encoder, and as many in a decoder", at_least=0
     ),
@@ -321,15 +351,18 @@ FIELDS = {
         float, "a code is unused below this fraction of an equal share of the latents", at_least=0
     ),
     "model.compression": Field(
-        tuple, "features after each 3 x 3 convolution with stride 2 on the latents", at_least=1
+        tuple,
+        "features after each 3 x 3 convolution with stride 2 on the latents",
+        items=int,
+        at_least=1,
     ),
     "model.residual_stack": Field(
         bool, "the encoder's residual blocks are the bottleneck of the U-Net"
     ),
     "model.widths": Field(
-        tuple, "features at 1, 1/2, 1/4, 1/8 and 1/16 of the resolution", at_least=1
+        tuple, "features at 1, 1/2, 1/4, 1/8 and 1/16 of the resolution", items=int, at_least=1
     ),
-    "model.layers": Field(tuple, "blocks of each stage", at_least=1),
+    "model.layers": Field(tuple, "blocks of each stage", items=int, at_least=1),
     "model.width": Field(int, "features of the stem; all other widths follow from it", at_least=4),
     "model.pooling": Field(
         str,
@@ -357,7 +390,10 @@ FIELDS = {
         int, "residual blocks of the decoder that predicts masked blocks", at_least=0
     ),
     "model.projector": Field(
-        tuple, "features after each layer of the projector, which training alone uses", at_least=1
+        tuple,
+        "features after each layer of the projector, which training alone uses",
+        items=int,
+        at_least=1,
     ),
     "model.num_prototypes": Field(
         int, "vectors that projections are compared with; 0 without a teacher", at_least=0

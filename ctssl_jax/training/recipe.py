@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
+import numpy as np
 
 from ctssl_jax.data import slices
 from ctssl_jax.data.batches import Windows, bytes_of_windows
@@ -36,7 +37,12 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     for name, value in flat(to_json(config)).items():
         if name in FIELDS and (remedy := FIELDS[name].remedy(value)):
             raise InputError(f"config.{name}={value!r}: {remedy}")
-    if any(not isinstance(window, tuple | list) or len(window) != 2 for window in config.windows):
+    if any(
+        not isinstance(window, tuple | list)
+        or len(window) != 2
+        or not all(isinstance(edge, int | float) and math.isfinite(edge) for edge in window)
+        for window in config.windows
+    ):
         raise InputError(
             f"config.windows={config.windows}: must hold (level, width) pairs, e.g. "
             "--config.windows='((50, 350),)'"
@@ -143,6 +149,21 @@ def check_dataset(
         )
     check_splits(config.dataset, preparation, splits)
     return channels
+
+
+def check_patients(config: ml_collections.ConfigDict, source: slices.NeighbourSource) -> None:
+    """Refuse training slices of one patient where the task tells patients apart.
+
+    Raises:
+      InputError: names the dataset and the remedy.
+    """
+    if source.targets.patient and len(np.unique(source.patients)) < 2:
+        raise InputError(
+            f"the training slices of {config.dataset} (config.train_fraction="
+            f"{config.train_fraction:g}) are of one patient, whose slices config.task="
+            f"{config.task!r} does not compare with each other; give it two or more, or train "
+            "another recipe, such as lejepa"
+        )
 
 
 def check_splits(dataset: str, preparation: dict, splits: Sequence[str]) -> None:

@@ -91,7 +91,11 @@ def _seen(definition: Definition, batch: dict[str, jax.Array], step: jax.Array) 
     model = definition.model(*zeros_of((definition.params, definition.variables)))
     keys = example_keys(definition.train_key, batch["record_index"], step)
     output = task.apply(model, batch, keys, definition.model_key, config, train=True)
-    shown = {k: v for k, v in output.pictures.items() if k not in _OF_A_MODEL}
+    shown = {
+        title: picture
+        for title, picture in output.pictures.items()
+        if title.rpartition(": ")[2] not in _OF_A_MODEL  # of a mix: OBJECTIVE: title
+    }
     # the input of a joint embedding is the stored slice; a labelled item has slices as channels
     if "target" in shown:
         centre = list(task.offsets(config)).index(0)

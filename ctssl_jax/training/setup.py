@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -216,7 +217,21 @@ class Job:
                 "the run was prolonged"
                 for until, number in config.prolonged
             ],
+            *self._views_line(),
             *advice(config, self.mesh),
+        ]
+
+    def _views_line(self) -> list[str]:
+        step_mm, volumes = self.train_source.targets.step_mm, self.train_source.volumes
+        if not step_mm or len(self.task.offsets(self.config)) < 2:
+            return []
+        alone = [v for v in volumes if (v["slice_spacing_mm"] or math.inf) > step_mm + 1e-3]
+        if not alone:
+            return []
+        return [
+            f"views        of one slice each in {len(alone):,} of {len(volumes):,} volumes, whose "
+            f"slices are more than {step_mm:g} mm apart; a larger --config.views.slab_mm takes "
+            "their neighbours, too"
         ]
 
     def _order_line(self) -> list[str]:
@@ -329,6 +344,7 @@ def check(
             seed=config.seed,
             most_bytes=config.shards_gb * 1e9 if config.shuffle == "windowed" else None,
         )
+        recipe.check_patients(config, train_source)
         recipe.check_windows(config, dataset, train_source, jax.process_count())
         if workdir is not None:
             train_source.open()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 import ctssl_jax
 from ctssl_jax.training.recipe_files import load_recipe
@@ -432,6 +433,10 @@ def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:
     Raises:
       InputError: names the field, also where its value has another type.
     """
+    # not at the top: they import JAX, and --help should be fast
+    from ctssl_jax.runs.run import flat, to_json
+    from ctssl_jax.training.fields import FIELDS
+
     for override in settings.overrides:
         field = override.split("=")[0]
         if field in FIXED_FIELDS:
@@ -446,12 +451,19 @@ def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:
                         f"--override={override}: configs/{recipe}.py has no field {field}"
                     )
                 node = node[part]
+            if isinstance(node, ConfigDict):
+                raise InputError(
+                    f"--override={override}: {field} has fields of its own; give one of them, such "
+                    f"as {field}.{next(iter(node))}"
+                )
             try:
-                Recipe(recipe, settings.size, dict([override.split("=", 1)])).config()
+                config = Recipe(recipe, settings.size, dict([override.split("=", 1)])).config()
             except (ValueError, SyntaxError, TypeError):
                 raise InputError(
                     f"--override={override}: {field} is a {type(node).__name__}, such as {node!r}"
                 ) from None
+            if remedy := FIELDS[field].remedy(flat(to_json(config))[field]):
+                raise InputError(f"--override={override}: {remedy}")
 
 
 def define_flags() -> None:

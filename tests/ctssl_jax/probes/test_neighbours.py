@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctssl_jax.probes.neighbours import nearest, neighbours, spread_queries
+from ctssl_jax.probes.neighbours import _in_words, nearest, neighbours, spread_queries
 from data_prep.system.errors import InputError
 from tests.helpers.training_runs import save_untrained, tiny_recipe
 
@@ -38,5 +38,6 @@ def test_a_picture_of_the_pixels(tiny_dataset, tmp_path):
     assert len(found["places"]) == 4 and np.shape(found["found"]) == (4, 5)
     assert all(0 <= place <= 1 for row in found["found"] for place in row)
     assert Image.open(output).size[1] > 4 * 190
+    assert _in_words(0.123) == "0.12" and _in_words(float("nan")) == "-"  # of a lone slice
     with pytest.raises(InputError, match=r"n\.jpg must end in \.png"):
         neighbours(tmp_path / "run", None, tmp_path / "n.jpg", encoder="pixels")

@@ -330,7 +330,7 @@ def test_result_files(runs, results, tiny_dataset):
         printed = table(content)
         assert (
             "SYNTHETIC DATA" in printed
-            and "masked_region  knn" in printed
+            and "masked_region     knn" in printed
             and "NOTE: intervals of 2 patients" in printed
         )
 
@@ -438,7 +438,7 @@ def test_command_line(runs, results, tiny_dataset, tmp_path):
     assert process.returncode == 0, errors
     assert (
         "control: pixels" in output
-        and "next_slice     linear  mse" in output
+        and "next_slice        linear  mse" in output
         and "written: " in output
     )
     result = json.loads((tmp_path / "r.json").read_text())

@@ -21,6 +21,7 @@ from ctssl_jax.runs.run import (
 )
 from ctssl_jax.training.fields import FIELDS
 from ctssl_jax.training.recipe import check_config, check_dataset, with_pooling
+from ctssl_jax.training.recipe_files import load_recipe
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import DatasetError, InputError
 from data_prep.system.files import write_json
@@ -89,6 +90,47 @@ def test_wrong_field_is_named_with_the_remedy(field, tiny_dataset, tmp_path):
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field", "value", "message"),
+    [
+        ("lejepa", "views.local_area", ("a", 0.07), "each of its items must be a number"),
+        ("lejepa", "views.local_area", (0.05, True), "each of its items must be a number"),
+        ("lejepa", "views.local_area", (0.05, float("nan")), "must be above 0 and at most 1"),
+        ("lejepa", "views.local_area", 0.07, "must be a tuple, e.g. '(1, 2)'"),
+        ("dino", "teacher.temperature", (None, 0.07), "each of its items must be a number"),
+        ("lejepa", "model.projector", (64.5, 8), "each of its items must be a whole number"),
+        ("rotation", "windows", ((50, 350), ("a", 350)), "must hold (level, width) pairs"),
+        ("rotation", "batch_size", 8.5, "must be a whole number"),
+        ("rotation", "seed", None, "must be a whole number"),
+        ("rotation", "init_from", None, "must be a text"),
+        ("mixed", "objectives", ((["flip"], 1.0),), "['flip'] is not known; choose from"),
+        ("mixed", "objectives", (("simmim", 1.0),), "SimMIM is masked_region with"),
+    ],
+)
+def test_values_of_another_type_are_one_line(recipe, field, value, message):
+    config = load_recipe(recipe, "small")
+    *parts, last = field.split(".")
+    with config.unlocked():
+        config.dataset, node = "somewhere", config
+        for part in parts:
+            node = node[part]
+        with node.ignore_type():
+            node[last] = value
+    with pytest.raises(InputError) as raised:
+        check_config(config, 1)
+    assert str(raised.value).startswith(f"config.{field}") and message in str(raised.value)
+
+
+def test_fields_of_no_view_are_not_checked():
+    config = load_recipe("lejepa", "small")
+    config.dataset = "somewhere"
+    config.views.local_size = 1_000
+    with pytest.raises(InputError, match=r"config\.views\.local_size=1000: must be a"):
+        check_config(config, 1)
+    config.views.num_local = 0
+    check_config(config, 1)
 
 
 def test_batch_must_be_divisible_by_devices_and_processes(tiny_dataset, tmp_path):

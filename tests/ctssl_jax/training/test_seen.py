@@ -11,6 +11,7 @@ from ctssl_jax.ops import corruptions
 from ctssl_jax.runs import strips
 from ctssl_jax.training import seen, setup
 from ctssl_jax.training.state import define
+from data_prep.system.errors import InputError
 from tests.helpers.training_runs import tiny_recipe
 
 
@@ -40,6 +41,25 @@ def test_labels_are_those_of_the_training(tiny_dataset):
     keys = corruptions.example_keys(definition.train_key, batch["record_index"], 0)
     np.testing.assert_array_equal(labels, corruptions.random_labels(keys, 4))
     np.testing.assert_allclose(shown["input"], corruptions.rotate(shown["stored slice"], labels))
+
+
+def test_a_mix_shows_what_each_of_its_objectives_sees(tiny_dataset):
+    shown = pictures_of(tiny_dataset, "mixed")[2]
+    assert "lejepa: global view 1" in shown and "lejepa: input" not in shown
+    alone = pictures_of(tiny_dataset, "masked_region")[2]
+    assert set(alone) == {title for title in shown if ":" not in title}
+    np.testing.assert_array_equal(shown["stored slice"], alone["stored slice"])
+
+
+def test_slices_of_one_patient_are_not_told_apart(tiny_dataset):
+    config = tiny_recipe(tiny_dataset, "simclr", train_fraction=0.01)
+    with pytest.raises(InputError, match=r"are of one patient, .*config\.task='simclr'"):
+        setup.check(config, None)
+    config.train_fraction = 1.0
+    assert not setup.check(config, None)._views_line()
+    config.views.slab_mm = 0.5
+    (line,) = setup.check(config, None)._views_line()
+    assert "of one slice each in 5 of 5 volumes" in line and "0.25 mm apart" in line
 
 
 @pytest.mark.parametrize("task", ["lejepa", "rotation"])
