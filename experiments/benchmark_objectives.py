@@ -26,7 +26,7 @@ from data_prep.system.errors import InputError
 from data_prep.system.files import make_folder, write_text
 from data_prep.system.stores import local_path
 
-from .study import kept, runner
+from .study import given, kept
 from .study.cells import Recipe, Settings
 from .study.objectives_figure import OBJECTIVES, TITLES
 from .study.results import markdown
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--override={override}: must be FIELD=VALUE")
     recipes = [OBJECTIVES[name].recipe for name in flag.objectives]
     of_all = Settings(Path(), Path(), flag.size, 0, 0, tuple(flag.override), "test")
-    runner.check_overrides(of_all, recipes)
+    given.check_overrides(of_all, recipes)
     folder: Path = local_path(flag.output_dir, "--output_dir", "choose a folder here")
     make_folder(folder, "--output_dir")
     fields = {"dataset": flag.dataset} | dict(one.split("=", 1) for one in flag.override)

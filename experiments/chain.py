@@ -26,7 +26,7 @@ from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 
-from .study import results, runner
+from .study import given, results, runner
 from .study.cells import FRACTIONS, Cell, Settings, chain_cells, keeping, mask_name
 
 SCORES = ("masked_mse", "mse", "ssim")
@@ -90,7 +90,7 @@ def draw(settings: Settings) -> str:
 
 def define_flags() -> None:
     """Only where this module is the program."""
-    runner.define_flags()
+    given.define_flags()
     flags.DEFINE_bool(
         "chained", True, "Each from the one before; --nochained: each from random weights."
     )
@@ -99,8 +99,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> int:
     """Command line."""
     verb = argv[1] if len(argv) > 1 else ""
-    settings = runner.settings_of_flags(verb)
-    runner.check_overrides(settings, [RECIPE])
+    settings = given.settings_of_flags(verb)
+    given.check_overrides(settings, [RECIPE])
     if settings.folds:
         raise InputError("--folds: the chain is drawn of one dataset; leave it out")
     chain = chain_cells(settings)
@@ -108,14 +108,14 @@ def main(argv: list[str]) -> int:
     cells = keeping(cells, settings.kept)
     if verb == "plan":
         more = [] if flags.FLAGS.chained else ["--nochained"]
-        options = [*runner.options_of(settings), *more]
+        options = [*given.options_of(settings), *more]
         runner.plan(cells, f"{__package__}.chain", options, settings.workdir)
     if verb in ("", "run"):
         runner.check_chosen(cells, flags.FLAGS.cells)
-        runner.record(settings)
+        given.record(settings)
         runner.run(cells, flags.FLAGS.cells, settings.workdir)
     if verb in ("", "draw"):
-        print(draw(runner.recorded(settings)), flush=True)
+        print(draw(given.recorded(settings)), flush=True)
         runner.suggest_after("draw", f"{__package__}.chain", [])
     elif verb == "run":
         runner.suggest_after("run", f"{__package__}.chain", [f"--workdir={settings.workdir}"])

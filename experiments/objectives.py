@@ -28,7 +28,7 @@ from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 
-from .study import kept, runner
+from .study import given, kept, runner
 from .study import objectives_figure as figure
 from .study.cells import Cell, Recipe, Settings, Stage
 from .study.objectives_figure import ABLATIONS, CONTROLS, OBJECTIVES, SEEDS
@@ -150,8 +150,8 @@ def main(argv: list[str]) -> int:
     """Command line."""
     module = f"{__package__}.objectives"
     verb = runner.verb_of(argv, module)
-    settings = runner.settings_of_flags(verb)
-    runner.check_overrides(settings, list({one.recipe: None for one in OBJECTIVES.values()}))
+    settings = given.settings_of_flags(verb)
+    given.check_overrides(settings, list({one.recipe: None for one in OBJECTIVES.values()}))
     if verb == "draw":
         print(draw(settings), flush=True)
         runner.suggest_after("draw", module, [])
@@ -161,5 +161,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    runner.define_flags()
+    given.define_flags()
     command_line.run(main, runner.VERBS)

@@ -25,7 +25,7 @@ from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 
-from .study import kept, results, runner
+from .study import given, kept, results, runner
 from .study.cells import Cell, Settings, Stage
 from .study.paired import NAMES, paired_volumes
 
@@ -152,8 +152,8 @@ def main(argv: list[str]) -> int:
     """Command line."""
     module = f"{__package__}.recipe_choices"
     verb = runner.verb_of(argv, module)
-    settings = runner.settings_of_flags(verb)
-    runner.check_overrides(settings, [RECIPE])
+    settings = given.settings_of_flags(verb)
+    given.check_overrides(settings, [RECIPE])
     cells = settings.study(cells_of)
     if verb == "draw":
         print(draw(settings), flush=True)
@@ -164,5 +164,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    runner.define_flags()
+    given.define_flags()
     command_line.run(main, runner.VERBS)

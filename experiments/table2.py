@@ -29,7 +29,7 @@ from data_prep.system import command_line
 from data_prep.system.errors import InputError
 from data_prep.system.files import write_text
 
-from .study import kept, runner
+from .study import given, kept, runner
 from .study.cells import Cell, Settings, Stage, chain_cells
 from .study.results import caption as caption_of
 from .study.results import markdown, seconds_of, write_csv
@@ -142,15 +142,15 @@ def draw(settings: Settings) -> str:
 
 def define_flags() -> None:
     """Only where this module is the program."""
-    runner.define_flags()
+    given.define_flags()
     flags.DEFINE_bool("cross", True, "Also probe every frozen encoder on the other tasks.")
 
 
 def main(argv: list[str]) -> int:
     """Command line."""
     verb = runner.verb_of(argv, f"{__package__}.table2")
-    settings = runner.settings_of_flags(verb)
-    runner.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
+    settings = given.settings_of_flags(verb)
+    given.check_overrides(settings, ["masked_region", *OTHER_RECIPES])
     if verb != "draw":
         cells = settings.study(all_cells if flags.FLAGS.cross else model_cells)
         runner.act(verb, f"{__package__}.table2", settings, cells)

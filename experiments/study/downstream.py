@@ -23,7 +23,7 @@ from data_prep.dataset.reader import Dataset
 from data_prep.system import stores
 from data_prep.system.errors import InputError
 
-from . import kept, runner
+from . import given, kept, runner
 from .cells import Cell, Recipe, Stage, keeping, train_cell
 from .presets import (
     ALONE,
@@ -293,7 +293,7 @@ def define_flags(arms: Sequence[str]) -> None:
     """Flags that all downstream studies share; only where a study is the program."""
     flags.DEFINE_enum("preset", "phantom", list(PRESETS), "Size of the study, and whose data.")
     flags.DEFINE_string("workdir", None, "Folder of the studies: data, runs, results, figures.")
-    runner.define_results_flag()
+    given.define_results_flag()
     flags.DEFINE_string("dataset", None, "Downstream dataset directory (--preset=paper).")
     flags.DEFINE_multi_string(
         "pretrained", [], "NAME=RUN: weights of an arm; NAME is one of --arms or a new one."
@@ -321,7 +321,7 @@ def study_of_flags(verb: str, kind: str) -> Study:
     flag = flags.FLAGS
     if not flag.workdir:
         raise InputError("give --workdir=DIR")
-    sizes, workdir = PRESETS[flag.preset], runner.local_study(flag.workdir)
+    sizes, workdir = PRESETS[flag.preset], given.local_study(flag.workdir)
     for name, kind_of in (("fractions", float), ("seeds", int)):
         try:
             values = tuple(kind_of(value) for value in flag[name].value)
@@ -350,10 +350,10 @@ def study_of_flags(verb: str, kind: str) -> Study:
     if sizes.archives:
         dataset = workdir / "data" / kind
     elif flag.dataset or verb == "draw":
-        dataset = runner.local_dataset(flag.dataset or "")
+        dataset = given.local_dataset(flag.dataset or "")
     else:
         raise InputError("give --dataset=DIR, made by data_prep.prepare")
-    kept = runner.results_folder(workdir)
+    kept = given.results_folder(workdir)
     return Study(flag.preset, sizes, workdir, dataset, pretrained, kept)
 
 
@@ -389,7 +389,7 @@ def act(
     else:
         runner.check_chosen(cells, flags.FLAGS.cells)
         for folder in (study.workdir, study.kept):
-            runner.record_settings(folder, {"preset": study.preset})
+            given.record_settings(folder, {"preset": study.preset})
         if study.sizes.archives:
             key = study.workdir / "data" / "pseudonym_key"
             key.parent.mkdir(exist_ok=True)

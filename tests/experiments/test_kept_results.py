@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import figure3, figure5, objectives, recipe_choices, table2
-from experiments.study import curves, downstream, presets, runner
+from experiments.study import curves, downstream, given, presets
 from experiments.study.cells import Settings
 from tests.helpers.training_runs import PROJECT
 
@@ -54,7 +54,7 @@ def test_the_tables_follow_from_the_results(folder, tmp_path, without_pictures):
     name, study = next(one for one in STUDIES.items() if folder.name.startswith(one[0]))
     tables = tmp_path / "new"
     asked = Settings(Path(), tables, "small", 0, 0, (), "test", kept=folder)
-    drawn = study.draw(runner.recorded(asked))
+    drawn = study.draw(given.recorded(asked))
     assert drawn == (folder / f"{name}.md").read_text()
     for table in folder.glob("*.csv"):
         assert (tables / table.name).read_text() == table.read_text()

@@ -24,7 +24,7 @@ from ctssl_jax.runs.checkpoints import choose_step
 from ctssl_jax.training import loop, recipe_files
 from data_prep.system.errors import InputError, StartAgain
 from experiments import chain, figure6, table2
-from experiments.study import downstream, kept, results, runner, table2_figure
+from experiments.study import downstream, given, kept, results, runner, table2_figure
 from experiments.study.cells import Cell, Settings, chain_cells, keeping
 from experiments.study.downstream import Point, Study
 from experiments.study.paper import TABLE2
@@ -115,8 +115,8 @@ def test_each_mask_size_starts_from_the_last_checkpoint_of_the_one_before(settin
     train = [flags_of(cell.stages[0].arguments()) for cell in cells]
     assert [flags["--config.mask.fraction"] for flags in train] == ["0.05", "0.1", "0.2", "0.33"]
     assert "--config.init_from" not in train[0]
-    for before, given in itertools.pairwise(train):
-        assert given["--config.init_from"] == before["--workdir"] and given[
+    for before, after in itertools.pairwise(train):
+        assert after["--config.init_from"] == before["--workdir"] and after[
             "--config.init_checkpoint"
         ] == ("last")
     assert {flags["--config.num_steps"] for flags in train} == {"100"}
@@ -141,7 +141,7 @@ def test_plan_lists_a_command_for_every_cell(settings, capsys):
     runner.plan(
         cells,
         "experiments.table2",
-        runner.options_of(settings._replace(overrides=("dtype=bfloat16",))),
+        given.options_of(settings._replace(overrides=("dtype=bfloat16",))),
         settings.workdir,
     )
     lines = capsys.readouterr().out.splitlines()
@@ -270,12 +270,12 @@ def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_
         match=r"cell mask_10 needs mask_05 first; run --cells=mask_05,mask_10",
     ):
         runner.run(cells, ["mask_10"], settings.workdir)
-    runner.record_settings(settings.workdir, runner.settings_content(settings))
+    given.record_settings(settings.workdir, given.settings_content(settings))
     other = settings._replace(num_steps=7)
     with pytest.raises(
         InputError, match=r"holds a study with num_steps=100, not 7; use another one"
     ):
-        runner.record_settings(other.workdir, runner.settings_content(other))
+        given.record_settings(other.workdir, given.settings_content(other))
     assert not stages_run
     with pytest.raises(InputError, match="holds no results yet; run the study first"):
         table2.draw(settings)
@@ -329,7 +329,7 @@ def test_a_stage_that_was_asked_to_stop_saves_and_is_not_taken_for_complete(tiny
 def test_overrides_of_what_the_study_sets_are_refused(settings):
     def refused(override, match):
         with pytest.raises(InputError, match=match):
-            runner.check_overrides(
+            given.check_overrides(
                 settings._replace(overrides=(override,)), ["masked_region", "rotation"]
             )
 
@@ -340,24 +340,24 @@ def test_overrides_of_what_the_study_sets_are_refused(settings):
     refused("batch_size=abc", r"--override=batch_size=abc: batch_size is a int, such as \d+$")
     refused("remat=true", r"--override=remat=true: remat is a bool, such as False$")
     refused("model.hidden=8", r"model.hidden is a tuple, such as \(")
-    runner.check_overrides(
+    given.check_overrides(
         settings._replace(overrides=("dtype=bfloat16", "model.depth=2")),
         ["masked_region", "rotation"],
     )
 
 
 def test_drawing_takes_the_settings_from_the_study(settings, stages_run):
-    runner.record_settings(settings.workdir, runner.settings_content(settings))
+    given.record_settings(settings.workdir, given.settings_content(settings))
     runner.run(chain_cells(settings), ["mask_05"], settings.workdir)
     elsewhere = settings._replace(num_steps=0, seed=3, size="reference", split="validation")
-    assert runner.recorded(elsewhere) == settings
+    assert given.recorded(elsewhere) == settings
     assert sorted(path.name for path in settings.workdir.iterdir()) == [
         "results",
         "seconds",
         "study.json",
     ]
     with pytest.raises(InputError, match="holds no results yet"):
-        runner.recorded(settings._replace(workdir=settings.workdir / "nowhere"))
+        given.recorded(settings._replace(workdir=settings.workdir / "nowhere"))
 
 
 def test_patients_that_were_trained_on_are_said(settings):
