@@ -141,8 +141,10 @@ def _apply(
     pictures = dict(outputs[first].pictures)
     for name in others:
         own = dict(outputs[name].pictures)
-        if own.pop("target", None) is None:  # views, whose input is the slice itself
+        if "target" not in own:  # views, whose input is the slice itself
             del own["input"]
+        elif name != "next_slice":  # of others the target is the slice itself
+            del own["target"]
         pictures |= {f"{name}: {title}": picture for title, picture in own.items()}
     embedding = outputs[first].embedding
     if not train:

@@ -37,8 +37,10 @@ class Field(NamedTuple):
             return f"must be {_WORDS[self.kind]}"
         values = value if is_tuple else (value,)
         kind = self.items if is_tuple else self.kind
-        if kind and not all(_is(item, kind) for item in values):
+        if kind and not all(is_of(item, kind) for item in values):
             return f"{'each of its items ' if is_tuple else ''}must be {_WORDS[kind]}"
+        if any(isinstance(number, float) and not math.isfinite(number) for number in values):
+            return "must be a finite number"
         if all(
             self.at_least <= number <= self.at_most and self.above < number < self.below
             for number in values
@@ -52,7 +54,7 @@ class Field(NamedTuple):
             "below {}": self.below,
         }
         words = [text.format(bound) for text, bound in bounds.items() if math.isfinite(bound)]
-        return f"must be {' and '.join(words) or 'a finite number'}"
+        return f"must be {' and '.join(words)}"
 
 
 _WORDS = {
@@ -64,7 +66,7 @@ _WORDS = {
 }
 
 
-def _is(value: Any, kind: type) -> bool:
+def is_of(value: Any, kind: type) -> bool:
     """Whether a value has this type; whole numbers are numbers, truth values are not."""
     if kind is float:
         kind = int | float

@@ -17,7 +17,7 @@ from ctssl_jax.runs.run import Run, flat, to_json
 from ctssl_jax.tasks.table import check_task, get_task
 from ctssl_jax.torch_bridge import imagenet_weights
 from ctssl_jax.training import warm_start
-from ctssl_jax.training.fields import FIELDS
+from ctssl_jax.training.fields import FIELDS, is_of
 from data_prep.dataset.cache import shard_bytes
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
@@ -40,7 +40,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     if any(
         not isinstance(window, tuple | list)
         or len(window) != 2
-        or not all(isinstance(edge, int | float) and math.isfinite(edge) for edge in window)
+        or not all(is_of(edge, float) and math.isfinite(edge) for edge in window)
         for window in config.windows
     ):
         raise InputError(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -222,17 +221,22 @@ class Job:
         ]
 
     def _views_line(self) -> list[str]:
-        step_mm, volumes = self.train_source.targets.step_mm, self.train_source.volumes
-        if not step_mm or len(self.task.offsets(self.config)) < 2:
-            return []
-        alone = [v for v in volumes if (v["slice_spacing_mm"] or math.inf) > step_mm + 1e-3]
-        if not alone:
-            return []
-        return [
-            f"views        of one slice each in {len(alone):,} of {len(volumes):,} volumes, whose "
-            f"slices are more than {step_mm:g} mm apart; a larger --config.views.slab_mm takes "
-            "their neighbours, too"
-        ]
+        volumes, lines = self.train_source.volumes, []
+        reach = self.train_source.targets.step_mm * max(map(abs, self.task.offsets(self.config)))
+        alone = sum((volume["slice_spacing_mm"] or 0) > reach + 1e-3 for volume in volumes)
+        if reach and alone:
+            lines.append(
+                f"views        of one slice each in {alone:,} of {len(volumes):,} volumes, whose "
+                f"slices are more than {reach:g} mm apart; a larger --config.views.slab_mm takes "
+                "their neighbours, too"
+            )
+        validated = self.validation_source
+        if validated.targets.patient and len(np.unique(validated.patients)) < 2:
+            lines.append(
+                "WARNING      the validation slices are of one patient: the validation loss "
+                "of simclr is 0; choose the best checkpoint by another score"
+            )
+        return lines
 
     def _order_line(self) -> list[str]:
         windows = recipe.windows_of(self.config)

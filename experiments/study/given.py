@@ -131,7 +131,7 @@ def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:
         for recipe in recipes:
             node = load_recipe(recipe, settings.size)
             for part in field.split("."):
-                if part not in node:
+                if not isinstance(node, ConfigDict) or part not in node:
                     raise InputError(
                         f"--override={override}: configs/{recipe}.py has no field {field}"
                     )
@@ -143,11 +143,12 @@ def check_overrides(settings: Settings, recipes: Sequence[str]) -> None:
                 )
             try:
                 config = Recipe(recipe, settings.size, dict([override.split("=", 1)])).config()
+                value = flat(to_json(config))[field]
             except (ValueError, SyntaxError, TypeError):
                 raise InputError(
                     f"--override={override}: {field} is a {type(node).__name__}, such as {node!r}"
                 ) from None
-            if remedy := FIELDS[field].remedy(flat(to_json(config))[field]):
+            if remedy := FIELDS[field].remedy(value):
                 raise InputError(f"--override={override}: {remedy}")
 
 

@@ -161,7 +161,8 @@ def score_rows(arms: Arms) -> list[dict[str, Any]]:
 
 def score_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A line an arm that there is, a column a score."""
-    rows = [row for row in rows if row["objective"] not in ABLATIONS or row["num_seeds"]]
+    there = {row["objective"] for row in rows if row["num_seeds"]}
+    rows = [row for row in rows if row["objective"] not in ABLATIONS or row["objective"] in there]
     lines = []
     for name in dict.fromkeys(row["objective"] for row in rows):
         own = {row["score"]: row for row in rows if row["objective"] == name}

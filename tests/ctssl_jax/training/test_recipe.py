@@ -45,7 +45,7 @@ WRONG_FIELDS = {
         "3",
     ),
     "num_steps": (-1, "config.num_steps=-1: must be 1 or more"),
-    "learning_rate": (float("nan"), "config.learning_rate=nan: must be 0 or more"),
+    "learning_rate": (float("nan"), "config.learning_rate=nan: must be a finite number"),
     "image_size": (
         18,
         "config.image_size=18 is not divisible by the encoder's stride 4; prepare with",
@@ -97,11 +97,12 @@ def test_wrong_field_is_named_with_the_remedy(field, tiny_dataset, tmp_path):
     [
         ("lejepa", "views.local_area", ("a", 0.07), "each of its items must be a number"),
         ("lejepa", "views.local_area", (0.05, True), "each of its items must be a number"),
-        ("lejepa", "views.local_area", (0.05, float("nan")), "must be above 0 and at most 1"),
+        ("lejepa", "views.local_area", (0.05, float("nan")), "must be a finite number"),
         ("lejepa", "views.local_area", 0.07, "must be a tuple, e.g. '(1, 2)'"),
         ("dino", "teacher.temperature", (None, 0.07), "each of its items must be a number"),
         ("lejepa", "model.projector", (64.5, 8), "each of its items must be a whole number"),
         ("rotation", "windows", ((50, 350), ("a", 350)), "must hold (level, width) pairs"),
+        ("rotation", "windows", ((True, 350),), "must hold (level, width) pairs"),
         ("rotation", "batch_size", 8.5, "must be a whole number"),
         ("rotation", "seed", None, "must be a whole number"),
         ("rotation", "init_from", None, "must be a text"),

@@ -15,8 +15,8 @@ from data_prep.system.errors import InputError
 from tests.helpers.training_runs import tiny_recipe
 
 
-def pictures_of(dataset, task, step=0):
-    job = setup.check(tiny_recipe(dataset, task), None)
+def pictures_of(dataset, task, step=0, **fields):
+    job = setup.check(tiny_recipe(dataset, task, **fields), None)
     definition = define(job.config, job.task, len(job.channels), job.mesh)
     batch = seen.picture_batch(job.train_source, 4, 4)
     shown, labels = jax.jit(functools.partial(seen._seen, definition))(batch, step)
@@ -51,6 +51,13 @@ def test_a_mix_shows_what_each_of_its_objectives_sees(tiny_dataset):
     np.testing.assert_array_equal(shown["stored slice"], alone["stored slice"])
 
 
+def test_a_mix_shows_the_slice_that_is_predicted(tiny_dataset):
+    pairs = (("masked_region", 1.0), ("next_slice", 1.0))
+    shown = pictures_of(tiny_dataset, "mixed", objectives=pairs)[2]
+    assert {"next_slice: input", "next_slice: target"} <= set(shown)
+    assert not np.array_equal(shown["next_slice: target"], shown["next_slice: input"])
+
+
 def test_slices_of_one_patient_are_not_told_apart(tiny_dataset):
     config = tiny_recipe(tiny_dataset, "simclr", train_fraction=0.01)
     with pytest.raises(InputError, match=r"are of one patient, .*config\.task='simclr'"):
@@ -60,6 +67,9 @@ def test_slices_of_one_patient_are_not_told_apart(tiny_dataset):
     config.views.slab_mm = 0.5
     (line,) = setup.check(config, None)._views_line()
     assert "of one slice each in 5 of 5 volumes" in line and "0.25 mm apart" in line
+    spacing = max(v["slice_spacing_mm"] for v in setup.check(config, None).train_source.volumes)
+    config.views.slices, config.views.slab_mm = 5, 3 * spacing  # the outer ones are reached
+    assert not setup.check(config, None)._views_line()
 
 
 @pytest.mark.parametrize("task", ["lejepa", "rotation"])
