@@ -143,7 +143,7 @@ def _apply(
         own = dict(outputs[name].pictures)
         if "target" not in own:  # views, whose input is the slice itself
             del own["input"]
-        elif name != "next_slice":  # of others the target is the slice itself
+        elif len(PARTS[name].task.offsets(_own(name, config))) == 1:  # the slice itself
             del own["target"]
         pictures |= {f"{name}: {title}": picture for title, picture in own.items()}
     embedding = outputs[first].embedding
@@ -178,7 +178,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
                 + (
                     "; SimMIM is masked_region with --config.mask.block and "
                     "--config.mask.fraction of the recipe simmim"
-                    if name == "simmim"
+                    if str(name).lower() == "simmim"
                     else ""
                 )
             )

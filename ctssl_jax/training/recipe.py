@@ -13,7 +13,7 @@ from ctssl_jax.data.batches import Windows, bytes_of_windows
 from ctssl_jax.data.labels import label_classes
 from ctssl_jax.models.vqvae import Encoder
 from ctssl_jax.runs.damage import holds_checkpoint
-from ctssl_jax.runs.run import Run, flat, to_json
+from ctssl_jax.runs.run import Run, flat
 from ctssl_jax.tasks.table import check_task, get_task
 from ctssl_jax.torch_bridge import imagenet_weights
 from ctssl_jax.training import warm_start
@@ -34,7 +34,7 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
         raise InputError(
             "config.dataset is empty; give --config.dataset=DIR, made by ctssl prepare"
         )
-    for name, value in flat(to_json(config)).items():
+    for name, value in flat(config.to_dict()).items():  # not as JSON, which not all values are
         if name in FIELDS and (remedy := FIELDS[name].remedy(value)):
             raise InputError(f"config.{name}={value!r}: {remedy}")
     if any(

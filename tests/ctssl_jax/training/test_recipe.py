@@ -102,6 +102,7 @@ def test_wrong_field_is_named_with_the_remedy(field, tiny_dataset, tmp_path):
         ("dino", "teacher.temperature", (None, 0.07), "each of its items must be a number"),
         ("lejepa", "model.projector", (64.5, 8), "each of its items must be a whole number"),
         ("rotation", "windows", ((50, 350), ("a", 350)), "must hold (level, width) pairs"),
+        ("lejepa", "model.projector", (1j, 8), "each of its items must be a whole number"),
         ("rotation", "windows", ((True, 350),), "must hold (level, width) pairs"),
         ("rotation", "batch_size", 8.5, "must be a whole number"),
         ("rotation", "seed", None, "must be a whole number"),
