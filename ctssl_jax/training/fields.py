@@ -15,7 +15,9 @@ class Field(NamedTuple):
     kind: type of the value.
     meaning: with its unit.
     choices: all allowed values; empty if there are others.
-    items: type of each item of a tuple; None for pairs, which their task checks.
+    items: type of each item of a tuple; None for pairs.
+    pairs: what the two numbers of each item are, such as "(level, width)"; "" where items are no
+      pairs, or pairs that are checked elsewhere.
     at_least, above, at_most, below: bounds of the value, or of each number of a tuple.
     """
 
@@ -23,6 +25,7 @@ class Field(NamedTuple):
     meaning: str
     choices: tuple[str, ...] = ()
     items: type | None = None
+    pairs: str = ""
     at_least: float = -math.inf
     above: float = -math.inf
     at_most: float = math.inf
@@ -37,8 +40,12 @@ class Field(NamedTuple):
             return f"must be {_WORDS[self.kind]}"
         values = value if is_tuple else (value,)
         kind = self.items if is_tuple else self.kind
-        if kind and not all(is_of(item, kind) for item in values):
+        if kind and not all(_is(item, kind) for item in values):
             return f"{'each of its items ' if is_tuple else ''}must be {_WORDS[kind]}"
+        if self.pairs:
+            if not all(map(_is_pair, values)):
+                return f"must hold {self.pairs} pairs of numbers, e.g. '((50, 350),)'"
+            values = [number for pair in values for number in pair]
         if any(isinstance(number, float) and not math.isfinite(number) for number in values):
             return "must be a finite number"
         if all(
@@ -66,11 +73,17 @@ _WORDS = {
 }
 
 
-def is_of(value: Any, kind: type) -> bool:
+def _is(value: Any, kind: type) -> bool:
     """Whether a value has this type; whole numbers are numbers, truth values are not."""
     if kind is float:
         kind = int | float
     return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether a value is two numbers."""
+    is_tuple = isinstance(value, list | tuple)
+    return is_tuple and len(value) == 2 and all(_is(number, float) for number in value)
 
 
 FIELDS = {
@@ -102,6 +115,7 @@ FIELDS = {
     "windows": Field(
         tuple,
         "(level, width) in HU of each channel that is read; () reads all channels of the dataset",
+        pairs="(level, width)",
     ),
     "image_size": Field(int, "side of the images in pixels; must be the dataset's", at_least=1),
     "normalize": Field(

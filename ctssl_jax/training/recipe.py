@@ -17,7 +17,7 @@ from ctssl_jax.runs.run import Run, flat
 from ctssl_jax.tasks.table import check_task, get_task
 from ctssl_jax.torch_bridge import imagenet_weights
 from ctssl_jax.training import warm_start
-from ctssl_jax.training.fields import FIELDS, is_of
+from ctssl_jax.training.fields import FIELDS
 from data_prep.dataset.cache import shard_bytes
 from data_prep.dataset.reader import Dataset
 from data_prep.system.errors import InputError
@@ -37,16 +37,6 @@ def check_config(config: ml_collections.ConfigDict, num_devices: int) -> None:
     for name, value in flat(config.to_dict()).items():  # not as JSON, which not all values are
         if name in FIELDS and (remedy := FIELDS[name].remedy(value)):
             raise InputError(f"config.{name}={value!r}: {remedy}")
-    if any(
-        not isinstance(window, tuple | list)
-        or len(window) != 2
-        or not all(is_of(edge, float) and math.isfinite(edge) for edge in window)
-        for window in config.windows
-    ):
-        raise InputError(
-            f"config.windows={config.windows}: must hold (level, width) pairs, e.g. "
-            "--config.windows='((50, 350),)'"
-        )
     _check_prolonged(config)
     part = num_devices * config.microbatches
     if config.batch_size % part:
@@ -95,7 +85,7 @@ def _check_prolonged(config: ml_collections.ConfigDict) -> None:
     numbers = [number for change in changes for number in change]
     in_order = (
         all(len(change) == 2 for change in changes)
-        and all(isinstance(number, int) for number in numbers)
+        and all(type(number) is int for number in numbers)  # True is none
         and all(0 < until <= number for until, number in changes)
         and all(
             before[0] < after[0] and before[1] < after[1]

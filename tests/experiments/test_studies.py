@@ -340,6 +340,8 @@ def test_overrides_of_what_the_study_sets_are_refused(settings):
     refused("batch_size=abc", r"--override=batch_size=abc: batch_size is a int, such as \d+$")
     refused("remat=true", r"--override=remat=true: remat is a bool, such as False$")
     refused("model.hidden=8", r"model.hidden is a tuple, such as \(")
+    refused("batch_size=0", r"--override=batch_size=0: must be 1 or more$")
+    refused("windows=((50, 'a'),)", r"must hold \(level, width\) pairs of numbers")
     given.check_overrides(
         settings._replace(overrides=("dtype=bfloat16", "model.depth=2")),
         ["masked_region", "rotation"],

@@ -104,6 +104,8 @@ def test_wrong_field_is_named_with_the_remedy(field, tiny_dataset, tmp_path):
         ("rotation", "windows", ((50, 350), ("a", 350)), "must hold (level, width) pairs"),
         ("lejepa", "model.projector", (1j, 8), "each of its items must be a whole number"),
         ("rotation", "windows", ((True, 350),), "must hold (level, width) pairs"),
+        ("rotation", "windows", ((50, float("inf")),), "must be a finite number"),
+        ("rotation", "prolonged", ((True, 3),), "must hold (step, number of steps) pairs"),
         ("rotation", "batch_size", 8.5, "must be a whole number"),
         ("rotation", "seed", None, "must be a whole number"),
         ("rotation", "init_from", None, "must be a text"),
@@ -391,7 +393,7 @@ def test_wrong_flags_are_one_line(tiny_dataset, tmp_path):
         "--config.learningrate=1": "did you mean config.learning_rate?",
         "--config.batch_size=many": "invalid literal for int",
         "--config.windows=50,350": (
-            "must hold (level, width) pairs, e.g. --config.windows='((50, 350),)'"
+            "must hold (level, width) pairs of numbers, e.g. '((50, 350),)'"
         ),
         "--config=configs/absent.py": "configs/absent.py",
         "--num_processes=2": "need --distributed",
