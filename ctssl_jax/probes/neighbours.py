@@ -83,7 +83,7 @@ def neighbours(
 
     Returns:
       {"places": [Q] of the slices, "found": [Q, K] of their neighbours}, each from 0 (the lowest
-      slice of its volume) to 1 (the highest).
+      slice of its volume) to 1 (the highest); NaN for the only one.
 
     Raises:
       InputError: an unknown run, checkpoint or encoder, or slices of one patient alone.

@@ -148,11 +148,15 @@ def check_patients(config: ml_collections.ConfigDict, source: slices.NeighbourSo
       InputError: names the dataset and the remedy.
     """
     if source.targets.patient and len(np.unique(source.patients)) < 2:
+        mixed = [objective.name for objective in get_task(config.task).objectives(config)]
+        who = next(n for n in mixed or [config.task] if get_task(n).targets(config).patient)
+        other = "train another recipe, such as lejepa"
+        if mixed:
+            other = "leave it out of config.objectives"
         raise InputError(
             f"the training slices of {config.dataset} (config.train_fraction="
-            f"{config.train_fraction:g}) are of one patient, whose slices config.task="
-            f"{config.task!r} does not compare with each other; give it two or more, or train "
-            "another recipe, such as lejepa"
+            f"{config.train_fraction:g}) are of one patient, whose slices {who} does not compare "
+            f"with each other; give it two or more patients, or {other}"
         )
 
 

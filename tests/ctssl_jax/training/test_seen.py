@@ -59,8 +59,12 @@ def test_a_mix_shows_the_slice_that_is_predicted(tiny_dataset):
 
 
 def test_slices_of_one_patient_are_not_told_apart(tiny_dataset):
+    pairs = (("flip", 1.0), ("simclr", 1.0))
+    mixed = tiny_recipe(tiny_dataset, "mixed", train_fraction=0.01, objectives=pairs)
+    with pytest.raises(InputError, match=r"simclr does not .*leave it out of config\.objectives$"):
+        setup.check(mixed, None)
     config = tiny_recipe(tiny_dataset, "simclr", train_fraction=0.01)
-    with pytest.raises(InputError, match=r"are of one patient, .*config\.task='simclr'"):
+    with pytest.raises(InputError, match=r"are of one patient, whose slices simclr does not"):
         setup.check(config, None)
     config.train_fraction = 1.0
     assert not setup.check(config, None)._views_line()
