@@ -125,7 +125,7 @@ def _apply(
     train: bool,
 ) -> StepOutput:
     """The objectives in turn. Scores are named `OBJECTIVE/score`, and `OBJECTIVE/loss` is without
-    its weight; of pictures, those of the first one have their names, and others `OBJECTIVE: name`.
+    its weight; pictures are those of the first one and, in training, `OBJECTIVE: name` of others.
 
     Arguments as those of `Task.apply`. In evaluation the embedding is of whole, clean slices.
     """
@@ -139,7 +139,7 @@ def _apply(
         scores |= {f"{name}/{score}": values for score, values in output.scores.items()}
     first, *others = outputs
     pictures = dict(outputs[first].pictures)
-    for name in others:
+    for name in others if train else ():  # for `ctssl views`; XLA leaves them out of a step
         own = dict(outputs[name].pictures)
         if "target" not in own:  # views, whose input is the slice itself
             del own["input"]

@@ -30,6 +30,7 @@ from ctssl_jax.runs.checkpoints import Checkpoints
 from ctssl_jax.runs.lock import TrainingLock
 from ctssl_jax.runs.reports import read_reports, say
 from ctssl_jax.runs.run import check_resumable, open_workdir, to_json
+from ctssl_jax.stats.volumes import volumes_of_records
 from ctssl_jax.tasks.interface import Task, is_frozen, step_flops
 from ctssl_jax.tasks.table import get_task
 from ctssl_jax.training import fitting, pictures, recipe, validation_share, warm_start
@@ -216,20 +217,22 @@ class Job:
                 "the run was prolonged"
                 for until, number in config.prolonged
             ],
-            *self._views_line(),
+            *self._views_lines(),
             *advice(config, self.mesh),
         ]
 
-    def _views_line(self) -> list[str]:
-        volumes, lines = self.train_source.volumes, []
-        reach = self.train_source.targets.step_mm * max(map(abs, self.task.offsets(self.config)))
-        alone = sum((volume["slice_spacing_mm"] or 0) > reach + 1e-3 for volume in volumes)
-        if reach and alone:
-            lines.append(
-                f"views        of one slice each in {alone:,} of {len(volumes):,} volumes, whose "
-                f"slices are more than {reach:g} mm apart; a larger --config.views.slab_mm takes "
-                "their neighbours, too"
-            )
+    def _views_lines(self) -> list[str]:
+        table, lines = self.train_source.table, []
+        if self.train_source.targets.step_mm and table.shape[1] > 1:
+            volumes, volume = volumes_of_records(self.train_source.volumes, table[:, 0])
+            several = set(volume[np.ptp(table, axis=1) > 0].tolist())
+            alone = sum(n not in several and v["num_slices"] > 1 for n, v in enumerate(volumes))
+            if alone:
+                lines.append(
+                    f"views        of one slice each in {alone:,} of {len(volumes):,} volumes, "
+                    "whose slices are further apart than --config.views.slab_mm="
+                    f"{self.config.views.slab_mm:g} takes; a larger one takes neighbours, too"
+                )
         validated = self.validation_source
         if validated.targets.patient and len(np.unique(validated.patients)) < 2:
             lines.append(

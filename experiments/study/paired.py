@@ -97,10 +97,10 @@ def interval_by_patient(arm: Sequence[dict[str, Any]], score: str) -> list[float
     from ctssl_jax.stats import bootstrap
 
     values, tested = _of_common_volumes(arm, score)
-    if len(set(tested)) < 2:
+    if not tested:
         return None
     mean = bootstrap.mean_over([bootstrap.weighted_mean(score, one) for one in values])
-    return bootstrap.interval(bootstrap.patient_bootstrap(mean, tested)[1][score])[0]
+    return bootstrap.summaries(mean, tested, {score: ""})[score]["ci95"]
 
 
 def _of_common_volumes(

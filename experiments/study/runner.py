@@ -245,15 +245,16 @@ def run(cells: Sequence[Cell], chosen: Sequence[str], workdir: Path, *, here: bo
 
     Args:
       cells: of the study.
-      chosen: names of cells, see `check_chosen`.
+      chosen: names of cells.
       workdir: the study's folder; its settings were recorded.
       here: run trainings, evaluations and probes in this process, which is faster.
 
     Raises:
-      InputError: a cell whose predecessor is missing, a kept result that was made otherwise, or a
-        stage that refused its input.
+      InputError: an unknown cell, one whose predecessor is missing, a kept result that was made
+        otherwise, or a stage that refused its input.
       RunFailed, StartAgain: a stage failed, or was asked to stop.
     """
+    check_chosen(cells, chosen)
     for cell in cells:
         kept.check_as_now(cell)
     by_name = {cell.name: cell for cell in cells}

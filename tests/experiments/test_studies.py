@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -237,6 +238,14 @@ def test_folds_are_pooled_over_all_patients(settings, tmp_path):
     assert not (folds.workdir / "table2.png").exists()  # no pictures of the slices are kept
 
 
+def test_a_mistyped_cell_leaves_nothing_behind(settings, monkeypatch):
+    given_flags = types.SimpleNamespace(FLAGS=types.SimpleNamespace(cells=["mask_99"]))
+    monkeypatch.setattr(runner, "flags", given_flags)
+    with pytest.raises(InputError, match="--cells=mask_99: there is no such cell"):
+        runner.act("run", "experiments.table2", settings, chain_cells(settings))
+    assert not settings.workdir.exists()
+
+
 def test_label_free_probes_are_compared_with_the_untrained_encoder(settings, tmp_path):
     folds = settings._replace(folds=1, kept=tmp_path / "kept")
     cells = {cell.name: cell for cell in folds.study(table2.all_cells)}
@@ -264,7 +273,7 @@ def test_what_cannot_be_run_is_one_line(settings, stages_run, tiny_dataset, tmp_
         InputError,
         match=r"--cells=mask_99: there is no such cell; choose from mask_05, mask_10",
     ):
-        runner.check_chosen(cells, ["mask_05", "mask_99"])
+        runner.run(cells, ["mask_05", "mask_99"], settings.workdir)
     with pytest.raises(
         InputError,
         match=r"cell mask_10 needs mask_05 first; run --cells=mask_05,mask_10",

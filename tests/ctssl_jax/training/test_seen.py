@@ -67,13 +67,13 @@ def test_slices_of_one_patient_are_not_told_apart(tiny_dataset):
     with pytest.raises(InputError, match=r"are of one patient, whose slices simclr does not"):
         setup.check(config, None)
     config.train_fraction = 1.0
-    assert not setup.check(config, None)._views_line()
+    assert not setup.check(config, None)._views_lines()
     config.views.slab_mm = 0.5
-    (line,) = setup.check(config, None)._views_line()
-    assert "of one slice each in 5 of 5 volumes" in line and "0.25 mm apart" in line
+    (line,) = setup.check(config, None)._views_lines()
+    assert "of one slice each in 5 of 5 volumes" in line and "slab_mm=0.5 takes" in line
     spacing = max(v["slice_spacing_mm"] for v in setup.check(config, None).train_source.volumes)
     config.views.slices, config.views.slab_mm = 5, 3 * spacing  # the outer ones are reached
-    assert not setup.check(config, None)._views_line()
+    assert not setup.check(config, None)._views_lines()
 
 
 @pytest.mark.parametrize("task", ["lejepa", "rotation"])
