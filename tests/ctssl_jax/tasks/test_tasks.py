@@ -296,7 +296,7 @@ def test_the_recipes_pass_the_checks_and_hold_no_field_of_another_task(recipe, s
         ("next_slice", "commitment", -1.0, "config.commitment=-1.0: must be 0 or more"),
         ("denoising", "noise.fraction", 1.5, "config.noise.fraction=1.5: must be above 0 and at "
                                              "most 1"),
-        ("rotation", "model.compression", (0,), "config.model.compression=[0]: must be 1 or more"),
+        ("rotation", "model.compression", (0,), "config.model.compression=(0,): must be 1 or more"),
         ("flip", "model.depth", -1, "config.model.depth=-1: must be 0 or more"),
         (
             "rotation", "task", "denoising",
